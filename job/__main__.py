@@ -1,0 +1,5 @@
+"""`python -m job`: the entrypoint of the image."""
+
+from job.cli import main
+
+raise SystemExit(main())

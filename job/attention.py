@@ -1,0 +1,132 @@
+"""Attention over a flat row: many sequences laid end to end, without padding, none of which sees another.
+
+A row is described by its segments. The queries of a segment see an optional prefix that lies elsewhere in the row (a
+question that several choices share) and, causally, the segment itself. Training uses segments without a prefix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+NAME = "flat"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens `start:end` of a row; they also see the tokens `prefix_start:prefix_end` that lie before them."""
+
+    start: int
+    end: int
+    prefix_start: int = 0
+    prefix_end: int = 0
+
+    @property
+    def keys(self) -> int:
+        """How many tokens the last query of the segment sees."""
+        return self.prefix_end - self.prefix_start + self.end - self.start
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """The segments of one row, and what the variable-length kernel wants to know of them, on the row's device."""
+
+    segments: tuple[Segment, ...]
+    queries: torch.Tensor
+    """(segments + 1,) int32: where each segment's queries start, and their number."""
+    keys: torch.Tensor
+    """(segments + 1,) int32: the same for the keys."""
+    key_index: torch.Tensor | None
+    """(keys,) int64: which token of the row each key is; None where the keys are the row itself."""
+
+
+def build_layout(segments: Sequence[Segment], device: torch.device) -> Layout:
+    """Lays out the segments of one row; they must cover it without gaps, in order."""
+    queries = torch.tensor([0, *(s.end for s in segments)], dtype=torch.int32, device=device)
+    keys = torch.tensor([0, *(s.keys for s in segments)], device=device).cumsum(0).to(torch.int32)
+    index = None
+    if any(s.prefix_end > s.prefix_start for s in segments):
+        ranges = [torch.arange(a, b) for s in segments for a, b in ((s.prefix_start, s.prefix_end), (s.start, s.end))]
+        index = torch.cat(ranges).to(device)
+    return Layout(tuple(segments), queries, keys, index)
+
+
+def flat_attention(  # the signature is transformers'
+    _module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    _attention_mask: torch.Tensor | None,
+    *,
+    layout: Layout,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one flat row, for transformers' attention interface.
+
+    Args:
+        query: (1, heads, tokens, head size).
+        key: (1, key/value heads, tokens, head size); fewer heads than queries are shared by groups of them.
+        value: As `key`.
+        layout: The row's segments.
+        scaling: Factor of the scores; 1/sqrt(head size) where it is None.
+
+    Returns:
+        (1, tokens, heads, head size) in the dtype of `query`, and None for the weights that are never formed.
+    """
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        return _varlen_kernel(query, key, value, layout, scaling), None
+    return _segment_by_segment(query, key, value, layout, scaling), None
+
+
+def _segment_by_segment(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scaling: float | None
+) -> torch.Tensor:
+    """The plain way: one call for each segment. Serves the CPU, and is the reference for the kernel."""
+    outputs = []
+    for s in layout.segments:
+        own = slice(s.start, s.end)
+        if s.prefix_end == s.prefix_start:
+            k, v, mask = key[:, :, own], value[:, :, own], None
+        else:
+            prefix = slice(s.prefix_start, s.prefix_end)
+            k = torch.cat([key[:, :, prefix], key[:, :, own]], dim=2)
+            v = torch.cat([value[:, :, prefix], value[:, :, own]], dim=2)
+            shape = (s.end - s.start, s.keys)
+            mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril(s.prefix_end - s.prefix_start)
+        out = scaled_dot_product_attention(
+            query[:, :, own], k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
+        )
+        outputs.append(out)
+    return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def _varlen_kernel(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scaling: float | None
+) -> torch.Tensor:
+    """One call of the variable-length flash kernel for all segments; causal from the last key backwards."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if layout.key_index is not None:
+        k, v = k[layout.key_index], v[layout.key_index]
+    longest_query = max(s.end - s.start for s in layout.segments)
+    longest_key = max(s.keys for s in layout.segments)
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    out = varlen_attn(
+        q, k, v, layout.queries, layout.keys, longest_query, longest_key, window_size=(-1, 0), scale=scaling
+    )
+    return out[None]
+
+
+def register() -> None:
+    """Makes `attn_implementation="flat"` known to transformers. Such a model runs with a `layout` only."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, flat_attention)

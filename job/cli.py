@@ -1,0 +1,118 @@
+"""The command line, and the one place where an exception becomes an exit code, a log line and a failure file."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from job import __version__, log
+from job.errors import JobError, SettingsError
+from job.platforms import Platform
+from job.settings import current_platform, describe, json_schema, load_settings
+
+USAGE = """\
+usage: qlora-job [run] [--GROUP.NAME VALUE ...]      the job (default)
+       qlora-job config [--GROUP.NAME VALUE ...]     the effective settings and where each came from
+       qlora-job config --schema                     JSON Schema of all settings
+
+Settings come from the command line, JOB_GROUP__NAME in the environment, SageMaker's hyperparameters.json, the file
+in JOB_CONFIG, the preset (--preset), and the defaults, in this order. `qlora-job config` lists them all.
+Try it without a GPU or a network: qlora-job run --preset demo
+
+exit codes: 0 done; 1 a bug; 2 settings; 3 gate not met; 65 data; 69 storage or hub unreachable (retry);
+            75 preempted (retry); 76 replaced by another attempt; 77 access denied
+"""
+
+FAILURE_CHARACTERS = 1024
+TERMINATION_BYTES = 4096
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    platform = current_platform()
+    try:
+        return _dispatch(words)
+    except Exception as error:  # noqa: BLE001 - this is the one handler
+        return _report(error, platform)
+
+
+def _dispatch(words: list[str]) -> int:
+    if words and words[0] in {"-h", "--help", "help"}:
+        sys.stdout.write(USAGE)
+        return 0
+    if words and words[0] == "--version":
+        sys.stdout.write(f"qlora-job {__version__}\n")
+        return 0
+    command = words.pop(0) if words and words[0] in COMMANDS else "run"
+    return COMMANDS[command](words)
+
+
+def _run(words: list[str]) -> int:
+    settings = load_settings(words)
+    log.configure(settings.log.format, settings.log.level, run=settings.run.id)
+    # cuBLAS reads it when CUDA starts; without it the same run gives other bits.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from job.preemption import stop_on_signals
+
+    with stop_on_signals() as stop:
+        from job.pipeline import run
+
+        run(settings, stop)
+    return 0
+
+
+def _config(words: list[str]) -> int:
+    if "--schema" in words:
+        sys.stdout.write(json.dumps(json_schema(), indent=2) + "\n")
+        return 0
+    rows = [(name, json.dumps(value), source) for name, value, source in describe(load_settings(words))]
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    for name, value, source in rows:
+        sys.stdout.write(f"{name:<{widths[0]}}  {value:<{min(widths[1], 60)}}  {source}\n")
+    return 0
+
+
+COMMANDS = {"run": _run, "train": _run, "config": _config}
+"""`train` is what SageMaker calls a training image with."""
+
+
+def _report(error: Exception, platform: Platform) -> int:
+    """Says what went wrong, where the platform looks for it, and returns the exit code."""
+    code = error.exit_code if isinstance(error, JobError) else JobError.exit_code
+    text = str(error) or type(error).__name__
+    logger = log.get_logger()
+    if isinstance(error, JobError):
+        logger.error(type(error).__name__, exit_code=code, meaning=error.meaning, **_details(error))
+    else:
+        logger.error("a bug: please report it with this traceback", exit_code=code, exc_info=error)
+    message = f"{type(error).__name__} (exit code {code}): {text}"
+    _leave(platform.failure_file, message[:FAILURE_CHARACTERS])
+    _leave(platform.termination_log, message.encode()[:TERMINATION_BYTES].decode(errors="ignore"))
+    return code
+
+
+def _details(error: JobError) -> dict[str, Any]:
+    """What the log line says beside the kind of error."""
+    problems = getattr(error, "problems", None)
+    if problems is None:
+        return {"why": str(error)}
+    return {"problems": [str(problem) for problem in problems], "total": getattr(error, "total", len(problems))}
+
+
+def _leave(path: Any, message: str) -> None:
+    """Writes the platform's failure file; a platform that does not take it must not hide the error itself."""
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(message, encoding="utf-8")
+    except OSError as error:
+        log.get_logger().warning("the platform's failure file cannot be written", path=str(path), why=str(error))
+
+
+__all__ = ["SettingsError", "main"]

@@ -1,0 +1,119 @@
+"""Everything the job can say no with, and the exit code that goes with it.
+
+    JobError                    1   a bug, and the base of the tree
+    ├── SettingsError           2   settings are wrong
+    ├── GateError               3   quality gate not met; results are published
+    ├── DataError              65   data is wrong
+    ├── Unreachable            69   storage or hub cannot be reached after retries
+    ├── Preempted              75   preempted, or stalled; the state is durable
+    ├── Replaced               76   another attempt owns this run
+    └── AccessDenied           77   access denied
+
+The table exists once, here. README, Kubernetes' podFailurePolicy and the SageMaker launcher are checked against
+`exit_codes()`. Codes 65 to 77 are those of BSD's sysexits.h where it has a matching one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+Retry = Literal["no", "yes", "yes, free", "counts against the limit"]
+
+MAX_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with what the user gave: where it is, what it is, and how to mend it."""
+
+    where: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}"
+
+
+class JobError(Exception):
+    """An error the job itself raises; everything else that escapes is a bug and ends with the same exit code, 1."""
+
+    exit_code: ClassVar[int] = 1
+    meaning: ClassVar[str] = "a bug"
+    retry: ClassVar[Retry] = "counts against the limit"
+
+
+class _ManyProblems(JobError):
+    """An error that reports all that is wrong at once (the first `MAX_SHOWN`, and their number).
+
+    `total` may exceed `len(problems)`: a reader that has seen enough keeps counting without keeping.
+    """
+
+    def __init__(self, problems: list[Problem], total: int | None = None) -> None:
+        self.problems = tuple(problems[:MAX_SHOWN])
+        self.total = len(problems) if total is None else total
+        lines = [str(problem) for problem in self.problems]
+        if self.total > len(self.problems):
+            lines.append(f"... and {self.total - len(self.problems)} more")
+        super().__init__("\n".join(lines))
+
+
+class SettingsError(_ManyProblems):
+    """The settings are wrong: unknown names, wrong types, impossible combinations."""
+
+    exit_code = 2
+    meaning = "settings are wrong"
+    retry = "no"
+
+
+class GateError(JobError):
+    """The adapter did not meet the quality gate. Raised after the results are published."""
+
+    exit_code = 3
+    meaning = "quality gate not met (results are published)"
+    retry = "no"
+
+
+class DataError(_ManyProblems):
+    """The data is wrong: a row without a field, of the wrong type, empty, broken or too long."""
+
+    exit_code = 65
+    meaning = "data is wrong"
+    retry = "no"
+
+
+class Unreachable(JobError):
+    """Storage or the hub did not answer, or not usefully, after all retries."""
+
+    exit_code = 69
+    meaning = "storage or hub cannot be reached after retries"
+    retry = "yes"
+
+
+class Preempted(JobError):
+    """The machine is being taken away, or the job made no progress; what was done is durable."""
+
+    exit_code = 75
+    meaning = "preempted, or stalled; the state is durable"
+    retry = "yes, free"
+
+
+class Replaced(JobError):
+    """Another attempt has taken this run's lease; this one may publish nothing more."""
+
+    exit_code = 76
+    meaning = "another attempt owns this run"
+    retry = "no"
+
+
+class AccessDenied(JobError):
+    """Storage or the hub answered, and refused: credentials or permissions are missing."""
+
+    exit_code = 77
+    meaning = "access denied"
+    retry = "no"
+
+
+def exit_codes() -> dict[int, tuple[str, Retry]]:
+    """The table of exit codes: code -> (meaning, whether to retry), in ascending order, 0 not included."""
+    kinds: list[type[JobError]] = [JobError, SettingsError, GateError, DataError, Unreachable, Preempted, Replaced, AccessDenied]
+    return {kind.exit_code: (kind.meaning, kind.retry) for kind in kinds}

@@ -1,0 +1,230 @@
+"""Evaluation by lm-eval: its tasks, prompts and metrics, with the scoring done on flat rows. Sole user of lm_eval."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from job.errors import DataError, Problem, SettingsError
+from job.formats import Fault, Row, find_file, read_rows
+from job.records import ChoiceScore, Question, TaskScores
+
+Scorer = Callable[[list[Question]], list[list[ChoiceScore]]]
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """The loaded tasks, and for each where its questions come from."""
+
+    loaded: Any
+    sources: Mapping[str, str]
+
+
+def load_tasks(names: Sequence[str], data: Mapping[str, Path], sources: Mapping[str, str]) -> Tasks:
+    """Loads lm-eval's tasks, from a local file in the task's own schema where one is given.
+
+    Args:
+        names: Tasks or groups of lm-eval that ask multiple-choice questions.
+        data: Local file of a task's questions, by task.
+        sources: What to call that file in messages and in the manifest, by task.
+
+    Raises:
+        SettingsError: A task is unknown, or does not ask multiple-choice questions.
+        DataError: A file does not fit its task.
+    """
+    from lm_eval.tasks import TaskManager
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    manager = TaskManager()
+    unknown = sorted({*names, *data} - set(manager.task_index))
+    if unknown:
+        raise SettingsError([_unknown_task(name, manager.task_index) for name in unknown])
+    rows = {name: _read_questions(data[name], sources[name]) for name in names if name in data}
+    loaded = manager.load([_with_rows(manager, name, rows[name]) if name in rows else name for name in names])
+    tasks = loaded["tasks"]
+    wrong = [name for name, task in tasks.items() if task.OUTPUT_TYPE != "multiple_choice"]
+    if wrong:
+        raise SettingsError([Problem("eval.tasks", f"{name} does not ask multiple-choice questions") for name in wrong])
+    problems = [problem for name in rows for problem in _misfits(tasks[name], rows[name])]
+    if problems:
+        raise DataError(problems)
+    return Tasks(loaded, {name: sources.get(name, str(task.config.dataset_path)) for name, task in tasks.items()})
+
+
+def _unknown_task(name: str, known: Iterable[str]) -> Problem:
+    near = get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return Problem("eval.tasks", f"lm-eval has no task {name!r}{hint}")
+
+
+def _read_questions(path: Path, name: str) -> list[Row]:
+    """All rows of a file of questions; a row that cannot be read is an error."""
+    rows = list(read_rows(find_file(str(path)), name))
+    faults = [Problem(row.where, row.what) for row in rows if isinstance(row, Fault)]
+    if faults or not rows:
+        raise DataError(faults or [Problem(name, "holds no questions")])
+    return [row for row in rows if isinstance(row, Row)]
+
+
+def _with_rows(manager: Any, name: str, rows: Sequence[Row]) -> dict[str, Any]:
+    """The task's own configuration, its questions replaced by `rows`."""
+    from datasets import Dataset
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    config = load_yaml(manager.task_index[name].yaml_path, resolve_func=True)
+    split = config.get("test_split") or config.get("validation_split")
+    unused = dict.fromkeys(("training_split", "fewshot_split", "validation_split"))
+    return {
+        **config,
+        **unused,
+        "test_split": split,
+        "custom_dataset": lambda **_: {split: Dataset.from_list([row.fields for row in rows])},
+    }
+
+
+def _misfits(task: Any, rows: Sequence[Row]) -> Iterator[Problem]:
+    """Rows that the task cannot make a question of."""
+    for row, doc in zip(rows, task.eval_docs, strict=True):
+        try:
+            choices, gold = task.doc_to_choice(doc), int(task.doc_to_target(doc))
+            fits = bool(task.doc_to_text(doc)) and all(choices) and 0 <= gold < len(choices)
+        except Exception as error:  # noqa: BLE001 - templates and code of a task raise whatever they like
+            yield Problem(row.where, f"does not fit the task {task.task_name}: {type(error).__name__}: {error}")
+        else:
+            if not fits:
+                yield Problem(row.where, f"has no question, an empty choice, or no right one for {task.task_name}")
+
+
+def evaluate(
+    tasks: Tasks, tokenizer: Any, score: Scorer, *, limit: int | None
+) -> dict[str, tuple[TaskScores, list[dict[str, Any]]]]:
+    """Runs the tasks zero-shot.
+
+    Args:
+        tasks: From `load_tasks`.
+        tokenizer: The model's.
+        score: Scores all questions, in order.
+        limit: Questions of each task, from the first; None for all.
+
+    Returns:
+        By task: its figures, and one record a question (see `_question_record`).
+    """
+    import lm_eval
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # lm-eval's own, of no use to the user
+        results = lm_eval.evaluate(
+            lm=_flat_lm(tokenizer, score), task_dict=_zero_shot(tasks.loaded), limit=limit, bootstrap_iters=0
+        )
+    return {
+        name: _task_result(task, tasks.sources[name], results["samples"][name])
+        for name, task in tasks.loaded["tasks"].items()
+    }
+
+
+def _zero_shot(loaded: Any) -> Any:
+    """The tasks without examples in the prompt, each ready to be run again."""
+    for task in loaded["tasks"].values():
+        task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=0)
+        task._instances = None  # noqa: SLF001 - lm-eval appends to the instances of an earlier run otherwise
+    return loaded
+
+
+def _flat_lm(tokenizer: Any, score: Scorer) -> Any:
+    """An lm-eval model that answers log-likelihood requests by `score`, tokenizing as lm-eval's own HFLM does."""
+    from lm_eval.api.model import TemplateLM
+
+    class FlatLM(TemplateLM):  # type: ignore[misc]
+        """Defined here because its base is a heavy import."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokenizer = tokenizer
+            self.backend = "causal"
+
+        @property
+        def eot_token_id(self) -> int:
+            return int(tokenizer.eos_token_id)
+
+        @property
+        def prefix_token_id(self) -> int:
+            return int(tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id)
+
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:  # noqa: FBT001
+            special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+            return list(tokenizer.encode(string, **special))
+
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:  # noqa: ARG002, FBT001, FBT002
+            return super().loglikelihood(requests, disable_tqdm=True)
+
+        def _loglikelihood_tokens(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:  # noqa: ARG002, FBT001, FBT002
+            grouped = [list(group) for _, group in groupby(requests, key=lambda request: request[1])]
+            questions = [Question(tuple(g[0][1]), tuple(tuple(request[2]) for request in g)) for g in grouped]
+            return [(s.log_likelihood, s.greedy) for scores in score(questions) for s in scores]
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:  # noqa: ARG002, FBT001, FBT002
+            raise SettingsError([Problem("eval.tasks", "only multiple-choice tasks can be evaluated")])
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:  # noqa: ARG002, FBT001, FBT002
+            raise SettingsError([Problem("eval.tasks", "only multiple-choice tasks can be evaluated")])
+
+    return FlatLM()
+
+
+def _task_result(task: Any, source: str, samples: list[dict[str, Any]]) -> tuple[TaskScores, list[dict[str, Any]]]:
+    """Figures and records of one task, from lm-eval's samples."""
+    from lm_eval.utils import hash_string
+
+    from job.statistics import standard_error
+
+    samples = sorted(samples, key=lambda sample: sample["doc_id"])
+    records = [_question_record(task, sample) for sample in samples]
+    correct = tuple(bool(sample["acc"]) for sample in samples)
+    normalized = tuple(bool(sample["acc_norm"]) for sample in samples) if "acc_norm" in samples[0] else None
+    scores = TaskScores(
+        task=task.task_name,
+        source=source,
+        task_hash=hash_string("".join(s["doc_hash"] + s["prompt_hash"] + s["target_hash"] for s in samples)),
+        version=str(task.VERSION),
+        n=len(samples),
+        acc=sum(correct) / len(correct),
+        stderr=standard_error(correct),
+        acc_norm=sum(normalized) / len(normalized) if normalized else None,
+        acc_norm_stderr=standard_error(normalized) if normalized else None,
+        correct=correct,
+        correct_norm=normalized,
+    )
+    return scores, records
+
+
+def _question_record(task: Any, sample: dict[str, Any]) -> dict[str, Any]:
+    """One question: everything needed to score it again (log-likelihoods in nats, lengths in characters)."""
+    doc = sample["doc"]
+    likelihoods = [response[0] for response in sample["filtered_resps"]]
+    lengths = [len(choice) for choice in task.doc_to_choice(doc)]
+    normalized = [value / length for value, length in zip(likelihoods, lengths, strict=False)]
+    return {
+        "id": str(doc.get("id", sample["doc_id"])),
+        "doc_hash": sample["doc_hash"],
+        "log_likelihoods": likelihoods,
+        "choice_lengths": lengths,
+        "prediction": likelihoods.index(max(likelihoods)),
+        "prediction_norm": normalized.index(max(normalized)),
+        "gold": sample["target"],
+        "acc": sample["acc"],
+        "acc_norm": sample.get("acc_norm"),
+    }
+
+
+def write_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Writes one JSON line a question."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")

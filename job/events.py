@@ -1,0 +1,22 @@
+"""TensorBoard events of a run, from its metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from job.records import StepMetrics
+
+
+def write_events(folder: Path, history: Sequence[StepMetrics]) -> None:
+    """Writes loss, learning rate, gradient norm, speed and memory by step, for `tensorboard --logdir`."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(folder)) as writer:
+        for metrics in history:
+            writer.add_scalar("train/loss", metrics.loss, metrics.step)
+            writer.add_scalar("train/learning_rate", metrics.learning_rate, metrics.step)
+            writer.add_scalar("train/grad_norm", metrics.grad_norm, metrics.step)
+            for name, value in metrics.measured.items():
+                if value is not None:
+                    writer.add_scalar(f"measured/{name}", value, metrics.step)

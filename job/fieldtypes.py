@@ -1,0 +1,152 @@
+"""The kinds of value a setting can have: strict about meaning, lenient about spelling.
+
+Most settings arrive as text (environment, command line, SageMaker), so every kind reads text. No message here repeats
+the value: a secret that landed in the wrong variable must not travel on into logs and failure files.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+_TRUTH = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+_DEPTH = 2  # group and name; what lies deeper is an item of a value
+_ARCHIVES = {"GLACIER", "DEEP_ARCHIVE"}
+
+T = TypeVar("T")
+
+
+def _blank_is_none(value: object) -> object:
+    return None if isinstance(value, str) and not value.strip() else value
+
+
+def _flag(value: object) -> bool:
+    truth = _TRUTH.get(str(value).strip().lower()) if isinstance(value, (bool, int, str)) else None
+    if truth is None:
+        raise ValueError("must be true or false (1/0, yes/no and on/off will do)")
+    return truth
+
+
+def _no_flag(value: object) -> object:
+    if value is True or value is False:
+        raise ValueError("must be a number, not true or false")
+    return value
+
+
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("has line breaks or control characters in it; remove them")
+    return text
+
+
+def _items(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    if value.lstrip().startswith(("[", "{")):
+        return _parsed(value)
+    return [item.strip() for item in value.split(",")] if value.strip() else []
+
+
+def _unique(values: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError("names the same thing twice; drop one")
+    return values
+
+
+def _pairs(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    if value.lstrip().startswith("{"):
+        return _parsed(value)
+    pairs = [item.partition("=") for item in value.split(",")] if value.strip() else []
+    if not all(equals for _, equals, _ in pairs):
+        raise ValueError("must be name=value pairs with commas between them, or a JSON object")
+    if len({name.strip() for name, _, _ in pairs}) < len(pairs):
+        raise ValueError("names the same thing twice; drop one")
+    return {name.strip(): item.strip() for name, _, item in pairs}
+
+
+def _parsed(text: str) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError("begins like JSON but is not valid JSON; correct it") from None
+
+
+def _location(text: str) -> str:
+    """A path or hub id as it is; an `s3://bucket/key` URI checked, without the slash at its end."""
+    if text.startswith("~"):
+        raise ValueError("~ is not expanded here; write the whole path")
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        return text
+    if scheme != "s3":
+        raise ValueError("of all URIs only s3://bucket/key is understood; else give a path")
+    bucket, _, key = rest.rstrip("/").partition("/")
+    if not _BUCKET.fullmatch(bucket):
+        raise ValueError("after s3:// comes a bucket: 3 to 63 lower-case letters, digits, dots and hyphens")
+    if key and any(part in ("", ".", "..") for part in key.split("/")):
+        raise ValueError("the key after the bucket has an empty part, '.' or '..' in it; remove it")
+    return f"s3://{bucket}/{key}".rstrip("/")
+
+
+def _local(text: str) -> str:
+    if "://" in text:
+        raise ValueError("must be a local path, not a URI")
+    return _location(text)
+
+
+def _endpoint(text: str) -> str:
+    try:
+        parts = urlsplit(text)
+        fine = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # brackets or a port that are none
+        fine = False
+    if not fine or "@" in text or "?" in text or "#" in text:
+        raise ValueError("must be http(s)://host[:port], without user, password, query or fragment")
+    return text
+
+
+def _readable_class(text: str) -> str:
+    if text in _ARCHIVES:
+        raise ValueError("objects in an archive cannot be read back at once, so no checkpoint could be resumed")
+    return text
+
+
+Maybe = Annotated[T | None, BeforeValidator(_blank_is_none)]
+"""An optional value; empty text means none."""
+Flag = Annotated[bool, BeforeValidator(_flag)]
+Whole = Annotated[int, BeforeValidator(_no_flag), Field(ge=0, lt=2**32)]
+Count = Annotated[int, BeforeValidator(_no_flag), Field(gt=0, lt=2**32)]
+Real = Annotated[float, BeforeValidator(_no_flag)]
+Positive = Annotated[Real, Field(gt=0)]
+NotNegative = Annotated[Real, Field(ge=0)]
+Seconds = Annotated[Real, Field(gt=0, le=30 * 86400)]
+Text = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_printable)]
+RunId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+Location = Annotated[Text, AfterValidator(_location)]
+LocalPath = Annotated[Text, AfterValidator(_local)]
+Endpoint = Annotated[Text, AfterValidator(_endpoint)]
+StorageClass = Annotated[Text, AfterValidator(_readable_class)]
+Names = Annotated[tuple[Text, ...], BeforeValidator(_items), Field(min_length=1), AfterValidator(_unique)]
+Locations = Annotated[Mapping[Text, Location], BeforeValidator(_pairs)]
+
+
+def explain(error: Mapping[str, Any]) -> str:
+    """What is wrong and how to mend it, from one of pydantic's error records; never the value itself."""
+    kind, context = error["type"], error.get("ctx", {})
+    if kind == "value_error":
+        return str(context["error"])
+    if kind == "literal_error":
+        return f"must be {context['expected']}"
+    if kind == "string_pattern_mismatch":
+        return "must begin with a letter or digit and hold at most 128 letters, digits, '.', '_' and '-'"
+    what = re.sub(r"^\w+ should|, unable to parse.*| after validation.*", "", error["msg"]).strip()
+    what = f"must {what}" if " should " in error["msg"] else f"is wrong: {what}"
+    return what if len(error["loc"]) <= _DEPTH else f"holds an item that {what}"

@@ -1,0 +1,146 @@
+"""The Hugging Face hub: rows of a data set at a pinned commit, and what its errors mean to the job.
+
+Credentials come by the hub's own names (HF_TOKEN, a login); its client reads them, and retries by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http import HTTPStatus
+from pathlib import Path
+
+from job.errors import AccessDenied, DataError, JobError, Problem, Unreachable
+from job.formats import Row, Rows
+
+# By name: which of the HTTP libraries it is depends on the version of the hub's client.
+_TRANSPORTS = {"httpx", "httpx2", "httpcore", "requests", "urllib3", "aiohttp"}
+_REFUSED = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
+_TRANSIENT = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS}
+
+
+def open_dataset(source: str, revision: str, split: str, name: str) -> tuple[str, Rows]:
+    """A hub data set at a pinned revision. Code that a data set ships is never run.
+
+    Args:
+        source: Hub id, `[namespace/]name`.
+        revision: Commit, tag or branch.
+        split: Such as `train`, or a slice of it: `train[:1000]`.
+        name: What to call the data set in messages.
+
+    Returns:
+        The commit that the revision resolved to, and the rows of the split in order.
+
+    Raises:
+        Unreachable: The hub did not answer.
+        AccessDenied: The data set is gated, private, or does not exist for these credentials.
+        DataError: No such data set, revision or split, or its files cannot be read.
+    """
+    from datasets import load_dataset_builder
+    from huggingface_hub import HfApi
+
+    with _hub_errors(f"data set {name}"):
+        commit = HfApi().resolve_revision(source, repo_type="dataset", revision=revision).resolved
+        builder = load_dataset_builder(source, revision=commit)
+        # Where the hub does not answer, `datasets` falls back on whichever revision its cache holds.
+        if builder.hash != commit:
+            raise Unreachable(f"data set {name}: the hub did not answer, and the cache holds another revision")
+        builder.download_and_prepare()
+        rows = builder.as_dataset(split=split)
+    return commit, (Row(f"{name}:row {number}", fields) for number, fields in enumerate(rows, 1))
+
+
+MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.jinja")
+"""What is fetched of a model: no pickled weights, no code."""
+
+
+def download_model(source: str, revision: str | None) -> tuple[Path, str | None]:
+    """The folder of a model: the path itself, or the hub's files in the local cache.
+
+    Args:
+        source: A path to a folder in the hub's layout, or a hub id.
+        revision: Commit, tag or branch of a hub id; None for its newest commit.
+
+    Returns:
+        The folder, and the commit that the revision resolved to (None for a path).
+
+    Raises:
+        Unreachable: The hub did not answer.
+        AccessDenied: The model is gated, private, or does not exist for these credentials.
+        DataError: No such path, model or revision.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return path, None
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise DataError([Problem("model.id", f"{source} is not a folder")])
+    from huggingface_hub import HfApi, snapshot_download
+
+    with _hub_errors(f"model {source}"):
+        commit = str(HfApi().resolve_revision(source, repo_type="model", revision=revision))
+        folder = snapshot_download(source, revision=commit, allow_patterns=list(MODEL_FILES))
+    return Path(folder), commit
+
+
+@contextmanager
+def _hub_errors(name: str) -> Iterator[None]:
+    """Turns an error of the hub's libraries into the job's. What is not about the hub passes unchanged."""
+    try:
+        yield
+    except JobError:
+        raise
+    except Exception as error:
+        # The cause says more than what it is wrapped in: a failed download surfaces as a failed generation.
+        known = (_answer(cause, name) or _silence(cause, name) for cause in reversed(list(_causes(error))))
+        translated = next(filter(None, known), None) or _content(error, name)
+        if translated is None:
+            raise
+        raise translated from error
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _answer(error: BaseException, name: str) -> JobError | None:
+    """The hub answered, with an error."""
+    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub import errors as hub
+
+    denied = AccessDenied(f"{name}: does not exist, or is not open to this HF_TOKEN (private, or gated)")
+    if isinstance(error, DatasetNotFoundError):
+        # Here `datasets` has dropped the HTTP error and left only its words.
+        refused = "gated" in str(error) or "cannot be accessed" in str(error)
+        return denied if refused else DataError([Problem(name, "not found on the hub at this revision")])
+    if not isinstance(error, hub.HfHubHTTPError) or isinstance(error, hub.RemoteEntryNotFoundError):
+        return None  # a file that is not there is no verdict on the data set
+    status = error.response.status_code
+    if status in _REFUSED or isinstance(error, hub.RepositoryNotFoundError | hub.DisabledRepoError):
+        return denied
+    if status in _TRANSIENT or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        return Unreachable(f"{name}: the hub answered with HTTP {status}")
+    return DataError([Problem(name, f"not found on the hub at this revision (HTTP {status})")])
+
+
+def _silence(error: BaseException, name: str) -> JobError | None:
+    """The hub did not answer."""
+    from huggingface_hub.errors import LocalEntryNotFoundError, RevisionResolutionError
+
+    silent = ConnectionError | TimeoutError | LocalEntryNotFoundError | RevisionResolutionError
+    transport = type(error).__module__.split(".")[0] in _TRANSPORTS and not hasattr(error, "response")
+    # A bare FileNotFoundError is how `datasets` words a download that failed, after dropping its cause.
+    if transport or isinstance(error, silent) or type(error) is FileNotFoundError:
+        return Unreachable(f"{name}: the hub cannot be reached ({type(error).__name__})")
+    return None
+
+
+def _content(error: Exception, name: str) -> JobError | None:
+    """The hub gave what it has, and that is not usable: no such split, several configurations, a loading script."""
+    from datasets.exceptions import DatasetsError
+
+    if isinstance(error, DatasetsError | FileNotFoundError | ValueError | RuntimeError):
+        first_line = (str(error).splitlines() or [""])[0]
+        return DataError([Problem(name, f"cannot be read: {first_line[:200]}")])
+    return None

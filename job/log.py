@@ -1,0 +1,138 @@
+"""Logging: JSON lines for machines, readable lines and a progress bar for a person at a terminal.
+
+Everything goes through the standard library's root logger, so that lines of libraries carry the run, the attempt and
+the stage like our own. Logs go to stderr; stdout is for results.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol, TextIO
+
+import structlog
+
+QUIET = ("lm_eval", "bitsandbytes", "trl", "datasets", "httpx", "urllib3", "botocore", "filelock", "absl", "accelerate")
+
+
+class _CurrentStderr(logging.StreamHandler[TextIO]):
+    """Writes to whatever `sys.stderr` is now: a progress bar puts itself there to keep lines and bar apart."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
+def configure(log_format: str, level: str, **context: Any) -> None:
+    """Sets up logging for this process; `context` (run, attempt) is on every line.
+
+    Args:
+        log_format: `json`, `console`, or `auto`: console where stderr is a terminal.
+        level: Threshold for our own lines; libraries are heard from `warning` on.
+        context: Bound to every line.
+    """
+    shared: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    as_json = log_format == "json" or (log_format == "auto" and not sys.stderr.isatty())
+    renderer: list[structlog.typing.Processor] = (
+        [structlog.processors.ExceptionRenderer(structlog.tracebacks.ExceptionDictTransformer(show_locals=False)), structlog.processors.JSONRenderer()]
+        if as_json
+        else [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=32)]
+    )
+    handler = _CurrentStderr()
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *renderer],
+        )
+    )
+    logging.root.handlers[:] = [handler]
+    logging.root.setLevel(logging.WARNING)
+    logging.getLogger("job").setLevel(level.upper())
+    for name in QUIET:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.captureWarnings(capture=True)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # libraries talking to their own developers
+    os.environ["TQDM_DISABLE"] = "1"  # progress is ours to show
+    os.environ["TRANSFORMERS_VERBOSITY"] = os.environ["DATASETS_VERBOSITY"] = "error"
+    structlog.configure(
+        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=False,
+    )
+    structlog.contextvars.clear_contextvars()
+    structlog.contextvars.bind_contextvars(**context)
+
+
+def get_logger() -> structlog.stdlib.BoundLogger:
+    """The job's logger."""
+    logger: structlog.stdlib.BoundLogger = structlog.get_logger("job")
+    return logger
+
+
+def bind(**context: Any) -> None:
+    """Adds to what is on every line."""
+    structlog.contextvars.bind_contextvars(**context)
+
+
+@contextmanager
+def stage(name: str) -> Iterator[None]:
+    """Lines within carry the stage's name."""
+    with structlog.contextvars.bound_contextvars(stage=name):
+        yield
+
+
+class Progress(Protocol):
+    """Told how far a stage is."""
+
+    def __call__(self, done: int, **figures: Any) -> None:
+        """`done` of the total; `figures` are shown beside it."""
+
+
+@contextmanager
+def progress(what: str, total: int, every: int = 1) -> Iterator[Progress]:
+    """A bar at a terminal; elsewhere a log line every `every` units, and one for the last.
+
+    Args:
+        what: Name of the unit, for the line and the bar.
+        total: Units in all.
+        every: Units between two lines.
+    """
+    logger = get_logger()
+    console = any(isinstance(h, _CurrentStderr) for h in logging.root.handlers) and sys.stderr.isatty()
+    if console and logging.getLogger("job").isEnabledFor(logging.INFO):
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Bar(*columns, TextColumn("{task.fields[figures]}"), console=Console(stderr=True)) as bar:
+            task = bar.add_task(what, total=total, figures="")
+
+            def draw(done: int, **figures: Any) -> None:
+                bar.update(task, completed=done, figures="  ".join(f"{k} {_short(v)}" for k, v in figures.items()))
+
+            yield draw
+        return
+
+    reported = 0
+
+    def tell(done: int, **figures: Any) -> None:
+        nonlocal reported
+        if done - reported >= every or done == total:
+            reported = done
+            logger.info(what, done=done, total=total, **figures)
+
+    yield tell
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

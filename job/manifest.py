@@ -1,0 +1,257 @@
+"""`results.json`: everything the run claims, with what is needed to check it. Validated before it is published."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from job import statistics
+from job.records import Artifact, AttemptRecord, DatasetRecord, ModelRecord, TaskScores, TrainingRecord
+
+SCHEMA = Path(__file__).with_name("results.schema.json")
+PACKAGES = (
+    "accelerate bitsandbytes boto3 datasets lm-eval numpy peft safetensors tokenizers torch transformers trl"
+).split()
+
+
+def build(
+    *,
+    run_id: str,
+    settings: Mapping[str, Any],
+    attempts: Sequence[AttemptRecord],
+    finished: str,
+    model: ModelRecord,
+    dataset: DatasetRecord,
+    training: TrainingRecord,
+    base: Mapping[str, TaskScores],
+    adapter: Mapping[str, TaskScores],
+    gate_metric: str,
+    gate_reasons: Sequence[str] | None,
+    artifacts: Sequence[Artifact],
+    image_digest: str | None,
+    usd_per_hour: float | None,
+) -> dict[str, Any]:
+    """Puts the manifest together; `gate_reasons` is None where no gate was set."""
+    seconds = sum(sum(attempt.stage_seconds.values()) for attempt in attempts)
+    repeated = sum(attempt.repeated_steps for attempt in attempts)
+    return _plain(
+        {
+            "schema_version": "1.0",
+            "run": {
+                "id": run_id,
+                "status": "complete",
+                "attempts": [asdict(attempt) for attempt in attempts],
+                "started": attempts[0].started,
+                "finished": finished,
+            },
+            "settings": settings,
+            "model": asdict(model),
+            "dataset": asdict(dataset),
+            "training": asdict(training),
+            "evaluation": {
+                "harness": {"name": "lm-eval", "version": metadata.version("lm-eval")},
+                "tasks": compare_tasks(base, adapter),
+            },
+            "gate": {
+                "metric": gate_metric,
+                "passed": None if gate_reasons is None else not gate_reasons,
+                "reasons": list(gate_reasons or []),
+            },
+            "artifacts": [asdict(artifact) for artifact in sorted(artifacts, key=lambda a: a.path)],
+            "hardware": hardware(),
+            "software": {
+                "python": platform.python_version(),
+                "packages": software(),
+                "git": git_commit(),
+                "image_digest": image_digest,
+            },
+            "cost": {
+                "seconds": seconds,
+                "usd": None if usd_per_hour is None else usd_per_hour * seconds / 3600,
+                "goodput": None,
+                "repeated_steps": repeated,
+            },
+        }
+    )
+
+
+def compare_tasks(base: Mapping[str, TaskScores], adapter: Mapping[str, TaskScores]) -> dict[str, Any]:
+    """Base and adapter side by side for each task, with Holm's correction over the tasks."""
+    plain = {name: statistics.compare(base[name].correct, adapter[name].correct) for name in adapter}
+    normal = {
+        name: statistics.compare(before, after)
+        for name in adapter
+        if (before := base[name].correct_norm) is not None and (after := adapter[name].correct_norm) is not None
+    }
+    holm = dict(zip(plain, statistics.holm([c.mcnemar_p for c in plain.values()]), strict=True))
+    holm_norm = dict(zip(normal, statistics.holm([c.mcnemar_p for c in normal.values()]), strict=True))
+    return {
+        name: {
+            "source": scores.source,
+            "task_hash": scores.task_hash,
+            "version": scores.version,
+            "n": scores.n,
+            "base": _scores(base[name]),
+            "adapter": _scores(scores),
+            **_comparison(plain[name], holm[name]),
+            "acc_norm": _comparison(normal[name], holm_norm[name]) if name in normal else None,
+        }
+        for name, scores in adapter.items()
+    }
+
+
+def _scores(scores: TaskScores) -> dict[str, Any]:
+    return {key: getattr(scores, key) for key in ("acc", "stderr", "acc_norm", "acc_norm_stderr", "reused_from")}
+
+
+def _comparison(comparison: statistics.Comparison, holm_p: float) -> dict[str, Any]:
+    """The manifest's part of a comparison; its verdict is about the corrected p, and so holds for all tasks at once."""
+    kept = asdict(comparison)
+    for key in ("n", "base", "adapter"):
+        del kept[key]
+    return {**kept, "holm_p": holm_p, "verdict": statistics.verdict(holm_p, comparison.ci95)}
+
+
+def gate(
+    tasks: Mapping[str, Any], metric: str, min_delta: float | None, max_regression: float | None
+) -> list[str] | None:
+    """Why the adapter does not pass, by the interval and not by the point; None where no gate was set.
+
+    Args:
+        tasks: `evaluation.tasks` of a manifest.
+        metric: `acc` or `acc_norm`.
+        min_delta: The gain has to be at least this, with 97.5 % confidence.
+        max_regression: The loss has to be at most this, with the same confidence.
+    """
+    if min_delta is None and max_regression is None:
+        return None
+    reasons = []
+    for name, task in tasks.items():
+        found = task if metric == "acc" else task[metric]
+        if found is None:
+            reasons.append(f"{name} has no {metric}")
+            continue
+        low = found["ci95"][0]
+        if min_delta is not None and low < min_delta:
+            reasons.append(f"{name}: {metric} may have gained only {low:+.4f}, the gate asks for {min_delta:+.4f}")
+        if max_regression is not None and low < -max_regression:
+            reasons.append(f"{name}: {metric} may have lost {-low:.4f}, the gate allows {max_regression:.4f}")
+    return reasons
+
+
+def validate(results: Mapping[str, Any]) -> None:
+    """Checks a manifest against the shipped schema.
+
+    Raises:
+        ValueError: With the places that do not fit.
+    """
+    import jsonschema
+
+    schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
+    checker = jsonschema.Draft202012Validator.FORMAT_CHECKER
+    errors = list(jsonschema.Draft202012Validator(schema, format_checker=checker).iter_errors(results))
+    if errors:
+        raise ValueError("\n".join(f"{'.'.join(map(str, error.absolute_path))}: {error.message}" for error in errors))
+
+
+def software() -> dict[str, str]:
+    """Versions of the packages that can change a result."""
+    return {name: metadata.version(name) for name in PACKAGES}
+
+
+def hardware() -> dict[str, Any]:
+    """The machine, as far as it can change a result."""
+    import psutil
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())] if on_gpu else []
+    return {
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cpu": _cpu_name(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpus": [
+            {"name": d.name, "memory_bytes": d.total_memory, "capability": f"{d.major}.{d.minor}"} for d in devices
+        ],
+        "driver": _driver() if on_gpu else None,
+        "cuda": torch.version.cuda if on_gpu else None,
+    }
+
+
+def _cpu_name() -> str:
+    """The processor's own name where Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return next(filter(None, names), platform.processor() or platform.machine())
+
+
+def _driver() -> str | None:
+    """Version of the NVIDIA driver."""
+    answer = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return answer.splitlines()[0] if answer else None
+
+
+def git_commit() -> str | None:
+    """The commit of the code, from the image's build where it says so, else from the checkout."""
+    stamp = Path(__file__).with_name("COMMIT")
+    if stamp.exists():
+        return stamp.read_text(encoding="utf-8").strip() or None
+    root = Path(__file__).parent.parent
+    return _output("git", "-C", str(root), "rev-parse", "HEAD") if (root / ".git").exists() else None
+
+
+def _output(*command: str) -> str | None:
+    """What a program prints; None where it is missing or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)  # noqa: S603
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def _plain(value: Any) -> Any:
+    """Tuples become lists, as in the JSON that will be read back."""
+    return json.loads(json.dumps(value, allow_nan=False))
+
+
+def summary(results: Mapping[str, Any], where: str) -> list[str]:
+    """What happened and where the files are, in five lines for a person."""
+    training, cost = results["training"], results["cost"]
+    lines = [
+        f"{results['model']['id']} + LoRA, {training['steps']} steps on {results['dataset']['rows']:,} examples, "
+        f"loss {training['loss']:.3f}, {training['tokens_per_second'] or 0:,.0f} target tokens/s"
+    ]
+    for name, task in results["evaluation"]["tasks"].items():
+        low, high = (100 * bound for bound in task["ci95"])
+        lines.append(
+            f"{name}, {task['n']:,} questions: accuracy {100 * task['base']['acc']:.2f} % -> "
+            f"{100 * task['adapter']['acc']:.2f} % ({100 * task['delta']:+.2f}, 95 % interval {low:+.2f} to {high:+.2f})"
+        )
+        lines.append(
+            f"verdict: {task['verdict']}, {task['improved']} questions better and {task['regressed']} worse, "
+            f"McNemar p = {task['mcnemar_p']:.2g}"
+        )
+    usd = "" if cost["usd"] is None else f", ${cost['usd']:.2f}"
+    attempts = len(results["run"]["attempts"])
+    lines.append(f"{cost['seconds']:.0f} s in {attempts} attempt{'s' if attempts > 1 else ''}{usd}")
+    lines.append(f"results: {where}")
+    return lines
+
+
+def tell(lines: Sequence[str]) -> None:
+    """Prints to stdout, where results go."""
+    sys.stdout.write("\n".join(lines) + "\n")
+    sys.stdout.flush()

@@ -1,0 +1,56 @@
+"""Where the job runs, and where things lie there: plain Docker, a Kubernetes pod or a SageMaker training job."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+# Kubernetes puts these into a pod unasked: the index of an Indexed Job, and links to every Service whose name begins
+# with "job" (JOB_TRACKER_SERVICE_HOST, JOB_TRACKER_PORT_443_TCP_ADDR). They are no settings of ours.
+_SET_BY_KUBERNETES = re.compile(
+    r"JOB_COMPLETION_INDEX|JOB_(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)",
+)
+
+
+@dataclass(frozen=True)
+class Platform:
+    """What the place gives the job, and where it wants to read how the job ended.
+
+    Attributes:
+        name: Which platform it is.
+        hyperparameters: JSON file with settings; it may not exist.
+        failure_file: Takes the reason of a failure; SageMaker shows the first 1,024 characters.
+        termination_log: Takes the last words of the container; Kubernetes shows at most 4,096 bytes.
+        run_id: The platform's own name for this run, the same after every restart; None where it has none.
+    """
+
+    name: Literal["docker", "kubernetes", "sagemaker"]
+    hyperparameters: Path | None = None
+    failure_file: Path | None = None
+    termination_log: Path | None = None
+    run_id: str | None = None
+
+    def sets(self, variable: str) -> bool:
+        """Whether the platform itself sets this environment variable, although it begins with `JOB_`."""
+        return self.name == "kubernetes" and _SET_BY_KUBERNETES.fullmatch(variable) is not None
+
+
+def detect(environ: Mapping[str, str]) -> Platform:
+    """The platform that an environment belongs to; plain Docker (or no container at all) when nothing says otherwise.
+
+    A pod has no `run_id`: its name changes with every retry, so the Job's template has to give `JOB_RUN__ID`.
+    """
+    if environ.get("TRAINING_JOB_NAME"):
+        base = Path(environ.get("SAGEMAKER_BASE_DIR") or "/opt/ml")  # the SageMaker toolkit's own name for it
+        return Platform(
+            name="sagemaker",
+            hyperparameters=base / "input/config/hyperparameters.json",
+            failure_file=base / "output/failure",
+            run_id=environ["TRAINING_JOB_NAME"],
+        )
+    if environ.get("KUBERNETES_SERVICE_HOST"):
+        return Platform(name="kubernetes", termination_log=Path("/dev/termination-log"))
+    return Platform(name="docker")

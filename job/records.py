@@ -1,0 +1,135 @@
+"""Frozen values that the rooms hand to each other. No torch, no behaviour beyond what a value knows of itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenized training example.
+
+    `targets[i]` says whether token `i` is learned, that is predicted from the tokens before it; the first never is.
+    """
+
+    input_ids: tuple[int, ...]
+    targets: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class DatasetRecord:
+    """What was trained on. `sha256` covers the selected, rendered and tokenized examples in order."""
+
+    source: str
+    revision: str | None
+    split: str | None
+    format: str
+    rows: int
+    skipped: dict[str, int]
+    sha256: str
+    tokens: int
+    target_tokens: int
+    longest: int
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """The base model and the size of the adapter on it. `sha256` covers the model's files."""
+
+    id: str
+    revision: str | None
+    sha256: str
+    architecture: str
+    quantization: str
+    double_quantization: bool
+    dtype: str
+    parameters: int
+    trainable_parameters: int
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """What training did, over all attempts. `loss` is the mean over the target tokens of the last epoch's steps."""
+
+    steps: int
+    examples: int
+    target_tokens: int
+    loss: float
+    tokens_per_second: float | None
+    seconds: float
+    peak_memory_bytes: int | None
+    optimizer: str
+    global_batch_size: int
+    micro_batch_tokens: int
+    substitutions: list[str]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One multiple-choice question for scoring: token ids of the context and of each choice after it."""
+
+    context: tuple[int, ...]
+    choices: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class ChoiceScore:
+    """Natural log-likelihood of a choice given its context, and whether greedy decoding would have said it."""
+
+    log_likelihood: float
+    greedy: bool
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """One task, one model: the figures, and the file that holds the answer to each question."""
+
+    task: str
+    source: str
+    task_hash: str
+    version: str
+    n: int
+    acc: float
+    stderr: float
+    acc_norm: float | None
+    acc_norm_stderr: float | None
+    correct: tuple[bool, ...]
+    correct_norm: tuple[bool, ...] | None
+    reused_from: str | None = None
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A published file: key below the run, size, hash. `facts_sha256` leaves out what a clock measured."""
+
+    path: str
+    bytes: int
+    sha256: str
+    facts_sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One logging step: facts that every identical run repeats, and under `measured` what a clock or a meter said."""
+
+    step: int
+    epoch: float
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    examples: int
+    target_tokens: int
+    measured: dict[str, float | int | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class AttemptRecord:
+    """One start of the run. `finished` is None where it was killed without notice. Times are RFC 3339 in UTC."""
+
+    number: int
+    started: str
+    finished: str | None
+    outcome: str
+    stage_seconds: dict[str, float]
+    steps: int
+    repeated_steps: int

@@ -1,0 +1,73 @@
+"""A client for S3 that neither hangs nor gives up early: bounded times, repeated requests, refreshed credentials."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import boto3
+import botocore.session
+from botocore.config import Config
+from botocore.exceptions import ReadTimeoutError
+from botocore.response import StreamingBody
+
+from job.errors import Problem, SettingsError
+from job.s3_errors import FAILURES, translate
+
+_MAX_CONNECT_SECONDS = 20.0
+_CONNECTIONS = 32
+
+
+def connect(*, endpoint_url: str | None, region: str | None, timeout_seconds: float, retries: int) -> Any:
+    """Return a boto3 client; sends nothing yet. For the arguments see `objects.open_store`."""
+    # Many servers that speak S3 refuse the checksum headers that newer SDKs add unasked.
+    checksums = "when_required" if endpoint_url else None
+    config = Config(
+        retries={"mode": "standard", "total_max_attempts": retries},
+        connect_timeout=min(timeout_seconds, _MAX_CONNECT_SECONDS),
+        read_timeout=timeout_seconds,
+        max_pool_connections=_CONNECTIONS,
+        tcp_keepalive=True,
+        request_checksum_calculation=checksums,
+        response_checksum_validation=checksums,
+    )
+    try:
+        session = botocore.session.Session()
+        # One try, as is the default, makes a busy metadata service look like missing credentials.
+        if session.get_config_variable("metadata_service_num_attempts") == 1:
+            session.set_config_variable("metadata_service_num_attempts", 3)
+        boto = boto3.session.Session(botocore_session=session, region_name=region)
+        client = boto.client("s3", endpoint_url=endpoint_url, config=config)
+    except FAILURES as error:
+        raise translate(error, "cannot set up a client for S3") from error
+    except ValueError:  # without its words: an address may hold a password
+        raise SettingsError([Problem("JOB_STORAGE__ENDPOINT_URL", "is not the address of an S3 endpoint")]) from None
+
+    def pace(response_dict: dict[str, Any], **_: Any) -> None:
+        body = response_dict["body"]
+        if isinstance(body, StreamingBody):
+            vars(body)["_raw_stream"] = _Paced(vars(body)["_raw_stream"], timeout_seconds)
+
+    client.meta.events.register("before-parse.s3.GetObject", pace)
+    return client
+
+
+class _Paced:
+    """A response's raw stream that gives up on a trickle: a timeout of the socket starts anew with every byte."""
+
+    def __init__(self, raw: Any, seconds: float) -> None:
+        self._raw = raw
+        self._seconds = seconds
+
+    def read(self, amount: int) -> bytes:
+        """Read `amount` bytes (fewer only at the end), in at most twice `seconds` seconds."""
+        deadline = time.monotonic() + self._seconds
+        data = bytearray()
+        while len(data) < amount and (chunk := self._raw.read1(amount - len(data))):
+            data += chunk
+            if time.monotonic() > deadline and len(data) < amount:
+                raise ReadTimeoutError(endpoint_url="S3", error=f"{len(data)} bytes in {self._seconds:g} s")
+        return bytes(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._raw, name)

@@ -1,0 +1,157 @@
+"""The settings of this run: collected, checked, explained. The only reader of the environment.
+
+A setting is given as `JOB_GROUP__NAME` in the environment, `--group.name` on the command line, `group.name` in
+SageMaker's hyperparameters, and as a nested mapping in a file: `groups` has the names, `collect` the precedence.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from job.errors import Problem, SettingsError
+from job.fieldtypes import explain
+from job.groups import NAMES, Settings, new_run_id
+from job.platforms import Platform, detect
+from job.presets import PRESETS
+from job.sources import Given, collect
+
+__all__ = ["Settings", "current_platform", "describe", "json_schema", "load_settings", "new_run_id", "redacted"]
+
+Fault = tuple[str, str]
+"""Name of a setting, and what is wrong with it beside the others."""
+
+
+def load_settings(arguments: Sequence[str] = (), environ: Mapping[str, str] | None = None) -> Settings:
+    """The settings that arguments, environment, hyperparameters, file and preset add up to.
+
+    Raises:
+        SettingsError: With all problems at once, each with the place its value came from.
+    """
+    environ = os.environ if environ is None else environ
+    platform = detect(environ)
+    layer = collect(NAMES, arguments, environ, platform, PRESETS)
+    given = dict(layer.given)
+    if "run.id" not in given or given["run.id"].value in (None, ""):
+        given["run.id"] = Given(platform.run_id, "platform") if platform.run_id else Given(new_run_id(), "generated")
+    settings, wrong = _validated(given)
+    problems = [*layer.problems, *wrong.values()]
+    faults = [*_processes(settings, environ), *_places(settings), *_pins(settings), *_tasks(settings), *_gate(settings)]
+    sources = {**settings.sources, "WORLD_SIZE": "environment"}
+    problems += [Problem(f"{name} ({sources[name]})", what) for name, what in faults if name not in wrong]
+    if problems:
+        raise SettingsError(problems)
+    return settings
+
+
+def current_platform(environ: Mapping[str, str] | None = None) -> Platform:
+    """The platform this process runs on. It needs no valid settings: their errors are reported by its means."""
+    return detect(os.environ if environ is None else environ)
+
+
+def describe(settings: Settings) -> list[tuple[str, Any, str]]:
+    """(dotted name, JSON-able value, source) of every setting, in their order here."""
+    tree = settings.model_dump(mode="json")  # writes a SecretStr as asterisks
+    flat = {
+        name: tree[group] if not key else tree[group][key] for name in NAMES for group, _, key in [name.partition(".")]
+    }
+    return [(name, flat[name], settings.sources[name]) for name in NAMES]
+
+
+def redacted(settings: Settings) -> dict[str, dict[str, Any]]:
+    """Dotted name -> {"value", "source"}, for the manifest."""
+    return {name: {"value": value, "source": source} for name, value, source in describe(settings)}
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of all settings, as a file of settings nests them."""
+    return Settings.model_json_schema()
+
+
+def _validated(given: Mapping[str, Given]) -> tuple[Settings, dict[str, Problem]]:
+    """Settings from all values that are right alone, and a problem for each that is not."""
+    tree: dict[str, Any] = {}
+    for name, item in given.items():
+        group, _, key = name.rpartition(".")
+        (tree.setdefault(group, {}) if group else tree)[key] = item.value
+    sources = {name: item.source for name, item in given.items()}
+    try:
+        return Settings.model_validate(tree, context=sources), {}
+    except ValidationError as error:
+        wrong: dict[str, Problem] = {}
+        for record in error.errors(include_url=False, include_input=False):
+            name = ".".join(map(str, record["loc"][: 1 if record["loc"][0] == "preset" else 2]))
+            wrong.setdefault(name, Problem(f"{name} ({sources[name]})", explain(record)))
+        # No check spans two settings, so what is left is valid and the checks on combinations can go on.
+        rest, _ = _validated({name: item for name, item in given.items() if name not in wrong})
+        return rest, wrong
+
+
+def _processes(settings: Settings, environ: Mapping[str, str]) -> Iterator[Fault]:
+    text = environ.get("WORLD_SIZE") or "1"
+    if not re.fullmatch(r"[1-9][0-9]{0,5}", text):
+        yield "WORLD_SIZE", "must be the number of processes, from 1 up; torchrun sets it"
+        return
+    if settings.train.global_batch_size % int(text):
+        yield (
+            "train.global_batch_size",
+            f"must be a multiple of the number of processes (WORLD_SIZE), {text}; change one",
+        )
+    if int(text) > 1 and settings.sources["run.id"] == "generated":
+        yield "run.id", f"must be given: each of the {text} processes (WORLD_SIZE) would make up its own"
+
+
+def _places(settings: Settings) -> Iterator[Fault]:
+    output, cache = settings.run.output, settings.storage.cache
+    if not output.startswith("s3://") and (why := _why_not_writable(Path(output) / settings.run.id)):
+        yield "run.output", why
+    if cache and (why := _why_not_writable(Path(cache))):
+        yield "storage.cache", why
+
+
+def _why_not_writable(path: Path) -> str | None:
+    """Why a folder of this name cannot be made or written to; None when it can. Creates nothing."""
+    for place in (path, *path.parents):
+        try:
+            place.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            if place.is_symlink():
+                return f"cannot be a folder: {place} is a link to nothing; give another path"
+            continue  # what matters is the nearest folder that exists
+        except OSError as error:
+            return f"cannot be written: {error.strerror}; give another path"
+        if not place.is_dir():
+            return f"cannot be a folder: {place} is a file; give another path"
+        if not os.access(place, os.W_OK | os.X_OK):
+            return f"cannot be written: {place} is not writable for this user; mount it writable or give another path"
+        return None
+    return "cannot be written: no folder above it exists; give another path"
+
+
+def _pins(settings: Settings) -> Iterator[Fault]:
+    for name, place, pin in (
+        ("model.revision", settings.model.id, settings.model.revision),
+        ("data.revision", settings.data.source, settings.data.revision),
+    ):
+        if pin and place.startswith(("s3://", "/", ".")):
+            yield name, "pins a commit of a hub repository, but what is pinned is a path or s3:// URI; remove it"
+
+
+def _tasks(settings: Settings) -> Iterator[Fault]:
+    # A preset's files may serve none of the tasks that the user asks for; the user's own files are meant to be used.
+    own = not settings.sources["eval.data"].startswith("preset")
+    if own and not set(settings.eval.data) <= set(settings.eval.tasks):
+        yield "eval.data", "has a file for a task that is not in eval.tasks; add the task there, or drop the file"
+
+
+def _gate(settings: Settings) -> Iterator[Fault]:
+    gain, loss = settings.gate.min_delta, settings.gate.max_regression
+    if settings.sources["gate.metric"] != "default" and gain is None and loss is None:
+        yield "gate.metric", "has no threshold; give gate.min_delta or gate.max_regression as well"
+    if gain is not None and loss is not None and gain < -loss:
+        yield "gate.min_delta", "allows a greater loss than gate.max_regression; raise it, or remove one of the two"

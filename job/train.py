@@ -1,0 +1,338 @@
+"""Training: TRL's SFTTrainer, driven by the batch plan over flat rows. The only room that knows trl.
+
+One optimizer step asks the plan which examples it trains on, cuts this process's share into micro-batches by a token
+budget and sums their losses, divided by the target tokens of the whole global batch. What is random in a step (dropout)
+is drawn from a seed of the run's seed and the step, so no generator's state has to survive a restart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from job import batches
+from job.states import TrainerFiles, read_state, write_state
+from job.errors import JobError
+from job.records import Example, StepMetrics
+
+if TYPE_CHECKING:
+    import torch
+
+IGNORED = -100
+SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train: the settings of `train`, as the trainer takes them. `total_steps` covers all epochs."""
+
+    seed: int
+    total_steps: int
+    learning_rate: float
+    scheduler: str
+    warmup_steps: int
+    weight_decay: float
+    max_grad_norm: float
+    global_batch_size: int
+    micro_batch_tokens: int
+    optimizer: str
+    gradient_checkpointing: bool
+    save_every_steps: int
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the trainer calls: with the metrics of a step, with a saved state, and to ask whether to stop now."""
+
+    on_metrics: Callable[[StepMetrics], None]
+    on_save: Callable[[Path, int], None]
+    stop: Callable[[], bool]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Every step's metrics, the micro-batch budget that was left in the end, and whether all steps were done."""
+
+    history: tuple[StepMetrics, ...]
+    micro_batch_tokens: int
+    complete: bool
+
+
+def total_steps(rows: int, global_batch_size: int, epochs: int, max_steps: int | None) -> int:
+    """Optimizer steps of the run."""
+    steps = epochs * batches.steps_per_epoch(rows, global_batch_size)
+    return steps if max_steps is None else min(steps, max_steps)
+
+
+def train(
+    model: Any, tokenizer: Any, examples: Sequence[Example], recipe: Recipe, hooks: Hooks, folder: Path, resume: Path | None
+) -> Trained:
+    """Trains the adapter of `model` in place.
+
+    Args:
+        model: A PEFT model over a frozen base loaded with flat attention.
+        tokenizer: The base's.
+        examples: The data set; the plan's rows are positions in it.
+        recipe: How.
+        hooks: Whom to tell.
+        folder: Where states are written, one folder a saved step.
+        resume: A folder written earlier by the same recipe; training goes on after its step.
+    """
+    from job.model import recompute_activations
+
+    trainer = _build_trainer(model, tokenizer, examples, recipe, hooks, folder)
+    recompute_activations(model, on=recipe.gradient_checkpointing)
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    # Trainer wraps the model's forward for mixed precision: taken off, so that both evaluations run the same code.
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    recompute_activations(model, on=False)
+    model.eval()
+    done = trainer.state.global_step
+    return Trained(tuple(trainer.history), trainer.budget, complete=done >= recipe.total_steps)
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Seeds the randomness of one step in one process; a hash, so that neighbouring steps share nothing."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{step}:{rank}".encode()).digest()[:8], "big") >> 1
+
+
+def flat_inputs(examples: Sequence[Example], device: torch.device) -> dict[str, Any]:
+    """Lays examples end to end in one row.
+
+    Returns:
+        Inputs of the model: `input_ids`, `labels` (token ids, or -100 where nothing is learned) and `position_ids`,
+        each (1, tokens) int64, and the `layout` that keeps the examples apart.
+    """
+    import torch
+
+    from job.attention import Segment, build_layout
+
+    ids: list[int] = []
+    labels: list[int] = []
+    positions: list[int] = []
+    segments = []
+    for example in examples:
+        segments.append(Segment(len(ids), len(ids) + len(example.input_ids)))
+        ids += example.input_ids
+        labels += (t if target else IGNORED for t, target in zip(example.input_ids, example.targets, strict=True))
+        positions += range(len(example.input_ids))
+    rows = torch.tensor([ids, labels, positions], device=device)
+    return {
+        "input_ids": rows[0:1],
+        "labels": rows[1:2],
+        "position_ids": rows[2:3],
+        "layout": build_layout(segments, device),
+    }
+
+
+def _build_trainer(
+    model: Any, tokenizer: Any, examples: Sequence[Example], recipe: Recipe, hooks: Hooks, folder: Path
+) -> Any:
+    """The trainer; its class is defined here because its base is a heavy import."""
+    import torch
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    from job.callbacks import StopOnFlag
+    from job.model import trainable
+
+    class FlatTrainer(SFTTrainer):  # type: ignore[misc]
+        """SFTTrainer whose unit is the optimizer step of the batch plan."""
+
+        def __init__(self) -> None:
+            exact = {name: parameter.data for name, parameter in trainable(model).items()}
+            super().__init__(
+                model=model,
+                args=_arguments(SFTConfig, recipe, folder, model),
+                processing_class=tokenizer,
+                train_dataset=Dataset.from_list([{"input_ids": list(examples[0].input_ids)}]),  # TRL wants to see one
+                data_collator=list,
+                callbacks=[StopOnFlag(hooks.stop)],
+            )
+            # TRL rounds the adapter of a quantized model to bf16, in which a resumed run cannot be exact.
+            for name, parameter in trainable(model).items():
+                parameter.data = exact[name]
+            self.budget = recipe.micro_batch_tokens
+            self.history: list[StepMetrics] = []
+            self.clock = time.monotonic()
+
+        # Which examples: the plan's, from the step that comes next.
+
+        def get_train_dataloader(self) -> Any:
+            return _Steps(recipe.total_steps, lambda: self.state.global_step)
+
+        def _load_rng_state(self, checkpoint: str | None) -> None:
+            """Nothing to restore: every step seeds itself."""
+
+        def floating_point_ops(self, inputs: Any) -> int:  # noqa: ARG002 - Trainer's signature
+            return 0
+
+        def training_step(self, model: Any, inputs: tuple[int], num_items_in_batch: Any = None) -> Any:  # noqa: ARG002
+            """One optimizer step's gradient; repeats itself with half the budget when the GPU's memory runs out."""
+            while True:
+                try:
+                    return self._gradient_of(model, *inputs)
+                except torch.OutOfMemoryError as error:
+                    if self.args.world_size > 1 or self.budget <= max(len(e.input_ids) for e in examples) // 2:
+                        raise
+                    self.budget //= 2
+                    del error
+                model.zero_grad()
+                torch.cuda.empty_cache()
+
+        def _gradient_of(self, model: Any, step: int) -> Any:
+            rank, world = self.args.process_index, self.args.world_size
+            rows = batches.batch(recipe.seed, len(examples), recipe.global_batch_size, step)
+            targets = sum(sum(examples[row].targets) for row in rows)
+            share = [examples[row] for row in rows[rank::world]]
+            torch.manual_seed(step_seed(recipe.seed, step, rank))
+            model.train()
+            loss = torch.zeros((), device=self.args.device)
+            groups = batches.micro_batches([len(e.input_ids) for e in share], self.budget)
+            for number, group in enumerate(groups, start=1):
+                inputs = flat_inputs([share[i] for i in group], self.args.device)
+                with nullcontext() if number == len(groups) else self.accelerator.no_sync(model):
+                    with self.compute_loss_context_manager():
+                        summed = -model(**inputs, fused_lm_head=True).log_probs.sum()
+                    part = summed * (world / targets)  # DDP averages over the processes
+                    self.accelerator.backward(part)
+                loss += part.detach()
+            return loss
+
+        # What is told, kept and restored.
+
+        def log(self, logs: dict[str, float], start_time: float | None = None) -> None:  # noqa: ARG002
+            """Called by Trainer after every step, and once at the end, then without a loss."""
+            if "loss" not in logs:
+                return
+            now = time.monotonic()
+            metrics = self._metrics_of(logs, now - self.clock)
+            self.clock = now
+            self.history.append(metrics)
+            hooks.on_metrics(metrics)
+            if not math.isfinite(metrics.loss):
+                raise JobError(
+                    f"the loss of step {metrics.step} is {metrics.loss}; the last good checkpoint is kept. "
+                    "Lower JOB_TRAIN__LEARNING_RATE or look at the rows of that step"
+                )
+
+        def _metrics_of(self, logs: dict[str, float], seconds: float) -> StepMetrics:
+            step = self.state.global_step
+            rows = batches.batch(recipe.seed, len(examples), recipe.global_batch_size, step - 1)
+            targets = sum(sum(examples[row].targets) for row in rows)
+            return StepMetrics(
+                step=step,
+                epoch=step / batches.steps_per_epoch(len(examples), recipe.global_batch_size),
+                loss=logs["loss"],
+                learning_rate=logs["learning_rate"],
+                grad_norm=float(logs.get("grad_norm", 0.0)),
+                examples=len(rows),
+                target_tokens=targets,
+                measured={
+                    "seconds": seconds,
+                    "tokens_per_second": targets / seconds,
+                    "memory_bytes": memory_in_use(),
+                    "micro_batch_tokens": self.budget,
+                },
+            )
+
+        def _save_checkpoint(self, model: Any, trial: Any) -> None:  # noqa: ARG002
+            if self.is_world_process_zero():
+                path = folder / f"step-{self.state.global_step:08d}"
+                write_state(path, self._files(), self.history)
+                hooks.on_save(path, self.state.global_step)
+
+        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+            """The adapter is restored with the rest, once the optimizer exists."""
+
+        def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+            if checkpoint is not None:
+                self.history = read_state(Path(checkpoint), self._files())
+                self.budget = int(self.history[-1].measured["micro_batch_tokens"] or self.budget)
+
+        def _load_scaler(self, checkpoint: str | None) -> None:
+            """Restored with the optimizer."""
+
+        def _files(self) -> TrainerFiles:
+            return TrainerFiles(self.model, self.optimizer, self.lr_scheduler, self.accelerator.scaler, self.state)
+
+    return FlatTrainer()
+
+
+class _Steps:
+    """What Trainer iterates over instead of batches: the numbers of the steps that are still to be done."""
+
+    def __init__(self, total: int, done: Callable[[], int]) -> None:
+        self.total, self.done = total, done
+
+    def __len__(self) -> int:
+        return self.total
+
+    def __iter__(self) -> Iterator[tuple[int]]:
+        return ((step,) for step in range(self.done(), self.total))
+
+
+def _arguments(config: Any, recipe: Recipe, folder: Path, model: Any) -> Any:
+    """TRL's configuration. Trainer sees one batch a step; micro-batches are cut inside the step."""
+    import torch
+
+    on_gpu = model.device.type == "cuda"
+    dtype = model.get_base_model().dtype
+    return config(
+        output_dir=str(folder),
+        max_steps=recipe.total_steps,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=1,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type=SCHEDULERS[recipe.scheduler],
+        warmup_steps=recipe.warmup_steps,
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        optim=recipe.optimizer,
+        # Switched on by hand on the model: the argument's name changed between the versions that we admit.
+        **dict.fromkeys({"activation_checkpointing", "gradient_checkpointing"} & config.__dataclass_fields__.keys(), False),
+        bf16=dtype is torch.bfloat16,
+        fp16=dtype is torch.float16,
+        use_cpu=not on_gpu,
+        seed=recipe.seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # it would hide a loss that is not finite
+        save_strategy="steps",
+        save_steps=recipe.save_every_steps,
+        ignore_data_skip=True,  # the plan seeks, nothing has to be skipped
+        remove_unused_columns=False,
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def auto_micro_batch_tokens(device: torch.device) -> int:
+    """Token budget of a micro-batch where none is set."""
+    return 4096 if device.type == "cuda" else 1024
+
+
+def substitute(recipe: Recipe, device: torch.device) -> tuple[Recipe, list[str]]:
+    """Replaces what this device has no implementation of by its nearest equivalent, and says so."""
+    if device.type == "cpu" and recipe.optimizer.startswith("paged_"):
+        nearest = recipe.optimizer.removeprefix("paged_")
+        return replace(recipe, optimizer=nearest), [f"optimizer {recipe.optimizer} -> {nearest}: a CPU pages nothing"]
+    return recipe, []
+
+
+def memory_in_use() -> int:
+    """Bytes: the peak that torch allocated on the GPU since the process began, or the process's peak on a CPU."""
+    import resource
+
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

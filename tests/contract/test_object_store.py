@@ -1,0 +1,277 @@
+"""What every object store promises: one class of tests over S3 (a real server over HTTP) and the local store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from job.objects import Conflict, ObjectStore, TooLarge, check_key, open_store
+from tests.s3_server import BUCKET, credentials, moto_server
+
+MIB = 1 << 20
+BAD_KEYS = ["", "/a", "a/", "a//b", "..", "../a", "a/../b", "a/./b", ".", "a\\b", "a\0b", "a\nb", "a/.store/b"]
+BAD_KEYS += ["\ud800", "é" * 128, "a/" * 600 + "a"]
+
+
+def is_key(text: str) -> bool:
+    """Whether `check_key` lets a text through."""
+    try:
+        check_key(text)
+    except ValueError:
+        return False
+    return True
+
+
+PARTS = st.text(st.characters(codec="utf-8", min_codepoint=32), min_size=1, max_size=20)
+KEYS = st.lists(PARTS, min_size=1, max_size=4).map("/".join).filter(is_key)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _credentials() -> Iterator[None]:
+    with credentials():
+        yield
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    """Address of an S3 server."""
+    with moto_server() as url:
+        yield url
+
+
+@pytest.fixture(params=["local", "s3"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, dict[str, Any]]:
+    """URI of an empty place, and the options to open it with."""
+    if request.param == "local":
+        return str(tmp_path / "store"), {}
+    return f"s3://{BUCKET}/{uuid4().hex}", {"endpoint_url": request.getfixturevalue("endpoint"), "retries": 2}
+
+
+@pytest.fixture
+def store(root: tuple[str, dict[str, Any]]) -> ObjectStore:
+    """An empty store."""
+    uri, options = root
+    return open_store(uri, **options)
+
+
+def keys(store: ObjectStore, prefix: str = "") -> list[str]:
+    """Keys of a listing."""
+    return [info.key for info in store.list(prefix)]
+
+
+class TestObjectStore:
+    """The contract."""
+
+    def test_says_where_it_lies(self, store: ObjectStore, root: tuple[str, dict[str, Any]]) -> None:
+        """The URI of a store is the one it was opened with."""
+        assert store.uri == root[0]
+
+    def test_absent_object_reads_as_none(self, store: ObjectStore) -> None:
+        """Reading what nobody wrote gives None, also where a part of the key is an object."""
+        store.write("a", b"x")
+        assert store.read("b") is None
+        assert store.read("a/b") is None
+
+    def test_folder_is_no_object(self, store: ObjectStore) -> None:
+        """The folder of an object can neither be read nor downloaded nor deleted."""
+        store.write("a/b", b"x")
+        assert store.read("a") is None
+        store.delete("a")
+        assert keys(store) == ["a/b"]
+
+    @pytest.mark.parametrize("data", [b"", b"x", bytes(range(256)) * 5000])
+    def test_reads_what_was_written(self, store: ObjectStore, data: bytes) -> None:
+        """Content and tag of a read are those of the last write."""
+        store.write("a/b.json", b"old")
+        tag = store.write("a/b.json", data)
+        stored = store.read("a/b.json")
+        assert stored is not None
+        assert (stored.data, stored.tag) == (data, tag)
+
+    def test_read_refuses_what_is_too_large(self, store: ObjectStore) -> None:
+        """A read returns up to `max_bytes` bytes, and not one more."""
+        store.write("a", b"12345")
+        stored = store.read("a", max_bytes=5)
+        assert stored is not None
+        with pytest.raises(TooLarge):
+            store.read("a", max_bytes=4)
+
+    def test_tag_changes_with_content(self, store: ObjectStore) -> None:
+        """Another content has another tag."""
+        assert store.write("a", b"1") != store.write("a", b"2")
+
+    def test_create_refuses_an_existing_object(self, store: ObjectStore) -> None:
+        """A write with `if_absent` succeeds once and never changes what is there."""
+        tag = store.write("a", b"1", if_absent=True)
+        with pytest.raises(Conflict):
+            store.write("a", b"2", if_absent=True)
+        stored = store.read("a")
+        assert stored is not None
+        assert (stored.data, stored.tag) == (b"1", tag)
+
+    def test_create_succeeds_after_delete(self, store: ObjectStore) -> None:
+        """A deleted object is absent for `if_absent` too."""
+        store.write("a", b"1")
+        store.delete("a")
+        store.write("a", b"2", if_absent=True)
+        assert keys(store) == ["a"]
+
+    def test_tags_chain(self, store: ObjectStore) -> None:
+        """Each conditional write needs the tag of the one before; an old tag is refused and changes nothing."""
+        first = store.write("a", b"1", if_absent=True)
+        second = store.write("a", b"2", if_tag=first)
+        third = store.write("a", b"3", if_tag=second)
+        with pytest.raises(Conflict):
+            store.write("a", b"4", if_tag=second)
+        stored = store.read("a")
+        assert stored is not None
+        assert (stored.data, stored.tag) == (b"3", third)
+
+    def test_tag_of_an_absent_object_is_refused(self, store: ObjectStore) -> None:
+        """A write with `if_tag` never creates an object."""
+        tag = store.write("a", b"1")
+        store.delete("a")
+        with pytest.raises(Conflict):
+            store.write("a", b"2", if_tag=tag)
+        assert store.read("a") is None
+
+    @pytest.mark.parametrize("existing", [False, True])
+    def test_one_of_many_racing_writers_wins(self, store: ObjectStore, *, existing: bool) -> None:
+        """Of sixteen simultaneous conditional writes exactly one succeeds, and its content is what remains."""
+        tag = store.write("lease", b"start") if existing else None
+        together = Barrier(16)
+
+        def write(number: int) -> int | None:
+            together.wait()
+            try:
+                store.write("lease", f"writer {number}".encode(), if_absent=not existing, if_tag=tag)
+            except Conflict:
+                return None
+            return number
+
+        with ThreadPoolExecutor(16) as pool:
+            winners = [number for number in pool.map(write, range(16)) if number is not None]
+        stored = store.read("lease")
+        assert stored is not None
+        assert [stored.data] == [f"writer {number}".encode() for number in winners]
+
+    @pytest.mark.parametrize("size", [0, 1, 9 * MIB + 1])
+    def test_files_go_there_and_back(self, store: ObjectStore, tmp_path: Path, size: int) -> None:
+        """A file of any size (one request or many) arrives as it was, in a folder made for it, with nothing beside."""
+        data = (b"0123456789abcdef" * (size // 16 + 1))[:size]
+        (tmp_path / "source").write_bytes(data)
+        store.upload(tmp_path / "source", "a/b.bin")
+        store.download("a/b.bin", tmp_path / "new" / "copy")
+        assert (tmp_path / "new" / "copy").read_bytes() == data
+        assert [path.name for path in (tmp_path / "new").iterdir()] == ["copy"]
+        assert [(info.key, info.bytes) for info in store.list()] == [("a/b.bin", size)]
+
+    def test_upload_and_download_replace(self, store: ObjectStore, tmp_path: Path) -> None:
+        """An upload replaces the object, a download replaces the file."""
+        (tmp_path / "source").write_bytes(b"new")
+        (tmp_path / "copy").write_bytes(b"something old")
+        store.write("a", b"old and longer")
+        store.upload(tmp_path / "source", "a")
+        store.download("a", tmp_path / "copy")
+        assert (tmp_path / "copy").read_bytes() == b"new"
+
+    def test_download_of_an_absent_object(self, store: ObjectStore, tmp_path: Path) -> None:
+        """Absence is a `FileNotFoundError` and leaves the local file alone."""
+        (tmp_path / "copy").write_bytes(b"mine")
+        with pytest.raises(FileNotFoundError):
+            store.download("absent", tmp_path / "copy")
+        assert (tmp_path / "copy").read_bytes() == b"mine"
+
+    def test_download_refuses_what_is_too_large(self, store: ObjectStore, tmp_path: Path) -> None:
+        """A download takes up to `max_bytes` bytes; more leaves the local file and its folder as they were."""
+        folder = tmp_path / "folder"
+        store.write("a", b"12345")
+        store.download("a", folder / "copy", max_bytes=5)
+        with pytest.raises(TooLarge):
+            store.download("a", folder / "copy", max_bytes=4)
+        assert [(path.name, path.read_bytes()) for path in folder.iterdir()] == [("copy", b"12345")]
+
+    def test_upload_of_an_absent_file(self, store: ObjectStore, tmp_path: Path) -> None:
+        """A file that is not there is a `FileNotFoundError`, and no object appears."""
+        with pytest.raises(FileNotFoundError):
+            store.upload(tmp_path / "absent", "a")
+        assert keys(store) == []
+
+    def test_list_is_sorted_and_complete(self, store: ObjectStore) -> None:
+        """A listing holds every object with its size, sorted by the whole key, however the folders lie."""
+        sizes = {"b": 1, "a/z": 2, "a.txt": 3, "a/b/c": 4, "a-": 0, "é": 5, ".hidden": 6, "Z": 7}
+        for key, size in sizes.items():
+            store.write(key, b"x" * size)
+        assert [(info.key, info.bytes) for info in store.list()] == sorted(sizes.items())
+
+    def test_list_takes_a_string_as_prefix(self, store: ObjectStore) -> None:
+        """A prefix is the beginning of a key, not a folder."""
+        for key in ("step-1/a", "step-10/a", "step-10/b/c", "stop"):
+            store.write(key, b"x")
+        assert keys(store, "step-1") == ["step-1/a", "step-10/a", "step-10/b/c"]
+        assert keys(store, "step-10/") == ["step-10/a", "step-10/b/c"]
+        assert keys(store, "step-10/b/c") == ["step-10/b/c"]
+        assert keys(store, "absent/") == []
+
+    def test_list_of_an_empty_store(self, store: ObjectStore) -> None:
+        """An empty store lists nothing."""
+        assert keys(store) == []
+
+    def test_delete(self, store: ObjectStore) -> None:
+        """Deleting removes one object only, and doing it again is fine."""
+        store.write("a/b", b"1")
+        store.write("a/c", b"2")
+        store.delete("a/b")
+        store.delete("a/b")
+        assert keys(store) == ["a/c"]
+
+    def test_conditional_writes_are_probed(self, store: ObjectStore) -> None:
+        """The probe finds that conditions are honoured, and leaves nothing behind."""
+        assert store.conditional_writes()
+        assert keys(store) == []
+
+    def test_stores_side_by_side(self, root: tuple[str, dict[str, Any]]) -> None:
+        """A store sees nothing of another whose name begins like its own, and all of those inside it."""
+        uri, options = root
+        outer, one, two = (open_store(uri + name, **options) for name in ("", "/run", "/run2"))
+        one.write("a", b"1")
+        two.write("a", b"2")
+        assert (keys(one), keys(two), keys(outer)) == (["a"], ["a"], ["run/a", "run2/a"])
+
+    @pytest.mark.parametrize("key", BAD_KEYS)
+    def test_bad_keys_are_refused(self, store: ObjectStore, tmp_path: Path, key: str) -> None:
+        """No verb accepts a key that is absolute, not normal, leads upwards or means different things in two stores."""
+        (tmp_path / "file").write_bytes(b"x")
+        for attempt in (
+            lambda: store.read(key),
+            lambda: store.write(key, b"x"),
+            lambda: store.upload(tmp_path / "file", key),
+            lambda: store.download(key, tmp_path / "copy"),
+            lambda: store.delete(key),
+        ):
+            with pytest.raises(ValueError, match=r"not a key|surrogates"):
+                attempt()
+        if key not in {"", "a/"}:
+            with pytest.raises(ValueError, match=r"not a key|surrogates"):
+                keys(store, key)
+        assert keys(store) == []
+
+    @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(key=KEYS, data=st.binary(max_size=50))
+    def test_any_key_works(self, store: ObjectStore, key: str, data: bytes) -> None:
+        """Whatever `check_key` lets through can be written, read, listed and deleted in every store."""
+        store.write(key, data)
+        stored = store.read(key)
+        assert stored is not None
+        assert stored.data == data
+        assert [(info.key, info.bytes) for info in store.list(key)] == [(key, len(data))]
+        store.delete(key)
+        assert keys(store) == []
