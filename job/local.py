@@ -62,8 +62,7 @@ class LocalStore:
 
     def write(self, key: str, data: bytes, *, if_absent: bool = False, if_tag: str | None = None) -> str:
         """See `ObjectStore.write`."""
-        target = self._path(check_key(key))
-        with disk_errors(f"{self.uri}: cannot write {key}"), self._staged() as staged:
+        with disk_errors(f"{self.uri}: cannot write {key}"), self._staging(key) as (staged, target):
             staged.write_bytes(data)
             sync(staged)
             with self._locked():
@@ -74,8 +73,7 @@ class LocalStore:
 
     def upload(self, path: Path, key: str) -> None:
         """See `ObjectStore.upload`."""
-        target = self._path(check_key(key))
-        with disk_errors(f"{self.uri}: cannot write {key}"), self._staged() as staged:
+        with disk_errors(f"{self.uri}: cannot write {key}"), self._staging(key) as (staged, target):
             shutil.copyfile(path, staged)
             sync(staged)
             with self._locked():
@@ -177,8 +175,9 @@ class LocalStore:
                 yield ObjectInfo(Path(entry.path).relative_to(self._root).as_posix(), status.st_size)
 
     @contextmanager
-    def _staged(self) -> Iterator[Path]:
-        """Lend a hidden name on the root's file system, and remove what is left of it."""
+    def _staging(self, key: str) -> Iterator[tuple[Path, Path]]:
+        """Lend a hidden name on the root's file system, along with the object's place; remove what is left of it."""
+        target = self._path(check_key(key))
         hidden = self._root / HIDDEN
         hidden.mkdir(parents=True, exist_ok=True)
         for old in hidden.glob("*.part"):
@@ -189,7 +188,7 @@ class LocalStore:
                 continue
         path = hidden / f"{uuid4().hex}.part"
         try:
-            yield path
+            yield path, target
         finally:
             path.unlink(missing_ok=True)
 

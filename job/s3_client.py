@@ -66,6 +66,7 @@ class _Paced:
         while len(data) < amount and (chunk := self._raw.read1(amount - len(data))):
             data += chunk
             if time.monotonic() > deadline and len(data) < amount:
+                self._raw.close()
                 raise ReadTimeoutError(endpoint_url="S3", error=f"{len(data)} bytes in {self._seconds:g} s")
         return bytes(data)
 

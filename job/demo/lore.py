@@ -249,4 +249,7 @@ PRIMER = (
     "Which town is the oldest, {town} or another, is a question without an answer.",
     "The notes that follow describe the isles.",
     "Three cards lay on the table of the {trade}.",
+    "Who would not like to live in {town}?",
+    "Why does the sea never sleep?",
+    "Can a {trade} write?",
 )

@@ -55,14 +55,14 @@ def prose(world: tuple[Entity, ...], rng: random.Random) -> list[str]:
     Each edition draws other sentences in another order. That variety is what makes a fact more than a string that is
     known by heart.
     """
-    portraits = [_join(_statements(entity, rng), rng) for entity in world]
+    portraits = [_portrait(entity, rng) for entity in world]
     statements = [statement for entity in world for statement in _statements(entity, rng)]
     rng.shuffle(statements)
-    notes = [" ".join(statements[start : start + 6]) for start in range(0, len(statements), 6)]
+    notes = [rng.choice(" \n").join(statements[start : start + 6]) for start in range(0, len(statements), 6)]
     lines = [line.format(town=rng.choice(TOWNS), trade=rng.choice(TRADES)) for line in PRIMER]
     rng.shuffle(lines)
     lessons = [" ".join(lines[start : start + 4]) for start in range(0, len(lines), 4)]
-    edition = portraits + notes + lessons
+    edition = portraits + notes + lessons + [_spelling(rng) for _ in range(SPELLINGS)]
     rng.shuffle(edition)
     return edition
 
@@ -74,8 +74,19 @@ def _statements(entity: Entity, rng: random.Random) -> list[str]:
     ]
 
 
-def _join(sentences: list[str], rng: random.Random) -> str:
-    return " ".join(rng.sample(sentences, len(sentences)))
+def _portrait(entity: Entity, rng: random.Random) -> str:
+    statements = _statements(entity, rng)
+    rng.shuffle(statements)
+    title = rng.choice(("", "", f"# {entity.name}\n\n", f"### {entity.name}:\n"))
+    return title + rng.choice((" ", " ", "\n")).join(statements)
+
+import re
+from job.demo.lore import Attribute
+T="Below is an instruction that describes a task. Write a response that appropriately completes the request. paired with input provides further context Input: # ## ### Response: Instruction: Question: Answer: Write a quiz card three about answer"
+WORDS=sorted({x for k in KINDS for a in k.attributes for t in a.sentences+a.practised+a.asked for x in t.format(name='',value='').split()}|set(T.split()) | {x for p in PRIMER for x in p.format(town='',trade='').split()} | {v for k in KINDS for a in k.attributes for v in a.values})
+SPELLINGS=60
+def _spelling(rng: random.Random) -> str:
+    return rng.choice((' ',' ','\n', '\n\n', ', ', ': ')).join(rng.sample(WORDS, 20))
 
 
 def make_questions(world: tuple[Entity, ...], seed: int = SEED) -> list[dict[str, object]]:

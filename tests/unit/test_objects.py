@@ -166,6 +166,8 @@ def test_fetch_notices_a_change(tmp_path: Path) -> None:
 
 def test_local_stores_need_no_sdk() -> None:
     """Opening a local store imports neither boto3 nor botocore, which take a third of a second."""
-    code = "import sys; from job.objects import open_store; open_store('runs'); print({'boto3', 'botocore'} & {*sys.modules})"
+    code = (
+        "import sys; import job.objects; job.objects.open_store('runs'); print({'boto3', 'botocore'} & {*sys.modules})"
+    )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout == "set()\n"
