@@ -11,7 +11,7 @@ from typing import Any
 from job import __version__, log
 from job.errors import JobError, SettingsError
 from job.platforms import Platform
-from job.settings import current_platform, describe, json_schema, load_settings
+from job.settings import current_platform, describe, json_schema, load_settings, secrets
 
 USAGE = """\
 usage: qlora-job [run] [--GROUP.NAME VALUE ...]      the job (default)
@@ -53,7 +53,7 @@ def _dispatch(words: list[str]) -> int:
 
 def _run(words: list[str]) -> int:
     settings = load_settings(words)
-    log.configure(settings.log.format, settings.log.level, run=settings.run.id)
+    log.configure(settings.log.format, settings.log.level, secrets(), run=settings.run.id)
     # cuBLAS reads it when CUDA starts; without it the same run gives other bits.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -84,7 +84,7 @@ COMMANDS = {"run": _run, "train": _run, "config": _config}
 def _report(error: Exception, platform: Platform) -> int:
     """Says what went wrong, where the platform looks for it, and returns the exit code."""
     code = error.exit_code if isinstance(error, JobError) else JobError.exit_code
-    text = str(error) or type(error).__name__
+    text = log.scrub(str(error) or type(error).__name__, secrets())
     logger = log.get_logger()
     if isinstance(error, JobError):
         logger.error(type(error).__name__, exit_code=code, meaning=error.meaning, **_details(error))

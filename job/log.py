@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, TextIO
 
@@ -27,12 +27,13 @@ class _CurrentStderr(logging.StreamHandler[TextIO]):
         super().emit(record)
 
 
-def configure(log_format: str, level: str, **context: Any) -> None:
+def configure(log_format: str, level: str, secrets: Sequence[str] = (), **context: Any) -> None:
     """Sets up logging for this process; `context` (run, attempt) is on every line.
 
     Args:
         log_format: `json`, `console`, or `auto`: console where stderr is a terminal.
         level: Threshold for our own lines; libraries are heard from `warning` on.
+        secrets: Credentials; a line that contains one, whoever wrote it, shows asterisks instead.
         context: Bound to every line.
     """
     shared: list[structlog.typing.Processor] = [
@@ -50,7 +51,11 @@ def configure(log_format: str, level: str, **context: Any) -> None:
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *renderer],
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                *renderer,
+                lambda _logger, _method, line: scrub(str(line), secrets),
+            ],
         )
     )
     logging.root.handlers[:] = [handler]
@@ -70,6 +75,13 @@ def configure(log_format: str, level: str, **context: Any) -> None:
     )
     structlog.contextvars.clear_contextvars()
     structlog.contextvars.bind_contextvars(**context)
+
+
+def scrub(text: str, secrets: Sequence[str]) -> str:
+    """The text with every secret in it replaced by asterisks."""
+    for secret in secrets:
+        text = text.replace(secret, "***")
+    return text
 
 
 def get_logger() -> structlog.stdlib.BoundLogger:

@@ -261,10 +261,10 @@ def train(attempt: Attempt, settings: Settings, sources: Sources, model: Any) ->
             model,
             sources.tokenizer,
             sources.examples,
-            recipe,
-            Hooks(on_metrics, on_save, attempt.stop),
-            attempt.work / "states",
-            None if restored is None else restored.folder,
+            recipe=recipe,
+            hooks=Hooks(on_metrics, on_save, attempt.stop),
+            folder=attempt.work / "states",
+            resume=None if restored is None else restored.folder,
         )
     if not trained.complete:
         raise Preempted(f"stopped by {attempt.stop.reason} after step {trained.history[-1].step} of {total}; it is saved")

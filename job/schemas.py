@@ -158,10 +158,7 @@ def _broken_text(where: str) -> Fault:
 def _render_messages(row: Row, tokenizer: Any, *, find_turns: bool) -> Rendered | Fault:
     from jinja2 import TemplateError
 
-    # Parquet gives every message all columns of the file; a field that is null there is absent in JSON.
-    messages = [
-        {key: value for key, value in message.items() if value is not None} for message in row.fields["messages"]
-    ]
+    messages = row.fields["messages"]
     place = f"{row.where} messages"
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False)

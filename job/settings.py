@@ -21,7 +21,10 @@ from job.platforms import Platform, detect
 from job.presets import PRESETS
 from job.sources import Given, collect
 
-__all__ = ["Settings", "current_platform", "describe", "json_schema", "load_settings", "new_run_id", "redacted"]
+__all__ = ["Settings", "current_platform", "describe", "json_schema", "load_settings", "new_run_id", "redacted", "secrets"]
+
+_SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY_ID)(?!.*(FILE|DIR|PATH)$)", re.IGNORECASE)
+_SHORTEST_SECRET = 8
 
 Fault = tuple[str, str]
 """Name of a setting, and what is wrong with it beside the others."""
@@ -52,6 +55,12 @@ def load_settings(arguments: Sequence[str] = (), environ: Mapping[str, str] | No
 def current_platform(environ: Mapping[str, str] | None = None) -> Platform:
     """The platform this process runs on. It needs no valid settings: their errors are reported by its means."""
     return detect(os.environ if environ is None else environ)
+
+
+def secrets(environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
+    """The credentials in the environment, by the ecosystem's own names, so that the log can leave them out."""
+    environ = os.environ if environ is None else environ
+    return tuple(value for name, value in environ.items() if _SECRET.search(name) and len(value) >= _SHORTEST_SECRET)
 
 
 def describe(settings: Settings) -> list[tuple[str, Any, str]]:

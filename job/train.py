@@ -9,20 +9,25 @@ from __future__ import annotations
 
 import hashlib
 import math
+import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
 
 from job import batches
-from job.states import TrainerFiles, read_state, write_state
+from job.attention import Segment, build_layout
+from job.callbacks import StopOnFlag
 from job.errors import JobError
+from job.model import recompute_activations, trainable
 from job.records import Example, StepMetrics
-
-if TYPE_CHECKING:
-    import torch
+from job.states import TrainerFiles, read_state, write_state
 
 IGNORED = -100
 SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
@@ -71,7 +76,14 @@ def total_steps(rows: int, global_batch_size: int, epochs: int, max_steps: int |
 
 
 def train(
-    model: Any, tokenizer: Any, examples: Sequence[Example], recipe: Recipe, hooks: Hooks, folder: Path, resume: Path | None
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    *,
+    recipe: Recipe,
+    hooks: Hooks,
+    folder: Path,
+    resume: Path | None = None,
 ) -> Trained:
     """Trains the adapter of `model` in place.
 
@@ -84,9 +96,7 @@ def train(
         folder: Where states are written, one folder a saved step.
         resume: A folder written earlier by the same recipe; training goes on after its step.
     """
-    from job.model import recompute_activations
-
-    trainer = _build_trainer(model, tokenizer, examples, recipe, hooks, folder)
+    trainer = _FlatTrainer(model, tokenizer, examples=examples, recipe=recipe, hooks=hooks, folder=folder)
     recompute_activations(model, on=recipe.gradient_checkpointing)
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     # Trainer wraps the model's forward for mixed precision: taken off, so that both evaluations run the same code.
@@ -109,10 +119,6 @@ def flat_inputs(examples: Sequence[Example], device: torch.device) -> dict[str, 
         Inputs of the model: `input_ids`, `labels` (token ids, or -100 where nothing is learned) and `position_ids`,
         each (1, tokens) int64, and the `layout` that keeps the examples apart.
     """
-    import torch
-
-    from job.attention import Segment, build_layout
-
     ids: list[int] = []
     labels: list[int] = []
     positions: list[int] = []
@@ -131,138 +137,127 @@ def flat_inputs(examples: Sequence[Example], device: torch.device) -> dict[str, 
     }
 
 
-def _build_trainer(
-    model: Any, tokenizer: Any, examples: Sequence[Example], recipe: Recipe, hooks: Hooks, folder: Path
-) -> Any:
-    """The trainer; its class is defined here because its base is a heavy import."""
-    import torch
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
+class _FlatTrainer(SFTTrainer):  # type: ignore[misc]
+    """SFTTrainer whose unit is the optimizer step of the batch plan."""
 
-    from job.callbacks import StopOnFlag
-    from job.model import trainable
+    def __init__(
+        self, model: Any, tokenizer: Any, *, examples: Sequence[Example], recipe: Recipe, hooks: Hooks, folder: Path
+    ) -> None:
+        exact = {name: parameter.data for name, parameter in trainable(model).items()}
+        super().__init__(
+            model=model,
+            args=_arguments(recipe, folder, model),
+            processing_class=tokenizer,
+            train_dataset=Dataset.from_list([{"input_ids": list(examples[0].input_ids)}]),  # TRL wants to see one
+            data_collator=list,
+            callbacks=[StopOnFlag(hooks.stop)],
+        )
+        # TRL rounds the adapter of a quantized model to bf16, in which a resumed run cannot be exact.
+        for name, parameter in trainable(model).items():
+            parameter.data = exact[name]
+        self.examples, self.recipe, self.hooks, self.folder = examples, recipe, hooks, folder
+        self.budget = recipe.micro_batch_tokens
+        self.history: list[StepMetrics] = []
+        self.clock = time.monotonic()
 
-    class FlatTrainer(SFTTrainer):  # type: ignore[misc]
-        """SFTTrainer whose unit is the optimizer step of the batch plan."""
+    # Which examples: the plan's, from the step that comes next.
 
-        def __init__(self) -> None:
-            exact = {name: parameter.data for name, parameter in trainable(model).items()}
-            super().__init__(
-                model=model,
-                args=_arguments(SFTConfig, recipe, folder, model),
-                processing_class=tokenizer,
-                train_dataset=Dataset.from_list([{"input_ids": list(examples[0].input_ids)}]),  # TRL wants to see one
-                data_collator=list,
-                callbacks=[StopOnFlag(hooks.stop)],
-            )
-            # TRL rounds the adapter of a quantized model to bf16, in which a resumed run cannot be exact.
-            for name, parameter in trainable(model).items():
-                parameter.data = exact[name]
-            self.budget = recipe.micro_batch_tokens
-            self.history: list[StepMetrics] = []
-            self.clock = time.monotonic()
+    def get_train_dataloader(self) -> Any:
+        return _Steps(self.recipe.total_steps, lambda: self.state.global_step)
 
-        # Which examples: the plan's, from the step that comes next.
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Nothing to restore: every step seeds itself."""
 
-        def get_train_dataloader(self) -> Any:
-            return _Steps(recipe.total_steps, lambda: self.state.global_step)
+    def floating_point_ops(self, inputs: Any) -> int:  # noqa: ARG002 - Trainer's signature
+        return 0
 
-        def _load_rng_state(self, checkpoint: str | None) -> None:
-            """Nothing to restore: every step seeds itself."""
+    def training_step(self, model: Any, inputs: tuple[int], num_items_in_batch: Any = None) -> Any:  # noqa: ARG002
+        """One optimizer step's gradient; repeats itself with half the budget when the GPU's memory runs out."""
+        self.clock = time.monotonic()
+        while True:
+            try:
+                return self._gradient_of(model, *inputs)
+            except torch.OutOfMemoryError as error:
+                if self.args.world_size > 1 or self.budget <= max(len(e.input_ids) for e in self.examples) // 2:
+                    raise
+                self.budget //= 2
+                del error
+            model.zero_grad()
+            torch.cuda.empty_cache()
 
-        def floating_point_ops(self, inputs: Any) -> int:  # noqa: ARG002 - Trainer's signature
-            return 0
+    def _gradient_of(self, model: Any, step: int) -> Any:
+        rank, world = self.args.process_index, self.args.world_size
+        rows = batches.batch(self.recipe.seed, len(self.examples), self.recipe.global_batch_size, step)
+        targets = sum(sum(self.examples[row].targets) for row in rows)
+        share = [self.examples[row] for row in rows[rank::world]]
+        torch.manual_seed(step_seed(self.recipe.seed, step, rank))
+        model.train()
+        loss = torch.zeros((), device=self.args.device)
+        groups = batches.micro_batches([len(e.input_ids) for e in share], self.budget)
+        for number, group in enumerate(groups, start=1):
+            inputs = flat_inputs([share[i] for i in group], self.args.device)
+            with nullcontext() if number == len(groups) else self.accelerator.no_sync(model):
+                with self.compute_loss_context_manager():
+                    summed = -model(**inputs, fused_lm_head=True).log_probs.sum()
+                part = summed * (world / targets)  # DDP averages over the processes
+                self.accelerator.backward(part)
+            loss += part.detach()
+        return loss
 
-        def training_step(self, model: Any, inputs: tuple[int], num_items_in_batch: Any = None) -> Any:  # noqa: ARG002
-            """One optimizer step's gradient; repeats itself with half the budget when the GPU's memory runs out."""
-            while True:
-                try:
-                    return self._gradient_of(model, *inputs)
-                except torch.OutOfMemoryError as error:
-                    if self.args.world_size > 1 or self.budget <= max(len(e.input_ids) for e in examples) // 2:
-                        raise
-                    self.budget //= 2
-                    del error
-                model.zero_grad()
-                torch.cuda.empty_cache()
+    # What is told, kept and restored.
 
-        def _gradient_of(self, model: Any, step: int) -> Any:
-            rank, world = self.args.process_index, self.args.world_size
-            rows = batches.batch(recipe.seed, len(examples), recipe.global_batch_size, step)
-            targets = sum(sum(examples[row].targets) for row in rows)
-            share = [examples[row] for row in rows[rank::world]]
-            torch.manual_seed(step_seed(recipe.seed, step, rank))
-            model.train()
-            loss = torch.zeros((), device=self.args.device)
-            groups = batches.micro_batches([len(e.input_ids) for e in share], self.budget)
-            for number, group in enumerate(groups, start=1):
-                inputs = flat_inputs([share[i] for i in group], self.args.device)
-                with nullcontext() if number == len(groups) else self.accelerator.no_sync(model):
-                    with self.compute_loss_context_manager():
-                        summed = -model(**inputs, fused_lm_head=True).log_probs.sum()
-                    part = summed * (world / targets)  # DDP averages over the processes
-                    self.accelerator.backward(part)
-                loss += part.detach()
-            return loss
-
-        # What is told, kept and restored.
-
-        def log(self, logs: dict[str, float], start_time: float | None = None) -> None:  # noqa: ARG002
-            """Called by Trainer after every step, and once at the end, then without a loss."""
-            if "loss" not in logs:
-                return
-            now = time.monotonic()
-            metrics = self._metrics_of(logs, now - self.clock)
-            self.clock = now
-            self.history.append(metrics)
-            hooks.on_metrics(metrics)
-            if not math.isfinite(metrics.loss):
-                raise JobError(
-                    f"the loss of step {metrics.step} is {metrics.loss}; the last good checkpoint is kept. "
-                    "Lower JOB_TRAIN__LEARNING_RATE or look at the rows of that step"
-                )
-
-        def _metrics_of(self, logs: dict[str, float], seconds: float) -> StepMetrics:
-            step = self.state.global_step
-            rows = batches.batch(recipe.seed, len(examples), recipe.global_batch_size, step - 1)
-            targets = sum(sum(examples[row].targets) for row in rows)
-            return StepMetrics(
-                step=step,
-                epoch=step / batches.steps_per_epoch(len(examples), recipe.global_batch_size),
-                loss=logs["loss"],
-                learning_rate=logs["learning_rate"],
-                grad_norm=float(logs.get("grad_norm", 0.0)),
-                examples=len(rows),
-                target_tokens=targets,
-                measured={
-                    "seconds": seconds,
-                    "tokens_per_second": targets / seconds,
-                    "memory_bytes": memory_in_use(),
-                    "micro_batch_tokens": self.budget,
-                },
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:  # noqa: ARG002
+        """Called by Trainer after every step, and once at the end, then without a loss."""
+        if "loss" not in logs:
+            return
+        metrics = self._metrics_of(logs, time.monotonic() - self.clock)
+        self.history.append(metrics)
+        self.hooks.on_metrics(metrics)
+        if not math.isfinite(metrics.loss):
+            raise JobError(
+                f"the loss of step {metrics.step} is {metrics.loss}; the last good checkpoint is kept. "
+                "Lower JOB_TRAIN__LEARNING_RATE or look at the rows of that step"
             )
 
-        def _save_checkpoint(self, model: Any, trial: Any) -> None:  # noqa: ARG002
-            if self.is_world_process_zero():
-                path = folder / f"step-{self.state.global_step:08d}"
-                write_state(path, self._files(), self.history)
-                hooks.on_save(path, self.state.global_step)
+    def _metrics_of(self, logs: dict[str, float], seconds: float) -> StepMetrics:
+        step = self.state.global_step
+        rows = batches.batch(self.recipe.seed, len(self.examples), self.recipe.global_batch_size, step - 1)
+        targets = sum(sum(self.examples[row].targets) for row in rows)
+        return StepMetrics(
+            step=step,
+            epoch=step / batches.steps_per_epoch(len(self.examples), self.recipe.global_batch_size),
+            loss=logs["loss"],
+            learning_rate=logs["learning_rate"],
+            grad_norm=float(logs.get("grad_norm", 0.0)),
+            examples=len(rows),
+            target_tokens=targets,
+            measured={
+                "seconds": seconds,
+                "tokens_per_second": targets / seconds,
+                "memory_bytes": memory_in_use(),
+                "micro_batch_tokens": self.budget,
+            },
+        )
 
-        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-            """The adapter is restored with the rest, once the optimizer exists."""
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:  # noqa: ARG002
+        if self.is_world_process_zero():
+            path = self.folder / f"step-{self.state.global_step:08d}"
+            write_state(path, self._files(), self.history)
+            self.hooks.on_save(path, self.state.global_step)
 
-        def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-            if checkpoint is not None:
-                self.history = read_state(Path(checkpoint), self._files())
-                self.budget = int(self.history[-1].measured["micro_batch_tokens"] or self.budget)
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """The adapter is restored with the rest, once the optimizer exists."""
 
-        def _load_scaler(self, checkpoint: str | None) -> None:
-            """Restored with the optimizer."""
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self.history = read_state(Path(checkpoint), self._files())
+            self.budget = int(self.history[-1].measured["micro_batch_tokens"] or self.budget)
 
-        def _files(self) -> TrainerFiles:
-            return TrainerFiles(self.model, self.optimizer, self.lr_scheduler, self.accelerator.scaler, self.state)
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Restored with the optimizer."""
 
-    return FlatTrainer()
+    def _files(self) -> TrainerFiles:
+        return TrainerFiles(self.model, self.optimizer, self.lr_scheduler, self.accelerator.scaler, self.state)
 
 
 class _Steps:
@@ -278,13 +273,11 @@ class _Steps:
         return ((step,) for step in range(self.done(), self.total))
 
 
-def _arguments(config: Any, recipe: Recipe, folder: Path, model: Any) -> Any:
+def _arguments(recipe: Recipe, folder: Path, model: Any) -> SFTConfig:
     """TRL's configuration. Trainer sees one batch a step; micro-batches are cut inside the step."""
-    import torch
-
     on_gpu = model.device.type == "cuda"
     dtype = model.get_base_model().dtype
-    return config(
+    return SFTConfig(
         output_dir=str(folder),
         max_steps=recipe.total_steps,
         per_device_train_batch_size=1,
@@ -296,7 +289,7 @@ def _arguments(config: Any, recipe: Recipe, folder: Path, model: Any) -> Any:
         max_grad_norm=recipe.max_grad_norm,
         optim=recipe.optimizer,
         # Switched on by hand on the model: the argument's name changed between the versions that we admit.
-        **dict.fromkeys({"activation_checkpointing", "gradient_checkpointing"} & config.__dataclass_fields__.keys(), False),
+        **dict.fromkeys({"activation_checkpointing", "gradient_checkpointing"} & SFTConfig.__dataclass_fields__.keys(), False),
         bf16=dtype is torch.bfloat16,
         fp16=dtype is torch.float16,
         use_cpu=not on_gpu,
@@ -329,10 +322,6 @@ def substitute(recipe: Recipe, device: torch.device) -> tuple[Recipe, list[str]]
 
 def memory_in_use() -> int:
     """Bytes: the peak that torch allocated on the GPU since the process began, or the process's peak on a CPU."""
-    import resource
-
-    import torch
-
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -63,7 +63,9 @@ class Hub(BaseHTTPRequestHandler):
         else:
             self._answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
 
-    do_HEAD = do_GET  # noqa: N815
+    def do_HEAD(self) -> None:
+        """Answers as for GET, without the body."""
+        self.do_GET()
 
     def do_POST(self) -> None:
         """Answers which of the paths asked for there are."""

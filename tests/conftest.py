@@ -1,0 +1,47 @@
+"""What all tests share: an offline, single-threaded process that leaves nothing in the checkout, and a tiny model."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+_CACHE = tempfile.TemporaryDirectory(prefix="qlora-job-tests-")
+
+# Read when the libraries are imported, so they are set before any of them is. Threads: tests run in parallel.
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HOME": _CACHE.name,
+    "HYPOTHESIS_STORAGE_DIRECTORY": _CACHE.name,
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TQDM_DISABLE": "1",
+}
+for _name in [name for name in os.environ if name.startswith("JOB_")]:
+    del os.environ[_name]
+
+
+def pytest_unconfigure() -> None:
+    """Removes the caches of the Hugging Face libraries and of hypothesis."""
+    _CACHE.cleanup()
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random Mistral of two layers and its byte-level tokenizer. Tests must not write into it."""
+    from tests.helpers import make_base
+
+    folder = tmp_path_factory.mktemp("base")
+    make_base(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(base_folder: Path) -> Any:
+    """The tiny model's tokenizer, as the job loads it."""
+    from job.model import load_tokenizer
+
+    return load_tokenizer(base_folder)

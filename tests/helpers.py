@@ -1,0 +1,139 @@
+"""Builders for tests: a tiny model, training examples, Alpaca rows, questions in ARC's schema. All of it made up."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from job.records import Example
+
+BOS, EOS, PAD = 0, 1, 2
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ARC_EASY = Path("/work/shared/data/arc_easy_test.jsonl")
+
+
+def make_base(folder: Path) -> None:
+    """Writes a random Mistral (2 layers, grouped heads) and a byte-level tokenizer that knows a few words.
+
+    Adapters of rank 16 on its feed-forward layers are just large enough for 8-bit optimizer states (4,096 numbers).
+    """
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<s>", "</s>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(["Question: which is the answer?\nAnswer: it is the one of them"] * 3, trainer)
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=400,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        sliding_window=None,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+        initializer_range=0.1,  # larger than usual: its answers differ clearly, as a trained model's do
+    )
+    MistralForCausalLM(config).save_pretrained(folder)
+
+
+def make_model(folder: Path, *, quantization: str = "none", dropout: float = 0.0, rank: int = 16) -> Any:
+    """The tiny base in fp32 with an adapter on all linear layers, loaded by the job's own means."""
+    import torch
+
+    from job.model import add_adapter, load_base
+
+    base = load_base(
+        folder,
+        quantization=quantization,
+        double_quantization=True,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        max_length=512,
+    )
+    return add_adapter(base, rank=rank, alpha=16, dropout=dropout, target_modules=LINEAR, seed=1)
+
+
+def fill_adapter(model: Any, scale: float = 0.05) -> Any:
+    """Makes every adapter weight random: a fresh adapter is zero on one side, which hides errors."""
+    import torch
+
+    from job.model import trainable
+
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in trainable(model).values():
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def make_examples(count: int, *, shortest: int = 4, longest: int = 60, prompt: float = 0.0) -> list[Example]:
+    """Random token sequences of many lengths, `<s>` in front and `</s>` behind; `prompt` is the part not learned."""
+    chance = random.Random(count)
+    examples = []
+    for _ in range(count):
+        length = chance.randint(shortest, longest)
+        ids = (BOS, *(chance.randrange(3, 400) for _ in range(length - 2)), EOS)
+        learned_from = max(1, int(prompt * length))
+        examples.append(Example(ids, tuple(position >= learned_from for position in range(length))))
+    return examples
+
+
+def alpaca_rows(count: int) -> list[dict[str, str]]:
+    """Rows in Alpaca's schema."""
+    return [
+        {"instruction": f"Add {n} and {n + 1}.", "input": "" if n % 3 else f"Case {n}", "output": f"It is {2 * n + 1}."}
+        for n in range(count)
+    ]
+
+
+def arc_rows(count: int) -> list[dict[str, Any]]:
+    """Questions in ARC's schema: 3 to 5 choices of different lengths, some with several tokens in common; labels are
+    letters, or digits in every fourth question.
+    """
+    chance = random.Random(count)
+    rows = []
+    for n in range(count):
+        size = 3 + n % 3
+        labels = list("12345" if n % 4 == 0 else "ABCDE")[:size]
+        texts = [f"{'the one that ' * (choice % 3)}is {n * choice + choice}" for choice in range(size)]
+        chance.shuffle(texts)
+        rows.append(
+            {
+                "id": f"made-up-{n}",
+                "question": f"{'Which is it, then? ' * (n % 3)}What is {n} and {chance.randrange(100)}?",
+                "choices": {"text": texts, "label": labels},
+                "answerKey": chance.choice(labels),
+            }
+        )
+    return rows
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
+    """Writes one JSON line a row."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The inverse of `write_jsonl`."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
