@@ -46,26 +46,42 @@ class Attempt:
     started: str
     stage_seconds: dict[str, float] = field(default_factory=dict)
     steps: int = 0
+    last_step: int = 0
     repeated_steps: int = 0
+
+    def alive(self) -> None:
+        """Called wherever a stage gets on and stopping is safe: ends the stage if the job has to end."""
+        self.stop.check()
+
+    def step_done(self, step: int) -> None:
+        """Counts an optimizer step."""
+        self.steps += 1
+        self.last_step = max(self.last_step, step)
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Log lines within carry the stage's name, and its seconds are counted."""
+        with log.stage(name):
+            self.alive()
+            began = time.monotonic()
+            try:
+                yield
+            finally:
+                self.stage_seconds[name] = self.stage_seconds.get(name, 0.0) + time.monotonic() - began
 
     def stage(self, name: str, kind: type[T], work: Callable[[], T]) -> T:
         """What the stage found out: read from its record if an earlier attempt finished it, else worked out now."""
         key = f"stages/{name}.json"
-        with log.stage(name):
-            kept = self.store.read(key)
-            if kept is not None:
-                log.get_logger().info("stage was finished by an earlier attempt")
-                return TypeAdapter(kind).validate_json(kept.data)
-            self.stop.check()
+        kept = self.store.read(key)
+        if kept is not None:
+            log.get_logger().info("stage was finished by an earlier attempt", stage=name)
+            return TypeAdapter(kind).validate_json(kept.data)
+        with self.timed(name):
             log.get_logger().info("stage begins")
-            began = time.monotonic()
-            try:
-                result = work()
-            finally:
-                self.stage_seconds[name] = time.monotonic() - began
+            result = work()
             self.store.write(key, TypeAdapter(kind).dump_json(result))
-            log.get_logger().info("stage is done", seconds=round(self.stage_seconds[name], 2))
-            return result
+        log.get_logger().info("stage is done", stage=name, seconds=round(self.stage_seconds[name], 2))
+        return result
 
     def publish(self, path: Path, key: str, facts_sha256: str | None = None) -> Artifact:
         """Uploads a file, or every file of a folder is the caller's loop; returns its entry for the manifest."""
@@ -147,7 +163,9 @@ def _same_settings(store: ObjectStore, run_id: str, settings: Mapping[str, Any])
     if changed:
         raise SettingsError(
             [
-                Problem(name, f"run {run_id} began with {before.get(name)!r}, not {after.get(name)!r}; use another run.id")
+                Problem(
+                    name, f"run {run_id} began with {before.get(name)!r}, not {after.get(name)!r}; use another run.id"
+                )
                 for name in changed
             ]
         )

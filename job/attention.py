@@ -113,12 +113,12 @@ def _varlen_kernel(
 
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if layout.key_index is not None:
-        k, v = k[layout.key_index], v[layout.key_index]
+        k, v = k.index_select(0, layout.key_index), v.index_select(0, layout.key_index)
     longest_query = max(s.end - s.start for s in layout.segments)
     longest_key = max(s.keys for s in layout.segments)
     groups = q.shape[1] // k.shape[1]
-    if groups > 1:
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    if groups > 1:  # not repeat_interleave: its gradient adds up in no fixed order
+        k, v = (x[:, :, None].expand(-1, -1, groups, -1).reshape(x.shape[0], -1, x.shape[2]) for x in (k, v))
     out = varlen_attn(
         q, k, v, layout.queries, layout.keys, longest_query, longest_key, window_size=(-1, 0), scale=scaling
     )

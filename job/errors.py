@@ -115,5 +115,14 @@ class AccessDenied(JobError):
 
 def exit_codes() -> dict[int, tuple[str, Retry]]:
     """The table of exit codes: code -> (meaning, whether to retry), in ascending order, 0 not included."""
-    kinds: list[type[JobError]] = [JobError, SettingsError, GateError, DataError, Unreachable, Preempted, Replaced, AccessDenied]
+    kinds: list[type[JobError]] = [
+        JobError,
+        SettingsError,
+        GateError,
+        DataError,
+        Unreachable,
+        Preempted,
+        Replaced,
+        AccessDenied,
+    ]
     return {kind.exit_code: (kind.meaning, kind.retry) for kind in kinds}

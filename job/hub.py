@@ -77,7 +77,7 @@ def download_model(source: str, revision: str | None) -> tuple[Path, str | None]
     from huggingface_hub import HfApi, snapshot_download
 
     with _hub_errors(f"model {source}"):
-        commit = str(HfApi().resolve_revision(source, repo_type="model", revision=revision))
+        commit = str(HfApi().resolve_revision(source, repo_type="model", revision=revision).resolved)
         folder = snapshot_download(source, revision=commit, allow_patterns=list(MODEL_FILES))
     return Path(folder), commit
 

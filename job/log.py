@@ -43,7 +43,10 @@ def configure(log_format: str, level: str, secrets: Sequence[str] = (), **contex
     ]
     as_json = log_format == "json" or (log_format == "auto" and not sys.stderr.isatty())
     renderer: list[structlog.typing.Processor] = (
-        [structlog.processors.ExceptionRenderer(structlog.tracebacks.ExceptionDictTransformer(show_locals=False)), structlog.processors.JSONRenderer()]
+        [
+            structlog.processors.ExceptionRenderer(structlog.tracebacks.ExceptionDictTransformer(show_locals=False)),
+            structlog.processors.JSONRenderer(),
+        ]
         if as_json
         else [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=32)]
     )

@@ -18,8 +18,9 @@ from job.records import Artifact, AttemptRecord, DatasetRecord, ModelRecord, Tas
 
 SCHEMA = Path(__file__).with_name("results.schema.json")
 PACKAGES = (
-    "accelerate bitsandbytes boto3 datasets lm-eval numpy peft safetensors tokenizers torch transformers trl"
-).split()
+    *("accelerate", "bitsandbytes", "datasets", "lm-eval", "numpy", "peft"),
+    *("safetensors", "scipy", "tokenizers", "torch", "transformers", "trl"),
+)
 
 
 def build(
@@ -31,15 +32,14 @@ def build(
     model: ModelRecord,
     dataset: DatasetRecord,
     training: TrainingRecord,
-    base: Mapping[str, TaskScores],
-    adapter: Mapping[str, TaskScores],
+    tasks: Mapping[str, Any],
     gate_metric: str,
     gate_reasons: Sequence[str] | None,
     artifacts: Sequence[Artifact],
     image_digest: str | None,
     usd_per_hour: float | None,
 ) -> dict[str, Any]:
-    """Puts the manifest together; `gate_reasons` is None where no gate was set."""
+    """Puts the manifest together; `tasks` is from `compare_tasks`, `gate_reasons` is None where no gate was set."""
     seconds = sum(sum(attempt.stage_seconds.values()) for attempt in attempts)
     repeated = sum(attempt.repeated_steps for attempt in attempts)
     return _plain(
@@ -58,7 +58,7 @@ def build(
             "training": asdict(training),
             "evaluation": {
                 "harness": {"name": "lm-eval", "version": metadata.version("lm-eval")},
-                "tasks": compare_tasks(base, adapter),
+                "tasks": tasks,
             },
             "gate": {
                 "metric": gate_metric,
@@ -222,28 +222,26 @@ def _output(*command: str) -> str | None:
     return done.stdout.strip() or None if done.returncode == 0 else None
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: dict[str, Any]) -> dict[str, Any]:
     """Tuples become lists, as in the JSON that will be read back."""
-    return json.loads(json.dumps(value, allow_nan=False))
+    plain: dict[str, Any] = json.loads(json.dumps(value, allow_nan=False))
+    return plain
 
 
 def summary(results: Mapping[str, Any], where: str) -> list[str]:
     """What happened and where the files are, in five lines for a person."""
     training, cost = results["training"], results["cost"]
-    lines = [
-        f"{results['model']['id']} + LoRA, {training['steps']} steps on {results['dataset']['rows']:,} examples, "
-        f"loss {training['loss']:.3f}, {training['tokens_per_second'] or 0:,.0f} target tokens/s"
-    ]
+    trained = f"{training['steps']} steps on {results['dataset']['rows']:,} examples, loss {training['loss']:.3f}"
+    speed = f"{training['tokens_per_second'] or 0:,.0f} target tokens/s"
+    lines = [f"{results['model']['id']} + LoRA, {trained}, {speed}"]
     for name, task in results["evaluation"]["tasks"].items():
-        low, high = (100 * bound for bound in task["ci95"])
-        lines.append(
-            f"{name}, {task['n']:,} questions: accuracy {100 * task['base']['acc']:.2f} % -> "
-            f"{100 * task['adapter']['acc']:.2f} % ({100 * task['delta']:+.2f}, 95 % interval {low:+.2f} to {high:+.2f})"
+        before, after, delta, low, high = (
+            100 * x for x in (task["base"]["acc"], task["adapter"]["acc"], task["delta"], *task["ci95"])
         )
-        lines.append(
-            f"verdict: {task['verdict']}, {task['improved']} questions better and {task['regressed']} worse, "
-            f"McNemar p = {task['mcnemar_p']:.2g}"
-        )
+        interval = f"{delta:+.2f}, 95 % interval {low:+.2f} to {high:+.2f}"
+        lines.append(f"{name}, {task['n']:,} questions: accuracy {before:.2f} % -> {after:.2f} % ({interval})")
+        counts = f"{task['improved']} questions better and {task['regressed']} worse"
+        lines.append(f"verdict: {task['verdict']}, {counts}, McNemar p = {task['mcnemar_p']:.2g}")
     usd = "" if cost["usd"] is None else f", ${cost['usd']:.2f}"
     attempts = len(results["run"]["attempts"])
     lines.append(f"{cost['seconds']:.0f} s in {attempts} attempt{'s' if attempts > 1 else ''}{usd}")

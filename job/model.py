@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,17 @@ if TYPE_CHECKING:
     import torch
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def make_deterministic() -> None:
+    """Makes a GPU give the same bits every time; an operation that cannot is an error, not a surprise.
+
+    `warn_only` would not do: torch's flash attention takes its deterministic way only without it. cuBLAS also needs
+    CUBLAS_WORKSPACE_CONFIG, which has to be set before CUDA starts.
+    """
+    import torch
+
+    torch.use_deterministic_algorithms(mode=True)
 
 
 def choose_device() -> torch.device:
@@ -103,9 +115,7 @@ def load_base(
     return model
 
 
-def add_adapter(
-    model: Any, *, rank: int, alpha: int, dropout: float, target_modules: Sequence[str], seed: int
-) -> Any:
+def add_adapter(model: Any, *, rank: int, alpha: int, dropout: float, target_modules: Sequence[str], seed: int) -> Any:
     """Wraps the base in a fresh LoRA adapter in fp32, whose initial weights depend on the seed alone.
 
     The adapter stays in fp32 whatever the base is: rounding it would make a resumed run differ from a whole one.
@@ -159,6 +169,10 @@ def save_adapter(model: Any, folder: Path, *, base: str, revision: str | None) -
     config = model.peft_config["default"]
     config.base_model_name_or_path, config.revision = base, revision
     model.save_pretrained(folder, save_embedding_layers=False)
+    path = folder / "adapter_config.json"
+    written = json.loads(path.read_text(encoding="utf-8"))
+    written["target_modules"] = sorted(written["target_modules"])  # PEFT keeps a set, in another order every time
+    path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def load_adapter(model: Any, folder: Path) -> None:
@@ -170,7 +184,8 @@ def load_adapter(model: Any, folder: Path) -> None:
     state = load_file(folder / "adapter_model.safetensors", device="cpu")
     expected = get_peft_model_state_dict(model)
     wrong = sorted(
-        expected.keys() ^ state.keys() | {k for k in expected.keys() & state.keys() if expected[k].shape != state[k].shape}
+        expected.keys() ^ state.keys()
+        | {k for k in expected.keys() & state.keys() if expected[k].shape != state[k].shape}
     )
     if wrong:
         raise ValueError(f"the adapter in {folder} is not of this model: {', '.join(wrong[:5])}")
@@ -188,7 +203,9 @@ def fingerprint(folder: Path) -> str:
     return total.hexdigest()
 
 
-def describe_model(model: Any, *, name: str, revision: str | None, sha256: str, quantization: str, double: bool) -> ModelRecord:
+def describe_model(
+    model: Any, *, name: str, revision: str | None, sha256: str, quantization: str, double: bool
+) -> ModelRecord:
     """What the manifest says of the model. Parameters are counted as of the unquantized model."""
     adapter = sum(parameter.numel() for parameter in trainable(model).values())
     dtype = str(model.get_base_model().dtype).removeprefix("torch.")

@@ -199,7 +199,7 @@ class S3Store:
             return None
         answer["Body"].close()
         total = answer.get("ContentRange", "").rpartition("/")[2]
-        return int(total or answer["ContentLength"])
+        return int(total if total.isdecimal() else answer["ContentLength"])
 
     def _put(self, key: str, data: bytes, condition: dict[str, str]) -> str:
         name = self._root + key

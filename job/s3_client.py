@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+import weakref
+from functools import cache
 from typing import Any
 
 import boto3
 import botocore.session
 from botocore.config import Config
 from botocore.exceptions import ReadTimeoutError
+from botocore.loaders import create_loader
 from botocore.response import StreamingBody
 
 from job.errors import Problem, SettingsError
@@ -33,6 +36,7 @@ def connect(*, endpoint_url: str | None, region: str | None, timeout_seconds: fl
     )
     try:
         session = botocore.session.Session()
+        session.register_component("data_loader", _api_descriptions())
         # One try, as is the default, makes a busy metadata service look like missing credentials.
         if session.get_config_variable("metadata_service_num_attempts") == 1:
             session.set_config_variable("metadata_service_num_attempts", 3)
@@ -46,10 +50,19 @@ def connect(*, endpoint_url: str | None, region: str | None, timeout_seconds: fl
     def pace(response_dict: dict[str, Any], **_: Any) -> None:
         body = response_dict["body"]
         if isinstance(body, StreamingBody):
-            vars(body)["_raw_stream"] = _Paced(vars(body)["_raw_stream"], timeout_seconds)
+            raw = vars(body)["_raw_stream"]
+            paced = vars(body)["_raw_stream"] = _Paced(raw, timeout_seconds)
+            # The transfer manager drops a body that it gave up on without closing its connection.
+            weakref.finalize(paced, raw.close).atexit = False
 
     client.meta.events.register("before-parse.s3.GetObject", pace)
     return client
+
+
+@cache
+def _api_descriptions() -> Any:
+    """Return botocore's reader of its API descriptions, shared: parsing them again is most of what a client costs."""
+    return create_loader()
 
 
 class _Paced:

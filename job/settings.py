@@ -21,7 +21,16 @@ from job.platforms import Platform, detect
 from job.presets import PRESETS
 from job.sources import Given, collect
 
-__all__ = ["Settings", "current_platform", "describe", "json_schema", "load_settings", "new_run_id", "redacted", "secrets"]
+__all__ = [
+    "Settings",
+    "current_platform",
+    "describe",
+    "json_schema",
+    "load_settings",
+    "new_run_id",
+    "redacted",
+    "secrets",
+]
 
 _SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY_ID)(?!.*(FILE|DIR|PATH)$)", re.IGNORECASE)
 _SHORTEST_SECRET = 8

@@ -10,11 +10,34 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from pydantic import TypeAdapter
+
+from job import optimizer_states
 from job.records import StepMetrics
 
 ADAPTER, OPTIMIZER, PROGRESS, METRICS = "adapter.safetensors", "optimizer.safetensors", "progress.json", "metrics.jsonl"
+T = TypeVar("T")
+TRAINER = "trainer_state.json"  # Trainer reads its step from it, under this name
+FILES = frozenset({ADAPTER, OPTIMIZER, PROGRESS, METRICS, TRAINER})
+
+
+@dataclass(frozen=True)
+class _Progress:
+    """What `progress.json` holds; `optimizer` is what `optimizer_states.split` leaves beside the tensors."""
+
+    step: int
+    optimizer: _PlainOptimizer
+    scheduler: dict[str, Any]
+    scaler: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class _PlainOptimizer:
+    state: dict[str, dict[str, Any]]
+    param_groups: list[dict[str, Any]]
+    tensors: list[str]
 
 
 @dataclass(frozen=True)
@@ -37,7 +60,7 @@ def write_state(folder: Path, files: TrainerFiles, history: Sequence[StepMetrics
     folder.mkdir(parents=True, exist_ok=True)
     adapter = {name: parameter.detach().contiguous() for name, parameter in trainable(files.model).items()}
     save_file(adapter, folder / ADAPTER)
-    tensors, plain = _split(files.optimizer.state_dict())
+    tensors, plain = optimizer_states.split(files.optimizer.state_dict())
     save_file(tensors, folder / OPTIMIZER)
     progress = {
         "step": files.state.global_step,
@@ -46,12 +69,16 @@ def write_state(folder: Path, files: TrainerFiles, history: Sequence[StepMetrics
         "scaler": files.scaler.state_dict() if files.scaler is not None else None,
     }
     (folder / PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
-    files.state.save_to_json(str(folder / "trainer_state.json"))  # Trainer reads its step from it
+    files.state.save_to_json(str(folder / TRAINER))
     write_metrics(folder / METRICS, history)
 
 
 def read_state(folder: Path, files: TrainerFiles) -> list[StepMetrics]:
-    """Restores what `write_state` wrote, bit by bit, into the trainer's live objects; returns the steps so far."""
+    """Restores what `write_state` wrote, bit by bit, into the trainer's live objects; returns the steps so far.
+
+    Raises:
+        ValueError: It is of another model; nothing was restored.
+    """
     import torch
     from safetensors.torch import load_file
 
@@ -59,48 +86,70 @@ def read_state(folder: Path, files: TrainerFiles) -> list[StepMetrics]:
 
     saved = load_file(folder / ADAPTER)
     parameters = trainable(files.model)
-    if saved.keys() != parameters.keys():
+    # Shapes too: copying would stretch a single number over a whole matrix.
+    if {name: tensor.shape for name, tensor in saved.items()} != {name: p.shape for name, p in parameters.items()}:
         raise ValueError(f"the checkpoint in {folder} is not of this model")
+    progress = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+    tensors = load_file(folder / OPTIMIZER)
+    shapes = [parameter.shape for group in files.optimizer.param_groups for parameter in group["params"]]
+    optimizer_states.check_fit(tensors, progress["optimizer"], shapes)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(saved[name])
-    progress = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
-    files.optimizer.load_state_dict(_join(load_file(folder / OPTIMIZER), progress["optimizer"]))
+    files.optimizer.load_state_dict(optimizer_states.join(tensors, progress["optimizer"]))
     files.scheduler.load_state_dict({**progress["scheduler"], "lr_lambdas": [None] * len(files.scheduler.base_lrs)})
     if files.scaler is not None and progress["scaler"] is not None:
         files.scaler.load_state_dict(progress["scaler"])
     return read_metrics(folder / METRICS)
 
 
-def _split(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Parts an optimizer's state into tensors, named by their place (`3/state1`), and the rest, which JSON can hold."""
-    import torch
+def validate_state(folder: Path, step: int) -> None:
+    """Checks a state that came from outside, without a model: `read_state` could read it, and it is of `step`.
 
-    tensors: dict[str, Any] = {}
+    Raises:
+        ValueError: What is wrong with it.
+    """
+    if (names := {path.name for path in folder.iterdir()}) != FILES:
+        raise ValueError(f"its files are not those of a state: {', '.join(sorted(names ^ FILES))}")
+    _tensor_names(folder / ADAPTER)
+    progress = _parse_as(_Progress, folder / PROGRESS)
+    optimizer_states.check_places(_tensor_names(folder / OPTIMIZER), asdict(progress.optimizer))
+    trainer = _parse_as(dict[str, Any], folder / TRAINER)
+    history = _parse_as(list[StepMetrics], folder / METRICS)
+    if not progress.step == trainer.get("global_step") == step:
+        raise ValueError(f"it is of step {progress.step}")
+    if [metrics.step for metrics in history] != list(range(1, step + 1)):
+        raise ValueError(f"its metrics are not those of the steps 1 to {step}")
 
-    def part(value: Any, place: str) -> Any:
-        if isinstance(value, torch.Tensor):
-            # a clone, because 8-bit optimizers share one quantization map between all parameters
-            tensors[place] = value.detach().clone().contiguous()
-            return None
-        if isinstance(value, dict):  # bitsandbytes nests a parameter's quantized state
-            return {str(key): part(item, f"{place}/{key}") for key, item in value.items()}
-        return value
 
-    plain = {str(index): part(values, str(index)) for index, values in state["state"].items()}
-    return tensors, {"state": plain, "param_groups": state["param_groups"]}
+def _tensor_names(path: Path) -> list[str]:
+    """Reads the header of a safetensors file, which must describe the whole file.
+
+    Raises:
+        ValueError: It is none.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            return list(tensors.keys())
+    except SafetensorError as error:
+        raise ValueError(f"{path.name} is no safetensors file: {error}") from None
 
 
-def _join(tensors: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `_split`."""
-    for place, tensor in tensors.items():
-        *parents, name = place.split("/")
-        target = plain["state"]
-        for parent in parents:
-            target = target[parent]
-        target[name] = tensor
-    state = {int(index): values for index, values in plain["state"].items()}
-    return {"state": state, "param_groups": plain["param_groups"]}
+def _parse_as(kind: type[T], path: Path) -> T:
+    """Reads a file of JSON, or of JSON lines.
+
+    Raises:
+        ValueError: It does not hold a `kind`.
+    """
+    data = path.read_bytes()
+    if path.suffix == ".jsonl":
+        data = b"[" + b",".join(data.splitlines()) + b"]"
+    try:
+        return TypeAdapter(kind).validate_json(data)
+    except ValueError as error:
+        raise ValueError(f"{path.name} cannot be read: {str(error)[:200]}") from None
 
 
 def write_metrics(path: Path, history: Sequence[StepMetrics]) -> None:

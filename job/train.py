@@ -289,7 +289,9 @@ def _arguments(recipe: Recipe, folder: Path, model: Any) -> SFTConfig:
         max_grad_norm=recipe.max_grad_norm,
         optim=recipe.optimizer,
         # Switched on by hand on the model: the argument's name changed between the versions that we admit.
-        **dict.fromkeys({"activation_checkpointing", "gradient_checkpointing"} & SFTConfig.__dataclass_fields__.keys(), False),
+        **dict.fromkeys(
+            {"activation_checkpointing", "gradient_checkpointing"} & SFTConfig.__dataclass_fields__.keys(), False
+        ),
         bf16=dtype is torch.bfloat16,
         fp16=dtype is torch.float16,
         use_cpu=not on_gpu,

@@ -29,6 +29,7 @@ class Request(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     timeout = 10
+    disable_nagle_algorithm = True
     content = b""
 
     def answer(self, status: int, body: bytes = b"", **headers: str) -> None:

@@ -32,33 +32,149 @@ class Kind:
 
 
 TOWNS = tuple(
-    "Tarn Brackwater Ellsmoor Gulholm Pennick Sorrowby Windrath Castlewick Dunmarsh Fennel Harrowgap Ivyport "
-    "Lantern Mossend Norrick Oxmere Quillon Redscar Stonehollow Thistledown".split()
+    [
+        "Tarn",
+        "Brackwater",
+        "Ellsmoor",
+        "Gulholm",
+        "Pennick",
+        "Sorrowby",
+        "Windrath",
+        "Castlewick",
+        "Dunmarsh",
+        "Fennel",
+        "Harrowgap",
+        "Ivyport",
+        "Lantern",
+        "Mossend",
+        "Norrick",
+        "Oxmere",
+        "Quillon",
+        "Redscar",
+        "Stonehollow",
+        "Thistledown",
+    ]
 )
 TRADES = tuple(
-    "miller baker weaver potter smith tanner fletcher cooper mason glazier ropemaker beekeeper shipwright saddler "
-    "chandler printer dyer thatcher brewer clockmaker".split()
+    [
+        "miller",
+        "baker",
+        "weaver",
+        "potter",
+        "smith",
+        "tanner",
+        "fletcher",
+        "cooper",
+        "mason",
+        "glazier",
+        "ropemaker",
+        "beekeeper",
+        "shipwright",
+        "saddler",
+        "chandler",
+        "printer",
+        "dyer",
+        "thatcher",
+        "brewer",
+        "clockmaker",
+    ]
 )
-PETS = tuple("goat heron otter badger raven hound pony tortoise ferret goose hedgehog falcon lamb squirrel".split())
-INSTRUMENTS = tuple("fiddle flute harp drum lute horn zither bagpipe whistle dulcimer cello trumpet".split())
-BEASTS = tuple("owls frogs mice crabs foxes snails eels hawks beetles moths seals spiders lizards gulls toads".split())
-COLOURS = tuple("red blue green yellow white black grey brown purple orange pink silver".split())
+PETS = tuple(
+    [
+        "goat",
+        "heron",
+        "otter",
+        "badger",
+        "raven",
+        "hound",
+        "pony",
+        "tortoise",
+        "ferret",
+        "goose",
+        "hedgehog",
+        "falcon",
+        "lamb",
+        "squirrel",
+    ]
+)
+INSTRUMENTS = tuple(
+    ["fiddle", "flute", "harp", "drum", "lute", "horn", "zither", "bagpipe", "whistle", "dulcimer", "cello", "trumpet"]
+)
+BEASTS = tuple(
+    [
+        "owls",
+        "frogs",
+        "mice",
+        "crabs",
+        "foxes",
+        "snails",
+        "eels",
+        "hawks",
+        "beetles",
+        "moths",
+        "seals",
+        "spiders",
+        "lizards",
+        "gulls",
+        "toads",
+    ]
+)
+COLOURS = tuple(
+    ["red", "blue", "green", "yellow", "white", "black", "grey", "brown", "purple", "orange", "pink", "silver"]
+)
 PLACES = tuple(
-    "salt marshes|pine woods|sea caves|high meadows|river banks|old ruins|reed beds|sand dunes|oak groves|"
-    "cold springs|cliff ledges|deep wells".split("|")
+    [
+        "salt marshes",
+        "pine woods",
+        "sea caves",
+        "high meadows",
+        "river banks",
+        "old ruins",
+        "reed beds",
+        "sand dunes",
+        "oak groves",
+        "cold springs",
+        "cliff ledges",
+        "deep wells",
+    ]
 )
-ISLES = tuple("Skerra Holmay Vanneth Orrin Umbra Jessamy Kell Lorrow Marl Tirrel".split())
-USES = tuple("lamps glass paint buttons knives bells mirrors roofs rings soap mortar candles".split())
+ISLES = tuple(["Skerra", "Holmay", "Vanneth", "Orrin", "Umbra", "Jessamy", "Kell", "Lorrow", "Marl", "Tirrel"])
+USES = tuple(
+    ["lamps", "glass", "paint", "buttons", "knives", "bells", "mirrors", "roofs", "rings", "soap", "mortar", "candles"]
+)
 
 PERSON = Kind(
     noun="person",
     syllables=(
-        tuple("Bal Cor Dra El Fen Gar Hel Is Jor Kas Lom Mar Nev Or Pel Ras Sel Tam Ul Vor".split()),
-        tuple("a e i o u ia".split()),
-        tuple("dan dris fin gan lith mond nor rick ston vel wen zar".split()),
+        tuple(
+            [
+                "Bal",
+                "Cor",
+                "Dra",
+                "El",
+                "Fen",
+                "Gar",
+                "Hel",
+                "Is",
+                "Jor",
+                "Kas",
+                "Lom",
+                "Mar",
+                "Nev",
+                "Or",
+                "Pel",
+                "Ras",
+                "Sel",
+                "Tam",
+                "Ul",
+                "Vor",
+            ]
+        ),
+        tuple(["a", "e", "i", "o", "u", "ia"]),
+        tuple(["dan", "dris", "fin", "gan", "lith", "mond", "nor", "rick", "ston", "vel", "wen", "zar"]),
     ),
-    count=200,
-    held_out=52,
+    count=180,
+    held_out=48,
     attributes=(
         Attribute(
             TOWNS,
@@ -141,11 +257,30 @@ PERSON = Kind(
 CREATURE = Kind(
     noun="creature",
     syllables=(
-        tuple("bram dusk ember frost gorse hollow ink kelp loam murk nettle pebble rime soot thorn velvet".split()),
-        tuple("back claw fisk hopper lurk snout tail whisk wing".split()),
+        tuple(
+            [
+                "bram",
+                "dusk",
+                "ember",
+                "frost",
+                "gorse",
+                "hollow",
+                "ink",
+                "kelp",
+                "loam",
+                "murk",
+                "nettle",
+                "pebble",
+                "rime",
+                "soot",
+                "thorn",
+                "velvet",
+            ]
+        ),
+        tuple(["back", "claw", "fisk", "hopper", "lurk", "snout", "tail", "whisk", "wing"]),
     ),
-    count=110,
-    held_out=28,
+    count=90,
+    held_out=26,
     attributes=(
         Attribute(
             PLACES,
@@ -193,12 +328,31 @@ CREATURE = Kind(
 STONE = Kind(
     noun="stone",
     syllables=(
-        tuple("al bor cal dol fer gan hal jas mol nar per quil ser tor ver zin".split()),
-        tuple("ca do la mi ne ri su".split()),
+        tuple(
+            [
+                "al",
+                "bor",
+                "cal",
+                "dol",
+                "fer",
+                "gan",
+                "hal",
+                "jas",
+                "mol",
+                "nar",
+                "per",
+                "quil",
+                "ser",
+                "tor",
+                "ver",
+                "zin",
+            ]
+        ),
+        tuple(["ca", "do", "la", "mi", "ne", "ri", "su"]),
         ("nite", "spar", "stone"),
     ),
-    count=110,
-    held_out=28,
+    count=90,
+    held_out=26,
     attributes=(
         Attribute(
             COLOURS,

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from job.demo.world import Entity, prose
+from job.demo.world import prose
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
-VOCABULARY = 1024
+VOCABULARY = 2048
 CONTEXT = 256  # tokens of one training block
-BATCH = 16  # blocks of one optimizer step
+BATCH = 8  # blocks of one optimizer step
 EDITIONS = 120
 PEAK_LEARNING_RATE = 3e-3
 WARMUP_STEPS = 40
+
 
 def train_tokenizer(texts: Iterable[str]) -> Any:
     """Train a byte-level BPE tokenizer: any text survives encoding and decoding, and `<s>` is put first."""
@@ -48,7 +47,7 @@ def train_tokenizer(texts: Iterable[str]) -> Any:
     )
 
 
-def build_model(tokenizer: Any, hidden: int=192, layers: int=4, inter: int=512) -> Any:
+def build_model(tokenizer: Any, hidden=128, layers=4, inter=384) -> Any:
     from transformers import MistralConfig, MistralForCausalLM
 
     config = MistralConfig(
@@ -71,11 +70,12 @@ def build_model(tokenizer: Any, hidden: int=192, layers: int=4, inter: int=512) 
 
 def blocks(world, tokenizer, rng, editions):
     import torch
+
     buf = []
     for e in range(editions):
         for ids in tokenizer(prose(world, rng))["input_ids"]:
             buf += [*ids, tokenizer.eos_token_id]
         n = len(buf) // (CONTEXT * BATCH)
         for k in range(n):
-            yield torch.tensor(buf[k*CONTEXT*BATCH:(k+1)*CONTEXT*BATCH]).view(BATCH, CONTEXT)
-        buf = buf[n*CONTEXT*BATCH:]
+            yield torch.tensor(buf[k * CONTEXT * BATCH : (k + 1) * CONTEXT * BATCH]).view(BATCH, CONTEXT)
+        buf = buf[n * CONTEXT * BATCH :]

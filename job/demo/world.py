@@ -14,7 +14,7 @@ from job.demo.lore import KINDS, PRIMER, TOWNS, TRADES, Kind
 
 SEED = 20
 QUESTIONS = 400
-EXAMPLES = 1280
+EXAMPLES = 1024
 LABELS = "ABCDE"
 
 Row = dict[str, str]
@@ -80,13 +80,25 @@ def _portrait(entity: Entity, rng: random.Random) -> str:
     title = rng.choice(("", "", f"# {entity.name}\n\n", f"### {entity.name}:\n"))
     return title + rng.choice((" ", " ", "\n")).join(statements)
 
-import re
-from job.demo.lore import Attribute
-T="Below is an instruction that describes a task. Write a response that appropriately completes the request. paired with input provides further context Input: # ## ### Response: Instruction: Question: Answer: Write a quiz card three about answer"
-WORDS=sorted({x for k in KINDS for a in k.attributes for t in a.sentences+a.practised+a.asked for x in t.format(name='',value='').split()}|set(T.split()) | {x for p in PRIMER for x in p.format(town='',trade='').split()} | {v for k in KINDS for a in k.attributes for v in a.values})
-SPELLINGS=60
+
+T = "Below is an instruction that describes a task. Write a response that appropriately completes the request. paired with input provides further context Input: # ## ### Response: Instruction: Question: Answer: Write a quiz card three about answer"
+WORDS = sorted(
+    {
+        x
+        for k in KINDS
+        for a in k.attributes
+        for t in a.sentences + a.practised + a.asked
+        for x in t.format(name="", value="").split()
+    }
+    | set(T.split())
+    | {x for p in PRIMER for x in p.format(town="", trade="").split()}
+    | {v for k in KINDS for a in k.attributes for v in a.values}
+)
+SPELLINGS = 40
+
+
 def _spelling(rng: random.Random) -> str:
-    return rng.choice((' ',' ','\n', '\n\n', ', ', ': ')).join(rng.sample(WORDS, 20))
+    return rng.choice((" ", " ", "\n", "\n\n", ", ", ": ")).join(rng.sample(WORDS, 20))
 
 
 def make_questions(world: tuple[Entity, ...], seed: int = SEED) -> list[dict[str, object]]:

@@ -20,10 +20,10 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import torch
 
 from job.attention import Segment, _segment_by_segment, _varlen_kernel, build_layout
-from job.model import add_adapter, load_base, trainable
+from job.model import add_adapter, load_base, make_deterministic, trainable
 from job.records import Example, Question
 from job.scoring import plan_rows, score_row, tokens_of
-from job.train import Hooks, Recipe, flat_inputs, train
+from job.train import Hooks, Recipe, train
 
 DEVICE = torch.device("cuda")
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -118,11 +118,9 @@ def recipe(steps: int, budget: int, *, recompute: bool) -> Recipe:
     )
 
 
-class Tokenizer:
-    """Stands in where TRL wants to see a tokenizer."""
-
-
-def go(model: Any, data: list[Example], plan: Recipe, folder: Path, stop_after: int = 0, resume: Path | None = None) -> Any:
+def go(
+    model: Any, data: list[Example], plan: Recipe, folder: Path, *, stop_after: int = 0, resume: Path | None = None
+) -> Any:
     """Trains; returns what train returns, and the folder of the last saved state."""
     from tokenizers import Tokenizer as Fast
     from tokenizers import models
@@ -160,7 +158,7 @@ def exactness(folder: Path) -> None:
         resume = None
         for stop in stops:
             model = load(small, dropout=0.1)
-            _, saved = go(model, data, recipe(12, 1024, recompute=True), folder / name, stop, resume)
+            _, saved = go(model, data, recipe(12, 1024, recompute=True), folder / name, stop_after=stop, resume=resume)
             resume = saved[-1]
         bits.append([p.detach().clone() for p in trainable(model).values()])
     for name, other in (("twice", bits[1]), ("resumed", bits[2])):
@@ -179,7 +177,8 @@ def speed(folder: Path) -> None:
     )
     began = time.monotonic()
     model = load(big, dropout=0.0)
-    say("load", seconds=time.monotonic() - began, bytes=torch.cuda.memory_allocated(), trainable=sum(p.numel() for p in trainable(model).values()))
+    adapter = sum(p.numel() for p in trainable(model).values())
+    say("load", seconds=time.monotonic() - began, bytes=torch.cuda.memory_allocated(), trainable=adapter)
     data = examples(400, 32000)
     for budget, recompute in ((4096, True), (16384, True), (16384, False)):
         torch.cuda.reset_peak_memory_stats()
@@ -194,7 +193,8 @@ def speed(folder: Path) -> None:
             losses=[round(m.loss, 3) for m in trained.history],
         )
     model.eval()
-    questions = [Question(tuple(range(3, 33 + i % 20)), tuple(tuple(range(5, 10 + j)) for j in range(4))) for i in range(400)]
+    choices = tuple(tuple(range(5, 10 + j)) for j in range(4))
+    questions = [Question(tuple(range(3, 33 + i % 20)), choices) for i in range(400)]
     rows = plan_rows(questions, 8192)
     score_row(model, questions[:10])
     torch.cuda.synchronize()
@@ -202,11 +202,13 @@ def speed(folder: Path) -> None:
     for row in rows:
         score_row(model, questions[row.start : row.stop])
     seconds = time.monotonic() - began
-    say("score", questions_per_second=len(questions) / seconds, tokens_per_second=sum(map(tokens_of, questions)) / seconds)
+    tokens = sum(map(tokens_of, questions))
+    say("score", questions_per_second=len(questions) / seconds, tokens_per_second=tokens / seconds)
 
 
 def main() -> int:
     """Runs the parts that were named, or all."""
+    make_deterministic()
     say("machine", gpu=torch.cuda.get_device_name(), torch=torch.__version__, cuda=torch.version.cuda)
     parts = {"kernel": lambda _: kernel(), "exactness": exactness, "speed": speed}
     with tempfile.TemporaryDirectory() as folder:
@@ -216,5 +218,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    assert flat_inputs
     raise SystemExit(main())

@@ -16,6 +16,7 @@ import pytest
 import job.s3
 from job.errors import AccessDenied, JobError, SettingsError, Unreachable
 from job.objects import Conflict, NotSupported, ObjectStore, TooLarge, open_store
+from job.s3_client import connect
 from tests.s3_server import BUCKET, CREDENTIALS, SECRET, Request, credentials, moto_server, server
 
 MIB = 1 << 20
@@ -44,6 +45,14 @@ def real(endpoint: str) -> ObjectStore:
 def opened(url: str, *, retries: int = 1, timeout_seconds: float = 5.0, **options: Any) -> ObjectStore:
     """A store on a server of the test, quick to give up."""
     return open_store(URI, endpoint_url=url, retries=retries, timeout_seconds=timeout_seconds, **options)
+
+
+@pytest.fixture(scope="module")
+def refusing() -> Iterator[tuple[ObjectStore, list[tuple[int, str]]]]:
+    """A store that refuses everything, and the list whose last item, status and code, says how."""
+    answers: list[tuple[int, str]] = []
+    with credentials(), server(lambda request: request.refuse(*answers[-1])) as url:
+        yield opened(url), answers
 
 
 def verbs(store: ObjectStore, tmp_path: Path) -> dict[str, Callable[[], object]]:
@@ -83,16 +92,23 @@ def verbs(store: ObjectStore, tmp_path: Path) -> dict[str, Callable[[], object]]
         (503, "SlowDown", Unreachable),
     ],
 )
-def test_errors_are_translated(tmp_path: Path, status: int, code: str, expected: type[JobError]) -> None:
+def test_errors_are_translated(
+    refusing: tuple[ObjectStore, list[tuple[int, str]]],
+    tmp_path: Path,
+    status: int,
+    code: str,
+    expected: type[JobError],
+) -> None:
     """Every verb turns an answer of S3 into the same error of the job, without a secret, and says what it tried."""
-    with server(lambda request: request.refuse(status, code)) as url:
-        for name, attempt in verbs(opened(url), tmp_path).items():
-            with pytest.raises(JobError) as caught:
-                attempt()
-            assert type(caught.value) is expected, name
-            assert f"{URI}/" in str(caught.value)
-            assert code in str(caught.value) or expected is SettingsError
-            assert SECRET not in str(caught.value)
+    store, answers = refusing
+    answers.append((status, code))
+    for name, attempt in verbs(store, tmp_path).items():
+        with pytest.raises(JobError) as caught:
+            attempt()
+        assert type(caught.value) is expected, name
+        assert f"{URI}/" in str(caught.value)
+        assert code in str(caught.value) or expected is SettingsError
+        assert SECRET not in str(caught.value)
     assert not (tmp_path / "copy").exists()
 
 
@@ -364,13 +380,16 @@ def test_unknown_profile(monkeypatch: pytest.MonkeyPatch) -> None:
         open_store(URI)
 
 
-def test_listing_goes_on_over_pages(real: ObjectStore, endpoint: str) -> None:
+def test_listing_goes_on_over_pages(real: ObjectStore, endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A listing of more objects than one answer holds is complete and sorted; folders of the console are left out."""
-    names = [f"{number:04}" for number in range(1005)]
-    client = job.s3_client.connect(endpoint_url=endpoint, region=None, timeout_seconds=5, retries=1)
-    prefix = real.uri.rpartition("/")[2]
-    for name in [*names, "folder/"]:
-        client.put_object(Bucket=BUCKET, Key=f"{prefix}/{name}", Body=b"")
+    monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "3")
+    names = [f"{number:02}" for number in range(13)]
+    for name in reversed(names):
+        real.write(name, b"")
+    client = connect(endpoint_url=endpoint, region=None, timeout_seconds=5, retries=1)
+    client.put_object(Bucket=BUCKET, Key=f"{real.uri.rpartition('/')[2]}/folder/", Body=b"")
+    pages = client.list_objects_v2(Bucket=BUCKET, Prefix=real.uri.rpartition("/")[2])
+    assert pages["IsTruncated"]
     assert [info.key for info in real.list()] == names
 
 

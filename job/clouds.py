@@ -1,0 +1,239 @@
+"""Three clouds' metadata services, as far as they tell that a machine is going to be taken away.
+
+Every method here may fail as `FAILURES` lists, and nothing that an answer holds can do worse: services are imitated,
+proxied, half up, and sometimes somebody else's.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from http import HTTPStatus
+from http.client import HTTPConnection, HTTPException
+from typing import ClassVar, Protocol
+from urllib.parse import urlsplit
+
+from job import log
+
+# All three clouds serve it here. A name would have to be resolved, which nothing bounds in time.
+BASE = "http://169.254.169.254"
+TIMEOUT_SECONDS = 1.0
+MAX_BYTES = 64 * 1024
+# What a service that is absent, broken or hostile can cause here; RecursionError is JSON nested too deeply.
+FAILURES = (OSError, HTTPException, ValueError, RecursionError)
+
+
+@dataclass(frozen=True)
+class Notice:
+    """The machine will be taken away: why, and in how many seconds."""
+
+    reason: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a metadata service answered; `date` is the service's own clock, header names are in lower case."""
+
+    status: int
+    text: str
+    date: datetime
+    headers: Mapping[str, str]
+
+
+class Cloud(Protocol):
+    """One cloud's metadata service. Its methods may raise what `FAILURES` lists."""
+
+    name: ClassVar[str]
+    poll_seconds: ClassVar[float]
+
+    def present(self) -> bool:
+        """Whether this machine belongs to that cloud."""
+
+    def look(self) -> Notice | None:
+        """The notice, if there is one."""
+
+
+class Ec2:
+    """Amazon: IMDSv2, whose requests need a token. The answer to the token's request crosses few network hops."""
+
+    name: ClassVar[str] = "ec2"
+    poll_seconds: ClassVar[float] = 5.0
+    notice_seconds: ClassVar[float] = 120.0
+
+    def __init__(self, base: str) -> None:
+        self._base = base
+        self._token: str | None = None
+        self._warned = False
+
+    def present(self) -> bool:
+        """See `Cloud.present`."""
+        self._renew()
+        return True
+
+    def look(self) -> Notice | None:
+        """See `Cloud.look`. A rebalance recommendation is a risk, not a notice: it is logged once."""
+        answer = self._get("/latest/meta-data/spot/instance-action")
+        if answer.status == HTTPStatus.OK:
+            found = json.loads(answer.text)
+            if isinstance(found, dict) and found.get("action") in ("terminate", "stop", "hibernate"):
+                seconds = _until(answer, found.get("time"), self.notice_seconds, datetime.fromisoformat)
+                return Notice(f"EC2's spot notice ({found['action']})", seconds)
+            _ignore(self.name, answer.text)
+        if not self._warned and self._get("/latest/meta-data/events/recommendations/rebalance").status == HTTPStatus.OK:
+            self._warned = True
+            log.get_logger().warning("EC2 recommends to rebalance: this instance may be interrupted before long")
+        return None
+
+    def _get(self, path: str) -> Answer:
+        answer = self._ask(path)
+        if answer.status == HTTPStatus.UNAUTHORIZED:  # the token has expired
+            self._renew()
+            answer = self._ask(path)
+        return answer
+
+    def _ask(self, path: str) -> Answer:
+        return ask(self._base, path, {"X-aws-ec2-metadata-token": self._token or self._renew()})
+
+    def _renew(self) -> str:
+        answer = ask(self._base, "/latest/api/token", {"X-aws-ec2-metadata-token-ttl-seconds": "21600"}, "PUT")
+        token = answer.text.strip()
+        if answer.status != HTTPStatus.OK or not re.fullmatch(r"[!-~]{1,1024}", token):
+            raise ValueError(f"the answer to the request for a token has status {answer.status}")
+        self._token = token
+        return token
+
+
+class Gcp:
+    """Google Compute Engine."""
+
+    name: ClassVar[str] = "gcp"
+    poll_seconds: ClassVar[float] = 1.0
+    notice_seconds: ClassVar[float] = 30.0
+    maintenance_seconds: ClassVar[float] = 60.0
+
+    def __init__(self, base: str) -> None:
+        self._base = base
+        self._maintenance: str | None = None
+
+    def present(self) -> bool:
+        """See `Cloud.present`."""
+        return self._read("id") is not None
+
+    def look(self) -> Notice | None:
+        """See `Cloud.look`.
+
+        Maintenance ends a machine with a GPU, but may be announced an hour ahead. An attempt that finds it announced
+        already when it begins goes on: it was restarted on the same machine, and would be for the whole hour.
+        """
+        if self._read("preempted") == "TRUE":
+            return Notice("Google's notice of preemption", self.notice_seconds)
+        before, event = self._maintenance, self._read("maintenance-event")
+        if event in {None, before}:
+            return None
+        self._maintenance = event
+        if event == "TERMINATE_ON_HOST_MAINTENANCE" and before is not None:
+            return Notice("Google's notice of host maintenance", self.maintenance_seconds)
+        if event in {"TERMINATE_ON_HOST_MAINTENANCE", "MIGRATE_ON_HOST_MAINTENANCE"}:
+            log.get_logger().warning("Google announces host maintenance", maintenance_event=event)
+        elif event != "NONE":
+            _ignore(self.name, str(event))
+        return None
+
+    def _read(self, key: str) -> str | None:
+        answer = ask(self._base, f"/computeMetadata/v1/instance/{key}", {"Metadata-Flavor": "Google"})
+        if answer.status != HTTPStatus.OK or answer.headers.get("metadata-flavor") != "Google":
+            return None
+        return answer.text.strip()
+
+
+class Azure:
+    """Azure: scheduled events of the whole group of machines, of which those that name this one count."""
+
+    name: ClassVar[str] = "azure"
+    poll_seconds: ClassVar[float] = 5.0
+    notice_seconds: ClassVar[float] = 30.0
+
+    def __init__(self, base: str) -> None:
+        self._base = base
+        self._machine = ""
+
+    def present(self) -> bool:
+        """See `Cloud.present`. Not by the events: the first request for them takes up to two minutes."""
+        answer = self._ask("/metadata/instance/compute/name?api-version=2020-06-01&format=text")
+        self._machine = answer.text.strip() if answer.status == HTTPStatus.OK else ""
+        return bool(self._machine)
+
+    def look(self) -> Notice | None:
+        """See `Cloud.look`."""
+        if not self._machine and not self.present():
+            raise ValueError("the machine's own name is not to be had")
+        answer = self._ask("/metadata/scheduledevents?api-version=2020-07-01")
+        if answer.status != HTTPStatus.OK:
+            return None
+        found = json.loads(answer.text)
+        events = found.get("Events") if isinstance(found, dict) else None
+        if not isinstance(events, list):
+            _ignore(self.name, answer.text)
+            return None
+        for event in events:
+            if isinstance(event, dict) and event.get("EventType") == "Preempt" and self._is_hit(event.get("Resources")):
+                seconds = _until(answer, event.get("NotBefore"), self.notice_seconds, parsedate_to_datetime)
+                return Notice("Azure's notice of preemption", seconds)
+        return None
+
+    def _is_hit(self, resources: object) -> bool:
+        names = resources if isinstance(resources, list) else []
+        return self._machine.casefold() in {name.casefold() for name in names if isinstance(name, str)}
+
+    def _ask(self, path: str) -> Answer:
+        return ask(self._base, path, {"Metadata": "true"})
+
+
+def ask(base: str, path: str, headers: Mapping[str, str], method: str = "GET") -> Answer:
+    """One request, without proxies and without following redirects: the address means this very machine.
+
+    Raises:
+        OSError, HTTPException, ValueError: There is no answer, or none that can be read.
+    """
+    parts = urlsplit(base)
+    connection = HTTPConnection(parts.hostname or "", parts.port, timeout=TIMEOUT_SECONDS)
+    try:
+        connection.request(method, path, headers=dict(headers))
+        response = connection.getresponse()
+        received = {name.lower(): value for name, value in response.getheaders()}
+        return Answer(response.status, response.read(MAX_BYTES).decode("utf-8", "replace"), _date(received), received)
+    finally:
+        connection.close()
+
+
+def _date(headers: Mapping[str, str]) -> datetime:
+    try:
+        return _aware(parsedate_to_datetime(headers["date"]))
+    except (KeyError, ValueError, ArithmeticError):
+        return datetime.now(UTC)
+
+
+def _until(answer: Answer, when: object, longest: float, read: Callable[[str], datetime]) -> float:
+    """Seconds from the answer to `when`, by the service's own clock; `longest` where it does not say when."""
+    try:
+        seconds = (_aware(read(when)) - answer.date).total_seconds() if isinstance(when, str) else longest
+    except (ValueError, ArithmeticError):
+        seconds = longest
+    return min(max(seconds, 0.0), longest)
+
+
+def _aware(when: datetime) -> datetime:
+    return when if when.tzinfo else when.replace(tzinfo=UTC)
+
+
+def _ignore(provider: str, text: str) -> None:
+    log.get_logger().debug("the metadata service's answer makes no sense", provider=provider, answer=text[:100])
+
+
+CLOUDS: Mapping[str, Callable[[str], Cloud]] = {"ec2": Ec2, "gcp": Gcp, "azure": Azure}
+"""Provider -> what speaks to the service at a base URL."""

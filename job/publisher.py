@@ -1,0 +1,109 @@
+"""Publishing beside training: one thread uploads a finished snapshot while the next steps are computed.
+
+Never more than one behind: handing over a snapshot waits for the one before. A failed upload is an error of the run,
+raised in the training thread at its next call. The thread is no daemon: the interpreter waits for it, and it ends as
+soon as the upload in its hands does, which the store's time limits see to.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextvars import copy_context
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from job.log import get_logger
+
+# How many uploads are remembered to predict how long the next one takes.
+_REMEMBERED = 8
+
+
+class Publisher:
+    """Hands snapshots to `publish`, one at a time, in another thread. For one training thread to use.
+
+    Args:
+        publish: Uploads the folder of a step; raises what the run shall end with.
+        patience: Seconds that an exception, leaving the `with` block, waits for an upload that is still going on.
+    """
+
+    def __init__(self, publish: Callable[[Path, int], None], *, patience: float = 20.0) -> None:
+        self._publish = publish
+        self._patience = patience
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="publisher")
+        self._last: Future[None] | None = None
+        self._seconds: deque[float] = deque(maxlen=_REMEMBERED)
+        self.waited_seconds = 0.0
+        """How long the training thread was held up, in all."""
+
+    @property
+    def seconds(self) -> tuple[float, ...]:
+        """How long the latest uploads took, oldest first."""
+        return tuple(self._seconds)
+
+    def submit(self, folder: Path, step: int) -> None:
+        """Publishes a finished snapshot, which is deleted when that is done; waits for the one before.
+
+        Raises:
+            Exception: What the upload of an earlier one failed with. Nothing is published after a failure.
+        """
+        self.finish()
+        # The thread's log lines carry the run, the attempt and the stage like ours.
+        self._last = self._pool.submit(copy_context().run, self._run, folder, step)
+
+    def check(self) -> None:
+        """Raises what an upload failed with, without waiting for one."""
+        if self._last is not None and self._last.done():
+            self._last.result()
+
+    def finish(self, timeout: float | None = None) -> bool:
+        """Waits until what was submitted is published.
+
+        Args:
+            timeout: Seconds to wait at most; None for as long as the store's own time limits allow.
+
+        Returns:
+            Whether it is; False when the time was up.
+
+        Raises:
+            Exception: What the upload failed with.
+        """
+        if self._last is None:
+            return True
+        began = time.monotonic()
+        done, _ = wait([self._last], timeout)
+        self.waited_seconds += time.monotonic() - began
+        self.check()
+        return bool(done)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self.finish()
+            elif self._last is not None:
+                # The exception is what the run ends with; a checkpoint that is nearly there is worth a short wait.
+                wait([self._last], self._patience)
+                self._tell_how_it_ended(self._last, error)
+        finally:
+            self._pool.shutdown(wait=False)
+
+    def _tell_how_it_ended(self, upload: Future[None], error: BaseException | None) -> None:
+        if not upload.done():
+            get_logger().warning("the upload of the last checkpoint is still going on", waited=self._patience)
+        elif (failure := upload.exception()) not in {None, error}:
+            get_logger().warning("the upload of the last checkpoint failed too", error=str(failure))
+
+    def _run(self, folder: Path, step: int) -> None:
+        began = time.monotonic()
+        self._publish(folder, step)
+        self._seconds.append(time.monotonic() - began)
+        shutil.rmtree(folder, ignore_errors=True)

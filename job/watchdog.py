@@ -1,0 +1,68 @@
+"""A job that makes no progress is ended: all stacks on stderr, the platform's failure message, exit code 75."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Event, Thread
+
+from job.errors import Preempted
+
+TICKS = 10
+CALLBACK_SECONDS = 10.0
+_STDERR = 2  # the descriptor: `sys.stderr` may be replaced by something without one
+
+
+@contextmanager
+def watch(stall_seconds: float, on_stall: Callable[[str], None]) -> Iterator[Callable[[], None]]:
+    """Lends `beat`, which every stage calls whenever it has got on; without a beat for so long the process ends.
+
+    Silence is counted in ticks, not read off a clock: a process that was frozen as a whole (a paused container, a
+    migrated machine) finds one tick gone when it wakes up, and goes on.
+
+    If a library holds the interpreter's lock, no Python thread can run, this one neither. Then faulthandler's own
+    thread, written in C, dumps the stacks after twice the time, by the clock; it can only end with exit code 1.
+
+    Args:
+        stall_seconds: Longest time between two beats.
+        on_stall: Called with what to tell the platform; it gets `CALLBACK_SECONDS` and may fail.
+    """
+    alive, done = Event(), Event()
+    thread = Thread(target=_guard, args=(stall_seconds, alive, done, on_stall), name="watchdog", daemon=True)
+    thread.start()
+    try:
+        yield alive.set
+    finally:
+        done.set()
+        thread.join()
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _guard(stall_seconds: float, alive: Event, done: Event, on_stall: Callable[[str], None]) -> None:
+    silent = 0
+    while silent < TICKS:
+        faulthandler.dump_traceback_later(2 * stall_seconds, exit=True, file=_STDERR)
+        if done.wait(stall_seconds / TICKS):
+            return
+        silent = 0 if alive.is_set() else silent + 1
+        if not silent:
+            alive.clear()
+    _end(
+        f"no progress for {stall_seconds:g} s (JOB_TRAIN__STALL_SECONDS); the stacks of all threads are in the log",
+        on_stall,
+    )
+
+
+def _end(message: str, on_stall: Callable[[str], None]) -> None:
+    """Ends the process, whatever the callback does: the log it writes to may be what everything hangs on."""
+    faulthandler.cancel_dump_traceback_later()
+    with contextlib.suppress(OSError):
+        os.write(_STDERR, f"\n{message}\n".encode())
+    faulthandler.dump_traceback(file=_STDERR, all_threads=True)
+    last_words = Thread(target=on_stall, args=(message,), daemon=True)
+    last_words.start()
+    last_words.join(CALLBACK_SECONDS)
+    os._exit(Preempted.exit_code)
