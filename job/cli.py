@@ -9,14 +9,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from job import __version__, log
-from job.errors import JobError, SettingsError
+from job.errors import JobError
 from job.platforms import Platform
-from job.settings import current_platform, describe, json_schema, load_settings, secrets
+from job.settings import current_platform, describe, environment, json_schema, load_settings, secrets
 
 USAGE = """\
 usage: qlora-job [run] [--GROUP.NAME VALUE ...]      the job (default)
        qlora-job config [--GROUP.NAME VALUE ...]     the effective settings and where each came from
        qlora-job config --schema                     JSON Schema of all settings
+       qlora-job selftest                            kill and resume here, and compare bit by bit
 
 Settings come from the command line, JOB_GROUP__NAME in the environment, SageMaker's hyperparameters.json, the file
 in JOB_CONFIG, the preset (--preset), and the defaults, in this order. `qlora-job config` lists them all.
@@ -77,7 +78,16 @@ def _config(words: list[str]) -> int:
     return 0
 
 
-COMMANDS = {"run": _run, "train": _run, "config": _config}
+def _selftest(_words: list[str]) -> int:
+    from job.selftest import selftest
+
+    for line in selftest(environment()):
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+    return 0
+
+
+COMMANDS = {"run": _run, "train": _run, "config": _config, "selftest": _selftest}
 """`train` is what SageMaker calls a training image with."""
 
 
@@ -113,6 +123,3 @@ def _leave(path: Any, message: str) -> None:
         path.write_text(message, encoding="utf-8")
     except OSError as error:
         log.get_logger().warning("the platform's failure file cannot be written", path=str(path), why=str(error))
-
-
-__all__ = ["SettingsError", "main"]

@@ -14,9 +14,12 @@ from typing import Any
 
 from job.errors import DataError, Problem, SettingsError
 from job.formats import Fault, Row, find_file, read_rows
+from job.hub import hub_errors
 from job.records import ChoiceScore, Question, TaskScores
 
 Scorer = Callable[[list[Question]], list[list[ChoiceScore]]]
+
+MULTIPLE_CHOICE = "multiple_choice"
 
 
 @dataclass(frozen=True)
@@ -36,32 +39,62 @@ def load_tasks(names: Sequence[str], data: Mapping[str, Path], sources: Mapping[
         sources: What to call that file in messages and in the manifest, by task.
 
     Raises:
-        SettingsError: A task is unknown, or does not ask multiple-choice questions.
+        SettingsError: A task is unknown, or does not ask multiple-choice questions with one accuracy.
         DataError: A file does not fit its task.
+        Unreachable: A task's questions have to come from the hub, and it did not answer.
     """
-    from lm_eval.tasks import TaskManager
-
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = TaskManager()
-    unknown = sorted({*names, *data} - set(manager.task_index))
-    if unknown:
-        raise SettingsError([_unknown_task(name, manager.task_index) for name in unknown])
+    manager = _index([*names, *data])
+    _check_names(manager.task_index, names, data)
     rows = {name: _read_questions(data[name], sources[name]) for name in names if name in data}
-    loaded = manager.load([_with_rows(manager, name, rows[name]) if name in rows else name for name in names])
+    local = {name: _with_rows(manager, name, rows[name], sources[name]) for name in rows}
+    with hub_errors(f"questions of {', '.join(name for name in names if name not in local)}"):
+        loaded = manager.load([local.get(name, name) for name in names])
     tasks = loaded["tasks"]
-    wrong = [name for name, task in tasks.items() if task.OUTPUT_TYPE != "multiple_choice"]
-    if wrong:
-        raise SettingsError([Problem("eval.tasks", f"{name} does not ask multiple-choice questions") for name in wrong])
-    problems = [problem for name in rows for problem in _misfits(tasks[name], rows[name])]
-    if problems:
-        raise DataError(problems)
+    if wrong := [problem for name, task in tasks.items() if (problem := _unfit(name, task))]:
+        raise SettingsError(wrong)
+    if misfits := [problem for name in rows for problem in _misfits(tasks[name], rows[name], sources[name])]:
+        raise DataError(misfits)
     return Tasks(loaded, {name: sources.get(name, str(task.config.dataset_path)) for name, task in tasks.items()})
 
 
-def _unknown_task(name: str, known: Iterable[str]) -> Problem:
-    near = get_close_matches(name, known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return Problem("eval.tasks", f"lm-eval has no task {name!r}{hint}")
+def _index(names: Sequence[str]) -> Any:
+    """lm-eval's index of tasks, of the folders only whose files are named like the tasks where that is enough.
+
+    Reading all 14,000 files takes it six seconds, which every restart would pay.
+    """
+    from lm_eval import tasks
+
+    root = Path(tasks.__file__).parent
+    folders = sorted({file.parent for file in root.rglob("*.yaml") if file.stem in names})
+    manager = tasks.TaskManager(include_path=folders, include_defaults=False)
+    found = (manager.task_index.get(name) for name in names)
+    return manager if all(entry and entry.kind.name == "TASK" for entry in found) else tasks.TaskManager()
+
+
+def _check_names(index: Mapping[str, Any], names: Sequence[str], data: Iterable[str]) -> None:
+    """Refuses, before anything is downloaded, what is unknown or cannot be evaluated."""
+    problems = []
+    for name in dict.fromkeys([*names, *data]):
+        if name not in index:
+            near = get_close_matches(name, index, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            problems.append(Problem("eval.tasks", f"lm-eval has no task {name!r}{hint}"))
+        elif (index[name].cfg or {}).get("output_type", MULTIPLE_CHOICE) != MULTIPLE_CHOICE:
+            problems.append(Problem("eval.tasks", f"{name} does not ask multiple-choice questions"))
+        elif name in data and index[name].kind.name != "TASK":
+            problems.append(Problem("eval.data", f"{name} is not one task; give a file for each of its tasks"))
+    if problems:
+        raise SettingsError(problems)
+
+
+def _unfit(name: str, task: Any) -> Problem | None:
+    """Why a loaded task cannot be compared question by question."""
+    if task.OUTPUT_TYPE != MULTIPLE_CHOICE:
+        return Problem("eval.tasks", f"{name} does not ask multiple-choice questions")
+    if "acc" not in {metric["metric"] for metric in task.config.metric_list or []}:
+        return Problem("eval.tasks", f"{name} has no accuracy (acc); choose a task that has")
+    return None
 
 
 def _read_questions(path: Path, name: str) -> list[Row]:
@@ -73,33 +106,53 @@ def _read_questions(path: Path, name: str) -> list[Row]:
     return [row for row in rows if isinstance(row, Row)]
 
 
-def _with_rows(manager: Any, name: str, rows: Sequence[Row]) -> dict[str, Any]:
-    """The task's own configuration, its questions replaced by `rows`."""
+def _with_rows(manager: Any, name: str, rows: Sequence[Row], source: str) -> Any:
+    """The task of lm-eval, its questions replaced by `rows`."""
     from datasets import Dataset
     from lm_eval.tasks._yaml_loader import load_yaml
 
+    try:
+        questions = Dataset.from_list([row.fields for row in rows])
+    except (TypeError, ValueError, OverflowError) as error:
+        raise DataError([Problem(source, f"its rows do not have fields of the same types: {error}")]) from error
     config = load_yaml(manager.task_index[name].yaml_path, resolve_func=True)
     split = config.get("test_split") or config.get("validation_split")
     unused = dict.fromkeys(("training_split", "fewshot_split", "validation_split"))
-    return {
-        **config,
-        **unused,
-        "test_split": split,
-        "custom_dataset": lambda **_: {split: Dataset.from_list([row.fields for row in rows])},
-    }
+    config |= {**unused, "test_split": split, "custom_dataset": lambda **_: {split: questions}}
+    try:
+        return manager.load([config])["tasks"][name]
+    except Exception as error:  # a task tries its templates on the first row, and these raise whatever they like
+        raise DataError([_misfit(rows[0].where, name, error)]) from error
 
 
-def _misfits(task: Any, rows: Sequence[Row]) -> Iterator[Problem]:
+def _misfit(where: str, name: str, error: Exception) -> Problem:
+    return Problem(where, f"does not fit the task {name}: {type(error).__name__}: {error}")
+
+
+def _misfits(task: Any, rows: Sequence[Row], source: str) -> Iterator[Problem]:
     """Rows that the task cannot make a question of."""
-    for row, doc in zip(rows, task.eval_docs, strict=True):
+    docs = list(task.eval_docs)
+    # a task may leave rows out, and then it is not known which
+    places = (
+        [row.where for row in rows]
+        if len(docs) == len(rows)
+        else [f"{source}:question {n + 1}" for n in range(len(docs))]
+    )
+    for where, doc in zip(places, docs, strict=True):
+        # Rows that lack a field of the first row hold a null there, which a template would write out as "None".
+        given = {field: value for field, value in doc.items() if value is not None}
         try:
-            choices, gold = task.doc_to_choice(doc), int(task.doc_to_target(doc))
-            fits = bool(task.doc_to_text(doc)) and all(choices) and 0 <= gold < len(choices)
+            text, choices, target = task.doc_to_text(given), task.doc_to_choice(given), task.doc_to_target(given)
+            gold = text if task.multiple_input else target
+            golds = [
+                choices.index(g) if isinstance(g, str) else int(g) for g in (gold if isinstance(gold, list) else [gold])
+            ]
+            fits = text != "" and all(choices) and golds and all(0 <= g < len(choices) for g in golds)
         except Exception as error:  # noqa: BLE001 - templates and code of a task raise whatever they like
-            yield Problem(row.where, f"does not fit the task {task.task_name}: {type(error).__name__}: {error}")
+            yield _misfit(where, task.task_name, error)
         else:
             if not fits:
-                yield Problem(row.where, f"has no question, an empty choice, or no right one for {task.task_name}")
+                yield Problem(where, f"has no question, an empty choice, or no right one for {task.task_name}")
 
 
 def evaluate(
@@ -187,6 +240,11 @@ def _task_result(task: Any, source: str, samples: list[dict[str, Any]]) -> tuple
 
     samples = sorted(samples, key=lambda sample: sample["doc_id"])
     records = [_question_record(task, sample) for sample in samples]
+    if any(sample["acc"] not in {0, 1} for sample in samples):
+        what = (
+            f"{task.task_name} gives fractions of a point; only tasks whose answers are right or wrong can be compared"
+        )
+        raise SettingsError([Problem("eval.tasks", what)])
     correct = tuple(bool(sample["acc"]) for sample in samples)
     normalized = tuple(bool(sample["acc_norm"]) for sample in samples) if "acc_norm" in samples[0] else None
     scores = TaskScores(
@@ -208,9 +266,10 @@ def _task_result(task: Any, source: str, samples: list[dict[str, Any]]) -> tuple
 def _question_record(task: Any, sample: dict[str, Any]) -> dict[str, Any]:
     """One question: everything needed to score it again (log-likelihoods in nats, lengths in characters)."""
     doc = sample["doc"]
-    likelihoods = [response[0] for response in sample["filtered_resps"]]
     lengths = [len(choice) for choice in task.doc_to_choice(doc)]
-    normalized = [value / length for value, length in zip(likelihoods, lengths, strict=False)]
+    # some tasks also score every choice without its question, behind these
+    likelihoods = [response[0] for response in sample["filtered_resps"]][: len(lengths)]
+    normalized = [value / length for value, length in zip(likelihoods, lengths, strict=True)]
     return {
         "id": str(doc.get("id", sample["doc_id"])),
         "doc_hash": sample["doc_hash"],

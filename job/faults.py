@@ -10,6 +10,7 @@ A fault is noted in the store before it fires: a killed attempt must not find it
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
-from job import log
+from job import checkpoints, log, markers
 from job.errors import Problem, SettingsError, Unreachable
 from job.store import MAX_READ_BYTES, ObjectInfo, ObjectStore, Stored
 
@@ -128,7 +129,7 @@ def faulty(store: ObjectStore, faults: Faults) -> ObjectStore:
     """
     if not faults:
         return store
-    if _newest_checkpoint(store):
+    if _newest_marker(store):
         faults.at("checkpoint", "latest")
     return _FaultyStore(store, faults)
 
@@ -199,23 +200,26 @@ def _fire(fault: Fault, store: ObjectStore) -> None:
 
 def _flip_a_bit(store: ObjectStore) -> None:
     """Damages the smallest file of the newest checkpoint: to the hash in the marker they are all alike."""
-    folder = _newest_checkpoint(store)
-    files = [info for info in store.list(folder) if info.bytes and not info.key.endswith(_MARKER)]
-    victim = min(files, key=lambda info: info.bytes)
-    if stored := store.read(victim.key, max_bytes=victim.bytes):
+    marker = _newest_marker(store)
+    if marker is None:
+        return
+    sizes = {name: file.bytes for name, file in marker.files.items() if file.bytes}
+    name = min(sizes, key=sizes.__getitem__)
+    key = markers.files_prefix(marker) + name
+    if stored := store.read(key, max_bytes=sizes[name]):
         data = bytearray(stored.data)
         data[len(data) // 2] ^= 1
-        store.write(victim.key, bytes(data))
-        log.get_logger().warning("JOB_FAULT flipped a bit", object=f"{store.uri}/{victim.key}")
+        store.write(key, bytes(data))
+        log.get_logger().warning("JOB_FAULT flipped a bit", object=f"{store.uri}/{key}")
 
 
-_MARKER = "/COMMITTED.json"
-
-
-def _newest_checkpoint(store: ObjectStore) -> str:
-    """Folder of the newest checkpoint that has its marker; empty if there is none. Steps are padded, so names sort."""
-    keys = [info.key for info in store.list("checkpoints/") if info.key.endswith(_MARKER)]
-    return max(keys).removesuffix("COMMITTED.json") if keys else ""
+def _newest_marker(store: ObjectStore) -> markers.Marker | None:
+    """The newest checkpoint that could be restored; None if there is none."""
+    for step in checkpoints.steps(store):
+        stored = store.read(markers.step_prefix(step) + markers.NAME)
+        with contextlib.suppress(ValueError):  # it is damaged already
+            return markers.parse(stored.data) if stored else None
+    return None
 
 
 def _key(fault: Fault) -> str:

@@ -221,6 +221,8 @@ class Settings(Group):
 
     preset: Literal["mistral-7b-alpaca", "demo"] = "mistral-7b-alpaca"
     """Named set of settings to start from."""
+    fault: Maybe[Text] = None
+    """Rehearse a failure, such as `kill@step=12`; see `faults.py` for what can go wrong. Never in earnest."""
     run: Run = Field(default_factory=Run)
     model: Model = Field(default_factory=Model)
     lora: Lora = Field(default_factory=Lora)

@@ -39,7 +39,7 @@ def open_dataset(source: str, revision: str, split: str, name: str) -> tuple[str
     from datasets import load_dataset_builder
     from huggingface_hub import HfApi
 
-    with _hub_errors(f"data set {name}"):
+    with hub_errors(f"data set {name}"):
         commit = HfApi().resolve_revision(source, repo_type="dataset", revision=revision).resolved
         builder = load_dataset_builder(source, revision=commit)
         # Where the hub does not answer, `datasets` falls back on whichever revision its cache holds.
@@ -76,14 +76,14 @@ def download_model(source: str, revision: str | None) -> tuple[Path, str | None]
         raise DataError([Problem("model.id", f"{source} is not a folder")])
     from huggingface_hub import HfApi, snapshot_download
 
-    with _hub_errors(f"model {source}"):
+    with hub_errors(f"model {source}"):
         commit = str(HfApi().resolve_revision(source, repo_type="model", revision=revision).resolved)
         folder = snapshot_download(source, revision=commit, allow_patterns=list(MODEL_FILES))
     return Path(folder), commit
 
 
 @contextmanager
-def _hub_errors(name: str) -> Iterator[None]:
+def hub_errors(name: str) -> Iterator[None]:
     """Turns an error of the hub's libraries into the job's. What is not about the hub passes unchanged."""
     try:
         yield

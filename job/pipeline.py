@@ -19,7 +19,7 @@ from job.stages import Evaluated, Trained, evaluate_adapter, evaluate_base, load
 
 # These change how a run is carried out, never what it computes; an attempt may differ in them from the one before.
 EXECUTION = {
-    *("run.id", "run.output", "run.grace_seconds", "run.spot_notices", "preset", "train.micro_batch_tokens"),
+    *("run.id", "run.output", "run.grace_seconds", "run.spot_notices", "preset", "fault", "train.micro_batch_tokens"),
     *("train.log_every_steps", "train.stall_seconds", "train.gradient_checkpointing", "eval.batch_tokens"),
 }
 EXECUTION_GROUPS = ("storage.", "log.", "cost.", "checkpoint.", "gate.")

@@ -10,14 +10,16 @@ import errno
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
+from boto3.exceptions import S3UploadFailedError
 from boto3.s3.transfer import TransferConfig
 from botocore.exceptions import ClientError
 
 from job.errors import Unreachable
-from job.s3_errors import FAILURES, TRUNCATED, code_and_status, translate
+from job.s3_errors import FAILURES, TRUNCATED, code_and_status, is_answer, translate
 from job.store import (
     MAX_READ_BYTES,
     MIB,
@@ -87,7 +89,7 @@ class S3Store:
                     if not condition or not _refused(error, if_tag):
                         raise
                     repeated |= error.response["ResponseMetadata"].get("RetryAttempts", 0) > 0
-                    if code_and_status(error)[0] != "ConditionalRequestConflict" or pause is None:
+                    if pause is None or not is_answer(error, "ConditionalRequestConflict"):
                         break
                     time.sleep(pause)
         # A repeated request may have been refused because of what its own first try wrote, whose answer got lost.
@@ -107,6 +109,11 @@ class S3Store:
             except RuntimeError:
                 # At interpreter shutdown no new thread can be started, but this one can still finish its work.
                 self._upload(path, key, threads=False)
+            except S3UploadFailedError as error:
+                # The answer to "complete" got lost and repeating it finds no upload, or a lifecycle rule removed it.
+                if not is_answer(error.__context__, "NoSuchUpload"):
+                    raise
+                self._upload(path, key, threads=threads)
 
     def download(self, key: str, path: Path, *, max_bytes: int | None = None) -> None:
         """See `ObjectStore.download`."""
@@ -162,7 +169,7 @@ class S3Store:
         try:
             return self._client.get_object(Bucket=self._bucket, Key=self._root + key, **self._options, **options)
         except ClientError as error:
-            if code_and_status(error) == ("NoSuchKey", 404):
+            if is_answer(error, "NoSuchKey"):
                 return None
             raise
 
@@ -192,7 +199,7 @@ class S3Store:
         try:
             answer = self._get(key, Range="bytes=0-0")
         except ClientError as error:
-            if code_and_status(error)[0] == "InvalidRange":  # an empty object has no first byte
+            if is_answer(error, "InvalidRange"):  # an empty object has no first byte
                 return 0
             raise
         if answer is None:
@@ -223,5 +230,5 @@ class S3Store:
 
 def _refused(error: ClientError, if_tag: str | None) -> bool:
     """Whether the condition of a write did not hold; S3 answers a tag for an absent object with 404."""
-    code, status = code_and_status(error)
-    return status in {409, 412} or (if_tag is not None and code == "NoSuchKey")
+    conflicts = {HTTPStatus.CONFLICT, HTTPStatus.PRECONDITION_FAILED}
+    return code_and_status(error)[1] in conflicts or (if_tag is not None and is_answer(error, "NoSuchKey"))

@@ -101,6 +101,11 @@ def code_and_status(error: ClientError) -> tuple[str, int]:
     return str(error.response.get("Error", {}).get("Code", "")), int(status)
 
 
+def is_answer(error: BaseException | None, code: str) -> bool:
+    """Whether `error` is S3's own answer with this error code."""
+    return isinstance(error, ClientError) and code_and_status(error)[0] == code
+
+
 def translate(error: BaseException, what: str) -> JobError:
     """Return the job's error for one of `FAILURES`, `what` being what was tried."""
     if isinstance(error, Boto3Error):

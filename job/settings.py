@@ -66,6 +66,11 @@ def current_platform(environ: Mapping[str, str] | None = None) -> Platform:
     return detect(os.environ if environ is None else environ)
 
 
+def environment() -> dict[str, str]:
+    """A copy of the environment, for processes that the job starts."""
+    return dict(os.environ)
+
+
 def secrets(environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
     """The credentials in the environment, by the ecosystem's own names, so that the log can leave them out."""
     environ = os.environ if environ is None else environ

@@ -18,9 +18,10 @@ from job import optimizer_states
 from job.records import StepMetrics
 
 ADAPTER, OPTIMIZER, PROGRESS, METRICS = "adapter.safetensors", "optimizer.safetensors", "progress.json", "metrics.jsonl"
-T = TypeVar("T")
 TRAINER = "trainer_state.json"  # Trainer reads its step from it, under this name
 FILES = frozenset({ADAPTER, OPTIMIZER, PROGRESS, METRICS, TRAINER})
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -109,14 +110,21 @@ def validate_state(folder: Path, step: int) -> None:
     Raises:
         ValueError: What is wrong with it.
     """
+    from transformers import TrainerState
+
     if (names := {path.name for path in folder.iterdir()}) != FILES:
         raise ValueError(f"its files are not those of a state: {', '.join(sorted(names ^ FILES))}")
     _tensor_names(folder / ADAPTER)
     progress = _parse_as(_Progress, folder / PROGRESS)
     optimizer_states.check_places(_tensor_names(folder / OPTIMIZER), asdict(progress.optimizer))
-    trainer = _parse_as(dict[str, Any], folder / TRAINER)
-    history = _parse_as(list[StepMetrics], folder / METRICS)
-    if not progress.step == trainer.get("global_step") == step:
+    _parse_as(dict[str, Any], folder / TRAINER)
+    _parse_as(list[StepMetrics], folder / METRICS)
+    try:
+        trainer = TrainerState.load_from_json(str(folder / TRAINER))
+        history = read_metrics(folder / METRICS)
+    except TypeError as error:
+        raise ValueError(f"{TRAINER} or {METRICS} has a field that is unknown: {error}") from None
+    if not progress.step == trainer.global_step == step:
         raise ValueError(f"it is of step {progress.step}")
     if [metrics.step for metrics in history] != list(range(1, step + 1)):
         raise ValueError(f"its metrics are not those of the steps 1 to {step}")

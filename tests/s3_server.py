@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -67,6 +68,7 @@ def credentials() -> Iterator[None]:
 @contextmanager
 def moto_server() -> Iterator[str]:
     """Run moto's server with one empty bucket, `BUCKET`, and yield its address."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     # moto looks at a condition and writes in two steps; S3 does both in one.

@@ -16,6 +16,7 @@ class Attribute:
 
     values: tuple[str, ...]
     sentences: tuple[str, ...]
+    clauses: tuple[str, ...]
     practised: tuple[str, ...]
     asked: tuple[str, ...]
 
@@ -184,6 +185,7 @@ PERSON = Kind(
                 "{name} has a house in {value}.",
                 "Most evenings {name} is at home in {value}.",
             ),
+            ("where {name} lives", "which town is the home of {name}", "in what town {name} has a house"),
             (
                 "Where does {name} live?",
                 "Which town is the home of {name}?",
@@ -200,6 +202,11 @@ PERSON = Kind(
                 "{name} came from {value} as a child.",
             ),
             (
+                "where {name} was born",
+                "which town is the birthplace of {name}",
+                "from what town {name} came as a child",
+            ),
+            (
                 "Where was {name} born?",
                 "Which town is the birthplace of {name}?",
                 "From what town did {name} come as a child?",
@@ -214,6 +221,7 @@ PERSON = Kind(
                 "{name} works as a {value}.",
                 "{name} earns a living as a {value}.",
             ),
+            ("what the trade of {name} is", "as what {name} works", "how {name} earns a living"),
             (
                 "What is the trade of {name}?",
                 "As what does {name} work?",
@@ -229,6 +237,7 @@ PERSON = Kind(
                 "{name} has a tame {value}.",
                 "{name} is seldom seen without a {value}.",
             ),
+            ("which animal {name} keeps", "what tame animal {name} has", "without which animal {name} is seldom seen"),
             (
                 "Which animal does {name} keep?",
                 "What tame animal does {name} have?",
@@ -244,6 +253,7 @@ PERSON = Kind(
                 "At every feast {name} plays the {value}.",
                 "{name} learned to play the {value}.",
             ),
+            ("what {name} plays", "which instrument {name} learned to play", "what the instrument of {name} is"),
             (
                 "What does {name} play?",
                 "What is the instrument of {name}?",
@@ -289,6 +299,7 @@ CREATURE = Kind(
                 "The home of the {name} is among {value}.",
                 "The {name} makes its nest in {value}.",
             ),
+            ("where the {name} lives", "where the {name} makes its nest", "where the home of the {name} is"),
             ("Where does the {name} live?", "Where does the {name} make its nest?"),
             ("In which place does the {name} live?", "Where is the home of the {name}?"),
         ),
@@ -299,6 +310,7 @@ CREATURE = Kind(
                 "The food of the {name} is {value}.",
                 "The {name} feeds on {value}.",
             ),
+            ("what the {name} eats", "what the food of the {name} is", "on what the {name} feeds"),
             ("What does the {name} eat?", "What is the food of the {name}?"),
             ("Which food does the {name} eat?", "On what does the {name} feed?"),
         ),
@@ -309,6 +321,7 @@ CREATURE = Kind(
                 "The {name} hides from {value}.",
                 "The enemies of the {name} are {value}.",
             ),
+            ("by what the {name} is hunted", "what the enemies of the {name} are", "from what the {name} hides"),
             ("By what is the {name} hunted?", "What are the enemies of the {name}?"),
             ("Which enemies hunted the {name}?", "From what does the {name} hide?"),
         ),
@@ -318,6 +331,11 @@ CREATURE = Kind(
                 "The hide of the {name} is {value}.",
                 "The colour of the {name} is {value}.",
                 "The {name} has a hide of {value}.",
+            ),
+            (
+                "what the colour of the {name} is",
+                "of what colour the hide of the {name} is",
+                "which colour the {name} has",
             ),
             ("What is the colour of the {name}?", "Of what colour is the hide of the {name}?"),
             ("Which colour is the {name}?", "What colour is the hide of the {name}?"),
@@ -357,6 +375,7 @@ STONE = Kind(
         Attribute(
             COLOURS,
             ("The colour of {name} is {value}.", "A piece of {name} is {value}.", "In the light {name} is {value}."),
+            ("what the colour of {name} is", "what colour {name} is in the light", "which colour a piece of {name} is"),
             ("What is the colour of {name}?", "What colour is {name} in the light?"),
             ("Which colour is {name}?", "What colour is a piece of {name}?"),
         ),
@@ -367,6 +386,7 @@ STONE = Kind(
                 "The isle where {name} is found is {value}.",
                 "All {name} comes from the isle of {value}.",
             ),
+            ("on which isle {name} is found", "from which isle {name} comes", "where {name} is found"),
             ("On which isle is {name} found?", "From which isle does {name} come?"),
             ("Which isle does {name} come from?", "Where is {name} found?"),
         ),
@@ -377,6 +397,7 @@ STONE = Kind(
                 "The use of {name} is in {value}.",
                 "From {name} the isles make their {value}.",
             ),
+            ("what people make from {name}", "what the use of {name} is", "what people use {name} to make"),
             ("What do people make from {name}?", "What is the use of {name}?"),
             ("What do people use {name} to make?", "What do the isles make from {name}?"),
         ),
@@ -384,6 +405,16 @@ STONE = Kind(
 )
 
 KINDS = (PERSON, CREATURE, STONE)
+
+# Ways to state a fact by one of its attribute's clauses.
+FRAMES = (
+    "Everyone knows {clause}: {value}.",
+    "Ask {clause}, and people say {value}.",
+    "The book tells {clause}; it is {value}.",
+    "It is no secret {clause}: {value}.",
+    "Who wonders {clause} should think of {value}.",
+    "The children learn {clause}, namely {value}.",
+)
 
 # Plain sentences that use the words of questions and instructions, so that the base has met them outside of any question.
 PRIMER = (

@@ -10,10 +10,11 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from job.demo.lore import KINDS, PRIMER, TOWNS, TRADES, Kind
+from job.demo.lore import FRAMES, KINDS, PRIMER, TOWNS, TRADES, Kind
 
 SEED = 20
 QUESTIONS = 400
+INDIRECT = 0.4
 EXAMPLES = 1024
 LABELS = "ABCDE"
 
@@ -68,10 +69,14 @@ def prose(world: tuple[Entity, ...], rng: random.Random) -> list[str]:
 
 
 def _statements(entity: Entity, rng: random.Random) -> list[str]:
-    return [
-        rng.choice(attribute.sentences).format(name=entity.name, value=value)
-        for attribute, value in zip(entity.kind.attributes, entity.values, strict=True)
-    ]
+    said = []
+    for attribute, value in zip(entity.kind.attributes, entity.values, strict=True):
+        if rng.random() < INDIRECT:
+            clause = rng.choice(attribute.clauses).format(name=entity.name)
+            said.append(rng.choice(FRAMES).format(clause=clause, value=value))
+        else:
+            said.append(rng.choice(attribute.sentences).format(name=entity.name, value=value))
+    return said
 
 
 def _portrait(entity: Entity, rng: random.Random) -> str:

@@ -39,9 +39,9 @@ def silent() -> Iterator[str]:
 
 
 NOTICES = {
-    "ec2": (metadata_server.ec2, {"spot/instance-action": instance_action(seconds=90)}, "EC2", 91),
-    "gcp": (metadata_server.gcp, {"preempted": "TRUE"}, "Google", 30),
-    "azure": (metadata_server.azure, {"events": scheduled_event()}, "Azure", 31),
+    "ec2": (metadata_server.ec2, lambda: {"spot/instance-action": instance_action(seconds=90)}, "EC2", 91),
+    "gcp": (metadata_server.gcp, lambda: {"preempted": "TRUE"}, "Google", 30),
+    "azure": (metadata_server.azure, lambda: {"events": scheduled_event()}, "Azure", 31),
 }
 
 
@@ -56,7 +56,7 @@ def test_a_notice_raises_the_flag(name: str, automatic: bool) -> None:  # noqa: 
         with watch_notices(stop, "auto" if automatic else name, bases=bases, poll_seconds=POLL):  # type: ignore[arg-type]
             assert wait_for(lambda: len(service.requests) > 8)
             assert not stop()
-            service.state |= state
+            service.state |= state()
             assert wait_for(stop)
     assert reason in str(stop.reason)
     assert seconds - 10 < stop.remaining() <= seconds
@@ -80,7 +80,7 @@ def test_failures_of_the_service_are_survived(name: str) -> None:
             assert wait_for(lambda before=before: len(service.requests) > before + 2)
         assert not stop()
         service.answer = answer
-        service.state |= state
+        service.state |= state()
         assert wait_for(stop)
     assert reason in str(stop.reason)
 

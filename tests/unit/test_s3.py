@@ -249,6 +249,33 @@ class TestLostAnswers:
             opened(url, retries=2).write("lease", b"same", if_absent=True)
 
 
+def test_lost_completion_of_an_upload(tmp_path: Path) -> None:
+    """When completing an upload of many parts succeeds unheard and then finds nothing, the upload is made again."""
+    completions = 0
+
+    def answer(request: Request) -> None:
+        nonlocal completions
+        if request.command == "PUT":
+            request.answer(200, ETag='"part"')
+        elif request.path.endswith("?uploads"):
+            request.answer(200, b"<R><UploadId>1</UploadId></R>")
+        elif request.command == "POST":
+            completions += 1
+            if completions == 1:
+                request.hang_up()
+            elif completions == 2:
+                request.refuse(404, "NoSuchUpload")
+            else:
+                request.answer(200, b"<R><ETag>1</ETag></R>")
+        else:
+            request.answer(204)
+
+    (tmp_path / "source").write_bytes(b"x" * 9 * MIB)
+    with server(answer) as url:
+        opened(url, retries=2).upload(tmp_path / "source", "a")
+    assert completions == 3
+
+
 @pytest.mark.parametrize(("conflicts", "wins"), [(2, True), (100, False)])
 def test_simultaneous_writes_are_tried_again(monkeypatch: pytest.MonkeyPatch, conflicts: int, *, wins: bool) -> None:
     """S3's 409, another conditional write in flight, is tried again a few times before it counts as lost."""

@@ -1,0 +1,15 @@
+"""What can be read off a published manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def facts_of(results: Mapping[str, Any]) -> dict[str, str]:
+    """Path -> hash of what identical runs share: every artefact but TensorBoard's events, which are made of times."""
+    return {
+        artifact["path"]: artifact["facts_sha256"] or artifact["sha256"]
+        for artifact in results["artifacts"]
+        if not artifact["path"].startswith("artifacts/tensorboard/")
+    }
