@@ -7,11 +7,12 @@ published. A later attempt reads it instead of doing the work again.
 from __future__ import annotations
 
 import json
+import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,8 +20,11 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter
 
 from job import log
-from job.checkpoints import hash_file
-from job.errors import DataError, JobError, Preempted, Problem, SettingsError
+from job.errors import DataError, JobError, Preempted, Problem, Replaced, SettingsError
+from job.faults import Faults
+from job.guard import guarded
+from job.hashes import hash_file
+from job.lease import take
 from job.objects import ObjectStore
 from job.preemption import Stop
 from job.records import Artifact, AttemptRecord
@@ -30,6 +34,9 @@ T = TypeVar("T")
 OUTCOMES: Mapping[type[BaseException], str] = {Preempted: "preempted", JobError: "failed"}
 
 
+NOTE_SECONDS = 10.0
+
+
 def now() -> str:
     """The time, RFC 3339 in UTC."""
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
@@ -37,31 +44,46 @@ def now() -> str:
 
 @dataclass
 class Attempt:
-    """What every stage needs. `steps` and `repeated_steps` are counted by the training stage."""
+    """What every stage needs.
+
+    `store` is guarded: it refuses to change once another attempt has taken the run over. `number` is the lease's epoch.
+    """
 
     store: ObjectStore
     work: Path
     number: int
     stop: Stop
-    started: str
+    beat: Callable[[], None]
+    faults: Faults
+    earlier: list[AttemptRecord]
+    started: str = field(default_factory=now)
     stage_seconds: dict[str, float] = field(default_factory=dict)
     steps: int = 0
-    last_step: int = 0
     repeated_steps: int = 0
+    last_step: int = 0
+    _began: float = field(default_factory=time.monotonic)
+    _noted: float = field(default_factory=time.monotonic)
 
     def alive(self) -> None:
         """Called wherever a stage gets on and stopping is safe: ends the stage if the job has to end."""
+        self.beat()
         self.stop.check()
 
     def step_done(self, step: int) -> None:
-        """Counts an optimizer step."""
+        """Counts an optimizer step, and now and then notes in the store how far the attempt is."""
+        self.beat()
         self.steps += 1
-        self.last_step = max(self.last_step, step)
+        self.repeated_steps += step <= max((record.last_step for record in self.earlier), default=0)
+        self.last_step = step
+        if time.monotonic() - self._noted > NOTE_SECONDS:
+            self.note("running")
+        self.faults.at("step", step)
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
         """Log lines within carry the stage's name, and its seconds are counted."""
         with log.stage(name):
+            self.faults.at("stage", name)
             self.alive()
             began = time.monotonic()
             try:
@@ -99,59 +121,90 @@ class Attempt:
             raise DataError([Problem(artifact.path, "is not what an earlier attempt published: its SHA-256 differs")])
         return path
 
-    def record(self, outcome: str, finished: str | None = None) -> AttemptRecord:
-        """This attempt's line in the ledger."""
+    def record(self, outcome: str) -> AttemptRecord:
+        """This attempt's line in the ledger, as of now; `running` has no end."""
         return AttemptRecord(
             number=self.number,
             started=self.started,
-            finished=finished,
+            finished=None if outcome == "running" else now(),
             outcome=outcome,
+            seconds=time.monotonic() - self._began,
             stage_seconds=dict(self.stage_seconds),
             steps=self.steps,
             repeated_steps=self.repeated_steps,
+            last_step=self.last_step,
         )
 
-    def write_record(self, outcome: str, finished: str | None = None) -> None:
+    def note(self, outcome: str) -> None:
         """Puts the line into the store."""
-        data = TypeAdapter(AttemptRecord).dump_json(self.record(outcome, finished), indent=2)
-        self.store.write(f"attempts/{self.number:04d}.json", data)
-
-    def earlier(self) -> list[AttemptRecord]:
-        """The ledger's lines of the attempts before this one."""
-        keys = [f"attempts/{number:04d}.json" for number in range(1, self.number)]
-        kept = [stored for key in keys if (stored := self.store.read(key)) is not None]
-        return [TypeAdapter(AttemptRecord).validate_json(stored.data) for stored in kept]
+        self._noted = time.monotonic()
+        data = TypeAdapter(AttemptRecord).dump_json(self.record(outcome), indent=2)
+        self.store.write(_ledger_key(self.number), data)
 
 
 @contextmanager
 def open_attempt(
-    store: ObjectStore, run_id: str, settings: Mapping[str, Any], stop: Stop, cache: str | None
+    store: ObjectStore,
+    settings: Mapping[str, Any],
+    *,
+    cache: str | None,
+    stop: Stop,
+    beat: Callable[[], None],
+    faults: Faults,
 ) -> Iterator[Attempt]:
-    """Begins the next attempt of a run and writes its end into the ledger.
+    """Takes the run's lease and begins its next attempt; writes the attempt's end into the ledger.
 
     Args:
         store: The run's own.
-        run_id: For the log.
         settings: Value by dotted name of the settings that decide the result; an earlier attempt's must be the same.
-        stop: The flag.
         cache: Folder for temporary files; None for the system's.
+        stop: The flag.
+        beat: Tells the watchdog that the attempt gets on.
+        faults: What to rehearse.
+
+    Raises:
+        Replaced: Another attempt took the run over.
+        SettingsError: The run began with other settings.
     """
-    _same_settings(store, run_id, settings)
-    number = 1 + sum(1 for _ in store.list("attempts/"))
-    with tempfile.TemporaryDirectory(prefix=f"qlora-job-{run_id}-", dir=cache, ignore_cleanup_errors=True) as work:
-        attempt = Attempt(store, Path(work), number, stop, now())
-        log.bind(attempt=number)
-        attempt.write_record("running")
+    _same_settings(store, settings)
+    lease = take(store, platform.node() or "unknown")
+    guarded_store = guarded(store, lease)
+    log.bind(attempt=lease.epoch)
+    with tempfile.TemporaryDirectory(prefix="qlora-job-", dir=cache, ignore_cleanup_errors=True) as work:
+        attempt = Attempt(guarded_store, Path(work), lease.epoch, stop, beat, faults, _ledger(store, lease.epoch))
+        attempt.note("running")
         try:
             yield attempt
+        except Replaced:
+            raise  # whoever took over keeps the books
         except BaseException as error:
-            kind = next((name for name in OUTCOMES if isinstance(error, name)), None)
-            attempt.write_record(OUTCOMES[kind] if kind else "crashed", now())
+            _note_failure(attempt, error)
             raise
-        attempt.write_record("complete", now())
+        attempt.note("complete")
 
 
-def _same_settings(store: ObjectStore, run_id: str, settings: Mapping[str, Any]) -> None:
+def _note_failure(attempt: Attempt, error: BaseException) -> None:
+    """Writes how the attempt ended; a store that does not take it must not hide why."""
+    outcome = next((word for kind, word in OUTCOMES.items() if isinstance(error, kind)), "crashed")
+    try:
+        attempt.note(outcome)
+    except JobError as failure:
+        log.get_logger().warning("the end of the attempt cannot be noted", why=str(failure))
+
+
+def _ledger_key(number: int) -> str:
+    return f"attempts/{number:04d}.json"
+
+
+def _ledger(store: ObjectStore, epoch: int) -> list[AttemptRecord]:
+    """What is known of the attempts before this one; one that is still noted as running was killed."""
+    adapter = TypeAdapter(AttemptRecord)
+    kept = [stored for number in range(1, epoch) if (stored := store.read(_ledger_key(number))) is not None]
+    records = [adapter.validate_json(stored.data) for stored in kept]
+    return [replace(record, outcome="killed") if record.outcome == "running" else record for record in records]
+
+
+def _same_settings(store: ObjectStore, settings: Mapping[str, Any]) -> None:
     """A run is one experiment: refuses an attempt whose settings would give another result."""
     kept = store.read("settings.json")
     if kept is None:
@@ -163,9 +216,7 @@ def _same_settings(store: ObjectStore, run_id: str, settings: Mapping[str, Any])
     if changed:
         raise SettingsError(
             [
-                Problem(
-                    name, f"run {run_id} began with {before.get(name)!r}, not {after.get(name)!r}; use another run.id"
-                )
+                Problem(name, f"this run began with {before.get(name)!r}, not {after.get(name)!r}; use another run.id")
                 for name in changed
             ]
         )

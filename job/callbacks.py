@@ -1,4 +1,4 @@
-"""The trainer's callbacks. They hold no logic: they carry a flag into the trainer's control."""
+"""The trainer's callbacks. They hold no logic: they carry flags into the trainer's control."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from transformers import TrainerCallback
 
 
 class StopOnFlag(TrainerCallback):  # type: ignore[misc]
-    """Ends training after the step in hand, with its state saved, once the flag is up."""
+    """Ends training after the step in hand once the flag is up, with its state saved where there is time for that."""
 
-    def __init__(self, stop: Callable[[], bool]) -> None:
-        self.stop = stop
+    def __init__(self, stop: Callable[[], bool], fits: Callable[[float], bool]) -> None:
+        self.stop, self.fits = stop, fits
 
     def on_step_end(self, _args: Any, _state: Any, control: Any, **_: Any) -> None:
         """Reads the flag."""
         if self.stop():
-            control.should_save = control.should_training_stop = True
+            control.should_training_stop = True
+            control.should_save = self.fits(0.0)

@@ -58,12 +58,21 @@ def _run(words: list[str]) -> int:
     # cuBLAS reads it when CUDA starts; without it the same run gives other bits.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from job.faults import parse
+    from job.notices import watch_notices
     from job.preemption import stop_on_signals
+    from job.watchdog import watch
 
-    with stop_on_signals() as stop:
+    faults = parse(settings.fault or "")
+    platform = current_platform()
+    with (
+        stop_on_signals(settings.run.grace_seconds) as stop,
+        watch_notices(stop, settings.run.spot_notices),
+        watch(settings.train.stall_seconds, lambda message: _leave_everywhere(platform, message)) as beat,
+    ):
         from job.pipeline import run
 
-        run(settings, stop)
+        run(settings, stop, beat, faults)
     return 0
 
 
@@ -101,9 +110,14 @@ def _report(error: Exception, platform: Platform) -> int:
     else:
         logger.error("a bug: please report it with this traceback", exit_code=code, exc_info=error)
     message = f"{type(error).__name__} (exit code {code}): {text}"
+    _leave_everywhere(platform, message)
+    return code
+
+
+def _leave_everywhere(platform: Platform, message: str) -> None:
+    """Writes last words to wherever the platform looks for them."""
     _leave(platform.failure_file, message[:FAILURE_CHARACTERS])
     _leave(platform.termination_log, message.encode()[:TERMINATION_BYTES].decode(errors="ignore"))
-    return code
 
 
 def _details(error: JobError) -> dict[str, Any]:

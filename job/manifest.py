@@ -40,7 +40,7 @@ def build(
     usd_per_hour: float | None,
 ) -> dict[str, Any]:
     """Puts the manifest together; `tasks` is from `compare_tasks`, `gate_reasons` is None where no gate was set."""
-    seconds = sum(sum(attempt.stage_seconds.values()) for attempt in attempts)
+    seconds = sum(attempt.seconds for attempt in attempts)
     repeated = sum(attempt.repeated_steps for attempt in attempts)
     return _plain(
         {
@@ -76,7 +76,7 @@ def build(
             "cost": {
                 "seconds": seconds,
                 "usd": None if usd_per_hour is None else usd_per_hour * seconds / 3600,
-                "goodput": None,
+                "goodput": min(1.0, training.seconds / seconds),
                 "repeated_steps": repeated,
             },
         }

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
 from job import log, manifest
 from job.attempts import Attempt, now, open_attempt
 from job.errors import DataError, GateError, Problem
+from job.faults import Fault, arm, faulty
 from job.objects import open_store
 from job.preemption import Stop
 from job.pull import Pulled, Sources, pull
@@ -25,7 +26,7 @@ EXECUTION = {
 EXECUTION_GROUPS = ("storage.", "log.", "cost.", "checkpoint.", "gate.")
 
 
-def run(settings: Settings, stop: Stop) -> dict[str, Any]:
+def run(settings: Settings, stop: Stop, beat: Callable[[], None], faults: tuple[Fault, ...]) -> dict[str, Any]:
     """Runs the job, or the rest of it if earlier attempts did a part; returns the published manifest.
 
     Raises:
@@ -38,7 +39,9 @@ def run(settings: Settings, stop: Stop) -> dict[str, Any]:
         log.get_logger().info("this run is complete already", results=f"{store.uri}/results.json")
         return _gated(json.loads(done.data))
     decisive = {name: value for name, value, _ in describe(settings) if _decides(name)}
-    with open_attempt(store, settings.run.id, decisive, stop, settings.storage.cache) as attempt:
+    armed = arm(faults, store)
+    store = faulty(store, armed)
+    with open_attempt(store, decisive, cache=settings.storage.cache, stop=stop, beat=beat, faults=armed) as attempt:
         with attempt.timed("pull"):
             sources = pull(attempt, settings, storage)
         _same(attempt.stage("pull", Pulled, lambda: sources.record), sources.record)
@@ -74,7 +77,7 @@ def publish(
     results = manifest.build(
         run_id=settings.run.id,
         settings=redacted(settings),
-        attempts=[*attempt.earlier(), attempt.record("complete", now())],
+        attempts=[*attempt.earlier, attempt.record("complete")],
         finished=now(),
         model=model,
         dataset=sources.record.dataset,

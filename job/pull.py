@@ -11,6 +11,7 @@ from job.attempts import Attempt
 from job.dataset import load_examples
 from job.evaluate import Tasks, load_tasks
 from job.hub import download_model
+from job.limits import check_disk, required_bytes
 from job.model import fingerprint, load_tokenizer
 from job.objects import fetch
 from job.records import DatasetRecord, Example
@@ -44,6 +45,7 @@ def pull(attempt: Attempt, settings: Settings, storage: dict[str, Any]) -> Sourc
         attempt.alive()
         return str(fetch(uri, attempt.work / kind, **storage)) if uri.startswith("s3://") else uri
 
+    check_disk(attempt.work, required_bytes([]))
     model, data = settings.model, settings.data
     folder, revision = download_model(local(model.id, "model"), model.revision)
     attempt.alive()

@@ -124,12 +124,18 @@ class StepMetrics:
 
 @dataclass(frozen=True)
 class AttemptRecord:
-    """One start of the run. `finished` is None where it was killed without notice. Times are RFC 3339 in UTC."""
+    """One start of the run. Times are RFC 3339 in UTC.
+
+    `finished` is None where it was killed without notice; `seconds` and the steps are then as of its last note, up to
+    some seconds before.
+    """
 
     number: int
     started: str
     finished: str | None
     outcome: str
+    seconds: float
     stage_seconds: dict[str, float]
     steps: int
     repeated_steps: int
+    last_step: int

@@ -14,6 +14,7 @@ from job.batches import steps_per_epoch
 from job.errors import Preempted
 from job.evaluate import evaluate, write_records
 from job.events import write_events
+from job.limits import check_disk, checkpoint_bytes, required_bytes
 from job.model import (
     adapter_off,
     add_adapter,
@@ -24,14 +25,17 @@ from job.model import (
     load_base,
     make_deterministic,
     save_adapter,
+    trainable,
 )
 from job.objects import ObjectStore
+from job.preemption import Stopwatch, decide
+from job.publisher import Publisher
 from job.pull import Sources
 from job.records import Artifact, ChoiceScore, ModelRecord, Question, StepMetrics, TaskScores, TrainingRecord
 from job.scores import KeptScores, score_key
 from job.scoring import plan_rows, score_row
 from job.settings import Settings
-from job.states import write_metrics
+from job.states import validate_state, write_metrics
 from job.train import Hooks, Recipe, auto_micro_batch_tokens, substitute, total_steps, train
 
 Scored = list[list[ChoiceScore]]
@@ -182,22 +186,29 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, model:
     recipe, substitutions = substitute(_recipe(settings, len(sources.examples), model), model.device)
     for sentence in substitutions:
         log.get_logger().warning("substituted", what=sentence)
-    restored = checkpoints.restore(attempt.store, attempt.work / "restored", manifest.software())
-    if restored:
+    restored = checkpoints.restore(attempt.store, attempt.work / "restored", manifest.software(), validate_state)
+    if restored.folder is not None:
         log.get_logger().info("resuming", step=restored.step, of=recipe.total_steps)
-    with log.progress("steps", recipe.total_steps, every=settings.train.log_every_steps) as tell:
+    check_disk(attempt.work, required_bytes([], checkpoint_bytes(_size(model), recipe.optimizer)))
+    with (
+        log.progress("steps", recipe.total_steps, every=settings.train.log_every_steps) as tell,
+        Publisher(_publishing(attempt, settings.checkpoint.keep, restored.step)) as publisher,
+    ):
+        watch = Stopwatch()
         trained = train(
             model,
             sources.tokenizer,
             sources.examples,
             recipe=recipe,
-            hooks=Hooks(_teller(attempt, tell), _saver(attempt, settings.checkpoint.keep), attempt.stop),
+            hooks=Hooks(
+                _teller(attempt, tell, watch), publisher.submit, attempt.stop, _fits(attempt, watch, publisher)
+            ),
             folder=attempt.work / "states",
-            resume=restored.folder if restored else None,
+            resume=restored.folder,
         )
     if not trained.complete:
-        done = trained.history[-1].step
-        raise Preempted(f"stopped by {attempt.stop.reason} after step {done} of {recipe.total_steps}; it is saved")
+        kept = max(checkpoints.steps(attempt.store), default=0)
+        raise Preempted(f"stopped by {attempt.stop.reason}; step {kept} of {recipe.total_steps} is saved")
     folder = attempt.work / "artifacts"
     save_adapter(model, folder / "adapter", base=settings.model.id, revision=sources.record.model_revision)
     sources.tokenizer.save_pretrained(folder / "adapter")
@@ -233,9 +244,11 @@ def _recipe(settings: Settings, rows: int, model: Any) -> Recipe:
     )
 
 
-def _teller(attempt: Attempt, tell: log.Progress) -> Callable[[StepMetrics], None]:
+def _teller(attempt: Attempt, tell: log.Progress, watch: Stopwatch) -> Callable[[StepMetrics], None]:
+    """Counts, times and shows a step."""
+
     def on_metrics(metrics: StepMetrics) -> None:
-        attempt.step_done(metrics.step)
+        watch.add("step", float(metrics.measured["seconds"] or 0))
         tell(
             metrics.step,
             loss=round(metrics.loss, 4),
@@ -243,20 +256,38 @@ def _teller(attempt: Attempt, tell: log.Progress) -> Callable[[StepMetrics], Non
             tokens_per_second=round(metrics.measured["tokens_per_second"] or 0, 1),
             memory_bytes=metrics.measured["memory_bytes"],
         )
+        attempt.step_done(metrics.step)
 
     return on_metrics
 
 
-def _saver(attempt: Attempt, keep: int) -> Callable[[Path, int], None]:
-    def on_save(folder: Path, step: int) -> None:
+def _publishing(attempt: Attempt, keep: int, verified: int) -> Callable[[Path, int], None]:
+    """Publishes a checkpoint and deletes those that are not needed any more; runs beside training."""
+
+    def publish(folder: Path, step: int) -> None:
         began = time.monotonic()
         checkpoints.publish(
             attempt.store, folder, step=step, epoch=attempt.number, world_size=1, software=manifest.software()
         )
-        checkpoints.prune(attempt.store, keep)
+        checkpoints.prune(attempt.store, keep, epoch=attempt.number, verified=verified)
         log.get_logger().info("checkpoint", step=step, seconds=round(time.monotonic() - began, 3))
 
-    return on_save
+    return publish
+
+
+def _fits(attempt: Attempt, watch: Stopwatch, publisher: Publisher) -> Callable[[float], bool]:
+    """Whether there is time for a share of a step and for saving; an upload that is under way has to end first."""
+
+    def fits(share: float) -> bool:
+        uploads = 2 * max(publisher.seconds, default=0.0)
+        plan = decide(replace(watch.timings, upload=uploads), attempt.stop.remaining(), share)
+        return plan == ("finish_step" if share > 0 else "save_now")
+
+    return fits
+
+
+def _size(model: Any) -> int:
+    return sum(parameter.numel() for parameter in trainable(model).values())
 
 
 def _files(path: Path) -> list[Path]:

