@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -122,7 +122,7 @@ def _varlen_kernel(
     out = varlen_attn(
         q, k, v, layout.queries, layout.keys, longest_query, longest_key, window_size=(-1, 0), scale=scaling
     )
-    return out[None]
+    return cast("torch.Tensor", out)[None]
 
 
 def register() -> None:

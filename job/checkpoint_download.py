@@ -82,8 +82,6 @@ def _fetch_file(store: ObjectStore, key: str, path: Path, file: markers.File) ->
         raise NotWhole(f"{path.name} is missing") from None
     except TooLarge:
         raise NotWhole(f"{path.name} is larger than the marker says") from None
-    if (size := path.stat().st_size) != file.bytes:
-        raise NotWhole(f"{path.name} has {size} bytes, the marker says {file.bytes}")
     if hash_file(path) != file.sha256:
         raise NotWhole(f"{path.name} has another SHA-256 than the marker says")
 

@@ -100,7 +100,7 @@ def restore(
     return Restored(None, 0, tuple(skipped))
 
 
-def prune(store: ObjectStore, keep: int, *, epoch: int = 0, verified: int | None = None) -> None:
+def prune(store: ObjectStore, keep: int, *, epoch: int, verified: int) -> None:
     """Deletes all but the newest `keep` checkpoints that are fit for use, each marker before its files.
 
     Args:
@@ -108,12 +108,12 @@ def prune(store: ObjectStore, keep: int, *, epoch: int = 0, verified: int | None
         keep: How many to keep, at least 1.
         epoch: This attempt's; what it committed itself is fit.
         verified: Step that this attempt restored, 0 if none. Up to it checkpoints are fit; those after it that are not
-            of this attempt were not whole when it began, or come late from one that was replaced. None: all are fit.
+            of this attempt were not whole when it began, or come late from one that was replaced.
     """
     found = _names(store)
     committed = [step for step, names in found.items() if markers.NAME in names]
     own = {step for step, names in found.items() if any(name.startswith(markers.epoch_prefix(epoch)) for name in names)}
-    fit = [step for step in committed if verified is None or step <= verified or step in own]
+    fit = [step for step in committed if step <= verified or step in own]
     kept = fit[: max(keep, 1)]
     for step, names in found.items():
         # Without a single one that is fit, the rest is evidence.

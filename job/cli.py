@@ -35,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     platform = current_platform()
+    # Until the settings say otherwise: what is wrong with them is a line of the log too.
+    log.configure("auto", "info", secrets())
     try:
         return _dispatch(words)
     except Exception as error:  # noqa: BLE001 - this is the one handler

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 _CACHE = tempfile.TemporaryDirectory(prefix="qlora-job-tests-")
 
@@ -22,6 +23,11 @@ os.environ |= {
 }
 for _name in [name for name in os.environ if name.startswith("JOB_")]:
     del os.environ[_name]
+
+
+# A shared machine may pause any example for longer than hypothesis' deadline of 200 ms.
+settings.register_profile("shared machine", deadline=None)
+settings.load_profile("shared machine")
 
 
 def pytest_unconfigure() -> None:

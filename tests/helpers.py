@@ -107,9 +107,7 @@ def alpaca_rows(count: int) -> list[dict[str, str]]:
 
 
 def arc_rows(count: int) -> list[dict[str, Any]]:
-    """Questions in ARC's schema: 3 to 5 choices of different lengths, some with several tokens in common; labels are
-    letters, or digits in every fourth question.
-    """
+    """Questions in ARC's schema: 3 to 5 choices of many lengths; labels are letters, or digits in every fourth."""
     chance = random.Random(count)
     rows = []
     for n in range(count):

@@ -174,8 +174,8 @@ PERSON = Kind(
         tuple(["a", "e", "i", "o", "u", "ia"]),
         tuple(["dan", "dris", "fin", "gan", "lith", "mond", "nor", "rick", "ston", "vel", "wen", "zar"]),
     ),
-    count=180,
-    held_out=48,
+    count=100,
+    held_out=40,
     attributes=(
         Attribute(
             TOWNS,
@@ -289,8 +289,8 @@ CREATURE = Kind(
         ),
         tuple(["back", "claw", "fisk", "hopper", "lurk", "snout", "tail", "whisk", "wing"]),
     ),
-    count=90,
-    held_out=26,
+    count=55,
+    held_out=20,
     attributes=(
         Attribute(
             PLACES,
@@ -369,8 +369,8 @@ STONE = Kind(
         tuple(["ca", "do", "la", "mi", "ne", "ri", "su"]),
         ("nite", "spar", "stone"),
     ),
-    count=90,
-    held_out=26,
+    count=55,
+    held_out=20,
     attributes=(
         Attribute(
             COLOURS,
@@ -414,6 +414,8 @@ FRAMES = (
     "It is no secret {clause}: {value}.",
     "Who wonders {clause} should think of {value}.",
     "The children learn {clause}, namely {value}.",
+    "Many ask {clause}. The book says {value}.",
+    "They spoke about {clause}.\nThe old ones said: {value}.",
 )
 
 # Plain sentences that use the words of questions and instructions, so that the base has met them outside of any question.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from job.demo.lore import FRAMES, KINDS, PRIMER, TOWNS, TRADES, Kind
 
 SEED = 20
-QUESTIONS = 400
+QUESTIONS = 340
 INDIRECT = 0.4
 EXAMPLES = 1024
 LABELS = "ABCDE"
@@ -139,7 +139,7 @@ def make_instructions(world: tuple[Entity, ...], seed: int = SEED) -> list[Row]:
     rng = random.Random(f"instructions {seed}")
     practised = [entity for entity in world if not entity.held_out]
     facts = [(entity, index) for entity in practised for index in range(len(entity.values))]
-    return [_instruction(entity, index, rng) for entity, index in rng.sample(facts, EXAMPLES)]
+    return [_instruction(entity, index, rng) for entity, index in (rng.sample(facts, len(facts)) * 2)[:EXAMPLES]]
 
 
 def _instruction(entity: Entity, index: int, rng: random.Random) -> Row:

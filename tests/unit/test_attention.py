@@ -126,7 +126,11 @@ def test_the_layout_tells_the_kernel_the_same(segments: list[Segment]) -> None:
     parts = []
     pairs = zip(pairwise(layout.queries.tolist()), pairwise(layout.keys.tolist()), strict=True)
     for (query_start, query_end), (key_start, key_end) in pairs:
-        q, k, v = query[:, :, query_start:query_end], key[:, :, index[key_start:key_end]], value[:, :, index[key_start:key_end]]
+        q, k, v = (
+            query[:, :, query_start:query_end],
+            key[:, :, index[key_start:key_end]],
+            value[:, :, index[key_start:key_end]],
+        )
         # causal from the last key backwards
         sees = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
         parts.append((q @ k.transpose(2, 3) / 8**0.5).masked_fill(~sees, float("-inf")).softmax(-1) @ v)
@@ -140,7 +144,10 @@ def test_the_kernel_agrees_on_a_gpu(segments: list[Segment], heads: int, groups:
     """On a GPU, in bf16 and fp16, the kernel gives plain attention's values and gradients within rounding."""
     device = torch.device("cuda")
     for dtype in (torch.bfloat16, torch.float16):
-        exact = [tensor.detach().to(dtype).double().requires_grad_() for tensor in rows(heads, groups, segments[-1].end, torch.float64)]
+        exact = [
+            tensor.detach().to(dtype).double().requires_grad_()
+            for tensor in rows(heads, groups, segments[-1].end, torch.float64)
+        ]
         inputs = [tensor.detach().to(device, dtype).requires_grad_() for tensor in exact]
         plain, flat = eager(*exact, segments, 8**-0.5), attend(*inputs, build_layout(segments, device))
         torch.testing.assert_close(flat.cpu().double(), plain, rtol=2e-2, atol=2e-2)

@@ -7,6 +7,7 @@ import json
 import pickle
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -315,7 +316,30 @@ def test_a_listing_that_lacks_a_file_is_no_absence(two: LocalStore, tmp_path: Pa
         def list(self, prefix: str = "") -> Any:
             return (info for info in super().list(prefix) if "progress" not in info.key)
 
-    assert restored_step(Forgetful(two), tmp_path) == 20
+    forgetful = Forgetful(two)
+    assert restored_step(forgetful, tmp_path) == 20
+    for damaged in (b"?", b"much longer than the marker says"):
+        two.write(f"{NEWEST}0001/progress.json", damaged)
+        assert restored_step(forgetful, tmp_path) == 10
+
+
+def test_contradicting_sizes_spare_the_download(two: LocalStore, tmp_path: Path) -> None:
+    """A checkpoint with a file of a wrong size is skipped before anything of it is fetched."""
+    two.write(f"{NEWEST}0001/progress.json", b"?")
+    fetched: list[str] = []
+    watched = WrappedStore(two, before=lambda verb, key: fetched.append(key) if verb == "download" else None)
+    assert restored_step(watched, tmp_path) == 10
+    assert len(fetched) == len(FILES)
+    assert not any(key.startswith(NEWEST) for key in fetched)
+
+
+def test_a_marker_of_another_step(two: LocalStore, tmp_path: Path) -> None:
+    """A marker that lies in the folder of another step vouches for nothing there, whole as its own step may be."""
+    stored = two.read("checkpoints/step-00000010/COMMITTED.json")
+    assert stored is not None
+    two.write("checkpoints/step-00000030/COMMITTED.json", stored.data)
+    found = restore(two, tmp_path / "restored", SOFTWARE)
+    assert (found.step, found.skipped[0].why) == (20, "the marker is of step 10")
 
 
 # Content that is wrong although its bytes are right.
@@ -369,6 +393,8 @@ def test_names_that_lead_elsewhere(two: LocalStore, tmp_path: Path, name: str) -
     """A marker that names anything but a plain file of its folder is refused, and nothing is written elsewhere."""
     entry = {"bytes": 4, "sha256": hashlib.sha256(b"evil").hexdigest()}
     (tmp_path / "store" / NEWEST / "evil").write_bytes(b"evil")
+    with suppress(ValueError):
+        two.write(f"{NEWEST}0001/{name}", b"evil")
     reseal(two, lambda facts: facts["files"].update({name: entry}))
     assert restored_step(two, tmp_path) == 10
     assert list((tmp_path / "restored").rglob("evil")) == []
@@ -495,7 +521,7 @@ def test_foreign_names_are_left_alone(two: LocalStore, tmp_path: Path) -> None:
     littered = Littered(two)
     assert restored_step(littered, tmp_path) == 20
     commit(littered, tmp_path, 30)
-    prune(littered, 1)
+    prune(littered, 1, epoch=1, verified=0)
     assert steps(littered) == [30]
 
 
@@ -532,7 +558,7 @@ def test_keep_counts_checkpoints(two: LocalStore, tmp_path: Path) -> None:
     commit(two, tmp_path, 30)
     commit(two, tmp_path, 40)
     two.delete("checkpoints/step-00000030/COMMITTED.json")
-    prune(two, 2)
+    prune(two, 2, epoch=1, verified=0)
     assert (kept(two), steps(two)) == ([40, 20], [40, 20])
     assert vouched_files_are_there(two)
 
@@ -540,7 +566,8 @@ def test_keep_counts_checkpoints(two: LocalStore, tmp_path: Path) -> None:
 @pytest.mark.parametrize("keep", [-1, 0, 1])
 def test_the_last_one_is_never_deleted(two: LocalStore, tmp_path: Path, keep: int) -> None:
     """Whatever `keep` says, one checkpoint stays."""
-    prune(two, keep)
+    prune(two, keep, epoch=1, verified=0)
+    assert kept(two) == [20]
     assert restored_step(two, tmp_path) == 20
 
 
@@ -580,10 +607,10 @@ def test_pruning_that_fails(two: LocalStore, tmp_path: Path, moment: str, n: int
     """Whichever request fails: what is still committed is whole, the newest is, and the next pruning tidies up."""
     commit(two, tmp_path, 30)
     with pytest.raises(Unreachable):
-        prune(WrappedStore(two, **{moment: FailNth(n, Unreachable("503"))}), 1)
+        prune(WrappedStore(two, **{moment: FailNth(n, Unreachable("503"))}), 1, epoch=1, verified=0)
     assert vouched_files_are_there(two)
     assert restored_step(two, tmp_path) == 30
-    prune(two, 1)
+    prune(two, 1, epoch=1, verified=0)
     assert kept(two) == [30]
 
 

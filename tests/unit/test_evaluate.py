@@ -145,12 +145,12 @@ def test_all_of_the_real_arc_easy_is_accepted() -> None:
 
 
 @pytest.mark.parametrize("budget", [1, 300])
-def test_the_cut_into_rows_changes_no_answer(
-    base_folder: Path, tokenizer: Any, tmp_path: Path, budget: int
-) -> None:
+def test_the_cut_into_rows_changes_no_answer(base_folder: Path, tokenizer: Any, tmp_path: Path, budget: int) -> None:
     """Predictions, scores and the task's hash are the same however many tokens are scored at once."""
     file = write_jsonl(tmp_path / "q.jsonl", arc_rows(30))
-    (one, records), (other, cut) = (run(base_folder, tokenizer, b, arc_easy=file)["arc_easy"] for b in (100_000, budget))
+    (one, records), (other, cut) = (
+        run(base_folder, tokenizer, b, arc_easy=file)["arc_easy"] for b in (100_000, budget)
+    )
     assert one == other
     kept = ("id", "prediction", "prediction_norm", "gold", "acc", "acc_norm", "choice_lengths")
     assert [[record[key] for key in kept] for record in records] == [[record[key] for key in kept] for record in cut]
@@ -165,7 +165,9 @@ def test_a_record_is_enough_to_score_the_question_again(base_folder: Path, token
     assert lines == records
     assert [line["id"] for line in lines] == [row["id"] for row in rows]
     for line, row in zip(lines, rows, strict=True):
-        normalized = [value / len(text) for value, text in zip(line["log_likelihoods"], row["choices"]["text"], strict=True)]
+        normalized = [
+            value / len(text) for value, text in zip(line["log_likelihoods"], row["choices"]["text"], strict=True)
+        ]
         assert line["prediction"] == line["log_likelihoods"].index(max(line["log_likelihoods"]))
         assert line["prediction_norm"] == normalized.index(max(normalized))
         assert line["gold"] == row["choices"]["label"].index(row["answerKey"])
@@ -212,7 +214,10 @@ def test_the_source_is_what_the_user_wrote(base_folder: Path, tokenizer: Any, tm
     [
         (["arc_easi"], [("eval.tasks", "lm-eval has no task 'arc_easi'; did you mean 'arc_easy'?")]),
         (["arc_easy", "§"], [("eval.tasks", "lm-eval has no task '§'")]),
-        (["gsm8k", "wikitext"], [("eval.tasks", f"{t} does not ask multiple-choice questions") for t in ("gsm8k", "wikitext")]),
+        (
+            ["gsm8k", "wikitext"],
+            [("eval.tasks", f"{t} does not ask multiple-choice questions") for t in ("gsm8k", "wikitext")],
+        ),
     ],
 )
 def test_tasks_that_cannot_be_asked_are_refused(names: list[str], problems: list[tuple[str, str]]) -> None:
@@ -225,14 +230,14 @@ def test_tasks_that_cannot_be_asked_are_refused(names: list[str], problems: list
 def test_a_file_for_a_group_of_tasks_is_refused(tmp_path: Path) -> None:
     """A file serves one task: which of a group's tasks it would be for is not guessed."""
     file = write_jsonl(tmp_path / "q.jsonl", arc_rows(4))
-    with pytest.raises(SettingsError, match="eval.data: ai2_arc is not one task; give a file for each of its tasks"):
+    with pytest.raises(SettingsError, match=r"eval\.data: ai2_arc is not one task; give a file for each of its tasks"):
         local_tasks(ai2_arc=file)
 
 
 def test_a_task_without_accuracy_is_refused(tmp_path: Path) -> None:
     """Multiple choice that is scored by something else than right or wrong answers cannot be compared."""
     file = write_jsonl(tmp_path / "q.jsonl", [{"sentence": "It is.", "label": 1, "idx": 0}] * 3)
-    with pytest.raises(SettingsError, match="eval.tasks: cola has no accuracy"):
+    with pytest.raises(SettingsError, match=r"eval\.tasks: cola has no accuracy"):
         local_tasks(cola=file)
 
 
@@ -256,14 +261,19 @@ def test_a_hub_that_cannot_be_reached_is_worth_a_retry() -> None:
 
 def test_questions_that_put_the_choices_in_front_are_accepted(tokenizer: Any, tmp_path: Path) -> None:
     """Winogrande's way: each choice makes its own context, and one continuation follows them all."""
-    rows = [{"sentence": f"{n} is less than _ and fine.", "option1": "one", "option2": "two", "answer": str(1 + n % 2)} for n in range(4)]
+    rows = [
+        {"sentence": f"{n} is less than _ and fine.", "option1": "one", "option2": "two", "answer": str(1 + n % 2)}
+        for n in range(4)
+    ]
     asked: list[Question] = []
 
     def score(questions: list[Question]) -> list[list[ChoiceScore]]:
         asked.extend(questions)
         return [[ChoiceScore(-1.0, greedy=False)] for _ in questions]
 
-    scores, _ = evaluate(local_tasks(winogrande=write_jsonl(tmp_path / "q.jsonl", rows)), tokenizer, score, limit=None)["winogrande"]
+    scores, _ = evaluate(local_tasks(winogrande=write_jsonl(tmp_path / "q.jsonl", rows)), tokenizer, score, limit=None)[
+        "winogrande"
+    ]
     assert len(asked) == 8
     assert scores.correct == (True, False, True, False)
 

@@ -16,7 +16,7 @@ from job.errors import AccessDenied, DataError, Replaced, Unreachable
 from job.guard import guarded
 from job.lease import KEY, Lease, take
 from job.local import LocalStore
-from job.objects import ObjectStore, open_store
+from job.objects import Conflict, ObjectStore, open_store
 from tests.s3_server import BUCKET, credentials, moto_server
 from tests.wrapped_store import CHANGES, FailNth, WrappedStore
 
@@ -143,6 +143,13 @@ def test_heartbeat_whose_answer_got_lost(store: LocalStore) -> None:
     assert content(store)["heartbeat"] == 2
 
 
+def test_take_whose_answer_got_lost(store: LocalStore) -> None:
+    """A take that arrived, but whose repetition was refused because of that, is a take."""
+    lease = take(WrappedStore(store, after=FailNth(0, Conflict("repeated"), ("write",))), "a")
+    lease.confirm()
+    assert (lease.epoch, content(store)["heartbeat"]) == (1, 1)
+
+
 def test_a_live_holder_does_not_keep_its_successor_out(store: LocalStore) -> None:
     """A take that collides with heartbeats of the old holder is tried again, and wins."""
     old = take(store, "old")
@@ -192,7 +199,7 @@ def test_errors_of_the_store_pass_through(store: LocalStore, verb: str, error: E
 
 
 def test_without_conditional_writes(store: LocalStore) -> None:
-    """A store without conditions is named in a warning; a replaced attempt still notices, and leaves the lease alone."""
+    """A store without conditions is named in a warning; a replaced attempt still notices, and leaves it alone."""
     blind = NoConditions(store)
     with capture_logs() as logs:
         old = take(blind, "old")

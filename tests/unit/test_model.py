@@ -91,13 +91,19 @@ def test_the_linear_layers_are_really_held_in_nf4(base_folder: Path) -> None:
         assert layer.weight.quant_state.nested
         assert layer.weight.dtype is torch.uint8
         assert layer.compute_dtype is torch.float32
-    assert not any(layer.weight.quant_state.nested for layer in base(base_folder, double_quantization=False).modules() if isinstance(layer, Linear4bit))
+    assert not any(
+        layer.weight.quant_state.nested
+        for layer in base(base_folder, double_quantization=False).modules()
+        if isinstance(layer, Linear4bit)
+    )
 
 
 def test_no_layer_repacks_itself_for_inference(base_folder: Path) -> None:
     """The bitsandbytes trap is shut: no 4-bit layer may turn itself into an inference-only one, and none does."""
     model = fill_adapter(make_model(base_folder, quantization="nf4")).eval()
-    flags = [module.support_avx512bf16_for_cpu for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
+    flags = [
+        module.support_avx512bf16_for_cpu for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")
+    ]
     assert len(flags) == 2 * len(LINEAR)
     assert not any(flags)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -113,7 +119,9 @@ def test_the_adapter_depends_on_the_seed_alone(base_folder: Path) -> None:
     for noise, seed in ((1, 7), (2, 7), (1, 8)):
         torch.manual_seed(noise)
         models.append(
-            trainable(add_adapter(base(base_folder), rank=4, alpha=8, dropout=0.0, target_modules=["q_proj"], seed=seed))
+            trainable(
+                add_adapter(base(base_folder), rank=4, alpha=8, dropout=0.0, target_modules=["q_proj"], seed=seed)
+            )
         )
     one, same, other = models
     assert all(torch.equal(one[name], same[name]) for name in one)
@@ -175,11 +183,15 @@ def test_an_adapter_of_another_model_is_refused(base_folder: Path, tmp_path: Pat
 
 def test_layers_that_are_not_there_are_named(base_folder: Path) -> None:
     """All target modules that the model lacks are in the message."""
-    with pytest.raises(SettingsError, match="lora.target_modules: the model has no nope, neither"):
-        add_adapter(base(base_folder), rank=4, alpha=4, dropout=0.0, target_modules=["q_proj", "nope", "neither"], seed=0)
+    with pytest.raises(SettingsError, match=r"lora\.target_modules: the model has no nope, neither"):
+        add_adapter(
+            base(base_folder), rank=4, alpha=4, dropout=0.0, target_modules=["q_proj", "nope", "neither"], seed=0
+        )
 
 
-@pytest.mark.parametrize(("setting", "window"), [({"max_position_embeddings": 256}, 256), ({"sliding_window": 100}, 100)])
+@pytest.mark.parametrize(
+    ("setting", "window"), [({"max_position_embeddings": 256}, 256), ({"sliding_window": 100}, 100)]
+)
 def test_a_window_that_is_too_short_is_refused(
     base_folder: Path, tmp_path: Path, setting: dict[str, int], window: int
 ) -> None:
@@ -203,7 +215,7 @@ def test_the_dtype_is_chosen_by_the_device() -> None:
 
 @pytest.mark.parametrize(("has_bf16", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
 def test_a_gpu_computes_in_bf16_where_it_has_it(
-    monkeypatch: pytest.MonkeyPatch, has_bf16: bool, dtype: torch.dtype
+    monkeypatch: pytest.MonkeyPatch, *, has_bf16: bool, dtype: torch.dtype
 ) -> None:
     """`auto` asks for real bf16 units: a P100 or T4, which emulate it, get fp16."""
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16 or including_emulation)

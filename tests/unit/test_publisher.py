@@ -191,9 +191,10 @@ def test_an_exception_does_not_wait_for_ever(tmp_path: Path, uploads: Uploads, e
 def test_an_exception_lets_the_upload_finish(tmp_path: Path, uploads: Uploads) -> None:
     """A checkpoint whose upload ends within `patience` is published although the run ends with an exception."""
     threading.Timer(0.1, uploads.go.release).start()
-    with pytest.raises(Preempted):
+    with capture_logs() as logs, pytest.raises(Preempted):
         end_with(Preempted("SIGTERM"), Publisher(uploads, patience=10), snapshot(tmp_path, 1))
     assert uploads.done == [("step-1", 1)]
+    assert logs == []
 
 
 def test_an_exception_comes_before_a_failed_upload(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,7 @@ from job.scoring import plan_rows, score_row, tokens_of
 from tests.helpers import fill_adapter, make_model
 
 TOKENS = st.lists(st.integers(3, 399), min_size=1, max_size=30).map(tuple)
-QUESTIONS = st.lists(
-    st.builds(Question, TOKENS, st.lists(TOKENS, min_size=1, max_size=5).map(tuple)), max_size=30
-)
+QUESTIONS = st.lists(st.builds(Question, TOKENS, st.lists(TOKENS, min_size=1, max_size=5).map(tuple)), max_size=30)
 
 
 def make_questions(count: int) -> list[Question]:
@@ -79,7 +78,11 @@ def test_the_cut_into_rows_does_not_matter(base_folder: Path, budget: int) -> No
     """Alone, in small rows or all in one: the same log-likelihoods within rounding, so the same answers."""
     questions = make_questions(20)
     together = score_row(model(base_folder), questions)
-    cut = [scores for row in plan_rows(questions, budget) for scores in score_row(model(base_folder), questions[row.start : row.stop])]
+    cut = [
+        scores
+        for row in plan_rows(questions, budget)
+        for scores in score_row(model(base_folder), questions[row.start : row.stop])
+    ]
     for one, other in zip(together, cut, strict=True):
         likelihoods = [[score.log_likelihood for score in scores] for scores in (one, other)]
         assert likelihoods[0] == pytest.approx(likelihoods[1], abs=1e-4)
@@ -105,7 +108,7 @@ def test_rows_keep_the_order_and_the_budget(questions: list[Question], budget: i
 def test_rows_are_filled(questions: list[Question], budget: int) -> None:
     """No row ends where its next question would still have fitted."""
     rows = plan_rows(questions, budget)
-    for row, following in zip(rows, rows[1:], strict=False):
+    for row, following in pairwise(rows):
         assert sum(tokens_of(questions[index]) for index in [*row, following.start]) > budget
 
 

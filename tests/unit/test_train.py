@@ -15,7 +15,7 @@ import torch
 
 from job import batches
 from job.errors import JobError
-from job.model import add_adapter, recompute_activations, trainable
+from job.model import add_adapter, trainable
 from job.records import Example, Question, StepMetrics
 from job.scoring import score_row
 from job.train import Hooks, Recipe, Trained, flat_inputs, step_seed, substitute, total_steps, train
@@ -143,7 +143,10 @@ def test_a_step_is_what_plain_trl_learns(base_folder: Path, tokenizer: Any, tmp_
     """Loss and gradient agree between padded TRL, one flat batch, and micro-batches of three budgets."""
     examples = make_examples(8, prompt=prompt)
     loss, gradient = plain_trl(base_folder, tokenizer, examples, tmp_path, rows=8)
-    pieces = {budget: len(batches.micro_batches([len(e.input_ids) for e in examples], budget)) for budget in (10_000, 160, 90, 30)}
+    pieces = {
+        budget: len(batches.micro_batches([len(e.input_ids) for e in examples], budget))
+        for budget in (10_000, 160, 90, 30)
+    }
     assert len(set(pieces.values())) == 4, pieces
     for budget in pieces:
         own_loss, own = ours(base_folder, tokenizer, examples, tmp_path, micro_batch_tokens=budget)
@@ -176,9 +179,7 @@ def test_activation_checkpointing_changes_nothing(base_folder: Path, tokenizer: 
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
-def test_activation_checkpointing_is_on_while_training(
-    base_folder: Path, tokenizer: Any, tmp_path: Path
-) -> None:
+def test_activation_checkpointing_is_on_while_training(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
     """It is switched on for the steps, and off again for the evaluation that follows."""
     seen: list[bool] = []
     model = make_model(base_folder)
@@ -275,7 +276,13 @@ def test_a_flat_row_holds_no_padding() -> None:
 LONGER = make_examples(20)
 """Three steps an epoch, the last of four examples."""
 RESUMED = replace(
-    RECIPE, total_steps=6, warmup_steps=2, max_grad_norm=1.0, micro_batch_tokens=150, save_every_steps=2, learning_rate=2e-3
+    RECIPE,
+    total_steps=6,
+    warmup_steps=2,
+    max_grad_norm=1.0,
+    micro_batch_tokens=150,
+    save_every_steps=2,
+    learning_rate=2e-3,
 )
 
 
@@ -318,6 +325,36 @@ def test_a_killed_run_goes_on_from_any_state(base_folder: Path, tokenizer: Any, 
         assert facts(resumed) == facts(uninterrupted)
 
 
+@pytest.mark.parametrize("in_time", [True, False])
+def test_an_abandoned_step_leaves_no_trace(base_folder: Path, tokenizer: Any, tmp_path: Path, *, in_time: bool) -> None:
+    """Without time for the rest of a step, the state of the step before is saved, if there is time for that."""
+    recipe = replace(RESUMED, save_every_steps=1000)
+    whole = make_model(base_folder, dropout=0.1)
+    run(whole, tokenizer, LONGER, recipe, tmp_path / "whole")
+
+    steps: list[StepMetrics] = []
+    saved: list[Path] = []
+    passes_of_step_4: list[object] = []
+    asked: list[float] = []
+
+    def fits(share: float) -> bool:
+        asked.append(share)
+        return in_time and share == 0
+
+    stopped = make_model(base_folder, dropout=0.1)
+    stopped.register_forward_pre_hook(lambda *_: passes_of_step_4.append(None) if len(steps) == 3 else None)
+    hooks = Hooks(steps.append, lambda path, _: saved.append(path), lambda: bool(passes_of_step_4), fits)
+    trained = train(stopped, tokenizer, LONGER, recipe=recipe, hooks=hooks, folder=tmp_path / "stopped")
+    assert len(passes_of_step_4) == 1
+    assert 0 < asked[0] < 1
+    assert not trained.complete
+    assert [path.name for path in saved] == (["step-00000003"] if in_time else [])
+    for state in saved:
+        again = make_model(base_folder, dropout=0.1)
+        run(again, tokenizer, LONGER, recipe, tmp_path / "again", resume=state)
+        assert adapter_hash(again) == adapter_hash(whole)
+
+
 def test_the_same_training_twice_is_the_same(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
     """Two runs of one recipe agree in all bits; another seed trains in another order and does not."""
     hashes = []
@@ -338,9 +375,7 @@ def test_dropout_is_drawn_anew_every_step(base_folder: Path, tokenizer: Any, tmp
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_8bit", "adamw_torch"])
-def test_learning_rate_zero_trains_nothing(
-    base_folder: Path, tokenizer: Any, tmp_path: Path, optimizer: str
-) -> None:
+def test_learning_rate_zero_trains_nothing(base_folder: Path, tokenizer: Any, tmp_path: Path, optimizer: str) -> None:
     """The control experiment: no bit of the adapter changes, weight decay or not."""
     model = fill_adapter(make_model(base_folder, quantization="nf4"))
     before = adapter_hash(model)
@@ -400,7 +435,7 @@ def test_a_loss_that_is_not_finite_ends_the_job(base_folder: Path, tokenizer: An
     saved: list[Path] = []
     hooks = Hooks(lambda _: None, lambda path, _: saved.append(path), lambda: False)
     recipe = replace(RECIPE, total_steps=3, save_every_steps=1)
-    with pytest.raises(JobError, match="loss of step 1 is nan.*JOB_TRAIN__LEARNING_RATE"):
+    with pytest.raises(JobError, match=r"loss of step 1 is nan.*JOB_TRAIN__LEARNING_RATE"):
         train(model, tokenizer, EXAMPLES, recipe=recipe, hooks=hooks, folder=tmp_path)
     assert not saved
 
@@ -421,7 +456,7 @@ def run_out_of_memory(model: Any, failing: Callable[[int], bool]) -> list[int]:
 def test_out_of_memory_shrinks_the_micro_batch_and_repeats_the_step(
     base_folder: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
-    """The budget is halved once and stays so; loss, gradient and the result of both steps are as if nothing had been."""
+    """The budget is halved once and stays so; loss and gradient of both steps are as if nothing had happened."""
     recipe = replace(RECIPE, total_steps=2, micro_batch_tokens=160)
     calm, shaken = fill_adapter(make_model(base_folder)), fill_adapter(make_model(base_folder))
     with gradients() as expected:
