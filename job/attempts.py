@@ -6,6 +6,7 @@ published. A later attempt reads it instead of doing the work again.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import tempfile
@@ -25,7 +26,7 @@ from job.faults import Faults
 from job.guard import guarded
 from job.hashes import hash_file
 from job.lease import take
-from job.objects import ObjectStore
+from job.objects import Conflict, ObjectStore
 from job.preemption import Stop
 from job.records import Artifact, AttemptRecord
 
@@ -35,6 +36,7 @@ OUTCOMES: Mapping[type[BaseException], str] = {Preempted: "preempted", JobError:
 
 
 NOTE_SECONDS = 10.0
+SETTINGS = "settings.json"
 
 
 def now() -> str:
@@ -166,9 +168,10 @@ def open_attempt(
         Replaced: Another attempt took the run over.
         SettingsError: The run began with other settings.
     """
-    _same_settings(store, settings)
+    _compare_settings(store, settings)
     lease = take(store, platform.node() or "unknown")
     guarded_store = guarded(store, lease)
+    _keep_settings(guarded_store, settings)
     log.bind(attempt=lease.epoch)
     with tempfile.TemporaryDirectory(prefix="qlora-job-", dir=cache, ignore_cleanup_errors=True) as work:
         attempt = Attempt(guarded_store, Path(work), lease.epoch, stop, beat, faults, _ledger(store, lease.epoch))
@@ -204,19 +207,25 @@ def _ledger(store: ObjectStore, epoch: int) -> list[AttemptRecord]:
     return [replace(record, outcome="killed") if record.outcome == "running" else record for record in records]
 
 
-def _same_settings(store: ObjectStore, settings: Mapping[str, Any]) -> None:
+def _keep_settings(store: ObjectStore, settings: Mapping[str, Any]) -> None:
+    """Writes the settings that the run begins with, unless an attempt that started at the same time was faster."""
+    if store.read(SETTINGS) is None:
+        with contextlib.suppress(Conflict):
+            store.write(SETTINGS, json.dumps(settings, indent=2).encode(), if_absent=True)
+    _compare_settings(store, settings)
+
+
+def _compare_settings(store: ObjectStore, settings: Mapping[str, Any]) -> None:
     """A run is one experiment: refuses an attempt whose settings would give another result."""
-    kept = store.read("settings.json")
+    kept = store.read(SETTINGS)
     if kept is None:
-        store.write("settings.json", json.dumps(settings, indent=2).encode())
         return
     before = json.loads(kept.data)
     after = json.loads(json.dumps(settings))
     changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     if changed:
-        raise SettingsError(
-            [
-                Problem(name, f"this run began with {before.get(name)!r}, not {after.get(name)!r}; use another run.id")
-                for name in changed
-            ]
-        )
+        raise SettingsError([Problem(name, _changed(before.get(name), after.get(name))) for name in changed])
+
+
+def _changed(before: Any, after: Any) -> str:
+    return f"this run began with {before!r}, not {after!r}; use another run.id"

@@ -206,9 +206,11 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, model:
             folder=attempt.work / "states",
             resume=restored.folder,
         )
-    if not trained.complete:
-        kept = max(checkpoints.steps(attempt.store), default=0)
-        raise Preempted(f"stopped by {attempt.stop.reason}; step {kept} of {recipe.total_steps} is saved")
+        if not trained.complete:
+            publisher.finish(attempt.stop.remaining())
+            damaged = {skipped.step for skipped in restored.skipped}
+            kept = max((step for step in checkpoints.steps(attempt.store) if step not in damaged), default=0)
+            raise Preempted(f"stopped by {attempt.stop.reason}; step {kept} of {recipe.total_steps} is saved")
     folder = attempt.work / "artifacts"
     save_adapter(model, folder / "adapter", base=settings.model.id, revision=sources.record.model_revision)
     sources.tokenizer.save_pretrained(folder / "adapter")
