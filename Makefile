@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: run test check format lock clean
+.PHONY: run test check format lock chaos clean
 
 run: $(STAMP)  ## the demo: results in runs/<run id>/
 	JOB_PRESET=demo $(BIN)/python -m job
@@ -34,3 +34,6 @@ lock:  ## resolve again; needs uv on PATH or in the environment
 
 clean:
 	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+
+chaos: $(STAMP)  ## 100 runs killed at random points, each compared with an undisturbed one
+	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/full.py --runs $${RUNS:-100}

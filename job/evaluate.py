@@ -183,11 +183,10 @@ def evaluate(
 
 
 def _zero_shot(loaded: Any) -> Any:
-    """The tasks without examples in the prompt, each ready to be run again."""
+    """The tasks without examples in the prompt."""
     for task in loaded["tasks"].values():
         task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=0)
-        task._instances = None  # noqa: SLF001 - lm-eval appends to the instances of an earlier run otherwise
     return loaded
 
 

@@ -13,10 +13,9 @@ from job.errors import DataError, GateError, Problem
 from job.faults import Fault, arm, faulty
 from job.objects import open_store
 from job.preemption import Stop
-from job.pull import Pulled, Sources, pull
-from job.records import ModelRecord
+from job.pull import Sources, pull
+from job.records import Evaluated, ModelRecord, Pulled, Trained
 from job.settings import Settings, describe, redacted
-from job.stages import Evaluated, Trained, evaluate_adapter, evaluate_base, load, train_adapter
 
 # These change how a run is carried out, never what it computes; an attempt may differ in them from the one before.
 EXECUTION = {
@@ -42,16 +41,20 @@ def run(settings: Settings, stop: Stop, beat: Callable[[], None], faults: tuple[
     armed = arm(faults, store)
     store = faulty(store, armed)
     with open_attempt(store, decisive, cache=settings.storage.cache, stop=stop, beat=beat, faults=armed) as attempt:
+        from job import stages  # torch and all that: what can be refused without it has been
+
         with attempt.timed("pull"):
             sources = pull(attempt, settings, storage)
         _same(attempt.stage("pull", Pulled, lambda: sources.record), sources.record)
-        loaded = load(settings, sources)
+        loaded = stages.load(settings, sources)
         base = attempt.stage(
-            "evaluate-base", Evaluated, lambda: evaluate_base(attempt, settings, sources, loaded, shared)
+            "evaluate-base", Evaluated, lambda: stages.evaluate_base(attempt, settings, sources, loaded, shared)
         )
-        trained = attempt.stage("train", Trained, lambda: train_adapter(attempt, settings, sources, loaded.model))
+        trained = attempt.stage(
+            "train", Trained, lambda: stages.train_adapter(attempt, settings, sources, loaded.model)
+        )
         adapter = attempt.stage(
-            "evaluate-adapter", Evaluated, lambda: evaluate_adapter(attempt, settings, sources, loaded, trained)
+            "evaluate-adapter", Evaluated, lambda: stages.evaluate_adapter(attempt, settings, sources, loaded, trained)
         )
         with attempt.timed("publish"):
             results = publish(

@@ -14,17 +14,8 @@ from job.hub import download_model
 from job.limits import check_disk, required_bytes
 from job.model import fingerprint, load_tokenizer
 from job.objects import fetch
-from job.records import DatasetRecord, Example
+from job.records import Example, Pulled
 from job.settings import Settings
-
-
-@dataclass(frozen=True)
-class Pulled:
-    """What the stage's record keeps: a later attempt must find the same."""
-
-    dataset: DatasetRecord
-    model_sha256: str
-    model_revision: str | None
 
 
 @dataclass(frozen=True)

@@ -139,3 +139,28 @@ class AttemptRecord:
     steps: int
     repeated_steps: int
     last_step: int
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """What the record of the pull stage keeps: a later attempt must find the same."""
+
+    dataset: DatasetRecord
+    model_sha256: str
+    model_revision: str | None
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What the record of an evaluation keeps."""
+
+    scores: dict[str, TaskScores]
+    artifacts: list[Artifact]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What the record of training keeps."""
+
+    training: TrainingRecord
+    artifacts: list[Artifact]

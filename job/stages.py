@@ -31,7 +31,7 @@ from job.objects import ObjectStore
 from job.preemption import Stopwatch, decide
 from job.publisher import Publisher
 from job.pull import Sources
-from job.records import Artifact, ChoiceScore, ModelRecord, Question, StepMetrics, TaskScores, TrainingRecord
+from job.records import ChoiceScore, Evaluated, ModelRecord, Question, StepMetrics, Trained, TrainingRecord
 from job.scores import KeptScores, score_key
 from job.scoring import plan_rows, score_row
 from job.settings import Settings
@@ -39,22 +39,6 @@ from job.states import validate_state, write_metrics
 from job.train import Hooks, Recipe, auto_micro_batch_tokens, substitute, total_steps, train
 
 Scored = list[list[ChoiceScore]]
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """What the record of an evaluation keeps."""
-
-    scores: dict[str, TaskScores]
-    artifacts: list[Artifact]
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What the record of training keeps."""
-
-    training: TrainingRecord
-    artifacts: list[Artifact]
 
 
 @dataclass(frozen=True)
@@ -181,8 +165,9 @@ def _evaluate(attempt: Attempt, settings: Settings, sources: Sources, scorer: _S
     return Evaluated(figures, artifacts)
 
 
-def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, model: Any) -> Trained:
+def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded) -> Trained:
     """Trains from the newest whole checkpoint on, and publishes the adapter and the metrics."""
+    model = loaded.model
     recipe, substitutions = substitute(_recipe(settings, len(sources.examples), model), model.device)
     for sentence in substitutions:
         log.get_logger().warning("substituted", what=sentence)

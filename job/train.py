@@ -202,6 +202,8 @@ class _FlatTrainer(SFTTrainer):  # type: ignore[misc]
         rows = batches.batch(self.recipe.seed, len(self.examples), self.recipe.global_batch_size, step)
         targets = sum(sum(self.examples[row].targets) for row in rows)
         share = [self.examples[row] for row in rows[rank::world]]
+        if not share:  # fewer rows than processes: DDP waits for a gradient of each, so this one is zero
+            share = [Example(self.examples[0].input_ids, (False,) * len(self.examples[0].input_ids))]
         torch.manual_seed(step_seed(self.recipe.seed, step, rank))
         model.train()
         loss = torch.zeros((), device=self.args.device)

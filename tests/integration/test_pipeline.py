@@ -21,9 +21,6 @@ from tests.helpers import alpaca_rows, arc_rows, read_jsonl, write_jsonl
 ROOT = Path(__file__).parents[2]
 STAGES = ["pull", "evaluate-base", "train", "evaluate-adapter"]
 
-# The tests share one finished run; on one worker it is made once.
-pytestmark = pytest.mark.xdist_group("pipeline")
-
 
 @dataclass(frozen=True)
 class Inputs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
@@ -72,6 +73,15 @@ def test_micro_batches_partition_within_the_budget(lengths: list[int], budget: i
     for group in groups:
         assert group
         assert sum(lengths[index] for index in group) <= budget or len(group) == 1
+
+
+@pytest.mark.parametrize(
+    ("lengths", "groups"),
+    [([5, 5], [[0, 1]]), ([4, 5, 5, 6], [[3, 0], [1, 2]]), ([3, 3, 3, 3], [[0, 1, 2], [3]]), ([11, 2], [[0], [1]])],
+)
+def test_micro_batches_fit_the_longest_first(lengths: list[int], groups: list[list[int]]) -> None:
+    """Golden, for a budget of 10: an exact fit is a fit, the longest are placed first, and ties keep their order."""
+    assert micro_batches(lengths, 10) == groups
 
 
 @given(LENGTHS, BUDGETS)

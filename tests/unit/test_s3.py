@@ -429,7 +429,7 @@ def test_large_files_go_in_parallel(real: ObjectStore, tmp_path: Path, monkeypat
     real.upload(tmp_path / "source", "a")
     real.download("a", tmp_path / "copy")
     assert (tmp_path / "copy").read_bytes() == data
-    assert threading.active_count() == before
+    assert threading.active_count() <= before  # threads of other tests may have ended meanwhile
 
 
 def test_limit_holds_in_parallel(real: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

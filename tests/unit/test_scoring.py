@@ -61,10 +61,11 @@ def test_choices_score_as_they_do_alone(base_folder: Path) -> None:
         scored = score_row(model(base_folder), questions)
     # one choice that greedy decoding says: the most likely tokens themselves
     said = plain.generate(torch.tensor([questions[0].context]), max_new_tokens=4, do_sample=False, eos_token_id=None)
-    greedy = Question(questions[0].context, (tuple(said[0, len(questions[0].context) :].tolist()), (5, 6)))
+    best = tuple(said[0, len(questions[0].context) :].tolist())
+    greedy = Question(questions[0].context, (best, (*best[:3], 5), (5, 6)))
     with model(base_folder).disable_adapter():
         scored += score_row(model(base_folder), [greedy])
-    assert scored[-1][0].greedy
+    assert [score.greedy for score in scored[-1]] == [True, False, False]
     for question, scores in zip([*questions, greedy], scored, strict=True):
         assert len(scores) == len(question.choices)
         for choice, score in zip(question.choices, scores, strict=True):

@@ -1,0 +1,73 @@
+"""Make the demo: `python -m job.demo.make [OUT]` writes base model and data, by default in place.
+
+The data takes a second, the base model about five minutes of one CPU core. Two runs on one machine give the same bytes;
+other machines may round the weights differently, so the weights are committed and `--check` compares the data only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from job.demo.exercises import make_instructions, make_questions
+from job.demo.world import make_world
+
+HERE = Path(__file__).parent
+
+
+def render_data() -> dict[str, bytes]:
+    """Return the data files by name, as the bytes that lie in the repository."""
+    world = make_world()
+    files = {"instructions.jsonl": make_instructions(world), "questions.jsonl": make_questions(world)}
+    return {
+        name: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+        for name, rows in files.items()
+    }
+
+
+def find_differences(folder: Path) -> list[str]:
+    """Name the data files in `folder` that are missing or not, byte for byte, what this script makes."""
+    return [
+        name
+        for name, content in render_data().items()
+        if not (folder / name).is_file() or (folder / name).read_bytes() != content
+    ]
+
+
+def write_base(folder: Path) -> None:
+    """Train tokenizer and base model and save both to `folder`."""
+    from job.demo.pretrain import pretrain, train_tokenizer
+
+    world = make_world()
+    tokenizer = train_tokenizer(world)
+    pretrain(world, tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)  # as git keeps it
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the demo, or compare its data with what is committed; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m job.demo.make", description="Make the demo's base model and data.")
+    parser.add_argument("out", nargs="?", type=Path, default=HERE, metavar="OUT", help="folder, default: in place")
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument("--check", action="store_true", help="compare the data files in OUT, write nothing")
+    choice.add_argument("--data-only", action="store_true", help="write the data files, not the base model")
+    asked = parser.parse_args(arguments)
+    if asked.check:
+        different = find_differences(asked.out)
+        if different:
+            sys.stderr.write(f"not what this script makes: {', '.join(different)} (in {asked.out})\n")
+        return 1 if different else 0
+    asked.out.mkdir(parents=True, exist_ok=True)
+    for name, content in render_data().items():
+        (asked.out / name).write_bytes(content)
+    if not asked.data_only:
+        write_base(asked.out / "base")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
