@@ -31,12 +31,13 @@ from job.objects import ObjectStore
 from job.preemption import Stopwatch, decide
 from job.publisher import Publisher
 from job.pull import Sources
+from job.recipe import Hooks, Recipe, auto_micro_batch_tokens, substitute, total_steps
 from job.records import ChoiceScore, Evaluated, ModelRecord, Question, StepMetrics, Trained, TrainingRecord
 from job.scores import KeptScores, score_key
 from job.scoring import plan_rows, score_row
 from job.settings import Settings
 from job.states import validate_state, write_metrics
-from job.train import Hooks, Recipe, auto_micro_batch_tokens, substitute, total_steps, train
+from job.train import train
 
 Scored = list[list[ChoiceScore]]
 
@@ -168,7 +169,7 @@ def _evaluate(attempt: Attempt, settings: Settings, sources: Sources, scorer: _S
 def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded) -> Trained:
     """Trains from the newest whole checkpoint on, and publishes the adapter and the metrics."""
     model = loaded.model
-    recipe, substitutions = substitute(_recipe(settings, len(sources.examples), model), model.device)
+    recipe, substitutions = substitute(_recipe(settings, len(sources.examples), model), model.device.type)
     for sentence in substitutions:
         log.get_logger().warning("substituted", what=sentence)
     restored = checkpoints.restore(attempt.store, attempt.work / "restored", manifest.software(), validate_state)
@@ -224,7 +225,7 @@ def _recipe(settings: Settings, rows: int, model: Any) -> Recipe:
         weight_decay=t.weight_decay,
         max_grad_norm=t.max_grad_norm,
         global_batch_size=t.global_batch_size,
-        micro_batch_tokens=t.micro_batch_tokens or auto_micro_batch_tokens(model.device),
+        micro_batch_tokens=t.micro_batch_tokens or auto_micro_batch_tokens(model.device.type),
         optimizer=t.optimizer,
         gradient_checkpointing=t.gradient_checkpointing,
         save_every_steps=settings.checkpoint.every_steps,

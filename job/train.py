@@ -7,13 +7,11 @@ is drawn from a seed of the run's seed and the step, so no generator's state has
 
 from __future__ import annotations
 
-import hashlib
 import math
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from job.attention import Segment, build_layout
 from job.callbacks import StopOnFlag
 from job.errors import JobError
 from job.model import recompute_activations, trainable
+from job.recipe import Hooks, Recipe, Trained, step_seed
 from job.records import Example, StepMetrics
 from job.states import TrainerFiles, read_state, write_state
 
@@ -33,54 +32,8 @@ IGNORED = -100
 SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How to train: the settings of `train`, as the trainer takes them. `total_steps` covers all epochs."""
-
-    seed: int
-    total_steps: int
-    learning_rate: float
-    scheduler: str
-    warmup_steps: int
-    weight_decay: float
-    max_grad_norm: float
-    global_batch_size: int
-    micro_batch_tokens: int
-    optimizer: str
-    gradient_checkpointing: bool
-    save_every_steps: int
-
-
-@dataclass(frozen=True)
-class Hooks:
-    """What the trainer calls: with the metrics of a step, with a saved state, and to ask whether to stop.
-
-    `fits` is asked once the job has to stop: is there time to do the given share of a step and to save after it?
-    """
-
-    on_metrics: Callable[[StepMetrics], None]
-    on_save: Callable[[Path, int], None]
-    stop: Callable[[], bool]
-    fits: Callable[[float], bool] = lambda _share: True
-
-
 class _StepAbandoned(Exception):
     """There is no time to finish the step in hand: the state is that of the step before, untouched."""
-
-
-@dataclass(frozen=True)
-class Trained:
-    """Every step's metrics, the micro-batch budget that was left in the end, and whether all steps were done."""
-
-    history: tuple[StepMetrics, ...]
-    micro_batch_tokens: int
-    complete: bool
-
-
-def total_steps(rows: int, global_batch_size: int, epochs: int, max_steps: int | None) -> int:
-    """Optimizer steps of the run."""
-    steps = epochs * batches.steps_per_epoch(rows, global_batch_size)
-    return steps if max_steps is None else min(steps, max_steps)
 
 
 def train(
@@ -116,11 +69,6 @@ def train(
     model.eval()
     done = trainer.state.global_step
     return Trained(tuple(trainer.history), trainer.budget, complete=done >= recipe.total_steps)
-
-
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """Seeds the randomness of one step in one process; a hash, so that neighbouring steps share nothing."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{step}:{rank}".encode()).digest()[:8], "big") >> 1
 
 
 def flat_inputs(examples: Sequence[Example], device: torch.device) -> dict[str, Any]:
@@ -330,19 +278,6 @@ def _arguments(recipe: Recipe, folder: Path, model: Any) -> SFTConfig:
         report_to="none",
         disable_tqdm=True,
     )
-
-
-def auto_micro_batch_tokens(device: torch.device) -> int:
-    """Token budget of a micro-batch where none is set."""
-    return 4096 if device.type == "cuda" else 1024
-
-
-def substitute(recipe: Recipe, device: torch.device) -> tuple[Recipe, list[str]]:
-    """Replaces what this device has no implementation of by its nearest equivalent, and says so."""
-    if device.type == "cpu" and recipe.optimizer.startswith("paged_"):
-        nearest = recipe.optimizer.removeprefix("paged_")
-        return replace(recipe, optimizer=nearest), [f"optimizer {recipe.optimizer} -> {nearest}: a CPU pages nothing"]
-    return recipe, []
 
 
 def memory_in_use() -> int:

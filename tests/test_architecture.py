@@ -21,6 +21,7 @@ LEVELS = """
     __init__ errors records log hashes batches statistics attention platforms presets fieldtypes callbacks
     optimizer_states results
     store formats groups sources preemption model scoring events manifest limits clouds watchdog publisher selftest
+    recipe
     local s3_errors schemas settings hub states notices
     s3 s3_client encode train evaluate
     objects dataset

@@ -21,9 +21,10 @@ import torch
 
 from job.attention import Segment, _segment_by_segment, _varlen_kernel, build_layout
 from job.model import add_adapter, load_base, make_deterministic, trainable
+from job.recipe import Hooks, Recipe
 from job.records import Example, Question
 from job.scoring import plan_rows, score_row, tokens_of
-from job.train import Hooks, Recipe, train
+from job.train import train
 
 DEVICE = torch.device("cuda")
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

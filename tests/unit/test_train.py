@@ -16,9 +16,10 @@ import torch
 from job import batches
 from job.errors import JobError
 from job.model import add_adapter, trainable
+from job.recipe import Hooks, Recipe, Trained, step_seed, substitute, total_steps
 from job.records import Example, Question, StepMetrics
 from job.scoring import score_row
-from job.train import Hooks, Recipe, Trained, flat_inputs, step_seed, substitute, total_steps, train
+from job.train import flat_inputs, train
 from tests.helpers import EOS, LINEAR, PAD, fill_adapter, make_examples, make_model
 
 EXAMPLES = make_examples(8)
@@ -552,9 +553,9 @@ def test_step_seeds_differ() -> None:
 def test_a_cpu_substitutes_the_paged_optimizer_and_says_so() -> None:
     """What has no implementation on a CPU is replaced by its nearest equivalent, never silently."""
     paged = replace(RECIPE, optimizer="paged_adamw_8bit")
-    recipe, said = substitute(paged, torch.device("cpu"))
+    recipe, said = substitute(paged, "cpu")
     assert recipe == replace(RECIPE, optimizer="adamw_8bit")
     assert len(said) == 1
     assert "paged_adamw_8bit -> adamw_8bit" in said[0]
-    assert substitute(paged, torch.device("cuda")) == (paged, [])
-    assert substitute(RECIPE, torch.device("cpu")) == (RECIPE, [])
+    assert substitute(paged, "cuda") == (paged, [])
+    assert substitute(RECIPE, "cpu") == (RECIPE, [])
