@@ -50,9 +50,7 @@ def run(settings: Settings, stop: Stop, beat: Callable[[], None], faults: tuple[
         base = attempt.stage(
             "evaluate-base", Evaluated, lambda: stages.evaluate_base(attempt, settings, sources, loaded, shared)
         )
-        trained = attempt.stage(
-            "train", Trained, lambda: stages.train_adapter(attempt, settings, sources, loaded.model)
-        )
+        trained = attempt.stage("train", Trained, lambda: stages.train_adapter(attempt, settings, sources, loaded))
         adapter = attempt.stage(
             "evaluate-adapter", Evaluated, lambda: stages.evaluate_adapter(attempt, settings, sources, loaded, trained)
         )
