@@ -1,0 +1,101 @@
+"""A proxy in front of an S3 server that spoils a share of the requests, in every way that a network knows."""
+
+from __future__ import annotations
+
+import http.client
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
+
+WAYS = ("500", "503", "reset", "lost answer", "truncated", "stall")
+
+
+@dataclass
+class Flaky:
+    """The proxy's address, and how often it did what."""
+
+    url: str
+    done: Counter[str] = field(default_factory=Counter)
+
+
+@contextmanager
+def flaky(upstream: str, *, share: float, stall_seconds: float, seed: int = 0) -> Iterator[Flaky]:
+    """Runs the proxy; `share` of the requests go wrong, a stall keeps silent for so long."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
+    state = Flaky(f"http://127.0.0.1:{server.server_address[1]}")
+    server.RequestHandlerClass = _handler(upstream, state, share, stall_seconds, random.Random(seed))
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    try:
+        yield state
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def _handler(
+    upstream: str, state: Flaky, share: float, stall_seconds: float, draw: random.Random
+) -> type[BaseHTTPRequestHandler]:
+    """The handler of one proxy."""
+    target, lock = urlsplit(upstream), threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        timeout = 60
+
+        def handle_any(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            with lock:
+                way = draw.choice(WAYS) if draw.random() < share else "passed"
+                state.done[way] += 1
+            if way in {"500", "503"}:
+                self._answer(int(way), b"", {})
+                return
+            if way == "stall":
+                time.sleep(stall_seconds)
+            if way in {"reset", "stall"}:
+                self.close_connection = True
+                return
+            status, headers, content = self._forward(body)
+            if way == "lost answer":
+                self.close_connection = True
+            else:
+                self._answer(status, content, headers, cut=way == "truncated" and len(content) > 1)
+
+        do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = handle_any  # noqa: N815 - http.server's names
+
+        def _forward(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
+            connection = http.client.HTTPConnection(str(target.hostname), target.port, timeout=60)
+            connection.request(self.command, self.path, body, dict(self.headers.items()))
+            answer = connection.getresponse()
+            content = answer.read()
+            skip = {"connection", "transfer-encoding", "server", "date"}
+            headers = {name: value for name, value in answer.getheaders() if name.lower() not in skip}
+            connection.close()
+            return answer.status, headers, content
+
+        def _answer(self, status: int, content: bytes, headers: dict[str, str], *, cut: bool = False) -> None:
+            self.send_response(status)
+            known = {name.lower() for name in headers}
+            for name, value in headers.items():
+                self.send_header(name, value)
+            if "content-length" not in known:
+                self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(content[: len(content) // 2] if cut else content)
+            if cut:
+                self.close_connection = True
+
+        def log_message(self, *_: object) -> None:
+            """Keeps quiet."""
+
+    return Handler

@@ -1,0 +1,137 @@
+"""Whole runs that are killed, robbed of their store, or raced: they publish what an undisturbed run publishes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+import boto3
+import pytest
+
+from job.results import facts_of
+from tests.chaos.small import settings
+from tests.flaky_proxy import flaky
+from tests.s3_server import BUCKET, CREDENTIALS, credentials, moto_server
+
+ROOT = Path(__file__).parents[2]
+
+
+def attempt(environment: Mapping[str, str], **changes: str) -> subprocess.CompletedProcess[str]:
+    """One start of the job, to its end."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("JOB_")}
+    return subprocess.run(
+        [sys.executable, "-m", "job"],
+        cwd=ROOT,
+        env={**clean, **environment, **changes},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def published(output: Path, run: str) -> dict[str, str]:
+    """The facts of a finished run."""
+    return facts_of(json.loads((output / run / "results.json").read_text(encoding="utf-8")))
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The chaos configuration."""
+    return settings(tmp_path_factory.mktemp("survival"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(environment: dict[str, str]) -> dict[str, str]:
+    """The facts of a run that nobody disturbed."""
+    done = attempt(environment, JOB_RUN__ID="undisturbed")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return published(Path(environment["JOB_RUN__OUTPUT"]), "undisturbed")
+
+
+def test_killed_in_every_stage(environment: dict[str, str], undisturbed: dict[str, str], tmp_path: Path) -> None:
+    """Killed or stopped in each stage, in the middle of an upload, and after a step, a run ends with the same bits."""
+    faults = "kill@stage=evaluate-base,kill@step=4,sigterm@step=8,kill@upload=9,sigterm@stage=evaluate-adapter"
+    codes = []
+    while not codes or codes[-1] != 0:
+        done = attempt(environment, JOB_RUN__ID="hit", JOB_RUN__OUTPUT=str(tmp_path), JOB_FAULT=faults)
+        codes.append(done.returncode)
+        assert done.returncode in {0, 75, -9}, done.stderr[-3000:]
+        assert len(codes) < 9
+    assert codes.count(-9) == 3
+    assert codes.count(75) == 2
+    assert published(tmp_path, "hit") == undisturbed
+    results = json.loads((tmp_path / "hit" / "results.json").read_text(encoding="utf-8"))
+    attempts = results["run"]["attempts"]
+    assert [one["outcome"] for one in attempts].count("killed") == 3
+    assert [one["outcome"] for one in attempts].count("preempted") == 2
+    assert results["cost"]["repeated_steps"] == sum(one["repeated_steps"] for one in attempts)
+
+
+def test_corrupt_checkpoint(environment: dict[str, str], undisturbed: dict[str, str], tmp_path: Path) -> None:
+    """A bit that flips in the newest checkpoint sends the next attempt back to the one before, and says so."""
+    changes = {"JOB_RUN__ID": "flip", "JOB_RUN__OUTPUT": str(tmp_path)}
+    assert attempt(environment, **changes, JOB_FAULT="kill@step=8").returncode == -9
+    done = attempt(environment, **changes, JOB_FAULT="corrupt@checkpoint=latest")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "checkpoint is not whole, going back to an older one" in done.stderr
+    assert published(tmp_path, "flip") == undisturbed
+
+
+def test_two_attempts_at_once(environment: dict[str, str], undisturbed: dict[str, str], tmp_path: Path) -> None:
+    """Of two attempts started together one finishes the run; the other ends as replaced, or finds it done."""
+    codes: list[int] = []
+    threads = [
+        threading.Thread(
+            target=lambda: codes.append(
+                attempt(environment, JOB_RUN__ID="race", JOB_RUN__OUTPUT=str(tmp_path)).returncode
+            )
+        )
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(codes) in ([0, 76], [0, 0]), codes
+    assert published(tmp_path, "race") == undisturbed
+
+
+def test_store_that_fails(environment: dict[str, str], undisturbed: dict[str, str]) -> None:
+    """With an S3 server that spoils a fifth of all requests a run completes, and every published byte is right."""
+    with credentials(), moto_server() as url, flaky(url, share=0.2, stall_seconds=3, seed=1) as proxy:
+        done = attempt(
+            environment,
+            **CREDENTIALS,
+            JOB_RUN__ID="flaky",
+            JOB_RUN__OUTPUT=f"s3://{BUCKET}/out",
+            JOB_STORAGE__ENDPOINT_URL=proxy.url,
+            JOB_STORAGE__TIMEOUT_SECONDS="2",
+            JOB_STORAGE__RETRIES="10",
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        client = boto3.client("s3", endpoint_url=url)
+        results = json.loads(client.get_object(Bucket=BUCKET, Key="out/flaky/results.json")["Body"].read())
+        assert facts_of(results) == undisturbed
+        spoiled = sum(proxy.done.values()) - proxy.done["passed"]
+        assert spoiled > 10, proxy.done
+
+
+def test_random_kills(environment: dict[str, str], undisturbed: dict[str, str], tmp_path: Path) -> None:
+    """Wherever a process is killed, the run ends with the same bits (the full hundred: `make chaos`)."""
+    draw = random.Random("in the suite")
+    for number in range(2):
+        changes = {"JOB_RUN__ID": f"random-{number}", "JOB_RUN__OUTPUT": str(tmp_path / str(number))}
+        fault = f"kill@step={draw.randint(1, 19)},kill@upload={draw.randint(1, 25)}"
+        code = None
+        while code != 0:
+            done = attempt(environment, **changes, JOB_FAULT=fault)
+            code = done.returncode
+            assert code in {0, -9}, done.stderr[-3000:]
+        assert published(tmp_path / str(number), f"random-{number}") == undisturbed
