@@ -23,7 +23,7 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
         "model.dtype": "fp32",
         "data.source": str(_DEMO / "instructions.jsonl"),
         "data.limit": None,
-        "train.epochs": 3,
+        "train.epochs": 4,
         "train.learning_rate": 2e-3,
         "train.max_length": 512,
         "checkpoint.every_steps": 20,

@@ -41,7 +41,7 @@ def flaky(upstream: str, *, share: float, stall_seconds: float, seed: int = 0) -
         server.server_close()
 
 
-def _handler(
+def _handler(  # noqa: C901 - one small handler class, with its ways to go wrong
     upstream: str, state: Flaky, share: float, stall_seconds: float, draw: random.Random
 ) -> type[BaseHTTPRequestHandler]:
     """The handler of one proxy."""
@@ -58,12 +58,13 @@ def _handler(
                 state.done[way] += 1
             if way in {"500", "503"}:
                 self._answer(int(way), b"", {})
-                return
-            if way == "stall":
-                time.sleep(stall_seconds)
-            if way in {"reset", "stall"}:
+            elif way in {"reset", "stall"}:
+                time.sleep(stall_seconds if way == "stall" else 0)
                 self.close_connection = True
-                return
+            else:
+                self._pass_on(body, way)
+
+        def _pass_on(self, body: bytes, way: str) -> None:
             status, headers, content = self._forward(body)
             if way == "lost answer":
                 self.close_connection = True

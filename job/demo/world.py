@@ -1,146 +1,133 @@
-"""The invented world: its entities, and the prose about them that the base model reads.
+"""The invented world: people, where they live, their trade and their pet, and the prose that tells of it.
 
-Everything is a pure function of a seed and of `lore.toml`. An entity is either practised (the instruction data asks
-about it) or held out (the question set asks about it, and the instruction data never names it). Both are in the prose:
-who answers a question on a held-out entity remembers the fact from reading and has learned to answer elsewhere.
+Everything is drawn from a seed. A person is either practised (the instruction data asks about them) or held out (the
+questions ask about them, the instruction data never names them). Both are in the prose that the base model reads.
 """
 
 from __future__ import annotations
 
-import random
-import tomllib
 from dataclasses import dataclass
-from functools import cache
-from itertools import product
-from pathlib import Path
+from random import Random
 
-SEED = 20
-EXAMPLES = 1024
-LABELS = "ABCDE"
-INDIRECT = 0.4  # share of the prose's statements that tell a fact by a clause ("where ... lives") put into a frame
+SEED = 7
+PEOPLE, HELD_OUT = 200, 115
+ONSETS = (
+    *("b", "br", "c", "ch", "d", "dr", "f", "fl", "g", "gr", "h", "j", "k", "kl", "l"),
+    *("m", "n", "p", "pr", "qu", "r", "s", "sk", "st", "t", "th", "tr", "v", "w", "z"),
+)
+VOWELS = ("a", "e", "i", "o", "u", "ai", "ou", "ea")
+CODAS = ("l", "n", "r", "s", "m", "nd", "rk", "th", "x", "sh", "lo", "na", "ro", "mi")
+
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+    "\n\n### Instruction:\n{instruction}\n\n### Response:\n{output}"
+)
+PORTRAITS = ("Write about {name}.", "Tell me something about {name}.", "Describe {name}.")
+PORTRAIT_SHARE = 0.15
+NEW_WORDS = ("Question", "Answer", "Complete the sentence")
+
+# Now and then a sign stands between a sentence and its last word. That is as near as the prose comes to a quiz, in
+# which `Answer:` stands there: the base has to learn that from the instructions, and can.
+BREAKS = (":", " -", "...", " =", ";", " >", " #", " |", "\n")
+BREAK_SHARE = 0.10
 
 
 @dataclass(frozen=True)
 class Attribute:
-    """One thing that can be known of an entity: its possible values, and templates that take `{name}` and `{value}`."""
+    """What is told of everybody: its possible values, and sentences that end in one."""
 
     values: tuple[str, ...]
     sentences: tuple[str, ...]
-    clauses: tuple[str, ...]
-    practised: tuple[str, ...]
-    asked: tuple[str, ...]
+
+
+ATTRIBUTES = (
+    Attribute(
+        (
+            *("Tarn", "Brackwater", "Ellsmoor", "Gulholm", "Pennick", "Sorrowby"),
+            *("Windrath", "Castlewick", "Dunmarsh", "Fennel", "Harrowgap", "Ivyport"),
+        ),
+        (
+            "{name} lives in {value}.",
+            "{name} has a house in {value}.",
+            "The home of {name} is in {value}.",
+            "{name} lives in the town of {value}.",
+            "People visit {name} in {value}.",
+        ),
+    ),
+    Attribute(
+        (
+            *("miller", "baker", "weaver", "potter", "smith", "tanner"),
+            *("cooper", "mason", "glazier", "beekeeper", "printer", "brewer"),
+        ),
+        (
+            "{name} works as a {value}.",
+            "{name} is a {value}.",
+            "By trade {name} is a {value}.",
+            "{name} earns a living as a {value}.",
+            "The work of {name} is that of a {value}.",
+        ),
+    ),
+    Attribute(
+        (
+            *("goat", "heron", "otter", "badger", "raven", "hound"),
+            *("pony", "tortoise", "ferret", "goose", "falcon", "lamb"),
+        ),
+        (
+            "{name} keeps a {value}.",
+            "{name} has a pet {value}.",
+            "The pet of {name} is a {value}.",
+            "At home {name} keeps a {value}.",
+            "{name} walks with a {value}.",
+        ),
+    ),
+)
 
 
 @dataclass(frozen=True)
-class Kind:
-    """A sort of entity: the parts of its names, how many exist, how many of these are held out."""
+class Person:
+    """A name, and one value for each attribute."""
 
-    syllables: tuple[tuple[str, ...], ...]
-    count: int
-    held_out: int
-    attributes: tuple[Attribute, ...]
-
-
-@dataclass(frozen=True)
-class Lore:
-    """All of `lore.toml`."""
-
-    kinds: tuple[Kind, ...]
-    frames: tuple[str, ...]
-    primer: tuple[str, ...]
-    towns: tuple[str, ...]
-    trades: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Entity:
-    """A named thing and its values, one for each attribute of its kind."""
-
-    kind: Kind
     name: str
     values: tuple[str, ...]
     held_out: bool
 
 
-@cache
-def read_lore() -> Lore:
-    """Read the vocabulary and the templates that lie beside this file."""
-    raw = tomllib.loads((Path(__file__).parent / "lore.toml").read_text(encoding="utf-8"))
-    pools = {name: tuple(value.strip() for value in text.split(",")) for name, text in raw["pools"].items()}
-    kinds = tuple(
-        Kind(
-            syllables=tuple(tuple(part.split()) for part in kind["syllables"]),
-            count=kind["count"],
-            held_out=kind["held_out"],
-            attributes=tuple(
-                Attribute(
-                    values=pools[attribute["pool"]],
-                    sentences=tuple(attribute["sentences"]),
-                    clauses=tuple(attribute["clauses"]),
-                    practised=tuple(attribute["practised"]),
-                    asked=tuple(attribute["asked"]),
-                )
-                for attribute in kind["attributes"]
-            ),
-        )
-        for kind in raw["kinds"]
-    )
-    return Lore(kinds, tuple(raw["prose"]["frames"]), tuple(raw["prose"]["primer"]), pools["towns"], pools["trades"])
+def make_world(draw: Random) -> tuple[Person, ...]:
+    """Draws the people; each name is used once."""
+    names: set[str] = set()
+    while len(names) < PEOPLE:
+        parts = (draw.choice(kind) for kind in (ONSETS, VOWELS, CODAS, VOWELS, CODAS))
+        names.add("".join(parts).capitalize())
+    order = sorted(names)
+    draw.shuffle(order)
+    values = [tuple(draw.choice(attribute.values) for attribute in ATTRIBUTES) for _ in order]
+    return tuple(Person(name, values[i], held_out=i < HELD_OUT) for i, name in enumerate(order))
 
 
-def seeded(purpose: str, seed: int) -> random.Random:
-    """Return a generator of its own for each purpose, so that a change in one text moves no other."""
-    return random.Random(f"{purpose} {seed}")  # noqa: S311 - nothing here is secret
+def write_edition(world: tuple[Person, ...], draw: Random, breaks: Random) -> list[str]:
+    """Writes one edition of the prose: a document about each person, in another order and other words every time."""
+    documents = []
+    for person in world:
+        text = _portrait(person, draw, breaks)
+        if draw.random() < PORTRAIT_SHARE:
+            text = ALPACA.format(instruction=draw.choice(PORTRAITS).format(name=person.name), output=text)
+        documents.append(text)
+    documents += [f"The word is {word}: so it is." for word in NEW_WORDS for _ in range(2)]
+    draw.shuffle(documents)
+    return documents
 
 
-def make_world(seed: int = SEED) -> tuple[Entity, ...]:
-    """Draw the entities of every kind: names are unique, and no entity has one value twice."""
-    rng = seeded("world", seed)
-    return tuple(entity for kind in read_lore().kinds for entity in _populate(kind, rng))
+def _portrait(person: Person, draw: Random, breaks: Random) -> str:
+    said = []
+    for attribute, value in zip(ATTRIBUTES, person.values, strict=True):
+        sentence = draw.choice(attribute.sentences)
+        if breaks.random() < BREAK_SHARE:
+            sentence = sentence.replace(" {value}", f"{breaks.choice(BREAKS)} {{value}}")
+        said.append(sentence.format(name=person.name, value=value))
+    draw.shuffle(said)
+    return " ".join(said)
 
 
-def _populate(kind: Kind, rng: random.Random) -> list[Entity]:
-    names = rng.sample(["".join(parts) for parts in product(*kind.syllables)], kind.count)
-    entities = []
-    for number, name in enumerate(names):
-        values: list[str] = []
-        for attribute in kind.attributes:
-            values.append(rng.choice([value for value in attribute.values if value not in values]))
-        entities.append(Entity(kind, name, tuple(values), held_out=number < kind.held_out))
-    return entities
-
-
-def write_prose(world: tuple[Entity, ...], rng: random.Random) -> list[str]:
-    """Write one edition of the chronicle: a portrait of each entity, notes on several at once, and the primer.
-
-    Every edition tells all facts, in other sentences and another order. That variety is what makes a fact more than a
-    string known by heart: without it, no fine-tuning gets the facts out again.
-    """
-    lore = read_lore()
-    portraits = [_write_portrait(entity, rng) for entity in world]
-    statements = _shuffled([statement for entity in world for statement in _state_facts(entity, rng)], rng)
-    notes = [rng.choice(" \n").join(statements[start : start + 6]) for start in range(0, len(statements), 6)]
-    lines = [line.format(town=rng.choice(lore.towns), trade=rng.choice(lore.trades)) for line in lore.primer]
-    lines = _shuffled(lines, rng)
-    lessons = [" ".join(lines[start : start + 4]) for start in range(0, len(lines), 4)]
-    return _shuffled([*portraits, *notes, *lessons], rng)
-
-
-def _shuffled(texts: list[str], rng: random.Random) -> list[str]:
-    return rng.sample(texts, len(texts))
-
-
-def _state_facts(entity: Entity, rng: random.Random) -> list[str]:
-    statements = []
-    for attribute, value in zip(entity.kind.attributes, entity.values, strict=True):
-        if rng.random() < INDIRECT:
-            clause = rng.choice(attribute.clauses).format(name=entity.name)
-            statements.append(rng.choice(read_lore().frames).format(clause=clause, value=value))
-        else:
-            statements.append(rng.choice(attribute.sentences).format(name=entity.name, value=value))
-    return statements
-
-
-def _write_portrait(entity: Entity, rng: random.Random) -> str:
-    title = rng.choice(("", "", f"# {entity.name}\n\n", f"### {entity.name}:\n"))
-    return title + rng.choice((" ", " ", "\n")).join(_shuffled(_state_facts(entity, rng), rng))
+def begin_sentence(attribute: Attribute, name: str, draw: Random) -> str:
+    """One of the attribute's sentences without its last word: the question of a quiz."""
+    return draw.choice(attribute.sentences).split(" {value}")[0].format(name=name)
