@@ -128,12 +128,12 @@ def progress(what: str, total: int, every: int = 1) -> Iterator[Progress]:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn())
         with Bar(*columns, TextColumn("{task.fields[figures]}"), console=Console(stderr=True)) as bar:
             task = bar.add_task(what, total=total, figures="")
 
             def draw(done: int, **figures: Any) -> None:
-                bar.update(task, completed=done, figures="  ".join(f"{k} {_short(v)}" for k, v in figures.items()))
+                bar.update(task, completed=done, figures="  ".join(_short(*figure) for figure in figures.items()))
 
             yield draw
         return
@@ -149,5 +149,11 @@ def progress(what: str, total: int, every: int = 1) -> Iterator[Progress]:
     yield tell
 
 
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _short(name: str, value: Any) -> str:
+    """A figure as there is room for it beside a bar."""
+    if name == "memory_bytes":
+        return f"{value / (1 << 30):.1f} GiB"
+    if name == "tokens_per_second":
+        return f"{value:,.0f} tokens/s"
+    name = "lr" if name == "learning_rate" else name
+    return f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
