@@ -12,7 +12,7 @@ from job.records import Example
 
 BOS, EOS, PAD = 0, 1, 2
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-ARC_EASY = Path("/work/shared/data/arc_easy_test.jsonl")
+ARC_EASY = Path(__file__).parents[2] / "shared/data/arc_easy_test.jsonl"  # real questions, where there are any
 
 
 def make_base(folder: Path) -> None:
