@@ -35,7 +35,7 @@ T = TypeVar("T")
 OUTCOMES: Mapping[type[BaseException], str] = {Preempted: "preempted", JobError: "failed"}
 
 
-NOTE_SECONDS = 10.0
+NOTE_SECONDS = 5.0
 SETTINGS = "settings.json"
 
 
@@ -70,6 +70,8 @@ class Attempt:
         """Called wherever a stage gets on and stopping is safe: ends the stage if the job has to end."""
         self.beat()
         self.stop.check()
+        if time.monotonic() - self._noted > NOTE_SECONDS:
+            self.note("running")
 
     def step_done(self, step: int) -> None:
         """Counts an optimizer step, and now and then notes in the store how far the attempt is."""
@@ -104,6 +106,7 @@ class Attempt:
             log.get_logger().info("stage begins")
             result = work()
             self.store.write(key, TypeAdapter(kind).dump_json(result))
+        self.note("running")
         log.get_logger().info("stage is done", stage=name, seconds=round(self.stage_seconds[name], 2))
         return result
 
@@ -168,11 +171,12 @@ def open_attempt(
         Replaced: Another attempt took the run over.
         SettingsError: The run began with other settings.
     """
-    _compare_settings(store, settings)
+    compare_settings(store, settings)
     lease = take(store, platform.node() or "unknown")
     guarded_store = guarded(store, lease)
-    _keep_settings(guarded_store, settings)
     log.bind(attempt=lease.epoch)
+    if cache is not None:
+        Path(cache).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="qlora-job-", dir=cache, ignore_cleanup_errors=True) as work:
         attempt = Attempt(guarded_store, Path(work), lease.epoch, stop, beat, faults, _ledger(store, lease.epoch))
         attempt.note("running")
@@ -207,15 +211,15 @@ def _ledger(store: ObjectStore, epoch: int) -> list[AttemptRecord]:
     return [replace(record, outcome="killed") if record.outcome == "running" else record for record in records]
 
 
-def _keep_settings(store: ObjectStore, settings: Mapping[str, Any]) -> None:
-    """Writes the settings that the run begins with, unless an attempt that started at the same time was faster."""
+def keep_settings(store: ObjectStore, settings: Mapping[str, Any]) -> None:
+    """Writes the settings that the run begins with: what they name is there by now, so they are not a typing error."""
     if store.read(SETTINGS) is None:
         with contextlib.suppress(Conflict):
             store.write(SETTINGS, json.dumps(settings, indent=2).encode(), if_absent=True)
-    _compare_settings(store, settings)
+    compare_settings(store, settings)
 
 
-def _compare_settings(store: ObjectStore, settings: Mapping[str, Any]) -> None:
+def compare_settings(store: ObjectStore, settings: Mapping[str, Any]) -> None:
     """A run is one experiment: refuses an attempt whose settings would give another result."""
     kept = store.read(SETTINGS)
     if kept is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import warnings
@@ -29,6 +30,15 @@ class Tasks:
     loaded: Any
     sources: Mapping[str, str]
 
+    def fingerprints(self) -> dict[str, str]:
+        """SHA-256 of each task's questions, as they came."""
+        return {
+            name: hashlib.sha256(
+                "\n".join(json.dumps(doc, sort_keys=True, default=str) for doc in task.eval_docs).encode()
+            ).hexdigest()
+            for name, task in self.loaded["tasks"].items()
+        }
+
 
 def load_tasks(names: Sequence[str], data: Mapping[str, Path], sources: Mapping[str, str]) -> Tasks:
     """Loads lm-eval's tasks, from a local file in the task's own schema where one is given.
@@ -53,6 +63,10 @@ def load_tasks(names: Sequence[str], data: Mapping[str, Path], sources: Mapping[
     tasks = loaded["tasks"]
     if wrong := [problem for name, task in tasks.items() if (problem := _unfit(name, task))]:
         raise SettingsError(wrong)
+    if few := [
+        Problem(sources[name], "holds one question; a comparison needs two") for name in rows if not rows[name][1:]
+    ]:
+        raise DataError(few)
     if misfits := [problem for name in rows for problem in _misfits(tasks[name], rows[name], sources[name])]:
         raise DataError(misfits)
     return Tasks(loaded, {name: sources.get(name, str(task.config.dataset_path)) for name, task in tasks.items()})
@@ -285,4 +299,4 @@ def _question_record(task: Any, sample: dict[str, Any]) -> dict[str, Any]:
 def write_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     """Writes one JSON line a question."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    path.write_text("".join(json.dumps(record, allow_nan=False) + "\n" for record in records), encoding="utf-8")

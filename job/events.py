@@ -16,7 +16,10 @@ def write_events(folder: Path, history: Sequence[StepMetrics]) -> None:
         for metrics in history:
             writer.add_scalar("train/loss", metrics.loss, metrics.step)
             writer.add_scalar("train/learning_rate", metrics.learning_rate, metrics.step)
-            writer.add_scalar("train/grad_norm", metrics.grad_norm, metrics.step)
+            if metrics.grad_norm is not None:
+                writer.add_scalar("train/grad_norm", metrics.grad_norm, metrics.step)
             for name, value in metrics.measured.items():
                 if value is not None:
                     writer.add_scalar(f"measured/{name}", value, metrics.step)
+    for path in folder.iterdir():  # its name has the time and the host in it: every attempt would leave another file
+        path.rename(folder / "events.out.tfevents.0")

@@ -6,6 +6,7 @@ the stage like our own. Logs go to stderr; stdout is for results.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -83,7 +84,7 @@ def configure(log_format: str, level: str, secrets: Sequence[str] = (), **contex
 def scrub(text: str, secrets: Sequence[str]) -> str:
     """The text with every secret in it replaced by asterisks."""
     for secret in secrets:
-        text = text.replace(secret, "***")
+        text = text.replace(secret, "***").replace(json.dumps(secret)[1:-1], "***")
     return text
 
 

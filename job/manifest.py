@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from job import statistics
+from job.errors import DataError, Problem
 from job.records import Artifact, AttemptRecord, DatasetRecord, ModelRecord, TaskScores, TrainingRecord
 
 SCHEMA = Path(__file__).with_name("results.schema.json")
@@ -84,7 +85,13 @@ def build(
 
 
 def compare_tasks(base: Mapping[str, TaskScores], adapter: Mapping[str, TaskScores]) -> dict[str, Any]:
-    """Base and adapter side by side for each task, with Holm's correction over the tasks."""
+    """Base and adapter side by side for each task, with Holm's correction over the tasks.
+
+    Raises:
+        DataError: They were not asked the same.
+    """
+    if other := sorted(name for name in adapter if name not in base or base[name].task_hash != adapter[name].task_hash):
+        raise DataError([Problem(name, "the base was asked other questions than the adapter") for name in other])
     plain = {name: statistics.compare(base[name].correct, adapter[name].correct) for name in adapter}
     normal = {
         name: statistics.compare(before, after)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from job.errors import Problem, SettingsError
+from job.errors import DataError, Problem, SettingsError
 from job.records import ModelRecord
 
 if TYPE_CHECKING:
@@ -49,11 +49,24 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """Turns what transformers says of a folder that holds no model, or a broken one, into an error about data."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError([Problem("model.id", f"{folder} holds no model that can be loaded: {first[:300]}")]) from error
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer that lies beside the model. It never runs code of the model's repository."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    with _readable(folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if tokenizer.eos_token_id is None:
         raise SettingsError([Problem("model.id", "its tokenizer has no end-of-sequence token, so nothing could end")])
     return tokenizer
@@ -82,7 +95,8 @@ def load_base(
 
     from job import attention
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with _readable(folder):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     window = min(
         getattr(config, "sliding_window", None) or max_length, getattr(config, "max_position_embeddings", max_length)
     )
@@ -97,15 +111,16 @@ def load_base(
         bnb_4bit_use_double_quant=double_quantization,
         bnb_4bit_compute_dtype=dtype,
     )
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype,
-        quantization_config=quantized if quantization == "nf4" else None,
-        attn_implementation=attention.NAME,
-        device_map={"": device},
-        use_safetensors=True,
-        trust_remote_code=False,
-    )
+    with _readable(folder):
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            quantization_config=quantized if quantization == "nf4" else None,
+            attn_implementation=attention.NAME,
+            device_map={"": device},
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
     model.config.use_cache = False
     for module in model.modules():
         # On CPUs with AVX512-BF16, bitsandbytes repacks a layer's weights for inference the first time it runs in
@@ -123,9 +138,10 @@ def add_adapter(model: Any, *, rank: int, alpha: int, dropout: float, target_mod
     import torch
     from peft import LoraConfig, get_peft_model
 
-    known = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-    if missing := [name for name in target_modules if name not in known]:
-        raise SettingsError([Problem("lora.target_modules", f"the model has no {', '.join(missing)}")])
+    linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    if missing := [name for name in target_modules if name not in linear]:
+        fix = f"it has {', '.join(sorted(linear))}"
+        raise SettingsError([Problem("lora.target_modules", f"the model has no linear {', '.join(missing)}; {fix}")])
     torch.manual_seed(seed)
     config = LoraConfig(
         r=rank,

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from job import log, manifest
-from job.attempts import Attempt, now, open_attempt
+from job.attempts import Attempt, compare_settings, keep_settings, now, open_attempt
 from job.errors import DataError, GateError, Problem
 from job.faults import Fault, arm, faulty
 from job.objects import open_store
@@ -34,10 +34,11 @@ def run(settings: Settings, stop: Stop, beat: Callable[[], None], faults: tuple[
     storage = settings.storage.model_dump(exclude={"cache"})
     shared = open_store(settings.run.output, **storage)
     store = open_store(f"{settings.run.output.rstrip('/')}/{settings.run.id}", **storage)
+    decisive = {name: value for name, value, _ in describe(settings) if _decides(name)}
     if (done := store.read("results.json")) is not None:
+        compare_settings(store, decisive)
         log.get_logger().info("this run is complete already", results=f"{store.uri}/results.json")
         return _gated(json.loads(done.data))
-    decisive = {name: value for name, value, _ in describe(settings) if _decides(name)}
     armed = arm(faults, store)
     store = faulty(store, armed)
     with open_attempt(store, decisive, cache=settings.storage.cache, stop=stop, beat=beat, faults=armed) as attempt:
@@ -45,8 +46,9 @@ def run(settings: Settings, stop: Stop, beat: Callable[[], None], faults: tuple[
 
         with attempt.timed("pull"):
             sources = pull(attempt, settings, storage)
-        _same(attempt.stage("pull", Pulled, lambda: sources.record), sources.record)
         loaded = stages.load(settings, sources)
+        keep_settings(attempt.store, decisive)  # not before: what cannot be loaded shall not bind the run
+        _same(attempt.stage("pull", Pulled, lambda: sources.record), sources.record)
         base = attempt.stage(
             "evaluate-base", Evaluated, lambda: stages.evaluate_base(attempt, settings, sources, loaded, shared)
         )

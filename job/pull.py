@@ -58,4 +58,5 @@ def pull(attempt: Attempt, settings: Settings, storage: dict[str, Any]) -> Sourc
     tasks = load_tasks(settings.eval.tasks, questions, settings.eval.data)
     attempt.alive()
     log.get_logger().info("data is ready", rows=dataset.rows, skipped=dataset.skipped, tokens=dataset.tokens)
-    return Sources(Pulled(dataset, fingerprint(folder), revision), folder, tokenizer, examples, tasks)
+    record = Pulled(dataset, fingerprint(folder), revision, tasks.fingerprints())
+    return Sources(record, folder, tokenizer, examples, tasks)

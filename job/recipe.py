@@ -34,12 +34,14 @@ class Hooks:
     """What the trainer calls: with the metrics of a step, with a saved state, and to ask whether to stop.
 
     `fits` is asked once the job has to stop: is there time to do the given share of a step and to save after it?
+    `on_write` is told how many seconds it took to write a state to the local disk.
     """
 
     on_metrics: Callable[[StepMetrics], None]
     on_save: Callable[[Path, int], None]
     stop: Callable[[], bool]
     fits: Callable[[float], bool] = lambda _share: True
+    on_write: Callable[[float], None] = lambda _seconds: None
 
 
 @dataclass(frozen=True)

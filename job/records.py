@@ -116,7 +116,8 @@ class StepMetrics:
     epoch: float
     loss: float
     learning_rate: float
-    grad_norm: float
+    grad_norm: float | None
+    """None where fp16's loss scaling overflowed, and the step was skipped."""
     examples: int
     target_tokens: int
     measured: dict[str, float | int | None] = field(default_factory=dict)
@@ -148,6 +149,8 @@ class Pulled:
     dataset: DatasetRecord
     model_sha256: str
     model_revision: str | None
+    questions: dict[str, str]
+    """SHA-256 of each task's questions."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -11,9 +12,10 @@ from typing import Any
 from job import checkpoints, log, manifest
 from job.attempts import Attempt
 from job.batches import steps_per_epoch
-from job.errors import Preempted
+from job.errors import JobError, Preempted
 from job.evaluate import evaluate, write_records
 from job.events import write_events
+from job.hashes import hash_file
 from job.limits import check_disk, checkpoint_bytes, required_bytes
 from job.model import (
     adapter_off,
@@ -90,7 +92,9 @@ def evaluate_base(
 ) -> Evaluated:
     """Scores all questions with the adapter off; `shared` is where runs leave the scores of their bases."""
     kept = KeptScores(shared, "scores", settings.run.id)
-    scorer = _Scorer(loaded.model, settings.eval.batch_tokens, kept, asdict(loaded.record), attempt)
+    # Not the names, nor what belongs to the adapter: a base scores the same whatever is trained on it.
+    base = asdict(replace(loaded.record, id="", revision=None, trainable_parameters=0))
+    scorer = _Scorer(loaded.model, settings.eval.batch_tokens, kept, base, attempt)
     with adapter_off(loaded.model):
         found = _evaluate(attempt, settings, sources, scorer, "base")
     others = kept.runs - {settings.run.id}
@@ -127,6 +131,8 @@ class _Scorer:
             "software": manifest.software(),
             "cpu": machine["cpu"],
             "gpus": machine["gpus"],
+            "driver": machine["driver"],
+            "code": [hash_file(Path(__file__).with_name(f"{room}.py")) for room in ("attention", "model", "scoring")],
         }
         self.scored = 0
         """Rows that were scored here and now."""
@@ -143,7 +149,7 @@ class _Scorer:
                 for number, row in enumerate(rows):
                     self.attempt.alive()
                     if number not in known:
-                        known[number] = score_row(self.model, questions[row.start : row.stop])
+                        known[number] = _finite(score_row(self.model, questions[row.start : row.stop]))
                         self.kept.add(number, known[number])
                         self.scored += 1
                     scores += known[number]
@@ -151,6 +157,13 @@ class _Scorer:
             finally:
                 self.kept.save()
         return scores
+
+
+def _finite(scores: Scored) -> Scored:
+    """The scores, if they are numbers: a model that diverged answers with NaN, and NaN has a first choice too."""
+    if all(math.isfinite(choice.log_likelihood) for choices in scores for choice in choices):
+        return scores
+    raise JobError("the model's scores are not finite: it diverged. Lower JOB_TRAIN__LEARNING_RATE")
 
 
 def _evaluate(attempt: Attempt, settings: Settings, sources: Sources, scorer: _Scorer, side: str) -> Evaluated:
@@ -187,7 +200,11 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
             sources.examples,
             recipe=recipe,
             hooks=Hooks(
-                _teller(attempt, tell, watch), publisher.submit, attempt.stop, _fits(attempt, watch, publisher)
+                on_metrics=_teller(attempt, tell, watch),
+                on_save=publisher.submit,
+                stop=attempt.stop,
+                fits=_fits(attempt, watch, publisher),
+                on_write=lambda seconds: watch.add("save", seconds),
             ),
             folder=attempt.work / "states",
             resume=restored.folder,
@@ -258,6 +275,7 @@ def _publishing(attempt: Attempt, keep: int, verified: int) -> Callable[[Path, i
             attempt.store, folder, step=step, epoch=attempt.number, world_size=1, software=manifest.software()
         )
         checkpoints.prune(attempt.store, keep, epoch=attempt.number, verified=verified)
+        attempt.note("running")
         log.get_logger().info("checkpoint", step=step, seconds=round(time.monotonic() - began, 3))
 
     return publish

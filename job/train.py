@@ -187,12 +187,13 @@ class _FlatTrainer(SFTTrainer):  # type: ignore[misc]
         step = self.state.global_step
         rows = batches.batch(self.recipe.seed, len(self.examples), self.recipe.global_batch_size, step - 1)
         targets = sum(sum(self.examples[row].targets) for row in rows)
+        norm = float(logs.get("grad_norm", 0.0))
         return StepMetrics(
             step=step,
             epoch=step / batches.steps_per_epoch(len(self.examples), self.recipe.global_batch_size),
             loss=logs["loss"],
             learning_rate=logs["learning_rate"],
-            grad_norm=float(logs.get("grad_norm", 0.0)),
+            grad_norm=norm if math.isfinite(norm) else None,
             examples=len(rows),
             target_tokens=targets,
             measured={
@@ -206,7 +207,9 @@ class _FlatTrainer(SFTTrainer):  # type: ignore[misc]
     def _save_checkpoint(self, model: Any, trial: Any) -> None:  # noqa: ARG002
         if self.is_world_process_zero():
             path = self.folder / f"step-{self.state.global_step:08d}"
+            began = time.monotonic()
             write_state(path, self._files(), self.history)
+            self.hooks.on_write(time.monotonic() - began)
             self.saved_step = self.state.global_step
             self.hooks.on_save(path, self.state.global_step)
 

@@ -47,10 +47,10 @@ def preload() -> None:
     """Imports what every attempt needs, before the first fork, without starting a thread."""
     import torch
 
-    import job.pipeline
+    import job.stages
 
     torch.set_num_threads(1)  # a pool of threads does not survive a fork
-    assert job.pipeline
+    assert job.stages
 
 
 def run_until_done(environment: Mapping[str, str], run: str, folder: Path, draw: random.Random, span: float) -> Outcome:

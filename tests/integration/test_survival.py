@@ -148,3 +148,30 @@ def test_random_kills(environment: dict[str, str], undisturbed: dict[str, str], 
             code = done.returncode
             assert code in {0, -9}, done.stderr[-3000:]
         assert published(tmp_path / str(number), f"random-{number}") == undisturbed
+
+
+def test_questions_may_not_change(environment: dict[str, str], tmp_path: Path) -> None:
+    """An attempt that finds other questions than the one before ends with 65: they could not be paired."""
+    questions = Path(environment["JOB_EVAL__DATA"].removeprefix("arc_easy="))
+    lines = questions.read_text(encoding="utf-8").splitlines(keepends=True)
+    mine = tmp_path / "questions.jsonl"
+    mine.write_text("".join(lines[:20]), encoding="utf-8")
+    changes = {
+        "JOB_RUN__ID": "moved",
+        "JOB_RUN__OUTPUT": str(tmp_path),
+        "JOB_TRAIN__MAX_STEPS": "2",
+        "JOB_EVAL__DATA": f"arc_easy={mine}",
+    }
+    assert attempt(environment, **changes, JOB_FAULT="kill@stage=evaluate-adapter").returncode == -9
+    mine.write_text("".join(lines[20:]), encoding="utf-8")
+    assert attempt(environment, **changes).returncode == 65
+    assert not (tmp_path / "moved" / "results.json").exists()
+
+
+def test_a_mistake_does_not_bind_the_run(environment: dict[str, str], tmp_path: Path) -> None:
+    """A setting that cannot work may be corrected under the same id; one that decided a result may not be changed."""
+    changes = {"JOB_RUN__ID": "typo", "JOB_RUN__OUTPUT": str(tmp_path), "JOB_TRAIN__MAX_STEPS": "2"}
+    assert attempt(environment, **changes, JOB_LORA__TARGET_MODULES="q_porj").returncode == 2
+    assert attempt(environment, **changes).returncode == 0
+    assert attempt(environment, **{**changes, "JOB_TRAIN__MAX_STEPS": "3"}).returncode == 2
+    assert attempt(environment, **changes).returncode == 0
