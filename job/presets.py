@@ -24,7 +24,7 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
         "data.source": str(_DEMO / "instructions.jsonl"),
         "data.limit": None,
         "train.epochs": 4,
-        "train.learning_rate": 2e-3,
+        "train.learning_rate": 4e-3,
         "train.max_length": 512,
         "checkpoint.every_steps": 20,
         "eval.data": {"arc_easy": str(_DEMO / "questions.jsonl")},
