@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from job import __version__, log
-from job.errors import JobError
+from job.errors import JobError, Problem, SettingsError
 from job.platforms import Platform
 from job.settings import current_platform, describe, environment, json_schema, load_settings, secrets
 
@@ -65,6 +65,8 @@ def _run(words: list[str]) -> int:
     from job.preemption import stop_on_signals
     from job.watchdog import watch
 
+    if environment().get("WORLD_SIZE", "1") != "1":
+        raise SettingsError([Problem("WORLD_SIZE", "the job runs in one process so far; start it without torchrun")])
     faults = parse(settings.fault or "")
     platform = current_platform()
     with (
