@@ -129,7 +129,7 @@ class Train(Group):
     global_batch_size: Count = 32
     """Examples an optimizer step sees, over all GPUs; a multiple of their number."""
     micro_batch_tokens: Maybe[Count] = None
-    """Tokens in one forward pass; empty: measured. Changes memory and speed, never the result of a step."""
+    """Tokens in one forward pass; empty: 4,096 on a GPU, 1,024 on a CPU. Never changes which examples a step sees."""
     max_length: Count = 2048
     """Longest example, in tokens."""
     optimizer: Literal["adamw_8bit", "paged_adamw_8bit", "adamw_torch"] = "adamw_8bit"
@@ -213,7 +213,7 @@ class Cost(Group):
     usd_per_hour: Maybe[NotNegative] = None
     """Price of the machine."""
     on_demand_usd_per_hour: Maybe[NotNegative] = None
-    """Price of the same machine on demand, to tell what spot saved."""
+    """Price of the same machine on demand; kept in the manifest's settings, nothing is computed from it yet."""
 
 
 class Settings(Group):
