@@ -35,5 +35,6 @@ lock:  ## resolve again; needs uv on PATH or in the environment
 clean:
 	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 
-chaos: $(STAMP)  ## 100 runs killed at random points, each compared with an undisturbed one
+chaos: $(STAMP)  ## 100 runs killed at random points, each compared with an undisturbed one; 50 races of two attempts
 	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/full.py --runs $${RUNS:-100}
+	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/race.py --races $${RACES:-50}

@@ -35,7 +35,10 @@ T = TypeVar("T")
 OUTCOMES: Mapping[type[BaseException], str] = {Preempted: "preempted", JobError: "failed"}
 
 
-NOTE_SECONDS = 5.0
+NOTE_SHARE = 0.01
+"""Of an attempt's time that notes in the ledger may take; what happened since the last one is lost by a kill."""
+NOTE_SECONDS = (0.2, 5.0)
+"""Bounds of the time between two notes."""
 SETTINGS = "settings.json"
 
 
@@ -64,14 +67,13 @@ class Attempt:
     repeated_steps: int = 0
     last_step: int = 0
     _began: float = field(default_factory=time.monotonic)
-    _noted: float = field(default_factory=time.monotonic)
+    _next_note: float = field(default_factory=time.monotonic)
 
     def alive(self) -> None:
         """Called wherever a stage gets on and stopping is safe: ends the stage if the job has to end."""
         self.beat()
         self.stop.check()
-        if time.monotonic() - self._noted > NOTE_SECONDS:
-            self.note("running")
+        self._note_if_due()
 
     def step_done(self, step: int) -> None:
         """Counts an optimizer step, and now and then notes in the store how far the attempt is."""
@@ -79,8 +81,7 @@ class Attempt:
         self.steps += 1
         self.repeated_steps += step <= max((record.last_step for record in self.earlier), default=0)
         self.last_step = step
-        if time.monotonic() - self._noted > NOTE_SECONDS:
-            self.note("running")
+        self._note_if_due()
         self.faults.at("step", step)
 
     @contextmanager
@@ -142,9 +143,16 @@ class Attempt:
 
     def note(self, outcome: str) -> None:
         """Puts the line into the store."""
-        self._noted = time.monotonic()
+        began = time.monotonic()
         data = TypeAdapter(AttemptRecord).dump_json(self.record(outcome), indent=2)
         self.store.write(_ledger_key(self.number), data)
+        ended = time.monotonic()
+        shortest, longest = NOTE_SECONDS
+        self._next_note = ended + min(longest, max(shortest, (ended - began) / NOTE_SHARE))
+
+    def _note_if_due(self) -> None:
+        if time.monotonic() > self._next_note:
+            self.note("running")
 
 
 @contextmanager

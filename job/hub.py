@@ -5,13 +5,16 @@ Credentials come by the hub's own names (HF_TOKEN, a login); its client reads th
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from pathlib import Path
+from typing import Any
 
 from job.errors import AccessDenied, DataError, JobError, Problem, Unreachable
 from job.formats import Row, Rows
+from job.limits import check_disk, required_bytes
 
 # By name: which of the HTTP libraries it is depends on the version of the hub's client.
 _TRANSPORTS = {"httpx", "httpx2", "httpcore", "requests", "urllib3", "aiohttp"}
@@ -65,7 +68,7 @@ def download_model(source: str, revision: str | None) -> tuple[Path, str | None]
         The folder, and the commit that the revision resolved to (None for a path).
 
     Raises:
-        Unreachable: The hub did not answer.
+        Unreachable: The hub did not answer, or the disk has no room for what is not cached yet.
         AccessDenied: The model is gated, private, or does not exist for these credentials.
         DataError: No such path, model or revision.
     """
@@ -74,11 +77,17 @@ def download_model(source: str, revision: str | None) -> tuple[Path, str | None]
         return path, None
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise DataError([Problem("model.id", f"{source} is not a folder")])
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import DryRunError
 
     with hub_errors(f"model {source}"):
         commit = str(HfApi().resolve_revision(source, repo_type="model", revision=revision).resolved)
-        folder = snapshot_download(source, revision=commit, allow_patterns=list(MODEL_FILES))
+        wanted: dict[str, Any] = {"revision": commit, "allow_patterns": list(MODEL_FILES)}
+        with suppress(DryRunError):  # the hub does not answer: nothing will be downloaded, the cache has it or has not
+            files = snapshot_download(source, dry_run=True, **wanted)
+            missing = [file.file_size or 0 for file in files if file.will_download]
+            check_disk(Path(constants.HF_HUB_CACHE), required_bytes(missing))
+        folder = snapshot_download(source, **wanted)
     return Path(folder), commit
 
 
@@ -92,7 +101,7 @@ def hub_errors(name: str) -> Iterator[None]:
     except Exception as error:
         # The cause says more than what it is wrapped in: a failed download surfaces as a failed generation.
         known = (_answer(cause, name) or _silence(cause, name) for cause in reversed(list(_causes(error))))
-        translated = next(filter(None, known), None) or _content(error, name)
+        translated = next(filter(None, known), None) or _full(error, name) or _content(error, name)
         if translated is None:
             raise
         raise translated from error
@@ -133,6 +142,13 @@ def _silence(error: BaseException, name: str) -> JobError | None:
     # A bare FileNotFoundError is how `datasets` words a download that failed, after dropping its cause.
     if transport or isinstance(error, silent) or type(error) is FileNotFoundError:
         return Unreachable(f"{name}: the hub cannot be reached ({type(error).__name__})")
+    return None
+
+
+def _full(error: Exception, name: str) -> JobError | None:
+    """The disk has no room for it; `datasets` says so in words alone."""
+    if isinstance(error, OSError) and (error.errno in {errno.ENOSPC, errno.EDQUOT} or "disk space" in str(error)):
+        return Unreachable(f"{name}: the disk of the cache is full; free space, or set HF_HOME to a larger disk")
     return None
 
 

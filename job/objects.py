@@ -21,6 +21,7 @@ __all__ = [
     "check_key",
     "fetch",
     "open_store",
+    "size",
 ]
 
 _SCHEME = "s3://"
@@ -117,6 +118,18 @@ def fetch(uri: str, folder: Path, **storage_options: Any) -> Path:
         if size != info.bytes:
             raise Unreachable(f"{uri}: {path} changed while it was fetched: {info.bytes} bytes, then {size}")
     return target
+
+
+def size(uri: str, **storage_options: Any) -> int:
+    """Bytes that `fetch` is going to download from `uri`; 0 where there is nothing, which `fetch` will say."""
+    bucket, key = _split(uri)
+    parent, _, name = key.rpartition("/")
+    store = open_store(f"{_SCHEME}{bucket}/{parent}", **storage_options)
+    found = {info.key: info.bytes for info in store.list(name)}
+    if name in found and not uri.endswith("/"):
+        return found[name]
+    start = f"{name}/" if name else ""
+    return sum(size for path, size in found.items() if path.startswith(start))
 
 
 def _split(uri: str) -> tuple[str, str]:

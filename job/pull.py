@@ -13,7 +13,7 @@ from job.evaluate import Tasks, load_tasks
 from job.hub import download_model
 from job.limits import check_disk, required_bytes
 from job.model import fingerprint, load_tokenizer
-from job.objects import fetch
+from job.objects import fetch, size
 from job.records import Example, Pulled
 from job.settings import Settings
 
@@ -36,8 +36,9 @@ def pull(attempt: Attempt, settings: Settings, storage: dict[str, Any]) -> Sourc
         attempt.alive()
         return str(fetch(uri, attempt.work / kind, **storage)) if uri.startswith("s3://") else uri
 
-    check_disk(attempt.work, required_bytes([]))
     model, data = settings.model, settings.data
+    uris = {uri for uri in (model.id, data.source, *settings.eval.data.values()) if uri.startswith("s3://")}
+    check_disk(attempt.work, required_bytes(size(uri, **storage) for uri in uris))
     folder, revision = download_model(local(model.id, "model"), model.revision)
     attempt.alive()
     tokenizer = load_tokenizer(folder)

@@ -40,7 +40,8 @@ _CHUNK_BYTES = MIB // 4
 # Up to this size one connection is fast enough, and spares the training process the threads.
 _ONE_CONNECTION_BYTES = 32 * MIB
 _CONNECTIONS = 8
-# Pauses (seconds) before a write is repeated that met another one in flight (409).
+# Pauses (seconds) before a request is repeated that the SDK does not repeat: a write that met another one in flight
+# (409), a 404 without words.
 _PAUSES = (0.1, 0.3, 1.0, 3.0)
 # botocore repeats requests by itself, so attempts to read a body multiply with its own.
 _MAX_BODY_ATTEMPTS = 5
@@ -166,12 +167,17 @@ class S3Store:
 
     def _get(self, key: str, **options: str) -> Any:
         """Ask for an object; None only where S3 says so in its own words, not for any 404 of any proxy."""
-        try:
-            return self._client.get_object(Bucket=self._bucket, Key=self._root + key, **self._options, **options)
-        except ClientError as error:
-            if is_answer(error, "NoSuchKey"):
-                return None
-            raise
+        pauses = iter(_PAUSES[:2])
+        while True:
+            try:
+                return self._client.get_object(Bucket=self._bucket, Key=self._root + key, **self._options, **options)
+            except ClientError as error:
+                if is_answer(error, "NoSuchKey"):
+                    return None
+                pause = next(pauses, None)
+                if pause is None or not is_answer(error, "404"):
+                    raise
+                time.sleep(pause)  # a 404 whose words got lost on the way, or of a proxy: asking again tells
 
     def _read(self, key: str, max_bytes: int) -> tuple[bytes, str] | None:
         attempt = 1

@@ -66,7 +66,7 @@ def run_until_done(environment: Mapping[str, str], run: str, folder: Path, draw:
     kills: list[Kill] = []
     for number in range(1, MOST_ATTEMPTS + 1):
         log = folder / f"{run}-{number:02d}.log"
-        child = _start({**environment, "JOB_RUN__ID": run}, log)
+        child = start_attempt({**environment, "JOB_RUN__ID": run}, log)
         # The more often it was hit, the longer it is left alone, so that every run comes to an end.
         after = draw.uniform(0, span * (1 + 0.3 * number))
         blow = draw.choice([signal.SIGKILL, signal.SIGTERM])
@@ -87,8 +87,8 @@ def run_until_done(environment: Mapping[str, str], run: str, folder: Path, draw:
     raise AssertionError(f"{run} was not done after {MOST_ATTEMPTS} attempts")
 
 
-def _start(environment: Mapping[str, str], log: Path) -> int:
-    """Forks an attempt with its output in a file; returns its process id."""
+def start_attempt(environment: Mapping[str, str], log: Path) -> int:
+    """Forks an attempt of the run with its output in a file; returns its process id."""
     child = os.fork()
     if child:
         return child

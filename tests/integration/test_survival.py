@@ -106,7 +106,7 @@ def test_two_attempts_at_once(environment: dict[str, str], undisturbed: dict[str
 
 def test_store_that_fails(environment: dict[str, str], undisturbed: dict[str, str]) -> None:
     """With everything on an S3 server that spoils a fifth of all requests a run completes, with the same numbers."""
-    with credentials(), moto_server() as url, flaky(url, share=0.2, stall_seconds=3, seed=1) as proxy:
+    with credentials(), moto_server() as url, flaky(url, share=0.2, stall_seconds=30, seed=1) as proxy:
         client = boto3.client("s3", endpoint_url=url)
         folder = Path(environment["JOB_DATA__SOURCE"]).parent
         for path in [*(folder / "base").iterdir(), folder / "rows.jsonl", folder / "questions.jsonl"]:
@@ -134,6 +134,36 @@ def test_store_that_fails(environment: dict[str, str], undisturbed: dict[str, st
             assert hashlib.sha256(body).hexdigest() == artifact["sha256"], artifact["path"]
         spoiled = sum(proxy.done.values()) - proxy.done["passed"]
         assert spoiled > 10, proxy.done
+
+
+def test_full_disk(environment: dict[str, str], undisturbed: dict[str, str], tmp_path: Path) -> None:
+    """A disk that fills up while a checkpoint is published is exit 69; what is on it is whole, and the run goes on."""
+    small, larger = tmp_path / "small", tmp_path / "larger"
+    small.mkdir()
+    job = f"{sys.executable} -m job; code=$?; cp -a {small} {larger}; exit $code"
+    script = f"mount -t tmpfs -o size=900k none {small} && {job}"
+    if subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount")
+    changes = {"JOB_RUN__ID": "full", "JOB_RUN__OUTPUT": str(small)}
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("JOB_")}
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", script],
+        cwd=ROOT,
+        env={**clean, **environment, **changes},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 69, done.stderr[-3000:]
+    assert "the disk is full" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (larger / "full" / "results.json").exists()
+    assert list(larger.glob("full/checkpoints/*/COMMITTED.json"))
+    again = attempt(environment, JOB_RUN__ID="full", JOB_RUN__OUTPUT=str(larger))
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "resuming" in again.stderr
+    assert published(larger, "full") == undisturbed
 
 
 def test_random_kills(environment: dict[str, str], undisturbed: dict[str, str], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -14,9 +15,18 @@ from pathlib import Path
 
 import pytest
 
+from job.errors import Unreachable
+from job.hub import hub_errors
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OTHER = "f" * 40
 FILES = {"data/train.jsonl": b'{"text": "cat"}\n{"text": "mat"}\n'}
+MODEL = {
+    "config.json": b"{}",
+    "model.safetensors": b"weights",
+    "pytorch_model.bin": b"pickled",
+    "code.py": b"import os",
+}
 REFUSALS = {"gated": (403, "GatedRepo"), "private": (401, ""), "missing": (404, "RepoNotFound"), "down": (500, "")}
 
 # In a process of its own: the hub's libraries read their addresses when they are imported.
@@ -36,12 +46,30 @@ for source, revision, split in json.loads(sys.argv[1]):
 """
 
 
+# The same for models: what is in the folder, or the error.
+MODEL_CLIENT = """
+import json, sys
+from job.errors import JobError
+from job.hub import download_model
+
+for source, revision in json.loads(sys.argv[1]):
+    try:
+        folder, commit = download_model(source, revision)
+        print(json.dumps([commit, sorted(path.name for path in folder.iterdir())]))
+    except JobError as error:
+        print(json.dumps([type(error).__name__, str(error)]))
+"""
+
+
 class Hub(BaseHTTPRequestHandler):
-    """One data set, `some/good`, with one commit behind `main`; others refuse in their own ways."""
+    """A data set `some/good` and models, with one commit behind `main`; others refuse in their own ways."""
 
     def do_GET(self) -> None:
         """Answers for metadata, listings and files."""
         path = self.path.split("?")[0]
+        if path.startswith(("/api/models/some/", "/some/")):
+            self._answer_for_model(path)
+            return
         repo = next((name for name in REFUSALS if f"datasets/some/{name}" in path), None)
         if repo:
             status, code = REFUSALS[repo]
@@ -62,6 +90,21 @@ class Hub(BaseHTTPRequestHandler):
             self._answer(200, json.dumps({"id": "some/good", "sha": COMMIT, "siblings": siblings}).encode())
         else:
             self._answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+
+    def _answer_for_model(self, path: str) -> None:
+        """`some/huge` says that its weights have 2^60 bytes; everything else is as small as it looks."""
+        name = path.rpartition("/")[2]
+        if "/tree/" in path:
+            sizes = {file: 1 << 60 if "huge" in path and "model" in file else len(MODEL[file]) for file in MODEL}
+            files = [{"type": "file", "path": file, "size": size, "oid": file} for file, size in sizes.items()]
+            self._answer(200, json.dumps(files).encode())
+        elif "/resolve/" in path and name in MODEL:
+            huge = {"X-Linked-Size": str(1 << 60)} if "huge" in path and "model" in name else {}
+            self._answer(200, MODEL[name], {"ETag": f'"{name}"', "X-Repo-Commit": COMMIT, **huge})
+        elif path.startswith("/api/models/"):
+            self._answer(200, json.dumps({"id": "some/model", "sha": COMMIT}).encode())
+        else:
+            self._answer(404, b"{}", {"X-Error-Code": "EntryNotFound"})
 
     def do_HEAD(self) -> None:
         """Answers as for GET, without the body."""
@@ -99,11 +142,13 @@ def serving() -> Iterator[str]:
         server.server_close()
 
 
-def ask(endpoint: str, home: Path, *questions: tuple[str, str, str], offline: bool = False) -> list[list[object]]:
+def ask(
+    endpoint: str, home: Path, *questions: tuple[str, ...], client: str = CLIENT, offline: bool = False
+) -> list[list[object]]:
     """What `open_dataset` says to each (source, revision, split): commit and rows, or the error and its message."""
     env = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": str(int(offline))}
     env = {name: value for name, value in env.items() if name not in {"HF_TOKEN", "HF_HUB_CACHE", "HF_DATASETS_CACHE"}}
-    command = [sys.executable, "-c", CLIENT, json.dumps(questions)]
+    command = [sys.executable, "-c", client, json.dumps(questions)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -167,3 +212,39 @@ def test_without_the_hub_the_cache_serves_the_same_commit_only(answers: dict[str
     """Offline, a pinned data set comes from the cache; another revision of it never stands in."""
     assert answers["offline"] == answers["branch"]
     assert answers["offline, other commit"][0] == "Unreachable"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[object]]:
+    """What `download_model` makes of each case, by name."""
+    home = tmp_path_factory.mktemp("models")
+    with serving() as endpoint:
+        found = ask(endpoint, home, ("some/model", "main"), ("some/huge", "main"), client=MODEL_CLIENT)
+    offline = ask("http://127.0.0.1:9", home, ("some/model", COMMIT), client=MODEL_CLIENT, offline=True)
+    huge = list(home.rglob("models--some--huge/blobs/*"))
+    return {"model": found[0], "huge": found[1], "offline": offline[0], "blobs of huge": list(huge)}
+
+
+def test_a_model_is_fetched_without_pickles_and_code(models: dict[str, list[object]]) -> None:
+    """The folder has weights and configuration; pickled weights and a repository's code stay where they are."""
+    assert models["model"] == [COMMIT, ["config.json", "model.safetensors"]]
+
+
+def test_a_cached_model_needs_no_hub(models: dict[str, list[object]]) -> None:
+    """What was fetched once is found again without a network, at the same commit."""
+    assert models["offline"] == models["model"]
+
+
+def test_a_model_that_does_not_fit_is_not_begun(models: dict[str, list[object]]) -> None:
+    """The sizes are asked for first: a disk with too little room is an error before the first byte."""
+    kind, message = models["huge"]
+    assert kind == "Unreachable"
+    assert "are needed" in str(message)
+    assert models["blobs of huge"] == []
+
+
+def test_a_full_cache_is_no_bug() -> None:
+    """A disk that fills up while a data set is prepared is an error of the machine, with what to do."""
+    for error in (OSError(errno.ENOSPC, "No space left on device"), OSError("Not enough disk space. Needed: 3 TB")):
+        with pytest.raises(Unreachable, match="HF_HOME"), hub_errors("data set x"):
+            raise error

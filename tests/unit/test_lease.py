@@ -327,7 +327,7 @@ def test_race_on_a_local_store(store: LocalStore, number: int) -> None:
     race(store)
 
 
-@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("number", range(50))
 def test_race_on_s3(s3: Callable[[], ObjectStore], number: int) -> None:
     """The same over HTTP."""
     race(s3())

@@ -13,7 +13,7 @@ from xml.sax.saxutils import escape
 import pytest
 
 from job.errors import DataError, SettingsError, Unreachable
-from job.objects import fetch, open_store
+from job.objects import fetch, open_store, size
 from tests.s3_server import BUCKET, Request, credentials, moto_server, server
 
 
@@ -112,6 +112,17 @@ def test_fetch_of_nothing(options: dict[str, Any], prefix: str, tmp_path: Path, 
     """A URI that leads nowhere is a settings error that names it."""
     with pytest.raises(SettingsError, match=f"{prefix}/absent{slash}: there is no such object"):
         fetch(f"{prefix}/absent{slash}", tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("model", 5), ("model/", 5), ("model2", 5), ("a", 3), ("a/", 0), ("x", 0)]
+)
+def test_size_is_what_fetch_downloads(options: dict[str, Any], prefix: str, name: str, expected: int) -> None:
+    """An object's own bytes, or those of all objects below a folder; nothing of a neighbour; 0 where nothing is."""
+    store = open_store(prefix, **options)
+    for key, data in {"model/b": b"12", "model/c/d": b"345", "model2/e": b"other", "a": b"one"}.items():
+        store.write(key, data)
+    assert size(f"{prefix}/{name}", **options) == expected
 
 
 def test_fetch_is_for_s3_only(tmp_path: Path) -> None:

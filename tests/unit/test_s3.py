@@ -112,6 +112,21 @@ def test_errors_are_translated(
     assert not (tmp_path / "copy").exists()
 
 
+def test_a_404_without_words_is_asked_again(tmp_path: Path) -> None:
+    """Where the body of a 404 got lost on the way, the next answer says whether the object is absent."""
+    answers: list[str] = []
+
+    def answer(request: Request) -> None:
+        answers.append("cut" if len(answers) % 2 == 0 else "whole")
+        request.answer(404, b"") if answers[-1] == "cut" else request.refuse(404, "NoSuchKey")
+
+    with server(answer) as url:
+        assert opened(url).read("a") is None
+        with pytest.raises(FileNotFoundError):
+            opened(url).download("a", tmp_path / "copy")
+    assert answers == ["cut", "whole"] * 2
+
+
 def test_only_the_store_can_say_that_something_is_absent(tmp_path: Path) -> None:
     """A 404 of a proxy, in HTML, is no confirmation that an object is absent."""
     with server(lambda request: request.answer(404, b"<html>not here</html>")) as url:

@@ -1,0 +1,198 @@
+"""Attempts: the ledger says how each one went, stages are done once, and a run stays one experiment."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from job import attempts
+from job.attempts import Attempt, compare_settings, keep_settings, open_attempt
+from job.errors import DataError, Preempted, Replaced, SettingsError, Unreachable
+from job.faults import arm
+from job.local import LocalStore
+from job.objects import ObjectStore
+from job.preemption import Stop
+from job.records import Artifact
+from tests.wrapped_store import WrappedStore
+
+SETTINGS = {"train.epochs": 2}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> LocalStore:
+    """The run's own."""
+    return LocalStore(tmp_path / "run")
+
+
+@pytest.fixture
+def opened(store: LocalStore, tmp_path: Path) -> Callable[..., AbstractContextManager[Attempt]]:
+    """Begins an attempt at the run."""
+
+    def begin(stop: Stop | None = None, through: ObjectStore = store) -> AbstractContextManager[Attempt]:
+        return open_attempt(
+            through,
+            SETTINGS,
+            cache=str(tmp_path / "cache"),
+            stop=stop or Stop(),
+            beat=lambda: None,
+            faults=arm((), store),
+        )
+
+    return begin
+
+
+def ledger(store: LocalStore, number: int) -> dict[str, Any]:
+    """What the ledger says of an attempt."""
+    kept = store.read(f"attempts/{number:04d}.json")
+    assert kept is not None
+    entry: dict[str, Any] = json.loads(kept.data)
+    return entry
+
+
+class Clock:
+    """A clock that a test winds on; each request to the store takes `cost` seconds of it."""
+
+    def __init__(self, cost: float) -> None:
+        self.now, self.cost = 1000.0, cost
+
+    def monotonic(self) -> float:
+        """The time."""
+        return self.now
+
+    def pay(self, _verb: str, _key: str) -> None:
+        """A request took its time."""
+        self.now += self.cost
+
+
+@pytest.mark.parametrize(("cost", "between"), [(0.0001, (0.2, 0.3)), (0.003, (0.3, 1.5)), (1.0, (5, 8))])
+def test_notes_take_little_of_the_time(
+    opened: Callable[..., AbstractContextManager[Attempt]],
+    store: LocalStore,
+    monkeypatch: pytest.MonkeyPatch,
+    cost: float,
+    between: tuple[float, float],
+) -> None:
+    """A quick store is told often, so that a kill loses little of the ledger; a slow one is not kept busy with it."""
+    clock = Clock(cost)
+    noted: list[float] = []
+    slow = WrappedStore(
+        store,
+        clock.pay,
+        lambda verb, key: noted.append(clock.now) if (verb, key[:9]) == ("write", "attempts/") else None,
+    )
+    with opened(through=slow) as attempt:
+        monkeypatch.setattr(attempts, "time", clock)
+        attempt.note("running")
+        noted.clear()
+        for step in range(1, 2001):
+            clock.now += 0.01
+            attempt.step_done(step)
+        monkeypatch.setattr(attempts, "time", time)
+    pauses = [after - before for before, after in pairwise(noted[:-1])]
+    assert between[0] <= min(pauses)
+    assert max(pauses) <= between[1]
+
+
+def test_steps_done_again_are_counted(
+    opened: Callable[..., AbstractContextManager[Attempt]], store: LocalStore
+) -> None:
+    """A killed attempt stands in the ledger as far as its last note; what the next one does again is repeated."""
+    with opened() as attempt:
+        for step in range(1, 6):
+            attempt.step_done(step)
+        attempt.note("running")
+        last = store.read("attempts/0001.json")
+    assert last is not None
+    store.write("attempts/0001.json", last.data)  # as if it had been killed, not ended
+    with opened() as attempt:
+        assert [(a.outcome, a.steps, a.last_step) for a in attempt.earlier] == [("killed", 5, 5)]
+        for step in range(4, 8):
+            attempt.step_done(step)
+        assert (attempt.steps, attempt.repeated_steps, attempt.last_step) == (4, 2, 7)
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [(Preempted("x"), "preempted"), (Unreachable("x"), "failed"), (ZeroDivisionError("x"), "crashed")],
+)
+def test_the_ledger_says_why(
+    opened: Callable[..., AbstractContextManager[Attempt]], store: LocalStore, error: Exception, outcome: str
+) -> None:
+    """How an attempt ended is in the store, and the error goes on to whoever turns it into an exit code."""
+    with pytest.raises(type(error)), opened():
+        raise error
+    entry = ledger(store, 1)
+    assert entry["outcome"] == outcome
+    assert entry["finished"] is not None
+
+
+def test_a_replaced_attempt_does_not_keep_the_books(
+    opened: Callable[..., AbstractContextManager[Attempt]], store: LocalStore
+) -> None:
+    """Whoever took over writes the ledger; the one before ends without a word in it."""
+    with pytest.raises(Replaced), opened(), opened():
+        pass  # the outer one notes its end after the inner one took over
+    assert ledger(store, 1)["outcome"] == "running"
+    assert ledger(store, 2)["outcome"] == "complete"
+
+
+def test_a_stage_is_done_once(opened: Callable[..., AbstractContextManager[Attempt]]) -> None:
+    """A later attempt reads what a stage found out instead of doing it again."""
+    done: list[int] = []
+
+    def work() -> dict[str, int]:
+        done.append(1)
+        return {"a": 1}
+
+    for _ in range(2):
+        with opened() as attempt:
+            assert attempt.stage("pull", dict[str, int], work) == {"a": 1}
+    assert done == [1]
+
+
+def test_a_stage_does_not_begin_after_a_stop(opened: Callable[..., AbstractContextManager[Attempt]]) -> None:
+    """The flag is looked at before work is begun that would not be finished."""
+    stop = Stop()
+    stop.request("SIGTERM", 30)
+    with pytest.raises(Preempted, match="SIGTERM"), opened(stop) as attempt:
+        attempt.stage("train", dict[str, int], lambda: pytest.fail("was begun"))
+
+
+@pytest.fixture
+def artifact(store: LocalStore, tmp_path: Path) -> Iterator[Artifact]:
+    """A published file."""
+    path = tmp_path / "weights"
+    path.write_bytes(b"weights")
+    store.upload(path, "artifacts/weights")
+    yield Artifact("artifacts/weights", 7, "9a93ff54a2fd36c27fd1aa77df6e4ae3f6f6f3d6b0f4d54cfaa2bd1f5c7e5a1a")
+    path.unlink()
+
+
+@pytest.mark.parametrize("change", [None, b"weightz"])
+def test_what_was_published_is_verified(
+    opened: Callable[..., AbstractContextManager[Attempt]], store: LocalStore, artifact: Artifact, change: bytes | None
+) -> None:
+    """A file that is gone, or is another than the one published, is an error of data, not loaded."""
+    if change is None:
+        store.delete(artifact.path)
+    else:
+        store.write(artifact.path, change)
+    with opened() as attempt, pytest.raises(DataError, match="gone" if change is None else "differs"):
+        attempt.fetch(artifact)
+
+
+def test_a_run_is_one_experiment(store: LocalStore) -> None:
+    """Settings that decide the result may not change between attempts; the error names both values."""
+    keep_settings(store, SETTINGS)
+    compare_settings(store, dict(SETTINGS))
+    with pytest.raises(SettingsError, match=r"train\.epochs: this run began with 2, not 3"):
+        compare_settings(store, {"train.epochs": 3})
+    with pytest.raises(SettingsError, match=r"train\.epochs"):
+        keep_settings(store, {"train.epochs": 3})
