@@ -143,13 +143,14 @@ def test_a_fuller_account_of_the_cost_is_told_too(made: dict[str, Any], found: r
     cost = {
         **made["cost"],
         "stages": {"train": {"seconds": 420.0, "usd": 0.29}, "outside stages": {"seconds": 170.0, "usd": None}},
+        "attempts": [{"usd": 0.1 * number, "wasted_usd": 0.01 * number} for number in (1, 2, 3)],
         "wasted_seconds": 61.5,
         "wasted_usd": 0.04,
         "savings": {"on_demand_usd_per_hour": 5.0, "usd": 0.6, "percent": 50.0, "net_usd": 0.52, "net_percent": 46.4},
         "energy_kwh": 0.125,
     }
     text = " ".join(Page(report.draw({**made, "cost": cost}, found)).text.split())
-    for told in ("$0.29", "1 min 2 s, $0.04", "$0.52, 46 % of the price on demand", "0.125 kWh"):
+    for told in ("$0.29", "$0.30", "$0.03", "1 min 2 s, $0.04", "$0.52, 46 % of the price on demand", "0.125 kWh"):
         assert told in text
 
 
