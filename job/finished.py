@@ -31,8 +31,8 @@ def open_finished(where: str, **storage_options: Any) -> Finished:
         SettingsError: There is no finished run.
         DataError: Its manifest is not one.
     """
-    folder = where.removesuffix(RESULTS) if where.endswith(f"/{RESULTS}") or where == RESULTS else where
-    store = open_store(folder.rstrip("/") or ("/" if folder else "."), **storage_options)
+    folder, _, name = where.rpartition("/")
+    store = open_store((folder or ".") if name == RESULTS else where, **storage_options)
     stored = store.read(RESULTS)
     if stored is None:
         raise SettingsError([Problem(where, f"there is no {RESULTS}: the run is not finished, or lies elsewhere")])
