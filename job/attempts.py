@@ -21,8 +21,9 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter
 
 from job import log
-from job.errors import DataError, JobError, Preempted, Problem, Replaced, SettingsError
+from job.errors import JobError, Preempted, Problem, Replaced, SettingsError
 from job.faults import Faults
+from job.finished import fetch_artifact
 from job.guard import guarded
 from job.hashes import hash_file
 from job.lease import take
@@ -117,15 +118,8 @@ class Attempt:
         return Artifact(key, path.stat().st_size, hash_file(path), facts_sha256)
 
     def fetch(self, artifact: Artifact) -> Path:
-        """Downloads what an earlier attempt published, verified."""
-        path = self.work / artifact.path
-        try:
-            self.store.download(artifact.path, path, max_bytes=artifact.bytes)
-        except FileNotFoundError:
-            raise DataError([Problem(artifact.path, "was published by an earlier attempt and is gone")]) from None
-        if hash_file(path) != artifact.sha256:
-            raise DataError([Problem(artifact.path, "is not what an earlier attempt published: its SHA-256 differs")])
-        return path
+        """Downloads what was published, verified."""
+        return fetch_artifact(self.store, artifact, self.work)
 
     def record(self, outcome: str) -> AttemptRecord:
         """This attempt's line in the ledger, as of now; `running` has no end."""

@@ -17,6 +17,7 @@ USAGE = """\
 usage: qlora-job [run] [--GROUP.NAME VALUE ...]      the job (default)
        qlora-job config [--GROUP.NAME VALUE ...]     the effective settings and where each came from
        qlora-job config --schema                     JSON Schema of all settings
+       qlora-job report RESULTS [--output FILE]      the HTML report again, of a finished run (path or s3://)
        qlora-job selftest                            kill and resume here, and compare bit by bit
 
 Settings come from the command line, JOB_GROUP__NAME in the environment, SageMaker's hyperparameters.json, the file
@@ -100,7 +101,13 @@ def _selftest(_words: list[str]) -> int:
     return 0
 
 
-COMMANDS = {"run": _run, "train": _run, "config": _config, "selftest": _selftest}
+def _draw_report(words: list[str]) -> int:
+    from job.redraw import report_command
+
+    return report_command(words)
+
+
+COMMANDS = {"run": _run, "train": _run, "config": _config, "report": _draw_report, "selftest": _selftest}
 """`train` is what SageMaker calls a training image with."""
 
 

@@ -277,15 +277,23 @@ def _task_result(task: Any, source: str, samples: list[dict[str, Any]]) -> tuple
 
 
 def _question_record(task: Any, sample: dict[str, Any]) -> dict[str, Any]:
-    """One question: everything needed to score it again (log-likelihoods in nats, lengths in characters)."""
+    """One question: what was asked, and everything needed to score it again.
+
+    Log-likelihoods are in nats, lengths in characters.
+    """
     doc = sample["doc"]
-    lengths = [len(choice) for choice in task.doc_to_choice(doc)]
+    choices = task.doc_to_choice(doc)
+    lengths = [len(choice) for choice in choices]
+    context, continuation = sample["arguments"][0][:2]
     # some tasks also score every choice without its question, behind these
     likelihoods = [response[0] for response in sample["filtered_resps"]][: len(lengths)]
     normalized = [value / length for value, length in zip(likelihoods, lengths, strict=True)]
     return {
         "id": str(doc.get("id", sample["doc_id"])),
         "doc_hash": sample["doc_hash"],
+        # tasks with several contexts have their choices in these, and ask which one the same words go on
+        "question": continuation.strip() if task.multiple_input else context,
+        "choices": choices,
         "log_likelihoods": likelihoods,
         "choice_lengths": lengths,
         "prediction": likelihoods.index(max(likelihoods)),

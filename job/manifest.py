@@ -16,6 +16,7 @@ from typing import Any
 from job import statistics
 from job.errors import DataError, Problem
 from job.records import Artifact, AttemptRecord, DatasetRecord, ModelRecord, TaskScores, TrainingRecord
+from job.results import REPORT
 
 SCHEMA = Path(__file__).with_name("results.schema.json")
 PACKAGES = (
@@ -236,7 +237,7 @@ def _plain(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def summary(results: Mapping[str, Any], where: str) -> list[str]:
-    """What happened and where the files are, in five lines for a person."""
+    """What happened and where the files are, in a few lines for a person."""
     training, cost = results["training"], results["cost"]
     trained = f"{training['steps']} steps on {results['dataset']['rows']:,} examples, loss {training['loss']:.3f}"
     speed = f"{training['tokens_per_second'] or 0:,.0f} target tokens/s"
@@ -252,6 +253,8 @@ def summary(results: Mapping[str, Any], where: str) -> list[str]:
     usd = "" if cost["usd"] is None else f", ${cost['usd']:.2f}"
     attempts = len(results["run"]["attempts"])
     lines.append(f"{cost['seconds']:.0f} s in {attempts} attempt{'s' if attempts > 1 else ''}{usd}")
+    if any(artifact["path"] == REPORT for artifact in results["artifacts"]):
+        lines.append(f"report: {where.removesuffix('results.json')}{REPORT}")
     lines.append(f"results: {where}")
     return lines
 

@@ -181,10 +181,14 @@ def adapter_off(model: Any) -> Iterator[None]:
 
 
 def save_adapter(model: Any, folder: Path, *, base: str, revision: str | None) -> None:
-    """Writes the adapter in PEFT's layout; `PeftModel.from_pretrained(base, folder)` loads it."""
+    """Writes the adapter in PEFT's layout; `PeftModel.from_pretrained(base, folder)` loads it.
+
+    Without the card that PEFT puts beside it, which is a form to fill in: ours needs the evaluation, and comes later.
+    """
     config = model.peft_config["default"]
     config.base_model_name_or_path, config.revision = base, revision
     model.save_pretrained(folder, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)
     path = folder / "adapter_config.json"
     written = json.loads(path.read_text(encoding="utf-8"))
     written["target_modules"] = sorted(written["target_modules"])  # PEFT keeps a set, in another order every time

@@ -9,6 +9,7 @@ from typing import Any
 
 from job import log, manifest
 from job.attempts import Attempt, compare_settings, keep_settings, now, open_attempt
+from job.documents import publish_documents
 from job.errors import DataError, GateError, Problem
 from job.faults import Fault, arm, faulty
 from job.objects import open_store
@@ -74,7 +75,10 @@ def publish(
     trained: Trained,
     adapter: Evaluated,
 ) -> dict[str, Any]:
-    """Builds, validates and publishes the manifest, last of all."""
+    """Publishes what people read, and last of all the manifest."""
+    if (done := attempt.store.read("results.json")) is not None:  # the attempt before got so far after all
+        published: dict[str, Any] = json.loads(done.data)
+        return published
     tasks = manifest.compare_tasks(base.scores, adapter.scores)
     gate = settings.gate
     results = manifest.build(
@@ -92,10 +96,8 @@ def publish(
         image_digest=None,
         usd_per_hour=settings.cost.usd_per_hour,
     )
+    results = publish_documents(attempt, results)
     manifest.validate(results)
-    if (done := attempt.store.read("results.json")) is not None:  # the attempt before got so far after all
-        published: dict[str, Any] = json.loads(done.data)
-        return published
     attempt.store.write("results.json", json.dumps(results, indent=2).encode())
     return results
 

@@ -40,6 +40,22 @@ _ALPACA_WITHOUT_INPUT = (
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """How to ask a model that learned from rows of a schema: in words, and the text around an instruction, if any."""
+
+    about: str
+    template: str | None = None
+
+
+PROMPTS: dict[Schema, Prompt] = {
+    "alpaca": Prompt("It learned from this prompt, with the instruction in its place:", _ALPACA_WITHOUT_INPUT),
+    "prompt_completion": Prompt("It learned to go on from a prompt as it stands in the data, with nothing around it."),
+    "messages": Prompt("It learned from conversations in the tokenizer's chat template."),
+    "text": Prompt("It learned plain text, and goes on with whatever text it is given."),
+}
+
+
+@dataclass(frozen=True)
 class Rendered:
     """A row as one text.
 

@@ -28,6 +28,7 @@ __all__ = [
     "json_schema",
     "load_settings",
     "new_run_id",
+    "preset_values",
     "redacted",
     "secrets",
 ]
@@ -89,6 +90,15 @@ def describe(settings: Settings) -> list[tuple[str, Any, str]]:
 def redacted(settings: Settings) -> dict[str, dict[str, Any]]:
     """Dotted name -> {"value", "source"}, for the manifest."""
     return {name: {"value": value, "source": source} for name, value, source in describe(settings)}
+
+
+def preset_values(preset: str) -> dict[str, Any]:
+    """Dotted name -> JSON-able value of every setting as the preset has it; empty for one that is not known here."""
+    if preset not in PRESETS:
+        return {}
+    given = {"preset": preset, **PRESETS[preset]}
+    settings, _ = _validated({name: Given(value, "preset") for name, value in given.items()})
+    return {name: value for name, value, _ in describe(settings)}
 
 
 def json_schema() -> dict[str, Any]:

@@ -192,3 +192,16 @@ def standard_error(correct: Sequence[bool]) -> float:
         raise ValueError(f"a standard error needs at least two questions, got {n}")
     accuracy = sum(1 for right in correct if right) / n
     return float((accuracy * (1 - accuracy) / (n - 1)) ** 0.5)
+
+
+def wilson_interval(right: int, n: int, *, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of one accuracy, by itself; never outside 0 and 1.
+
+    E. B. Wilson (1927), Probable inference, the law of succession, and statistical inference, Journal of the American
+    Statistical Association 22, 209-212. Two of these say little about a difference of paired accuracies: that is what
+    `tango_interval` is for.
+    """
+    from scipy.stats import binomtest
+
+    found = binomtest(right, n).proportion_ci(level, method="wilson")
+    return float(found.low), float(found.high)

@@ -19,18 +19,18 @@ SOURCES = {
 # A room imports from the lines above its own only. Imports inside functions count.
 LEVELS = """
     __init__ errors records log hashes batches statistics attention platforms presets fieldtypes callbacks
-    optimizer_states results
+    optimizer_states results charts answers
     store formats groups sources preemption model scoring events manifest limits clouds watchdog publisher selftest
-    recipe
-    local s3_errors schemas settings hub states notices
-    s3 s3_client encode train evaluate
+    recipe wording
+    local s3_errors schemas settings hub states notices rendering timeline
+    s3 s3_client encode train evaluate card report
     objects dataset
-    lease markers scores
-    guard checkpoint_download
+    lease markers scores finished
+    guard checkpoint_download redraw
     checkpoints
     faults
     attempts
-    pull
+    pull documents
     stages
     pipeline
     cli

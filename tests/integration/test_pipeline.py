@@ -146,11 +146,11 @@ def unfinished(inputs: Inputs, whole: Ended) -> str:
 
 
 def artifacts(results: dict[str, Any]) -> dict[str, str]:
-    """Hash by path, of the facts where a file also holds what a clock measured; TensorBoard's files hold times only."""
+    """Hash by path, of the facts where a file also holds what a clock measured; without what is made of times."""
     return {
         artifact["path"]: artifact["facts_sha256"] or artifact["sha256"]
         for artifact in results["artifacts"]
-        if "/tensorboard/" not in artifact["path"]
+        if "/tensorboard/" not in artifact["path"] and artifact["path"] != "artifacts/report.html"
     }
 
 
@@ -195,6 +195,7 @@ def test_every_artifact_is_what_the_manifest_says(whole: Ended) -> None:
         "artifacts/evaluation/arc_easy.adapter.jsonl",
         "artifacts/evaluation/arc_easy.base.jsonl",
         "artifacts/metrics.jsonl",
+        "artifacts/report.html",
     }
 
 
@@ -236,11 +237,11 @@ def test_every_line_of_the_log_says_where_it_belongs(whole: Ended) -> None:
     assert {line["level"] for line in whole.lines} == {"info"}
 
 
-def test_the_terminal_is_told_in_five_lines(whole: Ended) -> None:
+def test_the_terminal_is_told_in_six_lines(whole: Ended) -> None:
     """Results go to stdout: what happened, and where the files are."""
     lines = whole.stdout.splitlines()
-    assert len(lines) == 5
-    assert lines[-1] == f"results: {whole.run}/results.json"
+    assert len(lines) == 6
+    assert lines[-2:] == [f"report: {whole.run}/artifacts/report.html", f"results: {whole.run}/results.json"]
 
 
 def test_metrics_are_published_as_lines_and_as_events(whole: Ended) -> None:

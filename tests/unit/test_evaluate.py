@@ -171,6 +171,8 @@ def test_a_record_is_enough_to_score_the_question_again(base_folder: Path, token
         assert line["prediction"] == line["log_likelihoods"].index(max(line["log_likelihoods"]))
         assert line["prediction_norm"] == normalized.index(max(normalized))
         assert line["gold"] == row["choices"]["label"].index(row["answerKey"])
+        assert line["question"] == f"Question: {row['question']}\nAnswer:"
+        assert line["choices"] == row["choices"]["text"]
         assert line["acc"] == (line["prediction"] == line["gold"])
         assert line["acc_norm"] == (line["prediction_norm"] == line["gold"])
     correct = [line["prediction"] == line["gold"] for line in lines]
@@ -271,10 +273,13 @@ def test_questions_that_put_the_choices_in_front_are_accepted(tokenizer: Any, tm
         asked.extend(questions)
         return [[ChoiceScore(-1.0, greedy=False)] for _ in questions]
 
-    scores, _ = evaluate(local_tasks(winogrande=write_jsonl(tmp_path / "q.jsonl", rows)), tokenizer, score, limit=None)[
-        "winogrande"
-    ]
+    tasks = local_tasks(winogrande=write_jsonl(tmp_path / "q.jsonl", rows))
+    scores, records = evaluate(tasks, tokenizer, score, limit=None)["winogrande"]
     assert len(asked) == 8
+    assert (records[1]["question"], records[1]["choices"]) == (
+        "and fine.",
+        ["1 is less than one", "1 is less than two"],
+    )
     assert scores.correct == (True, False, True, False)
 
 

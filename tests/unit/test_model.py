@@ -165,7 +165,7 @@ def test_a_saved_adapter_comes_back_bit_by_bit(base_folder: Path, tmp_path: Path
         assert all(torch.equal(tensors[name], expected[name]) for name in expected)
     assert plain.peft_config["default"].base_model_name_or_path == "mistralai/Mistral-7B-v0.1"
     assert plain.peft_config["default"].revision == "abc"
-    assert not list(tmp_path.glob("*.bin"))
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
 
 
 def test_an_adapter_of_another_model_is_refused(base_folder: Path, tmp_path: Path) -> None:

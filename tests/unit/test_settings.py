@@ -20,7 +20,16 @@ from pydantic import ValidationError
 from job.errors import MAX_SHOWN, SettingsError
 from job.groups import NAMES
 from job.presets import PRESETS
-from job.settings import Settings, current_platform, describe, json_schema, load_settings, new_run_id, redacted
+from job.settings import (
+    Settings,
+    current_platform,
+    describe,
+    json_schema,
+    load_settings,
+    new_run_id,
+    preset_values,
+    redacted,
+)
 
 SECRET = "hf_qWertYuiOpAsdFghJkl"
 EPOCHS = "train.epochs"
@@ -760,6 +769,20 @@ def test_the_environment_is_the_processs_own_by_default(monkeypatch: pytest.Monk
         monkeypatch.delenv(name)
     monkeypatch.setenv("JOB_TRAIN__EPOCHS", "9")
     assert load_settings().train.epochs == 9
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_can_be_looked_up(preset: str) -> None:
+    """Every setting as the preset has it, as the manifest writes it, whatever the environment says."""
+    found = preset_values(preset)
+    expected = {name: value for name, value, _ in describe(load_settings(["--preset", preset], {}))}
+    assert found.keys() == set(NAMES)
+    assert {n for n in NAMES if found[n] != expected[n]} <= {"run.id"}
+
+
+def test_an_unknown_preset_has_no_values() -> None:
+    """A manifest of another version may name one."""
+    assert preset_values("of-the-future") == {}
 
 
 def test_nothing_heavy_is_imported() -> None:

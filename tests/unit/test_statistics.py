@@ -24,6 +24,7 @@ from job.statistics import (
     standard_error,
     tango_interval,
     verdict,
+    wilson_interval,
 )
 
 answers = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=120)
@@ -334,6 +335,24 @@ def test_standard_error_needs_two_questions(correct: list[bool]) -> None:
     """Fewer than two questions have no standard error, and the message says so."""
     with pytest.raises(ValueError, match=f"at least two questions, got {len(correct)}"):
         standard_error(correct)
+
+
+@pytest.mark.parametrize(
+    ("right", "n", "interval"),
+    [(81, 263, (0.2553, 0.3662)), (15, 148, (0.0624, 0.1605)), (0, 20, (0.0, 0.1611)), (1, 29, (0.0061, 0.1718))],
+)
+def test_wilson_interval_of_newcombes_table(right: int, n: int, interval: tuple[float, float]) -> None:
+    """Method 3 in table I of R. G. Newcombe (1998), Statistics in Medicine 17, 857-872, to its four digits."""
+    assert wilson_interval(right, n) == pytest.approx(interval, abs=5e-5)
+
+
+@given(st.integers(1, 400), st.data())
+def test_wilson_interval_holds_the_accuracy(n: int, data: st.DataObject) -> None:
+    """Within 0 and 1, around the accuracy, and mirrored for wrong answers."""
+    right = data.draw(st.integers(0, n))
+    low, high = wilson_interval(right, n)
+    assert 0 <= low <= right / n <= high <= 1
+    assert wilson_interval(n - right, n) == pytest.approx((1 - high, 1 - low))
 
 
 def test_import_is_cheap() -> None:
