@@ -1,9 +1,13 @@
-"""Hashes of files."""
+"""Hashes of files, and seals: how a file that nothing else vouches for vouches for itself.
+
+A seal finds damage. It is no signature: whoever can write the file can seal it again.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,3 +26,32 @@ def hash_facts(path: Path) -> str:
         facts.pop("measured", None)
         total.update(json.dumps(facts, sort_keys=True).encode() + b"\n")
     return total.hexdigest()
+
+
+def seal(facts: Mapping[str, Any]) -> str:
+    """SHA-256 of JSON-able facts, whatever their layout as text; a `seal` among them does not count."""
+    content = {key: value for key, value in facts.items() if key != "seal"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def sealed(facts: Mapping[str, Any]) -> bytes:
+    """The facts as a file of JSON with their seal at its end, in place of an older one."""
+    content = {key: value for key, value in facts.items() if key != "seal"}
+    return json.dumps({**content, "seal": seal(content)}, indent=2, allow_nan=False).encode()
+
+
+def unsealed(data: bytes) -> dict[str, Any]:
+    """The facts that `sealed` wrote, without the seal.
+
+    Raises:
+        ValueError: The file is another than `sealed` wrote, be it by a single byte.
+    """
+    try:
+        facts = json.loads(data)
+        whole = isinstance(facts, dict) and "seal" in facts and sealed(facts) == data
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is no sealed JSON: {str(error)[:200]}") from None
+    if not whole:
+        raise ValueError("was altered: its seal is not that of its content")
+    facts.pop("seal")
+    return dict(facts)
