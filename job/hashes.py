@@ -19,13 +19,32 @@ def hash_file(path: Path) -> str:
 
 
 def hash_facts(path: Path) -> str:
-    """SHA-256 of a file of JSON lines without their `measured` part, which no two runs share."""
+    """SHA-256 of a file of JSON lines without their `measured` part, which no two runs share.
+
+    Raises:
+        ValueError: A line is no JSON object.
+    """
     total = hashlib.sha256()
     for line in path.read_text(encoding="utf-8").splitlines():
-        facts: dict[str, Any] = json.loads(line)
-        facts.pop("measured", None)
+        facts = facts_of_line(line)
         total.update(json.dumps(facts, sort_keys=True).encode() + b"\n")
     return total.hexdigest()
+
+
+def facts_of_line(line: str | bytes) -> dict[str, Any]:
+    """A line of metrics without what a clock or a meter said.
+
+    Raises:
+        ValueError: It is no JSON object.
+    """
+    try:
+        facts = json.loads(line)
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
+    if not isinstance(facts, dict):
+        raise ValueError("the line is no JSON object")  # noqa: TRY004 - it is what a file holds, not what a caller gave
+    facts.pop("measured", None)
+    return facts
 
 
 def seal(facts: Mapping[str, Any]) -> str:
