@@ -19,8 +19,9 @@ SOURCES = {
 # A room imports from the lines above its own only. Imports inside functions count.
 LEVELS = """
     __init__ errors records log hashes batches statistics attention platforms presets fieldtypes callbacks
-    optimizer_states results
+    optimizer_states results checks tables
     store formats groups sources preemption model scoring events manifest limits clouds watchdog publisher selftest
+    comparison question_records side_by_side
     recipe
     local s3_errors schemas settings hub states notices
     s3 s3_client encode train evaluate
@@ -30,8 +31,12 @@ LEVELS = """
     checkpoints
     faults
     attempts
-    pull
-    stages
+    evidence
+    published copies
+    baselines figures compare
+    pull history lineage
+    stages verify
+    inspection
     pipeline
     cli
     __main__
