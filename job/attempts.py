@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,11 +21,11 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter
 
 from job import log
-from job.errors import JobError, Preempted, Problem, Replaced, SettingsError
+from job.artifacts import fetch_artifact
+from job.errors import DataError, JobError, Preempted, Problem, Replaced, SettingsError
 from job.faults import Faults
-from job.finished import fetch_artifact
 from job.guard import guarded
-from job.hashes import hash_file
+from job.hashes import hash_file, sealed, unsealed
 from job.lease import take
 from job.objects import Conflict, ObjectStore
 from job.preemption import Stop
@@ -138,8 +138,7 @@ class Attempt:
     def note(self, outcome: str) -> None:
         """Puts the line into the store."""
         began = time.monotonic()
-        data = TypeAdapter(AttemptRecord).dump_json(self.record(outcome), indent=2)
-        self.store.write(_ledger_key(self.number), data)
+        self.store.write(ledger_key(self.number), sealed(asdict(self.record(outcome))))
         ended = time.monotonic()
         shortest, longest = NOTE_SECONDS
         self._next_note = ended + min(longest, max(shortest, (ended - began) / NOTE_SHARE))
@@ -201,16 +200,34 @@ def _note_failure(attempt: Attempt, error: BaseException) -> None:
         log.get_logger().warning("the end of the attempt cannot be noted", why=str(failure))
 
 
-def _ledger_key(number: int) -> str:
+def ledger_key(number: int) -> str:
+    """Where the line of an attempt lies."""
     return f"attempts/{number:04d}.json"
+
+
+def parse_record(data: bytes) -> AttemptRecord:
+    """An attempt's line in the ledger.
+
+    Raises:
+        ValueError: It is none, or it was altered.
+    """
+    return TypeAdapter(AttemptRecord).validate_python(unsealed(data))
 
 
 def _ledger(store: ObjectStore, epoch: int) -> list[AttemptRecord]:
     """What is known of the attempts before this one; one that is still noted as running was killed."""
-    adapter = TypeAdapter(AttemptRecord)
-    kept = [stored for number in range(1, epoch) if (stored := store.read(_ledger_key(number))) is not None]
-    records = [adapter.validate_json(stored.data) for stored in kept]
-    return [replace(record, outcome="killed") if record.outcome == "running" else record for record in records]
+    records = []
+    for number in range(1, epoch):
+        key = ledger_key(number)
+        if (stored := store.read(key)) is None:
+            continue
+        try:
+            record = parse_record(stored.data)
+        except ValueError as error:
+            what = f"{str(error).splitlines()[0]}; remove it to go on without it"
+            raise DataError([Problem(f"{store.uri}/{key}", what)]) from None
+        records.append(replace(record, outcome="killed") if record.outcome == "running" else record)
+    return records
 
 
 def keep_settings(store: ObjectStore, settings: Mapping[str, Any]) -> None:

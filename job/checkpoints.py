@@ -22,7 +22,7 @@ from job import markers
 from job.checkpoint_download import NotWhole, download
 from job.hashes import hash_facts, hash_file
 from job.log import get_logger
-from job.objects import ObjectStore, check_key
+from job.objects import ObjectStore, is_key
 
 __all__ = ["Restored", "Skipped", "hash_facts", "hash_file", "prune", "publish", "restore", "steps"]
 
@@ -126,15 +126,6 @@ def _names(store: ObjectStore) -> dict[int, list[str]]:
     """Names of what lies in every step's folder, newest step first."""
     found: dict[int, list[str]] = {}
     for info in store.list("checkpoints/"):
-        if (match := _KEY.fullmatch(info.key)) and _is_key(info.key):
+        if (match := _KEY.fullmatch(info.key)) and is_key(info.key):
             found.setdefault(int(match[1]), []).append(match[2])
     return dict(sorted(found.items(), reverse=True))
-
-
-def _is_key(key: str) -> bool:
-    """Whether the store's verbs take `key`: others can put names there that they do not."""
-    try:
-        check_key(key)
-    except ValueError:
-        return False
-    return True

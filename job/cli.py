@@ -18,14 +18,18 @@ usage: qlora-job [run] [--GROUP.NAME VALUE ...]      the job (default)
        qlora-job config [--GROUP.NAME VALUE ...]     the effective settings and where each came from
        qlora-job config --schema                     JSON Schema of all settings
        qlora-job report RESULTS [--output FILE]      the HTML report again, of a finished run (path or s3://)
+       qlora-job verify RESULTS [--format FORMAT]    check every hash and figure of a published run: table or json
+       qlora-job compare A B [--format FORMAT]       two runs, paired by question: table, json or markdown
+               [--gate] [--metric METRIC] [--min-delta X] [--max-regression X]     exit 3 if B does not pass
        qlora-job selftest                            kill and resume here, and compare bit by bit
 
 Settings come from the command line, JOB_GROUP__NAME in the environment, SageMaker's hyperparameters.json, the file
 in JOB_CONFIG, the preset (--preset), and the defaults, in this order. `qlora-job config` lists them all.
 Try it without a GPU or a network: qlora-job run --preset demo
 
-exit codes: 0 done; 1 a bug; 2 settings; 3 gate not met; 65 data; 69 storage or hub unreachable (retry);
-            75 preempted (retry); 76 replaced by another attempt; 77 access denied
+exit codes: 0 done; 1 a bug; 2 settings; 3 gate not met; 4 results do not verify; 65 data;
+            69 storage or hub unreachable (retry); 75 preempted (retry); 76 replaced by another attempt;
+            77 access denied
 """
 
 FAILURE_CHARACTERS = 1024
@@ -107,7 +111,27 @@ def _draw_report(words: list[str]) -> int:
     return report_command(words)
 
 
-COMMANDS = {"run": _run, "train": _run, "config": _config, "report": _draw_report, "selftest": _selftest}
+def _verify(words: list[str]) -> int:
+    from job.inspection import verify_command
+
+    return verify_command(words)
+
+
+def _compare(words: list[str]) -> int:
+    from job.inspection import compare_command
+
+    return compare_command(words)
+
+
+COMMANDS = {
+    "run": _run,
+    "train": _run,
+    "config": _config,
+    "verify": _verify,
+    "compare": _compare,
+    "report": _draw_report,
+    "selftest": _selftest,
+}
 """`train` is what SageMaker calls a training image with."""
 
 

@@ -3,6 +3,7 @@
     JobError                    1   a bug, and the base of the tree
     ├── SettingsError           2   settings are wrong
     ├── GateError               3   quality gate not met; results are published
+    ├── VerificationError       4   results do not verify
     ├── DataError              65   data is wrong
     ├── Unreachable            69   storage or hub cannot be reached after retries
     ├── Preempted              75   preempted, or stalled; the state is durable
@@ -73,6 +74,14 @@ class GateError(JobError):
     retry = "no"
 
 
+class VerificationError(_ManyProblems):
+    """A published run is not what it says: a file was changed, is missing, or a figure does not follow from it."""
+
+    exit_code = 4
+    meaning = "results do not verify"
+    retry = "no"
+
+
 class DataError(_ManyProblems):
     """The data is wrong: a row without a field, of the wrong type, empty, broken or too long."""
 
@@ -119,6 +128,7 @@ def exit_codes() -> dict[int, tuple[str, Retry]]:
         JobError,
         SettingsError,
         GateError,
+        VerificationError,
         DataError,
         Unreachable,
         Preempted,

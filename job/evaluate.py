@@ -9,13 +9,14 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
 from job.errors import DataError, Problem, SettingsError
 from job.formats import Fault, Row, find_file, read_rows
 from job.hub import hub_errors
+from job.question_records import HASHES, tally
 from job.records import ChoiceScore, Question, TaskScores
 
 Scorer = Callable[[list[Question]], list[list[ChoiceScore]]]
@@ -29,6 +30,21 @@ class Tasks:
 
     loaded: Any
     sources: Mapping[str, str]
+
+    def questions(self, limit: int | None) -> dict[str, list[tuple[str, str]]]:
+        """By task: id and `doc_hash` of each question, as its record is going to have them."""
+        from lm_eval.utils import handle_non_serializable, hash_string
+
+        def row(doc: Any) -> str:
+            return json.dumps(doc, indent=2, default=handle_non_serializable, ensure_ascii=False)
+
+        return {
+            name: [
+                (question_id(doc, number), hash_string(row(doc)))
+                for number, doc in enumerate(islice(task.eval_docs, limit))
+            ]
+            for name, task in self.loaded["tasks"].items()
+        }
 
     def fingerprints(self) -> dict[str, str]:
         """SHA-256 of each task's questions, as they came."""
@@ -247,10 +263,6 @@ def _flat_lm(tokenizer: Any, score: Scorer) -> Any:
 
 def _task_result(task: Any, source: str, samples: list[dict[str, Any]]) -> tuple[TaskScores, list[dict[str, Any]]]:
     """Figures and records of one task, from lm-eval's samples."""
-    from lm_eval.utils import hash_string
-
-    from job.statistics import standard_error
-
     samples = sorted(samples, key=lambda sample: sample["doc_id"])
     records = [_question_record(task, sample) for sample in samples]
     if any(sample["acc"] not in {0, 1} for sample in samples):
@@ -258,22 +270,20 @@ def _task_result(task: Any, source: str, samples: list[dict[str, Any]]) -> tuple
             f"{task.task_name} gives fractions of a point; only tasks whose answers are right or wrong can be compared"
         )
         raise SettingsError([Problem("eval.tasks", what)])
-    correct = tuple(bool(sample["acc"]) for sample in samples)
-    normalized = tuple(bool(sample["acc_norm"]) for sample in samples) if "acc_norm" in samples[0] else None
-    scores = TaskScores(
+    scores = tally(
         task=task.task_name,
         source=source,
-        task_hash=hash_string("".join(s["doc_hash"] + s["prompt_hash"] + s["target_hash"] for s in samples)),
         version=str(task.VERSION),
-        n=len(samples),
-        acc=sum(correct) / len(correct),
-        stderr=standard_error(correct),
-        acc_norm=sum(normalized) / len(normalized) if normalized else None,
-        acc_norm_stderr=standard_error(normalized) if normalized else None,
-        correct=correct,
-        correct_norm=normalized,
+        hashes=(sample[name] for sample in samples for name in HASHES),
+        correct=[bool(sample["acc"]) for sample in samples],
+        correct_norm=[bool(sample["acc_norm"]) for sample in samples] if "acc_norm" in samples[0] else None,
     )
     return scores, records
+
+
+def question_id(doc: Mapping[str, Any], number: int) -> str:
+    """The row's own id, else its number."""
+    return str(doc.get("id", number))
 
 
 def _question_record(task: Any, sample: dict[str, Any]) -> dict[str, Any]:
@@ -289,8 +299,8 @@ def _question_record(task: Any, sample: dict[str, Any]) -> dict[str, Any]:
     likelihoods = [response[0] for response in sample["filtered_resps"]][: len(lengths)]
     normalized = [value / length for value, length in zip(likelihoods, lengths, strict=True)]
     return {
-        "id": str(doc.get("id", sample["doc_id"])),
-        "doc_hash": sample["doc_hash"],
+        "id": question_id(doc, sample["doc_id"]),
+        **{key: sample[key] for key in HASHES},
         # tasks with several contexts have their choices in these, and ask which one the same words go on
         "question": continuation.strip() if task.multiple_input else context,
         "choices": choices,

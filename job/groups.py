@@ -175,6 +175,8 @@ class Gate(Group):
     """Least gain over the base model, as a fraction: 0.01 is one percentage point."""
     max_regression: Maybe[Annotated[Real, Field(ge=0, le=1)]] = None
     """Greatest loss against the base model, as a fraction."""
+    baseline: Maybe[Location] = None
+    """Results of an earlier run, path or `s3://`: its adapter takes the place of the base model in the two above."""
 
 
 class Storage(Group):

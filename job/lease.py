@@ -22,6 +22,7 @@ from uuid import uuid4
 from pydantic import BaseModel, ConfigDict, Field
 
 from job.errors import DataError, Problem, Replaced, Unreachable
+from job.hashes import sealed, unsealed
 from job.log import get_logger
 from job.objects import Conflict, ObjectStore, TooLarge
 
@@ -32,7 +33,10 @@ _TRIES = 20
 
 
 class LeaseRecord(BaseModel):
-    """What `lease.json` holds. `heartbeat` counts the holder's proofs; it makes every content unique to its writer."""
+    """What `lease.json` holds beside its seal.
+
+    `heartbeat` counts the holder's proofs; it makes every content unique to its writer.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -173,7 +177,16 @@ def _read(store: ObjectStore) -> tuple[LeaseRecord | None, str]:
         stored = store.read(KEY, max_bytes=MAX_BYTES)
     except TooLarge as error:
         raise ValueError(str(error)) from None
-    return (LeaseRecord.model_validate_json(stored.data), stored.tag) if stored else (None, "")
+    return (parse(stored.data), stored.tag) if stored else (None, "")
+
+
+def parse(data: bytes) -> LeaseRecord:
+    """What a `lease.json` says.
+
+    Raises:
+        ValueError: It is no lease, or it was altered.
+    """
+    return LeaseRecord.model_validate(unsealed(data))
 
 
 def _read_or_refuse(store: ObjectStore) -> tuple[LeaseRecord | None, str]:
@@ -185,7 +198,7 @@ def _read_or_refuse(store: ObjectStore) -> tuple[LeaseRecord | None, str]:
 
 
 def _render(record: LeaseRecord) -> bytes:
-    return record.model_dump_json(indent=2).encode()
+    return sealed(record.model_dump())
 
 
 def _now() -> str:

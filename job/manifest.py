@@ -13,9 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from job import statistics
-from job.errors import DataError, Problem
-from job.records import Artifact, AttemptRecord, DatasetRecord, ModelRecord, TaskScores, TrainingRecord
+from job import hashes
+from job.records import Artifact, AttemptRecord, DatasetRecord, ModelRecord, TrainingRecord
 from job.results import REPORT
 
 SCHEMA = Path(__file__).with_name("results.schema.json")
@@ -35,16 +34,16 @@ def build(
     dataset: DatasetRecord,
     training: TrainingRecord,
     tasks: Mapping[str, Any],
-    gate_metric: str,
-    gate_reasons: Sequence[str] | None,
+    gate: Mapping[str, Any],
     artifacts: Sequence[Artifact],
+    evidence: Sequence[Artifact],
     image_digest: str | None,
     usd_per_hour: float | None,
 ) -> dict[str, Any]:
-    """Puts the manifest together; `tasks` is from `compare_tasks`, `gate_reasons` is None where no gate was set."""
+    """Puts the manifest together and seals it; `tasks` and `gate` are from `compare_tasks` and `judge`."""
     seconds = sum(attempt.seconds for attempt in attempts)
     repeated = sum(attempt.repeated_steps for attempt in attempts)
-    return _plain(
+    return sealed(
         {
             "schema_version": "1.0",
             "run": {
@@ -62,12 +61,12 @@ def build(
                 "harness": {"name": "lm-eval", "version": metadata.version("lm-eval")},
                 "tasks": tasks,
             },
-            "gate": {
-                "metric": gate_metric,
-                "passed": None if gate_reasons is None else not gate_reasons,
-                "reasons": list(gate_reasons or []),
-            },
+            "gate": gate,
             "artifacts": [asdict(artifact) for artifact in sorted(artifacts, key=lambda a: a.path)],
+            "evidence": [
+                {"path": file.path, "bytes": file.bytes, "sha256": file.sha256}
+                for file in sorted(evidence, key=lambda file: file.path)
+            ],
             "hardware": hardware(),
             "software": {
                 "python": platform.python_version(),
@@ -83,76 +82,6 @@ def build(
             },
         }
     )
-
-
-def compare_tasks(base: Mapping[str, TaskScores], adapter: Mapping[str, TaskScores]) -> dict[str, Any]:
-    """Base and adapter side by side for each task, with Holm's correction over the tasks.
-
-    Raises:
-        DataError: They were not asked the same.
-    """
-    if other := sorted(name for name in adapter if name not in base or base[name].task_hash != adapter[name].task_hash):
-        raise DataError([Problem(name, "the base was asked other questions than the adapter") for name in other])
-    plain = {name: statistics.compare(base[name].correct, adapter[name].correct) for name in adapter}
-    normal = {
-        name: statistics.compare(before, after)
-        for name in adapter
-        if (before := base[name].correct_norm) is not None and (after := adapter[name].correct_norm) is not None
-    }
-    holm = dict(zip(plain, statistics.holm([c.mcnemar_p for c in plain.values()]), strict=True))
-    holm_norm = dict(zip(normal, statistics.holm([c.mcnemar_p for c in normal.values()]), strict=True))
-    return {
-        name: {
-            "source": scores.source,
-            "task_hash": scores.task_hash,
-            "version": scores.version,
-            "n": scores.n,
-            "base": _scores(base[name]),
-            "adapter": _scores(scores),
-            **_comparison(plain[name], holm[name]),
-            "acc_norm": _comparison(normal[name], holm_norm[name]) if name in normal else None,
-        }
-        for name, scores in adapter.items()
-    }
-
-
-def _scores(scores: TaskScores) -> dict[str, Any]:
-    return {key: getattr(scores, key) for key in ("acc", "stderr", "acc_norm", "acc_norm_stderr", "reused_from")}
-
-
-def _comparison(comparison: statistics.Comparison, holm_p: float) -> dict[str, Any]:
-    """The manifest's part of a comparison; its verdict is about the corrected p, and so holds for all tasks at once."""
-    kept = asdict(comparison)
-    for key in ("n", "base", "adapter"):
-        del kept[key]
-    return {**kept, "holm_p": holm_p, "verdict": statistics.verdict(holm_p, comparison.ci95)}
-
-
-def gate(
-    tasks: Mapping[str, Any], metric: str, min_delta: float | None, max_regression: float | None
-) -> list[str] | None:
-    """Why the adapter does not pass, by the interval and not by the point; None where no gate was set.
-
-    Args:
-        tasks: `evaluation.tasks` of a manifest.
-        metric: `acc` or `acc_norm`.
-        min_delta: The gain has to be at least this, with 97.5 % confidence.
-        max_regression: The loss has to be at most this, with the same confidence.
-    """
-    if min_delta is None and max_regression is None:
-        return None
-    reasons = []
-    for name, task in tasks.items():
-        found = task if metric == "acc" else task[metric]
-        if found is None:
-            reasons.append(f"{name} has no {metric}")
-            continue
-        low = found["ci95"][0]
-        if min_delta is not None and low < min_delta:
-            reasons.append(f"{name}: {metric} may have gained only {low:+.4f}, the gate asks for {min_delta:+.4f}")
-        if max_regression is not None and low < -max_regression:
-            reasons.append(f"{name}: {metric} may have lost {-low:.4f}, the gate allows {max_regression:.4f}")
-    return reasons
 
 
 def validate(results: Mapping[str, Any]) -> None:
@@ -230,9 +159,9 @@ def _output(*command: str) -> str | None:
     return done.stdout.strip() or None if done.returncode == 0 else None
 
 
-def _plain(value: dict[str, Any]) -> dict[str, Any]:
-    """Tuples become lists, as in the JSON that will be read back."""
-    plain: dict[str, Any] = json.loads(json.dumps(value, allow_nan=False))
+def sealed(results: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest as it will be read back, with its seal; to be done again after a change."""
+    plain: dict[str, Any] = json.loads(hashes.sealed(results))
     return plain
 
 

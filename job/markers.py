@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 
+from job.hashes import seal, sealed
 from job.objects import check_key
 
 NAME = "COMMITTED.json"
@@ -66,8 +64,7 @@ def files_prefix(marker: Marker) -> str:
 
 def render(marker: Marker) -> bytes:
     """The marker as JSON, sealed with a hash of its own content."""
-    facts = marker.model_dump()
-    return json.dumps(facts | {"seal": _seal(facts)}, indent=2).encode()
+    return sealed(marker.model_dump())
 
 
 def parse(data: bytes) -> Marker:
@@ -78,18 +75,13 @@ def parse(data: bytes) -> Marker:
     """
     try:
         facts = dict(from_json(data))
-        seal = facts.pop("seal", None)
+        claimed = facts.pop("seal", None)
         marker = Marker.model_validate(facts)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         raise ValueError(f"the marker is malformed: {first['msg'][:_MAX_WORDS]}") from None
     except (TypeError, ValueError) as error:
         raise ValueError(f"the marker is malformed: {str(error)[:_MAX_WORDS]}") from None
-    if seal != _seal(facts):
+    if claimed != seal(facts):
         raise ValueError("the marker was altered: its seal is not that of its content")
     return marker
-
-
-def _seal(facts: Mapping[str, Any]) -> str:
-    """SHA-256 of a marker's content, whatever its layout as text."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from job.errors import DataError, Problem, SettingsError, Unreachable
 from job.local import LocalStore
-from job.store import Conflict, NotSupported, ObjectInfo, ObjectStore, Stored, TooLarge, check_key, disk_errors
+from job.store import Conflict, NotSupported, ObjectInfo, ObjectStore, Stored, TooLarge, check_key, disk_errors, is_key
 
 __all__ = [
     "Conflict",
@@ -20,6 +20,7 @@ __all__ = [
     "TooLarge",
     "check_key",
     "fetch",
+    "is_key",
     "open_store",
     "size",
 ]

@@ -7,15 +7,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from job import log, manifest
+from job import evidence, log, manifest
 from job.attempts import Attempt, compare_settings, keep_settings, now, open_attempt
+from job.baselines import Baseline, check_tasks
+from job.comparison import compare_tasks, judge
 from job.documents import publish_documents
 from job.errors import DataError, GateError, Problem
 from job.faults import Fault, arm, faulty
+from job.hashes import sealed
 from job.objects import open_store
 from job.preemption import Stop
+from job.published import answers_path
 from job.pull import Sources, pull
-from job.records import Evaluated, ModelRecord, Pulled, Trained
+from job.records import Artifact, Evaluated, ModelRecord, Pulled, Trained
 from job.settings import Settings, describe, redacted
 
 # These change how a run is carried out, never what it computes; an attempt may differ in them from the one before.
@@ -53,6 +57,8 @@ def run(settings: Settings, stop: Stop, beat: Callable[[], None], faults: tuple[
         base = attempt.stage(
             "evaluate-base", Evaluated, lambda: stages.evaluate_base(attempt, settings, sources, loaded, shared)
         )
+        if sources.baseline is not None:
+            check_tasks(sources.baseline, base.scores)
         trained = attempt.stage("train", Trained, lambda: stages.train_adapter(attempt, settings, sources, loaded))
         adapter = attempt.stage(
             "evaluate-adapter", Evaluated, lambda: stages.evaluate_adapter(attempt, settings, sources, loaded, trained)
@@ -79,8 +85,8 @@ def publish(
     if (done := attempt.store.read("results.json")) is not None:  # the attempt before got so far after all
         published: dict[str, Any] = json.loads(done.data)
         return published
-    tasks = manifest.compare_tasks(base.scores, adapter.scores)
-    gate = settings.gate
+    tasks = compare_tasks(base.scores, adapter.scores)
+    against, copies = publish_baseline(attempt, sources.baseline, adapter)
     results = manifest.build(
         run_id=settings.run.id,
         settings=redacted(settings),
@@ -90,16 +96,32 @@ def publish(
         dataset=sources.record.dataset,
         training=trained.training,
         tasks=tasks,
-        gate_metric=gate.metric,
-        gate_reasons=manifest.gate(tasks, gate.metric, gate.min_delta, gate.max_regression),
-        artifacts=[*base.artifacts, *trained.artifacts, *adapter.artifacts],
+        gate=judge(tasks, **settings.gate.model_dump(exclude={"baseline"}), baseline=against),
+        artifacts=[*base.artifacts, *trained.artifacts, *adapter.artifacts, *copies],
+        evidence=evidence.collect(attempt.store, attempt.work / "evidence", attempt.number),
         image_digest=None,
         usd_per_hour=settings.cost.usd_per_hour,
     )
-    results = publish_documents(attempt, results)
+    results = manifest.sealed(publish_documents(attempt, results))
     manifest.validate(results)
-    attempt.store.write("results.json", json.dumps(results, indent=2).encode())
+    attempt.store.write("results.json", sealed(results))
     return results
+
+
+def publish_baseline(
+    attempt: Attempt, baseline: Baseline | None, adapter: Evaluated
+) -> tuple[dict[str, Any] | None, list[Artifact]]:
+    """Compares the adapter with the gate's baseline, and publishes the answers that this rests on."""
+    if baseline is None:
+        return None, []
+    copies = []
+    for task in adapter.scores:
+        key = answers_path(task, "baseline")
+        path = attempt.work / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(baseline.files[task])
+        copies.append(attempt.publish(path, key))
+    return baseline.compared(adapter.scores), copies
 
 
 def _same(known: Pulled, found: Pulled) -> None:

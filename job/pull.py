@@ -8,6 +8,7 @@ from typing import Any
 
 from job import log
 from job.attempts import Attempt
+from job.baselines import Baseline, check_questions, read_baseline
 from job.dataset import load_examples
 from job.evaluate import Tasks, load_tasks
 from job.hub import download_model
@@ -20,13 +21,14 @@ from job.settings import Settings
 
 @dataclass(frozen=True)
 class Sources:
-    """What was pulled, in memory; `folder` holds the model's files."""
+    """What was pulled, in memory; `folder` holds the model's files, `baseline` is what the gate looks back to."""
 
     record: Pulled
     folder: Path
     tokenizer: Any
     examples: list[Example]
     tasks: Tasks
+    baseline: Baseline | None
 
 
 def pull(attempt: Attempt, settings: Settings, storage: dict[str, Any]) -> Sources:
@@ -36,6 +38,8 @@ def pull(attempt: Attempt, settings: Settings, storage: dict[str, Any]) -> Sourc
         attempt.alive()
         return str(fetch(uri, attempt.work / kind, **storage)) if uri.startswith("s3://") else uri
 
+    gate = settings.gate
+    baseline = None if gate.baseline is None else read_baseline(gate.baseline, storage)
     model, data = settings.model, settings.data
     uris = {uri for uri in (model.id, data.source, *settings.eval.data.values()) if uri.startswith("s3://")}
     check_disk(attempt.work, required_bytes(size(uri, **storage) for uri in uris))
@@ -57,7 +61,9 @@ def pull(attempt: Attempt, settings: Settings, storage: dict[str, Any]) -> Sourc
     attempt.alive()
     questions = {task: Path(local(uri, f"questions/{task}")) for task, uri in settings.eval.data.items()}
     tasks = load_tasks(settings.eval.tasks, questions, settings.eval.data)
+    if baseline is not None:
+        check_questions(baseline, tasks.questions(settings.eval.limit), gate.metric)
     attempt.alive()
     log.get_logger().info("data is ready", rows=dataset.rows, skipped=dataset.skipped, tokens=dataset.tokens)
     record = Pulled(dataset, fingerprint(folder), revision, tasks.fingerprints())
-    return Sources(record, folder, tokenizer, examples, tasks)
+    return Sources(record, folder, tokenizer, examples, tasks, baseline)

@@ -7,8 +7,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from job.artifacts import fetch_artifact
 from job.errors import DataError, Problem, SettingsError
-from job.finished import fetch_artifact, open_finished
+from job.published import open_run, read_published
 from job.report import draw, read_evidence
 from job.settings import load_settings
 from job.store import disk_errors
@@ -21,13 +22,14 @@ def report_command(words: Sequence[str]) -> int:
 
     Raises:
         SettingsError: It is not clear which run, or there is none.
+        VerificationError: The manifest is not what the job wrote.
         DataError: What was published is gone, or was altered.
     """
     if not words or words[0].startswith("--"):
         raise SettingsError([Problem("report", "name a finished run: its folder, or its results.json; path or s3://")])
     where, *rest = words
     output, rest = _take(rest, "output", OUTPUT)
-    run = open_finished(where, **load_settings(rest).storage.model_dump(exclude={"cache"}))
+    run = read_published(open_run(where, **load_settings(rest).storage.model_dump(exclude={"cache"})))
     with tempfile.TemporaryDirectory(prefix="qlora-job-") as folder:
         try:
             evidence = read_evidence(run.results, lambda artifact: fetch_artifact(run.store, artifact, Path(folder)))

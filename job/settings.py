@@ -26,6 +26,7 @@ __all__ = [
     "current_platform",
     "describe",
     "json_schema",
+    "load_reading",
     "load_settings",
     "new_run_id",
     "preset_values",
@@ -35,6 +36,9 @@ __all__ = [
 
 _SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY_ID)(?!.*(FILE|DIR|PATH)$)", re.IGNORECASE)
 _SHORTEST_SECRET = 8
+
+READING = ("storage.", "log.")
+"""Groups of the settings that count where published runs are read."""
 
 Fault = tuple[str, str]
 """Name of a setting, and what is wrong with it beside the others."""
@@ -58,6 +62,28 @@ def load_settings(arguments: Sequence[str] = (), environ: Mapping[str, str] | No
     sources = {**settings.sources, "WORLD_SIZE": "environment"}
     problems += [Problem(f"{name} ({sources[name]})", what) for name, what in faults if name not in wrong]
     if problems:
+        raise SettingsError(problems)
+    return settings
+
+
+def load_reading(arguments: Sequence[str] = (), environ: Mapping[str, str] | None = None) -> Settings:
+    """The settings for a command that only reads published runs: how to reach them, and how to log.
+
+    What else is set, say in an environment that a run shares, is left alone and has its default in what is returned.
+
+    Raises:
+        SettingsError: With all problems at once.
+    """
+    environ = os.environ if environ is None else environ
+    layer = collect(NAMES, arguments, environ, detect(environ), PRESETS)
+    useful = {name: item for name, item in layer.given.items() if name.startswith(READING)}
+    settings, wrong = _validated(useful)
+    useless = [
+        Problem(f"{name} (command line)", f"is of no use here; only {' and '.join(READING)} settings are")
+        for name, item in layer.given.items()
+        if item.source == "command line" and name not in useful
+    ]
+    if problems := [*layer.problems, *useless, *wrong.values()]:
         raise SettingsError(problems)
     return settings
 
@@ -186,5 +212,7 @@ def _gate(settings: Settings) -> Iterator[Fault]:
     gain, loss = settings.gate.min_delta, settings.gate.max_regression
     if settings.sources["gate.metric"] != "default" and gain is None and loss is None:
         yield "gate.metric", "has no threshold; give gate.min_delta or gate.max_regression as well"
+    if settings.gate.baseline is not None and gain is None and loss is None:
+        yield "gate.baseline", "has no threshold; give gate.min_delta or gate.max_regression as well"
     if gain is not None and loss is not None and gain < -loss:
         yield "gate.min_delta", "allows a greater loss than gate.max_regression; raise it, or remove one of the two"

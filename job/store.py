@@ -24,6 +24,7 @@ MAX_READ_BYTES = 16 * MIB
 HIDDEN = ".store"
 # Bytes of UTF-8: S3's limit for a whole key and the usual limit of file systems for one name.
 _MAX_KEY, _MAX_PART = 1024, 255
+PROBE = ".probe-"
 # An ETag that no object has: conditional writes that name it must be refused.
 _NO_TAG = '"00000000000000000000000000000000"'
 
@@ -127,6 +128,15 @@ def check_key(key: str) -> str:
     return key
 
 
+def is_key(key: str) -> bool:
+    """Whether the store's verbs take `key`: others can put names into a store that they do not."""
+    try:
+        check_key(key)
+    except ValueError:
+        return False
+    return True
+
+
 def check_prefix(prefix: str) -> str:
     """Return `prefix` if it is empty or the beginning of a key.
 
@@ -141,7 +151,7 @@ def check_prefix(prefix: str) -> str:
 def probe(store: ObjectStore) -> bool:
     """Whether `store` honours both conditions of a write, found out on an object of its own that is removed again."""
     name = uuid4().hex
-    key = f".probe-{name}"
+    key = f"{PROBE}{name}"
     try:
         tag = store.write(key, f"{name} 1".encode(), if_absent=True)
     except NotSupported:

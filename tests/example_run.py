@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from job import manifest, statistics
-from job.hashes import hash_file
+from job import comparison, manifest, statistics
+from job.hashes import hash_file, sealed
 from job.records import Artifact, AttemptRecord, DatasetRecord, ModelRecord, StepMetrics, TaskScores, TrainingRecord
 from job.report import Evidence
 from job.settings import load_settings, redacted
@@ -136,7 +135,7 @@ def evidence(**tasks: Sides) -> Evidence:
 
 def results(found: Evidence, arguments: Sequence[str] = (), **changes: Any) -> dict[str, Any]:
     """The manifest of a run with these answers, settings and changed records; nothing is published yet."""
-    tasks = manifest.compare_tasks(
+    tasks = comparison.compare_tasks(
         *({task: _scores(task, sides[side]) for task, sides in found.answers.items()} for side in (0, 1))
     )
     built = manifest.build(
@@ -149,9 +148,9 @@ def results(found: Evidence, arguments: Sequence[str] = (), **changes: Any) -> d
             "dataset": DATASET,
             "training": TRAINING,
             "tasks": tasks,
-            "gate_metric": "acc",
-            "gate_reasons": None,
+            "gate": comparison.judge(tasks, metric="acc", min_delta=None, max_regression=None),
             "artifacts": [],
+            "evidence": [],
             "image_digest": None,
             "usd_per_hour": 2.5,
             **changes,
@@ -169,8 +168,13 @@ def publish(folder: Path, found: Evidence, made: dict[str, Any]) -> dict[str, An
         for side, records in zip(("base", "adapter"), sides, strict=True):
             paths.append(write_jsonl(folder / f"artifacts/evaluation/{task}.{side}.jsonl", records))
     files = [Artifact(p.relative_to(folder).as_posix(), p.stat().st_size, hash_file(p)) for p in paths]
-    complete = {**made, "artifacts": [asdict(file) for file in files]}
-    (folder / "results.json").write_text(json.dumps(complete), encoding="utf-8")
+    return write_results(folder, {**made, "artifacts": [asdict(file) for file in files]})
+
+
+def write_results(folder: Path, made: dict[str, Any]) -> dict[str, Any]:
+    """Seals a manifest and writes it into a run's folder; returns it with its seal."""
+    complete = manifest.sealed(made)
+    (folder / "results.json").write_bytes(sealed(complete))
     return complete
 
 

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from job.records import Example
+from job import statistics
+from job.records import Example, TaskScores
 
 BOS, EOS, PAD = 0, 1, 2
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -135,3 +136,20 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The inverse of `write_jsonl`."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def task_scores(task: str, correct: list[bool], correct_norm: list[bool] | None = None) -> TaskScores:
+    """The scores of a task with these answers."""
+    return TaskScores(
+        task=task,
+        source="questions.jsonl",
+        task_hash="0123456789abcdef" * 4,
+        version="1.0",
+        n=len(correct),
+        acc=sum(correct) / len(correct),
+        stderr=statistics.standard_error(correct),
+        acc_norm=sum(correct_norm) / len(correct_norm) if correct_norm else None,
+        acc_norm_stderr=statistics.standard_error(correct_norm) if correct_norm else None,
+        correct=tuple(correct),
+        correct_norm=tuple(correct_norm) if correct_norm else None,
+    )

@@ -19,19 +19,25 @@ SOURCES = {
 # A room imports from the lines above its own only. Imports inside functions count.
 LEVELS = """
     __init__ errors records log hashes batches statistics attention platforms presets fieldtypes callbacks
-    optimizer_states results charts answers
+    optimizer_states results charts answers checks tables
     store formats groups sources preemption model scoring events manifest limits clouds watchdog publisher selftest
+    comparison question_records side_by_side
     recipe wording
     local s3_errors schemas settings hub states notices rendering timeline
     s3 s3_client encode train evaluate card report
     objects dataset
-    lease markers scores finished
-    guard checkpoint_download redraw
+    lease markers scores artifacts
+    guard checkpoint_download
     checkpoints
     faults
     attempts
-    pull documents
-    stages
+    documents
+    evidence
+    published copies
+    baselines figures compare redraw
+    pull history lineage
+    stages verify
+    inspection
     pipeline
     cli
     __main__

@@ -9,16 +9,38 @@ from job.cli import COMMANDS, USAGE
 from job.errors import exit_codes
 from job.groups import NAMES
 from job.sources import environment_name
+from job.statistics import mcnemar, tango_interval, verdict
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
 def test_exit_codes_in_the_readme() -> None:
     """The README's table of exit codes is that of `errors.py`."""
-    rows = re.findall(r"^\| (\d+) \| (.+?) \| (.*?) ?\|$", README, re.MULTILINE)
+    section = README.partition("## Exit codes")[2]
+    rows = re.findall(r"^\| (\d+) \| (.+?) \| (.*?) ?\|$", section, re.MULTILINE)
     expected = [("0", "done, manifest published", "")]
     expected += [(str(code), meaning, retry) for code, (meaning, retry) in exit_codes().items()]
     assert rows == expected
+
+
+def test_the_published_claim_in_the_readme() -> None:
+    """The table of discordances is what our statistics say, and its middle is where the verdict turns."""
+    asked = 2376
+    before, after = 1896, 1929
+    assert [k for k in range(asked) if f"{100 * k / asked:.2f}" in {"79.80", "81.19"}] == [before, after]
+    found = re.findall(r"^\| (\d+) \| (\d+) \| (.+?) % \| (.+?) \| (.+?) \| (\w+) \|$", README, re.MULTILINE)
+    pairs = [(int(better), int(worse)) for better, worse, *_ in found]
+    expected = []
+    for better, worse in pairs:
+        assert better - worse == after - before
+        assert worse <= asked - after
+        p, (low, high) = mcnemar(better, worse), tango_interval(better, worse, asked)
+        share, interval = f"{100 * (better + worse) / asked:.1f}", f"{100 * low:+.2f} to {100 * high:+.2f}"
+        expected.append((str(better), str(worse), share, f"{p:.4g}", interval, verdict(p, (low, high))))
+    assert found == expected
+    last = max(better + worse for (better, worse), row in zip(pairs, found, strict=True) if row[-1] == "improved")
+    assert f"Up to {last} changed answers, {100 * last / asked:.1f} % of the questions" in README
+    assert (last + 2) in {better + worse for better, worse in pairs}  # the next one there can be is none
 
 
 def test_settings_in_the_readme() -> None:

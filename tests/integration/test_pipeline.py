@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -217,6 +218,48 @@ def test_the_figures_follow_from_the_records(whole: Ended) -> None:
     assert [line["log_likelihoods"] for line in base] != [line["log_likelihoods"] for line in adapter]
 
 
+def failures(run: Path, work: Path) -> str:
+    """What `verify` finds, as it is told."""
+    from job.errors import VerificationError
+    from job.published import open_run
+    from job.verify import demand, verify
+
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    try:
+        demand(verify(open_run(str(run)), work))
+    except VerificationError as error:
+        return f"exit {error.exit_code}\n{error}"
+    return ""
+
+
+def places(path: Path) -> set[int]:
+    """Positions in a file: both ends, the middle, and of JSON the inside of some numbers and some strings."""
+    data = path.read_bytes()
+    found = {0, len(data) // 2, len(data) - 1}
+    if path.suffix in {".json", ".jsonl"}:
+        for inside in (rb"\d\.\d", rb"\d\d", rb'"[a-z_]{4}'):
+            hits = list(re.finditer(inside, data))
+            found |= {hits[len(hits) // 2].end() - 1, hits[-1].end() - 1} if hits else set()
+    return found
+
+
+def test_every_changed_byte_of_a_run_is_found(whole: Ended, tmp_path: Path) -> None:
+    """`verify` passes the run; after a one-bit change in any file, or without it, it ends with 4 and names the file."""
+    copy = Path(shutil.copytree(whole.run, tmp_path / "copy"))
+    assert failures(copy, tmp_path / "work") == ""
+    for path in sorted(path for path in copy.rglob("*") if path.is_file() and ".store" not in path.parts):
+        name, data = path.relative_to(copy).as_posix(), path.read_bytes()
+        for position in places(path):
+            path.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
+            found = failures(copy, tmp_path / "work")
+            assert (found[:6], name in found) == ("exit 4", True), (name, position)
+        path.unlink()
+        assert name in failures(copy, tmp_path / "work")
+        path.write_bytes(data)
+    assert failures(copy, tmp_path / "work") == ""
+
+
 def test_every_line_of_the_log_says_where_it_belongs(whole: Ended) -> None:
     """JSON lines with run, level and time; the attempt once there is one; the stage within one; figures every step."""
     assert all({"event", "level", "timestamp"} <= line.keys() and line["run"] == "whole" for line in whole.lines)
@@ -345,6 +388,42 @@ def test_a_gate_that_is_not_met_ends_with_3(inputs: Inputs, unfinished: str) -> 
         assert (error["event"], error["exit_code"]) == ("GateError", 3)
         begun = [line["stage"] for line in ended.lines if line["event"] == "stage begins"]
         assert begun == [], attempt
+
+
+def test_a_gate_may_look_back_to_an_earlier_run(inputs: Inputs, whole: Ended, unfinished: str, tmp_path: Path) -> None:
+    """The earlier adapter takes the place of the base; its answers are published, so that anyone can check it."""
+    changes = {"JOB_GATE__BASELINE": f"{whole.run}/results.json", "JOB_GATE__MAX_REGRESSION": "0.001"}
+    ended = run(inputs, unfinished, **changes)
+    assert ended.code == 3
+    gate = ended.results["gate"]
+    assert gate["baseline"]["run"] == "whole"
+    assert gate["baseline"]["sha256"] == hashlib.sha256((whole.run / "results.json").read_bytes()).hexdigest()
+    task = gate["baseline"]["tasks"]["arc_easy"]
+    assert (task["delta"], task["improved"], task["regressed"]) == (0, 0, 0)  # the same adapter
+    assert task["ci95"][0] < -0.001
+    assert gate["reasons"] == [f"arc_easy: acc may have lost {-task['ci95'][0]:.4f}, the gate allows 0.0010"]
+    assert failures(ended.run, tmp_path / "work") == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "why"),
+    [
+        ({"JOB_GATE__BASELINE": "nowhere"}, 2, "there is no run"),
+        ({"JOB_EVAL__LIMIT": "20"}, 65, "arc_easy: 40 questions there and 20 here"),
+        ({"JOB_GATE__MAX_REGRESSION": ""}, 2, "has no threshold"),
+    ],
+)
+def test_a_baseline_that_will_not_do_ends_the_job_at_once(
+    inputs: Inputs, whole: Ended, changes: dict[str, str], code: int, why: str
+) -> None:
+    """Before a model is loaded, a step is done or a question is scored."""
+    gate = {"JOB_GATE__BASELINE": str(whole.run), "JOB_GATE__MAX_REGRESSION": "0.01"}
+    ended = run(inputs, "no-baseline", **(gate | changes))
+    assert ended.code == code
+    (error,) = errors(ended)
+    assert error["problems"][0].startswith("gate.baseline")
+    assert why in error["problems"][0]
+    assert "model is loaded" not in {line["event"] for line in ended.lines}
 
 
 def test_another_setting_under_the_same_id_is_refused(inputs: Inputs, unfinished: str) -> None:

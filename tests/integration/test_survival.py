@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,9 @@ from pathlib import Path
 import boto3
 import pytest
 
+from job.published import open_run
 from job.results import facts_of
+from job.verify import demand, verify
 from tests.chaos.small import settings
 from tests.flaky_proxy import flaky
 from tests.s3_server import BUCKET, CREDENTIALS, credentials, moto_server
@@ -38,7 +41,9 @@ def attempt(environment: Mapping[str, str], **changes: str) -> subprocess.Comple
 
 
 def published(output: Path, run: str) -> dict[str, str]:
-    """The facts of a finished run."""
+    """The facts of a finished run, which verifies."""
+    with tempfile.TemporaryDirectory() as work:
+        demand(verify(open_run(str(output / run)), Path(work)))
     return facts_of(json.loads((output / run / "results.json").read_text(encoding="utf-8")))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from job import attempts
-from job.attempts import Attempt, compare_settings, keep_settings, open_attempt
+from job.attempts import Attempt, compare_settings, keep_settings, ledger_key, open_attempt, parse_record
 from job.errors import DataError, Preempted, Replaced, SettingsError, Unreachable
 from job.faults import arm
 from job.local import LocalStore
@@ -196,3 +196,20 @@ def test_a_run_is_one_experiment(store: LocalStore) -> None:
         compare_settings(store, {"train.epochs": 3})
     with pytest.raises(SettingsError, match=r"train\.epochs"):
         keep_settings(store, {"train.epochs": 3})
+
+
+def test_a_damaged_record_is_not_believed(
+    opened: Callable[..., AbstractContextManager[Attempt]], store: LocalStore
+) -> None:
+    """A changed digit in the ledger ends the next attempt, with the file and the way out."""
+    with opened():
+        pass
+    stored = store.read(ledger_key(1))
+    assert stored is not None
+    assert parse_record(stored.data).outcome == "complete"
+    store.write(ledger_key(1), stored.data.replace(b'"steps": 0', b'"steps": 1'))
+    with pytest.raises(DataError, match=r"attempts/0001\.json: was altered.*remove it"), opened():
+        pass
+    store.delete(ledger_key(1))
+    with opened() as last:
+        assert last.earlier == []

@@ -20,6 +20,7 @@ from job import checkpoints, markers
 from job.checkpoints import Restored, prune, publish, restore, steps
 from job.errors import AccessDenied, JobError, Unreachable
 from job.guard import guarded
+from job.hashes import seal
 from job.lease import take
 from job.local import LocalStore
 from job.objects import ObjectStore
@@ -77,9 +78,8 @@ def reseal(store: ObjectStore, change: Callable[[dict[str, Any]], Any]) -> None:
     stored = store.read(MARKER)
     assert stored is not None
     facts = json.loads(stored.data)
-    del facts["seal"]
     change(facts)
-    store.write(MARKER, json.dumps(facts | {"seal": markers._seal(facts)}).encode())
+    store.write(MARKER, json.dumps(facts | {"seal": seal(facts)}).encode())
 
 
 def vouched_files_are_there(store: ObjectStore) -> bool:

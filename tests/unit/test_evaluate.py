@@ -196,6 +196,23 @@ def test_tasks_can_be_run_twice(base_folder: Path, tokenizer: Any, tmp_path: Pat
     assert len(asked[0]) == 10
 
 
+@pytest.mark.parametrize("limit", [None, 5])
+def test_questions_are_known_before_they_are_asked(
+    base_folder: Path, tokenizer: Any, tmp_path: Path, limit: int | None
+) -> None:
+    """Ids and hashes of the rows are those that the records are going to have, without ids in the file too."""
+    files = {
+        "arc_easy": write_jsonl(tmp_path / "easy.jsonl", arc_rows(8)),
+        "arc_challenge": write_jsonl(
+            tmp_path / "challenge.jsonl", [{k: v for k, v in row.items() if k != "id"} for row in arc_rows(7)]
+        ),
+    }
+    known = local_tasks(**files).questions(limit)
+    results = run(base_folder, tokenizer, limit=limit, **files)
+    assert known == {task: [(r["id"], r["doc_hash"]) for r in records] for task, (_, records) in results.items()}
+    assert [len(asked) for asked in known.values()] == [limit or 8, limit or 7]
+
+
 def test_the_limit_takes_the_first_questions(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
     """With a limit the first questions of the file are asked, and the hash is theirs."""
     rows = arc_rows(12)

@@ -132,6 +132,17 @@ def test_garbage_is_not_taken_over(store: LocalStore, garbage: bytes) -> None:
     assert stored.data == garbage
 
 
+def test_a_changed_digit_is_no_lease(store: LocalStore) -> None:
+    """A lease whose epoch was altered would make two attempts write in one place: it is refused."""
+    take(store, "a")
+    take(store, "b")
+    stored = store.read(KEY)
+    assert stored is not None
+    store.write(KEY, stored.data.replace(b'"epoch": 2', b'"epoch": 1'))
+    with pytest.raises(DataError, match=r"lease\.json: is no lease"):
+        take(store, "c")
+
+
 def test_heartbeat_whose_answer_got_lost(store: LocalStore) -> None:
     """A heartbeat that arrived although it looked failed does not cost the holder its lease."""
     second_write = FailNth(1, Unreachable("the answer got lost"), ("write",))

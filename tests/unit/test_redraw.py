@@ -11,7 +11,7 @@ from job.errors import DataError, SettingsError
 from job.hashes import hash_file
 from job.redraw import report_command
 from job.report import draw
-from tests.example_run import answers, evidence, publish, results
+from tests.example_run import answers, evidence, publish, results, write_results
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_records_that_are_none_are_an_error_of_the_data(run: Path, line: str) ->
     made = json.loads((run / "results.json").read_text())
     entry = next(artifact for artifact in made["artifacts"] if artifact["path"] == "artifacts/metrics.jsonl")
     entry |= {"bytes": metrics.stat().st_size, "sha256": hash_file(metrics)}
-    (run / "results.json").write_text(json.dumps(made))
+    write_results(run, made)
     with pytest.raises(DataError, match="are no records of this job"):
         report_command([str(run), "--output", str(run.parent / "x.html")])
     assert not (run.parent / "x.html").exists()
@@ -53,7 +53,7 @@ def test_a_manifest_without_its_files_is_an_error_of_the_data(run: Path) -> None
         report_command([str(run)])
     made = json.loads((run / "results.json").read_text())
     made["artifacts"] = made["artifacts"][:1]
-    (run / "results.json").write_text(json.dumps(made))
+    write_results(run, made)
     with pytest.raises(DataError, match="are no records of this job"):
         report_command([str(run)])
 

@@ -154,12 +154,24 @@ def test_a_fuller_account_of_the_cost_is_told_too(made: dict[str, Any], found: r
         assert told in text
 
 
+def judged(*reasons: str) -> dict[str, Any]:
+    """A gate that was set, and what it said."""
+    return {
+        "metric": "acc",
+        "min_delta": None,
+        "max_regression": 0.01,
+        "baseline": None,
+        "passed": not reasons,
+        "reasons": list(reasons),
+    }
+
+
 def test_a_gate_is_told(found: report.Evidence) -> None:
     """Whether it was passed, and why not; nothing where none was set."""
-    missed = results(found, gate_reasons=["piqa: acc may have lost 0.0700, the gate allows 0.0100"])
+    missed = results(found, gate=judged("piqa: acc may have lost 0.0700, the gate allows 0.0100"))
     text = " ".join(Page(report.draw(missed, found)).text.split())
     assert "Quality gate on acc: not passed. piqa: acc may have lost 0.0700" in text
-    passed = results(found, gate_reasons=[])
+    passed = results(found, gate=judged())
     assert "Quality gate on acc: passed." in report.draw(passed, found).decode()
 
 
@@ -179,7 +191,7 @@ def test_everything_from_the_run_is_text() -> None:
     for record in (*base, *adapter):
         record["question"], record["choices"] = HOSTILE, [HOSTILE] * 3
     found = evidence(**{HOSTILE: (base, adapter)})
-    made = results(found, ["--model.id", "a/b", "--data.source", HOSTILE], run_id=HOSTILE, gate_reasons=[HOSTILE])
+    made = results(found, ["--model.id", "a/b", "--data.source", HOSTILE], run_id=HOSTILE, gate=judged(HOSTILE))
     made["artifacts"] = [asdict(Artifact(HOSTILE, 1, HASH))]
     made["training"]["substitutions"] = [HOSTILE]
     made["run"]["attempts"][0]["outcome"] = HOSTILE

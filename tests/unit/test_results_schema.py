@@ -31,6 +31,7 @@ COMPARISON = {
     "minimum_detectable_effect": 0.0188,
     "verdict": "inconclusive",
 }
+TASK = {"source": "allenai/ai2_arc", "task_hash": HASH, "version": "1.0", "n": 2376}
 SCORES = {"acc": 0.798, "acc_norm": 0.783, "stderr": 0.0082, "acc_norm_stderr": 0.0085, "reused_from": None}
 EXAMPLE: dict[str, Any] = {
     "schema_version": "1.0",
@@ -109,10 +110,7 @@ EXAMPLE: dict[str, Any] = {
         "harness": {"name": "lm-eval", "version": "0.4.13"},
         "tasks": {
             "arc_easy": {
-                "source": "allenai/ai2_arc",
-                "task_hash": HASH,
-                "version": "1.0",
-                "n": 2376,
+                **TASK,
                 "base": SCORES,
                 "adapter": SCORES | {"acc": 0.8119, "reused_from": "s3://bucket/evaluations/0123"},
                 **COMPARISON,
@@ -131,7 +129,19 @@ EXAMPLE: dict[str, Any] = {
             },
         },
     },
-    "gate": {"metric": "acc", "passed": False, "reasons": ["acc fell by more than 0.01"]},
+    "gate": {
+        "metric": "acc",
+        "min_delta": 0.005,
+        "max_regression": 0.01,
+        "baseline": {
+            "run": "mistral-7b-alpaca-0",
+            "results": "s3://bucket/mistral-7b-alpaca-0/results.json",
+            "sha256": HASH,
+            "tasks": {"arc_easy": {**TASK, "base": SCORES, "adapter": SCORES, **COMPARISON, "acc_norm": None}},
+        },
+        "passed": False,
+        "reasons": ["acc fell by more than 0.01"],
+    },
     "artifacts": [
         {
             "path": "artifacts/adapter/adapter_model.safetensors",
@@ -141,6 +151,7 @@ EXAMPLE: dict[str, Any] = {
         },
         {"path": "artifacts/metrics.jsonl", "bytes": 0, "sha256": HASH, "facts_sha256": HASH},
     ],
+    "evidence": [{"path": "settings.json", "bytes": 1210, "sha256": HASH}],
     "hardware": {
         "platform": "Linux-6.8.0-x86_64-with-glibc2.39",
         "machine": "x86_64",
@@ -158,6 +169,7 @@ EXAMPLE: dict[str, Any] = {
         "image_digest": f"sha256:{HASH}",
     },
     "cost": {"seconds": 7800.0, "usd": 4.5, "goodput": 0.93, "repeated_steps": 2},
+    "seal": HASH,
 }
 
 Path = tuple[str | int, ...]
@@ -195,6 +207,7 @@ def name(path: Path) -> str:
 
 # Objects whose keys are the user's or the task's own; all others are closed and all their keys required.
 OPEN = {("settings",), ("dataset", "skipped"), ("evaluation", "tasks"), ("software", "packages")}
+OPEN |= {("gate", "baseline", "tasks")}
 FREE = {path for path, _ in walk(EXAMPLE) if path[:1] == ("settings",) and path[2:3] == ("value",)}
 OPEN |= {path for path, _ in walk(EXAMPLE) if path[-1:] == ("stage_seconds",)}
 CLOSED = [path for path, value in walk(EXAMPLE) if isinstance(value, dict) and path not in OPEN]
@@ -217,6 +230,10 @@ def test_example_is_valid() -> None:
     ("path", "value"),
     [
         (("gate", "passed"), None),
+        (("gate", "baseline"), None),
+        (("gate", "min_delta"), None),
+        (("gate", "max_regression"), None),
+        (("evidence",), []),
         (("cost", "usd"), None),
         (("cost", "goodput"), None),
         (("model", "revision"), None),
@@ -275,11 +292,12 @@ def test_counts_are_whole_and_not_negative(path: Path) -> None:
 def test_numbers_have_a_lower_bound(path: Path) -> None:
     """Every measured number is refused below its range, which starts at 0, or at -1 for differences."""
     assert not VALIDATOR.is_valid(replaced(path, -1.001))
-    signed = "delta" in path or "ci95" in path
+    signed = not {"delta", "ci95", "min_delta"}.isdisjoint(path)
     assert VALIDATOR.is_valid(replaced(path, -0.001)) == signed
 
 
 FRACTIONS = {"acc", "stderr", "acc_norm_stderr", "delta", "mcnemar_p", "holm_p", "minimum_detectable_effect", "goodput"}
+FRACTIONS |= {"min_delta", "max_regression"}
 
 
 @pytest.mark.parametrize(

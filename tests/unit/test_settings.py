@@ -25,6 +25,7 @@ from job.settings import (
     current_platform,
     describe,
     json_schema,
+    load_reading,
     load_settings,
     new_run_id,
     preset_values,
@@ -612,12 +613,39 @@ class TestCombinations:
         """A gate that can never close is not what was meant."""
         assert "threshold" in problems(["--gate.metric=acc_norm"])["gate.metric (command line)"]
         assert load_settings(["--gate.metric=acc_norm", "--gate.min_delta=0"], {}).gate.min_delta == 0
+        assert "threshold" in problems(["--gate.baseline=runs/a"])["gate.baseline (command line)"]
+        assert load_settings(["--gate.baseline=s3://bucket/a/results.json", "--gate.max_regression=0"], {})
 
     def test_gates_that_contradict_each_other(self) -> None:
         """Allowing a loss of 5 points and forbidding one of 1 cannot both be meant."""
         found = problems(["--gate.min-delta=-0.05", "--gate.max-regression=0.01"])
         assert "max_regression" in found["gate.min_delta (command line)"]
         assert load_settings(["--gate.min-delta=0.01", "--gate.max-regression=0.01"], {})
+
+
+class TestReading:
+    """What commands that read published runs take from settings that may be meant for a run."""
+
+    def test_only_what_reading_needs_counts(self, tmp_path: Path) -> None:
+        """Storage and log are taken; what a run would refuse is left alone, and its default is there."""
+        (tmp_path / "file").write_text("")
+        shared = {
+            "JOB_STORAGE__REGION": "eu-west-1",
+            "JOB_RUN__OUTPUT": str(tmp_path / "file"),
+            "JOB_GATE__METRIC": "acc",
+        }
+        found = load_reading(["--log.level=error"], shared)
+        assert (found.storage.region, found.log.level, found.run.output) == ("eu-west-1", "error", "runs")
+
+    def test_mistakes_are_told_all_the_same(self) -> None:
+        """Unknown names anywhere, wrong values of what counts, and what is typed in vain; all at once."""
+        with pytest.raises(SettingsError) as caught:
+            load_reading(["--train.epochs=2", "--log.level=loud"], {"JOB_STROAGE__REGION": "x"})
+        assert {problem.where for problem in caught.value.problems} == {
+            "environment JOB_STROAGE__REGION",
+            "train.epochs (command line)",
+            "log.level (command line)",
+        }
 
 
 class TestSecrets:

@@ -1,0 +1,246 @@
+"""A published run, made up in a second: every file of one, all of it consistent, without a model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import TypeAdapter
+from safetensors.numpy import save_file
+
+from job import checkpoints, manifest, question_records
+from job.attempts import ledger_key
+from job.comparison import compare_tasks, judge
+from job.evidence import collect
+from job.hashes import hash_facts, hash_file, sealed
+from job.lease import LeaseRecord
+from job.local import LocalStore
+from job.pipeline import _decides
+from job.published import answers_path
+from job.records import (
+    Artifact,
+    AttemptRecord,
+    DatasetRecord,
+    Evaluated,
+    ModelRecord,
+    Pulled,
+    StepMetrics,
+    Trained,
+    TrainingRecord,
+)
+from job.settings import describe, load_settings, redacted
+from job.states import ADAPTER, METRICS, write_metrics
+
+ROWS, STEPS = 8, 4
+SETTINGS = ("--train.global_batch_size=4", "--train.epochs=2", "--checkpoint.every_steps=2")
+Pairs = Mapping[str, Sequence[tuple[bool, bool]]]
+"""By task: whether the base and the adapter are right, for each question."""
+
+
+def pairs(n: int, *, improved: int = 0, regressed: int = 0) -> list[tuple[bool, bool]]:
+    """Answers to `n` questions, half of the others right both times."""
+    rest = n - improved - regressed
+    both = [(True, True)] * (rest // 2) + [(False, False)] * (rest - rest // 2)
+    return [(False, True)] * improved + [(True, False)] * regressed + both
+
+
+def publish_run(
+    folder: Path,
+    answers: Pairs,
+    *,
+    attempts: int = 1,
+    settings: Sequence[str] = (),
+    baseline: Callable[[LocalStore, Evaluated], tuple[dict[str, Any], list[Artifact]]] | None = None,
+) -> Path:
+    """Writes a run into `folder`, named like it; all attempts but the last were killed. Returns the folder."""
+    store = LocalStore(folder)
+    chosen = load_settings([*SETTINGS, *settings, f"--run.id={folder.name}"], environ={})
+    work = folder.with_name(f"{folder.name}.work")
+    work.mkdir(parents=True)
+    decisive = {name: value for name, value, _ in describe(chosen) if _decides(name)}
+    store.write("settings.json", json.dumps(decisive, indent=2).encode())
+    ledger = [_attempt(number, last=number == attempts) for number in range(1, attempts + 1)]
+    for record in ledger[:-1]:
+        store.write(ledger_key(record.number), sealed(asdict(replace(record, outcome="running"))))
+    model = _model()
+    dataset = DatasetRecord("rows.jsonl", None, None, "alpaca", ROWS, {}, _hash("rows"), 90, 80, 20)
+    _stage(store, "pull", Pulled, Pulled(dataset, model.sha256, None, {task: _hash(task) for task in answers}))
+    base, adapter = (_evaluated(store, answers, side, work) for side in ("base", "adapter"))
+    _stage(store, "evaluate-base", Evaluated, base)
+    trained = _trained(store, work, attempts)
+    _stage(store, "train", Trained, trained)
+    _stage(store, "evaluate-adapter", Evaluated, adapter)
+    store.write("scores/0123/kept.jsonl", b"{}\n")
+    tasks = compare_tasks(base.scores, adapter.scores)
+    against, copies = baseline(store, adapter) if baseline else (None, [])
+    results = manifest.build(
+        run_id=folder.name,
+        settings=redacted(chosen),
+        attempts=ledger,
+        finished="2026-01-05T10:00:00Z",
+        model=model,
+        dataset=dataset,
+        training=trained.training,
+        tasks=tasks,
+        gate=judge(tasks, **chosen.gate.model_dump(exclude={"baseline"}), baseline=against),
+        artifacts=[*base.artifacts, *trained.artifacts, *adapter.artifacts, *copies],
+        evidence=collect(store, work / "evidence", attempts),
+        image_digest=None,
+        usd_per_hour=1.5,
+    )
+    store.write("results.json", sealed(results))
+    store.write(ledger_key(attempts), sealed(asdict(replace(ledger[-1], seconds=ledger[-1].seconds + 0.5))))
+    holder = LeaseRecord(epoch=attempts, holder="host/1", started="2026-01-05T09:00:00Z", heartbeat=7)
+    store.write("lease.json", sealed(holder.model_dump()))
+    return folder
+
+
+def publish_file(store: LocalStore, key: str, data: bytes, facts: str | None = None) -> Artifact:
+    """Writes an artefact; returns its entry."""
+    store.write(key, data)
+    return Artifact(key, len(data), hashlib.sha256(data).hexdigest(), facts)
+
+
+def forge(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Changes a manifest as somebody would who knows how it is sealed."""
+    path = folder / "results.json"
+    results = json.loads(path.read_bytes())
+    change(results)
+    path.write_bytes(sealed(results))
+
+
+def rewrite(folder: Path, path: str, data: bytes) -> None:
+    """Replaces a file and everything that the manifest says of it."""
+    (folder / path).write_bytes(data)
+    facts = hash_facts(folder / path) if path.endswith("metrics.jsonl") else None
+
+    def change(results: dict[str, Any]) -> None:
+        (entry,) = [entry for entry in results["artifacts"] + results["evidence"] if entry["path"] == path]
+        entry.update(bytes=len(data), sha256=hash_file(folder / path))
+        if facts:
+            entry["facts_sha256"] = facts
+
+    forge(folder, change)
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _attempt(number: int, *, last: bool) -> AttemptRecord:
+    return AttemptRecord(
+        number=number,
+        started=f"2026-01-05T09:{number:02d}:00.000Z",
+        finished="2026-01-05T09:59:00.000Z" if last else None,
+        outcome="complete" if last else "killed",
+        seconds=60.5,
+        stage_seconds={"pull": 1.5, "train": 50.25},
+        steps=2,
+        repeated_steps=0,
+        last_step=STEPS if last else 2,
+    )
+
+
+def _model() -> ModelRecord:
+    return ModelRecord(
+        id="base",
+        revision=None,
+        sha256=_hash("model"),
+        architecture="MistralForCausalLM",
+        quantization="nf4",
+        double_quantization=True,
+        dtype="fp32",
+        parameters=1000,
+        trainable_parameters=12,
+    )
+
+
+def _stage(store: LocalStore, name: str, kind: type, found: object) -> None:
+    store.write(f"stages/{name}.json", TypeAdapter(kind).dump_json(found))
+
+
+def _record(task: str, number: int, *, right: bool) -> dict[str, Any]:
+    """A question with three choices, the second of which is right; the shortest of all is the first."""
+    chance = random.Random(f"{task} {number} {right}")
+    likelihoods = [-3.0 - chance.random(), -3.0 - chance.random(), -9.0]
+    likelihoods[int(right)] = -1.0 - chance.random()
+    lengths = [3, 4, 5]
+    normalized = [value / length for value, length in zip(likelihoods, lengths, strict=True)]
+    return {
+        "id": f"{task}-{number}",
+        "doc_hash": _hash(f"{task} {number}"),
+        "prompt_hash": _hash(f"ask {task} {number}"),
+        "target_hash": _hash("1"),
+        "log_likelihoods": likelihoods,
+        "choice_lengths": lengths,
+        "prediction": int(right),
+        "prediction_norm": normalized.index(max(normalized)),
+        "gold": 1,
+        "acc": float(right),
+        "acc_norm": float(normalized.index(max(normalized)) == 1),
+    }
+
+
+def _evaluated(store: LocalStore, answers: Pairs, side: str, work: Path) -> Evaluated:
+    scores, artifacts = {}, []
+    for task, told in answers.items():
+        rows = [_record(task, n, right=pair[side == "adapter"]) for n, pair in enumerate(told)]
+        data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        artifacts.append(publish_file(store, answers_path(task, side), data))
+        records = question_records.parse(data)
+        scores[task] = question_records.tally_records(records, task=task, source=f"{task}.jsonl", version="1.0")
+    return Evaluated(scores, artifacts)
+
+
+def _trained(store: LocalStore, work: Path, attempts: int) -> Trained:
+    """Four steps of two epochs, a checkpoint after the second and the fourth, and the adapter of the last."""
+    history = [
+        StepMetrics(
+            step=step,
+            epoch=step / 2,
+            loss=4.0 - step / 3,
+            learning_rate=1e-3 / step,
+            grad_norm=1.0,
+            examples=4,
+            target_tokens=40 + step,
+            measured={"seconds": 0.1 * step, "memory_bytes": 10**6, "micro_batch_tokens": 64},
+        )
+        for step in range(1, STEPS + 1)
+    ]
+    for step in (2, 4):
+        state = work / f"step-{step}"
+        state.mkdir()
+        weights = np.full((3, 4), step, dtype=np.float32)
+        save_file({"model.q_proj.lora_A.default.weight": weights}, state / ADAPTER)
+        write_metrics(state / METRICS, history[:step])
+        epoch = attempts if step == STEPS else 1
+        checkpoints.publish(store, state, step=step, epoch=epoch, world_size=1, software=manifest.software())
+    save_file({"model.q_proj.lora_A.weight": weights}, work / "adapter", {"format": "pt"})
+    adapter = publish_file(store, "artifacts/adapter/adapter_model.safetensors", (work / "adapter").read_bytes())
+    metrics = work / "step-4" / METRICS
+    lines = publish_file(store, "artifacts/metrics.jsonl", metrics.read_bytes(), hash_facts(metrics))
+    return Trained(_training(history), [adapter, lines])
+
+
+def _training(history: Sequence[StepMetrics]) -> TrainingRecord:
+    last, seconds = history[2:], sum(float(step.measured["seconds"] or 0) for step in history)
+    targets = sum(step.target_tokens for step in history)
+    return TrainingRecord(
+        steps=STEPS,
+        examples=16,
+        target_tokens=targets,
+        loss=sum(step.loss * step.target_tokens for step in last) / sum(step.target_tokens for step in last),
+        tokens_per_second=targets / seconds,
+        seconds=seconds,
+        peak_memory_bytes=10**6,
+        optimizer="adamw_8bit",
+        global_batch_size=4,
+        micro_batch_tokens=64,
+        substitutions=[],
+    )
