@@ -39,8 +39,13 @@ def build(
     artifacts: Sequence[Artifact],
     image_digest: str | None,
     usd_per_hour: float | None,
+    gpus: Sequence[Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Puts the manifest together; `tasks` is from `compare_tasks`, `gate_reasons` is None where no gate was set."""
+    """Puts the manifest together.
+
+    `tasks` is from `compare_tasks`, `gate_reasons` is None where no gate was set, `gpus` are those of all processes
+    where there are several, of which each sees one.
+    """
     seconds = sum(attempt.seconds for attempt in attempts)
     repeated = sum(attempt.repeated_steps for attempt in attempts)
     return _plain(
@@ -67,7 +72,7 @@ def build(
                 "reasons": list(gate_reasons or []),
             },
             "artifacts": [asdict(artifact) for artifact in sorted(artifacts, key=lambda a: a.path)],
-            "hardware": hardware(),
+            "hardware": hardware() if gpus is None else {**hardware(), "gpus": gpus},
             "software": {
                 "python": platform.python_version(),
                 "packages": software(),
