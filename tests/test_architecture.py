@@ -20,17 +20,17 @@ SOURCES = {
 LEVELS = """
     __init__ errors records log hashes batches statistics attention platforms presets fieldtypes callbacks
     optimizer_states results
-    store formats groups sources preemption model scoring events manifest limits clouds watchdog publisher selftest
-    recipe
-    local s3_errors schemas settings hub states notices
-    s3 s3_client encode train evaluate
-    objects dataset
+    store formats groups sources topology preemption model scoring events manifest limits clouds watchdog publisher
+    recipe processes selftest
+    local s3_errors schemas settings hub states notices joined
+    s3 s3_client encode train evaluate rendezvous
+    objects dataset launcher
     lease markers scores
     guard checkpoint_download
     checkpoints
     faults
     attempts
-    pull
+    pull scorer
     stages
     pipeline
     cli
@@ -113,7 +113,7 @@ def environment_uses(tree: ast.AST) -> Iterator[tuple[str, int]]:
             yield "read", node.lineno
         elif node.attr in {"environ", "environb", "putenv"}:
             parent = parents[node]
-            assigned = isinstance(parent, ast.Subscript) and isinstance(parent.ctx, ast.Store)
+            assigned = isinstance(parent, ast.Subscript) and isinstance(parent.ctx, ast.Store | ast.Del)
             default = isinstance(parent, ast.Attribute) and parent.attr == "setdefault"
             yield "set" if assigned or default else "read", node.lineno
 
@@ -129,7 +129,7 @@ def test_the_reader_of_the_environment_is_found_out() -> None:
     """The test above sees reading for what it is, in whatever form."""
     for code in ("os.environ['X']", "os.environ.get('X')", "x = os.getenv('X')", "f(os.environ)", "dict(os.environ)"):
         assert [kind for kind, _ in environment_uses(ast.parse(code))] == ["read"]
-    for code in ("os.environ['X'] = '1'", "os.environ.setdefault('X', '1')"):
+    for code in ("os.environ['X'] = '1'", "os.environ.setdefault('X', '1')", "del os.environ['X']"):
         assert [kind for kind, _ in environment_uses(ast.parse(code))] == ["set"]
 
 
