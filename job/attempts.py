@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import platform
 import tempfile
 import time
@@ -29,6 +30,7 @@ from job.hashes import hash_file, sealed, unsealed
 from job.lease import take
 from job.objects import Conflict, ObjectStore
 from job.preemption import Stop
+from job.processes import ALONE, Processes
 from job.records import Artifact, AttemptRecord
 
 T = TypeVar("T")
@@ -52,7 +54,8 @@ def now() -> str:
 class Attempt:
     """What every stage needs.
 
-    `store` is guarded: it refuses to change once another attempt has taken the run over. `number` is the lease's epoch.
+    `store` is guarded: it refuses to change once another attempt has taken the run over, and in any process but the
+    first. `number` is the lease's epoch.
     """
 
     store: ObjectStore
@@ -62,6 +65,7 @@ class Attempt:
     beat: Callable[[], None]
     faults: Faults
     earlier: list[AttemptRecord]
+    processes: Processes = ALONE
     started: str = field(default_factory=now)
     stage_seconds: dict[str, float] = field(default_factory=dict)
     steps: int = 0
@@ -70,10 +74,15 @@ class Attempt:
     _began: float = field(default_factory=time.monotonic)
     _next_note: float = field(default_factory=time.monotonic)
 
-    def alive(self) -> None:
-        """Called wherever a stage gets on and stopping is safe: ends the stage if the job has to end."""
-        self.beat()
+    def alive(self, *, progress: bool = True) -> None:
+        """Called wherever a stage gets on and stopping is safe: ends the stage if the job has to end.
+
+        Without `progress` it waits for another process, and the watchdog is not told that it got on.
+        """
+        if progress:
+            self.beat()
         self.stop.check()
+        self.processes.check()
         self._note_if_due()
 
     def step_done(self, step: int) -> None:
@@ -97,20 +106,31 @@ class Attempt:
             finally:
                 self.stage_seconds[name] = self.stage_seconds.get(name, 0.0) + time.monotonic() - began
 
-    def stage(self, name: str, kind: type[T], work: Callable[[], T]) -> T:
-        """What the stage found out: read from its record if an earlier attempt finished it, else worked out now."""
-        key = f"stages/{name}.json"
-        kept = self.store.read(key)
+    def stage(self, name: str, kind: type[T], work: Callable[[], T | None]) -> T:
+        """What the stage found out: read from its record if an earlier attempt finished it, else worked out now.
+
+        All processes work; what process 0 finds out is what the stage found out, for all of them. The others may return
+        None.
+        """
+        key, adapter = f"stages/{name}.json", TypeAdapter(kind)
+        kept = self.processes.share(f"record of {name}", lambda: self._kept(key))
         if kept is not None:
             log.get_logger().info("stage was finished by an earlier attempt", stage=name)
-            return TypeAdapter(kind).validate_json(kept.data)
+            return adapter.validate_json(kept)
         with self.timed(name):
             log.get_logger().info("stage begins")
             result = work()
-            self.store.write(key, TypeAdapter(kind).dump_json(result))
+            record = "" if result is None else adapter.dump_json(result).decode()
+            if self.processes.leads:
+                self.store.write(key, record.encode())
+        record = self.processes.share(f"result of {name}", lambda: record)
         self.note("running")
         log.get_logger().info("stage is done", stage=name, seconds=round(self.stage_seconds[name], 2))
-        return result
+        return adapter.validate_json(record)
+
+    def _kept(self, key: str) -> str | None:
+        stored = self.store.read(key)
+        return None if stored is None else stored.data.decode()
 
     def publish(self, path: Path, key: str, facts_sha256: str | None = None) -> Artifact:
         """Uploads a file, or every file of a folder is the caller's loop; returns its entry for the manifest."""
@@ -133,10 +153,14 @@ class Attempt:
             steps=self.steps,
             repeated_steps=self.repeated_steps,
             last_step=self.last_step,
+            world_size=self.processes.place.world_size,
         )
 
     def note(self, outcome: str) -> None:
-        """Puts the line into the store."""
+        """Puts the line into the store; process 0 keeps the books."""
+        if not self.processes.leads:
+            self._next_note = math.inf
+            return
         began = time.monotonic()
         self.store.write(ledger_key(self.number), sealed(asdict(self.record(outcome))))
         ended = time.monotonic()
@@ -157,6 +181,7 @@ def open_attempt(
     stop: Stop,
     beat: Callable[[], None],
     faults: Faults,
+    processes: Processes = ALONE,
 ) -> Iterator[Attempt]:
     """Takes the run's lease and begins its next attempt; writes the attempt's end into the ledger.
 
@@ -167,19 +192,23 @@ def open_attempt(
         stop: The flag.
         beat: Tells the watchdog that the attempt gets on.
         faults: What to rehearse.
+        processes: Those that make this attempt; process 0 holds the lease for all.
 
     Raises:
         Replaced: Another attempt took the run over.
         SettingsError: The run began with other settings.
     """
-    compare_settings(store, settings)
-    lease = take(store, platform.node() or "unknown")
-    guarded_store = guarded(store, lease)
-    log.bind(attempt=lease.epoch)
+    lease = None
+    if processes.leads:
+        compare_settings(store, settings)
+        lease = take(store, platform.node() or "unknown")
+    number = processes.share("attempt", lambda: lease.epoch if lease else 0)
+    log.bind(attempt=number)
     if cache is not None:
         Path(cache).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="qlora-job-", dir=cache, ignore_cleanup_errors=True) as work:
-        attempt = Attempt(guarded_store, Path(work), lease.epoch, stop, beat, faults, _ledger(store, lease.epoch))
+        earlier = _ledger(store, number) if processes.leads else []
+        attempt = Attempt(guarded(store, lease), Path(work), number, stop, beat, faults, earlier, processes)
         attempt.note("running")
         try:
             yield attempt

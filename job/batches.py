@@ -32,6 +32,25 @@ def batch(seed: int, rows: int, global_batch_size: int, step: int) -> tuple[int,
     return epoch_order(seed, rows, epoch)[start : start + global_batch_size]
 
 
+def shares(lengths: Sequence[int], processes: int) -> list[list[int]]:
+    """Deals the examples of a step out to the processes: the longest first, each to the one with the fewest tokens.
+
+    Args:
+        lengths: Tokens of each example.
+        processes: How many there are.
+
+    Returns:
+        Positions into `lengths` by process, each exactly once, in order. Some get none where examples are few.
+    """
+    dealt: list[list[int]] = [[] for _ in range(processes)]
+    tokens = [0] * processes
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        least = min(range(processes), key=lambda process: (tokens[process], process))
+        dealt[least].append(index)
+        tokens[least] += lengths[index]
+    return [sorted(share) for share in dealt]
+
+
 def micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Packs examples into micro-batches of at most `budget` tokens by first-fit decreasing.
 

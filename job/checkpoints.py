@@ -71,6 +71,7 @@ def restore(
     folder: Path,
     software: Mapping[str, str],
     check: Callable[[Path, int], None] = lambda _folder, _step: None,
+    world_size: int = 1,
 ) -> Restored:
     """Downloads the newest checkpoint that is whole.
 
@@ -80,6 +81,7 @@ def restore(
         software: Versions of this process. A checkpoint of others is used, and the difference is logged: the run goes
             on, but is no longer bit-identical to one that was never interrupted.
         check: Looks into a folder whose bytes are right, given its step; raises ValueError if it cannot be used.
+        world_size: Number of processes now; that another number wrote a checkpoint is logged as well.
 
     Raises:
         JobError: Whatever the store says, apart from absence; or the disk is too small.
@@ -94,6 +96,9 @@ def restore(
             continue
         if changed := sorted(k for k in software if marker.software.get(k) != software[k]):
             get_logger().warning("checkpoint is of other software versions", changed=changed)
+        if marker.world_size != world_size:
+            what = "checkpoint is of another number of processes: the same examples a step, not the same bits"
+            get_logger().warning(what, processes=world_size, before=marker.world_size)
         return Restored(target, step, tuple(skipped))
     if skipped:
         get_logger().error("no checkpoint is whole, training begins again", skipped=[s.step for s in skipped])

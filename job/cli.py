@@ -9,9 +9,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from job import __version__, log
-from job.errors import JobError, Problem, SettingsError
+from job.errors import JobError
 from job.platforms import Platform
-from job.settings import current_platform, describe, environment, json_schema, load_settings, secrets
+from job.settings import (
+    Settings,
+    current_place,
+    current_platform,
+    describe,
+    environment,
+    json_schema,
+    load_settings,
+    secrets,
+)
+from job.topology import VARIABLES, Place, find_machines, visible_gpu
 
 USAGE = """\
 usage: qlora-job [run] [--GROUP.NAME VALUE ...]      the job (default)
@@ -61,28 +71,86 @@ def _dispatch(words: list[str]) -> int:
 
 def _run(words: list[str]) -> int:
     settings = load_settings(words)
-    log.configure(settings.log.format, settings.log.level, secrets(), run=settings.run.id)
-    # cuBLAS reads it when CUDA starts; without it the same run gives other bits.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    place = current_place()
+    _configure_log(settings, place)
+    _tell_libraries(find_machines(current_platform()).interface)
     from job.faults import parse
+
+    faults = parse(settings.fault or "")
+    if place is None and (code := _launch(settings, words)) is not None:
+        return code
+    _show_one(place)
+    from job.limits import check_shared_memory
     from job.notices import watch_notices
     from job.preemption import stop_on_signals
+    from job.rendezvous import join
     from job.watchdog import watch
 
-    if environment().get("WORLD_SIZE", "1") != "1":
-        raise SettingsError([Problem("WORLD_SIZE", "the job runs in one process so far; start it without torchrun")])
-    faults = parse(settings.fault or "")
     platform = current_platform()
+    first = place is None or place.local_rank == 0
+    if place is not None and first:
+        check_shared_memory(place.local_world_size)
+    run, stall = settings.run, settings.train.stall_seconds
     with (
-        stop_on_signals(settings.run.grace_seconds) as stop,
-        watch_notices(stop, settings.run.spot_notices),
-        watch(settings.train.stall_seconds, lambda message: _leave_everywhere(platform, message)) as beat,
+        stop_on_signals(run.grace_seconds) as stop,
+        watch_notices(stop, run.spot_notices if first else "off"),
+        watch(stall, lambda message: _leave_everywhere(platform, message)) as beat,
+        join(place, run.id, stop=stop, beat=beat, patience=stall, grace_seconds=run.grace_seconds) as processes,
     ):
-        from job.pipeline import run
+        from job.pipeline import run as run_job
 
-        run(settings, stop, beat, faults)
+        run_job(settings, stop, beat, faults, processes)
     return 0
+
+
+def _launch(settings: Settings, words: list[str]) -> int | None:
+    """Starts this machine's processes and returns what became of them; None where one is enough: this one."""
+    from job.launcher import Machine, check_signals, count_processes, launch, noted_signals, worker_command
+
+    run = settings.run
+    with noted_signals() as received:
+        processes = count_processes(run.processes)
+        if processes * run.nodes == 1:
+            check_signals(received)
+            return None
+        from job.pipeline import finished
+
+        if finished(settings) is not None:  # the other machines may be gone for good
+            return 0
+        # An Indexed Job may number runs that have nothing to do with each other.
+        machine = Machine(processes, run.nodes, run.node_rank, run.rendezvous) if run.nodes > 1 else Machine(processes)
+        command, grace = worker_command(words), run.grace_seconds
+        return launch(command, machine, received, run=run.id, environ=environment(), grace_seconds=grace)
+
+
+def _configure_log(settings: Settings, place: Place | None) -> None:
+    """Of several processes each says which it is, and all but the first say only what is out of the ordinary."""
+    several = place is not None and place.world_size > 1
+    context = {"process": place.rank} if place is not None and several else {}
+    quiet = bool(context.get("process")) and settings.log.level == "info"
+    level = "warning" if quiet else settings.log.level
+    log.configure(settings.log.format, level, secrets(), run=settings.run.id, **context)
+
+
+def _tell_libraries(interface: str | None) -> None:
+    """Settings that libraries read when they are imported, where the user has not made them."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # cuBLAS reads it when CUDA starts; without it the same run gives other bits.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # What torch's C++ warns of, such as an address of several that does not answer, would lie between lines of JSON.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if interface is not None:
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+
+
+def _show_one(place: Place | None) -> None:
+    """Makes the libraries see a single process with a single GPU: what is common to several is the job's."""
+    environ = environment()
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpu(environ, place.local_rank if place else 0)
+    for name in VARIABLES:
+        if name in environ:
+            del os.environ[name]
 
 
 def _config(words: list[str]) -> int:
@@ -140,7 +208,9 @@ def _report(error: Exception, platform: Platform) -> int:
     code = error.exit_code if isinstance(error, JobError) else JobError.exit_code
     text = log.scrub(str(error) or type(error).__name__, secrets())
     logger = log.get_logger()
-    if isinstance(error, JobError):
+    if isinstance(error, JobError) and error.reported:
+        logger.info("ends with the others", exit_code=code, **_details(error))
+    elif isinstance(error, JobError):
         logger.error(type(error).__name__, exit_code=code, meaning=error.meaning, **_details(error))
     else:
         logger.error("a bug: please report it with this traceback", exit_code=code, exc_info=error)

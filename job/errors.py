@@ -41,6 +41,8 @@ class JobError(Exception):
     exit_code: ClassVar[int] = 1
     meaning: ClassVar[str] = "a bug"
     retry: ClassVar[Retry] = "counts against the limit"
+    reported: bool = False
+    """Whether another process of the run has said it already."""
 
 
 class _ManyProblems(JobError):
@@ -122,17 +124,27 @@ class AccessDenied(JobError):
     retry = "no"
 
 
+_KINDS: tuple[type[JobError], ...] = (
+    JobError,
+    SettingsError,
+    GateError,
+    VerificationError,
+    DataError,
+    Unreachable,
+    Preempted,
+    Replaced,
+    AccessDenied,
+)
+
+
 def exit_codes() -> dict[int, tuple[str, Retry]]:
     """The table of exit codes: code -> (meaning, whether to retry), in ascending order, 0 not included."""
-    kinds: list[type[JobError]] = [
-        JobError,
-        SettingsError,
-        GateError,
-        VerificationError,
-        DataError,
-        Unreachable,
-        Preempted,
-        Replaced,
-        AccessDenied,
-    ]
-    return {kind.exit_code: (kind.meaning, kind.retry) for kind in kinds}
+    return {kind.exit_code: (kind.meaning, kind.retry) for kind in _KINDS}
+
+
+def elsewhere(exit_code: int, where: str, why: str) -> JobError:
+    """The error that another process ended with, to end with here too; a code that is none of ours is a bug."""
+    kind = next((kind for kind in _KINDS if kind.exit_code == exit_code), JobError)
+    error = kind([Problem(where, why)]) if issubclass(kind, _ManyProblems) else kind(f"{where}: {why}")
+    error.reported = True
+    return error

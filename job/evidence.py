@@ -21,9 +21,9 @@ from job.attempts import ledger_key
 from job.hashes import hash_file
 from job.objects import ObjectStore, is_key
 from job.records import Artifact
+from job.results import RESULTS
 from job.store import PROBE
 
-RESULTS = "results.json"
 ARTIFACTS = "artifacts/"
 MARKER = re.compile(rf"checkpoints/step-\d{{8,18}}/{re.escape(markers.NAME)}", re.ASCII)
 

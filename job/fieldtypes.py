@@ -9,13 +9,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
 _TRUTH = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?|\[[0-9A-Fa-f:.]{2,45}\]")
+_COUNT = re.compile(r"[1-9][0-9]{0,8}", re.ASCII)
+_PORT = re.compile(r"[1-9][0-9]{0,4}", re.ASCII)
 _DEPTH = 2  # group and name; what lies deeper is an item of a value
 _ARCHIVES = {"GLACIER", "DEEP_ARCHIVE"}
 
@@ -37,6 +40,22 @@ def _no_flag(value: object) -> object:
     if value is True or value is False:
         raise ValueError("must be a number, not true or false")
     return value
+
+
+def _count_or_auto(value: object) -> object:
+    text = "" if isinstance(value, bool) else str(value).strip().lower()
+    if text == "auto":
+        return text
+    if _COUNT.fullmatch(text):
+        return int(text)
+    raise ValueError("must be auto, or a number from 1 up")
+
+
+def _host_port(text: str) -> str:
+    host, separator, port = text.rpartition(":")
+    if not (separator and _HOST.fullmatch(host) and _PORT.fullmatch(port) and int(port) < 1 << 16):
+        raise ValueError("must be host:port, such as train-0.train:29400")
+    return text
 
 
 def _printable(text: str) -> str:
@@ -124,6 +143,7 @@ Maybe = Annotated[T | None, BeforeValidator(_blank_is_none)]
 Flag = Annotated[bool, BeforeValidator(_flag)]
 Whole = Annotated[int, BeforeValidator(_no_flag), Field(ge=0, lt=2**32)]
 Count = Annotated[int, BeforeValidator(_no_flag), Field(gt=0, lt=2**32)]
+CountOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_count_or_auto)]
 Real = Annotated[float, BeforeValidator(_no_flag)]
 Positive = Annotated[Real, Field(gt=0)]
 NotNegative = Annotated[Real, Field(ge=0)]
@@ -133,6 +153,7 @@ RunId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 Location = Annotated[Text, AfterValidator(_location)]
 LocalPath = Annotated[Text, AfterValidator(_local)]
 Endpoint = Annotated[Text, AfterValidator(_endpoint)]
+HostPort = Annotated[Text, AfterValidator(_host_port)]
 StorageClass = Annotated[Text, AfterValidator(_readable_class)]
 Names = Annotated[tuple[Text, ...], BeforeValidator(_items), Field(min_length=1), AfterValidator(_unique)]
 Locations = Annotated[Mapping[Text, Location], BeforeValidator(_pairs)]

@@ -12,11 +12,11 @@ from pydantic import TypeAdapter
 from job.batches import steps_per_epoch
 from job.checks import Check, Difference, count, differ, show
 from job.comparison import compare_tasks, judge
-from job.evidence import RESULTS
 from job.published import answers_path
 from job.question_records import HASHES, QuestionRecord, contradiction, parse, tally_records
 from job.recipe import total_steps
 from job.records import StepMetrics, TaskScores
+from job.results import RESULTS
 
 METRICS = "artifacts/metrics.jsonl"
 _MOST_TOLD = 5

@@ -14,8 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from job.fieldtypes import (
     Count,
+    CountOrAuto,
     Endpoint,
     Flag,
+    HostPort,
     LocalPath,
     Location,
     Locations,
@@ -62,6 +64,14 @@ class Run(Group):
     """Time between the signal to stop and the kill."""
     spot_notices: Literal["auto", "off", "ec2", "gcp", "azure"] = "auto"
     """Whose notice of preemption to poll; `auto` finds out."""
+    processes: CountOrAuto = "auto"
+    """Processes on this machine; `auto` is one for each GPU that is visible, or one on a CPU."""
+    nodes: Count = 1
+    """Machines that work on the run together, each started with the same settings. Default: the platform's number."""
+    node_rank: Whole = 0
+    """Which of them this one is, from 0. Default: the index of the pod in its Indexed Job, or of SageMaker's host."""
+    rendezvous: Maybe[HostPort] = None
+    """Where machine 0 listens for the others, `host:port`. Default on SageMaker: the first host."""
 
 
 class Model(Group):
@@ -127,7 +137,7 @@ class Train(Group):
     max_grad_norm: Positive = 1.0
     """Gradients are clipped to this norm."""
     global_batch_size: Count = 32
-    """Examples an optimizer step sees, over all GPUs; a multiple of their number."""
+    """Examples an optimizer step sees, over all GPUs."""
     micro_batch_tokens: Maybe[Count] = None
     """Tokens in one forward pass; empty: 4,096 on a GPU, 1,024 on a CPU. Never changes which examples a step sees."""
     max_length: Count = 2048
@@ -213,7 +223,7 @@ class Cost(Group):
     """What the machine costs; without a price the manifest has seconds only."""
 
     usd_per_hour: Maybe[NotNegative] = None
-    """Price of the machine."""
+    """Price of the machine, or of all machines together."""
     on_demand_usd_per_hour: Maybe[NotNegative] = None
     """Price of the same machine on demand; kept in the manifest's settings, nothing is computed from it yet."""
 

@@ -5,24 +5,37 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from job.errors import JobError
 from job.lease import Lease
 from job.objects import ObjectInfo, ObjectStore, Stored
 from job.store import MAX_READ_BYTES
 
 
-def guarded(store: ObjectStore, lease: Lease) -> ObjectStore:
+def guarded(store: ObjectStore, lease: Lease | None) -> ObjectStore:
     """`store`, but nothing in it changes unless `lease` is still held: else `Replaced` is raised.
+
+    Without a lease nothing changes at all: of several processes one holds it, and a change by another one is a bug.
 
     A small object, which may be a marker, a record or the manifest, is preceded by a proof (`Lease.confirm`); a file or
     a removal by a look (`Lease.check`), because what makes files count is a small object that follows them.
     """
-    return _Guarded(store, lease)
+    return _Guarded(store, lease or _NoLease())
+
+
+class _NoLease:
+    """What the processes have that hold no lease."""
+
+    def confirm(self) -> None:
+        """Refuses."""
+        raise JobError("a bug: only process 0 may change the run's store")
+
+    check = confirm
 
 
 class _Guarded:
     """See `guarded`."""
 
-    def __init__(self, store: ObjectStore, lease: Lease) -> None:
+    def __init__(self, store: ObjectStore, lease: Lease | _NoLease) -> None:
         self._store, self._lease = store, lease
         self.uri = store.uri
 

@@ -16,9 +16,9 @@ from job.checks import Check, Difference, count, differ, show
 from job.comparison import compare_tasks
 from job.copies import MISSING
 from job.errors import JobError
-from job.evidence import RESULTS
 from job.objects import ObjectStore, TooLarge
 from job.records import Artifact, AttemptRecord, Evaluated, Pulled, Trained
+from job.results import RESULTS
 
 PULL, BASE, TRAIN, ADAPTER = (f"stages/{name}.json" for name in ("pull", "evaluate-base", "train", "evaluate-adapter"))
 MAX_RECORD_BYTES = 1 << 20

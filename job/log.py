@@ -17,7 +17,10 @@ from typing import Any, Protocol, TextIO
 
 import structlog
 
-QUIET = ("lm_eval", "bitsandbytes", "trl", "datasets", "httpx", "urllib3", "botocore", "filelock", "absl", "accelerate")
+QUIET = (
+    *("lm_eval", "bitsandbytes", "trl", "datasets", "httpx", "urllib3", "botocore", "filelock", "absl", "accelerate"),
+    "torch.distributed.elastic",
+)
 
 
 class _CurrentStderr(logging.StreamHandler[TextIO]):

@@ -39,8 +39,13 @@ def build(
     evidence: Sequence[Artifact],
     image_digest: str | None,
     usd_per_hour: float | None,
+    gpus: Sequence[Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Puts the manifest together and seals it; `tasks` and `gate` are from `compare_tasks` and `judge`."""
+    """Puts the manifest together and seals it.
+
+    `tasks` and `gate` are from `compare_tasks` and `judge`; `gpus` are those of all processes where there are several,
+    of which each sees one.
+    """
     seconds = sum(attempt.seconds for attempt in attempts)
     repeated = sum(attempt.repeated_steps for attempt in attempts)
     return sealed(
@@ -67,7 +72,7 @@ def build(
                 {"path": file.path, "bytes": file.bytes, "sha256": file.sha256}
                 for file in sorted(evidence, key=lambda file: file.path)
             ],
-            "hardware": hardware(),
+            "hardware": hardware() if gpus is None else {**hardware(), "gpus": gpus},
             "software": {
                 "python": platform.python_version(),
                 "packages": software(),

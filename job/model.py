@@ -30,7 +30,7 @@ def make_deterministic() -> None:
 
 
 def choose_device() -> torch.device:
-    """The GPU of this process (torchrun's LOCAL_RANK picks it through torch's current device), else the CPU."""
+    """The GPU of this process, which sees no other (`cli` sees to that), else the CPU."""
     import torch
 
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

@@ -7,52 +7,61 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from job import evidence, log, manifest
-from job.attempts import Attempt, compare_settings, keep_settings, now, open_attempt
-from job.baselines import Baseline, check_tasks
-from job.comparison import compare_tasks, judge
-from job.documents import publish_documents
-from job.errors import DataError, GateError, Problem
+from job import log, manifest
+from job.attempts import compare_settings, keep_settings, open_attempt
+from job.baselines import check_tasks
+from job.errors import DataError, GateError, Problem, SettingsError
 from job.faults import Fault, arm, faulty
-from job.hashes import sealed
-from job.objects import open_store
+from job.objects import ObjectStore, open_store
 from job.preemption import Stop
-from job.published import answers_path
-from job.pull import Sources, pull
-from job.records import Artifact, Evaluated, ModelRecord, Pulled, Trained
-from job.settings import Settings, describe, redacted
+from job.processes import ALONE, Processes
+from job.publication import publish
+from job.pull import pull
+from job.records import Evaluated, Pulled, Trained
+from job.results import RESULTS
+from job.settings import Settings, describe
 
 # These change how a run is carried out, never what it computes; an attempt may differ in them from the one before.
 EXECUTION = {
     *("run.id", "run.output", "run.grace_seconds", "run.spot_notices", "preset", "fault", "train.micro_batch_tokens"),
+    *("run.processes", "run.nodes", "run.node_rank", "run.rendezvous"),
     *("train.log_every_steps", "train.stall_seconds", "train.gradient_checkpointing", "eval.batch_tokens"),
 }
 EXECUTION_GROUPS = ("storage.", "log.", "cost.", "checkpoint.", "gate.")
 
 
-def run(settings: Settings, stop: Stop, beat: Callable[[], None], faults: tuple[Fault, ...]) -> dict[str, Any]:
+def run(
+    settings: Settings,
+    stop: Stop,
+    beat: Callable[[], None],
+    faults: tuple[Fault, ...],
+    processes: Processes = ALONE,
+) -> dict[str, Any]:
     """Runs the job, or the rest of it if earlier attempts did a part; returns the published manifest.
+
+    Where there are several processes, all of them run it; what only one may do is decided below.
 
     Raises:
         GateError: The results are published, and the quality gate is not met.
     """
+    decisive = _decisive(settings)
+    _agree_on(processes, decisive)
+    if (done := processes.share("results of before", lambda: finished(settings))) is not None:
+        return done
     storage = settings.storage.model_dump(exclude={"cache"})
-    shared = open_store(settings.run.output, **storage)
-    store = open_store(f"{settings.run.output.rstrip('/')}/{settings.run.id}", **storage)
-    decisive = {name: value for name, value, _ in describe(settings) if _decides(name)}
-    if (done := store.read("results.json")) is not None:
-        compare_settings(store, decisive)
-        log.get_logger().info("this run is complete already", results=f"{store.uri}/results.json")
-        return _gated(json.loads(done.data))
-    armed = arm(faults, store)
+    shared, store = open_store(settings.run.output, **storage), _store(settings)
+    armed = arm(faults if processes.leads else (), store)
     store = faulty(store, armed)
-    with open_attempt(store, decisive, cache=settings.storage.cache, stop=stop, beat=beat, faults=armed) as attempt:
+    with open_attempt(
+        store, decisive, cache=settings.storage.cache, stop=stop, beat=beat, faults=armed, processes=processes
+    ) as attempt:
         from job import stages  # torch and all that: what can be refused without it has been
 
         with attempt.timed("pull"):
             sources = pull(attempt, settings, storage)
-        loaded = stages.load(settings, sources)
-        keep_settings(attempt.store, decisive)  # not before: what cannot be loaded shall not bind the run
+        loaded = stages.load(settings, sources, processes)
+        if processes.leads:
+            keep_settings(attempt.store, decisive)  # not before: what cannot be loaded shall not bind the run
         _same(attempt.stage("pull", Pulled, lambda: sources.record), sources.record)
         base = attempt.stage(
             "evaluate-base", Evaluated, lambda: stages.evaluate_base(attempt, settings, sources, loaded, shared)
@@ -64,64 +73,38 @@ def run(settings: Settings, stop: Stop, beat: Callable[[], None], faults: tuple[
             "evaluate-adapter", Evaluated, lambda: stages.evaluate_adapter(attempt, settings, sources, loaded, trained)
         )
         with attempt.timed("publish"):
-            results = publish(
-                attempt, settings, sources, model=loaded.record, base=base, trained=trained, adapter=adapter
+            gpus = [gpu for seen in processes.gather("gpus", manifest.hardware()["gpus"]) for gpu in seen]
+            results = processes.share(
+                "results",
+                lambda: publish(
+                    attempt,
+                    settings,
+                    sources,
+                    model=loaded.record,
+                    base=base,
+                    trained=trained,
+                    adapter=adapter,
+                    gpus=gpus,
+                ),
             )
-    manifest.tell(manifest.summary(results, f"{store.uri}/results.json"))
+    if processes.leads:
+        manifest.tell(manifest.summary(results, f"{store.uri}/{RESULTS}"))
     return _gated(results)
 
 
-def publish(
-    attempt: Attempt,
-    settings: Settings,
-    sources: Sources,
-    *,
-    model: ModelRecord,
-    base: Evaluated,
-    trained: Trained,
-    adapter: Evaluated,
-) -> dict[str, Any]:
-    """Publishes what people read, and last of all the manifest."""
-    if (done := attempt.store.read("results.json")) is not None:  # the attempt before got so far after all
-        published: dict[str, Any] = json.loads(done.data)
-        return published
-    tasks = compare_tasks(base.scores, adapter.scores)
-    against, copies = publish_baseline(attempt, sources.baseline, adapter)
-    results = manifest.build(
-        run_id=settings.run.id,
-        settings=redacted(settings),
-        attempts=[*attempt.earlier, attempt.record("complete")],
-        finished=now(),
-        model=model,
-        dataset=sources.record.dataset,
-        training=trained.training,
-        tasks=tasks,
-        gate=judge(tasks, **settings.gate.model_dump(exclude={"baseline"}), baseline=against),
-        artifacts=[*base.artifacts, *trained.artifacts, *adapter.artifacts, *copies],
-        evidence=evidence.collect(attempt.store, attempt.work / "evidence", attempt.number),
-        image_digest=None,
-        usd_per_hour=settings.cost.usd_per_hour,
-    )
-    results = manifest.sealed(publish_documents(attempt, results))
-    manifest.validate(results)
-    attempt.store.write("results.json", sealed(results))
-    return results
+def finished(settings: Settings) -> dict[str, Any] | None:
+    """The manifest of this run, if it is complete already.
 
-
-def publish_baseline(
-    attempt: Attempt, baseline: Baseline | None, adapter: Evaluated
-) -> tuple[dict[str, Any] | None, list[Artifact]]:
-    """Compares the adapter with the gate's baseline, and publishes the answers that this rests on."""
-    if baseline is None:
-        return None, []
-    copies = []
-    for task in adapter.scores:
-        key = answers_path(task, "baseline")
-        path = attempt.work / key
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(baseline.files[task])
-        copies.append(attempt.publish(path, key))
-    return baseline.compared(adapter.scores), copies
+    Raises:
+        SettingsError: It is, with other settings.
+        GateError: It is, and the quality gate is not met.
+    """
+    store = _store(settings)
+    if (done := store.read(RESULTS)) is None:
+        return None
+    compare_settings(store, _decisive(settings))
+    log.get_logger().info("this run is complete already", results=f"{store.uri}/{RESULTS}")
+    return _gated(json.loads(done.data))
 
 
 def _same(known: Pulled, found: Pulled) -> None:
@@ -129,6 +112,26 @@ def _same(known: Pulled, found: Pulled) -> None:
     changed = [key for key, value in asdict(known).items() if asdict(found)[key] != value]
     if changed:
         raise DataError([Problem(name, "has changed since the first attempt of this run") for name in changed])
+
+
+def _agree_on(processes: Processes, decisive: Mapping[str, Any]) -> None:
+    """The machines of a run are started one by one: they have to be told the same."""
+    first, mine = (json.loads(json.dumps(given)) for given in (processes.share("settings", lambda: decisive), decisive))
+    if different := [name for name in mine if mine[name] != first.get(name)]:
+        rank = processes.place.rank
+        what = "is {!r} in process {} and {!r} in process 0; give all machines the same"
+        raise SettingsError([Problem(name, what.format(mine[name], rank, first.get(name))) for name in different])
+
+
+def _store(settings: Settings) -> ObjectStore:
+    """The run's own store."""
+    options = settings.storage.model_dump(exclude={"cache"})
+    return open_store(f"{settings.run.output.rstrip('/')}/{settings.run.id}", **options)
+
+
+def _decisive(settings: Settings) -> dict[str, Any]:
+    """The settings that decide the result."""
+    return {name: value for name, value, _ in describe(settings) if _decides(name)}
 
 
 def _decides(name: str) -> bool:

@@ -25,6 +25,8 @@ class Platform:
         failure_file: Takes the reason of a failure; SageMaker shows the first 1,024 characters.
         termination_log: Takes the last words of the container; Kubernetes shows at most 4,096 bytes.
         run_id: The platform's own name for this run, the same after every restart; None where it has none.
+        resources: JSON file that lists the machines of this run; it may not exist.
+        completion_index: Number of this pod in its Indexed Job; None where it has none.
     """
 
     name: Literal["docker", "kubernetes", "sagemaker"]
@@ -32,6 +34,8 @@ class Platform:
     failure_file: Path | None = None
     termination_log: Path | None = None
     run_id: str | None = None
+    resources: Path | None = None
+    completion_index: int | None = None
 
     def sets(self, variable: str) -> bool:
         """Whether the platform itself sets this environment variable, although it begins with `JOB_`."""
@@ -50,7 +54,13 @@ def detect(environ: Mapping[str, str]) -> Platform:
             hyperparameters=base / "input/config/hyperparameters.json",
             failure_file=base / "output/failure",
             run_id=environ["TRAINING_JOB_NAME"],
+            resources=base / "input/config/resourceconfig.json",
         )
     if environ.get("KUBERNETES_SERVICE_HOST"):
-        return Platform(name="kubernetes", termination_log=Path("/dev/termination-log"))
+        index = environ.get("JOB_COMPLETION_INDEX", "")
+        return Platform(
+            name="kubernetes",
+            termination_log=Path("/dev/termination-log"),
+            completion_index=int(index) if index.isascii() and index.isdecimal() else None,
+        )
     return Platform(name="docker")

@@ -12,11 +12,11 @@ from pydantic_core import from_json
 
 from job import manifest, question_records
 from job.errors import Problem, SettingsError, VerificationError
-from job.evidence import RESULTS
 from job.hashes import unsealed
 from job.objects import ObjectStore, TooLarge, open_store
 from job.question_records import QuestionRecord
 from job.records import TaskScores
+from job.results import RESULTS
 
 MAX_ANSWERS_BYTES = 512 << 20
 """More than the records of any evaluation that we know; they are held in memory."""

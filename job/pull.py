@@ -1,10 +1,15 @@
-"""The first stage: brings model, data and questions here and checks all of it, before anything is loaded."""
+"""The first stage: brings model, data and questions here and checks all of it, before anything is loaded.
+
+Of several processes on a machine the first does it; the others read what it leaves for them on the disk.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from job import log
 from job.attempts import Attempt
@@ -17,23 +22,58 @@ from job.model import fingerprint, load_tokenizer
 from job.objects import fetch, size
 from job.records import Example, Pulled
 from job.settings import Settings
+from job.store import disk_errors
 
 
 @dataclass(frozen=True)
 class Sources:
-    """What was pulled, in memory; `folder` holds the model's files, `baseline` is what the gate looks back to."""
+    """What was pulled, in memory; `folder` holds the model's files.
+
+    `tasks` are where it was pulled, and `baseline`, which the gate looks back to, in process 0.
+    """
 
     record: Pulled
     folder: Path
     tokenizer: Any
     examples: list[Example]
-    tasks: Tasks
+    tasks: Tasks | None
     baseline: Baseline | None
 
 
-def pull(attempt: Attempt, settings: Settings, storage: dict[str, Any]) -> Sources:
-    """Pulls everything; `storage` are the options of `objects.fetch`."""
+@dataclass(frozen=True)
+class _Left:
+    """What the first process of a machine leaves for the others: paths, and what it found out."""
 
+    record: Pulled
+    folder: str
+    examples: str
+
+
+def pull(attempt: Attempt, settings: Settings, storage: dict[str, Any]) -> Sources:
+    """Pulls everything, once a machine; `storage` are the options of `objects.fetch`."""
+    processes = attempt.processes
+    if processes.place.local_world_size == 1:
+        return _pull(attempt, settings, storage)
+    sources = _pull(attempt, settings, storage) if processes.place.local_rank == 0 else None
+    left = processes.share_on_machine("sources", lambda: _leave(sources, attempt.work) if sources else None)
+    return sources or _take_over(TypeAdapter(_Left).validate_json(left or ""))
+
+
+def _leave(sources: Sources, work: Path) -> str:
+    examples = work / "examples.json"
+    with disk_errors(f"cannot write {examples}"):
+        examples.write_bytes(TypeAdapter(list[Example]).dump_json(sources.examples))
+    left = _Left(sources.record, str(sources.folder.absolute()), str(examples.absolute()))
+    return TypeAdapter(_Left).dump_json(left).decode()
+
+
+def _take_over(left: _Left) -> Sources:
+    folder = Path(left.folder)
+    examples = TypeAdapter(list[Example]).validate_json(Path(left.examples).read_bytes())
+    return Sources(left.record, folder, load_tokenizer(folder), examples, tasks=None, baseline=None)
+
+
+def _pull(attempt: Attempt, settings: Settings, storage: dict[str, Any]) -> Sources:
     def local(uri: str, kind: str) -> str:
         attempt.alive()
         return str(fetch(uri, attempt.work / kind, **storage)) if uri.startswith("s3://") else uri

@@ -49,7 +49,10 @@ class ModelRecord:
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """What training did, over all attempts. `loss` is the mean over the target tokens of the last epoch's steps."""
+    """What training did, over all attempts. `loss` is the mean over the target tokens of the last epoch's steps.
+
+    `world_size` is the number of processes in the attempt that finished it.
+    """
 
     steps: int
     examples: int
@@ -62,6 +65,7 @@ class TrainingRecord:
     global_batch_size: int
     micro_batch_tokens: int
     substitutions: list[str]
+    world_size: int = 1
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,8 @@ class AttemptRecord:
     steps: int
     repeated_steps: int
     last_step: int
+    world_size: int = 1
+    """Processes that worked together; the default is for what was noted before there could be several."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+RESULTS = "results.json"
 CARD = "artifacts/adapter/README.md"
 REPORT = "artifacts/report.html"
 MADE_OF_TIMES = ("artifacts/tensorboard/", REPORT)

@@ -23,6 +23,7 @@ SETTINGS = {
     "JOB_PRESET": "demo",
     "JOB_MODEL__DTYPE": "auto",
     "JOB_LORA__DROPOUT": "0.1",
+    "JOB_RUN__PROCESSES": "1",
     "JOB_TRAIN__MAX_STEPS": "20",
     "JOB_CHECKPOINT__EVERY_STEPS": "5",
     "JOB_EVAL__LIMIT": "100",

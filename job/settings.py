@@ -20,9 +20,11 @@ from job.groups import NAMES, Settings, new_run_id
 from job.platforms import Platform, detect
 from job.presets import PRESETS
 from job.sources import Given, collect
+from job.topology import VARIABLES, Place, find_faults, find_machines, find_place
 
 __all__ = [
     "Settings",
+    "current_place",
     "current_platform",
     "describe",
     "json_schema",
@@ -53,13 +55,16 @@ def load_settings(arguments: Sequence[str] = (), environ: Mapping[str, str] | No
     environ = os.environ if environ is None else environ
     platform = detect(environ)
     layer = collect(NAMES, arguments, environ, platform, PRESETS)
-    given = dict(layer.given)
+    machines = find_machines(platform)
+    given = {name: Given(value, "platform") for name, value in machines.settings.items()} | layer.given
     if "run.id" not in given or given["run.id"].value in (None, ""):
         given["run.id"] = Given(platform.run_id, "platform") if platform.run_id else Given(new_run_id(), "generated")
     settings, wrong = _validated(given)
     problems = [*layer.problems, *wrong.values()]
+    if machines.fault:
+        problems.append(Problem("resourceconfig.json", machines.fault))
     faults = [*_processes(settings, environ), *_places(settings), *_pins(settings), *_tasks(settings), *_gate(settings)]
-    sources = {**settings.sources, "WORLD_SIZE": "environment"}
+    sources = {**settings.sources, **dict.fromkeys(VARIABLES, "environment")}
     problems += [Problem(f"{name} ({sources[name]})", what) for name, what in faults if name not in wrong]
     if problems:
         raise SettingsError(problems)
@@ -91,6 +96,14 @@ def load_reading(arguments: Sequence[str] = (), environ: Mapping[str, str] | Non
 def current_platform(environ: Mapping[str, str] | None = None) -> Platform:
     """The platform this process runs on. It needs no valid settings: their errors are reported by its means."""
     return detect(os.environ if environ is None else environ)
+
+
+def current_place(environ: Mapping[str, str] | None = None) -> Place | None:
+    """Which process of how many torchrun or our own launcher says this is; None where they started none.
+
+    Call it when `load_settings` found no fault.
+    """
+    return find_place(os.environ if environ is None else environ)
 
 
 def environment() -> dict[str, str]:
@@ -152,17 +165,19 @@ def _validated(given: Mapping[str, Given]) -> tuple[Settings, dict[str, Problem]
 
 
 def _processes(settings: Settings, environ: Mapping[str, str]) -> Iterator[Fault]:
-    text = environ.get("WORLD_SIZE") or "1"
-    if not re.fullmatch(r"[1-9][0-9]{0,5}", text):
-        yield "WORLD_SIZE", "must be the number of processes, from 1 up; torchrun sets it"
+    run = settings.run
+    if faults := list(find_faults(environ)):
+        yield from faults
         return
-    if settings.train.global_batch_size % int(text):
-        yield (
-            "train.global_batch_size",
-            f"must be a multiple of the number of processes (WORLD_SIZE), {text}; change one",
-        )
-    if int(text) > 1 and settings.sources["run.id"] == "generated":
-        yield "run.id", f"must be given: each of the {text} processes (WORLD_SIZE) would make up its own"
+    place = find_place(environ)
+    if place is None and run.nodes > 1:
+        if run.rendezvous is None:
+            yield "run.rendezvous", "must be given where run.nodes is more than 1: host:port of machine 0, on all alike"
+        if run.node_rank >= run.nodes:
+            yield "run.node_rank", f"counts from 0, so it must be less than run.nodes, {run.nodes}; change one"
+    several = run.nodes > 1 if place is None else place.world_size > 1
+    if several and settings.sources["run.id"] == "generated":
+        yield "run.id", "must be given: each machine or process would make up its own"
 
 
 def _places(settings: Settings) -> Iterator[Fault]:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from job import checkpoints, log, manifest
 from job.attempts import Attempt
 from job.batches import steps_per_epoch
-from job.errors import JobError, Preempted
+from job.errors import Preempted, Problem, SettingsError, Unreachable
 from job.evaluate import evaluate, write_records
 from job.events import write_events
-from job.hashes import hash_file
 from job.limits import check_disk, checkpoint_bytes, required_bytes
 from job.model import (
     adapter_off,
@@ -31,17 +31,16 @@ from job.model import (
 )
 from job.objects import ObjectStore
 from job.preemption import Stopwatch, decide
+from job.processes import ALONE, Processes
 from job.publisher import Publisher
 from job.pull import Sources
 from job.recipe import Hooks, Recipe, auto_micro_batch_tokens, substitute, total_steps
-from job.records import ChoiceScore, Evaluated, ModelRecord, Question, StepMetrics, Trained, TrainingRecord
-from job.scores import KeptScores, score_key
-from job.scoring import plan_rows, score_row
+from job.records import Evaluated, ModelRecord, StepMetrics, Trained, TrainingRecord
+from job.scorer import Scorer
+from job.scores import KeptScores
 from job.settings import Settings
 from job.states import validate_state, write_metrics
 from job.train import train
-
-Scored = list[list[ChoiceScore]]
 
 
 @dataclass(frozen=True)
@@ -52,9 +51,10 @@ class Loaded:
     record: ModelRecord
 
 
-def load(settings: Settings, sources: Sources) -> Loaded:
-    """The quantized base with a fresh adapter on it."""
+def load(settings: Settings, sources: Sources, processes: Processes = ALONE) -> Loaded:
+    """The quantized base with a fresh adapter on it, in each process its own."""
     device = choose_device()
+    _same_kind(processes, device.type)
     if device.type == "cuda":
         make_deterministic()
     base = load_base(
@@ -87,18 +87,29 @@ def load(settings: Settings, sources: Sources) -> Loaded:
     return Loaded(model, record)
 
 
+def _same_kind(processes: Processes, device: str) -> None:
+    """Refuses processes some of which have a GPU and some have none: those would be waited for without end."""
+    devices = processes.gather("device", device)
+    if without := [rank for rank, kind in enumerate(devices) if kind != "cuda" and "cuda" in devices]:
+        what = f"the processes {', '.join(map(str, without))} see no GPU, the others do; start fewer, or give each one"
+        raise SettingsError([Problem("run.processes", what)])
+
+
 def evaluate_base(
     attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded, shared: ObjectStore
-) -> Evaluated:
-    """Scores all questions with the adapter off; `shared` is where runs leave the scores of their bases."""
+) -> Evaluated | None:
+    """Scores all questions with the adapter off; `shared` is where runs leave the scores of their bases.
+
+    Like all stages it gives its result in process 0, and None in the others.
+    """
     kept = KeptScores(shared, "scores", settings.run.id)
     # Not the names, nor what belongs to the adapter: a base scores the same whatever is trained on it.
     base = asdict(replace(loaded.record, id="", revision=None, trainable_parameters=0))
-    scorer = _Scorer(loaded.model, settings.eval.batch_tokens, kept, base, attempt)
+    scorer = Scorer(loaded.model, settings.eval.batch_tokens, kept, base, attempt)
     with adapter_off(loaded.model):
         found = _evaluate(attempt, settings, sources, scorer, "base")
     others = kept.runs - {settings.run.id}
-    if not others or scorer.scored:
+    if found is None or not others or scorer.scored:
         return found
     origin = f"{shared.uri}/{scorer.folder} (run {', '.join(sorted(others))})"
     log.get_logger().info("base evaluation is reused", origin=origin)
@@ -107,70 +118,27 @@ def evaluate_base(
 
 def evaluate_adapter(
     attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded, trained: Trained
-) -> Evaluated:
+) -> Evaluated | None:
     """Scores all questions with the published adapter: what is evaluated is what ships."""
     weights = [artifact for artifact in trained.artifacts if "/adapter/adapter_" in artifact.path]
-    paths = [attempt.fetch(artifact) for artifact in weights]
-    load_adapter(loaded.model, paths[0].parent)
+    paths = attempt.processes.share_on_machine(
+        "adapter", lambda: [str(attempt.fetch(artifact)) for artifact in weights]
+    )
+    load_adapter(loaded.model, Path(paths[0]).parent)
     conditions = {**asdict(loaded.record), "adapter": [artifact.sha256 for artifact in weights]}
     kept = KeptScores(attempt.store, "scores", settings.run.id)
-    scorer = _Scorer(loaded.model, settings.eval.batch_tokens, kept, conditions, attempt)
+    scorer = Scorer(loaded.model, settings.eval.batch_tokens, kept, conditions, attempt)
     return _evaluate(attempt, settings, sources, scorer, "adapter")
 
 
-class _Scorer:
-    """Scores questions row by row, skipping what is kept already, with progress, ready to stop between two rows."""
-
-    def __init__(
-        self, model: Any, batch_tokens: int, kept: KeptScores, conditions: dict[str, Any], attempt: Attempt
-    ) -> None:
-        self.model, self.batch_tokens, self.kept, self.attempt = model, batch_tokens, kept, attempt
-        machine = manifest.hardware()
-        self.conditions = {
-            **conditions,
-            "software": manifest.software(),
-            "cpu": machine["cpu"],
-            "gpus": machine["gpus"],
-            "driver": machine["driver"],
-            "code": [hash_file(Path(__file__).with_name(f"{room}.py")) for room in ("attention", "model", "scoring")],
-        }
-        self.scored = 0
-        """Rows that were scored here and now."""
-        self.folder = ""
-
-    def __call__(self, questions: list[Question]) -> Scored:
-        rows = plan_rows(questions, self.batch_tokens)
-        self.folder = self.kept.open(score_key(questions, rows, self.conditions))
-        known = self.kept.load(questions, rows)
-        scores: Scored = []
-        self.model.eval()
-        with log.progress("questions", len(questions), every=max(1, len(questions) // 10)) as tell:
-            try:
-                for number, row in enumerate(rows):
-                    self.attempt.alive()
-                    if number not in known:
-                        known[number] = _finite(score_row(self.model, questions[row.start : row.stop]))
-                        self.kept.add(number, known[number])
-                        self.scored += 1
-                    scores += known[number]
-                    tell(len(scores))
-            finally:
-                self.kept.save()
-        return scores
-
-
-def _finite(scores: Scored) -> Scored:
-    """The scores, if they are numbers: a model that diverged answers with NaN, and NaN has a first choice too."""
-    if all(math.isfinite(choice.log_likelihood) for choices in scores for choice in choices):
-        return scores
-    raise JobError("the model's scores are not finite: it diverged. Lower JOB_TRAIN__LEARNING_RATE")
-
-
-def _evaluate(attempt: Attempt, settings: Settings, sources: Sources, scorer: _Scorer, side: str) -> Evaluated:
+def _evaluate(attempt: Attempt, settings: Settings, sources: Sources, scorer: Scorer, side: str) -> Evaluated | None:
+    if not attempt.processes.leads or sources.tasks is None:
+        scorer.help()
+        return None
+    found = evaluate(sources.tasks, sources.tokenizer, scorer, limit=settings.eval.limit)
+    attempt.processes.share("questions", str)  # no more of them
     artifacts, figures = [], {}
-    for task, (scores, records) in evaluate(
-        sources.tasks, sources.tokenizer, scorer, limit=settings.eval.limit
-    ).items():
+    for task, (scores, records) in found.items():
         key = f"artifacts/evaluation/{task}.{side}.jsonl"
         write_records(attempt.work / key, records)
         artifacts.append(attempt.publish(attempt.work / key, key))
@@ -179,13 +147,13 @@ def _evaluate(attempt: Attempt, settings: Settings, sources: Sources, scorer: _S
     return Evaluated(figures, artifacts)
 
 
-def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded) -> Trained:
+def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded) -> Trained | None:
     """Trains from the newest whole checkpoint on, and publishes the adapter and the metrics."""
-    model = loaded.model
+    model, processes = loaded.model, attempt.processes
     recipe, substitutions = substitute(_recipe(settings, len(sources.examples), model), model.device.type)
     for sentence in substitutions:
         log.get_logger().warning("substituted", what=sentence)
-    restored = checkpoints.restore(attempt.store, attempt.work / "restored", manifest.software(), validate_state)
+    restored = _restore(attempt)
     if restored.folder is not None:
         log.get_logger().info("resuming", step=restored.step, of=recipe.total_steps)
     check_disk(attempt.work, required_bytes([], checkpoint_bytes(_size(model), recipe.optimizer)))
@@ -208,12 +176,13 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
             ),
             folder=attempt.work / "states",
             resume=restored.folder,
+            processes=processes,
         )
         if not trained.complete:
             publisher.finish(attempt.stop.remaining())
-            damaged = {skipped.step for skipped in restored.skipped}
-            kept = max((step for step in checkpoints.steps(attempt.store) if step not in damaged), default=0)
-            raise Preempted(f"stopped by {attempt.stop.reason}; step {kept} of {recipe.total_steps} is saved")
+            raise _stopped(attempt, restored, recipe.total_steps)
+    if not processes.leads:
+        return None
     folder = attempt.work / "artifacts"
     save_adapter(model, folder / "adapter", base=settings.model.id, revision=sources.record.model_revision)
     sources.tokenizer.save_pretrained(folder / "adapter")
@@ -228,7 +197,32 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
         for path in files
     ]
     used = replace(recipe, micro_batch_tokens=trained.micro_batch_tokens)
-    return Trained(_training_record(used, trained.history, substitutions, len(sources.examples)), artifacts)
+    record = _training_record(used, trained.history, substitutions, len(sources.examples), processes.place.world_size)
+    return Trained(record, artifacts)
+
+
+def _stopped(attempt: Attempt, restored: checkpoints.Restored, total_steps: int) -> Preempted:
+    why = f"stopped by {attempt.stop.reason}"
+    if not attempt.processes.leads:
+        return Preempted(why)
+    damaged = {skipped.step for skipped in restored.skipped}
+    kept = max((step for step in checkpoints.steps(attempt.store) if step not in damaged), default=0)
+    return Preempted(f"{why}; step {kept} of {total_steps} is saved")
+
+
+def _restore(attempt: Attempt) -> checkpoints.Restored:
+    """The newest whole checkpoint, brought here once a machine and verified on each; on all it must be the same one."""
+    processes = attempt.processes
+
+    def restore() -> str:
+        size, folder = processes.place.world_size, attempt.work / "restored"
+        found = checkpoints.restore(attempt.store, folder, manifest.software(), validate_state, size)
+        return TypeAdapter(checkpoints.Restored).dump_json(found).decode()
+
+    found = TypeAdapter(checkpoints.Restored).validate_json(processes.share_on_machine("checkpoint", restore))
+    if len(set(steps := processes.gather("restored step", found.step))) > 1:
+        raise Unreachable(f"the machines found different checkpoints whole: of the steps {steps}; start the run again")
+    return found
 
 
 def _recipe(settings: Settings, rows: int, model: Any) -> Recipe:
@@ -268,11 +262,12 @@ def _teller(attempt: Attempt, tell: log.Progress, watch: Stopwatch) -> Callable[
 
 def _publishing(attempt: Attempt, keep: int, verified: int) -> Callable[[Path, int], None]:
     """Publishes a checkpoint and deletes those that are not needed any more; runs beside training."""
+    size = attempt.processes.place.world_size
 
     def publish(folder: Path, step: int) -> None:
         began = time.monotonic()
         checkpoints.publish(
-            attempt.store, folder, step=step, epoch=attempt.number, world_size=1, software=manifest.software()
+            attempt.store, folder, step=step, epoch=attempt.number, world_size=size, software=manifest.software()
         )
         checkpoints.prune(attempt.store, keep, epoch=attempt.number, verified=verified)
         attempt.note("running")
@@ -301,7 +296,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _training_record(
-    recipe: Recipe, history: Sequence[StepMetrics], substitutions: list[str], rows: int
+    recipe: Recipe, history: Sequence[StepMetrics], substitutions: list[str], rows: int, world_size: int
 ) -> TrainingRecord:
     """Sums up the steps. A step that was repeated after a restart counts once, as it went the last time."""
     last_epoch = history[-steps_per_epoch(rows, recipe.global_batch_size) :]
@@ -319,4 +314,5 @@ def _training_record(
         global_batch_size=recipe.global_batch_size,
         micro_batch_tokens=recipe.micro_batch_tokens,
         substitutions=substitutions,
+        world_size=world_size,
     )

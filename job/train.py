@@ -1,8 +1,9 @@
 """Training: TRL's SFTTrainer, driven by the batch plan over flat rows. The only room that knows trl.
 
 One optimizer step asks the plan which examples it trains on, cuts this process's share into micro-batches by a token
-budget and sums their losses, divided by the target tokens of the whole global batch. What is random in a step (dropout)
-is drawn from a seed of the run's seed and the step, so no generator's state has to survive a restart.
+budget and sums their losses, divided by the target tokens of the whole global batch; the gradients of all processes are
+added up once a step, here, and Trainer believes to be alone. What is random in a step (dropout) is drawn from a seed of
+the run's seed, the step and the process, so no generator's state has to survive a restart.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import math
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from job.attention import Segment, build_layout
 from job.callbacks import StopOnFlag
 from job.errors import JobError
 from job.model import recompute_activations, trainable
+from job.processes import ALONE, Processes
 from job.recipe import Hooks, Recipe, Trained, step_seed
 from job.records import Example, StepMetrics
 from job.states import TrainerFiles, read_state, write_state
@@ -33,7 +34,10 @@ SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with
 
 
 class _StepAbandoned(Exception):
-    """There is no time to finish the step in hand: the state is that of the step before, untouched."""
+    """The step in hand cannot be finished: the state is that of the step before, untouched.
+
+    There is no time for the rest of it, or another process has ended, which is then the cause.
+    """
 
 
 def train(
@@ -45,8 +49,9 @@ def train(
     hooks: Hooks,
     folder: Path,
     resume: Path | None = None,
+    processes: Processes = ALONE,
 ) -> Trained:
-    """Trains the adapter of `model` in place.
+    """Trains the adapter of `model` in place, in all processes alike.
 
     Args:
         model: A PEFT model over a frozen base loaded with flat attention.
@@ -56,13 +61,18 @@ def train(
         hooks: Whom to tell.
         folder: Where states are written, one folder a saved step.
         resume: A folder written earlier by the same recipe; training goes on after its step.
+        processes: Those that share the work; process 0 writes states, and tells of them.
     """
-    trainer = _FlatTrainer(model, tokenizer, examples=examples, recipe=recipe, hooks=hooks, folder=folder)
+    trainer = _FlatTrainer(
+        model, tokenizer, examples=examples, recipe=recipe, hooks=hooks, folder=folder, processes=processes
+    )
     recompute_activations(model, on=recipe.gradient_checkpointing)
     try:
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-    except _StepAbandoned:
+    except _StepAbandoned as abandoned:
         trainer.save_if_it_fits()
+        if abandoned.__cause__ is not None:
+            raise abandoned.__cause__ from None
     # Trainer wraps the model's forward for mixed precision: taken off, so that both evaluations run the same code.
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     recompute_activations(model, on=False)
@@ -100,7 +110,15 @@ class _FlatTrainer(SFTTrainer):  # type: ignore[misc]
     """SFTTrainer whose unit is the optimizer step of the batch plan."""
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, examples: Sequence[Example], recipe: Recipe, hooks: Hooks, folder: Path
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        examples: Sequence[Example],
+        recipe: Recipe,
+        hooks: Hooks,
+        folder: Path,
+        processes: Processes,
     ) -> None:
         exact = {name: parameter.data for name, parameter in trainable(model).items()}
         super().__init__(
@@ -109,12 +127,14 @@ class _FlatTrainer(SFTTrainer):  # type: ignore[misc]
             processing_class=tokenizer,
             train_dataset=Dataset.from_list([{"input_ids": list(examples[0].input_ids)}]),  # TRL wants to see one
             data_collator=list,
-            callbacks=[StopOnFlag(hooks.stop, hooks.fits)],
+            # A flag that goes up between the agreement and the step's end counts in the next step, in all of them.
+            callbacks=[StopOnFlag(self._stopping, hooks.fits)],
         )
         # TRL rounds the adapter of a quantized model to bf16, in which a resumed run cannot be exact.
         for name, parameter in trainable(model).items():
             parameter.data = exact[name]
         self.examples, self.recipe, self.hooks, self.folder = examples, recipe, hooks, folder
+        self.processes = processes
         self.budget = recipe.micro_batch_tokens
         self.history: list[StepMetrics] = []
         self.saved_step = 0
@@ -132,26 +152,49 @@ class _FlatTrainer(SFTTrainer):  # type: ignore[misc]
         return 0
 
     def training_step(self, model: Any, inputs: tuple[int], num_items_in_batch: Any = None) -> Any:  # noqa: ARG002
-        """One optimizer step's gradient; repeats itself with half the budget when the GPU's memory runs out."""
+        """One optimizer step's gradient; repeats itself with half the budget when the memory of a GPU runs out."""
         self.clock = time.monotonic()
         while True:
+            sums = None
             try:
-                return self._gradient_of(model, *inputs)
-            except torch.OutOfMemoryError as error:
-                if self.args.world_size > 1 or self.budget <= max(len(e.input_ids) for e in self.examples) // 2:
+                sums = self._lay_out(model, self._gradient_of(model, *inputs))
+            except torch.OutOfMemoryError:
+                if self.budget <= max(len(e.input_ids) for e in self.examples) // 2:
                     raise
-                self.budget //= 2
-                del error
+            try:
+                if not self.processes.agree(repeat=sums is None):
+                    self.processes.add_up(sums)
+                    return self._put_back(model, sums)
+            except JobError as error:
+                raise _StepAbandoned from error
+            self.budget //= 2
             model.zero_grad()
             torch.cuda.empty_cache()
 
+    def _lay_out(self, model: Any, loss: Any) -> Any:
+        """What is added up over the processes, end to end: the adapter's gradient, and the loss."""
+        if self.processes.place.world_size == 1:
+            return loss.reshape(1)
+        gradients = [p.new_zeros(p.shape) if p.grad is None else p.grad for p in trainable(model).values()]
+        return torch.cat([part.reshape(-1) for part in (*gradients, loss)])
+
+    def _put_back(self, model: Any, sums: Any) -> Any:
+        """Makes the sum the adapter's gradient, and returns the loss."""
+        if self.processes.place.world_size > 1:
+            parameters = list(trainable(model).values())
+            for parameter, part in zip(parameters, sums[:-1].split([p.numel() for p in parameters]), strict=True):
+                parameter.grad = part.view_as(parameter)
+        return sums[-1]
+
+    def _stopping(self) -> bool:
+        return self.hooks.stop() if self.processes.place.world_size == 1 else self.processes.stopping
+
     def _gradient_of(self, model: Any, step: int) -> Any:
-        rank, world = self.args.process_index, self.args.world_size
+        rank, world = self.processes.place.rank, self.processes.place.world_size
         rows = batches.batch(self.recipe.seed, len(self.examples), self.recipe.global_batch_size, step)
         targets = sum(sum(self.examples[row].targets) for row in rows)
-        share = [self.examples[row] for row in rows[rank::world]]
-        if not share:  # fewer rows than processes: DDP waits for a gradient of each, so this one is zero
-            share = [Example(self.examples[0].input_ids, (False,) * len(self.examples[0].input_ids))]
+        mine = batches.shares([len(self.examples[row].input_ids) for row in rows], world)[rank]
+        share = [self.examples[rows[i]] for i in mine]
         torch.manual_seed(step_seed(self.recipe.seed, step, rank))
         model.train()
         loss = torch.zeros((), device=self.args.device)
@@ -160,11 +203,10 @@ class _FlatTrainer(SFTTrainer):  # type: ignore[misc]
             if self.hooks.stop() and not self.hooks.fits(1 - (number - 1) / len(groups)):
                 raise _StepAbandoned
             inputs = flat_inputs([share[i] for i in group], self.args.device)
-            with nullcontext() if number == len(groups) else self.accelerator.no_sync(model):
-                with self.compute_loss_context_manager():
-                    summed = -model(**inputs, fused_lm_head=True).log_probs.sum()
-                part = summed * (world / targets)  # DDP averages over the processes
-                self.accelerator.backward(part)
+            with self.compute_loss_context_manager():
+                summed = -model(**inputs, fused_lm_head=True).log_probs.sum()
+            part = summed * (1 / targets)
+            self.accelerator.backward(part)
             loss += part.detach()
         return loss
 
@@ -205,7 +247,7 @@ class _FlatTrainer(SFTTrainer):  # type: ignore[misc]
         )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:  # noqa: ARG002
-        if self.is_world_process_zero():
+        if self.processes.leads:
             path = self.folder / f"step-{self.state.global_step:08d}"
             began = time.monotonic()
             write_state(path, self._files(), self.history)

@@ -17,13 +17,14 @@ from job import lineage
 from job.checks import Check, Difference, count, show
 from job.copies import Claim, bring
 from job.errors import Problem, VerificationError
-from job.evidence import ARTIFACTS, RESULTS, is_evidence, is_leftover
+from job.evidence import ARTIFACTS, is_evidence, is_leftover
 from job.figures import check_cost, check_evaluation, check_gate, check_training
 from job.hashes import unsealed
 from job.history import check_attempts, check_settings, check_stages
 from job.markers import files_prefix
 from job.objects import ObjectStore, is_key
 from job.published import parse, read_bytes
+from job.results import RESULTS
 
 
 def verify(store: ObjectStore, work: Path) -> list[Check]:

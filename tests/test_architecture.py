@@ -20,12 +20,12 @@ SOURCES = {
 LEVELS = """
     __init__ errors records log hashes batches statistics attention platforms presets fieldtypes callbacks
     optimizer_states results charts answers checks tables
-    store formats groups sources preemption model scoring events manifest limits clouds watchdog publisher selftest
+    store formats groups sources topology preemption model scoring events manifest limits clouds watchdog publisher
     comparison question_records side_by_side
-    recipe wording
-    local s3_errors schemas settings hub states notices rendering timeline
-    s3 s3_client encode train evaluate card report
-    objects dataset
+    recipe processes selftest wording
+    local s3_errors schemas settings hub states notices joined rendering timeline
+    s3 s3_client encode train evaluate rendezvous card report
+    objects dataset launcher
     lease markers scores artifacts
     guard checkpoint_download
     checkpoints
@@ -35,9 +35,9 @@ LEVELS = """
     evidence
     published copies
     baselines figures compare redraw
-    pull history lineage
+    pull history lineage scorer
     stages verify
-    inspection
+    inspection publication
     pipeline
     cli
     __main__
@@ -119,7 +119,7 @@ def environment_uses(tree: ast.AST) -> Iterator[tuple[str, int]]:
             yield "read", node.lineno
         elif node.attr in {"environ", "environb", "putenv"}:
             parent = parents[node]
-            assigned = isinstance(parent, ast.Subscript) and isinstance(parent.ctx, ast.Store)
+            assigned = isinstance(parent, ast.Subscript) and isinstance(parent.ctx, ast.Store | ast.Del)
             default = isinstance(parent, ast.Attribute) and parent.attr == "setdefault"
             yield "set" if assigned or default else "read", node.lineno
 
@@ -135,7 +135,7 @@ def test_the_reader_of_the_environment_is_found_out() -> None:
     """The test above sees reading for what it is, in whatever form."""
     for code in ("os.environ['X']", "os.environ.get('X')", "x = os.getenv('X')", "f(os.environ)", "dict(os.environ)"):
         assert [kind for kind, _ in environment_uses(ast.parse(code))] == ["read"]
-    for code in ("os.environ['X'] = '1'", "os.environ.setdefault('X', '1')"):
+    for code in ("os.environ['X'] = '1'", "os.environ.setdefault('X', '1')", "del os.environ['X']"):
         assert [kind for kind, _ in environment_uses(ast.parse(code))] == ["set"]
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from job.batches import batch, epoch_order, micro_batches, steps_per_epoch
+from job.batches import batch, epoch_order, micro_batches, shares, steps_per_epoch
 
 SEEDS = st.integers(0, 2**63)
 ROWS = st.integers(1, 300)
@@ -99,3 +99,23 @@ def test_shares_of_processes_partition_the_step(seed: int, rows: int, world: int
     shares = [whole[rank::world] for rank in range(world)]
     assert sorted(row for share in shares for row in share) == sorted(whole)
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+PROCESSES = st.integers(1, 9)
+
+
+@given(LENGTHS, PROCESSES)
+def test_every_example_is_dealt_to_one_process(lengths: list[int], processes: int) -> None:
+    """Each exactly once, in the plan's order; nobody has more than the others by more than one example's tokens."""
+    dealt = shares(lengths, processes)
+    assert len(dealt) == processes
+    assert Counter(index for share in dealt for index in share) == Counter(range(len(lengths)))
+    assert all(share == sorted(share) for share in dealt)
+    tokens = [sum(lengths[index] for index in share) for share in dealt]
+    assert max(tokens) - min(tokens) <= max(lengths, default=0)
+
+
+@given(LENGTHS)
+def test_one_process_gets_the_step_as_it_is(lengths: list[int]) -> None:
+    """Alone it trains on the plan's rows in the plan's order."""
+    assert shares(lengths, 1) == [list(range(len(lengths)))]

@@ -283,6 +283,14 @@ def test_what_was_on_the_disk_before_goes(two: LocalStore, tmp_path: Path) -> No
     assert restored_step(two, tmp_path) == 20
 
 
+def test_another_number_of_processes_is_said(two: LocalStore, tmp_path: Path) -> None:
+    """The checkpoint is used all the same: the plan of the steps does not depend on it."""
+    with capture_logs() as lines:
+        assert restore(two, tmp_path / "restored", SOFTWARE, world_size=4).step == 20
+    (line,) = [line for line in lines if line["log_level"] == "warning"]
+    assert (line["before"], line["processes"]) == (1, 4)
+
+
 def test_other_software_is_said(two: LocalStore, tmp_path: Path) -> None:
     """A checkpoint of other versions is used, with a warning that names them."""
     with capture_logs() as logs:

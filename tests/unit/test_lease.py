@@ -12,7 +12,7 @@ from uuid import uuid4
 import pytest
 from structlog.testing import capture_logs
 
-from job.errors import AccessDenied, DataError, Replaced, Unreachable
+from job.errors import AccessDenied, DataError, JobError, Replaced, Unreachable
 from job.guard import guarded
 from job.lease import KEY, Lease, take
 from job.local import LocalStore
@@ -258,6 +258,23 @@ def test_guard_stops_a_replaced_attempt(store: LocalStore, tmp_path: Path) -> No
             change()
     assert everything(store) == before
     assert old.read("a") is not None
+
+
+@pytest.mark.parametrize("verb", CHANGES)
+def test_nobody_without_a_lease_changes_anything(store: LocalStore, tmp_path: Path, verb: str) -> None:
+    """Of several processes one holds the lease; the store of the others can be read, and a change is a bug."""
+    (tmp_path / "file").write_bytes(b"2")
+    store.write("a", b"1")
+    safe = guarded(store, None)
+    change: dict[str, Callable[[], object]] = {
+        "write": lambda: safe.write("a", b"2"),
+        "upload": lambda: safe.upload(tmp_path / "file", "b"),
+        "delete": lambda: safe.delete("a"),
+    }
+    with pytest.raises(JobError, match="a bug"):
+        change[verb]()
+    assert everything(store) == {"a": b"1"}
+    assert safe.read("a") is not None
 
 
 @pytest.mark.parametrize("verb", CHANGES)

@@ -20,6 +20,14 @@ def test_a_pod_has_a_termination_log_and_no_run_id() -> None:
     assert platform == Platform(name="kubernetes", termination_log=Path("/dev/termination-log"))
 
 
+@pytest.mark.parametrize(("index", "expected"), [("3", 3), ("0", 0), ("", None), ("x", None), ("-1", None)])
+def test_a_pod_of_an_indexed_job_has_a_number(index: str, expected: int | None) -> None:
+    """Kubernetes counts from 0; outside a pod the variable means nothing."""
+    environ = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": index}
+    assert detect(environ).completion_index == expected
+    assert detect({"JOB_COMPLETION_INDEX": index}).completion_index is None
+
+
 def test_a_sagemaker_job_has_its_files_and_its_name() -> None:
     """SageMaker's container contract: hyperparameters in, failure file out, the job's name is the run's."""
     assert detect({"TRAINING_JOB_NAME": "alpaca-1"}) == Platform(
@@ -27,6 +35,7 @@ def test_a_sagemaker_job_has_its_files_and_its_name() -> None:
         hyperparameters=Path("/opt/ml/input/config/hyperparameters.json"),
         failure_file=Path("/opt/ml/output/failure"),
         run_id="alpaca-1",
+        resources=Path("/opt/ml/input/config/resourceconfig.json"),
     )
 
 

@@ -49,6 +49,7 @@ EXAMPLE: dict[str, Any] = {
                 "steps": 42,
                 "repeated_steps": 0,
                 "last_step": 42,
+                "world_size": 8,
             },
             {
                 "number": 2,
@@ -60,6 +61,7 @@ EXAMPLE: dict[str, Any] = {
                 "steps": 54,
                 "repeated_steps": 2,
                 "last_step": 94,
+                "world_size": 4,
             },
         ],
         "started": "2026-01-05T09:00:00Z",
@@ -104,6 +106,7 @@ EXAMPLE: dict[str, Any] = {
         "optimizer": "adamw_8bit",
         "global_batch_size": 32,
         "micro_batch_tokens": 4096,
+        "world_size": 4,
         "substitutions": ["fp16 instead of bf16: this GPU has no bf16"],
     },
     "evaluation": {

@@ -430,6 +430,10 @@ BAD_VALUES: list[tuple[str, list[str]]] = [
         "storage.endpoint_url",
         ["host", "ftp://host", "https://", "http://[", "https://h:x", "https://u@h", "https://h/?a=b"],
     ),
+    ("run.processes", ["0", "-1", "two", "1.5", "٢", "true", ""]),
+    ("run.nodes", ["0", "x"]),
+    ("run.node_rank", ["-1", "x"]),
+    ("run.rendezvous", ["host", ":29400", "host:", "host:0", "host:65536", "http://host:1", "a b:1", "host:1:2"]),
     ("storage.storage_class", ["GLACIER", "DEEP_ARCHIVE"]),
     ("storage.timeout_seconds", ["0"]),
     ("storage.retries", ["-1", "1000"]),
@@ -462,7 +466,11 @@ class TestWrongValues:
             "JOB_CONFIG": str(config),
             "JOB_RUN__SEED": "x",
             "JOB_TYPO": "1",
-            "WORLD_SIZE": "3",
+            "WORLD_SIZE": "three",
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": "a",
+            "MASTER_PORT": "1",
         }
         assert set(problems(["--data.limit=0", "--nope=1"], environ)) == {
             f"file {config} typo",
@@ -472,7 +480,7 @@ class TestWrongValues:
             f"lora.rank (file {config})",
             "data.limit (command line)",
             "train.epochs (hyperparameters.json)",
-            "train.global_batch_size (default)",
+            "WORLD_SIZE (environment)",
         }
 
     def test_numbers_in_a_file_are_not_true_or_false(self, tmp_path: Path) -> None:
@@ -541,29 +549,61 @@ class TestWrongValues:
             assert SECRET not in what
 
 
+TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
 class TestCombinations:
     """Values that are right alone and impossible together."""
 
-    @pytest.mark.parametrize("world_size", ["1", "2", "8", "32", ""])
-    def test_a_batch_that_divides(self, world_size: str) -> None:
-        """Every process gets the same number of examples."""
-        assert load_settings(["--run.id=a"], {"WORLD_SIZE": world_size})
-
-    @pytest.mark.parametrize("world_size", ["3", "5", "64"])
-    def test_a_batch_that_does_not(self, world_size: str) -> None:
-        """The number of processes is in the message."""
-        found = problems(["--run.id=a"], {"WORLD_SIZE": world_size})
-        assert world_size in found["train.global_batch_size (default)"]
+    @pytest.mark.parametrize("world_size", ["2", "3", "64"])
+    def test_any_number_of_processes_shares_a_batch(self, world_size: str) -> None:
+        """A step's examples need not divide evenly, and some processes may have none."""
+        assert load_settings(["--run.id=a"], TORCHRUN | {"WORLD_SIZE": world_size})
 
     @pytest.mark.parametrize("world_size", ["0", "-1", "x", "1.5", "9" * 5000, "٣"])
     def test_a_world_size_that_is_none(self, world_size: str) -> None:
-        """The variable of torchrun is checked like a setting."""
-        assert list(problems([], {"WORLD_SIZE": world_size})) == ["WORLD_SIZE (environment)"]
+        """The variables of torchrun are checked like settings."""
+        assert list(problems([], TORCHRUN | {"WORLD_SIZE": world_size})) == ["WORLD_SIZE (environment)"]
+
+    def test_torchruns_variables_come_together(self) -> None:
+        """The number of processes alone says not which of them this is."""
+        missing = ["RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"]
+        assert list(problems([], {"WORLD_SIZE": "2"})) == [f"{name} (environment)" for name in missing]
 
     def test_several_processes_need_one_name(self) -> None:
         """Each process would make up a run id of its own and write elsewhere."""
-        assert list(problems([], {"WORLD_SIZE": "2"})) == ["run.id (generated)"]
-        assert load_settings([], {"WORLD_SIZE": "2", "TRAINING_JOB_NAME": "alpaca-1"})
+        assert list(problems([], TORCHRUN)) == ["run.id (generated)"]
+        assert load_settings([], TORCHRUN | {"TRAINING_JOB_NAME": "alpaca-1"})
+        assert list(problems(["--run.nodes=2", "--run.rendezvous=a:1"])) == ["run.id (generated)"]
+
+    def test_several_machines_need_an_address_and_numbers(self) -> None:
+        """Where machine 0 listens, and which one this is."""
+        found = problems(["--run.nodes=2", "--run.node_rank=2", "--run.id=a"])
+        assert list(found) == ["run.rendezvous (default)", "run.node_rank (command line)"]
+        assert load_settings(["--run.node_rank=5"])  # an Indexed Job whose runs have nothing to do with each other
+
+    def test_where_torchrun_starts_the_processes_it_knows_the_machines(self) -> None:
+        """Our own settings of machines are then not asked for."""
+        assert load_settings(["--run.nodes=2", "--run.id=a"], TORCHRUN)
+
+    def test_a_pod_of_an_indexed_job_knows_its_number(self) -> None:
+        """From the platform, unless the user says otherwise."""
+        pod = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}
+        common = ["--run.nodes=2", "--run.rendezvous=a-0.a:29400", "--run.id=a"]
+        settings = load_settings(common, pod)
+        assert settings.run.node_rank == 1
+        assert settings.sources["run.node_rank"] == "platform"
+        assert load_settings([*common, "--run.node_rank=0"], pod).run.node_rank == 0
+
+    def test_sagemaker_tells_its_hosts(self, tmp_path: Path, sagemaker: Callable) -> None:
+        """Number of machines, which one, and where to meet; a file that tells nothing is a problem."""
+        environ = sagemaker({})
+        file = Path(environ["SAGEMAKER_BASE_DIR"], "input/config/resourceconfig.json")
+        file.write_text(json.dumps({"current_host": "algo-2", "hosts": ["algo-1", "algo-2"]}))
+        run = load_settings([], environ).run
+        assert (run.nodes, run.node_rank, run.rendezvous) == (2, 1, "algo-1:29400")
+        file.write_text("{}")
+        assert list(problems([], environ)) == ["resourceconfig.json"]
 
     def test_an_output_below_a_file(self, tmp_path: Path) -> None:
         """A folder cannot be made inside a file, nor in its place."""

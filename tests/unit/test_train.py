@@ -14,11 +14,13 @@ import pytest
 import torch
 
 from job import batches
-from job.errors import JobError
+from job.errors import JobError, Unreachable
 from job.model import add_adapter, trainable
+from job.processes import Alone
 from job.recipe import Hooks, Recipe, Trained, step_seed, substitute, total_steps
 from job.records import Example, Question, StepMetrics
 from job.scoring import score_row
+from job.topology import Place
 from job.train import flat_inputs, train
 from tests.helpers import EOS, LINEAR, PAD, fill_adapter, make_examples, make_model
 
@@ -486,6 +488,114 @@ def test_the_shrunken_micro_batch_survives_a_restart(base_folder: Path, tokenize
     resumed, _ = run(again, tokenizer, EXAMPLES, recipe, tmp_path / "resumed", resume=state)
     assert resumed.micro_batch_tokens == 80
     assert max(sizes) <= 80
+
+
+class Beside(Alone):
+    """The second of two processes, whose neighbour has no examples and runs out of memory at steps of our choice."""
+
+    place = Place(rank=0, world_size=2)
+
+    def __init__(self, *failing: int) -> None:
+        self.failing = failing
+        self.asked: list[bool] = []
+        self.sizes: list[int] = []
+
+    def agree(self, *, repeat: bool) -> bool:
+        """The neighbour's wish counts like ours."""
+        self.asked.append(repeat)
+        return repeat or len(self.asked) in self.failing
+
+    def add_up(self, tensor: torch.Tensor) -> None:
+        """The neighbour adds what it has."""
+        self.sizes.append(tensor.numel())
+
+
+@pytest.fixture
+def undealt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gives process 0 all examples."""
+    monkeypatch.setattr(batches, "shares", lambda lengths, processes: [list(range(len(lengths))), []][:processes])
+
+
+@pytest.mark.usefixtures("undealt")
+def test_a_step_is_repeated_by_all_when_one_runs_out_of_memory(
+    base_folder: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    """Whoever it was, all halve their micro-batches and repeat; loss and gradient are as if nothing had happened."""
+    recipe = replace(RECIPE, total_steps=2, micro_batch_tokens=160)
+    calm = fill_adapter(make_model(base_folder))
+    with gradients() as expected:
+        undisturbed, _ = run(calm, tokenizer, EXAMPLES, recipe, tmp_path)
+    for fails_here in (True, False):
+        model, beside = fill_adapter(make_model(base_folder)), Beside(*([] if fails_here else [1]))
+        run_out_of_memory(model, lambda number, here=fails_here: here and number == 2)
+        hooks = Hooks(lambda _: None, lambda *_: None, lambda: False)
+        with gradients() as found:
+            trained = train(model, tokenizer, EXAMPLES, recipe=recipe, hooks=hooks, folder=tmp_path, processes=beside)
+        assert trained.micro_batch_tokens == 80
+        assert beside.asked == [fails_here, False, False]
+        assert beside.sizes == [1 + sum(p.numel() for p in trainable(model).values())] * 2
+        for one, other in zip(expected, found, strict=True):
+            assert_same(one, other)
+        for before, after in zip(undisturbed.history, trained.history, strict=True):
+            assert after.loss == pytest.approx(before.loss, rel=1e-5)
+
+
+class Left(Beside):
+    """Its neighbour ends during the third step."""
+
+    def agree(self, *, repeat: bool) -> bool:
+        """Finds out where the processes meet."""
+        if len(self.asked) == 2:
+            raise Unreachable("process 1: the hub is silent")
+        return super().agree(repeat=repeat)
+
+
+@pytest.mark.usefixtures("undealt")
+def test_the_end_of_another_process_leaves_the_step_before(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """What was done is saved, and the error is the other's; resumed, the run ends with the bits of a whole one."""
+    whole, model = make_model(base_folder), make_model(base_folder)
+    recipe = replace(RESUMED, save_every_steps=1000)
+    run(whole, tokenizer, LONGER, recipe, tmp_path / "whole")
+    saved: list[Path] = []
+    hooks = Hooks(lambda _: None, lambda path, _: saved.append(path), lambda: False)
+    with pytest.raises(Unreachable, match="process 1: the hub is silent"):
+        train(model, tokenizer, LONGER, recipe=recipe, hooks=hooks, folder=tmp_path / "left", processes=Left())
+    assert [path.name for path in saved] == ["step-00000002"]
+    again = make_model(base_folder)
+    run(again, tokenizer, LONGER, recipe, tmp_path / "again", resume=saved[0])
+    assert adapter_hash(again) == adapter_hash(whole)
+
+
+def test_a_process_without_examples_follows(
+    base_folder: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a step has fewer examples than there are processes, one adds nothing, takes the sum, writes no state."""
+
+    class Idle(Beside):
+        leads = False
+        place = Place(rank=1, world_size=2)
+
+        def add_up(self, tensor: torch.Tensor) -> None:
+            assert not tensor.any()
+            tensor += 0.5
+
+    monkeypatch.setattr(batches, "shares", lambda lengths, _: [list(range(len(lengths))), []])
+    model = make_model(base_folder)
+    saved: list[Path] = []
+    hooks = Hooks(lambda _: None, lambda path, _: saved.append(path), lambda: False)
+    with gradients() as found:
+        trained = train(
+            model,
+            tokenizer,
+            EXAMPLES,
+            recipe=replace(RECIPE, save_every_steps=1),
+            hooks=hooks,
+            folder=tmp_path,
+            processes=Idle(),
+        )
+    assert trained.history[0].loss == 0.5
+    assert all((gradient == 0.5).all() for gradient in found[0].values())
+    assert not saved
 
 
 def test_memory_that_is_too_small_for_one_example_ends_the_job(

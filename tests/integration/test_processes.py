@@ -1,0 +1,248 @@
+"""Several processes see the same examples a step as one does, end alike, and leave a state that any number resumes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from job.results import facts_of
+from tests.forked import ROOT, Forks, Group, forks, free_port
+from tests.helpers import alpaca_rows, arc_rows, read_jsonl, write_jsonl
+
+STEPS = 8
+CLOSE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> dict[str, str]:
+    """Only the order of additions can differ: fp32, no dropout. 8 steps in two epochs, a checkpoint every other one."""
+    folder = tmp_path_factory.mktemp("processes")
+    write_jsonl(folder / "rows.jsonl", alpaca_rows(22))
+    write_jsonl(folder / "questions.jsonl", arc_rows(24))
+    return {
+        "JOB_RUN__OUTPUT": str(folder / "out"),
+        "JOB_RUN__SPOT_NOTICES": "off",
+        "JOB_MODEL__ID": str(base_folder),
+        "JOB_MODEL__QUANTIZATION": "none",
+        "JOB_DATA__SOURCE": str(folder / "rows.jsonl"),
+        "JOB_EVAL__DATA": f"arc_easy={folder / 'questions.jsonl'}",
+        "JOB_EVAL__BATCH_TOKENS": "256",
+        "JOB_TRAIN__GLOBAL_BATCH_SIZE": "6",  # by four it does not divide, and an epoch's last step has four
+        "JOB_TRAIN__LEARNING_RATE": "2e-3",
+        "JOB_TRAIN__MAX_LENGTH": "512",
+        "JOB_TRAIN__OPTIMIZER": "adamw_torch",
+        "JOB_TRAIN__MICRO_BATCH_TOKENS": "300",
+        "JOB_CHECKPOINT__EVERY_STEPS": "2",
+        "JOB_LOG__FORMAT": "json",
+    }
+
+
+EXACT = {
+    "JOB_MODEL__QUANTIZATION": "nf4",
+    "JOB_LORA__DROPOUT": "0.1",
+    "JOB_TRAIN__OPTIMIZER": "adamw_8bit",
+}
+"""What has to be exact between runs of the same number of processes."""
+
+
+@pytest.fixture(scope="module")
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """What starts the processes."""
+    with forks(tmp_path_factory.mktemp("logs")) as found:
+        yield found
+
+
+def run_folder(environment: Mapping[str, str], name: str) -> Path:
+    """Where a run's files lie."""
+    return Path(environment["JOB_RUN__OUTPUT"]) / name
+
+
+def results(environment: Mapping[str, str], name: str) -> dict[str, Any]:
+    """A run's manifest."""
+    manifest: dict[str, Any] = json.loads((run_folder(environment, name) / "results.json").read_text("utf-8"))
+    return manifest
+
+
+def metrics(environment: Mapping[str, str], name: str) -> list[dict[str, Any]]:
+    """A run's steps."""
+    return read_jsonl(run_folder(environment, name) / "artifacts/metrics.jsonl")
+
+
+def go(forked: Forks, environment: Mapping[str, str], name: str, processes: int, **changes: str) -> list[int]:
+    """Runs a group of processes to its end; returns their exit codes."""
+    codes, group = forked.run({**environment, "JOB_RUN__ID": name, **changes}, processes, f"{name}-{processes}")
+    if any(code not in {0, 75, -9} for code in codes):
+        print(*[log.read_text("utf-8")[-2000:] for log in group.logs], sep="\n")
+    return codes
+
+
+@pytest.fixture(scope="module")
+def one(forked: Forks, environment: dict[str, str]) -> str:
+    """The name of a run by one process."""
+    assert go(forked, environment, "one", 1) == [0]
+    return "one"
+
+
+def assert_same_steps(environment: Mapping[str, str], name: str, other: str) -> None:
+    """Each step saw the same examples, and its loss and gradient are the same but for the order of additions."""
+    steps, expected = metrics(environment, name), metrics(environment, other)
+    assert len(steps) == len(expected) == STEPS
+    for step, whole in zip(steps, expected, strict=True):
+        assert {key: step[key] for key in ("step", "examples", "target_tokens", "learning_rate")} == {
+            key: whole[key] for key in ("step", "examples", "target_tokens", "learning_rate")
+        }
+        assert step["loss"] == pytest.approx(whole["loss"], rel=CLOSE)
+        assert step["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_the_number_of_processes_changes_no_step(
+    forked: Forks, environment: dict[str, str], one: str, processes: int
+) -> None:
+    """2 and 4 processes end with exit code 0, the same loss by step as one, and the same answers of the base."""
+    name = f"by-{processes}"
+    changes = {"JOB_RUN__OUTPUT": f"{environment['JOB_RUN__OUTPUT']}-{processes}"}  # so that nothing is reused
+    assert go(forked, environment, name, processes, **changes) == [0] * processes
+    shutil.copytree(run_folder(changes, name), run_folder(environment, name))
+    assert_same_steps(environment, name, one)
+    first, second = (
+        (run_folder(environment, run) / "artifacts/evaluation/arc_easy.base.jsonl").read_bytes() for run in (name, one)
+    )
+    assert first == second
+    found = results(environment, name)
+    assert found["training"]["world_size"] == processes
+    assert [attempt["world_size"] for attempt in found["run"]["attempts"]] == [processes]
+    for key in ("loss", "examples", "steps"):
+        assert found["training"][key] == pytest.approx(results(environment, one)["training"][key], rel=CLOSE)
+
+
+def test_a_run_moves_between_numbers_of_processes(forked: Forks, environment: dict[str, str], one: str) -> None:
+    """Killed with 2 processes, killed with 1, and finished with 4, a run has seen the same, with the same losses."""
+    changes = {"JOB_FAULT": "kill@step=3,kill@step=5"}
+    assert go(forked, environment, "moving", 2, **changes) == [-9, 75]
+    assert go(forked, environment, "moving", 1, **changes) == [-9]
+    assert go(forked, environment, "moving", 4, **changes) == [0] * 4
+    assert_same_steps(environment, "moving", one)
+    attempts = results(environment, "moving")["run"]["attempts"]
+    assert [(attempt["world_size"], attempt["outcome"]) for attempt in attempts] == [
+        (2, "killed"),
+        (1, "killed"),
+        (4, "complete"),
+    ]
+
+
+def test_the_same_number_of_processes_gives_the_same_bits(forked: Forks, environment: dict[str, str]) -> None:
+    """NF4, dropout, 8-bit Adam: a run of 2 processes that was killed ends with the bits of one that was not."""
+    elsewhere = {**EXACT, "JOB_RUN__OUTPUT": f"{environment['JOB_RUN__OUTPUT']}-exact"}
+    assert go(forked, environment, "whole", 2, **elsewhere) == [0, 0]
+    assert go(forked, environment, "killed", 2, **elsewhere, JOB_FAULT="kill@step=5") == [-9, 75]
+    assert go(forked, environment, "killed", 2, **elsewhere) == [0, 0]
+    assert facts_of(results(elsewhere, "killed")) == facts_of(results(elsewhere, "whole"))
+
+
+def wait_for(found: Callable[[], bool], seconds: float = 60) -> None:
+    """Waits until something is so."""
+    deadline = time.monotonic() + seconds
+    while not found():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def last_step(group: Group) -> int:
+    """The last step that the log of process 0 tells of; 0 for none."""
+    return max((line["done"] for line in group.lines(0) if line["event"] == "steps"), default=0)
+
+
+def test_a_signal_to_one_stops_all(forked: Forks, environment: dict[str, str], one: str) -> None:
+    """SIGTERM to the last of 2 processes: all end with 75 after the same step, which is saved; nothing is repeated."""
+    group = forked.start({**environment, "JOB_RUN__ID": "stopped"}, 2, "stopped")
+    wait_for(lambda: last_step(group) >= 3)
+    os.kill(group.pids[1], signal.SIGTERM)
+    assert group.wait() == [75, 75]
+    last = last_step(group)
+    (error,) = [line for line in group.lines(0) if line["level"] == "error"]
+    assert f"step {last} of {STEPS} is saved" in error["why"]
+    assert go(forked, environment, "stopped", 2) == [0, 0]
+    first, second = results(environment, "stopped")["run"]["attempts"]
+    assert (first["outcome"], second["outcome"]) == ("preempted", "complete")
+    assert first["repeated_steps"] == second["repeated_steps"] == 0
+    assert_same_steps(environment, "stopped", one)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_dies_ends_the_others(forked: Forks, environment: dict[str, str], victim: int) -> None:
+    """SIGKILL to one: the others end with 75 within seconds, and what process 0 had done is saved if it is left."""
+    name = f"dies-{victim}"
+    group = forked.start({**environment, "JOB_RUN__ID": name, "JOB_CHECKPOINT__EVERY_STEPS": "100"}, 2, name)
+    wait_for(lambda: last_step(group) >= 3)
+    began = time.monotonic()
+    os.kill(group.pids[victim], signal.SIGKILL)
+    codes = group.wait()
+    assert time.monotonic() - began < 25
+    assert codes[victim] == -9
+    assert codes[1 - victim] == 75
+    saved = {path.parent.name for path in run_folder(environment, name).rglob("COMMITTED.json")}
+    assert saved == ({f"step-{last_step(group):08d}"} if victim else set())
+
+
+def test_a_run_that_is_replaced_ends_in_all_processes(forked: Forks, environment: dict[str, str]) -> None:
+    """When another attempt takes the lease, process 0 notices, and all end with 76."""
+    group = forked.start({**environment, "JOB_RUN__ID": "replaced", "JOB_CHECKPOINT__EVERY_STEPS": "1"}, 2, "replaced")
+    wait_for(lambda: last_step(group) >= 1)
+    lease = run_folder(environment, "replaced") / "lease.json"
+    record = json.loads(lease.read_text("utf-8"))
+    lease.write_text(json.dumps({**record, "epoch": 2, "holder": "somebody else"}), "utf-8")
+    assert group.wait() == [76, 76]
+
+
+def start(environment: Mapping[str, str], log: Path, **changes: str) -> subprocess.Popen[str]:
+    """Starts the job as a user does; its log goes to a file."""
+    settings = {**os.environ, **environment, **changes}
+    with log.open("w") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "job"], cwd=ROOT, env=settings, stdout=file, stderr=file, text=True
+        )
+
+
+def test_two_machines(environment: dict[str, str], one: str, tmp_path: Path) -> None:
+    """Two launchers, each with its own number and one address: both end with 0, and the losses are those of one."""
+    common = {"JOB_RUN__ID": "machines", "JOB_RUN__NODES": "2", "JOB_RUN__RENDEZVOUS": f"127.0.0.1:{free_port()}"}
+    started = [start(environment, tmp_path / str(rank), **common, JOB_RUN__NODE_RANK=str(rank)) for rank in (1, 0)]
+    assert [process.wait(timeout=240) for process in started] == [0, 0], (tmp_path / "0").read_text()[-3000:]
+    assert_same_steps(environment, "machines", one)
+    assert results(environment, "machines")["training"]["world_size"] == 2
+    for line in [*(tmp_path / "0").read_text().splitlines()[:-5], *(tmp_path / "1").read_text().splitlines()]:
+        assert json.loads(line)["level"] == "info", line
+    # A machine that comes back when the others have gone home finds nothing to do, and waits for nobody.
+    again = start(environment, tmp_path / "2", **common, JOB_RUN__NODE_RANK="1")
+    assert again.wait(timeout=60) == 0
+    assert "complete already" in (tmp_path / "2").read_text()
+
+
+def test_an_error_of_one_is_told_once(environment: dict[str, str], tmp_path: Path) -> None:
+    """Two processes on one machine, started as a user does: bad rows end with 65, and the log says it once."""
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{**alpaca_rows(1)[0], "output": ""}])
+    process = start(
+        environment,
+        tmp_path / "log",
+        JOB_RUN__PROCESSES="2",
+        JOB_DATA__SOURCE=str(rows),
+        JOB_DATA__ON_BAD_ROW="error",
+        JOB_LOG__LEVEL="debug",
+    )
+    assert process.wait(timeout=120) == 65, (tmp_path / "log").read_text()[-3000:]
+    lines = read_jsonl(tmp_path / "log")
+    assert [(line["process"], line["event"]) for line in lines if line["level"] == "error"] == [(0, "DataError")]
+    (told,) = [line for line in lines if line["event"] == "ends with the others"]
+    assert (told["process"], told["exit_code"]) == (1, 65)
+    assert len({line["run"] for line in lines}) == 1
