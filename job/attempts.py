@@ -11,7 +11,7 @@ import json
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -36,6 +36,8 @@ OUTCOMES: Mapping[type[BaseException], str] = {Preempted: "preempted", JobError:
 
 
 NOTE_SECONDS = 5.0
+BUILT_ON = {"train": "evaluate-adapter"}
+"""Stage -> the stage that works with what it published."""
 SETTINGS = "settings.json"
 
 
@@ -96,12 +98,22 @@ class Attempt:
                 self.stage_seconds[name] = self.stage_seconds.get(name, 0.0) + time.monotonic() - began
 
     def stage(self, name: str, kind: type[T], work: Callable[[], T]) -> T:
-        """What the stage found out: read from its record if an earlier attempt finished it, else worked out now."""
+        """What the stage found out: read from its record if an earlier attempt finished it, else worked out now.
+
+        A record counts while everything is there that the stage published: a copy of the run may be without some of it.
+        If a stage is done again, so is the one that builds on it.
+        """
         key = f"stages/{name}.json"
         kept = self.store.read(key)
         if kept is not None:
-            log.get_logger().info("stage was finished by an earlier attempt", stage=name)
-            return TypeAdapter(kind).validate_json(kept.data)
+            known = TypeAdapter(kind).validate_json(kept.data)
+            gone = missing(self.store, getattr(known, "artifacts", ()))
+            if not gone:
+                log.get_logger().info("stage was finished by an earlier attempt", stage=name)
+                return known
+            log.get_logger().warning("stage is done again, not all that it published is there", stage=name, gone=gone)
+            if name in BUILT_ON:
+                self.store.delete(f"stages/{BUILT_ON[name]}.json")
         with self.timed(name):
             log.get_logger().info("stage begins")
             result = work()
@@ -145,6 +157,13 @@ class Attempt:
         self._noted = time.monotonic()
         data = TypeAdapter(AttemptRecord).dump_json(self.record(outcome), indent=2)
         self.store.write(_ledger_key(self.number), data)
+
+
+def missing(store: ObjectStore, artifacts: Iterable[Artifact]) -> list[str]:
+    """Those of the artefacts, by path, that the store does not have, or not in their size."""
+    sizes = {artifact.path: artifact.bytes for artifact in artifacts}
+    found = {info.key: info.bytes for info in store.list("artifacts/")} if sizes else {}
+    return [path for path, size in sizes.items() if found.get(path) != size]
 
 
 @contextmanager
