@@ -11,6 +11,7 @@ from typing import Any
 from job import __version__, log
 from job.errors import JobError, Problem, SettingsError
 from job.platforms import Platform
+from job.sagemaker import lasts
 from job.settings import current_platform, describe, environment, json_schema, load_settings, secrets
 
 USAGE = """\
@@ -69,6 +70,11 @@ def _run(words: list[str]) -> int:
         raise SettingsError([Problem("WORLD_SIZE", "the job runs in one process so far; start it without torchrun")])
     faults = parse(settings.fault or "")
     platform = current_platform()
+    if platform.name == "sagemaker" and not lasts(settings.run.output, platform.inputs):
+        log.get_logger().warning(
+            "nothing copies this run away, an interruption loses it; give JOB_RUN__OUTPUT=s3://... or CheckpointConfig",
+            output=settings.run.output,
+        )
     with (
         stop_on_signals(settings.run.grace_seconds) as stop,
         watch_notices(stop, settings.run.spot_notices),
@@ -76,7 +82,7 @@ def _run(words: list[str]) -> int:
     ):
         from job.pipeline import run
 
-        run(settings, stop, beat, faults)
+        run(settings, stop, beat, faults, platform.delivery)
     return 0
 
 

@@ -8,13 +8,15 @@ from dataclasses import asdict
 from typing import Any
 
 from job import log, manifest
-from job.attempts import Attempt, compare_settings, keep_settings, now, open_attempt
+from job.attempts import Attempt, compare_settings, keep_settings, missing, now, open_attempt
+from job.delivery import RESULTS, deliver
 from job.errors import DataError, GateError, Problem
 from job.faults import Fault, arm, faulty
-from job.objects import open_store
+from job.objects import ObjectStore, open_store
+from job.platforms import Delivery
 from job.preemption import Stop
 from job.pull import Sources, pull
-from job.records import Evaluated, ModelRecord, Pulled, Trained
+from job.records import Artifact, Evaluated, ModelRecord, Pulled, Trained
 from job.settings import Settings, describe, redacted
 
 # These change how a run is carried out, never what it computes; an attempt may differ in them from the one before.
@@ -25,7 +27,9 @@ EXECUTION = {
 EXECUTION_GROUPS = ("storage.", "log.", "cost.", "checkpoint.", "gate.")
 
 
-def run(settings: Settings, stop: Stop, beat: Callable[[], None], faults: tuple[Fault, ...]) -> dict[str, Any]:
+def run(
+    settings: Settings, stop: Stop, beat: Callable[[], None], faults: tuple[Fault, ...], delivery: Delivery | None
+) -> dict[str, Any]:
     """Runs the job, or the rest of it if earlier attempts did a part; returns the published manifest.
 
     Raises:
@@ -35,15 +39,15 @@ def run(settings: Settings, stop: Stop, beat: Callable[[], None], faults: tuple[
     shared = open_store(settings.run.output, **storage)
     store = open_store(f"{settings.run.output.rstrip('/')}/{settings.run.id}", **storage)
     decisive = {name: value for name, value, _ in describe(settings) if _decides(name)}
-    if (done := store.read("results.json")) is not None:
-        compare_settings(store, decisive)
-        log.get_logger().info("this run is complete already", results=f"{store.uri}/results.json")
-        return _gated(json.loads(done.data))
+    if (done := _complete(store, decisive)) is not None:
+        return _handed_over(store, done, delivery)
     armed = arm(faults, store)
     store = faulty(store, armed)
     with open_attempt(store, decisive, cache=settings.storage.cache, stop=stop, beat=beat, faults=armed) as attempt:
         from job import stages  # torch and all that: what can be refused without it has been
 
+        if gone := _published(attempt.store)[1]:
+            _withdraw(attempt, gone)
         with attempt.timed("pull"):
             sources = pull(attempt, settings, storage)
         loaded = stages.load(settings, sources)
@@ -60,8 +64,8 @@ def run(settings: Settings, stop: Stop, beat: Callable[[], None], faults: tuple[
             results = publish(
                 attempt, settings, sources, model=loaded.record, base=base, trained=trained, adapter=adapter
             )
-    manifest.tell(manifest.summary(results, f"{store.uri}/results.json"))
-    return _gated(results)
+    manifest.tell(manifest.summary(results, f"{store.uri}/{RESULTS}"))
+    return _handed_over(store, results, delivery)
 
 
 def publish(
@@ -93,11 +97,33 @@ def publish(
         usd_per_hour=settings.cost.usd_per_hour,
     )
     manifest.validate(results)
-    if (done := attempt.store.read("results.json")) is not None:  # the attempt before got so far after all
-        published: dict[str, Any] = json.loads(done.data)
-        return published
-    attempt.store.write("results.json", json.dumps(results, indent=2).encode())
+    if (done := _published(attempt.store)[0]) is not None:  # the attempt before got so far after all
+        return done
+    attempt.store.write(RESULTS, json.dumps(results, indent=2).encode())
     return results
+
+
+def _complete(store: ObjectStore, decisive: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The manifest of a run that is complete; None if there is something left to do."""
+    done, gone = _published(store)
+    if done is None or gone:
+        return None
+    compare_settings(store, decisive)
+    log.get_logger().info("this run is complete already", results=f"{store.uri}/{RESULTS}")
+    return done
+
+
+def _published(store: ObjectStore) -> tuple[dict[str, Any] | None, list[str]]:
+    """The manifest, if there is one, and what it lists although it is not there."""
+    found = store.read(RESULTS)
+    results: dict[str, Any] | None = None if found is None else json.loads(found.data)
+    return results, missing(store, [Artifact(**entry) for entry in results["artifacts"]]) if results else []
+
+
+def _withdraw(attempt: Attempt, gone: list[str]) -> None:
+    """Removes a manifest that says more than is there: of a run that was copied away while it ended."""
+    log.get_logger().warning("the manifest is there, but not all that it lists: the run goes on", gone=gone)
+    attempt.store.delete(RESULTS)
 
 
 def _same(known: Pulled, found: Pulled) -> None:
@@ -111,8 +137,10 @@ def _decides(name: str) -> bool:
     return name not in EXECUTION and not name.startswith(EXECUTION_GROUPS)
 
 
-def _gated(results: Mapping[str, Any]) -> dict[str, Any]:
-    """The results, unless they do not pass the gate."""
+def _handed_over(store: ObjectStore, results: Mapping[str, Any], delivery: Delivery | None) -> dict[str, Any]:
+    """The results, delivered where the platform collects them, unless they do not pass the gate."""
+    if delivery:
+        deliver(store, results, delivery)
     if results["gate"]["passed"] is False:
         raise GateError("; ".join(results["gate"]["reasons"]))
     return dict(results)

@@ -20,6 +20,8 @@ SOURCES = {
 LEVELS = """
     __init__ errors records log hashes batches statistics attention platforms presets fieldtypes callbacks
     optimizer_states results
+    layers
+    sagemaker
     store formats groups sources preemption model scoring events manifest limits clouds watchdog publisher selftest
     recipe
     local s3_errors schemas settings hub states notices
@@ -29,7 +31,7 @@ LEVELS = """
     guard checkpoint_download
     checkpoints
     faults
-    attempts
+    attempts delivery
     pull
     stages
     pipeline
