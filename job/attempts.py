@@ -12,7 +12,7 @@ import math
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -42,6 +42,8 @@ NOTE_SHARE = 0.01
 """Of an attempt's time that notes in the ledger may take; what happened since the last one is lost by a kill."""
 NOTE_SECONDS = (0.2, 5.0)
 """Bounds of the time between two notes."""
+BUILT_ON = {"train": "evaluate-adapter"}
+"""Stage -> the stage that works with what it published."""
 SETTINGS = "settings.json"
 
 
@@ -109,11 +111,14 @@ class Attempt:
     def stage(self, name: str, kind: type[T], work: Callable[[], T | None]) -> T:
         """What the stage found out: read from its record if an earlier attempt finished it, else worked out now.
 
+        A record counts while everything is there that the stage published: a copy of the run may be without some of it.
+        If a stage is done again, so is the one that builds on it.
+
         All processes work; what process 0 finds out is what the stage found out, for all of them. The others may return
         None.
         """
         key, adapter = f"stages/{name}.json", TypeAdapter(kind)
-        kept = self.processes.share(f"record of {name}", lambda: self._kept(key))
+        kept = self.processes.share(f"record of {name}", lambda: self._kept(name, adapter))
         if kept is not None:
             log.get_logger().info("stage was finished by an earlier attempt", stage=name)
             return adapter.validate_json(kept)
@@ -128,9 +133,18 @@ class Attempt:
         log.get_logger().info("stage is done", stage=name, seconds=round(self.stage_seconds[name], 2))
         return adapter.validate_json(record)
 
-    def _kept(self, key: str) -> str | None:
-        stored = self.store.read(key)
-        return None if stored is None else stored.data.decode()
+    def _kept(self, name: str, adapter: TypeAdapter[Any]) -> str | None:
+        """The record of a stage, if there is one that counts."""
+        stored = self.store.read(f"stages/{name}.json")
+        if stored is None:
+            return None
+        gone = missing(self.store, getattr(adapter.validate_json(stored.data), "artifacts", ()))
+        if not gone:
+            return stored.data.decode()
+        log.get_logger().warning("stage is done again, not all that it published is there", stage=name, gone=gone)
+        if name in BUILT_ON:
+            self.store.delete(f"stages/{BUILT_ON[name]}.json")
+        return None
 
     def publish(self, path: Path, key: str, facts_sha256: str | None = None) -> Artifact:
         """Uploads a file, or every file of a folder is the caller's loop; returns its entry for the manifest."""
@@ -170,6 +184,13 @@ class Attempt:
     def _note_if_due(self) -> None:
         if time.monotonic() > self._next_note:
             self.note("running")
+
+
+def missing(store: ObjectStore, artifacts: Iterable[Artifact]) -> list[str]:
+    """Those of the artefacts, by path, that the store does not have, or not in their size."""
+    sizes = {artifact.path: artifact.bytes for artifact in artifacts}
+    found = {info.key: info.bytes for info in store.list("artifacts/")} if sizes else {}
+    return [path for path, size in sizes.items() if found.get(path) != size]
 
 
 @contextmanager

@@ -14,7 +14,7 @@ checkpoint of his own, and then the most he gets is wrong numbers; no byte of it
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,21 +105,21 @@ def restore(
     return Restored(None, 0, tuple(skipped))
 
 
-def prune(store: ObjectStore, keep: int, *, epoch: int, verified: int) -> None:
+def prune(store: ObjectStore, keep: int, *, own: Collection[int], verified: int, fresh: Collection[int] = ()) -> None:
     """Deletes all but the newest `keep` checkpoints that are fit for use, each marker before its files.
 
     Args:
         store: The run's.
         keep: How many to keep, at least 1.
-        epoch: This attempt's; what it committed itself is fit.
+        own: Steps that this attempt committed: they are fit.
         verified: Step that this attempt restored, 0 if none. Up to it checkpoints are fit; those after it that are not
             of this attempt were not whole when it began, or come late from one that was replaced.
+        fresh: Steps too new for an older one to be deleted in their favour, as long as a copy of the folder may not
+            have them yet. They are kept, and do not count.
     """
     found = _names(store)
-    committed = [step for step, names in found.items() if markers.NAME in names]
-    own = {step for step, names in found.items() if any(name.startswith(markers.epoch_prefix(epoch)) for name in names)}
-    fit = [step for step in committed if step <= verified or step in own]
-    kept = fit[: max(keep, 1)]
+    fit = [step for step, names in found.items() if markers.NAME in names and (step <= verified or step in own)]
+    kept = {*[step for step in fit if step not in fresh][: max(keep, 1)], *(step for step in fit if step in fresh)}
     for step, names in found.items():
         # Without a single one that is fit, the rest is evidence.
         if kept and step not in kept:

@@ -11,6 +11,7 @@ from typing import Any
 from job import __version__, log
 from job.errors import JobError
 from job.platforms import Platform
+from job.sagemaker import lasts
 from job.settings import (
     Settings,
     current_place,
@@ -90,6 +91,11 @@ def _run(words: list[str]) -> int:
     first = place is None or place.local_rank == 0
     if place is not None and first:
         check_shared_memory(place.local_world_size)
+    if platform.name == "sagemaker" and first and not lasts(settings.run.output, platform.inputs):
+        log.get_logger().warning(
+            "nothing copies this run away, an interruption loses it; give JOB_RUN__OUTPUT=s3://... or CheckpointConfig",
+            output=settings.run.output,
+        )
     run, stall = settings.run, settings.train.stall_seconds
     with (
         stop_on_signals(run.grace_seconds) as stop,
@@ -99,7 +105,7 @@ def _run(words: list[str]) -> int:
     ):
         from job.pipeline import run as run_job
 
-        run_job(settings, stop, beat, faults, processes)
+        run_job(settings, stop, beat, faults, delivery=platform.delivery, processes=processes)
     return 0
 
 
@@ -115,7 +121,7 @@ def _launch(settings: Settings, words: list[str]) -> int | None:
             return None
         from job.pipeline import finished
 
-        if finished(settings) is not None:  # the other machines may be gone for good
+        if finished(settings, current_platform().delivery) is not None:  # the other machines may be gone for good
             return 0
         # An Indexed Job may number runs that have nothing to do with each other.
         machine = Machine(processes, run.nodes, run.node_rank, run.rendezvous) if run.nodes > 1 else Machine(processes)

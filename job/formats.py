@@ -22,6 +22,7 @@ UNREADABLE = "unreadable"
 
 _MAX_CSV_FIELD = 1 << 24
 _PARQUET_ROWS = 1024
+_SHOWN_FILES = 5
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ def _find_file(path: Path, source: str) -> Path:
     if path.is_dir():
         files = [file for file in sorted(path.iterdir()) if _reader(file) and file.is_file() and file.name[0] != "."]
         if len(files) != 1:
-            found = f"{len(files)} data files, name one of them" if files else f"no data file ({', '.join(SUFFIXES)})"
+            names = ", ".join(file.name for file in files[:_SHOWN_FILES]) + ", ..." * (len(files) > _SHOWN_FILES)
+            found = f"{len(files)} data files, name one: {names}" if files else f"no data file ({', '.join(SUFFIXES)})"
             raise DataError([Problem(source, f"is a directory that holds {found}")])
         return files[0]
     if not path.exists():

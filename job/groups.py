@@ -57,7 +57,10 @@ class Run(Group):
     id: RunId = Field(default_factory=new_run_id)
     """Names the run and its folder; the same id resumes it. Default: the platform's job name, else time and chance."""
     output: Location = "runs"
-    """Where results go, `s3://bucket/prefix` or a path; the run's files lie in `<output>/<run id>/`."""
+    """Where results go, `s3://bucket/prefix` or a path; the run's files lie in `<output>/<run id>/`.
+
+    On SageMaker by default the folder that it copies to S3, `/opt/ml/checkpoints`.
+    """
     seed: Whole = 0
     """Seed of every random choice."""
     grace_seconds: Seconds = 30
@@ -161,6 +164,8 @@ class Checkpoint(Group):
     """Optimizer steps between two checkpoints."""
     keep: Count = 2
     """How many to keep."""
+    settle_seconds: NotNegative = 0.0
+    """Age at which one lets older ones go, where something copies the folder. On SageMaker's synced folder: 300."""
 
 
 class Eval(Group):

@@ -36,6 +36,8 @@ from job.store import (
 )
 
 _POLL_SECONDS = 0.005
+# SageMaker, which copies a folder to S3 beside the job, leaves files with this ending alone.
+_TEMPORARY = ".part.sagemaker-ignore"
 # What a killed process left behind is removed after a day; nobody stages one object for so long.
 _STALE_SECONDS = 24 * 3600
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
@@ -180,13 +182,13 @@ class LocalStore:
         target = self._path(check_key(key))
         hidden = self._root / HIDDEN
         hidden.mkdir(parents=True, exist_ok=True)
-        for old in hidden.glob("*.part"):
+        for old in hidden.glob(f"*{_TEMPORARY}"):
             try:
                 if time.time() - old.stat().st_mtime > _STALE_SECONDS:
                     old.unlink()
             except FileNotFoundError:
                 continue
-        path = hidden / f"{uuid4().hex}.part"
+        path = hidden / f"{uuid4().hex}{_TEMPORARY}"
         try:
             yield path, target
         finally:

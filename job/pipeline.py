@@ -8,16 +8,18 @@ from dataclasses import asdict
 from typing import Any
 
 from job import log, manifest
-from job.attempts import compare_settings, keep_settings, open_attempt
+from job.attempts import Attempt, compare_settings, keep_settings, missing, open_attempt
 from job.baselines import check_tasks
+from job.delivery import deliver
 from job.errors import DataError, GateError, Problem, SettingsError
 from job.faults import Fault, arm, faulty
 from job.objects import ObjectStore, open_store
+from job.platforms import Delivery
 from job.preemption import Stop
 from job.processes import ALONE, Processes
 from job.publication import publish
 from job.pull import pull
-from job.records import Evaluated, Pulled, Trained
+from job.records import Artifact, Evaluated, Pulled, Trained
 from job.results import RESULTS
 from job.settings import Settings, describe
 
@@ -35,6 +37,8 @@ def run(
     stop: Stop,
     beat: Callable[[], None],
     faults: tuple[Fault, ...],
+    *,
+    delivery: Delivery | None = None,
     processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """Runs the job, or the rest of it if earlier attempts did a part; returns the published manifest.
@@ -46,7 +50,7 @@ def run(
     """
     decisive = _decisive(settings)
     _agree_on(processes, decisive)
-    if (done := processes.share("results of before", lambda: finished(settings))) is not None:
+    if (done := processes.share("results of before", lambda: finished(settings, delivery))) is not None:
         return done
     storage = settings.storage.model_dump(exclude={"cache"})
     shared, store = open_store(settings.run.output, **storage), _store(settings)
@@ -57,6 +61,8 @@ def run(
     ) as attempt:
         from job import stages  # torch and all that: what can be refused without it has been
 
+        if processes.leads:
+            _withdraw(attempt)
         with attempt.timed("pull"):
             sources = pull(attempt, settings, storage)
         loaded = stages.load(settings, sources, processes)
@@ -89,22 +95,41 @@ def run(
             )
     if processes.leads:
         manifest.tell(manifest.summary(results, f"{store.uri}/{RESULTS}"))
+        if delivery:
+            deliver(store, results, delivery)
     return _gated(results)
 
 
-def finished(settings: Settings) -> dict[str, Any] | None:
-    """The manifest of this run, if it is complete already.
+def finished(settings: Settings, delivery: Delivery | None) -> dict[str, Any] | None:
+    """The manifest of this run, if it is complete already; then it is delivered, which may have been cut short.
 
     Raises:
         SettingsError: It is, with other settings.
         GateError: It is, and the quality gate is not met.
     """
     store = _store(settings)
-    if (done := store.read(RESULTS)) is None:
+    done, gone = _published(store)
+    if done is None or gone:
         return None
     compare_settings(store, _decisive(settings))
     log.get_logger().info("this run is complete already", results=f"{store.uri}/{RESULTS}")
-    return _gated(json.loads(done.data))
+    if delivery:
+        deliver(store, done, delivery)
+    return _gated(done)
+
+
+def _published(store: ObjectStore) -> tuple[dict[str, Any] | None, list[str]]:
+    """The manifest, if there is one, and what it lists although it is not there."""
+    found = store.read(RESULTS)
+    results: dict[str, Any] | None = None if found is None else json.loads(found.data)
+    return results, missing(store, [Artifact(**entry) for entry in results["artifacts"]]) if results else []
+
+
+def _withdraw(attempt: Attempt) -> None:
+    """Removes a manifest that says more than is there: of a run that was copied away while it ended."""
+    if gone := _published(attempt.store)[1]:
+        log.get_logger().warning("the manifest is there, but not all that it lists: the run goes on", gone=gone)
+        attempt.store.delete(RESULTS)
 
 
 def _same(known: Pulled, found: Pulled) -> None:

@@ -16,26 +16,42 @@ _SET_BY_KUBERNETES = re.compile(
 
 
 @dataclass(frozen=True)
+class Delivery:
+    """Folders that a platform collects when the job is done: `model` gets the adapter, `data` what else there is."""
+
+    model: Path
+    data: Path
+
+
+@dataclass(frozen=True)
 class Platform:
     """What the place gives the job, and where it wants to read how the job ended.
 
     Attributes:
         name: Which platform it is.
         hyperparameters: JSON file with settings; it may not exist.
+        inputs: Folder of what was ordered for the job: `config/` says what, `data/` holds it.
+        delivery: Where it collects results; None where the job publishes them itself and that is all.
         failure_file: Takes the reason of a failure; SageMaker shows the first 1,024 characters.
         termination_log: Takes the last words of the container; Kubernetes shows at most 4,096 bytes.
         run_id: The platform's own name for this run, the same after every restart; None where it has none.
         resources: JSON file that lists the machines of this run; it may not exist.
         completion_index: Number of this pod in its Indexed Job; None where it has none.
+        output: Where runs lie unless the user says otherwise; None for the default.
+        grace_seconds: Time between the signal to stop and the kill, where it is known.
     """
 
     name: Literal["docker", "kubernetes", "sagemaker"]
     hyperparameters: Path | None = None
+    inputs: Path | None = None
+    delivery: Delivery | None = None
     failure_file: Path | None = None
     termination_log: Path | None = None
     run_id: str | None = None
     resources: Path | None = None
     completion_index: int | None = None
+    output: Path | None = None
+    grace_seconds: float | None = None
 
     def sets(self, variable: str) -> bool:
         """Whether the platform itself sets this environment variable, although it begins with `JOB_`."""
@@ -52,9 +68,13 @@ def detect(environ: Mapping[str, str]) -> Platform:
         return Platform(
             name="sagemaker",
             hyperparameters=base / "input/config/hyperparameters.json",
+            inputs=base / "input",
+            delivery=Delivery(model=base / "model", data=base / "output/data"),
             failure_file=base / "output/failure",
             run_id=environ["TRAINING_JOB_NAME"],
             resources=base / "input/config/resourceconfig.json",
+            output=base / "checkpoints",
+            grace_seconds=120,
         )
     if environ.get("KUBERNETES_SERVICE_HOST"):
         index = environ.get("JOB_COMPLETION_INDEX", "")

@@ -20,6 +20,7 @@ from job.objects import ObjectStore, TooLarge
 from job.records import ChoiceScore, Question
 
 SAVE_SECONDS = 15.0
+_ENDING = ".jsonl"
 
 
 class _Row(BaseModel):
@@ -64,8 +65,9 @@ class KeptScores:
     def load(self, questions: Sequence[Question], rows: Sequence[range]) -> dict[int, list[list[ChoiceScore]]]:
         """The rows that were scored before, by number; whatever does not fit its name or its questions is left out."""
         found: dict[int, list[list[ChoiceScore]]] = {}
-        for info in self._store.list(f"{self._folder}/"):
-            for row in self._read(info.key):
+        names = [info.key for info in self._store.list(f"{self._folder}/") if info.key.endswith(_ENDING)]
+        for name in names:  # what copies a folder away leaves marks of its own beside the files
+            for row in self._read(name):
                 if not 0 <= row.row < len(rows):
                     continue
                 asked = questions[rows[row.row].start : rows[row.row].stop]
@@ -96,6 +98,6 @@ class KeptScores:
         """Saves what is new."""
         if self._new:
             data = "".join(row.model_dump_json() + "\n" for row in self._new).encode()
-            self._store.write(f"{self._folder}/{hashlib.sha256(data).hexdigest()}.jsonl", data)
+            self._store.write(f"{self._folder}/{hashlib.sha256(data).hexdigest()}{_ENDING}", data)
             self._new = []
         self._saved_at = time.monotonic()

@@ -44,12 +44,13 @@ def selftest(environ: Mapping[str, str]) -> Iterator[str]:
     """Yields what it does, line by line, for a person.
 
     Args:
-        environ: The environment of the runs; settings in it are left out.
+        environ: The environment of the runs; settings in it are left out, a SageMaker job's too.
 
     Raises:
         JobError: The runs differ, or one of them does not end.
     """
-    clean = {name: value for name, value in environ.items() if not name.startswith("JOB_")} | SETTINGS
+    kept = {name: value for name, value in environ.items() if not name.startswith(("JOB_", "TRAINING_JOB_"))}
+    clean = kept | SETTINGS
     with tempfile.TemporaryDirectory(prefix="qlora-job-selftest-") as folder:
         yield "a run that nobody disturbs ..."
         whole, _ = _run_until_done(clean, Path(folder) / "whole")

@@ -17,9 +17,11 @@ from pydantic import ValidationError
 from job.errors import Problem, SettingsError
 from job.fieldtypes import explain
 from job.groups import NAMES, Settings, new_run_id
+from job.layers import Given
 from job.platforms import Platform, detect
 from job.presets import PRESETS
-from job.sources import Given, collect
+from job.sagemaker import copied_folder
+from job.sources import collect
 from job.topology import VARIABLES, Place, find_faults, find_machines, find_place
 
 __all__ = [
@@ -41,6 +43,8 @@ _SHORTEST_SECRET = 8
 
 READING = ("storage.", "log.")
 """Groups of the settings that count where published runs are read."""
+# How far SageMaker's copy of a folder may lag behind; it gives no figure, an upload of a few GB takes less than this.
+COPIED_WITHIN_SECONDS = 300
 
 Fault = tuple[str, str]
 """Name of a setting, and what is wrong with it beside the others."""
@@ -56,10 +60,7 @@ def load_settings(arguments: Sequence[str] = (), environ: Mapping[str, str] | No
     platform = detect(environ)
     layer = collect(NAMES, arguments, environ, platform, PRESETS)
     machines = find_machines(platform)
-    given = {name: Given(value, "platform") for name, value in machines.settings.items()} | layer.given
-    if "run.id" not in given or given["run.id"].value in (None, ""):
-        given["run.id"] = Given(platform.run_id, "platform") if platform.run_id else Given(new_run_id(), "generated")
-    settings, wrong = _validated(given)
+    settings, wrong = _validated(_with_defaults_of(platform, machines.settings, layer.given))
     problems = [*layer.problems, *wrong.values()]
     if machines.fault:
         problems.append(Problem("resourceconfig.json", machines.fault))
@@ -91,6 +92,25 @@ def load_reading(arguments: Sequence[str] = (), environ: Mapping[str, str] | Non
     if problems := [*layer.problems, *useless, *wrong.values()]:
         raise SettingsError(problems)
     return settings
+
+
+def _with_defaults_of(
+    platform: Platform, machines: Mapping[str, object], given: Mapping[str, Given]
+) -> dict[str, Given]:
+    """What is given, and what the platform says, of itself and of the run's machines, where nothing is."""
+    folder = copied_folder(platform.inputs) or platform.output
+    said = {
+        **machines,
+        "run.id": platform.run_id,
+        "run.output": folder and str(folder),
+        "run.grace_seconds": platform.grace_seconds,
+    }
+    whole = {name: Given(value, "platform") for name, value in said.items() if value is not None}
+    whole |= {name: item for name, item in given.items() if name != "run.id" or item.value not in (None, "")}
+    whole.setdefault("run.id", Given(new_run_id(), "generated"))
+    if folder and Path(str(whole["run.output"].value)).is_relative_to(folder):
+        whole.setdefault("checkpoint.settle_seconds", Given(COPIED_WITHIN_SECONDS, "platform"))
+    return whole
 
 
 def current_platform(environ: Mapping[str, str] | None = None) -> Platform:
@@ -220,7 +240,11 @@ def _tasks(settings: Settings) -> Iterator[Fault]:
     # A preset's files may serve none of the tasks that the user asks for; the user's own files are meant to be used.
     own = not settings.sources["eval.data"].startswith("preset")
     if own and not set(settings.eval.data) <= set(settings.eval.tasks):
-        yield "eval.data", "has a file for a task that is not in eval.tasks; add the task there, or drop the file"
+        named = " (a channel's files are named after their tasks)" * settings.sources["eval.data"].startswith(
+            "sagemaker channel"
+        )
+        what = f"has a file for a task that is not in eval.tasks{named}; add the task there, or drop the file"
+        yield "eval.data", what
 
 
 def _gate(settings: Settings) -> Iterator[Fault]:

@@ -8,39 +8,22 @@ raw value; `fieldtypes` gives raw values their meaning.
 from __future__ import annotations
 
 import json
-import re
 import tomllib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 
 from job.errors import Problem
+from job.layers import Given, Layer, read_mapping
 from job.platforms import Platform
+from job.sagemaker import read_channels
 
 CONFIG = "config"  # names a file of settings; it is no setting itself
-MAX_FILE_BYTES = 1024 * 1024  # SageMaker's limits allow 250 kB of hyperparameters
 _SHOWN_NAME = 80
 # A pinned revision belongs to one repository: whoever names another one leaves the pin behind.
 _PINS = {"model.id": "model.revision", "data.source": "data.revision"}
 # Put into hyperparameters.json by SageMaker's own SDK and tuner.
 _SAGEMAKER_PREFIXES = ("sagemaker_", "_tuning_")
-
-
-@dataclass(frozen=True)
-class Given:
-    """A raw value and where it was given, in words."""
-
-    value: object
-    source: str
-
-
-@dataclass(frozen=True)
-class Layer:
-    """What one place gives, and what is wrong with it there."""
-
-    given: dict[str, Given] = field(default_factory=dict)
-    problems: list[Problem] = field(default_factory=list)
 
 
 def collect(
@@ -50,7 +33,7 @@ def collect(
     platform: Platform,
     presets: Mapping[str, Mapping[str, object]],
 ) -> Layer:
-    """All that is given, by precedence: command line > environment > hyperparameters.json > file > preset.
+    """All that is given, by precedence: command line > environment > hyperparameters.json > file > channels > preset.
 
     Args:
         names: The dotted names of all settings.
@@ -69,7 +52,9 @@ def collect(
     chosen = _last("preset", [file, *direct]) or Given(next(iter(presets)), "default")
     values = presets.get(chosen.value, {}) if isinstance(chosen.value, str) else {}
     preset = Layer({name: Given(value, f"preset {chosen.value}") for name, value in values.items()})
-    layers = [preset, file, *direct]
+    settled = [str(item.value) for layer in (file, *direct) for item in layer.given.values()]
+    channels = read_channels(platform.inputs, [*settled, *environ.values()])
+    layers = [preset, channels, file, *direct]
     given = _merge([layer.given for layer in layers])
     given.pop(CONFIG, None)
     return Layer(given, [problem for layer in layers for problem in layer.problems])
@@ -139,11 +124,13 @@ def _from_hyperparameters(path: Path | None, names: Collection[str]) -> Layer:
     source = "hyperparameters.json"
     if path is None or not path.is_file():
         return Layer()
-    content = _read(path, json.loads)
+    content = read_mapping(path, json.loads)
     if isinstance(content, str):
         return Layer(problems=[Problem(source, content)])
     own = {key: _unquoted(value) for key, value in content.items() if not str(key).startswith(_SAGEMAKER_PREFIXES)}
-    return _from_tree(own, source, (*names, CONFIG))
+    known = (*names, CONFIG)
+    # Here a name may be written without its dot, as tuners and templates like it: train-learning-rate.
+    return _from_tree(own, source, known, {name.replace(".", "_"): name for name in known})
 
 
 def _unquoted(value: object) -> object:
@@ -163,7 +150,7 @@ def _from_file(config: Given, names: Collection[str]) -> Layer:
     parsers: dict[str, Callable[[str], object]] = {".yaml": _parse_yaml, ".yml": _parse_yaml, ".toml": tomllib.loads}
     if path.suffix.lower() not in parsers:
         return Layer(problems=[Problem(where, "must name a .yaml, .yml or .toml file")])
-    content = _read(path, parsers[path.suffix.lower()])
+    content = read_mapping(path, parsers[path.suffix.lower()])
     if isinstance(content, str):
         return Layer(problems=[Problem(where, f"the file {content}")])
     return _from_tree(content, f"file {path}", names)
@@ -180,27 +167,13 @@ def _parse_yaml(text: str) -> object:
     return {} if tree is None else tree
 
 
-def _read(path: Path, parse: Callable[[str], object]) -> Mapping[object, object] | str:
-    """The mapping in a file, or what is wrong with the file; never a quotation from it."""
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAX_FILE_BYTES + 1)
-    except (OSError, ValueError) as error:
-        return f"cannot be read: {getattr(error, 'strerror', None) or 'no such name is possible'}; give another path"
-    if len(content) > MAX_FILE_BYTES:
-        return f"is larger than {MAX_FILE_BYTES} bytes, which no file of settings is; give another path"
-    try:
-        tree = parse(content.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        line = re.search(r"line \d+", str(error))  # the parser's own message may quote the file
-        return f"is not valid {path.suffix[1:].upper()} in UTF-8{f' ({line[0]})' if line else ''}; correct it"
-    return tree if isinstance(tree, Mapping) else "must hold a mapping from names to values at its top; correct it"
-
-
-def _from_tree(tree: Mapping[object, object], source: str, names: Collection[str]) -> Layer:
+def _from_tree(
+    tree: Mapping[object, object], source: str, names: Collection[str], flat: Mapping[str, str] | None = None
+) -> Layer:
+    """What a mapping gives; `flat` has other spellings of names, all in underscores."""
     layer = Layer()
     for key, value in _leaves(tree, "", {name.partition(".")[0] for name in names if "." in name}):
-        name = _canonical(key)
+        name = (flat or {}).get(_canonical(key), _canonical(key))
         if name not in names:
             layer.problems.append(_unknown(f"{source} ", key, names, str))
         elif name in layer.given:

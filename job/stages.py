@@ -159,7 +159,9 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
     check_disk(attempt.work, required_bytes([], checkpoint_bytes(_size(model), recipe.optimizer)))
     with (
         log.progress("steps", recipe.total_steps, every=settings.train.log_every_steps) as tell,
-        Publisher(_publishing(attempt, settings.checkpoint.keep, restored.step)) as publisher,
+        Publisher(
+            _publishing(attempt, settings.checkpoint.keep, settings.checkpoint.settle_seconds, restored.step)
+        ) as publisher,
     ):
         watch = Stopwatch()
         trained = train(
@@ -260,16 +262,19 @@ def _teller(attempt: Attempt, tell: log.Progress, watch: Stopwatch) -> Callable[
     return on_metrics
 
 
-def _publishing(attempt: Attempt, keep: int, verified: int) -> Callable[[Path, int], None]:
+def _publishing(attempt: Attempt, keep: int, settle_seconds: float, verified: int) -> Callable[[Path, int], None]:
     """Publishes a checkpoint and deletes those that are not needed any more; runs beside training."""
     size = attempt.processes.place.world_size
+    committed: dict[int, float] = {}
 
     def publish(folder: Path, step: int) -> None:
         began = time.monotonic()
         checkpoints.publish(
             attempt.store, folder, step=step, epoch=attempt.number, world_size=size, software=manifest.software()
         )
-        checkpoints.prune(attempt.store, keep, epoch=attempt.number, verified=verified)
+        now = committed[step] = time.monotonic()
+        fresh = [step for step, when in committed.items() if now - when < settle_seconds]
+        checkpoints.prune(attempt.store, keep, own=committed.keys(), verified=verified, fresh=fresh)
         attempt.note("running")
         log.get_logger().info("checkpoint", step=step, seconds=round(time.monotonic() - began, 3))
 

@@ -20,6 +20,8 @@ SOURCES = {
 LEVELS = """
     __init__ errors records log hashes batches statistics attention platforms presets fieldtypes callbacks
     optimizer_states results charts answers checks tables
+    layers
+    sagemaker
     store formats groups sources topology preemption model scoring events manifest limits clouds watchdog publisher
     comparison question_records side_by_side
     recipe processes selftest wording
@@ -30,7 +32,7 @@ LEVELS = """
     guard checkpoint_download
     checkpoints
     faults
-    attempts
+    attempts delivery
     documents
     evidence
     published copies

@@ -376,6 +376,22 @@ def test_a_finished_run_is_not_run_again(inputs: Inputs, whole: Ended) -> None:
     assert [line["event"] for line in again.lines] == ["this run is complete already"]
 
 
+def test_a_manifest_that_says_more_than_is_there(inputs: Inputs, whole: Ended) -> None:
+    """A copy of a finished run that lacks files is finished again, with the same artefacts, from what it has."""
+    copy = Path(shutil.copytree(whole.run, whole.run.with_name("copied")))
+    for lost in ("artifacts/adapter/adapter_model.safetensors", "artifacts/evaluation/arc_easy.base.jsonl"):
+        (copy / lost).unlink()
+    ended = run(inputs, "copied")
+    assert ended.code == 0, ended.lines[-1]
+    said = [line["event"] for line in ended.lines]
+    assert "the manifest is there, but not all that it lists: the run goes on" in said
+    assert "steps" not in said
+    assert [line["stage"] for line in ended.lines if line["event"] == "stage is done"] == STAGES[1:]
+    assert artifacts(ended.results) == artifacts(whole.results)
+    for artifact in ended.results["artifacts"]:
+        assert hashlib.sha256((copy / artifact["path"]).read_bytes()).hexdigest() == artifact["sha256"]
+
+
 def test_a_gate_that_is_not_met_ends_with_3(inputs: Inputs, unfinished: str) -> None:
     """The results are published all the same, with the reason; and the exit code is 3 every time it is asked."""
     changes = {"JOB_GATE__MIN_DELTA": "0.9", "JOB_CHECKPOINT__KEEP": "5"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import random
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -196,7 +197,7 @@ def test_a_replaced_attempt_commits_nothing(two: LocalStore, tmp_path: Path) -> 
 def commit_and_prune(store: ObjectStore, tmp_path: Path, step: int, epoch: int) -> None:
     """What training does at every save."""
     commit(store, tmp_path, step, epoch)
-    prune(store, 1, epoch=epoch, verified=20)
+    prune(store, 1, own=[step], verified=20)
 
 
 # Restoring what is damaged.
@@ -529,7 +530,7 @@ def test_foreign_names_are_left_alone(two: LocalStore, tmp_path: Path) -> None:
     littered = Littered(two)
     assert restored_step(littered, tmp_path) == 20
     commit(littered, tmp_path, 30)
-    prune(littered, 1, epoch=1, verified=0)
+    prune(littered, 1, own=[30], verified=0)
     assert steps(littered) == [30]
 
 
@@ -566,7 +567,7 @@ def test_keep_counts_checkpoints(two: LocalStore, tmp_path: Path) -> None:
     commit(two, tmp_path, 30)
     commit(two, tmp_path, 40)
     two.delete("checkpoints/step-00000030/COMMITTED.json")
-    prune(two, 2, epoch=1, verified=0)
+    prune(two, 2, own=[40, 30, 20, 10], verified=0)
     assert (kept(two), steps(two)) == ([40, 20], [40, 20])
     assert vouched_files_are_there(two)
 
@@ -574,7 +575,7 @@ def test_keep_counts_checkpoints(two: LocalStore, tmp_path: Path) -> None:
 @pytest.mark.parametrize("keep", [-1, 0, 1])
 def test_the_last_one_is_never_deleted(two: LocalStore, tmp_path: Path, keep: int) -> None:
     """Whatever `keep` says, one checkpoint stays."""
-    prune(two, keep, epoch=1, verified=0)
+    prune(two, keep, own=[20, 10], verified=0)
     assert kept(two) == [20]
     assert restored_step(two, tmp_path) == 20
 
@@ -583,10 +584,10 @@ def test_the_restored_one_stays_until_a_newer_is_committed(two: LocalStore, tmp_
     """A damaged newer checkpoint does not push out the whole one that was restored; a new one pushes out both."""
     two.write(f"{NEWEST}0001/progress.json", b"?")
     verified = restored_step(two, tmp_path)
-    prune(two, 1, epoch=2, verified=verified)
+    prune(two, 1, own=[], verified=verified)
     assert restored_step(two, tmp_path) == 10
     commit(two, tmp_path, 15, epoch=2)
-    prune(two, 1, epoch=2, verified=verified)
+    prune(two, 1, own=[15], verified=verified)
     assert kept(two) == [15]
     assert restored_step(two, tmp_path) == 15
 
@@ -597,15 +598,74 @@ def test_a_step_committed_anew_counts(two: LocalStore, tmp_path: Path) -> None:
     verified = restored_step(two, tmp_path)
     commit(two, tmp_path, 20, epoch=2)
     commit(two, tmp_path, 30, epoch=2)
-    prune(two, 2, epoch=2, verified=verified)
+    prune(two, 2, own=[20, 30], verified=verified)
     assert kept(two) == [30, 20]
     two.delete("checkpoints/step-00000030/COMMITTED.json")
     assert restored_step(two, tmp_path) == 20
 
 
+def test_the_fresh_do_not_count(two: LocalStore, tmp_path: Path) -> None:
+    """A checkpoint that a copy of the folder may not have yet stays, and lets no older one go."""
+    commit(two, tmp_path, 30)
+    commit(two, tmp_path, 40)
+    prune(two, 1, own=[20, 30, 40], verified=10, fresh=[30, 40])
+    assert kept(two) == [40, 30, 20]
+    prune(two, 1, own=[20, 30, 40], verified=10, fresh=[40])
+    assert kept(two) == [40, 30]
+    prune(two, 1, own=[20, 30, 40], verified=10)
+    assert kept(two) == [40]
+
+
+def test_the_fresh_alone_let_nothing_go(two: LocalStore, tmp_path: Path) -> None:
+    """Before any checkpoint has settled, the one that was restored stays."""
+    commit(two, tmp_path, 30, epoch=2)
+    prune(two, 1, own=[30], verified=20, fresh=[30])
+    assert kept(two) == [30, 20]
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    keep=st.integers(1, 3),
+    settle=st.integers(0, 8),
+    lag=st.integers(0, 8),
+    gaps=st.lists(st.integers(1, 5), min_size=1, max_size=8),
+    seed=st.integers(0, 99),
+)
+def test_a_late_copy_always_has_a_whole_checkpoint(
+    tmp_path_factory: pytest.TempPathFactory, *, keep: int, settle: int, lag: int, gaps: list[int], seed: int
+) -> None:
+    """A folder copied late and in any order, its deletions at once, keeps a checkpoint as long as they settle longer.
+
+    Time is counted in ticks: a file is copied at the latest `lag` ticks after it was written, or any time before.
+    """
+    folder = tmp_path_factory.mktemp("late")
+    store, copy, draw = LocalStore(folder / "store"), LocalStore(folder / "copy"), random.Random(seed)
+    written: dict[str, int] = {}
+    committed: dict[int, int] = {}
+    now, had_one = 0, False
+    for gap in gaps:
+        now += gap
+        step = 10 * (len(committed) + 1)
+        commit(store, folder, step)
+        committed[step] = now
+        written |= {info.key: now for info in store.list() if info.key not in written}
+        prune(store, keep, own=committed, verified=0, fresh=[s for s, when in committed.items() if now - when < settle])
+        here = {info.key for info in store.list()}
+        for info in list(copy.list()):
+            if info.key not in here:
+                copy.delete(info.key)
+        for key in here:
+            if now - written[key] >= lag or draw.random() < 0.3:
+                copy.upload(Path(store.uri) / key, key)
+        if settle >= lag:
+            found = restored_step(copy, folder)
+            assert found or not had_one
+            had_one |= bool(found)
+
+
 def test_without_any_that_is_fit_nothing_is_deleted(two: LocalStore) -> None:
     """As long as this attempt knows of no whole checkpoint, what there is stays for people to look at."""
-    prune(two, 1, epoch=2, verified=0)
+    prune(two, 1, own=[], verified=0)
     assert steps(two) == [20, 10]
 
 
@@ -615,10 +675,10 @@ def test_pruning_that_fails(two: LocalStore, tmp_path: Path, moment: str, n: int
     """Whichever request fails: what is still committed is whole, the newest is, and the next pruning tidies up."""
     commit(two, tmp_path, 30)
     with pytest.raises(Unreachable):
-        prune(WrappedStore(two, **{moment: FailNth(n, Unreachable("503"))}), 1, epoch=1, verified=0)
+        prune(WrappedStore(two, **{moment: FailNth(n, Unreachable("503"))}), 1, own=[30], verified=0)
     assert vouched_files_are_there(two)
     assert restored_step(two, tmp_path) == 30
-    prune(two, 1, epoch=1, verified=0)
+    prune(two, 1, own=[30], verified=0)
     assert kept(two) == [30]
 
 

@@ -162,11 +162,12 @@ def test_a_directory_stands_for_its_only_data_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no data file"):
         find_file(str(tmp_path))
     path = write_rows(tmp_path / "rows.csv", ROWS)
-    (tmp_path / "README.md").touch()
-    (tmp_path / ".hidden.json").touch()
+    # What people, Spark and SageMaker's copying leave beside it.
+    for name in ("README.md", ".hidden.json", "_SUCCESS", "rows.csv.sagemaker-uploaded", ".part-0000.csv.crc"):
+        (tmp_path / name).touch()
     assert find_file(str(tmp_path)) == path
     write_rows(tmp_path / "rows.json", ROWS)
-    with pytest.raises(DataError, match="2 data files"):
+    with pytest.raises(DataError, match=r"2 data files, name one: rows\.csv, rows\.json$"):
         find_file(str(tmp_path))
 
 

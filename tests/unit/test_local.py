@@ -61,7 +61,7 @@ def test_write_is_durable_before_it_is_visible(
 
     def fsync(descriptor: int) -> None:
         name = Path(f"/proc/self/fd/{descriptor}").readlink()
-        events.append("content" if name.suffix == ".part" else f"folder {name.name}")
+        events.append("content" if ".part" in name.suffixes else f"folder {name.name}")
         real_fsync(descriptor)
 
     def replace(self: Path, target: Path) -> Path:
@@ -250,10 +250,10 @@ def test_lock_that_is_held_elsewhere(store: LocalStore, root: Path) -> None:
 def test_leftovers_of_the_dead_are_removed(store: LocalStore, root: Path) -> None:
     """A file that a killed process staged goes after a day; a fresh one may still be in use and stays."""
     store.write("a", b"1")
-    for name, mtime in (("old.part", 0.0), ("new.part", None)):
+    for name, mtime in (("old.part.sagemaker-ignore", 0.0), ("new.part.sagemaker-ignore", None)):
         path = root / ".store" / name
         path.write_bytes(b"x")
         if mtime is not None:
             os.utime(path, (mtime, mtime))
     store.write("a", b"2")
-    assert hidden_files(root) == ["lock", "new.part"]
+    assert hidden_files(root) == ["lock", "new.part.sagemaker-ignore"]

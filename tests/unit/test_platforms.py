@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from job.platforms import Platform, detect
+from job.platforms import Delivery, Platform, detect
 
 
 def test_an_ordinary_environment_is_plain_docker() -> None:
@@ -29,13 +29,17 @@ def test_a_pod_of_an_indexed_job_has_a_number(index: str, expected: int | None) 
 
 
 def test_a_sagemaker_job_has_its_files_and_its_name() -> None:
-    """SageMaker's container contract: hyperparameters in, failure file out, the job's name is the run's."""
+    """SageMaker's container contract: inputs in, model and failure out, the job's name is the run's, two minutes."""
     assert detect({"TRAINING_JOB_NAME": "alpaca-1"}) == Platform(
         name="sagemaker",
         hyperparameters=Path("/opt/ml/input/config/hyperparameters.json"),
+        inputs=Path("/opt/ml/input"),
+        delivery=Delivery(model=Path("/opt/ml/model"), data=Path("/opt/ml/output/data")),
         failure_file=Path("/opt/ml/output/failure"),
         run_id="alpaca-1",
         resources=Path("/opt/ml/input/config/resourceconfig.json"),
+        output=Path("/opt/ml/checkpoints"),
+        grace_seconds=120,
     )
 
 

@@ -204,6 +204,8 @@ class TestSpelling:
             "Train.Learning_Rate",
             "JOB_TRAIN__LEARNING_RATE",
             "job_train__learning_rate",
+            "train-learning-rate",
+            "Train_Learning_Rate",
         ],
     )
     @pytest.mark.parametrize("value", ["3e-4", '"3e-4"', "0.0003", 3e-4])
@@ -498,14 +500,19 @@ class TestWrongValues:
         """What is no option is named by its place only, because it may be anything."""
         assert list(problems(["--lora.rank=8", SECRET])) == ["command line, argument 2"]
 
-    def test_two_spellings_of_one_hyperparameter(self, sagemaker: Callable) -> None:
+    @pytest.mark.parametrize("spelling", ["train__epochs", "train-epochs", "TRAIN_EPOCHS"])
+    def test_two_spellings_of_one_hyperparameter(self, sagemaker: Callable, spelling: str) -> None:
         """Which of the two was meant cannot be known."""
-        assert (
-            "twice"
-            in problems([], sagemaker({"train.epochs": "1", "train__epochs": "2"}))[
-                "train.epochs (hyperparameters.json)"
-            ]
-        )
+        found = problems([], sagemaker({"train.epochs": "1", spelling: "2"}))
+        assert "twice" in found["train.epochs (hyperparameters.json)"]
+
+    def test_a_name_without_its_dot_is_for_hyperparameters(self) -> None:
+        """Tuners and templates write them so; elsewhere a name is written as it is documented."""
+        assert list(problems([], {"JOB_TRAIN_EPOCHS": "3"})) == ["environment JOB_TRAIN_EPOCHS"]
+
+    def test_flat_names_are_told_apart(self) -> None:
+        """No two settings have the same name once their dots are underscores."""
+        assert len({name.replace(".", "_") for name in NAMES}) == len(NAMES)
 
     @pytest.mark.parametrize("text", ["{", "[]", "3", "\ufeff{]", "[" * 100_000])
     def test_broken_hyperparameters(self, sagemaker: Callable, text: str) -> None:
