@@ -25,6 +25,8 @@ LOOK_SECONDS = 1.0
 LAST_WORDS_SECONDS = 5.0
 """How long to look for the reason when a process is gone."""
 _LONG = 1e9
+_PART_BYTES = 4 << 20
+"""torch's store closes the connection on values of more than 8 MiB."""
 _PAUSES = 0.0005, 0.005
 
 
@@ -89,8 +91,7 @@ class Joined:
         for rank in range(1, self.place.world_size):
             with self._reaching():
                 while self._store.check([key := f"sent#{rank}.{self._sent[rank]}"]):
-                    found.append(json.loads(self._store.get(key)))
-                    self._store.delete_key(key)
+                    found.append(self._get(key))
                     self._sent[rank] += 1
         return found
 
@@ -121,16 +122,17 @@ class Joined:
             tell_end(self._store, self.place.rank, code, str(error) or type(error).__name__)
 
     def leave(self) -> None:
-        """Lets process 0 go first: some launchers kill the others as soon as one is gone, and it has most to finish."""
+        """Lets process 0 finish first: some launchers kill the others as soon as one is gone, and it has most to do.
+
+        Then it waits for the others, because the store may go with it, or with its launcher.
+        """
+        gone = [f"gone#{rank}" for rank in range(self.place.world_size)]
         with contextlib.suppress(RuntimeError):
+            self._store.set(gone[self.place.rank], "")
             if self.leads:
-                self._store.set("gone#0", "")
+                self._patiently(lambda: self._store.check(gone), LAST_WORDS_SECONDS)
             else:
-                self._store.set(f"gone#{self.place.rank}", "")
-                self._patiently(lambda: self._store.check(["gone#0"]) or self._end_of(0), self._grace)
-            if self.leads and not self.place.hosted:  # the store goes with this process
-                keys = [f"gone#{rank}" for rank in range(self.place.world_size)]
-                self._patiently(lambda: self._store.check(keys), LAST_WORDS_SECONDS)
+                self._patiently(lambda: self._store.check(gone[:1]) or self._end_of(0), self._grace)
 
     def _share(self, key: str, value: Callable[[], T], *, leads: bool) -> T:
         if leads:
@@ -145,13 +147,22 @@ class Joined:
         return f"{self._calls} {what}"
 
     def _set(self, key: str, value: Any) -> None:
+        text = json.dumps(value)  # in ASCII
+        first, *others = [text[start : start + _PART_BYTES] for start in range(0, len(text), _PART_BYTES)]
         with self._reaching():
-            self._store.set(key, json.dumps(value))
+            for number, part in enumerate(others, start=1):
+                self._store.set(f"{key}/{number}", part)
+            self._store.set(key, f"{len(others)} {first}")
+
+    def _get(self, key: str) -> Any:
+        others, _, first = self._store.get(key).decode().partition(" ")
+        parts = [self._store.get(f"{key}/{number}").decode() for number in range(1, int(others) + 1)]
+        return json.loads("".join([first, *parts]))
 
     def _wait_for(self, key: str) -> Any:
         with self._reaching():
             self._until(lambda: self._store.check([key]), stoppable=True)
-            return json.loads(self._store.get(key))
+            return self._get(key)
 
     def _reduce(self, tensor: Any, operation: Any) -> None:
         import torch

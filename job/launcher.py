@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from job import log
 from job.errors import JobError, Preempted, Problem, SettingsError, exit_codes
-from job.joined import tell_end
+from job.joined import LAST_WORDS_SECONDS, tell_end
 from job.rendezvous import enter_store, host_store, keyspace
 from job.topology import Place
 
@@ -129,6 +129,8 @@ def launch(
         codes, late = _watch(context, received, grace_seconds, _Teller(place, hosted, run))
     finally:
         context.close(signal.SIGKILL, timeout=5)
+    if hosted and machine.nodes > 1 and any(codes.values()):
+        time.sleep(LAST_WORDS_SECONDS)  # the store goes with this process, and the others are still reading why
     return _verdict({place.rank + local: code for local, code in codes.items()}, {place.rank + local for local in late})
 
 
@@ -187,13 +189,14 @@ def _watch(context: Any, received: list[int], grace_seconds: float, tell: _Telle
         codes = {local: handler.proc.poll() for local, handler in context.subprocess_handlers.items()}
         ended = {local: code for local, code in codes.items() if code is not None}
         running = codes.keys() - ended.keys()
-        if not running:
-            # Before it knows what to do with a signal, a process dies of it.
-            return ended, {local for local, code in ended.items() if -code in received}
         failed = next((local for local, code in ended.items() if code), None)
         if failed is not None and not told:
             tell(failed, ended[failed])
             told = True
+        # Before it knows what to do with a signal, a process dies of it.
+        late = {local for local, code in ended.items() if -code in received}
+        if not running:
+            return ended, late
         for number in received[handed_on:]:
             handed_on += 1
             for local in running:
@@ -203,7 +206,7 @@ def _watch(context: Any, received: list[int], grace_seconds: float, tell: _Telle
             deadline = min(deadline, time.monotonic() + grace_seconds)
         if time.monotonic() > deadline:
             context.close(signal.SIGKILL, timeout=5)
-            return {**ended, **dict.fromkeys(running, -signal.SIGKILL)}, set(running)
+            return {**ended, **dict.fromkeys(running, -signal.SIGKILL)}, late | running
         time.sleep(_LOOK_SECONDS)
 
 

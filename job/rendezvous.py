@@ -141,6 +141,7 @@ def _connect(place: Place, store: Any, timeout_seconds: float) -> None:
         world_size=place.world_size,
         timeout=timedelta(seconds=timeout_seconds),
     )
+    store.set_timeout(timedelta(seconds=_ANSWER_SECONDS))  # it was given the group's
     log.get_logger().info("processes have met", processes=place.world_size)
 
 

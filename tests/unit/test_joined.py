@@ -68,6 +68,12 @@ def test_all_get_what_the_first_found(team: Team) -> None:
     assert [member.leads for member in team.members] == [True, False, False]
 
 
+def test_what_is_large_arrives_too(team: Team) -> None:
+    """The questions of a large evaluation are more than torch's store takes at once."""
+    large = ["x" * 999] * 20_000
+    assert team.all(lambda member: member.share("large", lambda: large) == large) == [True] * 3
+
+
 def test_each_machine_finds_for_itself(team: Team) -> None:
     """The first process of each machine looks, for those that are beside it."""
     assert team.all(lambda member: member.share_on_machine("rank", lambda: member.place.rank)) == [0, 0, 2]
