@@ -286,17 +286,17 @@ def test_no_attempt_can_be_left_out(run: Path, check: Checker) -> None:
     assert "results.json run.attempts: claimed all attempts, found one more in attempts/0001.json" in told(check())
 
 
-def remark(run: Path, **changes: Any) -> None:
-    """Changes the last marker, with its seal and its hash in the manifest."""
-    facts = unsealed((run / MARKER).read_bytes())
-    rewrite(run, MARKER, sealed(facts | changes))
+def remark(run: Path, marker: str = MARKER, **changes: Any) -> None:
+    """Changes a marker, with its seal and its hash in the manifest."""
+    facts = unsealed((run / marker).read_bytes())
+    rewrite(run, marker, sealed(facts | changes))
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"epoch": 3}, "claimed an attempt from 1 to 2, found attempt 3"),
-        ({"epoch": 0}, "claimed an attempt from 1 to 2, found attempt 0"),
+        ({"epoch": 3}, "claimed an attempt of the manifest from 1 up, found attempt 3"),
+        ({"epoch": 0}, "claimed an attempt of the manifest from 1 up, found attempt 0"),
         ({"step": 2}, "claimed the step of its folder, found step 2"),
         ({"files": {"../../lease.json": {"bytes": 1, "sha256": "0" * 64}}}, "claimed a commit marker"),
     ],
@@ -305,6 +305,13 @@ def test_checkpoints_follow_each_other(run: Path, check: Checker, changes: dict[
     """Epochs never go back as steps rise, a marker is of its folder's step, and names no file elsewhere."""
     remark(run, **changes)
     assert f"{MARKER}: {expected}" in told({"checkpoints": check()["checkpoints"]})
+
+
+def test_epochs_never_go_back(run: Path, check: Checker) -> None:
+    """A later step cannot be an earlier attempt's."""
+    remark(run, MARKER.replace("04", "02"), epoch=2)
+    remark(run, epoch=1)
+    assert f"{MARKER}: claimed an attempt of the manifest from 2 up, found attempt 1" in told(check())
 
 
 def test_software_of_another_version_is_told(run: Path, tmp_path: Path, check: Checker) -> None:
