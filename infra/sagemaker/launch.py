@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail([str(error)], UNREACHABLE)
     except NoCredentialsError:
         return fail(["no AWS credentials: log in, or give --profile"], DENIED)
-    except (BotoCoreError, argparse.ArgumentTypeError) as error:
+    except BotoCoreError as error:
         return fail([str(error)], SETTINGS)
 
 
@@ -73,15 +73,20 @@ def launch(given: argparse.Namespace) -> int:
         return 0
     sagemaker.create_training_job(**request)
     screen = Screen()
-    screen.line(f"training job {order.job} of run {order.run}, in {session.region_name}")
-    if not given.wait:
-        screen.line(f"results will be in {order.results}")
-        return 0
+    screen.line(f"training job {order.job} of run {order.run}, in {order.region}; results: {order.results}")
+    return see_through(order, sagemaker, session.client("logs"), screen, given.pause) if given.wait else 0
+
+
+def see_through(order: Order, sagemaker: Any, logs: Any, screen: Screen, pause: float) -> int:
+    """Follows the job to its end, and says what that means."""
+    stop = f"aws sagemaker stop-training-job --region {order.region} --training-job-name {order.job}"
+    goes_on = f"the job goes on, and is no longer followed; to stop it: {stop}"
     try:
-        job = follow(sagemaker, session.client("logs"), order.job, screen, given.pause)
+        job = follow(sagemaker, logs, order.job, screen, pause)
     except KeyboardInterrupt:
-        stop = f"aws sagemaker stop-training-job --region {order.region} --training-job-name {order.job}"
-        return fail([f"the job goes on, and is no longer followed; to stop it: {stop}"], INTERRUPTED)
+        return fail([goes_on], INTERRUPTED)
+    except (BotoCoreError, ClientError) as error:
+        return fail([str(error), goes_on], UNREACHABLE)
     code, lines = outcome(job, order.results, f"the same command with --run {order.run}")
     for line in lines:
         screen.line(line)

@@ -16,7 +16,7 @@ from typing import Any
 import boto3
 import launch
 import pytest
-from botocore.exceptions import ClientError
+from botocore.exceptions import ClientError, EndpointConnectionError
 from botocore.stub import Stubber
 from hypothesis import given
 from hypothesis import strategies as st
@@ -427,14 +427,24 @@ class TestErrors:
         assert launch.main([*ORDER, "--profile", "none"]) == 2
         assert "none" in capsys.readouterr().err
 
-    def test_interrupted_at_the_keyboard(self, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
-        """Ctrl-C ends the following, not the job, and says how to end that."""
+    @pytest.mark.parametrize(
+        ("error", "code"),
+        [
+            (KeyboardInterrupt(), 130),
+            (EndpointConnectionError(endpoint_url="https://logs"), 69),
+            (ClientError({"Error": {"Code": "AccessDeniedException", "Message": "no logs"}}, "GetLogEvents"), 69),
+        ],
+    )
+    def test_no_longer_followed(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: Any, error: BaseException, code: int
+    ) -> None:
+        """Ctrl-C, a lost network or a log that may not be read end the following, not the job, and say so."""
 
         def interrupt(*_: Any) -> None:
-            raise KeyboardInterrupt
+            raise error
 
         monkeypatch.setattr(launch, "follow", interrupt)
-        assert launch.main([*ORDER, "--wait"]) == 130
+        assert launch.main([*ORDER, "--wait"]) == code
         assert (
             "aws sagemaker stop-training-job --region us-east-1 --training-job-name my-run-" in capsys.readouterr().err
         )
