@@ -11,7 +11,7 @@ from job.artifacts import fetch_artifact
 from job.errors import DataError, Problem, SettingsError
 from job.published import open_run, read_published
 from job.report import draw, read_evidence
-from job.settings import load_settings
+from job.settings import load_reading
 from job.store import disk_errors
 
 OUTPUT = "report.html"
@@ -29,7 +29,7 @@ def report_command(words: Sequence[str]) -> int:
         raise SettingsError([Problem("report", "name a finished run: its folder, or its results.json; path or s3://")])
     where, *rest = words
     output, rest = _take(rest, "output", OUTPUT)
-    run = read_published(open_run(where, **load_settings(rest).storage.model_dump(exclude={"cache"})))
+    run = read_published(open_run(where, **load_reading(rest).storage.model_dump(exclude={"cache"})))
     with tempfile.TemporaryDirectory(prefix="qlora-job-") as folder:
         try:
             evidence = read_evidence(run.results, lambda artifact: fetch_artifact(run.store, artifact, Path(folder)))
