@@ -21,11 +21,12 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 # torch comes first and by version alone: which build it is (CPU, CUDA) is the machine's choice. Everything else is
-# pinned by hash. --no-deps: the lock is complete, nothing may come in beside it.
-$(STAMP): requirements.lock pyproject.toml
+# pinned by hash. --no-deps: the locks are complete, nothing may come in beside them.
+LOCKS := requirements.lock requirements-dev.lock
+$(STAMP): $(LOCKS) requirements-cuda.lock pyproject.toml
 	$(PYTHON) -m venv --clear .venv
-	$(BIN)/python -m pip install -q --disable-pip-version-check "torch==$$(sed -n 's/^# torch==//p' requirements.lock)"
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install -q --disable-pip-version-check $$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements-cuda.lock)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --require-hashes $(addprefix -r ,$(LOCKS))
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --editable .
 	touch $@
 
