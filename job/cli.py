@@ -58,6 +58,8 @@ def _dispatch(words: list[str]) -> int:
 def _run(words: list[str]) -> int:
     settings = load_settings(words)
     log.configure(settings.log.format, settings.log.level, secrets(), run=settings.run.id)
+    if settings.run.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for libraries that would use a GPU because it is there
     # cuBLAS reads it when CUDA starts; without it the same run gives other bits.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -62,6 +62,8 @@ class Run(Group):
     """Time between the signal to stop and the kill."""
     spot_notices: Literal["auto", "off", "ec2", "gcp", "azure"] = "auto"
     """Whose notice of preemption to poll; `auto` finds out."""
+    device: Literal["auto", "gpu", "cpu"] = "auto"
+    """What to run on; `auto` is the GPU where there is one. With `gpu` the job does not start without."""
 
 
 class Model(Group):

@@ -12,6 +12,7 @@ from job.attempts import Attempt, compare_settings, keep_settings, now, open_att
 from job.documents import publish_documents
 from job.errors import DataError, GateError, Problem
 from job.faults import Fault, arm, faulty
+from job.model import choose_device
 from job.objects import open_store
 from job.preemption import Stop
 from job.pull import Sources, pull
@@ -20,8 +21,9 @@ from job.settings import Settings, describe, redacted
 
 # These change how a run is carried out, never what it computes; an attempt may differ in them from the one before.
 EXECUTION = {
-    *("run.id", "run.output", "run.grace_seconds", "run.spot_notices", "preset", "fault", "train.micro_batch_tokens"),
-    *("train.log_every_steps", "train.stall_seconds", "train.gradient_checkpointing", "eval.batch_tokens"),
+    *("run.id", "run.output", "run.grace_seconds", "run.spot_notices", "run.device", "preset", "fault"),
+    *("train.micro_batch_tokens", "train.log_every_steps", "train.stall_seconds", "train.gradient_checkpointing"),
+    "eval.batch_tokens",
 }
 EXECUTION_GROUPS = ("storage.", "log.", "cost.", "checkpoint.", "gate.")
 
@@ -45,6 +47,7 @@ def run(settings: Settings, stop: Stop, beat: Callable[[], None], faults: tuple[
     with open_attempt(store, decisive, cache=settings.storage.cache, stop=stop, beat=beat, faults=armed) as attempt:
         from job import stages  # torch and all that: what can be refused without it has been
 
+        choose_device(settings.run.device)  # a missing GPU is found missing before the model is downloaded
         with attempt.timed("pull"):
             sources = pull(attempt, settings, storage)
         loaded = stages.load(settings, sources)

@@ -54,7 +54,7 @@ class Loaded:
 
 def load(settings: Settings, sources: Sources) -> Loaded:
     """The quantized base with a fresh adapter on it."""
-    device = choose_device()
+    device = choose_device(settings.run.device)
     if device.type == "cuda":
         make_deterministic()
     base = load_base(
