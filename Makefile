@@ -2,8 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
+DOCKER ?= docker
+IMAGE ?= qlora-job
 
-.PHONY: run test check format lock chaos clean
+.PHONY: run test check format lock chaos image image-test clean
 
 run: $(STAMP)  ## the demo: results in runs/<run id>/
 	JOB_PRESET=demo $(BIN)/python -m job
@@ -15,10 +17,25 @@ check: $(STAMP)  ## lint, format, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck entrypoint.sh .ci/run .github/lock.sh
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec infra/docker/compose*.yaml
+	$(BIN)/zizmor --offline --quiet --pedantic .github
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# BASE_IMAGE and TORCH_INDEX, where given, are the Dockerfile's arguments of that name.
+image:  ## the image: make image [IMAGE=name:tag] [BASE_IMAGE=...] [TORCH_INDEX=...]
+	$(DOCKER) build --tag $(IMAGE) $(foreach name,BASE_IMAGE TORCH_INDEX,$(if $($(name)),--build-arg $(name)=$($(name)))) \
+		--build-arg VERSION=$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' job/__init__.py) \
+		--build-arg REVISION=$$(git describe --always --abbrev=40 --dirty --exclude='*') .
+
+image-test: $(STAMP)  ## runs the image with Docker Engine, in all the ways that are promised
+	DOCKER=$(DOCKER) IMAGE=$(IMAGE) BASE_IMAGE=$(BASE_IMAGE) $(BIN)/python -m pytest -q tests/image
 
 # torch comes first and by version alone: which build it is (CPU, CUDA) is the machine's choice. Everything else is
 # pinned by hash. --no-deps: the locks are complete, nothing may come in beside them.
@@ -36,6 +53,5 @@ lock:  ## resolve again; needs uv on PATH or in the environment
 clean:
 	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 
-chaos: $(STAMP)  ## 100 runs killed at random points, each compared with an undisturbed one; 50 races of two attempts
+chaos: $(STAMP)  ## 100 runs killed at random points, each compared with an undisturbed one
 	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/full.py --runs $${RUNS:-100}
-	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/race.py --races $${RACES:-50}
