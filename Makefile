@@ -2,8 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
+DOCKER ?= docker
+IMAGE ?= qlora-job
 
-.PHONY: run test check format lock chaos clean
+.PHONY: run test check format lock chaos image image-test clean
 
 run: $(STAMP)  ## the demo: results in runs/<run id>/
 	JOB_PRESET=demo $(BIN)/python -m job
@@ -15,17 +17,33 @@ check: $(STAMP)  ## lint, format, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck entrypoint.sh .ci/run .github/lock.sh
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec infra/docker/compose*.yaml
+	$(BIN)/zizmor --offline --quiet --pedantic .github
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# BASE_IMAGE and TORCH_INDEX, where given, are the Dockerfile's arguments of that name.
+image:  ## the image: make image [IMAGE=name:tag] [BASE_IMAGE=...] [TORCH_INDEX=...]
+	$(DOCKER) build --tag $(IMAGE) $(foreach name,BASE_IMAGE TORCH_INDEX,$(if $($(name)),--build-arg $(name)=$($(name)))) \
+		--build-arg VERSION=$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' job/__init__.py) \
+		--build-arg REVISION=$$(git describe --always --abbrev=40 --dirty --exclude='*') .
+
+image-test: $(STAMP)  ## runs the image with Docker Engine, in all the ways that are promised
+	DOCKER=$(DOCKER) IMAGE=$(IMAGE) BASE_IMAGE=$(BASE_IMAGE) $(BIN)/python -m pytest -q tests/image
+
 # torch comes first and by version alone: which build it is (CPU, CUDA) is the machine's choice. Everything else is
-# pinned by hash. --no-deps: the lock is complete, nothing may come in beside it.
-$(STAMP): requirements.lock pyproject.toml
+# pinned by hash. --no-deps: the locks are complete, nothing may come in beside them.
+LOCKS := requirements.lock requirements-dev.lock
+$(STAMP): $(LOCKS) requirements-cuda.lock pyproject.toml
 	$(PYTHON) -m venv --clear .venv
-	$(BIN)/python -m pip install -q --disable-pip-version-check "torch==$$(sed -n 's/^# torch==//p' requirements.lock)"
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install -q --disable-pip-version-check $$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements-cuda.lock)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --require-hashes $(addprefix -r ,$(LOCKS))
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --editable .
 	touch $@
 

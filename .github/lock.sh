@@ -1,14 +1,36 @@
 #!/bin/sh
-# Writes requirements.lock: every package with the hashes of all its files, but for torch and what comes with its build
-# (CUDA libraries, triton): those are the machine's choice, and torch itself pins their versions.
+# Writes the locks: every package with the hashes of all its files.
+#   requirements.lock       what the job needs, but for torch and what comes with its build
+#   requirements-cuda.lock  torch as PyPI has it, with the CUDA libraries and triton it pins: what the image installs.
+#                           A checkout takes the version from here, and whatever build the machine has.
+#   requirements-dev.lock   what checks and tests need beside these
+# All is resolved together first, so that no package has two versions.
 set -eu
 torch=2.13.0
 uv=$(command -v uv || echo .venv/bin/uv)
-{
-    echo "# Made by .github/lock.sh; do not edit."
-    echo "# torch==$torch"
-    echo "torch==$torch" | "$uv" pip compile pyproject.toml --extra dev --quiet --universal --python-version 3.11 \
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+resolve() {
+    echo "torch==$torch" | "$uv" pip compile pyproject.toml "$@" --quiet --universal --python-version 3.11 \
         --generate-hashes --no-annotate --no-header --override - |
-        awk '/^[a-z]/ { keep = !/^(torch|triton|nvidia-|cuda-)/ && !/emscripten.$|sys_platform == .win32/ } keep'
-} >requirements.lock.new
-mv requirements.lock.new requirements.lock
+        awk '/^[a-z]/ { keep = !/emscripten.$|sys_platform == .win32/ } keep'
+}
+
+# The blocks of file $3 whose first line matches the pattern $1 and is none of file $2's.
+pick() {
+    echo "# Made by .github/lock.sh; do not edit."
+    awk -v pattern="$1" 'FILENAME == ARGV[1] { known[$0]; next } /^[a-z]/ { keep = $0 ~ pattern && !($0 in known) } keep' "$2" "$3"
+}
+
+# The image has the job's optional parts too: who wants to use one finds it there.
+extras=$(python3 -c 'import tomllib
+extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]
+print(*(f"--extra {name}" for name in extras if name != "dev"))')
+resolve --all-extras >"$work/all"
+# shellcheck disable=SC2086 # several words
+resolve $extras --constraint "$work/all" >"$work/job"
+cuda='^(torch|triton|nvidia-[a-ln-z]|cuda-)' # but nvidia-ml-py, which is no part of torch
+pick "$cuda" /dev/null "$work/job" >requirements-cuda.lock
+pick . requirements-cuda.lock "$work/job" >requirements.lock
+pick . "$work/job" "$work/all" >requirements-dev.lock

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -78,15 +79,21 @@ def flat_attention(  # the signature is transformers'
     Returns:
         (1, tokens, heads, head size) in the dtype of `query`, and None for the weights that are never formed.
     """
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and _has_kernel(query.device):
         return _varlen_kernel(query, key, value, layout, scaling), None
     return _segment_by_segment(query, key, value, layout, scaling), None
+
+
+@cache
+def _has_kernel(device: torch.device) -> bool:
+    """The flash kernel is built for Ampere (8.0) and newer; a T4, V100 or P100 takes the plain way."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _segment_by_segment(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scaling: float | None
 ) -> torch.Tensor:
-    """The plain way: one call for each segment. Serves the CPU, and is the reference for the kernel."""
+    """The plain way: one call for each segment. Serves CPUs and older GPUs, and is the reference for the kernel."""
     outputs = []
     for s in layout.segments:
         own = slice(s.start, s.end)

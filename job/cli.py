@@ -75,6 +75,8 @@ def _run(words: list[str]) -> int:
     place = current_place()
     _configure_log(settings, place)
     _tell_libraries(find_machines(current_platform()).interface)
+    if settings.run.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for libraries that would use a GPU because it is there
     from job.faults import parse
 
     faults = parse(settings.fault or "")

@@ -75,6 +75,8 @@ class Run(Group):
     """Which of them this one is, from 0. Default: the index of the pod in its Indexed Job, or of SageMaker's host."""
     rendezvous: Maybe[HostPort] = None
     """Where machine 0 listens for the others, `host:port`. Default on SageMaker: the first host."""
+    device: Literal["auto", "gpu", "cpu"] = "auto"
+    """What to run on; `auto` is the GPU where there is one. With `gpu` the job does not start without."""
 
 
 class Model(Group):

@@ -29,11 +29,20 @@ def make_deterministic() -> None:
     torch.use_deterministic_algorithms(mode=True)
 
 
-def choose_device() -> torch.device:
-    """The GPU of this process, which sees no other (`cli` sees to that), else the CPU."""
+def choose_device(wanted: str = "auto") -> torch.device:
+    """The GPU of this process, which sees no other (`cli` sees to that), else the CPU.
+
+    Raises:
+        SettingsError: It was to be a GPU, and there is none.
+    """
     import torch
 
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    if wanted != "cpu" and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    if wanted == "gpu":
+        what = "is gpu, and torch sees none; give the job a GPU, or run.device=cpu if it shall run without"
+        raise SettingsError([Problem("run.device", what)])
+    return torch.device("cpu")
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -13,6 +13,7 @@ from job.baselines import check_tasks
 from job.delivery import deliver
 from job.errors import DataError, GateError, Problem, SettingsError
 from job.faults import Fault, arm, faulty
+from job.model import choose_device
 from job.objects import ObjectStore, open_store
 from job.platforms import Delivery
 from job.preemption import Stop
@@ -25,9 +26,9 @@ from job.settings import Settings, describe
 
 # These change how a run is carried out, never what it computes; an attempt may differ in them from the one before.
 EXECUTION = {
-    *("run.id", "run.output", "run.grace_seconds", "run.spot_notices", "preset", "fault", "train.micro_batch_tokens"),
-    *("run.processes", "run.nodes", "run.node_rank", "run.rendezvous"),
-    *("train.log_every_steps", "train.stall_seconds", "train.gradient_checkpointing", "eval.batch_tokens"),
+    *("run.id", "run.output", "run.grace_seconds", "run.spot_notices", "run.device", "preset", "fault"),
+    *("run.processes", "run.nodes", "run.node_rank", "run.rendezvous", "train.micro_batch_tokens", "eval.batch_tokens"),
+    *("train.log_every_steps", "train.stall_seconds", "train.gradient_checkpointing"),
 }
 EXECUTION_GROUPS = ("storage.", "log.", "cost.", "checkpoint.", "gate.")
 
@@ -61,6 +62,7 @@ def run(
     ) as attempt:
         from job import stages  # torch and all that: what can be refused without it has been
 
+        choose_device(settings.run.device)  # a missing GPU is found missing before the model is downloaded
         if processes.leads:
             _withdraw(attempt)
         with attempt.timed("pull"):

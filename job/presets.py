@@ -10,6 +10,7 @@ _DEMO = Path(__file__).parent / "demo"
 PRESETS: Mapping[str, Mapping[str, object]] = {
     # The reference recipe is the defaults, on pinned revisions of the hub.
     "mistral-7b-alpaca": {
+        "run.device": "gpu",
         "model.id": "mistralai/Mistral-7B-v0.1",
         "model.revision": "27d67f1b5f57dc0953326b2601d68371d40ea8da",
         "data.source": "tatsu-lab/alpaca",
@@ -19,6 +20,7 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
     },
     # No GPU and no network: everything it needs is in the package.
     "demo": {
+        "run.device": "auto",
         "model.id": str(_DEMO / "base"),
         "model.dtype": "fp32",
         "data.source": str(_DEMO / "instructions.jsonl"),

@@ -20,8 +20,8 @@ from job.sagemaker import read_channels
 
 CONFIG = "config"  # names a file of settings; it is no setting itself
 _SHOWN_NAME = 80
-# A pinned revision belongs to one repository: whoever names another one leaves the pin behind.
-_PINS = {"model.id": "model.revision", "data.source": "data.revision"}
+# A pinned revision belongs to one repository, a need for a GPU to one model: who names another leaves them behind.
+_PINS = {"model.id": ("model.revision", "run.device"), "data.source": ("data.revision",)}
 # Put into hyperparameters.json by SageMaker's own SDK and tuner.
 _SAGEMAKER_PREFIXES = ("sagemaker_", "_tuning_")
 
@@ -78,9 +78,10 @@ def _merge(layers: Sequence[Mapping[str, Given]]) -> dict[str, Given]:
     """Later layers win; a pin goes when the thing it pins is replaced."""
     merged: dict[str, Given] = {}
     for layer in layers:
-        for pinned, pin in _PINS.items():
+        for pinned, pins in _PINS.items():
             if pinned in layer and pinned in merged and layer[pinned].value != merged[pinned].value:
-                merged.pop(pin, None)
+                for pin in pins:
+                    merged.pop(pin, None)
         merged.update(layer)
     return merged
 

@@ -53,7 +53,7 @@ class Loaded:
 
 def load(settings: Settings, sources: Sources, processes: Processes = ALONE) -> Loaded:
     """The quantized base with a fresh adapter on it, in each process its own."""
-    device = choose_device()
+    device = choose_device(settings.run.device)
     _same_kind(processes, device.type)
     if device.type == "cuda":
         make_deterministic()

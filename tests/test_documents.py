@@ -8,10 +8,13 @@ from pathlib import Path
 from job.cli import COMMANDS, USAGE
 from job.errors import exit_codes
 from job.groups import NAMES
+from job.settings import load_settings
 from job.sources import environment_name
 from job.statistics import mcnemar, tango_interval, verdict
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCKER = (ROOT / "infra/docker/README.md").read_text(encoding="utf-8")
 
 
 def test_exit_codes_in_the_readme() -> None:
@@ -43,10 +46,30 @@ def test_the_published_claim_in_the_readme() -> None:
     assert (last + 2) in {better + worse for better, worse in pairs}  # the next one there can be is none
 
 
-def test_settings_in_the_readme() -> None:
-    """Every `JOB_` name in the README is a setting."""
+def test_settings_in_the_documents() -> None:
+    """Every `JOB_` name in a README, and in what lies beside Docker's, is a setting."""
     known = {environment_name(name) for name in NAMES} | {"JOB_CONFIG", "JOB_GROUP__NAME"}
-    assert set(re.findall(r"JOB_[A-Z_]+[A-Z]", README)) <= known
+    texts = [README, DOCKER, *(path.read_text(encoding="utf-8") for path in (ROOT / "infra/docker").glob("*.yaml"))]
+    assert {name for text in texts for name in re.findall(r"JOB_[A-Z_]+[A-Z]", text)} <= known
+
+
+def test_the_commands_for_docker() -> None:
+    """Docker waits longer than the job's grace; the secrets by file that are named are those the entrypoint reads."""
+    patience = re.findall(r"--stop-timeout (\d+)", README + DOCKER)
+    assert patience
+    assert all(int(seconds) > load_settings([], {}).run.grace_seconds for seconds in patience)
+    block = (ROOT / "entrypoint.sh").read_text(encoding="utf-8").split("secrets=(")[1].split(")")[0]
+    (told,) = re.findall(r"\*\*Secrets\*\*(.*?)\n- ", DOCKER, re.DOTALL)
+    assert set(block.split()) <= set(re.findall(r"[A-Z_]{8,}", told.replace("_FILE", "")))
+
+
+def test_the_image_s_words_are_in_the_documents() -> None:
+    """The base that a build for old GPUs needs is pinned by digest like the default one."""
+    dockerfile = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    for text in (dockerfile, DOCKER):
+        assert re.search(
+            r"BASE_IMAGE=nvidia/cuda:\d+\.\d+\.\d+-base-ubuntu24\.04@sha256:[0-9a-f]{64}$", text, re.MULTILINE
+        )
 
 
 def test_commands_in_the_usage() -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from job.attention import Layout, Segment, build_layout, flat_attention
+from job.attention import Layout, Segment, _has_kernel, build_layout, flat_attention
 
 CPU = torch.device("cpu")
 ALONE = [Segment(0, 5), Segment(5, 6), Segment(6, 17)]
@@ -135,6 +136,21 @@ def test_the_layout_tells_the_kernel_the_same(segments: list[Segment]) -> None:
         sees = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
         parts.append((q @ k.transpose(2, 3) / 8**0.5).masked_fill(~sees, float("-inf")).softmax(-1) @ v)
     torch.testing.assert_close(torch.cat(parts, 2).transpose(1, 2), attend(query, key, value, layout))
+
+
+@pytest.mark.parametrize(("capability", "fast"), [((6, 0), False), ((7, 5), False), ((8, 0), True), ((12, 0), True)])
+def test_older_gpus_take_the_plain_way(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], *, fast: bool
+) -> None:
+    """The kernel is asked for only where it was built for: not on a P100 or T4, in half precision either."""
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _device: capability)
+    monkeypatch.setattr("job.attention._varlen_kernel", lambda *_: "kernel")
+    monkeypatch.setattr("job.attention._segment_by_segment", lambda *_: "plain")
+    _has_kernel.cache_clear()
+    query = SimpleNamespace(is_cuda=True, dtype=torch.float16, device=torch.device("cuda", 0))
+    (way, _weights) = flat_attention(torch.nn.Module(), query, None, None, None, layout=None)  # type: ignore[arg-type]
+    _has_kernel.cache_clear()
+    assert way == ("kernel" if fast else "plain")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the variable-length kernel needs a GPU")

@@ -13,6 +13,7 @@ from job.errors import SettingsError
 from job.model import (
     adapter_off,
     add_adapter,
+    choose_device,
     choose_dtype,
     describe_model,
     fingerprint,
@@ -203,6 +204,17 @@ def test_a_window_that_is_too_short_is_refused(
     config.save_pretrained(tmp_path)
     with pytest.raises(SettingsError, match=f"train.max_length: 512 is more than the model's window of {window}"):
         base(tmp_path)
+
+
+def test_the_device_is_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that has to be there and is not is an error of settings; one that is not wanted is left alone."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert (choose_device("auto").type, choose_device("cpu").type) == ("cpu", "cpu")
+    with pytest.raises(SettingsError, match=r"run\.device"):
+        choose_device("gpu")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 1)
+    assert [str(choose_device(wanted)) for wanted in ("auto", "gpu", "cpu")] == ["cuda:1", "cuda:1", "cpu"]
 
 
 def test_the_dtype_is_chosen_by_the_device() -> None:

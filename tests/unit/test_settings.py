@@ -170,6 +170,13 @@ class TestPrecedence:
         settings = load_settings([], {"JOB_MODEL__ID": "org/other", "JOB_MODEL__REVISION": "abc"})
         assert settings.model.revision == "abc"
 
+    def test_a_need_for_a_gpu_belongs_to_the_model(self) -> None:
+        """The default model wants a GPU, the demo takes what there is; of a model of one's own neither is said."""
+        assert load_settings([], {}).run.device == "gpu"
+        assert load_settings(["--preset=demo"], {}).sources["run.device"] == "preset demo"
+        assert load_settings(["--model.id=org/other"], {}).sources["run.device"] == "default"
+        assert load_settings(["--model.id=org/other", "--run.device=cpu"], {}).run.device == "cpu"
+
     def test_every_setting_has_a_source(self) -> None:
         """Provenance is complete: none is missing, none is made up."""
         assert set(load_settings([], {"JOB_LOG__LEVEL": "debug"}).sources) == set(NAMES)
@@ -398,6 +405,7 @@ BAD_VALUES: list[tuple[str, list[str]]] = [
     ("run.seed", ["-1", "4294967296", "x", "", "1.5"]),
     ("run.grace_seconds", ["0", "-1", "nan", "inf", "1e300"]),
     ("run.spot_notices", ["true", "aws"]),
+    ("run.device", ["", "cuda", "GPU"]),
     ("model.id", ["", "https://host/model", "s3://a/b"]),
     ("model.quantization", ["int8", "NF4", ""]),
     ("model.double_quantization", ["maybe", "2", ""]),

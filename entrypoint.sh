@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# Starts the job: secrets from files, one look at the GPUs, and out of its way. What is refused here is refused before
+# torch is loaded, with the job's exit code for wrong settings. How many processes to start is the job's own business.
+set -euo pipefail
+here=$(dirname "$(readlink -f "$0")")
+secrets=(AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN HF_TOKEN
+  MLFLOW_TRACKING_PASSWORD MLFLOW_TRACKING_TOKEN WANDB_API_KEY)
+wrong='' problem='' remedy='' rebuild='or build the image for older GPUs and drivers: infra/docker/README.md'
+
+say() { # level, words: a line of the log, as the job writes them
+  printf '{"event": "%s", "level": "%s", "timestamp": "%s"}\n' "${2//[\"\\]/\'}" "$1" "$(date -u +%FT%T.%6NZ)" >&2
+}
+refuse() { # words: into the log, and where Kubernetes and SageMaker look for last ones
+  say error "$1"
+  for place in "${KUBERNETES_TERMINATION_LOG:-/dev/termination-log}" "${SAGEMAKER_BASE_DIR:-/opt/ml}/output/failure"; do
+    { printf '%s' "$1" >"$place"; } 2>/dev/null || true
+  done
+  exit 2
+}
+older() { [ -n "$1" ] && [ "$1" != "$2" ] && printf '%s\n' "$1" "$2" | sort -VC; } # version, other version
+
+for name in "${secrets[@]}"; do
+  file=${name}_FILE path=
+  [ -z "${!file-}" ] || path=${!file}
+  if [ -z "$path" ]; then continue
+  elif [ -n "${!name-}" ]; then wrong+="$name and $file are both given: keep one. "
+  elif ! value=$(cat -- "$path" 2>/dev/null); then wrong+="$file: user $(id -u) cannot read $path: mount it readable. "
+  elif [ -z "$value" ]; then wrong+="$file: $path is empty: put the secret into it. "
+  else export "$name=$value" && unset "$file"; fi
+done
+[ -z "$wrong" ] || refuse "${wrong% }"
+case ${1-run} in run | train | -*) ;; *) exec python -m job "$@" ;; esac # the other commands need no GPU
+
+read -r built oldest <"$here/cuda" # the CUDA that torch is built with, the least compute capability it serves
+if ! banner=$(timeout 30 nvidia-smi 2>/dev/null); then
+  problem='No GPU is visible' remedy="give it one: docker run --gpus all, or nvidia.com/gpu in the limits of a pod"
+else
+  driver=$(sed -nE 's/.*CUDA (UMD )?Version: *([0-9.]+).*/\2/p' <<<"$banner") # UMD: since driver 610
+  query='--query-gpu=compute_cap,name,memory.total,driver_version'
+  gpus=$(timeout 30 nvidia-smi "$query" --format=csv,noheader 2>/dev/null | sort -V) || gpus=
+  say info "GPUs: $(uniq -c <<<"$gpus" | sed 's/^ *//' | paste -sd ';'); CUDA of driver $driver, of image $built"
+  if [ "$built" = none ]; then problem='The torch of this image is built without CUDA' remedy='take another image'
+  elif older "${driver%%.*}" "${built%%.*}"; then
+    problem="The driver serves CUDA $driver, this image needs $built" remedy="update the driver on the host, $rebuild"
+  elif older "${gpus%%,*}" "$oldest"; then
+    problem="A GPU has compute capability ${gpus%%,*}, this image serves $oldest and up" remedy="take another, $rebuild"
+  else # Triton's start-up file, compiled when the image was built: there is no compiler here
+    cache=${TRITON_CACHE_DIR:-$HOME/.triton/cache}
+    { mkdir -p "$cache" && cp -rn "$here/triton/." "$cache"; } 2>/dev/null || true
+  fi
+fi
+if [ -n "$problem" ]; then # refused, unless the settings say that the job may run on a CPU
+  words=("$@") && case ${1-} in run | train) words=("${@:2}") ;; esac
+  device=$(python -m job config "${words[@]}" 2>/dev/null | awk '$1 == "run.device" { print $2, $3 }') || device=
+  case $device in '"gpu"'* | '"auto" default')
+    refuse "$problem: $remedy. With JOB_RUN__DEVICE=cpu the job runs without; JOB_PRESET=demo needs none." ;; esac
+  say info "$problem: going on without" && export CUDA_VISIBLE_DEVICES=
+fi
+exec python -m job "$@"

@@ -1,0 +1,269 @@
+"""The image's entrypoint, run by bash on this machine, with an `nvidia-smi` that says what a test wants to hear."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from job.settings import secrets
+
+ROOT = Path(__file__).parents[2]
+SECRET = "a-secret-that-no-message-may-hold"
+
+# Answers questions about settings like the image's Python; starting the job is only noted.
+PYTHON = f"""#!/bin/sh
+[ "$3" = config ] && exec {sys.executable} "$@"
+echo "pid $$"
+echo "started $*"
+env
+"""
+BANNER = "| NVIDIA-SMI 580.65.06   Driver Version: 580.65.06   CUDA Version: {} |"
+NEW_BANNER = "| NVIDIA-SMI 610.43.02   KMD Version: 610.43.02   CUDA UMD Version: {} |"
+
+
+@dataclass(frozen=True)
+class Done:
+    """How the entrypoint ended; `started` is what the job was started with, None where it was not."""
+
+    code: int
+    started: str | None
+    environment: Mapping[str, str]
+    log: str
+    pids: tuple[int, int]
+
+    @property
+    def events(self) -> list[str]:
+        """What the entrypoint said; every line of it is JSON."""
+        return [json.loads(line)["event"] for line in self.log.splitlines()]
+
+
+Start = Callable[..., Done]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Start:
+    """Runs the entrypoint as it lies in the image."""
+    for folder in ("opt", "bin", "home"):
+        (tmp_path / folder).mkdir()
+    shutil.copy(ROOT / "entrypoint.sh", tmp_path / "opt")
+    tool(tmp_path / "bin/python", PYTHON)
+
+    def run(*words: str, image: str = "13.0 7.5", **environ: str) -> Done:
+        (tmp_path / "opt/cuda").write_text(image + "\n")
+        process = subprocess.Popen(
+            [tmp_path / "opt/entrypoint.sh", *words],
+            env={
+                "PATH": f"{tmp_path}/bin:/usr/bin:/bin",
+                "PYTHONPATH": str(ROOT),
+                "HOME": f"{tmp_path}/home",
+                "KUBERNETES_TERMINATION_LOG": str(tmp_path / "termination-log"),
+                **environ,
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        out, log = process.communicate(timeout=60)
+        lines = out.splitlines()
+        pid = int(lines[0].split()[1]) if lines else 0
+        started = lines[1].removeprefix("started -m job").strip() if lines else None
+        variables = dict(line.split("=", 1) for line in lines[2:] if "=" in line)
+        return Done(process.returncode, started, variables, log, (process.pid, pid))
+
+    return run
+
+
+def tool(path: Path, script: str) -> None:
+    """Puts a program on the entrypoint's PATH."""
+    path.write_text(script)
+    path.chmod(0o755)
+
+
+def gpus(folder: Path, cuda: str, *lines: str, banner: str = BANNER) -> None:
+    """Puts GPUs into the machine: `lines` is what nvidia-smi answers to the query."""
+    answer = "\n".join(lines)
+    asked = f"case $1 in --query*) cat <<'END'\n{answer}\nEND\n;; *) cat <<'END'\n{banner.format(cuda)}\nEND\n;; esac"
+    tool(folder / "bin/nvidia-smi", f"#!/bin/sh\necho asked >>{folder}/asked\n{asked}\n")
+
+
+def test_it_is_short() -> None:
+    """What runs before the job can be read in a minute."""
+    assert len((ROOT / "entrypoint.sh").read_text().splitlines()) < 60
+
+
+class TestSecrets:
+    """Credentials that a platform mounts as files."""
+
+    NAMES = tuple(re.findall(r"[A-Z_]{8,}", (ROOT / "entrypoint.sh").read_text().split("secrets=(")[1].split(")")[0]))
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_a_file_becomes_the_variable(self, start: Start, tmp_path: Path, name: str) -> None:
+        """The job gets the content without its line break, under the name that the log scrubs, and nobody prints it."""
+        (tmp_path / "secret").write_text(SECRET + "\n")
+        done = start("plan", **{f"{name}_FILE": str(tmp_path / "secret")})
+        assert done.environment[name] == SECRET
+        assert f"{name}_FILE" not in done.environment
+        assert SECRET not in done.log
+        assert secrets(done.environment) == (SECRET,)
+
+    def test_all_problems_come_at_once(self, start: Start, tmp_path: Path) -> None:
+        """A missing file, an empty one and a secret given twice end the job before it starts, with exit code 2."""
+        (tmp_path / "empty").touch()
+        done = start(
+            JOB_PRESET="demo",
+            HF_TOKEN=SECRET,
+            HF_TOKEN_FILE=str(tmp_path / "empty"),
+            WANDB_API_KEY_FILE=str(tmp_path / "empty"),
+            AWS_SECRET_ACCESS_KEY_FILE=str(tmp_path / "missing"),
+        )
+        assert (done.code, done.started) == (2, None)
+        (event,) = done.events
+        assert "HF_TOKEN and HF_TOKEN_FILE are both given" in event
+        assert f"WANDB_API_KEY_FILE: {tmp_path}/empty is empty" in event
+        assert re.search(rf"AWS_SECRET_ACCESS_KEY_FILE: user \d+ cannot read {tmp_path}/missing", event)
+        assert SECRET not in done.log
+        assert (tmp_path / "termination-log").read_text() == event
+
+    def test_the_ecosystem_s_own_files_stay(self, start: Start) -> None:
+        """Names that end in _FILE and belong to a library reach it as they are."""
+        own = {"AWS_WEB_IDENTITY_TOKEN_FILE": "/x", "AWS_SHARED_CREDENTIALS_FILE": "/y", "SSL_CERT_FILE": "/z"}
+        assert own.items() <= start("plan", **own).environment.items()
+
+
+class TestWithoutGpu:
+    """A machine without a GPU, or a container that was not given one."""
+
+    def test_a_preset_for_a_gpu_is_refused(self, start: Start, tmp_path: Path) -> None:
+        """The message says how to give it one, and stands where Kubernetes and SageMaker look for it."""
+        (tmp_path / "ml/output").mkdir(parents=True)
+        done = start(SAGEMAKER_BASE_DIR=str(tmp_path / "ml"))
+        assert (done.code, done.started) == (2, None)
+        (event,) = done.events
+        assert event.startswith("No GPU is visible")
+        assert "--gpus all" in event
+        assert "JOB_RUN__DEVICE=cpu" in event
+        assert (tmp_path / "termination-log").read_text() == event
+        assert (tmp_path / "ml/output/failure").read_text() == event
+
+    @pytest.mark.parametrize("words", [["run"], ["train"], ["--run.seed", "1"]])
+    def test_with_or_without_a_command(self, start: Start, words: list[str]) -> None:
+        """`run` may be left out, and SageMaker says `train`."""
+        assert start(*words).code == 2
+        done = start(*words, JOB_PRESET="demo")
+        assert (done.code, done.started) == (0, " ".join(words))
+        assert done.environment["CUDA_VISIBLE_DEVICES"] == ""
+        assert done.events == ["No GPU is visible: going on without"]
+
+    def test_who_says_so_may_do_without(self, start: Start) -> None:
+        """A model of one's own needs a GPU like the preset's, unless the run is told to use what there is."""
+        assert start(JOB_MODEL__ID="/model").code == 2
+        assert start(JOB_MODEL__ID="/model", JOB_RUN__DEVICE="auto").code == 0
+        assert start(JOB_RUN__DEVICE="cpu").code == 0
+
+    def test_the_preset_counts_wherever_it_is_given(self, start: Start, tmp_path: Path) -> None:
+        """On the command line, in a file, in SageMaker's hyperparameters."""
+        assert start("run", "--preset", "demo").code == 0
+        (tmp_path / "job.yaml").write_text("preset: demo\n")
+        assert start(JOB_CONFIG=str(tmp_path / "job.yaml")).code == 0
+        (tmp_path / "ml/input/config").mkdir(parents=True)
+        (tmp_path / "ml/input/config/hyperparameters.json").write_text('{"preset": "\\"demo\\""}')
+        assert start("train", TRAINING_JOB_NAME="a", SAGEMAKER_BASE_DIR=str(tmp_path / "ml")).code == 0
+
+    def test_the_job_speaks_for_itself_of_its_settings(self, start: Start) -> None:
+        """Help and wrong settings are the job's to answer: it names all problems."""
+        assert start("--help").started == "--help"
+        assert start(JOB_TRAIN__EPOCHS="x").started == ""
+
+    def test_other_commands_need_none(self, start: Start, tmp_path: Path) -> None:
+        """`config` and its like start at once; nobody looks for a GPU."""
+        gpus(tmp_path, "13.0")
+        for word in ("selftest", "verify", "plan"):
+            assert start(word, "x").started == f"{word} x"
+        assert not (tmp_path / "asked").exists()
+
+
+class TestWithGpu:
+    """What nvidia-smi says is logged once, and compared with what the image was built for."""
+
+    H100 = "9.0, NVIDIA H100 80GB HBM3, 81559 MiB, 580.65.06"
+
+    @pytest.mark.parametrize("banner", [BANNER, NEW_BANNER])
+    def test_the_facts_are_logged(self, start: Start, tmp_path: Path, banner: str) -> None:
+        """Equal GPUs are counted; the job starts in the same process, so that signals reach it."""
+        gpus(tmp_path, "13.0", self.H100, self.H100, banner=banner)
+        (tmp_path / "opt/triton/KEY").mkdir(parents=True)
+        (tmp_path / "opt/triton/KEY/cuda_utils.so").touch()
+        done = start("run")
+        assert (done.code, done.started) == (0, "run")
+        assert done.events == [f"GPUs: 2 {self.H100}; CUDA of driver 13.0, of image 13.0"]
+        assert "CUDA_VISIBLE_DEVICES" not in done.environment
+        assert done.pids[0] == done.pids[1]
+        assert (tmp_path / "home/.triton/cache/KEY/cuda_utils.so").exists()
+
+    @pytest.mark.parametrize(("driver", "image"), [("12.8", "13.0 7.5"), ("11.8", "12.6 5.0"), ("9.2", "12.6 5.0")])
+    def test_a_driver_that_is_too_old_is_refused(self, start: Start, tmp_path: Path, driver: str, image: str) -> None:
+        """Both versions are named, and both ways out."""
+        gpus(tmp_path, driver, 'Field "compute_cap" is not a valid field to query.')
+        done = start(image=image)
+        assert (done.code, done.started) == (2, None)
+        assert f"The driver serves CUDA {driver}, this image needs {image.partition(' ')[0]}: update" in done.events[-1]
+        assert "infra/docker/README.md" in done.events[-1]
+
+    @pytest.mark.parametrize(("driver", "image"), [("13.3", "13.0 7.5"), ("12.2", "12.6 5.0"), ("14.0", "13.0 7.5")])
+    def test_a_driver_of_the_same_major_version_serves(
+        self, start: Start, tmp_path: Path, driver: str, image: str
+    ) -> None:
+        """CUDA is compatible within a major version, and drivers with all that are older."""
+        gpus(tmp_path, driver, self.H100)
+        assert start(image=image).code == 0
+
+    def test_a_driver_that_does_not_say_is_let_through(self, start: Start, tmp_path: Path) -> None:
+        """What cannot be read is not taken for too old."""
+        gpus(tmp_path, "N/A", "[N/A], GPU, 1 MiB, 580.65.06")
+        assert start().code == 0
+
+    @pytest.mark.parametrize(
+        ("capability", "image", "code"),
+        [
+            ("6.0", "13.0 7.5", 2),
+            ("6.0", "12.6 5.0", 0),
+            ("7.0", "13.0 7.5", 2),
+            ("7.5", "13.0 7.5", 0),
+            ("12.0", "13.0 7.5", 0),
+        ],
+    )
+    def test_a_gpu_that_is_too_old_is_refused(
+        self, start: Start, tmp_path: Path, capability: str, image: str, code: int
+    ) -> None:
+        """A P100 (6.0) is no use to torch for CUDA 13, whatever lies beside it, and is welcome to that for 12.6."""
+        gpus(tmp_path, "13.0", f"{capability}, Some GPU, 16384 MiB, 580.65.06", "12.0, New GPU, 1 MiB, 580.65.06")
+        done = start(image=image)
+        assert done.code == code
+        if code:
+            assert f"A GPU has compute capability {capability}, this image serves 7.5 and up" in done.events[-1]
+
+    def test_the_demo_goes_on_without(self, start: Start, tmp_path: Path) -> None:
+        """A GPU that is no use is hidden from a run that can do without one."""
+        gpus(tmp_path, "13.0", "6.0, Tesla P100-PCIE-16GB, 16384 MiB, 580.65.06")
+        done = start(JOB_PRESET="demo")
+        assert (done.code, done.environment["CUDA_VISIBLE_DEVICES"]) == (0, "")
+
+    def test_torch_without_cuda_is_refused(self, start: Start, tmp_path: Path) -> None:
+        """An image that was built with another torch says so."""
+        gpus(tmp_path, "13.0", self.H100)
+        done = start(image="none 0.0")
+        assert done.code == 2
+        assert "built without CUDA" in done.events[-1]
+
+
+def test_arguments_arrive_as_they_are(start: Start) -> None:
+    """Spaces and all."""
+    assert start("plan", "--data.source", "a  b", "").started == "plan --data.source a  b"
