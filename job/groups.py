@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from job.fieldtypes import (
     Count,
+    Digest,
     Endpoint,
     Flag,
     LocalPath,
@@ -62,6 +63,8 @@ class Run(Group):
     """Time between the signal to stop and the kill."""
     spot_notices: Literal["auto", "off", "ec2", "gcp", "azure"] = "auto"
     """Whose notice of preemption to poll; `auto` finds out."""
+    image_digest: Maybe[Digest] = None
+    """Digest of the image that the job runs in, for the manifest: no process can find it out by itself."""
 
 
 class Model(Group):

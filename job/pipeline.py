@@ -19,8 +19,9 @@ from job.settings import Settings, describe, redacted
 
 # These change how a run is carried out, never what it computes; an attempt may differ in them from the one before.
 EXECUTION = {
-    *("run.id", "run.output", "run.grace_seconds", "run.spot_notices", "preset", "fault", "train.micro_batch_tokens"),
-    *("train.log_every_steps", "train.stall_seconds", "train.gradient_checkpointing", "eval.batch_tokens"),
+    *("run.id", "run.output", "run.grace_seconds", "run.spot_notices", "run.image_digest", "preset", "fault"),
+    *("train.micro_batch_tokens", "train.log_every_steps", "train.stall_seconds", "train.gradient_checkpointing"),
+    "eval.batch_tokens",
 }
 EXECUTION_GROUPS = ("storage.", "log.", "cost.", "checkpoint.", "gate.")
 
@@ -89,7 +90,7 @@ def publish(
         gate_metric=gate.metric,
         gate_reasons=manifest.gate(tasks, gate.metric, gate.min_delta, gate.max_regression),
         artifacts=[*base.artifacts, *trained.artifacts, *adapter.artifacts],
-        image_digest=None,
+        image_digest=settings.run.image_digest,
         usd_per_hour=settings.cost.usd_per_hour,
     )
     manifest.validate(results)

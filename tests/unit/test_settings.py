@@ -386,6 +386,7 @@ BAD_VALUES: list[tuple[str, list[str]]] = [
     ("run.seed", ["-1", "4294967296", "x", "", "1.5"]),
     ("run.grace_seconds", ["0", "-1", "nan", "inf", "1e300"]),
     ("run.spot_notices", ["true", "aws"]),
+    ("run.image_digest", ["latest", "sha256:abc", f"sha256:{'A' * 64}", f"registry/image@sha256:{'a' * 64}"]),
     ("model.id", ["", "https://host/model", "s3://a/b"]),
     ("model.quantization", ["int8", "NF4", ""]),
     ("model.double_quantization", ["maybe", "2", ""]),
