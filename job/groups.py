@@ -195,8 +195,8 @@ class Storage(Group):
     """Pay for reading somebody else's bucket."""
     timeout_seconds: Seconds = 60
     """For one answer of the store."""
-    retries: Annotated[Whole, Field(le=100)] = 8
-    """How often a failed request is repeated."""
+    retries: Annotated[Count, Field(le=100)] = 8
+    """How often a request is tried, the first time included."""
     cache: Maybe[LocalPath] = None
     """Local folder for what is downloaded; empty: a temporary one."""
 

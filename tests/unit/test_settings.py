@@ -423,7 +423,7 @@ BAD_VALUES: list[tuple[str, list[str]]] = [
     ),
     ("storage.storage_class", ["GLACIER", "DEEP_ARCHIVE"]),
     ("storage.timeout_seconds", ["0"]),
-    ("storage.retries", ["-1", "1000"]),
+    ("storage.retries", ["-1", "0", "1000"]),
     ("storage.cache", ["s3://bucket/cache", "~/cache"]),
     ("log.format", ["text"]),
     ("log.level", ["INFO", "trace"]),
