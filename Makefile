@@ -15,6 +15,7 @@ check: $(STAMP)  ## lint, format, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/yamllint --strict -c .github/yamllint.yaml infra
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
