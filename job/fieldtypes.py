@@ -132,6 +132,12 @@ def _endpoint(text: str) -> str:
     return text
 
 
+def _digest(text: str) -> str:
+    if not re.fullmatch(r"sha256:[0-9a-f]{64}", text):
+        raise ValueError("must be sha256: and 64 hexadecimal digits in lower case")
+    return text
+
+
 def _readable_class(text: str) -> str:
     if text in _ARCHIVES:
         raise ValueError("objects in an archive cannot be read back at once, so no checkpoint could be resumed")
@@ -154,6 +160,7 @@ Location = Annotated[Text, AfterValidator(_location)]
 LocalPath = Annotated[Text, AfterValidator(_local)]
 Endpoint = Annotated[Text, AfterValidator(_endpoint)]
 HostPort = Annotated[Text, AfterValidator(_host_port)]
+Digest = Annotated[Text, AfterValidator(_digest)]
 StorageClass = Annotated[Text, AfterValidator(_readable_class)]
 Names = Annotated[tuple[Text, ...], BeforeValidator(_items), Field(min_length=1), AfterValidator(_unique)]
 Locations = Annotated[Mapping[Text, Location], BeforeValidator(_pairs)]

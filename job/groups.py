@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 from job.fieldtypes import (
     Count,
     CountOrAuto,
+    Digest,
     Endpoint,
     Flag,
     HostPort,
@@ -77,6 +78,8 @@ class Run(Group):
     """Where machine 0 listens for the others, `host:port`. Default on SageMaker: the first host."""
     device: Literal["auto", "gpu", "cpu"] = "auto"
     """What to run on; `auto` is the GPU where there is one. With `gpu` the job does not start without."""
+    image_digest: Maybe[Digest] = None
+    """Digest of the image that the job runs in, for the manifest: no process can find it out by itself."""
 
 
 class Model(Group):
@@ -211,8 +214,8 @@ class Storage(Group):
     """Pay for reading somebody else's bucket."""
     timeout_seconds: Seconds = 60
     """For one answer of the store."""
-    retries: Annotated[Whole, Field(le=100)] = 8
-    """How often a failed request is repeated."""
+    retries: Annotated[Count, Field(le=100)] = 8
+    """How often a request is tried, the first time included."""
     cache: Maybe[LocalPath] = None
     """Local folder for what is downloaded; empty: a temporary one."""
 

@@ -26,9 +26,9 @@ from job.settings import Settings, describe
 
 # These change how a run is carried out, never what it computes; an attempt may differ in them from the one before.
 EXECUTION = {
-    *("run.id", "run.output", "run.grace_seconds", "run.spot_notices", "run.device", "preset", "fault"),
+    *("run.id", "run.output", "run.grace_seconds", "run.spot_notices", "run.device", "run.image_digest", "preset"),
     *("run.processes", "run.nodes", "run.node_rank", "run.rendezvous", "train.micro_batch_tokens", "eval.batch_tokens"),
-    *("train.log_every_steps", "train.stall_seconds", "train.gradient_checkpointing"),
+    *("fault", "train.log_every_steps", "train.stall_seconds", "train.gradient_checkpointing"),
 }
 EXECUTION_GROUPS = ("storage.", "log.", "cost.", "checkpoint.", "gate.")
 

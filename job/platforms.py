@@ -61,7 +61,8 @@ class Platform:
 def detect(environ: Mapping[str, str]) -> Platform:
     """The platform that an environment belongs to; plain Docker (or no container at all) when nothing says otherwise.
 
-    A pod has no `run_id`: its name changes with every retry, so the Job's template has to give `JOB_RUN__ID`.
+    A pod's own name changes with every retry, so the Job's template says what the Job is called (a label of the pod),
+    and where the termination message goes if that is not the usual place.
     """
     if environ.get("TRAINING_JOB_NAME"):
         base = Path(environ.get("SAGEMAKER_BASE_DIR") or "/opt/ml")  # the SageMaker toolkit's own name for it
@@ -80,7 +81,8 @@ def detect(environ: Mapping[str, str]) -> Platform:
         index = environ.get("JOB_COMPLETION_INDEX", "")
         return Platform(
             name="kubernetes",
-            termination_log=Path("/dev/termination-log"),
+            termination_log=Path(environ.get("KUBERNETES_TERMINATION_LOG") or "/dev/termination-log"),
+            run_id=environ.get("KUBERNETES_JOB_NAME") or None,
             completion_index=int(index) if index.isascii() and index.isdecimal() else None,
         )
     return Platform(name="docker")

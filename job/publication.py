@@ -59,7 +59,7 @@ def publish(
         gate=judge(tasks, **settings.gate.model_dump(exclude={"baseline"}), baseline=against),
         artifacts=[*base.artifacts, *trained.artifacts, *adapter.artifacts, *copies],
         evidence=evidence.collect(attempt.store, attempt.work / "evidence", attempt.number),
-        image_digest=None,
+        image_digest=settings.run.image_digest,
         usd_per_hour=settings.cost.usd_per_hour,
         gpus=gpus,
     )

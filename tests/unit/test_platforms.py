@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from job.platforms import Delivery, Platform, detect
+from job.settings import load_settings
 
 
 def test_an_ordinary_environment_is_plain_docker() -> None:
@@ -14,10 +15,26 @@ def test_an_ordinary_environment_is_plain_docker() -> None:
     assert detect({"PATH": "/bin", "HOME": "/root"}) == Platform(name="docker")
 
 
+POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "HOSTNAME": "train-x7k2p"}
+
+
 def test_a_pod_has_a_termination_log_and_no_run_id() -> None:
     """Kubernetes reads the last words; a pod's name changes with every retry, so it names no run."""
-    platform = detect({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "HOSTNAME": "train-x7k2p"})
-    assert platform == Platform(name="kubernetes", termination_log=Path("/dev/termination-log"))
+    assert detect(POD) == Platform(name="kubernetes", termination_log=Path("/dev/termination-log"))
+
+
+def test_the_job_s_name_is_the_run_s() -> None:
+    """A template that passes the Job's name on gives every retry the same run."""
+    assert detect({**POD, "KUBERNETES_JOB_NAME": "train"}).run_id == "train"
+    assert detect({**POD, "KUBERNETES_JOB_NAME": ""}).run_id is None
+    assert load_settings([], {**POD, "KUBERNETES_JOB_NAME": "train"}).run.id == "train"
+    assert load_settings([], {**POD, "KUBERNETES_JOB_NAME": "train", "JOB_RUN__ID": "mine"}).run.id == "mine"
+
+
+def test_the_termination_log_can_lie_elsewhere() -> None:
+    """A template with a terminationMessagePath of its own tells the job where that is."""
+    platform = detect({**POD, "KUBERNETES_TERMINATION_LOG": "/tmp/last-words"})
+    assert platform.termination_log == Path("/tmp/last-words")
 
 
 @pytest.mark.parametrize(("index", "expected"), [("3", 3), ("0", 0), ("", None), ("x", None), ("-1", None)])

@@ -1,0 +1,115 @@
+"""Schemas of the custom resources that the templates use: the fields that we set, as their APIs define them.
+
+JobSet v1alpha2 (v0.10 and newer) and Kueue v1beta2, read from the projects' Go types. Whatever is not here is refused:
+a new field in a template is looked up there and added here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+Schema = dict[str, Any]
+
+
+def closed(required: tuple[str, ...] = (), **properties: Schema) -> Schema:
+    """An object with these fields and no others."""
+    return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": False}
+
+
+def listed(items: Schema, **limits: int) -> Schema:
+    """A list of such items."""
+    return {"type": "array", "items": items, **limits}
+
+
+def resource(api_version: str, kind: str, spec: Schema | None = None) -> Schema:
+    """A whole document; without a `spec` it has none."""
+    name = {"type": "string", "pattern": r"^[a-z]([-a-z0-9]*[a-z0-9])?$", "maxLength": 40}
+    metadata = closed(("name",), name=name, labels=STRINGS, annotations=STRINGS)
+    head: dict[str, Schema] = {"apiVersion": {"const": api_version}, "kind": {"const": kind}, "metadata": metadata}
+    return closed(("apiVersion", "kind", "metadata"), **head, **({} if spec is None else {"spec": spec}))
+
+
+TEXT: Schema = {"type": "string", "minLength": 1}
+STRINGS: Schema = {"type": "object", "additionalProperties": {"type": "string"}}
+NUMBER: Schema = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
+FLAG: Schema = {"type": "boolean"}
+QUANTITY: Schema = {"type": "string", "pattern": r"^\d+(\.\d+)?(m|k|[KMGTP]i?)?$"}
+
+JOBSET = "jobset.x-k8s.io/v1alpha2"
+KUEUE = "kueue.x-k8s.io/v1beta2"
+
+_RULE = closed(
+    ("name", "action"),
+    name={"type": "string", "pattern": "^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$"},
+    action={
+        "enum": [
+            "FailJobSet",
+            "RestartJobSet",
+            "RestartJobSetAndIgnoreMaxRestarts",
+            "RestartJob",
+            "RestartJobAndIgnoreMaxRestarts",
+        ]
+    },
+    onJobFailureReasons=listed(
+        {
+            "enum": [
+                "BackoffLimitExceeded",
+                "DeadlineExceeded",
+                "FailedIndexes",
+                "MaxFailedIndexesExceeded",
+                "PodFailurePolicy",
+            ]
+        }
+    ),
+    onJobFailureMessagePatterns=listed(TEXT),
+    targetReplicatedJobs=listed(TEXT),
+)
+# What is below a Job's spec is the API server's own, and checked against its schema.
+_REPLICATED = closed(
+    ("name", "template"),
+    name=TEXT,
+    replicas=NUMBER,
+    template=closed(("spec",), metadata=closed(labels=STRINGS, annotations=STRINGS), spec={"type": "object"}),
+)
+_JOBSET = closed(
+    ("replicatedJobs",),
+    replicatedJobs=listed(_REPLICATED, minItems=1),
+    network=closed(enableDNSHostnames=FLAG, subdomain=TEXT, publishNotReadyAddresses=FLAG),
+    failurePolicy=closed(
+        maxRestarts=NUMBER,
+        restartStrategy={"enum": ["Recreate", "BlockingRecreate", "InPlaceRestart"]},
+        rules=listed(_RULE),
+    ),
+    suspend=FLAG,
+    ttlSecondsAfterFinished=NUMBER,
+)
+
+_FLAVOR = closed(
+    ("name", "resources"),
+    name=TEXT,
+    resources=listed(closed(("name", "nominalQuota"), name=TEXT, nominalQuota=QUANTITY), minItems=1, maxItems=64),
+)
+_CLUSTER_QUEUE = closed(
+    namespaceSelector=closed(matchLabels=STRINGS),
+    queueingStrategy={"enum": ["StrictFIFO", "BestEffortFIFO"]},
+    preemption=closed(
+        withinClusterQueue={"enum": ["Never", "LowerPriority", "LowerOrNewerEqualPriority"]},
+        reclaimWithinCohort={"enum": ["Never", "LowerPriority", "Any"]},
+    ),
+    resourceGroups=listed(
+        closed(
+            ("coveredResources", "flavors"),
+            coveredResources=listed(TEXT, minItems=1, maxItems=64),
+            flavors=listed(_FLAVOR, minItems=1, maxItems=64),
+        ),
+        maxItems=16,
+    ),
+)
+
+CRDS: dict[tuple[str, str], Schema] = {
+    (JOBSET, "JobSet"): resource(JOBSET, "JobSet", _JOBSET),
+    (KUEUE, "ResourceFlavor"): resource(KUEUE, "ResourceFlavor", closed(nodeLabels=STRINGS)),
+    (KUEUE, "ClusterQueue"): resource(KUEUE, "ClusterQueue", _CLUSTER_QUEUE),
+    (KUEUE, "LocalQueue"): resource(KUEUE, "LocalQueue", closed(("clusterQueue",), clusterQueue=TEXT)),
+}
+"""(apiVersion, kind) -> schema."""

@@ -1,0 +1,369 @@
+"""The shipped templates: they build, every API server would take them, and they agree with the job itself."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+
+from job.errors import exit_codes
+from job.groups import NAMES
+from job.settings import load_settings
+from job.sources import environment_name
+from tests.kubernetes.crds import CRDS
+from tests.kubernetes.manifests import (
+    JOBS,
+    KUBERNETES,
+    OVERLAYS,
+    SERVICE,
+    build,
+    container,
+    environment,
+    job_spec,
+    labels,
+    one,
+    overlay,
+    pod_spec,
+    relocate,
+)
+from tests.kubernetes.policy import judge, judge_set
+
+# podFailurePolicy is stable since 1.31.
+VERSIONS = [version for minor in range(31, 38) for version in [f"1.{minor}"]]
+FOLDERS = ["base", *(f"overlays/{name}" for name in OVERLAYS), "overlays/kueue/queue"]
+
+ACTIONS = {"no": "FailJob", "yes": "Count", "counts against the limit": "Count", "yes, free": "Ignore"}
+SET_ACTIONS = {"FailJob": "FailJobSet", "Count": "RestartJobSet", "Ignore": "RestartJobSetAndIgnoreMaxRestarts"}
+
+# The settings of a launch over several machines; once the job knows them, they are checked like all others.
+LAUNCH = {"run.processes", "run.nodes", "run.node_rank", "run.rendezvous"} - set(NAMES)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_every_api_server_takes_it(folder: str) -> None:
+    """Every document fits the strict schema of its kind, in each version of Kubernetes that is supported."""
+    for document in build(folder):
+        if schema := CRDS.get((document["apiVersion"], document["kind"])):
+            jsonschema.validate(document, schema)
+            continue
+        for version in VERSIONS:
+            assert kubernetes_validate.validate(document, version, strict=True) == version
+
+
+def test_a_jobset_holds_a_valid_job() -> None:
+    """Nobody but the API server looks into a JobSet's Job, and that only when the set is there already."""
+    spec = job_spec(overlay("multi-node"))
+    for version in VERSIONS:
+        job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "job"}, "spec": spec}
+        kubernetes_validate.validate(job, version, strict=True)
+
+
+def test_a_wrong_field_is_found() -> None:
+    """The checks above can fail: a misspelt field deep inside, in a Job and in a JobSet."""
+    job = {**one(overlay("demo"), "Job")}
+    job["spec"] = {**job["spec"], "backofLimit": 1}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(job, VERSIONS[-1], strict=True)
+    jobset = {**one(overlay("multi-node"), "JobSet")}
+    jobset["spec"] = {**jobset["spec"], "failurePolicy": {"maxRestart": 1}}
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(jobset, CRDS[jobset["apiVersion"], jobset["kind"]])
+
+
+def settings_of(name: str) -> dict[str, str]:
+    """The `JOB_` variables of an overlay's pods."""
+    documents = overlay(name)
+    found = environment(documents, labels(documents, "a-job", "a-set"))
+    return {key: value for key, value in found.items() if key.startswith(("JOB_", "KUBERNETES_"))}
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_settings_are_settings(name: str, tmp_path: Path) -> None:
+    """Every `JOB_` name is one that the job knows, and every value is one that it takes."""
+    places = {mount["mountPath"]: tmp_path for mount in container(overlay(name))["volumeMounts"]}
+    environ = {key: relocate(value, places) for key, value in settings_of(name).items()}
+    for waiting in LAUNCH:
+        environ.pop(environment_name(waiting), None)
+    settings = load_settings([], environ)
+    given = {setting for setting, source in settings.sources.items() if source.startswith("environment ")}
+    assert given == {setting for setting in NAMES if environment_name(setting) in environ}
+    assert settings.run.id == ("a-set" if name == "multi-node" else "a-job")
+    assert settings.sources["run.id"] == "platform"
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_the_user_s_run_id_wins(name: str) -> None:
+    """Nothing in the template stands in the way of a JOB_RUN__ID among the settings."""
+    assert "JOB_RUN__ID" not in {variable["name"] for variable in container(overlay(name))["env"]}
+
+
+def test_pods_of_a_set_meet_at_its_first_pod() -> None:
+    """The rendezvous is the name that JobSet gives to the pod with index 0: set, replicated job, index, index."""
+    documents = overlay("multi-node")
+    (replicated,) = one(documents, "JobSet")["spec"]["replicatedJobs"]
+    host, _, port = settings_of("multi-node")["JOB_RUN__RENDEZVOUS"].partition(":")
+    assert host == f"a-set-{replicated['name']}-0-0.a-set"
+    assert port.isdecimal()
+    spec = replicated["template"]["spec"]
+    assert spec["completions"] == spec["parallelism"] == int(settings_of("multi-node")["JOB_RUN__NODES"])
+    assert spec["completionMode"] == "Indexed"
+    assert one(documents, "JobSet")["spec"]["network"]["enableDNSHostnames"] is True
+
+
+@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("code", exit_codes())
+def test_exit_codes_mean_to_the_job_what_they_mean(name: str, code: int) -> None:
+    """The podFailurePolicy does what the table of exit codes says; no code is left to the default."""
+    meaning, retry = exit_codes()[code]
+    verdict = judge(job_spec(overlay(name))["podFailurePolicy"]["rules"], code)
+    assert (verdict.action, verdict.rule is not None) == (ACTIONS[retry], True), meaning
+
+
+@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("code", [None, 1, 69, 75, 76, 137, 143])
+def test_a_disruption_is_free(name: str, code: int | None) -> None:
+    """Whatever the process of an evicted pod still managed to say, its replacement costs nothing."""
+    rules = job_spec(overlay(name))["podFailurePolicy"]["rules"]
+    assert judge(rules, code, {"DisruptionTarget"}).action == "Ignore"
+
+
+@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("code", [137, 143, 255])
+def test_other_deaths_count(name: str, code: int) -> None:
+    """Out of memory would be out of memory for ever: what is not the cluster's doing counts."""
+    assert judge(job_spec(overlay(name))["podFailurePolicy"]["rules"], code).action == "Count"
+
+
+@pytest.mark.parametrize("code", [*exit_codes(), 137, 255])
+def test_exit_codes_mean_the_same_to_a_set(code: int) -> None:
+    """One pod's end decides for all pods: fail, start again, or start again for free."""
+    spec = one(overlay("multi-node"), "JobSet")["spec"]
+    single = judge(job_spec(overlay("demo"))["podFailurePolicy"]["rules"], code).action
+    assert judge_set(spec, code) == SET_ACTIONS[single]
+
+
+@pytest.mark.parametrize("code", [None, 1, 75, 137])
+def test_a_disruption_restarts_a_whole_set_for_free(code: int | None) -> None:
+    """A pod that is evicted takes the others with it, and none of it counts."""
+    spec = one(overlay("multi-node"), "JobSet")["spec"]
+    assert judge_set(spec, code, {"DisruptionTarget"}) == "RestartJobSetAndIgnoreMaxRestarts"
+    assert spec["failurePolicy"]["restartStrategy"] == "BlockingRecreate"
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_a_job_ends(name: str) -> None:
+    """Retries are bounded in number and in time, pods are not restarted in place, and what is done is cleaned up."""
+    documents, spec = overlay(name), job_spec(overlay(name))
+    assert spec["activeDeadlineSeconds"] > 0
+    assert spec["podReplacementPolicy"] == "Failed"
+    assert len(spec["podFailurePolicy"]["rules"]) <= 20
+    assert pod_spec(documents)["restartPolicy"] == "Never"
+    if name == "multi-node":
+        jobset = one(documents, "JobSet")["spec"]
+        assert spec["backoffLimit"] == 0
+        assert jobset["failurePolicy"]["maxRestarts"] > 0
+        assert jobset["ttlSecondsAfterFinished"] > 0
+    else:
+        assert spec["backoffLimit"] > 0
+        assert spec["ttlSecondsAfterFinished"] > 0
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_the_job_knows_less_time_than_it_has(name: str) -> None:
+    """After SIGTERM the kubelet waits longer than the job plans with, so that its last words are heard."""
+    grace = float(settings_of(name)["JOB_RUN__GRACE_SECONDS"])
+    assert 0 < grace < pod_spec(overlay(name))["terminationGracePeriodSeconds"]
+    assert grace <= 15 or name != "gke-spot"
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_the_template_names_what_is_there(name: str) -> None:
+    """ConfigMaps, claims, the ServiceAccount, volumes and the policy's container: all are built beside the Job."""
+    documents, pod, job = overlay(name), pod_spec(overlay(name)), container(overlay(name))
+    for source in job["envFrom"]:
+        assert one(documents, "ConfigMap", source["configMapRef"]["name"])["data"]
+    assert one(documents, "ServiceAccount", pod["serviceAccountName"])
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    assert {mount["name"] for mount in job["volumeMounts"]} == volumes.keys()
+    for volume in volumes.values():
+        if claim := volume.get("persistentVolumeClaim"):
+            assert one(documents, "PersistentVolumeClaim", claim["claimName"])
+    for rule in job_spec(documents)["podFailurePolicy"]["rules"]:
+        assert rule.get("onExitCodes", {}).get("containerName", job["name"]) == job["name"]
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_the_pod_is_restricted(name: str) -> None:
+    """The Pod Security Standard "restricted", and more: read-only root, no token, no links to services."""
+    pod, job = pod_spec(overlay(name)), container(overlay(name))
+    security = pod["securityContext"]
+    assert security["runAsNonRoot"] is True
+    assert security["runAsUser"] > 0
+    assert security["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert job["securityContext"]["allowPrivilegeEscalation"] is False
+    assert job["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+    assert job["securityContext"]["readOnlyRootFilesystem"] is True
+    assert not {"hostNetwork", "hostPID", "hostIPC", "initContainers"} & pod.keys()
+    allowed = {"configMap", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}
+    for volume in pod["volumes"]:
+        assert volume.keys() - {"name"} <= allowed
+    assert pod["automountServiceAccountToken"] is False
+    assert one(overlay(name), "ServiceAccount")["automountServiceAccountToken"] is False
+    assert pod["enableServiceLinks"] is False
+    assert not {"livenessProbe", "readinessProbe", "startupProbe"} & job.keys()  # the job has a watchdog of its own
+
+
+def test_the_user_is_the_image_s() -> None:
+    """The pods run as the user that the image was made and tested for."""
+    dockerfile = KUBERNETES.parents[1] / "Dockerfile"
+    if dockerfile.exists():
+        users = re.findall(r"^USER (\d+):(\d+)$", dockerfile.read_text(encoding="utf-8"), re.MULTILINE)
+        security = pod_spec(build("base"))["securityContext"]
+        assert users[-1] == (str(security["runAsUser"]), str(security["runAsGroup"]))
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_nothing_is_written_to_the_root(name: str) -> None:
+    """Every path that the environment names lies on a volume; what is written there has a limit or a claim."""
+    documents, job = overlay(name), container(overlay(name))
+    mounts = {mount["mountPath"]: mount for mount in job["volumeMounts"]}
+    assert {"/tmp", "/dev/shm", "/cache"} <= mounts.keys()
+    found = environment(documents, labels(documents, "a", "b"))
+    for variable, value in found.items():
+        path = value.rpartition("=")[2]
+        if path.startswith("/"):
+            (mount,) = [mounts[at] for at in mounts if f"{path}/".startswith(f"{at}/")]
+            assert not mount.get("readOnly") or variable not in {"HOME", "HF_HOME", "JOB_RUN__OUTPUT"}
+    for volume in pod_spec(documents)["volumes"]:
+        if "emptyDir" in volume:
+            assert volume["emptyDir"]["sizeLimit"]
+    shm = next(v for v in pod_spec(documents)["volumes"] if v["name"] == mounts["/dev/shm"]["name"])
+    assert shm["emptyDir"]["medium"] == "Memory"
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_resources(name: str) -> None:
+    """Requested and limited; a GPU is in the limits, as Kubernetes wants it, and its nodes' taint is tolerated."""
+    resources = container(overlay(name))["resources"]
+    assert {"cpu", "memory"} <= resources["requests"].keys()
+    assert resources["limits"]["memory"] == resources["requests"]["memory"]
+    assert ("nvidia.com/gpu" in resources["limits"]) == (name != "demo")
+    assert "nvidia.com/gpu" in {toleration["key"] for toleration in pod_spec(overlay(name))["tolerations"]}
+
+
+@pytest.mark.parametrize("name", [name for name in OVERLAYS if name != "demo"])
+def test_the_image_is_named_by_its_digest(name: str) -> None:
+    """And the job is told which: the results name what they were made with."""
+    _, _, digest = container(overlay(name))["image"].partition("@")
+    assert re.fullmatch(r"sha256:[0-9a-f]{64}", digest)
+    assert settings_of(name)["JOB_RUN__IMAGE_DIGEST"] == digest
+
+
+def test_no_secret_is_shipped() -> None:
+    """Credentials are the user's; no template has one, and none goes by the environment."""
+    for name in OVERLAYS:
+        assert "Secret" not in {document["kind"] for document in overlay(name)}
+        found = environment(overlay(name), labels(overlay(name), "a", "b"))
+        assert not [key for key in found if re.search(r"TOKEN$|SECRET|ACCESS_KEY|PASSWORD", key)]
+
+
+@pytest.mark.parametrize(
+    ("name", "selector", "taint"),
+    [
+        ("eks-spot", {"karpenter.sh/capacity-type": "spot"}, None),
+        ("gke-spot", {"cloud.google.com/gke-spot": "true"}, "cloud.google.com/gke-spot"),
+        ("aks-spot", {"kubernetes.azure.com/scalesetpriority": "spot"}, "kubernetes.azure.com/scalesetpriority"),
+    ],
+)
+def test_spot_pods_go_to_spot_machines(name: str, selector: dict[str, str], taint: str | None) -> None:
+    """They ask for them by the cloud's label, tolerate its taint, and are not moved about to save a machine."""
+    pod = pod_spec(overlay(name))
+    assert pod["nodeSelector"] == selector
+    assert taint is None or taint in {toleration["key"] for toleration in pod["tolerations"]}
+    annotations = job_spec(overlay(name))["template"]["metadata"]["annotations"]
+    assert annotations.items() & {
+        ("karpenter.sh/do-not-disrupt", "true"),
+        ("cluster-autoscaler.kubernetes.io/safe-to-evict", "false"),
+    }
+
+
+def test_roles_of_aws() -> None:
+    """On EKS the ServiceAccount names the role; elsewhere a token for AWS alone, which the kubelet renews."""
+    account = one(overlay("eks-spot"), "ServiceAccount")
+    assert account["metadata"]["annotations"]["eks.amazonaws.com/role-arn"].startswith("arn:aws:iam::")
+    for name in ("gke-spot", "aks-spot"):
+        (volume,) = [v for v in pod_spec(overlay(name))["volumes"] if "projected" in v]
+        (source,) = volume["projected"]["sources"]
+        token = source["serviceAccountToken"]
+        assert (token["audience"], token["expirationSeconds"] >= 600) == ("sts.amazonaws.com", True)
+        found = environment(overlay(name), labels(overlay(name), "a", "b"))
+        assert found["AWS_WEB_IDENTITY_TOKEN_FILE"] == f"/run/secrets/aws/{token['path']}"
+        assert found["AWS_ROLE_ARN"].startswith("arn:aws:iam::")
+
+
+def test_kueue_lets_the_job_go() -> None:
+    """Created suspended, in a queue that covers all that it requests."""
+    job = one(overlay("kueue"), "Job")
+    assert job["spec"]["suspend"] is True
+    queues = build("overlays/kueue/queue")
+    local = one(queues, "LocalQueue", job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"])
+    (group,) = one(queues, "ClusterQueue", local["spec"]["clusterQueue"])["spec"]["resourceGroups"]
+    resources = container(overlay("kueue"))["resources"]
+    assert set(group["coveredResources"]) >= resources["requests"].keys() | resources["limits"].keys()
+    for flavor in group["flavors"]:
+        assert one(queues, "ResourceFlavor", flavor["name"])
+        assert [resource["name"] for resource in flavor["resources"]] == group["coveredResources"]
+
+
+def test_air_gapped_needs_nothing_from_outside() -> None:
+    """Model, data, questions and results lie on claims, and the hub's client knows that there is no hub."""
+    found = settings_of("air-gapped") | environment(overlay("air-gapped"), labels(overlay("air-gapped"), "a", "b"))
+    assert found["HF_HUB_OFFLINE"] == "1"
+    for setting in ("JOB_MODEL__ID", "JOB_DATA__SOURCE", "JOB_EVAL__DATA", "JOB_RUN__OUTPUT"):
+        assert re.search(r"(^|=)/(input|output)(/|$)", found[setting])
+    assert found["JOB_RUN__SPOT_NOTICES"] == "off"
+
+
+def test_a_folder_of_the_user_s_own(tmp_path: Path) -> None:
+    """What the page says about settings of one's own: built on an overlay, under another name, which names the run."""
+    page = (KUBERNETES / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```yaml\n(# my-run/kustomization.yaml.*?)```", page, re.DOTALL)
+    own = tmp_path / "my-run"
+    own.mkdir()
+    (tmp_path / "infra").symlink_to(KUBERNETES.parent)
+    (own / "kustomization.yaml").write_text(example)
+    documents = build(str(own))
+    job = one(documents, "Job")
+    assert job["metadata"]["name"] == "second"
+    found = environment(documents, labels(documents, job["metadata"]["name"], "none"))
+    settings = load_settings([], {key: value for key, value in found.items() if "JOB_" in key} | SERVICE)
+    assert (settings.run.id, settings.train.epochs) == ("second", 3)
+    assert settings.run.output == "s3://my-bucket/runs"
+
+
+def test_the_page_s_table_of_ends() -> None:
+    """What the page says about each exit code is what the Job does."""
+    page = (KUBERNETES / "README.md").read_text(encoding="utf-8")
+    actions = {"next pod, for free": "Ignore", "next pod, counted": "Count", "fails at once": "FailJob"}
+    rows = re.findall(rf"^\| ([^|]*\d+[^|]*) \| ({'|'.join(actions)})", page, re.MULTILINE)
+    said = {int(code): actions[what] for codes, what in rows for code in re.findall(r"\d+", codes)}
+    assert said.keys() >= exit_codes().keys()
+    rules = job_spec(overlay("demo"))["podFailurePolicy"]["rules"]
+    assert said == {code: judge(rules, code).action for code in said}
+
+
+def names_in(path: Path) -> Iterator[str]:
+    """The `JOB_` names in a file's text."""
+    yield from re.findall(r"\bJOB_[A-Z_]+[A-Z]", path.read_text(encoding="utf-8"))
+
+
+def test_the_page_names_settings() -> None:
+    """Every `JOB_` name in a comment or in the page beside the templates is a setting."""
+    known: set[Any] = {environment_name(name) for name in (*NAMES, *LAUNCH)}
+    for path in (*KUBERNETES.rglob("*.yaml"), *KUBERNETES.rglob("*.md")):
+        assert set(names_in(path)) <= known, path
