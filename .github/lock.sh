@@ -9,6 +9,6 @@ uv=$(command -v uv || echo .venv/bin/uv)
     echo "# torch==$torch"
     echo "torch==$torch" | "$uv" pip compile pyproject.toml --extra dev --quiet --universal --python-version 3.11 \
         --generate-hashes --no-annotate --no-header --override - |
-        awk '/^[a-z]/ { keep = !/^(torch|triton|nvidia-|cuda-)/ && !/emscripten.$|sys_platform == .win32/ } keep'
+        awk '/^[a-z]/ { keep = (!/^(torch|triton|nvidia-|cuda-)/ || /^nvidia-ml-py=/) && !/emscripten.$|sys_platform == .win32/ } keep'
 } >requirements.lock.new
 mv requirements.lock.new requirements.lock
