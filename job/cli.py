@@ -26,6 +26,8 @@ from job.topology import VARIABLES, Place, find_machines, visible_gpu
 
 USAGE = """\
 usage: qlora-job [run] [--GROUP.NAME VALUE ...]      the job (default)
+       qlora-job plan [--format json] [--GROUP.NAME VALUE ...]
+                                                     what would go wrong, and what the run takes; needs no GPU
        qlora-job config [--GROUP.NAME VALUE ...]     the effective settings and where each came from
        qlora-job config --schema                     JSON Schema of all settings
        qlora-job report RESULTS [--output FILE]      the HTML report again, of a finished run (path or s3://)
@@ -172,6 +174,14 @@ def _config(words: list[str]) -> int:
     return 0
 
 
+def _plan(words: list[str]) -> int:
+    _tell_libraries(None)
+    with log.hush():
+        from job.plan_text import plan_command
+
+    return plan_command(words)
+
+
 def _selftest(_words: list[str]) -> int:
     from job.selftest import selftest
 
@@ -202,6 +212,7 @@ def _compare(words: list[str]) -> int:
 COMMANDS = {
     "run": _run,
     "train": _run,
+    "plan": _plan,
     "config": _config,
     "verify": _verify,
     "compare": _compare,

@@ -12,10 +12,11 @@ from pydantic import TypeAdapter
 from job.batches import steps_per_epoch
 from job.checks import Check, Difference, count, differ, show
 from job.comparison import compare_tasks, judge
+from job.cost import account
 from job.published import answers_path
 from job.question_records import HASHES, QuestionRecord, contradiction, parse, tally_records
 from job.recipe import total_steps
-from job.records import StepMetrics, TaskScores
+from job.records import AttemptRecord, StepMetrics, TaskScores
 from job.results import RESULTS
 
 METRICS = "artifacts/metrics.jsonl"
@@ -161,11 +162,9 @@ def _summed(history: Sequence[StepMetrics], results: Mapping[str, Any]) -> dict[
 
 
 def check_cost(results: Mapping[str, Any]) -> Check:
-    """Sums over the attempts."""
-    attempts, cost = results["run"]["attempts"], results["cost"]
-    found = {
-        "seconds": sum(attempt["seconds"] for attempt in attempts),
-        "repeated_steps": sum(attempt["repeated_steps"] for attempt in attempts),
-    }
-    differences = differ(f"{RESULTS} cost", {name: cost[name] for name in found}, found)
-    return Check("cost", f"sums over {count(len(attempts), 'attempt')}", tuple(differences))
+    """Seconds, dollars, waste, energy and savings, from the attempts and the prices."""
+    attempts = TypeAdapter(list[AttemptRecord]).validate_python(results["run"]["attempts"])
+    on_demand = results["settings"].get("cost.on_demand_usd_per_hour", {}).get("value")
+    found = account(attempts, results["training"]["seconds"], on_demand)
+    differences = differ(f"{RESULTS} cost", results["cost"], found)
+    return Check("cost", f"adds up over {count(len(attempts), 'attempt')}", tuple(differences))

@@ -249,7 +249,8 @@ def _teller(attempt: Attempt, tell: log.Progress, watch: Stopwatch) -> Callable[
     """Counts, times and shows a step."""
 
     def on_metrics(metrics: StepMetrics) -> None:
-        watch.add("step", float(metrics.measured["seconds"] or 0))
+        seconds = float(metrics.measured["seconds"] or 0)
+        watch.add("step", seconds)
         tell(
             metrics.step,
             loss=round(metrics.loss, 4),
@@ -257,7 +258,8 @@ def _teller(attempt: Attempt, tell: log.Progress, watch: Stopwatch) -> Callable[
             tokens_per_second=round(metrics.measured["tokens_per_second"] or 0, 1),
             memory_bytes=metrics.measured["memory_bytes"],
         )
-        attempt.step_done(metrics.step)
+        attempt.step_done(metrics.step, seconds)
+        attempt.on_metrics(metrics)
 
     return on_metrics
 

@@ -30,6 +30,8 @@ from job.settings import (
     new_run_id,
     preset_values,
     redacted,
+    secrets,
+    trackers,
 )
 
 SECRET = "hf_qWertYuiOpAsdFghJkl"
@@ -867,6 +869,39 @@ def test_a_preset_can_be_looked_up(preset: str) -> None:
 def test_an_unknown_preset_has_no_values() -> None:
     """A manifest of another version may name one."""
     assert preset_values("of-the-future") == {}
+
+
+@pytest.mark.parametrize(
+    ("environ", "found"),
+    [
+        ({}, {}),
+        ({"WANDB_API_KEY": ""}, {}),
+        ({"WANDB_API_KEY": "x"}, {"wandb": "qlora-job"}),
+        ({"WANDB_MODE": "offline"}, {"wandb": "qlora-job"}),
+        ({"WANDB_PROJECT": "mine"}, {"wandb": None}),
+        ({"WANDB_PROJECT": "mine", "WANDB_MODE": "disabled"}, {}),
+        ({"WANDB_DIR": "/tmp", "MLFLOW_EXPERIMENT_NAME": "mine"}, {}),
+        ({"MLFLOW_TRACKING_URI": "sqlite:///x"}, {"mlflow": "qlora-job"}),
+        ({"MLFLOW_TRACKING_URI": "http://x", "MLFLOW_EXPERIMENT_ID": "1"}, {"mlflow": None}),
+        ({"WANDB_MODE": "online", "MLFLOW_TRACKING_URI": "x"}, {"wandb": "qlora-job", "mlflow": "qlora-job"}),
+    ],
+)
+def test_trackers_are_asked_for_by_their_own_variables(environ: dict[str, str], found: dict[str, str | None]) -> None:
+    """Each tracker whose variables are set, under our project unless the user names one; none where it is off."""
+    assert trackers(load_settings([], environ), environ) == found
+    assert trackers(load_settings(["--log.trackers=off"], environ), environ) == {}
+
+
+def test_secrets_are_keys_and_logins() -> None:
+    """What names of variables say, and the user and password in an address; not what only looks like one."""
+    environ = {
+        "WANDB_API_KEY": "0123456789",
+        "MLFLOW_TRACKING_PASSWORD": "swordfish",
+        "MLFLOW_TRACKING_URI": "https://me:hunter2@tracker.example/x",
+        "HTTPS_PROXY": "http://proxy.example:8080",
+        "HF_TOKEN_PATH": "/root/token",
+    }
+    assert set(secrets(environ)) == {"0123456789", "swordfish", "me:hunter2@"}
 
 
 def test_nothing_heavy_is_imported() -> None:
