@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 
 from job import lease
 from job.attempts import SETTINGS, ledger_key, parse_record
-from job.checks import Check, Difference, count, differ, show
+from job.checks import Check, Difference, count, differ, show, why
 from job.comparison import compare_tasks
 from job.copies import MISSING
 from job.errors import JobError
@@ -178,7 +178,7 @@ def _parsed(key: str, parse: Callable[[bytes], T], data: bytes | None, differenc
     try:
         return parse(data)
     except ValueError as error:
-        differences.append(Difference(key, "what the job wrote", str(error).splitlines()[0][:200]))
+        differences.append(Difference(key, "what the job wrote", why(error)))
         return None
 
 

@@ -213,8 +213,14 @@ def test_answers_that_are_missing(run: Path, check: Checker) -> None:
 
 def test_metrics_that_are_no_metrics(run: Path, check: Checker) -> None:
     """A file with the right hash that does not hold the steps."""
-    rewrite(run, "artifacts/metrics.jsonl", b'{"step": 1}\n')
-    assert check()["training"].differences[0].where == "artifacts/metrics.jsonl"
+    lines = (run / "artifacts/metrics.jsonl").read_bytes().splitlines(keepends=True)
+    for other, why in (
+        (b'{"step": 1}\n', "line 2: epoch: Field required"),
+        (b'{"step": "x"}\n', "line 2: step: Input should be"),
+    ):
+        rewrite(run, "artifacts/metrics.jsonl", b"".join([lines[0], other, *lines[2:]]))
+        failed = check()
+        assert f"artifacts/metrics.jsonl: claimed the metrics of a step a line, found {why}" in told(failed)
 
 
 def test_files_that_nobody_vouches_for_are_named(run: Path, check: Checker) -> None:
