@@ -151,7 +151,7 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
     """Trains from the newest whole checkpoint on, and publishes the adapter and the metrics."""
     model, processes = loaded.model, attempt.processes
     recipe, substitutions = substitute(_recipe(settings, len(sources.examples), model), model.device.type)
-    for sentence in substitutions:
+    for sentence in substitutions if processes.leads else ():
         log.get_logger().warning("substituted", what=sentence)
     restored = _restore(attempt)
     if restored.folder is not None:

@@ -183,7 +183,9 @@ class _FlatTrainer(SFTTrainer):  # type: ignore[misc]
         if self.processes.place.world_size > 1:
             parameters = list(trainable(model).values())
             for parameter, part in zip(parameters, sums[:-1].split([p.numel() for p in parameters]), strict=True):
-                parameter.grad = part.view_as(parameter)
+                # Copied, because an optimizer's kernels may count on memory that is aligned.
+                parameter.grad = torch.empty_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad.copy_(part.view_as(parameter))
         return sums[-1]
 
     def _stopping(self) -> bool:
