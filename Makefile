@@ -23,7 +23,7 @@ check: $(STAMP)  ## lint, format, types
 	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec infra/docker/compose*.yaml
 	$(BIN)/zizmor --offline --quiet --pedantic .github
-	$(BIN)/yamllint --strict -c .github/yamllint.yaml infra
+	$(BIN)/yamllint --strict -c .github/yamllint.yaml infra/docker infra/kubernetes
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
