@@ -125,7 +125,8 @@ def _launch(settings: Settings, words: list[str]) -> int | None:
             return None
         from job.pipeline import finished
 
-        if finished(settings, current_platform().delivery) is not None:  # the other machines may be gone for good
+        delivery = current_platform().delivery if run.node_rank == 0 else None
+        if finished(settings, delivery) is not None:  # the other machines may be gone for good
             return 0
         # An Indexed Job may number runs that have nothing to do with each other.
         machine = Machine(processes, run.nodes, run.node_rank, run.rendezvous) if run.nodes > 1 else Machine(processes)

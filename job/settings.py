@@ -68,7 +68,13 @@ def load_settings(arguments: Sequence[str] = (), environ: Mapping[str, str] | No
     problems = [*layer.problems, *wrong.values()]
     if machines.fault:
         problems.append(Problem("resourceconfig.json", machines.fault))
-    faults = [*_processes(settings, environ), *_places(settings), *_pins(settings), *_tasks(settings), *_gate(settings)]
+    faults = [
+        *_processes(settings, environ),
+        *_places(settings, platform),
+        *_pins(settings),
+        *_tasks(settings),
+        *_gate(settings),
+    ]
     sources = {**settings.sources, **dict.fromkeys(VARIABLES, "environment")}
     problems += [Problem(f"{name} ({sources[name]})", what) for name, what in faults if name not in wrong]
     if problems:
@@ -223,8 +229,11 @@ def _processes(settings: Settings, environ: Mapping[str, str]) -> Iterator[Fault
         yield "run.id", "must be given: each machine or process would make up its own"
 
 
-def _places(settings: Settings) -> Iterator[Fault]:
+def _places(settings: Settings, platform: Platform) -> Iterator[Fault]:
     output, cache = settings.run.output, settings.storage.cache
+    own = copied_folder(platform.inputs) or platform.output
+    if own and settings.run.nodes > 1 and Path(output).is_relative_to(own):
+        yield "run.output", "is a folder of this machine alone; with several machines give s3://bucket/prefix"
     if not output.startswith("s3://") and (why := _why_not_writable(Path(output) / settings.run.id)):
         yield "run.output", why
     if cache and (why := _why_not_writable(Path(cache))):

@@ -615,13 +615,22 @@ class TestCombinations:
 
     def test_sagemaker_tells_its_hosts(self, tmp_path: Path, sagemaker: Callable) -> None:
         """Number of machines, which one, and where to meet; a file that tells nothing is a problem."""
-        environ = sagemaker({})
+        environ = sagemaker({"run.output": "s3://bucket/runs"})
         file = Path(environ["SAGEMAKER_BASE_DIR"], "input/config/resourceconfig.json")
         file.write_text(json.dumps({"current_host": "algo-2", "hosts": ["algo-1", "algo-2"]}))
         run = load_settings([], environ).run
         assert (run.nodes, run.node_rank, run.rendezvous) == (2, 1, "algo-1:29400")
         file.write_text("{}")
         assert list(problems([], environ)) == ["resourceconfig.json"]
+
+    def test_sagemakers_hosts_share_no_folder(self, tmp_path: Path, sagemaker: Callable) -> None:
+        """What SageMaker copies is another folder on each host; a file system that all have mounted is fine."""
+        environ = sagemaker({})
+        base = Path(environ["SAGEMAKER_BASE_DIR"])
+        hosts = {"current_host": "algo-1", "hosts": ["algo-1", "algo-2"]}
+        (base / "input/config/resourceconfig.json").write_text(json.dumps(hosts))
+        assert "this machine alone" in problems([], environ)["run.output (platform)"]
+        assert load_settings([f"--run.output={tmp_path}/shared"], environ)
 
     def test_an_output_below_a_file(self, tmp_path: Path) -> None:
         """A folder cannot be made inside a file, nor in its place."""
