@@ -12,6 +12,7 @@ from job.estimate import Setup
 from job.gpus import Gpu
 from job.known import Questions
 from job.limits import checkpoint_bytes, required_bytes
+from job.wording import size
 from job.workload import Workload
 
 Basis = Literal["computed", "measured", "assumed"]
@@ -126,7 +127,7 @@ def figures(run: Run) -> Iterator[Figure]:
     checkpoint = checkpoint_bytes(setup.adapter, setup.optimizer)
     yield Figure("checkpoint", checkpoint, "bytes", basis)
     disk = required_bytes([run.download_bytes], checkpoint)
-    yield Figure("disk", disk, "bytes", basis, f"{run.download_bytes / 1e9:.1f} GB of it to fetch first")
+    yield Figure("disk", disk, "bytes", basis, f"{size(run.download_bytes)} of it to fetch first")
 
 
 def _of_the_data(run: Run) -> Iterator[Figure]:
@@ -152,7 +153,7 @@ def on_gpu(gpu: Gpu, run: Run, setup: Setup) -> GpuPlan:
     if no_kernel:
         why_not = "torch's attention over rows of many sequences needs compute capability 8.0 in half precision"
     elif need > room:
-        why_not = f"{need / 1e9:.1f} GB are needed, and {room / 1e9:.1f} GB are safe to fill"
+        why_not = f"{size(need)} are needed, and {size(room)} are safe to fill"
     price = gpu.usd_per_hour if run.usd_per_hour is None else run.usd_per_hour
     hours = _hours(gpu, run, setup) if not why_not else None
     return GpuPlan(

@@ -14,6 +14,7 @@ from job.errors import Problem, SettingsError
 from job.forecast import Figure, GpuPlan
 from job.plan import Plan, make_plan
 from job.settings import load_settings, secrets
+from job.wording import size
 
 _WIDTH = 118
 _WHOLE_WORDS: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
@@ -89,7 +90,7 @@ def _figures(figures: Sequence[Figure]) -> str:
 
 def _value(figure: Figure) -> str:
     if figure.unit == "bytes":
-        return f"{figure.value / 1e9:.2f} GB" if figure.value >= 1e8 else f"{figure.value / 1e6:.2f} MB"  # noqa: PLR2004
+        return size(figure.value)
     if figure.unit == "FLOP":
         scale, prefix = next((pair for pair in _PREFIXES if figure.value >= pair[0]), (1e9, "G"))
         return f"{figure.value / scale:.1f} {prefix}FLOP"
@@ -125,7 +126,7 @@ def _gpu(gpu: GpuPlan, largest_step: int | None) -> tuple[str, ...]:
 
     return (
         gpu.name,
-        f"{gpu.memory_bytes / 1e9:.0f} GB",
+        size(gpu.memory_bytes),
         "yes" if gpu.fits else "no",
         budget(gpu.budget_recomputing),
         budget(gpu.budget_keeping),

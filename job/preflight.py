@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 from uuid import uuid4
 
+from job import wording
 from job.architectures import Architecture, read_config
 from job.dataset import is_hub_id, load_examples, require_revision
 from job.errors import DataError, JobError, Problem, SettingsError, Unreachable
@@ -223,7 +224,7 @@ def look_at_data(
     """
     download, licence = _of_the_data(source, revision, storage, online=online)
     if download > MOST_BYTES:
-        raise NotChecked(f"{source} has {download / 1e9:.1f} GB, too much to fetch for a plan")
+        raise NotChecked(f"{source} has {wording.size(download)}, too much to fetch for a plan")
     place = str(fetch(source, folder / "data", **storage)) if source.startswith("s3://") else source
     examples, record = load_examples(
         place,
