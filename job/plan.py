@@ -227,14 +227,14 @@ def _disk(settings: Settings, run: Run) -> Check:
 
     def work() -> Found[None]:
         check_disk(folder, need)
-        return "ok", f"about {size(need)} are needed; {folder} has them on this machine", None
+        return "ok", f"about {size(need, ' ')} are needed; {folder} has them on this machine", None
 
     return check("disk", work, unreachable="note")[0]
 
 
 def _assumptions(settings: Settings) -> tuple[str, ...]:
     """What the assumed figures rest on, one sentence each."""
-    price, context = settings.cost.usd_per_hour, size(estimate.CONTEXT_BYTES)
+    price, context = settings.cost.usd_per_hour, size(estimate.CONTEXT_BYTES, " ")
     half = f"speed: {estimate.UTILISATION:.0%} of the data sheet's operations a second in half precision"
     return (
         "one GPU: several share each step's examples, and each needs the same memory",

@@ -224,7 +224,7 @@ def look_at_data(
     """
     download, licence = _of_the_data(source, revision, storage, online=online)
     if download > MOST_BYTES:
-        raise NotChecked(f"{source} has {wording.size(download)}, too much to fetch for a plan")
+        raise NotChecked(f"{source} has {wording.size(download, ' ')}, too much to fetch for a plan")
     place = str(fetch(source, folder / "data", **storage)) if source.startswith("s3://") else source
     examples, record = load_examples(
         place,

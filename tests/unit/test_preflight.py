@@ -193,7 +193,7 @@ def test_data_that_is_too_large_is_not_fetched(tmp_path: Path, monkeypatch: pyte
     """A plan is quick; what it did not look at, it says."""
     monkeypatch.setattr(preflight, "peek_dataset", lambda *_: (10**12, "mit"))
     online = {"revision": "main", "online": True}
-    with pytest.raises(NotChecked, match=r"931\.3\sGiB, too much"):
+    with pytest.raises(NotChecked, match=r"931\.3 GiB, too much"):
         look_at_data("some/data", tokenizer=None, max_length=9, folder=tmp_path, **(READING | online))
     with pytest.raises(NotChecked, match="some/data: the hub cannot be reached"):
         look_at_data(
