@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from contextlib import nullcontext
 from dataclasses import astuple, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from job.preflight import (
     ModelFacts,
     check,
     find_tokenizer,
-    leaving_nothing,
+    local_round_trip,
     look_at_data,
     look_at_model,
     look_at_questions,
@@ -92,10 +92,8 @@ def _look(settings: Settings, folder: Path) -> _Seen:
     """Makes all checks, each whatever came of the others."""
     s, storage = settings, settings.storage.model_dump(exclude={"cache"})
     storage |= {name: min(storage[name], most) for name, most in QUICK.items()}
-    where: dict[str, Any] = {"online": is_reachable(), "folder": folder, "storage": storage}
-    uri = f"{s.run.output.rstrip('/')}/{s.run.id}"
-    with nullcontext() if uri.startswith("s3://") else leaving_nothing(Path(uri)):
-        stored, seconds = check("storage", lambda: round_trip(open_store(uri, **storage)), unreachable="wrong")
+    where: dict[str, Any] = {"online": cache(is_reachable), "folder": folder, "storage": storage}
+    stored, seconds = check("storage", lambda: _try_storage(s.run.output, s.run.id, storage), unreachable="wrong")
     modelled, model = check("model", lambda: look_at_model(s.model.id, s.model.revision, s.train.max_length, **where))
     tokenized, tokenizer = check("tokenizer", lambda: find_tokenizer(model))
     read, data = check(
@@ -120,6 +118,14 @@ def _look(settings: Settings, folder: Path) -> _Seen:
     return _Seen([stored, modelled, tokenized, read, asked], seconds, model, tokenizer, data, questions)
 
 
+def _try_storage(output: str, run: str, storage: dict[str, Any]) -> Found[float]:
+    """A round trip where the run's files will lie; on a disk beside that, as a store leaves a folder behind."""
+    uri = f"{output.rstrip('/')}/{run}"
+    return (
+        round_trip(open_store(uri, **storage), uri) if uri.startswith("s3://") else local_round_trip(Path(output), uri)
+    )
+
+
 def _measured(seen: _Seen) -> list[Figure]:
     """What a clock said."""
     what = "a write, a read, a list, a delete, and conditional writes"
@@ -131,9 +137,9 @@ def _run(settings: Settings, seen: _Seen, checks: list[Check]) -> Run:
     setup, model_basis = _setup(settings, seen, checks)
     workload, data_basis = _workload(settings, seen.data)
     questions, questions_basis = _questions(settings, seen)
-    downloads = [facts.download_bytes for facts in (seen.model, seen.data) if facts is not None]
-    if seen.model is None and setup is not None:
-        downloads.append(2 * setup.architecture.parameters)  # weights are published in half precision
+    download = seen.model.download_bytes if seen.model else None
+    if download is None:
+        download = 2 * setup.architecture.parameters if setup else 0  # weights are published in half precision
     return Run(
         setup=setup,
         setup_basis=model_basis,
@@ -143,7 +149,7 @@ def _run(settings: Settings, seen: _Seen, checks: list[Check]) -> Run:
         questions_basis=questions_basis,
         budget=settings.train.micro_batch_tokens or auto_micro_batch_tokens("cuda"),
         scoring_budget=settings.eval.batch_tokens,
-        download_bytes=sum(downloads),
+        download_bytes=download + (seen.data.download_bytes if seen.data else 0),
         usd_per_hour=settings.cost.usd_per_hour,
     )
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -18,11 +19,11 @@ from job.errors import DataError, JobError, Problem, SettingsError, Unreachable
 from job.evaluate import check_tasks, count_questions, load_tasks
 from job.hub import cached_model, local_model, peek_dataset, peek_model
 from job.known import CHARACTERS_PER_TOKEN, Questions
+from job.local import LocalStore
 from job.model import load_tokenizer
 from job.objects import ObjectStore, fetch, open_store, size
 from job.records import Example
 from job.stand_in import CharacterTokenizer
-from job.store import HIDDEN
 
 State = Literal["ok", "note", "not checked", "wrong"]
 T = TypeVar("T")
@@ -31,6 +32,8 @@ MOST_BYTES = 256 << 20
 """Data that is larger is not fetched for a plan."""
 MOST_SMALL_BYTES = 64 << 20
 SILENT = "the hub cannot be reached from here"
+Online = Callable[[], bool]
+"""Whether the hub can be reached; asked only where something has to come from there."""
 NO_LIMIT = 1 << 31
 """Of an example's tokens, where tokens are only estimated."""
 
@@ -72,8 +75,12 @@ def check(name: str, work: Callable[[], Found[T]], *, unreachable: State = "not 
     return Check(name, state, what), found
 
 
-def round_trip(store: ObjectStore) -> Found[float]:
+def round_trip(store: ObjectStore, name: str) -> Found[float]:
     """Writes, reads, lists and deletes an object, and tries conditional writes; finds the seconds it took.
+
+    Args:
+        store: The store.
+        name: What to call it.
 
     Raises:
         JobError: The store does not do what the job asks of it.
@@ -87,40 +94,48 @@ def round_trip(store: ObjectStore) -> Found[float]:
     finally:
         store.delete(key)
     if stored is None or stored.data != content or listed != [key] or store.read(key) is not None:
-        raise Unreachable(f"{store.uri}: what was written was not read, listed and deleted as it was written")
+        raise Unreachable(f"{name}: what was written was not read, listed and deleted as it was written")
     conditional = store.conditional_writes()
     seconds = time.monotonic() - began
-    what = f"{store.uri}: wrote, read, listed and deleted"
+    what = f"{name}: wrote, read, listed and deleted"
     if conditional:
         return "ok", f"{what}; conditional writes are honoured", seconds
     return "note", f"{what}; no conditional writes: attempts that begin together may both go on for a while", seconds
 
 
-@contextmanager
-def leaving_nothing(root: Path) -> Iterator[None]:
-    """Takes away again what a local store makes at its root within the block, unless somebody else uses it by then."""
-    made = [folder for folder in (root / HIDDEN, root, *root.parents) if not folder.exists()]
+def local_round_trip(output: Path, name: str) -> Found[float]:
+    """`round_trip` in a folder of its own below a local output, which is taken away again, and so is what it made."""
+    root = output / f".plan-{uuid4().hex}"
+    made = [folder for folder in (root, *root.parents) if not folder.exists()]
     try:
-        yield
+        return round_trip(LocalStore(root), name)
     finally:
+        shutil.rmtree(root, ignore_errors=True)
         with suppress(OSError):
-            if root / HIDDEN in made:
-                (root / HIDDEN / "lock").unlink(missing_ok=True)
-            for folder in made:
-                folder.rmdir()  # only an empty one
+            for folder in made[1:]:
+                folder.rmdir()  # only an empty one: somebody else may use it by now
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """A model without its weights: where its small files lie, what they say, and what the job will have to fetch."""
+    """A model without its weights: where its small files lie, what they say, and what the job will have to fetch.
+
+    `download_bytes` is None where the files could not be asked for their sizes.
+    """
 
     folder: Path
     architecture: Architecture | None
-    download_bytes: int
+    download_bytes: int | None
 
 
 def look_at_model(
-    source: str, revision: str | None, max_length: int, *, online: bool, folder: Path, storage: Mapping[str, Any]
+    source: str,
+    revision: str | None,
+    max_length: int,
+    *,
+    online: Online,
+    folder: Path,
+    storage: Mapping[str, Any],
 ) -> Found[ModelFacts]:
     """Fetches a model's configuration and tokenizer, and sees that its weights are there.
 
@@ -132,6 +147,7 @@ def look_at_model(
         folder: Where to put what is fetched from S3.
         storage: Options of `open_store`.
     """
+    download: int | None
     if source.startswith("s3://"):
         place, weights = _fetch_small_files(source, folder, storage)
         where, download = f"{source} can be read", size(source, **storage)
@@ -156,23 +172,23 @@ def _config(place: Path, source: str) -> dict[str, Any]:
     """The model's config.json."""
     try:
         config = json.loads((place / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError([Problem("model.id", f"{source} has no config.json that can be read: {error}")]) from error
     if not isinstance(config, dict):
         raise DataError([Problem("model.id", f"{source} has a config.json that holds no object")])
     return config
 
 
-def _of_the_hub(source: str, revision: str | None, *, online: bool) -> tuple[Path, int, int, str]:
+def _of_the_hub(source: str, revision: str | None, *, online: Online) -> tuple[Path, int, int | None, str]:
     """Folder, number of files of weights, bytes to fetch, and words for where it was found."""
-    if online:
+    if online():
         place, files = peek_model(source, revision)
         weights = sum(name.endswith(".safetensors") for name in files)
         return place, weights, sum(files.values()), f"{source} can be fetched from the hub"
     cached = cached_model(source, revision)
     if cached is None or not (cached / "config.json").exists():
         raise NotChecked(f"{source} is not in the cache, and {SILENT}")
-    return cached, 1, 0, f"{source} is in the cache; for its weights {SILENT}"
+    return cached, 1, None, f"{source} is in the cache; for its weights {SILENT}"
 
 
 def _fetch_small_files(source: str, folder: Path, storage: Mapping[str, Any]) -> tuple[Path, int]:
@@ -204,7 +220,7 @@ def look_at_data(
     *,
     tokenizer: Any | None,
     max_length: int,
-    online: bool,
+    online: Online,
     folder: Path,
     storage: Mapping[str, Any],
     revision: str | None,
@@ -245,7 +261,7 @@ def look_at_data(
 
 
 def _of_the_data(
-    source: str, revision: str | None, storage: Mapping[str, Any], *, online: bool
+    source: str, revision: str | None, storage: Mapping[str, Any], *, online: Online
 ) -> tuple[int, str | None]:
     """What has to be downloaded, which is nothing of a file that lies here; and the licence on the hub's card."""
     if source.startswith("s3://"):
@@ -253,7 +269,7 @@ def _of_the_data(
     if not is_hub_id(source):
         return 0, None
     pinned = require_revision(revision)
-    if not online:
+    if not online():
         raise NotChecked(f"{source}: {SILENT}")
     return peek_dataset(source, pinned)
 
@@ -264,7 +280,7 @@ def look_at_questions(
     *,
     tokenizer: Any | None,
     limit: int | None,
-    online: bool,
+    online: Online,
     folder: Path,
     storage: Mapping[str, Any],
 ) -> Found[Questions]:
@@ -280,7 +296,7 @@ def look_at_questions(
         storage: Options of `open_store`.
     """
     check_tasks(names, data)
-    if not online and (missing := [name for name in names if name not in data]):
+    if (missing := [name for name in names if name not in data]) and not online():
         raise NotChecked(f"{', '.join(missing)}: {SILENT}")
     files = {
         task: Path(fetch(uri, folder / "questions" / task, **storage) if uri.startswith("s3://") else uri)

@@ -17,7 +17,7 @@ from job.preflight import (
     NotChecked,
     check,
     find_tokenizer,
-    leaving_nothing,
+    local_round_trip,
     look_at_data,
     look_at_model,
     look_at_questions,
@@ -33,10 +33,10 @@ READING: dict[str, Any] = {
     "schema": None,
     "on_bad_row": "error",
     "loss_on": "all",
-    "online": False,
+    "online": lambda: False,
     "storage": {},
 }
-HERE: dict[str, Any] = {"online": False, "storage": {}}
+HERE: dict[str, Any] = {"online": lambda: False, "storage": {}}
 
 
 def raising(error: Exception) -> Callable[[], Any]:
@@ -73,25 +73,19 @@ def test_a_bug_in_a_check_is_a_bug() -> None:
         check("it", raising(ZeroDivisionError()))
 
 
-def test_a_good_store_passes_and_is_left_as_it_was(tmp_path: Path) -> None:
+def test_a_good_disk_passes_and_is_left_as_it_was(tmp_path: Path) -> None:
     """Written, read, listed, deleted, with conditions; no file and no folder stays, and nobody else's goes."""
-    root = tmp_path / "new/runs/a-run"
-    with leaving_nothing(root):
-        state, what, seconds = round_trip(LocalStore(root))
+    state, what, seconds = local_round_trip(tmp_path / "new/runs", "it")
     assert state == "ok"
-    assert "conditional writes are honoured" in what
+    assert what == "it: wrote, read, listed and deleted; conditional writes are honoured"
     assert seconds > 0
     assert list(tmp_path.iterdir()) == []
-    (tmp_path / "runs").mkdir()
-    with leaving_nothing(tmp_path / "runs/a-run"):
-        round_trip(LocalStore(tmp_path / "runs/a-run"))
-        (tmp_path / "runs/a-run/somebody's").touch()
-    assert [path.name for path in (tmp_path / "runs/a-run").iterdir()] == ["somebody's"]
-    store = LocalStore(tmp_path / "kept")
-    store.write("x", b"1")
-    with leaving_nothing(tmp_path / "kept"):
-        round_trip(store)
-    assert store.read("x") is not None
+    (tmp_path / "runs/a-run").mkdir(parents=True)
+    local_round_trip(tmp_path / "runs", "it")
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["a-run"]
+    (tmp_path / "file").touch()
+    with pytest.raises(SettingsError, match="in the way"):
+        local_round_trip(tmp_path / "file/runs", "it")
 
 
 def test_a_store_that_refuses_is_told_by_its_verb(tmp_path: Path) -> None:
@@ -104,7 +98,7 @@ def test_a_store_that_refuses_is_told_by_its_verb(tmp_path: Path) -> None:
 
         store = LocalStore(tmp_path / verb)
         with pytest.raises(AccessDenied, match=f"no {verb}"):
-            round_trip(WrappedStore(store, before=refuse))
+            round_trip(WrappedStore(store, before=refuse), "it")
         assert [info.key for info in store.list()] == ([] if verb != "delete" else [next(store.list()).key])
 
 
@@ -117,14 +111,14 @@ def test_a_store_that_loses_what_it_took_is_found_out(tmp_path: Path) -> None:
             store.delete(key)
 
     with pytest.raises(Unreachable, match="not read, listed and deleted as it was written"):
-        round_trip(WrappedStore(store, after=lose))
+        round_trip(WrappedStore(store, after=lose), "it")
 
 
 def test_no_conditional_writes_is_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The job can do without, and says what that costs."""
     store = LocalStore(tmp_path)
     monkeypatch.setattr(store, "conditional_writes", lambda: False)
-    state, what, _ = round_trip(store)
+    state, what, _ = round_trip(store, "it")
     assert state == "note"
     assert "no conditional writes" in what
 
@@ -143,6 +137,7 @@ def test_a_model_here_is_read_but_not_loaded(base_folder: Path, tmp_path: Path) 
     [
         (lambda folder: (folder / "config.json").write_text("{"), DataError, "no config.json that can be read"),
         (lambda folder: (folder / "config.json").write_text("[]"), DataError, "holds no object"),
+        (lambda folder: (folder / "config.json").write_text("[" * 10**5), DataError, "no config.json that can be read"),
         (lambda folder: (folder / "config.json").unlink(), DataError, "no config.json"),
         (lambda folder: (folder / "model.safetensors").unlink(), DataError, "no weights in safetensors"),
         (shutil.rmtree, DataError, "is not a folder"),
@@ -192,12 +187,12 @@ def test_data_is_read_as_the_job_will(tmp_path: Path, tokenizer: Any) -> None:
 def test_data_that_is_too_large_is_not_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A plan is quick; what it did not look at, it says."""
     monkeypatch.setattr(preflight, "peek_dataset", lambda *_: (10**12, "mit"))
-    online = {"revision": "main", "online": True}
+    online = {"revision": "main", "online": lambda: True}
     with pytest.raises(NotChecked, match=r"931\.3 GiB, too much"):
         look_at_data("some/data", tokenizer=None, max_length=9, folder=tmp_path, **(READING | online))
     with pytest.raises(NotChecked, match="some/data: the hub cannot be reached"):
         look_at_data(
-            "some/data", tokenizer=None, max_length=9, folder=tmp_path, **(READING | online | {"online": False})
+            "some/data", tokenizer=None, max_length=9, folder=tmp_path, **(READING | online | {"online": lambda: False})
         )
     with pytest.raises(SettingsError, match="needs a revision"):
         look_at_data("some/data", tokenizer=None, max_length=9, folder=tmp_path, **READING)
@@ -207,7 +202,7 @@ def test_a_hub_model_may_be_in_the_cache(base_folder: Path, tmp_path: Path, monk
     """Without the hub its configuration is taken from the cache; without that, nothing was checked."""
     monkeypatch.setattr(preflight, "cached_model", lambda *_: base_folder)
     state, what, model = look_at_model("some/model", None, 512, folder=tmp_path, **HERE)
-    assert (state, model.folder) == ("ok", base_folder)
+    assert (state, model.folder, model.download_bytes) == ("ok", base_folder, None)
     assert "the hub cannot be reached" in what
     monkeypatch.setattr(preflight, "cached_model", lambda *_: None)
     with pytest.raises(NotChecked, match="not in the cache"):
@@ -218,7 +213,7 @@ def test_questions_are_counted(tmp_path: Path, tokenizer: Any) -> None:
     """As the job loads them; where one task's cannot be had, none are counted, and its name is said."""
     write_jsonl(tmp_path / "questions.jsonl", arc_rows(12))
     data = {"arc_easy": str(tmp_path / "questions.jsonl")}
-    how: dict[str, Any] = {"online": False, "folder": tmp_path, "storage": {}}
+    how: dict[str, Any] = {"online": lambda: False, "folder": tmp_path, "storage": {}}
     _, _, all_of_them = look_at_questions(["arc_easy"], data, tokenizer=tokenizer, limit=None, **how)
     _, _, some = look_at_questions(["arc_easy"], data, tokenizer=None, limit=5, **how)
     assert (all_of_them.count, some.count) == (12, 5)
@@ -235,7 +230,7 @@ def test_counted_tokens_are_those_that_are_scored(tmp_path: Path, tokenizer: Any
 
     write_jsonl(tmp_path / "questions.jsonl", arc_rows(20))
     data = {"arc_easy": str(tmp_path / "questions.jsonl")}
-    how: dict[str, Any] = {"online": False, "folder": tmp_path, "storage": {}}
+    how: dict[str, Any] = {"online": lambda: False, "folder": tmp_path, "storage": {}}
     _, _, found = look_at_questions(["arc_easy"], data, tokenizer=tokenizer, limit=None, **how)
     asked: list[Question] = []
 
