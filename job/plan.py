@@ -16,19 +16,8 @@ from job.gpus import GPUS, PRICES
 from job.hub import is_reachable
 from job.limits import check_disk, checkpoint_bytes, required_bytes
 from job.objects import open_store
-from job.preflight import (
-    Check,
-    DataFacts,
-    Found,
-    ModelFacts,
-    check,
-    find_tokenizer,
-    local_round_trip,
-    look_at_data,
-    look_at_model,
-    look_at_questions,
-    round_trip,
-)
+from job.preflight import Check, Found, check, local_round_trip, round_trip
+from job.previews import DataFacts, ModelFacts, find_tokenizer, look_at_data, look_at_model, look_at_questions
 from job.recipe import auto_micro_batch_tokens, total_steps
 from job.settings import Settings
 from job.wording import size
