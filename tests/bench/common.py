@@ -23,7 +23,7 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "lm-eval", "
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison; `ratio` is what the goal is about. `met` says whether it was reached, None where there is none."""
+    """One comparison; `ratio` is what the goal is about, `met` whether it was reached, None where there is no goal."""
 
     what: str
     ours: str
@@ -33,14 +33,14 @@ class Row:
     met: bool | None = None
 
 
-def at_least(what: str, ours: float, other: float, unit: str, against: str, goal: float | None = None) -> Row:
+def at_least(what: str, ours: float, other: float, *, unit: str, against: str, goal: float | None = None) -> Row:
     """More is better: our figure over the other's."""
     ratio = ours / other
     shown = (f"{ours:,.1f} {unit}", f"{other:,.1f} {unit} ({against})")
     return Row(what, *shown, ratio) if goal is None else Row(what, *shown, ratio, f">= {goal:g}", ratio >= goal)
 
 
-def at_most(what: str, ours: float, other: float, unit: str, against: str, goal: float | None = None) -> Row:
+def at_most(what: str, ours: float, other: float, *, unit: str, against: str, goal: float | None = None) -> Row:
     """Less is better: our figure over the other's."""
     ratio = ours / other
     shown = (f"{ours:,.3f} {unit}", f"{other:,.3f} {unit} ({against})")

@@ -1,6 +1,6 @@
 """`make bench`: every benchmark that runs on a CPU, one after the other, and one table of them all.
 
-Other arguments than these are handed to the benchmarks: `cpu.py --only cpu_evaluation --full`.
+Each of them can be run alone, with more to choose: `python tests/bench/cpu_training.py --help`.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ def main() -> int:
     """Runs them, each in a process of its own. Exit code 1 if one could not measure; a goal missed is no error."""
     parser = arguments(__doc__)
     parser.add_argument("--only", nargs="+", choices=SCRIPTS, default=SCRIPTS)
-    args, others = parser.parse_known_args()
+    parser.add_argument("--full", action="store_true", help="all questions of ARC-Easy")
+    args = parser.parse_args()
     where = conditions()
     rows, details, failed = [], {}, []
     with tempfile.TemporaryDirectory() as name:
         for script in args.only:
             print(f"== {script}", flush=True)
             file = Path(name) / f"{script}.json"
-            command = [sys.executable, str(Path(__file__).with_name(f"{script}.py")), "--json", str(file), *others]
+            command = [sys.executable, str(Path(__file__).with_name(f"{script}.py")), "--json", str(file)]
+            command += ["--full"] if args.full and script == "cpu_evaluation" else []
             if subprocess.run(command, check=False).returncode or not file.exists():
                 failed.append(script)
                 continue

@@ -1,7 +1,7 @@
 """Evaluation on this CPU: the job's scorer against lm-eval's own HFLM, at the best of its batch sizes.
 
 Both answer the same real ARC-Easy questions by lm-eval's task, with the same random 25 M parameter Mistral in the same
-precision. Every prediction is compared; one that differs is listed with how far apart the two answers were on each side.
+precision. Every prediction is compared; one that differs is listed with the margin it was won by on each side.
 """
 
 from __future__ import annotations
@@ -84,9 +84,7 @@ def compare(ours: Answers, theirs: dict[str, Answers]) -> tuple[Row, dict[str, A
     )
     for size, questions in found.items():
         for q in questions:
-            print(
-                f"question {q['question']}, batch {size}: margin {q['our_margin']:.2e} here, {q['their_margin']:.2e} there"
-            )
+            print(f"question {q['question']}, batch {size}: margins {q['our_margin']:.2e}, {q['their_margin']:.2e}")
     margins = [max(q["our_margin"], q["their_margin"]) for questions in found.values() for q in questions]
     most = max(map(len, found.values()))
     met = max(margins, default=0.0) <= 2 * furthest <= 1e-2
@@ -126,7 +124,7 @@ def main() -> int:
             print(f"HFLM, batch {size}: {speeds[size]:.1f} questions/s", flush=True)
     best = max(speeds, key=lambda size: speeds[size])
     row, found = compare(ours, theirs)
-    rows = [at_least("evaluation", speed, speeds[best], "questions/s", f"HFLM, batch {best}", 3), row]
+    rows = [at_least("evaluation", speed, speeds[best], unit="questions/s", against=f"HFLM, batch {best}", goal=3), row]
     finish(rows, {"questions": len(ours), "ours": speed, "hflm": speeds, "differing": found}, where, args.json)
     return 0
 

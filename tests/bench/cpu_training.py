@@ -127,7 +127,7 @@ def train_plain(folder: Path, args: Any, tokenizer: Any, examples: Sequence[Any]
             warmup_steps=defaults.warmup_steps,
             max_grad_norm=defaults.max_grad_norm,
             optim="adamw_8bit",
-            **{sorted(recompute)[0]: True},
+            **{min(recompute): True},
             bf16=args.dtype == "bf16",
             use_cpu=True,
             logging_steps=1,
@@ -155,7 +155,9 @@ def compare(ours: Curve, plain: Curve, targets: Sequence[int]) -> tuple[list[Row
         print(f"{step:4}  {n:13}  {a:10.4f}  {b:6.4f}  {s:13.2f}  {t:6.2f}")
     print(f"the losses are at most {100 * apart:.3f} % apart")
     rows = [
-        at_least("training, NF4", speeds[0], speeds[1], "target tokens/s", "TRL + PEFT + bitsandbytes", 2),
+        at_least(
+            "training, NF4", speeds[0], speeds[1], unit="target tokens/s", against="TRL + PEFT + bitsandbytes", goal=2
+        ),
         Row(
             "training, largest difference of the losses", f"{apart:.1e}", "same curve", apart, "<= 0.01", apart <= 0.01
         ),
