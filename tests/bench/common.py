@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared/data"
 ALPACA, ARC_EASY = DATA / "alpaca.jsonl.gz", DATA / "arc_easy_test.jsonl"
 VOCABULARY = 32_000
+os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' progress bars, before they are imported
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "lm-eval", "accelerate")
 
 
@@ -98,7 +99,9 @@ def make_base(folder: Path) -> None:
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

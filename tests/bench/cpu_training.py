@@ -71,6 +71,11 @@ def train_ours(folder: Path, args: Any, tokenizer: Any, examples: Sequence[Any],
     return [(step.loss, float(step.measured["seconds"] or 0)) for step in trained.history]
 
 
+def labels(example: Any) -> list[int]:
+    """What a plain collator wants to see: token ids, or -100 where nothing is learned."""
+    return [token if target else -100 for token, target in zip(example.input_ids, example.targets, strict=True)]
+
+
 def train_plain(folder: Path, args: Any, tokenizer: Any, examples: Sequence[Any], work: Path) -> Curve:
     """What the reference's script does: SFTTrainer on padded batches, in the order of the job's plan."""
     import torch
@@ -86,10 +91,7 @@ def train_plain(folder: Path, args: Any, tokenizer: Any, examples: Sequence[Any]
     defaults, lora = Train(), Lora()
     order = [row for s in range(args.steps) for row in batches.batch(0, len(examples), MICRO_BATCH * ACCUMULATION, s)]
     data = Dataset.from_list(
-        [
-            {"input_ids": list(examples[r].input_ids), "completion_mask": [int(t) for t in examples[r].targets]}
-            for r in order
-        ]
+        [{"input_ids": list(e.input_ids), "labels": labels(e)} for e in map(examples.__getitem__, order)]
     )
     losses: list[float] = []
     seconds: list[float] = []
@@ -133,7 +135,6 @@ def train_plain(folder: Path, args: Any, tokenizer: Any, examples: Sequence[Any]
             logging_steps=1,
             save_strategy="no",
             max_length=None,
-            completion_only_loss=True,
             dataset_kwargs={"skip_prepare_dataset": True},
             report_to="none",
             disable_tqdm=True,
