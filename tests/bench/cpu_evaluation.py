@@ -19,31 +19,31 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.bench.common import ARC_EASY, Row, arguments, at_least, conditions, finish, load_ours, load_plain, make_base
 
-TASK = "arc_easy"
+TASK, OURS = "arc_easy", "ours"
 Answers = list[list[float]]
 """By question: the log-likelihood of each choice."""
 
 
-def by_ours(tasks: Any, folder: Path, args: Any, tokenizer: Any) -> tuple[Answers, float]:
+def by_ours(
+    tasks: Any, model: Any, tokenizer: Any, limit: int | None, batch_tokens: int | None
+) -> tuple[Answers, float]:
     """The job's own: many questions flat in one row."""
     from job.evaluate import evaluate
     from job.groups import Eval
     from job.scoring import plan_rows, score_row
 
-    model = load_ours(folder, args.quantization, args.dtype).eval()
-
     def score(questions: list[Any]) -> list[Any]:
-        rows = plan_rows(questions, args.batch_tokens or Eval().batch_tokens)
+        rows = plan_rows(questions, batch_tokens or Eval().batch_tokens)
         return [scores for row in rows for scores in score_row(model, questions[row.start : row.stop])]
 
     with model.disable_adapter():
         began = time.monotonic()
-        records = evaluate(tasks, tokenizer, score, limit=args.questions)[TASK][1]
+        records = evaluate(tasks, tokenizer, score, limit=limit)[TASK][1]
         seconds = time.monotonic() - began
     return [record["log_likelihoods"] for record in records], seconds
 
 
-def by_hflm(tasks: Any, model: Any, tokenizer: Any, args: Any, batch_size: str) -> tuple[Answers, float]:
+def by_hflm(tasks: Any, model: Any, tokenizer: Any, limit: int | None, batch_size: str) -> tuple[Answers, float]:
     """lm-eval's own model; what it does to find the batch size of `auto` counts."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
@@ -52,7 +52,7 @@ def by_hflm(tasks: Any, model: Any, tokenizer: Any, args: Any, batch_size: str) 
     began = time.monotonic()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        results = lm_eval.evaluate(lm=lm, task_dict=tasks.loaded, limit=args.questions, bootstrap_iters=0)
+        results = lm_eval.evaluate(lm=lm, task_dict=tasks.loaded, limit=limit, bootstrap_iters=0)
     seconds = time.monotonic() - began
     samples = sorted(results["samples"][TASK], key=lambda sample: sample["doc_id"])
     return [[answer[0] for answer in sample["filtered_resps"]] for sample in samples], seconds
@@ -98,6 +98,7 @@ def main() -> int:
     parser.add_argument("--questions", type=int, default=200)
     parser.add_argument("--full", action="store_true", help="all 2,376 questions")
     parser.add_argument("--batch-sizes", nargs="+", default=["1", "8", "32", "64", "auto"], help="of HFLM")
+    parser.add_argument("--rounds", type=int, default=2, help="times everything is measured; the best counts")
     parser.add_argument("--batch-tokens", type=int, help="ours; default: the job's")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of both sides")
     parser.add_argument("--quantization", choices=("nf4", "none"), default="nf4", help="of both sides")
@@ -113,19 +114,30 @@ def main() -> int:
         make_base(folder)
         tokenizer = load_tokenizer(folder)
         tasks = load_tasks([TASK], {TASK: ARC_EASY}, {TASK: ARC_EASY.name})
-        ours, seconds = by_ours(tasks, folder, args, tokenizer)  # sets the tasks to no examples, for both
+        mine = load_ours(folder, args.quantization, args.dtype).eval()
         plain = load_plain(folder, args.quantization, args.dtype).eval()
-        speed = len(ours) / seconds
-        print(f"ours: {speed:.1f} questions/s")
-        theirs, speeds = {}, {}
-        for size in args.batch_sizes:
-            theirs[size], seconds = by_hflm(tasks, plain, tokenizer, args, size)
-            speeds[size] = len(theirs[size]) / seconds
-            print(f"HFLM, batch {size}: {speeds[size]:.1f} questions/s", flush=True)
-    best = max(speeds, key=lambda size: speeds[size])
-    row, found = compare(ours, theirs)
-    rows = [at_least("evaluation", speed, speeds[best], unit="questions/s", against=f"HFLM, batch {best}", goal=3), row]
-    finish(rows, {"questions": len(ours), "ours": speed, "hflm": speeds, "differing": found}, where, args.json)
+        # A first call is slow on both sides. Ours comes first of all: it sets the tasks to no examples, for both.
+        by_ours(tasks, mine, tokenizer, 4, args.batch_tokens)
+        by_hflm(tasks, plain, tokenizer, 4, "4")
+        best: dict[str, float] = {}
+        answers: dict[str, Answers] = {}
+        for _ in range(args.rounds):
+            for side in (OURS, *args.batch_sizes):
+                if side == OURS:
+                    answers[side], seconds = by_ours(tasks, mine, tokenizer, args.questions, args.batch_tokens)
+                else:
+                    answers[side], seconds = by_hflm(tasks, plain, tokenizer, args.questions, side)
+                speed = len(answers[side]) / seconds
+                best[side] = max(best.get(side, 0.0), speed)
+                print(f"{side if side == OURS else f'HFLM, batch {side}'}: {speed:.1f} questions/s", flush=True)
+    ours, speed = answers.pop(OURS), best.pop(OURS)
+    fastest = max(best, key=lambda size: best[size])
+    row, found = compare(ours, answers)
+    rows = [
+        at_least("evaluation", speed, best[fastest], unit="questions/s", against=f"HFLM, batch {fastest}", goal=3),
+        row,
+    ]
+    finish(rows, {"questions": len(ours), "ours": speed, "hflm": best, "differing": found}, where, args.json)
     return 0
 
 
