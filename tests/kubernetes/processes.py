@@ -17,11 +17,11 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Protocol
 
-ROOT = Path(__file__).parents[2]
+from tests.forked import LATE, ROOT
 
 PRELOADED = [
     *("torch", "transformers.models.mistral.modeling_mistral", "trl.trainer.sft_trainer", "peft", "bitsandbytes"),
-    *("datasets", "lm_eval.tasks", "lm_eval.evaluator", "jsonschema", "boto3", "tensorboard.compat.proto.event_pb2"),
+    *("datasets", "lm_eval.tasks", "boto3", *LATE),
 ]
 
 

@@ -17,7 +17,7 @@ from tests.s3_server import CREDENTIALS, SECRET, Request, server
 DIGEST = f"sha256:{'0123456789abcdef' * 4}"
 SMALL = {
     "JOB_TRAIN__GLOBAL_BATCH_SIZE": "8",
-    "JOB_TRAIN__MAX_STEPS": "10",
+    "JOB_TRAIN__MAX_STEPS": "8",
     "JOB_CHECKPOINT__EVERY_STEPS": "2",
     "JOB_EVAL__LIMIT": "20",
     "JOB_LOG__FORMAT": "json",
