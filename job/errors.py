@@ -1,6 +1,7 @@
 """Everything the job can say no with, and the exit code that goes with it.
 
     JobError                    1   a bug, and the base of the tree
+    ├── Killed                  1   a process of several was killed
     ├── SettingsError           2   settings are wrong
     ├── GateError               3   quality gate not met; results are published
     ├── VerificationError       4   results do not verify
@@ -43,6 +44,12 @@ class JobError(Exception):
     retry: ClassVar[Retry] = "counts against the limit"
     reported: bool = False
     """Whether another process of the run has said it already."""
+
+
+class Killed(JobError):
+    """A process of several was killed from outside, or crashed. Counts like a bug: memory may be too small for good."""
+
+    meaning = "a process was killed"
 
 
 class _ManyProblems(JobError):

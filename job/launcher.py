@@ -20,7 +20,7 @@ from types import FrameType
 from typing import Any, Literal
 
 from job import log
-from job.errors import JobError, Preempted, Problem, SettingsError, exit_codes
+from job.errors import Killed, Preempted, Problem, SettingsError, exit_codes
 from job.joined import LAST_WORDS_SECONDS, tell_end
 from job.rendezvous import enter_store, host_store, keyspace
 from job.topology import Place
@@ -110,7 +110,7 @@ def launch(
         The exit code of process 0 if it is here and was successful, else the gravest.
 
     Raises:
-        JobError: A process was killed, or ended with a code that is none of ours.
+        Killed: A process was, or ended with a code that is none of ours.
         Unreachable: Machine 0 cannot listen.
     """
     host, port = _split(machine.rendezvous)
@@ -231,7 +231,7 @@ def _verdict(codes: Mapping[int, int], late: set[int]) -> int:
     known = {code for code in codes.values() if code in table}
     graves = sorted(known, key=lambda code: _GRAVITY.index(table[code][1]))
     if strange and not (graves and table[graves[0]][1] == "no"):
-        raise JobError("; ".join(f"process {rank} {_manner(code)}" for rank, code in strange.items()))
+        raise Killed("; ".join(f"process {rank} {_manner(code)}" for rank, code in strange.items()))
     return graves[0] if graves else Preempted.exit_code
 
 

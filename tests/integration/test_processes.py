@@ -219,11 +219,9 @@ def test_an_error_of_one_is_told_once(forked: Forks, environment: dict[str, str]
 
 def start(environment: Mapping[str, str], log: Path, **changes: str) -> subprocess.Popen[str]:
     """Starts the job as a user does; its log goes to a file, and what it says in the end is lost."""
-    settings = {**os.environ, **environment, **changes}
+    command, settings = [sys.executable, "-m", "job"], {**os.environ, **environment, **changes}
     with log.open("w") as file:
-        return subprocess.Popen(
-            [sys.executable, "-m", "job"], cwd=ROOT, env=settings, stdout=file, stderr=file, text=True
-        )
+        return subprocess.Popen(command, cwd=ROOT, env=settings, stdout=subprocess.DEVNULL, stderr=file, text=True)
 
 
 def test_two_machines(environment: dict[str, str], one: str, tmp_path: Path) -> None:

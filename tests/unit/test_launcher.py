@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from job import launcher
-from job.errors import JobError, Preempted, SettingsError, Unreachable, exit_codes
+from job.errors import Killed, Preempted, SettingsError, Unreachable, exit_codes
 from job.joined import END
 from job.launcher import Machine, check_signals, count_processes, launch, noted_signals
 from job.rendezvous import host_store, keyspace
@@ -74,7 +74,7 @@ def verdict(codes: dict[int, int], late: set[int] = frozenset()) -> int:  # type
     """The exit code for all; -1 where it is an error of its own."""
     try:
         return launcher._verdict(codes, late)
-    except JobError:
+    except Killed:
         return -1
 
 
@@ -113,7 +113,7 @@ def test_a_killed_process_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
     """The others, wherever they are, read in the store that it is gone; the error says which and how."""
     stores: list[Any] = []
     monkeypatch.setattr(launcher, "host_store", lambda port: stores.append(host_store(port)) or stores[0])
-    with pytest.raises(JobError, match="process 1 was killed by SIGKILL; the machine may be out of memory") as caught:
+    with pytest.raises(Killed, match="process 1 was killed by SIGKILL; the machine may be out of memory") as caught:
         run("os.kill(os.getpid(), 9) if rank else (time.sleep(0.5), sys.exit(75))")
     assert caught.value.exit_code == 1
     end = json.loads(keyspace(stores[0], "r").get(END))
