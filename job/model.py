@@ -15,6 +15,8 @@ from job.records import ModelRecord
 if TYPE_CHECKING:
     import torch
 
+    from job.lean import Kernels, Weight
+
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
@@ -164,6 +166,50 @@ def add_adapter(model: Any, *, rank: int, alpha: int, dropout: float, target_mod
     for parameter in trainable(adapted).values():
         parameter.data = parameter.data.to(torch.float32)
     return adapted
+
+
+def make_lean(model: Any, *, keep_dequantized: bool, kernels: Kernels | None) -> bool:
+    """Replaces the forward of the adapted layers, and of what lies between them, by that of `lean`.
+
+    Args:
+        model: A PEFT model over a base loaded with flat attention.
+        keep_dequantized: Whether the base's weights are dequantized once and kept, or anew for each use. The products
+            are the same, bit by bit.
+        kernels: What lies between the layers is computed by; None leaves it as it is.
+
+    Returns:
+        Whether all adapted layers could be replaced. They cannot where there is dropout; then nothing is.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    from job import lean
+
+    base = model.get_base_model()
+    adapted = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    if not all(lean.fits(module) for module in adapted):
+        return False
+    weights = {module: _frozen_weight(module.get_base_layer(), base.dtype, keep_dequantized) for module in adapted}
+    lean.adapt(base, weights, base.dtype)
+    if kernels is not None:
+        lean.fuse(base, kernels)
+    return True
+
+
+def _frozen_weight(layer: Any, dtype: torch.dtype, keep: bool) -> Weight:  # noqa: FBT001
+    """What gives the weight of a linear layer of the base, in `dtype`."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    if getattr(layer.weight, "quant_state", None) is None:
+        return lambda: layer.weight
+
+    def dequantized() -> torch.Tensor:
+        values: torch.Tensor = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        return values.to(dtype)
+
+    if not keep:
+        return dequantized
+    kept = dequantized()
+    return lambda: kept
 
 
 def trainable(model: Any) -> dict[str, Any]:

@@ -27,6 +27,8 @@ class Recipe:
     optimizer: str
     gradient_checkpointing: bool
     save_every_steps: int
+    autocast: bool = True
+    """Whether a half-precision model needs autocast: where PEFT's own layers multiply by the adapter's fp32 weights."""
 
 
 @dataclass(frozen=True)

@@ -308,7 +308,7 @@ def _arguments(recipe: Recipe, folder: Path, model: Any) -> SFTConfig:
         **dict.fromkeys(
             {"activation_checkpointing", "gradient_checkpointing"} & SFTConfig.__dataclass_fields__.keys(), False
         ),
-        bf16=dtype is torch.bfloat16,
+        bf16=dtype is torch.bfloat16 and recipe.autocast,
         fp16=dtype is torch.float16,
         use_cpu=not on_gpu,
         seed=recipe.seed,

@@ -22,8 +22,8 @@ LEVELS = """
     optimizer_states results charts answers checks tables
     layers
     sagemaker
-    store formats groups sources topology preemption model scoring events manifest limits clouds watchdog publisher
-    comparison question_records side_by_side
+    store formats groups sources topology preemption lean scoring events manifest limits clouds watchdog publisher
+    comparison question_records side_by_side model
     recipe processes selftest wording
     local s3_errors schemas settings hub states notices joined rendering timeline
     s3 s3_client encode train evaluate rendezvous card report
