@@ -29,6 +29,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+import shapes  # lies beside this script
 import torch
 
 from job import attention, batches, lean
@@ -38,7 +39,6 @@ from job.recipe import Hooks, Recipe
 from job.records import Example, StepMetrics
 from job.scoring import plan_rows, score_row, tokens_of
 from job.train import train
-from tests.bench import shapes
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
