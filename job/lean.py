@@ -114,7 +114,7 @@ def adapt(model: Any, weights: dict[Any, Weight], dtype: torch.dtype) -> None:
     """Puts the forward of this room into adapted layers.
 
     Args:
-        model: What is called with a batch; its adapted layers get fresh copies of the trained weights at every call.
+        model: The decoder without its head. At every call its adapted layers get fresh copies of the trained weights.
         weights: Adapted layer of PEFT -> its frozen weight in `dtype`.
         dtype: What is computed in.
     """

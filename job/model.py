@@ -189,7 +189,7 @@ def make_lean(model: Any, *, keep_dequantized: bool, kernels: Kernels | None) ->
     if not all(lean.fits(module) for module in adapted):
         return False
     weights = {module: _frozen_weight(module.get_base_layer(), base.dtype, keep_dequantized) for module in adapted}
-    lean.adapt(base, weights, base.dtype)
+    lean.adapt(base.base_model, weights, base.dtype)
     if kernels is not None:
         lean.fuse(base, kernels)
     return True

@@ -29,6 +29,10 @@ class Recipe:
     save_every_steps: int
     autocast: bool = True
     """Whether a half-precision model needs autocast: where PEFT's own layers multiply by the adapter's fp32 weights."""
+    padded: bool = False
+    """Whether rows are padded to few lengths; only for a model made lean throughout, in no autocast."""
+    replayed: bool = False
+    """Whether a GPU's work for padded rows is recorded and replayed."""
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,12 @@ SOURCES = {
 # A room imports from the lines above its own only. Imports inside functions count.
 LEVELS = """
     __init__ errors records log hashes batches statistics attention platforms presets fieldtypes callbacks
-    optimizer_states results charts answers checks tables
+    optimizer_states results charts answers checks tables vector
     layers
     sagemaker
     store formats groups sources topology preemption lean scoring events manifest limits clouds watchdog publisher
     comparison question_records side_by_side model
-    recipe processes selftest wording
+    recipe processes selftest wording rows replay
     local s3_errors schemas settings hub states notices joined rendering timeline
     s3 s3_client encode train evaluate rendezvous card report
     objects dataset launcher

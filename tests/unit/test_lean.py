@@ -13,8 +13,8 @@ from torch.nn import functional
 from job.lean import TORCH, Kernels
 from job.model import adapter_off, add_adapter, load_base, make_lean, recompute_activations, trainable
 from job.records import Question
+from job.rows import flat_inputs
 from job.scoring import score_row
-from job.train import flat_inputs
 from tests.helpers import LINEAR, fill_adapter, make_examples
 
 CPU = torch.device("cpu")
