@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from inspect import signature
 from typing import Any, cast
 
 import torch
@@ -125,12 +126,19 @@ def _varlen_kernel(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if layout.key_index is not None:
         k, v = k.index_select(0, layout.key_index), v.index_select(0, layout.key_index)
-    groups = q.shape[1] // k.shape[1]
-    if groups > 1:  # not repeat_interleave: its gradient adds up in no fixed order
-        k, v = (x[:, :, None].expand(-1, -1, groups, -1).reshape(x.shape[0], -1, x.shape[2]) for x in (k, v))
     longest = layout.longest_query, layout.longest_key
-    out = varlen_attn(q, k, v, layout.queries, layout.keys, *longest, window_size=(-1, 0), scale=scaling)
+    out = varlen_attn(
+        q, k, v, layout.queries, layout.keys, *longest, window_size=(-1, 0), scale=scaling, **_grouped_heads()
+    )
     return cast("torch.Tensor", out)[None]
+
+
+@cache
+def _grouped_heads() -> dict[str, Any]:
+    """The kernel shares key/value heads itself; newer versions of torch want to be told that this is meant."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
 
 def register() -> None:

@@ -7,7 +7,7 @@ kept dequantized or dequantized for each use: the products are the same, bit by 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MethodType
@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional
 
 from job.attention import Layout, flat_attention
+from job.kernels import Kernels
 
 Weight = Callable[[], torch.Tensor]
 
@@ -24,53 +25,44 @@ FAMILIES = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"}
 """Decoders of one build: RMS norms, rotary positions, SwiGLU. Others keep their own code around the adapted layers."""
 
 
-@dataclass(frozen=True)
-class Kernels:
-    """How what lies between the matrix products is computed."""
-
-    norm: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
-    """(input, weight, epsilon) -> RMS norm over the last dimension."""
-    swiglu: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    """(gate, up) -> silu(gate) * up."""
-    rotate: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-    """(query, key, cosine, sine) -> query and key with their positions; both (1, tokens, heads, head size)."""
-
-
 class _Adapted(torch.autograd.Function):
-    """y = x W' + bias + scale (x A') B', with gradients for x, A and B alone.
+    """y = x W' + bias + scale (x A') B' for each layer of a group, with gradients for x, A and B alone.
 
     A and B are the trained fp32 weights; what is multiplied are their copies in the dtype of the computation.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        _a: torch.Tensor,
-        _b: torch.Tensor,
-        layer: Layer,
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, group: Group, *_trained: torch.Tensor) -> Any:
         rows = x.reshape(-1, x.shape[-1])
-        low = rows @ layer.a.T
-        y = functional.linear(rows, layer.weight(), layer.bias)
-        y.addmm_(low, layer.b.T)
-        ctx.save_for_backward(rows, low, layer.a, layer.b)
-        ctx.layer, ctx.shape = layer, x.shape
-        return y.view(*x.shape[:-1], -1)
+        low = rows @ group.a.T
+        outputs = []
+        for layer, part in zip(group.layers, low.split_with_sizes(group.ranks, dim=1), strict=True):
+            y = functional.linear(rows, layer.weight(), layer.bias)
+            outputs.append(y.addmm_(part, layer.b.T).view(*x.shape[:-1], -1))
+        ctx.save_for_backward(rows, low, group.a, *(layer.b for layer in group.layers))
+        ctx.group, ctx.shape = group, x.shape
+        return tuple(outputs)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        rows, low, a, b = ctx.saved_tensors
-        gradient = gradient.reshape(-1, gradient.shape[-1])
-        low_gradient = gradient @ b
-        a_gradient = _product_in_fp32(low_gradient.T, rows)
-        b_gradient = _product_in_fp32(gradient.T, low)
-        if ctx.layer.scale != 1:
-            b_gradient *= ctx.layer.scale
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        rows, low, a, *bs = ctx.saved_tensors
+        layers, ranks = ctx.group.layers, ctx.group.ranks
+        gradients = tuple(gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients)
+        low_gradient = torch.empty_like(low)
+        parts, outs = (x.split_with_sizes(ranks, dim=1) for x in (low, low_gradient))
+        b_gradients = []
+        for gradient, layer, b, part, out in zip(gradients, layers, bs, parts, outs, strict=True):
+            torch.mm(gradient, b, out=out)
+            b_gradient = _product_in_fp32(gradient.T, part)
+            b_gradients.append(b_gradient if layer.scale == 1 else b_gradient.mul_(layer.scale))
+        a_gradients = _product_in_fp32(low_gradient.T, rows).split_with_sizes(ranks)
         x_gradient = None
         if ctx.needs_input_grad[0]:
-            x_gradient = (gradient @ ctx.layer.weight()).addmm_(low_gradient, a).view(ctx.shape)
-        return x_gradient, a_gradient, b_gradient, None
+            x_gradient = gradients[0] @ layers[0].weight()
+            for gradient, layer in zip(gradients[1:], layers[1:], strict=True):
+                x_gradient.addmm_(gradient, layer.weight())
+            x_gradient = x_gradient.addmm_(low_gradient, a).view(ctx.shape)
+        return x_gradient, None, *a_gradients, *b_gradients
 
 
 def _product_in_fp32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -80,22 +72,41 @@ def _product_in_fp32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return (left @ right).float()
 
 
+@dataclass(frozen=True, eq=False)
 class Layer:
-    """What an adapted layer computes with; `a` and `b` are copies that `refresh` renews, `b` with the scale in it."""
+    """What one adapted layer computes with."""
 
-    def __init__(self, module: Any, weight: Weight, dtype: torch.dtype) -> None:
-        (name,) = module.active_adapters
-        self.weight, self.bias, self.scale = weight, module.get_base_layer().bias, module.scaling[name]
-        self.trained_a, self.trained_b = module.lora_A[name].weight, module.lora_B[name].weight
-        self.a = self.trained_a.detach().to(dtype, copy=True)
-        self.b = self.trained_b.detach().to(dtype, copy=True)
+    weight: Weight
+    bias: torch.Tensor | None
+    scale: float
+    trained_a: torch.Tensor
+    trained_b: torch.Tensor
+    b: torch.Tensor
+    """A copy of the trained one in the dtype of the computation, with the scale in it."""
 
-    def forward(self, module: Any, x: torch.Tensor) -> torch.Tensor:
-        """The layer's output; the base's alone while the adapter is switched off."""
-        if module.disable_adapters:
-            return functional.linear(x, self.weight(), self.bias)
-        y: torch.Tensor = _Adapted.apply(x, self.trained_a, self.trained_b, self)  # type: ignore[no-untyped-call]
-        return y
+
+class Group:
+    """Adapted layers with a common input, which is read once for all of them."""
+
+    def __init__(self, modules: Sequence[Any], weights: Mapping[Any, Weight], dtype: torch.dtype) -> None:
+        self.modules = modules
+        self.layers = []
+        for module in modules:
+            (name,) = module.active_adapters
+            bias, scale = module.get_base_layer().bias, module.scaling[name]
+            a, b = module.lora_A[name].weight, module.lora_B[name].weight
+            self.layers.append(Layer(weights[module], bias, scale, a, b, b.detach().to(dtype, copy=True)))
+        self.ranks = [layer.trained_a.shape[0] for layer in self.layers]
+        self.a = torch.cat([layer.trained_a.detach().to(dtype) for layer in self.layers])
+        """Copies of the trained ones, one below the other."""
+
+    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The outputs of all layers; those of the base alone while the adapter is switched off."""
+        if self.modules[0].disable_adapters:
+            return tuple(functional.linear(x, layer.weight(), layer.bias) for layer in self.layers)
+        trained = [layer.trained_a for layer in self.layers] + [layer.trained_b for layer in self.layers]
+        outputs: tuple[torch.Tensor, ...] = _Adapted.apply(x, self, *trained)  # type: ignore[no-untyped-call]
+        return outputs
 
 
 def fits(module: Any) -> bool:
@@ -110,54 +121,72 @@ def fits(module: Any) -> bool:
     )
 
 
-def adapt(model: Any, weights: dict[Any, Weight], dtype: torch.dtype) -> None:
-    """Puts the forward of this room into adapted layers.
+def adapt(base: Any, weights: Mapping[Any, Weight], dtype: torch.dtype, kernels: Kernels | None) -> bool:
+    """Puts the forward of this room into adapted layers, and into what lies between them where it knows the decoder.
 
     Args:
-        model: The decoder without its head. At every call its adapted layers get fresh copies of the trained weights.
+        base: A causal language model; its adapted layers get fresh copies of the trained weights at every call.
         weights: Adapted layer of PEFT -> its frozen weight in `dtype`.
         dtype: What is computed in.
+        kernels: How what lies between is computed; None leaves it as it is.
+
+    Returns:
+        Whether it knows the decoder.
     """
-    layers = []
-    for module, weight in weights.items():
-        layer = Layer(module, weight, dtype)
-        module.forward = MethodType(_call, module)
-        module.lean = layer
-        layers.append(layer)
-    model.register_forward_pre_hook(partial(_refresh, layers))
+    known = kernels is not None and type(base).__name__ in FAMILIES and base.config.hidden_act == "silu"
+    groups, grouped = [], set()
+    if known:
+        for module, forward, names in _parts(base):
+            module.forward = MethodType(partial(forward, kernels), module)
+            inner = [getattr(module, name) for name in names]
+            if inner and all(layer in weights for layer in inner):
+                module.lean = Group(inner, weights, dtype)
+                groups.append(module.lean)
+                grouped.update(inner)
+    for module in (layer for layer in weights if layer not in grouped):
+        module.lean = Group([module], weights, dtype)
+        module.forward = MethodType(_alone, module)
+        groups.append(module.lean)
+    layers = [layer for group in groups for layer in group.layers]
+    copies = [part for group in groups for part in group.a.split_with_sizes(group.ranks)] + [
+        layer.b for layer in layers
+    ]
+    trained = [layer.trained_a for layer in layers] + [layer.trained_b for layer in layers]
+    scaled = [layer for layer in layers if layer.scale != 1]
+    base.base_model.register_forward_pre_hook(partial(_refresh, copies, trained, scaled))
+    return known
 
 
-def _call(module: Any, x: torch.Tensor) -> torch.Tensor:
-    y: torch.Tensor = module.lean.forward(module, x)
+def _alone(module: Any, x: torch.Tensor) -> torch.Tensor:
+    y: torch.Tensor = module.lean(x)[0]
     return y
 
 
-def _refresh(layers: list[Layer], *_: Any) -> None:
+def _refresh(copies: list[torch.Tensor], trained: list[torch.Tensor], scaled: list[Layer], *_: Any) -> None:
     """Copies the trained weights; one operation for all of them, which is why it needs no record of what changed."""
     with torch.no_grad():
-        torch._foreach_copy_(
-            [x for layer in layers for x in (layer.a, layer.b)],
-            [x for layer in layers for x in (layer.trained_a, layer.trained_b)],
-        )
-        if scaled := [layer.b for layer in layers if layer.scale != 1]:
-            torch._foreach_mul_(scaled, [layer.scale for layer in layers if layer.scale != 1])
+        torch._foreach_copy_(copies, trained)
+        if scaled:
+            torch._foreach_mul_([layer.b for layer in scaled], [layer.scale for layer in scaled])
 
 
-def fuse(base: Any, kernels: Kernels) -> bool:
-    """Puts `kernels` between the matrix products of a decoder; False, and nothing done, if it is of another build."""
-    if type(base).__name__ not in FAMILIES or base.config.hidden_act != "silu":
-        return False
-    for module, forward in _forwards(base):
-        module.forward = MethodType(partial(forward, kernels), module)
-    return True
-
-
-def _forwards(base: Any) -> Iterator[tuple[Any, Callable[..., Any]]]:
-    forwards: dict[str, Callable[..., Any]] = {"RMSNorm": _norm, "MLP": _mlp, "Attention": _attention}
+def _parts(base: Any) -> Iterator[tuple[Any, Callable[..., Any], tuple[str, ...]]]:
+    """Parts of a decoder, their forward, and the names of their layers with a common input."""
+    forwards: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
+        "RMSNorm": (_norm, ()),
+        "MLP": (_mlp, ("gate_proj", "up_proj")),
+        "Attention": (_attention, ("q_proj", "k_proj", "v_proj")),
+    }
     for module in base.modules():
-        for ending, forward in forwards.items():
+        for ending, (forward, names) in forwards.items():
             if type(module).__name__.endswith(ending):
-                yield module, forward
+                yield module, forward, names
+
+
+def _together(module: Any, x: torch.Tensor, *names: str) -> tuple[torch.Tensor, ...]:
+    """The outputs of layers with a common input; one by one where not all of them are adapted."""
+    group = module.__dict__.get("lean")
+    return group(x) if group else tuple(getattr(module, name)(x) for name in names)
 
 
 def _norm(kernels: Kernels, module: Any, x: torch.Tensor) -> torch.Tensor:
@@ -165,7 +194,8 @@ def _norm(kernels: Kernels, module: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def _mlp(kernels: Kernels, module: Any, x: torch.Tensor) -> torch.Tensor:
-    y: torch.Tensor = module.down_proj(kernels.swiglu(module.gate_proj(x), module.up_proj(x)))
+    gate, up = _together(module, x, "gate_proj", "up_proj")
+    y: torch.Tensor = module.down_proj(kernels.swiglu(gate, up))
     return y
 
 
@@ -179,62 +209,8 @@ def _attention(
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     shape = (*hidden_states.shape[:-1], -1, module.head_dim)
-    query, key, value = (f(hidden_states).view(shape) for f in (module.q_proj, module.k_proj, module.v_proj))
+    query, key, value = (y.view(shape) for y in _together(module, hidden_states, "q_proj", "k_proj", "v_proj"))
     query, key = kernels.rotate(query, key, *position_embeddings)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     out, _weights = flat_attention(module, query, key, value, None, layout=layout, scaling=module.scaling)
     return module.o_proj(out.reshape(*shape[:-2], -1)), None
-
-
-def _torch_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    return functional.rms_norm(x, (x.shape[-1],), weight, epsilon)
-
-
-def _torch_swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    return functional.silu(gate) * up
-
-
-def _torch_rotate(
-    query: torch.Tensor, key: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    half = query.shape[-1] // 2
-    cosine, sine = cosine[..., None, :half], sine[..., None, :half]
-
-    def rotated(x: torch.Tensor) -> torch.Tensor:
-        first, second = x[..., :half], x[..., half:]
-        return torch.cat(
-            [torch.addcmul(first * cosine, second, sine, value=-1), torch.addcmul(second * cosine, first, sine)], dim=-1
-        )
-
-    return rotated(query), rotated(key)
-
-
-TORCH = Kernels(_torch_norm, _torch_swiglu, _torch_rotate)
-"""By torch's own operations; runs anywhere."""
-
-
-def liger() -> Kernels:
-    """By Liger's Triton kernels, a pass over memory each.
-
-    Raises:
-        ImportError: They are not installed, or the machine has no compiler for them.
-    """
-    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
-    from liger_kernel.ops.rope import LigerRopeFunction
-    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
-
-    def norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-        y: torch.Tensor = LigerRMSNormFunction.apply(x, weight, epsilon, 0.0, "llama", False)  # noqa: FBT003
-        return y
-
-    def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = LigerSiLUMulFunction.apply(gate, up)
-        return y
-
-    def rotate(
-        query: torch.Tensor, key: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        q, k = LigerRopeFunction.apply(query.transpose(1, 2), key.transpose(1, 2), cosine, sine)
-        return q.transpose(1, 2), k.transpose(1, 2)
-
-    return Kernels(norm, swiglu, rotate)

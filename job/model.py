@@ -15,7 +15,8 @@ from job.records import ModelRecord
 if TYPE_CHECKING:
     import torch
 
-    from job.lean import Kernels, Weight
+    from job.kernels import Kernels
+    from job.lean import Weight
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -168,7 +169,7 @@ def add_adapter(model: Any, *, rank: int, alpha: int, dropout: float, target_mod
     return adapted
 
 
-def make_lean(model: Any, *, keep_dequantized: bool, kernels: Kernels | None) -> bool:
+def make_lean(model: Any, *, keep_dequantized: bool, kernels: Kernels | None) -> str:
     """Replaces the forward of the adapted layers, and of what lies between them, by that of `lean`.
 
     Args:
@@ -178,7 +179,8 @@ def make_lean(model: Any, *, keep_dequantized: bool, kernels: Kernels | None) ->
         kernels: What lies between the layers is computed by; None leaves it as it is.
 
     Returns:
-        Whether all adapted layers could be replaced. They cannot where there is dropout; then nothing is.
+        How far it got: `all`; `layers` where the decoder is not one that it knows, and only the adapted layers were
+        replaced; `nothing` where there is dropout, which is left to PEFT.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -187,12 +189,9 @@ def make_lean(model: Any, *, keep_dequantized: bool, kernels: Kernels | None) ->
     base = model.get_base_model()
     adapted = [module for module in model.modules() if isinstance(module, LoraLayer)]
     if not all(lean.fits(module) for module in adapted):
-        return False
+        return "nothing"
     weights = {module: _frozen_weight(module.get_base_layer(), base.dtype, keep_dequantized) for module in adapted}
-    lean.adapt(base.base_model, weights, base.dtype)
-    if kernels is not None:
-        lean.fuse(base, kernels)
-    return True
+    return "all" if lean.adapt(base, weights, base.dtype, kernels) else "layers"
 
 
 def _frozen_weight(layer: Any, dtype: torch.dtype, keep: bool) -> Weight:  # noqa: FBT001

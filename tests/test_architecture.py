@@ -19,8 +19,8 @@ SOURCES = {
 # A room imports from the lines above its own only. Imports inside functions count.
 LEVELS = """
     __init__ errors records log hashes batches statistics attention platforms presets fieldtypes callbacks
-    optimizer_states results charts answers checks tables vector
-    layers
+    optimizer_states results charts answers checks tables vector triton_kernels
+    layers kernels
     sagemaker
     store formats groups sources topology preemption lean scoring events manifest limits clouds watchdog publisher
     comparison question_records side_by_side model
