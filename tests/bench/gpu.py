@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import argparse
 import gc
-import inspect
+import hashlib
 import json
 import os
 import platform
+import re
 import sys
 import tempfile
 import time
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +34,16 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import shapes  # lies beside this script
 import torch
 
-from job import attention, batches, lean
+from job import attention, batches, kernels, rows
 from job.attention import Segment, build_layout
+from job.kernels import Kernels
 from job.model import add_adapter, make_lean, trainable
 from job.recipe import Hooks, Recipe
 from job.records import Example, StepMetrics
+from job.replay import Replayed
 from job.scoring import plan_rows, score_row, tokens_of
 from job.train import train
+from job.vector import Vector
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -114,6 +119,21 @@ def timed(function: Callable[[], Any]) -> float:
         sync()
         times.append((time.perf_counter() - began) / calls)
     return sorted(times)[len(times) // 2] * 1000
+
+
+def timed_on_gpu(function: Callable[[], Any]) -> float:
+    """The same of the GPU's work alone: recorded, and replayed, so that nothing waits for Python."""
+    if not ON_GPU:
+        return timed(function)
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph, stream=stream):
+        function()
+    return timed(graph.replay)
 
 
 def deterministic(*, on: bool, fill: bool = True) -> None:
@@ -195,7 +215,7 @@ def pieces(bench: Bench) -> None:
 
         seeds: dict[int, list[torch.Tensor]] = {}
 
-        return timed(once)
+        return timed_on_gpu(once)
 
     from transformers.models.mistral.modeling_mistral import MistralRMSNorm, apply_rotary_pos_emb
 
@@ -212,14 +232,14 @@ def pieces(bench: Bench) -> None:
             lambda q, k: apply_rotary_pos_emb(q.transpose(1, 2) * 1, k.transpose(1, 2) * 1, cosine, sine), q, k
         ),
     )
-    for name, kernels in kernel_sets().items():
+    for name, chosen in kernel_sets().items():
         with bench.caught(f"pieces {name}"):
             bench.say(
                 "pieces",
                 kernels=name,
-                norm=both(lambda x, n=kernels: n.norm(x, plain.weight, 1e-5), x),
-                swiglu=both(kernels.swiglu, gate, up),
-                rotate=both(lambda q, k, n=kernels: n.rotate(q * 1, k * 1, cosine, sine), q, k),
+                norm=both(lambda x, n=chosen: n.norm(x, plain.weight, 1e-5), x),
+                swiglu=both(chosen.swiglu, gate, up),
+                rotate=both(lambda q, k, n=chosen: n.rotate(q * 1, k * 1, cosine, sine), q, k),
             )
     lengths = shapes.LENGTHS["alpaca"][:32] if not bench.tiny else [50] * 4
     ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
@@ -240,21 +260,22 @@ def parts(bench: Bench) -> None:
 
     model = adapted(bench)
     prepare(model, replace(BEST, keep=False))
-    layers = [module.lean for module in model.modules() if "lean" in module.__dict__]
-    weights = list(trainable(model).values())
-    for p in weights:
-        p.grad = torch.randn_like(p) * 1e-6
-    refresh = next(iter(model.get_base_model()._forward_pre_hooks.values()))
+    layers = [layer for module in model.modules() if "lean" in module.__dict__ for layer in module.lean.layers]
+    weights = [torch.nn.Parameter(p.detach().clone()) for p in trainable(model).values()]
+    vector = Vector(weights)
+    vector.clear()
+    vector.gradient.normal_().mul_(1e-6)
+    refresh = next(iter(model.get_base_model().base_model._forward_pre_hooks.values()))
     bench.say(
         "parts",
-        dequantize=timed(lambda: [layer.weight() for layer in layers] and None),
+        dequantize=timed_on_gpu(lambda: [layer.weight() for layer in layers] and None),
         refresh=timed(lambda: refresh(None, None)),
-        clip=timed(lambda: torch.nn.utils.clip_grad_norm_(weights, 1.0)),
-        adamw_8bit=timed(AdamW8bit(weights, lr=0.0).step),
-        adamw_fused=timed(torch.optim.AdamW(weights, lr=0.0, fused=True).step),
+        clear=timed(vector.clear),
+        clip=timed(lambda: torch.nn.utils.clip_grad_norm_([vector.whole], 1.0)),
+        adamw_8bit=timed(AdamW8bit([vector.whole], lr=0.0).step),
+        adamw_8bit_apart=timed(AdamW8bit(weights, lr=0.0).step),
+        lay_out=timed(lambda: rows.padded_row(bench.data[:32], DEVICE)),
     )
-    for p in weights:
-        p.grad = None
     hidden = torch.randn(
         3722 if not bench.tiny else 200, bench.shape["hidden_size"], device=DEVICE, dtype=torch.bfloat16
     )
@@ -266,48 +287,31 @@ def parts(bench: Bench) -> None:
         found = ChunkedLogProbFunction.apply(hidden, head, None, targets, 1.0, 32768, None, 1.0, ())[0]
         torch.autograd.grad(found.sum(), hidden)
 
-    bench.say("parts", loss=timed(loss))
+    bench.say("parts", loss=timed_on_gpu(loss))
     unmake(model)
 
 
-def kernel_sets() -> dict[str, Any]:
+def kernel_sets() -> dict[str, Kernels]:
     """The ways to compute what lies between the products."""
-    sets: dict[str, Any] = {"torch": lean.TORCH}
+    sets = {"torch": kernels.TORCH}
     if ON_GPU or os.environ.get("TRITON_INTERPRET"):
+        sets["triton"] = kernels.triton()
         try:
-            sets["liger"] = lean.liger()
+            sets["liger"] = liger()
         except ImportError as error:
             print(f"no Liger: {error}")
-    if ON_GPU:
-        made = {name: torch.compile(getattr(lean.TORCH, name), dynamic=True) for name in ("norm", "swiglu", "rotate")}
-        sets["compiled"] = lean.Kernels(**made)
     return sets
 
 
-@contextmanager
-def native_groups(on: bool) -> Iterator[None]:  # noqa: FBT001
-    """Lets the kernel share key/value heads itself, instead of expanding them before it."""
-    if not on or not ON_GPU:
-        yield
-        return
-    from torch.nn.attention.varlen import varlen_attn
+def liger() -> Kernels:
+    """Liger's norm and SwiGLU, for comparison."""
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
-    more = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    def norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        return LigerRMSNormFunction.apply(x, weight, epsilon, 0.0, "llama", False)  # noqa: FBT003
 
-    def kernel(query: Any, key: Any, value: Any, layout: Any, scaling: Any) -> Any:
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        if layout.key_index is not None:
-            k, v = k.index_select(0, layout.key_index), v.index_select(0, layout.key_index)
-        longest = max(s.end - s.start for s in layout.segments), max(s.keys for s in layout.segments)
-        return varlen_attn(q, k, v, layout.queries, layout.keys, *longest, window_size=(-1, 0), scale=scaling, **more)[
-            None
-        ]
-
-    kept, attention._varlen_kernel = attention._varlen_kernel, kernel
-    try:
-        yield
-    finally:
-        attention._varlen_kernel = kept
+    return replace(kernels.triton(), name="liger", norm=norm, swiglu=LigerSiLUMulFunction.apply)
 
 
 # Training.
@@ -325,37 +329,48 @@ class Variant:
     budget: int = 4096
     deterministic: bool = True
     fill: bool = True
-    native: bool = False
+    padded: bool = False
+    graph: bool = False
+    grain: int = 256
     optimizer: str = "adamw_8bit"
+    steps: int = 1
+    """How many times the steps that were asked for: recordings are made in the first ones."""
 
 
 BEST = Variant(
-    "lean, kept base, liger", lean=True, keep=True, kernels="liger", recompute=False, budget=16384, fill=False
+    "graph, triton kernels",
+    lean=True,
+    keep=True,
+    kernels="triton",
+    recompute=False,
+    budget=16384,
+    fill=False,
+    padded=True,
+    graph=True,
+    steps=5,
 )
+EAGER = replace(BEST, name="launched piece by piece, triton kernels", graph=False, steps=1)
 TODAY = Variant("as it was, budget 4096")
 VARIANTS = [
     TODAY,
-    replace(TODAY, name="as it was, budget 16384", budget=16384),
-    replace(TODAY, name="as it was, not recomputed", budget=16384, recompute=False),
-    replace(BEST, name="lean, NF4 per use, transformers' kernels", keep=False, kernels="", fill=True),
-    replace(BEST, name="lean, NF4 per use, memory not filled", keep=False, kernels=""),
-    replace(BEST, name="lean, kept base, transformers' kernels", kernels=""),
-    replace(BEST, name="lean, kept base, torch kernels", kernels="torch"),
+    replace(EAGER, name="launched piece by piece, not padded, torch kernels", padded=False, kernels="torch"),
+    EAGER,
     BEST,
-    replace(BEST, name="lean, kept base, compiled kernels", kernels="compiled"),
-    replace(BEST, name="best, not deterministic", deterministic=False),
-    replace(BEST, name="best, torch's AdamW", optimizer="adamw_torch"),
-    replace(BEST, name="best, recomputed", recompute=True),
-    replace(BEST, name="best, NF4 per use", keep=False),
-    replace(BEST, name="best, NF4 per use, recomputed", keep=False, recompute=True),
-    replace(BEST, name="best, budget 2048", budget=2048),
+    replace(BEST, name="graph, torch kernels", kernels="torch"),
+    replace(BEST, name="graph, liger", kernels="liger"),
+    replace(BEST, name="graph, not deterministic", deterministic=False),
+    replace(BEST, name="graph, padded to 128", grain=128),
+    replace(BEST, name="graph, NF4 per use", keep=False),
+    replace(BEST, name="graph, recomputed", recompute=True),
+    replace(BEST, name="graph, NF4 per use, recomputed", keep=False, recompute=True),
+    replace(BEST, name="graph, budget 4096", budget=4096),
+    replace(BEST, name="graph, torch's AdamW", optimizer="adamw_torch"),
 ]
 
 
 def unmake(model: Any) -> None:
     """Takes off what `make_lean` and a trainer put onto a model."""
-    base = model.get_base_model()
-    base._forward_pre_hooks.clear()
+    model.get_base_model().base_model._forward_pre_hooks.clear()
     for module in model.modules():
         for name in ("forward", "lean"):
             module.__dict__.pop(name, None)
@@ -385,7 +400,7 @@ def recipe_of(bench: Bench, variant: Variant) -> Recipe:
     """The reference recipe, shortened."""
     return Recipe(
         seed=0,
-        total_steps=WARMUP + bench.steps,
+        total_steps=WARMUP + bench.steps * (variant.steps if not bench.tiny else 1),
         learning_rate=2e-4,
         scheduler="linear",
         warmup_steps=2,
@@ -397,6 +412,8 @@ def recipe_of(bench: Bench, variant: Variant) -> Recipe:
         gradient_checkpointing=variant.recompute,
         save_every_steps=10_000,
         autocast=not variant.lean,
+        padded=variant.padded,
+        replayed=variant.graph and ON_GPU,
     )
 
 
@@ -405,26 +422,32 @@ def prepare(model: Any, variant: Variant) -> None:
     unmake(model)
     clean()
     deterministic(on=variant.deterministic, fill=variant.fill)
+    rows.GRAIN = variant.grain
     if variant.lean:
-        kernels = kernel_sets()
-        wanted = variant.kernels if variant.kernels in kernels or not variant.kernels else "torch"
-        assert make_lean(model, keep_dequantized=variant.keep, kernels=kernels.get(wanted))
+        sets = kernel_sets()
+        wanted = variant.kernels if variant.kernels in sets or not variant.kernels else "torch"
+        done = make_lean(model, keep_dequantized=variant.keep, kernels=sets.get(wanted))
+        assert done == ("all" if wanted else "layers")
 
 
 def fit(
     bench: Bench, model: Any, variant: Variant, on_step: Callable[[StepMetrics], None] = lambda _: None
 ) -> dict[str, Any]:
-    """Trains by one variant, from the same adapter; returns its figures."""
+    """Trains by one variant, from the same adapter; returns its figures.
+
+    `steady` is of the steps in which nothing was recorded: where a long run spends its time.
+    """
     weights = trainable(model)
     fresh = {name: p.detach().clone() for name, p in weights.items()}
     ended: list[float] = []
+    recorded: list[int] = []
 
     def tell(metrics: StepMetrics) -> None:
         ended.append(time.perf_counter())
         on_step(metrics)
 
     try:
-        with tempfile.TemporaryDirectory() as folder, native_groups(variant.native):
+        with tempfile.TemporaryDirectory() as folder, noted(lambda: recorded.append(len(ended))):
             trained = train(
                 model,
                 shapes.tokenizer(),
@@ -433,27 +456,55 @@ def fit(
                 hooks=Hooks(tell, lambda *_: None, lambda: False),
                 folder=Path(folder),
             )
-        seconds = ended[-1] - ended[WARMUP - 1]
-        speed = sum(step.target_tokens for step in trained.history[WARMUP:]) / seconds
-        bits = [float(p.detach().double().sum()) for p in weights.values()]
+        spent = [b - a for a, b in pairwise(ended)][WARMUP - 1 :]
+        targets = [step.target_tokens for step in trained.history[WARMUP:]]
+        steady = [n for n in range(len(spent)) if n + WARMUP not in recorded]
+        speed = sum(targets) / sum(spent)
+        steady_speed = sum(targets[n] for n in steady) / sum(spent[n] for n in steady) if steady else 0.0
         return {
             "tokens_per_second": speed,
             "of_bound": speed * 4 * PARAMETERS / rate(bench),
-            "step_milliseconds": seconds / bench.steps * 1000,
-            "inside_milliseconds": sum(s.measured["seconds"] or 0 for s in trained.history[WARMUP:])
-            / bench.steps
-            * 1000,
+            "steady_tokens_per_second": steady_speed,
+            "steady_of_bound": steady_speed * 4 * PARAMETERS / rate(bench),
+            "steady_milliseconds": [round(spent[n] * 1000, 1) for n in steady][:8],
+            "recordings": len(recorded),
+            "recording_milliseconds": [round(spent[n] * 1000) for n in range(len(spent)) if n not in steady][:4],
+            "steps": len(spent),
             "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if ON_GPU else None,
             "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if ON_GPU else None,
             "budget": trained.micro_batch_tokens,
-            "losses": [round(step.loss, 4) for step in trained.history],
-            "adapter": hash(tuple(bits)),
+            "losses": [round(step.loss, 4) for step in trained.history][:6],
+            "adapter": bits_of(model),
         }
     finally:
         with torch.no_grad():
             for name, parameter in weights.items():
                 parameter.copy_(fresh[name])
                 parameter.grad = None
+
+
+def bits_of(model: Any) -> str:
+    """A short hash of the adapter."""
+    total = hashlib.sha256()
+    for p in trainable(model).values():
+        total.update(p.detach().cpu().numpy().tobytes())
+    return total.hexdigest()[:16]
+
+
+@contextmanager
+def noted(note: Callable[[], None]) -> Iterator[None]:
+    """Within it `note` is called for every recording."""
+    record = Replayed._record
+
+    def noting(*given: Any) -> None:
+        note()
+        record(*given)
+
+    Replayed._record = noting  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Replayed._record = record  # type: ignore[method-assign]
 
 
 def variants(bench: Bench) -> None:
@@ -469,54 +520,75 @@ def variants(bench: Bench) -> None:
 def exact(bench: Bench) -> None:
     """Ways that must not differ by a bit, and ours against PEFT's own forward in fp32."""
     model = adapted(bench)
-    short = replace(bench, steps=2)
-    found = {}
+    short = replace(bench, steps=4)
+    once = replace(BEST, steps=2)
+    found: dict[str, str] = {}
     for name, variant in {
-        "best": BEST,
-        "again": BEST,
-        "NF4 per use": replace(BEST, keep=False),
-        "recomputed": replace(BEST, recompute=True),
+        "best": once,
+        "again": once,
+        "launched piece by piece": replace(once, graph=False),
+        "NF4 per use": replace(once, keep=False),
+        "recomputed": replace(once, recompute=True),
+        "NF4 per use, recomputed": replace(once, keep=False, recompute=True),
     }.items():
         with bench.caught(f"exact {name}"):
             prepare(model, variant)
-            found[name] = fit(short, model, variant)
-            bench.say("exact", variant=name, same_bits=found[name]["adapter"] == found["best"]["adapter"])
+            done = fit(short, model, variant)
+            found[name] = done["adapter"]
+            bench.say("exact", variant=name, same_bits=found[name] == found["best"], recordings=done["recordings"])
+    with bench.caught("exact resumed"):
+        prepare(model, once)
+        bench.say("exact", variant="resumed", same_bits=resumed(short, model, once) == found["best"])
     with bench.caught("exact scores"):
         asked = shapes.questions(bench.shape["vocab_size"], 40)
         scores = []
-        for variant in (BEST, replace(BEST, keep=False), replace(BEST, kernels=""), TODAY):
+        for variant in (BEST, replace(BEST, keep=False), replace(BEST, kernels="torch"), TODAY):
             prepare(model, variant)
             model.eval()
             scores.append([choice.log_likelihood for q in score_row(model, asked) for choice in q])
         bench.say("exact scores", kept_is_per_use=scores[0] == scores[1])
-        for name, other in (("transformers' kernels", scores[2]), ("PEFT's forward", scores[3])):
+        for name, other in (("torch kernels", scores[2]), ("PEFT's forward", scores[3])):
             worst = max(abs(a - b) / abs(a) for a, b in zip(scores[0], other, strict=True))
             bench.say("exact scores", against=name, largest_relative_difference=worst)
+    unmake(model)
 
 
-def native(bench: Bench) -> None:
-    """The kernel sharing key/value heads itself: whether it can, and what it gives. Last, as it might crash."""
-    model = adapted(bench)
-    for variant in (
-        BEST,
-        replace(BEST, native=True),
-        replace(BEST, native=True),
-        replace(BEST, deterministic=False, native=True),
-    ):
-        with bench.caught("native groups"):
-            prepare(model, variant)
-            bench.say(
-                "native groups",
-                native=variant.native,
-                deterministic=variant.deterministic,
-                **fit(bench, model, variant),
+def resumed(bench: Bench, model: Any, variant: Variant) -> str:
+    """The adapter of a run that was stopped in the middle and resumed by another trainer."""
+    weights = trainable(model)
+    fresh = {name: p.detach().clone() for name, p in weights.items()}
+    recipe, seen, saved = recipe_of(bench, variant), [0], []
+    with tempfile.TemporaryDirectory() as folder:
+        for stop in (recipe.total_steps // 2, recipe.total_steps + 1):
+            train(
+                model,
+                shapes.tokenizer(),
+                bench.data,
+                recipe=recipe,
+                hooks=Hooks(
+                    lambda step: seen.append(step.step),
+                    lambda path, _: saved.append(path),
+                    lambda stop=stop: seen[-1] >= stop,  # type: ignore[misc]
+                ),
+                folder=Path(folder),
+                resume=saved[-1] if saved else None,
             )
+            if stop < recipe.total_steps:
+                with torch.no_grad():
+                    for name, parameter in weights.items():
+                        parameter.copy_(fresh[name] + 1)
+        bits = bits_of(model)
+    with torch.no_grad():
+        for name, parameter in weights.items():
+            parameter.copy_(fresh[name])
+            parameter.grad = None
+    return bits
 
 
 def capped(bench: Bench) -> None:
     """A smaller card, played by a limit on the allocator (the CUDA context comes on top): the job shrinks and ends."""
     model = adapted(bench)
-    small = replace(BEST, name="small", keep=False, recompute=True, budget=4096)
+    small = replace(BEST, name="small", keep=False, recompute=True, budget=4096, steps=1)
     for gib in (16, 12, 8):
         with bench.caught(f"capped {gib}"):
             prepare(model, small)
@@ -534,23 +606,29 @@ def profile(bench: Bench) -> None:
     from torch.profiler import profile as profiler
 
     model = adapted(bench)
-    for variant in (TODAY, BEST):
+    for variant in (BEST, replace(BEST, kernels="torch", name="graph, torch kernels"), replace(EAGER, padded=False)):
         with bench.caught(f"profile {variant.name}"):
             prepare(model, variant)
-            recorder = profiler(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if ON_GPU else [])])
-            times: list[float] = []
+            recorder: Any = None
+            recordings: list[int] = []
+            began = spent = 0.0
 
-            def watch(metrics: StepMetrics, recorder: Any = recorder, times: list[float] = times) -> None:
-                if metrics.step == WARMUP:
-                    sync()
-                    recorder.start()
-                    times.append(time.perf_counter())
-                elif metrics.step == WARMUP + 1:
-                    sync()
-                    times.append(time.perf_counter())
+            def watch(metrics: StepMetrics, recordings: list[int] = recordings) -> None:
+                """Profiles a step after the other until one has recorded nothing."""
+                nonlocal recorder, began, spent
+                sync()
+                now = time.perf_counter()
+                if recorder is not None and not spent:
                     recorder.stop()
+                    spent = 0.0 if recordings else now - began
+                if metrics.step >= WARMUP and not spent:
+                    recordings.clear()
+                    recorder = profiler(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if ON_GPU else [])])
+                    recorder.start()
+                    began = time.perf_counter()
 
-            fit(bench, model, variant, watch)
+            with noted(lambda recordings=recordings: recordings.append(1)):  # type: ignore[misc]
+                fit(bench, model, replace(variant, steps=5), watch)
             events = recorder.key_averages()
             own = "self_device_time_total" if ON_GPU else "self_cpu_time_total"
             on_gpu = [
@@ -560,7 +638,7 @@ def profile(bench: Bench) -> None:
             bench.say(
                 "profile",
                 variant=variant.name,
-                step_milliseconds=(times[1] - times[0]) * 1000,
+                step_milliseconds=spent * 1000,
                 busy_milliseconds=busy,
                 kernels=sum(e.count for e in on_gpu),
                 top=[
@@ -569,7 +647,7 @@ def profile(bench: Bench) -> None:
                 ],
             )
             table = events.table(sort_by=own, row_limit=40, max_name_column_width=70)
-            (bench.out / f"profile-{variant.name.replace(' ', '-')}.txt").write_text(table)
+            (bench.out / f"profile-{re.sub('[^a-z0-9]+', '-', variant.name)}.txt").write_text(table)
     unmake(model)
 
 
@@ -648,7 +726,7 @@ def score(bench: Bench) -> None:
         ("kept", BEST, 32768),
         ("kept, torch kernels", replace(BEST, kernels="torch"), 16384),
     ):
-        with bench.caught(f"score {name}"), native_groups(variant.native):
+        with bench.caught(f"score {name}"):
             prepare(model, variant)
             model.eval()
             rows = plan_rows(asked, budget)
@@ -716,9 +794,7 @@ def _agreement(asked: Sequence[Any], theirs: list[float], ours: Sequence[Sequenc
     return {"same_predictions": same, "margins_of_the_others": margins[:20]}
 
 
-SECTIONS = {
-    f.__name__: f for f in (machine, pieces, parts, exact, variants, profile, score, capped, plain, hflm, native)
-}
+SECTIONS = {f.__name__: f for f in (machine, pieces, parts, exact, variants, profile, score, capped, plain, hflm)}
 
 
 def main() -> int:
