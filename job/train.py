@@ -71,7 +71,7 @@ def train(
     trainer = _FlatTrainer(
         model, tokenizer, examples=examples, recipe=recipe, hooks=hooks, folder=folder, processes=processes
     )
-    recompute_activations(model, on=recipe.gradient_checkpointing)
+    recompute_activations(model, on=recipe.gradient_checkpointing, random=not recipe.padded)
     try:
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     except _StepAbandoned as abandoned:

@@ -585,13 +585,13 @@ def test_a_step_is_repeated_by_all_when_one_runs_out_of_memory(
     """Whoever it was, all halve their micro-batches and repeat; loss and gradient are as if nothing had happened."""
     recipe = replace(RECIPE, total_steps=2, micro_batch_tokens=160)
     calm = fill_adapter(make_model(base_folder))
-    with gradients() as expected:
+    with gradients(calm) as expected:
         undisturbed, _ = run(calm, tokenizer, EXAMPLES, recipe, tmp_path)
     for fails_here in (True, False):
         model, beside = fill_adapter(make_model(base_folder)), Beside(*([] if fails_here else [1]))
         run_out_of_memory(model, lambda number, here=fails_here: here and number == 2)
         hooks = Hooks(lambda _: None, lambda *_: None, lambda: False)
-        with gradients() as found:
+        with gradients(model) as found:
             trained = train(model, tokenizer, EXAMPLES, recipe=recipe, hooks=hooks, folder=tmp_path, processes=beside)
         assert trained.micro_batch_tokens == 80
         assert beside.asked == [fails_here, False, False]
@@ -645,7 +645,7 @@ def test_a_process_without_examples_follows(
     model = make_model(base_folder)
     saved: list[Path] = []
     hooks = Hooks(lambda _: None, lambda path, _: saved.append(path), lambda: False)
-    with gradients() as found:
+    with gradients(model) as found:
         trained = train(
             model,
             tokenizer,
