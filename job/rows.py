@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
+import numpy as np
 import torch
 
 from job.attention import Segment, build_layout
@@ -73,28 +75,21 @@ def longest_segment(examples: Sequence[Example], budget: int) -> int:
 
 def padded_row(examples: Sequence[Example], device: torch.device) -> PaddedRow:
     """Lays examples end to end in one row and pads it."""
-    ids: list[int] = []
-    labels: list[int] = []
-    positions: list[int] = []
-    ends = [0]
-    for example in examples:
-        ids += example.input_ids
-        shifted = zip(example.input_ids[1:], example.targets[1:], strict=True)
-        labels += (token if target else IGNORED for token, target in shifted)
-        labels.append(IGNORED)
-        positions += range(len(example.input_ids))
-        ends.append(len(ids))
-    padding = padded_length(len(ids)) - len(ids)
-    if padding:
-        ids += [0] * padding
-        labels += [IGNORED] * padding
-        positions += range(padding)
-        ends.append(len(ids))
+    ends = [0, *accumulate(len(example.input_ids) for example in examples)]
+    used, length = ends[-1], padded_length(ends[-1])
+    tokens = np.zeros((3, length), dtype=np.int64)
+    ids, labels, positions = tokens
+    labels[:] = IGNORED
+    places = np.arange(length)
+    for example, (start, end) in zip(examples, pairwise(ends), strict=True):
+        ids[start:end] = example.input_ids
+        labels[start : end - 1] = np.where(example.targets[1:], ids[start + 1 : end], IGNORED)
+        positions[start:end] = places[: end - start]
+    if used < length:
+        positions[used:] = places[: length - used]
+        ends.append(length)
     segments = tuple(map(Segment, ends, ends[1:]))
-    places = -(-(len(examples) + 1) // SEGMENTS) * SEGMENTS + 1
-    ends += [len(ids)] * (places - len(ends))
+    ends += [length] * (-(-(len(examples) + 1) // SEGMENTS) * SEGMENTS + 1 - len(ends))
     return PaddedRow(
-        torch.tensor([ids, labels, positions], device=device),
-        torch.tensor(ends, dtype=torch.int32, device=device),
-        segments,
+        torch.from_numpy(tokens).to(device), torch.tensor(ends, dtype=torch.int32, device=device), segments
     )

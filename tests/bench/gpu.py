@@ -258,7 +258,7 @@ def parts(bench: Bench) -> None:
     from bitsandbytes.optim import AdamW8bit
     from trl.kernels import ChunkedLogProbFunction
 
-    model = adapted(bench)
+    model, data = adapted(bench), bench.data[:32]
     prepare(model, replace(BEST, keep=False))
     layers = [layer for module in model.modules() if "lean" in module.__dict__ for layer in module.lean.layers]
     weights = [torch.nn.Parameter(p.detach().clone()) for p in trainable(model).values()]
@@ -274,7 +274,7 @@ def parts(bench: Bench) -> None:
         clip=timed(lambda: torch.nn.utils.clip_grad_norm_([vector.whole], 1.0)),
         adamw_8bit=timed(AdamW8bit([vector.whole], lr=0.0).step),
         adamw_8bit_apart=timed(AdamW8bit(weights, lr=0.0).step),
-        lay_out=timed(lambda: rows.padded_row(bench.data[:32], DEVICE)),
+        lay_out=timed(lambda: rows.padded_row(data, DEVICE)),
     )
     hidden = torch.randn(
         3722 if not bench.tiny else 200, bench.shape["hidden_size"], device=DEVICE, dtype=torch.bfloat16
