@@ -18,12 +18,12 @@ check: $(STAMP)  ## lint, format, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/shellcheck entrypoint.sh .ci/run .github/lock.sh
-	$(BIN)/hadolint Dockerfile
+	$(BIN)/hadolint Dockerfile infra/sagemaker/Dockerfile
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec infra/docker/compose*.yaml
 	$(BIN)/zizmor --offline --quiet --pedantic .github
-	$(BIN)/yamllint --strict -c .github/yamllint.yaml infra
+	$(BIN)/yamllint --strict -c .github/yamllint.yaml infra/docker infra/kubernetes
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

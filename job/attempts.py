@@ -31,7 +31,7 @@ from job.lease import take
 from job.objects import Conflict, ObjectStore
 from job.preemption import Stop
 from job.processes import ALONE, Processes
-from job.records import Artifact, AttemptRecord
+from job.records import Artifact, AttemptRecord, StepMetrics
 
 T = TypeVar("T")
 
@@ -57,7 +57,8 @@ class Attempt:
     """What every stage needs.
 
     `store` is guarded: it refuses to change once another attempt has taken the run over, and in any process but the
-    first. `number` is the lease's epoch.
+    first. `number` is the lease's epoch. `joules` asks a meter what the GPUs have taken since the attempt began;
+    `on_metrics` is told of every step.
     """
 
     store: ObjectStore
@@ -68,11 +69,16 @@ class Attempt:
     faults: Faults
     earlier: list[AttemptRecord]
     processes: Processes = ALONE
+    usd_per_hour: float | None = None
+    joules: Callable[[], float | None] = lambda: None
+    on_metrics: Callable[[StepMetrics], None] = lambda _metrics: None
     started: str = field(default_factory=now)
     stage_seconds: dict[str, float] = field(default_factory=dict)
     steps: int = 0
     repeated_steps: int = 0
+    repeated_seconds: float = 0.0
     last_step: int = 0
+    _stage: tuple[str, float] | None = None
     _began: float = field(default_factory=time.monotonic)
     _next_note: float = field(default_factory=time.monotonic)
 
@@ -87,11 +93,13 @@ class Attempt:
         self.processes.check()
         self._note_if_due()
 
-    def step_done(self, step: int) -> None:
+    def step_done(self, step: int, seconds: float) -> None:
         """Counts an optimizer step, and now and then notes in the store how far the attempt is."""
         self.beat()
         self.steps += 1
-        self.repeated_steps += step <= max((record.last_step for record in self.earlier), default=0)
+        if step <= max((record.last_step for record in self.earlier), default=0):
+            self.repeated_steps += 1
+            self.repeated_seconds += seconds
         self.last_step = step
         self._note_if_due()
         self.faults.at("step", step)
@@ -102,11 +110,20 @@ class Attempt:
         with log.stage(name):
             self.faults.at("stage", name)
             self.alive()
-            began = time.monotonic()
+            self._stage = (name, time.monotonic())
             try:
                 yield
             finally:
-                self.stage_seconds[name] = self.stage_seconds.get(name, 0.0) + time.monotonic() - began
+                seconds, self._stage = self._stages_so_far(), None
+                self.stage_seconds = seconds
+
+    def _stages_so_far(self) -> dict[str, float]:
+        """Seconds by stage, the one that is going on included: a killed attempt is known by its last note."""
+        stage = self._stage  # notes are written by the publisher's thread too
+        if stage is None:
+            return dict(self.stage_seconds)
+        name, began = stage
+        return self.stage_seconds | {name: self.stage_seconds.get(name, 0.0) + time.monotonic() - began}
 
     def stage(self, name: str, kind: type[T], work: Callable[[], T | None]) -> T:
         """What the stage found out: read from its record if an earlier attempt finished it, else worked out now.
@@ -163,11 +180,14 @@ class Attempt:
             finished=None if outcome == "running" else now(),
             outcome=outcome,
             seconds=time.monotonic() - self._began,
-            stage_seconds=dict(self.stage_seconds),
+            stage_seconds=self._stages_so_far(),
             steps=self.steps,
             repeated_steps=self.repeated_steps,
             last_step=self.last_step,
             world_size=self.processes.place.world_size,
+            repeated_seconds=self.repeated_seconds,
+            usd_per_hour=self.usd_per_hour,
+            energy_joules=self.joules(),
         )
 
     def note(self, outcome: str) -> None:
@@ -203,6 +223,7 @@ def open_attempt(
     beat: Callable[[], None],
     faults: Faults,
     processes: Processes = ALONE,
+    usd_per_hour: float | None = None,
 ) -> Iterator[Attempt]:
     """Takes the run's lease and begins its next attempt; writes the attempt's end into the ledger.
 
@@ -214,6 +235,7 @@ def open_attempt(
         beat: Tells the watchdog that the attempt gets on.
         faults: What to rehearse.
         processes: Those that make this attempt; process 0 holds the lease for all.
+        usd_per_hour: Price of this machine; None where it is not known.
 
     Raises:
         Replaced: Another attempt took the run over.
@@ -229,7 +251,9 @@ def open_attempt(
         Path(cache).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="qlora-job-", dir=cache, ignore_cleanup_errors=True) as work:
         earlier = _ledger(store, number) if processes.leads else []
-        attempt = Attempt(guarded(store, lease), Path(work), number, stop, beat, faults, earlier, processes)
+        attempt = Attempt(
+            guarded(store, lease), Path(work), number, stop, beat, faults, earlier, processes, usd_per_hour
+        )
         attempt.note("running")
         try:
             yield attempt

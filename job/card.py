@@ -10,11 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from job import wording
+from job.known import LICENCES
 from job.rendering import render
 from job.schemas import PROMPTS
-
-DATA_LICENCES = {"tatsu-lab/alpaca": "cc-by-nc-4.0"}
-"""Of data sets on the hub, as their own cards have them. Of others nothing is known here, and nothing is claimed."""
 
 METRICS = {"acc": ("accuracy", "accuracy"), "acc_norm": ("acc_norm", "accuracy by length-normalized likelihood")}
 """The hub's name of a metric, and ours."""
@@ -27,7 +25,7 @@ def write(results: Mapping[str, Any]) -> bytes:
     settings = {name: setting["value"] for name, setting in results["settings"].items()}
     model, dataset, tasks = results["model"], results["dataset"], results["evaluation"]["tasks"]
     title = f"{_short(model['id'])}, fine-tuned on {_short(dataset['source'])}"
-    licence = DATA_LICENCES.get(dataset["source"]) if dataset["revision"] else None
+    licence = LICENCES.get(dataset["source"]) if dataset["revision"] else None
     body = render(
         "card.md",
         escape=False,

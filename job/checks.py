@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import ValidationError
+
 # Another version of scipy or another processor may end an iteration elsewhere, in digits that nobody reads. Relative,
 # because a p value may be as small as it likes.
 TOLERANCE = 1e-7
@@ -72,6 +74,15 @@ def _same(claimed: Any, found: Any) -> bool:
         return math.isclose(claimed, found, rel_tol=TOLERANCE) if float in kinds else bool(claimed == found)
     except OverflowError:  # a whole number beyond all floats
         return False
+
+
+def why(error: ValueError) -> str:
+    """What is wrong with a file, in a line, without a quotation from it."""
+    if isinstance(error, ValidationError):
+        first = error.errors(include_input=False, include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        return f"{place}{place and ': '}{first['msg']}"[:_SHOWN]
+    return str(error).splitlines()[0][:_SHOWN]
 
 
 def show(value: Any) -> str:

@@ -26,6 +26,8 @@ from job.topology import VARIABLES, Place, find_machines, visible_gpu
 
 USAGE = """\
 usage: qlora-job [run] [--GROUP.NAME VALUE ...]      the job (default)
+       qlora-job plan [--format json] [--GROUP.NAME VALUE ...]
+                                                     what would go wrong, and what the run takes; needs no GPU
        qlora-job config [--GROUP.NAME VALUE ...]     the effective settings and where each came from
        qlora-job config --schema                     JSON Schema of all settings
        qlora-job report RESULTS [--output FILE]      the HTML report again, of a finished run (path or s3://)
@@ -123,7 +125,8 @@ def _launch(settings: Settings, words: list[str]) -> int | None:
             return None
         from job.pipeline import finished
 
-        if finished(settings, current_platform().delivery) is not None:  # the other machines may be gone for good
+        delivery = current_platform().delivery if run.node_rank == 0 else None
+        if finished(settings, delivery) is not None:  # the other machines may be gone for good
             return 0
         # An Indexed Job may number runs that have nothing to do with each other.
         machine = Machine(processes, run.nodes, run.node_rank, run.rendezvous) if run.nodes > 1 else Machine(processes)
@@ -172,6 +175,14 @@ def _config(words: list[str]) -> int:
     return 0
 
 
+def _plan(words: list[str]) -> int:
+    _tell_libraries(None)
+    with log.hush():
+        from job.plan_text import plan_command
+
+    return plan_command(words)
+
+
 def _selftest(_words: list[str]) -> int:
     from job.selftest import selftest
 
@@ -202,6 +213,7 @@ def _compare(words: list[str]) -> int:
 COMMANDS = {
     "run": _run,
     "train": _run,
+    "plan": _plan,
     "config": _config,
     "verify": _verify,
     "compare": _compare,

@@ -97,6 +97,19 @@ def load_examples(
     )
 
 
+def is_hub_id(source: str) -> bool:
+    """Whether a source that is no URI means a data set of the hub: it looks like an id, and is no file here."""
+    return bool(_HUB_ID.fullmatch(source)) and not has_known_suffix(source) and not Path(source).exists()
+
+
+def require_revision(revision: str | None) -> str:
+    """The revision of a hub data set, which has to be given."""
+    if revision is None:
+        what = "a data set of the hub needs a revision, best a commit, so that the run can be repeated"
+        raise SettingsError([Problem("JOB_DATA__REVISION", what)])
+    return revision
+
+
 class _Findings:
     """What was found wrong: either problems to report all at once, or bad rows to count by kind."""
 
@@ -128,15 +141,11 @@ class _Findings:
 
 def _open(source: str, revision: str | None, split: str, name: str) -> tuple[str | None, Rows]:
     """The commit (None for a file) and the rows of a source."""
-    is_hub_id = _HUB_ID.fullmatch(source) and not has_known_suffix(source) and not Path(source).exists()
-    if not is_hub_id:
+    if not is_hub_id(source):
         file = find_file(source)
         # A file found in a directory is named by its place in it.
         return None, read_rows(file, name if file == Path(source) else f"{name.rstrip('/')}/{file.name}")
-    if revision is None:
-        what = "a data set of the hub needs a revision, best a commit, so that the run can be repeated"
-        raise SettingsError([Problem("JOB_DATA__REVISION", what)])
-    return open_dataset(source, revision, split, name)
+    return open_dataset(source, require_revision(revision), split, name)
 
 
 def _settle_schema(rows: Rows, schema: Schema | None, findings: _Findings, name: str) -> tuple[Schema, Rows]:

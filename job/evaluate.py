@@ -88,6 +88,35 @@ def load_tasks(names: Sequence[str], data: Mapping[str, Path], sources: Mapping[
     return Tasks(loaded, {name: sources.get(name, str(task.config.dataset_path)) for name, task in tasks.items()})
 
 
+def check_tasks(names: Sequence[str], data: Iterable[str]) -> None:
+    """Refuses tasks that are unknown or cannot be evaluated, without fetching anything.
+
+    Args:
+        names: Tasks or groups of lm-eval.
+        data: Tasks that the user has files of questions for.
+
+    Raises:
+        SettingsError: With all that is wrong.
+    """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    _check_names(_index([*names, *data]).task_index, names, data)
+
+
+def count_questions(tasks: Tasks, tokenizer: Any, limit: int | None) -> tuple[int, int, int]:
+    """How many questions there are, the tokens they take in flat rows, and how many of these give a score."""
+    total = tokens = reads = 0
+    for task in tasks.loaded["tasks"].values():
+        for doc in islice(task.eval_docs, limit):
+            choices = [
+                len(tokenizer.encode(f" {choice}", add_special_tokens=False)) for choice in task.doc_to_choice(doc)
+            ]
+            context = len(tokenizer.encode(str(task.doc_to_text(doc))))
+            total += 1
+            tokens += context + sum(choices) - len(choices)
+            reads += sum(choices)
+    return total, tokens, reads
+
+
 def _index(names: Sequence[str]) -> Any:
     """lm-eval's index of tasks, of the folders only whose files are named like the tasks where that is enough.
 

@@ -10,12 +10,13 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from job.batches import steps_per_epoch
-from job.checks import Check, Difference, count, differ, show
+from job.checks import Check, Difference, count, differ, show, why
 from job.comparison import compare_tasks, judge
+from job.cost import account
 from job.published import answers_path
 from job.question_records import HASHES, QuestionRecord, contradiction, parse, tally_records
 from job.recipe import total_steps
-from job.records import StepMetrics, TaskScores
+from job.records import AttemptRecord, StepMetrics, TaskScores
 from job.results import RESULTS
 
 METRICS = "artifacts/metrics.jsonl"
@@ -115,19 +116,31 @@ def check_training(results: Mapping[str, Any], copies: Copies) -> Check:
     training = results["training"]
     extent = count(training["steps"], "step")
     try:
-        lines = copies[METRICS].read_bytes().removesuffix(b"\n").split(b"\n")
-        kind = TypeAdapter(StepMetrics)
-        history = [kind.validate_json(line) for line in lines]
+        history = _read_steps(copies[METRICS].read_bytes())
         found = _summed(history, results)
     except KeyError:
         return Check("training", extent, (Difference(METRICS, "the metrics of a step a line", "nothing to read"),))
     except ValueError as error:
-        first = str(error).splitlines()[0][:200]
-        return Check("training", extent, (Difference(METRICS, "the metrics of a step a line", first),))
+        return Check("training", extent, (Difference(METRICS, "the metrics of a step a line", str(error)),))
     differences = list(differ(f"{RESULTS} training", {name: training[name] for name in found}, found))
     if [step.step for step in history] != list(range(1, len(history) + 1)):
         differences.append(Difference(METRICS, "the steps from 1 up", "others"))
     return Check("training", extent, tuple(differences))
+
+
+def _read_steps(data: bytes) -> list[StepMetrics]:
+    """The steps in a file of metrics.
+
+    Raises:
+        ValueError: With the first line that holds none.
+    """
+    kind, steps = TypeAdapter(StepMetrics), []
+    for number, line in enumerate(data.removesuffix(b"\n").split(b"\n"), start=1):
+        try:
+            steps.append(kind.validate_json(line))
+        except ValueError as error:
+            raise ValueError(f"line {number}: {why(error)}") from None
+    return steps
 
 
 def _summed(history: Sequence[StepMetrics], results: Mapping[str, Any]) -> dict[str, Any]:
@@ -161,11 +174,9 @@ def _summed(history: Sequence[StepMetrics], results: Mapping[str, Any]) -> dict[
 
 
 def check_cost(results: Mapping[str, Any]) -> Check:
-    """Sums over the attempts."""
-    attempts, cost = results["run"]["attempts"], results["cost"]
-    found = {
-        "seconds": sum(attempt["seconds"] for attempt in attempts),
-        "repeated_steps": sum(attempt["repeated_steps"] for attempt in attempts),
-    }
-    differences = differ(f"{RESULTS} cost", {name: cost[name] for name in found}, found)
-    return Check("cost", f"sums over {count(len(attempts), 'attempt')}", tuple(differences))
+    """Seconds, dollars, waste, energy and savings, from the attempts and the prices."""
+    attempts = TypeAdapter(list[AttemptRecord]).validate_python(results["run"]["attempts"])
+    on_demand = results["settings"].get("cost.on_demand_usd_per_hour", {}).get("value")
+    found = account(attempts, results["training"]["seconds"], on_demand)
+    differences = differ(f"{RESULTS} cost", results["cost"], found)
+    return Check("cost", f"adds up over {count(len(attempts), 'attempt')}", tuple(differences))

@@ -227,15 +227,17 @@ class Log(Group):
     """JSON lines, or for eyes; `auto` asks whether a terminal is there."""
     level: Literal["debug", "info", "warning", "error"] = "info"
     """Least level that is shown."""
+    trackers: Literal["auto", "off"] = "auto"
+    """Weights & Biases and MLflow; `auto` uses each whose own variables are set, such as MLFLOW_TRACKING_URI."""
 
 
 class Cost(Group):
     """What the machine costs; without a price the manifest has seconds only."""
 
     usd_per_hour: Maybe[NotNegative] = None
-    """Price of the machine, or of all machines together."""
+    """Price of the machine, or of all machines together. Attempts may differ in it: each is charged at its own."""
     on_demand_usd_per_hour: Maybe[NotNegative] = None
-    """Price of the same machine on demand; kept in the manifest's settings, nothing is computed from it yet."""
+    """Price of the same machine if it could not be taken away; the manifest says what was saved."""
 
 
 class Settings(Group):

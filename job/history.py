@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 
 from job import lease
 from job.attempts import SETTINGS, ledger_key, parse_record
-from job.checks import Check, Difference, count, differ, show
+from job.checks import Check, Difference, count, differ, show, why
 from job.comparison import compare_tasks
 from job.copies import MISSING
 from job.errors import JobError
@@ -125,17 +125,34 @@ def check_attempts(
 def _lasted(claimed: AttemptRecord, noted: AttemptRecord) -> Iterator[Difference]:
     """The last attempt wrote its record after the manifest, or, if it was killed right then, before it."""
     ended = noted.outcome != "running"
-    if noted.seconds < claimed.seconds if ended else noted.seconds > claimed.seconds:
-        order = "at least" if ended else "at most"
-        place = f"{ledger_key(claimed.number)} seconds"
-        yield Difference(place, show(noted.seconds), f"{order} {show(claimed.seconds)} by {RESULTS}")
+    for name, before, after in _growing(claimed, noted):
+        if after < before if ended else after > before:
+            order = "at least" if ended else "at most"
+            place = f"{ledger_key(claimed.number)} {name}"
+            yield Difference(place, show(after), f"{order} {show(before)} by {RESULTS}")
+
+
+def _growing(claimed: AttemptRecord, noted: AttemptRecord) -> Iterator[tuple[str, float, float]]:
+    """What went on growing between the two: seconds, those of the stage that went on, and energy."""
+    yield "seconds", claimed.seconds, noted.seconds
+    for stage in _going_on(claimed, noted):
+        if stage in claimed.stage_seconds and stage in noted.stage_seconds:
+            yield f"stage_seconds.{stage}", claimed.stage_seconds[stage], noted.stage_seconds[stage]
+    if claimed.energy_joules is not None and noted.energy_joules is not None:
+        yield "energy_joules", claimed.energy_joules, noted.energy_joules
+
+
+def _going_on(*records: AttemptRecord) -> set[str]:
+    """The stage that each record was written in: the last one it has."""
+    return {next(reversed(record.stage_seconds)) for record in records if record.stage_seconds}
 
 
 def _agree(where: str, claimed: AttemptRecord, noted: AttemptRecord) -> Iterator[Difference]:
     """What does not change between the two, or in a record of before not yet."""
     ended = noted.outcome != "running"
-    stages = claimed.stage_seconds.keys() & noted.stage_seconds.keys()
-    changing = {"outcome", "finished", "seconds", "stage_seconds", *(() if ended else ("steps", "last_step"))}
+    stages = claimed.stage_seconds.keys() & noted.stage_seconds.keys() - _going_on(claimed, noted)
+    changing = {"outcome", "finished", "seconds", "stage_seconds", "energy_joules"}
+    changing |= set() if ended else {"steps", "last_step", "repeated_steps", "repeated_seconds"}
     one, two = (
         {name: value for name, value in asdict(record).items() if name not in changing}
         | {"stage_seconds": {stage: record.stage_seconds[stage] for stage in stages}}
@@ -161,7 +178,7 @@ def _parsed(key: str, parse: Callable[[bytes], T], data: bytes | None, differenc
     try:
         return parse(data)
     except ValueError as error:
-        differences.append(Difference(key, "what the job wrote", str(error).splitlines()[0][:200]))
+        differences.append(Difference(key, "what the job wrote", why(error)))
         return None
 
 

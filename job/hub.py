@@ -55,6 +55,10 @@ def open_dataset(source: str, revision: str, split: str, name: str) -> tuple[str
 
 MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.jinja")
 """What is fetched of a model: no pickled weights, no code."""
+SMALL_FILES = tuple(kind for kind in MODEL_FILES if kind != "*.safetensors")
+"""All of that but the weights."""
+PEEK_SECONDS = 10.0
+"""A plan is not to wait for long."""
 
 
 def download_model(source: str, revision: str | None) -> tuple[Path, str | None]:
@@ -72,11 +76,8 @@ def download_model(source: str, revision: str | None) -> tuple[Path, str | None]
         AccessDenied: The model is gated, private, or does not exist for these credentials.
         DataError: No such path, model or revision.
     """
-    path = Path(source)
-    if path.is_dir():
+    if (path := local_model(source)) is not None:
         return path, None
-    if source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise DataError([Problem("model.id", f"{source} is not a folder")])
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import DryRunError
 
@@ -89,6 +90,73 @@ def download_model(source: str, revision: str | None) -> tuple[Path, str | None]
             check_disk(Path(constants.HF_HUB_CACHE), required_bytes(missing))
         folder = snapshot_download(source, **wanted)
     return Path(folder), commit
+
+
+def local_model(source: str) -> Path | None:
+    """The folder of a model that is named by its path; None for a hub id.
+
+    Raises:
+        DataError: A path, but not to a folder.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise DataError([Problem("model.id", f"{source} is not a folder")])
+    return None
+
+
+def is_reachable() -> bool:
+    """Whether the hub answers at all."""
+    from huggingface_hub import constants, get_session
+
+    try:
+        with hub_errors("the hub"):
+            get_session().head(constants.ENDPOINT, timeout=PEEK_SECONDS)
+    except Unreachable:
+        return False
+    return not constants.HF_HUB_OFFLINE
+
+
+def peek_model(source: str, revision: str | None) -> tuple[Path, dict[str, int]]:
+    """The folder of a hub model's small files, and the bytes of each file that the job is going to fetch, by name.
+
+    Raises:
+        Unreachable, AccessDenied, DataError: As `download_model`.
+    """
+    from huggingface_hub import snapshot_download
+
+    with hub_errors(f"model {source}"):
+        files = snapshot_download(source, revision=revision, allow_patterns=list(MODEL_FILES), dry_run=True)
+        folder = snapshot_download(source, revision=revision, allow_patterns=list(SMALL_FILES))
+    return Path(folder), {file.filename: file.file_size or 0 for file in files}
+
+
+def cached_model(source: str, revision: str | None) -> Path | None:
+    """The folder of a hub model in the local cache, if there is one; nobody is asked."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    small = list(SMALL_FILES)
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=small, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+
+
+def peek_dataset(source: str, revision: str) -> tuple[int, str | None]:
+    """Bytes of a hub data set's files, and the licence that its card names.
+
+    Raises:
+        Unreachable, AccessDenied, DataError: As `open_dataset`.
+    """
+    from huggingface_hub import HfApi
+
+    with hub_errors(f"data set {source}"):
+        info = HfApi().dataset_info(source, revision=revision, files_metadata=True, timeout=PEEK_SECONDS)
+    named = getattr(info.card_data, "license", None)
+    licence = ", ".join(map(str, named)) if isinstance(named, list) else named
+    return sum(file.size or 0 for file in info.siblings or []), str(licence) if licence else None
 
 
 @contextmanager

@@ -6,13 +6,14 @@ the stage like our own. Logs go to stderr; stdout is for results.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any, Protocol, TextIO
 
 import structlog
@@ -106,6 +107,13 @@ def bind(**context: Any) -> None:
 def stage(name: str) -> Iterator[None]:
     """Lines within carry the stage's name."""
     with structlog.contextvars.bound_contextvars(stage=name):
+        yield
+
+
+@contextmanager
+def hush() -> Iterator[None]:
+    """Within it nothing is printed: libraries greet when they are imported, and stdout is for results."""
+    with redirect_stdout(io.StringIO()):
         yield
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from job import hashes
+from job.cost import account
 from job.records import Artifact, AttemptRecord, DatasetRecord, ModelRecord, TrainingRecord
 from job.results import REPORT
 
@@ -38,7 +39,7 @@ def build(
     artifacts: Sequence[Artifact],
     evidence: Sequence[Artifact],
     image_digest: str | None,
-    usd_per_hour: float | None,
+    on_demand_usd_per_hour: float | None,
     gpus: Sequence[Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Puts the manifest together and seals it.
@@ -46,8 +47,6 @@ def build(
     `tasks` and `gate` are from `compare_tasks` and `judge`; `gpus` are those of all processes where there are several,
     of which each sees one.
     """
-    seconds = sum(attempt.seconds for attempt in attempts)
-    repeated = sum(attempt.repeated_steps for attempt in attempts)
     return sealed(
         {
             "schema_version": "1.0",
@@ -79,12 +78,7 @@ def build(
                 "git": git_commit(),
                 "image_digest": image_digest,
             },
-            "cost": {
-                "seconds": seconds,
-                "usd": None if usd_per_hour is None else usd_per_hour * seconds / 3600,
-                "goodput": min(1.0, training.seconds / seconds),
-                "repeated_steps": repeated,
-            },
+            "cost": account(attempts, training.seconds, on_demand_usd_per_hour),
         }
     )
 
@@ -184,13 +178,23 @@ def summary(results: Mapping[str, Any], where: str) -> list[str]:
         lines.append(f"{name}, {task['n']:,} questions: accuracy {before:.2f} % -> {after:.2f} % ({interval})")
         counts = f"{task['improved']} questions better and {task['regressed']} worse"
         lines.append(f"verdict: {task['verdict']}, {counts}, McNemar p = {task['mcnemar_p']:.2g}")
-    usd = "" if cost["usd"] is None else f", ${cost['usd']:.2f}"
-    attempts = len(results["run"]["attempts"])
-    lines.append(f"{cost['seconds']:.0f} s in {attempts} attempt{'s' if attempts > 1 else ''}{usd}")
+    lines.append(_cost_line(cost, len(results["run"]["attempts"])))
     if any(artifact["path"] == REPORT for artifact in results["artifacts"]):
         lines.append(f"report: {where.removesuffix('results.json')}{REPORT}")
     lines.append(f"results: {where}")
     return lines
+
+
+def _cost_line(cost: Mapping[str, Any], attempts: int) -> str:
+    """Time, and dollars and energy where they are known."""
+    line = f"{cost['seconds']:.0f} s in {attempts} attempt{'s' if attempts > 1 else ''}"
+    if cost["usd"] is not None:
+        line += f", ${cost['usd']:.2f}"
+    if cost["energy_kwh"] is not None:
+        line += f", {cost['energy_kwh']:.2f} kWh of the GPU"
+    if attempts > 1:
+        line += f"; {cost['wasted_seconds']:.0f} s of it wasted"
+    return line
 
 
 def tell(lines: Sequence[str]) -> None:

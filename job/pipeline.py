@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from typing import Any
 
-from job import log, manifest
+from job import energy, log, manifest
 from job.attempts import Attempt, compare_settings, keep_settings, missing, open_attempt
 from job.baselines import check_tasks
 from job.delivery import deliver
@@ -22,7 +23,8 @@ from job.publication import publish
 from job.pull import pull
 from job.records import Artifact, Evaluated, Pulled, Trained
 from job.results import RESULTS
-from job.settings import Settings, describe
+from job.settings import Settings, describe, environment, trackers
+from job.trackers import Tracking, tracking
 
 # These change how a run is carried out, never what it computes; an attempt may differ in them from the one before.
 EXECUTION = {
@@ -57,14 +59,18 @@ def run(
     shared, store = open_store(settings.run.output, **storage), _store(settings)
     armed = arm(faults if processes.leads else (), store)
     store = faulty(store, armed)
-    with open_attempt(
-        store, decisive, cache=settings.storage.cache, stop=stop, beat=beat, faults=armed, processes=processes
-    ) as attempt:
-        from job import stages  # torch and all that: what can be refused without it has been
+    cache, price = settings.storage.cache, settings.cost.usd_per_hour
+    begun = open_attempt(
+        store, decisive, cache=cache, usd_per_hour=price, stop=stop, beat=beat, faults=armed, processes=processes
+    )
+    with _tracked(settings, processes) as track, begun as attempt:
+        with log.hush():
+            from job import stages  # torch and all that: what can be refused without it has been
 
         choose_device(settings.run.device)  # a missing GPU is found missing before the model is downloaded
         if processes.leads:
             _withdraw(attempt)
+        _watch(attempt, track)
         with attempt.timed("pull"):
             sources = pull(attempt, settings, storage)
         loaded = stages.load(settings, sources, processes)
@@ -95,6 +101,7 @@ def run(
                     gpus=gpus,
                 ),
             )
+        track.results(results)
     if processes.leads:
         manifest.tell(manifest.summary(results, f"{store.uri}/{RESULTS}"))
         if delivery:
@@ -134,6 +141,20 @@ def _withdraw(attempt: Attempt) -> None:
         attempt.store.delete(RESULTS)
 
 
+def _tracked(settings: Settings, processes: Processes) -> AbstractContextManager[Tracking]:
+    """The trackers that are asked for; the first process tells them for all."""
+    asked = trackers(settings) if processes.leads else {}
+    return tracking(asked, settings.run.id, _plain(settings), environment())
+
+
+def _watch(attempt: Attempt, track: Tracking) -> None:
+    """Has the steps told to the trackers, and the energy of all processes' GPUs metered by process 0."""
+    track.start()
+    gpus = [name for seen in attempt.processes.gather("names of the GPUs", energy.visible_gpus()) for name in seen]
+    if attempt.processes.leads:
+        attempt.on_metrics, attempt.joules = track.step, energy.open_meter(gpus)
+
+
 def _same(known: Pulled, found: Pulled) -> None:
     """A run is one experiment: what it is made of may not change between two attempts."""
     changed = [key for key, value in asdict(known).items() if asdict(found)[key] != value]
@@ -158,7 +179,12 @@ def _store(settings: Settings) -> ObjectStore:
 
 def _decisive(settings: Settings) -> dict[str, Any]:
     """The settings that decide the result."""
-    return {name: value for name, value, _ in describe(settings) if _decides(name)}
+    return {name: value for name, value in _plain(settings).items() if _decides(name)}
+
+
+def _plain(settings: Settings) -> dict[str, Any]:
+    """Value of every setting by dotted name, without secrets."""
+    return {name: value for name, value, _ in describe(settings)}
 
 
 def _decides(name: str) -> bool:

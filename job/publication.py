@@ -60,7 +60,7 @@ def publish(
         artifacts=[*base.artifacts, *trained.artifacts, *adapter.artifacts, *copies],
         evidence=evidence.collect(attempt.store, attempt.work / "evidence", attempt.number),
         image_digest=settings.run.image_digest,
-        usd_per_hour=settings.cost.usd_per_hour,
+        on_demand_usd_per_hour=settings.cost.on_demand_usd_per_hour,
         gpus=gpus,
     )
     results = manifest.sealed(publish_documents(attempt, results))

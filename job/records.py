@@ -131,8 +131,8 @@ class StepMetrics:
 class AttemptRecord:
     """One start of the run. Times are RFC 3339 in UTC.
 
-    `finished` is None where it was killed without notice; `seconds` and the steps are then as of its last note, up to
-    some seconds before.
+    `finished` is None where it was killed without notice; everything else is then as of its last note, up to some
+    seconds before. `usd_per_hour` is what the machine of this attempt cost, as far as it was told.
     """
 
     number: int
@@ -146,6 +146,9 @@ class AttemptRecord:
     last_step: int
     world_size: int = 1
     """Processes that worked together; the default is for what was noted before there could be several."""
+    repeated_seconds: float = 0.0
+    usd_per_hour: float | None = None
+    energy_joules: float | None = None
 
 
 @dataclass(frozen=True)

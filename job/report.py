@@ -13,11 +13,12 @@ from typing import Any
 
 from job import charts, wording
 from job.answers import changed
+from job.cost import OUTSIDE
 from job.records import Artifact, StepMetrics
 from job.rendering import render
 from job.results import REPORT
 from job.settings import preset_values
-from job.timeline import OTHER, bars, by_stage, restarts
+from job.timeline import bars, by_stage, restarts
 
 FIRST_QUESTIONS, MOST_QUESTIONS = 5, 40
 """Of each task and direction: how many stand open, and how many can be read at all."""
@@ -28,7 +29,7 @@ STAGE_NAMES = {
     "train": "train",
     "evaluate-adapter": "evaluate adapter",
     "publish": "publish",
-    OTHER: "loading, or cut off uncounted",
+    OUTSIDE: "loading",
 }
 
 Records = list[dict[str, Any]]

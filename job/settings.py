@@ -36,15 +36,19 @@ __all__ = [
     "preset_values",
     "redacted",
     "secrets",
+    "trackers",
 ]
 
 _SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY_ID)(?!.*(FILE|DIR|PATH)$)", re.IGNORECASE)
+_LOGIN = re.compile(r"://([^/@\s]+:[^/@\s]+@)")  # of a tracker's or a proxy's address
 _SHORTEST_SECRET = 8
 
 READING = ("storage.", "log.")
 """Groups of the settings that count where published runs are read."""
 # How far SageMaker's copy of a folder may lag behind; it gives no figure, an upload of a few GB takes less than this.
 COPIED_WITHIN_SECONDS = 300
+PROJECT = "qlora-job"
+"""What a tracker files runs under, unless the user says otherwise."""
 
 Fault = tuple[str, str]
 """Name of a setting, and what is wrong with it beside the others."""
@@ -64,7 +68,13 @@ def load_settings(arguments: Sequence[str] = (), environ: Mapping[str, str] | No
     problems = [*layer.problems, *wrong.values()]
     if machines.fault:
         problems.append(Problem("resourceconfig.json", machines.fault))
-    faults = [*_processes(settings, environ), *_places(settings), *_pins(settings), *_tasks(settings), *_gate(settings)]
+    faults = [
+        *_processes(settings, environ),
+        *_places(settings, platform),
+        *_pins(settings),
+        *_tasks(settings),
+        *_gate(settings),
+    ]
     sources = {**settings.sources, **dict.fromkeys(VARIABLES, "environment")}
     problems += [Problem(f"{name} ({sources[name]})", what) for name, what in faults if name not in wrong]
     if problems:
@@ -134,7 +144,26 @@ def environment() -> dict[str, str]:
 def secrets(environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
     """The credentials in the environment, by the ecosystem's own names, so that the log can leave them out."""
     environ = os.environ if environ is None else environ
-    return tuple(value for name, value in environ.items() if _SECRET.search(name) and len(value) >= _SHORTEST_SECRET)
+    named = [value for name, value in environ.items() if _SECRET.search(name)]
+    in_urls = [found for value in environ.values() for found in _LOGIN.findall(value)]
+    return tuple(secret for secret in (*named, *in_urls) if len(secret) >= _SHORTEST_SECRET)
+
+
+def trackers(settings: Settings, environ: Mapping[str, str] | None = None) -> dict[str, str | None]:
+    """The experiment trackers that the environment asks for by their own names, and the project to put the run into.
+
+    The project is None where the user named one by the tracker's own variable, which it then reads itself.
+    """
+    environ = os.environ if environ is None else environ
+    given = {name for name, value in environ.items() if value}
+    found: dict[str, str | None] = {}
+    if settings.log.trackers == "off":
+        return found
+    if environ.get("WANDB_MODE") != "disabled" and given & {"WANDB_API_KEY", "WANDB_MODE", "WANDB_PROJECT"}:
+        found["wandb"] = None if "WANDB_PROJECT" in given else PROJECT
+    if "MLFLOW_TRACKING_URI" in given:
+        found["mlflow"] = None if given & {"MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"} else PROJECT
+    return found
 
 
 def describe(settings: Settings) -> list[tuple[str, Any, str]]:
@@ -200,8 +229,11 @@ def _processes(settings: Settings, environ: Mapping[str, str]) -> Iterator[Fault
         yield "run.id", "must be given: each machine or process would make up its own"
 
 
-def _places(settings: Settings) -> Iterator[Fault]:
+def _places(settings: Settings, platform: Platform) -> Iterator[Fault]:
     output, cache = settings.run.output, settings.storage.cache
+    own = copied_folder(platform.inputs) or platform.output
+    if own and settings.run.nodes > 1 and Path(output).is_relative_to(own):
+        yield "run.output", "is a folder of this machine alone; with several machines give s3://bucket/prefix"
     if not output.startswith("s3://") and (why := _why_not_writable(Path(output) / settings.run.id)):
         yield "run.output", why
     if cache and (why := _why_not_writable(Path(cache))):

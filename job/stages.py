@@ -151,7 +151,7 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
     """Trains from the newest whole checkpoint on, and publishes the adapter and the metrics."""
     model, processes = loaded.model, attempt.processes
     recipe, substitutions = substitute(_recipe(settings, len(sources.examples), model), model.device.type)
-    for sentence in substitutions:
+    for sentence in substitutions if processes.leads else ():
         log.get_logger().warning("substituted", what=sentence)
     restored = _restore(attempt)
     if restored.folder is not None:
@@ -249,7 +249,8 @@ def _teller(attempt: Attempt, tell: log.Progress, watch: Stopwatch) -> Callable[
     """Counts, times and shows a step."""
 
     def on_metrics(metrics: StepMetrics) -> None:
-        watch.add("step", float(metrics.measured["seconds"] or 0))
+        seconds = float(metrics.measured["seconds"] or 0)
+        watch.add("step", seconds)
         tell(
             metrics.step,
             loss=round(metrics.loss, 4),
@@ -257,7 +258,8 @@ def _teller(attempt: Attempt, tell: log.Progress, watch: Stopwatch) -> Callable[
             tokens_per_second=round(metrics.measured["tokens_per_second"] or 0, 1),
             memory_bytes=metrics.measured["memory_bytes"],
         )
-        attempt.step_done(metrics.step)
+        attempt.step_done(metrics.step, seconds)
+        attempt.on_metrics(metrics)
 
     return on_metrics
 

@@ -6,10 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from job.cost import OUTSIDE
 from job.wording import between
-
-OTHER = "outside stages"
-"""Seconds that no stage counted: loading the model, and the stage in which an attempt was killed."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ def _pieces(attempt: Mapping[str, Any]) -> Iterator[Piece]:
     seconds = max(attempt["seconds"], sum(attempt["stage_seconds"].values())) or 1.0
     stages = list(attempt["stage_seconds"].items())
     other = seconds - sum(attempt["stage_seconds"].values())
-    for name, spent in [*stages[:1], (OTHER, other), *stages[1:]]:
+    for name, spent in [*stages[:1], (OUTSIDE, other), *stages[1:]]:
         share = attempt["repeated_steps"] / attempt["steps"] if name == "train" and attempt["steps"] else 0.0
         if spent > 0:
             yield Piece(name, spent, round(100 * spent / seconds, 3), round(100 * share, 1))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 from hypothesis import settings
 
 _CACHE = tempfile.TemporaryDirectory(prefix="qlora-job-tests-")
@@ -33,6 +35,13 @@ settings.load_profile("shared machine")
 def pytest_unconfigure() -> None:
     """Removes the caches of the Hugging Face libraries and of hypothesis."""
     _CACHE.cleanup()
+
+
+@pytest.fixture(autouse=True)
+def _fresh_log_context() -> Iterator[None]:
+    """What a test binds to its log lines (run, attempt) is not on another one's."""
+    yield
+    structlog.contextvars.clear_contextvars()
 
 
 @pytest.fixture(scope="session")

@@ -62,6 +62,7 @@ ATTEMPTS = (
         steps=34,
         repeated_steps=0,
         last_step=34,
+        usd_per_hour=2.5,
     ),
     AttemptRecord(
         number=2,
@@ -73,6 +74,7 @@ ATTEMPTS = (
         steps=20,
         repeated_steps=0,
         last_step=54,
+        usd_per_hour=2.5,
     ),
     AttemptRecord(
         number=3,
@@ -84,6 +86,7 @@ ATTEMPTS = (
         steps=50,
         repeated_steps=10,
         last_step=94,
+        usd_per_hour=2.5,
     ),
 )
 Sides = tuple[list[dict[str, Any]], list[dict[str, Any]]]
@@ -152,7 +155,7 @@ def results(found: Evidence, arguments: Sequence[str] = (), **changes: Any) -> d
             "artifacts": [],
             "evidence": [],
             "image_digest": None,
-            "usd_per_hour": 2.5,
+            "on_demand_usd_per_hour": None,
             **changes,
         }
     )

@@ -92,10 +92,10 @@ def publish_run(
         artifacts=[*base.artifacts, *trained.artifacts, *adapter.artifacts, *copies],
         evidence=collect(store, work / "evidence", attempts),
         image_digest=None,
-        usd_per_hour=1.5,
+        on_demand_usd_per_hour=chosen.cost.on_demand_usd_per_hour,
     )
     store.write("results.json", sealed(results))
-    store.write(ledger_key(attempts), sealed(asdict(replace(ledger[-1], seconds=ledger[-1].seconds + 0.5))))
+    store.write(ledger_key(attempts), sealed(asdict(_gone_on(ledger[-1]))))
     holder = LeaseRecord(epoch=attempts, holder="host/1", started="2026-01-05T09:00:00Z", heartbeat=7)
     store.write("lease.json", sealed(holder.model_dump()))
     return folder
@@ -140,11 +140,19 @@ def _attempt(number: int, *, last: bool) -> AttemptRecord:
         finished="2026-01-05T09:59:00.000Z" if last else None,
         outcome="complete" if last else "killed",
         seconds=60.5,
-        stage_seconds={"pull": 1.5, "train": 50.25},
+        stage_seconds={"pull": 1.5, "train": 50.25, **({"publish": 2.5} if last else {})},
         steps=2,
         repeated_steps=0,
         last_step=STEPS if last else 2,
+        usd_per_hour=1.5,
+        energy_joules=9000.0,
     )
+
+
+def _gone_on(record: AttemptRecord) -> AttemptRecord:
+    """The last record of an attempt: half a second after the one in the manifest, and still publishing then."""
+    stages = record.stage_seconds | {"publish": record.stage_seconds["publish"] + 0.25}
+    return replace(record, seconds=record.seconds + 0.5, stage_seconds=stages, energy_joules=9100.0)
 
 
 def _model() -> ModelRecord:

@@ -19,16 +19,16 @@ SOURCES = {
 # A room imports from the lines above its own only. Imports inside functions count.
 LEVELS = """
     __init__ errors records log hashes batches statistics attention platforms presets fieldtypes callbacks
-    optimizer_states results charts answers checks tables vector triton_kernels
-    layers kernels
+    optimizer_states results charts answers checks tables tracker_process architectures gpus stand_in vector
+    layers kernels triton_kernels
     sagemaker
-    store formats groups sources topology preemption lean scoring events manifest limits clouds watchdog publisher
+    store formats groups sources topology preemption lean scoring events limits clouds watchdog publisher
     comparison question_records side_by_side model
-    recipe processes selftest wording rows replay
-    local s3_errors schemas settings hub states notices joined rendering timeline
+    recipe processes selftest wording cost energy trackers estimate known workload rows replay execution
+    local s3_errors schemas settings hub states notices joined rendering timeline manifest forecast
     s3 s3_client encode train evaluate rendezvous card report
     objects dataset launcher
-    lease markers scores artifacts
+    lease markers scores artifacts preflight
     guard checkpoint_download
     checkpoints
     faults
@@ -40,7 +40,8 @@ LEVELS = """
     pull history lineage scorer
     stages verify
     inspection publication
-    pipeline
+    pipeline plan
+    plan_text
     cli
     __main__
 """
@@ -55,6 +56,9 @@ SOLE_USERS = {
     "trl": {"train"},
     "lm_eval": {"evaluate"},
     "structlog": {"log"},
+    "pynvml": {"energy"},
+    "wandb": {"tracker_process"},
+    "mlflow": {"tracker_process"},
 }
 SETS_THE_ENVIRONMENT = {"cli", "log"}
 """They tell libraries something before these are imported; they read nothing."""
@@ -65,6 +69,7 @@ NEVER_CALLED = {"torch.load", "torch.save", "eval", "exec", "yaml.load", "yaml.u
 
 HEAVY = {"torch", "transformers", "trl", "peft", "bitsandbytes", "lm_eval", "datasets", "accelerate", "numpy", "scipy"}
 HEAVY |= {"pyarrow", "pandas", "boto3", "botocore", "huggingface_hub", "tensorboard", "matplotlib", "jsonschema"}
+HEAVY |= {"wandb", "mlflow"}
 
 
 def imports(tree: ast.AST) -> Iterator[str]:

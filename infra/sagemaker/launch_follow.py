@@ -18,6 +18,7 @@ EXIT_CODES = {
     1: ("a bug", "counts against the limit"),
     2: ("settings are wrong", "no"),
     3: ("quality gate not met (results are published)", "no"),
+    4: ("results do not verify", "no"),
     65: ("data is wrong", "no"),
     69: ("storage or hub cannot be reached after retries", "yes"),
     75: ("preempted, or stalled; the state is durable", "yes, free"),

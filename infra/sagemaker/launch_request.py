@@ -108,7 +108,8 @@ def build(order: Order, metrics: list[dict[str, str]]) -> dict[str, Any]:
 
 def hyperparameters(order: Order) -> dict[str, str]:
     """The job's settings; the user's own last."""
-    own: dict[str, str] = {"run.id": order.run}
+    _, named, digest = order.image.rpartition("@")
+    own: dict[str, str] = {"run.id": order.run, **({"run.image_digest": digest} if named else {})}
     if not order.copied:
         own |= {"run.output": f"{order.root}/runs", "storage.region": order.region}
         own |= {"storage.kms_key_id": order.kms_key} if order.kms_key else {}
@@ -147,6 +148,10 @@ def problems(order: Order) -> Iterator[str]:
         (
             bool(order.subnets) == bool(order.security_groups),
             "--subnet, --security-group: a VPC takes both; give both, or none",
+        ),
+        (
+            order.count == 1 or not order.copied,
+            "--copied: each machine has a folder of its own, and a run needs one for all; drop it, or --count",
         ),
         (
             order.copied or not order.isolated,

@@ -20,11 +20,15 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import torch
 
 from job.attention import Segment, _segment_by_segment, _varlen_kernel, build_layout
+from job.energy import open_meter, visible_gpus
+from job.estimate import Setup, training_memory
+from job.known import ARCHITECTURES
 from job.model import add_adapter, load_base, make_deterministic, trainable
 from job.recipe import Hooks, Recipe
 from job.records import Example, Question
 from job.scoring import plan_rows, score_row, tokens_of
 from job.train import train
+from job.workload import count
 
 DEVICE = torch.device("cuda")
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -183,6 +187,19 @@ def speed(folder: Path) -> None:
     data = examples(400, 32000)
     for budget, recompute in ((4096, True), (16384, True), (16384, False)):
         torch.cuda.reset_peak_memory_stats()
+        lengths = [len(example.input_ids) for example in data]
+        plan = count(lengths, lengths, seed=0, global_batch_size=32, steps=6)
+        micro_batch = min(budget, plan.largest_step)
+        setup = Setup(
+            architecture=ARCHITECTURES["mistralai/Mistral-7B-v0.1"],
+            rank=16,
+            targets=MODULES,
+            quantization="nf4",
+            double_quantization=True,
+            value_bytes=2,
+            optimizer="adamw_8bit",
+            recompute=recompute,
+        )
         trained, _ = go(model, data, recipe(6, budget, recompute=recompute), folder / f"b{budget}{recompute}")
         steady = trained.history[2:]
         say(
@@ -191,6 +208,8 @@ def speed(folder: Path) -> None:
             recompute=recompute,
             tokens_per_second=sum(m.target_tokens for m in steady) / sum(m.measured["seconds"] for m in steady),
             peak_bytes=torch.cuda.max_memory_allocated(),
+            micro_batch=micro_batch,
+            predicted_bytes=training_memory(setup, micro_batch).total,
             losses=[round(m.loss, 3) for m in trained.history],
         )
     model.eval()
@@ -207,11 +226,22 @@ def speed(folder: Path) -> None:
     say("score", questions_per_second=len(questions) / seconds, tokens_per_second=tokens / seconds)
 
 
+def energy() -> None:
+    """The meter counts while the GPU works."""
+    joules, began = open_meter(visible_gpus()), time.monotonic()
+    big = torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16)
+    while time.monotonic() - began < 5:
+        big = (big @ big).clamp(-1, 1)
+        torch.cuda.synchronize()
+    took = joules()
+    say("energy", joules=took, watts=None if took is None else took / (time.monotonic() - began))
+
+
 def main() -> int:
     """Runs the parts that were named, or all."""
     make_deterministic()
     say("machine", gpu=torch.cuda.get_device_name(), torch=torch.__version__, cuda=torch.version.cuda)
-    parts = {"kernel": lambda _: kernel(), "exactness": exactness, "speed": speed}
+    parts = {"kernel": lambda _: kernel(), "exactness": exactness, "speed": speed, "energy": lambda _: energy()}
     with tempfile.TemporaryDirectory() as folder:
         for name in sys.argv[1:] or parts:
             parts[name](Path(folder))

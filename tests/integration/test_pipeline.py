@@ -345,15 +345,20 @@ def test_the_same_command_twice_gives_the_same_artifacts(inputs: Inputs, whole: 
 
 
 def test_a_preempted_run_ends_as_the_undisturbed_one(inputs: Inputs, whole: Ended) -> None:
-    """SIGTERM while training: exit 75. The same command again: exit 0, the same artefacts, no stage done twice."""
-    stopped = run_until_step(inputs, "stopped", step=8)
+    """SIGTERM while training: exit 75. The same command again: exit 0, the same artefacts, no stage done twice.
+
+    It is tracked, which changes nothing, and costs are counted over both attempts, each at its own price.
+    """
+    places = {f"WANDB_{name}_DIR": str(inputs.folder / "wandb") for name in ("CACHE", "CONFIG", "DATA", "ARTIFACT")}
+    tracked = {"WANDB_MODE": "offline", "WANDB_DIR": str(inputs.folder), **places}
+    stopped = run_until_step(inputs, "stopped", step=8, JOB_COST__USD_PER_HOUR="3.6", **tracked)
     assert stopped.code == 75
     (error,) = errors(stopped)
     assert (error["event"], error["exit_code"], error["attempt"]) == ("Preempted", 75, 1)
     assert "stopped by SIGTERM" in error["why"]
     assert not (stopped.run / "results.json").exists()
 
-    resumed = run(inputs, "stopped")
+    resumed = run(inputs, "stopped", JOB_COST__USD_PER_HOUR="7.2", JOB_COST__ON_DEMAND_USD_PER_HOUR="14.4", **tracked)
     assert resumed.code == 0
     assert artifacts(resumed.results) == artifacts(whole.results)
     (resuming,) = [line for line in resumed.lines if line["event"] == "resuming"]
@@ -362,7 +367,18 @@ def test_a_preempted_run_ends_as_the_undisturbed_one(inputs: Inputs, whole: Ende
     first, second = resumed.results["run"]["attempts"]
     assert (first["outcome"], second["outcome"]) == ("preempted", "complete")
     assert first["steps"] + second["steps"] == 20
-    assert resumed.results["cost"]["repeated_steps"] == 0
+    cost = resumed.results["cost"]
+    assert cost["repeated_steps"] == 0
+    assert [part["usd"] for part in cost["attempts"]] == pytest.approx(
+        [first["seconds"] * 0.001, second["seconds"] * 0.002]
+    )
+    assert STAGES[:3] == list(first["stage_seconds"])
+    assert 0 < cost["wasted_seconds"] < cost["seconds"]
+    assert cost["savings"]["percent"] > 50
+    for ended in (stopped, resumed):
+        (line,) = [line for line in ended.lines if line["event"] == "the run is tracked"]
+        assert Path(line["where"]).parent.name.endswith("-stopped")
+    assert len(resumed.stdout.splitlines()) == len(whole.stdout.splitlines())
     # Its base was scored before, by the undisturbed run, which has the same key.
     assert "run whole" in resumed.results["evaluation"]["tasks"]["arc_easy"]["base"]["reused_from"]
 

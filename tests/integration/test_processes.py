@@ -28,7 +28,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> 
     """Only the order of additions can differ: fp32, no dropout. 8 steps in two epochs, a checkpoint every other one."""
     folder = tmp_path_factory.mktemp("processes")
     write_jsonl(folder / "rows.jsonl", alpaca_rows(22))
-    write_jsonl(folder / "questions.jsonl", arc_rows(24))
+    write_jsonl(folder / "questions.jsonl", arc_rows(10))
     return {
         "JOB_RUN__OUTPUT": str(folder / "out"),
         "JOB_RUN__SPOT_NOTICES": "off",
@@ -36,7 +36,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> 
         "JOB_MODEL__QUANTIZATION": "none",
         "JOB_DATA__SOURCE": str(folder / "rows.jsonl"),
         "JOB_EVAL__DATA": f"arc_easy={folder / 'questions.jsonl'}",
-        "JOB_EVAL__BATCH_TOKENS": "256",
+        "JOB_EVAL__BATCH_TOKENS": "150",
         "JOB_TRAIN__GLOBAL_BATCH_SIZE": "6",  # by four it does not divide, and an epoch's last step has four
         "JOB_TRAIN__LEARNING_RATE": "2e-3",
         "JOB_TRAIN__MAX_LENGTH": "512",
@@ -172,7 +172,7 @@ def test_a_signal_to_one_stops_all(forked: Forks, environment: dict[str, str], o
     last = last_step(group)
     (error,) = [line for line in group.lines(0) if line["level"] == "error"]
     assert f"step {last} of {STEPS} is saved" in error["why"]
-    assert go(forked, environment, "stopped", 2) == [0, 0]
+    assert go(forked, environment, "stopped", 1) == [0]
     first, second = results(environment, "stopped")["run"]["attempts"]
     assert (first["outcome"], second["outcome"]) == ("preempted", "complete")
     assert first["repeated_steps"] == second["repeated_steps"] == 0
@@ -205,6 +205,18 @@ def test_a_run_that_is_replaced_ends_in_all_processes(forked: Forks, environment
     assert group.wait() == [76, 76]
 
 
+def test_an_error_of_one_is_told_once(forked: Forks, environment: dict[str, str], tmp_path: Path) -> None:
+    """Bad rows, which only process 0 reads, end all with 65; the log says once which they are."""
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{**alpaca_rows(1)[0], "output": ""}])
+    changes = {"JOB_RUN__ID": "bad", "JOB_DATA__SOURCE": str(rows), "JOB_DATA__ON_BAD_ROW": "error"}
+    codes, group = forked.run({**environment, **changes, "JOB_LOG__LEVEL": "debug"}, 2, "bad")
+    assert codes == [65, 65]
+    assert [line["event"] for line in group.lines(0) if line["level"] == "error"] == ["DataError"]
+    assert [line["event"] for line in group.lines(1) if line["level"] == "error"] == []
+    (told,) = [line for line in group.lines(1) if line["event"] == "ends with the others"]
+    assert told["problems"] == [f"process 0: {rows}:1 output: is empty: there is nothing to learn"]
+
+
 def start(environment: Mapping[str, str], log: Path, **changes: str) -> subprocess.Popen[str]:
     """Starts the job as a user does; its log goes to a file."""
     settings = {**os.environ, **environment, **changes}
@@ -227,22 +239,3 @@ def test_two_machines(environment: dict[str, str], one: str, tmp_path: Path) -> 
     again = start(environment, tmp_path / "2", **common, JOB_RUN__NODE_RANK="1")
     assert again.wait(timeout=60) == 0
     assert "complete already" in (tmp_path / "2").read_text()
-
-
-def test_an_error_of_one_is_told_once(environment: dict[str, str], tmp_path: Path) -> None:
-    """Two processes on one machine, started as a user does: bad rows end with 65, and the log says it once."""
-    rows = write_jsonl(tmp_path / "rows.jsonl", [{**alpaca_rows(1)[0], "output": ""}])
-    process = start(
-        environment,
-        tmp_path / "log",
-        JOB_RUN__PROCESSES="2",
-        JOB_DATA__SOURCE=str(rows),
-        JOB_DATA__ON_BAD_ROW="error",
-        JOB_LOG__LEVEL="debug",
-    )
-    assert process.wait(timeout=120) == 65, (tmp_path / "log").read_text()[-3000:]
-    lines = read_jsonl(tmp_path / "log")
-    assert [(line["process"], line["event"]) for line in lines if line["level"] == "error"] == [(0, "DataError")]
-    (told,) = [line for line in lines if line["event"] == "ends with the others"]
-    assert (told["process"], told["exit_code"]) == (1, 65)
-    assert len({line["run"] for line in lines}) == 1

@@ -76,8 +76,11 @@ def labels(documents: Iterable[Document], job: str, jobset: str) -> dict[str, st
     return {**given, "batch.kubernetes.io/job-name": job, "jobset.sigs.k8s.io/jobset-name": jobset}
 
 
-def environment(documents: Iterable[Document], pod_labels: Mapping[str, str]) -> dict[str, str]:
-    """A container's environment by the kubelet's rules: envFrom, then env in order; `$(NAME)` of what came before."""
+def environment(documents: Iterable[Document], pod_labels: Mapping[str, str], index: int = 0) -> dict[str, str]:
+    """A container's environment by the kubelet's rules: envFrom, then env in order; `$(NAME)` of what came before.
+
+    The pods of an Indexed Job have their index in it.
+    """
     documents = list(documents)
     job = container(documents)
     found = dict(SERVICE)
@@ -93,7 +96,7 @@ def environment(documents: Iterable[Document], pod_labels: Mapping[str, str]) ->
             expanded = re.sub(r"\$\((\w+)\)", lambda m: found.get(m[1], m[0]), variable["value"])
             found[variable["name"]] = expanded
     if job_spec(documents).get("completionMode") == "Indexed":
-        found["JOB_COMPLETION_INDEX"] = "0"
+        found["JOB_COMPLETION_INDEX"] = str(index)
     return found
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+import botocore.session
 import jsonschema
 import kubernetes_validate
 import pytest
@@ -40,9 +43,6 @@ FOLDERS = ["base", *(f"overlays/{name}" for name in OVERLAYS), "overlays/kueue/q
 ACTIONS = {"no": "FailJob", "yes": "Count", "counts against the limit": "Count", "yes, free": "Ignore"}
 SET_ACTIONS = {"FailJob": "FailJobSet", "Count": "RestartJobSet", "Ignore": "RestartJobSetAndIgnoreMaxRestarts"}
 
-# The settings of a launch over several machines; once the job knows them, they are checked like all others.
-LAUNCH = {"run.processes", "run.nodes", "run.node_rank", "run.rendezvous"} - set(NAMES)
-
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_every_api_server_takes_it(folder: str) -> None:
@@ -75,10 +75,10 @@ def test_a_wrong_field_is_found() -> None:
         jsonschema.validate(jobset, CRDS[jobset["apiVersion"], jobset["kind"]])
 
 
-def settings_of(name: str) -> dict[str, str]:
-    """The `JOB_` variables of an overlay's pods."""
+def settings_of(name: str, index: int = 0) -> dict[str, str]:
+    """The `JOB_` variables of an overlay's pod, the first one's unless another is asked for."""
     documents = overlay(name)
-    found = environment(documents, labels(documents, "a-job", "a-set"))
+    found = environment(documents, labels(documents, "a-job", "a-set"), index)
     return {key: value for key, value in found.items() if key.startswith(("JOB_", "KUBERNETES_"))}
 
 
@@ -87,8 +87,6 @@ def test_settings_are_settings(name: str, tmp_path: Path) -> None:
     """Every `JOB_` name is one that the job knows, and every value is one that it takes."""
     places = {mount["mountPath"]: tmp_path for mount in container(overlay(name))["volumeMounts"]}
     environ = {key: relocate(value, places) for key, value in settings_of(name).items()}
-    for waiting in LAUNCH:
-        environ.pop(environment_name(waiting), None)
     settings = load_settings([], environ)
     given = {setting for setting, source in settings.sources.items() if source.startswith("environment ")}
     assert given == {setting for setting in NAMES if environment_name(setting) in environ}
@@ -110,7 +108,10 @@ def test_pods_of_a_set_meet_at_its_first_pod() -> None:
     assert host == f"a-set-{replicated['name']}-0-0.a-set"
     assert port.isdecimal()
     spec = replicated["template"]["spec"]
-    assert spec["completions"] == spec["parallelism"] == int(settings_of("multi-node")["JOB_RUN__NODES"])
+    for index in range(spec["completions"]):
+        run = load_settings([], settings_of("multi-node", index)).run
+        assert (run.nodes, run.node_rank) == (spec["completions"], index)
+    assert spec["completions"] == spec["parallelism"]
     assert spec["completionMode"] == "Indexed"
     assert one(documents, "JobSet")["spec"]["network"]["enableDNSHostnames"] is True
 
@@ -306,6 +307,32 @@ def test_roles_of_aws() -> None:
         assert found["AWS_ROLE_ARN"].startswith("arn:aws:iam::")
 
 
+def test_boto3_takes_the_role(tmp_path: Path) -> None:
+    """By the token, although the template names a file of keys as well, which is not there."""
+    places = {mount["mountPath"]: tmp_path for mount in container(overlay("gke-spot"))["volumeMounts"]}
+    found = environment(overlay("gke-spot"), labels(overlay("gke-spot"), "a", "b"))
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            patch.delenv(name)
+        for name, value in found.items():
+            if name.startswith("AWS_"):
+                patch.setenv(name, relocate(value, places))
+        credentials = botocore.session.Session().get_credentials()
+    assert credentials.method == "assume-role-with-web-identity"
+
+
+@pytest.mark.parametrize("token", ["hf_of_the_secret", None])
+def test_the_hub_s_client_takes_the_token(token: str | None, tmp_path: Path) -> None:
+    """From the Secret's file, if there is one."""
+    if token:
+        (tmp_path / "HF_TOKEN").write_text(f"{token}\n", encoding="utf-8")
+    path = environment(overlay("demo"), labels(overlay("demo"), "a", "b"))["HF_TOKEN_PATH"]
+    environ = {"HF_TOKEN_PATH": relocate(path, {"/run/secrets/qlora-job": tmp_path}), "HF_HOME": str(tmp_path)}
+    code = "from huggingface_hub import get_token; print(get_token())"
+    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(token)
+
+
 def test_kueue_lets_the_job_go() -> None:
     """Created suspended, in a queue that covers all that it requests."""
     job = one(overlay("kueue"), "Job")
@@ -364,6 +391,6 @@ def names_in(path: Path) -> Iterator[str]:
 
 def test_the_page_names_settings() -> None:
     """Every `JOB_` name in a comment or in the page beside the templates is a setting."""
-    known: set[Any] = {environment_name(name) for name in (*NAMES, *LAUNCH)}
+    known = {environment_name(name) for name in NAMES}
     for path in (*KUBERNETES.rglob("*.yaml"), *KUBERNETES.rglob("*.md")):
         assert set(names_in(path)) <= known, path

@@ -159,7 +159,8 @@ def test_two_interruptions(order: Callable[..., TrainingJob], undisturbed: tuple
 
 def lose_the_adapter(run: Path, copy: Path) -> None:
     """What no order of copying excludes: the record that training is done is copied, and the adapter is not."""
-    shutil.copytree(run / "checkpoints", copy / "checkpoints", dirs_exist_ok=True)
+    unmarked = shutil.ignore_patterns(*(f"*{mark}" for mark in MARKS))
+    shutil.copytree(run / "checkpoints", copy / "checkpoints", dirs_exist_ok=True, ignore=unmarked)
     (copy / "stages").mkdir(exist_ok=True)
     shutil.copy(run / "stages/train.json", copy / "stages")
     (copy / "artifacts/adapter/adapter_model.safetensors").unlink(missing_ok=True)
@@ -215,9 +216,15 @@ def test_a_long_reason_begins_with_what_matters(order: Callable[..., TrainingJob
 
 def test_where_nothing_is_copied_the_log_says_so(order: Callable[..., TrainingJob], folder: Path) -> None:
     """Without CheckpointConfig and S3 an interruption loses the run: a warning comes before anything else happens."""
-    job = order("lost", bucket=None, channels={"training": folder / "no.jsonl"})
-    (folder / "no.jsonl").write_text("", encoding="utf-8")
-    ended = job.run()
-    assert ended.code == 65
-    [warning] = [json.loads(line) for line in ended.log if '"warning"' in line and "copies this run away" in line]
+    ended = order("lost", bucket=None).run(lambda line: line["level"] == "warning", how=signal.SIGKILL)
+    [warning] = [json.loads(line) for line in ended.log]
+    assert "copies this run away" in warning["event"]
     assert warning["output"] == str(folder / "ml/checkpoints")
+
+
+def test_several_machines_need_one_store(order: Callable[..., TrainingJob]) -> None:
+    """The folder that SageMaker copies is another one on each machine: a run on several is told to publish to S3."""
+    ended = order("wide", hosts=("algo-1", "algo-2")).run()
+    assert ended.code == 2
+    assert ended.failure
+    assert "run.output (platform): is a folder of this machine alone; with several machines give s3://" in ended.failure

@@ -99,6 +99,7 @@ class TestRequest:
         assert request["AlgorithmSpecification"]["TrainingImage"] == IMAGE
         assert request["HyperParameters"] == {
             "run.id": "my.run",
+            "run.image_digest": DIGEST,
             "run.output": "s3://bucket/prefix/runs",
             "storage.region": "us-east-1",
             "train.epochs": "3",
@@ -113,7 +114,7 @@ class TestRequest:
         """Spot with its waits, VPC, keys, tags, retries, the platform's copy: all that can be ordered fits."""
         request = dry_run(
             capsys,
-            *("--spot", "--max-run", "6h", "--max-wait", "6h", "--copied", "--isolated", "--count", "2"),
+            *("--spot", "--max-run", "6h", "--max-wait", "6h", "--copied", "--isolated"),
             *("--subnet", "subnet-1", "--subnet", "subnet-2", "--security-group", "sg-1", "--retries", "3"),
             *("--kms-key", "arn:aws:kms:us-east-1:123456789012:key/1", "--volume-kms-key", "alias/disks"),
             *("--tag", "team=nlp", "--env", "HF_HUB_OFFLINE=1", "--fast-file", "--channel", "model=s3://bucket/m/"),
@@ -186,6 +187,7 @@ class TestRefusals:
             (["--max-run", "29d"], "--max-run: must be between a second and 28 days"),
             (["--subnet", "subnet-1"], "a VPC takes both"),
             (["--isolated"], "--isolated: such a container reaches no S3"),
+            (["--copied", "--count", "2"], "--copied: each machine has a folder of its own"),
             (["--channel", "training=/data"], "--channel: must be NAME=s3://"),
             (["--set", "run.id=other"], "--set run.id: is what --run is for"),
             (["--set", "data.source=" + "x" * 2501], "is longer than the 2500 characters"),

@@ -94,7 +94,7 @@ def test_notes_take_little_of_the_time(
         noted.clear()
         for step in range(1, 2001):
             clock.now += 0.01
-            attempt.step_done(step)
+            attempt.step_done(step, 0.01)
         monkeypatch.setattr(attempts, "time", time)
     pauses = [after - before for before, after in pairwise(noted[:-1])]
     assert between[0] <= min(pauses)
@@ -107,7 +107,7 @@ def test_steps_done_again_are_counted(
     """A killed attempt stands in the ledger as far as its last note; what the next one does again is repeated."""
     with opened() as attempt:
         for step in range(1, 6):
-            attempt.step_done(step)
+            attempt.step_done(step, 1.0)
         attempt.note("running")
         last = store.read("attempts/0001.json")
     assert last is not None
@@ -115,8 +115,32 @@ def test_steps_done_again_are_counted(
     with opened() as attempt:
         assert [(a.outcome, a.steps, a.last_step) for a in attempt.earlier] == [("killed", 5, 5)]
         for step in range(4, 8):
-            attempt.step_done(step)
+            attempt.step_done(step, float(step))
         assert (attempt.steps, attempt.repeated_steps, attempt.last_step) == (4, 2, 7)
+        assert attempt.repeated_seconds == 4.0 + 5.0
+
+
+def test_a_killed_attempt_is_known_by_its_last_note(
+    opened: Callable[..., AbstractContextManager[Attempt]], store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A note holds the stage that is going on, what the machine costs, and what a meter says by then."""
+    clock = Clock(0.0)
+    with opened() as attempt:
+        monkeypatch.setattr(attempts, "time", clock)
+        attempt._began = clock.now
+        attempt.usd_per_hour, attempt.joules = 2.5, lambda: 3 * clock.now
+        with attempt.timed("pull"):
+            clock.now += 4.0
+        with attempt.timed("train"):
+            clock.now += 30.0
+            attempt.note("running")
+            noted = ledger(store, 1)
+            clock.now += 6.0
+        assert attempt.stage_seconds == {"pull": 4.0, "train": 36.0}
+        monkeypatch.setattr(attempts, "time", time)
+    assert noted["seconds"] == 34.0
+    assert noted["stage_seconds"] == {"pull": 4.0, "train": 30.0}
+    assert (noted["usd_per_hour"], noted["energy_joules"]) == (2.5, 3 * 1034.0)
 
 
 @pytest.mark.parametrize(

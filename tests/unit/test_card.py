@@ -90,7 +90,7 @@ def test_identical_runs_share_it(made: dict[str, Any]) -> None:
         run_id="another",
         attempts=ATTEMPTS[:1],
         training=replace(TRAINING, seconds=1.0, tokens_per_second=9.0, peak_memory_bytes=5),
-        usd_per_hour=None,
+        on_demand_usd_per_hour=9.0,
     )
     slower["evaluation"]["tasks"]["arc_easy"]["base"]["reused_from"] = "s3://elsewhere"
     slower["hardware"]["memory_bytes"] = 1

@@ -208,7 +208,7 @@ class TestWithGpu:
         assert done.pids[0] == done.pids[1]
         assert (tmp_path / "home/.triton/cache/KEY/cuda_utils.so").exists()
 
-    @pytest.mark.parametrize(("driver", "image"), [("12.8", "13.0 7.5"), ("11.8", "12.6 5.0"), ("9.2", "12.6 5.0")])
+    @pytest.mark.parametrize(("driver", "image"), [("12.8", "13.0 7.5"), ("11.8", "12.6 6.0"), ("9.2", "12.6 6.0")])
     def test_a_driver_that_is_too_old_is_refused(self, start: Start, tmp_path: Path, driver: str, image: str) -> None:
         """Both versions are named, and both ways out."""
         gpus(tmp_path, driver, 'Field "compute_cap" is not a valid field to query.')
@@ -217,7 +217,7 @@ class TestWithGpu:
         assert f"The driver serves CUDA {driver}, this image needs {image.partition(' ')[0]}: update" in done.events[-1]
         assert "infra/docker/README.md" in done.events[-1]
 
-    @pytest.mark.parametrize(("driver", "image"), [("13.3", "13.0 7.5"), ("12.2", "12.6 5.0"), ("14.0", "13.0 7.5")])
+    @pytest.mark.parametrize(("driver", "image"), [("13.3", "13.0 7.5"), ("12.2", "12.6 6.0"), ("14.0", "13.0 7.5")])
     def test_a_driver_of_the_same_major_version_serves(
         self, start: Start, tmp_path: Path, driver: str, image: str
     ) -> None:
@@ -234,7 +234,7 @@ class TestWithGpu:
         ("capability", "image", "code"),
         [
             ("6.0", "13.0 7.5", 2),
-            ("6.0", "12.6 5.0", 0),
+            ("6.0", "12.6 6.0", 0),
             ("7.0", "13.0 7.5", 2),
             ("7.5", "13.0 7.5", 0),
             ("12.0", "13.0 7.5", 0),

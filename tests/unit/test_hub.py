@@ -67,13 +67,12 @@ class Hub(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """Answers for metadata, listings and files."""
         path = self.path.split("?")[0]
-        if path.startswith(("/api/models/some/", "/some/")):
-            self._answer_for_model(path)
-            return
-        repo = next((name for name in REFUSALS if f"datasets/some/{name}" in path), None)
+        repo = next((name for name in REFUSALS if f"some/{name}" in path), None)
         if repo:
             status, code = REFUSALS[repo]
             self._answer(status, b"{}", {"X-Error-Code": code})
+        elif path.startswith(("/api/models/some/", "/some/")):
+            self._answer_for_model(path)
         elif path.startswith("/datasets/some/good/resolve/"):
             content = FILES.get(path.split("/", 6)[6])
             headers = {"ETag": '"1"', "X-Repo-Commit": COMMIT}
@@ -248,3 +247,46 @@ def test_a_full_cache_is_no_bug() -> None:
     for error in (OSError(errno.ENOSPC, "No space left on device"), OSError("Not enough disk space. Needed: 3 TB")):
         with pytest.raises(Unreachable, match="HF_HOME"), hub_errors("data set x"):
             raise error
+
+
+PEEK_CLIENT = """
+import json, sys
+from job.errors import JobError
+from job.hub import cached_model, is_reachable, peek_dataset, peek_model
+
+def say(work):
+    try:
+        print(json.dumps(work()))
+    except JobError as error:
+        print(json.dumps([type(error).__name__, str(error)]))
+
+def model(source, revision):
+    folder, sizes = peek_model(source, revision)
+    return [sorted(path.name for path in folder.iterdir()), sizes]
+
+say(is_reachable)
+for source, revision, _ in json.loads(sys.argv[1]):
+    say(lambda: model(source, revision))
+    say(lambda: peek_dataset(source, revision))
+    say(lambda: cached_model(source, revision) is not None)
+"""
+
+
+def test_a_plan_looks_without_fetching_the_weights(tmp_path: Path) -> None:
+    """Of a model the configuration, and the sizes of the rest, however large; of data its size; or who refuses."""
+    questions = [(f"some/{name}", "main", "") for name in ("huge", "good", "gated", "down")]
+    with serving() as endpoint:
+        reachable, *found = ask(endpoint, tmp_path, *questions, client=PEEK_CLIENT)
+    assert reachable is True
+    small, sizes = found[0]
+    assert small == ["config.json"]
+    assert sizes == {"config.json": len(MODEL["config.json"]), "model.safetensors": 1 << 60}
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size > 10**6]
+    assert found[2] is True
+    assert found[4] == [0, None]
+    assert [answer[0] for answer in found[6:8]] == ["AccessDenied", "AccessDenied"]
+    assert [answer[0] for answer in found[9:11]] == ["Unreachable", "Unreachable"]
+    offline = ask("http://127.0.0.1:9", tmp_path, questions[0], ("some/other", "main", ""), client=PEEK_CLIENT)
+    assert offline[0] is False
+    assert [offline[1][0], offline[3]] == ["Unreachable", True]
+    assert [offline[4][0], offline[6]] == ["Unreachable", False]

@@ -32,8 +32,10 @@ def built(**changes: Any) -> dict[str, Any]:
         steps=6,
         repeated_steps=2,
         last_step=6,
+        repeated_seconds=20.0,
+        usd_per_hour=1.5,
     )
-    killed = replace(attempt, finished=None, outcome="killed", repeated_steps=0)
+    killed = replace(attempt, finished=None, outcome="killed", repeated_steps=0, repeated_seconds=0.0)
     tasks = comparison.compare_tasks(
         {"arc_easy": scores("arc_easy", before, before)}, {"arc_easy": scores("arc_easy", after, after)}
     )
@@ -60,7 +62,7 @@ def built(**changes: Any) -> dict[str, Any]:
         "artifacts": [Artifact("b", 1, HASH), Artifact("a", 2, HASH, HASH)],
         "evidence": [Artifact("settings.json", 3, HASH), Artifact("attempts/0001.json", 4, HASH)],
         "image_digest": None,
-        "usd_per_hour": 1.5,
+        "on_demand_usd_per_hour": None,
     }
     return manifest.build(**(given_facts | changes))
 
@@ -72,13 +74,14 @@ def test_a_built_manifest_is_valid_json_and_fits_its_schema() -> None:
     assert json.loads(json.dumps(results)) == results
 
 
-def test_costs_add_up_over_the_attempts() -> None:
-    """Seconds, dollars and repeated steps are those of all attempts; without a price there are no dollars."""
-    cost = built()["cost"]
-    assert cost["seconds"] == 1200
-    assert cost["usd"] == pytest.approx(0.5)
-    assert cost["repeated_steps"] == 2
-    assert built(usd_per_hour=None)["cost"]["usd"] is None
+def test_costs_are_those_of_all_attempts() -> None:
+    """What `cost.account` says of the attempts and of the training seconds, and nothing else."""
+    results = built(on_demand_usd_per_hour=3.0)
+    assert results["cost"]["seconds"] == 1200
+    assert results["cost"]["usd"] == pytest.approx(0.5)
+    assert results["cost"]["goodput"] == pytest.approx(80 / 1200)
+    assert results["cost"]["savings"]["percent"] == pytest.approx(50)
+    manifest.validate(results)
 
 
 def test_files_are_sorted() -> None:
@@ -126,7 +129,7 @@ def test_the_summary_says_it_in_five_lines() -> None:
     assert f"{100 * task['base']['acc']:.2f} % -> {100 * task['adapter']['acc']:.2f} %" in lines[1]
     assert "200 questions" in lines[1]
     assert lines[2].startswith(f"verdict: improved, {task['improved']} questions better and {task['regressed']} worse")
-    assert "in 2 attempts, $0.50" in lines[3]
+    assert lines[3] == "1200 s in 2 attempts, $0.50; 120 s of it wasted"
     assert lines[4] == "results: /x/results.json"
 
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
-from job.records import Artifact, DatasetRecord, ModelRecord, TrainingRecord
+from job.records import Artifact, AttemptRecord, DatasetRecord, ModelRecord, TrainingRecord
 from job.statistics import Comparison, compare, holm
 
 SCHEMA: dict[str, Any] = json.loads(files("job").joinpath("results.schema.json").read_text("utf-8"))
@@ -50,6 +50,9 @@ EXAMPLE: dict[str, Any] = {
                 "repeated_steps": 0,
                 "last_step": 42,
                 "world_size": 8,
+                "repeated_seconds": 0.0,
+                "usd_per_hour": None,
+                "energy_joules": None,
             },
             {
                 "number": 2,
@@ -62,6 +65,9 @@ EXAMPLE: dict[str, Any] = {
                 "repeated_steps": 2,
                 "last_step": 94,
                 "world_size": 4,
+                "repeated_seconds": 80.5,
+                "usd_per_hour": 2.5,
+                "energy_joules": 1.8e6,
             },
         ],
         "started": "2026-01-05T09:00:00Z",
@@ -171,7 +177,34 @@ EXAMPLE: dict[str, Any] = {
         "git": "5f0c1a2b3c4d5e6f708192a3b4c5d6e7f8091a2b",
         "image_digest": f"sha256:{HASH}",
     },
-    "cost": {"seconds": 7800.0, "usd": 4.5, "goodput": 0.93, "repeated_steps": 2},
+    "cost": {
+        "seconds": 5762.0,
+        "usd": 4.0,
+        "goodput": 0.93,
+        "repeated_steps": 2,
+        "wasted_seconds": 120.5,
+        "wasted_usd": 0.08,
+        "energy_joules": 1.8e6,
+        "energy_kwh": 0.5,
+        "stages": {"pull": {"seconds": 61.5, "usd": 0.04}, "outside stages": {"seconds": 1.5, "usd": None}},
+        "attempts": [
+            {
+                "number": 1,
+                "seconds": 1861.5,
+                "usd": None,
+                "wasted_seconds": 0.0,
+                "wasted_usd": 0.0,
+                "energy_joules": None,
+            },
+        ],
+        "savings": {
+            "on_demand_usd_per_hour": 7.91,
+            "usd": 8.7,
+            "percent": 68.4,
+            "net_usd": 8.4,
+            "net_percent": 67.7,
+        },
+    },
     "seal": HASH,
 }
 
@@ -209,7 +242,7 @@ def name(path: Path) -> str:
 
 
 # Objects whose keys are the user's or the task's own; all others are closed and all their keys required.
-OPEN = {("settings",), ("dataset", "skipped"), ("evaluation", "tasks"), ("software", "packages")}
+OPEN = {("settings",), ("dataset", "skipped"), ("evaluation", "tasks"), ("software", "packages"), ("cost", "stages")}
 OPEN |= {("gate", "baseline", "tasks")}
 FREE = {path for path, _ in walk(EXAMPLE) if path[:1] == ("settings",) and path[2:3] == ("value",)}
 OPEN |= {path for path, _ in walk(EXAMPLE) if path[-1:] == ("stage_seconds",)}
@@ -239,6 +272,10 @@ def test_example_is_valid() -> None:
         (("evidence",), []),
         (("cost", "usd"), None),
         (("cost", "goodput"), None),
+        (("cost", "wasted_usd"), None),
+        (("cost", "energy_kwh"), None),
+        (("cost", "savings"), None),
+        (("cost", "savings", "net_usd"), -250.0),
         (("model", "revision"), None),
         (("dataset", "revision"), None),
         (("dataset", "split"), None),
@@ -291,7 +328,11 @@ def test_counts_are_whole_and_not_negative(path: Path) -> None:
     assert not any(VALIDATOR.is_valid(replaced(path, bad)) for bad in (-1, 1.5, True))
 
 
-@pytest.mark.parametrize("path", [p for p in TYPED if type(at(EXAMPLE, p)) is float], ids=name)
+# Nobody knows how much dearer than on demand a run can get.
+SIGNED = {("cost", "savings", key) for key in ("usd", "percent", "net_usd", "net_percent")}
+
+
+@pytest.mark.parametrize("path", [p for p in TYPED if type(at(EXAMPLE, p)) is float and p not in SIGNED], ids=name)
 def test_numbers_have_a_lower_bound(path: Path) -> None:
     """Every measured number is refused below its range, which starts at 0, or at -1 for differences."""
     assert not VALIDATOR.is_valid(replaced(path, -1.001))
@@ -373,7 +414,13 @@ def test_every_property_is_described() -> None:
 
 @pytest.mark.parametrize(
     ("definition", "record"),
-    [("model", ModelRecord), ("dataset", DatasetRecord), ("training", TrainingRecord), ("artifact", Artifact)],
+    [
+        ("model", ModelRecord),
+        ("dataset", DatasetRecord),
+        ("training", TrainingRecord),
+        ("artifact", Artifact),
+        ("attempt", AttemptRecord),
+    ],
 )
 def test_schema_and_records_agree(definition: str, record: type) -> None:
     """The schema's groups have exactly the fields of the records they are written from."""

@@ -30,6 +30,8 @@ from job.settings import (
     new_run_id,
     preset_values,
     redacted,
+    secrets,
+    trackers,
 )
 
 SECRET = "hf_qWertYuiOpAsdFghJkl"
@@ -613,13 +615,22 @@ class TestCombinations:
 
     def test_sagemaker_tells_its_hosts(self, tmp_path: Path, sagemaker: Callable) -> None:
         """Number of machines, which one, and where to meet; a file that tells nothing is a problem."""
-        environ = sagemaker({})
+        environ = sagemaker({"run.output": "s3://bucket/runs"})
         file = Path(environ["SAGEMAKER_BASE_DIR"], "input/config/resourceconfig.json")
         file.write_text(json.dumps({"current_host": "algo-2", "hosts": ["algo-1", "algo-2"]}))
         run = load_settings([], environ).run
         assert (run.nodes, run.node_rank, run.rendezvous) == (2, 1, "algo-1:29400")
         file.write_text("{}")
         assert list(problems([], environ)) == ["resourceconfig.json"]
+
+    def test_sagemakers_hosts_share_no_folder(self, tmp_path: Path, sagemaker: Callable) -> None:
+        """What SageMaker copies is another folder on each host; a file system that all have mounted is fine."""
+        environ = sagemaker({})
+        base = Path(environ["SAGEMAKER_BASE_DIR"])
+        hosts = {"current_host": "algo-1", "hosts": ["algo-1", "algo-2"]}
+        (base / "input/config/resourceconfig.json").write_text(json.dumps(hosts))
+        assert "this machine alone" in problems([], environ)["run.output (platform)"]
+        assert load_settings([f"--run.output={tmp_path}/shared"], environ)
 
     def test_an_output_below_a_file(self, tmp_path: Path) -> None:
         """A folder cannot be made inside a file, nor in its place."""
@@ -867,6 +878,39 @@ def test_a_preset_can_be_looked_up(preset: str) -> None:
 def test_an_unknown_preset_has_no_values() -> None:
     """A manifest of another version may name one."""
     assert preset_values("of-the-future") == {}
+
+
+@pytest.mark.parametrize(
+    ("environ", "found"),
+    [
+        ({}, {}),
+        ({"WANDB_API_KEY": ""}, {}),
+        ({"WANDB_API_KEY": "x"}, {"wandb": "qlora-job"}),
+        ({"WANDB_MODE": "offline"}, {"wandb": "qlora-job"}),
+        ({"WANDB_PROJECT": "mine"}, {"wandb": None}),
+        ({"WANDB_PROJECT": "mine", "WANDB_MODE": "disabled"}, {}),
+        ({"WANDB_DIR": "/tmp", "MLFLOW_EXPERIMENT_NAME": "mine"}, {}),
+        ({"MLFLOW_TRACKING_URI": "sqlite:///x"}, {"mlflow": "qlora-job"}),
+        ({"MLFLOW_TRACKING_URI": "http://x", "MLFLOW_EXPERIMENT_ID": "1"}, {"mlflow": None}),
+        ({"WANDB_MODE": "online", "MLFLOW_TRACKING_URI": "x"}, {"wandb": "qlora-job", "mlflow": "qlora-job"}),
+    ],
+)
+def test_trackers_are_asked_for_by_their_own_variables(environ: dict[str, str], found: dict[str, str | None]) -> None:
+    """Each tracker whose variables are set, under our project unless the user names one; none where it is off."""
+    assert trackers(load_settings([], environ), environ) == found
+    assert trackers(load_settings(["--log.trackers=off"], environ), environ) == {}
+
+
+def test_secrets_are_keys_and_logins() -> None:
+    """What names of variables say, and the user and password in an address; not what only looks like one."""
+    environ = {
+        "WANDB_API_KEY": "0123456789",
+        "MLFLOW_TRACKING_PASSWORD": "swordfish",
+        "MLFLOW_TRACKING_URI": "https://me:hunter2@tracker.example/x",
+        "HTTPS_PROXY": "http://proxy.example:8080",
+        "HF_TOKEN_PATH": "/root/token",
+    }
+    assert set(secrets(environ)) == {"0123456789", "swordfish", "me:hunter2@"}
 
 
 def test_nothing_heavy_is_imported() -> None:

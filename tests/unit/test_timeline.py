@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from job.timeline import OTHER, bars, by_stage, restarts
+from job.cost import OUTSIDE
+from job.timeline import bars, by_stage, restarts
 from tests.example_run import ATTEMPTS
 
 EXAMPLE = [asdict(attempt) for attempt in ATTEMPTS]
@@ -29,11 +30,11 @@ def test_what_no_stage_counted_is_shown_too() -> None:
     first, second, _ = bars(EXAMPLE)
     assert [(piece.stage, piece.seconds) for piece in first.pieces] == [
         ("pull", 40),
-        (OTHER, 30),
+        (OUTSIDE, 30),
         ("evaluate-base", 60),
         ("train", 170),
     ]
-    assert [(piece.stage, piece.seconds) for piece in second.pieces] == [("pull", 10), (OTHER, 140)]
+    assert [(piece.stage, piece.seconds) for piece in second.pieces] == [("pull", 10), (OUTSIDE, 140)]
 
 
 def test_repeated_steps_are_a_share_of_training() -> None:

@@ -122,6 +122,14 @@ def change(place: str, value: Any) -> Callable[[dict[str, Any]], None]:
         ("training/peak_memory_bytes", 1, "stages"),
         ("cost/seconds", 60.0, "cost"),
         ("cost/repeated_steps", 1, "cost"),
+        ("cost/usd", 0.01, "cost"),
+        ("cost/goodput", 0.9, "cost"),
+        ("cost/wasted_seconds", 0.0, "cost"),
+        ("cost/energy_kwh", 1.0, "cost"),
+        ("cost/stages/train/usd", 0.0, "cost"),
+        ("cost/attempts/1/wasted_usd", 0.0, "cost"),
+        ("run/attempts/0/usd_per_hour", 0.5, "attempts"),
+        ("run/attempts/1/energy_joules", 1e6, "attempts"),
         ("settings/train.learning_rate/value", 1.0, "settings"),
         ("settings/train.epochs/value", 3, "training"),
         ("dataset/sha256", "0" * 64, "stages"),
@@ -205,8 +213,14 @@ def test_answers_that_are_missing(run: Path, check: Checker) -> None:
 
 def test_metrics_that_are_no_metrics(run: Path, check: Checker) -> None:
     """A file with the right hash that does not hold the steps."""
-    rewrite(run, "artifacts/metrics.jsonl", b'{"step": 1}\n')
-    assert check()["training"].differences[0].where == "artifacts/metrics.jsonl"
+    lines = (run / "artifacts/metrics.jsonl").read_bytes().splitlines(keepends=True)
+    for other, why in (
+        (b'{"step": 1}\n', "line 2: epoch: Field required"),
+        (b'{"step": "x"}\n', "line 2: step: Input should be"),
+    ):
+        rewrite(run, "artifacts/metrics.jsonl", b"".join([lines[0], other, *lines[2:]]))
+        failed = check()
+        assert f"artifacts/metrics.jsonl: claimed the metrics of a step a line, found {why}" in told(failed)
 
 
 def test_files_that_nobody_vouches_for_are_named(run: Path, check: Checker) -> None:
@@ -250,6 +264,16 @@ def reseal(run: Path, name: str, **changes: Any) -> None:
     (run / name).write_bytes(sealed(facts | changes))
 
 
+BEFORE: dict[str, Any] = {
+    "outcome": "running",
+    "finished": None,
+    "seconds": 50.0,
+    "stage_seconds": {"pull": 1.5, "train": 48.0},
+    "energy_joules": 8000.0,
+}
+"""In a record of the last attempt: as of a note that it wrote in training."""
+
+
 def test_the_lease_is_the_last_attempts(run: Path, check: Checker) -> None:
     """An earlier attempt cannot have it."""
     reseal(run, "lease.json", epoch=1)
@@ -262,16 +286,20 @@ def test_an_attempt_that_came_too_late_is_told(run: Path, check: Checker) -> Non
     (run / ledger_key(3)).write_bytes(sealed(record | {"number": 3}))
     assert ledger_key(3) in told({"other files": check()["other files"]})
     reseal(run, "lease.json", epoch=3)
-    reseal(run, ledger_key(2), outcome="running", finished=None, seconds=60.0, steps=1)
+    reseal(run, ledger_key(2), **BEFORE, steps=1)
     assert check() == {}
 
 
 def test_killed_right_after_publishing(run: Path, check: Checker) -> None:
     """The ledger then has the last note of before; it cannot have lasted longer than the manifest says."""
-    reseal(run, ledger_key(2), outcome="running", finished=None, seconds=60.0)
+    reseal(run, ledger_key(2), **BEFORE)
     assert check() == {}
     reseal(run, ledger_key(2), seconds=61.0)
     assert f"{ledger_key(2)} seconds" in told(check())
+    reseal(run, ledger_key(2), **BEFORE | {"energy_joules": 9001.0})
+    assert f"{ledger_key(2)} energy_joules" in told(check())
+    reseal(run, ledger_key(2), **BEFORE | {"stage_seconds": {"pull": 1.5, "train": 50.5}})
+    assert f"{ledger_key(2)} stage_seconds.train" in told(check())
 
 
 def test_a_record_with_a_seal_is_no_other_attempts(run: Path, check: Checker) -> None:

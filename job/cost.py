@@ -1,0 +1,117 @@
+"""What a run cost: seconds, dollars and joules, by stage and by attempt, and how much of it an undisturbed run saves.
+
+Wasted is what a run without interruptions would not have paid: every start-up but the longest, and every optimizer step
+that was done again. A start-up is an attempt's time outside the stages that do the work, that is starting, pulling and
+loading. An evaluation that was interrupted goes on from its kept scores, and saving is work: both count as useful.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from job.records import AttemptRecord
+
+WORK = ("evaluate-base", "train", "evaluate-adapter", "publish")
+OUTSIDE = "outside stages"
+HOUR = 3600.0
+JOULES_PER_KWH = 3.6e6
+
+
+def account(
+    attempts: Sequence[AttemptRecord], training_seconds: float, on_demand_usd_per_hour: float | None
+) -> dict[str, Any]:
+    """The manifest's `cost`.
+
+    Args:
+        attempts: All attempts of the run. One that was not told its price is charged at that of the newest that was.
+        training_seconds: Seconds in optimizer steps, each step once.
+        on_demand_usd_per_hour: Price of the machine if it could not be taken away; None where it is not known.
+    """
+    seconds = sum(attempt.seconds for attempt in attempts)
+    known = [attempt.usd_per_hour for attempt in attempts if attempt.usd_per_hour is not None]
+    newest = known[-1] if known else None
+    prices = [newest if attempt.usd_per_hour is None else attempt.usd_per_hour for attempt in attempts]
+    wasted = _wasted(attempts)
+    usd = _sum(_usd(attempt.seconds, price) for attempt, price in zip(attempts, prices, strict=True))
+    wasted_usd = _sum(_usd(lost, price) for lost, price in zip(wasted, prices, strict=True))
+    joules = [attempt.energy_joules for attempt in attempts if attempt.energy_joules is not None]
+    return {
+        "seconds": seconds,
+        "usd": usd,
+        "goodput": min(1.0, training_seconds / seconds) if seconds else None,
+        "repeated_steps": sum(attempt.repeated_steps for attempt in attempts),
+        "wasted_seconds": sum(wasted),
+        "wasted_usd": wasted_usd,
+        "energy_joules": sum(joules) if joules else None,
+        "energy_kwh": sum(joules) / JOULES_PER_KWH if joules else None,
+        "stages": _stages(attempts, prices),
+        "attempts": [
+            {
+                "number": attempt.number,
+                "seconds": attempt.seconds,
+                "usd": _usd(attempt.seconds, price),
+                "wasted_seconds": lost,
+                "wasted_usd": _usd(lost, price),
+                "energy_joules": attempt.energy_joules,
+            }
+            for attempt, price, lost in zip(attempts, prices, wasted, strict=True)
+        ],
+        "savings": _savings(seconds, sum(wasted), usd, on_demand_usd_per_hour),
+    }
+
+
+def _wasted(attempts: Sequence[AttemptRecord]) -> list[float]:
+    """Wasted seconds of each attempt."""
+    starts = [max(0.0, a.seconds - sum(a.stage_seconds.get(stage, 0.0) for stage in WORK)) for a in attempts]
+    needed = starts.index(max(starts))
+    return [
+        min(attempt.seconds, attempt.repeated_seconds + (0.0 if index == needed else starts[index]))
+        for index, attempt in enumerate(attempts)
+    ]
+
+
+def _stages(attempts: Sequence[AttemptRecord], prices: Sequence[float | None]) -> dict[str, Any]:
+    """Seconds and dollars by stage, over all attempts; together they are those of the run."""
+    spent: dict[str, list[tuple[float, float | None]]] = {}
+    for attempt, price in zip(attempts, prices, strict=True):
+        outside = max(0.0, attempt.seconds - sum(attempt.stage_seconds.values()))
+        for stage, seconds in {**attempt.stage_seconds, OUTSIDE: outside}.items():
+            spent.setdefault(stage, []).append((seconds, price))
+    return {
+        stage: {"seconds": sum(seconds for seconds, _ in parts), "usd": _sum(_usd(*part) for part in parts)}
+        for stage, parts in spent.items()
+    }
+
+
+def _savings(seconds: float, wasted: float, usd: float | None, on_demand: float | None) -> dict[str, float] | None:
+    """What the run saved against a machine that cannot be taken away; negative where it cost more.
+
+    `percent` compares the prices of the same seconds. That is SageMaker's `(1 - billable / training seconds) * 100`,
+    whose billable seconds are the seconds times the ratio of the prices. `net_percent` is stricter: on demand, the
+    wasted seconds would not have been paid for.
+    """
+    if usd is None or not on_demand or not seconds > wasted:
+        return None
+    same, needed = on_demand * seconds / HOUR, on_demand * (seconds - wasted) / HOUR
+    return {
+        "on_demand_usd_per_hour": on_demand,
+        "usd": same - usd,
+        "percent": 100 * (1 - usd / same),
+        "net_usd": needed - usd,
+        "net_percent": 100 * (1 - usd / needed),
+    }
+
+
+def _usd(seconds: float, usd_per_hour: float | None) -> float | None:
+    return None if usd_per_hour is None else usd_per_hour * seconds / HOUR
+
+
+def _sum(parts: Iterable[float | None]) -> float | None:
+    """The sum, or None where one of them is not known."""
+    total = 0.0
+    for part in parts:
+        if part is None:
+            return None
+        total += part
+    return total

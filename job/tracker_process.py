@@ -1,0 +1,145 @@
+"""The far end of a tracker: a process of its own, which alone knows wandb and mlflow. See `trackers` for the near one.
+
+It reads one JSON object a line: the run, then steps, then the end. What it has to say (where the run can be seen, or
+what went wrong) it writes back the same way. When its input ends without an end, whoever trained was killed: it leaves
+the tracker's run open, as it would be had it been killed itself, for the next attempt to go on with.
+
+It is never killed, because a tracker may be in the middle of its own books. Nor does it outlive the job for long.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any, Protocol, TextIO
+
+Message = Mapping[str, Any]
+
+TAG = "qlora-job.run"
+"""MLflow makes up its own ids of runs: this tag holds ours."""
+_LONGEST_VALUE = 6000  # MLflow's limit for a parameter
+_WORDS = 300
+_ALONE_SECONDS = 120.0
+"""How long it goes on when there is nobody left to listen."""
+
+
+class _Tracker(Protocol):
+    """What is done with the messages."""
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        """Figures of an optimizer step."""
+
+    def finish(self, outcome: str, summary: Mapping[str, float]) -> None:
+        """The attempt ended: `complete`, `preempted`, or in another word for not done."""
+
+
+class _Wandb:
+    """Weights & Biases: the run has our id, and is resumed where it exists."""
+
+    def __init__(self, start: Message, tell: Callable[[Message], None]) -> None:
+        import wandb
+
+        self._run = wandb.init(
+            id=start["run"],
+            name=start["run"],
+            resume="allow",
+            project=start["project"],
+            config=dict(start["config"]),
+            settings=wandb.Settings(silent=True, console="off", disable_git=True, disable_code=True),
+        )
+        tell({"where": self._run.url or self._run.dir})
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        self._run.log(dict(figures), step=step)
+
+    def finish(self, outcome: str, summary: Mapping[str, float]) -> None:
+        self._run.summary.update({"outcome": outcome, **summary})
+        if outcome == "preempted":
+            self._run.mark_preempting()
+        self._run.finish(exit_code=0 if outcome == "complete" else 1)
+
+
+class _Mlflow:
+    """MLflow: the run is found by a tag."""
+
+    def __init__(self, start: Message, tell: Callable[[Message], None]) -> None:
+        import mlflow
+
+        if start["project"] is not None:
+            mlflow.set_experiment(start["project"])
+        found = mlflow.search_runs(filter_string=f"tags.`{TAG}` = '{start['run']}'", output_format="list")
+        if found:
+            run = mlflow.start_run(run_id=found[0].info.run_id)
+        else:
+            run = mlflow.start_run(run_name=start["run"], tags={TAG: start["run"]})
+            # Once: a parameter cannot be changed, and settings that do not decide the result may.
+            mlflow.log_params({name: str(value)[:_LONGEST_VALUE] for name, value in start["config"].items()})
+        self._mlflow, self._step = mlflow, 0
+        tell({"where": f"run {run.info.run_id} of experiment {run.info.experiment_id}"})  # the URI may hold a password
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        self._step = step
+        self._mlflow.log_metrics(dict(figures), step=step)
+
+    def finish(self, outcome: str, summary: Mapping[str, float]) -> None:
+        if summary:
+            self._mlflow.log_metrics(dict(summary), step=self._step)
+        self._mlflow.set_tag("qlora-job.outcome", outcome)
+        self._mlflow.end_run({"complete": "FINISHED", "preempted": "KILLED"}.get(outcome, "FAILED"))
+
+
+TRACKERS: Mapping[str, Callable[[Message, Callable[[Message], None]], _Tracker]] = {"wandb": _Wandb, "mlflow": _Mlflow}
+
+
+def serve(name: str, messages: Iterator[Message], tell: Callable[[Message], None]) -> None:
+    """Passes messages to a tracker, from the run's start to the attempt's end, and tells that it got so far."""
+    try:
+        tracker = TRACKERS[name](next(messages), tell)
+        for message in messages:
+            if "outcome" in message:
+                tracker.finish(message["outcome"], message["summary"])
+                tell({"done": True})
+                return
+            tracker.log(message["step"], message["figures"])
+    except Exception as error:  # noqa: BLE001 - whatever a tracker raises is its own affair: it is told, and that is all
+        tell({"error": f"{type(error).__name__}: {' '.join(str(error).split())[:_WORDS]}"})
+
+
+def main() -> None:
+    """Serves the tracker that is named on the command line."""
+    answers, lines = _own_stdout(), SimpleQueue[str | None]()
+
+    def read() -> None:
+        for line in sys.stdin:
+            lines.put(line)
+        lines.put(None)
+        time.sleep(_ALONE_SECONDS)
+        os._exit(1)
+
+    def tell(message: Message) -> None:
+        with suppress(OSError):  # nobody listens any more
+            answers.write(json.dumps(message) + "\n")
+            answers.flush()
+
+    Thread(target=read, daemon=True).start()
+    serve(sys.argv[1], (json.loads(line) for line in iter(lines.get, None)), tell)
+    os._exit(0)  # trackers hang their own farewells on the interpreter's exit, and these may take for ever
+
+
+def _own_stdout() -> TextIO:
+    """Takes stdout away from the libraries, which print to it as they like."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
+    return answers
+
+
+if __name__ == "__main__":
+    main()
