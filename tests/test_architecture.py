@@ -24,9 +24,9 @@ LEVELS = """
     sagemaker
     store formats groups sources topology preemption lean scoring events limits clouds watchdog publisher
     comparison question_records side_by_side model
-    recipe processes selftest wording cost energy trackers estimate known workload rows replay execution
-    local s3_errors schemas settings hub states notices joined rendering timeline manifest forecast
-    s3 s3_client encode train evaluate rendezvous card report
+    recipe processes selftest wording cost energy trackers estimate known workload rows replay
+    local s3_errors schemas settings hub states notices joined rendering timeline manifest forecast execution
+    s3 s3_client encode train evaluate rendezvous card report gpu_plan
     objects dataset launcher
     lease markers scores artifacts preflight
     guard checkpoint_download
