@@ -5,7 +5,7 @@ STAMP := .venv/installed
 DOCKER ?= docker
 IMAGE ?= qlora-job
 
-.PHONY: run test check format lock chaos image image-test clean
+.PHONY: run test check format lock chaos bench image image-test clean
 
 run: $(STAMP)  ## the demo: results in runs/<run id>/
 	JOB_PRESET=demo $(BIN)/python -m job
@@ -57,3 +57,6 @@ clean:
 chaos: $(STAMP)  ## 100 runs killed at random points, each compared with an undisturbed one; 50 races of two attempts
 	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/full.py --runs $${RUNS:-100}
 	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/race.py --races $${RACES:-50}
+
+bench: $(STAMP)  ## what a CPU can measure, beside plain scripts of the same work; FULL=1 asks all of ARC-Easy
+	$(BIN)/python tests/bench/cpu.py --json $${JSON:-tests/bench/results/cpu.json} $${FULL:+--full}

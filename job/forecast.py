@@ -20,8 +20,8 @@ Basis = Literal["computed", "measured", "assumed"]
 DOWNLOAD_RATE = 250e6
 START_SECONDS = 60.0
 """Assumed: bytes a second at which the model is fetched, and how long starting and loading take."""
-NEEDED_CAPABILITY = (8, 0)
-"""Of torch's attention over rows of many sequences in half precision."""
+FLASH_CAPABILITY = (8, 0)
+"""From here on `attention` has a kernel for rows of many sequences; below it computes them one by one."""
 MOST_TOKENS = 65_536
 """Up to where budgets are tried when nothing is known of the data."""
 EVALUATIONS = 2
@@ -88,7 +88,7 @@ class GpuPlan:
     name: str
     memory_bytes: int
     fits: bool
-    why_not: str
+    note: str
     budget_recomputing: int
     budget_keeping: int
     hours: float | None
@@ -127,7 +127,7 @@ def figures(run: Run) -> Iterator[Figure]:
     checkpoint = checkpoint_bytes(setup.adapter, setup.optimizer)
     yield Figure("checkpoint", checkpoint, "bytes", basis)
     disk = required_bytes([run.download_bytes], checkpoint)
-    yield Figure("disk", disk, "bytes", basis, f"{size(run.download_bytes)} of it to fetch first")
+    yield Figure("disk", disk, "bytes", basis, f"{size(run.download_bytes, ' ')} of it to fetch first")
 
 
 def _of_the_data(run: Run) -> Iterator[Figure]:
@@ -148,21 +148,20 @@ def on_gpu(gpu: Gpu, run: Run, setup: Setup) -> GpuPlan:
     room = estimate.room(gpu.memory_bytes)
     scoring = _scoring(run, setup)
     need = max(estimate.training_memory(setup, run.micro_batch).total, scoring)
-    no_kernel = gpu.capability < NEEDED_CAPABILITY and setup.value_bytes == HALF_PRECISION
-    why_not = ""
-    if no_kernel:
-        why_not = "torch's attention over rows of many sequences needs compute capability 8.0 in half precision"
-    elif need > room:
-        why_not = f"{size(need)} are needed, and {size(room)} are safe to fill"
+    fits, note = need <= room, ""
+    if not fits:
+        note = f"{size(need, ' ')} are needed, and {size(room, ' ')} are safe to fill"
+    elif gpu.capability < FLASH_CAPABILITY and setup.value_bytes == HALF_PRECISION:
+        note = "has no kernel for attention over many sequences at once; how much slower it is has not been measured"
     price = gpu.usd_per_hour if run.usd_per_hour is None else run.usd_per_hour
-    hours = _hours(gpu, run, setup) if not why_not else None
+    hours = _hours(gpu, run, setup) if fits else None
     return GpuPlan(
         name=gpu.name,
         memory_bytes=gpu.memory_bytes,
-        fits=not why_not,
-        why_not=why_not,
-        budget_recomputing=0 if no_kernel else _budget(run, replace(setup, recompute=True), room),
-        budget_keeping=0 if no_kernel else _budget(run, replace(setup, recompute=False), room),
+        fits=fits,
+        note=note,
+        budget_recomputing=_budget(run, replace(setup, recompute=True), room),
+        budget_keeping=_budget(run, replace(setup, recompute=False), room),
         hours=hours,
         usd_per_hour=price,
         usd=None if hours is None else hours * price,

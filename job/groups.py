@@ -50,6 +50,7 @@ class Group(BaseModel):
         allow_inf_nan=False,
         str_strip_whitespace=True,
         use_attribute_docstrings=True,
+        defer_build=True,  # the validator of the whole holds those of the groups: one is built, not thirteen
     )
 
 

@@ -57,6 +57,7 @@ MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.model",
 """What is fetched of a model: no pickled weights, no code."""
 SMALL_FILES = tuple(kind for kind in MODEL_FILES if kind != "*.safetensors")
 """All of that but the weights."""
+MOST_SMALL_BYTES = 256 << 20
 PEEK_SECONDS = 10.0
 """A plan is not to wait for long."""
 
@@ -128,8 +129,11 @@ def peek_model(source: str, revision: str | None) -> tuple[Path, dict[str, int]]
 
     with hub_errors(f"model {source}"):
         files = snapshot_download(source, revision=revision, allow_patterns=list(MODEL_FILES), dry_run=True)
+        sizes = {file.filename: file.file_size or 0 for file in files}
+        if sum(size for name, size in sizes.items() if not name.endswith(".safetensors")) > MOST_SMALL_BYTES:
+            raise Unreachable(f"model {source}: its configuration and tokenizer are too large to look at beforehand")
         folder = snapshot_download(source, revision=revision, allow_patterns=list(SMALL_FILES))
-    return Path(folder), {file.filename: file.file_size or 0 for file in files}
+    return Path(folder), sizes
 
 
 def cached_model(source: str, revision: str | None) -> Path | None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from contextlib import nullcontext
 from dataclasses import astuple, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +16,8 @@ from job.gpus import GPUS, PRICES
 from job.hub import is_reachable
 from job.limits import check_disk, checkpoint_bytes, required_bytes
 from job.objects import open_store
-from job.preflight import (
-    Check,
-    DataFacts,
-    Found,
-    ModelFacts,
-    check,
-    find_tokenizer,
-    leaving_nothing,
-    look_at_data,
-    look_at_model,
-    look_at_questions,
-    round_trip,
-)
+from job.preflight import Check, Found, check, local_round_trip, round_trip
+from job.previews import DataFacts, ModelFacts, find_tokenizer, look_at_data, look_at_model, look_at_questions
 from job.recipe import total_steps
 from job.settings import Settings
 from job.wording import size
@@ -95,10 +84,8 @@ def _look(settings: Settings, folder: Path) -> _Seen:
     """Makes all checks, each whatever came of the others."""
     s, storage = settings, settings.storage.model_dump(exclude={"cache"})
     storage |= {name: min(storage[name], most) for name, most in QUICK.items()}
-    where: dict[str, Any] = {"online": is_reachable(), "folder": folder, "storage": storage}
-    uri = f"{s.run.output.rstrip('/')}/{s.run.id}"
-    with nullcontext() if uri.startswith("s3://") else leaving_nothing(Path(uri)):
-        stored, seconds = check("storage", lambda: round_trip(open_store(uri, **storage)), unreachable="wrong")
+    where: dict[str, Any] = {"online": cache(is_reachable), "folder": folder, "storage": storage}
+    stored, seconds = check("storage", lambda: _try_storage(s.run.output, s.run.id, storage), unreachable="wrong")
     modelled, model = check("model", lambda: look_at_model(s.model.id, s.model.revision, s.train.max_length, **where))
     tokenized, tokenizer = check("tokenizer", lambda: find_tokenizer(model))
     read, data = check(
@@ -123,6 +110,14 @@ def _look(settings: Settings, folder: Path) -> _Seen:
     return _Seen([stored, modelled, tokenized, read, asked], seconds, model, tokenizer, data, questions)
 
 
+def _try_storage(output: str, run: str, storage: dict[str, Any]) -> Found[float]:
+    """A round trip where the run's files will lie; on a disk beside that, as a store leaves a folder behind."""
+    uri = f"{output.rstrip('/')}/{run}"
+    return (
+        round_trip(open_store(uri, **storage), uri) if uri.startswith("s3://") else local_round_trip(Path(output), uri)
+    )
+
+
 def _measured(seen: _Seen) -> list[Figure]:
     """What a clock said."""
     what = "a write, a read, a list, a delete, and conditional writes"
@@ -134,9 +129,9 @@ def _run(settings: Settings, seen: _Seen, checks: list[Check]) -> Run:
     setup, model_basis = _setup(settings, seen, checks)
     workload, data_basis = _workload(settings, seen.data)
     questions, questions_basis = _questions(settings, seen)
-    downloads = [facts.download_bytes for facts in (seen.model, seen.data) if facts is not None]
-    if seen.model is None and setup is not None:
-        downloads.append(2 * setup.architecture.parameters)  # weights are published in half precision
+    download = seen.model.download_bytes if seen.model else None
+    if download is None:
+        download = 2 * setup.architecture.parameters if setup else 0  # weights are published in half precision
     return Run(
         setup=setup,
         setup_basis=model_basis,
@@ -146,7 +141,7 @@ def _run(settings: Settings, seen: _Seen, checks: list[Check]) -> Run:
         questions_basis=questions_basis,
         budget=settings.train.micro_batch_tokens or SMALL_GPU_TOKENS,
         scoring_budget=settings.eval.batch_tokens,
-        download_bytes=sum(downloads),
+        download_bytes=download + (seen.data.download_bytes if seen.data else 0),
         usd_per_hour=settings.cost.usd_per_hour,
     )
 
@@ -230,14 +225,14 @@ def _disk(settings: Settings, run: Run) -> Check:
 
     def work() -> Found[None]:
         check_disk(folder, need)
-        return "ok", f"about {size(need)} are needed; {folder} has them on this machine", None
+        return "ok", f"about {size(need, ' ')} are needed; {folder} has them on this machine", None
 
     return check("disk", work, unreachable="note")[0]
 
 
 def _assumptions(settings: Settings) -> tuple[str, ...]:
     """What the assumed figures rest on, one sentence each."""
-    price, context = settings.cost.usd_per_hour, size(estimate.CONTEXT_BYTES)
+    price, context = settings.cost.usd_per_hour, size(estimate.CONTEXT_BYTES, " ")
     half = f"speed: {estimate.UTILISATION:.0%} of the data sheet's operations a second in half precision"
     return (
         "one GPU: several share each step's examples, and each needs the same memory",

@@ -90,7 +90,7 @@ def _figures(figures: Sequence[Figure]) -> str:
 
 def _value(figure: Figure) -> str:
     if figure.unit == "bytes":
-        return size(figure.value)
+        return size(figure.value, " ")
     if figure.unit == "FLOP":
         scale, prefix = next((pair for pair in _PREFIXES if figure.value >= pair[0]), (1e9, "G"))
         return f"{figure.value / scale:.1f} {prefix}FLOP"
@@ -103,8 +103,8 @@ def _gpus(plan: Plan) -> str:
     head = ("GPU", "memory", "fits", "largest budget", "without recomputing", "hours", "USD", "USD/h", "machine")
     rows = [head, *(_gpu(gpu, plan.largest_step) for gpu in plan.gpus)]
     lines = _aligned(rows, right=(1, 3, 4, 5, 6, 7))
-    lines.append("memory by the data sheet; budgets in tokens, computed; hours, which include two evaluations, assumed")
-    lines += [f"{gpu.name}: {gpu.why_not}" for gpu in plan.gpus if gpu.why_not]
+    lines.append("budgets in tokens, computed; hours, which include two evaluations, and prices, assumed")
+    lines += [f"{gpu.name}: {gpu.note}" for gpu in plan.gpus if gpu.note]
     priced = [gpu for gpu in plan.gpus if gpu.fits and gpu.usd is not None]
     if priced:
         cheapest = min(priced, key=lambda gpu: gpu.usd or 0)
@@ -126,7 +126,7 @@ def _gpu(gpu: GpuPlan, largest_step: int | None) -> tuple[str, ...]:
 
     return (
         gpu.name,
-        size(gpu.memory_bytes),
+        size(gpu.memory_bytes, " "),
         "yes" if gpu.fits else "no",
         budget(gpu.budget_recomputing),
         budget(gpu.budget_keeping),

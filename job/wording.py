@@ -110,11 +110,11 @@ def duration(seconds: float) -> str:
     return f"{hours:,} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
-def size(number: float) -> str:
-    """Bytes in binary units."""
+def size(number: float, space: str = "\N{NO-BREAK SPACE}") -> str:
+    """Bytes in binary units; for a terminal with an ordinary `space`."""
     units = ("B", "KiB", "MiB", "GiB", "TiB")
     power = next((power for power in range(len(units) - 1) if number < 1024 ** (power + 1)), len(units) - 1)
-    return f"{number / 1024**power:.{0 if power == 0 else 1}f}\N{NO-BREAK SPACE}{units[power]}"
+    return f"{number / 1024**power:.{0 if power == 0 else 1}f}{space}{units[power]}"
 
 
 def dollars(amount: float | None) -> str:

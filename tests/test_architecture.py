@@ -29,7 +29,7 @@ LEVELS = """
     s3 s3_client encode train evaluate rendezvous card report gpu_plan
     objects dataset launcher
     lease markers scores artifacts preflight
-    guard checkpoint_download
+    guard checkpoint_download previews
     checkpoints
     faults
     attempts delivery

@@ -1,10 +1,10 @@
-"""What surviving costs: `python tests/bench/recovery.py` prints seconds and shares, measured on this machine.
+"""What surviving costs: seconds and shares of the demo, measured on this machine.
 
 - from SIGTERM to the end of the process, with the state durable
-- training time with a checkpoint every 10 steps, against none, and the share that publishing took
-- from the start of the process to the first new step: a first start, and a restart
+- training time with a checkpoint every 10 steps, against none
+- from the start of the process to the first new step: a first start, which scores the base, and a restart
 
-The demo's model and data on an S3-protocol server on this machine (moto): it measures the job, not a network.
+On an S3-protocol server on this machine (moto): it measures the job, not a network.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import boto3
 
+from tests.bench.common import ROOT, Row, arguments, at_most, conditions, finish
 from tests.s3_server import BUCKET, CREDENTIALS, credentials, moto_server
 
 STEPS = 40
+GRACE_SECONDS = 30.0
 
 
 def start(url: str, run: str, **changes: str) -> subprocess.Popen[str]:
@@ -34,61 +36,85 @@ def start(url: str, run: str, **changes: str) -> subprocess.Popen[str]:
         **CREDENTIALS,
         "JOB_PRESET": "demo",
         "JOB_RUN__ID": run,
-        "JOB_RUN__OUTPUT": f"s3://{BUCKET}/out",
+        "JOB_RUN__OUTPUT": f"s3://{BUCKET}/{run}",  # apart: runs with the same base would share its evaluation
         "JOB_RUN__SPOT_NOTICES": "off",
         "JOB_STORAGE__ENDPOINT_URL": url,
         "JOB_TRAIN__MAX_STEPS": str(STEPS),
-        "JOB_EVAL__LIMIT": "20",
         "JOB_LOG__FORMAT": "json",
         **changes,
     }
+    command = [sys.executable, "-m", "job"]
     return subprocess.Popen(
-        [sys.executable, "-m", "job"], env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     )
 
 
-def follow(stream: IO[str] | None, until: int) -> dict[str, Any]:
-    """Reads the log up to the line of an optimizer step of at least that number."""
+def follow(stream: IO[str] | None, until: int) -> int:
+    """Reads the log up to the line of an optimizer step of at least that number, which it returns."""
     assert stream is not None
     for line in stream:
         if line.startswith("{"):
             entry: dict[str, Any] = json.loads(line)
             if entry["event"] == "steps" and entry["done"] >= until:
-                return entry
+                return int(entry["done"])
     raise RuntimeError("the log ended before the step")
+
+
+def interrupted(url: str) -> tuple[list[Row], dict[str, float]]:
+    """A run that is stopped in the middle and started again."""
+    began = time.monotonic()
+    process = start(url, "stopped", JOB_CHECKPOINT__EVERY_STEPS="10")
+    follow(process.stderr, 1)
+    first = time.monotonic() - began
+    follow(process.stderr, 15)
+    asked = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    durable, code = time.monotonic() - asked, process.returncode
+    began = time.monotonic()
+    process = start(url, "stopped", JOB_CHECKPOINT__EVERY_STEPS="10")
+    step = follow(process.stderr, 1)
+    again = time.monotonic() - began
+    process.kill()
+    process.communicate()
+    print(f"SIGTERM to durable and ended (exit code {code}): {durable:.2f} s; the next new step was {step}")
+    rows = [
+        at_most("restart to the next new step", again, first, unit="s", against="first start to its first", goal=0.5),
+        at_most("SIGTERM to durable and ended", durable, GRACE_SECONDS, unit="s", against="the grace period", goal=1),
+    ]
+    return rows, {"first": first, "again": again, "durable": durable, "exit_code": code, "step": step}
+
+
+def train_seconds(url: str, run: str, every: str) -> float:
+    """How long the steps of a run take from the first to the last, publishing beside them."""
+    start(url, run, JOB_CHECKPOINT__EVERY_STEPS=every, JOB_EVAL__LIMIT="20").communicate()
+    client = boto3.client("s3", endpoint_url=url)
+    results = json.loads(client.get_object(Bucket=BUCKET, Key=f"{run}/{run}/results.json")["Body"].read())
+    return float(results["run"]["attempts"][0]["stage_seconds"]["train"])
+
+
+def published(url: str, times: int) -> tuple[Row, dict[str, list[float]]]:
+    """The best of several runs with checkpoints, and of as many without, in turn."""
+    seconds: dict[str, list[float]] = {"10": [], "100000": []}
+    for number in range(times):
+        for every, found in seconds.items():
+            found.append(train_seconds(url, f"every-{every}-{number}", every))
+    print(f"seconds of the training stage by steps between checkpoints: {seconds}")
+    best = [min(found) for found in seconds.values()]
+    row = at_most(f"checkpoint every 10 of {STEPS} steps", *best, unit="s", against="no checkpoints", goal=1.02)
+    return row, seconds
 
 
 def main() -> int:
     """Measures and prints."""
+    parser = arguments(__doc__)
+    parser.add_argument("--times", type=int, default=3, help="runs with checkpoints, and without")
+    args = parser.parse_args()
+    where = conditions()
     with credentials(), moto_server() as url:
-        began = time.monotonic()
-        process = start(url, "stopped", JOB_CHECKPOINT__EVERY_STEPS="10")
-        follow(process.stderr, 1)
-        first = time.monotonic() - began
-        follow(process.stderr, 15)
-        asked = time.monotonic()
-        process.send_signal(signal.SIGTERM)
-        process.communicate()
-        print(f"SIGTERM to durable and ended (exit code {process.returncode}): {time.monotonic() - asked:.2f} s")
-        began = time.monotonic()
-        process = start(url, "stopped", JOB_CHECKPOINT__EVERY_STEPS="10")
-        step = follow(process.stderr, 1)["done"]
-        again = time.monotonic() - began
-        process.kill()
-        process.communicate()
-        print(f"start to the first step: {first:.2f} s; restart to the next new step ({step}): {again:.2f} s")
-        seconds = {}
-        for every in ("10", "100000"):
-            process = start(url, f"every-{every}", JOB_CHECKPOINT__EVERY_STEPS=every)
-            process.communicate()
-            client = boto3.client("s3", endpoint_url=url)
-            key = f"out/every-{every}/results.json"
-            results = json.loads(client.get_object(Bucket=BUCKET, Key=key)["Body"].read())
-            stage = results["run"]["attempts"][0]["stage_seconds"]["train"]
-            seconds[every] = stage
-            print(f"checkpoint every {every} steps: training stage {stage:.2f} s, {STEPS} steps")
-        lost = seconds["10"] / seconds["100000"] - 1
-        print(f"ratio: {1 + lost:.3f}, {100 * lost:.1f} % of training time lost to publishing")
+        rows, details = interrupted(url)
+        row, seconds = published(url, args.times)
+    finish([*rows, row], {**details, "train_stage": seconds}, where, args.json)
     return 0
 
 

@@ -224,10 +224,10 @@ class Job:
                     return self._ended("Failed", "DeadlineExceeded", message, failed)
                 time.sleep(delay)
                 delay = min(2 * delay, LONGEST_DELAY)
-        finally:
+        except BaseException:
             for left in self.pods:
-                if left.process.poll() is None:
-                    left.lose()
+                left.lose()
+            raise
 
     def _ended(self, condition: str, reason: str, message: str, failed: int) -> Ended:
         output = self._claims / "qlora-job-output" / self._name

@@ -57,25 +57,17 @@ def cold(environ: Mapping[str, str], log: Path) -> Process:
 
 def _command(folder: Path) -> list[str]:
     """The image's entrypoint, beside it what the image knows of its CUDA: none, as for a machine without a GPU."""
-    entrypoint = ROOT / "entrypoint.sh"
-    if not entrypoint.exists():
-        return [sys.executable, "-m", "job"]
     image = folder / "image"
     image.mkdir()
     (image / "cuda").write_text("none 0.0\n", encoding="utf-8")
-    return [shutil.copy(entrypoint, image)]
+    return [shutil.copy(ROOT / "entrypoint.sh", image)]
 
 
 def warm(environ: Mapping[str, str], log: Path) -> Process:
-    """A fork of a server that has imported the libraries. Preload first."""
-    return _Forked(preloaded(), environ, log)
-
-
-def preloaded() -> ForkServerContext:
-    """The server, started with the first process."""
+    """A fork of a server that has imported the libraries; the first one starts it."""
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(PRELOADED)
-    return server
+    return _Forked(server, environ, log)
 
 
 class _Forked:

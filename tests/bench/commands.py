@@ -1,0 +1,92 @@
+"""What the job costs beside its work: how quick the quick commands are, and where a run of the demo spends its time."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tests.bench.common import ROOT, Row, arguments, conditions, finish
+
+QUICK = {"--help": ["--help"], "config": ["config"], "a settings error": ["--train.epochs", "none", "--lora.rnk", "3"]}
+LIMIT_SECONDS = 0.5
+WORK = ("pull", "evaluate-base", "train", "evaluate-adapter")
+
+
+def job(words: list[str], **changes: str) -> tuple[float, str]:
+    """Runs a command of the job; its seconds and its log."""
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "job", *words],
+        cwd=ROOT,
+        env={**os.environ, **changes},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    return time.monotonic() - began, done.stderr
+
+
+def quick_commands(times: int) -> list[Row]:
+    """The best of several: what the command takes, without what else the machine did."""
+    rows = []
+    for name, words in QUICK.items():
+        best = min(job(words)[0] for _ in range(times))
+        goal = f"<= {LIMIT_SECONDS} s"
+        rows.append(Row(name, f"{best:.2f} s", f"best of {times}", best / LIMIT_SECONDS, goal, best <= LIMIT_SECONDS))
+    return rows
+
+
+def moment(log: list[dict[str, Any]], event: str) -> float:
+    """When that line was logged, in seconds."""
+    return next(datetime.fromisoformat(line["timestamp"]).timestamp() for line in log if line["event"] == event)
+
+
+def demo() -> tuple[Row, dict[str, float]]:
+    """The parts of a run of the demo in seconds, by its own manifest, its log and the clock."""
+    with tempfile.TemporaryDirectory() as name:
+        before = time.time()
+        wall, text = job(["--preset", "demo"], JOB_RUN__ID="profile", JOB_RUN__OUTPUT=name, JOB_LOG__FORMAT="json")
+        attempt = json.loads((Path(name) / "profile/results.json").read_text())["run"]["attempts"][0]
+    log = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+    stages: dict[str, float] = attempt["stage_seconds"]
+    parts = {stage: stages.get(stage, 0.0) for stage in WORK}
+    parts["load"] = moment(log, "model is loaded") - moment(log, "data is ready")
+    opened = datetime.fromisoformat(attempt["started"]).timestamp()
+    outside = 1 - sum(parts.values()) / wall
+    parts["before the attempt"] = opened - before
+    parts["imports, before the first stage"] = moment(log, "data is ready") - opened - parts["pull"]
+    parts["publishing, the end, between stages"] = wall - sum(parts.values())
+    parts["all"] = wall
+    for part, seconds in parts.items():
+        print(f"{part:<40} {seconds:6.2f} s")
+    shown = f"{outside * wall:.2f} s"
+    row = Row(
+        "demo, outside pull, load, train, evaluate", shown, f"{wall:.2f} s in all", outside, "<= 0.05", outside <= 0.05
+    )
+    return row, parts
+
+
+def main() -> int:
+    """Measures and prints."""
+    parser = arguments(__doc__)
+    parser.add_argument("--times", type=int, default=10, help="runs of each quick command")
+    args = parser.parse_args()
+    where = conditions()
+    rows = quick_commands(args.times)
+    row, parts = demo()
+    finish([*rows, row], {"demo": parts}, where, args.json)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,183 @@
+"""What the benchmarks share: the model and the data that both sides work on, the table, and the file it is kept in."""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+DATA = ROOT.parent / "shared/data"
+ALPACA, ARC_EASY = DATA / "alpaca.jsonl.gz", DATA / "arc_easy_test.jsonl"
+VOCABULARY = 32_000
+os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' progress bars, before they are imported
+PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "lm-eval", "accelerate")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison; `ratio` is what the goal is about, `met` whether it was reached, None where there is no goal."""
+
+    what: str
+    ours: str
+    other: str
+    ratio: float
+    goal: str = ""
+    met: bool | None = None
+
+
+def at_least(what: str, ours: float, other: float, *, unit: str, against: str, goal: float | None = None) -> Row:
+    """More is better: our figure over the other's."""
+    ratio = ours / other
+    shown = (f"{ours:,.1f} {unit}", f"{other:,.1f} {unit} ({against})")
+    return Row(what, *shown, ratio) if goal is None else Row(what, *shown, ratio, f">= {goal:g}", ratio >= goal)
+
+
+def at_most(what: str, ours: float, other: float, *, unit: str, against: str, goal: float | None = None) -> Row:
+    """Less is better: our figure over the other's."""
+    ratio = ours / other
+    shown = (f"{ours:,.3f} {unit}", f"{other:,.3f} {unit} ({against})")
+    return Row(what, *shown, ratio) if goal is None else Row(what, *shown, ratio, f"<= {goal:g}", ratio <= goal)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as a table in Markdown, columns aligned."""
+    head = ("what", "ours", "against", "ratio", "goal", "met")
+    met = {True: "yes", False: "NO", None: ""}
+    lines = [head, *((r.what, r.ours, r.other, f"{r.ratio:.3f}", r.goal, met[r.met]) for r in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    lines.insert(1, tuple("-" * width for width in widths))  # type: ignore[arg-type]
+    return "\n".join(
+        f"| {' | '.join(f'{cell:<{w}}' for cell, w in zip(line, widths, strict=True))} |" for line in lines
+    )
+
+
+def conditions() -> dict[str, Any]:
+    """When, where and with what: without these a figure says nothing. `load` tells whether others were at work."""
+    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": {
+            "cpu": names[0].partition(": ")[2] if names else platform.machine(),
+            "cores": len(os.sched_getaffinity(0)),
+            "load": [round(load, 1) for load in os.getloadavg()],
+        },
+        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
+    }
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """The arguments that every benchmark takes."""
+    parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep the figures there too")
+    return parser
+
+
+def finish(rows: Sequence[Row], details: dict[str, Any], where: dict[str, Any], file: Path | None) -> None:
+    """Prints the table, and keeps it with its conditions where that was asked for."""
+    print(f"\n{table(rows)}\n", flush=True)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        content = {**where, "rows": [asdict(row) for row in rows], "details": details}
+        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def make_base(folder: Path) -> None:
+    """Writes a random Mistral of 25 million parameters, and a tokenizer of 32,000 words learned from Alpaca.
+
+    The demo's tokenizer knows 1,311 words and cuts real text into three times as many tokens as Mistral's does; this
+    one comes close to its lengths, without a network.
+    """
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<s>", "</s>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    with gzip.open(ALPACA, "rt", encoding="utf-8") as lines:
+        backend.train_from_iterator((text for line in lines for text in json.loads(line).values()), trainer)
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=384,
+        intermediate_size=1024,
+        num_hidden_layers=8,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        sliding_window=None,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+        initializer_range=0.05,  # larger than usual: its answers differ clearly, as a trained model's do
+    )
+    MistralForCausalLM(config).save_pretrained(folder)
+
+
+def load_ours(folder: Path, quantization: str, dtype: str) -> Any:
+    """The base with a fresh adapter, as the job loads it, with its default settings."""
+    import torch
+
+    from job.groups import Lora, Train
+    from job.model import add_adapter, choose_dtype, load_base
+
+    device, lora = torch.device("cpu"), Lora()
+    base = load_base(
+        folder,
+        quantization=quantization,
+        double_quantization=True,
+        dtype=choose_dtype(dtype, device),
+        device=device,
+        max_length=Train().max_length,
+    )
+    return add_adapter(base, rank=lora.rank, alpha=lora.alpha, dropout=0.0, target_modules=lora.target_modules, seed=0)
+
+
+def load_plain(folder: Path, quantization: str, dtype: str) -> Any:
+    """The base as a plain script loads it: transformers and bitsandbytes, attention by torch."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    from job.model import choose_dtype
+
+    computed = choose_dtype(dtype, torch.device("cpu"))
+    quantized = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=computed,
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=computed,
+        quantization_config=quantized if quantization == "nf4" else None,
+        attn_implementation="sdpa",
+        device_map={"": "cpu"},
+    )
+    for module in model.modules():
+        # bitsandbytes would compute in bf16 on some CPUs, and in another precision than ours
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
