@@ -233,8 +233,9 @@ def test_two_machines(environment: dict[str, str], one: str, tmp_path: Path) -> 
     assert [process.wait(timeout=240) for process in started] == [0, 0], (tmp_path / "0").read_text()[-3000:]
     assert_same_steps(environment, "machines", one)
     assert results(environment, "machines")["training"]["world_size"] == 2
-    for line in [*(tmp_path / "0").read_text().splitlines()[:-5], *(tmp_path / "1").read_text().splitlines()]:
-        assert json.loads(line)["level"] == "info", line
+    lines = [line for rank in "01" for line in (tmp_path / rank).read_text().splitlines() if line.startswith("{")]
+    assert lines
+    assert [line for line in lines if json.loads(line)["level"] != "info"] == []
     # A machine that comes back when the others have gone home finds nothing to do, and waits for nobody.
     again = start(environment, tmp_path / "2", **common, JOB_RUN__NODE_RANK="1")
     assert again.wait(timeout=60) == 0
