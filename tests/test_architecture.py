@@ -20,7 +20,8 @@ SOURCES = {
 LEVELS = """
     __init__ errors records log hashes batches statistics attention platforms presets fieldtypes callbacks
     optimizer_states results charts answers checks tables tracker_process architectures gpus stand_in vector
-    layers kernels triton_kernels
+    triton_kernels
+    layers kernels
     sagemaker
     store formats groups sources topology preemption lean scoring events limits clouds watchdog publisher
     comparison question_records side_by_side model
