@@ -43,7 +43,7 @@ RUN sed -n '/^setuptools==/,/[^\\]$/p' requirements.lock >setuptools.lock \
 # What the entrypoint compares a machine with: the CUDA that torch is built with, and the least compute capability that
 # torch and bitsandbytes (from 6.0) both serve.
 RUN mkdir -p /opt/job/triton \
- && python -c 'import re, torch; arch = [int(n) for n in re.findall(r"sm_(\d+)", torch._C._cuda_getArchFlags() or "")]; \
+ && python -c 'import re, torch; arch = [int(n) for n in re.findall(r"sm_(\d+)", getattr(torch._C, "_cuda_getArchFlags", str)() or "")]; \
       print(torch.version.cuda or "none", max(60, min(arch, default=0)) / 10)' >/opt/job/cuda
 # Triton compiles a file of its own with a C compiler when it first meets a GPU. Done here, against an empty library in
 # the driver's place, so that no compiler has to be in the image; that the result cannot be loaded here is no matter.

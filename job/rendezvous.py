@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -149,7 +150,8 @@ def _disconnect() -> None:
     """Not where one has failed: it would wait for those that are gone, and the process ends anyway."""
     import torch.distributed as dist
 
-    dist.destroy_process_group()
+    with contextlib.suppress(RuntimeError):  # the work is done, whatever comes of it
+        dist.destroy_process_group()
 
 
 def _first_line(error: Exception) -> str:

@@ -208,7 +208,7 @@ def test_it_can_be_drawn_again(twice: Run, tmp_path: Path) -> None:
     [
         ([], "name a finished run"),
         (["--output", "x.html"], "name a finished run"),
-        (["nowhere"], "there is no results.json"),
+        (["nowhere"], "there is no run"),
         (["nowhere", "--output"], "needs a value"),
         (["{run}", "--output", "no/such/folder/x.html"], "its folder does not exist"),
         (["nowhere", "--storage.retreis", "2"], "the nearest is"),

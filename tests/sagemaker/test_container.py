@@ -69,17 +69,20 @@ def results(left: Path) -> dict[str, Any]:
 
 
 def test_results_are_delivered(undisturbed: tuple[Ended, Path]) -> None:
-    """The model folder holds the adapter at its top and the manifest, the data folder everything else; each hashed."""
+    """The model folder holds adapter, manifest and report at its top, the data folder everything else; each hashed."""
     ended, left = undisturbed
     listed = {entry["path"]: entry["sha256"] for entry in results(left)["artifacts"]}
     places = {
-        path: left / ("model" if "/adapter/" in path else "output/data") / re.sub("^artifacts/(adapter/)?", "", path)
+        path: left
+        / ("model" if re.search("/adapter/|/report.html$", path) else "output/data")
+        / re.sub("^artifacts/(adapter/)?", "", path)
         for path in listed
     }
     assert {path: hash_file(place) for path, place in places.items()} == listed
     delivered = {path for part in ("model", "output") for path in (left / part).rglob("*") if path.is_file()}
     assert delivered == {*places.values(), left / "model/results.json"}
     assert (left / "model/adapter_model.safetensors").exists()
+    assert (left / "model/report.html").exists()
     assert (left / "output/data/evaluation/arc_easy.adapter.jsonl").exists()
     assert ended.failure is None
 

@@ -9,12 +9,19 @@ from typing import Any
 
 import pytest
 
+from job import joined
 from job.errors import Preempted, SettingsError, Unreachable
 from job.preemption import Stop
 from job.processes import ALONE, Processes
 from job.rendezvous import enter_store, host_store, join, keyspace
 from job.topology import Place
 from tests.forked import free_port
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Process 0 does not wait long for those that never came to leave again."""
+    monkeypatch.setattr(joined, "LAST_WORDS_SECONDS", 0.2)
 
 
 def joining(place: Place | None, stop: Stop | None = None, patience: float = 1.0) -> AbstractContextManager[Processes]:
