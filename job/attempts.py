@@ -250,7 +250,7 @@ def open_attempt(
     if cache is not None:
         Path(cache).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="qlora-job-", dir=cache, ignore_cleanup_errors=True) as work:
-        earlier = _ledger(store, number) if processes.leads else []
+        earlier = read_ledger(store, number) if processes.leads else []
         attempt = Attempt(
             guarded(store, lease), Path(work), number, stop, beat, faults, earlier, processes, usd_per_hour
         )
@@ -288,8 +288,12 @@ def parse_record(data: bytes) -> AttemptRecord:
     return TypeAdapter(AttemptRecord).validate_python(unsealed(data))
 
 
-def _ledger(store: ObjectStore, epoch: int) -> list[AttemptRecord]:
-    """What is known of the attempts before this one; one that is still noted as running was killed."""
+def read_ledger(store: ObjectStore, epoch: int) -> list[AttemptRecord]:
+    """What is known of the attempts before `epoch`; one that is still noted as running was killed.
+
+    Raises:
+        DataError: A line is none.
+    """
     records = []
     for number in range(1, epoch):
         key = ledger_key(number)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from job import evidence, manifest
-from job.attempts import Attempt, now
+from job.attempts import Attempt, now, read_ledger
 from job.baselines import Baseline
 from job.comparison import compare_tasks, judge
 from job.documents import publish_documents
@@ -45,12 +45,14 @@ def publish(
     if (done := attempt.store.read(RESULTS)) is not None:  # the attempt before got so far after all
         published: dict[str, Any] = json.loads(done.data)
         return published
+    # read again: a note of the attempt before may have been under way when this one took over
+    earlier = read_ledger(attempt.store, attempt.number)
     tasks = compare_tasks(base.scores, adapter.scores)
     against, copies = _publish_baseline(attempt, sources.baseline, adapter)
     results = manifest.build(
         run_id=settings.run.id,
         settings=redacted(settings),
-        attempts=[*attempt.earlier, attempt.record("complete")],
+        attempts=[*earlier, attempt.record("complete")],
         finished=now(),
         model=model,
         dataset=sources.record.dataset,

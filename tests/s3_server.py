@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib import request
 
 import boto3
 import pytest
@@ -87,6 +88,8 @@ def moto_server() -> Iterator[str]:
         client.close()
         yield url
     finally:
+        # moto keeps its buckets in the process: another test's server would have these objects too
+        request.urlopen(request.Request(f"{url}/moto-api/reset", method="POST"), timeout=10).close()
         server.stop()
 
 

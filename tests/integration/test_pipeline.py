@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,8 +91,10 @@ def run(inputs: Inputs, name: str, output: str = "runs", **changes: str) -> Ende
     return Ended(done.returncode, done.stdout, _parsed(done.stderr.splitlines()), inputs.folder / output / name)
 
 
-def run_until_step(inputs: Inputs, name: str, step: int, **changes: str) -> Ended:
-    """Runs the job, and sends it SIGTERM once its log says that the step is done."""
+def run_watched(
+    inputs: Inputs, name: str, watch: Callable[[dict[str, Any], subprocess.Popen[str]], None], **changes: str
+) -> Ended:
+    """Runs the job to its end; `watch` is shown every line of its log, as it comes, and the process."""
     with subprocess.Popen(
         [sys.executable, "-m", "job"],
         cwd=ROOT,
@@ -106,10 +108,19 @@ def run_until_step(inputs: Inputs, name: str, step: int, **changes: str) -> Ende
         seen = []
         for line in process.stderr:
             seen.append(line)
-            if json.loads(line).get("event") == "steps" and json.loads(line)["done"] == step:
-                process.send_signal(signal.SIGTERM)
+            watch(json.loads(line), process)
         stdout = process.stdout.read()
         return Ended(process.wait(timeout=100), stdout, _parsed(seen), inputs.folder / "runs" / name)
+
+
+def run_until_step(inputs: Inputs, name: str, step: int, **changes: str) -> Ended:
+    """Runs the job, and sends it SIGTERM once its log says that the step is done."""
+
+    def watch(line: dict[str, Any], process: subprocess.Popen[str]) -> None:
+        if line.get("event") == "steps" and line["done"] == step:
+            process.send_signal(signal.SIGTERM)
+
+    return run_watched(inputs, name, watch, **changes)
 
 
 def _parsed(stderr: list[str]) -> list[dict[str, Any]]:
@@ -406,6 +417,24 @@ def test_a_manifest_that_says_more_than_is_there(inputs: Inputs, whole: Ended) -
     assert artifacts(ended.results) == artifacts(whole.results)
     for artifact in ended.results["artifacts"]:
         assert hashlib.sha256((copy / artifact["path"]).read_bytes()).hexdigest() == artifact["sha256"]
+
+
+def test_a_note_that_came_late_is_in_the_manifest(inputs: Inputs, whole: Ended, tmp_path: Path) -> None:
+    """What the attempt before was writing when it was replaced arrives after its successor has begun."""
+    copy = Path(shutil.copytree(whole.run, whole.run.with_name("late")))
+    note = copy / "attempts/0001.json"
+    late = note.read_bytes()
+    for lost in (copy / "results.json", note):
+        lost.unlink()
+
+    def watch(line: dict[str, Any], _process: subprocess.Popen[str]) -> None:
+        if line["event"] == "stage was finished by an earlier attempt":
+            note.write_bytes(late)
+
+    ended = run_watched(inputs, "late", watch)
+    assert ended.code == 0, ended.lines[-1]
+    assert [one["number"] for one in ended.results["run"]["attempts"]] == [1, 2]
+    assert failures(ended.run, tmp_path / "work") == ""
 
 
 def test_a_gate_that_is_not_met_ends_with_3(inputs: Inputs, unfinished: str) -> None:
