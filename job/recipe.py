@@ -27,6 +27,12 @@ class Recipe:
     optimizer: str
     gradient_checkpointing: bool
     save_every_steps: int
+    autocast: bool = True
+    """Whether a half-precision model needs autocast: where PEFT's own layers multiply by the adapter's fp32 weights."""
+    padded: bool = False
+    """Whether rows are padded to few lengths; only for a model made lean throughout, in no autocast."""
+    replayed: bool = False
+    """Whether a GPU's work for padded rows is recorded and replayed."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +70,8 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{step}:{rank}".encode()).digest()[:8], "big") >> 1
 
 
-def auto_micro_batch_tokens(device: str) -> int:
-    """Token budget of a micro-batch where none is set."""
-    return 4096 if device == "cuda" else 1024
+CPU_MICRO_BATCH_TOKENS = 1024
+"""Token budget of a micro-batch where none is set; on a GPU see `execution`."""
 
 
 def substitute(recipe: Recipe, device: str) -> tuple[Recipe, list[str]]:
