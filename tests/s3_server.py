@@ -24,6 +24,8 @@ CREDENTIALS = {
     "AWS_CONFIG_FILE": "/dev/null",
     "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
 }
+_running: set[str] = set()
+"""Addresses of moto's servers."""
 
 
 class Request(BaseHTTPRequestHandler):
@@ -82,14 +84,16 @@ def moto_server() -> Iterator[str]:
     server._server.app = one_at_a_time
     host, port = server.get_host_and_port()
     url = f"http://{host}:{port}"
+    _running.add(url)
     try:
         client = boto3.client("s3", endpoint_url=url)
         client.create_bucket(Bucket=BUCKET)
         client.close()
         yield url
     finally:
-        # moto keeps its buckets in the process: another test's server would have these objects too
-        request.urlopen(request.Request(f"{url}/moto-api/reset", method="POST"), timeout=10).close()
+        _running.discard(url)
+        if not _running:  # moto keeps its buckets in the process: the next server would have these objects too
+            request.urlopen(request.Request(f"{url}/moto-api/reset", method="POST"), timeout=10).close()
         server.stop()
 
 
