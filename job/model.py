@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     import torch
 
     from job.kernels import Kernels
-    from job.lean import Weight
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -192,25 +191,40 @@ def make_lean(model: Any, *, keep_dequantized: bool, kernels: Kernels | None) ->
     adapted = [module for module in model.modules() if isinstance(module, LoraLayer)]
     if not all(lean.fits(module) for module in adapted):
         return "nothing"
-    weights = {module: _frozen_weight(module.get_base_layer(), base.dtype, keep_dequantized) for module in adapted}
+    weights = {module: _Frozen(module.get_base_layer(), base.dtype, keep=keep_dequantized) for module in adapted}
     return "all" if lean.adapt(base, weights, base.dtype, kernels) else "layers"
 
 
-def _frozen_weight(layer: Any, dtype: torch.dtype, keep: bool) -> Weight:  # noqa: FBT001
-    """What gives the weight of a linear layer of the base, in `dtype`."""
-    from bitsandbytes.functional import dequantize_4bit
+class _Frozen:
+    """Gives the weight of a linear layer of the base, in `dtype`: kept, or dequantized for each use."""
 
-    if getattr(layer.weight, "quant_state", None) is None:
-        return lambda: layer.weight
+    def __init__(self, layer: Any, dtype: torch.dtype, *, keep: bool) -> None:
+        self._layer, self._dtype = layer, dtype
+        self._kept = self._made() if keep else None
 
-    def dequantized() -> torch.Tensor:
-        values: torch.Tensor = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-        return values.to(dtype)
+    def __call__(self) -> torch.Tensor:
+        """The weight."""
+        return self._made() if self._kept is None else self._kept
 
-    if not keep:
-        return dequantized
-    kept = dequantized()
-    return lambda: kept
+    def forget(self) -> None:
+        """Dequantizes for each use from now on."""
+        self._kept = None
+
+    def _made(self) -> torch.Tensor:
+        from bitsandbytes.functional import dequantize_4bit
+
+        weight = self._layer.weight
+        if getattr(weight, "quant_state", None) is None:
+            return weight  # type: ignore[no-any-return]
+        return dequantize_4bit(weight.data, weight.quant_state).to(self._dtype)  # type: ignore[no-any-return]
+
+
+def forget_dequantized(model: Any) -> None:
+    """Has a lean model dequantize its base's weights for each use, and frees the kept ones."""
+    for module in model.modules():
+        if (group := module.__dict__.get("lean")) is not None:
+            for layer in group.layers:
+                layer.weight.forget()
 
 
 def trainable(model: Any) -> dict[str, Any]:

@@ -33,6 +33,8 @@ class Recipe:
     """Whether rows are padded to few lengths; only for a model made lean throughout, in no autocast."""
     replayed: bool = False
     """Whether a GPU's work for padded rows is recorded and replayed."""
+    kept_base: bool = False
+    """Whether the base's weights are kept dequantized."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,15 @@ class Hooks:
 
 @dataclass(frozen=True)
 class Trained:
-    """Every step's metrics, the micro-batch budget that was left in the end, and whether all steps were done."""
+    """Every step's metrics, the micro-batch budget that was left in the end, and whether all steps were done.
+
+    `given_up`: fields of `Execution` that held in the beginning, and did not when memory had run out.
+    """
 
     history: tuple[StepMetrics, ...]
     micro_batch_tokens: int
     complete: bool
+    given_up: tuple[str, ...] = ()
 
 
 def total_steps(rows: int, global_batch_size: int, epochs: int, max_steps: int | None) -> int:

@@ -47,9 +47,8 @@ class Replayed:
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         """Replays the recording for these shapes, which is made if there is none."""
+        self.prepare(*inputs)
         shapes = tuple(x.shape for x in inputs)
-        if shapes not in self._recordings and self.possible:
-            self._record(shapes, inputs)
         if shapes not in self._recordings:
             return self._beside(inputs)
         recording = self._recordings[shapes]
@@ -57,6 +56,12 @@ class Replayed:
             place.copy_(value)
         recording.graph.replay()
         return recording.output
+
+    def prepare(self, *inputs: torch.Tensor) -> None:
+        """Records the work for these shapes, without doing it."""
+        shapes = tuple(x.shape for x in inputs)
+        if shapes not in self._recordings and self.possible:
+            self._record(shapes, inputs)
 
     def _record(self, shapes: tuple[torch.Size, ...], inputs: tuple[torch.Tensor, ...]) -> None:
         graph, kept = torch.cuda.CUDAGraph(), tuple(x.clone() for x in inputs)

@@ -218,7 +218,9 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
     ]
     used = replace(recipe, micro_batch_tokens=trained.micro_batch_tokens)
     record = _training_record(used, trained.history, substitutions, len(sources.examples), processes.place.world_size)
-    record = replace(record, execution=loaded.execution)
+    if loaded.execution is not None:
+        given_up: dict[str, Any] = dict.fromkeys(trained.given_up, False)
+        record = replace(record, execution=replace(loaded.execution, **given_up))
     return Trained(record, artifacts)
 
 
@@ -264,6 +266,7 @@ def _recipe(settings: Settings, rows: int, loaded: Loaded) -> Recipe:
         autocast=execution is None,
         padded=execution is not None and execution.recorded,
         replayed=execution is not None and execution.recorded,
+        kept_base=execution is not None and execution.kept_base,
     )
 
 

@@ -18,24 +18,19 @@ from typing import Any
 import torch
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
-from trl.kernels import ChunkedLogProbFunction
 
 from job import batches
-from job.attention import Layout, Segment
 from job.callbacks import StopOnFlag
 from job.errors import JobError
+from job.learner import Learner
 from job.model import recompute_activations, trainable
 from job.processes import ALONE, Processes
 from job.recipe import Hooks, Recipe, Trained, step_seed
 from job.records import Example, StepMetrics
-from job.replay import Replayed
-from job.rows import IGNORED, flat_inputs, longest_segment, padded_row
 from job.states import TrainerFiles, read_state, write_state
 from job.vector import Vector
 
 SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
-VOCABULARY_CHUNK = 32768
-"""Logits are formed for so many entries of the vocabulary at a time."""
 
 
 class _StepAbandoned(Exception):
@@ -83,7 +78,8 @@ def train(
     recompute_activations(model, on=False)
     model.eval()
     done = trainer.state.global_step
-    return Trained(tuple(trainer.history), trainer.budget, complete=done >= recipe.total_steps)
+    given_up = tuple(trainer.learner.given_up)
+    return Trained(tuple(trainer.history), trainer.budget, complete=done >= recipe.total_steps, given_up=given_up)
 
 
 class _FlatTrainer(SFTTrainer):  # type: ignore[misc]
@@ -120,8 +116,14 @@ class _FlatTrainer(SFTTrainer):  # type: ignore[misc]
         self.history: list[StepMetrics] = []
         self.saved_step = 0
         self.clock = time.monotonic()
-        self.longest = longest_segment(examples, self.budget)
-        self.replayed: Replayed | None = None
+        self.learner = Learner(
+            model,
+            recipe,
+            examples,
+            largest=self._largest,
+            backward=self.accelerator.backward,
+            autocast=self.compute_loss_context_manager,
+        )
 
     # Which examples: the plan's, from the step that comes next.
 
@@ -145,22 +147,25 @@ class _FlatTrainer(SFTTrainer):  # type: ignore[misc]
         return self.accelerator.clip_grad_norm_([self.vector.whole], self.args.max_grad_norm)
 
     def training_step(self, model: Any, inputs: tuple[int], num_items_in_batch: Any = None) -> Any:  # noqa: ARG002
-        """One optimizer step's gradient; repeats itself with half the budget when the memory of a GPU runs out."""
+        """One optimizer step's gradient; makes room and repeats itself when the memory of a GPU runs out."""
         self.clock = time.monotonic()
         while True:
             sums = None
             try:
                 sums = self._lay_out(self._gradient_of(model, *inputs))
             except torch.OutOfMemoryError:
-                if self.budget <= max(len(e.input_ids) for e in self.examples) // 2:
+                least = max(len(e.input_ids) for e in self.examples) // 2
+                if self.budget <= least and not self.learner.can_make_room():
                     raise
             try:
                 if not self.processes.agree(repeat=sums is None):
                     self.processes.add_up(sums)
                     return self._put_back(sums)
+                # Where only one process finds nothing to give up, all of them go on with half the budget.
+                if self.processes.agree(repeat=not self.learner.make_room()):
+                    self.budget //= 2
             except JobError as error:
                 raise _StepAbandoned from error
-            self.budget //= 2
             model.zero_grad()
             torch.cuda.empty_cache()
 
@@ -178,13 +183,28 @@ class _FlatTrainer(SFTTrainer):  # type: ignore[misc]
     def _stopping(self) -> bool:
         return self.hooks.stop() if self.processes.place.world_size == 1 else self.processes.stopping
 
-    def _gradient_of(self, model: Any, step: int) -> Any:
+    def _share(self, step: int) -> tuple[list[Example], int]:
+        """The examples of a step that are this process's, and the target tokens of all."""
         rank, world = self.processes.place.rank, self.processes.place.world_size
         rows = batches.batch(self.recipe.seed, len(self.examples), self.recipe.global_batch_size, step)
-        targets = sum(sum(self.examples[row].targets) for row in rows)
         mine = batches.shares([len(self.examples[row].input_ids) for row in rows], world)[rank]
-        share = [self.examples[rows[i]] for i in mine]
-        torch.manual_seed(step_seed(self.recipe.seed, step, rank))
+        return [self.examples[rows[i]] for i in mine], sum(sum(self.examples[row].targets) for row in rows)
+
+    def _largest(self) -> list[Example]:
+        """The examples of the largest micro-batch of all steps."""
+        found: list[Example] = [max(self.examples, key=lambda example: len(example.input_ids))]
+        most = len(found[0].input_ids)
+        for step in range(self.recipe.total_steps):
+            share, _ = self._share(step)
+            lengths = [len(example.input_ids) for example in share]
+            for group in batches.micro_batches(lengths, self.budget):
+                if (tokens := sum(lengths[i] for i in group)) > most:
+                    found, most = [share[i] for i in group], tokens
+        return found
+
+    def _gradient_of(self, model: Any, step: int) -> Any:
+        share, targets = self._share(step)
+        torch.manual_seed(step_seed(self.recipe.seed, step, self.processes.place.rank))
         model.train()
         self.vector.clear()
         loss = torch.zeros((), device=self.args.device)
@@ -192,47 +212,8 @@ class _FlatTrainer(SFTTrainer):  # type: ignore[misc]
         for number, group in enumerate(groups, start=1):
             if self.hooks.stop() and not self.hooks.fits(1 - (number - 1) / len(groups)):
                 raise _StepAbandoned
-            loss += self._learn(model, [share[i] for i in group], 1 / targets)
+            loss += self.learner(model, [share[i] for i in group], 1 / targets, self.args.device)
         return loss
-
-    # How a micro-batch's gradient is found.
-
-    def _learn(self, model: Any, examples: Sequence[Example], weight: float) -> Any:
-        """Adds the gradient of the examples' summed loss times `weight`; returns that loss, valid until the next."""
-        device = self.args.device
-        if not self.recipe.padded:
-            with self.compute_loss_context_manager():
-                summed = -model(**flat_inputs(examples, device), fused_lm_head=True).log_probs.sum()
-            loss = summed * weight
-            self.accelerator.backward(loss)
-            return loss.detach()
-        row = padded_row(examples, device)
-        inputs = row.tokens, row.ends, torch.tensor(weight, device=device)
-        if not self.recipe.replayed:
-            return self._learn_row(*inputs, segments=row.segments)
-        if self.replayed is None:
-            nothing = padded_row([Example((0,), (False,))], device)
-            self.replayed = Replayed(self._learn_row, (nothing.tokens, nothing.ends, inputs[2]))
-        return self.replayed(*inputs)
-
-    def _learn_row(self, tokens: Any, ends: Any, weight: Any, segments: tuple[Segment, ...] = ()) -> Any:
-        """The same for a padded row, in shapes that depend on those of its inputs alone.
-
-        TRL's own head would pick out the positions that learn something, whose number the CPU would have to wait for.
-        """
-        base = self.model.get_base_model()
-        ids, labels, positions = tokens.unbind()
-        layout = Layout(segments, ends, ends, None, self.longest, self.longest)
-        hidden = base.base_model(
-            input_ids=ids[None], position_ids=positions[None], layout=layout, use_cache=False
-        ).last_hidden_state[0]
-        head, targets = base.get_output_embeddings(), labels.clamp(min=0)
-        log_probs = ChunkedLogProbFunction.apply(
-            hidden, head.weight, head.bias, targets, 1.0, VOCABULARY_CHUNK, None, 1.0, ()
-        )[0]
-        loss = -log_probs.masked_fill(labels == IGNORED, 0).sum() * weight
-        loss.backward()
-        return loss.detach()
 
     # What is told, kept and restored.
 

@@ -27,6 +27,7 @@ LEVELS = """
     comparison question_records side_by_side model
     recipe processes selftest wording cost energy trackers estimate known workload rows replay
     local s3_errors schemas settings hub states notices joined rendering timeline manifest forecast execution
+    learner
     s3 s3_client encode train evaluate rendezvous card report gpu_plan
     objects dataset launcher
     lease markers scores artifacts preflight
@@ -54,7 +55,7 @@ SOLE_USERS = {
     "s3transfer": {"s3", "s3_client", "s3_errors"},
     "peft": {"model"},
     "bitsandbytes": {"model"},
-    "trl": {"train"},
+    "trl": {"learner", "train"},
     "lm_eval": {"evaluate"},
     "structlog": {"log"},
     "pynvml": {"energy"},

@@ -1,14 +1,15 @@
 """The job itself on a GPU, at Mistral-7B's shape: `python tests/gpu/job.py --alpaca FILE --arc FILE` prints JSON lines.
 
 A random base and a tokenizer made of the data; then a whole run, the same killed and resumed, and one held to a
-small part of the GPU: artefacts bit by bit, how training was carried out, target tokens a second, energy. `--tiny` tries
-the script itself on a CPU.
+small part of the GPU: artefacts bit by bit, how training was carried out, target tokens a second, energy. `--tiny`
+tries the script itself on a CPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -87,7 +88,7 @@ def run(folder: Path, name: str, **changes: str) -> dict[str, Any]:
         ]
         say("attempt", name=name, code=codes[-1], seconds=round(time.monotonic() - began, 1), log=seen)
         if len(codes) > 3 or done.returncode not in {0, -9}:
-            say("failed", name=name, code=done.returncode, end=done.stderr[-4000:])
+            say("failed", name=name, code=done.returncode, end=done.stderr[-6000:])
             return {}
     place = folder / name / name
     steps = [json.loads(line) for line in (place / "artifacts/metrics.jsonl").read_text().splitlines()]
@@ -129,7 +130,10 @@ def main() -> None:
         folder = Path(place)
         began = time.monotonic()
         texts = [" ".join(json.loads(row).values()) for row in rows]
-        make_base(folder / "base", texts, TINY if asked.tiny else BIG)
+        maker = multiprocessing.get_context("spawn").Process  # whose memory of the GPU goes with it
+        made = maker(target=make_base, args=(folder / "base", texts, TINY if asked.tiny else BIG))
+        made.start()
+        made.join()
         say("base", seconds=round(time.monotonic() - began, 1))
         given = {
             "JOB_MODEL__ID": str(folder / "base"),

@@ -66,6 +66,15 @@ def test_one_recording_a_shape(recorded: list[Graph]) -> None:
     assert seen[2].tolist() == [3.0] * 3
 
 
+def test_what_is_prepared_is_recorded_and_not_done(recorded: list[Graph]) -> None:
+    """The recording is there when the work comes; nothing is replayed before."""
+    replayed = Replayed(torch.sum, (torch.zeros(1),))
+    replayed.prepare(torch.zeros(3))
+    assert [graph.replayed for graph in recorded] == [0]
+    replayed(torch.ones(3))
+    assert [graph.replayed for graph in recorded] == [1]
+
+
 def test_what_cannot_be_recorded_is_done_all_the_same(recorded: list[Graph]) -> None:
     """The first failure ends the attempts; every call then does its work itself."""
     calls: list[float] = []

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from job import batches, rows
+from job.attention import Segment
 from job.errors import JobError, Unreachable
 from job.kernels import TORCH
 from job.model import add_adapter, make_lean, trainable
@@ -316,7 +317,7 @@ def test_what_lies_in_the_padding_does_not_matter(
             row.tokens[0, row.segments[-1].start :] = token
             return row
 
-        monkeypatch.setattr("job.train.padded_row", padded_row)
+        monkeypatch.setattr("job.learner.padded_row", padded_row)
         model = lean_model(base_folder)
         with gradients(model) as found:
             trained, _ = run(model, tokenizer, EXAMPLES, replace(RECIPE, padded=True), tmp_path)
@@ -594,7 +595,7 @@ def test_a_step_is_repeated_by_all_when_one_runs_out_of_memory(
         with gradients(model) as found:
             trained = train(model, tokenizer, EXAMPLES, recipe=recipe, hooks=hooks, folder=tmp_path, processes=beside)
         assert trained.micro_batch_tokens == 80
-        assert beside.asked == [fails_here, False, False]
+        assert beside.asked == [fails_here, True, False, False]  # the second: nothing else could be given up
         assert beside.sizes == [1 + sum(p.numel() for p in trainable(model).values())] * 2
         for one, other in zip(expected, found, strict=True):
             assert_same(one, other)
@@ -658,6 +659,53 @@ def test_a_process_without_examples_follows(
     assert trained.history[0].loss == 0.5
     assert all((gradient == 0.5).all() for gradient in found[0].values())
     assert not saved
+
+
+class Launched:
+    """Stands in for what replays: does the work as it comes, and knows what was to be recorded first."""
+
+    def __init__(self, work: Callable[..., torch.Tensor], _first: tuple[torch.Tensor, ...]) -> None:
+        self.work = work
+        self.prepared: list[int] = []
+
+    def prepare(self, tokens: torch.Tensor, *_: torch.Tensor) -> None:
+        """Records nothing."""
+        self.prepared.append(tokens.shape[1])
+
+    def __call__(self, tokens: torch.Tensor, ends: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """No row is longer than the one that was recorded first."""
+        assert tokens.shape[1] <= self.prepared[0]
+        last = int((ends == ends[-1]).nonzero()[0])
+        return self.work(tokens, ends, weight, tuple(map(Segment, ends[:last].tolist(), ends[1 : last + 1].tolist())))
+
+
+def test_out_of_memory_takes_time_before_it_takes_bits(
+    base_folder: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kept weights, kept activations and recordings are given up one by one: the gradient stays, to the bit.
+
+    Only then is the budget halved.
+    """
+    monkeypatch.setattr("job.learner.Replayed", Launched)
+    recipe = replace(RECIPE, micro_batch_tokens=160, padded=True, replayed=True, kept_base=True)
+    results = []
+    for failures in (0, 1, 2, 3, 4):
+        model = lean_model(base_folder, quantization="nf4")
+        base = model.get_base_model().base_model
+        run_out_of_memory(base, lambda number, failures=failures: number <= failures)
+        with gradients(model) as found:
+            trained, _ = run(model, tokenizer, EXAMPLES, recipe, tmp_path)
+        results.append((trained, found[0]))
+    assert [trained.given_up for trained, _ in results] == [
+        (),
+        ("kept_base",),
+        ("kept_base", "kept_activations"),
+        *[("kept_base", "kept_activations", "recorded")] * 2,
+    ]
+    assert [trained.micro_batch_tokens for trained, _ in results] == [160, 160, 160, 160, 80]
+    for trained, gradient in results[:4]:
+        assert trained.history[0].loss == results[0][0].history[0].loss
+        assert_same(gradient, results[0][1], 0.0)
 
 
 def test_memory_that_is_too_small_for_one_example_ends_the_job(
