@@ -5,7 +5,7 @@ STAMP := .venv/installed
 DOCKER ?= docker
 IMAGE ?= qlora-job
 
-.PHONY: run test check format lock chaos bench image image-test clean
+.PHONY: run test check format lock chaos bench image image-test clean bench-gpu
 
 run: $(STAMP)  ## the demo: results in runs/<run id>/
 	JOB_PRESET=demo $(BIN)/python -m job
@@ -60,3 +60,6 @@ chaos: $(STAMP)  ## 100 runs killed at random points, each compared with an undi
 
 bench: $(STAMP)  ## what a CPU can measure, beside plain scripts of the same work; FULL=1 asks all of ARC-Easy
 	$(BIN)/python tests/bench/cpu.py --json $${JSON:-tests/bench/results/cpu.json} $${FULL:+--full}
+
+bench-gpu: $(STAMP)  ## ours beside plain TRL on this machine's GPU; tests/bench/unsloth_peer.py is the other peer
+	$(BIN)/python tests/bench/gpu.py --out tests/bench/results

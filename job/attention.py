@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from inspect import signature
 from typing import Any, cast
 
 import torch
@@ -43,6 +44,9 @@ class Layout:
     """(segments + 1,) int32: the same for the keys."""
     key_index: torch.Tensor | None
     """(keys,) int64: which token of the row each key is; None where the keys are the row itself."""
+    longest_query: int
+    longest_key: int
+    """No segment has more."""
 
 
 def build_layout(segments: Sequence[Segment], device: torch.device) -> Layout:
@@ -53,7 +57,8 @@ def build_layout(segments: Sequence[Segment], device: torch.device) -> Layout:
     if any(s.prefix_end > s.prefix_start for s in segments):
         ranges = [torch.arange(a, b) for s in segments for a, b in ((s.prefix_start, s.prefix_end), (s.start, s.end))]
         index = torch.cat(ranges).to(device)
-    return Layout(tuple(segments), queries, keys, index)
+    longest_query, longest_key = max(s.end - s.start for s in segments), max(s.keys for s in segments)
+    return Layout(tuple(segments), queries, keys, index, longest_query, longest_key)
 
 
 def flat_attention(  # the signature is transformers'
@@ -121,15 +126,19 @@ def _varlen_kernel(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if layout.key_index is not None:
         k, v = k.index_select(0, layout.key_index), v.index_select(0, layout.key_index)
-    longest_query = max(s.end - s.start for s in layout.segments)
-    longest_key = max(s.keys for s in layout.segments)
-    groups = q.shape[1] // k.shape[1]
-    if groups > 1:  # not repeat_interleave: its gradient adds up in no fixed order
-        k, v = (x[:, :, None].expand(-1, -1, groups, -1).reshape(x.shape[0], -1, x.shape[2]) for x in (k, v))
+    longest = layout.longest_query, layout.longest_key
     out = varlen_attn(
-        q, k, v, layout.queries, layout.keys, longest_query, longest_key, window_size=(-1, 0), scale=scaling
+        q, k, v, layout.queries, layout.keys, *longest, window_size=(-1, 0), scale=scaling, **_grouped_heads()
     )
     return cast("torch.Tensor", out)[None]
+
+
+@cache
+def _grouped_heads() -> dict[str, Any]:
+    """The kernel shares key/value heads itself; newer versions of torch want to be told that this is meant."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
 
 def register() -> None:

@@ -36,6 +36,15 @@ def _flag(value: object) -> bool:
     return truth
 
 
+def _flag_or_auto(value: object) -> object:
+    if str(value).strip().lower() == "auto":
+        return "auto"
+    try:
+        return _flag(value)
+    except ValueError:
+        raise ValueError("must be auto, true or false") from None
+
+
 def _no_flag(value: object) -> object:
     if value is True or value is False:
         raise ValueError("must be a number, not true or false")
@@ -147,6 +156,7 @@ def _readable_class(text: str) -> str:
 Maybe = Annotated[T | None, BeforeValidator(_blank_is_none)]
 """An optional value; empty text means none."""
 Flag = Annotated[bool, BeforeValidator(_flag)]
+FlagOrAuto = Annotated[bool | Literal["auto"], BeforeValidator(_flag_or_auto)]
 Whole = Annotated[int, BeforeValidator(_no_flag), Field(ge=0, lt=2**32)]
 Count = Annotated[int, BeforeValidator(_no_flag), Field(gt=0, lt=2**32)]
 CountOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_count_or_auto)]

@@ -18,6 +18,7 @@ from job.fieldtypes import (
     Digest,
     Endpoint,
     Flag,
+    FlagOrAuto,
     HostPort,
     LocalPath,
     Location,
@@ -96,6 +97,8 @@ class Model(Group):
     """Quantize the quantization constants as well."""
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """What is computed in; `auto` is bf16 where the GPU has it, else fp16."""
+    keep_dequantized: FlagOrAuto = "auto"
+    """Dequantize the frozen weights once and keep them, for the same results sooner; `auto` where a GPU has room."""
 
 
 class Lora(Group):
@@ -148,15 +151,17 @@ class Train(Group):
     global_batch_size: Count = 32
     """Examples an optimizer step sees, over all GPUs."""
     micro_batch_tokens: Maybe[Count] = None
-    """Tokens in one forward pass; empty: 4,096 on a GPU, 1,024 on a CPU. Never changes which examples a step sees."""
+    """Tokens in one forward pass; empty: by the GPU's size, 1,024 on a CPU. No matter to which examples a step sees."""
     max_length: Count = 2048
     """Longest example, in tokens."""
     optimizer: Literal["adamw_8bit", "paged_adamw_8bit", "adamw_torch"] = "adamw_8bit"
     """Optimizer of the adapter's weights."""
     loss_on: Literal["all", "completion"] = "all"
     """Tokens to learn: all, or those of the completion."""
-    gradient_checkpointing: Flag = True
-    """Compute activations again in the backward pass instead of keeping them."""
+    gradient_checkpointing: FlagOrAuto = "auto"
+    """Compute activations again in the backward pass instead of keeping them; `auto`: unless a GPU has room."""
+    gpu_memory_gb: Maybe[Positive] = None
+    """How much of the GPU's memory the job may use, in GB; empty for all. The token budget follows from it."""
     log_every_steps: Count = 1
     """Steps between two lines of metrics."""
     stall_seconds: Seconds = 1800

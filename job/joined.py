@@ -27,7 +27,9 @@ LAST_WORDS_SECONDS = 5.0
 _LONG = 1e9
 _PART_BYTES = 4 << 20
 """torch's store closes the connection on values of more than 8 MiB."""
-_PAUSES = 0.0005, 0.005
+_PAUSE_SECONDS = 0.0005
+_LONGEST_SUM, _LONGEST_TALK = 0.005, 0.03
+"""Between two looks whether there is what is waited for: a sum, which a step waits for, or an answer."""
 
 
 def tell_end(store: Any, process: int, exit_code: int, why: str) -> None:
@@ -161,7 +163,7 @@ class Joined:
 
     def _wait_for(self, key: str) -> Any:
         with self._reaching():
-            self._until(lambda: self._store.check([key]), stoppable=True)
+            self._until(lambda: self._store.check([key]), _LONGEST_TALK, stoppable=True)
             return self._get(key)
 
     def _reduce(self, tensor: Any, operation: Any) -> None:
@@ -171,15 +173,15 @@ class Joined:
         try:
             work = dist.all_reduce(tensor, operation, async_op=True)
             # A stop has to wait for the others, which want to hear of it here.
-            self._until(work.is_completed, stoppable=False)
+            self._until(work.is_completed, _LONGEST_SUM, stoppable=False)
             work.wait()
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             raise self._lost(error) from error
 
-    def _until(self, ready: Callable[[], bool], *, stoppable: bool) -> None:
-        pause, longest = _PAUSES
+    def _until(self, ready: Callable[[], bool], longest: float, *, stoppable: bool) -> None:
+        pause = _PAUSE_SECONDS
         while not ready():
             self.check()
             if stoppable:

@@ -15,6 +15,8 @@ from job.records import ModelRecord
 if TYPE_CHECKING:
     import torch
 
+    from job.kernels import Kernels
+
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
@@ -22,11 +24,13 @@ def make_deterministic() -> None:
     """Makes a GPU give the same bits every time; an operation that cannot is an error, not a surprise.
 
     `warn_only` would not do: torch's flash attention takes its deterministic way only without it. cuBLAS also needs
-    CUBLAS_WORKSPACE_CONFIG, which has to be set before CUDA starts.
+    CUBLAS_WORKSPACE_CONFIG, which has to be set before CUDA starts. torch would then also fill fresh memory, to show
+    reads of what nobody wrote; that takes 6 % of a step's time and changes no bit.
     """
     import torch
 
     torch.use_deterministic_algorithms(mode=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def choose_device(wanted: str = "auto") -> torch.device:
@@ -166,18 +170,81 @@ def add_adapter(model: Any, *, rank: int, alpha: int, dropout: float, target_mod
     return adapted
 
 
+def make_lean(model: Any, *, keep_dequantized: bool, kernels: Kernels | None) -> str:
+    """Replaces the forward of the adapted layers, and of what lies between them, by that of `lean`.
+
+    Args:
+        model: A PEFT model over a base loaded with flat attention.
+        keep_dequantized: Whether the base's weights are dequantized once and kept, or anew for each use. The products
+            are the same, bit by bit.
+        kernels: What lies between the layers is computed by; None leaves it as it is.
+
+    Returns:
+        How far it got: `all`; `layers` where the decoder is not one that it knows, and only the adapted layers were
+        replaced; `nothing` where there is dropout, which is left to PEFT.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    from job import lean
+
+    base = model.get_base_model()
+    adapted = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    if not all(lean.fits(module) for module in adapted):
+        return "nothing"
+    weights = {module: _Frozen(module.get_base_layer(), base.dtype, keep=keep_dequantized) for module in adapted}
+    return "all" if lean.adapt(base, weights, base.dtype, kernels) else "layers"
+
+
+class _Frozen:
+    """Gives the weight of a linear layer of the base, in `dtype`: kept, or dequantized for each use."""
+
+    def __init__(self, layer: Any, dtype: torch.dtype, *, keep: bool) -> None:
+        self._layer, self._dtype = layer, dtype
+        self._kept = self._made() if keep else None
+
+    def __call__(self) -> torch.Tensor:
+        """The weight."""
+        return self._made() if self._kept is None else self._kept
+
+    def forget(self) -> None:
+        """Dequantizes for each use from now on."""
+        self._kept = None
+
+    def _made(self) -> torch.Tensor:
+        from bitsandbytes.functional import dequantize_4bit
+
+        weight = self._layer.weight
+        if getattr(weight, "quant_state", None) is None:
+            return weight  # type: ignore[no-any-return]
+        return dequantize_4bit(weight.data, weight.quant_state).to(self._dtype)  # type: ignore[no-any-return]
+
+
+def forget_dequantized(model: Any) -> None:
+    """Has a lean model dequantize its base's weights for each use, and frees the kept ones."""
+    for module in model.modules():
+        if (group := module.__dict__.get("lean")) is not None:
+            for layer in group.layers:
+                layer.weight.forget()
+
+
 def trainable(model: Any) -> dict[str, Any]:
     """The adapter's parameters by name, in the model's order."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def recompute_activations(model: Any, *, on: bool) -> None:
-    """Switches activation (gradient) checkpointing: less memory for about a third more time."""
+def recompute_activations(model: Any, *, on: bool, random: bool = True) -> None:
+    """Switches activation (gradient) checkpointing: less memory for about a third more time.
+
+    Args:
+        model: A PEFT model.
+        on: Whether activations are computed again, or kept.
+        random: Whether anything is drawn at random on the way, which then has to be drawn again.
+    """
     base = model.get_base_model()
     if on:
         # transformers renamed it in 5.23; the model is an argument of neither name
         enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        enable({"use_reentrant": False, "preserve_rng_state": random})
     else:
         (getattr(base, "activation_checkpointing_disable", None) or base.gradient_checkpointing_disable)()
 

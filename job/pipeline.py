@@ -31,6 +31,7 @@ EXECUTION = {
     *("run.id", "run.output", "run.grace_seconds", "run.spot_notices", "run.device", "run.image_digest", "preset"),
     *("run.processes", "run.nodes", "run.node_rank", "run.rendezvous", "train.micro_batch_tokens", "eval.batch_tokens"),
     *("fault", "train.log_every_steps", "train.stall_seconds", "train.gradient_checkpointing"),
+    *("train.gpu_memory_gb", "model.keep_dequantized"),
 }
 EXECUTION_GROUPS = ("storage.", "log.", "cost.", "checkpoint.", "gate.")
 

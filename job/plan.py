@@ -18,10 +18,13 @@ from job.limits import check_disk, checkpoint_bytes, required_bytes
 from job.objects import open_store
 from job.preflight import Check, Found, check, local_round_trip, round_trip
 from job.previews import DataFacts, ModelFacts, find_tokenizer, look_at_data, look_at_model, look_at_questions
-from job.recipe import auto_micro_batch_tokens, total_steps
+from job.recipe import total_steps
 from job.settings import Settings
 from job.wording import size
 from job.workload import Workload, count, scale
+
+SMALL_GPU_TOKENS = 4096
+"""Token budget that the table is about: what a GPU of 11 to 40 GiB gets."""
 
 QUICK = {"timeout_seconds": 10.0, "retries": 2}
 """At most, for the store: an address that does not answer is to be found out soon."""
@@ -136,7 +139,7 @@ def _run(settings: Settings, seen: _Seen, checks: list[Check]) -> Run:
         workload_basis=data_basis,
         questions=questions,
         questions_basis=questions_basis,
-        budget=settings.train.micro_batch_tokens or auto_micro_batch_tokens("cuda"),
+        budget=settings.train.micro_batch_tokens or SMALL_GPU_TOKENS,
         scoring_budget=settings.eval.batch_tokens,
         download_bytes=download + (seen.data.download_bytes if seen.data else 0),
         usd_per_hour=settings.cost.usd_per_hour,
@@ -163,7 +166,7 @@ def _setup(settings: Settings, seen: _Seen, checks: list[Check]) -> tuple[Setup 
         double_quantization=settings.model.double_quantization,
         value_bytes=estimate.FP32 if settings.model.dtype == "fp32" else forecast.HALF_PRECISION,
         optimizer=settings.train.optimizer,
-        recompute=settings.train.gradient_checkpointing,
+        recompute=settings.train.gradient_checkpointing is not False,
     ), basis
 
 

@@ -27,6 +27,14 @@ class Recipe:
     optimizer: str
     gradient_checkpointing: bool
     save_every_steps: int
+    autocast: bool = True
+    """Whether a half-precision model needs autocast: where PEFT's own layers multiply by the adapter's fp32 weights."""
+    padded: bool = False
+    """Whether rows are padded to few lengths; only for a model made lean throughout, in no autocast."""
+    replayed: bool = False
+    """Whether a GPU's work for padded rows is recorded and replayed."""
+    kept_base: bool = False
+    """Whether the base's weights are kept dequantized."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +54,15 @@ class Hooks:
 
 @dataclass(frozen=True)
 class Trained:
-    """Every step's metrics, the micro-batch budget that was left in the end, and whether all steps were done."""
+    """Every step's metrics, the micro-batch budget that was left in the end, and whether all steps were done.
+
+    `given_up`: fields of `Execution` that held in the beginning, and did not when memory had run out.
+    """
 
     history: tuple[StepMetrics, ...]
     micro_batch_tokens: int
     complete: bool
+    given_up: tuple[str, ...] = ()
 
 
 def total_steps(rows: int, global_batch_size: int, epochs: int, max_steps: int | None) -> int:
@@ -64,9 +76,8 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{step}:{rank}".encode()).digest()[:8], "big") >> 1
 
 
-def auto_micro_batch_tokens(device: str) -> int:
-    """Token budget of a micro-batch where none is set."""
-    return 4096 if device == "cuda" else 1024
+CPU_MICRO_BATCH_TOKENS = 1024
+"""Token budget of a micro-batch where none is set; on a GPU see `execution`."""
 
 
 def substitute(recipe: Recipe, device: str) -> tuple[Recipe, list[str]]:

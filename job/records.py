@@ -48,6 +48,19 @@ class ModelRecord:
 
 
 @dataclass(frozen=True)
+class Execution:
+    """How a GPU's work was carried out; none of it changes a bit.
+
+    `recorded`: its kernels were recorded once for each shape of row and replayed (CUDA graphs).
+    """
+
+    kept_base: bool
+    kept_activations: bool
+    recorded: bool
+    reason: str
+
+
+@dataclass(frozen=True)
 class TrainingRecord:
     """What training did, over all attempts. `loss` is the mean over the target tokens of the last epoch's steps.
 
@@ -66,6 +79,8 @@ class TrainingRecord:
     micro_batch_tokens: int
     substitutions: list[str]
     world_size: int = 1
+    execution: Execution | None = None
+    """None on a CPU, and where PEFT's own layers did the work."""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ from job.scoring import plan_rows, score_row
 
 Scored = list[list[ChoiceScore]]
 
+CODE = ("attention", "kernels", "lean", "model", "scoring", "triton_kernels")
+"""Rooms whose code decides what a score is."""
 _PAUSE_SECONDS = 0.01
 
 
@@ -49,7 +51,7 @@ class Scorer:
             "cpu": machine["cpu"],
             "gpus": machine["gpus"],
             "driver": machine["driver"],
-            "code": [hash_file(Path(__file__).with_name(f"{room}.py")) for room in ("attention", "model", "scoring")],
+            "code": [hash_file(Path(__file__).with_name(f"{room}.py")) for room in CODE],
         }
         self.scored = 0
         """Rows that were scored now."""

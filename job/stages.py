@@ -16,6 +16,7 @@ from job.batches import steps_per_epoch
 from job.errors import Preempted, Problem, SettingsError, Unreachable
 from job.evaluate import evaluate, write_records
 from job.events import write_events
+from job.gpu_plan import limit_memory, prepare
 from job.limits import check_disk, checkpoint_bytes, required_bytes
 from job.model import (
     adapter_off,
@@ -34,8 +35,8 @@ from job.preemption import Stopwatch, decide
 from job.processes import ALONE, Processes
 from job.publisher import Publisher
 from job.pull import Sources
-from job.recipe import Hooks, Recipe, auto_micro_batch_tokens, substitute, total_steps
-from job.records import Evaluated, ModelRecord, StepMetrics, Trained, TrainingRecord
+from job.recipe import Hooks, Recipe, substitute, total_steps
+from job.records import Evaluated, Execution, ModelRecord, StepMetrics, Trained, TrainingRecord
 from job.scorer import Scorer
 from job.scores import KeptScores
 from job.settings import Settings
@@ -45,10 +46,15 @@ from job.train import train
 
 @dataclass(frozen=True)
 class Loaded:
-    """The model in memory, and what the manifest says of it."""
+    """The model in memory, what the manifest says of it, and how it is going to be trained.
+
+    `execution` is None where PEFT's own layers do the work.
+    """
 
     model: Any
     record: ModelRecord
+    micro_batch_tokens: int
+    execution: Execution | None
 
 
 def load(settings: Settings, sources: Sources, processes: Processes = ALONE) -> Loaded:
@@ -57,6 +63,7 @@ def load(settings: Settings, sources: Sources, processes: Processes = ALONE) -> 
     _same_kind(processes, device.type)
     if device.type == "cuda":
         make_deterministic()
+        limit_memory(settings.train.gpu_memory_gb)
     base = load_base(
         sources.folder,
         quantization=settings.model.quantization,
@@ -84,7 +91,18 @@ def load(settings: Settings, sources: Sources, processes: Processes = ALONE) -> 
     log.get_logger().info(
         "model is loaded", device=str(device), dtype=record.dtype, trainable_parameters=record.trainable_parameters
     )
-    return Loaded(model, record)
+    budget, execution = prepare(
+        model,
+        [len(example.input_ids) for example in sources.examples],
+        global_batch_size=settings.train.global_batch_size,
+        quantization=settings.model.quantization,
+        optimizer=settings.train.optimizer,
+        micro_batch_tokens=settings.train.micro_batch_tokens,
+        keep_base=settings.model.keep_dequantized,
+        recompute=settings.train.gradient_checkpointing,
+        gigabytes=settings.train.gpu_memory_gb,
+    )
+    return Loaded(model, record, budget, execution)
 
 
 def _same_kind(processes: Processes, device: str) -> None:
@@ -150,7 +168,7 @@ def _evaluate(attempt: Attempt, settings: Settings, sources: Sources, scorer: Sc
 def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded) -> Trained | None:
     """Trains from the newest whole checkpoint on, and publishes the adapter and the metrics."""
     model, processes = loaded.model, attempt.processes
-    recipe, substitutions = substitute(_recipe(settings, len(sources.examples), model), model.device.type)
+    recipe, substitutions = substitute(_recipe(settings, len(sources.examples), loaded), model.device.type)
     for sentence in substitutions if processes.leads else ():
         log.get_logger().warning("substituted", what=sentence)
     restored = _restore(attempt)
@@ -200,6 +218,9 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
     ]
     used = replace(recipe, micro_batch_tokens=trained.micro_batch_tokens)
     record = _training_record(used, trained.history, substitutions, len(sources.examples), processes.place.world_size)
+    if loaded.execution is not None:
+        given_up: dict[str, Any] = dict.fromkeys(trained.given_up, False)
+        record = replace(record, execution=replace(loaded.execution, **given_up))
     return Trained(record, artifacts)
 
 
@@ -227,8 +248,8 @@ def _restore(attempt: Attempt) -> checkpoints.Restored:
     return found
 
 
-def _recipe(settings: Settings, rows: int, model: Any) -> Recipe:
-    t = settings.train
+def _recipe(settings: Settings, rows: int, loaded: Loaded) -> Recipe:
+    t, execution = settings.train, loaded.execution
     return Recipe(
         seed=settings.run.seed,
         total_steps=total_steps(rows, t.global_batch_size, t.epochs, t.max_steps),
@@ -238,10 +259,14 @@ def _recipe(settings: Settings, rows: int, model: Any) -> Recipe:
         weight_decay=t.weight_decay,
         max_grad_norm=t.max_grad_norm,
         global_batch_size=t.global_batch_size,
-        micro_batch_tokens=t.micro_batch_tokens or auto_micro_batch_tokens(model.device.type),
+        micro_batch_tokens=loaded.micro_batch_tokens,
         optimizer=t.optimizer,
-        gradient_checkpointing=t.gradient_checkpointing,
+        gradient_checkpointing=not execution.kept_activations if execution else t.gradient_checkpointing is not False,
         save_every_steps=settings.checkpoint.every_steps,
+        autocast=execution is None,
+        padded=execution is not None and execution.recorded,
+        replayed=execution is not None and execution.recorded,
+        kept_base=execution is not None and execution.kept_base,
     )
 
 

@@ -20,16 +20,16 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from job import batches
-from job.attention import Segment, build_layout
 from job.callbacks import StopOnFlag
 from job.errors import JobError
+from job.learner import Learner
 from job.model import recompute_activations, trainable
 from job.processes import ALONE, Processes
 from job.recipe import Hooks, Recipe, Trained, step_seed
 from job.records import Example, StepMetrics
 from job.states import TrainerFiles, read_state, write_state
+from job.vector import Vector
 
-IGNORED = -100
 SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
@@ -66,7 +66,7 @@ def train(
     trainer = _FlatTrainer(
         model, tokenizer, examples=examples, recipe=recipe, hooks=hooks, folder=folder, processes=processes
     )
-    recompute_activations(model, on=recipe.gradient_checkpointing)
+    recompute_activations(model, on=recipe.gradient_checkpointing, random=not recipe.padded)
     try:
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     except _StepAbandoned as abandoned:
@@ -78,32 +78,8 @@ def train(
     recompute_activations(model, on=False)
     model.eval()
     done = trainer.state.global_step
-    return Trained(tuple(trainer.history), trainer.budget, complete=done >= recipe.total_steps)
-
-
-def flat_inputs(examples: Sequence[Example], device: torch.device) -> dict[str, Any]:
-    """Lays examples end to end in one row.
-
-    Returns:
-        Inputs of the model: `input_ids`, `labels` (token ids, or -100 where nothing is learned) and `position_ids`,
-        each (1, tokens) int64, and the `layout` that keeps the examples apart.
-    """
-    ids: list[int] = []
-    labels: list[int] = []
-    positions: list[int] = []
-    segments = []
-    for example in examples:
-        segments.append(Segment(len(ids), len(ids) + len(example.input_ids)))
-        ids += example.input_ids
-        labels += (t if target else IGNORED for t, target in zip(example.input_ids, example.targets, strict=True))
-        positions += range(len(example.input_ids))
-    rows = torch.tensor([ids, labels, positions], device=device)
-    return {
-        "input_ids": rows[0:1],
-        "labels": rows[1:2],
-        "position_ids": rows[2:3],
-        "layout": build_layout(segments, device),
-    }
+    given_up = tuple(trainer.learner.given_up)
+    return Trained(tuple(trainer.history), trainer.budget, complete=done >= recipe.total_steps, given_up=given_up)
 
 
 class _FlatTrainer(SFTTrainer):  # type: ignore[misc]
@@ -133,12 +109,21 @@ class _FlatTrainer(SFTTrainer):  # type: ignore[misc]
         # TRL rounds the adapter of a quantized model to bf16, in which a resumed run cannot be exact.
         for name, parameter in trainable(model).items():
             parameter.data = exact[name]
+        self.vector = Vector(trainable(model).values())
         self.examples, self.recipe, self.hooks, self.folder = examples, recipe, hooks, folder
         self.processes = processes
         self.budget = recipe.micro_batch_tokens
         self.history: list[StepMetrics] = []
         self.saved_step = 0
         self.clock = time.monotonic()
+        self.learner = Learner(
+            model,
+            recipe,
+            examples,
+            largest=self._largest,
+            backward=self.accelerator.backward,
+            autocast=self.compute_loss_context_manager,
+        )
 
     # Which examples: the plan's, from the step that comes next.
 
@@ -151,65 +136,83 @@ class _FlatTrainer(SFTTrainer):  # type: ignore[misc]
     def floating_point_ops(self, inputs: Any) -> int:  # noqa: ARG002 - Trainer's signature
         return 0
 
+    # What is done to the adapter as a whole.
+
+    def create_optimizer(self, model: Any = None) -> Any:  # noqa: ARG002 - Trainer's signature
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        self.optimizer = kind([self.vector.whole], weight_decay=self.args.weight_decay, **options)
+        return self.optimizer
+
+    def _clip_grad_norm(self, model: Any) -> Any:  # noqa: ARG002 - Trainer's signature
+        return self.accelerator.clip_grad_norm_([self.vector.whole], self.args.max_grad_norm)
+
     def training_step(self, model: Any, inputs: tuple[int], num_items_in_batch: Any = None) -> Any:  # noqa: ARG002
-        """One optimizer step's gradient; repeats itself with half the budget when the memory of a GPU runs out."""
+        """One optimizer step's gradient; makes room and repeats itself when the memory of a GPU runs out."""
         self.clock = time.monotonic()
         while True:
             sums = None
             try:
-                sums = self._lay_out(model, self._gradient_of(model, *inputs))
+                sums = self._lay_out(self._gradient_of(model, *inputs))
             except torch.OutOfMemoryError:
-                if self.budget <= max(len(e.input_ids) for e in self.examples) // 2:
+                least = max(len(e.input_ids) for e in self.examples) // 2
+                if self.budget <= least and not self.learner.can_make_room():
                     raise
             try:
                 if not self.processes.agree(repeat=sums is None):
                     self.processes.add_up(sums)
-                    return self._put_back(model, sums)
+                    return self._put_back(sums)
+                # Where only one process finds nothing to give up, all of them go on with half the budget.
+                if self.processes.agree(repeat=not self.learner.make_room()):
+                    self.budget //= 2
             except JobError as error:
                 raise _StepAbandoned from error
-            self.budget //= 2
             model.zero_grad()
             torch.cuda.empty_cache()
 
-    def _lay_out(self, model: Any, loss: Any) -> Any:
+    def _lay_out(self, loss: Any) -> Any:
         """What is added up over the processes, end to end: the adapter's gradient, and the loss."""
-        if self.processes.place.world_size == 1:
-            return loss.reshape(1)
-        gradients = [p.new_zeros(p.shape) if p.grad is None else p.grad for p in trainable(model).values()]
-        return torch.cat([part.reshape(-1) for part in (*gradients, loss)])
+        alone = self.processes.place.world_size == 1
+        return loss.reshape(1) if alone else torch.cat([self.vector.gradient, loss.reshape(1)])
 
-    def _put_back(self, model: Any, sums: Any) -> Any:
+    def _put_back(self, sums: Any) -> Any:
         """Makes the sum the adapter's gradient, and returns the loss."""
         if self.processes.place.world_size > 1:
-            parameters = list(trainable(model).values())
-            for parameter, part in zip(parameters, sums[:-1].split([p.numel() for p in parameters]), strict=True):
-                # Copied, because an optimizer's kernels may count on memory that is aligned.
-                parameter.grad = torch.empty_like(parameter) if parameter.grad is None else parameter.grad
-                parameter.grad.copy_(part.view_as(parameter))
+            self.vector.gradient.copy_(sums[:-1])
         return sums[-1]
 
     def _stopping(self) -> bool:
         return self.hooks.stop() if self.processes.place.world_size == 1 else self.processes.stopping
 
-    def _gradient_of(self, model: Any, step: int) -> Any:
+    def _share(self, step: int) -> tuple[list[Example], int]:
+        """The examples of a step that are this process's, and the target tokens of all."""
         rank, world = self.processes.place.rank, self.processes.place.world_size
         rows = batches.batch(self.recipe.seed, len(self.examples), self.recipe.global_batch_size, step)
-        targets = sum(sum(self.examples[row].targets) for row in rows)
         mine = batches.shares([len(self.examples[row].input_ids) for row in rows], world)[rank]
-        share = [self.examples[rows[i]] for i in mine]
-        torch.manual_seed(step_seed(self.recipe.seed, step, rank))
+        return [self.examples[rows[i]] for i in mine], sum(sum(self.examples[row].targets) for row in rows)
+
+    def _largest(self) -> list[Example]:
+        """The examples of the largest micro-batch of all steps."""
+        found: list[Example] = [max(self.examples, key=lambda example: len(example.input_ids))]
+        most = len(found[0].input_ids)
+        for step in range(self.recipe.total_steps):
+            share, _ = self._share(step)
+            lengths = [len(example.input_ids) for example in share]
+            for group in batches.micro_batches(lengths, self.budget):
+                if (tokens := sum(lengths[i] for i in group)) > most:
+                    found, most = [share[i] for i in group], tokens
+        return found
+
+    def _gradient_of(self, model: Any, step: int) -> Any:
+        share, targets = self._share(step)
+        torch.manual_seed(step_seed(self.recipe.seed, step, self.processes.place.rank))
         model.train()
+        self.vector.clear()
         loss = torch.zeros((), device=self.args.device)
         groups = batches.micro_batches([len(e.input_ids) for e in share], self.budget)
         for number, group in enumerate(groups, start=1):
             if self.hooks.stop() and not self.hooks.fits(1 - (number - 1) / len(groups)):
                 raise _StepAbandoned
-            inputs = flat_inputs([share[i] for i in group], self.args.device)
-            with self.compute_loss_context_manager():
-                summed = -model(**inputs, fused_lm_head=True).log_probs.sum()
-            part = summed * (1 / targets)
-            self.accelerator.backward(part)
-            loss += part.detach()
+            loss += self.learner(model, [share[i] for i in group], 1 / targets, self.args.device)
         return loss
 
     # What is told, kept and restored.
@@ -310,7 +313,7 @@ def _arguments(recipe: Recipe, folder: Path, model: Any) -> SFTConfig:
         **dict.fromkeys(
             {"activation_checkpointing", "gradient_checkpointing"} & SFTConfig.__dataclass_fields__.keys(), False
         ),
-        bf16=dtype is torch.bfloat16,
+        bf16=dtype is torch.bfloat16 and recipe.autocast,
         fp16=dtype is torch.float16,
         use_cpu=not on_gpu,
         seed=recipe.seed,

@@ -19,14 +19,16 @@ SOURCES = {
 # A room imports from the lines above its own only. Imports inside functions count.
 LEVELS = """
     __init__ errors records log hashes batches statistics attention platforms presets fieldtypes callbacks
-    optimizer_states results charts answers checks tables tracker_process architectures gpus stand_in
-    layers
+    optimizer_states results charts answers checks tables tracker_process architectures gpus stand_in vector
+    triton_kernels
+    layers kernels
     sagemaker
-    store formats groups sources topology preemption model scoring events limits clouds watchdog publisher
-    comparison question_records side_by_side
-    recipe processes selftest wording cost energy trackers estimate known workload
-    local s3_errors schemas settings hub states notices joined rendering timeline manifest forecast
-    s3 s3_client encode train evaluate rendezvous card report
+    store formats groups sources topology preemption lean scoring events limits clouds watchdog publisher
+    comparison question_records side_by_side model
+    recipe processes selftest wording cost energy trackers estimate known workload rows replay
+    local s3_errors schemas settings hub states notices joined rendering timeline manifest forecast execution
+    learner
+    s3 s3_client encode train evaluate rendezvous card report gpu_plan
     objects dataset launcher
     lease markers scores artifacts preflight
     guard checkpoint_download previews
@@ -53,7 +55,7 @@ SOLE_USERS = {
     "s3transfer": {"s3", "s3_client", "s3_errors"},
     "peft": {"model"},
     "bitsandbytes": {"model"},
-    "trl": {"train"},
+    "trl": {"learner", "train"},
     "lm_eval": {"evaluate"},
     "structlog": {"log"},
     "pynvml": {"energy"},

@@ -114,6 +114,7 @@ EXAMPLE: dict[str, Any] = {
         "micro_batch_tokens": 4096,
         "world_size": 4,
         "substitutions": ["fp16 instead of bf16: this GPU has no bf16"],
+        "execution": {"kept_base": True, "kept_activations": False, "recorded": True, "reason": "needs 9 of 12 GiB"},
     },
     "evaluation": {
         "harness": {"name": "lm-eval", "version": "0.4.13"},
@@ -282,6 +283,7 @@ def test_example_is_valid() -> None:
         (("training", "tokens_per_second"), None),
         (("training", "peak_memory_bytes"), None),
         (("training", "loss"), 1),
+        (("training", "execution"), None),
         (("hardware", "driver"), None),
         (("hardware", "cuda"), None),
         (("hardware", "gpus"), []),

@@ -75,7 +75,7 @@ class TestDefaults:
             "skip",
         )
         assert (settings.train.epochs, settings.train.learning_rate, settings.train.global_batch_size) == (2, 2e-4, 32)
-        assert (settings.train.optimizer, settings.train.gradient_checkpointing) == ("adamw_8bit", True)
+        assert (settings.train.optimizer, settings.train.gradient_checkpointing) == ("adamw_8bit", "auto")
         assert settings.eval.tasks == ("arc_easy",)
 
     def test_the_default_preset_pins_its_hub_revisions(self) -> None:

@@ -13,15 +13,18 @@ from typing import Any
 import pytest
 import torch
 
-from job import batches
+from job import batches, rows
+from job.attention import Segment
 from job.errors import JobError, Unreachable
-from job.model import add_adapter, trainable
+from job.kernels import TORCH
+from job.model import add_adapter, make_lean, trainable
 from job.processes import Alone
 from job.recipe import Hooks, Recipe, Trained, step_seed, substitute, total_steps
 from job.records import Example, Question, StepMetrics
+from job.rows import flat_inputs
 from job.scoring import score_row
 from job.topology import Place
-from job.train import flat_inputs, train
+from job.train import train
 from tests.helpers import EOS, LINEAR, PAD, fill_adapter, make_examples, make_model
 
 EXAMPLES = make_examples(8)
@@ -59,15 +62,16 @@ def run(
 
 
 @contextmanager
-def gradients() -> Iterator[list[dict[int, torch.Tensor]]]:
-    """Collects, for each optimizer step within it, the gradients that the optimizer gets, by place of the parameter."""
+def gradients(model: Any) -> Iterator[list[dict[str, torch.Tensor]]]:
+    """Collects, for each optimizer step within it, the gradients that the optimizer gets, by name of the parameter."""
     from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-    found: list[dict[int, torch.Tensor]] = []
+    found: list[dict[str, torch.Tensor]] = []
 
     def note(optimizer: Any, *_: Any) -> None:
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        found.append({place: p.grad.detach().clone() for place, p in enumerate(parameters) if p.grad is not None})
+        got = sum(float(p.grad.square().sum()) for group in optimizer.param_groups for p in group["params"])
+        found.append({name: p.grad.detach().clone() for name, p in trainable(model).items() if p.grad is not None})
+        assert got == pytest.approx(sum(float(x.square().sum()) for x in found[-1].values()), rel=1e-5)
 
     handle = register_optimizer_step_pre_hook(note)
     try:
@@ -76,7 +80,7 @@ def gradients() -> Iterator[list[dict[int, torch.Tensor]]]:
         handle.remove()
 
 
-def assert_same(one: dict[int, torch.Tensor], other: dict[int, torch.Tensor], tolerance: float = 1e-5) -> None:
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance: float = 1e-5) -> None:
     """Each parameter's gradient is the same within a tolerance relative to its norm, and none is missing or zero."""
     assert one.keys() == other.keys()
     assert one
@@ -97,7 +101,7 @@ def facts(trained: Trained) -> str:
 
 def plain_trl(
     base_folder: Path, tokenizer: Any, examples: Sequence[Example], folder: Path, rows: int
-) -> tuple[float, dict[int, torch.Tensor]]:
+) -> tuple[float, dict[str, torch.Tensor]]:
     """One step over all examples by TRL as its manual has it: padded batches of `rows`, its collator and its loss."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM
@@ -126,17 +130,17 @@ def plain_trl(
         disable_tqdm=True,
     )
     trainer = SFTTrainer(model, arguments, train_dataset=Dataset.from_dict(columns), processing_class=tokenizer)
-    with gradients() as found:
+    with gradients(model) as found:
         trainer.train()
     return trainer.state.log_history[0]["loss"], found[0]
 
 
 def ours(
     base_folder: Path, tokenizer: Any, examples: Sequence[Example], folder: Path, **changes: Any
-) -> tuple[float, dict[int, torch.Tensor]]:
+) -> tuple[float, dict[str, torch.Tensor]]:
     """One step over all examples by the job."""
     model = fill_adapter(make_model(base_folder))
-    with gradients() as found:
+    with gradients(model) as found:
         trained, _ = run(model, tokenizer, examples, replace(RECIPE, **changes), folder)
     return trained.history[0].loss, found[0]
 
@@ -173,7 +177,7 @@ def test_activation_checkpointing_changes_nothing(base_folder: Path, tokenizer: 
     results = {}
     for on in (True, False):
         model = fill_adapter(make_model(base_folder, dropout=0.1))
-        with gradients() as found:
+        with gradients(model) as found:
             trained, _ = run(model, tokenizer, EXAMPLES, replace(RECIPE, gradient_checkpointing=on), tmp_path)
         results[on] = trained.history[0].loss, found[0], [p.detach() for p in trainable(model).values()]
     assert results[True][0] == pytest.approx(results[False][0], rel=1e-6)
@@ -276,6 +280,52 @@ def test_a_flat_row_holds_no_padding() -> None:
     assert inputs["position_ids"].tolist() == [[place for e in examples for place in range(len(e.input_ids))]]
 
 
+def lean_model(base_folder: Path, **made: Any) -> Any:
+    """The tiny model with the lean forward, as a GPU runs it."""
+    model = fill_adapter(make_model(base_folder, **made))
+    assert make_lean(model, keep_dequantized=True, kernels=TORCH) == "all"
+    return model
+
+
+@pytest.mark.parametrize("prompt", [0.0, 0.5], ids=["all", "completion"])
+@pytest.mark.parametrize("budget", [10_000, 90])
+def test_padding_changes_nothing_but_rounding(
+    base_folder: Path, tokenizer: Any, tmp_path: Path, prompt: float, budget: int
+) -> None:
+    """Rows padded to few lengths, as a GPU gets them, have the loss and the gradient of rows without padding."""
+    examples, results = make_examples(8, prompt=prompt), []
+    for padded in (False, True):
+        model = lean_model(base_folder)
+        recipe = replace(RECIPE, padded=padded, micro_batch_tokens=budget)
+        with gradients(model) as found:
+            trained, _ = run(model, tokenizer, examples, recipe, tmp_path)
+        results.append((trained.history[0].loss, found[0]))
+    (loss, gradient), (padded_loss, padded_gradient) = results
+    assert padded_loss == pytest.approx(loss, rel=1e-6)
+    assert_same(gradient, padded_gradient)
+
+
+def test_what_lies_in_the_padding_does_not_matter(
+    base_folder: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other tokens in the padding leave loss and gradient as they were, to the bit."""
+    results = []
+    for token in (0, 7):
+
+        def padded_row(*given: Any, token: int = token) -> Any:
+            row = rows.padded_row(*given)
+            row.tokens[0, row.segments[-1].start :] = token
+            return row
+
+        monkeypatch.setattr("job.learner.padded_row", padded_row)
+        model = lean_model(base_folder)
+        with gradients(model) as found:
+            trained, _ = run(model, tokenizer, EXAMPLES, replace(RECIPE, padded=True), tmp_path)
+        results.append((trained.history[0].loss, found[0]))
+    assert results[0][0] == results[1][0]
+    assert_same(results[0][1], results[1][1], 0.0)
+
+
 LONGER = make_examples(20)
 """Three steps an epoch, the last of four examples."""
 RESUMED = replace(
@@ -313,6 +363,19 @@ def test_a_resumed_run_is_the_same_run(
     assert adapter_hash(second) == adapter_hash(whole)
     assert facts(resumed) == facts(uninterrupted)
     assert len({step.loss for step in resumed.history}) == 6
+
+
+def test_a_lean_run_on_padded_rows_resumes_exactly(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """The way of a GPU, but for the recording: stopped and resumed, it ends with the bits of a whole run."""
+    recipe = replace(RESUMED, optimizer="adamw_8bit", padded=True)
+    whole = lean_model(base_folder, quantization="nf4")
+    uninterrupted, _ = run(whole, tokenizer, LONGER, recipe, tmp_path / "whole")
+    first = lean_model(base_folder, quantization="nf4")
+    _, (*_, state) = run(first, tokenizer, LONGER, recipe, tmp_path / "stopped", stop_after=3)
+    second = lean_model(base_folder, quantization="nf4")
+    resumed, _ = run(second, tokenizer, LONGER, recipe, tmp_path / "resumed", resume=state)
+    assert adapter_hash(second) == adapter_hash(whole) != adapter_hash(first)
+    assert facts(resumed) == facts(uninterrupted)
 
 
 def test_a_killed_run_goes_on_from_any_state(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
@@ -462,11 +525,11 @@ def test_out_of_memory_shrinks_the_micro_batch_and_repeats_the_step(
     """The budget is halved once and stays so; loss and gradient of both steps are as if nothing had happened."""
     recipe = replace(RECIPE, total_steps=2, micro_batch_tokens=160)
     calm, shaken = fill_adapter(make_model(base_folder)), fill_adapter(make_model(base_folder))
-    with gradients() as expected:
+    with gradients(calm) as expected:
         undisturbed, _ = run(calm, tokenizer, EXAMPLES, recipe, tmp_path)
     # The second micro-batch of the first step fails: what the first one left behind must not be counted twice.
     sizes = run_out_of_memory(shaken, lambda number: number == 2)
-    with gradients() as found:
+    with gradients(shaken) as found:
         trained, _ = run(shaken, tokenizer, EXAMPLES, recipe, tmp_path)
     assert (undisturbed.micro_batch_tokens, trained.micro_batch_tokens) == (160, 80)
     assert max(sizes[2:]) <= 80 < max(sizes[:2])
@@ -523,16 +586,16 @@ def test_a_step_is_repeated_by_all_when_one_runs_out_of_memory(
     """Whoever it was, all halve their micro-batches and repeat; loss and gradient are as if nothing had happened."""
     recipe = replace(RECIPE, total_steps=2, micro_batch_tokens=160)
     calm = fill_adapter(make_model(base_folder))
-    with gradients() as expected:
+    with gradients(calm) as expected:
         undisturbed, _ = run(calm, tokenizer, EXAMPLES, recipe, tmp_path)
     for fails_here in (True, False):
         model, beside = fill_adapter(make_model(base_folder)), Beside(*([] if fails_here else [1]))
         run_out_of_memory(model, lambda number, here=fails_here: here and number == 2)
         hooks = Hooks(lambda _: None, lambda *_: None, lambda: False)
-        with gradients() as found:
+        with gradients(model) as found:
             trained = train(model, tokenizer, EXAMPLES, recipe=recipe, hooks=hooks, folder=tmp_path, processes=beside)
         assert trained.micro_batch_tokens == 80
-        assert beside.asked == [fails_here, False, False]
+        assert beside.asked == [fails_here, True, False, False]  # the second: nothing else could be given up
         assert beside.sizes == [1 + sum(p.numel() for p in trainable(model).values())] * 2
         for one, other in zip(expected, found, strict=True):
             assert_same(one, other)
@@ -583,7 +646,7 @@ def test_a_process_without_examples_follows(
     model = make_model(base_folder)
     saved: list[Path] = []
     hooks = Hooks(lambda _: None, lambda path, _: saved.append(path), lambda: False)
-    with gradients() as found:
+    with gradients(model) as found:
         trained = train(
             model,
             tokenizer,
@@ -596,6 +659,53 @@ def test_a_process_without_examples_follows(
     assert trained.history[0].loss == 0.5
     assert all((gradient == 0.5).all() for gradient in found[0].values())
     assert not saved
+
+
+class Launched:
+    """Stands in for what replays: does the work as it comes, and knows what was to be recorded first."""
+
+    def __init__(self, work: Callable[..., torch.Tensor], _first: tuple[torch.Tensor, ...]) -> None:
+        self.work = work
+        self.prepared: list[int] = []
+
+    def prepare(self, tokens: torch.Tensor, *_: torch.Tensor) -> None:
+        """Records nothing."""
+        self.prepared.append(tokens.shape[1])
+
+    def __call__(self, tokens: torch.Tensor, ends: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """No row is longer than the one that was recorded first."""
+        assert tokens.shape[1] <= self.prepared[0]
+        last = int((ends == ends[-1]).nonzero()[0])
+        return self.work(tokens, ends, weight, tuple(map(Segment, ends[:last].tolist(), ends[1 : last + 1].tolist())))
+
+
+def test_out_of_memory_takes_time_before_it_takes_bits(
+    base_folder: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kept weights, kept activations and recordings are given up one by one: the gradient stays, to the bit.
+
+    Only then is the budget halved.
+    """
+    monkeypatch.setattr("job.learner.Replayed", Launched)
+    recipe = replace(RECIPE, micro_batch_tokens=160, padded=True, replayed=True, kept_base=True)
+    results = []
+    for failures in (0, 1, 2, 3, 4):
+        model = lean_model(base_folder, quantization="nf4")
+        base = model.get_base_model().base_model
+        run_out_of_memory(base, lambda number, failures=failures: number <= failures)
+        with gradients(model) as found:
+            trained, _ = run(model, tokenizer, EXAMPLES, recipe, tmp_path)
+        results.append((trained, found[0]))
+    assert [trained.given_up for trained, _ in results] == [
+        (),
+        ("kept_base",),
+        ("kept_base", "kept_activations"),
+        *[("kept_base", "kept_activations", "recorded")] * 2,
+    ]
+    assert [trained.micro_batch_tokens for trained, _ in results] == [160, 160, 160, 160, 80]
+    for trained, gradient in results[:4]:
+        assert trained.history[0].loss == results[0][0].history[0].loss
+        assert_same(gradient, results[0][1], 0.0)
 
 
 def test_memory_that_is_too_small_for_one_example_ends_the_job(
@@ -617,7 +727,7 @@ def test_an_evaluation_before_changes_no_gradient(base_folder: Path, tokenizer: 
         if evaluated:
             with model.eval().disable_adapter():
                 score_row(model, [Question(example.input_ids, ((5, 6), (7,))) for example in EXAMPLES])
-        with gradients() as found:
+        with gradients(model) as found:
             trained, _ = run(model, tokenizer, EXAMPLES, RECIPE, tmp_path)
         results.append((trained.history[0].loss, found[0]))
     assert results[0][0] == results[1][0]

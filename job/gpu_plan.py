@@ -1,0 +1,124 @@
+"""Prepares a model for the fastest way to train it that fits this GPU, and says which that is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from statistics import fmean, pstdev
+from typing import Any, Literal
+
+from job import log
+from job.architectures import read_config
+from job.estimate import Setup
+from job.execution import choose_budget, choose_execution
+from job.model import make_lean
+from job.recipe import CPU_MICRO_BATCH_TOKENS
+from job.records import Execution
+
+
+def prepare(
+    model: Any,
+    lengths: Sequence[int],
+    *,
+    global_batch_size: int,
+    quantization: str,
+    optimizer: str,
+    micro_batch_tokens: int | None,
+    keep_base: bool | Literal["auto"],
+    recompute: bool | Literal["auto"],
+    gigabytes: float | None,
+) -> tuple[int, Execution | None]:
+    """Chooses how this machine trains the model, and makes the model ready for it.
+
+    Args:
+        model: The base with its adapter.
+        lengths: Tokens of each example.
+        global_batch_size: Examples of a step.
+        quantization: The base's.
+        optimizer: The adapter's.
+        micro_batch_tokens: The token budget of a micro-batch; None to choose.
+        keep_base: Whether to keep the dequantized base.
+        recompute: Whether to compute activations again.
+        gigabytes: How much of the GPU may be used; None for all.
+
+    Returns:
+        The token budget of a micro-batch, and the rest; None where PEFT's own layers do the work.
+    """
+    if model.device.type != "cuda":
+        return micro_batch_tokens or CPU_MICRO_BATCH_TOKENS, None
+    total, free = _gpu_memory(gigabytes)
+    budget = micro_batch_tokens or choose_budget(total)
+    setup = _setup(model, quantization, optimizer)
+    if setup is None:
+        return budget, None
+    # A step's tokens, six standard deviations above their mean; where one has more after all, memory is made then.
+    tokens = global_batch_size * fmean(lengths) + 6 * global_batch_size**0.5 * pstdev(lengths)
+    execution = choose_execution(
+        setup,
+        free_bytes=free,
+        row_tokens=max(*lengths, min(budget, int(tokens))),
+        keep_base=None if keep_base == "auto" else keep_base,
+        keep_activations=None if recompute == "auto" else not recompute,
+        recorded=True,
+    )
+    made = make_lean(model, keep_dequantized=execution.kept_base, kernels=_fast_kernels())
+    if made == "nothing":
+        return budget, None
+    execution = replace(execution, recorded=made == "all")
+    log.get_logger().info("how training is carried out", micro_batch_tokens=budget, **asdict(execution))
+    return budget, execution
+
+
+def limit_memory(gigabytes: float | None) -> None:
+    """Makes the GPU as small as the job is allowed to see it."""
+    import torch
+
+    if gigabytes is not None:
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 1e9 / total))
+
+
+def _gpu_memory(gigabytes: float | None) -> tuple[int, int]:
+    """Bytes of the GPU, and of these the free ones; `gigabytes` is the limit of `limit_memory`."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    if gigabytes is None:
+        return total, free
+    limit = min(total, int(gigabytes * 1e9))
+    return limit, min(free, limit - torch.cuda.memory_allocated())
+
+
+def _setup(model: Any, quantization: str, optimizer: str) -> Setup | None:
+    """What is trained, for the formulas of `estimate`; None where it is not what `lean` is for: bf16, no dropout."""
+    import torch
+
+    base = model.get_base_model()
+    adapter = model.peft_config["default"]
+    if base.dtype is not torch.bfloat16 or adapter.lora_dropout:
+        return None
+    try:
+        architecture = read_config(base.config.to_dict())
+    except ValueError:
+        return None
+    return Setup(
+        architecture=architecture,
+        rank=adapter.r,
+        targets=tuple(sorted(adapter.target_modules)),
+        quantization=quantization,
+        double_quantization=True,
+        value_bytes=2,
+        optimizer=optimizer,
+        recompute=True,
+    )
+
+
+def _fast_kernels() -> Any:
+    """Triton's where there is Triton, which comes with torch for GPUs; else torch's own."""
+    from job import kernels
+
+    try:
+        return kernels.triton()
+    except ImportError:
+        return kernels.TORCH

@@ -1,0 +1,80 @@
+"""The kernels that torch has not, in Triton: element by element, in fp32, so that their bits are always the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from triton import language as tl
+
+_BLOCK = 1024
+
+
+@triton.jit
+def _swiglu_kernel(gate, up, out, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    g = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at, (g * tl.sigmoid(g) * u).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _swiglu_gradient_kernel(gradient, gate, up, to_gate, to_up, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    d = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
+    s = tl.sigmoid(g)
+    silu = g * s
+    tl.store(to_gate + at, (d * u * (s + silu * (1 - s))).to(to_gate.dtype.element_ty), mask=inside)
+    tl.store(to_up + at, (d * silu).to(to_up.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _turn_kernel(x, cosine, sine, out, size, heads, HALF: tl.constexpr, BLOCK: tl.constexpr):
+    pair = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = pair < size
+    head, place = pair // HALF, pair % HALF
+    first, angle = head * 2 * HALF + place, (head // heads) * 2 * HALF + place
+    a = tl.load(x + first, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(x + first + HALF, mask=inside, other=0.0).to(tl.float32)
+    c = tl.load(cosine + angle, mask=inside, other=0.0).to(tl.float32)
+    s = tl.load(sine + angle, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + first, (a * c - b * s).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + first + HALF, (b * c + a * s).to(out.dtype.element_ty), mask=inside)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        ctx.save_for_backward(gate, up)
+        out = torch.empty_like(gate)
+        _swiglu_kernel[(triton.cdiv(gate.numel(), _BLOCK),)](gate, up, out, gate.numel(), BLOCK=_BLOCK)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        gate, up = ctx.saved_tensors
+        to_gate, to_up = torch.empty_like(gate), torch.empty_like(up)
+        _swiglu_gradient_kernel[(triton.cdiv(gate.numel(), _BLOCK),)](
+            gradient.contiguous(), gate, up, to_gate, to_up, gate.numel(), BLOCK=_BLOCK
+        )
+        return to_gate, to_up
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up, of which only the two inputs are kept for the gradient."""
+    out: torch.Tensor = _SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
+    return out
+
+
+def turn(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    """(1, tokens, heads, head size) with its positions."""
+    x, cosine, sine = x.contiguous(), cosine.contiguous(), sine.contiguous()
+    out, pairs, half = torch.empty_like(x), x.numel() // 2, x.shape[-1] // 2
+    _turn_kernel[(triton.cdiv(pairs, _BLOCK),)](x, cosine, sine, out, pairs, x.shape[-2], HALF=half, BLOCK=_BLOCK)
+    return out

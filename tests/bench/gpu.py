@@ -1,0 +1,823 @@
+"""Ours beside the peers' on one GPU, in one run: `python tests/bench/gpu.py [--tiny] [SECTION ...]`.
+
+A random model of Mistral-7B's shape in NF4, Alpaca's and ARC-Easy's real lengths (`lengths.json`). Every section prints
+a line a finding and adds it to `gpu.json` in --out ($OUT); one that fails says so and the next begins. --tiny rehearses
+all of it on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import hashlib
+import json
+import os
+import platform
+import re
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import shapes  # lies beside this script
+import torch
+
+from job import attention, batches, kernels, rows
+from job.attention import Segment, build_layout
+from job.kernels import Kernels
+from job.model import add_adapter, make_lean, trainable
+from job.recipe import Hooks, Recipe
+from job.records import Example, StepMetrics
+from job.replay import Replayed
+from job.scoring import plan_rows, score_row, tokens_of
+from job.train import train
+from job.vector import Vector
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+PARAMETERS = 7_241_732_096
+WARMUP = 2
+"""Steps that are not timed."""
+
+
+@dataclass
+class Bench:
+    """What every section gets: sizes, where findings go, and the machine's rate once it is measured."""
+
+    tiny: bool
+    out: Path
+    steps: int
+    findings: list[dict[str, Any]]
+    rate: float = 0.0
+    model: Any = None
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """The model's sizes."""
+        return shapes.TINY if self.tiny else shapes.MISTRAL_7B
+
+    @property
+    def data(self) -> list[Example]:
+        """What is trained on."""
+        return shapes.examples(self.shape["vocab_size"], 100 if self.tiny else 1500)
+
+    def say(self, what: str, **figures: Any) -> None:
+        """One finding: a line, and an entry of the file."""
+        entry = {"what": what, **{k: round(v, 5) if isinstance(v, float) else v for k, v in figures.items()}}
+        self.findings.append(entry)
+        print(json.dumps(entry), flush=True)
+        (self.out / "gpu.json").write_text(json.dumps(self.findings, indent=1) + "\n")
+
+    @contextmanager
+    def caught(self, what: str) -> Iterator[None]:
+        """A finding that fails is a finding too."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - the next one shall have its turn
+            self.say("failed", where=what, error=f"{type(error).__name__}: {str(error)[:300]}")
+            traceback.print_exc(limit=-6)
+        clean()
+
+
+def clean() -> None:
+    """Gives memory back."""
+    gc.collect()
+    if ON_GPU:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def sync() -> None:
+    """Waits for the GPU."""
+    if ON_GPU:
+        torch.cuda.synchronize()
+
+
+def timed(function: Callable[[], Any]) -> float:
+    """Milliseconds of a call: ten in a row between two looks at the clock, the median of seven times."""
+    calls, repeat = (10, 7) if ON_GPU else (1, 2)
+    for _ in range(3):
+        function()
+    times = []
+    for _ in range(repeat):
+        sync()
+        began = time.perf_counter()
+        for _ in range(calls):
+            function()
+        sync()
+        times.append((time.perf_counter() - began) / calls)
+    return sorted(times)[len(times) // 2] * 1000
+
+
+def timed_on_gpu(function: Callable[[], Any]) -> float:
+    """The same of the GPU's work alone: recorded, and replayed, so that nothing waits for Python."""
+    if not ON_GPU:
+        return timed(function)
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph, stream=stream):
+        function()
+    return timed(graph.replay)
+
+
+def deterministic(*, on: bool, fill: bool = True) -> None:
+    """As the job sets it, or as torch comes. `fill`: whether torch overwrites fresh memory, in that mode."""
+    torch.use_deterministic_algorithms(on)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+# What the machine can do.
+
+
+def machine(bench: Bench) -> None:
+    """Names, versions, and the rate of a large bf16 product: what everything else is measured against."""
+    import bitsandbytes
+    import peft
+    import transformers
+    import trl
+
+    versions = {m.__name__: m.__version__ for m in (torch, transformers, peft, trl, bitsandbytes)}
+    gpu = torch.cuda.get_device_properties(0) if ON_GPU else None
+    bench.say(
+        "machine",
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        gpu=gpu.name if gpu else platform.processor(),
+        memory=gpu.total_memory if gpu else None,
+        python=platform.python_version(),
+        cuda=torch.version.cuda,
+        **versions,
+    )
+    rate(bench)
+    tokens = 3722 if not bench.tiny else 64
+    hidden, wide = bench.shape["hidden_size"], bench.shape["intermediate_size"]
+    for name, size in {
+        "q": (hidden, hidden),
+        "k": (hidden, hidden // 4),
+        "gate": (hidden, wide),
+        "down": (wide, hidden),
+    }.items():
+        x = torch.randn(tokens, size[0], device=DEVICE, dtype=torch.bfloat16)
+        w = torch.randn(size[1], size[0], device=DEVICE, dtype=torch.bfloat16)
+        y = torch.randn(tokens, size[1], device=DEVICE, dtype=torch.bfloat16)
+        flops = 2 * tokens * size[0] * size[1]
+        forward, backward = timed(lambda x=x, w=w: x @ w.T), timed(lambda y=y, w=w: y @ w)
+        bench.say(
+            "product",
+            layer=name,
+            tokens=tokens,
+            forward_tflops=flops / forward / 1e9,
+            backward_tflops=flops / backward / 1e9,
+        )
+
+
+def rate(bench: Bench) -> float:
+    """Measured once: FLOP/s of an 8192 x 8192 x 8192 product in bf16."""
+    if not bench.rate:
+        size = 256 if bench.tiny else 8192
+        a, b = (torch.randn(size, size, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+        milliseconds = timed(lambda: a @ b)
+        bench.rate = 2 * size**3 / milliseconds * 1000
+        bench.say("rate", tflops=bench.rate / 1e12, bound_tokens_per_second=bench.rate / (4 * PARAMETERS))
+    return bench.rate
+
+
+def pieces(bench: Bench) -> None:
+    """Milliseconds of what a step consists of beside the large products, one layer's or one step's worth."""
+    tokens = 3722 if not bench.tiny else 200
+    hidden, wide = bench.shape["hidden_size"], bench.shape["intermediate_size"]
+    heads, groups = bench.shape["num_attention_heads"], bench.shape["num_key_value_heads"]
+    size = hidden // heads
+
+    def fresh(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+
+    def both(function: Callable[..., Any], *inputs: torch.Tensor) -> float:
+        def once() -> None:
+            outputs = function(*inputs)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            torch.autograd.grad(outputs, inputs, seeds.setdefault(len(outputs), [torch.randn_like(y) for y in outputs]))
+
+        seeds: dict[int, list[torch.Tensor]] = {}
+
+        return timed_on_gpu(once)
+
+    from transformers.models.mistral.modeling_mistral import MistralRMSNorm, apply_rotary_pos_emb
+
+    plain = MistralRMSNorm(hidden).to(DEVICE, torch.bfloat16).requires_grad_(False)  # noqa: FBT003
+    x, gate, up = fresh(1, tokens, hidden), fresh(1, tokens, wide), fresh(1, tokens, wide)
+    q, k = fresh(1, tokens, heads, size), fresh(1, tokens, groups, size)
+    cosine, sine = (torch.randn(1, tokens, size, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    bench.say(
+        "pieces",
+        kernels="transformers",
+        norm=both(plain, x),
+        swiglu=both(lambda g, u: torch.nn.functional.silu(g) * u, gate, up),
+        rotate=both(
+            lambda q, k: apply_rotary_pos_emb(q.transpose(1, 2) * 1, k.transpose(1, 2) * 1, cosine, sine), q, k
+        ),
+    )
+    for name, chosen in kernel_sets().items():
+        with bench.caught(f"pieces {name}"):
+            bench.say(
+                "pieces",
+                kernels=name,
+                norm=both(lambda x, n=chosen: n.norm(x, plain.weight, 1e-5), x),
+                swiglu=both(chosen.swiglu, gate, up),
+                rotate=both(lambda q, k, n=chosen: n.rotate(q * 1, k * 1, cosine, sine), q, k),
+            )
+    lengths = shapes.LENGTHS["alpaca"][:32] if not bench.tiny else [50] * 4
+    ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
+    layout = build_layout([Segment(end - length, end) for end, length in zip(ends, lengths, strict=True)], DEVICE)
+    row = [fresh(1, n, ends[-1], size) for n in (heads, groups, groups)]
+    for mode in (True, False):
+        with bench.caught("pieces attention"):
+            deterministic(on=mode, fill=False)
+            spent = both(lambda q, k, v: attention.flat_attention(None, q, k, v, None, layout=layout)[0], *row)
+            bench.say("pieces attention", deterministic=mode, milliseconds=spent)
+    deterministic(on=False)
+
+
+def parts(bench: Bench) -> None:
+    """Milliseconds of what a step does once, for all layers together."""
+    from bitsandbytes.optim import AdamW8bit
+    from trl.kernels import ChunkedLogProbFunction
+
+    model, data = adapted(bench), bench.data[:32]
+    prepare(model, replace(BEST, keep=False))
+    layers = [layer for module in model.modules() if "lean" in module.__dict__ for layer in module.lean.layers]
+    weights = [torch.nn.Parameter(p.detach().clone()) for p in trainable(model).values()]
+    vector = Vector(weights)
+    vector.clear()
+    vector.gradient.normal_().mul_(1e-6)
+    refresh = next(iter(model.get_base_model().base_model._forward_pre_hooks.values()))
+    bench.say(
+        "parts",
+        dequantize=timed_on_gpu(lambda: [layer.weight() for layer in layers] and None),
+        refresh=timed(lambda: refresh(None, None)),
+        clear=timed(vector.clear),
+        clip=timed(lambda: torch.nn.utils.clip_grad_norm_([vector.whole], 1.0)),
+        adamw_8bit=timed(AdamW8bit([vector.whole], lr=0.0).step),
+        adamw_8bit_apart=timed(AdamW8bit(weights, lr=0.0).step),
+        lay_out=timed(lambda: rows.padded_row(data, DEVICE)),
+    )
+    hidden = torch.randn(
+        3722 if not bench.tiny else 200, bench.shape["hidden_size"], device=DEVICE, dtype=torch.bfloat16
+    )
+    hidden.requires_grad_()
+    targets = torch.randint(0, bench.shape["vocab_size"], hidden.shape[:1], device=DEVICE)
+    head = model.get_base_model().lm_head.weight
+
+    def loss() -> None:
+        found = ChunkedLogProbFunction.apply(hidden, head, None, targets, 1.0, 32768, None, 1.0, ())[0]
+        torch.autograd.grad(found.sum(), hidden)
+
+    bench.say("parts", loss=timed_on_gpu(loss))
+    unmake(model)
+
+
+def kernel_sets() -> dict[str, Kernels]:
+    """The ways to compute what lies between the products."""
+    sets = {"torch": kernels.TORCH}
+    if ON_GPU or os.environ.get("TRITON_INTERPRET"):
+        sets["triton"] = kernels.triton()
+        try:
+            sets["liger"] = liger()
+        except ImportError as error:
+            print(f"no Liger: {error}")
+    return sets
+
+
+def liger() -> Kernels:
+    """Liger's norm and SwiGLU, for comparison."""
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+    def norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        return LigerRMSNormFunction.apply(x, weight, epsilon, 0.0, "llama", False)  # noqa: FBT003
+
+    return replace(kernels.triton(), name="liger", norm=norm, swiglu=LigerSiLUMulFunction.apply)
+
+
+# Training.
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to carry out a step. The default is the way it was done before there was a choice."""
+
+    name: str
+    lean: bool = False
+    keep: bool = False
+    kernels: str = ""
+    recompute: bool = True
+    budget: int = 4096
+    deterministic: bool = True
+    fill: bool = True
+    padded: bool = False
+    graph: bool = False
+    grain: int = 256
+    optimizer: str = "adamw_8bit"
+    steps: int = 1
+    """How many times the steps that were asked for: recordings are made in the first ones."""
+
+
+BEST = Variant(
+    "graph, triton kernels",
+    lean=True,
+    keep=True,
+    kernels="triton",
+    recompute=False,
+    budget=16384,
+    fill=False,
+    padded=True,
+    graph=True,
+    steps=5,
+)
+EAGER = replace(BEST, name="launched piece by piece, triton kernels", graph=False, steps=1)
+TODAY = Variant("as it was, budget 4096")
+VARIANTS = [
+    TODAY,
+    replace(EAGER, name="launched piece by piece, not padded, torch kernels", padded=False, kernels="torch"),
+    EAGER,
+    BEST,
+    replace(BEST, name="graph, torch kernels", kernels="torch"),
+    replace(BEST, name="graph, liger", kernels="liger"),
+    replace(BEST, name="graph, not deterministic", deterministic=False),
+    replace(BEST, name="graph, padded to 128", grain=128),
+    replace(BEST, name="graph, NF4 per use", keep=False),
+    replace(BEST, name="graph, recomputed", recompute=True),
+    replace(BEST, name="graph, NF4 per use, recomputed", keep=False, recompute=True),
+    replace(BEST, name="graph, budget 4096", budget=4096),
+    replace(BEST, name="graph, torch's AdamW", optimizer="adamw_torch"),
+]
+
+
+def unmake(model: Any) -> None:
+    """Takes off what `make_lean` and a trainer put onto a model."""
+    model.get_base_model().base_model._forward_pre_hooks.clear()
+    for module in model.modules():
+        for name in ("forward", "lean"):
+            module.__dict__.pop(name, None)
+
+
+def adapted(bench: Bench) -> Any:
+    """Our model: flat attention, and a fresh adapter in fp32. Made once for all sections that use it."""
+    if bench.model is None:
+        began = time.perf_counter()
+        base = shapes.random_base(bench.shape, DEVICE, attention.NAME)
+        bench.model = add_adapter(base, rank=16, alpha=16, dropout=0.0, target_modules=shapes.MODULES, seed=0)
+        sync()
+        clean()
+        held = torch.cuda.memory_allocated() / 2**30 if ON_GPU else None
+        bench.say("build", seconds=time.perf_counter() - began, held_gib=held)
+    return bench.model
+
+
+def put_away(bench: Bench) -> None:
+    """Ours makes room for a peer's model."""
+    bench.model = None
+    deterministic(on=False)
+    clean()
+
+
+def recipe_of(bench: Bench, variant: Variant) -> Recipe:
+    """The reference recipe, shortened."""
+    return Recipe(
+        seed=0,
+        total_steps=WARMUP + bench.steps * (variant.steps if not bench.tiny else 1),
+        learning_rate=2e-4,
+        scheduler="linear",
+        warmup_steps=2,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        global_batch_size=32 if not bench.tiny else 8,
+        micro_batch_tokens=variant.budget if not bench.tiny else variant.budget // 16,
+        optimizer=variant.optimizer,
+        gradient_checkpointing=variant.recompute,
+        save_every_steps=10_000,
+        autocast=not variant.lean,
+        padded=variant.padded,
+        replayed=variant.graph and ON_GPU,
+    )
+
+
+def prepare(model: Any, variant: Variant) -> None:
+    """Puts a variant onto the model, which may carry another."""
+    unmake(model)
+    clean()
+    deterministic(on=variant.deterministic, fill=variant.fill)
+    rows.GRAIN = variant.grain
+    if variant.lean:
+        sets = kernel_sets()
+        wanted = variant.kernels if variant.kernels in sets or not variant.kernels else "torch"
+        done = make_lean(model, keep_dequantized=variant.keep, kernels=sets.get(wanted))
+        assert done == ("all" if wanted else "layers")
+
+
+def fit(
+    bench: Bench, model: Any, variant: Variant, on_step: Callable[[StepMetrics], None] = lambda _: None
+) -> dict[str, Any]:
+    """Trains by one variant, from the same adapter; returns its figures.
+
+    `steady` is of the steps in which nothing was recorded: where a long run spends its time.
+    """
+    weights = trainable(model)
+    fresh = {name: p.detach().clone() for name, p in weights.items()}
+    ended: list[float] = []
+    recorded: list[int] = []
+
+    def tell(metrics: StepMetrics) -> None:
+        ended.append(time.perf_counter())
+        on_step(metrics)
+
+    try:
+        with tempfile.TemporaryDirectory() as folder, noted(lambda: recorded.append(len(ended))):
+            trained = train(
+                model,
+                shapes.tokenizer(),
+                bench.data,
+                recipe=recipe_of(bench, variant),
+                hooks=Hooks(tell, lambda *_: None, lambda: False),
+                folder=Path(folder),
+            )
+        spent = [b - a for a, b in pairwise(ended)][WARMUP - 1 :]
+        targets = [step.target_tokens for step in trained.history[WARMUP:]]
+        steady = [n for n in range(len(spent)) if n + WARMUP not in recorded]
+        speed = sum(targets) / sum(spent)
+        steady_speed = sum(targets[n] for n in steady) / sum(spent[n] for n in steady) if steady else 0.0
+        return {
+            "tokens_per_second": speed,
+            "of_bound": speed * 4 * PARAMETERS / rate(bench),
+            "steady_tokens_per_second": steady_speed,
+            "steady_of_bound": steady_speed * 4 * PARAMETERS / rate(bench),
+            "steady_milliseconds": [round(spent[n] * 1000, 1) for n in steady][:8],
+            "recordings": len(recorded),
+            "recording_milliseconds": [round(spent[n] * 1000) for n in range(len(spent)) if n not in steady][:4],
+            "steps": len(spent),
+            "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if ON_GPU else None,
+            "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if ON_GPU else None,
+            "budget": trained.micro_batch_tokens,
+            "losses": [round(step.loss, 4) for step in trained.history][:6],
+            "adapter": bits_of(model),
+        }
+    finally:
+        with torch.no_grad():
+            for name, parameter in weights.items():
+                parameter.copy_(fresh[name])
+                parameter.grad = None
+
+
+def bits_of(model: Any) -> str:
+    """A short hash of the adapter."""
+    total = hashlib.sha256()
+    for p in trainable(model).values():
+        total.update(p.detach().cpu().numpy().tobytes())
+    return total.hexdigest()[:16]
+
+
+@contextmanager
+def noted(note: Callable[[], None]) -> Iterator[None]:
+    """Within it `note` is called for every recording."""
+    record = Replayed._record
+
+    def noting(*given: Any) -> None:
+        note()
+        record(*given)
+
+    Replayed._record = noting  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Replayed._record = record  # type: ignore[method-assign]
+
+
+def variants(bench: Bench) -> None:
+    """Every way to carry out a step, on the whole model."""
+    model = adapted(bench)
+    for variant in VARIANTS:
+        with bench.caught(variant.name):
+            prepare(model, variant)
+            bench.say("train", variant=variant.name, **fit(bench, model, variant))
+    unmake(model)
+
+
+def exact(bench: Bench) -> None:
+    """Ways that must not differ by a bit, and ours against PEFT's own forward in fp32."""
+    model = adapted(bench)
+    short = replace(bench, steps=4)
+    once = replace(BEST, steps=2)
+    found: dict[str, str] = {}
+    for name, variant in {
+        "best": once,
+        "again": once,
+        "launched piece by piece": replace(once, graph=False),
+        "NF4 per use": replace(once, keep=False),
+        "recomputed": replace(once, recompute=True),
+        "NF4 per use, recomputed": replace(once, keep=False, recompute=True),
+    }.items():
+        with bench.caught(f"exact {name}"):
+            prepare(model, variant)
+            done = fit(short, model, variant)
+            found[name] = done["adapter"]
+            bench.say("exact", variant=name, same_bits=found[name] == found["best"], recordings=done["recordings"])
+    with bench.caught("exact resumed"):
+        prepare(model, once)
+        bench.say("exact", variant="resumed", same_bits=resumed(short, model, once) == found["best"])
+    with bench.caught("exact scores"):
+        asked = shapes.questions(bench.shape["vocab_size"], 40)
+        scores = []
+        for variant in (BEST, replace(BEST, keep=False), replace(BEST, kernels="torch"), TODAY):
+            prepare(model, variant)
+            model.eval()
+            scores.append([choice.log_likelihood for q in score_row(model, asked) for choice in q])
+        bench.say("exact scores", kept_is_per_use=scores[0] == scores[1])
+        for name, other in (("torch kernels", scores[2]), ("PEFT's forward", scores[3])):
+            worst = max(abs(a - b) / abs(a) for a, b in zip(scores[0], other, strict=True))
+            bench.say("exact scores", against=name, largest_relative_difference=worst)
+    unmake(model)
+
+
+def resumed(bench: Bench, model: Any, variant: Variant) -> str:
+    """The adapter of a run that was stopped in the middle and resumed by another trainer."""
+    weights = trainable(model)
+    fresh = {name: p.detach().clone() for name, p in weights.items()}
+    recipe, seen, saved = recipe_of(bench, variant), [0], []
+    with tempfile.TemporaryDirectory() as folder:
+        for stop in (recipe.total_steps // 2, recipe.total_steps + 1):
+            train(
+                model,
+                shapes.tokenizer(),
+                bench.data,
+                recipe=recipe,
+                hooks=Hooks(
+                    lambda step: seen.append(step.step),
+                    lambda path, _: saved.append(path),
+                    lambda stop=stop: seen[-1] >= stop,  # type: ignore[misc]
+                ),
+                folder=Path(folder),
+                resume=saved[-1] if saved else None,
+            )
+            if stop < recipe.total_steps:
+                with torch.no_grad():
+                    for name, parameter in weights.items():
+                        parameter.copy_(fresh[name] + 1)
+        bits = bits_of(model)
+    with torch.no_grad():
+        for name, parameter in weights.items():
+            parameter.copy_(fresh[name])
+            parameter.grad = None
+    return bits
+
+
+def capped(bench: Bench) -> None:
+    """A smaller card, played by a limit on the allocator (the CUDA context comes on top): the job shrinks and ends."""
+    model = adapted(bench)
+    small = replace(BEST, name="small", keep=False, recompute=True, budget=4096, steps=1)
+    for gib in (16, 12, 8):
+        with bench.caught(f"capped {gib}"):
+            prepare(model, small)
+            if ON_GPU:
+                share = gib * 2**30 / torch.cuda.get_device_properties(0).total_memory
+                torch.cuda.set_per_process_memory_fraction(share)
+            bench.say("capped", gib=gib, **fit(bench, model, small))
+    if ON_GPU:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def profile(bench: Bench) -> None:
+    """Where the time of a step goes, kernel by kernel."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    model = adapted(bench)
+    for variant in (BEST, replace(BEST, kernels="torch", name="graph, torch kernels"), replace(EAGER, padded=False)):
+        with bench.caught(f"profile {variant.name}"):
+            prepare(model, variant)
+            recorder: Any = None
+            recordings: list[int] = []
+            began = spent = 0.0
+
+            def watch(metrics: StepMetrics, recordings: list[int] = recordings) -> None:
+                """Profiles a step after the other until one has recorded nothing."""
+                nonlocal recorder, began, spent
+                sync()
+                now = time.perf_counter()
+                if recorder is not None and not spent:
+                    recorder.stop()
+                    spent = 0.0 if recordings else now - began
+                if metrics.step >= WARMUP and not spent:
+                    recordings.clear()
+                    recorder = profiler(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if ON_GPU else [])])
+                    recorder.start()
+                    began = time.perf_counter()
+
+            with noted(lambda recordings=recordings: recordings.append(1)):  # type: ignore[misc]
+                fit(bench, model, replace(variant, steps=5), watch)
+            events = recorder.key_averages()
+            own = "self_device_time_total" if ON_GPU else "self_cpu_time_total"
+            on_gpu = [
+                e for e in events if str(e.device_type).endswith("CUDA") and not getattr(e, "is_user_annotation", False)
+            ]
+            busy = sum(event.self_device_time_total for event in on_gpu) / 1000
+            bench.say(
+                "profile",
+                variant=variant.name,
+                step_milliseconds=spent * 1000,
+                busy_milliseconds=busy,
+                kernels=sum(e.count for e in on_gpu),
+                top=[
+                    {"name": e.key[:90], "ms": round(e.self_device_time_total / 1000, 2), "count": e.count}
+                    for e in sorted(on_gpu, key=lambda e: -e.self_device_time_total)[:30]
+                ],
+            )
+            table = events.table(sort_by=own, row_limit=40, max_name_column_width=70)
+            (bench.out / f"profile-{re.sub('[^a-z0-9]+', '-', variant.name)}.txt").write_text(table)
+    unmake(model)
+
+
+# The peers.
+
+
+def plain(bench: Bench) -> None:
+    """TRL, PEFT and bitsandbytes as their manuals have it: batches of 8 x 4, padded, activations recomputed."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    put_away(bench)
+    data, steps, size = bench.data, WARMUP + bench.steps, 8 if not bench.tiny else 2
+    order = [row for step in range(steps) for row in batches.batch(0, len(data), size * 4, step)]
+    ended: list[float] = []
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        """Notes when a step has ended."""
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            sync()
+            ended.append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = SFTConfig(
+            output_dir=folder,
+            max_steps=steps,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=4,
+            gradient_checkpointing=True,
+            learning_rate=2e-4,
+            warmup_steps=2,
+            optim="adamw_8bit",
+            bf16=True,
+            use_cpu=not ON_GPU,
+            train_sampling_strategy="sequential",
+            max_length=2048,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+        trainer = SFTTrainer(
+            shapes.random_base(bench.shape, DEVICE, "sdpa"),
+            arguments,
+            train_dataset=Dataset.from_dict({"input_ids": [list(data[row].input_ids) for row in order]}),
+            processing_class=shapes.tokenizer(),
+            peft_config=LoraConfig(
+                r=16, lora_alpha=16, lora_dropout=0.0, target_modules=list(shapes.MODULES), task_type="CAUSAL_LM"
+            ),
+            callbacks=[Clock()],
+        )
+        trainer.train()
+    targets = sum(len(data[row].input_ids) - 1 for row in order[WARMUP * size * 4 :])
+    speed = targets / (ended[-1] - ended[WARMUP - 1])
+    bench.say(
+        "plain TRL",
+        tokens_per_second=speed,
+        of_bound=speed * 4 * PARAMETERS / rate(bench),
+        peak_gib=torch.cuda.max_memory_allocated() / 2**30 if ON_GPU else None,
+        losses=[round(entry["loss"], 4) for entry in trainer.state.log_history if "loss" in entry],
+    )
+
+
+def score(bench: Bench) -> None:
+    """Our evaluation: rows of many questions, each context once."""
+    asked = shapes.questions(bench.shape["vocab_size"], 30 if bench.tiny else None)
+    model = adapted(bench)
+    for name, variant, budget in (
+        ("as it was", TODAY, 8192),
+        ("per use", replace(BEST, keep=False), 8192),
+        ("kept", BEST, 8192),
+        ("kept", BEST, 16384),
+        ("kept", BEST, 32768),
+        ("kept, torch kernels", replace(BEST, kernels="torch"), 16384),
+    ):
+        with bench.caught(f"score {name}"):
+            prepare(model, variant)
+            model.eval()
+            rows = plan_rows(asked, budget)
+            score_row(model, asked[rows[0].start : rows[0].stop])
+            sync()
+            began = time.perf_counter()
+            scores = [q for row in rows for q in score_row(model, asked[row.start : row.stop])]
+            seconds = time.perf_counter() - began
+            bench.say(
+                "score",
+                variant=name,
+                budget=budget,
+                questions_per_second=len(asked) / seconds,
+                tokens_per_second=sum(map(tokens_of, asked)) / seconds,
+                peak_gib=torch.cuda.max_memory_allocated() / 2**30 if ON_GPU else None,
+            )
+            likelihoods = [[choice.log_likelihood for choice in q] for q in scores]
+            (bench.out / "scores.json").write_text(json.dumps(likelihoods))
+    unmake(model)
+
+
+def hflm(bench: Bench) -> None:
+    """lm-eval's own model on the same questions, tokenized beforehand; every choice alone."""
+    from lm_eval.models.huggingface import HFLM
+
+    put_away(bench)
+    asked = shapes.questions(bench.shape["vocab_size"], 30 if bench.tiny else 800)
+    base = shapes.random_base(bench.shape, DEVICE, "sdpa")
+    requests = [(("", ""), list(q.context), list(choice)) for q in asked for choice in q.choices]
+    ours: Sequence[Sequence[float]] = []
+    if (bench.out / "scores.json").exists():
+        ours = json.loads((bench.out / "scores.json").read_text())[: len(asked)]
+    for size in ("auto", 64, 32):
+        with bench.caught(f"HFLM {size}"):
+            model = HFLM(
+                pretrained=base, tokenizer=shapes.tokenizer(), batch_size=size, max_length=2048, device=str(DEVICE)
+            )
+            model._loglikelihood_tokens(requests[:64], disable_tqdm=True)
+            sync()
+            began = time.perf_counter()
+            answers = model._loglikelihood_tokens(requests, disable_tqdm=True)
+            sync()
+            seconds = time.perf_counter() - began
+            bench.say(
+                "HFLM",
+                batch_size=size,
+                questions=len(asked),
+                questions_per_second=len(asked) / seconds,
+                peak_gib=torch.cuda.max_memory_allocated() / 2**30 if ON_GPU else None,
+                **_agreement(asked, [a[0] for a in answers], ours),
+            )
+
+
+def _agreement(asked: Sequence[Any], theirs: list[float], ours: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """How many predictions are the same, and how close the call was where they are not."""
+    if not ours:
+        return {}
+    same, margins = 0, []
+    for q, mine in zip(asked, ours, strict=True):
+        other, theirs = theirs[: len(q.choices)], theirs[len(q.choices) :]
+        pick, their_pick = mine.index(max(mine)), other.index(max(other))
+        same += pick == their_pick
+        if pick != their_pick:
+            margins.append(round(mine[pick] - mine[their_pick], 4))
+    return {"same_predictions": same, "margins_of_the_others": margins[:20]}
+
+
+SECTIONS = {f.__name__: f for f in (machine, pieces, parts, exact, variants, profile, score, capped, plain, hflm)}
+
+
+def main() -> int:
+    """Runs the sections that were named, or all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []], default=[])
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--seconds", type=float, default=540, help="no section begins later than this")
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", tempfile.gettempdir())))
+    given = parser.parse_args()
+    began = time.monotonic()
+    bench = Bench(given.tiny, given.out, given.steps, [])
+    for name in given.sections or SECTIONS:
+        if time.monotonic() - began > given.seconds:
+            bench.say("skipped", section=name)
+            continue
+        start = time.monotonic()
+        with bench.caught(name):
+            SECTIONS[name](bench)
+        bench.say("section", name=name, seconds=time.monotonic() - start)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

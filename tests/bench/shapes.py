@@ -1,0 +1,115 @@
+"""Random models of real shapes, and examples and questions of real lengths: speed does not depend on what they say."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from job.records import Example, Question
+
+MISTRAL_7B = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
+TINY = {
+    "vocab_size": 1000,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LENGTHS = json.loads(Path(__file__).with_name("lengths.json").read_text())
+
+
+def random_base(shape: dict[str, int], device: torch.device, attention: str) -> Any:
+    """A random Mistral in bf16 whose layers are quantized as the job's are: NF4 with double quantization.
+
+    Made in place, without a file: what transformers would do while loading, at a fraction of the time.
+    """
+    from bitsandbytes.nn import Linear4bit, Params4bit
+    from transformers import MistralConfig, MistralForCausalLM
+
+    from job.attention import register
+
+    register()
+    config = MistralConfig(**shape, sliding_window=4096, attn_implementation=attention, use_cache=False)
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with device:
+            model = MistralForCausalLM(config)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for layer in model.model.layers:
+        for parent in (layer.self_attn, layer.mlp):
+            for name, linear in list(parent.named_children()):
+                if not isinstance(linear, torch.nn.Linear):
+                    continue
+                with torch.device("meta"):
+                    small = Linear4bit(
+                        linear.in_features,
+                        linear.out_features,
+                        bias=False,
+                        compute_dtype=torch.bfloat16,
+                        compress_statistics=True,
+                        quant_type="nf4",
+                    )
+                small.weight = Params4bit(
+                    linear.weight.data.cpu() if device.type == "cpu" else linear.weight.data,
+                    requires_grad=False,
+                    compress_statistics=True,
+                    quant_type="nf4",
+                )
+                small.weight = small.weight._quantize(device)
+                small.support_avx512bf16_for_cpu = False
+                setattr(parent, name, small)
+    model.is_loaded_in_4bit = True
+    model.requires_grad_(False)  # noqa: FBT003
+    return model.eval()
+
+
+def examples(vocabulary: int, count: int = 1500) -> list[Example]:
+    """Random tokens, as long as Alpaca's first good rows are in Mistral's tokenizer; all but the first are learned."""
+    chance = random.Random(0)
+    made = []
+    for length in LENGTHS["alpaca"][:count]:
+        ids = tuple(chance.randrange(3, vocabulary) for _ in range(length))
+        made.append(Example(ids, (False, *[True] * (length - 1))))
+    return made
+
+
+def questions(vocabulary: int, count: int | None = None) -> list[Question]:
+    """Random tokens, as long as ARC-Easy's questions and choices are in Mistral's tokenizer."""
+    chance = random.Random(0)
+
+    def tokens(length: int) -> tuple[int, ...]:
+        return tuple(chance.randrange(3, vocabulary) for _ in range(length))
+
+    return [
+        Question(tokens(context), tuple(tokens(choice) for choice in choices))
+        for context, choices in LENGTHS["arc_easy"][:count]
+    ]
+
+
+def tokenizer() -> Any:
+    """One that knows the special tokens only: what is trained on here comes as token ids."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"<s>": 1, "</s>": 2, "<unk>": 0}, unk_token="<unk>")),
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<unk>",
+        unk_token="<unk>",
+    )
