@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from job import energy, log, manifest
@@ -56,8 +57,7 @@ def run(
     _agree_on(processes, decisive)
     if (done := processes.share("results of before", lambda: finished(settings, delivery))) is not None:
         return done
-    storage = settings.storage.model_dump(exclude={"cache"})
-    shared, store = open_store(settings.run.output, **storage), _store(settings)
+    store = _store(settings)
     armed = arm(faults if processes.leads else (), store)
     store = faulty(store, armed)
     cache, price = settings.storage.cache, settings.cost.usd_per_hour
@@ -65,49 +65,45 @@ def run(
         store, decisive, cache=cache, usd_per_hour=price, stop=stop, beat=beat, faults=armed, processes=processes
     )
     with _tracked(settings, processes) as track, begun as attempt:
-        with log.hush():
-            from job import stages  # torch and all that: what can be refused without it has been
-
-        choose_device(settings.run.device)  # a missing GPU is found missing before the model is downloaded
-        if processes.leads:
-            _withdraw(attempt)
-        _watch(attempt, track)
-        with attempt.timed("pull"):
-            sources = pull(attempt, settings, storage)
-        loaded = stages.load(settings, sources, processes)
-        if processes.leads:
-            keep_settings(attempt.store, decisive)  # not before: what cannot be loaded shall not bind the run
-        _same(attempt.stage("pull", Pulled, lambda: sources.record), sources.record)
-        base = attempt.stage(
-            "evaluate-base", Evaluated, lambda: stages.evaluate_base(attempt, settings, sources, loaded, shared)
-        )
-        if sources.baseline is not None:
-            check_tasks(sources.baseline, base.scores)
-        trained = attempt.stage("train", Trained, lambda: stages.train_adapter(attempt, settings, sources, loaded))
-        adapter = attempt.stage(
-            "evaluate-adapter", Evaluated, lambda: stages.evaluate_adapter(attempt, settings, sources, loaded, trained)
-        )
-        with attempt.timed("publish"):
-            gpus = [gpu for seen in processes.gather("gpus", manifest.hardware()["gpus"]) for gpu in seen]
-            results = processes.share(
-                "results",
-                lambda: publish(
-                    attempt,
-                    settings,
-                    sources,
-                    model=loaded.record,
-                    base=base,
-                    trained=trained,
-                    adapter=adapter,
-                    gpus=gpus,
-                ),
-            )
+        results = _carry_out(attempt, settings, decisive, track)
         track.results(results)
     if processes.leads:
         manifest.tell(manifest.summary(results, f"{store.uri}/{RESULTS}"))
         if delivery:
             deliver(store, results, delivery)
     return _gated(results)
+
+
+def _carry_out(attempt: Attempt, settings: Settings, decisive: Mapping[str, Any], track: Tracking) -> dict[str, Any]:
+    """The stages, one after the other; what an earlier attempt finished is not done again."""
+    with log.hush():
+        from job import stages  # torch and all that: what can be refused without it has been
+
+    choose_device(settings.run.device)  # a missing GPU is found missing before the model is downloaded
+    processes, storage = attempt.processes, settings.storage.model_dump(exclude={"cache"})
+    if processes.leads:
+        _withdraw(attempt)
+    _watch(attempt, track)
+    with attempt.timed("pull"):
+        sources = pull(attempt, settings, storage)
+    loaded = stages.load(settings, sources, processes)
+    if processes.leads:
+        keep_settings(attempt.store, decisive)  # not before: what cannot be loaded shall not bind the run
+    _same(attempt.stage("pull", Pulled, lambda: sources.record), sources.record)
+    shared = open_store(settings.run.output, **storage)
+    base = attempt.stage(
+        "evaluate-base", Evaluated, lambda: stages.evaluate_base(attempt, settings, sources, loaded, shared)
+    )
+    if sources.baseline is not None:
+        check_tasks(sources.baseline, base.scores)
+    trained = attempt.stage("train", Trained, lambda: stages.train_adapter(attempt, settings, sources, loaded))
+    adapter = attempt.stage(
+        "evaluate-adapter", Evaluated, lambda: stages.evaluate_adapter(attempt, settings, sources, loaded, trained)
+    )
+    with attempt.timed("publish"):
+        gpus = [gpu for seen in processes.gather("gpus", manifest.hardware()["gpus"]) for gpu in seen]
+        found = partial(publish, model=loaded.record, base=base, trained=trained, adapter=adapter, gpus=gpus)
+        return processes.share("results", lambda: found(attempt, settings, sources))
 
 
 def finished(settings: Settings, delivery: Delivery | None) -> dict[str, Any] | None:
