@@ -6,6 +6,8 @@ chosen by the GPU's size alone, which a machine of the same kind shares, and the
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from job.estimate import CONTEXT_BYTES, MARGIN, Setup, activation_bytes
 from job.records import Execution
 
@@ -34,6 +36,11 @@ def kept_activation_bytes(setup: Setup, tokens: int) -> int:
     return setup.value_bytes * a.layers * (6 * a.hidden + 3 * a.intermediate) * tokens
 
 
+def _kept_bytes(setup: Setup, tokens: int, lean: bool) -> int:  # noqa: FBT001
+    """The same; where only the adapted layers are `lean`'s, transformers' own code keeps more between them."""
+    return kept_activation_bytes(setup, tokens) if lean else activation_bytes(replace(setup, recompute=False), tokens)
+
+
 def choose_execution(
     setup: Setup,
     *,
@@ -54,7 +61,7 @@ def choose_execution(
         row_tokens: Tokens of the longest row that a step will have.
         keep_base: Whether to keep the dequantized base; None to choose.
         keep_activations: Whether to keep activations; None to choose.
-        recorded: Whether the GPU's work is recorded and replayed.
+        recorded: Whether the GPU's work is recorded and replayed, as it is where `lean` knows the decoder.
     """
     base = 2 * setup.architecture.linear_parameters if setup.quantization != "none" else 0
     again = activation_bytes(setup, row_tokens)
@@ -62,7 +69,7 @@ def choose_execution(
     for kept_base, kept in ((True, True), (False, True), (True, False), (False, False)):
         if keep_base not in {None, kept_base} or keep_activations not in {None, kept}:
             continue
-        activations = kept_activation_bytes(setup, row_tokens) if kept else again
+        activations = _kept_bytes(setup, row_tokens, recorded) if kept else again
         need = int((1 + MARGIN) * (activations + base * kept_base) + _REST_BYTES + CONTEXT_BYTES)
         tried.append((kept_base, kept, need))
         if need <= free_bytes:
@@ -70,4 +77,5 @@ def choose_execution(
     kept_base, kept, need = tried[-1]
     why = f"needs {need / GIB:.1f} of {free_bytes / GIB:.1f} GiB that are free"
     forced = "" if keep_base is None and keep_activations is None else "; partly as set"
+    kept_base &= setup.quantization != "none"
     return Execution(kept_base=kept_base, kept_activations=kept, recorded=recorded, reason=why + forced)

@@ -15,6 +15,22 @@ from job.model import make_lean
 from job.recipe import CPU_MICRO_BATCH_TOKENS
 from job.records import Execution
 
+PLAIN = "peft"
+"""A forward pass by PEFT's own layers."""
+
+
+def token_budget(device: Any, micro_batch_tokens: int | None, gigabytes: float | None) -> int:
+    """The token budget of a micro-batch: what is set, or what this machine's memory suggests.
+
+    Args:
+        device: The model's.
+        micro_batch_tokens: What is set.
+        gigabytes: How much of the GPU may be used; None for all.
+    """
+    if device.type != "cuda":
+        return micro_batch_tokens or CPU_MICRO_BATCH_TOKENS
+    return micro_batch_tokens or choose_budget(_gpu_memory(gigabytes)[0])
+
 
 def prepare(
     model: Any,
@@ -23,11 +39,11 @@ def prepare(
     global_batch_size: int,
     quantization: str,
     optimizer: str,
-    micro_batch_tokens: int | None,
+    budget: int,
     keep_base: bool | Literal["auto"],
     recompute: bool | Literal["auto"],
     gigabytes: float | None,
-) -> tuple[int, Execution | None]:
+) -> tuple[Execution | None, str]:
     """Chooses how this machine trains the model, and makes the model ready for it.
 
     Args:
@@ -36,21 +52,21 @@ def prepare(
         global_batch_size: Examples of a step.
         quantization: The base's.
         optimizer: The adapter's.
-        micro_batch_tokens: The token budget of a micro-batch; None to choose.
+        budget: The token budget of a micro-batch.
         keep_base: Whether to keep the dequantized base.
         recompute: Whether to compute activations again.
         gigabytes: How much of the GPU may be used; None for all.
 
     Returns:
-        The token budget of a micro-batch, and the rest; None where PEFT's own layers do the work.
+        That, None where PEFT's own layers do the work; and what decides the last bits of a forward pass, in words.
     """
-    if model.device.type != "cuda":
-        return micro_batch_tokens or CPU_MICRO_BATCH_TOKENS, None
-    total, free = _gpu_memory(gigabytes)
-    budget = micro_batch_tokens or choose_budget(total)
-    setup = _setup(model, quantization, optimizer)
-    if setup is None:
-        return budget, None
+    if model.device.type != "cuda" or (setup := _setup(model, quantization, optimizer)) is None:
+        return None, PLAIN
+    import torch
+
+    from job import lean
+
+    _, free = _gpu_memory(gigabytes)
     # A step's tokens, six standard deviations above their mean; where one has more after all, memory is made then.
     tokens = global_batch_size * fmean(lengths) + 6 * global_batch_size**0.5 * pstdev(lengths)
     execution = choose_execution(
@@ -59,14 +75,20 @@ def prepare(
         row_tokens=max(*lengths, min(budget, int(tokens))),
         keep_base=None if keep_base == "auto" else keep_base,
         keep_activations=None if recompute == "auto" else not recompute,
-        recorded=True,
+        recorded=lean.knows(model.get_base_model()),
     )
-    made = make_lean(model, keep_dequantized=execution.kept_base, kernels=_fast_kernels())
+    kernels, name = _fast_kernels()
+    try:
+        made = make_lean(model, keep_dequantized=execution.kept_base, kernels=kernels)
+    except torch.OutOfMemoryError:  # a neighbour took what was free, or the setting asks for too much
+        execution = replace(
+            execution, kept_base=False, reason=f"{execution.reason}, and ran out while keeping the base"
+        )
+        made = make_lean(model, keep_dequantized=False, kernels=kernels)
     if made == "nothing":
-        return budget, None
-    execution = replace(execution, recorded=made == "all")
+        return None, PLAIN
     log.get_logger().info("how training is carried out", micro_batch_tokens=budget, **asdict(execution))
-    return budget, execution
+    return execution, f"lean {made}, {name}"
 
 
 def limit_memory(gigabytes: float | None) -> None:
@@ -91,12 +113,15 @@ def _gpu_memory(gigabytes: float | None) -> tuple[int, int]:
 
 
 def _setup(model: Any, quantization: str, optimizer: str) -> Setup | None:
-    """What is trained, for the formulas of `estimate`; None where it is not what `lean` is for: bf16, no dropout."""
+    """What is trained, for the formulas of `estimate`; None where it is not what `lean` is for.
+
+    That is bf16, no dropout, and a GPU that has kernels for it: Ampere or later.
+    """
     import torch
 
     base = model.get_base_model()
     adapter = model.peft_config["default"]
-    if base.dtype is not torch.bfloat16 or adapter.lora_dropout:
+    if base.dtype is not torch.bfloat16 or adapter.lora_dropout or torch.cuda.get_device_capability() < (8, 0):
         return None
     try:
         architecture = read_config(base.config.to_dict())
@@ -114,11 +139,11 @@ def _setup(model: Any, quantization: str, optimizer: str) -> Setup | None:
     )
 
 
-def _fast_kernels() -> Any:
-    """Triton's where there is Triton, which comes with torch for GPUs; else torch's own."""
+def _fast_kernels() -> tuple[Any, str]:
+    """Triton's where there is Triton, which comes with torch for GPUs; else torch's own. And what they are called."""
     from job import kernels
 
     try:
-        return kernels.triton()
+        return kernels.triton(), "triton"
     except ImportError:
-        return kernels.TORCH
+        return kernels.TORCH, "torch"

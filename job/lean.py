@@ -121,6 +121,11 @@ def fits(module: Any) -> bool:
     )
 
 
+def knows(base: Any) -> bool:
+    """Whether a causal language model is a decoder of the build that is computed here."""
+    return type(base).__name__ in FAMILIES and base.config.hidden_act == "silu"
+
+
 def adapt(base: Any, weights: Mapping[Any, Weight], dtype: torch.dtype, kernels: Kernels | None) -> bool:
     """Puts the forward of this room into adapted layers, and into what lies between them where it knows the decoder.
 
@@ -133,7 +138,7 @@ def adapt(base: Any, weights: Mapping[Any, Weight], dtype: torch.dtype, kernels:
     Returns:
         Whether it knows the decoder.
     """
-    known = kernels is not None and type(base).__name__ in FAMILIES and base.config.hidden_act == "silu"
+    known = kernels is not None and knows(base)
     groups, grouped = [], set()
     if known:
         for module, forward, names in _parts(base):

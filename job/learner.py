@@ -19,7 +19,7 @@ from job.model import forget_dequantized, recompute_activations
 from job.recipe import Recipe
 from job.records import Example
 from job.replay import Replayed
-from job.rows import IGNORED, flat_inputs, longest_segment, padded_row
+from job.rows import IGNORED, flat_inputs, grain, longest_segment, padded_row
 
 VOCABULARY_CHUNK = 32768
 """Logits are formed for so many entries of the vocabulary at a time."""
@@ -55,11 +55,10 @@ class Learner:
         self._replayed: Replayed | None = None
         self._kept = {
             "kept_base": recipe.kept_base,
-            "kept_activations": recipe.padded and not recipe.gradient_checkpointing,
+            "kept_activations": not recipe.autocast and not recipe.gradient_checkpointing,
             "recorded": recipe.replayed,
         }
-        self.given_up: list[str] = []
-        """Names of fields of `Execution` that do not hold any more."""
+        self._given_up: list[str] = []
 
     def __call__(self, model: Any, examples: Sequence[Example], weight: float, device: torch.device) -> torch.Tensor:
         """Adds the gradient of the examples' summed loss times `weight`; returns that loss, valid until the next.
@@ -82,20 +81,30 @@ class Learner:
             return self._learn_row(*inputs, segments=row.segments)
         return self._recorded(device)(*inputs)
 
+    @property
+    def given_up(self) -> list[str]:
+        """Names of fields of `Execution` that do not hold any more."""
+        unrecorded = self._replayed is not None and not self._replayed.possible
+        return self._given_up + ["recorded"] * unrecorded
+
+    def release(self) -> None:
+        """Lets go of the recordings and their memory; they are made again when they are needed."""
+        self._replayed = None
+
     def can_make_room(self) -> bool:
         """Whether anything is left that can be given up."""
         return any(self._kept.values())
 
     def make_room(self) -> bool:
         """Gives up one thing that takes memory; returns whether there was one."""
-        self._replayed = None  # recordings are of memory that may be gone now; they are made again
+        self.release()  # recordings are of memory that may be gone now
         for name in [name for name, kept in self._kept.items() if kept][:1]:
             self._kept[name] = False
-            self.given_up.append(name)
+            self._given_up.append(name)
             if name == "kept_base":
                 forget_dequantized(self._model)
             elif name == "kept_activations":
-                recompute_activations(self._model, on=True, random=False)
+                recompute_activations(self._model, on=True, random=not self._recipe.padded)
             else:
                 self._replays = False
             get_logger().warning("the GPU's memory ran out: something is given up that only takes time", what=name)
@@ -119,7 +128,9 @@ class Learner:
         """
         base = self._model.get_base_model()
         ids, labels, positions = tokens.unbind()
-        layout = Layout(segments, ends, ends, None, self._longest, self._longest)
+        # A budget that an earlier attempt had may be larger than this one's, and then the padding.
+        longest = max(self._longest, grain(ids.shape[0]))
+        layout = Layout(segments, ends, ends, None, longest, longest)
         hidden = base.base_model(
             input_ids=ids[None], position_ids=positions[None], layout=layout, use_cache=False
         ).last_hidden_state[0]

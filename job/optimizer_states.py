@@ -24,8 +24,9 @@ def split(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
     def part(value: Any, place: str) -> Any:
         if isinstance(value, torch.Tensor):
-            # a clone, because 8-bit optimizers share one quantization map between all parameters
-            tensors[place] = value.detach().clone().contiguous()
+            # A copy, because 8-bit optimizers share one quantization map between all parameters; in the host's memory,
+            # for a GPU may have none left.
+            tensors[place] = value.detach().to("cpu", copy=True).contiguous()
             return None
         if isinstance(value, dict):  # bitsandbytes nests a parameter's quantized state
             return {str(key): part(item, f"{place}/{key}") for key, item in value.items()}

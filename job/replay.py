@@ -16,6 +16,17 @@ from job.log import get_logger
 
 Work = Callable[..., torch.Tensor]
 
+_FULL = ("out of memory", "ALLOC_FAILED")
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error says that a GPU is full; what allocates beside torch has no class of its own for that."""
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in _FULL):
+            return True
+        error = error.__context__
+    return False
+
 
 @dataclass(frozen=True)
 class _Recording:
@@ -73,15 +84,15 @@ class Replayed:
             ):
                 output = self._work(*kept)
         except RuntimeError as error:
-            if isinstance(memory := error.__context__, torch.OutOfMemoryError):
-                raise memory from None
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            self.possible = False
-            first = (str(error).splitlines() or [type(error).__name__])[0]
-            get_logger().warning("the GPU's work cannot be recorded: it is launched piece by piece", reason=first[:300])
+            full = out_of_memory(error)
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
+        else:
+            self._recordings[shapes] = _Recording(graph, kept, output)
             return
-        self._recordings[shapes] = _Recording(graph, kept, output)
+        if full:  # an error of its own: the one that was caught holds on to all that the work had made
+            raise torch.OutOfMemoryError(reason)
+        self.possible = False
+        get_logger().warning("the GPU's work cannot be recorded: it is launched piece by piece", reason=reason)
 
     def _beside(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Does the work as it comes, on the stream that is recorded."""

@@ -59,18 +59,19 @@ class PaddedRow:
 
 def padded_length(tokens: int) -> int:
     """The length that a row of so many tokens is padded to: a few per cent more, and few lengths for all rows."""
-    grain = _grain(tokens)
-    return -(-tokens // grain) * grain
+    step = grain(tokens)
+    return -(-tokens // step) * step
 
 
-def _grain(tokens: int) -> int:
+def grain(tokens: int) -> int:
+    """The step between the lengths of padded rows of about so many tokens."""
     return max(GRAIN, 1 << max(0, (tokens - 1).bit_length() - 5))
 
 
 def longest_segment(examples: Sequence[Example], budget: int) -> int:
     """No segment of a padded row of at most `budget` tokens, or of one example, is longer; nor is the padding."""
     longest = max(len(example.input_ids) for example in examples)
-    return max(longest, _grain(max(longest, budget)))
+    return max(longest, grain(max(longest, budget)))
 
 
 def padded_row(examples: Sequence[Example], device: torch.device) -> PaddedRow:

@@ -16,7 +16,7 @@ from job.batches import steps_per_epoch
 from job.errors import Preempted, Problem, SettingsError, Unreachable
 from job.evaluate import evaluate, write_records
 from job.events import write_events
-from job.gpu_plan import limit_memory, prepare
+from job.gpu_plan import limit_memory, prepare, token_budget
 from job.limits import check_disk, checkpoint_bytes, required_bytes
 from job.model import (
     adapter_off,
@@ -48,13 +48,14 @@ from job.train import train
 class Loaded:
     """The model in memory, what the manifest says of it, and how it is going to be trained.
 
-    `execution` is None where PEFT's own layers do the work.
+    `execution` is None where PEFT's own layers do the work; `forward` says in words whose layers do.
     """
 
     model: Any
     record: ModelRecord
     micro_batch_tokens: int
     execution: Execution | None
+    forward: str
 
 
 def load(settings: Settings, sources: Sources, processes: Processes = ALONE) -> Loaded:
@@ -91,18 +92,20 @@ def load(settings: Settings, sources: Sources, processes: Processes = ALONE) -> 
     log.get_logger().info(
         "model is loaded", device=str(device), dtype=record.dtype, trainable_parameters=record.trainable_parameters
     )
-    budget, execution = prepare(
+    own = token_budget(device, settings.train.micro_batch_tokens, settings.train.gpu_memory_gb)
+    budget = min(processes.gather("token budget", own))  # it decides bits, so it is the same for all
+    execution, forward = prepare(
         model,
         [len(example.input_ids) for example in sources.examples],
         global_batch_size=settings.train.global_batch_size,
         quantization=settings.model.quantization,
         optimizer=settings.train.optimizer,
-        micro_batch_tokens=settings.train.micro_batch_tokens,
+        budget=budget,
         keep_base=settings.model.keep_dequantized,
         recompute=settings.train.gradient_checkpointing,
         gigabytes=settings.train.gpu_memory_gb,
     )
-    return Loaded(model, record, budget, execution)
+    return Loaded(model, record, budget, execution, forward)
 
 
 def _same_kind(processes: Processes, device: str) -> None:
@@ -122,7 +125,7 @@ def evaluate_base(
     """
     kept = KeptScores(shared, "scores", settings.run.id)
     # Not the names, nor what belongs to the adapter: a base scores the same whatever is trained on it.
-    base = asdict(replace(loaded.record, id="", revision=None, trainable_parameters=0))
+    base = {**asdict(replace(loaded.record, id="", revision=None, trainable_parameters=0)), "forward": loaded.forward}
     scorer = Scorer(loaded.model, settings.eval.batch_tokens, kept, base, attempt)
     with adapter_off(loaded.model):
         found = _evaluate(attempt, settings, sources, scorer, "base")
@@ -143,7 +146,11 @@ def evaluate_adapter(
         "adapter", lambda: [str(attempt.fetch(artifact)) for artifact in weights]
     )
     load_adapter(loaded.model, Path(paths[0]).parent)
-    conditions = {**asdict(loaded.record), "adapter": [artifact.sha256 for artifact in weights]}
+    conditions = {
+        **asdict(loaded.record),
+        "forward": loaded.forward,
+        "adapter": [artifact.sha256 for artifact in weights],
+    }
     kept = KeptScores(attempt.store, "scores", settings.run.id)
     scorer = Scorer(loaded.model, settings.eval.batch_tokens, kept, conditions, attempt)
     return _evaluate(attempt, settings, sources, scorer, "adapter")

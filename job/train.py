@@ -8,6 +8,7 @@ the run's seed, the step and the process, so no generator's state has to survive
 
 from __future__ import annotations
 
+import gc
 import math
 import resource
 import time
@@ -27,6 +28,7 @@ from job.model import recompute_activations, trainable
 from job.processes import ALONE, Processes
 from job.recipe import Hooks, Recipe, Trained, step_seed
 from job.records import Example, StepMetrics
+from job.replay import out_of_memory
 from job.states import TrainerFiles, read_state, write_state
 from job.vector import Vector
 
@@ -77,8 +79,9 @@ def train(
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     recompute_activations(model, on=False)
     model.eval()
-    done = trainer.state.global_step
     given_up = tuple(trainer.learner.given_up)
+    trainer.learner.release()
+    done = trainer.state.global_step
     return Trained(tuple(trainer.history), trainer.budget, complete=done >= recipe.total_steps, given_up=given_up)
 
 
@@ -153,7 +156,9 @@ class _FlatTrainer(SFTTrainer):  # type: ignore[misc]
             sums = None
             try:
                 sums = self._lay_out(self._gradient_of(model, *inputs))
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
                 least = max(len(e.input_ids) for e in self.examples) // 2
                 if self.budget <= least and not self.learner.can_make_room():
                     raise
@@ -161,12 +166,13 @@ class _FlatTrainer(SFTTrainer):  # type: ignore[misc]
                 if not self.processes.agree(repeat=sums is None):
                     self.processes.add_up(sums)
                     return self._put_back(sums)
-                # Where only one process finds nothing to give up, all of them go on with half the budget.
-                if self.processes.agree(repeat=not self.learner.make_room()):
+                # Where one that ran out finds nothing to give up, all of them go on with half the budget.
+                if self.processes.agree(repeat=sums is None and not self.learner.make_room()):
                     self.budget //= 2
             except JobError as error:
                 raise _StepAbandoned from error
             model.zero_grad()
+            gc.collect()  # errors hold on to what their frames had made
             torch.cuda.empty_cache()
 
     def _lay_out(self, loss: Any) -> Any:

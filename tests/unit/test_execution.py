@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -58,6 +60,26 @@ def test_more_memory_is_never_slower(one: float, other: float, row: int) -> None
     less, more = (chosen(free, row) for free in sorted((one, other)))
     speed = {(True, True): 3, (False, True): 2, (True, False): 1, (False, False): 0}
     assert speed[less.kept_base, less.kept_activations] <= speed[more.kept_base, more.kept_activations]
+
+
+def test_nothing_is_kept_of_a_base_that_is_not_quantized() -> None:
+    """Its weights are in use as they lie: there is nothing to give up later either."""
+    setup = replace(SETUP, quantization="none")
+    found = choose_execution(
+        setup, free_bytes=200 * GIB, row_tokens=4096, keep_base=None, keep_activations=None, recorded=True
+    )
+    assert (found.kept_base, found.kept_activations) == (False, True)
+
+
+def test_a_decoder_that_lean_does_not_know_keeps_more() -> None:
+    """Between its layers runs transformers' own code, which leaves more activations."""
+    kept = [
+        choose_execution(
+            SETUP, free_bytes=26 * GIB, row_tokens=4096, keep_base=False, keep_activations=None, recorded=recorded
+        ).kept_activations
+        for recorded in (True, False)
+    ]
+    assert kept == [True, False]
 
 
 def test_the_formula_against_a_measured_run() -> None:

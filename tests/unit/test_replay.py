@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from job.replay import Replayed
+from job.replay import Replayed, out_of_memory
 
 
 class Graph:
@@ -111,6 +111,16 @@ def test_too_little_memory_is_for_the_caller(*, wrapped: bool) -> None:
             raise
 
     replayed = Replayed(work, (torch.zeros(1),))
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(torch.OutOfMemoryError) as raised:
         replayed(torch.zeros(2))
+    assert raised.value.__context__ is None, "it would keep all that the work had made"
     assert replayed.possible
+
+
+def test_memory_that_ran_out_beside_torch() -> None:
+    """The calls of CUDA and of its libraries have no class for it: it is told by their words, however deep."""
+    assert out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+    deep = RuntimeError("operation failed due to a previous error during capture")
+    deep.__context__ = RuntimeError("CUDA error: out of memory")
+    assert out_of_memory(deep)
+    assert not out_of_memory(RuntimeError("operation not permitted when stream is capturing"))
