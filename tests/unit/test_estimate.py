@@ -142,7 +142,7 @@ def _kept(folder: Path, shape: dict[str, int], count: int) -> int:
     from transformers import MistralConfig, MistralForCausalLM
 
     from job.model import add_adapter, load_base
-    from job.train import flat_inputs
+    from job.rows import flat_inputs
 
     config = MistralConfig(**shape, num_key_value_heads=4, sliding_window=None)
     MistralForCausalLM(config).save_pretrained(folder)
