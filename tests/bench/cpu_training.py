@@ -47,7 +47,7 @@ def read_examples(folder: Path) -> tuple[Any, list[Any]]:
 def train_ours(folder: Path, args: Any, tokenizer: Any, examples: Sequence[Any], work: Path) -> Curve:
     """The job's own training."""
     from job.groups import Train
-    from job.recipe import Hooks, Recipe, auto_micro_batch_tokens
+    from job.recipe import CPU_MICRO_BATCH_TOKENS, Hooks, Recipe
     from job.train import train
 
     defaults = Train()
@@ -60,9 +60,9 @@ def train_ours(folder: Path, args: Any, tokenizer: Any, examples: Sequence[Any],
         weight_decay=defaults.weight_decay,
         max_grad_norm=defaults.max_grad_norm,
         global_batch_size=MICRO_BATCH * ACCUMULATION,
-        micro_batch_tokens=args.micro_batch_tokens or auto_micro_batch_tokens("cpu"),
+        micro_batch_tokens=args.micro_batch_tokens or CPU_MICRO_BATCH_TOKENS,
         optimizer="adamw_8bit",
-        gradient_checkpointing=defaults.gradient_checkpointing if args.recompute is None else args.recompute == "on",
+        gradient_checkpointing=args.recompute != "off",
         save_every_steps=args.steps + 1,
     )
     hooks = Hooks(on_metrics=lambda _: None, on_save=lambda *_: None, stop=lambda: False)
