@@ -36,7 +36,7 @@ def kept_activation_bytes(setup: Setup, tokens: int) -> int:
     return setup.value_bytes * a.layers * (6 * a.hidden + 3 * a.intermediate) * tokens
 
 
-def _kept_bytes(setup: Setup, tokens: int, lean: bool) -> int:  # noqa: FBT001
+def _kept_bytes(setup: Setup, tokens: int, *, lean: bool) -> int:
     """The same; where only the adapted layers are `lean`'s, transformers' own code keeps more between them."""
     return kept_activation_bytes(setup, tokens) if lean else activation_bytes(replace(setup, recompute=False), tokens)
 
@@ -69,7 +69,7 @@ def choose_execution(
     for kept_base, kept in ((True, True), (False, True), (True, False), (False, False)):
         if keep_base not in {None, kept_base} or keep_activations not in {None, kept}:
             continue
-        activations = _kept_bytes(setup, row_tokens, recorded) if kept else again
+        activations = _kept_bytes(setup, row_tokens, lean=recorded) if kept else again
         need = int((1 + MARGIN) * (activations + base * kept_base) + _REST_BYTES + CONTEXT_BYTES)
         tried.append((kept_base, kept, need))
         if need <= free_bytes:

@@ -51,13 +51,14 @@ class Learner:
         self._model, self._recipe, self._largest = model, recipe, largest
         self._backward, self._autocast = backward, autocast
         self._longest = longest_segment(examples, recipe.micro_batch_tokens)
-        self._replays = recipe.replayed
         self._replayed: Replayed | None = None
-        self._kept = {
+        kept = {
             "kept_base": recipe.kept_base,
             "kept_activations": not recipe.autocast and not recipe.gradient_checkpointing,
             "recorded": recipe.replayed,
         }
+        self._spare = [name for name, holds in kept.items() if holds]
+        """What can still be given up, in that order."""
         self._given_up: list[str] = []
 
     def __call__(self, model: Any, examples: Sequence[Example], weight: float, device: torch.device) -> torch.Tensor:
@@ -77,7 +78,7 @@ class Learner:
             return loss.detach()
         row = padded_row(examples, device)
         inputs = row.tokens, row.ends, torch.tensor(weight, device=device)
-        if not self._replays:
+        if "recorded" not in self._spare:
             return self._learn_row(*inputs, segments=row.segments)
         return self._recorded(device)(*inputs)
 
@@ -93,23 +94,21 @@ class Learner:
 
     def can_make_room(self) -> bool:
         """Whether anything is left that can be given up."""
-        return any(self._kept.values())
+        return bool(self._spare)
 
     def make_room(self) -> bool:
         """Gives up one thing that takes memory; returns whether there was one."""
         self.release()  # recordings are of memory that may be gone now
-        for name in [name for name, kept in self._kept.items() if kept][:1]:
-            self._kept[name] = False
-            self._given_up.append(name)
-            if name == "kept_base":
-                forget_dequantized(self._model)
-            elif name == "kept_activations":
-                recompute_activations(self._model, on=True, random=not self._recipe.padded)
-            else:
-                self._replays = False
-            get_logger().warning("the GPU's memory ran out: something is given up that only takes time", what=name)
-            return True
-        return False
+        if not self._spare:
+            return False
+        name = self._spare.pop(0)
+        self._given_up.append(name)
+        if name == "kept_base":
+            forget_dequantized(self._model)
+        elif name == "kept_activations":
+            recompute_activations(self._model, on=True, random=not self._recipe.padded)
+        get_logger().warning("the GPU's memory ran out: something is given up that only saves time", what=name)
+        return True
 
     def _recorded(self, device: torch.device) -> Replayed:
         """What replays; made, with its largest recording, where it is not there."""
@@ -140,5 +139,5 @@ class Learner:
         )[0]
         loss = -log_probs.masked_fill(labels == IGNORED, 0).sum() * weight
         loss.backward()
-        gradient_free: torch.Tensor = loss.detach()
-        return gradient_free
+        detached: torch.Tensor = loss.detach()
+        return detached

@@ -213,10 +213,11 @@ class _Frozen:
     def _made(self) -> torch.Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
-        weight = self._layer.weight
+        weight: torch.Tensor = self._layer.weight
         if getattr(weight, "quant_state", None) is None:
-            return weight  # type: ignore[no-any-return]
-        return dequantize_4bit(weight.data, weight.quant_state).to(self._dtype)  # type: ignore[no-any-return]
+            return weight
+        values: torch.Tensor = dequantize_4bit(weight.data, self._layer.weight.quant_state)
+        return values.to(self._dtype)
 
 
 def forget_dequantized(model: Any) -> None:

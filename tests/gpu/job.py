@@ -23,17 +23,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from job.results import facts_of
+from tests.bench.shapes import MISTRAL_7B, TINY
 
 ROOT = Path(__file__).parents[2]
-BIG = {
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-}
-TINY = {**BIG, "vocab_size": 2000, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
 PLAIN = {
     "JOB_LOG__FORMAT": "json",
     "JOB_RUN__SPOT_NOTICES": "off",
@@ -131,7 +123,7 @@ def main() -> None:
         began = time.monotonic()
         texts = [" ".join(json.loads(row).values()) for row in rows]
         maker = multiprocessing.get_context("spawn").Process  # whose memory of the GPU goes with it
-        made = maker(target=make_base, args=(folder / "base", texts, TINY if asked.tiny else BIG))
+        made = maker(target=make_base, args=(folder / "base", texts, TINY if asked.tiny else MISTRAL_7B))
         made.start()
         made.join()
         say("base", seconds=round(time.monotonic() - began, 1))
