@@ -8,8 +8,7 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from tests import warm
 from tests.helpers import alpaca_rows, arc_rows, read_jsonl, write_jsonl
 
 ROOT = Path(__file__).parents[2]
@@ -79,46 +79,30 @@ class Ended:
 
 def run(inputs: Inputs, name: str, output: str = "runs", **changes: str) -> Ended:
     """Runs the job to its end."""
-    done = subprocess.run(
-        [sys.executable, "-m", "job"],
-        cwd=ROOT,
-        env=inputs.environment(name, output, changes),
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    done = warm.run([], inputs.environment(name, output, changes))
     return Ended(done.returncode, done.stdout, _parsed(done.stderr.splitlines()), inputs.folder / output / name)
 
 
-def run_watched(
-    inputs: Inputs, name: str, watch: Callable[[dict[str, Any], subprocess.Popen[str]], None], **changes: str
-) -> Ended:
-    """Runs the job to its end; `watch` is shown every line of its log, as it comes, and the process."""
-    with subprocess.Popen(
-        [sys.executable, "-m", "job"],
-        cwd=ROOT,
-        env=inputs.environment(name, "runs", changes),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdout
-        assert process.stderr
+def run_watched(inputs: Inputs, name: str, watch: Callable[[dict[str, Any], int], None], **changes: str) -> Ended:
+    """Runs the job to its end; `watch` is shown every line of its log, as it comes, and the process id."""
+    with (
+        tempfile.NamedTemporaryFile("r", encoding="utf-8") as output,
+        warm.followed([], inputs.environment(name, "runs", changes), output=Path(output.name)) as (process, log),
+    ):
+        assert process.pid
         seen = []
-        for line in process.stderr:
+        for line in log:
             seen.append(line)
-            watch(json.loads(line), process)
-        stdout = process.stdout.read()
-        return Ended(process.wait(timeout=100), stdout, _parsed(seen), inputs.folder / "runs" / name)
+            watch(json.loads(line), process.pid)
+        return Ended(warm.wait(process, 100), output.read(), _parsed(seen), inputs.folder / "runs" / name)
 
 
 def run_until_step(inputs: Inputs, name: str, step: int, **changes: str) -> Ended:
     """Runs the job, and sends it SIGTERM once its log says that the step is done."""
 
-    def watch(line: dict[str, Any], process: subprocess.Popen[str]) -> None:
+    def watch(line: dict[str, Any], pid: int) -> None:
         if line.get("event") == "steps" and line["done"] == step:
-            process.send_signal(signal.SIGTERM)
+            os.kill(pid, signal.SIGTERM)
 
     return run_watched(inputs, name, watch, **changes)
 
@@ -427,7 +411,7 @@ def test_a_note_that_came_late_is_in_the_manifest(inputs: Inputs, whole: Ended, 
     for lost in (copy / "results.json", note):
         lost.unlink()
 
-    def watch(line: dict[str, Any], _process: subprocess.Popen[str]) -> None:
+    def watch(line: dict[str, Any], _pid: int) -> None:
         if line["event"] == "stage was finished by an earlier attempt":
             note.write_bytes(late)
 

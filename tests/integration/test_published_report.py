@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ import pytest
 from job.answers import changed
 from job.report import draw, read_evidence
 from job.results import CARD, REPORT
+from tests import warm
 from tests.helpers import read_jsonl
 from tests.s3_server import BUCKET, CREDENTIALS, credentials, moto_server
 
@@ -33,15 +33,7 @@ A4_WIDTH = 794
 
 def job(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """One start of the command line."""
-    return subprocess.run(
-        [sys.executable, "-m", "job", *words],
-        cwd=ROOT,
-        env={**os.environ, "JOB_RUN__SPOT_NOTICES": "off", **environment},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    return warm.run(list(words), {**os.environ, "JOB_RUN__SPOT_NOTICES": "off", **environment})
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import pytest
 from job.published import open_run
 from job.results import facts_of
 from job.verify import demand, verify
+from tests import warm
 from tests.chaos.small import settings
 from tests.flaky_proxy import flaky
 from tests.s3_server import BUCKET, CREDENTIALS, credentials, moto_server
@@ -29,15 +30,7 @@ ROOT = Path(__file__).parents[2]
 def attempt(environment: Mapping[str, str], **changes: str) -> subprocess.CompletedProcess[str]:
     """One start of the job, to its end."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("JOB_")}
-    return subprocess.run(
-        [sys.executable, "-m", "job"],
-        cwd=ROOT,
-        env={**clean, **environment, **changes},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    return warm.run([], {**clean, **environment, **changes})
 
 
 def published(output: Path, run: str) -> dict[str, str]:

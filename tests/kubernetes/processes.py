@@ -1,34 +1,30 @@
 """Two ways to start the job as a container would: what the image starts, or a fork that spares the imports.
 
-The heavy libraries take ten seconds to import. A server that has them forks in no time, and what is forked is still a
-whole process that runs the command line from its first line on, with the environment and the signals of a pod.
+What is forked runs the command line with the environment and the signals of a pod; see `warm`.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
-from multiprocessing.context import ForkServerContext
+from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Protocol
 
-from tests.forked import LATE, ROOT
-
-PRELOADED = [
-    *("torch", "transformers.models.mistral.modeling_mistral", "trl.trainer.sft_trainer", "peft", "bitsandbytes"),
-    *("datasets", "lm_eval.tasks", "boto3", *LATE),
-]
+from tests.forked import ROOT
+from tests.warm import start
 
 
 class Process(Protocol):
     """A process that was started."""
 
-    pid: int
+    @property
+    def pid(self) -> int:
+        """Its process id."""
 
     def poll(self) -> int | None:
         """Its exit code, minus a signal's number where one killed it; None while it lives."""
@@ -65,34 +61,22 @@ def _command(folder: Path) -> list[str]:
 
 def warm(environ: Mapping[str, str], log: Path) -> Process:
     """A fork of a server that has imported the libraries; the first one starts it."""
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(PRELOADED)
-    return _Forked(server, environ, log)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("JOB_")}
+    return _Forked(start([], kept | dict(environ), log, log))
 
 
+@dataclass(frozen=True)
 class _Forked:
     """See `Process`."""
 
-    def __init__(self, server: ForkServerContext, environ: Mapping[str, str], log: Path) -> None:
-        self._process = server.Process(target=_run, args=(dict(environ), str(log)))
-        self._process.start()
-        assert self._process.pid
-        self.pid = self._process.pid
+    process: ForkServerProcess
+
+    @property
+    def pid(self) -> int:
+        """See `Process.pid`."""
+        assert self.process.pid
+        return self.process.pid
 
     def poll(self) -> int | None:
         """See `Process.poll`."""
-        return self._process.exitcode
-
-
-def _run(environ: dict[str, str], log: str) -> None:
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("JOB_")}
-    os.environ.clear()
-    os.environ.update(kept | environ)
-    os.chdir(ROOT)
-    tempfile.tempdir = None
-    from job.cli import main
-
-    raise SystemExit(main([]))
+        return self.process.exitcode

@@ -16,8 +16,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +23,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from tests import warm
 
 ROOT = Path(__file__).parents[2]
 STOP_SECONDS = 120
@@ -79,17 +79,20 @@ class TrainingJob:
             how: SIGTERM, followed by SIGKILL after 120 seconds; or SIGKILL, where the machine just goes.
         """
         self._set_up()
-        with self._copying(), self._started() as container:
+        with (
+            self._copying(),
+            warm.followed(["train"], self._environ(), cwd=self.machine.parent) as (container, lines),
+        ):
             log = []
             deadline: threading.Timer | None = None
-            assert container.stdout
-            for line in container.stdout:
+            assert container.pid
+            for line in lines:
                 log.append(line.rstrip("\n"))
                 if deadline is None and line.startswith("{") and stop(json.loads(line)):
-                    container.send_signal(how)
+                    os.kill(container.pid, how)
                     deadline = threading.Timer(STOP_SECONDS, container.kill)
                     deadline.start()
-            code = container.wait(timeout=STOP_SECONDS)
+            code = warm.wait(container, STOP_SECONDS)
             if deadline:
                 deadline.cancel()
         failure = self.machine / "output/failure"
@@ -123,10 +126,9 @@ class TrainingJob:
         for name, content in said.items():
             (self.machine / "input/config" / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
 
-    @contextmanager
-    def _started(self) -> Iterator[subprocess.Popen[str]]:
+    def _environ(self) -> dict[str, str]:
         kept = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR") if name in os.environ}
-        environment = {
+        return {
             **kept,
             "HOME": str(self.machine),
             "PYTHONPATH": str(ROOT),
@@ -137,19 +139,6 @@ class TrainingJob:
             "OMP_NUM_THREADS": "1",
             **self.environment,
         }
-        with subprocess.Popen(
-            [sys.executable, "-m", "job", "train"],
-            cwd=self.machine.parent,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        ) as container:
-            try:
-                yield container
-            finally:
-                if container.poll() is None:
-                    container.kill()
 
     @contextmanager
     def _copying(self) -> Iterator[None]:

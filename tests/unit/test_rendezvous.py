@@ -131,6 +131,7 @@ def test_runs_at_one_address_do_not_meet() -> None:
     host = host_store(0)
     other = enter_store(Place(host="localhost", port=host.port))
     keyspace(host, "one").set("key", "1")
+    assert keyspace(host, "one").get("key") == b"1"  # `set` is not answered: only now is it there for others
     assert keyspace(other, "one").check(["key"])
     assert not keyspace(other, "two").check(["key"])
     assert not keyspace(other, "one", restart=1).check(["key"])
