@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from inspect import signature
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -34,6 +35,16 @@ class Segment:
 
 
 @dataclass(frozen=True, eq=False)
+class Group:
+    """Tokens `start:end` of a row that see none but each other: a segment, and those behind it that see it."""
+
+    start: int
+    end: int
+    mask: torch.Tensor | None
+    """(tokens, tokens) bool: which key each query sees; None where each sees all up to itself."""
+
+
+@dataclass(frozen=True, eq=False)
 class Layout:
     """The segments of one row, and what the variable-length kernel wants to know of them, on the row's device."""
 
@@ -47,6 +58,30 @@ class Layout:
     longest_query: int
     longest_key: int
     """No segment has more."""
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """The row in groups, for the plain way: worked out for its first layer, used by all."""
+        starts = [i for i, s in enumerate(self.segments) if s.prefix_end == s.prefix_start]
+        return [
+            _group(self.segments[first:end], self.queries.device)
+            for first, end in pairwise([*starts, len(self.segments)])
+        ]
+
+
+def _group(segments: Sequence[Segment], device: torch.device) -> Group:
+    """The first segment, and the others, which see it or a part of it."""
+    start, end = segments[0].start, segments[-1].end
+    if len(segments) == 1:
+        return Group(start, end, None)
+    mask = torch.zeros(end - start, end - start, dtype=torch.bool)
+    for s in segments:
+        if s.prefix_end > s.prefix_start and not start <= s.prefix_start <= s.prefix_end <= segments[0].end:
+            raise ValueError("a segment sees one that is not the last before it without a prefix")
+        rows = slice(s.start - start, s.end - start)
+        mask[rows, rows] = mask.new_ones(s.end - s.start, s.end - s.start).tril()
+        mask[rows, slice(s.prefix_start - start, s.prefix_end - start)] = True
+    return Group(start, end, mask.to(device))
 
 
 def build_layout(segments: Sequence[Segment], device: torch.device) -> Layout:
@@ -86,7 +121,7 @@ def flat_attention(  # the signature is transformers'
     """
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and _has_kernel(query.device):
         return _varlen_kernel(query, key, value, layout, scaling), None
-    return _segment_by_segment(query, key, value, layout, scaling), None
+    return _group_by_group(query, key, value, layout, scaling), None
 
 
 @cache
@@ -95,25 +130,20 @@ def _has_kernel(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _segment_by_segment(
+def _group_by_group(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scaling: float | None
 ) -> torch.Tensor:
-    """The plain way: one call for each segment. Serves CPUs and older GPUs, and is the reference for the kernel."""
+    """The plain way: one call for each group. Serves CPUs and older GPUs, and is the reference for the kernel."""
     outputs = []
-    for s in layout.segments:
-        own = slice(s.start, s.end)
-        if s.prefix_end == s.prefix_start:
-            k, v, mask = key[:, :, own], value[:, :, own], None
-        else:
-            prefix = slice(s.prefix_start, s.prefix_end)
-            k = torch.cat([key[:, :, prefix], key[:, :, own]], dim=2)
-            v = torch.cat([value[:, :, prefix], value[:, :, own]], dim=2)
-            shape = (s.end - s.start, s.keys)
-            mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril(s.prefix_end - s.prefix_start)
-        out = scaled_dot_product_attention(
-            query[:, :, own], k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
+    for group in layout.groups:
+        own = slice(group.start, group.end)
+        q, k, v = (x[:, :, own] for x in (query, key, value))
+        mask = group.mask
+        outputs.append(
+            scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
+            )
         )
-        outputs.append(out)
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 

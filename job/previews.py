@@ -12,7 +12,6 @@ from job import wording
 from job.architectures import Architecture, read_config
 from job.dataset import is_hub_id, load_examples, require_revision
 from job.errors import DataError, Problem, SettingsError
-from job.evaluate import check_tasks, count_questions, load_tasks
 from job.hub import cached_model, local_model, peek_dataset, peek_model
 from job.known import CHARACTERS_PER_TOKEN, Questions
 from job.model import load_tokenizer
@@ -20,6 +19,7 @@ from job.objects import fetch, open_store, size
 from job.preflight import Found, NotChecked
 from job.records import Example
 from job.stand_in import CharacterTokenizer
+from job.tasks import check_tasks, count_questions, load_tasks
 
 MOST_BYTES = 256 << 20
 """Data that is larger is not fetched for a plan."""

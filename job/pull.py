@@ -15,7 +15,6 @@ from job import log
 from job.attempts import Attempt
 from job.baselines import Baseline, check_questions, read_baseline
 from job.dataset import load_examples
-from job.evaluate import Tasks, load_tasks
 from job.hub import download_model
 from job.limits import check_disk, required_bytes
 from job.model import fingerprint, load_tokenizer
@@ -23,6 +22,7 @@ from job.objects import fetch, size
 from job.records import Example, Pulled
 from job.settings import Settings
 from job.store import disk_errors
+from job.tasks import Tasks, load_tasks
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def score_row(model: Any, questions: Sequence[Question]) -> list[list[ChoiceScor
 
     from job.attention import build_layout
 
-    ids, positions, segments, reads, targets = _lay_out(questions)
+    ids, positions, segments, reads, rows, targets = _lay_out(questions)
     device = model.device
     with torch.inference_mode():
         logits = model(
@@ -62,38 +62,46 @@ def score_row(model: Any, questions: Sequence[Question]) -> list[list[ChoiceScor
             logits_to_keep=torch.tensor(reads, device=device),
             use_cache=False,
         ).logits[0]
-        wanted = torch.tensor(targets, device=device)
-        scores = logits.float().log_softmax(-1).gather(1, wanted[:, None])[:, 0].double()
-        greedy = logits.argmax(-1) == wanted
+        at, wanted = torch.tensor(rows, device=device), torch.tensor(targets, device=device)
+        scores = logits.float().log_softmax(-1)[at, wanted].double()
+        greedy = logits.argmax(-1)[at] == wanted
         scores, greedy = scores.cpu(), greedy.cpu()
     return list(_regroup(questions, scores, greedy))
 
 
 def _lay_out(
     questions: Sequence[Question],
-) -> tuple[list[int], list[int], list[Segment], list[int], list[int]]:
-    """Token ids and positions of the row, its segments, and which positions predict which tokens of the choices."""
+) -> tuple[list[int], list[int], list[Segment], list[int], list[int], list[int]]:
+    """Token ids and positions of the row, its segments, and what is read of it.
+
+    That are the positions whose logits are read, and for each token of each choice which of these predicts it, and the
+    token: what a context ends with predicts the first token of all its choices.
+    """
     from job.attention import Segment
 
     ids: list[int] = []
     positions: list[int] = []
     segments: list[Segment] = []
     reads: list[int] = []
+    rows: list[int] = []
     targets: list[int] = []
     for question in questions:
         start, length = len(ids), len(question.context)
         ids += question.context
         positions += range(length)
         segments.append(Segment(start, start + length))
+        last = len(reads)
+        reads.append(start + length - 1)
         for choice in question.choices:
             begin = len(ids)
             ids += choice[:-1]
             positions += range(length, length + len(choice) - 1)
             if len(choice) > 1:
                 segments.append(Segment(begin, len(ids), start, start + length))
-            reads += [start + length - 1, *range(begin, len(ids))]
+            rows += [last, *range(len(reads), len(reads) + len(ids) - begin)]
+            reads += range(begin, len(ids))
             targets += choice
-    return ids, positions, segments, reads, targets
+    return ids, positions, segments, reads, rows, targets
 
 
 def _regroup(questions: Sequence[Question], scores: Any, greedy: Any) -> Iterator[list[ChoiceScore]]:

@@ -28,8 +28,8 @@ LEVELS = """
     recipe processes selftest wording cost energy trackers estimate known workload rows replay
     local s3_errors schemas settings hub states notices joined rendering timeline manifest forecast execution
     learner
-    s3 s3_client encode train evaluate rendezvous card report gpu_plan
-    objects dataset launcher
+    s3 s3_client encode train tasks rendezvous card report gpu_plan
+    objects dataset launcher evaluate
     lease markers scores artifacts preflight
     guard checkpoint_download previews
     checkpoints
@@ -56,7 +56,7 @@ SOLE_USERS = {
     "peft": {"model"},
     "bitsandbytes": {"model"},
     "trl": {"learner", "train"},
-    "lm_eval": {"evaluate"},
+    "lm_eval": {"evaluate", "tasks"},
     "structlog": {"log"},
     "pynvml": {"energy"},
     "wandb": {"tracker_process"},

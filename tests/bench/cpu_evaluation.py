@@ -106,8 +106,8 @@ def main() -> int:
     args.questions = None if args.full else args.questions
     where = conditions()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    from job.evaluate import load_tasks
     from job.model import load_tokenizer
+    from job.tasks import load_tasks
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "base"

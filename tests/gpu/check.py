@@ -19,7 +19,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
 
-from job.attention import Segment, _segment_by_segment, _varlen_kernel, build_layout
+from job.attention import Segment, _group_by_group, _varlen_kernel, build_layout
 from job.energy import open_meter, visible_gpus
 from job.estimate import Setup, training_memory
 from job.known import ARCHITECTURES
@@ -52,7 +52,7 @@ def kernel() -> None:
         exact = [torch.randn(shape, device=DEVICE, dtype=torch.float32, requires_grad=True) for shape in shapes]
         half = [x.detach().bfloat16().requires_grad_() for x in exact]
         weight = torch.randn(1, 400, 8, 64, device=DEVICE)
-        reference = _segment_by_segment(*exact, layout, None)
+        reference = _group_by_group(*exact, layout, None)
         found = _varlen_kernel(*half, layout, None)
         (reference * weight).sum().backward()
         (found.float() * weight).sum().backward()

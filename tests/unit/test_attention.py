@@ -118,6 +118,12 @@ def test_tokens_see_nothing_behind_them() -> None:
         assert torch.equal(one[:, s.start : s.end - 1], other[:, s.start : s.end - 1])
 
 
+def test_the_plain_way_refuses_what_it_would_get_wrong() -> None:
+    """A prefix must lie in the group of its segment: one further back is no silent mistake."""
+    with pytest.raises(ValueError, match="not the last before it"):
+        _ = build_layout([Segment(0, 5), Segment(5, 9), Segment(9, 10, 0, 5)], CPU).groups
+
+
 @MADE
 def test_the_layout_tells_the_kernel_the_same(segments: list[Segment]) -> None:
     """Offsets and key index, read as the variable-length kernel reads them, give plain attention's result."""
@@ -145,7 +151,7 @@ def test_older_gpus_take_the_plain_way(
     """The kernel is asked for only where it was built for: not on a P100 or T4, in half precision either."""
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda _device: capability)
     monkeypatch.setattr("job.attention._varlen_kernel", lambda *_: "kernel")
-    monkeypatch.setattr("job.attention._segment_by_segment", lambda *_: "plain")
+    monkeypatch.setattr("job.attention._group_by_group", lambda *_: "plain")
     _has_kernel.cache_clear()
     query = SimpleNamespace(is_cuda=True, dtype=torch.float16, device=torch.device("cuda", 0))
     (way, _weights) = flat_attention(torch.nn.Module(), query, None, None, None, layout=None)  # type: ignore[arg-type]

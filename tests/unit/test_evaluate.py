@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from job.errors import DataError, SettingsError, Unreachable
-from job.evaluate import evaluate, load_tasks, write_records
+from job.evaluate import evaluate, write_records
 from job.records import ChoiceScore, Question, TaskScores
 from job.scoring import plan_rows, score_row
 from job.statistics import standard_error
+from job.tasks import load_tasks
 from tests.helpers import ARC_EASY, arc_rows, make_model, read_jsonl, write_jsonl
 
 Results = dict[str, tuple[TaskScores, list[dict[str, Any]]]]
@@ -211,6 +212,26 @@ def test_questions_are_known_before_they_are_asked(
     results = run(base_folder, tokenizer, limit=limit, **files)
     assert known == {task: [(r["id"], r["doc_hash"]) for r in records] for task, (_, records) in results.items()}
     assert [len(asked) for asked in known.values()] == [limit or 8, limit or 7]
+
+
+def test_templates_are_compiled_once(
+    base_folder: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More questions take no more compilations, and lm-eval is left as it was."""
+    from lm_eval.utils import env
+
+    compiled: list[str] = []
+    plain = type(env).compile
+    monkeypatch.setattr(
+        type(env), "compile", lambda self, source, *rest: compiled.append(source) or plain(self, source, *rest)
+    )
+    counts = []
+    for number in (5, 20):
+        compiled.clear()
+        run(base_folder, tokenizer, arc_easy=write_jsonl(tmp_path / f"{number}.jsonl", arc_rows(number)))
+        counts.append(len(compiled))
+    assert counts[0] == counts[1] < 20
+    assert "from_string" not in vars(env)
 
 
 def test_the_limit_takes_the_first_questions(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:

@@ -130,9 +130,10 @@ def test_questions_are_counted(tmp_path: Path, tokenizer: Any) -> None:
 
 def test_counted_tokens_are_those_that_are_scored(tmp_path: Path, tokenizer: Any) -> None:
     """What a plan counts is what the job's flat rows hold, question for question, up to how pieces meet."""
-    from job.evaluate import evaluate, load_tasks
+    from job.evaluate import evaluate
     from job.records import ChoiceScore, Question
     from job.scoring import tokens_of
+    from job.tasks import load_tasks
 
     write_jsonl(tmp_path / "questions.jsonl", arc_rows(20))
     data = {"arc_easy": str(tmp_path / "questions.jsonl")}
