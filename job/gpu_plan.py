@@ -11,9 +11,9 @@ from job import log
 from job.architectures import read_config
 from job.estimate import Setup
 from job.execution import choose_budget, choose_execution
-from job.model import make_lean
 from job.recipe import CPU_MICRO_BATCH_TOKENS
 from job.records import Execution
+from job.weights import make_lean
 
 PLAIN = "peft"
 """A forward pass by PEFT's own layers."""

@@ -15,11 +15,12 @@ from trl.kernels import ChunkedLogProbFunction
 
 from job.attention import Layout, Segment
 from job.log import get_logger
-from job.model import forget_dequantized, recompute_activations
+from job.model import recompute_activations
 from job.recipe import Recipe
 from job.records import Example
 from job.replay import Replayed
 from job.rows import IGNORED, flat_inputs, grain, longest_segment, padded_row
+from job.weights import forget_dequantized
 
 VOCABULARY_CHUNK = 32768
 """Logits are formed for so many entries of the vocabulary at a time."""

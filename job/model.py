@@ -1,21 +1,19 @@
-"""The model: tokenizer, quantized base, adapter. The only room that knows peft and bitsandbytes."""
+"""The model: its tokenizer, its quantized base, what it is computed on and in."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from job.adapter import trainable
 from job.errors import DataError, Problem, SettingsError
 from job.records import ModelRecord
 
 if TYPE_CHECKING:
     import torch
-
-    from job.kernels import Kernels
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -143,96 +141,6 @@ def load_base(
     return model
 
 
-def add_adapter(model: Any, *, rank: int, alpha: int, dropout: float, target_modules: Sequence[str], seed: int) -> Any:
-    """Wraps the base in a fresh LoRA adapter in fp32, whose initial weights depend on the seed alone.
-
-    The adapter stays in fp32 whatever the base is: rounding it would make a resumed run differ from a whole one.
-    """
-    import torch
-    from peft import LoraConfig, get_peft_model
-
-    linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    if missing := [name for name in target_modules if name not in linear]:
-        fix = f"it has {', '.join(sorted(linear))}"
-        raise SettingsError([Problem("lora.target_modules", f"the model has no linear {', '.join(missing)}; {fix}")])
-    torch.manual_seed(seed)
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=sorted(target_modules),
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
-    adapted = get_peft_model(model, config)
-    for parameter in trainable(adapted).values():
-        parameter.data = parameter.data.to(torch.float32)
-    return adapted
-
-
-def make_lean(model: Any, *, keep_dequantized: bool, kernels: Kernels | None) -> str:
-    """Replaces the forward of the adapted layers, and of what lies between them, by that of `lean`.
-
-    Args:
-        model: A PEFT model over a base loaded with flat attention.
-        keep_dequantized: Whether the base's weights are dequantized once and kept, or anew for each use. The products
-            are the same, bit by bit.
-        kernels: What lies between the layers is computed by; None leaves it as it is.
-
-    Returns:
-        How far it got: `all`; `layers` where the decoder is not one that it knows, and only the adapted layers were
-        replaced; `nothing` where there is dropout, which is left to PEFT.
-    """
-    from peft.tuners.lora import LoraLayer
-
-    from job import lean
-
-    base = model.get_base_model()
-    adapted = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    if not all(lean.fits(module) for module in adapted):
-        return "nothing"
-    weights = {module: _Frozen(module.get_base_layer(), base.dtype, keep=keep_dequantized) for module in adapted}
-    return "all" if lean.adapt(base, weights, base.dtype, kernels) else "layers"
-
-
-class _Frozen:
-    """Gives the weight of a linear layer of the base, in `dtype`: kept, or dequantized for each use."""
-
-    def __init__(self, layer: Any, dtype: torch.dtype, *, keep: bool) -> None:
-        self._layer, self._dtype = layer, dtype
-        self._kept = self._made() if keep else None
-
-    def __call__(self) -> torch.Tensor:
-        """The weight."""
-        return self._made() if self._kept is None else self._kept
-
-    def forget(self) -> None:
-        """Dequantizes for each use from now on."""
-        self._kept = None
-
-    def _made(self) -> torch.Tensor:
-        from bitsandbytes.functional import dequantize_4bit
-
-        weight: torch.Tensor = self._layer.weight
-        if getattr(weight, "quant_state", None) is None:
-            return weight
-        values: torch.Tensor = dequantize_4bit(weight.data, self._layer.weight.quant_state)
-        return values.to(self._dtype)
-
-
-def forget_dequantized(model: Any) -> None:
-    """Has a lean model dequantize its base's weights for each use, and frees the kept ones."""
-    for module in model.modules():
-        if (group := module.__dict__.get("lean")) is not None:
-            for layer in group.layers:
-                layer.weight.forget()
-
-
-def trainable(model: Any) -> dict[str, Any]:
-    """The adapter's parameters by name, in the model's order."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
 def recompute_activations(model: Any, *, on: bool, random: bool = True) -> None:
     """Switches activation (gradient) checkpointing: less memory for about a third more time.
 
@@ -248,46 +156,6 @@ def recompute_activations(model: Any, *, on: bool, random: bool = True) -> None:
         enable({"use_reentrant": False, "preserve_rng_state": random})
     else:
         (getattr(base, "activation_checkpointing_disable", None) or base.gradient_checkpointing_disable)()
-
-
-@contextmanager
-def adapter_off(model: Any) -> Iterator[None]:
-    """Within it the model is its base: the same loaded weights, adapter switched off."""
-    with model.disable_adapter():
-        yield
-
-
-def save_adapter(model: Any, folder: Path, *, base: str, revision: str | None) -> None:
-    """Writes the adapter in PEFT's layout; `PeftModel.from_pretrained(base, folder)` loads it.
-
-    Without the card that PEFT puts beside it, which is a form to fill in: ours needs the evaluation, and comes later.
-    """
-    config = model.peft_config["default"]
-    config.base_model_name_or_path, config.revision = base, revision
-    model.save_pretrained(folder, save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)
-    path = folder / "adapter_config.json"
-    written = json.loads(path.read_text(encoding="utf-8"))
-    written["target_modules"] = sorted(written["target_modules"])  # PEFT keeps a set, in another order every time
-    path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def load_adapter(model: Any, folder: Path) -> None:
-    """Puts saved adapter weights into the model, bit by bit; a missing or unexpected tensor is an error."""
-    import torch
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    state = load_file(folder / "adapter_model.safetensors", device="cpu")
-    expected = get_peft_model_state_dict(model)
-    wrong = sorted(
-        expected.keys() ^ state.keys()
-        | {k for k in expected.keys() & state.keys() if expected[k].shape != state[k].shape}
-    )
-    if wrong:
-        raise ValueError(f"the adapter in {folder} is not of this model: {', '.join(wrong[:5])}")
-    with torch.no_grad():
-        set_peft_model_state_dict(model, state)
 
 
 def fingerprint(folder: Path) -> str:

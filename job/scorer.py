@@ -21,7 +21,7 @@ from job.scoring import plan_rows, score_row
 
 Scored = list[list[ChoiceScore]]
 
-CODE = ("attention", "kernels", "lean", "model", "scoring", "triton_kernels")
+CODE = ("adapter", "attention", "kernels", "lean", "model", "scoring", "triton_kernels", "weights")
 """Rooms whose code decides what a score is."""
 _PAUSE_SECONDS = 0.01
 

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from job import checkpoints, log, manifest
+from job.adapter import adapter_off, add_adapter, load_adapter, save_adapter, trainable
 from job.attempts import Attempt
 from job.batches import steps_per_epoch
 from job.errors import Preempted, Problem, SettingsError, Unreachable
@@ -18,18 +19,7 @@ from job.evaluate import evaluate, write_records
 from job.events import write_events
 from job.gpu_plan import limit_memory, prepare, token_budget
 from job.limits import check_disk, checkpoint_bytes, required_bytes
-from job.model import (
-    adapter_off,
-    add_adapter,
-    choose_device,
-    choose_dtype,
-    describe_model,
-    load_adapter,
-    load_base,
-    make_deterministic,
-    save_adapter,
-    trainable,
-)
+from job.model import choose_device, choose_dtype, describe_model, load_base, make_deterministic
 from job.objects import ObjectStore
 from job.preemption import Stopwatch, decide
 from job.processes import ALONE, Processes

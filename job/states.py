@@ -56,7 +56,7 @@ def write_state(folder: Path, files: TrainerFiles, history: Sequence[StepMetrics
     """Writes the trainer's whole state into a new folder."""
     from safetensors.torch import save_file
 
-    from job.model import trainable
+    from job.adapter import trainable
 
     folder.mkdir(parents=True, exist_ok=True)
     adapter = {name: parameter.detach().contiguous() for name, parameter in trainable(files.model).items()}
@@ -83,7 +83,7 @@ def read_state(folder: Path, files: TrainerFiles) -> list[StepMetrics]:
     import torch
     from safetensors.torch import load_file
 
-    from job.model import trainable
+    from job.adapter import trainable
 
     saved = load_file(folder / ADAPTER)
     parameters = trainable(files.model)

@@ -21,10 +21,11 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from job import batches
+from job.adapter import trainable
 from job.callbacks import StopOnFlag
 from job.errors import JobError
 from job.learner import Learner
-from job.model import recompute_activations, trainable
+from job.model import recompute_activations
 from job.processes import ALONE, Processes
 from job.recipe import Hooks, Recipe, Trained, step_seed
 from job.records import Example, StepMetrics

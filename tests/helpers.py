@@ -61,7 +61,8 @@ def make_model(folder: Path, *, quantization: str = "none", dropout: float = 0.0
     """The tiny base in fp32 with an adapter on all linear layers, loaded by the job's own means."""
     import torch
 
-    from job.model import add_adapter, load_base
+    from job.adapter import add_adapter
+    from job.model import load_base
 
     base = load_base(
         folder,
@@ -78,7 +79,7 @@ def fill_adapter(model: Any, scale: float = 0.05) -> Any:
     """Makes every adapter weight random: a fresh adapter is zero on one side, which hides errors."""
     import torch
 
-    from job.model import trainable
+    from job.adapter import trainable
 
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():

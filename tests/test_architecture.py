@@ -24,8 +24,8 @@ LEVELS = """
     layers kernels
     sagemaker
     store formats groups sources topology preemption lean scoring events limits clouds watchdog publisher
-    comparison question_records side_by_side model
-    recipe processes selftest wording cost energy trackers estimate known workload rows replay
+    comparison question_records side_by_side adapter weights
+    model recipe processes selftest wording cost energy trackers estimate known workload rows replay
     local s3_errors schemas settings hub states notices joined rendering timeline manifest forecast execution
     learner
     s3 s3_client encode train tasks rendezvous card report gpu_plan
@@ -53,8 +53,8 @@ SOLE_USERS = {
     "boto3": {"s3", "s3_client", "s3_errors"},
     "botocore": {"s3", "s3_client", "s3_errors"},
     "s3transfer": {"s3", "s3_client", "s3_errors"},
-    "peft": {"model"},
-    "bitsandbytes": {"model"},
+    "peft": {"adapter", "weights"},
+    "bitsandbytes": {"weights"},
     "trl": {"learner", "train"},
     "lm_eval": {"evaluate", "tasks"},
     "structlog": {"log"},

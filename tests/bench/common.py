@@ -140,8 +140,9 @@ def load_ours(folder: Path, quantization: str, dtype: str) -> Any:
     """The base with a fresh adapter, as the job loads it, with its default settings."""
     import torch
 
+    from job.adapter import add_adapter
     from job.groups import Lora, Train
-    from job.model import add_adapter, choose_dtype, load_base
+    from job.model import choose_dtype, load_base
 
     device, lora = torch.device("cpu"), Lora()
     base = load_base(

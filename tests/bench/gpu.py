@@ -35,15 +35,16 @@ import shapes  # lies beside this script
 import torch
 
 from job import attention, batches, kernels, rows
+from job.adapter import add_adapter, trainable
 from job.attention import Segment, build_layout
 from job.kernels import Kernels
-from job.model import add_adapter, make_lean, trainable
 from job.recipe import Hooks, Recipe
 from job.records import Example, StepMetrics
 from job.replay import Replayed
 from job.scoring import plan_rows, score_row, tokens_of
 from job.train import train
 from job.vector import Vector
+from job.weights import make_lean
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")

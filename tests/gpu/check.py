@@ -19,11 +19,12 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
 
+from job.adapter import add_adapter, trainable
 from job.attention import Segment, _group_by_group, _varlen_kernel, build_layout
 from job.energy import open_meter, visible_gpus
 from job.estimate import Setup, training_memory
 from job.known import ARCHITECTURES
-from job.model import add_adapter, load_base, make_deterministic, trainable
+from job.model import load_base, make_deterministic
 from job.recipe import Hooks, Recipe
 from job.records import Example, Question
 from job.scoring import plan_rows, score_row, tokens_of

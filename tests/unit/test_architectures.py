@@ -39,7 +39,7 @@ def test_the_reference_model_has_its_published_counts() -> None:
 
 def test_counts_are_those_of_a_real_model(base_folder: Path) -> None:
     """What is counted from a config.json is what transformers and PEFT build from it."""
-    from job.model import trainable
+    from job.adapter import trainable
     from tests.helpers import make_model
 
     model = make_model(base_folder, rank=8)

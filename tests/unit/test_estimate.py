@@ -141,7 +141,8 @@ def _kept(folder: Path, shape: dict[str, int], count: int) -> int:
     import torch
     from transformers import MistralConfig, MistralForCausalLM
 
-    from job.model import add_adapter, load_base
+    from job.adapter import add_adapter
+    from job.model import load_base
     from job.rows import flat_inputs
 
     config = MistralConfig(**shape, num_key_value_heads=4, sliding_window=None)

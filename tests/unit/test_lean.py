@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch.nn import functional
 
+from job.adapter import adapter_off, add_adapter, trainable
 from job.kernels import TORCH, Kernels
-from job.model import adapter_off, add_adapter, load_base, make_lean, recompute_activations, trainable
+from job.model import load_base, recompute_activations
 from job.records import Question
 from job.rows import flat_inputs
 from job.scoring import score_row
+from job.weights import make_lean
 from tests.helpers import LINEAR, fill_adapter, make_examples
 
 CPU = torch.device("cpu")

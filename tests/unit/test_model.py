@@ -9,20 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from job.adapter import adapter_off, add_adapter, load_adapter, save_adapter, trainable
 from job.errors import SettingsError
-from job.model import (
-    adapter_off,
-    add_adapter,
-    choose_device,
-    choose_dtype,
-    describe_model,
-    fingerprint,
-    load_adapter,
-    load_base,
-    load_tokenizer,
-    save_adapter,
-    trainable,
-)
+from job.model import choose_device, choose_dtype, describe_model, fingerprint, load_base, load_tokenizer
 from job.records import Question
 from job.scoring import score_row
 from tests.helpers import LINEAR, fill_adapter, make_model

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from job import batches, rows
+from job.adapter import add_adapter, trainable
 from job.attention import Segment
 from job.errors import JobError, Unreachable
 from job.kernels import TORCH
-from job.model import add_adapter, make_lean, trainable
 from job.processes import Alone
 from job.recipe import Hooks, Recipe, Trained, step_seed, substitute, total_steps
 from job.records import Example, Question, StepMetrics
@@ -25,6 +25,7 @@ from job.rows import flat_inputs
 from job.scoring import score_row
 from job.topology import Place
 from job.train import train
+from job.weights import make_lean
 from tests.helpers import EOS, LINEAR, PAD, fill_adapter, make_examples, make_model
 
 EXAMPLES = make_examples(8)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from job.model import load_adapter, save_adapter, trainable
+from job.adapter import load_adapter, save_adapter, trainable
 from job.vector import Vector
 from tests.helpers import fill_adapter, make_model
 
