@@ -93,6 +93,11 @@ class Attempt:
         self.processes.check()
         self._note_if_due()
 
+    def get_on(self) -> None:
+        """The same for a thread that works beside the stage, which keeps the books."""
+        self.beat()
+        self.stop.check()
+
     def step_done(self, step: int, seconds: float) -> None:
         """Counts an optimizer step, and now and then notes in the store how far the attempt is."""
         self.beat()
@@ -149,6 +154,11 @@ class Attempt:
         self.note("running")
         log.get_logger().info("stage is done", stage=name, seconds=round(self.stage_seconds[name], 2))
         return adapter.validate_json(record)
+
+    def known(self, name: str, kind: type[T]) -> T | None:
+        """What an earlier attempt found out in a stage that it finished."""
+        stored = self.store.read(f"stages/{name}.json")
+        return None if stored is None else TypeAdapter(kind).validate_json(stored.data)
 
     def _kept(self, name: str, adapter: TypeAdapter[Any]) -> str | None:
         """The record of a stage, if there is one that counts."""

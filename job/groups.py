@@ -97,6 +97,10 @@ class Model(Group):
     """Quantize the quantization constants as well."""
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """What is computed in; `auto` is bf16 where the GPU has it, else fp16."""
+    keep_quantized: Literal["off", "cache", "store"] = "cache"
+    """Keep the quantized model for the next start: in the folder `storage.cache`, where that is set; `store`: also
+    beside the runs in `run.output`, so that a restart on another machine fetches 4 GB and not 14.
+    """
     keep_dequantized: FlagOrAuto = "auto"
     """Dequantize the frozen weights once and keep them, for the same results sooner; `auto` where a GPU has room."""
 

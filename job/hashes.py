@@ -7,15 +7,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+_AT_ONCE = 8
 
 
 def hash_file(path: Path) -> str:
     """SHA-256 of a file, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_files(paths: Sequence[Path]) -> list[str]:
+    """SHA-256 of each file, several at a time: gigabytes of shards are read no slower than the disk gives them."""
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return list(pool.map(hash_file, paths))
 
 
 def hash_facts(path: Path) -> str:

@@ -9,6 +9,7 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http import HTTPStatus
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,12 @@ SMALL_FILES = tuple(kind for kind in MODEL_FILES if kind != "*.safetensors")
 MOST_SMALL_BYTES = 256 << 20
 PEEK_SECONDS = 10.0
 """A plan is not to wait for long."""
+
+
+def import_client() -> None:
+    """Imports what `download_model` uses."""
+    for name in ("HfApi", "constants", "errors", "snapshot_download"):
+        getattr(import_module("huggingface_hub"), name)
 
 
 def download_model(source: str, revision: str | None) -> tuple[Path, str | None]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from job.adapter import trainable
 from job.errors import DataError, Problem, SettingsError
+from job.hashes import hash_files
 from job.records import ModelRecord
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ def load_base(
     dtype: torch.dtype,
     device: torch.device,
     max_length: int,
+    quantized: bool = False,
 ) -> Any:
     """Loads the frozen base, quantized on the way in, ready for flat rows.
 
@@ -101,6 +103,7 @@ def load_base(
         dtype: What the 4-bit weights are dequantized to, and what the other weights are held in.
         device: Where it goes.
         max_length: Longest sequence in tokens; a model with a shorter window is refused.
+        quantized: Whether the folder holds the quantized base, as it was saved.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -116,21 +119,23 @@ def load_base(
             [Problem("train.max_length", f"{max_length} is more than the model's window of {window} tokens; lower it")]
         )
     attention.register()
-    quantized = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=double_quantization,
-        bnb_4bit_compute_dtype=dtype,
-    )
+    how = {}
+    if quantization == "nf4" and not quantized:  # what was saved quantized says so itself, unless it is told anything
+        how["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=double_quantization,
+            bnb_4bit_compute_dtype=dtype,
+        )
     with _readable(folder):
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
-            quantization_config=quantized if quantization == "nf4" else None,
             attn_implementation=attention.NAME,
             device_map={"": device},
             use_safetensors=True,
             trust_remote_code=False,
+            **how,
         )
     model.config.use_cache = False
     for module in model.modules():
@@ -162,9 +167,8 @@ def fingerprint(folder: Path) -> str:
     """SHA-256 over names and contents of the files that make the model: weights, configuration, tokenizer."""
     total = hashlib.sha256()
     files = sorted(p for p in folder.iterdir() if p.suffix in {".safetensors", ".json", ".model", ".jinja"})
-    for path in files:
-        with path.open("rb") as file:
-            total.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    for path, sha256 in zip(files, hash_files(files), strict=True):
+        total.update(f"{path.name}\0{sha256}\n".encode())
     return total.hexdigest()
 
 

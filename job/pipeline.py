@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from job import energy, log, manifest
 from job.attempts import Attempt, compare_settings, keep_settings, missing, open_attempt
 from job.baselines import check_tasks
+from job.bases import publishing
 from job.delivery import deliver
 from job.errors import DataError, GateError, Problem, SettingsError
 from job.faults import Fault, arm, faulty
@@ -21,18 +22,21 @@ from job.platforms import Delivery
 from job.preemption import Stop
 from job.processes import ALONE, Processes
 from job.publication import publish
-from job.pull import pull
+from job.pull import Sources, pull
 from job.records import Artifact, Evaluated, Pulled, Trained
 from job.results import RESULTS
 from job.settings import Settings, describe, environment, trackers
 from job.trackers import Tracking, tracking
+
+if TYPE_CHECKING:
+    from job.stages import Loaded
 
 # These change how a run is carried out, never what it computes; an attempt may differ in them from the one before.
 EXECUTION = {
     *("run.id", "run.output", "run.grace_seconds", "run.spot_notices", "run.device", "run.image_digest", "preset"),
     *("run.processes", "run.nodes", "run.node_rank", "run.rendezvous", "train.micro_batch_tokens", "eval.batch_tokens"),
     *("fault", "train.log_every_steps", "train.stall_seconds", "train.gradient_checkpointing"),
-    *("train.gpu_memory_gb", "model.keep_dequantized"),
+    *("train.gpu_memory_gb", "model.keep_dequantized", "model.keep_quantized"),
 }
 EXECUTION_GROUPS = ("storage.", "log.", "cost.", "checkpoint.", "gate.")
 
@@ -75,10 +79,7 @@ def run(
 
 
 def _carry_out(attempt: Attempt, settings: Settings, decisive: Mapping[str, Any], track: Tracking) -> dict[str, Any]:
-    """The stages, one after the other; what an earlier attempt finished is not done again."""
-    with log.hush():
-        from job import stages  # torch and all that: what can be refused without it has been
-
+    """Pulls, loads, and does the rest; what an earlier attempt finished is not done again."""
     choose_device(settings.run.device)  # a missing GPU is found missing before the model is downloaded
     processes, storage = attempt.processes, settings.storage.model_dump(exclude={"cache"})
     if processes.leads:
@@ -86,11 +87,22 @@ def _carry_out(attempt: Attempt, settings: Settings, decisive: Mapping[str, Any]
     _watch(attempt, track)
     with attempt.timed("pull"):
         sources = pull(attempt, settings, storage)
+    from job import stages  # heavy: what can be refused without it has been
+
     loaded = stages.load(settings, sources, processes)
     if processes.leads:
         keep_settings(attempt.store, decisive)  # not before: what cannot be loaded shall not bind the run
     _same(attempt.stage("pull", Pulled, lambda: sources.record), sources.record)
-    shared = open_store(settings.run.output, **storage)
+    with publishing(sources.shelf if processes.leads else None):
+        return _work(attempt, settings, sources, loaded)
+
+
+def _work(attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded) -> dict[str, Any]:
+    """The stages, one after the other, from the evaluation of the base to the manifest."""
+    from job import stages
+
+    processes = attempt.processes
+    shared = open_store(settings.run.output, **settings.storage.model_dump(exclude={"cache"}))
     base = attempt.stage(
         "evaluate-base", Evaluated, lambda: stages.evaluate_base(attempt, settings, sources, loaded, shared)
     )

@@ -13,6 +13,7 @@ from pydantic import TypeAdapter
 from job import checkpoints, log, manifest
 from job.adapter import adapter_off, add_adapter, load_adapter, save_adapter, trainable
 from job.attempts import Attempt
+from job.bases import keep
 from job.batches import steps_per_epoch
 from job.errors import Preempted, Problem, SettingsError, Unreachable
 from job.evaluate import evaluate, write_records
@@ -62,7 +63,10 @@ def load(settings: Settings, sources: Sources, processes: Processes = ALONE) -> 
         dtype=choose_dtype(settings.model.dtype, device),
         device=device,
         max_length=settings.train.max_length,
+        quantized=sources.quantized,
     )
+    if sources.shelf is not None and not sources.quantized:
+        keep(base, sources.folder, sources.shelf)
     model = add_adapter(
         base,
         rank=settings.lora.rank,

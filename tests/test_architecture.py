@@ -29,7 +29,7 @@ LEVELS = """
     local s3_errors schemas settings hub states notices joined rendering timeline manifest forecast execution
     learner
     s3 s3_client encode train tasks rendezvous card report gpu_plan
-    objects dataset launcher evaluate
+    objects dataset launcher evaluate bases
     lease markers scores artifacts preflight
     guard checkpoint_download previews
     checkpoints

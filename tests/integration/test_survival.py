@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -81,6 +82,27 @@ def test_corrupt_checkpoint(environment: dict[str, str], undisturbed: dict[str, 
     assert done.returncode == 0, done.stderr[-3000:]
     assert "checkpoint is not whole, going back to an older one" in done.stderr
     assert published(tmp_path, "flip") == undisturbed
+
+
+def test_a_restart_needs_the_model_no_more(
+    environment: dict[str, str], undisturbed: dict[str, str], tmp_path: Path
+) -> None:
+    """With the quantized base in the store a run goes on when the model's source has gone: with the same bits."""
+    source = tmp_path / "base"
+    shutil.copytree(environment["JOB_MODEL__ID"], source)
+    changes = {
+        "JOB_RUN__ID": "kept",
+        "JOB_RUN__OUTPUT": str(tmp_path / "out"),
+        "JOB_MODEL__ID": str(source),
+        "JOB_MODEL__KEEP_QUANTIZED": "store",
+    }
+    assert attempt(environment, **changes, JOB_FAULT="kill@step=8").returncode == -9
+    shutil.rmtree(source)
+    done = attempt(environment, **changes)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = published(tmp_path / "out", "kept")
+    changed = {path for path in found if found[path] != undisturbed[path]}
+    assert changed <= {"artifacts/adapter/README.md", "artifacts/adapter/adapter_config.json"}  # the base's name
 
 
 def test_two_attempts_at_once(environment: dict[str, str], undisturbed: dict[str, str], tmp_path: Path) -> None:
