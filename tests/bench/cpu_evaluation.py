@@ -43,12 +43,14 @@ def by_ours(
     return [record["log_likelihoods"] for record in records], seconds
 
 
-def by_hflm(tasks: Any, model: Any, tokenizer: Any, limit: int | None, batch_size: str) -> tuple[Answers, float]:
+def by_hflm(
+    tasks: Any, model: Any, tokenizer: Any, limit: int | None, batch_size: str, device: str = "cpu"
+) -> tuple[Answers, float]:
     """lm-eval's own model; what it does to find the batch size of `auto` counts."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_batch_size=64, device="cpu")
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_batch_size=64, device=device)
     began = time.monotonic()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

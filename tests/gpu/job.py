@@ -39,22 +39,31 @@ def say(what: str, **figures: Any) -> None:
     print(json.dumps({"what": what, **figures}), flush=True)
 
 
-def make_base(folder: Path, texts: list[str], sizes: Mapping[str, int]) -> None:
-    """A random Mistral in bf16, with a byte-level tokenizer of the data's own words."""
-    import torch
+def make_tokenizer(folder: Path, texts: list[str], size: int) -> Any:
+    """A byte-level tokenizer of the data's own words, as many as Mistral's."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=sizes["vocab_size"], special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+        vocab_size=size, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator(texts, trainer)
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    made.save_pretrained(folder)
+    return made
+
+
+def make_base(folder: Path, texts: list[str], sizes: Mapping[str, int]) -> None:
+    """A random Mistral in bf16, with such a tokenizer."""
+    import torch
+    from transformers import MistralConfig, MistralForCausalLM
+
+    make_tokenizer(folder, texts, sizes["vocab_size"])
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
@@ -73,11 +82,7 @@ def run(folder: Path, name: str, **changes: str) -> dict[str, Any]:
         done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, check=False)
         codes.append(done.returncode)
         lines = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
-        seen = [
-            line
-            for line in lines
-            if line["event"] in {"stage is done", "how training is carried out", "model is loaded"}
-        ]
+        seen = [line for line in lines if line["event"] not in {"steps", "questions", "checkpoint", "evaluated"}]
         say("attempt", name=name, code=codes[-1], seconds=round(time.monotonic() - began, 1), log=seen)
         if len(codes) > 3 or done.returncode not in {0, -9}:
             say("failed", name=name, code=done.returncode, end=done.stderr[-6000:])
