@@ -23,7 +23,11 @@ CONTEXT_BYTES = 600 << 20
 MARGIN = 0.1
 """What the prediction may be wrong by, fragmentation included. Assumed, from the three measured points in the tests."""
 UTILISATION = 0.18
-"""Share of the data sheet's operations that the job gets done: 0.18 to 0.21 on an H200, measured; assumed elsewhere."""
+"""Share of the data sheet's operations that PEFT's layers get done: 0.18 to 0.21 on an H200, measured."""
+LEAN_UTILISATION = 0.42
+"""That of the job's own: 0.41 to 0.47 on an H100 by what is kept, measured; assumed elsewhere."""
+SCORING_UTILISATION = 0.3
+"""That of an evaluation, in which the CPU has its share: measured there too."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +200,9 @@ def evaluation_flops(setup: Setup, tokens: int, reads: int) -> int:
     return 2 * (a.linear_parameters + setup.adapter) * tokens + 2 * a.head_parameters * reads
 
 
-def seconds(flops: int, passes: int, setup: Setup, *, rate: float, bandwidth: float) -> float:
+def seconds(
+    flops: int, passes: int, setup: Setup, *, rate: float, bandwidth: float, used: float = UTILISATION
+) -> float:
     """Seconds on a GPU: what the operations take at the assumed utilisation, or what reading the weights takes.
 
     Args:
@@ -205,9 +211,10 @@ def seconds(flops: int, passes: int, setup: Setup, *, rate: float, bandwidth: fl
         setup: What is computed with.
         rate: Operations a second, by the data sheet.
         bandwidth: Bytes of memory a second, by the data sheet.
+        used: The share of the operations that gets done.
 
     Source: Williams et al. 2009, Roofline. Quantized weights are read, written out dequantized, and read again.
     """
     a, size = setup.architecture, setup.value_bytes
     traffic = a.linear_parameters * (size if setup.quantization == "none" else 0.5 + 2 * size)
-    return max(flops / (rate * UTILISATION), passes * traffic / bandwidth)
+    return max(flops / (rate * used), passes * traffic / bandwidth)

@@ -9,9 +9,11 @@ from typing import Literal
 
 from job import estimate
 from job.estimate import Setup
+from job.execution import choose_budget, choose_execution
 from job.gpus import Gpu
 from job.known import Questions
 from job.limits import checkpoint_bytes, required_bytes
+from job.records import Execution
 from job.wording import size
 from job.workload import Workload
 
@@ -39,10 +41,14 @@ class Run:
         workload_basis: Whether that was counted, or scaled from a sample or from characters.
         questions: What is asked, twice.
         questions_basis: As above.
-        budget: Tokens of a micro-batch, as they are set.
+        budget: Tokens of a micro-batch, as they are set; else those that the job takes on a small GPU.
         scoring_budget: Tokens scored in one forward pass.
         download_bytes: What has to be fetched first.
         usd_per_hour: The user's price of the machine.
+        lean: Whether GPUs from Ampere on train it by the job's own forward pass: in bf16, without dropout.
+        budget_by_gpu: Whether the budget was not set, so that the job chooses it by the GPU's size.
+        keep_base: Whether to keep the dequantized base; None where the job chooses.
+        keep_activations: The same of activations.
     """
 
     setup: Setup | None
@@ -55,6 +61,10 @@ class Run:
     scoring_budget: int
     download_bytes: int
     usd_per_hour: float | None
+    lean: bool = False
+    budget_by_gpu: bool = False
+    keep_base: bool | None = None
+    keep_activations: bool | None = None
 
     @property
     def micro_batch(self) -> int:
@@ -83,12 +93,16 @@ class Figure:
 
 @dataclass(frozen=True)
 class GpuPlan:
-    """A run on one GPU. Budgets are the largest that fit, in tokens; 0 where not even the longest example does."""
+    """A run on one GPU. Budgets are the largest that fit, in tokens; 0 where not even the longest example does.
+
+    `keeps` says in words what the job would keep there rather than make again; it is what `hours` are computed for.
+    """
 
     name: str
     memory_bytes: int
     fits: bool
     note: str
+    keeps: str
     budget_recomputing: int
     budget_keeping: int
     hours: float | None
@@ -121,7 +135,13 @@ def figures(run: Run) -> Iterator[Figure]:
     how = "recomputed" if setup.recompute else "kept"
     tokens = f"{how}, micro-batches of {run.micro_batch:,} tokens"
     yield Figure("memory: activations", held.activations, "bytes", both, tokens)
-    yield Figure("peak in training", held.total, "bytes", both, f"+- {estimate.MARGIN:.0%}, and the driver's context")
+    yield Figure(
+        "peak in training",
+        held.total,
+        "bytes",
+        both,
+        f"+- {estimate.MARGIN:.0%}, and the driver's context; where there is room, more is kept",
+    )
     scored = f"rows of {run.scoring_budget:,} tokens"
     yield Figure("peak in evaluation", _scoring(run, setup), "bytes", _weaker(basis, run.questions_basis), scored)
     checkpoint = checkpoint_bytes(setup.adapter, setup.optimizer)
@@ -145,6 +165,9 @@ def _of_the_data(run: Run) -> Iterator[Figure]:
 
 def on_gpu(gpu: Gpu, run: Run, setup: Setup) -> GpuPlan:
     """How the run would go on a GPU."""
+    if run.budget_by_gpu:
+        run = replace(run, budget=choose_budget(gpu.memory_bytes))
+    execution = _execution(gpu, run, setup)
     room = estimate.room(gpu.memory_bytes)
     scoring = _scoring(run, setup)
     need = max(estimate.training_memory(setup, run.micro_batch).total, scoring)
@@ -154,12 +177,14 @@ def on_gpu(gpu: Gpu, run: Run, setup: Setup) -> GpuPlan:
     elif gpu.capability < FLASH_CAPABILITY and setup.value_bytes == HALF_PRECISION:
         note = "has no kernel for attention over many sequences at once; how much slower it is has not been measured"
     price = gpu.usd_per_hour if run.usd_per_hour is None else run.usd_per_hour
-    hours = _hours(gpu, run, setup) if fits else None
+    hours = _hours(gpu, run, setup, execution) if fits else None
+    kept = {"base": execution.kept_base, "activations": execution.kept_activations} if execution else {}
     return GpuPlan(
         name=gpu.name,
         memory_bytes=gpu.memory_bytes,
         fits=fits,
         note=note,
+        keeps=", ".join(name for name, is_kept in kept.items() if is_kept) if fits else "",
         budget_recomputing=_budget(run, replace(setup, recompute=True), room),
         budget_keeping=_budget(run, replace(setup, recompute=False), room),
         hours=hours,
@@ -182,17 +207,35 @@ def _scoring(run: Run, setup: Setup) -> int:
     return estimate.evaluation_bytes(setup, run.scoring_budget, run.reads)
 
 
-def _hours(gpu: Gpu, run: Run, setup: Setup) -> float | None:
+def _execution(gpu: Gpu, run: Run, setup: Setup) -> Execution | None:
+    """How the job would train there; None where PEFT's own layers would do the work."""
+    if not run.lean or gpu.capability < FLASH_CAPABILITY or setup.value_bytes != HALF_PRECISION:
+        return None
+    return choose_execution(
+        setup,
+        free_bytes=gpu.memory_bytes - estimate.weight_bytes(setup),
+        row_tokens=run.micro_batch,
+        keep_base=run.keep_base,
+        keep_activations=run.keep_activations,
+        recorded=True,
+    )
+
+
+def _hours(gpu: Gpu, run: Run, setup: Setup, execution: Execution | None) -> float | None:
     """Hours from start to end without interruptions; None where something is not known, as speed in full precision."""
     if run.workload is None or run.questions is None or setup.value_bytes != HALF_PRECISION:
         return None
     work, asked = run.workload, run.questions
     speed = {"rate": gpu.flops, "bandwidth": gpu.bandwidth}
+    used = estimate.UTILISATION
+    if execution is not None:
+        setup, used = replace(setup, recompute=not execution.kept_activations), estimate.LEAN_UTILISATION
     micro_batches = max(work.steps, ceil(work.tokens / run.micro_batch))
     flops = estimate.training_flops(setup, work.tokens, work.squares)
-    training = estimate.seconds(flops, (3 if setup.recompute else 2) * micro_batches, setup, **speed)
+    training = estimate.seconds(flops, (3 if setup.recompute else 2) * micro_batches, setup, used=used, **speed)
+    used = estimate.UTILISATION if execution is None else estimate.SCORING_UTILISATION
     scoring = estimate.evaluation_flops(setup, asked.tokens, asked.reads)
-    evaluation = estimate.seconds(scoring, ceil(asked.tokens / run.scoring_budget), setup, **speed)
+    evaluation = estimate.seconds(scoring, ceil(asked.tokens / run.scoring_budget), setup, used=used, **speed)
     start = START_SECONDS + run.download_bytes / DOWNLOAD_RATE
     return (start + training + EVALUATIONS * evaluation) / 3600
 

@@ -143,6 +143,10 @@ def _run(settings: Settings, seen: _Seen, checks: list[Check]) -> Run:
         scoring_budget=settings.eval.batch_tokens,
         download_bytes=download + (seen.data.download_bytes if seen.data else 0),
         usd_per_hour=settings.cost.usd_per_hour,
+        lean=settings.model.dtype in {"auto", "bf16"} and settings.lora.dropout == 0,
+        budget_by_gpu=settings.train.micro_batch_tokens is None,
+        keep_base=None if settings.model.keep_dequantized == "auto" else settings.model.keep_dequantized,
+        keep_activations=None if (again := settings.train.gradient_checkpointing) == "auto" else not again,
     )
 
 
@@ -233,10 +237,11 @@ def _disk(settings: Settings, run: Run) -> Check:
 def _assumptions(settings: Settings) -> tuple[str, ...]:
     """What the assumed figures rest on, one sentence each."""
     price, context = settings.cost.usd_per_hour, size(estimate.CONTEXT_BYTES, " ")
-    half = f"speed: {estimate.UTILISATION:.0%} of the data sheet's operations a second in half precision"
+    lean, peft = (f"{used:.0%}" for used in (estimate.LEAN_UTILISATION, estimate.UTILISATION))
+    half = f"speed: {lean} of the data sheet's operations a second in bf16, {peft} before Ampere or with dropout"
     return (
         "one GPU: several share each step's examples, and each needs the same memory",
-        f"{half}, as measured on an H200; slower GPUs tend to do better",
+        f"{half}, as measured on H100 and H200; slower GPUs tend to do better",
         f"start: {forecast.START_SECONDS:.0f} s, and {forecast.DOWNLOAD_RATE / 1e6:.0f} MB/s for what is fetched",
         f"memory: {context} for the driver, and {estimate.MARGIN:.0%} for what the formula is wrong by",
         f"price: {PRICES}" if price is None else f"price: {price:g} USD an hour, as you set it, on whatever GPU",

@@ -100,9 +100,20 @@ def _value(figure: Figure) -> str:
 
 
 def _gpus(plan: Plan) -> str:
-    head = ("GPU", "memory", "fits", "largest budget", "without recomputing", "hours", "USD", "USD/h", "machine")
+    head = (
+        "GPU",
+        "memory",
+        "fits",
+        "largest budget",
+        "without recomputing",
+        "keeps",
+        "hours",
+        "USD",
+        "USD/h",
+        "machine",
+    )
     rows = [head, *(_gpu(gpu, plan.largest_step) for gpu in plan.gpus)]
-    lines = _aligned(rows, right=(1, 3, 4, 5, 6, 7))
+    lines = _aligned(rows, right=(1, 3, 4, 6, 7, 8))
     lines.append("budgets in tokens, computed; hours, which include two evaluations, and prices, assumed")
     lines += [f"{gpu.name}: {gpu.note}" for gpu in plan.gpus if gpu.note]
     priced = [gpu for gpu in plan.gpus if gpu.fits and gpu.usd is not None]
@@ -130,6 +141,7 @@ def _gpu(gpu: GpuPlan, largest_step: int | None) -> tuple[str, ...]:
         "yes" if gpu.fits else "no",
         budget(gpu.budget_recomputing),
         budget(gpu.budget_keeping),
+        gpu.keeps or "-",
         "-" if gpu.hours is None else f"{gpu.hours:.2f}",
         "-" if gpu.usd is None else f"{gpu.usd:.2f}",
         f"{gpu.usd_per_hour:.2f}",

@@ -26,8 +26,8 @@ LEVELS = """
     store formats groups sources topology preemption lean scoring events limits clouds watchdog publisher
     comparison question_records side_by_side adapter weights
     model recipe processes selftest wording cost energy trackers estimate known workload rows replay
-    local s3_errors schemas settings hub states notices joined rendering timeline manifest forecast execution
-    learner
+    local s3_errors schemas settings hub states notices joined rendering timeline manifest execution
+    learner forecast
     s3 s3_client encode train tasks rendezvous card report gpu_plan
     objects dataset launcher evaluate bases
     lease markers scores artifacts preflight

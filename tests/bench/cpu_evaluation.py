@@ -44,7 +44,7 @@ def by_ours(
 
 
 def by_hflm(
-    tasks: Any, model: Any, tokenizer: Any, limit: int | None, batch_size: str, device: str = "cpu"
+    tasks: Any, model: Any, tokenizer: Any, limit: int | None, batch_size: str, *, device: str = "cpu"
 ) -> tuple[Answers, float]:
     """lm-eval's own model; what it does to find the batch size of `auto` counts."""
     import lm_eval

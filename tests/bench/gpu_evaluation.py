@@ -79,9 +79,9 @@ def main() -> None:
         del model
         gc.collect()
         plain = shapes.random_base(shape, DEVICE, "sdpa")
-        by_hflm(tasks, plain, tokenizer, 20, "4", str(DEVICE))
+        by_hflm(tasks, plain, tokenizer, 20, "4", device=str(DEVICE))
         for size in asked.batch_sizes:
-            theirs, seconds = by_hflm(tasks, plain, tokenizer, asked.questions, size, str(DEVICE))
+            theirs, seconds = by_hflm(tasks, plain, tokenizer, asked.questions, size, device=str(DEVICE))
             figures = {
                 "seconds": seconds,
                 "questions_per_second": len(theirs) / seconds,
