@@ -1,8 +1,8 @@
 """The job itself on a GPU, at Mistral-7B's shape: `python tests/gpu/job.py --alpaca FILE --arc FILE` prints JSON lines.
 
-A random base and a tokenizer made of the data; then a whole run, the same killed and resumed, and one held to a
-small part of the GPU: artefacts bit by bit, how training was carried out, target tokens a second, energy. `--tiny`
-tries the script itself on a CPU.
+A random base and a tokenizer made of the data; then a whole run, the same killed and resumed, the same with a neighbour
+that takes most of the memory when training begins, and one held to a small part of the GPU: artefacts bit by bit, how
+training was carried out, target tokens a second, energy. `--tiny` tries the script itself on a CPU.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from job.results import facts_of
 from tests.bench.shapes import MISTRAL_7B, TINY
 
 ROOT = Path(__file__).parents[2]
+RUNS = ("killed", "crowded", "small")
 PLAIN = {
     "JOB_LOG__FORMAT": "json",
     "JOB_RUN__SPOT_NOTICES": "off",
@@ -113,6 +114,19 @@ def run(folder: Path, name: str, **changes: str) -> dict[str, Any]:
     return results
 
 
+def crowd(mark: Path, leave_gib: float) -> None:
+    """Takes the GPU's memory, all but so much of what is free, once the file is there; and keeps it."""
+    while not mark.exists():
+        time.sleep(0.05)
+    import torch
+
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        taken = torch.empty(max(0, free - int(leave_gib * (1 << 30))), dtype=torch.uint8, device="cuda")
+        say("neighbour", took=taken.numel(), of=total)
+    time.sleep(3600)
+
+
 def main() -> None:
     """Makes the inputs and runs the job on them."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -120,6 +134,8 @@ def main() -> None:
     parser.add_argument("--arc", type=Path, required=True, help="questions in ARC's schema")
     parser.add_argument("--rows", default="1500")
     parser.add_argument("--out", type=Path, help="a folder for the manifests")
+    parser.add_argument("--only", nargs="+", choices=RUNS, default=RUNS, help="beside the whole run")
+    parser.add_argument("--leave", type=float, default=9, help="GiB that the neighbour leaves free")
     parser.add_argument("--tiny", action="store_true")
     asked = parser.parse_args()
     rows = asked.alpaca.read_text(encoding="utf-8").splitlines()
@@ -139,14 +155,24 @@ def main() -> None:
             "JOB_EVAL__DATA": f"arc_easy={asked.arc}",
             "JOB_STORAGE__CACHE": str(folder / "cache"),
         }
-        whole = run(folder, "whole", **given)
-        killed = run(folder, "killed", JOB_FAULT="kill@step=3" if asked.tiny else "kill@step=25", **given)
-        if whole and killed:
-            ours, theirs = facts_of(whole), facts_of(killed)
-            differ = [name for name in ours if ours[name] != theirs.get(name)]
-            say("exactness", artifacts=len(ours), differ=differ)
-        small = run(folder, "small", JOB_TRAIN__GPU_MEMORY_GB="16", JOB_TRAIN__MAX_STEPS="15", **given)
-        for name, results in (("whole", whole), ("killed", killed), ("small", small)):
+        found = {"whole": run(folder, "whole", **given)}
+        spawn = multiprocessing.get_context("spawn").Process
+        if "killed" in asked.only:
+            found["killed"] = run(folder, "killed", JOB_FAULT="kill@step=3" if asked.tiny else "kill@step=25", **given)
+        if "crowded" in asked.only:
+            mark = folder / "crowded/crowded/stages/evaluate-base.json"
+            neighbour = spawn(target=crowd, args=(mark, asked.leave), daemon=True)
+            neighbour.start()
+            found["crowded"] = run(folder, "crowded", **given)
+            neighbour.kill()
+        for name in ("killed", "crowded"):
+            if found["whole"] and found.get(name):
+                ours, theirs = facts_of(found["whole"]), facts_of(found[name])
+                differ = [path for path in ours if ours[path] != theirs.get(path)]
+                say("exactness", name=name, artifacts=len(ours), differ=differ)
+        if "small" in asked.only:
+            found["small"] = run(folder, "small", JOB_TRAIN__GPU_MEMORY_GB="16", JOB_TRAIN__MAX_STEPS="15", **given)
+        for name, results in found.items():
             if asked.out and results:
                 shutil.copy(folder / name / name / "results.json", asked.out / f"{name}.json")
 
