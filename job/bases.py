@@ -108,6 +108,7 @@ def keep(model: Any, source: Path, shelf: Shelf) -> None:
             for path in sorted({path for kind in SMALL_FILES for path in source.glob(kind)}):
                 if not (folder / path.name).exists() and not path.name.endswith(".index.json"):
                     shutil.copyfile(path, folder / path.name)
+            _keep_version(source / "config.json", folder / "config.json")
             files = sorted(folder.iterdir())
             index = {
                 path.name: asdict(_File(path.stat().st_size, sha256))
@@ -151,6 +152,16 @@ def _publish(shelf: Shelf, store: ObjectStore, ended: Event) -> None:
         _warn("cannot be published", shelf.folder, error)
     else:
         log.get_logger().info("the quantized base is kept", uri=f"{store.uri}/{_key(shelf, '')}")
+
+
+def _keep_version(source: Path, saved: Path) -> None:
+    """Leaves the version that the source was saved by: transformers reads some tokenizers by it."""
+    old, new = (json.loads(path.read_text(encoding="utf-8")) for path in (source, saved))
+    if (version := old.get("transformers_version")) is None:
+        new.pop("transformers_version", None)
+    else:
+        new["transformers_version"] = version
+    saved.write_text(json.dumps(new, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _key(shelf: Shelf, name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -87,6 +88,21 @@ def test_a_kept_base_has_the_bits_of_a_fresh_one(
     state, other = (model.model.layers[0].self_attn.q_proj.weight.quant_state for model in (again, fresh))
     assert (state.dtype, state.blocksize, state.offset) == (other.dtype, other.blocksize, other.offset)
     assert load_tokenizer(folder).encode("Question: who?") == load_tokenizer(base_folder).encode("Question: who?")
+
+
+def test_it_is_as_old_as_its_source(base_folder: Path, tmp_path: Path) -> None:
+    """Transformers reads a tokenizer by the version beside the model: that of the source, not of who quantized it."""
+    source = tmp_path / "source"
+    shutil.copytree(base_folder, source)
+    for version in ("4.34.0", None):
+        config = json.loads((base_folder / "config.json").read_text())
+        config.pop("transformers_version", None)
+        (source / "config.json").write_text(json.dumps(config | ({"transformers_version": version} if version else {})))
+        shelf = shelf_of({"version": version}, tmp_path, None)
+        keep(load(source), source, shelf)
+        assert find(shelf, nothing)
+        assert json.loads((shelf.folder / "config.json").read_text()).get("transformers_version") == version
+        assert torch.equal(load(shelf.folder, quantized=True).lm_head.weight, load(source).lm_head.weight)
 
 
 def test_it_is_described_alike(base_folder: Path, kept: Shelf) -> None:
