@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from job import __version__, log
+from job.background import leave_if_busy
 from job.errors import JobError
 from job.platforms import Platform
 from job.sagemaker import lasts
@@ -58,7 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(words)
     except Exception as error:  # noqa: BLE001 - this is the one handler
-        return _report(error, platform)
+        code = _report(error, platform)
+        leave_if_busy(code)
+        return code
 
 
 def _dispatch(words: list[str]) -> int:

@@ -166,7 +166,11 @@ def recompute_activations(model: Any, *, on: bool, random: bool = True) -> None:
 def fingerprint(folder: Path) -> str:
     """SHA-256 over names and contents of the files that make the model: weights, configuration, tokenizer."""
     total = hashlib.sha256()
-    files = sorted(p for p in folder.iterdir() if p.suffix in {".safetensors", ".json", ".model", ".jinja"})
+    files = sorted(
+        p
+        for p in folder.iterdir()
+        if p.suffix in {".safetensors", ".json", ".model", ".jinja"} or p.name == "merges.txt"
+    )
     for path, sha256 in zip(files, hash_files(files), strict=True):
         total.update(f"{path.name}\0{sha256}\n".encode())
     return total.hexdigest()

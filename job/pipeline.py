@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from job import energy, log, manifest
 from job.attempts import Attempt, compare_settings, keep_settings, missing, open_attempt
 from job.baselines import check_tasks
-from job.bases import publishing
+from job.bases import on_shelf, publishing
 from job.delivery import deliver
 from job.errors import DataError, GateError, Problem, SettingsError
 from job.faults import Fault, arm, faulty
@@ -92,9 +92,16 @@ def _carry_out(attempt: Attempt, settings: Settings, decisive: Mapping[str, Any]
     loaded = stages.load(settings, sources, processes)
     if processes.leads:
         keep_settings(attempt.store, decisive)  # not before: what cannot be loaded shall not bind the run
+        _note_base(attempt, sources)
     _same(attempt.stage("pull", Pulled, lambda: sources.record), sources.record)
-    with publishing(sources.shelf if processes.leads else None):
+    with publishing(sources.shelf if processes.leads else None, attempt.stop, attempt.beat):
         return _work(attempt, settings, sources, loaded)
+
+
+def _note_base(attempt: Attempt, sources: Sources) -> None:
+    """Notes which kept base the run begins with, or that there is none: once, before the record of the pull."""
+    if attempt.known("pull", Pulled) is None:
+        attempt.store.write("stages/base.json", json.dumps(asdict(on_shelf(sources.shelf))).encode())
 
 
 def _work(attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded) -> dict[str, Any]:

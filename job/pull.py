@@ -5,8 +5,7 @@ Of several processes on a machine the first does it; the others read what it lea
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
+from concurrent.futures import wait
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -16,17 +15,21 @@ from pydantic import TypeAdapter
 
 from job import log, manifest
 from job.attempts import Attempt
+from job.background import beside
 from job.baselines import Baseline, check_questions, read_baseline
-from job.bases import Shelf, find, shelf_of
+from job.bases import KeptBase, Shelf, find, shelf_at, shelf_of
 from job.dataset import load_examples
+from job.hashes import hash_file
 from job.hub import download_model, import_client
 from job.limits import check_disk, required_bytes
 from job.model import choose_device, choose_dtype, fingerprint, load_tokenizer
-from job.objects import fetch, open_store, size
+from job.objects import ObjectStore, fetch, open_store, size
 from job.records import Example, Pulled
 from job.settings import Settings
 from job.store import disk_errors
 from job.tasks import Tasks, load_tasks
+
+_LOOK_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,8 @@ def pull(attempt: Attempt, settings: Settings, storage: dict[str, Any]) -> Sourc
     processes = attempt.processes
     if processes.place.local_world_size == 1:
         return _pull(attempt, settings, storage)
+    if processes.place.local_rank:
+        _import_libraries()  # meanwhile
     sources = _pull(attempt, settings, storage) if processes.place.local_rank == 0 else None
     left = processes.share_on_machine("sources", lambda: _leave(sources, attempt.work) if sources else None)
     return sources or _take_over(TypeAdapter(_Left).validate_json(left or ""))
@@ -105,15 +110,16 @@ def _pull(attempt: Attempt, settings: Settings, storage: dict[str, Any]) -> Sour
     check_disk(attempt.work, required_bytes(size(uri, **storage) for uri in uris))
     import_client()  # here: two threads had better not import the same at once
     # Downloads and hashes leave the interpreter alone, which meanwhile imports and reads.
-    with ThreadPoolExecutor(1, thread_name_prefix="model") as pool:
-        coming = pool.submit(copy_context().run, _find_model, attempt, settings, storage)
-        _import_libraries()
-        questions = {task: Path(local(uri, f"questions/{task}")) for task, uri in settings.eval.data.items()}
-        tasks = load_tasks(settings.eval.tasks, questions, settings.eval.data)
-        if baseline is not None:
-            check_questions(baseline, tasks.questions(settings.eval.limit), gate.metric)
-        source = local(data.source, "data")
-        model = coming.result()
+    coming = beside(lambda: _find_model(attempt, settings, storage), "model")
+    _import_libraries()
+    questions = {task: Path(local(uri, f"questions/{task}")) for task, uri in settings.eval.data.items()}
+    tasks = load_tasks(settings.eval.tasks, questions, settings.eval.data)
+    if baseline is not None:
+        check_questions(baseline, tasks.questions(settings.eval.limit), gate.metric)
+    source = local(data.source, "data")
+    while not wait([coming], _LOOK_SECONDS).done:
+        attempt.alive(progress=False)  # to be asked to end is no reason to wait for gigabytes
+    model = coming.result()
     attempt.alive()
     tokenizer = load_tokenizer(model.folder)
     examples, dataset = load_examples(
@@ -145,35 +151,45 @@ def _find_model(attempt: Attempt, settings: Settings, storage: dict[str, Any]) -
 
     A later attempt goes on with what the first one found, and does not ask again where that came from.
     """
-    known = attempt.known("pull", Pulled)
-    shelf = None if known is None else _shelf(attempt, settings, storage, known.model_sha256)
-    if known is not None and shelf is not None and (folder := find(shelf, attempt.get_on)) is not None:
-        return _Model(folder, known.model_revision, known.model_sha256, shelf, quantized=True)
+    known, base = attempt.known("pull", Pulled), attempt.known("base", KeptBase)
+    if known is not None and base is not None and base.key is not None and (room := _room(attempt, settings, storage)):
+        noted = shelf_at(base.key, *room, base.index_sha256)
+        if (folder := find(noted, attempt.get_on)) is not None:
+            return _Model(folder, known.model_revision, known.model_sha256, noted, quantized=True)
     source = settings.model.id
     if source.startswith("s3://"):
         source = str(fetch(source, attempt.work / "model", **storage))
     folder, revision = download_model(source, settings.model.revision)
     sha256 = fingerprint(folder)
-    shelf = _shelf(attempt, settings, storage, sha256)
-    here = None if shelf is None else find(replace(shelf, store=None), attempt.get_on)
+    room = _room(attempt, settings, storage)
+    shelf = None if room is None else shelf_of(_facts(settings, sha256), *room)
+    # Not in a later attempt: it is not known to be the one that the run began with.
+    here = None if shelf is None or known else find(replace(shelf, store=None), attempt.get_on)
     return _Model(here or folder, revision, sha256, shelf, quantized=here is not None)
 
 
-def _shelf(attempt: Attempt, settings: Settings, storage: dict[str, Any], sha256: str) -> Shelf | None:
-    """Where the quantized base of this model is kept; None where it is not to be."""
+def _room(attempt: Attempt, settings: Settings, storage: dict[str, Any]) -> tuple[Path, ObjectStore | None] | None:
+    """The folder and the store in which quantized bases are kept; None where they are not to be."""
     model, cache = settings.model, settings.storage.cache
     if model.quantization == "none" or model.keep_quantized == "off":
         return None
     if model.keep_quantized == "cache" and cache is None:
         return None
-    device = choose_device(settings.run.device)
-    facts = {
+    store = open_store(settings.run.output, **storage) if model.keep_quantized == "store" else None
+    return attempt.work if cache is None else Path(cache), store
+
+
+def _facts(settings: Settings, sha256: str) -> dict[str, Any]:
+    """What the bits of a quantized base come from."""
+    model, device, machine = settings.model, choose_device(settings.run.device), manifest.hardware()
+    return {
         "model": sha256,
         "quantization": model.quantization,
         "double_quantization": model.double_quantization,
         "dtype": str(choose_dtype(model.dtype, device)),
         "device": device.type,
+        "cpu": machine["cpu"],
+        "gpus": machine["gpus"],
         "software": manifest.software(),
+        "code": [hash_file(Path(__file__).with_name(f"{room}.py")) for room in ("bases", "model")],
     }
-    store = open_store(settings.run.output, **storage) if model.keep_quantized == "store" else None
-    return shelf_of(facts, attempt.work if cache is None else Path(cache), store)

@@ -11,12 +11,14 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import boto3
 import pytest
 
+from job.hashes import sealed
 from job.published import open_run
 from job.results import facts_of
 from job.verify import demand, verify
@@ -103,6 +105,55 @@ def test_a_restart_needs_the_model_no_more(
     found = published(tmp_path / "out", "kept")
     changed = {path for path in found if found[path] != undisturbed[path]}
     assert changed <= {"artifacts/adapter/README.md", "artifacts/adapter/adapter_config.json"}  # the base's name
+
+
+SLOW = """
+import time, job.pull, job.cli
+plain = job.pull.download_model
+job.pull.download_model = lambda *given: (time.sleep(60), plain(*given))[1]
+raise SystemExit(job.cli.main([]))
+"""
+
+
+@pytest.mark.parametrize("why", ["SIGTERM", "bad questions"])
+def test_nobody_waits_for_a_download(environment: dict[str, str], tmp_path: Path, why: str) -> None:
+    """A job that has to end, or is refused, ends while its model is still on the way."""
+    changes = {"JOB_RUN__ID": "slow", "JOB_RUN__OUTPUT": str(tmp_path / "out")}
+    if why == "bad questions":
+        (tmp_path / "bad.jsonl").write_text("{}\n{}\n", encoding="utf-8")
+        changes["JOB_EVAL__DATA"] = f"arc_easy={tmp_path / 'bad.jsonl'}"
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("JOB_")}
+    began = time.monotonic()
+    process = subprocess.Popen([sys.executable, "-c", SLOW], cwd=ROOT, env={**clean, **environment, **changes})
+    if why == "SIGTERM":
+        while not (tmp_path / "out/slow/attempts/0001.json").exists():
+            time.sleep(0.1)
+        process.terminate()
+    assert process.wait(timeout=55) == (75 if why == "SIGTERM" else 65)
+    assert time.monotonic() - began < 55
+    ledger = json.loads((tmp_path / "out/slow/attempts/0001.json").read_text(encoding="utf-8"))
+    assert ledger["outcome"] == ("preempted" if why == "SIGTERM" else "failed")
+
+
+def test_a_base_that_was_swapped_is_not_taken(
+    environment: dict[str, str], undisturbed: dict[str, str], tmp_path: Path
+) -> None:
+    """Another whole base under the same key, sealed and all: the run began with another one, and goes without."""
+    changes = {"JOB_RUN__ID": "swap", "JOB_RUN__OUTPUT": str(tmp_path), "JOB_MODEL__KEEP_QUANTIZED": "store"}
+    assert attempt(environment, **changes, JOB_FAULT="kill@step=8").returncode == -9
+    (index,) = tmp_path.glob("bases/*/base.json")
+    files = json.loads(index.read_text(encoding="utf-8"))
+    (weights,) = tmp_path.glob("bases/*/*/model.safetensors")
+    spoiled = bytearray(weights.read_bytes())
+    spoiled[-1] ^= 1
+    sha256 = hashlib.sha256(spoiled).hexdigest()
+    other = index.parent / sha256 / weights.name
+    other.parent.mkdir()
+    other.write_bytes(spoiled)
+    index.write_bytes(sealed({**files, weights.name: {"bytes": len(spoiled), "sha256": sha256}}))
+    done = attempt(environment, **changes)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert published(tmp_path, "swap") == undisturbed
 
 
 def test_two_attempts_at_once(environment: dict[str, str], undisturbed: dict[str, str], tmp_path: Path) -> None:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from structlog.testing import capture_logs
 
-from job.bases import INDEX, Shelf, find, keep, publishing, shelf_of
+from job.bases import INDEX, KeptBase, Shelf, find, keep, on_shelf, publishing, shelf_of
 from job.errors import Preempted, Unreachable
 from job.hashes import sealed
 from job.model import describe_model, load_base, load_tokenizer
@@ -22,6 +27,11 @@ from tests.helpers import make_model
 from tests.wrapped_store import FailNth, WrappedStore
 
 FACTS = {"model": "0", "quantization": "nf4"}
+
+
+def never() -> bool:
+    """Has not to end."""
+    return False
 
 
 def nothing() -> None:
@@ -58,7 +68,7 @@ def kept(base: Any, base_folder: Path, store: ObjectStore, tmp_path: Path) -> Sh
     """A shelf with the base on it, here and in the store."""
     shelf = shelf_of(FACTS, tmp_path / "here", store)
     keep(base, base_folder, shelf)
-    with publishing(shelf):
+    with publishing(shelf, never, nothing):
         pass
     return shelf
 
@@ -140,7 +150,7 @@ def test_what_is_not_kept_is_not_found(tmp_path: Path, store: ObjectStore) -> No
     shelf = shelf_of(FACTS, tmp_path / "here", store)
     assert find(shelf, nothing) is None
     assert shelf_of({**FACTS, "quantization": "none"}, tmp_path / "here", store).key != shelf.key
-    with publishing(shelf), publishing(None):
+    with publishing(shelf, never, nothing), publishing(None, never, nothing):
         pass
     assert list(store.list("bases/")) == []
 
@@ -188,7 +198,7 @@ def test_a_damaged_one_in_the_store_is_put_there_anew(
     assert [line["event"] for line in logs] == ["the quantized base is damaged, and is made again"]
     assert not shelf.folder.exists()
     keep(base, base_folder, shelf)
-    with publishing(shelf):
+    with publishing(shelf, never, nothing):
         pass
     third = shelf_of(FACTS, tmp_path / "third", kept.store)
     assert find(third, nothing) == third.folder
@@ -223,6 +233,76 @@ def test_a_disk_that_is_full_costs_a_warning(
     assert list((tmp_path / "bases").iterdir()) == []
 
 
+def test_whatever_goes_wrong_in_keeping_costs_a_warning(
+    base: Any, base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Safetensors and transformers raise what they like: a full disk, a base that came quantized; no disk at all."""
+    for error in (SafetensorError("No space left on device"), NotImplementedError("reverse_op")):
+        monkeypatch.setattr(type(base), "save_pretrained", Mock(side_effect=error))
+        keep(base, base_folder, shelf := shelf_of(FACTS, tmp_path, None))
+        assert not shelf.folder.exists()
+    monkeypatch.undo()
+    monkeypatch.setattr("job.bases.check_disk", Mock(side_effect=Unreachable("too small")))
+    keep(base, base_folder, shelf)
+    assert not shelf.folder.exists()
+
+
+def test_only_the_base_that_was_noted_will_do(kept: Shelf, tmp_path: Path) -> None:
+    """The same key is no proof of the same bits: neither here nor from the store another index is taken."""
+    noted = on_shelf(kept)
+    assert noted.key == kept.key
+    assert noted.index_sha256
+    assert find(replace(kept, index_sha256=noted.index_sha256), nothing)
+    assert find(replace(kept, index_sha256="0" * 64), nothing) is None
+    assert kept.folder.exists()
+    assert find(replace(elsewhere(kept, tmp_path), index_sha256="0" * 64), nothing) is None
+    assert find(replace(elsewhere(kept, tmp_path), index_sha256=noted.index_sha256), nothing)
+    assert on_shelf(None) == on_shelf(shelf_of({}, tmp_path, None)) == KeptBase()
+
+
+def test_trouble_with_this_disk_deletes_nothing(kept: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that cannot be written, or removed, says nothing of what the store has."""
+    assert kept.store
+    before = [info.key for info in kept.store.list("bases/")]
+    monkeypatch.setattr("job.bases._new_folder", Mock(side_effect=PermissionError(13, "Permission denied")))
+    assert find(elsewhere(kept, tmp_path), nothing) is None
+    monkeypatch.undo()
+    flip(kept.folder / "tokenizer.json")
+    monkeypatch.setattr("job.bases.shutil.rmtree", Mock())
+    assert find(kept, nothing) is None
+    assert [info.key for info in kept.store.list("bases/")] == before
+
+
+def test_an_index_of_any_size_and_claim_costs_a_warning(kept: Shelf, tmp_path: Path) -> None:
+    """Neither one that is too large to read nor one that claims a disk is an error of the run."""
+    assert kept.store
+    index = {"model.safetensors": {"bytes": 10**18, "sha256": "0" * 64}}
+    for data in (b" " * (17 << 20), sealed(index)):
+        (path := tmp_path / "index").write_bytes(data)
+        kept.store.upload(path, f"bases/{kept.key}/{INDEX}")
+        assert find(elsewhere(kept, tmp_path), nothing) is None
+
+
+def test_what_a_kill_left_goes_after_a_day(base: Any, base_folder: Path, tmp_path: Path) -> None:
+    """And not before: it may be another process's."""
+    for name, age in (("old", 90_000), ("young", 60)):
+        (left := tmp_path / f"bases/.new-{name}").mkdir(parents=True)
+        os.utime(left, (time.time() - age,) * 2)
+    keep(base, base_folder, shelf_of(FACTS, tmp_path, None))
+    assert {path.name for path in (tmp_path / "bases").glob(".new-*")} == {".new-young"}
+
+
+def test_a_job_that_is_stopped_begins_no_other_file(
+    base: Any, base_folder: Path, store: ObjectStore, tmp_path: Path
+) -> None:
+    """Also when no exception says so: the work was done, and the deadline holds all the same."""
+    shelf = shelf_of(FACTS, tmp_path / "here", store)
+    keep(base, base_folder, shelf)
+    with publishing(shelf, lambda: True, nothing):
+        pass
+    assert list(store.list("bases/")) == []
+
+
 def test_a_store_that_fails_costs_a_warning(base: Any, base_folder: Path, store: ObjectStore, tmp_path: Path) -> None:
     """Whichever request fails, there is a whole base in the store or none, and the next run completes it."""
     shelf = shelf_of(FACTS, tmp_path / "here", store)
@@ -230,13 +310,13 @@ def test_a_store_that_fails_costs_a_warning(base: Any, base_folder: Path, store:
     files = len(list(shelf.folder.iterdir()))
     for nth in range(files):
         broken = WrappedStore(store, before=FailNth(nth, Unreachable("gone")))
-        with capture_logs() as logs, publishing(Shelf(shelf.key, shelf.folder, broken)):
+        with capture_logs() as logs, publishing(Shelf(shelf.key, shelf.folder, broken), never, nothing):
             pass
         assert [line["event"] for line in logs] == ["the quantized base cannot be published"]
         assert find(elsewhere(shelf, tmp_path), nothing) is None
         for info in list(store.list("bases/")):
             store.delete(info.key)
-    with publishing(shelf):
+    with publishing(shelf, never, nothing):
         pass
     assert find(elsewhere(shelf, tmp_path), nothing)
 
@@ -246,15 +326,15 @@ def test_what_is_there_is_not_put_there_again(kept: Shelf) -> None:
     assert kept.store
     asked: list[str] = []
     watched = Shelf(kept.key, kept.folder, WrappedStore(kept.store, before=lambda verb, _key: asked.append(verb)))
-    with publishing(watched):
+    with publishing(watched, never, nothing):
         pass
-    assert asked == ["read"]
+    assert asked == ["list"]
     kept.store.delete(f"bases/{kept.key}/{INDEX}")
     victim = next(info.key for info in kept.store.list(f"bases/{kept.key}/"))
     kept.store.delete(victim)
-    with publishing(watched):
+    with publishing(watched, never, nothing):
         pass
-    assert asked[1:] == ["read", "list", "upload", "write"]
+    assert asked[1:] == ["list", "upload", "write"]
 
 
 def test_a_job_that_has_to_end_waits_for_one_file_at_most(
@@ -272,7 +352,7 @@ def test_a_job_that_has_to_end_waits_for_one_file_at_most(
             assert go_on.wait(10)
 
     def preempted() -> None:
-        with publishing(Shelf(shelf.key, shelf.folder, WrappedStore(store, before=slow))):
+        with publishing(Shelf(shelf.key, shelf.folder, WrappedStore(store, before=slow)), never, nothing):
             assert uploading.wait(10)
             threading.Timer(0.2, go_on.set).start()
             raise Preempted("stopped")
@@ -314,7 +394,7 @@ def test_two_runs_at_once_do_not_mix(base: Any, base_folder: Path, store: Object
             if verb == "list":
                 meeting.wait(10)
 
-        with publishing(Shelf(shelf.key, shelf.folder, WrappedStore(store, before=meet))):
+        with publishing(Shelf(shelf.key, shelf.folder, WrappedStore(store, before=meet)), never, nothing):
             pass
 
     threads = [threading.Thread(target=publish, args=[shelf]) for shelf in shelves]

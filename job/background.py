@@ -1,0 +1,39 @@
+"""Work beside the main thread that nobody has to wait for when the job ends."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextvars import copy_context
+from threading import Thread
+from typing import TypeVar
+
+T = TypeVar("T")
+_threads: list[Thread] = []
+
+
+def beside(work: Callable[[], T], name: str) -> Future[T]:
+    """Starts the work in a thread, whose log lines carry what ours do."""
+    future: Future[T] = Future()
+    context = copy_context()
+
+    def run() -> None:
+        try:
+            future.set_result(context.run(work))
+        except BaseException as error:  # noqa: BLE001 - raised where the result is asked for
+            future.set_exception(error)
+
+    thread = Thread(target=run, name=name, daemon=True)
+    _threads.append(thread)
+    thread.start()
+    return future
+
+
+def leave_if_busy(code: int) -> None:
+    """Ends the process at once if such work still goes on: the libraries' own threads would keep it for gigabytes."""
+    if any(thread.is_alive() for thread in _threads):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
