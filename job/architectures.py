@@ -8,6 +8,8 @@ from typing import Any
 
 # Families whose layers are what `Architecture` describes; biases and norms of queries are too small to matter.
 FAMILIES = {"gemma", "granite", "llama", "mistral", "qwen2", "qwen3", "smollm3"}
+LEAN_FAMILIES = {"llama", "mistral", "qwen2"}
+"""Of one build: RMS norms, rotary positions, SwiGLU, and nothing else. `lean` has its own code for all of it."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Architecture:
         vocabulary: Number of tokens.
         tied: Whether the output layer is the embedding.
         window: The most tokens of a sequence; None where nothing limits it.
+        lean: Whether `lean` computes all of it; of others their own code goes on around the adapted layers.
     """
 
     hidden: int
@@ -35,6 +38,7 @@ class Architecture:
     vocabulary: int
     tied: bool = False
     window: int | None = None
+    lean: bool = True
 
     @property
     def queries(self) -> int:
@@ -108,4 +112,5 @@ def read_config(config: Mapping[str, Any]) -> Architecture:
         vocabulary=number("vocab_size"),
         tied=config.get("tie_word_embeddings") is True,
         window=min((window for window in windows if isinstance(window, int) and window > 0), default=None),
+        lean=family in LEAN_FAMILIES and config.get("hidden_act", "silu") == "silu",
     )

@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from job.errors import Problem, SettingsError
+from job.errors import DataError, Problem, SettingsError
 from job.question_records import HASHES, tally
 from job.records import ChoiceScore, Question, TaskScores
 from job.tasks import Tasks, compiled_once, question_id
@@ -83,6 +83,7 @@ def _flat_lm(tokenizer: Any, score: Scorer) -> Any:
         def _loglikelihood_tokens(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:  # noqa: ARG002, FBT001, FBT002
             grouped = [list(group) for _, group in groupby(requests, key=lambda request: request[1])]
             questions = [Question(tuple(g[0][1]), tuple(tuple(request[2]) for request in g)) for g in grouped]
+            _check_tokens(requests)
             return [(s.log_likelihood, s.greedy) for scores in score(questions) for s in scores]
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:  # noqa: ARG002, FBT001, FBT002
@@ -92,6 +93,18 @@ def _flat_lm(tokenizer: Any, score: Scorer) -> Any:
             raise SettingsError([Problem("eval.tasks", "only multiple-choice tasks can be evaluated")])
 
     return FlatLM()
+
+
+def _check_tokens(requests: Sequence[Any]) -> None:
+    """Refuses what the tokenizer makes nothing of: it would have no likelihood, or no place to be read from."""
+    wrong = [
+        Problem(f"question {context[-80:]!r}", f"the tokenizer makes no tokens of {what}")
+        for (context, choice), context_ids, choice_ids in requests
+        for what, ids in (("it", context_ids), (f"its choice {choice!r}", choice_ids))
+        if not ids
+    ]
+    if wrong:
+        raise DataError(wrong)
 
 
 def _task_result(task: Any, source: str, samples: list[dict[str, Any]]) -> tuple[TaskScores, list[dict[str, Any]]]:

@@ -213,11 +213,14 @@ def _execution(gpu: Gpu, run: Run, setup: Setup) -> Execution | None:
         return None
     return choose_execution(
         setup,
-        free_bytes=gpu.memory_bytes - estimate.weight_bytes(setup),
+        free_bytes=gpu.memory_bytes
+        - estimate.CONTEXT_BYTES
+        - estimate.weight_bytes(setup)
+        - estimate.FP32 * setup.adapter,
         row_tokens=run.micro_batch,
         keep_base=run.keep_base,
         keep_activations=run.keep_activations,
-        recorded=True,
+        recorded=setup.architecture.lean,
     )
 
 

@@ -16,13 +16,11 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from job.architectures import LEAN_FAMILIES
 from job.attention import Layout, flat_attention
 from job.kernels import Kernels
 
 Weight = Callable[[], torch.Tensor]
-
-FAMILIES = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"}
-"""Decoders of one build: RMS norms, rotary positions, SwiGLU. Others keep their own code around the adapted layers."""
 
 
 class _Adapted(torch.autograd.Function):
@@ -123,7 +121,7 @@ def fits(module: Any) -> bool:
 
 def knows(base: Any) -> bool:
     """Whether a causal language model is a decoder of the build that is computed here."""
-    return type(base).__name__ in FAMILIES and base.config.hidden_act == "silu"
+    return base.config.model_type in LEAN_FAMILIES and base.config.hidden_act == "silu"
 
 
 def adapt(base: Any, weights: Mapping[Any, Weight], dtype: torch.dtype, kernels: Kernels | None) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from job import estimate, forecast, known
 from job.errors import AccessDenied, DataError, JobError, Problem, SettingsError, Unreachable
 from job.estimate import Setup
 from job.forecast import Basis, Figure, GpuPlan, Run, figures, on_gpu
-from job.gpus import GPUS, PRICES
+from job.gpus import GPUS, PRICES, Gpu
 from job.hub import is_reachable
 from job.limits import check_disk, checkpoint_bytes, required_bytes
 from job.objects import open_store
@@ -69,15 +69,21 @@ def make_plan(settings: Settings) -> Plan:
         seen = _look(settings, Path(folder))
     checks = [*seen.checks]
     run = _run(settings, seen, checks)
+    gpus = [_as_far_as_used(gpu, settings.train.gpu_memory_gb) for gpu in GPUS]
     checks += [_licence(settings, seen.data), _disk(settings, run), SHARED_MEMORY]
     return Plan(
         title=f"{settings.model.id} on {settings.data.source}, to {settings.run.output.rstrip('/')}/{settings.run.id}",
         checks=tuple(checks),
         figures=(*_measured(seen), *figures(run)),
-        gpus=() if run.setup is None else tuple(on_gpu(gpu, run, run.setup) for gpu in GPUS),
+        gpus=() if run.setup is None else tuple(on_gpu(gpu, run, run.setup) for gpu in gpus),
         largest_step=run.workload.largest_step if run.workload else None,
         assumptions=_assumptions(settings),
     )
+
+
+def _as_far_as_used(gpu: Gpu, gigabytes: float | None) -> Gpu:
+    """The GPU with no more memory than the job may take."""
+    return gpu if gigabytes is None else replace(gpu, memory_bytes=min(gpu.memory_bytes, int(gigabytes * 1e9)))
 
 
 def _look(settings: Settings, folder: Path) -> _Seen:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from string import ascii_letters
 from typing import Any
 
 import pytest
@@ -291,6 +292,21 @@ def test_a_task_with_fractions_of_a_point_is_refused(tokenizer: Any, tmp_path: P
 
     with pytest.raises(SettingsError, match="truthfulqa_mc2 gives fractions of a point"):
         evaluate(local_tasks(truthfulqa_mc2=file), tokenizer, score, limit=None)
+
+
+def test_a_question_without_tokens_is_an_error_of_the_data(tmp_path: Path) -> None:
+    """A tokenizer may drop what it does not know: what is left of nothing has no likelihood, and is named."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = Tokenizer(models.BPE({letter: n for n, letter in enumerate(ascii_letters)}, []))
+    letters.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="z")
+    rows = [row | {"choices": {"text": ["red", "42"], "label": ["A", "B"]}, "answerKey": "A"} for row in arc_rows(2)]
+    file = write_jsonl(tmp_path / "q.jsonl", rows)
+    with pytest.raises(DataError, match="no tokens of its choice ' 42'") as caught:
+        evaluate(local_tasks(arc_easy=file), tokenizer, lambda _: pytest.fail("scored"), limit=None)
+    assert len(caught.value.problems) == len(rows)
 
 
 def test_a_hub_that_cannot_be_reached_is_worth_a_retry() -> None:

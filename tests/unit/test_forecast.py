@@ -97,6 +97,15 @@ def test_what_is_kept_follows_from_the_room(gigabytes: int, keeps: str) -> None:
     assert on_gpu(gpu, RUN, REFERENCE).keeps == ""
 
 
+def test_other_decoders_keep_more() -> None:
+    """Where the job has code for the adapted layers alone, transformers' own keeps more between them."""
+    run = replace(RUN, lean=True, budget_by_gpu=True)
+    gpu = Gpu("x", 40 << 30, 1e15, 3e12, (9, 0), 1.0, "m")
+    other = replace(REFERENCE, architecture=replace(REFERENCE.architecture, lean=False))
+    assert on_gpu(gpu, run, REFERENCE).keeps == "activations"
+    assert on_gpu(gpu, run, other).keeps == "base"
+
+
 def test_the_job_on_an_h100_is_as_measured() -> None:
     """94 steps on Alpaca and two evaluations: 23 s once all is recorded and 2 x 6.4 s, within a quarter."""
     run = replace(RUN, lean=True, budget_by_gpu=True)

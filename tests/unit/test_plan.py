@@ -207,6 +207,14 @@ def test_the_users_price_is_taken(given: Path, capsys: pytest.CaptureFixture[str
     assert any("0.25 USD an hour, as you set it" in line for line in plan["assumptions"])
 
 
+def test_a_gpu_is_no_larger_than_the_job_may_use(given: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A limit on the memory makes every larger GPU one of that size."""
+    _, plan, _ = planned(capsys, "--train.gpu_memory_gb=20")
+    sizes = {gpu["name"]: gpu["memory_bytes"] for gpu in plan["gpus"]}
+    assert max(sizes.values()) == sizes["H200"] == 20e9
+    assert sizes["T4"] < 20e9
+
+
 def test_the_table_is_for_a_person(given: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every figure with what it rests on, every GPU in a line, columns in line, nothing too wide."""
     assert main(["plan"]) == 0
