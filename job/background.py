@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextvars import copy_context
@@ -11,7 +9,6 @@ from threading import Thread
 from typing import TypeVar
 
 T = TypeVar("T")
-_threads: list[Thread] = []
 
 
 def beside(work: Callable[[], T], name: str) -> Future[T]:
@@ -25,15 +22,5 @@ def beside(work: Callable[[], T], name: str) -> Future[T]:
         except BaseException as error:  # noqa: BLE001 - raised where the result is asked for
             future.set_exception(error)
 
-    thread = Thread(target=run, name=name, daemon=True)
-    _threads.append(thread)
-    thread.start()
+    Thread(target=run, name=name, daemon=True).start()
     return future
-
-
-def leave_if_busy(code: int) -> None:
-    """Ends the process at once if such work still goes on: the libraries' own threads would keep it for gigabytes."""
-    if any(thread.is_alive() for thread in _threads):
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)

@@ -8,8 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from job import __version__, log
-from job.background import leave_if_busy
+from job import __version__, garbage, log
 from job.errors import JobError
 from job.platforms import Platform
 from job.sagemaker import lasts
@@ -59,9 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(words)
     except Exception as error:  # noqa: BLE001 - this is the one handler
-        code = _report(error, platform)
-        leave_if_busy(code)
-        return code
+        return _report(error, platform)
 
 
 def _dispatch(words: list[str]) -> int:
@@ -134,6 +131,7 @@ def _launch(settings: Settings, words: list[str]) -> int | None:
         # An Indexed Job may number runs that have nothing to do with each other.
         machine = Machine(processes, run.nodes, run.node_rank, run.rendezvous) if run.nodes > 1 else Machine(processes)
         command, grace = worker_command(words), run.grace_seconds
+        garbage.take_up()  # it has a long wait before it
         return launch(command, machine, received, run=run.id, environ=environment(), grace_seconds=grace)
 
 

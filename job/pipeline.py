@@ -9,7 +9,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from job import energy, log, manifest
+from job import energy, garbage, log, manifest
 from job.attempts import Attempt, compare_settings, keep_settings, missing, open_attempt
 from job.baselines import check_tasks
 from job.bases import on_shelf, publishing
@@ -89,6 +89,7 @@ def _carry_out(attempt: Attempt, settings: Settings, decisive: Mapping[str, Any]
         sources = pull(attempt, settings, storage)
     from job import stages  # heavy: what can be refused without it has been
 
+    garbage.take_up()  # all is imported
     loaded = stages.load(settings, sources, processes)
     if processes.leads:
         keep_settings(attempt.store, decisive)  # not before: what cannot be loaded shall not bind the run

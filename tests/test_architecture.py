@@ -18,8 +18,8 @@ SOURCES = {
 
 # A room imports from the lines above its own only. Imports inside functions count.
 LEVELS = """
-    __init__ errors records log hashes background batches statistics attention platforms presets fieldtypes callbacks
-    optimizer_states results charts answers checks tables tracker_process architectures gpus stand_in vector
+    __init__ errors records log hashes background garbage batches statistics attention platforms presets fieldtypes
+    callbacks optimizer_states results charts answers checks tables tracker_process architectures gpus stand_in vector
     triton_kernels
     layers kernels
     sagemaker

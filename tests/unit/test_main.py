@@ -1,0 +1,55 @@
+"""The entrypoint: the process ends at once with the command's exit code, and nothing that was written is lost."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+
+
+def ended(script: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """A process that runs the entrypoint over what the script makes of the command line."""
+    source = f"import sys, threading, time\nfrom job import cli\n{script}\nfrom job.__main__ import run; run()"
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    options |= {"stderr": subprocess.PIPE, "timeout": 50}
+    return subprocess.run([sys.executable, "-c", source], cwd=ROOT, env=buffered, text=True, check=False, **options)
+
+
+def test_the_process_waits_for_nothing() -> None:
+    """Not even for threads that are no daemons; what was said is written out first."""
+    script = """
+def main():
+    threading.Thread(target=time.sleep, args=[60]).start()
+    print("last words"); print("and worse", file=sys.stderr)
+    return 75
+cli.main = main"""
+    began = time.monotonic()
+    done = ended(script, stdout=subprocess.PIPE)
+    assert (done.returncode, done.stdout, done.stderr) == (75, "last words\n", "and worse\n")
+    assert time.monotonic() - began < 30
+
+
+def test_a_reader_who_has_left_changes_no_exit_code() -> None:
+    """What could not be written out any more is no reason to say that something went wrong."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = ended("cli.main = lambda: print('too late') or 3", stdout=writer)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (3, "")
+
+
+def test_nothing_is_looked_through_while_it_is_imported() -> None:
+    """Until all is imported; then what was imported is left alone for good."""
+    script = """
+import gc
+def main():
+    from job import garbage
+    off = gc.isenabled(); garbage.take_up(); garbage.take_up()
+    return 10 * off + gc.isenabled() + (gc.get_freeze_count() > 1000)
+cli.main = main"""
+    assert ended(script).returncode == 2
