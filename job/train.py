@@ -70,12 +70,16 @@ def train(
         model, tokenizer, examples=examples, recipe=recipe, hooks=hooks, folder=folder, processes=processes
     )
     recompute_activations(model, on=recipe.gradient_checkpointing, random=not recipe.padded)
+    model.train()
+    # Trainer takes the gradients off after every step, module by module; they are parts of a vector that clears itself.
+    model.zero_grad = lambda: None
     try:
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     except _StepAbandoned as abandoned:
         trainer.save_if_it_fits()
         if abandoned.__cause__ is not None:
             raise abandoned.__cause__ from None
+    del model.zero_grad
     # Trainer wraps the model's forward for mixed precision: taken off, so that both evaluations run the same code.
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     recompute_activations(model, on=False)
@@ -172,7 +176,6 @@ class _FlatTrainer(SFTTrainer):  # type: ignore[misc]
                     self.budget //= 2
             except JobError as error:
                 raise _StepAbandoned from error
-            model.zero_grad()
             gc.collect()  # errors hold on to what their frames had made
             torch.cuda.empty_cache()
 
@@ -212,7 +215,6 @@ class _FlatTrainer(SFTTrainer):  # type: ignore[misc]
     def _gradient_of(self, model: Any, step: int) -> Any:
         share, targets = self._share(step)
         torch.manual_seed(step_seed(self.recipe.seed, step, self.processes.place.rank))
-        model.train()
         self.vector.clear()
         loss = torch.zeros((), device=self.args.device)
         groups = batches.micro_batches([len(e.input_ids) for e in share], self.budget)

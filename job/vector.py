@@ -34,7 +34,7 @@ class Vector:
             parameter.data = part
 
     def clear(self) -> None:
-        """Makes the gradient zero, and puts its parts back where a trainer has thrown them away."""
+        """Makes the gradient zero, and the parameters' gradients its parts."""
         self.gradient.zero_()
         self.whole.grad = self.gradient
         for parameter, part in zip(self._parameters, self._gradients, strict=True):
