@@ -37,6 +37,7 @@ import torch
 from job import attention, batches, kernels, rows
 from job.adapter import add_adapter, trainable
 from job.attention import Segment, build_layout
+from job.execution import choose_budget
 from job.kernels import Kernels
 from job.recipe import Hooks, Recipe
 from job.records import Example, StepMetrics
@@ -589,14 +590,15 @@ def resumed(bench: Bench, model: Any, variant: Variant) -> str:
 def capped(bench: Bench) -> None:
     """A smaller card, played by a limit on the allocator (the CUDA context comes on top): the job shrinks and ends."""
     model = adapted(bench)
-    small = replace(BEST, name="small", keep=False, recompute=True, budget=4096, steps=1)
-    for gib in (16, 12, 8):
+    for gib, budget in ((16, None), (12, None), (8, None), (8, 4096)):  # None: what the job chooses for that size
+        chosen = budget or choose_budget(gib << 30)
+        small = replace(BEST, name="small", keep=False, recompute=True, budget=chosen, steps=1)
         with bench.caught(f"capped {gib}"):
             prepare(model, small)
             if ON_GPU:
                 share = gib * 2**30 / torch.cuda.get_device_properties(0).total_memory
                 torch.cuda.set_per_process_memory_fraction(share)
-            bench.say("capped", gib=gib, **fit(bench, model, small))
+            bench.say("capped", gib=gib, asked=chosen, **fit(bench, model, small))
     if ON_GPU:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
