@@ -6,15 +6,13 @@ published. A later attempt reads it instead of doing the work again.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,15 +21,17 @@ from pydantic import TypeAdapter
 
 from job import log
 from job.artifacts import fetch_artifact
-from job.errors import DataError, JobError, Preempted, Problem, Replaced, SettingsError
+from job.errors import JobError, Preempted, Replaced
 from job.faults import Faults
 from job.guard import guarded
-from job.hashes import hash_file, sealed, unsealed
+from job.hashes import hash_file, sealed
 from job.lease import take
-from job.objects import Conflict, ObjectStore
+from job.ledger import ledger_key, read_ledger
+from job.objects import ObjectStore
 from job.preemption import Stop
 from job.processes import ALONE, Processes
 from job.records import Artifact, AttemptRecord, StepMetrics
+from job.run_settings import compare_settings
 
 T = TypeVar("T")
 
@@ -44,7 +44,6 @@ NOTE_SECONDS = (0.2, 5.0)
 """Bounds of the time between two notes."""
 BUILT_ON = {"train": "evaluate-adapter"}
 """Stage -> the stage that works with what it published."""
-SETTINGS = "settings.json"
 
 
 def now() -> str:
@@ -282,61 +281,3 @@ def _note_failure(attempt: Attempt, error: BaseException) -> None:
         attempt.note(outcome)
     except JobError as failure:
         log.get_logger().warning("the end of the attempt cannot be noted", why=str(failure))
-
-
-def ledger_key(number: int) -> str:
-    """Where the line of an attempt lies."""
-    return f"attempts/{number:04d}.json"
-
-
-def parse_record(data: bytes) -> AttemptRecord:
-    """An attempt's line in the ledger.
-
-    Raises:
-        ValueError: It is none, or it was altered.
-    """
-    return TypeAdapter(AttemptRecord).validate_python(unsealed(data))
-
-
-def read_ledger(store: ObjectStore, epoch: int) -> list[AttemptRecord]:
-    """What is known of the attempts before `epoch`; one that is still noted as running was killed.
-
-    Raises:
-        DataError: A line is none.
-    """
-    records = []
-    for number in range(1, epoch):
-        key = ledger_key(number)
-        if (stored := store.read(key)) is None:
-            continue
-        try:
-            record = parse_record(stored.data)
-        except ValueError as error:
-            what = f"{str(error).splitlines()[0]}; remove it to go on without it"
-            raise DataError([Problem(f"{store.uri}/{key}", what)]) from None
-        records.append(replace(record, outcome="killed") if record.outcome == "running" else record)
-    return records
-
-
-def keep_settings(store: ObjectStore, settings: Mapping[str, Any]) -> None:
-    """Writes the settings that the run begins with: what they name is there by now, so they are not a typing error."""
-    if store.read(SETTINGS) is None:
-        with contextlib.suppress(Conflict):
-            store.write(SETTINGS, json.dumps(settings, indent=2).encode(), if_absent=True)
-    compare_settings(store, settings)
-
-
-def compare_settings(store: ObjectStore, settings: Mapping[str, Any]) -> None:
-    """A run is one experiment: refuses an attempt whose settings would give another result."""
-    kept = store.read(SETTINGS)
-    if kept is None:
-        return
-    before = json.loads(kept.data)
-    after = json.loads(json.dumps(settings))
-    changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
-    if changed:
-        raise SettingsError([Problem(name, _changed(before.get(name), after.get(name))) for name in changed])
-
-
-def _changed(before: Any, after: Any) -> str:
-    return f"this run began with {before!r}, not {after!r}; use another run.id"

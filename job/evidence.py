@@ -17,8 +17,8 @@ import re
 from pathlib import Path
 
 from job import lease, markers
-from job.attempts import ledger_key
 from job.hashes import hash_file
+from job.ledger import ledger_key
 from job.objects import ObjectStore, is_key
 from job.records import Artifact
 from job.results import RESULTS

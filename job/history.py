@@ -11,14 +11,15 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter
 
 from job import lease
-from job.attempts import SETTINGS, ledger_key, parse_record
 from job.checks import Check, Difference, count, differ, show, why
 from job.comparison import compare_tasks
 from job.copies import MISSING
 from job.errors import JobError
+from job.ledger import ledger_key, parse_record
 from job.objects import ObjectStore, TooLarge
 from job.records import Artifact, AttemptRecord, Evaluated, Pulled, Trained
 from job.results import RESULTS
+from job.run_settings import SETTINGS
 
 PULL, BASE, TRAIN, ADAPTER = (f"stages/{name}.json" for name in ("pull", "evaluate-base", "train", "evaluate-adapter"))
 MAX_RECORD_BYTES = 1 << 20

@@ -10,9 +10,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from job import energy, garbage, log, manifest
-from job.attempts import Attempt, compare_settings, keep_settings, missing, open_attempt
+from job.attempts import Attempt, missing, open_attempt
+from job.base_publishing import publishing
 from job.baselines import check_tasks
-from job.bases import on_shelf, publishing
 from job.delivery import deliver
 from job.errors import DataError, GateError, Problem, SettingsError
 from job.faults import Fault, arm, faulty
@@ -25,11 +25,13 @@ from job.publication import publish
 from job.pull import Sources, pull
 from job.records import Artifact, Evaluated, Pulled, Trained
 from job.results import RESULTS
+from job.run_settings import compare_settings, keep_settings
 from job.settings import Settings, describe, environment, trackers
+from job.shelves import on_shelf
 from job.trackers import Tracking, tracking
 
 if TYPE_CHECKING:
-    from job.stages import Loaded
+    from job.stage_load import Loaded
 
 # These change how a run is carried out, never what it computes; an attempt may differ in them from the one before.
 EXECUTION = {
@@ -87,10 +89,10 @@ def _carry_out(attempt: Attempt, settings: Settings, decisive: Mapping[str, Any]
     _watch(attempt, track)
     with attempt.timed("pull"):
         sources = pull(attempt, settings, storage)
-    from job import stages  # heavy: what can be refused without it has been
+    from job.stage_load import load  # heavy: what can be refused without it has been
 
     garbage.take_up()  # all is imported
-    loaded = stages.load(settings, sources, processes)
+    loaded = load(settings, sources, processes)
     if processes.leads:
         keep_settings(attempt.store, decisive)  # not before: what cannot be loaded shall not bind the run
         _note_base(attempt, sources)
@@ -107,18 +109,17 @@ def _note_base(attempt: Attempt, sources: Sources) -> None:
 
 def _work(attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded) -> dict[str, Any]:
     """The stages, one after the other, from the evaluation of the base to the manifest."""
-    from job import stages
+    from job.stage_evaluate import evaluate_adapter, evaluate_base
+    from job.stage_train import train_adapter
 
     processes = attempt.processes
     shared = open_store(settings.run.output, **settings.storage.model_dump(exclude={"cache"}))
-    base = attempt.stage(
-        "evaluate-base", Evaluated, lambda: stages.evaluate_base(attempt, settings, sources, loaded, shared)
-    )
+    base = attempt.stage("evaluate-base", Evaluated, lambda: evaluate_base(attempt, settings, sources, loaded, shared))
     if sources.baseline is not None:
         check_tasks(sources.baseline, base.scores)
-    trained = attempt.stage("train", Trained, lambda: stages.train_adapter(attempt, settings, sources, loaded))
+    trained = attempt.stage("train", Trained, lambda: train_adapter(attempt, settings, sources, loaded))
     adapter = attempt.stage(
-        "evaluate-adapter", Evaluated, lambda: stages.evaluate_adapter(attempt, settings, sources, loaded, trained)
+        "evaluate-adapter", Evaluated, lambda: evaluate_adapter(attempt, settings, sources, loaded, trained)
     )
     with attempt.timed("publish"):
         gpus = [gpu for seen in processes.gather("gpus", manifest.hardware()["gpus"]) for gpu in seen]

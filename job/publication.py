@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from job import evidence, manifest
-from job.attempts import Attempt, now, read_ledger
+from job.attempts import Attempt, now
 from job.baselines import Baseline
 from job.comparison import compare_tasks, judge
 from job.documents import publish_documents
 from job.hashes import sealed
+from job.ledger import read_ledger
 from job.published import answers_path
 from job.pull import Sources
 from job.records import Artifact, Evaluated, ModelRecord, Trained

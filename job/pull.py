@@ -17,7 +17,7 @@ from job import log, manifest
 from job.attempts import Attempt
 from job.background import beside
 from job.baselines import Baseline, check_questions, read_baseline
-from job.bases import KeptBase, Shelf, find, shelf_at, shelf_of
+from job.bases import find
 from job.dataset import load_examples
 from job.hashes import hash_file
 from job.hub import download_model, import_client
@@ -26,6 +26,7 @@ from job.model import choose_device, choose_dtype, fingerprint, load_tokenizer
 from job.objects import ObjectStore, fetch, open_store, size
 from job.records import Example, Pulled
 from job.settings import Settings
+from job.shelves import KeptBase, Shelf, shelf_at, shelf_of
 from job.store import disk_errors
 from job.tasks import Tasks, load_tasks
 
@@ -143,7 +144,7 @@ def _pull(attempt: Attempt, settings: Settings, storage: dict[str, Any]) -> Sour
 def _import_libraries() -> None:
     """What the stages need, which takes seconds."""
     with log.hush():
-        import_module("job.stages")
+        import_module("job.stage_train")
 
 
 def _find_model(attempt: Attempt, settings: Settings, storage: dict[str, Any]) -> _Model:
@@ -191,5 +192,5 @@ def _facts(settings: Settings, sha256: str) -> dict[str, Any]:
         "cpu": machine["cpu"],
         "gpus": machine["gpus"],
         "software": manifest.software(),
-        "code": [hash_file(Path(__file__).with_name(f"{room}.py")) for room in ("bases", "model")],
+        "code": [hash_file(Path(__file__).with_name(f"{room}.py")) for room in ("bases", "model", "shelves")],
     }

@@ -18,9 +18,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
-from job import batches
 from job.adapter import trainable
 from job.callbacks import StopOnFlag
 from job.errors import JobError
@@ -31,9 +30,9 @@ from job.recipe import Hooks, Recipe, Trained, step_seed
 from job.records import Example, StepMetrics
 from job.replay import out_of_memory
 from job.states import TrainerFiles, read_state, write_state
+from job.steps import Steps, targets_of
+from job.trl_config import trl_config
 from job.vector import Vector
-
-SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
 class _StepAbandoned(Exception):
@@ -107,7 +106,7 @@ class _FlatTrainer(SFTTrainer):  # type: ignore[misc]
         exact = {name: parameter.data for name, parameter in trainable(model).items()}
         super().__init__(
             model=model,
-            args=_arguments(recipe, folder, model),
+            args=trl_config(recipe, folder, model),
             processing_class=tokenizer,
             train_dataset=Dataset.from_list([{"input_ids": list(examples[0].input_ids)}]),  # TRL wants to see one
             data_collator=list,
@@ -118,8 +117,9 @@ class _FlatTrainer(SFTTrainer):  # type: ignore[misc]
         for name, parameter in trainable(model).items():
             parameter.data = exact[name]
         self.vector = Vector(trainable(model).values())
-        self.examples, self.recipe, self.hooks, self.folder = examples, recipe, hooks, folder
-        self.processes = processes
+        self.recipe, self.hooks, self.folder, self.processes = recipe, hooks, folder, processes
+        place, batch_size = processes.place, recipe.global_batch_size
+        self.steps = Steps(examples, recipe.seed, batch_size, recipe.total_steps, place.rank, place.world_size)
         self.budget = recipe.micro_batch_tokens
         self.history: list[StepMetrics] = []
         self.saved_step = 0
@@ -128,7 +128,7 @@ class _FlatTrainer(SFTTrainer):  # type: ignore[misc]
             model,
             recipe,
             examples,
-            largest=self._largest,
+            largest=lambda: self.steps.largest(self.budget),
             backward=self.accelerator.backward,
             autocast=self.compute_loss_context_manager,
         )
@@ -136,7 +136,7 @@ class _FlatTrainer(SFTTrainer):  # type: ignore[misc]
     # Which examples: the plan's, from the step that comes next.
 
     def get_train_dataloader(self) -> Any:
-        return _Steps(self.recipe.total_steps, lambda: self.state.global_step)
+        return _Numbers(self.steps.total, lambda: self.state.global_step)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Nothing to restore: every step seeds itself."""
@@ -164,7 +164,7 @@ class _FlatTrainer(SFTTrainer):  # type: ignore[misc]
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
-                least = max(len(e.input_ids) for e in self.examples) // 2
+                least = max(len(e.input_ids) for e in self.steps.examples) // 2
                 if self.budget <= least and not self.learner.can_make_room():
                     raise
             try:
@@ -193,35 +193,16 @@ class _FlatTrainer(SFTTrainer):  # type: ignore[misc]
     def _stopping(self) -> bool:
         return self.hooks.stop() if self.processes.place.world_size == 1 else self.processes.stopping
 
-    def _share(self, step: int) -> tuple[list[Example], int]:
-        """The examples of a step that are this process's, and the target tokens of all."""
-        rank, world = self.processes.place.rank, self.processes.place.world_size
-        rows = batches.batch(self.recipe.seed, len(self.examples), self.recipe.global_batch_size, step)
-        mine = batches.shares([len(self.examples[row].input_ids) for row in rows], world)[rank]
-        return [self.examples[rows[i]] for i in mine], sum(sum(self.examples[row].targets) for row in rows)
-
-    def _largest(self) -> list[Example]:
-        """The examples of the largest micro-batch of all steps."""
-        found: list[Example] = [max(self.examples, key=lambda example: len(example.input_ids))]
-        most = len(found[0].input_ids)
-        for step in range(self.recipe.total_steps):
-            share, _ = self._share(step)
-            lengths = [len(example.input_ids) for example in share]
-            for group in batches.micro_batches(lengths, self.budget):
-                if (tokens := sum(lengths[i] for i in group)) > most:
-                    found, most = [share[i] for i in group], tokens
-        return found
-
     def _gradient_of(self, model: Any, step: int) -> Any:
-        share, targets = self._share(step)
         torch.manual_seed(step_seed(self.recipe.seed, step, self.processes.place.rank))
         self.vector.clear()
         loss = torch.zeros((), device=self.args.device)
-        groups = batches.micro_batches([len(e.input_ids) for e in share], self.budget)
+        weight = 1 / targets_of(self.steps.of(step))
+        groups = self.steps.micro_batches(step, self.budget)
         for number, group in enumerate(groups, start=1):
             if self.hooks.stop() and not self.hooks.fits(1 - (number - 1) / len(groups)):
                 raise _StepAbandoned
-            loss += self.learner(model, [share[i] for i in group], 1 / targets, self.args.device)
+            loss += self.learner(model, group, weight, self.args.device)
         return loss
 
     # What is told, kept and restored.
@@ -241,16 +222,16 @@ class _FlatTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _metrics_of(self, logs: dict[str, float], seconds: float) -> StepMetrics:
         step = self.state.global_step
-        rows = batches.batch(self.recipe.seed, len(self.examples), self.recipe.global_batch_size, step - 1)
-        targets = sum(sum(self.examples[row].targets) for row in rows)
+        examples = self.steps.of(step - 1)
+        targets = targets_of(examples)
         norm = float(logs.get("grad_norm", 0.0))
         return StepMetrics(
             step=step,
-            epoch=step / batches.steps_per_epoch(len(self.examples), self.recipe.global_batch_size),
+            epoch=self.steps.epoch(step),
             loss=logs["loss"],
             learning_rate=logs["learning_rate"],
             grad_norm=norm if math.isfinite(norm) else None,
-            examples=len(rows),
+            examples=len(examples),
             target_tokens=targets,
             measured={
                 "seconds": seconds,
@@ -290,7 +271,14 @@ class _FlatTrainer(SFTTrainer):  # type: ignore[misc]
         return TrainerFiles(self.model, self.optimizer, self.lr_scheduler, self.accelerator.scaler, self.state)
 
 
-class _Steps:
+def memory_in_use() -> int:
+    """Bytes: the peak that torch allocated on the GPU since the process began, or the process's peak on a CPU."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class _Numbers:
     """What Trainer iterates over instead of batches: the numbers of the steps that are still to be done."""
 
     def __init__(self, total: int, done: Callable[[], int]) -> None:
@@ -301,46 +289,3 @@ class _Steps:
 
     def __iter__(self) -> Iterator[tuple[int]]:
         return ((step,) for step in range(self.done(), self.total))
-
-
-def _arguments(recipe: Recipe, folder: Path, model: Any) -> SFTConfig:
-    """TRL's configuration. Trainer sees one batch a step; micro-batches are cut inside the step."""
-    on_gpu = model.device.type == "cuda"
-    dtype = model.get_base_model().dtype
-    return SFTConfig(
-        output_dir=str(folder),
-        max_steps=recipe.total_steps,
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=1,
-        learning_rate=recipe.learning_rate,
-        lr_scheduler_type=SCHEDULERS[recipe.scheduler],
-        warmup_steps=recipe.warmup_steps,
-        weight_decay=recipe.weight_decay,
-        max_grad_norm=recipe.max_grad_norm,
-        optim=recipe.optimizer,
-        # Switched on by hand on the model: the argument's name changed between the versions that we admit.
-        **dict.fromkeys(
-            {"activation_checkpointing", "gradient_checkpointing"} & SFTConfig.__dataclass_fields__.keys(), False
-        ),
-        bf16=dtype is torch.bfloat16 and recipe.autocast,
-        fp16=dtype is torch.float16,
-        use_cpu=not on_gpu,
-        seed=recipe.seed,
-        logging_steps=1,
-        logging_nan_inf_filter=False,  # it would hide a loss that is not finite
-        save_strategy="steps",
-        save_steps=recipe.save_every_steps,
-        ignore_data_skip=True,  # the plan seeks, nothing has to be skipped
-        remove_unused_columns=False,
-        max_length=None,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        report_to="none",
-        disable_tqdm=True,
-    )
-
-
-def memory_in_use() -> int:
-    """Bytes: the peak that torch allocated on the GPU since the process began, or the process's peak on a CPU."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -15,11 +15,11 @@ from pydantic import TypeAdapter
 from safetensors.numpy import save_file
 
 from job import checkpoints, manifest, question_records
-from job.attempts import ledger_key
 from job.comparison import compare_tasks, judge
 from job.evidence import collect
 from job.hashes import hash_facts, hash_file, sealed
 from job.lease import LeaseRecord
+from job.ledger import ledger_key
 from job.local import LocalStore
 from job.pipeline import _decides
 from job.published import answers_path

@@ -20,27 +20,30 @@ SOURCES = {
 LEVELS = """
     __init__ errors records log hashes background garbage batches statistics attention platforms presets fieldtypes
     callbacks optimizer_states results charts answers checks tables tracker_process architectures gpus stand_in vector
-    triton_kernels
+    triton_kernels steps
     layers kernels
     sagemaker
     store formats groups sources topology preemption lean scoring events limits clouds watchdog publisher
     comparison question_records side_by_side adapter weights
     model recipe processes selftest wording cost energy trackers estimate known workload rows replay
-    local s3_errors schemas settings hub states notices joined rendering timeline manifest execution
+    trl_config local s3_errors schemas settings hub states notices joined rendering timeline manifest execution
     learner forecast
     s3 s3_client encode train tasks rendezvous card report gpu_plan
-    objects dataset launcher evaluate bases
+    shelves objects dataset launcher evaluate
+    bases base_publishing
     lease markers scores artifacts preflight
     guard checkpoint_download previews
     checkpoints
     faults
+    ledger run_settings
     attempts delivery
     documents
     evidence
     published copies
     baselines figures compare redraw
     pull history lineage scorer
-    stages verify
+    stage_load verify
+    stage_evaluate stage_train
     inspection publication
     pipeline plan
     plan_text
@@ -55,7 +58,7 @@ SOLE_USERS = {
     "s3transfer": {"s3", "s3_client", "s3_errors"},
     "peft": {"adapter", "weights"},
     "bitsandbytes": {"weights"},
-    "trl": {"learner", "train"},
+    "trl": {"learner", "train", "trl_config"},
     "lm_eval": {"evaluate", "tasks"},
     "structlog": {"log"},
     "pynvml": {"energy"},

@@ -47,10 +47,10 @@ def preload() -> None:
     """Imports what every attempt needs, before the first fork, without starting a thread."""
     import torch
 
-    import job.stages
+    import job.stage_train
 
     torch.set_num_threads(1)  # a pool of threads does not survive a fork
-    assert job.stages
+    assert job.stage_train
 
 
 def run_until_done(environment: Mapping[str, str], run: str, folder: Path, draw: random.Random, span: float) -> Outcome:

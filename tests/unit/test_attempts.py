@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from job import attempts
-from job.attempts import Attempt, compare_settings, keep_settings, ledger_key, missing, open_attempt, parse_record
-from job.errors import DataError, Preempted, Replaced, SettingsError, Unreachable
+from job.attempts import Attempt, missing, open_attempt
+from job.errors import DataError, Preempted, Replaced, Unreachable
 from job.faults import Faults, arm
+from job.ledger import ledger_key, parse_record
 from job.local import LocalStore
 from job.objects import ObjectStore
 from job.preemption import Stop
@@ -211,16 +212,6 @@ def test_what_was_published_is_verified(
         store.write(artifact.path, change)
     with opened() as attempt, pytest.raises(DataError, match="gone" if change is None else "differs"):
         attempt.fetch(artifact)
-
-
-def test_a_run_is_one_experiment(store: LocalStore) -> None:
-    """Settings that decide the result may not change between attempts; the error names both values."""
-    keep_settings(store, SETTINGS)
-    compare_settings(store, dict(SETTINGS))
-    with pytest.raises(SettingsError, match=r"train\.epochs: this run began with 2, not 3"):
-        compare_settings(store, {"train.epochs": 3})
-    with pytest.raises(SettingsError, match=r"train\.epochs"):
-        keep_settings(store, {"train.epochs": 3})
 
 
 def test_a_damaged_record_is_not_believed(

@@ -18,11 +18,13 @@ import torch
 from safetensors import SafetensorError
 from structlog.testing import capture_logs
 
-from job.bases import INDEX, KeptBase, Shelf, find, keep, on_shelf, publishing, shelf_of
+from job.base_publishing import publishing
+from job.bases import find, keep
 from job.errors import Preempted, Unreachable
 from job.hashes import sealed
 from job.model import describe_model, load_base, load_tokenizer
 from job.objects import ObjectStore, open_store
+from job.shelves import INDEX, KeptBase, Shelf, on_shelf, shelf_of
 from tests.helpers import make_model
 from tests.wrapped_store import FailNth, WrappedStore
 
@@ -264,7 +266,7 @@ def test_trouble_with_this_disk_deletes_nothing(kept: Shelf, tmp_path: Path, mon
     """A folder that cannot be written, or removed, says nothing of what the store has."""
     assert kept.store
     before = [info.key for info in kept.store.list("bases/")]
-    monkeypatch.setattr("job.bases._new_folder", Mock(side_effect=PermissionError(13, "Permission denied")))
+    monkeypatch.setattr("job.bases.new_folder", Mock(side_effect=PermissionError(13, "Permission denied")))
     assert find(elsewhere(kept, tmp_path), nothing) is None
     monkeypatch.undo()
     flip(kept.folder / "tokenizer.json")

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from job.attempts import ledger_key, parse_record
 from job.checks import Check
 from job.errors import AccessDenied, SettingsError, VerificationError
 from job.hashes import sealed, unsealed
+from job.ledger import ledger_key, parse_record
 from job.published import open_run
 from job.verify import as_json, as_lines, demand, verify
 from tests.published_run import forge, pairs, publish_run, rewrite

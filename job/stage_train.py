@@ -1,169 +1,31 @@
-"""The stages between pulling and publishing, each built from its settings: load, evaluate, train."""
+"""Training: from the newest whole checkpoint on, publishing others beside it, to the published adapter."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
 from job import checkpoints, log, manifest
-from job.adapter import adapter_off, add_adapter, load_adapter, save_adapter, trainable
+from job.adapter import save_adapter, trainable
 from job.attempts import Attempt
-from job.bases import keep
 from job.batches import steps_per_epoch
-from job.errors import Preempted, Problem, SettingsError, Unreachable
-from job.evaluate import evaluate, write_records
+from job.errors import Preempted, Unreachable
 from job.events import write_events
-from job.gpu_plan import limit_memory, prepare, token_budget
 from job.limits import check_disk, checkpoint_bytes, required_bytes
-from job.model import choose_device, choose_dtype, describe_model, load_base, make_deterministic
-from job.objects import ObjectStore
 from job.preemption import Stopwatch, decide
-from job.processes import ALONE, Processes
 from job.publisher import Publisher
 from job.pull import Sources
 from job.recipe import Hooks, Recipe, substitute, total_steps
-from job.records import Evaluated, Execution, ModelRecord, StepMetrics, Trained, TrainingRecord
-from job.scorer import Scorer
-from job.scores import KeptScores
+from job.records import StepMetrics, Trained, TrainingRecord
 from job.settings import Settings
+from job.stage_load import Loaded
 from job.states import validate_state, write_metrics
 from job.train import train
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """The model in memory, what the manifest says of it, and how it is going to be trained.
-
-    `execution` is None where PEFT's own layers do the work; `forward` says in words whose layers do.
-    """
-
-    model: Any
-    record: ModelRecord
-    micro_batch_tokens: int
-    execution: Execution | None
-    forward: str
-
-
-def load(settings: Settings, sources: Sources, processes: Processes = ALONE) -> Loaded:
-    """The quantized base with a fresh adapter on it, in each process its own."""
-    device = choose_device(settings.run.device)
-    _same_kind(processes, device.type)
-    if device.type == "cuda":
-        make_deterministic()
-        limit_memory(settings.train.gpu_memory_gb)
-    base = load_base(
-        sources.folder,
-        quantization=settings.model.quantization,
-        double_quantization=settings.model.double_quantization,
-        dtype=choose_dtype(settings.model.dtype, device),
-        device=device,
-        max_length=settings.train.max_length,
-        quantized=sources.quantized,
-    )
-    if sources.shelf is not None and not sources.quantized:
-        keep(base, sources.folder, sources.shelf)
-    model = add_adapter(
-        base,
-        rank=settings.lora.rank,
-        alpha=settings.lora.alpha,
-        dropout=settings.lora.dropout,
-        target_modules=settings.lora.target_modules,
-        seed=settings.run.seed,
-    )
-    record = describe_model(
-        model,
-        name=settings.model.id,
-        revision=sources.record.model_revision,
-        sha256=sources.record.model_sha256,
-        quantization=settings.model.quantization,
-        double=settings.model.double_quantization,
-    )
-    log.get_logger().info(
-        "model is loaded", device=str(device), dtype=record.dtype, trainable_parameters=record.trainable_parameters
-    )
-    own = token_budget(device, settings.train.micro_batch_tokens, settings.train.gpu_memory_gb)
-    budget = min(processes.gather("token budget", own))  # it decides bits, so it is the same for all
-    execution, forward = prepare(
-        model,
-        [len(example.input_ids) for example in sources.examples],
-        global_batch_size=settings.train.global_batch_size,
-        quantization=settings.model.quantization,
-        optimizer=settings.train.optimizer,
-        budget=budget,
-        keep_base=settings.model.keep_dequantized,
-        recompute=settings.train.gradient_checkpointing,
-        gigabytes=settings.train.gpu_memory_gb,
-    )
-    return Loaded(model, record, budget, execution, forward)
-
-
-def _same_kind(processes: Processes, device: str) -> None:
-    """Refuses processes some of which have a GPU and some have none: those would be waited for without end."""
-    devices = processes.gather("device", device)
-    if without := [rank for rank, kind in enumerate(devices) if kind != "cuda" and "cuda" in devices]:
-        what = f"the processes {', '.join(map(str, without))} see no GPU, the others do; start fewer, or give each one"
-        raise SettingsError([Problem("run.processes", what)])
-
-
-def evaluate_base(
-    attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded, shared: ObjectStore
-) -> Evaluated | None:
-    """Scores all questions with the adapter off; `shared` is where runs leave the scores of their bases.
-
-    Like all stages it gives its result in process 0, and None in the others.
-    """
-    kept = KeptScores(shared, "scores", settings.run.id)
-    # Not the names, nor what belongs to the adapter: a base scores the same whatever is trained on it.
-    base = {**asdict(replace(loaded.record, id="", revision=None, trainable_parameters=0)), "forward": loaded.forward}
-    scorer = Scorer(loaded.model, settings.eval.batch_tokens, kept, base, attempt)
-    with adapter_off(loaded.model):
-        found = _evaluate(attempt, settings, sources, scorer, "base")
-    others = kept.runs - {settings.run.id}
-    if found is None or not others or scorer.scored:
-        return found
-    origin = f"{shared.uri}/{scorer.folder} (run {', '.join(sorted(others))})"
-    log.get_logger().info("base evaluation is reused", origin=origin)
-    return replace(found, scores={task: replace(s, reused_from=origin) for task, s in found.scores.items()})
-
-
-def evaluate_adapter(
-    attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded, trained: Trained
-) -> Evaluated | None:
-    """Scores all questions with the published adapter: what is evaluated is what ships."""
-    weights = [artifact for artifact in trained.artifacts if "/adapter/adapter_" in artifact.path]
-    paths = attempt.processes.share_on_machine(
-        "adapter", lambda: [str(attempt.fetch(artifact)) for artifact in weights]
-    )
-    load_adapter(loaded.model, Path(paths[0]).parent)
-    conditions = {
-        **asdict(loaded.record),
-        "forward": loaded.forward,
-        "adapter": [artifact.sha256 for artifact in weights],
-    }
-    kept = KeptScores(attempt.store, "scores", settings.run.id)
-    scorer = Scorer(loaded.model, settings.eval.batch_tokens, kept, conditions, attempt)
-    return _evaluate(attempt, settings, sources, scorer, "adapter")
-
-
-def _evaluate(attempt: Attempt, settings: Settings, sources: Sources, scorer: Scorer, side: str) -> Evaluated | None:
-    if not attempt.processes.leads or sources.tasks is None:
-        scorer.help()
-        return None
-    found = evaluate(sources.tasks, sources.tokenizer, scorer, limit=settings.eval.limit)
-    attempt.processes.share("questions", str)  # no more of them
-    artifacts, figures = [], {}
-    for task, (scores, records) in found.items():
-        key = f"artifacts/evaluation/{task}.{side}.jsonl"
-        write_records(attempt.work / key, records)
-        artifacts.append(attempt.publish(attempt.work / key, key))
-        figures[task] = scores
-        log.get_logger().info("evaluated", task=task, n=scores.n, acc=scores.acc, acc_norm=scores.acc_norm)
-    return Evaluated(figures, artifacts)
 
 
 def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded) -> Trained | None:
