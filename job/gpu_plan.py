@@ -8,13 +8,13 @@ from statistics import fmean, pstdev
 from typing import Any, Literal
 
 from job import log
-from job.architectures import read_config
-from job.estimate import Setup
 from job.execution import choose_budget, choose_execution
 from job.recipe import CPU_MICRO_BATCH_TOKENS
 from job.records import Execution
+from job.setups import setup_of
 from job.weights import make_lean
 
+AMPERE = (8, 0)
 PLAIN = "peft"
 """A forward pass by PEFT's own layers."""
 
@@ -60,7 +60,7 @@ def prepare(
     Returns:
         That, None where PEFT's own layers do the work; and what decides the last bits of a forward pass, in words.
     """
-    if model.device.type != "cuda" or (setup := _setup(model, quantization, optimizer)) is None:
+    if not _serves(model) or (setup := setup_of(model, quantization, optimizer)) is None:
         return None, PLAIN
     import torch
 
@@ -112,31 +112,13 @@ def _gpu_memory(gigabytes: float | None) -> tuple[int, int]:
     return limit, min(free, limit - torch.cuda.memory_allocated())
 
 
-def _setup(model: Any, quantization: str, optimizer: str) -> Setup | None:
-    """What is trained, for the formulas of `estimate`; None where it is not what `lean` is for.
-
-    That is bf16, no dropout, and a GPU that has kernels for it: Ampere or later.
-    """
+def _serves(model: Any) -> bool:
+    """Whether model and machine are what `lean` is for: bf16, no dropout, and a GPU that has kernels for it."""
     import torch
 
-    base = model.get_base_model()
-    adapter = model.peft_config["default"]
-    if base.dtype is not torch.bfloat16 or adapter.lora_dropout or torch.cuda.get_device_capability() < (8, 0):
-        return None
-    try:
-        architecture = read_config(base.config.to_dict())
-    except ValueError:
-        return None
-    return Setup(
-        architecture=architecture,
-        rank=adapter.r,
-        targets=tuple(sorted(adapter.target_modules)),
-        quantization=quantization,
-        double_quantization=True,
-        value_bytes=2,
-        optimizer=optimizer,
-        recompute=True,
-    )
+    if model.device.type != "cuda" or torch.cuda.get_device_capability() < AMPERE:
+        return False
+    return model.get_base_model().dtype is torch.bfloat16 and not model.peft_config["default"].lora_dropout
 
 
 def _fast_kernels() -> tuple[Any, str]:

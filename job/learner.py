@@ -14,6 +14,7 @@ import torch
 from trl.kernels import ChunkedLogProbFunction
 
 from job.attention import Layout, Segment
+from job.head import can_sum, summed_loss
 from job.log import get_logger
 from job.model import recompute_activations
 from job.recipe import Recipe
@@ -51,6 +52,7 @@ class Learner:
     ) -> None:
         self._model, self._recipe, self._largest = model, recipe, largest
         self._backward, self._autocast = backward, autocast
+        self._in_full = can_sum(model.get_base_model())
         self._longest = longest_segment(examples, recipe.micro_batch_tokens)
         self._replayed: Replayed | None = None
         kept = {
@@ -72,8 +74,13 @@ class Learner:
             device: The model's.
         """
         if not self._recipe.padded:
+            flat = flat_inputs(examples, device)
             with self._autocast():
-                summed = -model(**flat_inputs(examples, device), fused_lm_head=True).log_probs.sum()
+                summed = (
+                    summed_loss(self._model.get_base_model(), **flat)
+                    if self._in_full
+                    else -model(**flat, fused_lm_head=True).log_probs.sum()
+                )
             loss: torch.Tensor = summed * weight
             self._backward(loss)
             return loss.detach()

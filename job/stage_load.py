@@ -8,6 +8,7 @@ from typing import Any
 from job import log
 from job.adapter import add_adapter
 from job.bases import keep
+from job.cpu_plan import keeps_activations
 from job.errors import Problem, SettingsError
 from job.gpu_plan import limit_memory, prepare, token_budget
 from job.model import choose_device, choose_dtype, describe_model, load_base, make_deterministic
@@ -15,13 +16,15 @@ from job.processes import ALONE, Processes
 from job.pull import Sources
 from job.records import Execution, ModelRecord
 from job.settings import Settings
+from job.setups import setup_of
 
 
 @dataclass(frozen=True)
 class Loaded:
     """The model in memory, what the manifest says of it, and how it is going to be trained.
 
-    `execution` is None where PEFT's own layers do the work; `forward` says in words whose layers do.
+    `execution` is None where PEFT's own layers do the work; `forward` says in words whose layers do. `recompute` is
+    whether activations are computed again.
     """
 
     model: Any
@@ -29,6 +32,7 @@ class Loaded:
     micro_batch_tokens: int
     execution: Execution | None
     forward: str
+    recompute: bool
 
 
 def load(settings: Settings, sources: Sources, processes: Processes = ALONE) -> Loaded:
@@ -81,7 +85,21 @@ def load(settings: Settings, sources: Sources, processes: Processes = ALONE) -> 
         recompute=settings.train.gradient_checkpointing,
         gigabytes=settings.train.gpu_memory_gb,
     )
-    return Loaded(model, record, budget, execution, forward)
+    recompute = not execution.kept_activations if execution else _recompute(settings, sources, model, budget, processes)
+    return Loaded(model, record, budget, execution, forward, recompute)
+
+
+def _recompute(settings: Settings, sources: Sources, model: Any, budget: int, processes: Processes) -> bool:
+    """Whether PEFT's own layers compute their activations again: as set, else on a GPU, or where a CPU lacks memory."""
+    if (wanted := settings.train.gradient_checkpointing) != "auto":
+        return wanted
+    setup = setup_of(model, settings.model.quantization, settings.train.optimizer)
+    if model.device.type != "cpu" or setup is None:
+        return True
+    tokens = max(budget, *(len(example.input_ids) for example in sources.examples))
+    kept = keeps_activations(setup, tokens, processes.place.local_world_size)
+    log.get_logger().info("how training is carried out", micro_batch_tokens=budget, kept_activations=kept)
+    return not kept
 
 
 def _same_kind(processes: Processes, device: str) -> None:

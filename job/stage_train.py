@@ -124,7 +124,7 @@ def _recipe(settings: Settings, rows: int, loaded: Loaded) -> Recipe:
         global_batch_size=t.global_batch_size,
         micro_batch_tokens=loaded.micro_batch_tokens,
         optimizer=t.optimizer,
-        gradient_checkpointing=not execution.kept_activations if execution else t.gradient_checkpointing is not False,
+        gradient_checkpointing=loaded.recompute,
         save_every_steps=settings.checkpoint.every_steps,
         autocast=execution is None,
         padded=execution is not None and execution.recorded,

@@ -27,7 +27,8 @@ LEVELS = """
     comparison question_records side_by_side adapter weights
     model recipe processes selftest wording cost energy trackers estimate known workload rows replay
     trl_config local s3_errors schemas settings hub states notices joined rendering timeline manifest execution
-    learner forecast
+    head forecast setups cpu_plan
+    learner
     s3 s3_client encode train tasks rendezvous card report gpu_plan
     shelves objects dataset launcher evaluate
     bases base_publishing

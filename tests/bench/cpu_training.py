@@ -62,7 +62,7 @@ def train_ours(folder: Path, args: Any, tokenizer: Any, examples: Sequence[Any],
         global_batch_size=MICRO_BATCH * ACCUMULATION,
         micro_batch_tokens=args.micro_batch_tokens or CPU_MICRO_BATCH_TOKENS,
         optimizer="adamw_8bit",
-        gradient_checkpointing=args.recompute != "off",
+        gradient_checkpointing=args.recompute == "on",
         save_every_steps=args.steps + 1,
     )
     hooks = Hooks(on_metrics=lambda _: None, on_save=lambda *_: None, stop=lambda: False)

@@ -174,17 +174,16 @@ def test_the_reference_itself_does_not_depend_on_its_batches(
 
 
 def test_activation_checkpointing_changes_nothing(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
-    """Recomputed activations give the same loss, gradient and adapter after the step, dropout included."""
+    """Recomputed activations give the same loss, gradient and adapter after the step to the bit, dropout included."""
     results = {}
     for on in (True, False):
         model = fill_adapter(make_model(base_folder, dropout=0.1))
         with gradients(model) as found:
             trained, _ = run(model, tokenizer, EXAMPLES, replace(RECIPE, gradient_checkpointing=on), tmp_path)
         results[on] = trained.history[0].loss, found[0], [p.detach() for p in trainable(model).values()]
-    assert results[True][0] == pytest.approx(results[False][0], rel=1e-6)
-    assert_same(results[True][1], results[False][1], 1e-6)
-    for one, other in zip(results[True][2], results[False][2], strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+    assert results[True][0] == results[False][0]
+    assert_same(results[True][1], results[False][1], 0)
+    assert all(torch.equal(one, other) for one, other in zip(results[True][2], results[False][2], strict=True))
 
 
 def test_activation_checkpointing_is_on_while_training(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
@@ -409,7 +408,8 @@ def test_an_abandoned_step_leaves_no_trace(base_folder: Path, tokenizer: Any, tm
         return in_time and share == 0
 
     stopped = make_model(base_folder, dropout=0.1)
-    stopped.register_forward_pre_hook(lambda *_: passes_of_step_4.append(None) if len(steps) == 3 else None)
+    decoder = stopped.get_base_model().base_model
+    decoder.register_forward_pre_hook(lambda *_: passes_of_step_4.append(None) if len(steps) == 3 else None)
     hooks = Hooks(steps.append, lambda path, _: saved.append(path), lambda: bool(passes_of_step_4), fits)
     trained = train(stopped, tokenizer, LONGER, recipe=recipe, hooks=hooks, folder=tmp_path / "stopped")
     assert len(passes_of_step_4) == 1
@@ -516,7 +516,7 @@ def run_out_of_memory(model: Any, failing: Callable[[int], bool]) -> list[int]:
         if failing(len(sizes)):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    model.register_forward_pre_hook(fail, with_kwargs=True)
+    model.get_base_model().base_model.register_forward_pre_hook(fail, with_kwargs=True)
     return sizes
 
 
@@ -694,8 +694,7 @@ def test_out_of_memory_takes_time_before_it_takes_bits(
     results = []
     for failures in (0, 1, 2, 3, 4):
         model = lean_model(base_folder, quantization="nf4")
-        base = model.get_base_model().base_model
-        run_out_of_memory(base, lambda number, failures=failures: number <= failures)
+        run_out_of_memory(model, lambda number, failures=failures: number <= failures)
         with gradients(model) as found:
             trained, _ = run(model, tokenizer, EXAMPLES, recipe, tmp_path)
         results.append((trained, found[0]))
