@@ -11,10 +11,8 @@ from job.estimate import Setup, activation_bytes
 SHARE = 0.5
 """Of the memory that is available, what activations may take: neighbours need some, and formulas leave things out."""
 GROUPS = Path("/sys/fs/cgroup")
-_LIMITS = (
-    ("memory.max", "memory.current"),  # version 2
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),  # version 1
-)
+_VERSIONS = (("", "max", "current"), ("memory", "limit_in_bytes", "usage_in_bytes"))
+"""Of control groups, the newer one first: their folder, and the ends of the names of their files."""
 
 
 def keeps_activations(setup: Setup, tokens: int, processes: int) -> bool:
@@ -33,7 +31,14 @@ def available_bytes(groups: Path = GROUPS) -> int:
     import psutil
 
     free = int(psutil.virtual_memory().available)
-    for limit, used in _LIMITS:
+    for folder, limit, used in _VERSIONS:
         with suppress(OSError, ValueError):  # there is none, or it is "max"
-            free = min(free, int((groups / limit).read_text()) - int((groups / used).read_text()))
+            most, taken = (int((groups / folder / f"memory.{name}").read_text()) for name in (limit, used))
+            free = min(free, most - taken + _reclaimable(groups / folder / "memory.stat"))
     return max(0, free)
+
+
+def _reclaimable(statistics: Path) -> int:
+    """Bytes of files that were read and are not in use, which count as taken until somebody needs the memory."""
+    lines = (line.split() for line in statistics.read_text().splitlines())
+    return max((int(value) for name, value in lines if name.endswith("inactive_file")), default=0)

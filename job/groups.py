@@ -163,7 +163,7 @@ class Train(Group):
     loss_on: Literal["all", "completion"] = "all"
     """Tokens to learn: all, or those of the completion."""
     gradient_checkpointing: FlagOrAuto = "auto"
-    """Compute activations again in the backward pass instead of keeping them; `auto`: unless a GPU has room."""
+    """Compute activations again in the backward pass instead of keeping them; `auto`: unless there is room."""
     gpu_memory_gb: Maybe[Positive] = None
     """How much of the GPU's memory the job may use, in GB; empty for all. The token budget follows from it."""
     log_every_steps: Count = 1

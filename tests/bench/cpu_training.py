@@ -2,11 +2,14 @@
 
 Both train the same adapter on the same random 25 M parameter Mistral in NF4, with the same examples (1,500 rows of
 Alpaca) in each optimizer step. The plain script takes 8 x 4 padded examples, activation checkpointing and 8-bit Adam;
-the job what it takes by default. Useful work is target tokens; the first step of each side is not counted.
+the job what it takes by default. Useful work is target tokens; the first step of each side is not counted. Unsloth, as
+`unsloth_cpu.py` runs it, is a third column where there is an interpreter that has it.
 """
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 import tempfile
 import time
@@ -69,6 +72,11 @@ def train_ours(folder: Path, args: Any, tokenizer: Any, examples: Sequence[Any],
     model = load_ours(folder, args.quantization, args.dtype)
     trained = train(model, tokenizer, examples, recipe=recipe, hooks=hooks, folder=work)
     return [(step.loss, float(step.measured["seconds"] or 0)) for step in trained.history]
+
+
+def speed(curve: Curve, targets: Sequence[int]) -> float:
+    """Target tokens a second, from the second step on."""
+    return sum(targets[1:]) / sum(seconds for _, seconds in curve[1:])
 
 
 def labels(example: Any) -> list[int]:
@@ -147,9 +155,49 @@ def train_plain(folder: Path, args: Any, tokenizer: Any, examples: Sequence[Any]
     return list(zip(losses, seconds, strict=True))
 
 
+def train_unsloth(folder: Path, args: Any, examples: Sequence[Any], work: Path) -> Curve:
+    """What Unsloth makes of the same, by an interpreter that has it."""
+    from job import batches
+    from job.groups import Lora, Train
+
+    defaults, lora = Train(), Lora()
+    order = [row for s in range(args.steps) for row in batches.batch(0, len(examples), MICRO_BATCH * ACCUMULATION, s)]
+    task = {
+        "base": str(folder),
+        "dtype": {"fp32": "float32", "bf16": "bfloat16"}[args.dtype],
+        "nf4": args.quantization == "nf4",
+        "max_length": defaults.max_length,
+        "rank": lora.rank,
+        "alpha": lora.alpha,
+        "target_modules": sorted(lora.target_modules),
+        "examples": [{"input_ids": e.input_ids, "labels": labels(e)} for e in map(examples.__getitem__, order)],
+        "arguments": {
+            "max_steps": args.steps,
+            "per_device_train_batch_size": MICRO_BATCH,
+            "gradient_accumulation_steps": ACCUMULATION,
+            "learning_rate": defaults.learning_rate,
+            "lr_scheduler_type": "linear",
+            "warmup_steps": defaults.warmup_steps,
+            "max_grad_norm": defaults.max_grad_norm,
+            "optim": "adamw_8bit",
+        },
+    }
+    work.mkdir(parents=True, exist_ok=True)
+    file = work / "task.json"
+    file.write_text(json.dumps(task), encoding="utf-8")
+    done = subprocess.run(
+        [args.unsloth, str(Path(__file__).with_name("unsloth_cpu.py")), str(file)],
+        cwd=work,  # it leaves compiled files where it runs
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return [(loss, seconds) for loss, seconds in json.loads(done.stdout.splitlines()[-1])]
+
+
 def compare(ours: Curve, plain: Curve, targets: Sequence[int]) -> tuple[list[Row], dict[str, Any]]:
     """Speed from the second step on, and how far the losses are apart."""
-    speeds = [sum(targets[1:]) / sum(seconds for _, seconds in curve[1:]) for curve in (ours, plain)]
+    speeds = [speed(curve, targets) for curve in (ours, plain)]
     apart = max(abs(a - b) / b for (a, _), (b, _) in zip(ours, plain, strict=True))
     print("step  target tokens  loss: ours   plain   seconds: ours   plain")
     for step, ((a, s), (b, t), n) in enumerate(zip(ours, plain, targets, strict=True), start=1):
@@ -173,6 +221,7 @@ def main() -> int:
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of both sides")
     parser.add_argument("--quantization", choices=("nf4", "none"), default="nf4", help="of both sides")
     parser.add_argument("--micro-batch-tokens", type=int, help="ours; default: the job's")
+    parser.add_argument("--unsloth", metavar="PYTHON", help="an interpreter with Unsloth: a third column")
     parser.add_argument("--recompute", choices=("on", "off"), help="ours: activation checkpointing; default: the job's")
     args = parser.parse_args()
     where = conditions()
@@ -188,7 +237,13 @@ def main() -> int:
         print(f"{len(examples)} rows of Alpaca, {lengths:.0f} tokens each")
         ours = train_ours(work / "base", args, tokenizer, examples, work / "ours")
         plain = train_plain(work / "base", args, tokenizer, examples, work / "plain")
+        unsloth = train_unsloth(work / "base", args, examples, work / "unsloth") if args.unsloth else None
     rows, details = compare(ours, plain, targets)
+    if unsloth:
+        print(f"Unsloth: {unsloth}")
+        speeds = speed(ours, targets), speed(unsloth, targets)
+        rows.append(at_least("training, NF4, beside Unsloth", *speeds, unit="target tokens/s", against="Unsloth"))
+        details["unsloth"] = unsloth
     finish(rows, {**details, "mean_tokens": lengths, "dtype": args.dtype}, where, args.json)
     return 0
 
