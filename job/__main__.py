@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import suppress
 from typing import NoReturn
 
 from job import garbage
@@ -20,9 +19,13 @@ def run() -> NoReturn:
     from job.cli import main
 
     code = main()
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):  # nobody reads it any more
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed when the process began
+        try:
             stream.flush()
+        except BrokenPipeError:  # nobody reads it any more
+            pass
+        except OSError:  # what was asked for is lost, as on a full disk
+            code = code or 1
     os._exit(code)
 
 

@@ -19,7 +19,12 @@ def add_adapter(model: Any, *, rank: int, alpha: int, dropout: float, target_mod
     import torch
     from peft import LoraConfig, get_peft_model
 
-    linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    head = model.get_output_embeddings()  # whose weights the loss takes as they are
+    linear = {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    }
     if missing := [name for name in target_modules if name not in linear]:
         fix = f"it has {', '.join(sorted(linear))}"
         raise SettingsError([Problem("lora.target_modules", f"the model has no linear {', '.join(missing)}; {fix}")])

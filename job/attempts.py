@@ -84,7 +84,7 @@ class Attempt:
     def alive(self, *, progress: bool = True) -> None:
         """Called wherever a stage gets on and stopping is safe: ends the stage if the job has to end.
 
-        Without `progress` it waits for another process, and the watchdog is not told that it got on.
+        Without `progress` it waits for somebody else, and the watchdog is not told that it got on.
         """
         if progress:
             self.beat()

@@ -1,4 +1,4 @@
-"""Work beside the main thread that nobody has to wait for when the job ends."""
+"""Work beside the main thread, given up without waiting when the job has to end."""
 
 from __future__ import annotations
 

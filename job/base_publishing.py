@@ -46,15 +46,13 @@ def publishing(shelf: Shelf | None, stop: Callable[[], bool], beat: Callable[[],
 
 
 def _publish(shelf: Shelf, store: ObjectStore, get_on: Callable[[], bool]) -> None:
-    """Puts there what is missing or damaged; an index that is there already has to be the same one."""
+    """Puts the base there, unless a whole one is there already."""
     try:
         data = (shelf.folder / INDEX).read_bytes()
         there = {info.key: info.bytes for info in store.list(key_of(shelf, ""))}
         files = {key_of(shelf, f"{file.sha256}/{name}"): (name, file) for name, file in parse_index(data).items()}
         missing = [key for key, (_, file) in files.items() if there.get(key) != file.bytes]
-        if not missing and key_of(shelf, INDEX) in there:
-            return
-        if _is_whole(shelf, store, there):  # another one: its runs have noted it
+        if _is_whole(shelf, store, there):  # this one, or another: its runs have noted it
             return
         for key in missing:
             if not get_on():

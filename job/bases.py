@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from job.errors import JobError, Unreachable
+from job.errors import JobError, Preempted, Replaced
 from job.hashes import hash_files, sealed
 from job.hub import SMALL_FILES
 from job.limits import check_disk, required_bytes
@@ -24,6 +24,7 @@ from job.shelves import (
     INDEX,
     MERGES,
     File,
+    KeptBase,
     Shelf,
     is_wanted,
     key_of,
@@ -65,7 +66,9 @@ def find(shelf: Shelf, alive: Callable[[], None]) -> Path | None:
         for key in getattr(error, "keys", ()):
             with suppress(JobError, OSError, ValueError):
                 shelf.store.delete(key)  # proved wrong: it does nobody any good
-    except (OSError, Unreachable) as error:  # of this machine's disk, or of a store that will say so again
+    except (Preempted, Replaced):
+        raise
+    except (OSError, JobError) as error:  # of this machine's disk, or of a store that may refuse what is beside the run
         warn("cannot be fetched", shelf.folder, error)
     return None
 
@@ -80,8 +83,10 @@ class _Damaged(Exception):
 
 def _fetch(shelf: Shelf, store: ObjectStore, alive: Callable[[], None]) -> Path | None:
     """Brings the base here, verified before it takes its place."""
-    if (stored := store.read(key_of(shelf, INDEX))) is None or not is_wanted(shelf, stored.data):
+    if (stored := store.read(key_of(shelf, INDEX))) is None:
         return None
+    if not is_wanted(shelf, stored.data):
+        raise _Damaged("it is another than the run began with")
     try:
         index = parse_index(stored.data)
     except ValueError as error:
@@ -102,13 +107,16 @@ def _fetch(shelf: Shelf, store: ObjectStore, alive: Callable[[], None]) -> Path 
     return shelf.folder if on_shelf(shelf).index_sha256 == hashlib.sha256(stored.data).hexdigest() else None
 
 
-def keep(model: Any, source: Path, shelf: Shelf) -> None:
+def keep(model: Any, source: Path, shelf: Shelf) -> KeptBase:
     """Saves a freshly quantized base with its tokenizer; where that is not possible, says so and goes on.
 
     Args:
         model: transformers' model, quantized, nothing added to it yet.
         source: The folder it came from.
         shelf: Where to keep it.
+
+    Returns:
+        What was kept; nothing where another process was first: that its base has the same bits is not known.
     """
     try:
         check_disk(shelf.folder, required_bytes([model.get_memory_footprint()]))
@@ -124,9 +132,12 @@ def keep(model: Any, source: Path, shelf: Shelf) -> None:
                 path.name: asdict(File(path.stat().st_size, sha256))
                 for path, sha256 in zip(files, hash_files(files), strict=True)
             }
-            (folder / INDEX).write_bytes(sealed(index))
+            (folder / INDEX).write_bytes(data := sealed(index))
+        own = KeptBase(shelf.key, hashlib.sha256(data).hexdigest())
+        return own if on_shelf(shelf) == own else KeptBase()
     except Exception as error:  # noqa: BLE001 - safetensors and transformers raise whatever they like
         warn("cannot be kept", shelf.folder, error)
+        return KeptBase()
 
 
 def _keep_version(source: Path, saved: Path) -> None:

@@ -26,7 +26,8 @@ def can_sum(base: Any) -> bool:
     Without autocast: what is multiplied has to be of one dtype.
     """
     known = _linear_cross_entropy is not None and lean.knows(base)
-    return known and base.device.type == "cpu" and base.dtype is torch.float32
+    plain = type(base.get_output_embeddings()) is torch.nn.Linear
+    return known and plain and base.device.type == "cpu" and base.dtype is torch.float32
 
 
 def summed_loss(base: Any, *, labels: torch.Tensor, **inputs: Any) -> torch.Tensor:

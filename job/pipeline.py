@@ -27,7 +27,6 @@ from job.records import Artifact, Evaluated, Pulled, Trained
 from job.results import RESULTS
 from job.run_settings import compare_settings, keep_settings
 from job.settings import Settings, describe, environment, trackers
-from job.shelves import on_shelf
 from job.trackers import Tracking, tracking
 
 if TYPE_CHECKING:
@@ -91,20 +90,20 @@ def _carry_out(attempt: Attempt, settings: Settings, decisive: Mapping[str, Any]
         sources = pull(attempt, settings, storage)
     from job.stage_load import load  # heavy: what can be refused without it has been
 
-    garbage.take_up()  # all is imported
+    garbage.take_up()  # nearly all is imported
     loaded = load(settings, sources, processes)
     if processes.leads:
         keep_settings(attempt.store, decisive)  # not before: what cannot be loaded shall not bind the run
-        _note_base(attempt, sources)
+        _note_base(attempt, loaded)
     _same(attempt.stage("pull", Pulled, lambda: sources.record), sources.record)
     with publishing(sources.shelf if processes.leads else None, attempt.stop, attempt.beat):
         return _work(attempt, settings, sources, loaded)
 
 
-def _note_base(attempt: Attempt, sources: Sources) -> None:
+def _note_base(attempt: Attempt, loaded: Loaded) -> None:
     """Notes which kept base the run begins with, or that there is none: once, before the record of the pull."""
     if attempt.known("pull", Pulled) is None:
-        attempt.store.write("stages/base.json", json.dumps(asdict(on_shelf(sources.shelf))).encode())
+        attempt.store.write("stages/base.json", json.dumps(asdict(loaded.kept_base)).encode())
 
 
 def _work(attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """Publishing beside training: one thread uploads a finished snapshot while the next steps are computed.
 
 Never more than one behind: handing over a snapshot waits for the one before. A failed upload is an error of the run,
-raised in the training thread at its next call. The thread is no daemon: the interpreter waits for it, and it ends as
-soon as the upload in its hands does, which the store's time limits see to.
+raised in the training thread at its next call. Whoever leaves waits for the upload in hand, for nothing goes on once
+the process has ended. The store's time limits see to it that it does end.
 """
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections import deque
@@ -21,6 +22,7 @@ from job.log import get_logger
 
 # How many uploads are remembered to predict how long the next one takes.
 _REMEMBERED = 8
+_LOOK_SECONDS = 0.5
 
 
 class Publisher:
@@ -28,10 +30,13 @@ class Publisher:
 
     Args:
         publish: Uploads the folder of a step; raises what the run shall end with.
-        patience: Seconds that an exception, leaving the `with` block, waits for an upload that is still going on.
+        patience: How many seconds an exception that leaves the `with` block may still wait for the upload in hand;
+            asked again and again, for a signal may shorten it.
     """
 
-    def __init__(self, publish: Callable[[Path, int], None], *, patience: float = 20.0) -> None:
+    def __init__(
+        self, publish: Callable[[Path, int], None], *, patience: Callable[[], float] = lambda: math.inf
+    ) -> None:
         self._publish = publish
         self._patience = patience
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="publisher")
@@ -90,15 +95,17 @@ class Publisher:
             if kind is None:
                 self.finish()
             elif self._last is not None:
-                # The exception is what the run ends with; a checkpoint that is nearly there is worth a short wait.
-                wait([self._last], self._patience)
-                self._tell_how_it_ended(self._last, error)
+                # The exception is what the run ends with; what is on its way shall get there.
+                began = time.monotonic()
+                while not wait([self._last], min(_LOOK_SECONDS, self._patience())).done and self._patience() > 0:
+                    pass
+                self._tell_how_it_ended(self._last, error, time.monotonic() - began)
         finally:
             self._pool.shutdown(wait=False)
 
-    def _tell_how_it_ended(self, upload: Future[None], error: BaseException | None) -> None:
+    def _tell_how_it_ended(self, upload: Future[None], error: BaseException | None, waited: float) -> None:
         if not upload.done():
-            get_logger().warning("the upload of the last checkpoint is still going on", waited=self._patience)
+            get_logger().warning("the upload of the last checkpoint did not end in time", waited=round(waited, 1))
         elif (failure := upload.exception()) not in {None, error}:
             get_logger().warning("the upload of the last checkpoint failed too", error=str(failure))
 

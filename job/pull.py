@@ -19,6 +19,7 @@ from job.background import beside
 from job.baselines import Baseline, check_questions, read_baseline
 from job.bases import find
 from job.dataset import load_examples
+from job.errors import JobError
 from job.hashes import hash_file
 from job.hub import download_model, import_client
 from job.limits import check_disk, required_bytes
@@ -31,6 +32,7 @@ from job.store import disk_errors
 from job.tasks import Tasks, load_tasks
 
 _LOOK_SECONDS = 0.5
+_FAREWELL_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
@@ -118,8 +120,12 @@ def _pull(attempt: Attempt, settings: Settings, storage: dict[str, Any]) -> Sour
     if baseline is not None:
         check_questions(baseline, tasks.questions(settings.eval.limit), gate.metric)
     source = local(data.source, "data")
-    while not wait([coming], _LOOK_SECONDS).done:
-        attempt.alive(progress=False)  # to be asked to end is no reason to wait for gigabytes
+    try:
+        while not wait([coming], _LOOK_SECONDS).done:
+            attempt.alive(progress=False)  # to be asked to end is no reason to wait for gigabytes
+    except JobError:
+        wait([coming], _FAREWELL_SECONDS)  # what brings a kept base here removes the half of it that there is
+        raise
     model = coming.result()
     attempt.alive()
     tokenizer = load_tokenizer(model.folder)

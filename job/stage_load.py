@@ -17,6 +17,7 @@ from job.pull import Sources
 from job.records import Execution, ModelRecord
 from job.settings import Settings
 from job.setups import setup_of
+from job.shelves import KeptBase, on_shelf
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Loaded:
     """The model in memory, what the manifest says of it, and how it is going to be trained.
 
     `execution` is None where PEFT's own layers do the work; `forward` says in words whose layers do. `recompute` is
-    whether activations are computed again.
+    whether activations are computed again; `kept_base` is where a restart finds the base with these very bits.
     """
 
     model: Any
@@ -33,6 +34,7 @@ class Loaded:
     execution: Execution | None
     forward: str
     recompute: bool
+    kept_base: KeptBase
 
 
 def load(settings: Settings, sources: Sources, processes: Processes = ALONE) -> Loaded:
@@ -51,8 +53,9 @@ def load(settings: Settings, sources: Sources, processes: Processes = ALONE) -> 
         max_length=settings.train.max_length,
         quantized=sources.quantized,
     )
+    kept_base = on_shelf(sources.shelf)
     if sources.shelf is not None and not sources.quantized:
-        keep(base, sources.folder, sources.shelf)
+        kept_base = keep(base, sources.folder, sources.shelf)
     model = add_adapter(
         base,
         rank=settings.lora.rank,
@@ -86,7 +89,7 @@ def load(settings: Settings, sources: Sources, processes: Processes = ALONE) -> 
         gigabytes=settings.train.gpu_memory_gb,
     )
     recompute = not execution.kept_activations if execution else _recompute(settings, sources, model, budget, processes)
-    return Loaded(model, record, budget, execution, forward, recompute)
+    return Loaded(model, record, budget, execution, forward, recompute, kept_base)
 
 
 def _recompute(settings: Settings, sources: Sources, model: Any, budget: int, processes: Processes) -> bool:

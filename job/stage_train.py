@@ -41,7 +41,8 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
     with (
         log.progress("steps", recipe.total_steps, every=settings.train.log_every_steps) as tell,
         Publisher(
-            _publishing(attempt, settings.checkpoint.keep, settings.checkpoint.settle_seconds, restored.step)
+            _publishing(attempt, settings.checkpoint.keep, settings.checkpoint.settle_seconds, restored.step),
+            patience=attempt.stop.remaining,
         ) as publisher,
     ):
         watch = Stopwatch()

@@ -128,6 +128,10 @@ def count_questions(tasks: Tasks, tokenizer: Any, limit: int | None) -> tuple[in
                 len(tokenizer.encode(f" {choice}", add_special_tokens=False)) for choice in task.doc_to_choice(doc)
             ]
             context = len(tokenizer.encode(str(task.doc_to_text(doc))))
+            if not context or 0 in choices:
+                raise DataError(
+                    [Problem(f"question {question_id(doc, total)}", "the tokenizer makes no tokens of a part of it")]
+                )
             total += 1
             tokens += context + sum(choices) - len(choices)
             reads += sum(choices)

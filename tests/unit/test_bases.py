@@ -20,7 +20,7 @@ from structlog.testing import capture_logs
 
 from job.base_publishing import publishing
 from job.bases import find, keep
-from job.errors import Preempted, Unreachable
+from job.errors import AccessDenied, Preempted, Problem, SettingsError, Unreachable
 from job.hashes import sealed
 from job.model import describe_model, load_base, load_tokenizer
 from job.objects import ObjectStore, open_store
@@ -249,6 +249,40 @@ def test_whatever_goes_wrong_in_keeping_costs_a_warning(
     assert not shelf.folder.exists()
 
 
+@pytest.mark.parametrize("error", [AccessDenied("403"), Unreachable("503"), SettingsError([Problem("x", "y")])])
+def test_a_store_that_refuses_bases_costs_a_warning(kept: Shelf, tmp_path: Path, error: Exception) -> None:
+    """A role may have rights on its run alone: the job goes on without the base. What ends a job ends it here too."""
+    store = Mock(wraps=kept.store, uri="s3://b", read=Mock(side_effect=error))
+    with capture_logs() as logs:
+        assert find(elsewhere(kept, tmp_path, store), nothing) is None
+    assert [line["event"] for line in logs] == ["the quantized base cannot be fetched"]
+    with pytest.raises(Preempted):
+        find(elsewhere(kept, tmp_path), Mock(side_effect=Preempted("SIGTERM")))
+
+
+def test_who_comes_second_has_kept_nothing(base: Any, base_folder: Path, tmp_path: Path) -> None:
+    """Two runs that quantize the same at once: only the first may say that its own bits lie there."""
+    shelf = shelf_of(FACTS, tmp_path, None)
+    first = keep(base, base_folder, shelf)
+    assert first == on_shelf(shelf)
+    assert first.key
+    (shelf.folder / INDEX).write_bytes((shelf.folder / INDEX).read_bytes() + b"\n")
+    assert keep(base, base_folder, shelf) == KeptBase()
+
+
+def test_a_spoiled_index_in_the_store_is_written_again(kept: Shelf, tmp_path: Path) -> None:
+    """A later attempt wants the index that was noted, gets another, and puts its own there."""
+    assert kept.store
+    key, noted = f"bases/{kept.key}/{INDEX}", on_shelf(kept).index_sha256
+    kept.store.write(key, b"{")
+    with capture_logs() as logs:
+        assert find(replace(elsewhere(kept, tmp_path), index_sha256=noted), nothing) is None
+    assert ["another than the run began with" in line["why"] for line in logs] == [True]
+    with publishing(kept, never, nothing):
+        pass
+    assert find(replace(elsewhere(kept, tmp_path), index_sha256=noted), nothing)
+
+
 def test_only_the_base_that_was_noted_will_do(kept: Shelf, tmp_path: Path) -> None:
     """The same key is no proof of the same bits: neither here nor from the store another index is taken."""
     noted = on_shelf(kept)
@@ -330,13 +364,13 @@ def test_what_is_there_is_not_put_there_again(kept: Shelf) -> None:
     watched = Shelf(kept.key, kept.folder, WrappedStore(kept.store, before=lambda verb, _key: asked.append(verb)))
     with publishing(watched, never, nothing):
         pass
-    assert asked == ["list"]
+    assert asked == ["list", "read"]
     kept.store.delete(f"bases/{kept.key}/{INDEX}")
     victim = next(info.key for info in kept.store.list(f"bases/{kept.key}/"))
     kept.store.delete(victim)
     with publishing(watched, never, nothing):
         pass
-    assert asked[1:] == ["list", "upload", "write"]
+    assert asked[2:] == ["list", "upload", "write"]
 
 
 def test_a_job_that_has_to_end_waits_for_one_file_at_most(

@@ -17,7 +17,7 @@ from job.evaluate import evaluate, write_records
 from job.records import ChoiceScore, Question, TaskScores
 from job.scoring import plan_rows, score_row
 from job.statistics import standard_error
-from job.tasks import load_tasks
+from job.tasks import count_questions, load_tasks
 from tests.helpers import ARC_EASY, arc_rows, make_model, read_jsonl, write_jsonl
 
 Results = dict[str, tuple[TaskScores, list[dict[str, Any]]]]
@@ -307,6 +307,8 @@ def test_a_question_without_tokens_is_an_error_of_the_data(tmp_path: Path) -> No
     with pytest.raises(DataError, match="no tokens of its choice ' 42'") as caught:
         evaluate(local_tasks(arc_easy=file), tokenizer, lambda _: pytest.fail("scored"), limit=None)
     assert len(caught.value.problems) == len(rows)
+    with pytest.raises(DataError, match="no tokens of a part of it"):  # a plan finds it too
+        count_questions(local_tasks(arc_easy=file), tokenizer, None)
 
 
 def test_a_hub_that_cannot_be_reached_is_worth_a_retry() -> None:

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -41,6 +43,20 @@ def test_a_reader_who_has_left_changes_no_exit_code() -> None:
     done = ended("cli.main = lambda: print('too late') or 3", stdout=writer)
     os.close(writer)
     assert (done.returncode, done.stderr) == (3, "")
+
+
+@pytest.mark.parametrize(("code", "then"), [(0, 1), (75, 75)])
+def test_output_that_is_lost_is_no_success(code: int, then: int) -> None:
+    """A full disk: whoever asked for the output has not got it. A graver code stays."""
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
+        done = ended(f"cli.main = lambda: print('too much') or {code}", stdout=full.fileno())
+    assert (done.returncode, done.stderr) == (then, "")
+
+
+def test_a_closed_output_changes_no_exit_code() -> None:
+    """A process may be started without any."""
+    source = "import sys; sys.stdout = None\ncli.main = lambda: 4"
+    assert ended(source).returncode == 4
 
 
 def test_nothing_is_looked_through_while_it_is_imported() -> None:
