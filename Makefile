@@ -58,8 +58,9 @@ chaos: $(STAMP)  ## 100 runs killed at random points, each compared with an undi
 	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/full.py --runs $${RUNS:-100}
 	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/race.py --races $${RACES:-50}
 
-bench: $(STAMP)  ## what a CPU can measure, beside plain scripts of the same work; FULL=1 asks all of ARC-Easy
-	$(BIN)/python tests/bench/cpu.py --json $${JSON:-tests/bench/results/cpu.json} $${FULL:+--full}
+# FULL=1 asks all of ARC-Easy; UNSLOTH=python is an interpreter that has Unsloth.
+bench: $(STAMP)  ## what a CPU can measure, beside plain scripts of the same work
+	$(BIN)/python tests/bench/cpu.py --json $${JSON:-tests/bench/results/cpu.json} $${FULL:+--full} $${UNSLOTH:+--unsloth $$UNSLOTH}
 
 bench-gpu: $(STAMP)  ## ours beside plain TRL on this machine's GPU; tests/bench/unsloth_peer.py is the other peer
 	$(BIN)/python tests/bench/gpu.py --out tests/bench/results
