@@ -7,6 +7,7 @@ from typing import Any
 
 from job import log
 from job.adapter import add_adapter
+from job.allocator import keep_freed_memory
 from job.bases import keep
 from job.cpu_plan import keeps_activations
 from job.errors import Problem, SettingsError
@@ -44,6 +45,8 @@ def load(settings: Settings, sources: Sources, processes: Processes = ALONE) -> 
     if device.type == "cuda":
         make_deterministic()
         limit_memory(settings.train.gpu_memory_gb)
+    else:
+        keep_freed_memory()
     base = load_base(
         sources.folder,
         quantization=settings.model.quantization,

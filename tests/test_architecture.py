@@ -18,9 +18,9 @@ SOURCES = {
 
 # A room imports from the lines above its own only. Imports inside functions count.
 LEVELS = """
-    __init__ errors records log hashes background garbage batches statistics attention platforms presets fieldtypes
-    callbacks optimizer_states results charts answers checks tables tracker_process architectures gpus stand_in vector
-    triton_kernels steps
+    __init__ errors records log hashes background garbage allocator batches statistics attention platforms presets
+    fieldtypes callbacks optimizer_states results charts answers checks tables tracker_process architectures gpus
+    stand_in vector triton_kernels steps
     layers kernels
     sagemaker
     store formats groups sources topology preemption lean scoring events limits clouds watchdog publisher

@@ -141,9 +141,11 @@ def load_ours(folder: Path, quantization: str, dtype: str) -> Any:
     import torch
 
     from job.adapter import add_adapter
+    from job.allocator import keep_freed_memory
     from job.groups import Lora, Train
     from job.model import choose_dtype, load_base
 
+    keep_freed_memory()
     device, lora = torch.device("cpu"), Lora()
     base = load_base(
         folder,
