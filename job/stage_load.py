@@ -45,8 +45,6 @@ def load(settings: Settings, sources: Sources, processes: Processes = ALONE) -> 
     if device.type == "cuda":
         make_deterministic()
         limit_memory(settings.train.gpu_memory_gb)
-    else:
-        keep_freed_memory()
     base = load_base(
         sources.folder,
         quantization=settings.model.quantization,
@@ -56,6 +54,8 @@ def load(settings: Settings, sources: Sources, processes: Processes = ALONE) -> 
         max_length=settings.train.max_length,
         quantized=sources.quantized,
     )
+    if device.type == "cpu":
+        keep_freed_memory()  # not before: what loading leaves goes back
     kept_base = on_shelf(sources.shelf)
     if sources.shelf is not None and not sources.quantized:
         kept_base = keep(base, sources.folder, sources.shelf)

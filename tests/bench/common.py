@@ -145,7 +145,6 @@ def load_ours(folder: Path, quantization: str, dtype: str) -> Any:
     from job.groups import Lora, Train
     from job.model import choose_dtype, load_base
 
-    keep_freed_memory()
     device, lora = torch.device("cpu"), Lora()
     base = load_base(
         folder,
@@ -155,6 +154,7 @@ def load_ours(folder: Path, quantization: str, dtype: str) -> Any:
         device=device,
         max_length=Train().max_length,
     )
+    keep_freed_memory()
     return add_adapter(base, rank=lora.rank, alpha=lora.alpha, dropout=0.0, target_modules=lora.target_modules, seed=0)
 
 
