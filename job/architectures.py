@@ -12,6 +12,11 @@ LEAN_FAMILIES = {"llama", "mistral", "qwen2"}
 """Of one build: RMS norms, rotary positions, SwiGLU, and nothing else. `lean` has its own code for all of it."""
 
 
+def is_lean(family: str | None, activation: str | None) -> bool:
+    """Whether `lean` computes all of a decoder of this family with this activation."""
+    return family in LEAN_FAMILIES and activation == "silu"
+
+
 @dataclass(frozen=True)
 class Architecture:
     """A decoder of Llama's kind: grouped attention, and a feed-forward layer of three matrices.
@@ -112,5 +117,5 @@ def read_config(config: Mapping[str, Any]) -> Architecture:
         vocabulary=number("vocab_size"),
         tied=config.get("tie_word_embeddings") is True,
         window=min((window for window in windows if isinstance(window, int) and window > 0), default=None),
-        lean=family in LEAN_FAMILIES and config.get("hidden_act", "silu") == "silu",
+        lean=is_lean(family, config.get("hidden_act", "silu")),
     )

@@ -10,13 +10,7 @@ from threading import Event
 
 from job import log
 from job.errors import JobError
-from job.shelves import (
-    INDEX,
-    Shelf,
-    key_of,
-    parse_index,
-    warn,
-)
+from job.shelves import INDEX, Shelf, key_of, parse_index, warn
 from job.store import ObjectStore
 
 
@@ -51,10 +45,9 @@ def _publish(shelf: Shelf, store: ObjectStore, get_on: Callable[[], bool]) -> No
         data = (shelf.folder / INDEX).read_bytes()
         there = {info.key: info.bytes for info in store.list(key_of(shelf, ""))}
         files = {key_of(shelf, f"{file.sha256}/{name}"): (name, file) for name, file in parse_index(data).items()}
-        missing = [key for key, (_, file) in files.items() if there.get(key) != file.bytes]
         if _is_whole(shelf, store, there):  # this one, or another: its runs have noted it
             return
-        for key in missing:
+        for key in (key for key, (_, file) in files.items() if there.get(key) != file.bytes):
             if not get_on():
                 return
             store.upload(shelf.folder / files[key][0], key)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from job.architectures import LEAN_FAMILIES
+from job.architectures import is_lean
 from job.attention import Layout, flat_attention
 from job.kernels import Kernels
 
@@ -121,7 +121,7 @@ def fits(module: Any) -> bool:
 
 def knows(base: Any) -> bool:
     """Whether a causal language model is a decoder of the build that is computed here."""
-    return base.config.model_type in LEAN_FAMILIES and base.config.hidden_act == "silu"
+    return is_lean(base.config.model_type, getattr(base.config, "hidden_act", None))
 
 
 def adapt(base: Any, weights: Mapping[Any, Weight], dtype: torch.dtype, kernels: Kernels | None) -> bool:

@@ -56,8 +56,9 @@ def load(settings: Settings, sources: Sources, processes: Processes = ALONE) -> 
     )
     if device.type == "cpu":
         keep_freed_memory()  # not before: what loading leaves goes back
-    kept_base = on_shelf(sources.shelf)
-    if sources.shelf is not None and not sources.quantized:
+    if sources.shelf is None or sources.quantized:
+        kept_base = on_shelf(sources.shelf)
+    else:
         kept_base = keep(base, sources.folder, sources.shelf)
     model = add_adapter(
         base,
