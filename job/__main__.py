@@ -6,7 +6,7 @@ import os
 import sys
 from typing import NoReturn
 
-from job import garbage
+from job.common import garbage_collection
 
 
 def run() -> NoReturn:
@@ -15,8 +15,8 @@ def run() -> NoReturn:
     Taking the libraries apart would take a second, and a thread in the midst of a download, which nobody needs any
     more, would be waited for. Whatever has to be in order at the end, `main` has put in order when it returns.
     """
-    garbage.put_off()
-    from job.cli import main
+    garbage_collection.put_off()
+    from job.cli.main import main
 
     code = main()
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed when the process began

@@ -9,28 +9,31 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from job import energy, garbage, log, manifest
-from job.attempts import Attempt, missing, open_attempt
-from job.base_publishing import publishing
-from job.baselines import check_tasks
-from job.delivery import deliver
+from job import log
+from job.common import garbage_collection
+from job.distributed.processes import ALONE, Processes
 from job.errors import DataError, GateError, Problem, SettingsError
-from job.faults import Fault, arm, faulty
-from job.model import choose_device
-from job.objects import ObjectStore, open_store
-from job.platforms import Delivery
-from job.preemption import Stop
-from job.processes import ALONE, Processes
-from job.publication import publish
-from job.pull import Sources, pull
+from job.model.base import choose_device
+from job.model.quantized_cache.base_publishing import publishing
+from job.platforms.detect import Delivery
+from job.preemption.stop_flag import Stop
 from job.records import Artifact, Evaluated, Pulled, Trained
-from job.results import RESULTS
-from job.run_settings import compare_settings, keep_settings
-from job.settings import Settings, describe, environment, trackers
-from job.trackers import Tracking, tracking
+from job.results import manifest
+from job.results.baseline import check_tasks
+from job.results.delivery import deliver
+from job.runs.attempt import Attempt, missing, open_attempt
+from job.runs.fault_injection import Fault, arm, faulty
+from job.runs.layout import RESULTS
+from job.runs.run_settings import compare_settings, keep_settings
+from job.settings.load import Settings, describe, environment, trackers
+from job.stages.publish import publish
+from job.stages.pull import Sources, pull
+from job.storage.open import ObjectStore, open_store
+from job.tracking import energy
+from job.tracking.trackers import Tracking, tracking
 
 if TYPE_CHECKING:
-    from job.stage_load import Loaded
+    from job.stages.load import Loaded
 
 # These change how a run is carried out, never what it computes; an attempt may differ in them from the one before.
 EXECUTION = {
@@ -88,9 +91,9 @@ def _carry_out(attempt: Attempt, settings: Settings, decisive: Mapping[str, Any]
     _watch(attempt, track)
     with attempt.timed("pull"):
         sources = pull(attempt, settings, storage)
-    from job.stage_load import load  # heavy: what can be refused without it has been
+    from job.stages.load import load  # heavy: what can be refused without it has been
 
-    garbage.take_up()  # nearly all is imported
+    garbage_collection.take_up()  # nearly all is imported
     loaded = load(settings, sources, processes)
     if processes.leads:
         keep_settings(attempt.store, decisive)  # not before: what cannot be loaded shall not bind the run
@@ -108,8 +111,8 @@ def _note_base(attempt: Attempt, loaded: Loaded) -> None:
 
 def _work(attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded) -> dict[str, Any]:
     """The stages, one after the other, from the evaluation of the base to the manifest."""
-    from job.stage_evaluate import evaluate_adapter, evaluate_base
-    from job.stage_train import train_adapter
+    from job.stages.evaluate import evaluate_adapter, evaluate_base
+    from job.stages.train import train_adapter
 
     processes = attempt.processes
     shared = open_store(settings.run.output, **settings.storage.model_dump(exclude={"cache"}))

@@ -7,11 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from job import comparison, manifest, statistics
-from job.hashes import hash_file, sealed
+from job.common.hashing import hash_file, sealed
+from job.evaluation import comparison, statistics
 from job.records import Artifact, AttemptRecord, DatasetRecord, ModelRecord, StepMetrics, TaskScores, TrainingRecord
-from job.report import Evidence
-from job.settings import load_settings, redacted
+from job.report.report import Evidence
+from job.results import manifest
+from job.settings.load import load_settings, redacted
 from tests.helpers import write_jsonl
 
 HASH = "0123456789abcdef" * 4

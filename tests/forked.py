@@ -130,7 +130,7 @@ def _fork(environment: Mapping[str, str], log: str) -> int:
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for stream in (1, 2):
             os.dup2(descriptor, stream)
-        from job.cli import main
+        from job.cli.main import main
 
         status = main(["run"])
     finally:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from job import statistics
+from job.evaluation import statistics
 from job.records import Example, TaskScores
 
 BOS, EOS, PAD = 0, 1, 2
@@ -61,8 +61,8 @@ def make_model(folder: Path, *, quantization: str = "none", dropout: float = 0.0
     """The tiny base in fp32 with an adapter on all linear layers, loaded by the job's own means."""
     import torch
 
-    from job.adapter import add_adapter
-    from job.model import load_base
+    from job.model.base import load_base
+    from job.model.lora import add_adapter
 
     base = load_base(
         folder,
@@ -79,7 +79,7 @@ def fill_adapter(model: Any, scale: float = 0.05) -> Any:
     """Makes every adapter weight random: a fresh adapter is zero on one side, which hides errors."""
     import torch
 
-    from job.adapter import trainable
+    from job.model.lora import trainable
 
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():

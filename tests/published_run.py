@@ -14,15 +14,12 @@ import numpy as np
 from pydantic import TypeAdapter
 from safetensors.numpy import save_file
 
-from job import checkpoints, manifest, question_records
-from job.comparison import compare_tasks, judge
-from job.evidence import collect
-from job.hashes import hash_facts, hash_file, sealed
-from job.lease import LeaseRecord
-from job.ledger import ledger_key
-from job.local import LocalStore
+from job.checkpoints import manager
+from job.checkpoints.trainer_state import ADAPTER, METRICS, write_metrics
+from job.common.hashing import hash_facts, hash_file, sealed
+from job.evaluation import samples
+from job.evaluation.comparison import compare_tasks, judge
 from job.pipeline import _decides
-from job.published import answers_path
 from job.records import (
     Artifact,
     AttemptRecord,
@@ -34,8 +31,13 @@ from job.records import (
     Trained,
     TrainingRecord,
 )
-from job.settings import describe, load_settings, redacted
-from job.states import ADAPTER, METRICS, write_metrics
+from job.results import manifest
+from job.results.inventory import collect
+from job.results.reader import answers_path
+from job.runs.lease import LeaseRecord
+from job.runs.run_log import ledger_key
+from job.settings.load import describe, load_settings, redacted
+from job.storage.local import LocalStore
 
 ROWS, STEPS = 8, 4
 SETTINGS = ("--train.global_batch_size=4", "--train.epochs=2", "--checkpoint.every_steps=2")
@@ -201,8 +203,8 @@ def _evaluated(store: LocalStore, answers: Pairs, side: str, work: Path) -> Eval
         rows = [_record(task, n, right=pair[side == "adapter"]) for n, pair in enumerate(told)]
         data = "".join(json.dumps(row) + "\n" for row in rows).encode()
         artifacts.append(publish_file(store, answers_path(task, side), data))
-        records = question_records.parse(data)
-        scores[task] = question_records.tally_records(records, task=task, source=f"{task}.jsonl", version="1.0")
+        records = samples.parse(data)
+        scores[task] = samples.tally_records(records, task=task, source=f"{task}.jsonl", version="1.0")
     return Evaluated(scores, artifacts)
 
 
@@ -228,7 +230,7 @@ def _trained(store: LocalStore, work: Path, attempts: int) -> Trained:
         save_file({"model.q_proj.lora_A.default.weight": weights}, state / ADAPTER)
         write_metrics(state / METRICS, history[:step])
         epoch = attempts if step == STEPS else 1
-        checkpoints.publish(store, state, step=step, epoch=epoch, world_size=1, software=manifest.software())
+        manager.publish(store, state, step=step, epoch=epoch, world_size=1, software=manifest.software())
     save_file({"model.q_proj.lora_A.weight": weights}, work / "adapter", {"format": "pt"})
     adapter = publish_file(store, "artifacts/adapter/adapter_model.safetensors", (work / "adapter").read_bytes())
     metrics = work / "step-4" / METRICS

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from job.cli import COMMANDS, USAGE
+from job.cli.main import COMMANDS, USAGE
 from job.errors import exit_codes
-from job.groups import NAMES
-from job.settings import load_settings
-from job.sources import environment_name
-from job.statistics import mcnemar, tango_interval, verdict
+from job.evaluation.statistics import mcnemar, tango_interval, verdict
+from job.settings.load import load_settings
+from job.settings.schema import NAMES
+from job.settings.sources import environment_name
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -102,6 +102,6 @@ def _run(words: list[str], environ: dict[str, str], output: str, errors: str, cw
     os.environ.update(environ)
     os.chdir(cwd)
     tempfile.tempdir = None
-    from job.cli import main
+    from job.cli.main import main
 
     raise SystemExit(main(words))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from job.objects import ObjectInfo, ObjectStore, Stored
-from job.store import MAX_READ_BYTES
+from job.storage.base import MAX_READ_BYTES
+from job.storage.open import ObjectInfo, ObjectStore, Stored
 
 CHANGES = ("write", "upload", "delete")
 

@@ -138,7 +138,7 @@ def check_settings(order: Order) -> list[str]:
     """What the job itself would say of its settings, where it is installed here: a typo costs no machine."""
     try:
         from job.errors import SettingsError
-        from job.settings import load_settings
+        from job.settings.load import load_settings
     except ImportError:
         return []
     environment = {name: value for name, value in order.environment.items() if name.startswith("JOB_")}

@@ -140,10 +140,10 @@ def load_ours(folder: Path, quantization: str, dtype: str) -> Any:
     """The base with a fresh adapter, as the job loads it, with its default settings."""
     import torch
 
-    from job.adapter import add_adapter
-    from job.allocator import keep_freed_memory
-    from job.groups import Lora, Train
-    from job.model import choose_dtype, load_base
+    from job.common.malloc import keep_freed_memory
+    from job.model.base import choose_dtype, load_base
+    from job.model.lora import add_adapter
+    from job.settings.schema import Lora, Train
 
     device, lora = torch.device("cpu"), Lora()
     base = load_base(
@@ -163,7 +163,7 @@ def load_plain(folder: Path, quantization: str, dtype: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from job.model import choose_dtype
+    from job.model.base import choose_dtype
 
     computed = choose_dtype(dtype, torch.device("cpu"))
     quantized = BitsAndBytesConfig(

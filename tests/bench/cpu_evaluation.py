@@ -29,9 +29,9 @@ def by_ours(
     tasks: Any, model: Any, tokenizer: Any, limit: int | None, batch_tokens: int | None
 ) -> tuple[Answers, float]:
     """The job's own: many questions flat in one row."""
-    from job.evaluate import evaluate
-    from job.groups import Eval
-    from job.scoring import plan_rows, score_row
+    from job.evaluation.harness import evaluate
+    from job.evaluation.scoring import plan_rows, score_row
+    from job.settings.schema import Eval
 
     def score(questions: list[Any]) -> list[Any]:
         rows = plan_rows(questions, batch_tokens or Eval().batch_tokens)
@@ -109,8 +109,8 @@ def main() -> int:
     args.questions = None if args.full else args.questions
     where = conditions()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    from job.model import load_tokenizer
-    from job.tasks import load_tasks
+    from job.evaluation.tasks import load_tasks
+    from job.model.base import load_tokenizer
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "base"

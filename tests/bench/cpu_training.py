@@ -28,9 +28,9 @@ Curve = list[tuple[float, float]]
 
 def read_examples(folder: Path) -> tuple[Any, list[Any]]:
     """Tokenizer and examples, by the job's own means, at its defaults."""
-    from job.dataset import load_examples
-    from job.groups import Train
-    from job.model import load_tokenizer
+    from job.data.dataset import load_examples
+    from job.model.base import load_tokenizer
+    from job.settings.schema import Train
 
     tokenizer, train = load_tokenizer(folder), Train()
     examples, _ = load_examples(
@@ -49,9 +49,9 @@ def read_examples(folder: Path) -> tuple[Any, list[Any]]:
 
 def train_ours(folder: Path, args: Any, tokenizer: Any, examples: Sequence[Any], work: Path) -> Curve:
     """The job's own training."""
-    from job.groups import Train
-    from job.recipe import CPU_MICRO_BATCH_TOKENS, Hooks, Recipe
-    from job.train import train
+    from job.settings.schema import Train
+    from job.training.config import CPU_MICRO_BATCH_TOKENS, Hooks, Recipe
+    from job.training.trainer import train
 
     defaults = Train()
     recipe = Recipe(
@@ -93,11 +93,13 @@ def train_plain(folder: Path, args: Any, tokenizer: Any, examples: Sequence[Any]
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    from job import batches
-    from job.groups import Lora, Train
+    from job.data import batch_plan
+    from job.settings.schema import Lora, Train
 
     defaults, lora = Train(), Lora()
-    order = [row for s in range(args.steps) for row in batches.batch(0, len(examples), MICRO_BATCH * ACCUMULATION, s)]
+    order = [
+        row for s in range(args.steps) for row in batch_plan.batch(0, len(examples), MICRO_BATCH * ACCUMULATION, s)
+    ]
     data = Dataset.from_list(
         [{"input_ids": list(e.input_ids), "labels": labels(e)} for e in map(examples.__getitem__, order)]
     )
@@ -157,11 +159,13 @@ def train_plain(folder: Path, args: Any, tokenizer: Any, examples: Sequence[Any]
 
 def train_unsloth(folder: Path, args: Any, examples: Sequence[Any], work: Path) -> Curve:
     """What Unsloth makes of the same, by an interpreter that has it."""
-    from job import batches
-    from job.groups import Lora, Train
+    from job.data import batch_plan
+    from job.settings.schema import Lora, Train
 
     defaults, lora = Train(), Lora()
-    order = [row for s in range(args.steps) for row in batches.batch(0, len(examples), MICRO_BATCH * ACCUMULATION, s)]
+    order = [
+        row for s in range(args.steps) for row in batch_plan.batch(0, len(examples), MICRO_BATCH * ACCUMULATION, s)
+    ]
     task = {
         "base": str(folder),
         "dtype": {"fp32": "float32", "bf16": "bfloat16"}[args.dtype],
@@ -225,13 +229,13 @@ def main() -> int:
     parser.add_argument("--recompute", choices=("on", "off"), help="ours: activation checkpointing; default: the job's")
     args = parser.parse_args()
     where = conditions()
-    from job import batches
+    from job.data import batch_plan
 
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         make_base(work / "base")
         tokenizer, examples = read_examples(work / "base")
-        plan = [batches.batch(0, len(examples), MICRO_BATCH * ACCUMULATION, step) for step in range(args.steps)]
+        plan = [batch_plan.batch(0, len(examples), MICRO_BATCH * ACCUMULATION, step) for step in range(args.steps)]
         targets = [sum(sum(examples[row].targets) for row in rows) for rows in plan]
         lengths = sum(len(example.input_ids) for example in examples) / len(examples)
         print(f"{len(examples)} rows of Alpaca, {lengths:.0f} tokens each")

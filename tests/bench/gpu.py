@@ -34,18 +34,21 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import shapes  # lies beside this script
 import torch
 
-from job import attention, batches, kernels, rows
-from job.adapter import add_adapter, trainable
-from job.attention import Segment, build_layout
-from job.execution import choose_budget
-from job.kernels import Kernels
-from job.recipe import Hooks, Recipe
+from job.data import batch_plan
+from job.evaluation.scoring import plan_rows, score_row, tokens_of
+from job.model import packed_attention
+from job.model.fused import kernels
+from job.model.fused.frozen_weights import make_lean
+from job.model.fused.kernels import Kernels
+from job.model.lora import add_adapter, trainable
+from job.model.packed_attention import Segment, build_layout
 from job.records import Example, StepMetrics
-from job.replay import Replayed
-from job.scoring import plan_rows, score_row, tokens_of
-from job.train import train
-from job.vector import Vector
-from job.weights import make_lean
+from job.training import packing
+from job.training.config import Hooks, Recipe
+from job.training.cuda_graphs import Replayed
+from job.training.execution_plan import choose_budget
+from job.training.flat_parameters import Vector
+from job.training.trainer import train
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -250,7 +253,7 @@ def pieces(bench: Bench) -> None:
     for mode in (True, False):
         with bench.caught("pieces attention"):
             deterministic(on=mode, fill=False)
-            spent = both(lambda q, k, v: attention.flat_attention(None, q, k, v, None, layout=layout)[0], *row)
+            spent = both(lambda q, k, v: packed_attention.flat_attention(None, q, k, v, None, layout=layout)[0], *row)
             bench.say("pieces attention", deterministic=mode, milliseconds=spent)
     deterministic(on=False)
 
@@ -276,7 +279,7 @@ def parts(bench: Bench) -> None:
         clip=timed(lambda: torch.nn.utils.clip_grad_norm_([vector.whole], 1.0)),
         adamw_8bit=timed(AdamW8bit([vector.whole], lr=0.0).step),
         adamw_8bit_apart=timed(AdamW8bit(weights, lr=0.0).step),
-        lay_out=timed(lambda: rows.padded_row(data, DEVICE)),
+        lay_out=timed(lambda: packing.padded_row(data, DEVICE)),
     )
     hidden = torch.randn(
         3722 if not bench.tiny else 200, bench.shape["hidden_size"], device=DEVICE, dtype=torch.bfloat16
@@ -382,7 +385,7 @@ def adapted(bench: Bench) -> Any:
     """Our model: flat attention, and a fresh adapter in fp32. Made once for all sections that use it."""
     if bench.model is None:
         began = time.perf_counter()
-        base = shapes.random_base(bench.shape, DEVICE, attention.NAME)
+        base = shapes.random_base(bench.shape, DEVICE, packed_attention.NAME)
         bench.model = add_adapter(base, rank=16, alpha=16, dropout=0.0, target_modules=shapes.MODULES, seed=0)
         sync()
         clean()
@@ -424,7 +427,7 @@ def prepare(model: Any, variant: Variant) -> None:
     unmake(model)
     clean()
     deterministic(on=variant.deterministic, fill=variant.fill)
-    rows.GRAIN = variant.grain
+    packing.GRAIN = variant.grain
     if variant.lean:
         sets = kernel_sets()
         wanted = variant.kernels if variant.kernels in sets or not variant.kernels else "torch"
@@ -666,7 +669,7 @@ def plain(bench: Bench) -> None:
 
     put_away(bench)
     data, steps, size = bench.data, WARMUP + bench.steps, 8 if not bench.tiny else 2
-    order = [row for step in range(steps) for row in batches.batch(0, len(data), size * 4, step)]
+    order = [row for step in range(steps) for row in batch_plan.batch(0, len(data), size * 4, step)]
     ended: list[float] = []
 
     class Clock(TrainerCallback):  # type: ignore[misc]

@@ -23,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 
-from job.adapter import add_adapter
-from job.gpu_plan import prepare
-from job.groups import Eval
+from job.model.lora import add_adapter
+from job.settings.schema import Eval
+from job.training.prepare import prepare
 from tests.bench import shapes
 from tests.bench.cpu_evaluation import TASK, by_hflm, by_ours, differing
 from tests.gpu.job import make_tokenizer
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     asked = parser.parse_args()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    from job.tasks import load_tasks
+    from job.evaluation.tasks import load_tasks
 
     shape = shapes.TINY if asked.tiny else shapes.MISTRAL_7B
     texts = [" ".join(json.loads(row).values()) for row in asked.alpaca.read_text(encoding="utf-8").splitlines()]

@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import sentencepiece
 
-from job.formats import Row, read_rows
-from job.schemas import check_row, render
+from job.data.formats import Row, read_rows
+from job.data.schemas import check_row, render
 
 ROWS = 1500
 

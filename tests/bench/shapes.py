@@ -39,7 +39,7 @@ def random_base(shape: dict[str, int], device: torch.device, attention: str) -> 
     from bitsandbytes.nn import Linear4bit, Params4bit
     from transformers import MistralConfig, MistralForCausalLM
 
-    from job.attention import register
+    from job.model.packed_attention import register
 
     register()
     config = MistralConfig(**shape, sliding_window=4096, attn_implementation=attention, use_cache=False)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from job.records import AttemptRecord
-from job.results import facts_of
+from job.runs.layout import facts_of
 
 MOST_ATTEMPTS = 40
 BETWEEN = "start-up"
@@ -47,10 +47,10 @@ def preload() -> None:
     """Imports what every attempt needs, before the first fork, without starting a thread."""
     import torch
 
-    import job.stage_train
+    import job.stages.train
 
     torch.set_num_threads(1)  # a pool of threads does not survive a fork
-    assert job.stage_train
+    assert job.stages.train
 
 
 def run_until_done(environment: Mapping[str, str], run: str, folder: Path, draw: random.Random, span: float) -> Outcome:
@@ -101,7 +101,7 @@ def start_attempt(environment: Mapping[str, str], log: Path) -> int:
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        from job.cli import main
+        from job.cli.main import main
 
         status = main(["run"])
     finally:

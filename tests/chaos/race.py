@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from job.errors import Replaced
-from job.results import facts_of
+from job.runs.layout import facts_of
 from tests.chaos.harness import preload, start_attempt
 from tests.chaos.small import settings
 

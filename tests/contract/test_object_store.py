@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from job.objects import Conflict, ObjectStore, TooLarge, check_key, open_store
+from job.storage.open import Conflict, ObjectStore, TooLarge, check_key, open_store
 from tests.s3_server import BUCKET, credentials, moto_server
 
 MIB = 1 << 20

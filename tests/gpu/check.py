@@ -19,17 +19,17 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
 
-from job.adapter import add_adapter, trainable
-from job.attention import Segment, _group_by_group, _varlen_kernel, build_layout
-from job.energy import open_meter, visible_gpus
-from job.estimate import Setup, training_memory
-from job.known import ARCHITECTURES
-from job.model import load_base, make_deterministic
-from job.recipe import Hooks, Recipe
+from job.evaluation.scoring import plan_rows, score_row, tokens_of
+from job.model.base import load_base, make_deterministic
+from job.model.lora import add_adapter, trainable
+from job.model.packed_attention import Segment, _group_by_group, _varlen_kernel, build_layout
+from job.planning.reference import ARCHITECTURES
+from job.planning.workload import count
 from job.records import Example, Question
-from job.scoring import plan_rows, score_row, tokens_of
-from job.train import train
-from job.workload import count
+from job.tracking.energy import open_meter, visible_gpus
+from job.training.config import Hooks, Recipe
+from job.training.memory_model import Setup, training_memory
+from job.training.trainer import train
 
 DEVICE = torch.device("cuda")
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -22,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from job.results import facts_of
+from job.runs.layout import facts_of
 from tests.bench.shapes import MISTRAL_7B, TINY
 
 ROOT = Path(__file__).parents[2]

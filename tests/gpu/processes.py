@@ -21,7 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from job.results import facts_of
+from job.runs.layout import facts_of
 
 ROOT = Path(__file__).parents[2]
 DEMO = {"JOB_PRESET": "demo", "JOB_RUN__SPOT_NOTICES": "off", "JOB_LOG__FORMAT": "json", "JOB_LOG__LEVEL": "warning"}

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from job.results import facts_of
+from job.runs.layout import facts_of
 from tests.image.engine import DOCKER, IMAGE, RUNS, Container, Engine, docker
 
 ROOT = Path(__file__).parents[2]

@@ -152,7 +152,7 @@ def artifacts(results: dict[str, Any]) -> dict[str, str]:
 
 def test_a_run_ends_with_a_valid_manifest(whole: Ended) -> None:
     """Exit 0; the manifest fits the shipped schema and says what was done, in which stages, at which cost."""
-    from job.manifest import validate
+    from job.results.manifest import validate
 
     results = whole.results
     validate(results)
@@ -216,8 +216,8 @@ def test_the_figures_follow_from_the_records(whole: Ended) -> None:
 def failures(run: Path, work: Path) -> str:
     """What `verify` finds, as it is told."""
     from job.errors import VerificationError
-    from job.published import open_run
-    from job.verify import demand, verify
+    from job.results.reader import open_run
+    from job.verification.verify import demand, verify
 
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()

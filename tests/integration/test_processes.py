@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from job.results import facts_of
+from job.runs.layout import facts_of
 from tests.forked import ROOT, Forks, Group, forks, free_port
 from tests.helpers import alpaca_rows, arc_rows, read_jsonl, write_jsonl
 

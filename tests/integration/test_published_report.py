@@ -18,9 +18,9 @@ from typing import Any
 import boto3
 import pytest
 
-from job.answers import changed
-from job.report import draw, read_evidence
-from job.results import CARD, REPORT
+from job.report.changed_answers import changed
+from job.report.report import draw, read_evidence
+from job.runs.layout import CARD, REPORT
 from tests import warm
 from tests.helpers import read_jsonl
 from tests.s3_server import BUCKET, CREDENTIALS, credentials, moto_server

@@ -18,10 +18,10 @@ from pathlib import Path
 import boto3
 import pytest
 
-from job.hashes import sealed
-from job.published import open_run
-from job.results import facts_of
-from job.verify import demand, verify
+from job.common.hashing import sealed
+from job.results.reader import open_run
+from job.runs.layout import facts_of
+from job.verification.verify import demand, verify
 from tests import warm
 from tests.chaos.small import settings
 from tests.flaky_proxy import flaky
@@ -108,10 +108,10 @@ def test_a_restart_needs_the_model_no_more(
 
 
 SLOW = """
-import time, job.pull, job.cli
-plain = job.pull.download_model
-job.pull.download_model = lambda *given: (time.sleep(60), plain(*given))[1]
-raise SystemExit(job.cli.main([]))
+import time, job.stages.pull, job.cli.main
+plain = job.stages.pull.download_model
+job.stages.pull.download_model = lambda *given: (time.sleep(60), plain(*given))[1]
+raise SystemExit(job.cli.main.main([]))
 """
 
 

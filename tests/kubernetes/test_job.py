@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from job.results import facts_of
+from job.runs.layout import facts_of
 from tests.kubernetes.cluster import Ended, Job, Pod
 from tests.kubernetes.manifests import Document, job_spec, overlay
 from tests.kubernetes.processes import Start, cold, warm

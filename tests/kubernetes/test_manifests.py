@@ -15,9 +15,9 @@ import kubernetes_validate
 import pytest
 
 from job.errors import exit_codes
-from job.groups import NAMES
-from job.settings import load_settings
-from job.sources import environment_name
+from job.settings.load import load_settings
+from job.settings.schema import NAMES
+from job.settings.sources import environment_name
 from tests.kubernetes.crds import CRDS
 from tests.kubernetes.manifests import (
     JOBS,

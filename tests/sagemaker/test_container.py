@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from job.hashes import hash_file
-from job.results import facts_of
+from job.common.hashing import hash_file
+from job.runs.layout import facts_of
 from tests.sagemaker.training_job import MARKS, ROOT, Ended, TrainingJob
 
 DEMO = ROOT / "job/demo"

@@ -25,8 +25,8 @@ from launch_request import ENVIRONMENT, HYPERPARAMETERS, Order, build, problems
 from moto import mock_aws
 
 from job.errors import exit_codes
-from job.groups import NAMES
-from job.settings import load_settings
+from job.settings.load import load_settings
+from job.settings.schema import NAMES
 from tests.s3_server import CREDENTIALS
 
 DIGEST = "sha256:" + "0" * 64

@@ -18,10 +18,10 @@ from launch_request import Order, build
 from moto import mock_aws
 from moto.core import set_initial_no_auth_action_count
 
-from job import s3
 from job.errors import AccessDenied, JobError
-from job.objects import open_store
-from job.store import MIB
+from job.storage import s3
+from job.storage.base import MIB
+from job.storage.open import open_store
 from tests.s3_server import CREDENTIALS
 from tests.sagemaker.template import BUCKET, MADE, TEMPLATE, Stack
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from job.settings import secrets
+from job.settings.load import secrets
 
 ROOT = Path(__file__).parents[2]
 SECRET = "a-secret-that-no-message-may-hold"

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
+from job.evaluation.statistics import Comparison, compare, holm
 from job.records import Artifact, AttemptRecord, DatasetRecord, ModelRecord, TrainingRecord
-from job.statistics import Comparison, compare, holm
 
 SCHEMA: dict[str, Any] = json.loads(files("job").joinpath("results.schema.json").read_text("utf-8"))
 VALIDATOR = Draft202012Validator(SCHEMA, format_checker=Draft202012Validator.FORMAT_CHECKER)

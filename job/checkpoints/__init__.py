@@ -1,0 +1,1 @@
+"""The durable state of training: written, committed, verified, restored."""

@@ -1,0 +1,170 @@
+"""What a checkpoint holds: adapter, optimizer, scheduler and progress on local disk, without a single pickle.
+
+Tensors lie in safetensors and everything else in JSON, so that restoring one can run nobody's code. Floats survive both
+exactly, which is what makes a resumed run the same run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter
+
+from job.checkpoints import optimizer_state
+from job.records import StepMetrics
+
+ADAPTER, OPTIMIZER, PROGRESS, METRICS = "adapter.safetensors", "optimizer.safetensors", "progress.json", "metrics.jsonl"
+TRAINER = "trainer_state.json"  # Trainer reads its step from it, under this name
+FILES = frozenset({ADAPTER, OPTIMIZER, PROGRESS, METRICS, TRAINER})
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Progress:
+    """What `progress.json` holds; `optimizer` is what `optimizer_states.split` leaves beside the tensors."""
+
+    step: int
+    optimizer: _PlainOptimizer
+    scheduler: dict[str, Any]
+    scaler: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class _PlainOptimizer:
+    state: dict[str, dict[str, Any]]
+    param_groups: list[dict[str, Any]]
+    tensors: list[str]
+
+
+@dataclass(frozen=True)
+class TrainerFiles:
+    """The live objects of a trainer that a checkpoint is written from and restored into."""
+
+    model: Any
+    optimizer: Any
+    scheduler: Any
+    scaler: Any
+    state: Any
+
+
+def write_state(folder: Path, files: TrainerFiles, history: Sequence[StepMetrics]) -> None:
+    """Writes the trainer's whole state into a new folder."""
+    from safetensors.torch import save_file
+
+    from job.model.lora import trainable
+
+    folder.mkdir(parents=True, exist_ok=True)
+    adapter = {name: parameter.detach().contiguous() for name, parameter in trainable(files.model).items()}
+    save_file(adapter, folder / ADAPTER)
+    tensors, plain = optimizer_state.split(files.optimizer.state_dict())
+    save_file(tensors, folder / OPTIMIZER)
+    progress = {
+        "step": files.state.global_step,
+        "optimizer": plain,
+        "scheduler": {key: value for key, value in files.scheduler.state_dict().items() if key != "lr_lambdas"},
+        "scaler": files.scaler.state_dict() if files.scaler is not None else None,
+    }
+    (folder / PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
+    files.state.save_to_json(str(folder / TRAINER))
+    write_metrics(folder / METRICS, history)
+
+
+def read_state(folder: Path, files: TrainerFiles) -> list[StepMetrics]:
+    """Restores what `write_state` wrote, bit by bit, into the trainer's live objects; returns the steps so far.
+
+    Raises:
+        ValueError: It is of another model; nothing was restored.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    from job.model.lora import trainable
+
+    saved = load_file(folder / ADAPTER)
+    parameters = trainable(files.model)
+    # Shapes too: copying would stretch a single number over a whole matrix.
+    if {name: tensor.shape for name, tensor in saved.items()} != {name: p.shape for name, p in parameters.items()}:
+        raise ValueError(f"the checkpoint in {folder} is not of this model")
+    progress = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+    tensors = load_file(folder / OPTIMIZER)
+    shapes = [parameter.shape for group in files.optimizer.param_groups for parameter in group["params"]]
+    optimizer_state.check_fit(tensors, progress["optimizer"], shapes)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(saved[name])
+    files.optimizer.load_state_dict(optimizer_state.join(tensors, progress["optimizer"]))
+    files.scheduler.load_state_dict({**progress["scheduler"], "lr_lambdas": [None] * len(files.scheduler.base_lrs)})
+    if files.scaler is not None and progress["scaler"] is not None:
+        files.scaler.load_state_dict(progress["scaler"])
+    return read_metrics(folder / METRICS)
+
+
+def validate_state(folder: Path, step: int) -> None:
+    """Checks a state that came from outside, without a model: `read_state` could read it, and it is of `step`.
+
+    Raises:
+        ValueError: What is wrong with it.
+    """
+    from transformers import TrainerState
+
+    if (names := {path.name for path in folder.iterdir()}) != FILES:
+        raise ValueError(f"its files are not those of a state: {', '.join(sorted(names ^ FILES))}")
+    _tensor_names(folder / ADAPTER)
+    progress = _parse_as(_Progress, folder / PROGRESS)
+    optimizer_state.check_places(_tensor_names(folder / OPTIMIZER), asdict(progress.optimizer))
+    _parse_as(dict[str, Any], folder / TRAINER)
+    _parse_as(list[StepMetrics], folder / METRICS)
+    try:
+        trainer = TrainerState.load_from_json(str(folder / TRAINER))
+        history = read_metrics(folder / METRICS)
+    except TypeError as error:
+        raise ValueError(f"{TRAINER} or {METRICS} has a field that is unknown: {error}") from None
+    if not progress.step == trainer.global_step == step:
+        raise ValueError(f"it is of step {progress.step}")
+    if [metrics.step for metrics in history] != list(range(1, step + 1)):
+        raise ValueError(f"its metrics are not those of the steps 1 to {step}")
+
+
+def _tensor_names(path: Path) -> list[str]:
+    """Reads the header of a safetensors file, which must describe the whole file.
+
+    Raises:
+        ValueError: It is none.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            return list(tensors.keys())
+    except SafetensorError as error:
+        raise ValueError(f"{path.name} is no safetensors file: {error}") from None
+
+
+def _parse_as(kind: type[T], path: Path) -> T:
+    """Reads a file of JSON, or of JSON lines.
+
+    Raises:
+        ValueError: It does not hold a `kind`.
+    """
+    data = path.read_bytes()
+    if path.suffix == ".jsonl":
+        data = b"[" + b",".join(data.splitlines()) + b"]"
+    try:
+        return TypeAdapter(kind).validate_json(data)
+    except ValueError as error:
+        raise ValueError(f"{path.name} cannot be read: {str(error)[:200]}") from None
+
+
+def write_metrics(path: Path, history: Sequence[StepMetrics]) -> None:
+    """One JSON line a step."""
+    path.write_text("".join(json.dumps(asdict(metrics)) + "\n" for metrics in history), encoding="utf-8")
+
+
+def read_metrics(path: Path) -> list[StepMetrics]:
+    """The inverse of `write_metrics`."""
+    return [StepMetrics(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]

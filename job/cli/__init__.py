@@ -1,0 +1,1 @@
+"""What a user types: the commands, and what they print."""

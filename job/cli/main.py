@@ -1,0 +1,266 @@
+"""The command line, and the one place where an exception becomes an exit code, a log line and a failure file."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from job import __version__, log
+from job.common import garbage_collection
+from job.distributed.ranks import VARIABLES, Place, find_machines, visible_gpu
+from job.errors import JobError
+from job.platforms.detect import Platform
+from job.platforms.sagemaker import lasts
+from job.settings.load import (
+    Settings,
+    current_place,
+    current_platform,
+    describe,
+    environment,
+    json_schema,
+    load_settings,
+    secrets,
+)
+
+USAGE = """\
+usage: qlora-job [run] [--GROUP.NAME VALUE ...]      the job (default)
+       qlora-job plan [--format json] [--GROUP.NAME VALUE ...]
+                                                     what would go wrong, and what the run takes; needs no GPU
+       qlora-job config [--GROUP.NAME VALUE ...]     the effective settings and where each came from
+       qlora-job config --schema                     JSON Schema of all settings
+       qlora-job report RESULTS [--output FILE]      the HTML report again, of a finished run (path or s3://)
+       qlora-job verify RESULTS [--format FORMAT]    check every hash and figure of a published run: table or json
+       qlora-job compare A B [--format FORMAT]       two runs, paired by question: table, json or markdown
+               [--gate] [--metric METRIC] [--min-delta X] [--max-regression X]     exit 3 if B does not pass
+       qlora-job selftest                            kill and resume here, and compare bit by bit
+
+Settings come from the command line, JOB_GROUP__NAME in the environment, SageMaker's hyperparameters.json, the file
+in JOB_CONFIG, the preset (--preset), and the defaults, in this order. `qlora-job config` lists them all.
+Try it without a GPU or a network: qlora-job run --preset demo
+
+exit codes: 0 done; 1 a bug; 2 settings; 3 gate not met; 4 results do not verify; 65 data;
+            69 storage or hub unreachable (retry); 75 preempted (retry); 76 replaced by another attempt;
+            77 access denied
+"""
+
+FAILURE_CHARACTERS = 1024
+TERMINATION_BYTES = 4096
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    platform = current_platform()
+    # Until the settings say otherwise: what is wrong with them is a line of the log too.
+    log.configure("auto", "info", secrets())
+    try:
+        return _dispatch(words)
+    except Exception as error:  # noqa: BLE001 - this is the one handler
+        return _report(error, platform)
+
+
+def _dispatch(words: list[str]) -> int:
+    if words and words[0] in {"-h", "--help", "help"}:
+        sys.stdout.write(USAGE)
+        return 0
+    if words and words[0] == "--version":
+        sys.stdout.write(f"qlora-job {__version__}\n")
+        return 0
+    command = words.pop(0) if words and words[0] in COMMANDS else "run"
+    return COMMANDS[command](words)
+
+
+def _run(words: list[str]) -> int:
+    settings = load_settings(words)
+    place = current_place()
+    _configure_log(settings, place)
+    _tell_libraries(find_machines(current_platform()).interface)
+    if settings.run.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for libraries that would use a GPU because it is there
+    from job.runs.fault_injection import parse
+
+    faults = parse(settings.fault or "")
+    if place is None and (code := _launch(settings, words)) is not None:
+        return code
+    _show_one(place)
+    from job.common.resources import check_shared_memory
+    from job.distributed.rendezvous import join
+    from job.preemption.spot_notices import watch_notices
+    from job.preemption.stop_flag import stop_on_signals
+    from job.preemption.watchdog import watch
+
+    platform = current_platform()
+    first = place is None or place.local_rank == 0
+    if place is not None and first:
+        check_shared_memory(place.local_world_size)
+    if platform.name == "sagemaker" and first and not lasts(settings.run.output, platform.inputs):
+        log.get_logger().warning(
+            "nothing copies this run away, an interruption loses it; give JOB_RUN__OUTPUT=s3://... or CheckpointConfig",
+            output=settings.run.output,
+        )
+    run, stall = settings.run, settings.train.stall_seconds
+    with (
+        stop_on_signals(run.grace_seconds) as stop,
+        watch_notices(stop, run.spot_notices if first else "off"),
+        watch(stall, lambda message: _leave_everywhere(platform, message)) as beat,
+        join(place, run.id, stop=stop, beat=beat, patience=stall, grace_seconds=run.grace_seconds) as processes,
+    ):
+        from job.pipeline import run as run_job
+
+        run_job(settings, stop, beat, faults, delivery=platform.delivery, processes=processes)
+    return 0
+
+
+def _launch(settings: Settings, words: list[str]) -> int | None:
+    """Starts this machine's processes and returns what became of them; None where one is enough: this one."""
+    from job.distributed.launcher import Machine, check_signals, count_processes, launch, noted_signals, worker_command
+
+    run = settings.run
+    with noted_signals() as received:
+        processes = count_processes(run.processes)
+        if processes * run.nodes == 1:
+            check_signals(received)
+            return None
+        from job.pipeline import finished
+
+        delivery = current_platform().delivery if run.node_rank == 0 else None
+        if finished(settings, delivery) is not None:  # the other machines may be gone for good
+            return 0
+        # An Indexed Job may number runs that have nothing to do with each other.
+        machine = Machine(processes, run.nodes, run.node_rank, run.rendezvous) if run.nodes > 1 else Machine(processes)
+        command, grace = worker_command(words), run.grace_seconds
+        garbage_collection.take_up()  # it has a long wait before it
+        return launch(command, machine, received, run=run.id, environ=environment(), grace_seconds=grace)
+
+
+def _configure_log(settings: Settings, place: Place | None) -> None:
+    """Of several processes each says which it is, and all but the first say only what is out of the ordinary."""
+    several = place is not None and place.world_size > 1
+    context = {"process": place.rank} if place is not None and several else {}
+    quiet = bool(context.get("process")) and settings.log.level == "info"
+    level = "warning" if quiet else settings.log.level
+    log.configure(settings.log.format, level, secrets(), run=settings.run.id, **context)
+
+
+def _tell_libraries(interface: str | None) -> None:
+    """Settings that libraries read when they are imported, where the user has not made them."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # cuBLAS reads it when CUDA starts; without it the same run gives other bits.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # What torch's C++ warns of, such as an address of several that does not answer, would lie between lines of JSON.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if interface is not None:
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+
+
+def _show_one(place: Place | None) -> None:
+    """Makes the libraries see a single process with a single GPU: what is common to several is the job's."""
+    environ = environment()
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpu(environ, place.local_rank if place else 0)
+    for name in VARIABLES:
+        if name in environ:
+            del os.environ[name]
+
+
+def _config(words: list[str]) -> int:
+    if "--schema" in words:
+        sys.stdout.write(json.dumps(json_schema(), indent=2) + "\n")
+        return 0
+    rows = [(name, json.dumps(value), source) for name, value, source in describe(load_settings(words))]
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    for name, value, source in rows:
+        sys.stdout.write(f"{name:<{widths[0]}}  {value:<{min(widths[1], 60)}}  {source}\n")
+    return 0
+
+
+def _plan(words: list[str]) -> int:
+    _tell_libraries(None)
+    with log.hush():
+        from job.planning.plan_text import plan_command
+
+    return plan_command(words)
+
+
+def _selftest(_words: list[str]) -> int:
+    from job.cli.selftest import selftest
+
+    for line in selftest(environment()):
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+    return 0
+
+
+def _draw_report(words: list[str]) -> int:
+    from job.cli.redraw import report_command
+
+    return report_command(words)
+
+
+def _verify(words: list[str]) -> int:
+    from job.cli.runs import verify_command
+
+    return verify_command(words)
+
+
+def _compare(words: list[str]) -> int:
+    from job.cli.runs import compare_command
+
+    return compare_command(words)
+
+
+COMMANDS = {
+    "run": _run,
+    "train": _run,
+    "plan": _plan,
+    "config": _config,
+    "verify": _verify,
+    "compare": _compare,
+    "report": _draw_report,
+    "selftest": _selftest,
+}
+"""`train` is what SageMaker calls a training image with."""
+
+
+def _report(error: Exception, platform: Platform) -> int:
+    """Says what went wrong, where the platform looks for it, and returns the exit code."""
+    code = error.exit_code if isinstance(error, JobError) else JobError.exit_code
+    text = log.scrub(str(error) or type(error).__name__, secrets())
+    logger = log.get_logger()
+    if isinstance(error, JobError) and error.reported:
+        logger.info("ends with the others", exit_code=code, **_details(error))
+    elif isinstance(error, JobError):
+        logger.error(type(error).__name__, exit_code=code, meaning=error.meaning, **_details(error))
+    else:
+        logger.error("a bug: please report it with this traceback", exit_code=code, exc_info=error)
+    message = f"{type(error).__name__} (exit code {code}): {text}"
+    _leave_everywhere(platform, message)
+    return code
+
+
+def _leave_everywhere(platform: Platform, message: str) -> None:
+    """Writes last words to wherever the platform looks for them."""
+    _leave(platform.failure_file, message[:FAILURE_CHARACTERS])
+    _leave(platform.termination_log, message.encode()[:TERMINATION_BYTES].decode(errors="ignore"))
+
+
+def _details(error: JobError) -> dict[str, Any]:
+    """What the log line says beside the kind of error."""
+    problems = getattr(error, "problems", None)
+    if problems is None:
+        return {"why": str(error)}
+    return {"problems": [str(problem) for problem in problems], "total": getattr(error, "total", len(problems))}
+
+
+def _leave(path: Any, message: str) -> None:
+    """Writes the platform's failure file; a platform that does not take it must not hide the error itself."""
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(message, encoding="utf-8")
+    except OSError as error:
+        log.get_logger().warning("the platform's failure file cannot be written", path=str(path), why=str(error))

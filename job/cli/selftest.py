@@ -1,0 +1,90 @@
+"""`selftest`: on this machine, kill a run, let it resume, and compare it bit by bit with one that nobody disturbed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from job.errors import JobError
+from job.runs.layout import facts_of
+
+FAULTS = "kill@stage=evaluate-base,kill@step=7,sigterm@step=12,kill@upload=4,kill@stage=evaluate-adapter"
+MOST_ATTEMPTS = 12
+
+# The demo, shortened, in the precision and with the kernels that this machine would use for any other model.
+SETTINGS = {
+    "JOB_PRESET": "demo",
+    "JOB_MODEL__DTYPE": "auto",
+    "JOB_LORA__DROPOUT": "0.1",
+    "JOB_RUN__PROCESSES": "1",
+    "JOB_TRAIN__MAX_STEPS": "20",
+    "JOB_CHECKPOINT__EVERY_STEPS": "5",
+    "JOB_EVAL__LIMIT": "100",
+    "JOB_LOG__FORMAT": "json",
+    "JOB_LOG__LEVEL": "error",
+}
+
+
+@dataclass(frozen=True)
+class Ended:
+    """One process of a run: its exit code (negative: the signal that killed it) and the last step it had saved."""
+
+    code: int
+    saved: int
+
+
+def selftest(environ: Mapping[str, str]) -> Iterator[str]:
+    """Yields what it does, line by line, for a person.
+
+    Args:
+        environ: The environment of the runs; settings in it are left out, a SageMaker job's too.
+
+    Raises:
+        JobError: The runs differ, or one of them does not end.
+    """
+    kept = {name: value for name, value in environ.items() if not name.startswith(("JOB_", "TRAINING_JOB_"))}
+    clean = kept | SETTINGS
+    with tempfile.TemporaryDirectory(prefix="qlora-job-selftest-") as folder:
+        yield "a run that nobody disturbs ..."
+        whole, _ = _run_until_done(clean, Path(folder) / "whole")
+        yield f"the same run with {FAULTS} ..."
+        resumed, ends = _run_until_done(clean | {"JOB_FAULT": FAULTS}, Path(folder) / "killed")
+        for number, end in enumerate(ends, start=1):
+            how = f"killed by signal {-end.code}" if end.code < 0 else f"exit code {end.code}"
+            yield f"  attempt {number}: {how}, newest checkpoint at step {end.saved}"
+    expected, found = facts_of(whole), facts_of(resumed)
+    wrong = sorted(path for path in expected.keys() | found.keys() if expected.get(path) != found.get(path))
+    for path in sorted(expected):
+        yield f"  {'differs' if path in wrong else 'same   '}  {expected[path][:12]}  {path}"
+    if wrong:
+        raise JobError(f"the killed run differs from the whole one in {', '.join(wrong)}")
+    yield f"identical: {len(expected)} artefacts after {len(ends)} attempts"
+
+
+def _run_until_done(environ: Mapping[str, str], output: Path) -> tuple[dict[str, Any], list[Ended]]:
+    """Starts the job again and again until it is done; returns its manifest and how its processes ended."""
+    settings = {"JOB_RUN__ID": "selftest", "JOB_RUN__OUTPUT": str(output)}
+    ends: list[Ended] = []
+    while not ends or ends[-1].code != 0:
+        if len(ends) == MOST_ATTEMPTS:
+            raise JobError(f"the run was not done after {MOST_ATTEMPTS} attempts")
+        done = subprocess.run(
+            [sys.executable, "-m", "job", "run"],
+            env={**environ, **settings},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        saved = [int(path.parent.name.removeprefix("step-")) for path in output.rglob("COMMITTED.json")]
+        ends.append(Ended(done.returncode, max(saved, default=0)))
+        if done.returncode > 0 and done.returncode != os.EX_TEMPFAIL:
+            raise JobError(f"a run ended with exit code {done.returncode}:\n{done.stderr[-2000:]}")
+    results: dict[str, Any] = json.loads((output / "selftest/results.json").read_text(encoding="utf-8"))
+    return results, ends

@@ -1,0 +1,101 @@
+"""Hashes of files, and seals: how a file that nothing else vouches for vouches for itself.
+
+A seal finds damage. It is no signature: whoever can write the file can seal it again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+_AT_ONCE = 8
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_files(paths: Sequence[Path]) -> list[str]:
+    """SHA-256 of each file, several at a time: gigabytes of shards are read no slower than the disk gives them."""
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return list(pool.map(hash_file, paths))
+
+
+def code_hashes(*modules: str) -> list[str]:
+    """SHA-256 of each module's source file, found by the module's full name, without importing it.
+
+    Raises:
+        ModuleNotFoundError: There is no such module.
+    """
+    hashes = []
+    for name in modules:
+        spec = find_spec(name)
+        if spec is None or spec.origin is None:
+            raise ModuleNotFoundError(name)
+        hashes.append(hash_file(Path(spec.origin)))
+    return hashes
+
+
+def hash_facts(path: Path) -> str:
+    """SHA-256 of a file of JSON lines without their `measured` part, which no two runs share.
+
+    Raises:
+        ValueError: A line is no JSON object.
+    """
+    total = hashlib.sha256()
+    for line in path.read_text(encoding="utf-8").splitlines():
+        facts = facts_of_line(line)
+        total.update(json.dumps(facts, sort_keys=True).encode() + b"\n")
+    return total.hexdigest()
+
+
+def facts_of_line(line: str | bytes) -> dict[str, Any]:
+    """A line of metrics without what a clock or a meter said.
+
+    Raises:
+        ValueError: It is no JSON object.
+    """
+    try:
+        facts = json.loads(line)
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
+    if not isinstance(facts, dict):
+        raise ValueError("the line is no JSON object")  # noqa: TRY004 - it is what a file holds, not what a caller gave
+    facts.pop("measured", None)
+    return facts
+
+
+def seal(facts: Mapping[str, Any]) -> str:
+    """SHA-256 of JSON-able facts, whatever their layout as text; a `seal` among them does not count."""
+    content = {key: value for key, value in facts.items() if key != "seal"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def sealed(facts: Mapping[str, Any]) -> bytes:
+    """The facts as a file of JSON with their seal at its end, in place of an older one."""
+    content = {key: value for key, value in facts.items() if key != "seal"}
+    return json.dumps({**content, "seal": seal(content)}, indent=2, allow_nan=False).encode()
+
+
+def unsealed(data: bytes) -> dict[str, Any]:
+    """The facts that `sealed` wrote, without the seal.
+
+    Raises:
+        ValueError: The file is another than `sealed` wrote, be it by a single byte.
+    """
+    try:
+        facts = json.loads(data)
+        whole = isinstance(facts, dict) and "seal" in facts and sealed(facts) == data
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is no sealed JSON: {str(error)[:200]}") from None
+    if not whole:
+        raise ValueError("was altered: its seal is not that of its content")
+    facts.pop("seal")
+    return dict(facts)

@@ -1,0 +1,1 @@
+"""From files to tokens: rows, schemas, tokenization, and which examples a step trains on."""

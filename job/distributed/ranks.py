@@ -1,0 +1,141 @@
+"""Which process of how many this one is, and how many machines there are: read from torchrun's variables and platforms.
+
+torchrun's variables are a contract that others keep as well: whoever sets them starts the processes. Where they are
+missing the job starts its own (`launcher`), which then find them set.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from job.platforms.detect import Platform
+
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+PORT = 29400
+"""Where the first machine listens, if nobody says otherwise; torchrun's own default."""
+
+_MOST_PROCESSES, _MOST_PORT = 1_000_000, 65_535
+_NUMBER = re.compile(r"[0-9]{1,7}", re.ASCII)
+_MAX_FILE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Place:
+    """One process among those of the run. Ranks count from 0; process 0 leads.
+
+    Attributes:
+        rank: Among all.
+        world_size: How many there are.
+        local_rank: Among those of this machine, whose ranks follow each other.
+        local_world_size: How many there are on this machine.
+        host: Where the store lies that they tell each other things through.
+        port: The store's port.
+        hosted: Whether somebody else (the launcher) hosts the store; otherwise process 0 does.
+        restart: How often the launcher has started them again; torchrun keeps its store over restarts.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    host: str = ""
+    port: int = 0
+    hosted: bool = False
+    restart: int = 0
+
+    @property
+    def first_of_machine(self) -> int:
+        """Rank of the first process on this machine."""
+        return self.rank - self.local_rank
+
+
+def find_place(environ: Mapping[str, str]) -> Place | None:
+    """The place that torchrun's variables give this process; None if there are none. They must be without faults."""
+    if not _is_placed(environ):
+        return None
+    number = {name: int(environ.get(name) or 1) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
+    return Place(
+        rank=int(environ["RANK"]),
+        world_size=number["WORLD_SIZE"],
+        local_rank=int(environ["LOCAL_RANK"]),
+        local_world_size=number["LOCAL_WORLD_SIZE"],
+        host=environ.get("MASTER_ADDR", ""),
+        port=int(environ.get("MASTER_PORT") or 0),
+        hosted=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        restart=int(environ.get("TORCHELASTIC_RESTART_COUNT") or 0),
+    )
+
+
+def find_faults(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """What is wrong with torchrun's variables: their names, and what is wrong with each."""
+    if not _is_placed(environ):
+        return
+    wrong = {name: what for name in VARIABLES if (what := _fault(name, environ))}
+    yield from wrong.items()
+    for rank, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        if not wrong and environ.get(size) and int(environ[rank]) >= int(environ[size]):
+            yield rank, f"counts from 0, so it must be less than {size}; torchrun sets both"
+
+
+def _fault(name: str, environ: Mapping[str, str]) -> str | None:
+    """What is wrong with one of the variables alone."""
+    text = environ.get(name, "")
+    if not text:
+        needed = not (name == "LOCAL_WORLD_SIZE" or (name.startswith("MASTER") and environ.get("WORLD_SIZE") == "1"))
+        missing = "is missing beside torchrun's other variables; start with torchrun, or unset them all"
+        return missing if needed else None
+    least, most = 0 if name.endswith("RANK") else 1, _MOST_PORT if name == "MASTER_PORT" else _MOST_PROCESSES
+    if name == "MASTER_ADDR" or (_NUMBER.fullmatch(text) and least <= int(text) <= most):
+        return None
+    return f"must be a number from {least} to {most}; torchrun sets it"
+
+
+def _is_placed(environ: Mapping[str, str]) -> bool:
+    return bool(environ.get("RANK") or environ.get("LOCAL_RANK") or environ.get("WORLD_SIZE", "1") not in {"", "1"})
+
+
+def visible_gpu(environ: Mapping[str, str], local_rank: int) -> str:
+    """What CUDA_VISIBLE_DEVICES has to be for the process to see one GPU only: its own of those that the machine shows.
+
+    A process that sees several may be given work for all of them by a library that means well.
+    """
+    shown = environ.get("CUDA_VISIBLE_DEVICES")
+    if shown is None:
+        return str(local_rank)
+    names = [name.strip() for name in shown.split(",")]
+    return names[local_rank] if local_rank < len(names) else ""
+
+
+@dataclass(frozen=True)
+class Machines:
+    """The machines of a run as the platform tells: settings by dotted name, and the interface between them.
+
+    `fault` says what is wrong with the platform's file.
+    """
+
+    settings: Mapping[str, object]
+    interface: str | None = None
+    fault: str | None = None
+
+
+def find_machines(platform: Platform) -> Machines:
+    """Asks the platform: SageMaker lists its hosts in a file, an Indexed Job of Kubernetes numbers its pods."""
+    if platform.completion_index is not None:
+        return Machines({"run.node_rank": platform.completion_index})
+    if platform.resources is None or not platform.resources.is_file():
+        return Machines({})
+    try:
+        with platform.resources.open("rb") as file:
+            config = json.loads(file.read(_MAX_FILE_BYTES))
+        hosts = sorted(map(str, config["hosts"]))  # not in the same order everywhere
+        rank = hosts.index(str(config["current_host"]))
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return Machines({}, fault="names no hosts and current_host among them; SageMaker writes it")
+    if len(hosts) == 1:
+        return Machines({})
+    settings = {"run.nodes": len(hosts), "run.node_rank": rank, "run.rendezvous": f"{hosts[0]}:{PORT}"}
+    interface = config.get("network_interface_name")
+    return Machines(settings, interface if isinstance(interface, str) and interface else None)

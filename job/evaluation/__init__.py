@@ -1,0 +1,1 @@
+"""Tasks of lm-eval, scoring, one record per question, paired statistics."""

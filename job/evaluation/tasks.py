@@ -1,0 +1,240 @@
+"""lm-eval's tasks: found, loaded with the user's own questions where there are any, and looked through."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from job.data.formats import Fault, Row, find_file, read_rows
+from job.errors import DataError, Problem, SettingsError
+from job.storage.hub import hub_errors
+
+MULTIPLE_CHOICE = "multiple_choice"
+
+
+@contextmanager
+def compiled_once() -> Iterator[None]:
+    """Within it each template of a task is compiled once.
+
+    lm-eval compiles it anew for every use, eight times a question: 8 of 32 ms a question on a CPU.
+    """
+    from lm_eval.utils import env
+
+    if "from_string" in vars(env):  # within itself
+        yield
+        return
+    env.from_string = cache(env.from_string)
+    try:
+        yield
+    finally:
+        del env.from_string  # what is left is the class's own
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """The loaded tasks, and for each where its questions come from."""
+
+    loaded: Any
+    sources: Mapping[str, str]
+
+    def questions(self, limit: int | None) -> dict[str, list[tuple[str, str]]]:
+        """By task: id and `doc_hash` of each question, as its record is going to have them."""
+        from lm_eval.utils import handle_non_serializable, hash_string
+
+        def row(doc: Any) -> str:
+            return json.dumps(doc, indent=2, default=handle_non_serializable, ensure_ascii=False)
+
+        return {
+            name: [
+                (question_id(doc, number), hash_string(row(doc)))
+                for number, doc in enumerate(islice(task.eval_docs, limit))
+            ]
+            for name, task in self.loaded["tasks"].items()
+        }
+
+    def fingerprints(self) -> dict[str, str]:
+        """SHA-256 of each task's questions, as they came."""
+        return {
+            name: hashlib.sha256(
+                "\n".join(json.dumps(doc, sort_keys=True, default=str) for doc in task.eval_docs).encode()
+            ).hexdigest()
+            for name, task in self.loaded["tasks"].items()
+        }
+
+
+@compiled_once()
+def load_tasks(names: Sequence[str], data: Mapping[str, Path], sources: Mapping[str, str]) -> Tasks:
+    """Loads lm-eval's tasks, from a local file in the task's own schema where one is given.
+
+    Args:
+        names: Tasks or groups of lm-eval that ask multiple-choice questions.
+        data: Local file of a task's questions, by task.
+        sources: What to call that file in messages and in the manifest, by task.
+
+    Raises:
+        SettingsError: A task is unknown, or does not ask multiple-choice questions with one accuracy.
+        DataError: A file does not fit its task.
+        Unreachable: A task's questions have to come from the hub, and it did not answer.
+    """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    manager = _index([*names, *data])
+    _check_names(manager.task_index, names, data)
+    rows = {name: _read_questions(data[name], sources[name]) for name in names if name in data}
+    local = {name: _with_rows(manager, name, rows[name], sources[name]) for name in rows}
+    with hub_errors(f"questions of {', '.join(name for name in names if name not in local)}"):
+        loaded = manager.load([local.get(name, name) for name in names])
+    tasks = loaded["tasks"]
+    if wrong := [problem for name, task in tasks.items() if (problem := _unfit(name, task))]:
+        raise SettingsError(wrong)
+    if few := [
+        Problem(sources[name], "holds one question; a comparison needs two") for name in rows if not rows[name][1:]
+    ]:
+        raise DataError(few)
+    if misfits := [problem for name in rows for problem in _misfits(tasks[name], rows[name], sources[name])]:
+        raise DataError(misfits)
+    return Tasks(loaded, {name: sources.get(name, str(task.config.dataset_path)) for name, task in tasks.items()})
+
+
+def check_tasks(names: Sequence[str], data: Iterable[str]) -> None:
+    """Refuses tasks that are unknown or cannot be evaluated, without fetching anything.
+
+    Args:
+        names: Tasks or groups of lm-eval.
+        data: Tasks that the user has files of questions for.
+
+    Raises:
+        SettingsError: With all that is wrong.
+    """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    _check_names(_index([*names, *data]).task_index, names, data)
+
+
+@compiled_once()
+def count_questions(tasks: Tasks, tokenizer: Any, limit: int | None) -> tuple[int, int, int]:
+    """How many questions there are, the tokens they take in flat rows, and how many of these give a score."""
+    total = tokens = reads = 0
+    for task in tasks.loaded["tasks"].values():
+        for doc in islice(task.eval_docs, limit):
+            choices = [
+                len(tokenizer.encode(f" {choice}", add_special_tokens=False)) for choice in task.doc_to_choice(doc)
+            ]
+            context = len(tokenizer.encode(str(task.doc_to_text(doc))))
+            if not context or 0 in choices:
+                raise DataError(
+                    [Problem(f"question {question_id(doc, total)}", "the tokenizer makes no tokens of a part of it")]
+                )
+            total += 1
+            tokens += context + sum(choices) - len(choices)
+            reads += sum(choices)
+    return total, tokens, reads
+
+
+def _index(names: Sequence[str]) -> Any:
+    """lm-eval's index of tasks, of the folders only whose files are named like the tasks where that is enough.
+
+    Reading all 14,000 files takes it six seconds, which every restart would pay.
+    """
+    from lm_eval import tasks
+
+    root = Path(tasks.__file__).parent
+    folders = sorted({file.parent for file in root.rglob("*.yaml") if file.stem in names})
+    manager = tasks.TaskManager(include_path=folders, include_defaults=False)
+    found = (manager.task_index.get(name) for name in names)
+    return manager if all(entry and entry.kind.name == "TASK" for entry in found) else tasks.TaskManager()
+
+
+def _check_names(index: Mapping[str, Any], names: Sequence[str], data: Iterable[str]) -> None:
+    """Refuses, before anything is downloaded, what is unknown or cannot be evaluated."""
+    problems = []
+    for name in dict.fromkeys([*names, *data]):
+        if name not in index:
+            near = get_close_matches(name, index, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            problems.append(Problem("eval.tasks", f"lm-eval has no task {name!r}{hint}"))
+        elif (index[name].cfg or {}).get("output_type", MULTIPLE_CHOICE) != MULTIPLE_CHOICE:
+            problems.append(Problem("eval.tasks", f"{name} does not ask multiple-choice questions"))
+        elif name in data and index[name].kind.name != "TASK":
+            problems.append(Problem("eval.data", f"{name} is not one task; give a file for each of its tasks"))
+    if problems:
+        raise SettingsError(problems)
+
+
+def _unfit(name: str, task: Any) -> Problem | None:
+    """Why a loaded task cannot be compared question by question."""
+    if task.OUTPUT_TYPE != MULTIPLE_CHOICE:
+        return Problem("eval.tasks", f"{name} does not ask multiple-choice questions")
+    if "acc" not in {metric["metric"] for metric in task.config.metric_list or []}:
+        return Problem("eval.tasks", f"{name} has no accuracy (acc); choose a task that has")
+    return None
+
+
+def _read_questions(path: Path, name: str) -> list[Row]:
+    """All rows of a file of questions; a row that cannot be read is an error."""
+    rows = list(read_rows(find_file(str(path)), name))
+    faults = [Problem(row.where, row.what) for row in rows if isinstance(row, Fault)]
+    if faults or not rows:
+        raise DataError(faults or [Problem(name, "holds no questions")])
+    return [row for row in rows if isinstance(row, Row)]
+
+
+def _with_rows(manager: Any, name: str, rows: Sequence[Row], source: str) -> Any:
+    """The task of lm-eval, its questions replaced by `rows`."""
+    from datasets import Dataset
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    try:
+        questions = Dataset.from_list([row.fields for row in rows])
+    except (TypeError, ValueError, OverflowError) as error:
+        raise DataError([Problem(source, f"its rows do not have fields of the same types: {error}")]) from error
+    config = load_yaml(manager.task_index[name].yaml_path, resolve_func=True)
+    split = config.get("test_split") or config.get("validation_split")
+    unused = dict.fromkeys(("training_split", "fewshot_split", "validation_split"))
+    config |= {**unused, "test_split": split, "custom_dataset": lambda **_: {split: questions}}
+    try:
+        return manager.load([config])["tasks"][name]
+    except Exception as error:  # a task tries its templates on the first row, and these raise whatever they like
+        raise DataError([_misfit(rows[0].where, name, error)]) from error
+
+
+def _misfit(where: str, name: str, error: Exception) -> Problem:
+    return Problem(where, f"does not fit the task {name}: {type(error).__name__}: {error}")
+
+
+def _misfits(task: Any, rows: Sequence[Row], source: str) -> Iterator[Problem]:
+    """Rows that the task cannot make a question of."""
+    docs = list(task.eval_docs)
+    # a task may leave rows out, and then it is not known which
+    places = (
+        [row.where for row in rows]
+        if len(docs) == len(rows)
+        else [f"{source}:question {n + 1}" for n in range(len(docs))]
+    )
+    for where, doc in zip(places, docs, strict=True):
+        # Rows that lack a field of the first row hold a null there, which a template would write out as "None".
+        given = {field: value for field, value in doc.items() if value is not None}
+        try:
+            text, choices, target = task.doc_to_text(given), task.doc_to_choice(given), task.doc_to_target(given)
+            gold = text if task.multiple_input else target
+            golds = [
+                choices.index(g) if isinstance(g, str) else int(g) for g in (gold if isinstance(gold, list) else [gold])
+            ]
+            fits = text != "" and all(choices) and golds and all(0 <= g < len(choices) for g in golds)
+        except Exception as error:  # noqa: BLE001 - templates and code of a task raise whatever they like
+            yield _misfit(where, task.task_name, error)
+        else:
+            if not fits:
+                yield Problem(where, f"has no question, an empty choice, or no right one for {task.task_name}")
+
+
+def question_id(doc: Mapping[str, Any], number: int) -> str:
+    """The row's own id, else its number."""
+    return str(doc.get("id", number))

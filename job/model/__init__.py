@@ -1,0 +1,1 @@
+"""The model: base weights, LoRA adapter, packed attention."""

@@ -1,0 +1,1 @@
+"""Fused LoRA layers: forward and backward passes in fewer kernels and with less memory."""

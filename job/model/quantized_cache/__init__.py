@@ -1,0 +1,1 @@
+"""Quantized base weights, kept so that a restart need not quantize again."""

@@ -1,0 +1,150 @@
+"""The quantized base is kept, so that a start loads 4 GB instead of quantizing 14: found here or in a store, and kept.
+
+A run notes which base it began with, and its later attempts take that one or none: the same key does not prove the same
+bits. Whatever cannot be kept, found or used costs a warning and the way without it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from job.common.hashing import hash_files, sealed
+from job.common.resources import check_disk, required_bytes
+from job.errors import JobError, Preempted, Replaced
+from job.model.base import load_tokenizer
+from job.model.quantized_cache.layout import (
+    INDEX,
+    MERGES,
+    File,
+    KeptBase,
+    Shelf,
+    is_wanted,
+    key_of,
+    new_folder,
+    on_shelf,
+    parse_index,
+    verify,
+    warn,
+)
+from job.storage.base import ObjectStore, TooLarge
+from job.storage.hub import SMALL_FILES
+
+SHARD = "256MB"
+"""Of weights: what an upload may have in its hands when the job has to end."""
+
+
+def find(shelf: Shelf, alive: Callable[[], None]) -> Path | None:
+    """The folder of a kept base, every byte of it verified: one that lies here, else one from the store.
+
+    Args:
+        shelf: Where to look.
+        alive: Called between two files; may raise what ends the job.
+    """
+    if shelf.folder.is_dir():
+        try:
+            verify(shelf.folder, parse_index(data := (shelf.folder / INDEX).read_bytes()))
+            if is_wanted(shelf, data):
+                return shelf.folder
+        except (OSError, ValueError) as error:
+            warn("is damaged, and is made again", shelf.folder, error)
+            shutil.rmtree(shelf.folder, ignore_errors=True)
+        if shelf.folder.exists():  # another run's, or one that cannot be removed
+            return None
+    if shelf.store is None:
+        return None
+    try:
+        return _fetch(shelf, shelf.store, alive)
+    except (_Damaged, TooLarge) as error:
+        warn("is damaged, and is made again", f"{shelf.store.uri}/{key_of(shelf, INDEX)}", error)
+        for key in getattr(error, "keys", ()):
+            with suppress(JobError, OSError, ValueError):
+                shelf.store.delete(key)  # proved wrong: it does nobody any good
+    except (Preempted, Replaced):
+        raise
+    except (OSError, JobError) as error:  # of this machine's disk, or of a store that may refuse what is beside the run
+        warn("cannot be fetched", shelf.folder, error)
+    return None
+
+
+class _Damaged(Exception):
+    """What the store has is not a whole base; `keys` are those of objects whose bytes were seen to be wrong."""
+
+    def __init__(self, why: str, keys: Sequence[str] = ()) -> None:
+        super().__init__(why)
+        self.keys = keys
+
+
+def _fetch(shelf: Shelf, store: ObjectStore, alive: Callable[[], None]) -> Path | None:
+    """Brings the base here, verified before it takes its place."""
+    if (stored := store.read(key_of(shelf, INDEX))) is None:
+        return None
+    if not is_wanted(shelf, stored.data):
+        raise _Damaged("it is another than the run began with")
+    try:
+        index = parse_index(stored.data)
+    except ValueError as error:
+        raise _Damaged(str(error), [key_of(shelf, INDEX)]) from error
+    sizes = {info.key: info.bytes for info in store.list(key_of(shelf, ""))}
+    for name, file in index.items():
+        if sizes.get(key_of(shelf, f"{file.sha256}/{name}")) != file.bytes:
+            raise _Damaged(f"{name} is missing, or not in its size")
+    check_disk(shelf.folder, required_bytes(file.bytes for file in index.values()))
+    with new_folder(shelf.folder) as folder:
+        for name, file in index.items():
+            alive()
+            store.download(key_of(shelf, f"{file.sha256}/{name}"), folder / name, max_bytes=file.bytes)
+        hashes = zip(index.items(), hash_files([folder / name for name in index]), strict=True)
+        if wrong := [key_of(shelf, f"{file.sha256}/{name}") for (name, file), sha in hashes if sha != file.sha256]:
+            raise _Damaged(f"other bytes than they should be: {', '.join(wrong)}", wrong)
+        (folder / INDEX).write_bytes(stored.data)
+    return shelf.folder if on_shelf(shelf).index_sha256 == hashlib.sha256(stored.data).hexdigest() else None
+
+
+def keep(model: Any, source: Path, shelf: Shelf) -> KeptBase:
+    """Saves a freshly quantized base with its tokenizer; where that is not possible, says so and goes on.
+
+    Args:
+        model: transformers' model, quantized, nothing added to it yet.
+        source: The folder it came from.
+        shelf: Where to keep it.
+
+    Returns:
+        What was kept; nothing where another process was first: that its base has the same bits is not known.
+    """
+    try:
+        check_disk(shelf.folder, required_bytes([model.get_memory_footprint()]))
+        with new_folder(shelf.folder) as folder:
+            model.save_pretrained(folder, max_shard_size=SHARD)
+            for path in sorted({path for kind in (*SMALL_FILES, MERGES) for path in source.glob(kind)}):
+                if not (folder / path.name).exists() and not path.name.endswith(".index.json"):
+                    shutil.copyfile(path, folder / path.name)
+            _keep_version(source / "config.json", folder / "config.json")
+            load_tokenizer(folder)  # what cannot be loaded is not kept
+            files = sorted(folder.iterdir())
+            index = {
+                path.name: asdict(File(path.stat().st_size, sha256))
+                for path, sha256 in zip(files, hash_files(files), strict=True)
+            }
+            (folder / INDEX).write_bytes(data := sealed(index))
+        own = KeptBase(shelf.key, hashlib.sha256(data).hexdigest())
+        return own if on_shelf(shelf) == own else KeptBase()
+    except Exception as error:  # noqa: BLE001 - safetensors and transformers raise whatever they like
+        warn("cannot be kept", shelf.folder, error)
+        return KeptBase()
+
+
+def _keep_version(source: Path, saved: Path) -> None:
+    """Leaves the version that the source was saved by: transformers reads some tokenizers by it."""
+    old, new = (json.loads(path.read_text(encoding="utf-8")) for path in (source, saved))
+    if (version := old.get("transformers_version")) is None:
+        new.pop("transformers_version", None)
+    else:
+        new["transformers_version"] = version
+    saved.write_text(json.dumps(new, indent=2, sort_keys=True) + "\n", encoding="utf-8")

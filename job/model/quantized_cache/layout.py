@@ -1,0 +1,138 @@
+"""Where quantized bases lie, and what makes one whole.
+
+A base is a folder in the hub's layout, its tokenizer beside it. `base.json` comes last and holds the hash of each file:
+without it there is no base. In a store the files lie under their hashes, so that two runs that put the same base there
+at once never mix.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from job import log
+from job.common.hashing import hash_file, hash_files, unsealed
+from job.storage.base import ObjectStore, is_key
+
+INDEX = "base.json"
+MERGES = "merges.txt"
+LEFT_SECONDS = 86_400
+"""Age at which a folder that was never finished goes."""
+_ENDINGS = (".safetensors", ".json", ".model", ".jinja", MERGES)
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """Where one base is kept: under `key`, in a folder of this machine, and in a store too unless that is None.
+
+    `index_sha256` is that of the one `base.json` that will do; None where any will.
+    """
+
+    key: str
+    folder: Path
+    store: ObjectStore | None
+    index_sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class KeptBase:
+    """Which base a run began with; both None where it is not kept."""
+
+    key: str | None = None
+    index_sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class File:
+    """One file of a base, as its index has it."""
+
+    bytes: int
+    sha256: str
+
+
+_Index = TypeAdapter(dict[str, File])
+
+
+def shelf_of(facts: Mapping[str, Any], cache: Path, store: ObjectStore | None) -> Shelf:
+    """The place of the base that these JSON-able facts determine: source, quantization, software, machine."""
+    return shelf_at(hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest(), cache, store)
+
+
+def shelf_at(key: str, cache: Path, store: ObjectStore | None, index_sha256: str | None = None) -> Shelf:
+    """The place of a base whose key is known, and perhaps its index."""
+    return Shelf(key, cache / "bases" / key, store, index_sha256)
+
+
+def on_shelf(shelf: Shelf | None) -> KeptBase:
+    """What lies there, for the run's record."""
+    if shelf is None or not (index := shelf.folder / INDEX).is_file():
+        return KeptBase()
+    return KeptBase(shelf.key, hash_file(index))
+
+
+def is_wanted(shelf: Shelf, index: bytes) -> bool:
+    """Whether this `base.json` is one that will do."""
+    return shelf.index_sha256 in {None, hashlib.sha256(index).hexdigest()}
+
+
+def parse_index(data: bytes) -> dict[str, File]:
+    """The files of a base.
+
+    Raises:
+        ValueError: It is no index, or names what cannot be a file of a base.
+    """
+    index = _Index.validate_python(unsealed(data))
+    for name in index:
+        if "/" in name or not is_key(name) or not name.endswith(_ENDINGS):
+            raise ValueError(f"{name!r} is no file of a base")
+    return index
+
+
+def verify(folder: Path, index: Mapping[str, File]) -> None:
+    """Raises ValueError unless exactly these files lie there, whole; OSError if one cannot be read."""
+    names = {path.name for path in folder.iterdir()} - {INDEX}
+    if names != index.keys():
+        raise ValueError(f"other files than it should have: {', '.join(sorted(names ^ index.keys()))}")
+    for name, sha256 in zip(index, hash_files([folder / name for name in index]), strict=True):
+        if index[name].sha256 != sha256:
+            raise ValueError(f"the SHA-256 of {name} is another")
+
+
+def key_of(shelf: Shelf, name: str) -> str:
+    """Where something of the base lies in its store."""
+    return f"bases/{shelf.key}/{name}"
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder that takes its place when it is complete, unless another process was there first."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for left in target.parent.glob(".new-*"):  # by a process that was killed
+        if time.time() - left.stat().st_mtime > LEFT_SECONDS:
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=".new-", dir=target.parent, ignore_cleanup_errors=True) as new:
+        folder = Path(new) / "base"
+        folder.mkdir()
+        yield folder
+        try:
+            folder.rename(target)
+        except OSError as error:
+            if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
+                raise
+
+
+def warn(what: str, where: object, error: Exception) -> None:
+    """Says what is wrong with a base; the job goes on without it."""
+    why = (str(error).splitlines() or [type(error).__name__])[0][:300]
+    log.get_logger().warning(f"the quantized base {what}", where=str(where), why=why)

@@ -1,0 +1,248 @@
+"""A run's figures, and how it would go on common GPUs, from what is known of it. Every figure says what it rests on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import ceil
+from typing import Literal
+
+from job.common.resources import checkpoint_bytes, required_bytes
+from job.planning.gpus import Gpu
+from job.planning.reference import Questions
+from job.planning.workload import Workload
+from job.records import Execution
+from job.report.wording import size
+from job.training import memory_model
+from job.training.execution_plan import choose_budget, choose_execution
+from job.training.memory_model import Setup
+
+Basis = Literal["computed", "measured", "assumed"]
+
+DOWNLOAD_RATE = 250e6
+START_SECONDS = 60.0
+"""Assumed: bytes a second at which the model is fetched, and how long starting and loading take."""
+FLASH_CAPABILITY = (8, 0)
+"""From here on `attention` has a kernel for rows of many sequences; below it computes them one by one."""
+MOST_TOKENS = 65_536
+"""Up to where budgets are tried when nothing is known of the data."""
+EVALUATIONS = 2
+HALF_PRECISION = 2
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is known of a run; None where something is not.
+
+    Attributes:
+        setup: What is trained, and how.
+        setup_basis: Whether the model said so itself, or a table.
+        workload: How much there is to train on.
+        workload_basis: Whether that was counted, or scaled from a sample or from characters.
+        questions: What is asked, twice.
+        questions_basis: As above.
+        budget: Tokens of a micro-batch, as they are set; else those that the job takes on a small GPU.
+        scoring_budget: Tokens scored in one forward pass.
+        download_bytes: What has to be fetched first.
+        usd_per_hour: The user's price of the machine.
+        lean: Whether GPUs from Ampere on train it by the job's own forward pass: in bf16, without dropout.
+        budget_by_gpu: Whether the budget was not set, so that the job chooses it by the GPU's size.
+        keep_base: Whether to keep the dequantized base; None where the job chooses.
+        keep_activations: The same of activations.
+    """
+
+    setup: Setup | None
+    setup_basis: Basis
+    workload: Workload | None
+    workload_basis: Basis
+    questions: Questions | None
+    questions_basis: Basis
+    budget: int
+    scoring_budget: int
+    download_bytes: int
+    usd_per_hour: float | None
+    lean: bool = False
+    budget_by_gpu: bool = False
+    keep_base: bool | None = None
+    keep_activations: bool | None = None
+
+    @property
+    def micro_batch(self) -> int:
+        """Tokens of the largest micro-batch: never less than the longest example, never more than the largest step."""
+        if self.workload is None:
+            return self.budget
+        return min(max(self.budget, self.workload.longest), self.workload.largest_step)
+
+    @property
+    def reads(self) -> int:
+        """Tokens of a scored row that give logits; half of them where the questions are not known."""
+        share = self.questions.reads / self.questions.tokens if self.questions else 0.5
+        return ceil(share * self.scoring_budget)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number, and what it rests on: arithmetic on what is known, a measurement made here and now, or assumptions."""
+
+    name: str
+    value: float
+    unit: str
+    basis: Basis
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class GpuPlan:
+    """A run on one GPU. Budgets are the largest that fit, in tokens; 0 where not even the longest example does.
+
+    `keeps` says in words what the job would keep there rather than make again; it is what `hours` are computed for.
+    """
+
+    name: str
+    memory_bytes: int
+    fits: bool
+    note: str
+    keeps: str
+    budget_recomputing: int
+    budget_keeping: int
+    hours: float | None
+    usd_per_hour: float
+    usd: float | None
+    machine: str
+
+
+def figures(run: Run) -> Iterator[Figure]:
+    """All that can be said without knowing the GPU."""
+    yield from _of_the_data(run)
+    if run.setup is None:
+        return
+    setup, basis = run.setup, run.setup_basis
+    both = _weaker(run.setup_basis, run.workload_basis)
+    yield Figure("base parameters", setup.architecture.parameters, "", basis)
+    yield Figure("adapter parameters", setup.adapter, "", basis)
+    if run.workload is not None:
+        flops = memory_model.training_flops(setup, run.workload.tokens, run.workload.squares)
+        yield Figure("training", flops, "FLOP", both, "with recomputation" if setup.recompute else "")
+    if run.questions is not None:
+        scoring = EVALUATIONS * memory_model.evaluation_flops(setup, run.questions.tokens, run.questions.reads)
+        yield Figure("evaluation, twice", scoring, "FLOP", _weaker(basis, run.questions_basis))
+    held = memory_model.training_memory(setup, run.micro_batch)
+    bits = "NF4, " if setup.quantization == "nf4" else ""
+    yield Figure("memory: base", held.weights, "bytes", basis, f"{bits}embedding and output layer as they are")
+    yield Figure("memory: adapter", held.adapter, "bytes", basis, "fp32, and autocast's copy")
+    yield Figure("memory: gradients", held.gradients, "bytes", basis, "fp32")
+    yield Figure("memory: optimizer", held.optimizer, "bytes", basis, setup.optimizer)
+    how = "recomputed" if setup.recompute else "kept"
+    tokens = f"{how}, micro-batches of {run.micro_batch:,} tokens"
+    yield Figure("memory: activations", held.activations, "bytes", both, tokens)
+    yield Figure(
+        "peak in training",
+        held.total,
+        "bytes",
+        both,
+        f"+- {memory_model.MARGIN:.0%}, and the driver's context; where there is room, more is kept",
+    )
+    scored = f"rows of {run.scoring_budget:,} tokens"
+    yield Figure("peak in evaluation", _scoring(run, setup), "bytes", _weaker(basis, run.questions_basis), scored)
+    checkpoint = checkpoint_bytes(setup.adapter, setup.optimizer)
+    yield Figure("checkpoint", checkpoint, "bytes", basis)
+    disk = required_bytes([run.download_bytes], checkpoint)
+    yield Figure("disk", disk, "bytes", basis, f"{size(run.download_bytes, ' ')} of it to fetch first")
+
+
+def _of_the_data(run: Run) -> Iterator[Figure]:
+    if run.workload is not None:
+        work, basis = run.workload, run.workload_basis
+        yield Figure("examples", work.rows, "", basis)
+        yield Figure("optimizer steps", work.steps, "", basis)
+        yield Figure("tokens", work.tokens, "", basis, "all epochs")
+        yield Figure("target tokens", work.target_tokens, "", basis, "those that are learned")
+        yield Figure("longest example", work.longest, "tokens", basis)
+        yield Figure("largest step", work.largest_step, "tokens", basis, "no micro-batch is larger")
+    if run.questions is not None:
+        yield Figure("questions", run.questions.count, "", run.questions_basis)
+
+
+def on_gpu(gpu: Gpu, run: Run, setup: Setup) -> GpuPlan:
+    """How the run would go on a GPU."""
+    if run.budget_by_gpu:
+        run = replace(run, budget=choose_budget(gpu.memory_bytes))
+    execution = _execution(gpu, run, setup)
+    room = memory_model.room(gpu.memory_bytes)
+    scoring = _scoring(run, setup)
+    need = max(memory_model.training_memory(setup, run.micro_batch).total, scoring)
+    fits, note = need <= room, ""
+    if not fits:
+        note = f"{size(need, ' ')} are needed, and {size(room, ' ')} are safe to fill"
+    elif gpu.capability < FLASH_CAPABILITY and setup.value_bytes == HALF_PRECISION:
+        note = "has no kernel for attention over many sequences at once; how much slower it is has not been measured"
+    price = gpu.usd_per_hour if run.usd_per_hour is None else run.usd_per_hour
+    hours = _hours(gpu, run, setup, execution) if fits else None
+    kept = {"base": execution.kept_base, "activations": execution.kept_activations} if execution else {}
+    return GpuPlan(
+        name=gpu.name,
+        memory_bytes=gpu.memory_bytes,
+        fits=fits,
+        note=note,
+        keeps=", ".join(name for name, is_kept in kept.items() if is_kept) if fits else "",
+        budget_recomputing=_budget(run, replace(setup, recompute=True), room),
+        budget_keeping=_budget(run, replace(setup, recompute=False), room),
+        hours=hours,
+        usd_per_hour=price,
+        usd=None if hours is None else hours * price,
+        machine=gpu.machine if run.usd_per_hour is None else "your price",
+    )
+
+
+def _budget(run: Run, setup: Setup, room: int) -> int:
+    """The largest budget that fits; 0 where it would not hold the longest example, or scoring does not fit."""
+    if _scoring(run, setup) > room:
+        return 0
+    most = run.workload.largest_step if run.workload else MOST_TOKENS
+    found = memory_model.largest_budget(lambda tokens: memory_model.training_memory(setup, tokens).total, room, most)
+    return found if found >= (run.workload.longest if run.workload else 1) else 0
+
+
+def _scoring(run: Run, setup: Setup) -> int:
+    return memory_model.evaluation_bytes(setup, run.scoring_budget, run.reads)
+
+
+def _execution(gpu: Gpu, run: Run, setup: Setup) -> Execution | None:
+    """How the job would train there; None where PEFT's own layers would do the work."""
+    if not run.lean or gpu.capability < FLASH_CAPABILITY or setup.value_bytes != HALF_PRECISION:
+        return None
+    return choose_execution(
+        setup,
+        free_bytes=gpu.memory_bytes
+        - memory_model.CONTEXT_BYTES
+        - memory_model.weight_bytes(setup)
+        - memory_model.FP32 * setup.adapter,
+        row_tokens=run.micro_batch,
+        keep_base=run.keep_base,
+        keep_activations=run.keep_activations,
+        recorded=setup.architecture.lean,
+    )
+
+
+def _hours(gpu: Gpu, run: Run, setup: Setup, execution: Execution | None) -> float | None:
+    """Hours from start to end without interruptions; None where something is not known, as speed in full precision."""
+    if run.workload is None or run.questions is None or setup.value_bytes != HALF_PRECISION:
+        return None
+    work, asked = run.workload, run.questions
+    speed = {"rate": gpu.flops, "bandwidth": gpu.bandwidth}
+    used = memory_model.UTILISATION
+    if execution is not None:
+        setup, used = replace(setup, recompute=not execution.kept_activations), memory_model.LEAN_UTILISATION
+    micro_batches = max(work.steps, ceil(work.tokens / run.micro_batch))
+    flops = memory_model.training_flops(setup, work.tokens, work.squares)
+    training = memory_model.seconds(flops, (3 if setup.recompute else 2) * micro_batches, setup, used=used, **speed)
+    used = memory_model.UTILISATION if execution is None else memory_model.SCORING_UTILISATION
+    scoring = memory_model.evaluation_flops(setup, asked.tokens, asked.reads)
+    evaluation = memory_model.seconds(scoring, ceil(asked.tokens / run.scoring_budget), setup, used=used, **speed)
+    start = START_SECONDS + run.download_bytes / DOWNLOAD_RATE
+    return (start + training + EVALUATIONS * evaluation) / 3600
+
+
+def _weaker(*bases: Basis) -> Basis:
+    """What a figure rests on that is made from several."""
+    return "assumed" if "assumed" in bases else "computed"

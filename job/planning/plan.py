@@ -1,0 +1,256 @@
+"""`plan`: looks at everything a run needs, without a GPU, and works out what the run takes."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import astuple, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from job.common.resources import check_disk, checkpoint_bytes, required_bytes
+from job.errors import AccessDenied, DataError, JobError, Problem, SettingsError, Unreachable
+from job.planning import forecast, reference
+from job.planning.forecast import Basis, Figure, GpuPlan, Run, figures, on_gpu
+from job.planning.gpus import GPUS, PRICES, Gpu
+from job.planning.preflight import Check, Found, check, local_round_trip, round_trip
+from job.planning.previews import DataFacts, ModelFacts, find_tokenizer, look_at_data, look_at_model, look_at_questions
+from job.planning.workload import Workload, count, scale
+from job.report.wording import size
+from job.settings.load import Settings
+from job.storage.hub import is_reachable
+from job.storage.open import open_store
+from job.training import memory_model
+from job.training.config import total_steps
+from job.training.memory_model import Setup
+
+SMALL_GPU_TOKENS = 4096
+"""Token budget that the table is about: what a GPU of 11 to 40 GiB gets."""
+
+QUICK = {"timeout_seconds": 10.0, "retries": 2}
+"""At most, for the store: an address that does not answer is to be found out soon."""
+SHARED_MEMORY = Check("shared memory", "ok", "one process needs none; several want 1 GiB in /dev/shm")
+GRAVEST = (SettingsError, DataError, AccessDenied, Unreachable)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that was found out."""
+
+    title: str
+    checks: tuple[Check, ...]
+    figures: tuple[Figure, ...]
+    gpus: tuple[GpuPlan, ...]
+    largest_step: int | None
+    assumptions: tuple[str, ...]
+
+    @property
+    def error(self) -> JobError | None:
+        """The gravest of what is wrong; None where nothing is. What could not be checked is not wrong."""
+        wrong = [found.error for found in self.checks if found.error is not None]
+        ordered = [error for kind in GRAVEST for error in wrong if isinstance(error, kind)]
+        return next(iter([*ordered, *wrong]), None)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What the checks found."""
+
+    checks: list[Check]
+    store_seconds: float | None
+    model: ModelFacts | None
+    tokenizer: Any | None
+    data: DataFacts | None
+    questions: reference.Questions | None
+
+
+def make_plan(settings: Settings) -> Plan:
+    """Checks what can be checked, and works out the rest from that, or from what is known of public models and data."""
+    with tempfile.TemporaryDirectory(prefix="qlora-job-plan-") as folder:
+        seen = _look(settings, Path(folder))
+    checks = [*seen.checks]
+    run = _run(settings, seen, checks)
+    gpus = [_as_far_as_used(gpu, settings.train.gpu_memory_gb) for gpu in GPUS]
+    checks += [_licence(settings, seen.data), _disk(settings, run), SHARED_MEMORY]
+    return Plan(
+        title=f"{settings.model.id} on {settings.data.source}, to {settings.run.output.rstrip('/')}/{settings.run.id}",
+        checks=tuple(checks),
+        figures=(*_measured(seen), *figures(run)),
+        gpus=() if run.setup is None else tuple(on_gpu(gpu, run, run.setup) for gpu in gpus),
+        largest_step=run.workload.largest_step if run.workload else None,
+        assumptions=_assumptions(settings),
+    )
+
+
+def _as_far_as_used(gpu: Gpu, gigabytes: float | None) -> Gpu:
+    """The GPU with no more memory than the job may take."""
+    return gpu if gigabytes is None else replace(gpu, memory_bytes=min(gpu.memory_bytes, int(gigabytes * 1e9)))
+
+
+def _look(settings: Settings, folder: Path) -> _Seen:
+    """Makes all checks, each whatever came of the others."""
+    s, storage = settings, settings.storage.model_dump(exclude={"cache"})
+    storage |= {name: min(storage[name], most) for name, most in QUICK.items()}
+    where: dict[str, Any] = {"online": cache(is_reachable), "folder": folder, "storage": storage}
+    stored, seconds = check("storage", lambda: _try_storage(s.run.output, s.run.id, storage), unreachable="wrong")
+    modelled, model = check("model", lambda: look_at_model(s.model.id, s.model.revision, s.train.max_length, **where))
+    tokenized, tokenizer = check("tokenizer", lambda: find_tokenizer(model))
+    read, data = check(
+        "data",
+        lambda: look_at_data(
+            s.data.source,
+            tokenizer=tokenizer,
+            max_length=s.train.max_length,
+            revision=s.data.revision,
+            split=s.data.split,
+            limit=s.data.limit,
+            schema=None if s.data.format == "auto" else s.data.format,
+            on_bad_row=s.data.on_bad_row,
+            loss_on=s.train.loss_on,
+            **where,
+        ),
+    )
+    asked, questions = check(
+        "questions",
+        lambda: look_at_questions(s.eval.tasks, s.eval.data, tokenizer=tokenizer, limit=s.eval.limit, **where),
+    )
+    return _Seen([stored, modelled, tokenized, read, asked], seconds, model, tokenizer, data, questions)
+
+
+def _try_storage(output: str, run: str, storage: dict[str, Any]) -> Found[float]:
+    """A round trip where the run's files will lie; on a disk beside that, as a store leaves a folder behind."""
+    uri = f"{output.rstrip('/')}/{run}"
+    return (
+        round_trip(open_store(uri, **storage), uri) if uri.startswith("s3://") else local_round_trip(Path(output), uri)
+    )
+
+
+def _measured(seen: _Seen) -> list[Figure]:
+    """What a clock said."""
+    what = "a write, a read, a list, a delete, and conditional writes"
+    return [] if seen.store_seconds is None else [Figure("storage", seen.store_seconds, "s", "measured", what)]
+
+
+def _run(settings: Settings, seen: _Seen, checks: list[Check]) -> Run:
+    """Puts together what was seen, and what is known where nothing was."""
+    setup, model_basis = _setup(settings, seen, checks)
+    workload, data_basis = _workload(settings, seen.data)
+    questions, questions_basis = _questions(settings, seen)
+    download = seen.model.download_bytes if seen.model else None
+    if download is None:
+        download = 2 * setup.architecture.parameters if setup else 0  # weights are published in half precision
+    return Run(
+        setup=setup,
+        setup_basis=model_basis,
+        workload=workload,
+        workload_basis=data_basis,
+        questions=questions,
+        questions_basis=questions_basis,
+        budget=settings.train.micro_batch_tokens or SMALL_GPU_TOKENS,
+        scoring_budget=settings.eval.batch_tokens,
+        download_bytes=download + (seen.data.download_bytes if seen.data else 0),
+        usd_per_hour=settings.cost.usd_per_hour,
+        lean=settings.model.dtype in {"auto", "bf16"} and settings.lora.dropout == 0,
+        budget_by_gpu=settings.train.micro_batch_tokens is None,
+        keep_base=None if settings.model.keep_dequantized == "auto" else settings.model.keep_dequantized,
+        keep_activations=None if (again := settings.train.gradient_checkpointing) == "auto" else not again,
+    )
+
+
+def _setup(settings: Settings, seen: _Seen, checks: list[Check]) -> tuple[Setup | None, Basis]:
+    """What is trained; None where the model is not known, or lacks a layer that is to be adapted."""
+    basis: Basis = "computed" if seen.model is not None else "assumed"
+    architecture = seen.model.architecture if seen.model else reference.ARCHITECTURES.get(settings.model.id)
+    if architecture is None:
+        return None, basis
+    missing = [name for name in settings.lora.target_modules if name not in architecture.linear]
+    if missing:
+        what = f"the model has no linear {', '.join(missing)}; it has {', '.join(sorted(architecture.linear))}"
+        error = SettingsError([Problem("lora.target_modules", what)])
+        checks.append(Check("adapter", "wrong", str(error), error))
+        return None, basis
+    return Setup(
+        architecture=architecture,
+        rank=settings.lora.rank,
+        targets=settings.lora.target_modules,
+        quantization=settings.model.quantization,
+        double_quantization=settings.model.double_quantization,
+        value_bytes=memory_model.FP32 if settings.model.dtype == "fp32" else forecast.HALF_PRECISION,
+        optimizer=settings.train.optimizer,
+        recompute=settings.train.gradient_checkpointing is not False,
+    ), basis
+
+
+def _workload(settings: Settings, data: DataFacts | None) -> tuple[Workload | None, Basis]:
+    """From the rows; else from a known sample of the data set; else None."""
+    train = settings.train
+
+    def steps(rows: int) -> int:
+        return total_steps(rows, train.global_batch_size, train.epochs, train.max_steps)
+
+    if data is not None:
+        lengths = [len(example.input_ids) for example in data.examples]
+        targets = [sum(example.targets) for example in data.examples]
+        batches = {"seed": settings.run.seed, "global_batch_size": train.global_batch_size}
+        counted = count(lengths, targets, steps=steps(len(lengths)), **batches)
+        return counted, "assumed" if data.estimated else "computed"
+    samples = reference.SAMPLES.get(settings.data.source)
+    if samples is None:
+        return None, "assumed"
+    rows = min(settings.data.limit or samples[-1].rows, samples[-1].rows)
+    sample = min(samples, key=lambda sample: abs(sample.rows - rows))
+    return scale(
+        rows,
+        sample.tokens / sample.rows,
+        sample.squares / sample.rows,
+        min(sample.longest, train.max_length),
+        global_batch_size=train.global_batch_size,
+        steps=steps(rows),
+    ), "assumed"
+
+
+def _questions(settings: Settings, seen: _Seen) -> tuple[reference.Questions | None, Basis]:
+    """Counted; else those of known tasks; else None."""
+    if seen.questions is not None:
+        return seen.questions, "computed" if seen.tokenizer is not None else "assumed"
+    tables = [reference.QUESTIONS.get(task) for task in settings.eval.tasks]
+    limited = [table.first(settings.eval.limit) for table in tables if table is not None]
+    if len(limited) < len(tables):
+        return None, "assumed"
+    return reference.Questions(*(sum(parts) for parts in zip(*map(astuple, limited), strict=True))), "assumed"
+
+
+def _licence(settings: Settings, data: DataFacts | None) -> Check:
+    """What is known of the data's licence."""
+    card = data.licence if data is not None else None
+    licence = card or reference.LICENCES.get(settings.data.source) or "not known here; check that you may train on it"
+    limits = ": not for commercial use, and so for what is trained on it" if "-nc" in licence else ""
+    return Check("licence", "note", f"{settings.data.source}: {licence}{limits}")
+
+
+def _disk(settings: Settings, run: Run) -> Check:
+    """Whether this machine would have room; the one with the GPU needs as much."""
+    folder = Path(settings.storage.cache or tempfile.gettempdir())
+    checkpoint = checkpoint_bytes(run.setup.adapter, run.setup.optimizer) if run.setup else 0
+    need = required_bytes([run.download_bytes], checkpoint)
+
+    def work() -> Found[None]:
+        check_disk(folder, need)
+        return "ok", f"about {size(need, ' ')} are needed; {folder} has them on this machine", None
+
+    return check("disk", work, unreachable="note")[0]
+
+
+def _assumptions(settings: Settings) -> tuple[str, ...]:
+    """What the assumed figures rest on, one sentence each."""
+    price, context = settings.cost.usd_per_hour, size(memory_model.CONTEXT_BYTES, " ")
+    lean, peft = (f"{used:.0%}" for used in (memory_model.LEAN_UTILISATION, memory_model.UTILISATION))
+    half = f"speed: {lean} of the data sheet's operations a second in bf16, {peft} before Ampere or with dropout"
+    return (
+        "one GPU: several share each step's examples, and each needs the same memory",
+        f"{half}, as measured on H100 and H200; slower GPUs tend to do better",
+        f"start: {forecast.START_SECONDS:.0f} s, and {forecast.DOWNLOAD_RATE / 1e6:.0f} MB/s for what is fetched",
+        f"memory: {context} for the driver, and {memory_model.MARGIN:.0%} for what the formula is wrong by",
+        f"price: {PRICES}" if price is None else f"price: {price:g} USD an hour, as you set it, on whatever GPU",
+        "no interruptions: each costs a start, and the steps since the last checkpoint",
+    )

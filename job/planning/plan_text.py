@@ -1,0 +1,176 @@
+"""The command `plan`, and what it prints: an aligned table for a person, JSON for a program."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from textwrap import wrap
+from typing import Any
+
+from job import log
+from job.errors import Problem, SettingsError
+from job.planning.forecast import Figure, GpuPlan
+from job.planning.plan import Plan, make_plan
+from job.report.wording import size
+from job.settings.load import load_settings, secrets
+
+_WIDTH = 118
+_WHOLE_WORDS: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+_PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"))
+
+
+def plan_command(words: Sequence[str]) -> int:
+    """`plan`: prints everything that was found out, whatever it is.
+
+    Raises:
+        JobError: Something is wrong: the gravest of it.
+    """
+    rest, form = _take_format(list(words))
+    settings = load_settings(rest)
+    log.configure(settings.log.format, settings.log.level, secrets(), run=settings.run.id)
+    plan = make_plan(settings)
+    sys.stdout.write(log.scrub(FORMATS[form](plan), secrets()))
+    sys.stdout.flush()
+    if plan.error is not None:
+        raise plan.error
+    return 0
+
+
+def _take_format(words: list[str]) -> tuple[list[str], str]:
+    """The words without `--format FORM` or `--format=FORM`, and the form; the first one where none is given."""
+    at = next((index for index, word in enumerate(words) if word.partition("=")[0] == "--format"), None)
+    if at is None:
+        return words, next(iter(FORMATS))
+    _, equals, form = words[at].partition("=")
+    end = at + (1 if equals else 2)
+    form = form if equals else "".join(words[at + 1 : end])
+    if form not in FORMATS:
+        raise SettingsError([Problem("--format", f"must be {' or '.join(FORMATS)}")])
+    return words[:at] + words[end:], form
+
+
+def as_json(plan: Plan) -> str:
+    """Everything, with the exit code that the plan ends with."""
+    document: dict[str, Any] = {
+        "title": plan.title,
+        "exit_code": plan.error.exit_code if plan.error else 0,
+        "checks": [{"name": found.name, "state": found.state, "what": found.what} for found in plan.checks],
+        "figures": [asdict(figure) for figure in plan.figures],
+        "gpus": [asdict(gpu) for gpu in plan.gpus],
+        "assumptions": list(plan.assumptions),
+    }
+    return json.dumps(document, indent=2) + "\n"
+
+
+def as_table(plan: Plan) -> str:
+    """For a person: checks, figures, GPUs, and what is assumed."""
+    parts = [plan.title, _checks(plan), _figures(plan.figures)]
+    if plan.gpus:
+        parts.append(_gpus(plan))
+    else:
+        parts.append("No figures for GPUs: the model is not known.")
+    parts.append("\n".join(["assumed:", *_folded([("", text) for text in plan.assumptions])]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _checks(plan: Plan) -> str:
+    rows = [(f"{found.name}", found.state, found.what) for found in plan.checks]
+    name, state = (max(len(row[column]) for row in rows) for column in (0, 1))
+    return "\n".join(_folded([(f"{row[0]:<{name}}  {row[1]:<{state}}  ", row[2]) for row in rows]))
+
+
+def _figures(figures: Sequence[Figure]) -> str:
+    if not figures:
+        return "No figures: neither the model nor the data is known."
+    rows = [(figure.name, _value(figure), figure.basis, figure.note) for figure in figures]
+    return "\n".join(_aligned(rows, right=(1,)))
+
+
+def _value(figure: Figure) -> str:
+    if figure.unit == "bytes":
+        return size(figure.value, " ")
+    if figure.unit == "FLOP":
+        scale, prefix = next((pair for pair in _PREFIXES if figure.value >= pair[0]), (1e9, "G"))
+        return f"{figure.value / scale:.1f} {prefix}FLOP"
+    if figure.unit == "s":
+        return f"{figure.value:.2f} s"
+    return f"{figure.value:,.0f} {figure.unit}".rstrip()
+
+
+def _gpus(plan: Plan) -> str:
+    head = (
+        "GPU",
+        "memory",
+        "fits",
+        "largest budget",
+        "without recomputing",
+        "keeps",
+        "hours",
+        "USD",
+        "USD/h",
+        "machine",
+    )
+    rows = [head, *(_gpu(gpu, plan.largest_step) for gpu in plan.gpus)]
+    lines = _aligned(rows, right=(1, 3, 4, 6, 7, 8))
+    lines.append("budgets in tokens, computed; hours, which include two evaluations, and prices, assumed")
+    lines += [f"{gpu.name}: {gpu.note}" for gpu in plan.gpus if gpu.note]
+    priced = [gpu for gpu in plan.gpus if gpu.fits and gpu.usd is not None]
+    if priced:
+        cheapest = min(priced, key=lambda gpu: gpu.usd or 0)
+        fastest = min(priced, key=lambda gpu: gpu.hours or 0)
+        lines.append(
+            f"cheapest: {cheapest.name}, {cheapest.hours:.2f} h, ${cheapest.usd:.2f}; "
+            f"fastest: {fastest.name}, {fastest.hours:.2f} h, ${fastest.usd:.2f}"
+        )
+    elif not any(gpu.fits for gpu in plan.gpus):
+        lines.append("none of these GPUs fits; lower JOB_TRAIN__MICRO_BATCH_TOKENS, JOB_EVAL__BATCH_TOKENS or the rank")
+    return "\n".join(lines)
+
+
+def _gpu(gpu: GpuPlan, largest_step: int | None) -> tuple[str, ...]:
+    def budget(tokens: int) -> str:
+        if not tokens:
+            return "-"
+        return "whole step" if tokens == largest_step else f"{tokens:,}"
+
+    return (
+        gpu.name,
+        size(gpu.memory_bytes, " "),
+        "yes" if gpu.fits else "no",
+        budget(gpu.budget_recomputing),
+        budget(gpu.budget_keeping),
+        gpu.keeps or "-",
+        "-" if gpu.hours is None else f"{gpu.hours:.2f}",
+        "-" if gpu.usd is None else f"{gpu.usd:.2f}",
+        f"{gpu.usd_per_hour:.2f}",
+        gpu.machine,
+    )
+
+
+def _aligned(rows: Sequence[tuple[str, ...]], right: tuple[int, ...] = ()) -> list[str]:
+    """Rows as columns, two spaces apart."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _folded(rows: Sequence[tuple[str, str]]) -> list[str]:
+    """Each text behind its beginning, folded where it is long."""
+    lines = []
+    for start, text in rows:
+        first, rest = start or "  ", " " * len(start) or "    "
+        for paragraph in text.splitlines():
+            shown = paragraph if paragraph.isprintable() else json.dumps(paragraph)
+            lines += wrap(shown, _WIDTH, initial_indent=first, subsequent_indent=rest, **_WHOLE_WORDS)
+            first = rest
+    return lines
+
+
+FORMATS: Mapping[str, Callable[[Plan], str]] = {"table": as_table, "json": as_json}

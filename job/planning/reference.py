@@ -1,0 +1,73 @@
+"""What is known beforehand of public models and data, where the hub cannot be asked. A plan calls it assumed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from job.model.architecture import Architecture
+
+ARCHITECTURES: Mapping[str, Architecture] = {
+    # its published config.json
+    "mistralai/Mistral-7B-v0.1": Architecture(
+        hidden=4096,
+        intermediate=14336,
+        layers=32,
+        heads=32,
+        kv_heads=8,
+        head_size=128,
+        vocabulary=32000,
+        window=4096,
+    ),
+}
+
+LICENCES: Mapping[str, str] = {
+    "tatsu-lab/alpaca": "cc-by-nc-4.0",
+    "databricks/databricks-dolly-15k": "cc-by-sa-3.0",
+    "OpenAssistant/oasst1": "apache-2.0",
+    "HuggingFaceH4/no_robots": "cc-by-nc-4.0",
+}
+"""Of data sets on the hub, as their own cards have them. Of others nothing is known here, and nothing is claimed."""
+
+CHARACTERS_PER_TOKEN = 4.3
+"""Of Alpaca's rendered rows with Mistral-7B-v0.1's tokenizer: 4.32. Other languages and code have fewer."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The first so many good rows of a data set, rendered and tokenized: their tokens, and those of the longest."""
+
+    rows: int
+    tokens: int
+    longest: int
+    squares: int
+    """Sum of the squares of the rows' tokens, which attention is proportional to."""
+
+
+SAMPLES: Mapping[str, tuple[Sample, ...]] = {
+    # Counted on the public file with Mistral-7B-v0.1's tokenizer; the last is the whole data set.
+    "tatsu-lab/alpaca": (
+        Sample(1500, 174_466, 503, 25_030_444),
+        Sample(51_974, 6_350_630, 1243, 974_291_538),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Questions:
+    """A task's questions: how many, and their tokens in rows of shared contexts; `reads` of these give a score."""
+
+    count: int
+    tokens: int
+    reads: int
+
+    def first(self, limit: int | None) -> Questions:
+        """The first so many of them, taken to be like the others."""
+        share = min(1.0, limit / self.count) if limit else 1.0
+        return Questions(round(share * self.count), round(share * self.tokens), round(share * self.reads))
+
+
+QUESTIONS: Mapping[str, Questions] = {
+    # its test split, counted with Mistral-7B-v0.1's tokenizer
+    "arc_easy": Questions(2376, 113_985, 48_906),
+}

@@ -1,0 +1,1 @@
+"""What differs between Docker, Kubernetes and SageMaker."""

@@ -1,0 +1,94 @@
+"""The adapter's model card, in the hub's format: metadata that the hub reads, and what a user has to know.
+
+It holds nothing that two identical runs do not share: no times, no speed, not the run's name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from job.data.schemas import PROMPTS
+from job.planning.reference import LICENCES
+from job.report import wording
+from job.report.templating import render
+
+METRICS = {"acc": ("accuracy", "accuracy"), "acc_norm": ("acc_norm", "accuracy by length-normalized likelihood")}
+"""The hub's name of a metric, and ours."""
+
+WEIGHTS = "artifacts/adapter/adapter_model.safetensors"
+
+
+def write(results: Mapping[str, Any]) -> bytes:
+    """The card, from the manifest."""
+    settings = {name: setting["value"] for name, setting in results["settings"].items()}
+    model, dataset, tasks = results["model"], results["dataset"], results["evaluation"]["tasks"]
+    title = f"{_short(model['id'])}, fine-tuned on {_short(dataset['source'])}"
+    licence = LICENCES.get(dataset["source"]) if dataset["revision"] else None
+    body = render(
+        "card.md",
+        escape=False,
+        title=title,
+        settings=settings,
+        model=model,
+        dataset=dataset,
+        training=results["training"],
+        tasks=tasks,
+        harness=results["evaluation"]["harness"],
+        software=results["software"],
+        licence=licence,
+        base=model["id"] if "://" not in model["id"] else "path/to/base",
+        dtype={"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[model["dtype"]],
+        prompt=PROMPTS[dataset["format"]],
+        headline=[sentence for _, sentence in wording.headline(tasks)],
+        explanations=[wording.explanation(name, task, len(tasks)) for name, task in tasks.items()],
+        accuracies={name: wording.accuracies(task) for name, task in tasks.items()},
+        scope=wording.SCOPE,
+        weights=next((a["sha256"] for a in results["artifacts"] if a["path"] == WEIGHTS), None),
+    )
+    text = f"---\n{_metadata(results, settings, title, licence)}\n---\n\n{body}"
+    return text.encode("utf-8", errors="replace")
+
+
+def _metadata(results: Mapping[str, Any], settings: Mapping[str, Any], title: str, licence: str | None) -> str:
+    """YAML for the hub. What has a revision is on the hub, under this id; other names mean nothing there."""
+    from huggingface_hub import ModelCardData
+
+    model, dataset = results["model"], results["dataset"]
+    quantized = model["quantization"] != "none"
+    data = ModelCardData(
+        base_model=model["id"] if model["revision"] else None,
+        datasets=[dataset["source"]] if dataset["revision"] else None,
+        license=licence,
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=["lora", *(["qlora"] if quantized else []), "sft", "transformers", "trl"],
+        model_name=re.sub(r"[^\w.-]+", "-", title).strip("-"),
+        eval_results=_evaluations(results["evaluation"]["tasks"], settings.get("eval.data") or {}),
+    )
+    return str(data.to_yaml())
+
+
+def _evaluations(tasks: Mapping[str, Any], own_files: Mapping[str, str]) -> list[Any]:
+    from huggingface_hub import EvalResult
+
+    return [
+        EvalResult(
+            task_type="multiple-choice",
+            task_name="Multiple choice",
+            dataset_type=name if name in own_files else task["source"],
+            dataset_name=f"{name}, questions of one's own" if name in own_files else name,
+            dataset_args={"num_few_shot": 0},
+            metric_type=METRICS[row["metric"]][0],
+            metric_name=METRICS[row["metric"]][1],
+            metric_value=round(row["adapter"], 4),
+        )
+        for name, task in tasks.items()
+        for row in wording.accuracies(task)
+    ]
+
+
+def _short(place: str) -> str:
+    """The last part of a hub id, URI or path."""
+    return place.rstrip("/").rpartition("/")[2] or place

@@ -1,0 +1,95 @@
+"""What became of the machine's time: the attempts of a run end to end, each in its stages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from job.report.wording import between
+from job.results.cost import OUTSIDE
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of an attempt's bar: its stage, and which percentage of the attempt's time it takes.
+
+    `repeated` is the percentage of the piece that went into steps done before.
+    """
+
+    stage: str
+    seconds: float
+    percent: float
+    repeated: float
+
+
+@dataclass(frozen=True)
+class Bar:
+    """An attempt: where its bar begins and how long it is, in percent of all machine time, and what it did."""
+
+    number: int
+    outcome: str
+    started: str
+    seconds: float
+    waited: float | None
+    left: float
+    width: float
+    pieces: tuple[Piece, ...]
+    first_step: int
+    last_step: int
+    steps: int
+    repeated_steps: int
+
+
+def bars(attempts: Sequence[Mapping[str, Any]]) -> list[Bar]:
+    """One bar an attempt; time between attempts, when nothing was paid, is left out of the axis and told in words."""
+    total = sum(attempt["seconds"] for attempt in attempts) or 1.0
+    found: list[Bar] = []
+    begun = 0.0
+    ended: str | None = None
+    for attempt in attempts:
+        found.append(
+            Bar(
+                number=attempt["number"],
+                outcome=attempt["outcome"],
+                started=attempt["started"],
+                seconds=attempt["seconds"],
+                waited=between(ended, attempt["started"]),
+                left=round(100 * begun / total, 3),
+                width=round(100 * attempt["seconds"] / total, 3),
+                pieces=tuple(_pieces(attempt)),
+                first_step=attempt["last_step"] - attempt["steps"] + 1,
+                last_step=attempt["last_step"],
+                steps=attempt["steps"],
+                repeated_steps=attempt["repeated_steps"],
+            )
+        )
+        begun += attempt["seconds"]
+        ended = attempt["finished"]
+    return found
+
+
+def restarts(attempts: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Between which steps training went on in another attempt."""
+    trained = [bar for bar in bars(attempts) if bar.steps]
+    return [bar.first_step - 0.5 for bar in trained[1:]]
+
+
+def _pieces(attempt: Mapping[str, Any]) -> Iterator[Piece]:
+    """The stages in their order. What no stage counted stands behind the first of them, for there models are loaded."""
+    seconds = max(attempt["seconds"], sum(attempt["stage_seconds"].values())) or 1.0
+    stages = list(attempt["stage_seconds"].items())
+    other = seconds - sum(attempt["stage_seconds"].values())
+    for name, spent in [*stages[:1], (OUTSIDE, other), *stages[1:]]:
+        share = attempt["repeated_steps"] / attempt["steps"] if name == "train" and attempt["steps"] else 0.0
+        if spent > 0:
+            yield Piece(name, spent, round(100 * spent / seconds, 3), round(100 * share, 1))
+
+
+def by_stage(attempts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Seconds by stage over all attempts, in the order in which stages come."""
+    totals: dict[str, float] = {}
+    for attempt in attempts:
+        for piece in _pieces(attempt):
+            totals[piece.stage] = totals.get(piece.stage, 0.0) + piece.seconds
+    return totals

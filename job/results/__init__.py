@@ -1,0 +1,1 @@
+"""The results manifest: how it is built, read, priced and compared."""

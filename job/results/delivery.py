@@ -1,0 +1,58 @@
+"""Results for platforms that collect them from folders: copied there from the store once the run is complete."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from job import log
+from job.common.hashing import hash_file
+from job.errors import DataError, Problem
+from job.platforms.detect import Delivery
+from job.runs.layout import RESULTS
+from job.storage.open import ObjectStore, check_key
+
+
+def deliver(store: ObjectStore, results: Mapping[str, Any], folders: Delivery) -> None:
+    """Copies a complete run: adapter, results and report to `model`, what else was published to `data`.
+
+    The adapter lies at the top of `model`, where what loads or serves it looks.
+
+    Raises:
+        DataError: Something is not there, or not what the manifest says.
+    """
+    wrong = []
+    for artifact in results["artifacts"]:
+        target = _place(artifact["path"], folders)
+        try:
+            store.download(artifact["path"], target, max_bytes=artifact["bytes"])
+        except FileNotFoundError:
+            wrong.append(Problem(artifact["path"], "is in the manifest, but not in the store"))
+            continue
+        if hash_file(target) != artifact["sha256"]:
+            wrong.append(Problem(artifact["path"], "is not what the manifest says: its SHA-256 differs"))
+    if wrong:
+        raise DataError(wrong)
+    store.download(RESULTS, folders.model / RESULTS)  # last: its presence says that the rest is there
+    log.get_logger().info("results are delivered", model=str(folders.model), data=str(folders.data))
+
+
+def _place(path: str, folders: Delivery) -> Path:
+    """Where an artefact goes.
+
+    Raises:
+        DataError: Its name leads elsewhere.
+    """
+    try:
+        parts = check_key(path).split("/")
+    except ValueError:
+        parts = []
+    match parts:
+        case ["artifacts", "adapter", *rest] if rest:
+            return folders.model.joinpath(*rest)
+        case ["artifacts", "report.html"]:
+            return folders.model / "report.html"
+        case ["artifacts", *rest] if rest:
+            return folders.data.joinpath(*rest)
+    raise DataError([Problem(RESULTS, f"lists an artefact that is none: {path[:80]!r}")])

@@ -1,0 +1,59 @@
+"""What lies in a run's folder beside the artefacts, and who vouches for it.
+
+| file | vouched for by |
+|---|---|
+| `artifacts/...` | `artifacts` of the manifest |
+| `checkpoints/step-.../<epoch>/...` | `COMMITTED.json` beside that folder |
+| `results.json`, `lease.json`, `attempts/` of the last attempt | a seal of their own: they are written last |
+| everything else | `evidence` of the manifest |
+
+What a killed or replaced attempt left behind, of a checkpoint or of a probe of the store, makes no claim, and nothing
+ever reads it.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from job.checkpoints import commit_marker
+from job.common.hashing import hash_file
+from job.records import Artifact
+from job.runs import lease
+from job.runs.layout import RESULTS
+from job.runs.run_log import ledger_key
+from job.storage.base import PROBE
+from job.storage.open import ObjectStore, is_key
+
+ARTIFACTS = "artifacts/"
+MARKER = re.compile(rf"checkpoints/step-\d{{8,18}}/{re.escape(commit_marker.NAME)}", re.ASCII)
+
+
+def is_evidence(key: str, last_attempt: int) -> bool:
+    """Whether the manifest has to vouch for a file under `evidence`."""
+    if is_leftover(key):
+        return False
+    return not key.startswith(ARTIFACTS) and key not in {RESULTS, lease.KEY, ledger_key(last_attempt)}
+
+
+def is_leftover(key: str) -> bool:
+    """Whether a file that nobody vouches for is what an attempt left behind when it was killed."""
+    return key.startswith(PROBE) or (key.startswith("checkpoints/") and not MARKER.fullmatch(key))
+
+
+def collect(store: ObjectStore, work: Path, last_attempt: int) -> list[Artifact]:
+    """Reads and hashes what the manifest has to vouch for, as it is now.
+
+    Args:
+        store: The run's own.
+        work: Folder for copies of the files, which are small.
+        last_attempt: Number of the attempt that publishes.
+    """
+    found = []
+    for info in store.list():
+        if is_key(info.key) and is_evidence(info.key, last_attempt):
+            path = work / info.key
+            store.download(info.key, path, max_bytes=info.bytes)
+            found.append(Artifact(info.key, path.stat().st_size, hash_file(path)))
+            path.unlink()
+    return found

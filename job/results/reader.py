@@ -1,0 +1,141 @@
+"""A published run, read from wherever somebody says it is, as if an enemy had written it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic_core import from_json
+
+from job.common.hashing import unsealed
+from job.errors import Problem, SettingsError, VerificationError
+from job.evaluation import samples
+from job.evaluation.samples import QuestionRecord
+from job.records import TaskScores
+from job.results import manifest
+from job.runs.layout import RESULTS
+from job.storage.open import ObjectStore, TooLarge, open_store
+
+MAX_ANSWERS_BYTES = 512 << 20
+"""More than the records of any evaluation that we know; they are held in memory."""
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Published:
+    """A run's manifest, which is what the job wrote, and the store that its other files lie in."""
+
+    store: ObjectStore
+    results: dict[str, Any]
+    sha256: str
+
+    @property
+    def id(self) -> str:
+        """The run's."""
+        return str(self.results["run"]["id"])
+
+
+def open_run(where: str, **storage: Any) -> ObjectStore:
+    """The store of a run, given its folder or the `results.json` in it, as a path or an `s3://` URI."""
+    folder = where.rstrip("/")
+    if folder.rpartition("/")[2] == RESULTS and not Path(folder).is_dir():
+        folder = folder.rpartition("/")[0] or "."
+    return open_store(folder, **storage)
+
+
+def read_bytes(store: ObjectStore) -> bytes:
+    """The run's `results.json`.
+
+    Raises:
+        SettingsError: There is no run here.
+        VerificationError: There is one without results, or with more than can be.
+    """
+    try:
+        stored = store.read(RESULTS)
+    except TooLarge as error:
+        raise VerificationError([Problem(RESULTS, str(error))]) from None
+    if stored is not None:
+        return stored.data
+    if any(True for _ in store.list()):
+        what = f"is missing in {store.uri}: the run is not complete, or it was removed"
+        raise VerificationError([Problem(RESULTS, what)])
+    raise SettingsError([Problem(store.uri, "there is no run; give the folder of one, or its results.json")])
+
+
+def parse(data: bytes) -> dict[str, Any]:
+    """A manifest that fits the schema; its seal is another matter.
+
+    Raises:
+        ValueError: It is none.
+    """
+    results = from_json(data, allow_inf_nan=False)
+    try:
+        manifest.validate(results)
+    except ValueError as error:
+        lines = [line[:300] for line in str(error).splitlines()]
+        raise ValueError("does not fit the schema: " + "; ".join(lines[:_SHOWN])) from None
+    return dict(results)
+
+
+def read_published(store: ObjectStore) -> Published:
+    """A run's manifest, if it is whole.
+
+    Raises:
+        SettingsError: There is no run here.
+        VerificationError: The manifest is not what the job wrote.
+    """
+    data = read_bytes(store)
+    try:
+        results = parse(data)
+        unsealed(data)
+    except ValueError as error:
+        raise VerificationError([Problem(f"{store.uri}/{RESULTS}", str(error))]) from None
+    return Published(store, results, hashlib.sha256(data).hexdigest())
+
+
+def answers_path(task: str, side: str) -> str:
+    """Where the records of a task lie; a side is `base`, `adapter` or `baseline`."""
+    return f"artifacts/evaluation/{task}.{side}.jsonl"
+
+
+def read_answers(run: Published) -> dict[str, tuple[bytes, list[QuestionRecord]]]:
+    """By task: the adapter's records, as a file and parsed, if they are what the manifest says.
+
+    Raises:
+        VerificationError: With all that is missing, changed or malformed.
+    """
+    listed = {artifact["path"]: artifact for artifact in run.results["artifacts"]}
+    found, wrong = {}, []
+    for task in run.results["evaluation"]["tasks"]:
+        path = answers_path(task, "adapter")
+        try:
+            data = _read_whole(run.store, path, listed.get(path))
+            found[task] = (data, samples.parse(data))
+        except (ValueError, TooLarge) as error:
+            wrong.append(Problem(f"{run.store.uri}/{path}", str(error)))
+    if wrong:
+        raise VerificationError(wrong)
+    return found
+
+
+def _read_whole(store: ObjectStore, path: str, listed: Mapping[str, Any] | None) -> bytes:
+    if listed is None:
+        raise ValueError("is not among the artefacts of the manifest")
+    stored = store.read(path, max_bytes=min(listed["bytes"], MAX_ANSWERS_BYTES))
+    if stored is None:
+        raise ValueError("is missing")
+    if hashlib.sha256(stored.data).hexdigest() != listed["sha256"]:
+        raise ValueError("was altered: its SHA-256 is not that of the manifest")
+    return stored.data
+
+
+def adapter_scores(run: Published, answers: Mapping[str, tuple[bytes, list[QuestionRecord]]]) -> dict[str, TaskScores]:
+    """By task: what the adapter's records add up to."""
+    tasks = run.results["evaluation"]["tasks"]
+    return {
+        task: samples.tally_records(records, task=task, source=tasks[task]["source"], version=tasks[task]["version"])
+        for task, (_, records) in answers.items()
+    }

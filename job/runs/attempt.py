@@ -1,0 +1,283 @@
+"""One attempt at a run: its store and work folder, the stages that earlier attempts finished, and the ledger.
+
+A stage is finished when `stages/<name>.json` exists: it holds what the stage found out, and the hashes of what it
+published. A later attempt reads it instead of doing the work again.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter
+
+from job import log
+from job.storage.verified_download import fetch_artifact
+from job.errors import JobError, Preempted, Replaced
+from job.runs.fault_injection import Faults
+from job.runs.fenced_store import guarded
+from job.common.hashing import hash_file, sealed
+from job.runs.lease import take
+from job.runs.run_log import ledger_key, read_ledger
+from job.storage.open import ObjectStore
+from job.preemption.stop_flag import Stop
+from job.distributed.processes import ALONE, Processes
+from job.records import Artifact, AttemptRecord, StepMetrics
+from job.runs.run_settings import compare_settings
+
+T = TypeVar("T")
+
+OUTCOMES: Mapping[type[BaseException], str] = {Preempted: "preempted", JobError: "failed"}
+
+
+NOTE_SHARE = 0.01
+"""Of an attempt's time that notes in the ledger may take; what happened since the last one is lost by a kill."""
+NOTE_SECONDS = (0.2, 5.0)
+"""Bounds of the time between two notes."""
+BUILT_ON = {"train": "evaluate-adapter"}
+"""Stage -> the stage that works with what it published."""
+
+
+def now() -> str:
+    """The time, RFC 3339 in UTC."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+@dataclass
+class Attempt:
+    """What every stage needs.
+
+    `store` is guarded: it refuses to change once another attempt has taken the run over, and in any process but the
+    first. `number` is the lease's epoch. `joules` asks a meter what the GPUs have taken since the attempt began;
+    `on_metrics` is told of every step.
+    """
+
+    store: ObjectStore
+    work: Path
+    number: int
+    stop: Stop
+    beat: Callable[[], None]
+    faults: Faults
+    earlier: list[AttemptRecord]
+    processes: Processes = ALONE
+    usd_per_hour: float | None = None
+    joules: Callable[[], float | None] = lambda: None
+    on_metrics: Callable[[StepMetrics], None] = lambda _metrics: None
+    started: str = field(default_factory=now)
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+    steps: int = 0
+    repeated_steps: int = 0
+    repeated_seconds: float = 0.0
+    last_step: int = 0
+    _stage: tuple[str, float] | None = None
+    _began: float = field(default_factory=time.monotonic)
+    _next_note: float = field(default_factory=time.monotonic)
+
+    def alive(self, *, progress: bool = True) -> None:
+        """Called wherever a stage gets on and stopping is safe: ends the stage if the job has to end.
+
+        Without `progress` it waits for somebody else, and the watchdog is not told that it got on.
+        """
+        if progress:
+            self.beat()
+        self.stop.check()
+        self.processes.check()
+        self._note_if_due()
+
+    def get_on(self) -> None:
+        """The same for a thread that works beside the stage, which keeps the books."""
+        self.beat()
+        self.stop.check()
+
+    def step_done(self, step: int, seconds: float) -> None:
+        """Counts an optimizer step, and now and then notes in the store how far the attempt is."""
+        self.beat()
+        self.steps += 1
+        if step <= max((record.last_step for record in self.earlier), default=0):
+            self.repeated_steps += 1
+            self.repeated_seconds += seconds
+        self.last_step = step
+        self._note_if_due()
+        self.faults.at("step", step)
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Log lines within carry the stage's name, and its seconds are counted."""
+        with log.stage(name):
+            self.faults.at("stage", name)
+            self.alive()
+            self._stage = (name, time.monotonic())
+            try:
+                yield
+            finally:
+                seconds, self._stage = self._stages_so_far(), None
+                self.stage_seconds = seconds
+
+    def _stages_so_far(self) -> dict[str, float]:
+        """Seconds by stage, the one that is going on included: a killed attempt is known by its last note."""
+        stage = self._stage  # notes are written by the publisher's thread too
+        if stage is None:
+            return dict(self.stage_seconds)
+        name, began = stage
+        return self.stage_seconds | {name: self.stage_seconds.get(name, 0.0) + time.monotonic() - began}
+
+    def stage(self, name: str, kind: type[T], work: Callable[[], T | None]) -> T:
+        """What the stage found out: read from its record if an earlier attempt finished it, else worked out now.
+
+        A record counts while everything is there that the stage published: a copy of the run may be without some of it.
+        If a stage is done again, so is the one that builds on it.
+
+        All processes work; what process 0 finds out is what the stage found out, for all of them. The others may return
+        None.
+        """
+        key, adapter = f"stages/{name}.json", TypeAdapter(kind)
+        kept = self.processes.share(f"record of {name}", lambda: self._kept(name, adapter))
+        if kept is not None:
+            log.get_logger().info("stage was finished by an earlier attempt", stage=name)
+            return adapter.validate_json(kept)
+        with self.timed(name):
+            log.get_logger().info("stage begins")
+            result = work()
+            record = "" if result is None else adapter.dump_json(result).decode()
+            if self.processes.leads:
+                self.store.write(key, record.encode())
+        record = self.processes.share(f"result of {name}", lambda: record)
+        self.note("running")
+        log.get_logger().info("stage is done", stage=name, seconds=round(self.stage_seconds[name], 2))
+        return adapter.validate_json(record)
+
+    def known(self, name: str, kind: type[T]) -> T | None:
+        """What an earlier attempt found out in a stage that it finished."""
+        stored = self.store.read(f"stages/{name}.json")
+        return None if stored is None else TypeAdapter(kind).validate_json(stored.data)
+
+    def _kept(self, name: str, adapter: TypeAdapter[Any]) -> str | None:
+        """The record of a stage, if there is one that counts."""
+        stored = self.store.read(f"stages/{name}.json")
+        if stored is None:
+            return None
+        gone = missing(self.store, getattr(adapter.validate_json(stored.data), "artifacts", ()))
+        if not gone:
+            return stored.data.decode()
+        log.get_logger().warning("stage is done again, not all that it published is there", stage=name, gone=gone)
+        if name in BUILT_ON:
+            self.store.delete(f"stages/{BUILT_ON[name]}.json")
+        return None
+
+    def publish(self, path: Path, key: str, facts_sha256: str | None = None) -> Artifact:
+        """Uploads a file, or every file of a folder is the caller's loop; returns its entry for the manifest."""
+        self.store.upload(path, key)
+        return Artifact(key, path.stat().st_size, hash_file(path), facts_sha256)
+
+    def fetch(self, artifact: Artifact) -> Path:
+        """Downloads what was published, verified."""
+        return fetch_artifact(self.store, artifact, self.work)
+
+    def record(self, outcome: str) -> AttemptRecord:
+        """This attempt's line in the ledger, as of now; `running` has no end."""
+        return AttemptRecord(
+            number=self.number,
+            started=self.started,
+            finished=None if outcome == "running" else now(),
+            outcome=outcome,
+            seconds=time.monotonic() - self._began,
+            stage_seconds=self._stages_so_far(),
+            steps=self.steps,
+            repeated_steps=self.repeated_steps,
+            last_step=self.last_step,
+            world_size=self.processes.place.world_size,
+            repeated_seconds=self.repeated_seconds,
+            usd_per_hour=self.usd_per_hour,
+            energy_joules=self.joules(),
+        )
+
+    def note(self, outcome: str) -> None:
+        """Puts the line into the store; process 0 keeps the books."""
+        if not self.processes.leads:
+            self._next_note = math.inf
+            return
+        began = time.monotonic()
+        self.store.write(ledger_key(self.number), sealed(asdict(self.record(outcome))))
+        ended = time.monotonic()
+        shortest, longest = NOTE_SECONDS
+        self._next_note = ended + min(longest, max(shortest, (ended - began) / NOTE_SHARE))
+
+    def _note_if_due(self) -> None:
+        if time.monotonic() > self._next_note:
+            self.note("running")
+
+
+def missing(store: ObjectStore, artifacts: Iterable[Artifact]) -> list[str]:
+    """Those of the artefacts, by path, that the store does not have, or not in their size."""
+    sizes = {artifact.path: artifact.bytes for artifact in artifacts}
+    found = {info.key: info.bytes for info in store.list("artifacts/")} if sizes else {}
+    return [path for path, size in sizes.items() if found.get(path) != size]
+
+
+@contextmanager
+def open_attempt(
+    store: ObjectStore,
+    settings: Mapping[str, Any],
+    *,
+    cache: str | None,
+    stop: Stop,
+    beat: Callable[[], None],
+    faults: Faults,
+    processes: Processes = ALONE,
+    usd_per_hour: float | None = None,
+) -> Iterator[Attempt]:
+    """Takes the run's lease and begins its next attempt; writes the attempt's end into the ledger.
+
+    Args:
+        store: The run's own.
+        settings: Value by dotted name of the settings that decide the result; an earlier attempt's must be the same.
+        cache: Folder for temporary files; None for the system's.
+        stop: The flag.
+        beat: Tells the watchdog that the attempt gets on.
+        faults: What to rehearse.
+        processes: Those that make this attempt; process 0 holds the lease for all.
+        usd_per_hour: Price of this machine; None where it is not known.
+
+    Raises:
+        Replaced: Another attempt took the run over.
+        SettingsError: The run began with other settings.
+    """
+    lease = None
+    if processes.leads:
+        compare_settings(store, settings)
+        lease = take(store, platform.node() or "unknown")
+    number = processes.share("attempt", lambda: lease.epoch if lease else 0)
+    log.bind(attempt=number)
+    if cache is not None:
+        Path(cache).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="qlora-job-", dir=cache, ignore_cleanup_errors=True) as work:
+        earlier = read_ledger(store, number) if processes.leads else []
+        attempt = Attempt(
+            guarded(store, lease), Path(work), number, stop, beat, faults, earlier, processes, usd_per_hour
+        )
+        attempt.note("running")
+        try:
+            yield attempt
+        except Replaced:
+            raise  # whoever took over keeps the books
+        except BaseException as error:
+            _note_failure(attempt, error)
+            raise
+        attempt.note("complete")
+
+
+def _note_failure(attempt: Attempt, error: BaseException) -> None:
+    """Writes how the attempt ended; a store that does not take it must not hide why."""
+    outcome = next((word for kind, word in OUTCOMES.items() if isinstance(error, kind)), "crashed")
+    try:
+        attempt.note(outcome)
+    except JobError as failure:
+        log.get_logger().warning("the end of the attempt cannot be noted", why=str(failure))

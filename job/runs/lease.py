@@ -1,0 +1,205 @@
+"""One writer: the run's lease, which each attempt takes over from the one before.
+
+`lease.json` names the attempt that owns the run. Every attempt that starts takes it over, with the next epoch: whoever
+started it saw the one before end, or wants it replaced. So the newest attempt wins, and a lease never runs out by the
+clock: machines that are frozen and thawed have wrong ones.
+
+What is promised where the store has conditional writes: of attempts that start together exactly one goes on, and an
+attempt that was replaced notices before its next change of the store. What no object store can promise: that a request
+which was already under way when the lease changed hands does not arrive after it. That is one object a thread, the same
+bytes that the new holder would write, or harmless (see `checkpoints`: no attempt writes where another one does).
+
+Where the store has no conditional writes, two attempts that start within the same moment may both go on until the one
+that wrote first reads the other's name, before its next change of the store. The log says so.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from threading import Lock
+from uuid import uuid4
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from job.errors import DataError, Problem, Replaced, Unreachable
+from job.common.hashing import sealed, unsealed
+from job.log import get_logger
+from job.storage.open import Conflict, ObjectStore, TooLarge
+
+KEY = "lease.json"
+MAX_BYTES = 16 * 1024
+# A holder renews its lease a few times a minute, so that a conflict with it hardly ever happens twice in a row.
+_TRIES = 20
+
+
+class LeaseRecord(BaseModel):
+    """What `lease.json` holds beside its seal.
+
+    `heartbeat` counts the holder's proofs; it makes every content unique to its writer.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    epoch: int = Field(ge=1)
+    holder: str
+    started: str
+    heartbeat: int = Field(ge=0)
+
+    def same_holder(self, other: LeaseRecord | None) -> bool:
+        """Whether both are of one attempt."""
+        return other is not None and (self.epoch, self.holder) == (other.epoch, other.holder)
+
+
+class Lease:
+    """The lease as its holder sees it. Any thread may ask; once lost, it stays lost."""
+
+    def __init__(self, store: ObjectStore, record: LeaseRecord, tag: str, *, conditional: bool) -> None:
+        self._store = store
+        self._record = record
+        self._tag = tag
+        self._conditional = conditional
+        self._lost: str | None = None
+        self._lock = Lock()
+
+    @property
+    def epoch(self) -> int:
+        """Number of this attempt in the life of the run, from 1."""
+        return self._record.epoch
+
+    @property
+    def holder(self) -> str:
+        """Unique name of this attempt."""
+        return self._record.holder
+
+    def confirm(self) -> None:
+        """Proves, by a conditional write, that this attempt still owns the run.
+
+        Raises:
+            Replaced: It does not, and never will again.
+        """
+        if not self._conditional:
+            # A heartbeat written blindly could overwrite the name of the attempt that took over.
+            self.check()
+            return
+        with self._lock:
+            for _ in range(_TRIES):
+                self._raise_if_lost()
+                record = self._record.model_copy(update={"heartbeat": self._record.heartbeat + 1})
+                try:
+                    self._tag = self._store.write(KEY, _render(record), if_tag=self._tag)
+                except Conflict:
+                    # Another attempt, or a heartbeat of our own that arrived although its answer did not.
+                    self._look()
+                else:
+                    self._record = record
+                    return
+            raise Unreachable(f"{self._store.uri}/{KEY} could not be renewed in {_TRIES} tries")
+
+    def check(self) -> None:
+        """Like `confirm`, by reading alone: cheaper, and blind to what happens after the answer was sent.
+
+        Raises:
+            Replaced: This attempt does not own the run any more.
+        """
+        with self._lock:
+            self._raise_if_lost()
+            self._look()
+            self._raise_if_lost()
+
+    def _look(self) -> None:
+        """Reads who holds the lease now."""
+        try:
+            now, tag = _read(self._store)
+        except ValueError:
+            self._lost = f"what lies at {KEY} is no lease any more"
+            return
+        if now is not None and self._record.same_holder(now):
+            self._record, self._tag = now, tag
+        elif now is None:
+            self._lost = "its lease was removed"
+        else:
+            self._lost = f"attempt {now.epoch} ({now.holder}, since {now.started}) took over"
+
+    def _raise_if_lost(self) -> None:
+        if self._lost is not None:
+            raise Replaced(f"attempt {self.epoch} of {self._store.uri} ends and publishes nothing more: {self._lost}")
+
+
+def take(store: ObjectStore, holder: str) -> Lease:
+    """Takes the run over, whoever had it before.
+
+    Args:
+        store: The run's own.
+        holder: Name of this attempt for people, such as the host's; it is made unique here.
+
+    Raises:
+        Replaced: Another attempt started at the same time, and was faster.
+        DataError: `lease.json` is none.
+    """
+    conditional = store.conditional_writes()
+    if not conditional:
+        get_logger().warning(
+            "this store has no conditional writes: if two attempts of this run start in the same moment, both may "
+            "publish until one of them notices; let your scheduler run one attempt at a time",
+            store=store.uri,
+        )
+    mine = f"{holder}/{uuid4().hex}"
+    before, tag = _read_or_refuse(store)
+    for _ in range(_TRIES):
+        record = LeaseRecord(epoch=before.epoch + 1 if before else 1, holder=mine, started=_now(), heartbeat=0)
+        try:
+            if conditional:
+                written = store.write(KEY, _render(record), if_absent=before is None, if_tag=tag or None)
+            else:
+                written = store.write(KEY, _render(record))
+        except Conflict:
+            found, tag = _read_or_refuse(store)
+            if record.same_holder(found):
+                written = tag  # our own write, whose answer got lost
+            elif before is not None and before.same_holder(found):
+                before = found  # the one before is alive and renewed its lease in between
+                continue
+            else:
+                winner = f"attempt {found.epoch} ({found.holder})" if found else "somebody who removed the lease"
+                raise Replaced(f"{store.uri}: {winner} started at the same time and was faster") from None
+        get_logger().info("this attempt owns the run", epoch=record.epoch, replaces=before and before.holder)
+        return Lease(store, record, written, conditional=conditional)
+    raise Unreachable(f"{store.uri}/{KEY}: its holder renews it faster than it can be taken over; try again")
+
+
+def _read(store: ObjectStore) -> tuple[LeaseRecord | None, str]:
+    """The lease and its tag; no record and an empty tag where there is none.
+
+    Raises:
+        ValueError: What lies there is no lease.
+    """
+    try:
+        stored = store.read(KEY, max_bytes=MAX_BYTES)
+    except TooLarge as error:
+        raise ValueError(str(error)) from None
+    return (parse(stored.data), stored.tag) if stored else (None, "")
+
+
+def parse(data: bytes) -> LeaseRecord:
+    """What a `lease.json` says.
+
+    Raises:
+        ValueError: It is no lease, or it was altered.
+    """
+    return LeaseRecord.model_validate(unsealed(data))
+
+
+def _read_or_refuse(store: ObjectStore) -> tuple[LeaseRecord | None, str]:
+    try:
+        return _read(store)
+    except ValueError:
+        problem = "is no lease; if no attempt of this run is going on, remove it"
+        raise DataError([Problem(f"{store.uri}/{KEY}", problem)]) from None
+
+
+def _render(record: LeaseRecord) -> bytes:
+    return sealed(record.model_dump())
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")

@@ -1,0 +1,46 @@
+"""The ledger of a run's attempts: one sealed line in the store for each, noted while it goes on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pydantic import TypeAdapter
+
+from job.errors import DataError, Problem
+from job.common.hashing import unsealed
+from job.storage.open import ObjectStore
+from job.records import AttemptRecord
+
+
+def ledger_key(number: int) -> str:
+    """Where the line of an attempt lies."""
+    return f"attempts/{number:04d}.json"
+
+
+def parse_record(data: bytes) -> AttemptRecord:
+    """An attempt's line in the ledger.
+
+    Raises:
+        ValueError: It is none, or it was altered.
+    """
+    return TypeAdapter(AttemptRecord).validate_python(unsealed(data))
+
+
+def read_ledger(store: ObjectStore, epoch: int) -> list[AttemptRecord]:
+    """What is known of the attempts before `epoch`; one that is still noted as running was killed.
+
+    Raises:
+        DataError: A line is none.
+    """
+    records = []
+    for number in range(1, epoch):
+        key = ledger_key(number)
+        if (stored := store.read(key)) is None:
+            continue
+        try:
+            record = parse_record(stored.data)
+        except ValueError as error:
+            what = f"{str(error).splitlines()[0]}; remove it to go on without it"
+            raise DataError([Problem(f"{store.uri}/{key}", what)]) from None
+        records.append(replace(record, outcome="killed") if record.outcome == "running" else record)
+    return records

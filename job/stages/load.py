@@ -1,0 +1,117 @@
+"""Loading: the quantized base with a fresh adapter on it, made ready for the fastest way that fits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from job import log
+from job.common.malloc import keep_freed_memory
+from job.distributed.processes import ALONE, Processes
+from job.errors import Problem, SettingsError
+from job.model.base import choose_device, choose_dtype, describe_model, load_base, make_deterministic
+from job.model.lora import add_adapter
+from job.model.quantized_cache.cache import keep
+from job.model.quantized_cache.layout import KeptBase, on_shelf
+from job.records import Execution, ModelRecord
+from job.settings.load import Settings
+from job.stages.pull import Sources
+from job.training.cpu_plan import keeps_activations
+from job.training.prepare import limit_memory, prepare, token_budget
+from job.training.setups import setup_of
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The model in memory, what the manifest says of it, and how it is going to be trained.
+
+    `execution` is None where PEFT's own layers do the work; `forward` says in words whose layers do. `recompute` is
+    whether activations are computed again; `kept_base` is where a restart finds the base with these very bits.
+    """
+
+    model: Any
+    record: ModelRecord
+    micro_batch_tokens: int
+    execution: Execution | None
+    forward: str
+    recompute: bool
+    kept_base: KeptBase
+
+
+def load(settings: Settings, sources: Sources, processes: Processes = ALONE) -> Loaded:
+    """The quantized base with a fresh adapter on it, in each process its own."""
+    device = choose_device(settings.run.device)
+    _same_kind(processes, device.type)
+    if device.type == "cuda":
+        make_deterministic()
+        limit_memory(settings.train.gpu_memory_gb)
+    base = load_base(
+        sources.folder,
+        quantization=settings.model.quantization,
+        double_quantization=settings.model.double_quantization,
+        dtype=choose_dtype(settings.model.dtype, device),
+        device=device,
+        max_length=settings.train.max_length,
+        quantized=sources.quantized,
+    )
+    if device.type == "cpu":
+        keep_freed_memory()  # not before: what loading leaves goes back
+    if sources.shelf is None or sources.quantized:
+        kept_base = on_shelf(sources.shelf)
+    else:
+        kept_base = keep(base, sources.folder, sources.shelf)
+    model = add_adapter(
+        base,
+        rank=settings.lora.rank,
+        alpha=settings.lora.alpha,
+        dropout=settings.lora.dropout,
+        target_modules=settings.lora.target_modules,
+        seed=settings.run.seed,
+    )
+    record = describe_model(
+        model,
+        name=settings.model.id,
+        revision=sources.record.model_revision,
+        sha256=sources.record.model_sha256,
+        quantization=settings.model.quantization,
+        double=settings.model.double_quantization,
+    )
+    log.get_logger().info(
+        "model is loaded", device=str(device), dtype=record.dtype, trainable_parameters=record.trainable_parameters
+    )
+    own = token_budget(device, settings.train.micro_batch_tokens, settings.train.gpu_memory_gb)
+    budget = min(processes.gather("token budget", own))  # it decides bits, so it is the same for all
+    execution, forward = prepare(
+        model,
+        [len(example.input_ids) for example in sources.examples],
+        global_batch_size=settings.train.global_batch_size,
+        quantization=settings.model.quantization,
+        optimizer=settings.train.optimizer,
+        budget=budget,
+        keep_base=settings.model.keep_dequantized,
+        recompute=settings.train.gradient_checkpointing,
+        gigabytes=settings.train.gpu_memory_gb,
+    )
+    recompute = not execution.kept_activations if execution else _recompute(settings, sources, model, budget, processes)
+    return Loaded(model, record, budget, execution, forward, recompute, kept_base)
+
+
+def _recompute(settings: Settings, sources: Sources, model: Any, budget: int, processes: Processes) -> bool:
+    """Whether PEFT's own layers compute their activations again: as set, else on a GPU, or where a CPU lacks memory."""
+    if (wanted := settings.train.gradient_checkpointing) != "auto":
+        return wanted
+    setup = setup_of(model, settings.model.quantization, settings.train.optimizer)
+    if model.device.type != "cpu" or setup is None:
+        return True
+    tokens = max(budget, *(len(example.input_ids) for example in sources.examples))
+    kept = keeps_activations(setup, tokens, processes.place.local_world_size)
+    log.get_logger().info("how training is carried out", micro_batch_tokens=budget, kept_activations=kept)
+    return not kept
+
+
+def _same_kind(processes: Processes, device: str) -> None:
+    """Refuses processes some of which have a GPU and some have none: those would be waited for without end."""
+    devices = processes.gather("device", device)
+    if without := [rank for rank, kind in enumerate(devices) if kind != "cuda" and "cuda" in devices]:
+        what = f"the processes {', '.join(map(str, without))} see no GPU, the others do; start fewer, or give each one"
+        raise SettingsError([Problem("run.processes", what)])

@@ -1,0 +1,216 @@
+"""Training: from the newest whole checkpoint on, publishing others beside it, to the published adapter."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from job import log
+from job.checkpoints import manager
+from job.checkpoints.async_uploader import Publisher
+from job.checkpoints.trainer_state import validate_state, write_metrics
+from job.common.resources import check_disk, checkpoint_bytes, required_bytes
+from job.data.batch_plan import steps_per_epoch
+from job.errors import Preempted, Unreachable
+from job.model.lora import save_adapter, trainable
+from job.preemption.stop_flag import Stopwatch, decide
+from job.records import StepMetrics, Trained, TrainingRecord
+from job.results import manifest
+from job.runs.attempt import Attempt
+from job.settings.load import Settings
+from job.stages.load import Loaded
+from job.stages.pull import Sources
+from job.tracking.tensorboard import write_events
+from job.training.config import Hooks, Recipe, substitute, total_steps
+from job.training.trainer import train
+
+
+def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded) -> Trained | None:
+    """Trains from the newest whole checkpoint on, and publishes the adapter and the metrics."""
+    model, processes = loaded.model, attempt.processes
+    recipe, substitutions = substitute(_recipe(settings, len(sources.examples), loaded), model.device.type)
+    for sentence in substitutions if processes.leads else ():
+        log.get_logger().warning("substituted", what=sentence)
+    restored = _restore(attempt)
+    if restored.folder is not None:
+        log.get_logger().info("resuming", step=restored.step, of=recipe.total_steps)
+    check_disk(attempt.work, required_bytes([], checkpoint_bytes(_size(model), recipe.optimizer)))
+    with (
+        log.progress("steps", recipe.total_steps, every=settings.train.log_every_steps) as tell,
+        Publisher(
+            _publishing(attempt, settings.checkpoint.keep, settings.checkpoint.settle_seconds, restored.step),
+            patience=attempt.stop.remaining,
+        ) as publisher,
+    ):
+        watch = Stopwatch()
+        trained = train(
+            model,
+            sources.tokenizer,
+            sources.examples,
+            recipe=recipe,
+            hooks=Hooks(
+                on_metrics=_teller(attempt, tell, watch),
+                on_save=publisher.submit,
+                stop=attempt.stop,
+                fits=_fits(attempt, watch, publisher),
+                on_write=lambda seconds: watch.add("save", seconds),
+            ),
+            folder=attempt.work / "states",
+            resume=restored.folder,
+            processes=processes,
+        )
+        if not trained.complete:
+            publisher.finish(attempt.stop.remaining())
+            raise _stopped(attempt, restored, recipe.total_steps)
+    if not processes.leads:
+        return None
+    folder = attempt.work / "artifacts"
+    save_adapter(model, folder / "adapter", base=settings.model.id, revision=sources.record.model_revision)
+    sources.tokenizer.save_pretrained(folder / "adapter")
+    write_metrics(folder / "metrics.jsonl", trained.history)
+    write_events(folder / "tensorboard", trained.history)
+    facts = manager.hash_facts(folder / "metrics.jsonl")
+    files = [path for part in ("adapter", "metrics.jsonl", "tensorboard") for path in _files(folder / part)]
+    artifacts = [
+        attempt.publish(
+            path, f"artifacts/{path.relative_to(folder).as_posix()}", facts if path.name == "metrics.jsonl" else None
+        )
+        for path in files
+    ]
+    used = replace(recipe, micro_batch_tokens=trained.micro_batch_tokens)
+    record = _training_record(used, trained.history, substitutions, len(sources.examples), processes.place.world_size)
+    if loaded.execution is not None:
+        given_up: dict[str, Any] = dict.fromkeys(trained.given_up, False)
+        record = replace(record, execution=replace(loaded.execution, **given_up))
+    return Trained(record, artifacts)
+
+
+def _stopped(attempt: Attempt, restored: manager.Restored, total_steps: int) -> Preempted:
+    why = f"stopped by {attempt.stop.reason}"
+    if not attempt.processes.leads:
+        return Preempted(why)
+    damaged = {skipped.step for skipped in restored.skipped}
+    kept = max((step for step in manager.steps(attempt.store) if step not in damaged), default=0)
+    return Preempted(f"{why}; step {kept} of {total_steps} is saved")
+
+
+def _restore(attempt: Attempt) -> manager.Restored:
+    """The newest whole checkpoint, brought here once a machine and verified on each; on all it must be the same one."""
+    processes = attempt.processes
+
+    def restore() -> str:
+        size, folder = processes.place.world_size, attempt.work / "restored"
+        found = manager.restore(attempt.store, folder, manifest.software(), validate_state, size)
+        return TypeAdapter(manager.Restored).dump_json(found).decode()
+
+    found = TypeAdapter(manager.Restored).validate_json(processes.share_on_machine("checkpoint", restore))
+    if len(set(steps := processes.gather("restored step", found.step))) > 1:
+        raise Unreachable(f"the machines found different checkpoints whole: of the steps {steps}; start the run again")
+    return found
+
+
+def _recipe(settings: Settings, rows: int, loaded: Loaded) -> Recipe:
+    t, execution = settings.train, loaded.execution
+    return Recipe(
+        seed=settings.run.seed,
+        total_steps=total_steps(rows, t.global_batch_size, t.epochs, t.max_steps),
+        learning_rate=t.learning_rate,
+        scheduler=t.scheduler,
+        warmup_steps=t.warmup_steps,
+        weight_decay=t.weight_decay,
+        max_grad_norm=t.max_grad_norm,
+        global_batch_size=t.global_batch_size,
+        micro_batch_tokens=loaded.micro_batch_tokens,
+        optimizer=t.optimizer,
+        gradient_checkpointing=loaded.recompute,
+        save_every_steps=settings.checkpoint.every_steps,
+        autocast=execution is None,
+        padded=execution is not None and execution.recorded,
+        replayed=execution is not None and execution.recorded,
+        kept_base=execution is not None and execution.kept_base,
+    )
+
+
+def _teller(attempt: Attempt, tell: log.Progress, watch: Stopwatch) -> Callable[[StepMetrics], None]:
+    """Counts, times and shows a step."""
+
+    def on_metrics(metrics: StepMetrics) -> None:
+        seconds = float(metrics.measured["seconds"] or 0)
+        watch.add("step", seconds)
+        tell(
+            metrics.step,
+            loss=round(metrics.loss, 4),
+            learning_rate=metrics.learning_rate,
+            tokens_per_second=round(metrics.measured["tokens_per_second"] or 0, 1),
+            memory_bytes=metrics.measured["memory_bytes"],
+        )
+        attempt.step_done(metrics.step, seconds)
+        attempt.on_metrics(metrics)
+
+    return on_metrics
+
+
+def _publishing(attempt: Attempt, keep: int, settle_seconds: float, verified: int) -> Callable[[Path, int], None]:
+    """Publishes a checkpoint and deletes those that are not needed any more; runs beside training."""
+    size = attempt.processes.place.world_size
+    committed: dict[int, float] = {}
+
+    def publish(folder: Path, step: int) -> None:
+        began = time.monotonic()
+        manager.publish(
+            attempt.store, folder, step=step, epoch=attempt.number, world_size=size, software=manifest.software()
+        )
+        now = committed[step] = time.monotonic()
+        fresh = [step for step, when in committed.items() if now - when < settle_seconds]
+        manager.prune(attempt.store, keep, own=committed.keys(), verified=verified, fresh=fresh)
+        attempt.note("running")
+        log.get_logger().info("checkpoint", step=step, seconds=round(time.monotonic() - began, 3))
+
+    return publish
+
+
+def _fits(attempt: Attempt, watch: Stopwatch, publisher: Publisher) -> Callable[[float], bool]:
+    """Whether there is time for a share of a step and for saving; an upload that is under way has to end first."""
+
+    def fits(share: float) -> bool:
+        uploads = 2 * max(publisher.seconds, default=0.0)
+        plan = decide(replace(watch.timings, upload=uploads), attempt.stop.remaining(), share)
+        return plan == ("finish_step" if share > 0 else "save_now")
+
+    return fits
+
+
+def _size(model: Any) -> int:
+    return sum(parameter.numel() for parameter in trainable(model).values())
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+
+
+def _training_record(
+    recipe: Recipe, history: Sequence[StepMetrics], substitutions: list[str], rows: int, world_size: int
+) -> TrainingRecord:
+    """Sums up the steps. A step that was repeated after a restart counts once, as it went the last time."""
+    last_epoch = history[-steps_per_epoch(rows, recipe.global_batch_size) :]
+    targets = sum(step.target_tokens for step in history)
+    seconds = sum(float(step.measured["seconds"] or 0) for step in history)
+    return TrainingRecord(
+        steps=len(history),
+        examples=sum(step.examples for step in history),
+        target_tokens=targets,
+        loss=sum(s.loss * s.target_tokens for s in last_epoch) / sum(s.target_tokens for s in last_epoch),
+        tokens_per_second=targets / seconds if seconds else None,
+        seconds=seconds,
+        peak_memory_bytes=max(int(step.measured["memory_bytes"] or 0) for step in history),
+        optimizer=recipe.optimizer,
+        global_batch_size=recipe.global_batch_size,
+        micro_batch_tokens=recipe.micro_batch_tokens,
+        substitutions=substitutions,
+        world_size=world_size,
+    )

@@ -1,0 +1,1 @@
+"""Object stores behind one protocol, and the Hugging Face Hub."""

@@ -1,0 +1,241 @@
+"""The Hugging Face hub: rows of a data set at a pinned commit, and what its errors mean to the job.
+
+Credentials come by the hub's own names (HF_TOKEN, a login); its client reads them, and retries by itself.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from http import HTTPStatus
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from job.common.resources import check_disk, required_bytes
+from job.data.formats import Row, Rows
+from job.errors import AccessDenied, DataError, JobError, Problem, Unreachable
+
+# By name: which of the HTTP libraries it is depends on the version of the hub's client.
+_TRANSPORTS = {"httpx", "httpx2", "httpcore", "requests", "urllib3", "aiohttp"}
+_REFUSED = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
+_TRANSIENT = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS}
+
+
+def open_dataset(source: str, revision: str, split: str, name: str) -> tuple[str, Rows]:
+    """A hub data set at a pinned revision. Code that a data set ships is never run.
+
+    Args:
+        source: Hub id, `[namespace/]name`.
+        revision: Commit, tag or branch.
+        split: Such as `train`, or a slice of it: `train[:1000]`.
+        name: What to call the data set in messages.
+
+    Returns:
+        The commit that the revision resolved to, and the rows of the split in order.
+
+    Raises:
+        Unreachable: The hub did not answer.
+        AccessDenied: The data set is gated, private, or does not exist for these credentials.
+        DataError: No such data set, revision or split, or its files cannot be read.
+    """
+    from datasets import load_dataset_builder
+    from huggingface_hub import HfApi
+
+    with hub_errors(f"data set {name}"):
+        commit = HfApi().resolve_revision(source, repo_type="dataset", revision=revision).resolved
+        builder = load_dataset_builder(source, revision=commit)
+        # Where the hub does not answer, `datasets` falls back on whichever revision its cache holds.
+        if builder.hash != commit:
+            raise Unreachable(f"data set {name}: the hub did not answer, and the cache holds another revision")
+        builder.download_and_prepare()
+        rows = builder.as_dataset(split=split)
+    return commit, (Row(f"{name}:row {number}", fields) for number, fields in enumerate(rows, 1))
+
+
+MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.jinja")
+"""What is fetched of a model: no pickled weights, no code."""
+SMALL_FILES = tuple(kind for kind in MODEL_FILES if kind != "*.safetensors")
+"""All of that but the weights."""
+MOST_SMALL_BYTES = 256 << 20
+PEEK_SECONDS = 10.0
+"""A plan is not to wait for long."""
+
+
+def import_client() -> None:
+    """Imports what `download_model` uses."""
+    for name in ("HfApi", "constants", "errors", "snapshot_download"):
+        getattr(import_module("huggingface_hub"), name)
+
+
+def download_model(source: str, revision: str | None) -> tuple[Path, str | None]:
+    """The folder of a model: the path itself, or the hub's files in the local cache.
+
+    Args:
+        source: A path to a folder in the hub's layout, or a hub id.
+        revision: Commit, tag or branch of a hub id; None for its newest commit.
+
+    Returns:
+        The folder, and the commit that the revision resolved to (None for a path).
+
+    Raises:
+        Unreachable: The hub did not answer, or the disk has no room for what is not cached yet.
+        AccessDenied: The model is gated, private, or does not exist for these credentials.
+        DataError: No such path, model or revision.
+    """
+    if (path := local_model(source)) is not None:
+        return path, None
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import DryRunError
+
+    with hub_errors(f"model {source}"):
+        commit = str(HfApi().resolve_revision(source, repo_type="model", revision=revision).resolved)
+        wanted: dict[str, Any] = {"revision": commit, "allow_patterns": list(MODEL_FILES)}
+        with suppress(DryRunError):  # the hub does not answer: nothing will be downloaded, the cache has it or has not
+            files = snapshot_download(source, dry_run=True, **wanted)
+            missing = [file.file_size or 0 for file in files if file.will_download]
+            check_disk(Path(constants.HF_HUB_CACHE), required_bytes(missing))
+        folder = snapshot_download(source, **wanted)
+    return Path(folder), commit
+
+
+def local_model(source: str) -> Path | None:
+    """The folder of a model that is named by its path; None for a hub id.
+
+    Raises:
+        DataError: A path, but not to a folder.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise DataError([Problem("model.id", f"{source} is not a folder")])
+    return None
+
+
+def is_reachable() -> bool:
+    """Whether the hub answers at all."""
+    from huggingface_hub import constants, get_session
+
+    try:
+        with hub_errors("the hub"):
+            get_session().head(constants.ENDPOINT, timeout=PEEK_SECONDS)
+    except Unreachable:
+        return False
+    return not constants.HF_HUB_OFFLINE
+
+
+def peek_model(source: str, revision: str | None) -> tuple[Path, dict[str, int]]:
+    """The folder of a hub model's small files, and the bytes of each file that the job is going to fetch, by name.
+
+    Raises:
+        Unreachable, AccessDenied, DataError: As `download_model`.
+    """
+    from huggingface_hub import snapshot_download
+
+    with hub_errors(f"model {source}"):
+        files = snapshot_download(source, revision=revision, allow_patterns=list(MODEL_FILES), dry_run=True)
+        sizes = {file.filename: file.file_size or 0 for file in files}
+        if sum(size for name, size in sizes.items() if not name.endswith(".safetensors")) > MOST_SMALL_BYTES:
+            raise Unreachable(f"model {source}: its configuration and tokenizer are too large to look at beforehand")
+        folder = snapshot_download(source, revision=revision, allow_patterns=list(SMALL_FILES))
+    return Path(folder), sizes
+
+
+def cached_model(source: str, revision: str | None) -> Path | None:
+    """The folder of a hub model in the local cache, if there is one; nobody is asked."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    small = list(SMALL_FILES)
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=small, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+
+
+def peek_dataset(source: str, revision: str) -> tuple[int, str | None]:
+    """Bytes of a hub data set's files, and the licence that its card names.
+
+    Raises:
+        Unreachable, AccessDenied, DataError: As `open_dataset`.
+    """
+    from huggingface_hub import HfApi
+
+    with hub_errors(f"data set {source}"):
+        info = HfApi().dataset_info(source, revision=revision, files_metadata=True, timeout=PEEK_SECONDS)
+    named = getattr(info.card_data, "license", None)
+    licence = ", ".join(map(str, named)) if isinstance(named, list) else named
+    return sum(file.size or 0 for file in info.siblings or []), str(licence) if licence else None
+
+
+@contextmanager
+def hub_errors(name: str) -> Iterator[None]:
+    """Turns an error of the hub's libraries into the job's. What is not about the hub passes unchanged."""
+    try:
+        yield
+    except JobError:
+        raise
+    except Exception as error:
+        # The cause says more than what it is wrapped in: a failed download surfaces as a failed generation.
+        known = (_answer(cause, name) or _silence(cause, name) for cause in reversed(list(_causes(error))))
+        translated = next(filter(None, known), None) or _full(error, name) or _content(error, name)
+        if translated is None:
+            raise
+        raise translated from error
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _answer(error: BaseException, name: str) -> JobError | None:
+    """The hub answered, with an error."""
+    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub import errors as hub
+
+    denied = AccessDenied(f"{name}: does not exist, or is not open to this HF_TOKEN (private, or gated)")
+    if isinstance(error, DatasetNotFoundError):
+        # Here `datasets` has dropped the HTTP error and left only its words.
+        refused = "gated" in str(error) or "cannot be accessed" in str(error)
+        return denied if refused else DataError([Problem(name, "not found on the hub at this revision")])
+    if not isinstance(error, hub.HfHubHTTPError) or isinstance(error, hub.RemoteEntryNotFoundError):
+        return None  # a file that is not there is no verdict on the data set
+    status = error.response.status_code
+    if status in _REFUSED or isinstance(error, hub.RepositoryNotFoundError | hub.DisabledRepoError):
+        return denied
+    if status in _TRANSIENT or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        return Unreachable(f"{name}: the hub answered with HTTP {status}")
+    return DataError([Problem(name, f"not found on the hub at this revision (HTTP {status})")])
+
+
+def _silence(error: BaseException, name: str) -> JobError | None:
+    """The hub did not answer."""
+    from huggingface_hub.errors import LocalEntryNotFoundError, RevisionResolutionError
+
+    silent = ConnectionError | TimeoutError | LocalEntryNotFoundError | RevisionResolutionError
+    transport = type(error).__module__.split(".")[0] in _TRANSPORTS and not hasattr(error, "response")
+    # A bare FileNotFoundError is how `datasets` words a download that failed, after dropping its cause.
+    if transport or isinstance(error, silent) or type(error) is FileNotFoundError:
+        return Unreachable(f"{name}: the hub cannot be reached ({type(error).__name__})")
+    return None
+
+
+def _full(error: Exception, name: str) -> JobError | None:
+    """The disk has no room for it; `datasets` says so in words alone."""
+    if isinstance(error, OSError) and (error.errno in {errno.ENOSPC, errno.EDQUOT} or "disk space" in str(error)):
+        return Unreachable(f"{name}: the disk of the cache is full; free space, or set HF_HOME to a larger disk")
+    return None
+
+
+def _content(error: Exception, name: str) -> JobError | None:
+    """The hub gave what it has, and that is not usable: no such split, several configurations, a loading script."""
+    from datasets.exceptions import DatasetsError
+
+    if isinstance(error, DatasetsError | FileNotFoundError | ValueError | RuntimeError):
+        first_line = (str(error).splitlines() or [""])[0]
+        return DataError([Problem(name, f"cannot be read: {first_line[:200]}")])
+    return None

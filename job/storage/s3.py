@@ -1,0 +1,240 @@
+"""An object store in S3, or in anything that speaks its protocol.
+
+Requests are repeated by botocore, transfers of files (multipart, in parallel) by boto3's transfer manager, credentials
+refreshed by both. What is left for this file: conditions, confirmed absence, limits, durable files.
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+from boto3.exceptions import S3UploadFailedError
+from boto3.s3.transfer import TransferConfig
+from botocore.exceptions import ClientError
+
+from job.errors import Unreachable
+from job.storage.base import (
+    MAX_READ_BYTES,
+    MIB,
+    Conflict,
+    ObjectInfo,
+    Stored,
+    TooLarge,
+    allowance,
+    check_key,
+    check_prefix,
+    disk_errors,
+    landing,
+    probe,
+)
+from job.storage.s3_errors import FAILURES, TRUNCATED, code_and_status, is_answer, translate
+
+# Bodies are read in pieces of this size, each within the time limit (see `s3_client`).
+_CHUNK_BYTES = MIB // 4
+# Up to this size one connection is fast enough, and spares the training process the threads.
+_ONE_CONNECTION_BYTES = 32 * MIB
+_CONNECTIONS = 8
+# Pauses (seconds) before a request is repeated that the SDK does not repeat: a write that met another one in flight
+# (409), a 404 without words.
+_PAUSES = (0.1, 0.3, 1.0, 3.0)
+# botocore repeats requests by itself, so attempts to read a body multiply with its own.
+_MAX_BODY_ATTEMPTS = 5
+
+
+class S3Store:
+    """An `ObjectStore` below `prefix` in `bucket`, through a client of `s3_client.connect`."""
+
+    def __init__(
+        self,
+        client: Any,
+        bucket: str,
+        prefix: str,
+        *,
+        kms_key_id: str | None,
+        storage_class: str | None,
+        request_payer: bool,
+        retries: int,
+    ) -> None:
+        self._client = client
+        self._bucket = bucket
+        self._root = f"{prefix}/" if prefix else ""
+        self._body_attempts = min(retries, _MAX_BODY_ATTEMPTS)
+        self._options = {"RequestPayer": "requester"} if request_payer else {}
+        encryption = {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": kms_key_id} if kms_key_id else {}
+        self._write_options = self._options | encryption
+        # Small objects are rewritten and read again: cold storage is for files.
+        self._file_options = self._write_options | ({"StorageClass": storage_class} if storage_class else {})
+        self.uri = f"s3://{bucket}/{prefix}".removesuffix("/")
+
+    def read(self, key: str, *, max_bytes: int = MAX_READ_BYTES) -> Stored | None:
+        """See `ObjectStore.read`."""
+        with self._asking("read", check_key(key)):
+            found = self._read(key, max_bytes)
+        return None if found is None else Stored(*found)
+
+    def write(self, key: str, data: bytes, *, if_absent: bool = False, if_tag: str | None = None) -> str:
+        """See `ObjectStore.write`."""
+        condition = {"IfNoneMatch": "*"} if if_absent else {} if if_tag is None else {"IfMatch": if_tag}
+        repeated = False
+        with self._asking("write", check_key(key)):
+            for pause in (*_PAUSES, None):
+                try:
+                    return self._put(key, data, condition)
+                except ClientError as error:
+                    if not condition or not _refused(error, if_tag):
+                        raise
+                    repeated |= error.response["ResponseMetadata"].get("RetryAttempts", 0) > 0
+                    if pause is None or not is_answer(error, "ConditionalRequestConflict"):
+                        break
+                    time.sleep(pause)
+        # A repeated request may have been refused because of what its own first try wrote, whose answer got lost.
+        if repeated:
+            with suppress(TooLarge):
+                stored = self.read(key, max_bytes=len(data))
+                if stored is not None and stored.data == data:
+                    return stored.tag
+        raise Conflict(f"{self.uri}/{key} was written by somebody else")
+
+    def upload(self, path: Path, key: str) -> None:
+        """See `ObjectStore.upload`."""
+        threads = path.stat().st_size > _ONE_CONNECTION_BYTES
+        with disk_errors(f"{self.uri}/{key}: cannot read {path}"), self._asking("write", check_key(key)):
+            try:
+                self._upload(path, key, threads=threads)
+            except RuntimeError:
+                # At interpreter shutdown no new thread can be started, but this one can still finish its work.
+                self._upload(path, key, threads=False)
+            except S3UploadFailedError as error:
+                # The answer to "complete" got lost and repeating it finds no upload, or a lifecycle rule removed it.
+                if not is_answer(error.__context__, "NoSuchUpload"):
+                    raise
+                self._upload(path, key, threads=threads)
+
+    def download(self, key: str, path: Path, *, max_bytes: int | None = None) -> None:
+        """See `ObjectStore.download`."""
+        with disk_errors(f"{self.uri}/{key}: cannot write {path}"), self._asking("read", check_key(key)):
+            size = self._size(key)
+            if size is None:
+                raise FileNotFoundError(errno.ENOENT, "no such object", f"{self.uri}/{key}")
+            allowance(f"{self.uri}/{key}", max_bytes)(size)
+            with landing(path) as temporary:
+                self._client.download_file(
+                    self._bucket,
+                    self._root + key,
+                    str(temporary),
+                    ExtraArgs=self._options,
+                    Callback=allowance(f"{self.uri}/{key}", max_bytes),
+                    Config=self._transfer(threads=size > _ONE_CONNECTION_BYTES),
+                )
+                if temporary.stat().st_size != size:
+                    raise Unreachable(f"{self.uri}/{key}: changed while it was read")
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """See `ObjectStore.list`. Keys that end in `/` are the console's folders, not objects."""
+        paginator = self._client.get_paginator("list_objects_v2")
+        start = self._root + check_prefix(prefix)
+        pages = iter(paginator.paginate(Bucket=self._bucket, Prefix=start, **self._options))
+        while True:
+            with self._asking("list", prefix):
+                page = next(pages, None)
+            if page is None:
+                return
+            for entry in page.get("Contents", ()):
+                if not entry["Key"].endswith("/"):
+                    yield ObjectInfo(entry["Key"].removeprefix(self._root), entry["Size"])
+
+    def delete(self, key: str) -> None:
+        """See `ObjectStore.delete`."""
+        with self._asking("delete", check_key(key)):
+            self._client.delete_object(Bucket=self._bucket, Key=self._root + key, **self._options)
+
+    def conditional_writes(self) -> bool:
+        """See `ObjectStore.conditional_writes`."""
+        return probe(self)
+
+    @contextmanager
+    def _asking(self, verb: str, key: str) -> Iterator[None]:
+        try:
+            yield
+        except FAILURES as error:
+            raise translate(error, f"{self.uri}/{key}: cannot {verb}") from error
+
+    def _get(self, key: str, **options: str) -> Any:
+        """Ask for an object; None only where S3 says so in its own words, not for any 404 of any proxy."""
+        pauses = iter(_PAUSES[:2])
+        while True:
+            try:
+                return self._client.get_object(Bucket=self._bucket, Key=self._root + key, **self._options, **options)
+            except ClientError as error:
+                if is_answer(error, "NoSuchKey"):
+                    return None
+                pause = next(pauses, None)
+                if pause is None or not is_answer(error, "404"):
+                    raise
+                time.sleep(pause)  # a 404 whose words got lost on the way, or of a proxy: asking again tells
+
+    def _read(self, key: str, max_bytes: int) -> tuple[bytes, str] | None:
+        attempt = 1
+        while answer := self._get(key):
+            data, allowed = bytearray(), allowance(f"{self.uri}/{key}", max_bytes)
+            try:
+                with closing(answer["Body"]) as body:
+                    while chunk := body.read(_CHUNK_BYTES):
+                        allowed(len(chunk))
+                        data += chunk
+            except TRUNCATED:
+                if attempt == self._body_attempts:
+                    raise
+                time.sleep(_PAUSES[0] * 2**attempt)
+                attempt += 1
+            else:
+                return bytes(data), answer["ETag"]
+        return None
+
+    def _size(self, key: str) -> int | None:
+        """Return an object's size in bytes, None if it is absent.
+
+        The answer to GET says why it is a 404; the answer to HEAD has no body and could mean a missing bucket.
+        """
+        try:
+            answer = self._get(key, Range="bytes=0-0")
+        except ClientError as error:
+            if is_answer(error, "InvalidRange"):  # an empty object has no first byte
+                return 0
+            raise
+        if answer is None:
+            return None
+        answer["Body"].close()
+        total = answer.get("ContentRange", "").rpartition("/")[2]
+        return int(total if total.isdecimal() else answer["ContentLength"])
+
+    def _put(self, key: str, data: bytes, condition: dict[str, str]) -> str:
+        name = self._root + key
+        answer = self._client.put_object(Bucket=self._bucket, Key=name, Body=data, **self._write_options, **condition)
+        return str(answer["ETag"])
+
+    def _upload(self, path: Path, key: str, *, threads: bool) -> None:
+        config = self._transfer(threads=threads)
+        name = self._root + key
+        self._client.upload_file(str(path), self._bucket, name, ExtraArgs=self._file_options, Config=config)
+
+    def _transfer(self, *, threads: bool) -> Any:
+        return TransferConfig(
+            use_threads=threads,
+            max_concurrency=_CONNECTIONS,
+            num_download_attempts=self._body_attempts,
+            io_chunksize=_CHUNK_BYTES,
+            preferred_transfer_client="classic",
+        )
+
+
+def _refused(error: ClientError, if_tag: str | None) -> bool:
+    """Whether the condition of a write did not hold; S3 answers a tag for an absent object with 404."""
+    conflicts = {HTTPStatus.CONFLICT, HTTPStatus.PRECONDITION_FAILED}
+    return code_and_status(error)[1] in conflicts or (if_tag is not None and is_answer(error, "NoSuchKey"))

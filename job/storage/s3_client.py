@@ -1,0 +1,87 @@
+"""A client for S3 that neither hangs nor gives up early: bounded times, repeated requests, refreshed credentials."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from functools import cache
+from typing import Any
+
+import boto3
+import botocore.session
+from botocore.config import Config
+from botocore.exceptions import ReadTimeoutError
+from botocore.loaders import create_loader
+from botocore.response import StreamingBody
+
+from job.errors import Problem, SettingsError
+from job.storage.s3_errors import FAILURES, translate
+
+_MAX_CONNECT_SECONDS = 20.0
+_CONNECTIONS = 32
+
+
+def connect(*, endpoint_url: str | None, region: str | None, timeout_seconds: float, retries: int) -> Any:
+    """Return a boto3 client; sends nothing yet. For the arguments see `objects.open_store`."""
+    # Many servers that speak S3 refuse the checksum headers that newer SDKs add unasked.
+    checksums = "when_required" if endpoint_url else None
+    config = Config(
+        retries={"mode": "standard", "total_max_attempts": retries},
+        connect_timeout=min(timeout_seconds, _MAX_CONNECT_SECONDS),
+        read_timeout=timeout_seconds,
+        max_pool_connections=_CONNECTIONS,
+        tcp_keepalive=True,
+        request_checksum_calculation=checksums,
+        response_checksum_validation=checksums,
+    )
+    try:
+        session = botocore.session.Session()
+        session.register_component("data_loader", _api_descriptions())
+        # One try, as is the default, makes a busy metadata service look like missing credentials.
+        if session.get_config_variable("metadata_service_num_attempts") == 1:
+            session.set_config_variable("metadata_service_num_attempts", 3)
+        boto = boto3.session.Session(botocore_session=session, region_name=region)
+        client = boto.client("s3", endpoint_url=endpoint_url, config=config)
+    except FAILURES as error:
+        raise translate(error, "cannot set up a client for S3") from error
+    except ValueError:  # without its words: an address may hold a password
+        raise SettingsError([Problem("JOB_STORAGE__ENDPOINT_URL", "is not the address of an S3 endpoint")]) from None
+
+    def pace(response_dict: dict[str, Any], **_: Any) -> None:
+        body = response_dict["body"]
+        if isinstance(body, StreamingBody):
+            raw = vars(body)["_raw_stream"]
+            paced = vars(body)["_raw_stream"] = _Paced(raw, timeout_seconds)
+            # The transfer manager drops a body that it gave up on without closing its connection.
+            weakref.finalize(paced, raw.close).atexit = False
+
+    client.meta.events.register("before-parse.s3.GetObject", pace)
+    return client
+
+
+@cache
+def _api_descriptions() -> Any:
+    """Return botocore's reader of its API descriptions, shared: parsing them again is most of what a client costs."""
+    return create_loader()
+
+
+class _Paced:
+    """A response's raw stream that gives up on a trickle: a timeout of the socket starts anew with every byte."""
+
+    def __init__(self, raw: Any, seconds: float) -> None:
+        self._raw = raw
+        self._seconds = seconds
+
+    def read(self, amount: int) -> bytes:
+        """Read `amount` bytes (fewer only at the end), in at most twice `seconds` seconds."""
+        deadline = time.monotonic() + self._seconds
+        data = bytearray()
+        while len(data) < amount and (chunk := self._raw.read1(amount - len(data))):
+            data += chunk
+            if time.monotonic() > deadline and len(data) < amount:
+                self._raw.close()
+                raise ReadTimeoutError(endpoint_url="S3", error=f"{len(data)} bytes in {self._seconds:g} s")
+        return bytes(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._raw, name)

@@ -1,0 +1,145 @@
+"""What S3 and its SDK can answer, as errors of the job: worth another try, denied, or wrong settings."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import Any
+
+from boto3.exceptions import Boto3Error
+from botocore.exceptions import (
+    BaseEndpointResolverError,
+    BotoCoreError,
+    ClientError,
+    ConfigNotFound,
+    ConfigParseError,
+    CredentialRetrievalError,
+    EndpointProviderError,
+    FlexibleChecksumError,
+    IncompleteReadError,
+    InvalidRegionError,
+    NoCredentialsError,
+    ParamValidationError,
+    PartialCredentialsError,
+    ProfileNotFound,
+    ReadTimeoutError,
+    ResponseStreamingError,
+    SSOError,
+    TokenRetrievalError,
+)
+from botocore.parsers import ResponseParserError
+from s3transfer.exceptions import S3DownloadFailedError, S3ValidationError
+
+from job.errors import AccessDenied, JobError, Problem, SettingsError, Unreachable
+from job.storage.base import NotSupported
+
+# Everything that asking S3 can raise, apart from what the local disk says.
+FAILURES = (
+    BotoCoreError,
+    Boto3Error,
+    ClientError,
+    ResponseParserError,
+    S3DownloadFailedError,
+    S3ValidationError,
+    ConnectionError,
+    TimeoutError,
+)
+# The body of an answer broke off, stalled, or arrived damaged: worth asking again.
+TRUNCATED = (
+    ConnectionError,
+    FlexibleChecksumError,
+    IncompleteReadError,
+    ReadTimeoutError,
+    ResponseStreamingError,
+    TimeoutError,
+)
+_DENIED = (
+    CredentialRetrievalError,
+    NoCredentialsError,
+    PartialCredentialsError,
+    SSOError,
+    TokenRetrievalError,
+)
+_MISCONFIGURED = (
+    BaseEndpointResolverError,
+    ConfigNotFound,
+    ConfigParseError,
+    EndpointProviderError,
+    InvalidRegionError,
+    ParamValidationError,
+    ProfileNotFound,
+)
+# Denials that come with status 400.
+_DENIED_CODES = {
+    "ExpiredToken",
+    "ExpiredTokenException",
+    "InvalidIdentityToken",
+    "InvalidToken",
+    "TokenRefreshRequired",
+}
+# Client errors by their status, but of a kind that another try can mend.
+_TRANSIENT_CODES = {
+    "BadDigest",
+    "IDPCommunicationError",
+    "IncompleteBody",
+    "InvalidPart",
+    "NoSuchUpload",
+    "OperationAborted",
+    "PreconditionFailed",
+    "RequestTimeout",
+    "RequestTimeTooSkewed",
+    "SlowDown",
+    "Throttling",
+    "ThrottlingException",
+    "XAmzContentSHA256Mismatch",
+}
+_MAX_WORDS = 300
+
+
+def code_and_status(error: ClientError) -> tuple[str, int]:
+    """Return S3's error code, such as `NoSuchKey`, and the HTTP status of an answer."""
+    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    return str(error.response.get("Error", {}).get("Code", "")), int(status)
+
+
+def is_answer(error: BaseException | None, code: str) -> bool:
+    """Whether `error` is S3's own answer with this error code."""
+    return isinstance(error, ClientError) and code_and_status(error)[0] == code
+
+
+def translate(error: BaseException, what: str) -> JobError:
+    """Return the job's error for one of `FAILURES`, `what` being what was tried."""
+    if isinstance(error, Boto3Error):
+        # The transfer manager wraps the answer: as context, or as `last_exception` when its retries are used up.
+        inner = getattr(error, "last_exception", None) or error.__cause__ or error.__context__
+        if isinstance(inner, FAILURES):
+            return translate(inner, what)
+    if isinstance(error, ClientError):
+        return _translate_answer(error, what)
+    message = f"{what}: {_words(error)}"
+    if isinstance(error, _DENIED):
+        return AccessDenied(message)
+    if isinstance(error, _MISCONFIGURED):
+        return SettingsError([Problem(what, _words(error))])
+    return Unreachable(message)
+
+
+def _translate_answer(error: ClientError, what: str) -> JobError:
+    code, status = code_and_status(error)
+    words = f"{code} (HTTP {status}): {_words(error.response.get('Error', {}).get('Message', ''))}"
+    transient = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS}
+    if code in _TRANSIENT_CODES or status in transient:
+        return Unreachable(f"{what}: {words}")
+    if code in _DENIED_CODES or status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
+        return AccessDenied(f"{what}: {words}")
+    if code == "NoSuchBucket":
+        return SettingsError([Problem(what, "there is no such bucket; create it, or correct the URI")])
+    if status in {HTTPStatus.NOT_IMPLEMENTED, HTTPStatus.METHOD_NOT_ALLOWED}:
+        return NotSupported([Problem(what, f"the store does not know this request: {words}")])
+    if status >= HTTPStatus.INTERNAL_SERVER_ERROR or status == HTTPStatus.NOT_FOUND:
+        return Unreachable(f"{what}: {words}")
+    return SettingsError([Problem(what, f"the store refuses the request: {words}")])
+
+
+def _words(said: Any) -> str:
+    """Return what was said on one line and not too long: some servers answer with a page."""
+    return " ".join(str(said).split())[:_MAX_WORDS]

@@ -1,0 +1,28 @@
+"""A published file, fetched from wherever it lies, of which every byte is checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from job.common.hashing import hash_file
+from job.errors import DataError, Problem
+from job.records import Artifact
+from job.storage.open import ObjectStore, TooLarge
+
+
+def fetch_artifact(store: ObjectStore, artifact: Artifact, folder: Path) -> Path:
+    """Downloads a published file below `folder`, verified.
+
+    Raises:
+        DataError: It is gone, or not what was published.
+    """
+    path = folder / artifact.path
+    try:
+        store.download(artifact.path, path, max_bytes=artifact.bytes)
+    except FileNotFoundError:
+        raise DataError([Problem(artifact.path, "was published and is gone")]) from None
+    except (TooLarge, ValueError) as error:
+        raise DataError([Problem(artifact.path, f"is not what was published: {error}")]) from error
+    if hash_file(path) != artifact.sha256:
+        raise DataError([Problem(artifact.path, "is not what was published: its SHA-256 differs")])
+    return path

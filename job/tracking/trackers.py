@@ -1,0 +1,196 @@
+"""Experiment trackers (Weights & Biases, MLflow): told of every step, and unable to disturb the run.
+
+Each tracker has a process of its own (`tracker_process`), which is handed lines through a bounded queue. One that
+fails, hangs or is too slow costs the run a warning and some figures: never an error, and at the end a few seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from contextvars import copy_context
+from importlib.util import find_spec
+from queue import Full, Queue
+from threading import Thread
+from typing import Any
+
+from job import log
+from job.errors import Preempted, Replaced
+from job.records import StepMetrics
+
+QUEUED = 1000
+"""Messages that wait for a tracker; what comes then is left out."""
+FINISH_SECONDS = 20.0
+STOP_SECONDS = 3.0
+"""How long the end may take, all trackers together: of a run, and of one whose machine is being taken away."""
+LAST_WORDS_SECONDS = 1.0
+
+
+class Tracking:
+    """The trackers of a run, none before `start`."""
+
+    def __init__(
+        self, projects: Mapping[str, str | None], run: str, config: Mapping[str, Any], environ: Mapping[str, str]
+    ) -> None:
+        self._projects, self._environ = projects, environ
+        self._start = {"run": run, "config": config}
+        self._trackers: list[_Tracker] = []
+        self._summary: dict[str, float] = {}
+
+    def start(self) -> None:
+        """Starts the trackers that are installed, and warns of those that are not."""
+        for name, project in self._projects.items():
+            spec = find_spec(name)
+            if spec is None or spec.origin is None:  # a folder of this name is no package
+                fix = f"pip install 'qlora-job[{name}]', or set JOB_LOG__TRACKERS=off"
+                _warn(name, "the run is not tracked: the tracker's package is not installed", fix=fix)
+                continue
+            try:
+                self._trackers.append(_Tracker(name, {**self._start, "project": project}, self._environ))
+            except OSError as error:
+                _warn(name, "the run is not tracked: the tracker's process cannot be started", why=str(error))
+
+    def step(self, metrics: StepMetrics) -> None:
+        """Tells the figures of a step."""
+        for tracker in self._trackers:
+            tracker.put({"step": metrics.step, "figures": figures_of(metrics)})
+
+    def results(self, results: Mapping[str, Any]) -> None:
+        """Keeps the final figures, to be told at the end."""
+        self._summary = summary_of(results)
+
+    def finish(self, outcome: str, seconds: float) -> None:
+        """Tells how the attempt ended, and waits for the trackers, so long at most."""
+        for tracker in self._trackers:
+            tracker.put({"outcome": outcome, "summary": self._summary})
+            tracker.put(None)
+        for tracker in self._trackers:
+            tracker.wait(seconds / len(self._trackers))
+
+    def leave(self) -> None:
+        """Lets go of the trackers without a word: another attempt tells the run from here on."""
+        for tracker in self._trackers:
+            tracker.leave()
+
+
+@contextmanager
+def tracking(
+    projects: Mapping[str, str | None], run: str, config: Mapping[str, Any], environ: Mapping[str, str]
+) -> Iterator[Tracking]:
+    """Lends the trackers, and tells them at the end of the block how it ended.
+
+    Args:
+        projects: By tracker that the user asked for, the project to put the run into; None where the user named one.
+        run: The run's id: later attempts go on with the same run of the tracker.
+        config: The settings, without secrets.
+        environ: The environment of the trackers' processes, where they find their keys and addresses.
+    """
+    found = Tracking(projects, run, config, environ)
+    try:
+        yield found
+    except Replaced:
+        found.leave()
+        raise
+    except Preempted:
+        found.finish("preempted", STOP_SECONDS)
+        raise
+    except BaseException:
+        found.finish("failed", FINISH_SECONDS)
+        raise
+    found.finish("complete", FINISH_SECONDS)
+
+
+def figures_of(metrics: StepMetrics) -> dict[str, float]:
+    """The numbers of a step, by TensorBoard's names."""
+    facts = {"loss": metrics.loss, "learning_rate": metrics.learning_rate, "grad_norm": metrics.grad_norm}
+    named = {f"train/{name}": value for name, value in facts.items()}
+    named |= {f"measured/{name}": value for name, value in metrics.measured.items()}
+    return {name: float(value) for name, value in named.items() if value is not None}
+
+
+def summary_of(results: Mapping[str, Any]) -> dict[str, float]:
+    """The final numbers of a manifest: accuracies before and after, and the cost."""
+    summary = {
+        f"cost/{name}": results["cost"][name] for name in ("seconds", "usd", "wasted_seconds", "goodput", "energy_kwh")
+    }
+    for task, found in results["evaluation"]["tasks"].items():
+        for side in ("base", "adapter"):
+            summary |= {f"evaluation/{task}/{side}_{metric}": found[side][metric] for metric in ("acc", "acc_norm")}
+        summary |= {f"evaluation/{task}/{name}": found[name] for name in ("delta", "mcnemar_p")}
+    return {name: float(value) for name, value in summary.items() if value is not None}
+
+
+class _Tracker:
+    """One tracker's process, and the two threads that talk with it."""
+
+    def __init__(self, name: str, start: Mapping[str, Any], environ: Mapping[str, str]) -> None:
+        self.name, self._slow, self._quiet = name, False, False
+        self._queue: Queue[Mapping[str, Any] | None] = Queue(QUEUED)
+        self._process = subprocess.Popen(  # noqa: S603
+            [sys.executable, "-m", "job.tracking.tracker_process", name],
+            env=dict(environ),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,  # a terminal's Ctrl-C is for the job, which then tells the tracker
+        )
+        self.put(start)
+        # The threads' log lines carry the run and the attempt like ours.
+        threads = [Thread(target=copy_context().run, args=(work,), daemon=True) for work in (self._write, self._read)]
+        for thread in threads:
+            thread.start()
+        self._reader = threads[1]
+
+    def put(self, message: Mapping[str, Any] | None) -> None:
+        """Hands a message over, or leaves it out where too many are waiting; None is the last."""
+        try:
+            self._queue.put_nowait(message)
+        except Full:
+            if not self._slow:
+                self._slow = True
+                _warn(self.name, "the tracker does not keep up; figures are left out")
+
+    def wait(self, seconds: float) -> None:
+        """Waits so long for the process to end. After that it may go on alone: killed, it could leave a mess."""
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self._complain(f"the tracker did not end within {seconds:g} s; the run does not wait for it")
+        else:
+            self._reader.join(LAST_WORDS_SECONDS)
+
+    def leave(self) -> None:
+        """Lets the process end in silence."""
+        self._quiet = True
+        self.put(None)
+
+    def _write(self) -> None:
+        with suppress(OSError), self._process.stdin as pipe:  # type: ignore[union-attr]
+            for message in iter(self._queue.get, None):
+                pipe.write(json.dumps(message) + "\n")
+                pipe.flush()
+
+    def _read(self) -> None:
+        with self._process.stdout as answers:  # type: ignore[union-attr]
+            for answer in map(json.loads, answers):
+                if "where" in answer:
+                    log.get_logger().info("the run is tracked", tracker=self.name, where=answer["where"])
+                elif "error" in answer:
+                    self._complain("the tracker failed; the run goes on without it", why=answer["error"])
+                else:
+                    return
+        self._complain("the tracker ended; the run goes on without it")
+
+    def _complain(self, what: str, **details: str) -> None:
+        """Once is enough: the run is about something else."""
+        if not self._quiet:
+            self._quiet = True
+            _warn(self.name, what, **details)
+
+
+def _warn(tracker: str, what: str, **details: str) -> None:
+    log.get_logger().warning(what, tracker=tracker, **details)

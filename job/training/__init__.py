@@ -1,0 +1,1 @@
+"""One optimizer step, the trainer around it, optimizers and memory."""

@@ -1,0 +1,220 @@
+"""What training takes, by formula: bytes on the GPU, operations, seconds. Pure functions of plain numbers.
+
+The formulas follow what this job really holds and computes (`model`, `attention`, `train`), not a rule of thumb. Memory
+is what torch allocates; the driver's context and fragmentation come on top, see `room`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from job.model.architecture import Architecture
+
+NF4_BLOCK, DOUBLE_BLOCK = 64, 256
+"""Weights that share a constant, and constants that share one where these are quantized too."""
+OPTIMIZER_BLOCK = 256
+FP32 = 4
+HEAD_ROWS, HEAD_COLUMNS = 4096, 32768
+"""The logits are computed in tiles of so many tokens and so many words of the vocabulary, and never kept."""
+
+CONTEXT_BYTES = 600 << 20
+"""Of the driver and the libraries' workspaces on the GPU. Assumed."""
+MARGIN = 0.1
+"""What the prediction may be wrong by, fragmentation included. Assumed, from the three measured points in the tests."""
+UTILISATION = 0.18
+"""Share of the data sheet's operations that PEFT's layers get done: 0.18 to 0.21 on an H200, measured."""
+LEAN_UTILISATION = 0.42
+"""That of the job's own: 0.41 to 0.47 on an H100 by what is kept, measured; assumed elsewhere."""
+SCORING_UTILISATION = 0.3
+"""That of an evaluation, in which the CPU has its share: measured there too."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is trained, and how. `value_bytes` is the size of a number in the compute dtype."""
+
+    architecture: Architecture
+    rank: int
+    targets: tuple[str, ...]
+    quantization: str
+    double_quantization: bool
+    value_bytes: int
+    optimizer: str
+    recompute: bool
+
+    @property
+    def adapter(self) -> int:
+        """Parameters of the adapter."""
+        return self.architecture.adapter_parameters(self.rank, self.targets)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the GPU at the peak of training, by what they are for."""
+
+    weights: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.weights + self.adapter + self.gradients + self.optimizer + self.activations
+
+
+def weight_bytes(setup: Setup) -> int:
+    """Bytes of the frozen base.
+
+    NF4 holds half a byte a weight and a constant for each 64: four bytes, or with double quantization one byte and
+    another four for each 256 of these. Embedding, output layer and norms are held in the compute dtype.
+
+    Source: Dettmers et al. 2023, QLoRA (arXiv:2305.14314), section 3; bitsandbytes' block sizes.
+    """
+    a = setup.architecture
+    plain = (a.parameters - a.linear_parameters) * setup.value_bytes
+    if setup.quantization == "none":
+        return plain + a.linear_parameters * setup.value_bytes
+    blocks = -(-a.linear_parameters // NF4_BLOCK)
+    constants = blocks + 4 * -(-blocks // DOUBLE_BLOCK) if setup.double_quantization else 4 * blocks
+    return plain + a.linear_parameters // 2 + constants
+
+
+def optimizer_bytes(parameters: int, optimizer: str) -> int:
+    """Bytes of Adam's two moments: a byte each and a constant for each 256 with the 8-bit ones, else four each.
+
+    Source: Dettmers et al. 2021, 8-bit Optimizers via Block-wise Quantization (arXiv:2110.02861). A paged optimizer
+    holds the same; it may move to the host where the GPU is full.
+    """
+    if "8bit" not in optimizer:
+        return 8 * parameters
+    return 2 * (parameters + 4 * -(-parameters // OPTIMIZER_BLOCK))
+
+
+def kept_bytes(setup: Setup) -> int:
+    """Bytes that one token leaves in one layer for its backward pass.
+
+    In fp32: the input of both norms. In the compute dtype: the input of the query, key and value layers and that of the
+    feed-forward layer; queries, keys and values (these repeated to the queries' width), the attention's output and its
+    copy for the output layer; the gate, its activation, the other branch and their product. Inputs of the frozen
+    weights need not be kept, those of the adapter beside them are the same tensors; its own are `rank` wide.
+
+    Source: counted in the code, in the manner of Korthikanti et al. 2022 (arXiv:2205.05198), section 4; a test counts
+    what autograd keeps.
+    """
+    a = setup.architecture
+    wide = 2 * a.hidden + 5 * a.queries + 4 * a.intermediate + setup.rank * len(setup.targets)
+    return 2 * FP32 * a.hidden + setup.value_bytes * wide
+
+
+def activation_bytes(setup: Setup, tokens: int) -> int:
+    """Bytes of activations at the peak of a micro-batch of so many tokens.
+
+    Without recomputation every layer's are there when the backward pass begins; with it each layer's input, and all of
+    the one layer in hand. On top come either the working space of that layer's backward pass (gradients twice as wide
+    as the feed-forward layer and twice as the stream, and the largest matrix dequantized), or that of the chunked loss:
+    the last hidden states, their gradient in fp32, and one tile of logits.
+    """
+    a, size = setup.architecture, setup.value_bytes
+    layer = kept_bytes(setup) * tokens
+    dequantized = a.hidden * a.intermediate * size if setup.quantization != "none" else 0
+    backward = size * (2 * a.intermediate + 2 * a.hidden) * tokens + dequantized
+    tile = min(tokens, HEAD_ROWS) * min(a.vocabulary, HEAD_COLUMNS) * size
+    loss = tokens * a.hidden * (size + FP32) + tile
+    if setup.recompute:
+        return a.layers * a.hidden * size * tokens + max(layer + backward, loss)
+    return a.layers * layer + max(backward, loss)
+
+
+def training_memory(setup: Setup, tokens: int) -> Memory:
+    """Bytes at the peak of training with micro-batches of so many tokens.
+
+    The adapter is in fp32, and autocast keeps a copy of it in the compute dtype; gradients are in fp32.
+    """
+    copy = setup.value_bytes if setup.value_bytes < FP32 else 0
+    return Memory(
+        weights=weight_bytes(setup),
+        adapter=setup.adapter * (FP32 + copy),
+        gradients=FP32 * setup.adapter,
+        optimizer=optimizer_bytes(setup.adapter, setup.optimizer),
+        activations=activation_bytes(setup, tokens),
+    )
+
+
+def evaluation_bytes(setup: Setup, tokens: int, reads: int) -> int:
+    """Bytes at the peak of scoring a row of so many tokens, `reads` of which give logits.
+
+    Nothing is kept from layer to layer. The feed-forward layer has four tensors of its width at once; the logits are
+    there in the compute dtype, in fp32, and once more as their logarithms. After training, gradients and moments may
+    still be there.
+    """
+    a, size = setup.architecture, setup.value_bytes
+    held = training_memory(setup, 0)
+    layer = size * (4 * a.intermediate + 4 * a.hidden) * tokens + a.hidden * a.intermediate * size
+    logits = reads * a.vocabulary * (size + 2 * FP32)
+    return held.total - held.activations + max(layer, logits + size * a.hidden * tokens)
+
+
+def room(memory_bytes: int) -> int:
+    """Bytes of a GPU that a prediction may fill: less the context, and the margin of the prediction."""
+    return max(0, round((memory_bytes - CONTEXT_BYTES) / (1 + MARGIN)))
+
+
+def largest_budget(needs: Callable[[int], int], limit: int, most: int) -> int:
+    """The most tokens, up to `most`, whose need is within the limit; 0 where not even one token's is.
+
+    Args:
+        needs: Bytes for so many tokens; never falls.
+        limit: Bytes there are.
+        most: Where to stop: no step has more.
+    """
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if needs(middle) <= limit else (low, middle - 1)
+    return low
+
+
+def training_flops(setup: Setup, tokens: int, squares: int) -> int:
+    """Floating-point operations of training on so many tokens in all.
+
+    A weight costs two operations a token in the forward pass, and two more for the gradient of its input; frozen
+    weights have no gradient of their own, the adapter's have (two more). Recomputation is one more forward pass. The
+    output layer's tiles are computed again in any case. Causal attention of a sequence of n tokens takes 2 n^2 times
+    the queries' width in the forward pass, and 2.5 times that in the backward pass.
+
+    Source: Kaplan et al. 2020 (arXiv:2001.08361), section 2.1; Dao 2023, FlashAttention-2 (arXiv:2307.08691), section
+    4.1.
+    """
+    a, again = setup.architecture, 1 if setup.recompute else 0
+    linear = (4 + 2 * again) * a.linear_parameters + (6 + 2 * again) * setup.adapter + 6 * a.head_parameters
+    attention = round((3.5 + again) * 2 * a.queries * a.layers * squares)
+    return linear * tokens + attention
+
+
+def evaluation_flops(setup: Setup, tokens: int, reads: int) -> int:
+    """Operations of scoring so many tokens, `reads` of which give logits: one forward pass. Attention is left out."""
+    a = setup.architecture
+    return 2 * (a.linear_parameters + setup.adapter) * tokens + 2 * a.head_parameters * reads
+
+
+def seconds(
+    flops: int, passes: int, setup: Setup, *, rate: float, bandwidth: float, used: float = UTILISATION
+) -> float:
+    """Seconds on a GPU: what the operations take at the assumed utilisation, or what reading the weights takes.
+
+    Args:
+        flops: Operations in all.
+        passes: How often all weights are read: forward, backward and again, for each micro-batch.
+        setup: What is computed with.
+        rate: Operations a second, by the data sheet.
+        bandwidth: Bytes of memory a second, by the data sheet.
+        used: The share of the operations that gets done.
+
+    Source: Williams et al. 2009, Roofline. Quantized weights are read, written out dequantized, and read again.
+    """
+    a, size = setup.architecture, setup.value_bytes
+    traffic = a.linear_parameters * (size if setup.quantization == "none" else 0.5 + 2 * size)
+    return max(flops / (rate * used), passes * traffic / bandwidth)

@@ -1,0 +1,96 @@
+"""Examples laid end to end in one row: as long as they are, or padded to one of few lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any
+
+import numpy as np
+import torch
+
+from job.model.packed_attention import Segment, build_layout
+from job.records import Example
+
+IGNORED = -100
+GRAIN = 256
+"""Least step between two lengths of padded rows."""
+SEGMENTS = 8
+"""Step between two numbers of segments of padded rows."""
+
+
+def flat_inputs(examples: Sequence[Example], device: torch.device) -> dict[str, Any]:
+    """Lays examples end to end in one row.
+
+    Returns:
+        Inputs of the model: `input_ids`, `labels` (token ids, or -100 where nothing is learned) and `position_ids`,
+        each (1, tokens) int64, and the `layout` that keeps the examples apart.
+    """
+    ids: list[int] = []
+    labels: list[int] = []
+    positions: list[int] = []
+    segments = []
+    for example in examples:
+        segments.append(Segment(len(ids), len(ids) + len(example.input_ids)))
+        ids += example.input_ids
+        labels += (t if target else IGNORED for t, target in zip(example.input_ids, example.targets, strict=True))
+        positions += range(len(example.input_ids))
+    rows = torch.tensor([ids, labels, positions], device=device)
+    return {
+        "input_ids": rows[0:1],
+        "labels": rows[1:2],
+        "position_ids": rows[2:3],
+        "layout": build_layout(segments, device),
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class PaddedRow:
+    """A row whose shapes are those of many others. The padding is a segment of its own that nothing is learned from."""
+
+    tokens: torch.Tensor
+    """(3, length) int64: token ids; what each position shall predict, or -100; positions."""
+    ends: torch.Tensor
+    """(segments + 1,) int32: where each segment starts, and the length for all that the row does not need."""
+    segments: tuple[Segment, ...]
+    """Those that hold anything."""
+
+
+def padded_length(tokens: int) -> int:
+    """The length that a row of so many tokens is padded to: a few per cent more, and few lengths for all rows."""
+    step = grain(tokens)
+    return -(-tokens // step) * step
+
+
+def grain(tokens: int) -> int:
+    """The step between the lengths of padded rows of about so many tokens."""
+    return max(GRAIN, 1 << max(0, (tokens - 1).bit_length() - 5))
+
+
+def longest_segment(examples: Sequence[Example], budget: int) -> int:
+    """No segment of a padded row of at most `budget` tokens, or of one example, is longer; nor is the padding."""
+    longest = max(len(example.input_ids) for example in examples)
+    return max(longest, grain(max(longest, budget)))
+
+
+def padded_row(examples: Sequence[Example], device: torch.device) -> PaddedRow:
+    """Lays examples end to end in one row and pads it."""
+    ends = [0, *accumulate(len(example.input_ids) for example in examples)]
+    used, length = ends[-1], padded_length(ends[-1])
+    tokens = np.zeros((3, length), dtype=np.int64)
+    ids, labels, positions = tokens
+    labels[:] = IGNORED
+    places = np.arange(length)
+    for example, (start, end) in zip(examples, pairwise(ends), strict=True):
+        ids[start:end] = example.input_ids
+        labels[start : end - 1] = np.where(example.targets[1:], ids[start + 1 : end], IGNORED)
+        positions[start:end] = places[: end - start]
+    if used < length:
+        positions[used:] = places[: length - used]
+        ends.append(length)
+    segments = tuple(map(Segment, ends, ends[1:]))
+    ends += [length] * (-(-(len(examples) + 1) // SEGMENTS) * SEGMENTS + 1 - len(ends))
+    return PaddedRow(
+        torch.from_numpy(tokens).to(device), torch.tensor(ends, dtype=torch.int32, device=device), segments
+    )

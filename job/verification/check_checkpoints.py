@@ -1,0 +1,129 @@
+"""The checkpoints of a run: each is what its marker says, and one follows from the other up to the adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from job.checkpoints import commit_marker
+from job.checkpoints.commit_marker import Marker
+from job.checkpoints.trainer_state import ADAPTER
+from job.checkpoints.trainer_state import METRICS as STATE_METRICS
+from job.common.hashing import facts_of_line
+from job.results.inventory import MARKER
+from job.verification.check_figures import METRICS
+from job.verification.differences import Check, Difference
+from job.verification.fetch_claims import Claim
+
+ADAPTER_PATH = "artifacts/adapter/adapter_model.safetensors"
+
+Copies = Mapping[str, Path]
+
+
+def read_markers(copies: Copies) -> tuple[list[Marker], list[Difference]]:
+    """The markers among the copies, by rising step, and what is wrong with the others."""
+    found, wrong = [], []
+    for path in sorted(filter(MARKER.fullmatch, copies)):
+        try:
+            marker = commit_marker.parse(copies[path].read_bytes())
+        except ValueError as error:
+            wrong.append(Difference(path, "a commit marker", str(error)))
+            continue
+        if path != commit_marker.step_prefix(marker.step) + commit_marker.NAME:
+            wrong.append(Difference(path, "the step of its folder", f"step {marker.step}"))
+        else:
+            found.append(marker)
+    return sorted(found, key=lambda marker: marker.step), wrong
+
+
+def claims(marker: Marker) -> list[Claim]:
+    """What a marker says of its files."""
+    prefix = commit_marker.files_prefix(marker)
+    return [Claim(prefix + name, file.bytes, file.sha256) for name, file in marker.files.items()]
+
+
+def check_checkpoints(
+    results: Mapping[str, Any], found: Sequence[Marker], copies: Copies, wrong: Sequence[Difference]
+) -> Check:
+    """Steps and epochs rise together, metrics only grow, and the last state is the published adapter.
+
+    Args:
+        results: The manifest.
+        found: The markers, by rising step.
+        copies: The files.
+        wrong: How markers and files are not as claimed.
+    """
+    differences = [*wrong]
+    steps, attempts = results["training"]["steps"], [attempt["number"] for attempt in results["run"]["attempts"]]
+    epoch = 0
+    for marker in found:
+        place = commit_marker.step_prefix(marker.step) + commit_marker.NAME
+        if marker.step > steps:
+            differences.append(Difference(place, f"a step up to {steps}", f"step {marker.step}"))
+        if marker.epoch < epoch or marker.epoch not in attempts:
+            claimed = f"an attempt of the manifest from {epoch} up"
+            differences.append(Difference(place, claimed, f"attempt {marker.epoch}"))
+        epoch = marker.epoch
+        differences += _metrics_differ(marker, copies)
+        if marker.step == steps:
+            differences += _adapters_differ(commit_marker.files_prefix(marker) + ADAPTER, ADAPTER_PATH, copies)
+    packages = results["software"]["packages"]
+    notes = [
+        f"the checkpoint of step {marker.step} was written by other versions of {', '.join(changed)}"
+        for marker in found
+        if (changed := sorted(name for name in packages if marker.software.get(name) != packages[name]))
+    ]
+    if found and found[-1].step < steps:
+        notes.append(f"the newest is of step {found[-1].step}: whether the adapter follows from it cannot be told")
+    extent = f"{len(found)}, {', '.join(f'step {marker.step}' for marker in found)}" if found else "none"
+    return Check("checkpoints", extent, tuple(differences), tuple(notes))
+
+
+def _metrics_differ(marker: Marker, copies: Copies) -> Iterator[Difference]:
+    """The steps that a checkpoint knows have to be those of the published metrics, but for what a clock measured."""
+    path = commit_marker.files_prefix(marker) + STATE_METRICS
+    if path not in copies or METRICS not in copies:
+        return
+    before, after = _facts(copies[path]), _facts(copies[METRICS])
+    if before is None:
+        yield Difference(path, "the metrics of a step a line", "something else")
+    if before is None or after is None:  # which is told where training is checked
+        return
+    if len(before) != marker.step:
+        yield Difference(path, f"the metrics of {marker.step} steps", f"those of {len(before)}")
+    for step, (one, two) in enumerate(zip(before, after, strict=False), start=1):
+        if one != two:
+            yield Difference(f"{path} line {step}", f"step {step} as in {METRICS}", "another")
+            return
+
+
+def _facts(path: Path) -> list[dict[str, Any]] | None:
+    """The facts of every step in a file of metrics; None where it is none."""
+    try:
+        return [facts_of_line(line) for line in path.read_bytes().splitlines()]
+    except ValueError:
+        return None
+
+
+def _adapters_differ(state: str, published: str, copies: Copies) -> Iterator[Difference]:
+    """The tensors of the last state and of the adapter are the same numbers; PEFT only gives them shorter names."""
+    from safetensors import SafetensorError, safe_open
+
+    if state not in copies or published not in copies:
+        return
+    try:
+        with safe_open(copies[state], framework="np") as one, safe_open(copies[published], framework="np") as two:
+            names = {name.replace(".default.", "."): name for name in one.keys()}  # noqa: SIM118 - no mapping
+            other = sorted(names.keys() ^ set(two.keys()))
+            both = sorted(names.keys() & set(two.keys()))
+            other += [name for name in both if not _same(one.get_tensor(names[name]), two.get_tensor(name))]
+    except (SafetensorError, TypeError, ValueError) as error:
+        yield Difference(published, f"the tensors of {state}", f"what cannot be read: {str(error)[:200]}")
+        return
+    if other:
+        yield Difference(published, f"the tensors of {state}", f"others: {', '.join(other[:3])[:200]}")
+
+
+def _same(one: Any, two: Any) -> bool:
+    return bool(one.dtype == two.dtype and one.shape == two.shape and one.tobytes() == two.tobytes())

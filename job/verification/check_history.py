@@ -1,0 +1,188 @@
+"""How a run came about: its settings, stages and attempts have to tell the same story as its manifest."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter
+
+from job.errors import JobError
+from job.evaluation.comparison import compare_tasks
+from job.records import Artifact, AttemptRecord, Evaluated, Pulled, Trained
+from job.runs import lease
+from job.runs.layout import RESULTS
+from job.runs.run_log import ledger_key, parse_record
+from job.runs.run_settings import SETTINGS
+from job.storage.open import ObjectStore, TooLarge
+from job.verification.differences import Check, Difference, count, differ, show, why
+from job.verification.fetch_claims import MISSING
+
+PULL, BASE, TRAIN, ADAPTER = (f"stages/{name}.json" for name in ("pull", "evaluate-base", "train", "evaluate-adapter"))
+MAX_RECORD_BYTES = 1 << 20
+_LEDGER = re.compile(r"attempts/(\d{4,9})\.json", re.ASCII)
+
+T = TypeVar("T")
+
+Copies = Mapping[str, Path]
+
+
+def check_settings(results: Mapping[str, Any], copies: Copies) -> Check:
+    """The settings that the run began with are those of the manifest."""
+    differences: list[Difference] = []
+    kept = _read(SETTINGS, dict[str, Any], copies, differences)
+    if kept is not None:
+        claimed = {name: setting["value"] for name, setting in results["settings"].items() if name in kept}
+        differences += differ(f"{RESULTS} settings", claimed, kept)
+    return Check("settings", f"{len(kept or ())} that decide the result", tuple(differences))
+
+
+def check_stages(results: Mapping[str, Any], copies: Copies) -> Check:
+    """What the stages found out, data and model first, is what the manifest says."""
+    differences: list[Difference] = []
+    pulled = _read(PULL, Pulled, copies, differences)
+    base, adapter = (_read(path, Evaluated, copies, differences) for path in (BASE, ADAPTER))
+    trained = _read(TRAIN, Trained, copies, differences)
+    if pulled is not None:
+        found = {"sha256": pulled.model_sha256, "revision": pulled.model_revision}
+        differences += differ(f"{RESULTS} dataset", results["dataset"], asdict(pulled.dataset))
+        differences += differ(f"{RESULTS} model", {name: results["model"][name] for name in found}, found)
+    if trained is not None:
+        differences += differ(f"{RESULTS} training", results["training"], asdict(trained.training))
+        differences += _listed(results, trained.artifacts)
+    if base is not None and adapter is not None:
+        differences += _listed(results, [*base.artifacts, *adapter.artifacts])
+        try:
+            tasks = compare_tasks(base.scores, adapter.scores)
+        except (JobError, ValueError) as error:
+            differences.append(Difference(ADAPTER, "scores that compare with the base's", str(error)))
+        else:
+            differences += differ(f"{RESULTS} evaluation.tasks", results["evaluation"]["tasks"], tasks)
+    return Check("stages", "pull, evaluate base, train, evaluate adapter", tuple(differences))
+
+
+def _listed(results: Mapping[str, Any], artifacts: list[Artifact]) -> list[Difference]:
+    """What a stage published, where the manifest does not list it so."""
+    listed = {artifact["path"]: artifact for artifact in results["artifacts"]}
+    pairs = ((listed.get(artifact.path, {"path": None}), asdict(artifact)) for artifact in artifacts)
+    return [one for claimed, found in pairs for one in differ(f"{RESULTS} artifacts", claimed, found)]
+
+
+def check_attempts(
+    results: Mapping[str, Any], copies: Copies, store: ObjectStore, listed: Collection[str]
+) -> tuple[Check, set[str]]:
+    """The ledger has the attempts of the manifest, and the lease was the last one's.
+
+    An attempt may have been started while the last one was publishing: then it has the lease, and found all done.
+
+    Args:
+        results: The manifest.
+        copies: Files that the manifest vouches for.
+        store: The run's; what carries a seal of its own is read from it.
+        listed: Every file in it.
+
+    Returns:
+        The outcome, and the files with seals of their own that belong to the run.
+    """
+    attempts = [AttemptRecord(**attempt) for attempt in results["run"]["attempts"]]
+    last = attempts[-1]
+    differences: list[Difference] = []
+    for index, attempt in enumerate(attempts[:-1]):
+        key = ledger_key(attempt.number)
+        kept = _parsed(key, parse_record, copies[key].read_bytes() if key in copies else None, differences)
+        if kept is not None:
+            # one that was killed had noted itself as running, and nobody corrects that
+            kept = replace(kept, outcome="killed") if kept.outcome == "running" else kept
+            differences += differ(f"{RESULTS} run.attempts[{index}]", asdict(attempt), asdict(kept))
+    told = {ledger_key(attempt.number) for attempt in attempts}
+    differences += [
+        Difference(f"{RESULTS} run.attempts", "all attempts", f"one more in {key}")
+        for key in copies
+        if _LEDGER.fullmatch(key) and key not in told
+    ]
+    noted = _parsed(ledger_key(last.number), parse_record, _sealed(store, ledger_key(last.number)), differences)
+    if noted is not None:
+        where = f"{RESULTS} run.attempts[{len(attempts) - 1}]"
+        differences += [*_lasted(last, noted), *_agree(where, last, noted)]
+    differences += differ(f"{RESULTS} run.started", results["run"]["started"], attempts[0].started)
+    holder = _parsed(lease.KEY, lease.parse, _sealed(store, lease.KEY), differences)
+    epoch = last.number if holder is None else holder.epoch
+    if epoch < last.number:
+        differences.append(Difference(lease.KEY, f"attempt {last.number} or later", f"attempt {epoch}"))
+    later = [key for key in listed if (match := _LEDGER.fullmatch(key)) and last.number < int(match[1]) <= epoch]
+    notes = [
+        f"{key}: this attempt was started when the results were there, and changed nothing"
+        for key in later
+        if _parsed(key, parse_record, _sealed(store, key), differences) is not None
+    ]
+    extent = f"{count(len(attempts), 'attempt')}, and the lease"
+    check = Check("attempts", extent, tuple(differences), tuple(notes))
+    return check, {lease.KEY, ledger_key(last.number), *later}
+
+
+def _lasted(claimed: AttemptRecord, noted: AttemptRecord) -> Iterator[Difference]:
+    """The last attempt wrote its record after the manifest, or, if it was killed right then, before it."""
+    ended = noted.outcome != "running"
+    for name, before, after in _growing(claimed, noted):
+        if after < before if ended else after > before:
+            order = "at least" if ended else "at most"
+            place = f"{ledger_key(claimed.number)} {name}"
+            yield Difference(place, show(after), f"{order} {show(before)} by {RESULTS}")
+
+
+def _growing(claimed: AttemptRecord, noted: AttemptRecord) -> Iterator[tuple[str, float, float]]:
+    """What went on growing between the two: seconds, those of the stage that went on, and energy."""
+    yield "seconds", claimed.seconds, noted.seconds
+    for stage in _going_on(claimed, noted):
+        if stage in claimed.stage_seconds and stage in noted.stage_seconds:
+            yield f"stage_seconds.{stage}", claimed.stage_seconds[stage], noted.stage_seconds[stage]
+    if claimed.energy_joules is not None and noted.energy_joules is not None:
+        yield "energy_joules", claimed.energy_joules, noted.energy_joules
+
+
+def _going_on(*records: AttemptRecord) -> set[str]:
+    """The stage that each record was written in: the last one it has."""
+    return {next(reversed(record.stage_seconds)) for record in records if record.stage_seconds}
+
+
+def _agree(where: str, claimed: AttemptRecord, noted: AttemptRecord) -> Iterator[Difference]:
+    """What does not change between the two, or in a record of before not yet."""
+    ended = noted.outcome != "running"
+    stages = claimed.stage_seconds.keys() & noted.stage_seconds.keys() - _going_on(claimed, noted)
+    changing = {"outcome", "finished", "seconds", "stage_seconds", "energy_joules"}
+    changing |= set() if ended else {"steps", "last_step", "repeated_steps", "repeated_seconds"}
+    one, two = (
+        {name: value for name, value in asdict(record).items() if name not in changing}
+        | {"stage_seconds": {stage: record.stage_seconds[stage] for stage in stages}}
+        for record in (claimed, noted)
+    )
+    yield from differ(where, one, two)
+
+
+def _sealed(store: ObjectStore, key: str) -> bytes | None:
+    """A small file; too large a one is none of ours, and its beginning shows it."""
+    try:
+        stored = store.read(key, max_bytes=MAX_RECORD_BYTES)
+    except TooLarge:
+        return b""
+    return None if stored is None else stored.data
+
+
+def _parsed(key: str, parse: Callable[[bytes], T], data: bytes | None, differences: list[Difference]) -> T | None:
+    """What a file holds; None if it holds nothing of the kind, which is added to `differences`."""
+    if data is None:
+        differences.append(Difference(key, "a file of the run", MISSING))
+        return None
+    try:
+        return parse(data)
+    except ValueError as error:
+        differences.append(Difference(key, "what the job wrote", why(error)))
+        return None
+
+
+def _read(path: str, kind: type[T], copies: Copies, differences: list[Difference]) -> T | None:
+    data = copies[path].read_bytes() if path in copies else None
+    return _parsed(path, TypeAdapter(kind).validate_json, data, differences)

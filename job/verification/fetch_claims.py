@@ -1,0 +1,87 @@
+"""Brings the files of a published run here, and holds each against the size and the hash that were claimed for it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from job.common.hashing import hash_facts, hash_file
+from job.common.resources import check_disk
+from job.storage.base import MAX_READ_BYTES
+from job.storage.open import ObjectStore, TooLarge, is_key
+from job.verification.differences import Difference
+
+MISSING = "no such file"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a file has to be."""
+
+    path: str
+    bytes: int
+    sha256: str
+    facts_sha256: str | None = None
+
+
+def bring(
+    store: ObjectStore, claims: Iterable[Claim], listed: Mapping[str, int], folder: Path
+) -> tuple[dict[str, Path], list[Difference]]:
+    """Copies what is there, whether or not it is what was claimed, but never more bytes than that.
+
+    Args:
+        store: The run's.
+        claims: From the manifest or a marker: nothing in them is trusted.
+        listed: Bytes of every file that the store lists, by path.
+        folder: Where the copies go, under names of their own.
+
+    Returns:
+        The copies by path, and how they differ from the claims.
+    """
+    good, differences = [], []
+    for claim in claims:
+        size = listed.get(claim.path) if is_key(claim.path) else None
+        if size is None:
+            found = MISSING if is_key(claim.path) else "a name that leads elsewhere"
+            differences.append(Difference(claim.path, f"{claim.bytes} bytes", found))
+        elif size != claim.bytes:
+            differences.append(Difference(claim.path, f"{claim.bytes} bytes", f"{size} bytes"))
+        else:
+            good.append(claim)
+    check_disk(folder, sum(claim.bytes for claim in good))
+    copies = {}
+    for claim in good:
+        try:
+            copies[claim.path] = path = _copy(store, claim, folder)
+        except (FileNotFoundError, TooLarge):
+            differences.append(Difference(claim.path, f"{claim.bytes} bytes", "a file that changes meanwhile"))
+        else:
+            differences += _compare(claim, path)
+    return copies, differences
+
+
+def _copy(store: ObjectStore, claim: Claim, folder: Path) -> Path:
+    path = folder / hashlib.sha256(claim.path.encode()).hexdigest()
+    if claim.bytes > MAX_READ_BYTES:
+        store.download(claim.path, path, max_bytes=claim.bytes)
+        return path
+    stored = store.read(claim.path, max_bytes=claim.bytes)
+    if stored is None:
+        raise FileNotFoundError(claim.path)
+    path.write_bytes(stored.data)
+    return path
+
+
+def _compare(claim: Claim, path: Path) -> list[Difference]:
+    found = hash_file(path)
+    if found != claim.sha256:
+        return [Difference(claim.path, f"SHA-256 {claim.sha256}", f"SHA-256 {found}")]
+    if claim.facts_sha256 is None:
+        return []
+    try:
+        facts = hash_facts(path)
+    except ValueError:
+        facts = "no lines of JSON"
+    return [Difference(f"{claim.path} facts", claim.facts_sha256, facts)] if facts != claim.facts_sha256 else []

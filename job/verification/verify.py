@@ -1,0 +1,155 @@
+"""`verify`: whether a published run is what it says, checked from its own files and nothing else.
+
+Everything is read once, copied here within the sizes that were claimed, and held against hashes, seals, and what the
+figures should be by the answers and metrics they rest on. That finds damage and mistakes, down to a single byte. It is
+no proof against somebody who can write to the run's folder and seals what he wrote.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from job.checkpoints.commit_marker import files_prefix
+from job.common.hashing import unsealed
+from job.errors import Problem, VerificationError
+from job.results.inventory import ARTIFACTS, is_evidence, is_leftover
+from job.results.reader import parse, read_bytes
+from job.runs.layout import RESULTS
+from job.storage.open import ObjectStore, is_key
+from job.verification import check_checkpoints
+from job.verification.check_figures import check_cost, check_evaluation, check_gate, check_training
+from job.verification.check_history import check_attempts, check_settings, check_stages
+from job.verification.differences import Check, Difference, count, show
+from job.verification.fetch_claims import Claim, bring
+
+
+def verify(store: ObjectStore, work: Path) -> list[Check]:
+    """Checks a run.
+
+    Args:
+        store: The run's own.
+        work: Folder for copies.
+
+    Returns:
+        Every check and how it came out. If the manifest cannot be read, that is the only one.
+
+    Raises:
+        SettingsError: There is no run here.
+        VerificationError: It has no results.
+    """
+    data = read_bytes(store)
+    try:
+        results = parse(data)
+    except ValueError as error:
+        return [Check("manifest", f"{len(data):,} bytes", (Difference(RESULTS, "the job's manifest", str(error)),))]
+    listed = {info.key: info.bytes for info in store.list()}
+    last = results["run"]["attempts"][-1]["number"]
+    own, kept = ([_claim(entry) for entry in results[group]] for group in ("artifacts", "evidence"))
+    copies, wrong = bring(store, own, listed, work)
+    more, kept_wrong = bring(store, kept, listed, work)
+    copies |= more
+    found, marker_wrong = check_checkpoints.read_markers(copies)
+    states = [claim for marker in found for claim in check_checkpoints.claims(marker)]
+    more, states_wrong = bring(store, states, listed, work)
+    copies |= more
+    attempts, sealed = check_attempts(results, copies, store, listed)
+    known = {RESULTS, *sealed, *(claim.path for claim in (*own, *kept, *states))}
+    misplaced = [
+        *(_out_of_place(claim) for claim in own if not claim.path.startswith(ARTIFACTS)),
+        *(_out_of_place(claim) for claim in kept if not is_evidence(claim.path, last)),
+    ]
+    unknown, leftovers = _unclaimed(listed, known, {files_prefix(marker) for marker in found})
+    return [
+        Check("manifest", f"schema {results['schema_version']}, run {show(results['run']['id'])}", _seal(data)),
+        Check("artifacts", _extent(own), tuple(wrong)),
+        Check("evidence", _extent(kept), tuple(kept_wrong)),
+        Check("other files", f"{count(len(listed), 'file')} in all", (*misplaced, *unknown), leftovers),
+        check_evaluation(results, copies),
+        check_gate(results, copies),
+        check_training(results, copies),
+        check_cost(results),
+        check_settings(results, copies),
+        check_stages(results, copies),
+        attempts,
+        check_checkpoints.check_checkpoints(results, found, copies, [*marker_wrong, *states_wrong]),
+    ]
+
+
+def _claim(entry: Mapping[str, Any]) -> Claim:
+    return Claim(entry["path"], entry["bytes"], entry["sha256"], entry.get("facts_sha256"))
+
+
+def _seal(data: bytes) -> tuple[Difference, ...]:
+    try:
+        unsealed(data)
+    except ValueError as error:
+        return (Difference(RESULTS, "what the job wrote", str(error)),)
+    return ()
+
+
+def _extent(claims: list[Claim]) -> str:
+    return f"{count(len(claims), 'file')}, {count(sum(claim.bytes for claim in claims), 'byte')}"
+
+
+def _out_of_place(claim: Claim) -> Difference:
+    return Difference(claim.path, "its place in the manifest", "a file of another kind")
+
+
+def _unclaimed(
+    listed: Mapping[str, int], known: set[str], whole: set[str]
+) -> tuple[tuple[Difference, ...], tuple[str, ...]]:
+    """The files that nobody vouches for; those that killed attempts leave behind are only told of."""
+    unknown, leftovers = [], []
+    for key, size in listed.items():
+        if key in known:
+            continue
+        if is_key(key) and is_leftover(key) and not key.startswith(tuple(whole)):
+            leftovers.append(f"{key} was left behind by an attempt that was killed; nothing reads it")
+        else:
+            unknown.append(Difference(key, "nothing of the kind", f"a file of {size} bytes"))
+    return tuple(unknown), tuple(leftovers)
+
+
+def _visible(text: str) -> str:
+    """Text of strangers as it can be shown: it cannot move the cursor or break its line."""
+    return text if text.isprintable() else json.dumps(text)
+
+
+def as_json(where: str, checks: list[Check]) -> dict[str, Any]:
+    """The outcome for a program."""
+    return {
+        "results": where,
+        "verified": not any(check.differences for check in checks),
+        "checks": [{**asdict(check), "holds": not check.differences} for check in checks],
+    }
+
+
+def as_lines(checks: list[Check]) -> list[str]:
+    """The outcome for a person."""
+    lines = []
+    width = max(len(check.what) for check in checks)
+    for check in checks:
+        outcome = "differs" if check.differences else "holds"
+        lines.append(f"{outcome:<8} {check.what:<{width}}  {check.extent}")
+        lines += [f"  {difference}" for difference in check.differences]
+        lines += [f"  note: {note}" for note in check.notes]
+    return [_visible(line) for line in lines]
+
+
+def demand(checks: list[Check]) -> None:
+    """Ends with an error unless all holds.
+
+    Raises:
+        VerificationError: With all that differs.
+    """
+    problems = [
+        Problem(_visible(difference.where), _visible(f"claimed {difference.claimed}, found {difference.found}"))
+        for check in checks
+        for difference in check.differences
+    ]
+    if problems:
+        raise VerificationError(problems)

@@ -1,0 +1,269 @@
+"""Publishing beside training."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import structlog
+from structlog.testing import capture_logs
+
+from job.checkpoints.async_uploader import Publisher
+from job.errors import Preempted, Unreachable
+
+
+class Uploads:
+    """A publish function that waits to be let go, and remembers what it did."""
+
+    def __init__(self) -> None:
+        self.go, self.begun = threading.Semaphore(0), threading.Semaphore(0)
+        self.done: list[tuple[str, int]] = []
+        self.threads: list[threading.Thread] = []
+        self.now = self.most = 0
+
+    def __call__(self, folder: Path, step: int) -> None:
+        """Uploads nothing."""
+        self.threads.append(threading.current_thread())
+        self.now += 1
+        self.most = max(self.most, self.now)
+        self.begun.release()
+        assert self.go.acquire(timeout=30)
+        self.now -= 1
+        self.done.append((folder.name, step))
+
+
+@pytest.fixture
+def uploads() -> Iterator[Uploads]:
+    """Uploads that are let go at the end, whatever happens."""
+    made = Uploads()
+    yield made
+    made.go.release(1000)
+    for thread in made.threads:
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def snapshot(tmp_path: Path, step: int) -> Path:
+    """A finished snapshot."""
+    folder = tmp_path / f"step-{step}"
+    folder.mkdir()
+    (folder / "file").write_text("x")
+    return folder
+
+
+def soon(seconds: float) -> Callable[[], float]:
+    """The time that is left until a deadline."""
+    deadline = time.monotonic() + seconds
+    return lambda: max(0.0, deadline - time.monotonic())
+
+
+def end_with(error: BaseException, publisher: Publisher, folder: Path) -> None:
+    """A training that hands over one snapshot and then ends with an exception."""
+    with publisher:
+        publisher.submit(folder, 1)
+        raise error
+
+
+def test_submit_does_not_wait_for_the_upload(tmp_path: Path, uploads: Uploads) -> None:
+    """Training goes on while the upload runs, in another thread."""
+    with Publisher(uploads) as publisher:
+        publisher.submit(snapshot(tmp_path, 1), 1)
+        assert uploads.begun.acquire(timeout=10)
+        assert uploads.done == []
+        assert publisher.finish(timeout=0.01) is False
+        assert uploads.threads[0] is not threading.current_thread()
+        uploads.go.release()
+        assert publisher.finish(timeout=10) is True
+        assert uploads.done == [("step-1", 1)]
+
+
+def test_never_more_than_one_behind(tmp_path: Path, uploads: Uploads) -> None:
+    """A second snapshot waits for the first: one upload at a time, in order, and the waiting is measured."""
+    with Publisher(uploads) as publisher:
+        publisher.submit(snapshot(tmp_path, 1), 1)
+        assert publisher.waited_seconds == 0
+        threading.Timer(0.2, uploads.go.release, (1000,)).start()
+        publisher.submit(snapshot(tmp_path, 2), 2)
+        assert uploads.done == [("step-1", 1)]
+        assert publisher.waited_seconds > 0.1
+    assert uploads.done == [("step-1", 1), ("step-2", 2)]
+    assert uploads.most == 1
+
+
+def test_leaving_waits(tmp_path: Path, uploads: Uploads) -> None:
+    """At the end of the `with` block everything that was submitted is published, and no thread is left."""
+    threading.Timer(0.1, uploads.go.release).start()
+    with Publisher(uploads) as publisher:
+        publisher.submit(snapshot(tmp_path, 1), 1)
+    assert uploads.done == [("step-1", 1)]
+    uploads.threads[0].join(10)
+    assert not uploads.threads[0].is_alive()
+
+
+def test_snapshot_is_deleted_once_published(tmp_path: Path, uploads: Uploads) -> None:
+    """The local folder lives as long as its upload needs it, and no longer."""
+    folder = snapshot(tmp_path, 1)
+    with Publisher(uploads) as publisher:
+        publisher.submit(folder, 1)
+        assert uploads.begun.acquire(timeout=10)
+        assert folder.exists()
+        uploads.go.release()
+        publisher.finish()
+        assert not folder.exists()
+
+
+def test_upload_times_are_measured(tmp_path: Path) -> None:
+    """The seconds of the latest uploads can be asked for, oldest first; there are none before the first."""
+    with Publisher(lambda _folder, step: time.sleep(step / 20)) as publisher:
+        assert publisher.seconds == ()
+        for step in (1, 3):
+            publisher.submit(snapshot(tmp_path, step), step)
+        publisher.finish()
+        first, second = publisher.seconds
+    assert 0.05 <= first < second
+    assert second >= 0.15
+
+
+@pytest.mark.parametrize("call", ["submit", "check", "finish", "exit"])
+def test_a_failed_upload_ends_the_run(tmp_path: Path, call: str) -> None:
+    """The error of an upload is raised in the training thread by whatever it calls next; its snapshot is kept."""
+    error = Unreachable("503")
+    published: list[int] = []
+
+    def fail(_folder: Path, step: int) -> None:
+        published.append(step)
+        raise error
+
+    folder, later = snapshot(tmp_path, 1), snapshot(tmp_path, 2)
+    publisher = Publisher(fail)
+    publisher.submit(folder, 1)
+    while not publisher._last or not publisher._last.done():
+        time.sleep(0.001)
+    calls = {
+        "submit": lambda: publisher.submit(later, 2),
+        "check": publisher.check,
+        "finish": publisher.finish,
+        "exit": lambda: publisher.__exit__(None, None, None),
+    }
+    with pytest.raises(Unreachable) as caught:
+        calls[call]()
+    assert caught.value is error
+    assert published == [1]
+    assert folder.exists()
+
+
+def test_an_error_is_raised_again_and_again(tmp_path: Path) -> None:
+    """Nothing can be published after a failure, however often one tries."""
+
+    def fail(_folder: Path, _step: int) -> None:
+        raise Unreachable("503")
+
+    publisher = Publisher(fail)
+    publisher.submit(snapshot(tmp_path, 1), 1)
+    for step in (2, 3):
+        with pytest.raises(Unreachable):
+            publisher.submit(snapshot(tmp_path, step), step)
+    with pytest.raises(Unreachable), publisher:
+        pass
+
+
+def test_even_an_exit_in_the_upload_is_an_error(tmp_path: Path) -> None:
+    """Whatever the publish function raises arrives, be it no `Exception`."""
+
+    def leave(_folder: Path, _step: int) -> None:
+        raise SystemExit(3)
+
+    with pytest.raises(SystemExit), Publisher(leave) as publisher:
+        publisher.submit(snapshot(tmp_path, 1), 1)
+
+
+@pytest.mark.parametrize("error", [Preempted("SIGTERM"), KeyboardInterrupt(), ValueError("a bug")])
+def test_an_exception_does_not_wait_for_ever(tmp_path: Path, uploads: Uploads, error: BaseException) -> None:
+    """An exception leaves the `with` block after `patience` seconds at most, and says that an upload did not end."""
+    began = time.monotonic()
+    with capture_logs() as logs, pytest.raises(type(error)):
+        end_with(error, Publisher(uploads, patience=soon(0.1)), snapshot(tmp_path, 1))
+    assert 0.1 <= time.monotonic() - began < 5
+    assert ["did not end in time" in line["event"] for line in logs] == [True]
+
+
+def test_an_exception_lets_the_upload_finish(tmp_path: Path, uploads: Uploads) -> None:
+    """A checkpoint whose upload ends within `patience` is published although the run ends with an exception."""
+    threading.Timer(0.1, uploads.go.release).start()
+    with capture_logs() as logs, pytest.raises(Preempted):
+        end_with(Preempted("SIGTERM"), Publisher(uploads, patience=soon(10)), snapshot(tmp_path, 1))
+    assert uploads.done == [("step-1", 1)]
+    assert logs == []
+
+
+def test_an_exception_comes_before_a_failed_upload(tmp_path: Path) -> None:
+    """The run ends with its own error; that the last upload failed too is in the log."""
+
+    def fail(_folder: Path, _step: int) -> None:
+        raise Unreachable("503 Slow Down")
+
+    with capture_logs() as logs, pytest.raises(ValueError, match="a bug"):
+        end_with(ValueError("a bug"), Publisher(fail), snapshot(tmp_path, 1))
+    assert [line.get("error") for line in logs] == ["503 Slow Down"]
+
+
+def test_log_lines_of_the_thread_carry_the_run(tmp_path: Path) -> None:
+    """What the uploading thread logs is bound to the run, the attempt and the stage as in the training thread."""
+    seen: list[dict[str, object]] = []
+
+    def publish(_folder: Path, _step: int) -> None:
+        seen.append(structlog.contextvars.get_contextvars())
+
+    with structlog.contextvars.bound_contextvars(run="r1", stage="train"), Publisher(publish) as publisher:
+        publisher.submit(snapshot(tmp_path, 1), 1)
+    assert seen == [{"run": "r1", "stage": "train"}]
+
+
+def test_the_process_does_not_end_before_the_upload(tmp_path: Path) -> None:
+    """A training that fails while a checkpoint is on its way: the process, which ends at once, has waited for it."""
+    program = f"""
+        import time
+        from pathlib import Path
+        from job import cli
+        from job.__main__ import run
+        from job.publisher import Publisher
+        folder = Path({str(tmp_path)!r})
+
+        def publish(snapshot, step):
+            time.sleep(1)
+            (folder / "published").touch()
+
+        def main():
+            try:
+                with Publisher(publish) as publisher:
+                    (folder / "snapshot").mkdir()
+                    publisher.submit(folder / "snapshot", 1)
+                    raise ValueError("the loss is nan")
+            except ValueError:
+                return 65
+
+        cli.main = main
+        run()
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=False, timeout=60)
+    assert done.returncode == 65
+    assert (tmp_path / "published").exists()
+    assert not (tmp_path / "snapshot").exists()
+
+
+def test_a_signal_shortens_the_wait(tmp_path: Path, uploads: Uploads) -> None:
+    """Who waits for an upload without a deadline is given one, and leaves in time."""
+    left = [math.inf] * 2
+    began = time.monotonic()
+    publisher = Publisher(uploads, patience=lambda: left.pop() if left else 0.0)
+    with capture_logs() as logs, pytest.raises(ValueError, match="a bug"):
+        end_with(ValueError("a bug"), publisher, snapshot(tmp_path, 1))
+    assert time.monotonic() - began < 5
+    assert ["did not end in time" in line["event"] for line in logs] == [True]

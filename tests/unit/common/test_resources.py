@@ -1,0 +1,95 @@
+"""What the machine must have: disk and shared memory, checked before anything is downloaded."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from structlog.testing import capture_logs
+
+from job.common.resources import SLACK_BYTES, check_disk, check_shared_memory, checkpoint_bytes, required_bytes
+from job.errors import Unreachable
+
+SIZES = st.integers(0, 1 << 50)
+
+
+@pytest.fixture
+def usage(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Total and free bytes of every disk."""
+    numbers = [0, 0]
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(numbers[0], 0, numbers[1]))
+    return numbers
+
+
+def test_a_disk_with_enough_is_fine(usage: list[int], tmp_path: Path) -> None:
+    """As much as is needed is enough."""
+    usage[1] = 1000
+    check_disk(tmp_path, 1000)
+
+
+def test_a_disk_with_too_little_is_worth_another_machine(usage: list[int], tmp_path: Path) -> None:
+    """The error says where, how much there is, how much is needed, and what to do; exit code 69."""
+    usage[1] = 1 << 30
+    with pytest.raises(Unreachable) as raised:
+        check_disk(tmp_path, (1 << 30) + 1)
+    text = str(raised.value)
+    assert str(tmp_path) in text
+    assert "1.0 GiB" in text
+    assert "JOB_STORAGE__CACHE" in text
+
+
+def test_a_folder_that_is_not_there_yet_is_measured_where_it_will_be(tmp_path: Path) -> None:
+    """Nothing is created, and the real disk under the nearest parent counts."""
+    check_disk(tmp_path / "a/b", 0)
+    with pytest.raises(Unreachable, match="a/b"):
+        check_disk(tmp_path / "a/b", 1 << 60)
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_disk_that_cannot_be_measured_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Not knowing is not the same as having enough."""
+
+    def fails(place: Path) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(shutil, "disk_usage", fails)
+    with pytest.raises(Unreachable, match="Input/output error"):
+        check_disk(tmp_path, 0)
+
+
+@given(st.lists(SIZES, max_size=4), SIZES)
+def test_every_download_and_checkpoint_needs_room(downloads: list[int], checkpoint: int) -> None:
+    """What is copied lies there once; states may lie there three times, and the adapter beside them."""
+    assert required_bytes(downloads, checkpoint) == sum(downloads) + 4 * checkpoint + SLACK_BYTES
+
+
+def test_a_checkpoint_is_the_adapter_and_adams_moments() -> None:
+    """Four bytes a parameter, and two or eight for both moments."""
+    assert checkpoint_bytes(1000, "adamw_8bit") == checkpoint_bytes(1000, "paged_adamw_8bit") == 6000
+    assert checkpoint_bytes(1000, "adamw_torch") == 12000
+
+
+@pytest.mark.parametrize(
+    ("processes", "total", "fine"), [(1, 64 << 20, True), (2, 64 << 20, False), (8, 1 << 30, True)]
+)
+def test_small_shared_memory_is_a_warning_for_several_processes(
+    usage: list[int],
+    processes: int,
+    total: int,
+    fine: bool,  # noqa: FBT001
+) -> None:
+    """Docker's 64 MiB break NCCL; a single process does not care; the line says what to do."""
+    usage[0] = total
+    with capture_logs() as lines:
+        assert check_shared_memory(processes) is fine
+    assert len(lines) == (not fine)
+    assert all("--shm-size" in line["fix"] and line["log_level"] == "warning" for line in lines)
+
+
+def test_no_shared_memory_at_all_is_small(tmp_path: Path) -> None:
+    """A machine without the folder has none of it."""
+    assert not check_shared_memory(2, tmp_path / "nowhere")
+    assert check_shared_memory(1, tmp_path / "nowhere")

@@ -1,0 +1,15 @@
+"""Work that nobody waits for: its result or its error where they are asked for."""
+
+from __future__ import annotations
+
+import pytest
+
+from job.common.threads import beside
+
+
+def test_the_result_or_the_error_is_there_where_it_is_asked_for() -> None:
+    """Whichever it is, and not before."""
+    assert beside(lambda: 7, "x").result(10) == 7
+    failing = beside(lambda: 1 // 0, "x")
+    with pytest.raises(ZeroDivisionError):
+        failing.result(10)

@@ -1,0 +1,306 @@
+"""The training data as a whole: read, checked, selected, fingerprinted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from job.data import dataset
+from job.data.dataset import load_examples
+from job.data.formats import SUFFIXES, Row
+from job.errors import DataError, SettingsError
+from job.records import DatasetRecord, Example
+from tests.toy_tokenizer import CHATML, toy_tokenizer
+from tests.unit.data.test_formats import write_rows
+
+ALPACA = Path(__file__).parents[4] / "shared" / "data" / "alpaca.jsonl.gz"
+per_example = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+PLAIN = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=12)
+FULL = PLAIN.filter(str.strip)
+ALPACA_ROWS = st.lists(
+    st.fixed_dictionaries({"instruction": PLAIN, "input": PLAIN, "output": FULL, "text": PLAIN}), min_size=1, max_size=6
+)
+
+
+def load(source: Path | str, tokenizer: Any = None, **changes: Any) -> tuple[list[Example], DatasetRecord]:
+    """`load_examples` with the arguments that a test leaves alone."""
+    options: dict[str, Any] = {
+        "revision": None,
+        "split": "train",
+        "limit": None,
+        "schema": None,
+        "on_bad_row": "error",
+        "loss_on": "all",
+        "max_length": 2000,
+        "tokenizer": tokenizer or toy_tokenizer(),
+    }
+    return load_examples(str(source), **options | changes)
+
+
+def lines(path: Path, *rows: Any) -> Path:
+    """A JSONL file; a row that is bytes is written as it is."""
+    path.write_bytes(b"".join((row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows))
+    return path
+
+
+def text_of(example: Example) -> str:
+    """The text an example was made from, without the special tokens around it."""
+    return str(toy_tokenizer().decode(example.input_ids[1:-1]))
+
+
+def test_the_record_says_what_was_read(tmp_path: Path) -> None:
+    """The record counts rows, tokens, targets and the longest example, and keeps the user's name for the source."""
+    path = lines(tmp_path / "x.jsonl", {"prompt": "ab", "completion": "c"}, {"prompt": "", "completion": "wxyz"})
+    examples, record = load(path, name="s3://bucket/x.jsonl", loss_on="completion", revision="main")
+    assert [len(example.input_ids) for example in examples] == [5, 6]
+    assert (record.source, record.revision, record.split) == ("s3://bucket/x.jsonl", None, None)
+    assert (record.format, record.rows, record.skipped) == ("prompt_completion", 2, {})
+    assert (record.tokens, record.target_tokens, record.longest) == (11, 7, 6)
+
+
+@per_example
+@given(rows=ALPACA_ROWS)
+def test_the_fingerprint_does_not_depend_on_the_format(tmp_path: Path, rows: list[dict[str, str]]) -> None:
+    """The same rows give the same examples and the same hash from every file format."""
+    loaded = [load(write_rows(tmp_path / f"x{suffix}", rows)) for suffix in SUFFIXES]
+    assert len({record.sha256 for _, record in loaded}) == 1
+    assert all(examples == loaded[0][0] for examples, _ in loaded)
+    assert len(loaded[0][0]) == len(rows)
+
+
+@per_example
+@given(rows=ALPACA_ROWS, data=st.data())
+def test_the_fingerprint_changes_with_any_example(tmp_path: Path, rows: list[dict[str, str]], data: Any) -> None:
+    """Another instruction, input or output in any row, or a row more or less, gives another hash."""
+    before = load(lines(tmp_path / "x.jsonl", *rows))[1].sha256
+    index = data.draw(st.integers(0, len(rows) - 1))
+    field = data.draw(st.sampled_from(["instruction", "input", "output"]))
+    changed = [*rows[:index], rows[index] | {field: rows[index][field] + "!"}, *rows[index + 1 :]]
+    for other in (changed, [*rows, rows[0]]):
+        assert load(lines(tmp_path / "x.jsonl", *other))[1].sha256 != before
+
+
+def test_the_fingerprint_covers_the_targets_and_not_the_name(tmp_path: Path) -> None:
+    """What is learned is part of the hash; what the file is called, and fields that are not rendered, are not."""
+    row = {"prompt": "cat", "completion": "mat"}
+    hashes = [
+        load(lines(tmp_path / "x.jsonl", row))[1].sha256,
+        load(lines(tmp_path / "y.jsonl", row | {"id": 3}))[1].sha256,
+        load(lines(tmp_path / "x.jsonl", row), loss_on="completion")[1].sha256,
+    ]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+BAD_LINES = {
+    "invalid_json": [b"{", b'{"text": "a"', b"\x00"],
+    "broken_utf8": [b'{"text": "\xff"}', b"\xc3\x28", b'{"text": "a", "more": "\xe2\x82"}', b'{"text": "\\ud800"}'],
+    "not_an_object": [b"[]", b"3", b"null", b'"text"'],
+    "missing_field": [b"{}", b'{"text": null}', b'{"txt": "a"}'],
+    "wrong_type": [b'{"text": 3}', b'{"text": ["a"]}'],
+    "empty_target": [b'{"text": ""}', b'{"text": " \\n"}'],
+    "too_long": [json.dumps({"text": "0" * 40}).encode()],
+}
+LINES = st.lists(
+    st.one_of(
+        st.sampled_from([(kind, line) for kind, some in BAD_LINES.items() for line in some]),
+        FULL.map(lambda text: ("good", json.dumps({"text": text}).encode())),
+    ),
+    max_size=30,
+)
+
+
+@settings(per_example, max_examples=200)
+@given(content=LINES, limit=st.none() | st.integers(1, 10))
+def test_good_rows_are_selected_in_order(tmp_path: Path, content: list[tuple[str, bytes]], limit: int | None) -> None:
+    """The first `limit` good rows come out in file order; exactly the bad rows before the last of them are counted."""
+    path = lines(tmp_path / "x.jsonl", *(line for _, line in content))
+    options: dict[str, Any] = {"limit": limit, "schema": "text", "max_length": 41}
+    good = [index for index, (kind, _) in enumerate(content) if kind == "good"]
+    read = content if limit is None or len(good) < limit else content[: good[limit - 1] + 1]
+    bad = [(line, kind) for line, (kind, _) in enumerate(read, 1) if kind != "good"]
+    if good:
+        examples, record = load(path, on_bad_row="skip", **options)
+        assert [text_of(example) for example in examples] == [json.loads(content[i][1])["text"] for i in good[:limit]]
+        assert record.skipped == {kind: sum(kind == other for _, other in bad) for _, kind in bad}
+    else:
+        with pytest.raises(DataError, match="has no"):
+            load(path, on_bad_row="skip", **options)
+    if bad:
+        with pytest.raises(DataError) as caught:
+            load(path, **options)
+        assert caught.value.total == len(bad)
+        places = [problem.where.split(" ")[0] for problem in caught.value.problems]
+        assert places == [f"{path}:{line}" for line, _ in bad[:20]]
+
+
+FRAGMENTS = [
+    b'{"text": "',
+    b'{"output":',
+    b'"',
+    b"}",
+    b"\n",
+    b"[",
+    b"\\u",
+    b"d800",
+    b"\xff",
+    b"\xef\xbb\xbf",
+    b"1e999",
+    b"cat",
+]
+CONTENT = st.binary(max_size=200) | st.lists(st.sampled_from(FRAGMENTS), max_size=20).map(b"".join)
+
+
+@settings(per_example, max_examples=400)
+@given(content=CONTENT, on_bad_row=st.sampled_from(["error", "skip"]))
+def test_arbitrary_bytes_are_an_error_of_the_data(tmp_path: Path, content: bytes, on_bad_row: str) -> None:
+    """Whatever a JSONL file holds, it gives examples or a DataError that can be printed."""
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(content)
+    problem = None
+    try:
+        examples, record = load(path, on_bad_row=on_bad_row)
+    except DataError as error:
+        problem = str(error).encode()
+    assert problem if problem is not None else len(examples) == record.rows > 0
+
+
+def test_all_faults_are_counted_and_twenty_named(tmp_path: Path) -> None:
+    """Every fault of every row counts, two in one row as two, and the first twenty are named by line and field."""
+    path = lines(tmp_path / "x.jsonl", {"instruction": "a", "output": "b"}, *[{"instruction": 1, "output": ""}] * 30)
+    with pytest.raises(DataError) as caught:
+        load(path)
+    assert caught.value.total == 60
+    assert [problem.where for problem in caught.value.problems[:3]] == [
+        f"{path}:2 instruction",
+        f"{path}:2 output",
+        f"{path}:3 instruction",
+    ]
+    assert str(caught.value).endswith("... and 40 more")
+
+
+def test_a_row_that_is_too_long_names_its_longest_field(tmp_path: Path) -> None:
+    """A row with more tokens than allowed says how many, and which field is to blame."""
+    path = lines(tmp_path / "x.jsonl", {"prompt": "0" * 9, "completion": "b"})
+    assert load(path, max_length=12)[1].longest == 12
+    with pytest.raises(DataError, match=r"x.jsonl:1 prompt: makes the row 12 tokens long, 11 are allowed"):
+        load(path, max_length=11)
+
+
+def test_the_rest_of_a_broken_file_cannot_be_skipped(tmp_path: Path) -> None:
+    """A file that cannot be read to its end is an error even where bad rows are skipped."""
+    path = tmp_path / "x.csv"
+    path.write_bytes(b'text\na\n"b')
+    with pytest.raises(DataError, match="not valid CSV"):
+        load(path, on_bad_row="skip")
+    assert len(load(path, limit=1)[0]) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n", b"[]"])
+def test_no_rows_are_an_error(tmp_path: Path, content: bytes) -> None:
+    """A file without a row is an error, in every format that can be empty."""
+    path = tmp_path / ("x.json" if content == b"[]" else "x.jsonl")
+    path.write_bytes(content)
+    for schema in (None, "text"):
+        with pytest.raises(DataError, match="has no rows"):
+            load(path, schema=schema)
+
+
+def test_rows_that_fit_no_schema_say_what_they_have(tmp_path: Path) -> None:
+    """Where no schema fits, the error names the row's fields and the schemas there are."""
+    path = lines(tmp_path / "x.jsonl", {"question": "a", "\ud800": 1})
+    with pytest.raises(DataError, match=r"x.jsonl:1: fits no schema.*'question', '\\ud800'; known are alpaca: instr"):
+        load(path, on_bad_row="skip")
+
+
+def test_a_named_schema_wins(tmp_path: Path) -> None:
+    """A schema given by name is used where detection would take another."""
+    path = lines(tmp_path / "x.jsonl", {"instruction": "a", "output": "b", "text": "cat"})
+    assert load(path)[1].format == "alpaca"
+    examples, record = load(path, schema="text")
+    assert (record.format, text_of(examples[0])) == ("text", "cat")
+
+
+def test_conversations_need_a_chat_template(tmp_path: Path) -> None:
+    """Messages are rendered by the tokenizer's chat template, and without one they are an error that says so."""
+    talk = [{"role": "user", "content": "cat?"}, {"role": "assistant", "content": "mat"}]
+    path = lines(tmp_path / "x.jsonl", {"messages": talk})
+    with pytest.raises(DataError, match="no chat template"):
+        load(path)
+    (example,), record = load(path, toy_tokenizer(CHATML), loss_on="completion")
+    learned = [token for token, target in zip(example.input_ids, example.targets, strict=True) if target]
+    assert toy_tokenizer().decode(example.input_ids) == "<|user|>cat?</s><|assistant|>mat</s>"
+    assert toy_tokenizer().decode(learned) == "mat</s>"
+    assert (record.format, record.target_tokens) == ("messages", len(learned))
+
+
+def test_a_tokenizer_without_an_end_cannot_be_used(tmp_path: Path) -> None:
+    """Without an end-of-sequence token a text cannot be ended, which is an error and not a silent omission."""
+    from transformers import PreTrainedTokenizerFast
+
+    endless = PreTrainedTokenizerFast(tokenizer_object=toy_tokenizer().backend_tokenizer)
+    with pytest.raises(DataError, match="no end-of-sequence token"):
+        load(lines(tmp_path / "x.jsonl", {"text": "a"}), endless)
+
+
+def test_a_directory_is_named_with_its_file(tmp_path: Path) -> None:
+    """A fault in a file found in a directory names the file, under the user's name for the directory."""
+    lines(tmp_path / "x.jsonl", {"text": ""})
+    with pytest.raises(DataError, match=r"^s3://bucket/data/x.jsonl:1 text: is empty"):
+        load(tmp_path, name="s3://bucket/data/")
+
+
+@pytest.mark.parametrize(
+    "source", ["./missing", "/missing", "missing.jsonl", "a/b/c", "~/x", "s3://b/x.csv", "x" * 300]
+)
+def test_a_path_that_is_not_there_is_no_hub_id(source: str) -> None:
+    """What looks like a path and is none is an error that names it; the hub is not asked."""
+    with pytest.raises(DataError) as caught:
+        load(source, revision="main")
+    assert caught.value.problems[0].where == source
+
+
+@pytest.mark.parametrize("source", ["squad", "tatsu-lab/alpaca", "a/b.c_d-1"])
+def test_a_hub_id_needs_a_revision(source: str) -> None:
+    """A hub id without a revision is an error of the settings."""
+    with pytest.raises(SettingsError, match="JOB_DATA__REVISION"):
+        load(source)
+
+
+def test_hub_rows_are_checked_like_any_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of the hub give examples and faults as those of a file do; the record holds the commit and the split."""
+
+    def fake(source: str, revision: str, split: str, name: str) -> Any:
+        assert (source, revision, split) == ("tatsu-lab/alpaca", "main", "test")
+        return "c0ffee", iter([Row(f"{name}:row 1", {"text": ""}), Row(f"{name}:row 2", {"text": "cat"})])
+
+    monkeypatch.setattr(dataset, "open_dataset", fake)
+    with pytest.raises(DataError, match="tatsu-lab/alpaca:row 1 text: is empty"):
+        load("tatsu-lab/alpaca", revision="main", split="test")
+    examples, record = load("tatsu-lab/alpaca", revision="main", split="test", on_bad_row="skip")
+    assert [text_of(example) for example in examples] == ["cat"]
+    assert (record.revision, record.split, record.skipped) == ("c0ffee", "test", {"empty_target": 1})
+
+
+def test_a_path_that_exists_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory that is named like a hub id is read as a directory."""
+    monkeypatch.chdir(tmp_path)
+    Path("tatsu-lab/alpaca").mkdir(parents=True)
+    lines(Path("tatsu-lab/alpaca/x.jsonl"), {"text": "cat"})
+    assert load("tatsu-lab/alpaca")[1].rows == 1
+
+
+@pytest.mark.skipif(not ALPACA.exists(), reason="needs the shared data")
+def test_real_alpaca_is_selected() -> None:
+    """The first 1,500 good rows of Alpaca are selected, and the empty outputs on the way to them counted."""
+    examples, record = load(ALPACA, limit=1500, on_bad_row="skip", max_length=4096)
+    assert (len(examples), record.rows, record.format) == (1500, 1500, "alpaca")
+    assert record.skipped == {"empty_target": 3}
+    with pytest.raises(DataError, match=r"alpaca.jsonl.gz:285 output: is empty") as caught:
+        load(ALPACA, limit=1500, max_length=4096)
+    assert caught.value.total == 3

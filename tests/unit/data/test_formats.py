@@ -1,0 +1,179 @@
+"""Reading JSON, JSONL, CSV and Parquet."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from job.data.formats import SUFFIXES, UNREADABLE, Fault, Row, find_file, read_rows
+from job.errors import DataError
+
+ROWS = [{"a": "one", "b": "1"}, {"a": 'q"uo,te\nline\u2028', "b": ""}, {"a": "ünï🙂", "b": "3"}]
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """Writes rows in the format that the path's suffix names."""
+    if path.suffix == ".csv":
+        with path.open("w", newline="", encoding="utf-8") as file:
+            table = csv.DictWriter(file, list(rows[0]))
+            table.writeheader()
+            table.writerows(rows)
+    elif path.suffix == ".parquet":
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        parquet.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        lines = ".jsonl" in path.suffixes
+        text = "".join(json.dumps(row) + "\n" for row in rows) if lines else json.dumps(rows)
+        path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return path
+
+
+def read(path: Path, content: bytes | None = None) -> list[Row | Fault]:
+    """All rows and faults of a file, which is called by its own name."""
+    if content is not None:
+        path.write_bytes(content)
+    return list(read_rows(path, path.name))
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_every_format_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
+    """Rows come out as they went in, whatever the format, quotes and line breaks inside fields included."""
+    rows = read(write_rows(tmp_path / f"rows{suffix}", ROWS))
+    assert [row.fields for row in rows if isinstance(row, Row)] == ROWS
+    assert len(rows) == len(ROWS)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "where"),
+    [(".jsonl", "x.jsonl:2"), (".json", "x.json:[1]"), (".csv", "x.csv:row 2"), (".parquet", "x.parquet:row 2")],
+)
+def test_rows_say_where_they_stand(tmp_path: Path, suffix: str, where: str) -> None:
+    """A row is named by its line, by its index in a JSON list, by its number in a table."""
+    assert read(write_rows(tmp_path / f"x{suffix}", ROWS))[1].where == where
+
+
+def test_one_broken_line_does_not_hide_the_others(tmp_path: Path) -> None:
+    """Every broken line of a JSONL file is a fault with its line number, and reading goes on behind it."""
+    lines = [b'{"a": "x"}', b"{", b"", b"[1]", b"\xff\xfe", b'{"a": ' + b"[" * 100_000, b"9" * 5000, b'{"a": "y"}']
+    found = read(tmp_path / "x.jsonl", b"\n".join(lines))
+    assert [item.where for item in found] == [f"x.jsonl:{line}" for line in (1, 2, 4, 5, 6, 7, 8)]
+    kinds = [item.kind if isinstance(item, Fault) else "good" for item in found]
+    assert kinds == ["good", "invalid_json", "not_an_object", "broken_utf8", "invalid_json", "invalid_json", "good"]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path: Path) -> None:
+    """A byte order mark at the start of a file is dropped."""
+    for name, content in [("x.jsonl", b'{"a": "1"}'), ("x.json", b'[{"a": "1"}]'), ("x.csv", b"a\n1\n")]:
+        found = read(tmp_path / name, b"\xef\xbb\xbf" + content)
+        assert [item.fields for item in found if isinstance(item, Row)] == [{"a": "1"}]
+
+
+def test_reading_is_lazy(tmp_path: Path) -> None:
+    """A file that breaks behind the rows that are asked for gives them."""
+    content = gzip.compress(b'{"a": "1"}\n' * 100_000)
+    path = tmp_path / "x.jsonl.gz"
+    path.write_bytes(content[: len(content) // 2])
+    rows = read_rows(path, "x")
+    assert next(rows) == Row("x:1", {"a": "1"})
+    *good, last = rows
+    assert len(good) > 1000
+    assert isinstance(last, Fault)
+    assert (last.kind, last.where) == (UNREADABLE, "x")
+    assert f"after x:{len(good) + 1}" in last.what
+
+
+def test_json_may_hold_its_rows_under_data(tmp_path: Path) -> None:
+    """{"data": [...]} reads like the list itself, and any other value is refused."""
+    assert read(tmp_path / "x.json", b'{"data": [{"a": "1"}]}') == [Row("x.json:[0]", {"a": "1"})]
+    for content in (b'{"rows": []}', b"3", b'{"a": 1}\n{"a": 2}\n', b'[{"a": "1"}'):
+        (fault,) = read(tmp_path / "x.json", content)
+        assert isinstance(fault, Fault)
+        assert fault.kind == UNREADABLE
+
+
+def test_csv_rows_of_another_width_than_the_header_are_faults(tmp_path: Path) -> None:
+    """A CSV row with a field too many or too few is reported, and reading goes on."""
+    found = read(tmp_path / "x.csv", b"a,b\n1,2\n1\n1,2,3\n3,4\n")
+    assert [(item.where, isinstance(item, Row)) for item in found] == [
+        ("x.csv:row 1", True),
+        ("x.csv:row 2", False),
+        ("x.csv:row 3", False),
+        ("x.csv:row 4", True),
+    ]
+
+
+@pytest.mark.parametrize("content", [b'a,b\n1,"2\n', b"a,a\n1,2\n"])
+def test_broken_csv_is_unreadable(tmp_path: Path, content: bytes) -> None:
+    """A quote that is never closed, or a column named twice, ends the reading of a CSV file with a fault."""
+    found = read(tmp_path / "x.csv", content)
+    assert [item.kind for item in found if isinstance(item, Fault)] == [UNREADABLE]
+
+
+def test_csv_fields_may_be_long(tmp_path: Path) -> None:
+    """A CSV field longer than the csv module's own limit is read."""
+    (row,) = read(tmp_path / "x.csv", b"a\n" + b"x" * 200_000 + b"\n")
+    assert isinstance(row, Row)
+    assert len(row.fields["a"]) == 200_000
+
+
+def test_broken_utf8_in_parquet_names_row_and_column(tmp_path: Path) -> None:
+    """Bytes that are no UTF-8 in a Parquet text column are one row's fault."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    broken = pa.StringArray.from_buffers(3, pa.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0\3\0\0\0"), pa.py_buffer(b"a\xffc"))
+    parquet.write_table(pa.table({"text": broken}), tmp_path / "x.parquet")
+    first, second, third = read(tmp_path / "x.parquet")
+    assert (first, third) == (Row("x.parquet:row 1", {"text": "a"}), Row("x.parquet:row 3", {"text": "c"}))
+    assert isinstance(second, Fault)
+    assert (second.kind, second.where) == ("broken_utf8", "x.parquet:row 2 text")
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(suffix=st.sampled_from(SUFFIXES), content=st.binary(max_size=300))
+def test_arbitrary_bytes_are_never_a_traceback(tmp_path: Path, suffix: str, content: bytes) -> None:
+    """Whatever a file holds, reading it gives rows and faults, and raises nothing."""
+    for found in read(tmp_path / f"x{suffix}", content):
+        assert isinstance(found, Row | Fault)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from([".parquet", ".jsonl.gz", ".csv"]), st.floats(0, 1, exclude_max=True), st.binary(max_size=8))
+def test_damaged_files_are_never_a_traceback(tmp_path: Path, suffix: str, place: float, damage: bytes) -> None:
+    """A real file with some bytes overwritten gives rows and faults, and raises nothing."""
+    content = bytearray(write_rows(tmp_path / f"x{suffix}", ROWS).read_bytes())
+    start = int(place * len(content))
+    content[start : start + len(damage)] = damage
+    for found in read(tmp_path / f"x{suffix}", bytes(content)):
+        assert isinstance(found, Row | Fault)
+
+
+def test_a_directory_stands_for_its_only_data_file(tmp_path: Path) -> None:
+    """A directory is read where exactly one data file lies in it; other and hidden files do not count."""
+    with pytest.raises(DataError, match="no data file"):
+        find_file(str(tmp_path))
+    path = write_rows(tmp_path / "rows.csv", ROWS)
+    # What people, Spark and SageMaker's copying leave beside it.
+    for name in ("README.md", ".hidden.json", "_SUCCESS", "rows.csv.sagemaker-uploaded", ".part-0000.csv.crc"):
+        (tmp_path / name).touch()
+    assert find_file(str(tmp_path)) == path
+    write_rows(tmp_path / "rows.json", ROWS)
+    with pytest.raises(DataError, match=r"2 data files, name one: rows\.csv, rows\.json$"):
+        find_file(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["missing.jsonl", "rows.txt", "x" * 300 + ".csv"])
+def test_a_path_that_cannot_be_read_is_named(tmp_path: Path, name: str) -> None:
+    """A path that is not there, of no known format or impossible is an error of the data that names it."""
+    (tmp_path / "rows.txt").touch()
+    with pytest.raises(DataError, match=name):
+        find_file(str(tmp_path / name))

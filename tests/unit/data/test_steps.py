@@ -1,0 +1,46 @@
+"""The steps of a training: processes and micro-batches divide a step's examples, and leave none out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from job.data.steps import Steps, targets_of, tokens_of
+from job.records import Example
+
+LENGTHS = st.lists(st.integers(2, 40), min_size=1, max_size=30)
+
+
+def steps(lengths: list[int], batch_size: int) -> Steps:
+    """Two epochs over examples that can be told apart; all tokens but the first are learned."""
+    examples = [Example((n,) * length, (False, *[True] * (length - 1))) for n, length in enumerate(lengths)]
+    return Steps(examples, seed=3, global_batch_size=batch_size, total=2 * -(-len(lengths) // batch_size))
+
+
+@given(LENGTHS, st.integers(1, 12), st.integers(1, 4), st.integers(1, 90))
+def test_shares_and_micro_batches_divide_a_step(lengths: list[int], size: int, world: int, budget: int) -> None:
+    """Every example of a step is in one micro-batch of one process; none is over the budget but an example alone."""
+    plan = steps(lengths, size)
+    for step in range(plan.total):
+        of_each = [replace(plan, rank=rank, world_size=world).micro_batches(step, budget) for rank in range(world)]
+        groups = [group for of_one in of_each for group in of_one]
+        assert sorted(e.input_ids for group in groups for e in group) == sorted(e.input_ids for e in plan.of(step))
+        assert all(tokens_of(group) <= budget or len(group) == 1 for group in groups)
+        assert sum(targets_of(group) for group in groups) == targets_of(plan.of(step))
+
+
+@given(LENGTHS, st.integers(1, 12), st.integers(1, 90))
+def test_the_largest_micro_batch_is_one_that_comes(lengths: list[int], size: int, budget: int) -> None:
+    """No micro-batch of any step is larger; the longest example may come alone with another number of processes."""
+    plan = steps(lengths, size)
+    most = tokens_of(plan.largest(budget))
+    found = [tokens_of(group) for step in range(plan.total) for group in plan.micro_batches(step, budget)]
+    assert most == max(found)
+
+
+def test_epochs_count_steps() -> None:
+    """A last step that is smaller counts as one."""
+    plan = steps([3] * 10, 4)
+    assert [plan.epoch(step) for step in (0, 3, 6)] == [0, 1, 2]

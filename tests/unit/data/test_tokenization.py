@@ -1,0 +1,148 @@
+"""Tokens and targets of rendered rows."""
+
+from __future__ import annotations
+
+import warnings
+from itertools import accumulate
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from job.data.formats import Fault
+from job.data.schemas import Rendered
+from job.data.tokenization import Encoded, LossOn, encode
+from job.records import Example
+from tests.toy_tokenizer import toy_tokenizer
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+
+
+def rendered(prompt: str, completion: str) -> Rendered:
+    """A row of one prompt and one completion."""
+    return Rendered("x", prompt + completion, ((len(prompt), len(prompt + completion)),))
+
+
+def one(row: Rendered, loss_on: LossOn = "all", *, tokenizer: Any = None, templated: bool = False) -> Example:
+    """The example that a row gives."""
+    tokenizer = tokenizer or toy_tokenizer()
+    (item,) = encode(iter([row]), tokenizer, templated=templated, loss_on=loss_on, max_length=1000, limit=None)
+    assert isinstance(item, Encoded)
+    return item.example
+
+
+@settings(deadline=None)
+@given(TEXT, TEXT)
+def test_tokens_are_those_of_plain_training_on_the_text(prompt: str, completion: str) -> None:
+    """The tokens are those of the text with the end mark written behind it, as TRL makes them; all are learned."""
+    example = one(rendered(prompt, completion))
+    assert list(example.input_ids) == toy_tokenizer()(prompt + completion + "</s>")["input_ids"]
+    assert example.targets == (False, *[True] * (len(example.input_ids) - 1))
+
+
+@settings(deadline=None)
+@given(TEXT, TEXT)
+def test_completion_targets_are_the_tokens_that_end_behind_the_prompt(prompt: str, completion: str) -> None:
+    """Counted in bytes: a token is a target when it ends behind the prompt's last byte, and the end mark always is."""
+    example = one(rendered(prompt, completion), "completion")
+    first, *tokens, last = toy_tokenizer().convert_ids_to_tokens(list(example.input_ids))
+    assert (first, last) == ("<s>", "</s>")
+    ends = accumulate(len(token) for token in tokens)  # a byte-level token has one character for each byte
+    assert example.targets == (False, *(end > len(prompt.encode()) for end in ends), True)
+
+
+def test_a_token_across_the_border_is_learned() -> None:
+    """A token that holds the end of the prompt and the start of the completion is a target."""
+    example = one(rendered("t", "he"), "completion")
+    assert toy_tokenizer().convert_ids_to_tokens(list(example.input_ids)) == ["<s>", "the", "</s>"]
+    assert example.targets == (False, True, True)
+
+
+def test_the_first_token_is_never_learned() -> None:
+    """Without a token in front of it, the first token of a completion is no target."""
+    assert one(rendered("", "cat sat"), "completion", templated=True).targets[:2] == (False, True)
+    assert one(rendered("", "cat sat"), "all", templated=True).targets[:2] == (False, True)
+
+
+def test_an_end_that_is_there_is_not_doubled() -> None:
+    """A text that ends with the end mark gets no second one, and it is learned."""
+    example = one(Rendered("x", "cat</s>", ((0, 0),)), "completion")
+    assert example == Example(one(rendered("cat", "")).input_ids, (*[False] * (len(example.targets) - 1), True))
+
+
+def test_a_chat_template_writes_its_own_special_tokens() -> None:
+    """Text from a chat template gets no special token besides its own."""
+    example = one(rendered("<s>cat", "mat"), templated=True)
+    tokenizer = toy_tokenizer()
+    assert tokenizer.decode(example.input_ids) == "<s>catmat"
+    assert example.input_ids.count(tokenizer.bos_token_id) == 1
+
+
+def test_a_padding_token_in_the_text_is_learned_like_any_other() -> None:
+    """Nothing is left out for its id: an end or padding token inside the text is a target."""
+    example = one(rendered("", "a</s>b<pad>c"))
+    assert all(example.targets[1:])
+    assert len(example.targets) == 7
+
+
+def test_several_turns_have_several_spans() -> None:
+    """Each span's tokens are targets, and those between are not."""
+    example = one(Rendered("x", "abcdef", ((1, 2), (4, 5))), "completion", templated=True)
+    assert example.targets == (False, True, False, False, True, False)
+
+
+def test_too_long_and_empty_rows_are_faults() -> None:
+    """Special tokens count; a row of one token more than allowed is a fault, and so is one with nothing to learn."""
+    rows = [rendered("", "a" * 8), rendered("", "a" * 9), [Fault("kind", "y", "what")], rendered("", "b" * 8)]
+    found = list(encode(iter(rows), toy_tokenizer(), templated=False, loss_on="all", max_length=10, limit=None))
+    assert [len(item.example.input_ids) if isinstance(item, Encoded) else item[0].kind for item in found] == [
+        10,
+        "too_long",
+        "kind",
+        10,
+    ]
+    (fault,) = encode(
+        iter([rendered("cat", "")]), toy_tokenizer(), templated=True, loss_on="completion", max_length=9, limit=1
+    )
+    assert isinstance(fault, list)
+    assert fault[0].kind == "empty_target"
+
+
+def test_no_row_is_taken_behind_the_last_example() -> None:
+    """With a limit, rows are taken up to the one that completes it, faults on the way included."""
+    rows = iter([rendered("", "a"), rendered("", "a" * 9), rendered("", "b"), rendered("", "c")])
+    found = list(encode(rows, toy_tokenizer(), templated=False, loss_on="all", max_length=5, limit=2))
+    assert [isinstance(item, Encoded) for item in found] == [True, False, True]
+    assert [row.text for row in rows] == ["c"]
+
+
+def test_a_row_longer_than_the_model_knows_warns_nobody() -> None:
+    """The tokenizer's own length limit neither cuts a row nor warns: `max_length` is what counts."""
+    tokenizer = toy_tokenizer()
+    before, tokenizer.model_max_length = tokenizer.model_max_length, 4
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert len(one(rendered("", "a" * 20)).input_ids) == 22
+    finally:
+        tokenizer.model_max_length = before
+
+
+@given(st.lists(st.tuples(TEXT, st.lists(st.booleans(), max_size=4)), max_size=3, unique_by=str))
+def test_no_two_lists_of_examples_have_the_same_bytes(drafts: list[tuple[str, list[bool]]]) -> None:
+    """Leaving out, swapping or changing an example changes the bytes that are hashed."""
+    items = [Encoded(text, Example(tuple(range(len(mask))), tuple(mask))) for text, mask in drafts]
+
+    def canonical(some: list[Encoded]) -> bytes:
+        return b"".join(item.canonical() for item in some)
+
+    whole = canonical(items)
+    if len(items) > 1:
+        assert canonical(items[::-1]) != whole
+    for index, item in enumerate(items):
+        rest = items[:index], items[index + 1 :]
+        assert canonical([*rest[0], *rest[1]]) != whole
+        ids = (*item.example.input_ids, 7)
+        longer = Encoded(item.text, Example(ids, (*item.example.targets, True)))
+        for other in (Encoded(item.text + "a", item.example), longer):
+            assert canonical([*rest[0], other, *rest[1]]) != whole

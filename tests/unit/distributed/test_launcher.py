@@ -1,0 +1,189 @@
+"""Processes of this machine: started once, told of signals, ended together, and summed up in one exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from job.distributed import launcher
+from job.distributed.launcher import Machine, check_signals, count_processes, launch, noted_signals
+from job.distributed.process_group import END
+from job.distributed.rendezvous import host_store, keyspace
+from job.errors import Killed, Preempted, SettingsError, Unreachable, exit_codes
+
+RANK = "import os, sys, time, signal; rank = int(os.environ['RANK']); "
+
+
+def run(
+    code: str, machine: Machine | None = None, *, signals: tuple[tuple[float, int], ...] = (), grace: float = 5
+) -> int:
+    """Launches Python code, and sends this process signals at their seconds."""
+    timers = [threading.Timer(seconds, os.kill, (os.getpid(), number)) for seconds, number in signals]
+    with noted_signals() as received:
+        for timer in timers:
+            timer.start()
+        try:
+            command = [sys.executable, "-S", "-c", RANK + code]
+            return launch(
+                command, machine or Machine(2), received, run="r", environ=dict(os.environ), grace_seconds=grace
+            )
+        finally:
+            for timer in timers:
+                timer.join()
+
+
+def test_each_process_gets_torchruns_variables(tmp_path: Path) -> None:
+    """As torchrun sets them, and the run's id, so that a made-up one is the same in all."""
+    code = f"import json; open(r'{tmp_path}/' + str(rank), 'w').write(json.dumps(dict(os.environ)))"
+    assert run(code) == 0
+    found = [json.loads((tmp_path / name).read_text()) for name in ("0", "1")]
+    for rank, environ in enumerate(found):
+        assert environ["RANK"] == environ["LOCAL_RANK"] == str(rank)
+        assert environ["WORLD_SIZE"] == environ["LOCAL_WORLD_SIZE"] == "2"
+        assert environ["MASTER_ADDR"] == "localhost"
+        assert int(environ["MASTER_PORT"]) > 0
+        assert environ["TORCHELASTIC_USE_AGENT_STORE"] == "True"
+        assert environ["JOB_RUN__ID"] == "r"
+    assert found[0]["MASTER_PORT"] == found[1]["MASTER_PORT"]
+
+
+def test_ranks_go_on_over_the_machines(tmp_path: Path) -> None:
+    """The second machine of two has the upper half, and connects to the first."""
+    code = f"open(r'{tmp_path}/' + str(rank), 'w').write(os.environ['WORLD_SIZE'] + os.environ['MASTER_ADDR'])"
+    assert run(code, Machine(2, nodes=2, node_rank=1, rendezvous="[::1]:29400")) == 0
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"2": "4::1", "3": "4::1"}
+
+
+@pytest.mark.parametrize("code", [2, 3, 65, 69, 75, 76, 77, 1])
+def test_an_exit_code_survives(code: int) -> None:
+    """Where torchrun makes 1 of all of them: the codes decide whether a platform tries again."""
+    assert run(f"sys.exit({code} if rank else 75)") == code
+
+
+def verdict(codes: dict[int, int], late: set[int] = frozenset()) -> int:  # type: ignore[assignment]
+    """The exit code for all; -1 where it is an error of its own."""
+    try:
+        return launcher._verdict(codes, late)
+    except Killed:
+        return -1
+
+
+@pytest.mark.parametrize(
+    ("codes", "late", "expected"),
+    [
+        ({0: 0, 1: 0}, set(), 0),
+        ({0: 0, 1: 75}, set(), 0),  # the run is complete
+        ({2: 0, 3: 0}, set(), 0),
+        ({2: 0, 3: 75}, set(), 75),
+        ({0: 75, 1: 75}, set(), 75),
+        ({0: 75, 1: 69}, set(), 69),
+        ({0: 75, 1: 1}, set(), 1),
+        ({0: 65, 1: 1}, set(), 65),
+        ({0: 75, 1: -9}, set(), -1),
+        ({0: 2, 1: -9}, set(), 2),
+        ({0: 75, 1: -9}, {1}, 75),
+        ({0: -9, 1: -9}, {0, 1}, 75),
+        ({0: 1, 1: -6}, set(), -1),
+        ({0: 120, 1: 0}, set(), -1),
+    ],
+)
+def test_the_gravest_end_counts(codes: dict[int, int], late: set[int], expected: int) -> None:
+    """What no retry can mend outweighs what counts, and that what is free; process 0 alone decides on success."""
+    assert verdict(codes, late) == expected
+
+
+@given(st.dictionaries(st.integers(0, 7), st.sampled_from([0, -9, -15, 99, *exit_codes()]), min_size=1), st.data())
+def test_an_end_is_a_success_only_if_it_was_one(codes: dict[int, int], data: Any) -> None:
+    """0 means that process 0 was successful, or, where it is on another machine, that all here were."""
+    late = data.draw(st.sets(st.sampled_from(sorted(codes))))
+    assert (verdict(codes, late) == 0) == (codes.get(0) == 0 or not any(codes.values()))
+
+
+def test_a_killed_process_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others, wherever they are, read in the store that it is gone; the error says which and how."""
+    stores: list[Any] = []
+    monkeypatch.setattr(launcher, "host_store", lambda port: stores.append(host_store(port)) or stores[0])
+    with pytest.raises(Killed, match="process 1 was killed by SIGKILL; the machine may be out of memory") as caught:
+        run("os.kill(os.getpid(), 9) if rank else (time.sleep(0.5), sys.exit(75))")
+    assert caught.value.exit_code == 1
+    end = json.loads(keyspace(stores[0], "r").get(END))
+    assert (end["process"], end["code"]) == (1, 75)
+
+
+LISTENS = "signal.signal(15, lambda *_: sys.exit(75)); signal.signal(2, lambda *_: sys.exit(75)); time.sleep(30)"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_handed_on(number: int) -> None:
+    """To all processes; the end of all is the end of the launcher, with their exit code."""
+    began = time.monotonic()
+    assert run(LISTENS, signals=((1.0, number),)) == 75
+    assert time.monotonic() - began < 10
+
+
+def test_every_signal_is_handed_on() -> None:
+    """The second one means: at once."""
+    code = "n = []; signal.signal(15, lambda *_: n.append(0) or (len(n) > 1 and os._exit(75))); time.sleep(20)"
+    began = time.monotonic()
+    assert run(code, signals=((1.0, signal.SIGTERM), (1.3, signal.SIGTERM)), grace=20) == 75
+    assert time.monotonic() - began < 15
+
+
+def test_a_process_that_is_not_ready_for_a_signal_was_preempted_too() -> None:
+    """It dies of it while it is still starting, which is no failure."""
+    assert run("time.sleep(30)", signals=((1.0, signal.SIGTERM),)) == 75
+
+
+def test_after_the_grace_all_are_killed() -> None:
+    """A process that does not end when it has to, or when another one has ended, holds nothing up."""
+    deaf = "signal.signal(15, signal.SIG_IGN); "
+    assert run(deaf + "time.sleep(60)", signals=((1.0, signal.SIGTERM),), grace=1) == 75
+    assert run(deaf + "rank and sys.exit(65); time.sleep(60)", grace=1) == 65
+
+
+def test_a_signal_before_the_start_starts_nothing(tmp_path: Path) -> None:
+    """It is not lost on a launcher that is still reading its settings."""
+    with pytest.raises(Preempted, match="SIGTERM"):
+        run(f"open(r'{tmp_path}/x', 'w')", signals=((0.0, signal.SIGTERM),))
+    assert not list(tmp_path.iterdir())
+    check_signals([])
+
+
+def test_signals_are_the_old_ones_afterwards() -> None:
+    """Nobody else's handlers are lost, not to torch either."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    before = [signal.getsignal(number) for number in numbers]
+    assert run("pass") == 0
+    assert before == [signal.getsignal(number) for number in numbers]
+
+
+def test_a_port_that_is_taken_is_worth_a_retry() -> None:
+    """The attempt before may still be ending on this machine."""
+    host = host_store(0)
+    with pytest.raises(Unreachable, match="port"):
+        run("pass", Machine(1, nodes=2, node_rank=0, rendezvous=f"localhost:{host.port}"))
+
+
+def test_how_many_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One for each visible GPU; on a CPU one, or as many as are asked for; never more than there are GPUs."""
+    import torch
+
+    assert count_processes("auto") == 1
+    assert [count_processes(wanted) for wanted in (1, 3)] == [1, 3]
+    monkeypatch.setattr(launcher, "_DRIVERS", (tmp_path,))
+    assert count_processes("auto") == 1
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert [count_processes(wanted) for wanted in ("auto", 1, 4)] == [4, 1, 4]
+    with pytest.raises(SettingsError, match="5 is more than the 4 GPUs"):
+        count_processes(5)

@@ -1,0 +1,199 @@
+"""What processes tell each other: here threads, each with its own connection to one store."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import pytest
+
+from job.distributed.process_group import Joined, tell_end
+from job.distributed.ranks import Place
+from job.distributed.rendezvous import enter_store, host_store, keyspace
+from job.errors import DataError, JobError, Preempted, Problem, Unreachable
+from job.preemption.stop_flag import Stop
+
+T = TypeVar("T")
+
+
+class Team:
+    """Several processes on two machines, of two and of one."""
+
+    def __init__(self) -> None:
+        self.host = host_store(0)
+        self.stops = [Stop() for _ in range(3)]
+        self.beats = [0, 0, 0]
+        self.members = [self._member(rank) for rank in range(3)]
+
+    def _member(self, rank: int) -> Joined:
+        def beat() -> None:
+            self.beats[rank] += 1
+
+        place = Place(rank, 3, rank % 2, 2 - rank // 2, "localhost", self.host.port, hosted=True)
+        return Joined(place, keyspace(enter_store(place), "run"), self.stops[rank], beat, grace_seconds=5)
+
+    def start(self, *work: Callable[[Joined], T]) -> list[Future[T]]:
+        """Lets each member do its work, at once."""
+        pool = ThreadPoolExecutor(len(work))
+        futures = [pool.submit(one, member) for one, member in zip(work, self.members, strict=False)]
+        pool.shutdown(wait=False)
+        return futures
+
+    def all(self, work: Callable[[Joined], T]) -> list[T]:
+        """Lets all do the same; returns what each gets."""
+        return [future.result(timeout=20) for future in self.start(work, work, work)]
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Looks again and again, for ten seconds."""
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def team() -> Iterator[Team]:
+    """Three processes that have met."""
+    made = Team()
+    yield made
+    for stop in made.stops:
+        stop.request("the end of the test")
+
+
+def test_all_get_what_the_first_found(team: Team) -> None:
+    """Only process 0 looks; whatever JSON can hold arrives as it was, floats to the last bit."""
+    value = {"step": 3, "loss": 0.1 + 0.2, "why": None, "names": ["ä", ""]}
+    asked: list[int] = []
+
+    def work(member: Joined) -> Any:
+        return member.share("value", lambda: asked.append(member.place.rank) or value)
+
+    assert team.all(work) == [value] * 3
+    assert asked == [0]
+    assert [member.leads for member in team.members] == [True, False, False]
+
+
+def test_what_is_large_arrives_too(team: Team) -> None:
+    """The questions of a large evaluation are more than torch's store takes at once."""
+    large = ["x" * 999] * 20_000
+    assert team.all(lambda member: member.share("large", lambda: large) == large) == [True] * 3
+
+
+def test_each_machine_finds_for_itself(team: Team) -> None:
+    """The first process of each machine looks, for those that are beside it."""
+    assert team.all(lambda member: member.share_on_machine("rank", lambda: member.place.rank)) == [0, 0, 2]
+
+
+def test_gathering_keeps_the_order(team: Team) -> None:
+    """All get what each gave, by rank, call after call."""
+    assert (
+        team.all(lambda member: [member.gather("r", [n, member.place.rank]) for n in range(3)])
+        == [[[[n, 0], [n, 1], [n, 2]] for n in range(3)]] * 3
+    )
+
+
+def test_what_is_sent_arrives_once_and_in_order(team: Team) -> None:
+    """Process 0 takes what is there without waiting for more; each sender's come in order."""
+    first, second, third = team.members
+    got: list[Any] = []
+
+    def has_come(count: int) -> bool:
+        got.extend(first.receive())
+        return len(got) >= count
+
+    assert first.receive() == []
+    second.send({"row": 1})
+    second.send({"row": 2})
+    third.send("x")
+    wait_for(lambda: has_come(3))  # a send does not wait until the store has it
+    assert [one for one in got if one != "x"] == [{"row": 1}, {"row": 2}]
+    assert got.count("x") == 1
+    assert first.receive() == []
+    second.send({"row": 3})
+    wait_for(lambda: has_come(4))
+    assert got[3:] == [{"row": 3}]
+
+
+def test_an_end_reaches_those_that_wait_and_those_that_work(team: Team) -> None:
+    """Whoever waits for another one, or looks up from its work, ends with the same kind of error, and is told why."""
+
+    def wait(member: Joined) -> None:
+        member.share("never", lambda: None if member.leads else "")
+        member.gather("never", 1)
+
+    def work(member: Joined) -> None:
+        while True:
+            member.check()
+            time.sleep(0.01)
+
+    waiting, working = team.start(wait, work)
+    team.members[2].end(DataError([Problem("rows.jsonl:3", "is empty")]))
+    for future in (waiting, working):
+        error = future.exception(timeout=10)
+        assert isinstance(error, DataError)
+        assert str(error) == "process 2: rows.jsonl:3: is empty"
+        assert error.reported
+    assert team.stops[0].remaining() <= 5
+
+
+def test_the_first_end_counts(team: Team) -> None:
+    """What others end with because of it does not replace the reason."""
+    team.members[1].end(Unreachable("the store is silent"))
+    team.members[2].end(ValueError("a consequence"))
+    with pytest.raises(Unreachable, match="process 1: the store is silent"):
+        team.members[0].gather("x", 0)
+
+
+def test_a_bug_ends_the_others_as_a_bug(team: Team) -> None:
+    """An error that is none of the job's has exit code 1 everywhere."""
+    team.members[0].end(ZeroDivisionError())
+    with pytest.raises(JobError, match="process 0: ZeroDivisionError") as caught:
+        team.members[1].share("x", lambda: None)
+    assert caught.value.exit_code == 1
+
+
+def test_a_signal_ends_the_waiting(team: Team) -> None:
+    """A process that has to stop does not wait for the others until it is killed."""
+    (_, waiting) = team.start(lambda _: None, lambda member: member.share("never", lambda: 0))
+    team.stops[1].request("SIGTERM", 10)
+    assert isinstance(waiting.exception(timeout=10), Preempted)
+
+
+def test_waiting_is_progress_but_for_the_first(team: Team) -> None:
+    """The watchdog of the others is fed; that of process 0 ends a wait of all for all."""
+    (leading, waiting) = team.start(lambda m: m.gather("x", 0), lambda m: m.gather("x", 1))
+    time.sleep(0.1)
+    assert team.beats[0] == 0 < team.beats[1]
+    team.members[2].gather("x", 2)
+    assert leading.result(timeout=10) == waiting.result(timeout=10) == [0, 1, 2]
+
+
+def test_the_first_one_goes_first(team: Team) -> None:
+    """The others leave when process 0 has left, and do not wait for it when it is dead."""
+    _, second, third = team.start(lambda _: None, Joined.leave, Joined.leave)
+    time.sleep(0.1)
+    assert not second.done()
+    team.members[0].leave()
+    second.result(timeout=5)
+    third.result(timeout=5)
+
+
+def test_nobody_waits_for_a_first_one_that_died(team: Team) -> None:
+    """When its launcher has told that process 0 is dead, the others go."""
+    tell_end(keyspace(team.host, "run"), 0, 75, "was killed by SIGKILL")
+    began = time.monotonic()
+    team.members[1].leave()
+    assert time.monotonic() - began < 2
+
+
+def test_a_store_that_is_gone_is_a_reason_to_start_again() -> None:
+    """Its machine was taken away: exit code 75, and the time that is left is bounded."""
+    team = Team()
+    member, stop = team.members[1], team.stops[1]
+    del team.host
+    with pytest.raises(Preempted, match="another process of this run is gone"):
+        member.share("x", lambda: None)
+    assert stop.remaining() <= 5

@@ -1,0 +1,137 @@
+"""How processes meet, and how they do not."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from typing import Any
+
+import pytest
+
+from job.distributed import process_group
+from job.distributed.processes import ALONE, Processes
+from job.distributed.ranks import Place
+from job.distributed.rendezvous import enter_store, host_store, join, keyspace
+from job.errors import Preempted, SettingsError, Unreachable
+from job.preemption.stop_flag import Stop
+from tests.forked import free_port
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Process 0 does not wait long for those that never came to leave again."""
+    monkeypatch.setattr(process_group, "LAST_WORDS_SECONDS", 0.2)
+
+
+def joining(place: Place | None, stop: Stop | None = None, patience: float = 1.0) -> AbstractContextManager[Processes]:
+    """Joins a run."""
+    return join(place, "run", stop=stop or Stop(), beat=lambda: None, patience=patience, grace_seconds=1)
+
+
+@pytest.mark.parametrize("place", [None, Place(), Place(world_size=1, host="nowhere", port=1)])
+def test_one_process_is_alone(place: Place | None) -> None:
+    """Nobody is waited for, nothing is opened; all that processes can do works alone."""
+    with joining(place) as processes:
+        assert processes is ALONE
+    assert ALONE.leads
+    assert ALONE.share("x", lambda: 1) == ALONE.share_on_machine("x", lambda: 1) == 1
+    assert ALONE.gather("x", 2) == [2]
+    ALONE.send("x")
+    assert ALONE.receive() == []
+    assert [ALONE.agree(repeat=repeat) for repeat in (True, False)] == [True, False]
+    ALONE.check()
+    ALONE.add_up(None)
+    assert not ALONE.stopping
+
+
+def fail(place: Place, **changes: Any) -> BaseException | None:
+    """What joining ends with."""
+    try:
+        with joining(place, **changes):
+            pass
+    except Exception as error:  # noqa: BLE001
+        return error
+    return None
+
+
+def test_those_that_do_not_come_are_named() -> None:
+    """After the patience: worth a retry, with the numbers of the missing."""
+    host = host_store(0)
+    place = Place(1, 4, host="localhost", port=host.port, hosted=True)
+    keyspace(host, "run").add("here#0", 1)
+    error = fail(place, patience=0.3)
+    assert isinstance(error, Unreachable)
+    assert "of 4 processes these did not come: 2, 3" in str(error)
+
+
+def test_a_store_that_is_not_there_is_told_of() -> None:
+    """The address is in the message."""
+    port = free_port()
+    error = fail(Place(1, 2, host="localhost", port=port, hosted=True), patience=0.3)
+    assert isinstance(error, Unreachable)
+    assert f"localhost:{port}" in str(error)
+
+
+def test_a_port_that_is_taken_is_worth_a_retry() -> None:
+    """The attempt before may still hold it."""
+    host = host_store(0)
+    with pytest.raises(Unreachable, match=f"port {host.port}"):
+        host_store(host.port)
+
+
+def test_two_with_one_number_are_refused() -> None:
+    """Two machines of the same number would train the same share twice."""
+    host = host_store(0)
+    place = Place(1, 2, host="localhost", port=host.port, hosted=True)
+    keyspace(host, "run").add("here#1", 1)
+    error = fail(place)
+    assert isinstance(error, SettingsError)
+    assert "another process is number 1 too" in str(error)
+
+
+def test_machines_of_different_sizes_are_refused() -> None:
+    """Their numbers would overlap, or leave gaps that are waited for."""
+    host = host_store(0)
+    keyspace(host, "run").set("world_size", "8")
+    error = fail(Place(1, 4, host="localhost", port=host.port, hosted=True))
+    assert isinstance(error, SettingsError)
+    assert "adds up to 4 here and to 8 on another machine" in str(error)
+
+
+@pytest.mark.parametrize("come", ["the store", "the others"])
+def test_a_signal_ends_the_waiting(come: str) -> None:
+    """While the other machines are still being started, this one may be taken away."""
+    host = host_store(0)
+    port = host.port if come == "the others" else free_port()
+    stop = Stop()
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(fail, Place(1, 2, host="localhost", port=port, hosted=True), stop=stop, patience=60)
+        time.sleep(0.3)
+        assert not future.done()
+        stop.request("SIGTERM", 10)
+        assert isinstance(future.result(timeout=10), Preempted)
+
+
+def test_an_error_before_all_have_come_is_told_to_those_that_have() -> None:
+    """One that comes and fails does not leave the others waiting for it."""
+    host = host_store(0)
+    places = [Place(rank, 3, host="localhost", port=host.port, hosted=True) for rank in range(2)]
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(fail, places[0], patience=60)
+        error = fail(places[1], patience=0.3)
+        assert isinstance(error, Unreachable)
+        told = waiting.result(timeout=10)
+        assert isinstance(told, Unreachable)
+        assert told.reported
+
+
+def test_runs_at_one_address_do_not_meet() -> None:
+    """Keys belong to one start of one run."""
+    host = host_store(0)
+    other = enter_store(Place(host="localhost", port=host.port))
+    keyspace(host, "one").set("key", "1")
+    assert keyspace(host, "one").get("key") == b"1"  # `set` is not answered: only now is it there for others
+    assert keyspace(other, "one").check(["key"])
+    assert not keyspace(other, "two").check(["key"])
+    assert not keyspace(other, "one", restart=1).check(["key"])

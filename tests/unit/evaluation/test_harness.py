@@ -1,0 +1,413 @@
+"""Evaluation: lm-eval's own numbers, question by question, and files of questions checked before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from string import ascii_letters
+from typing import Any
+
+import pytest
+import torch
+
+from job.errors import DataError, SettingsError, Unreachable
+from job.evaluation.harness import evaluate, write_records
+from job.evaluation.scoring import plan_rows, score_row
+from job.evaluation.statistics import standard_error
+from job.evaluation.tasks import count_questions, load_tasks
+from job.records import ChoiceScore, Question, TaskScores
+from tests.helpers import ARC_EASY, arc_rows, make_model, read_jsonl, write_jsonl
+
+Results = dict[str, tuple[TaskScores, list[dict[str, Any]]]]
+
+pytestmark = pytest.mark.filterwarnings(
+    # lm-eval 0.4.13 calls parts of itself by names that it has deprecated
+    "ignore::DeprecationWarning:lm_eval.*",
+)
+
+
+@cache
+def model(folder: Path) -> Any:
+    """The tiny base with a fresh adapter, as the job evaluates it."""
+    return make_model(folder).eval()
+
+
+@cache
+def whole_index() -> Any:
+    """lm-eval's index of all its tasks, read once: it takes seconds."""
+    from lm_eval.tasks.manager import TaskManager
+
+    return TaskManager()
+
+
+@pytest.fixture(autouse=True)
+def _one_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks for the whole index gets the one that was read."""
+    from lm_eval import tasks
+
+    index = tasks.TaskManager
+    monkeypatch.setattr(tasks, "TaskManager", lambda **options: index(**options) if options else whole_index())
+
+
+def local_tasks(**files: Path) -> Any:
+    """lm-eval's tasks by name, each with its questions from a file."""
+    return load_tasks(list(files), files, {name: f"file://{name}" for name in files})
+
+
+def run(folder: Path, tokenizer: Any, budget: int = 4096, limit: int | None = None, **files: Path) -> Results:
+    """Evaluates the tiny model the way the job does."""
+
+    def score(questions: list[Question]) -> list[list[ChoiceScore]]:
+        rows = plan_rows(questions, budget)
+        return [scores for row in rows for scores in score_row(model(folder), questions[row.start : row.stop])]
+
+    return evaluate(local_tasks(**files), tokenizer, score, limit=limit)
+
+
+def by_lm_eval(folder: Path, tokenizer: Any, limit: int | None = None, **files: Path) -> dict[str, Any]:
+    """lm-eval by its own command's means: HFLM on a plainly loaded model, questions by its JSON loader."""
+    from lm_eval import simple_evaluate
+    from lm_eval.loggers import EvaluationTracker
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks._yaml_loader import load_yaml
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    source = {"dataset_path": "json", "dataset_name": None, "training_split": None, "validation_split": None}
+    results = simple_evaluate(
+        model=HFLM(pretrained=plain, tokenizer=tokenizer, batch_size=8, device="cpu"),
+        tasks=[
+            {
+                **load_yaml(whole_index().task_index[name].yaml_path),
+                **source,
+                "dataset_kwargs": {"data_files": {"test": str(file)}},
+            }
+            for name, file in files.items()
+        ],
+        task_manager=whole_index(),
+        num_fewshot=0,
+        limit=limit,
+        bootstrap_iters=1,  # the standard error of a mean needs no bootstrap, but 0 switches it off
+    )
+    tracker = EvaluationTracker(output_path=str(folder.parent / "lm-eval"))
+    tracker.save_results_aggregated(results=results, samples=results["samples"])
+    return results
+
+
+def assert_equal(ours: Results, theirs: dict[str, Any]) -> None:
+    """Same task hash and version; same log-likelihoods, predictions and scores for each question; same figures."""
+    assert ours.keys() == theirs["results"].keys()
+    for name, (scores, records) in ours.items():
+        samples = sorted(theirs["samples"][name], key=lambda sample: sample["doc_id"])
+        assert scores.task_hash == theirs["task_hashes"][name]
+        assert scores.version == str(theirs["versions"][name])
+        assert scores.n == len(records) == len(samples)
+        for record, sample in zip(records, samples, strict=True):
+            likelihoods = [answer[0] for answer in sample["filtered_resps"]]
+            assert record["log_likelihoods"] == pytest.approx(likelihoods, abs=1e-4)
+            assert record["prediction"] == likelihoods.index(max(likelihoods))
+            assert (record["acc"], record["acc_norm"]) == (sample["acc"], sample["acc_norm"])
+            assert (record["id"], record["gold"]) == (sample["doc"]["id"], sample["target"])
+            assert record["doc_hash"] == sample["doc_hash"]
+        figures = theirs["results"][name]
+        assert scores.acc == pytest.approx(figures["acc,none"], abs=1e-12)
+        assert scores.acc_norm == pytest.approx(figures["acc_norm,none"], abs=1e-12)
+        assert scores.stderr == pytest.approx(figures["acc_stderr,none"], abs=1e-12)
+        assert scores.acc_norm_stderr == pytest.approx(figures["acc_norm_stderr,none"], abs=1e-12)
+
+
+def test_scores_are_lm_evals_own(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """Two tasks at once, 3 to 5 choices, labels that are letters or digits: all as lm-eval's HFLM has it."""
+    files = {
+        "arc_easy": write_jsonl(tmp_path / "easy.jsonl", arc_rows(60)),
+        "arc_challenge": write_jsonl(tmp_path / "challenge.jsonl", arc_rows(25)),
+    }
+    ours = run(base_folder, tokenizer, **files)
+    assert_equal(ours, by_lm_eval(base_folder, tokenizer, **files))
+    scores, records = ours["arc_easy"]
+    assert scores.n == 60
+    assert {len(record["log_likelihoods"]) for record in records} == {3, 4, 5}
+    assert 0 < sum(scores.correct) < 60
+    assert scores.correct != scores.correct_norm
+
+
+@pytest.mark.skipif(not ARC_EASY.exists(), reason=f"the real ARC-Easy is not at {ARC_EASY}")
+def test_scores_are_lm_evals_own_on_the_real_arc_easy(base_folder: Path, tokenizer: Any) -> None:
+    """The first 200 questions of the real test set."""
+    ours = run(base_folder, tokenizer, limit=200, arc_easy=ARC_EASY)
+    assert_equal(ours, by_lm_eval(base_folder, tokenizer, limit=200, arc_easy=ARC_EASY))
+
+
+@pytest.mark.skipif(not ARC_EASY.exists(), reason=f"the real ARC-Easy is not at {ARC_EASY}")
+def test_all_of_the_real_arc_easy_is_accepted() -> None:
+    """2,376 questions, each of which fits the task."""
+    assert len(local_tasks(arc_easy=ARC_EASY).loaded["tasks"]["arc_easy"].eval_docs) == 2376
+
+
+@pytest.mark.parametrize("budget", [1, 300])
+def test_the_cut_into_rows_changes_no_answer(base_folder: Path, tokenizer: Any, tmp_path: Path, budget: int) -> None:
+    """Predictions, scores and the task's hash are the same however many tokens are scored at once."""
+    file = write_jsonl(tmp_path / "q.jsonl", arc_rows(30))
+    (one, records), (other, cut) = (
+        run(base_folder, tokenizer, b, arc_easy=file)["arc_easy"] for b in (100_000, budget)
+    )
+    assert one == other
+    kept = ("id", "prediction", "prediction_norm", "gold", "acc", "acc_norm", "choice_lengths")
+    assert [[record[key] for key in kept] for record in records] == [[record[key] for key in kept] for record in cut]
+
+
+def test_a_record_is_enough_to_score_the_question_again(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """Predictions, accuracies and standard errors follow from the written lines alone."""
+    rows = arc_rows(30)
+    scores, records = run(base_folder, tokenizer, arc_easy=write_jsonl(tmp_path / "q.jsonl", rows))["arc_easy"]
+    write_records(tmp_path / "deep" / "records.jsonl", records)
+    lines = read_jsonl(tmp_path / "deep" / "records.jsonl")
+    assert lines == records
+    assert [line["id"] for line in lines] == [row["id"] for row in rows]
+    for line, row in zip(lines, rows, strict=True):
+        normalized = [
+            value / len(text) for value, text in zip(line["log_likelihoods"], row["choices"]["text"], strict=True)
+        ]
+        assert line["prediction"] == line["log_likelihoods"].index(max(line["log_likelihoods"]))
+        assert line["prediction_norm"] == normalized.index(max(normalized))
+        assert line["gold"] == row["choices"]["label"].index(row["answerKey"])
+        assert line["question"] == f"Question: {row['question']}\nAnswer:"
+        assert line["choices"] == row["choices"]["text"]
+        assert line["acc"] == (line["prediction"] == line["gold"])
+        assert line["acc_norm"] == (line["prediction_norm"] == line["gold"])
+    correct = [line["prediction"] == line["gold"] for line in lines]
+    assert scores.correct == tuple(correct)
+    assert scores.acc == sum(correct) / 30
+    assert scores.stderr == standard_error(correct)
+
+
+def test_tasks_can_be_run_twice(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """Base and adapter are scored with the same loaded tasks; the second run asks each question once, as the first."""
+    tasks = local_tasks(arc_easy=write_jsonl(tmp_path / "q.jsonl", arc_rows(10)))
+    asked: list[list[Question]] = []
+
+    def score(questions: list[Question]) -> list[list[ChoiceScore]]:
+        asked.append(questions)
+        return [[ChoiceScore(-float(len(choice)), greedy=False) for choice in q.choices] for q in questions]
+
+    first, second = (evaluate(tasks, tokenizer, score, limit=None)["arc_easy"] for _ in range(2))
+    assert first == second
+    assert asked[0] == asked[1]
+    assert len(asked[0]) == 10
+
+
+@pytest.mark.parametrize("limit", [None, 5])
+def test_questions_are_known_before_they_are_asked(
+    base_folder: Path, tokenizer: Any, tmp_path: Path, limit: int | None
+) -> None:
+    """Ids and hashes of the rows are those that the records are going to have, without ids in the file too."""
+    files = {
+        "arc_easy": write_jsonl(tmp_path / "easy.jsonl", arc_rows(8)),
+        "arc_challenge": write_jsonl(
+            tmp_path / "challenge.jsonl", [{k: v for k, v in row.items() if k != "id"} for row in arc_rows(7)]
+        ),
+    }
+    known = local_tasks(**files).questions(limit)
+    results = run(base_folder, tokenizer, limit=limit, **files)
+    assert known == {task: [(r["id"], r["doc_hash"]) for r in records] for task, (_, records) in results.items()}
+    assert [len(asked) for asked in known.values()] == [limit or 8, limit or 7]
+
+
+def test_templates_are_compiled_once(
+    base_folder: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More questions take no more compilations, and lm-eval is left as it was."""
+    from lm_eval.utils import env
+
+    compiled: list[str] = []
+    plain = type(env).compile
+    monkeypatch.setattr(
+        type(env), "compile", lambda self, source, *rest: compiled.append(source) or plain(self, source, *rest)
+    )
+    counts = []
+    for number in (5, 20):
+        compiled.clear()
+        run(base_folder, tokenizer, arc_easy=write_jsonl(tmp_path / f"{number}.jsonl", arc_rows(number)))
+        counts.append(len(compiled))
+    assert counts[0] == counts[1] < 20
+    assert "from_string" not in vars(env)
+
+
+def test_the_limit_takes_the_first_questions(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """With a limit the first questions of the file are asked, and the hash is theirs."""
+    rows = arc_rows(12)
+    limited = run(base_folder, tokenizer, limit=5, arc_easy=write_jsonl(tmp_path / "q.jsonl", rows))["arc_easy"]
+    short = run(base_folder, tokenizer, arc_easy=write_jsonl(tmp_path / "short.jsonl", rows[:5]))["arc_easy"]
+    assert limited == short
+    assert limited[0].n == 5
+
+
+def test_the_source_is_what_the_user_wrote(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """A fetched file goes by the name it was asked for, not by where it was put."""
+    file = write_jsonl(tmp_path / "q.jsonl", arc_rows(4))
+    assert run(base_folder, tokenizer, arc_easy=file)["arc_easy"][0].source == "file://arc_easy"
+
+
+@pytest.mark.parametrize(
+    ("names", "problems"),
+    [
+        (["arc_easi"], [("eval.tasks", "lm-eval has no task 'arc_easi'; did you mean 'arc_easy'?")]),
+        (["arc_easy", "§"], [("eval.tasks", "lm-eval has no task '§'")]),
+        (
+            ["gsm8k", "wikitext"],
+            [("eval.tasks", f"{t} does not ask multiple-choice questions") for t in ("gsm8k", "wikitext")],
+        ),
+    ],
+)
+def test_tasks_that_cannot_be_asked_are_refused(names: list[str], problems: list[tuple[str, str]]) -> None:
+    """An unknown task, with the nearest known one, and one that asks otherwise: all named, before any download."""
+    with pytest.raises(SettingsError) as caught:
+        load_tasks(names, {}, {})
+    assert [(problem.where, problem.what) for problem in caught.value.problems] == problems
+
+
+def test_a_file_for_a_group_of_tasks_is_refused(tmp_path: Path) -> None:
+    """A file serves one task: which of a group's tasks it would be for is not guessed."""
+    file = write_jsonl(tmp_path / "q.jsonl", arc_rows(4))
+    with pytest.raises(SettingsError, match=r"eval\.data: ai2_arc is not one task; give a file for each of its tasks"):
+        local_tasks(ai2_arc=file)
+
+
+def test_a_task_without_accuracy_is_refused(tmp_path: Path) -> None:
+    """Multiple choice that is scored by something else than right or wrong answers cannot be compared."""
+    file = write_jsonl(tmp_path / "q.jsonl", [{"sentence": "It is.", "label": 1, "idx": 0}] * 3)
+    with pytest.raises(SettingsError, match=r"eval\.tasks: cola has no accuracy"):
+        local_tasks(cola=file)
+
+
+def test_a_task_with_fractions_of_a_point_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+    """An accuracy that is no count of right answers is an error and never rounded to one."""
+    targets = {"choices": ["yes", "no", "both"], "labels": [1, 0, 1]}
+    file = write_jsonl(tmp_path / "q.jsonl", [{"question": f"Is it {n}?", "mc2_targets": targets} for n in range(3)])
+
+    def score(questions: list[Question]) -> list[list[ChoiceScore]]:
+        return [[ChoiceScore(-1.0 - n, greedy=False) for n in range(len(q.choices))] for q in questions]
+
+    with pytest.raises(SettingsError, match="truthfulqa_mc2 gives fractions of a point"):
+        evaluate(local_tasks(truthfulqa_mc2=file), tokenizer, score, limit=None)
+
+
+def test_a_question_without_tokens_is_an_error_of_the_data(tmp_path: Path) -> None:
+    """A tokenizer may drop what it does not know: what is left of nothing has no likelihood, and is named."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = Tokenizer(models.BPE({letter: n for n, letter in enumerate(ascii_letters)}, []))
+    letters.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="z")
+    rows = [row | {"choices": {"text": ["red", "42"], "label": ["A", "B"]}, "answerKey": "A"} for row in arc_rows(2)]
+    file = write_jsonl(tmp_path / "q.jsonl", rows)
+    with pytest.raises(DataError, match="no tokens of its choice ' 42'") as caught:
+        evaluate(local_tasks(arc_easy=file), tokenizer, lambda _: pytest.fail("scored"), limit=None)
+    assert len(caught.value.problems) == len(rows)
+    with pytest.raises(DataError, match="no tokens of a part of it"):  # a plan finds it too
+        count_questions(local_tasks(arc_easy=file), tokenizer, None)
+
+
+def test_a_hub_that_cannot_be_reached_is_worth_a_retry() -> None:
+    """Without a file the questions come from the hub; offline that is exit code 69 and no bug."""
+    with pytest.raises(Unreachable, match="questions of arc_easy"):
+        load_tasks(["arc_easy"], {}, {})
+
+
+def test_questions_that_put_the_choices_in_front_are_accepted(tokenizer: Any, tmp_path: Path) -> None:
+    """Winogrande's way: each choice makes its own context, and one continuation follows them all."""
+    rows = [
+        {"sentence": f"{n} is less than _ and fine.", "option1": "one", "option2": "two", "answer": str(1 + n % 2)}
+        for n in range(4)
+    ]
+    asked: list[Question] = []
+
+    def score(questions: list[Question]) -> list[list[ChoiceScore]]:
+        asked.extend(questions)
+        return [[ChoiceScore(-1.0, greedy=False)] for _ in questions]
+
+    tasks = local_tasks(winogrande=write_jsonl(tmp_path / "q.jsonl", rows))
+    scores, records = evaluate(tasks, tokenizer, score, limit=None)["winogrande"]
+    assert len(asked) == 8
+    assert (records[1]["question"], records[1]["choices"]) == (
+        "and fine.",
+        ["1 is less than one", "1 is less than two"],
+    )
+    assert scores.correct == (True, False, True, False)
+
+
+GOOD = arc_rows(6)
+
+
+def spoiled(number: int, **changes: Any) -> list[dict[str, Any]]:
+    """Good rows, of which one has other fields; None takes a field away."""
+    rows = [dict(row) for row in GOOD]
+    rows[number - 1] = {key: value for key, value in {**rows[number - 1], **changes}.items() if value is not None}
+    return rows
+
+
+@pytest.mark.parametrize("line", [1, 4])
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"answerKey": "Z"}, "does not fit the task arc_easy: ValueError"),
+        ({"answerKey": None}, "does not fit the task arc_easy: UndefinedError"),
+        ({"question": None}, "does not fit the task arc_easy: UndefinedError"),
+        ({"choices": None}, "does not fit the task arc_easy: UndefinedError"),
+        ({"choices": {"text": ["a", ""], "label": ["A", "B"]}, "answerKey": "A"}, "an empty choice|IndexError"),
+        ({"choices": {"text": ["a"], "label": ["A", "B"]}, "answerKey": "B"}, "no right one|IndexError"),
+    ],
+)
+def test_a_bad_question_is_named(tmp_path: Path, line: int, changes: dict[str, Any], why: str) -> None:
+    """A row that makes no question of the task is an error of the data with file and line, the first row's too."""
+    file = write_jsonl(tmp_path / "q.jsonl", spoiled(line, **changes))
+    with pytest.raises(DataError, match=why) as caught:
+        local_tasks(arc_easy=file)
+    assert [problem.where for problem in caught.value.problems] == [f"file://arc_easy:{line}"]
+
+
+def test_all_bad_questions_are_named_at_once(tmp_path: Path) -> None:
+    """Every bad line of the file is in one error."""
+    rows = [{**row, "answerKey": "Z"} if number in {2, 5} else row for number, row in enumerate(GOOD, 1)]
+    with pytest.raises(DataError) as caught:
+        local_tasks(arc_easy=write_jsonl(tmp_path / "q.jsonl", rows))
+    assert [problem.where for problem in caught.value.problems] == ["file://arc_easy:2", "file://arc_easy:5"]
+
+
+@pytest.mark.parametrize(
+    ("content", "where", "why"),
+    [
+        (b'{"id": "a", "question": \n', "file://arc_easy:1", "JSON"),
+        (json.dumps(GOOD[0]).encode() + b"\n\xff\xfe\n", "file://arc_easy:2", "UTF-8"),
+        (b"", "file://arc_easy", "no questions"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, content: bytes, where: str, why: str) -> None:
+    """Broken JSON, broken UTF-8 and an empty file are errors of the data, with the line where there is one."""
+    file = tmp_path / "q.jsonl"
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=why) as caught:
+        local_tasks(arc_easy=file)
+    assert caught.value.problems[0].where.startswith(where)
+
+
+def test_rows_of_different_types_are_an_error_of_the_data(tmp_path: Path) -> None:
+    """A field that is text in one row and an object in another is no crash."""
+    with pytest.raises(DataError, match="fields of the same types") as caught:
+        local_tasks(arc_easy=write_jsonl(tmp_path / "q.jsonl", spoiled(3, question={"a": 1})))
+    assert caught.value.problems[0].where == "file://arc_easy"
+
+
+def problems_of(names: Sequence[str]) -> str:
+    """What is wrong with these tasks."""
+    with pytest.raises(SettingsError) as caught:
+        load_tasks(names, {}, {})
+    return str(caught.value)
+
+
+def test_good_tasks_are_not_named_beside_bad_ones() -> None:
+    """Only what is wrong is in the message."""
+    assert "arc_easy" not in problems_of(["arc_easy", "gsm8k"])

@@ -1,0 +1,125 @@
+"""Scoring: many questions in one row, each scored as if every choice were asked alone."""
+
+from __future__ import annotations
+
+import random
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from job.evaluation.scoring import plan_rows, score_row, tokens_of
+from job.records import ChoiceScore, Question
+from tests.helpers import fill_adapter, make_model
+
+TOKENS = st.lists(st.integers(3, 399), min_size=1, max_size=30).map(tuple)
+QUESTIONS = st.lists(st.builds(Question, TOKENS, st.lists(TOKENS, min_size=1, max_size=5).map(tuple)), max_size=30)
+
+
+def make_questions(count: int) -> list[Question]:
+    """Random questions of 1 to 5 choices; some choices are one token, some begin alike, some are the same."""
+    chance = random.Random(count)
+
+    def tokens(length: int) -> tuple[int, ...]:
+        return tuple(chance.randrange(3, 400) for _ in range(length))
+
+    questions = []
+    for _ in range(count):
+        stem = tokens(chance.randint(0, 3))
+        choices = [stem + tokens(chance.randint(1, 9)) for _ in range(chance.randint(1, 4))]
+        questions.append(Question((0, *tokens(chance.randint(1, 40))), (*choices, tokens(1))))
+    return questions
+
+
+@cache
+def model(folder: Path) -> Any:
+    """The tiny model with an adapter that says something."""
+    return fill_adapter(make_model(folder)).eval()
+
+
+def alone(plain: Any, context: tuple[int, ...], choice: tuple[int, ...]) -> ChoiceScore:
+    """A choice scored by the book: one sequence, one forward pass of a plainly loaded model."""
+    with torch.no_grad():
+        logits = plain(torch.tensor([context + choice])).logits[0, len(context) - 1 : -1]
+    tokens = torch.tensor(choice)
+    scores = logits.log_softmax(-1).gather(1, tokens[:, None])
+    return ChoiceScore(float(scores.sum()), bool((logits.argmax(-1) == tokens).all()))
+
+
+def test_choices_score_as_they_do_alone(base_folder: Path) -> None:
+    """Log-likelihood and greediness of each choice are those of a plain forward pass over it alone."""
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32, attn_implementation="eager")
+    questions = make_questions(12)
+    with model(base_folder).disable_adapter():
+        scored = score_row(model(base_folder), questions)
+    # one choice that greedy decoding says: the most likely tokens themselves
+    said = plain.generate(torch.tensor([questions[0].context]), max_new_tokens=4, do_sample=False, eos_token_id=None)
+    best = tuple(said[0, len(questions[0].context) :].tolist())
+    greedy = Question(questions[0].context, (best, (*best[:3], 5), (5, 6)))
+    with model(base_folder).disable_adapter():
+        scored += score_row(model(base_folder), [greedy])
+    assert [score.greedy for score in scored[-1]] == [True, False, False]
+    for question, scores in zip([*questions, greedy], scored, strict=True):
+        assert len(scores) == len(question.choices)
+        for choice, score in zip(question.choices, scores, strict=True):
+            expected = alone(plain, question.context, choice)
+            assert score.log_likelihood == pytest.approx(expected.log_likelihood, abs=1e-4)
+            assert score.greedy == expected.greedy
+
+
+@pytest.mark.parametrize("budget", [1, 60, 200, 100_000])
+def test_the_cut_into_rows_does_not_matter(base_folder: Path, budget: int) -> None:
+    """Alone, in small rows or all in one: the same log-likelihoods within rounding, so the same answers."""
+    questions = make_questions(20)
+    together = score_row(model(base_folder), questions)
+    cut = [
+        scores
+        for row in plan_rows(questions, budget)
+        for scores in score_row(model(base_folder), questions[row.start : row.stop])
+    ]
+    for one, other in zip(together, cut, strict=True):
+        likelihoods = [[score.log_likelihood for score in scores] for scores in (one, other)]
+        assert likelihoods[0] == pytest.approx(likelihoods[1], abs=1e-4)
+        assert [score.greedy for score in one] == [score.greedy for score in other]
+
+
+def test_the_same_row_scores_the_same_bits(base_folder: Path) -> None:
+    """A restarted evaluation of the same rows repeats itself exactly."""
+    questions = make_questions(10)
+    assert score_row(model(base_folder), questions) == score_row(model(base_folder), questions)
+
+
+@given(QUESTIONS, st.integers(1, 400))
+def test_rows_keep_the_order_and_the_budget(questions: list[Question], budget: int) -> None:
+    """Rows hold all questions in order; a row over the budget holds one question that is larger itself."""
+    rows = plan_rows(questions, budget)
+    assert [index for row in rows for index in row] == list(range(len(questions)))
+    for row in rows:
+        assert len(row) == 1 or sum(tokens_of(questions[index]) for index in row) <= budget
+
+
+@given(QUESTIONS, st.integers(1, 400))
+def test_rows_are_filled(questions: list[Question], budget: int) -> None:
+    """No row ends where its next question would still have fitted."""
+    rows = plan_rows(questions, budget)
+    for row, following in pairwise(rows):
+        assert sum(tokens_of(questions[index]) for index in [*row, following.start]) > budget
+
+
+def test_a_question_costs_its_context_once(base_folder: Path) -> None:
+    """The row is as long as `tokens_of` says: the context once, and no choice's last token."""
+    sizes: list[int] = []
+    subject = fill_adapter(make_model(base_folder)).eval()
+    subject.register_forward_pre_hook(
+        lambda _module, _args, inputs: sizes.append(inputs["input_ids"].shape[1]), with_kwargs=True
+    )
+    questions = [Question((0, 5, 6), ((7,), (8, 9), (10, 11, 12))), Question((0, 4), ((7, 8),))]
+    score_row(subject, questions)
+    assert sizes == [sum(map(tokens_of, questions))] == [3 + 0 + 1 + 2 + 2 + 1]

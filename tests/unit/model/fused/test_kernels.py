@@ -1,0 +1,61 @@
+"""What lies between the matrix products: the formulas that the models were made with."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+from job.model.fused.kernels import TORCH, Kernels, triton
+
+
+def gradients_of(function: Callable[..., Any], *inputs: torch.Tensor) -> list[torch.Tensor]:
+    """Outputs and gradients of a function at copies of the inputs."""
+    copies = [x.clone().requires_grad_() for x in inputs]
+    outputs = function(*copies)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    seeds = [torch.arange(y.numel(), dtype=y.dtype, device=y.device).view(y.shape).sin() for y in outputs]
+    return [*outputs, *torch.autograd.grad(outputs, copies, seeds)]
+
+
+def kernel_sets() -> list[tuple[Kernels, torch.dtype, torch.device]]:
+    """Torch's own on a CPU; Triton's where there is a GPU, or its interpreter (TRITON_INTERPRET=1)."""
+    sets = [(TORCH, torch.float64, torch.device("cpu"))]
+    on_gpu = torch.cuda.is_available()
+    if on_gpu or os.environ.get("TRITON_INTERPRET"):
+        sets.append((triton(), torch.float32, torch.device("cuda" if on_gpu else "cpu")))
+    return sets
+
+
+@pytest.mark.parametrize(("kernels", "dtype", "device"), kernel_sets(), ids=lambda x: getattr(x, "name", ""))
+def test_kernels_are_those_of_transformers(kernels: Kernels, dtype: torch.dtype, device: torch.device) -> None:
+    """Norm, SwiGLU and rotary positions, and their gradients."""
+    from transformers.models.mistral.modeling_mistral import MistralRMSNorm, apply_rotary_pos_emb
+
+    draw = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=draw, dtype=dtype).to(device)
+
+    x, gate, up = random(1, 7, 16), random(1, 70, 32), random(1, 70, 32)
+    query, key, half = random(1, 70, 4, 8), random(1, 70, 2, 8), random(1, 70, 4)
+    cosine, sine = torch.cat([half, half], -1).cos(), torch.cat([half, half], -1).sin()
+    norm = MistralRMSNorm(16, eps=1e-5)
+    norm.weight = torch.nn.Parameter(random(16), requires_grad=False)
+
+    def rotate(query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        turned = apply_rotary_pos_emb(query.transpose(1, 2), key.transpose(1, 2), cosine, sine)
+        return tuple(x.transpose(1, 2) for x in turned)
+
+    close = 1e-12 if dtype is torch.float64 else 1e-5
+    for ours, theirs, inputs, tolerance in (
+        (lambda x: kernels.norm(x, norm.weight, 1e-5), norm, [x], 1e-6),  # theirs goes through fp32
+        (kernels.swiglu, lambda g, u: functional.silu(g) * u, [gate, up], close),
+        (lambda q, k: kernels.rotate(q, k, cosine, sine), rotate, [query, key], close),
+    ):
+        for found, expected in zip(gradients_of(ours, *inputs), gradients_of(theirs, *inputs), strict=True):
+            torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)

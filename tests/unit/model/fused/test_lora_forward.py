@@ -1,0 +1,137 @@
+"""The lean forward: fewer operations, the same numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+from job.evaluation.scoring import score_row
+from job.model.base import load_base, recompute_activations
+from job.model.fused.frozen_weights import make_lean
+from job.model.fused.kernels import TORCH, Kernels
+from job.model.lora import adapter_off, add_adapter, trainable
+from job.records import Question
+from job.training.packing import flat_inputs
+from tests.helpers import LINEAR, fill_adapter, make_examples
+
+CPU = torch.device("cpu")
+EXAMPLES = make_examples(6)
+QUESTIONS = [Question((0, 5, 6, 7), ((8, 9), (10,))), Question((0, 11), ((12,), (13, 14, 15)))]
+
+
+def adapted(
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    quantization: str = "nf4",
+    alpha: int = 16,
+    dropout: float = 0.0,
+) -> Any:
+    """The tiny base with a filled adapter, by PEFT's own forward."""
+    base = load_base(
+        folder, quantization=quantization, double_quantization=True, dtype=dtype, device=CPU, max_length=512
+    )
+    return fill_adapter(add_adapter(base, rank=16, alpha=alpha, dropout=dropout, target_modules=LINEAR, seed=1))
+
+
+def lean(folder: Path, *, keep: bool = True, kernels: Kernels | None = TORCH, **loaded: Any) -> Any:
+    """The same by the lean forward."""
+    model = adapted(folder, **loaded)
+    assert make_lean(model, keep_dequantized=keep, kernels=kernels) == ("all" if kernels else "layers")
+    return model
+
+
+def learn(model: Any) -> tuple[float, list[torch.Tensor]]:
+    """The summed loss of the examples in one row, and its gradients."""
+    inputs = flat_inputs(EXAMPLES, CPU)
+    labels = inputs.pop("labels")
+    model.train()
+    logits = model(**inputs).logits[0, :-1].float()
+    loss = functional.cross_entropy(logits, labels[0, 1:], reduction="sum")
+    loss.backward()
+    return loss.item(), [p.grad for p in trainable(model).values()]
+
+
+def assert_close(found: list[torch.Tensor], expected: list[torch.Tensor], tolerance: float) -> None:
+    """Each gradient differs from what is expected by no more than a share of its norm."""
+    for one, other in zip(found, expected, strict=True):
+        assert other.norm() > 0
+        assert (one - other).norm() <= tolerance * other.norm()
+
+
+@pytest.mark.parametrize("kernels", [None, TORCH], ids=["transformers' kernels", "torch kernels"])
+@pytest.mark.parametrize(("quantization", "alpha"), [("nf4", 16), ("nf4", 8), ("none", 16)])
+def test_equals_pefts_forward(base_folder: Path, kernels: Kernels | None, quantization: str, alpha: int) -> None:
+    """In fp32, loss and every gradient are those of PEFT's own layers, whatever the scale of the adapter."""
+    loss, gradients = learn(adapted(base_folder, quantization=quantization, alpha=alpha))
+    ours, found = learn(lean(base_folder, kernels=kernels, quantization=quantization, alpha=alpha))
+    assert ours == pytest.approx(loss, rel=1e-6)
+    assert_close(found, gradients, 1e-5)
+    assert all(gradient.dtype is torch.float32 for gradient in found)
+
+
+def test_half_precision_is_as_close_as_pefts(base_folder: Path) -> None:
+    """In bf16, gradients differ from those in fp32 on the same weights no more than PEFT's under autocast do."""
+    exact = adapted(base_folder, dtype=torch.bfloat16, quantization="none").float()
+    _, reference = learn(exact)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, theirs = learn(adapted(base_folder, dtype=torch.bfloat16, quantization="none"))
+    _, ours = learn(lean(base_folder, dtype=torch.bfloat16, quantization="none"))
+    errors = [
+        sum(((a - b).norm() / b.norm()).item() for a, b in zip(found, reference, strict=True))
+        for found in (ours, theirs)
+    ]
+    assert errors[0] <= 1.05 * errors[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kept_weights_change_no_bit(base_folder: Path, dtype: torch.dtype) -> None:
+    """Weights dequantized once give the bits of weights dequantized for each use."""
+    kept, used = (learn(lean(base_folder, keep=keep, dtype=dtype)) for keep in (True, False))
+    assert kept[0] == used[0]
+    assert all(torch.equal(a, b) for a, b in zip(kept[1], used[1], strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recomputing_changes_no_bit(base_folder: Path, dtype: torch.dtype) -> None:
+    """Activations computed again in the backward pass give the bits of kept ones."""
+    recomputing = lean(base_folder, dtype=dtype)
+    recompute_activations(recomputing, on=True)
+    (loss, gradients), (kept_loss, kept) = learn(recomputing), learn(lean(base_folder, dtype=dtype))
+    assert loss == kept_loss
+    assert all(torch.equal(a, b) for a, b in zip(gradients, kept, strict=True))
+
+
+def test_trained_weights_are_seen_at_once(base_folder: Path) -> None:
+    """A step of the optimizer reaches the copies that are multiplied, in training and in scoring."""
+    model, other = lean(base_folder, dtype=torch.bfloat16), adapted(base_folder, dtype=torch.bfloat16)
+    score_row(model, QUESTIONS)
+    fill_adapter(model, scale=0.1)
+    fill_adapter(other, scale=0.1)
+    make_lean(other, keep_dequantized=False, kernels=TORCH)
+    assert score_row(model.eval(), QUESTIONS) == score_row(other.eval(), QUESTIONS)
+
+
+def test_the_adapter_can_be_switched_off(base_folder: Path) -> None:
+    """Switched off, an adapted layer is its base's, bit by bit."""
+    model = lean(base_folder)
+    base = load_base(
+        base_folder, quantization="nf4", double_quantization=True, dtype=torch.float32, device=CPU, max_length=512
+    )
+    with adapter_off(model):
+        off = score_row(model.eval(), QUESTIONS)
+    assert score_row(model, QUESTIONS) != off
+    for ours, theirs in zip(off, score_row(base.eval(), QUESTIONS), strict=True):
+        assert [c.log_likelihood for c in ours] == pytest.approx([c.log_likelihood for c in theirs], rel=1e-5)
+
+
+def test_dropout_stays_with_peft(base_folder: Path) -> None:
+    """A model whose adapter has dropout is left as it is."""
+    model = adapted(base_folder, dropout=0.1)
+    before = [module.forward for module in model.modules()]
+    assert make_lean(model, keep_dequantized=True, kernels=TORCH) == "nothing"
+    assert [module.forward for module in model.modules()] == before

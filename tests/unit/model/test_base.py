@@ -1,0 +1,247 @@
+"""The model: a frozen quantized base that evaluation cannot spoil, and an adapter that plain PEFT can load."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from job.errors import SettingsError
+from job.evaluation.scoring import score_row
+from job.model.base import choose_device, choose_dtype, describe_model, fingerprint, load_base, load_tokenizer
+from job.model.lora import adapter_off, add_adapter, load_adapter, save_adapter, trainable
+from job.records import Question
+from tests.helpers import LINEAR, fill_adapter, make_model
+
+CPU = torch.device("cpu")
+QUESTIONS = [Question((0, 5, 6, 7), ((8, 9), (10,))), Question((0, 11), ((12,), (13, 14, 15)))]
+
+
+def base(folder: Path, **changes: Any) -> Any:
+    """The tiny base, loaded as the job does."""
+    return load_base(
+        folder,
+        **{
+            "quantization": "nf4",
+            "double_quantization": True,
+            "dtype": torch.float32,
+            "device": CPU,
+            "max_length": 512,
+            **changes,
+        },
+    )
+
+
+def test_mistral_7b_gets_the_parameters_of_the_reference() -> None:
+    """Rank 16 on all seven projections of Mistral-7B's architecture is 41,943,040 trainable parameters."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    with torch.device("meta"):
+        model = add_adapter(
+            MistralForCausalLM(MistralConfig()), rank=16, alpha=16, dropout=0.0, target_modules=LINEAR, seed=0
+        )
+    record = describe_model(model, name="x", revision=None, sha256="0", quantization="none", double=True)
+    assert record.trainable_parameters == 41_943_040
+    assert record.parameters == 7_241_732_096
+    assert record.architecture == "MistralForCausalLM"
+    assert record.double_quantization is False
+
+
+def test_a_quantized_model_is_described_as_what_it_was(base_folder: Path) -> None:
+    """Parameters are counted as of the unquantized model; the adapter's are counted apart."""
+    records = {
+        quantization: describe_model(
+            make_model(base_folder, quantization=quantization),
+            name="x",
+            revision="r",
+            sha256="0",
+            quantization=quantization,
+            double=True,
+        )
+        for quantization in ("nf4", "none")
+    }
+    assert records["nf4"].parameters == records["none"].parameters
+    assert records["nf4"].trainable_parameters == records["none"].trainable_parameters > 0
+    assert records["nf4"].double_quantization
+    assert records["nf4"].dtype == "fp32"
+
+
+def test_the_linear_layers_are_really_held_in_nf4(base_folder: Path) -> None:
+    """All projections are 4-bit NormalFloat with quantized constants; nothing of the base wants a gradient."""
+    from bitsandbytes.nn import Linear4bit
+
+    model = base(base_folder)
+    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    assert len(layers) == 2 * len(LINEAR)
+    for layer in layers:
+        assert layer.weight.quant_state.quant_type == "nf4"
+        assert layer.weight.quant_state.nested
+        assert layer.weight.dtype is torch.uint8
+        assert layer.compute_dtype is torch.float32
+    assert not any(
+        layer.weight.quant_state.nested
+        for layer in base(base_folder, double_quantization=False).modules()
+        if isinstance(layer, Linear4bit)
+    )
+
+
+def test_no_layer_repacks_itself_for_inference(base_folder: Path) -> None:
+    """The bitsandbytes trap is shut: no 4-bit layer may turn itself into an inference-only one, and none does."""
+    model = fill_adapter(make_model(base_folder, quantization="nf4")).eval()
+    flags = [
+        module.support_avx512bf16_for_cpu for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")
+    ]
+    assert len(flags) == 2 * len(LINEAR)
+    assert not any(flags)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    score_row(model, QUESTIONS)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_adapter_depends_on_the_seed_alone(base_folder: Path) -> None:
+    """The same seed gives the same initial weights whatever was drawn before; another seed gives others."""
+    models = []
+    for noise, seed in ((1, 7), (2, 7), (1, 8)):
+        torch.manual_seed(noise)
+        models.append(
+            trainable(
+                add_adapter(base(base_folder), rank=4, alpha=8, dropout=0.0, target_modules=["q_proj"], seed=seed)
+            )
+        )
+    one, same, other = models
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+    assert {parameter.dtype for parameter in one.values()} == {torch.float32}
+
+
+def test_a_fresh_adapter_changes_no_answer(base_folder: Path) -> None:
+    """Before training the model scores as its base, so what training gains is training's."""
+    model = make_model(base_folder, quantization="nf4").eval()
+    with adapter_off(model):
+        scores = score_row(model, QUESTIONS)
+    assert score_row(model, QUESTIONS) == scores
+
+
+def test_adapter_off_is_the_base(base_folder: Path) -> None:
+    """Within it the model scores as the base without an adapter does, and after it as adapted again."""
+    model = fill_adapter(make_model(base_folder, quantization="nf4")).eval()
+    adapted = score_row(model, QUESTIONS)
+    with adapter_off(model):
+        scores = score_row(model, QUESTIONS)
+    assert scores == score_row(base(base_folder).eval(), QUESTIONS)
+    assert adapted != scores
+    assert score_row(model, QUESTIONS) == adapted
+
+
+def test_a_saved_adapter_comes_back_bit_by_bit(base_folder: Path, tmp_path: Path) -> None:
+    """Into our model by `load_adapter`, and into a plain one by `PeftModel.from_pretrained`."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = fill_adapter(make_model(base_folder))
+    save_adapter(model, tmp_path, base="mistralai/Mistral-7B-v0.1", revision="abc")
+    again = make_model(base_folder)
+    load_adapter(again, tmp_path)
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32), tmp_path)
+    for loaded in (again, plain):
+        tensors = {name: tensor for name, tensor in loaded.state_dict().items() if "lora" in name}
+        expected = trainable(model)
+        assert len(tensors) == len(expected)
+        assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+    assert plain.peft_config["default"].base_model_name_or_path == "mistralai/Mistral-7B-v0.1"
+    assert plain.peft_config["default"].revision == "abc"
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_an_adapter_of_another_model_is_refused(base_folder: Path, tmp_path: Path) -> None:
+    """An adapter with other layers or another rank is an error, and nothing of it is loaded."""
+    model = fill_adapter(make_model(base_folder))
+    save_adapter(model, tmp_path, base="x", revision=None)
+    ranked = make_model(base_folder, rank=8)
+    fewer = add_adapter(base(base_folder), rank=16, alpha=16, dropout=0.0, target_modules=["q_proj"], seed=1)
+    for other in (ranked, fewer):
+        before = {name: parameter.clone() for name, parameter in trainable(other).items()}
+        with pytest.raises(ValueError, match="is not of this model"):
+            load_adapter(other, tmp_path)
+        assert all(torch.equal(parameter, before[name]) for name, parameter in trainable(other).items())
+
+
+def test_layers_that_are_not_there_are_named(base_folder: Path) -> None:
+    """All target modules that the model lacks are in the message; the head, which the loss takes as it is, is none."""
+    with pytest.raises(SettingsError, match=r"lora\.target_modules: .* no linear nope, lm_head; it has down"):
+        add_adapter(
+            base(base_folder), rank=4, alpha=4, dropout=0.0, target_modules=["q_proj", "nope", "lm_head"], seed=0
+        )
+
+
+@pytest.mark.parametrize(
+    ("setting", "window"), [({"max_position_embeddings": 256}, 256), ({"sliding_window": 100}, 100)]
+)
+def test_a_window_that_is_too_short_is_refused(
+    base_folder: Path, tmp_path: Path, setting: dict[str, int], window: int
+) -> None:
+    """A sequence that the model cannot see whole is a settings error that tells the model's window."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(base_folder)
+    config.update(setting)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(SettingsError, match=f"train.max_length: 512 is more than the model's window of {window}"):
+        base(tmp_path)
+
+
+def test_the_device_is_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that has to be there and is not is an error of settings; one that is not wanted is left alone."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert (choose_device("auto").type, choose_device("cpu").type) == ("cpu", "cpu")
+    with pytest.raises(SettingsError, match=r"run\.device"):
+        choose_device("gpu")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 1)
+    assert [str(choose_device(wanted)) for wanted in ("auto", "gpu", "cpu")] == ["cuda:1", "cuda:1", "cpu"]
+
+
+def test_the_dtype_is_chosen_by_the_device() -> None:
+    """On a CPU `auto` is fp32; what is asked for by name is taken."""
+    assert choose_dtype("auto", CPU) is torch.float32
+    assert choose_dtype("bf16", CPU) is torch.bfloat16
+    assert choose_dtype("fp16", CPU) is torch.float16
+    assert choose_dtype("fp32", CPU) is torch.float32
+
+
+@pytest.mark.parametrize(("has_bf16", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_a_gpu_computes_in_bf16_where_it_has_it(
+    monkeypatch: pytest.MonkeyPatch, *, has_bf16: bool, dtype: torch.dtype
+) -> None:
+    """`auto` asks for real bf16 units: a P100 or T4, which emulate it, get fp16."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16 or including_emulation)
+    assert choose_dtype("auto", torch.device("cuda")) is dtype
+
+
+def test_the_fingerprint_covers_weights_configuration_and_tokenizer(base_folder: Path, tmp_path: Path) -> None:
+    """Any byte of those files changes it; where the folder lies and other files in it do not."""
+    copy = Path(shutil.copytree(base_folder, tmp_path / "copy"))
+    assert fingerprint(copy) == fingerprint(base_folder)
+    (copy / "README.md").write_text("hello")
+    assert fingerprint(copy) == fingerprint(base_folder)
+    seen = {fingerprint(base_folder)}
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        content = bytearray((copy / name).read_bytes())
+        content[-1] ^= 1
+        (copy / name).write_bytes(content)
+        seen.add(fingerprint(copy))
+    assert len(seen) == 4
+
+
+def test_a_tokenizer_without_an_end_is_refused(base_folder: Path, tmp_path: Path) -> None:
+    """Nothing could end: said before any training."""
+    tokenizer = load_tokenizer(base_folder)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(SettingsError, match="no end-of-sequence token"):
+        load_tokenizer(tmp_path)

@@ -1,0 +1,178 @@
+"""Flat attention: many sequences in one row behave as if each were alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from job.model.packed_attention import Layout, Segment, _has_kernel, build_layout, flat_attention
+
+CPU = torch.device("cpu")
+ALONE = [Segment(0, 5), Segment(5, 6), Segment(6, 17)]
+# A question of 7 tokens and three choices, one of them a single token, then a question whose choices take none.
+SHARED = [Segment(0, 7), Segment(7, 10, 0, 7), Segment(10, 11, 0, 7), Segment(11, 16, 0, 7), Segment(16, 20)]
+MADE = pytest.mark.parametrize("segments", [ALONE, SHARED], ids=["alone", "shared prefix"])
+HEADS = pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (6, 1)])
+
+
+def rows(heads: int, groups: int, tokens: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Random queries, keys and values of one row, that want a gradient."""
+    generator = torch.Generator().manual_seed(tokens)
+    shapes = [(1, heads, tokens, 8), (1, groups, tokens, 8), (1, groups, tokens, 8)]
+    return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scaling: float | None = None
+) -> torch.Tensor:
+    """What the model would get."""
+    return flat_attention(torch.nn.Module(), query, key, value, None, layout=layout, scaling=scaling)[0]
+
+
+def eager(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Sequence[Segment], scaling: float
+) -> torch.Tensor:
+    """The textbook's attention with one full matrix: which token sees which is said outright."""
+    tokens = query.shape[2]
+    sees = torch.zeros(tokens, tokens, dtype=torch.bool)
+    for s in segments:
+        for token in range(s.start, s.end):
+            sees[token, s.prefix_start : s.prefix_end] = True
+            sees[token, s.start : token + 1] = True
+    shared_by = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(shared_by, dim=1), value.repeat_interleave(shared_by, dim=1)
+    scores = (query @ key.transpose(2, 3) * scaling).masked_fill(~sees, float("-inf"))
+    return (scores.softmax(-1) @ value).transpose(1, 2)
+
+
+@MADE
+@HEADS
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_equals_eager_attention(
+    segments: list[Segment], heads: int, groups: int, dtype: torch.dtype, close: float
+) -> None:
+    """Values and all three gradients are those of plain attention under the same mask."""
+    inputs = rows(heads, groups, segments[-1].end, dtype)
+    plain = eager(*inputs, segments, 8**-0.5)
+    flat = attend(*inputs, build_layout(segments, CPU))
+    assert flat.shape == plain.shape
+    torch.testing.assert_close(flat, plain, rtol=close, atol=close)
+    weights = torch.randn(plain.shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    expected = torch.autograd.grad((plain * weights).sum(), inputs)
+    found = torch.autograd.grad((flat * weights).sum(), inputs)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=close, atol=close)
+
+
+@MADE
+def test_takes_the_scale_it_is_given(segments: list[Segment]) -> None:
+    """A model with its own scale of the scores gets it."""
+    inputs = rows(4, 2, segments[-1].end, torch.float64)
+    torch.testing.assert_close(attend(*inputs, build_layout(segments, CPU), 0.3), eager(*inputs, segments, 0.3))
+
+
+@pytest.mark.parametrize("hit", range(len(ALONE)))
+def test_sequences_never_see_each_other(hit: int) -> None:
+    """Whatever is done to one sequence, the outputs of the others keep their bits."""
+    segments = ALONE
+    before = rows(4, 2, segments[-1].end, torch.float32)
+    span = slice(segments[hit].start, segments[hit].end)
+    after = [tensor.detach().clone() for tensor in before]
+    for tensor in after:
+        tensor[:, :, span] += 100
+    one, other = (attend(*tensors, build_layout(segments, CPU)) for tensors in (before, after))
+    others = [token for s in segments if s is not segments[hit] for token in range(s.start, s.end)]
+    assert torch.equal(one[:, others], other[:, others])
+    assert not torch.equal(one[:, span], other[:, span])
+
+
+def test_choices_see_their_question_and_no_other_choice() -> None:
+    """A change in one choice reaches neither the question nor another choice; one in the question reaches them all."""
+    before = rows(4, 2, SHARED[-1].end, torch.float32)
+
+    def changed_by(span: slice) -> set[int]:
+        after = [tensor.detach().clone() for tensor in before]
+        for tensor in after:
+            tensor[:, :, span] += 1
+        one, other = (attend(*tensors, build_layout(SHARED, CPU)) for tensors in (before, after))
+        return {token for token in range(SHARED[-1].end) if not torch.equal(one[:, token], other[:, token])}
+
+    assert changed_by(slice(7, 10)) == {7, 8, 9}
+    assert changed_by(slice(10, 11)) == {10}
+    assert changed_by(slice(0, 7)) == set(range(16))
+    assert changed_by(slice(16, 20)) == {16, 17, 18, 19}
+
+
+def test_tokens_see_nothing_behind_them() -> None:
+    """Attention is causal: what comes later in a sequence changes nothing before it, with a prefix and without."""
+    before = rows(4, 2, SHARED[-1].end, torch.float32)
+    for s in SHARED:
+        after = [tensor.detach().clone() for tensor in before]
+        for tensor in after:
+            tensor[:, :, s.end - 1] += 1
+        one, other = (attend(*tensors, build_layout(SHARED, CPU)) for tensors in (before, after))
+        assert torch.equal(one[:, s.start : s.end - 1], other[:, s.start : s.end - 1])
+
+
+def test_the_plain_way_refuses_what_it_would_get_wrong() -> None:
+    """A prefix must lie in the group of its segment: one further back is no silent mistake."""
+    with pytest.raises(ValueError, match="not the last before it"):
+        _ = build_layout([Segment(0, 5), Segment(5, 9), Segment(9, 10, 0, 5)], CPU).groups
+
+
+@MADE
+def test_the_layout_tells_the_kernel_the_same(segments: list[Segment]) -> None:
+    """Offsets and key index, read as the variable-length kernel reads them, give plain attention's result."""
+    query, key, value = rows(4, 4, segments[-1].end, torch.float64)
+    layout = build_layout(segments, CPU)
+    index = torch.arange(segments[-1].end) if layout.key_index is None else layout.key_index
+    parts = []
+    pairs = zip(pairwise(layout.queries.tolist()), pairwise(layout.keys.tolist()), strict=True)
+    for (query_start, query_end), (key_start, key_end) in pairs:
+        q, k, v = (
+            query[:, :, query_start:query_end],
+            key[:, :, index[key_start:key_end]],
+            value[:, :, index[key_start:key_end]],
+        )
+        # causal from the last key backwards
+        sees = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
+        parts.append((q @ k.transpose(2, 3) / 8**0.5).masked_fill(~sees, float("-inf")).softmax(-1) @ v)
+    torch.testing.assert_close(torch.cat(parts, 2).transpose(1, 2), attend(query, key, value, layout))
+
+
+@pytest.mark.parametrize(("capability", "fast"), [((6, 0), False), ((7, 5), False), ((8, 0), True), ((12, 0), True)])
+def test_older_gpus_take_the_plain_way(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], *, fast: bool
+) -> None:
+    """The kernel is asked for only where it was built for: not on a P100 or T4, in half precision either."""
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _device: capability)
+    monkeypatch.setattr("job.model.packed_attention._varlen_kernel", lambda *_: "kernel")
+    monkeypatch.setattr("job.model.packed_attention._group_by_group", lambda *_: "plain")
+    _has_kernel.cache_clear()
+    query = SimpleNamespace(is_cuda=True, dtype=torch.float16, device=torch.device("cuda", 0))
+    (way, _weights) = flat_attention(torch.nn.Module(), query, None, None, None, layout=None)  # type: ignore[arg-type]
+    _has_kernel.cache_clear()
+    assert way == ("kernel" if fast else "plain")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the variable-length kernel needs a GPU")
+@MADE
+@HEADS
+def test_the_kernel_agrees_on_a_gpu(segments: list[Segment], heads: int, groups: int) -> None:
+    """On a GPU, in bf16 and fp16, the kernel gives plain attention's values and gradients within rounding."""
+    device = torch.device("cuda")
+    for dtype in (torch.bfloat16, torch.float16):
+        exact = [
+            tensor.detach().to(dtype).double().requires_grad_()
+            for tensor in rows(heads, groups, segments[-1].end, torch.float64)
+        ]
+        inputs = [tensor.detach().to(device, dtype).requires_grad_() for tensor in exact]
+        plain, flat = eager(*exact, segments, 8**-0.5), attend(*inputs, build_layout(segments, device))
+        torch.testing.assert_close(flat.cpu().double(), plain, rtol=2e-2, atol=2e-2)
+        expected, found = torch.autograd.grad(plain.sum(), exact), torch.autograd.grad(flat.sum(), inputs)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one.cpu().double(), other, rtol=5e-2, atol=5e-2)

@@ -1,0 +1,255 @@
+"""`plan`, as a user runs it: everything is looked at, whatever is wrong, and what could not be looked at is said."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+
+from job import log
+from job.cli.main import main
+from job.errors import AccessDenied, DataError, SettingsError, Unreachable
+from job.planning.plan import Check, Plan, make_plan
+from job.planning.plan_text import as_json, as_table
+from job.settings.load import load_settings
+from tests.helpers import alpaca_rows, arc_rows, write_jsonl
+from tests.s3_server import BUCKET, SECRET, Request, credentials, moto_server, server
+
+ROOT = Path(__file__).parents[3]
+CHECKS = ["storage", "model", "tokenizer", "data", "questions", "licence", "disk", "shared memory"]
+
+
+@pytest.fixture
+def given(tmp_path: Path, base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with rows and questions, and settings in the environment for a run on them and the tiny model."""
+    write_jsonl(tmp_path / "rows.jsonl", alpaca_rows(40))
+    write_jsonl(tmp_path / "questions.jsonl", arc_rows(12))
+    for name, value in {
+        "RUN__ID": "a-run",
+        "RUN__OUTPUT": str(tmp_path / "runs"),
+        "MODEL__ID": str(base_folder),
+        "DATA__SOURCE": str(tmp_path / "rows.jsonl"),
+        "DATA__ON_BAD_ROW": "error",
+        "EVAL__DATA": f"arc_easy={tmp_path / 'questions.jsonl'}",
+        "TRAIN__GLOBAL_BATCH_SIZE": "8",
+        "TRAIN__MAX_LENGTH": "512",
+    }.items():
+        monkeypatch.setenv(f"JOB_{name}", value)
+    with credentials():
+        yield tmp_path
+    log.configure("json", "info")
+
+
+def states(plan: dict[str, Any]) -> dict[str, str]:
+    """What each check came to."""
+    return {found["name"]: found["state"] for found in plan["checks"]}
+
+
+def planned(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, dict[str, Any], str]:
+    """Exit code, the plan, and what is on stderr."""
+    code = main(["plan", "--format=json", *words])
+    output = capsys.readouterr()
+    assert SECRET not in output.out + output.err
+    plan: dict[str, Any] = json.loads(output.out)
+    assert plan["exit_code"] == code
+    return code, plan, output.err
+
+
+def test_the_default_preset_without_a_network(tmp_path: Path) -> None:
+    """Exit 0, soon: clear about what was not checked, with figures for everything else, and nothing left behind."""
+    environ = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    environ |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf"), "JOB_LOG__FORMAT": "json"}
+    environ |= {"JOB_RUN__OUTPUT": str(tmp_path / "runs"), "PYTHONPATH": str(ROOT)}
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "job", "plan", "--format", "json"],
+        cwd=tmp_path,
+        env=environ,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert time.monotonic() - began < 60
+    plan = json.loads(done.stdout)
+    assert states(plan) == {
+        **dict.fromkeys(("model", "tokenizer", "data", "questions"), "not checked"),
+        **dict.fromkeys(("storage", "disk", "shared memory"), "ok"),
+        "licence": "note",
+    }
+    assert "cc-by-nc-4.0: not for commercial use" in next(
+        found["what"] for found in plan["checks"] if found["name"] == "licence"
+    )
+    figures = {figure["name"]: figure for figure in plan["figures"]}
+    assert figures.pop("storage")["basis"] == "measured"
+    assert {figure["basis"] for figure in figures.values()} == {"assumed"}
+    assert (figures["optimizer steps"]["value"], figures["adapter parameters"]["value"]) == (94, 41_943_040)
+    assert 6e9 < figures["peak in training"]["value"] < 8e9
+    assert len(plan["gpus"]) == 8
+    assert all(gpu["hours"] > 0 and gpu["usd"] > 0 for gpu in plan["gpus"] if gpu["fits"])
+    assert [path.name for path in tmp_path.iterdir() if path.name != "hf"] == []
+
+
+def test_a_run_on_files_is_counted(given: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Everything can be looked at: all figures are computed, from the same code that will train."""
+    code, plan, log_lines = planned(capsys)
+    assert (code, log_lines) == (0, "")
+    assert {name: state for name, state in states(plan).items() if state != "ok"} == {"licence": "note"}
+    figures = {figure["name"]: figure for figure in plan["figures"]}
+    assert {figure["basis"] for figure in figures.values()} == {"computed", "measured"}
+    assert (figures["examples"]["value"], figures["optimizer steps"]["value"]) == (40, 10)
+    assert figures["questions"]["value"] == 12
+    assert all(gpu["machine"] != "your price" for gpu in plan["gpus"])
+    assert not (given / "runs").exists()
+
+
+def test_the_figures_are_those_of_the_run(given: Path) -> None:
+    """Rows, tokens, targets and parameters are what the manifest's records will say."""
+    from job.data.dataset import load_examples
+    from job.model.base import load_tokenizer
+
+    settings = load_settings(["--train.loss_on=completion"])
+    plan = make_plan(settings)
+    _, record = load_examples(
+        settings.data.source,
+        revision=None,
+        split="train",
+        limit=None,
+        schema=None,
+        on_bad_row="error",
+        loss_on="completion",
+        max_length=512,
+        tokenizer=load_tokenizer(Path(settings.model.id)),
+    )
+    figures = {figure.name: figure.value for figure in plan.figures}
+    assert figures["tokens"] == settings.train.epochs * record.tokens
+    assert figures["target tokens"] == settings.train.epochs * record.target_tokens
+    assert figures["longest example"] == record.longest
+
+
+def test_what_is_wrong_is_told_with_everything_else(given: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Bad rows, a layer that there is not, bad questions: all are found in one go; the exit code is the gravest's."""
+    write_jsonl(given / "rows.jsonl", [*alpaca_rows(3), {"instruction": "x"}])
+    code, plan, log_lines = planned(capsys)
+    assert code == DataError.exit_code
+    assert {name: state for name, state in states(plan).items() if state == "wrong"} == {"data": "wrong"}
+    assert "rows.jsonl:4" in next(found["what"] for found in plan["checks"] if found["name"] == "data")
+    assert json.loads(log_lines)["event"] == "DataError"
+    write_jsonl(given / "questions.jsonl", arc_rows(1))
+    code, plan, _ = planned(capsys, "--lora.target_modules=q_proj,no_proj")
+    assert code == SettingsError.exit_code
+    wrong = {found["name"]: found["what"] for found in plan["checks"] if found["state"] == "wrong"}
+    assert wrong.keys() == {"data", "adapter", "questions"}
+    assert "no linear no_proj" in wrong["adapter"]
+    assert "a comparison needs two" in wrong["questions"]
+
+
+@pytest.mark.parametrize(("status", "error"), [(403, AccessDenied), (None, Unreachable)])
+def test_storage_that_does_not_serve_is_an_error(
+    given: Path, capsys: pytest.CaptureFixture[str], status: int | None, error: type[AccessDenied | Unreachable]
+) -> None:
+    """Denied is 77, no answer is 69; the rest is checked all the same, and soon."""
+
+    def answer(request: Request) -> None:
+        request.refuse(status, "AccessDenied") if status else request.hang_up()
+
+    began = time.monotonic()
+    with server(answer) as url:
+        code, plan, _ = planned(capsys, "--run.output=s3://bucket/runs", f"--storage.endpoint_url={url}")
+    assert code == error.exit_code
+    assert states(plan)["storage"] == "wrong"
+    assert states(plan)["data"] == states(plan)["questions"] == "ok"
+    assert plan["gpus"]
+    assert time.monotonic() - began < 60
+
+
+def test_everything_may_lie_on_s3(given: Path, base_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Model, data, questions and output: read and checked there, weights not fetched but counted, nothing left."""
+    with moto_server() as url:
+        client = boto3.client("s3", endpoint_url=url)
+        files = {f"model/{path.name}": path for path in base_folder.iterdir()}
+        files |= {name: given / name for name in ("rows.jsonl", "questions.jsonl")}
+        for key, path in files.items():
+            client.upload_file(str(path), BUCKET, key)
+        code, plan, _ = planned(
+            capsys,
+            f"--storage.endpoint_url={url}",
+            f"--run.output=s3://{BUCKET}/runs",
+            f"--model.id=s3://{BUCKET}/model",
+            f"--data.source=s3://{BUCKET}/rows.jsonl",
+            f"--eval.data=arc_easy=s3://{BUCKET}/questions.jsonl",
+        )
+        left = {item["Key"] for item in client.list_objects_v2(Bucket=BUCKET)["Contents"]}
+        missing, other, _ = planned(capsys, f"--storage.endpoint_url={url}", f"--model.id=s3://{BUCKET}/nothing")
+        client.close()
+    assert code == 0
+    assert left == files.keys()
+    assert {name: state for name, state in states(plan).items() if state != "ok"} == {"licence": "note"}
+    disk = next(figure for figure in plan["figures"] if figure["name"] == "disk")
+    assert disk["value"] > (base_folder / "model.safetensors").stat().st_size + 256 * 2**20
+    assert (missing, states(other)["model"], states(other)["data"]) == (2, "wrong", "note")
+
+
+def test_the_users_price_is_taken(given: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever the table says: who gives a price knows it, and the plan says that it was given."""
+    _, plan, _ = planned(capsys, "--cost.usd_per_hour=0.25")
+    assert {(gpu["usd_per_hour"], gpu["machine"]) for gpu in plan["gpus"]} == {(0.25, "your price")}
+    assert all(gpu["usd"] == pytest.approx(0.25 * gpu["hours"]) for gpu in plan["gpus"] if gpu["fits"])
+    assert any("0.25 USD an hour, as you set it" in line for line in plan["assumptions"])
+
+
+def test_a_gpu_is_no_larger_than_the_job_may_use(given: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A limit on the memory makes every larger GPU one of that size."""
+    _, plan, _ = planned(capsys, "--train.gpu_memory_gb=20")
+    sizes = {gpu["name"]: gpu["memory_bytes"] for gpu in plan["gpus"]}
+    assert max(sizes.values()) == sizes["H200"] == 20e9
+    assert sizes["T4"] < 20e9
+
+
+def test_the_table_is_for_a_person(given: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every figure with what it rests on, every GPU in a line, columns in line, nothing too wide."""
+    assert main(["plan"]) == 0
+    text = capsys.readouterr().out
+    lines = text.splitlines()
+    assert max(len(line) for line in lines if "/" not in line) <= 120  # a path is not folded
+    for name in CHECKS:
+        assert re.search(rf"^{name} +(ok|note)  ", text, re.MULTILINE), name
+    plan = make_plan(load_settings())
+    for figure in plan.figures:
+        assert re.search(rf"^{re.escape(figure.name)} .*  {figure.basis}\b", text, re.MULTILINE), figure.name
+    head = next(index for index, line in enumerate(lines) if line.startswith("GPU "))
+    rows = lines[head + 1 : head + 9]
+    assert [row.split("  ")[0] for row in rows] == [gpu.name for gpu in plan.gpus]
+    at = lines[head].index("machine")
+    assert all(row[at - 2 : at] == "  " and row[at] != " " for row in rows)
+    assert "cheapest: " in text
+
+
+def test_where_nothing_is_known_nothing_is_made_up() -> None:
+    """A plan without a model and without data says so, in both forms; the gravest error is the plan's."""
+    wrong = (
+        Check("storage", "wrong", "no", Unreachable("no")),
+        Check("data", "wrong", "bad", DataError([])),
+        Check("model", "not checked", "silence"),
+    )
+    plan = Plan("x on y", wrong, (), (), None, ("nothing",))
+    assert isinstance(plan.error, DataError)
+    assert "No figures for GPUs" in as_table(plan)
+    assert json.loads(as_json(plan))["exit_code"] == 65
+    assert Plan("x", wrong[2:], (), (), None, ()).error is None
+
+
+def test_an_unknown_format_is_a_settings_error(given: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It names the known ones; so is a format that was forgotten."""
+    for words in (["--format", "xml"], ["--format"], ["--format="]):
+        assert main(["plan", *words]) == SettingsError.exit_code
+        assert "must be table or json" in capsys.readouterr().err

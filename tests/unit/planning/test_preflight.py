@@ -1,0 +1,99 @@
+"""Checks before a GPU is paid for: each finds what the job would stumble over, and leaves nothing behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from job.errors import AccessDenied, JobError, Preempted, SettingsError, Unreachable
+from job.planning import preflight
+from job.planning.preflight import NotChecked, check, local_round_trip, round_trip
+from job.storage.local import LocalStore
+from tests.wrapped_store import WrappedStore
+
+
+def raising(error: Exception) -> Callable[[], Any]:
+    """Work that ends so."""
+
+    def work() -> Any:
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [
+        (AccessDenied("no"), "wrong"),
+        (Unreachable("silence"), "not checked"),
+        (NotChecked("too large"), "not checked"),
+        (Preempted("x"), "wrong"),
+    ],
+)
+def test_a_check_catches_what_it_ends_with(error: Exception, state: str) -> None:
+    """What is wrong is kept with its error; who does not answer is no error, unless the check says that it is one."""
+    found, value = check("it", raising(error))
+    assert (found.state, found.what, value) == (state, str(error), None)
+    assert (found.error is error) is (state == "wrong")
+    found, _ = check("it", raising(error), unreachable="wrong")
+    assert (found.error is error) is isinstance(error, JobError)
+    assert check("it", lambda: ("note", "fine", 3)) == (preflight.Check("it", "note", "fine"), 3)
+
+
+def test_a_bug_in_a_check_is_a_bug() -> None:
+    """Only the job's own errors are findings."""
+    with pytest.raises(ZeroDivisionError):
+        check("it", raising(ZeroDivisionError()))
+
+
+def test_a_good_disk_passes_and_is_left_as_it_was(tmp_path: Path) -> None:
+    """Written, read, listed, deleted, with conditions; no file and no folder stays, and nobody else's goes."""
+    state, what, seconds = local_round_trip(tmp_path / "new/runs", "it")
+    assert state == "ok"
+    assert what == "it: wrote, read, listed and deleted; conditional writes are honoured"
+    assert seconds > 0
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "runs/a-run").mkdir(parents=True)
+    local_round_trip(tmp_path / "runs", "it")
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["a-run"]
+    (tmp_path / "file").touch()
+    with pytest.raises(SettingsError, match="in the way"):
+        local_round_trip(tmp_path / "file/runs", "it")
+
+
+def test_a_store_that_refuses_is_told_by_its_verb(tmp_path: Path) -> None:
+    """Whichever verb is denied, the check says so, and still deletes what it wrote."""
+    for verb in ("write", "read", "list", "delete"):
+
+        def refuse(asked: str, _key: str, verb: str = verb) -> None:
+            if asked == verb:
+                raise AccessDenied(f"no {verb}")
+
+        store = LocalStore(tmp_path / verb)
+        with pytest.raises(AccessDenied, match=f"no {verb}"):
+            round_trip(WrappedStore(store, before=refuse), "it")
+        assert [info.key for info in store.list()] == ([] if verb != "delete" else [next(store.list()).key])
+
+
+def test_a_store_that_loses_what_it_took_is_found_out(tmp_path: Path) -> None:
+    """A write that was answered and is not there, or not what was written."""
+    store = LocalStore(tmp_path)
+
+    def lose(verb: str, key: str) -> None:
+        if verb == "write":
+            store.delete(key)
+
+    with pytest.raises(Unreachable, match="not read, listed and deleted as it was written"):
+        round_trip(WrappedStore(store, after=lose), "it")
+
+
+def test_no_conditional_writes_is_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job can do without, and says what that costs."""
+    store = LocalStore(tmp_path)
+    monkeypatch.setattr(store, "conditional_writes", lambda: False)
+    state, what, _ = round_trip(store, "it")
+    assert state == "note"
+    assert "no conditional writes" in what

@@ -1,0 +1,156 @@
+"""What a run is made of, looked at beforehand: as the job will look at it, and what that finds."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from job.errors import DataError, JobError, SettingsError
+from job.planning import previews
+from job.planning.preflight import NotChecked
+from job.planning.previews import find_tokenizer, look_at_data, look_at_model, look_at_questions
+from tests.helpers import alpaca_rows, arc_rows, write_jsonl
+
+READING: dict[str, Any] = {
+    "revision": None,
+    "split": "train",
+    "limit": None,
+    "schema": None,
+    "on_bad_row": "error",
+    "loss_on": "all",
+    "online": lambda: False,
+    "storage": {},
+}
+HERE: dict[str, Any] = {"online": lambda: False, "storage": {}}
+
+
+def test_a_model_here_is_read_but_not_loaded(base_folder: Path, tmp_path: Path) -> None:
+    """Its architecture, and its tokenizer; nothing has to be fetched."""
+    state, _, model = look_at_model(str(base_folder), None, 512, folder=tmp_path, **HERE)
+    assert state == "ok"
+    assert model.architecture is not None
+    assert (model.architecture.hidden, model.download_bytes) == (128, 0)
+    assert find_tokenizer(model)[2].eos_token_id == 1
+
+
+@pytest.mark.parametrize(
+    ("break_it", "error", "what"),
+    [
+        (lambda folder: (folder / "config.json").write_text("{"), DataError, "no config.json that can be read"),
+        (lambda folder: (folder / "config.json").write_text("[]"), DataError, "holds no object"),
+        (lambda folder: (folder / "config.json").write_text("[" * 10**5), DataError, "no config.json that can be read"),
+        (lambda folder: (folder / "config.json").unlink(), DataError, "no config.json"),
+        (lambda folder: (folder / "model.safetensors").unlink(), DataError, "no weights in safetensors"),
+        (shutil.rmtree, DataError, "is not a folder"),
+        (lambda folder: None, SettingsError, "more than the model's window of 2048"),
+    ],
+)
+def test_a_model_that_would_not_load_is_wrong(
+    base_folder: Path, tmp_path: Path, break_it: Callable[[Path], Any], error: type[JobError], what: str
+) -> None:
+    """No folder, no weights, no configuration, or one that nobody can read; examples longer than its window."""
+    folder = Path(shutil.copytree(base_folder, tmp_path / "model"))
+    break_it(folder)
+    with pytest.raises(error, match=what):
+        look_at_model(str(folder), None, 4096, folder=tmp_path, **HERE)
+
+
+def test_a_model_of_another_kind_is_a_note(base_folder: Path, tmp_path: Path) -> None:
+    """It may train all the same; there are just no figures."""
+    folder = Path(shutil.copytree(base_folder, tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
+    state, what, model = look_at_model(str(folder), None, 512, folder=tmp_path, **HERE)
+    assert (state, model.architecture) == ("note", None)
+    assert "gpt2 models are not known" in what
+
+
+def test_data_is_read_as_the_job_will(tmp_path: Path, tokenizer: Any) -> None:
+    """The same examples and the same faults; without a tokenizer the schema is checked and the tokens are a guess."""
+    write_jsonl(tmp_path / "rows.jsonl", alpaca_rows(20))
+    how = READING | {"max_length": 40, "folder": tmp_path}
+    source = str(tmp_path / "rows.jsonl")
+    with pytest.raises(DataError, match="40 are allowed"):
+        look_at_data(source, tokenizer=tokenizer, **how)
+    state, what, facts = look_at_data(source, tokenizer=tokenizer, **(how | {"max_length": 500}))
+    assert (state, len(facts.examples), facts.estimated, facts.licence) == ("ok", 20, False, None)
+    assert what == "20 rows in the schema alpaca"
+    state, what, facts = look_at_data(source, tokenizer=None, **how)
+    assert (state, len(facts.examples), facts.estimated) == ("note", 20, True)
+    assert "7 rows may be too long" in what
+    write_jsonl(tmp_path / "bad.jsonl", [{"instruction": "x"}, {"instruction": "y", "output": " "}])
+    for known in (tokenizer, None):
+        with pytest.raises(DataError) as raised:
+            look_at_data(str(tmp_path / "bad.jsonl"), tokenizer=known, **how)
+        assert raised.value.total == 2
+
+
+def test_data_that_is_too_large_is_not_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan is quick; what it did not look at, it says."""
+    monkeypatch.setattr(previews, "peek_dataset", lambda *_: (10**12, "mit"))
+    online = {"revision": "main", "online": lambda: True}
+    with pytest.raises(NotChecked, match=r"931\.3 GiB, too much"):
+        look_at_data("some/data", tokenizer=None, max_length=9, folder=tmp_path, **(READING | online))
+    with pytest.raises(NotChecked, match="some/data: the hub cannot be reached"):
+        look_at_data(
+            "some/data", tokenizer=None, max_length=9, folder=tmp_path, **(READING | online | {"online": lambda: False})
+        )
+    with pytest.raises(SettingsError, match="needs a revision"):
+        look_at_data("some/data", tokenizer=None, max_length=9, folder=tmp_path, **READING)
+
+
+def test_a_hub_model_may_be_in_the_cache(base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the hub its configuration is taken from the cache; without that, nothing was checked."""
+    monkeypatch.setattr(previews, "cached_model", lambda *_: base_folder)
+    state, what, model = look_at_model("some/model", None, 512, folder=tmp_path, **HERE)
+    assert (state, model.folder, model.download_bytes) == ("ok", base_folder, None)
+    assert "the hub cannot be reached" in what
+    monkeypatch.setattr(previews, "cached_model", lambda *_: None)
+    with pytest.raises(NotChecked, match="not in the cache"):
+        look_at_model("some/model", None, 512, folder=tmp_path, **HERE)
+
+
+def test_questions_are_counted(tmp_path: Path, tokenizer: Any) -> None:
+    """As the job loads them; where one task's cannot be had, none are counted, and its name is said."""
+    write_jsonl(tmp_path / "questions.jsonl", arc_rows(12))
+    data = {"arc_easy": str(tmp_path / "questions.jsonl")}
+    how: dict[str, Any] = {"online": lambda: False, "folder": tmp_path, "storage": {}}
+    _, _, all_of_them = look_at_questions(["arc_easy"], data, tokenizer=tokenizer, limit=None, **how)
+    _, _, some = look_at_questions(["arc_easy"], data, tokenizer=None, limit=5, **how)
+    assert (all_of_them.count, some.count) == (12, 5)
+    assert 0 < all_of_them.reads < all_of_them.tokens
+    with pytest.raises(NotChecked, match="arc_challenge"):
+        look_at_questions(["arc_easy", "arc_challenge"], data, tokenizer=None, limit=5, **how)
+
+
+def test_counted_tokens_are_those_that_are_scored(tmp_path: Path, tokenizer: Any) -> None:
+    """What a plan counts is what the job's flat rows hold, question for question, up to how pieces meet."""
+    from job.evaluation.harness import evaluate
+    from job.evaluation.scoring import tokens_of
+    from job.evaluation.tasks import load_tasks
+    from job.records import ChoiceScore, Question
+
+    write_jsonl(tmp_path / "questions.jsonl", arc_rows(20))
+    data = {"arc_easy": str(tmp_path / "questions.jsonl")}
+    how: dict[str, Any] = {"online": lambda: False, "folder": tmp_path, "storage": {}}
+    _, _, found = look_at_questions(["arc_easy"], data, tokenizer=tokenizer, limit=None, **how)
+    asked: list[Question] = []
+
+    def score(questions: list[Question]) -> list[list[ChoiceScore]]:
+        asked.extend(questions)
+        return [[ChoiceScore(-1.0, greedy=False) for _ in question.choices] for question in questions]
+
+    evaluate(load_tasks(["arc_easy"], {"arc_easy": tmp_path / "questions.jsonl"}, data), tokenizer, score, limit=None)
+    assert found.tokens == pytest.approx(sum(map(tokens_of, asked)), rel=0.02)
+    assert found.reads == pytest.approx(sum(len(choice) for q in asked for choice in q.choices), rel=0.02)
+
+
+def test_without_a_model_there_is_no_tokenizer() -> None:
+    """And nothing to be wrong with it."""
+    with pytest.raises(NotChecked):
+        find_tokenizer(None)

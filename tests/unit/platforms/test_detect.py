@@ -1,0 +1,103 @@
+"""Which platform an environment means, and where things lie there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from job.platforms.detect import Delivery, Platform, detect
+from job.settings.load import load_settings
+
+
+def test_an_ordinary_environment_is_plain_docker() -> None:
+    """Nothing is promised where nothing is known: no files, no name of the run."""
+    assert detect({"PATH": "/bin", "HOME": "/root"}) == Platform(name="docker")
+
+
+POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "HOSTNAME": "train-x7k2p"}
+
+
+def test_a_pod_has_a_termination_log_and_no_run_id() -> None:
+    """Kubernetes reads the last words; a pod's name changes with every retry, so it names no run."""
+    assert detect(POD) == Platform(name="kubernetes", termination_log=Path("/dev/termination-log"))
+
+
+def test_the_job_s_name_is_the_run_s() -> None:
+    """A template that passes the Job's name on gives every retry the same run."""
+    assert detect({**POD, "KUBERNETES_JOB_NAME": "train"}).run_id == "train"
+    assert detect({**POD, "KUBERNETES_JOB_NAME": ""}).run_id is None
+    assert load_settings([], {**POD, "KUBERNETES_JOB_NAME": "train"}).run.id == "train"
+    assert load_settings([], {**POD, "KUBERNETES_JOB_NAME": "train", "JOB_RUN__ID": "mine"}).run.id == "mine"
+
+
+def test_the_termination_log_can_lie_elsewhere() -> None:
+    """A template with a terminationMessagePath of its own tells the job where that is."""
+    platform = detect({**POD, "KUBERNETES_TERMINATION_LOG": "/tmp/last-words"})
+    assert platform.termination_log == Path("/tmp/last-words")
+
+
+@pytest.mark.parametrize(("index", "expected"), [("3", 3), ("0", 0), ("", None), ("x", None), ("-1", None)])
+def test_a_pod_of_an_indexed_job_has_a_number(index: str, expected: int | None) -> None:
+    """Kubernetes counts from 0; outside a pod the variable means nothing."""
+    environ = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": index}
+    assert detect(environ).completion_index == expected
+    assert detect({"JOB_COMPLETION_INDEX": index}).completion_index is None
+
+
+def test_a_sagemaker_job_has_its_files_and_its_name() -> None:
+    """SageMaker's container contract: inputs in, model and failure out, the job's name is the run's, two minutes."""
+    assert detect({"TRAINING_JOB_NAME": "alpaca-1"}) == Platform(
+        name="sagemaker",
+        hyperparameters=Path("/opt/ml/input/config/hyperparameters.json"),
+        inputs=Path("/opt/ml/input"),
+        delivery=Delivery(model=Path("/opt/ml/model"), data=Path("/opt/ml/output/data")),
+        failure_file=Path("/opt/ml/output/failure"),
+        run_id="alpaca-1",
+        resources=Path("/opt/ml/input/config/resourceconfig.json"),
+        output=Path("/opt/ml/checkpoints"),
+        grace_seconds=120,
+    )
+
+
+def test_the_sagemaker_folder_can_lie_elsewhere(tmp_path: Path) -> None:
+    """SAGEMAKER_BASE_DIR moves /opt/ml, as it does for SageMaker's own toolkit."""
+    platform = detect({"TRAINING_JOB_NAME": "a", "SAGEMAKER_BASE_DIR": str(tmp_path)})
+    assert platform.failure_file == tmp_path / "output/failure"
+    assert platform.hyperparameters == tmp_path / "input/config/hyperparameters.json"
+
+
+def test_sagemaker_wins_over_kubernetes() -> None:
+    """A training job keeps its contract wherever Amazon runs it."""
+    assert detect({"TRAINING_JOB_NAME": "a", "KUBERNETES_SERVICE_HOST": "10.0.0.1"}).name == "sagemaker"
+
+
+def test_an_empty_job_name_is_none() -> None:
+    """A variable that was passed on empty does not make a platform."""
+    assert detect({"TRAINING_JOB_NAME": ""}).name == "docker"
+
+
+@pytest.mark.parametrize(
+    "variable",
+    [
+        "JOB_COMPLETION_INDEX",
+        "JOB_SERVICE_HOST",
+        "JOB_SERVICE_PORT",
+        "JOB_PORT",
+        "JOB_TRACKER_SERVICE_HOST",
+        "JOB_TRACKER_SERVICE_PORT_HTTPS",
+        "JOB_TRACKER_PORT",
+        "JOB_TRACKER_PORT_443_TCP",
+        "JOB_TRACKER_PORT_443_TCP_ADDR",
+    ],
+)
+def test_what_kubernetes_sets_by_itself_is_known(variable: str) -> None:
+    """The index of an Indexed Job and links to Services begin with JOB_ but are no settings; only in a pod."""
+    assert Platform(name="kubernetes").sets(variable)
+    assert not Platform(name="docker").sets(variable)
+
+
+@pytest.mark.parametrize("variable", ["JOB_TRAIN__EPOCS", "JOB_TYPO", "JOB_NAME", "JOB_STORAGE__PORTS", "JOB_EXPORT"])
+def test_a_misspelt_setting_is_not_taken_for_the_platforms(variable: str) -> None:
+    """The exemption is narrow: a wrong name stays an error in a pod, too."""
+    assert not Platform(name="kubernetes").sets(variable)

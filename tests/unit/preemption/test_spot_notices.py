@@ -1,0 +1,134 @@
+"""The thread that watches for notices: finds the cloud, raises the flag, and is in nobody's way."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from structlog.testing import capture_logs
+
+from job.preemption.spot_notices import watch_notices
+from job.preemption.stop_flag import Stop
+from tests import metadata_server
+from tests.metadata_server import Imitation, Reply, instance_action, scheduled_event, serve
+
+POLL = 0.01
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 5) -> bool:
+    """Whether something became true in time."""
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.005)
+    return bool(condition())
+
+
+def nothing(_service: Imitation, _method: str, _path: str, _headers: dict[str, str]) -> Reply:
+    """A server that knows nothing."""
+    return (404, "", {})
+
+
+@pytest.fixture
+def silent() -> Iterator[str]:
+    """An address that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+NOTICES = {
+    "ec2": (metadata_server.ec2, lambda: {"spot/instance-action": instance_action(seconds=90)}, "EC2", 91),
+    "gcp": (metadata_server.gcp, lambda: {"preempted": "TRUE"}, "Google", 30),
+    "azure": (metadata_server.azure, lambda: {"events": scheduled_event()}, "Azure", 31),
+}
+
+
+@pytest.mark.parametrize("name", NOTICES)
+@pytest.mark.parametrize("automatic", [True, False])
+def test_a_notice_raises_the_flag(name: str, automatic: bool) -> None:  # noqa: FBT001
+    """A notice that appears while the job runs stops it, with the deadline; `auto` finds the cloud among all three."""
+    answer, state, reason, seconds = NOTICES[name]
+    stop = Stop()
+    with serve(answer) as service, serve(nothing) as other:
+        bases = {"ec2": other.url, "gcp": other.url, "azure": other.url, name: service.url}
+        with watch_notices(stop, "auto" if automatic else name, bases=bases, poll_seconds=POLL):  # type: ignore[arg-type]
+            assert wait_for(lambda: len(service.requests) > 8)
+            assert not stop()
+            service.state |= state()
+            assert wait_for(stop)
+    assert reason in str(stop.reason)
+    assert seconds - 10 < stop.remaining() <= seconds
+    assert automatic or not other.requests
+
+
+@pytest.mark.parametrize("name", NOTICES)
+def test_failures_of_the_service_are_survived(name: str) -> None:
+    """A service that breaks in all ways and comes back is still listened to."""
+    answer, state, reason, _ = NOTICES[name]
+    stop = Stop()
+    with serve(answer) as service, watch_notices(stop, "auto", bases={name: service.url}, poll_seconds=POLL):
+        assert wait_for(lambda: len(service.requests) > 4)
+        for broken in (
+            (500, "oops", {}),
+            (200, "{", {"Metadata-Flavor": "Google"}),
+            (200, "", {"Content-Length": "9"}),
+        ):
+            before = len(service.requests)
+            service.answer = lambda *_, broken=broken: broken
+            assert wait_for(lambda before=before: len(service.requests) > before + 2)
+        assert not stop()
+        service.answer = answer
+        service.state |= state()
+        assert wait_for(stop)
+    assert reason in str(stop.reason)
+
+
+def test_where_there_is_no_cloud_the_thread_ends() -> None:
+    """Other servers at that address are each asked once, and then left alone."""
+    stop = Stop()
+    with serve(nothing) as service, watch_notices(stop, "auto", bases=dict.fromkeys(NOTICES, service.url)):
+        assert wait_for(lambda: not any(thread.name == "notices" for thread in threading.enumerate()))
+        assert len(service.requests) == 3
+    assert not stop()
+
+
+def test_silence_is_given_up_within_three_seconds(silent: str) -> None:
+    """Detection costs the job nothing and ends soon, where packets just disappear."""
+    began = time.monotonic()
+    with watch_notices(Stop(), "auto", bases=dict.fromkeys(NOTICES, silent)):
+        assert time.monotonic() - began < 0.5
+        assert wait_for(lambda: not any(thread.name == "notices" for thread in threading.enumerate()))
+    assert time.monotonic() - began < 4
+
+
+def test_leaving_is_prompt(silent: str) -> None:
+    """The end of the job waits for no poll, and hardly for a request that hangs."""
+    with serve(metadata_server.gcp) as service:
+        with watch_notices(Stop(), "gcp", bases={"gcp": service.url}, poll_seconds=60):
+            assert wait_for(lambda: service.requests)
+            began = time.monotonic()
+        assert time.monotonic() - began < 0.5
+    began = time.monotonic()
+    with watch_notices(Stop(), "auto", bases=dict.fromkeys(NOTICES, silent)):
+        time.sleep(0.1)
+    assert time.monotonic() - began < 2.5
+    assert not any(thread.name == "notices" for thread in threading.enumerate())
+
+
+def test_off_is_off() -> None:
+    """Whoever wants no polling gets no thread."""
+    with watch_notices(Stop(), "off"):
+        assert not any(thread.name == "notices" for thread in threading.enumerate())
+
+
+def test_a_named_service_that_does_not_answer_is_told_once() -> None:
+    """Who asks for EC2's notices and cannot get them should know, but not every five seconds."""
+    with capture_logs() as lines, serve(nothing) as service:
+        with watch_notices(Stop(), "ec2", bases={"ec2": service.url}, poll_seconds=POLL):
+            assert wait_for(lambda: len(service.requests) > 4)
+        assert len(service.requests) > 4
+    told = [line for line in lines if line["log_level"] == "warning"]
+    assert len(told) == 1
+    assert "hop limit" in told[0]["fix"]

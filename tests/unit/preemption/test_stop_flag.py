@@ -1,0 +1,197 @@
+"""Being stopped: the flag, its deadline, signals, and what still fits before the kill."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from job.errors import Preempted
+from job.preemption.stop_flag import SPARE_SECONDS, SPARE_SHARE, Stop, Stopwatch, Timings, decide, stop_on_signals
+
+SECONDS = st.floats(0, 1e4)
+SHARES = st.floats(0, 1)
+
+
+class TestStop:
+    """The flag."""
+
+    def test_nobody_asked(self) -> None:
+        """Without a request the job goes on, and has all the time there is."""
+        stop = Stop()
+        stop.check()
+        assert (stop(), stop.reason, stop.remaining()) == (False, None, math.inf)
+
+    def test_a_request_ends_the_stage(self) -> None:
+        """The message says who asked."""
+        stop = Stop()
+        stop.request("the test", 30)
+        assert stop()
+        assert 29 < stop.remaining() <= 30
+        with pytest.raises(Preempted, match="the test"):
+            stop.check()
+
+    @given(st.lists(st.none() | st.floats(-10, 1000), min_size=1, max_size=5))
+    def test_the_first_reason_and_the_earliest_deadline_hold(self, deadlines: list[float | None]) -> None:
+        """A later request may shorten the time that is left, and never lengthens it."""
+        stop = Stop()
+        for number, seconds in enumerate(deadlines):
+            before = stop.deadline
+            stop.request(str(number), seconds)
+            assert stop.deadline <= before
+        assert stop.reason == "0"
+        known = [seconds for seconds in deadlines if seconds is not None]
+        assert stop.remaining() == pytest.approx(max(0.0, min(known, default=math.inf)), abs=1)
+
+    def test_it_may_be_raised_from_any_thread(self) -> None:
+        """Threads that ask at once lose no request."""
+        stop = Stop()
+        threads = [threading.Thread(target=stop.request, args=(str(n), 1000 - n)) for n in range(50)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert stop.remaining() == pytest.approx(951, abs=2)
+
+
+class TestSignals:
+    """SIGTERM and SIGINT."""
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    def test_the_first_raises_the_flag_with_the_grace_period(self, number: signal.Signals) -> None:
+        """The signal's name is the reason, the grace period the deadline, and the old handler comes back."""
+        before = signal.getsignal(number)
+        with stop_on_signals(17) as stop:
+            signal.raise_signal(number)
+            assert stop.reason == number.name
+            assert 16 < stop.remaining() <= 17
+        assert signal.getsignal(number) is before
+
+    def test_the_first_signal_after_a_notice_has_its_grace(self) -> None:
+        """A notice is no signal: SIGTERM after it shortens the time and does not end the process."""
+        with stop_on_signals(17) as stop:
+            stop.request("a notice", 120)
+            signal.raise_signal(signal.SIGTERM)
+            assert (stop.reason, math.ceil(stop.remaining())) == ("a notice", 17)
+
+    @pytest.mark.parametrize("as_first_process", [False, True])
+    @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+    def test_the_second_ends_the_process_at_once(self, second: signal.Signals, as_first_process: bool) -> None:  # noqa: FBT001
+        """Exit code 75 without waiting for anything, also for a container's first process, which the kernel shields."""
+        program = (
+            "import signal, time\n"
+            "from job.preemption.stop_flag import stop_on_signals\n"
+            "with stop_on_signals(60) as stop:\n"
+            "    print('ready', flush=True)\n"
+            "    while not stop(): time.sleep(0.01)\n"
+            "    print(stop.reason, flush=True)\n"
+            "    time.sleep(60)\n"
+        )
+        command = [sys.executable, "-c", program]
+        if as_first_process:
+            command = ["unshare", "--pid", "--fork", "--mount-proc", *command]
+            if subprocess.run([*command[:4], "true"], check=False, capture_output=True).returncode:
+                pytest.skip("this machine lends no process namespaces")
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            target = _child(process.pid) if as_first_process else process.pid
+            os.kill(target, signal.SIGTERM)
+            assert process.stdout.readline() == "SIGTERM\n"
+            began = time.monotonic()
+            os.kill(target, second)
+            assert process.wait(10) == 75
+        assert time.monotonic() - began < 5
+
+
+def _child(parent: int) -> int:
+    with open(f"/proc/{parent}/task/{parent}/children", encoding="ascii") as children:  # noqa: PTH123
+        return int(children.read().split()[0])
+
+
+def _fits(seconds: float, remaining: float) -> bool:
+    return seconds * (1 + SPARE_SHARE) + SPARE_SECONDS <= remaining
+
+
+class TestDecide:
+    """What still fits."""
+
+    @pytest.mark.parametrize(
+        ("remaining", "step_left", "plan"),
+        [
+            (120, 1.0, "finish_step"),
+            (30, 1.0, "save_now"),
+            (30, 0.1, "finish_step"),
+            (30, 0.0, "save_now"),
+            (3, 1.0, "too_late"),
+            (0, 1.0, "too_late"),
+            (math.inf, 1.0, "finish_step"),
+            (math.inf, 0.0, "save_now"),
+            (math.nan, 1.0, "too_late"),
+        ],
+    )
+    def test_by_example(self, remaining: float, step_left: float, plan: str) -> None:
+        """A step of 40 s, a save of 1 s and an upload of 3 s."""
+        assert decide(Timings(step=40, save=1, upload=3), remaining, step_left) == plan
+
+    @given(st.builds(Timings, SECONDS, SECONDS, SECONDS), SECONDS, SHARES)
+    def test_never_a_plan_that_does_not_fit_when_another_does(
+        self, timings: Timings, remaining: float, step_left: float
+    ) -> None:
+        """The plan is the first that fits with the margin, of the most work kept; ending at once always fits."""
+        publish = timings.save + timings.upload
+        finish = step_left > 0 and _fits(step_left * timings.step + publish, remaining)
+        plan = decide(timings, remaining, step_left)
+        assert plan == ("finish_step" if finish else "save_now" if _fits(publish, remaining) else "too_late")
+
+    @given(st.builds(Timings, SECONDS, SECONDS, SECONDS), SECONDS, SECONDS, SHARES, SHARES)
+    def test_less_time_and_more_to_do_never_promise_more(
+        self, timings: Timings, remaining: float, less: float, left: float, more: float
+    ) -> None:
+        """While the clock runs, or if more of the step is left, the plan only becomes more modest."""
+        order = ["finish_step", "save_now", "too_late"]
+        plan = order.index(decide(timings, remaining, left))
+        assert order.index(decide(timings, remaining - less, left)) >= plan
+        if left > 0:
+            assert order.index(decide(timings, remaining, max(left, more))) >= plan
+
+    @given(
+        st.lists(st.tuples(st.floats(0.01, 10), st.floats(0, 1)), min_size=1, max_size=20), SECONDS, st.floats(0, 20)
+    )
+    def test_deciding_before_every_micro_batch_always_leaves_time_to_save(
+        self, parts: list[tuple[float, float]], remaining: float, publish: float
+    ) -> None:
+        """Whoever goes on because a step fits, and no part takes longer than estimated, can still save and upload."""
+        step = sum(seconds for seconds, _ in parts)
+        timings = Timings(step=step, save=publish / 2, upload=publish / 2)
+        left = step
+        for number, (seconds, speed) in enumerate(parts):
+            plan = decide(timings, remaining, left / step)
+            if plan != "finish_step":
+                # Not before the first part: nothing was begun on a promise.
+                assert number == 0 or plan == "save_now"
+                break
+            left = sum(estimate for estimate, _ in parts[number + 1 :])
+            remaining -= seconds * speed
+        else:
+            assert decide(timings, remaining, 0.0) == "save_now"
+
+
+def test_the_stopwatch_keeps_the_recent_maxima() -> None:
+    """A slow upload counts until as many faster ones have followed; what never happened takes no time."""
+    watch = Stopwatch(window=3)
+    assert watch.timings == Timings(0, 0, 0)
+    for seconds in (9, 1, 2):
+        watch.add("upload", seconds)
+    watch.add("step", 4)
+    assert watch.timings == Timings(step=4, save=0, upload=9)
+    watch.add("upload", 1)
+    assert watch.timings == Timings(step=4, save=0, upload=2)

@@ -1,0 +1,97 @@
+"""The model card: the hub's own library reads it, it claims no more than the manifest, and identical runs share it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard, ModelCardData
+
+from job.report import model_card
+from tests.example_run import ATTEMPTS, DATASET, MODEL, TRAINING, answers, evidence, results
+
+
+@pytest.fixture(scope="module")
+def made() -> dict[str, Any]:
+    """The manifest of a run on hub's model and data."""
+    return results(evidence(arc_easy=answers(60, 10, 400)))
+
+
+def read(made: dict[str, Any]) -> ModelCard:
+    """The card as the hub's library reads it."""
+    return ModelCard(model_card.write(made).decode(), ignore_metadata_errors=False)
+
+
+def test_the_hub_reads_its_metadata(made: dict[str, Any]) -> None:
+    """Base, library, task, data, licence of the data, tags, and both metrics as evaluation results."""
+    data: ModelCardData = read(made).data
+    assert data.base_model == "mistralai/Mistral-7B-v0.1"
+    assert (data.library_name, data.pipeline_tag) == ("peft", "text-generation")
+    assert data.datasets == ["tatsu-lab/alpaca"]
+    assert data.license == "cc-by-nc-4.0"
+    assert {"lora", "qlora"} <= set(data.tags or [])
+    task = made["evaluation"]["tasks"]["arc_easy"]
+    accuracy, normalized = data.eval_results or []
+    assert (accuracy.dataset_type, accuracy.dataset_name) == ("allenai/ai2_arc", "arc_easy")
+    assert (accuracy.metric_type, accuracy.metric_value) == ("accuracy", round(task["adapter"]["acc"], 4))
+    assert (normalized.metric_type, normalized.metric_value) == ("acc_norm", round(task["adapter"]["acc_norm"], 4))
+    assert accuracy.dataset_args == {"num_few_shot": 0}
+
+
+def test_nothing_is_made_up_for_files_of_ones_own() -> None:
+    """Paths are no hub ids: no base, no data set, no licence in the metadata; the text says what is not known."""
+    own = results(
+        evidence(arc_easy=answers(3, 1, 40)),
+        ["--eval.data", "arc_easy=q.jsonl"],
+        model=replace(MODEL, id="models/base", revision=None, quantization="none", double_quantization=False),
+        dataset=replace(DATASET, source="tatsu-lab/alpaca", revision=None, format="text"),
+    )
+    found = read(own)
+    assert (found.data.base_model, found.data.datasets, found.data.license) == (None, None, None)
+    assert "qlora" not in (found.data.tags or [])
+    assert {result.dataset_type for result in found.data.eval_results or []} == {"arc_easy"}
+    assert "Nothing is known here of the data's licence" in found.text
+    assert "BitsAndBytesConfig" not in found.text
+    assert "revision=" not in found.text
+    assert "NF4" not in found.text
+
+
+def test_it_tells_what_a_user_has_to_know(made: dict[str, Any]) -> None:
+    """Verdict with interval, recipe, limits, how to load and how to verify, hashes."""
+    text = read(made).text
+    for told in (
+        "**Better than its base at arc_easy.**",
+        "| arc_easy | 400 | acc | ",
+        "| LoRA rank, alpha, dropout | 16, 16, 0.0 |",
+        "| learning rate | 0.0002, linear after 5 steps of warmup |",
+        'revision="27d67f1b5f57dc0953326b2601d68371d40ea8da"',
+        "bnb_4bit_compute_dtype=torch.bfloat16",
+        "### Instruction:\n{instruction}",
+        "## Limits",
+        "qlora-job verify",
+        made["model"]["sha256"],
+    ):
+        assert told in text, told
+    assert "[More Information Needed]" not in text
+
+
+def test_the_code_in_it_is_code(made: dict[str, Any]) -> None:
+    """The block that loads the adapter is Python."""
+    block = model_card.write(made).decode().partition("```python\n")[2].partition("```")[0]
+    compile(block, "card", "exec")
+    assert "PeftModel.from_pretrained(base," in block
+
+
+def test_identical_runs_share_it(made: dict[str, Any]) -> None:
+    """Neither the run's name nor any time, speed, price or place of reused scores is in it."""
+    slower = results(
+        evidence(arc_easy=answers(60, 10, 400)),
+        run_id="another",
+        attempts=ATTEMPTS[:1],
+        training=replace(TRAINING, seconds=1.0, tokens_per_second=9.0, peak_memory_bytes=5),
+        on_demand_usd_per_hour=9.0,
+    )
+    slower["evaluation"]["tasks"]["arc_easy"]["base"]["reused_from"] = "s3://elsewhere"
+    slower["hardware"]["memory_bytes"] = 1
+    assert model_card.write(slower) == model_card.write(made)

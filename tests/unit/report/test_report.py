@@ -1,0 +1,285 @@
+"""The report: all of it from manifest and records, escaped, self-contained, accessible, the same every time."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from job.records import Artifact
+from job.report import report
+from job.runs.layout import REPORT
+from tests.example_run import HASH, answers, evidence, publish, results
+
+CSS = (Path(report.__file__).parent / "templates/report.css").read_text(encoding="utf-8")
+HOSTILE = "</p><script>alert(1)</script><img src=x onerror=alert(2)> & \"quotes\" 'too'"
+VOID = {"meta", "link", "wbr", "br", "img", "path"}
+
+
+class Page(HTMLParser):
+    """A page as a list of (tag, attributes) and all of its text; fails where tags are not closed in order."""
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(content.decode())
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Keeps a tag."""
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Keeps a tag that closes itself, as in SVG."""
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        """Closes the tag that was opened last."""
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        """Adds to the text."""
+        self.text += data
+
+    def all(self, *names: str) -> list[dict[str, str | None]]:
+        """The attributes of all tags of these names."""
+        return [attributes for tag, attributes in self.tags if tag in names]
+
+
+@pytest.fixture(scope="module")
+def found() -> report.Evidence:
+    """Two tasks: one with more changed questions than are shown, one without a change."""
+    return evidence(arc_easy=answers(60, 10, 400), piqa=answers(0, 0, 50))
+
+
+@pytest.fixture(scope="module")
+def made(found: report.Evidence) -> dict[str, Any]:
+    """Their manifest."""
+    return results(found, ["--train.learning_rate", "1e-3", "--lora.alpha", "16", "--fault", "sigterm@step=34"])
+
+
+@pytest.fixture(scope="module")
+def page(made: dict[str, Any], found: report.Evidence) -> Page:
+    """The report on them."""
+    return Page(report.draw(made, found))
+
+
+def test_the_verdict_comes_first(page: Page, made: dict[str, Any]) -> None:
+    """A sentence for each verdict as heading, before any figure; then what it rests on."""
+    text = " ".join(page.text.split())
+    heading = "Better than its base at arc_easy. No difference shown at piqa."
+    assert heading in text
+    assert text.index(heading) < text.index("Of 400 questions of arc_easy")
+    assert made["evaluation"]["tasks"]["arc_easy"]["verdict"] == "improved"
+    assert "Not one question was answered right by only one of the two." in text
+    assert [tag for tag, _ in page.tags].count("h1") == 1
+
+
+def test_every_section_is_there(page: Page) -> None:
+    """Accuracy, questions, training, attempts, cost, settings, provenance and artefacts, each reachable by a link."""
+    sections = [attributes["id"] for attributes in page.all("section")]
+    assert sections == [
+        *("accuracy", "questions", "training", "attempts", "cost", "settings", "provenance", "artefacts"),
+    ]
+    links = {str(attributes["href"]).removeprefix("#") for attributes in page.all("a")}
+    assert links == {*sections, "content"}
+
+
+def test_the_questions_that_changed_can_be_read(page: Page) -> None:
+    """Both ways, in the order they were asked, up to a limit that is told."""
+    text = " ".join(page.text.split())
+    assert "60 questions got better" in text
+    assert "10 questions got worse" in text
+    assert f"The first {report.MOST_QUESTIONS} of 60, in the order they were asked." in text
+    assert text.count("What is 0 and one?") == 1
+    assert f"What is {report.MOST_QUESTIONS - 1} and one?" in text
+    assert f"What is {report.MOST_QUESTIONS} and one?" not in text
+
+
+def test_settings_that_differ_are_told(made: dict[str, Any], page: Page) -> None:
+    """Those that were given and are not the preset's, with the preset's value; not the run's name."""
+    rows = {row["name"]: row for row in report.own_settings(made["settings"])}
+    assert rows.keys() == {"fault", "train.learning_rate"}
+    assert rows["train.learning_rate"] == {
+        "name": "train.learning_rate",
+        "value": "0.001",
+        "preset": "0.0002",
+        "source": "command line",
+    }
+    assert "sigterm@step=34" in page.text
+
+
+def test_settings_of_an_unknown_preset_are_told_by_their_source(made: dict[str, Any]) -> None:
+    """A manifest of another version may name a preset that is not known here."""
+    other = {**made["settings"], "preset": {"value": "of-the-future", "source": "command line"}}
+    names = [row["name"] for row in report.own_settings(other)]
+    assert names == ["fault", "lora.alpha", "train.learning_rate"]
+
+
+def test_attempts_and_their_cost_are_told(page: Page) -> None:
+    """Each attempt with how it ended and what it did; preemptions, repeated steps, money."""
+    text = " ".join(page.text.split())
+    assert "Attempt 1 preempted after 5 min 0 s" in text
+    assert "steps 45 to 94, 10 of them again" in text
+    assert "begun 55 min 0 s later" in text
+    assert "10 steps had to be done again" in text
+    assert "$0.60" in text
+    labels = [str(attributes["aria-label"]) for attributes in page.all("div") if attributes.get("role") == "img"]
+    assert labels[2].startswith("Attempt 3: pull 10.0\N{NO-BREAK SPACE}s, ")
+    assert labels[2].endswith("train 4 min 10 s, evaluate adapter 1 min 10 s")
+
+
+def test_a_fuller_account_of_the_cost_is_told_too(made: dict[str, Any], found: report.Evidence) -> None:
+    """Dollars by stage, wasted dollars, savings and energy stand in the report where the manifest has them."""
+    cost = {
+        **made["cost"],
+        "stages": {"train": {"seconds": 420.0, "usd": 0.29}, "outside stages": {"seconds": 170.0, "usd": None}},
+        "attempts": [{"usd": 0.1 * number, "wasted_usd": 0.01 * number} for number in (1, 2, 3)],
+        "wasted_seconds": 61.5,
+        "wasted_usd": 0.04,
+        "savings": {"on_demand_usd_per_hour": 5.0, "usd": 0.6, "percent": 50.0, "net_usd": 0.52, "net_percent": 46.4},
+        "energy_kwh": 0.125,
+    }
+    text = " ".join(Page(report.draw({**made, "cost": cost}, found)).text.split())
+    for told in ("$0.29", "$0.30", "$0.03", "1 min 2 s, $0.04", "$0.52, 46 % of the price on demand", "0.125 kWh"):
+        assert told in text
+
+
+def judged(*reasons: str) -> dict[str, Any]:
+    """A gate that was set, and what it said."""
+    return {
+        "metric": "acc",
+        "min_delta": None,
+        "max_regression": 0.01,
+        "baseline": None,
+        "passed": not reasons,
+        "reasons": list(reasons),
+    }
+
+
+def test_a_gate_is_told(found: report.Evidence) -> None:
+    """Whether it was passed, and why not; nothing where none was set."""
+    missed = results(found, gate=judged("piqa: acc may have lost 0.0700, the gate allows 0.0100"))
+    text = " ".join(Page(report.draw(missed, found)).text.split())
+    assert "Quality gate on acc: not passed. piqa: acc may have lost 0.0700" in text
+    passed = results(found, gate=judged())
+    assert "Quality gate on acc: passed." in report.draw(passed, found).decode()
+
+
+def test_nothing_is_loaded_and_nothing_runs(page: Page, made: dict[str, Any], found: report.Evidence) -> None:
+    """No script, no outside address, no form; and a policy that would stop them."""
+    assert page.all("script", "img", "iframe", "object", "form", "input", "base") == []
+    content = report.draw(made, found).decode()
+    assert re.findall(r"https?://|url\(|@import|src=", content) == []
+    (policy,) = [a["content"] for a in page.all("meta") if a.get("http-equiv") == "Content-Security-Policy"]
+    assert str(policy).startswith("default-src 'none';")
+    assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
+
+
+def test_everything_from_the_run_is_text() -> None:
+    """Names, settings, questions, choices and paths that look like markup are shown as they are."""
+    base, adapter = answers(2, 1, 10)
+    for record in (*base, *adapter):
+        record["question"], record["choices"] = HOSTILE, [HOSTILE] * 3
+    found = evidence(**{HOSTILE: (base, adapter)})
+    made = results(found, ["--model.id", "a/b", "--data.source", HOSTILE], run_id=HOSTILE, gate=judged(HOSTILE))
+    made["artifacts"] = [asdict(Artifact(HOSTILE, 1, HASH))]
+    made["training"]["substitutions"] = [HOSTILE]
+    made["run"]["attempts"][0]["outcome"] = HOSTILE
+    made["run"]["attempts"][0]["stage_seconds"][HOSTILE] = 1.0
+    for part in ("model", "dataset", "hardware", "software"):
+        made[part] = {key: HOSTILE if isinstance(value, str) else value for key, value in made[part].items()}
+    page = Page(report.draw(made, found))
+    assert page.all("script", "img") == []
+    assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
+    assert page.text.count(HOSTILE) > 20
+
+
+def test_halves_of_characters_do_not_stop_it() -> None:
+    """JSON can hold a lone surrogate, which UTF-8 cannot; and control characters."""
+    base, adapter = answers(1, 0, 3)
+    for record in (*base, *adapter):
+        record["question"] = "half \ud83d and \x00 control"
+    found = evidence(arc_easy=(base, adapter))
+    assert b"half ? and" in report.draw(results(found), found)
+
+
+def test_the_same_run_gives_the_same_bytes(made: dict[str, Any], found: report.Evidence, tmp_path: Path) -> None:
+    """Drawn from the published files it is what was published, though the manifest lists the report itself by then."""
+    first = report.draw(made, found)
+    assert report.draw(made, found) == first
+    complete = publish(tmp_path, found, made)
+    before = report.draw(complete, found)
+    listed = {**complete, "artifacts": [*complete["artifacts"], asdict(Artifact(REPORT, len(before), HASH))]}
+    read = report.read_evidence(listed, lambda artifact: tmp_path / artifact.path)
+    assert read == found
+    assert report.draw(listed, read) == before
+
+
+def test_who_cannot_see_is_told(page: Page) -> None:
+    """A language, a title, landmarks, one name for every picture, headers with scope, nothing referred to in vain."""
+    (html,) = page.all("html")
+    assert html["lang"] == "en"
+    assert len(page.all("title")) > 1
+    for landmark in ("header", "nav", "main", "footer"):
+        assert page.all(landmark)
+    pictures = page.all("svg")
+    assert len(pictures) > 6
+    for picture in pictures:
+        assert picture["role"] == "img"
+        assert picture.get("aria-label") or picture.get("aria-labelledby")
+    for header in page.all("th"):
+        assert header["scope"] in {"col", "row"}
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    for _, attributes in page.tags:
+        assert set(str(attributes.get("aria-labelledby") or "").split()) <= set(ids)
+    for region in page.all("div"):
+        if region.get("role") == "region":
+            assert region["aria-label"]
+            assert region["tabindex"] == "0"
+
+
+def colours(scheme: str) -> dict[str, str]:
+    """The colours of a scheme by name; print has its own."""
+    blocks = re.findall(r":root \{([^}]*)\}", CSS)
+    assert len(blocks) == 3
+    pairs = [dict(re.findall(r"--([\w-]+): (#[0-9a-f]{3,6})", block)) for block in blocks]
+    return pairs[("light", "dark", "print").index(scheme)]
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance by WCAG 2."""
+    digits = colour.removeprefix("#")
+    digits = digits if len(digits) == 6 else "".join(2 * digit for digit in digits)
+    channels = [int(digits[at : at + 2], 16) / 255 for at in (0, 2, 4)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, two: str) -> float:
+    """Contrast ratio by WCAG 2."""
+    high, low = sorted((luminance(one), luminance(two)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark", "print"])
+def test_colours_can_be_told_apart(scheme: str) -> None:
+    """Text has a contrast of 4.5 (AA) on the page, what is drawn has 3; all schemes have all colours."""
+    assert contrast("#000", "#ffffff") == 21
+    palette = colours(scheme)
+    assert palette.keys() == colours("light").keys()
+    for text in ("ink", "muted", "before", "after", "better", "worse", "even"):
+        assert contrast(palette[text], palette["paper"]) >= 4.5, text
+    for drawn in ("before", "after", "pull", "worse"):
+        assert contrast(palette[drawn], palette["paper"]) >= 3, drawn
+        assert contrast(palette[drawn], palette["wash"]) >= 3, drawn

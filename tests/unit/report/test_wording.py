@@ -1,0 +1,116 @@
+"""Words and figures for people: verdicts that say no more than the statistics, numbers as people write them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from job.report import wording
+from tests.example_run import answers, evidence, results
+
+
+def tasks(**counts: tuple[int, int]) -> dict[str, Any]:
+    """`evaluation.tasks` with so many of 400 questions better and worse in each task."""
+    found = evidence(**{name: answers(*changes, 400) for name, changes in counts.items()})
+    evaluated: dict[str, Any] = results(found)["evaluation"]["tasks"]
+    return evaluated
+
+
+@given(st.integers(0, 40), st.integers(0, 40))
+def test_a_difference_is_claimed_only_where_it_is_shown(improved: int, regressed: int) -> None:
+    """`Better` and `worse` are the verdicts of the statistics; everything else is no difference shown."""
+    task = {"verdict": _verdict(improved, regressed)}
+    ((verdict, sentence),) = wording.headline({"arc_easy": task})
+    start = {"improved": "Better than", "regressed": "Worse than", "inconclusive": "No difference shown"}
+    assert sentence.startswith(start[verdict])
+    assert verdict == task["verdict"]
+
+
+def _verdict(improved: int, regressed: int) -> str:
+    from job.evaluation.statistics import compare
+
+    before = [False] * improved + [True] * regressed + [True] * 100
+    after = [True] * improved + [False] * regressed + [True] * 100
+    return compare(before, after).verdict
+
+
+def test_several_tasks_are_told_apart() -> None:
+    """One sentence a verdict, naming up to three tasks and counting more."""
+    found = tasks(one=(60, 0), two=(0, 60), three=(0, 0), four=(60, 1))
+    assert wording.headline(found) == [
+        ("improved", "Better than its base at one and four."),
+        ("regressed", "Worse than its base at two."),
+        ("inconclusive", "No difference shown at three."),
+    ]
+    many = {f"task{number}": found["one"] for number in range(5)}
+    assert wording.headline({**many, "last": found["three"]})[0][1] == "Better than its base at 5 of 6 tasks."
+
+
+def test_a_verdict_is_explained_by_its_numbers() -> None:
+    """Both accuracies, the difference with its interval, the counts, and the p value that was tested."""
+    task = tasks(arc_easy=(60, 10))["arc_easy"]
+    first, second = wording.explanation("arc_easy", task, 1)
+    assert wording.percent(task["base"]["acc"]) in first
+    assert wording.percent(task["adapter"]["acc"]) in first
+    assert f"+12.50 percentage points (95 % interval {wording.points(task['ci95'][0])} to" in first
+    assert second.startswith("60 questions got better and 10 worse;")
+    assert f"p = {wording.p_value(task['holm_p'])} (exact McNemar test)." in second
+    assert "Holm's correction for 3 tasks" in wording.explanation("arc_easy", task, 3)[1]
+
+
+def test_what_was_not_shown_is_not_called_absent() -> None:
+    """Without a verdict the reader is told what the test could have found; without a change, that there was none."""
+    found = tasks(some=(5, 4), none=(0, 0))
+    *_, last = wording.explanation("some", found["some"], 2)
+    assert last.startswith("That is not the same as no difference")
+    least = f"{100 * found['some']['minimum_detectable_effect']:.2f}"
+    assert f"a true difference of {least} points" in last
+    assert "Not one question" in wording.explanation("none", found["none"], 2)[1]
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        (wording.percent(0.798), "79.80\N{NO-BREAK SPACE}%"),
+        (wording.points(0.0139), "+1.39"),
+        (wording.points(-0.0139), "\N{MINUS SIGN}1.39"),
+        (wording.p_value(0.0405), "0.041"),
+        (wording.p_value(1.0), "1.000"),
+        (wording.p_value(1.577e-50), "1.6 \N{MULTIPLICATION SIGN} 10⁻⁵⁰"),
+        (wording.p_value(0.0), "0"),
+        (wording.duration(12.345), "12.3\N{NO-BREAK SPACE}s"),
+        (wording.duration(59.96), "1 min 0 s"),
+        (wording.duration(250), "4 min 10 s"),
+        (wording.duration(7505), "2 h 5 min"),
+        (wording.size(218), "218\N{NO-BREAK SPACE}B"),
+        (wording.size(83_945_296), "80.1\N{NO-BREAK SPACE}MiB"),
+        (wording.size(2**50), "1024.0\N{NO-BREAK SPACE}TiB"),
+        (wording.figure(0.0002), "0.0002"),
+        (wording.figure(4354.3), "4,354"),
+        (wording.figure(1.0283), "1.028"),
+        (wording.figure(-2e-5), "\N{MINUS SIGN}2 \N{MULTIPLICATION SIGN} 10⁻⁵"),
+        (wording.figure(0), "0"),
+        (wording.dollars(1234.5), "$1,234.50"),
+        (wording.dollars(-0.5), "\N{MINUS SIGN}$0.50"),
+        (wording.dollars(None), "\N{EN DASH}"),
+        (wording.count(1, "step"), "1 step"),
+        (wording.count(2000, "step"), "2,000 steps"),
+        (wording.enumeration(["a"]), "a"),
+        (wording.enumeration(["a", "b", "c"]), "a, b and c"),
+        (wording.moment("2026-01-05T10:17:00.250Z"), "2026-01-05 10:17:00"),
+        (wording.moment("2026-01-05T12:17:00+02:00"), "2026-01-05 10:17:00"),
+    ],
+)
+def test_numbers_as_people_write_them(written: str, expected: str) -> None:
+    """Signs, thousands, units and powers; times in UTC."""
+    assert written == expected
+
+
+def test_the_time_between_attempts() -> None:
+    """Seconds from end to start, never negative; not known where the end is not."""
+    assert wording.between("2026-01-05T09:05:00Z", "2026-01-05T10:00:00Z") == 3300
+    assert wording.between("2026-01-05T09:05:00Z", "2026-01-05T09:00:00Z") == 0
+    assert wording.between(None, "2026-01-05T09:00:00Z") is None

@@ -1,0 +1,143 @@
+"""The gate's baseline: an earlier run, whole and asked the same, or an error before anything is trained."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from job.errors import DataError, SettingsError
+from job.records import Artifact, Evaluated
+from job.results.baseline import Baseline, check_questions, check_tasks, read_baseline
+from job.results.reader import answers_path, open_run
+from job.storage.local import LocalStore
+from job.verification.verify import verify
+from tests.published_run import forge, pairs, publish_file, publish_run, rewrite
+
+QUIZ = "artifacts/evaluation/quiz.baseline.jsonl"
+
+
+@pytest.fixture
+def earlier(tmp_path: Path) -> Path:
+    """A run."""
+    return publish_run(tmp_path / "earlier", {"quiz": pairs(40, improved=10)})
+
+
+@pytest.fixture
+def baseline(earlier: Path) -> Baseline:
+    """It, read."""
+    return read_baseline(str(earlier), {})
+
+
+def test_an_earlier_run_is_read(earlier: Path, baseline: Baseline) -> None:
+    """From its folder or its manifest: its adapter's answers, and the questions they are to."""
+    assert replace(baseline, results="") == replace(read_baseline(f"{earlier}/results.json", {}), results="")
+    assert (baseline.run, baseline.results) == ("earlier", str(earlier))
+    assert baseline.scores["quiz"].correct == tuple(after for _, after in pairs(40, improved=10))
+    assert baseline.files["quiz"] == (earlier / answers_path("quiz", "adapter")).read_bytes()
+    assert baseline.questions["quiz"][0][0] == "quiz-0"
+
+
+def test_no_run_is_a_wrong_setting(tmp_path: Path) -> None:
+    """A path with nothing there is told under the setting's name."""
+    with pytest.raises(SettingsError, match=r"gate\.baseline: .*nowhere: there is no run"):
+        read_baseline(str(tmp_path / "nowhere"), {})
+
+
+@pytest.mark.parametrize("damage", ["manifest", "answers", "missing", "unfinished"])
+def test_a_damaged_run_is_no_baseline(earlier: Path, damage: str) -> None:
+    """What is not as it was published is refused, with the file."""
+    answers, manifest = earlier / answers_path("quiz", "adapter"), earlier / "results.json"
+    match damage:
+        case "manifest":
+            manifest.write_bytes(manifest.read_bytes().replace(b"0.5", b"0.6", 1))
+        case "answers":
+            answers.write_bytes(answers.read_bytes().replace(b"0.0", b"1.0", 1))
+        case "missing":
+            answers.unlink()
+        case "unfinished":
+            manifest.unlink()
+    name = "results" if damage in {"manifest", "unfinished"} else "quiz"
+    with pytest.raises(DataError, match=rf"gate\.baseline: .*{name}"):
+        read_baseline(str(earlier), {})
+
+
+def test_the_same_questions_pass(baseline: Baseline) -> None:
+    """And a task that only the earlier run was asked does not matter."""
+    check_questions(baseline, baseline.questions, "acc")
+    check_questions(baseline, {}, "acc")
+    check_tasks(baseline, baseline.scores)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda asked: {"riddles": asked["quiz"]}, "run earlier was not asked riddles"),
+        (lambda asked: {"quiz": asked["quiz"][:-1]}, "quiz: 40 questions there and 39 here"),
+        (lambda asked: {"quiz": [("x", "y"), *asked["quiz"][1:]]}, "number 1 is 'quiz-0' there and 'x' here"),
+        (lambda asked: {"quiz": [*asked["quiz"][:-1], ("quiz-39", "y")]}, "number 40 is 'quiz-39' reads differently"),
+    ],
+)
+def test_other_questions_are_refused(
+    baseline: Baseline, change: Callable[[Any], dict[str, list[tuple[str, str]]]], why: str
+) -> None:
+    """By task, with the first one that differs."""
+    with pytest.raises(DataError, match=f"{why}.*cannot be compared"):
+        check_questions(baseline, change(baseline.questions), "acc")
+
+
+def test_a_metric_that_the_earlier_run_lacks(baseline: Baseline) -> None:
+    """The gate's metric has to be there on both sides."""
+    without = replace(baseline, scores={"quiz": replace(baseline.scores["quiz"], correct_norm=None)})
+    check_questions(without, baseline.questions, "acc")
+    with pytest.raises(DataError, match="quiz has no acc_norm"):
+        check_questions(without, baseline.questions, "acc_norm")
+
+
+def test_questions_in_other_words_are_refused(baseline: Baseline) -> None:
+    """The same rows may be asked otherwise by another version of the harness."""
+    other = {"quiz": replace(baseline.scores["quiz"], task_hash="0" * 64)}
+    with pytest.raises(DataError, match="quiz: run earlier was asked the same questions in other words"):
+        check_tasks(baseline, other)
+
+
+@pytest.fixture
+def gated(tmp_path: Path, earlier: Path, baseline: Baseline) -> Path:
+    """A later run that was gated by the earlier one: worse on five questions."""
+
+    def against(store: LocalStore, adapter: Evaluated) -> tuple[dict[str, Any], list[Artifact]]:
+        return baseline.compared(adapter.scores), [publish_file(store, QUIZ, baseline.files["quiz"])]
+
+    settings = [f"--gate.baseline={earlier}", "--gate.max_regression=0.01"]
+    return publish_run(tmp_path / "later", {"quiz": pairs(40, regressed=5)}, settings=settings, baseline=against)
+
+
+def failed(run: Path, work: Path) -> dict[str, str]:
+    """The checks that do not hold, and the first difference of each."""
+    work.mkdir()
+    return {check.what: str(check.differences[0]) for check in verify(open_run(str(run)), work) if check.differences}
+
+
+def test_a_gated_run_carries_its_evidence(gated: Path, earlier: Path, tmp_path: Path) -> None:
+    """It verifies without the earlier run, whose answers lie beside its own."""
+    shutil.rmtree(earlier)
+    assert failed(gated, tmp_path / "work") == {}
+    forge(gated, lambda results: results["gate"].update(passed=True, reasons=[]))
+    assert failed(gated, tmp_path / "work2") == {"gate": "results.json gate.passed: claimed true, found false"}
+
+
+def test_a_false_comparison_with_the_earlier_run_is_found(gated: Path, tmp_path: Path) -> None:
+    """Figures of the comparison, and the answers that it rests on."""
+    forge(gated, lambda results: results["gate"]["baseline"]["tasks"]["quiz"].update(regressed=1))
+    assert failed(gated, tmp_path / "1")["gate"].startswith(
+        "results.json gate.baseline.tasks.quiz.regressed: claimed 1"
+    )
+    forge(gated, lambda results: results["gate"]["baseline"]["tasks"].clear())
+    assert "gate" in failed(gated, tmp_path / "2")
+    lines = (gated / QUIZ).read_bytes().splitlines(keepends=True)
+    rewrite(gated, QUIZ, b"".join([lines[1], lines[0], *lines[2:]]))
+    assert "gate" in failed(gated, tmp_path / "3")

@@ -1,0 +1,179 @@
+"""`compare`: what differs between two runs, and their adapters paired question by question."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from job.errors import DataError, VerificationError
+from job.evaluation import statistics
+from job.results.compare import compare, gate_reasons
+from job.results.compare_text import as_markdown, as_text
+from job.results.reader import Published, open_run, read_published
+from tests.published_run import forge, pairs, publish_run, rewrite
+
+QUIZ = "artifacts/evaluation/quiz.adapter.jsonl"
+
+
+def read(folder: Path) -> Published:
+    """A published run."""
+    return read_published(open_run(str(folder)))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Published, Published]:
+    """A has 30 of 60 questions right; B has 12 of A's others right and 2 of A's wrong, and a task more."""
+    folder = tmp_path_factory.mktemp("runs")
+    right = [(False, n < 30) for n in range(60)]
+    better = [(False, 2 <= n < 42) for n in range(60)]
+    publish_run(folder / "a", {"quiz": right, "riddles": pairs(20)})
+    publish_run(
+        folder / "b",
+        {"quiz": better, "riddles": pairs(20), "more": pairs(10)},
+        attempts=2,
+        settings=["--train.learning_rate=1e-3", "--cost.usd_per_hour=2"],
+    )
+    return read(folder / "a"), read(folder / "b")
+
+
+def test_adapters_are_paired_by_question(runs: tuple[Published, Published]) -> None:
+    """Every figure is `statistics.compare`'s of A's answers with B's, corrected over the tasks that both were asked."""
+    found = compare(*runs)
+    quiz = found["tasks"]["quiz"]
+    expected = statistics.compare([n < 30 for n in range(60)], [2 <= n < 42 for n in range(60)])
+    assert (quiz["a"]["acc"], quiz["b"]["acc"]) == (0.5, pytest.approx(40 / 60))
+    assert (quiz["improved"], quiz["regressed"], quiz["delta"]) == (12, 2, expected.delta)
+    assert (quiz["ci95"], quiz["mcnemar_p"]) == (expected.ci95, expected.mcnemar_p)
+    assert quiz["holm_p"] == statistics.holm([expected.mcnemar_p, 1.0])[0]
+    assert quiz["verdict"] == "improved"
+    assert found["tasks"]["riddles"]["verdict"] == "inconclusive"
+    assert found["only"] == {"a": [], "b": ["more"]}
+
+
+def test_the_other_way_round_is_the_opposite(runs: tuple[Published, Published]) -> None:
+    """B against A has the difference with the other sign."""
+    one, two = compare(*runs)["tasks"]["quiz"], compare(*reversed(runs))["tasks"]["quiz"]
+    assert two["delta"] == -one["delta"]
+    assert two["ci95"] == (-one["ci95"][1], -one["ci95"][0])
+    assert two["verdict"] == "regressed"
+
+
+def test_what_differs_is_told_and_nothing_else(runs: tuple[Published, Published]) -> None:
+    """Settings, model, data, software and hardware: both values where they differ; names and places do not count."""
+    found = compare(*runs)
+    assert found["differs"] == {
+        "settings": {
+            "train.learning_rate": {"a": 2e-4, "b": 1e-3},
+            "cost.usd_per_hour": {"a": None, "b": 2.0},
+        },
+        "model": {},
+        "dataset": {},
+        "software": {},
+        "hardware": {},
+    }
+    assert found["cost"]["attempts"] == {"a": 1, "b": 2}
+    assert found["cost"]["seconds"] == {"a": 60.5, "b": 121.0}
+    assert found["training"]["loss"]["a"] == found["training"]["loss"]["b"]
+    assert compare(runs[0], runs[0])["differs"]["settings"] == {}
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, Path]:
+    """Two runs that may be damaged."""
+    answers = {"quiz": pairs(20, improved=4)}
+    return publish_run(tmp_path / "a", answers), publish_run(tmp_path / "b", answers)
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """The adapter's answers."""
+    return [json.loads(line) for line in (folder / QUIZ).read_bytes().splitlines()]
+
+
+def put(folder: Path, records: list[dict[str, Any]]) -> None:
+    """Publishes other ones."""
+    rewrite(folder, QUIZ, "".join(json.dumps(record) + "\n" for record in records).encode())
+
+
+def test_other_questions_are_refused(pair: tuple[Path, Path]) -> None:
+    """Ids that differ, in their order too, and a number that differs."""
+    records = rows(pair[1])
+    for other in ([*records[1:], records[0]], records[:-1]):
+        put(pair[1], other)
+        with pytest.raises(DataError, match="quiz: the runs were asked other questions, 20 and") as error:
+            compare(*map(read, pair))
+        assert error.value.exit_code == 65
+
+
+def test_questions_in_other_words_are_refused(pair: tuple[Path, Path]) -> None:
+    """The same ids with another hash: asked otherwise, and so not comparable."""
+    records = rows(pair[1])
+    records[3]["prompt_hash"] = "0" * 64
+    put(pair[1], records)
+    with pytest.raises(DataError, match="quiz: the questions of the two runs read differently; their hashes are"):
+        compare(*map(read, pair))
+
+
+def test_runs_without_a_common_task_are_refused(tmp_path: Path) -> None:
+    """There is nothing to compare them by."""
+    one = publish_run(tmp_path / "a", {"quiz": pairs(20)})
+    two = publish_run(tmp_path / "b", {"riddles": pairs(20)})
+    with pytest.raises(DataError, match="runs a and b were asked no task in common"):
+        compare(read(one), read(two))
+
+
+def test_damaged_runs_are_refused(pair: tuple[Path, Path]) -> None:
+    """Answers, or a manifest, that are not what was published end with 4 and the file's name."""
+    data = (pair[1] / QUIZ).read_bytes()
+    run = read(pair[1])
+    for damaged, why in ((data[:-1] + b" ", "altered"), (None, "missing"), (data + b"\n", "more than")):
+        (pair[1] / QUIZ).unlink() if damaged is None else (pair[1] / QUIZ).write_bytes(damaged)
+        with pytest.raises(VerificationError, match=rf"b/{QUIZ}.*{why}"):
+            compare(read(pair[0]), run)
+    path = pair[1] / "results.json"
+    path.write_bytes(path.read_bytes().replace(b'"steps": 4', b'"steps": 5'))
+    with pytest.raises(VerificationError, match=r"results\.json: was altered"):
+        read(pair[1])
+    forge(pair[1], lambda results: results.update(artifacts=[]))
+    with pytest.raises(VerificationError, match="is not among the artefacts"):
+        compare(*map(read, pair))
+
+
+def gated(a: Published, b: Published, **thresholds: Any) -> list[str]:
+    """Why B does not pass."""
+    asked = {"metric": "acc", "min_delta": None, "max_regression": None, **thresholds}
+    return gate_reasons(compare(a, b), **asked)
+
+
+def test_the_gate_without_thresholds_is_about_significance(runs: tuple[Published, Published]) -> None:
+    """A significantly worse B does not pass; one that may be worse by chance does."""
+    a, b = runs
+    assert gated(a, b) == []
+    assert gated(a, a) == []
+    asked, worse = gated(b, a)
+    assert asked == "more was not asked of B"
+    assert worse.startswith("quiz: acc regressed by 0.1667, p = ")
+
+
+def test_the_gate_with_thresholds_is_the_jobs(runs: tuple[Published, Published]) -> None:
+    """The interval has to be at or above what was asked for, for every task that both were asked."""
+    low = compare(*runs)["tasks"]["quiz"]["ci95"][0]
+    assert [reason.split(":")[0] for reason in gated(*runs, min_delta=low)] == ["riddles"]
+    assert [reason.split(":")[0] for reason in gated(*runs, min_delta=low + 1e-6)] == ["quiz", "riddles"]
+    assert gated(*runs, max_regression=0.2) == []
+    assert [reason.split(":")[0] for reason in gated(*runs, max_regression=0.1)] == ["riddles"]
+    assert gated(*runs, metric="acc_norm", max_regression=1.0) == []
+
+
+def test_it_is_told_in_text_and_markdown(runs: tuple[Published, Published]) -> None:
+    """The same tables in both; the adapters' differences in points, with interval and verdict."""
+    found = {**compare(*runs), "gate": {"passed": False, "reasons": ["quiz: no"]}}
+    text, marked = "\n".join(as_text(found)), "\n".join(as_markdown(found))
+    for line in ("only B was asked", "gate: not met: quiz: no", "50.00 %", "66.67 %", "+16.67", "improved"):
+        assert line in text
+        assert line in marked
+    assert "train.learning_rate  0.0002  0.001" in text
+    assert "| train.learning\\_rate | 0.0002 | 0.001 |" in marked
+    assert "### What differs\n\nnothing" in "\n".join(as_markdown(compare(runs[0], runs[0])))

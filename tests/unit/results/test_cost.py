@@ -1,0 +1,123 @@
+"""What a run cost: the parts add up, and waste is what an undisturbed run would not have paid."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from job.records import AttemptRecord
+from job.results.cost import account
+
+WHOLE = AttemptRecord(
+    number=1,
+    started="2026-01-05T09:00:00Z",
+    finished="2026-01-05T09:10:00Z",
+    outcome="complete",
+    seconds=600.0,
+    stage_seconds={"pull": 60.0, "evaluate-base": 100.0, "train": 300.0, "evaluate-adapter": 100.0, "publish": 1.0},
+    steps=30,
+    repeated_steps=0,
+    last_step=30,
+    usd_per_hour=3.6,
+)
+SECONDS = st.floats(0, 1e6)
+
+
+@st.composite
+def attempts(draw: st.DrawFn) -> list[AttemptRecord]:
+    """One to five attempts with stages, repeated steps, prices and energy, as far as these are known."""
+    made = []
+    for number in range(1, draw(st.integers(1, 5)) + 1):
+        stages = draw(st.dictionaries(st.sampled_from(["pull", "evaluate-base", "train", "publish"]), SECONDS))
+        seconds = sum(stages.values()) + draw(SECONDS) + 0.001
+        repeated = draw(st.floats(0, 1)) * stages.get("train", 0.0)
+        price, joules = draw(st.none() | st.floats(0, 100)), draw(st.none() | st.floats(0, 1e9))
+        made.append(
+            replace(
+                WHOLE,
+                number=number,
+                seconds=seconds,
+                stage_seconds=stages,
+                repeated_seconds=repeated,
+                usd_per_hour=price,
+                energy_joules=joules,
+            )
+        )
+    return made
+
+
+@given(attempts(), st.none() | st.floats(0.01, 100))
+def test_the_parts_add_up(made: list[AttemptRecord], on_demand: float | None) -> None:
+    """Stages and attempts both sum to the run, in seconds and in dollars; waste is a part of each attempt."""
+    cost = account(made, 0.0, on_demand)
+    close = pytest.approx
+    for parts in (cost["stages"].values(), cost["attempts"]):
+        assert sum(part["seconds"] for part in parts) == close(cost["seconds"])
+        if cost["usd"] is not None:
+            assert sum(part["usd"] for part in parts) == close(cost["usd"])
+    assert sum(part["wasted_seconds"] for part in cost["attempts"]) == close(cost["wasted_seconds"])
+    assert all(0 <= part["wasted_seconds"] <= part["seconds"] for part in cost["attempts"])
+    assert (cost["usd"] is None) is all(attempt.usd_per_hour is None for attempt in made)
+    assert (cost["wasted_usd"] is None) is (cost["usd"] is None)
+    assert cost["savings"] is None or cost["savings"]["net_usd"] <= cost["savings"]["usd"]
+
+
+def test_an_undisturbed_run_wastes_nothing() -> None:
+    """One attempt that repeats no step: all of it is needed, and net savings are the savings."""
+    cost = account([WHOLE], 290.0, 7.2)
+    assert (cost["wasted_seconds"], cost["wasted_usd"]) == (0, 0)
+    assert cost["usd"] == pytest.approx(0.6)
+    assert cost["stages"]["train"] == {"seconds": 300.0, "usd": pytest.approx(0.3)}
+    assert cost["stages"]["outside stages"]["seconds"] == pytest.approx(39)
+    assert cost["savings"]["percent"] == cost["savings"]["net_percent"] == pytest.approx(50)
+
+
+def test_waste_is_start_ups_and_repeated_steps() -> None:
+    """A run killed in training: the shorter start-up and the repeated steps' seconds are wasted, the rest is work."""
+    killed = replace(WHOLE, outcome="killed", seconds=260.0, stage_seconds={"pull": 60.0, "evaluate-base": 100.0})
+    killed = replace(killed, stage_seconds=killed.stage_seconds | {"train": 60.0})
+    resumed = replace(
+        WHOLE,
+        number=2,
+        seconds=430.0,
+        stage_seconds={"pull": 10.0, "train": 270.0, "evaluate-adapter": 100.0},
+        repeated_steps=3,
+        repeated_seconds=30.0,
+    )
+    cost = account([killed, resumed], 290.0, None)
+    assert [part["wasted_seconds"] for part in cost["attempts"]] == [0, 60.0 + 30.0]
+    assert cost["wasted_usd"] == pytest.approx(0.09)
+    assert cost["savings"] is None
+    # The first start-up may be the one that came to nothing.
+    stillborn = replace(killed, seconds=20.0, stage_seconds={"pull": 5.0})
+    cost = account([stillborn, resumed], 290.0, None)
+    assert [part["wasted_seconds"] for part in cost["attempts"]] == [20.0, 30.0]
+
+
+def test_attempts_are_charged_at_their_own_price() -> None:
+    """Spot prices move, and a run may move to another machine; who was told no price pays the newest."""
+    cost = account([replace(WHOLE, usd_per_hour=price) for price in (1.0, None, 3.0)], 0.0, None)
+    assert [part["usd"] for part in cost["attempts"]] == pytest.approx([600 / 3600, 3 * 600 / 3600, 3 * 600 / 3600])
+    assert account([replace(WHOLE, usd_per_hour=None)], 0.0, 5.0)["usd"] is None
+
+
+def test_savings_are_sagemakers_figure_and_a_stricter_one() -> None:
+    """`percent` is (1 - billable / training seconds) * 100; net of it goes what interruptions cost."""
+    again = replace(WHOLE, number=2, repeated_seconds=100.0)
+    cost = account([WHOLE, again], 290.0, 9.0)
+    billable = cost["seconds"] * 3.6 / 9.0
+    assert cost["savings"]["percent"] == pytest.approx((1 - billable / cost["seconds"]) * 100)
+    needed = (cost["seconds"] - cost["wasted_seconds"]) * 9.0 / 3600
+    assert cost["savings"]["net_usd"] == pytest.approx(needed - cost["usd"])
+    assert cost["savings"]["net_percent"] == pytest.approx(100 * (1 - cost["usd"] / needed))
+
+
+def test_energy_is_that_of_the_attempts_that_were_metered() -> None:
+    """An attempt that was killed before the meter was read adds nothing; no meter at all is None, not 0."""
+    made = [replace(WHOLE, energy_joules=joules) for joules in (None, 1.8e6, 3.6e6)]
+    cost = account(made, 0.0, None)
+    assert (cost["energy_joules"], cost["energy_kwh"]) == (5.4e6, pytest.approx(1.5))
+    assert account([WHOLE], 0.0, None)["energy_joules"] is None

@@ -1,0 +1,294 @@
+"""Attempts: the ledger says how each one went, stages are done once, and a run stays one experiment."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from job.runs import attempt as runs_attempt
+from job.runs.attempt import Attempt, missing, open_attempt
+from job.errors import DataError, Preempted, Replaced, Unreachable
+from job.runs.fault_injection import Faults, arm
+from job.runs.run_log import ledger_key, parse_record
+from job.storage.local import LocalStore
+from job.storage.open import ObjectStore
+from job.preemption.stop_flag import Stop
+from job.records import Artifact, Evaluated
+from tests.wrapped_store import WrappedStore
+
+SETTINGS = {"train.epochs": 2}
+KEY = "artifacts/evaluation/arc_easy.base.jsonl"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> LocalStore:
+    """The run's own."""
+    return LocalStore(tmp_path / "run")
+
+
+@pytest.fixture
+def opened(store: LocalStore, tmp_path: Path) -> Callable[..., AbstractContextManager[Attempt]]:
+    """Begins an attempt at the run."""
+
+    def begin(stop: Stop | None = None, through: ObjectStore = store) -> AbstractContextManager[Attempt]:
+        return open_attempt(
+            through,
+            SETTINGS,
+            cache=str(tmp_path / "cache"),
+            stop=stop or Stop(),
+            beat=lambda: None,
+            faults=arm((), store),
+        )
+
+    return begin
+
+
+def ledger(store: LocalStore, number: int) -> dict[str, Any]:
+    """What the ledger says of an attempt."""
+    kept = store.read(f"attempts/{number:04d}.json")
+    assert kept is not None
+    entry: dict[str, Any] = json.loads(kept.data)
+    return entry
+
+
+class Clock:
+    """A clock that a test winds on; each request to the store takes `cost` seconds of it."""
+
+    def __init__(self, cost: float) -> None:
+        self.now, self.cost = 1000.0, cost
+
+    def monotonic(self) -> float:
+        """The time."""
+        return self.now
+
+    def pay(self, _verb: str, _key: str) -> None:
+        """A request took its time."""
+        self.now += self.cost
+
+
+@pytest.mark.parametrize(("cost", "between"), [(0.0001, (0.2, 0.3)), (0.003, (0.3, 1.5)), (1.0, (5, 8))])
+def test_notes_take_little_of_the_time(
+    opened: Callable[..., AbstractContextManager[Attempt]],
+    store: LocalStore,
+    monkeypatch: pytest.MonkeyPatch,
+    cost: float,
+    between: tuple[float, float],
+) -> None:
+    """A quick store is told often, so that a kill loses little of the ledger; a slow one is not kept busy with it."""
+    clock = Clock(cost)
+    noted: list[float] = []
+    slow = WrappedStore(
+        store,
+        clock.pay,
+        lambda verb, key: noted.append(clock.now) if (verb, key[:9]) == ("write", "attempts/") else None,
+    )
+    with opened(through=slow) as attempt:
+        monkeypatch.setattr(runs_attempt, "time", clock)
+        attempt.note("running")
+        noted.clear()
+        for step in range(1, 2001):
+            clock.now += 0.01
+            attempt.step_done(step, 0.01)
+        monkeypatch.setattr(runs_attempt, "time", time)
+    pauses = [after - before for before, after in pairwise(noted[:-1])]
+    assert between[0] <= min(pauses)
+    assert max(pauses) <= between[1]
+
+
+def test_steps_done_again_are_counted(
+    opened: Callable[..., AbstractContextManager[Attempt]], store: LocalStore
+) -> None:
+    """A killed attempt stands in the ledger as far as its last note; what the next one does again is repeated."""
+    with opened() as attempt:
+        for step in range(1, 6):
+            attempt.step_done(step, 1.0)
+        attempt.note("running")
+        last = store.read("attempts/0001.json")
+    assert last is not None
+    store.write("attempts/0001.json", last.data)  # as if it had been killed, not ended
+    with opened() as attempt:
+        assert [(a.outcome, a.steps, a.last_step) for a in attempt.earlier] == [("killed", 5, 5)]
+        for step in range(4, 8):
+            attempt.step_done(step, float(step))
+        assert (attempt.steps, attempt.repeated_steps, attempt.last_step) == (4, 2, 7)
+        assert attempt.repeated_seconds == 4.0 + 5.0
+
+
+def test_a_killed_attempt_is_known_by_its_last_note(
+    opened: Callable[..., AbstractContextManager[Attempt]], store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A note holds the stage that is going on, what the machine costs, and what a meter says by then."""
+    clock = Clock(0.0)
+    with opened() as attempt:
+        monkeypatch.setattr(runs_attempt, "time", clock)
+        attempt._began = clock.now
+        attempt.usd_per_hour, attempt.joules = 2.5, lambda: 3 * clock.now
+        with attempt.timed("pull"):
+            clock.now += 4.0
+        with attempt.timed("train"):
+            clock.now += 30.0
+            attempt.note("running")
+            noted = ledger(store, 1)
+            clock.now += 6.0
+        assert attempt.stage_seconds == {"pull": 4.0, "train": 36.0}
+        monkeypatch.setattr(runs_attempt, "time", time)
+    assert noted["seconds"] == 34.0
+    assert noted["stage_seconds"] == {"pull": 4.0, "train": 30.0}
+    assert (noted["usd_per_hour"], noted["energy_joules"]) == (2.5, 3 * 1034.0)
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [(Preempted("x"), "preempted"), (Unreachable("x"), "failed"), (ZeroDivisionError("x"), "crashed")],
+)
+def test_the_ledger_says_why(
+    opened: Callable[..., AbstractContextManager[Attempt]], store: LocalStore, error: Exception, outcome: str
+) -> None:
+    """How an attempt ended is in the store, and the error goes on to whoever turns it into an exit code."""
+    with pytest.raises(type(error)), opened():
+        raise error
+    entry = ledger(store, 1)
+    assert entry["outcome"] == outcome
+    assert entry["finished"] is not None
+
+
+def test_a_replaced_attempt_does_not_keep_the_books(
+    opened: Callable[..., AbstractContextManager[Attempt]], store: LocalStore
+) -> None:
+    """Whoever took over writes the ledger; the one before ends without a word in it."""
+    with pytest.raises(Replaced), opened(), opened():
+        pass  # the outer one notes its end after the inner one took over
+    assert ledger(store, 1)["outcome"] == "running"
+    assert ledger(store, 2)["outcome"] == "complete"
+
+
+def test_a_stage_is_done_once(opened: Callable[..., AbstractContextManager[Attempt]]) -> None:
+    """A later attempt reads what a stage found out instead of doing it again."""
+    done: list[int] = []
+
+    def work() -> dict[str, int]:
+        done.append(1)
+        return {"a": 1}
+
+    for _ in range(2):
+        with opened() as attempt:
+            assert attempt.stage("pull", dict[str, int], work) == {"a": 1}
+    assert done == [1]
+
+
+def test_a_stage_does_not_begin_after_a_stop(opened: Callable[..., AbstractContextManager[Attempt]]) -> None:
+    """The flag is looked at before work is begun that would not be finished."""
+    stop = Stop()
+    stop.request("SIGTERM", 30)
+    with pytest.raises(Preempted, match="SIGTERM"), opened(stop) as attempt:
+        attempt.stage("train", dict[str, int], lambda: pytest.fail("was begun"))
+
+
+@pytest.fixture
+def artifact(store: LocalStore, tmp_path: Path) -> Iterator[Artifact]:
+    """A published file."""
+    path = tmp_path / "weights"
+    path.write_bytes(b"weights")
+    store.upload(path, "artifacts/weights")
+    yield Artifact("artifacts/weights", 7, "9a93ff54a2fd36c27fd1aa77df6e4ae3f6f6f3d6b0f4d54cfaa2bd1f5c7e5a1a")
+    path.unlink()
+
+
+@pytest.mark.parametrize("change", [None, b"weightz"])
+def test_what_was_published_is_verified(
+    opened: Callable[..., AbstractContextManager[Attempt]], store: LocalStore, artifact: Artifact, change: bytes | None
+) -> None:
+    """A file that is gone, or is another than the one published, is an error of data, not loaded."""
+    if change is None:
+        store.delete(artifact.path)
+    else:
+        store.write(artifact.path, change)
+    with opened() as attempt, pytest.raises(DataError, match="gone" if change is None else "differs"):
+        attempt.fetch(artifact)
+
+
+def test_a_damaged_record_is_not_believed(
+    opened: Callable[..., AbstractContextManager[Attempt]], store: LocalStore
+) -> None:
+    """A changed digit in the ledger ends the next attempt, with the file and the way out."""
+    with opened():
+        pass
+    stored = store.read(ledger_key(1))
+    assert stored is not None
+    assert parse_record(stored.data).outcome == "complete"
+    store.write(ledger_key(1), stored.data.replace(b'"steps": 0', b'"steps": 1'))
+    with pytest.raises(DataError, match=r"attempts/0001\.json: was altered.*remove it"), opened():
+        pass
+    store.delete(ledger_key(1))
+    with opened() as last:
+        assert last.earlier == []
+
+
+def begun(store: LocalStore, tmp_path: Path) -> Attempt:
+    """An attempt at the run."""
+    return Attempt(store, tmp_path, 1, Stop(), lambda: None, Faults((), store), [])
+
+
+class Work:
+    """A stage's work, counted."""
+
+    def __init__(self, attempt: Attempt, path: Path) -> None:
+        self.attempt, self.path, self.done = attempt, path, 0
+
+    def __call__(self) -> Evaluated:
+        """Publishes one file."""
+        self.done += 1
+        self.path.write_bytes(b"record\n")
+        return Evaluated({}, [self.attempt.publish(self.path, KEY)])
+
+
+def test_a_finished_stage_is_not_repeated(store: LocalStore, tmp_path: Path) -> None:
+    """The record of a stage stands for its work."""
+    first = begun(store, tmp_path)
+    work = Work(first, tmp_path / "file")
+    found = first.stage("evaluate-base", Evaluated, work)
+    assert begun(store, tmp_path).stage("evaluate-base", Evaluated, work) == found
+    assert work.done == 1
+
+
+@pytest.mark.parametrize("damage", [lambda store: store.delete(KEY), lambda store: store.write(KEY, b"half")])
+def test_a_record_without_its_files_does_not_count(store: LocalStore, tmp_path: Path, damage: object) -> None:
+    """Where a copy of the run was restored that has the record but not the files yet, the stage is done again."""
+    first = begun(store, tmp_path)
+    work = Work(first, tmp_path / "file")
+    found = first.stage("evaluate-base", Evaluated, work)
+    damage(store)  # type: ignore[operator]
+    assert begun(store, tmp_path).stage("evaluate-base", Evaluated, work) == found
+    assert work.done == 2
+    assert missing(store, found.artifacts) == []
+
+
+def test_what_builds_on_it_is_done_again_too(store: LocalStore, tmp_path: Path) -> None:
+    """An evaluation is of the adapter that training published: another training has another evaluation."""
+    first = begun(store, tmp_path)
+    training, evaluation = Work(first, tmp_path / "one"), Work(first, tmp_path / "two")
+    first.stage("train", Evaluated, training)
+    first.stage("evaluate-adapter", Evaluated, evaluation)
+    store.delete(KEY)
+    second = begun(store, tmp_path)
+    second.stage("train", Evaluated, training)
+    second.stage("evaluate-adapter", Evaluated, evaluation)
+    assert (training.done, evaluation.done) == (2, 2)
+
+
+def test_missing_asks_once(store: LocalStore) -> None:
+    """However many files there are, one listing tells which are missing; none is needed for none."""
+    asked: list[str] = []
+    watched = WrappedStore(store, before=lambda verb, _key: asked.append(verb))
+    artifacts = [Artifact(f"artifacts/{n}", n, "") for n in range(5)]
+    store.write("artifacts/3", b"123")
+    assert missing(watched, artifacts) == [f"artifacts/{n}" for n in (0, 1, 2, 4)]
+    assert missing(watched, []) == []
+    assert asked == ["list"]

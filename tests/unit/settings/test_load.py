@@ -1,0 +1,934 @@
+"""Settings: where they may come from, which wins, and what happens when they are wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from job.errors import MAX_SHOWN, SettingsError
+from job.settings.load import (
+    Settings,
+    current_platform,
+    describe,
+    json_schema,
+    load_reading,
+    load_settings,
+    new_run_id,
+    preset_values,
+    redacted,
+    secrets,
+    trackers,
+)
+from job.settings.presets import PRESETS
+from job.settings.schema import NAMES
+
+SECRET = "hf_qWertYuiOpAsdFghJkl"
+EPOCHS = "train.epochs"
+
+
+def problems(arguments: list[str] | None = None, environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Where -> what of everything wrong with a configuration that must be wrong."""
+    with pytest.raises(SettingsError) as caught:
+        load_settings(arguments or [], environ or {})
+    return {problem.where: problem.what for problem in caught.value.problems}
+
+
+@pytest.fixture
+def sagemaker(tmp_path: Path) -> Callable[[object], dict[str, str]]:
+    """Writes hyperparameters.json (text as it is, anything else as JSON) and gives the job's environment."""
+
+    def environment(hyperparameters: object) -> dict[str, str]:
+        path = tmp_path / "ml/input/config/hyperparameters.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(hyperparameters if isinstance(hyperparameters, str) else json.dumps(hyperparameters))
+        return {"TRAINING_JOB_NAME": "alpaca-1", "SAGEMAKER_BASE_DIR": str(tmp_path / "ml")}
+
+    return environment
+
+
+class TestDefaults:
+    """What holds when nothing is said."""
+
+    def test_nothing_said_is_the_reference_recipe(self) -> None:
+        """The default preset is the published recipe, field for field."""
+        settings = load_settings([], {})
+        assert settings.preset == "mistral-7b-alpaca"
+        assert settings.model.id == "mistralai/Mistral-7B-v0.1"
+        assert (settings.model.quantization, settings.model.double_quantization) == ("nf4", True)
+        assert (settings.lora.rank, settings.lora.alpha, settings.lora.dropout) == (16, 16, 0.0)
+        assert len(settings.lora.target_modules) == 7
+        assert (settings.data.source, settings.data.limit, settings.data.on_bad_row) == (
+            "tatsu-lab/alpaca",
+            1500,
+            "skip",
+        )
+        assert (settings.train.epochs, settings.train.learning_rate, settings.train.global_batch_size) == (2, 2e-4, 32)
+        assert (settings.train.optimizer, settings.train.gradient_checkpointing) == ("adamw_8bit", "auto")
+        assert settings.eval.tasks == ("arc_easy",)
+
+    def test_the_default_preset_pins_its_hub_revisions(self) -> None:
+        """What the hub serves may change; the reference recipe does not."""
+        settings = load_settings([], {})
+        for revision in (settings.model.revision, settings.data.revision):
+            assert re.fullmatch(r"[0-9a-f]{40}", revision or "")
+
+    @pytest.mark.parametrize("preset", PRESETS)
+    def test_every_preset_is_valid_and_says_so(self, preset: str) -> None:
+        """All of a preset's values pass, and carry its name as their source."""
+        settings = load_settings(["--preset", preset], {})
+        assert settings.preset == preset
+        assert {settings.sources[name] for name in PRESETS[preset]} == {f"preset {preset}"}
+
+    def test_presets_and_their_type_name_the_same(self) -> None:
+        """The first preset is the default, and the schema offers exactly those that exist."""
+        assert Settings().preset == next(iter(PRESETS))
+        assert json_schema()["properties"]["preset"]["enum"] == list(PRESETS)
+
+    def test_the_demo_needs_no_network(self) -> None:
+        """Model, data and questions of the demo lie in the package."""
+        demo = load_settings(["--preset=demo"], {})
+        package = Path(__file__).parents[3] / "job/demo"
+        assert Path(demo.model.id) == package / "base"
+        assert Path(demo.data.source) == package / "instructions.jsonl"
+        assert dict(demo.eval.data) == {"arc_easy": str(package / "questions.jsonl")}
+        assert (demo.model.revision, demo.data.revision, demo.data.limit) == (None, None, None)
+
+    def test_every_default_passes_its_own_check(self) -> None:
+        """Defaults are not validated when used, so they are validated here."""
+        plain = Settings()
+        assert Settings.model_validate(plain.model_dump()).model_dump() == plain.model_dump()
+
+    def test_settings_are_frozen(self) -> None:
+        """What was checked at the start still holds at the end."""
+        settings = load_settings([], {})
+        with pytest.raises(ValidationError, match="frozen"):
+            settings.train.epochs = 3
+
+
+class TestPrecedence:
+    """Command line > environment > hyperparameters > file > preset > default."""
+
+    def test_each_layer_wins_over_those_below(self, tmp_path: Path, sagemaker: Callable) -> None:
+        """Taking the layers away one by one uncovers the next, with its source."""
+        config = tmp_path / "job.yaml"
+        config.write_text("train: {epochs: 4}\n")
+        base = {"JOB_PRESET": "demo"}
+        file = base | {"JOB_CONFIG": str(config)}
+        hyperparameters = file | sagemaker({"train.epochs": "5"})
+        environment = hyperparameters | {"JOB_TRAIN__EPOCHS": "6"}
+        layers = [
+            (["--train.epochs=7"], environment, 7, "command line"),
+            ([], environment, 6, "environment JOB_TRAIN__EPOCHS"),
+            ([], hyperparameters, 5, "hyperparameters.json"),
+            ([], file, 4, f"file {config}"),
+            ([], base, PRESETS["demo"][EPOCHS], "preset demo"),
+            ([], {}, 2, "default"),
+        ]
+        for arguments, environ, epochs, source in layers:
+            settings = load_settings(arguments, environ)
+            assert (settings.train.epochs, settings.sources[EPOCHS]) == (epochs, source)
+
+    def test_the_preset_itself_follows_the_precedence(self, tmp_path: Path) -> None:
+        """A preset named in a file holds until the environment or the command line names another."""
+        config = tmp_path / "job.toml"
+        config.write_text('preset = "demo"\n')
+        environ = {"JOB_CONFIG": str(config)}
+        assert load_settings([], environ).preset == "demo"
+        assert load_settings([], environ | {"JOB_PRESET": "mistral-7b-alpaca"}).preset == "mistral-7b-alpaca"
+        assert load_settings(["--preset=demo"], environ | {"JOB_PRESET": "mistral-7b-alpaca"}).model.dtype == "fp32"
+
+    def test_the_file_of_the_command_line_replaces_that_of_the_environment(self, tmp_path: Path) -> None:
+        """`--config` wins over JOB_CONFIG; the two are not mixed."""
+        one, two = tmp_path / "one.yaml", tmp_path / "two.yml"
+        one.write_text("train: {epochs: 8, max_steps: 3}\n")
+        two.write_text("train: {epochs: 9}\n")
+        settings = load_settings(["--config", str(two)], {"JOB_CONFIG": str(one)})
+        assert (settings.train.epochs, settings.train.max_steps) == (9, None)
+
+    def test_a_pin_stays_behind_when_its_repository_is_replaced(self) -> None:
+        """The commit of one repository means nothing in another."""
+        settings = load_settings(["--model.id=org/other"], {"JOB_DATA__SOURCE": "mine.jsonl"})
+        assert (settings.model.revision, settings.data.revision) == (None, None)
+
+    def test_a_pin_stays_when_its_repository_is_only_repeated(self) -> None:
+        """Writing the default model into a manifest does not unpin it."""
+        again = load_settings([], {"JOB_MODEL__ID": "mistralai/Mistral-7B-v0.1"})
+        assert again.model.revision == load_settings([], {}).model.revision
+
+    def test_a_pin_given_with_its_repository_holds(self) -> None:
+        """The user's own revision belongs to the user's own model."""
+        settings = load_settings([], {"JOB_MODEL__ID": "org/other", "JOB_MODEL__REVISION": "abc"})
+        assert settings.model.revision == "abc"
+
+    def test_a_need_for_a_gpu_belongs_to_the_model(self) -> None:
+        """The default model wants a GPU, the demo takes what there is; of a model of one's own neither is said."""
+        assert load_settings([], {}).run.device == "gpu"
+        assert load_settings(["--preset=demo"], {}).sources["run.device"] == "preset demo"
+        assert load_settings(["--model.id=org/other"], {}).sources["run.device"] == "default"
+        assert load_settings(["--model.id=org/other", "--run.device=cpu"], {}).run.device == "cpu"
+
+    def test_every_setting_has_a_source(self) -> None:
+        """Provenance is complete: none is missing, none is made up."""
+        assert set(load_settings([], {"JOB_LOG__LEVEL": "debug"}).sources) == set(NAMES)
+
+
+class TestSpelling:
+    """How names and values may be written."""
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            ["--train.learning-rate=3e-4"],
+            ["--train.learning_rate", "3e-4"],
+            ["--TRAIN.learning-rate", "3e-4"],
+            ["--train.learning-rate=1", "--train.learning_rate=3e-4"],
+        ],
+    )
+    def test_command_line_spellings(self, arguments: list[str]) -> None:
+        """Dash or underscore, equals sign or space; the last of two wins."""
+        assert load_settings(arguments, {}).train.learning_rate == 3e-4
+
+    def test_a_negative_number_is_a_value(self) -> None:
+        """One dash begins a number, two a name."""
+        assert load_settings(["--gate.min-delta", "-0.01"], {}).gate.min_delta == -0.01
+
+    @pytest.mark.parametrize(
+        "key",
+        [
+            "train.learning_rate",
+            "train.learning-rate",
+            "train__learning-rate",
+            "Train.Learning_Rate",
+            "JOB_TRAIN__LEARNING_RATE",
+            "job_train__learning_rate",
+            "train-learning-rate",
+            "Train_Learning_Rate",
+        ],
+    )
+    @pytest.mark.parametrize("value", ["3e-4", '"3e-4"', "0.0003", 3e-4])
+    def test_hyperparameter_spellings(self, sagemaker: Callable, key: str, value: object) -> None:
+        """SageMaker's users and SDKs write names and values in many ways; all mean the same."""
+        settings = load_settings([], sagemaker({key: value}))
+        assert (settings.train.learning_rate, settings.sources["train.learning_rate"]) == (3e-4, "hyperparameters.json")
+
+    def test_hyperparameters_of_every_type(self, sagemaker: Callable) -> None:
+        """Strings of JSON, of Python and of people become values of the right type."""
+        given_ = {
+            "eval.tasks": '["arc_easy", "hellaswag"]',
+            "eval.data": '{"arc_easy": "s3://bucket/questions.jsonl"}',
+            "model.quantization": '"none"',
+            "model.double-quantization": "False",
+            "data.limit": "null",
+            "lora.target_modules": "q_proj,v_proj",
+            "config": "",
+            "sagemaker_program": '"train.py"',
+            "_tuning_objective_metric": "loss",
+        }
+        settings = load_settings([], sagemaker(given_))
+        assert settings.eval.tasks == ("arc_easy", "hellaswag")
+        assert dict(settings.eval.data) == {"arc_easy": "s3://bucket/questions.jsonl"}
+        assert (settings.model.quantization, settings.model.double_quantization) == ("none", False)
+        assert settings.data.limit is None
+        assert settings.lora.target_modules == ("q_proj", "v_proj")
+
+    def test_a_sagemaker_job_without_hyperparameters_is_fine(self) -> None:
+        """The file is optional; the job's name is the run id all the same."""
+        settings = load_settings([], {"TRAINING_JOB_NAME": "alpaca-1", "SAGEMAKER_BASE_DIR": "/nowhere"})
+        assert (settings.run.id, settings.sources["run.id"]) == ("alpaca-1", "platform")
+
+    @pytest.mark.parametrize("text", ["true", "True", "1", "yes", "ON", " on "])
+    def test_true(self, text: str) -> None:
+        """What people write for true."""
+        assert load_settings([], {"JOB_STORAGE__REQUEST_PAYER": text}).storage.request_payer is True
+
+    @pytest.mark.parametrize("text", ["false", "False", "0", "no", "OFF"])
+    def test_false(self, text: str) -> None:
+        """What people write for false; "False" is not true because it is a non-empty string."""
+        assert load_settings([], {"JOB_MODEL__DOUBLE_QUANTIZATION": text}).model.double_quantization is False
+
+    @pytest.mark.parametrize("text", ["", "t", "y", "2", "maybe", "none"])
+    def test_neither_true_nor_false(self, text: str) -> None:
+        """Anything else is an error, not a guess."""
+        assert (
+            "true or false"
+            in problems([], {"JOB_STORAGE__REQUEST_PAYER": text})[
+                "storage.request_payer (environment JOB_STORAGE__REQUEST_PAYER)"
+            ]
+        )
+
+    @pytest.mark.parametrize("text", ["a,b", " a , b ", '["a", "b"]'])
+    def test_lists(self, text: str) -> None:
+        """Commas or JSON."""
+        assert load_settings([], {"JOB_EVAL__TASKS": text}).eval.tasks == ("a", "b")
+
+    @pytest.mark.parametrize(
+        "text", ["arc_easy=x.jsonl,b=s3://bucket/y", '{"arc_easy": "x.jsonl", "b": "s3://bucket/y/"}']
+    )
+    def test_mappings(self, text: str) -> None:
+        """Pairs or JSON."""
+        environ = {"JOB_EVAL__TASKS": "arc_easy,b", "JOB_EVAL__DATA": text}
+        assert dict(load_settings([], environ).eval.data) == {"arc_easy": "x.jsonl", "b": "s3://bucket/y"}
+
+    def test_empty_text_is_none_for_an_optional(self) -> None:
+        """An empty variable takes back what preset or default say."""
+        settings = load_settings([], {"JOB_DATA__LIMIT": "", "JOB_MODEL__REVISION": " ", "JOB_EVAL__DATA": ""})
+        assert (settings.data.limit, settings.model.revision, dict(settings.eval.data)) == (None, None, {})
+
+    @pytest.mark.parametrize("suffix", ["yaml", "toml"])
+    def test_files_may_nest_or_dot(self, tmp_path: Path, suffix: str) -> None:
+        """A file may nest groups or write dotted names, and an empty group says nothing."""
+        text = {
+            "yaml": "lora:\ntrain: {learning-rate: 1e-3, epochs: 3}\nlora.rank: 8\neval: {tasks: [a, b]}\n",
+            "toml": '"lora.rank" = 8\n[lora]\n[train]\nlearning-rate = 1e-3\nepochs = 3\n[eval]\ntasks = ["a", "b"]\n',
+        }[suffix]
+        config = tmp_path / f"job.{suffix}"
+        config.write_text(text)
+        settings = load_settings([f"--config={config}"], {})
+        assert (settings.train.learning_rate, settings.train.epochs, settings.lora.rank) == (1e-3, 3, 8)
+        assert settings.eval.tasks == ("a", "b")
+
+    def test_an_empty_file_says_nothing(self, tmp_path: Path) -> None:
+        """A file of comments only is a file of no settings."""
+        config = tmp_path / "job.yaml"
+        config.write_text("# nothing yet\n")
+        assert load_settings([f"--config={config}"], {}).train.epochs == 2
+
+    def test_an_s3_output_loses_the_slash_at_its_end(self) -> None:
+        """So that joining a key to it never makes an empty part."""
+        assert load_settings([], {"JOB_RUN__OUTPUT": "s3://bucket/runs/"}).run.output == "s3://bucket/runs"
+
+
+class TestRunId:
+    """What a run is called."""
+
+    def test_a_generated_id_is_valid_and_new(self) -> None:
+        """Without a name from user or platform, time and chance make one, and say so."""
+        settings = load_settings([], {"JOB_RUN__ID": ""})
+        assert settings.sources["run.id"] == "generated"
+        assert re.fullmatch(r"\d{8}-\d{6}-[0-9a-f]{4}", settings.run.id)
+        assert len({new_run_id() for _ in range(20)}) > 1
+
+    def test_the_users_id_wins_over_the_platforms(self) -> None:
+        """A user who names the run means it."""
+        settings = load_settings(["--run.id=mine"], {"TRAINING_JOB_NAME": "alpaca-1"})
+        assert (settings.run.id, settings.sources["run.id"]) == ("mine", "command line")
+
+    def test_the_platform_is_known_without_valid_settings(self) -> None:
+        """The failure file has to be found to report that the settings are wrong."""
+        environ = {"TRAINING_JOB_NAME": "a", "JOB_TYPO": "1"}
+        assert current_platform(environ).failure_file == Path("/opt/ml/output/failure")
+
+    @pytest.mark.parametrize("run_id", ["-a", ".a", "a/b", "a b", "a" * 129, "ä", "a\nb"])
+    def test_an_id_that_is_no_folder_name(self, run_id: str) -> None:
+        """The id is a folder, an object key and a label, so it holds only what all of them allow."""
+        assert "128" in problems([f"--run.id={run_id}"])["run.id (command line)"]
+
+
+class TestUnknownNames:
+    """A misspelt setting is never ignored."""
+
+    @pytest.mark.parametrize(
+        ("variable", "nearest"),
+        [
+            ("JOB_TRAIN__LEARNING_RAET", "JOB_TRAIN__LEARNING_RATE"),
+            ("JOB_TRIAN__EPOCHS", "JOB_TRAIN__EPOCHS"),
+            ("JOB_PRESTE", "JOB_PRESET"),
+            ("JOB_CONFG", "JOB_CONFIG"),
+            ("JOB_TRAIN_EPOCHS", "JOB_TRAIN__EPOCHS"),
+            ("JOB_train__epochs", "JOB_TRAIN__EPOCHS"),
+            ("JOB_EVAL__DATA__ARC", "JOB_EVAL__DATA"),
+        ],
+    )
+    def test_in_the_environment(self, variable: str, nearest: str) -> None:
+        """At every level, the top included, with the nearest name spelled as a variable."""
+        assert problems([], {variable: "1"})[f"environment {variable}"].endswith(f"the nearest is {nearest}")
+
+    def test_on_the_command_line(self) -> None:
+        """With the nearest name spelled as an option; the value after it is no second problem."""
+        assert problems(["--train.epocs", "3"]) == {
+            "command line --train.epocs": "is no setting; the nearest is --train.epochs",
+        }
+
+    def test_in_hyperparameters(self, sagemaker: Callable) -> None:
+        """Also where SageMaker would let it pass."""
+        assert problems([], sagemaker({"epochs": "3"})) == {
+            "hyperparameters.json epochs": "is no setting; the nearest is train.epochs",
+        }
+
+    def test_in_a_file(self, tmp_path: Path) -> None:
+        """Nested or at the top, whatever the type of the key."""
+        config = tmp_path / "job.yaml"
+        config.write_text("trian: {epochs: 3}\ntrain: {epocs: 3}\n5: x\nconfig: other.yaml\n")
+        found = problems([], {"JOB_CONFIG": str(config)})
+        assert set(found) == {f"file {config} {name}" for name in ("trian", "train.epocs", "5", "config")}
+        assert found[f"file {config} train.epocs"].endswith("train.epochs")
+
+    def test_a_group_is_not_a_setting(self) -> None:
+        """A group where a setting belongs is answered with its members."""
+        assert "JOB_LORA__RANK" in problems([], {"JOB_LORA": '{"rank": 8}'})["environment JOB_LORA"]
+
+    def test_what_a_pod_gets_from_kubernetes_is_no_mistake(self) -> None:
+        """Kubernetes' own JOB_ variables do not stop a job; elsewhere they are unknown names."""
+        environ = {"JOB_COMPLETION_INDEX": "0", "JOB_TRACKER_PORT_443_TCP_ADDR": "10.0.0.2"}
+        assert load_settings([], environ | {"KUBERNETES_SERVICE_HOST": "10.0.0.1"})
+        assert len(problems([], environ)) == 2
+
+    def test_other_variables_are_none_of_our_business(self) -> None:
+        """Only names that begin with JOB_, in capitals, are read."""
+        assert load_settings([], {"job_typo": "1", "MY_JOB_TYPO": "1", "JOBS": "4"})
+
+    def test_strange_names_stay_on_one_line(self) -> None:
+        """Names that are not text, or a page of it, neither break the message nor the encoding of it."""
+        with pytest.raises(SettingsError) as caught:
+            load_settings([], {"JOB_\udc80\n": "1", "JOB_" + "A" * 10_000: "1"})
+        assert len(str(caught.value).encode("utf-8").splitlines()) == 2
+        assert len(str(caught.value)) < 500
+
+
+BAD_VALUES: list[tuple[str, list[str]]] = [
+    ("preset", ["", "nonsense", "DEMO"]),
+    ("run.id", ["-x", "a/b", "../up"]),
+    (
+        "run.output",
+        ["", "s3://", "s3://B/x", "s3://bucket//x", "s3://bucket/../x", "gs://bucket/x", "~/x", "a\x00b", "\udc80"],
+    ),
+    ("run.seed", ["-1", "4294967296", "x", "", "1.5"]),
+    ("run.grace_seconds", ["0", "-1", "nan", "inf", "1e300"]),
+    ("run.spot_notices", ["true", "aws"]),
+    ("run.device", ["", "cuda", "GPU"]),
+    ("run.image_digest", ["latest", "sha256:abc", f"sha256:{'A' * 64}", f"registry/image@sha256:{'a' * 64}"]),
+    ("model.id", ["", "https://host/model", "s3://a/b"]),
+    ("model.quantization", ["int8", "NF4", ""]),
+    ("model.double_quantization", ["maybe", "2", ""]),
+    ("model.dtype", ["float16"]),
+    ("lora.rank", ["0", "-1", "1.5", "sixteen", "9" * 5000]),
+    ("lora.alpha", ["0", "-16"]),
+    ("lora.dropout", ["1", "-0.1", "nan", "1e400"]),
+    ("lora.target_modules", ["", "q_proj,q_proj", "q_proj,,v_proj", "[", "[1]", "[" * 5000, '{"a": 1}']),
+    ("data.source", ["", "http://host/x", "s3://x"]),
+    ("data.limit", ["0", "-5", "many"]),
+    ("data.format", ["csv"]),
+    ("data.on_bad_row", ["ignore"]),
+    ("train.epochs", ["0", "-1", "2.5", "inf", ""]),
+    ("train.max_steps", ["0", "x"]),
+    ("train.learning_rate", ["-1e-4", "nan", "inf", "-inf", "fast"]),
+    ("train.scheduler", ["step"]),
+    ("train.warmup_steps", ["-1"]),
+    ("train.weight_decay", ["-0.1"]),
+    ("train.max_grad_norm", ["0", "inf"]),
+    ("train.global_batch_size", ["0", "-32"]),
+    ("train.micro_batch_tokens", ["0"]),
+    ("train.optimizer", ["sgd"]),
+    ("train.stall_seconds", ["0"]),
+    ("checkpoint.every_steps", ["0"]),
+    ("checkpoint.keep", ["0"]),
+    ("eval.tasks", ["", "a,a", "[]", '["a", 1]', "[[[["]),
+    ("eval.data", ["x", "a=1,a=2", "{", "[]", '{"arc_easy": 1}', '{"arc_easy": "ftp://x"}', "arc_esay=x.jsonl"]),
+    ("gate.metric", ["f1"]),
+    ("gate.min_delta", ["1.1", "-1.1", "nan"]),
+    ("gate.max_regression", ["-0.1", "1.1"]),
+    (
+        "storage.endpoint_url",
+        ["host", "ftp://host", "https://", "http://[", "https://h:x", "https://u@h", "https://h/?a=b"],
+    ),
+    ("run.processes", ["0", "-1", "two", "1.5", "٢", "true", ""]),
+    ("run.nodes", ["0", "x"]),
+    ("run.node_rank", ["-1", "x"]),
+    ("run.rendezvous", ["host", ":29400", "host:", "host:0", "host:65536", "http://host:1", "a b:1", "host:1:2"]),
+    ("storage.storage_class", ["GLACIER", "DEEP_ARCHIVE"]),
+    ("storage.timeout_seconds", ["0"]),
+    ("storage.retries", ["-1", "0", "1000"]),
+    ("storage.cache", ["s3://bucket/cache", "~/cache"]),
+    ("log.format", ["text"]),
+    ("log.level", ["INFO", "trace"]),
+    ("cost.usd_per_hour", ["-1", "nan", "free"]),
+]
+BAD_PAIRS = [(name, value) for name, values in BAD_VALUES for value in values]
+
+
+def variable(name: str) -> str:
+    """The environment variable of a setting."""
+    return "JOB_" + name.upper().replace(".", "__")
+
+
+class TestWrongValues:
+    """Wrong values, alone and together."""
+
+    @pytest.mark.parametrize(("name", "value"), BAD_PAIRS, ids=[f"{name}={value[:20]!r}" for name, value in BAD_PAIRS])
+    def test_each_is_named_with_its_source(self, name: str, value: str) -> None:
+        """One wrong value is one problem, which names the setting and the variable."""
+        assert list(problems([], {variable(name): value})) == [f"{name} (environment {variable(name)})"]
+
+    def test_all_at_once(self, tmp_path: Path, sagemaker: Callable) -> None:
+        """Wrong names, wrong values and impossible combinations of all layers come in one error."""
+        config = tmp_path / "job.yaml"
+        config.write_text("lora: {rank: 0}\ntypo: 1\n")
+        environ = sagemaker({"train.epochs": "-1"}) | {
+            "JOB_CONFIG": str(config),
+            "JOB_RUN__SEED": "x",
+            "JOB_TYPO": "1",
+            "WORLD_SIZE": "three",
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": "a",
+            "MASTER_PORT": "1",
+        }
+        assert set(problems(["--data.limit=0", "--nope=1"], environ)) == {
+            f"file {config} typo",
+            "environment JOB_TYPO",
+            "command line --nope",
+            "run.seed (environment JOB_RUN__SEED)",
+            f"lora.rank (file {config})",
+            "data.limit (command line)",
+            "train.epochs (hyperparameters.json)",
+            "WORLD_SIZE (environment)",
+        }
+
+    def test_numbers_in_a_file_are_not_true_or_false(self, tmp_path: Path) -> None:
+        """`epochs: true` is a mistake, though Python counts True as 1."""
+        config = tmp_path / "job.yaml"
+        config.write_text("train: {epochs: true, learning_rate: yes}\nmodel: {double_quantization: 1.0}\n")
+        assert len(problems([], {"JOB_CONFIG": str(config)})) == 3
+
+    @pytest.mark.parametrize("arguments", [["--train.epochs"], ["--train.epochs", "--lora.rank=8"]])
+    def test_an_option_needs_a_value(self, arguments: list[str]) -> None:
+        """A forgotten value does not swallow the next option."""
+        assert list(problems(arguments)) == ["command line --train.epochs"]
+
+    def test_a_stray_argument(self) -> None:
+        """What is no option is named by its place only, because it may be anything."""
+        assert list(problems(["--lora.rank=8", SECRET])) == ["command line, argument 2"]
+
+    @pytest.mark.parametrize("spelling", ["train__epochs", "train-epochs", "TRAIN_EPOCHS"])
+    def test_two_spellings_of_one_hyperparameter(self, sagemaker: Callable, spelling: str) -> None:
+        """Which of the two was meant cannot be known."""
+        found = problems([], sagemaker({"train.epochs": "1", spelling: "2"}))
+        assert "twice" in found["train.epochs (hyperparameters.json)"]
+
+    def test_a_name_without_its_dot_is_for_hyperparameters(self) -> None:
+        """Tuners and templates write them so; elsewhere a name is written as it is documented."""
+        assert list(problems([], {"JOB_TRAIN_EPOCHS": "3"})) == ["environment JOB_TRAIN_EPOCHS"]
+
+    def test_flat_names_are_told_apart(self) -> None:
+        """No two settings have the same name once their dots are underscores."""
+        assert len({name.replace(".", "_") for name in NAMES}) == len(NAMES)
+
+    @pytest.mark.parametrize("text", ["{", "[]", "3", "\ufeff{]", "[" * 100_000])
+    def test_broken_hyperparameters(self, sagemaker: Callable, text: str) -> None:
+        """A file that is not a JSON object is one problem."""
+        assert list(problems([], sagemaker(text))) == ["hyperparameters.json"]
+
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [
+            ("a.yaml", b"train: {epochs: 3"),
+            ("a.yaml", b"- a\n- b\n"),
+            ("a.yaml", b"0"),
+            ("a.yaml", b"\xff\xfe\xfa"),
+            ("a.yaml", b"a: 2026-99-99"),
+            ("a.yaml", b"!!python/object/apply:os.system [x]"),
+            ("a.yaml", b"[" * 5000),
+            ("a.yaml", b" " * 2_000_000),
+            ("a.toml", b"train = {"),
+            ("a.toml", b"x = " + b"[" * 5000),
+            ("a.toml", b"a = 1\na = 2\n"),
+            ("a.ini", b"[train]\n"),
+            ("missing.yaml", None),
+            ("folder.yaml", "folder"),
+        ],
+    )
+    def test_a_file_that_cannot_be_used(self, tmp_path: Path, name: str, content: bytes | str | None) -> None:
+        """A broken, missing or foreign file is one problem, with the variable that named it."""
+        path = tmp_path / name
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        elif content:
+            path.mkdir()
+        assert list(problems([], {"JOB_CONFIG": str(path)})) == ["config (environment JOB_CONFIG)"]
+
+    def test_a_broken_file_is_not_quoted(self, tmp_path: Path) -> None:
+        """The line number is given, the line is not: it may hold a secret."""
+        for name, text in (("a.yaml", f"x: 1\ny: {{ {SECRET}\n"), ("a.toml", f"x = 1\ny = {SECRET}\n")):
+            (tmp_path / name).write_text(text)
+            what = problems([f"--config={tmp_path / name}"])["config (command line)"]
+            assert re.search(r"line [23]", what)
+            assert SECRET not in what
+
+
+TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
+class TestCombinations:
+    """Values that are right alone and impossible together."""
+
+    @pytest.mark.parametrize("world_size", ["2", "3", "64"])
+    def test_any_number_of_processes_shares_a_batch(self, world_size: str) -> None:
+        """A step's examples need not divide evenly, and some processes may have none."""
+        assert load_settings(["--run.id=a"], TORCHRUN | {"WORLD_SIZE": world_size})
+
+    @pytest.mark.parametrize("world_size", ["0", "-1", "x", "1.5", "9" * 5000, "٣"])
+    def test_a_world_size_that_is_none(self, world_size: str) -> None:
+        """The variables of torchrun are checked like settings."""
+        assert list(problems([], TORCHRUN | {"WORLD_SIZE": world_size})) == ["WORLD_SIZE (environment)"]
+
+    def test_torchruns_variables_come_together(self) -> None:
+        """The number of processes alone says not which of them this is."""
+        missing = ["RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"]
+        assert list(problems([], {"WORLD_SIZE": "2"})) == [f"{name} (environment)" for name in missing]
+
+    def test_several_processes_need_one_name(self) -> None:
+        """Each process would make up a run id of its own and write elsewhere."""
+        assert list(problems([], TORCHRUN)) == ["run.id (generated)"]
+        assert load_settings([], TORCHRUN | {"TRAINING_JOB_NAME": "alpaca-1"})
+        assert list(problems(["--run.nodes=2", "--run.rendezvous=a:1"])) == ["run.id (generated)"]
+
+    def test_several_machines_need_an_address_and_numbers(self) -> None:
+        """Where machine 0 listens, and which one this is."""
+        found = problems(["--run.nodes=2", "--run.node_rank=2", "--run.id=a"])
+        assert list(found) == ["run.rendezvous (default)", "run.node_rank (command line)"]
+        assert load_settings(["--run.node_rank=5"])  # an Indexed Job whose runs have nothing to do with each other
+
+    def test_where_torchrun_starts_the_processes_it_knows_the_machines(self) -> None:
+        """Our own settings of machines are then not asked for."""
+        assert load_settings(["--run.nodes=2", "--run.id=a"], TORCHRUN)
+
+    def test_a_pod_of_an_indexed_job_knows_its_number(self) -> None:
+        """From the platform, unless the user says otherwise."""
+        pod = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}
+        common = ["--run.nodes=2", "--run.rendezvous=a-0.a:29400", "--run.id=a"]
+        settings = load_settings(common, pod)
+        assert settings.run.node_rank == 1
+        assert settings.sources["run.node_rank"] == "platform"
+        assert load_settings([*common, "--run.node_rank=0"], pod).run.node_rank == 0
+
+    def test_sagemaker_tells_its_hosts(self, tmp_path: Path, sagemaker: Callable) -> None:
+        """Number of machines, which one, and where to meet; a file that tells nothing is a problem."""
+        environ = sagemaker({"run.output": "s3://bucket/runs"})
+        file = Path(environ["SAGEMAKER_BASE_DIR"], "input/config/resourceconfig.json")
+        file.write_text(json.dumps({"current_host": "algo-2", "hosts": ["algo-1", "algo-2"]}))
+        run = load_settings([], environ).run
+        assert (run.nodes, run.node_rank, run.rendezvous) == (2, 1, "algo-1:29400")
+        file.write_text("{}")
+        assert list(problems([], environ)) == ["resourceconfig.json"]
+
+    def test_sagemakers_hosts_share_no_folder(self, tmp_path: Path, sagemaker: Callable) -> None:
+        """What SageMaker copies is another folder on each host; a file system that all have mounted is fine."""
+        environ = sagemaker({})
+        base = Path(environ["SAGEMAKER_BASE_DIR"])
+        hosts = {"current_host": "algo-1", "hosts": ["algo-1", "algo-2"]}
+        (base / "input/config/resourceconfig.json").write_text(json.dumps(hosts))
+        assert "this machine alone" in problems([], environ)["run.output (platform)"]
+        assert load_settings([f"--run.output={tmp_path}/shared"], environ)
+
+    def test_an_output_below_a_file(self, tmp_path: Path) -> None:
+        """A folder cannot be made inside a file, nor in its place."""
+        (tmp_path / "file").touch()
+        for output in (tmp_path / "file", tmp_path / "file/below/it"):
+            assert "is a file" in problems([f"--run.output={output}"])["run.output (command line)"]
+
+    def test_an_output_in_a_folder_that_refuses(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Asked of the system before anything is written (root may write anywhere, so the answer is faked)."""
+        monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+        assert "not writable" in problems([f"--run.output={tmp_path}/new"])["run.output (command line)"]
+
+    def test_an_output_behind_a_broken_link(self, tmp_path: Path) -> None:
+        """A link to a volume that is not mounted is found now, not after the training."""
+        (tmp_path / "link").symlink_to(tmp_path / "unmounted")
+        assert "link to nothing" in problems([f"--run.output={tmp_path}/link/runs"])["run.output (command line)"]
+
+    def test_an_output_with_too_long_a_name(self) -> None:
+        """The system's own refusal becomes a problem."""
+        assert "cannot be written" in problems([f"--run.output={'a' * 300}"])["run.output (command line)"]
+
+    def test_looking_at_an_output_creates_nothing(self, tmp_path: Path) -> None:
+        """`config` and a settings error leave no traces."""
+        load_settings([f"--run.output={tmp_path}/a/b", f"--storage.cache={tmp_path}/c"], {})
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_cache_that_cannot_be_written(self, tmp_path: Path) -> None:
+        """The cache is checked as the output is."""
+        (tmp_path / "file").touch()
+        assert "is a file" in problems([f"--storage.cache={tmp_path}/file"])["storage.cache (command line)"]
+
+    @pytest.mark.parametrize("place", ["s3://bucket/base", "/models/base", "./base"])
+    def test_a_revision_of_something_that_has_none(self, place: str) -> None:
+        """Only a hub repository has commits; a pin without effect would be believed."""
+        found = problems(
+            [f"--model.id={place}", "--model.revision=abc", f"--data.source={place}", "--data.revision=abc"]
+        )
+        assert set(found) == {"model.revision (command line)", "data.revision (command line)"}
+
+    def test_a_question_file_for_no_task(self) -> None:
+        """A misspelt task would silently be fetched from the hub; a preset's unused file is harmless."""
+        found = problems(["--eval.data=arc_esay=questions.jsonl"])
+        assert "eval.tasks" in found["eval.data (command line)"]
+        assert load_settings(["--preset=demo", "--eval.tasks=hellaswag"], {}).eval.tasks == ("hellaswag",)
+
+    def test_a_gate_without_a_threshold(self) -> None:
+        """A gate that can never close is not what was meant."""
+        assert "threshold" in problems(["--gate.metric=acc_norm"])["gate.metric (command line)"]
+        assert load_settings(["--gate.metric=acc_norm", "--gate.min_delta=0"], {}).gate.min_delta == 0
+        assert "threshold" in problems(["--gate.baseline=runs/a"])["gate.baseline (command line)"]
+        assert load_settings(["--gate.baseline=s3://bucket/a/results.json", "--gate.max_regression=0"], {})
+
+    def test_gates_that_contradict_each_other(self) -> None:
+        """Allowing a loss of 5 points and forbidding one of 1 cannot both be meant."""
+        found = problems(["--gate.min-delta=-0.05", "--gate.max-regression=0.01"])
+        assert "max_regression" in found["gate.min_delta (command line)"]
+        assert load_settings(["--gate.min-delta=0.01", "--gate.max-regression=0.01"], {})
+
+
+class TestReading:
+    """What commands that read published runs take from settings that may be meant for a run."""
+
+    def test_only_what_reading_needs_counts(self, tmp_path: Path) -> None:
+        """Storage and log are taken; what a run would refuse is left alone, and its default is there."""
+        (tmp_path / "file").write_text("")
+        shared = {
+            "JOB_STORAGE__REGION": "eu-west-1",
+            "JOB_RUN__OUTPUT": str(tmp_path / "file"),
+            "JOB_GATE__METRIC": "acc",
+        }
+        found = load_reading(["--log.level=error"], shared)
+        assert (found.storage.region, found.log.level, found.run.output) == ("eu-west-1", "error", "runs")
+
+    def test_mistakes_are_told_all_the_same(self) -> None:
+        """Unknown names anywhere, wrong values of what counts, and what is typed in vain; all at once."""
+        with pytest.raises(SettingsError) as caught:
+            load_reading(["--train.epochs=2", "--log.level=loud"], {"JOB_STROAGE__REGION": "x"})
+        assert {problem.where for problem in caught.value.problems} == {
+            "environment JOB_STROAGE__REGION",
+            "train.epochs (command line)",
+            "log.level (command line)",
+        }
+
+
+class TestSecrets:
+    """Nothing that was given is repeated in an error."""
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_a_secret_in_the_wrong_place_goes_nowhere(self, name: str) -> None:
+        """A token pasted into any setting, with a line break that makes it wrong, is in no message."""
+        for environ in ({variable(name): f"https://user:{SECRET}@host\n/x"}, {f"{variable(name)}X": SECRET}):
+            with pytest.raises(SettingsError) as caught:
+                load_settings([], environ)
+            assert SECRET not in str(caught.value)
+
+    def test_a_secret_in_an_unknown_option_goes_nowhere(self, tmp_path: Path, sagemaker: Callable) -> None:
+        """Also from the command line, from hyperparameters and from a file."""
+        config = tmp_path / "job.yaml"
+        config.write_text(f"hf_token: {SECRET}\ntrain: {SECRET}\neval: {{data: {{{SECRET}: 1}}}}\n")
+        environ = sagemaker({"hf_token": SECRET, "train.epochs": SECRET}) | {"JOB_CONFIG": str(config)}
+        found = problems(["--hf-token", SECRET, f"--aws={SECRET}", SECRET], environ)
+        assert len(found) == 8
+        assert SECRET not in str(found)
+
+    def test_credentials_are_not_among_the_settings(self) -> None:
+        """The ecosystem's own variables are not read, so the manifest cannot hold them."""
+        settings = load_settings([], {"HF_TOKEN": SECRET, "AWS_SECRET_ACCESS_KEY": SECRET})
+        assert SECRET not in json.dumps(redacted(settings))
+        assert SECRET not in repr(settings)
+
+
+class TestDescription:
+    """What `config` prints and the manifest keeps."""
+
+    def test_describe_is_every_setting_in_order(self) -> None:
+        """Name, value, source."""
+        rows = describe(load_settings(["--eval.tasks=a,b"], {"JOB_LORA__RANK": "8"}))
+        assert [name for name, _, _ in rows] == list(NAMES)
+        assert ("lora.rank", 8, "environment JOB_LORA__RANK") in rows
+        assert ("eval.tasks", ["a", "b"], "command line") in rows
+        assert ("preset", "mistral-7b-alpaca", "default") in rows
+
+    def test_redacted_is_json(self) -> None:
+        """The manifest holds it as it is, and loading those values again gives the same settings."""
+        settings = load_settings(["--preset=demo", "--run.id=a"], {})
+        kept = json.loads(json.dumps(redacted(settings)))
+        assert kept["train.epochs"] == {"value": settings.train.epochs, "source": "preset demo"}
+        tree: dict[str, dict[str, object]] = {}
+        for name, item in kept.items():
+            group, _, key = name.partition(".")
+            if key:
+                tree.setdefault(group, {})[key] = item["value"]
+        assert Settings.model_validate({"preset": "demo", **tree}).model_dump() == settings.model_dump()
+
+    def test_the_schema_documents_every_setting(self) -> None:
+        """Each name is there, with a description, and nothing else is allowed."""
+        schema = json_schema()
+        for name in NAMES:
+            group, _, key = name.partition(".")
+            if key:
+                fields = schema["$defs"][schema["properties"][group]["$ref"].rpartition("/")[2]]
+                assert fields["properties"][key]["description"]
+                assert fields["additionalProperties"] is False
+        assert schema["additionalProperties"] is False
+
+
+BAD = st.sampled_from(BAD_PAIRS)
+UNKNOWN = st.text(st.characters(exclude_characters="\0="), max_size=30).map(lambda text: f"JOB_{text}!")
+ANY_TEXT = st.text(st.characters(exclude_characters="\0"), max_size=40)
+TREES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=10),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def outcome(arguments: list[str], environ: Mapping[str, str]) -> Settings | SettingsError:
+    """The settings, or the error that a configuration gives; any other exception escapes."""
+    try:
+        return load_settings(arguments, environ)
+    except SettingsError as error:
+        return error
+
+
+class TestProperties:
+    """Whatever is given, the answer is settings or a SettingsError."""
+
+    @hypothesis_settings(max_examples=600, deadline=None)
+    @given(
+        bad=st.lists(BAD, min_size=1, max_size=6, unique_by=lambda pair: pair[0]),
+        layer=st.sampled_from(["environment", "command line", "hyperparameters.json", "file"]),
+        unknown=st.dictionaries(UNKNOWN, ANY_TEXT, max_size=3),
+        world_size=st.sampled_from(["1", "2", "7", "x"]),
+    )
+    def test_a_bad_configuration_is_always_a_settings_error(
+        self,
+        bad: list[tuple[str, str]],
+        layer: str,
+        unknown: dict[str, str],
+        world_size: str,
+    ) -> None:
+        """Every wrong value and every unknown name is reported, in whichever layer; no other exception escapes."""
+        environ = {"WORLD_SIZE": world_size, **unknown}
+        arguments: list[str] = []
+        with tempfile.TemporaryDirectory() as folder:
+            if layer == "environment":
+                environ |= {variable(name): value for name, value in bad}
+            elif layer == "command line":
+                arguments = [f"--{name}={value}" for name, value in bad]
+            else:
+                path = Path(folder, "input/config/hyperparameters.json")
+                path.parent.mkdir(parents=True)
+                path.write_text(json.dumps(dict(bad)))
+                environ |= {"TRAINING_JOB_NAME": "a", "SAGEMAKER_BASE_DIR": folder}
+                if layer == "file":
+                    config = path.rename(Path(folder, "job.yaml"))
+                    environ |= {"JOB_CONFIG": str(config)}
+            with pytest.raises(SettingsError) as caught:
+                load_settings(arguments, environ)
+        assert caught.value.total >= len(bad) + len(unknown)
+        assert 0 < len(caught.value.problems) <= MAX_SHOWN
+
+    @hypothesis_settings(max_examples=300, deadline=None)
+    @given(
+        arguments=st.lists(st.sampled_from(NAMES).map(lambda name: f"--{name}") | ANY_TEXT, max_size=6),
+        environ=st.dictionaries(st.sampled_from(NAMES).map(variable), ANY_TEXT, max_size=6),
+    )
+    def test_any_text_gives_settings_or_a_settings_error(self, arguments: list[str], environ: dict[str, str]) -> None:
+        """Arbitrary text anywhere is answered, never with a traceback."""
+        answer = outcome(arguments, environ)
+        assert isinstance(answer, Settings) or answer.problems
+
+    @hypothesis_settings(max_examples=300, deadline=None)
+    @given(tree=st.dictionaries(st.sampled_from([*NAMES, "train", "eval", "x"]), TREES, max_size=4))
+    def test_any_hyperparameters_give_settings_or_a_settings_error(self, tree: dict[str, object]) -> None:
+        """Arbitrary JSON in place of strings is answered, never with a traceback."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "input/config/hyperparameters.json")
+            path.parent.mkdir(parents=True)
+            path.write_text(json.dumps(tree))
+            answer = outcome([], {"TRAINING_JOB_NAME": "a", "SAGEMAKER_BASE_DIR": folder})
+        if isinstance(answer, Settings):
+            assert {answer.sources[name] for name in tree if name in NAMES} <= {"hyperparameters.json", "platform"}
+        else:
+            assert answer.problems
+
+
+def test_the_environment_is_the_processs_own_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a mapping, os.environ is read."""
+    for name in [name for name in os.environ if name.startswith("JOB_") or name == "WORLD_SIZE"]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("JOB_TRAIN__EPOCHS", "9")
+    assert load_settings().train.epochs == 9
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_can_be_looked_up(preset: str) -> None:
+    """Every setting as the preset has it, as the manifest writes it, whatever the environment says."""
+    found = preset_values(preset)
+    expected = {name: value for name, value, _ in describe(load_settings(["--preset", preset], {}))}
+    assert found.keys() == set(NAMES)
+    assert {n for n in NAMES if found[n] != expected[n]} <= {"run.id"}
+
+
+def test_an_unknown_preset_has_no_values() -> None:
+    """A manifest of another version may name one."""
+    assert preset_values("of-the-future") == {}
+
+
+@pytest.mark.parametrize(
+    ("environ", "found"),
+    [
+        ({}, {}),
+        ({"WANDB_API_KEY": ""}, {}),
+        ({"WANDB_API_KEY": "x"}, {"wandb": "qlora-job"}),
+        ({"WANDB_MODE": "offline"}, {"wandb": "qlora-job"}),
+        ({"WANDB_PROJECT": "mine"}, {"wandb": None}),
+        ({"WANDB_PROJECT": "mine", "WANDB_MODE": "disabled"}, {}),
+        ({"WANDB_DIR": "/tmp", "MLFLOW_EXPERIMENT_NAME": "mine"}, {}),
+        ({"MLFLOW_TRACKING_URI": "sqlite:///x"}, {"mlflow": "qlora-job"}),
+        ({"MLFLOW_TRACKING_URI": "http://x", "MLFLOW_EXPERIMENT_ID": "1"}, {"mlflow": None}),
+        ({"WANDB_MODE": "online", "MLFLOW_TRACKING_URI": "x"}, {"wandb": "qlora-job", "mlflow": "qlora-job"}),
+    ],
+)
+def test_trackers_are_asked_for_by_their_own_variables(environ: dict[str, str], found: dict[str, str | None]) -> None:
+    """Each tracker whose variables are set, under our project unless the user names one; none where it is off."""
+    assert trackers(load_settings([], environ), environ) == found
+    assert trackers(load_settings(["--log.trackers=off"], environ), environ) == {}
+
+
+def test_secrets_are_keys_and_logins() -> None:
+    """What names of variables say, and the user and password in an address; not what only looks like one."""
+    environ = {
+        "WANDB_API_KEY": "0123456789",
+        "MLFLOW_TRACKING_PASSWORD": "swordfish",
+        "MLFLOW_TRACKING_URI": "https://me:hunter2@tracker.example/x",
+        "HTTPS_PROXY": "http://proxy.example:8080",
+        "HF_TOKEN_PATH": "/root/token",
+    }
+    assert set(secrets(environ)) == {"0123456789", "swordfish", "me:hunter2@"}
+
+
+def test_nothing_heavy_is_imported() -> None:
+    """Settings and their errors answer at once: no torch, no transformers, no boto3, not even YAML without a file."""
+    code = "import sys; from job.settings.load import load_settings; load_settings([], {}); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    heavy = {
+        "torch",
+        "transformers",
+        "trl",
+        "peft",
+        "datasets",
+        "lm_eval",
+        "boto3",
+        "numpy",
+        "pydantic_settings",
+        "yaml",
+    }
+    assert "pydantic" in loaded
+    assert not loaded & heavy

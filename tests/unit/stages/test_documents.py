@@ -1,0 +1,76 @@
+"""Documents are published with the run, and a document that cannot be made does not cost the run its results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from job.common.hashing import hash_file
+from job.errors import Unreachable
+from job.preemption.stop_flag import Stop
+from job.results.manifest import validate
+from job.runs.attempt import Attempt
+from job.runs.layout import CARD, REPORT
+from job.stages import documents
+from job.stages.documents import publish_documents
+from job.storage.local import LocalStore
+from tests.example_run import answers, evidence, publish, results
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> tuple[Attempt, dict[str, Any]]:
+    """An attempt whose run has everything but its documents, and the manifest so far."""
+    found = evidence(arc_easy=answers(3, 1, 20))
+    made = publish(tmp_path / "run", found, results(found))
+    attempt = Attempt(LocalStore(tmp_path / "run"), tmp_path / "work", 1, Stop(), lambda: None, None, [])  # type: ignore[arg-type]
+    return attempt, made
+
+
+def test_card_and_report_are_published(finished: tuple[Attempt, dict[str, Any]], tmp_path: Path) -> None:
+    """Both lie in the store and in the manifest, with the right hash and in order; the manifest stays valid."""
+    attempt, made = finished
+    complete = publish_documents(attempt, made)
+    validate(complete)
+    listed = {artifact["path"]: artifact for artifact in complete["artifacts"]}
+    assert list(listed) == sorted(listed)
+    assert listed.keys() - {artifact["path"] for artifact in made["artifacts"]} == {CARD, REPORT}
+    for key in (CARD, REPORT):
+        path = tmp_path / "run" / key
+        assert (listed[key]["sha256"], listed[key]["bytes"]) == (hash_file(path), path.stat().st_size)
+    assert listed[CARD]["sha256"].encode() in (tmp_path / "run" / REPORT).read_bytes()
+
+
+@pytest.mark.parametrize(("broken", "left"), [("card", {REPORT}), ("report", {CARD})])
+def test_a_document_that_cannot_be_made_is_left_out(
+    finished: tuple[Attempt, dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    broken: str,
+    left: set[str],
+) -> None:
+    """The log has the error and its traceback; the manifest is complete without it."""
+    attempt, made = finished
+    function = {"card": "write", "report": "draw"}[broken]
+    monkeypatch.setattr(getattr(documents, broken), function, lambda *_: 1 / 0)
+    complete = publish_documents(attempt, made)
+    validate(complete)
+    added = {artifact["path"] for artifact in complete["artifacts"]} - {a["path"] for a in made["artifacts"]}
+    assert added == left
+    told = capsys.readouterr()
+    assert "a document cannot be made" in told.out + told.err
+
+
+def test_a_store_that_fails_is_not_hidden(
+    finished: tuple[Attempt, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the job itself says no with ends the attempt as it always does."""
+    attempt, made = finished
+
+    def fail(*_: object) -> None:
+        raise Unreachable("no answer")
+
+    monkeypatch.setattr(attempt.store, "upload", fail)
+    with pytest.raises(Unreachable):
+        publish_documents(attempt, made)

@@ -1,0 +1,90 @@
+"""What both stores have in common: the probe, and files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from job.errors import Problem
+from job.storage.base import NotSupported, allowance, disk_errors, landing, probe
+from job.storage.local import LocalStore
+
+
+class Careless(LocalStore):
+    """A store that ignores the conditions named in `ignored`."""
+
+    ignored: tuple[str, ...] = ()
+
+    def write(self, key: str, data: bytes, *, if_absent: bool = False, if_tag: str | None = None) -> str:
+        """Write, with those conditions that are not ignored."""
+        return super().write(
+            key,
+            data,
+            if_absent=if_absent and "if_absent" not in self.ignored,
+            if_tag=None if "if_tag" in self.ignored else if_tag,
+        )
+
+
+class Simple(LocalStore):
+    """A store that refuses conditional requests as unknown."""
+
+    def write(self, key: str, data: bytes, *, if_absent: bool = False, if_tag: str | None = None) -> str:
+        """Write without conditions only."""
+        if if_absent or if_tag is not None:
+            raise NotSupported([Problem("store", "no conditions here")])
+        return super().write(key, data)
+
+
+@pytest.mark.parametrize("ignored", [("if_absent",), ("if_tag",), ("if_absent", "if_tag")])
+def test_probe_finds_out_careless_stores(tmp_path: Path, ignored: tuple[str, ...]) -> None:
+    """A store that accepts a condition and ignores it has no conditional writes; the probe is cleaned up."""
+    store = Careless(tmp_path)
+    store.ignored = ignored
+    assert not probe(store)
+    assert list(store.list()) == []
+
+
+def test_probe_takes_no_for_an_answer(tmp_path: Path) -> None:
+    """A store that does not know conditions is found to be writable all the same, and cleaned up."""
+    store = Simple(tmp_path)
+    assert not probe(store)
+    assert list(store.list()) == []
+
+
+def test_landing_leaves_nothing_of_a_failure(tmp_path: Path) -> None:
+    """A file that could not be finished does not appear, and the old one stays."""
+    (tmp_path / "a").write_bytes(b"old")
+
+    def interrupted() -> None:
+        with landing(tmp_path / "a") as temporary:
+            temporary.write_bytes(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a", b"old")]
+
+
+def test_landing_takes_the_longest_name(tmp_path: Path) -> None:
+    """A name as long as the file system allows can still be written."""
+    name = "n" * 255
+    with landing(tmp_path / name) as temporary:
+        temporary.write_bytes(b"x")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_allowance_counts_corrections() -> None:
+    """A transfer that starts again gives bytes back: negative numbers count too."""
+    allowed = allowance("a", 10)
+    allowed(8)
+    allowed(-8)
+    allowed(10)
+
+
+def test_absence_passes_through() -> None:
+    """`FileNotFoundError` is an answer, and not turned into a failure of the disk."""
+    with pytest.raises(FileNotFoundError), disk_errors("a: cannot read"):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "a")

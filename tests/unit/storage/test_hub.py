@@ -1,0 +1,292 @@
+"""Data sets of the hub, against a server on this machine that speaks its protocol."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from job.errors import Unreachable
+from job.storage.hub import hub_errors
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+OTHER = "f" * 40
+FILES = {"data/train.jsonl": b'{"text": "cat"}\n{"text": "mat"}\n'}
+MODEL = {
+    "config.json": b"{}",
+    "model.safetensors": b"weights",
+    "pytorch_model.bin": b"pickled",
+    "code.py": b"import os",
+}
+REFUSALS = {"gated": (403, "GatedRepo"), "private": (401, ""), "missing": (404, "RepoNotFound"), "down": (500, "")}
+
+# In a process of its own: the hub's libraries read their addresses when they are imported.
+CLIENT = """
+import json, sys
+import datasets
+from job.errors import JobError
+from job.hub import open_dataset
+
+datasets.disable_progress_bars()
+for source, revision, split in json.loads(sys.argv[1]):
+    try:
+        commit, rows = open_dataset(source, revision, split, source)
+        print(json.dumps([commit, [[row.where, row.fields] for row in rows]]))
+    except JobError as error:
+        print(json.dumps([type(error).__name__, str(error)]))
+"""
+
+
+# The same for models: what is in the folder, or the error.
+MODEL_CLIENT = """
+import json, sys
+from job.errors import JobError
+from job.hub import download_model
+
+for source, revision in json.loads(sys.argv[1]):
+    try:
+        folder, commit = download_model(source, revision)
+        print(json.dumps([commit, sorted(path.name for path in folder.iterdir())]))
+    except JobError as error:
+        print(json.dumps([type(error).__name__, str(error)]))
+"""
+
+
+class Hub(BaseHTTPRequestHandler):
+    """A data set `some/good` and models, with one commit behind `main`; others refuse in their own ways."""
+
+    def do_GET(self) -> None:
+        """Answers for metadata, listings and files."""
+        path = self.path.split("?")[0]
+        repo = next((name for name in REFUSALS if f"some/{name}" in path), None)
+        if repo:
+            status, code = REFUSALS[repo]
+            self._answer(status, b"{}", {"X-Error-Code": code})
+        elif path.startswith(("/api/models/some/", "/some/")):
+            self._answer_for_model(path)
+        elif path.startswith("/datasets/some/good/resolve/"):
+            content = FILES.get(path.split("/", 6)[6])
+            headers = {"ETag": '"1"', "X-Repo-Commit": COMMIT}
+            self._answer(
+                200 if content else 404, content or b"", headers if content else {"X-Error-Code": "EntryNotFound"}
+            )
+        elif path.startswith("/api/datasets/some/good/tree/"):
+            inside = path.endswith("/data")
+            files = [{"type": "file", "path": name, "size": len(FILES[name]), "oid": "1"} for name in FILES]
+            folder = [{"type": "directory", "path": "data", "oid": "2"}]
+            self._answer(200, json.dumps(files if inside else folder).encode())
+        elif path.startswith("/api/datasets/some/good") and not path.endswith("/missing"):
+            siblings = [{"rfilename": name} for name in FILES]
+            self._answer(200, json.dumps({"id": "some/good", "sha": COMMIT, "siblings": siblings}).encode())
+        else:
+            self._answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+
+    def _answer_for_model(self, path: str) -> None:
+        """`some/huge` says that its weights have 2^60 bytes; everything else is as small as it looks."""
+        name = path.rpartition("/")[2]
+        if "/tree/" in path:
+            sizes = {file: 1 << 60 if "huge" in path and "model" in file else len(MODEL[file]) for file in MODEL}
+            files = [{"type": "file", "path": file, "size": size, "oid": file} for file, size in sizes.items()]
+            self._answer(200, json.dumps(files).encode())
+        elif "/resolve/" in path and name in MODEL:
+            huge = {"X-Linked-Size": str(1 << 60)} if "huge" in path and "model" in name else {}
+            self._answer(200, MODEL[name], {"ETag": f'"{name}"', "X-Repo-Commit": COMMIT, **huge})
+        elif path.startswith("/api/models/"):
+            self._answer(200, json.dumps({"id": "some/model", "sha": COMMIT}).encode())
+        else:
+            self._answer(404, b"{}", {"X-Error-Code": "EntryNotFound"})
+
+    def do_HEAD(self) -> None:
+        """Answers as for GET, without the body."""
+        self.do_GET()
+
+    def do_POST(self) -> None:
+        """Answers which of the paths asked for there are."""
+        self.rfile.read(int(self.headers["Content-Length"]))
+        files = [{"type": "file", "path": name, "size": len(FILES[name]), "oid": "1"} for name in FILES]
+        self._answer(200, json.dumps(files).encode())
+
+    def _answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None:
+        """Keeps quiet."""
+
+
+@contextmanager
+def serving() -> Iterator[str]:
+    """The address of a hub that runs meanwhile."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def ask(
+    endpoint: str, home: Path, *questions: tuple[str, ...], client: str = CLIENT, offline: bool = False
+) -> list[list[object]]:
+    """What `open_dataset` says to each (source, revision, split): commit and rows, or the error and its message."""
+    env = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": str(int(offline))}
+    env = {name: value for name, value in env.items() if name not in {"HF_TOKEN", "HF_HUB_CACHE", "HF_DATASETS_CACHE"}}
+    command = [sys.executable, "-c", client, json.dumps(questions)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[object]]:
+    """What the job makes of each case, by name; one process asks for all of them."""
+    home = tmp_path_factory.mktemp("hub")
+    questions = {
+        "branch": ("some/good", "main", "train"),
+        "commit": ("some/good", COMMIT, "train[1:]"),
+        "no such split": ("some/good", COMMIT, "test"),
+        "no such revision": ("some/good", "missing", "train"),
+        "gated": ("some/gated", "main", "train"),
+        "gated commit": ("some/gated", COMMIT, "train"),
+        "private": ("some/private", "main", "train"),
+        "missing": ("some/missing", "main", "train"),
+        "missing commit": ("some/missing", COMMIT, "train"),
+        "down": ("some/down", "main", "train"),
+    }
+    with serving() as endpoint:
+        found = dict(zip(questions, ask(endpoint, home, *questions.values()), strict=True))
+    offline = {
+        "offline": ("some/good", "main", "train"),
+        "offline, other commit": ("some/good", OTHER, "train"),
+        "offline, unknown": ("some/other", "main", "train"),
+    }
+    return found | dict(zip(offline, ask("http://127.0.0.1:9", home, *offline.values(), offline=True), strict=True))
+
+
+def test_a_revision_is_resolved_to_its_commit(answers: dict[str, list[object]]) -> None:
+    """A branch gives the rows and the commit it stands for; a commit gives itself, and a slice of a split its rows."""
+    rows = [["some/good:row 1", {"text": "cat"}], ["some/good:row 2", {"text": "mat"}]]
+    assert answers["branch"] == [COMMIT, rows]
+    assert answers["commit"] == [COMMIT, [["some/good:row 1", {"text": "mat"}]]]
+
+
+@pytest.mark.parametrize(
+    ("case", "error"),
+    [
+        ("no such split", "DataError"),
+        ("no such revision", "DataError"),
+        ("gated", "AccessDenied"),
+        ("gated commit", "AccessDenied"),
+        ("private", "AccessDenied"),
+        ("missing", "AccessDenied"),
+        ("missing commit", "AccessDenied"),
+        ("down", "Unreachable"),
+        ("offline, unknown", "Unreachable"),
+    ],
+)
+def test_the_hubs_errors_are_the_jobs(answers: dict[str, list[object]], case: str, error: str) -> None:
+    """A refusal, a silence and wrong data are told apart, and each message names the data set."""
+    kind, message = answers[case]
+    assert kind == error
+    assert "some/" in str(message)
+
+
+def test_without_the_hub_the_cache_serves_the_same_commit_only(answers: dict[str, list[object]]) -> None:
+    """Offline, a pinned data set comes from the cache; another revision of it never stands in."""
+    assert answers["offline"] == answers["branch"]
+    assert answers["offline, other commit"][0] == "Unreachable"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[object]]:
+    """What `download_model` makes of each case, by name."""
+    home = tmp_path_factory.mktemp("models")
+    with serving() as endpoint:
+        found = ask(endpoint, home, ("some/model", "main"), ("some/huge", "main"), client=MODEL_CLIENT)
+    offline = ask("http://127.0.0.1:9", home, ("some/model", COMMIT), client=MODEL_CLIENT, offline=True)
+    huge = list(home.rglob("models--some--huge/blobs/*"))
+    return {"model": found[0], "huge": found[1], "offline": offline[0], "blobs of huge": list(huge)}
+
+
+def test_a_model_is_fetched_without_pickles_and_code(models: dict[str, list[object]]) -> None:
+    """The folder has weights and configuration; pickled weights and a repository's code stay where they are."""
+    assert models["model"] == [COMMIT, ["config.json", "model.safetensors"]]
+
+
+def test_a_cached_model_needs_no_hub(models: dict[str, list[object]]) -> None:
+    """What was fetched once is found again without a network, at the same commit."""
+    assert models["offline"] == models["model"]
+
+
+def test_a_model_that_does_not_fit_is_not_begun(models: dict[str, list[object]]) -> None:
+    """The sizes are asked for first: a disk with too little room is an error before the first byte."""
+    kind, message = models["huge"]
+    assert kind == "Unreachable"
+    assert "are needed" in str(message)
+    assert models["blobs of huge"] == []
+
+
+def test_a_full_cache_is_no_bug() -> None:
+    """A disk that fills up while a data set is prepared is an error of the machine, with what to do."""
+    for error in (OSError(errno.ENOSPC, "No space left on device"), OSError("Not enough disk space. Needed: 3 TB")):
+        with pytest.raises(Unreachable, match="HF_HOME"), hub_errors("data set x"):
+            raise error
+
+
+PEEK_CLIENT = """
+import json, sys
+from job.errors import JobError
+from job.hub import cached_model, is_reachable, peek_dataset, peek_model
+
+def say(work):
+    try:
+        print(json.dumps(work()))
+    except JobError as error:
+        print(json.dumps([type(error).__name__, str(error)]))
+
+def model(source, revision):
+    folder, sizes = peek_model(source, revision)
+    return [sorted(path.name for path in folder.iterdir()), sizes]
+
+say(is_reachable)
+for source, revision, _ in json.loads(sys.argv[1]):
+    say(lambda: model(source, revision))
+    say(lambda: peek_dataset(source, revision))
+    say(lambda: cached_model(source, revision) is not None)
+"""
+
+
+def test_a_plan_looks_without_fetching_the_weights(tmp_path: Path) -> None:
+    """Of a model the configuration, and the sizes of the rest, however large; of data its size; or who refuses."""
+    questions = [(f"some/{name}", "main", "") for name in ("huge", "good", "gated", "down")]
+    with serving() as endpoint:
+        reachable, *found = ask(endpoint, tmp_path, *questions, client=PEEK_CLIENT)
+    assert reachable is True
+    small, sizes = found[0]
+    assert small == ["config.json"]
+    assert sizes == {"config.json": len(MODEL["config.json"]), "model.safetensors": 1 << 60}
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size > 10**6]
+    assert found[2] is True
+    assert found[4] == [0, None]
+    assert [answer[0] for answer in found[6:8]] == ["AccessDenied", "AccessDenied"]
+    assert [answer[0] for answer in found[9:11]] == ["Unreachable", "Unreachable"]
+    offline = ask("http://127.0.0.1:9", tmp_path, questions[0], ("some/other", "main", ""), client=PEEK_CLIENT)
+    assert offline[0] is False
+    assert [offline[1][0], offline[3]] == ["Unreachable", True]
+    assert [offline[4][0], offline[6]] == ["Unreachable", False]

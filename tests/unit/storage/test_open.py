@@ -1,0 +1,187 @@
+"""Opening stores by URI, and fetching what lies at one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+from xml.sax.saxutils import escape
+
+import pytest
+
+from job.errors import DataError, SettingsError, Unreachable
+from job.storage.open import fetch, open_store, size
+from tests.s3_server import BUCKET, Request, credentials, moto_server, server
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _credentials() -> Iterator[None]:
+    with credentials():
+        yield
+
+
+@pytest.fixture(scope="module")
+def options() -> Iterator[dict[str, Any]]:
+    """Options that lead to an S3 server with an empty bucket."""
+    with moto_server() as url:
+        yield {"endpoint_url": url, "retries": 2}
+
+
+@pytest.fixture
+def prefix(options: dict[str, Any]) -> str:
+    """URI that nothing lies at yet."""
+    return f"s3://{BUCKET}/{uuid4().hex}"
+
+
+@pytest.mark.parametrize("uri", ["", "http://host/a", "S3://bucket/a", "gs://bucket/a", "file:///tmp"])
+def test_unknown_schemes_are_refused(uri: str) -> None:
+    """What is neither S3 nor a path is a settings error, not a strange folder."""
+    with pytest.raises(SettingsError, match="neither s3://bucket/prefix nor a path"):
+        open_store(uri)
+
+
+@pytest.mark.parametrize("uri", ["s3://", "s3:///a", "s3://a", "s3://user:word@bucket/a", "s3://bucket?x/a"])
+def test_bad_buckets_are_refused(uri: str) -> None:
+    """A bucket's name is checked before anything is sent."""
+    with pytest.raises(SettingsError, match="no valid bucket name"):
+        open_store(uri)
+
+
+@pytest.mark.parametrize("uri", ["s3://bucket/../a", "s3://bucket//a", "s3://bucket/a//"])
+def test_bad_prefixes_are_refused(uri: str) -> None:
+    """A prefix follows the rules of keys."""
+    with pytest.raises(SettingsError, match="not a key"):
+        open_store(uri)
+
+
+@pytest.mark.parametrize(("uri", "expected"), [("s3://bucket", "s3://bucket"), ("s3://bucket/a/b/", "s3://bucket/a/b")])
+def test_uri_is_without_trailing_slash(uri: str, expected: str) -> None:
+    """Whether the user wrote a trailing slash makes no difference."""
+    assert open_store(uri).uri == expected
+
+
+@pytest.mark.parametrize("url", ["host", "ftp://host", "http://", "http://host:port", "http://[", "http://host name"])
+def test_bad_endpoints_are_refused(url: str) -> None:
+    """An endpoint that is no address is named by its setting."""
+    with pytest.raises(SettingsError, match="JOB_STORAGE__ENDPOINT_URL"):
+        open_store("s3://bucket/a", endpoint_url=url)
+
+
+def test_endpoint_with_password_is_refused_without_repeating_it() -> None:
+    """A password in an address does not get into a message."""
+    with pytest.raises(SettingsError, match="user name or password") as caught:
+        open_store("s3://bucket/a", endpoint_url="http://user:hunter2@host")
+    assert "hunter2" not in str(caught.value)
+
+
+def test_fetch_an_object(options: dict[str, Any], prefix: str, tmp_path: Path) -> None:
+    """An object arrives under its own name."""
+    open_store(prefix, **options).write("data/train.jsonl", b"{}")
+    path = fetch(f"{prefix}/data/train.jsonl", tmp_path / "new", **options)
+    assert path == tmp_path / "new" / "train.jsonl"
+    assert path.read_bytes() == b"{}"
+
+
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_fetch_a_folder(options: dict[str, Any], prefix: str, tmp_path: Path, slash: str) -> None:
+    """All objects below a prefix arrive as a folder, and nothing of a neighbour whose name begins alike."""
+    store = open_store(prefix, **options)
+    files = {"model/config.json": b"{}", "model/a/weights": b"123", "model2/config.json": b"other"}
+    for key, data in files.items():
+        store.write(key, data)
+    path = fetch(f"{prefix}/model{slash}", tmp_path, **options)
+    found = {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    assert path == tmp_path / "model"
+    assert found == {"config.json": b"{}", "a/weights": b"123"}
+
+
+def test_fetch_a_bucket(tmp_path: Path) -> None:
+    """A URI without a key means the whole bucket."""
+    with moto_server() as url:
+        open_store(f"s3://{BUCKET}", endpoint_url=url).write("a/b", b"1")
+        path = fetch(f"s3://{BUCKET}", tmp_path, endpoint_url=url)
+    assert (path / "a" / "b").read_bytes() == b"1"
+    assert path.name == BUCKET
+
+
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_fetch_of_nothing(options: dict[str, Any], prefix: str, tmp_path: Path, slash: str) -> None:
+    """A URI that leads nowhere is a settings error that names it."""
+    with pytest.raises(SettingsError, match=f"{prefix}/absent{slash}: there is no such object"):
+        fetch(f"{prefix}/absent{slash}", tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("model", 5), ("model/", 5), ("model2", 5), ("a", 3), ("a/", 0), ("x", 0)]
+)
+def test_size_is_what_fetch_downloads(options: dict[str, Any], prefix: str, name: str, expected: int) -> None:
+    """An object's own bytes, or those of all objects below a folder; nothing of a neighbour; 0 where nothing is."""
+    store = open_store(prefix, **options)
+    for key, data in {"model/b": b"12", "model/c/d": b"345", "model2/e": b"other", "a": b"one"}.items():
+        store.write(key, data)
+    assert size(f"{prefix}/{name}", **options) == expected
+
+
+def test_fetch_is_for_s3_only(tmp_path: Path) -> None:
+    """A path needs no fetching; whoever asks has a bug."""
+    with pytest.raises(ValueError, match="not an s3:// URI"):
+        fetch(str(tmp_path), tmp_path)
+
+
+def bucket_of(objects: dict[str, bytes], sizes: dict[str, int] | None = None) -> Any:
+    """Return an answer function: a bucket with any keys at all, which may list wrong sizes."""
+
+    def answer(request: Request) -> None:
+        if "list-type=2" in request.path:
+            entries = "".join(
+                f"<Contents><Key>{escape(key)}</Key><Size>{(sizes or {}).get(key, len(data))}</Size></Contents>"
+                for key, data in objects.items()
+            )
+            request.answer(200, f"<ListBucketResult>{entries}</ListBucketResult>".encode())
+        elif (data := objects.get(request.path.removeprefix(f"/{BUCKET}/"))) is not None:
+            request.answer(200, data, ETag='"1"')
+        else:
+            request.refuse(404, "NoSuchKey")
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    "hostile", ["../../evil", "/etc/evil", "a/../../evil", "..", "a\\..\\evil", "a//evil", "./evil", "a\nb"]
+)
+def test_fetch_refuses_hostile_names(tmp_path: Path, hostile: str) -> None:
+    """A name that would leave the folder is an error before the first byte is written."""
+    with server(bucket_of({"data/good": b"1", f"data/{hostile}": b"2"})) as url, pytest.raises(DataError, match="name"):
+        fetch(f"s3://{BUCKET}/data/", tmp_path / "in", endpoint_url=url, retries=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fetch_refuses_a_file_that_is_a_folder(tmp_path: Path) -> None:
+    """Names that no disk can hold together are an error that names the one to rename."""
+    objects = {"data/a": b"1", "data/a/b": b"2"}
+    with server(bucket_of(objects)) as url, pytest.raises(DataError, match="'a' is both an object and a folder"):
+        fetch(f"s3://{BUCKET}/data/", tmp_path, endpoint_url=url, retries=1)
+
+
+def test_fetch_notices_a_change(tmp_path: Path) -> None:
+    """An object whose size is not the one that was listed is not taken for good."""
+    with (
+        server(bucket_of({"data/a": b"12"}, {"data/a": 3})) as url,
+        pytest.raises(Unreachable, match="changed while it was fetched: 3 bytes, then 2"),
+    ):
+        fetch(f"s3://{BUCKET}/data/", tmp_path, endpoint_url=url, retries=1)
+
+
+def test_local_stores_need_no_sdk() -> None:
+    """Opening a local store imports neither boto3 nor botocore, which take a third of a second."""
+    lines = [
+        "import sys",
+        "from job.storage.open import open_store",
+        "open_store('runs')",
+        "print({'boto3', 'botocore'} & {*sys.modules})",
+    ]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True, capture_output=True, text=True)
+    assert done.stdout == "set()\n"

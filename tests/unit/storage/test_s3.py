@@ -1,0 +1,480 @@
+"""What is particular to S3: its errors, lost answers, stalls, limits, headers, threads."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+import job.storage.s3
+from job.errors import AccessDenied, JobError, SettingsError, Unreachable
+from job.storage.open import Conflict, NotSupported, ObjectStore, TooLarge, open_store
+from job.storage.s3_client import connect
+from tests.s3_server import BUCKET, CREDENTIALS, SECRET, Request, credentials, moto_server, server
+
+MIB = 1 << 20
+URI = f"s3://{BUCKET}/run"
+
+
+@pytest.fixture(autouse=True)
+def _credentials() -> Iterator[None]:
+    with credentials():
+        yield
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    """Address of a well-behaved S3 server."""
+    with credentials(), moto_server() as url:
+        yield url
+
+
+@pytest.fixture
+def real(endpoint: str) -> ObjectStore:
+    """An empty store on it."""
+    return open_store(f"s3://{BUCKET}/{uuid4().hex}", endpoint_url=endpoint, retries=2)
+
+
+def opened(url: str, *, retries: int = 1, timeout_seconds: float = 5.0, **options: Any) -> ObjectStore:
+    """A store on a server of the test, quick to give up."""
+    return open_store(URI, endpoint_url=url, retries=retries, timeout_seconds=timeout_seconds, **options)
+
+
+@pytest.fixture(scope="module")
+def refusing() -> Iterator[tuple[ObjectStore, list[tuple[int, str]]]]:
+    """A store that refuses everything, and the list whose last item, status and code, says how."""
+    answers: list[tuple[int, str]] = []
+    with credentials(), server(lambda request: request.refuse(*answers[-1])) as url:
+        yield opened(url), answers
+
+
+def verbs(store: ObjectStore, tmp_path: Path) -> dict[str, Callable[[], object]]:
+    """One call of each verb."""
+    (tmp_path / "source").write_bytes(b"x")
+    return {
+        "read": lambda: store.read("a"),
+        "write": lambda: store.write("a", b"x", if_absent=True),
+        "upload": lambda: store.upload(tmp_path / "source", "a"),
+        "download": lambda: store.download("a", tmp_path / "copy"),
+        "list": lambda: list(store.list()),
+        "delete": lambda: store.delete("a"),
+        "probe": store.conditional_writes,
+    }
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "expected"),
+    [
+        (400, "ExpiredToken", AccessDenied),
+        (400, "InvalidToken", AccessDenied),
+        (400, "InvalidStorageClass", SettingsError),
+        (400, "RequestTimeout", Unreachable),
+        (400, "BadDigest", Unreachable),
+        (401, "Unauthorized", AccessDenied),
+        (403, "AccessDenied", AccessDenied),
+        (403, "InvalidAccessKeyId", AccessDenied),
+        (403, "SignatureDoesNotMatch", AccessDenied),
+        (403, "RequestTimeTooSkewed", Unreachable),
+        (404, "NoSuchBucket", SettingsError),
+        (404, "", Unreachable),
+        (405, "MethodNotAllowed", NotSupported),
+        (429, "TooManyRequests", Unreachable),
+        (500, "InternalError", Unreachable),
+        (501, "NotImplemented", NotSupported),
+        (502, "", Unreachable),
+        (503, "SlowDown", Unreachable),
+    ],
+)
+def test_errors_are_translated(
+    refusing: tuple[ObjectStore, list[tuple[int, str]]],
+    tmp_path: Path,
+    status: int,
+    code: str,
+    expected: type[JobError],
+) -> None:
+    """Every verb turns an answer of S3 into the same error of the job, without a secret, and says what it tried."""
+    store, answers = refusing
+    answers.append((status, code))
+    for name, attempt in verbs(store, tmp_path).items():
+        with pytest.raises(JobError) as caught:
+            attempt()
+        assert type(caught.value) is expected, name
+        assert f"{URI}/" in str(caught.value)
+        assert code in str(caught.value) or expected is SettingsError
+        assert SECRET not in str(caught.value)
+    assert not (tmp_path / "copy").exists()
+
+
+def test_a_404_without_words_is_asked_again(tmp_path: Path) -> None:
+    """Where the body of a 404 got lost on the way, the next answer says whether the object is absent."""
+    answers: list[str] = []
+
+    def answer(request: Request) -> None:
+        answers.append("cut" if len(answers) % 2 == 0 else "whole")
+        request.answer(404, b"") if answers[-1] == "cut" else request.refuse(404, "NoSuchKey")
+
+    with server(answer) as url:
+        assert opened(url).read("a") is None
+        with pytest.raises(FileNotFoundError):
+            opened(url).download("a", tmp_path / "copy")
+    assert answers == ["cut", "whole"] * 2
+
+
+def test_only_the_store_can_say_that_something_is_absent(tmp_path: Path) -> None:
+    """A 404 of a proxy, in HTML, is no confirmation that an object is absent."""
+    with server(lambda request: request.answer(404, b"<html>not here</html>")) as url:
+        store = opened(url)
+        with pytest.raises(Unreachable):
+            store.read("a")
+        with pytest.raises(Unreachable):
+            store.download("a", tmp_path / "copy")
+        with pytest.raises(Unreachable):
+            store.write("a", b"x", if_tag="tag")
+
+
+@pytest.mark.parametrize("answer", ["silence", "half a header", "nobody listens"])
+def test_stalled_connections_end(tmp_path: Path, answer: str) -> None:
+    """A server that accepts and never answers, or is not there, costs every verb its time limit and no more."""
+    released = threading.Event()
+
+    def stall(request: Request) -> None:
+        if answer == "half a header":
+            request.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Le")
+        released.wait(20)
+        request.hang_up()
+
+    with server(stall) as url:
+        store = opened("http://127.0.0.1:9" if answer == "nobody listens" else url, timeout_seconds=0.3)
+        for name, attempt in verbs(store, tmp_path).items():
+            start = time.monotonic()
+            with pytest.raises(Unreachable):
+                attempt()
+            assert time.monotonic() - start < 3, name
+        released.set()
+
+
+@pytest.mark.parametrize("verb", ["read", "download"])
+def test_a_trickle_is_a_stall(tmp_path: Path, verb: str) -> None:
+    """A server that sends a byte now and then, each within the time limit, does not keep the job forever."""
+    released = threading.Event()
+
+    def trickle(request: Request) -> None:
+        if request.headers.get("Range") == "bytes=0-0":
+            request.answer(206, b"x", Content_Range="bytes 0-0/1000", ETag='"1"')
+            return
+        request.answer(200, Content_Length="1000", ETag='"1"')
+        while not released.wait(0.1):
+            request.wfile.write(b"x")
+
+    with server(trickle) as url:
+        start = time.monotonic()
+        with pytest.raises(Unreachable):
+            verbs(opened(url, timeout_seconds=0.5), tmp_path)[verb]()
+        assert time.monotonic() - start < 4
+        released.set()
+
+
+@pytest.mark.parametrize("broken", [1, 100])
+@pytest.mark.parametrize("verb", ["read", "download"])
+def test_truncated_bodies(tmp_path: Path, verb: str, broken: int) -> None:
+    """A body that breaks off is asked for again, and never taken for the whole; in the end it is an error."""
+    left = [broken]
+
+    def answer(request: Request) -> None:
+        if request.headers.get("Range") == "bytes=0-0":
+            request.answer(206, b"w", Content_Range="bytes 0-0/5", ETag='"1"')
+        elif left[0] > 0:
+            left[0] -= 1
+            request.answer(200, b"wh", Content_Length="5", ETag='"1"')
+            request.hang_up()
+        else:
+            request.answer(200, b"whole", ETag='"1"')
+
+    with server(answer) as url:
+        attempt = verbs(opened(url, retries=2), tmp_path)[verb]
+        if broken > 2:
+            with pytest.raises(Unreachable):
+                attempt()
+            assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+        else:
+            stored = attempt()
+            assert getattr(stored, "data", None) == b"whole" or (tmp_path / "copy").read_bytes() == b"whole"
+
+
+def test_passing_errors_are_retried(tmp_path: Path) -> None:
+    """Errors of the server and broken connections are tried again, as often as the settings say."""
+    requests: list[str] = []
+
+    def answer(request: Request) -> None:
+        requests.append(request.command)
+        if len(requests) == 1:
+            request.refuse(503, "SlowDown")
+        elif len(requests) == 2:
+            request.hang_up()
+        else:
+            request.answer(200, b"x", ETag='"1"')
+
+    with server(answer) as url:
+        stored = opened(url, retries=3).read("a")
+    assert stored is not None
+    assert stored.data == b"x"
+    assert len(requests) == 3
+
+
+class TestLostAnswers:
+    """A conditional write whose first answer got lost, so that its repetition is refused."""
+
+    @staticmethod
+    def bucket(winner: bytes | None, found: dict[str, bytes]) -> Callable[[Request], None]:
+        """A bucket that drops the answer to the first write, which `winner`, if any, was quicker than."""
+
+        def answer(request: Request) -> None:
+            if request.command == "GET":
+                request.answer(200, found["data"], ETag='"stored"')
+            elif "data" in found:
+                request.refuse(412, "PreconditionFailed")
+            else:
+                found["data"] = request.content if winner is None else winner
+                request.hang_up()
+
+        return answer
+
+    @pytest.mark.parametrize("condition", [{"if_absent": True}, {"if_tag": '"before"'}])
+    def test_own_success_is_recognized(self, condition: dict[str, Any]) -> None:
+        """What is stored is what was written, so the write succeeded, and its tag is the one stored."""
+        with server(self.bucket(None, {})) as url:
+            assert opened(url, retries=2).write("lease", b"mine", **condition) == '"stored"'
+
+    @pytest.mark.parametrize("winner", [b"his", b"his, and much longer"])
+    def test_loss_is_recognized(self, winner: bytes) -> None:
+        """What is stored is another's, so the write failed."""
+        with server(self.bucket(winner, {})) as url, pytest.raises(Conflict):
+            opened(url, retries=2).write("lease", b"mine", if_absent=True)
+
+    def test_refusal_at_once_is_a_loss(self) -> None:
+        """Without a repetition a refusal is a refusal, even if another wrote the very same bytes."""
+        with server(self.bucket(None, {"data": b"same"})) as url, pytest.raises(Conflict):
+            opened(url, retries=2).write("lease", b"same", if_absent=True)
+
+
+def test_lost_completion_of_an_upload(tmp_path: Path) -> None:
+    """When completing an upload of many parts succeeds unheard and then finds nothing, the upload is made again."""
+    completions = 0
+
+    def answer(request: Request) -> None:
+        nonlocal completions
+        if request.command == "PUT":
+            request.answer(200, ETag='"part"')
+        elif request.path.endswith("?uploads"):
+            request.answer(200, b"<R><UploadId>1</UploadId></R>")
+        elif request.command == "POST":
+            completions += 1
+            if completions == 1:
+                request.hang_up()
+            elif completions == 2:
+                request.refuse(404, "NoSuchUpload")
+            else:
+                request.answer(200, b"<R><ETag>1</ETag></R>")
+        else:
+            request.answer(204)
+
+    (tmp_path / "source").write_bytes(b"x" * 9 * MIB)
+    with server(answer) as url:
+        opened(url, retries=2).upload(tmp_path / "source", "a")
+    assert completions == 3
+
+
+@pytest.mark.parametrize(("conflicts", "wins"), [(2, True), (100, False)])
+def test_simultaneous_writes_are_tried_again(monkeypatch: pytest.MonkeyPatch, conflicts: int, *, wins: bool) -> None:
+    """S3's 409, another conditional write in flight, is tried again a few times before it counts as lost."""
+    monkeypatch.setattr(job.storage.s3, "_PAUSES", (0.0, 0.0, 0.0))
+    left = [conflicts]
+
+    def answer(request: Request) -> None:
+        left[0] -= 1
+        if left[0] >= 0:
+            request.refuse(409, "ConditionalRequestConflict")
+        else:
+            request.answer(200, ETag='"new"')
+
+    with server(answer) as url:
+        store = opened(url)
+        if wins:
+            assert store.write("a", b"x", if_absent=True) == '"new"'
+        else:
+            with pytest.raises(Conflict):
+                store.write("a", b"x", if_absent=True)
+
+
+@pytest.mark.parametrize("status", [200, 501])
+def test_stores_without_conditions_are_found_out(status: int) -> None:
+    """Servers that ignore conditions, or refuse the headers, are said to have none; the probe is deleted."""
+    requests: list[str] = []
+
+    def answer(request: Request) -> None:
+        requests.append(request.command)
+        if status == 501 and "If-None-Match" in request.headers:
+            request.refuse(501, "NotImplemented")
+        else:
+            request.answer(200, ETag='"1"')
+
+    with server(answer) as url:
+        assert not opened(url).conditional_writes()
+    assert requests[-1] == "DELETE"
+
+
+def test_declared_size_is_checked_before_reading(tmp_path: Path) -> None:
+    """An object that claims to be huge is refused before a byte of it is written."""
+
+    def answer(request: Request) -> None:
+        request.answer(206, b"x", Content_Range="bytes 0-0/1000000000000000", ETag='"1"')
+
+    with server(answer) as url, pytest.raises(TooLarge):
+        opened(url).download("a", tmp_path / "copy", max_bytes=MIB)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_real_size_is_checked_while_reading(tmp_path: Path) -> None:
+    """An object that claims to be small and is not is refused once it has sent too much."""
+
+    def answer(request: Request) -> None:
+        if request.headers.get("Range") == "bytes=0-0":
+            request.answer(206, b"x", Content_Range="bytes 0-0/10", ETag='"1"')
+        else:
+            request.answer(200, b"x" * 2 * MIB, ETag='"1"')
+
+    with server(answer) as url:
+        store = opened(url)
+        with pytest.raises(TooLarge):
+            store.download("a", tmp_path / "copy", max_bytes=MIB)
+        with pytest.raises(Unreachable, match="changed while it was read"):
+            store.download("a", tmp_path / "copy")
+        with pytest.raises(TooLarge):
+            store.read("a", max_bytes=MIB)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_options_reach_the_server(tmp_path: Path) -> None:
+    """Encryption goes with every write, the storage class with files only, the payer with every request."""
+    seen: dict[str, dict[str, str | None]] = {}
+    names = ("x-amz-server-side-encryption-aws-kms-key-id", "x-amz-storage-class", "x-amz-request-payer")
+
+    def answer(request: Request) -> None:
+        seen[f"{request.command} {request.content!r}"] = {name: request.headers.get(name) for name in names}
+        if "list-type" in request.path:
+            request.answer(200, b"<ListBucketResult></ListBucketResult>")
+        else:
+            request.answer(200, b"x" if request.command == "GET" else b"", ETag='"1"')
+
+    with server(answer) as url:
+        store = opened(url, kms_key_id="key", storage_class="STANDARD_IA", request_payer=True)
+        (tmp_path / "file").write_bytes(b"file")
+        store.upload(tmp_path / "file", "a")
+        store.write("b", b"small")
+        store.read("b")
+        store.download("b", tmp_path / "copy")
+        list(store.list())
+        store.delete("b")
+    assert [*seen["PUT b'file'"].values()] == ["key", "STANDARD_IA", "requester"]
+    assert [*seen["PUT b'small'"].values()] == ["key", None, "requester"]
+    assert all(values["x-amz-request-payer"] == "requester" for values in seen.values())
+    assert {name.split()[0] for name in seen} == {"PUT", "GET", "DELETE"}
+
+
+def test_compatible_servers_get_no_new_headers(tmp_path: Path) -> None:
+    """With an endpoint of its own no checksum is sent that S3's protocol did not have from the start."""
+    headers: list[str] = []
+
+    def answer(request: Request) -> None:
+        headers.extend(f"{name}: {value}".lower() for name, value in request.headers.items())
+        request.answer(200, b"x" if request.command == "GET" else b"", ETag='"1"')
+
+    (tmp_path / "file").write_bytes(b"file")
+    with server(answer) as url:
+        store = opened(url)
+        store.upload(tmp_path / "file", "a")
+        store.write("a", b"x")
+        store.read("a")
+    assert headers
+    assert not [header for header in headers if "checksum" in header or "aws-chunked" in header]
+
+
+def test_missing_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without credentials every verb says so, and does not say that there is nothing."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    for attempt in verbs(opened("http://127.0.0.1:9"), tmp_path).values():
+        with pytest.raises(AccessDenied, match="credentials"):
+            attempt()
+
+
+def test_unknown_profile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A profile that does not exist is a mistake in the settings."""
+    monkeypatch.setenv("AWS_PROFILE", "absent")
+    with pytest.raises(SettingsError, match="profile"):
+        open_store(URI)
+
+
+def test_listing_goes_on_over_pages(real: ObjectStore, endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A listing of more objects than one answer holds is complete and sorted; folders of the console are left out."""
+    monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "3")
+    names = [f"{number:02}" for number in range(13)]
+    for name in reversed(names):
+        real.write(name, b"")
+    client = connect(endpoint_url=endpoint, region=None, timeout_seconds=5, retries=1)
+    client.put_object(Bucket=BUCKET, Key=f"{real.uri.rpartition('/')[2]}/folder/", Body=b"")
+    pages = client.list_objects_v2(Bucket=BUCKET, Prefix=real.uri.rpartition("/")[2])
+    assert pages["IsTruncated"]
+    assert [info.key for info in real.list()] == names
+
+
+def test_large_files_go_in_parallel(real: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With several connections a file arrives as it was, and their threads are gone afterwards."""
+    monkeypatch.setattr(job.storage.s3, "_ONE_CONNECTION_BYTES", MIB)
+    data = bytes(range(256)) * (20 * MIB // 256) + b"end"
+    (tmp_path / "source").write_bytes(data)
+    before = threading.active_count()
+    real.upload(tmp_path / "source", "a")
+    real.download("a", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == data
+    assert threading.active_count() <= before  # threads of other tests may have ended meanwhile
+
+
+def test_limit_holds_in_parallel(real: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit ends a transfer with several connections too, with nothing left on the disk."""
+    monkeypatch.setattr(job.storage.s3, "_ONE_CONNECTION_BYTES", MIB)
+    monkeypatch.setattr(job.storage.s3.S3Store, "_size", lambda *_: 10)
+    (tmp_path / "source").write_bytes(b"x" * 20 * MIB)
+    real.upload(tmp_path / "source", "a")
+    with pytest.raises(TooLarge):
+        real.download("a", tmp_path / "to" / "copy", max_bytes=9 * MIB)
+    assert list((tmp_path / "to").iterdir()) == []
+
+
+def test_upload_at_interpreter_shutdown(real: ObjectStore, endpoint: str, tmp_path: Path) -> None:
+    """A thread that outlives the main one can still finish its upload, although no new threads can be started."""
+    (tmp_path / "source").write_bytes(b"x" * 20 * MIB)
+    script = f"""
+import threading
+from pathlib import Path
+import job.storage.s3
+from job.objects import open_store
+job.storage.s3._ONE_CONNECTION_BYTES = 0
+store = open_store({real.uri!r}, endpoint_url={endpoint!r})
+def late():
+    threading.main_thread().join()
+    store.upload(Path({str(tmp_path / "source")!r}), "late")
+threading.Thread(target=late).start()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=CREDENTIALS, check=False, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [(info.key, info.bytes) for info in real.list()] == [("late", 20 * MIB)]

@@ -1,0 +1,126 @@
+"""Recording and replaying a GPU's work. A GPU shows that it works (`tests/bench/gpu.py`); here is what is around it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+
+from job.training.cuda_graphs import Replayed, out_of_memory
+
+
+class Graph:
+    """A recording that counts how often it is replayed."""
+
+    def __init__(self) -> None:
+        self.replayed = 0
+
+    def replay(self) -> None:
+        """What torch's does."""
+        self.replayed += 1
+
+
+class Stream:
+    """A stream in which nothing has to be waited for."""
+
+    def wait_stream(self, _other: Any) -> None:
+        """What torch's does."""
+
+
+@pytest.fixture(autouse=True)
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
+    """Stands in for torch's recorder; returns the recordings that were begun."""
+    begun: list[Graph] = []
+
+    @contextmanager
+    def graph(made: Graph, **_: Any) -> Iterator[None]:
+        begun.append(made)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    return begun
+
+
+def test_one_recording_a_shape(recorded: list[Graph]) -> None:
+    """Work is done once beforehand and once for each shape; later calls fill the inputs and replay."""
+    seen: list[torch.Tensor] = []
+
+    def work(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x)
+        return x.sum()
+
+    replayed = Replayed(work, (torch.zeros(1),))
+    for number, size in enumerate((2, 3, 2, 3, 2)):
+        replayed(torch.full((size,), float(number)))
+    assert [len(x) for x in seen] == [1, 2, 3]
+    assert [graph.replayed for graph in recorded] == [3, 2]
+    assert seen[1].tolist() == [4.0] * 2
+    assert seen[2].tolist() == [3.0] * 3
+
+
+def test_what_is_prepared_is_recorded_and_not_done(recorded: list[Graph]) -> None:
+    """The recording is there when the work comes; nothing is replayed before."""
+    replayed = Replayed(torch.sum, (torch.zeros(1),))
+    replayed.prepare(torch.zeros(3))
+    assert [graph.replayed for graph in recorded] == [0]
+    replayed(torch.ones(3))
+    assert [graph.replayed for graph in recorded] == [1]
+
+
+def test_what_cannot_be_recorded_is_done_all_the_same(recorded: list[Graph]) -> None:
+    """The first failure ends the attempts; every call then does its work itself."""
+    calls: list[float] = []
+
+    def work(x: torch.Tensor) -> torch.Tensor:
+        if len(calls) == 1 and recorded:
+            calls.append(-1)
+            raise RuntimeError("operation not permitted when stream is capturing")
+        calls.append(float(x[0]))
+        return x.sum()
+
+    replayed = Replayed(work, (torch.zeros(1),))
+    assert [float(replayed(torch.full((2,), value))) for value in (1.0, 2.0, 3.0)] == [2.0, 4.0, 6.0]
+    assert calls == [0, -1, 1, 2, 3]
+    assert not replayed.possible
+    assert len(recorded) == 1
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_too_little_memory_is_for_the_caller(*, wrapped: bool) -> None:
+    """Running out of memory while recording is no reason to give recording up: the caller makes room."""
+
+    def run_out() -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def work(x: torch.Tensor) -> torch.Tensor:
+        if len(x) == 1:
+            return x.sum()
+        try:
+            return run_out()
+        except torch.OutOfMemoryError:
+            if wrapped:  # as when torch cannot end the recording either
+                raise RuntimeError("capture failed") from None
+            raise
+
+    replayed = Replayed(work, (torch.zeros(1),))
+    with pytest.raises(torch.OutOfMemoryError) as raised:
+        replayed(torch.zeros(2))
+    assert raised.value.__context__ is None, "it would keep all that the work had made"
+    assert replayed.possible
+
+
+def test_memory_that_ran_out_beside_torch() -> None:
+    """The calls of CUDA and of its libraries have no class for it: it is told by their words, however deep."""
+    assert out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+    deep = RuntimeError("operation failed due to a previous error during capture")
+    deep.__context__ = RuntimeError("CUDA error: out of memory")
+    assert out_of_memory(deep)
+    assert not out_of_memory(RuntimeError("operation not permitted when stream is capturing"))

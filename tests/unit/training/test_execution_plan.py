@@ -1,0 +1,96 @@
+"""How a GPU's memory is used: the fastest way that fits, and what is set holds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from job.model.architecture import Architecture
+from job.records import Execution
+from job.training.execution_plan import BUDGETS, GIB, choose_budget, choose_execution, kept_activation_bytes
+from job.training.memory_model import Setup
+
+MISTRAL_7B = Architecture(4096, 14336, 32, 32, 8, 128, 32000)
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SETUP = Setup(
+    MISTRAL_7B, 16, TARGETS, "nf4", double_quantization=True, value_bytes=2, optimizer="adamw_8bit", recompute=True
+)
+
+
+def chosen(
+    free_gib: float, row_tokens: int = 4096, *, keep_base: bool | None = None, keep_activations: bool | None = None
+) -> Execution:
+    """What is chosen for Mistral-7B with so much free memory."""
+    return choose_execution(
+        SETUP,
+        free_bytes=int(free_gib * GIB),
+        row_tokens=row_tokens,
+        keep_base=keep_base,
+        keep_activations=keep_activations,
+        recorded=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("free_gib", "kept"), [(74, (True, True)), (34, (False, True)), (22, (True, False)), (3, (False, False))]
+)
+def test_the_fastest_way_that_fits(free_gib: float, kept: tuple[bool, bool]) -> None:
+    """Both are kept where both fit; then the activations alone, the base alone, and at last neither."""
+    found = chosen(free_gib)
+    assert (found.kept_base, found.kept_activations) == kept
+    assert f"{free_gib:.1f} GiB that are free" in found.reason
+
+
+@given(st.floats(0, 200), st.tuples(*[st.sampled_from([None, True, False])] * 2))
+def test_what_is_set_holds(free: float, given_: tuple[bool | None, bool | None]) -> None:
+    """Whatever the memory, a setting is not overruled."""
+    base, kept = given_
+    found = chosen(free, keep_base=base, keep_activations=kept)
+    assert base in {None, found.kept_base}
+    assert kept in {None, found.kept_activations}
+    assert ("as set" in found.reason) == (base is not None or kept is not None)
+
+
+@given(st.floats(0, 200), st.floats(0, 200), st.integers(128, 16384))
+def test_more_memory_is_never_slower(one: float, other: float, row: int) -> None:
+    """Of two machines the one with more free memory keeps at least as much of what saves the most time."""
+    less, more = (chosen(free, row) for free in sorted((one, other)))
+    speed = {(True, True): 3, (False, True): 2, (True, False): 1, (False, False): 0}
+    assert speed[less.kept_base, less.kept_activations] <= speed[more.kept_base, more.kept_activations]
+
+
+def test_nothing_is_kept_of_a_base_that_is_not_quantized() -> None:
+    """Its weights are in use as they lie: there is nothing to give up later either."""
+    setup = replace(SETUP, quantization="none")
+    found = choose_execution(
+        setup, free_bytes=200 * GIB, row_tokens=4096, keep_base=None, keep_activations=None, recorded=True
+    )
+    assert (found.kept_base, found.kept_activations) == (False, True)
+
+
+def test_a_decoder_that_lean_does_not_know_keeps_more() -> None:
+    """Between its layers runs transformers' own code, which leaves more activations."""
+    kept = [
+        choose_execution(
+            SETUP, free_bytes=26 * GIB, row_tokens=4096, keep_base=False, keep_activations=None, recorded=recorded
+        ).kept_activations
+        for recorded in (True, False)
+    ]
+    assert kept == [True, False]
+
+
+def test_the_formula_against_a_measured_run() -> None:
+    """An H100, Mistral-7B's shape, 3,722 tokens a row: a peak of 36.15 GiB with 4.03 GiB of weights, all kept."""
+    kept = kept_activation_bytes(SETUP, 3722) + 2 * MISTRAL_7B.linear_parameters
+    assert 0.75 < kept / GIB / (36.15 - 4.03) < 1
+
+
+@given(st.integers(0, 1 << 40), st.integers(0, 1 << 40))
+def test_the_budget_depends_on_the_size_alone(one: int, other: int) -> None:
+    """A larger GPU never has a smaller budget."""
+    less, more = sorted((one, other))
+    assert choose_budget(less) <= choose_budget(more)
+    assert {choose_budget(one), choose_budget(other)} <= {budget for _, budget in BUDGETS}

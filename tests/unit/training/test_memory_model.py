@@ -1,0 +1,235 @@
+"""What training takes, by formula: against what was measured on a GPU, what torch really keeps, and plain sense."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from job.model.architecture import Architecture
+from job.planning.gpus import GPUS
+from job.planning.reference import ARCHITECTURES, SAMPLES
+from job.training import memory_model
+from job.training.memory_model import Setup, training_memory
+from tests.helpers import LINEAR, make_examples
+
+REFERENCE = Setup(
+    architecture=ARCHITECTURES["mistralai/Mistral-7B-v0.1"],
+    rank=16,
+    targets=LINEAR,
+    quantization="nf4",
+    double_quantization=True,
+    value_bytes=2,
+    optimizer="adamw_8bit",
+    recompute=True,
+)
+KEEPING = replace(REFERENCE, recompute=False)
+
+# Measured on one H200 with this job: Mistral-7B's shape, lengths of real Alpaca rows, 32 examples a step.
+# Recomputing with micro-batches of 4,096 tokens; the whole step in one; and the whole step without recomputing.
+MEASURED_BYTES = (6.6e9, 7.7e9, 53.5e9)
+MEASURED_SPEEDS = (4075, 4680, 7025)
+
+SETUPS = st.builds(
+    Setup,
+    architecture=st.builds(
+        Architecture,
+        hidden=st.integers(1, 64).map(lambda n: 64 * n),
+        intermediate=st.integers(1, 200).map(lambda n: 64 * n),
+        layers=st.integers(2, 80),
+        heads=st.integers(1, 64),
+        kv_heads=st.integers(1, 64),
+        head_size=st.sampled_from([32, 64, 128]),
+        vocabulary=st.integers(100, 300_000),
+        tied=st.booleans(),
+    ),
+    rank=st.integers(1, 256),
+    targets=st.sets(st.sampled_from(LINEAR), min_size=1).map(lambda names: tuple(sorted(names))),
+    quantization=st.sampled_from(["nf4", "none"]),
+    double_quantization=st.booleans(),
+    value_bytes=st.sampled_from([2, 4]),
+    optimizer=st.sampled_from(["adamw_8bit", "paged_adamw_8bit", "adamw_torch"]),
+    recompute=st.booleans(),
+)
+TOKENS = st.integers(1, 200_000)
+
+
+def test_memory_is_as_measured() -> None:
+    """The three measured peaks, each within the stated margin of 10 %.
+
+    The tokens of the largest step were not written down: there has to be one number that explains both points that
+    depend on it. A step of 32 rows of Alpaca has 3,700 to 9,100 tokens, by the tokenizer.
+    """
+
+    def errors(step: int) -> list[float]:
+        found = [training_memory(REFERENCE, 4096), training_memory(REFERENCE, step), training_memory(KEEPING, step)]
+        return [memory.total / measured - 1 for memory, measured in zip(found, MEASURED_BYTES, strict=True)]
+
+    best = min((errors(step) for step in range(3700, 9100, 50)), key=lambda found: max(map(abs, found)))
+    assert max(map(abs, best)) < memory_model.MARGIN, best
+
+
+def test_speed_is_as_measured() -> None:
+    """The three measured speeds within 20 %, by one utilisation; never faster than measured by more than 2 %."""
+    (sample, _) = SAMPLES["tatsu-lab/alpaca"]
+    h200 = next(gpu for gpu in GPUS if gpu.name == "H200")
+    for setup, measured in zip((REFERENCE, REFERENCE, KEEPING), MEASURED_SPEEDS, strict=True):
+        flops = memory_model.training_flops(setup, sample.tokens, sample.squares)
+        took = memory_model.seconds(flops, 3, setup, rate=h200.flops, bandwidth=h200.bandwidth)
+        assert 0.8 < sample.tokens / took / measured < 1.02
+
+
+def test_a_published_figure_of_another_gpu_is_met() -> None:
+    """LitGPT: Mistral-7B, QLoRA on queries and values, 2,000 rows of Alpaca, 4 epochs, one A10G: 44.75 minutes.
+
+    Whether it recomputed is not said: the figure lies between the two, give or take a fifth.
+    """
+    (sample, _) = SAMPLES["tatsu-lab/alpaca"]
+    a10g = next(gpu for gpu in GPUS if gpu.name == "A10G")
+    scale = 4 * 2000 / sample.rows
+    minutes = []
+    for setup in (replace(KEEPING, targets=("q_proj", "v_proj")), replace(REFERENCE, targets=("q_proj", "v_proj"))):
+        flops = memory_model.training_flops(setup, round(scale * sample.tokens), round(scale * sample.squares))
+        minutes.append(memory_model.seconds(flops, 1, setup, rate=a10g.flops, bandwidth=a10g.bandwidth) / 60)
+    assert 0.8 * minutes[0] < 44.75 < 1.2 * minutes[1]
+
+
+def test_the_base_is_as_large_as_bitsandbytes_makes_it(base_folder: Path) -> None:
+    """Bytes of a real quantized model, weights and constants, with and without double quantization."""
+    import torch
+
+    from job.model.base import load_base
+
+    shape = Architecture(128, 256, 2, 4, 2, 32, 400, window=2048)
+    for double in (True, False):
+        model = load_base(
+            base_folder,
+            quantization="nf4",
+            double_quantization=double,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            max_length=512,
+        )
+        held = 0
+        for parameter in model.parameters():
+            held += parameter.numel() * parameter.element_size()
+            if (state := getattr(parameter, "quant_state", None)) is not None:
+                held += state.absmax.numel() * state.absmax.element_size()
+                held += 4 * state.state2.absmax.numel() if double else 0
+        setup = replace(REFERENCE, architecture=shape, double_quantization=double, value_bytes=4)
+        assert memory_model.weight_bytes(setup) == pytest.approx(held, rel=0.002)
+        plain = replace(setup, quantization="none")
+        assert memory_model.weight_bytes(plain) == 4 * shape.parameters
+
+
+def test_kept_bytes_are_what_autograd_keeps(tmp_path: Path) -> None:
+    """Bytes that a token leaves in a layer, counted by torch's own hooks in the job's forward pass."""
+    shape = {"hidden_size": 128, "intermediate_size": 320, "num_attention_heads": 4, "vocab_size": 400}
+    count = 256
+    kept = [_kept(tmp_path / str(layers), {**shape, "num_hidden_layers": layers}, count) for layers in (1, 3)]
+    setup = replace(KEEPING, architecture=Architecture(128, 320, 3, 4, 4, 32, 400), quantization="none", value_bytes=4)
+    assert (kept[1] - kept[0]) / 2 / count == pytest.approx(memory_model.kept_bytes(setup), rel=0.03)
+
+
+def _kept(folder: Path, shape: dict[str, int], count: int) -> int:
+    """Bytes that the forward pass of a row of so many tokens keeps for the backward pass, parameters aside."""
+    import torch
+    from transformers import MistralConfig, MistralForCausalLM
+
+    from job.model.base import load_base
+    from job.model.lora import add_adapter
+    from job.training.packing import flat_inputs
+
+    config = MistralConfig(**shape, num_key_value_heads=4, sliding_window=None)
+    MistralForCausalLM(config).save_pretrained(folder)
+    cpu = torch.device("cpu")
+    base = load_base(
+        folder, quantization="none", double_quantization=False, dtype=torch.float32, device=cpu, max_length=512
+    )
+    model: Any = add_adapter(base, rank=16, alpha=16, dropout=0.0, target_modules=LINEAR, seed=0).train()
+    held = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+    alive = []
+
+    def keep(tensor: Any) -> Any:
+        alive.append(tensor)  # so that no address is used twice
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in held:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    inputs = flat_inputs(make_examples(8, shortest=32, longest=32), cpu)
+    assert inputs["input_ids"].shape == (1, count)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.get_base_model().model(**{name: inputs[name] for name in ("input_ids", "position_ids", "layout")})
+    return sum(kept.values())
+
+
+@given(SETUPS, TOKENS, TOKENS)
+def test_more_tokens_take_more(setup: Setup, one: int, two: int) -> None:
+    """Memory, operations and seconds grow with the tokens."""
+    few, many = sorted((one, two))
+    assert training_memory(setup, few).total <= training_memory(setup, many).total
+    assert memory_model.evaluation_bytes(setup, few, few) <= memory_model.evaluation_bytes(setup, many, many)
+    assert memory_model.training_flops(setup, few, few) <= memory_model.training_flops(setup, many, many)
+    assert memory_model.evaluation_flops(setup, few, few) <= memory_model.evaluation_flops(setup, many, many)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rank": 300},
+        {"targets": LINEAR},
+        {"quantization": "none"},
+        {"double_quantization": False},
+        {"optimizer": "adamw_torch"},
+        {"recompute": False},
+    ],
+    ids=str,
+)
+@given(setup=SETUPS, tokens=TOKENS)
+def test_what_ought_to_cost_memory_does(change: dict[str, Any], setup: Setup, tokens: int) -> None:
+    """A higher rank, more layers with an adapter, weights as they are, plain constants, plain Adam, no recomputing."""
+    assert training_memory(replace(setup, **change), tokens).total >= training_memory(setup, tokens).total
+
+
+@given(setup=SETUPS, tokens=TOKENS)
+def test_recomputing_trades_operations_for_memory(setup: Setup, tokens: int) -> None:
+    """It is one more forward pass, and never holds more."""
+    recomputing, keeping = replace(setup, recompute=True), replace(setup, recompute=False)
+    assert training_memory(recomputing, tokens).total <= training_memory(keeping, tokens).total
+    again = memory_model.training_flops(recomputing, tokens, tokens) - memory_model.training_flops(
+        keeping, tokens, tokens
+    )
+    forward = 2 * (setup.architecture.linear_parameters + setup.adapter) * tokens
+    assert again >= forward
+
+
+@given(SETUPS, TOKENS, st.floats(1e12, 1e15), st.floats(1e11, 1e13), st.floats(1.01, 4))
+def test_a_faster_gpu_is_never_slower(setup: Setup, tokens: int, rate: float, bandwidth: float, factor: float) -> None:
+    """Neither more operations nor more bytes a second cost time; and reading the weights takes its time as well."""
+    flops = memory_model.training_flops(setup, tokens, tokens)
+    slow = memory_model.seconds(flops, 3, setup, rate=rate, bandwidth=bandwidth)
+    assert memory_model.seconds(flops, 3, setup, rate=rate * factor, bandwidth=bandwidth) <= slow
+    assert memory_model.seconds(flops, 3, setup, rate=rate, bandwidth=bandwidth * factor) <= slow
+    assert slow >= 3 * setup.architecture.linear_parameters * 0.5 / bandwidth
+
+
+@given(st.lists(st.integers(0, 100), min_size=1, max_size=50).map(sorted), st.integers(-10, 200))
+def test_the_largest_budget_is_the_largest(needs: list[int], limit: int) -> None:
+    """It fits, and one token more does not, unless there are no more."""
+    curve: Callable[[int], int] = lambda tokens: needs[tokens - 1]  # noqa: E731
+    found = memory_model.largest_budget(curve, limit, len(needs))
+    assert found == sum(need <= limit for need in needs)
+
+
+def test_room_leaves_space() -> None:
+    """A prediction that is wrong by the margin still fits beside the context; a tiny GPU has no room, not less."""
+    room = memory_model.room(16 << 30)
+    assert room * (1 + memory_model.MARGIN) + memory_model.CONTEXT_BYTES == pytest.approx(16 << 30)
+    assert memory_model.room(1 << 20) == 0

@@ -1,0 +1,784 @@
+"""Training: a step is a fact. What it learns does not depend on how it is carried out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from job.data import batch_plan
+from job.distributed.processes import Alone
+from job.distributed.ranks import Place
+from job.errors import JobError, Unreachable
+from job.evaluation.scoring import score_row
+from job.model.fused.frozen_weights import make_lean
+from job.model.fused.kernels import TORCH
+from job.model.lora import add_adapter, trainable
+from job.model.packed_attention import Segment
+from job.records import Example, Question, StepMetrics
+from job.training import packing
+from job.training.config import Hooks, Recipe, Trained, step_seed, substitute, total_steps
+from job.training.packing import flat_inputs
+from job.training.trainer import train
+from tests.helpers import EOS, LINEAR, PAD, fill_adapter, make_examples, make_model
+
+EXAMPLES = make_examples(8)
+RECIPE = Recipe(
+    seed=3,
+    total_steps=1,
+    learning_rate=1e-3,
+    scheduler="linear",
+    warmup_steps=0,
+    weight_decay=0.01,
+    max_grad_norm=1e9,  # so that the gradient that reaches the optimizer is the step's own
+    global_batch_size=8,
+    micro_batch_tokens=10_000,
+    optimizer="adamw_torch",
+    gradient_checkpointing=False,
+    save_every_steps=1000,
+)
+
+
+def run(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    recipe: Recipe,
+    folder: Path,
+    *,
+    stop_after: int | None = None,
+    resume: Path | None = None,
+) -> tuple[Trained, list[Path]]:
+    """Trains, and stops after so many steps if asked to; returns the saved states too."""
+    steps: list[StepMetrics] = []
+    saved: list[Path] = []
+    hooks = Hooks(steps.append, lambda path, _: saved.append(path), lambda: len(steps) == stop_after)
+    return train(model, tokenizer, examples, recipe=recipe, hooks=hooks, folder=folder, resume=resume), saved
+
+
+@contextmanager
+def gradients(model: Any) -> Iterator[list[dict[str, torch.Tensor]]]:
+    """Collects, for each optimizer step within it, the gradients that the optimizer gets, by name of the parameter."""
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+    found: list[dict[str, torch.Tensor]] = []
+
+    def note(optimizer: Any, *_: Any) -> None:
+        got = sum(float(p.grad.square().sum()) for group in optimizer.param_groups for p in group["params"])
+        found.append({name: p.grad.detach().clone() for name, p in trainable(model).items() if p.grad is not None})
+        assert got == pytest.approx(sum(float(x.square().sum()) for x in found[-1].values()), rel=1e-5)
+
+    handle = register_optimizer_step_pre_hook(note)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance: float = 1e-5) -> None:
+    """Each parameter's gradient is the same within a tolerance relative to its norm, and none is missing or zero."""
+    assert one.keys() == other.keys()
+    assert one
+    for place, gradient in one.items():
+        assert gradient.norm() > 0
+        assert (gradient - other[place]).norm() <= tolerance * gradient.norm(), place
+
+
+def adapter_hash(model: Any) -> str:
+    """Hash of all bits of the adapter."""
+    return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in trainable(model).values())).hexdigest()
+
+
+def facts(trained: Trained) -> str:
+    """All that the metrics say but for what a clock measured."""
+    return json.dumps([{k: v for k, v in asdict(step).items() if k != "measured"} for step in trained.history])
+
+
+def plain_trl(
+    base_folder: Path, tokenizer: Any, examples: Sequence[Example], folder: Path, rows: int
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """One step over all examples by TRL as its manual has it: padded batches of `rows`, its collator and its loss."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+    from trl import SFTConfig, SFTTrainer
+
+    base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32, attn_implementation="sdpa")
+    model = fill_adapter(add_adapter(base, rank=16, alpha=16, dropout=0.0, target_modules=LINEAR, seed=1))
+    columns = {
+        "input_ids": [list(example.input_ids) for example in examples],
+        "completion_mask": [[int(target) for target in example.targets] for example in examples],
+    }
+    arguments = SFTConfig(
+        output_dir=str(folder),
+        max_steps=1,
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=len(examples) // rows,
+        completion_only_loss=True,
+        max_grad_norm=1e9,
+        optim="adamw_torch",
+        bf16=False,
+        use_cpu=True,
+        activation_checkpointing=False,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = SFTTrainer(model, arguments, train_dataset=Dataset.from_dict(columns), processing_class=tokenizer)
+    with gradients(model) as found:
+        trainer.train()
+    return trainer.state.log_history[0]["loss"], found[0]
+
+
+def ours(
+    base_folder: Path, tokenizer: Any, examples: Sequence[Example], folder: Path, **changes: Any
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """One step over all examples by the job."""
+    model = fill_adapter(make_model(base_folder))
+    with gradients(model) as found:
+        trained, _ = run(model, tokenizer, examples, replace(RECIPE, **changes), folder)
+    return trained.history[0].loss, found[0]
+
+
+@pytest.mark.parametrize("prompt", [0.0, 0.5], ids=["all", "completion"])
+def test_a_step_is_what_plain_trl_learns(base_folder: Path, tokenizer: Any, tmp_path: Path, prompt: float) -> None:
+    """Loss and gradient agree between padded TRL, one flat batch, and micro-batches of three budgets."""
+    examples = make_examples(8, prompt=prompt)
+    loss, gradient = plain_trl(base_folder, tokenizer, examples, tmp_path, rows=8)
+    pieces = {
+        budget: len(batch_plan.micro_batches([len(e.input_ids) for e in examples], budget))
+        for budget in (10_000, 160, 90, 30)
+    }
+    assert len(set(pieces.values())) == 4, pieces
+    for budget in pieces:
+        own_loss, own = ours(base_folder, tokenizer, examples, tmp_path, micro_batch_tokens=budget)
+        assert own_loss == pytest.approx(loss, rel=1e-5)
+        assert_same(gradient, own)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_the_reference_itself_does_not_depend_on_its_batches(
+    base_folder: Path, tokenizer: Any, tmp_path: Path, rows: int
+) -> None:
+    """TRL with gradient accumulation agrees too, so what is compared is the step and not one way to pad."""
+    loss, gradient = plain_trl(base_folder, tokenizer, EXAMPLES, tmp_path, rows=rows)
+    own_loss, own = ours(base_folder, tokenizer, EXAMPLES, tmp_path)
+    assert own_loss == pytest.approx(loss, rel=1e-5)
+    assert_same(gradient, own)
+
+
+def test_activation_checkpointing_changes_nothing(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """Recomputed activations give the same loss, gradient and adapter after the step to the bit, dropout included."""
+    results = {}
+    for on in (True, False):
+        model = fill_adapter(make_model(base_folder, dropout=0.1))
+        with gradients(model) as found:
+            trained, _ = run(model, tokenizer, EXAMPLES, replace(RECIPE, gradient_checkpointing=on), tmp_path)
+        results[on] = trained.history[0].loss, found[0], [p.detach() for p in trainable(model).values()]
+    assert results[True][0] == results[False][0]
+    assert_same(results[True][1], results[False][1], 0)
+    assert all(torch.equal(one, other) for one, other in zip(results[True][2], results[False][2], strict=True))
+
+
+def test_activation_checkpointing_is_on_while_training(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """It is switched on for the steps, and off again for the evaluation that follows."""
+    seen: list[bool] = []
+    model = make_model(base_folder)
+    layer = model.get_base_model().model.layers[0]
+    hook = layer.register_forward_pre_hook(lambda module, _: seen.append(module.gradient_checkpointing))
+    run(model, tokenizer, EXAMPLES, replace(RECIPE, gradient_checkpointing=True), tmp_path)
+    hook.remove()
+    assert seen
+    assert all(seen)
+    assert not layer.gradient_checkpointing
+    assert not model.training
+
+
+def log_probs(model: Any, examples: Sequence[Example]) -> list[torch.Tensor]:
+    """Log-probabilities of the targets of examples that lie in one row, by example."""
+    inputs = flat_inputs(examples, torch.device("cpu"))
+    with torch.no_grad():
+        logits = model(**{**inputs, "labels": None}, use_cache=False).logits[0].log_softmax(-1)
+    result, start = [], 0
+    for example in examples:
+        end = start + len(example.input_ids)
+        wanted = [place for place, target in enumerate(example.targets) if target]
+        tokens = torch.tensor([example.input_ids[place] for place in wanted])
+        result.append(logits[start:end][[place - 1 for place in wanted]].gather(1, tokens[:, None])[:, 0])
+        start = end
+    return result
+
+
+def test_examples_in_a_row_never_see_each_other(base_folder: Path) -> None:
+    """Other neighbours, of the same lengths, leave the bits of an example's log-likelihoods as they were."""
+    model = fill_adapter(make_model(base_folder)).eval()
+    others = [Example(e.input_ids[:1] + tuple(reversed(e.input_ids[1:])), e.targets) for e in EXAMPLES]
+    mixed = [own if place % 2 else other for place, (own, other) in enumerate(zip(EXAMPLES, others, strict=True))]
+    for place, (one, other) in enumerate(zip(log_probs(model, EXAMPLES), log_probs(model, mixed), strict=True)):
+        assert torch.equal(one, other) is bool(place % 2), place
+
+
+def test_an_example_alone_is_as_in_a_row(base_folder: Path) -> None:
+    """Positions start anew with every example: in a row it scores as it does alone."""
+    model = fill_adapter(make_model(base_folder)).eval()
+    for example, in_a_row in zip(EXAMPLES, log_probs(model, EXAMPLES), strict=True):
+        torch.testing.assert_close(log_probs(model, [example])[0], in_a_row, rtol=1e-5, atol=1e-5)
+
+
+def test_the_loss_is_over_the_targets_only(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """A step's loss is the mean negative log-likelihood of all targets of its examples, and of no other token."""
+    examples = make_examples(8, prompt=0.7)
+    model = fill_adapter(make_model(base_folder)).eval()
+    expected = -torch.cat(log_probs(model, examples))
+    trained, _ = run(model, tokenizer, examples, RECIPE, tmp_path)
+    assert trained.history[0].loss == pytest.approx(expected.mean().item(), rel=1e-5)
+    assert trained.history[0].target_tokens == len(expected) == sum(sum(example.targets) for example in examples)
+
+
+def test_the_end_is_learned(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """Training makes the model say where an example ends: the end mark is a target like any other."""
+    model = make_model(base_folder)
+
+    def ending() -> float:
+        return float(torch.stack([scores[-1] for scores in log_probs(model.eval(), EXAMPLES)]).mean())
+
+    assert all(example.input_ids[-1] == EOS and example.targets[-1] for example in EXAMPLES)
+    before = ending()
+    run(model, tokenizer, EXAMPLES, replace(RECIPE, total_steps=10, learning_rate=1e-2), tmp_path)
+    assert ending() > before + 1
+
+
+@pytest.mark.parametrize("pad", [None, "</s>"])
+def test_padding_cannot_be_confused_with_the_end(
+    base_folder: Path, tokenizer: Any, tmp_path: Path, pad: str | None
+) -> None:
+    """Without a padding token (Mistral has none), or with the end mark for one, the step is the same to the bit."""
+    expected_loss, expected = ours(base_folder, tokenizer, EXAMPLES, tmp_path)
+    other = type(tokenizer).from_pretrained(base_folder)
+    other.pad_token = pad
+    loss, gradient = ours(base_folder, other, EXAMPLES, tmp_path)
+    assert loss == expected_loss
+    assert_same(gradient, expected, 0.0)
+    assert other.eos_token_id == EOS
+
+
+def test_a_flat_row_holds_no_padding() -> None:
+    """Every token of a row is a token of an example, and labels repeat exactly the targets."""
+    examples = make_examples(5, prompt=0.5)
+    inputs = flat_inputs(examples, torch.device("cpu"))
+    ids = [token for example in examples for token in example.input_ids]
+    assert inputs["input_ids"].tolist() == [ids]
+    assert PAD not in ids
+    targets = [target for example in examples for target in example.targets]
+    assert inputs["labels"].tolist() == [[t if target else -100 for t, target in zip(ids, targets, strict=True)]]
+    assert inputs["position_ids"].tolist() == [[place for e in examples for place in range(len(e.input_ids))]]
+
+
+def lean_model(base_folder: Path, **made: Any) -> Any:
+    """The tiny model with the lean forward, as a GPU runs it."""
+    model = fill_adapter(make_model(base_folder, **made))
+    assert make_lean(model, keep_dequantized=True, kernels=TORCH) == "all"
+    return model
+
+
+@pytest.mark.parametrize("prompt", [0.0, 0.5], ids=["all", "completion"])
+@pytest.mark.parametrize("budget", [10_000, 90])
+def test_padding_changes_nothing_but_rounding(
+    base_folder: Path, tokenizer: Any, tmp_path: Path, prompt: float, budget: int
+) -> None:
+    """Rows padded to few lengths, as a GPU gets them, have the loss and the gradient of rows without padding."""
+    examples, results = make_examples(8, prompt=prompt), []
+    for padded in (False, True):
+        model = lean_model(base_folder)
+        recipe = replace(RECIPE, padded=padded, micro_batch_tokens=budget)
+        with gradients(model) as found:
+            trained, _ = run(model, tokenizer, examples, recipe, tmp_path)
+        results.append((trained.history[0].loss, found[0]))
+    (loss, gradient), (padded_loss, padded_gradient) = results
+    assert padded_loss == pytest.approx(loss, rel=1e-6)
+    assert_same(gradient, padded_gradient)
+
+
+def test_what_lies_in_the_padding_does_not_matter(
+    base_folder: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other tokens in the padding leave loss and gradient as they were, to the bit."""
+    results = []
+    for token in (0, 7):
+
+        def padded_row(*given: Any, token: int = token) -> Any:
+            row = packing.padded_row(*given)
+            row.tokens[0, row.segments[-1].start :] = token
+            return row
+
+        monkeypatch.setattr("job.training.micro_batch.padded_row", padded_row)
+        model = lean_model(base_folder)
+        with gradients(model) as found:
+            trained, _ = run(model, tokenizer, EXAMPLES, replace(RECIPE, padded=True), tmp_path)
+        results.append((trained.history[0].loss, found[0]))
+    assert results[0][0] == results[1][0]
+    assert_same(results[0][1], results[1][1], 0.0)
+
+
+LONGER = make_examples(20)
+"""Three steps an epoch, the last of four examples."""
+RESUMED = replace(
+    RECIPE,
+    total_steps=6,
+    warmup_steps=2,
+    max_grad_norm=1.0,
+    micro_batch_tokens=150,
+    save_every_steps=2,
+    learning_rate=2e-3,
+)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "adamw_torch"])
+@pytest.mark.parametrize("scheduler", ["linear", "cosine"])
+def test_a_resumed_run_is_the_same_run(
+    base_folder: Path, tokenizer: Any, tmp_path: Path, optimizer: str, scheduler: str
+) -> None:
+    """Stopped in the middle of an epoch and resumed, NF4 training with dropout ends with the same bits and facts."""
+    recipe = replace(RESUMED, optimizer=optimizer, scheduler=scheduler)
+    whole = make_model(base_folder, quantization="nf4", dropout=0.1, rank=32)
+    uninterrupted, saved = run(whole, tokenizer, LONGER, recipe, tmp_path / "whole")
+    assert uninterrupted.complete
+    assert [path.name for path in saved] == ["step-00000002", "step-00000004", "step-00000006"]
+
+    first = make_model(base_folder, quantization="nf4", dropout=0.1, rank=32)
+    stopped, (*_, state) = run(first, tokenizer, LONGER, recipe, tmp_path / "stopped", stop_after=4)
+    assert not stopped.complete
+    assert adapter_hash(first) != adapter_hash(whole)
+
+    # Nothing of the new process may matter: neither its fresh adapter nor its random state.
+    second = fill_adapter(make_model(base_folder, quantization="nf4", dropout=0.1, rank=32))
+    torch.manual_seed(12345)
+    resumed, _ = run(second, tokenizer, LONGER, recipe, tmp_path / "resumed", resume=state)
+    assert adapter_hash(second) == adapter_hash(whole)
+    assert facts(resumed) == facts(uninterrupted)
+    assert len({step.loss for step in resumed.history}) == 6
+
+
+def test_a_lean_run_on_padded_rows_resumes_exactly(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """The way of a GPU, but for the recording: stopped and resumed, it ends with the bits of a whole run."""
+    recipe = replace(RESUMED, optimizer="adamw_8bit", padded=True)
+    whole = lean_model(base_folder, quantization="nf4")
+    uninterrupted, _ = run(whole, tokenizer, LONGER, recipe, tmp_path / "whole")
+    first = lean_model(base_folder, quantization="nf4")
+    _, (*_, state) = run(first, tokenizer, LONGER, recipe, tmp_path / "stopped", stop_after=3)
+    second = lean_model(base_folder, quantization="nf4")
+    resumed, _ = run(second, tokenizer, LONGER, recipe, tmp_path / "resumed", resume=state)
+    assert adapter_hash(second) == adapter_hash(whole) != adapter_hash(first)
+    assert facts(resumed) == facts(uninterrupted)
+
+
+def test_a_killed_run_goes_on_from_any_state(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """Whichever periodic state is left, the run ends with the same bits; from the last one nothing is left to do."""
+    recipe = replace(RESUMED, optimizer="adamw_8bit")
+    whole = make_model(base_folder, quantization="nf4", dropout=0.1)
+    uninterrupted, saved = run(whole, tokenizer, LONGER, recipe, tmp_path / "whole")
+    for state in saved:
+        model = make_model(base_folder, quantization="nf4", dropout=0.1)
+        resumed, _ = run(model, tokenizer, LONGER, recipe, tmp_path / "resumed", resume=state)
+        assert resumed.complete
+        assert adapter_hash(model) == adapter_hash(whole)
+        assert facts(resumed) == facts(uninterrupted)
+
+
+@pytest.mark.parametrize("in_time", [True, False])
+def test_an_abandoned_step_leaves_no_trace(base_folder: Path, tokenizer: Any, tmp_path: Path, *, in_time: bool) -> None:
+    """Without time for the rest of a step, the state of the step before is saved, if there is time for that."""
+    recipe = replace(RESUMED, save_every_steps=1000)
+    whole = make_model(base_folder, dropout=0.1)
+    run(whole, tokenizer, LONGER, recipe, tmp_path / "whole")
+
+    steps: list[StepMetrics] = []
+    saved: list[Path] = []
+    passes_of_step_4: list[object] = []
+    asked: list[float] = []
+
+    def fits(share: float) -> bool:
+        asked.append(share)
+        return in_time and share == 0
+
+    stopped = make_model(base_folder, dropout=0.1)
+    decoder = stopped.get_base_model().base_model
+    decoder.register_forward_pre_hook(lambda *_: passes_of_step_4.append(None) if len(steps) == 3 else None)
+    hooks = Hooks(steps.append, lambda path, _: saved.append(path), lambda: bool(passes_of_step_4), fits)
+    trained = train(stopped, tokenizer, LONGER, recipe=recipe, hooks=hooks, folder=tmp_path / "stopped")
+    assert len(passes_of_step_4) == 1
+    assert 0 < asked[0] < 1
+    assert not trained.complete
+    assert [path.name for path in saved] == (["step-00000003"] if in_time else [])
+    for state in saved:
+        again = make_model(base_folder, dropout=0.1)
+        run(again, tokenizer, LONGER, recipe, tmp_path / "again", resume=state)
+        assert adapter_hash(again) == adapter_hash(whole)
+
+
+def test_the_same_training_twice_is_the_same(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """Two runs of one recipe agree in all bits; another seed trains in another order and does not."""
+    hashes = []
+    for seed in (3, 3, 4):
+        model = make_model(base_folder, dropout=0.1)
+        run(model, tokenizer, LONGER, replace(RESUMED, seed=seed), tmp_path)
+        hashes.append(adapter_hash(model))
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_dropout_is_drawn_anew_every_step(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """With a learning rate of 0 only dropout can make the losses of the same examples differ, and it does."""
+    recipe = replace(RECIPE, total_steps=3, learning_rate=0.0)
+    for dropout, losses in ((0.0, 1), (0.3, 3)):
+        model = fill_adapter(make_model(base_folder, dropout=dropout))
+        trained, _ = run(model, tokenizer, EXAMPLES, recipe, tmp_path)
+        assert len({round(step.loss, 5) for step in trained.history}) == losses
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "adamw_torch"])
+def test_learning_rate_zero_trains_nothing(base_folder: Path, tokenizer: Any, tmp_path: Path, optimizer: str) -> None:
+    """The control experiment: no bit of the adapter changes, weight decay or not."""
+    model = fill_adapter(make_model(base_folder, quantization="nf4"))
+    before = adapter_hash(model)
+    recipe = replace(RESUMED, learning_rate=0.0, weight_decay=0.1, optimizer=optimizer, total_steps=3)
+    run(model, tokenizer, LONGER, recipe, tmp_path)
+    assert adapter_hash(model) == before
+
+
+def test_only_the_adapter_is_trained(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """Training moves every weight matrix of the adapter and no bit of the base."""
+    model = fill_adapter(make_model(base_folder))
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    run(model, tokenizer, EXAMPLES, RECIPE, tmp_path)
+    after = dict(model.named_parameters())
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == set(trainable(model))
+    assert len(moved) == 2 * 2 * len(LINEAR)
+    assert {parameter.dtype for parameter in trainable(model).values()} == {torch.float32}
+
+
+def test_an_adapter_on_a_quantized_base_stays_exact(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """TRL would round the adapter of a 4-bit model to bf16; here it is and stays in fp32."""
+    model = fill_adapter(make_model(base_folder, quantization="nf4"))
+    before = adapter_hash(model)
+    run(model, tokenizer, EXAMPLES, replace(RECIPE, learning_rate=0.0), tmp_path)
+    assert {parameter.dtype for parameter in trainable(model).values()} == {torch.float32}
+    assert adapter_hash(model) == before
+
+
+def test_metrics_tell_the_plan(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """Each step's line has its examples, its targets, its epoch, and the learning rate it was done with."""
+    recipe = replace(RESUMED, learning_rate=1e-3)
+    trained, _ = run(make_model(base_folder), tokenizer, LONGER, recipe, tmp_path)
+    assert [step.step for step in trained.history] == [1, 2, 3, 4, 5, 6]
+    assert [step.examples for step in trained.history] == [8, 8, 4, 8, 8, 4]
+    assert [step.epoch for step in trained.history] == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2])
+    for step in trained.history:
+        rows = batch_plan.batch(recipe.seed, 20, 8, step.step - 1)
+        assert step.target_tokens == sum(sum(LONGER[row].targets) for row in rows)
+        assert min(step.measured[name] or 0 for name in ("seconds", "tokens_per_second", "memory_bytes")) > 0
+        assert step.grad_norm > 0
+    assert [step.learning_rate for step in trained.history] == pytest.approx([0, 5e-4, 1e-3, 7.5e-4, 5e-4, 2.5e-4])
+
+
+def test_a_constant_rate_stays_at_its_peak(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """`constant` warms up and then stays."""
+    recipe = replace(RESUMED, scheduler="constant", learning_rate=1e-3)
+    trained, _ = run(make_model(base_folder), tokenizer, LONGER, recipe, tmp_path)
+    assert [step.learning_rate for step in trained.history] == pytest.approx([0, 5e-4, 1e-3, 1e-3, 1e-3, 1e-3])
+
+
+def test_a_loss_that_is_not_finite_ends_the_job(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """The step is named, what to do about it is said, and no state is saved from then on."""
+    model = make_model(base_folder)
+    with torch.no_grad():
+        model.get_base_model().lm_head.weight[5, 0] = float("nan")
+    saved: list[Path] = []
+    hooks = Hooks(lambda _: None, lambda path, _: saved.append(path), lambda: False)
+    recipe = replace(RECIPE, total_steps=3, save_every_steps=1)
+    with pytest.raises(JobError, match=r"loss of step 1 is nan.*JOB_TRAIN__LEARNING_RATE"):
+        train(model, tokenizer, EXAMPLES, recipe=recipe, hooks=hooks, folder=tmp_path)
+    assert not saved
+
+
+def run_out_of_memory(model: Any, failing: Callable[[int], bool]) -> list[int]:
+    """Makes forward passes fail as on a full GPU, by their number (from 1); returns the tokens of all of them."""
+    sizes: list[int] = []
+
+    def fail(_module: Any, _args: Any, inputs: dict[str, Any]) -> None:
+        sizes.append(inputs["input_ids"].shape[1])
+        if failing(len(sizes)):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.get_base_model().base_model.register_forward_pre_hook(fail, with_kwargs=True)
+    return sizes
+
+
+def test_out_of_memory_shrinks_the_micro_batch_and_repeats_the_step(
+    base_folder: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    """The budget is halved once and stays so; loss and gradient of both steps are as if nothing had happened."""
+    recipe = replace(RECIPE, total_steps=2, micro_batch_tokens=160)
+    calm, shaken = fill_adapter(make_model(base_folder)), fill_adapter(make_model(base_folder))
+    with gradients(calm) as expected:
+        undisturbed, _ = run(calm, tokenizer, EXAMPLES, recipe, tmp_path)
+    # The second micro-batch of the first step fails: what the first one left behind must not be counted twice.
+    sizes = run_out_of_memory(shaken, lambda number: number == 2)
+    with gradients(shaken) as found:
+        trained, _ = run(shaken, tokenizer, EXAMPLES, recipe, tmp_path)
+    assert (undisturbed.micro_batch_tokens, trained.micro_batch_tokens) == (160, 80)
+    assert max(sizes[2:]) <= 80 < max(sizes[:2])
+    for one, other in zip(expected, found, strict=True):
+        assert_same(one, other)
+    for before, after in zip(undisturbed.history, trained.history, strict=True):
+        assert after.loss == pytest.approx(before.loss, rel=1e-5)
+    assert [step.measured["micro_batch_tokens"] for step in trained.history] == [80, 80]
+
+
+def test_the_shrunken_micro_batch_survives_a_restart(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """A resumed run goes on with the budget that fitted, instead of running out of memory again."""
+    recipe = replace(RECIPE, total_steps=2, micro_batch_tokens=160, save_every_steps=1)
+    model = make_model(base_folder)
+    run_out_of_memory(model, lambda number: number == 2)
+    _, (state, *_) = run(model, tokenizer, EXAMPLES, recipe, tmp_path, stop_after=1)
+    again = make_model(base_folder)
+    sizes = run_out_of_memory(again, lambda _: False)
+    resumed, _ = run(again, tokenizer, EXAMPLES, recipe, tmp_path / "resumed", resume=state)
+    assert resumed.micro_batch_tokens == 80
+    assert max(sizes) <= 80
+
+
+class Beside(Alone):
+    """The second of two processes, whose neighbour has no examples and runs out of memory at steps of our choice."""
+
+    place = Place(rank=0, world_size=2)
+
+    def __init__(self, *failing: int) -> None:
+        self.failing = failing
+        self.asked: list[bool] = []
+        self.sizes: list[int] = []
+
+    def agree(self, *, repeat: bool) -> bool:
+        """The neighbour's wish counts like ours."""
+        self.asked.append(repeat)
+        return repeat or len(self.asked) in self.failing
+
+    def add_up(self, tensor: torch.Tensor) -> None:
+        """The neighbour adds what it has."""
+        self.sizes.append(tensor.numel())
+
+
+@pytest.fixture
+def undealt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gives process 0 all examples."""
+    monkeypatch.setattr(batch_plan, "shares", lambda lengths, processes: [list(range(len(lengths))), []][:processes])
+
+
+@pytest.mark.usefixtures("undealt")
+def test_a_step_is_repeated_by_all_when_one_runs_out_of_memory(
+    base_folder: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    """Whoever it was, all halve their micro-batches and repeat; loss and gradient are as if nothing had happened."""
+    recipe = replace(RECIPE, total_steps=2, micro_batch_tokens=160)
+    calm = fill_adapter(make_model(base_folder))
+    with gradients(calm) as expected:
+        undisturbed, _ = run(calm, tokenizer, EXAMPLES, recipe, tmp_path)
+    for fails_here in (True, False):
+        model, beside = fill_adapter(make_model(base_folder)), Beside(*([] if fails_here else [1, 2]))
+        run_out_of_memory(model, lambda number, here=fails_here: here and number == 2)
+        hooks = Hooks(lambda _: None, lambda *_: None, lambda: False)
+        with gradients(model) as found:
+            trained = train(model, tokenizer, EXAMPLES, recipe=recipe, hooks=hooks, folder=tmp_path, processes=beside)
+        assert trained.micro_batch_tokens == 80
+        assert beside.asked == [fails_here, fails_here, False, False]  # whether it ran out, and has nothing left
+        assert beside.sizes == [1 + sum(p.numel() for p in trainable(model).values())] * 2
+        for one, other in zip(expected, found, strict=True):
+            assert_same(one, other)
+        for before, after in zip(undisturbed.history, trained.history, strict=True):
+            assert after.loss == pytest.approx(before.loss, rel=1e-5)
+
+
+class Left(Beside):
+    """Its neighbour ends during the third step."""
+
+    def agree(self, *, repeat: bool) -> bool:
+        """Finds out where the processes meet."""
+        if len(self.asked) == 2:
+            raise Unreachable("process 1: the hub is silent")
+        return super().agree(repeat=repeat)
+
+
+@pytest.mark.usefixtures("undealt")
+def test_the_end_of_another_process_leaves_the_step_before(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """What was done is saved, and the error is the other's; resumed, the run ends with the bits of a whole one."""
+    whole, model = make_model(base_folder), make_model(base_folder)
+    recipe = replace(RESUMED, save_every_steps=1000)
+    run(whole, tokenizer, LONGER, recipe, tmp_path / "whole")
+    saved: list[Path] = []
+    hooks = Hooks(lambda _: None, lambda path, _: saved.append(path), lambda: False)
+    with pytest.raises(Unreachable, match="process 1: the hub is silent"):
+        train(model, tokenizer, LONGER, recipe=recipe, hooks=hooks, folder=tmp_path / "left", processes=Left())
+    assert [path.name for path in saved] == ["step-00000002"]
+    again = make_model(base_folder)
+    run(again, tokenizer, LONGER, recipe, tmp_path / "again", resume=saved[0])
+    assert adapter_hash(again) == adapter_hash(whole)
+
+
+def test_a_process_without_examples_follows(
+    base_folder: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a step has fewer examples than there are processes, one adds nothing, takes the sum, writes no state."""
+
+    class Idle(Beside):
+        leads = False
+        place = Place(rank=1, world_size=2)
+
+        def add_up(self, tensor: torch.Tensor) -> None:
+            assert not tensor.any()
+            tensor += 0.5
+
+    monkeypatch.setattr(batch_plan, "shares", lambda lengths, _: [list(range(len(lengths))), []])
+    model = make_model(base_folder)
+    saved: list[Path] = []
+    hooks = Hooks(lambda _: None, lambda path, _: saved.append(path), lambda: False)
+    with gradients(model) as found:
+        trained = train(
+            model,
+            tokenizer,
+            EXAMPLES,
+            recipe=replace(RECIPE, save_every_steps=1),
+            hooks=hooks,
+            folder=tmp_path,
+            processes=Idle(),
+        )
+    assert trained.history[0].loss == 0.5
+    assert all((gradient == 0.5).all() for gradient in found[0].values())
+    assert not saved
+
+
+class Launched:
+    """Stands in for what replays: does the work as it comes, and knows what was to be recorded first."""
+
+    possible = True
+
+    def __init__(self, work: Callable[..., torch.Tensor], _first: tuple[torch.Tensor, ...]) -> None:
+        self.work = work
+        self.prepared: list[int] = []
+
+    def prepare(self, tokens: torch.Tensor, *_: torch.Tensor) -> None:
+        """Records nothing."""
+        self.prepared.append(tokens.shape[1])
+
+    def __call__(self, tokens: torch.Tensor, ends: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """No row is longer than the one that was recorded first."""
+        assert tokens.shape[1] <= self.prepared[0]
+        last = int((ends == ends[-1]).nonzero()[0])
+        return self.work(tokens, ends, weight, tuple(map(Segment, ends[:last].tolist(), ends[1 : last + 1].tolist())))
+
+
+def test_out_of_memory_takes_time_before_it_takes_bits(
+    base_folder: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kept weights, kept activations and recordings are given up one by one: the gradient stays, to the bit.
+
+    Only then is the budget halved.
+    """
+    monkeypatch.setattr("job.training.micro_batch.Replayed", Launched)
+    recipe = replace(RECIPE, micro_batch_tokens=160, padded=True, replayed=True, kept_base=True, autocast=False)
+    results = []
+    for failures in (0, 1, 2, 3, 4):
+        model = lean_model(base_folder, quantization="nf4")
+        run_out_of_memory(model, lambda number, failures=failures: number <= failures)
+        with gradients(model) as found:
+            trained, _ = run(model, tokenizer, EXAMPLES, recipe, tmp_path)
+        results.append((trained, found[0]))
+    assert [trained.given_up for trained, _ in results] == [
+        (),
+        ("kept_base",),
+        ("kept_base", "kept_activations"),
+        *[("kept_base", "kept_activations", "recorded")] * 2,
+    ]
+    assert [trained.micro_batch_tokens for trained, _ in results] == [160, 160, 160, 160, 80]
+    for trained, gradient in results[:4]:
+        assert trained.history[0].loss == results[0][0].history[0].loss
+        assert_same(gradient, results[0][1], 0.0)
+
+
+def test_memory_that_is_too_small_for_one_example_ends_the_job(
+    base_folder: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    """When halving cannot help any more, the error gets out instead of being retried forever."""
+    model = make_model(base_folder)
+    sizes = run_out_of_memory(model, lambda _: True)
+    with pytest.raises(torch.OutOfMemoryError):
+        run(model, tokenizer, EXAMPLES, RECIPE, tmp_path)
+    assert len(sizes) < 30
+
+
+def test_an_evaluation_before_changes_no_gradient(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """NF4: scoring questions with the base first leaves loss and gradient of the next step as they were, to the bit."""
+    results = []
+    for evaluated in (False, True):
+        model = fill_adapter(make_model(base_folder, quantization="nf4"))
+        if evaluated:
+            with model.eval().disable_adapter():
+                score_row(model, [Question(example.input_ids, ((5, 6), (7,))) for example in EXAMPLES])
+        with gradients(model) as found:
+            trained, _ = run(model, tokenizer, EXAMPLES, RECIPE, tmp_path)
+        results.append((trained.history[0].loss, found[0]))
+    assert results[0][0] == results[1][0]
+    assert_same(results[0][1], results[1][1], 0.0)
+
+
+def test_a_state_of_another_model_is_refused(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """A checkpoint is never loaded in part."""
+    recipe = replace(RECIPE, save_every_steps=1)
+    _, (state,) = run(make_model(base_folder), tokenizer, EXAMPLES, recipe, tmp_path)
+    other = make_model(base_folder)
+    other.get_base_model().model.layers[0].self_attn.q_proj.requires_grad_(requires_grad=False)
+    with pytest.raises(ValueError, match="not of this model"):
+        run(other, tokenizer, EXAMPLES, recipe, tmp_path, resume=state)
+
+
+def test_a_state_is_safetensors_and_json(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """Restoring can run nobody's code: no pickle lies in a state, and 8-bit optimizer states lie there in 8 bit."""
+    from safetensors.torch import load_file
+
+    recipe = replace(RECIPE, save_every_steps=1, optimizer="adamw_8bit")
+    _, (state,) = run(make_model(base_folder), tokenizer, EXAMPLES, recipe, tmp_path)
+    assert {path.suffix for path in state.iterdir()} == {".safetensors", ".json", ".jsonl"}
+    dtypes = {tensor.dtype for tensor in load_file(state / "optimizer.safetensors").values()}
+    assert torch.uint8 in dtypes
+
+
+def test_total_steps_counts_whole_epochs() -> None:
+    """Every epoch has its own last, smaller step; `max_steps` can only make the run shorter."""
+    assert total_steps(20, 8, 2, None) == 6
+    assert total_steps(1500, 32, 2, None) == 94
+    assert total_steps(20, 8, 2, 4) == 4
+    assert total_steps(20, 8, 2, 100) == 6
+
+
+def test_step_seeds_differ() -> None:
+    """Steps, seeds and processes have seeds of their own, all valid for torch."""
+    seeds = {step_seed(seed, step, rank) for seed in range(5) for step in range(50) for rank in range(4)}
+    assert len(seeds) == 1000
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_a_cpu_substitutes_the_paged_optimizer_and_says_so() -> None:
+    """What has no implementation on a CPU is replaced by its nearest equivalent, never silently."""
+    paged = replace(RECIPE, optimizer="paged_adamw_8bit")
+    recipe, said = substitute(paged, "cpu")
+    assert recipe == replace(RECIPE, optimizer="adamw_8bit")
+    assert len(said) == 1
+    assert "paged_adamw_8bit -> adamw_8bit" in said[0]
+    assert substitute(paged, "cuda") == (paged, [])
+    assert substitute(RECIPE, "cpu") == (RECIPE, [])

@@ -1,0 +1,87 @@
+"""Copies: never more than was claimed, never outside their folder, and every difference told."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from job.errors import Unreachable
+from job.storage.local import LocalStore
+from job.verification.fetch_claims import Claim, bring
+
+DATA = b'{"a": 1, "measured": 2}\n'
+SHA256 = hashlib.sha256(DATA).hexdigest()
+FACTS = hashlib.sha256(b'{"a": 1}\n').hexdigest()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> LocalStore:
+    """A store with one file."""
+    made = LocalStore(tmp_path / "run")
+    made.write("file", DATA)
+    return made
+
+
+def brought(store: LocalStore, folder: Path, *claims: Claim) -> tuple[dict[str, Path], list[str]]:
+    """Copies by path, and differences as they are told."""
+    folder.mkdir(exist_ok=True)
+    listed = {info.key: info.bytes for info in store.list()}
+    copies, differences = bring(store, claims, listed, folder)
+    return copies, [str(difference) for difference in differences]
+
+
+def test_what_is_as_claimed_is_copied(store: LocalStore, tmp_path: Path) -> None:
+    """The bytes are there, and nothing differs."""
+    copies, differences = brought(store, tmp_path / "work", Claim("file", len(DATA), SHA256, FACTS))
+    assert copies["file"].read_bytes() == DATA
+    assert differences == []
+
+
+@pytest.mark.parametrize(
+    ("claim", "told"),
+    [
+        (Claim("other", 3, SHA256), "other: claimed 3 bytes, found no such file"),
+        (Claim("file", 3, SHA256), "file: claimed 3 bytes, found 24 bytes"),
+        (Claim("file", 10**15, SHA256), f"file: claimed {10**15} bytes, found 24 bytes"),
+        (Claim("file", 24, "0" * 64), f"file: claimed SHA-256 {'0' * 64}, found SHA-256 {SHA256}"),
+        (Claim("file", 24, SHA256, "0" * 64), f"file facts: claimed {'0' * 64}, found {FACTS}"),
+        (Claim("../run/file", 24, SHA256), "../run/file: claimed 24 bytes, found a name that leads elsewhere"),
+        (Claim("/etc/hostname", 24, SHA256), "/etc/hostname: claimed 24 bytes, found a name that leads elsewhere"),
+        (Claim("", 24, SHA256), ": claimed 24 bytes, found a name that leads elsewhere"),
+    ],
+    ids=str,
+)
+def test_what_is_not_as_claimed_is_told(store: LocalStore, tmp_path: Path, claim: Claim, told: str) -> None:
+    """Absence, size, content, facts, and names that are no places in the run's folder."""
+    assert brought(store, tmp_path / "work", claim)[1] == [told]
+
+
+def test_what_changed_is_copied_all_the_same(store: LocalStore, tmp_path: Path) -> None:
+    """Whoever looks into it can say what is wrong with it."""
+    copies, _ = brought(store, tmp_path / "work", Claim("file", len(DATA), "0" * 64))
+    assert copies["file"].read_bytes() == DATA
+
+
+@pytest.mark.parametrize("data", [b"[1]\n", b"\xff", b"no JSON"])
+def test_facts_of_what_has_none(store: LocalStore, tmp_path: Path, data: bytes) -> None:
+    """A file that is no lines of JSON cannot have the facts that were claimed."""
+    store.write("file", data)
+    claim = Claim("file", len(data), hashlib.sha256(data).hexdigest(), FACTS)
+    assert brought(store, tmp_path / "work", claim)[1] == [f"file facts: claimed {FACTS}, found no lines of JSON"]
+
+
+def test_a_file_that_grows_is_cut_off(store: LocalStore, tmp_path: Path) -> None:
+    """What became larger after it was listed is not read to its end."""
+    listed = {"file": len(DATA)}
+    store.write("file", DATA * 2)
+    copies, (difference,) = bring(store, [Claim("file", len(DATA), SHA256)], listed, tmp_path)
+    assert copies == {}
+    assert difference.found == "a file that changes meanwhile"
+
+
+def test_a_disk_that_is_too_small(store: LocalStore, tmp_path: Path) -> None:
+    """Sizes are added up before anything is copied."""
+    with pytest.raises(Unreachable, match="of disk are free"):
+        bring(store, [Claim("file", 10**18, SHA256)], {"file": 10**18}, tmp_path)

@@ -1,0 +1,429 @@
+"""`verify`: a run that is what it says passes; whatever is changed in it, openly or with its hashes, is named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from job.common.hashing import sealed, unsealed
+from job.errors import AccessDenied, SettingsError, VerificationError
+from job.results.reader import open_run
+from job.runs.run_log import ledger_key, parse_record
+from job.verification.differences import Check
+from job.verification.verify import as_json, as_lines, demand, verify
+from tests.published_run import forge, pairs, publish_run, rewrite
+
+ADAPTER = "artifacts/adapter/adapter_model.safetensors"
+TASK = "artifacts/evaluation/quiz.adapter.jsonl"
+MARKER = "checkpoints/step-00000004/COMMITTED.json"
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two attempts, the first of them killed, on two tasks."""
+    answers = {"quiz": pairs(60, improved=14, regressed=2), "riddles": pairs(20, regressed=3)}
+    return publish_run(tmp_path_factory.mktemp("published") / "a-run", answers, attempts=2)
+
+
+@pytest.fixture
+def run(published: Path, tmp_path: Path) -> Path:
+    """A copy that may be damaged."""
+    return Path(shutil.copytree(published, tmp_path / "a-run"))
+
+
+@pytest.fixture
+def check(run: Path, tmp_path: Path) -> Callable[[], dict[str, Check]]:
+    """Verifies the copy; returns the checks that do not hold, by name."""
+
+    def checked() -> dict[str, Check]:
+        work = tmp_path / "work"
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        return {found.what: found for found in verify(open_run(str(run)), work) if found.differences}
+
+    return checked
+
+
+Checker = Callable[[], dict[str, Check]]
+
+
+def told(failed: dict[str, Check]) -> str:
+    """All that differs, as a person reads it."""
+    return "\n".join(str(difference) for found in failed.values() for difference in found.differences)
+
+
+def test_a_published_run_verifies(check: Checker) -> None:
+    """Everything holds in a run that nobody touched, although one of its attempts was killed."""
+    assert check() == {}
+
+
+def test_every_file_is_vouched_for(run: Path, check: Checker) -> None:
+    """A flipped bit in the middle of any file, and a file that is gone, are named."""
+    for path in sorted(path for path in run.rglob("*") if path.is_file() and ".store" not in path.parts):
+        name, data = path.relative_to(run).as_posix(), path.read_bytes()
+        middle = len(data) // 2
+        path.write_bytes(data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :])
+        assert name in told(check())
+        path.unlink()
+        if name == "results.json":
+            with pytest.raises(VerificationError, match=r"results\.json: is missing"):
+                check()
+        else:
+            assert name in told(check())
+        path.write_bytes(data)
+    assert check() == {}
+
+
+def change(place: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    """Sets a value of a manifest."""
+
+    def changed(results: dict[str, Any]) -> None:
+        *way, name = [int(part) if part.isdigit() else part for part in place.split("/")]
+        inner: Any = results
+        for part in way:
+            inner = inner[part]
+        assert inner[name] != value
+        inner[name] = value
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "what"),
+    [
+        ("evaluation/tasks/quiz/delta", 0.25, "evaluation"),
+        ("evaluation/tasks/quiz/improved", 15, "evaluation"),
+        ("evaluation/tasks/quiz/regressed", 1, "evaluation"),
+        ("evaluation/tasks/quiz/ci95/0", 0.1, "evaluation"),
+        ("evaluation/tasks/quiz/mcnemar_p", 1e-30, "evaluation"),
+        ("evaluation/tasks/quiz/holm_p", 1e-4, "evaluation"),
+        ("evaluation/tasks/quiz/minimum_detectable_effect", 0.01, "evaluation"),
+        ("evaluation/tasks/riddles/verdict", "improved", "evaluation"),
+        ("evaluation/tasks/quiz/n", 61, "evaluation"),
+        ("evaluation/tasks/quiz/task_hash", "0" * 64, "evaluation"),
+        ("evaluation/tasks/quiz/base/acc", 0.45, "evaluation"),
+        ("evaluation/tasks/quiz/adapter/stderr", 0.01, "evaluation"),
+        ("evaluation/tasks/quiz/adapter/acc_norm", 0.9, "evaluation"),
+        ("evaluation/tasks/quiz/acc_norm/delta", 0.9, "evaluation"),
+        ("gate/passed", True, "gate"),
+        ("gate/min_delta", 0.1, "gate"),
+        ("training/steps", 5, "training"),
+        ("training/examples", 17, "training"),
+        ("training/target_tokens", 171, "training"),
+        ("training/loss", 2.5, "training"),
+        ("training/seconds", 2.0, "training"),
+        ("training/peak_memory_bytes", 1, "stages"),
+        ("cost/seconds", 60.0, "cost"),
+        ("cost/repeated_steps", 1, "cost"),
+        ("cost/usd", 0.01, "cost"),
+        ("cost/goodput", 0.9, "cost"),
+        ("cost/wasted_seconds", 0.0, "cost"),
+        ("cost/energy_kwh", 1.0, "cost"),
+        ("cost/stages/train/usd", 0.0, "cost"),
+        ("cost/attempts/1/wasted_usd", 0.0, "cost"),
+        ("run/attempts/0/usd_per_hour", 0.5, "attempts"),
+        ("run/attempts/1/energy_joules", 1e6, "attempts"),
+        ("settings/train.learning_rate/value", 1.0, "settings"),
+        ("settings/train.epochs/value", 3, "training"),
+        ("dataset/sha256", "0" * 64, "stages"),
+        ("dataset/rows", 9, "stages"),
+        ("model/sha256", "0" * 64, "stages"),
+        ("model/revision", "main", "stages"),
+        ("run/attempts/0/steps", 3, "attempts"),
+        ("run/attempts/1/last_step", 3, "attempts"),
+        ("run/attempts/1/seconds", 99.0, "attempts"),
+        ("run/attempts/1/stage_seconds/train", 1.0, "attempts"),
+        ("run/started", "2026-01-05T08:00:00Z", "attempts"),
+        ("artifacts/0/path", "artifacts/../lease.json", "artifacts"),
+        ("artifacts/0/path", "/etc/passwd", "artifacts"),
+        ("artifacts/0/path", "settings.json", "other files"),
+        ("artifacts/0/bytes", 10**15, "artifacts"),
+        ("evidence/0/path", "artifacts/metrics.jsonl", "other files"),
+        ("evidence/0/sha256", "0" * 64, "evidence"),
+    ],
+)
+def test_a_false_claim_is_found_behind_a_true_seal(
+    run: Path, check: Checker, place: str, value: Any, what: str
+) -> None:
+    """A figure or fingerprint that does not follow from the run's files is named, though the manifest is sealed."""
+    forge(run, change(place, value))
+    failed = check()
+    assert what in failed
+    assert "manifest" not in failed
+
+
+def test_differences_tell_place_and_both_values(run: Path, check: Checker) -> None:
+    """A person reads what is claimed where, and what was found."""
+    forge(run, change("evaluation/tasks/quiz/improved", 15))
+    (difference,) = check()["evaluation"].differences
+    assert str(difference) == "results.json evaluation.tasks.quiz.improved: claimed 15, found 14"
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    """The adapter's answers."""
+    return [json.loads(line) for line in (run / TASK).read_bytes().splitlines()]
+
+
+def put(run: Path, rows: list[dict[str, Any]]) -> None:
+    """Publishes other answers of the adapter, with their hashes."""
+    rewrite(run, TASK, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def test_an_answer_has_to_follow_from_its_likelihoods(run: Path, check: Checker) -> None:
+    """A wrong answer that is marked right is found in its own line, also when every sum was made to fit."""
+    rows = records(run)
+    number = next(n for n, row in enumerate(rows) if not row["acc"])
+    rows[number]["acc"] = 1.0
+    put(run, rows)
+    assert f"{TASK} line {number + 1}" in told(check())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("prediction", 2), ("prediction_norm", 2), ("log_likelihoods", [-1.0]), ("acc", 0.5), ("doc_hash", "x")],
+)
+def test_a_record_that_cannot_be_is_named(run: Path, check: Checker, key: str, value: Any) -> None:
+    """Predictions that are not the likeliest choice, and values of no record's kind."""
+    rows = records(run)
+    rows[3][key] = value
+    put(run, rows)
+    assert TASK in told({"evaluation": check()["evaluation"]})
+    assert "line 4" in told(check())
+
+
+def test_questions_have_to_be_the_same_on_both_sides(run: Path, check: Checker) -> None:
+    """Answers in another order are not paired with those of the base."""
+    rows = records(run)
+    put(run, [rows[1], rows[0], *rows[2:]])
+    assert 'quiz.base.jsonl line 1: claimed question "quiz-1" as the adapter was asked' in told(check())
+
+
+def test_answers_that_are_missing(run: Path, check: Checker) -> None:
+    """Fewer answers than the manifest counts."""
+    put(run, records(run)[:-1])
+    assert "results.json evaluation.tasks.quiz.n: claimed 60, found 59" in told(check())
+
+
+def test_metrics_that_are_no_metrics(run: Path, check: Checker) -> None:
+    """A file with the right hash that does not hold the steps."""
+    lines = (run / "artifacts/metrics.jsonl").read_bytes().splitlines(keepends=True)
+    for other, why in (
+        (b'{"step": 1}\n', "line 2: epoch: Field required"),
+        (b'{"step": "x"}\n', "line 2: step: Input should be"),
+    ):
+        rewrite(run, "artifacts/metrics.jsonl", b"".join([lines[0], other, *lines[2:]]))
+        failed = check()
+        assert f"artifacts/metrics.jsonl: claimed the metrics of a step a line, found {why}" in told(failed)
+
+
+def test_files_that_nobody_vouches_for_are_named(run: Path, check: Checker) -> None:
+    """An extra file among the artefacts, in the run's folder, or in a whole checkpoint's."""
+    for name in ("artifacts/adapter/adapter_model.bin", "notes.txt", "checkpoints/step-00000004/0002/more", "x\n.txt"):
+        path = run / name
+        path.write_bytes(b"1234")
+        (difference,) = check()["other files"].differences
+        assert difference.found == "a file of 4 bytes"
+        assert difference.where == name
+        path.unlink()
+
+
+def test_a_hostile_name_cannot_take_over_the_terminal(run: Path, check: Checker) -> None:
+    """Control characters in the names of files and settings are shown as what they are."""
+    (run / "x\n\x1b[31m.txt").write_bytes(b"")
+    forge(run, lambda results: results["settings"].update({"\x1b[2J": {"value": 1, "source": "default"}}))
+    forge(run, change("artifacts/0/path", "artifacts/\x1b[2J"))
+    checks = list(check().values())
+    assert {check.what for check in checks} >= {"artifacts", "other files"}
+    assert all(line.isprintable() for line in as_lines(checks))
+    with pytest.raises(VerificationError) as error:
+        demand(checks)
+    assert all(str(problem).isprintable() for problem in error.value.problems)
+
+
+def test_what_killed_attempts_leave_is_told_and_no_fault(run: Path, check: Checker, tmp_path: Path) -> None:
+    """Half a checkpoint of an attempt that was killed, or a probe of the store: notes."""
+    for name in ("checkpoints/step-00000004/0001/adapter.safetensors", "checkpoints/step-00000003/0001/a", ".probe-1"):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_bytes(b"half")
+    assert check() == {}
+    (tmp_path / "more").mkdir()
+    (found,) = [one for one in verify(open_run(str(run)), tmp_path / "more") if one.notes]
+    assert len(found.notes) == 3
+
+
+def reseal(run: Path, name: str, **changes: Any) -> None:
+    """Changes a file that carries a seal of its own."""
+    facts = unsealed((run / name).read_bytes())
+    (run / name).write_bytes(sealed(facts | changes))
+
+
+BEFORE: dict[str, Any] = {
+    "outcome": "running",
+    "finished": None,
+    "seconds": 50.0,
+    "stage_seconds": {"pull": 1.5, "train": 48.0},
+    "energy_joules": 8000.0,
+}
+"""In a record of the last attempt: as of a note that it wrote in training."""
+
+
+def test_the_lease_is_the_last_attempts(run: Path, check: Checker) -> None:
+    """An earlier attempt cannot have it."""
+    reseal(run, "lease.json", epoch=1)
+    assert "lease.json: claimed attempt 2 or later, found attempt 1" in told(check())
+
+
+def test_an_attempt_that_came_too_late_is_told(run: Path, check: Checker) -> None:
+    """It took the lease while the one before published, found all done, and is no fault; without the lease it is."""
+    record = unsealed((run / ledger_key(2)).read_bytes())
+    (run / ledger_key(3)).write_bytes(sealed(record | {"number": 3}))
+    assert ledger_key(3) in told({"other files": check()["other files"]})
+    reseal(run, "lease.json", epoch=3)
+    reseal(run, ledger_key(2), **BEFORE, steps=1)
+    assert check() == {}
+
+
+def test_killed_right_after_publishing(run: Path, check: Checker) -> None:
+    """The ledger then has the last note of before; it cannot have lasted longer than the manifest says."""
+    reseal(run, ledger_key(2), **BEFORE)
+    assert check() == {}
+    reseal(run, ledger_key(2), seconds=61.0)
+    assert f"{ledger_key(2)} seconds" in told(check())
+    reseal(run, ledger_key(2), **BEFORE | {"energy_joules": 9001.0})
+    assert f"{ledger_key(2)} energy_joules" in told(check())
+    reseal(run, ledger_key(2), **BEFORE | {"stage_seconds": {"pull": 1.5, "train": 50.5}})
+    assert f"{ledger_key(2)} stage_seconds.train" in told(check())
+
+
+def test_a_record_with_a_seal_is_no_other_attempts(run: Path, check: Checker) -> None:
+    """A well-sealed record of another attempt in the place of the last one."""
+    shutil.copy(run / ledger_key(1), run / ledger_key(2))
+    assert "results.json run.attempts[1].number: claimed 2, found 1" in told(check())
+
+
+def test_no_attempt_can_be_left_out(run: Path, check: Checker) -> None:
+    """An attempt that the ledger has and the manifest has not, as its seconds and dollars would be nice to lose."""
+    forge(run, lambda results: (results["run"]["attempts"].pop(0), results["cost"].update(seconds=60.5)))
+    assert "results.json run.attempts: claimed all attempts, found one more in attempts/0001.json" in told(check())
+
+
+def remark(run: Path, marker: str = MARKER, **changes: Any) -> None:
+    """Changes a marker, with its seal and its hash in the manifest."""
+    facts = unsealed((run / marker).read_bytes())
+    rewrite(run, marker, sealed(facts | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"epoch": 3}, "claimed an attempt of the manifest from 1 up, found attempt 3"),
+        ({"epoch": 0}, "claimed an attempt of the manifest from 1 up, found attempt 0"),
+        ({"step": 2}, "claimed the step of its folder, found step 2"),
+        ({"files": {"../../lease.json": {"bytes": 1, "sha256": "0" * 64}}}, "claimed a commit marker"),
+    ],
+)
+def test_checkpoints_follow_each_other(run: Path, check: Checker, changes: dict[str, Any], expected: str) -> None:
+    """Epochs never go back as steps rise, a marker is of its folder's step, and names no file elsewhere."""
+    remark(run, **changes)
+    assert f"{MARKER}: {expected}" in told({"checkpoints": check()["checkpoints"]})
+
+
+def test_epochs_never_go_back(run: Path, check: Checker) -> None:
+    """A later step cannot be an earlier attempt's."""
+    remark(run, MARKER.replace("04", "02"), epoch=2)
+    remark(run, epoch=1)
+    assert f"{MARKER}: claimed an attempt of the manifest from 2 up, found attempt 1" in told(check())
+
+
+def test_software_of_another_version_is_told(run: Path, tmp_path: Path, check: Checker) -> None:
+    """A checkpoint that other versions wrote makes a run that is not bit-identical, and no false one."""
+    software = unsealed((run / MARKER).read_bytes())["software"]
+    remark(run, software=software | {"torch": "1.0"})
+    assert check() == {}
+    (tmp_path / "more").mkdir()
+    notes = [note for found in verify(open_run(str(run)), tmp_path / "more") for note in found.notes]
+    assert notes == ["the checkpoint of step 4 was written by other versions of torch"]
+
+
+@pytest.mark.parametrize("weights", [np.zeros((3, 4), np.float32), np.full((4, 3), 4, np.float32)])
+def test_the_adapter_is_the_last_states(run: Path, check: Checker, tmp_path: Path, weights: Any) -> None:
+    """Other tensors under the adapter's name, with all hashes in order, do not pass for what was trained."""
+    save_file({"model.q_proj.lora_A.weight": weights}, tmp_path / "other")
+    rewrite(run, ADAPTER, (tmp_path / "other").read_bytes())
+    assert f"{ADAPTER}: claimed the tensors of checkpoints/step-00000004/0002/" in told(check())
+
+
+def test_an_adapter_that_is_none(run: Path, check: Checker) -> None:
+    """Bytes that are no tensors are told, not stumbled over."""
+    rewrite(run, ADAPTER, b"no tensors")
+    assert "what cannot be read" in told({"checkpoints": check()["checkpoints"]})
+
+
+def test_checkpoints_know_the_published_steps(run: Path, check: Checker) -> None:
+    """A loss that was changed in the published metrics is not that of the checkpoints."""
+    path = "artifacts/metrics.jsonl"
+    lines = [json.loads(line) for line in (run / path).read_bytes().splitlines()]
+    lines[0]["loss"] = 0.5
+    rewrite(run, path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    assert "metrics.jsonl line 1: claimed step 1 as in artifacts/metrics.jsonl" in told(check())
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff", b"[]", b"{}", b"[" * 10**6, b"null", b"1" * 5000])
+def test_what_is_no_manifest(run: Path, check: Checker, data: bytes) -> None:
+    """Garbage in its place is the one difference there is."""
+    (run / "results.json").write_bytes(data)
+    failed = check()
+    assert failed.keys() == {"manifest"}
+    assert told(failed).startswith("results.json: claimed the job's manifest, found ")
+
+
+def test_a_link_leads_nowhere(run: Path, check: Checker, tmp_path: Path) -> None:
+    """A symbolic link in the place of a file is not followed."""
+    (tmp_path / "secret").write_bytes((run / TASK).read_bytes())
+    (run / TASK).unlink()
+    (run / TASK).symlink_to(tmp_path / "secret")
+    assert f"{TASK}: claimed" in told(check())
+    (run / "results.json").rename(tmp_path / "results.json")
+    (run / "results.json").symlink_to(tmp_path / "results.json")
+    with pytest.raises(AccessDenied):
+        check()
+
+
+def test_where_there_is_no_run(tmp_path: Path) -> None:
+    """A wrong path is the user's mistake; a run without results is one that does not verify."""
+    with pytest.raises(SettingsError, match="there is no run"):
+        verify(open_run(str(tmp_path / "nowhere")), tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/lease.json").write_text("{}")
+    with pytest.raises(VerificationError, match="is not complete"):
+        verify(open_run(str(tmp_path / "run/results.json")), tmp_path)
+
+
+def test_the_outcome_for_people_and_programs(run: Path, published: Path, tmp_path: Path) -> None:
+    """A line a check, with what differs below it; the same as JSON; and an error that names all of it."""
+    (tmp_path / "work").mkdir()
+    checks = verify(open_run(str(published)), tmp_path / "work")
+    assert [line.split()[0] for line in as_lines(checks)] == ["holds"] * len(checks)
+    assert as_json("x", checks)["verified"] is True
+    demand(checks)
+    forge(run, change("training/loss", 2.5))
+    checks = verify(open_run(str(run)), tmp_path / "work")
+    found = json.loads(json.dumps(as_json("x", checks)))
+    assert found["verified"] is False
+    assert [check["what"] for check in found["checks"] if not check["holds"]] == ["training", "stages"]
+    assert any(line.startswith("  results.json training.loss: claimed 2.5, found ") for line in as_lines(checks))
+    with pytest.raises(VerificationError, match=r"results\.json training\.loss: claimed 2\.5, found ") as error:
+        demand(checks)
+    assert error.value.exit_code == 4
+
+
+def test_the_ledger_reads_back(run: Path) -> None:
+    """What the made-up runs hold is what the job reads."""
+    assert parse_record((run / ledger_key(1)).read_bytes()).outcome == "running"
