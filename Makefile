@@ -17,6 +17,7 @@ check: $(STAMP)  ## lint, format, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo .github/imports.toml
 	$(BIN)/shellcheck entrypoint.sh .ci/run .github/lock.sh
 	$(BIN)/hadolint Dockerfile infra/sagemaker/Dockerfile
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml

@@ -10,11 +10,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from job import log
-from job.common import garbage_collection
+from job.common import garbage_collection, host
 from job.distributed.processes import ALONE, Processes
 from job.errors import DataError, GateError, Problem, SettingsError
 from job.model.base import choose_device
-from job.model.quantized_cache.base_publishing import publishing
+from job.model.quantized_cache.cache import publishing
 from job.platforms.detect import Delivery
 from job.preemption.stop_flag import Stop
 from job.records import Artifact, Evaluated, Pulled, Trained
@@ -24,25 +24,18 @@ from job.results.delivery import deliver
 from job.runs.attempt import Attempt, missing, open_attempt
 from job.runs.fault_injection import Fault, arm, faulty
 from job.runs.layout import RESULTS
-from job.runs.run_settings import compare_settings, keep_settings
-from job.settings.load import Settings, describe, environment, trackers
+from job.runs.run_log import compare_settings, keep_settings
+from job.settings.load import Settings, environment, trackers
+from job.stages.handoff import Sources
 from job.stages.publish import publish
-from job.stages.pull import Sources, pull
+from job.stages.pull import pull
 from job.storage.open import ObjectStore, open_store
 from job.tracking import energy
 from job.tracking.trackers import Tracking, tracking
 
 if TYPE_CHECKING:
-    from job.stages.load import Loaded
-
-# These change how a run is carried out, never what it computes; an attempt may differ in them from the one before.
-EXECUTION = {
-    *("run.id", "run.output", "run.grace_seconds", "run.spot_notices", "run.device", "run.image_digest", "preset"),
-    *("run.processes", "run.nodes", "run.node_rank", "run.rendezvous", "train.micro_batch_tokens", "eval.batch_tokens"),
-    *("fault", "train.log_every_steps", "train.stall_seconds", "train.gradient_checkpointing"),
-    *("train.gpu_memory_gb", "model.keep_dequantized", "model.keep_quantized"),
-}
-EXECUTION_GROUPS = ("storage.", "log.", "cost.", "checkpoint.", "gate.")
+    from job.stages.handoff import Loaded
+from job.settings.affects_result import decisive_settings, plain_values
 
 
 def run(
@@ -61,7 +54,7 @@ def run(
     Raises:
         GateError: The results are published, and the quality gate is not met.
     """
-    decisive = _decisive(settings)
+    decisive = decisive_settings(settings)
     _agree_on(processes, decisive)
     if (done := processes.share("results of before", lambda: finished(settings, delivery))) is not None:
         return done
@@ -124,7 +117,7 @@ def _work(attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded
         "evaluate-adapter", Evaluated, lambda: evaluate_adapter(attempt, settings, sources, loaded, trained)
     )
     with attempt.timed("publish"):
-        gpus = [gpu for seen in processes.gather("gpus", manifest.hardware()["gpus"]) for gpu in seen]
+        gpus = [gpu for seen in processes.gather("gpus", host.hardware()["gpus"]) for gpu in seen]
         found = partial(publish, model=loaded.record, base=base, trained=trained, adapter=adapter, gpus=gpus)
         return processes.share("results", lambda: found(attempt, settings, sources))
 
@@ -140,7 +133,7 @@ def finished(settings: Settings, delivery: Delivery | None) -> dict[str, Any] | 
     done, gone = _published(store)
     if done is None or gone:
         return None
-    compare_settings(store, _decisive(settings))
+    compare_settings(store, decisive_settings(settings))
     log.get_logger().info("this run is complete already", results=f"{store.uri}/{RESULTS}")
     if delivery:
         deliver(store, done, delivery)
@@ -164,7 +157,7 @@ def _withdraw(attempt: Attempt) -> None:
 def _tracked(settings: Settings, processes: Processes) -> AbstractContextManager[Tracking]:
     """The trackers that are asked for; the first process tells them for all."""
     asked = trackers(settings) if processes.leads else {}
-    return tracking(asked, settings.run.id, _plain(settings), environment())
+    return tracking(asked, settings.run.id, plain_values(settings), environment())
 
 
 def _watch(attempt: Attempt, track: Tracking) -> None:
@@ -195,20 +188,6 @@ def _store(settings: Settings) -> ObjectStore:
     """The run's own store."""
     options = settings.storage.model_dump(exclude={"cache"})
     return open_store(f"{settings.run.output.rstrip('/')}/{settings.run.id}", **options)
-
-
-def _decisive(settings: Settings) -> dict[str, Any]:
-    """The settings that decide the result."""
-    return {name: value for name, value in _plain(settings).items() if _decides(name)}
-
-
-def _plain(settings: Settings) -> dict[str, Any]:
-    """Value of every setting by dotted name, without secrets."""
-    return {name: value for name, value, _ in describe(settings)}
-
-
-def _decides(name: str) -> bool:
-    return name not in EXECUTION and not name.startswith(EXECUTION_GROUPS)
 
 
 def _gated(results: Mapping[str, Any]) -> dict[str, Any]:

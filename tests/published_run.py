@@ -16,10 +16,10 @@ from safetensors.numpy import save_file
 
 from job.checkpoints import manager
 from job.checkpoints.trainer_state import ADAPTER, METRICS, write_metrics
+from job.common import host
 from job.common.hashing import hash_facts, hash_file, sealed
 from job.evaluation import samples
 from job.evaluation.comparison import compare_tasks, judge
-from job.pipeline import _decides
 from job.records import (
     Artifact,
     AttemptRecord,
@@ -36,6 +36,7 @@ from job.results.inventory import collect
 from job.results.reader import answers_path
 from job.runs.lease import LeaseRecord
 from job.runs.run_log import ledger_key
+from job.settings.affects_result import affects_result
 from job.settings.load import describe, load_settings, redacted
 from job.storage.local import LocalStore
 
@@ -65,7 +66,7 @@ def publish_run(
     chosen = load_settings([*SETTINGS, *settings, f"--run.id={folder.name}"], environ={})
     work = folder.with_name(f"{folder.name}.work")
     work.mkdir(parents=True)
-    decisive = {name: value for name, value, _ in describe(chosen) if _decides(name)}
+    decisive = {name: value for name, value, _ in describe(chosen) if affects_result(name)}
     store.write("settings.json", json.dumps(decisive, indent=2).encode())
     ledger = [_attempt(number, last=number == attempts) for number in range(1, attempts + 1)]
     for record in ledger[:-1]:
@@ -230,7 +231,7 @@ def _trained(store: LocalStore, work: Path, attempts: int) -> Trained:
         save_file({"model.q_proj.lora_A.default.weight": weights}, state / ADAPTER)
         write_metrics(state / METRICS, history[:step])
         epoch = attempts if step == STEPS else 1
-        manager.publish(store, state, step=step, epoch=epoch, world_size=1, software=manifest.software())
+        manager.publish(store, state, step=step, epoch=epoch, world_size=1, software=host.software())
     save_file({"model.q_proj.lora_A.weight": weights}, work / "adapter", {"format": "pt"})
     adapter = publish_file(store, "artifacts/adapter/adapter_model.safetensors", (work / "adapter").read_bytes())
     metrics = work / "step-4" / METRICS

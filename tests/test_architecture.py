@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -66,6 +67,26 @@ def defined(tree: ast.Module) -> set[str]:
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             found.add(node.id)
     return found
+
+
+FORBIDDEN = {
+    "job/common/tables.py": "from job.runs.attempt import Attempt",
+    "job/storage/local.py": "def f():\n    from job.cli.main import main",
+    "job/evaluation/tasks.py": "import boto3",
+    "job/stages/pull.py": "def f():\n    import torch",
+    "job/report/charts.py": "from trl import SFTTrainer",
+}
+
+
+@pytest.mark.parametrize("path", FORBIDDEN)
+def test_a_forbidden_import_is_refused(path: str, tmp_path: Path) -> None:
+    """The contracts that `make check` holds see an import that goes the wrong way, also inside a function."""
+    shutil.copytree(ROOT / "job", tmp_path / "job", ignore=shutil.ignore_patterns("__pycache__"))
+    command = [Path(sys.executable).with_name("lint-imports"), "--no-cache", "--no-logo", ROOT / ".github/imports.toml"]
+    (tmp_path / path).write_text(f"{(tmp_path / path).read_text()}\n{FORBIDDEN[path]}\n")
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "is not allowed to import" in done.stdout
 
 
 def environment_uses(tree: ast.AST) -> Iterator[tuple[str, int]]:

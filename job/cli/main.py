@@ -195,7 +195,7 @@ def _selftest(_words: list[str]) -> int:
 
 
 def _draw_report(words: list[str]) -> int:
-    from job.cli.redraw import report_command
+    from job.cli.runs import report_command
 
     return report_command(words)
 

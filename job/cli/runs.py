@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from difflib import get_close_matches
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from job import log
-from job.errors import GateError, Problem, SettingsError
+from job.cli.arguments import Given, split
+from job.errors import DataError, GateError, Problem, SettingsError
+from job.report.report import draw, read_evidence
 from job.results.compare import compare, gate_reasons
 from job.results.compare_text import as_markdown, as_text
 from job.results.reader import open_run, read_published
@@ -22,19 +22,10 @@ from job.settings.field_types import explain
 from job.settings.load import load_reading, secrets
 from job.settings.schema import Gate, Settings
 from job.storage.base import disk_errors
+from job.storage.verified_download import fetch_artifact
 from job.verification.verify import as_json, as_lines, demand, verify
 
 THRESHOLDS = {"--metric": "metric", "--min-delta": "min_delta", "--max-regression": "max_regression"}
-
-
-@dataclass(frozen=True)
-class Given:
-    """The words after a command: runs, options with their values, flags, and settings for `load_reading`."""
-
-    runs: list[str] = field(default_factory=list)
-    options: dict[str, str] = field(default_factory=dict)
-    flags: set[str] = field(default_factory=set)
-    settings: list[str] = field(default_factory=list)
 
 
 def verify_command(words: Sequence[str]) -> int:
@@ -80,58 +71,6 @@ def compare_command(words: Sequence[str]) -> int:
     return 0
 
 
-def split(
-    words: Sequence[str],
-    runs: Sequence[str],
-    options: Collection[str] = (),
-    flags: Collection[str] = (),
-    formats: Sequence[str] = (),
-) -> Given:
-    """Tells the words after a command apart.
-
-    Args:
-        words: As they were typed.
-        runs: What the command's arguments are called.
-        options: Names with a value, beside `--format`.
-        flags: Names without one.
-        formats: What `--format` takes, the first by default.
-
-    Raises:
-        SettingsError: With all that is wrong.
-    """
-    given, problems = Given(), []
-    known = ["--format", *options, *flags]
-    rest = iter(words)
-    for word in rest:
-        name, equals, value = word.partition("=")
-        if not word.startswith("--"):
-            given.runs.append(word)
-        elif name in flags and not equals:
-            given.flags.add(name)
-        elif name in known or "." in name:
-            value = value if equals else next(rest, "")
-            if not value:
-                problems.append(Problem(name, f"needs a value: {name} VALUE"))
-            elif "." in name:
-                given.settings.append(f"{name}={value}")
-            else:
-                given.options[name] = value
-        else:
-            near = get_close_matches(name, known, n=1)
-            problems.append(Problem(name, f"is unknown; the nearest is {near[0]}" if near else "is unknown"))
-    if len(given.runs) != len(runs):
-        problems.append(Problem(" ".join(runs), f"needs {_count(runs)}, path or s3:// URI; {len(given.runs)} given"))
-    if given.options.setdefault("--format", formats[0]) not in formats:
-        problems.append(Problem("--format", f"must be {' or '.join(formats)}"))
-    if problems:
-        raise SettingsError(problems)
-    return given
-
-
-def _count(runs: Sequence[str]) -> str:
-    return "one run" if len(runs) == 1 else f"{len(runs)} runs"
-
-
 def _thresholds(options: Mapping[str, str]) -> dict[str, Any]:
     """The gate's settings, of the same kinds as the job's own."""
     values = {name: options[option] for option, name in THRESHOLDS.items() if option in options}
@@ -157,3 +96,48 @@ def _is(given: Given, name: str) -> bool:
 def _print(lines: Iterable[str]) -> None:
     sys.stdout.write("\n".join(lines) + "\n")
     sys.stdout.flush()
+
+
+OUTPUT = "report.html"
+
+
+def report_command(words: Sequence[str]) -> int:
+    """`RESULTS [--output FILE]`, and the settings that storage needs; returns the exit code.
+
+    Raises:
+        SettingsError: It is not clear which run, or there is none.
+        VerificationError: The manifest is not what the job wrote.
+        DataError: What was published is gone, or was altered.
+    """
+    if not words or words[0].startswith("--"):
+        raise SettingsError([Problem("report", "name a finished run: its folder, or its results.json; path or s3://")])
+    where, *rest = words
+    output, rest = _take(rest, "output", OUTPUT)
+    run = read_published(open_run(where, **load_reading(rest).storage.model_dump(exclude={"cache"})))
+    with tempfile.TemporaryDirectory(prefix="qlora-job-") as folder:
+        try:
+            evidence = read_evidence(run.results, lambda artifact: fetch_artifact(run.store, artifact, Path(folder)))
+        except (KeyError, TypeError, ValueError) as error:  # the hashes are right, so it was written like this
+            raise DataError([Problem(run.store.uri, f"its records are no records of this job: {error}")]) from error
+    page = draw(run.results, evidence)
+    with disk_errors(f"--output {output}"):
+        try:
+            Path(output).write_bytes(page)
+        except FileNotFoundError as error:
+            raise SettingsError(
+                [Problem(f"--output {output}", "its folder does not exist; create it first")]
+            ) from error
+    sys.stdout.write(f"report: {output}\n")
+    return 0
+
+
+def _take(words: list[str], name: str, default: str) -> tuple[str, list[str]]:
+    """The value of `--name VALUE` or `--name=VALUE`, and the other words."""
+    for position, word in enumerate(words):
+        if word.startswith(f"--{name}="):
+            return word.partition("=")[2], words[:position] + words[position + 1 :]
+        if word == f"--{name}":
+            if position + 1 == len(words):
+                raise SettingsError([Problem(f"command line --{name}", f"needs a value: --{name}=VALUE")])
+            return words[position + 1], words[:position] + words[position + 2 :]
+    return default, words

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable
-from pathlib import Path
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
 
 from job import log
 from job.errors import Unreachable
@@ -77,3 +78,47 @@ def check_shared_memory(processes: int, folder: Path = Path("/dev/shm")) -> bool
 
 def _text(count: int) -> str:
     return f"{count / (1024 * MIB):.1f} GiB" if count >= 1024 * MIB else f"{count / MIB:.0f} MiB"
+
+
+GROUPS = Path("/sys/fs/cgroup")
+
+
+OWN = Path("/proc/self/cgroup")
+
+
+_FILES = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
+"""Limit and use of a control group, of version 2 and of version 1."""
+
+
+def available_bytes(groups: Path = GROUPS, own: Path = OWN) -> int:
+    """Memory that can be had without swapping, by the kernel and by the limits of all groups that hold this process."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    for group in _groups(groups, own):
+        for limit, used in _FILES:
+            with suppress(OSError, ValueError):  # there is none, or it is "max"
+                most, taken = (int((group / name).read_text()) for name in (limit, used))
+                free = min(free, most - taken + _reclaimable(group / "memory.stat"))
+    return max(0, free)
+
+
+def _groups(groups: Path, own: Path) -> set[Path]:
+    """The folders of this process's groups and of those above them; a container sees its own at the top."""
+    found = {groups, groups / "memory"}
+    with suppress(OSError, ValueError):
+        for line in own.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers == "" or "memory" in controllers.split(","):
+                top = groups / "memory" if controllers else groups
+                inner = PurePosixPath(path.lstrip("/"))
+                found |= {top / part for part in (inner, *inner.parents)}
+    return found
+
+
+def _reclaimable(statistics: Path) -> int:
+    """Bytes of files that were read and are not in use, which count as taken until somebody needs the memory."""
+    with suppress(OSError, ValueError):
+        lines = (line.split() for line in statistics.read_text().splitlines())
+        return max((int(value) for name, value in lines if name.endswith("inactive_file")), default=0)
+    return 0

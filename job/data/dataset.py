@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from job.data.formats import UNREADABLE, Fault, Rows, find_file, has_known_suffix, read_rows
+from job.data.hub_dataset import open_dataset
 from job.data.schemas import REQUIRED, Rendered, Schema, check_row, detect_schema, render
 from job.data.tokenization import Encoded, LossOn, encode
 from job.errors import MAX_SHOWN, DataError, Problem, SettingsError
 from job.records import DatasetRecord, Example
-from job.storage.hub import open_dataset
 
 OnBadRow = Literal["error", "skip"]
 

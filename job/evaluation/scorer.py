@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import TypeAdapter
 
 from job import log
+from job.common import host
 from job.common.hashing import code_hashes
+from job.distributed.processes import Processes
 from job.errors import JobError
 from job.evaluation.score_cache import KeptScores, score_key
 from job.evaluation.scoring import plan_rows, score_row
 from job.records import ChoiceScore, Question
-from job.results import manifest
-from job.runs.attempt import Attempt
 
 Scored = list[list[ChoiceScore]]
 
@@ -47,16 +47,32 @@ class Scorer:
     """Scores questions row by row, skipping what is kept already, with progress, ready to stop between two rows.
 
     Called in process 0, which deals the rows out; the others meanwhile `help`. Who scores a row changes nothing of it.
+
+    Args:
+        model: A PEFT model over a base with packed attention.
+        batch_tokens: How many tokens are scored at once.
+        kept: Scores of earlier attempts.
+        conditions: What the scores depend on beside machine, software and code: they are kept under a hash of it.
+        processes: Those that share the work.
+        alive: Called wherever scoring gets on and stopping is safe; `progress=False` while it waits for others.
     """
 
     def __init__(
-        self, model: Any, batch_tokens: int, kept: KeptScores, conditions: dict[str, Any], attempt: Attempt
+        self,
+        model: Any,
+        batch_tokens: int,
+        kept: KeptScores,
+        conditions: dict[str, Any],
+        *,
+        processes: Processes,
+        alive: Callable[..., None],
     ) -> None:
-        self.model, self.batch_tokens, self.kept, self.attempt = model, batch_tokens, kept, attempt
-        machine = manifest.hardware()
+        self.model, self.batch_tokens, self.kept, self.processes = model, batch_tokens, kept, processes
+        self.alive = alive
+        machine = host.hardware()
         self.conditions = {
             **conditions,
-            "software": manifest.software(),
+            "software": host.software(),
             "cpu": machine["cpu"],
             "gpus": machine["gpus"],
             "driver": machine["driver"],
@@ -72,9 +88,9 @@ class Scorer:
         self.folder = self.kept.open(score_key(questions, rows, self.conditions))
         known = self.kept.load(questions, rows)
         missing = [number for number in range(len(rows)) if number not in known]
-        if self.attempt.processes.place.world_size > 1:
+        if self.processes.place.world_size > 1:
             work = _Work(questions, missing)
-            self.attempt.processes.share("questions", lambda: TypeAdapter(_Work).dump_json(work).decode())
+            self.processes.share("questions", lambda: TypeAdapter(_Work).dump_json(work).decode())
         with log.progress("questions", len(questions), every=max(1, len(questions) // 10)) as tell:
             tell(sum(map(len, known.values())))
             try:
@@ -96,18 +112,18 @@ class Scorer:
             yield from here
         while left:
             here = self._from_others()
-            self.attempt.alive(progress=bool(here))
+            self.alive(progress=bool(here))
             left -= len(here)
             yield from here
             time.sleep(0 if here else _PAUSE_SECONDS)
 
     def _from_others(self) -> list[tuple[int, Scored]]:
         read = TypeAdapter(Scored).validate_python
-        return [(number, read(scores)) for number, scores in self.attempt.processes.receive()]
+        return [(number, read(scores)) for number, scores in self.processes.receive()]
 
     def help(self) -> None:
         """Scores this process's share of the rows that are missing, until process 0 says that there is nothing more."""
-        processes = self.attempt.processes
+        processes = self.processes
         while text := processes.share("questions", str):
             work = TypeAdapter(_Work).validate_json(text)
             rows = plan_rows(work.questions, self.batch_tokens)
@@ -116,10 +132,10 @@ class Scorer:
 
     def _own(self, questions: list[Question], rows: list[range], missing: list[int]) -> Iterator[tuple[int, Scored]]:
         """This process's share of the rows that are missing."""
-        place = self.attempt.processes.place
+        place = self.processes.place
         self.model.eval()
         for number in missing[place.rank :: place.world_size]:
-            self.attempt.alive()
+            self.alive()
             yield number, _finite(score_row(self.model, questions[rows[number].start : rows[number].stop]))
 
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import Literal
 
+from job.common.formatting import size
 from job.common.resources import checkpoint_bytes, required_bytes
 from job.planning.gpus import Gpu
 from job.planning.reference import Questions
 from job.planning.workload import Workload
 from job.records import Execution
-from job.report.wording import size
 from job.training import memory_model
 from job.training.execution_plan import choose_budget, choose_execution
 from job.training.memory_model import Setup

@@ -8,7 +8,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from job.common.formatting import size
 from job.common.resources import check_disk, checkpoint_bytes, required_bytes
+from job.data import licences
 from job.errors import AccessDenied, DataError, JobError, Problem, SettingsError, Unreachable
 from job.planning import forecast, reference
 from job.planning.forecast import Basis, Figure, GpuPlan, Run, figures, on_gpu
@@ -16,7 +18,6 @@ from job.planning.gpus import GPUS, PRICES, Gpu
 from job.planning.preflight import Check, Found, check, local_round_trip, round_trip
 from job.planning.previews import DataFacts, ModelFacts, find_tokenizer, look_at_data, look_at_model, look_at_questions
 from job.planning.workload import Workload, count, scale
-from job.report.wording import size
 from job.settings.load import Settings
 from job.storage.hub import is_reachable
 from job.storage.open import open_store
@@ -223,7 +224,7 @@ def _questions(settings: Settings, seen: _Seen) -> tuple[reference.Questions | N
 def _licence(settings: Settings, data: DataFacts | None) -> Check:
     """What is known of the data's licence."""
     card = data.licence if data is not None else None
-    licence = card or reference.LICENCES.get(settings.data.source) or "not known here; check that you may train on it"
+    licence = card or licences.LICENCES.get(settings.data.source) or "not known here; check that you may train on it"
     limits = ": not for commercial use, and so for what is trained on it" if "-nc" in licence else ""
     return Check("licence", "note", f"{settings.data.source}: {licence}{limits}")
 

@@ -10,10 +10,10 @@ from textwrap import wrap
 from typing import Any
 
 from job import log
+from job.common.formatting import size
 from job.errors import Problem, SettingsError
 from job.planning.forecast import Figure, GpuPlan
 from job.planning.plan import Plan, make_plan
-from job.report.wording import size
 from job.settings.load import load_settings, secrets
 
 _WIDTH = 118

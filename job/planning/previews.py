@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from job.common import formatting
 from job.data.dataset import is_hub_id, load_examples, require_revision
 from job.errors import DataError, Problem, SettingsError
 from job.evaluation.tasks import check_tasks, count_questions, load_tasks
@@ -17,7 +18,6 @@ from job.planning.character_tokenizer import CharacterTokenizer
 from job.planning.preflight import Found, NotChecked
 from job.planning.reference import CHARACTERS_PER_TOKEN, Questions
 from job.records import Example
-from job.report import wording
 from job.storage.hub import cached_model, local_model, peek_dataset, peek_model
 from job.storage.open import fetch, open_store, size
 
@@ -155,7 +155,7 @@ def look_at_data(
     """
     download, licence = _of_the_data(source, revision, storage, online=online)
     if download > MOST_BYTES:
-        raise NotChecked(f"{source} has {wording.size(download, ' ')}, too much to fetch for a plan")
+        raise NotChecked(f"{source} has {formatting.size(download, ' ')}, too much to fetch for a plan")
     place = str(fetch(source, folder / "data", **storage)) if source.startswith("s3://") else source
     examples, record = load_examples(
         place,

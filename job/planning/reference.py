@@ -21,14 +21,6 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     ),
 }
 
-LICENCES: Mapping[str, str] = {
-    "tatsu-lab/alpaca": "cc-by-nc-4.0",
-    "databricks/databricks-dolly-15k": "cc-by-sa-3.0",
-    "OpenAssistant/oasst1": "apache-2.0",
-    "HuggingFaceH4/no_robots": "cc-by-nc-4.0",
-}
-"""Of data sets on the hub, as their own cards have them. Of others nothing is known here, and nothing is claimed."""
-
 CHARACTERS_PER_TOKEN = 4.3
 """Of Alpaca's rendered rows with Mistral-7B-v0.1's tokenizer: 4.32. Other languages and code have fewer."""
 

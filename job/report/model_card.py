@@ -9,8 +9,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from job.data.licences import LICENCES
 from job.data.schemas import PROMPTS
-from job.planning.reference import LICENCES
 from job.report import wording
 from job.report.templating import render
 

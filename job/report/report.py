@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from job.common import formatting
 from job.records import Artifact, StepMetrics
 from job.report import charts, wording
 from job.report.changed_answers import changed
@@ -131,7 +132,7 @@ def _intervals(rows: list[dict[str, Any]]) -> dict[str, charts.Spans]:
         (
             f"{side}, {row['metric']}",
             side,
-            f"{wording.percent(row[side])} ({_range(row[f'{side}_ci'], wording.percent)})",
+            f"{formatting.percent(row[side])} ({_range(row[f'{side}_ci'], formatting.percent)})",
             row[f"{side}_ci"][0],
             row[side],
             row[f"{side}_ci"][1],
@@ -143,7 +144,7 @@ def _intervals(rows: list[dict[str, Any]]) -> dict[str, charts.Spans]:
         (
             f"difference, {row['metric']}",
             found["verdict"],
-            f"{wording.points(found['delta'])} points ({_range(found['ci95'], wording.points)})",
+            f"{formatting.points(found['delta'])} points ({_range(found['ci95'], formatting.points)})",
             found["ci95"][0],
             found["delta"],
             found["ci95"][1],
@@ -176,10 +177,10 @@ def _lines(metrics: list[StepMetrics], marks: list[float]) -> list[charts.Line]:
     memory = [(step, value / scale) for step, value in memory]
     drawn = (
         charts.line(
-            "Loss", "nats a token", [(m.step, m.loss) for m in metrics], wording.figure, marks=marks, from_zero=False
+            "Loss", "nats a token", [(m.step, m.loss) for m in metrics], formatting.figure, marks=marks, from_zero=False
         ),
-        charts.line("Learning rate", "", [(m.step, m.learning_rate) for m in metrics], wording.figure, marks=marks),
-        charts.line("Speed", "target tokens/s", measured("tokens_per_second"), wording.figure, marks=marks),
-        charts.line("Memory", f"{unit} in use", memory, wording.figure, marks=marks),
+        charts.line("Learning rate", "", [(m.step, m.learning_rate) for m in metrics], formatting.figure, marks=marks),
+        charts.line("Speed", "target tokens/s", measured("tokens_per_second"), formatting.figure, marks=marks),
+        charts.line("Memory", f"{unit} in use", memory, formatting.figure, marks=marks),
     )
     return [plot for plot in drawn if plot is not None]

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from job.report import wording
+from job.common import formatting
 
 FILTERS = ("count", "dollars", "duration", "enumeration", "figure", "moment", "p_value", "percent", "points", "size")
 
@@ -29,7 +29,7 @@ def render(template: str, *, escape: bool, **context: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update({name: getattr(wording, name) for name in FILTERS}, code=code, breakable=breakable)
+    environment.filters.update({name: getattr(formatting, name) for name in FILTERS}, code=code, breakable=breakable)
     return environment.get_template(template).render(context)
 
 

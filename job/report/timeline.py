@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from job.report.wording import between
+from job.common.formatting import between
 from job.results.cost import OUTSIDE
 
 

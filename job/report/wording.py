@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Mapping
 from typing import Any
 
+from job.common.formatting import count, enumeration, p_value, percent, points
 from job.evaluation.statistics import wilson_interval
 
-_MINUS = "\N{MINUS SIGN}"
-_TIMES = "\N{MULTIPLICATION SIGN}"
-_SUPERSCRIPTS = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
 _SAYS = {
     "improved": "Better than its base at {}.",
     "regressed": "Worse than its base at {}.",
@@ -70,76 +67,3 @@ def accuracies(task: Mapping[str, Any]) -> list[dict[str, Any]]:
             intervals = {f"{side}_ci": wilson_interval(round(x * task["n"]), task["n"]) for side, x in sides.items()}
             found.append({"metric": metric, **sides, **intervals, "comparison": comparison})
     return found
-
-
-def enumeration(names: Sequence[str]) -> str:
-    """`a, b and c`."""
-    *others, last = names
-    return f"{', '.join(others)} and {last}" if others else last
-
-
-def count(number: int, thing: str) -> str:
-    """`1 step`, `2,000 steps`."""
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
-
-
-def percent(fraction: float, digits: int = 2) -> str:
-    """0.798 -> `79.80 %`, with a space that does not break."""
-    return f"{100 * fraction:.{digits}f}\N{NO-BREAK SPACE}%"
-
-
-def points(difference: float) -> str:
-    """A difference of two fractions in percentage points, with its sign: `+1.39`."""
-    return f"{100 * difference:+.2f}".replace("-", _MINUS)
-
-
-def p_value(p: float) -> str:
-    """Three digits as long as they say something, then powers of ten."""
-    if p >= 0.001:  # noqa: PLR2004 - three digits
-        return f"{p:.3f}"
-    mantissa, exponent = f"{p:.1e}".split("e")
-    return f"{mantissa} {_TIMES} 10{str(int(exponent)).translate(_SUPERSCRIPTS)}" if p else "0"
-
-
-def duration(seconds: float) -> str:
-    """`12.3 s`, `4 min 10 s`, `2 h 5 min`."""
-    if seconds < 59.95:  # noqa: PLR2004 - what rounds to a minute is one
-        return f"{seconds:.1f}\N{NO-BREAK SPACE}s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours:,} h {minutes} min" if hours else f"{minutes} min {rest} s"
-
-
-def size(number: float, space: str = "\N{NO-BREAK SPACE}") -> str:
-    """Bytes in binary units; for a terminal with an ordinary `space`."""
-    units = ("B", "KiB", "MiB", "GiB", "TiB")
-    power = next((power for power in range(len(units) - 1) if number < 1024 ** (power + 1)), len(units) - 1)
-    return f"{number / 1024**power:.{0 if power == 0 else 1}f}{space}{units[power]}"
-
-
-def dollars(amount: float | None) -> str:
-    """To the cent; a dash for what is not known."""
-    if amount is None:
-        return "\N{EN DASH}"
-    return f"{'-' if amount < 0 else ''}${abs(amount):,.2f}".replace("-", _MINUS)
-
-
-def figure(number: float) -> str:
-    """A number of any size in four digits: `0.0002`, `1.028`, `4,354`."""
-    if number and not 1e-4 <= abs(number) < 1e6:  # noqa: PLR2004
-        mantissa, exponent = f"{number:.2e}".split("e")
-        return f"{float(mantissa):g} {_TIMES} 10{str(int(exponent)).translate(_SUPERSCRIPTS)}".replace("-", _MINUS)
-    text = f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.4g}"  # noqa: PLR2004
-    return text.replace("-", _MINUS)
-
-
-def moment(time: str) -> str:
-    """RFC 3339 to the second, as people write it, in UTC."""
-    return f"{datetime.fromisoformat(time).astimezone(UTC):%Y-%m-%d %H:%M:%S}"
-
-
-def between(finished: str | None, started: str) -> float | None:
-    """Seconds from the end of one attempt to the start of the next; None where the end is not known."""
-    if finished is None:
-        return None
-    return max(0.0, (datetime.fromisoformat(started) - datetime.fromisoformat(finished)).total_seconds())

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -14,15 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from job.common import hashing
+from job.common.host import git_commit, hardware, software
 from job.records import Artifact, AttemptRecord, DatasetRecord, ModelRecord, TrainingRecord
 from job.results.cost import account
 from job.runs.layout import REPORT
 
 SCHEMA = Path(__file__).parents[1].joinpath("results.schema.json")
-PACKAGES = (
-    *("accelerate", "bitsandbytes", "datasets", "lm-eval", "numpy", "peft"),
-    *("safetensors", "scipy", "tokenizers", "torch", "transformers", "trl"),
-)
 
 
 def build(
@@ -96,66 +91,6 @@ def validate(results: Mapping[str, Any]) -> None:
     errors = list(jsonschema.Draft202012Validator(schema, format_checker=checker).iter_errors(results))
     if errors:
         raise ValueError("\n".join(f"{'.'.join(map(str, error.absolute_path))}: {error.message}" for error in errors))
-
-
-def software() -> dict[str, str]:
-    """Versions of the packages that can change a result."""
-    return {name: metadata.version(name) for name in PACKAGES}
-
-
-def hardware() -> dict[str, Any]:
-    """The machine, as far as it can change a result."""
-    import psutil
-    import torch
-
-    on_gpu = torch.cuda.is_available()
-    devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())] if on_gpu else []
-    return {
-        "platform": platform.platform(),
-        "machine": platform.machine(),
-        "cpu": _cpu_name(),
-        "cpus": len(os.sched_getaffinity(0)),
-        "memory_bytes": psutil.virtual_memory().total,
-        "gpus": [
-            {"name": d.name, "memory_bytes": d.total_memory, "capability": f"{d.major}.{d.minor}"} for d in devices
-        ],
-        "driver": _driver() if on_gpu else None,
-        "cuda": torch.version.cuda if on_gpu else None,
-    }
-
-
-def _cpu_name() -> str:
-    """The processor's own name where Linux tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return next(filter(None, names), platform.processor() or platform.machine())
-
-
-def _driver() -> str | None:
-    """Version of the NVIDIA driver."""
-    answer = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return answer.splitlines()[0] if answer else None
-
-
-def git_commit() -> str | None:
-    """The commit of the code, from the image's build where it says so, else from the checkout."""
-    root = Path(__file__).parents[2]
-    stamp = root / "job/COMMIT"
-    if stamp.exists():
-        return stamp.read_text(encoding="utf-8").strip() or None
-    return _output("git", "-C", str(root), "rev-parse", "HEAD") if (root / ".git").exists() else None
-
-
-def _output(*command: str) -> str | None:
-    """What a program prints; None where it is missing or fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)  # noqa: S603
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
 
 
 def sealed(results: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from job.storage.open import ObjectStore
 from job.preemption.stop_flag import Stop
 from job.distributed.processes import ALONE, Processes
 from job.records import Artifact, AttemptRecord, StepMetrics
-from job.runs.run_settings import compare_settings
+from job.runs.run_log import compare_settings
 
 T = TypeVar("T")
 

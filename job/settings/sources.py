@@ -13,10 +13,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
+from job.common.config_files import read_mapping
 from job.errors import Problem
 from job.platforms.detect import Platform
-from job.platforms.sagemaker import read_channels
-from job.settings.layers import Given, Layer, read_mapping
+from job.settings.layers import Given, Layer
+from job.settings.sagemaker_channels import read_channels
 
 CONFIG = "config"  # names a file of settings; it is no setting itself
 _SHOWN_NAME = 80

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from job import log
 from job.evaluation.harness import evaluate, write_records
@@ -13,8 +14,7 @@ from job.model.lora import adapter_off, load_adapter
 from job.records import Evaluated, Trained
 from job.runs.attempt import Attempt
 from job.settings.load import Settings
-from job.stages.load import Loaded
-from job.stages.pull import Sources
+from job.stages.handoff import Loaded, Sources
 from job.storage.open import ObjectStore
 
 
@@ -28,7 +28,7 @@ def evaluate_base(
     kept = KeptScores(shared, "scores", settings.run.id)
     # Not the names, nor what belongs to the adapter: a base scores the same whatever is trained on it.
     base = {**asdict(replace(loaded.record, id="", revision=None, trainable_parameters=0)), "forward": loaded.forward}
-    scorer = Scorer(loaded.model, settings.eval.batch_tokens, kept, base, attempt)
+    scorer = _scorer(attempt, settings, loaded, kept, base)
     with adapter_off(loaded.model):
         found = _evaluate(attempt, settings, sources, scorer, "base")
     others = kept.runs - {settings.run.id}
@@ -54,8 +54,21 @@ def evaluate_adapter(
         "adapter": [artifact.sha256 for artifact in weights],
     }
     kept = KeptScores(attempt.store, "scores", settings.run.id)
-    scorer = Scorer(loaded.model, settings.eval.batch_tokens, kept, conditions, attempt)
+    scorer = _scorer(attempt, settings, loaded, kept, conditions)
     return _evaluate(attempt, settings, sources, scorer, "adapter")
+
+
+def _scorer(
+    attempt: Attempt, settings: Settings, loaded: Loaded, kept: KeptScores, conditions: dict[str, Any]
+) -> Scorer:
+    return Scorer(
+        loaded.model,
+        settings.eval.batch_tokens,
+        kept,
+        conditions,
+        processes=attempt.processes,
+        alive=attempt.alive,
+    )
 
 
 def _evaluate(attempt: Attempt, settings: Settings, sources: Sources, scorer: Scorer, side: str) -> Evaluated | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from job import log
@@ -12,30 +11,10 @@ from job.errors import Problem, SettingsError
 from job.model.base import choose_device, choose_dtype, describe_model, load_base, make_deterministic
 from job.model.lora import add_adapter
 from job.model.quantized_cache.cache import keep
-from job.model.quantized_cache.layout import KeptBase, on_shelf
-from job.records import Execution, ModelRecord
+from job.model.quantized_cache.layout import on_shelf
 from job.settings.load import Settings
-from job.stages.pull import Sources
-from job.training.cpu_plan import keeps_activations
-from job.training.prepare import limit_memory, prepare, token_budget
-from job.training.setups import setup_of
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """The model in memory, what the manifest says of it, and how it is going to be trained.
-
-    `execution` is None where PEFT's own layers do the work; `forward` says in words whose layers do. `recompute` is
-    whether activations are computed again; `kept_base` is where a restart finds the base with these very bits.
-    """
-
-    model: Any
-    record: ModelRecord
-    micro_batch_tokens: int
-    execution: Execution | None
-    forward: str
-    recompute: bool
-    kept_base: KeptBase
+from job.stages.handoff import Loaded, Sources
+from job.training.prepare import keeps_activations, limit_memory, prepare, setup_of, token_budget
 
 
 def load(settings: Settings, sources: Sources, processes: Processes = ALONE) -> Loaded:

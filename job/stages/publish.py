@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
+from job import log
 from job.common.hashing import sealed
+from job.errors import JobError
 from job.evaluation.comparison import compare_tasks, judge
 from job.records import Artifact, Evaluated, ModelRecord, Trained
+from job.report import model_card, report
 from job.results import inventory, manifest
 from job.results.baseline import Baseline
 from job.results.reader import answers_path
 from job.runs.attempt import Attempt, now
-from job.runs.layout import RESULTS
+from job.runs.layout import CARD, REPORT, RESULTS
 from job.runs.run_log import read_ledger
 from job.settings.load import Settings, redacted
-from job.stages.documents import publish_documents
-from job.stages.pull import Sources
+from job.stages.handoff import Sources
 
 
 def publish(
@@ -86,3 +89,35 @@ def _publish_baseline(
         path.write_bytes(baseline.files[task])
         copies.append(attempt.publish(path, key))
     return baseline.compared(adapter.scores), copies
+
+
+def publish_documents(attempt: Attempt, results: Mapping[str, Any]) -> dict[str, Any]:
+    """Publishes both; returns the manifest with them among its artefacts.
+
+    A page must not cost a run its results: where one cannot be drawn the log has the error, and the manifest is
+    published without it. A store that does not take it is another matter, and ends the attempt as always.
+    """
+    complete = _with(results, _published(attempt, CARD, lambda: model_card.write(results)))
+    return _with(
+        complete,
+        _published(attempt, REPORT, lambda: report.draw(complete, report.read_evidence(complete, attempt.fetch))),
+    )
+
+
+def _published(attempt: Attempt, key: str, make: Callable[[], bytes]) -> Artifact | None:
+    try:
+        content = make()
+    except JobError:
+        raise
+    except Exception as error:  # noqa: BLE001 - hours of a GPU's work are behind it
+        log.get_logger().error("a document cannot be made, the results come without it", document=key, exc_info=error)
+        return None
+    path = attempt.work / key
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return attempt.publish(path, key)
+
+
+def _with(results: Mapping[str, Any], artifact: Artifact | None) -> dict[str, Any]:
+    listed = [*results["artifacts"], *([] if artifact is None else [asdict(artifact)])]
+    return {**results, "artifacts": sorted(listed, key=lambda entry: entry["path"])}

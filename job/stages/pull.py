@@ -7,27 +7,28 @@ from __future__ import annotations
 
 from concurrent.futures import wait
 from dataclasses import dataclass, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
 from job import log
+from job.common import host
 from job.common.hashing import code_hashes
 from job.common.resources import check_disk, required_bytes
 from job.common.threads import beside
 from job.data.dataset import load_examples
 from job.errors import JobError
-from job.evaluation.tasks import Tasks, load_tasks
+from job.evaluation.tasks import load_tasks
 from job.model.base import choose_device, choose_dtype, fingerprint, load_tokenizer
 from job.model.quantized_cache.cache import find
 from job.model.quantized_cache.layout import KeptBase, Shelf, shelf_at, shelf_of
 from job.records import Example, Pulled
-from job.results import manifest
-from job.results.baseline import Baseline, check_questions, read_baseline
+from job.results.baseline import check_questions, read_baseline
 from job.runs.attempt import Attempt
 from job.settings.load import Settings
+from job.stages.handoff import Sources
+from job.stages.preload import import_libraries
 from job.storage.base import disk_errors
 from job.storage.hub import download_model, import_client
 from job.storage.open import ObjectStore, fetch, open_store, size
@@ -36,24 +37,6 @@ CODE = ("job.model.base", "job.model.quantized_cache.cache", "job.model.quantize
 """Modules whose code decides the bits of a quantized base."""
 _LOOK_SECONDS = 0.5
 _FAREWELL_SECONDS = 3.0
-
-
-@dataclass(frozen=True)
-class Sources:
-    """What was pulled, in memory; `folder` holds the model's files, which may be those of a kept quantized base.
-
-    `tasks` are where it was pulled, and `baseline`, which the gate looks back to, in process 0; `shelf`, where the
-    quantized base is to be kept, in the process that pulled.
-    """
-
-    record: Pulled
-    folder: Path
-    quantized: bool
-    tokenizer: Any
-    examples: list[Example]
-    tasks: Tasks | None
-    baseline: Baseline | None
-    shelf: Shelf | None
 
 
 @dataclass(frozen=True)
@@ -83,7 +66,7 @@ def pull(attempt: Attempt, settings: Settings, storage: dict[str, Any]) -> Sourc
     if processes.place.local_world_size == 1:
         return _pull(attempt, settings, storage)
     if processes.place.local_rank:
-        _import_libraries()  # meanwhile
+        import_libraries()  # meanwhile
     sources = _pull(attempt, settings, storage) if processes.place.local_rank == 0 else None
     left = processes.share_on_machine("sources", lambda: _leave(sources, attempt.work) if sources else None)
     return sources or _take_over(TypeAdapter(_Left).validate_json(left or ""))
@@ -117,7 +100,7 @@ def _pull(attempt: Attempt, settings: Settings, storage: dict[str, Any]) -> Sour
     import_client()  # here: two threads had better not import the same at once
     # Downloads and hashes leave the interpreter alone, which meanwhile imports and reads.
     coming = beside(lambda: _find_model(attempt, settings, storage), "model")
-    _import_libraries()
+    import_libraries()
     questions = {task: Path(local(uri, f"questions/{task}")) for task, uri in settings.eval.data.items()}
     tasks = load_tasks(settings.eval.tasks, questions, settings.eval.data)
     if baseline is not None:
@@ -148,12 +131,6 @@ def _pull(attempt: Attempt, settings: Settings, storage: dict[str, Any]) -> Sour
     log.get_logger().info("data is ready", rows=dataset.rows, skipped=dataset.skipped, tokens=dataset.tokens)
     record = Pulled(dataset, model.sha256, model.revision, tasks.fingerprints())
     return Sources(record, model.folder, model.quantized, tokenizer, examples, tasks, baseline, model.shelf)
-
-
-def _import_libraries() -> None:
-    """What the stages need, which takes seconds."""
-    with log.hush():
-        import_module("job.stages.train")
 
 
 def _find_model(attempt: Attempt, settings: Settings, storage: dict[str, Any]) -> _Model:
@@ -191,7 +168,7 @@ def _room(attempt: Attempt, settings: Settings, storage: dict[str, Any]) -> tupl
 
 def _facts(settings: Settings, sha256: str) -> dict[str, Any]:
     """What the bits of a quantized base come from."""
-    model, device, machine = settings.model, choose_device(settings.run.device), manifest.hardware()
+    model, device, machine = settings.model, choose_device(settings.run.device), host.hardware()
     return {
         "model": sha256,
         "quantization": model.quantization,
@@ -200,6 +177,6 @@ def _facts(settings: Settings, sha256: str) -> dict[str, Any]:
         "device": device.type,
         "cpu": machine["cpu"],
         "gpus": machine["gpus"],
-        "software": manifest.software(),
+        "software": host.software(),
         "code": code_hashes(*CODE),
     }

@@ -14,17 +14,16 @@ from job import log
 from job.checkpoints import manager
 from job.checkpoints.async_uploader import Publisher
 from job.checkpoints.trainer_state import validate_state, write_metrics
+from job.common import host
 from job.common.resources import check_disk, checkpoint_bytes, required_bytes
 from job.data.batch_plan import steps_per_epoch
 from job.errors import Preempted, Unreachable
 from job.model.lora import save_adapter, trainable
 from job.preemption.stop_flag import Stopwatch, decide
 from job.records import StepMetrics, Trained, TrainingRecord
-from job.results import manifest
 from job.runs.attempt import Attempt
 from job.settings.load import Settings
-from job.stages.load import Loaded
-from job.stages.pull import Sources
+from job.stages.handoff import Loaded, Sources
 from job.tracking.tensorboard import write_events
 from job.training.config import Hooks, Recipe, substitute, total_steps
 from job.training.trainer import train
@@ -105,7 +104,7 @@ def _restore(attempt: Attempt) -> manager.Restored:
 
     def restore() -> str:
         size, folder = processes.place.world_size, attempt.work / "restored"
-        found = manager.restore(attempt.store, folder, manifest.software(), validate_state, size)
+        found = manager.restore(attempt.store, folder, host.software(), validate_state, size)
         return TypeAdapter(manager.Restored).dump_json(found).decode()
 
     found = TypeAdapter(manager.Restored).validate_json(processes.share_on_machine("checkpoint", restore))
@@ -163,7 +162,7 @@ def _publishing(attempt: Attempt, keep: int, settle_seconds: float, verified: in
     def publish(folder: Path, step: int) -> None:
         began = time.monotonic()
         manager.publish(
-            attempt.store, folder, step=step, epoch=attempt.number, world_size=size, software=manifest.software()
+            attempt.store, folder, step=step, epoch=attempt.number, world_size=size, software=host.software()
         )
         now = committed[step] = time.monotonic()
         fresh = [step for step, when in committed.items() if now - when < settle_seconds]

@@ -14,44 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from job.common.resources import check_disk, required_bytes
-from job.data.formats import Row, Rows
 from job.errors import AccessDenied, DataError, JobError, Problem, Unreachable
 
 # By name: which of the HTTP libraries it is depends on the version of the hub's client.
 _TRANSPORTS = {"httpx", "httpx2", "httpcore", "requests", "urllib3", "aiohttp"}
 _REFUSED = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
 _TRANSIENT = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS}
-
-
-def open_dataset(source: str, revision: str, split: str, name: str) -> tuple[str, Rows]:
-    """A hub data set at a pinned revision. Code that a data set ships is never run.
-
-    Args:
-        source: Hub id, `[namespace/]name`.
-        revision: Commit, tag or branch.
-        split: Such as `train`, or a slice of it: `train[:1000]`.
-        name: What to call the data set in messages.
-
-    Returns:
-        The commit that the revision resolved to, and the rows of the split in order.
-
-    Raises:
-        Unreachable: The hub did not answer.
-        AccessDenied: The data set is gated, private, or does not exist for these credentials.
-        DataError: No such data set, revision or split, or its files cannot be read.
-    """
-    from datasets import load_dataset_builder
-    from huggingface_hub import HfApi
-
-    with hub_errors(f"data set {name}"):
-        commit = HfApi().resolve_revision(source, repo_type="dataset", revision=revision).resolved
-        builder = load_dataset_builder(source, revision=commit)
-        # Where the hub does not answer, `datasets` falls back on whichever revision its cache holds.
-        if builder.hash != commit:
-            raise Unreachable(f"data set {name}: the hub did not answer, and the cache holds another revision")
-        builder.download_and_prepare()
-        rows = builder.as_dataset(split=split)
-    return commit, (Row(f"{name}:row {number}", fields) for number, fields in enumerate(rows, 1))
 
 
 MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.jinja")

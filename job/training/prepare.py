@@ -8,11 +8,13 @@ from statistics import fmean, pstdev
 from typing import Any, Literal
 
 from job import log
+from job.common.resources import available_bytes
+from job.model.architecture import read_config
 from job.model.fused.frozen_weights import make_lean
 from job.records import Execution
 from job.training.config import CPU_MICRO_BATCH_TOKENS
 from job.training.execution_plan import choose_budget, choose_execution
-from job.training.setups import setup_of
+from job.training.memory_model import Setup, activation_bytes
 
 AMPERE = (8, 0)
 PLAIN = "peft"
@@ -129,3 +131,44 @@ def _fast_kernels() -> tuple[Any, str]:
         return kernels.triton(), "triton"
     except ImportError:
         return kernels.TORCH, "torch"
+
+
+SHARE = 0.3
+"""Of the memory that is available, what activations may take by the formula. With dropout half as much again is kept,
+the adapter's gradients and moments come on top, and neighbours need some."""
+
+
+def keeps_activations(setup: Setup, tokens: int, processes: int) -> bool:
+    """Whether there is room for them.
+
+    Args:
+        setup: What is trained.
+        tokens: Of the largest micro-batch.
+        processes: How many train on this machine.
+    """
+    return processes * activation_bytes(replace(setup, recompute=False), tokens) <= SHARE * available_bytes()
+
+
+def setup_of(model: Any, quantization: str, optimizer: str) -> Setup | None:
+    """What is trained; None where the formulas do not know the model.
+
+    Args:
+        model: The base with its adapter.
+        quantization: The base's.
+        optimizer: The adapter's.
+    """
+    base, adapter = model.get_base_model(), model.peft_config["default"]
+    try:
+        architecture = read_config(base.config.to_dict())
+    except ValueError:
+        return None
+    return Setup(
+        architecture=architecture,
+        rank=adapter.r,
+        targets=tuple(sorted(adapter.target_modules)),
+        quantization=quantization,
+        double_quantization=True,
+        value_bytes=base.dtype.itemsize,
+        optimizer=optimizer,
+        recompute=True,
+    )

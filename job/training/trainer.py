@@ -18,21 +18,20 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from trl import SFTTrainer
+from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
 
 from job.checkpoints.trainer_state import TrainerFiles, read_state, write_state
-from job.data.steps import Steps, targets_of
+from job.data.batch_plan import Steps, targets_of
 from job.distributed.processes import ALONE, Processes
 from job.errors import JobError
 from job.model.base import recompute_activations
 from job.model.lora import trainable
 from job.records import Example, StepMetrics
-from job.training.callbacks import StopOnFlag
 from job.training.config import Hooks, Recipe, Trained, step_seed
 from job.training.cuda_graphs import out_of_memory
 from job.training.flat_parameters import Vector
 from job.training.micro_batch import Learner
-from job.training.trl_config import trl_config
 
 
 class _StepAbandoned(Exception):
@@ -289,3 +288,61 @@ class _Numbers:
 
     def __iter__(self) -> Iterator[tuple[int]]:
         return ((step,) for step in range(self.done(), self.total))
+
+
+class StopOnFlag(TrainerCallback):  # type: ignore[misc]
+    """Ends training after the step in hand once the flag is up, with its state saved where there is time for that."""
+
+    def __init__(self, stop: Callable[[], bool], fits: Callable[[float], bool]) -> None:
+        self.stop, self.fits = stop, fits
+
+    def on_step_end(self, _args: Any, _state: Any, control: Any, **_: Any) -> None:
+        """Reads the flag."""
+        if self.stop():
+            control.should_training_stop = True
+            control.should_save = self.fits(0.0)
+
+
+SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+
+
+def trl_config(recipe: Recipe, folder: Path, model: Any) -> SFTConfig:
+    """How Trainer is to train.
+
+    Args:
+        recipe: The same in the job's words.
+        folder: Where Trainer may write.
+        model: The one that is trained.
+    """
+    on_gpu = model.device.type == "cuda"
+    dtype = model.get_base_model().dtype
+    return SFTConfig(
+        output_dir=str(folder),
+        max_steps=recipe.total_steps,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=1,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type=SCHEDULERS[recipe.scheduler],
+        warmup_steps=recipe.warmup_steps,
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        optim=recipe.optimizer,
+        # Switched on by hand on the model: the argument's name changed between the versions that we admit.
+        **dict.fromkeys(
+            {"activation_checkpointing", "gradient_checkpointing"} & SFTConfig.__dataclass_fields__.keys(), False
+        ),
+        bf16=dtype is torch.bfloat16 and recipe.autocast,
+        fp16=dtype is torch.float16,
+        use_cpu=not on_gpu,
+        seed=recipe.seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # it would hide a loss that is not finite
+        save_strategy="steps",
+        save_steps=recipe.save_every_steps,
+        ignore_data_skip=True,  # the plan seeks, nothing has to be skipped
+        remove_unused_columns=False,
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        report_to="none",
+        disable_tqdm=True,
+    )

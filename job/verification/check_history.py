@@ -15,8 +15,7 @@ from job.evaluation.comparison import compare_tasks
 from job.records import Artifact, AttemptRecord, Evaluated, Pulled, Trained
 from job.runs import lease
 from job.runs.layout import RESULTS
-from job.runs.run_log import ledger_key, parse_record
-from job.runs.run_settings import SETTINGS
+from job.runs.run_log import SETTINGS, ledger_key, parse_record
 from job.storage.open import ObjectStore, TooLarge
 from job.verification.differences import Check, Difference, count, differ, show, why
 from job.verification.fetch_claims import MISSING

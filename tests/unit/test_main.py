@@ -16,7 +16,9 @@ ROOT = Path(__file__).parents[2]
 
 def ended(script: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """A process that runs the entrypoint over what the script makes of the command line."""
-    source = f"import sys, threading, time\nfrom job import cli\n{script}\nfrom job.__main__ import run; run()"
+    source = (
+        f"import sys, threading, time\nfrom job.cli import main as cli\n{script}\nfrom job.__main__ import run; run()"
+    )
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     options |= {"stderr": subprocess.PIPE, "timeout": 50}
     return subprocess.run([sys.executable, "-c", source], cwd=ROOT, env=buffered, text=True, check=False, **options)
@@ -64,7 +66,7 @@ def test_nothing_is_looked_through_while_it_is_imported() -> None:
     script = """
 import gc
 def main():
-    from job import garbage
+    from job.common import garbage_collection as garbage
     off = gc.isenabled(); garbage.take_up(); garbage.take_up()
     return 10 * off + gc.isenabled() + (gc.get_freeze_count() > 1000)
 cli.main = main"""

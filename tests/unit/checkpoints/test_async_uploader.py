@@ -231,9 +231,9 @@ def test_the_process_does_not_end_before_the_upload(tmp_path: Path) -> None:
     program = f"""
         import time
         from pathlib import Path
-        from job import cli
+        from job.cli import main as cli
         from job.__main__ import run
-        from job.publisher import Publisher
+        from job.checkpoints.async_uploader import Publisher
         folder = Path({str(tmp_path)!r})
 
         def publish(snapshot, step):

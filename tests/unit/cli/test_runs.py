@@ -12,7 +12,7 @@ from pathlib import Path
 import boto3
 import pytest
 
-from job.cli.runs import split
+from job.cli.arguments import split
 from job.errors import SettingsError
 from tests.published_run import forge, pairs, publish_run
 from tests.s3_server import BUCKET, CREDENTIALS, credentials, moto_server

@@ -7,7 +7,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from job.data.steps import Steps, targets_of, tokens_of
+from job.data.batch_plan import Steps, targets_of, tokens_of
 from job.records import Example
 
 LENGTHS = st.lists(st.integers(2, 40), min_size=1, max_size=30)

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from job.errors import SettingsError
-from job.platforms.sagemaker import copied_folder, lasts, read_channels
+from job.platforms.sagemaker import copied_folder, lasts
 from job.settings.load import load_settings
+from job.settings.sagemaker_channels import read_channels
 
 USUAL = {"TrainingInputMode": "File", "S3DistributionType": "FullyReplicated", "RecordWrapperType": "None"}
 

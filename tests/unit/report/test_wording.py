@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from job.common import formatting
 from job.report import wording
 from tests.example_run import answers, evidence, results
 
@@ -53,11 +54,11 @@ def test_a_verdict_is_explained_by_its_numbers() -> None:
     """Both accuracies, the difference with its interval, the counts, and the p value that was tested."""
     task = tasks(arc_easy=(60, 10))["arc_easy"]
     first, second = wording.explanation("arc_easy", task, 1)
-    assert wording.percent(task["base"]["acc"]) in first
-    assert wording.percent(task["adapter"]["acc"]) in first
-    assert f"+12.50 percentage points (95 % interval {wording.points(task['ci95'][0])} to" in first
+    assert formatting.percent(task["base"]["acc"]) in first
+    assert formatting.percent(task["adapter"]["acc"]) in first
+    assert f"+12.50 percentage points (95 % interval {formatting.points(task['ci95'][0])} to" in first
     assert second.startswith("60 questions got better and 10 worse;")
-    assert f"p = {wording.p_value(task['holm_p'])} (exact McNemar test)." in second
+    assert f"p = {formatting.p_value(task['holm_p'])} (exact McNemar test)." in second
     assert "Holm's correction for 3 tasks" in wording.explanation("arc_easy", task, 3)[1]
 
 
@@ -74,34 +75,34 @@ def test_what_was_not_shown_is_not_called_absent() -> None:
 @pytest.mark.parametrize(
     ("written", "expected"),
     [
-        (wording.percent(0.798), "79.80\N{NO-BREAK SPACE}%"),
-        (wording.points(0.0139), "+1.39"),
-        (wording.points(-0.0139), "\N{MINUS SIGN}1.39"),
-        (wording.p_value(0.0405), "0.041"),
-        (wording.p_value(1.0), "1.000"),
-        (wording.p_value(1.577e-50), "1.6 \N{MULTIPLICATION SIGN} 10⁻⁵⁰"),
-        (wording.p_value(0.0), "0"),
-        (wording.duration(12.345), "12.3\N{NO-BREAK SPACE}s"),
-        (wording.duration(59.96), "1 min 0 s"),
-        (wording.duration(250), "4 min 10 s"),
-        (wording.duration(7505), "2 h 5 min"),
-        (wording.size(218), "218\N{NO-BREAK SPACE}B"),
-        (wording.size(83_945_296), "80.1\N{NO-BREAK SPACE}MiB"),
-        (wording.size(2**50), "1024.0\N{NO-BREAK SPACE}TiB"),
-        (wording.figure(0.0002), "0.0002"),
-        (wording.figure(4354.3), "4,354"),
-        (wording.figure(1.0283), "1.028"),
-        (wording.figure(-2e-5), "\N{MINUS SIGN}2 \N{MULTIPLICATION SIGN} 10⁻⁵"),
-        (wording.figure(0), "0"),
-        (wording.dollars(1234.5), "$1,234.50"),
-        (wording.dollars(-0.5), "\N{MINUS SIGN}$0.50"),
-        (wording.dollars(None), "\N{EN DASH}"),
-        (wording.count(1, "step"), "1 step"),
-        (wording.count(2000, "step"), "2,000 steps"),
-        (wording.enumeration(["a"]), "a"),
-        (wording.enumeration(["a", "b", "c"]), "a, b and c"),
-        (wording.moment("2026-01-05T10:17:00.250Z"), "2026-01-05 10:17:00"),
-        (wording.moment("2026-01-05T12:17:00+02:00"), "2026-01-05 10:17:00"),
+        (formatting.percent(0.798), "79.80\N{NO-BREAK SPACE}%"),
+        (formatting.points(0.0139), "+1.39"),
+        (formatting.points(-0.0139), "\N{MINUS SIGN}1.39"),
+        (formatting.p_value(0.0405), "0.041"),
+        (formatting.p_value(1.0), "1.000"),
+        (formatting.p_value(1.577e-50), "1.6 \N{MULTIPLICATION SIGN} 10⁻⁵⁰"),
+        (formatting.p_value(0.0), "0"),
+        (formatting.duration(12.345), "12.3\N{NO-BREAK SPACE}s"),
+        (formatting.duration(59.96), "1 min 0 s"),
+        (formatting.duration(250), "4 min 10 s"),
+        (formatting.duration(7505), "2 h 5 min"),
+        (formatting.size(218), "218\N{NO-BREAK SPACE}B"),
+        (formatting.size(83_945_296), "80.1\N{NO-BREAK SPACE}MiB"),
+        (formatting.size(2**50), "1024.0\N{NO-BREAK SPACE}TiB"),
+        (formatting.figure(0.0002), "0.0002"),
+        (formatting.figure(4354.3), "4,354"),
+        (formatting.figure(1.0283), "1.028"),
+        (formatting.figure(-2e-5), "\N{MINUS SIGN}2 \N{MULTIPLICATION SIGN} 10⁻⁵"),
+        (formatting.figure(0), "0"),
+        (formatting.dollars(1234.5), "$1,234.50"),
+        (formatting.dollars(-0.5), "\N{MINUS SIGN}$0.50"),
+        (formatting.dollars(None), "\N{EN DASH}"),
+        (formatting.count(1, "step"), "1 step"),
+        (formatting.count(2000, "step"), "2,000 steps"),
+        (formatting.enumeration(["a"]), "a"),
+        (formatting.enumeration(["a", "b", "c"]), "a, b and c"),
+        (formatting.moment("2026-01-05T10:17:00.250Z"), "2026-01-05 10:17:00"),
+        (formatting.moment("2026-01-05T12:17:00+02:00"), "2026-01-05 10:17:00"),
     ],
 )
 def test_numbers_as_people_write_them(written: str, expected: str) -> None:
@@ -111,6 +112,6 @@ def test_numbers_as_people_write_them(written: str, expected: str) -> None:
 
 def test_the_time_between_attempts() -> None:
     """Seconds from end to start, never negative; not known where the end is not."""
-    assert wording.between("2026-01-05T09:05:00Z", "2026-01-05T10:00:00Z") == 3300
-    assert wording.between("2026-01-05T09:05:00Z", "2026-01-05T09:00:00Z") == 0
-    assert wording.between(None, "2026-01-05T09:00:00Z") is None
+    assert formatting.between("2026-01-05T09:05:00Z", "2026-01-05T10:00:00Z") == 3300
+    assert formatting.between("2026-01-05T09:05:00Z", "2026-01-05T09:00:00Z") == 0
+    assert formatting.between(None, "2026-01-05T09:00:00Z") is None

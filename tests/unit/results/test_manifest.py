@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from job.common import hashing
+from job.common import hashing, host
 from job.evaluation import comparison
 from job.records import Artifact, AttemptRecord, DatasetRecord, ModelRecord, TrainingRecord
 from job.results import manifest
@@ -137,9 +137,9 @@ def test_the_summary_says_it_in_five_lines() -> None:
 
 def test_the_machine_and_the_software_are_told() -> None:
     """Versions of all packages that can change a result, and a machine that is really this one."""
-    software = manifest.software()
+    software = host.software()
     assert {"torch", "transformers", "trl", "peft", "bitsandbytes", "lm-eval"} <= software.keys()
-    hardware = manifest.hardware()
+    hardware = host.hardware()
     assert hardware["cpus"] >= 1
     assert hardware["memory_bytes"] > 2**28
     assert hardware["cpu"]
@@ -147,8 +147,8 @@ def test_the_machine_and_the_software_are_told() -> None:
 
 def test_the_commit_comes_from_the_image_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A stamp that the image's build left beside the code wins; without stamp and checkout nothing is claimed."""
-    monkeypatch.setattr(manifest, "__file__", str(tmp_path / "job/common/host.py"))
+    monkeypatch.setattr(host, "__file__", str(tmp_path / "job/common/host.py"))
     (tmp_path / "job").mkdir()
-    assert manifest.git_commit() is None
+    assert host.git_commit() is None
     (tmp_path / "job" / "COMMIT").write_text("abc123\n")
-    assert manifest.git_commit() == "abc123"
+    assert host.git_commit() == "abc123"

@@ -13,8 +13,8 @@ from job.preemption.stop_flag import Stop
 from job.results.manifest import validate
 from job.runs.attempt import Attempt
 from job.runs.layout import CARD, REPORT
-from job.stages import documents
-from job.stages.documents import publish_documents
+from job.stages import publish as stages_publish
+from job.stages.publish import publish_documents
 from job.storage.local import LocalStore
 from tests.example_run import answers, evidence, publish, results
 
@@ -53,7 +53,7 @@ def test_a_document_that_cannot_be_made_is_left_out(
     """The log has the error and its traceback; the manifest is complete without it."""
     attempt, made = finished
     function = {"card": "write", "report": "draw"}[broken]
-    monkeypatch.setattr(getattr(documents, broken), function, lambda *_: 1 / 0)
+    monkeypatch.setattr(getattr(stages_publish, broken), function, lambda *_: 1 / 0)
     complete = publish_documents(attempt, made)
     validate(complete)
     added = {artifact["path"] for artifact in complete["artifacts"]} - {a["path"] for a in made["artifacts"]}

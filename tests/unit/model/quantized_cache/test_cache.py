@@ -21,8 +21,7 @@ from structlog.testing import capture_logs
 from job.common.hashing import sealed
 from job.errors import AccessDenied, Preempted, Problem, SettingsError, Unreachable
 from job.model.base import describe_model, load_base, load_tokenizer
-from job.model.quantized_cache.base_publishing import publishing
-from job.model.quantized_cache.cache import find, keep
+from job.model.quantized_cache.cache import find, keep, publishing
 from job.model.quantized_cache.layout import INDEX, KeptBase, Shelf, on_shelf, shelf_of
 from job.storage.open import ObjectStore, open_store
 from tests.helpers import make_model

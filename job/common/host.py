@@ -1,0 +1,75 @@
+"""This machine and its software: versions, processor, GPUs, driver, commit."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    *("accelerate", "bitsandbytes", "datasets", "lm-eval", "numpy", "peft"),
+    *("safetensors", "scipy", "tokenizers", "torch", "transformers", "trl"),
+)
+
+
+def software() -> dict[str, str]:
+    """Versions of the packages that can change a result."""
+    return {name: metadata.version(name) for name in PACKAGES}
+
+
+def hardware() -> dict[str, Any]:
+    """The machine, as far as it can change a result."""
+    import psutil
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())] if on_gpu else []
+    return {
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cpu": _cpu_name(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpus": [
+            {"name": d.name, "memory_bytes": d.total_memory, "capability": f"{d.major}.{d.minor}"} for d in devices
+        ],
+        "driver": _driver() if on_gpu else None,
+        "cuda": torch.version.cuda if on_gpu else None,
+    }
+
+
+def _cpu_name() -> str:
+    """The processor's own name where Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return next(filter(None, names), platform.processor() or platform.machine())
+
+
+def _driver() -> str | None:
+    """Version of the NVIDIA driver."""
+    answer = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return answer.splitlines()[0] if answer else None
+
+
+def git_commit() -> str | None:
+    """The commit of the code, from the image's build where it says so, else from the checkout."""
+    root = Path(__file__).parents[2]
+    stamp = root / "job/COMMIT"
+    if stamp.exists():
+        return stamp.read_text(encoding="utf-8").strip() or None
+    return _output("git", "-C", str(root), "rev-parse", "HEAD") if (root / ".git").exists() else None
+
+
+def _output(*command: str) -> str | None:
+    """What a program prints; None where it is missing or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)  # noqa: S603
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None

@@ -1,0 +1,13 @@
+"""Licences of the data sets that are known by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+LICENCES: Mapping[str, str] = {
+    "tatsu-lab/alpaca": "cc-by-nc-4.0",
+    "databricks/databricks-dolly-15k": "cc-by-sa-3.0",
+    "OpenAssistant/oasst1": "apache-2.0",
+    "HuggingFaceH4/no_robots": "cc-by-nc-4.0",
+}
+"""Of data sets on the hub, as their own cards have them. Of others nothing is known here, and nothing is claimed."""
