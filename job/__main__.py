@@ -15,7 +15,7 @@ def run() -> NoReturn:
     Taking the libraries apart would take a second, and a thread in the midst of a download, which nobody needs any
     more, would be waited for. Whatever has to be in order at the end, `main` has put in order when it returns.
     """
-    garbage_collection.put_off()
+    garbage_collection.disable()
     from job.cli.main import main
 
     code = main()

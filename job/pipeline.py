@@ -86,7 +86,7 @@ def _carry_out(attempt: Attempt, settings: Settings, decisive: Mapping[str, Any]
         sources = pull(attempt, settings, storage)
     from job.stages.load import load  # heavy: what can be refused without it has been
 
-    garbage_collection.take_up()  # nearly all is imported
+    garbage_collection.enable()  # nearly all is imported
     loaded = load(settings, sources, processes)
     if processes.leads:
         keep_settings(attempt.store, decisive)  # not before: what cannot be loaded shall not bind the run

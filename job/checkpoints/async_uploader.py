@@ -25,7 +25,7 @@ _REMEMBERED = 8
 _LOOK_SECONDS = 0.5
 
 
-class Publisher:
+class AsyncUploader:
     """Hands snapshots to `publish`, one at a time, in another thread. For one training thread to use.
 
     Args:

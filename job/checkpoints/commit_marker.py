@@ -26,7 +26,7 @@ def _plain_name(name: str) -> str:
     return check_key(name)
 
 
-class File(BaseModel):
+class MarkedFile(BaseModel):
     """What a file of the checkpoint must be."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -44,7 +44,7 @@ class Marker(BaseModel):
     epoch: int = Field(ge=0, lt=10**9)
     world_size: int = Field(ge=1)
     software: dict[str, str]
-    files: dict[Annotated[str, AfterValidator(_plain_name)], File] = Field(min_length=1, max_length=100)
+    files: dict[Annotated[str, AfterValidator(_plain_name)], MarkedFile] = Field(min_length=1, max_length=100)
 
 
 def step_prefix(step: int) -> str:

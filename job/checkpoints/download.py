@@ -75,7 +75,7 @@ def _read_marker(store: ObjectStore, step: int) -> Marker:
     return marker
 
 
-def _fetch_file(store: ObjectStore, key: str, path: Path, file: commit_marker.File) -> None:
+def _fetch_file(store: ObjectStore, key: str, path: Path, file: commit_marker.MarkedFile) -> None:
     try:
         store.download(key, path, max_bytes=file.bytes)
     except FileNotFoundError:

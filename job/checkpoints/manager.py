@@ -54,7 +54,7 @@ def publish(
 ) -> None:
     """Uploads the files of `folder`, then the marker. An attempt (`epoch`) publishes a step once."""
     paths = sorted(folder.iterdir())
-    files = {path.name: commit_marker.File(bytes=path.stat().st_size, sha256=hash_file(path)) for path in paths}
+    files = {path.name: commit_marker.MarkedFile(bytes=path.stat().st_size, sha256=hash_file(path)) for path in paths}
     marker = commit_marker.Marker(step=step, epoch=epoch, world_size=world_size, software=dict(software), files=files)
     for path in paths:
         store.upload(path, commit_marker.files_prefix(marker) + path.name)

@@ -52,7 +52,7 @@ class TrainerFiles:
     state: Any
 
 
-def write_state(folder: Path, files: TrainerFiles, history: Sequence[StepMetrics]) -> None:
+def write_trainer_state(folder: Path, files: TrainerFiles, history: Sequence[StepMetrics]) -> None:
     """Writes the trainer's whole state into a new folder."""
     from safetensors.torch import save_file
 
@@ -74,7 +74,7 @@ def write_state(folder: Path, files: TrainerFiles, history: Sequence[StepMetrics
     write_metrics(folder / METRICS, history)
 
 
-def read_state(folder: Path, files: TrainerFiles) -> list[StepMetrics]:
+def read_trainer_state(folder: Path, files: TrainerFiles) -> list[StepMetrics]:
     """Restores what `write_state` wrote, bit by bit, into the trainer's live objects; returns the steps so far.
 
     Raises:
@@ -104,7 +104,7 @@ def read_state(folder: Path, files: TrainerFiles) -> list[StepMetrics]:
     return read_metrics(folder / METRICS)
 
 
-def validate_state(folder: Path, step: int) -> None:
+def validate_trainer_state(folder: Path, step: int) -> None:
     """Checks a state that came from outside, without a model: `read_state` could read it, and it is of `step`.
 
     Raises:

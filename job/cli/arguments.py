@@ -10,7 +10,7 @@ from job.errors import Problem, SettingsError
 
 
 @dataclass(frozen=True)
-class Given:
+class Arguments:
     """The words after a command: runs, options with their values, flags, and settings for `load_reading`."""
 
     runs: list[str] = field(default_factory=list)
@@ -19,13 +19,13 @@ class Given:
     settings: list[str] = field(default_factory=list)
 
 
-def split(
+def parse_arguments(
     words: Sequence[str],
     runs: Sequence[str],
     options: Collection[str] = (),
     flags: Collection[str] = (),
     formats: Sequence[str] = (),
-) -> Given:
+) -> Arguments:
     """Tells the words after a command apart.
 
     Args:
@@ -38,7 +38,7 @@ def split(
     Raises:
         SettingsError: With all that is wrong.
     """
-    given, problems = Given(), []
+    given, problems = Arguments(), []
     known = ["--format", *options, *flags]
     rest = iter(words)
     for word in rest:

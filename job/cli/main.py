@@ -132,7 +132,7 @@ def _launch(settings: Settings, words: list[str]) -> int | None:
         # An Indexed Job may number runs that have nothing to do with each other.
         machine = Machine(processes, run.nodes, run.node_rank, run.rendezvous) if run.nodes > 1 else Machine(processes)
         command, grace = worker_command(words), run.grace_seconds
-        garbage_collection.take_up()  # it has a long wait before it
+        garbage_collection.enable()  # it has a long wait before it
         return launch(command, machine, received, run=run.id, environ=environment(), grace_seconds=grace)
 
 

@@ -12,9 +12,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from job import log
-from job.cli.arguments import Given, split
+from job.cli.arguments import Arguments, parse_arguments
 from job.errors import DataError, GateError, Problem, SettingsError
-from job.report.report import draw, read_evidence
+from job.report.report import read_evidence, render_report
 from job.results.compare import compare, gate_reasons
 from job.results.compare_text import as_markdown, as_text
 from job.results.reader import open_run, read_published
@@ -34,7 +34,7 @@ def verify_command(words: Sequence[str]) -> int:
     Raises:
         VerificationError: Something differs.
     """
-    given = split(words, ["RESULTS"], formats=("table", "json"))
+    given = parse_arguments(words, ["RESULTS"], formats=("table", "json"))
     storage, cache = _reading(given)
     if cache is not None:
         with disk_errors(f"cannot make the folder {cache}"):
@@ -53,7 +53,7 @@ def compare_command(words: Sequence[str]) -> int:
     Raises:
         GateError: B does not pass.
     """
-    given = split(words, ["A", "B"], THRESHOLDS, {"--gate"}, ("table", "json", "markdown"))
+    given = parse_arguments(words, ["A", "B"], THRESHOLDS, {"--gate"}, ("table", "json", "markdown"))
     thresholds = _thresholds(given.options)
     storage, _ = _reading(given)
     compared = compare(*(read_published(open_run(where, **storage)) for where in given.runs))
@@ -82,14 +82,14 @@ def _thresholds(options: Mapping[str, str]) -> dict[str, Any]:
         raise SettingsError([Problem(names[str(r["loc"][0])], explain(r)) for r in records]) from None
 
 
-def _reading(given: Given) -> tuple[dict[str, Any], str | None]:
+def _reading(given: Arguments) -> tuple[dict[str, Any], str | None]:
     """Sets the log up; returns the options of `objects.open_store`, and the folder for copies."""
     settings: Settings = load_reading(given.settings)
     log.configure(settings.log.format, settings.log.level, secrets())
     return settings.storage.model_dump(exclude={"cache"}), settings.storage.cache
 
 
-def _is(given: Given, name: str) -> bool:
+def _is(given: Arguments, name: str) -> bool:
     return given.options["--format"] == name
 
 
@@ -119,7 +119,7 @@ def report_command(words: Sequence[str]) -> int:
             evidence = read_evidence(run.results, lambda artifact: fetch_artifact(run.store, artifact, Path(folder)))
         except (KeyError, TypeError, ValueError) as error:  # the hashes are right, so it was written like this
             raise DataError([Problem(run.store.uri, f"its records are no records of this job: {error}")]) from error
-    page = draw(run.results, evidence)
+    page = render_report(run.results, evidence)
     with disk_errors(f"--output {output}"):
         try:
             Path(output).write_bytes(page)

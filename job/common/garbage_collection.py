@@ -8,12 +8,12 @@ from __future__ import annotations
 import gc
 
 
-def put_off() -> None:
+def disable() -> None:
     """From now on nothing is looked through; what is not in a cycle goes at once as ever."""
     gc.disable()
 
 
-def take_up() -> None:
+def enable() -> None:
     """Looks for garbage again, if that was put off, among what is made from now on."""
     if not gc.isenabled():
         gc.freeze()

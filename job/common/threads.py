@@ -11,7 +11,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def beside(work: Callable[[], T], name: str) -> Future[T]:
+def in_thread(work: Callable[[], T], name: str) -> Future[T]:
     """Starts the work in a thread, whose log lines carry what ours do."""
     future: Future[T] = Future()
     context = copy_context()

@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from job.data.formats import UNREADABLE, Fault, Rows, find_file, has_known_suffix, read_rows
+from job.data.formats import UNREADABLE, RowError, Rows, find_file, has_known_suffix, read_rows
 from job.data.hub_dataset import open_dataset
 from job.data.schemas import REQUIRED, Rendered, Schema, check_row, detect_schema, render
 from job.data.tokenization import Encoded, LossOn, encode
@@ -119,7 +119,7 @@ class _Findings:
         self._problems: list[Problem] = []
         self._total = 0
 
-    def add(self, faults: list[Fault]) -> None:
+    def add(self, faults: list[RowError]) -> None:
         """Adds the faults of one row, at least one."""
         if self._skip and faults[0].kind != UNREADABLE:
             self.skipped[faults[0].kind] += 1
@@ -153,7 +153,7 @@ def _settle_schema(rows: Rows, schema: Schema | None, findings: _Findings, name:
     if schema is not None:
         return schema, rows
     for row in rows:
-        if isinstance(row, Fault):
+        if isinstance(row, RowError):
             findings.add([row])
         elif found := detect_schema(row.fields):
             return found, chain([row], rows)
@@ -174,13 +174,13 @@ def _check_tokenizer(tokenizer: Any, schema: Schema, name: str) -> None:
         raise DataError([Problem(name, "cannot be ended: the model's tokenizer has no end-of-sequence token")])
 
 
-def _render_all(rows: Rows, schema: Schema, tokenizer: Any, *, find_turns: bool) -> Iterator[Rendered | list[Fault]]:
+def _render_all(rows: Rows, schema: Schema, tokenizer: Any, *, find_turns: bool) -> Iterator[Rendered | list[RowError]]:
     for row in rows:
-        if isinstance(row, Fault):
+        if isinstance(row, RowError):
             yield [row]
             continue
         if faults := check_row(row, schema):
             yield faults
             continue
         text = render(row, schema, tokenizer, find_turns=find_turns)
-        yield [text] if isinstance(text, Fault) else text
+        yield [text] if isinstance(text, RowError) else text

@@ -37,7 +37,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Fault:
+class RowError:
     """Something wrong with a row. `kind` is the word it is counted under when bad rows are skipped."""
 
     kind: str
@@ -45,7 +45,7 @@ class Fault:
     what: str
 
 
-Rows = Iterator[Row | Fault]
+Rows = Iterator[Row | RowError]
 
 
 def find_file(source: str) -> Path:
@@ -100,7 +100,7 @@ def read_rows(path: Path, name: str) -> Rows:
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         after = "" if place == name else f" after {place}"
-        yield Fault(UNREADABLE, name, f"cannot be read{after}: {reason}")
+        yield RowError(UNREADABLE, name, f"cannot be read{after}: {reason}")
 
 
 def _reader(path: Path) -> Callable[[Path, str], Rows] | None:
@@ -120,14 +120,14 @@ def _read_jsonl(path: Path, name: str) -> Rows:
                 yield _parse_line(content, f"{name}:{number}")
 
 
-def _parse_line(line: bytes, where: str) -> Row | Fault:
+def _parse_line(line: bytes, where: str) -> Row | RowError:
     text = line.decode("utf-8", "surrogateescape")
     try:
         return _as_row(json.loads(text), where)
     except (ValueError, RecursionError) as error:
         if not is_valid_text(text):
-            return Fault("broken_utf8", where, "is neither UTF-8 nor JSON")
-        return Fault("invalid_json", where, f"is not valid JSON: {_reason(error)}")
+            return RowError("broken_utf8", where, "is neither UTF-8 nor JSON")
+        return RowError("invalid_json", where, f"is not valid JSON: {_reason(error)}")
 
 
 def _read_json(path: Path, name: str) -> Rows:
@@ -138,11 +138,11 @@ def _read_json(path: Path, name: str) -> Rows:
     except (ValueError, RecursionError) as error:
         where = f"{name}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else name
         hint = " (if the file holds one object a line, name it .jsonl)" if text.lstrip()[:1] == "{" else ""
-        yield Fault(UNREADABLE, where, f"is not valid JSON: {_reason(error)}{hint}")
+        yield RowError(UNREADABLE, where, f"is not valid JSON: {_reason(error)}{hint}")
         return
     rows = value.get("data") if isinstance(value, dict) else value
     if not isinstance(rows, list):
-        yield Fault(UNREADABLE, name, 'must be a list of objects, or {"data": [...]}')
+        yield RowError(UNREADABLE, name, 'must be a list of objects, or {"data": [...]}')
         return
     for index, row in enumerate(rows):
         yield _as_row(row, f"{name}:[{index}]")
@@ -157,16 +157,16 @@ def _read_csv(path: Path, name: str) -> Rows:
         try:
             header = next(table, [])
             if len(set(header)) != len(header):
-                yield Fault(UNREADABLE, f"{name}:1", "names a column twice in its header")
+                yield RowError(UNREADABLE, f"{name}:1", "names a column twice in its header")
                 return
             for number, values in enumerate((row for row in table if row), 1):
                 where = f"{name}:row {number}"
                 if len(values) == len(header):
                     yield Row(where, dict(zip(header, values, strict=True)))
                 else:
-                    yield Fault("invalid_csv", where, f"has {len(values)} fields, the header {len(header)}")
+                    yield RowError("invalid_csv", where, f"has {len(values)} fields, the header {len(header)}")
         except csv.Error as error:
-            yield Fault(UNREADABLE, f"{name}:{table.line_num}", f"is not valid CSV: {error}")
+            yield RowError(UNREADABLE, f"{name}:{table.line_num}", f"is not valid CSV: {error}")
 
 
 def _read_parquet(path: Path, name: str) -> Rows:
@@ -181,23 +181,23 @@ def _read_parquet(path: Path, name: str) -> Rows:
                     number += 1
                     yield _parquet_row(batch, index, f"{name}:row {number}")
     except (pa.ArrowException, ValueError, OverflowError) as error:
-        yield Fault(UNREADABLE, name, f"is not valid Parquet: {error}")
+        yield RowError(UNREADABLE, name, f"is not valid Parquet: {error}")
 
 
-def _parquet_row(batch: Any, index: int, where: str) -> Row | Fault:
+def _parquet_row(batch: Any, index: int, where: str) -> Row | RowError:
     fields: dict[str, Any] = {}
     for column, values in zip(batch.schema.names, batch.columns, strict=True):
         try:
             fields[column] = values[index].as_py()
         except UnicodeDecodeError as error:
-            return Fault("broken_utf8", f"{where} {column}", f"is not UTF-8: {error.reason} at byte {error.start}")
+            return RowError("broken_utf8", f"{where} {column}", f"is not UTF-8: {error.reason} at byte {error.start}")
     return Row(where, fields)
 
 
-def _as_row(value: Any, where: str) -> Row | Fault:
+def _as_row(value: Any, where: str) -> Row | RowError:
     if isinstance(value, dict):
         return Row(where, value)
-    return Fault("not_an_object", where, f"must be an object with named fields, is {type_name(value)}")
+    return RowError("not_an_object", where, f"must be an object with named fields, is {type_name(value)}")
 
 
 def is_valid_text(value: str) -> bool:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from job.data.formats import Fault, Row, is_valid_text, type_name
+from job.data.formats import Row, RowError, is_valid_text, type_name
 
 Schema = Literal["alpaca", "prompt_completion", "messages", "text"]
 SCHEMAS: tuple[Schema, ...] = get_args(Schema)
@@ -81,7 +81,7 @@ def detect_schema(fields: dict[str, Any]) -> Schema | None:
     return next(whole, None) or next(half, None)
 
 
-def check_row(row: Row, schema: Schema) -> list[Fault]:
+def check_row(row: Row, schema: Schema) -> list[RowError]:
     """All that is wrong with a row's fields, apart from its length in tokens; empty for a good row."""
     faults = [_broken_text(f"{row.where} {field}") for field, value in row.fields.items() if not _is_clean(value)]
     if faults:
@@ -94,7 +94,7 @@ def check_row(row: Row, schema: Schema) -> list[Fault]:
     return faults + _check_target(row.fields, target, row.where)
 
 
-def render(row: Row, schema: Schema, tokenizer: Any, *, find_turns: bool) -> Rendered | Fault:
+def render(row: Row, schema: Schema, tokenizer: Any, *, find_turns: bool) -> Rendered | RowError:
     """The text of a row that `check_row` found good.
 
     Args:
@@ -123,35 +123,35 @@ def render(row: Row, schema: Schema, tokenizer: Any, *, find_turns: bool) -> Ren
     return Rendered(f"{row.where} {longest}", text, ((len(prompt), len(text)),))
 
 
-def _check_text(fields: dict[str, Any], field: str, where: str) -> list[Fault]:
+def _check_text(fields: dict[str, Any], field: str, where: str) -> list[RowError]:
     place = f"{where} {field}"
     value = fields.get(field)
     if value is None:
-        return [Fault("missing_field", place, "is null" if field in fields else "is missing")]
+        return [RowError("missing_field", place, "is null" if field in fields else "is missing")]
     if not isinstance(value, str):
-        return [Fault("wrong_type", place, f"must be text, is {type_name(value)}")]
+        return [RowError("wrong_type", place, f"must be text, is {type_name(value)}")]
     return []
 
 
-def _check_target(fields: dict[str, Any], field: str, where: str) -> list[Fault]:
+def _check_target(fields: dict[str, Any], field: str, where: str) -> list[RowError]:
     faults = _check_text(fields, field, where)
     if not faults and not fields[field].strip():
-        return [Fault("empty_target", f"{where} {field}", "is empty: there is nothing to learn")]
+        return [RowError("empty_target", f"{where} {field}", "is empty: there is nothing to learn")]
     return faults
 
 
-def _check_messages(row: Row) -> list[Fault]:
+def _check_messages(row: Row) -> list[RowError]:
     place = f"{row.where} messages"
     messages = row.fields.get("messages")
     if messages is None:
-        return [Fault("missing_field", place, "is null" if "messages" in row.fields else "is missing")]
+        return [RowError("missing_field", place, "is null" if "messages" in row.fields else "is missing")]
     if not isinstance(messages, list):
-        return [Fault("wrong_type", place, f"must be a list of messages, is {type_name(messages)}")]
-    faults: list[Fault] = []
+        return [RowError("wrong_type", place, f"must be a list of messages, is {type_name(messages)}")]
+    faults: list[RowError] = []
     for index, message in enumerate(messages):
         where = f"{place}[{index}]"
         if not isinstance(message, dict):
-            faults.append(Fault("wrong_type", where, f"must be an object, is {type_name(message)}"))
+            faults.append(RowError("wrong_type", where, f"must be an object, is {type_name(message)}"))
             continue
         faults += [fault for field in ("role", "content") for fault in _check_text(message, field, where)]
         faults += [_broken_text(f"{where} {field}") for field, value in message.items() if not _is_clean(value)]
@@ -159,7 +159,7 @@ def _check_messages(row: Row) -> list[Fault]:
         return faults
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
-        return [Fault("empty_target", place, "has no message of role assistant: there is nothing to learn")]
+        return [RowError("empty_target", place, "has no message of role assistant: there is nothing to learn")]
     return _check_target(messages[answers[-1]], "content", f"{place}[{answers[-1]}]")
 
 
@@ -167,11 +167,11 @@ def _is_clean(value: Any) -> bool:
     return not isinstance(value, str) or is_valid_text(value)
 
 
-def _broken_text(where: str) -> Fault:
-    return Fault("broken_utf8", where, "is not valid UTF-8 text")
+def _broken_text(where: str) -> RowError:
+    return RowError("broken_utf8", where, "is not valid UTF-8 text")
 
 
-def _render_messages(row: Row, tokenizer: Any, *, find_turns: bool) -> Rendered | Fault:
+def _render_messages(row: Row, tokenizer: Any, *, find_turns: bool) -> Rendered | RowError:
     from jinja2 import TemplateError
 
     messages = row.fields["messages"]
@@ -180,12 +180,12 @@ def _render_messages(row: Row, tokenizer: Any, *, find_turns: bool) -> Rendered 
         text = tokenizer.apply_chat_template(messages, tokenize=False)
         turns = _assistant_turns(text, messages, tokenizer) if find_turns else ((0, len(text)),)
     except (TemplateError, TypeError, ValueError) as error:
-        return Fault("bad_conversation", place, f"is refused by the tokenizer's chat template: {error}")
+        return RowError("bad_conversation", place, f"is refused by the tokenizer's chat template: {error}")
     if turns is None:
         what = (
             "cannot be split into turns: the chat template changes earlier turns when later ones follow; learn on all"
         )
-        return Fault("bad_conversation", place, what)
+        return RowError("bad_conversation", place, what)
     return Rendered(place, text, turns)
 
 

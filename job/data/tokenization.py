@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
 
-from job.data.formats import Fault
+from job.data.formats import RowError
 from job.data.schemas import Rendered
 from job.records import Example
 
@@ -32,14 +32,14 @@ class Encoded:
 
 
 def encode(
-    rows: Iterator[Rendered | list[Fault]],
+    rows: Iterator[Rendered | list[RowError]],
     tokenizer: Any,
     *,
     templated: bool,
     loss_on: LossOn,
     max_length: int,
     limit: int | None,
-) -> Iterator[Encoded | list[Fault]]:
+) -> Iterator[Encoded | list[RowError]]:
     """Yields an example for each rendered row, or what is wrong with its tokens; faults pass through, in order.
 
     Args:
@@ -71,7 +71,7 @@ def encode(
             yield Encoded(row.text, Example(input_ids, shared_targets.setdefault(targets, targets)))
 
 
-def _tokenize(rows: Sequence[Rendered | list[Fault]], tokenizer: Any, *, special: bool) -> Sequence[Any]:
+def _tokenize(rows: Sequence[Rendered | list[RowError]], tokenizer: Any, *, special: bool) -> Sequence[Any]:
     texts = [row.text for row in rows if isinstance(row, Rendered)]
     if not texts:
         return []
@@ -100,10 +100,10 @@ def _ids_and_targets(
     return ids, (False, *targets[1:])
 
 
-def _check(row: Rendered, ids: list[int], targets: tuple[bool, ...], max_length: int) -> Fault | None:
+def _check(row: Rendered, ids: list[int], targets: tuple[bool, ...], max_length: int) -> RowError | None:
     if len(ids) > max_length:
         what = f"makes the row {len(ids)} tokens long, {max_length} are allowed (JOB_TRAIN__MAX_LENGTH)"
-        return Fault("too_long", row.where, what)
+        return RowError("too_long", row.where, what)
     if not any(targets):
-        return Fault("empty_target", row.where, "gives no token to learn")
+        return RowError("empty_target", row.where, "gives no token to learn")
     return None

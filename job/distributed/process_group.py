@@ -37,7 +37,7 @@ def tell_end(store: Any, process: int, exit_code: int, why: str) -> None:
     store.compare_set(END, "", json.dumps({"process": process, "code": exit_code, "why": why[:2000]}))
 
 
-class Joined:
+class ProcessGroup:
     """One of several processes. See `Processes`.
 
     Args:

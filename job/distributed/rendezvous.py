@@ -11,7 +11,7 @@ from datetime import timedelta
 from typing import Any
 
 from job import log
-from job.distributed.process_group import Joined
+from job.distributed.process_group import ProcessGroup
 from job.distributed.processes import ALONE, Processes
 from job.distributed.ranks import Place
 from job.errors import Problem, SettingsError, Unreachable
@@ -78,7 +78,7 @@ def join(
         return
     deadline = time.monotonic() + patience
     store = keyspace(_reach(place, deadline, stop, beat), run, place.restart)
-    joined = Joined(place, store, stop, beat, grace_seconds)
+    joined = ProcessGroup(place, store, stop, beat, grace_seconds)
     try:
         _meet(joined, store, deadline, stop, beat)
         _connect(place, store, 2 * patience)
@@ -109,7 +109,7 @@ def _reach(place: Place, deadline: float, stop: Stop, beat: Callable[[], None]) 
         time.sleep(0.2)
 
 
-def _meet(joined: Joined, store: Any, deadline: float, stop: Stop, beat: Callable[[], None]) -> None:
+def _meet(joined: ProcessGroup, store: Any, deadline: float, stop: Stop, beat: Callable[[], None]) -> None:
     """Waits until all are there."""
     place = joined.place
     total = store.compare_set("world_size", "", str(place.world_size)).decode()

@@ -24,7 +24,7 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Mark = Annotated[float, Field(ge=0, le=1, multiple_of=1)]
 
 
-class QuestionRecord(BaseModel):
+class Sample(BaseModel):
     """One question, as far as figures depend on it. Likelihoods are in nats, lengths in characters."""
 
     model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
@@ -42,7 +42,7 @@ class QuestionRecord(BaseModel):
     acc_norm: Mark | None
 
 
-def parse(data: bytes) -> list[QuestionRecord]:
+def parse(data: bytes) -> list[Sample]:
     """The records in a file of JSON lines.
 
     Raises:
@@ -51,7 +51,7 @@ def parse(data: bytes) -> list[QuestionRecord]:
     records = []
     for number, line in enumerate(data.removesuffix(b"\n").split(b"\n"), start=1):
         try:
-            records.append(QuestionRecord.model_validate_json(line))
+            records.append(Sample.model_validate_json(line))
         except ValidationError as error:
             first = error.errors(include_input=False, include_url=False)[0]
             place = ".".join(map(str, first["loc"]))
@@ -61,7 +61,7 @@ def parse(data: bytes) -> list[QuestionRecord]:
     return records
 
 
-def contradiction(record: QuestionRecord) -> str | None:
+def contradiction(record: Sample) -> str | None:
     """What in a record does not follow from its likelihoods; None where all of it does.
 
     A right answer that is told in words cannot be checked here: the record does not say which choice it is.
@@ -121,7 +121,7 @@ def tally(
 
 
 def tally_records(
-    records: Sequence[QuestionRecord], *, task: str, source: str, version: str, reused_from: str | None = None
+    records: Sequence[Sample], *, task: str, source: str, version: str, reused_from: str | None = None
 ) -> TaskScores:
     """Adds up one task from its records."""
     marks = [record.acc_norm for record in records]

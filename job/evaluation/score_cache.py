@@ -47,7 +47,7 @@ def score_key(questions: Sequence[Question], rows: Sequence[range], conditions: 
     return total.hexdigest()
 
 
-class KeptScores:
+class ScoreCache:
     """The scored rows of one evaluation in a store. Rows are saved in batches, each an object named by its hash."""
 
     def __init__(self, store: ObjectStore, folder: str, run: str) -> None:

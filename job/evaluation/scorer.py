@@ -15,8 +15,8 @@ from job.common import host
 from job.common.hashing import code_hashes
 from job.distributed.processes import Processes
 from job.errors import JobError
-from job.evaluation.score_cache import KeptScores, score_key
-from job.evaluation.scoring import plan_rows, score_row
+from job.evaluation.score_cache import ScoreCache, score_key
+from job.evaluation.scoring import plan_sequences, score_sequence
 from job.records import ChoiceScore, Question
 
 Scored = list[list[ChoiceScore]]
@@ -61,7 +61,7 @@ class Scorer:
         self,
         model: Any,
         batch_tokens: int,
-        kept: KeptScores,
+        kept: ScoreCache,
         conditions: dict[str, Any],
         *,
         processes: Processes,
@@ -84,7 +84,7 @@ class Scorer:
 
     def __call__(self, questions: list[Question]) -> Scored:
         """The scores of all questions, in order."""
-        rows = plan_rows(questions, self.batch_tokens)
+        rows = plan_sequences(questions, self.batch_tokens)
         self.folder = self.kept.open(score_key(questions, rows, self.conditions))
         known = self.kept.load(questions, rows)
         missing = [number for number in range(len(rows)) if number not in known]
@@ -126,7 +126,7 @@ class Scorer:
         processes = self.processes
         while text := processes.share("questions", str):
             work = TypeAdapter(_Work).validate_json(text)
-            rows = plan_rows(work.questions, self.batch_tokens)
+            rows = plan_sequences(work.questions, self.batch_tokens)
             for number, scores in self._own(work.questions, rows, work.missing):
                 processes.send([number, TypeAdapter(Scored).dump_python(scores)])
 
@@ -136,7 +136,7 @@ class Scorer:
         self.model.eval()
         for number in missing[place.rank :: place.world_size]:
             self.alive()
-            yield number, _finite(score_row(self.model, questions[rows[number].start : rows[number].stop]))
+            yield number, _finite(score_sequence(self.model, questions[rows[number].start : rows[number].stop]))
 
 
 def _finite(scores: Scored) -> Scored:

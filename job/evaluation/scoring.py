@@ -20,7 +20,7 @@ def tokens_of(question: Question) -> int:
     return len(question.context) + sum(len(choice) - 1 for choice in question.choices)
 
 
-def plan_rows(questions: Sequence[Question], budget: int) -> list[range]:
+def plan_sequences(questions: Sequence[Question], budget: int) -> list[range]:
     """Cuts the questions, in order, into rows of at most `budget` tokens (a longer question gets a row of its own).
 
     Depends on nothing but its arguments, so a restarted evaluation forms the same rows and gets the same bits.
@@ -38,7 +38,7 @@ def plan_rows(questions: Sequence[Question], budget: int) -> list[range]:
     return rows
 
 
-def score_row(model: Any, questions: Sequence[Question]) -> list[list[ChoiceScore]]:
+def score_sequence(model: Any, questions: Sequence[Question]) -> list[list[ChoiceScore]]:
     """Scores the questions of one row.
 
     Args:

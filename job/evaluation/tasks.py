@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from job.data.formats import Fault, Row, find_file, read_rows
+from job.data.formats import Row, RowError, find_file, read_rows
 from job.errors import DataError, Problem, SettingsError
 from job.storage.hub import hub_errors
 
@@ -180,7 +180,7 @@ def _unfit(name: str, task: Any) -> Problem | None:
 def _read_questions(path: Path, name: str) -> list[Row]:
     """All rows of a file of questions; a row that cannot be read is an error."""
     rows = list(read_rows(find_file(str(path)), name))
-    faults = [Problem(row.where, row.what) for row in rows if isinstance(row, Fault)]
+    faults = [Problem(row.where, row.what) for row in rows if isinstance(row, RowError)]
     if faults or not rows:
         raise DataError(faults or [Problem(name, "holds no questions")])
     return [row for row in rows if isinstance(row, Row)]

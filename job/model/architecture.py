@@ -8,13 +8,13 @@ from typing import Any
 
 # Families whose layers are what `Architecture` describes; biases and norms of queries are too small to matter.
 FAMILIES = {"gemma", "granite", "llama", "mistral", "qwen2", "qwen3", "smollm3"}
-LEAN_FAMILIES = {"llama", "mistral", "qwen2"}
+FUSED_FAMILIES = {"llama", "mistral", "qwen2"}
 """Of one build: RMS norms, rotary positions, SwiGLU, and nothing else. `lean` has its own code for all of it."""
 
 
-def is_lean(family: str | None, activation: str | None) -> bool:
+def has_fused_decoder(family: str | None, activation: str | None) -> bool:
     """Whether `lean` computes all of a decoder of this family with this activation."""
-    return family in LEAN_FAMILIES and activation == "silu"
+    return family in FUSED_FAMILIES and activation == "silu"
 
 
 @dataclass(frozen=True)
@@ -117,5 +117,5 @@ def read_config(config: Mapping[str, Any]) -> Architecture:
         vocabulary=number("vocab_size"),
         tied=config.get("tie_word_embeddings") is True,
         window=min((window for window in windows if isinstance(window, int) and window > 0), default=None),
-        lean=is_lean(family, config.get("hidden_act", "silu")),
+        lean=has_fused_decoder(family, config.get("hidden_act", "silu")),
     )

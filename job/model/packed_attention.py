@@ -96,7 +96,7 @@ def build_layout(segments: Sequence[Segment], device: torch.device) -> Layout:
     return Layout(tuple(segments), queries, keys, index, longest_query, longest_key)
 
 
-def flat_attention(  # the signature is transformers'
+def packed_attention(  # the signature is transformers'
     _module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -175,4 +175,4 @@ def register() -> None:
     """Makes `attn_implementation="flat"` known to transformers. Such a model runs with a `layout` only."""
     from transformers import AttentionInterface
 
-    AttentionInterface.register(NAME, flat_attention)
+    AttentionInterface.register(NAME, packed_attention)

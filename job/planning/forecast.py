@@ -10,7 +10,7 @@ from typing import Literal
 from job.common.formatting import size
 from job.common.resources import checkpoint_bytes, required_bytes
 from job.planning.gpus import Gpu
-from job.planning.reference import Questions
+from job.planning.reference import TaskTokens
 from job.planning.workload import Workload
 from job.records import Execution
 from job.training import memory_model
@@ -31,7 +31,7 @@ HALF_PRECISION = 2
 
 
 @dataclass(frozen=True)
-class Run:
+class RunShape:
     """What is known of a run; None where something is not.
 
     Attributes:
@@ -55,7 +55,7 @@ class Run:
     setup_basis: Basis
     workload: Workload | None
     workload_basis: Basis
-    questions: Questions | None
+    questions: TaskTokens | None
     questions_basis: Basis
     budget: int
     scoring_budget: int
@@ -111,7 +111,7 @@ class GpuPlan:
     machine: str
 
 
-def figures(run: Run) -> Iterator[Figure]:
+def figures(run: RunShape) -> Iterator[Figure]:
     """All that can be said without knowing the GPU."""
     yield from _of_the_data(run)
     if run.setup is None:
@@ -150,7 +150,7 @@ def figures(run: Run) -> Iterator[Figure]:
     yield Figure("disk", disk, "bytes", basis, f"{size(run.download_bytes, ' ')} of it to fetch first")
 
 
-def _of_the_data(run: Run) -> Iterator[Figure]:
+def _of_the_data(run: RunShape) -> Iterator[Figure]:
     if run.workload is not None:
         work, basis = run.workload, run.workload_basis
         yield Figure("examples", work.rows, "", basis)
@@ -163,7 +163,7 @@ def _of_the_data(run: Run) -> Iterator[Figure]:
         yield Figure("questions", run.questions.count, "", run.questions_basis)
 
 
-def on_gpu(gpu: Gpu, run: Run, setup: Setup) -> GpuPlan:
+def on_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuPlan:
     """How the run would go on a GPU."""
     if run.budget_by_gpu:
         run = replace(run, budget=choose_budget(gpu.memory_bytes))
@@ -194,7 +194,7 @@ def on_gpu(gpu: Gpu, run: Run, setup: Setup) -> GpuPlan:
     )
 
 
-def _budget(run: Run, setup: Setup, room: int) -> int:
+def _budget(run: RunShape, setup: Setup, room: int) -> int:
     """The largest budget that fits; 0 where it would not hold the longest example, or scoring does not fit."""
     if _scoring(run, setup) > room:
         return 0
@@ -203,11 +203,11 @@ def _budget(run: Run, setup: Setup, room: int) -> int:
     return found if found >= (run.workload.longest if run.workload else 1) else 0
 
 
-def _scoring(run: Run, setup: Setup) -> int:
+def _scoring(run: RunShape, setup: Setup) -> int:
     return memory_model.evaluation_bytes(setup, run.scoring_budget, run.reads)
 
 
-def _execution(gpu: Gpu, run: Run, setup: Setup) -> Execution | None:
+def _execution(gpu: Gpu, run: RunShape, setup: Setup) -> Execution | None:
     """How the job would train there; None where PEFT's own layers would do the work."""
     if not run.lean or gpu.capability < FLASH_CAPABILITY or setup.value_bytes != HALF_PRECISION:
         return None
@@ -224,7 +224,7 @@ def _execution(gpu: Gpu, run: Run, setup: Setup) -> Execution | None:
     )
 
 
-def _hours(gpu: Gpu, run: Run, setup: Setup, execution: Execution | None) -> float | None:
+def _hours(gpu: Gpu, run: RunShape, setup: Setup, execution: Execution | None) -> float | None:
     """Hours from start to end without interruptions; None where something is not known, as speed in full precision."""
     if run.workload is None or run.questions is None or setup.value_bytes != HALF_PRECISION:
         return None

@@ -13,10 +13,10 @@ from job.common.resources import check_disk, checkpoint_bytes, required_bytes
 from job.data import licences
 from job.errors import AccessDenied, DataError, JobError, Problem, SettingsError, Unreachable
 from job.planning import forecast, reference
-from job.planning.forecast import Basis, Figure, GpuPlan, Run, figures, on_gpu
+from job.planning.forecast import Basis, Figure, GpuPlan, RunShape, figures, on_gpu
 from job.planning.gpus import GPUS, PRICES, Gpu
 from job.planning.preflight import Check, Found, check, local_round_trip, round_trip
-from job.planning.previews import DataFacts, ModelFacts, find_tokenizer, look_at_data, look_at_model, look_at_questions
+from job.planning.previews import DataFacts, ModelFacts, find_tokenizer, preview_data, preview_model, preview_questions
 from job.planning.workload import Workload, count, scale
 from job.settings.load import Settings
 from job.storage.hub import is_reachable
@@ -62,7 +62,7 @@ class _Seen:
     model: ModelFacts | None
     tokenizer: Any | None
     data: DataFacts | None
-    questions: reference.Questions | None
+    questions: reference.TaskTokens | None
 
 
 def make_plan(settings: Settings) -> Plan:
@@ -94,11 +94,11 @@ def _look(settings: Settings, folder: Path) -> _Seen:
     storage |= {name: min(storage[name], most) for name, most in QUICK.items()}
     where: dict[str, Any] = {"online": cache(is_reachable), "folder": folder, "storage": storage}
     stored, seconds = check("storage", lambda: _try_storage(s.run.output, s.run.id, storage), unreachable="wrong")
-    modelled, model = check("model", lambda: look_at_model(s.model.id, s.model.revision, s.train.max_length, **where))
+    modelled, model = check("model", lambda: preview_model(s.model.id, s.model.revision, s.train.max_length, **where))
     tokenized, tokenizer = check("tokenizer", lambda: find_tokenizer(model))
     read, data = check(
         "data",
-        lambda: look_at_data(
+        lambda: preview_data(
             s.data.source,
             tokenizer=tokenizer,
             max_length=s.train.max_length,
@@ -113,7 +113,7 @@ def _look(settings: Settings, folder: Path) -> _Seen:
     )
     asked, questions = check(
         "questions",
-        lambda: look_at_questions(s.eval.tasks, s.eval.data, tokenizer=tokenizer, limit=s.eval.limit, **where),
+        lambda: preview_questions(s.eval.tasks, s.eval.data, tokenizer=tokenizer, limit=s.eval.limit, **where),
     )
     return _Seen([stored, modelled, tokenized, read, asked], seconds, model, tokenizer, data, questions)
 
@@ -132,7 +132,7 @@ def _measured(seen: _Seen) -> list[Figure]:
     return [] if seen.store_seconds is None else [Figure("storage", seen.store_seconds, "s", "measured", what)]
 
 
-def _run(settings: Settings, seen: _Seen, checks: list[Check]) -> Run:
+def _run(settings: Settings, seen: _Seen, checks: list[Check]) -> RunShape:
     """Puts together what was seen, and what is known where nothing was."""
     setup, model_basis = _setup(settings, seen, checks)
     workload, data_basis = _workload(settings, seen.data)
@@ -140,7 +140,7 @@ def _run(settings: Settings, seen: _Seen, checks: list[Check]) -> Run:
     download = seen.model.download_bytes if seen.model else None
     if download is None:
         download = 2 * setup.architecture.parameters if setup else 0  # weights are published in half precision
-    return Run(
+    return RunShape(
         setup=setup,
         setup_basis=model_basis,
         workload=workload,
@@ -195,7 +195,7 @@ def _workload(settings: Settings, data: DataFacts | None) -> tuple[Workload | No
         batches = {"seed": settings.run.seed, "global_batch_size": train.global_batch_size}
         counted = count(lengths, targets, steps=steps(len(lengths)), **batches)
         return counted, "assumed" if data.estimated else "computed"
-    samples = reference.SAMPLES.get(settings.data.source)
+    samples = reference.DATASET_TOKENS.get(settings.data.source)
     if samples is None:
         return None, "assumed"
     rows = min(settings.data.limit or samples[-1].rows, samples[-1].rows)
@@ -210,15 +210,15 @@ def _workload(settings: Settings, data: DataFacts | None) -> tuple[Workload | No
     ), "assumed"
 
 
-def _questions(settings: Settings, seen: _Seen) -> tuple[reference.Questions | None, Basis]:
+def _questions(settings: Settings, seen: _Seen) -> tuple[reference.TaskTokens | None, Basis]:
     """Counted; else those of known tasks; else None."""
     if seen.questions is not None:
         return seen.questions, "computed" if seen.tokenizer is not None else "assumed"
-    tables = [reference.QUESTIONS.get(task) for task in settings.eval.tasks]
+    tables = [reference.TASK_TOKENS.get(task) for task in settings.eval.tasks]
     limited = [table.first(settings.eval.limit) for table in tables if table is not None]
     if len(limited) < len(tables):
         return None, "assumed"
-    return reference.Questions(*(sum(parts) for parts in zip(*map(astuple, limited), strict=True))), "assumed"
+    return reference.TaskTokens(*(sum(parts) for parts in zip(*map(astuple, limited), strict=True))), "assumed"
 
 
 def _licence(settings: Settings, data: DataFacts | None) -> Check:
@@ -229,7 +229,7 @@ def _licence(settings: Settings, data: DataFacts | None) -> Check:
     return Check("licence", "note", f"{settings.data.source}: {licence}{limits}")
 
 
-def _disk(settings: Settings, run: Run) -> Check:
+def _disk(settings: Settings, run: RunShape) -> Check:
     """Whether this machine would have room; the one with the GPU needs as much."""
     folder = Path(settings.storage.cache or tempfile.gettempdir())
     checkpoint = checkpoint_bytes(run.setup.adapter, run.setup.optimizer) if run.setup else 0

@@ -16,7 +16,7 @@ from job.model.architecture import Architecture, read_config
 from job.model.base import load_tokenizer
 from job.planning.character_tokenizer import CharacterTokenizer
 from job.planning.preflight import Found, NotChecked
-from job.planning.reference import CHARACTERS_PER_TOKEN, Questions
+from job.planning.reference import CHARACTERS_PER_TOKEN, TaskTokens
 from job.records import Example
 from job.storage.hub import cached_model, local_model, peek_dataset, peek_model
 from job.storage.open import fetch, open_store, size
@@ -43,7 +43,7 @@ class ModelFacts:
     download_bytes: int | None
 
 
-def look_at_model(
+def preview_model(
     source: str,
     revision: str | None,
     max_length: int,
@@ -130,7 +130,7 @@ class DataFacts:
     licence: str | None
 
 
-def look_at_data(
+def preview_data(
     source: str,
     *,
     tokenizer: Any | None,
@@ -189,7 +189,7 @@ def _of_the_data(
     return peek_dataset(source, pinned)
 
 
-def look_at_questions(
+def preview_questions(
     names: Sequence[str],
     data: Mapping[str, str],
     *,
@@ -198,7 +198,7 @@ def look_at_questions(
     online: Online,
     folder: Path,
     storage: Mapping[str, Any],
-) -> Found[Questions]:
+) -> Found[TaskTokens]:
     """Loads the tasks as the job will, if all their questions can be had.
 
     Args:
@@ -218,7 +218,7 @@ def look_at_questions(
         for task, uri in data.items()
     }
     tasks = load_tasks(names, files, data)
-    facts = Questions(*count_questions(tasks, tokenizer or CharacterTokenizer(CHARACTERS_PER_TOKEN), limit))
+    facts = TaskTokens(*count_questions(tasks, tokenizer or CharacterTokenizer(CHARACTERS_PER_TOKEN), limit))
     return "ok", f"{facts.count:,} questions in {', '.join(names)}", facts
 
 

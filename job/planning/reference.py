@@ -26,7 +26,7 @@ CHARACTERS_PER_TOKEN = 4.3
 
 
 @dataclass(frozen=True)
-class Sample:
+class DatasetTokens:
     """The first so many good rows of a data set, rendered and tokenized: their tokens, and those of the longest."""
 
     rows: int
@@ -36,30 +36,30 @@ class Sample:
     """Sum of the squares of the rows' tokens, which attention is proportional to."""
 
 
-SAMPLES: Mapping[str, tuple[Sample, ...]] = {
+DATASET_TOKENS: Mapping[str, tuple[DatasetTokens, ...]] = {
     # Counted on the public file with Mistral-7B-v0.1's tokenizer; the last is the whole data set.
     "tatsu-lab/alpaca": (
-        Sample(1500, 174_466, 503, 25_030_444),
-        Sample(51_974, 6_350_630, 1243, 974_291_538),
+        DatasetTokens(1500, 174_466, 503, 25_030_444),
+        DatasetTokens(51_974, 6_350_630, 1243, 974_291_538),
     ),
 }
 
 
 @dataclass(frozen=True)
-class Questions:
+class TaskTokens:
     """A task's questions: how many, and their tokens in rows of shared contexts; `reads` of these give a score."""
 
     count: int
     tokens: int
     reads: int
 
-    def first(self, limit: int | None) -> Questions:
+    def first(self, limit: int | None) -> TaskTokens:
         """The first so many of them, taken to be like the others."""
         share = min(1.0, limit / self.count) if limit else 1.0
-        return Questions(round(share * self.count), round(share * self.tokens), round(share * self.reads))
+        return TaskTokens(round(share * self.count), round(share * self.tokens), round(share * self.reads))
 
 
-QUESTIONS: Mapping[str, Questions] = {
+TASK_TOKENS: Mapping[str, TaskTokens] = {
     # its test split, counted with Mistral-7B-v0.1's tokenizer
-    "arc_easy": Questions(2376, 113_985, 48_906),
+    "arc_easy": TaskTokens(2376, 113_985, 48_906),
 }

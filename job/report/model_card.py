@@ -20,7 +20,7 @@ METRICS = {"acc": ("accuracy", "accuracy"), "acc_norm": ("acc_norm", "accuracy b
 WEIGHTS = "artifacts/adapter/adapter_model.safetensors"
 
 
-def write(results: Mapping[str, Any]) -> bytes:
+def render_model_card(results: Mapping[str, Any]) -> bytes:
     """The card, from the manifest."""
     settings = {name: setting["value"] for name, setting in results["settings"].items()}
     model, dataset, tasks = results["model"], results["dataset"], results["evaluation"]["tasks"]

@@ -64,7 +64,7 @@ def read_evidence(results: Mapping[str, Any], fetch: Callable[[Artifact], Path])
     )
 
 
-def draw(results: Mapping[str, Any], evidence: Evidence) -> bytes:
+def render_report(results: Mapping[str, Any], evidence: Evidence) -> bytes:
     """The page. It is the same whether `results` lists the report itself, as it does once published, or not."""
     tasks, attempts = results["evaluation"]["tasks"], results["run"]["attempts"]
     accuracies = {name: wording.accuracies(task) for name, task in tasks.items()}

@@ -18,7 +18,7 @@ HOUR = 3600.0
 JOULES_PER_KWH = 3.6e6
 
 
-def account(
+def compute_cost(
     attempts: Sequence[AttemptRecord], training_seconds: float, on_demand_usd_per_hour: float | None
 ) -> dict[str, Any]:
     """The manifest's `cost`.

@@ -21,7 +21,7 @@ from job.common.hashing import hash_file
 from job.records import Artifact
 from job.runs import lease
 from job.runs.layout import RESULTS
-from job.runs.run_log import ledger_key
+from job.runs.run_log import record_key
 from job.storage.base import PROBE
 from job.storage.open import ObjectStore, is_key
 
@@ -33,7 +33,7 @@ def is_evidence(key: str, last_attempt: int) -> bool:
     """Whether the manifest has to vouch for a file under `evidence`."""
     if is_leftover(key):
         return False
-    return not key.startswith(ARTIFACTS) and key not in {RESULTS, lease.KEY, ledger_key(last_attempt)}
+    return not key.startswith(ARTIFACTS) and key not in {RESULTS, lease.KEY, record_key(last_attempt)}
 
 
 def is_leftover(key: str) -> bool:

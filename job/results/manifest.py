@@ -14,7 +14,7 @@ from typing import Any
 from job.common import hashing
 from job.common.host import git_commit, hardware, software
 from job.records import Artifact, AttemptRecord, DatasetRecord, ModelRecord, TrainingRecord
-from job.results.cost import account
+from job.results.cost import compute_cost
 from job.runs.layout import REPORT
 
 SCHEMA = Path(__file__).parents[1].joinpath("results.schema.json")
@@ -73,7 +73,7 @@ def build(
                 "git": git_commit(),
                 "image_digest": image_digest,
             },
-            "cost": account(attempts, training.seconds, on_demand_usd_per_hour),
+            "cost": compute_cost(attempts, training.seconds, on_demand_usd_per_hour),
         }
     )
 

@@ -13,7 +13,7 @@ from pydantic_core import from_json
 from job.common.hashing import unsealed
 from job.errors import Problem, SettingsError, VerificationError
 from job.evaluation import samples
-from job.evaluation.samples import QuestionRecord
+from job.evaluation.samples import Sample
 from job.records import TaskScores
 from job.results import manifest
 from job.runs.layout import RESULTS
@@ -101,7 +101,7 @@ def answers_path(task: str, side: str) -> str:
     return f"artifacts/evaluation/{task}.{side}.jsonl"
 
 
-def read_answers(run: Published) -> dict[str, tuple[bytes, list[QuestionRecord]]]:
+def read_answers(run: Published) -> dict[str, tuple[bytes, list[Sample]]]:
     """By task: the adapter's records, as a file and parsed, if they are what the manifest says.
 
     Raises:
@@ -132,7 +132,7 @@ def _read_whole(store: ObjectStore, path: str, listed: Mapping[str, Any] | None)
     return stored.data
 
 
-def adapter_scores(run: Published, answers: Mapping[str, tuple[bytes, list[QuestionRecord]]]) -> dict[str, TaskScores]:
+def adapter_scores(run: Published, answers: Mapping[str, tuple[bytes, list[Sample]]]) -> dict[str, TaskScores]:
     """By task: what the adapter's records add up to."""
     tasks = run.results["evaluation"]["tasks"]
     return {

@@ -23,10 +23,10 @@ from job import log
 from job.storage.verified_download import fetch_artifact
 from job.errors import JobError, Preempted, Replaced
 from job.runs.fault_injection import Faults
-from job.runs.fenced_store import guarded
+from job.runs.fenced_store import fenced
 from job.common.hashing import hash_file, sealed
 from job.runs.lease import take
-from job.runs.run_log import ledger_key, read_ledger
+from job.runs.run_log import record_key, read_run_log
 from job.storage.open import ObjectStore
 from job.preemption.stop_flag import Stop
 from job.distributed.processes import ALONE, Processes
@@ -205,7 +205,7 @@ class Attempt:
             self._next_note = math.inf
             return
         began = time.monotonic()
-        self.store.write(ledger_key(self.number), sealed(asdict(self.record(outcome))))
+        self.store.write(record_key(self.number), sealed(asdict(self.record(outcome))))
         ended = time.monotonic()
         shortest, longest = NOTE_SECONDS
         self._next_note = ended + min(longest, max(shortest, (ended - began) / NOTE_SHARE))
@@ -259,9 +259,9 @@ def open_attempt(
     if cache is not None:
         Path(cache).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="qlora-job-", dir=cache, ignore_cleanup_errors=True) as work:
-        earlier = read_ledger(store, number) if processes.leads else []
+        earlier = read_run_log(store, number) if processes.leads else []
         attempt = Attempt(
-            guarded(store, lease), Path(work), number, stop, beat, faults, earlier, processes, usd_per_hour
+            fenced(store, lease), Path(work), number, stop, beat, faults, earlier, processes, usd_per_hour
         )
         attempt.note("running")
         try:

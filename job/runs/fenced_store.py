@@ -11,7 +11,7 @@ from job.storage.open import ObjectInfo, ObjectStore, Stored
 from job.storage.base import MAX_READ_BYTES
 
 
-def guarded(store: ObjectStore, lease: Lease | None) -> ObjectStore:
+def fenced(store: ObjectStore, lease: Lease | None) -> ObjectStore:
     """`store`, but nothing in it changes unless `lease` is still held: else `Replaced` is raised.
 
     Without a lease nothing changes at all: of several processes one holds it, and a change by another one is a bug.

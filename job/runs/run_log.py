@@ -18,7 +18,7 @@ from job.errors import Problem, SettingsError
 from job.storage.open import Conflict, ObjectStore
 
 
-def ledger_key(number: int) -> str:
+def record_key(number: int) -> str:
     """Where the line of an attempt lies."""
     return f"attempts/{number:04d}.json"
 
@@ -32,7 +32,7 @@ def parse_record(data: bytes) -> AttemptRecord:
     return TypeAdapter(AttemptRecord).validate_python(unsealed(data))
 
 
-def read_ledger(store: ObjectStore, epoch: int) -> list[AttemptRecord]:
+def read_run_log(store: ObjectStore, epoch: int) -> list[AttemptRecord]:
     """What is known of the attempts before `epoch`; one that is still noted as running was killed.
 
     Raises:
@@ -40,7 +40,7 @@ def read_ledger(store: ObjectStore, epoch: int) -> list[AttemptRecord]:
     """
     records = []
     for number in range(1, epoch):
-        key = ledger_key(number)
+        key = record_key(number)
         if (stored := store.read(key)) is None:
             continue
         try:

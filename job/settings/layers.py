@@ -8,7 +8,7 @@ from job.errors import Problem
 
 
 @dataclass(frozen=True)
-class Given:
+class GivenValue:
     """A raw value and where it was given, in words."""
 
     value: object
@@ -19,5 +19,5 @@ class Given:
 class Layer:
     """What one place gives, and what is wrong with it there."""
 
-    given: dict[str, Given] = field(default_factory=dict)
+    given: dict[str, GivenValue] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)

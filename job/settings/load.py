@@ -19,7 +19,7 @@ from job.errors import Problem, SettingsError
 from job.platforms.detect import Platform, detect
 from job.platforms.sagemaker import copied_folder
 from job.settings.field_types import explain
-from job.settings.layers import Given
+from job.settings.layers import GivenValue
 from job.settings.presets import PRESETS
 from job.settings.schema import NAMES, Settings, new_run_id
 from job.settings.sources import collect
@@ -105,8 +105,8 @@ def load_reading(arguments: Sequence[str] = (), environ: Mapping[str, str] | Non
 
 
 def _with_defaults_of(
-    platform: Platform, machines: Mapping[str, object], given: Mapping[str, Given]
-) -> dict[str, Given]:
+    platform: Platform, machines: Mapping[str, object], given: Mapping[str, GivenValue]
+) -> dict[str, GivenValue]:
     """What is given, and what the platform says, of itself and of the run's machines, where nothing is."""
     folder = copied_folder(platform.inputs) or platform.output
     said = {
@@ -115,11 +115,11 @@ def _with_defaults_of(
         "run.output": folder and str(folder),
         "run.grace_seconds": platform.grace_seconds,
     }
-    whole = {name: Given(value, "platform") for name, value in said.items() if value is not None}
+    whole = {name: GivenValue(value, "platform") for name, value in said.items() if value is not None}
     whole |= {name: item for name, item in given.items() if name != "run.id" or item.value not in (None, "")}
-    whole.setdefault("run.id", Given(new_run_id(), "generated"))
+    whole.setdefault("run.id", GivenValue(new_run_id(), "generated"))
     if folder and Path(str(whole["run.output"].value)).is_relative_to(folder):
-        whole.setdefault("checkpoint.settle_seconds", Given(COPIED_WITHIN_SECONDS, "platform"))
+        whole.setdefault("checkpoint.settle_seconds", GivenValue(COPIED_WITHIN_SECONDS, "platform"))
     return whole
 
 
@@ -185,7 +185,7 @@ def preset_values(preset: str) -> dict[str, Any]:
     if preset not in PRESETS:
         return {}
     given = {"preset": preset, **PRESETS[preset]}
-    settings, _ = _validated({name: Given(value, "preset") for name, value in given.items()})
+    settings, _ = _validated({name: GivenValue(value, "preset") for name, value in given.items()})
     return {name: value for name, value, _ in describe(settings)}
 
 
@@ -194,7 +194,7 @@ def json_schema() -> dict[str, Any]:
     return Settings.model_json_schema()
 
 
-def _validated(given: Mapping[str, Given]) -> tuple[Settings, dict[str, Problem]]:
+def _validated(given: Mapping[str, GivenValue]) -> tuple[Settings, dict[str, Problem]]:
     """Settings from all values that are right alone, and a problem for each that is not."""
     tree: dict[str, Any] = {}
     for name, item in given.items():

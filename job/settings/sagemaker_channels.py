@@ -8,7 +8,7 @@ from pathlib import Path
 
 from job.common.config_files import read_mapping
 from job.errors import Problem
-from job.settings.layers import Given, Layer
+from job.settings.layers import GivenValue, Layer
 
 STANDS_FOR = {"training": "data.source", "model": "model.id", "evaluation": "eval.data"}
 
@@ -34,11 +34,11 @@ def read_channels(inputs: Path | None, mentioned: Collection[str] = ()) -> Layer
             layer.problems.append(Problem(source, why))
         elif setting == "eval.data":
             if questions := _questions(folder):
-                layer.given[setting] = Given(questions, source)
+                layer.given[setting] = GivenValue(questions, source)
             else:
                 layer.problems.append(Problem(source, "holds no file; give one a task, named after it: arc_easy.jsonl"))
         elif setting is not None:
-            layer.given[setting] = Given(str(folder), source)
+            layer.given[setting] = GivenValue(str(folder), source)
         elif not any(f"{folder}/" in f"{text}/" for text in mentioned):
             what = f"stands for no setting; name it {', '.join(STANDS_FOR)}, or name a path in {folder} in a setting"
             layer.problems.append(Problem(source, what))

@@ -16,7 +16,7 @@ from pathlib import Path
 from job.common.config_files import read_mapping
 from job.errors import Problem
 from job.platforms.detect import Platform
-from job.settings.layers import Given, Layer
+from job.settings.layers import GivenValue, Layer
 from job.settings.sagemaker_channels import read_channels
 
 CONFIG = "config"  # names a file of settings; it is no setting itself
@@ -50,9 +50,9 @@ def collect(
     ]
     config = _last(CONFIG, direct)
     file = _from_file(config, names) if config and config.value else Layer()
-    chosen = _last("preset", [file, *direct]) or Given(next(iter(presets)), "default")
+    chosen = _last("preset", [file, *direct]) or GivenValue(next(iter(presets)), "default")
     values = presets.get(chosen.value, {}) if isinstance(chosen.value, str) else {}
-    preset = Layer({name: Given(value, f"preset {chosen.value}") for name, value in values.items()})
+    preset = Layer({name: GivenValue(value, f"preset {chosen.value}") for name, value in values.items()})
     settled = [str(item.value) for layer in (file, *direct) for item in layer.given.values()]
     channels = read_channels(platform.inputs, [*settled, *environ.values()])
     layers = [preset, channels, file, *direct]
@@ -71,13 +71,13 @@ def _canonical(key: str) -> str:
     return key.strip().lower().replace("-", "_").removeprefix("job_").replace("__", ".")
 
 
-def _last(name: str, layers: Sequence[Layer]) -> Given | None:
+def _last(name: str, layers: Sequence[Layer]) -> GivenValue | None:
     return next((layer.given[name] for layer in reversed(layers) if name in layer.given), None)
 
 
-def _merge(layers: Sequence[Mapping[str, Given]]) -> dict[str, Given]:
+def _merge(layers: Sequence[Mapping[str, GivenValue]]) -> dict[str, GivenValue]:
     """Later layers win; a pin goes when the thing it pins is replaced."""
-    merged: dict[str, Given] = {}
+    merged: dict[str, GivenValue] = {}
     for layer in layers:
         for pinned, pins in _PINS.items():
             if pinned in layer and pinned in merged and layer[pinned].value != merged[pinned].value:
@@ -92,7 +92,7 @@ def _from_environment(environ: Mapping[str, str], names: Collection[str], platfo
     known = {environment_name(name): name for name in (*names, CONFIG)}
     for variable in sorted(environ):
         if variable in known:
-            layer.given[known[variable]] = Given(environ[variable], f"environment {variable}")
+            layer.given[known[variable]] = GivenValue(environ[variable], f"environment {variable}")
         elif variable.startswith("JOB_") and not platform.sets(variable):
             layer.problems.append(_unknown("environment ", variable, (*names, CONFIG), environment_name))
     return layer
@@ -117,7 +117,7 @@ def _from_command_line(arguments: Sequence[str], names: Collection[str]) -> Laye
         elif not equals and follower.startswith("--"):
             layer.problems.append(Problem(f"command line --{key}", f"needs a value: --{key}=VALUE"))
         else:
-            layer.given[name] = Given(value, "command line")
+            layer.given[name] = GivenValue(value, "command line")
     return layer
 
 
@@ -146,7 +146,7 @@ def _unquoted(value: object) -> object:
     return decoded if decoded is None or isinstance(decoded, str) else value
 
 
-def _from_file(config: Given, names: Collection[str]) -> Layer:
+def _from_file(config: GivenValue, names: Collection[str]) -> Layer:
     path = Path(str(config.value))
     where = f"{CONFIG} ({config.source})"
     parsers: dict[str, Callable[[str], object]] = {".yaml": _parse_yaml, ".yml": _parse_yaml, ".toml": tomllib.loads}
@@ -181,7 +181,7 @@ def _from_tree(
         elif name in layer.given:
             layer.problems.append(Problem(f"{name} ({source})", "is given twice, in two spellings; keep one"))
         else:
-            layer.given[name] = Given(value, source)
+            layer.given[name] = GivenValue(value, source)
     return layer
 
 

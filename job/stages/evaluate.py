@@ -8,7 +8,7 @@ from typing import Any
 
 from job import log
 from job.evaluation.harness import evaluate, write_records
-from job.evaluation.score_cache import KeptScores
+from job.evaluation.score_cache import ScoreCache
 from job.evaluation.scorer import Scorer
 from job.model.lora import adapter_off, load_adapter
 from job.records import Evaluated, Trained
@@ -25,7 +25,7 @@ def evaluate_base(
 
     Like all stages it gives its result in process 0, and None in the others.
     """
-    kept = KeptScores(shared, "scores", settings.run.id)
+    kept = ScoreCache(shared, "scores", settings.run.id)
     # Not the names, nor what belongs to the adapter: a base scores the same whatever is trained on it.
     base = {**asdict(replace(loaded.record, id="", revision=None, trainable_parameters=0)), "forward": loaded.forward}
     scorer = _scorer(attempt, settings, loaded, kept, base)
@@ -53,13 +53,13 @@ def evaluate_adapter(
         "forward": loaded.forward,
         "adapter": [artifact.sha256 for artifact in weights],
     }
-    kept = KeptScores(attempt.store, "scores", settings.run.id)
+    kept = ScoreCache(attempt.store, "scores", settings.run.id)
     scorer = _scorer(attempt, settings, loaded, kept, conditions)
     return _evaluate(attempt, settings, sources, scorer, "adapter")
 
 
 def _scorer(
-    attempt: Attempt, settings: Settings, loaded: Loaded, kept: KeptScores, conditions: dict[str, Any]
+    attempt: Attempt, settings: Settings, loaded: Loaded, kept: ScoreCache, conditions: dict[str, Any]
 ) -> Scorer:
     return Scorer(
         loaded.model,

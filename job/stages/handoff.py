@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from job.evaluation.tasks import Tasks
-from job.model.quantized_cache.layout import KeptBase, Shelf
+from job.model.quantized_cache.layout import CachedBase, CacheEntry
 from job.records import Example, Execution, ModelRecord, Pulled
 from job.results.baseline import Baseline
 
@@ -27,7 +27,7 @@ class Sources:
     examples: list[Example]
     tasks: Tasks | None
     baseline: Baseline | None
-    shelf: Shelf | None
+    shelf: CacheEntry | None
 
 
 @dataclass(frozen=True)
@@ -44,4 +44,4 @@ class Loaded:
     execution: Execution | None
     forward: str
     recompute: bool
-    kept_base: KeptBase
+    kept_base: CachedBase

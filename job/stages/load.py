@@ -10,8 +10,8 @@ from job.distributed.processes import ALONE, Processes
 from job.errors import Problem, SettingsError
 from job.model.base import choose_device, choose_dtype, describe_model, load_base, make_deterministic
 from job.model.lora import add_adapter
-from job.model.quantized_cache.cache import keep
-from job.model.quantized_cache.layout import on_shelf
+from job.model.quantized_cache.cache import save
+from job.model.quantized_cache.layout import cached_base
 from job.settings.load import Settings
 from job.stages.handoff import Loaded, Sources
 from job.training.prepare import keeps_activations, limit_memory, prepare, setup_of, token_budget
@@ -36,9 +36,9 @@ def load(settings: Settings, sources: Sources, processes: Processes = ALONE) -> 
     if device.type == "cpu":
         keep_freed_memory()  # not before: what loading leaves goes back
     if sources.shelf is None or sources.quantized:
-        kept_base = on_shelf(sources.shelf)
+        kept_base = cached_base(sources.shelf)
     else:
-        kept_base = keep(base, sources.folder, sources.shelf)
+        kept_base = save(base, sources.folder, sources.shelf)
     model = add_adapter(
         base,
         rank=settings.lora.rank,

@@ -18,7 +18,7 @@ from job.results.baseline import Baseline
 from job.results.reader import answers_path
 from job.runs.attempt import Attempt, now
 from job.runs.layout import CARD, REPORT, RESULTS
-from job.runs.run_log import read_ledger
+from job.runs.run_log import read_run_log
 from job.settings.load import Settings, redacted
 from job.stages.handoff import Sources
 
@@ -50,7 +50,7 @@ def publish(
         published: dict[str, Any] = json.loads(done.data)
         return published
     # read again: a note of the attempt before may have been under way when this one took over
-    earlier = read_ledger(attempt.store, attempt.number)
+    earlier = read_run_log(attempt.store, attempt.number)
     tasks = compare_tasks(base.scores, adapter.scores)
     against, copies = _publish_baseline(attempt, sources.baseline, adapter)
     results = manifest.build(
@@ -69,7 +69,7 @@ def publish(
         on_demand_usd_per_hour=settings.cost.on_demand_usd_per_hour,
         gpus=gpus,
     )
-    results = manifest.sealed(publish_documents(attempt, results))
+    results = manifest.sealed(publish_report_and_card(attempt, results))
     manifest.validate(results)
     attempt.store.write(RESULTS, sealed(results))
     return results
@@ -91,16 +91,18 @@ def _publish_baseline(
     return baseline.compared(adapter.scores), copies
 
 
-def publish_documents(attempt: Attempt, results: Mapping[str, Any]) -> dict[str, Any]:
+def publish_report_and_card(attempt: Attempt, results: Mapping[str, Any]) -> dict[str, Any]:
     """Publishes both; returns the manifest with them among its artefacts.
 
     A page must not cost a run its results: where one cannot be drawn the log has the error, and the manifest is
     published without it. A store that does not take it is another matter, and ends the attempt as always.
     """
-    complete = _with(results, _published(attempt, CARD, lambda: model_card.write(results)))
+    complete = _with(results, _published(attempt, CARD, lambda: model_card.render_model_card(results)))
     return _with(
         complete,
-        _published(attempt, REPORT, lambda: report.draw(complete, report.read_evidence(complete, attempt.fetch))),
+        _published(
+            attempt, REPORT, lambda: report.render_report(complete, report.read_evidence(complete, attempt.fetch))
+        ),
     )
 
 

@@ -16,13 +16,13 @@ from job import log
 from job.common import host
 from job.common.hashing import code_hashes
 from job.common.resources import check_disk, required_bytes
-from job.common.threads import beside
+from job.common.threads import in_thread
 from job.data.dataset import load_examples
 from job.errors import JobError
 from job.evaluation.tasks import load_tasks
 from job.model.base import choose_device, choose_dtype, fingerprint, load_tokenizer
 from job.model.quantized_cache.cache import find
-from job.model.quantized_cache.layout import KeptBase, Shelf, shelf_at, shelf_of
+from job.model.quantized_cache.layout import CachedBase, CacheEntry, entry_at, entry_for
 from job.records import Example, Pulled
 from job.results.baseline import check_questions, read_baseline
 from job.runs.attempt import Attempt
@@ -46,7 +46,7 @@ class _Model:
     folder: Path
     revision: str | None
     sha256: str
-    shelf: Shelf | None
+    shelf: CacheEntry | None
     quantized: bool
 
 
@@ -99,7 +99,7 @@ def _pull(attempt: Attempt, settings: Settings, storage: dict[str, Any]) -> Sour
     check_disk(attempt.work, required_bytes(size(uri, **storage) for uri in uris))
     import_client()  # here: two threads had better not import the same at once
     # Downloads and hashes leave the interpreter alone, which meanwhile imports and reads.
-    coming = beside(lambda: _find_model(attempt, settings, storage), "model")
+    coming = in_thread(lambda: _find_model(attempt, settings, storage), "model")
     import_libraries()
     questions = {task: Path(local(uri, f"questions/{task}")) for task, uri in settings.eval.data.items()}
     tasks = load_tasks(settings.eval.tasks, questions, settings.eval.data)
@@ -138,9 +138,9 @@ def _find_model(attempt: Attempt, settings: Settings, storage: dict[str, Any]) -
 
     A later attempt goes on with what the first one found, and does not ask again where that came from.
     """
-    known, base = attempt.known("pull", Pulled), attempt.known("base", KeptBase)
+    known, base = attempt.known("pull", Pulled), attempt.known("base", CachedBase)
     if known is not None and base is not None and base.key is not None and (room := _room(attempt, settings, storage)):
-        noted = shelf_at(base.key, *room, base.index_sha256)
+        noted = entry_at(base.key, *room, base.index_sha256)
         if (folder := find(noted, attempt.get_on)) is not None:
             return _Model(folder, known.model_revision, known.model_sha256, noted, quantized=True)
     source = settings.model.id
@@ -149,7 +149,7 @@ def _find_model(attempt: Attempt, settings: Settings, storage: dict[str, Any]) -
     folder, revision = download_model(source, settings.model.revision)
     sha256 = fingerprint(folder)
     room = _room(attempt, settings, storage)
-    shelf = None if room is None else shelf_of(_facts(settings, sha256), *room)
+    shelf = None if room is None else entry_for(_facts(settings, sha256), *room)
     # Not in a later attempt: it is not known to be the one that the run began with.
     here = None if shelf is None or known else find(replace(shelf, store=None), attempt.get_on)
     return _Model(here or folder, revision, sha256, shelf, quantized=here is not None)

@@ -12,8 +12,8 @@ from pydantic import TypeAdapter
 
 from job import log
 from job.checkpoints import manager
-from job.checkpoints.async_uploader import Publisher
-from job.checkpoints.trainer_state import validate_state, write_metrics
+from job.checkpoints.async_uploader import AsyncUploader
+from job.checkpoints.trainer_state import validate_trainer_state, write_metrics
 from job.common import host
 from job.common.resources import check_disk, checkpoint_bytes, required_bytes
 from job.data.batch_plan import steps_per_epoch
@@ -41,7 +41,7 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
     check_disk(attempt.work, required_bytes([], checkpoint_bytes(_size(model), recipe.optimizer)))
     with (
         log.progress("steps", recipe.total_steps, every=settings.train.log_every_steps) as tell,
-        Publisher(
+        AsyncUploader(
             _publishing(attempt, settings.checkpoint.keep, settings.checkpoint.settle_seconds, restored.step),
             patience=attempt.stop.remaining,
         ) as publisher,
@@ -104,7 +104,7 @@ def _restore(attempt: Attempt) -> manager.Restored:
 
     def restore() -> str:
         size, folder = processes.place.world_size, attempt.work / "restored"
-        found = manager.restore(attempt.store, folder, host.software(), validate_state, size)
+        found = manager.restore(attempt.store, folder, host.software(), validate_trainer_state, size)
         return TypeAdapter(manager.Restored).dump_json(found).decode()
 
     found = TypeAdapter(manager.Restored).validate_json(processes.share_on_machine("checkpoint", restore))
@@ -173,7 +173,7 @@ def _publishing(attempt: Attempt, keep: int, settle_seconds: float, verified: in
     return publish
 
 
-def _fits(attempt: Attempt, watch: Stopwatch, publisher: Publisher) -> Callable[[float], bool]:
+def _fits(attempt: Attempt, watch: Stopwatch, publisher: AsyncUploader) -> Callable[[float], bool]:
     """Whether there is time for a share of a step and for saving; an upload that is under way has to end first."""
 
     def fits(share: float) -> bool:

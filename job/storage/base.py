@@ -176,7 +176,7 @@ def _writes(store: ObjectStore, key: str, text: str, *, if_absent: bool = False,
     return True
 
 
-def allowance(what: str, max_bytes: int | None) -> Callable[[int], None]:
+def byte_limit(what: str, max_bytes: int | None) -> Callable[[int], None]:
     """Return a function that takes numbers of bytes, from any thread, and raises `TooLarge` once they are too many."""
     seen, lock = 0, Lock()
 
@@ -191,7 +191,7 @@ def allowance(what: str, max_bytes: int | None) -> Callable[[int], None]:
 
 
 @contextmanager
-def landing(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Lend a temporary name beside `path`; what was written there takes the place of `path`, durably, on success."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not derived from the name, which may already be as long as the file system allows.

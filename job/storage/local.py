@@ -26,11 +26,11 @@ from job.storage.base import (
     Conflict,
     ObjectInfo,
     Stored,
-    allowance,
+    atomic_write,
+    byte_limit,
     check_key,
     check_prefix,
     disk_errors,
-    landing,
     probe,
     sync,
 )
@@ -59,7 +59,7 @@ class LocalStore:
                 return None
             with content:
                 data = content.read(max_bytes + 1)
-        allowance(f"{self.uri}/{key}", max_bytes)(len(data))
+        byte_limit(f"{self.uri}/{key}", max_bytes)(len(data))
         return Stored(data, _tag(data))
 
     def write(self, key: str, data: bytes, *, if_absent: bool = False, if_tag: str | None = None) -> str:
@@ -87,8 +87,8 @@ class LocalStore:
             content = self._open(key)
             if content is None:
                 raise FileNotFoundError(errno.ENOENT, "no such object", f"{self.uri}/{key}")
-            with content, landing(path) as temporary, temporary.open("wb") as copy:
-                allowance(f"{self.uri}/{key}", max_bytes)(os.fstat(content.fileno()).st_size)
+            with content, atomic_write(path) as temporary, temporary.open("wb") as copy:
+                byte_limit(f"{self.uri}/{key}", max_bytes)(os.fstat(content.fileno()).st_size)
                 shutil.copyfileobj(content, copy)
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:

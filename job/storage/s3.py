@@ -26,11 +26,11 @@ from job.storage.base import (
     ObjectInfo,
     Stored,
     TooLarge,
-    allowance,
+    atomic_write,
+    byte_limit,
     check_key,
     check_prefix,
     disk_errors,
-    landing,
     probe,
 )
 from job.storage.s3_errors import FAILURES, TRUNCATED, code_and_status, is_answer, translate
@@ -122,14 +122,14 @@ class S3Store:
             size = self._size(key)
             if size is None:
                 raise FileNotFoundError(errno.ENOENT, "no such object", f"{self.uri}/{key}")
-            allowance(f"{self.uri}/{key}", max_bytes)(size)
-            with landing(path) as temporary:
+            byte_limit(f"{self.uri}/{key}", max_bytes)(size)
+            with atomic_write(path) as temporary:
                 self._client.download_file(
                     self._bucket,
                     self._root + key,
                     str(temporary),
                     ExtraArgs=self._options,
-                    Callback=allowance(f"{self.uri}/{key}", max_bytes),
+                    Callback=byte_limit(f"{self.uri}/{key}", max_bytes),
                     Config=self._transfer(threads=size > _ONE_CONNECTION_BYTES),
                 )
                 if temporary.stat().st_size != size:
@@ -182,7 +182,7 @@ class S3Store:
     def _read(self, key: str, max_bytes: int) -> tuple[bytes, str] | None:
         attempt = 1
         while answer := self._get(key):
-            data, allowed = bytearray(), allowance(f"{self.uri}/{key}", max_bytes)
+            data, allowed = bytearray(), byte_limit(f"{self.uri}/{key}", max_bytes)
             try:
                 with closing(answer["Body"]) as body:
                     while chunk := body.read(_CHUNK_BYTES):

@@ -35,7 +35,7 @@ class _Recording:
     output: torch.Tensor
 
 
-class Replayed:
+class CudaGraphs:
     """Does the same as `work`, called with tensors, sooner.
 
     Args:

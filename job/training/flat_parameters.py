@@ -14,7 +14,7 @@ _BLOCK = 256
 """8-bit optimizers quantize their state in blocks of so many numbers; none shall reach over two tensors."""
 
 
-class Vector:
+class FlatParameters:
     """The parameters, end to end, with zeros between where one does not fill its last block.
 
     Args:

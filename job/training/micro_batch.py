@@ -19,9 +19,9 @@ from job.model.fused.frozen_weights import forget_dequantized
 from job.model.packed_attention import Layout, Segment
 from job.records import Example
 from job.training.config import Recipe
-from job.training.cuda_graphs import Replayed
+from job.training.cuda_graphs import CudaGraphs
 from job.training.lm_head_loss import can_sum, summed_loss
-from job.training.packing import IGNORED, flat_inputs, grain, longest_segment, padded_row
+from job.training.packing import IGNORED, grain, longest_segment, packed_inputs, padded_sequence
 
 VOCABULARY_CHUNK = 32768
 """Logits are formed for so many entries of the vocabulary at a time."""
@@ -54,7 +54,7 @@ class Learner:
         self._backward, self._autocast = backward, autocast
         self._in_full = can_sum(model.get_base_model())
         self._longest = longest_segment(examples, recipe.micro_batch_tokens)
-        self._replayed: Replayed | None = None
+        self._replayed: CudaGraphs | None = None
         kept = {
             "kept_base": recipe.kept_base,
             "kept_activations": not recipe.autocast and not recipe.gradient_checkpointing,
@@ -74,7 +74,7 @@ class Learner:
             device: The model's.
         """
         if not self._recipe.padded:
-            flat = flat_inputs(examples, device)
+            flat = packed_inputs(examples, device)
             with self._autocast():
                 summed = (
                     summed_loss(self._model.get_base_model(), **flat)
@@ -84,7 +84,7 @@ class Learner:
             loss: torch.Tensor = summed * weight
             self._backward(loss)
             return loss.detach()
-        row = padded_row(examples, device)
+        row = padded_sequence(examples, device)
         inputs = row.tokens, row.ends, torch.tensor(weight, device=device)
         if "recorded" not in self._spare:
             return self._learn_row(*inputs, segments=row.segments)
@@ -118,13 +118,13 @@ class Learner:
         get_logger().warning("the GPU's memory ran out: something is given up that only saves time", what=name)
         return True
 
-    def _recorded(self, device: torch.device) -> Replayed:
+    def _recorded(self, device: torch.device) -> CudaGraphs:
         """What replays; made, with its largest recording, where it is not there."""
         if self._replayed is None:
-            nothing = padded_row([Example((0,), (False,))], device)
+            nothing = padded_sequence([Example((0,), (False,))], device)
             weight = torch.tensor(0.0, device=device)
-            self._replayed = Replayed(self._learn_row, (nothing.tokens, nothing.ends, weight))
-            largest = padded_row(self._largest(), device)
+            self._replayed = CudaGraphs(self._learn_row, (nothing.tokens, nothing.ends, weight))
+            largest = padded_sequence(self._largest(), device)
             self._replayed.prepare(largest.tokens, largest.ends, weight)
         return self._replayed
 

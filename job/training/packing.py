@@ -20,7 +20,7 @@ SEGMENTS = 8
 """Step between two numbers of segments of padded rows."""
 
 
-def flat_inputs(examples: Sequence[Example], device: torch.device) -> dict[str, Any]:
+def packed_inputs(examples: Sequence[Example], device: torch.device) -> dict[str, Any]:
     """Lays examples end to end in one row.
 
     Returns:
@@ -46,7 +46,7 @@ def flat_inputs(examples: Sequence[Example], device: torch.device) -> dict[str, 
 
 
 @dataclass(frozen=True, eq=False)
-class PaddedRow:
+class PaddedSequence:
     """A row whose shapes are those of many others. The padding is a segment of its own that nothing is learned from."""
 
     tokens: torch.Tensor
@@ -74,7 +74,7 @@ def longest_segment(examples: Sequence[Example], budget: int) -> int:
     return max(longest, grain(max(longest, budget)))
 
 
-def padded_row(examples: Sequence[Example], device: torch.device) -> PaddedRow:
+def padded_sequence(examples: Sequence[Example], device: torch.device) -> PaddedSequence:
     """Lays examples end to end in one row and pads it."""
     ends = [0, *accumulate(len(example.input_ids) for example in examples)]
     used, length = ends[-1], padded_length(ends[-1])
@@ -91,6 +91,6 @@ def padded_row(examples: Sequence[Example], device: torch.device) -> PaddedRow:
         ends.append(length)
     segments = tuple(map(Segment, ends, ends[1:]))
     ends += [length] * (-(-(len(examples) + 1) // SEGMENTS) * SEGMENTS + 1 - len(ends))
-    return PaddedRow(
+    return PaddedSequence(
         torch.from_numpy(tokens).to(device), torch.tensor(ends, dtype=torch.int32, device=device), segments
     )

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from job import log
 from job.common.resources import available_bytes
 from job.model.architecture import read_config
-from job.model.fused.frozen_weights import make_lean
+from job.model.fused.frozen_weights import fuse_layers
 from job.records import Execution
 from job.training.config import CPU_MICRO_BATCH_TOKENS
 from job.training.execution_plan import choose_budget, choose_execution
@@ -81,12 +81,12 @@ def prepare(
     )
     kernels, name = _fast_kernels()
     try:
-        made = make_lean(model, keep_dequantized=execution.kept_base, kernels=kernels)
+        made = fuse_layers(model, keep_dequantized=execution.kept_base, kernels=kernels)
     except torch.OutOfMemoryError:  # a neighbour took what was free, or the setting asks for too much
         execution = replace(
             execution, kept_base=False, reason=f"{execution.reason}, and ran out while keeping the base"
         )
-        made = make_lean(model, keep_dequantized=False, kernels=kernels)
+        made = fuse_layers(model, keep_dequantized=False, kernels=kernels)
     if made == "nothing":
         return None, PLAIN
     log.get_logger().info("how training is carried out", micro_batch_tokens=budget, **asdict(execution))

@@ -21,7 +21,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from job.checkpoints.trainer_state import TrainerFiles, read_state, write_state
+from job.checkpoints.trainer_state import TrainerFiles, read_trainer_state, write_trainer_state
 from job.data.batch_plan import Steps, targets_of
 from job.distributed.processes import ALONE, Processes
 from job.errors import JobError
@@ -30,7 +30,7 @@ from job.model.lora import trainable
 from job.records import Example, StepMetrics
 from job.training.config import Hooks, Recipe, Trained, step_seed
 from job.training.cuda_graphs import out_of_memory
-from job.training.flat_parameters import Vector
+from job.training.flat_parameters import FlatParameters
 from job.training.micro_batch import Learner
 
 
@@ -115,7 +115,7 @@ class _FlatTrainer(SFTTrainer):  # type: ignore[misc]
         # TRL rounds the adapter of a quantized model to bf16, in which a resumed run cannot be exact.
         for name, parameter in trainable(model).items():
             parameter.data = exact[name]
-        self.vector = Vector(trainable(model).values())
+        self.vector = FlatParameters(trainable(model).values())
         self.recipe, self.hooks, self.folder, self.processes = recipe, hooks, folder, processes
         place, batch_size = processes.place, recipe.global_batch_size
         self.steps = Steps(examples, recipe.seed, batch_size, recipe.total_steps, place.rank, place.world_size)
@@ -244,7 +244,7 @@ class _FlatTrainer(SFTTrainer):  # type: ignore[misc]
         if self.processes.leads:
             path = self.folder / f"step-{self.state.global_step:08d}"
             began = time.monotonic()
-            write_state(path, self._files(), self.history)
+            write_trainer_state(path, self._files(), self.history)
             self.hooks.on_write(time.monotonic() - began)
             self.saved_step = self.state.global_step
             self.hooks.on_save(path, self.state.global_step)
@@ -259,7 +259,7 @@ class _FlatTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            self.history = read_state(Path(checkpoint), self._files())
+            self.history = read_trainer_state(Path(checkpoint), self._files())
             self.saved_step = self.state.global_step
             self.budget = int(self.history[-1].measured["micro_batch_tokens"] or self.budget)
 

@@ -11,19 +11,19 @@ from pydantic import TypeAdapter
 
 from job.data.batch_plan import steps_per_epoch
 from job.evaluation.comparison import compare_tasks, judge
-from job.evaluation.samples import HASHES, QuestionRecord, contradiction, parse, tally_records
+from job.evaluation.samples import HASHES, Sample, contradiction, parse, tally_records
 from job.records import AttemptRecord, StepMetrics, TaskScores
-from job.results.cost import account
+from job.results.cost import compute_cost
 from job.results.reader import answers_path
 from job.runs.layout import RESULTS
 from job.training.config import total_steps
-from job.verification.differences import Check, Difference, count, differ, show, why
+from job.verification.differences import Check, Difference, count, find_differences, show, why
 
 METRICS = "artifacts/metrics.jsonl"
 _MOST_TOLD = 5
 
 Copies = Mapping[str, Path]
-Sheets = dict[str, list[QuestionRecord]]
+Sheets = dict[str, list[Sample]]
 
 
 def check_evaluation(results: Mapping[str, Any], copies: Copies) -> Check:
@@ -37,7 +37,7 @@ def check_evaluation(results: Mapping[str, Any], copies: Copies) -> Check:
     differences += _unpaired(sheets["base"], sheets["adapter"], "base")
     if not differences:
         found = compare_tasks(*(_scores(sheets[side], tasks, side) for side in ("base", "adapter")))
-        differences += differ(f"{RESULTS} evaluation.tasks", tasks, found)
+        differences += find_differences(f"{RESULTS} evaluation.tasks", tasks, found)
     questions = sum(len(records) for records in sheets["adapter"].values())
     extent = f"{count(len(tasks), 'task')}, {count(questions, 'question')} answered twice"
     return Check("evaluation", extent, tuple(differences))
@@ -50,18 +50,18 @@ def check_gate(results: Mapping[str, Any], copies: Copies) -> Check:
     thresholds = {name: gate[name] for name in ("metric", "min_delta", "max_regression")}
     asked = {**thresholds, "baseline": against and against["results"]}
     settings = {name: results["settings"].get(f"gate.{name}", {}).get("value") for name in asked}
-    differences = list(differ(f"{RESULTS} gate", asked, settings))
+    differences = list(find_differences(f"{RESULTS} gate", asked, settings))
     if against is not None:
         earlier, wrong = _read_sheets(tasks, "baseline", copies)
         ours, ours_wrong = _read_sheets(tasks, "adapter", copies)
         wrong += ours_wrong or _unpaired(earlier, ours, "baseline")
-        wrong += differ(f"{RESULTS} gate.baseline.tasks", sorted(against["tasks"]), sorted(tasks))
+        wrong += find_differences(f"{RESULTS} gate.baseline.tasks", sorted(against["tasks"]), sorted(tasks))
         differences += wrong
         if not wrong:
             pair = _scores(earlier, against["tasks"], "base"), _scores(ours, tasks, "adapter")
             against = {**against, "tasks": compare_tasks(*pair)}
     if not differences:
-        differences += differ(f"{RESULTS} gate", gate, judge(tasks, **thresholds, baseline=against))
+        differences += find_differences(f"{RESULTS} gate", gate, judge(tasks, **thresholds, baseline=against))
     outcome = {None: "none set", True: "met", False: "not met"}[gate["passed"]]
     versus = "" if against is None else f", against run {show(against['run'])}"
     return Check("gate", outcome + versus, tuple(differences))
@@ -80,7 +80,7 @@ def _read_sheets(tasks: Mapping[str, Any], side: str, copies: Copies) -> tuple[S
             wrong.append(Difference(path, "one record a question", str(error)))
         else:
             sheets[task] = records
-            wrong += differ(f"{RESULTS} evaluation.tasks.{task}.n", claimed["n"], len(records))
+            wrong += find_differences(f"{RESULTS} evaluation.tasks.{task}.n", claimed["n"], len(records))
             told = ((f"{path} line {n}", contradiction(record)) for n, record in enumerate(records, start=1))
             found = [Difference(where, "an answer by its likelihoods", what) for where, what in told if what]
             wrong += found[:_MOST_TOLD]
@@ -122,7 +122,7 @@ def check_training(results: Mapping[str, Any], copies: Copies) -> Check:
         return Check("training", extent, (Difference(METRICS, "the metrics of a step a line", "nothing to read"),))
     except ValueError as error:
         return Check("training", extent, (Difference(METRICS, "the metrics of a step a line", str(error)),))
-    differences = list(differ(f"{RESULTS} training", {name: training[name] for name in found}, found))
+    differences = list(find_differences(f"{RESULTS} training", {name: training[name] for name in found}, found))
     if [step.step for step in history] != list(range(1, len(history) + 1)):
         differences.append(Difference(METRICS, "the steps from 1 up", "others"))
     return Check("training", extent, tuple(differences))
@@ -177,6 +177,6 @@ def check_cost(results: Mapping[str, Any]) -> Check:
     """Seconds, dollars, waste, energy and savings, from the attempts and the prices."""
     attempts = TypeAdapter(list[AttemptRecord]).validate_python(results["run"]["attempts"])
     on_demand = results["settings"].get("cost.on_demand_usd_per_hour", {}).get("value")
-    found = account(attempts, results["training"]["seconds"], on_demand)
-    differences = differ(f"{RESULTS} cost", results["cost"], found)
+    found = compute_cost(attempts, results["training"]["seconds"], on_demand)
+    differences = find_differences(f"{RESULTS} cost", results["cost"], found)
     return Check("cost", f"adds up over {count(len(attempts), 'attempt')}", tuple(differences))

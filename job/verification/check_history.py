@@ -15,9 +15,9 @@ from job.evaluation.comparison import compare_tasks
 from job.records import Artifact, AttemptRecord, Evaluated, Pulled, Trained
 from job.runs import lease
 from job.runs.layout import RESULTS
-from job.runs.run_log import SETTINGS, ledger_key, parse_record
+from job.runs.run_log import SETTINGS, parse_record, record_key
 from job.storage.open import ObjectStore, TooLarge
-from job.verification.differences import Check, Difference, count, differ, show, why
+from job.verification.differences import Check, Difference, count, find_differences, show, why
 from job.verification.fetch_claims import MISSING
 
 PULL, BASE, TRAIN, ADAPTER = (f"stages/{name}.json" for name in ("pull", "evaluate-base", "train", "evaluate-adapter"))
@@ -35,7 +35,7 @@ def check_settings(results: Mapping[str, Any], copies: Copies) -> Check:
     kept = _read(SETTINGS, dict[str, Any], copies, differences)
     if kept is not None:
         claimed = {name: setting["value"] for name, setting in results["settings"].items() if name in kept}
-        differences += differ(f"{RESULTS} settings", claimed, kept)
+        differences += find_differences(f"{RESULTS} settings", claimed, kept)
     return Check("settings", f"{len(kept or ())} that decide the result", tuple(differences))
 
 
@@ -47,10 +47,10 @@ def check_stages(results: Mapping[str, Any], copies: Copies) -> Check:
     trained = _read(TRAIN, Trained, copies, differences)
     if pulled is not None:
         found = {"sha256": pulled.model_sha256, "revision": pulled.model_revision}
-        differences += differ(f"{RESULTS} dataset", results["dataset"], asdict(pulled.dataset))
-        differences += differ(f"{RESULTS} model", {name: results["model"][name] for name in found}, found)
+        differences += find_differences(f"{RESULTS} dataset", results["dataset"], asdict(pulled.dataset))
+        differences += find_differences(f"{RESULTS} model", {name: results["model"][name] for name in found}, found)
     if trained is not None:
-        differences += differ(f"{RESULTS} training", results["training"], asdict(trained.training))
+        differences += find_differences(f"{RESULTS} training", results["training"], asdict(trained.training))
         differences += _listed(results, trained.artifacts)
     if base is not None and adapter is not None:
         differences += _listed(results, [*base.artifacts, *adapter.artifacts])
@@ -59,7 +59,7 @@ def check_stages(results: Mapping[str, Any], copies: Copies) -> Check:
         except (JobError, ValueError) as error:
             differences.append(Difference(ADAPTER, "scores that compare with the base's", str(error)))
         else:
-            differences += differ(f"{RESULTS} evaluation.tasks", results["evaluation"]["tasks"], tasks)
+            differences += find_differences(f"{RESULTS} evaluation.tasks", results["evaluation"]["tasks"], tasks)
     return Check("stages", "pull, evaluate base, train, evaluate adapter", tuple(differences))
 
 
@@ -67,7 +67,7 @@ def _listed(results: Mapping[str, Any], artifacts: list[Artifact]) -> list[Diffe
     """What a stage published, where the manifest does not list it so."""
     listed = {artifact["path"]: artifact for artifact in results["artifacts"]}
     pairs = ((listed.get(artifact.path, {"path": None}), asdict(artifact)) for artifact in artifacts)
-    return [one for claimed, found in pairs for one in differ(f"{RESULTS} artifacts", claimed, found)]
+    return [one for claimed, found in pairs for one in find_differences(f"{RESULTS} artifacts", claimed, found)]
 
 
 def check_attempts(
@@ -90,23 +90,23 @@ def check_attempts(
     last = attempts[-1]
     differences: list[Difference] = []
     for index, attempt in enumerate(attempts[:-1]):
-        key = ledger_key(attempt.number)
+        key = record_key(attempt.number)
         kept = _parsed(key, parse_record, copies[key].read_bytes() if key in copies else None, differences)
         if kept is not None:
             # one that was killed had noted itself as running, and nobody corrects that
             kept = replace(kept, outcome="killed") if kept.outcome == "running" else kept
-            differences += differ(f"{RESULTS} run.attempts[{index}]", asdict(attempt), asdict(kept))
-    told = {ledger_key(attempt.number) for attempt in attempts}
+            differences += find_differences(f"{RESULTS} run.attempts[{index}]", asdict(attempt), asdict(kept))
+    told = {record_key(attempt.number) for attempt in attempts}
     differences += [
         Difference(f"{RESULTS} run.attempts", "all attempts", f"one more in {key}")
         for key in copies
         if _LEDGER.fullmatch(key) and key not in told
     ]
-    noted = _parsed(ledger_key(last.number), parse_record, _sealed(store, ledger_key(last.number)), differences)
+    noted = _parsed(record_key(last.number), parse_record, _sealed(store, record_key(last.number)), differences)
     if noted is not None:
         where = f"{RESULTS} run.attempts[{len(attempts) - 1}]"
         differences += [*_lasted(last, noted), *_agree(where, last, noted)]
-    differences += differ(f"{RESULTS} run.started", results["run"]["started"], attempts[0].started)
+    differences += find_differences(f"{RESULTS} run.started", results["run"]["started"], attempts[0].started)
     holder = _parsed(lease.KEY, lease.parse, _sealed(store, lease.KEY), differences)
     epoch = last.number if holder is None else holder.epoch
     if epoch < last.number:
@@ -119,7 +119,7 @@ def check_attempts(
     ]
     extent = f"{count(len(attempts), 'attempt')}, and the lease"
     check = Check("attempts", extent, tuple(differences), tuple(notes))
-    return check, {lease.KEY, ledger_key(last.number), *later}
+    return check, {lease.KEY, record_key(last.number), *later}
 
 
 def _lasted(claimed: AttemptRecord, noted: AttemptRecord) -> Iterator[Difference]:
@@ -128,7 +128,7 @@ def _lasted(claimed: AttemptRecord, noted: AttemptRecord) -> Iterator[Difference
     for name, before, after in _growing(claimed, noted):
         if after < before if ended else after > before:
             order = "at least" if ended else "at most"
-            place = f"{ledger_key(claimed.number)} {name}"
+            place = f"{record_key(claimed.number)} {name}"
             yield Difference(place, show(after), f"{order} {show(before)} by {RESULTS}")
 
 
@@ -158,7 +158,7 @@ def _agree(where: str, claimed: AttemptRecord, noted: AttemptRecord) -> Iterator
         | {"stage_seconds": {stage: record.stage_seconds[stage] for stage in stages}}
         for record in (claimed, noted)
     )
-    yield from differ(where, one, two)
+    yield from find_differences(where, one, two)
 
 
 def _sealed(store: ObjectStore, key: str) -> bytes | None:

@@ -43,7 +43,7 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
-def differ(where: str, claimed: Any, found: Any) -> Iterator[Difference]:
+def find_differences(where: str, claimed: Any, found: Any) -> Iterator[Difference]:
     """Every leaf in which two JSON-able values differ; floats may differ in the last digits.
 
     Args:
@@ -59,10 +59,10 @@ def differ(where: str, claimed: Any, found: Any) -> Iterator[Difference]:
             elif key not in claimed:
                 yield Difference(place, "nothing", show(found[key]))
             else:
-                yield from differ(place, claimed[key], found[key])
+                yield from find_differences(place, claimed[key], found[key])
     elif isinstance(claimed, list | tuple) and isinstance(found, list | tuple) and len(claimed) == len(found):
         for number, pair in enumerate(zip(claimed, found, strict=True)):
-            yield from differ(f"{where}[{number}]", *pair)
+            yield from find_differences(f"{where}[{number}]", *pair)
     elif not _same(claimed, found):
         yield Difference(where, show(claimed), show(found))
 

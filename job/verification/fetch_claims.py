@@ -26,7 +26,7 @@ class Claim:
     facts_sha256: str | None = None
 
 
-def bring(
+def fetch_claimed_files(
     store: ObjectStore, claims: Iterable[Claim], listed: Mapping[str, int], folder: Path
 ) -> tuple[dict[str, Path], list[Difference]]:
     """Copies what is there, whether or not it is what was claimed, but never more bytes than that.

@@ -24,7 +24,7 @@ from job.verification import check_checkpoints
 from job.verification.check_figures import check_cost, check_evaluation, check_gate, check_training
 from job.verification.check_history import check_attempts, check_settings, check_stages
 from job.verification.differences import Check, Difference, count, show
-from job.verification.fetch_claims import Claim, bring
+from job.verification.fetch_claims import Claim, fetch_claimed_files
 
 
 def verify(store: ObjectStore, work: Path) -> list[Check]:
@@ -49,12 +49,12 @@ def verify(store: ObjectStore, work: Path) -> list[Check]:
     listed = {info.key: info.bytes for info in store.list()}
     last = results["run"]["attempts"][-1]["number"]
     own, kept = ([_claim(entry) for entry in results[group]] for group in ("artifacts", "evidence"))
-    copies, wrong = bring(store, own, listed, work)
-    more, kept_wrong = bring(store, kept, listed, work)
+    copies, wrong = fetch_claimed_files(store, own, listed, work)
+    more, kept_wrong = fetch_claimed_files(store, kept, listed, work)
     copies |= more
     found, marker_wrong = check_checkpoints.read_markers(copies)
     states = [claim for marker in found for claim in check_checkpoints.claims(marker)]
-    more, states_wrong = bring(store, states, listed, work)
+    more, states_wrong = fetch_claimed_files(store, states, listed, work)
     copies |= more
     attempts, sealed = check_attempts(results, copies, store, listed)
     known = {RESULTS, *sealed, *(claim.path for claim in (*own, *kept, *states))}

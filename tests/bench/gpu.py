@@ -35,19 +35,19 @@ import shapes  # lies beside this script
 import torch
 
 from job.data import batch_plan
-from job.evaluation.scoring import plan_rows, score_row, tokens_of
+from job.evaluation.scoring import plan_sequences, score_sequence, tokens_of
 from job.model import packed_attention
 from job.model.fused import kernels
-from job.model.fused.frozen_weights import make_lean
+from job.model.fused.frozen_weights import fuse_layers
 from job.model.fused.kernels import Kernels
 from job.model.lora import add_adapter, trainable
 from job.model.packed_attention import Segment, build_layout
 from job.records import Example, StepMetrics
 from job.training import packing
 from job.training.config import Hooks, Recipe
-from job.training.cuda_graphs import Replayed
+from job.training.cuda_graphs import CudaGraphs
 from job.training.execution_plan import choose_budget
-from job.training.flat_parameters import Vector
+from job.training.flat_parameters import FlatParameters
 from job.training.trainer import train
 
 ON_GPU = torch.cuda.is_available()
@@ -253,7 +253,7 @@ def pieces(bench: Bench) -> None:
     for mode in (True, False):
         with bench.caught("pieces attention"):
             deterministic(on=mode, fill=False)
-            spent = both(lambda q, k, v: packed_attention.flat_attention(None, q, k, v, None, layout=layout)[0], *row)
+            spent = both(lambda q, k, v: packed_attention.packed_attention(None, q, k, v, None, layout=layout)[0], *row)
             bench.say("pieces attention", deterministic=mode, milliseconds=spent)
     deterministic(on=False)
 
@@ -267,7 +267,7 @@ def parts(bench: Bench) -> None:
     prepare(model, replace(BEST, keep=False))
     layers = [layer for module in model.modules() if "lean" in module.__dict__ for layer in module.lean.layers]
     weights = [torch.nn.Parameter(p.detach().clone()) for p in trainable(model).values()]
-    vector = Vector(weights)
+    vector = FlatParameters(weights)
     vector.clear()
     vector.gradient.normal_().mul_(1e-6)
     refresh = next(iter(model.get_base_model().base_model._forward_pre_hooks.values()))
@@ -279,7 +279,7 @@ def parts(bench: Bench) -> None:
         clip=timed(lambda: torch.nn.utils.clip_grad_norm_([vector.whole], 1.0)),
         adamw_8bit=timed(AdamW8bit([vector.whole], lr=0.0).step),
         adamw_8bit_apart=timed(AdamW8bit(weights, lr=0.0).step),
-        lay_out=timed(lambda: packing.padded_row(data, DEVICE)),
+        lay_out=timed(lambda: packing.padded_sequence(data, DEVICE)),
     )
     hidden = torch.randn(
         3722 if not bench.tiny else 200, bench.shape["hidden_size"], device=DEVICE, dtype=torch.bfloat16
@@ -431,7 +431,7 @@ def prepare(model: Any, variant: Variant) -> None:
     if variant.lean:
         sets = kernel_sets()
         wanted = variant.kernels if variant.kernels in sets or not variant.kernels else "torch"
-        done = make_lean(model, keep_dequantized=variant.keep, kernels=sets.get(wanted))
+        done = fuse_layers(model, keep_dequantized=variant.keep, kernels=sets.get(wanted))
         assert done == ("all" if wanted else "layers")
 
 
@@ -499,17 +499,17 @@ def bits_of(model: Any) -> str:
 @contextmanager
 def noted(note: Callable[[], None]) -> Iterator[None]:
     """Within it `note` is called for every recording."""
-    record = Replayed._record
+    record = CudaGraphs._record
 
     def noting(*given: Any) -> None:
         note()
         record(*given)
 
-    Replayed._record = noting  # type: ignore[method-assign]
+    CudaGraphs._record = noting  # type: ignore[method-assign]
     try:
         yield
     finally:
-        Replayed._record = record  # type: ignore[method-assign]
+        CudaGraphs._record = record  # type: ignore[method-assign]
 
 
 def variants(bench: Bench) -> None:
@@ -550,7 +550,7 @@ def exact(bench: Bench) -> None:
         for variant in (BEST, replace(BEST, keep=False), replace(BEST, kernels="torch"), TODAY):
             prepare(model, variant)
             model.eval()
-            scores.append([choice.log_likelihood for q in score_row(model, asked) for choice in q])
+            scores.append([choice.log_likelihood for q in score_sequence(model, asked) for choice in q])
         bench.say("exact scores", kept_is_per_use=scores[0] == scores[1])
         for name, other in (("torch kernels", scores[2]), ("PEFT's forward", scores[3])):
             worst = max(abs(a - b) / abs(a) for a, b in zip(scores[0], other, strict=True))
@@ -735,11 +735,11 @@ def score(bench: Bench) -> None:
         with bench.caught(f"score {name}"):
             prepare(model, variant)
             model.eval()
-            rows = plan_rows(asked, budget)
-            score_row(model, asked[rows[0].start : rows[0].stop])
+            rows = plan_sequences(asked, budget)
+            score_sequence(model, asked[rows[0].start : rows[0].stop])
             sync()
             began = time.perf_counter()
-            scores = [q for row in rows for q in score_row(model, asked[row.start : row.stop])]
+            scores = [q for row in rows for q in score_sequence(model, asked[row.start : row.stop])]
             seconds = time.perf_counter() - began
             bench.say(
                 "score",

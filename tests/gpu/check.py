@@ -19,7 +19,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
 
-from job.evaluation.scoring import plan_rows, score_row, tokens_of
+from job.evaluation.scoring import plan_sequences, score_sequence, tokens_of
 from job.model.base import load_base, make_deterministic
 from job.model.lora import add_adapter, trainable
 from job.model.packed_attention import Segment, _group_by_group, _varlen_kernel, build_layout
@@ -216,12 +216,12 @@ def speed(folder: Path) -> None:
     model.eval()
     choices = tuple(tuple(range(5, 10 + j)) for j in range(4))
     questions = [Question(tuple(range(3, 33 + i % 20)), choices) for i in range(400)]
-    rows = plan_rows(questions, 8192)
-    score_row(model, questions[:10])
+    rows = plan_sequences(questions, 8192)
+    score_sequence(model, questions[:10])
     torch.cuda.synchronize()
     began = time.monotonic()
     for row in rows:
-        score_row(model, questions[row.start : row.stop])
+        score_sequence(model, questions[row.start : row.stop])
     seconds = time.monotonic() - began
     tokens = sum(map(tokens_of, questions))
     say("score", questions_per_second=len(questions) / seconds, tokens_per_second=tokens / seconds)

@@ -19,7 +19,7 @@ import boto3
 import pytest
 
 from job.report.changed_answers import changed
-from job.report.report import draw, read_evidence
+from job.report.report import read_evidence, render_report
 from job.runs.layout import CARD, REPORT
 from tests import warm
 from tests.helpers import read_jsonl
@@ -152,7 +152,7 @@ def test_a_question_that_is_a_script_does_not_run(twice: Run, browser: Any, tmp_
         for record in records:
             record["question"], record["choices"] = HOSTILE, [HOSTILE] * 4
     path = tmp_path / "hostile.html"
-    path.write_bytes(draw(twice.results, evidence))
+    path.write_bytes(render_report(twice.results, evidence))
     page, wrong = opened(browser, path)
     assert page.title().startswith("preempted-twice")
     assert page.locator("li.q p").first.inner_text() == HOSTILE

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from job.model.fused.kernels import Kernels
 
 
-def make_lean(model: Any, *, keep_dequantized: bool, kernels: Kernels | None) -> str:
+def fuse_layers(model: Any, *, keep_dequantized: bool, kernels: Kernels | None) -> str:
     """Replaces the forward of the adapted layers, and of what lies between them, by that of `lean`.
 
     Args:

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from job.model.architecture import is_lean
+from job.model.architecture import has_fused_decoder
 from job.model.fused.kernels import Kernels
-from job.model.packed_attention import Layout, flat_attention
+from job.model.packed_attention import Layout, packed_attention
 
 Weight = Callable[[], torch.Tensor]
 
@@ -121,7 +121,7 @@ def fits(module: Any) -> bool:
 
 def knows(base: Any) -> bool:
     """Whether a causal language model is a decoder of the build that is computed here."""
-    return is_lean(base.config.model_type, getattr(base.config, "hidden_act", None))
+    return has_fused_decoder(base.config.model_type, getattr(base.config, "hidden_act", None))
 
 
 def adapt(base: Any, weights: Mapping[Any, Weight], dtype: torch.dtype, kernels: Kernels | None) -> bool:
@@ -215,5 +215,5 @@ def _attention(
     query, key, value = (y.view(shape) for y in _together(module, hidden_states, "q_proj", "k_proj", "v_proj"))
     query, key = kernels.rotate(query, key, *position_embeddings)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    out, _weights = flat_attention(module, query, key, value, None, layout=layout, scaling=module.scaling)
+    out, _weights = packed_attention(module, query, key, value, None, layout=layout, scaling=module.scaling)
     return module.o_proj(out.reshape(*shape[:-2], -1)), None

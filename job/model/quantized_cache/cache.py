@@ -26,13 +26,13 @@ from job.model.base import load_tokenizer
 from job.model.quantized_cache.layout import (
     INDEX,
     MERGES,
-    File,
-    KeptBase,
-    Shelf,
+    CachedBase,
+    CachedFile,
+    CacheEntry,
+    cached_base,
     is_wanted,
     key_of,
     new_folder,
-    on_shelf,
     parse_index,
     verify,
     warn,
@@ -44,7 +44,7 @@ SHARD = "256MB"
 """Of weights: what an upload may have in its hands when the job has to end."""
 
 
-def find(shelf: Shelf, alive: Callable[[], None]) -> Path | None:
+def find(shelf: CacheEntry, alive: Callable[[], None]) -> Path | None:
     """The folder of a kept base, every byte of it verified: one that lies here, else one from the store.
 
     Args:
@@ -85,7 +85,7 @@ class _Damaged(Exception):
         self.keys = keys
 
 
-def _fetch(shelf: Shelf, store: ObjectStore, alive: Callable[[], None]) -> Path | None:
+def _fetch(shelf: CacheEntry, store: ObjectStore, alive: Callable[[], None]) -> Path | None:
     """Brings the base here, verified before it takes its place."""
     if (stored := store.read(key_of(shelf, INDEX))) is None:
         return None
@@ -108,10 +108,10 @@ def _fetch(shelf: Shelf, store: ObjectStore, alive: Callable[[], None]) -> Path 
         if wrong := [key_of(shelf, f"{file.sha256}/{name}") for (name, file), sha in hashes if sha != file.sha256]:
             raise _Damaged(f"other bytes than they should be: {', '.join(wrong)}", wrong)
         (folder / INDEX).write_bytes(stored.data)
-    return shelf.folder if on_shelf(shelf).index_sha256 == hashlib.sha256(stored.data).hexdigest() else None
+    return shelf.folder if cached_base(shelf).index_sha256 == hashlib.sha256(stored.data).hexdigest() else None
 
 
-def keep(model: Any, source: Path, shelf: Shelf) -> KeptBase:
+def save(model: Any, source: Path, shelf: CacheEntry) -> CachedBase:
     """Saves a freshly quantized base with its tokenizer; where that is not possible, says so and goes on.
 
     Args:
@@ -133,15 +133,15 @@ def keep(model: Any, source: Path, shelf: Shelf) -> KeptBase:
             load_tokenizer(folder)  # what cannot be loaded is not kept
             files = sorted(folder.iterdir())
             index = {
-                path.name: asdict(File(path.stat().st_size, sha256))
+                path.name: asdict(CachedFile(path.stat().st_size, sha256))
                 for path, sha256 in zip(files, hash_files(files), strict=True)
             }
             (folder / INDEX).write_bytes(data := sealed(index))
-        own = KeptBase(shelf.key, hashlib.sha256(data).hexdigest())
-        return own if on_shelf(shelf) == own else KeptBase()
+        own = CachedBase(shelf.key, hashlib.sha256(data).hexdigest())
+        return own if cached_base(shelf) == own else CachedBase()
     except Exception as error:  # noqa: BLE001 - safetensors and transformers raise whatever they like
         warn("cannot be kept", shelf.folder, error)
-        return KeptBase()
+        return CachedBase()
 
 
 def _keep_version(source: Path, saved: Path) -> None:
@@ -155,7 +155,7 @@ def _keep_version(source: Path, saved: Path) -> None:
 
 
 @contextmanager
-def publishing(shelf: Shelf | None, stop: Callable[[], bool], beat: Callable[[], None]) -> Iterator[None]:
+def publishing(shelf: CacheEntry | None, stop: Callable[[], bool], beat: Callable[[], None]) -> Iterator[None]:
     """Within it the base goes to its store, beside the work.
 
     An exception, or a job that has to end, leaves what is not there yet undone.
@@ -179,7 +179,7 @@ def publishing(shelf: Shelf | None, stop: Callable[[], bool], beat: Callable[[],
     done.result()
 
 
-def _publish(shelf: Shelf, store: ObjectStore, get_on: Callable[[], bool]) -> None:
+def _publish(shelf: CacheEntry, store: ObjectStore, get_on: Callable[[], bool]) -> None:
     """Puts the base there, unless a whole one is there already."""
     try:
         data = (shelf.folder / INDEX).read_bytes()
@@ -198,7 +198,7 @@ def _publish(shelf: Shelf, store: ObjectStore, get_on: Callable[[], bool]) -> No
         log.get_logger().info("the quantized base is kept", uri=f"{store.uri}/{key_of(shelf, '')}")
 
 
-def _is_whole(shelf: Shelf, store: ObjectStore, there: Mapping[str, int]) -> bool:
+def _is_whole(shelf: CacheEntry, store: ObjectStore, there: Mapping[str, int]) -> bool:
     """Whether the index in the store names files that are all there, in their sizes."""
     if key_of(shelf, INDEX) not in there or (stored := store.read(key_of(shelf, INDEX))) is None:
         return False

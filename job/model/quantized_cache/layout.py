@@ -33,7 +33,7 @@ _ENDINGS = (".safetensors", ".json", ".model", ".jinja", MERGES)
 
 
 @dataclass(frozen=True)
-class Shelf:
+class CacheEntry:
     """Where one base is kept: under `key`, in a folder of this machine, and in a store too unless that is None.
 
     `index_sha256` is that of the one `base.json` that will do; None where any will.
@@ -46,7 +46,7 @@ class Shelf:
 
 
 @dataclass(frozen=True)
-class KeptBase:
+class CachedBase:
     """Which base a run began with; both None where it is not kept."""
 
     key: str | None = None
@@ -54,39 +54,39 @@ class KeptBase:
 
 
 @dataclass(frozen=True)
-class File:
+class CachedFile:
     """One file of a base, as its index has it."""
 
     bytes: int
     sha256: str
 
 
-_Index = TypeAdapter(dict[str, File])
+_Index = TypeAdapter(dict[str, CachedFile])
 
 
-def shelf_of(facts: Mapping[str, Any], cache: Path, store: ObjectStore | None) -> Shelf:
+def entry_for(facts: Mapping[str, Any], cache: Path, store: ObjectStore | None) -> CacheEntry:
     """The place of the base that these JSON-able facts determine: source, quantization, software, machine."""
-    return shelf_at(hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest(), cache, store)
+    return entry_at(hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest(), cache, store)
 
 
-def shelf_at(key: str, cache: Path, store: ObjectStore | None, index_sha256: str | None = None) -> Shelf:
+def entry_at(key: str, cache: Path, store: ObjectStore | None, index_sha256: str | None = None) -> CacheEntry:
     """The place of a base whose key is known, and perhaps its index."""
-    return Shelf(key, cache / "bases" / key, store, index_sha256)
+    return CacheEntry(key, cache / "bases" / key, store, index_sha256)
 
 
-def on_shelf(shelf: Shelf | None) -> KeptBase:
+def cached_base(shelf: CacheEntry | None) -> CachedBase:
     """What lies there, for the run's record."""
     if shelf is None or not (index := shelf.folder / INDEX).is_file():
-        return KeptBase()
-    return KeptBase(shelf.key, hash_file(index))
+        return CachedBase()
+    return CachedBase(shelf.key, hash_file(index))
 
 
-def is_wanted(shelf: Shelf, index: bytes) -> bool:
+def is_wanted(shelf: CacheEntry, index: bytes) -> bool:
     """Whether this `base.json` is one that will do."""
     return shelf.index_sha256 in {None, hashlib.sha256(index).hexdigest()}
 
 
-def parse_index(data: bytes) -> dict[str, File]:
+def parse_index(data: bytes) -> dict[str, CachedFile]:
     """The files of a base.
 
     Raises:
@@ -99,7 +99,7 @@ def parse_index(data: bytes) -> dict[str, File]:
     return index
 
 
-def verify(folder: Path, index: Mapping[str, File]) -> None:
+def verify(folder: Path, index: Mapping[str, CachedFile]) -> None:
     """Raises ValueError unless exactly these files lie there, whole; OSError if one cannot be read."""
     names = {path.name for path in folder.iterdir()} - {INDEX}
     if names != index.keys():
@@ -109,7 +109,7 @@ def verify(folder: Path, index: Mapping[str, File]) -> None:
             raise ValueError(f"the SHA-256 of {name} is another")
 
 
-def key_of(shelf: Shelf, name: str) -> str:
+def key_of(shelf: CacheEntry, name: str) -> str:
     """Where something of the base lies in its store."""
     return f"bases/{shelf.key}/{name}"
 

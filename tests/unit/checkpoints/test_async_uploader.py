@@ -15,7 +15,7 @@ import pytest
 import structlog
 from structlog.testing import capture_logs
 
-from job.checkpoints.async_uploader import Publisher
+from job.checkpoints.async_uploader import AsyncUploader
 from job.errors import Preempted, Unreachable
 
 
@@ -64,7 +64,7 @@ def soon(seconds: float) -> Callable[[], float]:
     return lambda: max(0.0, deadline - time.monotonic())
 
 
-def end_with(error: BaseException, publisher: Publisher, folder: Path) -> None:
+def end_with(error: BaseException, publisher: AsyncUploader, folder: Path) -> None:
     """A training that hands over one snapshot and then ends with an exception."""
     with publisher:
         publisher.submit(folder, 1)
@@ -73,7 +73,7 @@ def end_with(error: BaseException, publisher: Publisher, folder: Path) -> None:
 
 def test_submit_does_not_wait_for_the_upload(tmp_path: Path, uploads: Uploads) -> None:
     """Training goes on while the upload runs, in another thread."""
-    with Publisher(uploads) as publisher:
+    with AsyncUploader(uploads) as publisher:
         publisher.submit(snapshot(tmp_path, 1), 1)
         assert uploads.begun.acquire(timeout=10)
         assert uploads.done == []
@@ -86,7 +86,7 @@ def test_submit_does_not_wait_for_the_upload(tmp_path: Path, uploads: Uploads) -
 
 def test_never_more_than_one_behind(tmp_path: Path, uploads: Uploads) -> None:
     """A second snapshot waits for the first: one upload at a time, in order, and the waiting is measured."""
-    with Publisher(uploads) as publisher:
+    with AsyncUploader(uploads) as publisher:
         publisher.submit(snapshot(tmp_path, 1), 1)
         assert publisher.waited_seconds == 0
         threading.Timer(0.2, uploads.go.release, (1000,)).start()
@@ -100,7 +100,7 @@ def test_never_more_than_one_behind(tmp_path: Path, uploads: Uploads) -> None:
 def test_leaving_waits(tmp_path: Path, uploads: Uploads) -> None:
     """At the end of the `with` block everything that was submitted is published, and no thread is left."""
     threading.Timer(0.1, uploads.go.release).start()
-    with Publisher(uploads) as publisher:
+    with AsyncUploader(uploads) as publisher:
         publisher.submit(snapshot(tmp_path, 1), 1)
     assert uploads.done == [("step-1", 1)]
     uploads.threads[0].join(10)
@@ -110,7 +110,7 @@ def test_leaving_waits(tmp_path: Path, uploads: Uploads) -> None:
 def test_snapshot_is_deleted_once_published(tmp_path: Path, uploads: Uploads) -> None:
     """The local folder lives as long as its upload needs it, and no longer."""
     folder = snapshot(tmp_path, 1)
-    with Publisher(uploads) as publisher:
+    with AsyncUploader(uploads) as publisher:
         publisher.submit(folder, 1)
         assert uploads.begun.acquire(timeout=10)
         assert folder.exists()
@@ -121,7 +121,7 @@ def test_snapshot_is_deleted_once_published(tmp_path: Path, uploads: Uploads) ->
 
 def test_upload_times_are_measured(tmp_path: Path) -> None:
     """The seconds of the latest uploads can be asked for, oldest first; there are none before the first."""
-    with Publisher(lambda _folder, step: time.sleep(step / 20)) as publisher:
+    with AsyncUploader(lambda _folder, step: time.sleep(step / 20)) as publisher:
         assert publisher.seconds == ()
         for step in (1, 3):
             publisher.submit(snapshot(tmp_path, step), step)
@@ -142,7 +142,7 @@ def test_a_failed_upload_ends_the_run(tmp_path: Path, call: str) -> None:
         raise error
 
     folder, later = snapshot(tmp_path, 1), snapshot(tmp_path, 2)
-    publisher = Publisher(fail)
+    publisher = AsyncUploader(fail)
     publisher.submit(folder, 1)
     while not publisher._last or not publisher._last.done():
         time.sleep(0.001)
@@ -165,7 +165,7 @@ def test_an_error_is_raised_again_and_again(tmp_path: Path) -> None:
     def fail(_folder: Path, _step: int) -> None:
         raise Unreachable("503")
 
-    publisher = Publisher(fail)
+    publisher = AsyncUploader(fail)
     publisher.submit(snapshot(tmp_path, 1), 1)
     for step in (2, 3):
         with pytest.raises(Unreachable):
@@ -180,7 +180,7 @@ def test_even_an_exit_in_the_upload_is_an_error(tmp_path: Path) -> None:
     def leave(_folder: Path, _step: int) -> None:
         raise SystemExit(3)
 
-    with pytest.raises(SystemExit), Publisher(leave) as publisher:
+    with pytest.raises(SystemExit), AsyncUploader(leave) as publisher:
         publisher.submit(snapshot(tmp_path, 1), 1)
 
 
@@ -189,7 +189,7 @@ def test_an_exception_does_not_wait_for_ever(tmp_path: Path, uploads: Uploads, e
     """An exception leaves the `with` block after `patience` seconds at most, and says that an upload did not end."""
     began = time.monotonic()
     with capture_logs() as logs, pytest.raises(type(error)):
-        end_with(error, Publisher(uploads, patience=soon(0.1)), snapshot(tmp_path, 1))
+        end_with(error, AsyncUploader(uploads, patience=soon(0.1)), snapshot(tmp_path, 1))
     assert 0.1 <= time.monotonic() - began < 5
     assert ["did not end in time" in line["event"] for line in logs] == [True]
 
@@ -198,7 +198,7 @@ def test_an_exception_lets_the_upload_finish(tmp_path: Path, uploads: Uploads) -
     """A checkpoint whose upload ends within `patience` is published although the run ends with an exception."""
     threading.Timer(0.1, uploads.go.release).start()
     with capture_logs() as logs, pytest.raises(Preempted):
-        end_with(Preempted("SIGTERM"), Publisher(uploads, patience=soon(10)), snapshot(tmp_path, 1))
+        end_with(Preempted("SIGTERM"), AsyncUploader(uploads, patience=soon(10)), snapshot(tmp_path, 1))
     assert uploads.done == [("step-1", 1)]
     assert logs == []
 
@@ -210,7 +210,7 @@ def test_an_exception_comes_before_a_failed_upload(tmp_path: Path) -> None:
         raise Unreachable("503 Slow Down")
 
     with capture_logs() as logs, pytest.raises(ValueError, match="a bug"):
-        end_with(ValueError("a bug"), Publisher(fail), snapshot(tmp_path, 1))
+        end_with(ValueError("a bug"), AsyncUploader(fail), snapshot(tmp_path, 1))
     assert [line.get("error") for line in logs] == ["503 Slow Down"]
 
 
@@ -221,7 +221,7 @@ def test_log_lines_of_the_thread_carry_the_run(tmp_path: Path) -> None:
     def publish(_folder: Path, _step: int) -> None:
         seen.append(structlog.contextvars.get_contextvars())
 
-    with structlog.contextvars.bound_contextvars(run="r1", stage="train"), Publisher(publish) as publisher:
+    with structlog.contextvars.bound_contextvars(run="r1", stage="train"), AsyncUploader(publish) as publisher:
         publisher.submit(snapshot(tmp_path, 1), 1)
     assert seen == [{"run": "r1", "stage": "train"}]
 
@@ -262,7 +262,7 @@ def test_a_signal_shortens_the_wait(tmp_path: Path, uploads: Uploads) -> None:
     """Who waits for an upload without a deadline is given one, and leaves in time."""
     left = [math.inf] * 2
     began = time.monotonic()
-    publisher = Publisher(uploads, patience=lambda: left.pop() if left else 0.0)
+    publisher = AsyncUploader(uploads, patience=lambda: left.pop() if left else 0.0)
     with capture_logs() as logs, pytest.raises(ValueError, match="a bug"):
         end_with(ValueError("a bug"), publisher, snapshot(tmp_path, 1))
     assert time.monotonic() - began < 5

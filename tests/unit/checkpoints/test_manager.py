@@ -21,7 +21,7 @@ from job.checkpoints import commit_marker, manager
 from job.checkpoints.manager import Restored, prune, publish, restore, steps
 from job.common.hashing import seal
 from job.errors import AccessDenied, JobError, Unreachable
-from job.runs.fenced_store import guarded
+from job.runs.fenced_store import fenced
 from job.runs.lease import take
 from job.storage.local import LocalStore
 from job.storage.open import ObjectStore
@@ -186,7 +186,7 @@ def test_a_replaced_attempt_commits_nothing(two: LocalStore, tmp_path: Path) -> 
             if verb in CHANGES and count == n + 1:
                 take(two, "new")
 
-        safe = guarded(WrappedStore(two, after=replace), lease)
+        safe = fenced(WrappedStore(two, after=replace), lease)
         with pytest.raises(JobError, match="publishes nothing more"):
             commit_and_prune(safe, tmp_path, 100 + n, lease.epoch)
         assert vouched_files_are_there(two)

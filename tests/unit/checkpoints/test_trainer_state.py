@@ -22,10 +22,10 @@ from job.checkpoints.trainer_state import (
     FILES,
     TrainerFiles,
     read_metrics,
-    read_state,
-    validate_state,
+    read_trainer_state,
+    validate_trainer_state,
     write_metrics,
-    write_state,
+    write_trainer_state,
 )
 from job.records import StepMetrics
 
@@ -89,7 +89,7 @@ def written(tmp_path: Path) -> Path:
     """The state after step 3 with 8-bit optimizer states."""
     files = make("adamw_8bit")
     history = train(files, 3)
-    write_state(tmp_path / "state", files, history)
+    write_trainer_state(tmp_path / "state", files, history)
     return tmp_path / "state"
 
 
@@ -101,13 +101,13 @@ def test_every_bit_comes_back(tmp_path: Path, optimizer: str) -> None:
     """Weights, optimizer and scheduler are restored bit by bit into a model that was another one."""
     files = make(optimizer)
     history = train(files, 3)
-    write_state(tmp_path / "state", files, history)
-    validate_state(tmp_path / "state", 3)
+    write_trainer_state(tmp_path / "state", files, history)
+    validate_trainer_state(tmp_path / "state", 3)
     other = make(optimizer)
     train(other, 1)
     with torch.no_grad():
         other.model[0].weight.fill_(7)
-    assert read_state(tmp_path / "state", other) == history
+    assert read_trainer_state(tmp_path / "state", other) == history
     assert everything(other) == everything(files)
 
 
@@ -119,9 +119,9 @@ def test_training_goes_on_as_if_nothing_had_happened(tmp_path: Path, optimizer: 
     for stop in (1, 4, 7):
         folder = tmp_path / str(stop)
         first = make(optimizer)
-        write_state(folder, first, train(first, stop))
+        write_trainer_state(folder, first, train(first, stop))
         second = make(optimizer)
-        history = read_state(folder, second)
+        history = read_trainer_state(folder, second)
         second.state.global_step = stop
         assert history + train(second, 8 - stop) == whole_history
         assert everything(second) == everything(whole)
@@ -169,10 +169,10 @@ def test_loss_scale_is_restored(tmp_path: Path) -> None:
         return made
 
     files = make("adamw_torch", scaler=scaler(2.0**13))
-    write_state(tmp_path / "state", files, train(files, 1))
-    validate_state(tmp_path / "state", 1)
+    write_trainer_state(tmp_path / "state", files, train(files, 1))
+    validate_trainer_state(tmp_path / "state", 1)
     other = make("adamw_torch", scaler=scaler(2.0**16))
-    read_state(tmp_path / "state", other)
+    read_trainer_state(tmp_path / "state", other)
     assert other.scaler.scale == 2.0**13
 
 
@@ -192,7 +192,7 @@ def test_state_of_another_model(written: Path, change: str) -> None:
     files = make("adamw_8bit")
     before = everything(files)
     with pytest.raises(ValueError, match="not of this model"):
-        read_state(written, files)
+        read_trainer_state(written, files)
     assert everything(files) == before
 
 
@@ -218,7 +218,7 @@ def test_optimizer_state_that_does_not_fit(written: Path, name: str, tensor: tor
     files = make("adamw_8bit")
     before = everything(files)
     with pytest.raises(ValueError, match="optimizer's"):
-        read_state(written, files)
+        read_trainer_state(written, files)
     assert everything(files) == before
 
 
@@ -229,7 +229,7 @@ def test_optimizer_state_of_other_parameters(written: Path, order: list[int]) ->
         written / trainer_state.PROGRESS, lambda progress: progress["optimizer"]["param_groups"][0].update(params=order)
     )
     with pytest.raises(ValueError, match="4 parameters"):
-        read_state(written, make("adamw_8bit"))
+        read_trainer_state(written, make("adamw_8bit"))
 
 
 def edit(path: Path, change: Callable[[Any], Any]) -> None:
@@ -251,7 +251,7 @@ class Payload:
 
 def test_validation_passes_what_was_written(written: Path) -> None:
     """A state is valid as it was written."""
-    validate_state(written, 3)
+    validate_trainer_state(written, 3)
 
 
 @pytest.mark.parametrize("name", sorted(FILES))
@@ -271,7 +271,7 @@ def test_every_file_is_checked(written: Path, name: str, garbage: str) -> None:
     }[garbage]
     (written / name).write_bytes(data)
     with pytest.raises(ValueError, match=r".") as caught:
-        validate_state(written, 3)
+        validate_trainer_state(written, 3)
     assert len(str(caught.value)) < 500
     assert not (written / "owned").exists()
 
@@ -281,7 +281,7 @@ def test_every_file_is_needed(written: Path, name: str) -> None:
     """A state without one of its files is invalid."""
     (written / name).unlink()
     with pytest.raises(ValueError, match=name):
-        validate_state(written, 3)
+        validate_trainer_state(written, 3)
 
 
 @pytest.mark.parametrize(
@@ -291,7 +291,7 @@ def test_no_other_file_is_let_in(written: Path, name: str) -> None:
     """A file that Trainer would unpickle if it found it makes a state invalid."""
     (written / name).write_bytes(pickle.dumps(Payload(written / "owned")))
     with pytest.raises(ValueError, match=name):
-        validate_state(written, 3)
+        validate_trainer_state(written, 3)
 
 
 @pytest.mark.parametrize("name", [trainer_state.ADAPTER, trainer_state.OPTIMIZER])
@@ -301,7 +301,7 @@ def test_tensors_cover_their_file(written: Path, name: str, size: int) -> None:
     data = (written / name).read_bytes()
     (written / name).write_bytes(data[:size] if size < 0 else data + b"x")
     with pytest.raises(ValueError, match=name):
-        validate_state(written, 3)
+        validate_trainer_state(written, 3)
 
 
 @pytest.mark.parametrize(
@@ -324,7 +324,7 @@ def test_files_must_agree(written: Path, name: str, change: Callable[[Any], Any]
     """JSON of the wrong shape, of another step, or without a place for each tensor is invalid."""
     edit(written / name, change)
     with pytest.raises(ValueError, match=r"."):
-        validate_state(written, 3)
+        validate_trainer_state(written, 3)
 
 
 @pytest.mark.parametrize("steps", [[1, 2], [1, 2, 3, 4], [1, 1, 3], [2, 1, 3], []])
@@ -332,7 +332,7 @@ def test_metrics_are_those_of_every_step(written: Path, steps: list[int]) -> Non
     """Metrics that lack a step, or have one twice, do not belong to the state."""
     write_metrics(written / trainer_state.METRICS, [metrics(step) for step in steps])
     with pytest.raises(ValueError, match="metrics"):
-        validate_state(written, 3)
+        validate_trainer_state(written, 3)
 
 
 def test_metrics_with_an_unknown_field(written: Path) -> None:
@@ -340,13 +340,13 @@ def test_metrics_with_an_unknown_field(written: Path) -> None:
     path = written / trainer_state.METRICS
     path.write_text(path.read_text().replace('"loss"', '"more": 1, "loss"', 1))
     with pytest.raises(ValueError, match="unknown"):
-        validate_state(written, 3)
+        validate_trainer_state(written, 3)
 
 
 def test_step_is_that_of_the_marker(written: Path) -> None:
     """A state that is whole, but of another step than its marker says, is invalid."""
     with pytest.raises(ValueError, match="of step 3"):
-        validate_state(written, 2)
+        validate_trainer_state(written, 2)
 
 
 # Nothing that could be run.

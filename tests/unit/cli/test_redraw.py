@@ -10,7 +10,7 @@ import pytest
 from job.cli.runs import report_command
 from job.common.hashing import hash_file
 from job.errors import DataError, SettingsError
-from job.report.report import draw
+from job.report.report import render_report
 from tests.example_run import answers, evidence, publish, results, write_results
 
 
@@ -28,7 +28,7 @@ def test_the_page_is_drawn(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert report_command(["run"]) == 0
     assert report_command(["run/results.json", "--output=other.html"]) == 0
     assert capsys.readouterr().out == "report: report.html\nreport: other.html\n"
-    expected = draw(json.loads((run / "results.json").read_text()), evidence(arc_easy=answers(3, 1, 20)))
+    expected = render_report(json.loads((run / "results.json").read_text()), evidence(arc_easy=answers(3, 1, 20)))
     assert (run.parent / "report.html").read_bytes() == (run.parent / "other.html").read_bytes() == expected
 
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from job.data.formats import SUFFIXES, UNREADABLE, Fault, Row, find_file, read_rows
+from job.data.formats import SUFFIXES, UNREADABLE, Row, RowError, find_file, read_rows
 from job.errors import DataError
 
 ROWS = [{"a": "one", "b": "1"}, {"a": 'q"uo,te\nline\u2028', "b": ""}, {"a": "ünï🙂", "b": "3"}]
@@ -37,7 +37,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def read(path: Path, content: bytes | None = None) -> list[Row | Fault]:
+def read(path: Path, content: bytes | None = None) -> list[Row | RowError]:
     """All rows and faults of a file, which is called by its own name."""
     if content is not None:
         path.write_bytes(content)
@@ -66,7 +66,7 @@ def test_one_broken_line_does_not_hide_the_others(tmp_path: Path) -> None:
     lines = [b'{"a": "x"}', b"{", b"", b"[1]", b"\xff\xfe", b'{"a": ' + b"[" * 100_000, b"9" * 5000, b'{"a": "y"}']
     found = read(tmp_path / "x.jsonl", b"\n".join(lines))
     assert [item.where for item in found] == [f"x.jsonl:{line}" for line in (1, 2, 4, 5, 6, 7, 8)]
-    kinds = [item.kind if isinstance(item, Fault) else "good" for item in found]
+    kinds = [item.kind if isinstance(item, RowError) else "good" for item in found]
     assert kinds == ["good", "invalid_json", "not_an_object", "broken_utf8", "invalid_json", "invalid_json", "good"]
 
 
@@ -86,7 +86,7 @@ def test_reading_is_lazy(tmp_path: Path) -> None:
     assert next(rows) == Row("x:1", {"a": "1"})
     *good, last = rows
     assert len(good) > 1000
-    assert isinstance(last, Fault)
+    assert isinstance(last, RowError)
     assert (last.kind, last.where) == (UNREADABLE, "x")
     assert f"after x:{len(good) + 1}" in last.what
 
@@ -96,7 +96,7 @@ def test_json_may_hold_its_rows_under_data(tmp_path: Path) -> None:
     assert read(tmp_path / "x.json", b'{"data": [{"a": "1"}]}') == [Row("x.json:[0]", {"a": "1"})]
     for content in (b'{"rows": []}', b"3", b'{"a": 1}\n{"a": 2}\n', b'[{"a": "1"}'):
         (fault,) = read(tmp_path / "x.json", content)
-        assert isinstance(fault, Fault)
+        assert isinstance(fault, RowError)
         assert fault.kind == UNREADABLE
 
 
@@ -115,7 +115,7 @@ def test_csv_rows_of_another_width_than_the_header_are_faults(tmp_path: Path) ->
 def test_broken_csv_is_unreadable(tmp_path: Path, content: bytes) -> None:
     """A quote that is never closed, or a column named twice, ends the reading of a CSV file with a fault."""
     found = read(tmp_path / "x.csv", content)
-    assert [item.kind for item in found if isinstance(item, Fault)] == [UNREADABLE]
+    assert [item.kind for item in found if isinstance(item, RowError)] == [UNREADABLE]
 
 
 def test_csv_fields_may_be_long(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_broken_utf8_in_parquet_names_row_and_column(tmp_path: Path) -> None:
     parquet.write_table(pa.table({"text": broken}), tmp_path / "x.parquet")
     first, second, third = read(tmp_path / "x.parquet")
     assert (first, third) == (Row("x.parquet:row 1", {"text": "a"}), Row("x.parquet:row 3", {"text": "c"}))
-    assert isinstance(second, Fault)
+    assert isinstance(second, RowError)
     assert (second.kind, second.where) == ("broken_utf8", "x.parquet:row 2 text")
 
 
@@ -143,7 +143,7 @@ def test_broken_utf8_in_parquet_names_row_and_column(tmp_path: Path) -> None:
 def test_arbitrary_bytes_are_never_a_traceback(tmp_path: Path, suffix: str, content: bytes) -> None:
     """Whatever a file holds, reading it gives rows and faults, and raises nothing."""
     for found in read(tmp_path / f"x{suffix}", content):
-        assert isinstance(found, Row | Fault)
+        assert isinstance(found, Row | RowError)
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -154,7 +154,7 @@ def test_damaged_files_are_never_a_traceback(tmp_path: Path, suffix: str, place:
     start = int(place * len(content))
     content[start : start + len(damage)] = damage
     for found in read(tmp_path / f"x{suffix}", bytes(content)):
-        assert isinstance(found, Row | Fault)
+        assert isinstance(found, Row | RowError)
 
 
 def test_a_directory_stands_for_its_only_data_file(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from job.data.formats import Fault, Row
+from job.data.formats import Row, RowError
 from job.data.schemas import Rendered, Schema, check_row, detect_schema, render
 from tests.toy_tokenizer import CHATML, toy_tokenizer
 
@@ -145,7 +145,7 @@ def test_a_conversation_that_the_template_refuses_is_a_fault(template: str, reas
     """A chat template that refuses a conversation, or whose turns cannot be told apart, makes a fault that says why."""
     row = Row("x:1", {"messages": [ASK, ANSWER, ASK, ANSWER]})
     fault = render(row, "messages", toy_tokenizer(template), find_turns=True)
-    assert isinstance(fault, Fault)
+    assert isinstance(fault, RowError)
     assert (fault.kind, fault.where) == ("bad_conversation", "x:1 messages")
     assert reason in fault.what
 

@@ -9,7 +9,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from job.data.formats import Fault
+from job.data.formats import RowError
 from job.data.schemas import Rendered
 from job.data.tokenization import Encoded, LossOn, encode
 from job.records import Example
@@ -93,7 +93,7 @@ def test_several_turns_have_several_spans() -> None:
 
 def test_too_long_and_empty_rows_are_faults() -> None:
     """Special tokens count; a row of one token more than allowed is a fault, and so is one with nothing to learn."""
-    rows = [rendered("", "a" * 8), rendered("", "a" * 9), [Fault("kind", "y", "what")], rendered("", "b" * 8)]
+    rows = [rendered("", "a" * 8), rendered("", "a" * 9), [RowError("kind", "y", "what")], rendered("", "b" * 8)]
     found = list(encode(iter(rows), toy_tokenizer(), templated=False, loss_on="all", max_length=10, limit=None))
     assert [len(item.example.input_ids) if isinstance(item, Encoded) else item[0].kind for item in found] == [
         10,

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from job.distributed.process_group import Joined, tell_end
+from job.distributed.process_group import ProcessGroup, tell_end
 from job.distributed.ranks import Place
 from job.distributed.rendezvous import enter_store, host_store, keyspace
 from job.errors import DataError, JobError, Preempted, Problem, Unreachable
@@ -27,21 +27,21 @@ class Team:
         self.beats = [0, 0, 0]
         self.members = [self._member(rank) for rank in range(3)]
 
-    def _member(self, rank: int) -> Joined:
+    def _member(self, rank: int) -> ProcessGroup:
         def beat() -> None:
             self.beats[rank] += 1
 
         place = Place(rank, 3, rank % 2, 2 - rank // 2, "localhost", self.host.port, hosted=True)
-        return Joined(place, keyspace(enter_store(place), "run"), self.stops[rank], beat, grace_seconds=5)
+        return ProcessGroup(place, keyspace(enter_store(place), "run"), self.stops[rank], beat, grace_seconds=5)
 
-    def start(self, *work: Callable[[Joined], T]) -> list[Future[T]]:
+    def start(self, *work: Callable[[ProcessGroup], T]) -> list[Future[T]]:
         """Lets each member do its work, at once."""
         pool = ThreadPoolExecutor(len(work))
         futures = [pool.submit(one, member) for one, member in zip(work, self.members, strict=False)]
         pool.shutdown(wait=False)
         return futures
 
-    def all(self, work: Callable[[Joined], T]) -> list[T]:
+    def all(self, work: Callable[[ProcessGroup], T]) -> list[T]:
         """Lets all do the same; returns what each gets."""
         return [future.result(timeout=20) for future in self.start(work, work, work)]
 
@@ -68,7 +68,7 @@ def test_all_get_what_the_first_found(team: Team) -> None:
     value = {"step": 3, "loss": 0.1 + 0.2, "why": None, "names": ["ä", ""]}
     asked: list[int] = []
 
-    def work(member: Joined) -> Any:
+    def work(member: ProcessGroup) -> Any:
         return member.share("value", lambda: asked.append(member.place.rank) or value)
 
     assert team.all(work) == [value] * 3
@@ -120,11 +120,11 @@ def test_what_is_sent_arrives_once_and_in_order(team: Team) -> None:
 def test_an_end_reaches_those_that_wait_and_those_that_work(team: Team) -> None:
     """Whoever waits for another one, or looks up from its work, ends with the same kind of error, and is told why."""
 
-    def wait(member: Joined) -> None:
+    def wait(member: ProcessGroup) -> None:
         member.share("never", lambda: None if member.leads else "")
         member.gather("never", 1)
 
-    def work(member: Joined) -> None:
+    def work(member: ProcessGroup) -> None:
         while True:
             member.check()
             time.sleep(0.01)
@@ -173,7 +173,7 @@ def test_waiting_is_progress_but_for_the_first(team: Team) -> None:
 
 def test_the_first_one_goes_first(team: Team) -> None:
     """The others leave when process 0 has left, and do not wait for it when it is dead."""
-    _, second, third = team.start(lambda _: None, Joined.leave, Joined.leave)
+    _, second, third = team.start(lambda _: None, ProcessGroup.leave, ProcessGroup.leave)
     time.sleep(0.1)
     assert not second.done()
     team.members[0].leave()

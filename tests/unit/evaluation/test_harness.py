@@ -14,7 +14,7 @@ import torch
 
 from job.errors import DataError, SettingsError, Unreachable
 from job.evaluation.harness import evaluate, write_records
-from job.evaluation.scoring import plan_rows, score_row
+from job.evaluation.scoring import plan_sequences, score_sequence
 from job.evaluation.statistics import standard_error
 from job.evaluation.tasks import count_questions, load_tasks
 from job.records import ChoiceScore, Question, TaskScores
@@ -60,8 +60,8 @@ def run(folder: Path, tokenizer: Any, budget: int = 4096, limit: int | None = No
     """Evaluates the tiny model the way the job does."""
 
     def score(questions: list[Question]) -> list[list[ChoiceScore]]:
-        rows = plan_rows(questions, budget)
-        return [scores for row in rows for scores in score_row(model(folder), questions[row.start : row.stop])]
+        rows = plan_sequences(questions, budget)
+        return [scores for row in rows for scores in score_sequence(model(folder), questions[row.start : row.stop])]
 
     return evaluate(local_tasks(**files), tokenizer, score, limit=limit)
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from job.evaluation.samples import QuestionRecord, contradiction, parse, tally_records
+from job.evaluation.samples import Sample, contradiction, parse, tally_records
 
 HASH = "0123456789abcdef" * 4
 RECORD: dict[str, Any] = {
@@ -86,7 +86,7 @@ def test_what_is_no_file_of_records_is_refused(data: bytes) -> None:
 )
 def test_a_record_has_to_follow_from_its_likelihoods(change: dict[str, Any], told: str | None) -> None:
     """Predictions are the likeliest choices, and marks say whether these are right, where it can be known."""
-    found = contradiction(QuestionRecord.model_validate(RECORD | change))
+    found = contradiction(Sample.model_validate(RECORD | change))
     assert found is None if told is None else told in str(found)
 
 

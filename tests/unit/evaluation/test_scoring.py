@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from job.evaluation.scoring import plan_rows, score_row, tokens_of
+from job.evaluation.scoring import plan_sequences, score_sequence, tokens_of
 from job.records import ChoiceScore, Question
 from tests.helpers import fill_adapter, make_model
 
@@ -58,13 +58,13 @@ def test_choices_score_as_they_do_alone(base_folder: Path) -> None:
     plain = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32, attn_implementation="eager")
     questions = make_questions(12)
     with model(base_folder).disable_adapter():
-        scored = score_row(model(base_folder), questions)
+        scored = score_sequence(model(base_folder), questions)
     # one choice that greedy decoding says: the most likely tokens themselves
     said = plain.generate(torch.tensor([questions[0].context]), max_new_tokens=4, do_sample=False, eos_token_id=None)
     best = tuple(said[0, len(questions[0].context) :].tolist())
     greedy = Question(questions[0].context, (best, (*best[:3], 5), (5, 6)))
     with model(base_folder).disable_adapter():
-        scored += score_row(model(base_folder), [greedy])
+        scored += score_sequence(model(base_folder), [greedy])
     assert [score.greedy for score in scored[-1]] == [True, False, False]
     for question, scores in zip([*questions, greedy], scored, strict=True):
         assert len(scores) == len(question.choices)
@@ -78,11 +78,11 @@ def test_choices_score_as_they_do_alone(base_folder: Path) -> None:
 def test_the_cut_into_rows_does_not_matter(base_folder: Path, budget: int) -> None:
     """Alone, in small rows or all in one: the same log-likelihoods within rounding, so the same answers."""
     questions = make_questions(20)
-    together = score_row(model(base_folder), questions)
+    together = score_sequence(model(base_folder), questions)
     cut = [
         scores
-        for row in plan_rows(questions, budget)
-        for scores in score_row(model(base_folder), questions[row.start : row.stop])
+        for row in plan_sequences(questions, budget)
+        for scores in score_sequence(model(base_folder), questions[row.start : row.stop])
     ]
     for one, other in zip(together, cut, strict=True):
         likelihoods = [[score.log_likelihood for score in scores] for scores in (one, other)]
@@ -93,13 +93,13 @@ def test_the_cut_into_rows_does_not_matter(base_folder: Path, budget: int) -> No
 def test_the_same_row_scores_the_same_bits(base_folder: Path) -> None:
     """A restarted evaluation of the same rows repeats itself exactly."""
     questions = make_questions(10)
-    assert score_row(model(base_folder), questions) == score_row(model(base_folder), questions)
+    assert score_sequence(model(base_folder), questions) == score_sequence(model(base_folder), questions)
 
 
 @given(QUESTIONS, st.integers(1, 400))
 def test_rows_keep_the_order_and_the_budget(questions: list[Question], budget: int) -> None:
     """Rows hold all questions in order; a row over the budget holds one question that is larger itself."""
-    rows = plan_rows(questions, budget)
+    rows = plan_sequences(questions, budget)
     assert [index for row in rows for index in row] == list(range(len(questions)))
     for row in rows:
         assert len(row) == 1 or sum(tokens_of(questions[index]) for index in row) <= budget
@@ -108,7 +108,7 @@ def test_rows_keep_the_order_and_the_budget(questions: list[Question], budget: i
 @given(QUESTIONS, st.integers(1, 400))
 def test_rows_are_filled(questions: list[Question], budget: int) -> None:
     """No row ends where its next question would still have fitted."""
-    rows = plan_rows(questions, budget)
+    rows = plan_sequences(questions, budget)
     for row, following in pairwise(rows):
         assert sum(tokens_of(questions[index]) for index in [*row, following.start]) > budget
 
@@ -121,5 +121,5 @@ def test_a_question_costs_its_context_once(base_folder: Path) -> None:
         lambda _module, _args, inputs: sizes.append(inputs["input_ids"].shape[1]), with_kwargs=True
     )
     questions = [Question((0, 5, 6), ((7,), (8, 9), (10, 11, 12))), Question((0, 4), ((7, 8),))]
-    score_row(subject, questions)
+    score_sequence(subject, questions)
     assert sizes == [sum(map(tokens_of, questions))] == [3 + 0 + 1 + 2 + 2 + 1]

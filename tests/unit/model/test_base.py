@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from job.errors import SettingsError
-from job.evaluation.scoring import score_row
+from job.evaluation.scoring import score_sequence
 from job.model.base import choose_device, choose_dtype, describe_model, fingerprint, load_base, load_tokenizer
 from job.model.lora import adapter_off, add_adapter, load_adapter, save_adapter, trainable
 from job.records import Question
@@ -97,7 +97,7 @@ def test_no_layer_repacks_itself_for_inference(base_folder: Path) -> None:
     assert len(flags) == 2 * len(LINEAR)
     assert not any(flags)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    score_row(model, QUESTIONS)
+    score_sequence(model, QUESTIONS)
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -123,19 +123,19 @@ def test_a_fresh_adapter_changes_no_answer(base_folder: Path) -> None:
     """Before training the model scores as its base, so what training gains is training's."""
     model = make_model(base_folder, quantization="nf4").eval()
     with adapter_off(model):
-        scores = score_row(model, QUESTIONS)
-    assert score_row(model, QUESTIONS) == scores
+        scores = score_sequence(model, QUESTIONS)
+    assert score_sequence(model, QUESTIONS) == scores
 
 
 def test_adapter_off_is_the_base(base_folder: Path) -> None:
     """Within it the model scores as the base without an adapter does, and after it as adapted again."""
     model = fill_adapter(make_model(base_folder, quantization="nf4")).eval()
-    adapted = score_row(model, QUESTIONS)
+    adapted = score_sequence(model, QUESTIONS)
     with adapter_off(model):
-        scores = score_row(model, QUESTIONS)
-    assert scores == score_row(base(base_folder).eval(), QUESTIONS)
+        scores = score_sequence(model, QUESTIONS)
+    assert scores == score_sequence(base(base_folder).eval(), QUESTIONS)
     assert adapted != scores
-    assert score_row(model, QUESTIONS) == adapted
+    assert score_sequence(model, QUESTIONS) == adapted
 
 
 def test_a_saved_adapter_comes_back_bit_by_bit(base_folder: Path, tmp_path: Path) -> None:

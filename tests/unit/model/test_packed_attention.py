@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from job.model.packed_attention import Layout, Segment, _has_kernel, build_layout, flat_attention
+from job.model.packed_attention import Layout, Segment, _has_kernel, build_layout, packed_attention
 
 CPU = torch.device("cpu")
 ALONE = [Segment(0, 5), Segment(5, 6), Segment(6, 17)]
@@ -30,7 +30,7 @@ def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scaling: float | None = None
 ) -> torch.Tensor:
     """What the model would get."""
-    return flat_attention(torch.nn.Module(), query, key, value, None, layout=layout, scaling=scaling)[0]
+    return packed_attention(torch.nn.Module(), query, key, value, None, layout=layout, scaling=scaling)[0]
 
 
 def eager(
@@ -154,7 +154,7 @@ def test_older_gpus_take_the_plain_way(
     monkeypatch.setattr("job.model.packed_attention._group_by_group", lambda *_: "plain")
     _has_kernel.cache_clear()
     query = SimpleNamespace(is_cuda=True, dtype=torch.float16, device=torch.device("cuda", 0))
-    (way, _weights) = flat_attention(torch.nn.Module(), query, None, None, None, layout=None)  # type: ignore[arg-type]
+    (way, _weights) = packed_attention(torch.nn.Module(), query, None, None, None, layout=None)  # type: ignore[arg-type]
     _has_kernel.cache_clear()
     assert way == ("kernel" if fast else "plain")
 

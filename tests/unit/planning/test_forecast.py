@@ -8,20 +8,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from job.planning.forecast import EVALUATIONS, Run, figures, on_gpu
+from job.planning.forecast import EVALUATIONS, RunShape, figures, on_gpu
 from job.planning.gpus import GPUS, Gpu
-from job.planning.reference import ARCHITECTURES, QUESTIONS
+from job.planning.reference import ARCHITECTURES, TASK_TOKENS
 from job.planning.workload import Workload
 from job.training import memory_model
 from tests.unit.training.test_memory_model import REFERENCE
 
 WORK = Workload(94, 1500, 348_932, 345_932, 50_060_888, 503, 4543)
-RUN = Run(
+RUN = RunShape(
     setup=REFERENCE,
     setup_basis="computed",
     workload=WORK,
     workload_basis="computed",
-    questions=QUESTIONS["arc_easy"],
+    questions=TASK_TOKENS["arc_easy"],
     questions_basis="computed",
     budget=4096,
     scoring_budget=8192,

@@ -13,7 +13,7 @@ import pytest
 from job.errors import DataError, JobError, SettingsError
 from job.planning import previews
 from job.planning.preflight import NotChecked
-from job.planning.previews import find_tokenizer, look_at_data, look_at_model, look_at_questions
+from job.planning.previews import find_tokenizer, preview_data, preview_model, preview_questions
 from tests.helpers import alpaca_rows, arc_rows, write_jsonl
 
 READING: dict[str, Any] = {
@@ -31,7 +31,7 @@ HERE: dict[str, Any] = {"online": lambda: False, "storage": {}}
 
 def test_a_model_here_is_read_but_not_loaded(base_folder: Path, tmp_path: Path) -> None:
     """Its architecture, and its tokenizer; nothing has to be fetched."""
-    state, _, model = look_at_model(str(base_folder), None, 512, folder=tmp_path, **HERE)
+    state, _, model = preview_model(str(base_folder), None, 512, folder=tmp_path, **HERE)
     assert state == "ok"
     assert model.architecture is not None
     assert (model.architecture.hidden, model.download_bytes) == (128, 0)
@@ -57,7 +57,7 @@ def test_a_model_that_would_not_load_is_wrong(
     folder = Path(shutil.copytree(base_folder, tmp_path / "model"))
     break_it(folder)
     with pytest.raises(error, match=what):
-        look_at_model(str(folder), None, 4096, folder=tmp_path, **HERE)
+        preview_model(str(folder), None, 4096, folder=tmp_path, **HERE)
 
 
 def test_a_model_of_another_kind_is_a_note(base_folder: Path, tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_a_model_of_another_kind_is_a_note(base_folder: Path, tmp_path: Path) ->
     folder = Path(shutil.copytree(base_folder, tmp_path / "model"))
     config = json.loads((folder / "config.json").read_text("utf-8"))
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
-    state, what, model = look_at_model(str(folder), None, 512, folder=tmp_path, **HERE)
+    state, what, model = preview_model(str(folder), None, 512, folder=tmp_path, **HERE)
     assert (state, model.architecture) == ("note", None)
     assert "gpt2 models are not known" in what
 
@@ -76,17 +76,17 @@ def test_data_is_read_as_the_job_will(tmp_path: Path, tokenizer: Any) -> None:
     how = READING | {"max_length": 40, "folder": tmp_path}
     source = str(tmp_path / "rows.jsonl")
     with pytest.raises(DataError, match="40 are allowed"):
-        look_at_data(source, tokenizer=tokenizer, **how)
-    state, what, facts = look_at_data(source, tokenizer=tokenizer, **(how | {"max_length": 500}))
+        preview_data(source, tokenizer=tokenizer, **how)
+    state, what, facts = preview_data(source, tokenizer=tokenizer, **(how | {"max_length": 500}))
     assert (state, len(facts.examples), facts.estimated, facts.licence) == ("ok", 20, False, None)
     assert what == "20 rows in the schema alpaca"
-    state, what, facts = look_at_data(source, tokenizer=None, **how)
+    state, what, facts = preview_data(source, tokenizer=None, **how)
     assert (state, len(facts.examples), facts.estimated) == ("note", 20, True)
     assert "7 rows may be too long" in what
     write_jsonl(tmp_path / "bad.jsonl", [{"instruction": "x"}, {"instruction": "y", "output": " "}])
     for known in (tokenizer, None):
         with pytest.raises(DataError) as raised:
-            look_at_data(str(tmp_path / "bad.jsonl"), tokenizer=known, **how)
+            preview_data(str(tmp_path / "bad.jsonl"), tokenizer=known, **how)
         assert raised.value.total == 2
 
 
@@ -95,24 +95,24 @@ def test_data_that_is_too_large_is_not_fetched(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(previews, "peek_dataset", lambda *_: (10**12, "mit"))
     online = {"revision": "main", "online": lambda: True}
     with pytest.raises(NotChecked, match=r"931\.3 GiB, too much"):
-        look_at_data("some/data", tokenizer=None, max_length=9, folder=tmp_path, **(READING | online))
+        preview_data("some/data", tokenizer=None, max_length=9, folder=tmp_path, **(READING | online))
     with pytest.raises(NotChecked, match="some/data: the hub cannot be reached"):
-        look_at_data(
+        preview_data(
             "some/data", tokenizer=None, max_length=9, folder=tmp_path, **(READING | online | {"online": lambda: False})
         )
     with pytest.raises(SettingsError, match="needs a revision"):
-        look_at_data("some/data", tokenizer=None, max_length=9, folder=tmp_path, **READING)
+        preview_data("some/data", tokenizer=None, max_length=9, folder=tmp_path, **READING)
 
 
 def test_a_hub_model_may_be_in_the_cache(base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the hub its configuration is taken from the cache; without that, nothing was checked."""
     monkeypatch.setattr(previews, "cached_model", lambda *_: base_folder)
-    state, what, model = look_at_model("some/model", None, 512, folder=tmp_path, **HERE)
+    state, what, model = preview_model("some/model", None, 512, folder=tmp_path, **HERE)
     assert (state, model.folder, model.download_bytes) == ("ok", base_folder, None)
     assert "the hub cannot be reached" in what
     monkeypatch.setattr(previews, "cached_model", lambda *_: None)
     with pytest.raises(NotChecked, match="not in the cache"):
-        look_at_model("some/model", None, 512, folder=tmp_path, **HERE)
+        preview_model("some/model", None, 512, folder=tmp_path, **HERE)
 
 
 def test_questions_are_counted(tmp_path: Path, tokenizer: Any) -> None:
@@ -120,12 +120,12 @@ def test_questions_are_counted(tmp_path: Path, tokenizer: Any) -> None:
     write_jsonl(tmp_path / "questions.jsonl", arc_rows(12))
     data = {"arc_easy": str(tmp_path / "questions.jsonl")}
     how: dict[str, Any] = {"online": lambda: False, "folder": tmp_path, "storage": {}}
-    _, _, all_of_them = look_at_questions(["arc_easy"], data, tokenizer=tokenizer, limit=None, **how)
-    _, _, some = look_at_questions(["arc_easy"], data, tokenizer=None, limit=5, **how)
+    _, _, all_of_them = preview_questions(["arc_easy"], data, tokenizer=tokenizer, limit=None, **how)
+    _, _, some = preview_questions(["arc_easy"], data, tokenizer=None, limit=5, **how)
     assert (all_of_them.count, some.count) == (12, 5)
     assert 0 < all_of_them.reads < all_of_them.tokens
     with pytest.raises(NotChecked, match="arc_challenge"):
-        look_at_questions(["arc_easy", "arc_challenge"], data, tokenizer=None, limit=5, **how)
+        preview_questions(["arc_easy", "arc_challenge"], data, tokenizer=None, limit=5, **how)
 
 
 def test_counted_tokens_are_those_that_are_scored(tmp_path: Path, tokenizer: Any) -> None:
@@ -138,7 +138,7 @@ def test_counted_tokens_are_those_that_are_scored(tmp_path: Path, tokenizer: Any
     write_jsonl(tmp_path / "questions.jsonl", arc_rows(20))
     data = {"arc_easy": str(tmp_path / "questions.jsonl")}
     how: dict[str, Any] = {"online": lambda: False, "folder": tmp_path, "storage": {}}
-    _, _, found = look_at_questions(["arc_easy"], data, tokenizer=tokenizer, limit=None, **how)
+    _, _, found = preview_questions(["arc_easy"], data, tokenizer=tokenizer, limit=None, **how)
     asked: list[Question] = []
 
     def score(questions: list[Question]) -> list[list[ChoiceScore]]:

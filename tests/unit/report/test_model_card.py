@@ -20,7 +20,7 @@ def made() -> dict[str, Any]:
 
 def read(made: dict[str, Any]) -> ModelCard:
     """The card as the hub's library reads it."""
-    return ModelCard(model_card.write(made).decode(), ignore_metadata_errors=False)
+    return ModelCard(model_card.render_model_card(made).decode(), ignore_metadata_errors=False)
 
 
 def test_the_hub_reads_its_metadata(made: dict[str, Any]) -> None:
@@ -78,7 +78,7 @@ def test_it_tells_what_a_user_has_to_know(made: dict[str, Any]) -> None:
 
 def test_the_code_in_it_is_code(made: dict[str, Any]) -> None:
     """The block that loads the adapter is Python."""
-    block = model_card.write(made).decode().partition("```python\n")[2].partition("```")[0]
+    block = model_card.render_model_card(made).decode().partition("```python\n")[2].partition("```")[0]
     compile(block, "card", "exec")
     assert "PeftModel.from_pretrained(base," in block
 
@@ -94,4 +94,4 @@ def test_identical_runs_share_it(made: dict[str, Any]) -> None:
     )
     slower["evaluation"]["tasks"]["arc_easy"]["base"]["reused_from"] = "s3://elsewhere"
     slower["hardware"]["memory_bytes"] = 1
-    assert model_card.write(slower) == model_card.write(made)
+    assert model_card.render_model_card(slower) == model_card.render_model_card(made)

@@ -70,7 +70,7 @@ def made(found: report.Evidence) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def page(made: dict[str, Any], found: report.Evidence) -> Page:
     """The report on them."""
-    return Page(report.draw(made, found))
+    return Page(report.render_report(made, found))
 
 
 def test_the_verdict_comes_first(page: Page, made: dict[str, Any]) -> None:
@@ -149,7 +149,7 @@ def test_a_fuller_account_of_the_cost_is_told_too(made: dict[str, Any], found: r
         "savings": {"on_demand_usd_per_hour": 5.0, "usd": 0.6, "percent": 50.0, "net_usd": 0.52, "net_percent": 46.4},
         "energy_kwh": 0.125,
     }
-    text = " ".join(Page(report.draw({**made, "cost": cost}, found)).text.split())
+    text = " ".join(Page(report.render_report({**made, "cost": cost}, found)).text.split())
     for told in ("$0.29", "$0.30", "$0.03", "1 min 2 s, $0.04", "$0.52, 46 % of the price on demand", "0.125 kWh"):
         assert told in text
 
@@ -169,16 +169,16 @@ def judged(*reasons: str) -> dict[str, Any]:
 def test_a_gate_is_told(found: report.Evidence) -> None:
     """Whether it was passed, and why not; nothing where none was set."""
     missed = results(found, gate=judged("piqa: acc may have lost 0.0700, the gate allows 0.0100"))
-    text = " ".join(Page(report.draw(missed, found)).text.split())
+    text = " ".join(Page(report.render_report(missed, found)).text.split())
     assert "Quality gate on acc: not passed. piqa: acc may have lost 0.0700" in text
     passed = results(found, gate=judged())
-    assert "Quality gate on acc: passed." in report.draw(passed, found).decode()
+    assert "Quality gate on acc: passed." in report.render_report(passed, found).decode()
 
 
 def test_nothing_is_loaded_and_nothing_runs(page: Page, made: dict[str, Any], found: report.Evidence) -> None:
     """No script, no outside address, no form; and a policy that would stop them."""
     assert page.all("script", "img", "iframe", "object", "form", "input", "base") == []
-    content = report.draw(made, found).decode()
+    content = report.render_report(made, found).decode()
     assert re.findall(r"https?://|url\(|@import|src=", content) == []
     (policy,) = [a["content"] for a in page.all("meta") if a.get("http-equiv") == "Content-Security-Policy"]
     assert str(policy).startswith("default-src 'none';")
@@ -198,7 +198,7 @@ def test_everything_from_the_run_is_text() -> None:
     made["run"]["attempts"][0]["stage_seconds"][HOSTILE] = 1.0
     for part in ("model", "dataset", "hardware", "software"):
         made[part] = {key: HOSTILE if isinstance(value, str) else value for key, value in made[part].items()}
-    page = Page(report.draw(made, found))
+    page = Page(report.render_report(made, found))
     assert page.all("script", "img") == []
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
     assert page.text.count(HOSTILE) > 20
@@ -210,19 +210,19 @@ def test_halves_of_characters_do_not_stop_it() -> None:
     for record in (*base, *adapter):
         record["question"] = "half \ud83d and \x00 control"
     found = evidence(arc_easy=(base, adapter))
-    assert b"half ? and" in report.draw(results(found), found)
+    assert b"half ? and" in report.render_report(results(found), found)
 
 
 def test_the_same_run_gives_the_same_bytes(made: dict[str, Any], found: report.Evidence, tmp_path: Path) -> None:
     """Drawn from the published files it is what was published, though the manifest lists the report itself by then."""
-    first = report.draw(made, found)
-    assert report.draw(made, found) == first
+    first = report.render_report(made, found)
+    assert report.render_report(made, found) == first
     complete = publish(tmp_path, found, made)
-    before = report.draw(complete, found)
+    before = report.render_report(complete, found)
     listed = {**complete, "artifacts": [*complete["artifacts"], asdict(Artifact(REPORT, len(before), HASH))]}
     read = report.read_evidence(listed, lambda artifact: tmp_path / artifact.path)
     assert read == found
-    assert report.draw(listed, read) == before
+    assert report.render_report(listed, read) == before
 
 
 def test_who_cannot_see_is_told(page: Page) -> None:

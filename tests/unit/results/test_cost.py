@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from job.records import AttemptRecord
-from job.results.cost import account
+from job.results.cost import compute_cost
 
 WHOLE = AttemptRecord(
     number=1,
@@ -52,7 +52,7 @@ def attempts(draw: st.DrawFn) -> list[AttemptRecord]:
 @given(attempts(), st.none() | st.floats(0.01, 100))
 def test_the_parts_add_up(made: list[AttemptRecord], on_demand: float | None) -> None:
     """Stages and attempts both sum to the run, in seconds and in dollars; waste is a part of each attempt."""
-    cost = account(made, 0.0, on_demand)
+    cost = compute_cost(made, 0.0, on_demand)
     close = pytest.approx
     for parts in (cost["stages"].values(), cost["attempts"]):
         assert sum(part["seconds"] for part in parts) == close(cost["seconds"])
@@ -67,7 +67,7 @@ def test_the_parts_add_up(made: list[AttemptRecord], on_demand: float | None) ->
 
 def test_an_undisturbed_run_wastes_nothing() -> None:
     """One attempt that repeats no step: all of it is needed, and net savings are the savings."""
-    cost = account([WHOLE], 290.0, 7.2)
+    cost = compute_cost([WHOLE], 290.0, 7.2)
     assert (cost["wasted_seconds"], cost["wasted_usd"]) == (0, 0)
     assert cost["usd"] == pytest.approx(0.6)
     assert cost["stages"]["train"] == {"seconds": 300.0, "usd": pytest.approx(0.3)}
@@ -87,27 +87,27 @@ def test_waste_is_start_ups_and_repeated_steps() -> None:
         repeated_steps=3,
         repeated_seconds=30.0,
     )
-    cost = account([killed, resumed], 290.0, None)
+    cost = compute_cost([killed, resumed], 290.0, None)
     assert [part["wasted_seconds"] for part in cost["attempts"]] == [0, 60.0 + 30.0]
     assert cost["wasted_usd"] == pytest.approx(0.09)
     assert cost["savings"] is None
     # The first start-up may be the one that came to nothing.
     stillborn = replace(killed, seconds=20.0, stage_seconds={"pull": 5.0})
-    cost = account([stillborn, resumed], 290.0, None)
+    cost = compute_cost([stillborn, resumed], 290.0, None)
     assert [part["wasted_seconds"] for part in cost["attempts"]] == [20.0, 30.0]
 
 
 def test_attempts_are_charged_at_their_own_price() -> None:
     """Spot prices move, and a run may move to another machine; who was told no price pays the newest."""
-    cost = account([replace(WHOLE, usd_per_hour=price) for price in (1.0, None, 3.0)], 0.0, None)
+    cost = compute_cost([replace(WHOLE, usd_per_hour=price) for price in (1.0, None, 3.0)], 0.0, None)
     assert [part["usd"] for part in cost["attempts"]] == pytest.approx([600 / 3600, 3 * 600 / 3600, 3 * 600 / 3600])
-    assert account([replace(WHOLE, usd_per_hour=None)], 0.0, 5.0)["usd"] is None
+    assert compute_cost([replace(WHOLE, usd_per_hour=None)], 0.0, 5.0)["usd"] is None
 
 
 def test_savings_are_sagemakers_figure_and_a_stricter_one() -> None:
     """`percent` is (1 - billable / training seconds) * 100; net of it goes what interruptions cost."""
     again = replace(WHOLE, number=2, repeated_seconds=100.0)
-    cost = account([WHOLE, again], 290.0, 9.0)
+    cost = compute_cost([WHOLE, again], 290.0, 9.0)
     billable = cost["seconds"] * 3.6 / 9.0
     assert cost["savings"]["percent"] == pytest.approx((1 - billable / cost["seconds"]) * 100)
     needed = (cost["seconds"] - cost["wasted_seconds"]) * 9.0 / 3600
@@ -118,6 +118,6 @@ def test_savings_are_sagemakers_figure_and_a_stricter_one() -> None:
 def test_energy_is_that_of_the_attempts_that_were_metered() -> None:
     """An attempt that was killed before the meter was read adds nothing; no meter at all is None, not 0."""
     made = [replace(WHOLE, energy_joules=joules) for joules in (None, 1.8e6, 3.6e6)]
-    cost = account(made, 0.0, None)
+    cost = compute_cost(made, 0.0, None)
     assert (cost["energy_joules"], cost["energy_kwh"]) == (5.4e6, pytest.approx(1.5))
-    assert account([WHOLE], 0.0, None)["energy_joules"] is None
+    assert compute_cost([WHOLE], 0.0, None)["energy_joules"] is None

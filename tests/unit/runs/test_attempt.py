@@ -16,7 +16,7 @@ from job.runs import attempt as runs_attempt
 from job.runs.attempt import Attempt, missing, open_attempt
 from job.errors import DataError, Preempted, Replaced, Unreachable
 from job.runs.fault_injection import Faults, arm
-from job.runs.run_log import ledger_key, parse_record
+from job.runs.run_log import record_key, parse_record
 from job.storage.local import LocalStore
 from job.storage.open import ObjectStore
 from job.preemption.stop_flag import Stop
@@ -220,13 +220,13 @@ def test_a_damaged_record_is_not_believed(
     """A changed digit in the ledger ends the next attempt, with the file and the way out."""
     with opened():
         pass
-    stored = store.read(ledger_key(1))
+    stored = store.read(record_key(1))
     assert stored is not None
     assert parse_record(stored.data).outcome == "complete"
-    store.write(ledger_key(1), stored.data.replace(b'"steps": 0', b'"steps": 1'))
+    store.write(record_key(1), stored.data.replace(b'"steps": 0', b'"steps": 1'))
     with pytest.raises(DataError, match=r"attempts/0001\.json: was altered.*remove it"), opened():
         pass
-    store.delete(ledger_key(1))
+    store.delete(record_key(1))
     with opened() as last:
         assert last.earlier == []
 

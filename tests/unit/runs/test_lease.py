@@ -13,7 +13,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from job.errors import AccessDenied, DataError, JobError, Replaced, Unreachable
-from job.runs.fenced_store import guarded
+from job.runs.fenced_store import fenced
 from job.runs.lease import KEY, Lease, take
 from job.storage.local import LocalStore
 from job.storage.open import Conflict, ObjectStore, open_store
@@ -227,7 +227,7 @@ def test_without_conditional_writes(store: LocalStore) -> None:
 def test_guard_passes_everything_on_to_the_holder(store: LocalStore, tmp_path: Path) -> None:
     """For the holder the guarded store is the store."""
     (tmp_path / "file").write_bytes(b"2")
-    safe = guarded(store, take(store, "a"))
+    safe = fenced(store, take(store, "a"))
     tag = safe.write("a", b"1", if_absent=True)
     safe.write("a", b"one", if_tag=tag)
     safe.upload(tmp_path / "file", "b")
@@ -244,7 +244,7 @@ def test_guard_passes_everything_on_to_the_holder(store: LocalStore, tmp_path: P
 def test_guard_stops_a_replaced_attempt(store: LocalStore, tmp_path: Path) -> None:
     """A replaced attempt can read, but no verb of its store changes anything any more."""
     (tmp_path / "file").write_bytes(b"2")
-    old = guarded(store, take(store, "old"))
+    old = fenced(store, take(store, "old"))
     old.write("a", b"1")
     take(store, "new")
     before = everything(store)
@@ -265,7 +265,7 @@ def test_nobody_without_a_lease_changes_anything(store: LocalStore, tmp_path: Pa
     """Of several processes one holds the lease; the store of the others can be read, and a change is a bug."""
     (tmp_path / "file").write_bytes(b"2")
     store.write("a", b"1")
-    safe = guarded(store, None)
+    safe = fenced(store, None)
     change: dict[str, Callable[[], object]] = {
         "write": lambda: safe.write("a", b"2"),
         "upload": lambda: safe.upload(tmp_path / "file", "b"),
@@ -281,7 +281,7 @@ def test_nobody_without_a_lease_changes_anything(store: LocalStore, tmp_path: Pa
 def test_guard_asks_before_every_change(store: LocalStore, tmp_path: Path, verb: str) -> None:
     """Each single change is preceded by a question: being replaced between two of them is noticed."""
     (tmp_path / "file").write_bytes(b"2")
-    old = guarded(store, take(store, "old"))
+    old = fenced(store, take(store, "old"))
     change = {
         "write": lambda key: old.write(key, b"1"),
         "upload": lambda key: old.upload(tmp_path / "file", key),
@@ -329,7 +329,7 @@ def race(store: ObjectStore, attempts: int = 2) -> None:
         journaled.name = f"attempt-{number}"
         try:
             lease = take_my_turn(journaled)
-            safe = guarded(journaled, lease)
+            safe = fenced(journaled, lease)
             for change in range(6):
                 safe.write(f"{journaled.name}/{change}", b"x")
             assert all_tried.wait(60)

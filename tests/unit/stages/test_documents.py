@@ -14,7 +14,7 @@ from job.results.manifest import validate
 from job.runs.attempt import Attempt
 from job.runs.layout import CARD, REPORT
 from job.stages import publish as stages_publish
-from job.stages.publish import publish_documents
+from job.stages.publish import publish_report_and_card
 from job.storage.local import LocalStore
 from tests.example_run import answers, evidence, publish, results
 
@@ -31,7 +31,7 @@ def finished(tmp_path: Path) -> tuple[Attempt, dict[str, Any]]:
 def test_card_and_report_are_published(finished: tuple[Attempt, dict[str, Any]], tmp_path: Path) -> None:
     """Both lie in the store and in the manifest, with the right hash and in order; the manifest stays valid."""
     attempt, made = finished
-    complete = publish_documents(attempt, made)
+    complete = publish_report_and_card(attempt, made)
     validate(complete)
     listed = {artifact["path"]: artifact for artifact in complete["artifacts"]}
     assert list(listed) == sorted(listed)
@@ -54,7 +54,7 @@ def test_a_document_that_cannot_be_made_is_left_out(
     attempt, made = finished
     function = {"card": "write", "report": "draw"}[broken]
     monkeypatch.setattr(getattr(stages_publish, broken), function, lambda *_: 1 / 0)
-    complete = publish_documents(attempt, made)
+    complete = publish_report_and_card(attempt, made)
     validate(complete)
     added = {artifact["path"] for artifact in complete["artifacts"]} - {a["path"] for a in made["artifacts"]}
     assert added == left
@@ -73,4 +73,4 @@ def test_a_store_that_fails_is_not_hidden(
 
     monkeypatch.setattr(attempt.store, "upload", fail)
     with pytest.raises(Unreachable):
-        publish_documents(attempt, made)
+        publish_report_and_card(attempt, made)

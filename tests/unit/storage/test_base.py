@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from job.errors import Problem
-from job.storage.base import NotSupported, allowance, disk_errors, landing, probe
+from job.storage.base import NotSupported, atomic_write, byte_limit, disk_errors, probe
 from job.storage.local import LocalStore
 
 
@@ -59,7 +59,7 @@ def test_landing_leaves_nothing_of_a_failure(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"old")
 
     def interrupted() -> None:
-        with landing(tmp_path / "a") as temporary:
+        with atomic_write(tmp_path / "a") as temporary:
             temporary.write_bytes(b"half")
             raise KeyboardInterrupt
 
@@ -71,14 +71,14 @@ def test_landing_leaves_nothing_of_a_failure(tmp_path: Path) -> None:
 def test_landing_takes_the_longest_name(tmp_path: Path) -> None:
     """A name as long as the file system allows can still be written."""
     name = "n" * 255
-    with landing(tmp_path / name) as temporary:
+    with atomic_write(tmp_path / name) as temporary:
         temporary.write_bytes(b"x")
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_allowance_counts_corrections() -> None:
     """A transfer that starts again gives bytes back: negative numbers count too."""
-    allowed = allowance("a", 10)
+    allowed = byte_limit("a", 10)
     allowed(8)
     allowed(-8)
     allowed(10)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from job.training.cuda_graphs import Replayed, out_of_memory
+from job.training.cuda_graphs import CudaGraphs, out_of_memory
 
 
 class Graph:
@@ -57,7 +57,7 @@ def test_one_recording_a_shape(recorded: list[Graph]) -> None:
         seen.append(x)
         return x.sum()
 
-    replayed = Replayed(work, (torch.zeros(1),))
+    replayed = CudaGraphs(work, (torch.zeros(1),))
     for number, size in enumerate((2, 3, 2, 3, 2)):
         replayed(torch.full((size,), float(number)))
     assert [len(x) for x in seen] == [1, 2, 3]
@@ -68,7 +68,7 @@ def test_one_recording_a_shape(recorded: list[Graph]) -> None:
 
 def test_what_is_prepared_is_recorded_and_not_done(recorded: list[Graph]) -> None:
     """The recording is there when the work comes; nothing is replayed before."""
-    replayed = Replayed(torch.sum, (torch.zeros(1),))
+    replayed = CudaGraphs(torch.sum, (torch.zeros(1),))
     replayed.prepare(torch.zeros(3))
     assert [graph.replayed for graph in recorded] == [0]
     replayed(torch.ones(3))
@@ -86,7 +86,7 @@ def test_what_cannot_be_recorded_is_done_all_the_same(recorded: list[Graph]) -> 
         calls.append(float(x[0]))
         return x.sum()
 
-    replayed = Replayed(work, (torch.zeros(1),))
+    replayed = CudaGraphs(work, (torch.zeros(1),))
     assert [float(replayed(torch.full((2,), value))) for value in (1.0, 2.0, 3.0)] == [2.0, 4.0, 6.0]
     assert calls == [0, -1, 1, 2, 3]
     assert not replayed.possible
@@ -110,7 +110,7 @@ def test_too_little_memory_is_for_the_caller(*, wrapped: bool) -> None:
                 raise RuntimeError("capture failed") from None
             raise
 
-    replayed = Replayed(work, (torch.zeros(1),))
+    replayed = CudaGraphs(work, (torch.zeros(1),))
     with pytest.raises(torch.OutOfMemoryError) as raised:
         replayed(torch.zeros(2))
     assert raised.value.__context__ is None, "it would keep all that the work had made"

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from job.model.lora import load_adapter, save_adapter, trainable
-from job.training.flat_parameters import Vector
+from job.training.flat_parameters import FlatParameters
 from tests.helpers import fill_adapter, make_model
 
 SHAPES = [(3, 100), (16, 16), (1,), (5, 7, 11)]
@@ -24,7 +24,7 @@ def parameters() -> list[torch.nn.Parameter]:
 def test_the_parameters_are_its_parts() -> None:
     """Values and shapes stay; what is done to the whole is done to each, and the other way round."""
     made, before = parameters(), [p.detach().clone() for p in parameters()]
-    vector = Vector(made)
+    vector = FlatParameters(made)
     assert all(torch.equal(p, b) for p, b in zip(made, before, strict=True))
     with torch.no_grad():
         vector.whole.mul_(2)
@@ -38,7 +38,7 @@ def test_the_parameters_are_its_parts() -> None:
 def test_no_block_holds_two_tensors() -> None:
     """Each begins at a multiple of 256 numbers, as 8-bit optimizers cut; between them are zeros."""
     made = parameters()
-    vector = Vector(made)
+    vector = FlatParameters(made)
     starts = [p.data_ptr() - vector.whole.data_ptr() for p in made]
     assert starts == [0, 2 * 1024, 3 * 1024, 4 * 1024]
     assert vector.whole.numel() == 6 * 256
@@ -48,7 +48,7 @@ def test_no_block_holds_two_tensors() -> None:
 def test_gradients_add_up_in_it() -> None:
     """The gradients of several backward passes land in one, also after a trainer has thrown the parts away."""
     made = parameters()
-    vector = Vector(made)
+    vector = FlatParameters(made)
     for _ in range(2):
         vector.clear()
         assert not vector.gradient.any()
@@ -65,7 +65,7 @@ def test_gradients_add_up_in_it() -> None:
 def test_an_optimizer_steps_each_part() -> None:
     """One parameter or many: AdamW makes the same of them."""
     made, other = parameters(), parameters()
-    vector = Vector(made)
+    vector = FlatParameters(made)
     vector.clear()
     one, many = torch.optim.AdamW([vector.whole], weight_decay=0.1), torch.optim.AdamW(other, weight_decay=0.1)
     for tensors, optimizer in ((made, one), (other, many)):
@@ -79,7 +79,7 @@ def test_an_adapter_is_saved_and_loaded_as_ever(base_folder: Path, tmp_path: Pat
     """PEFT's files and ours hold the same bits whether or not the tensors are parts of a vector."""
     model = fill_adapter(make_model(base_folder))
     save_adapter(model, tmp_path / "before", base=str(base_folder), revision=None)
-    vector = Vector(trainable(model).values())
+    vector = FlatParameters(trainable(model).values())
     save_adapter(model, tmp_path / "after", base=str(base_folder), revision=None)
     save_file({name: p.detach() for name, p in trainable(model).items()}, tmp_path / "own.safetensors")
     for file in ("adapter_model.safetensors", "adapter_config.json"):

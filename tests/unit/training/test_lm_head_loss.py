@@ -13,7 +13,7 @@ from job.model.lora import trainable
 from job.records import Example
 from job.training import lm_head_loss
 from job.training.lm_head_loss import can_sum, summed_loss
-from job.training.packing import flat_inputs
+from job.training.packing import packed_inputs
 from tests.helpers import fill_adapter, make_model
 
 EXAMPLES = [
@@ -38,7 +38,7 @@ def gradient_of(model: Any, loss: torch.Tensor) -> tuple[float, torch.Tensor]:
 def test_it_is_the_plain_loss(model: Any, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     """However many rows are taken at a time: as from all logits at once."""
     monkeypatch.setattr(lm_head_loss, "ROWS", rows)
-    base, inputs = model.get_base_model(), flat_inputs(EXAMPLES, torch.device("cpu"))
+    base, inputs = model.get_base_model(), packed_inputs(EXAMPLES, torch.device("cpu"))
     assert can_sum(base)
     ours = gradient_of(model, summed_loss(base, **inputs))
     labels = inputs.pop("labels")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from job.model.architecture import Architecture
 from job.planning.gpus import GPUS
-from job.planning.reference import ARCHITECTURES, SAMPLES
+from job.planning.reference import ARCHITECTURES, DATASET_TOKENS
 from job.training import memory_model
 from job.training.memory_model import Setup, training_memory
 from tests.helpers import LINEAR, make_examples
@@ -76,7 +76,7 @@ def test_memory_is_as_measured() -> None:
 
 def test_speed_is_as_measured() -> None:
     """The three measured speeds within 20 %, by one utilisation; never faster than measured by more than 2 %."""
-    (sample, _) = SAMPLES["tatsu-lab/alpaca"]
+    (sample, _) = DATASET_TOKENS["tatsu-lab/alpaca"]
     h200 = next(gpu for gpu in GPUS if gpu.name == "H200")
     for setup, measured in zip((REFERENCE, REFERENCE, KEEPING), MEASURED_SPEEDS, strict=True):
         flops = memory_model.training_flops(setup, sample.tokens, sample.squares)
@@ -89,7 +89,7 @@ def test_a_published_figure_of_another_gpu_is_met() -> None:
 
     Whether it recomputed is not said: the figure lies between the two, give or take a fifth.
     """
-    (sample, _) = SAMPLES["tatsu-lab/alpaca"]
+    (sample, _) = DATASET_TOKENS["tatsu-lab/alpaca"]
     a10g = next(gpu for gpu in GPUS if gpu.name == "A10G")
     scale = 4 * 2000 / sample.rows
     minutes = []
@@ -143,7 +143,7 @@ def _kept(folder: Path, shape: dict[str, int], count: int) -> int:
 
     from job.model.base import load_base
     from job.model.lora import add_adapter
-    from job.training.packing import flat_inputs
+    from job.training.packing import packed_inputs
 
     config = MistralConfig(**shape, num_key_value_heads=4, sliding_window=None)
     MistralForCausalLM(config).save_pretrained(folder)
@@ -163,7 +163,7 @@ def _kept(folder: Path, shape: dict[str, int], count: int) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    inputs = flat_inputs(make_examples(8, shortest=32, longest=32), cpu)
+    inputs = packed_inputs(make_examples(8, shortest=32, longest=32), cpu)
     assert inputs["input_ids"].shape == (1, count)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model.get_base_model().model(**{name: inputs[name] for name in ("input_ids", "position_ids", "layout")})

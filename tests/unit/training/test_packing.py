@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from job.records import Example
-from job.training.packing import GRAIN, SEGMENTS, flat_inputs, longest_segment, padded_length, padded_row
+from job.training.packing import GRAIN, SEGMENTS, longest_segment, packed_inputs, padded_length, padded_sequence
 from tests.helpers import make_examples
 
 CPU = torch.device("cpu")
@@ -38,7 +38,7 @@ def test_there_are_few_lengths() -> None:
 def test_a_padded_row_holds_the_row(lengths: list[int]) -> None:
     """Ids and positions are those of the plain row, each position has the next one's label, the padding has none."""
     made = examples(lengths)
-    plain, padded = flat_inputs(made, CPU), padded_row(made, CPU)
+    plain, padded = packed_inputs(made, CPU), padded_sequence(made, CPU)
     ids, labels, positions = padded.tokens
     total = sum(lengths)
     assert len(ids) == padded_length(total)
@@ -53,7 +53,7 @@ def test_a_padded_row_holds_the_row(lengths: list[int]) -> None:
 def test_its_segments_cover_it(lengths: list[int], budget: int) -> None:
     """The examples, then the padding, then as many empty segments as its shape asks for; none exceeds the bound."""
     made = examples(lengths)
-    row = padded_row(made, CPU)
+    row = padded_sequence(made, CPU)
     ends = row.ends.tolist()
     size = row.tokens.shape[1]
     assert ends == sorted(ends)
@@ -69,4 +69,4 @@ def test_its_segments_cover_it(lengths: list[int], budget: int) -> None:
 def test_rows_of_like_examples_share_their_shapes() -> None:
     """Thirty-two examples of like lengths make rows of one shape, whatever exactly their lengths are."""
     draws = [make_examples(32, shortest=100 + n, longest=108 + n) for n in range(3)]
-    assert len({(row.tokens.shape, row.ends.shape) for row in (padded_row(made, CPU) for made in draws)}) == 1
+    assert len({(row.tokens.shape, row.ends.shape) for row in (padded_sequence(made, CPU) for made in draws)}) == 1

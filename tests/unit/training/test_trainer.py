@@ -17,15 +17,15 @@ from job.data import batch_plan
 from job.distributed.processes import Alone
 from job.distributed.ranks import Place
 from job.errors import JobError, Unreachable
-from job.evaluation.scoring import score_row
-from job.model.fused.frozen_weights import make_lean
+from job.evaluation.scoring import score_sequence
+from job.model.fused.frozen_weights import fuse_layers
 from job.model.fused.kernels import TORCH
 from job.model.lora import add_adapter, trainable
 from job.model.packed_attention import Segment
 from job.records import Example, Question, StepMetrics
 from job.training import packing
 from job.training.config import Hooks, Recipe, Trained, step_seed, substitute, total_steps
-from job.training.packing import flat_inputs
+from job.training.packing import packed_inputs
 from job.training.trainer import train
 from tests.helpers import EOS, LINEAR, PAD, fill_adapter, make_examples, make_model
 
@@ -203,7 +203,7 @@ def test_activation_checkpointing_is_on_while_training(base_folder: Path, tokeni
 
 def log_probs(model: Any, examples: Sequence[Example]) -> list[torch.Tensor]:
     """Log-probabilities of the targets of examples that lie in one row, by example."""
-    inputs = flat_inputs(examples, torch.device("cpu"))
+    inputs = packed_inputs(examples, torch.device("cpu"))
     with torch.no_grad():
         logits = model(**{**inputs, "labels": None}, use_cache=False).logits[0].log_softmax(-1)
     result, start = [], 0
@@ -272,7 +272,7 @@ def test_padding_cannot_be_confused_with_the_end(
 def test_a_flat_row_holds_no_padding() -> None:
     """Every token of a row is a token of an example, and labels repeat exactly the targets."""
     examples = make_examples(5, prompt=0.5)
-    inputs = flat_inputs(examples, torch.device("cpu"))
+    inputs = packed_inputs(examples, torch.device("cpu"))
     ids = [token for example in examples for token in example.input_ids]
     assert inputs["input_ids"].tolist() == [ids]
     assert PAD not in ids
@@ -284,7 +284,7 @@ def test_a_flat_row_holds_no_padding() -> None:
 def lean_model(base_folder: Path, **made: Any) -> Any:
     """The tiny model with the lean forward, as a GPU runs it."""
     model = fill_adapter(make_model(base_folder, **made))
-    assert make_lean(model, keep_dequantized=True, kernels=TORCH) == "all"
+    assert fuse_layers(model, keep_dequantized=True, kernels=TORCH) == "all"
     return model
 
 
@@ -314,7 +314,7 @@ def test_what_lies_in_the_padding_does_not_matter(
     for token in (0, 7):
 
         def padded_row(*given: Any, token: int = token) -> Any:
-            row = packing.padded_row(*given)
+            row = packing.padded_sequence(*given)
             row.tokens[0, row.segments[-1].start :] = token
             return row
 
@@ -729,7 +729,7 @@ def test_an_evaluation_before_changes_no_gradient(base_folder: Path, tokenizer: 
         model = fill_adapter(make_model(base_folder, quantization="nf4"))
         if evaluated:
             with model.eval().disable_adapter():
-                score_row(model, [Question(example.input_ids, ((5, 6), (7,))) for example in EXAMPLES])
+                score_sequence(model, [Question(example.input_ids, ((5, 6), (7,))) for example in EXAMPLES])
         with gradients(model) as found:
             trained, _ = run(model, tokenizer, EXAMPLES, RECIPE, tmp_path)
         results.append((trained.history[0].loss, found[0]))

@@ -9,7 +9,7 @@ import pytest
 
 from job.errors import Unreachable
 from job.storage.local import LocalStore
-from job.verification.fetch_claims import Claim, bring
+from job.verification.fetch_claims import Claim, fetch_claimed_files
 
 DATA = b'{"a": 1, "measured": 2}\n'
 SHA256 = hashlib.sha256(DATA).hexdigest()
@@ -28,7 +28,7 @@ def brought(store: LocalStore, folder: Path, *claims: Claim) -> tuple[dict[str, 
     """Copies by path, and differences as they are told."""
     folder.mkdir(exist_ok=True)
     listed = {info.key: info.bytes for info in store.list()}
-    copies, differences = bring(store, claims, listed, folder)
+    copies, differences = fetch_claimed_files(store, claims, listed, folder)
     return copies, [str(difference) for difference in differences]
 
 
@@ -76,7 +76,7 @@ def test_a_file_that_grows_is_cut_off(store: LocalStore, tmp_path: Path) -> None
     """What became larger after it was listed is not read to its end."""
     listed = {"file": len(DATA)}
     store.write("file", DATA * 2)
-    copies, (difference,) = bring(store, [Claim("file", len(DATA), SHA256)], listed, tmp_path)
+    copies, (difference,) = fetch_claimed_files(store, [Claim("file", len(DATA), SHA256)], listed, tmp_path)
     assert copies == {}
     assert difference.found == "a file that changes meanwhile"
 
@@ -84,4 +84,4 @@ def test_a_file_that_grows_is_cut_off(store: LocalStore, tmp_path: Path) -> None
 def test_a_disk_that_is_too_small(store: LocalStore, tmp_path: Path) -> None:
     """Sizes are added up before anything is copied."""
     with pytest.raises(Unreachable, match="of disk are free"):
-        bring(store, [Claim("file", 10**18, SHA256)], {"file": 10**18}, tmp_path)
+        fetch_claimed_files(store, [Claim("file", 10**18, SHA256)], {"file": 10**18}, tmp_path)

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch.nn import functional
 
-from job.evaluation.scoring import score_row
+from job.evaluation.scoring import score_sequence
 from job.model.base import load_base, recompute_activations
-from job.model.fused.frozen_weights import make_lean
+from job.model.fused.frozen_weights import fuse_layers
 from job.model.fused.kernels import TORCH, Kernels
 from job.model.lora import adapter_off, add_adapter, trainable
 from job.records import Question
-from job.training.packing import flat_inputs
+from job.training.packing import packed_inputs
 from tests.helpers import LINEAR, fill_adapter, make_examples
 
 CPU = torch.device("cpu")
@@ -41,13 +41,13 @@ def adapted(
 def lean(folder: Path, *, keep: bool = True, kernels: Kernels | None = TORCH, **loaded: Any) -> Any:
     """The same by the lean forward."""
     model = adapted(folder, **loaded)
-    assert make_lean(model, keep_dequantized=keep, kernels=kernels) == ("all" if kernels else "layers")
+    assert fuse_layers(model, keep_dequantized=keep, kernels=kernels) == ("all" if kernels else "layers")
     return model
 
 
 def learn(model: Any) -> tuple[float, list[torch.Tensor]]:
     """The summed loss of the examples in one row, and its gradients."""
-    inputs = flat_inputs(EXAMPLES, CPU)
+    inputs = packed_inputs(EXAMPLES, CPU)
     labels = inputs.pop("labels")
     model.train()
     logits = model(**inputs).logits[0, :-1].float()
@@ -109,11 +109,11 @@ def test_recomputing_changes_no_bit(base_folder: Path, dtype: torch.dtype) -> No
 def test_trained_weights_are_seen_at_once(base_folder: Path) -> None:
     """A step of the optimizer reaches the copies that are multiplied, in training and in scoring."""
     model, other = lean(base_folder, dtype=torch.bfloat16), adapted(base_folder, dtype=torch.bfloat16)
-    score_row(model, QUESTIONS)
+    score_sequence(model, QUESTIONS)
     fill_adapter(model, scale=0.1)
     fill_adapter(other, scale=0.1)
-    make_lean(other, keep_dequantized=False, kernels=TORCH)
-    assert score_row(model.eval(), QUESTIONS) == score_row(other.eval(), QUESTIONS)
+    fuse_layers(other, keep_dequantized=False, kernels=TORCH)
+    assert score_sequence(model.eval(), QUESTIONS) == score_sequence(other.eval(), QUESTIONS)
 
 
 def test_the_adapter_can_be_switched_off(base_folder: Path) -> None:
@@ -123,9 +123,9 @@ def test_the_adapter_can_be_switched_off(base_folder: Path) -> None:
         base_folder, quantization="nf4", double_quantization=True, dtype=torch.float32, device=CPU, max_length=512
     )
     with adapter_off(model):
-        off = score_row(model.eval(), QUESTIONS)
-    assert score_row(model, QUESTIONS) != off
-    for ours, theirs in zip(off, score_row(base.eval(), QUESTIONS), strict=True):
+        off = score_sequence(model.eval(), QUESTIONS)
+    assert score_sequence(model, QUESTIONS) != off
+    for ours, theirs in zip(off, score_sequence(base.eval(), QUESTIONS), strict=True):
         assert [c.log_likelihood for c in ours] == pytest.approx([c.log_likelihood for c in theirs], rel=1e-5)
 
 
@@ -133,5 +133,5 @@ def test_dropout_stays_with_peft(base_folder: Path) -> None:
     """A model whose adapter has dropout is left as it is."""
     model = adapted(base_folder, dropout=0.1)
     before = [module.forward for module in model.modules()]
-    assert make_lean(model, keep_dequantized=True, kernels=TORCH) == "nothing"
+    assert fuse_layers(model, keep_dequantized=True, kernels=TORCH) == "nothing"
     assert [module.forward for module in model.modules()] == before

@@ -21,8 +21,8 @@ from structlog.testing import capture_logs
 from job.common.hashing import sealed
 from job.errors import AccessDenied, Preempted, Problem, SettingsError, Unreachable
 from job.model.base import describe_model, load_base, load_tokenizer
-from job.model.quantized_cache.cache import find, keep, publishing
-from job.model.quantized_cache.layout import INDEX, KeptBase, Shelf, on_shelf, shelf_of
+from job.model.quantized_cache.cache import find, publishing, save
+from job.model.quantized_cache.layout import INDEX, CachedBase, CacheEntry, cached_base, entry_for
 from job.storage.open import ObjectStore, open_store
 from tests.helpers import make_model
 from tests.wrapped_store import FailNth, WrappedStore
@@ -65,18 +65,18 @@ def store(tmp_path: Path) -> ObjectStore:
 
 
 @pytest.fixture
-def kept(base: Any, base_folder: Path, store: ObjectStore, tmp_path: Path) -> Shelf:
+def kept(base: Any, base_folder: Path, store: ObjectStore, tmp_path: Path) -> CacheEntry:
     """A shelf with the base on it, here and in the store."""
-    shelf = shelf_of(FACTS, tmp_path / "here", store)
-    keep(base, base_folder, shelf)
+    shelf = entry_for(FACTS, tmp_path / "here", store)
+    save(base, base_folder, shelf)
     with publishing(shelf, never, nothing):
         pass
     return shelf
 
 
-def elsewhere(kept: Shelf, tmp_path: Path, store: ObjectStore | None = None) -> Shelf:
+def elsewhere(kept: CacheEntry, tmp_path: Path, store: ObjectStore | None = None) -> CacheEntry:
     """The same shelf as another machine has it: with nothing on it but what the store has."""
-    return shelf_of(FACTS, tmp_path / "elsewhere", store or kept.store)
+    return entry_for(FACTS, tmp_path / "elsewhere", store or kept.store)
 
 
 @pytest.mark.parametrize("double", [True, False])
@@ -86,8 +86,8 @@ def test_a_kept_base_has_the_bits_of_a_fresh_one(
 ) -> None:
     """Weights, constants of the quantization, what was not quantized: all bits and types, and the tokenizer."""
     fresh = load(base_folder, double=double, dtype=dtype)
-    shelf = shelf_of(FACTS, tmp_path, None)
-    keep(fresh, base_folder, shelf)
+    shelf = entry_for(FACTS, tmp_path, None)
+    save(fresh, base_folder, shelf)
     folder = find(shelf, nothing)
     assert folder
     again = load(folder, double=double, dtype=dtype, quantized=True)
@@ -109,14 +109,14 @@ def test_it_is_as_old_as_its_source(base_folder: Path, tmp_path: Path) -> None:
         config = json.loads((base_folder / "config.json").read_text())
         config.pop("transformers_version", None)
         (source / "config.json").write_text(json.dumps(config | ({"transformers_version": version} if version else {})))
-        shelf = shelf_of({"version": version}, tmp_path, None)
-        keep(load(source), source, shelf)
+        shelf = entry_for({"version": version}, tmp_path, None)
+        save(load(source), source, shelf)
         assert find(shelf, nothing)
         assert json.loads((shelf.folder / "config.json").read_text()).get("transformers_version") == version
         assert torch.equal(load(shelf.folder, quantized=True).lm_head.weight, load(source).lm_head.weight)
 
 
-def test_it_is_described_alike(base_folder: Path, kept: Shelf) -> None:
+def test_it_is_described_alike(base_folder: Path, kept: CacheEntry) -> None:
     """The manifest says the same of a run that loaded the kept base."""
     records = [
         describe_model(model, name="x", revision=None, sha256="0", quantization="nf4", double=True)
@@ -132,13 +132,13 @@ def _with_adapter(folder: Path) -> Any:
     return add_adapter(load(folder, quantized=True), rank=16, alpha=16, dropout=0.0, target_modules=LINEAR, seed=1)
 
 
-def test_another_machine_gets_it_from_the_store(kept: Shelf, tmp_path: Path) -> None:
+def test_another_machine_gets_it_from_the_store(kept: CacheEntry, tmp_path: Path) -> None:
     """Every file, whole; and then it lies there too."""
     shelf = elsewhere(kept, tmp_path)
     folder = find(shelf, nothing)
     assert folder == shelf.folder
     assert contents(folder) == contents(kept.folder)
-    assert find(shelf_of(FACTS, tmp_path / "elsewhere", None), nothing) == folder
+    assert find(entry_for(FACTS, tmp_path / "elsewhere", None), nothing) == folder
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -148,9 +148,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_what_is_not_kept_is_not_found(tmp_path: Path, store: ObjectStore) -> None:
     """Neither here nor there; and other facts are another base."""
-    shelf = shelf_of(FACTS, tmp_path / "here", store)
+    shelf = entry_for(FACTS, tmp_path / "here", store)
     assert find(shelf, nothing) is None
-    assert shelf_of({**FACTS, "quantization": "none"}, tmp_path / "here", store).key != shelf.key
+    assert entry_for({**FACTS, "quantization": "none"}, tmp_path / "here", store).key != shelf.key
     with publishing(shelf, never, nothing), publishing(None, never, nothing):
         pass
     assert list(store.list("bases/")) == []
@@ -175,12 +175,12 @@ def flip(path: Path) -> None:
     ],
     ids=["weights", "tokenizer", "index", "no index", "a file less", "a file more"],
 )
-def test_a_damaged_one_is_dropped(kept: Shelf, spoil: Callable[[Path], None]) -> None:
+def test_a_damaged_one_is_dropped(kept: CacheEntry, spoil: Callable[[Path], None]) -> None:
     """Whatever is wrong with what lies here, it is not loaded: it goes, and the store's takes its place."""
     good = contents(kept.folder)
     spoil(kept.folder)
     with capture_logs() as logs:
-        assert find(Shelf(kept.key, kept.folder, None), nothing) is None
+        assert find(CacheEntry(kept.key, kept.folder, None), nothing) is None
     assert [line["event"] for line in logs] == ["the quantized base is damaged, and is made again"]
     assert not kept.folder.exists()
     assert find(kept, nothing) == kept.folder
@@ -189,7 +189,7 @@ def test_a_damaged_one_is_dropped(kept: Shelf, spoil: Callable[[Path], None]) ->
 
 @pytest.mark.parametrize("ending", [".safetensors", "tokenizer.json", INDEX])
 def test_a_damaged_one_in_the_store_is_put_there_anew(
-    base: Any, base_folder: Path, kept: Shelf, tmp_path: Path, ending: str
+    base: Any, base_folder: Path, kept: CacheEntry, tmp_path: Path, ending: str
 ) -> None:
     """It is not loaded, and whoever makes it again puts it there again."""
     flip(next(path for path in (tmp_path / "store/bases").rglob("*") if path.name.endswith(ending)))
@@ -198,15 +198,15 @@ def test_a_damaged_one_in_the_store_is_put_there_anew(
         assert find(shelf, nothing) is None
     assert [line["event"] for line in logs] == ["the quantized base is damaged, and is made again"]
     assert not shelf.folder.exists()
-    keep(base, base_folder, shelf)
+    save(base, base_folder, shelf)
     with publishing(shelf, never, nothing):
         pass
-    third = shelf_of(FACTS, tmp_path / "third", kept.store)
+    third = entry_for(FACTS, tmp_path / "third", kept.store)
     assert find(third, nothing) == third.folder
 
 
 @pytest.mark.parametrize("name", ["../../escaped.json", "/tmp/escaped.json", "a/b.json", "weights.bin", "run.py"])
-def test_no_file_leaves_its_folder(kept: Shelf, tmp_path: Path, name: str) -> None:
+def test_no_file_leaves_its_folder(kept: CacheEntry, tmp_path: Path, name: str) -> None:
     """Names from a store are hostile: neither a path nor a pickle nor code is fetched."""
     assert kept.store
     index = {name: {"bytes": 2, "sha256": "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"}}
@@ -227,9 +227,9 @@ def test_a_disk_that_is_full_costs_a_warning(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(type(base), "save_pretrained", full)
-    shelf = shelf_of(FACTS, tmp_path, None)
+    shelf = entry_for(FACTS, tmp_path, None)
     with capture_logs() as logs:
-        keep(base, base_folder, shelf)
+        save(base, base_folder, shelf)
     assert [line["event"] for line in logs] == ["the quantized base cannot be kept"]
     assert list((tmp_path / "bases").iterdir()) == []
 
@@ -240,16 +240,16 @@ def test_whatever_goes_wrong_in_keeping_costs_a_warning(
     """Safetensors and transformers raise what they like: a full disk, a base that came quantized; no disk at all."""
     for error in (SafetensorError("No space left on device"), NotImplementedError("reverse_op")):
         monkeypatch.setattr(type(base), "save_pretrained", Mock(side_effect=error))
-        keep(base, base_folder, shelf := shelf_of(FACTS, tmp_path, None))
+        save(base, base_folder, shelf := entry_for(FACTS, tmp_path, None))
         assert not shelf.folder.exists()
     monkeypatch.undo()
     monkeypatch.setattr("job.model.quantized_cache.cache.check_disk", Mock(side_effect=Unreachable("too small")))
-    keep(base, base_folder, shelf)
+    save(base, base_folder, shelf)
     assert not shelf.folder.exists()
 
 
 @pytest.mark.parametrize("error", [AccessDenied("403"), Unreachable("503"), SettingsError([Problem("x", "y")])])
-def test_a_store_that_refuses_bases_costs_a_warning(kept: Shelf, tmp_path: Path, error: Exception) -> None:
+def test_a_store_that_refuses_bases_costs_a_warning(kept: CacheEntry, tmp_path: Path, error: Exception) -> None:
     """A role may have rights on its run alone: the job goes on without the base. What ends a job ends it here too."""
     store = Mock(wraps=kept.store, uri="s3://b", read=Mock(side_effect=error))
     with capture_logs() as logs:
@@ -261,18 +261,18 @@ def test_a_store_that_refuses_bases_costs_a_warning(kept: Shelf, tmp_path: Path,
 
 def test_who_comes_second_has_kept_nothing(base: Any, base_folder: Path, tmp_path: Path) -> None:
     """Two runs that quantize the same at once: only the first may say that its own bits lie there."""
-    shelf = shelf_of(FACTS, tmp_path, None)
-    first = keep(base, base_folder, shelf)
-    assert first == on_shelf(shelf)
+    shelf = entry_for(FACTS, tmp_path, None)
+    first = save(base, base_folder, shelf)
+    assert first == cached_base(shelf)
     assert first.key
     (shelf.folder / INDEX).write_bytes((shelf.folder / INDEX).read_bytes() + b"\n")
-    assert keep(base, base_folder, shelf) == KeptBase()
+    assert save(base, base_folder, shelf) == CachedBase()
 
 
-def test_a_spoiled_index_in_the_store_is_written_again(kept: Shelf, tmp_path: Path) -> None:
+def test_a_spoiled_index_in_the_store_is_written_again(kept: CacheEntry, tmp_path: Path) -> None:
     """A later attempt wants the index that was noted, gets another, and puts its own there."""
     assert kept.store
-    key, noted = f"bases/{kept.key}/{INDEX}", on_shelf(kept).index_sha256
+    key, noted = f"bases/{kept.key}/{INDEX}", cached_base(kept).index_sha256
     kept.store.write(key, b"{")
     with capture_logs() as logs:
         assert find(replace(elsewhere(kept, tmp_path), index_sha256=noted), nothing) is None
@@ -282,9 +282,9 @@ def test_a_spoiled_index_in_the_store_is_written_again(kept: Shelf, tmp_path: Pa
     assert find(replace(elsewhere(kept, tmp_path), index_sha256=noted), nothing)
 
 
-def test_only_the_base_that_was_noted_will_do(kept: Shelf, tmp_path: Path) -> None:
+def test_only_the_base_that_was_noted_will_do(kept: CacheEntry, tmp_path: Path) -> None:
     """The same key is no proof of the same bits: neither here nor from the store another index is taken."""
-    noted = on_shelf(kept)
+    noted = cached_base(kept)
     assert noted.key == kept.key
     assert noted.index_sha256
     assert find(replace(kept, index_sha256=noted.index_sha256), nothing)
@@ -292,10 +292,12 @@ def test_only_the_base_that_was_noted_will_do(kept: Shelf, tmp_path: Path) -> No
     assert kept.folder.exists()
     assert find(replace(elsewhere(kept, tmp_path), index_sha256="0" * 64), nothing) is None
     assert find(replace(elsewhere(kept, tmp_path), index_sha256=noted.index_sha256), nothing)
-    assert on_shelf(None) == on_shelf(shelf_of({}, tmp_path, None)) == KeptBase()
+    assert cached_base(None) == cached_base(entry_for({}, tmp_path, None)) == CachedBase()
 
 
-def test_trouble_with_this_disk_deletes_nothing(kept: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trouble_with_this_disk_deletes_nothing(
+    kept: CacheEntry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A folder that cannot be written, or removed, says nothing of what the store has."""
     assert kept.store
     before = [info.key for info in kept.store.list("bases/")]
@@ -310,7 +312,7 @@ def test_trouble_with_this_disk_deletes_nothing(kept: Shelf, tmp_path: Path, mon
     assert [info.key for info in kept.store.list("bases/")] == before
 
 
-def test_an_index_of_any_size_and_claim_costs_a_warning(kept: Shelf, tmp_path: Path) -> None:
+def test_an_index_of_any_size_and_claim_costs_a_warning(kept: CacheEntry, tmp_path: Path) -> None:
     """Neither one that is too large to read nor one that claims a disk is an error of the run."""
     assert kept.store
     index = {"model.safetensors": {"bytes": 10**18, "sha256": "0" * 64}}
@@ -325,7 +327,7 @@ def test_what_a_kill_left_goes_after_a_day(base: Any, base_folder: Path, tmp_pat
     for name, age in (("old", 90_000), ("young", 60)):
         (left := tmp_path / f"bases/.new-{name}").mkdir(parents=True)
         os.utime(left, (time.time() - age,) * 2)
-    keep(base, base_folder, shelf_of(FACTS, tmp_path, None))
+    save(base, base_folder, entry_for(FACTS, tmp_path, None))
     assert {path.name for path in (tmp_path / "bases").glob(".new-*")} == {".new-young"}
 
 
@@ -333,8 +335,8 @@ def test_a_job_that_is_stopped_begins_no_other_file(
     base: Any, base_folder: Path, store: ObjectStore, tmp_path: Path
 ) -> None:
     """Also when no exception says so: the work was done, and the deadline holds all the same."""
-    shelf = shelf_of(FACTS, tmp_path / "here", store)
-    keep(base, base_folder, shelf)
+    shelf = entry_for(FACTS, tmp_path / "here", store)
+    save(base, base_folder, shelf)
     with publishing(shelf, lambda: True, nothing):
         pass
     assert list(store.list("bases/")) == []
@@ -342,12 +344,12 @@ def test_a_job_that_is_stopped_begins_no_other_file(
 
 def test_a_store_that_fails_costs_a_warning(base: Any, base_folder: Path, store: ObjectStore, tmp_path: Path) -> None:
     """Whichever request fails, there is a whole base in the store or none, and the next run completes it."""
-    shelf = shelf_of(FACTS, tmp_path / "here", store)
-    keep(base, base_folder, shelf)
+    shelf = entry_for(FACTS, tmp_path / "here", store)
+    save(base, base_folder, shelf)
     files = len(list(shelf.folder.iterdir()))
     for nth in range(files):
         broken = WrappedStore(store, before=FailNth(nth, Unreachable("gone")))
-        with capture_logs() as logs, publishing(Shelf(shelf.key, shelf.folder, broken), never, nothing):
+        with capture_logs() as logs, publishing(CacheEntry(shelf.key, shelf.folder, broken), never, nothing):
             pass
         assert [line["event"] for line in logs] == ["the quantized base cannot be published"]
         assert find(elsewhere(shelf, tmp_path), nothing) is None
@@ -358,11 +360,11 @@ def test_a_store_that_fails_costs_a_warning(base: Any, base_folder: Path, store:
     assert find(elsewhere(shelf, tmp_path), nothing)
 
 
-def test_what_is_there_is_not_put_there_again(kept: Shelf) -> None:
+def test_what_is_there_is_not_put_there_again(kept: CacheEntry) -> None:
     """Another run of the same model uploads nothing; after a broken upload only what is missing."""
     assert kept.store
     asked: list[str] = []
-    watched = Shelf(kept.key, kept.folder, WrappedStore(kept.store, before=lambda verb, _key: asked.append(verb)))
+    watched = CacheEntry(kept.key, kept.folder, WrappedStore(kept.store, before=lambda verb, _key: asked.append(verb)))
     with publishing(watched, never, nothing):
         pass
     assert asked == ["list", "read"]
@@ -378,8 +380,8 @@ def test_a_job_that_has_to_end_waits_for_one_file_at_most(
     base: Any, base_folder: Path, store: ObjectStore, tmp_path: Path
 ) -> None:
     """The file in hand is finished, no other one is begun, and the base does not count."""
-    shelf = shelf_of(FACTS, tmp_path / "here", store)
-    keep(base, base_folder, shelf)
+    shelf = entry_for(FACTS, tmp_path / "here", store)
+    save(base, base_folder, shelf)
     uploading, go_on, uploads = threading.Event(), threading.Event(), []
 
     def slow(verb: str, key: str) -> None:
@@ -389,7 +391,7 @@ def test_a_job_that_has_to_end_waits_for_one_file_at_most(
             assert go_on.wait(10)
 
     def preempted() -> None:
-        with publishing(Shelf(shelf.key, shelf.folder, WrappedStore(store, before=slow)), never, nothing):
+        with publishing(CacheEntry(shelf.key, shelf.folder, WrappedStore(store, before=slow)), never, nothing):
             assert uploading.wait(10)
             threading.Timer(0.2, go_on.set).start()
             raise Preempted("stopped")
@@ -400,7 +402,7 @@ def test_a_job_that_has_to_end_waits_for_one_file_at_most(
     assert find(elsewhere(shelf, tmp_path), nothing) is None
 
 
-def test_a_download_ends_when_the_job_has_to(kept: Shelf, tmp_path: Path) -> None:
+def test_a_download_ends_when_the_job_has_to(kept: CacheEntry, tmp_path: Path) -> None:
     """Between two files; nothing half is left."""
 
     def stop() -> None:
@@ -414,9 +416,9 @@ def test_a_download_ends_when_the_job_has_to(kept: Shelf, tmp_path: Path) -> Non
 
 def test_two_runs_at_once_do_not_mix(base: Any, base_folder: Path, store: ObjectStore, tmp_path: Path) -> None:
     """Two machines that put different bytes under one key leave one base, whole."""
-    shelves = [shelf_of(FACTS, tmp_path / name, store) for name in ("a", "b")]
+    shelves = [entry_for(FACTS, tmp_path / name, store) for name in ("a", "b")]
     for shelf in shelves:
-        keep(base, base_folder, shelf)
+        save(base, base_folder, shelf)
     tokenizer = shelves[1].folder / "tokenizer_config.json"
     tokenizer.write_text(json.dumps({**json.loads(tokenizer.read_text()), "more": 1}))
     index = json.loads((shelves[1].folder / INDEX).read_text())
@@ -426,12 +428,12 @@ def test_two_runs_at_once_do_not_mix(base: Any, base_folder: Path, store: Object
     (shelves[1].folder / INDEX).write_bytes(sealed(index))
     meeting = threading.Barrier(2)
 
-    def publish(shelf: Shelf) -> None:
+    def publish(shelf: CacheEntry) -> None:
         def meet(verb: str, _key: str) -> None:
             if verb == "list":
                 meeting.wait(10)
 
-        with publishing(Shelf(shelf.key, shelf.folder, WrappedStore(store, before=meet)), never, nothing):
+        with publishing(CacheEntry(shelf.key, shelf.folder, WrappedStore(store, before=meet)), never, nothing):
             pass
 
     threads = [threading.Thread(target=publish, args=[shelf]) for shelf in shelves]
