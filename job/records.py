@@ -45,6 +45,10 @@ class ModelRecord:
     dtype: str
     parameters: int
     trainable_parameters: int
+    quantized_parameters: int = 0
+    """How many of `parameters` are really held as `quantization` says; of a mixture's experts it may be few."""
+    adapted: list[str] = field(default_factory=list)
+    """Names of the layers that got an adapter, as they were given or found."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,17 @@ class TrainingRecord:
     world_size: int = 1
     execution: Execution | None = None
     """None on a CPU, and where PEFT's own layers did the work."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Whether many examples go through the model end to end in one sequence, or each alone; and why, in words.
+
+    Found out on the model itself (`packing_check`), once a run: it decides the last bits of everything computed.
+    """
+
+    packed: bool
+    reason: str
 
 
 @dataclass(frozen=True)

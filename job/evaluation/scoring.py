@@ -39,10 +39,10 @@ def plan_sequences(questions: Sequence[Question], budget: int) -> list[range]:
 
 
 def score_sequence(model: Any, questions: Sequence[Question]) -> list[list[ChoiceScore]]:
-    """Scores the questions of one row.
+    """Scores the questions of one packed sequence; each choice by itself where the model is not used packed.
 
     Args:
-        model: A causal language model loaded with flat attention.
+        model: A causal language model of `load_base`.
         questions: All of them go into one forward pass.
 
     Returns:
@@ -50,8 +50,10 @@ def score_sequence(model: Any, questions: Sequence[Question]) -> list[list[Choic
     """
     import torch
 
-    from job.model.packed_attention import build_layout
+    from job.model.packed_attention import build_layout, is_packed
 
+    if not is_packed(model):
+        return [[_score_alone(model, question.context, choice) for choice in question.choices] for question in questions]
     ids, positions, segments, reads, rows, targets = _lay_out(questions)
     device = model.device
     with torch.inference_mode():
@@ -67,6 +69,20 @@ def score_sequence(model: Any, questions: Sequence[Question]) -> list[list[Choic
         greedy = logits.argmax(-1)[at] == wanted
         scores, greedy = scores.cpu(), greedy.cpu()
     return list(_regroup(questions, scores, greedy))
+
+
+def _score_alone(model: Any, context: Sequence[int], choice: Sequence[int]) -> ChoiceScore:
+    """A choice after its context, by the model's own attention: no mask, and no positions but its own."""
+    import torch
+
+    device = model.device
+    with torch.inference_mode():
+        ids = torch.tensor([[*context, *choice[:-1]]], device=device)
+        logits = model(input_ids=ids).logits[0, len(context) - 1 :]
+        wanted = torch.tensor(choice, device=device)
+        scores = logits.float().log_softmax(-1).gather(1, wanted[:, None]).double()
+        greedy = (logits.argmax(-1) == wanted).all()
+    return ChoiceScore(float(scores.sum()), bool(greedy))
 
 
 def _lay_out(

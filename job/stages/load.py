@@ -52,8 +52,6 @@ def load(settings: Settings, sources: Sources, processes: Processes = ALONE) -> 
         name=settings.model.id,
         revision=sources.record.model_revision,
         sha256=sources.record.model_sha256,
-        quantization=settings.model.quantization,
-        double=settings.model.double_quantization,
     )
     log.get_logger().info(
         "model is loaded", device=str(device), dtype=record.dtype, trainable_parameters=record.trainable_parameters

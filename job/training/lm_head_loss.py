@@ -6,18 +6,44 @@ twice. torch's `linear_cross_entropy` takes a few rows at a time and finds the g
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.nn import functional
 
 from job.model.fused import lora_forward
-from job.training.packing import IGNORED
+from job.model.packing_check import Losses
+from job.records import Example
+from job.training.packing import IGNORED, packed_inputs
 
 ROWS = 256
 """Positions whose logits are formed at a time. torch's own choice, a few dozen, reads all weights for each of them."""
 _linear_cross_entropy: Any = getattr(functional, "linear_cross_entropy", None)
 """torch 2.13 has it."""
+
+
+def packed_loss(model: Any, examples: Sequence[Example], device: torch.device) -> torch.Tensor:
+    """The summed negative log-likelihood of all tokens that are learned, of examples laid end to end.
+
+    Args:
+        model: A PEFT model, used packed, that has TRL's fused head where `can_sum` says no.
+        examples: A micro-batch.
+        device: The model's.
+    """
+    packed = packed_inputs(examples, device)
+    if can_sum(base := model.get_base_model()):
+        return summed_loss(base, **packed)
+    loss: torch.Tensor = -model(**packed, fused_lm_head=True).log_probs.sum()
+    return loss
+
+
+def alone_loss(model: Any, example: Example, device: torch.device) -> torch.Tensor:
+    """The same of one example, by the model's own forward: right for every causal language model."""
+    ids = torch.tensor([example.input_ids], device=device)
+    learned = [i - 1 for i, target in enumerate(example.targets) if target]
+    logits = model(input_ids=ids).logits[0, learned]
+    return functional.cross_entropy(logits.float(), ids[0, 1:][learned], reduction="sum")
 
 
 def can_sum(base: Any) -> bool:
@@ -51,3 +77,15 @@ def summed_loss(base: Any, *, labels: torch.Tensor, **inputs: Any) -> torch.Tens
         options=torch.nn.LinearCrossEntropyOptions(batch_chunk_size=ROWS),
     )
     return loss
+
+
+def losses_of(model: Any) -> Losses:
+    """Both ways to the loss of examples, for the check that they agree; gives the model TRL's fused head where needed."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    if not can_sum(base := model.get_base_model()):
+        add_fused_lm_head(base)
+    return Losses(
+        packed=lambda examples: packed_loss(model, examples, model.device),
+        alone=lambda example: alone_loss(model, example, model.device),
+    )

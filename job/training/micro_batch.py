@@ -16,12 +16,12 @@ from trl.kernels import ChunkedLogProbFunction
 from job.log import get_logger
 from job.model.base import recompute_activations
 from job.model.fused.frozen_weights import forget_dequantized
-from job.model.packed_attention import Layout, Segment
+from job.model.packed_attention import Layout, Segment, is_packed
 from job.records import Example
 from job.training.config import Recipe
 from job.training.cuda_graphs import CudaGraphs
-from job.training.lm_head_loss import can_sum, summed_loss
-from job.training.packing import IGNORED, grain, longest_segment, packed_inputs, padded_sequence
+from job.training.lm_head_loss import alone_loss, packed_loss
+from job.training.packing import IGNORED, grain, longest_segment, padded_sequence
 
 VOCABULARY_CHUNK = 32768
 """Logits are formed for so many entries of the vocabulary at a time."""
@@ -52,7 +52,6 @@ class Learner:
     ) -> None:
         self._model, self._recipe, self._largest = model, recipe, largest
         self._backward, self._autocast = backward, autocast
-        self._in_full = can_sum(model.get_base_model())
         self._longest = longest_segment(examples, recipe.micro_batch_tokens)
         self._replayed: CudaGraphs | None = None
         kept = {
@@ -74,16 +73,18 @@ class Learner:
             device: The model's.
         """
         if not self._recipe.padded:
-            flat = packed_inputs(examples, device)
-            with self._autocast():
-                summed = (
-                    summed_loss(self._model.get_base_model(), **flat)
-                    if self._in_full
-                    else -model(**flat, fused_lm_head=True).log_probs.sum()
-                )
-            loss: torch.Tensor = summed * weight
-            self._backward(loss)
-            return loss.detach()
+            total = torch.zeros((), device=device)
+            for part in [examples] if is_packed(self._model) else [[example] for example in examples]:
+                with self._autocast():
+                    summed = (
+                        packed_loss(model, part, device)
+                        if is_packed(self._model)
+                        else alone_loss(model, part[0], device)
+                    )
+                loss: torch.Tensor = summed * weight
+                self._backward(loss)
+                total += loss.detach()
+            return total
         row = padded_sequence(examples, device)
         inputs = row.tokens, row.ends, torch.tensor(weight, device=device)
         if "recorded" not in self._spare:
