@@ -40,7 +40,50 @@ SMALL: dict[str, Any] = {
 """Sizes by name; a name that a configuration does not have, or has as None, is left."""
 TOKENS = {"pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 1}
 
-SPECIAL: dict[str, dict[str, Any]] = {}
+LAYERS = 4
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16}
+_LEFT: dict[str, Any] = {"head_dim": None}
+"""For classes that have no such argument, or a property in its place."""
+SPECIAL: dict[str, dict[str, Any]] = {
+    "bamba": {**_MAMBA, "attn_layer_indices": [1, 3]},
+    "blt": {"encoder_hash_byte_group_vocab": 100, "encoder_hash_byte_group_size": [3], "cross_attn_k": 2},
+    "cohere_compass_text": {"layer_types": ["full_attention", "sliding_attention"] * 2}
+    | {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), {"rope_type": "default", "rope_theta": 1e4})},
+    "ctrl": {"dff": 128},
+    "dbrx": {"ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2}, "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4}},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "layer_types": ["full_attention", "sliding_attention"] * 2},
+    "falcon": _LEFT,
+    "falcon_h1": {**_MAMBA, "mamba_d_ssm": 128},
+    "gemma3n_text": {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    | {"activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0], "intermediate_size": [128] * 4, "laurel_rank": 8},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "granitemoehybrid": {**_MAMBA, "layer_types": ["linear_attention", "full_attention"] * 2},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16, "moe_topk": 2, "num_experts": 4},
+    "kimi_linear": {"linear_head_dim": 16, "linear_num_heads": 4, "qk_head_dim": 24},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1, "chunk_size": 16},
+    "ministral": {"head_dim": 16, "layer_types": ["full_attention", "sliding_attention"] * 2},
+    "musicgen": {},
+    "nemotron": {"num_key_value_heads": 2},
+    "prophetnet": {"num_hidden_layers": None, "num_encoder_layers": 2, "num_decoder_layers": 2},
+    "qwen4_exp_text": {"indexer_budget": 16, "indexer_compress_ratio": 4, "indexer_head_dim": 16, "indexer_n_heads": 2, "indexer_kv_heads": 1, "ngram_vocab_size_base": 100}
+    | {"hc_lowrank": 16, "ple_embed_dim": 16, "split_ngram_parts": 1, "make_ngram_vocab_size_divisible_by": 1},
+    "reformer": {"is_decoder": True, "attn_layers": ["local", "lsh"] * 2, "axial_pos_embds_dim": [16, 48]}
+    | {"axial_pos_shape": [16, 32], "local_attn_chunk_length": 16, "lsh_attn_chunk_length": 16, "num_buckets": 4},
+    "roc_bert": {"pronunciation_embed_dim": 16, "shape_embed_dim": 16, "shape_vocab_size": 400},
+    "xlnet": {"max_position_embeddings": None, "d_inner": 128, "d_head": 16},
+    "xlstm": {"v_head_dim": None, "num_blocks": 4},
+    "zamba": {"attention_head_dim": 32, "attention_hidden_size": 128, "num_key_value_heads": 4, "mamba_dt_rank": 4}
+    | {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4, "use_mamba_kernels": False},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "attention_head_dim": 32}
+    | {"attention_hidden_size": 128, "mamba_headdim": 16, "n_mamba_heads": 8, "chunk_size": 16, "adapter_rank": 8}
+    | {"num_key_value_heads": 4, "kv_channels": 16, "num_query_groups": 4, "hybrid_layer_ids": [1, 3]},
+    "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16, "layer_types": ["hybrid"] * 4},
+}
+"""What a family wants beside small numbers; None leaves an argument out."""
+ONE_BY_LAYER = {"gemma4_text", "gemma4_unified_text", "dots3_note_text"}
+"""Their shapes are given layer by layer."""
 
 
 def tiny_config(model_type: str) -> Any:
@@ -58,7 +101,7 @@ def _shrunk(kind: Any, model_type: str) -> dict[str, Any]:
     given: dict[str, Any] = {}
     for name, small in SMALL.items():
         real = kind.attribute_map.get(name, name) if hasattr(kind, "attribute_map") else name
-        value = getattr(defaults, name, None)
+        value = _value(defaults, name)
         if name in getattr(kind, "attribute_map", {}) and real in SMALL:
             continue
         if isinstance(value, int | float) and not isinstance(value, bool) and value:
@@ -70,8 +113,21 @@ def _shrunk(kind: Any, model_type: str) -> dict[str, Any]:
         part = getattr(defaults, name, None)
         if part is not None:
             given[name] = _shrunk(type(part), part.model_type)
+    for name in ("layer_types", "mlp_layer_types", "layers_block_type"):
+        if kinds := list(dict.fromkeys(_value(defaults, name) or [])):
+            given[name] = [kinds[layer % len(kinds)] for layer in range(LAYERS)]
     given |= SPECIAL.get(model_type, {})
-    return given
+    renamed = getattr(kind, "attribute_map", {})
+    computed = {n for n in given if isinstance(inspect.getattr_static(kind, renamed.get(n, n), None), property)}
+    return {name: value for name, value in given.items() if value is not None and name not in computed}
+
+
+def _value(config: Any, name: str) -> Any:
+    """An attribute; None where it is not there, or another one in each layer."""
+    try:
+        return getattr(config, name, None)
+    except Exception:  # noqa: BLE001 - of a stranger's property
+        return None
 
 
 def make_model(model_type: str, folder: Path, **changes: Any) -> None:
