@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
+from job.records import PEFT
 from job.training.config import CPU_MICRO_BATCH_TOKENS
-from job.training.prepare import PLAIN, prepare, token_budget
+from job.training.prepare import prepare, token_budget
 from tests.helpers import make_model
 
 
@@ -26,7 +27,10 @@ def test_a_cpu_takes_the_plain_way(base_folder: Path) -> None:
         recompute=False,
         gigabytes=16,
     )
-    assert made == (None, PLAIN)
+    assert made.forward == PEFT
+    assert made.kept_activations
+    assert not made.spare
+    assert "a CPU trains" in made.reason
     assert [type(module).forward for module in model.modules()] == before
     assert not any("forward" in vars(module) for module in model.modules())
 
