@@ -71,7 +71,7 @@ class ExecutionPlan:
     recorded: bool
     reason: str
     forward: str = FUSED
-    """`peft`; or `fused all, triton`: what is fused, and whose kernels. The default is for records of older versions."""
+    """`peft`; or `fused all, triton`: what is fused, whose kernels. The default is for records of older versions."""
 
     @property
     def fused(self) -> bool:

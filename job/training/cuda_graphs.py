@@ -1,8 +1,8 @@
 """CUDA graphs: a GPU's kernels for inputs of one shape, recorded once and then launched together.
 
 Python launches a kernel in about the time that a fast GPU takes to run one, thousands of times in a step. A graph
-launches all of them at once, with nothing on the host between them. It computes what was recorded, on whatever its input
-tensors then hold.
+launches all of them at once, with nothing on the host between them. It computes what was recorded, on whatever its
+input tensors then hold.
 """
 
 from __future__ import annotations

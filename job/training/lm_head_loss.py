@@ -32,8 +32,8 @@ _linear_cross_entropy: Any = getattr(functional, "linear_cross_entropy", None)
 def can_sum(base: Any) -> bool:
     """Whether `summed_head` gives the loss of this causal language model, on its device.
 
-    Its head has to be a plain linear layer, with nothing that scales or caps logits behind it, on a CPU in fp32: in half
-    precision there is autocast, and what is multiplied has to be of one dtype.
+    Its head has to be a plain linear layer, with nothing that scales or caps logits behind it, on a CPU in fp32: half
+    precision has autocast, and what is multiplied has to be of one dtype.
     """
     known = _linear_cross_entropy is not None and lora_forward.knows(base)
     plain = type(base.get_output_embeddings()) is torch.nn.Linear
@@ -44,8 +44,8 @@ def can_sum(base: Any) -> bool:
 class SummedHead:
     """What TRL's `compute_loss` reads of a fused head's output, with the log-probabilities already summed.
 
-    It sums `log_probs`, so one number serves as well as one for each position. Entropy and accuracy it only collects for
-    its own log, which this job does not write; zeros cost nothing.
+    It sums `log_probs`, so one number serves as well as one for each position. Entropy and accuracy are collected for
+    TRL's own log, which this job does not write; zeros cost nothing.
     """
 
     log_probs: torch.Tensor
@@ -66,11 +66,12 @@ def summed_head(base: Any, *, labels: torch.Tensor, fused_lm_head: bool, **input
         labels: (1, tokens) int64: token ids, or -100 where nothing is learned. The label of a token is predicted at the
             position before it. The first token of a segment is never learned, so none is predicted across segments.
         fused_lm_head: True; the argument by which TRL asks for the fused head.
-        inputs: `input_ids` and `position_ids`, (1, tokens) int64, and `layout`, as `packing.packed_inputs` makes them.
+        inputs: `input_ids` and `position_ids`, (1, tokens) int64, `layout`, as
+            `packing.packed_inputs` makes them, and what TRL adds (`use_cache=False`).
     """
     if not fused_lm_head:
         raise ValueError("this head forms no logits")
-    hidden = base.base_model(**inputs, use_cache=False).last_hidden_state[0]  # (tokens, hidden) float32
+    hidden = base.base_model(**inputs).last_hidden_state[0]  # (tokens, hidden) float32
     following = labels[0, 1:]
     learned = (following != IGNORED).nonzero()[:, 0]
     head = base.get_output_embeddings()

@@ -60,7 +60,7 @@ class PaddedSequence:
     """
 
     tokens: torch.Tensor
-    """(3, length) int64: token ids; what each position shall predict, or -100; positions. Labels are shifted already."""
+    """(3, length) int64: token ids; what each position shall predict, or -100; positions. Labels are shifted."""
     ends: torch.Tensor
     """(segments + 1,) int32: where each segment starts, then the length, repeated for segments that hold nothing."""
     segments: tuple[Segment, ...]

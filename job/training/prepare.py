@@ -1,8 +1,8 @@
 """Makes the execution plan for this machine and the model ready for it, and says which plan it is and why.
 
 A GPU trains at more than twice the speed with the job's fused layers as with PEFT's own. What they do not cover
-(another dtype, dropout, an old GPU, a model whose layers are not known) trains by PEFT's all the same: then a warning and
-`training.execution` of the manifest say why. A CPU has PEFT's layers always.
+(another dtype, dropout, an old GPU, a model whose layers are not known) trains by PEFT's all the same: then a warning
+and `training.execution` of the manifest say why. A CPU has PEFT's layers always.
 """
 
 from __future__ import annotations

@@ -98,7 +98,9 @@ def test_the_budget_depends_on_the_size_alone(one: int, other: int) -> None:
 
 def test_what_is_given_up_is_gone_and_the_rest_stays() -> None:
     """In the order of `spare`; the plan it was stays as it is, and what is not there cannot be given up again."""
-    plan = ExecutionPlan(True, True, True, "a test", forward="fused all, triton")
+    plan = ExecutionPlan(
+        kept_base=True, kept_activations=True, recorded=True, reason="a test", forward="fused all, triton"
+    )
     assert plan.spare == ("kept_base", "kept_activations", "recorded")
     less = plan.give_up("kept_base")
     assert less == replace(plan, kept_base=False)
@@ -112,14 +114,16 @@ def test_what_is_given_up_is_gone_and_the_rest_stays() -> None:
 
 def test_sequences_stay_padded_when_the_graphs_are_given_up() -> None:
     """Other lengths would change the last bits, which giving something up must not."""
-    plan = ExecutionPlan(False, False, True, "a test", forward="fused all, triton")
+    plan = ExecutionPlan(
+        kept_base=False, kept_activations=False, recorded=True, reason="a test", forward="fused all, triton"
+    )
     assert plan.give_up("recorded").padded
     assert not replace(plan, forward="fused layers, triton").padded
 
 
 def test_peft_has_nothing_to_give_up() -> None:
     """What PEFT's own layers keep is as it was set: only the budget shrinks."""
-    plan = ExecutionPlan(False, True, False, "a test", forward=PEFT)
+    plan = ExecutionPlan(kept_base=False, kept_activations=True, recorded=False, reason="a test", forward=PEFT)
     assert plan.spare == ()
     assert not plan.fused
     assert not plan.padded
@@ -127,4 +131,4 @@ def test_peft_has_nothing_to_give_up() -> None:
 
 def test_a_record_of_an_older_version_was_fused() -> None:
     """It has no `forward`, and was only written where fused layers computed."""
-    assert ExecutionPlan(True, True, True, "needs 9 of 12 GiB").fused
+    assert ExecutionPlan(kept_base=True, kept_activations=True, recorded=True, reason="needs 9 of 12 GiB").fused

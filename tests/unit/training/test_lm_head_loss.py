@@ -40,7 +40,7 @@ def test_it_is_the_plain_loss(model: Any, monkeypatch: pytest.MonkeyPatch, rows:
     monkeypatch.setattr(lm_head_loss, "POSITIONS", rows)
     base, inputs = model.get_base_model(), packed_inputs(EXAMPLES, torch.device("cpu"))
     assert can_sum(base)
-    ours = gradient_of(model, -summed_head(base, fused_lm_head=True, **inputs).log_probs.sum())
+    ours = gradient_of(model, -summed_head(base, fused_lm_head=True, use_cache=False, **inputs).log_probs.sum())
     labels = inputs.pop("labels")
     logits = base(**inputs, use_cache=False).logits[0, :-1]
     plain = gradient_of(model, functional.cross_entropy(logits, labels[0, 1:], reduction="sum"))
