@@ -17,6 +17,7 @@ from job.distributed.processes import Processes
 from job.errors import JobError
 from job.evaluation.score_cache import ScoreCache, score_key
 from job.evaluation.scoring import plan_sequences, score_sequence
+from job.model.packed_attention import is_packed
 from job.records import ChoiceScore, Question
 
 Scored = list[list[ChoiceScore]]
@@ -72,6 +73,7 @@ class Scorer:
         machine = host.hardware()
         self.conditions = {
             **conditions,
+            "packed": is_packed(model),
             "software": host.software(),
             "cpu": machine["cpu"],
             "gpus": machine["gpus"],

@@ -63,7 +63,7 @@ class Losses:
 
 
 def choose_packing(
-    model: Any, examples: Sequence[Example], *, max_length: int, losses: Losses | None = None, known: Packing | None = None
+    model: Any, examples: Sequence[Example], *, max_length: int, losses: Losses | None = None, autocast: bool = False
 ) -> Packing:
     """Finds out whether the model computes packed sequences right, and leaves it in the way that does.
 
@@ -72,21 +72,18 @@ def choose_packing(
         examples: Real ones; a few of the first are taken, and of these the first `TOKENS` tokens.
         max_length: No sequence that will be computed is longer.
         losses: The gradient is compared too, where they are given.
-        known: What an earlier attempt of the run found, which is then taken as it is: it decides bits.
+        autocast: Whether training multiplies under torch's autocast, as it does in half precision on a GPU.
 
     Raises:
         SettingsError: The model is not causal, or its own code fails on plain sequences.
         DataError: Its logits are not finite.
     """
     base = model.get_base_model()
-    if known is not None:
-        if not use(base, NAME if known.packed else PLAIN) and known.packed:
-            raise SettingsError([Problem("model.id", f"{known.reason}, and now its attention cannot be replaced")])
-        return known
     training = model.training
     model.eval()
     try:
-        found = _find_out(model, _taken(examples), max_length, losses)
+        with torch.autocast(model.device.type, base.dtype, enabled=autocast and base.dtype in HALF):
+            found = _find_out(model, _taken(examples), max_length, losses)
     finally:
         model.zero_grad(set_to_none=True)
         model.train(training)

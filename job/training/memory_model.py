@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from job.common.optimizers import OPTIMIZERS
 from job.model.architecture import Architecture
 
 NF4_BLOCK, DOUBLE_BLOCK = 64, 256
 """Weights that share a constant, and constants that share one where these are quantized too."""
-OPTIMIZER_BLOCK = 256
 FP32 = 4
 HEAD_ROWS, HEAD_COLUMNS = 4096, 32768
 """The logits are computed in tiles of so many tokens and so many words of the vocabulary, and never kept."""
@@ -82,17 +82,6 @@ def weight_bytes(setup: Setup) -> int:
     return plain + a.linear_parameters // 2 + constants
 
 
-def optimizer_bytes(parameters: int, optimizer: str) -> int:
-    """Bytes of Adam's two moments: a byte each and a constant for each 256 with the 8-bit ones, else four each.
-
-    Source: Dettmers et al. 2021, 8-bit Optimizers via Block-wise Quantization (arXiv:2110.02861). A paged optimizer
-    holds the same; it may move to the host where the GPU is full.
-    """
-    if "8bit" not in optimizer:
-        return 8 * parameters
-    return 2 * (parameters + 4 * -(-parameters // OPTIMIZER_BLOCK))
-
-
 def kept_bytes(setup: Setup) -> int:
     """Bytes that one token leaves in one layer for its backward pass.
 
@@ -138,7 +127,7 @@ def training_memory(setup: Setup, tokens: int) -> Memory:
         weights=weight_bytes(setup),
         adapter=setup.adapter * (FP32 + copy),
         gradients=FP32 * setup.adapter,
-        optimizer=optimizer_bytes(setup.adapter, setup.optimizer),
+        optimizer=OPTIMIZERS[setup.optimizer].state_bytes(setup.adapter),
         activations=activation_bytes(setup, tokens),
     )
 
