@@ -53,7 +53,7 @@ def score_sequence(model: Any, questions: Sequence[Question]) -> list[list[Choic
     from job.model.packed_attention import build_layout, is_packed
 
     if not is_packed(model):
-        return [[_score_alone(model, question.context, choice) for choice in question.choices] for question in questions]
+        return [[_score_alone(model, asked.context, choice) for choice in asked.choices] for asked in questions]
     ids, positions, segments, reads, rows, targets = _lay_out(questions)
     device = model.device
     with torch.inference_mode():

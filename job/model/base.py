@@ -112,7 +112,7 @@ def load_base(
     check_weights(folder, config, build_empty(folder, config))
     packed_attention.register()
     how = {}
-    if quantization == "nf4" and not getattr(config, "quantization_config", None):
+    if quantization == "nf4" and not quantized and not getattr(config, "quantization_config", None):
         # what lies there quantized, be it the job's own cache or the user's, says how by itself
         how["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -133,8 +133,8 @@ def load_base(
             **how,
         )
     if missing := sorted(told["missing_keys"]):  # transformers fills them with random numbers, and goes on
-        names = f"{', '.join(missing[:5])}{f' and {len(missing) - 5} more' if len(missing) > 5 else ''}"
-        raise DataError([Problem("model.id", f"{folder} lacks weights of {type(model).__name__}: {names}")])
+        what = f"{folder} lacks {len(missing)} weights of {type(model).__name__}: {', '.join(missing[:5])}"
+        raise DataError([Problem("model.id", what)])
     model.config.use_cache = False
     for module in model.modules():
         # On CPUs with AVX512-BF16, bitsandbytes repacks a layer's weights for inference the first time it runs in
@@ -150,7 +150,7 @@ def load_base(
 
 
 def _dropouts() -> tuple[type, ...]:
-    """torch's dropout modules: rates that a model's class sets by itself, not by its configuration."""
+    """Dropout modules of torch: rates that a model's class sets by itself, not by its configuration."""
     from torch import nn
 
     return nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout
@@ -179,7 +179,7 @@ def recompute_activations(model: Any, *, on: bool, random: bool = True) -> None:
     base = model.get_base_model()
     if on and not base.supports_gradient_checkpointing:
         name = type(base).__name__
-        log.get_logger().warning("activations are kept: transformers cannot compute those of this model again", model=name)
+        log.get_logger().warning("activations are kept: those of this model cannot be computed again", model=name)
         return
     if on:
         # transformers renamed it in 5.23; the model is an argument of neither name

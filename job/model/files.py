@@ -40,6 +40,7 @@ _STEERING = {
 """Keys of config.json that say how to load or to compute, not what the model is: the job decides that."""
 _WEIGHT_DTYPES = {"float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "auto", "half", "float"}
 _RANDOM = ("dropout", "pdrop", "layerdrop", "drop_path", "jitter")
+_NEVER_ZERO = {"num_attention_heads", "hidden_size", "n_head", "n_embd", "vocab_size"}
 _PACKED_WEIGHTS = 8
 """A weight file of a quantized model has at most so many times fewer numbers than the model."""
 
@@ -132,7 +133,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def read_config(folder: Path) -> Any:
-    """transformers' configuration of the model, without what would steer loading, and without dropout.
+    """The model's configuration, as transformers has it, without what would steer loading, and without dropout.
 
     The reference recipe has no dropout but LoRA's own; a base that brings some would train by another one, and a
     router's noise likewise.
@@ -155,7 +156,7 @@ def _check_kind(folder: Path, config: Mapping[str, Any]) -> None:
     """Refuses what can be seen to be something else than a causal language model in plain or bitsandbytes' weights."""
     problems = []
     if (folder / "adapter_config.json").exists():
-        problems.append("holds an adapter (adapter_config.json): give the base that it was trained on, or merge the two")
+        problems.append("holds an adapter (adapter_config.json): give its base, or merge the two")
     if not isinstance(config.get("model_type"), str):
         problems.append("has a config.json without a model_type")
     if config.get("is_encoder_decoder") is True:
@@ -186,12 +187,13 @@ def _check_numbers(folder: Path, config: Mapping[str, Any]) -> None:
     problems = []
     for key, value in _numbers(config):
         name = key.rsplit(".", 1)[-1]
-        counts_layers = "layer" in name and "num" in name or name in {"n_layer", "n_layers", "num_layers"}
-        if counts_layers and not 0 <= value <= MOST_LAYERS:
-            problems.append(f"{key} is {value}")
-        elif name in {"num_attention_heads", "hidden_size", "n_head", "n_embd", "vocab_size"} and not 0 < value <= MOST_WIDE:
-            problems.append(f"{key} is {value}")
-        elif name.endswith(("_size", "_dim", "_heads", "_experts")) and abs(value) > MOST_WIDE:
+        if "layer" in name and name.startswith(("num_", "n_")):
+            plausible = 0 <= value <= MOST_LAYERS
+        elif name in _NEVER_ZERO:
+            plausible = 0 < value <= MOST_WIDE
+        else:
+            plausible = not name.endswith(("_size", "_dim", "_heads", "_experts")) or abs(value) <= MOST_WIDE
+        if not plausible:
             problems.append(f"{key} is {value}")
     if problems:
         raise DataError([Problem("model.id", f"{folder} has a config.json of no model: {', '.join(problems[:5])}")])
@@ -222,7 +224,7 @@ def _cleaned(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def silence(config: Any) -> None:
-    """Sets every rate of dropout and noise in transformers' configuration to zero: classes have defaults of their own."""
+    """Sets every rate of dropout and noise in a configuration to zero: classes have defaults of their own."""
     for part in [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]:
         for name, value in vars(part).items() if part is not None else ():
             if isinstance(value, float) and any(word in name for word in _RANDOM):

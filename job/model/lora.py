@@ -48,8 +48,8 @@ def add_adapter(
     try:
         adapted = get_peft_model(model, config)
     except ValueError as error:  # of layers that it knows it would break
-        why = (str(error).splitlines() or [""])[0][:300]
-        raise SettingsError([Problem("lora.target_modules", f"PEFT cannot adapt {', '.join(targets)}: {why}")]) from error
+        what = f"PEFT cannot adapt {', '.join(targets)}: {(str(error).splitlines() or [''])[0][:300]}"
+        raise SettingsError([Problem("lora.target_modules", what)]) from error
     for parameter in trainable(adapted).values():
         parameter.data = parameter.data.to(torch.float32)
     return adapted

@@ -140,7 +140,7 @@ class AskedMask:
     window: int | None
     """How many keys a query sees, itself included; None where it sees all before it."""
     plain: bool = True
-    """Whether it is no other than causal: not in chunks, not in both directions, not made by the model's own function."""
+    """Whether it is causal and no more: not in chunks, not in both directions, not by a function of the model's own."""
 
 
 def packed_attention(  # the signature is transformers'
@@ -220,7 +220,7 @@ def _has_kernel(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _block_by_block(
+def _block_by_block(  # noqa: PLR0917 - as attention has it
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -242,7 +242,7 @@ def _block_by_block(
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
-def _explicit(
+def _explicit(  # noqa: PLR0917
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -267,7 +267,9 @@ def _explicit(
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         tokens = block.end - block.start
-        sees = block.mask if block.mask is not None else torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).tril()
+        sees = block.mask
+        if sees is None:
+            sees = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).tril()
         scores = scores.float().masked_fill(~sees, float("-inf"))
         if sinks is not None:
             column = sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
@@ -278,7 +280,7 @@ def _explicit(
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
-def _varlen_kernel(
+def _varlen_kernel(  # noqa: PLR0917
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -294,7 +296,8 @@ def _varlen_kernel(
         k, v = k.index_select(0, layout.key_index), v.index_select(0, layout.key_index)
     longest = layout.longest_query, layout.longest_key
     seen = (-1 if window is None else window - 1, 0)  # keys before the query's own, and behind it
-    out = varlen_attn(q, k, v, layout.queries, layout.keys, *longest, window_size=seen, scale=scaling, **_grouped_heads())
+    offsets = layout.queries, layout.keys
+    out = varlen_attn(q, k, v, *offsets, *longest, window_size=seen, scale=scaling, **_grouped_heads())
     return cast("torch.Tensor", out)[None]
 
 

@@ -1,4 +1,4 @@
-"""Whether packed sequences come out right on a model, found out on the model itself before anything is computed by them.
+"""Whether packed sequences come out right on a model, found out on the model itself before anything is computed.
 
 No list of families: a few real sequences are computed packed, one of them with a prefix that two continuations share,
 and each alone by the model's own attention. Where they agree to what the precision explains, in logits and in the
@@ -23,6 +23,8 @@ from job.model.lora import trainable
 from job.model.packed_attention import CHECKED, NAME, Segment, Unpackable, build_layout, use
 from job.records import Example, Packing
 
+SHORT = 8
+"""Examples of fewer tokens are taken where there are no others."""
 TOKENS = 48
 """Of each sequence at most: enough for every layer to do all it does, and a fraction of a second on a GPU."""
 SAFE_ROPE = {"default", "linear", "llama3", "proportional", "yarn"}
@@ -63,7 +65,7 @@ class Losses:
 
 
 def choose_packing(
-    model: Any, examples: Sequence[Example], *, max_length: int, losses: Losses | None = None, autocast: bool = False
+    model: Any, examples: Sequence[Example], *, max_length: int, losses: Losses | None = None
 ) -> Packing:
     """Finds out whether the model computes packed sequences right, and leaves it in the way that does.
 
@@ -72,7 +74,6 @@ def choose_packing(
         examples: Real ones; a few of the first are taken, and of these the first `TOKENS` tokens.
         max_length: No sequence that will be computed is longer.
         losses: The gradient is compared too, where they are given.
-        autocast: Whether training multiplies under torch's autocast, as it does in half precision on a GPU.
 
     Raises:
         SettingsError: The model is not causal, or its own code fails on plain sequences.
@@ -82,8 +83,7 @@ def choose_packing(
     training = model.training
     model.eval()
     try:
-        with torch.autocast(model.device.type, base.dtype, enabled=autocast and base.dtype in HALF):
-            found = _find_out(model, _taken(examples), max_length, losses)
+        found = _find_out(model, _taken(examples), max_length, losses)
     finally:
         model.zero_grad(set_to_none=True)
         model.train(training)
@@ -95,7 +95,7 @@ def choose_packing(
 
 def _taken(examples: Sequence[Example]) -> list[Example]:
     """Three examples of different beginnings where there are such, cut to a few tokens."""
-    few = sorted(examples[:64], key=lambda example: len(example.input_ids) < 8)[:3]
+    few = sorted(examples[:64], key=lambda example: len(example.input_ids) < SHORT)[:3]
     few += [few[-1]] * (3 - len(few))
     return [Example(e.input_ids[: TOKENS - 7 * i], e.targets[: TOKENS - 7 * i]) for i, e in enumerate(few)]
 
@@ -177,7 +177,9 @@ def _logits(model: Any, ids: Sequence[int]) -> torch.Tensor:
         return model(input_ids=torch.tensor([list(ids)], device=model.device)).logits[0].float()
 
 
-def _packed_logits(model: Any, segments: Sequence[Segment], ids: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
+def _packed_logits(
+    model: Any, segments: Sequence[Segment], ids: Sequence[int], positions: Sequence[int]
+) -> torch.Tensor:
     """(tokens, vocabulary) fp32 of one packed sequence, called as the evaluation calls it."""
     device = model.device
     with torch.inference_mode():
@@ -263,4 +265,3 @@ def _depends_on_length(config: Any, max_length: int) -> str | None:
         if kind not in SAFE_ROPE and (kind not in {"dynamic", "longrope"} or max_length > whole):
             return f"its rotary positions ({kind}) depend on the longest sequence beside"
     return None
-

@@ -93,7 +93,6 @@ def _packing(model: Any, settings: Settings, sources: Sources, processes: Proces
         sources.examples,
         max_length=settings.train.max_length,
         losses=losses_of(model),
-        autocast=model.device.type == "cuda",
     )
     if found.packed and not all(processes.gather("packing", found.packed)):
         found = Packing(packed=False, reason="another process of the run finds that packed sequences come out wrong")

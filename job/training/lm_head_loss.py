@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -143,8 +144,15 @@ def losses_of(model: Any) -> Losses:
 
     def packed(examples: Sequence[Example]) -> torch.Tensor:
         inputs = packed_inputs(examples, model.device)
-        head = summed_head(base, fused_lm_head=True, use_cache=False, **inputs) if own else model(**inputs, fused_lm_head=True)
-        loss: torch.Tensor = -head.log_probs.sum()
+        with autocast():
+            head = partial(summed_head, base) if own else model
+            loss: torch.Tensor = -head(**inputs, fused_lm_head=True, use_cache=False).log_probs.sum()
         return loss
 
-    return Losses(packed, lambda example: alone_loss(model, **alone_inputs(example, model.device)))
+    def alone(example: Example) -> torch.Tensor:
+        with autocast():
+            return alone_loss(model, **alone_inputs(example, model.device))
+
+    half = base.dtype in {torch.float16, torch.bfloat16}
+    autocast = partial(torch.autocast, model.device.type, base.dtype if half else None, enabled=half)
+    return Losses(packed, alone)

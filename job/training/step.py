@@ -33,8 +33,8 @@ from job.training.packing import alone_inputs, grain, longest_segment, packed_in
 PackedGradient = Callable[[dict[str, Any], int], torch.Tensor]
 """Adds a micro-batch's gradient to the parameters', and returns its part of the loss, () float32, without history.
 
-It gets what `packed_inputs` makes (`alone_inputs`, where the model is not used packed), and the target tokens of the whole step, by which the micro-batch's summed loss is
-divided.
+It gets what `packed_inputs` makes, or `alone_inputs` where the model is not used packed, and the target tokens of the
+whole step, by which the summed loss is divided.
 """
 
 

@@ -293,6 +293,7 @@ OPTIONS = {
     **dict.fromkeys(("optim", "weight_decay", "max_grad_norm"), "the optimizer and clipping"),
     **dict.fromkeys(("bf16", "fp16"), "autocast, and loss scaling"),
     "loss_type": "what compute_loss computes",
+    "router_aux_loss_coef": "what compute_loss adds for a mixture of experts: nothing",
     "use_cpu": "where",
     "seed": "what Trainer seeds when it is made",
     **dict.fromkeys(("logging_steps", "logging_nan_inf_filter"), "log() is called after every step, with its own loss"),

@@ -1,4 +1,4 @@
-"""One family beside plain PEFT and the model's own eager attention: right packed, right one by one, refused, or wrong."""
+"""One family beside plain PEFT and the model's own eager attention: right, refused, or wrong."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import shutil
 import tempfile
 import traceback
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 from job.errors import DataError, JobError, SettingsError
-from job.records import ChoiceScore, Example, Question
+from job.records import PEFT, ChoiceScore, Example, ExecutionPlan, Question
 from tests.families.models import VOCABULARY, make_model
 from tests.helpers import make_examples
 
@@ -77,7 +78,7 @@ def _judge(family: str, folder: Path, tokenizer: Any) -> Verdict:
 
 def _questions(examples: list[Example]) -> list[Question]:
     ids = [list(e.input_ids) for e in examples if len(e.input_ids) > 12][:12]
-    return [Question(tuple(a[:8]), (tuple(a[8:14]), tuple(b[2:5]), (b[6],))) for a, b in zip(ids, ids[1:], strict=False)]
+    return [Question(tuple(a[:8]), (tuple(a[8:14]), tuple(b[2:5]), (b[6],))) for a, b in pairwise(ids)]
 
 
 def load(folder: Path, examples: list[Example]) -> tuple[Any, str, bool]:
@@ -121,7 +122,6 @@ def ours(
         global_batch_size=4,
         micro_batch_tokens=128,
         optimizer="adamw_torch",
-        gradient_checkpointing=False,
         save_every_steps=1000,
     )
     with tempfile.TemporaryDirectory() as states:
@@ -130,6 +130,9 @@ def ours(
             tokenizer,
             examples,
             recipe=recipe,
+            plan=ExecutionPlan(
+                kept_base=False, kept_activations=True, recorded=False, reason="as tests have it", forward=PEFT
+            ),
             hooks=Hooks(on_metrics=lambda _m: None, on_save=lambda *_: None, stop=lambda: False),
             folder=Path(states),
         )

@@ -42,15 +42,17 @@ TOKENS = {"pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 1}
 
 LAYERS = 4
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16}
+_ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 _LEFT: dict[str, Any] = {"head_dim": None}
 """For classes that have no such argument, or a property in its place."""
 SPECIAL: dict[str, dict[str, Any]] = {
     "bamba": {**_MAMBA, "attn_layer_indices": [1, 3]},
     "blt": {"encoder_hash_byte_group_vocab": 100, "encoder_hash_byte_group_size": [3], "cross_attn_k": 2},
     "cohere_compass_text": {"layer_types": ["full_attention", "sliding_attention"] * 2}
-    | {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), {"rope_type": "default", "rope_theta": 1e4})},
+    | {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
     "ctrl": {"dff": 128},
-    "dbrx": {"ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2}, "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4}},
+    "dbrx": {"ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2}}
+    | {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4}},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "layer_types": ["full_attention", "sliding_attention"] * 2},
     "falcon": _LEFT,
     "falcon_h1": {**_MAMBA, "mamba_d_ssm": 128},
@@ -67,8 +69,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "musicgen": {},
     "nemotron": {"num_key_value_heads": 2},
     "prophetnet": {"num_hidden_layers": None, "num_encoder_layers": 2, "num_decoder_layers": 2},
-    "qwen4_exp_text": {"indexer_budget": 16, "indexer_compress_ratio": 4, "indexer_head_dim": 16, "indexer_n_heads": 2, "indexer_kv_heads": 1, "ngram_vocab_size_base": 100}
-    | {"hc_lowrank": 16, "ple_embed_dim": 16, "split_ngram_parts": 1, "make_ngram_vocab_size_divisible_by": 1},
+    "qwen4_exp_text": {"indexer_budget": 16, "indexer_compress_ratio": 4, "indexer_head_dim": 16, "indexer_n_heads": 2}
+    | {"indexer_kv_heads": 1, "ngram_vocab_size_base": 100, "hc_lowrank": 16, "ple_embed_dim": 16}
+    | {"split_ngram_parts": 1, "make_ngram_vocab_size_divisible_by": 1},
     "reformer": {"is_decoder": True, "attn_layers": ["local", "lsh"] * 2, "axial_pos_embds_dim": [16, 48]}
     | {"axial_pos_shape": [16, 32], "local_attn_chunk_length": 16, "lsh_attn_chunk_length": 16, "num_buckets": 4},
     "roc_bert": {"pronunciation_embed_dim": 16, "shape_embed_dim": 16, "shape_vocab_size": 400},
@@ -106,10 +109,8 @@ def _shrunk(kind: Any, model_type: str) -> dict[str, Any]:
             continue
         if isinstance(value, int | float) and not isinstance(value, bool) and value:
             given[name] = small
-    for name, token in TOKENS.items():
-        if hasattr(defaults, name):
-            given[name] = token
-    for name, sub in (getattr(kind, "sub_configs", None) or {}).items():
+    given |= {name: token for name, token in TOKENS.items() if hasattr(defaults, name)}
+    for name in getattr(kind, "sub_configs", None) or {}:
         part = getattr(defaults, name, None)
         if part is not None:
             given[name] = _shrunk(type(part), part.model_type)
@@ -143,7 +144,7 @@ def make_model(model_type: str, folder: Path, **changes: Any) -> None:
     with torch.no_grad():  # some classes begin with zeros or equal numbers, under which errors hide
         for parameter in model.parameters():
             if parameter.ndim == 1 and float(parameter.float().std(correction=0)) == 0:
-                parameter += 0.1 * torch.randn_like(parameter)
+                parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(folder)
 
 
@@ -152,6 +153,3 @@ def families() -> list[str]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-
-
-__all__ = ["VOCABULARY", "families", "inspect", "make_model", "tiny_config"]
