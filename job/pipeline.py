@@ -17,7 +17,7 @@ from job.model.base import choose_device
 from job.model.quantized_cache.cache import publishing
 from job.platforms.detect import Delivery
 from job.preemption.stop_flag import Stop
-from job.records import Artifact, Evaluated, Pulled, Trained
+from job.records import Artifact, Evaluated, Packing, Pulled, Trained
 from job.results import manifest
 from job.results.baseline import check_tasks
 from job.results.delivery import deliver
@@ -87,7 +87,7 @@ def _carry_out(attempt: Attempt, settings: Settings, decisive: Mapping[str, Any]
     from job.stages.load import load  # heavy: what can be refused without it has been
 
     garbage_collection.enable()  # nearly all is imported
-    loaded = load(settings, sources, processes)
+    loaded = load(settings, sources, processes, attempt.known("packing", Packing))
     if processes.leads:
         keep_settings(attempt.store, decisive)  # not before: what cannot be loaded shall not bind the run
         _note_base(attempt, loaded)
@@ -97,8 +97,12 @@ def _carry_out(attempt: Attempt, settings: Settings, decisive: Mapping[str, Any]
 
 
 def _note_base(attempt: Attempt, loaded: Loaded) -> None:
-    """Notes which kept base the run begins with, or that there is none: once, before the record of the pull."""
+    """Notes which kept base the run begins with, or that there is none, and whether sequences are packed.
+
+    Once, before the record of the pull: later attempts go on with the same.
+    """
     if attempt.known("pull", Pulled) is None:
+        attempt.store.write("stages/packing.json", json.dumps(asdict(loaded.packing)).encode())
         attempt.store.write("stages/base.json", json.dumps(asdict(loaded.kept_base)).encode())
 
 
