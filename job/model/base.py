@@ -223,7 +223,7 @@ def describe_model(model: Any, *, name: str, revision: str | None, sha256: str) 
     """What the manifest says of the model, a PEFT model. Parameters are counted as of the unquantized model."""
     adapter = sum(parameter.numel() for parameter in trainable(model).values())
     base = model.get_base_model()
-    as_held = held(base)
+    as_held, config = held(base), model.peft_config["default"]
     return ModelRecord(
         id=name,
         revision=revision,
@@ -235,5 +235,5 @@ def describe_model(model: Any, *, name: str, revision: str | None, sha256: str) 
         parameters=base.num_parameters() - adapter,
         trainable_parameters=adapter,
         quantized_parameters=as_held.weights,
-        adapted=sorted(model.peft_config["default"].target_modules),
+        adapted=sorted({*config.target_modules, *(config.target_parameters or ())}),
     )

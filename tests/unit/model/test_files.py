@@ -92,13 +92,15 @@ def test_an_index_that_names_nothing_is_refused(folder: Path, map_: Any) -> None
 
 
 def test_a_missing_tensor_is_not_made_up(folder: Path) -> None:
-    """transformers would fill it with random numbers and go on."""
+    """The library would fill it with random numbers and go on."""
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(folder / "model.safetensors")
     tensors.pop("model.layers.1.mlp.up_proj.weight")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(DataError, match=r"lacks 1 weights of MistralForCausalLM: model\.layers\.1\.mlp\.up_proj\.weight"):
+    with pytest.raises(
+        DataError, match=r"lacks 1 weights of MistralForCausalLM: model\.layers\.1\.mlp\.up_proj\.weight"
+    ):
         load(folder)
 
 
@@ -153,7 +155,7 @@ def test_a_configuration_too_large_to_be_one_is_not_read(folder: Path) -> None:
 
 
 def test_an_adapter_is_not_taken_for_a_base(folder: Path) -> None:
-    """transformers would load the base that adapter_config.json names, from wherever that is."""
+    """The library would load the base that adapter_config.json names, from wherever that is."""
     (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/tmp/elsewhere"}))
     with pytest.raises(SettingsError, match="holds an adapter"):
         load(folder)
