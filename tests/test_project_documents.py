@@ -18,6 +18,7 @@ from job.settings.sources import environment_name
 ROOT = Path(__file__).parents[1]
 CONTRIBUTING = (ROOT / ".github/CONTRIBUTING.md").read_text(encoding="utf-8")
 DECISIONS = sorted((ROOT / ".github/decisions").glob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / ".github/CONTRIBUTING.md", *DECISIONS]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCKER = (ROOT / "infra/docker/README.md").read_text(encoding="utf-8")
 
@@ -88,7 +89,7 @@ def named_paths(text: str) -> set[str]:
     return {*quoted, *re.findall(r"\]\(((?:job|tests|infra|\.github)/[\w./-]+)\)", text)}
 
 
-@pytest.mark.parametrize("path", [ROOT / "README.md", ROOT / ".github/CONTRIBUTING.md", *DECISIONS], ids=lambda p: p.name)
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.name)
 def test_paths_in_the_documents(path: Path) -> None:
     """Every file and folder that README, CONTRIBUTING or a decision names is there."""
     missing = [name for name in named_paths(path.read_text(encoding="utf-8")) if not (ROOT / name).exists()]
