@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -124,3 +125,25 @@ def test_decisions_are_short() -> None:
         text = path.read_text(encoding="utf-8")
         assert text.startswith(f"# {int(path.name[:4])}. ")
         assert len(text.splitlines()) <= 50
+
+
+def test_the_figures_of_the_cpu_in_the_readme() -> None:
+    """The table of what was measured on a CPU is what the named file of results has."""
+    section = README.partition("## Speed")[2]
+    (name,) = re.findall(r"`(\S+-cpu\.json)`", section)
+    results = json.loads((ROOT / "tests/bench/results" / name).read_text(encoding="utf-8"))
+    assert results["date"][:10] in section
+    ratios = {row["what"]: row["ratio"] for row in results["rows"]}
+    table = {
+        what: cells
+        for what, *cells in re.findall(r"^\| (.+?) \| (\S+) \| (\S+?)[, ].*? \| (\S+) \|$", section, re.MULTILINE)
+    }
+    for what, row in {
+        "training, NF4, target tokens a second": "training, NF4",
+        "the same": "training, NF4, beside Unsloth",
+        "evaluation, questions a second, same predictions": "evaluation",
+        "from a restart to the next step on real data, seconds": "restart to the next new step, real data",
+    }.items():
+        ours, other, ratio = map(float, table[what])
+        assert ratio == pytest.approx(ratios[row], abs=0.051)
+        assert ours / other == pytest.approx(ratio, rel=0.03)
