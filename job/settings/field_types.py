@@ -7,8 +7,10 @@ the value: a secret that landed in the wrong variable must not travel on into lo
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
@@ -23,6 +25,11 @@ _DEPTH = 2  # group and name; what lies deeper is an item of a value
 _ARCHIVES = {"GLACIER", "DEEP_ARCHIVE"}
 
 T = TypeVar("T")
+
+
+def new_run_id() -> str:
+    """A run id made of the time (UTC) and a random part, `20261123-135600-9f3c`."""
+    return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.urandom(2).hex()}"
 
 
 def _blank_is_none(value: object) -> object:

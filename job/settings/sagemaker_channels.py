@@ -10,26 +10,25 @@ from job.common.config_files import read_mapping
 from job.errors import Problem
 from job.settings.layers import GivenValue, Layer
 
-STANDS_FOR = {"training": "data.source", "model": "model.id", "evaluation": "eval.data"}
 
-
-def read_channels(inputs: Path | None, mentioned: Collection[str] = ()) -> Layer:
-    """The settings that channels stand in for.
+def read_channels(inputs: Path | None, channels: Mapping[str, str], mentioned: Collection[str] = ()) -> Layer:
+    """The settings that channels stand for.
 
     Args:
         inputs: SageMaker's folder of inputs, with `config/inputdataconfig.json` and the channels below `data/`.
+        channels: Name of a channel -> dotted name of the setting it stands for (`SageMakerChannel` in the schema).
         mentioned: Texts that may name a path in a channel. A channel that is for nothing is an error: its name may be
             a slip, and the run would train on something else.
     """
     layer = Layer()
     if inputs is None or not (listing := inputs / "config/inputdataconfig.json").is_file():
         return layer
-    channels = read_mapping(listing, json.loads)
-    if isinstance(channels, str):
-        return Layer(problems=[Problem(listing.name, channels)])
-    for name, ordered in channels.items():
+    listed = read_mapping(listing, json.loads)
+    if isinstance(listed, str):
+        return Layer(problems=[Problem(listing.name, listed)])
+    for name, ordered in listed.items():
         source, folder = f"sagemaker channel {name}", inputs / "data" / str(name)
-        setting = STANDS_FOR.get(str(name).lower())
+        setting = channels.get(str(name).lower())
         if why := _unusable(ordered):
             layer.problems.append(Problem(source, why))
         elif setting == "eval.data":
@@ -40,7 +39,7 @@ def read_channels(inputs: Path | None, mentioned: Collection[str] = ()) -> Layer
         elif setting is not None:
             layer.given[setting] = GivenValue(str(folder), source)
         elif not any(f"{folder}/" in f"{text}/" for text in mentioned):
-            what = f"stands for no setting; name it {', '.join(STANDS_FOR)}, or name a path in {folder} in a setting"
+            what = f"stands for no setting; name it {', '.join(channels)}, or name a path in {folder} in a setting"
             layer.problems.append(Problem(source, what))
     return layer
 

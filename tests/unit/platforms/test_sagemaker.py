@@ -13,9 +13,12 @@ from hypothesis import strategies as st
 from job.errors import SettingsError
 from job.platforms.sagemaker import copied_folder, lasts
 from job.settings.load import load_settings
+from job.settings.markers import SageMakerChannel, find_markers
 from job.settings.sagemaker_channels import read_channels
+from job.settings.schema import Settings
 
 USUAL = {"TrainingInputMode": "File", "S3DistributionType": "FullyReplicated", "RecordWrapperType": "None"}
+CHANNELS = {marker.name: setting for setting, marker in find_markers(Settings, SageMakerChannel).items()}
 
 
 @pytest.fixture
@@ -48,7 +51,7 @@ def problems(inputs: Path, **settings: str) -> list[str]:
 
 def test_no_inputs_give_nothing(inputs: Path) -> None:
     """Elsewhere than on SageMaker, and without channels, there is nothing to read."""
-    assert read_channels(None).given == read_channels(inputs).given == {}
+    assert read_channels(None, CHANNELS).given == read_channels(inputs, CHANNELS).given == {}
 
 
 def test_channels_stand_for_sources(inputs: Path) -> None:
@@ -164,7 +167,7 @@ def test_any_list_of_channels_is_read(tmp_path_factory: pytest.TempPathFactory, 
     folder = tmp_path_factory.mktemp("inputs")
     (folder / "config").mkdir()
     (folder / "config/inputdataconfig.json").write_text(json.dumps(channels), encoding="utf-8")
-    layer = read_channels(folder)
+    layer = read_channels(folder, CHANNELS)
     assert len(layer.given) + len(layer.problems) == len(channels) or "evaluation" in map(str.lower, channels)
 
 
