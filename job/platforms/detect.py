@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-# Kubernetes puts these into every pod: the index of an Indexed Job, and the addresses of every Service whose name begins
+# Kubernetes puts these into every pod: the index of an Indexed Job, and the addresses of all Services whose names begin
 # with "job" (JOB_TRACKER_SERVICE_HOST, JOB_TRACKER_PORT_443_TCP_ADDR). They are no settings of this job.
 _SET_BY_KUBERNETES = re.compile(
     r"JOB_COMPLETION_INDEX|JOB_(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)",
 )
 
-# Jenkins, Prow and Grid Engine put these into every process they start, on whatever platform. No setting has such a name.
+# Jenkins, Prow and Grid Engine put these into every process they start, on any platform. No setting has such a name.
 _FOREIGN = re.compile(r"JOB_(NAME|BASE_NAME|ID|URL|DISPLAY_URL|SCRIPT|SPEC|TYPE)")
 
 

@@ -52,7 +52,6 @@ def read_run_log(store: ObjectStore, epoch: int) -> list[AttemptRecord]:
     return records
 
 
-
 SETTINGS = "settings.json"
 
 

@@ -1,32 +1,34 @@
 """The settings of this run: collected, checked, described. The only reader of the environment.
 
 A setting is given as `JOB_GROUP__NAME` in the environment, `--group.name` on the command line, `group.name` in
-SageMaker's hyperparameters, and as a nested mapping in a file. `schema` has the settings and the precedence, `sources` the
-places.
+SageMaker's hyperparameters, and as a nested mapping in a file. `schema` has the settings and the precedence, `sources`
+reads each place.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from argparse import ArgumentParser
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from job.distributed.ranks import VARIABLES, Place, find_faults, find_machines, find_place
+from job.distributed.ranks import Place, find_faults, find_machines, find_place
 from job.errors import Problem, SettingsError
 from job.platforms.detect import Platform, detect, is_foreign
 from job.platforms.sagemaker import copied_folder
 from job.settings.field_types import explain, new_run_id
 from job.settings.markers import RevisionOf, find_markers
 from job.settings.presets import PRESETS
-from job.settings.schema import NAMES, READING, Settings, affects_result
+from job.settings.schema import NAMES, READING, Options, Settings, affects_result
 from job.settings.sources import Request, environment_name, nested, same, setting_at
 
 __all__ = [
     "Settings",
+    "add_options",
     "current_place",
     "current_platform",
     "decisive_settings",
@@ -201,6 +203,19 @@ def preset_values(preset: str) -> dict[str, Any]:
     return plain_values(Settings(**nested(given)))
 
 
+def add_options(parser: ArgumentParser, *, reading: bool = False) -> None:
+    """Adds every setting as an option with its documentation, for `--help`; with `reading` those for readers only."""
+    from pydantic import create_model
+    from pydantic_settings import BaseSettings, CliSettingsSource
+
+    settings: type[BaseSettings] = Settings
+    if reading:
+        groups = {name.partition(".")[0] for name in READING}
+        fields: dict[str, Any] = {n: (f.annotation, f) for n, f in Settings.model_fields.items() if n in groups}
+        settings = create_model("Settings", __base__=Options, **fields)
+    CliSettingsSource(settings, root_parser=parser)
+
+
 def json_schema() -> dict[str, Any]:
     """JSON Schema of all settings, as a file of settings nests them."""
     return Settings.model_json_schema()
@@ -213,7 +228,10 @@ def _processes(settings: Settings, environ: Mapping[str, str]) -> Iterator[Fault
     place = find_place(environ)
     if place is None and run.nodes > 1:
         if run.rendezvous is None:
-            yield "run.rendezvous", "must be given where JOB_RUN__NODES is more than 1: host:port of machine 0, the same on all"
+            yield (
+                "run.rendezvous",
+                "must be given where JOB_RUN__NODES is more than 1: host:port of machine 0, the same on all",
+            )
         if run.node_rank >= run.nodes:
             yield "run.node_rank", f"counts from 0, so it must be less than JOB_RUN__NODES, {run.nodes}; change one"
     several = run.nodes > 1 if place is None else place.world_size > 1

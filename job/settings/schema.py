@@ -211,7 +211,7 @@ class Checkpoint(Group):
     keep: ExecutionOnly[Count] = 2
     """Checkpoints to keep; older ones are deleted."""
     settle_seconds: ExecutionOnly[NotNegative] = 0.0
-    """Age in seconds of a checkpoint before older ones are deleted, where a folder is copied late. On SageMaker: 300."""
+    """Age in seconds of a checkpoint before older ones are deleted, where a folder is copied late. SageMaker: 300."""
 
 
 class Eval(Group):
@@ -281,8 +281,8 @@ class Cost(Group):
     """On-demand price of the same machines; the manifest states what was saved against it."""
 
 
-class Settings(Group, BaseSettings):
-    """All settings of one run."""
+class Options(Group, BaseSettings):
+    """How pydantic-settings reads variables and prints `--help`."""
 
     model_config = SettingsConfigDict(
         env_prefix="JOB_",
@@ -296,10 +296,14 @@ class Settings(Group, BaseSettings):
         cli_use_class_docs_for_groups=True,
     )
 
+
+class Settings(Options):
+    """All settings of one run."""
+
     preset: ExecutionOnly[Literal["mistral-7b-alpaca", "demo"]] = "mistral-7b-alpaca"
     """Named set of settings to start from."""
     fault: ExecutionOnly[Maybe[Text]] = None
-    """Rehearse a failure, such as `kill@step=12`; job/runs/fault_injection.py lists them. For tests only."""
+    """Rehearse a failure, such as `kill@step=12`; job/runs/fault_injection.py has all. For tests only."""
     run: Run = Field(default_factory=Run)
     model: Annotated[Model, BelongsTo("model.id")] = Field(default_factory=Model)
     lora: Lora = Field(default_factory=Lora)

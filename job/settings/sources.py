@@ -1,11 +1,11 @@
 """The places that settings come from, as sources of pydantic-settings; `Settings` has them in order of precedence.
 
 pydantic-settings calls the sources one after the other, the strongest first, and merges what they return. A source here
-returns raw values, which the fields' types then interpret (`field_types`), and notes in the `Request` where each value came
-from. What pydantic-settings does not report is reported by these sources: names that are no settings, and all
+returns raw values, which the fields' types then interpret (`field_types`), and notes in the `Request` where each value
+came from. What pydantic-settings does not report is reported by these sources: names that are no settings, and all
 problems at once instead of the first.
 
-How to add a source: a subclass of `Source` with `read`, and its place in `Settings.settings_customise_sources`.
+How to add a source: a subclass of `Source` with `_read`, and its place in `Settings.settings_customise_sources`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from pydantic_settings import (
     EnvSettingsSource,
     NestedSecretsSettingsSource,
     PydanticBaseSettingsSource,
+    SecretsSettingsSource,
 )
 from pydantic_settings import SettingsError as BadFolder
 
@@ -81,7 +82,7 @@ class Source(PydanticBaseSettingsSource, ABC):
         self.names = setting_names(settings_cls)
 
     @abstractmethod
-    def read(self) -> Layer:
+    def _read(self) -> Layer:
         """What this source gives, by dotted name, and what is wrong with it."""
 
     def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:  # noqa: ARG002
@@ -90,7 +91,7 @@ class Source(PydanticBaseSettingsSource, ABC):
 
     def __call__(self) -> dict[str, Any]:
         """All values of this source, nested as the settings are."""
-        layer = self.read()
+        layer = self._read()
         if (run_id := layer.given.get("run.id")) and run_id.value in (None, ""):
             del layer.given["run.id"]  # an empty name asks for the platform's, or for a generated one
         self.request.layers.append(layer)
@@ -136,7 +137,7 @@ class CommandLine(Source):
     Not pydantic-settings' own reader: argparse exits at the first mistake and repeats what was typed, maybe a secret.
     """
 
-    def read(self) -> Layer:
+    def _read(self) -> Layer:
         layer = Layer()
         arguments = self.request.arguments
         rest = iter(enumerate(arguments, start=1))
@@ -164,7 +165,7 @@ class CommandLine(Source):
 class Environment(Source):
     """Variables `JOB_GROUP__NAME`, read by pydantic-settings' own source."""
 
-    def read(self) -> Layer:
+    def _read(self) -> Layer:
         environ, platform = self.request.environ, self.request.platform
         own = {variable: text for variable, text in environ.items() if variable.startswith("JOB_")}
         known = (*self.names, CONFIG, SECRETS_DIR)
@@ -186,7 +187,7 @@ class SecretsFolder(Source):
     Read by pydantic-settings' own source. A file whose name does not begin with JOB_ is left alone.
     """
 
-    def read(self) -> Layer:
+    def _read(self) -> Layer:
         variable = environment_name(SECRETS_DIR)
         folder = self.request.environ.get(variable)
         if not folder:
@@ -194,8 +195,8 @@ class SecretsFolder(Source):
         if not Path(folder).is_dir():
             return Layer(problems=[Problem(f"{variable} (environment)", "names no folder; mount it, or unset it")])
         try:
-            reader = NestedSecretsSettingsSource(self.settings_cls, secrets_dir=folder)
-        except (OSError, ValueError, BadFolder):  # unreadable, not text, or more than 16 MiB; the words may quote a file
+            reader = NestedSecretsSettingsSource(SecretsSettingsSource(self.settings_cls, secrets_dir=folder))
+        except (OSError, ValueError, BadFolder):  # whose own words may quote a file
             what = "names a folder with a file that cannot be read as text, or with more than 16 MiB; correct it"
             return Layer(problems=[Problem(f"{variable} (environment)", what)])
         texts = {name.upper(): text for name, text in reader.env_vars.items() if text is not None}
@@ -221,7 +222,7 @@ def _by_variable(reader: EnvSettingsSource, texts: Mapping[str, str]) -> dict[st
 class Hyperparameters(Source):
     """SageMaker's hyperparameters.json, where everything is a string, some of them JSON: '3', '"nf4"', 'null'."""
 
-    def read(self) -> Layer:
+    def _read(self) -> Layer:
         path, source = self.request.platform.hyperparameters, "hyperparameters.json"
         if path is None or not path.is_file():
             return Layer()
@@ -240,12 +241,16 @@ class ConfigFile(Source):
     Not pydantic-settings' own readers: they take a missing file, and one that holds a list, for an empty one.
     """
 
-    def read(self) -> Layer:
+    def _read(self) -> Layer:
         config = self.request.strongest(CONFIG)
         if config is None or not config.value:
             return Layer()
         path, where = Path(str(config.value)), setting_at(CONFIG, config.source)
-        parsers: dict[str, Callable[[str], object]] = {".yaml": _parse_yaml, ".yml": _parse_yaml, ".toml": tomllib.loads}
+        parsers: dict[str, Callable[[str], object]] = {
+            ".yaml": _parse_yaml,
+            ".yml": _parse_yaml,
+            ".toml": tomllib.loads,
+        }
         if path.suffix.lower() not in parsers:
             return Layer(problems=[Problem(where, "must name a .yaml, .yml or .toml file")])
         content = read_mapping(path, parsers[path.suffix.lower()])
@@ -257,7 +262,7 @@ class ConfigFile(Source):
 class SageMakerChannels(Source):
     """Input channels of a SageMaker job that stand for settings, and complaints about those that stand for none."""
 
-    def read(self) -> Layer:
+    def _read(self) -> Layer:
         channels = {mark.name: name for name, mark in find_markers(self.settings_cls, SageMakerChannel).items()}
         texts = [str(item.value) for layer in self.request.layers for item in layer.given.values()]
         return read_channels(self.request.platform.inputs, channels, [*texts, *self.request.environ.values()])
@@ -270,12 +275,16 @@ class Preset(Source):
     (`BelongsTo` in the schema). Of another model or data set they say nothing, so there the defaults hold.
     """
 
-    def read(self) -> Layer:
+    def _read(self) -> Layer:
         chosen = self.request.strongest("preset")
         name = chosen.value if chosen else next(iter(PRESETS))
         values = PRESETS.get(name, {}) if isinstance(name, str) else {}
         return Layer(
-            {key: GivenValue(value, f"preset {name}") for key, value in values.items() if self._still_holds(key, values)},
+            {
+                key: GivenValue(value, f"preset {name}")
+                for key, value in values.items()
+                if self._still_holds(key, values)
+            },
             by_user=False,
         )
 
@@ -293,7 +302,7 @@ def same(one: object, other: object) -> bool:
 class PlatformDefaults(Source):
     """What the platform says of itself and of the run's machines, where nobody else says anything."""
 
-    def read(self) -> Layer:
+    def _read(self) -> Layer:
         platform = self.request.platform
         folder = copied_folder(platform.inputs) or platform.output
         said = {

@@ -230,4 +230,7 @@ def test_several_machines_need_one_store(order: Callable[..., TrainingJob]) -> N
     ended = order("wide", hosts=("algo-1", "algo-2")).run()
     assert ended.code == 2
     assert ended.failure
-    assert "run.output (platform): is a folder of this machine alone; with several machines give s3://" in ended.failure
+    assert (
+        "JOB_RUN__OUTPUT (platform): is a folder of this machine alone; with several machines give s3://"
+        in ended.failure
+    )

@@ -112,7 +112,7 @@ def test_a_channel_for_nothing(inputs: Path) -> None:
     """A name that the job does not know may be a slip: the run would train on something else and not say so."""
     order(inputs, train=USUAL)
     [problem] = problems(inputs)
-    assert problem.startswith("sagemaker channel train: stands for no setting; name it training, model, evaluation, or")
+    assert problem.startswith("sagemaker channel train: stands for no setting; name it model, training, evaluation, or")
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_questions_of_no_task(inputs: Path) -> None:
     (inputs / "data/evaluation/test.jsonl").write_text("", encoding="utf-8")
     [problem] = problems(inputs)
     assert problem.startswith(
-        "eval.data (sagemaker channel evaluation): has a file for a task that is not in eval.tasks"
+        "JOB_EVAL__DATA (sagemaker channel evaluation): has a file for a task that is not in JOB_EVAL__TASKS"
     )
     assert "named after their tasks" in problem
 
