@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Starts the job: secrets from files, one look at the GPUs, and out of its way. What is refused here is refused before
-# torch is loaded, with the job's exit code for wrong settings. How many processes to start is the job's own business.
+# Reads secrets from files, checks the GPUs and starts the job. What is refused here is refused before torch is loaded,
+# with the job's exit code for wrong settings. The job itself decides how many processes to start.
 set -euo pipefail
 here=$(dirname "$(readlink -f "$0")")
 secrets=(AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN HF_TOKEN
@@ -10,7 +10,7 @@ wrong='' problem='' remedy='' rebuild='or build the image for older GPUs and dri
 say() { # level, words: a line of the log, as the job writes them
   printf '{"event": "%s", "level": "%s", "timestamp": "%s"}\n' "${2//[\"\\]/\'}" "$1" "$(date -u +%FT%T.%6NZ)" >&2
 }
-refuse() { # words: into the log, and where Kubernetes and SageMaker look for last ones
+refuse() { # words: into the log, and where Kubernetes and SageMaker look for the reason of a failure
   say error "$1"
   for place in "${KUBERNETES_TERMINATION_LOG:-/dev/termination-log}" "${SAGEMAKER_BASE_DIR:-/opt/ml}/output/failure"; do
     { printf '%s' "$1" >"$place"; } 2>/dev/null || true
@@ -30,6 +30,7 @@ for name in "${secrets[@]}"; do
 done
 [ -z "$wrong" ] || refuse "${wrong% }"
 case ${1-run} in run | train | -*) ;; *) exec python -m job "$@" ;; esac # the other commands need no GPU
+for word in "$@"; do case $word in -h | --help | --version) exec python -m job "$@" ;; esac; done
 
 read -r built oldest <"$here/cuda" # the CUDA that torch is built with, the least compute capability it serves
 if ! banner=$(timeout 30 nvidia-smi 2>/dev/null); then

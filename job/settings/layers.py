@@ -19,7 +19,7 @@ class GivenValue:
 class Layer:
     """What one source gives by dotted name, and what is wrong with it there.
 
-    `by_user` is whether it is what the user wrote, not what a preset or the platform says.
+    `by_user` is whether it is what the user wrote, and not from a preset or the platform.
     """
 
     given: dict[str, GivenValue] = field(default_factory=dict)

@@ -94,11 +94,11 @@ def test_files_are_files(inputs: Path, mode: str) -> None:
     [
         (
             {"TrainingInputMode": "Pipe"},
-            "is a pipe, which can be read only once; give it the input mode File or FastFile",
+            "is a pipe, which can be read only once; set its input mode to File or FastFile",
         ),
         (
             {"S3DistributionType": "ShardedByS3Key"},
-            "is dealt out to the hosts, and each needs all of it; make its distribution FullyReplicated",
+            "is divided among the hosts, but each needs all of it; set its distribution to FullyReplicated",
         ),
     ],
 )
