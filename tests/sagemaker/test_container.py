@@ -192,7 +192,7 @@ def test_a_complete_run_is_delivered_again(
             "hyperparameters.json train.epocs: is no setting",
         ),
         ({"ordered": {"training": {"TrainingInputMode": "Pipe"}}}, "sagemaker channel training: is a pipe"),
-        ({"hosts": ("algo-1",), "ordered": {"model": {"S3DistributionType": "ShardedByS3Key"}}}, "is dealt out"),
+        ({"hosts": ("algo-1",), "ordered": {"model": {"S3DistributionType": "ShardedByS3Key"}}}, "is divided among"),
         ({"channels": {"train": DEMO / "instructions.jsonl"}}, "sagemaker channel train: stands for no setting"),
         ({"channels": {"evaluation": DEMO / "questions.jsonl"}}, "a channel's files are named after their tasks"),
     ],
