@@ -25,7 +25,7 @@ from job.runs.attempt import Attempt, missing, open_attempt
 from job.runs.fault_injection import Fault, arm, faulty
 from job.runs.layout import RESULTS
 from job.runs.run_log import compare_settings, keep_settings
-from job.settings.load import Settings, decisive_settings, environment, plain_values, trackers
+from job.settings.load import Settings, environment, trackers
 from job.stages.handoff import Sources
 from job.stages.publish import publish
 from job.stages.pull import pull
@@ -35,6 +35,7 @@ from job.tracking.trackers import Tracking, tracking
 
 if TYPE_CHECKING:
     from job.stages.handoff import Loaded
+from job.settings.affects_result import decisive_settings, plain_values
 
 
 def run(

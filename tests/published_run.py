@@ -36,8 +36,8 @@ from job.results.inventory import collect
 from job.results.reader import answers_path
 from job.runs.lease import LeaseRecord
 from job.runs.run_log import record_key
+from job.settings.affects_result import affects_result
 from job.settings.load import describe, load_settings, redacted
-from job.settings.schema import affects_result
 from job.storage.local import LocalStore
 
 ROWS, STEPS = 8, 4

@@ -23,7 +23,7 @@ from job.platforms.sagemaker import copied_folder
 from job.settings.field_types import explain, new_run_id
 from job.settings.markers import RevisionOf, find_markers
 from job.settings.presets import PRESETS
-from job.settings.schema import NAMES, READING, Options, Settings, affects_result
+from job.settings.schema import NAMES, READING, Options, Settings
 from job.settings.sources import Request, environment_name, nested, same, setting_at
 
 __all__ = [
@@ -31,14 +31,12 @@ __all__ = [
     "add_options",
     "current_place",
     "current_platform",
-    "decisive_settings",
     "describe",
     "foreign_variables",
     "json_schema",
     "load_reading",
     "load_settings",
     "new_run_id",
-    "plain_values",
     "preset_values",
     "redacted",
     "secrets",
@@ -180,16 +178,6 @@ def describe(settings: Settings) -> list[tuple[str, Any, str]]:
     return [(name, tree[group][key] if key else tree[group], settings.sources[name]) for name, group, key in rows]
 
 
-def plain_values(settings: Settings) -> dict[str, Any]:
-    """Dotted name -> JSON-able value of every setting."""
-    return {name: value for name, value, _ in describe(settings)}
-
-
-def decisive_settings(settings: Settings) -> dict[str, Any]:
-    """Dotted name -> JSON-able value of the settings that decide the result."""
-    return {name: value for name, value in plain_values(settings).items() if affects_result(name)}
-
-
 def redacted(settings: Settings) -> dict[str, dict[str, Any]]:
     """Dotted name -> {"value", "source"}, for the manifest."""
     return {name: {"value": value, "source": source} for name, value, source in describe(settings)}
@@ -200,7 +188,7 @@ def preset_values(preset: str) -> dict[str, Any]:
     if preset not in PRESETS:
         return {}
     given = {"preset": preset, **PRESETS[preset]}
-    return plain_values(Settings(**nested(given)))
+    return {name: value for name, value, _ in describe(Settings(**nested(given)))}
 
 
 def add_options(parser: ArgumentParser, *, reading: bool = False) -> None:
@@ -271,7 +259,7 @@ def _why_not_writable(path: Path) -> str | None:
 
 def _revisions(settings: Settings, request: Request) -> Iterator[Fault]:
     """Revisions of what has none, and those that were written for another repository than the one that is used."""
-    values = plain_values(settings)
+    values = {name: value for name, value, _ in describe(settings)}
     for name, marker in _REVISIONS.items():
         place = str(values[marker.subject])
         if not values[name]:

@@ -52,7 +52,6 @@ from job.settings.markers import (
     AffectsResult,
     BelongsTo,
     ExecutionOnly,
-    ResultEffect,
     RevisionOf,
     SageMakerChannel,
     UsedByReaders,
@@ -364,9 +363,3 @@ NAMES = setting_names(Settings)
 """The dotted names of all settings."""
 READING = frozenset(find_markers(Settings, UsedByReaders))
 """Those that count where published runs are read."""
-_EFFECTS = find_markers(Settings, ResultEffect)
-
-
-def affects_result(name: str) -> bool:
-    """Whether a setting, by its dotted name, decides the result of a run."""
-    return _EFFECTS[name].affects_result

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from pydantic import BaseModel
 
-from job.settings.load import Settings, decisive_settings, load_settings, plain_values
+from job.settings.affects_result import affects_result, decisive_settings, plain_values
+from job.settings.load import Settings, load_settings
 from job.settings.markers import (
     BelongsTo,
     ResultEffect,
@@ -15,7 +16,7 @@ from job.settings.markers import (
     setting_names,
 )
 from job.settings.presets import PRESETS
-from job.settings.schema import NAMES, READING, affects_result
+from job.settings.schema import NAMES, READING
 
 
 def own_markers(name: str) -> list[object]:

@@ -1,0 +1,28 @@
+"""The settings that decide the result of a run, told from those that say only how the run is carried out.
+
+Each field in `schema` says which of the two it is (`AffectsResult`, `ExecutionOnly`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from job.settings.load import Settings, describe
+from job.settings.markers import ResultEffect, find_markers
+
+_EFFECTS = find_markers(Settings, ResultEffect)
+
+
+def affects_result(name: str) -> bool:
+    """Whether a setting, by its dotted name, decides the result."""
+    return _EFFECTS[name].affects_result
+
+
+def plain_values(settings: Settings) -> dict[str, Any]:
+    """Dotted name -> JSON-able value of every setting."""
+    return {name: value for name, value, _ in describe(settings)}
+
+
+def decisive_settings(settings: Settings) -> dict[str, Any]:
+    """Dotted name -> JSON-able value of the settings that decide the result."""
+    return {name: value for name, value in plain_values(settings).items() if affects_result(name)}
