@@ -52,6 +52,7 @@ def read_run_log(store: ObjectStore, epoch: int) -> list[AttemptRecord]:
     return records
 
 
+
 SETTINGS = "settings.json"
 
 

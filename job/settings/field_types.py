@@ -122,7 +122,7 @@ def _location(text: str) -> str:
     if not separator:
         return text
     if scheme != "s3":
-        raise ValueError("must be a path or s3://bucket/key; other URIs are not supported")
+        raise ValueError("of all URIs only s3://bucket/key is understood; else give a path")
     bucket, _, key = rest.rstrip("/").partition("/")
     if not _BUCKET.fullmatch(bucket):
         raise ValueError("after s3:// comes a bucket: 3 to 63 lower-case letters, digits, dots and hyphens")
