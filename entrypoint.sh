@@ -29,7 +29,7 @@ for name in "${secrets[@]}"; do
   else export "$name=$value" && unset "$file"; fi
 done
 [ -z "$wrong" ] || refuse "${wrong% }"
-case ${1-run} in run | train | -*) ;; *) exec python -m job "$@" ;; esac # the other commands need no GPU
+[[ ${1-run} == @(run|train|-*) && " $* " != *' '@(-h|--help)' '* ]] || exec python -m job "$@" # no GPU needed
 
 read -r built oldest <"$here/cuda" # the CUDA that torch is built with, the least compute capability it serves
 if ! banner=$(timeout 30 nvidia-smi 2>/dev/null); then

@@ -1,4 +1,4 @@
-"""`selftest`: on this machine, kill a run, let it resume, and compare it bit by bit with one that nobody disturbed."""
+"""`selftest`: kills a run on this machine, resumes it, and compares it bit by bit with an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Ended:
 
 
 def selftest(environ: Mapping[str, str]) -> Iterator[str]:
-    """Yields what it does, line by line, for a person.
+    """Runs the test and yields its progress, line by line.
 
     Args:
         environ: The environment of the runs; settings in it are left out, a SageMaker job's too.
@@ -52,7 +52,7 @@ def selftest(environ: Mapping[str, str]) -> Iterator[str]:
     kept = {name: value for name, value in environ.items() if not name.startswith(("JOB_", "TRAINING_JOB_"))}
     clean = kept | SETTINGS
     with tempfile.TemporaryDirectory(prefix="qlora-job-selftest-") as folder:
-        yield "a run that nobody disturbs ..."
+        yield "an uninterrupted run ..."
         whole, _ = _run_until_done(clean, Path(folder) / "whole")
         yield f"the same run with {FAULTS} ..."
         resumed, ends = _run_until_done(clean | {"JOB_FAULT": FAULTS}, Path(folder) / "killed")
@@ -64,12 +64,12 @@ def selftest(environ: Mapping[str, str]) -> Iterator[str]:
     for path in sorted(expected):
         yield f"  {'differs' if path in wrong else 'same   '}  {expected[path][:12]}  {path}"
     if wrong:
-        raise JobError(f"the killed run differs from the whole one in {', '.join(wrong)}")
-    yield f"identical: {len(expected)} artefacts after {len(ends)} attempts"
+        raise JobError(f"the killed run differs from the uninterrupted one in {', '.join(wrong)}")
+    yield f"identical: {len(expected)} artifacts after {len(ends)} attempts"
 
 
 def _run_until_done(environ: Mapping[str, str], output: Path) -> tuple[dict[str, Any], list[Ended]]:
-    """Starts the job again and again until it is done; returns its manifest and how its processes ended."""
+    """Starts the job until it is done; returns its manifest and how each attempt ended."""
     settings = {"JOB_RUN__ID": "selftest", "JOB_RUN__OUTPUT": str(output)}
     ends: list[Ended] = []
     while not ends or ends[-1].code != 0:

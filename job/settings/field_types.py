@@ -1,14 +1,16 @@
-"""The kinds of value a setting can have: strict about meaning, lenient about spelling.
+"""The types of settings: each reads text, is lenient about spelling and strict about meaning.
 
-Most settings arrive as text (environment, command line, SageMaker), so every kind reads text. No message here repeats
-the value: a secret that landed in the wrong variable must not travel on into logs and failure files.
+Most settings arrive as text (environment, command line, SageMaker), so every type reads text. No message here repeats
+the value: a secret that was put into the wrong variable must not get into logs and failure files.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
@@ -25,6 +27,11 @@ _ARCHIVES = {"GLACIER", "DEEP_ARCHIVE"}
 T = TypeVar("T")
 
 
+def new_run_id() -> str:
+    """A run id made of the time (UTC) and a random part, `20261123-135600-9f3c`."""
+    return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.urandom(2).hex()}"
+
+
 def _blank_is_none(value: object) -> object:
     return None if isinstance(value, str) and not value.strip() else value
 
@@ -32,7 +39,7 @@ def _blank_is_none(value: object) -> object:
 def _flag(value: object) -> bool:
     truth = _TRUTH.get(str(value).strip().lower()) if isinstance(value, (bool, int, str)) else None
     if truth is None:
-        raise ValueError("must be true or false (1/0, yes/no and on/off will do)")
+        raise ValueError("must be true or false (or 1/0, yes/no, on/off)")
     return truth
 
 
@@ -57,7 +64,7 @@ def _count_or_auto(value: object) -> object:
         return text
     if _COUNT.fullmatch(text):
         return int(text)
-    raise ValueError("must be auto, or a number from 1 up")
+    raise ValueError("must be auto, or a whole number of at least 1")
 
 
 def _host_port(text: str) -> str:
@@ -83,7 +90,7 @@ def _items(value: object) -> object:
 
 def _unique(values: tuple[str, ...]) -> tuple[str, ...]:
     if len(set(values)) < len(values):
-        raise ValueError("names the same thing twice; drop one")
+        raise ValueError("has the same name twice; remove one")
     return values
 
 
@@ -96,7 +103,7 @@ def _pairs(value: object) -> object:
     if not all(equals for _, equals, _ in pairs):
         raise ValueError("must be name=value pairs with commas between them, or a JSON object")
     if len({name.strip() for name, _, _ in pairs}) < len(pairs):
-        raise ValueError("names the same thing twice; drop one")
+        raise ValueError("has the same name twice; remove one")
     return {name.strip(): item.strip() for name, _, item in pairs}
 
 
@@ -134,7 +141,7 @@ def _endpoint(text: str) -> str:
     try:
         parts = urlsplit(text)
         fine = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # brackets or a port that are none
+    except ValueError:  # malformed brackets or port
         fine = False
     if not fine or "@" in text or "?" in text or "#" in text:
         raise ValueError("must be http(s)://host[:port], without user, password, query or fragment")
@@ -177,7 +184,7 @@ Locations = Annotated[Mapping[Text, Location], BeforeValidator(_pairs)]
 
 
 def explain(error: Mapping[str, Any]) -> str:
-    """What is wrong and how to mend it, from one of pydantic's error records; never the value itself."""
+    """What is wrong and how to correct it, from one of pydantic's error records; never the value itself."""
     kind, context = error["type"], error.get("ctx", {})
     if kind == "value_error":
         return str(context["error"])
