@@ -29,7 +29,8 @@ from job.settings.load import Settings, environment, trackers
 from job.stages.handoff import Sources
 from job.stages.publish import publish
 from job.stages.pull import pull
-from job.storage.open import ObjectStore, open_store
+from job.storage.location import join
+from job.storage.open import ObjectStore, open_store, storage_options
 from job.tracking import energy
 from job.tracking.trackers import Tracking, tracking
 
@@ -78,7 +79,7 @@ def run(
 def _carry_out(attempt: Attempt, settings: Settings, decisive: Mapping[str, Any], track: Tracking) -> dict[str, Any]:
     """Pulls, loads, and does the rest; what an earlier attempt finished is not done again."""
     choose_device(settings.run.device)  # a missing GPU is found missing before the model is downloaded
-    processes, storage = attempt.processes, settings.storage.model_dump(exclude={"cache"})
+    processes, storage = attempt.processes, storage_options(settings.storage)
     if processes.leads:
         _withdraw(attempt)
     _watch(attempt, track)
@@ -108,7 +109,7 @@ def _work(attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded
     from job.stages.train import train_adapter
 
     processes = attempt.processes
-    shared = open_store(settings.run.output, **settings.storage.model_dump(exclude={"cache"}))
+    shared = open_store(settings.run.output, storage_options(settings.storage))
     base = attempt.stage("evaluate-base", Evaluated, lambda: evaluate_base(attempt, settings, sources, loaded, shared))
     if sources.baseline is not None:
         check_tasks(sources.baseline, base.scores)
@@ -186,8 +187,7 @@ def _agree_on(processes: Processes, decisive: Mapping[str, Any]) -> None:
 
 def _store(settings: Settings) -> ObjectStore:
     """The run's own store."""
-    options = settings.storage.model_dump(exclude={"cache"})
-    return open_store(f"{settings.run.output.rstrip('/')}/{settings.run.id}", **options)
+    return open_store(join(settings.run.output, settings.run.id), storage_options(settings.storage))
 
 
 def _gated(results: Mapping[str, Any]) -> dict[str, Any]:
