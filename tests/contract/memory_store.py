@@ -73,12 +73,8 @@ class MemoryStore:
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """See `ObjectStore.list`."""
         start = self._root + check_prefix(prefix)
-        found = [
-            (key.removeprefix(self._root), len(data))
-            for key, data in list(self._objects.items())
-            if key.startswith(start)
-        ]
-        yield from (ObjectInfo(*entry) for entry in sorted(found))
+        found = sorted((key, len(data)) for key, data in list(self._objects.items()) if key.startswith(start))
+        yield from (ObjectInfo(key.removeprefix(self._root), count) for key, count in found)
 
     def delete(self, key: str) -> None:
         """See `ObjectStore.delete`."""

@@ -236,8 +236,8 @@ class TestObjectStore:
     def test_list_is_sorted_and_complete(self, store: ObjectStore) -> None:
         """A listing holds every object with its size, sorted by the whole key, however the folders lie."""
         sizes = {"b": 1, "a/z": 2, "a.txt": 3, "a/b/c": 4, "a-": 0, "é": 5, ".hidden": 6, "Z": 7}
-        for key, size in sizes.items():
-            store.write(key, b"x" * size)
+        for key, count in sizes.items():
+            store.write(key, b"x" * count)
         assert [(info.key, info.bytes) for info in store.list()] == sorted(sizes.items())
 
     def test_list_takes_a_string_as_prefix(self, store: ObjectStore) -> None:
