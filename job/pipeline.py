@@ -23,7 +23,7 @@ from job.results.baseline import check_tasks
 from job.results.delivery import deliver
 from job.runs.attempt import Attempt, missing, open_attempt
 from job.runs.fault_injection import Fault, arm, faulty
-from job.runs.layout import RESULTS
+from job.runs.layout import BASE, RESULTS, Stage, stage_key
 from job.runs.run_log import compare_settings, keep_settings
 from job.settings.load import Settings, environment, trackers
 from job.stages.handoff import Sources
@@ -83,7 +83,7 @@ def _carry_out(attempt: Attempt, settings: Settings, decisive: Mapping[str, Any]
     if processes.leads:
         _withdraw(attempt)
     _watch(attempt, track)
-    with attempt.timed("pull"):
+    with attempt.timed(Stage.PULL):
         sources = pull(attempt, settings, storage)
     from job.stages.load import load  # heavy: what can be refused without it has been
 
@@ -92,15 +92,15 @@ def _carry_out(attempt: Attempt, settings: Settings, decisive: Mapping[str, Any]
     if processes.leads:
         keep_settings(attempt.store, decisive)  # not before: what cannot be loaded shall not bind the run
         _note_base(attempt, loaded)
-    _same(attempt.stage("pull", Pulled, lambda: sources.record), sources.record)
+    _same(attempt.stage(Stage.PULL, Pulled, lambda: sources.record), sources.record)
     with publishing(sources.shelf if processes.leads else None, attempt.stop, attempt.beat):
         return _work(attempt, settings, sources, loaded)
 
 
 def _note_base(attempt: Attempt, loaded: Loaded) -> None:
     """Notes which kept base the run begins with, or that there is none: once, before the record of the pull."""
-    if attempt.known("pull", Pulled) is None:
-        attempt.store.write("stages/base.json", json.dumps(asdict(loaded.kept_base)).encode())
+    if attempt.known(Stage.PULL, Pulled) is None:
+        attempt.store.write(stage_key(BASE), json.dumps(asdict(loaded.kept_base)).encode())
 
 
 def _work(attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded) -> dict[str, Any]:
@@ -110,14 +110,16 @@ def _work(attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded
 
     processes = attempt.processes
     shared = open_store(settings.run.output, storage_options(settings.storage))
-    base = attempt.stage("evaluate-base", Evaluated, lambda: evaluate_base(attempt, settings, sources, loaded, shared))
+    base = attempt.stage(
+        Stage.EVALUATE_BASE, Evaluated, lambda: evaluate_base(attempt, settings, sources, loaded, shared)
+    )
     if sources.baseline is not None:
         check_tasks(sources.baseline, base.scores)
-    trained = attempt.stage("train", Trained, lambda: train_adapter(attempt, settings, sources, loaded))
+    trained = attempt.stage(Stage.TRAIN, Trained, lambda: train_adapter(attempt, settings, sources, loaded))
     adapter = attempt.stage(
-        "evaluate-adapter", Evaluated, lambda: evaluate_adapter(attempt, settings, sources, loaded, trained)
+        Stage.EVALUATE_ADAPTER, Evaluated, lambda: evaluate_adapter(attempt, settings, sources, loaded, trained)
     )
-    with attempt.timed("publish"):
+    with attempt.timed(Stage.PUBLISH):
         gpus = [gpu for seen in processes.gather("gpus", host.hardware()["gpus"]) for gpu in seen]
         found = partial(publish, model=loaded.record, base=base, trained=trained, adapter=adapter, gpus=gpus)
         return processes.share("results", lambda: found(attempt, settings, sources))

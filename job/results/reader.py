@@ -16,7 +16,7 @@ from job.evaluation import samples
 from job.evaluation.samples import Sample
 from job.records import TaskScores
 from job.results import manifest
-from job.runs.layout import RESULTS
+from job.runs.layout import RESULTS, answers_key
 from job.storage.open import ObjectStore, StorageOptions, TooLarge, open_store
 
 MAX_ANSWERS_BYTES = 512 << 20
@@ -102,7 +102,7 @@ def read_published(store: ObjectStore) -> Published:
 
 def answers_path(task: str, side: str) -> str:
     """Where the records of a task lie; a side is `base`, `adapter` or `baseline`."""
-    return f"artifacts/evaluation/{task}.{side}.jsonl"
+    return answers_key(task, side)
 
 
 def read_answers(run: Published) -> dict[str, tuple[bytes, list[Sample]]]:

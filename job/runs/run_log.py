@@ -1,30 +1,24 @@
-"""The ledger of a run's attempts: one sealed line in the store for each, noted while it goes on."""
+"""The run log: a sealed record of each attempt, noted while it goes on, and the settings that the run began with."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from pydantic import TypeAdapter
-
-from job.errors import DataError, Problem
-from job.common.hashing import unsealed
-from job.storage.open import ObjectStore
-from job.records import AttemptRecord
 import contextlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
-from job.errors import Problem, SettingsError
+
+from pydantic import TypeAdapter
+
+from job.common.hashing import unsealed
+from job.errors import DataError, Problem, SettingsError
+from job.records import AttemptRecord
+from job.runs.layout import SETTINGS, attempt_key
 from job.storage.open import Conflict, ObjectStore
 
 
-def record_key(number: int) -> str:
-    """Where the line of an attempt lies."""
-    return f"attempts/{number:04d}.json"
-
-
 def parse_record(data: bytes) -> AttemptRecord:
-    """An attempt's line in the ledger.
+    """An attempt's record.
 
     Raises:
         ValueError: It is none, or it was altered.
@@ -36,11 +30,11 @@ def read_run_log(store: ObjectStore, epoch: int) -> list[AttemptRecord]:
     """What is known of the attempts before `epoch`; one that is still noted as running was killed.
 
     Raises:
-        DataError: A line is none.
+        DataError: A record is damaged.
     """
     records = []
     for number in range(1, epoch):
-        key = record_key(number)
+        key = attempt_key(number)
         if (stored := store.read(key)) is None:
             continue
         try:
@@ -52,12 +46,12 @@ def read_run_log(store: ObjectStore, epoch: int) -> list[AttemptRecord]:
     return records
 
 
-
-SETTINGS = "settings.json"
-
-
 def keep_settings(store: ObjectStore, settings: Mapping[str, Any]) -> None:
-    """Writes the settings that the run begins with: what they name is there by now, so they are not a typing error."""
+    """Writes the settings that the run begins with: what they name is there by now, so they are not a typing error.
+
+    Raises:
+        SettingsError: Another attempt began the run meanwhile, with other settings.
+    """
     if store.read(SETTINGS) is None:
         with contextlib.suppress(Conflict):
             store.write(SETTINGS, json.dumps(settings, indent=2).encode(), if_absent=True)
@@ -65,7 +59,11 @@ def keep_settings(store: ObjectStore, settings: Mapping[str, Any]) -> None:
 
 
 def compare_settings(store: ObjectStore, settings: Mapping[str, Any]) -> None:
-    """A run is one experiment: refuses an attempt whose settings would give another result."""
+    """A run is one experiment: refuses an attempt whose settings would give another result.
+
+    Raises:
+        SettingsError: With every setting that is another than in the first attempt.
+    """
     kept = store.read(SETTINGS)
     if kept is None:
         return

@@ -26,6 +26,7 @@ from job.model.quantized_cache.layout import CachedBase, CacheEntry, entry_at, e
 from job.records import Example, Pulled
 from job.results.baseline import check_questions, read_baseline
 from job.runs.attempt import Attempt
+from job.runs.layout import BASE, Stage
 from job.settings.load import Settings
 from job.stages.handoff import Sources
 from job.stages.preload import import_libraries
@@ -138,7 +139,7 @@ def _find_model(attempt: Attempt, settings: Settings, storage: StorageOptions) -
 
     A later attempt goes on with what the first one found, and does not ask again where that came from.
     """
-    known, base = attempt.known("pull", Pulled), attempt.known("base", CachedBase)
+    known, base = attempt.known(Stage.PULL, Pulled), attempt.known(BASE, CachedBase)
     if known is not None and base is not None and base.key is not None and (room := _room(attempt, settings, storage)):
         noted = entry_at(base.key, *room, base.index_sha256)
         if (folder := find(noted, attempt.get_on)) is not None:

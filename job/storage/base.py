@@ -123,6 +123,10 @@ class ObjectStore(Protocol):
         """Tries whether conditional writes are honoured; a JobError if nothing can be written or deleted at all."""
 
 
+CHANGES = ("write", "upload", "delete")
+"""The verbs that change what lies in a store; `conditional_writes` only touches an object of its own."""
+
+
 class ForwardingStore:
     """Hands every verb to another store; `around` is entered before each request and left after it.
 

@@ -17,12 +17,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from job.checkpoints import commit_marker, manager
+from job.checkpoints import manager
 from job.checkpoints.manager import Restored, prune, publish, restore, steps
-from job.common.hashing import seal
+from job.common.hashing import hash_facts, seal
 from job.errors import AccessDenied, JobError, Unreachable
-from job.runs.fenced_store import fenced
-from job.runs.lease import take
+from job.runs.layout import COMMITTED
+from job.runs.lease import fenced, take
 from job.storage.local import LocalStore
 from job.storage.open import ObjectStore
 from tests.wrapped_store import CHANGES, FailNth, WrappedStore
@@ -30,7 +30,7 @@ from tests.wrapped_store import CHANGES, FailNth, WrappedStore
 FILES = {"adapter.safetensors": b"adapter of step %d" * 50, "progress.json": b'{"step": %d}', "metrics.jsonl": b"%d\n"}
 SOFTWARE = {"torch": "2.13.0"}
 NEWEST = "checkpoints/step-00000020/"
-MARKER = NEWEST + commit_marker.NAME
+MARKER = NEWEST + COMMITTED
 
 
 @pytest.fixture
@@ -86,12 +86,12 @@ def reseal(store: ObjectStore, change: Callable[[dict[str, Any]], Any]) -> None:
 def vouched_files_are_there(store: ObjectStore) -> bool:
     """Whether each marker's files are all there, with the right bytes."""
     for info in store.list("checkpoints/"):
-        if info.key.endswith(commit_marker.NAME):
+        if info.key.endswith(COMMITTED):
             stored = store.read(info.key)
             assert stored is not None
-            marker = commit_marker.parse(stored.data)
+            marker = manager.parse_marker(stored.data)
             for name, file in marker.files.items():
-                found = store.read(commit_marker.files_prefix(marker) + name)
+                found = store.read(marker.folder + name)
                 if found is None or hashlib.sha256(found.data).hexdigest() != file.sha256:
                     return False
     return True
@@ -257,10 +257,10 @@ def test_any_flipped_bit_of_a_marker(two: LocalStore, place: int, bit: int) -> N
     data = bytearray(stored.data)
     data[place % len(data)] ^= 1 << bit
     try:
-        said = commit_marker.parse(bytes(data))
+        said = manager.parse_marker(bytes(data))
     except ValueError:
         return
-    assert said == commit_marker.parse(stored.data)
+    assert said == manager.parse_marker(stored.data)
     assert chr(stored.data[place % len(data)]).isspace()
 
 
@@ -454,7 +454,7 @@ def test_marker_with_wrong_facts(two: LocalStore, tmp_path: Path, change: Callab
         b'{"a":' * 5_000,
         b"9" * 100_000,
         b'{"step": 1e999}',
-        b" " * (commit_marker.MAX_BYTES + 1),
+        b" " * (manager.MAX_MARKER_BYTES + 1),
         pickle.dumps({"step": 20}),
     ],
     ids=range(14),
@@ -477,7 +477,7 @@ def test_a_marker_of_megabytes_is_not_read(two: LocalStore, tmp_path: Path) -> N
             return super().read(key, max_bytes=max_bytes)
 
     restored_step(Watched(two), tmp_path)
-    assert limits == [commit_marker.MAX_BYTES]
+    assert limits == [manager.MAX_MARKER_BYTES]
 
 
 def test_pickles_are_bytes_like_others(store: LocalStore, tmp_path: Path) -> None:
@@ -692,5 +692,5 @@ def test_hashes_of_facts_leave_out_what_was_measured(tmp_path: Path) -> None:
     hashes = []
     for text in texts:
         (tmp_path / "metrics.jsonl").write_text(text)
-        hashes.append(manager.hash_facts(tmp_path / "metrics.jsonl"))
+        hashes.append(hash_facts(tmp_path / "metrics.jsonl"))
     assert hashes[0] == hashes[1] != hashes[2]

@@ -16,7 +16,8 @@ from job.runs import attempt as runs_attempt
 from job.runs.attempt import Attempt, missing, open_attempt
 from job.errors import DataError, Preempted, Replaced, Unreachable
 from job.runs.fault_injection import Faults, arm
-from job.runs.run_log import record_key, parse_record
+from job.runs.layout import Stage, attempt_key
+from job.runs.run_log import parse_record
 from job.storage.local import LocalStore
 from job.storage.open import ObjectStore
 from job.preemption.stop_flag import Stop
@@ -130,9 +131,9 @@ def test_a_killed_attempt_is_known_by_its_last_note(
         monkeypatch.setattr(runs_attempt, "time", clock)
         attempt._began = clock.now
         attempt.usd_per_hour, attempt.joules = 2.5, lambda: 3 * clock.now
-        with attempt.timed("pull"):
+        with attempt.timed(Stage.PULL):
             clock.now += 4.0
-        with attempt.timed("train"):
+        with attempt.timed(Stage.TRAIN):
             clock.now += 30.0
             attempt.note("running")
             noted = ledger(store, 1)
@@ -179,7 +180,7 @@ def test_a_stage_is_done_once(opened: Callable[..., AbstractContextManager[Attem
 
     for _ in range(2):
         with opened() as attempt:
-            assert attempt.stage("pull", dict[str, int], work) == {"a": 1}
+            assert attempt.stage(Stage.PULL, dict[str, int], work) == {"a": 1}
     assert done == [1]
 
 
@@ -188,7 +189,7 @@ def test_a_stage_does_not_begin_after_a_stop(opened: Callable[..., AbstractConte
     stop = Stop()
     stop.request("SIGTERM", 30)
     with pytest.raises(Preempted, match="SIGTERM"), opened(stop) as attempt:
-        attempt.stage("train", dict[str, int], lambda: pytest.fail("was begun"))
+        attempt.stage(Stage.TRAIN, dict[str, int], lambda: pytest.fail("was begun"))
 
 
 @pytest.fixture
@@ -220,13 +221,13 @@ def test_a_damaged_record_is_not_believed(
     """A changed digit in the ledger ends the next attempt, with the file and the way out."""
     with opened():
         pass
-    stored = store.read(record_key(1))
+    stored = store.read(attempt_key(1))
     assert stored is not None
     assert parse_record(stored.data).outcome == "complete"
-    store.write(record_key(1), stored.data.replace(b'"steps": 0', b'"steps": 1'))
+    store.write(attempt_key(1), stored.data.replace(b'"steps": 0', b'"steps": 1'))
     with pytest.raises(DataError, match=r"attempts/0001\.json: was altered.*remove it"), opened():
         pass
-    store.delete(record_key(1))
+    store.delete(attempt_key(1))
     with opened() as last:
         assert last.earlier == []
 
@@ -253,8 +254,8 @@ def test_a_finished_stage_is_not_repeated(store: LocalStore, tmp_path: Path) -> 
     """The record of a stage stands for its work."""
     first = begun(store, tmp_path)
     work = Work(first, tmp_path / "file")
-    found = first.stage("evaluate-base", Evaluated, work)
-    assert begun(store, tmp_path).stage("evaluate-base", Evaluated, work) == found
+    found = first.stage(Stage.EVALUATE_BASE, Evaluated, work)
+    assert begun(store, tmp_path).stage(Stage.EVALUATE_BASE, Evaluated, work) == found
     assert work.done == 1
 
 
@@ -263,9 +264,9 @@ def test_a_record_without_its_files_does_not_count(store: LocalStore, tmp_path: 
     """Where a copy of the run was restored that has the record but not the files yet, the stage is done again."""
     first = begun(store, tmp_path)
     work = Work(first, tmp_path / "file")
-    found = first.stage("evaluate-base", Evaluated, work)
+    found = first.stage(Stage.EVALUATE_BASE, Evaluated, work)
     damage(store)  # type: ignore[operator]
-    assert begun(store, tmp_path).stage("evaluate-base", Evaluated, work) == found
+    assert begun(store, tmp_path).stage(Stage.EVALUATE_BASE, Evaluated, work) == found
     assert work.done == 2
     assert missing(store, found.artifacts) == []
 
@@ -274,12 +275,12 @@ def test_what_builds_on_it_is_done_again_too(store: LocalStore, tmp_path: Path) 
     """An evaluation is of the adapter that training published: another training has another evaluation."""
     first = begun(store, tmp_path)
     training, evaluation = Work(first, tmp_path / "one"), Work(first, tmp_path / "two")
-    first.stage("train", Evaluated, training)
-    first.stage("evaluate-adapter", Evaluated, evaluation)
+    first.stage(Stage.TRAIN, Evaluated, training)
+    first.stage(Stage.EVALUATE_ADAPTER, Evaluated, evaluation)
     store.delete(KEY)
     second = begun(store, tmp_path)
-    second.stage("train", Evaluated, training)
-    second.stage("evaluate-adapter", Evaluated, evaluation)
+    second.stage(Stage.TRAIN, Evaluated, training)
+    second.stage(Stage.EVALUATE_ADAPTER, Evaluated, evaluation)
     assert (training.done, evaluation.done) == (2, 2)
 
 

@@ -13,8 +13,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from job.errors import AccessDenied, DataError, JobError, Replaced, Unreachable
-from job.runs.fenced_store import fenced
-from job.runs.lease import KEY, Lease, take
+from job.runs.layout import LEASE as KEY
+from job.runs.lease import Lease, fenced, take
 from job.storage.local import LocalStore
 from job.storage.open import Conflict, ObjectStore, StorageOptions, open_store
 from tests.s3_server import BUCKET, credentials, moto_server
