@@ -28,7 +28,8 @@ from job.records import Artifact, AttemptRecord, StepMetrics
 from job.runs.fault_injection import Faults
 from job.runs.layout import ARTIFACTS, BUILT_ON, Stage, attempt_key, stage_key
 from job.runs.lease import fenced, take
-from job.runs.run_log import compare_settings, read_run_log
+from job.runs.run_log import read_run_log
+from job.runs.run_settings import compare_settings
 from job.storage.open import ObjectStore
 from job.storage.verified_download import fetch_artifact
 
