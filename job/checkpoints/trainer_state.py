@@ -113,7 +113,7 @@ def validate_trainer_state(folder: Path, step: int) -> None:
     from transformers import TrainerState
 
     if (names := {path.name for path in folder.iterdir()}) != FILES:
-        raise ValueError(f"its files are not those of a state: {', '.join(sorted(names ^ FILES))}")
+        raise ValueError(f"its files are not those of a checkpoint: {', '.join(sorted(names ^ FILES))}")
     _tensor_names(folder / ADAPTER)
     progress = _parse_as(_Progress, folder / PROGRESS)
     optimizer_state.check_places(_tensor_names(folder / OPTIMIZER), asdict(progress.optimizer))

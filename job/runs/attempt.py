@@ -80,9 +80,9 @@ class Attempt:
     _next_note: float = field(default_factory=time.monotonic)
 
     def alive(self, *, progress: bool = True) -> None:
-        """Called wherever a stage gets on and stopping is safe: ends the stage if the job has to end.
+        """Called wherever a stage makes progress and stopping is safe: ends the stage if the job has to end.
 
-        Without `progress` it waits for somebody else, and the watchdog is not told that it got on.
+        Without `progress` the stage waits for something else, which the watchdog must not take for progress.
         """
         if progress:
             self.beat()

@@ -1,7 +1,7 @@
-"""Rehearsing failure: `JOB_FAULT` names what goes wrong and when, each once in the life of a run.
+"""Injected faults: `JOB_FAULT` names what goes wrong and when, each once in the life of a run.
 
     sigterm@step=37                 the signal, after optimizer step 37; also upload=N, stage=NAME
-    kill@upload=3                   as if the power went, before the third upload of an attempt; also step=N, stage=NAME
+    kill@upload=3                   SIGKILL, before the third upload of an attempt; also step=N, stage=NAME
     s3_503@2                        the second request of an attempt to the store fails as if after all retries
     corrupt@checkpoint=latest       a flipped bit in the newest checkpoint, before the next attempt restores it
 
@@ -79,7 +79,7 @@ def _parse_one(word: str) -> Fault | None:
 
 
 class Faults:
-    """The faults that have not fired yet. Stages and the store tell it what happens; it makes it go wrong."""
+    """The faults that have not fired yet. Stages and the store call `at` with every event; the faults due there fire."""
 
     def __init__(self, faults: tuple[Fault, ...], store: ObjectStore) -> None:
         self._armed = list(faults)
@@ -93,8 +93,8 @@ class Faults:
         """Fires what is due.
 
         Args:
-            event: `step`, after an optimizer step; `stage`, when one begins; `upload`, `request` and `checkpoint` are
-                told by the store that `faulty` returns.
+            event: `step`, after an optimizer step; `stage`, when one begins; `upload`, `request` and `checkpoint` come
+                from the store that `faulty` returns.
             when: Its number, from 1, or its name.
 
         Raises:
@@ -123,7 +123,7 @@ def arm(faults: tuple[Fault, ...], store: ObjectStore) -> Faults:
 
 
 def faulty(store: ObjectStore, faults: Faults) -> ObjectStore:
-    """The store with the armed faults in its way; the store itself where none is armed.
+    """A store whose requests fire the armed faults; the store itself where none is armed.
 
     A checkpoint that is to be corrupted is corrupted here, before anybody can restore it; where there is none yet, the
     fault waits for the next attempt.
@@ -136,7 +136,7 @@ def faulty(store: ObjectStore, faults: Faults) -> ObjectStore:
 
 
 class _FaultyStore(ForwardingStore):
-    """Tells `Faults` of every upload and every request before it passes them on."""
+    """Numbers every request and every upload, and fires the faults that are due at it, before handing it on."""
 
     def __init__(self, store: ObjectStore, faults: Faults) -> None:
         super().__init__(store)

@@ -65,7 +65,7 @@ def soon(seconds: float) -> Callable[[], float]:
 
 
 def end_with(error: BaseException, publisher: AsyncUploader, folder: Path) -> None:
-    """A training that hands over one snapshot and then ends with an exception."""
+    """A training that hands over one checkpoint and then ends with an exception."""
     with publisher:
         publisher.submit(folder, 1)
         raise error
@@ -107,7 +107,7 @@ def test_leaving_waits(tmp_path: Path, uploads: Uploads) -> None:
     assert not uploads.threads[0].is_alive()
 
 
-def test_snapshot_is_deleted_once_published(tmp_path: Path, uploads: Uploads) -> None:
+def test_checkpoint_is_deleted_once_published(tmp_path: Path, uploads: Uploads) -> None:
     """The local folder lives as long as its upload needs it, and no longer."""
     folder = checkpoint(tmp_path, 1)
     with AsyncUploader(uploads) as publisher:
@@ -133,7 +133,7 @@ def test_upload_times_are_measured(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("call", ["submit", "check", "finish", "exit"])
 def test_a_failed_upload_ends_the_run(tmp_path: Path, call: str) -> None:
-    """The error of an upload is raised in the training thread by whatever it calls next; its snapshot is kept."""
+    """The error of an upload is raised in the training thread by whatever it calls next; its checkpoint is kept."""
     error = Unreachable("503")
     published: list[int] = []
 
@@ -236,15 +236,15 @@ def test_the_process_does_not_end_before_the_upload(tmp_path: Path) -> None:
         from job.checkpoints.async_uploader import AsyncUploader
         folder = Path({str(tmp_path)!r})
 
-        def publish(snapshot, step):
+        def publish(checkpoint, step):
             time.sleep(1)
             (folder / "published").touch()
 
         def main():
             try:
                 with AsyncUploader(publish) as publisher:
-                    (folder / "snapshot").mkdir()
-                    publisher.submit(folder / "snapshot", 1)
+                    (folder / "checkpoint").mkdir()
+                    publisher.submit(folder / "checkpoint", 1)
                     raise ValueError("the loss is nan")
             except ValueError:
                 return 65
@@ -255,7 +255,7 @@ def test_the_process_does_not_end_before_the_upload(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=False, timeout=60)
     assert done.returncode == 65
     assert (tmp_path / "published").exists()
-    assert not (tmp_path / "snapshot").exists()
+    assert not (tmp_path / "checkpoint").exists()
 
 
 def test_a_signal_shortens_the_wait(tmp_path: Path, uploads: Uploads) -> None:

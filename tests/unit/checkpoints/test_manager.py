@@ -47,9 +47,9 @@ def two(store: LocalStore, tmp_path: Path) -> LocalStore:
     return store
 
 
-def snapshot(tmp_path: Path, step: int) -> Path:
-    """A finished snapshot of a step."""
-    folder = tmp_path / f"snapshot-{step}"
+def written(tmp_path: Path, step: int) -> Path:
+    """A finished checkpoint of a step, on the local disk."""
+    folder = tmp_path / f"written-{step}"
     folder.mkdir(exist_ok=True)
     for name, data in FILES.items():
         (folder / name).write_bytes(data.replace(b"%d", str(step).encode()))
@@ -58,11 +58,11 @@ def snapshot(tmp_path: Path, step: int) -> Path:
 
 def commit(store: ObjectStore, tmp_path: Path, step: int, epoch: int = 1) -> None:
     """Publishes a step."""
-    publish(store, snapshot(tmp_path, step), step=step, epoch=epoch, world_size=1, software=SOFTWARE)
+    publish(store, written(tmp_path, step), step=step, epoch=epoch, world_size=1, software=SOFTWARE)
 
 
 def is_whole(folder: Path | None, step: int) -> bool:
-    """Whether a restored folder holds what `snapshot` wrote, and nothing else."""
+    """Whether a restored folder holds what `written` wrote, and nothing else."""
     expected = {name: data.replace(b"%d", str(step).encode()) for name, data in FILES.items()}
     return folder is not None and {path.name: path.read_bytes() for path in folder.iterdir()} == expected
 
@@ -127,7 +127,7 @@ def test_marker_says_what_it_vouches_for(two: LocalStore, tmp_path: Path) -> Non
         "software": SOFTWARE,
     }
     for name, file in marker["files"].items():
-        data = (tmp_path / "snapshot-20" / name).read_bytes()
+        data = (tmp_path / "written-20" / name).read_bytes()
         assert file == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     assert marker["files"].keys() == FILES.keys()
 
@@ -279,7 +279,7 @@ def test_all_are_damaged(two: LocalStore, tmp_path: Path) -> None:
 def test_what_was_on_the_disk_before_goes(two: LocalStore, tmp_path: Path) -> None:
     """Left-overs of a restore that was killed do not mix with the next one."""
     for name in ("step-00000020", "step-00000020.partial"):
-        shutil.copytree(snapshot(tmp_path, 10), tmp_path / "restored" / name)
+        shutil.copytree(written(tmp_path, 10), tmp_path / "restored" / name)
         (tmp_path / "restored" / name / "stale").touch()
     assert restored_step(two, tmp_path) == 20
 
@@ -493,7 +493,7 @@ def test_pickles_are_bytes_like_others(store: LocalStore, tmp_path: Path) -> Non
 
 def test_hidden_files_are_no_checkpoint(store: LocalStore, tmp_path: Path) -> None:
     """What could not be restored is not published either."""
-    folder = snapshot(tmp_path, 20)
+    folder = written(tmp_path, 20)
     (folder / ".part").touch()
     with pytest.raises(ValueError, match=r"\.part"):
         publish(store, folder, step=20, epoch=1, world_size=1, software=SOFTWARE)

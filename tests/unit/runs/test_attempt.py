@@ -1,4 +1,4 @@
-"""Attempts: the ledger says how each one went, stages are done once, and a run stays one experiment."""
+"""Attempts: the run log says how each one went, stages are done once, and a run stays one experiment."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def opened(store: LocalStore, tmp_path: Path) -> Callable[..., AbstractContextMa
     return begin
 
 
-def ledger(store: LocalStore, number: int) -> dict[str, Any]:
-    """What the ledger says of an attempt."""
+def noted_of(store: LocalStore, number: int) -> dict[str, Any]:
+    """What the run log says of an attempt."""
     kept = store.read(f"attempts/{number:04d}.json")
     assert kept is not None
     entry: dict[str, Any] = json.loads(kept.data)
@@ -82,7 +82,7 @@ def test_notes_take_little_of_the_time(
     cost: float,
     between: tuple[float, float],
 ) -> None:
-    """A quick store is told often, so that a kill loses little of the ledger; a slow one is not kept busy with it."""
+    """A quick store is told often, so that a kill loses little of the run log; a slow one is not kept busy with it."""
     clock = Clock(cost)
     noted: list[float] = []
     slow = WrappedStore(
@@ -106,7 +106,7 @@ def test_notes_take_little_of_the_time(
 def test_steps_done_again_are_counted(
     opened: Callable[..., AbstractContextManager[Attempt]], store: LocalStore
 ) -> None:
-    """A killed attempt stands in the ledger as far as its last note; what the next one does again is repeated."""
+    """A killed attempt stands in the run log as far as its last note; what the next one does again is repeated."""
     with opened() as attempt:
         for step in range(1, 6):
             attempt.step_done(step, 1.0)
@@ -136,7 +136,7 @@ def test_a_killed_attempt_is_known_by_its_last_note(
         with attempt.timed(Stage.TRAIN):
             clock.now += 30.0
             attempt.note("running")
-            noted = ledger(store, 1)
+            noted = noted_of(store, 1)
             clock.now += 6.0
         assert attempt.stage_seconds == {"pull": 4.0, "train": 36.0}
         monkeypatch.setattr(runs_attempt, "time", time)
@@ -149,13 +149,13 @@ def test_a_killed_attempt_is_known_by_its_last_note(
     ("error", "outcome"),
     [(Preempted("x"), "preempted"), (Unreachable("x"), "failed"), (ZeroDivisionError("x"), "crashed")],
 )
-def test_the_ledger_says_why(
+def test_the_run_log_says_why(
     opened: Callable[..., AbstractContextManager[Attempt]], store: LocalStore, error: Exception, outcome: str
 ) -> None:
     """How an attempt ended is in the store, and the error goes on to whoever turns it into an exit code."""
     with pytest.raises(type(error)), opened():
         raise error
-    entry = ledger(store, 1)
+    entry = noted_of(store, 1)
     assert entry["outcome"] == outcome
     assert entry["finished"] is not None
 
@@ -163,11 +163,11 @@ def test_the_ledger_says_why(
 def test_a_replaced_attempt_does_not_keep_the_books(
     opened: Callable[..., AbstractContextManager[Attempt]], store: LocalStore
 ) -> None:
-    """Whoever took over writes the ledger; the one before ends without a word in it."""
+    """Whoever took over writes the run log; the one before ends without a word in it."""
     with pytest.raises(Replaced), opened(), opened():
         pass  # the outer one notes its end after the inner one took over
-    assert ledger(store, 1)["outcome"] == "running"
-    assert ledger(store, 2)["outcome"] == "complete"
+    assert noted_of(store, 1)["outcome"] == "running"
+    assert noted_of(store, 2)["outcome"] == "complete"
 
 
 def test_a_stage_is_done_once(opened: Callable[..., AbstractContextManager[Attempt]]) -> None:
@@ -218,7 +218,7 @@ def test_what_was_published_is_verified(
 def test_a_damaged_record_is_not_believed(
     opened: Callable[..., AbstractContextManager[Attempt]], store: LocalStore
 ) -> None:
-    """A changed digit in the ledger ends the next attempt, with the file and the way out."""
+    """A changed digit in the run log ends the next attempt, with the file and the way out."""
     with opened():
         pass
     stored = store.read(attempt_key(1))
