@@ -23,6 +23,7 @@ from job.settings.layers import GivenValue
 from job.settings.presets import PRESETS
 from job.settings.schema import NAMES, Settings, new_run_id
 from job.settings.sources import collect
+from job.storage.location import is_remote
 
 __all__ = [
     "Settings",
@@ -234,7 +235,7 @@ def _places(settings: Settings, platform: Platform) -> Iterator[Fault]:
     own = copied_folder(platform.inputs) or platform.output
     if own and settings.run.nodes > 1 and Path(output).is_relative_to(own):
         yield "run.output", "is a folder of this machine alone; with several machines give s3://bucket/prefix"
-    if not output.startswith("s3://") and (why := _why_not_writable(Path(output) / settings.run.id)):
+    if not is_remote(output) and (why := _why_not_writable(Path(output) / settings.run.id)):
         yield "run.output", why
     if cache and (why := _why_not_writable(Path(cache))):
         yield "storage.cache", why
@@ -264,7 +265,7 @@ def _pins(settings: Settings) -> Iterator[Fault]:
         ("model.revision", settings.model.id, settings.model.revision),
         ("data.revision", settings.data.source, settings.data.revision),
     ):
-        if pin and place.startswith(("s3://", "/", ".")):
+        if pin and (is_remote(place) or place.startswith(("/", "."))):
             yield name, "pins a commit of a hub repository, but what is pinned is a path or s3:// URI; remove it"
 
 

@@ -68,8 +68,15 @@ class Location:
             SettingsError: It is empty, has another scheme, or a bucket or key that no store can have.
         """
         scheme, separator, rest = text.partition("://")
-        if not text or (separator and scheme not in BACKENDS):
-            raise SettingsError([Problem(text or "''", f"is neither {' nor '.join(uri_forms())} nor a path")])
+        if not text or (separator and scheme not in schemes()):
+            raise SettingsError(
+                [
+                    Problem(
+                        text or "''",
+                        f"is neither {' nor '.join(f'{known}://bucket/prefix' for known in schemes())} nor a path",
+                    )
+                ]
+            )
         if not separator:
             return cls(LOCAL, "", text)
         bucket, _, key = rest.partition("/")
@@ -100,9 +107,9 @@ def is_remote(place: str) -> bool:
     return "://" in place
 
 
-def uri_forms() -> list[str]:
-    """The forms of URIs that are understood, such as `s3://bucket/prefix`."""
-    return [f"{scheme}://bucket/prefix" for scheme in BACKENDS if scheme != LOCAL]
+def schemes() -> list[str]:
+    """The schemes of URIs that are understood: those of the table, but for the empty one of paths."""
+    return [scheme for scheme in BACKENDS if scheme != LOCAL]
 
 
 def join(folder: str, name: str) -> str:

@@ -38,7 +38,7 @@ def prefix(options: StorageOptions) -> str:
     return f"s3://{BUCKET}/{uuid4().hex}"
 
 
-@pytest.mark.parametrize("uri", ["", "http://host/a", "S3://bucket/a", "gs://bucket/a", "file:///tmp"])
+@pytest.mark.parametrize("uri", ["", "://bucket/a", "http://host/a", "S3://bucket/a", "gs://bucket/a", "file:///tmp"])
 def test_unknown_schemes_are_refused(uri: str) -> None:
     """What is neither S3 nor a path is a settings error, not a strange folder."""
     with pytest.raises(SettingsError, match="neither s3://bucket/prefix nor a path"):
