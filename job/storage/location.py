@@ -69,14 +69,8 @@ class Location:
         """
         scheme, separator, rest = text.partition("://")
         if not text or (separator and scheme not in schemes()):
-            raise SettingsError(
-                [
-                    Problem(
-                        text or "''",
-                        f"is neither {' nor '.join(f'{known}://bucket/prefix' for known in schemes())} nor a path",
-                    )
-                ]
-            )
+            known = " nor ".join(f"{scheme}://bucket/prefix" for scheme in schemes())
+            raise SettingsError([Problem(text or "''", f"is neither {known} nor a path")])
         if not separator:
             return cls(LOCAL, "", text)
         bucket, _, key = rest.partition("/")
