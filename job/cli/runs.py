@@ -22,6 +22,7 @@ from job.settings.field_types import explain
 from job.settings.load import load_reading, secrets
 from job.settings.schema import Gate, Settings
 from job.storage.base import disk_errors
+from job.storage.open import StorageOptions, storage_options
 from job.storage.verified_download import fetch_artifact
 from job.verification.verify import as_json, as_lines, demand, verify
 
@@ -40,7 +41,7 @@ def verify_command(words: Sequence[str]) -> int:
     if cache is not None:
         with disk_errors(f"cannot make the folder {cache}"):
             Path(cache).mkdir(parents=True, exist_ok=True)
-    store = open_run(given.runs[0], **storage)
+    store = open_run(given.runs[0], storage)
     with tempfile.TemporaryDirectory(prefix="qlora-job-", dir=cache, ignore_cleanup_errors=True) as work:
         checks = verify(store, Path(work))
     _print([json.dumps(as_json(store.uri, checks), indent=2)] if _is(given, "json") else as_lines(checks))
@@ -57,7 +58,7 @@ def compare_command(words: Sequence[str]) -> int:
     given = parse_arguments(words, COMMANDS["compare"].arguments)
     thresholds = _thresholds(given.options)
     storage, _ = _reading(given)
-    compared = compare(*(read_published(open_run(where, **storage)) for where in given.runs))
+    compared = compare(*(read_published(open_run(where, storage)) for where in given.runs))
     reasons: list[str] = []
     compared["gate"] = None
     if given.flags or given.options.keys() & THRESHOLDS.keys():  # a threshold asks for a gate
@@ -83,11 +84,11 @@ def _thresholds(options: Mapping[str, str]) -> dict[str, Any]:
         raise SettingsError([Problem(names[str(r["loc"][0])], explain(r)) for r in records]) from None
 
 
-def _reading(given: Arguments) -> tuple[dict[str, Any], str | None]:
-    """Configures the log; returns the options of `job.storage.open.open_store`, and the folder for downloads."""
+def _reading(given: Arguments) -> tuple[StorageOptions, str | None]:
+    """Configures the log; returns how to reach stores, and the folder for downloads."""
     settings: Settings = load_reading(given.settings)
     log.configure(settings.log.format, settings.log.level, secrets())
-    return settings.storage.model_dump(exclude={"cache"}), settings.storage.cache
+    return storage_options(settings.storage), settings.storage.cache
 
 
 def _is(given: Arguments, name: str) -> bool:
@@ -110,7 +111,7 @@ def report_command(words: Sequence[str]) -> int:
     given = parse_arguments(words, COMMANDS["report"].arguments)
     output = given.options.get("--output", OUTPUT)
     storage, _ = _reading(given)
-    run = read_published(open_run(given.runs[0], **storage))
+    run = read_published(open_run(given.runs[0], storage))
     with tempfile.TemporaryDirectory(prefix="qlora-job-") as folder:
         try:
             evidence = read_evidence(run.results, lambda artifact: fetch_artifact(run.store, artifact, Path(folder)))

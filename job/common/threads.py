@@ -1,4 +1,4 @@
-"""Work in a daemon thread, which does not delay the end of the process."""
+"""Work in another thread, whose log lines carry the same run, attempt and stage."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def in_thread(work: Callable[[], T], name: str) -> Future[T]:
-    """Starts `work` in a daemon thread and returns its future, which also carries its exception.
+def in_thread(work: Callable[[], T], name: str, *, daemon: bool = True) -> Future[T]:
+    """Starts the work in a new thread.
 
-    The thread gets a copy of the context, so its log lines carry the run and the attempt. Unlike with a
-    ThreadPoolExecutor, the interpreter does not wait for the thread at its end.
+    Args:
+        work: Is called once; what it raises is raised where the result is asked for.
+        name: The thread's.
+        daemon: Whether the process may end without waiting for it.
     """
     future: Future[T] = Future()
     context = copy_context()
@@ -26,5 +28,5 @@ def in_thread(work: Callable[[], T], name: str) -> Future[T]:
         except BaseException as error:  # noqa: BLE001 - raised by future.result()
             future.set_exception(error)
 
-    Thread(target=run, name=name, daemon=True).start()
+    Thread(target=run, name=name, daemon=daemon).start()
     return future

@@ -27,4 +27,4 @@ def copied_folder(inputs: Path | None) -> Path | None:
 def lasts(output: str, inputs: Path | None) -> bool:
     """Whether what is written to `output` outlives the machine."""
     copied = copied_folder(inputs)
-    return output.startswith("s3://") or (copied is not None and Path(output).is_relative_to(copied))
+    return "://" in output or (copied is not None and Path(output).is_relative_to(copied))

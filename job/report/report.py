@@ -18,20 +18,13 @@ from job.report.changed_answers import changed
 from job.report.templating import render
 from job.report.timeline import bars, by_stage, restarts
 from job.results.cost import OUTSIDE
-from job.runs.layout import REPORT
+from job.runs.layout import METRICS, REPORT, Stage, answers_key
 from job.settings.load import preset_values
 
 FIRST_QUESTIONS, MOST_QUESTIONS = 5, 40
 """Of each task and direction: how many stand open, and how many can be read at all."""
 
-STAGE_NAMES = {
-    "pull": "pull",
-    "evaluate-base": "evaluate base",
-    "train": "train",
-    "evaluate-adapter": "evaluate adapter",
-    "publish": "publish",
-    OUTSIDE: "loading",
-}
+STAGE_NAMES = {stage.value: stage.replace("-", " ") for stage in Stage} | {OUTSIDE: "loading"}
 
 Records = list[dict[str, Any]]
 
@@ -53,11 +46,11 @@ def read_evidence(results: Mapping[str, Any], fetch: Callable[[Artifact], Path])
         return [json.loads(line) for line in text.split("\n") if line]
 
     return Evidence(
-        [StepMetrics(**line) for line in lines("artifacts/metrics.jsonl")],
+        [StepMetrics(**line) for line in lines(METRICS)],
         {
             task: (
-                lines(f"artifacts/evaluation/{task}.base.jsonl"),
-                lines(f"artifacts/evaluation/{task}.adapter.jsonl"),
+                lines(answers_key(task, "base")),
+                lines(answers_key(task, "adapter")),
             )
             for task in results["evaluation"]["tasks"]
         },

@@ -10,6 +10,7 @@ from job.errors import DataError, Problem, SettingsError, VerificationError
 from job.evaluation import comparison
 from job.records import TaskScores
 from job.results.reader import adapter_scores, open_run, read_answers, read_published
+from job.storage.open import StorageOptions
 
 SETTING = "gate.baseline"
 
@@ -31,19 +32,19 @@ class Baseline:
         return {"run": self.run, "results": self.results, "sha256": self.sha256, "tasks": tasks}
 
 
-def read_baseline(where: str, storage: Mapping[str, Any]) -> Baseline:
+def read_baseline(where: str, storage: StorageOptions) -> Baseline:
     """Reads an earlier run.
 
     Args:
         where: Its folder or its `results.json`, path or URI.
-        storage: Options of `objects.open_store`.
+        storage: How to reach its store.
 
     Raises:
         SettingsError: There is none.
         DataError: It is not what it says.
     """
     try:
-        run = read_published(open_run(where, **storage))
+        run = read_published(open_run(where, storage))
         answers = read_answers(run)
     except (SettingsError, VerificationError) as error:
         kind = SettingsError if isinstance(error, SettingsError) else DataError

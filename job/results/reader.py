@@ -16,8 +16,8 @@ from job.evaluation import samples
 from job.evaluation.samples import Sample
 from job.records import TaskScores
 from job.results import manifest
-from job.runs.layout import RESULTS
-from job.storage.open import ObjectStore, TooLarge, open_store
+from job.runs.layout import RESULTS, answers_key
+from job.storage.open import ObjectStore, StorageOptions, TooLarge, open_store
 
 MAX_ANSWERS_BYTES = 512 << 20
 """More than the records of any evaluation that we know; they are held in memory."""
@@ -38,12 +38,16 @@ class Published:
         return str(self.results["run"]["id"])
 
 
-def open_run(where: str, **storage: Any) -> ObjectStore:
-    """The store of a run, given its folder or the `results.json` in it, as a path or an `s3://` URI."""
+def open_run(where: str, storage: StorageOptions | None = None) -> ObjectStore:
+    """The store of a run, given its folder or the `results.json` in it, as a path or a URI.
+
+    Raises:
+        SettingsError: The place or the options make no sense.
+    """
     folder = where.rstrip("/")
     if folder.rpartition("/")[2] == RESULTS and not Path(folder).is_dir():
         folder = folder.rpartition("/")[0] or "."
-    return open_store(folder, **storage)
+    return open_store(folder, storage or StorageOptions())
 
 
 def read_bytes(store: ObjectStore) -> bytes:
@@ -98,7 +102,7 @@ def read_published(store: ObjectStore) -> Published:
 
 def answers_path(task: str, side: str) -> str:
     """Where the records of a task lie; a side is `base`, `adapter` or `baseline`."""
-    return f"artifacts/evaluation/{task}.{side}.jsonl"
+    return answers_key(task, side)
 
 
 def read_answers(run: Published) -> dict[str, tuple[bytes, list[Sample]]]:

@@ -16,6 +16,8 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from job.storage.location import schemes
+
 _TRUTH = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?|\[[0-9A-Fa-f:.]{2,45}\]")
@@ -121,14 +123,14 @@ def _location(text: str) -> str:
     scheme, separator, rest = text.partition("://")
     if not separator:
         return text
-    if scheme != "s3":
+    if scheme not in schemes():
         raise ValueError("of all URIs only s3://bucket/key is understood; else give a path")
     bucket, _, key = rest.rstrip("/").partition("/")
     if not _BUCKET.fullmatch(bucket):
-        raise ValueError("after s3:// comes a bucket: 3 to 63 lower-case letters, digits, dots and hyphens")
+        raise ValueError(f"after {scheme}:// comes a bucket: 3 to 63 lower-case letters, digits, dots and hyphens")
     if key and any(part in ("", ".", "..") for part in key.split("/")):
         raise ValueError("the key after the bucket has an empty part, '.' or '..' in it; remove it")
-    return f"s3://{bucket}/{key}".rstrip("/")
+    return f"{scheme}://{bucket}/{key}".rstrip("/")
 
 
 def _local(text: str) -> str:

@@ -25,6 +25,7 @@ from job.settings.markers import RevisionOf, find_markers
 from job.settings.presets import PRESETS
 from job.settings.schema import NAMES, READING, Options, Settings
 from job.settings.sources import Request, environment_name, nested, same, setting_at
+from job.storage.location import is_remote
 
 __all__ = [
     "Settings",
@@ -232,7 +233,7 @@ def _places(settings: Settings, platform: Platform) -> Iterator[Fault]:
     own = copied_folder(platform.inputs) or platform.output
     if own and settings.run.nodes > 1 and Path(output).is_relative_to(own):
         yield "run.output", "is a folder of this machine alone; with several machines give s3://bucket/prefix"
-    if not output.startswith("s3://") and (why := _why_not_writable(Path(output) / settings.run.id)):
+    if not is_remote(output) and (why := _why_not_writable(Path(output) / settings.run.id)):
         yield "run.output", why
     if cache and (why := _why_not_writable(Path(cache))):
         yield "storage.cache", why
@@ -264,7 +265,7 @@ def _revisions(settings: Settings, request: Request) -> Iterator[Fault]:
         place = str(values[marker.subject])
         if not values[name]:
             continue
-        if place.startswith(("s3://", "/", ".")):
+        if is_remote(place) or place.startswith(("/", ".")):
             what = f"is a commit of a hub repository, but {environment_name(marker.subject)} is a path or s3:// URI"
             yield name, f"{what}; remove it"
         elif why := _other_repository(name, marker.subject, request):

@@ -13,6 +13,7 @@ from job.evaluation.scorer import Scorer
 from job.model.lora import adapter_off, load_adapter
 from job.records import Evaluated, Trained
 from job.runs.attempt import Attempt
+from job.runs.layout import SCORES, answers_key
 from job.settings.load import Settings
 from job.stages.handoff import Loaded, Sources
 from job.storage.open import ObjectStore
@@ -25,7 +26,7 @@ def evaluate_base(
 
     Like all stages it gives its result in process 0, and None in the others.
     """
-    kept = ScoreCache(shared, "scores", settings.run.id)
+    kept = ScoreCache(shared, SCORES, settings.run.id)
     # Not the names, nor what belongs to the adapter: a base scores the same whatever is trained on it.
     base = {**asdict(replace(loaded.record, id="", revision=None, trainable_parameters=0)), "forward": loaded.forward}
     scorer = _scorer(attempt, settings, loaded, kept, base)
@@ -53,7 +54,7 @@ def evaluate_adapter(
         "forward": loaded.forward,
         "adapter": [artifact.sha256 for artifact in weights],
     }
-    kept = ScoreCache(attempt.store, "scores", settings.run.id)
+    kept = ScoreCache(attempt.store, SCORES, settings.run.id)
     scorer = _scorer(attempt, settings, loaded, kept, conditions)
     return _evaluate(attempt, settings, sources, scorer, "adapter")
 
@@ -79,7 +80,7 @@ def _evaluate(attempt: Attempt, settings: Settings, sources: Sources, scorer: Sc
     attempt.processes.share("questions", str)  # no more of them
     artifacts, figures = [], {}
     for task, (scores, records) in found.items():
-        key = f"artifacts/evaluation/{task}.{side}.jsonl"
+        key = answers_key(task, side)
         write_records(attempt.work / key, records)
         artifacts.append(attempt.publish(attempt.work / key, key))
         figures[task] = scores

@@ -15,11 +15,10 @@ from job.evaluation.samples import HASHES, Sample, contradiction, parse, tally_r
 from job.records import AttemptRecord, StepMetrics, TaskScores
 from job.results.cost import compute_cost
 from job.results.reader import answers_path
-from job.runs.layout import RESULTS
+from job.runs.layout import METRICS, RESULTS
 from job.training.config import total_steps
 from job.verification.differences import Check, Difference, count, find_differences, show, why
 
-METRICS = "artifacts/metrics.jsonl"
 _MOST_TOLD = 5
 
 Copies = Mapping[str, Path]

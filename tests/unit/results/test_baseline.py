@@ -15,6 +15,7 @@ from job.records import Artifact, Evaluated
 from job.results.baseline import Baseline, check_questions, check_tasks, read_baseline
 from job.results.reader import answers_path, open_run
 from job.storage.local import LocalStore
+from job.storage.open import StorageOptions
 from job.verification.verify import verify
 from tests.published_run import forge, pairs, publish_file, publish_run, rewrite
 
@@ -30,12 +31,14 @@ def earlier(tmp_path: Path) -> Path:
 @pytest.fixture
 def baseline(earlier: Path) -> Baseline:
     """It, read."""
-    return read_baseline(str(earlier), {})
+    return read_baseline(str(earlier), StorageOptions())
 
 
 def test_an_earlier_run_is_read(earlier: Path, baseline: Baseline) -> None:
     """From its folder or its manifest: its adapter's answers, and the questions they are to."""
-    assert replace(baseline, results="") == replace(read_baseline(f"{earlier}/results.json", {}), results="")
+    assert replace(baseline, results="") == replace(
+        read_baseline(f"{earlier}/results.json", StorageOptions()), results=""
+    )
     assert (baseline.run, baseline.results) == ("earlier", str(earlier))
     assert baseline.scores["quiz"].correct == tuple(after for _, after in pairs(40, improved=10))
     assert baseline.files["quiz"] == (earlier / answers_path("quiz", "adapter")).read_bytes()
@@ -45,7 +48,7 @@ def test_an_earlier_run_is_read(earlier: Path, baseline: Baseline) -> None:
 def test_no_run_is_a_wrong_setting(tmp_path: Path) -> None:
     """A path with nothing there is told under the setting's name."""
     with pytest.raises(SettingsError, match=r"gate\.baseline: .*nowhere: there is no run"):
-        read_baseline(str(tmp_path / "nowhere"), {})
+        read_baseline(str(tmp_path / "nowhere"), StorageOptions())
 
 
 @pytest.mark.parametrize("damage", ["manifest", "answers", "missing", "unfinished"])
@@ -63,7 +66,7 @@ def test_a_damaged_run_is_no_baseline(earlier: Path, damage: str) -> None:
             manifest.unlink()
     name = "results" if damage in {"manifest", "unfinished"} else "quiz"
     with pytest.raises(DataError, match=rf"gate\.baseline: .*{name}"):
-        read_baseline(str(earlier), {})
+        read_baseline(str(earlier), StorageOptions())
 
 
 def test_the_same_questions_pass(baseline: Baseline) -> None:
