@@ -1,7 +1,7 @@
 """The process of one tracker, which alone imports wandb or mlflow. `trackers` starts it and writes to it.
 
-It reads one JSON object a line: first the run, then steps, at last how the attempt ended. It answers the same way: where
-the run can be seen, or what went wrong. When its input ends before the attempt did, the job was killed: it leaves the
+It reads one JSON object a line: first the run, then steps, at last how the attempt ended. It answers the same way:
+where the run can be seen, or what went wrong. When its input ends before the attempt did, the job was killed: it leaves the
 tracker's run open, for the next attempt to go on with.
 
 The job never kills it, because the tracker may be writing its files. Without the job it ends within two minutes.

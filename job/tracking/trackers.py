@@ -1,7 +1,7 @@
 """Experiment trackers (Weights & Biases, MLflow): they get every step's figures, and cannot disturb the run.
 
-Each tracker has a process of its own (`tracker_process`), which gets lines of JSON from a bounded queue. One that fails,
-hangs or is too slow costs the run a warning and some figures, never an error; at the end, a few seconds.
+Each tracker has a process of its own (`tracker_process`), which gets lines of JSON from a bounded queue. One that
+fails, hangs or is too slow costs the run a warning and some figures, never an error; at the end, a few seconds.
 """
 
 from __future__ import annotations
