@@ -1,13 +1,13 @@
 """The process of one tracker, which alone imports wandb or mlflow. `trackers` starts it and writes to it.
 
 It reads one JSON object a line: first the run, then steps, at last how the attempt ended. It answers the same way:
-where the run can be seen, or what went wrong. When its input ends before the attempt did, the job was killed: it leaves the
-tracker's run open, for the next attempt to go on with.
+where the run can be seen, or what went wrong. When its input ends before the attempt did, the job was killed: it leaves
+the tracker's run open, for the next attempt to go on with.
 
 The job never kills it, because the tracker may be writing its files. Without the job it ends within two minutes.
 
 To add a tracker: a class with `log` and `finish` and an entry in `TRACKERS` here, its package as an extra in
-pyproject.toml, and its name among the choices of `JOB_LOG__TRACKERS`.
+pyproject.toml, and the variable by which a user asks for it in `settings.load.trackers`.
 """
 
 from __future__ import annotations
