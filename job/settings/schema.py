@@ -8,11 +8,11 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
-from job.common.optimizers import OPTIMIZERS
+from job.common.optimizers import OptimizerName
 from job.settings.field_types import (
     Count,
     CountOrAuto,
@@ -35,11 +35,6 @@ from job.settings.field_types import (
     Text,
     Whole,
 )
-
-if TYPE_CHECKING:
-    OptimizerName = str
-else:
-    OptimizerName = Literal[tuple(OPTIMIZERS)]
 
 
 def new_run_id() -> str:
