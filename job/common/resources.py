@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from job import log
 from job.common.formatting import size
+from job.common.optimizers import OPTIMIZERS
 from job.errors import Unreachable
 
 MIB = 1 << 20
@@ -26,9 +27,8 @@ _FILES = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.us
 
 
 def checkpoint_bytes(trainable_parameters: int, optimizer: str) -> int:
-    """Estimated bytes of a checkpoint: the adapter in fp32 (4 bytes), Adam's two moments (4 bytes each, 8-bit: 1)."""
-    moments = 2 if "8bit" in optimizer else 8
-    return trainable_parameters * (4 + moments)
+    """Estimated bytes of a checkpoint: the adapter in fp32 (4 bytes a parameter) and the optimizer's state."""
+    return trainable_parameters * (4 + OPTIMIZERS[optimizer].bytes_per_parameter)
 
 
 def required_bytes(downloads: Iterable[int], checkpoint: int = 0) -> int:

@@ -244,7 +244,7 @@ def _disk(settings: Settings, run: RunShape) -> Check:
 def _assumptions(settings: Settings) -> tuple[str, ...]:
     """What the assumed figures rest on, one sentence each."""
     price, context = settings.cost.usd_per_hour, size(memory_model.CONTEXT_BYTES, " ")
-    lean, peft = (f"{used:.0%}" for used in (memory_model.LEAN_UTILISATION, memory_model.UTILISATION))
+    lean, peft = (f"{used:.0%}" for used in (memory_model.FUSED_UTILISATION, memory_model.UTILISATION))
     half = f"speed: {lean} of the data sheet's operations a second in bf16, {peft} before Ampere or with dropout"
     return (
         "one GPU: several share each step's examples, and each needs the same memory",

@@ -25,6 +25,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
+from job.common.optimizers import OptimizerName
 from job.settings.field_types import (
     Count,
     CountOrAuto,
@@ -188,7 +189,7 @@ class Train(Group):
     """Tokens in one forward pass; empty: by the GPU's memory, 1,024 on a CPU. Changes no optimizer step."""
     max_length: AffectsResult[Count] = 2048
     """Longest example, in tokens."""
-    optimizer: AffectsResult[Literal["adamw_8bit", "paged_adamw_8bit", "adamw_torch"]] = "adamw_8bit"
+    optimizer: AffectsResult[OptimizerName] = "adamw_8bit"
     """Optimizer of the adapter's weights."""
     loss_on: AffectsResult[Literal["all", "completion"]] = "all"
     """Tokens in the loss: all, or those of the completion only."""

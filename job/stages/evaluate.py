@@ -28,7 +28,10 @@ def evaluate_base(
     """
     kept = ScoreCache(shared, SCORES, settings.run.id)
     # Not the names, nor what belongs to the adapter: a base scores the same whatever is trained on it.
-    base = {**asdict(replace(loaded.record, id="", revision=None, trainable_parameters=0)), "forward": loaded.forward}
+    base = {
+        **asdict(replace(loaded.record, id="", revision=None, trainable_parameters=0)),
+        "forward": loaded.plan.forward,
+    }
     scorer = _scorer(attempt, settings, loaded, kept, base)
     with adapter_off(loaded.model):
         found = _evaluate(attempt, settings, sources, scorer, "base")
@@ -51,7 +54,7 @@ def evaluate_adapter(
     load_adapter(loaded.model, Path(paths[0]).parent)
     conditions = {
         **asdict(loaded.record),
-        "forward": loaded.forward,
+        "forward": loaded.plan.forward,
         "adapter": [artifact.sha256 for artifact in weights],
     }
     kept = ScoreCache(attempt.store, SCORES, settings.run.id)
