@@ -153,11 +153,11 @@ def _only_file(folder: Path, source: str) -> Path:
     else:
         found = f"no data file ({', '.join(SUFFIXES)})"
         deeper = (file for below in inside if below.is_dir() for file in sorted(below.iterdir()) if _reader(file))
-        other = (f"{file.name} {what}" for file in inside if (what := _foreign(file.name)))
+        other = (f"{file.name} {words}" for file in inside if (words := _foreign(file.name)))
         if (hint := next(deeper, None)) is not None:
             found += f"; {hint.relative_to(folder)} is one, name it"
-        elif (words := next(other, None)) is not None:
-            found += f"; {words}"
+        elif (unread := next(other, None)) is not None:
+            found += f"; {unread}"
     raise DataError([Problem(source, f"is a directory that holds {found}")])
 
 

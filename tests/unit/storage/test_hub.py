@@ -41,7 +41,7 @@ CLIENT = """
 import json, sys
 import datasets
 from job.errors import JobError
-from job.storage.hub import open_dataset
+from job.data.hub_dataset import open_dataset
 
 datasets.disable_progress_bars()
 for source, revision, split in json.loads(sys.argv[1]):
@@ -77,7 +77,8 @@ class Hub(BaseHTTPRequestHandler):
         repo = next((name for name in REFUSALS if f"some/{name}" in path), None)
         if repo:
             status, code = REFUSALS[repo]
-            self._answer(status, b"{}", {"X-Error-Code": code})
+            again = {"Retry-After": "0"} if repo in {"busy", "away"} else {}
+            self._answer(status, b"{}", {"X-Error-Code": code, **again})
         elif path.startswith(("/api/models/some/", "/some/")):
             self._answer_for_model(path)
         elif path.startswith("/datasets/some/good/resolve/"):
@@ -352,10 +353,11 @@ for source, revision in json.loads(sys.argv[1]):
 
 
 def test_a_refusal_after_libraries_are_imported_has_the_same_code(tmp_path: Path) -> None:
-    """The same answers give the same codes once everything is imported."""
+    """Answers give the same codes once everything is imported."""
+    codes = {"gated": 77, "private": 77, "missing": 77, "down": 69}
     with serving() as endpoint:
-        found = ask(endpoint, tmp_path, *((f"some/{name}", "main") for name in RUN_CODES), client=AFTER_IMPORT_CLIENT)
-    assert [code for code, _ in found] == list(RUN_CODES.values())
+        found = ask(endpoint, tmp_path, *((f"some/{name}", "main") for name in codes), client=AFTER_IMPORT_CLIENT)
+    assert [code for code, _ in found] == list(codes.values())
 
 
 IMPORTS_CLIENT = """
@@ -379,7 +381,9 @@ print(sorted(set(sys.modules) - before))
 
 def test_translating_an_error_imports_nothing() -> None:
     """The thread that downloads a model imports no module when something goes wrong beside the main thread's imports."""
-    done = subprocess.run([sys.executable, "-c", IMPORTS_CLIENT], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTS_CLIENT], capture_output=True, text=True, check=True, timeout=60
+    )
     assert done.stdout.strip() == "[]"
 
 
