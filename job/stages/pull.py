@@ -5,6 +5,7 @@ Of several processes on a machine the first does it; the others read what it lea
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import wait
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from job.common import host
 from job.common.hashing import code_hashes
 from job.common.resources import check_disk, required_bytes
 from job.common.threads import in_thread
-from job.data.dataset import load_examples
+from job.data.dataset import check_source, load_examples
 from job.errors import JobError
 from job.evaluation.tasks import load_tasks
 from job.model.base import choose_device, choose_dtype, fingerprint, load_tokenizer
@@ -32,6 +33,7 @@ from job.stages.handoff import Sources
 from job.stages.preload import import_libraries
 from job.storage.base import disk_errors
 from job.storage.hub import download_model, import_client
+from job.storage.location import is_remote
 from job.storage.open import ObjectStore, StorageOptions, fetch, open_store, size
 
 CODE = ("job.model.base", "job.model.quantized_cache.cache", "job.model.quantized_cache.layout")
@@ -64,13 +66,22 @@ class _Left:
 def pull(attempt: Attempt, settings: Settings, storage: StorageOptions) -> Sources:
     """Pulls everything, once a machine; `storage` says how to reach stores."""
     processes = attempt.processes
+    date = processes.share("date of the run", lambda: _date(attempt))
     if processes.place.local_world_size == 1:
-        return _pull(attempt, settings, storage)
+        return _pull(attempt, settings, storage, date)
     if processes.place.local_rank:
         import_libraries()  # meanwhile
-    sources = _pull(attempt, settings, storage) if processes.place.local_rank == 0 else None
+    sources = _pull(attempt, settings, storage, date) if processes.place.local_rank == 0 else None
     left = processes.share_on_machine("sources", lambda: _leave(sources, attempt.work) if sources else None)
     return sources or _take_over(TypeAdapter(_Left).validate_json(left or ""))
+
+
+def _date(attempt: Attempt) -> str:
+    """The day on which the run began: chat templates that write the date write this one, in every attempt.
+
+    The ledger has it from the first second of the first attempt.
+    """
+    return min([attempt.started, *(record.started for record in attempt.earlier)])[: len("2026-01-31")]
 
 
 def _leave(sources: Sources, work: Path) -> str:
@@ -89,12 +100,14 @@ def _take_over(left: _Left) -> Sources:
     )
 
 
-def _pull(attempt: Attempt, settings: Settings, storage: StorageOptions) -> Sources:
+def _pull(attempt: Attempt, settings: Settings, storage: StorageOptions, date: str) -> Sources:
     def local(uri: str, kind: str) -> str:
         attempt.alive()
         return fetch(uri, attempt.work / kind, storage)
 
     gate, data = settings.gate, settings.data
+    if not is_remote(data.source):
+        check_source(data.source, data.revision, data.split)  # before gigabytes of weights are fetched
     baseline = None if gate.baseline is None else read_baseline(gate.baseline, storage)
     places = {settings.model.id, data.source, *settings.eval.data.values()}
     check_disk(attempt.work, required_bytes(size(place, storage) for place in places))
@@ -127,11 +140,24 @@ def _pull(attempt: Attempt, settings: Settings, storage: StorageOptions) -> Sour
         loss_on=settings.train.loss_on,
         max_length=settings.train.max_length,
         tokenizer=tokenizer,
+        date=date,
+        vocabulary=_vocabulary(model.folder),
+        alive=attempt.alive,
     )
     attempt.alive()
     log.get_logger().info("data is ready", rows=dataset.rows, skipped=dataset.skipped, tokens=dataset.tokens)
     record = Pulled(dataset, model.sha256, model.revision, tasks.fingerprints())
     return Sources(record, model.folder, model.quantized, tokenizer, examples, tasks, baseline, model.shelf)
+
+
+def _vocabulary(folder: Path) -> int | None:
+    """Rows of the model's embedding, by its configuration; None where that does not say."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        text = config.get("text_config") or config
+        return int(text["vocab_size"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _find_model(attempt: Attempt, settings: Settings, storage: StorageOptions) -> _Model:

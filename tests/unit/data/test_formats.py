@@ -20,9 +20,9 @@ ROWS = [{"a": "one", "b": "1"}, {"a": 'q"uo,te\nline\u2028', "b": ""}, {"a": "ü
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     """Writes rows in the format that the path's suffix names."""
-    if path.suffix == ".csv":
+    if path.suffix in {".csv", ".tsv"}:
         with path.open("w", newline="", encoding="utf-8") as file:
-            table = csv.DictWriter(file, list(rows[0]))
+            table = csv.DictWriter(file, list(rows[0]), dialect="excel" if path.suffix == ".csv" else "excel-tab")
             table.writeheader()
             table.writerows(rows)
     elif path.suffix == ".parquet":
@@ -31,7 +31,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
 
         parquet.write_table(pa.Table.from_pylist(rows), path)
     else:
-        lines = ".jsonl" in path.suffixes
+        lines = bool({".jsonl", ".ndjson"} & set(path.suffixes))
         text = "".join(json.dumps(row) + "\n" for row in rows) if lines else json.dumps(rows)
         path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
     return path
