@@ -24,6 +24,7 @@ from job.distributed.process_group import LAST_WORDS_SECONDS, tell_end
 from job.distributed.ranks import Place
 from job.distributed.rendezvous import enter_store, host_store, keyspace
 from job.errors import Killed, Preempted, Problem, SettingsError, exit_codes
+from job.preemption.stop_flag import signals_to_handle
 
 _LOOK_SECONDS = 0.05
 _TELL_SECONDS = 5.0
@@ -64,13 +65,13 @@ def count_processes(wanted: int | Literal["auto"]) -> int:
 
 @contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """Within it SIGTERM and SIGINT are only noted."""
+    """Within it the signals that ask for an end are only noted."""
     received: list[int] = []
 
     def note(number: int, _frame: FrameType | None) -> None:
         received.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, note) for number in signals_to_handle()}
     try:
         yield received
     finally:
