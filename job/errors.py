@@ -7,6 +7,8 @@
     ├── VerificationError       4   results do not verify
     ├── DataError              65   data is wrong
     ├── Unreachable            69   storage or hub cannot be reached after retries
+    ├── TrainingFailed         70   training diverged, or memory is too small for it
+    ├── NoProgress             71   attempts in a row made no progress
     ├── Preempted              75   preempted, or stalled; the state is durable
     ├── Replaced               76   another attempt owns this run
     └── AccessDenied           77   access denied
@@ -115,6 +117,25 @@ class Unreachable(JobError):
     retry = "yes"
 
 
+class TrainingFailed(JobError):
+    """What was asked for cannot be computed here: a loss that is not finite, or too little memory for one example.
+
+    The same settings, data and machine would end the same way, so it is not to be retried.
+    """
+
+    exit_code = 70
+    meaning = "training diverged, or memory is too small for it"
+    retry = "no"
+
+
+class NoProgress(JobError):
+    """Several attempts in a row were stopped before they made progress: 75 would repeat that at no cost, for ever."""
+
+    exit_code = 71
+    meaning = "several attempts in a row made no progress"
+    retry = "counts against the limit"
+
+
 class Preempted(JobError):
     """The machine is being taken away, or the job made no progress. What was saved is durable: a restart resumes."""
 
@@ -146,6 +167,8 @@ _KINDS: tuple[type[JobError], ...] = (
     VerificationError,
     DataError,
     Unreachable,
+    TrainingFailed,
+    NoProgress,
     Preempted,
     Replaced,
     AccessDenied,

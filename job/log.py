@@ -53,7 +53,14 @@ def configure(log_format: str, level: str, secrets: Sequence[str] = (), **contex
             structlog.processors.JSONRenderer(),
         ]
         if as_json
-        else [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=32)]
+        else [
+            structlog.dev.ConsoleRenderer(
+                colors=sys.stderr.isatty(),
+                pad_event_to=32,
+                # locals may hold rows of the data, and fill pages
+                exception_formatter=structlog.dev.RichTracebackFormatter(show_locals=False),
+            )
+        ]
     )
     handler = _CurrentStderr()
     handler.setFormatter(

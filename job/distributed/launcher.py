@@ -25,6 +25,7 @@ from job.distributed.process_group import REASON_SECONDS, publish_end
 from job.distributed.ranks import Place
 from job.distributed.rendezvous import connect_store, host_store, keyspace
 from job.errors import Killed, Preempted, Problem, SettingsError, exit_codes
+from job.preemption.stop_flag import signals_to_handle
 
 _POLL_SECONDS = 0.05
 _PUBLISH_SECONDS = 5.0
@@ -65,13 +66,13 @@ def count_processes(wanted: int | Literal["auto"]) -> int:
 
 @contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """Within it SIGTERM and SIGINT are appended to the list, and do nothing else."""
+    """Within it the signals of `stop_flag.SIGNALS` are appended to the list, and do nothing else."""
     received: list[int] = []
 
     def record(number: int, _frame: FrameType | None) -> None:
         received.append(number)
 
-    before = {number: signal.signal(number, record) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, record) for number in signals_to_handle()}
     try:
         yield received
     finally:

@@ -14,7 +14,7 @@ from job import log
 from job.common import host
 from job.common.hashing import code_hashes
 from job.distributed.processes import Processes
-from job.errors import JobError
+from job.errors import TrainingFailed
 from job.evaluation.score_cache import ScoreCache, score_key
 from job.evaluation.scoring import plan_sequences, score_sequence
 from job.records import ChoiceScore, Question
@@ -143,4 +143,4 @@ def _finite(scores: Scored) -> Scored:
     """The scores, if they are numbers: a model that diverged answers with NaN, and NaN has a first choice too."""
     if all(math.isfinite(choice.log_likelihood) for choices in scores for choice in choices):
         return scores
-    raise JobError("the model's scores are not finite: it diverged. Lower JOB_TRAIN__LEARNING_RATE")
+    raise TrainingFailed("the model's scores are not finite: it diverged. Lower JOB_TRAIN__LEARNING_RATE")

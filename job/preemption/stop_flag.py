@@ -15,6 +15,9 @@ from typing import Literal
 
 from job.errors import Preempted
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+"""A platform's or a person's; HUP comes from a dropped terminal session, USR1 from Slurm before a time limit."""
+
 Plan = Literal["finish_step", "save_now", "too_late"]
 
 SPARE_SHARE = 0.25
@@ -118,9 +121,14 @@ def _fits(seconds: float, remaining: float) -> bool:
     return seconds * (1 + SPARE_SHARE) + SPARE_SECONDS <= remaining
 
 
+def signals_to_handle() -> list[signal.Signals]:
+    """`SIGNALS` without those that whoever started the process wants ignored, as nohup does with HUP."""
+    return [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+
+
 @contextmanager
 def stop_on_signals(grace_seconds: float | None = None) -> Iterator[Stop]:
-    """Within it SIGTERM and SIGINT set the flag; a second signal ends the process at once.
+    """Within it each of `SIGNALS` sets the flag; a second signal ends the process at once.
 
     Ending at once corrupts nothing, because what is published appears completely or not at all. Without a handler
     nothing would happen in a container: its first process ignores signals that it has no handler for.
@@ -137,7 +145,7 @@ def stop_on_signals(grace_seconds: float | None = None) -> Iterator[Stop]:
             os._exit(Preempted.exit_code)
         stop.request(signal.Signals(number).name, grace_seconds)
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, handle) for number in signals_to_handle()}
     try:
         yield stop
     finally:

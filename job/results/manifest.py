@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from job import log
 from job.common import hashing
 from job.common.host import git_commit, hardware, software
 from job.records import Artifact, AttemptRecord, DatasetRecord, ModelRecord, TrainingRecord
@@ -133,6 +135,13 @@ def _cost_line(cost: Mapping[str, Any], attempts: int) -> str:
 
 
 def tell(lines: Sequence[str]) -> None:
-    """Prints to stdout, where results go."""
-    sys.stdout.write("\n".join(lines) + "\n")
-    sys.stdout.flush()
+    """Prints to stdout, where results go. If stdout is full or closed, that is logged: the results are published."""
+    if sys.stdout is None:  # closed when the process began
+        return
+    try:
+        sys.stdout.write("\n".join(lines) + "\n")
+        sys.stdout.flush()
+    except OSError as error:
+        # What could not be written stays in the buffer: it must not fail again when the process ends.
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115 - for the rest of the process
+        log.get_logger().warning("the summary cannot be printed; the results are published", why=str(error))

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from job.runs.run_settings import compare_settings, keep_settings
 
 from job.errors import SettingsError
 from job.storage.local import LocalStore
-from job.runs.run_settings import compare_settings, keep_settings
 
 SETTINGS = {"train.epochs": 2}
 
