@@ -19,7 +19,7 @@ from job.platforms.detect import Delivery
 from job.preemption.stop_flag import Stop
 from job.records import Artifact, Evaluated, Pulled, Trained
 from job.results import manifest
-from job.results.baseline import check_tasks
+from job.results.baseline import check_prompts
 from job.results.delivery import deliver
 from job.runs.attempt import Attempt, missing, open_attempt
 from job.runs.fault_injection import Fault, arm, faulty
@@ -111,7 +111,7 @@ def _work(attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded
     shared = open_store(settings.run.output, **settings.storage.model_dump(exclude={"cache"}))
     base = attempt.stage("evaluate-base", Evaluated, lambda: evaluate_base(attempt, settings, sources, loaded, shared))
     if sources.baseline is not None:
-        check_tasks(sources.baseline, base.scores)
+        check_prompts(sources.baseline, base.scores)
     trained = attempt.stage("train", Trained, lambda: train_adapter(attempt, settings, sources, loaded))
     adapter = attempt.stage(
         "evaluate-adapter", Evaluated, lambda: evaluate_adapter(attempt, settings, sources, loaded, trained)

@@ -14,9 +14,8 @@ from pydantic import ValidationError
 from job import log
 from job.cli.arguments import Arguments, parse_arguments
 from job.errors import DataError, GateError, Problem, SettingsError
-from job.report.report import read_evidence, render_report
-from job.results.compare import compare, gate_reasons
-from job.results.compare_text import as_markdown, as_text
+from job.report.report import read_report_data, render_report
+from job.results.compare import as_markdown, as_text, compare, gate_reasons
 from job.results.reader import open_run, read_published
 from job.settings.field_types import explain
 from job.settings.load import load_reading, secrets
@@ -116,7 +115,7 @@ def report_command(words: Sequence[str]) -> int:
     run = read_published(open_run(where, **load_reading(rest).storage.model_dump(exclude={"cache"})))
     with tempfile.TemporaryDirectory(prefix="qlora-job-") as folder:
         try:
-            evidence = read_evidence(run.results, lambda artifact: fetch_artifact(run.store, artifact, Path(folder)))
+            evidence = read_report_data(run.results, lambda artifact: fetch_artifact(run.store, artifact, Path(folder)))
         except (KeyError, TypeError, ValueError) as error:  # the hashes are right, so it was written like this
             raise DataError([Problem(run.store.uri, f"its records are no records of this job: {error}")]) from error
     page = render_report(run.results, evidence)

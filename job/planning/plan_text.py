@@ -11,6 +11,7 @@ from typing import Any
 
 from job import log
 from job.common.formatting import size
+from job.common.tables import aligned, visible
 from job.errors import Problem, SettingsError
 from job.planning.forecast import Figure, GpuPlan
 from job.planning.plan import Plan, make_plan
@@ -85,7 +86,7 @@ def _figures(figures: Sequence[Figure]) -> str:
     if not figures:
         return "No figures: neither the model nor the data is known."
     rows = [(figure.name, _value(figure), figure.basis, figure.note) for figure in figures]
-    return "\n".join(_aligned(rows, right=(1,)))
+    return "\n".join(aligned(rows, right=(1,)))
 
 
 def _value(figure: Figure) -> str:
@@ -113,7 +114,7 @@ def _gpus(plan: Plan) -> str:
         "machine",
     )
     rows = [head, *(_gpu(gpu, plan.largest_step) for gpu in plan.gpus)]
-    lines = _aligned(rows, right=(1, 3, 4, 6, 7, 8))
+    lines = aligned(rows, right=(1, 3, 4, 6, 7, 8))
     lines.append("budgets in tokens, computed; hours, which include two evaluations, and prices, assumed")
     lines += [f"{gpu.name}: {gpu.note}" for gpu in plan.gpus if gpu.note]
     priced = [gpu for gpu in plan.gpus if gpu.fits and gpu.usd is not None]
@@ -149,26 +150,13 @@ def _gpu(gpu: GpuPlan, largest_step: int | None) -> tuple[str, ...]:
     )
 
 
-def _aligned(rows: Sequence[tuple[str, ...]], right: tuple[int, ...] = ()) -> list[str]:
-    """Rows as columns, two spaces apart."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.rjust(width) if column in right else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-
-
 def _folded(rows: Sequence[tuple[str, str]]) -> list[str]:
     """Each text behind its beginning, folded where it is long."""
     lines = []
     for start, text in rows:
         first, rest = start or "  ", " " * len(start) or "    "
         for paragraph in text.splitlines():
-            shown = paragraph if paragraph.isprintable() else json.dumps(paragraph)
-            lines += wrap(shown, _WIDTH, initial_indent=first, subsequent_indent=rest, **_WHOLE_WORDS)
+            lines += wrap(visible(paragraph), _WIDTH, initial_indent=first, subsequent_indent=rest, **_WHOLE_WORDS)
             first = rest
     return lines
 

@@ -37,14 +37,14 @@ Records = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Evidence:
+class ReportData:
     """What lies beside the manifest: every step's metrics, and by task the answers of both models."""
 
     metrics: list[StepMetrics]
     answers: dict[str, tuple[Records, Records]]
 
 
-def read_evidence(results: Mapping[str, Any], fetch: Callable[[Artifact], Path]) -> Evidence:
+def read_report_data(results: Mapping[str, Any], fetch: Callable[[Artifact], Path]) -> ReportData:
     """Reads it, from wherever `fetch` gets a published file."""
     published = {artifact["path"]: Artifact(**artifact) for artifact in results["artifacts"]}
 
@@ -52,7 +52,7 @@ def read_evidence(results: Mapping[str, Any], fetch: Callable[[Artifact], Path])
         text = fetch(published[path]).read_text(encoding="utf-8")
         return [json.loads(line) for line in text.split("\n") if line]
 
-    return Evidence(
+    return ReportData(
         [StepMetrics(**line) for line in lines("artifacts/metrics.jsonl")],
         {
             task: (
@@ -64,7 +64,7 @@ def read_evidence(results: Mapping[str, Any], fetch: Callable[[Artifact], Path])
     )
 
 
-def render_report(results: Mapping[str, Any], evidence: Evidence) -> bytes:
+def render_report(results: Mapping[str, Any], evidence: ReportData) -> bytes:
     """The page. It is the same whether `results` lists the report itself, as it does once published, or not."""
     tasks, attempts = results["evaluation"]["tasks"], results["run"]["attempts"]
     accuracies = {name: wording.accuracies(task) for name, task in tasks.items()}

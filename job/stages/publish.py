@@ -11,11 +11,11 @@ from job import log
 from job.common.hashing import sealed
 from job.errors import JobError
 from job.evaluation.comparison import compare_tasks, judge
+from job.evaluation.samples import samples_path
 from job.records import Artifact, Evaluated, ModelRecord, Trained
 from job.report import model_card, report
 from job.results import inventory, manifest
 from job.results.baseline import Baseline
-from job.results.reader import answers_path
 from job.runs.attempt import Attempt, now
 from job.runs.layout import CARD, REPORT, RESULTS
 from job.runs.run_log import read_run_log
@@ -83,10 +83,10 @@ def _publish_baseline(
         return None, []
     copies = []
     for task in adapter.scores:
-        key = answers_path(task, "baseline")
+        key = samples_path(task, "baseline")
         path = attempt.work / key
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(baseline.files[task])
+        path.write_bytes(baseline.tasks[task].data)
         copies.append(attempt.publish(path, key))
     return baseline.compared(adapter.scores), copies
 
@@ -101,7 +101,7 @@ def publish_report_and_card(attempt: Attempt, results: Mapping[str, Any]) -> dic
     return _with(
         complete,
         _published(
-            attempt, REPORT, lambda: report.render_report(complete, report.read_evidence(complete, attempt.fetch))
+            attempt, REPORT, lambda: report.render_report(complete, report.read_report_data(complete, attempt.fetch))
         ),
     )
 

@@ -16,11 +16,11 @@ from job.checkpoints.async_uploader import AsyncUploader
 from job.checkpoints.trainer_state import validate_trainer_state, write_metrics
 from job.common import host
 from job.common.resources import check_disk, checkpoint_bytes, required_bytes
-from job.data.batch_plan import steps_per_epoch
 from job.errors import Preempted, Unreachable
 from job.model.lora import save_adapter, trainable
 from job.preemption.stop_flag import Stopwatch, decide
 from job.records import StepMetrics, Trained, TrainingRecord
+from job.results.training_totals import training_totals
 from job.runs.attempt import Attempt
 from job.settings.load import Settings
 from job.stages.handoff import Loaded, Sources
@@ -195,20 +195,9 @@ def _files(path: Path) -> list[Path]:
 def _training_record(
     recipe: Recipe, history: Sequence[StepMetrics], substitutions: list[str], rows: int, world_size: int
 ) -> TrainingRecord:
-    """Sums up the steps. A step that was repeated after a restart counts once, as it went the last time."""
-    last_epoch = history[-steps_per_epoch(rows, recipe.global_batch_size) :]
-    targets = sum(step.target_tokens for step in history)
-    seconds = sum(float(step.measured["seconds"] or 0) for step in history)
     return TrainingRecord(
-        steps=len(history),
-        examples=sum(step.examples for step in history),
-        target_tokens=targets,
-        loss=sum(s.loss * s.target_tokens for s in last_epoch) / sum(s.target_tokens for s in last_epoch),
-        tokens_per_second=targets / seconds if seconds else None,
-        seconds=seconds,
-        peak_memory_bytes=max(int(step.measured["memory_bytes"] or 0) for step in history),
+        **training_totals(history, rows, recipe.global_batch_size),
         optimizer=recipe.optimizer,
-        global_batch_size=recipe.global_batch_size,
         micro_batch_tokens=recipe.micro_batch_tokens,
         substitutions=substitutions,
         world_size=world_size,

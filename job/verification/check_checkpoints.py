@@ -11,10 +11,10 @@ from job.checkpoints.commit_marker import Marker
 from job.checkpoints.trainer_state import ADAPTER
 from job.checkpoints.trainer_state import METRICS as STATE_METRICS
 from job.common.hashing import facts_of_line
+from job.records import Artifact
 from job.results.inventory import MARKER
 from job.verification.check_figures import METRICS
-from job.verification.differences import Check, Difference
-from job.verification.fetch_claims import Claim
+from job.verification.differences import CheckResult, Difference
 
 ADAPTER_PATH = "artifacts/adapter/adapter_model.safetensors"
 
@@ -37,15 +37,15 @@ def read_markers(copies: Copies) -> tuple[list[Marker], list[Difference]]:
     return sorted(found, key=lambda marker: marker.step), wrong
 
 
-def claims(marker: Marker) -> list[Claim]:
+def claims(marker: Marker) -> list[Artifact]:
     """What a marker says of its files."""
     prefix = commit_marker.files_prefix(marker)
-    return [Claim(prefix + name, file.bytes, file.sha256) for name, file in marker.files.items()]
+    return [Artifact(prefix + name, file.bytes, file.sha256) for name, file in marker.files.items()]
 
 
 def check_checkpoints(
     results: Mapping[str, Any], found: Sequence[Marker], copies: Copies, wrong: Sequence[Difference]
-) -> Check:
+) -> CheckResult:
     """Steps and epochs rise together, metrics only grow, and the last state is the published adapter.
 
     Args:
@@ -77,7 +77,7 @@ def check_checkpoints(
     if found and found[-1].step < steps:
         notes.append(f"the newest is of step {found[-1].step}: whether the adapter follows from it cannot be told")
     extent = f"{len(found)}, {', '.join(f'step {marker.step}' for marker in found)}" if found else "none"
-    return Check("checkpoints", extent, tuple(differences), tuple(notes))
+    return CheckResult("checkpoints", extent, tuple(differences), tuple(notes))
 
 
 def _metrics_differ(marker: Marker, copies: Copies) -> Iterator[Difference]:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
-from job.data.batch_plan import steps_per_epoch
+from job.common.formatting import count
+from job.common.validation import first_error
 from job.evaluation.comparison import compare_tasks, judge
-from job.evaluation.samples import HASHES, Sample, contradiction, parse, tally_records
+from job.evaluation.samples import HASHES, Sample, contradiction, parse, samples_path, task_scores
 from job.records import AttemptRecord, StepMetrics, TaskScores
 from job.results.cost import compute_cost
-from job.results.reader import answers_path
+from job.results.training_totals import training_totals
 from job.runs.layout import RESULTS
 from job.training.config import total_steps
-from job.verification.differences import Check, Difference, count, find_differences, show, why
+from job.verification.differences import MAX_SHOWN, CheckResult, Difference, find_differences, show
 
 METRICS = "artifacts/metrics.jsonl"
 _MOST_TOLD = 5
@@ -26,7 +26,7 @@ Copies = Mapping[str, Path]
 Sheets = dict[str, list[Sample]]
 
 
-def check_evaluation(results: Mapping[str, Any], copies: Copies) -> Check:
+def check_evaluation(results: Mapping[str, Any], copies: Copies) -> CheckResult:
     """Every figure of every task, from the answers to its questions."""
     tasks = results["evaluation"]["tasks"]
     sheets: dict[str, Sheets] = {}
@@ -40,10 +40,10 @@ def check_evaluation(results: Mapping[str, Any], copies: Copies) -> Check:
         differences += find_differences(f"{RESULTS} evaluation.tasks", tasks, found)
     questions = sum(len(records) for records in sheets["adapter"].values())
     extent = f"{count(len(tasks), 'task')}, {count(questions, 'question')} answered twice"
-    return Check("evaluation", extent, tuple(differences))
+    return CheckResult("evaluation", extent, tuple(differences))
 
 
-def check_gate(results: Mapping[str, Any], copies: Copies) -> Check:
+def check_gate(results: Mapping[str, Any], copies: Copies) -> CheckResult:
     """The gate's verdict, from the figures; against an earlier run, from that run's answers, which lie beside ours."""
     gate, tasks = results["gate"], results["evaluation"]["tasks"]
     against = gate["baseline"]
@@ -64,14 +64,14 @@ def check_gate(results: Mapping[str, Any], copies: Copies) -> Check:
         differences += find_differences(f"{RESULTS} gate", gate, judge(tasks, **thresholds, baseline=against))
     outcome = {None: "none set", True: "met", False: "not met"}[gate["passed"]]
     versus = "" if against is None else f", against run {show(against['run'])}"
-    return Check("gate", outcome + versus, tuple(differences))
+    return CheckResult("gate", outcome + versus, tuple(differences))
 
 
 def _read_sheets(tasks: Mapping[str, Any], side: str, copies: Copies) -> tuple[Sheets, list[Difference]]:
     """By task: one side's records, and what is wrong with them alone."""
     sheets, wrong = {}, []
     for task, claimed in tasks.items():
-        path = answers_path(task, side)
+        path = samples_path(task, side)
         try:
             records = parse(copies[path].read_bytes())
         except KeyError:
@@ -92,7 +92,7 @@ def _unpaired(before: Sheets, after: Sheets, side: str) -> Iterator[Difference]:
     for task in before.keys() & after.keys():
         for number, (one, two) in enumerate(zip(before[task], after[task], strict=False), start=1):
             if any(getattr(one, name) != getattr(two, name) for name in ("id", *HASHES)):
-                where = f"{answers_path(task, side)} line {number}"
+                where = f"{samples_path(task, side)} line {number}"
                 yield Difference(where, f"question {show(two.id)} as the adapter was asked", show(one.id))
                 break
 
@@ -100,7 +100,7 @@ def _unpaired(before: Sheets, after: Sheets, side: str) -> Iterator[Difference]:
 def _scores(sheets: Sheets, tasks: Mapping[str, Any], side: str) -> dict[str, TaskScores]:
     """What the records add up to; where questions and answers came from is taken over from the manifest."""
     return {
-        task: tally_records(
+        task: task_scores(
             records,
             task=task,
             source=tasks[task]["source"],
@@ -111,21 +111,20 @@ def _scores(sheets: Sheets, tasks: Mapping[str, Any], side: str) -> dict[str, Ta
     }
 
 
-def check_training(results: Mapping[str, Any], copies: Copies) -> Check:
+def check_training(results: Mapping[str, Any], copies: Copies) -> CheckResult:
     """What training did, from the metrics of every step, and how long it should have gone on by its settings."""
     training = results["training"]
     extent = count(training["steps"], "step")
     try:
         history = _read_steps(copies[METRICS].read_bytes())
-        found = _summed(history, results)
-    except KeyError:
-        return Check("training", extent, (Difference(METRICS, "the metrics of a step a line", "nothing to read"),))
-    except ValueError as error:
-        return Check("training", extent, (Difference(METRICS, "the metrics of a step a line", str(error)),))
+        found = _totals(history, results)
+    except (KeyError, ValueError) as error:
+        what = "nothing to read" if isinstance(error, KeyError) else str(error)
+        return CheckResult("training", extent, (Difference(METRICS, "the metrics of a step a line", what),))
     differences = list(find_differences(f"{RESULTS} training", {name: training[name] for name in found}, found))
     if [step.step for step in history] != list(range(1, len(history) + 1)):
         differences.append(Difference(METRICS, "the steps from 1 up", "others"))
-    return Check("training", extent, tuple(differences))
+    return CheckResult("training", extent, tuple(differences))
 
 
 def _read_steps(data: bytes) -> list[StepMetrics]:
@@ -139,11 +138,11 @@ def _read_steps(data: bytes) -> list[StepMetrics]:
         try:
             steps.append(kind.validate_json(line))
         except ValueError as error:
-            raise ValueError(f"line {number}: {why(error)}") from None
+            raise ValueError(f"line {number}: {first_error(error, MAX_SHOWN)}") from None
     return steps
 
 
-def _summed(history: Sequence[StepMetrics], results: Mapping[str, Any]) -> dict[str, Any]:
+def _totals(history: Sequence[StepMetrics], results: Mapping[str, Any]) -> dict[str, Any]:
     """The figures of `training` that follow from the steps, or from settings and data.
 
     Raises:
@@ -159,24 +158,13 @@ def _summed(history: Sequence[StepMetrics], results: Mapping[str, Any]) -> dict[
     planned = total_steps(rows, size, epochs, most)
     if len(history) != planned:
         raise ValueError(f"{len(history)} steps, {planned} by the settings")
-    last = history[-steps_per_epoch(rows, size) :]
-    targets, learned = sum(step.target_tokens for step in history), sum(step.target_tokens for step in last)
-    seconds = math.fsum(float(step.measured.get("seconds") or 0) for step in history)
-    return {
-        "steps": len(history),
-        "examples": sum(step.examples for step in history),
-        "target_tokens": targets,
-        "loss": sum(step.loss * step.target_tokens for step in last) / learned if learned else None,
-        "seconds": seconds,
-        "tokens_per_second": targets / seconds if seconds else None,
-        "global_batch_size": size,
-    }
+    return training_totals(history, rows, size)
 
 
-def check_cost(results: Mapping[str, Any]) -> Check:
+def check_cost(results: Mapping[str, Any]) -> CheckResult:
     """Seconds, dollars, waste, energy and savings, from the attempts and the prices."""
     attempts = TypeAdapter(list[AttemptRecord]).validate_python(results["run"]["attempts"])
     on_demand = results["settings"].get("cost.on_demand_usd_per_hour", {}).get("value")
     found = compute_cost(attempts, results["training"]["seconds"], on_demand)
     differences = find_differences(f"{RESULTS} cost", results["cost"], found)
-    return Check("cost", f"adds up over {count(len(attempts), 'attempt')}", tuple(differences))
+    return CheckResult("cost", f"adds up over {count(len(attempts), 'attempt')}", tuple(differences))

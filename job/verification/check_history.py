@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
 
+from job.common.formatting import count
+from job.common.validation import first_error
 from job.errors import JobError
 from job.evaluation.comparison import compare_tasks
 from job.records import Artifact, AttemptRecord, Evaluated, Pulled, Trained
@@ -17,8 +19,8 @@ from job.runs import lease
 from job.runs.layout import RESULTS
 from job.runs.run_log import SETTINGS, parse_record, record_key
 from job.storage.open import ObjectStore, TooLarge
-from job.verification.differences import Check, Difference, count, find_differences, show, why
-from job.verification.fetch_claims import MISSING
+from job.verification.differences import MAX_SHOWN, CheckResult, Difference, find_differences, show
+from job.verification.fetch_files import MISSING
 
 PULL, BASE, TRAIN, ADAPTER = (f"stages/{name}.json" for name in ("pull", "evaluate-base", "train", "evaluate-adapter"))
 MAX_RECORD_BYTES = 1 << 20
@@ -29,17 +31,17 @@ T = TypeVar("T")
 Copies = Mapping[str, Path]
 
 
-def check_settings(results: Mapping[str, Any], copies: Copies) -> Check:
+def check_settings(results: Mapping[str, Any], copies: Copies) -> CheckResult:
     """The settings that the run began with are those of the manifest."""
     differences: list[Difference] = []
     kept = _read(SETTINGS, dict[str, Any], copies, differences)
     if kept is not None:
         claimed = {name: setting["value"] for name, setting in results["settings"].items() if name in kept}
         differences += find_differences(f"{RESULTS} settings", claimed, kept)
-    return Check("settings", f"{len(kept or ())} that decide the result", tuple(differences))
+    return CheckResult("settings", f"{len(kept or ())} that decide the result", tuple(differences))
 
 
-def check_stages(results: Mapping[str, Any], copies: Copies) -> Check:
+def check_stages(results: Mapping[str, Any], copies: Copies) -> CheckResult:
     """What the stages found out, data and model first, is what the manifest says."""
     differences: list[Difference] = []
     pulled = _read(PULL, Pulled, copies, differences)
@@ -60,7 +62,7 @@ def check_stages(results: Mapping[str, Any], copies: Copies) -> Check:
             differences.append(Difference(ADAPTER, "scores that compare with the base's", str(error)))
         else:
             differences += find_differences(f"{RESULTS} evaluation.tasks", results["evaluation"]["tasks"], tasks)
-    return Check("stages", "pull, evaluate base, train, evaluate adapter", tuple(differences))
+    return CheckResult("stages", "pull, evaluate base, train, evaluate adapter", tuple(differences))
 
 
 def _listed(results: Mapping[str, Any], artifacts: list[Artifact]) -> list[Difference]:
@@ -72,7 +74,7 @@ def _listed(results: Mapping[str, Any], artifacts: list[Artifact]) -> list[Diffe
 
 def check_attempts(
     results: Mapping[str, Any], copies: Copies, store: ObjectStore, listed: Collection[str]
-) -> tuple[Check, set[str]]:
+) -> tuple[CheckResult, set[str]]:
     """The ledger has the attempts of the manifest, and the lease was the last one's.
 
     An attempt may have been started while the last one was publishing: then it has the lease, and found all done.
@@ -118,7 +120,7 @@ def check_attempts(
         if _parsed(key, parse_record, _sealed(store, key), differences) is not None
     ]
     extent = f"{count(len(attempts), 'attempt')}, and the lease"
-    check = Check("attempts", extent, tuple(differences), tuple(notes))
+    check = CheckResult("attempts", extent, tuple(differences), tuple(notes))
     return check, {lease.KEY, record_key(last.number), *later}
 
 
@@ -178,7 +180,7 @@ def _parsed(key: str, parse: Callable[[bytes], T], data: bytes | None, differenc
     try:
         return parse(data)
     except ValueError as error:
-        differences.append(Difference(key, "what the job wrote", why(error)))
+        differences.append(Difference(key, "what the job wrote", first_error(error, MAX_SHOWN)))
         return None
 
 

@@ -8,12 +8,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import ValidationError
-
 # Another version of scipy or another processor may end an iteration elsewhere, in digits that nobody reads. Relative,
 # because a p value may be as small as it likes.
 TOLERANCE = 1e-7
-_SHOWN = 120
+MAX_SHOWN = 120
+"""Characters of a value or a message that are printed."""
 
 
 @dataclass(frozen=True)
@@ -29,18 +28,13 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Check:
+class CheckResult:
     """One line of the outcome: what was checked, on how much, what differs, and what is worth knowing beside that."""
 
     what: str
     extent: str
     differences: tuple[Difference, ...] = ()
     notes: tuple[str, ...] = ()
-
-
-def count(number: int, noun: str) -> str:
-    """`1 file`, `2,000 files`."""
-    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def find_differences(where: str, claimed: Any, found: Any) -> Iterator[Difference]:
@@ -76,16 +70,7 @@ def _same(claimed: Any, found: Any) -> bool:
         return False
 
 
-def why(error: ValueError) -> str:
-    """What is wrong with a file, in a line, without a quotation from it."""
-    if isinstance(error, ValidationError):
-        first = error.errors(include_input=False, include_url=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        return f"{place}{place and ': '}{first['msg']}"[:_SHOWN]
-    return str(error).splitlines()[0][:_SHOWN]
-
-
 def show(value: Any) -> str:
     """A value as it is printed: in ASCII, whatever it holds, and not too long."""
     text = json.dumps(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."

@@ -7,15 +7,17 @@ no proof against somebody who can write to the run's folder and seals what he wr
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from job.checkpoints.commit_marker import files_prefix
+from job.common.formatting import count
 from job.common.hashing import unsealed
+from job.common.tables import visible
 from job.errors import Problem, VerificationError
+from job.records import Artifact
 from job.results.inventory import ARTIFACTS, is_evidence, is_leftover
 from job.results.reader import parse, read_bytes
 from job.runs.layout import RESULTS
@@ -23,11 +25,11 @@ from job.storage.open import ObjectStore, is_key
 from job.verification import check_checkpoints
 from job.verification.check_figures import check_cost, check_evaluation, check_gate, check_training
 from job.verification.check_history import check_attempts, check_settings, check_stages
-from job.verification.differences import Check, Difference, count, show
-from job.verification.fetch_claims import Claim, fetch_claimed_files
+from job.verification.differences import CheckResult, Difference, show
+from job.verification.fetch_files import fetch_files
 
 
-def verify(store: ObjectStore, work: Path) -> list[Check]:
+def verify(store: ObjectStore, work: Path) -> list[CheckResult]:
     """Checks a run.
 
     Args:
@@ -45,16 +47,18 @@ def verify(store: ObjectStore, work: Path) -> list[Check]:
     try:
         results = parse(data)
     except ValueError as error:
-        return [Check("manifest", f"{len(data):,} bytes", (Difference(RESULTS, "the job's manifest", str(error)),))]
+        return [
+            CheckResult("manifest", f"{len(data):,} bytes", (Difference(RESULTS, "the job's manifest", str(error)),))
+        ]
     listed = {info.key: info.bytes for info in store.list()}
     last = results["run"]["attempts"][-1]["number"]
-    own, kept = ([_claim(entry) for entry in results[group]] for group in ("artifacts", "evidence"))
-    copies, wrong = fetch_claimed_files(store, own, listed, work)
-    more, kept_wrong = fetch_claimed_files(store, kept, listed, work)
+    own, kept = ([Artifact(**entry) for entry in results[group]] for group in ("artifacts", "evidence"))
+    copies, wrong = fetch_files(store, own, listed, work)
+    more, kept_wrong = fetch_files(store, kept, listed, work)
     copies |= more
     found, marker_wrong = check_checkpoints.read_markers(copies)
     states = [claim for marker in found for claim in check_checkpoints.claims(marker)]
-    more, states_wrong = fetch_claimed_files(store, states, listed, work)
+    more, states_wrong = fetch_files(store, states, listed, work)
     copies |= more
     attempts, sealed = check_attempts(results, copies, store, listed)
     known = {RESULTS, *sealed, *(claim.path for claim in (*own, *kept, *states))}
@@ -64,10 +68,10 @@ def verify(store: ObjectStore, work: Path) -> list[Check]:
     ]
     unknown, leftovers = _unclaimed(listed, known, {files_prefix(marker) for marker in found})
     return [
-        Check("manifest", f"schema {results['schema_version']}, run {show(results['run']['id'])}", _seal(data)),
-        Check("artifacts", _extent(own), tuple(wrong)),
-        Check("evidence", _extent(kept), tuple(kept_wrong)),
-        Check("other files", f"{count(len(listed), 'file')} in all", (*misplaced, *unknown), leftovers),
+        CheckResult("manifest", f"schema {results['schema_version']}, run {show(results['run']['id'])}", _seal(data)),
+        CheckResult("artifacts", _extent(own), tuple(wrong)),
+        CheckResult("evidence", _extent(kept), tuple(kept_wrong)),
+        CheckResult("other files", f"{count(len(listed), 'file')} in all", (*misplaced, *unknown), leftovers),
         check_evaluation(results, copies),
         check_gate(results, copies),
         check_training(results, copies),
@@ -79,10 +83,6 @@ def verify(store: ObjectStore, work: Path) -> list[Check]:
     ]
 
 
-def _claim(entry: Mapping[str, Any]) -> Claim:
-    return Claim(entry["path"], entry["bytes"], entry["sha256"], entry.get("facts_sha256"))
-
-
 def _seal(data: bytes) -> tuple[Difference, ...]:
     try:
         unsealed(data)
@@ -91,11 +91,11 @@ def _seal(data: bytes) -> tuple[Difference, ...]:
     return ()
 
 
-def _extent(claims: list[Claim]) -> str:
+def _extent(claims: list[Artifact]) -> str:
     return f"{count(len(claims), 'file')}, {count(sum(claim.bytes for claim in claims), 'byte')}"
 
 
-def _out_of_place(claim: Claim) -> Difference:
+def _out_of_place(claim: Artifact) -> Difference:
     return Difference(claim.path, "its place in the manifest", "a file of another kind")
 
 
@@ -114,12 +114,7 @@ def _unclaimed(
     return tuple(unknown), tuple(leftovers)
 
 
-def _visible(text: str) -> str:
-    """Text of strangers as it can be shown: it cannot move the cursor or break its line."""
-    return text if text.isprintable() else json.dumps(text)
-
-
-def as_json(where: str, checks: list[Check]) -> dict[str, Any]:
+def as_json(where: str, checks: list[CheckResult]) -> dict[str, Any]:
     """The outcome for a program."""
     return {
         "results": where,
@@ -128,7 +123,7 @@ def as_json(where: str, checks: list[Check]) -> dict[str, Any]:
     }
 
 
-def as_lines(checks: list[Check]) -> list[str]:
+def as_lines(checks: list[CheckResult]) -> list[str]:
     """The outcome for a person."""
     lines = []
     width = max(len(check.what) for check in checks)
@@ -137,17 +132,17 @@ def as_lines(checks: list[Check]) -> list[str]:
         lines.append(f"{outcome:<8} {check.what:<{width}}  {check.extent}")
         lines += [f"  {difference}" for difference in check.differences]
         lines += [f"  note: {note}" for note in check.notes]
-    return [_visible(line) for line in lines]
+    return [visible(line) for line in lines]
 
 
-def demand(checks: list[Check]) -> None:
+def demand(checks: list[CheckResult]) -> None:
     """Ends with an error unless all holds.
 
     Raises:
         VerificationError: With all that differs.
     """
     problems = [
-        Problem(_visible(difference.where), _visible(f"claimed {difference.claimed}, found {difference.found}"))
+        Problem(visible(difference.where), visible(f"claimed {difference.claimed}, found {difference.found}"))
         for check in checks
         for difference in check.differences
     ]

@@ -16,7 +16,7 @@ from job.common.hashing import sealed, unsealed
 from job.errors import AccessDenied, SettingsError, VerificationError
 from job.results.reader import open_run
 from job.runs.run_log import parse_record, record_key
-from job.verification.differences import Check
+from job.verification.differences import CheckResult
 from job.verification.verify import as_json, as_lines, demand, verify
 from tests.published_run import forge, pairs, publish_run, rewrite
 
@@ -39,10 +39,10 @@ def run(published: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def check(run: Path, tmp_path: Path) -> Callable[[], dict[str, Check]]:
+def check(run: Path, tmp_path: Path) -> Callable[[], dict[str, CheckResult]]:
     """Verifies the copy; returns the checks that do not hold, by name."""
 
-    def checked() -> dict[str, Check]:
+    def checked() -> dict[str, CheckResult]:
         work = tmp_path / "work"
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
@@ -51,10 +51,10 @@ def check(run: Path, tmp_path: Path) -> Callable[[], dict[str, Check]]:
     return checked
 
 
-Checker = Callable[[], dict[str, Check]]
+Checker = Callable[[], dict[str, CheckResult]]
 
 
-def told(failed: dict[str, Check]) -> str:
+def told(failed: dict[str, CheckResult]) -> str:
     """All that differs, as a person reads it."""
     return "\n".join(str(difference) for found in failed.values() for difference in found.differences)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from job.common.hashing import hash_facts, hash_file
 from job.common.resources import check_disk
+from job.records import Artifact
 from job.storage.base import MAX_READ_BYTES
 from job.storage.open import ObjectStore, TooLarge, is_key
 from job.verification.differences import Difference
@@ -16,18 +16,8 @@ from job.verification.differences import Difference
 MISSING = "no such file"
 
 
-@dataclass(frozen=True)
-class Claim:
-    """What a file has to be."""
-
-    path: str
-    bytes: int
-    sha256: str
-    facts_sha256: str | None = None
-
-
-def fetch_claimed_files(
-    store: ObjectStore, claims: Iterable[Claim], listed: Mapping[str, int], folder: Path
+def fetch_files(
+    store: ObjectStore, claims: Iterable[Artifact], listed: Mapping[str, int], folder: Path
 ) -> tuple[dict[str, Path], list[Difference]]:
     """Copies what is there, whether or not it is what was claimed, but never more bytes than that.
 
@@ -62,7 +52,7 @@ def fetch_claimed_files(
     return copies, differences
 
 
-def _copy(store: ObjectStore, claim: Claim, folder: Path) -> Path:
+def _copy(store: ObjectStore, claim: Artifact, folder: Path) -> Path:
     path = folder / hashlib.sha256(claim.path.encode()).hexdigest()
     if claim.bytes > MAX_READ_BYTES:
         store.download(claim.path, path, max_bytes=claim.bytes)
@@ -74,7 +64,7 @@ def _copy(store: ObjectStore, claim: Claim, folder: Path) -> Path:
     return path
 
 
-def _compare(claim: Claim, path: Path) -> list[Difference]:
+def _compare(claim: Artifact, path: Path) -> list[Difference]:
     found = hash_file(path)
     if found != claim.sha256:
         return [Difference(claim.path, f"SHA-256 {claim.sha256}", f"SHA-256 {found}")]
