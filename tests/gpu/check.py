@@ -23,7 +23,7 @@ from job.evaluation.scoring import plan_sequences, score_sequence, tokens_of
 from job.model.base import load_base, make_deterministic
 from job.model.lora import add_adapter, trainable
 from job.model.packed_attention import Segment, _group_by_group, _varlen_kernel, build_layout
-from job.planning.reference import ARCHITECTURES
+from job.planning.known_models_and_data import ARCHITECTURES
 from job.planning.workload import count
 from job.records import Example, Question
 from job.tracking.energy import open_meter, visible_gpus

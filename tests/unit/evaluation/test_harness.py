@@ -334,7 +334,7 @@ def test_questions_that_put_the_choices_in_front_are_accepted(tokenizer: Any, tm
     tasks = local_tasks(winogrande=write_jsonl(tmp_path / "q.jsonl", rows))
     scores, records = evaluate(tasks, tokenizer, score, limit=None)["winogrande"]
     assert len(asked) == 8
-    assert (records[1]["question"], records[1]["choices"]) == (
+    assert (records[1].question, records[1].choices) == (
         "and fine.",
         ["1 is less than one", "1 is less than two"],
     )
