@@ -69,7 +69,7 @@ def run(
         results = _carry_out(attempt, settings, decisive, track)
         track.results(results)
     if processes.leads:
-        manifest.tell(manifest.summary(results, f"{store.uri}/{RESULTS}"))
+        manifest.print_lines(manifest.summary(results, f"{store.uri}/{RESULTS}"))
         if delivery:
             deliver(store, results, delivery)
     return _gated(results)

@@ -22,7 +22,7 @@ from job.settings.load import load_reading, secrets
 from job.settings.schema import Gate, Settings
 from job.storage.base import disk_errors
 from job.storage.verified_download import fetch_artifact
-from job.verification.verify import as_json, as_lines, demand, verify
+from job.verification.verify import as_json, as_lines, require_verified, verify
 
 THRESHOLDS = {"--metric": "metric", "--min-delta": "min_delta", "--max-regression": "max_regression"}
 
@@ -42,7 +42,7 @@ def verify_command(words: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="qlora-job-", dir=cache, ignore_cleanup_errors=True) as work:
         checks = verify(store, Path(work))
     _print([json.dumps(as_json(store.uri, checks), indent=2)] if _is(given, "json") else as_lines(checks))
-    demand(checks)
+    require_verified(checks)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Brings the files of a published run here, and holds each against the size and the hash that were claimed for it."""
+"""Copies the files of a published run, and compares each with the size and the SHA-256 that a record claims for it."""
 
 from __future__ import annotations
 
@@ -19,16 +19,19 @@ MISSING = "no such file"
 def fetch_files(
     store: ObjectStore, claims: Iterable[Artifact], listed: Mapping[str, int], folder: Path
 ) -> tuple[dict[str, Path], list[Difference]]:
-    """Copies what is there, whether or not it is what was claimed, but never more bytes than that.
+    """Copies files, also those whose content differs, but never more bytes than claimed.
 
     Args:
         store: The run's.
-        claims: From the manifest or a marker: nothing in them is trusted.
+        claims: From the manifest or a commit marker; paths and sizes are not trusted.
         listed: Bytes of every file that the store lists, by path.
-        folder: Where the copies go, under names of their own.
+        folder: Where the copies go, named by a hash of their path, so that no path leads out of it.
 
     Returns:
-        The copies by path, and how they differ from the claims.
+        The copies by path, and all differences from the claims.
+
+    Raises:
+        Unreachable: The disk is too small for the copies.
     """
     good, differences = [], []
     for claim in claims:

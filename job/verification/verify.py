@@ -1,8 +1,10 @@
-"""`verify`: whether a published run is what it says, checked from its own files and nothing else.
+"""`verify`: checks that a published run is what its manifest says, from the run's own files alone.
 
-Everything is read once, copied here within the sizes that were claimed, and held against hashes, seals, and what the
-figures should be by the answers and metrics they rest on. That finds damage and mistakes, down to a single byte. It is
-no proof against somebody who can write to the run's folder and seals what he wrote.
+Every file is read once, up to the size in the manifest, and compared with its hash or seal; every figure is computed
+again from samples, metrics and attempts. That finds damage and mistakes, down to a single byte. It does not protect
+against someone who can write to the run's folder and computes the hashes and seals again.
+
+To add a check: a function that returns a `CheckResult`, and a line in `verify`.
 """
 
 from __future__ import annotations
@@ -34,14 +36,14 @@ def verify(store: ObjectStore, work: Path) -> list[CheckResult]:
 
     Args:
         store: The run's own.
-        work: Folder for copies.
+        work: Folder for copies of the files.
 
     Returns:
-        Every check and how it came out. If the manifest cannot be read, that is the only one.
+        The result of every check; only that of the manifest if it cannot be parsed.
 
     Raises:
         SettingsError: There is no run here.
-        VerificationError: It has no results.
+        VerificationError: The run has no results.
     """
     data = read_bytes(store)
     try:
@@ -102,7 +104,7 @@ def _out_of_place(claim: Artifact) -> Difference:
 def _unclaimed(
     listed: Mapping[str, int], known: set[str], whole: set[str]
 ) -> tuple[tuple[Difference, ...], tuple[str, ...]]:
-    """The files that nobody vouches for; those that killed attempts leave behind are only told of."""
+    """The files that no record lists: differences, or notes if a killed attempt may have left them behind."""
     unknown, leftovers = [], []
     for key, size in listed.items():
         if key in known:
@@ -115,7 +117,7 @@ def _unclaimed(
 
 
 def as_json(where: str, checks: list[CheckResult]) -> dict[str, Any]:
-    """The outcome for a program."""
+    """The result as JSON-able values."""
     return {
         "results": where,
         "verified": not any(check.differences for check in checks),
@@ -124,7 +126,7 @@ def as_json(where: str, checks: list[CheckResult]) -> dict[str, Any]:
 
 
 def as_lines(checks: list[CheckResult]) -> list[str]:
-    """The outcome for a person."""
+    """The result as lines of text."""
     lines = []
     width = max(len(check.what) for check in checks)
     for check in checks:
@@ -135,8 +137,8 @@ def as_lines(checks: list[CheckResult]) -> list[str]:
     return [visible(line) for line in lines]
 
 
-def demand(checks: list[CheckResult]) -> None:
-    """Ends with an error unless all holds.
+def require_verified(checks: list[CheckResult]) -> None:
+    """Raises an error unless all checks hold.
 
     Raises:
         VerificationError: With all that differs.
