@@ -16,6 +16,7 @@ from job.checkpoints.async_uploader import AsyncUploader
 from job.checkpoints.trainer_state import validate_trainer_state, write_metrics
 from job.common import host
 from job.common.resources import check_disk, checkpoint_bytes, required_bytes
+from job.data.batch_plan import steps_per_epoch
 from job.errors import Preempted, Unreachable
 from job.model.lora import save_adapter, trainable
 from job.preemption.stop_flag import Stopwatch, decide
@@ -196,7 +197,7 @@ def _training_record(
     recipe: Recipe, history: Sequence[StepMetrics], substitutions: list[str], rows: int, world_size: int
 ) -> TrainingRecord:
     return TrainingRecord(
-        **training_totals(history, rows, recipe.global_batch_size),
+        **training_totals(history, steps_per_epoch(rows, recipe.global_batch_size), recipe.global_batch_size),
         optimizer=recipe.optimizer,
         micro_batch_tokens=recipe.micro_batch_tokens,
         substitutions=substitutions,

@@ -10,6 +10,7 @@ from pydantic import TypeAdapter
 
 from job.common.formatting import count
 from job.common.validation import first_error
+from job.data.batch_plan import steps_per_epoch
 from job.evaluation.comparison import compare_tasks, judge
 from job.evaluation.samples import HASHES, Sample, contradiction, parse, samples_path, task_scores
 from job.records import AttemptRecord, StepMetrics, TaskScores
@@ -158,7 +159,7 @@ def _totals(history: Sequence[StepMetrics], results: Mapping[str, Any]) -> dict[
     planned = total_steps(rows, size, epochs, most)
     if len(history) != planned:
         raise ValueError(f"{len(history)} steps, {planned} by the settings")
-    return training_totals(history, rows, size)
+    return training_totals(history, steps_per_epoch(rows, size), size)
 
 
 def check_cost(results: Mapping[str, Any]) -> CheckResult:
