@@ -146,9 +146,9 @@ def estimates(run: RunShape) -> Iterator[Estimate]:
         held.total,
         "bytes",
         both,
-        f"+- {memory_model.MARGIN:.0%}, and the driver's context; where there is room, more is kept",
+        f"+- {memory_model.MARGIN:.0%}, and the driver's context; with more memory, more is kept",
     )
-    scored = f"rows of {run.scoring_budget:,} tokens"
+    scored = f"packed sequences of {run.scoring_budget:,} tokens"
     yield Estimate("peak in evaluation", _scoring(run, setup), "bytes", _weaker(basis, run.questions_basis), scored)
     checkpoint = checkpoint_bytes(setup.adapter, setup.optimizer)
     yield Estimate("checkpoint", checkpoint, "bytes", basis)
@@ -174,12 +174,12 @@ def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:
     if run.budget_by_gpu:
         run = replace(run, budget=choose_budget(gpu.memory_bytes))
     execution = _execution(gpu, run, setup)
-    room = memory_model.room(gpu.memory_bytes)
+    usable = memory_model.room(gpu.memory_bytes)
     scoring = _scoring(run, setup)
     need = max(memory_model.training_memory(setup, run.micro_batch).total, scoring)
-    fits, note = need <= room, ""
+    fits, note = need <= usable, ""
     if not fits:
-        note = f"{size(need, ' ')} are needed, and {size(room, ' ')} are safe to fill"
+        note = f"{size(need, ' ')} are needed, and {size(usable, ' ')} are safe to fill"
     elif gpu.capability < FLASH_CAPABILITY and setup.value_bytes == HALF_PRECISION:
         note = "has no kernel for attention over many sequences at once; how much slower it is has not been measured"
     price = gpu.usd_per_hour if run.usd_per_hour is None else run.usd_per_hour
@@ -191,8 +191,8 @@ def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:
         fits=fits,
         note=note,
         keeps=", ".join(name for name, is_kept in kept.items() if is_kept) if fits else "",
-        budget_recomputing=_budget(run, replace(setup, recompute=True), room),
-        budget_keeping=_budget(run, replace(setup, recompute=False), room),
+        budget_recomputing=_budget(run, replace(setup, recompute=True), usable),
+        budget_keeping=_budget(run, replace(setup, recompute=False), usable),
         hours=hours,
         usd_per_hour=price,
         usd=None if hours is None else hours * price,
@@ -200,12 +200,12 @@ def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:
     )
 
 
-def _budget(run: RunShape, setup: Setup, room: int) -> int:
-    """The largest micro-batch that fits, in tokens; 0 where the longest example or scoring does not fit."""
-    if _scoring(run, setup) > room:
+def _budget(run: RunShape, setup: Setup, usable: int) -> int:
+    """The largest micro-batch in tokens that fits into `usable` bytes; 0 if the longest example or scoring does not."""
+    if _scoring(run, setup) > usable:
         return 0
     most = run.workload.largest_step if run.workload else MOST_TOKENS
-    found = memory_model.largest_budget(lambda tokens: memory_model.training_memory(setup, tokens).total, room, most)
+    found = memory_model.largest_budget(lambda tokens: memory_model.training_memory(setup, tokens).total, usable, most)
     return found if found >= (run.workload.longest if run.workload else 1) else 0
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from job.common import formatting
+from job.evaluation.samples import samples_path
 from job.records import Artifact, StepMetrics
 from job.report import charts, wording
 from job.report.changed_answers import changed_answers
@@ -65,10 +66,7 @@ def read_report_data(results: Mapping[str, Any], fetch: Callable[[Artifact], Pat
     return ReportData(
         [StepMetrics(**line) for line in lines("artifacts/metrics.jsonl")],
         {
-            task: (
-                lines(f"artifacts/evaluation/{task}.base.jsonl"),
-                lines(f"artifacts/evaluation/{task}.adapter.jsonl"),
-            )
+            task: (lines(samples_path(task, "base")), lines(samples_path(task, "adapter")))
             for task in results["evaluation"]["tasks"]
         },
     )

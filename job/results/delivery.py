@@ -55,4 +55,4 @@ def _place(path: str, folders: Delivery) -> Path:
             return folders.model / "report.html"
         case ["artifacts", *rest] if rest:
             return folders.data.joinpath(*rest)
-    raise DataError([Problem(RESULTS, f"lists an artefact that is none: {path[:80]!r}")])
+    raise DataError([Problem(RESULTS, f"lists an artifact whose path is not one: {path[:80]!r}")])

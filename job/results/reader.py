@@ -135,7 +135,7 @@ def read_samples(run: PublishedRun) -> dict[str, TaskSamples]:
 
 def _read_whole(store: ObjectStore, path: str, listed: Mapping[str, Any] | None) -> bytes:
     if listed is None:
-        raise ValueError("is not among the artefacts of the manifest")
+        raise ValueError("is not among the artifacts of the manifest")
     stored = store.read(path, max_bytes=min(listed["bytes"], MAX_SAMPLES_BYTES))
     if stored is None:
         raise ValueError("is missing")

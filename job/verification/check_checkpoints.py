@@ -75,7 +75,7 @@ def check_checkpoints(
         if (changed := sorted(name for name in packages if marker.software.get(name) != packages[name]))
     ]
     if found and found[-1].step < steps:
-        notes.append(f"the newest is of step {found[-1].step}: whether the adapter follows from it cannot be told")
+        notes.append(f"the newest is of step {found[-1].step}: whether the adapter follows from it cannot be checked")
     extent = f"{len(found)}, {', '.join(f'step {marker.step}' for marker in found)}" if found else "none"
     return CheckResult("checkpoints", extent, tuple(differences), tuple(notes))
 

@@ -82,8 +82,12 @@ def _read_samples(tasks: Mapping[str, Any], side: str, copies: Copies) -> tuple[
         else:
             by_task[task] = records
             wrong += find_differences(f"{RESULTS} evaluation.tasks.{task}.n", claimed["n"], len(records))
-            told = ((f"{path} line {n}", contradiction(record)) for n, record in enumerate(records, start=1))
-            found = [Difference(where, "an answer by its likelihoods", what) for where, what in told if what]
+            checked = ((f"{path} line {n}", contradiction(record)) for n, record in enumerate(records, start=1))
+            found = [
+                Difference(where, "the answer that follows from its likelihoods", what)
+                for where, what in checked
+                if what
+            ]
             wrong += found[:_MOST_SHOWN]
     return by_task, wrong
 

@@ -98,11 +98,11 @@ def check_attempts(
             # the record of an attempt that was killed says `running` for ever; the manifest says `killed`
             kept = replace(kept, outcome="killed") if kept.outcome == "running" else kept
             differences += find_differences(f"{RESULTS} run.attempts[{index}]", asdict(attempt), asdict(kept))
-    told = {record_key(attempt.number) for attempt in attempts}
+    listed_records = {record_key(attempt.number) for attempt in attempts}
     differences += [
         Difference(f"{RESULTS} run.attempts", "all attempts", f"one more in {key}")
         for key in copies
-        if _RECORD_NAME.fullmatch(key) and key not in told
+        if _RECORD_NAME.fullmatch(key) and key not in listed_records
     ]
     noted = _parsed(record_key(last.number), parse_record, _sealed(store, record_key(last.number)), differences)
     if noted is not None:

@@ -136,7 +136,7 @@ def test_damaged_runs_are_refused(pair: tuple[Path, Path]) -> None:
     with pytest.raises(VerificationError, match=r"results\.json: was altered"):
         read(pair[1])
     forge(pair[1], lambda results: results.update(artifacts=[]))
-    with pytest.raises(VerificationError, match="is not among the artefacts"):
+    with pytest.raises(VerificationError, match="is not among the artifacts"):
         compare(*map(read, pair))
 
 
