@@ -21,6 +21,7 @@ from job.settings.field_types import explain
 from job.settings.load import load_reading, secrets
 from job.settings.schema import Gate, Settings
 from job.storage.base import disk_errors
+from job.storage.open import StorageOptions, storage_options
 from job.storage.verified_download import fetch_artifact
 from job.verification.verify import as_json, as_lines, require_verified, verify
 
@@ -38,7 +39,7 @@ def verify_command(words: Sequence[str]) -> int:
     if cache is not None:
         with disk_errors(f"cannot make the folder {cache}"):
             Path(cache).mkdir(parents=True, exist_ok=True)
-    store = open_run(given.runs[0], **storage)
+    store = open_run(given.runs[0], storage)
     with tempfile.TemporaryDirectory(prefix="qlora-job-", dir=cache, ignore_cleanup_errors=True) as work:
         checks = verify(store, Path(work))
     _print([json.dumps(as_json(store.uri, checks), indent=2)] if _is(given, "json") else as_lines(checks))
@@ -55,7 +56,7 @@ def compare_command(words: Sequence[str]) -> int:
     given = parse_arguments(words, ["A", "B"], THRESHOLDS, {"--gate"}, ("table", "json", "markdown"))
     thresholds = _thresholds(given.options)
     storage, _ = _reading(given)
-    compared = compare(*(read_published(open_run(where, **storage)) for where in given.runs))
+    compared = compare(*(read_published(open_run(where, storage)) for where in given.runs))
     reasons: list[str] = []
     compared["gate"] = None
     if given.flags or given.options.keys() & THRESHOLDS.keys():  # a threshold asks for a gate
@@ -81,11 +82,11 @@ def _thresholds(options: Mapping[str, str]) -> dict[str, Any]:
         raise SettingsError([Problem(names[str(r["loc"][0])], explain(r)) for r in records]) from None
 
 
-def _reading(given: Arguments) -> tuple[dict[str, Any], str | None]:
-    """Sets the log up; returns the options of `objects.open_store`, and the folder for copies."""
+def _reading(given: Arguments) -> tuple[StorageOptions, str | None]:
+    """Sets the log up; returns how to reach stores, and the folder for copies."""
     settings: Settings = load_reading(given.settings)
     log.configure(settings.log.format, settings.log.level, secrets())
-    return settings.storage.model_dump(exclude={"cache"}), settings.storage.cache
+    return storage_options(settings.storage), settings.storage.cache
 
 
 def _is(given: Arguments, name: str) -> bool:
@@ -112,7 +113,7 @@ def report_command(words: Sequence[str]) -> int:
         raise SettingsError([Problem("report", "name a finished run: its folder, or its results.json; path or s3://")])
     where, *rest = words
     output, rest = _take(rest, "output", OUTPUT)
-    run = read_published(open_run(where, **load_reading(rest).storage.model_dump(exclude={"cache"})))
+    run = read_published(open_run(where, storage_options(load_reading(rest).storage)))
     with tempfile.TemporaryDirectory(prefix="qlora-job-") as folder:
         try:
             evidence = read_report_data(run.results, lambda artifact: fetch_artifact(run.store, artifact, Path(folder)))

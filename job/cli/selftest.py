@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from job.errors import JobError
-from job.runs.layout import facts_of
+from job.runs.layout import COMMITTED, RESULTS, facts_of
 
 FAULTS = "kill@stage=evaluate-base,kill@step=7,sigterm@step=12,kill@upload=4,kill@stage=evaluate-adapter"
 MOST_ATTEMPTS = 12
@@ -82,9 +82,9 @@ def _run_until_done(environ: Mapping[str, str], output: Path) -> tuple[dict[str,
             text=True,
             check=False,
         )
-        saved = [int(path.parent.name.removeprefix("step-")) for path in output.rglob("COMMITTED.json")]
+        saved = [int(path.parent.name.removeprefix("step-")) for path in output.rglob(COMMITTED)]
         ends.append(Ended(done.returncode, max(saved, default=0)))
         if done.returncode > 0 and done.returncode != os.EX_TEMPFAIL:
             raise JobError(f"a run ended with exit code {done.returncode}:\n{done.stderr[-2000:]}")
-    results: dict[str, Any] = json.loads((output / "selftest/results.json").read_text(encoding="utf-8"))
+    results: dict[str, Any] = json.loads((output / "selftest" / RESULTS).read_text(encoding="utf-8"))
     return results, ends

@@ -60,11 +60,6 @@ class Sample(BaseModel):
     acc_norm: ZeroOrOne | None
 
 
-def samples_path(task: str, side: str) -> str:
-    """Key of a task's samples below the run's folder; `side` is `base`, `adapter` or `baseline`."""
-    return f"artifacts/evaluation/{task}.{side}.jsonl"
-
-
 def write_samples(path: Path, samples: Sequence[Sample]) -> None:
     """Writes one JSON line for each sample."""
     path.parent.mkdir(parents=True, exist_ok=True)

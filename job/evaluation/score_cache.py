@@ -23,7 +23,6 @@ from job.log import get_logger
 from job.records import ChoiceScore, Question
 from job.storage.open import ObjectStore, TooLarge
 
-FOLDER = "scores"
 SAVE_SECONDS = 15.0
 _ENDING = ".jsonl"
 
@@ -94,14 +93,15 @@ class ScoreCache:
     """The cached scores of one evaluation.
 
     Args:
-        store: Where they lie, below `scores/`.
+        store: Where they lie.
+        folder: Folder of all scores in the store.
         run: Id of this run, noted with each score that it adds.
         conditions: From `score_conditions`.
     """
 
-    def __init__(self, store: ObjectStore, run: str, conditions: Mapping[str, Any]) -> None:
+    def __init__(self, store: ObjectStore, folder: str, run: str, conditions: Mapping[str, Any]) -> None:
         self._store, self._run, self._conditions = store, run, conditions
-        self._folder = FOLDER
+        self._root = self._folder = folder
         self._unsaved: list[_Entry] = []
         self._saved_at = time.monotonic()
         self._added = 0
@@ -120,7 +120,7 @@ class ScoreCache:
         A file whose content does not match its name is skipped with a warning, an entry that does not match its
         questions without one: both are computed again.
         """
-        self._folder = f"{FOLDER}/{score_key(questions, sequences, self._conditions)}"
+        self._folder = f"{self._root}/{score_key(questions, sequences, self._conditions)}"
         found: dict[int, list[list[ChoiceScore]]] = {}
         # platforms that copy a folder away add files of their own to it: only names with our ending are ours
         names = [info.key for info in self._store.list(f"{self._folder}/") if info.key.endswith(_ENDING)]

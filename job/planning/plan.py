@@ -32,7 +32,8 @@ from job.planning.preflight import (
 from job.planning.workload import Workload, count, scale
 from job.settings.load import Settings
 from job.storage.hub import is_reachable
-from job.storage.open import open_store
+from job.storage.location import join
+from job.storage.open import StorageOptions, is_remote, open_store, storage_options
 from job.training import memory_model
 from job.training.config import total_steps
 from job.training.memory_model import Setup
@@ -102,8 +103,8 @@ def _with_memory_limit(gpu: Gpu, gigabytes: float | None) -> Gpu:
 
 def _look(settings: Settings, folder: Path) -> _Seen:
     """Makes all checks; one that fails does not stop the others."""
-    s, storage = settings, settings.storage.model_dump(exclude={"cache"})
-    storage |= {name: min(storage[name], most) for name, most in QUICK.items()}
+    s, storage = settings, storage_options(settings.storage)
+    storage = replace(storage, **{name: min(getattr(storage, name), most) for name, most in QUICK.items()})
     where: dict[str, Any] = {"online": cache(is_reachable), "folder": folder, "storage": storage}
     stored, seconds = run_check("storage", lambda: _try_storage(s.run.output, s.run.id, storage), unreachable="wrong")
     modelled, model = run_check(
@@ -132,12 +133,10 @@ def _look(settings: Settings, folder: Path) -> _Seen:
     return _Seen([stored, modelled, tokenized, read, asked], seconds, model, tokenizer, data, questions)
 
 
-def _try_storage(output: str, run: str, storage: dict[str, Any]) -> Found[float]:
+def _try_storage(output: str, run: str, storage: StorageOptions) -> Found[float]:
     """A round trip in the run's own store; a local output is tried beside the run, so that no folder stays behind."""
-    uri = f"{output.rstrip('/')}/{run}"
-    return (
-        round_trip(open_store(uri, **storage), uri) if uri.startswith("s3://") else local_round_trip(Path(output), uri)
-    )
+    place = join(output, run)
+    return round_trip(open_store(place, storage), place) if is_remote(place) else local_round_trip(Path(output), place)
 
 
 def _measured(seen: _Seen) -> list[Estimate]:

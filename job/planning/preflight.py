@@ -27,7 +27,7 @@ from job.planning.known_models_and_data import CHARACTERS_PER_TOKEN, TaskTokens
 from job.records import Example
 from job.storage.hub import cached_model, local_model, peek_dataset, peek_model
 from job.storage.local import LocalStore
-from job.storage.open import ObjectStore, fetch, open_store, size
+from job.storage.open import ObjectStore, StorageOptions, fetch, is_remote, open_store, size
 
 MOST_BYTES = 256 << 20
 """Larger data sets are not fetched for a plan."""
@@ -142,7 +142,7 @@ def preview_model(
     *,
     online: Online,
     folder: Path,
-    storage: Mapping[str, Any],
+    storage: StorageOptions,
 ) -> Found[ModelFacts]:
     """Fetches a model's configuration and tokenizer, and checks that it has weights in safetensors.
 
@@ -152,12 +152,12 @@ def preview_model(
         max_length: Longest example in tokens; it has to fit the model's window.
         online: Whether the hub can be reached.
         folder: Folder for copies from S3.
-        storage: Options of `open_store`.
+        storage: How to reach stores.
     """
     download: int | None
-    if source.startswith("s3://"):
+    if is_remote(source):
         place, weights = _fetch_small_files(source, folder, storage)
-        where, download = f"{source} can be read", size(source, **storage)
+        where, download = f"{source} can be read", size(source, storage)
     elif (local := local_model(source)) is not None:
         place, weights, download = local, sum(1 for _ in local.glob("*.safetensors")), 0
         where = f"{source} is here"
@@ -198,9 +198,9 @@ def _of_the_hub(source: str, revision: str | None, *, online: Online) -> tuple[P
     return cached, 1, None, f"{source} is in the cache; for its weights {SILENT}"
 
 
-def _fetch_small_files(source: str, folder: Path, storage: Mapping[str, Any]) -> tuple[Path, int]:
+def _fetch_small_files(source: str, folder: Path, storage: StorageOptions) -> tuple[Path, int]:
     """Copies everything but the weights; returns the folder and the number of weight files."""
-    store = open_store(source, **storage)
+    store = open_store(source, storage)
     found = list(store.list())
     if not found:
         raise SettingsError([Problem("model.id", f"there is nothing at {source}; correct the URI")])
@@ -229,7 +229,7 @@ def preview_data(
     max_length: int,
     online: Online,
     folder: Path,
-    storage: Mapping[str, Any],
+    storage: StorageOptions,
     revision: str | None,
     **reading: Any,
 ) -> Found[DataFacts]:
@@ -241,14 +241,14 @@ def preview_data(
         max_length: Longest example allowed, in tokens.
         online: Whether the hub can be reached.
         folder: Folder for copies from S3.
-        storage: Options of `open_store`.
+        storage: How to reach stores.
         revision: For a hub id.
         reading: Further arguments of `load_examples`.
     """
     download, licence = _of_the_data(source, revision, storage, online=online)
     if download > MOST_BYTES:
         raise NotChecked(f"{source} has {formatting.size(download, ' ')}, too much to fetch for a plan")
-    place = str(fetch(source, folder / "data", **storage)) if source.startswith("s3://") else source
+    place = fetch(source, folder / "data", storage)
     examples, record = load_examples(
         place,
         revision=revision,
@@ -268,11 +268,11 @@ def preview_data(
 
 
 def _of_the_data(
-    source: str, revision: str | None, storage: Mapping[str, Any], *, online: Online
+    source: str, revision: str | None, storage: StorageOptions, *, online: Online
 ) -> tuple[int, str | None]:
     """(bytes to download, 0 for a local file; the licence on the hub's card, if there is one)."""
-    if source.startswith("s3://"):
-        return size(source, **storage), None
+    if is_remote(source):
+        return size(source, storage), None
     if not is_hub_id(source):
         return 0, None
     pinned = require_revision(revision)
@@ -289,7 +289,7 @@ def preview_questions(
     limit: int | None,
     online: Online,
     folder: Path,
-    storage: Mapping[str, Any],
+    storage: StorageOptions,
 ) -> Found[TaskTokens]:
     """Loads the tasks as the job will, if all their questions can be fetched.
 
@@ -300,15 +300,12 @@ def preview_questions(
         limit: Number of questions of each task; None for all.
         online: Whether the hub can be reached.
         folder: Folder for copies from S3.
-        storage: Options of `open_store`.
+        storage: How to reach stores.
     """
     check_tasks(names, data)
     if (missing := [name for name in names if name not in data]) and not online():
         raise NotChecked(f"{', '.join(missing)}: {SILENT}")
-    files = {
-        task: Path(fetch(uri, folder / "questions" / task, **storage) if uri.startswith("s3://") else uri)
-        for task, uri in data.items()
-    }
+    files = {task: Path(fetch(uri, folder / "questions" / task, storage)) for task, uri in data.items()}
     tasks = load_tasks(names, files, data)
     facts = TaskTokens(*count_questions(tasks, tokenizer or CharacterTokenizer(CHARACTERS_PER_TOKEN), limit))
     return "ok", f"{facts.count:,} questions in {', '.join(names)}", facts

@@ -13,11 +13,10 @@ from job.data.licences import LICENCES
 from job.data.schemas import PROMPTS
 from job.report import wording
 from job.report.templating import render
+from job.runs.layout import WEIGHTS
 
 METRICS = {"acc": ("accuracy", "accuracy"), "acc_norm": ("acc_norm", "accuracy by length-normalized likelihood")}
 """Metric -> (type, name) in the hub's metadata."""
-
-WEIGHTS = "artifacts/adapter/adapter_model.safetensors"
 
 
 def render_model_card(results: Mapping[str, Any]) -> bytes:

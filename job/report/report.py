@@ -12,27 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from job.common import formatting
-from job.evaluation.samples import samples_path
 from job.records import Artifact, StepMetrics
 from job.report import charts, wording
 from job.report.changed_answers import changed_answers
 from job.report.templating import render
 from job.report.timeline import bars, by_stage, restarts
 from job.results.cost import OUTSIDE
-from job.runs.layout import REPORT
+from job.runs.layout import METRICS, REPORT, Stage, answers_key
 from job.settings.load import preset_values
 
 FIRST_QUESTIONS, MOST_QUESTIONS = 5, 40
 """Changed answers shown for each task and direction: at once, and after unfolding."""
 
-STAGE_NAMES = {
-    "pull": "pull",
-    "evaluate-base": "evaluate base",
-    "train": "train",
-    "evaluate-adapter": "evaluate adapter",
-    "publish": "publish",
-    OUTSIDE: "loading",
-}
+STAGE_NAMES = {stage.value: stage.replace("-", " ") for stage in Stage} | {OUTSIDE: "loading"}
 
 Records = list[dict[str, Any]]
 
@@ -64,9 +56,9 @@ def read_report_data(results: Mapping[str, Any], fetch: Callable[[Artifact], Pat
         return [json.loads(line) for line in text.split("\n") if line]
 
     return ReportData(
-        [StepMetrics(**line) for line in lines("artifacts/metrics.jsonl")],
+        [StepMetrics(**line) for line in lines(METRICS)],
         {
-            task: (lines(samples_path(task, "base")), lines(samples_path(task, "adapter")))
+            task: (lines(answers_key(task, "base")), lines(answers_key(task, "adapter")))
             for task in results["evaluation"]["tasks"]
         },
     )

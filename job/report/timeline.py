@@ -8,6 +8,7 @@ from typing import Any
 
 from job.common.formatting import between
 from job.results.cost import OUTSIDE
+from job.runs.layout import Stage
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def _pieces(attempt: Mapping[str, Any]) -> Iterator[StageShare]:
     stages = list(attempt["stage_seconds"].items())
     other = seconds - sum(attempt["stage_seconds"].values())
     for name, spent in [*stages[:1], (OUTSIDE, other), *stages[1:]]:
-        share = attempt["repeated_steps"] / attempt["steps"] if name == "train" and attempt["steps"] else 0.0
+        share = attempt["repeated_steps"] / attempt["steps"] if name == Stage.TRAIN and attempt["steps"] else 0.0
         if spent > 0:
             yield StageShare(name, spent, round(100 * spent / seconds, 3), round(100 * share, 1))
 

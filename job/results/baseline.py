@@ -10,6 +10,7 @@ from job.errors import DataError, Problem, SettingsError, VerificationError
 from job.evaluation import comparison
 from job.records import TaskScores
 from job.results.reader import TaskSamples, open_run, read_published, read_samples
+from job.storage.open import StorageOptions
 
 SETTING = "gate.baseline"
 
@@ -29,19 +30,19 @@ class Baseline:
         return {"run": self.run, "results": self.results, "sha256": self.sha256, "tasks": tasks}
 
 
-def read_baseline(where: str, storage: Mapping[str, Any]) -> Baseline:
+def read_baseline(where: str, storage: StorageOptions) -> Baseline:
     """Reads an earlier run.
 
     Args:
         where: Its folder or its `results.json`, path or URI.
-        storage: Options of `open_store`.
+        storage: How to reach its store.
 
     Raises:
         SettingsError: There is no run there.
         DataError: Its files are not what its manifest says.
     """
     try:
-        run = read_published(open_run(where, **storage))
+        run = read_published(open_run(where, storage))
         return Baseline(run.id, where, run.sha256, read_samples(run))
     except (SettingsError, VerificationError) as error:
         kind = SettingsError if isinstance(error, SettingsError) else DataError

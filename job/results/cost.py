@@ -14,8 +14,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from job.records import AttemptRecord
+from job.runs.layout import Stage
 
-WORK = ("evaluate-base", "train", "evaluate-adapter", "publish")
+WORK = tuple(stage.value for stage in Stage if stage != Stage.PULL)
 OUTSIDE = "outside stages"
 HOUR = 3600.0
 JOULES_PER_KWH = 3.6e6

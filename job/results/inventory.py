@@ -12,32 +12,31 @@ Parts of a checkpoint or of a test of the store that a killed attempt left behin
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
-from job.checkpoints import commit_marker
 from job.common.hashing import hash_file
 from job.records import Artifact
-from job.runs import lease
-from job.runs.layout import RESULTS
-from job.runs.run_log import record_key
+from job.runs.layout import ARTIFACTS, CHECKPOINTS, COMMITTED, LEASE, RESULTS, attempt_key, checkpoint_part
 from job.storage.base import PROBE
 from job.storage.open import ObjectStore, is_key
-
-ARTIFACTS = "artifacts/"
-MARKER = re.compile(rf"checkpoints/step-\d{{8,18}}/{re.escape(commit_marker.NAME)}", re.ASCII)
 
 
 def is_evidence(key: str, last_attempt: int) -> bool:
     """Whether the manifest has to list a file under `evidence`."""
     if is_leftover(key):
         return False
-    return not key.startswith(ARTIFACTS) and key not in {RESULTS, lease.KEY, record_key(last_attempt)}
+    return not key.startswith(ARTIFACTS) and key not in {RESULTS, LEASE, attempt_key(last_attempt)}
 
 
 def is_leftover(key: str) -> bool:
     """Whether a file that no record lists may have been left behind by an attempt that was killed."""
-    return key.startswith(PROBE) or (key.startswith("checkpoints/") and not MARKER.fullmatch(key))
+    return key.startswith(PROBE) or (key.startswith(CHECKPOINTS) and not is_marker(key))
+
+
+def is_marker(key: str) -> bool:
+    """Whether a file is the commit marker of a checkpoint."""
+    part = checkpoint_part(key)
+    return part is not None and part[1] == COMMITTED
 
 
 def collect(store: ObjectStore, work: Path, last_attempt: int) -> list[Artifact]:

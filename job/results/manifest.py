@@ -15,7 +15,7 @@ from job.common import hashing
 from job.common.host import git_commit, hardware, software
 from job.records import Artifact, AttemptRecord, DatasetRecord, ModelRecord, TrainingRecord
 from job.results.cost import compute_cost
-from job.runs.layout import REPORT
+from job.runs.layout import REPORT, RESULTS
 
 SCHEMA = Path(__file__).parents[1].joinpath("results.schema.json")
 
@@ -115,7 +115,7 @@ def summary(results: Mapping[str, Any], where: str) -> list[str]:
         lines.append(f"verdict: {task['verdict']}, {counts}, McNemar p = {task['mcnemar_p']:.2g}")
     lines.append(_cost_line(cost, len(results["run"]["attempts"])))
     if any(artifact["path"] == REPORT for artifact in results["artifacts"]):
-        lines.append(f"report: {where.removesuffix('results.json')}{REPORT}")
+        lines.append(f"report: {where.removesuffix(RESULTS)}{REPORT}")
     lines.append(f"results: {where}")
     return lines
 

@@ -13,11 +13,11 @@ from pydantic_core import from_json
 from job.common.hashing import unsealed
 from job.errors import Problem, SettingsError, VerificationError
 from job.evaluation import samples
-from job.evaluation.samples import Sample, samples_path
+from job.evaluation.samples import Sample
 from job.records import TaskScores
 from job.results import manifest
-from job.runs.layout import RESULTS
-from job.storage.open import ObjectStore, TooLarge, open_store
+from job.runs.layout import RESULTS, answers_key
+from job.storage.open import ObjectStore, StorageOptions, TooLarge, open_store
 
 MAX_SAMPLES_BYTES = 512 << 20
 """Of one task's samples, which are held in memory; several times those of the largest evaluation we know."""
@@ -38,12 +38,16 @@ class PublishedRun:
         return str(self.results["run"]["id"])
 
 
-def open_run(where: str, **storage: Any) -> ObjectStore:
-    """The store of a run, given its folder or the `results.json` in it, as a path or an `s3://` URI."""
+def open_run(where: str, storage: StorageOptions | None = None) -> ObjectStore:
+    """The store of a run, given its folder or the `results.json` in it, as a path or a URI.
+
+    Raises:
+        SettingsError: The place or the options make no sense.
+    """
     folder = where.rstrip("/")
     if folder.rpartition("/")[2] == RESULTS and not Path(folder).is_dir():
         folder = folder.rpartition("/")[0] or "."
-    return open_store(folder, **storage)
+    return open_store(folder, storage or StorageOptions())
 
 
 def read_bytes(store: ObjectStore) -> bytes:
@@ -119,7 +123,7 @@ def read_samples(run: PublishedRun) -> dict[str, TaskSamples]:
     listed = {artifact["path"]: artifact for artifact in run.results["artifacts"]}
     found, wrong = {}, []
     for task, claimed in run.results["evaluation"]["tasks"].items():
-        path = samples_path(task, "adapter")
+        path = answers_key(task, "adapter")
         try:
             data = _read_whole(run.store, path, listed.get(path))
             parsed = samples.parse(data)

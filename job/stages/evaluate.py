@@ -11,12 +11,13 @@ from pathlib import Path
 from job import log
 from job.evaluation.harness import evaluate
 from job.evaluation.parallel_scoring import ParallelScoring
-from job.evaluation.samples import samples_path, write_samples
+from job.evaluation.samples import write_samples
 from job.evaluation.score_cache import ScoreCache, score_conditions
 from job.evaluation.scorer import Scores, score_questions
 from job.model.lora import adapter_off, load_adapter
 from job.records import Evaluated, Question, Trained
 from job.runs.attempt import Attempt
+from job.runs.layout import SCORES, answers_key
 from job.settings.load import Settings
 from job.stages.handoff import Loaded, Sources
 from job.storage.open import ObjectStore
@@ -31,7 +32,7 @@ def evaluate_base(
     """
     # Left out of the key are the base's name and what belongs to the adapter: neither changes the base's scores.
     base = {**asdict(replace(loaded.record, id="", revision=None, trainable_parameters=0)), "forward": loaded.forward}
-    cache = ScoreCache(shared, settings.run.id, score_conditions(base))
+    cache = ScoreCache(shared, SCORES, settings.run.id, score_conditions(base))
     with adapter_off(loaded.model):
         found = _evaluate(attempt, settings, sources, loaded, cache=cache, side="base")
     if found is None or (origin := cache.reused_from) is None:
@@ -54,7 +55,7 @@ def evaluate_adapter(
         "forward": loaded.forward,
         "adapter": [artifact.sha256 for artifact in weights],
     }
-    cache = ScoreCache(attempt.store, settings.run.id, score_conditions(adapted))
+    cache = ScoreCache(attempt.store, SCORES, settings.run.id, score_conditions(adapted))
     return _evaluate(attempt, settings, sources, loaded, cache=cache, side="adapter")
 
 
@@ -82,7 +83,7 @@ def _evaluate(
     parallel.finish()
     artifacts, figures = [], {}
     for task, (scores, samples) in found.items():
-        key = samples_path(task, side)
+        key = answers_key(task, side)
         write_samples(attempt.work / key, samples)
         artifacts.append(attempt.publish(attempt.work / key, key))
         figures[task] = scores

@@ -11,13 +11,12 @@ from job import log
 from job.common.hashing import sealed
 from job.errors import JobError
 from job.evaluation.comparison import compare_tasks, judge
-from job.evaluation.samples import samples_path
 from job.records import Artifact, Evaluated, ModelRecord, Trained
 from job.report import model_card, report
 from job.results import inventory, manifest
 from job.results.baseline import Baseline
 from job.runs.attempt import Attempt, now
-from job.runs.layout import CARD, REPORT, RESULTS
+from job.runs.layout import CARD, REPORT, RESULTS, answers_key
 from job.runs.run_log import read_run_log
 from job.settings.load import Settings, redacted
 from job.stages.handoff import Sources
@@ -83,7 +82,7 @@ def _publish_baseline(
         return None, []
     copies = []
     for task in adapter.scores:
-        key = samples_path(task, "baseline")
+        key = answers_key(task, "baseline")
         path = attempt.work / key
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(baseline.tasks[task].data)

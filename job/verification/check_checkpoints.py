@@ -6,17 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from job.checkpoints import commit_marker
-from job.checkpoints.commit_marker import Marker
+from job.checkpoints.manager import Marker, parse_marker
 from job.checkpoints.trainer_state import ADAPTER
 from job.checkpoints.trainer_state import METRICS as STATE_METRICS
 from job.common.hashing import facts_of_line
 from job.records import Artifact
-from job.results.inventory import MARKER
-from job.verification.check_figures import METRICS
+from job.results.inventory import is_marker
+from job.runs.layout import METRICS, WEIGHTS, marker_key
 from job.verification.differences import CheckResult, Difference
-
-ADAPTER_PATH = "artifacts/adapter/adapter_model.safetensors"
 
 Copies = Mapping[str, Path]
 
@@ -24,13 +21,13 @@ Copies = Mapping[str, Path]
 def read_markers(copies: Copies) -> tuple[list[Marker], list[Difference]]:
     """The valid commit markers by rising step, and what is wrong with the others."""
     found, wrong = [], []
-    for path in sorted(filter(MARKER.fullmatch, copies)):
+    for path in sorted(filter(is_marker, copies)):
         try:
-            marker = commit_marker.parse(copies[path].read_bytes())
+            marker = parse_marker(copies[path].read_bytes())
         except ValueError as error:
             wrong.append(Difference(path, "a commit marker", str(error)))
             continue
-        if path != commit_marker.step_prefix(marker.step) + commit_marker.NAME:
+        if path != marker_key(marker.step):
             wrong.append(Difference(path, "the step of its folder", f"step {marker.step}"))
         else:
             found.append(marker)
@@ -39,8 +36,7 @@ def read_markers(copies: Copies) -> tuple[list[Marker], list[Difference]]:
 
 def claims(marker: Marker) -> list[Artifact]:
     """The files that a marker lists."""
-    prefix = commit_marker.files_prefix(marker)
-    return [Artifact(prefix + name, file.bytes, file.sha256) for name, file in marker.files.items()]
+    return [Artifact(marker.folder + name, file.bytes, file.sha256) for name, file in marker.files.items()]
 
 
 def check_checkpoints(
@@ -58,7 +54,7 @@ def check_checkpoints(
     steps, attempts = results["training"]["steps"], [attempt["number"] for attempt in results["run"]["attempts"]]
     epoch = 0
     for marker in found:
-        place = commit_marker.step_prefix(marker.step) + commit_marker.NAME
+        place = marker_key(marker.step)
         if marker.step > steps:
             differences.append(Difference(place, f"a step up to {steps}", f"step {marker.step}"))
         if marker.epoch < epoch or marker.epoch not in attempts:
@@ -67,7 +63,7 @@ def check_checkpoints(
         epoch = marker.epoch
         differences += _metrics_differ(marker, copies)
         if marker.step == steps:
-            differences += _adapters_differ(commit_marker.files_prefix(marker) + ADAPTER, ADAPTER_PATH, copies)
+            differences += _adapters_differ(marker.folder + ADAPTER, WEIGHTS, copies)
     packages = results["software"]["packages"]
     notes = [
         f"the checkpoint of step {marker.step} was written by other versions of {', '.join(changed)}"
@@ -82,7 +78,7 @@ def check_checkpoints(
 
 def _metrics_differ(marker: Marker, copies: Copies) -> Iterator[Difference]:
     """A checkpoint's metrics have to be the first ones of the published metrics, apart from what was measured."""
-    path = commit_marker.files_prefix(marker) + STATE_METRICS
+    path = marker.folder + STATE_METRICS
     if path not in copies or METRICS not in copies:
         return
     before, after = _facts(copies[path]), _facts(copies[METRICS])

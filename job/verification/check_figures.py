@@ -12,15 +12,14 @@ from job.common.formatting import count
 from job.common.validation import first_error
 from job.data.batch_plan import steps_per_epoch
 from job.evaluation.comparison import compare_tasks, judge
-from job.evaluation.samples import HASHES, Sample, contradiction, parse, samples_path, task_scores
+from job.evaluation.samples import HASHES, Sample, contradiction, parse, task_scores
 from job.records import AttemptRecord, StepMetrics, TaskScores
 from job.results.cost import compute_cost
 from job.results.training_totals import training_totals
-from job.runs.layout import RESULTS
+from job.runs.layout import METRICS, RESULTS, answers_key
 from job.training.config import total_steps
 from job.verification.differences import MAX_SHOWN, CheckResult, Difference, find_differences, show
 
-METRICS = "artifacts/metrics.jsonl"
 _MOST_SHOWN = 5
 
 Copies = Mapping[str, Path]
@@ -72,7 +71,7 @@ def _read_samples(tasks: Mapping[str, Any], side: str, copies: Copies) -> tuple[
     """By task, one side's samples, and what is wrong with each side by itself."""
     by_task, wrong = {}, []
     for task, claimed in tasks.items():
-        path = samples_path(task, side)
+        path = answers_key(task, side)
         try:
             records = parse(copies[path].read_bytes())
         except KeyError:
@@ -97,7 +96,7 @@ def _unpaired(before: SamplesByTask, after: SamplesByTask, side: str) -> Iterato
     for task in before.keys() & after.keys():
         for number, (one, two) in enumerate(zip(before[task], after[task], strict=False), start=1):
             if any(getattr(one, name) != getattr(two, name) for name in ("id", *HASHES)):
-                where = f"{samples_path(task, side)} line {number}"
+                where = f"{answers_key(task, side)} line {number}"
                 yield Difference(where, f"question {show(two.id)} as the adapter was asked", show(one.id))
                 break
 

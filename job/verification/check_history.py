@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,15 +15,14 @@ from job.errors import JobError
 from job.evaluation.comparison import compare_tasks
 from job.records import Artifact, AttemptRecord, Evaluated, Pulled, Trained
 from job.runs import lease
-from job.runs.layout import RESULTS
-from job.runs.run_log import SETTINGS, parse_record, record_key
+from job.runs.layout import LEASE, RESULTS, SETTINGS, Stage, attempt_key, attempt_number, stage_key
+from job.runs.run_log import parse_record
 from job.storage.open import ObjectStore, TooLarge
 from job.verification.differences import MAX_SHOWN, CheckResult, Difference, find_differences, show
 from job.verification.fetch_files import MISSING
 
-PULL, BASE, TRAIN, ADAPTER = (f"stages/{name}.json" for name in ("pull", "evaluate-base", "train", "evaluate-adapter"))
+PULL, BASE, TRAIN, ADAPTER = map(stage_key, (Stage.PULL, Stage.EVALUATE_BASE, Stage.TRAIN, Stage.EVALUATE_ADAPTER))
 MAX_RECORD_BYTES = 1 << 20
-_RECORD_NAME = re.compile(r"attempts/(\d{4,9})\.json", re.ASCII)
 
 T = TypeVar("T")
 
@@ -92,28 +90,28 @@ def check_attempts(
     last = attempts[-1]
     differences: list[Difference] = []
     for index, attempt in enumerate(attempts[:-1]):
-        key = record_key(attempt.number)
+        key = attempt_key(attempt.number)
         kept = _parsed(key, parse_record, copies[key].read_bytes() if key in copies else None, differences)
         if kept is not None:
             # the record of an attempt that was killed says `running` for ever; the manifest says `killed`
             kept = replace(kept, outcome="killed") if kept.outcome == "running" else kept
             differences += find_differences(f"{RESULTS} run.attempts[{index}]", asdict(attempt), asdict(kept))
-    listed_records = {record_key(attempt.number) for attempt in attempts}
+    listed_records = {attempt_key(attempt.number) for attempt in attempts}
     differences += [
         Difference(f"{RESULTS} run.attempts", "all attempts", f"one more in {key}")
         for key in copies
-        if _RECORD_NAME.fullmatch(key) and key not in listed_records
+        if attempt_number(key) is not None and key not in listed_records
     ]
-    noted = _parsed(record_key(last.number), parse_record, _sealed(store, record_key(last.number)), differences)
+    noted = _parsed(attempt_key(last.number), parse_record, _sealed(store, attempt_key(last.number)), differences)
     if noted is not None:
         where = f"{RESULTS} run.attempts[{len(attempts) - 1}]"
         differences += [*_lasted(last, noted), *_agree(where, last, noted)]
     differences += find_differences(f"{RESULTS} run.started", results["run"]["started"], attempts[0].started)
-    holder = _parsed(lease.KEY, lease.parse, _sealed(store, lease.KEY), differences)
+    holder = _parsed(LEASE, lease.parse, _sealed(store, LEASE), differences)
     epoch = last.number if holder is None else holder.epoch
     if epoch < last.number:
-        differences.append(Difference(lease.KEY, f"attempt {last.number} or later", f"attempt {epoch}"))
-    later = [key for key in listed if (match := _RECORD_NAME.fullmatch(key)) and last.number < int(match[1]) <= epoch]
+        differences.append(Difference(LEASE, f"attempt {last.number} or later", f"attempt {epoch}"))
+    later = [key for key in listed if last.number < (attempt_number(key) or 0) <= epoch]
     notes = [
         f"{key}: this attempt was started when the results were there, and changed nothing"
         for key in later
@@ -121,7 +119,7 @@ def check_attempts(
     ]
     extent = f"{count(len(attempts), 'attempt')}, and the lease"
     check = CheckResult("attempts", extent, tuple(differences), tuple(notes))
-    return check, {lease.KEY, record_key(last.number), *later}
+    return check, {LEASE, attempt_key(last.number), *later}
 
 
 def _lasted(claimed: AttemptRecord, noted: AttemptRecord) -> Iterator[Difference]:
@@ -130,7 +128,7 @@ def _lasted(claimed: AttemptRecord, noted: AttemptRecord) -> Iterator[Difference
     for name, before, after in _growing(claimed, noted):
         if after < before if ended else after > before:
             order = "at least" if ended else "at most"
-            place = f"{record_key(claimed.number)} {name}"
+            place = f"{attempt_key(claimed.number)} {name}"
             yield Difference(place, show(after), f"{order} {show(before)} by {RESULTS}")
 
 

@@ -14,15 +14,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from job.checkpoints.commit_marker import files_prefix
 from job.common.formatting import count
 from job.common.hashing import unsealed
 from job.common.tables import visible
 from job.errors import Problem, VerificationError
 from job.records import Artifact
-from job.results.inventory import ARTIFACTS, is_evidence, is_leftover
+from job.results.inventory import is_evidence, is_leftover
 from job.results.reader import parse, read_bytes
-from job.runs.layout import RESULTS
+from job.runs.layout import ARTIFACTS, RESULTS
 from job.storage.open import ObjectStore, is_key
 from job.verification import check_checkpoints
 from job.verification.check_figures import check_cost, check_evaluation, check_gate, check_training
@@ -68,7 +67,7 @@ def verify(store: ObjectStore, work: Path) -> list[CheckResult]:
         *(_out_of_place(claim) for claim in own if not claim.path.startswith(ARTIFACTS)),
         *(_out_of_place(claim) for claim in kept if not is_evidence(claim.path, last)),
     ]
-    unknown, leftovers = _unclaimed(listed, known, {files_prefix(marker) for marker in found})
+    unknown, leftovers = _unclaimed(listed, known, {marker.folder for marker in found})
     return [
         CheckResult("manifest", f"schema {results['schema_version']}, run {show(results['run']['id'])}", _seal(data)),
         CheckResult("artifacts", _extent(own), tuple(wrong)),

@@ -67,7 +67,7 @@ def test_cached_scores_are_not_computed_again(model: Any, tmp_path: Path) -> Non
     score = counted(calls)
 
     def cached(run: str, **conditions: str) -> tuple[Scores, str | None]:
-        cache = ScoreCache(store, run, conditions)
+        cache = ScoreCache(store, "scores", run, conditions)
         scores = score_questions(model, QUESTIONS, 1, cache=cache, score=score, on_progress=progress.append)
         return scores, cache.reused_from
 
@@ -92,8 +92,8 @@ def test_what_was_scored_before_an_error_is_kept(model: Any, tmp_path: Path) -> 
         raise JobError("stop")
 
     with pytest.raises(JobError, match="stop"):
-        score_questions(model, QUESTIONS, 1, cache=ScoreCache(store, "one", {}), score=stopped)
-    score_questions(model, QUESTIONS, 1, cache=ScoreCache(store, "one", {}), score=counted(calls))
+        score_questions(model, QUESTIONS, 1, cache=ScoreCache(store, "scores", "one", {}), score=stopped)
+    score_questions(model, QUESTIONS, 1, cache=ScoreCache(store, "scores", "one", {}), score=counted(calls))
     assert calls == [1]
 
 
@@ -101,10 +101,13 @@ def test_what_was_scored_before_an_error_is_kept(model: Any, tmp_path: Path) -> 
 def test_damaged_scores_are_computed_again(model: Any, tmp_path: Path, damage: bytes) -> None:
     """A file that does not match its name is never used."""
     store, calls = LocalStore(tmp_path), []
-    first = score_questions(model, QUESTIONS, 1, cache=ScoreCache(store, "one", {}))
+    first = score_questions(model, QUESTIONS, 1, cache=ScoreCache(store, "scores", "one", {}))
     (key,) = [info.key for info in store.list("scores/")]
     store.write(key, damage)
-    assert score_questions(model, QUESTIONS, 1, cache=ScoreCache(store, "one", {}), score=counted(calls)) == first
+    assert (
+        score_questions(model, QUESTIONS, 1, cache=ScoreCache(store, "scores", "one", {}), score=counted(calls))
+        == first
+    )
     assert calls == [0, 1]
 
 

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from job.errors import DataError, SettingsError
-from job.evaluation.samples import samples_path
 from job.records import Artifact, Evaluated
 from job.results.baseline import Baseline, check_prompts, check_questions, read_baseline
 from job.results.reader import open_run
+from job.runs.layout import answers_key
 from job.storage.local import LocalStore
+from job.storage.open import StorageOptions
 from job.verification.verify import verify
 from tests.published_run import forge, pairs, publish_file, publish_run, rewrite
 
@@ -31,7 +32,7 @@ def earlier(tmp_path: Path) -> Path:
 @pytest.fixture
 def baseline(earlier: Path) -> Baseline:
     """The same run as the gate's baseline."""
-    return read_baseline(str(earlier), {})
+    return read_baseline(str(earlier), StorageOptions())
 
 
 def questions(baseline: Baseline) -> dict[str, list[tuple[str, str]]]:
@@ -41,23 +42,25 @@ def questions(baseline: Baseline) -> dict[str, list[tuple[str, str]]]:
 
 def test_an_earlier_run_is_read(earlier: Path, baseline: Baseline) -> None:
     """From its folder or its manifest: its adapter's answers, and the questions they are to."""
-    assert replace(baseline, results="") == replace(read_baseline(f"{earlier}/results.json", {}), results="")
+    assert replace(baseline, results="") == replace(
+        read_baseline(f"{earlier}/results.json", StorageOptions()), results=""
+    )
     assert (baseline.run, baseline.results) == ("earlier", str(earlier))
     assert baseline.tasks["quiz"].scores.correct == tuple(after for _, after in pairs(40, improved=10))
-    assert baseline.tasks["quiz"].data == (earlier / samples_path("quiz", "adapter")).read_bytes()
+    assert baseline.tasks["quiz"].data == (earlier / answers_key("quiz", "adapter")).read_bytes()
     assert baseline.tasks["quiz"].questions[0][0] == "quiz-0"
 
 
 def test_no_run_is_a_wrong_setting(tmp_path: Path) -> None:
     """A path with nothing there is told under the setting's name."""
     with pytest.raises(SettingsError, match=r"gate\.baseline: .*nowhere: there is no run"):
-        read_baseline(str(tmp_path / "nowhere"), {})
+        read_baseline(str(tmp_path / "nowhere"), StorageOptions())
 
 
 @pytest.mark.parametrize("damage", ["manifest", "answers", "missing", "unfinished"])
 def test_a_damaged_run_is_no_baseline(earlier: Path, damage: str) -> None:
     """What is not as it was published is refused, with the file."""
-    answers, manifest = earlier / samples_path("quiz", "adapter"), earlier / "results.json"
+    answers, manifest = earlier / answers_key("quiz", "adapter"), earlier / "results.json"
     match damage:
         case "manifest":
             manifest.write_bytes(manifest.read_bytes().replace(b"0.5", b"0.6", 1))
@@ -69,7 +72,7 @@ def test_a_damaged_run_is_no_baseline(earlier: Path, damage: str) -> None:
             manifest.unlink()
     name = "results" if damage in {"manifest", "unfinished"} else "quiz"
     with pytest.raises(DataError, match=rf"gate\.baseline: .*{name}"):
-        read_baseline(str(earlier), {})
+        read_baseline(str(earlier), StorageOptions())
 
 
 def test_the_same_questions_pass(baseline: Baseline) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from job.errors import SettingsError
 from job.storage.local import LocalStore
-from job.runs.run_log import compare_settings, keep_settings
+from job.runs.run_settings import compare_settings, keep_settings
 
 SETTINGS = {"train.epochs": 2}
 

@@ -15,7 +15,8 @@ from safetensors.numpy import save_file
 from job.common.hashing import sealed, unsealed
 from job.errors import AccessDenied, SettingsError, VerificationError
 from job.results.reader import open_run
-from job.runs.run_log import parse_record, record_key
+from job.runs.layout import attempt_key
+from job.runs.run_log import parse_record
 from job.verification.differences import CheckResult
 from job.verification.verify import as_json, as_lines, require_verified, verify
 from tests.published_run import forge, pairs, publish_run, rewrite
@@ -282,29 +283,29 @@ def test_the_lease_is_the_last_attempts(run: Path, check: Checker) -> None:
 
 def test_an_attempt_that_came_too_late_is_told(run: Path, check: Checker) -> None:
     """It took the lease while the one before published, found all done, and is no fault; without the lease it is."""
-    record = unsealed((run / record_key(2)).read_bytes())
-    (run / record_key(3)).write_bytes(sealed(record | {"number": 3}))
-    assert record_key(3) in told({"other files": check()["other files"]})
+    record = unsealed((run / attempt_key(2)).read_bytes())
+    (run / attempt_key(3)).write_bytes(sealed(record | {"number": 3}))
+    assert attempt_key(3) in told({"other files": check()["other files"]})
     reseal(run, "lease.json", epoch=3)
-    reseal(run, record_key(2), **BEFORE, steps=1)
+    reseal(run, attempt_key(2), **BEFORE, steps=1)
     assert check() == {}
 
 
 def test_killed_right_after_publishing(run: Path, check: Checker) -> None:
     """The ledger then has the last note of before; it cannot have lasted longer than the manifest says."""
-    reseal(run, record_key(2), **BEFORE)
+    reseal(run, attempt_key(2), **BEFORE)
     assert check() == {}
-    reseal(run, record_key(2), seconds=61.0)
-    assert f"{record_key(2)} seconds" in told(check())
-    reseal(run, record_key(2), **BEFORE | {"energy_joules": 9001.0})
-    assert f"{record_key(2)} energy_joules" in told(check())
-    reseal(run, record_key(2), **BEFORE | {"stage_seconds": {"pull": 1.5, "train": 50.5}})
-    assert f"{record_key(2)} stage_seconds.train" in told(check())
+    reseal(run, attempt_key(2), seconds=61.0)
+    assert f"{attempt_key(2)} seconds" in told(check())
+    reseal(run, attempt_key(2), **BEFORE | {"energy_joules": 9001.0})
+    assert f"{attempt_key(2)} energy_joules" in told(check())
+    reseal(run, attempt_key(2), **BEFORE | {"stage_seconds": {"pull": 1.5, "train": 50.5}})
+    assert f"{attempt_key(2)} stage_seconds.train" in told(check())
 
 
 def test_a_record_with_a_seal_is_no_other_attempts(run: Path, check: Checker) -> None:
     """A well-sealed record of another attempt in the place of the last one."""
-    shutil.copy(run / record_key(1), run / record_key(2))
+    shutil.copy(run / attempt_key(1), run / attempt_key(2))
     assert "results.json run.attempts[1].number: claimed 2, found 1" in told(check())
 
 
@@ -426,4 +427,4 @@ def test_the_outcome_for_people_and_programs(run: Path, published: Path, tmp_pat
 
 def test_the_ledger_reads_back(run: Path) -> None:
     """What the made-up runs hold is what the job reads."""
-    assert parse_record((run / record_key(1)).read_bytes()).outcome == "running"
+    assert parse_record((run / attempt_key(1)).read_bytes()).outcome == "running"
