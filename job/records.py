@@ -5,7 +5,8 @@ A field that is added needs a default, so that records of earlier versions can s
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -50,17 +51,60 @@ class ModelRecord:
     trainable_parameters: int
 
 
-@dataclass(frozen=True)
-class Execution:
-    """How a GPU's work was carried out; none of it changes a bit.
+PEFT = "peft"
+"""`ExecutionPlan.forward` where PEFT's own layers compute."""
+FUSED = "fused"
+FUSED_THROUGHOUT = "fused all"
+"""How `ExecutionPlan.forward` begins where the job's fused layers compute: some of them, or the whole decoder."""
 
-    `recorded`: its kernels were recorded once for each shape of row and replayed (CUDA graphs).
+
+@dataclass(frozen=True)
+class ExecutionPlan:
+    """How training is carried out on this machine, and why so. `training.execution` of the manifest.
+
+    `forward` decides last bits. The other three cost memory and save time, and change no bit:
+
+    kept_base: The base's dequantized weights are kept in memory, instead of dequantized for each use.
+    kept_activations: Activations are kept for the backward pass, instead of computed again in it.
+    recorded: The GPU's kernels are recorded once for each shape of its inputs and launched together (CUDA graphs).
     """
 
     kept_base: bool
     kept_activations: bool
     recorded: bool
     reason: str
+    forward: str = FUSED
+    """`peft`; or `fused all, triton`: what is fused, whose kernels. The default is for records of older versions."""
+
+    @property
+    def fused(self) -> bool:
+        """Whether the job's fused layers compute; they need no autocast, since they cast the adapter's weights."""
+        return self.forward != PEFT
+
+    @property
+    def padded(self) -> bool:
+        """Whether packed sequences are padded to few lengths, which CUDA graphs need; for a decoder fused throughout.
+
+        Stays true when `recorded` is given up: other lengths would change the last bits.
+        """
+        return self.forward.startswith(FUSED_THROUGHOUT)
+
+    @property
+    def spare(self) -> tuple[str, ...]:
+        """What can be given up when the GPU's memory runs out, in this order. The bits stay the same."""
+        kept = ("kept_base", "kept_activations", "recorded")
+        return tuple(name for name in kept if self.fused and getattr(self, name))
+
+    def give_up(self, name: str) -> ExecutionPlan:
+        """The plan without one of those in `spare`.
+
+        Raises:
+            ValueError: It is none of them.
+        """
+        if name not in self.spare:
+            raise ValueError(f"{name} is not among what can be given up: {', '.join(self.spare) or 'nothing'}")
+        given_up: dict[str, Any] = {name: False}
+        return replace(self, **given_up)
 
 
 @dataclass(frozen=True)
@@ -82,8 +126,8 @@ class TrainingRecord:
     micro_batch_tokens: int
     substitutions: list[str]
     world_size: int = 1
-    execution: Execution | None = None
-    """None on a CPU, and where PEFT's own layers did the work."""
+    execution: ExecutionPlan | None = None
+    """None in records of older versions, where PEFT's own layers did the work."""
 
 
 @dataclass(frozen=True)

@@ -152,6 +152,9 @@ def _tell_libraries(interface: str | None) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # What torch's C++ warns of, such as an address of several that does not answer, would lie between lines of JSON.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # TRL and MLflow tell their makers when training starts, unless they are asked not to.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     if interface is not None:
         os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from job import log
+from job.common.optimizers import OPTIMIZERS
 from job.errors import Unreachable
 
 MIB = 1 << 20
@@ -20,9 +21,8 @@ SHARED_MEMORY_BYTES = 1024 * MIB
 
 
 def checkpoint_bytes(trainable_parameters: int, optimizer: str) -> int:
-    """Estimates a checkpoint: the adapter in fp32, and Adam's two moments, which the 8-bit ones keep in a byte each."""
-    moments = 2 if "8bit" in optimizer else 8
-    return trainable_parameters * (4 + moments)
+    """Estimates a checkpoint: the adapter in fp32, and the optimizer's state."""
+    return trainable_parameters * (4 + OPTIMIZERS[optimizer].bytes_per_parameter)
 
 
 def required_bytes(downloads: Iterable[int], checkpoint: int = 0) -> int:

@@ -16,9 +16,9 @@ from job.common.resources import checkpoint_bytes, required_bytes
 from job.planning.gpu_prices import Gpu
 from job.planning.known_models_and_data import TaskTokens
 from job.planning.workload import Workload
-from job.records import Execution
+from job.records import ExecutionPlan
 from job.training import memory_model
-from job.training.execution_plan import choose_budget, choose_execution
+from job.training.execution_plan import choose_budget, choose_plan
 from job.training.memory_model import Setup
 
 Basis = Literal["computed", "measured", "assumed"]
@@ -213,24 +213,24 @@ def _scoring(run: RunShape, setup: Setup) -> int:
     return memory_model.evaluation_bytes(setup, run.scoring_budget, run.reads)
 
 
-def _execution(gpu: Gpu, run: RunShape, setup: Setup) -> Execution | None:
+def _execution(gpu: Gpu, run: RunShape, setup: Setup) -> ExecutionPlan | None:
     """How the job would train on this GPU; None where PEFT's own layers would do the forward pass."""
     if not run.fused or gpu.capability < FLASH_CAPABILITY or setup.value_bytes != HALF_PRECISION:
         return None
-    return choose_execution(
+    return choose_plan(
         setup,
         free_bytes=gpu.memory_bytes
         - memory_model.CONTEXT_BYTES
         - memory_model.weight_bytes(setup)
         - memory_model.FP32 * setup.adapter,
-        row_tokens=run.micro_batch,
+        sequence_tokens=run.micro_batch,
         keep_base=run.keep_base,
         keep_activations=run.keep_activations,
         recorded=setup.architecture.lean,
     )
 
 
-def _hours(gpu: Gpu, run: RunShape, setup: Setup, execution: Execution | None) -> float | None:
+def _hours(gpu: Gpu, run: RunShape, setup: Setup, execution: ExecutionPlan | None) -> float | None:
     """Hours from start to end without interruptions; None where data or speed (as in fp32) is unknown."""
     if run.workload is None or run.questions is None or setup.value_bytes != HALF_PRECISION:
         return None
@@ -238,7 +238,7 @@ def _hours(gpu: Gpu, run: RunShape, setup: Setup, execution: Execution | None) -
     speed = {"rate": gpu.flops, "bandwidth": gpu.bandwidth}
     used = memory_model.UTILISATION
     if execution is not None:
-        setup, used = replace(setup, recompute=not execution.kept_activations), memory_model.LEAN_UTILISATION
+        setup, used = replace(setup, recompute=not execution.kept_activations), memory_model.FUSED_UTILISATION
     micro_batches = max(work.steps, ceil(work.tokens / run.micro_batch))
     flops = memory_model.training_flops(setup, work.tokens, work.squares)
     training = memory_model.seconds(flops, (3 if setup.recompute else 2) * micro_batches, setup, used=used, **speed)

@@ -258,7 +258,7 @@ def _disk(settings: Settings, run: RunShape) -> PreflightResult:
 def _assumptions(settings: Settings) -> tuple[str, ...]:
     """The assumptions behind all figures of basis `assumed`, one sentence each."""
     price, context = settings.cost.usd_per_hour, size(memory_model.CONTEXT_BYTES, " ")
-    fused, peft = (f"{used:.0%}" for used in (memory_model.LEAN_UTILISATION, memory_model.UTILISATION))
+    fused, peft = (f"{used:.0%}" for used in (memory_model.FUSED_UTILISATION, memory_model.UTILISATION))
     half = f"speed: {fused} of the data sheet's operations a second in bf16, {peft} before Ampere or with dropout"
     return (
         "one GPU: several share each step's examples, and each needs the same memory",

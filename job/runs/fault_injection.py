@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from threading import Lock
 
 from job import log
-from job.errors import Problem, SettingsError, Unreachable
 from job.common.hashing import unsealed
+from job.errors import Problem, SettingsError, Unreachable
 from job.runs import layout
 from job.runs.layout import Stage
 from job.storage.base import ForwardingStore, ObjectStore
@@ -79,7 +79,7 @@ def _parse_one(word: str) -> Fault | None:
 
 
 class Faults:
-    """The faults that have not fired yet. Stages and the store call `at` with every event; the faults due there fire."""
+    """Faults that have not fired yet. Stages and the store call `at` with every event; the faults due there fire."""
 
     def __init__(self, faults: tuple[Fault, ...], store: ObjectStore) -> None:
         self._armed = list(faults)

@@ -25,8 +25,8 @@ from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from job.errors import DataError, JobError, Problem, Replaced, Unreachable
 from job.common.hashing import sealed, unsealed
+from job.errors import DataError, JobError, Problem, Replaced, Unreachable
 from job.log import get_logger
 from job.runs.layout import LEASE
 from job.storage.base import CHANGES, ForwardingStore

@@ -8,10 +8,11 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
+from job.common.optimizers import OPTIMIZERS
 from job.settings.field_types import (
     Count,
     CountOrAuto,
@@ -34,6 +35,11 @@ from job.settings.field_types import (
     Text,
     Whole,
 )
+
+if TYPE_CHECKING:
+    OptimizerName = str
+else:
+    OptimizerName = Literal[tuple(OPTIMIZERS)]
 
 
 def new_run_id() -> str:
@@ -158,7 +164,7 @@ class Train(Group):
     """Tokens in one forward pass; empty: by the GPU's size, 1,024 on a CPU. No matter to which examples a step sees."""
     max_length: Count = 2048
     """Longest example, in tokens."""
-    optimizer: Literal["adamw_8bit", "paged_adamw_8bit", "adamw_torch"] = "adamw_8bit"
+    optimizer: OptimizerName = "adamw_8bit"
     """Optimizer of the adapter's weights."""
     loss_on: Literal["all", "completion"] = "all"
     """Tokens to learn: all, or those of the completion."""

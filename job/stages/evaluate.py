@@ -31,8 +31,10 @@ def evaluate_base(
     `shared` is the store above all runs: scores of a base are kept there for every run that trains on it.
     """
     # Left out of the key are the base's name and what belongs to the adapter: neither changes the base's scores.
-    base = {**asdict(replace(loaded.record, id="", revision=None, trainable_parameters=0)), "forward": loaded.forward}
-    cache = ScoreCache(shared, SCORES, settings.run.id, score_conditions(base))
+    unnamed = replace(loaded.record, id="", revision=None, trainable_parameters=0)
+    cache = ScoreCache(
+        shared, SCORES, settings.run.id, score_conditions({**asdict(unnamed), "forward": loaded.plan.forward})
+    )
     with adapter_off(loaded.model):
         found = _evaluate(attempt, settings, sources, loaded, cache=cache, side="base")
     if found is None or (origin := cache.reused_from) is None:
@@ -52,7 +54,7 @@ def evaluate_adapter(
     load_adapter(loaded.model, Path(paths[0]).parent)
     adapted = {
         **asdict(loaded.record),
-        "forward": loaded.forward,
+        "forward": loaded.plan.forward,
         "adapter": [artifact.sha256 for artifact in weights],
     }
     cache = ScoreCache(attempt.store, SCORES, settings.run.id, score_conditions(adapted))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from job import log
 from job.common.malloc import keep_freed_memory
 from job.distributed.processes import ALONE, Processes
@@ -14,11 +12,16 @@ from job.model.quantized_cache.cache import save
 from job.model.quantized_cache.layout import cached_base
 from job.settings.load import Settings
 from job.stages.handoff import Loaded, Sources
-from job.training.prepare import keeps_activations, limit_memory, prepare, setup_of, token_budget
+from job.training.prepare import limit_memory, prepare, token_budget
 
 
 def load(settings: Settings, sources: Sources, processes: Processes = ALONE) -> Loaded:
-    """The quantized base with a fresh adapter on it, in each process its own."""
+    """The quantized base with a fresh adapter on it, in each process its own.
+
+    Raises:
+        SettingsError: The settings do not fit the model or this machine.
+        DataError: The model's folder cannot be loaded.
+    """
     device = choose_device(settings.run.device)
     _same_kind(processes, device.type)
     if device.type == "cuda":
@@ -60,7 +63,7 @@ def load(settings: Settings, sources: Sources, processes: Processes = ALONE) -> 
     )
     own = token_budget(device, settings.train.micro_batch_tokens, settings.train.gpu_memory_gb)
     budget = min(processes.gather("token budget", own))  # it decides bits, so it is the same for all
-    execution, forward = prepare(
+    plan = prepare(
         model,
         [len(example.input_ids) for example in sources.examples],
         global_batch_size=settings.train.global_batch_size,
@@ -70,22 +73,9 @@ def load(settings: Settings, sources: Sources, processes: Processes = ALONE) -> 
         keep_base=settings.model.keep_dequantized,
         recompute=settings.train.gradient_checkpointing,
         gigabytes=settings.train.gpu_memory_gb,
+        processes=processes.place.local_world_size,
     )
-    recompute = not execution.kept_activations if execution else _recompute(settings, sources, model, budget, processes)
-    return Loaded(model, record, budget, execution, forward, recompute, kept_base)
-
-
-def _recompute(settings: Settings, sources: Sources, model: Any, budget: int, processes: Processes) -> bool:
-    """Whether PEFT's own layers compute their activations again: as set, else on a GPU, or where a CPU lacks memory."""
-    if (wanted := settings.train.gradient_checkpointing) != "auto":
-        return wanted
-    setup = setup_of(model, settings.model.quantization, settings.train.optimizer)
-    if model.device.type != "cpu" or setup is None:
-        return True
-    tokens = max(budget, *(len(example.input_ids) for example in sources.examples))
-    kept = keeps_activations(setup, tokens, processes.place.local_world_size)
-    log.get_logger().info("how training is carried out", micro_batch_tokens=budget, kept_activations=kept)
-    return not kept
+    return Loaded(model, record, budget, plan, kept_base)
 
 
 def _same_kind(processes: Processes, device: str) -> None:

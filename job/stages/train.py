@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from job.checkpoints.async_uploader import AsyncUploader
 from job.checkpoints.trainer_state import validate_trainer_state, write_metrics
 from job.common import host
 from job.common.hashing import hash_facts
+from job.common.optimizers import substitute
 from job.common.resources import check_disk, checkpoint_bytes, required_bytes
 from job.data.batch_plan import steps_per_epoch
 from job.errors import Preempted, Unreachable
@@ -28,16 +29,18 @@ from job.runs.layout import ARTIFACTS
 from job.settings.load import Settings
 from job.stages.handoff import Loaded, Sources
 from job.tracking.tensorboard import write_events
-from job.training.config import Hooks, Recipe, substitute, total_steps
+from job.training import config
+from job.training.config import Hooks, Recipe, total_steps
 from job.training.trainer import train
 
 
 def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded) -> Trained | None:
     """Trains from the newest whole checkpoint on, and publishes the adapter and the metrics."""
     model, processes = loaded.model, attempt.processes
-    recipe, substitutions = substitute(_recipe(settings, len(sources.examples), loaded), model.device.type)
-    for sentence in substitutions if processes.leads else ():
-        log.get_logger().warning("substituted", what=sentence)
+    optimizer, substituted = substitute(settings.train.optimizer, model.device.type)
+    if substituted is not None and processes.leads:
+        log.get_logger().warning("substituted", what=substituted)
+    recipe = _recipe(settings, len(sources.examples), loaded.micro_batch_tokens, optimizer)
     restored = _restore(attempt)
     if restored.folder is not None:
         log.get_logger().info("resuming", step=restored.step, of=recipe.total_steps)
@@ -64,6 +67,7 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
             sources.tokenizer,
             sources.examples,
             recipe=recipe,
+            plan=loaded.plan,
             hooks=Hooks(
                 on_metrics=_teller(attempt, tell, watch),
                 on_save=publisher.submit,
@@ -93,11 +97,13 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
         )
         for path in files
     ]
-    used = replace(recipe, micro_batch_tokens=trained.micro_batch_tokens)
-    record = _training_record(used, trained.history, substitutions, len(sources.examples), processes.place.world_size)
-    if loaded.execution is not None:
-        given_up: dict[str, Any] = dict.fromkeys(trained.given_up, False)
-        record = replace(record, execution=replace(loaded.execution, **given_up))
+    record = _training_record(
+        recipe,
+        trained,
+        substitutions=[] if substituted is None else [substituted],
+        rows=len(sources.examples),
+        world_size=processes.place.world_size,
+    )
     return Trained(record, artifacts)
 
 
@@ -125,8 +131,8 @@ def _restore(attempt: Attempt) -> manager.Restored:
     return found
 
 
-def _recipe(settings: Settings, rows: int, loaded: Loaded) -> Recipe:
-    t, execution = settings.train, loaded.execution
+def _recipe(settings: Settings, rows: int, micro_batch_tokens: int, optimizer: str) -> Recipe:
+    t = settings.train
     return Recipe(
         seed=settings.run.seed,
         total_steps=total_steps(rows, t.global_batch_size, t.epochs, t.max_steps),
@@ -136,14 +142,9 @@ def _recipe(settings: Settings, rows: int, loaded: Loaded) -> Recipe:
         weight_decay=t.weight_decay,
         max_grad_norm=t.max_grad_norm,
         global_batch_size=t.global_batch_size,
-        micro_batch_tokens=loaded.micro_batch_tokens,
-        optimizer=t.optimizer,
-        gradient_checkpointing=loaded.recompute,
+        micro_batch_tokens=micro_batch_tokens,
+        optimizer=optimizer,
         save_every_steps=settings.checkpoint.every_steps,
-        autocast=execution is None,
-        padded=execution is not None and execution.recorded,
-        replayed=execution is not None and execution.recorded,
-        kept_base=execution is not None and execution.kept_base,
     )
 
 
@@ -192,12 +193,13 @@ def _files(path: Path) -> list[Path]:
 
 
 def _training_record(
-    recipe: Recipe, history: Sequence[StepMetrics], substitutions: list[str], rows: int, world_size: int
+    recipe: Recipe, trained: config.Trained, *, substitutions: list[str], rows: int, world_size: int
 ) -> TrainingRecord:
     return TrainingRecord(
-        **training_totals(history, steps_per_epoch(rows, recipe.global_batch_size), recipe.global_batch_size),
+        **training_totals(trained.history, steps_per_epoch(rows, recipe.global_batch_size), recipe.global_batch_size),
         optimizer=recipe.optimizer,
-        micro_batch_tokens=recipe.micro_batch_tokens,
+        micro_batch_tokens=trained.micro_batch_tokens,
         substitutions=substitutions,
         world_size=world_size,
+        execution=trained.plan,
     )

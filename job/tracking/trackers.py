@@ -27,6 +27,8 @@ FINISH_SECONDS = 20.0
 STOP_SECONDS = 3.0
 """How long the end may take, all trackers together: of a run, and of one whose machine is being taken away."""
 LAST_WORDS_SECONDS = 1.0
+QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "WANDB_ERROR_REPORTING": "false"}
+"""Trackers tell the run's figures to whom the user named, and nothing to their makers. The user's own values win."""
 
 
 class Tracking:
@@ -131,7 +133,7 @@ class _Tracker:
         self._queue: Queue[Mapping[str, Any] | None] = Queue(QUEUED)
         self._process = subprocess.Popen(  # noqa: S603
             [sys.executable, "-m", "job.tracking.tracker_process", name],
-            env=dict(environ),
+            env={**QUIET, **environ},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -12,16 +12,16 @@ from typing import Any
 
 import pytest
 
+from job.errors import DataError, Preempted, Replaced, Unreachable
+from job.preemption.stop_flag import Stop
+from job.records import Artifact, Evaluated
 from job.runs import attempt as runs_attempt
 from job.runs.attempt import Attempt, missing, open_attempt
-from job.errors import DataError, Preempted, Replaced, Unreachable
 from job.runs.fault_injection import Faults, arm
 from job.runs.layout import Stage, attempt_key
 from job.runs.run_log import parse_record
 from job.storage.local import LocalStore
 from job.storage.open import ObjectStore
-from job.preemption.stop_flag import Stop
-from job.records import Artifact, Evaluated
 from tests.wrapped_store import WrappedStore
 
 SETTINGS = {"train.epochs": 2}

@@ -13,10 +13,10 @@ from structlog.testing import capture_logs
 
 from job.checkpoints import manager
 from job.errors import SettingsError, Unreachable
-from job.runs.layout import Stage
-from job.runs.fault_injection import Fault, arm, faulty, parse
-from job.storage.local import LocalStore
 from job.preemption.stop_flag import stop_on_signals
+from job.runs.fault_injection import Fault, arm, faulty, parse
+from job.runs.layout import Stage
+from job.storage.local import LocalStore
 
 
 @pytest.fixture

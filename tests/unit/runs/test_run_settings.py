@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from job.errors import SettingsError
-from job.storage.local import LocalStore
 from job.runs.run_settings import compare_settings, keep_settings
+from job.storage.local import LocalStore
 
 SETTINGS = {"train.epochs": 2}
 
