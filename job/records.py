@@ -49,6 +49,10 @@ class ModelRecord:
     dtype: str
     parameters: int
     trainable_parameters: int
+    quantized_parameters: int = 0
+    """How many of `parameters` are really held as `quantization` says; of a mixture's experts it may be few."""
+    adapted: list[str] = field(default_factory=list)
+    """Names of the layers that got an adapter, as they were given or found."""
 
 
 PEFT = "peft"
@@ -75,6 +79,8 @@ class ExecutionPlan:
     reason: str
     forward: str = FUSED
     """`peft`; or `fused all, triton`: what is fused, whose kernels. The default is for records of older versions."""
+    packed: bool = True
+    """Whether examples went through the model end to end in one sequence; else each alone, which `reason` explains."""
 
     @property
     def fused(self) -> bool:
@@ -128,6 +134,17 @@ class TrainingRecord:
     world_size: int = 1
     execution: ExecutionPlan | None = None
     """None in records of older versions, where PEFT's own layers did the work."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Whether many examples go through the model end to end in one sequence, or each alone; and why, in words.
+
+    Found out on the model itself (`packing_check`), once a run: it decides the last bits of everything computed.
+    """
+
+    packed: bool
+    reason: str
 
 
 @dataclass(frozen=True)

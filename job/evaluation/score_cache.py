@@ -30,6 +30,7 @@ CODE = (
     "job.evaluation.scoring",
     "job.model.architecture",
     "job.model.base",
+    "job.model.files",
     "job.model.fused.frozen_weights",
     "job.model.fused.kernels",
     "job.model.fused.lora_forward",

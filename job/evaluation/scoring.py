@@ -51,10 +51,10 @@ def plan_sequences(questions: Sequence[Question], budget: int) -> list[range]:
 
 
 def score_sequence(model: Any, questions: Sequence[Question]) -> list[list[ChoiceScore]]:
-    """Scores questions in one forward pass.
+    """Scores questions in one forward pass, or each choice by itself where the model cannot run packed sequences.
 
     Args:
-        model: A causal language model loaded with packed attention, in evaluation mode.
+        model: A causal language model from `load_base`, in evaluation mode.
         questions: All of them go into one packed sequence.
 
     Returns:
@@ -62,8 +62,10 @@ def score_sequence(model: Any, questions: Sequence[Question]) -> list[list[Choic
     """
     import torch
 
-    from job.model.packed_attention import build_layout
+    from job.model.packed_attention import build_layout, is_packed
 
+    if not is_packed(model):
+        return [[_score_alone(model, asked.context, choice) for choice in asked.choices] for asked in questions]
     packed = _pack(questions)
     device = model.device
     with torch.inference_mode():
@@ -85,6 +87,23 @@ def score_sequence(model: Any, questions: Sequence[Question]) -> list[list[Choic
         greedy = logits.argmax(-1)[read] == token
         scores, greedy = scores.cpu(), greedy.cpu()  # the only synchronization with the GPU in this function
     return list(_by_question(questions, scores, greedy))
+
+
+def _score_alone(model: Any, context: Sequence[int], choice: Sequence[int]) -> ChoiceScore:
+    """Scores one choice after its context, in a forward pass of its own with the model's own attention.
+
+    Used for models whose answers change when examples are packed (see `packed_attention.is_packed`).
+    """
+    import torch
+
+    device = model.device
+    with torch.inference_mode():
+        ids = torch.tensor([[*context, *choice[:-1]]], device=device)
+        logits = model(input_ids=ids).logits[0, len(context) - 1 :]  # (choice tokens, vocabulary)
+        wanted = torch.tensor(choice, device=device)
+        scores = logits.float().log_softmax(-1).gather(1, wanted[:, None]).double()
+        greedy = (logits.argmax(-1) == wanted).all()
+    return ChoiceScore(float(scores.sum()), bool(greedy))
 
 
 @dataclass(frozen=True)

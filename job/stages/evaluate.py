@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from job import log
 from job.evaluation.harness import evaluate
@@ -15,7 +16,8 @@ from job.evaluation.samples import write_samples
 from job.evaluation.score_cache import ScoreCache, score_conditions
 from job.evaluation.scorer import Scores, score_questions
 from job.model.lora import adapter_off, load_adapter
-from job.records import Evaluated, Question, Trained
+from job.model.packed_attention import is_packed
+from job.records import Evaluated, ModelRecord, Question, Trained
 from job.runs.attempt import Attempt
 from job.runs.layout import SCORES, answers_key
 from job.settings.load import Settings
@@ -31,10 +33,8 @@ def evaluate_base(
     `shared` is the store above all runs: scores of a base are kept there for every run that trains on it.
     """
     # Left out of the key are the base's name and what belongs to the adapter: neither changes the base's scores.
-    unnamed = replace(loaded.record, id="", revision=None, trainable_parameters=0)
-    cache = ScoreCache(
-        shared, SCORES, settings.run.id, score_conditions({**asdict(unnamed), "forward": loaded.plan.forward})
-    )
+    unnamed = replace(loaded.record, id="", revision=None, trainable_parameters=0, adapted=[])
+    cache = ScoreCache(shared, SCORES, settings.run.id, score_conditions(_forward(loaded, unnamed)))
     with adapter_off(loaded.model):
         found = _evaluate(attempt, settings, sources, loaded, cache=cache, side="base")
     if found is None or (origin := cache.reused_from) is None:
@@ -52,13 +52,14 @@ def evaluate_adapter(
         "adapter", lambda: [str(attempt.fetch(artifact)) for artifact in weights]
     )
     load_adapter(loaded.model, Path(paths[0]).parent)
-    adapted = {
-        **asdict(loaded.record),
-        "forward": loaded.plan.forward,
-        "adapter": [artifact.sha256 for artifact in weights],
-    }
+    adapted = {**_forward(loaded, loaded.record), "adapter": [artifact.sha256 for artifact in weights]}
     cache = ScoreCache(attempt.store, SCORES, settings.run.id, score_conditions(adapted))
     return _evaluate(attempt, settings, sources, loaded, cache=cache, side="adapter")
+
+
+def _forward(loaded: Loaded, record: ModelRecord) -> dict[str, Any]:
+    """What decides the bits of a forward pass, apart from the adapter's weights."""
+    return {**asdict(record), "forward": loaded.plan.forward, "packed": is_packed(loaded.model)}
 
 
 def _evaluate(
