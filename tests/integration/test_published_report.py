@@ -18,7 +18,7 @@ from typing import Any
 import boto3
 import pytest
 
-from job.report.changed_answers import changed
+from job.report.changed_answers import changed_answers
 from job.report.report import read_report_data, render_report
 from job.runs.layout import CARD, REPORT
 from tests import warm
@@ -169,7 +169,7 @@ def test_it_tells_what_happened(twice: Run) -> None:
         ("2", "preempted"),
         ("3", "complete"),
     ]
-    better, worse = changed(*(_records(twice, side) for side in ("base", "adapter")))
+    better, worse = changed_answers(*(_records(twice, side) for side in ("base", "adapter")))
     task = twice.results["evaluation"]["tasks"]["arc_easy"]
     assert (len(better), len(worse)) == (task["improved"], task["regressed"])
     assert f'<p dir="auto">{better[0].text}</p>' in content
