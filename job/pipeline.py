@@ -23,7 +23,7 @@ from job.platforms.detect import Delivery
 from job.preemption.stop_flag import Stop
 from job.records import Evaluated, ModelRecord, Pulled, Trained
 from job.results import manifest
-from job.results.baseline import check_tasks
+from job.results.baseline import check_prompts
 from job.results.completed import read_complete, require_gate, withdraw_incomplete
 from job.results.delivery import deliver
 from job.runs.attempt import Attempt, open_attempt
@@ -79,7 +79,7 @@ def run(
             )
         track.results(results)
     if processes.leads:
-        manifest.tell(manifest.summary(results, f"{attempt.store.uri}/{RESULTS}"))
+        manifest.print_lines(manifest.summary(results, f"{attempt.store.uri}/{RESULTS}"))
         if delivery:
             deliver(attempt.store, results, delivery)
     return require_gate(results)
@@ -159,7 +159,7 @@ def _evaluate_base(attempt: Attempt, settings: Settings, sources: Sources, loade
         Stage.EVALUATE_BASE, Evaluated, lambda: evaluate_base(attempt, settings, sources, loaded, shared)
     )
     if sources.baseline is not None:
-        check_tasks(sources.baseline, base.scores)
+        check_prompts(sources.baseline, base.scores)
     return base
 
 

@@ -33,8 +33,7 @@ from job.records import (
 )
 from job.results import manifest
 from job.results.inventory import collect
-from job.results.reader import answers_path
-from job.runs.layout import attempt_key
+from job.runs.layout import answers_key, attempt_key
 from job.runs.lease import LeaseRecord
 from job.settings.affects_result import affects_result
 from job.settings.load import describe, load_settings, redacted
@@ -203,9 +202,9 @@ def _evaluated(store: LocalStore, answers: Pairs, side: str, work: Path) -> Eval
     for task, told in answers.items():
         rows = [_record(task, n, right=pair[side == "adapter"]) for n, pair in enumerate(told)]
         data = "".join(json.dumps(row) + "\n" for row in rows).encode()
-        artifacts.append(publish_file(store, answers_path(task, side), data))
+        artifacts.append(publish_file(store, answers_key(task, side), data))
         records = samples.parse(data)
-        scores[task] = samples.tally_records(records, task=task, source=f"{task}.jsonl", version="1.0")
+        scores[task] = samples.task_scores(records, task=task, source=f"{task}.jsonl", version="1.0")
     return Evaluated(scores, artifacts)
 
 

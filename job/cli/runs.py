@@ -14,9 +14,8 @@ from pydantic import ValidationError
 from job import log
 from job.cli.arguments import COMMANDS, Arguments, parse_arguments
 from job.errors import DataError, GateError, Problem, SettingsError
-from job.report.report import read_evidence, render_report
-from job.results.compare import compare, gate_reasons
-from job.results.compare_text import as_markdown, as_text
+from job.report.report import read_report_data, render_report
+from job.results.compare import as_markdown, as_text, compare, gate_reasons
 from job.results.reader import open_run, read_published
 from job.settings.field_types import explain
 from job.settings.load import load_reading, secrets
@@ -24,7 +23,7 @@ from job.settings.schema import Gate, Settings
 from job.storage.base import disk_errors
 from job.storage.open import StorageOptions, storage_options
 from job.storage.verified_download import fetch_artifact
-from job.verification.verify import as_json, as_lines, demand, verify
+from job.verification.verify import as_json, as_lines, require_verified, verify
 
 OUTPUT = "report.html"
 THRESHOLDS = {"--metric": "metric", "--min-delta": "min_delta", "--max-regression": "max_regression"}
@@ -45,7 +44,7 @@ def verify_command(words: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="qlora-job-", dir=cache, ignore_cleanup_errors=True) as work:
         checks = verify(store, Path(work))
     _print([json.dumps(as_json(store.uri, checks), indent=2)] if _is(given, "json") else as_lines(checks))
-    demand(checks)
+    require_verified(checks)
     return 0
 
 
@@ -114,7 +113,7 @@ def report_command(words: Sequence[str]) -> int:
     run = read_published(open_run(given.runs[0], storage))
     with tempfile.TemporaryDirectory(prefix="qlora-job-") as folder:
         try:
-            evidence = read_evidence(run.results, lambda artifact: fetch_artifact(run.store, artifact, Path(folder)))
+            evidence = read_report_data(run.results, lambda artifact: fetch_artifact(run.store, artifact, Path(folder)))
         except (KeyError, TypeError, ValueError) as error:  # the hashes are right, so it was written like this
             raise DataError([Problem(run.store.uri, f"its records are no records of this job: {error}")]) from error
     page = render_report(run.results, evidence)

@@ -79,7 +79,7 @@ def _parse_one(word: str) -> Fault | None:
 
 
 class Faults:
-    """The faults that have not fired yet. Stages and the store call `at` with every event; the faults due there fire."""
+    """Faults that have not fired yet. Stages and the store call `at` with every event; the faults due there fire."""
 
     def __init__(self, faults: tuple[Fault, ...], store: ObjectStore) -> None:
         self._armed = list(faults)

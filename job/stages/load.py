@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 from job import log
 from job.common.malloc import keep_freed_memory
 from job.distributed.processes import ALONE, Processes
 from job.errors import Problem, SettingsError
-from job.model.base import choose_device, choose_dtype, describe_model, load_base, make_deterministic
+from job.model.base import PLAIN, choose_device, choose_dtype, describe_model, load_base, make_deterministic
 from job.model.lora import add_adapter
+from job.model.packed_attention import use
+from job.model.packing_check import choose_packing
 from job.model.quantized_cache.cache import save
 from job.model.quantized_cache.layout import cached_base
+from job.records import Packing
 from job.settings.load import Settings
 from job.stages.handoff import Loaded, Sources
+from job.training.lm_head_loss import losses_of
 from job.training.prepare import limit_memory, prepare, token_budget
 
 
@@ -55,12 +62,11 @@ def load(settings: Settings, sources: Sources, processes: Processes = ALONE) -> 
         name=settings.model.id,
         revision=sources.record.model_revision,
         sha256=sources.record.model_sha256,
-        quantization=settings.model.quantization,
-        double=settings.model.double_quantization,
     )
     log.get_logger().info(
         "model is loaded", device=str(device), dtype=record.dtype, trainable_parameters=record.trainable_parameters
     )
+    packing = _packing(model, settings, sources, processes)
     own = token_budget(device, settings.train.micro_batch_tokens, settings.train.gpu_memory_gb)
     budget = min(processes.gather("token budget", own))  # it decides bits, so it is the same for all
     plan = prepare(
@@ -75,7 +81,23 @@ def load(settings: Settings, sources: Sources, processes: Processes = ALONE) -> 
         gigabytes=settings.train.gpu_memory_gb,
         processes=processes.place.local_world_size,
     )
+    if not packing.packed:
+        plan = replace(plan, packed=False, reason=f"{plan.reason}: {packing.reason}")
     return Loaded(model, record, budget, plan, kept_base)
+
+
+def _packing(model: Any, settings: Settings, sources: Sources, processes: Processes) -> Packing:
+    """Whether packed sequences come out right on this model; the same in all processes, since it decides bits."""
+    found = choose_packing(
+        model,
+        sources.examples,
+        max_length=settings.train.max_length,
+        losses=losses_of(model),
+    )
+    if found.packed and not all(processes.gather("packing", found.packed)):
+        found = Packing(packed=False, reason="another process of the run finds that packed sequences come out wrong")
+        use(model.get_base_model(), PLAIN)
+    return found
 
 
 def _same_kind(processes: Processes, device: str) -> None:

@@ -21,7 +21,8 @@ from job.common.threads import in_thread
 from job.data.dataset import check_source, load_examples
 from job.errors import JobError
 from job.evaluation.tasks import load_tasks
-from job.model.base import choose_device, choose_dtype, fingerprint, load_tokenizer
+from job.model.base import choose_device, choose_dtype, load_tokenizer
+from job.model.files import fingerprint
 from job.model.quantized_cache.cache import find
 from job.model.quantized_cache.layout import CachedBase, CacheEntry, entry_at, entry_for
 from job.records import Example, Pulled
@@ -36,7 +37,7 @@ from job.storage.hub import download_model, import_client
 from job.storage.location import is_remote
 from job.storage.open import ObjectStore, StorageOptions, fetch, open_store, size
 
-CODE = ("job.model.base", "job.model.quantized_cache.cache", "job.model.quantized_cache.layout")
+CODE = ("job.model.base", "job.model.files", "job.model.quantized_cache.cache", "job.model.quantized_cache.layout")
 """Modules whose code decides the bits of a quantized base."""
 _LOOK_SECONDS = 0.5
 _FAREWELL_SECONDS = 3.0

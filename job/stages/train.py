@@ -23,6 +23,7 @@ from job.errors import Preempted, Unreachable
 from job.model.lora import save_adapter, trainable
 from job.preemption.stop_flag import Stopwatch, decide
 from job.records import StepMetrics, Trained, TrainingRecord
+from job.results.training_totals import training_totals
 from job.runs.attempt import Attempt
 from job.runs.layout import ARTIFACTS
 from job.settings.load import Settings
@@ -194,21 +195,9 @@ def _files(path: Path) -> list[Path]:
 def _training_record(
     recipe: Recipe, trained: config.Trained, *, substitutions: list[str], rows: int, world_size: int
 ) -> TrainingRecord:
-    """Sums up the steps. A step that was repeated after a restart counts once, as it went the last time."""
-    history = trained.history
-    last_epoch = history[-steps_per_epoch(rows, recipe.global_batch_size) :]
-    targets = sum(step.target_tokens for step in history)
-    seconds = sum(float(step.measured["seconds"] or 0) for step in history)
     return TrainingRecord(
-        steps=len(history),
-        examples=sum(step.examples for step in history),
-        target_tokens=targets,
-        loss=sum(s.loss * s.target_tokens for s in last_epoch) / sum(s.target_tokens for s in last_epoch),
-        tokens_per_second=targets / seconds if seconds else None,
-        seconds=seconds,
-        peak_memory_bytes=max(int(step.measured["memory_bytes"] or 0) for step in history),
+        **training_totals(trained.history, steps_per_epoch(rows, recipe.global_batch_size), recipe.global_batch_size),
         optimizer=recipe.optimizer,
-        global_batch_size=recipe.global_batch_size,
         micro_batch_tokens=trained.micro_batch_tokens,
         substitutions=substitutions,
         world_size=world_size,

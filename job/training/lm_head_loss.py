@@ -12,14 +12,18 @@ first picks out the positions that are learned; without Triton it scores every p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch.nn import functional
 
 from job.model.fused import lora_forward
-from job.training.packing import IGNORED
+from job.model.packing_check import Losses
+from job.records import Example
+from job.training.packing import IGNORED, alone_inputs, packed_inputs
 
 POSITIONS = 256
 """Positions whose logits are formed at a time. torch's own choice, a few dozen, reads all weights for each of them."""
@@ -110,3 +114,45 @@ def padded_loss(hidden: torch.Tensor, head: Any, labels: torch.Tensor) -> torch.
         hidden, head.weight, head.bias, targets, 1.0, VOCABULARY_CHUNK, None, 1.0, ()
     )[0]
     return -log_probs.masked_fill(labels == IGNORED, 0).sum()
+
+
+def alone_loss(model: Any, *, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The summed negative log-likelihood of one example by the model's own forward: right for every causal model.
+
+    Args:
+        model: The causal language model, its adapter within; with no mask, and no positions but its own.
+        input_ids: (1, tokens) int64.
+        labels: (1, tokens) int64: token ids, or -100 where nothing is learned.
+
+    Returns:
+        () float32.
+    """
+    learned = labels[0, 1:] != IGNORED
+    logits = model(input_ids=input_ids).logits[0, :-1]
+    return functional.cross_entropy(logits[learned].float(), labels[0, 1:][learned], reduction="sum")
+
+
+def losses_of(model: Any) -> Losses:
+    """Both ways to the loss of examples, as training goes them, for the check that they agree.
+
+    Gives the model TRL's fused head where that is what training uses; the trainer does so again.
+    """
+    from trl.trainer.utils import add_fused_lm_head
+
+    if not (own := can_sum(base := model.get_base_model())):
+        add_fused_lm_head(base)
+
+    def packed(examples: Sequence[Example]) -> torch.Tensor:
+        inputs = packed_inputs(examples, model.device)
+        with autocast():
+            head = partial(summed_head, base) if own else model
+            loss: torch.Tensor = -head(**inputs, fused_lm_head=True, use_cache=False).log_probs.sum()
+        return loss
+
+    def alone(example: Example) -> torch.Tensor:
+        with autocast():
+            return alone_loss(model, **alone_inputs(example, model.device))
+
+    half = base.dtype in {torch.float16, torch.bfloat16}
+    autocast = partial(torch.autocast, model.device.type, base.dtype if half else None, enabled=half)
+    return Losses(packed, alone)

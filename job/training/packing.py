@@ -52,6 +52,13 @@ def packed_inputs(examples: Sequence[Example], device: torch.device) -> dict[str
     }
 
 
+def alone_inputs(example: Example, device: torch.device) -> dict[str, Any]:
+    """One example for a model that is not used packed: `input_ids` and `labels`, each (1, tokens) int64."""
+    labels = [t if target else IGNORED for t, target in zip(example.input_ids, example.targets, strict=True)]
+    ids, labelled = torch.tensor([[*example.input_ids], labels], device=device)
+    return {"input_ids": ids[None], "labels": labelled[None]}
+
+
 @dataclass(frozen=True, eq=False)
 class PaddedSequence:
     """A packed sequence whose tensors have the shapes of many others'.

@@ -16,6 +16,7 @@ from job import log
 from job.common.resources import available_bytes
 from job.model.architecture import read_config
 from job.model.fused.frozen_weights import fuse_layers
+from job.model.packed_attention import is_packed
 from job.records import FUSED, PEFT, ExecutionPlan
 from job.training.config import CPU_MICRO_BATCH_TOKENS
 from job.training.execution_plan import GIB, choose_budget, choose_plan
@@ -104,6 +105,8 @@ def prepare(
 def why_not_fused(model: Any) -> str | None:
     """Why this model on this machine has to be trained by PEFT's own layers; None where the fused ones may serve."""
     device, dtype = model.device.type, str(model.get_base_model().dtype).removeprefix("torch.")
+    if not is_packed(model):
+        return "examples go through the model one at a time"
     if device != "cuda":
         return "a CPU trains by PEFT's own layers"
     if (capability := _capability()) < AMPERE:

@@ -22,19 +22,19 @@ from job.errors import JobError
 from job.log import get_logger
 from job.model.base import recompute_activations
 from job.model.fused.frozen_weights import forget_dequantized
-from job.model.packed_attention import Layout, Segment
+from job.model.packed_attention import Layout, Segment, is_packed
 from job.records import Example, ExecutionPlan
 from job.training.config import Hooks, Recipe, step_seed
 from job.training.cuda_graphs import CudaGraphs, out_of_memory
 from job.training.flat_parameters import FlatParameters
 from job.training.lm_head_loss import padded_loss
-from job.training.packing import grain, longest_segment, packed_inputs, padded_sequence
+from job.training.packing import alone_inputs, grain, longest_segment, packed_inputs, padded_sequence
 
 PackedGradient = Callable[[dict[str, Any], int], torch.Tensor]
 """Adds a micro-batch's gradient to the parameters', and returns its part of the loss, () float32, without history.
 
-It gets what `packed_inputs` makes, and the target tokens of the whole step, by which the micro-batch's summed loss is
-divided.
+It gets what `packed_inputs` makes, or `alone_inputs` where the model is not used packed, and the target tokens of the
+whole step, by which the summed loss is divided.
 """
 
 
@@ -146,6 +146,9 @@ class OptimizerStep:
     def _micro_batch(self, examples: Sequence[Example], targets: int) -> torch.Tensor:
         """Adds the gradient of the examples' summed loss divided by `targets`; returns that loss, () float32."""
         device = self._parameters.gradient.device
+        if not is_packed(self._model):
+            parts = [self._packed_gradient(alone_inputs(example, device), targets) for example in examples]
+            return torch.stack(parts).sum()
         if not self.plan.padded:
             return self._packed_gradient(packed_inputs(examples, device), targets)
         sequence = padded_sequence(examples, device)

@@ -34,10 +34,11 @@ from job.distributed.processes import ALONE, Processes
 from job.errors import JobError
 from job.model.base import recompute_activations
 from job.model.lora import trainable
+from job.model.packed_attention import is_packed
 from job.records import Example, ExecutionPlan, StepMetrics
 from job.training.config import Hooks, Recipe, Trained
 from job.training.flat_parameters import FlatParameters
-from job.training.lm_head_loss import can_sum, summed_head
+from job.training.lm_head_loss import alone_loss, can_sum, summed_head
 from job.training.step import OptimizerStep, StepAbandoned
 
 
@@ -163,7 +164,10 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         """Adds the gradient of a packed batch by TRL's own loss; see `step.PackedGradient`."""
         with self.compute_loss_context_manager():
             # `model_wrapped` is the model as Trainer made it ready for mixed precision.
-            loss = self.compute_loss(self.summed_head or self.model_wrapped, inputs, num_items_in_batch=targets)
+            if is_packed(self.model):
+                loss = self.compute_loss(self.summed_head or self.model_wrapped, inputs, num_items_in_batch=targets)
+            else:
+                loss = alone_loss(self.model_wrapped, **inputs) / targets
         self.accelerator.backward(loss)
         detached: torch.Tensor = loss.detach()
         return detached
@@ -289,6 +293,7 @@ OPTIONS = {
     **dict.fromkeys(("optim", "weight_decay", "max_grad_norm"), "the optimizer and clipping"),
     **dict.fromkeys(("bf16", "fp16"), "autocast, and loss scaling"),
     "loss_type": "what compute_loss computes",
+    "router_aux_loss_coef": "what compute_loss adds for a mixture of experts: nothing",
     "use_cpu": "where",
     "seed": "what Trainer seeds when it is made",
     **dict.fromkeys(("logging_steps", "logging_nan_inf_filter"), "log() is called after every step, with its own loss"),
@@ -343,6 +348,7 @@ def trl_config(recipe: Recipe, plan: ExecutionPlan, folder: Path, model: Any) ->
         save_steps=recipe.save_every_steps,
         ignore_data_skip=True,
         remove_unused_columns=False,
+        router_aux_loss_coef=0.0,  # the recipe's loss is that of the tokens, whatever a mixture's config.json has
         max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},
         report_to="none",

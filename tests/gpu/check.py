@@ -22,8 +22,8 @@ import torch
 from job.evaluation.scoring import plan_sequences, score_sequence, tokens_of
 from job.model.base import load_base, make_deterministic
 from job.model.lora import add_adapter, trainable
-from job.model.packed_attention import Segment, _group_by_group, _varlen_kernel, build_layout
-from job.planning.reference import ARCHITECTURES
+from job.model.packed_attention import Segment, _block_by_block, _varlen_kernel, build_layout
+from job.planning.known_models_and_data import ARCHITECTURES
 from job.planning.workload import count
 from job.records import PEFT, Example, ExecutionPlan, Question
 from job.tracking.energy import open_meter, visible_gpus
@@ -53,14 +53,14 @@ def kernel() -> None:
         exact = [torch.randn(shape, device=DEVICE, dtype=torch.float32, requires_grad=True) for shape in shapes]
         half = [x.detach().bfloat16().requires_grad_() for x in exact]
         weight = torch.randn(1, 400, 8, 64, device=DEVICE)
-        reference = _group_by_group(*exact, layout, None)
-        found = _varlen_kernel(*half, layout, None)
+        reference = _block_by_block(*exact, layout, None, None)
+        found = _varlen_kernel(*half, layout, None, None)
         (reference * weight).sum().backward()
         (found.float() * weight).sum().backward()
         worst = max((a.grad - b.grad.float()).abs().max().item() for a, b in zip(exact, half, strict=True))
         say("kernel", layout=name, output=(reference - found.float()).abs().max().item(), gradient=worst)
         again = [x.detach().clone().requires_grad_() for x in half]
-        (_varlen_kernel(*again, layout, None).float() * weight).sum().backward()
+        (_varlen_kernel(*again, layout, None, None).float() * weight).sum().backward()
         same = all(torch.equal(a.grad, b.grad) for a, b in zip(half, again, strict=True))
         say("kernel gradient twice", layout=name, identical=same)
 

@@ -160,9 +160,9 @@ def test_the_commit_comes_from_the_image_first(monkeypatch: pytest.MonkeyPatch, 
 @pytest.mark.parametrize("problem", ["full", "nobody reads", "closed"])
 def test_a_summary_that_cannot_be_printed_is_no_failure(problem: str) -> None:
     """The results are published by then: exit code 0, whatever became of stdout."""
-    source = "import sys; from job.results.manifest import tell; from job.cli import main as cli\n"
+    source = "import sys; from job.results.manifest import print_lines; from job.cli import main as cli\n"
     source += "sys.stdout = None\n" if problem == "closed" else ""
-    source += "cli.main = lambda: tell(['a'] * 9) or 0\nfrom job.__main__ import run; run()"
+    source += "cli.main = lambda: print_lines(['a'] * 9) or 0\nfrom job.__main__ import run; run()"
     reader, writer = os.pipe()
     os.close(reader)
     with open("/dev/full", "w") as full:  # noqa: PTH123

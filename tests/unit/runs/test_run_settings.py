@@ -7,16 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from job.runs.run_settings import compare_settings, keep_settings
 
 from job.distributed.processes import Alone
 from job.distributed.ranks import Place
 from job.errors import SettingsError
-from job.storage.local import LocalStore
-<<<<<<< HEAD
-=======
 from job.runs.run_settings import agree_on_settings, compare_settings, keep_settings
->>>>>>> storage
+from job.storage.local import LocalStore
 
 SETTINGS = {"train.epochs": 2}
 
@@ -42,7 +38,7 @@ class Second(Alone):
     def __init__(self, first: dict[str, object]) -> None:
         self.first = first
 
-    def share(self, what: str, value: Callable[[], Any]) -> Any:  # noqa: ARG002
+    def share(self, what: str, value: Callable[[], Any]) -> Any:
         """What process 0 found."""
         return self.first
 

@@ -17,8 +17,8 @@ from job.errors import AccessDenied, SettingsError, VerificationError
 from job.results.reader import open_run
 from job.runs.layout import attempt_key
 from job.runs.run_log import parse_record
-from job.verification.differences import Check
-from job.verification.verify import as_json, as_lines, demand, verify
+from job.verification.differences import CheckResult
+from job.verification.verify import as_json, as_lines, require_verified, verify
 from tests.published_run import forge, pairs, publish_run, rewrite
 
 ADAPTER = "artifacts/adapter/adapter_model.safetensors"
@@ -40,10 +40,10 @@ def run(published: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def check(run: Path, tmp_path: Path) -> Callable[[], dict[str, Check]]:
+def check(run: Path, tmp_path: Path) -> Callable[[], dict[str, CheckResult]]:
     """Verifies the copy; returns the checks that do not hold, by name."""
 
-    def checked() -> dict[str, Check]:
+    def checked() -> dict[str, CheckResult]:
         work = tmp_path / "work"
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
@@ -52,10 +52,10 @@ def check(run: Path, tmp_path: Path) -> Callable[[], dict[str, Check]]:
     return checked
 
 
-Checker = Callable[[], dict[str, Check]]
+Checker = Callable[[], dict[str, CheckResult]]
 
 
-def told(failed: dict[str, Check]) -> str:
+def told(failed: dict[str, CheckResult]) -> str:
     """All that differs, as a person reads it."""
     return "\n".join(str(difference) for found in failed.values() for difference in found.differences)
 
@@ -244,7 +244,7 @@ def test_a_hostile_name_cannot_take_over_the_terminal(run: Path, check: Checker)
     assert {check.what for check in checks} >= {"artifacts", "other files"}
     assert all(line.isprintable() for line in as_lines(checks))
     with pytest.raises(VerificationError) as error:
-        demand(checks)
+        require_verified(checks)
     assert all(str(problem).isprintable() for problem in error.value.problems)
 
 
@@ -413,7 +413,7 @@ def test_the_outcome_for_people_and_programs(run: Path, published: Path, tmp_pat
     checks = verify(open_run(str(published)), tmp_path / "work")
     assert [line.split()[0] for line in as_lines(checks)] == ["holds"] * len(checks)
     assert as_json("x", checks)["verified"] is True
-    demand(checks)
+    require_verified(checks)
     forge(run, change("training/loss", 2.5))
     checks = verify(open_run(str(run)), tmp_path / "work")
     found = json.loads(json.dumps(as_json("x", checks)))
@@ -421,7 +421,7 @@ def test_the_outcome_for_people_and_programs(run: Path, published: Path, tmp_pat
     assert [check["what"] for check in found["checks"] if not check["holds"]] == ["training", "stages"]
     assert any(line.startswith("  results.json training.loss: claimed 2.5, found ") for line in as_lines(checks))
     with pytest.raises(VerificationError, match=r"results\.json training\.loss: claimed 2\.5, found ") as error:
-        demand(checks)
+        require_verified(checks)
     assert error.value.exit_code == 4
 
 
