@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Starts the job: reads secrets from files, checks GPUs and driver, and replaces itself by the job. What it refuses, it
-# refuses before torch is loaded, with exit code 2 (settings). The job itself decides how many processes to start.
+# Starts the job: secrets from files, one look at the GPUs, and out of its way. What is refused here is refused before
+# torch is loaded, with the job's exit code for wrong settings. How many processes to start is the job's own business.
 set -euo pipefail
 here=$(dirname "$(readlink -f "$0")")
 secrets=(AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN HF_TOKEN
   MLFLOW_TRACKING_PASSWORD MLFLOW_TRACKING_TOKEN WANDB_API_KEY)
 wrong='' problem='' remedy='' rebuild='or build the image for older GPUs and drivers: infra/docker/README.md'
 
-say() { # level, message: a log line in the job's format
+say() { # level, words: a line of the log, as the job writes them
   printf '{"event": "%s", "level": "%s", "timestamp": "%s"}\n' "${2//[\"\\]/\'}" "$1" "$(date -u +%FT%T.%6NZ)" >&2
 }
-refuse() { # message: logs it, writes it to where Kubernetes and SageMaker read a failure's reason, and exits 2
+refuse() { # words: into the log, and where Kubernetes and SageMaker look for last ones
   say error "$1"
   for place in "${KUBERNETES_TERMINATION_LOG:-/dev/termination-log}" "${SAGEMAKER_BASE_DIR:-/opt/ml}/output/failure"; do
     { printf '%s' "$1" >"$place"; } 2>/dev/null || true

@@ -1,4 +1,4 @@
-"""Frozen values that packages exchange. No torch, and no behaviour but what follows from a value's own fields."""
+"""Frozen values that the rooms hand to each other. No torch, no behaviour beyond what a value knows of itself."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ _FILES = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.us
 
 
 def checkpoint_bytes(trainable_parameters: int, optimizer: str) -> int:
-    """Estimated bytes of a checkpoint: the adapter in fp32 (4 bytes), Adam's two moments (4 bytes each, 8-bit: 1)."""
+    """Estimates a checkpoint: the adapter in fp32, and Adam's two moments, which the 8-bit ones keep in a byte each."""
     moments = 2 if "8bit" in optimizer else 8
     return trainable_parameters * (4 + moments)
 

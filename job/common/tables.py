@@ -1,4 +1,4 @@
-"""Tables as plain text and as Markdown. Cells may hold untrusted text, which is escaped."""
+"""Tables as plain text and as Markdown. What they show may come from strangers: it can neither break out nor in."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Row = Sequence[str]
 
 
 def plain(head: Row, rows: Sequence[Row]) -> list[str]:
-    """Lines of a table whose columns are as wide as their widest cell."""
+    """Columns as wide as their widest value."""
     cells = [[_visible(cell) for cell in row] for row in (head, *rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
     return [
@@ -19,7 +19,7 @@ def plain(head: Row, rows: Sequence[Row]) -> list[str]:
 
 
 def markdown(head: Row, rows: Sequence[Row]) -> list[str]:
-    """Lines of a table as GitHub and GitLab render it."""
+    """A table as GitHub and GitLab draw it."""
     return [f"| {' | '.join(map(_escaped, row))} |" for row in (head, ["---"] * len(head), *rows)]
 
 

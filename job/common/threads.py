@@ -1,4 +1,4 @@
-"""Work in a daemon thread, which does not delay the end of the process."""
+"""Work beside the main thread, given up without waiting when the job has to end."""
 
 from __future__ import annotations
 
@@ -12,18 +12,14 @@ T = TypeVar("T")
 
 
 def in_thread(work: Callable[[], T], name: str) -> Future[T]:
-    """Starts `work` in a daemon thread and returns its future, which also carries its exception.
-
-    The thread gets a copy of the context, so its log lines carry the run and the attempt. Unlike with a
-    ThreadPoolExecutor, the interpreter does not wait for the thread at its end.
-    """
+    """Starts the work in a thread, whose log lines carry what ours do."""
     future: Future[T] = Future()
     context = copy_context()
 
     def run() -> None:
         try:
             future.set_result(context.run(work))
-        except BaseException as error:  # noqa: BLE001 - raised by future.result()
+        except BaseException as error:  # noqa: BLE001 - raised where the result is asked for
             future.set_exception(error)
 
     Thread(target=run, name=name, daemon=True).start()
