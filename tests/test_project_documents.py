@@ -55,7 +55,7 @@ def test_the_published_claim_in_the_readme() -> None:
 
 def test_settings_in_the_documents() -> None:
     """Every `JOB_` name in a README, and in what lies beside Docker's, is a setting."""
-    known = {environment_name(name) for name in NAMES} | {"JOB_CONFIG", "JOB_GROUP__NAME"}
+    known = {environment_name(name) for name in NAMES} | {"JOB_CONFIG", "JOB_SECRETS_DIR", "JOB_GROUP__NAME"}
     texts = [README, DOCKER, *(path.read_text(encoding="utf-8") for path in (ROOT / "infra/docker").glob("*.yaml"))]
     assert {name for text in texts for name in re.findall(r"JOB_[A-Z_]+[A-Z]", text)} <= known
 
