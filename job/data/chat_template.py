@@ -9,13 +9,18 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from typing import Any, Protocol
+from tempfile import TemporaryFile
+from typing import IO, Any, Protocol
 
 from job.data.template_process import OUT_OF_BOUNDS, SECONDS
-from job.errors import DataError, Problem
+from job.errors import DataError, JobError, Problem
 
+_START = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv.pop()); from job.data.template_process import main; main()"
+)
+"""With the modules of this process: where it found them, `python -m` need not find the same."""
 _LOOK_SECONDS = 0.5
 _READ_BYTES = 1 << 20
 _WHERE = "model.id"
@@ -74,27 +79,29 @@ def open_template(
         "special": tokenizer.special_tokens_map,
         "date": date or f"{datetime.now(UTC):%Y-%m-%d}",
     }
-    process = subprocess.Popen(
-        [sys.executable, "-m", "job.data.template_process"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,  # Ctrl-C is for the job, which ends this process when it ends
-    )
-    try:
-        rendering = _Rendering(process, alive)
-        rendering.ask(given)
-        yield rendering
-    finally:
-        process.kill()
-        process.communicate()
+    with TemporaryFile() as errors:
+        process = subprocess.Popen(  # noqa: S603 - this interpreter, with a program of ours
+            [sys.executable, "-c", _START, json.dumps(sys.path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            start_new_session=True,  # Ctrl-C is for the job, which ends this process when it ends
+        )
+        try:
+            rendering = _Rendering(process, errors, alive)
+            rendering.ask(given)
+            yield rendering
+        finally:
+            process.kill()
+            with suppress(OSError):  # its pipe is broken already
+                process.communicate()
 
 
 class _Rendering:
     """Asks the process, one conversation after the other."""
 
-    def __init__(self, process: subprocess.Popen[bytes], alive: Callable[[], None]) -> None:
-        self._process, self._alive = process, alive
+    def __init__(self, process: subprocess.Popen[bytes], errors: IO[bytes], alive: Callable[[], None]) -> None:
+        self._process, self._errors, self._alive = process, errors, alive
 
     def __call__(
         self,
@@ -133,11 +140,15 @@ class _Rendering:
         answer: dict[str, str] = json.loads(b"".join(parts))
         return answer
 
-    def _ended(self) -> DataError:
+    def _ended(self) -> JobError:
         """The error that the process has ended, by the way it did."""
         code = self._process.wait()
+        self._errors.seek(0)
+        last = (self._errors.read().decode(errors="replace").strip().splitlines() or [""])[-1]
         if code == -signal.SIGXCPU:
             what = f"does not come to an end: one conversation took more than {SECONDS} s"
+        elif code < 0 or "MemoryError" in last:
+            what = f"ends the process that renders it ({code}): it takes too much memory, or nests without end"
         else:
-            what = f"ends the process that renders it (code {code}): it takes too much memory, or nests without end"
+            return JobError(f"the process that renders chat templates failed: {last[:500]}")
         return DataError([Problem(_WHERE, f"its chat template {what}; use another model")])

@@ -43,7 +43,9 @@ MAX_CHARACTERS = 4 << 20
 """Of one text in a row: more would take minutes to tokenize, and no model reads as much."""
 
 _OF_IMAGES = "the job trains on text alone; remove the field if the text means something without it"
+_OF_PAIRS = "the job learns from single answers, not from pairs of them (DPO); give the good one as the completion"
 _MEANING: dict[str, str] = {
+    **dict.fromkeys(("chosen", "rejected"), _OF_PAIRS),
     "system": "put it into the first message, or in front of the prompt",
     "history": "put the earlier turns into messages, or in front of the prompt",
     "tools": "tools are given to a chat template with rows of the schema messages",
@@ -115,7 +117,7 @@ def detect_schema(fields: dict[str, Any]) -> Schema | None:
 def check_row(row: Row, schema: Schema) -> list[RowError]:
     """All that is wrong with a row's fields, apart from its length in tokens; empty for a good row."""
     if broken := [place for field, value in row.fields.items() for place in _broken(value, f"{row.where} {field}")]:
-        return [RowError("broken_utf8", place, "is not valid UTF-8 text") for place in broken]
+        return [RowError("broken_utf8", place, "is not valid UTF-8 text; save the file as UTF-8") for place in broken]
     faults = _check_meaning(row, schema)
     if schema == "messages":
         return faults + _check_messages(row)

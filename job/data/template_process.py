@@ -1,4 +1,4 @@
-"""The process that renders chat templates: `python -m job.data.template_process`, started by `job.data.chat_template`.
+"""The process that renders chat templates, started by `job.data.chat_template`.
 
 A chat template is a program that comes with a model. Jinja's sandbox keeps it from doing anything but computing text;
 time and memory it does not bound, and a loop of a template, or one multiplication of a text, would end the job. Here
@@ -96,7 +96,3 @@ def _limit_memory() -> None:
 def _cpu_seconds() -> int:
     used = resource.getrusage(resource.RUSAGE_SELF)
     return math.ceil(used.ru_utime + used.ru_stime)
-
-
-if __name__ == "__main__":
-    main()

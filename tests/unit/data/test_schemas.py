@@ -244,6 +244,7 @@ def test_what_the_template_does_not_write_is_refused(schema: Schema, fields: dic
         ("prompt_completion", {"prompt": "a", "completion": "b", "label": False}, ["label"]),
         ("prompt_completion", {"prompt": "a", "completion": "b", "label": True, "weight": 1}, []),
         ("prompt_completion", {"prompt": "a", "completion": "b", "weight": 0}, ["weight"]),
+        ("prompt_completion", {"prompt": "a", "chosen": "b", "rejected": "c"}, ["chosen", "rejected", "completion"]),
         ("alpaca", {"instruction": "a", "output": "b", "tools": [TOOL]}, ["tools"]),
         ("alpaca", {"instruction": "a", "output": "b", "history": [["c"]], "system": 3}, ["system", "history"]),
         ("text", {"text": "a", "system": "b"}, []),
