@@ -21,14 +21,14 @@ from job.model.base import choose_device
 from job.model.quantized_cache.cache import publishing
 from job.platforms.detect import Delivery
 from job.preemption.stop_flag import Stop
-from job.records import Evaluated, ModelRecord, Pulled, Trained
+from job.records import Evaluated, ModelRecord, Packing, Pulled, Trained
 from job.results import manifest
 from job.results.baseline import check_prompts
 from job.results.completed import read_complete, require_gate, withdraw_incomplete
 from job.results.delivery import deliver
 from job.runs.attempt import Attempt, open_attempt
 from job.runs.fault_injection import Fault, arm, faulty
-from job.runs.layout import BASE, RESULTS, Stage, stage_key
+from job.runs.layout import BASE, PACKING, RESULTS, Stage, stage_key
 from job.runs.run_settings import agree_on_settings, compare_settings, keep_settings
 from job.settings.load import Settings, environment, trackers
 from job.stages.handoff import Sources
@@ -140,10 +140,11 @@ def _load(attempt: Attempt, settings: Settings, sources: Sources) -> Loaded:
     from job.stages.load import load  # heavy: what can be refused without it has been
 
     garbage_collection.enable()  # nearly all is imported
-    loaded = load(settings, sources, attempt.processes)
+    loaded = load(settings, sources, attempt.processes, attempt.known(PACKING, Packing))
     if attempt.processes.leads:
         keep_settings(attempt.store, decisive_settings(settings))
         if attempt.known(Stage.PULL, Pulled) is None:  # once, before the record of the pull
+            attempt.store.write(stage_key(PACKING), json.dumps(asdict(loaded.packing)).encode())
             attempt.store.write(stage_key(BASE), json.dumps(asdict(loaded.kept_base)).encode())
     known, found = attempt.stage(Stage.PULL, Pulled, lambda: sources.record), asdict(sources.record)
     if changed := [name for name, value in asdict(known).items() if found[name] != value]:

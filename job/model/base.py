@@ -144,7 +144,7 @@ def load_base(
         if hasattr(module, "compute_dtype"):  # a base that came quantized names the dtype of the machine it was made on
             module.compute_dtype = dtype
         if isinstance(module, _dropouts()):
-            module.p = 0.0
+            module.p = 0.0  # type: ignore[attr-defined]
     packed_attention.use(model, packed_attention.NAME)
     return model
 
@@ -207,6 +207,8 @@ def held(model: Any) -> Held:
     found: Counter[tuple[str, bool]] = Counter()
     for module in model.modules():
         weight = getattr(module, "weight", None)
+        if weight is None:
+            continue
         if (state := getattr(weight, "quant_state", None)) is not None:
             found[state.quant_type, state.nested] += state.shape.numel()
         elif type(weight).__name__ == "Int8Params":

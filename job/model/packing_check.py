@@ -9,6 +9,7 @@ model and costs only speed. What is wrong even so is refused.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -117,13 +118,13 @@ def _find_out(model: Any, examples: Sequence[Example], max_length: int, losses: 
         to = _agreement(base)
         error = _compare(model, sequences, alone, to)
         if error <= to.error and losses is not None:
-            error = max(error, _distance(_gradient(model, lambda: [losses.packed(examples)]), gradient))
+            error = _worst([error, _distance(_gradient(model, lambda: [losses.packed(examples)]), gradient)])
     except _PASSING:
         raise
-    except Exception as error:  # noqa: BLE001 - of a stranger's code, which was not written for this
-        said = str(error) if isinstance(error, Unpackable) else f"{type(error).__name__}: {error}"
+    except Exception as failed:  # noqa: BLE001 - of a stranger's code, which was not written for this
+        said = str(failed) if isinstance(failed, Unpackable) else f"{type(failed).__name__}: {failed}"
         return Packing(packed=False, reason=(said.splitlines() or ["it fails"])[0][:300])
-    if not error <= to.error:  # NaN is no agreement
+    if error > to.error:
         return Packing(packed=False, reason=f"packed and alone it gives logits or gradients {error:.1e} apart")
     return Packing(packed=True, reason=f"packed and alone it gives the same within {error:.0e}")
 
@@ -136,8 +137,8 @@ def _own_code(base: Any) -> Iterator[None]:
     except _PASSING:
         raise
     except Exception as error:
-        name, first = type(base).__name__, (str(error).splitlines() or [""])[0][:300]
-        what = f"transformers' code of {name} fails on a plain sequence of text: {type(error).__name__}: {first}"
+        first = (str(error).splitlines() or [""])[0][:300]
+        what = f"the code of {type(base).__name__} fails on a plain sequence of text: {type(error).__name__}: {first}"
         raise SettingsError([Problem("model.id", what)]) from error
 
 
@@ -157,7 +158,7 @@ def _reference(model: Any, sequences: Sequence[Sequence[int]]) -> list[torch.Ten
         raise DataError([Problem("model.id", what)])
     half = max(1, len(first) // 2)
     to = _agreement(model.get_base_model())
-    if not _token_error(_logits(model, first[:half]), logits[0][:half], to) <= to.error:
+    if _worst([_token_error(_logits(model, first[:half]), logits[0][:half], to)]) > to.error:
         what = f"{name} is no causal language model: what it says of a token depends on those behind it"
         raise SettingsError([Problem("model.id", what)])
     return logits
@@ -174,7 +175,8 @@ def _parts(sequences: Sequence[Sequence[int]]) -> tuple[list[int], list[int], li
 def _logits(model: Any, ids: Sequence[int]) -> torch.Tensor:
     """(tokens, vocabulary) fp32, by the model's own means: no mask, no positions, nothing kept."""
     with torch.inference_mode():
-        return model(input_ids=torch.tensor([list(ids)], device=model.device)).logits[0].float()
+        logits: torch.Tensor = model(input_ids=torch.tensor([list(ids)], device=model.device)).logits[0]
+    return logits.float()
 
 
 def _packed_logits(
@@ -183,7 +185,7 @@ def _packed_logits(
     """(tokens, vocabulary) fp32 of one packed sequence, called as the evaluation calls it."""
     device = model.device
     with torch.inference_mode():
-        logits = model(
+        logits: torch.Tensor = model(
             input_ids=torch.tensor([list(ids)], device=device),
             position_ids=torch.tensor([list(positions)], device=device),
             layout=build_layout(segments, device),
@@ -214,7 +216,12 @@ def _compare(model: Any, sequences: Sequence[Sequence[int]], alone: Sequence[tor
         (torch.cat([found[a:shared], found[end:]]), alone[2]),
         (found[a:], changed[a:]),
     ]
-    return max(_token_error(one, other, to) for one, other in pairs)
+    return _worst([_token_error(one, other, to) for one, other in pairs])
+
+
+def _worst(errors: Sequence[float]) -> float:
+    """The largest; infinity where one is NaN, which compares as neither larger nor smaller."""
+    return max(float("inf") if math.isnan(error) else error for error in errors)
 
 
 def _token_error(found: torch.Tensor, expected: torch.Tensor, to: Agreement) -> float:
@@ -260,8 +267,8 @@ def _depends_on_length(config: Any, max_length: int) -> str | None:
     given = getattr(text, "rope_parameters", None) or {}
     for part in [given, *(value for value in given.values() if isinstance(value, dict))]:
         kind = part.get("rope_type", "default")
-        whole = part.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
-        whole = whole or getattr(text, "max_position_embeddings", 0)
+        owners = (part.get("original_max_position_embeddings"), getattr(text, "original_max_position_embeddings", None))
+        whole = next((length for length in owners if length), getattr(text, "max_position_embeddings", 0))
         if kind not in SAFE_ROPE and (kind not in {"dynamic", "longrope"} or max_length > whole):
             return f"its rotary positions ({kind}) depend on the longest sequence beside"
     return None

@@ -177,7 +177,8 @@ def _setup(settings: Settings, seen: _Seen, checks: list[PreflightResult]) -> tu
     architecture = seen.model.architecture if seen.model else known.ARCHITECTURES.get(settings.model.id)
     if architecture is None:
         return None, basis
-    missing = [name for name in settings.lora.target_modules if name not in architecture.linear]
+    targets = tuple(architecture.linear) if settings.lora.target_modules == "auto" else settings.lora.target_modules
+    missing = [name for name in targets if name not in architecture.linear]
     if missing:
         what = f"the model has no linear {', '.join(missing)}; it has {', '.join(sorted(architecture.linear))}"
         error = SettingsError([Problem("lora.target_modules", what)])
@@ -186,7 +187,7 @@ def _setup(settings: Settings, seen: _Seen, checks: list[PreflightResult]) -> tu
     return Setup(
         architecture=architecture,
         rank=settings.lora.rank,
-        targets=settings.lora.target_modules,
+        targets=targets,
         quantization=settings.model.quantization,
         double_quantization=settings.model.double_quantization,
         value_bytes=memory_model.FP32 if settings.model.dtype == "fp32" else forecast.HALF_PRECISION,

@@ -145,8 +145,9 @@ class Lora(Group):
     """Scale: the update is multiplied by alpha / rank."""
     dropout: AffectsResult[Annotated[NotNegative, Field(lt=1)]] = 0.0
     """Dropout on the adapter's input."""
-    target_modules: AffectsResult[Names] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    """Names of the linear layers that get an adapter."""
+    target_modules: AffectsResult[Literal["auto"] | Names] = "auto"
+    """Names of the linear layers that get an adapter. `auto`: all but the head, as found in the model; the seven
+    projections of a decoder of Llama's kind."""
 
 
 class Data(Group):

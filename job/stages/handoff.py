@@ -8,7 +8,7 @@ from typing import Any
 
 from job.evaluation.tasks import Tasks
 from job.model.quantized_cache.layout import CachedBase, CacheEntry
-from job.records import Example, ExecutionPlan, ModelRecord, Pulled
+from job.records import Example, ExecutionPlan, ModelRecord, Packing, Pulled
 from job.results.baseline import Baseline
 
 
@@ -42,3 +42,4 @@ class Loaded:
     micro_batch_tokens: int
     plan: ExecutionPlan
     kept_base: CachedBase
+    packing: Packing

@@ -11,7 +11,7 @@ from job.distributed.processes import ALONE, Processes
 from job.errors import Problem, SettingsError
 from job.model.base import PLAIN, choose_device, choose_dtype, describe_model, load_base, make_deterministic
 from job.model.lora import add_adapter
-from job.model.packed_attention import use
+from job.model.packed_attention import NAME, use
 from job.model.packing_check import choose_packing
 from job.model.quantized_cache.cache import save
 from job.model.quantized_cache.layout import cached_base
@@ -22,8 +22,10 @@ from job.training.lm_head_loss import losses_of
 from job.training.prepare import limit_memory, prepare, token_budget
 
 
-def load(settings: Settings, sources: Sources, processes: Processes = ALONE) -> Loaded:
+def load(settings: Settings, sources: Sources, processes: Processes = ALONE, known: Packing | None = None) -> Loaded:
     """The quantized base with a fresh adapter on it, in each process its own.
+
+    `known` is what an earlier attempt of the run found out about packing: it decides bits, so it stays.
 
     Raises:
         SettingsError: The settings do not fit the model or this machine.
@@ -54,7 +56,7 @@ def load(settings: Settings, sources: Sources, processes: Processes = ALONE) -> 
         rank=settings.lora.rank,
         alpha=settings.lora.alpha,
         dropout=settings.lora.dropout,
-        target_modules=settings.lora.target_modules,
+        target_modules=None if settings.lora.target_modules == "auto" else settings.lora.target_modules,
         seed=settings.run.seed,
     )
     record = describe_model(
@@ -66,7 +68,7 @@ def load(settings: Settings, sources: Sources, processes: Processes = ALONE) -> 
     log.get_logger().info(
         "model is loaded", device=str(device), dtype=record.dtype, trainable_parameters=record.trainable_parameters
     )
-    packing = _packing(model, settings, sources, processes)
+    packing = _packing(model, settings, sources, processes, known)
     own = token_budget(device, settings.train.micro_batch_tokens, settings.train.gpu_memory_gb)
     budget = min(processes.gather("token budget", own))  # it decides bits, so it is the same for all
     plan = prepare(
@@ -83,11 +85,14 @@ def load(settings: Settings, sources: Sources, processes: Processes = ALONE) -> 
     )
     if not packing.packed:
         plan = replace(plan, packed=False, reason=f"{plan.reason}: {packing.reason}")
-    return Loaded(model, record, budget, plan, kept_base)
+    return Loaded(model, record, budget, plan, kept_base, packing)
 
 
-def _packing(model: Any, settings: Settings, sources: Sources, processes: Processes) -> Packing:
+def _packing(model: Any, settings: Settings, sources: Sources, processes: Processes, known: Packing | None) -> Packing:
     """Whether packed sequences come out right on this model; the same in all processes, since it decides bits."""
+    if known is not None:
+        use(model.get_base_model(), NAME if known.packed else PLAIN)
+        return known
     found = choose_packing(
         model,
         sources.examples,

@@ -68,7 +68,7 @@ class TestDefaults:
         assert settings.model.id == "mistralai/Mistral-7B-v0.1"
         assert (settings.model.quantization, settings.model.double_quantization) == ("nf4", True)
         assert (settings.lora.rank, settings.lora.alpha, settings.lora.dropout) == (16, 16, 0.0)
-        assert len(settings.lora.target_modules) == 7
+        assert settings.lora.target_modules == "auto"
         assert (settings.data.source, settings.data.limit, settings.data.on_bad_row) == (
             "tatsu-lab/alpaca",
             1500,
