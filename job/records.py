@@ -1,4 +1,7 @@
-"""Frozen values that the rooms hand to each other. No torch, no behaviour beyond what a value knows of itself."""
+"""Frozen dataclasses that packages hand to each other; several are also stored as JSON. No behaviour, no torch.
+
+A field that is added needs a default, so that records of earlier versions can still be read.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ class Example:
 
 @dataclass(frozen=True)
 class DatasetRecord:
-    """What was trained on. `sha256` covers the selected, rendered and tokenized examples in order."""
+    """The training data. `sha256` is over the selected, rendered and tokenized examples in order."""
 
     source: str
     revision: str | None
@@ -35,7 +38,7 @@ class DatasetRecord:
 
 @dataclass(frozen=True)
 class ModelRecord:
-    """The base model and the size of the adapter on it. `sha256` covers the model's files."""
+    """The base model and the size of the adapter. `sha256` is over the model's files."""
 
     id: str
     revision: str | None
@@ -154,7 +157,7 @@ class Question:
 
 @dataclass(frozen=True)
 class ChoiceScore:
-    """Natural log-likelihood of a choice given its context, and whether greedy decoding would have said it."""
+    """Log-likelihood of a choice given its context, in nats, and whether greedy decoding would produce it."""
 
     log_likelihood: float
     greedy: bool
@@ -162,7 +165,7 @@ class ChoiceScore:
 
 @dataclass(frozen=True)
 class TaskScores:
-    """One task, one model: the figures, and the file that holds the answer to each question."""
+    """One model on one task: accuracies as fractions, and for each question, in order, whether its answer is right."""
 
     task: str
     source: str
@@ -180,7 +183,7 @@ class TaskScores:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A published file: key below the run, size, hash. `facts_sha256` leaves out what a clock measured."""
+    """A file of a run: key, size and SHA-256. `facts_sha256` is over a file of metrics without what was measured."""
 
     path: str
     bytes: int
@@ -190,14 +193,14 @@ class Artifact:
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One logging step: facts that every identical run repeats, and under `measured` what a clock or a meter said."""
+    """One optimizer step: facts that identical runs share, and in `measured` times, speed, memory and energy."""
 
     step: int
     epoch: float
     loss: float
     learning_rate: float
     grad_norm: float | None
-    """None where fp16's loss scaling overflowed, and the step was skipped."""
+    """None if fp16 gradients overflowed and the step was skipped."""
     examples: int
     target_tokens: int
     measured: dict[str, float | int | None] = field(default_factory=dict)
@@ -207,8 +210,8 @@ class StepMetrics:
 class AttemptRecord:
     """One start of the run. Times are RFC 3339 in UTC.
 
-    `finished` is None where it was killed without notice; everything else is then as of its last note, up to some
-    seconds before. `usd_per_hour` is what the machine of this attempt cost, as far as it was told.
+    `finished` is None if the attempt was killed without notice; all else is then as of its last record, some seconds
+    earlier. `usd_per_hour` is the price of its machine, None if unknown.
     """
 
     number: int
@@ -221,7 +224,7 @@ class AttemptRecord:
     repeated_steps: int
     last_step: int
     world_size: int = 1
-    """Processes that worked together; the default is for what was noted before there could be several."""
+    """Number of processes; the default is for records of versions with one process."""
     repeated_seconds: float = 0.0
     usd_per_hour: float | None = None
     energy_joules: float | None = None
@@ -229,7 +232,7 @@ class AttemptRecord:
 
 @dataclass(frozen=True)
 class Pulled:
-    """What the record of the pull stage keeps: a later attempt must find the same."""
+    """Record of the pull stage: every later attempt has to find the same."""
 
     dataset: DatasetRecord
     model_sha256: str
@@ -240,7 +243,7 @@ class Pulled:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What the record of an evaluation keeps."""
+    """Record of an evaluation stage."""
 
     scores: dict[str, TaskScores]
     artifacts: list[Artifact]
@@ -248,7 +251,7 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Trained:
-    """What the record of training keeps."""
+    """Record of the training stage."""
 
     training: TrainingRecord
     artifacts: list[Artifact]

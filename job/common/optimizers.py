@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 LEVELS = 256
 """Numbers in the map by which an 8-bit state is quantized: one for each value of a byte."""
@@ -82,6 +82,12 @@ OPTIMIZERS: Mapping[str, OptimizerSpec] = {
         {**dict.fromkeys(("exp_avg", "exp_avg_sq"), StateTensor("parameter")), "step": StateTensor("scalar")}
     ),
 }
+
+if TYPE_CHECKING:
+    OptimizerName = str
+else:
+    OptimizerName = Literal[tuple(OPTIMIZERS)]
+    """The type of the setting: the table's keys, which a type checker cannot see."""
 
 
 def substitute(name: str, device: str) -> tuple[str, str | None]:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import re
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from job.data.formats import UNREADABLE, RowError, Rows, find_file, has_known_suffix, read_rows
+from job import log
+from job.data.chat_template import Template, open_template
+from job.data.formats import UNREADABLE, RowError, Rows, find_files, has_known_suffix, read_rows
 from job.data.hub_dataset import open_dataset
-from job.data.schemas import REQUIRED, Rendered, Schema, check_row, detect_schema, render
+from job.data.schemas import REQUIRED, Rendered, Schema, check_row, detect_schema, render, texts_of
 from job.data.tokenization import Encoded, LossOn, encode
 from job.errors import MAX_SHOWN, DataError, Problem, SettingsError
 from job.records import DatasetRecord, Example
@@ -20,6 +24,7 @@ from job.records import DatasetRecord, Example
 OnBadRow = Literal["error", "skip"]
 
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+_ALIVE_SECONDS = 0.5
 
 
 def load_examples(
@@ -34,17 +39,22 @@ def load_examples(
     max_length: int,
     tokenizer: Any,
     name: str | None = None,
+    date: str | None = None,
+    vocabulary: int | None = None,
+    alive: Callable[[], None] = lambda: None,
 ) -> tuple[list[Example], DatasetRecord]:
     """Reads training examples, in the order of the source.
 
     The tokens are those of the rendered text tokenised as one string, with the special tokens that the tokenizer adds
     to it, and the end-of-sequence token behind; a chat template writes its own. With `limit`, reading stops at the
-    row that completes the selection: rows after it are not checked.
+    row that completes the selection: rows after it are not checked. Fields that were left out, and control tokens that
+    stand in the text, are counted and logged once.
 
     Args:
-        source: A path that exists (a file, or a directory that holds one), or else a hub id, `[namespace/]name`.
+        source: A path that exists (a file, or a directory that holds one or the shards of the split), or else a hub id,
+            `[namespace/]name`.
         revision: The hub's revision; required for a hub id, not used for a path.
-        split: The hub's split; not used for a path.
+        split: The split, of the hub or of a directory in the hub's layout; not used for a file.
         limit: Select the first so many good rows; None for all.
         schema: The schema of the rows; None to detect it from the first row.
         on_bad_row: Whether a bad row is an error, or left out and counted.
@@ -52,41 +62,63 @@ def load_examples(
         max_length: The most tokens an example may have, special tokens included. A longer row is a bad row.
         tokenizer: A `transformers.PreTrainedTokenizerFast`.
         name: What to call the source in messages and in the record, where it was fetched from elsewhere.
+        date: What a chat template is told is today, `YYYY-MM-DD`; None for the day in UTC.
+        vocabulary: Rows of the model's embedding; None if that is not known.
+        alive: Called about twice a second while rows are read; what it raises ends the reading.
 
     Returns:
         The examples, at least one, and the record for the manifest.
 
     Raises:
         DataError: Bad rows, all of those read counted and the first 20 named; a source that is not there or not
-            readable; no row left.
+            readable; no row left; a chat template that is broken, out of bounds, or never ends an answer.
         SettingsError: A hub id without a revision.
         Unreachable: The hub did not answer.
         AccessDenied: The hub refused.
     """
     name = name or source
-    commit, rows = _open(source, revision, split, name)
+    commit, chosen, rows = _open(source, revision, split, name)
+    rows = _watched(rows, alive)
     findings = _Findings(on_bad_row)
     schema, rows = _settle_schema(rows, schema, findings, name)
     _check_tokenizer(tokenizer, schema, name)
-    texts = _render_all(rows, schema, tokenizer, find_turns=loss_on == "completion")
     templated = schema == "messages"
+    control = _ControlTokens(tokenizer, templated=templated)
     examples: list[Example] = []
+    ends: Counter[int | None] = Counter()
+    unused: Counter[str] = Counter()
     digest = sha256(b"examples 1\0")
-    encoded = encode(texts, tokenizer, templated=templated, loss_on=loss_on, max_length=max_length, limit=limit)
-    for item in encoded:
-        if isinstance(item, Encoded):
-            examples.append(item.example)
-            digest.update(item.canonical())
-        else:
-            findings.add(item)
+    with open_template(tokenizer, date, alive) if templated else nullcontext() as template:
+        texts = _render_all(rows, schema, template, control, find_turns=loss_on == "completion")
+        for item in encode(
+            texts,
+            tokenizer,
+            templated=templated,
+            loss_on=loss_on,
+            max_length=max_length,
+            limit=limit,
+            vocabulary=vocabulary,
+        ):
+            if isinstance(item, Encoded):
+                examples.append(item.example)
+                digest.update(item.canonical())
+                ends[item.end] += 1
+                unused.update(item.unused)
+            else:
+                findings.add(item)
     findings.raise_problems()
     if not examples:
         raise findings.nothing_left(name)
+    if templated:
+        _check_ends(ends, tokenizer, name)
+    control.tell(name)
+    if unused:
+        log.get_logger().info("fields that are not used", source=name, schema=schema, rows=dict(sorted(unused.items())))
     lengths = [len(example.input_ids) for example in examples]
     return examples, DatasetRecord(
         source=name,
         revision=commit,
-        split=split if commit else None,
+        split=split if commit or chosen else None,
         format=schema,
         rows=len(examples),
         skipped=dict(sorted(findings.skipped.items())),
@@ -95,6 +127,19 @@ def load_examples(
         target_tokens=sum(sum(example.targets) for example in examples),
         longest=max(lengths),
     )
+
+
+def check_source(source: str, revision: str | None, split: str) -> None:
+    """Refuses a source that cannot be read, as far as that can be told without reading it or asking anyone.
+
+    Raises:
+        DataError: A path that is not there, or holds nothing that is read.
+        SettingsError: A hub id without a revision.
+    """
+    if is_hub_id(source):
+        require_revision(revision)
+    else:
+        find_files(source, split)
 
 
 def is_hub_id(source: str) -> bool:
@@ -139,13 +184,89 @@ class _Findings:
         return DataError([Problem(name, f"has no good row (skipped: {skipped})" if skipped else "has no rows")])
 
 
-def _open(source: str, revision: str | None, split: str, name: str) -> tuple[str | None, Rows]:
-    """The commit (None for a file) and the rows of a source."""
-    if not is_hub_id(source):
-        file = find_file(source)
-        # A file found in a directory is named by its place in it.
-        return None, read_rows(file, name if file == Path(source) else f"{name.rstrip('/')}/{file.name}")
-    return open_dataset(source, require_revision(revision), split, name)
+class _ControlTokens:
+    """Counts the special tokens that stand as text in rows: the tokenizer makes the tokens of them.
+
+    A text of no chat template may begin and end with the tokens that are put there anyway.
+    """
+
+    def __init__(self, tokenizer: Any, *, templated: bool) -> None:
+        added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+        words = {*getattr(tokenizer, "all_special_tokens", ()), *(token.content for token in added if token.special)}
+        longest_first = sorted(words - {""}, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+        self._begin = "" if templated else getattr(tokenizer, "bos_token", None) or ""
+        self._end = "" if templated else getattr(tokenizer, "eos_token", None) or ""
+        self._found: Counter[str] = Counter()
+        self._rows = 0
+        self._first = ""
+
+    def count(self, texts: Sequence[str], where: str) -> None:
+        """Counts those in the texts of a row."""
+        if self._pattern is None or not texts:
+            return
+        first, *others = texts
+        texts = [first.removeprefix(self._begin), *others]
+        texts[-1] = texts[-1].removesuffix(self._end)
+        if found := [word for text in texts for word in self._pattern.findall(text)]:
+            self._found.update(found)
+            self._rows += 1
+            self._first = self._first or where
+
+    def tell(self, name: str) -> None:
+        """Warns of those that were counted."""
+        if self._rows:
+            log.get_logger().warning(
+                "texts of rows hold control tokens, which the model is going to read as such",
+                source=name,
+                tokens=dict(self._found.most_common(MAX_SHOWN)),
+                rows=self._rows,
+                first=self._first,
+            )
+
+
+def _watched(rows: Rows, alive: Callable[[], None]) -> Rows:
+    """The rows, with a call of `alive` now and then between two of them."""
+    due = time.monotonic() + _ALIVE_SECONDS
+    for row in rows:
+        if time.monotonic() > due:
+            alive()
+            due = time.monotonic() + _ALIVE_SECONDS
+        yield row
+
+
+def _check_ends(ends: Counter[int | None], tokenizer: Any, name: str) -> None:
+    """Refuses conversations none of which ends in a way that is learned; says with what they end if it is unusual."""
+    eos = tokenizer.eos_token_id
+    if not hasattr(tokenizer, "all_special_ids") or eos in ends:
+        return
+    known = {token: count for token, count in ends.items() if token is not None}
+    if not known:
+        what = (
+            "would teach the model never to stop: the tokenizer's chat template writes no end-of-sequence token behind"
+            f" an answer; use a model whose template ends each message with {tokenizer.eos_token!r} or another special"
+            " token, or rows of another schema"
+        )
+        raise DataError([Problem(name, what)])
+    word = tokenizer.convert_ids_to_tokens(max(known, key=lambda token: known[token]))
+    log.get_logger().warning(
+        "answers do not end with the end of sequence; serve the adapter with this token as a stop token",
+        ends_with=word,
+        end_of_sequence=tokenizer.eos_token,
+    )
+
+
+def _open(source: str, revision: str | None, split: str, name: str) -> tuple[str | None, bool, Rows]:
+    """The commit (None for files), whether the split chose the files, and the rows of a source."""
+    if is_hub_id(source):
+        commit, rows = open_dataset(source, require_revision(revision), split, name)
+        return commit, True, rows
+    files, chosen = find_files(source, split)
+    # A file found in a directory is named by its place in it.
+    names = [
+        name if file == Path(source) else f"{name.rstrip('/')}/{file.relative_to(source).as_posix()}" for file in files
+    ]
+    return None, chosen, chain.from_iterable(map(read_rows, files, names))
 
 
 def _settle_schema(rows: Rows, schema: Schema | None, findings: _Findings, name: str) -> tuple[Schema, Rows]:
@@ -174,7 +295,9 @@ def _check_tokenizer(tokenizer: Any, schema: Schema, name: str) -> None:
         raise DataError([Problem(name, "cannot be ended: the model's tokenizer has no end-of-sequence token")])
 
 
-def _render_all(rows: Rows, schema: Schema, tokenizer: Any, *, find_turns: bool) -> Iterator[Rendered | list[RowError]]:
+def _render_all(
+    rows: Rows, schema: Schema, template: Template | None, control: _ControlTokens, *, find_turns: bool
+) -> Iterator[Rendered | list[RowError]]:
     for row in rows:
         if isinstance(row, RowError):
             yield [row]
@@ -182,5 +305,9 @@ def _render_all(rows: Rows, schema: Schema, tokenizer: Any, *, find_turns: bool)
         if faults := check_row(row, schema):
             yield faults
             continue
-        text = render(row, schema, tokenizer, find_turns=find_turns)
-        yield [text] if isinstance(text, RowError) else text
+        text = render(row, schema, template, find_turns=find_turns)
+        if isinstance(text, RowError):
+            yield [text]
+            continue
+        control.count(texts_of(row, schema), row.where)
+        yield text

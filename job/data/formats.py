@@ -1,7 +1,10 @@
 """File formats: turns a JSON, JSONL, CSV or Parquet file into rows, one at a time, and says which of them are broken.
 
-A reader never raises for what the file holds. A row that cannot be read becomes a `Fault` and reading goes on; a file
-that cannot be read on becomes one last `Fault` of kind `UNREADABLE`.
+A reader never raises for what the file holds. A row that cannot be read becomes a `RowError` and reading goes on; a
+file that cannot be read on becomes one last `RowError` of kind `UNREADABLE`. What a file can make the job hold in
+memory is bounded by the constants below, whatever the file unfolds to.
+
+To add a format: write a reader `(path, name) -> rows` and enter its suffixes in `_READERS` at the end.
 """
 
 from __future__ import annotations
@@ -10,19 +13,44 @@ import codecs
 import csv
 import gzip
 import json
+import math
+import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 from job.errors import DataError, Problem
 
 UNREADABLE = "unreadable"
 
-_MAX_CSV_FIELD = 1 << 24
-_PARQUET_ROWS = 1024
+MAX_ROW_BYTES = 16 << 20
+"""Of one line of JSONL or CSV, and of one CSV field."""
+MAX_JSON_BYTES = 1 << 30
+"""Of a JSON file that is one list, which has to be held in memory whole."""
+MAX_EXPANSION = 200
+"""How many times its own size a compressed file may unfold to. Text packs to a third or a tenth, logs to a fiftieth."""
+FREE_BYTES = 64 << 20
+"""What any compressed file may unfold to, however small it is."""
+_MAX_BATCH_BYTES = 1 << 30
+_PARQUET_ROWS = (16, 1024)
 _SHOWN_FILES = 5
+_HEAD_BYTES = 64
+
+_FOREIGN = {
+    **dict.fromkeys(
+        (".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".rar"), "is an archive; unpack it and name the file in it"
+    ),
+    **dict.fromkeys(
+        (".zst", ".xz", ".bz2", ".lz4"), "is compressed in a way that is not read here; unpack it, or use gzip"
+    ),
+    **dict.fromkeys((".csv.gz", ".tsv.gz", ".parquet.gz"), "is not read compressed; unpack it with gunzip"),
+    **dict.fromkeys((".xlsx", ".xls", ".ods"), "is a spreadsheet; save it as CSV (UTF-8)"),
+    **dict.fromkeys((".arrow", ".feather"), "is an Arrow file; write it with `Dataset.to_parquet` or `to_json`"),
+    **dict.fromkeys((".pkl", ".pickle", ".pt", ".npy"), "may run code when it is read, so it is not; write JSON lines"),
+}
+"""Suffixes of files that people have and the job does not read, and what to do about each."""
 
 
 @dataclass(frozen=True)
@@ -60,24 +88,87 @@ def find_file(source: str) -> Path:
         raise DataError([Problem(source, f"cannot be read: {error.strerror}")]) from error
 
 
+def find_files(source: str, split: str) -> tuple[list[Path], bool]:
+    """The data files at a path, in the order of their rows, and whether they were chosen by the split.
+
+    Of a directory that has the layout of a data set on the hub (`data/train-00000-of-00002.parquet`), as a clone of its
+    repository does, they are the shards of the split; else there is one file, as `find_file` finds it.
+
+    Raises:
+        DataError: As `find_file`; or a shard of the split is missing.
+    """
+    folder = Path(source)
+    try:
+        shards = _find_shards(folder, source, split) if folder.is_dir() else []
+    except OSError as error:
+        raise DataError([Problem(source, f"cannot be read: {error.strerror}")]) from error
+    return (shards, True) if shards else ([find_file(source)], False)
+
+
+def _find_shards(folder: Path, source: str, split: str) -> list[Path]:
+    """All shards of a split in the folder or its folder `data`; none where there are no files of such names."""
+    shard = re.compile(rf"{re.escape(split)}-(\d{{5}})-of-(\d{{5}})(-[0-9a-f]{{16}})?(\.[a-z.]+)")
+    for place in (folder, folder / "data"):
+        names = [file.name for file in place.iterdir() if file.is_file() and _reader(file)] if place.is_dir() else []
+        found = sorted(filter(None, map(shard.fullmatch, names)), key=lambda match: match[1])
+        if not found:
+            continue
+        count = int(found[0][2])
+        if [int(match[1]) for match in found] != list(range(count)) or any(int(match[2]) != count for match in found):
+            have = ", ".join(match[0] for match in found[:_SHOWN_FILES])
+            what = f"has {len(found)} of the {count} shards of split {split!r} ({have}); complete it, or name one file"
+            raise DataError([Problem(source, what)])
+        return [place / match[0] for match in found]
+    return []
+
+
 def _find_file(path: Path, source: str) -> Path:
     if path.is_dir():
-        files = [file for file in sorted(path.iterdir()) if _reader(file) and file.is_file() and file.name[0] != "."]
-        if len(files) != 1:
-            names = ", ".join(file.name for file in files[:_SHOWN_FILES]) + ", ..." * (len(files) > _SHOWN_FILES)
-            found = f"{len(files)} data files, name one: {names}" if files else f"no data file ({', '.join(SUFFIXES)})"
-            raise DataError([Problem(source, f"is a directory that holds {found}")])
-        return files[0]
+        return _only_file(path, source)
     if not path.exists():
         raise DataError([Problem(source, "no such file or directory")])
+    if not path.is_file():  # a FIFO would be waited for without end
+        raise DataError([Problem(source, "is no regular file; name a file on the disk")])
+    if (what := _foreign(path.name)) is not None:
+        raise DataError([Problem(source, what)])
     if _reader(path) is None:
         raise DataError([Problem(source, f"is not of a known format: the name ends in none of {', '.join(SUFFIXES)}")])
     return path
 
 
+def _only_file(folder: Path, source: str) -> Path:
+    if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        what = (
+            "is a folder written by `Dataset.save_to_disk`, which is not read; write the rows with"
+            " `dataset.to_json('train.jsonl')` or `dataset.to_parquet('train.parquet')` and name that file"
+        )
+        raise DataError([Problem(source, what)])
+    inside = sorted(folder.iterdir())
+    files = [file for file in inside if _reader(file) and file.is_file() and file.name[0] != "."]
+    if len(files) == 1:
+        return files[0]
+    if files:
+        names = ", ".join(file.name for file in files[:_SHOWN_FILES]) + ", ..." * (len(files) > _SHOWN_FILES)
+        found = f"{len(files)} data files, name one: {names}"
+    else:
+        found = f"no data file ({', '.join(SUFFIXES)})"
+        deeper = (file for below in inside if below.is_dir() for file in sorted(below.iterdir()) if _reader(file))
+        other = (f"{file.name} {words}" for file in inside if (words := _foreign(file.name)))
+        if (hint := next(deeper, None)) is not None:
+            found += f"; {hint.relative_to(folder)} is one, name it"
+        elif (unread := next(other, None)) is not None:
+            found += f"; {unread}"
+    raise DataError([Problem(source, f"is a directory that holds {found}")])
+
+
+def _foreign(name: str) -> str | None:
+    """What to do about a file that is not read here, by its name."""
+    return next((what for suffix, what in _FOREIGN.items() if name.lower().endswith(suffix)), None)
+
+
 def has_known_suffix(source: str) -> bool:
-    """Whether the name alone says that it is a data file."""
-    return _reader(Path(source)) is not None
+    """Whether the name alone says that it is a data file, be it one that is not read."""
+    return _reader(Path(source)) is not None or _foreign(source) is not None
 
 
 def read_rows(path: Path, name: str) -> Rows:
@@ -94,17 +185,73 @@ def read_rows(path: Path, name: str) -> Rows:
         raise ValueError(f"not a data file: {path}")
     place = name
     try:
+        if (what := _not_its_format(path)) is not None:
+            yield RowError(UNREADABLE, name, what)
+            return
         for row in reader(path, name):
             place = row.where
             yield row
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, zlib.error, _TooLargeError) as error:
         reason = getattr(error, "strerror", None) or error
         after = "" if place == name else f" after {place}"
         yield RowError(UNREADABLE, name, f"cannot be read{after}: {reason}")
 
 
+class _TooLargeError(Exception):
+    """A file unfolds to more than the job is going to hold."""
+
+
 def _reader(path: Path) -> Callable[[Path, str], Rows] | None:
     return next((reader for suffix, reader in _READERS.items() if path.name.lower().endswith(suffix)), None)
+
+
+def _not_its_format(path: Path) -> str | None:
+    """What a file is that its first bytes betray as something else than its name says; None if they do not."""
+    with _open(path) as file:
+        head = file.read(_HEAD_BYTES)
+    if head.startswith(b"version https://git-lfs"):
+        return "is a pointer of git-lfs, not the file; fetch it with `git lfs pull`"
+    if _reader(path) is _read_parquet:
+        return None
+    even, odd = head[0:4:2], head[1:4:2]
+    wide = any(
+        zeros == b"\0\0" and text.isascii() and text.decode().isprintable()
+        for zeros, text in ((even, odd), (odd, even))
+    )
+    if wide or head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return f"is UTF-16 text; convert it: iconv -f UTF-16 -t UTF-8 {path.name}"
+    if head.startswith((b"PK\3\4", b"PAR1", b"\x1f\x8b")):
+        return "is an archive, a Parquet file or compressed, whatever its name says; give it the suffix of its format"
+    return None
+
+
+class _Unfolded:
+    """Reads a file that may be compressed, and raises `_TooLargeError` where it unfolds out of proportion."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = _open(path)
+        self._most = max(FREE_BYTES, MAX_EXPANSION * path.stat().st_size)
+        self._read = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def read(self, most: int) -> bytes:
+        """Up to so many bytes."""
+        return self._counted(self._file.read(most))
+
+    def readline(self, most: int) -> bytes:
+        """The next line with its end, or its first `most` bytes."""
+        return self._counted(self._file.readline(most))
+
+    def _counted(self, data: bytes) -> bytes:
+        self._read += len(data)
+        if self._read > self._most:
+            raise _TooLargeError(f"it unfolds to more than {MAX_EXPANSION} times its size; give it uncompressed")
+        return data
 
 
 def _open(path: Path) -> BinaryIO | gzip.GzipFile:
@@ -112,48 +259,111 @@ def _open(path: Path) -> BinaryIO | gzip.GzipFile:
 
 
 def _read_jsonl(path: Path, name: str) -> Rows:
-    with _open(path) as lines:
-        for number, line in enumerate(lines, 1):
+    decoder = _Decoder()
+    with _Unfolded(path) as lines:
+        number = 0
+        while line := lines.readline(MAX_ROW_BYTES + 1):
+            number += 1
+            where = f"{name}:{number}"
+            if len(line) > MAX_ROW_BYTES:
+                while line and not line.endswith(b"\n"):
+                    line = lines.readline(MAX_ROW_BYTES)
+                yield RowError("too_long", where, f"is a line of more than {MAX_ROW_BYTES:,} bytes, which is the most")
+                continue
             # Only here: a byte order mark is legal at the start of a file and nowhere else.
             content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             if content.strip():
-                yield _parse_line(content, f"{name}:{number}")
+                yield _parse_line(content, where, decoder)
 
 
-def _parse_line(line: bytes, where: str) -> Row | RowError:
+def _parse_line(line: bytes, where: str, decoder: _Decoder) -> Row | RowError:
     text = line.decode("utf-8", "surrogateescape")
     try:
-        return _as_row(json.loads(text), where)
+        return _as_row(decoder.decode(text), where, decoder)
     except (ValueError, RecursionError) as error:
         if not is_valid_text(text):
-            return RowError("broken_utf8", where, "is neither UTF-8 nor JSON")
+            return RowError("broken_utf8", where, "is neither UTF-8 nor JSON; save the file as UTF-8")
         return RowError("invalid_json", where, f"is not valid JSON: {_reason(error)}")
 
 
 def _read_json(path: Path, name: str) -> Rows:
-    with _open(path) as file:
-        text = file.read().removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
+    decoder = _Decoder()
+    with _Unfolded(path) as file:
+        content = file.read(MAX_JSON_BYTES + 1)
+    if len(content) > MAX_JSON_BYTES:
+        most = f"is more than {MAX_JSON_BYTES >> 20} MiB of JSON in one piece; write one object a line, name it .jsonl"
+        yield RowError(UNREADABLE, name, most)
+        return
+    text = content.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
+    del content
     try:
-        value = json.loads(text)
+        value = decoder.decode(text)
     except (ValueError, RecursionError) as error:
         where = f"{name}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else name
         hint = " (if the file holds one object a line, name it .jsonl)" if text.lstrip()[:1] == "{" else ""
         yield RowError(UNREADABLE, where, f"is not valid JSON: {_reason(error)}{hint}")
         return
+    if isinstance(value, _Repeated):
+        yield RowError(UNREADABLE, name, f"gives the key {value.key!r} twice")
+        return
     rows = value.get("data") if isinstance(value, dict) else value
     if not isinstance(rows, list):
-        yield RowError(UNREADABLE, name, 'must be a list of objects, or {"data": [...]}')
+        lists = [key for key, item in value.items() if isinstance(item, list)] if isinstance(value, dict) else []
+        hint = (
+            f"; it has lists under {', '.join(map(ascii, lists[:_SHOWN_FILES]))}: write one to a file" if lists else ""
+        )
+        yield RowError(UNREADABLE, name, f'must be a list of objects, or {{"data": [...]}}{hint}')
         return
     for index, row in enumerate(rows):
-        yield _as_row(row, f"{name}:[{index}]")
+        yield _as_row(row, f"{name}:[{index}]", decoder)
+
+
+class _Repeated(dict[str, Any]):
+    """An object of JSON that gives a key twice: which of the values was meant, nobody knows."""
+
+    key = ""
+
+
+class _Decoder:
+    """Decodes JSON; marks objects with a key given twice. pandas' NaN, which is no JSON, reads as null: it is missing.
+
+    `seen` says whether any object was marked, so that the values need not be searched where none was.
+    """
+
+    def __init__(self) -> None:
+        self.seen = False
+        self.decode = json.JSONDecoder(object_pairs_hook=self._object, parse_constant=self._constant).decode
+
+    def _object(self, pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) == len(pairs):
+            return found
+        keys = [key for key, _ in pairs]
+        twice = _Repeated(found)
+        twice.key = next(key for key in found if keys.count(key) > 1)
+        self.seen = True
+        return twice
+
+    @staticmethod
+    def _constant(name: str) -> float | None:
+        return None if name == "NaN" else float(name)
+
+
+def _repeated_key(value: Any, place: str = "") -> str | None:
+    """The place of a key that is given twice somewhere in a value."""
+    if isinstance(value, _Repeated):
+        return f"{place}{value.key}"
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return next((found for key, item in items if (found := _repeated_key(item, f"{place}{key}."))), None)
 
 
 def _read_csv(path: Path, name: str) -> Rows:
     # The limit is the module's, not the reader's. The default (128 KiB) is less than one long document; no limit at
     # all would let one quote that is never closed swallow the whole file.
-    csv.field_size_limit(_MAX_CSV_FIELD)
+    csv.field_size_limit(MAX_ROW_BYTES)
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        table = csv.reader(file, strict=True)
+        first = file.readline(MAX_ROW_BYTES)
+        table = csv.reader(_csv_lines(first, file), strict=True, delimiter=_delimiter(path, first))
         try:
             header = next(table, [])
             if len(set(header)) != len(header):
@@ -169,14 +379,46 @@ def _read_csv(path: Path, name: str) -> Rows:
             yield RowError(UNREADABLE, f"{name}:{table.line_num}", f"is not valid CSV: {error}")
 
 
+def _csv_lines(first: str, file: Any) -> Iterator[str]:
+    """The lines of a CSV file, each of a bounded length."""
+    line = first
+    while line:
+        if len(line) >= MAX_ROW_BYTES and not line.endswith(("\n", "\r")):
+            raise csv.Error(f"a line has more than {MAX_ROW_BYTES:,} characters, which is the most")
+        yield line
+        line = file.readline(MAX_ROW_BYTES)
+
+
+def _delimiter(path: Path, header: str) -> str:
+    """What separates the columns: a tab in .tsv; in .csv a semicolon, as Excel writes in half the world, or a comma.
+
+    A semicolon where the header has no comma: a single column whose name has a semicolon in it is no table of rows.
+    """
+    if path.name.lower().endswith(".tsv"):
+        return "\t"
+    if "," in header:
+        return ","
+    return next((mark for mark in (";", "\t") if mark in header), ",")
+
+
 def _read_parquet(path: Path, name: str) -> Rows:
     import pyarrow as pa
     from pyarrow import parquet
 
     try:
         with parquet.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches(_PARQUET_ROWS):
+            number, unfolded = 0, 0
+            most = max(FREE_BYTES, MAX_EXPANSION * path.stat().st_size)
+            largest = _check_columns(file.metadata, most)
+            fewest, usual = _PARQUET_ROWS
+            # No value is larger than its column: so many rows of them bound a batch, whatever a dictionary repeats.
+            rows = min(usual, max(fewest, _MAX_BATCH_BYTES // max(1, largest)))
+            for batch in file.iter_batches(rows):
+                unfolded += batch.nbytes
+                if unfolded > most:
+                    raise _TooLargeError(
+                        f"it unfolds to more than {MAX_EXPANSION} times its size; write it as JSON lines"
+                    )
                 for index in range(batch.num_rows):
                     number += 1
                     yield _parquet_row(batch, index, f"{name}:row {number}")
@@ -184,20 +426,40 @@ def _read_parquet(path: Path, name: str) -> Rows:
         yield RowError(UNREADABLE, name, f"is not valid Parquet: {error}")
 
 
+def _check_columns(metadata: Any, most: int) -> int:
+    """The bytes of the largest column of a row group, unfolded.
+
+    Raises:
+        _TooLargeError: A row group unfolds out of proportion.
+    """
+    largest = 0
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        sizes = [group.column(index).total_uncompressed_size for index in range(group.num_columns)]
+        if sum(sizes) > most:
+            raise _TooLargeError(f"it unfolds to more than {MAX_EXPANSION} times its size; write it as JSON lines")
+        largest = max(largest, *sizes, 0)
+    return largest
+
+
 def _parquet_row(batch: Any, index: int, where: str) -> Row | RowError:
     fields: dict[str, Any] = {}
     for column, values in zip(batch.schema.names, batch.columns, strict=True):
         try:
-            fields[column] = values[index].as_py()
+            value = values[index].as_py()
         except UnicodeDecodeError as error:
             return RowError("broken_utf8", f"{where} {column}", f"is not UTF-8: {error.reason} at byte {error.start}")
+        # pandas writes what is missing in a column of nothing else as NaN.
+        fields[column] = None if isinstance(value, float) and math.isnan(value) else value
     return Row(where, fields)
 
 
-def _as_row(value: Any, where: str) -> Row | RowError:
-    if isinstance(value, dict):
-        return Row(where, value)
-    return RowError("not_an_object", where, f"must be an object with named fields, is {type_name(value)}")
+def _as_row(value: Any, where: str, decoder: _Decoder) -> Row | RowError:
+    if not isinstance(value, dict):
+        hint = "; a file that is one list is named .json" if isinstance(value, list) else ""
+        return RowError("not_an_object", where, f"must be an object with named fields, is {type_name(value)}{hint}")
+    if decoder.seen and (key := _repeated_key(value)) is not None:
+        return RowError("repeated_key", f"{where} {key}", "is given twice, so it is not known which is meant; drop one")
+    return Row(where, value)
 
 
 def is_valid_text(value: str) -> bool:
@@ -222,9 +484,12 @@ def _reason(error: Exception) -> str:
 _READERS: dict[str, Callable[[Path, str], Rows]] = {
     ".jsonl": _read_jsonl,
     ".jsonl.gz": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".ndjson.gz": _read_jsonl,
     ".json": _read_json,
     ".json.gz": _read_json,
     ".csv": _read_csv,
+    ".tsv": _read_csv,
     ".parquet": _read_parquet,
 }
 SUFFIXES = tuple(_READERS)

@@ -15,14 +15,22 @@ from job.records import Example
 LossOn = Literal["all", "completion"]
 
 _BATCH_ROWS = 1000
+_LAST_TOKENS = 4
+"""Behind the token that ends an answer a chat template may still write a line break or two."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """An example, and the text it was made from."""
+    """An example, and the text it was made from.
+
+    `end` is the last special token among the few that are learned last, which tells a model to stop; None if there is
+    none. `unused` are the fields of the row that were left out.
+    """
 
     text: str
     example: Example
+    end: int | None = None
+    unused: tuple[str, ...] = ()
 
     def canonical(self) -> bytes:
         """Text, tokens and targets, with their lengths in front: other examples never give the same bytes."""
@@ -39,6 +47,7 @@ def encode(
     loss_on: LossOn,
     max_length: int,
     limit: int | None,
+    vocabulary: int | None = None,
 ) -> Iterator[Encoded | list[RowError]]:
     """Yields an example for each rendered row, or what is wrong with its tokens; faults pass through, in order.
 
@@ -50,8 +59,11 @@ def encode(
         loss_on: Whether all tokens are targets, or those of the completions and the appended end of sequence.
         max_length: The most tokens of an example.
         limit: The most examples; None for no limit.
+        vocabulary: Rows of the model's embedding, which no token may be beyond; None if that is not known.
     """
     eos = None if templated else tokenizer.eos_token_id
+    bos = None if templated else getattr(tokenizer, "bos_token_id", None)
+    special = frozenset(getattr(tokenizer, "all_special_ids", ())) | _added_special(tokenizer)
     # Millions of tokens have few distinct values, and examples of one shape the same targets: each is kept once.
     shared_ids: dict[int, int] = {}
     shared_targets: dict[tuple[bool, ...], tuple[bool, ...]] = {}
@@ -62,13 +74,15 @@ def encode(
             if not isinstance(row, Rendered):
                 yield row
                 continue
-            ids, targets = _ids_and_targets(row, next(encodings), eos, loss_on)
-            if fault := _check(row, ids, targets, max_length):
+            ids, targets = _ids_and_targets(row, next(encodings), bos, eos, loss_on)
+            fault = _check(row, ids, targets, max_length) or _check_ids(row, ids, vocabulary, tokenizer)
+            if fault:
                 yield [fault]
                 continue
             count += 1
             input_ids = tuple(map(shared_ids.setdefault, ids, ids))
-            yield Encoded(row.text, Example(input_ids, shared_targets.setdefault(targets, targets)))
+            example = Example(input_ids, shared_targets.setdefault(targets, targets))
+            yield Encoded(row.text, example, _end(ids, targets, special), row.unused)
 
 
 def _tokenize(rows: Sequence[Rendered | list[RowError]], tokenizer: Any, *, special: bool) -> Sequence[Any]:
@@ -82,16 +96,35 @@ def _tokenize(rows: Sequence[Rendered | list[RowError]], tokenizer: Any, *, spec
     return encodings
 
 
+def _added_special(tokenizer: Any) -> frozenset[int]:
+    """Tokens that a chat template may end a turn with, beside those that have a role: such as `<|im_end|>`."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return frozenset(number for number, token in added.items() if token.special)
+
+
+def _end(ids: Sequence[int], targets: Sequence[bool], special: frozenset[int]) -> int | None:
+    """The last special token among the last learned tokens; None if there is none."""
+    learned = (token for token, target in zip(reversed(ids), reversed(targets), strict=True) if target)
+    return next((token for token in islice(learned, _LAST_TOKENS) if token in special), None)
+
+
 def _ids_and_targets(
-    row: Rendered, encoding: Any, eos: int | None, loss_on: LossOn
+    row: Rendered, encoding: Any, bos: int | None, eos: int | None, loss_on: LossOn
 ) -> tuple[list[int], tuple[bool, ...]]:
     ids: list[int] = encoding.ids
+    offsets = encoding.offsets
+    if bos is not None and ids[:2] == [bos, bos] and encoding.special_tokens_mask[0]:
+        # The text begins with the token that the tokenizer puts in front as well.
+        ids, offsets = ids[1:], offsets[1:]
     if loss_on == "all":
         targets = [True] * len(ids)
     else:
         # By its end: a token across the border is predicted from the prompt alone, and holds part of the completion.
         # Special tokens end at 0.
-        targets = [any(start < end <= stop for start, stop in row.completions) for _, end in encoding.offsets]
+        targets = [any(start < end <= stop for start, stop in row.completions) for _, end in offsets]
+    if row.ignored:
+        kept = [not any(start < end <= stop for start, stop in row.ignored) for _, end in offsets]
+        targets = [target and keep for target, keep in zip(targets, kept, strict=True)]
     if eos is not None:
         # As a token, not by writing its text behind the row's: a tokenizer may strip what stands before it.
         if ids[-1:] != [eos]:
@@ -107,3 +140,12 @@ def _check(row: Rendered, ids: list[int], targets: tuple[bool, ...], max_length:
     if not any(targets):
         return RowError("empty_target", row.where, "gives no token to learn")
     return None
+
+
+def _check_ids(row: Rendered, ids: Sequence[int], vocabulary: int | None, tokenizer: Any) -> RowError | None:
+    """Finds the token that the model has no embedding of."""
+    if vocabulary is None or max(ids) < vocabulary:
+        return None
+    number = next(token for token in ids if token >= vocabulary)
+    what = f"has the token {tokenizer.convert_ids_to_tokens(number)!r} (number {number}), and the model has embeddings"
+    return RowError("unknown_token", row.where, f"{what} of {vocabulary} tokens: its tokenizer is another model's")

@@ -5,6 +5,7 @@ Of several processes on a machine the first does it; the others read what it lea
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import wait
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from job.common import host
 from job.common.hashing import code_hashes
 from job.common.resources import check_disk, required_bytes
 from job.common.threads import in_thread
-from job.data.dataset import load_examples
+from job.data.dataset import check_source, load_examples
 from job.errors import JobError
 from job.evaluation.tasks import load_tasks
 from job.model.base import choose_device, choose_dtype, load_tokenizer
@@ -27,12 +28,14 @@ from job.model.quantized_cache.layout import CachedBase, CacheEntry, entry_at, e
 from job.records import Example, Pulled
 from job.results.baseline import check_questions, read_baseline
 from job.runs.attempt import Attempt
+from job.runs.layout import BASE, Stage
 from job.settings.load import Settings
 from job.stages.handoff import Sources
 from job.stages.preload import import_libraries
 from job.storage.base import disk_errors
 from job.storage.hub import download_model, import_client
-from job.storage.open import ObjectStore, fetch, open_store, size
+from job.storage.location import is_remote
+from job.storage.open import ObjectStore, StorageOptions, fetch, open_store, size
 
 CODE = ("job.model.base", "job.model.files", "job.model.quantized_cache.cache", "job.model.quantized_cache.layout")
 """Modules whose code decides the bits of a quantized base."""
@@ -61,16 +64,25 @@ class _Left:
     examples: str
 
 
-def pull(attempt: Attempt, settings: Settings, storage: dict[str, Any]) -> Sources:
-    """Pulls everything, once a machine; `storage` are the options of `objects.fetch`."""
+def pull(attempt: Attempt, settings: Settings, storage: StorageOptions) -> Sources:
+    """Pulls everything, once a machine; `storage` says how to reach stores."""
     processes = attempt.processes
+    date = processes.share("date of the run", lambda: _date(attempt))
     if processes.place.local_world_size == 1:
-        return _pull(attempt, settings, storage)
+        return _pull(attempt, settings, storage, date)
     if processes.place.local_rank:
         import_libraries()  # meanwhile
-    sources = _pull(attempt, settings, storage) if processes.place.local_rank == 0 else None
+    sources = _pull(attempt, settings, storage, date) if processes.place.local_rank == 0 else None
     left = processes.share_on_machine("sources", lambda: _leave(sources, attempt.work) if sources else None)
     return sources or _take_over(TypeAdapter(_Left).validate_json(left or ""))
+
+
+def _date(attempt: Attempt) -> str:
+    """The day on which the run began: chat templates that write the date write this one, in every attempt.
+
+    The ledger has it from the first second of the first attempt.
+    """
+    return min([attempt.started, *(record.started for record in attempt.earlier)])[: len("2026-01-31")]
 
 
 def _leave(sources: Sources, work: Path) -> str:
@@ -89,15 +101,17 @@ def _take_over(left: _Left) -> Sources:
     )
 
 
-def _pull(attempt: Attempt, settings: Settings, storage: dict[str, Any]) -> Sources:
+def _pull(attempt: Attempt, settings: Settings, storage: StorageOptions, date: str) -> Sources:
     def local(uri: str, kind: str) -> str:
         attempt.alive()
-        return str(fetch(uri, attempt.work / kind, **storage)) if uri.startswith("s3://") else uri
+        return fetch(uri, attempt.work / kind, storage)
 
     gate, data = settings.gate, settings.data
+    if not is_remote(data.source):
+        check_source(data.source, data.revision, data.split)  # before gigabytes of weights are fetched
     baseline = None if gate.baseline is None else read_baseline(gate.baseline, storage)
-    uris = {uri for uri in (settings.model.id, data.source, *settings.eval.data.values()) if uri.startswith("s3://")}
-    check_disk(attempt.work, required_bytes(size(uri, **storage) for uri in uris))
+    places = {settings.model.id, data.source, *settings.eval.data.values()}
+    check_disk(attempt.work, required_bytes(size(place, storage) for place in places))
     import_client()  # here: two threads had better not import the same at once
     # Downloads and hashes leave the interpreter alone, which meanwhile imports and reads.
     coming = in_thread(lambda: _find_model(attempt, settings, storage), "model")
@@ -127,6 +141,9 @@ def _pull(attempt: Attempt, settings: Settings, storage: dict[str, Any]) -> Sour
         loss_on=settings.train.loss_on,
         max_length=settings.train.max_length,
         tokenizer=tokenizer,
+        date=date,
+        vocabulary=_vocabulary(model.folder),
+        alive=attempt.alive,
     )
     attempt.alive()
     log.get_logger().info("data is ready", rows=dataset.rows, skipped=dataset.skipped, tokens=dataset.tokens)
@@ -134,19 +151,27 @@ def _pull(attempt: Attempt, settings: Settings, storage: dict[str, Any]) -> Sour
     return Sources(record, model.folder, model.quantized, tokenizer, examples, tasks, baseline, model.shelf)
 
 
-def _find_model(attempt: Attempt, settings: Settings, storage: dict[str, Any]) -> _Model:
+def _vocabulary(folder: Path) -> int | None:
+    """Rows of the model's embedding, by its configuration; None where that does not say."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        text = config.get("text_config") or config
+        return int(text["vocab_size"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _find_model(attempt: Attempt, settings: Settings, storage: StorageOptions) -> _Model:
     """The model's files: the kept quantized base, or what the settings name.
 
     A later attempt goes on with what the first one found, and does not ask again where that came from.
     """
-    known, base = attempt.known("pull", Pulled), attempt.known("base", CachedBase)
+    known, base = attempt.known(Stage.PULL, Pulled), attempt.known(BASE, CachedBase)
     if known is not None and base is not None and base.key is not None and (room := _room(attempt, settings, storage)):
         noted = entry_at(base.key, *room, base.index_sha256)
         if (folder := find(noted, attempt.get_on)) is not None:
             return _Model(folder, known.model_revision, known.model_sha256, noted, quantized=True)
-    source = settings.model.id
-    if source.startswith("s3://"):
-        source = str(fetch(source, attempt.work / "model", **storage))
+    source = fetch(settings.model.id, attempt.work / "model", storage)
     folder, revision = download_model(source, settings.model.revision)
     sha256 = fingerprint(folder)
     room = _room(attempt, settings, storage)
@@ -156,14 +181,14 @@ def _find_model(attempt: Attempt, settings: Settings, storage: dict[str, Any]) -
     return _Model(here or folder, revision, sha256, shelf, quantized=here is not None)
 
 
-def _room(attempt: Attempt, settings: Settings, storage: dict[str, Any]) -> tuple[Path, ObjectStore | None] | None:
+def _room(attempt: Attempt, settings: Settings, storage: StorageOptions) -> tuple[Path, ObjectStore | None] | None:
     """The folder and the store in which quantized bases are kept; None where they are not to be."""
     model, cache = settings.model, settings.storage.cache
     if model.quantization == "none" or model.keep_quantized == "off":
         return None
     if model.keep_quantized == "cache" and cache is None:
         return None
-    store = open_store(settings.run.output, **storage) if model.keep_quantized == "store" else None
+    store = open_store(settings.run.output, storage) if model.keep_quantized == "store" else None
     return attempt.work if cache is None else Path(cache), store
 
 

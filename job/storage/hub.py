@@ -1,6 +1,10 @@
-"""The Hugging Face hub: rows of a data set at a pinned commit, and what its errors mean to the job.
+"""The Hugging Face hub: a model's files at a pinned commit, and what the hub's errors mean to the job.
 
 Credentials come by the hub's own names (HF_TOKEN, a login); its client reads them, and retries by itself.
+
+Nothing here imports a library while an error is handled. A download runs in a thread beside the main thread, which
+imports `datasets` meanwhile: an import of one of its submodules in the thread would make Python give one of the two a
+half-initialised module, and the answer of the hub would end as an ImportError. Errors of libraries are told by name.
 """
 
 from __future__ import annotations
@@ -14,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from job.common.resources import check_disk, required_bytes
-from job.errors import AccessDenied, DataError, JobError, Problem, Unreachable
+from job.errors import AccessDenied, DataError, JobError, Problem, SettingsError, Unreachable
 
 # By name: which of the HTTP libraries it is depends on the version of the hub's client.
 _TRANSPORTS = {"httpx", "httpx2", "httpcore", "requests", "urllib3", "aiohttp"}
 _REFUSED = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
 _TRANSIENT = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS}
-
+_HUB_ERRORS, _DATASETS_ERRORS = "huggingface_hub.errors", "datasets.exceptions"
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
 MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.jinja")
 """What is fetched of a model: no pickled weights, no code."""
@@ -140,7 +145,17 @@ def peek_dataset(source: str, revision: str) -> tuple[int, str | None]:
 
 @contextmanager
 def hub_errors(name: str) -> Iterator[None]:
-    """Turns an error of the hub's libraries into the job's. What is not about the hub passes unchanged."""
+    """Turns an error of the hub's libraries into the job's. What is not about the hub passes unchanged.
+
+    Args:
+        name: What to call the subject in messages, such as `model org/name`.
+
+    Raises:
+        AccessDenied: The hub refused.
+        Unreachable: The hub did not answer, or cannot just now; or the disk of the cache is full.
+        SettingsError: The folder of the cache cannot be written.
+        DataError: The hub answered, and has nothing usable under this name.
+    """
     try:
         yield
     except JobError:
@@ -148,7 +163,7 @@ def hub_errors(name: str) -> Iterator[None]:
     except Exception as error:
         # The cause says more than what it is wrapped in: a failed download surfaces as a failed generation.
         known = (_answer(cause, name) or _silence(cause, name) for cause in reversed(list(_causes(error))))
-        translated = next(filter(None, known), None) or _full(error, name) or _content(error, name)
+        translated = _disk(error, name) or next(filter(None, known), None) or _content(error, name)
         if translated is None:
             raise
         raise translated from error
@@ -160,20 +175,22 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__
 
 
+def _is_a(error: BaseException, module: str, *names: str) -> bool:
+    """Whether the error is an instance of one of a library's exceptions, without importing that library."""
+    return any(kind.__module__ == module and kind.__name__ in names for kind in type(error).__mro__)
+
+
 def _answer(error: BaseException, name: str) -> JobError | None:
     """The hub answered, with an error."""
-    from datasets.exceptions import DatasetNotFoundError
-    from huggingface_hub import errors as hub
-
     denied = AccessDenied(f"{name}: does not exist, or is not open to this HF_TOKEN (private, or gated)")
-    if isinstance(error, DatasetNotFoundError):
+    if _is_a(error, _DATASETS_ERRORS, "DatasetNotFoundError"):
         # Here `datasets` has dropped the HTTP error and left only its words.
         refused = "gated" in str(error) or "cannot be accessed" in str(error)
         return denied if refused else DataError([Problem(name, "not found on the hub at this revision")])
-    if not isinstance(error, hub.HfHubHTTPError) or isinstance(error, hub.RemoteEntryNotFoundError):
+    if not _is_a(error, _HUB_ERRORS, "HfHubHTTPError") or _is_a(error, _HUB_ERRORS, "RemoteEntryNotFoundError"):
         return None  # a file that is not there is no verdict on the data set
-    status = error.response.status_code
-    if status in _REFUSED or isinstance(error, hub.RepositoryNotFoundError | hub.DisabledRepoError):
+    status = error.response.status_code  # type: ignore[attr-defined]
+    if status in _REFUSED or _is_a(error, _HUB_ERRORS, "RepositoryNotFoundError", "DisabledRepoError"):
         return denied
     if status in _TRANSIENT or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         return Unreachable(f"{name}: the hub answered with HTTP {status}")
@@ -182,28 +199,33 @@ def _answer(error: BaseException, name: str) -> JobError | None:
 
 def _silence(error: BaseException, name: str) -> JobError | None:
     """The hub did not answer."""
-    from huggingface_hub.errors import LocalEntryNotFoundError, RevisionResolutionError
-
-    silent = ConnectionError | TimeoutError | LocalEntryNotFoundError | RevisionResolutionError
+    silent = isinstance(error, ConnectionError | TimeoutError) or _is_a(
+        error, _HUB_ERRORS, "LocalEntryNotFoundError", "RevisionResolutionError"
+    )
     transport = type(error).__module__.split(".")[0] in _TRANSPORTS and not hasattr(error, "response")
     # A bare FileNotFoundError is how `datasets` words a download that failed, after dropping its cause.
-    if transport or isinstance(error, silent) or type(error) is FileNotFoundError:
+    if transport or silent or type(error) is FileNotFoundError:
         return Unreachable(f"{name}: the hub cannot be reached ({type(error).__name__})")
     return None
 
 
-def _full(error: Exception, name: str) -> JobError | None:
-    """The disk has no room for it; `datasets` says so in words alone."""
-    if isinstance(error, OSError) and (error.errno in {errno.ENOSPC, errno.EDQUOT} or "disk space" in str(error)):
+def _disk(error: Exception, name: str) -> JobError | None:
+    """The cache's disk is full, or its folder cannot be written; `datasets` says the first in words alone."""
+    known = next((cause for cause in _causes(error) if isinstance(cause, OSError) and cause.errno in _DISK), error)
+    if not isinstance(known, OSError):
+        return None
+    if known.errno in {errno.ENOSPC, errno.EDQUOT} or "disk space" in str(known):
         return Unreachable(f"{name}: the disk of the cache is full; free space, or set HF_HOME to a larger disk")
+    if known.errno in _DISK:
+        what = f"{name}: {known.filename or 'the folder of the cache'} cannot be written or read ({known.strerror})"
+        return SettingsError([Problem("HF_HOME", f"{what}; set it to a folder that this user may write")])
     return None
 
 
 def _content(error: Exception, name: str) -> JobError | None:
     """The hub gave what it has, and that is not usable: no such split, several configurations, a loading script."""
-    from datasets.exceptions import DatasetsError
-
-    if isinstance(error, DatasetsError | FileNotFoundError | ValueError | RuntimeError):
+    unusable = isinstance(error, FileNotFoundError | ValueError | RuntimeError)
+    if unusable or _is_a(error, _DATASETS_ERRORS, "DatasetsError"):
         first_line = (str(error).splitlines() or [""])[0]
         return DataError([Problem(name, f"cannot be read: {first_line[:200]}")])
     return None

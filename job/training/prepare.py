@@ -13,13 +13,14 @@ from statistics import fmean, pstdev
 from typing import Any, Literal
 
 from job import log
+from job.common.formatting import size
 from job.common.resources import available_bytes
 from job.model.architecture import read_config
 from job.model.fused.frozen_weights import fuse_layers
 from job.model.packed_attention import is_packed
 from job.records import FUSED, PEFT, ExecutionPlan
 from job.training.config import CPU_MICRO_BATCH_TOKENS
-from job.training.execution_plan import GIB, choose_budget, choose_plan
+from job.training.execution_plan import choose_budget, choose_plan
 from job.training.memory_model import Setup, activation_bytes
 
 AMPERE = (8, 0)
@@ -222,7 +223,7 @@ def _keeps_activations(
         return False, ""
     need = processes * activation_bytes(replace(setup, recompute=False), tokens)
     kept = keeps_activations(setup, tokens, processes)
-    return kept, f"activations would take {need / GIB:.1f} GiB: {'kept' if kept else 'computed again'}"
+    return kept, f"activations take {size(need, ' ')} if kept: {'kept' if kept else 'computed again'}"
 
 
 def _gpu_memory(gigabytes: float | None) -> tuple[int, int]:

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from job.data import dataset
-from job.data.dataset import load_examples
+from job.data.dataset import check_source, load_examples
 from job.data.formats import SUFFIXES, Row
-from job.errors import DataError, SettingsError
+from job.errors import DataError, Preempted, SettingsError
 from job.records import DatasetRecord, Example
 from tests.toy_tokenizer import CHATML, toy_tokenizer
 from tests.unit.data.test_formats import write_rows
@@ -304,3 +305,92 @@ def test_real_alpaca_is_selected() -> None:
     with pytest.raises(DataError, match=r"alpaca.jsonl.gz:285 output: is empty") as caught:
         load(ALPACA, limit=1500, max_length=4096)
     assert caught.value.total == 3
+
+
+def conversation(*answers: str) -> dict[str, Any]:
+    """A row of messages in which each answer follows a question."""
+    turns = [({"role": "user", "content": "cat?"}, {"role": "assistant", "content": answer}) for answer in answers]
+    return {"messages": [message for turn in turns for message in turn]}
+
+
+def test_a_template_that_never_ends_an_answer_is_refused(tmp_path: Path) -> None:
+    """A run in which no example teaches the model to stop does not begin; any special token at the end will do."""
+    path = lines(tmp_path / "x.jsonl", conversation("mat"), conversation("sat"))
+    no_end = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    for loss_on in ("all", "completion"):
+        with pytest.raises(DataError, match=r"never to stop.*'</s>'"):
+            load(path, toy_tokenizer(no_end), loss_on=loss_on)
+    assert load(path, toy_tokenizer(CHATML))[1].rows == 2
+    with structlog.testing.capture_logs() as logs:
+        assert load(path, toy_tokenizer(no_end.replace("\n", "<pad>\n")))[1].rows == 2
+    (warning,) = [line for line in logs if line["log_level"] == "warning"]
+    assert (warning["ends_with"], warning["end_of_sequence"]) == ("<pad>", "</s>")
+
+
+def test_control_tokens_in_text_are_counted(tmp_path: Path) -> None:
+    """Special tokens that stand in the texts of rows are one warning with counts; those at the borders are none."""
+    plain = lines(
+        tmp_path / "x.jsonl", {"text": "<s>cat</s>"}, {"text": "a</s>b<pad>"}, {"text": "</s>c"}, {"text": "dog"}
+    )
+    chat = lines(tmp_path / "y.jsonl", conversation("mat"), conversation("the token </s>"))
+    found = []
+    for path in (plain, chat):
+        with structlog.testing.capture_logs() as logs:
+            load(path, toy_tokenizer(CHATML))
+        found += [(line["tokens"], line["rows"], line["first"]) for line in logs if line["log_level"] == "warning"]
+    assert found == [({"</s>": 2, "<pad>": 1}, 2, f"{plain}:2"), ({"</s>": 1}, 1, f"{chat}:2")]
+
+
+def test_fields_that_are_not_used_are_listed_once(tmp_path: Path) -> None:
+    """What rows hold and the schema does not use is one line of the log, with the number of rows of each field."""
+    path = lines(tmp_path / "x.jsonl", {"text": "a", "id": 1}, {"text": "b", "id": 2, "url": "c"}, {"text": ""})
+    with structlog.testing.capture_logs() as logs:
+        load(path, on_bad_row="skip")
+    assert [line["rows"] for line in logs] == [{"id": 2, "url": 1}]
+
+
+def test_a_template_sees_the_day_it_is_given(tmp_path: Path) -> None:
+    """Two loads with the same date give the same examples, whatever the clock says; another date gives others."""
+    path = lines(tmp_path / "x.jsonl", conversation("mat"))
+    dated = toy_tokenizer("{{ strftime_now('%d.%m.%Y') }}" + CHATML)
+    hashes = [load(path, dated, date=date)[1].sha256 for date in ("2020-02-29", "2020-02-29", "2020-03-01")]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_reading_can_be_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While rows are read the caller is called again and again, bad rows or good ones; what it raises ends it."""
+    monkeypatch.setattr(dataset, "_ALIVE_SECONDS", 0.0)
+    path = lines(tmp_path / "x.jsonl", *[{"text": "a"}, {"text": ""}] * 1000)
+    calls: list[None] = []
+
+    def alive() -> None:
+        calls.append(None)
+        if len(calls) == 1500:
+            raise Preempted("asked to end")
+
+    with pytest.raises(Preempted):
+        load(path, on_bad_row="skip", alive=alive)
+    assert len(calls) == 1500
+
+
+def test_shards_of_the_split_are_one_source(tmp_path: Path) -> None:
+    """A folder in the hub's layout is read by split, each row named by its shard, and the record has the split."""
+    for number, text in enumerate(("cat", "mat")):
+        write_rows(tmp_path / f"train-0000{number}-of-00002.parquet", [{"text": text}])
+    examples, record = load(tmp_path, name="s3://bucket/data")
+    assert [text_of(example) for example in examples] == ["cat", "mat"]
+    assert (record.source, record.split, record.revision) == ("s3://bucket/data", "train", None)
+    write_rows(tmp_path / "train-00001-of-00002.parquet", [{"text": ""}])
+    with pytest.raises(DataError, match=r"s3://bucket/data/train-00001-of-00002.parquet:row 1 text"):
+        load(tmp_path, name="s3://bucket/data")
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "words"),
+    [("/missing.jsonl", DataError, "no such file"), ("some/data", SettingsError, "JOB_DATA__REVISION")],
+)
+def test_a_source_is_checked_without_reading_it(source: str, error: type[Exception], words: str) -> None:
+    """A path that is not there and a hub id without a revision are known before anything is fetched."""
+    with pytest.raises(error, match=words):
+        check_source(source, None, "train")
+    check_source("some/data", "main", "train")

@@ -5,6 +5,10 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from job.data.formats import SUFFIXES, UNREADABLE, Row, RowError, find_file, read_rows
+from job.data.formats import SUFFIXES, UNREADABLE, Row, RowError, find_file, find_files, read_rows
 from job.errors import DataError
 
 ROWS = [{"a": "one", "b": "1"}, {"a": 'q"uo,te\nline\u2028', "b": ""}, {"a": "ünï🙂", "b": "3"}]
@@ -20,9 +24,9 @@ ROWS = [{"a": "one", "b": "1"}, {"a": 'q"uo,te\nline\u2028', "b": ""}, {"a": "ü
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     """Writes rows in the format that the path's suffix names."""
-    if path.suffix == ".csv":
+    if path.suffix in {".csv", ".tsv"}:
         with path.open("w", newline="", encoding="utf-8") as file:
-            table = csv.DictWriter(file, list(rows[0]))
+            table = csv.DictWriter(file, list(rows[0]), dialect="excel" if path.suffix == ".csv" else "excel-tab")
             table.writeheader()
             table.writerows(rows)
     elif path.suffix == ".parquet":
@@ -31,7 +35,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
 
         parquet.write_table(pa.Table.from_pylist(rows), path)
     else:
-        lines = ".jsonl" in path.suffixes
+        lines = bool({".jsonl", ".ndjson"} & set(path.suffixes))
         text = "".join(json.dumps(row) + "\n" for row in rows) if lines else json.dumps(rows)
         path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
     return path
@@ -177,3 +181,163 @@ def test_a_path_that_cannot_be_read_is_named(tmp_path: Path, name: str) -> None:
     (tmp_path / "rows.txt").touch()
     with pytest.raises(DataError, match=name):
         find_file(str(tmp_path / name))
+
+
+def test_a_key_given_twice_is_a_fault_of_its_row(tmp_path: Path) -> None:
+    """JSON's last value does not win in silence: the key is named, at any depth, in lines and in lists."""
+    rows = b'{"a": "1"}', b'{"a": "1", "b": "2", "a": "3"}', b'{"a": [{"b": {"c": 1, "c": 1}}]}'
+    for name, content in (("x.jsonl", b"\n".join(rows)), ("x.json", b"[" + b",".join(rows) + b"]")):
+        good, *faults = read(tmp_path / name, content)
+        assert isinstance(good, Row)
+        assert [fault.kind for fault in faults if isinstance(fault, RowError)] == ["repeated_key"] * 2
+        assert [fault.where.split(" ")[1] for fault in faults] == ["a", "a.0.b.c"]
+    (fault,) = read(tmp_path / "y.json", b'{"data": [], "data": []}')
+    assert isinstance(fault, RowError)
+    assert fault.kind == UNREADABLE
+
+
+def test_nan_of_pandas_is_a_missing_value(tmp_path: Path) -> None:
+    """NaN, which is no JSON and which pandas writes for what is missing, reads as null; in Parquet too."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    (row,) = read(tmp_path / "x.jsonl", b'{"a": NaN, "b": [NaN, Infinity]}')
+    assert row == Row("x.jsonl:1", {"a": None, "b": [None, float("inf")]})
+    parquet.write_table(pa.table({"a": [float("nan")], "b": ["x"]}), tmp_path / "x.parquet")
+    assert read(tmp_path / "x.parquet") == [Row("x.parquet:row 1", {"a": None, "b": "x"})]
+
+
+@pytest.mark.parametrize("header", [b"a;b\r\n1;2\r\n", b"a\tb\n1\t2\n", b"\xef\xbb\xbfa;b\n1;2\n"])
+def test_csv_with_other_separators_is_read(tmp_path: Path, header: bytes) -> None:
+    """A header without a comma is split at its semicolons or tabs."""
+    assert read(tmp_path / "x.csv", header) == [Row("x.csv:row 1", {"a": "1", "b": "2"})]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("x.jsonl", '{"a": "1"}\n'.encode("utf-16"), "iconv -f UTF-16"),
+        ("x.jsonl", '{"a": "1"}\n'.encode("utf-16-le"), "iconv -f UTF-16"),
+        ("x.csv", "a,b\n1,2\n".encode("utf-16-be"), "iconv -f UTF-16"),
+        ("x.json.gz", gzip.compress('[{"a": "1"}]'.encode("utf-16")), "iconv -f UTF-16"),
+        ("x.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        ("x.jsonl", b"PK\x03\x04....", "suffix of its format"),
+    ],
+)
+def test_a_file_that_is_something_else_says_what(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+    """UTF-16, pointers of git-lfs and archives are named as that, with what to do, and not as broken rows."""
+    (fault,) = read(tmp_path / name, content)
+    assert isinstance(fault, RowError)
+    assert fault.kind == UNREADABLE
+    assert words in fault.what
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("x.zip", "unpack it"),
+        ("x.jsonl.zst", "use gzip"),
+        ("x.csv.gz", "gunzip"),
+        ("x.xlsx", "save it as CSV"),
+        ("x.arrow", "to_parquet"),
+        ("x.pkl", "run code"),
+    ],
+)
+def test_formats_that_are_not_read_say_what_to_do(tmp_path: Path, name: str, words: str) -> None:
+    """A file of a format that people have and the job does not read is refused with the way to one that it reads."""
+    (tmp_path / name).write_bytes(b"x")
+    for place in (tmp_path / name, tmp_path):
+        with pytest.raises(DataError, match=words):
+            find_file(str(place))
+
+
+def test_a_folder_of_save_to_disk_is_named_as_that(tmp_path: Path) -> None:
+    """What `datasets` saved for itself is refused, with how to write what the job reads."""
+    from datasets import Dataset, DatasetDict
+
+    rows = Dataset.from_list(ROWS)
+    rows.save_to_disk(tmp_path / "one")
+    DatasetDict(train=rows).save_to_disk(tmp_path / "dict")
+    for folder in ("one", "dict"):
+        with pytest.raises(DataError, match=r"save_to_disk.*to_json"):
+            find_files(str(tmp_path / folder), "train")
+
+
+def test_the_shards_of_a_split_are_read_in_order(tmp_path: Path) -> None:
+    """A clone of a hub repository is read by split, as the hub names its shards; one that is missing is an error."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "README.md").touch()
+    for name in ("train-00001-of-00002", "train-00000-of-00002", "test-00000-of-00001-0123456789abcdef"):
+        write_rows(tmp_path / "data" / f"{name}.parquet", ROWS)
+    files, chosen = find_files(str(tmp_path), "train")
+    assert ([file.name for file in files], chosen) == (
+        ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"],
+        True,
+    )
+    assert len(find_files(str(tmp_path), "test")[0]) == 1
+    with pytest.raises(DataError, match=r"data/test-00000-of-00001-0123456789abcdef\.parquet is one, name it"):
+        find_files(str(tmp_path), "validation")
+    (tmp_path / "data/train-00000-of-00002.parquet").unlink()
+    with pytest.raises(DataError, match="1 of the 2 shards of split 'train'"):
+        find_files(str(tmp_path), "train")
+    assert find_files(str(tmp_path / "data/train-00001-of-00002.parquet"), "train")[1] is False
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    """A FIFO as data file is an error at once."""
+    os.mkfifo(tmp_path / "x.jsonl")
+    with pytest.raises(DataError, match="no regular file"):
+        find_file(str(tmp_path / "x.jsonl"))
+
+
+def peak_of_reading(path: Path) -> tuple[int, str]:
+    """MiB that reading a file takes at most, in a process of its own; and the last fault."""
+    code = (
+        "import resource, sys; from pathlib import Path; from job.data.formats import *\n"
+        "path = Path(sys.argv[1]); last = None\n"
+        "import pyarrow.parquet\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "for row in read_rows(path, path.name): last = row if isinstance(row, RowError) else last\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024, last and last.what)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True, timeout=120)
+    used, _, what = done.stdout.partition(" ")
+    return int(used), what
+
+
+def test_files_that_unfold_without_end_are_refused(tmp_path: Path) -> None:
+    """A small file that unfolds to gigabytes, by lines, by one line, as JSON or in Parquet, takes bounded memory."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    line = b'{"text": "' + b"a" * (1 << 20) + b'"}\n'
+    with gzip.open(tmp_path / "lines.jsonl.gz", "wb", compresslevel=1) as file:
+        for _ in range(150):
+            file.write(line)
+    with gzip.open(tmp_path / "one.jsonl.gz", "wb", compresslevel=1) as file:
+        for _ in range(150):
+            file.write(b"a" * (1 << 20))
+    shutil.copy(tmp_path / "one.jsonl.gz", tmp_path / "one.json.gz")
+    values = pa.array(["a" * (8 << 20)])
+    many = pa.DictionaryArray.from_arrays(pa.array([0] * 4096, pa.int32()), values)
+    parquet.write_table(pa.table({"text": many}), tmp_path / "dictionary.parquet", compression="zstd")
+    plain = pa.table({"text": ["a" * (8 << 20)] * 20})
+    parquet.write_table(plain, tmp_path / "plain.parquet", compression="zstd", use_dictionary=False)
+    for path in sorted(tmp_path.iterdir()):
+        assert path.stat().st_size < 1 << 20
+        used, what = peak_of_reading(path)
+        assert "unfolds to more than 200 times" in what, path.name
+        assert used < 600, path.name
+
+
+def test_a_line_that_is_too_long_is_one_fault(tmp_path: Path) -> None:
+    """A line of more bytes than a row may have is a fault with its number, and the next one is read."""
+    (tmp_path / "x.jsonl").write_bytes(b'{"a": "' + b"x" * (40 << 20) + b'"}\n{"a": "1"}\n')
+    fault, row = read(tmp_path / "x.jsonl")
+    assert isinstance(fault, RowError)
+    assert (fault.kind, fault.where) == ("too_long", "x.jsonl:1")
+    assert row == Row("x.jsonl:2", {"a": "1"})
+    (tmp_path / "x.csv").write_bytes(b"a\n" + b"x" * (40 << 20) + b"\n")
+    (fault,) = read(tmp_path / "x.csv")
+    assert isinstance(fault, RowError)
+    assert "16,777,216" in fault.what

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from job.data.chat_template import Template, TemplateRefusalError
 from job.data.formats import Row, RowError
 from job.data.schemas import Rendered, Schema, check_row, detect_schema, render
 from tests.toy_tokenizer import CHATML, toy_tokenizer
@@ -18,11 +19,27 @@ ASK = {"role": "user", "content": "cat?"}
 ANSWER = {"role": "assistant", "content": "mat."}
 
 
+def in_process(chat_template: str | None) -> Template:
+    """The template as transformers renders it, in this process: what goes wrong in one is tested elsewhere."""
+    tokenizer = toy_tokenizer(chat_template)
+
+    def render_here(messages: Any, *, tools: Any = None, add_generation_prompt: bool = False) -> str:
+        try:
+            text = tokenizer.apply_chat_template(
+                messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except Exception as error:
+            raise TemplateRefusalError(str(error)) from error
+        return str(text)
+
+    return render_here
+
+
 def learned(fields: dict[str, Any], schema: Schema, template: str | None = CHATML) -> tuple[str, list[str]]:
     """The text of a good row, and the parts of it that are completion."""
     row = Row("x:1", fields)
     assert check_row(row, schema) == []
-    item = render(row, schema, toy_tokenizer(template), find_turns=True)
+    item = render(row, schema, in_process(template), find_turns=True)
     assert isinstance(item, Rendered)
     return item.text, [item.text[start:stop] for start, stop in item.completions]
 
@@ -144,7 +161,7 @@ def test_fields_that_are_null_in_a_message_do_not_count() -> None:
 def test_a_conversation_that_the_template_refuses_is_a_fault(template: str, reason: str) -> None:
     """A chat template that refuses a conversation, or whose turns cannot be told apart, makes a fault that says why."""
     row = Row("x:1", {"messages": [ASK, ANSWER, ASK, ANSWER]})
-    fault = render(row, "messages", toy_tokenizer(template), find_turns=True)
+    fault = render(row, "messages", in_process(template), find_turns=True)
     assert isinstance(fault, RowError)
     assert (fault.kind, fault.where) == ("bad_conversation", "x:1 messages")
     assert reason in fault.what
@@ -153,5 +170,115 @@ def test_a_conversation_that_the_template_refuses_is_a_fault(template: str, reas
 def test_turns_are_not_asked_for_where_all_is_learned() -> None:
     """A template whose turns cannot be told apart still renders where the loss is on everything."""
     template = "{% for m in messages %}{{ loop.revindex }}{{ m.content }}{% endfor %}"
-    item = render(Row("x:1", {"messages": [ASK, ANSWER]}), "messages", toy_tokenizer(template), find_turns=False)
+    item = render(Row("x:1", {"messages": [ASK, ANSWER]}), "messages", in_process(template), find_turns=False)
     assert item == Rendered("x:1 messages", "2cat?1mat.", ((0, 10),))
+
+
+def test_alpacas_system_and_history_are_part_of_the_prompt() -> None:
+    """A system prompt takes the place of Alpaca's first sentence, and earlier turns stand before the instruction."""
+    fields = {"instruction": "cat?", "input": "", "output": "mat", "system": "Be a cat.", "history": [["a?", "b"]]}
+    text, turns = learned(fields, "alpaca")
+    assert text == (
+        "Be a cat.\n\n### Instruction:\na?\n\n### Response:\nb\n\n### Instruction:\ncat?\n\n### Response:\nmat"
+    )
+    assert turns == ["mat"]
+    plain = {"instruction": "cat?", "output": "mat"}
+    assert learned(plain | {"system": "", "history": []}, "alpaca") == learned(plain, "alpaca")
+    with_input = learned(fields | {"input": "on it"}, "alpaca")[0]
+    assert "\n\n### Input:\non it\n\n### Response:\nmat" in with_input
+    assert "Below is" not in with_input
+
+
+WRITES_TOOLS = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}{{ call.function.arguments | tojson }}{% endfor %}</s>{% endfor %}"
+)
+WRITES_TEXT = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}{{ '!' + call.function.arguments }}{% endfor %}</s>{% endfor %}"
+)
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": '{"q": "x"}'}}]}
+TOOL = {"type": "function", "function": {"name": "f"}}
+
+
+@pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL])])
+def test_tools_are_given_to_the_template(tools: Any) -> None:
+    """The tools of a row are in its text, given as a list or as JSON; arguments of a call are objects."""
+    text, _ = learned({"messages": [ASK, CALL, ANSWER], "tools": tools}, "messages", WRITES_TOOLS)
+    assert text == f'{json.dumps([TOOL])}<|user|>cat?</s><|assistant|>{{"q": "x"}}</s><|assistant|>mat.</s>'
+
+
+def test_a_template_that_takes_arguments_as_text_gets_text() -> None:
+    """Where a template refuses arguments as an object, they are given as they stand in the row."""
+    assert '<|assistant|>!{"q": "x"}</s>' in learned({"messages": [ASK, CALL]}, "messages", WRITES_TEXT)[0]
+
+
+@pytest.mark.parametrize(
+    ("schema", "fields", "field"),
+    [
+        ("messages", {"messages": [ASK, ANSWER], "tools": [TOOL]}, "tools"),
+        ("messages", {"messages": [ASK, CALL, ANSWER]}, "messages"),
+    ],
+)
+def test_what_the_template_does_not_write_is_refused(schema: Schema, fields: dict[str, Any], field: str) -> None:
+    """Tools, and calls of tools, that leave no trace in the text are a fault that names them."""
+    row = Row("x:1", fields)
+    assert check_row(row, schema) == []
+    fault = render(row, schema, in_process(CHATML), find_turns=False)
+    assert isinstance(fault, RowError)
+    assert (fault.kind, fault.where) == ("field_without_use", f"x:1 {field}")
+    assert "does not write" in fault.what or "not written" in fault.what
+
+
+@pytest.mark.parametrize(
+    ("schema", "fields", "found"),
+    [
+        ("messages", {"messages": [ASK, ANSWER], "system": "Be brief."}, ["system"]),
+        ("messages", {"messages": [ASK, ANSWER], "functions": [TOOL], "images": ["a.png"]}, ["functions", "images"]),
+        ("messages", {"messages": [ASK, ANSWER], "system": "", "tools": [], "images": None}, []),
+        ("messages", {"messages": [ASK, ANSWER | {"weight": 0.5}]}, ["messages[1] weight"]),
+        ("messages", {"messages": [ASK, ANSWER | {"weight": 0}]}, ["messages"]),
+        ("messages", {"messages": [ASK, ANSWER], "tools": "{"}, ["tools"]),
+        ("messages", {"messages": [ASK, ANSWER], "tools": [3]}, ["tools"]),
+        ("prompt_completion", {"prompt": "a", "completion": "b", "history": [["c", "d"]]}, ["history"]),
+        ("prompt_completion", {"prompt": "a", "completion": "b", "label": False}, ["label"]),
+        ("prompt_completion", {"prompt": "a", "completion": "b", "label": True, "weight": 1}, []),
+        ("prompt_completion", {"prompt": "a", "completion": "b", "weight": 0}, ["weight"]),
+        ("prompt_completion", {"prompt": "a", "chosen": "b", "rejected": "c"}, ["chosen", "rejected", "completion"]),
+        ("alpaca", {"instruction": "a", "output": "b", "tools": [TOOL]}, ["tools"]),
+        ("alpaca", {"instruction": "a", "output": "b", "history": [["c"]], "system": 3}, ["system", "history"]),
+        ("text", {"text": "a", "system": "b"}, []),
+        ("text", {"text": "x" * (4 << 20) + "x"}, ["text"]),
+    ],
+)
+def test_fields_that_mean_something_are_used_or_refused(
+    schema: Schema, fields: dict[str, Any], found: list[str]
+) -> None:
+    """A field that says what a row means, and that its schema cannot express, is a fault with its place."""
+    assert [fault.where for fault in check_row(Row("x:1", fields), schema)] == [f"x:1 {place}" for place in found]
+
+
+def test_a_message_of_weight_zero_is_never_learned() -> None:
+    """Its span is ignored where the loss is on all, and is no completion where it is on completions."""
+    bad = ANSWER | {"content": "bad", "weight": 0}
+    row = Row("x:1", {"messages": [ASK, bad, ASK, ANSWER | {"weight": 1}]})
+    assert check_row(row, "messages") == []
+    for find_turns, completions in ((True, ["mat.</s>"]), (False, [])):
+        item = render(row, "messages", in_process(CHATML), find_turns=find_turns)
+        assert isinstance(item, Rendered)
+        assert [item.text[start:stop] for start, stop in item.ignored] == ["bad</s>"]
+        if find_turns:
+            assert [item.text[start:stop] for start, stop in item.completions] == completions
+        else:
+            assert item.completions == ((0, len(item.text)),)
+
+
+def test_fields_that_are_left_out_are_named() -> None:
+    """A rendered row says which of its fields did nothing, those of its messages too; empty ones do not count."""
+    fields = {"messages": [ASK | {"id": 3}, ANSWER], "source": "web", "note": "", "score": 0}
+    item = render(Row("x:1", fields), "messages", in_process(CHATML), find_turns=False)
+    assert isinstance(item, Rendered)
+    assert item.unused == ("source", "score", "messages[].id")
+    alpaca = render(Row("x:1", {"instruction": "a", "output": "b", "text": "c"}), "alpaca", None, find_turns=False)
+    assert isinstance(alpaca, Rendered)
+    assert alpaca.unused == ("text",)

@@ -146,3 +146,43 @@ def test_no_two_lists_of_examples_have_the_same_bytes(drafts: list[tuple[str, li
         longer = Encoded(item.text, Example(ids, (*item.example.targets, True)))
         for other in (Encoded(item.text + "a", item.example), longer):
             assert canonical([*rest[0], other, *rest[1]]) != whole
+
+
+def test_a_text_that_begins_with_the_begin_token_does_not_get_it_twice() -> None:
+    """The token that the tokenizer puts in front stands there once, and what is learned is the same."""
+    assert one(rendered("<s>cat", "mat"), "completion") == one(rendered("cat", "mat"), "completion")
+    twice = one(rendered("<s><s>cat", "mat"))
+    assert twice.input_ids == (0, *one(rendered("cat", "mat")).input_ids)
+
+
+def test_ignored_spans_are_never_learned() -> None:
+    """Where the loss is on all, the tokens of an ignored span are no targets; the end of the sequence still is."""
+    row = Rendered("x", "abcdef", ((0, 6),), ignored=((2, 4),))
+    assert one(row).targets == (False, True, True, False, False, True, True, True)
+    assert one(row, "completion", templated=True).targets == (False, True, False, False, True, True)
+
+
+def test_a_token_beyond_the_embedding_is_a_fault_of_its_row() -> None:
+    """A token that the model has no embedding of is found here, by row, text and number."""
+    last = max(one(rendered("", "zebra")).input_ids)
+    options: dict[str, Any] = {"templated": False, "loss_on": "all", "max_length": 100, "limit": None}
+    (good,) = encode(iter([rendered("", "zebra")]), toy_tokenizer(), vocabulary=last + 1, **options)
+    assert isinstance(good, Encoded)
+    (faults,) = encode(iter([rendered("", "zebra")]), toy_tokenizer(), vocabulary=last, **options)
+    assert isinstance(faults, list)
+    assert faults[0].kind == "unknown_token"
+    assert f"(number {last})" in faults[0].what
+
+
+def test_an_example_says_with_which_special_token_it_ends() -> None:
+    """The end is the last special token among the last learned ones, a line break behind it aside; or there is none."""
+    options: dict[str, Any] = {"templated": True, "max_length": 100, "limit": None}
+    for text, spans, end in (
+        ("<s>cat</s>\n", ((3, 11),), "</s>"),
+        ("<s>cat mat", ((3, 10),), None),
+        ("<s>cat</s>mat", ((3, 6),), None),
+        ("<s>cat<pad>", ((3, 11),), "<pad>"),
+    ):
+        (item,) = encode(iter([Rendered("x", text, spans)]), toy_tokenizer(), loss_on="completion", **options)
+        assert isinstance(item, Encoded)
+        assert item.end == (None if end is None else toy_tokenizer().convert_tokens_to_ids(end))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from job.errors import Unreachable
+from job.errors import AccessDenied, DataError, SettingsError, Unreachable
 from job.storage.hub import hub_errors
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -27,14 +27,21 @@ MODEL = {
     "pytorch_model.bin": b"pickled",
     "code.py": b"import os",
 }
-REFUSALS = {"gated": (403, "GatedRepo"), "private": (401, ""), "missing": (404, "RepoNotFound"), "down": (500, "")}
+REFUSALS = {
+    "gated": (403, "GatedRepo"),
+    "private": (401, ""),
+    "missing": (404, "RepoNotFound"),
+    "down": (500, ""),
+    "busy": (429, ""),
+    "away": (503, ""),
+}
 
 # In a process of its own: the hub's libraries read their addresses when they are imported.
 CLIENT = """
 import json, sys
 import datasets
 from job.errors import JobError
-from job.hub import open_dataset
+from job.data.hub_dataset import open_dataset
 
 datasets.disable_progress_bars()
 for source, revision, split in json.loads(sys.argv[1]):
@@ -50,7 +57,7 @@ for source, revision, split in json.loads(sys.argv[1]):
 MODEL_CLIENT = """
 import json, sys
 from job.errors import JobError
-from job.hub import download_model
+from job.storage.hub import download_model
 
 for source, revision in json.loads(sys.argv[1]):
     try:
@@ -70,7 +77,8 @@ class Hub(BaseHTTPRequestHandler):
         repo = next((name for name in REFUSALS if f"some/{name}" in path), None)
         if repo:
             status, code = REFUSALS[repo]
-            self._answer(status, b"{}", {"X-Error-Code": code})
+            again = {"Retry-After": "0"} if repo in {"busy", "away"} else {}
+            self._answer(status, b"{}", {"X-Error-Code": code, **again})
         elif path.startswith(("/api/models/some/", "/some/")):
             self._answer_for_model(path)
         elif path.startswith("/datasets/some/good/resolve/"):
@@ -252,7 +260,7 @@ def test_a_full_cache_is_no_bug() -> None:
 PEEK_CLIENT = """
 import json, sys
 from job.errors import JobError
-from job.hub import cached_model, is_reachable, peek_dataset, peek_model
+from job.storage.hub import cached_model, is_reachable, peek_dataset, peek_model
 
 def say(work):
     try:
@@ -290,3 +298,112 @@ def test_a_plan_looks_without_fetching_the_weights(tmp_path: Path) -> None:
     assert offline[0] is False
     assert [offline[1][0], offline[3]] == ["Unreachable", True]
     assert [offline[4][0], offline[6]] == ["Unreachable", False]
+
+
+RUN_CODES = {"gated": 77, "private": 77, "missing": 77, "busy": 69, "away": 69}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
+    """Exit code and log of whole runs, by the way in which the hub refuses the model; all at the same time.
+
+    The hub answers at once, which is while the run imports its libraries.
+    """
+    folder = tmp_path_factory.mktemp("runs")
+
+    def start(name: str, model: str, **changes: str) -> subprocess.Popen[str]:
+        env = {key: value for key, value in os.environ.items() if key not in {"HF_TOKEN", "HF_HUB_CACHE"}}
+        env |= {"HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / name), "JOB_PRESET": "demo", "JOB_MODEL__ID": model}
+        env |= {"JOB_RUN__OUTPUT": str(folder / "out"), "JOB_RUN__ID": name, **changes}
+        return subprocess.Popen([sys.executable, "-m", "job"], env=env, stderr=subprocess.PIPE, text=True)
+
+    with serving() as endpoint:
+        begun = {name: start(name, f"some/{name}", HF_ENDPOINT=endpoint) for name in RUN_CODES}
+        begun["offline"] = start("offline", "some/model", HF_ENDPOINT=endpoint, HF_HUB_OFFLINE="1")
+        begun["nobody"] = start("nobody", "some/model", HF_ENDPOINT="http://127.0.0.1:9")
+        logs = {name: process.communicate(timeout=300)[1] for name, process in begun.items()}
+    return {name: (process.returncode, logs[name]) for name, process in begun.items()}
+
+
+@pytest.mark.parametrize(("case", "code"), [*RUN_CODES.items(), ("offline", 69), ("nobody", 69)])
+def test_a_refusal_while_libraries_are_imported_has_its_exit_code(
+    runs: dict[str, tuple[int, str]], case: str, code: int
+) -> None:
+    """A run whose model the hub refuses ends with the code of the table and names the model, never with a traceback."""
+    found, log = runs[case]
+    assert found == code, log[-2000:]
+    assert "Traceback" not in log
+    assert '"exception"' not in log
+    assert "model some/" in log.splitlines()[-1]
+
+
+AFTER_IMPORT_CLIENT = """
+import json, sys
+from job.stages.preload import import_libraries
+import_libraries()
+from job.errors import JobError
+from job.storage.hub import download_model
+
+for source, revision in json.loads(sys.argv[1]):
+    try:
+        download_model(source, revision)
+    except JobError as error:
+        print(json.dumps([error.exit_code, str(error)]))
+"""
+
+
+def test_a_refusal_after_libraries_are_imported_has_the_same_code(tmp_path: Path) -> None:
+    """Answers give the same codes once everything is imported."""
+    codes = {"gated": 77, "private": 77, "missing": 77, "down": 69}
+    with serving() as endpoint:
+        found = ask(endpoint, tmp_path, *((f"some/{name}", "main") for name in codes), client=AFTER_IMPORT_CLIENT)
+    assert [code for code, _ in found] == list(codes.values())
+
+
+IMPORTS_CLIENT = """
+import sys
+from job.errors import JobError
+from job.storage.hub import hub_errors, import_client
+
+import_client()
+from huggingface_hub import errors
+from huggingface_hub.errors import LocalEntryNotFoundError
+before = set(sys.modules)
+for error in (
+    LocalEntryNotFoundError("x"), ConnectionError(), ValueError("x"), RuntimeError(), PermissionError(13, "x")
+):
+    try:
+        with hub_errors("model x"):
+            raise error
+    except JobError:
+        pass
+print(sorted(set(sys.modules) - before))
+"""
+
+
+def test_translating_an_error_imports_nothing() -> None:
+    """The thread that downloads a model imports nothing when something goes wrong while the main thread imports."""
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTS_CLIENT], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_cache_that_cannot_be_written_is_a_setting(tmp_path: Path) -> None:
+    """A folder of the hub's cache that this user may not write is code 2, with HF_HOME in the words."""
+    with pytest.raises(SettingsError, match="HF_HOME") as caught, hub_errors("model x"):
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path))
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_errors_of_datasets_are_told_by_name() -> None:
+    """What `datasets` raises is translated by the names of its classes, wherever these were imported."""
+    from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
+
+    for error, kind in (
+        (DatasetNotFoundError("gated"), AccessDenied),
+        (DatasetNotFoundError("no"), DataError),
+        (DataFilesNotFoundError("none"), DataError),
+    ):
+        with pytest.raises(kind), hub_errors("data set x"):
+            raise error

@@ -49,7 +49,7 @@ def test_a_cpu_keeps_activations_where_it_has_the_memory(
     monkeypatch.setattr(prepare_module, "available_bytes", lambda: int(gigabytes * 10**9))
     made = prepare(make_model(base_folder), [10, 20], **SETTINGS | {"recompute": "auto"})
     assert made.kept_activations is kept
-    assert f"GiB: {'kept' if kept else 'computed again'}" in made.reason
+    assert f"B if kept: {'kept' if kept else 'computed again'}" in made.reason
 
 
 def on_a_gpu(
