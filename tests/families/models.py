@@ -50,10 +50,16 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "blt": {"encoder_hash_byte_group_vocab": 100, "encoder_hash_byte_group_size": [3], "cross_attn_k": 2},
     "cohere_compass_text": {"layer_types": ["full_attention", "sliding_attention"] * 2}
     | {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
+    "codegen": {"rotary_dim": 8},
     "ctrl": {"dff": 128},
     "dbrx": {"ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2}}
-    | {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4}},
-    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "layer_types": ["full_attention", "sliding_attention"] * 2},
+    | {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}},
+    "dots1": {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 1,
+        "layer_types": ["full_attention", "sliding_attention"] * 2,
+    },
     "falcon": _LEFT,
     "falcon_h1": {**_MAMBA, "mamba_d_ssm": 128},
     "gemma3n_text": {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2}
@@ -117,6 +123,8 @@ def _shrunk(kind: Any, model_type: str) -> dict[str, Any]:
     for name in ("layer_types", "mlp_layer_types", "layers_block_type"):
         if kinds := list(dict.fromkeys(_value(defaults, name) or [])):
             given[name] = [kinds[layer % len(kinds)] for layer in range(LAYERS)]
+    if "qk_rope_head_dim" in given:
+        given |= {"head_dim": None, "num_key_value_heads": 4}  # these work it out, and share no heads
     given |= SPECIAL.get(model_type, {})
     renamed = getattr(kind, "attribute_map", {})
     computed = {n for n in given if isinstance(inspect.getattr_static(kind, renamed.get(n, n), None), property)}
