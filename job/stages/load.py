@@ -49,10 +49,10 @@ def load(settings: Settings, sources: Sources, processes: Processes = ALONE, kno
     )
     if device.type == "cpu":
         keep_freed_memory()  # not before: what loading leaves goes back
-    if sources.shelf is None or sources.quantized:
-        kept_base = cached_base(sources.shelf)
+    if sources.cache_entry is None or sources.quantized:
+        kept_base = cached_base(sources.cache_entry)
     else:
-        kept_base = save(base, sources.folder, sources.shelf)
+        kept_base = save(base, sources.folder, sources.cache_entry)
     model = add_adapter(
         base,
         rank=settings.lora.rank,

@@ -51,7 +51,7 @@ class _Model:
     folder: Path
     revision: str | None
     sha256: str
-    shelf: CacheEntry | None
+    cache_entry: CacheEntry | None
     quantized: bool
 
 
@@ -98,7 +98,14 @@ def _take_over(left: _Left) -> Sources:
     folder = Path(left.folder)
     examples = TypeAdapter(list[Example]).validate_json(Path(left.examples).read_bytes())
     return Sources(
-        left.record, folder, left.quantized, load_tokenizer(folder), examples, tasks=None, baseline=None, shelf=None
+        left.record,
+        folder,
+        left.quantized,
+        load_tokenizer(folder),
+        examples,
+        tasks=None,
+        baseline=None,
+        cache_entry=None,
     )
 
 
@@ -153,7 +160,7 @@ def _pull(attempt: Attempt, settings: Settings, storage: StorageOptions, date: s
     attempt.alive()
     log.get_logger().info("data is ready", rows=dataset.rows, skipped=dataset.skipped, tokens=dataset.tokens)
     record = Pulled(dataset, model.sha256, model.revision, tasks.fingerprints())
-    return Sources(record, model.folder, model.quantized, tokenizer, examples, tasks, baseline, model.shelf)
+    return Sources(record, model.folder, model.quantized, tokenizer, examples, tasks, baseline, model.cache_entry)
 
 
 def _vocabulary(folder: Path) -> int | None:
@@ -187,10 +194,10 @@ def _find_model(attempt: Attempt, settings: Settings, storage: StorageOptions, i
     folder, revision = download_model(source, settings.model.revision, before_weights=look)
     sha256 = fingerprint(folder)
     room = _room(attempt, settings, storage)
-    shelf = None if room is None else entry_for(_facts(settings, sha256), *room)
+    cache_entry = None if room is None else entry_for(_facts(settings, sha256), *room)
     # Not in a later attempt: it is not known to be the one that the run began with.
-    here = None if shelf is None or known else find(replace(shelf, store=None), attempt.get_on)
-    return _Model(here or folder, revision, sha256, shelf, quantized=here is not None)
+    here = None if cache_entry is None or known else find(replace(cache_entry, store=None), attempt.get_on)
+    return _Model(here or folder, revision, sha256, cache_entry, quantized=here is not None)
 
 
 def _room(attempt: Attempt, settings: Settings, storage: StorageOptions) -> tuple[Path, ObjectStore | None] | None:
