@@ -38,7 +38,7 @@ _PASSING = (JobError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorErro
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far two right ways may differ: relative error of a token's logits, and of the adapter's gradient as a whole.
+    """How far two right ways may differ: relative error of a token's logits, and of a parameter's gradient.
 
     In fp32 what is right differs by 10^-6 and what is wrong by 10^-3 and more. In half precision the rounding of each
     layer (2^-11 and 2^-8) adds up over layers, and where a mixture's router rounds to another expert a token is off
@@ -50,10 +50,12 @@ class Agreement:
     """Share of the tokens that have to keep to it."""
     gradient: float
     """More: rounding adds up on the way back as well, and what is wrong differs by more, too."""
+    negligible: float
+    """Share of the whole gradient's size below which that of one parameter is not told from rounding."""
 
 
-EXACT = Agreement(1e-4, 1.0, 1e-3)
-HALF = {torch.float16: Agreement(0.02, 0.9, 0.1), torch.bfloat16: Agreement(0.08, 0.9, 0.3)}
+EXACT = Agreement(1e-4, 1.0, 3e-4, 1e-4)
+HALF = {torch.float16: Agreement(0.02, 0.9, 0.1, 0.02), torch.bfloat16: Agreement(0.08, 0.9, 0.3, 0.05)}
 
 
 def _agreement(base: Any) -> Agreement:
@@ -123,7 +125,7 @@ def _find_out(model: Any, examples: Sequence[Example], max_length: int, losses: 
         if error > to.logits:
             return Packing(packed=False, reason=f"packed and alone it gives logits {error:.1e} apart")
         if losses is not None:
-            apart = _distance(_gradient(model, lambda: [losses.packed(examples)]), gradient)
+            apart = _distance(_gradient(model, lambda: [losses.packed(examples)]), gradient, to)
             if apart > to.gradient:
                 return Packing(packed=False, reason=f"packed and alone it gives gradients {apart:.1e} apart")
     except _PASSING:
@@ -258,12 +260,16 @@ def _gradient(model: Any, losses: Callable[[], Sequence[torch.Tensor]]) -> list[
     return found
 
 
-def _distance(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor] | None) -> float:
-    """Relative error of a gradient as a whole, and of each tensor in proportion to the largest."""
+def _distance(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor] | None, to: Agreement) -> float:
+    """Largest relative error of a parameter's gradient: Adam takes steps of one size, however small a gradient is.
+
+    Below a share of the gradient as a whole nothing but rounding is left of a parameter's own.
+    """
     if expected is None:
         return 0.0
-    norm = max(float(torch.stack([e.norm() for e in expected]).norm()), 1e-12)
-    return _worst([float(torch.stack([(f - e).norm() for f, e in zip(found, expected, strict=True)]).norm()) / norm])
+    sizes = [float(e.norm()) for e in expected]
+    least = max(to.negligible * math.hypot(*sizes), 1e-12)
+    return _worst([float((f - e).norm()) / max(n, least) for f, e, n in zip(found, expected, sizes, strict=True)])
 
 
 def _depends_on_length(config: Any, max_length: int) -> str | None:
