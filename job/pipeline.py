@@ -70,7 +70,7 @@ def run(
         with attempt.timed(Stage.PULL):
             sources = pull(attempt, settings, storage_options(settings.storage))
         loaded = _load(attempt, settings, sources)
-        with publishing(sources.shelf if processes.leads else None, stop, beat):
+        with publishing(sources.cache_entry if processes.leads else None, stop, beat):
             base = _evaluate_base(attempt, settings, sources, loaded)
             trained = _train(attempt, settings, sources, loaded)
             adapter = _evaluate_adapter(attempt, settings, sources, loaded, trained)

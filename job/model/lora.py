@@ -71,6 +71,15 @@ def linear_layers(model: Any) -> dict[str, Any]:
     }
 
 
+def linear_weights(model: Any) -> list[Any]:
+    """The weights that are quantized where a base is: those of all linear layers but the head."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    return [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head]
+
+
 def find_targets(model: Any) -> list[str]:
     """The layers that get an adapter where none are named: all linear ones of the text part (PEFT's `all-linear`).
 

@@ -21,7 +21,8 @@ from job.data.dataset import is_hub_id, load_examples, require_revision
 from job.errors import DataError, JobError, Problem, SettingsError, Unreachable
 from job.evaluation.tasks import check_tasks, count_questions, load_tasks
 from job.model.architecture import Architecture, read_config
-from job.model.base import load_tokenizer
+from job.model.base import inspect, load_tokenizer
+from job.model.lora import find_targets, linear_weights
 from job.planning.character_tokenizer import CharacterTokenizer
 from job.planning.known_models_and_data import CHARACTERS_PER_TOKEN, TaskTokens
 from job.records import Example
@@ -31,6 +32,8 @@ from job.storage.open import ObjectStore, StorageOptions, fetch, is_remote, open
 
 MOST_BYTES = 256 << 20
 """Larger data sets are not fetched for a plan."""
+MOSTLY = 0.5
+"""Share of the weights that is quantized in nearly every model; below that it is worth a word."""
 MOST_SMALL_BYTES = 64 << 20
 SILENT = "the hub cannot be reached from here"
 Online = Callable[[], bool]
@@ -173,6 +176,29 @@ def preview_model(
         what = f"{max_length} is more than the model's window of {architecture.window} tokens; lower it"
         raise SettingsError([Problem("train.max_length", what)])
     return "ok", where, ModelFacts(place, architecture, download)
+
+
+def preview_adapter(
+    model: ModelFacts | None, targets: Sequence[str] | None, *, quantization: str, max_length: int
+) -> Found[None]:
+    """Builds the model without weights, as a run will first: what LoRA adapts, and what really gets quantized.
+
+    Args:
+        model: As `preview_model` found it.
+        targets: `JOB_LORA__TARGET_MODULES`; None for those that are found.
+        quantization: `nf4` or `none`.
+        max_length: Longest example in tokens.
+    """
+    if model is None:
+        raise NotChecked("the model's files cannot be had")
+    _config, empty = inspect(model.folder, max_length=max_length, targets=targets)
+    names = ", ".join(sorted(find_targets(empty) if targets is None else targets))
+    linear, all_ = (sum(p.numel() for p in part) for part in (linear_weights(empty), empty.parameters()))
+    what = f"LoRA on {names}"
+    if quantization == "none" or linear >= MOSTLY * all_:
+        return "ok", what, None
+    stays = "the rest, such as embeddings and experts that are one tensor, stays in 16 bit"
+    return "note", f"{what}; {linear:,} of {all_:,} weights can be held as {quantization}, {stays}", None
 
 
 def _config(place: Path, source: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import json
 from concurrent.futures import wait
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -21,7 +22,7 @@ from job.common.threads import in_thread
 from job.data.dataset import check_source, load_examples
 from job.errors import JobError
 from job.evaluation.tasks import load_tasks
-from job.model.base import choose_device, choose_dtype, load_tokenizer
+from job.model.base import choose_device, choose_dtype, inspect, load_tokenizer
 from job.model.files import fingerprint
 from job.model.quantized_cache.cache import find
 from job.model.quantized_cache.layout import CachedBase, CacheEntry, entry_at, entry_for
@@ -50,7 +51,7 @@ class _Model:
     folder: Path
     revision: str | None
     sha256: str
-    shelf: CacheEntry | None
+    cache_entry: CacheEntry | None
     quantized: bool
 
 
@@ -97,7 +98,14 @@ def _take_over(left: _Left) -> Sources:
     folder = Path(left.folder)
     examples = TypeAdapter(list[Example]).validate_json(Path(left.examples).read_bytes())
     return Sources(
-        left.record, folder, left.quantized, load_tokenizer(folder), examples, tasks=None, baseline=None, shelf=None
+        left.record,
+        folder,
+        left.quantized,
+        load_tokenizer(folder),
+        examples,
+        tasks=None,
+        baseline=None,
+        cache_entry=None,
     )
 
 
@@ -114,8 +122,12 @@ def _pull(attempt: Attempt, settings: Settings, storage: StorageOptions, date: s
     check_disk(attempt.work, required_bytes(size(place, storage) for place in places))
     import_client()  # here: two threads had better not import the same at once
     # Downloads and hashes leave the interpreter alone, which meanwhile imports and reads.
-    coming = in_thread(lambda: _find_model(attempt, settings, storage), "model")
-    import_libraries()
+    imported = Event()
+    coming = in_thread(lambda: _find_model(attempt, settings, storage, imported), "model")
+    try:
+        import_libraries()
+    finally:
+        imported.set()
     questions = {task: Path(local(uri, f"questions/{task}")) for task, uri in settings.eval.data.items()}
     tasks = load_tasks(settings.eval.tasks, questions, settings.eval.data)
     if baseline is not None:
@@ -148,7 +160,7 @@ def _pull(attempt: Attempt, settings: Settings, storage: StorageOptions, date: s
     attempt.alive()
     log.get_logger().info("data is ready", rows=dataset.rows, skipped=dataset.skipped, tokens=dataset.tokens)
     record = Pulled(dataset, model.sha256, model.revision, tasks.fingerprints())
-    return Sources(record, model.folder, model.quantized, tokenizer, examples, tasks, baseline, model.shelf)
+    return Sources(record, model.folder, model.quantized, tokenizer, examples, tasks, baseline, model.cache_entry)
 
 
 def _vocabulary(folder: Path) -> int | None:
@@ -161,7 +173,7 @@ def _vocabulary(folder: Path) -> int | None:
         return None
 
 
-def _find_model(attempt: Attempt, settings: Settings, storage: StorageOptions) -> _Model:
+def _find_model(attempt: Attempt, settings: Settings, storage: StorageOptions, imported: Event) -> _Model:
     """The model's files: the kept quantized base, or what the settings name.
 
     A later attempt goes on with what the first one found, and does not ask again where that came from.
@@ -172,13 +184,20 @@ def _find_model(attempt: Attempt, settings: Settings, storage: StorageOptions) -
         if (folder := find(noted, attempt.get_on)) is not None:
             return _Model(folder, known.model_revision, known.model_sha256, noted, quantized=True)
     source = fetch(settings.model.id, attempt.work / "model", storage)
-    folder, revision = download_model(source, settings.model.revision)
+
+    def look(folder: Path) -> None:
+        """Refuses what cannot be trained before its weights are fetched; two threads had better not import at once."""
+        imported.wait()
+        named = settings.lora.target_modules
+        inspect(folder, max_length=settings.train.max_length, targets=None if named == "auto" else named)
+
+    folder, revision = download_model(source, settings.model.revision, before_weights=look)
     sha256 = fingerprint(folder)
     room = _room(attempt, settings, storage)
-    shelf = None if room is None else entry_for(_facts(settings, sha256), *room)
+    cache_entry = None if room is None else entry_for(_facts(settings, sha256), *room)
     # Not in a later attempt: it is not known to be the one that the run began with.
-    here = None if shelf is None or known else find(replace(shelf, store=None), attempt.get_on)
-    return _Model(here or folder, revision, sha256, shelf, quantized=here is not None)
+    here = None if cache_entry is None or known else find(replace(cache_entry, store=None), attempt.get_on)
+    return _Model(here or folder, revision, sha256, cache_entry, quantized=here is not None)
 
 
 def _room(attempt: Attempt, settings: Settings, storage: StorageOptions) -> tuple[Path, ObjectStore | None] | None:

@@ -10,7 +10,7 @@ half-initialised module, and the answer of the hub would end as an ImportError. 
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from importlib import import_module
@@ -31,6 +31,7 @@ MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.model",
 """What is fetched of a model: no pickled weights, no code."""
 SMALL_FILES = tuple(kind for kind in MODEL_FILES if kind != "*.safetensors")
 """All of that but the weights."""
+WEIGHTS = ".safetensors"
 MOST_SMALL_BYTES = 256 << 20
 PEEK_SECONDS = 10.0
 """A plan is not to wait for long."""
@@ -42,12 +43,15 @@ def import_client() -> None:
         getattr(import_module("huggingface_hub"), name)
 
 
-def download_model(source: str, revision: str | None) -> tuple[Path, str | None]:
+def download_model(
+    source: str, revision: str | None, before_weights: Callable[[Path], None] | None = None
+) -> tuple[Path, str | None]:
     """The folder of a model: the path itself, or the hub's files in the local cache.
 
     Args:
         source: A path to a folder in the hub's layout, or a hub id.
         revision: Commit, tag or branch of a hub id; None for its newest commit.
+        before_weights: Called with the folder of all other files, before weights are fetched; not where nothing is.
 
     Returns:
         The folder, and the commit that the revision resolved to (None for a path).
@@ -69,6 +73,9 @@ def download_model(source: str, revision: str | None) -> tuple[Path, str | None]
             files = snapshot_download(source, dry_run=True, **wanted)
             missing = [file.file_size or 0 for file in files if file.will_download]
             check_disk(Path(constants.HF_HUB_CACHE), required_bytes(missing))
+            if before_weights and any(file.will_download and file.filename.endswith(WEIGHTS) for file in files):
+                small = snapshot_download(source, revision=commit, allow_patterns=list(SMALL_FILES))
+                before_weights(Path(small))
         folder = snapshot_download(source, **wanted)
     return Path(folder), commit
 
