@@ -1,16 +1,16 @@
-# The job in one image, on a CUDA base that lets the driver in; torch brings the rest of CUDA. Any Debian or Ubuntu with
-# Python 3.11 or newer will do as a base. Why it is as it is: .github/decisions/0010-image.md. For GPUs older than
-# Turing see infra/docker/README.md.
+# The image of the job. Its base prepares for NVIDIA's driver; torch's wheels bring the rest of CUDA. Any Debian or Ubuntu
+# with Python 3.11 or newer works as a base. Reasons: .github/decisions/0010-image.md. For GPUs older than Turing see
+# infra/docker/README.md.
 ARG BASE_IMAGE=nvidia/cuda:13.0.2-base-ubuntu24.04@sha256:2ab6381d970b211fb93853796dc6707eb8a72575a375c422b17cf4d8b2641701
 
 FROM ${BASE_IMAGE} AS base
-# Versions of Debian's packages are not pinned: their archive keeps only the newest, and that is the mended one.
+# Versions of Debian's packages are not pinned: the archive keeps only the newest, with the security fixes.
 # hadolint ignore=DL3008
 RUN apt-get update \
  && apt-get install -y --no-install-recommends ca-certificates libgomp1 python3 \
  && rm -rf /var/lib/apt/lists/* /var/cache/* /var/log/*
-# A folder for each layer below: torch and CUDA change seldom, the other packages sometimes, the job often. Libraries
-# tell an installed package by `site-packages` in its path.
+# One folder for each layer below: torch and CUDA change seldom, the other packages sometimes, the job often. The paths hold
+# `site-packages`, by which libraries recognize an installed package.
 RUN python3 -m venv --without-pip /opt/venv \
  && printf '/opt/job\n/opt/torch/site-packages\n' >"$(echo /opt/venv/lib/python3*/site-packages)/job.pth" \
  && install -d -o 65532 -g 0 -m 0775 /work /work/runs /work/cache
@@ -24,7 +24,7 @@ RUN apt-get update \
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_NO_COMPILE=1 PIP_NO_DEPS=1
 WORKDIR /build
 COPY requirements-cuda.lock ./
-# Empty: torch as PyPI has it, by hash. Otherwise an index with another build of that version, and trust in that index.
+# Empty: torch from PyPI, by hash. Otherwise the index of another build of that version, which is then trusted.
 ARG TORCH_INDEX=
 RUN if [ -z "$TORCH_INDEX" ]; then \
       /opt/pip/bin/pip install -q --target /opt/torch/site-packages --require-hashes -r requirements-cuda.lock; \
@@ -34,19 +34,19 @@ RUN if [ -z "$TORCH_INDEX" ]; then \
     fi \
  && rm -r /opt/torch/site-packages/bin
 COPY requirements.lock ./
-# A few packages have no wheels: setuptools makes them, from the lock like all else.
+# A few packages have no wheels: they are built with setuptools, which comes from the lock as well.
 RUN sed -n '/^setuptools==/,/[^\\]$/p' requirements.lock >setuptools.lock \
  && /opt/pip/bin/pip install -q --require-hashes -r setuptools.lock \
  && /opt/pip/bin/pip install -q --no-build-isolation --require-hashes -r requirements.lock \
       --target "$(echo /opt/venv/lib/python3*/site-packages)" \
  && rm -r /opt/venv/lib/python3*/site-packages/bin
-# What the entrypoint compares a machine with: the CUDA that torch is built with, and the least compute capability that
-# torch and bitsandbytes (from 6.0) both serve.
+# For the entrypoint, which compares the machine with it: the CUDA version of torch, and the least compute capability that
+# torch and bitsandbytes (6.0) both support.
 RUN mkdir -p /opt/job/triton \
  && python -c 'import re, torch; arch = [int(n) for n in re.findall(r"sm_(\d+)", getattr(torch._C, "_cuda_getArchFlags", str)() or "")]; \
       print(torch.version.cuda or "none", max(60, min(arch, default=0)) / 10)' >/opt/job/cuda
-# Triton compiles a file of its own with a C compiler when it first meets a GPU. Done here, against an empty library in
-# the driver's place, so that no compiler has to be in the image; that the result cannot be loaded here is no matter.
+# When Triton first uses a GPU it compiles a C file. Compiling it here, linked against an empty stand-in for the driver's
+# library, keeps the compiler out of the image. It cannot be loaded without a driver, hence the ignored error.
 RUN if [ -d /opt/torch/site-packages/triton ]; then \
       gcc -shared -o libcuda.so.1 -Wl,-soname,libcuda.so.1 -x c /dev/null; \
       TRITON_LIBCUDA_PATH=/build TRITON_CACHE_DIR=/opt/job/triton \
@@ -64,8 +64,8 @@ COPY --from=build /opt/torch /opt/torch
 COPY --from=build /opt/venv/lib /opt/venv/lib
 COPY --from=build /opt/job /opt/job
 COPY entrypoint.sh /opt/job/
-# Any user id may run it, on a root file system that cannot be written: what libraries keep goes below /tmp.
-# The entrypoint compares driver and image itself, and says what to do; NVIDIA's runtime would only refuse.
+# Works for any user id and with a read-only root file system: libraries write below /tmp (HOME). NVIDIA's runtime would
+# refuse to start the container on an old driver; the entrypoint checks the driver instead, and says what to do.
 ENV HOME=/tmp USER=job PYTHONUNBUFFERED=1 PYTHONSAFEPATH=1 PYTHONDONTWRITEBYTECODE=1 NVIDIA_DISABLE_REQUIRE=true
 ARG VERSION=
 ARG REVISION=

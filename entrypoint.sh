@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Starts the job: secrets from files, one look at the GPUs, and out of its way. What is refused here is refused before
-# torch is loaded, with the job's exit code for wrong settings. How many processes to start is the job's own business.
+# Starts the job: reads secrets from files, checks GPUs and driver, and replaces itself by the job. What it refuses, it
+# refuses before torch is loaded, with exit code 2 (settings). The job itself decides how many processes to start.
 set -euo pipefail
 here=$(dirname "$(readlink -f "$0")")
 secrets=(AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN HF_TOKEN
   MLFLOW_TRACKING_PASSWORD MLFLOW_TRACKING_TOKEN WANDB_API_KEY)
 wrong='' problem='' remedy='' rebuild='or build the image for older GPUs and drivers: infra/docker/README.md'
 
-say() { # level, words: a line of the log, as the job writes them
+say() { # level, message: a log line in the job's format
   printf '{"event": "%s", "level": "%s", "timestamp": "%s"}\n' "${2//[\"\\]/\'}" "$1" "$(date -u +%FT%T.%6NZ)" >&2
 }
-refuse() { # words: into the log, and where Kubernetes and SageMaker look for last ones
+refuse() { # message: logs it, writes it to where Kubernetes and SageMaker read a failure's reason, and exits 2
   say error "$1"
   for place in "${KUBERNETES_TERMINATION_LOG:-/dev/termination-log}" "${SAGEMAKER_BASE_DIR:-/opt/ml}/output/failure"; do
     { printf '%s' "$1" >"$place"; } 2>/dev/null || true
@@ -29,7 +29,7 @@ for name in "${secrets[@]}"; do
   else export "$name=$value" && unset "$file"; fi
 done
 [ -z "$wrong" ] || refuse "${wrong% }"
-case ${1-run} in run | train | -*) ;; *) exec python -m job "$@" ;; esac # the other commands need no GPU
+[[ ${1-run} == @(run|train|-*) && " $* " != *' '@(-h|--help)' '* ]] || exec python -m job "$@" # no GPU needed
 
 read -r built oldest <"$here/cuda" # the CUDA that torch is built with, the least compute capability it serves
 if ! banner=$(timeout 30 nvidia-smi 2>/dev/null); then

@@ -1,10 +1,10 @@
 #!/bin/sh
 # Writes the locks: every package with the hashes of all its files.
 #   requirements.lock       what the job needs, but for torch and what comes with its build
-#   requirements-cuda.lock  torch as PyPI has it, with the CUDA libraries and triton it pins: what the image installs.
-#                           A checkout takes the version from here, and whatever build the machine has.
-#   requirements-dev.lock   what checks and tests need beside these
-# All is resolved together first, so that no package has two versions.
+#   requirements-cuda.lock  torch from PyPI with the CUDA libraries and triton that it pins, for the image.
+#                           A checkout takes only torch's version from here, in the build that the machine has.
+#   requirements-dev.lock   what checks and tests need in addition
+# All are resolved together first, so that no package gets two versions.
 set -eu
 torch=2.13.0
 uv=$(command -v uv || echo .venv/bin/uv)
@@ -23,7 +23,7 @@ pick() {
     awk -v pattern="$1" 'FILENAME == ARGV[1] { known[$0]; next } /^[a-z]/ { keep = $0 ~ pattern && !($0 in known) } keep' "$2" "$3"
 }
 
-# The image has the job's optional parts too: who wants to use one finds it there.
+# The image includes the extras but for dev, see .github/decisions/0010-image.md.
 extras=$(python3 -c 'import tomllib
 extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]
 print(*(f"--extra {name}" for name in extras if name != "dev"))')

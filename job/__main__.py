@@ -10,10 +10,10 @@ from job.common import garbage_collection
 
 
 def run() -> NoReturn:
-    """Runs the command line, and ends the process at once.
+    """Runs the command line, and ends the process without Python's own shutdown.
 
-    Taking the libraries apart would take a second, and a thread in the midst of a download, which nobody needs any
-    more, would be waited for. Whatever has to be in order at the end, `main` has put in order when it returns.
+    The shutdown would take a second to free the libraries' modules, and would wait for threads that are still
+    downloading. `main` has flushed and closed everything that matters when it returns.
     """
     garbage_collection.disable()
     from job.cli.main import main
@@ -22,9 +22,9 @@ def run() -> NoReturn:
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed when the process began
         try:
             stream.flush()
-        except BrokenPipeError:  # nobody reads it any more
+        except BrokenPipeError:  # the reader of the pipe has closed it
             pass
-        except OSError:  # what was asked for is lost, as on a full disk
+        except OSError:  # the output is lost, for example on a full disk: not a success
             code = code or 1
     os._exit(code)
 

@@ -1,4 +1,4 @@
-"""Everything the job can say no with, and the exit code that goes with it.
+"""The errors of the job, and the exit code of each.
 
     JobError                    1   a bug, and the base of the tree
     ├── Killed                  1   a process of several was killed
@@ -7,12 +7,17 @@
     ├── VerificationError       4   results do not verify
     ├── DataError              65   data is wrong
     ├── Unreachable            69   storage or hub cannot be reached after retries
+    ├── TrainingFailed         70   training diverged, or memory is too small for it
+    ├── NoProgress             71   attempts in a row made no progress
     ├── Preempted              75   preempted, or stalled; the state is durable
     ├── Replaced               76   another attempt owns this run
     └── AccessDenied           77   access denied
 
-The table exists once, here. README, Kubernetes' podFailurePolicy and the SageMaker launcher are checked against
+The table exists once, here. README, Kubernetes' podFailurePolicy and the SageMaker launcher are tested against
 `exit_codes()`. Codes 65 to 77 are those of BSD's sysexits.h where it has a matching one.
+
+To add one: a subclass of `JobError` with its code, meaning and `retry`, and an entry in `_KINDS`. The tests then name
+every place that has to know it.
 """
 
 from __future__ import annotations
@@ -27,7 +32,12 @@ MAX_SHOWN = 20
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with what the user gave: where it is, what it is, and how to mend it."""
+    """One thing that is wrong with what the user gave.
+
+    Attributes:
+        where: A setting's dotted name, or a file with line and field.
+        what: What is wrong, and after a semicolon how to fix it.
+    """
 
     where: str
     what: str
@@ -37,25 +47,25 @@ class Problem:
 
 
 class JobError(Exception):
-    """An error the job itself raises; everything else that escapes is a bug and ends with the same exit code, 1."""
+    """Base of all errors that the job raises on purpose. Any other exception is a bug, with the same exit code, 1."""
 
     exit_code: ClassVar[int] = 1
     meaning: ClassVar[str] = "a bug"
     retry: ClassVar[Retry] = "counts against the limit"
     reported: bool = False
-    """Whether another process of the run has said it already."""
+    """Whether another process of the run has logged it already."""
 
 
 class Killed(JobError):
-    """A process of several was killed from outside, or crashed. Counts like a bug: memory may be too small for good."""
+    """One of several processes was killed or crashed. Counts like a bug: the memory may always be too small."""
 
     meaning = "a process was killed"
 
 
 class _ManyProblems(JobError):
-    """An error that reports all that is wrong at once (the first `MAX_SHOWN`, and their number).
+    """An error that lists all problems at once: the first `MAX_SHOWN`, and the number of all.
 
-    `total` may exceed `len(problems)`: a reader that has seen enough keeps counting without keeping.
+    `total` may exceed `len(problems)`: beyond some number, a reader of data only counts.
     """
 
     def __init__(self, problems: list[Problem], total: int | None = None) -> None:
@@ -107,8 +117,27 @@ class Unreachable(JobError):
     retry = "yes"
 
 
+class TrainingFailed(JobError):
+    """What was asked for cannot be computed here: a loss that is not finite, or too little memory for one example.
+
+    The same settings, data and machine would end the same way, so it is not to be retried.
+    """
+
+    exit_code = 70
+    meaning = "training diverged, or memory is too small for it"
+    retry = "no"
+
+
+class NoProgress(JobError):
+    """Several attempts in a row were stopped before they made progress: 75 would repeat that at no cost, for ever."""
+
+    exit_code = 71
+    meaning = "several attempts in a row made no progress"
+    retry = "counts against the limit"
+
+
 class Preempted(JobError):
-    """The machine is being taken away, or the job made no progress; what was done is durable."""
+    """The machine is being taken away, or the job made no progress. What was saved is durable: a restart resumes."""
 
     exit_code = 75
     meaning = "preempted, or stalled; the state is durable"
@@ -116,7 +145,7 @@ class Preempted(JobError):
 
 
 class Replaced(JobError):
-    """Another attempt has taken this run's lease; this one may publish nothing more."""
+    """Another attempt has taken this run's lease; this one must not write any more."""
 
     exit_code = 76
     meaning = "another attempt owns this run"
@@ -124,7 +153,7 @@ class Replaced(JobError):
 
 
 class AccessDenied(JobError):
-    """Storage or the hub answered, and refused: credentials or permissions are missing."""
+    """Storage or the hub refused a request: credentials or permissions are missing."""
 
     exit_code = 77
     meaning = "access denied"
@@ -138,6 +167,8 @@ _KINDS: tuple[type[JobError], ...] = (
     VerificationError,
     DataError,
     Unreachable,
+    TrainingFailed,
+    NoProgress,
     Preempted,
     Replaced,
     AccessDenied,
@@ -145,12 +176,15 @@ _KINDS: tuple[type[JobError], ...] = (
 
 
 def exit_codes() -> dict[int, tuple[str, Retry]]:
-    """The table of exit codes: code -> (meaning, whether to retry), in ascending order, 0 not included."""
+    """The table of exit codes: code -> (meaning, whether to retry), in ascending order, without 0."""
     return {kind.exit_code: (kind.meaning, kind.retry) for kind in _KINDS}
 
 
-def elsewhere(exit_code: int, where: str, why: str) -> JobError:
-    """The error that another process ended with, to end with here too; a code that is none of ours is a bug."""
+def error_of_process(exit_code: int, where: str, why: str) -> JobError:
+    """The error that another process ended with, as an exception that ends this one with the same exit code.
+
+    An exit code that is not in the table becomes a `JobError`.
+    """
     kind = next((kind for kind in _KINDS if kind.exit_code == exit_code), JobError)
     error = kind([Problem(where, why)]) if issubclass(kind, _ManyProblems) else kind(f"{where}: {why}")
     error.reported = True

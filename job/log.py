@@ -1,7 +1,7 @@
 """Logging: JSON lines for machines, readable lines and a progress bar for a person at a terminal.
 
-Everything goes through the standard library's root logger, so that lines of libraries carry the run, the attempt and
-the stage like our own. Logs go to stderr; stdout is for results.
+Everything goes through the standard library's root logger, so that lines of libraries carry run, attempt and stage like
+those of the job. Logs go to stderr; stdout is for results.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ QUIET = (
 
 
 class _CurrentStderr(logging.StreamHandler[TextIO]):
-    """Writes to whatever `sys.stderr` is now: a progress bar puts itself there to keep lines and bar apart."""
+    """Writes to the present `sys.stderr`, which a progress bar replaces so that lines appear above the bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr
@@ -36,10 +36,10 @@ def configure(log_format: str, level: str, secrets: Sequence[str] = (), **contex
     """Sets up logging for this process; `context` (run, attempt) is on every line.
 
     Args:
-        log_format: `json`, `console`, or `auto`: console where stderr is a terminal.
-        level: Threshold for our own lines; libraries are heard from `warning` on.
-        secrets: Credentials; a line that contains one, whoever wrote it, shows asterisks instead.
-        context: Bound to every line.
+        log_format: `json`, `console`, or `auto`: console if stderr is a terminal.
+        level: Least level of the job's own lines; that of libraries is `warning`.
+        secrets: Credentials; each is replaced by asterisks in every line, also in those of libraries.
+        context: Fields on every line.
     """
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
@@ -53,7 +53,14 @@ def configure(log_format: str, level: str, secrets: Sequence[str] = (), **contex
             structlog.processors.JSONRenderer(),
         ]
         if as_json
-        else [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=32)]
+        else [
+            structlog.dev.ConsoleRenderer(
+                colors=sys.stderr.isatty(),
+                pad_event_to=32,
+                # locals may hold rows of the data, and fill pages
+                exception_formatter=structlog.dev.RichTracebackFormatter(show_locals=False),
+            )
+        ]
     )
     handler = _CurrentStderr()
     handler.setFormatter(
@@ -72,8 +79,8 @@ def configure(log_format: str, level: str, secrets: Sequence[str] = (), **contex
     for name in QUIET:
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.captureWarnings(capture=True)
-    warnings.filterwarnings("ignore", category=FutureWarning)  # libraries talking to their own developers
-    os.environ["TQDM_DISABLE"] = "1"  # progress is ours to show
+    warnings.filterwarnings("ignore", category=FutureWarning)  # meant for the developers of libraries
+    os.environ["TQDM_DISABLE"] = "1"  # the job shows its own progress
     os.environ["TRANSFORMERS_VERBOSITY"] = os.environ["DATASETS_VERBOSITY"] = "error"
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
@@ -99,26 +106,26 @@ def get_logger() -> structlog.stdlib.BoundLogger:
 
 
 def bind(**context: Any) -> None:
-    """Adds to what is on every line."""
+    """Adds fields to every line from now on."""
     structlog.contextvars.bind_contextvars(**context)
 
 
 @contextmanager
 def stage(name: str) -> Iterator[None]:
-    """Lines within carry the stage's name."""
+    """Log lines within it carry the stage's name."""
     with structlog.contextvars.bound_contextvars(stage=name):
         yield
 
 
 @contextmanager
 def hush() -> Iterator[None]:
-    """Within it nothing is printed: libraries greet when they are imported, and stdout is for results."""
+    """Within it nothing is printed: libraries print messages when they are imported, and stdout is for results."""
     with redirect_stdout(io.StringIO()):
         yield
 
 
 class Progress(Protocol):
-    """Told how far a stage is."""
+    """Shows how far a stage is."""
 
     def __call__(self, done: int, **figures: Any) -> None:
         """`done` of the total; `figures` are shown beside it."""
@@ -126,12 +133,12 @@ class Progress(Protocol):
 
 @contextmanager
 def progress(what: str, total: int, every: int = 1) -> Iterator[Progress]:
-    """A bar at a terminal; elsewhere a log line every `every` units, and one for the last.
+    """A progress bar at a terminal; elsewhere a log line every `every` units, and one for the last.
 
     Args:
-        what: Name of the unit, for the line and the bar.
-        total: Units in all.
-        every: Units between two lines.
+        what: Name of the units, in the line and at the bar.
+        total: Number of units.
+        every: Units between two log lines.
     """
     logger = get_logger()
     console = any(isinstance(h, _CurrentStderr) for h in logging.root.handlers) and sys.stderr.isatty()
@@ -144,25 +151,25 @@ def progress(what: str, total: int, every: int = 1) -> Iterator[Progress]:
         with Bar(*columns, TextColumn("{task.fields[figures]}"), console=Console(stderr=True)) as bar:
             task = bar.add_task(what, total=total, figures="")
 
-            def draw(done: int, **figures: Any) -> None:
+            def show(done: int, **figures: Any) -> None:
                 bar.update(task, completed=done, figures="  ".join(_short(*figure) for figure in figures.items()))
 
-            yield draw
+            yield show
         return
 
     reported = 0
 
-    def tell(done: int, **figures: Any) -> None:
+    def report(done: int, **figures: Any) -> None:
         nonlocal reported
         if done - reported >= every or done == total:
             reported = done
             logger.info(what, done=done, total=total, **figures)
 
-    yield tell
+    yield report
 
 
 def _short(name: str, value: Any) -> str:
-    """A figure as there is room for it beside a bar."""
+    """A figure in a short form, to fit beside a bar."""
     if name == "memory_bytes":
         return f"{value / (1 << 30):.1f} GiB"
     if name == "tokens_per_second":

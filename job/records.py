@@ -1,8 +1,12 @@
-"""Frozen values that the rooms hand to each other. No torch, no behaviour beyond what a value knows of itself."""
+"""Frozen dataclasses that packages hand to each other; several are also stored as JSON. No behaviour, no torch.
+
+A field that is added needs a default, so that records of earlier versions can still be read.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -18,7 +22,7 @@ class Example:
 
 @dataclass(frozen=True)
 class DatasetRecord:
-    """What was trained on. `sha256` covers the selected, rendered and tokenized examples in order."""
+    """The training data. `sha256` is over the selected, rendered and tokenized examples in order."""
 
     source: str
     revision: str | None
@@ -34,7 +38,7 @@ class DatasetRecord:
 
 @dataclass(frozen=True)
 class ModelRecord:
-    """The base model and the size of the adapter on it. `sha256` covers the model's files."""
+    """The base model and the size of the adapter. `sha256` is over the model's files."""
 
     id: str
     revision: str | None
@@ -45,19 +49,68 @@ class ModelRecord:
     dtype: str
     parameters: int
     trainable_parameters: int
+    quantized_parameters: int = 0
+    """How many of `parameters` are really held as `quantization` says; of a mixture's experts it may be few."""
+    adapted: list[str] = field(default_factory=list)
+    """Names of the layers that got an adapter, as they were given or found."""
+
+
+PEFT = "peft"
+"""`ExecutionPlan.forward` where PEFT's own layers compute."""
+FUSED = "fused"
+FUSED_THROUGHOUT = "fused all"
+"""How `ExecutionPlan.forward` begins where the job's fused layers compute: some of them, or the whole decoder."""
 
 
 @dataclass(frozen=True)
-class Execution:
-    """How a GPU's work was carried out; none of it changes a bit.
+class ExecutionPlan:
+    """How training is carried out on this machine, and why so. `training.execution` of the manifest.
 
-    `recorded`: its kernels were recorded once for each shape of row and replayed (CUDA graphs).
+    `forward` decides last bits. The other three cost memory and save time, and change no bit:
+
+    kept_base: The base's dequantized weights are kept in memory, instead of dequantized for each use.
+    kept_activations: Activations are kept for the backward pass, instead of computed again in it.
+    recorded: The GPU's kernels are recorded once for each shape of its inputs and launched together (CUDA graphs).
     """
 
     kept_base: bool
     kept_activations: bool
     recorded: bool
     reason: str
+    forward: str = FUSED
+    """`peft`; or `fused all, triton`: what is fused, whose kernels. The default is for records of older versions."""
+    packed: bool = True
+    """Whether examples went through the model end to end in one sequence; else each alone, which `reason` explains."""
+
+    @property
+    def fused(self) -> bool:
+        """Whether the job's fused layers compute; they need no autocast, since they cast the adapter's weights."""
+        return self.forward != PEFT
+
+    @property
+    def padded(self) -> bool:
+        """Whether packed sequences are padded to few lengths, which CUDA graphs need; for a decoder fused throughout.
+
+        Stays true when `recorded` is given up: other lengths would change the last bits.
+        """
+        return self.forward.startswith(FUSED_THROUGHOUT)
+
+    @property
+    def spare(self) -> tuple[str, ...]:
+        """What can be given up when the GPU's memory runs out, in this order. The bits stay the same."""
+        kept = ("kept_base", "kept_activations", "recorded")
+        return tuple(name for name in kept if self.fused and getattr(self, name))
+
+    def give_up(self, name: str) -> ExecutionPlan:
+        """The plan without one of those in `spare`.
+
+        Raises:
+            ValueError: It is none of them.
+        """
+        if name not in self.spare:
+            raise ValueError(f"{name} is not among what can be given up: {', '.join(self.spare) or 'nothing'}")
+        given_up: dict[str, Any] = {name: False}
+        return replace(self, **given_up)
 
 
 @dataclass(frozen=True)
@@ -79,8 +132,19 @@ class TrainingRecord:
     micro_batch_tokens: int
     substitutions: list[str]
     world_size: int = 1
-    execution: Execution | None = None
-    """None on a CPU, and where PEFT's own layers did the work."""
+    execution: ExecutionPlan | None = None
+    """None in records of older versions, where PEFT's own layers did the work."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Whether many examples go through the model end to end in one sequence, or each alone; and why, in words.
+
+    Found out on the model itself (`packing_check`), once a run: it decides the last bits of everything computed.
+    """
+
+    packed: bool
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -93,7 +157,7 @@ class Question:
 
 @dataclass(frozen=True)
 class ChoiceScore:
-    """Natural log-likelihood of a choice given its context, and whether greedy decoding would have said it."""
+    """Log-likelihood of a choice given its context, in nats, and whether greedy decoding would produce it."""
 
     log_likelihood: float
     greedy: bool
@@ -101,7 +165,7 @@ class ChoiceScore:
 
 @dataclass(frozen=True)
 class TaskScores:
-    """One task, one model: the figures, and the file that holds the answer to each question."""
+    """One model on one task: accuracies as fractions, and for each question, in order, whether its answer is right."""
 
     task: str
     source: str
@@ -119,7 +183,7 @@ class TaskScores:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A published file: key below the run, size, hash. `facts_sha256` leaves out what a clock measured."""
+    """A file of a run: key, size and SHA-256. `facts_sha256` is over a file of metrics without what was measured."""
 
     path: str
     bytes: int
@@ -129,14 +193,14 @@ class Artifact:
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One logging step: facts that every identical run repeats, and under `measured` what a clock or a meter said."""
+    """One optimizer step: facts that identical runs share, and in `measured` times, speed, memory and energy."""
 
     step: int
     epoch: float
     loss: float
     learning_rate: float
     grad_norm: float | None
-    """None where fp16's loss scaling overflowed, and the step was skipped."""
+    """None if fp16 gradients overflowed and the step was skipped."""
     examples: int
     target_tokens: int
     measured: dict[str, float | int | None] = field(default_factory=dict)
@@ -146,8 +210,8 @@ class StepMetrics:
 class AttemptRecord:
     """One start of the run. Times are RFC 3339 in UTC.
 
-    `finished` is None where it was killed without notice; everything else is then as of its last note, up to some
-    seconds before. `usd_per_hour` is what the machine of this attempt cost, as far as it was told.
+    `finished` is None if the attempt was killed without notice; all else is then as of its last record, some seconds
+    earlier. `usd_per_hour` is the price of its machine, None if unknown.
     """
 
     number: int
@@ -160,7 +224,7 @@ class AttemptRecord:
     repeated_steps: int
     last_step: int
     world_size: int = 1
-    """Processes that worked together; the default is for what was noted before there could be several."""
+    """Number of processes; the default is for records of versions with one process."""
     repeated_seconds: float = 0.0
     usd_per_hour: float | None = None
     energy_joules: float | None = None
@@ -168,7 +232,7 @@ class AttemptRecord:
 
 @dataclass(frozen=True)
 class Pulled:
-    """What the record of the pull stage keeps: a later attempt must find the same."""
+    """Record of the pull stage: every later attempt has to find the same."""
 
     dataset: DatasetRecord
     model_sha256: str
@@ -179,7 +243,7 @@ class Pulled:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What the record of an evaluation keeps."""
+    """Record of an evaluation stage."""
 
     scores: dict[str, TaskScores]
     artifacts: list[Artifact]
@@ -187,7 +251,7 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Trained:
-    """What the record of training keeps."""
+    """Record of the training stage."""
 
     training: TrainingRecord
     artifacts: list[Artifact]

@@ -10,7 +10,7 @@ from typing import Any
 from job.common.hashing import hash_file, sealed
 from job.evaluation import comparison, statistics
 from job.records import Artifact, AttemptRecord, DatasetRecord, ModelRecord, StepMetrics, TaskScores, TrainingRecord
-from job.report.report import Evidence
+from job.report.report import ReportData
 from job.results import manifest
 from job.settings.load import load_settings, redacted
 from tests.helpers import write_jsonl
@@ -119,7 +119,7 @@ def answers(improved: int, regressed: int, n: int) -> Sides:
     return sides
 
 
-def evidence(**tasks: Sides) -> Evidence:
+def evidence(**tasks: Sides) -> ReportData:
     """94 steps of metrics, and the answers."""
     metrics = [
         StepMetrics(
@@ -134,10 +134,10 @@ def evidence(**tasks: Sides) -> Evidence:
         )
         for step in range(1, 95)
     ]
-    return Evidence(metrics, tasks)
+    return ReportData(metrics, tasks)
 
 
-def results(found: Evidence, arguments: Sequence[str] = (), **changes: Any) -> dict[str, Any]:
+def results(found: ReportData, arguments: Sequence[str] = (), **changes: Any) -> dict[str, Any]:
     """The manifest of a run with these answers, settings and changed records; nothing is published yet."""
     tasks = comparison.compare_tasks(
         *({task: _scores(task, sides[side]) for task, sides in found.answers.items()} for side in (0, 1))
@@ -164,7 +164,7 @@ def results(found: Evidence, arguments: Sequence[str] = (), **changes: Any) -> d
     return built
 
 
-def publish(folder: Path, found: Evidence, made: dict[str, Any]) -> dict[str, Any]:
+def publish(folder: Path, found: ReportData, made: dict[str, Any]) -> dict[str, Any]:
     """Writes the run's files and its manifest, with them in it, into a folder; returns the manifest."""
     (folder / "artifacts/evaluation").mkdir(parents=True)
     paths = [write_jsonl(folder / "artifacts/metrics.jsonl", (asdict(step) for step in found.metrics))]

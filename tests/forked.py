@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR", "TRANSFORMERS_VERBOSITY": "error"}
 """What the job tells its libraries before it imports them, which here is before there is a job."""
 
-LATE = ("scipy.stats", "jsonschema", "lm_eval.evaluator", "tensorboard.summary.writer.event_file_writer")
+LATE = ("scipy.stats", "jsonschema", "lm_eval.evaluator", "tensorboardX")
 """What a run imports when it needs it."""
 
 

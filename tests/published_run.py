@@ -33,9 +33,8 @@ from job.records import (
 )
 from job.results import manifest
 from job.results.inventory import collect
-from job.results.reader import answers_path
+from job.runs.layout import answers_key, attempt_key
 from job.runs.lease import LeaseRecord
-from job.runs.run_log import record_key
 from job.settings.affects_result import affects_result
 from job.settings.load import describe, load_settings, redacted
 from job.storage.local import LocalStore
@@ -70,7 +69,7 @@ def publish_run(
     store.write("settings.json", json.dumps(decisive, indent=2).encode())
     ledger = [_attempt(number, last=number == attempts) for number in range(1, attempts + 1)]
     for record in ledger[:-1]:
-        store.write(record_key(record.number), sealed(asdict(replace(record, outcome="running"))))
+        store.write(attempt_key(record.number), sealed(asdict(replace(record, outcome="running"))))
     model = _model()
     dataset = DatasetRecord("rows.jsonl", None, None, "alpaca", ROWS, {}, _hash("rows"), 90, 80, 20)
     _stage(store, "pull", Pulled, Pulled(dataset, model.sha256, None, {task: _hash(task) for task in answers}))
@@ -98,7 +97,7 @@ def publish_run(
         on_demand_usd_per_hour=chosen.cost.on_demand_usd_per_hour,
     )
     store.write("results.json", sealed(results))
-    store.write(record_key(attempts), sealed(asdict(_gone_on(ledger[-1]))))
+    store.write(attempt_key(attempts), sealed(asdict(_gone_on(ledger[-1]))))
     holder = LeaseRecord(epoch=attempts, holder="host/1", started="2026-01-05T09:00:00Z", heartbeat=7)
     store.write("lease.json", sealed(holder.model_dump()))
     return folder
@@ -203,9 +202,9 @@ def _evaluated(store: LocalStore, answers: Pairs, side: str, work: Path) -> Eval
     for task, told in answers.items():
         rows = [_record(task, n, right=pair[side == "adapter"]) for n, pair in enumerate(told)]
         data = "".join(json.dumps(row) + "\n" for row in rows).encode()
-        artifacts.append(publish_file(store, answers_path(task, side), data))
+        artifacts.append(publish_file(store, answers_key(task, side), data))
         records = samples.parse(data)
-        scores[task] = samples.tally_records(records, task=task, source=f"{task}.jsonl", version="1.0")
+        scores[task] = samples.task_scores(records, task=task, source=f"{task}.jsonl", version="1.0")
     return Evaluated(scores, artifacts)
 
 

@@ -26,7 +26,7 @@ NEVER_IMPORTED = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"
 NEVER_CALLED = {"torch.load", "torch.save", "eval", "exec", "yaml.load", "yaml.unsafe_load", "numpy.load", "np.load"}
 
 HEAVY = {"torch", "transformers", "trl", "peft", "bitsandbytes", "lm_eval", "datasets", "accelerate", "numpy", "scipy"}
-HEAVY |= {"pyarrow", "pandas", "boto3", "botocore", "huggingface_hub", "tensorboard", "matplotlib", "jsonschema"}
+HEAVY |= {"pyarrow", "pandas", "boto3", "botocore", "huggingface_hub", "tensorboardX", "matplotlib", "jsonschema"}
 HEAVY |= {"wandb", "mlflow"}
 
 

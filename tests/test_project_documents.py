@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
+import tomllib
 from pathlib import Path
+
+import pytest
 
 from job.cli.main import COMMANDS, USAGE
 from job.errors import exit_codes
@@ -13,13 +17,16 @@ from job.settings.schema import NAMES
 from job.settings.sources import environment_name
 
 ROOT = Path(__file__).parents[1]
+CONTRIBUTING = (ROOT / ".github/CONTRIBUTING.md").read_text(encoding="utf-8")
+DECISIONS = sorted((ROOT / ".github/decisions").glob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / ".github/CONTRIBUTING.md", *DECISIONS]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCKER = (ROOT / "infra/docker/README.md").read_text(encoding="utf-8")
 
 
 def test_exit_codes_in_the_readme() -> None:
     """The README's table of exit codes is that of `errors.py`."""
-    section = README.partition("## Exit codes")[2]
+    section = README.partition("## Exit codes")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| (\d+) \| (.+?) \| (.*?) ?\|$", section, re.MULTILINE)
     expected = [("0", "done, manifest published", "")]
     expected += [(str(code), meaning, retry) for code, (meaning, retry) in exit_codes().items()]
@@ -48,7 +55,7 @@ def test_the_published_claim_in_the_readme() -> None:
 
 def test_settings_in_the_documents() -> None:
     """Every `JOB_` name in a README, and in what lies beside Docker's, is a setting."""
-    known = {environment_name(name) for name in NAMES} | {"JOB_CONFIG", "JOB_GROUP__NAME"}
+    known = {environment_name(name) for name in NAMES} | {"JOB_CONFIG", "JOB_SECRETS_DIR", "JOB_GROUP__NAME"}
     texts = [README, DOCKER, *(path.read_text(encoding="utf-8") for path in (ROOT / "infra/docker").glob("*.yaml"))]
     assert {name for text in texts for name in re.findall(r"JOB_[A-Z_]+[A-Z]", text)} <= known
 
@@ -75,3 +82,68 @@ def test_the_image_s_words_are_in_the_documents() -> None:
 def test_commands_in_the_usage() -> None:
     """`--help` names every command, but for SageMaker's own word for `run`."""
     assert all(f" {command}" in USAGE or f"[{command}]" in USAGE for command in COMMANDS if command != "train")
+
+
+def named_paths(text: str) -> set[str]:
+    """The paths that a document names in backticks, or links to."""
+    quoted = re.findall(r"`((?:job|tests|infra|\.github|\.ci)/[\w./-]*)`", text)
+    return {*quoted, *re.findall(r"\]\(((?:job|tests|infra|\.github)/[\w./-]+)\)", text)}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.name)
+def test_paths_in_the_documents(path: Path) -> None:
+    """Every file and folder that README, CONTRIBUTING or a decision names is there."""
+    missing = [name for name in named_paths(path.read_text(encoding="utf-8")) if not (ROOT / name).exists()]
+    assert not missing
+    assert path.name[:2] == "00" or named_paths(path.read_text(encoding="utf-8"))
+
+
+def test_where_to_change_what() -> None:
+    """What CONTRIBUTING names as a name in a file is in that file."""
+    named = re.findall(r"`(\w+)` in `(job/[\w/]+\.py)`", CONTRIBUTING)
+    assert named
+    for name, path in named:
+        assert re.search(rf"\b{name}\b", (ROOT / path).read_text(encoding="utf-8")), (name, path)
+
+
+def test_the_table_of_packages() -> None:
+    """CONTRIBUTING lists every package, and lets it import what its contract leaves."""
+    rows = re.findall(r"^\| `(\w+)` \| .+ \| (.+) \|$", CONTRIBUTING, re.MULTILINE)
+    packages = {path.parent.name for path in (ROOT / "job").glob("*/__init__.py")} - {"demo"}
+    assert {name for name, _ in rows} == packages
+    config = tomllib.loads((ROOT / ".github/imports.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
+    contracts = {contract["id"]: contract for contract in config["contracts"]}
+    for name, allowed in rows:
+        if name not in {"cli", "stages"}:
+            forbidden = {module.removeprefix("job.") for module in contracts[name]["forbidden_modules"]}
+            assert set(allowed.split()) - {"-"} == packages - forbidden - {name}, name
+
+
+def test_decisions_are_short() -> None:
+    """A decision is one short page, with its number in its first line."""
+    for path in DECISIONS:
+        text = path.read_text(encoding="utf-8")
+        assert text.startswith(f"# {int(path.name[:4])}. ")
+        assert len(text.splitlines()) <= 50
+
+
+def test_the_figures_of_the_cpu_in_the_readme() -> None:
+    """The table of what was measured on a CPU is what the named file of results has."""
+    section = README.partition("## Speed")[2]
+    (name,) = re.findall(r"`(\S+-cpu\.json)`", section)
+    results = json.loads((ROOT / "tests/bench/results" / name).read_text(encoding="utf-8"))
+    assert results["date"][:10] in section
+    ratios = {row["what"]: row["ratio"] for row in results["rows"]}
+    table = {
+        what: cells
+        for what, *cells in re.findall(r"^\| (.+?) \| (\S+) \| (\S+?)[, ].*? \| (\S+) \|$", section, re.MULTILINE)
+    }
+    for what, row in {
+        "training, NF4, target tokens a second": "training, NF4",
+        "the same": "training, NF4, beside Unsloth",
+        "evaluation, questions a second, same predictions": "evaluation",
+        "from a restart to the next step on real data, seconds": "restart to the next new step, real data",
+    }.items():
+        ours, other, ratio = map(float, table[what])
+        assert ratio == pytest.approx(ratios[row], abs=0.051)
+        assert ours / other == pytest.approx(ratio, rel=0.03)

@@ -3,7 +3,7 @@
     python infra/sagemaker/launch.py --stack qlora-job --image REPOSITORY@sha256:... --run my-run --spot --wait
 
 Settings of the job are given by `--set train.epochs=3` (as hyperparameters) or `--env JOB_TRAIN__EPOCHS=3`. The same
-`--run` again goes on with that run. Exit codes are those of the job's own table (README); with `--wait`, the job's.
+`--run` again resumes that run. Exit codes are those of the job's own table (README); with `--wait`, the job's.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def parser() -> argparse.ArgumentParser:
     add("--stack", help="CloudFormation stack of template.yaml: gives role, root and key")
     add("--role", help="ARN of the execution role")
     add("--root", help="s3://bucket[/prefix] for everything of all runs")
-    add("--run", help="name of the run; the same name again goes on with it")
+    add("--run", help="name of the run; the same name again resumes it")
     add("--instance", default=Order.instance, help="default: %(default)s")
     add("--count", type=int, default=1, help="machines; default: 1")
     add("--volume-gb", type=int, default=Order.volume_gb, help="disk; default: %(default)s")

@@ -122,12 +122,12 @@ def _channel(name: str, uri: str, mode: str) -> dict[str, Any]:
 
 
 def problems(order: Order) -> Iterator[str]:
-    """What is wrong with an order, each with the way to mend it."""
+    """What is wrong with an order, each problem with its fix."""
     wait = order.max_wait
     checks = [
         (
             re.fullmatch(r".+@sha256:[0-9a-f]{64}", order.image),
-            "--image: must be named by its digest, NAME@sha256:..., so that a run that goes on is the same software",
+            "--image: must be named by its digest, NAME@sha256:..., so that a resumed run has the same software",
         ),
         (
             re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^/]+)*", order.root),

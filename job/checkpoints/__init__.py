@@ -1,1 +1,1 @@
-"""The durable state of training: written, committed, verified, restored."""
+"""Checkpoints: what they hold, how they are committed, verified and restored."""

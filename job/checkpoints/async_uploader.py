@@ -1,8 +1,8 @@
-"""Publishing beside training: one thread uploads a finished snapshot while the next steps are computed.
+"""Uploading beside training: one thread uploads a finished checkpoint while the next steps are computed.
 
-Never more than one behind: handing over a snapshot waits for the one before. A failed upload is an error of the run,
-raised in the training thread at its next call. Whoever leaves waits for the upload in hand, for nothing goes on once
-the process has ended. The store's time limits see to it that it does end.
+At most one upload is under way: handing over a checkpoint waits for the one before. A failed upload is an error of the
+run, raised in the training thread at its next call. Leaving the `with` block waits for the upload under way, because
+it would not go on once the process has ended. The store's time limits bound that wait.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextvars import copy_context
+from concurrent.futures import Future, wait
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from job.common.threads import in_thread
 from job.log import get_logger
 
 # How many uploads are remembered to predict how long the next one takes.
@@ -26,10 +26,10 @@ _LOOK_SECONDS = 0.5
 
 
 class AsyncUploader:
-    """Hands snapshots to `publish`, one at a time, in another thread. For one training thread to use.
+    """Hands checkpoints to `publish`, one at a time, in another thread. For one training thread to use.
 
     Args:
-        publish: Uploads the folder of a step; raises what the run shall end with.
+        publish: Uploads the folder of a step; raises the error that the run is to end with.
         patience: How many seconds an exception that leaves the `with` block may still wait for the upload in hand;
             asked again and again, for a signal may shorten it.
     """
@@ -39,7 +39,6 @@ class AsyncUploader:
     ) -> None:
         self._publish = publish
         self._patience = patience
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="publisher")
         self._last: Future[None] | None = None
         self._seconds: deque[float] = deque(maxlen=_REMEMBERED)
         self.waited_seconds = 0.0
@@ -51,14 +50,14 @@ class AsyncUploader:
         return tuple(self._seconds)
 
     def submit(self, folder: Path, step: int) -> None:
-        """Publishes a finished snapshot, which is deleted when that is done; waits for the one before.
+        """Publishes a finished checkpoint, whose folder is deleted when that is done; waits for the one before.
 
         Raises:
             Exception: What the upload of an earlier one failed with. Nothing is published after a failure.
         """
         self.finish()
-        # The thread's log lines carry the run, the attempt and the stage like ours.
-        self._last = self._pool.submit(copy_context().run, self._run, folder, step)
+        # No daemon: a process that ends early still waits for an upload that is under way.
+        self._last = in_thread(lambda: self._run(folder, step), "publisher", daemon=False)
 
     def check(self) -> None:
         """Raises what an upload failed with, without waiting for one."""
@@ -91,19 +90,16 @@ class AsyncUploader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        try:
-            if kind is None:
-                self.finish()
-            elif self._last is not None:
-                # The exception is what the run ends with; what is on its way shall get there.
-                began = time.monotonic()
-                while not wait([self._last], min(_LOOK_SECONDS, self._patience())).done and self._patience() > 0:
-                    pass
-                self._tell_how_it_ended(self._last, error, time.monotonic() - began)
-        finally:
-            self._pool.shutdown(wait=False)
+        if kind is None:
+            self.finish()
+        elif self._last is not None:
+            # The exception is what the run ends with; the upload under way is still given its time.
+            began = time.monotonic()
+            while not wait([self._last], min(_LOOK_SECONDS, self._patience())).done and self._patience() > 0:
+                pass
+            self._log_how_it_ended(self._last, error, time.monotonic() - began)
 
-    def _tell_how_it_ended(self, upload: Future[None], error: BaseException | None, waited: float) -> None:
+    def _log_how_it_ended(self, upload: Future[None], error: BaseException | None, waited: float) -> None:
         if not upload.done():
             get_logger().warning("the upload of the last checkpoint did not end in time", waited=round(waited, 1))
         elif (failure := upload.exception()) not in {None, error}:

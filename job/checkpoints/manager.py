@@ -13,20 +13,169 @@ checkpoint of his own, and then the most he gets is wrong numbers; no byte of it
 
 from __future__ import annotations
 
-import re
+import shutil
+import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from job.checkpoints import commit_marker
-from job.checkpoints.download import NotWhole, download
-from job.common.hashing import hash_facts, hash_file
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import from_json
+
+from job.common.hashing import hash_file, seal, sealed
+from job.errors import Unreachable
 from job.log import get_logger
-from job.storage.open import ObjectStore, is_key
+from job.runs.layout import CHECKPOINTS, COMMITTED, checkpoint_folder, checkpoint_part, marker_key, step_name
+from job.storage.base import disk_errors
+from job.storage.open import ObjectStore, TooLarge, check_key, is_key
 
-__all__ = ["Restored", "Skipped", "hash_facts", "hash_file", "prune", "publish", "restore", "steps"]
+MAX_MARKER_BYTES = 256 * 1024
+# Left on the disk after a restore, for the checkpoints of the steps to come.
+SPARE_BYTES = 64 << 20
+_MAX_WORDS = 200
 
-_KEY = re.compile(r"checkpoints/step-(\d{8}|[1-9]\d{8,17})/(.+)", re.ASCII | re.DOTALL)
+
+def _plain_name(name: str) -> str:
+    """Returns `name` if it is a visible file's, directly in its folder.
+
+    Raises:
+        ValueError: It leads elsewhere.
+    """
+    if "/" in name or name.startswith("."):
+        raise ValueError(f"{name[:_MAX_WORDS]!r} is not the name of a file in the checkpoint's folder")
+    return check_key(name)
+
+
+class MarkedFile(BaseModel):
+    """What a file of the checkpoint must be."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class Marker(BaseModel):
+    """The content of a commit marker. `epoch` is the lease's: which attempt wrote it."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    step: int = Field(ge=0)
+    epoch: int = Field(ge=0, lt=10**9)
+    world_size: int = Field(ge=1)
+    software: dict[str, str]
+    files: dict[Annotated[str, AfterValidator(_plain_name)], MarkedFile] = Field(min_length=1, max_length=100)
+
+    @property
+    def folder(self) -> str:
+        """Where the files lie that it vouches for; a prefix of keys."""
+        return checkpoint_folder(self.step, self.epoch)
+
+
+def render_marker(marker: Marker) -> bytes:
+    """The marker as JSON, sealed with a hash of its own content."""
+    return sealed(marker.model_dump())
+
+
+def parse_marker(data: bytes) -> Marker:
+    """The inverse of `render_marker`; the bytes may come from anybody.
+
+    Raises:
+        ValueError: It is no marker, it names files outside its folder, or it was altered.
+    """
+    try:
+        facts = dict(from_json(data))
+        claimed = facts.pop("seal", None)
+        marker = Marker.model_validate(facts)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        raise ValueError(f"the marker is malformed: {first['msg'][:_MAX_WORDS]}") from None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the marker is malformed: {str(error)[:_MAX_WORDS]}") from None
+    if claimed != seal(facts):
+        raise ValueError("the marker was altered: its seal is not that of its content")
+    return marker
+
+
+def publish(
+    store: ObjectStore, folder: Path, *, step: int, epoch: int, world_size: int, software: Mapping[str, str]
+) -> None:
+    """Uploads the files of `folder`, then the marker. An attempt (`epoch`) publishes a step once.
+
+    Raises:
+        Replaced: Another attempt took the run over.
+        Unreachable, AccessDenied: As the store says.
+    """
+    paths = sorted(folder.iterdir())
+    files = {path.name: MarkedFile(bytes=path.stat().st_size, sha256=hash_file(path)) for path in paths}
+    marker = Marker(step=step, epoch=epoch, world_size=world_size, software=dict(software), files=files)
+    for path in paths:
+        store.upload(path, marker.folder + path.name)
+    store.write(marker_key(step), render_marker(marker))
+
+
+def steps(store: ObjectStore) -> list[int]:
+    """Steps of the checkpoints that have a marker, newest first."""
+    return [step for step, names in _names(store).items() if COMMITTED in names]
+
+
+def prune(store: ObjectStore, keep: int, *, own: Collection[int], verified: int, fresh: Collection[int] = ()) -> None:
+    """Deletes all but the newest `keep` checkpoints that are fit for use, each marker before its files.
+
+    Args:
+        store: The run's.
+        keep: How many to keep, at least 1.
+        own: Steps that this attempt committed: they are fit.
+        verified: Step that this attempt restored, 0 if none. Up to it checkpoints are fit; those after it that are not
+            of this attempt were not whole when it began, or come late from one that was replaced.
+        fresh: Steps too new for an older one to be deleted in their favour, as long as a copy of the folder may not
+            have them yet. They are kept, and do not count.
+    """
+    found = _names(store)
+    fit = [step for step, names in found.items() if COMMITTED in names and (step <= verified or step in own)]
+    kept = {*[step for step in fit if step not in fresh][: max(keep, 1)], *(step for step in fit if step in fresh)}
+    for step, names in found.items():
+        # Without a single one that is fit, the rest is evidence.
+        if kept and step not in kept:
+            for name in sorted(names, key=lambda name: name != COMMITTED):
+                store.delete(f"{CHECKPOINTS}{step_name(step)}/{name}")
+
+
+def publisher(
+    store: ObjectStore,
+    *,
+    epoch: int,
+    world_size: int,
+    software: Mapping[str, str],
+    keep: int,
+    settle_seconds: float,
+    verified: int,
+    on_committed: Callable[[int, float], None],
+) -> Callable[[Path, int], None]:
+    """What uploads the folder of a step, commits it, and then deletes the checkpoints that are not needed any more.
+
+    Args:
+        store: The run's.
+        epoch: The lease's: which attempt this is.
+        world_size: Number of processes.
+        software: Versions of this process.
+        keep: How many checkpoints to keep, at least 1.
+        settle_seconds: For how long after its commit a checkpoint is `fresh` (see `prune`).
+        verified: Step that this attempt restored, 0 if none.
+        on_committed: Called with the step, and the seconds that all this took.
+    """
+    committed: dict[int, float] = {}
+
+    def publish_and_prune(folder: Path, step: int) -> None:
+        began = time.monotonic()
+        publish(store, folder, step=step, epoch=epoch, world_size=world_size, software=software)
+        now = committed[step] = time.monotonic()
+        fresh = [step for step, when in committed.items() if now - when < settle_seconds]
+        prune(store, keep, own=committed.keys(), verified=verified, fresh=fresh)
+        on_committed(step, time.monotonic() - began)
+
+    return publish_and_prune
 
 
 @dataclass(frozen=True)
@@ -47,23 +196,6 @@ class Restored:
     folder: Path | None
     step: int
     skipped: tuple[Skipped, ...]
-
-
-def publish(
-    store: ObjectStore, folder: Path, *, step: int, epoch: int, world_size: int, software: Mapping[str, str]
-) -> None:
-    """Uploads the files of `folder`, then the marker. An attempt (`epoch`) publishes a step once."""
-    paths = sorted(folder.iterdir())
-    files = {path.name: commit_marker.MarkedFile(bytes=path.stat().st_size, sha256=hash_file(path)) for path in paths}
-    marker = commit_marker.Marker(step=step, epoch=epoch, world_size=world_size, software=dict(software), files=files)
-    for path in paths:
-        store.upload(path, commit_marker.files_prefix(marker) + path.name)
-    store.write(commit_marker.step_prefix(step) + commit_marker.NAME, commit_marker.render(marker))
-
-
-def steps(store: ObjectStore) -> list[int]:
-    """Steps of the checkpoints that have a marker, newest first."""
-    return [step for step, names in _names(store).items() if commit_marker.NAME in names]
 
 
 def restore(
@@ -89,7 +221,7 @@ def restore(
     skipped: list[Skipped] = []
     for step in steps(store):
         try:
-            target, marker = download(store, step, folder, check)
+            target, marker = _download(store, step, folder, check)
         except NotWhole as error:
             skipped.append(Skipped(step, str(error)))
             get_logger().warning("checkpoint is not whole, going back to an older one", step=step, why=str(error))
@@ -105,32 +237,99 @@ def restore(
     return Restored(None, 0, tuple(skipped))
 
 
-def prune(store: ObjectStore, keep: int, *, own: Collection[int], verified: int, fresh: Collection[int] = ()) -> None:
-    """Deletes all but the newest `keep` checkpoints that are fit for use, each marker before its files.
+class NotWhole(Exception):
+    """Why a checkpoint cannot be used."""
+
+
+def _download(store: ObjectStore, step: int, folder: Path, check: Callable[[Path, int], None]) -> tuple[Path, Marker]:
+    """Downloads into a folder beside the final one, verifies every byte, and only then gives it its name.
 
     Args:
         store: The run's.
-        keep: How many to keep, at least 1.
-        own: Steps that this attempt committed: they are fit.
-        verified: Step that this attempt restored, 0 if none. Up to it checkpoints are fit; those after it that are not
-            of this attempt were not whole when it began, or come late from one that was replaced.
-        fresh: Steps too new for an older one to be deleted in their favour, as long as a copy of the folder may not
-            have them yet. They are kept, and do not count.
+        step: Which checkpoint.
+        folder: The checkpoint becomes a folder in it.
+        check: As for `restore`.
+
+    Raises:
+        NotWhole: It cannot be used.
+        JobError: Whatever the store says, apart from absence; or the disk is too small.
     """
-    found = _names(store)
-    fit = [step for step, names in found.items() if commit_marker.NAME in names and (step <= verified or step in own)]
-    kept = {*[step for step in fit if step not in fresh][: max(keep, 1)], *(step for step in fit if step in fresh)}
-    for step, names in found.items():
-        # Without a single one that is fit, the rest is evidence.
-        if kept and step not in kept:
-            for name in sorted(names, key=lambda name: name != commit_marker.NAME):
-                store.delete(commit_marker.step_prefix(step) + name)
+    marker = _read_marker(store, step)
+    target = folder / step_name(step)
+    partial = target.with_name(target.name + ".partial")
+    with disk_errors(f"cannot restore a checkpoint into {folder}"):
+        for old in (target, partial):
+            shutil.rmtree(old, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            _check_sizes(store, marker, shutil.disk_usage(partial).free)
+            for name, file in marker.files.items():
+                _fetch_file(store, marker.folder + name, partial / name, file)
+            _check_content(partial, step, check)
+            return partial.replace(target), marker
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_content(folder: Path, step: int, check: Callable[[Path, int], None]) -> None:
+    try:
+        check(folder, step)
+    except ValueError as error:
+        raise NotWhole(f"its bytes are right, its content is not: {error}") from None
+
+
+def _read_marker(store: ObjectStore, step: int) -> Marker:
+    """Parses a marker, trusting nothing in it; the sizes it declares are checked against what is there."""
+    try:
+        stored = store.read(marker_key(step), max_bytes=MAX_MARKER_BYTES)
+    except TooLarge:
+        raise NotWhole(f"the marker has more than {MAX_MARKER_BYTES} bytes") from None
+    if stored is None:
+        raise NotWhole("the marker is missing")
+    try:
+        marker = parse_marker(stored.data)
+    except ValueError as error:
+        raise NotWhole(str(error)) from None
+    if marker.step != step:
+        raise NotWhole(f"the marker is of step {marker.step}")
+    return marker
+
+
+def _fetch_file(store: ObjectStore, key: str, path: Path, file: MarkedFile) -> None:
+    try:
+        store.download(key, path, max_bytes=file.bytes)
+    except FileNotFoundError:
+        raise NotWhole(f"{path.name} is missing") from None
+    except TooLarge:
+        raise NotWhole(f"{path.name} is larger than the marker says") from None
+    if hash_file(path) != file.sha256:
+        raise NotWhole(f"{path.name} has another SHA-256 than the marker says")
+
+
+def _check_sizes(store: ObjectStore, marker: Marker, free: int) -> None:
+    """Compares what is there with what the marker declares and with `free` bytes of disk, before any download.
+
+    What the listing lacks is left to the download: only its 404 is a confirmed absence.
+    """
+    prefix = marker.folder
+    there = {info.key.removeprefix(prefix): info.bytes for info in store.list(prefix)}
+    needed = 0
+    for name, file in marker.files.items():
+        size = there.get(name, 0)
+        if name in there and size != file.bytes:
+            raise NotWhole(f"{name} has {size} bytes, the marker says {file.bytes}")
+        needed += size
+    if needed + SPARE_BYTES > free:
+        raise Unreachable(
+            f"{store.uri}: the checkpoint of step {marker.step} has {needed} bytes and the disk {free} free; "
+            "give the machine a larger disk, or set JOB_STORAGE__CACHE to a place on one"
+        )
 
 
 def _names(store: ObjectStore) -> dict[int, list[str]]:
     """Names of what lies in every step's folder, newest step first."""
     found: dict[int, list[str]] = {}
-    for info in store.list("checkpoints/"):
-        if (match := _KEY.fullmatch(info.key)) and is_key(info.key):
-            found.setdefault(int(match[1]), []).append(match[2])
+    for info in store.list(CHECKPOINTS):
+        if is_key(info.key) and (part := checkpoint_part(info.key)):
+            found.setdefault(part[0], []).append(part[1])
     return dict(sorted(found.items(), reverse=True))

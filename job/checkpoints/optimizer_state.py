@@ -1,6 +1,7 @@
-"""An optimizer's state as tensors with names and plain values around them, and back.
+"""An optimizer's state as named tensors and plain values beside them, and back; and the check that it fits.
 
-A name is a tensor's place in `state_dict()["state"]`: `3/state1` is that of parameter 3.
+A name is a tensor's place in `state_dict()["state"]`: `3/state1` is the tensor `state1` of parameter 3. Which tensors
+an optimizer has is said by the table `job/common/optimizers.py`.
 """
 
 from __future__ import annotations
@@ -9,43 +10,7 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
-# 8-bit optimizers quantize their state in blocks of so many numbers, each by one map of as many levels.
-_BLOCK = _LEVELS = 256
-
-
-def split(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Parts an optimizer's `state_dict()` into tensors by name and the rest, which JSON can hold.
-
-    The rest lists the tensors' names, so that one that got lost is missed.
-    """
-    import torch
-
-    tensors: dict[str, Any] = {}
-
-    def part(value: Any, place: str) -> Any:
-        if isinstance(value, torch.Tensor):
-            # A copy, because 8-bit optimizers share one quantization map between all parameters; in the host's memory,
-            # for a GPU may have none left.
-            tensors[place] = value.detach().to("cpu", copy=True).contiguous()
-            return None
-        if isinstance(value, dict):  # bitsandbytes nests a parameter's quantized state
-            return {str(key): part(item, f"{place}/{key}") for key, item in value.items()}
-        return value
-
-    plain = {str(index): part(values, str(index)) for index, values in state["state"].items()}
-    return tensors, {"state": plain, "param_groups": state["param_groups"], "tensors": sorted(tensors)}
-
-
-def join(tensors: Mapping[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `split`; it changes `plain`."""
-    for place, tensor in tensors.items():
-        *parents, name = place.split("/")
-        target = plain["state"]
-        for parent in parents:
-            target = target[parent]
-        target[name] = tensor
-    state = {int(index): values for index, values in plain["state"].items()}
-    return {"state": state, "param_groups": plain["param_groups"]}
+from job.common.optimizers import LEVELS, OPTIMIZERS
 
 
 def check_places(names: Sequence[str], plain: Mapping[str, Any]) -> None:
@@ -66,28 +31,27 @@ def check_places(names: Sequence[str], plain: Mapping[str, Any]) -> None:
 
 
 def check_fit(tensors: Mapping[str, Any], plain: Mapping[str, Any], shapes: Sequence[Sequence[int]]) -> None:
-    """Checks that a state belongs to parameters of these shapes.
+    """Checks that a state is one of a known optimizer (`OPTIMIZERS`) for parameters of these shapes.
 
     The optimizers' kernels take tensors by address and the sizes from the parameter, so a tensor that is too small
     would have them read and write beyond its end.
 
     Raises:
-        ValueError: It does not.
+        ValueError: It is not.
     """
     if [index for group in plain["param_groups"] for index in group["params"]] != list(range(len(shapes))):
         raise ValueError(f"the optimizer's state is not of {len(shapes)} parameters in their order")
     for name, tensor in tensors.items():
         index, leaf = int(name.split("/")[0]), name.rpartition("/")[2]
         shape = tuple(shapes[index]) if index < len(shapes) else ()
-        expected: dict[str, tuple[tuple[int, ...], set[str]]] = {
-            **dict.fromkeys(("state1", "state2"), (shape, {"torch.float32", "torch.uint8"})),
-            **dict.fromkeys(("exp_avg", "exp_avg_sq"), (shape, {"torch.float32"})),
-            **dict.fromkeys(("absmax1", "absmax2"), ((-(-prod(shape) // _BLOCK),), {"torch.float32"})),
-            **dict.fromkeys(("qmap1", "qmap2"), ((_LEVELS,), {"torch.float32"})),
-            "step": ((), {"torch.float32"}),
-        }
-        if leaf not in expected or index >= len(shapes):
+        known = [(spec.block, spec.state[leaf]) for spec in OPTIMIZERS.values() if leaf in spec.state]
+        if not known or index >= len(shapes):
             raise ValueError(f"the optimizer's tensor {name} is none of a known optimizer's")
-        right, dtypes = expected[leaf]
-        if tuple(tensor.shape) != right or str(tensor.dtype) not in dtypes:
-            raise ValueError(f"the optimizer's tensor {name} is {tensor.dtype} {tuple(tensor.shape)}, not {right}")
+        right = {
+            {"parameter": shape, "blocks": (-(-prod(shape) // block),), "levels": (LEVELS,), "scalar": ()}[kind.shape]
+            for block, kind in known
+            if str(tensor.dtype) in kind.dtypes
+        }
+        if tuple(tensor.shape) not in right:
+            expected = " or ".join(map(str, sorted(right))) or "of a known dtype"
+            raise ValueError(f"the optimizer's tensor {name} is {tensor.dtype} {tuple(tensor.shape)}, not {expected}")

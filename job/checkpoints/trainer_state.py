@@ -7,7 +7,7 @@ exactly, which is what makes a resumed run the same run.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class _Progress:
-    """What `progress.json` holds; `optimizer` is what `optimizer_states.split` leaves beside the tensors."""
+    """What `progress.json` holds; `optimizer` is what `split_optimizer_state` leaves beside the tensors."""
 
     step: int
     optimizer: _PlainOptimizer
@@ -53,7 +53,7 @@ class TrainerFiles:
 
 
 def write_trainer_state(folder: Path, files: TrainerFiles, history: Sequence[StepMetrics]) -> None:
-    """Writes the trainer's whole state into a new folder."""
+    """Writes a checkpoint of the trainer's live objects into a new folder."""
     from safetensors.torch import save_file
 
     from job.model.lora import trainable
@@ -61,7 +61,7 @@ def write_trainer_state(folder: Path, files: TrainerFiles, history: Sequence[Ste
     folder.mkdir(parents=True, exist_ok=True)
     adapter = {name: parameter.detach().contiguous() for name, parameter in trainable(files.model).items()}
     save_file(adapter, folder / ADAPTER)
-    tensors, plain = optimizer_state.split(files.optimizer.state_dict())
+    tensors, plain = split_optimizer_state(files.optimizer.state_dict())
     save_file(tensors, folder / OPTIMIZER)
     progress = {
         "step": files.state.global_step,
@@ -75,7 +75,7 @@ def write_trainer_state(folder: Path, files: TrainerFiles, history: Sequence[Ste
 
 
 def read_trainer_state(folder: Path, files: TrainerFiles) -> list[StepMetrics]:
-    """Restores what `write_state` wrote, bit by bit, into the trainer's live objects; returns the steps so far.
+    """Restores what `write_trainer_state` wrote, bit by bit, into the trainer's live objects; returns the steps so far.
 
     Raises:
         ValueError: It is of another model; nothing was restored.
@@ -97,7 +97,7 @@ def read_trainer_state(folder: Path, files: TrainerFiles) -> list[StepMetrics]:
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(saved[name])
-    files.optimizer.load_state_dict(optimizer_state.join(tensors, progress["optimizer"]))
+    files.optimizer.load_state_dict(join_optimizer_state(tensors, progress["optimizer"]))
     files.scheduler.load_state_dict({**progress["scheduler"], "lr_lambdas": [None] * len(files.scheduler.base_lrs)})
     if files.scaler is not None and progress["scaler"] is not None:
         files.scaler.load_state_dict(progress["scaler"])
@@ -105,7 +105,7 @@ def read_trainer_state(folder: Path, files: TrainerFiles) -> list[StepMetrics]:
 
 
 def validate_trainer_state(folder: Path, step: int) -> None:
-    """Checks a state that came from outside, without a model: `read_state` could read it, and it is of `step`.
+    """Checks, without a model, that a downloaded checkpoint is of `step` and that `read_trainer_state` can read it.
 
     Raises:
         ValueError: What is wrong with it.
@@ -113,7 +113,7 @@ def validate_trainer_state(folder: Path, step: int) -> None:
     from transformers import TrainerState
 
     if (names := {path.name for path in folder.iterdir()}) != FILES:
-        raise ValueError(f"its files are not those of a state: {', '.join(sorted(names ^ FILES))}")
+        raise ValueError(f"its files are not those of a checkpoint: {', '.join(sorted(names ^ FILES))}")
     _tensor_names(folder / ADAPTER)
     progress = _parse_as(_Progress, folder / PROGRESS)
     optimizer_state.check_places(_tensor_names(folder / OPTIMIZER), asdict(progress.optimizer))
@@ -128,6 +128,41 @@ def validate_trainer_state(folder: Path, step: int) -> None:
         raise ValueError(f"it is of step {progress.step}")
     if [metrics.step for metrics in history] != list(range(1, step + 1)):
         raise ValueError(f"its metrics are not those of the steps 1 to {step}")
+
+
+def split_optimizer_state(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Parts an optimizer's `state_dict()` into tensors by name and the rest, which JSON can hold.
+
+    The rest lists the tensors' names, so that one that got lost is missed.
+    """
+    import torch
+
+    tensors: dict[str, Any] = {}
+
+    def part(value: Any, place: str) -> Any:
+        if isinstance(value, torch.Tensor):
+            # A copy, because 8-bit optimizers share one quantization map between all parameters; in the host's memory,
+            # for a GPU may have none left.
+            tensors[place] = value.detach().to("cpu", copy=True).contiguous()
+            return None
+        if isinstance(value, dict):  # bitsandbytes nests a parameter's quantized state
+            return {str(key): part(item, f"{place}/{key}") for key, item in value.items()}
+        return value
+
+    plain = {str(index): part(values, str(index)) for index, values in state["state"].items()}
+    return tensors, {"state": plain, "param_groups": state["param_groups"], "tensors": sorted(tensors)}
+
+
+def join_optimizer_state(tensors: Mapping[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `split_optimizer_state`; it changes `plain`."""
+    for place, tensor in tensors.items():
+        *parents, name = place.split("/")
+        target = plain["state"]
+        for parent in parents:
+            target = target[parent]
+        target[name] = tensor
+    state = {int(index): values for index, values in plain["state"].items()}
+    return {"state": state, "param_groups": plain["param_groups"]}
 
 
 def _tensor_names(path: Path) -> list[str]:

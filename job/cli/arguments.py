@@ -1,17 +1,117 @@
-"""The words after a command: runs, options, flags and settings, told apart with all problems at once."""
+"""What each command takes: the table that the usage, `--help` and the parser share.
+
+How to add a command: an entry in `COMMANDS` here, and its function in `job/cli/main.py`. Everything after the command
+that is not one of its own arguments is a setting.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from typing import Literal
 
 from job.errors import Problem, SettingsError
+
+_RUN_HELP = "a finished run: its folder or its results.json, path or s3:// URI"
+
+
+@dataclass(frozen=True)
+class Argument:
+    """An argument of a command: positional (`RESULTS`), an option with a value (`--output FILE`) or a flag (`--gate`).
+
+    An option with `choices` has the first of them where it is not given.
+    """
+
+    name: str
+    help: str
+    metavar: str | None = None
+    choices: tuple[str, ...] = ()
+
+    @property
+    def positional(self) -> bool:
+        """Whether it is given without its name."""
+        return not self.name.startswith("--")
+
+    @property
+    def takes_value(self) -> bool:
+        """Whether its name is followed by a value."""
+        return bool(self.metavar or self.choices)
+
+    @property
+    def usage(self) -> str:
+        """As the line of usage shows it."""
+        if self.positional:
+            return self.name
+        value = self.metavar or f"{{{','.join(self.choices)}}}" if self.takes_value else ""
+        return f"[{f'{self.name} {value}'.rstrip()}]"
+
+
+@dataclass(frozen=True)
+class Command:
+    """What a command does, its own arguments, and which settings it takes beside them."""
+
+    summary: str
+    arguments: tuple[Argument, ...] = ()
+    settings: Literal["all", "reading", "none"] = "all"
+
+    @property
+    def usage(self) -> str:
+        """What follows the command's name."""
+        settings = [] if self.settings == "none" else ["[--GROUP.NAME VALUE ...]"]
+        return " ".join([*(argument.usage for argument in self.arguments), *settings])
+
+
+def _format(*choices: str) -> Argument:
+    return Argument("--format", "how to print it; default: the first", choices=choices)
+
+
+_CONFIG = Argument("--config", "YAML or TOML file of settings; JOB_CONFIG in the environment", metavar="FILE")
+_RUN = Command("the job; the command that is meant where none is given", (_CONFIG,))
+
+COMMANDS = {
+    "run": _RUN,
+    "train": _RUN,
+    "plan": Command("what would go wrong, and what the run takes; needs no GPU", (_format("table", "json"), _CONFIG)),
+    "config": Command(
+        "the effective settings, and where each came from",
+        (Argument("--schema", "print the JSON Schema of all settings instead"), _CONFIG),
+    ),
+    "report": Command(
+        "write the HTML report of a finished run again",
+        (
+            Argument("RESULTS", _RUN_HELP),
+            Argument("--output", "where to write the page; default: report.html", metavar="FILE"),
+        ),
+        settings="reading",
+    ),
+    "verify": Command(
+        "check every hash and figure of a published run; exit code 4 if one does not hold",
+        (Argument("RESULTS", _RUN_HELP), _format("table", "json")),
+        settings="reading",
+    ),
+    "compare": Command(
+        "compare two runs, paired by question",
+        (
+            Argument("A", _RUN_HELP),
+            Argument("B", "another one"),
+            _format("table", "json", "markdown"),
+            Argument("--gate", "exit code 3 if B is worse than A by more than the thresholds allow"),
+            Argument("--metric", "accuracy that the thresholds are about: acc or acc_norm", metavar="METRIC"),
+            Argument("--min-delta", "smallest accepted gain of B over A, as a fraction", metavar="X"),
+            Argument("--max-regression", "largest accepted loss of B against A, as a fraction", metavar="X"),
+        ),
+        settings="reading",
+    ),
+    "selftest": Command("kill and resume a run here, and compare it bit by bit with an uninterrupted one", (), "none"),
+}
+"""`train` is how SageMaker starts the container of a training job."""
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """The words after a command: runs, options with their values, flags, and settings for `load_reading`."""
+    """The words after a command: positional ones, options with their values, flags, and settings for `load_reading`."""
 
     runs: list[str] = field(default_factory=list)
     options: dict[str, str] = field(default_factory=dict)
@@ -19,33 +119,20 @@ class Arguments:
     settings: list[str] = field(default_factory=list)
 
 
-def parse_arguments(
-    words: Sequence[str],
-    runs: Sequence[str],
-    options: Collection[str] = (),
-    flags: Collection[str] = (),
-    formats: Sequence[str] = (),
-) -> Arguments:
-    """Tells the words after a command apart.
-
-    Args:
-        words: As they were typed.
-        runs: What the command's arguments are called.
-        options: Names with a value, beside `--format`.
-        flags: Names without one.
-        formats: What `--format` takes, the first by default.
+def parse_arguments(words: Sequence[str], arguments: Sequence[Argument]) -> Arguments:
+    """Sorts the words after a command that reads published runs.
 
     Raises:
         SettingsError: With all that is wrong.
     """
     given, problems = Arguments(), []
-    known = ["--format", *options, *flags]
+    known = {argument.name: argument for argument in arguments if not argument.positional}
     rest = iter(words)
     for word in rest:
         name, equals, value = word.partition("=")
         if not word.startswith("--"):
             given.runs.append(word)
-        elif name in flags and not equals:
+        elif name in known and not known[name].takes_value and not equals:
             given.flags.add(name)
         elif name in known or "." in name:
             value = value if equals else next(rest, "")
@@ -58,14 +145,43 @@ def parse_arguments(
         else:
             near = get_close_matches(name, known, n=1)
             problems.append(Problem(name, f"is unknown; the nearest is {near[0]}" if near else "is unknown"))
-    if len(given.runs) != len(runs):
-        problems.append(Problem(" ".join(runs), f"needs {_count(runs)}, path or s3:// URI; {len(given.runs)} given"))
-    if given.options.setdefault("--format", formats[0]) not in formats:
-        problems.append(Problem("--format", f"must be {' or '.join(formats)}"))
+    problems += _missing(given, arguments)
     if problems:
         raise SettingsError(problems)
     return given
 
 
-def _count(runs: Sequence[str]) -> str:
-    return "one run" if len(runs) == 1 else f"{len(runs)} runs"
+def _missing(given: Arguments, arguments: Sequence[Argument]) -> Iterator[Problem]:
+    """What is wrong with the number of runs and with choices; sets the choices that are not given."""
+    runs = [argument.name for argument in arguments if argument.positional]
+    if len(given.runs) != len(runs):
+        count = "one run" if len(runs) == 1 else f"{len(runs)} runs"
+        yield Problem(" ".join(runs), f"needs {count}, path or s3:// URI; {len(given.runs)} given")
+    for argument in arguments:
+        if argument.choices and given.options.setdefault(argument.name, argument.choices[0]) not in argument.choices:
+            yield Problem(argument.name, f"must be {' or '.join(argument.choices)}")
+
+
+def command_help(name: str) -> str:
+    """The help of a command: its own arguments from `COMMANDS`, and the settings it takes from their documentation."""
+    command = COMMANDS[name]
+    parser = ArgumentParser(
+        prog=f"qlora-job {name}",
+        usage=f"qlora-job {name} {command.usage}".rstrip(),
+        description=command.summary,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    own = parser.add_argument_group("arguments")
+    for argument in command.arguments:
+        text = argument.help.replace("%", "%%")
+        if argument.positional:
+            own.add_argument(argument.name, help=text)
+        elif argument.takes_value:
+            own.add_argument(argument.name, help=text, metavar=argument.metavar, choices=argument.choices or None)
+        else:
+            own.add_argument(argument.name, help=text, action="store_true")
+    if command.settings != "none":
+        from job.settings.load import add_options
+
+        add_options(parser, reading=command.settings == "reading")
+    return parser.format_help()

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from job import __version__, log
+from job.cli.arguments import COMMANDS, command_help
 from job.common import garbage_collection
 from job.distributed.ranks import VARIABLES, Place, find_machines, visible_gpu
 from job.errors import JobError
@@ -20,32 +21,38 @@ from job.settings.load import (
     current_platform,
     describe,
     environment,
+    foreign_variables,
     json_schema,
     load_settings,
     secrets,
 )
 
-USAGE = """\
-usage: qlora-job [run] [--GROUP.NAME VALUE ...]      the job (default)
-       qlora-job plan [--format json] [--GROUP.NAME VALUE ...]
-                                                     what would go wrong, and what the run takes; needs no GPU
-       qlora-job config [--GROUP.NAME VALUE ...]     the effective settings and where each came from
-       qlora-job config --schema                     JSON Schema of all settings
-       qlora-job report RESULTS [--output FILE]      the HTML report again, of a finished run (path or s3://)
-       qlora-job verify RESULTS [--format FORMAT]    check every hash and figure of a published run: table or json
-       qlora-job compare A B [--format FORMAT]       two runs, paired by question: table, json or markdown
-               [--gate] [--metric METRIC] [--min-delta X] [--max-regression X]     exit 3 if B does not pass
-       qlora-job selftest                            kill and resume here, and compare bit by bit
 
-Settings come from the command line, JOB_GROUP__NAME in the environment, SageMaker's hyperparameters.json, the file
-in JOB_CONFIG, the preset (--preset), and the defaults, in this order. `qlora-job config` lists them all.
+def _usage() -> str:
+    """The help of the program: its commands, and what is common to them."""
+    listed = "\n".join(
+        f"  {f'[{name}]' if name == 'run' else name:<10}{command.summary}"
+        for name, command in COMMANDS.items()
+        if name != "train"
+    )
+    return f"""\
+usage: qlora-job COMMAND [ARGUMENT ...] [--GROUP.NAME VALUE ...]
+
+{listed}
+
+`qlora-job COMMAND --help` lists what a command takes, and every setting with its default.
+Settings come from the command line, JOB_GROUP__NAME in the environment, files in the folder JOB_SECRETS_DIR,
+SageMaker's hyperparameters.json, the file in JOB_CONFIG, SageMaker's input channels, the preset (--preset), the
+platform and the defaults, in this order. `qlora-job config` shows them all, each with its source.
 Try it without a GPU or a network: qlora-job run --preset demo
 
 exit codes: 0 done; 1 a bug; 2 settings; 3 gate not met; 4 results do not verify; 65 data;
-            69 storage or hub unreachable (retry); 75 preempted (retry); 76 replaced by another attempt;
-            77 access denied
+            69 storage or hub unreachable (retry); 70 training diverged; 71 no progress in several attempts;
+            75 preempted (retry); 76 replaced by another attempt; 77 access denied
 """
 
+
+USAGE = _usage()
 FAILURE_CHARACTERS = 1024
 TERMINATION_BYTES = 4096
 
@@ -54,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     platform = current_platform()
-    # Until the settings say otherwise: what is wrong with them is a line of the log too.
+    # Until the settings say otherwise: errors in them are lines of the log, too.
     log.configure("auto", "info", secrets())
     try:
         return _dispatch(words)
@@ -70,13 +77,18 @@ def _dispatch(words: list[str]) -> int:
         sys.stdout.write(f"qlora-job {__version__}\n")
         return 0
     command = words.pop(0) if words and words[0] in COMMANDS else "run"
-    return COMMANDS[command](words)
+    if {"-h", "--help"} & set(words):
+        sys.stdout.write(command_help(command))
+        return 0
+    return _FUNCTIONS[command](words)
 
 
 def _run(words: list[str]) -> int:
     settings = load_settings(words)
     place = current_place()
     _configure_log(settings, place)
+    if place is None:  # else the launcher, or each process of torchrun's, would say it again
+        _note_foreign_variables()
     _tell_libraries(find_machines(current_platform()).interface)
     if settings.run.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for libraries that would use a GPU because it is there
@@ -129,15 +141,21 @@ def _launch(settings: Settings, words: list[str]) -> int | None:
         delivery = current_platform().delivery if run.node_rank == 0 else None
         if finished(settings, delivery) is not None:  # the other machines may be gone for good
             return 0
-        # An Indexed Job may number runs that have nothing to do with each other.
+        # With one machine a run, the rank says nothing: an Indexed Job may number independent runs.
         machine = Machine(processes, run.nodes, run.node_rank, run.rendezvous) if run.nodes > 1 else Machine(processes)
         command, grace = worker_command(words), run.grace_seconds
-        garbage_collection.enable()  # it has a long wait before it
+        garbage_collection.enable()  # this process only waits from here on
         return launch(command, machine, received, run=run.id, environ=environment(), grace_seconds=grace)
 
 
+def _note_foreign_variables() -> None:
+    if found := foreign_variables():
+        what = "variables of a CI server or batch system are ignored; a run is named with JOB_RUN__ID"
+        log.get_logger().info(what, variables=found)
+
+
 def _configure_log(settings: Settings, place: Place | None) -> None:
-    """Of several processes each says which it is, and all but the first say only what is out of the ordinary."""
+    """Of several processes each logs its rank, and all but the first log warnings and errors only."""
     several = place is not None and place.world_size > 1
     context = {"process": place.rank} if place is not None and several else {}
     quiet = bool(context.get("process")) and settings.log.level == "info"
@@ -150,15 +168,18 @@ def _tell_libraries(interface: str | None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # cuBLAS reads it when CUDA starts; without it the same run gives other bits.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    # What torch's C++ warns of, such as an address of several that does not answer, would lie between lines of JSON.
+    # Warnings of torch's C++, such as of an address that does not answer, would be lines of text among lines of JSON.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # TRL and MLflow tell their makers when training starts, unless they are asked not to.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     if interface is not None:
         os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 
 def _show_one(place: Place | None) -> None:
-    """Makes the libraries see a single process with a single GPU: what is common to several is the job's."""
+    """Makes the libraries see a single process with a single GPU: the job itself coordinates several of them."""
     environ = environment()
     os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpu(environ, place.local_rank if place else 0)
     for name in VARIABLES:
@@ -171,6 +192,7 @@ def _config(words: list[str]) -> int:
         sys.stdout.write(json.dumps(json_schema(), indent=2) + "\n")
         return 0
     rows = [(name, json.dumps(value), source) for name, value, source in describe(load_settings(words))]
+    _note_foreign_variables()
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     for name, value, source in rows:
         sys.stdout.write(f"{name:<{widths[0]}}  {value:<{min(widths[1], 60)}}  {source}\n")
@@ -179,6 +201,7 @@ def _config(words: list[str]) -> int:
 
 def _plan(words: list[str]) -> int:
     _tell_libraries(None)
+    _note_foreign_variables()
     with log.hush():
         from job.planning.plan_text import plan_command
 
@@ -212,7 +235,7 @@ def _compare(words: list[str]) -> int:
     return compare_command(words)
 
 
-COMMANDS = {
+_FUNCTIONS = {
     "run": _run,
     "train": _run,
     "plan": _plan,
@@ -222,7 +245,6 @@ COMMANDS = {
     "report": _draw_report,
     "selftest": _selftest,
 }
-"""`train` is what SageMaker calls a training image with."""
 
 
 def _report(error: Exception, platform: Platform) -> int:
@@ -242,13 +264,13 @@ def _report(error: Exception, platform: Platform) -> int:
 
 
 def _leave_everywhere(platform: Platform, message: str) -> None:
-    """Writes last words to wherever the platform looks for them."""
+    """Writes the reason why the job ended to wherever the platform looks for it."""
     _leave(platform.failure_file, message[:FAILURE_CHARACTERS])
     _leave(platform.termination_log, message.encode()[:TERMINATION_BYTES].decode(errors="ignore"))
 
 
 def _details(error: JobError) -> dict[str, Any]:
-    """What the log line says beside the kind of error."""
+    """The fields of the log line, beside the class of the error."""
     problems = getattr(error, "problems", None)
     if problems is None:
         return {"why": str(error)}
@@ -256,7 +278,7 @@ def _details(error: JobError) -> dict[str, Any]:
 
 
 def _leave(path: Any, message: str) -> None:
-    """Writes the platform's failure file; a platform that does not take it must not hide the error itself."""
+    """Writes a file for the platform; that it cannot be written must not hide the error itself."""
     if path is None:
         return
     try:

@@ -1,4 +1,4 @@
-"""The commands that look at published runs, `verify` and `compare`: what they are told, and what they print."""
+"""The commands that read published runs, `verify`, `compare` and `report`: what they do, and what they print."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from typing import Any
 from pydantic import ValidationError
 
 from job import log
-from job.cli.arguments import Arguments, parse_arguments
+from job.cli.arguments import COMMANDS, Arguments, parse_arguments
 from job.errors import DataError, GateError, Problem, SettingsError
-from job.report.report import read_evidence, render_report
-from job.results.compare import compare, gate_reasons
-from job.results.compare_text import as_markdown, as_text
+from job.report.report import read_report_data, render_report
+from job.results.compare import as_markdown, as_text, compare, gate_reasons
 from job.results.reader import open_run, read_published
 from job.settings.field_types import explain
 from job.settings.load import load_reading, secrets
 from job.settings.schema import Gate, Settings
 from job.storage.base import disk_errors
+from job.storage.open import StorageOptions, storage_options
 from job.storage.verified_download import fetch_artifact
-from job.verification.verify import as_json, as_lines, demand, verify
+from job.verification.verify import as_json, as_lines, require_verified, verify
 
+OUTPUT = "report.html"
 THRESHOLDS = {"--metric": "metric", "--min-delta": "min_delta", "--max-regression": "max_regression"}
 
 
@@ -34,16 +35,16 @@ def verify_command(words: Sequence[str]) -> int:
     Raises:
         VerificationError: Something differs.
     """
-    given = parse_arguments(words, ["RESULTS"], formats=("table", "json"))
+    given = parse_arguments(words, COMMANDS["verify"].arguments)
     storage, cache = _reading(given)
     if cache is not None:
         with disk_errors(f"cannot make the folder {cache}"):
             Path(cache).mkdir(parents=True, exist_ok=True)
-    store = open_run(given.runs[0], **storage)
+    store = open_run(given.runs[0], storage)
     with tempfile.TemporaryDirectory(prefix="qlora-job-", dir=cache, ignore_cleanup_errors=True) as work:
         checks = verify(store, Path(work))
     _print([json.dumps(as_json(store.uri, checks), indent=2)] if _is(given, "json") else as_lines(checks))
-    demand(checks)
+    require_verified(checks)
     return 0
 
 
@@ -53,10 +54,10 @@ def compare_command(words: Sequence[str]) -> int:
     Raises:
         GateError: B does not pass.
     """
-    given = parse_arguments(words, ["A", "B"], THRESHOLDS, {"--gate"}, ("table", "json", "markdown"))
+    given = parse_arguments(words, COMMANDS["compare"].arguments)
     thresholds = _thresholds(given.options)
     storage, _ = _reading(given)
-    compared = compare(*(read_published(open_run(where, **storage)) for where in given.runs))
+    compared = compare(*(read_published(open_run(where, storage)) for where in given.runs))
     reasons: list[str] = []
     compared["gate"] = None
     if given.flags or given.options.keys() & THRESHOLDS.keys():  # a threshold asks for a gate
@@ -72,7 +73,7 @@ def compare_command(words: Sequence[str]) -> int:
 
 
 def _thresholds(options: Mapping[str, str]) -> dict[str, Any]:
-    """The gate's settings, of the same kinds as the job's own."""
+    """The gate's settings, validated like the job's own."""
     values = {name: options[option] for option, name in THRESHOLDS.items() if option in options}
     try:
         return Gate.model_validate(values).model_dump(exclude={"baseline"})
@@ -82,11 +83,11 @@ def _thresholds(options: Mapping[str, str]) -> dict[str, Any]:
         raise SettingsError([Problem(names[str(r["loc"][0])], explain(r)) for r in records]) from None
 
 
-def _reading(given: Arguments) -> tuple[dict[str, Any], str | None]:
-    """Sets the log up; returns the options of `objects.open_store`, and the folder for copies."""
+def _reading(given: Arguments) -> tuple[StorageOptions, str | None]:
+    """Configures the log; returns how to reach stores, and the folder for downloads."""
     settings: Settings = load_reading(given.settings)
     log.configure(settings.log.format, settings.log.level, secrets())
-    return settings.storage.model_dump(exclude={"cache"}), settings.storage.cache
+    return storage_options(settings.storage), settings.storage.cache
 
 
 def _is(given: Arguments, name: str) -> bool:
@@ -98,25 +99,21 @@ def _print(lines: Iterable[str]) -> None:
     sys.stdout.flush()
 
 
-OUTPUT = "report.html"
-
-
 def report_command(words: Sequence[str]) -> int:
-    """`RESULTS [--output FILE]`, and the settings that storage needs; returns the exit code.
+    """`report RESULTS`: writes the HTML report again.
 
     Raises:
         SettingsError: It is not clear which run, or there is none.
         VerificationError: The manifest is not what the job wrote.
         DataError: What was published is gone, or was altered.
     """
-    if not words or words[0].startswith("--"):
-        raise SettingsError([Problem("report", "name a finished run: its folder, or its results.json; path or s3://")])
-    where, *rest = words
-    output, rest = _take(rest, "output", OUTPUT)
-    run = read_published(open_run(where, **load_reading(rest).storage.model_dump(exclude={"cache"})))
+    given = parse_arguments(words, COMMANDS["report"].arguments)
+    output = given.options.get("--output", OUTPUT)
+    storage, _ = _reading(given)
+    run = read_published(open_run(given.runs[0], storage))
     with tempfile.TemporaryDirectory(prefix="qlora-job-") as folder:
         try:
-            evidence = read_evidence(run.results, lambda artifact: fetch_artifact(run.store, artifact, Path(folder)))
+            evidence = read_report_data(run.results, lambda artifact: fetch_artifact(run.store, artifact, Path(folder)))
         except (KeyError, TypeError, ValueError) as error:  # the hashes are right, so it was written like this
             raise DataError([Problem(run.store.uri, f"its records are no records of this job: {error}")]) from error
     page = render_report(run.results, evidence)
@@ -129,15 +126,3 @@ def report_command(words: Sequence[str]) -> int:
             ) from error
     sys.stdout.write(f"report: {output}\n")
     return 0
-
-
-def _take(words: list[str], name: str, default: str) -> tuple[str, list[str]]:
-    """The value of `--name VALUE` or `--name=VALUE`, and the other words."""
-    for position, word in enumerate(words):
-        if word.startswith(f"--{name}="):
-            return word.partition("=")[2], words[:position] + words[position + 1 :]
-        if word == f"--{name}":
-            if position + 1 == len(words):
-                raise SettingsError([Problem(f"command line --{name}", f"needs a value: --{name}=VALUE")])
-            return words[position + 1], words[:position] + words[position + 2 :]
-    return default, words

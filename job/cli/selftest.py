@@ -1,4 +1,4 @@
-"""`selftest`: on this machine, kill a run, let it resume, and compare it bit by bit with one that nobody disturbed."""
+"""`selftest`: kills a run on this machine, resumes it, and compares it bit by bit with an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from job.errors import JobError
-from job.runs.layout import facts_of
+from job.runs.layout import COMMITTED, RESULTS, facts_of
 
 FAULTS = "kill@stage=evaluate-base,kill@step=7,sigterm@step=12,kill@upload=4,kill@stage=evaluate-adapter"
 MOST_ATTEMPTS = 12
@@ -41,7 +41,7 @@ class Ended:
 
 
 def selftest(environ: Mapping[str, str]) -> Iterator[str]:
-    """Yields what it does, line by line, for a person.
+    """Runs the test and yields its progress, line by line.
 
     Args:
         environ: The environment of the runs; settings in it are left out, a SageMaker job's too.
@@ -52,7 +52,7 @@ def selftest(environ: Mapping[str, str]) -> Iterator[str]:
     kept = {name: value for name, value in environ.items() if not name.startswith(("JOB_", "TRAINING_JOB_"))}
     clean = kept | SETTINGS
     with tempfile.TemporaryDirectory(prefix="qlora-job-selftest-") as folder:
-        yield "a run that nobody disturbs ..."
+        yield "an uninterrupted run ..."
         whole, _ = _run_until_done(clean, Path(folder) / "whole")
         yield f"the same run with {FAULTS} ..."
         resumed, ends = _run_until_done(clean | {"JOB_FAULT": FAULTS}, Path(folder) / "killed")
@@ -64,12 +64,12 @@ def selftest(environ: Mapping[str, str]) -> Iterator[str]:
     for path in sorted(expected):
         yield f"  {'differs' if path in wrong else 'same   '}  {expected[path][:12]}  {path}"
     if wrong:
-        raise JobError(f"the killed run differs from the whole one in {', '.join(wrong)}")
-    yield f"identical: {len(expected)} artefacts after {len(ends)} attempts"
+        raise JobError(f"the killed run differs from the uninterrupted one in {', '.join(wrong)}")
+    yield f"identical: {len(expected)} artifacts after {len(ends)} attempts"
 
 
 def _run_until_done(environ: Mapping[str, str], output: Path) -> tuple[dict[str, Any], list[Ended]]:
-    """Starts the job again and again until it is done; returns its manifest and how its processes ended."""
+    """Starts the job until it is done; returns its manifest and how each attempt ended."""
     settings = {"JOB_RUN__ID": "selftest", "JOB_RUN__OUTPUT": str(output)}
     ends: list[Ended] = []
     while not ends or ends[-1].code != 0:
@@ -82,9 +82,9 @@ def _run_until_done(environ: Mapping[str, str], output: Path) -> tuple[dict[str,
             text=True,
             check=False,
         )
-        saved = [int(path.parent.name.removeprefix("step-")) for path in output.rglob("COMMITTED.json")]
+        saved = [int(path.parent.name.removeprefix("step-")) for path in output.rglob(COMMITTED)]
         ends.append(Ended(done.returncode, max(saved, default=0)))
         if done.returncode > 0 and done.returncode != os.EX_TEMPFAIL:
             raise JobError(f"a run ended with exit code {done.returncode}:\n{done.stderr[-2000:]}")
-    results: dict[str, Any] = json.loads((output / "selftest/results.json").read_text(encoding="utf-8"))
+    results: dict[str, Any] = json.loads((output / "selftest" / RESULTS).read_text(encoding="utf-8"))
     return results, ends

@@ -1,1 +1,1 @@
-"""Helpers that know nothing of the job: hashing, threads, resources, formatting."""
+"""Helpers that know nothing of the job: hashing, threads, formatting, tables, what the machine is and has."""

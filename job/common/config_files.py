@@ -1,4 +1,4 @@
-"""Mappings read from YAML, TOML and JSON files, with the size they may have."""
+"""Reads a mapping from a YAML, TOML or JSON file of bounded size."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ MAX_FILE_BYTES = 1024 * 1024  # SageMaker's limits allow 250 kB of hyperparamete
 
 
 def read_mapping(path: Path, parse: Callable[[str], object]) -> Mapping[object, object] | str:
-    """The mapping in a file, or what is wrong with the file; never a quotation from it."""
+    """The mapping in a file, or a text that says what is wrong with it.
+
+    The text never quotes the file, which may hold secrets.
+    """
     try:
         with path.open("rb") as file:
             content = file.read(MAX_FILE_BYTES + 1)
     except (OSError, ValueError) as error:
         return f"cannot be read: {getattr(error, 'strerror', None) or 'no such name is possible'}; give another path"
     if len(content) > MAX_FILE_BYTES:
-        return f"is larger than {MAX_FILE_BYTES} bytes, which no file of settings is; give another path"
+        return f"is larger than {MAX_FILE_BYTES} bytes, too large for a file of settings; give another path"
     try:
         tree = parse(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:

@@ -1,6 +1,7 @@
-"""Hashes of files, and seals: how a file that nothing else vouches for vouches for itself.
+"""SHA-256 of files, and seals: a JSON file that holds the hash of its own content.
 
-A seal finds damage. It is no signature: whoever can write the file can seal it again.
+A seal detects damage in a file whose hash is stored nowhere else. It is no signature: whoever can write the file can
+also write the seal.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def hash_file(path: Path) -> str:
 
 
 def hash_files(paths: Sequence[Path]) -> list[str]:
-    """SHA-256 of each file, several at a time: gigabytes of shards are read no slower than the disk gives them.
+    """SHA-256 of each file, in the order of `paths`; several are read at once, so that the disk is the limit.
 
     A file that did not change since this process hashed it here is not read again: a model's weights are hashed for
     the hub's word about them, and for the model's own fingerprint.
@@ -57,10 +58,10 @@ def code_hashes(*modules: str) -> list[str]:
 
 
 def hash_facts(path: Path) -> str:
-    """SHA-256 of a file of JSON lines without their `measured` part, which no two runs share.
+    """SHA-256 of a file of JSON lines without their `measured` parts, which differ from run to run.
 
     Raises:
-        ValueError: A line is no JSON object.
+        ValueError: A line is not a JSON object.
     """
     total = hashlib.sha256()
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -70,10 +71,10 @@ def hash_facts(path: Path) -> str:
 
 
 def facts_of_line(line: str | bytes) -> dict[str, Any]:
-    """A line of metrics without what a clock or a meter said.
+    """A line of metrics without its `measured` part: times, memory, energy.
 
     Raises:
-        ValueError: It is no JSON object.
+        ValueError: It is not a JSON object.
     """
     try:
         facts = json.loads(line)
@@ -86,13 +87,13 @@ def facts_of_line(line: str | bytes) -> dict[str, Any]:
 
 
 def seal(facts: Mapping[str, Any]) -> str:
-    """SHA-256 of JSON-able facts, whatever their layout as text; a `seal` among them does not count."""
+    """SHA-256 of JSON-able facts, independent of the order of keys; an entry `seal` is left out."""
     content = {key: value for key, value in facts.items() if key != "seal"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def sealed(facts: Mapping[str, Any]) -> bytes:
-    """The facts as a file of JSON with their seal at its end, in place of an older one."""
+    """The facts as a JSON file that ends with their seal; an older seal is replaced."""
     content = {key: value for key, value in facts.items() if key != "seal"}
     return json.dumps({**content, "seal": seal(content)}, indent=2, allow_nan=False).encode()
 
@@ -101,7 +102,7 @@ def unsealed(data: bytes) -> dict[str, Any]:
     """The facts that `sealed` wrote, without the seal.
 
     Raises:
-        ValueError: The file is another than `sealed` wrote, be it by a single byte.
+        ValueError: The bytes are not exactly what `sealed` wrote.
     """
     try:
         facts = json.loads(data)
@@ -109,6 +110,6 @@ def unsealed(data: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"is no sealed JSON: {str(error)[:200]}") from None
     if not whole:
-        raise ValueError("was altered: its seal is not that of its content")
+        raise ValueError("was altered: its seal does not match its content")
     facts.pop("seal")
     return dict(facts)

@@ -1,4 +1,4 @@
-"""This machine and its software: versions, processor, GPUs, driver, commit."""
+"""What this machine is: versions of packages, processor, GPUs, driver, commit of the code."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def software() -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
-    """The machine, as far as it can change a result."""
+    """What can change a result or its speed: platform, processor, memory in bytes, GPUs, driver, CUDA."""
     import psutil
     import torch
 
@@ -42,7 +42,7 @@ def hardware() -> dict[str, Any]:
 
 
 def _cpu_name() -> str:
-    """The processor's own name where Linux tells it."""
+    """The processor's name from /proc/cpuinfo, else what Python knows."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -58,7 +58,7 @@ def _driver() -> str | None:
 
 
 def git_commit() -> str | None:
-    """The commit of the code, from the image's build where it says so, else from the checkout."""
+    """The commit of the code: from job/COMMIT, which the image's build writes, or of the checkout; None if unknown."""
     root = Path(__file__).parents[2]
     stamp = root / "job/COMMIT"
     if stamp.exists():
@@ -67,7 +67,7 @@ def git_commit() -> str | None:
 
 
 def _output(*command: str) -> str | None:
-    """What a program prints; None where it is missing or fails."""
+    """The output of a program, without white space around it; None if it is missing, fails or prints nothing."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)  # noqa: S603
     except (OSError, subprocess.TimeoutExpired):

@@ -1,7 +1,7 @@
-"""Memory that a CPU's tensors leave is kept for the next ones.
+"""Has glibc's malloc keep freed memory for the next tensors, instead of returning it to the kernel.
 
-glibc gives blocks of more than 32 MB back to the kernel as soon as they are freed, and has every page of the next one
-filled with zeros: with activations of that size a third of the time of an evaluation.
+By default glibc returns blocks of more than 32 MB as soon as they are freed. The kernel then fills every page of the
+next block with zeros: a third of the time of an evaluation on a CPU (decision 16).
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ from __future__ import annotations
 import ctypes
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-"""glibc's numbers of its parameters, from `malloc.h`."""
+"""M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's `malloc.h`."""
 LARGEST = 512 << 20
-"""Blocks of more bytes are given back at once, as ever: weights, not activations."""
+"""Larger blocks are still returned at once: they are weights, not activations."""
 MOST = 1 << 30
-"""Bytes that are kept at most at the end of the heap."""
+"""Most free bytes that are kept at the end of the heap."""
 
 
 def keep_freed_memory() -> bool:
-    """Returns whether this system's C library could be told so."""
+    """Sets both thresholds of malloc; returns whether the C library took them (glibc does, others do not)."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # another C library than glibc

@@ -1,4 +1,4 @@
-"""What the machine must have, checked before anything is downloaded: disk, and shared memory for several processes."""
+"""What the machine has: free disk, shared memory and available memory, checked before anything is downloaded."""
 
 from __future__ import annotations
 
@@ -8,42 +8,48 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from job import log
+from job.common.formatting import size
+from job.common.optimizers import OPTIMIZERS
 from job.errors import Unreachable
 
 MIB = 1 << 20
 SLACK_BYTES = 256 * MIB
-"""For what is not known beforehand: logs, records of the evaluation, caches of libraries."""
-STATES_ON_DISK = 3
-"""One that was restored, one that is being uploaded, one that is being written."""
+"""Disk for what is not known beforehand: logs, samples of the evaluation, caches of libraries."""
+CHECKPOINTS_ON_DISK = 3
+"""The one that was restored, the one that is being uploaded, the one that is being written."""
 SHARED_MEMORY_BYTES = 1024 * MIB
-"""What NCCL and data loaders of several processes are comfortable with; Docker gives 64 MiB."""
+"""Enough for NCCL and the data loaders of several processes; Docker's default is 64 MiB."""
+
+CGROUPS = Path("/sys/fs/cgroup")
+OWN_CGROUPS = Path("/proc/self/cgroup")
+_FILES = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
+"""Limit and use of a control group: version 2, version 1."""
 
 
 def checkpoint_bytes(trainable_parameters: int, optimizer: str) -> int:
-    """Estimates a checkpoint: the adapter in fp32, and Adam's two moments, which the 8-bit ones keep in a byte each."""
-    moments = 2 if "8bit" in optimizer else 8
-    return trainable_parameters * (4 + moments)
+    """Estimated bytes of a checkpoint: the adapter in fp32 (4 bytes a parameter) and the optimizer's state."""
+    return trainable_parameters * (4 + OPTIMIZERS[optimizer].bytes_per_parameter)
 
 
 def required_bytes(downloads: Iterable[int], checkpoint: int = 0) -> int:
-    """Estimates the disk that a run fills.
+    """Estimated bytes of disk that a run needs.
 
     Args:
-        downloads: Bytes of each source that is copied here: model, data, questions. What is read in place counts 0.
+        downloads: Bytes of each source that is copied to this machine: model, data, questions; 0 if read in place.
         checkpoint: Bytes of one checkpoint, see `checkpoint_bytes`; the published adapter is never larger.
     """
-    return sum(downloads) + (STATES_ON_DISK + 1) * checkpoint + SLACK_BYTES
+    return sum(downloads) + (CHECKPOINTS_ON_DISK + 1) * checkpoint + SLACK_BYTES
 
 
 def check_disk(folder: Path, need_bytes: int) -> None:
-    """Refuses a disk that is going to be too full.
+    """Checks that a disk has enough free space.
 
     Args:
         folder: Where the job is going to write; it need not exist yet.
         need_bytes: See `required_bytes`.
 
     Raises:
-        Unreachable: There is too little, or it cannot be found out. Another machine may have more: it is worth a retry.
+        Unreachable: There is too little space, or the system does not tell. A retry may get a machine with more.
     """
     folder = folder.absolute()
     try:
@@ -53,13 +59,13 @@ def check_disk(folder: Path, need_bytes: int) -> None:
         raise Unreachable(f"{folder}: cannot find out how much disk is free: {error.strerror}") from error
     if free < need_bytes:
         raise Unreachable(
-            f"{folder}: {_text(free)} of disk are free and about {_text(need_bytes)} are needed; "
+            f"{folder}: {size(free, ' ')} of disk are free and about {size(need_bytes, ' ')} are needed; "
             "free space, give the machine or the pod more, or set JOB_STORAGE__CACHE to a folder on a larger disk"
         )
 
 
 def check_shared_memory(processes: int, folder: Path = Path("/dev/shm")) -> bool:  # noqa: S108 - it is looked at, not written
-    """Whether shared memory is large enough for so many processes; warns if not, because some setups need little."""
+    """Whether shared memory is large enough for so many processes; warns if not, since some setups need less."""
     try:
         total = shutil.disk_usage(folder).total
     except OSError:
@@ -69,42 +75,28 @@ def check_shared_memory(processes: int, folder: Path = Path("/dev/shm")) -> bool
     log.get_logger().warning(
         "shared memory is small for several processes",
         folder=str(folder),
-        has=_text(total),
-        wants=_text(SHARED_MEMORY_BYTES),
+        has=size(total, " "),
+        wants=size(SHARED_MEMORY_BYTES, " "),
         fix="docker run --shm-size=1g, or an emptyDir with medium: Memory mounted there",
     )
     return False
 
 
-def _text(count: int) -> str:
-    return f"{count / (1024 * MIB):.1f} GiB" if count >= 1024 * MIB else f"{count / MIB:.0f} MiB"
-
-
-GROUPS = Path("/sys/fs/cgroup")
-
-
-OWN = Path("/proc/self/cgroup")
-
-
-_FILES = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
-"""Limit and use of a control group, of version 2 and of version 1."""
-
-
-def available_bytes(groups: Path = GROUPS, own: Path = OWN) -> int:
-    """Memory that can be had without swapping, by the kernel and by the limits of all groups that hold this process."""
+def available_bytes(groups: Path = CGROUPS, own: Path = OWN_CGROUPS) -> int:
+    """Bytes of memory available without swapping: by the kernel, and by the limits of all cgroups of this process."""
     import psutil
 
     free = int(psutil.virtual_memory().available)
     for group in _groups(groups, own):
         for limit, used in _FILES:
-            with suppress(OSError, ValueError):  # there is none, or it is "max"
+            with suppress(OSError, ValueError):  # the file is missing, or holds "max"
                 most, taken = (int((group / name).read_text()) for name in (limit, used))
                 free = min(free, most - taken + _reclaimable(group / "memory.stat"))
     return max(0, free)
 
 
 def _groups(groups: Path, own: Path) -> set[Path]:
-    """The folders of this process's groups and of those above them; a container sees its own at the top."""
+    """The folders of this process's cgroups and of their parents. A container sees its own cgroup at the top."""
     found = {groups, groups / "memory"}
     with suppress(OSError, ValueError):
         for line in own.read_text().splitlines():
@@ -117,7 +109,7 @@ def _groups(groups: Path, own: Path) -> set[Path]:
 
 
 def _reclaimable(statistics: Path) -> int:
-    """Bytes of files that were read and are not in use, which count as taken until somebody needs the memory."""
+    """Bytes of the page cache that count as used, but are freed as soon as memory is needed."""
     with suppress(OSError, ValueError):
         lines = (line.split() for line in statistics.read_text().splitlines())
         return max((int(value) for name, value in lines if name.endswith("inactive_file")), default=0)

@@ -1,4 +1,4 @@
-"""Work beside the main thread, given up without waiting when the job has to end."""
+"""Work in another thread, whose log lines carry the same run, attempt and stage."""
 
 from __future__ import annotations
 
@@ -11,16 +11,22 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def in_thread(work: Callable[[], T], name: str) -> Future[T]:
-    """Starts the work in a thread, whose log lines carry what ours do."""
+def in_thread(work: Callable[[], T], name: str, *, daemon: bool = True) -> Future[T]:
+    """Starts the work in a new thread.
+
+    Args:
+        work: Is called once; what it raises is raised where the result is asked for.
+        name: The thread's.
+        daemon: Whether the process may end without waiting for it.
+    """
     future: Future[T] = Future()
     context = copy_context()
 
     def run() -> None:
         try:
             future.set_result(context.run(work))
-        except BaseException as error:  # noqa: BLE001 - raised where the result is asked for
+        except BaseException as error:  # noqa: BLE001 - raised by future.result()
             future.set_exception(error)
 
-    Thread(target=run, name=name, daemon=True).start()
+    Thread(target=run, name=name, daemon=daemon).start()
     return future

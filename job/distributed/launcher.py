@@ -1,7 +1,8 @@
-"""Starts the processes of this machine, hands signals on to them, and ends with the exit code that they add up to.
+"""Starts one process for each GPU of this machine, forwards signals to them, and returns one exit code for all.
 
-By torch's elastic multiprocessing, which torchrun stands on. The torchrun command itself turns every exit code into 1
-and kills after 30 seconds; under it the job works all the same, as whoever sets torchrun's variables starts processes.
+It uses torch's elastic multiprocessing, as torchrun does. The torchrun command itself turns every exit code into 1 and
+kills the processes 30 seconds after a signal. The job also works under torchrun: where torchrun's variables are set,
+nothing is launched here.
 """
 
 from __future__ import annotations
@@ -20,22 +21,23 @@ from types import FrameType
 from typing import Any, Literal
 
 from job import log
-from job.distributed.process_group import LAST_WORDS_SECONDS, tell_end
+from job.distributed.process_group import REASON_SECONDS, publish_end
 from job.distributed.ranks import Place
-from job.distributed.rendezvous import enter_store, host_store, keyspace
+from job.distributed.rendezvous import connect_store, host_store, keyspace
 from job.errors import Killed, Preempted, Problem, SettingsError, exit_codes
+from job.preemption.stop_flag import signals_to_handle
 
-_LOOK_SECONDS = 0.05
-_TELL_SECONDS = 5.0
+_POLL_SECONDS = 0.05
+_PUBLISH_SECONDS = 5.0
 _DRIVERS = Path("/dev/nvidiactl"), Path("/dev/dxg")
-"""One of these is there where CUDA is, natively or in Windows' Linux."""
-_GRAVITY = ("no", "counts against the limit", "yes", "yes, free")
-"""The columns of the table of exit codes, the gravest first: an error that no retry can mend outweighs the others."""
+"""One of these devices exists where CUDA does: on Linux, and on Windows' subsystem for Linux."""
+_SEVERITY = ("no", "counts against the limit", "yes", "yes, free")
+"""Values of the column "retry?" of the exit codes, most serious first: what no retry can fix outweighs the others."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """This machine among those of the run: how many processes it has, and where machine 0 listens."""
+    """This machine of a run: its processes, its number, and where machine 0 listens (`host:port`)."""
 
     processes: int
     nodes: int = 1
@@ -44,33 +46,33 @@ class Machine:
 
 
 def count_processes(wanted: int | Literal["auto"]) -> int:
-    """How many processes this machine gets: what was asked for, or one for each visible GPU, or one.
+    """The number of processes to start: `wanted`; with `auto` one for each visible GPU, or one without a GPU.
 
     Raises:
-        SettingsError: More are wanted than there are GPUs.
+        SettingsError: More are wanted than there are visible GPUs.
     """
     if wanted == 1 or not any(device.exists() for device in _DRIVERS):
-        return 1 if wanted == "auto" else wanted  # without torch, which takes seconds to import
+        return 1 if wanted == "auto" else wanted  # before torch, which takes seconds to import
     import torch
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted == "auto":
         return max(1, gpus)
     if gpus and wanted > gpus:
-        what = f"{wanted} is more than the {gpus} GPUs that are visible; lower it, or set auto"
+        what = f"{wanted} is more than the {gpus} visible GPUs; lower it, or set auto"
         raise SettingsError([Problem("run.processes", what)])
     return wanted
 
 
 @contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """Within it SIGTERM and SIGINT are only noted."""
+    """Within it the signals of `stop_flag.SIGNALS` are appended to the list, and do nothing else."""
     received: list[int] = []
 
-    def note(number: int, _frame: FrameType | None) -> None:
+    def record(number: int, _frame: FrameType | None) -> None:
         received.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, record) for number in signals_to_handle()}
     try:
         yield received
     finally:
@@ -79,9 +81,13 @@ def noted_signals() -> Iterator[list[int]]:
 
 
 def check_signals(received: Sequence[int]) -> None:
-    """Ends here if a signal came."""
+    """Ends the job if a signal arrived.
+
+    Raises:
+        Preempted: One did.
+    """
     if received:
-        raise Preempted(f"stopped by {signal.Signals(received[0]).name} before anything began")
+        raise Preempted(f"stopped by {signal.Signals(received[0]).name} before the run began")
 
 
 def launch(
@@ -93,25 +99,26 @@ def launch(
     environ: Mapping[str, str],
     grace_seconds: float,
 ) -> int:
-    """Runs the command in each of this machine's processes, with torchrun's variables set, to their end.
+    """Runs the command in each process of this machine, with torchrun's variables set, until all have ended.
 
-    None of them is ever started again: that is the platform's, which counts and pays for it. When one has ended, and
-    when a signal came, the others have `grace_seconds` to end by themselves.
+    No process is started again: retries are the platform's. When one process has ended, or a signal arrived, the
+    others get `grace_seconds` to end; then they are killed.
 
     Args:
-        command: What each of them runs.
-        machine: How many, and among which others.
-        received: The signals of `noted_signals`.
+        command: What each process runs.
+        machine: How many processes, and which machine of the run this is.
+        received: The list of `noted_signals`; each signal in it is forwarded to every process.
         run: The run's id.
-        environ: The environment; the processes get it with torchrun's variables.
+        environ: The environment of the processes, to which torchrun's variables are added.
         grace_seconds: See above.
 
     Returns:
-        The exit code of process 0 if it is here and was successful, else the gravest.
+        0 if process 0 runs here and succeeded, otherwise the most serious exit code.
 
     Raises:
-        Killed: A process was, or ended with a code that is none of ours.
-        Unreachable: Machine 0 cannot listen.
+        Killed: A process was killed, or ended with a code that is not in the table of exit codes.
+        Preempted: A signal arrived before the processes were started.
+        Unreachable: This is machine 0, and its port is taken.
     """
     host, port = _split(machine.rendezvous)
     hosted = host_store(port) if machine.node_rank == 0 else None
@@ -126,12 +133,14 @@ def launch(
     check_signals(received)
     context = _start(command, place, run, environ)
     try:
-        codes, late = _watch(context, received, grace_seconds, _Teller(place, hosted, run))
+        codes, late = _watch(context, received, grace_seconds, _EndPublisher(place, hosted, run))
     finally:
         context.close(signal.SIGKILL, timeout=5)
     if hosted and machine.nodes > 1 and any(codes.values()):
-        time.sleep(LAST_WORDS_SECONDS)  # the store goes with this process, and the others are still reading why
-    return _verdict({place.rank + local: code for local, code in codes.items()}, {place.rank + local for local in late})
+        time.sleep(REASON_SECONDS)  # the store ends with this process, and others may still read the reason
+    return _combined(
+        {place.rank + local: code for local, code in codes.items()}, {place.rank + local for local in late}
+    )
 
 
 def _split(rendezvous: str | None) -> tuple[str, int]:
@@ -154,7 +163,8 @@ def _start(command: Sequence[str], place: Place, run: str, environ: Mapping[str,
     if "OMP_NUM_THREADS" not in environ:
         common["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // place.local_world_size))
     ranks = range(place.local_world_size)
-    # In a thread of its own, where it cannot put its signal handlers, which end this process, in place of ours.
+    # In a thread, because start_processes installs signal handlers that end this process, and cannot do so outside of
+    # the main thread.
     with ThreadPoolExecutor(max_workers=1) as pool:
         return pool.submit(
             start_processes,
@@ -166,8 +176,8 @@ def _start(command: Sequence[str], place: Place, run: str, environ: Mapping[str,
         ).result()
 
 
-class _Teller:
-    """Tells the other processes of the run, wherever they are, that one of this machine has ended badly."""
+class _EndPublisher:
+    """Publishes in the common store that a process of this machine has failed, for the processes of all machines."""
 
     def __init__(self, place: Place, hosted: Any, run: str) -> None:
         self._place, self._hosted, self._run = place, hosted, run
@@ -175,30 +185,36 @@ class _Teller:
     def __call__(self, local: int, code: int) -> None:
         known = code in exit_codes()
         try:
-            store = keyspace(self._hosted or enter_store(self._place, _TELL_SECONDS), self._run)
-            # One that died without a word says nothing of the state, which is durable: the others are worth a retry.
-            tell_end(store, self._place.rank + local, code if known else Preempted.exit_code, _manner(code))
+            store = keyspace(self._hosted or connect_store(self._place, _PUBLISH_SECONDS), self._run)
+            # A process that was killed leaves the durable state intact, so the others end as preempted: worth a retry.
+            publish_end(store, self._place.rank + local, code if known else Preempted.exit_code, _how_it_ended(code))
         except RuntimeError as error:
-            log.get_logger().debug("the other machines cannot be told", why=str(error))
+            log.get_logger().debug("the other machines cannot be informed", why=str(error))
 
 
-def _watch(context: Any, received: list[int], grace_seconds: float, tell: _Teller) -> tuple[dict[int, int], set[int]]:
-    """Waits for the end of all; returns their exit codes, negative for a signal, and who died of signals from here."""
-    handed_on, deadline, told = 0, float("inf"), False
+def _watch(
+    context: Any, received: list[int], grace_seconds: float, publish: _EndPublisher
+) -> tuple[dict[int, int], set[int]]:
+    """Waits until all processes have ended.
+
+    Returns:
+        Exit codes by local rank, negative for a signal, and the local ranks whose signal came from here.
+    """
+    forwarded, deadline, published = 0, float("inf"), False
     while True:
         codes = {local: handler.proc.poll() for local, handler in context.subprocess_handlers.items()}
         ended = {local: code for local, code in codes.items() if code is not None}
         running = codes.keys() - ended.keys()
         failed = next((local for local, code in ended.items() if code), None)
-        if failed is not None and not told:
-            tell(failed, ended[failed])
-            told = True
-        # Before it knows what to do with a signal, a process dies of it.
+        if failed is not None and not published:
+            publish(failed, ended[failed])
+            published = True
+        # A process that has not installed its handlers yet is killed by the signal that was forwarded to it.
         late = {local for local, code in ended.items() if -code in received}
         if not running:
             return ended, late
-        for number in received[handed_on:]:
-            handed_on += 1
+        for number in received[forwarded:]:
+            forwarded += 1
             for local in running:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(context.pids()[local], number)
@@ -207,10 +223,10 @@ def _watch(context: Any, received: list[int], grace_seconds: float, tell: _Telle
         if time.monotonic() > deadline:
             context.close(signal.SIGKILL, timeout=5)
             return {**ended, **dict.fromkeys(running, -signal.SIGKILL)}, late | running
-        time.sleep(_LOOK_SECONDS)
+        time.sleep(_POLL_SECONDS)
 
 
-def _manner(code: int) -> str:
+def _how_it_ended(code: int) -> str:
     """How a process ended, in words."""
     if code >= 0:
         return f"ended with exit code {code}"
@@ -222,19 +238,24 @@ def _manner(code: int) -> str:
     return f"was killed by {name}{why}"
 
 
-def _verdict(codes: Mapping[int, int], late: set[int]) -> int:
-    """The exit code for all; `late` are those whose own end says nothing: killed because others had ended or had to."""
+def _combined(codes: Mapping[int, int], late: set[int]) -> int:
+    """One exit code for all processes.
+
+    Args:
+        codes: Exit codes by rank, negative for a signal.
+        late: Ranks that the launcher itself signalled or killed: their codes say nothing about the cause.
+    """
     if codes.get(0) == 0 or not any(codes.values()):
         return 0
     table = exit_codes()
-    strange = {rank: code for rank, code in codes.items() if code and code not in table and rank not in late}
+    unknown = {rank: code for rank, code in codes.items() if code and code not in table and rank not in late}
     known = {code for code in codes.values() if code in table}
-    graves = sorted(known, key=lambda code: _GRAVITY.index(table[code][1]))
-    if strange and not (graves and table[graves[0]][1] == "no"):
-        raise Killed("; ".join(f"process {rank} {_manner(code)}" for rank, code in strange.items()))
-    return graves[0] if graves else Preempted.exit_code
+    by_severity = sorted(known, key=lambda code: _SEVERITY.index(table[code][1]))
+    if unknown and not (by_severity and table[by_severity[0]][1] == "no"):
+        raise Killed("; ".join(f"process {rank} {_how_it_ended(code)}" for rank, code in unknown.items()))
+    return by_severity[0] if by_severity else Preempted.exit_code
 
 
 def worker_command(words: Sequence[str]) -> list[str]:
-    """What each process runs: this program again, with the same words."""
+    """The command that each process runs: this program again, with the same arguments."""
     return [sys.executable, "-m", "job", "run", *words]

@@ -1,7 +1,7 @@
-"""One of several processes: what they tell each other is JSON in a common store, what they add up goes by all-reduce.
+"""How several processes exchange values and sum tensors: JSON in a common TCPStore, and all-reduce.
 
-The store is torch's TCPStore, which the launcher hosts. Nothing is pickled. Nobody waits for another one blindly:
-whoever ends says so in the store, or its launcher does, and whoever waits looks there and ends the same way.
+The launcher hosts the store. Nothing is pickled. No wait is blind: a process that fails, or its launcher, writes the
+reason into the store, and every process that waits reads it there and ends with the same exit code.
 """
 
 from __future__ import annotations
@@ -14,53 +14,55 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from job.distributed.ranks import Place
-from job.errors import JobError, Preempted, elsewhere
+from job.errors import JobError, Preempted, error_of_process
 from job.preemption.stop_flag import Stop
 
 T = TypeVar("T")
 
 END = "end"
-"""Key of what the first process that failed says: who it is, its exit code, and why."""
-LOOK_SECONDS = 1.0
-LAST_WORDS_SECONDS = 5.0
-"""How long to look for the reason when a process is gone."""
-_LONG = 1e9
+"""Key of the first failure: the rank, its exit code, and the reason."""
+CHECK_SECONDS = 1.0
+"""At most this often `check` asks the store for a failure."""
+REASON_SECONDS = 5.0
+"""How long to wait for the reason in the store when a process is gone."""
+_FAR_FUTURE = 1e9
+"""Seconds that stand for "no deadline" among the flags."""
 _PART_BYTES = 4 << 20
 """torch's store closes the connection on values of more than 8 MiB."""
 _PAUSE_SECONDS = 0.0005
-_LONGEST_SUM, _LONGEST_TALK = 0.005, 0.03
-"""Between two looks whether there is what is waited for: a sum, which a step waits for, or an answer."""
+_MAX_PAUSE_SUM, _MAX_PAUSE_VALUE = 0.005, 0.03
+"""Longest pause between two polls: for an all-reduce, which a step waits for, and for a value in the store."""
 
 
-def tell_end(store: Any, process: int, exit_code: int, why: str) -> None:
-    """Says in the store that a process has ended, unless another one was faster."""
+def publish_end(store: Any, process: int, exit_code: int, why: str) -> None:
+    """Writes into the store that a process has failed, unless another failure is there already."""
     store.compare_set(END, "", json.dumps({"process": process, "code": exit_code, "why": why[:2000]}))
 
 
 class ProcessGroup:
-    """One of several processes. See `Processes`.
+    """`Processes` for a world of more than one.
 
     Args:
-        place: Which one.
-        store: The common TCPStore; keys are this run's and this start's own.
-        stop: This process's flag; `agree` raises it when another process's is up.
-        beat: Tells the watchdog that waiting is all that there is to do. Process 0 does not: when everybody waits for
-            everybody, one of them has to notice.
-        grace_seconds: How long a process has to end by itself when another one has ended.
+        place: Rank and world size of this process.
+        store: The common TCPStore, with a prefix for this run and this start.
+        stop: This process's stop flag; `agree` sets it when that of another process is set.
+        beat: Reports progress to the watchdog while this process waits. Process 0 does not call it, so that a deadlock,
+            where all wait for each other, is noticed there.
+        grace_seconds: How long the processes have to end when one of them has ended.
     """
 
     def __init__(self, place: Place, store: Any, stop: Stop, beat: Callable[[], None], grace_seconds: float) -> None:
         self.place, self.leads, self.stopping = place, place.rank == 0, False
         self._store, self._stop, self._beat, self._grace = store, stop, beat, grace_seconds
         self._calls = 0
-        self._looked = time.monotonic()
+        self._checked = time.monotonic()
         self._sent = [0] * place.world_size
-        """How much each has sent: here by this process at its own rank, in process 0 what was received from each."""
+        """Number of values by rank: those this process has sent, and in process 0 those it has received from each."""
 
     def check(self) -> None:
-        """See `Processes`. Looks once a second at most."""
-        if time.monotonic() - self._looked >= LOOK_SECONDS:
-            self._looked = time.monotonic()
+        """See `Processes`. Asks the store once a second at most."""
+        if time.monotonic() - self._checked >= CHECK_SECONDS:
+            self._checked = time.monotonic()
             with self._reaching():
                 ended = self._store.check([END])
             if ended:
@@ -102,13 +104,14 @@ class ProcessGroup:
         import torch
         from torch.distributed import ReduceOp
 
-        left = min(self._stop.remaining(), _LONG)
+        left = min(self._stop.remaining(), _FAR_FUTURE)
+        # One MAX over three flags: any wants to repeat, any has to stop, and the earliest deadline (negated).
         flags = torch.tensor([repeat, self._stop(), -left], dtype=torch.float64)
         self._reduce(flags, ReduceOp.MAX)
         repeat, stop, less = bool(flags[0]), bool(flags[1]), -float(flags[2])
         if stop:
             self.stopping = True
-            self._stop.request("another process, which was told to stop", less)
+            self._stop.request("another process, which had to stop", less)
         return repeat
 
     def add_up(self, tensor: Any) -> None:
@@ -118,23 +121,24 @@ class ProcessGroup:
         self._reduce(tensor, ReduceOp.SUM)
 
     def end(self, error: BaseException) -> None:
-        """Tells the others what this process ends with, unless one was faster."""
+        """Tells the other processes what this one fails with."""
         code = error.exit_code if isinstance(error, JobError) else JobError.exit_code
         with contextlib.suppress(RuntimeError):
-            tell_end(self._store, self.place.rank, code, str(error) or type(error).__name__)
+            publish_end(self._store, self.place.rank, code, str(error) or type(error).__name__)
 
     def leave(self) -> None:
-        """Lets process 0 finish first: some launchers kill the others as soon as one is gone, and it has most to do.
+        """Waits at the end: the others for process 0, then process 0 for the others.
 
-        Then it waits for the others, because the store may go with it, or with its launcher.
+        Process 0 has the most left to do, and some launchers kill all processes as soon as one has ended. It waits for
+        the others because the store may end with it, or with its launcher.
         """
         gone = [f"gone#{rank}" for rank in range(self.place.world_size)]
         with contextlib.suppress(RuntimeError):
             self._store.set(gone[self.place.rank], "")
             if self.leads:
-                self._patiently(lambda: self._store.check(gone), LAST_WORDS_SECONDS)
+                self._wait_at_most(REASON_SECONDS, lambda: self._store.check(gone))
             else:
-                self._patiently(lambda: self._store.check(gone[:1]) or self._end_of(0), self._grace)
+                self._wait_at_most(self._grace, lambda: self._store.check(gone[:1]) or self._end_of(0))
 
     def _share(self, key: str, value: Callable[[], T], *, leads: bool) -> T:
         if leads:
@@ -149,7 +153,7 @@ class ProcessGroup:
         return f"{self._calls} {what}"
 
     def _set(self, key: str, value: Any) -> None:
-        text = json.dumps(value)  # in ASCII
+        text = json.dumps(value)  # ASCII, so a character is a byte and may be cut anywhere
         first, *others = [text[start : start + _PART_BYTES] for start in range(0, len(text), _PART_BYTES)]
         with self._reaching():
             for number, part in enumerate(others, start=1):
@@ -163,7 +167,7 @@ class ProcessGroup:
 
     def _wait_for(self, key: str) -> Any:
         with self._reaching():
-            self._until(lambda: self._store.check([key]), _LONGEST_TALK, stoppable=True)
+            self._until(lambda: self._store.check([key]), _MAX_PAUSE_VALUE, stoppable=True)
             return self._get(key)
 
     def _reduce(self, tensor: Any, operation: Any) -> None:
@@ -172,8 +176,8 @@ class ProcessGroup:
 
         try:
             work = dist.all_reduce(tensor, operation, async_op=True)
-            # A stop has to wait for the others, which want to hear of it here.
-            self._until(work.is_completed, _LONGEST_SUM, stoppable=False)
+            # Not stoppable: the other processes are in the same all-reduce, and it is how they learn of the stop.
+            self._until(work.is_completed, _MAX_PAUSE_SUM, stoppable=False)
             work.wait()
         except torch.OutOfMemoryError:
             raise
@@ -191,7 +195,7 @@ class ProcessGroup:
             time.sleep(pause)
             pause = min(2 * pause, longest)
 
-    def _patiently(self, ready: Callable[[], bool], seconds: float) -> bool:
+    def _wait_at_most(self, seconds: float, ready: Callable[[], bool]) -> bool:
         deadline = time.monotonic() + seconds
         while not (found := ready()) and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -205,19 +209,19 @@ class ProcessGroup:
             raise self._lost(error) from error
 
     def _lost(self, why: RuntimeError) -> JobError:
-        """The error to end with when the others cannot be reached."""
+        """The error to raise when the other processes cannot be reached: the reason in the store, if there is one."""
         with contextlib.suppress(RuntimeError):
-            if self._patiently(lambda: self._store.check([END]), LAST_WORDS_SECONDS):
+            if self._wait_at_most(REASON_SECONDS, lambda: self._store.check([END])):
                 return self._ended()
         self._stop.request("the loss of another process", self._grace)
         first = (str(why).splitlines() or [""])[0]
-        return Preempted(f"another process of this run is gone, start the run again to go on: {first[:200]}")
+        return Preempted(f"another process of this run is gone; start the run again to resume it: {first[:200]}")
 
     def _ended(self) -> JobError:
-        """The error to end with when another process has."""
+        """The error to raise when another process has failed."""
         end = json.loads(self._store.get(END))
         self._stop.request(f"the end of process {end['process']}", self._grace)
-        return elsewhere(end["code"], f"process {end['process']}", end["why"])
+        return error_of_process(end["code"], f"process {end['process']}", end["why"])
 
     def _end_of(self, rank: int) -> bool:
         return bool(self._store.check([END])) and json.loads(self._store.get(END))["process"] == rank

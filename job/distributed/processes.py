@@ -1,4 +1,4 @@
-"""The processes of one run, as a stage sees them: what they tell each other, and sums over all of them. Usually one."""
+"""What a stage may ask of the processes of a run: exchange values, sum tensors, agree. Usually there is one process."""
 
 from __future__ import annotations
 
@@ -11,55 +11,59 @@ T = TypeVar("T")
 
 
 class Processes(Protocol):
-    """What a stage needs to know of the processes. With several of them, all call the same things in the same order."""
+    """The processes of a run. All of them call the same methods in the same order, like collectives.
+
+    With several processes any method may raise what another process ended with (`JobError` and its subclasses), and
+    `Preempted` when this one has to stop while it waits.
+    """
 
     place: Place
 
     @property
     def leads(self) -> bool:
-        """Whether this is process 0, the only one that changes the run's store."""
+        """Whether this is process 0, the only one that writes to the run's store."""
 
     @property
     def stopping(self) -> bool:
-        """Whether they have agreed to stop after the step in hand."""
+        """Whether the processes have agreed to stop after the current step."""
 
     def check(self) -> None:
-        """Ends here if another process has ended."""
+        """Raises what another process has ended with, if one has."""
 
     def share(self, what: str, value: Callable[[], T]) -> T:
-        """What process 0 finds by calling `value`, JSON-able; the others wait for it. `what` is for people."""
+        """What `value` returns in process 0, JSON-able; the others wait for it. `what` names it in the store's keys."""
 
     def share_on_machine(self, what: str, value: Callable[[], T]) -> T:
-        """The same among the processes of each machine, where the first one calls `value`."""
+        """The same for each machine, where the machine's first process calls `value`."""
 
     def gather(self, what: str, value: Any) -> list[Any]:
-        """What each of them gives, JSON-able, in the order of the ranks."""
+        """The JSON-able values of all processes, in the order of their ranks."""
 
     def send(self, value: Any) -> None:
-        """Sends something JSON-able to process 0, which gets it by `receive`."""
+        """Sends a JSON-able value to process 0, without waiting for `receive` there."""
 
     def receive(self) -> list[Any]:
-        """What the others have sent since the last call, without waiting."""
+        """The values that other processes have sent since the last call, without waiting."""
 
     def agree(self, *, repeat: bool) -> bool:
-        """Whether any of them has to repeat the step in hand. Also spreads the news that one has to stop."""
+        """Whether any process has to repeat the current step. Also sets `stopping` if any has to stop."""
 
     def add_up(self, tensor: Any) -> None:
-        """Replaces the tensor by its sum over all of them."""
+        """Replaces the tensor, in place, by its sum over all processes, which wait for each other here."""
 
 
 class Alone:
-    """One process: nobody to talk to."""
+    """`Processes` for a single process."""
 
     place = Place()
     leads = True
     stopping = False
 
     def check(self) -> None:
-        """There is no other."""
+        """Does nothing."""
 
-    def share(self, what: str, value: Callable[[], T]) -> T:  # noqa: ARG002 - there is nobody to tell
-        """Calls it."""
+    def share(self, what: str, value: Callable[[], T]) -> T:  # noqa: ARG002 - as in Processes
+        """Calls `value`."""
         return value()
 
     share_on_machine = share
@@ -69,18 +73,18 @@ class Alone:
         return [value]
 
     def send(self, value: Any) -> None:
-        """Nobody sends anything."""
+        """Does nothing: process 0 never sends."""
 
     def receive(self) -> list[Any]:
-        """Nothing."""
+        """An empty list."""
         return []
 
     def agree(self, *, repeat: bool) -> bool:
-        """Its own wish."""
+        """`repeat` as it is."""
         return repeat
 
     def add_up(self, tensor: Any) -> None:
-        """The sum of one is itself."""
+        """Leaves the tensor as it is."""
 
 
 ALONE: Processes = Alone()

@@ -1,7 +1,7 @@
-"""Which process of how many this one is, and how many machines there are: read from torchrun's variables and platforms.
+"""Rank and world size of this process, from torchrun's variables; number of machines, from the platform.
 
-torchrun's variables are a contract that others keep as well: whoever sets them starts the processes. Where they are
-missing the job starts its own (`launcher`), which then find them set.
+Where torchrun's variables are set, whoever set them has started the processes. Where they are not, the job starts its
+own (`launcher`) and sets them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from job.platforms.detect import Platform
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PORT = 29400
-"""Where the first machine listens, if nobody says otherwise; torchrun's own default."""
+"""Port on which machine 0 listens by default, as torchrun has it."""
 
 _MOST_PROCESSES, _MOST_PORT = 1_000_000, 65_535
 _NUMBER = re.compile(r"[0-9]{1,7}", re.ASCII)
@@ -24,17 +24,17 @@ _MAX_FILE_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Place:
-    """One process among those of the run. Ranks count from 0; process 0 leads.
+    """One process among those of the run. Ranks count from 0; process 0 writes and reports.
 
     Attributes:
-        rank: Among all.
-        world_size: How many there are.
-        local_rank: Among those of this machine, whose ranks follow each other.
-        local_world_size: How many there are on this machine.
-        host: Where the store lies that they tell each other things through.
-        port: The store's port.
-        hosted: Whether somebody else (the launcher) hosts the store; otherwise process 0 does.
-        restart: How often the launcher has started them again; torchrun keeps its store over restarts.
+        rank: Among all processes of the run.
+        world_size: Number of processes of the run.
+        local_rank: Among those of this machine, whose ranks are consecutive.
+        local_world_size: Number of processes on this machine.
+        host: Host of the common TCPStore.
+        port: Port of the common TCPStore.
+        hosted: Whether the launcher hosts the store; otherwise process 0 does.
+        restart: How often torchrun has restarted the processes. Its store outlives a restart, so keys need this number.
     """
 
     rank: int = 0
@@ -53,7 +53,7 @@ class Place:
 
 
 def find_place(environ: Mapping[str, str]) -> Place | None:
-    """The place that torchrun's variables give this process; None if there are none. They must be without faults."""
+    """The place that torchrun's variables give; None if they are not set. Call `find_faults` first."""
     if not _is_placed(environ):
         return None
     number = {name: int(environ.get(name) or 1) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
@@ -70,7 +70,7 @@ def find_place(environ: Mapping[str, str]) -> Place | None:
 
 
 def find_faults(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """What is wrong with torchrun's variables: their names, and what is wrong with each."""
+    """Problems with torchrun's variables, as (name, problem); none if they are not set."""
     if not _is_placed(environ):
         return
     wrong = {name: what for name in VARIABLES if (what := _fault(name, environ))}
@@ -81,7 +81,7 @@ def find_faults(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
 
 
 def _fault(name: str, environ: Mapping[str, str]) -> str | None:
-    """What is wrong with one of the variables alone."""
+    """What is wrong with one variable, looked at alone; None if nothing."""
     text = environ.get(name, "")
     if not text:
         needed = not (name == "LOCAL_WORLD_SIZE" or (name.startswith("MASTER") and environ.get("WORLD_SIZE") == "1"))
@@ -98,9 +98,10 @@ def _is_placed(environ: Mapping[str, str]) -> bool:
 
 
 def visible_gpu(environ: Mapping[str, str], local_rank: int) -> str:
-    """What CUDA_VISIBLE_DEVICES has to be for the process to see one GPU only: its own of those that the machine shows.
+    """The value of CUDA_VISIBLE_DEVICES with which the process sees only its own GPU.
 
-    A process that sees several may be given work for all of them by a library that means well.
+    A process that sees several GPUs may be spread over all of them by a library: Trainer would wrap the model in
+    DataParallel.
     """
     shown = environ.get("CUDA_VISIBLE_DEVICES")
     if shown is None:
@@ -111,9 +112,12 @@ def visible_gpu(environ: Mapping[str, str], local_rank: int) -> str:
 
 @dataclass(frozen=True)
 class Machines:
-    """The machines of a run as the platform tells: settings by dotted name, and the interface between them.
+    """The machines of a run, from the platform.
 
-    `fault` says what is wrong with the platform's file.
+    Attributes:
+        settings: Values by dotted name of the setting.
+        interface: Network interface between the machines, for NCCL and gloo.
+        fault: What is wrong with the platform's file; None if nothing.
     """
 
     settings: Mapping[str, object]
@@ -122,7 +126,7 @@ class Machines:
 
 
 def find_machines(platform: Platform) -> Machines:
-    """Asks the platform: SageMaker lists its hosts in a file, an Indexed Job of Kubernetes numbers its pods."""
+    """Reads the machines from the platform: SageMaker's file of hosts, or the index of a pod in an Indexed Job."""
     if platform.completion_index is not None:
         return Machines({"run.node_rank": platform.completion_index})
     if platform.resources is None or not platform.resources.is_file():
@@ -130,10 +134,10 @@ def find_machines(platform: Platform) -> Machines:
     try:
         with platform.resources.open("rb") as file:
             config = json.loads(file.read(_MAX_FILE_BYTES))
-        hosts = sorted(map(str, config["hosts"]))  # not in the same order everywhere
+        hosts = sorted(map(str, config["hosts"]))  # the order may differ from host to host
         rank = hosts.index(str(config["current_host"]))
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return Machines({}, fault="names no hosts and current_host among them; SageMaker writes it")
+        return Machines({}, fault="must list hosts, with current_host among them; SageMaker writes it")
     if len(hosts) == 1:
         return Machines({})
     settings = {"run.nodes": len(hosts), "run.node_rank": rank, "run.rendezvous": f"{hosts[0]}:{PORT}"}

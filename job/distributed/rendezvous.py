@@ -1,4 +1,7 @@
-"""How the processes of a run find each other: through a store at an address that all of them know."""
+"""How the processes of a run connect: by a TCPStore at an address that all of them know.
+
+Waiting is done here in a loop, because torch's own client cannot be interrupted by a signal while it waits.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +20,15 @@ from job.distributed.ranks import Place
 from job.errors import Problem, SettingsError, Unreachable
 from job.preemption.stop_flag import Stop
 
-_TRY_SECONDS = 2.0
+_CONNECT_SECONDS = 2.0
 _ANSWER_SECONDS = 60.0
 
 
 def host_store(port: int) -> Any:
-    """Hosts the store in this process, on all its interfaces; port 0 takes a free one.
+    """Hosts the store in this process, on all network interfaces; port 0 takes a free one.
 
     Raises:
-        Unreachable: The port is taken, by an attempt before this one that is still ending, or by a stranger.
+        Unreachable: The port is taken, by an earlier attempt that has not ended yet or by another program.
     """
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
@@ -36,11 +39,11 @@ def host_store(port: int) -> Any:
         raise Unreachable(f"cannot listen for the other processes on port {port}: {_first_line(error)}") from error
 
 
-def enter_store(place: Place, seconds: float = _ANSWER_SECONDS) -> Any:
-    """Connects to the store where it is known to be there.
+def connect_store(place: Place, seconds: float = _ANSWER_SECONDS) -> Any:
+    """Connects to a store that is known to listen.
 
     Raises:
-        RuntimeError: It is not, or does not answer within so many seconds, now or later.
+        RuntimeError: It does not listen, or takes longer than `seconds` for an answer, now or in a later call.
     """
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
@@ -49,7 +52,7 @@ def enter_store(place: Place, seconds: float = _ANSWER_SECONDS) -> Any:
 
 
 def keyspace(store: Any, run: str, restart: int = 0) -> Any:
-    """The part of the store that belongs to one start of one run."""
+    """The store with a prefix of its own for one start of one run, so that no other start's keys are seen."""
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
     return PrefixStore(f"{run}/{restart}", store)
@@ -59,19 +62,20 @@ def keyspace(store: Any, run: str, restart: int = 0) -> Any:
 def join(
     place: Place | None, run: str, *, stop: Stop, beat: Callable[[], None], patience: float, grace_seconds: float
 ) -> Iterator[Processes]:
-    """Meets the other processes; within it they can talk, and what ends one of them ends all.
+    """Connects to the other processes; within it they exchange values, and the failure of one ends all.
 
     Args:
-        place: Which process this is; None where it is the only one.
-        run: The run's id: strangers at the same address are not taken for its processes.
-        stop: This process's flag.
-        beat: Tells the watchdog that waiting is all that there is to do.
-        patience: Seconds to wait for all to come: machines are given one by one.
-        grace_seconds: How long a process has to end by itself when another one has ended.
+        place: Rank and world size of this process; None for a single process.
+        run: The run's id. Processes of another run at the same address are not connected to.
+        stop: This process's stop flag.
+        beat: Reports progress to the watchdog while this process waits.
+        patience: Seconds to wait for all processes: platforms start machines one after the other.
+        grace_seconds: How long the processes have to end when one of them has ended.
 
     Raises:
-        Unreachable: Not all came.
-        SettingsError: Two are the same one.
+        Unreachable: The store cannot be reached, or not all processes arrived within `patience`.
+        SettingsError: Two processes have the same rank, or they disagree on the world size.
+        Preempted: This process has to stop, or another process is gone.
     """
     if place is None or place.world_size == 1:
         yield ALONE
@@ -80,7 +84,7 @@ def join(
     store = keyspace(_reach(place, deadline, stop, beat), run, place.restart)
     joined = ProcessGroup(place, store, stop, beat, grace_seconds)
     try:
-        _meet(joined, store, deadline, stop, beat)
+        _await_all(joined, store, deadline, stop, beat)
         _connect(place, store, 2 * patience)
         yield joined
         _disconnect()
@@ -92,38 +96,38 @@ def join(
 
 
 def _reach(place: Place, deadline: float, stop: Stop, beat: Callable[[], None]) -> Any:
-    """The store; process 0 hosts it where no launcher does."""
+    """The store, once it can be reached; process 0 hosts it where no launcher does."""
     if place.rank == 0 and not place.hosted:
         return host_store(place.port)
-    # Waiting in torch's client would be deaf to signals.
+    # torch's client cannot be interrupted by a signal while it waits for the port, so it is used once the port is open.
     while True:
         try:
-            socket.create_connection((place.host, place.port), timeout=_TRY_SECONDS).close()
-            return enter_store(place)
+            socket.create_connection((place.host, place.port), timeout=_CONNECT_SECONDS).close()
+            return connect_store(place)
         except (OSError, RuntimeError) as error:
             if time.monotonic() > deadline:
                 where = f"{place.host}:{place.port}"
-                raise Unreachable(f"process 0 of this run is not to be found at {where}: {error}") from error
+                raise Unreachable(f"process 0 of this run cannot be reached at {where}: {error}") from error
         stop.check()
         beat()
         time.sleep(0.2)
 
 
-def _meet(joined: ProcessGroup, store: Any, deadline: float, stop: Stop, beat: Callable[[], None]) -> None:
-    """Waits until all are there."""
+def _await_all(joined: ProcessGroup, store: Any, deadline: float, stop: Stop, beat: Callable[[], None]) -> None:
+    """Waits until all processes have arrived, and checks that their ranks and world sizes fit together."""
     place = joined.place
     total = store.compare_set("world_size", "", str(place.world_size)).decode()
     if total != str(place.world_size):
-        what = f"adds up to {place.world_size} here and to {total} on another machine; give all the same number"
+        what = f"adds up to {place.world_size} here and to {total} on another machine; set the same number on all"
         raise SettingsError([Problem("run.processes", what)])
     if store.add(f"here#{place.rank}", 1) > 1:
-        what = f"another process is number {place.rank} too; give each machine its own, or wait for the old one to end"
+        what = f"another process has rank {place.rank} too; give each machine its own, or wait for the old one to end"
         raise SettingsError([Problem("run.node_rank", what)])
     here = [f"here#{rank}" for rank in range(place.world_size)]
     while not store.check(here):
         if time.monotonic() > deadline:
             missing = [rank for rank, key in enumerate(here) if not store.check([key])]
-            raise Unreachable(f"of {place.world_size} processes these did not come: {', '.join(map(str, missing))}")
+            raise Unreachable(f"of {place.world_size} processes these did not arrive: {', '.join(map(str, missing))}")
         joined.check()
         stop.check()
         beat()
@@ -131,7 +135,7 @@ def _meet(joined: ProcessGroup, store: Any, deadline: float, stop: Stop, beat: C
 
 
 def _connect(place: Place, store: Any, timeout_seconds: float) -> None:
-    """Makes the group that sums go through: gloo for flags, and for gradients where they are on a CPU; NCCL on GPUs."""
+    """Makes the group for all-reduce: gloo for tensors on a CPU (flags, a CPU's gradients), NCCL for those on a GPU."""
     import torch
     import torch.distributed as dist
 
@@ -142,15 +146,15 @@ def _connect(place: Place, store: Any, timeout_seconds: float) -> None:
         world_size=place.world_size,
         timeout=timedelta(seconds=timeout_seconds),
     )
-    store.set_timeout(timedelta(seconds=_ANSWER_SECONDS))  # it was given the group's
-    log.get_logger().info("processes have met", processes=place.world_size)
+    store.set_timeout(timedelta(seconds=_ANSWER_SECONDS))  # init_process_group has set the group's timeout on it
+    log.get_logger().info("all processes are connected", processes=place.world_size)
 
 
 def _disconnect() -> None:
-    """Not where one has failed: it would wait for those that are gone, and the process ends anyway."""
+    """Ends the group. Called after success only: after a failure it would wait for processes that are gone."""
     import torch.distributed as dist
 
-    with contextlib.suppress(RuntimeError):  # the work is done, whatever comes of it
+    with contextlib.suppress(RuntimeError):  # the work is done, so a failure here costs nothing
         dist.destroy_process_group()
 
 

@@ -1,1 +1,1 @@
-"""Tasks of lm-eval, scoring, one record per question, paired statistics."""
+"""Evaluation: lm-eval (`tasks`, `harness`), the model's scores (`scorer`, `scoring`), `samples`, `statistics`."""

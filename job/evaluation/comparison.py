@@ -1,4 +1,4 @@
-"""Two models on the same tasks: the manifest's figures of how they compare, and the quality gate that judges them."""
+"""Two models on the same tasks: the comparison in the manifest, and the quality gate that it is judged by."""
 
 from __future__ import annotations
 
@@ -12,21 +12,25 @@ from job.records import TaskScores
 
 
 def compare_tasks(base: Mapping[str, TaskScores], adapter: Mapping[str, TaskScores]) -> dict[str, Any]:
-    """Base and adapter side by side for each task, with Holm's correction over the tasks.
+    """The manifest's `evaluation.tasks`: both models on each task, p values adjusted by Holm over the tasks.
+
+    Args:
+        base: By task, the scores to compare with. It may hold more tasks than `adapter`.
+        adapter: By task, the scores to compare.
 
     Raises:
-        DataError: They were not asked the same.
+        DataError: The questions or prompts of a task differ.
     """
     if other := sorted(name for name in adapter if name not in base or base[name].task_hash != adapter[name].task_hash):
         raise DataError([Problem(name, "the base was asked other questions than the adapter") for name in other])
-    plain = {name: statistics.compare(base[name].correct, adapter[name].correct) for name in adapter}
-    normal = {
+    acc = {name: statistics.compare(base[name].correct, adapter[name].correct) for name in adapter}
+    acc_norm = {
         name: statistics.compare(before, after)
         for name in adapter
         if (before := base[name].correct_norm) is not None and (after := adapter[name].correct_norm) is not None
     }
-    holm = dict(zip(plain, statistics.holm([c.mcnemar_p for c in plain.values()]), strict=True))
-    holm_norm = dict(zip(normal, statistics.holm([c.mcnemar_p for c in normal.values()]), strict=True))
+    holm = dict(zip(acc, statistics.holm([c.mcnemar_p for c in acc.values()]), strict=True))
+    holm_norm = dict(zip(acc_norm, statistics.holm([c.mcnemar_p for c in acc_norm.values()]), strict=True))
     return {
         name: {
             "source": scores.source,
@@ -35,8 +39,8 @@ def compare_tasks(base: Mapping[str, TaskScores], adapter: Mapping[str, TaskScor
             "n": scores.n,
             "base": _scores(base[name]),
             "adapter": _scores(scores),
-            **_comparison(plain[name], holm[name]),
-            "acc_norm": _comparison(normal[name], holm_norm[name]) if name in normal else None,
+            **_comparison(acc[name], holm[name]),
+            "acc_norm": _comparison(acc_norm[name], holm_norm[name]) if name in acc_norm else None,
         }
         for name, scores in adapter.items()
     }
@@ -47,11 +51,17 @@ def _scores(scores: TaskScores) -> dict[str, Any]:
 
 
 def _comparison(comparison: statistics.Comparison, holm_p: float) -> dict[str, Any]:
-    """The manifest's part of a comparison; its verdict is about the corrected p, and so holds for all tasks at once."""
+    """The manifest's part of a comparison. Its verdict uses the adjusted p value, so it holds for all tasks at once."""
     kept = asdict(comparison)
     for key in ("n", "base", "adapter"):
         del kept[key]
     return {**kept, "holm_p": holm_p, "verdict": statistics.verdict(holm_p, comparison.ci95)}
+
+
+def of_metric(task: Mapping[str, Any], metric: str) -> Mapping[str, Any] | None:
+    """The comparison by `acc` or `acc_norm` in a task of the manifest; None if the task has no `acc_norm`."""
+    found: Mapping[str, Any] | None = task if metric == "acc" else task[metric]
+    return found
 
 
 def judge(
@@ -62,17 +72,16 @@ def judge(
     max_regression: float | None,
     baseline: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The manifest's record of the gate.
+    """The manifest's `gate`.
 
     Args:
         tasks: `evaluation.tasks` of the manifest.
-        metric: As for `gate`.
-        min_delta: As for `gate`.
-        max_regression: As for `gate`.
-        baseline: The earlier run that the gate looks back to, with the comparison with its adapter as `tasks`; None to
-            look back to the base model.
+        metric: As for `gate_failures`.
+        min_delta: As for `gate_failures`.
+        max_regression: As for `gate_failures`.
+        baseline: The earlier run to compare with, the comparison as its `tasks`; None to compare with the base model.
     """
-    reasons = gate(baseline["tasks"] if baseline else tasks, metric, min_delta, max_regression)
+    reasons = gate_failures(baseline["tasks"] if baseline else tasks, metric, min_delta, max_regression)
     return {
         "metric": metric,
         "min_delta": min_delta,
@@ -83,22 +92,25 @@ def judge(
     }
 
 
-def gate(
+def gate_failures(
     tasks: Mapping[str, Any], metric: str, min_delta: float | None, max_regression: float | None
 ) -> list[str] | None:
-    """Why the adapter does not pass, by the interval and not by the point; None where no gate was set.
+    """Why the adapter does not pass, one sentence each; None if no threshold is set.
+
+    The lower bound of the 95 % interval is compared, not the estimate: with 97.5 % confidence, the true difference is
+    above that bound.
 
     Args:
         tasks: `evaluation.tasks` of a manifest.
         metric: `acc` or `acc_norm`.
-        min_delta: The gain has to be at least this, with 97.5 % confidence.
-        max_regression: The loss has to be at most this, with the same confidence.
+        min_delta: The least gain, as a fraction of the questions.
+        max_regression: The largest loss, as a fraction of the questions.
     """
     if min_delta is None and max_regression is None:
         return None
     reasons = []
     for name, task in tasks.items():
-        found = task if metric == "acc" else task[metric]
+        found = of_metric(task, metric)
         if found is None:
             reasons.append(f"{name} has no {metric}")
             continue

@@ -1,43 +1,46 @@
-"""Evaluation by lm-eval: its tasks, prompts and metrics, with the scoring done on flat rows."""
+"""Runs lm-eval's tasks: lm-eval makes the prompts and decides what is right, the scores come from the job's scorer."""
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from job.errors import DataError, Problem, SettingsError
-from job.evaluation.samples import HASHES, tally
+from job.evaluation.samples import HASHES, Sample, task_scores
 from job.evaluation.tasks import Tasks, compiled_once, question_id
 from job.records import ChoiceScore, Question, TaskScores
 
-Scorer = Callable[[list[Question]], list[list[ChoiceScore]]]
+Score = Callable[[list[Question]], list[list[ChoiceScore]]]
+"""Scores questions: for each, in order, its choices."""
 
 
 @compiled_once()
 def evaluate(
-    tasks: Tasks, tokenizer: Any, score: Scorer, *, limit: int | None
-) -> dict[str, tuple[TaskScores, list[dict[str, Any]]]]:
+    tasks: Tasks, tokenizer: Any, score: Score, *, limit: int | None
+) -> dict[str, tuple[TaskScores, list[Sample]]]:
     """Runs the tasks zero-shot.
 
     Args:
         tasks: From `load_tasks`.
         tokenizer: The model's.
-        score: Scores all questions, in order.
-        limit: Questions of each task, from the first; None for all.
+        score: Called once, with the questions of all tasks.
+        limit: The first so many questions of each task; None for all.
 
     Returns:
-        By task: its figures, and one record a question (see `_question_record`).
+        By task: its figures and its samples.
+
+    Raises:
+        SettingsError: A task is not scored by right and wrong choices.
+        DataError: The tokenizer makes no tokens of a question or a choice.
     """
     import lm_eval
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # lm-eval's own, of no use to the user
+        warnings.simplefilter("ignore")  # lm-eval's own are about its code
         results = lm_eval.evaluate(
-            lm=_flat_lm(tokenizer, score), task_dict=_zero_shot(tasks.loaded), limit=limit, bootstrap_iters=0
+            lm=_scoring_model(tokenizer, score), task_dict=_zero_shot(tasks.loaded), limit=limit, bootstrap_iters=0
         )
     return {
         name: _task_result(task, tasks.sources[name], results["samples"][name])
@@ -46,18 +49,18 @@ def evaluate(
 
 
 def _zero_shot(loaded: Any) -> Any:
-    """The tasks without examples in the prompt."""
+    """The tasks, set to no examples in the prompt."""
     for task in loaded["tasks"].values():
         task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=0)
     return loaded
 
 
-def _flat_lm(tokenizer: Any, score: Scorer) -> Any:
-    """An lm-eval model that answers log-likelihood requests by `score`, tokenizing as lm-eval's own HFLM does."""
+def _scoring_model(tokenizer: Any, score: Score) -> Any:
+    """An lm-eval model whose log-likelihoods come from `score`. It tokenizes as lm-eval's own HFLM does."""
     from lm_eval.api.model import TemplateLM
 
-    class FlatLM(TemplateLM):  # type: ignore[misc]
+    class ScoringModel(TemplateLM):  # type: ignore[misc]
         """Defined here because its base is a heavy import."""
 
         def __init__(self) -> None:
@@ -81,6 +84,7 @@ def _flat_lm(tokenizer: Any, score: Scorer) -> Any:
             return super().loglikelihood(requests, disable_tqdm=True)
 
         def _loglikelihood_tokens(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:  # noqa: ARG002, FBT001, FBT002
+            # lm-eval asks for one choice at a time, those of a question one after the other with the same context
             grouped = [list(group) for _, group in groupby(requests, key=lambda request: request[1])]
             questions = [Question(tuple(g[0][1]), tuple(tuple(request[2]) for request in g)) for g in grouped]
             _check_tokens(requests)
@@ -92,11 +96,15 @@ def _flat_lm(tokenizer: Any, score: Scorer) -> Any:
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:  # noqa: ARG002, FBT001, FBT002
             raise SettingsError([Problem("eval.tasks", "only multiple-choice tasks can be evaluated")])
 
-    return FlatLM()
+    return ScoringModel()
 
 
 def _check_tokens(requests: Sequence[Any]) -> None:
-    """Refuses what the tokenizer makes nothing of: it would have no likelihood, or no place to be read from."""
+    """Refuses empty contexts and choices: without a token there is no likelihood.
+
+    Raises:
+        DataError: With all of them.
+    """
     wrong = [
         Problem(f"question {context[-80:]!r}", f"the tokenizer makes no tokens of {what}")
         for (context, choice), context_ids, choice_ids in requests
@@ -107,55 +115,37 @@ def _check_tokens(requests: Sequence[Any]) -> None:
         raise DataError(wrong)
 
 
-def _task_result(task: Any, source: str, samples: list[dict[str, Any]]) -> tuple[TaskScores, list[dict[str, Any]]]:
-    """Figures and records of one task, from lm-eval's samples."""
-    samples = sorted(samples, key=lambda sample: sample["doc_id"])
-    records = [_question_record(task, sample) for sample in samples]
-    if any(sample["acc"] not in {0, 1} for sample in samples):
+def _task_result(task: Any, source: str, results: list[dict[str, Any]]) -> tuple[TaskScores, list[Sample]]:
+    """Figures and samples of one task, from what lm-eval calls its samples."""
+    if any(result[metric] not in {0, 1} for result in results for metric in ("acc", "acc_norm") if metric in result):
         what = (
             f"{task.task_name} gives fractions of a point; only tasks whose answers are right or wrong can be compared"
         )
         raise SettingsError([Problem("eval.tasks", what)])
-    scores = tally(
-        task=task.task_name,
-        source=source,
-        version=str(task.VERSION),
-        hashes=(sample[name] for sample in samples for name in HASHES),
-        correct=[bool(sample["acc"]) for sample in samples],
-        correct_norm=[bool(sample["acc_norm"]) for sample in samples] if "acc_norm" in samples[0] else None,
-    )
-    return scores, records
+    samples = [_sample(task, result) for result in sorted(results, key=lambda result: result["doc_id"])]
+    return task_scores(samples, task=task.task_name, source=source, version=str(task.VERSION)), samples
 
 
-def _question_record(task: Any, sample: dict[str, Any]) -> dict[str, Any]:
-    """One question: what was asked, and everything needed to score it again.
-
-    Log-likelihoods are in nats, lengths in characters.
-    """
-    doc = sample["doc"]
+def _sample(task: Any, result: dict[str, Any]) -> Sample:
+    """One question and its scores."""
+    doc = result["doc"]
     choices = task.doc_to_choice(doc)
     lengths = [len(choice) for choice in choices]
-    context, continuation = sample["arguments"][0][:2]
+    context, continuation = result["arguments"][0][:2]
     # some tasks also score every choice without its question, behind these
-    likelihoods = [response[0] for response in sample["filtered_resps"]][: len(lengths)]
+    likelihoods = [response[0] for response in result["filtered_resps"]][: len(lengths)]
     normalized = [value / length for value, length in zip(likelihoods, lengths, strict=True)]
-    return {
-        "id": question_id(doc, sample["doc_id"]),
-        **{key: sample[key] for key in HASHES},
-        # tasks with several contexts have their choices in these, and ask which one the same words go on
-        "question": continuation.strip() if task.multiple_input else context,
-        "choices": choices,
-        "log_likelihoods": likelihoods,
-        "choice_lengths": lengths,
-        "prediction": likelihoods.index(max(likelihoods)),
-        "prediction_norm": normalized.index(max(normalized)),
-        "gold": sample["target"],
-        "acc": sample["acc"],
-        "acc_norm": sample.get("acc_norm"),
-    }
-
-
-def write_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Writes one JSON line a question."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(record, allow_nan=False) + "\n" for record in records), encoding="utf-8")
+    return Sample(
+        id=question_id(doc, result["doc_id"]),
+        **{name: result[name] for name in HASHES},
+        # where a task has several contexts, its choices are in them, and the continuation is what they have in common
+        question=continuation.strip() if task.multiple_input else context,
+        choices=choices,
+        log_likelihoods=likelihoods,
+        choice_lengths=lengths,
+        prediction=likelihoods.index(max(likelihoods)),
+        prediction_norm=normalized.index(max(normalized)),
+        gold=result["target"],
+        acc=float(result["acc"]),
+        acc_norm=None if "acc_norm" not in result else float(result["acc_norm"]),
+    )

@@ -1,31 +1,47 @@
-"""Records of an evaluation, one a question: what one holds, and the figures that all of a task add up to.
+"""Samples: one record for each question of an evaluation, and the figures that all samples of a task add up to.
 
-They are read back as if an enemy had written them: `verify` and `compare` take them from wherever they are told to.
+`verify` and `compare` read samples from any folder a user names, so `parse` takes nothing in them for granted.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from job.common.validation import first_error
 from job.evaluation.statistics import standard_error
 from job.records import TaskScores
 
 HASHES = ("doc_hash", "prompt_hash", "target_hash")
-"""Of a question, as lm-eval has them: its row, what was asked, the right answer. Together they make the task's hash."""
+"""SHA-256 of a question's row, its prompt and its right answer, as lm-eval computes them; together: the task's hash."""
 
 FEWEST = 2
 """One question has no standard error."""
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Mark = Annotated[float, Field(ge=0, le=1, multiple_of=1)]
+ZeroOrOne = Annotated[float, Field(ge=0, le=1, multiple_of=1)]
 
 
 class Sample(BaseModel):
-    """One question, as far as figures depend on it. Likelihoods are in nats, lengths in characters."""
+    """One question, as one model answered it. The order of the fields is that of the published file.
+
+    Attributes:
+        id: The row's own id, else its number.
+        question: The prompt; for tasks with several contexts, the words that continue them.
+        choices: As text.
+        log_likelihoods: Of each choice given the question, in nats.
+        choice_lengths: In characters.
+        prediction: Index of the likeliest choice.
+        prediction_norm: Index of the choice with the largest log-likelihood per character.
+        gold: The right choice as the task gives it: an index, several indices, or text.
+        acc: 1 where `prediction` is right.
+        acc_norm: 1 where `prediction_norm` is right; None where the task has no such metric.
+    """
 
     model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
 
@@ -33,81 +49,83 @@ class Sample(BaseModel):
     doc_hash: Sha256
     prompt_hash: Sha256
     target_hash: Sha256
+    question: str | None = None
+    choices: list[str] | None = None
     log_likelihoods: list[float] = Field(min_length=1)
     choice_lengths: list[Annotated[int, Field(ge=1)]]
     prediction: int
     prediction_norm: int
     gold: Any
-    acc: Mark
-    acc_norm: Mark | None
+    acc: ZeroOrOne
+    acc_norm: ZeroOrOne | None
+
+
+def write_samples(path: Path, samples: Sequence[Sample]) -> None:
+    """Writes one JSON line for each sample."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps(sample.model_dump(), allow_nan=False) + "\n" for sample in samples)
+    path.write_text("".join(lines), encoding="utf-8")
 
 
 def parse(data: bytes) -> list[Sample]:
-    """The records in a file of JSON lines.
+    """The samples in a file of JSON lines.
 
     Raises:
-        ValueError: With the first line that holds none.
+        ValueError: With the first line that is not a sample.
     """
-    records = []
+    samples = []
     for number, line in enumerate(data.removesuffix(b"\n").split(b"\n"), start=1):
         try:
-            records.append(Sample.model_validate_json(line))
+            samples.append(Sample.model_validate_json(line))
         except ValidationError as error:
-            first = error.errors(include_input=False, include_url=False)[0]
-            place = ".".join(map(str, first["loc"]))
-            raise ValueError(f"line {number}{place and ', '}{place}: {first['msg'][:200]}") from None
-    if len(records) < FEWEST:
-        raise ValueError(f"holds {len(records)} record; a comparison needs {FEWEST}")
-    return records
+            raise ValueError(f"line {number}, {first_error(error)}") from None
+    if len(samples) < FEWEST:
+        raise ValueError(f"holds {len(samples)} record; a comparison needs {FEWEST}")
+    return samples
 
 
-def contradiction(record: Sample) -> str | None:
-    """What in a record does not follow from its likelihoods; None where all of it does.
+def contradiction(sample: Sample) -> str | None:
+    """What in a sample does not follow from its log-likelihoods; None if all of it does.
 
-    A right answer that is told in words cannot be checked here: the record does not say which choice it is.
+    Whether the answer is right cannot be checked where `gold` is text: the sample does not say which choice that is.
     """
-    if len(record.log_likelihoods) != len(record.choice_lengths):
-        return "has not a length for each likelihood"
-    normalized = [value / length for value, length in zip(record.log_likelihoods, record.choice_lengths, strict=True)]
-    golds = record.gold if isinstance(record.gold, list) else [record.gold]
-    told = all(isinstance(gold, int) for gold in golds)
-    for name, values, prediction, mark in (
-        ("acc", record.log_likelihoods, record.prediction, record.acc),
-        ("acc_norm", normalized, record.prediction_norm, record.acc_norm),
+    if len(sample.log_likelihoods) != len(sample.choice_lengths):
+        return "does not have a length for each likelihood"
+    normalized = [value / length for value, length in zip(sample.log_likelihoods, sample.choice_lengths, strict=True)]
+    golds = sample.gold if isinstance(sample.gold, list) else [sample.gold]
+    indices = all(isinstance(gold, int) for gold in golds)
+    for name, values, prediction, right in (
+        ("acc", sample.log_likelihoods, sample.prediction, sample.acc),
+        ("acc_norm", normalized, sample.prediction_norm, sample.acc_norm),
     ):
         best = values.index(max(values))
         if prediction != best:
             return f"predicts choice {prediction} by {name}, and choice {best} is the likeliest"
-        if told and mark is not None and mark != (best in golds):
-            return f"has {name} {mark:g}, with choice {best} for {record.gold}"
+        if indices and right is not None and right != (best in golds):
+            return f"has {name} {right:g}, with choice {best} for {sample.gold}"
     return None
 
 
-def tally(
-    *,
-    task: str,
-    source: str,
-    version: str,
-    hashes: Iterable[str],
-    correct: Sequence[bool],
-    correct_norm: Sequence[bool] | None,
-    reused_from: str | None = None,
+def task_scores(
+    samples: Sequence[Sample], *, task: str, source: str, version: str, reused_from: str | None = None
 ) -> TaskScores:
-    """Adds up one task.
+    """The figures of one task.
 
     Args:
+        samples: In the order of the questions; two at least.
         task: Name of the task.
         source: Where its questions came from.
         version: lm-eval's, of the task.
-        hashes: The `HASHES` of every question, in order.
-        correct: Whether each answer is right, in the same order.
-        correct_norm: The same with likelihoods by length; None where the task has no such metric.
-        reused_from: Where the answers were taken from.
+        reused_from: Folder of the score cache that all scores came from, if they did.
     """
+    correct = [sample.acc == 1 for sample in samples]
+    by_length = [sample.acc_norm for sample in samples]
+    correct_norm = None if None in by_length else [right == 1 for right in by_length]
+    hashes = "".join(getattr(sample, name) for sample in samples for name in HASHES)
     return TaskScores(
         task=task,
         source=source,
-        task_hash=hashlib.sha256("".join(hashes).encode()).hexdigest(),
+        task_hash=hashlib.sha256(hashes.encode()).hexdigest(),
         version=version,
         n=len(correct),
         acc=sum(correct) / len(correct),
@@ -116,21 +134,5 @@ def tally(
         acc_norm_stderr=standard_error(correct_norm) if correct_norm else None,
         correct=tuple(correct),
         correct_norm=tuple(correct_norm) if correct_norm else None,
-        reused_from=reused_from,
-    )
-
-
-def tally_records(
-    records: Sequence[Sample], *, task: str, source: str, version: str, reused_from: str | None = None
-) -> TaskScores:
-    """Adds up one task from its records."""
-    marks = [record.acc_norm for record in records]
-    return tally(
-        task=task,
-        source=source,
-        version=version,
-        hashes=(getattr(record, name) for record in records for name in HASHES),
-        correct=[record.acc == 1 for record in records],
-        correct_norm=None if None in marks else [mark == 1 for mark in marks],
         reused_from=reused_from,
     )

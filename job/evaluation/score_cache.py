@@ -1,8 +1,10 @@
-"""Scores that outlive a process: an evaluation goes on where it was killed, and runs share what they score alike.
+"""Scores kept in an object store: a killed evaluation resumes, and runs on the same base share the base's scores.
 
-Scores are kept under a key that hashes everything that determines them: the questions' tokens, the cut into rows, the
-model's files and precision, the adapter, the software and the kind of machine. Two evaluations with one key would
-compute the same bits, so one may take them from the other.
+The key is a SHA-256 of everything that determines the bits of a score: the questions' token ids, how they are packed,
+the model's files and precision, the adapter, package versions, the hardware, and the source code that computes it
+(`CODE`). Two evaluations with the same key compute the same bits, so either may reuse the other's scores.
+
+Layout: `scores/<key>/<sha256 of the file>.jsonl`, one line for each packed sequence that was scored.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from job.common import host
+from job.common.hashing import code_hashes
 from job.log import get_logger
 from job.records import ChoiceScore, Question
 from job.storage.open import ObjectStore, TooLarge
@@ -22,8 +26,63 @@ from job.storage.open import ObjectStore, TooLarge
 SAVE_SECONDS = 15.0
 _ENDING = ".jsonl"
 
+CODE = (
+    "job.evaluation.scoring",
+    "job.model.architecture",
+    "job.model.base",
+    "job.model.files",
+    "job.model.fused.frozen_weights",
+    "job.model.fused.kernels",
+    "job.model.fused.lora_forward",
+    "job.model.fused.triton_kernels",
+    "job.model.lora",
+    "job.model.packed_attention",
+)
+"""Modules whose code determines a score; their hashes are part of the key.
 
-class _Row(BaseModel):
+A test compares this list with the import graph: what scoring and the model's forward pass import, without the modules
+that only carry values (`records`, `common.hashing`) or messages (`errors`).
+"""
+
+
+def score_conditions(of_model: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything but the questions that determines a score, as JSON-able values by name.
+
+    Args:
+        of_model: What the caller knows: model, precision, adapter, which forward pass.
+    """
+    machine = host.hardware()
+    return {
+        **of_model,
+        "software": host.software(),
+        **{name: machine[name] for name in ("cpu", "gpus", "driver")},
+        "code": code_hashes(*CODE),
+    }
+
+
+def score_key(questions: Sequence[Question], sequences: Sequence[range], conditions: Mapping[str, Any]) -> str:
+    """SHA-256 of what determines the scores, hexadecimal.
+
+    Args:
+        questions: In order.
+        sequences: Which questions are packed together. That is part of the key because the shape of a matrix product
+            decides the order in which a processor adds up, and with it the last bits of a score.
+        conditions: From `score_conditions`.
+    """
+    total = hashlib.sha256(json.dumps(conditions, sort_keys=True).encode())
+    for sequence in sequences:
+        total.update(b"row")  # the separator of all keys so far
+        for question in questions[sequence.start : sequence.stop]:
+            total.update(json.dumps([question.context, question.choices]).encode())
+    return total.hexdigest()
+
+
+class _Entry(BaseModel):
+    """The scores of one packed sequence: its number, the run that computed them, and by question those of each choice.
+
+    `row` is the number's name in the file.
+    """
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     row: int
@@ -31,73 +90,73 @@ class _Row(BaseModel):
     scores: list[list[ChoiceScore]]
 
 
-def score_key(questions: Sequence[Question], rows: Sequence[range], conditions: Mapping[str, Any]) -> str:
-    """SHA-256 of what determines the scores.
+class ScoreCache:
+    """The cached scores of one evaluation.
 
     Args:
-        questions: In order.
-        rows: How they are cut; numerically a row's company matters in the last bits.
-        conditions: Model, precision, adapter, software, machine: JSON-able, by name.
+        store: Where they lie.
+        folder: Folder of all scores in the store.
+        run: Id of this run, noted with each score that it adds.
+        conditions: From `score_conditions`.
     """
-    total = hashlib.sha256(json.dumps(conditions, sort_keys=True).encode())
-    for row in rows:
-        total.update(b"row")
-        for question in questions[row.start : row.stop]:
-            total.update(json.dumps([question.context, question.choices]).encode())
-    return total.hexdigest()
 
-
-class ScoreCache:
-    """The scored rows of one evaluation in a store. Rows are saved in batches, each an object named by its hash."""
-
-    def __init__(self, store: ObjectStore, folder: str, run: str) -> None:
-        self._store, self._root, self._folder, self._run = store, folder, folder, run
-        self._new: list[_Row] = []
+    def __init__(self, store: ObjectStore, folder: str, run: str, conditions: Mapping[str, Any]) -> None:
+        self._store, self._run, self._conditions = store, run, conditions
+        self._root = self._folder = folder
+        self._unsaved: list[_Entry] = []
         self._saved_at = time.monotonic()
-        self.runs: set[str] = set()
-        """The runs that the rows taken from the store were scored by."""
+        self._added = 0
+        self._others: set[str] = set()
 
-    def open(self, key: str) -> str:
-        """Turns to the scores of this key; returns their folder in the store."""
-        self._folder = f"{self._root}/{key}"
-        return self._folder
+    @property
+    def reused_from(self) -> str | None:
+        """The folder of the scores and the runs that computed them; None unless all of them were reused."""
+        if self._added or not self._others:
+            return None
+        return f"{self._store.uri}/{self._folder} (run {', '.join(sorted(self._others))})"
 
-    def load(self, questions: Sequence[Question], rows: Sequence[range]) -> dict[int, list[list[ChoiceScore]]]:
-        """The rows that were scored before, by number; whatever does not fit its name or its questions is left out."""
+    def load(self, questions: Sequence[Question], sequences: Sequence[range]) -> dict[int, list[list[ChoiceScore]]]:
+        """The cached scores by number of the sequence.
+
+        A file whose content does not match its name is skipped with a warning, an entry that does not match its
+        questions without one: both are computed again.
+        """
+        self._folder = f"{self._root}/{score_key(questions, sequences, self._conditions)}"
         found: dict[int, list[list[ChoiceScore]]] = {}
+        # platforms that copy a folder away add files of their own to it: only names with our ending are ours
         names = [info.key for info in self._store.list(f"{self._folder}/") if info.key.endswith(_ENDING)]
-        for name in names:  # what copies a folder away leaves marks of its own beside the files
-            for row in self._read(name):
-                if not 0 <= row.row < len(rows):
-                    continue
-                asked = questions[rows[row.row].start : rows[row.row].stop]
-                if [len(question.choices) for question in asked] == [len(choices) for choices in row.scores]:
-                    found[row.row] = row.scores
-                    self.runs.add(row.run)
+        for entry in (entry for name in names for entry in self._read(name)):
+            if not 0 <= entry.row < len(sequences):
+                continue
+            asked = questions[sequences[entry.row].start : sequences[entry.row].stop]
+            if [len(question.choices) for question in asked] == [len(choices) for choices in entry.scores]:
+                found[entry.row] = entry.scores
+                self._others |= {entry.run} - {self._run}
         return found
 
-    def _read(self, key: str) -> list[_Row]:
+    def _read(self, key: str) -> list[_Entry]:
         name = key.rpartition("/")[2].partition(".")[0]
-        why = "its content is not what its name says"
+        why = "its content does not match its name"
         try:
             stored = self._store.read(key)
             if stored is not None and hashlib.sha256(stored.data).hexdigest() == name:
-                return [_Row.model_validate_json(line) for line in stored.data.splitlines()]
+                return [_Entry.model_validate_json(line) for line in stored.data.splitlines()]
         except (ValidationError, TooLarge) as error:
             why = str(error).splitlines()[0]
-        get_logger().warning("kept scores cannot be used", key=key, why=why)
+        get_logger().warning("cached scores cannot be used and are computed again", key=key, why=why)
         return []
 
-    def add(self, row: int, scores: list[list[ChoiceScore]]) -> None:
-        """Keeps a row; saves when the last saving is a while ago."""
-        self._new.append(_Row(row=row, run=self._run, scores=scores))
+    def add(self, number: int, scores: list[list[ChoiceScore]]) -> None:
+        """Adds the scores of a sequence, and saves if the last save was more than `SAVE_SECONDS` ago."""
+        self._added += 1
+        self._unsaved.append(_Entry(row=number, run=self._run, scores=scores))
         if time.monotonic() - self._saved_at > SAVE_SECONDS:
             self.save()
 
     def save(self) -> None:
-        """Saves what is new."""
-        if self._new:
-            data = "".join(row.model_dump_json() + "\n" for row in self._new).encode()
+        """Writes what was added since the last save, as one object."""
+        if self._unsaved:
+            data = "".join(entry.model_dump_json() + "\n" for entry in self._unsaved).encode()
             self._store.write(f"{self._folder}/{hashlib.sha256(data).hexdigest()}{_ENDING}", data)
-            self._new = []
+            self._unsaved = []
         self._saved_at = time.monotonic()

@@ -1,146 +1,99 @@
-"""Scoring all questions of an evaluation: row by row, skipping what is kept, shared out over the processes."""
+"""Scores a list of multiple-choice questions with a model. Needs no run, no storage and no lm-eval.
+
+In a REPL:
+
+    >>> import torch
+    >>> from pathlib import Path
+    >>> from job.evaluation.scorer import Question, score_questions
+    >>> from job.model.base import load_base, load_tokenizer
+    >>> folder = Path("job/demo/base")
+    >>> tokenizer = load_tokenizer(folder)
+    >>> model = load_base(
+    ...     folder, quantization="none", double_quantization=False, dtype=torch.float32, device=torch.device("cpu"),
+    ...     max_length=512,
+    ... )
+    >>> def question(text, *choices):
+    ...     ids = [tuple(tokenizer.encode(choice, add_special_tokens=False)) for choice in choices]
+    ...     return Question(tuple(tokenizer.encode(text)), tuple(ids))
+    >>> asked = [question("Is it red?", " yes", " no"), question("How many?", " one", " two", " three")]
+    >>> [[round(choice.log_likelihood, 1) for choice in choices] for choices in score_questions(model, asked)]
+    [[..., ...], [..., ..., ...]]
+
+A run adds two things from outside: a `ScoreCache`, and `ParallelScoring`, which divides the work over processes.
+How one packed sequence is scored is in `job.evaluation.scoring`; what to change there to score in another way:
+`score_sequence`, and nothing else.
+"""
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from pydantic import TypeAdapter
-
-from job import log
-from job.common import host
-from job.common.hashing import code_hashes
-from job.distributed.processes import Processes
-from job.errors import JobError
-from job.evaluation.score_cache import ScoreCache, score_key
+from job.errors import TrainingFailed
+from job.evaluation.score_cache import ScoreCache
 from job.evaluation.scoring import plan_sequences, score_sequence
 from job.records import ChoiceScore, Question
 
-Scored = list[list[ChoiceScore]]
+Scores = list[list[ChoiceScore]]
+"""For each question the scores of its choices."""
+ScoreSequences = Callable[[Any, list[Question], Mapping[int, range]], Iterator[tuple[int, Scores]]]
+"""How packed sequences are scored: model, questions, and by number the questions of each sequence -> (number, scores),
+in any order."""
 
-CODE = (
-    "job.evaluation.scoring",
-    "job.model.base",
-    "job.model.fused.frozen_weights",
-    "job.model.fused.kernels",
-    "job.model.fused.lora_forward",
-    "job.model.fused.triton_kernels",
-    "job.model.lora",
-    "job.model.packed_attention",
-)
-"""Modules whose code decides what a score is."""
-_PAUSE_SECONDS = 0.01
+BATCH_TOKENS = 8192
 
 
-@dataclass(frozen=True)
-class _Work:
-    """What there is to score: the questions, and which of their rows nobody has scored yet."""
-
-    questions: list[Question]
-    missing: list[int]
-
-
-class Scorer:
-    """Scores questions row by row, skipping what is kept already, with progress, ready to stop between two rows.
-
-    Called in process 0, which deals the rows out; the others meanwhile `help`. Who scores a row changes nothing of it.
+def score_questions(
+    model: Any,
+    questions: list[Question],
+    batch_tokens: int = BATCH_TOKENS,
+    *,
+    cache: ScoreCache | None = None,
+    score: ScoreSequences | None = None,
+    on_progress: Callable[[int], None] = lambda _: None,
+) -> Scores:
+    """The log-likelihood of every choice of every question, in order.
 
     Args:
-        model: A PEFT model over a base with packed attention.
-        batch_tokens: How many tokens are scored at once.
-        kept: Scores of earlier attempts.
-        conditions: What the scores depend on beside machine, software and code: they are kept under a hash of it.
-        processes: Those that share the work.
-        alive: Called wherever scoring gets on and stopping is safe; `progress=False` while it waits for others.
+        model: A causal language model from `load_base`, with or without an adapter.
+        questions: Token ids of each context and of its choices.
+        batch_tokens: Tokens of one forward pass; it changes no more than the last bits of a score.
+        cache: Where scores are looked up first and kept afterwards.
+        score: How sequences are scored; `score_sequences` where it is None.
+        on_progress: Called with the number of questions that have been scored.
+
+    Raises:
+        TrainingFailed: A score is not finite.
     """
-
-    def __init__(
-        self,
-        model: Any,
-        batch_tokens: int,
-        kept: ScoreCache,
-        conditions: dict[str, Any],
-        *,
-        processes: Processes,
-        alive: Callable[..., None],
-    ) -> None:
-        self.model, self.batch_tokens, self.kept, self.processes = model, batch_tokens, kept, processes
-        self.alive = alive
-        machine = host.hardware()
-        self.conditions = {
-            **conditions,
-            "software": host.software(),
-            "cpu": machine["cpu"],
-            "gpus": machine["gpus"],
-            "driver": machine["driver"],
-            "code": code_hashes(*CODE),
-        }
-        self.scored = 0
-        """Rows that were scored now."""
-        self.folder = ""
-
-    def __call__(self, questions: list[Question]) -> Scored:
-        """The scores of all questions, in order."""
-        rows = plan_sequences(questions, self.batch_tokens)
-        self.folder = self.kept.open(score_key(questions, rows, self.conditions))
-        known = self.kept.load(questions, rows)
-        missing = [number for number in range(len(rows)) if number not in known]
-        if self.processes.place.world_size > 1:
-            work = _Work(questions, missing)
-            self.processes.share("questions", lambda: TypeAdapter(_Work).dump_json(work).decode())
-        with log.progress("questions", len(questions), every=max(1, len(questions) // 10)) as tell:
-            tell(sum(map(len, known.values())))
-            try:
-                for number, scores in self._scored(questions, rows, missing):
-                    known[number] = scores
-                    self.kept.add(number, scores)
-                    self.scored += 1
-                    tell(sum(map(len, known.values())))
-            finally:
-                self.kept.save()
-        return [scores for number in range(len(rows)) for scores in known[number]]
-
-    def _scored(self, questions: list[Question], rows: list[range], missing: list[int]) -> Iterator[tuple[int, Scored]]:
-        """All rows that are missing, as they get done, here and in the other processes."""
-        left = len(missing)
-        for number, scores in self._own(questions, rows, missing):
-            here = [(number, scores), *self._from_others()]
-            left -= len(here)
-            yield from here
-        while left:
-            here = self._from_others()
-            self.alive(progress=bool(here))
-            left -= len(here)
-            yield from here
-            time.sleep(0 if here else _PAUSE_SECONDS)
-
-    def _from_others(self) -> list[tuple[int, Scored]]:
-        read = TypeAdapter(Scored).validate_python
-        return [(number, read(scores)) for number, scores in self.processes.receive()]
-
-    def help(self) -> None:
-        """Scores this process's share of the rows that are missing, until process 0 says that there is nothing more."""
-        processes = self.processes
-        while text := processes.share("questions", str):
-            work = TypeAdapter(_Work).validate_json(text)
-            rows = plan_sequences(work.questions, self.batch_tokens)
-            for number, scores in self._own(work.questions, rows, work.missing):
-                processes.send([number, TypeAdapter(Scored).dump_python(scores)])
-
-    def _own(self, questions: list[Question], rows: list[range], missing: list[int]) -> Iterator[tuple[int, Scored]]:
-        """This process's share of the rows that are missing."""
-        place = self.processes.place
-        self.model.eval()
-        for number in missing[place.rank :: place.world_size]:
-            self.alive()
-            yield number, _finite(score_sequence(self.model, questions[rows[number].start : rows[number].stop]))
+    sequences = plan_sequences(questions, batch_tokens)
+    known = {} if cache is None else cache.load(questions, sequences)
+    missing = {number: sequence for number, sequence in enumerate(sequences) if number not in known}
+    on_progress(sum(map(len, known.values())))
+    try:
+        for number, scores in (score or score_sequences)(model, questions, missing):
+            known[number] = scores
+            if cache is not None:
+                cache.add(number, scores)
+            on_progress(sum(map(len, known.values())))
+    finally:
+        if cache is not None:
+            cache.save()  # also what was scored before an error or a request to stop
+    return [scores for number in range(len(sequences)) for scores in known[number]]
 
 
-def _finite(scores: Scored) -> Scored:
-    """The scores, if they are numbers: a model that diverged answers with NaN, and NaN has a first choice too."""
-    if all(math.isfinite(choice.log_likelihood) for choices in scores for choice in choices):
-        return scores
-    raise JobError("the model's scores are not finite: it diverged. Lower JOB_TRAIN__LEARNING_RATE")
+def score_sequences(
+    model: Any, questions: list[Question], sequences: Mapping[int, range]
+) -> Iterator[tuple[int, Scores]]:
+    """Scores packed sequences one after the other, in this process.
+
+    Raises:
+        TrainingFailed: A score is not finite.
+    """
+    model.eval()
+    for number, sequence in sequences.items():
+        scores = score_sequence(model, questions[sequence.start : sequence.stop])
+        # A model that diverged scores NaN. It has to be refused here: a maximum over NaN is still some choice.
+        if not all(math.isfinite(choice.log_likelihood) for choices in scores for choice in choices):
+            raise TrainingFailed("the model's scores are not finite: it diverged. Lower JOB_TRAIN__LEARNING_RATE")
+        yield number, scores

@@ -1,111 +1,160 @@
-"""Log-likelihoods of multiple-choice answers, many questions in one flat row, each context computed once.
+"""Log-likelihoods of multiple-choice answers: many questions packed into one sequence, each context computed once.
 
-A question takes its context followed by its choices side by side; every choice sees the context and itself, so the
-numbers are those of scoring each choice alone, for a fraction of the tokens.
+    one question, packed:   c c c c c | a a | b b b          c context, a and b the choices without their last token
+    what a token of b sees: x x x x x   . .   x x x          the context and its own choice, never another choice
+    positions:              0 1 2 3 4   5 6   5 6 7          every choice continues the context
+
+Scored alone, a question with k choices computes its context k times. Here the choices share it: causal attention never
+looks ahead, so a context's keys and values do not depend on which choice follows. The log-likelihoods are therefore
+those of scoring each choice alone, up to rounding, for a fraction of the tokens. Packing several questions into one
+sequence, without padding between them, fills the processor; the segments keep them from seeing each other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from job.records import ChoiceScore, Question
 
 if TYPE_CHECKING:
+    import torch
+
     from job.model.packed_attention import Segment
 
 
 def tokens_of(question: Question) -> int:
-    """Tokens a question takes in a row: its context once, and each choice but for its last token."""
+    """Tokens of a question in a packed sequence: its context once, and each choice without its last token.
+
+    Nothing is predicted from a choice's last token, so the model need not read it.
+    """
     return len(question.context) + sum(len(choice) - 1 for choice in question.choices)
 
 
 def plan_sequences(questions: Sequence[Question], budget: int) -> list[range]:
-    """Cuts the questions, in order, into rows of at most `budget` tokens (a longer question gets a row of its own).
+    """Divides the questions, in order, into sequences of at most `budget` tokens; a longer question gets its own.
 
-    Depends on nothing but its arguments, so a restarted evaluation forms the same rows and gets the same bits.
+    Depends on its arguments alone, so a restarted evaluation packs the same sequences and gets the same bits.
     """
-    rows: list[range] = []
+    sequences: list[range] = []
     start, used = 0, 0
     for index, question in enumerate(questions):
         size = tokens_of(question)
         if index > start and used + size > budget:
-            rows.append(range(start, index))
+            sequences.append(range(start, index))
             start, used = index, 0
         used += size
     if start < len(questions):
-        rows.append(range(start, len(questions)))
-    return rows
+        sequences.append(range(start, len(questions)))
+    return sequences
 
 
 def score_sequence(model: Any, questions: Sequence[Question]) -> list[list[ChoiceScore]]:
-    """Scores the questions of one row.
+    """Scores questions in one forward pass, or each choice by itself where the model cannot run packed sequences.
 
     Args:
-        model: A causal language model loaded with flat attention.
-        questions: All of them go into one forward pass.
+        model: A causal language model from `load_base`, in evaluation mode.
+        questions: All of them go into one packed sequence.
 
     Returns:
-        For each question, for each choice, its log-likelihood (natural logarithm, in fp32) and whether it is greedy.
+        For each question and choice, the log-likelihood (natural logarithm) and whether it is the greedy continuation.
     """
     import torch
 
-    from job.model.packed_attention import build_layout
+    from job.model.packed_attention import build_layout, is_packed
 
-    ids, positions, segments, reads, rows, targets = _lay_out(questions)
+    if not is_packed(model):
+        return [[_score_alone(model, asked.context, choice) for choice in asked.choices] for asked in questions]
+    packed = _pack(questions)
     device = model.device
     with torch.inference_mode():
+        # `logits_to_keep`: the output layer is computed at the positions that predict a choice's token only. Logits of
+        # all tokens would be the largest tensor of the pass by far (tokens x vocabulary).
         logits = model(
-            input_ids=torch.tensor([ids], device=device),
-            position_ids=torch.tensor([positions], device=device),
-            layout=build_layout(segments, device),
-            logits_to_keep=torch.tensor(reads, device=device),
+            input_ids=torch.tensor([packed.ids], device=device),
+            position_ids=torch.tensor([packed.positions], device=device),
+            layout=build_layout(packed.segments, device),
+            logits_to_keep=torch.tensor(packed.reads, device=device),
             use_cache=False,
-        ).logits[0]
-        at, wanted = torch.tensor(rows, device=device), torch.tensor(targets, device=device)
-        scores = logits.float().log_softmax(-1)[at, wanted].double()
-        greedy = logits.argmax(-1)[at] == wanted
-        scores, greedy = scores.cpu(), greedy.cpu()
-    return list(_regroup(questions, scores, greedy))
+        ).logits[0]  # (reads, vocabulary), in the model's dtype
+        read = torch.tensor(packed.predicted_by, device=device)  # (choice tokens,): which logits predict each of them
+        token = torch.tensor(packed.targets, device=device)  # (choice tokens,)
+        # fp32 before the softmax: bf16 has 8 bits of precision, so a log-probability near -10 would be rounded to
+        # multiples of 1/16, more than what often separates two choices. float64 after it: adding up the tokens of a
+        # choice then rounds nothing off, however long the choice is.
+        scores = logits.float().log_softmax(-1)[read, token].double()
+        greedy = logits.argmax(-1)[read] == token
+        scores, greedy = scores.cpu(), greedy.cpu()  # the only synchronization with the GPU in this function
+    return list(_by_question(questions, scores, greedy))
 
 
-def _lay_out(
-    questions: Sequence[Question],
-) -> tuple[list[int], list[int], list[Segment], list[int], list[int], list[int]]:
-    """Token ids and positions of the row, its segments, and what is read of it.
+def _score_alone(model: Any, context: Sequence[int], choice: Sequence[int]) -> ChoiceScore:
+    """Scores one choice after its context, in a forward pass of its own with the model's own attention.
 
-    That are the positions whose logits are read, and for each token of each choice which of these predicts it, and the
-    token: what a context ends with predicts the first token of all its choices.
+    Used for models whose answers change when examples are packed (see `packed_attention.is_packed`).
     """
+    import torch
+
+    device = model.device
+    with torch.inference_mode():
+        ids = torch.tensor([[*context, *choice[:-1]]], device=device)
+        logits = model(input_ids=ids).logits[0, len(context) - 1 :]  # (choice tokens, vocabulary)
+        wanted = torch.tensor(choice, device=device)
+        scores = logits.float().log_softmax(-1).gather(1, wanted[:, None]).double()
+        greedy = (logits.argmax(-1) == wanted).all()
+    return ChoiceScore(float(scores.sum()), bool(greedy))
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """One packed sequence, as lists of int.
+
+    Attributes:
+        ids: Token ids, (tokens).
+        positions: Positions for the rotary embedding, (tokens): those each choice would have if it were alone.
+        segments: Which tokens see which: contexts see themselves, choices their context and themselves.
+        reads: Positions in the sequence whose logits are computed, (reads).
+        targets: Token ids of all choices, one choice after the other, (choice tokens).
+        predicted_by: For each of `targets` the index in `reads` of the position that predicts it, (choice tokens).
+    """
+
+    ids: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
+    reads: list[int] = field(default_factory=list)
+    targets: list[int] = field(default_factory=list)
+    predicted_by: list[int] = field(default_factory=list)
+
+
+def _pack(questions: Sequence[Question]) -> _Packed:
     from job.model.packed_attention import Segment
 
-    ids: list[int] = []
-    positions: list[int] = []
-    segments: list[Segment] = []
-    reads: list[int] = []
-    rows: list[int] = []
-    targets: list[int] = []
+    packed = _Packed()
+    ids, reads = packed.ids, packed.reads
     for question in questions:
         start, length = len(ids), len(question.context)
-        ids += question.context
-        positions += range(length)
-        segments.append(Segment(start, start + length))
-        last = len(reads)
+        ids.extend(question.context)
+        packed.positions.extend(range(length))
+        packed.segments.append(Segment(start, start + length))
+        last = len(reads)  # the context's last token predicts the first token of every choice: read once for all
         reads.append(start + length - 1)
         for choice in question.choices:
             begin = len(ids)
-            ids += choice[:-1]
-            positions += range(length, length + len(choice) - 1)
-            if len(choice) > 1:
-                segments.append(Segment(begin, len(ids), start, start + length))
-            rows += [last, *range(len(reads), len(reads) + len(ids) - begin)]
-            reads += range(begin, len(ids))
-            targets += choice
-    return ids, positions, segments, reads, rows, targets
+            ids.extend(choice[:-1])
+            packed.positions.extend(range(length, length + len(choice) - 1))
+            if len(choice) > 1:  # a choice of one token adds no tokens, and an empty segment is none
+                packed.segments.append(Segment(begin, len(ids), start, start + length))
+            packed.predicted_by.extend([last, *range(len(reads), len(reads) + len(ids) - begin)])
+            reads.extend(range(begin, len(ids)))
+            packed.targets.extend(choice)
+    return packed
 
 
-def _regroup(questions: Sequence[Question], scores: Any, greedy: Any) -> Iterator[list[ChoiceScore]]:
-    """Sums the token scores by choice and groups the choices by question."""
+def _by_question(
+    questions: Sequence[Question], scores: torch.Tensor, greedy: torch.Tensor
+) -> Iterator[list[ChoiceScore]]:
+    """Sums token scores by choice, and groups choices by question; `scores` float64, `greedy` bool, (choice tokens)."""
     at = 0
     for question in questions:
         result = []

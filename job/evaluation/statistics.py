@@ -1,8 +1,16 @@
-"""What two lists of right and wrong answers to the same questions say about each other, and what they do not.
+"""Paired statistics of two models on the same questions.
 
-A question answered the same way by both models says nothing about their difference; all evidence lies in the discordant
-pairs: `improved` questions (wrong before, right after) and `regressed` ones. Everything here is a pure function of
-counts, so that anyone can recompute it from the per-question records.
+Only questions that exactly one of the two models answers right (discordant pairs) say something about their difference:
+`improved` ones (wrong before, right after) and `regressed` ones. Every function is a pure function of counts, so all
+figures can be computed again from the published samples.
+
+| figure | method |
+|---|---|
+| p value of a difference | McNemar's exact test (1947) |
+| 95 % interval of a difference | Tango's score interval (1998) |
+| smallest difference the test can detect | exact power of McNemar's test, Duffy (1984) |
+| several tasks at once | Holm's step-down adjustment (1979) |
+| interval of one accuracy | Wilson's score interval (1927) |
 """
 
 from __future__ import annotations
@@ -16,7 +24,7 @@ Verdict = Literal["improved", "regressed", "inconclusive"]
 
 @dataclass(frozen=True)
 class Comparison:
-    """One metric on one task: the adapter against the base model, paired by question. Accuracies are fractions."""
+    """One metric on one task, adapter against base, paired by question. Accuracies and differences are fractions."""
 
     n: int
     base: float
@@ -65,9 +73,9 @@ def compare(base: Sequence[bool], adapter: Sequence[bool], *, alpha: float = 0.0
 
 
 def verdict(p: float, ci95: tuple[float, float], *, alpha: float = 0.05) -> Verdict:
-    """Put a p value and an interval into a word; where they disagree, the word is "inconclusive".
+    """The verdict: significant at `alpha`, with an interval that excludes 0; otherwise "inconclusive".
 
-    With several tasks, pass the p value adjusted by `holm`: the word then holds for all tasks at once.
+    With several tasks, pass the p value adjusted by `holm`: the verdicts then hold for all tasks at once.
     """
     low, high = ci95
     if p < alpha and low > 0:
@@ -78,7 +86,11 @@ def verdict(p: float, ci95: tuple[float, float], *, alpha: float = 0.05) -> Verd
 
 
 def mcnemar(improved: int, regressed: int) -> float:
-    """Exact two-sided p of McNemar's test: given the discordant pairs, each direction is a fair coin's (1 if none)."""
+    """Exact two-sided p value of McNemar's test; 1 if there are no discordant pairs.
+
+    Without a difference, `improved` of the discordant pairs is binomial with probability 1/2: Q. McNemar (1947), Note
+    on the sampling error of the difference between correlated proportions or percentages, Psychometrika 12, 153-157.
+    """
     if improved + regressed == 0:
         return 1.0
     from scipy.stats import binomtest
@@ -89,9 +101,9 @@ def mcnemar(improved: int, regressed: int) -> float:
 def tango_interval(improved: int, regressed: int, n: int, *, level: float = 0.95) -> tuple[float, float]:
     """Tango's score interval of the difference between two paired proportions, (improved - regressed) / n.
 
-    It holds every difference that the score test does not reject, with the share of regressed questions at its maximum
-    likelihood under that difference: T. Tango (1998), Equivalence test and confidence interval for the difference in
-    proportions for the paired-sample design, Statistics in Medicine 17, 891-908.
+    It contains every difference that the score test does not reject, where the share of regressed questions is its
+    maximum likelihood estimate under that difference: T. Tango (1998), Equivalence test and confidence interval for the
+    difference in proportions for the paired-sample design, Statistics in Medicine 17, 891-908.
 
     Chosen by exact coverage, summed over all possible tables for n of 100, 300, 1000 and 2376, discordance of 2 to
     30 % and differences of 0 to 10 points. Where six or more discordant pairs are expected, the 95 % interval covers
@@ -104,9 +116,13 @@ def tango_interval(improved: int, regressed: int, n: int, *, level: float = 0.95
         regressed: Questions right before and wrong after.
         n: All questions, concordant ones included.
         level: Confidence level, a fraction.
+
+    Returns:
+        Lower and upper bound, fractions of the questions.
     """
     upper = _tango_upper(improved / n, regressed / n, n, level)
-    # The lower bound is the upper bound of the opposite comparison: mirrored exactly, not just within a tolerance.
+    # The lower bound is the upper bound of the opposite comparison. Computed like this, A against B and B against A
+    # give exactly mirrored intervals, not only up to the solver's tolerance.
     return -_tango_upper(regressed / n, improved / n, n, level), upper
 
 
@@ -118,7 +134,7 @@ def _tango_upper(improved: float, regressed: float, n: int, level: float) -> flo
     delta = improved - regressed
 
     def excess(theta: float) -> float:
-        """The squared score statistic at `theta` less its critical value, times the variance (so never 0 / 0)."""
+        """The squared score statistic at `theta` minus its critical value; both times the variance, which may be 0."""
         linear = (2 - delta) * theta - improved - regressed
         root = max(0.0, linear**2 + 8 * regressed * theta * (1 - theta)) ** 0.5  # below 0 only by rounding
         regressed_at_theta = (root - linear) / 4
@@ -132,19 +148,19 @@ def _tango_upper(improved: float, regressed: float, n: int, level: float) -> flo
 def minimum_detectable_effect(n: int, discordant: int, *, alpha: float = 0.05, power: float = 0.8) -> float:
     """The smallest true difference that the exact McNemar test calls significant with probability `power`.
 
-    The probability is the exact one of the test we report, not a normal approximation of it: with D ~ Bin(n, psi)
-    discordant pairs, of which Bin(D, (1 + delta / psi) / 2) go the way of the effect, that so many do that
-    `mcnemar` < alpha. This is S. W. Duffy (1984), Asymptotic and exact power for the McNemar test and its analogue with
-    R controls per case, Biometrics 40, 1005-1015, and DIST=EXACT_COND of SAS's PROC POWER. It is solved for delta.
+    The power is exact, not a normal approximation: with D ~ Bin(n, psi) discordant pairs, of which
+    Bin(D, (1 + delta / psi) / 2) are in the direction of the effect, it is the probability of `mcnemar` < alpha, by
+    S. W. Duffy (1984), Asymptotic and exact power for the McNemar test and its analogue with R controls per case,
+    Biometrics 40, 1005-1015, and DIST=EXACT_COND of SAS's PROC POWER. The function solves it for delta.
 
-    The discordance psi is the observed one, but at least delta, since a difference needs that many discordant pairs.
-    So it stays meaningful where few pairs were discordant, or none: about 8 / n, all of them going one way.
+    The share of discordant pairs, psi, is the observed one, but at least delta: a difference needs that many discordant
+    pairs. So the result is meaningful even without discordant pairs: about 8 / n, all in one direction.
 
     Args:
         n: Number of questions.
         discordant: How many of them the two models answered differently.
         alpha: Level of the two-sided test.
-        power: The probability asked for.
+        power: Probability of a significant result.
 
     Returns:
         A fraction of the questions; 1 where not even the largest difference could be detected (fewer than six
@@ -168,7 +184,7 @@ def minimum_detectable_effect(n: int, discordant: int, *, alpha: float = 0.05, p
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Holm's step-down adjustment: comparing each result with alpha keeps the family-wise error at alpha.
+    """P values adjusted by Holm's step-down method: compared with alpha, they keep the family-wise error at alpha.
 
     S. Holm (1979), A simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 6,
     65-70. The order of the input is kept.
@@ -195,11 +211,11 @@ def standard_error(correct: Sequence[bool]) -> float:
 
 
 def wilson_interval(right: int, n: int, *, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of one accuracy, by itself; never outside 0 and 1.
+    """Wilson's score interval of one accuracy; always within 0 and 1.
 
     E. B. Wilson (1927), Probable inference, the law of succession, and statistical inference, Journal of the American
-    Statistical Association 22, 209-212. Two of these say little about a difference of paired accuracies: that is what
-    `tango_interval` is for.
+    Statistical Association 22, 209-212. Whether two of these overlap says little about paired accuracies: use
+    `tango_interval` for a difference.
     """
     from scipy.stats import binomtest
 

@@ -1,4 +1,4 @@
-"""lm-eval's tasks: found, loaded with the user's own questions where there are any, and looked through."""
+"""lm-eval's tasks: found by name, loaded (with the user's own questions where given), and validated before scoring."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ MULTIPLE_CHOICE = "multiple_choice"
 
 @contextmanager
 def compiled_once() -> Iterator[None]:
-    """Within it each template of a task is compiled once.
+    """Caches lm-eval's compiled Jinja templates while the context is open.
 
-    lm-eval compiles it anew for every use, eight times a question: 8 of 32 ms a question on a CPU.
+    lm-eval compiles a template for every use, eight times a question: 8 of 32 ms a question on a CPU.
     """
     from lm_eval.utils import env
 
-    if "from_string" in vars(env):  # within itself
+    if "from_string" in vars(env):  # the context is open already
         yield
         return
     env.from_string = cache(env.from_string)
     try:
         yield
     finally:
-        del env.from_string  # what is left is the class's own
+        del env.from_string  # the instance's attribute hid the method of the class
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Tasks:
     sources: Mapping[str, str]
 
     def questions(self, limit: int | None) -> dict[str, list[tuple[str, str]]]:
-        """By task: id and `doc_hash` of each question, as its record is going to have them."""
+        """By task: id and `doc_hash` of each question, equal to those of its sample."""
         from lm_eval.utils import handle_non_serializable, hash_string
 
         def row(doc: Any) -> str:
@@ -62,7 +62,7 @@ class Tasks:
         }
 
     def fingerprints(self) -> dict[str, str]:
-        """SHA-256 of each task's questions, as they came."""
+        """By task, SHA-256 of all its questions, before any limit."""
         return {
             name: hashlib.sha256(
                 "\n".join(json.dumps(doc, sort_keys=True, default=str) for doc in task.eval_docs).encode()
@@ -76,9 +76,9 @@ def load_tasks(names: Sequence[str], data: Mapping[str, Path], sources: Mapping[
     """Loads lm-eval's tasks, from a local file in the task's own schema where one is given.
 
     Args:
-        names: Tasks or groups of lm-eval that ask multiple-choice questions.
-        data: Local file of a task's questions, by task.
-        sources: What to call that file in messages and in the manifest, by task.
+        names: lm-eval's tasks or groups of tasks.
+        data: By task, a local file with its questions.
+        sources: By task, the name of that file in messages and in the manifest.
 
     Raises:
         SettingsError: A task is unknown, or does not ask multiple-choice questions with one accuracy.
@@ -105,11 +105,11 @@ def load_tasks(names: Sequence[str], data: Mapping[str, Path], sources: Mapping[
 
 
 def check_tasks(names: Sequence[str], data: Iterable[str]) -> None:
-    """Refuses tasks that are unknown or cannot be evaluated, without fetching anything.
+    """Refuses unknown tasks and tasks without multiple-choice questions, without fetching anything.
 
     Args:
         names: Tasks or groups of lm-eval.
-        data: Tasks that the user has files of questions for.
+        data: Tasks for which the user gives a file of questions.
 
     Raises:
         SettingsError: With all that is wrong.
@@ -120,7 +120,11 @@ def check_tasks(names: Sequence[str], data: Iterable[str]) -> None:
 
 @compiled_once()
 def count_questions(tasks: Tasks, tokenizer: Any, limit: int | None) -> tuple[int, int, int]:
-    """How many questions there are, the tokens they take in flat rows, and how many of these give a score."""
+    """(questions, tokens in packed sequences, positions at which logits are needed), without scoring anything.
+
+    Raises:
+        DataError: The tokenizer makes no tokens of a question or a choice.
+    """
     total = tokens = reads = 0
     for task in tasks.loaded["tasks"].values():
         for doc in islice(task.eval_docs, limit):
@@ -139,9 +143,9 @@ def count_questions(tasks: Tasks, tokenizer: Any, limit: int | None) -> tuple[in
 
 
 def _index(names: Sequence[str]) -> Any:
-    """lm-eval's index of tasks, of the folders only whose files are named like the tasks where that is enough.
+    """lm-eval's index of tasks, made from the folders with files of these names only, if that finds all of them.
 
-    Reading all 14,000 files takes it six seconds, which every restart would pay.
+    A full index reads 14,000 files in six seconds, at every restart.
     """
     from lm_eval import tasks
 
@@ -153,7 +157,7 @@ def _index(names: Sequence[str]) -> Any:
 
 
 def _check_names(index: Mapping[str, Any], names: Sequence[str], data: Iterable[str]) -> None:
-    """Refuses, before anything is downloaded, what is unknown or cannot be evaluated."""
+    """Raises SettingsError for names that are unknown or not multiple-choice, with the nearest known name."""
     problems = []
     for name in dict.fromkeys([*names, *data]):
         if name not in index:
@@ -169,7 +173,7 @@ def _check_names(index: Mapping[str, Any], names: Sequence[str], data: Iterable[
 
 
 def _unfit(name: str, task: Any) -> Problem | None:
-    """Why a loaded task cannot be compared question by question."""
+    """Why the results of a loaded task cannot be paired by question; None if they can."""
     if task.OUTPUT_TYPE != MULTIPLE_CHOICE:
         return Problem("eval.tasks", f"{name} does not ask multiple-choice questions")
     if "acc" not in {metric["metric"] for metric in task.config.metric_list or []}:
@@ -178,7 +182,7 @@ def _unfit(name: str, task: Any) -> Problem | None:
 
 
 def _read_questions(path: Path, name: str) -> list[Row]:
-    """All rows of a file of questions; a row that cannot be read is an error."""
+    """All rows of a file of questions. Raises DataError with every row that cannot be read."""
     rows = list(read_rows(find_file(str(path)), name))
     faults = [Problem(row.where, row.what) for row in rows if isinstance(row, RowError)]
     if faults or not rows:
@@ -201,7 +205,7 @@ def _with_rows(manager: Any, name: str, rows: Sequence[Row], source: str) -> Any
     config |= {**unused, "test_split": split, "custom_dataset": lambda **_: {split: questions}}
     try:
         return manager.load([config])["tasks"][name]
-    except Exception as error:  # a task tries its templates on the first row, and these raise whatever they like
+    except Exception as error:  # a task renders its templates on the first row, and these may raise anything
         raise DataError([_misfit(rows[0].where, name, error)]) from error
 
 
@@ -210,16 +214,16 @@ def _misfit(where: str, name: str, error: Exception) -> Problem:
 
 
 def _misfits(task: Any, rows: Sequence[Row], source: str) -> Iterator[Problem]:
-    """Rows that the task cannot make a question of."""
+    """Rows of which the task cannot make a question with one right choice or more."""
     docs = list(task.eval_docs)
-    # a task may leave rows out, and then it is not known which
+    # a task may filter rows, and then a question's number is all that is known of its place
     places = (
         [row.where for row in rows]
         if len(docs) == len(rows)
         else [f"{source}:question {n + 1}" for n in range(len(docs))]
     )
     for where, doc in zip(places, docs, strict=True):
-        # Rows that lack a field of the first row hold a null there, which a template would write out as "None".
+        # The data set fills fields that a row lacks with null, which a template would render as "None".
         given = {field: value for field, value in doc.items() if value is not None}
         try:
             text, choices, target = task.doc_to_text(given), task.doc_to_choice(given), task.doc_to_target(given)
@@ -228,7 +232,7 @@ def _misfits(task: Any, rows: Sequence[Row], source: str) -> Iterator[Problem]:
                 choices.index(g) if isinstance(g, str) else int(g) for g in (gold if isinstance(gold, list) else [gold])
             ]
             fits = text != "" and all(choices) and golds and all(0 <= g < len(choices) for g in golds)
-        except Exception as error:  # noqa: BLE001 - templates and code of a task raise whatever they like
+        except Exception as error:  # noqa: BLE001 - a task's templates and functions may raise anything
             yield _misfit(where, task.task_name, error)
         else:
             if not fits:

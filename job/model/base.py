@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from job.common.hashing import hash_files
+from job import log
 from job.errors import DataError, Problem, SettingsError
+from job.model.files import build_empty, check_weights, read_config, readable, silence
 from job.model.lora import trainable
 from job.records import ModelRecord
 
 if TYPE_CHECKING:
     import torch
 
+PLAIN = "eager"
+"""transformers' attention by the textbook's formula, which all its models have: what they are compared with, and
+computed by where packed attention is not right."""
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
@@ -61,23 +64,11 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
-@contextmanager
-def _readable(folder: Path) -> Iterator[None]:
-    """Turns what transformers says of a folder that holds no model, or a broken one, into an error about data."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError([Problem("model.id", f"{folder} holds no model that can be loaded: {first[:300]}")]) from error
-
-
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer that lies beside the model. It never runs code of the model's repository."""
     from transformers import AutoTokenizer
 
-    with _readable(folder):
+    with readable(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if tokenizer.eos_token_id is None:
         raise SettingsError([Problem("model.id", "its tokenizer has no end-of-sequence token, so nothing could end")])
@@ -94,56 +85,87 @@ def load_base(
     max_length: int,
     quantized: bool = False,
 ) -> Any:
-    """Loads the frozen base, quantized on the way in, ready for flat rows.
+    """Loads the frozen base, quantized on the way in, with packed attention where its layers can be given one.
+
+    That packed sequences come out right is not known yet: see `packing_check`.
 
     Args:
         folder: A local folder in the hub's layout; weights in safetensors only, never pickles.
-        quantization: `nf4` or `none`.
+        quantization: `nf4` or `none`. Weights that lie there quantized by bitsandbytes are taken as they are.
         double_quantization: Whether the quantization constants are quantized too.
         dtype: What the 4-bit weights are dequantized to, and what the other weights are held in.
         device: Where it goes.
-        max_length: Longest sequence in tokens; a model with a shorter window is refused.
+        max_length: Longest sequence in tokens; a model with fewer positions is refused.
         quantized: Whether the folder holds the quantized base, as it was saved.
+
+    Raises:
+        DataError: The folder holds no whole model.
+        SettingsError: The model is of a kind that is not trained here, or has fewer positions.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     from job.model import packed_attention
 
-    with _readable(folder):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    window = min(
-        getattr(config, "sliding_window", None) or max_length, getattr(config, "max_position_embeddings", max_length)
-    )
-    if window < max_length:
-        raise SettingsError(
-            [Problem("train.max_length", f"{max_length} is more than the model's window of {window} tokens; lower it")]
-        )
+    config = read_config(folder)
+    silence(config)
+    check_positions(config, max_length)
+    check_weights(folder, config, build_empty(folder, config))
     packed_attention.register()
     how = {}
-    if quantization == "nf4" and not quantized:  # what was saved quantized says so itself, unless it is told anything
+    if quantization == "nf4" and not quantized and not getattr(config, "quantization_config", None):
+        # what lies there quantized, be it the job's own cache or the user's, says how by itself
         how["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=double_quantization,
             bnb_4bit_compute_dtype=dtype,
         )
-    with _readable(folder):
-        model = AutoModelForCausalLM.from_pretrained(
+    with readable(folder):
+        model, told = AutoModelForCausalLM.from_pretrained(
             folder,
+            config=config,
             dtype=dtype,
-            attn_implementation=packed_attention.NAME,
+            attn_implementation=PLAIN,
             device_map={"": device},
             use_safetensors=True,
             trust_remote_code=False,
+            output_loading_info=True,
             **how,
         )
+    if missing := sorted(told["missing_keys"]):  # transformers fills them with random numbers, and goes on
+        what = f"{folder} lacks {len(missing)} weights of {type(model).__name__}: {', '.join(missing[:5])}"
+        raise DataError([Problem("model.id", what)])
     model.config.use_cache = False
     for module in model.modules():
         # On CPUs with AVX512-BF16, bitsandbytes repacks a layer's weights for inference the first time it runs in
         # evaluation mode, in bf16 and without a gradient: training after an evaluation would be silently wrong.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+        if hasattr(module, "compute_dtype"):  # a base that came quantized names the dtype of the machine it was made on
+            module.compute_dtype = dtype
+        if isinstance(module, _dropouts()):
+            module.p = 0.0  # type: ignore[attr-defined]
+    packed_attention.use(model, packed_attention.NAME)
     return model
+
+
+def _dropouts() -> tuple[type, ...]:
+    """Dropout modules of torch: rates that a model's class sets by itself, not by its configuration."""
+    from torch import nn
+
+    return nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout
+
+
+def check_positions(config: Any, max_length: int) -> None:
+    """Refuses sequences of more tokens than the model has positions; a sliding window is no limit.
+
+    Raises:
+        SettingsError: `max_length` is more than that.
+    """
+    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if isinstance(positions, int) and 0 < positions < max_length:
+        what = f"{max_length} is more than the model's window of {positions} tokens; lower it"
+        raise SettingsError([Problem("train.max_length", what)])
 
 
 def recompute_activations(model: Any, *, on: bool, random: bool = True) -> None:
@@ -155,41 +177,63 @@ def recompute_activations(model: Any, *, on: bool, random: bool = True) -> None:
         random: Whether anything is drawn at random on the way, which then has to be drawn again.
     """
     base = model.get_base_model()
+    if on and not base.supports_gradient_checkpointing:
+        name = type(base).__name__
+        log.get_logger().warning("activations are kept: those of this model cannot be computed again", model=name)
+        return
     if on:
         # transformers renamed it in 5.23; the model is an argument of neither name
         enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
         enable({"use_reentrant": False, "preserve_rng_state": random})
-    else:
+    elif base.supports_gradient_checkpointing:
         (getattr(base, "activation_checkpointing_disable", None) or base.gradient_checkpointing_disable)()
 
 
-def fingerprint(folder: Path) -> str:
-    """SHA-256 over names and contents of the files that make the model: weights, configuration, tokenizer."""
-    total = hashlib.sha256()
-    files = sorted(
-        p
-        for p in folder.iterdir()
-        if p.suffix in {".safetensors", ".json", ".model", ".jinja"} or p.name == "merges.txt"
-    )
-    for path, sha256 in zip(files, hash_files(files), strict=True):
-        total.update(f"{path.name}\0{sha256}\n".encode())
-    return total.hexdigest()
+@dataclass(frozen=True)
+class Held:
+    """How the base's weights are held: as what, and how many of them."""
+
+    quantization: str
+    """`nf4`, `fp4`, `int8`, or `none`; that of most, where there are several."""
+    double: bool
+    weights: int
 
 
-def describe_model(
-    model: Any, *, name: str, revision: str | None, sha256: str, quantization: str, double: bool
-) -> ModelRecord:
-    """What the manifest says of the model. Parameters are counted as of the unquantized model."""
+def held(model: Any) -> Held:
+    """Looks at the loaded layers: what was asked for, and what config.json says, may both be otherwise.
+
+    Experts of a mixture that are one tensor for all of them are no linear layers, and stay as they are.
+    """
+    found: Counter[tuple[str, bool]] = Counter()
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if weight is None:
+            continue
+        if (state := getattr(weight, "quant_state", None)) is not None:
+            found[state.quant_type, state.nested] += state.shape.numel()
+        elif type(weight).__name__ == "Int8Params":
+            found["int8", False] += weight.numel()
+    if not found:
+        return Held("none", double=False, weights=0)
+    (kind, double), _ = found.most_common(1)[0]
+    return Held(kind, double, found.total())
+
+
+def describe_model(model: Any, *, name: str, revision: str | None, sha256: str) -> ModelRecord:
+    """What the manifest says of the model, a PEFT model. Parameters are counted as of the unquantized model."""
     adapter = sum(parameter.numel() for parameter in trainable(model).values())
-    dtype = str(model.get_base_model().dtype).removeprefix("torch.")
+    base = model.get_base_model()
+    as_held = held(base)
     return ModelRecord(
         id=name,
         revision=revision,
         sha256=sha256,
-        architecture=type(model.get_base_model()).__name__,
-        quantization=quantization,
-        double_quantization=double and quantization != "none",
-        dtype={long: short for short, long in DTYPES.items()}[dtype],
-        parameters=model.get_base_model().num_parameters() - adapter,
+        architecture=type(base).__name__,
+        quantization=as_held.quantization,
+        double_quantization=as_held.double,
+        dtype={long: short for short, long in DTYPES.items()}[str(base.dtype).removeprefix("torch.")],
+        parameters=base.num_parameters() - adapter,
         trainable_parameters=adapter,
+        quantized_parameters=as_held.weights,
+        adapted=sorted(model.peft_config["default"].target_modules),
     )

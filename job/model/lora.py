@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,36 +12,124 @@ from typing import Any
 from job.errors import Problem, SettingsError
 
 
-def add_adapter(model: Any, *, rank: int, alpha: int, dropout: float, target_modules: Sequence[str], seed: int) -> Any:
+def add_adapter(
+    model: Any, *, rank: int, alpha: int, dropout: float, target_modules: Sequence[str] | None, seed: int
+) -> Any:
     """Wraps the base in a fresh LoRA adapter in fp32, whose initial weights depend on the seed alone.
 
     The adapter stays in fp32 whatever the base is: rounding it would make a resumed run differ from a whole one.
+
+    Args:
+        model: transformers' causal language model. Of one that also sees or hears, the text part is adapted.
+        rank: Rank r of the update.
+        alpha: The update is multiplied by alpha / rank.
+        dropout: Of the adapter's input.
+        target_modules: Names of linear layers, as PEFT takes them; None for all that `find_targets` finds.
+        seed: Of the initial weights.
+
+    Raises:
+        SettingsError: The model lacks one of them, or PEFT cannot adapt it.
     """
     import torch
     from peft import LoraConfig, get_peft_model
 
-    head = model.get_output_embeddings()  # whose weights the loss takes as they are
-    linear = {
-        name.rsplit(".", 1)[-1]
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head
-    }
-    if missing := [name for name in target_modules if name not in linear]:
-        fix = f"it has {', '.join(sorted(linear))}"
-        raise SettingsError([Problem("lora.target_modules", f"the model has no linear {', '.join(missing)}; {fix}")])
+    targets = find_targets(model) if target_modules is None else target_modules
+    check_targets(model, targets)
     torch.manual_seed(seed)
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        target_modules=sorted(target_modules),
+        target_modules=sorted(targets),
+        exclude_modules=_outside_text(model, targets),
         bias="none",
         task_type="CAUSAL_LM",
     )
-    adapted = get_peft_model(model, config)
+    try:
+        adapted = get_peft_model(model, config)
+    except ValueError as error:  # of layers that it knows it would break
+        what = f"PEFT cannot adapt {', '.join(targets)}: {(str(error).splitlines() or [''])[0][:300]}"
+        raise SettingsError([Problem("lora.target_modules", what)]) from error
     for parameter in trainable(adapted).values():
         parameter.data = parameter.data.to(torch.float32)
     return adapted
+
+
+def linear_layers(model: Any) -> dict[str, Any]:
+    """The linear layers of the model's text part that an adapter can go on, by full name.
+
+    Not the head, whose weights the loss takes as they are. GPT-2's `Conv1D` is a linear layer by another name.
+    """
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    head, text = model.get_output_embeddings(), _text_part(model)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head and name.startswith(text)
+    }
+
+
+def find_targets(model: Any) -> list[str]:
+    """The layers that get an adapter where none are named: all linear ones of the text part (PEFT's `all-linear`).
+
+    Of Llama's family they are the seven of the reference recipe. Left out is what PEFT refuses to adapt, since the
+    model's code uses its weights without calling it.
+
+    Raises:
+        SettingsError: There are none.
+    """
+    names = sorted({name.rsplit(".", 1)[-1] for name in linear_layers(model)})
+    if not (found := [name for name in names if not name.isdigit() and not _is_refused(model, name)]):
+        what = f"no linear layers were found in {type(model).__name__}; name them"
+        raise SettingsError([Problem("lora.target_modules", what)])
+    return found
+
+
+def check_targets(model: Any, targets: Sequence[str]) -> None:
+    """Refuses names that no linear layer of the model bears; works on a model without weights, too.
+
+    Raises:
+        SettingsError: There are some.
+    """
+    layers = linear_layers(model)
+    missing = [
+        target for target in targets if not any(name == target or name.endswith(f".{target}") for name in layers)
+    ]
+    if missing:
+        has = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in layers})) or "none"
+        what = f"the model has no linear {', '.join(missing)}; it has {has}"
+        raise SettingsError([Problem("lora.target_modules", what)])
+
+
+def _is_refused(model: Any, name: str) -> bool:
+    """Whether PEFT would not adapt a layer of this name in this model."""
+    from peft import LoraConfig
+    from peft.tuners import tuners_utils
+
+    try:
+        tuners_utils._check_lora_target_modules_mamba(LoraConfig(), model, name)  # noqa: SLF001 - the only list there is
+    except ValueError:
+        return True
+    return False
+
+
+def _text_part(model: Any) -> str:
+    """What the names of the text part's modules begin with; nothing where the model is text throughout."""
+    decoder = model.get_decoder()
+    name = next((name for name, module in model.named_modules() if module is decoder), "")
+    others = getattr(model.config, "sub_configs", None) or {}
+    return f"{name}." if name and others else ""
+
+
+def _outside_text(model: Any, targets: Sequence[str]) -> str | None:
+    """A pattern of all names that do not lie in the text part, where some there bear a target's name; else None."""
+    if not (text := _text_part(model)):
+        return None
+    bears = tuple(f".{target}" for target in targets)
+    outside = [name for name, _ in model.named_modules() if not name.startswith(text) and name.endswith(bears)]
+    return rf"(?!{re.escape(text)}).*" if outside else None
 
 
 def trainable(model: Any) -> dict[str, Any]:

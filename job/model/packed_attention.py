@@ -1,14 +1,17 @@
-"""Attention over a flat row: many sequences laid end to end, without padding, none of which sees another.
+"""Attention over a packed sequence: many sequences laid end to end, without padding, none of which sees another.
 
-A row is described by its segments. The queries of a segment see an optional prefix that lies elsewhere in the row (a
-question that several choices share) and, causally, the segment itself. Training uses segments without a prefix.
+A packed sequence is described by its segments. The queries of a segment see an optional prefix that lies elsewhere in
+it (a question that several choices share) and, causally, the segment itself. Training uses segments without a prefix.
+
+What a layer asks for beside that (a sliding window, a soft cap, attention sinks) is computed, or refused with
+`Unpackable`: nothing that it hands over is dropped. Whether a whole model comes out right is for `packing_check`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache, cached_property
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 from inspect import signature
 from itertools import pairwise
 from typing import Any, cast
@@ -17,6 +20,21 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 NAME = "flat"
+"""Of this attention, as transformers knows it. A model loaded so is called with a `layout`, and with no mask."""
+CHECKED = "flat-checked"
+"""The same, but each layer is also handed the mask that transformers would make for it; see `AskedMask`."""
+WIDEST_HEAD = 256
+"""The variable-length kernel takes no wider heads, and those of queries and values alike."""
+
+_NO_ARITHMETIC = frozenset(
+    {"cache_position", "layer_idx", "output_attentions", "output_hidden_states", "output_router_logits"}
+    | {"position_ids", "return_dict", "use_cache"}
+)
+"""What models hand down to their layers for other purposes than attention's result."""
+
+
+class Unpackable(TypeError):
+    """A layer asks for what packed attention does not compute: the model has to be computed one sequence at a time."""
 
 
 @dataclass(frozen=True)
@@ -35,18 +53,20 @@ class Segment:
 
 
 @dataclass(frozen=True, eq=False)
-class Group:
-    """Tokens `start:end` of a row that see none but each other: a segment, and those behind it that see it."""
+class Block:
+    """Tokens `start:end` of a packed sequence that see none but each other: a segment, and those behind it that see it.
+
+    `mask`, (tokens, tokens) bool, says which key each query sees; None where each sees all up to itself.
+    """
 
     start: int
     end: int
     mask: torch.Tensor | None
-    """(tokens, tokens) bool: which key each query sees; None where each sees all up to itself."""
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """The segments of one row, and what the variable-length kernel wants to know of them, on the row's device."""
+    """The segments of one packed sequence, and what the variable-length kernel needs of them, on its device."""
 
     segments: tuple[Segment, ...]
     queries: torch.Tensor
@@ -54,34 +74,47 @@ class Layout:
     keys: torch.Tensor
     """(segments + 1,) int32: the same for the keys."""
     key_index: torch.Tensor | None
-    """(keys,) int64: which token of the row each key is; None where the keys are the row itself."""
+    """(keys,) int64: which token of the sequence each key is; None where the keys are the sequence itself."""
     longest_query: int
     longest_key: int
     """No segment has more."""
+    _blocks: dict[int | None, list[Block]] = field(default_factory=dict, repr=False)
 
-    @cached_property
-    def groups(self) -> list[Group]:
-        """The row in groups, for the plain way: worked out for its first layer, used by all."""
-        starts = [i for i, s in enumerate(self.segments) if s.prefix_end == s.prefix_start]
-        return [
-            _group(self.segments[first:end], self.queries.device)
-            for first, end in pairwise([*starts, len(self.segments)])
-        ]
+    def blocks(self, window: int | None = None) -> list[Block]:
+        """The sequence cut into blocks, each query seeing its last `window` keys; made for the first layer that asks.
+
+        Raises:
+            ValueError: A segment's prefix does not lie in its block.
+        """
+        if window not in self._blocks:
+            starts = [i for i, s in enumerate(self.segments) if s.prefix_end == s.prefix_start]
+            self._blocks[window] = [
+                _block(self.segments[first:end], window, self.queries.device)
+                for first, end in pairwise([*starts, len(self.segments)])
+            ]
+        return self._blocks[window]
 
 
-def _group(segments: Sequence[Segment], device: torch.device) -> Group:
+def _block(segments: Sequence[Segment], window: int | None, device: torch.device) -> Block:
     """The first segment, and the others, which see it or a part of it."""
     start, end = segments[0].start, segments[-1].end
-    if len(segments) == 1:
-        return Group(start, end, None)
+    if len(segments) == 1 and (window is None or window >= end - start):
+        return Block(start, end, None)
     mask = torch.zeros(end - start, end - start, dtype=torch.bool)
     for s in segments:
         if s.prefix_end > s.prefix_start and not start <= s.prefix_start <= s.prefix_end <= segments[0].end:
             raise ValueError("a segment sees one that is not the last before it without a prefix")
+        # Distances count in what the segment sees, prefix and itself end to end, not in places of the packed sequence.
+        queries = torch.arange(s.prefix_end - s.prefix_start, s.keys)[:, None]
+        keys = torch.arange(s.keys)
+        sees = keys <= queries
+        if window is not None:
+            sees &= keys > queries - window
         rows = slice(s.start - start, s.end - start)
-        mask[rows, rows] = mask.new_ones(s.end - s.start, s.end - s.start).tril()
-        mask[rows, slice(s.prefix_start - start, s.prefix_end - start)] = True
-    return Group(start, end, mask.to(device))
+        prefix = s.prefix_end - s.prefix_start
+        mask[rows, s.prefix_start - start : s.prefix_end - start] = sees[:, :prefix]
+        mask[rows, rows] = sees[:, prefix:]
+    return Block(start, end, mask.to(device))
 
 
 def build_layout(segments: Sequence[Segment], device: torch.device) -> Layout:
@@ -96,49 +129,111 @@ def build_layout(segments: Sequence[Segment], device: torch.device) -> Layout:
     return Layout(tuple(segments), queries, keys, index, longest_query, longest_key)
 
 
+@dataclass(frozen=True)
+class AskedMask:
+    """The mask that transformers would have made for a layer: what the layer's own arguments must agree with.
+
+    Eager attention gets its window by the mask, kernels get it by an argument; a layer whose arguments lack it would
+    silently see too much here.
+    """
+
+    window: int | None
+    """How many keys a query sees, itself included; None where it sees all before it."""
+    plain: bool = True
+    """Whether it is causal and no more: not in chunks, not in both directions, not by a function of the model's own."""
+
+
 def packed_attention(  # the signature is transformers'
     _module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    _attention_mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | AskedMask | None,
     *,
     layout: Layout,
     scaling: float | None = None,
-    **_: Any,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    is_causal: bool | None = None,
+    position_bias: torch.Tensor | None = None,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of one flat row, for transformers' attention interface.
+    """Attention of one packed sequence, for transformers' attention interface.
 
     Args:
         query: (1, heads, tokens, head size).
         key: (1, key/value heads, tokens, head size); fewer heads than queries are shared by groups of them.
-        value: As `key`.
-        layout: The row's segments.
+        value: (1, key/value heads, tokens, value's head size).
+        attention_mask: None; within the check of a model, what it would have been.
+        layout: The segments.
         scaling: Factor of the scores; 1/sqrt(head size) where it is None.
+        dropout: Of attention's weights; must be 0.
+        sliding_window: Each query sees its last so many keys, itself included; None for all.
+        softcap: Scores become softcap * tanh(score / softcap).
+        s_aux: (heads,): for each head a score that takes its share of the softmax and gives no value (a "sink").
+        is_causal: Must not be False.
+        position_bias: Must be None.
+        others: What models hand to all their layers; a name not known to be without effect is refused.
 
     Returns:
-        (1, tokens, heads, head size) in the dtype of `query`, and None for the weights that are never formed.
+        (1, tokens, heads, value's head size) in the dtype of `query`, and None for the weights that are never formed.
+
+    Raises:
+        Unpackable: The layer asks for anything else.
     """
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and _has_kernel(query.device):
-        return _varlen_kernel(query, key, value, layout, scaling), None
-    return _group_by_group(query, key, value, layout, scaling), None
+    asks = {
+        "a mask of its own": attention_mask is not None and not isinstance(attention_mask, AskedMask),
+        "dropout of attention": dropout != 0,
+        "attention in both directions": is_causal is False,
+        "a bias of positions": position_bias is not None,
+    }
+    asks |= {name: True for name, value in others.items() if name not in _NO_ARITHMETIC and value is not None}
+    if wanted := [name for name, wants in asks.items() if wants]:
+        raise Unpackable(f"its attention asks for {', '.join(wanted)}")
+    if isinstance(attention_mask, AskedMask):
+        _compare(attention_mask, sliding_window)
+    # A window that no segment fills changes nothing: the same kernel as without one, and so the same bits.
+    window = sliding_window if sliding_window is not None and sliding_window < layout.longest_key else None
+    if softcap is not None or s_aux is not None:
+        return _explicit(query, key, value, layout, scaling, window, softcap, s_aux), None
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and _fits_kernel(query, value):
+        return _varlen_kernel(query, key, value, layout, scaling, window), None
+    return _block_by_block(query, key, value, layout, scaling, window), None
+
+
+def _compare(asked: AskedMask, window: int | None) -> None:
+    if not asked.plain:
+        raise Unpackable("its attention asks for a mask that is not causal alone")
+    if asked.window != window:
+        raise Unpackable(f"its layers are told a window of {window}, and their masks have one of {asked.window}")
+
+
+def _fits_kernel(query: torch.Tensor, value: torch.Tensor) -> bool:
+    return _has_kernel(query.device) and query.shape[-1] == value.shape[-1] <= WIDEST_HEAD
 
 
 @cache
 def _has_kernel(device: torch.device) -> bool:
-    """The flash kernel is built for Ampere (8.0) and newer; a T4, V100 or P100 takes the plain way."""
+    """The flash kernel is built for Ampere (8.0) and newer; a T4, V100 or P100 takes one block after the other."""
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _group_by_group(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scaling: float | None
+def _block_by_block(  # noqa: PLR0917 - as attention has it
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: Layout,
+    scaling: float | None,
+    window: int | None,
 ) -> torch.Tensor:
-    """The plain way: one call for each group. Serves CPUs and older GPUs, and is the reference for the kernel."""
+    """One call for each block. Serves CPUs and older GPUs, and is the reference for the kernel."""
     outputs = []
-    for group in layout.groups:
-        own = slice(group.start, group.end)
+    for block in layout.blocks(window):
+        own = slice(block.start, block.end)
         q, k, v = (x[:, :, own] for x in (query, key, value))
-        mask = group.mask
+        mask = block.mask
         outputs.append(
             scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
@@ -147,8 +242,51 @@ def _group_by_group(
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
-def _varlen_kernel(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scaling: float | None
+def _explicit(  # noqa: PLR0917
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: Layout,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """The textbook's formula block by block, its weights formed: for what torch's kernels do not compute.
+
+    Sources: the soft cap of Gemma 2 (arXiv:2408.00118), section 2; the sinks of gpt-oss (arXiv:2508.10925).
+    """
+    shared_by = query.shape[1] // key.shape[1]
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    outputs = []
+    for block in layout.blocks(window):
+        own = slice(block.start, block.end)
+        q, k, v = query[:, :, own], key[:, :, own], value[:, :, own]
+        k, v = (x.repeat_interleave(shared_by, dim=1) for x in (k, v))
+        scores = q @ k.transpose(2, 3) * scaling
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        tokens = block.end - block.start
+        sees = block.mask
+        if sees is None:
+            sees = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).tril()
+        scores = scores.float().masked_fill(~sees, float("-inf"))
+        if sinks is not None:
+            column = sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+            weights = torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]
+        else:
+            weights = scores.softmax(-1)
+        outputs.append(weights.to(v.dtype) @ v)
+    return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def _varlen_kernel(  # noqa: PLR0917
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: Layout,
+    scaling: float | None,
+    window: int | None,
 ) -> torch.Tensor:
     """One call of the variable-length flash kernel for all segments; causal from the last key backwards."""
     from torch.nn.attention.varlen import varlen_attn
@@ -157,9 +295,9 @@ def _varlen_kernel(
     if layout.key_index is not None:
         k, v = k.index_select(0, layout.key_index), v.index_select(0, layout.key_index)
     longest = layout.longest_query, layout.longest_key
-    out = varlen_attn(
-        q, k, v, layout.queries, layout.keys, *longest, window_size=(-1, 0), scale=scaling, **_grouped_heads()
-    )
+    seen = (-1 if window is None else window - 1, 0)  # keys before the query's own, and behind it
+    offsets = layout.queries, layout.keys
+    out = varlen_attn(q, k, v, *offsets, *longest, window_size=seen, scale=scaling, **_grouped_heads())
     return cast("torch.Tensor", out)[None]
 
 
@@ -171,8 +309,53 @@ def _grouped_heads() -> dict[str, Any]:
     return {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
 
-def register() -> None:
-    """Makes `attn_implementation="flat"` known to transformers. Such a model runs with a `layout` only."""
-    from transformers import AttentionInterface
+def _asked_mask(
+    *,
+    mask_function: Callable[..., Any],
+    q_length: int,
+    device: torch.device,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    **_shapes: Any,
+) -> AskedMask:
+    """Finds out by trying which keys a mask of transformers lets a query see; in the place of making the mask."""
+    last = max(q_length - 1, 2 * (local_size or 0))
+    places = torch.arange(last + 1, device=device)
 
-    AttentionInterface.register(NAME, packed_attention)
+    def seen_by(query: int) -> list[int]:
+        sees = torch.as_tensor(mask_function(0, 0, torch.tensor(query, device=device), places))
+        return cast("list[int]", places[sees.expand(places.shape)].tolist())
+
+    other = AskedMask(None, plain=False)
+    if use_vmap:  # a function of the model's own is part of it
+        return other
+    try:
+        for query in (last, last // 2):
+            if seen_by(query) != list(range(max(0, query + 1 - (local_size or last + 1)), query + 1)):
+                return other
+    except (IndexError, RuntimeError):  # it looks into tensors as long as the input, so it is made from the input
+        return other
+    return AskedMask(local_size)
+
+
+def register() -> None:
+    """Makes both implementations known to transformers."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    for name in (NAME, CHECKED):
+        AttentionInterface.register(name, packed_attention)
+    AttentionMaskInterface.register(CHECKED, _asked_mask)
+
+
+def is_packed(model: Any) -> bool:
+    """Whether the model computes packed sequences; else it is called with one sequence at a time, and no layout."""
+    return bool(model.config._attn_implementation == NAME)  # noqa: SLF001 - transformers has no public name for it
+
+
+def use(model: Any, implementation: str) -> bool:
+    """Has all attention layers of transformers' model computed by this implementation; whether that is possible.
+
+    Which one computes is looked up at each call, so that nothing has to be loaded again.
+    """
+    model.set_attn_implementation(implementation)
+    return bool(model.config._attn_implementation == implementation)  # noqa: SLF001

@@ -1,1 +1,12 @@
-"""What a run will take (tokens, steps, memory, hours, money), before a GPU is paid for."""
+"""`plan`: what would go wrong and what a run will take, found out before a GPU is paid for.
+
+| question | file |
+|---|---|
+| what is checked: storage, model, tokenizer, data, questions, disk | `preflight`, and `plan` for the order |
+| memory, hours and dollars on each GPU | `forecast` (its formulas: `training/memory_model`) |
+| optimizer steps and tokens | `workload` (the schedule of the learning rate follows from `total_steps` there) |
+| the GPUs, their speed and their prices | `gpu_prices` |
+| sizes of public models, data sets and tasks, for a machine without the hub | `known_models_and_data` |
+| licences of data sets | `data/licences` |
+| what is printed | `plan_text` |
+"""

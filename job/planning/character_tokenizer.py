@@ -1,4 +1,4 @@
-"""A stand-in for a tokenizer that cannot be had: it cuts text by characters, which is right on average only."""
+"""Replaces a tokenizer that cannot be fetched: cuts text into tokens of equal length, right on average only."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class _Batch:
 
 
 class CharacterTokenizer:
-    """What `dataset` and `evaluate` use of a tokenizer; its tokens are so many characters each."""
+    """The part of a tokenizer that reading data and questions uses; each token is `characters_per_token` long."""
 
     eos_token_id = 1
     chat_template = "stand-in"
@@ -32,11 +32,11 @@ class CharacterTokenizer:
         self._width = characters_per_token
 
     def __call__(self, texts: Sequence[str], **_: Any) -> _Batch:
-        """Cuts each text."""
+        """Ids and character offsets of each text."""
         return _Batch([self._encode(text) for text in texts])
 
     def encode(self, text: str, **_: Any) -> list[int]:
-        """Ids of one text; all are the same."""
+        """Ids of one text; every token has the same id."""
         return self._encode(text).ids
 
     def apply_chat_template(self, messages: Sequence[dict[str, Any]], **_: Any) -> str:

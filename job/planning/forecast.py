@@ -1,4 +1,8 @@
-"""A run's figures, and how it would go on common GPUs, from what is known of it. Every figure says what it rests on."""
+"""Forecast of a run: steps, memory, disk, and for each GPU whether it fits, hours and dollars.
+
+The formulas of memory and speed are in `training.memory_model`, with their sources. Every estimate says whether it is
+computed, measured or assumed.
+"""
 
 from __future__ import annotations
 
@@ -9,46 +13,46 @@ from typing import Literal
 
 from job.common.formatting import size
 from job.common.resources import checkpoint_bytes, required_bytes
-from job.planning.gpus import Gpu
-from job.planning.reference import TaskTokens
+from job.planning.gpu_prices import Gpu
+from job.planning.known_models_and_data import TaskTokens
 from job.planning.workload import Workload
-from job.records import Execution
+from job.records import ExecutionPlan
 from job.training import memory_model
-from job.training.execution_plan import choose_budget, choose_execution
+from job.training.execution_plan import choose_budget, choose_plan
 from job.training.memory_model import Setup
 
 Basis = Literal["computed", "measured", "assumed"]
 
 DOWNLOAD_RATE = 250e6
 START_SECONDS = 60.0
-"""Assumed: bytes a second at which the model is fetched, and how long starting and loading take."""
+"""Assumed: DOWNLOAD_RATE in bytes a second for what is fetched, START_SECONDS for starting and loading."""
 FLASH_CAPABILITY = (8, 0)
-"""From here on `attention` has a kernel for rows of many sequences; below it computes them one by one."""
+"""Compute capability from which there is a kernel for packed sequences; below, attention runs example by example."""
 MOST_TOKENS = 65_536
-"""Up to where budgets are tried when nothing is known of the data."""
+"""The largest micro-batch that is tried when nothing is known of the data."""
 EVALUATIONS = 2
 HALF_PRECISION = 2
 
 
 @dataclass(frozen=True)
 class RunShape:
-    """What is known of a run; None where something is not.
+    """What is known of a run; None stands for unknown.
 
     Attributes:
-        setup: What is trained, and how.
-        setup_basis: Whether the model said so itself, or a table.
-        workload: How much there is to train on.
-        workload_basis: Whether that was counted, or scaled from a sample or from characters.
-        questions: What is asked, twice.
+        setup: Model, adapter, precision and optimizer.
+        setup_basis: `computed` from the model's own configuration, or `assumed` from a table.
+        workload: Optimizer steps and tokens.
+        workload_basis: `computed` from the examples, or `assumed`: scaled from a sample or from characters.
+        questions: Questions of all tasks; each is scored twice, for the base and for the adapter.
         questions_basis: As above.
-        budget: Tokens of a micro-batch, as they are set; else those that the job takes on a small GPU.
+        budget: Tokens of a micro-batch as set, else what the job takes on a small GPU.
         scoring_budget: Tokens scored in one forward pass.
-        download_bytes: What has to be fetched first.
-        usd_per_hour: The user's price of the machine.
-        lean: Whether GPUs from Ampere on train it by the job's own forward pass: in bf16, without dropout.
-        budget_by_gpu: Whether the budget was not set, so that the job chooses it by the GPU's size.
-        keep_base: Whether to keep the dequantized base; None where the job chooses.
-        keep_activations: The same of activations.
+        download_bytes: Model and data that have to be fetched first.
+        usd_per_hour: JOB_COST__USD_PER_HOUR.
+        fused: Whether GPUs from Ampere on use the fused layers: in bf16, without dropout.
+        budget_by_gpu: Whether `budget` is not set, so that the job chooses it by the GPU's memory.
+        keep_base: Whether the dequantized base is kept in memory; None where the job chooses.
+        keep_activations: Whether activations are kept instead of recomputed; None where the job chooses.
     """
 
     setup: Setup | None
@@ -61,28 +65,28 @@ class RunShape:
     scoring_budget: int
     download_bytes: int
     usd_per_hour: float | None
-    lean: bool = False
+    fused: bool = False
     budget_by_gpu: bool = False
     keep_base: bool | None = None
     keep_activations: bool | None = None
 
     @property
     def micro_batch(self) -> int:
-        """Tokens of the largest micro-batch: never less than the longest example, never more than the largest step."""
+        """Tokens of the largest micro-batch: at least the longest example, at most the largest step."""
         if self.workload is None:
             return self.budget
         return min(max(self.budget, self.workload.longest), self.workload.largest_step)
 
     @property
     def reads(self) -> int:
-        """Tokens of a scored row that give logits; half of them where the questions are not known."""
+        """Positions of a scored sequence at which logits are computed; half of them where the questions are unknown."""
         share = self.questions.reads / self.questions.tokens if self.questions else 0.5
         return ceil(share * self.scoring_budget)
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A number, and what it rests on: arithmetic on what is known, a measurement made here and now, or assumptions."""
+class Estimate:
+    """A number and its basis: computed from known facts, measured by this command, or assumed."""
 
     name: str
     value: float
@@ -92,10 +96,12 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class GpuPlan:
-    """A run on one GPU. Budgets are the largest that fit, in tokens; 0 where not even the longest example does.
+class GpuForecast:
+    """A run on one GPU.
 
-    `keeps` says in words what the job would keep there rather than make again; it is what `hours` are computed for.
+    `budget_recomputing` and `budget_keeping` are the largest micro-batches that fit, in tokens, with activations
+    recomputed and kept; 0 where not even the longest example fits. `keeps` names what the job would keep in memory
+    instead of recomputing it (base, activations); `hours` are computed for that.
     """
 
     name: str
@@ -111,82 +117,82 @@ class GpuPlan:
     machine: str
 
 
-def figures(run: RunShape) -> Iterator[Figure]:
-    """All that can be said without knowing the GPU."""
+def estimates(run: RunShape) -> Iterator[Estimate]:
+    """Everything that does not depend on the GPU."""
     yield from _of_the_data(run)
     if run.setup is None:
         return
     setup, basis = run.setup, run.setup_basis
     both = _weaker(run.setup_basis, run.workload_basis)
-    yield Figure("base parameters", setup.architecture.parameters, "", basis)
-    yield Figure("adapter parameters", setup.adapter, "", basis)
+    yield Estimate("base parameters", setup.architecture.parameters, "", basis)
+    yield Estimate("adapter parameters", setup.adapter, "", basis)
     if run.workload is not None:
         flops = memory_model.training_flops(setup, run.workload.tokens, run.workload.squares)
-        yield Figure("training", flops, "FLOP", both, "with recomputation" if setup.recompute else "")
+        yield Estimate("training", flops, "FLOP", both, "with recomputation" if setup.recompute else "")
     if run.questions is not None:
         scoring = EVALUATIONS * memory_model.evaluation_flops(setup, run.questions.tokens, run.questions.reads)
-        yield Figure("evaluation, twice", scoring, "FLOP", _weaker(basis, run.questions_basis))
+        yield Estimate("evaluation, twice", scoring, "FLOP", _weaker(basis, run.questions_basis))
     held = memory_model.training_memory(setup, run.micro_batch)
     bits = "NF4, " if setup.quantization == "nf4" else ""
-    yield Figure("memory: base", held.weights, "bytes", basis, f"{bits}embedding and output layer as they are")
-    yield Figure("memory: adapter", held.adapter, "bytes", basis, "fp32, and autocast's copy")
-    yield Figure("memory: gradients", held.gradients, "bytes", basis, "fp32")
-    yield Figure("memory: optimizer", held.optimizer, "bytes", basis, setup.optimizer)
+    yield Estimate("memory: base", held.weights, "bytes", basis, f"{bits}embedding and output layer as they are")
+    yield Estimate("memory: adapter", held.adapter, "bytes", basis, "fp32, and autocast's copy")
+    yield Estimate("memory: gradients", held.gradients, "bytes", basis, "fp32")
+    yield Estimate("memory: optimizer", held.optimizer, "bytes", basis, setup.optimizer)
     how = "recomputed" if setup.recompute else "kept"
     tokens = f"{how}, micro-batches of {run.micro_batch:,} tokens"
-    yield Figure("memory: activations", held.activations, "bytes", both, tokens)
-    yield Figure(
+    yield Estimate("memory: activations", held.activations, "bytes", both, tokens)
+    yield Estimate(
         "peak in training",
         held.total,
         "bytes",
         both,
-        f"+- {memory_model.MARGIN:.0%}, and the driver's context; where there is room, more is kept",
+        f"+- {memory_model.MARGIN:.0%}, and the driver's context; with more memory, more is kept",
     )
-    scored = f"rows of {run.scoring_budget:,} tokens"
-    yield Figure("peak in evaluation", _scoring(run, setup), "bytes", _weaker(basis, run.questions_basis), scored)
+    scored = f"packed sequences of {run.scoring_budget:,} tokens"
+    yield Estimate("peak in evaluation", _scoring(run, setup), "bytes", _weaker(basis, run.questions_basis), scored)
     checkpoint = checkpoint_bytes(setup.adapter, setup.optimizer)
-    yield Figure("checkpoint", checkpoint, "bytes", basis)
+    yield Estimate("checkpoint", checkpoint, "bytes", basis)
     disk = required_bytes([run.download_bytes], checkpoint)
-    yield Figure("disk", disk, "bytes", basis, f"{size(run.download_bytes, ' ')} of it to fetch first")
+    yield Estimate("disk", disk, "bytes", basis, f"{size(run.download_bytes, ' ')} of it to fetch first")
 
 
-def _of_the_data(run: RunShape) -> Iterator[Figure]:
+def _of_the_data(run: RunShape) -> Iterator[Estimate]:
     if run.workload is not None:
         work, basis = run.workload, run.workload_basis
-        yield Figure("examples", work.rows, "", basis)
-        yield Figure("optimizer steps", work.steps, "", basis)
-        yield Figure("tokens", work.tokens, "", basis, "all epochs")
-        yield Figure("target tokens", work.target_tokens, "", basis, "those that are learned")
-        yield Figure("longest example", work.longest, "tokens", basis)
-        yield Figure("largest step", work.largest_step, "tokens", basis, "no micro-batch is larger")
+        yield Estimate("examples", work.rows, "", basis)
+        yield Estimate("optimizer steps", work.steps, "", basis)
+        yield Estimate("tokens", work.tokens, "", basis, "all epochs")
+        yield Estimate("target tokens", work.target_tokens, "", basis, "those that are learned")
+        yield Estimate("longest example", work.longest, "tokens", basis)
+        yield Estimate("largest step", work.largest_step, "tokens", basis, "no micro-batch is larger")
     if run.questions is not None:
-        yield Figure("questions", run.questions.count, "", run.questions_basis)
+        yield Estimate("questions", run.questions.count, "", run.questions_basis)
 
 
-def on_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuPlan:
-    """How the run would go on a GPU."""
+def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:
+    """Whether the run fits on a GPU, how long it takes and what it costs there."""
     if run.budget_by_gpu:
         run = replace(run, budget=choose_budget(gpu.memory_bytes))
     execution = _execution(gpu, run, setup)
-    room = memory_model.room(gpu.memory_bytes)
+    usable = memory_model.room(gpu.memory_bytes)
     scoring = _scoring(run, setup)
     need = max(memory_model.training_memory(setup, run.micro_batch).total, scoring)
-    fits, note = need <= room, ""
+    fits, note = need <= usable, ""
     if not fits:
-        note = f"{size(need, ' ')} are needed, and {size(room, ' ')} are safe to fill"
+        note = f"{size(need, ' ')} are needed, and {size(usable, ' ')} are safe to fill"
     elif gpu.capability < FLASH_CAPABILITY and setup.value_bytes == HALF_PRECISION:
         note = "has no kernel for attention over many sequences at once; how much slower it is has not been measured"
     price = gpu.usd_per_hour if run.usd_per_hour is None else run.usd_per_hour
     hours = _hours(gpu, run, setup, execution) if fits else None
     kept = {"base": execution.kept_base, "activations": execution.kept_activations} if execution else {}
-    return GpuPlan(
+    return GpuForecast(
         name=gpu.name,
         memory_bytes=gpu.memory_bytes,
         fits=fits,
         note=note,
         keeps=", ".join(name for name, is_kept in kept.items() if is_kept) if fits else "",
-        budget_recomputing=_budget(run, replace(setup, recompute=True), room),
-        budget_keeping=_budget(run, replace(setup, recompute=False), room),
+        budget_recomputing=_budget(run, replace(setup, recompute=True), usable),
+        budget_keeping=_budget(run, replace(setup, recompute=False), usable),
         hours=hours,
         usd_per_hour=price,
         usd=None if hours is None else hours * price,
@@ -194,12 +200,12 @@ def on_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuPlan:
     )
 
 
-def _budget(run: RunShape, setup: Setup, room: int) -> int:
-    """The largest budget that fits; 0 where it would not hold the longest example, or scoring does not fit."""
-    if _scoring(run, setup) > room:
+def _budget(run: RunShape, setup: Setup, usable: int) -> int:
+    """The largest micro-batch in tokens that fits into `usable` bytes; 0 if the longest example or scoring does not."""
+    if _scoring(run, setup) > usable:
         return 0
     most = run.workload.largest_step if run.workload else MOST_TOKENS
-    found = memory_model.largest_budget(lambda tokens: memory_model.training_memory(setup, tokens).total, room, most)
+    found = memory_model.largest_budget(lambda tokens: memory_model.training_memory(setup, tokens).total, usable, most)
     return found if found >= (run.workload.longest if run.workload else 1) else 0
 
 
@@ -207,32 +213,32 @@ def _scoring(run: RunShape, setup: Setup) -> int:
     return memory_model.evaluation_bytes(setup, run.scoring_budget, run.reads)
 
 
-def _execution(gpu: Gpu, run: RunShape, setup: Setup) -> Execution | None:
-    """How the job would train there; None where PEFT's own layers would do the work."""
-    if not run.lean or gpu.capability < FLASH_CAPABILITY or setup.value_bytes != HALF_PRECISION:
+def _execution(gpu: Gpu, run: RunShape, setup: Setup) -> ExecutionPlan | None:
+    """How the job would train on this GPU; None where PEFT's own layers would do the forward pass."""
+    if not run.fused or gpu.capability < FLASH_CAPABILITY or setup.value_bytes != HALF_PRECISION:
         return None
-    return choose_execution(
+    return choose_plan(
         setup,
         free_bytes=gpu.memory_bytes
         - memory_model.CONTEXT_BYTES
         - memory_model.weight_bytes(setup)
         - memory_model.FP32 * setup.adapter,
-        row_tokens=run.micro_batch,
+        sequence_tokens=run.micro_batch,
         keep_base=run.keep_base,
         keep_activations=run.keep_activations,
         recorded=setup.architecture.lean,
     )
 
 
-def _hours(gpu: Gpu, run: RunShape, setup: Setup, execution: Execution | None) -> float | None:
-    """Hours from start to end without interruptions; None where something is not known, as speed in full precision."""
+def _hours(gpu: Gpu, run: RunShape, setup: Setup, execution: ExecutionPlan | None) -> float | None:
+    """Hours from start to end without interruptions; None where data or speed (as in fp32) is unknown."""
     if run.workload is None or run.questions is None or setup.value_bytes != HALF_PRECISION:
         return None
     work, asked = run.workload, run.questions
     speed = {"rate": gpu.flops, "bandwidth": gpu.bandwidth}
     used = memory_model.UTILISATION
     if execution is not None:
-        setup, used = replace(setup, recompute=not execution.kept_activations), memory_model.LEAN_UTILISATION
+        setup, used = replace(setup, recompute=not execution.kept_activations), memory_model.FUSED_UTILISATION
     micro_batches = max(work.steps, ceil(work.tokens / run.micro_batch))
     flops = memory_model.training_flops(setup, work.tokens, work.squares)
     training = memory_model.seconds(flops, (3 if setup.recompute else 2) * micro_batches, setup, used=used, **speed)
@@ -244,5 +250,5 @@ def _hours(gpu: Gpu, run: RunShape, setup: Setup, execution: Execution | None) -
 
 
 def _weaker(*bases: Basis) -> Basis:
-    """What a figure rests on that is made from several."""
+    """The basis of an estimate that combines several."""
     return "assumed" if "assumed" in bases else "computed"

@@ -1,4 +1,4 @@
-"""`plan`: looks at everything a run needs, without a GPU, and works out what the run takes."""
+"""`plan`: checks everything a run needs, without a GPU, and forecasts memory, time and cost."""
 
 from __future__ import annotations
 
@@ -12,42 +12,55 @@ from job.common.formatting import size
 from job.common.resources import check_disk, checkpoint_bytes, required_bytes
 from job.data import licences
 from job.errors import AccessDenied, DataError, JobError, Problem, SettingsError, Unreachable
-from job.planning import forecast, reference
-from job.planning.forecast import Basis, Figure, GpuPlan, RunShape, figures, on_gpu
-from job.planning.gpus import GPUS, PRICES, Gpu
-from job.planning.preflight import Check, Found, check, local_round_trip, round_trip
-from job.planning.previews import DataFacts, ModelFacts, find_tokenizer, preview_data, preview_model, preview_questions
+from job.planning import forecast
+from job.planning import known_models_and_data as known
+from job.planning.forecast import Basis, Estimate, GpuForecast, RunShape, estimates, forecast_gpu
+from job.planning.gpu_prices import GPUS, PRICES, Gpu
+from job.planning.preflight import (
+    DataFacts,
+    Found,
+    ModelFacts,
+    PreflightResult,
+    find_tokenizer,
+    local_round_trip,
+    preview_data,
+    preview_model,
+    preview_questions,
+    round_trip,
+    run_check,
+)
 from job.planning.workload import Workload, count, scale
 from job.settings.load import Settings
 from job.storage.hub import is_reachable
-from job.storage.open import open_store
+from job.storage.location import join
+from job.storage.open import StorageOptions, is_remote, open_store, storage_options
 from job.training import memory_model
 from job.training.config import total_steps
 from job.training.memory_model import Setup
 
 SMALL_GPU_TOKENS = 4096
-"""Token budget that the table is about: what a GPU of 11 to 40 GiB gets."""
+"""Micro-batch tokens that the memory figures are for unless they are set: what the job takes on 11 to 40 GiB."""
 
 QUICK = {"timeout_seconds": 10.0, "retries": 2}
-"""At most, for the store: an address that does not answer is to be found out soon."""
-SHARED_MEMORY = Check("shared memory", "ok", "one process needs none; several want 1 GiB in /dev/shm")
+"""Upper limits on the storage settings, so that an address that does not answer fails within seconds."""
+SHARED_MEMORY = PreflightResult("shared memory", "ok", "one process needs none; several want 1 GiB in /dev/shm")
 GRAVEST = (SettingsError, DataError, AccessDenied, Unreachable)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All that was found out."""
+    """Checks, estimates, and the forecast for each GPU."""
 
     title: str
-    checks: tuple[Check, ...]
-    figures: tuple[Figure, ...]
-    gpus: tuple[GpuPlan, ...]
+    checks: tuple[PreflightResult, ...]
+    figures: tuple[Estimate, ...]
+    gpus: tuple[GpuForecast, ...]
     largest_step: int | None
     assumptions: tuple[str, ...]
 
     @property
     def error(self) -> JobError | None:
-        """The gravest of what is wrong; None where nothing is. What could not be checked is not wrong."""
+        """The error to exit with: the first by `GRAVEST`; None if nothing is wrong. Unchecked items are not errors."""
         wrong = [found.error for found in self.checks if found.error is not None]
         ordered = [error for kind in GRAVEST for error in wrong if isinstance(error, kind)]
         return next(iter([*ordered, *wrong]), None)
@@ -55,48 +68,50 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Seen:
-    """What the checks found."""
+    """The results of the checks, and what each read: None where it failed or was not made."""
 
-    checks: list[Check]
+    checks: list[PreflightResult]
     store_seconds: float | None
     model: ModelFacts | None
     tokenizer: Any | None
     data: DataFacts | None
-    questions: reference.TaskTokens | None
+    questions: known.TaskTokens | None
 
 
 def make_plan(settings: Settings) -> Plan:
-    """Checks what can be checked, and works out the rest from that, or from what is known of public models and data."""
+    """Makes all checks, then forecasts from what they read, or from known sizes of public models and data."""
     with tempfile.TemporaryDirectory(prefix="qlora-job-plan-") as folder:
         seen = _look(settings, Path(folder))
     checks = [*seen.checks]
     run = _run(settings, seen, checks)
-    gpus = [_as_far_as_used(gpu, settings.train.gpu_memory_gb) for gpu in GPUS]
+    gpus = [_with_memory_limit(gpu, settings.train.gpu_memory_gb) for gpu in GPUS]
     checks += [_licence(settings, seen.data), _disk(settings, run), SHARED_MEMORY]
     return Plan(
         title=f"{settings.model.id} on {settings.data.source}, to {settings.run.output.rstrip('/')}/{settings.run.id}",
         checks=tuple(checks),
-        figures=(*_measured(seen), *figures(run)),
-        gpus=() if run.setup is None else tuple(on_gpu(gpu, run, run.setup) for gpu in gpus),
+        figures=(*_measured(seen), *estimates(run)),
+        gpus=() if run.setup is None else tuple(forecast_gpu(gpu, run, run.setup) for gpu in gpus),
         largest_step=run.workload.largest_step if run.workload else None,
         assumptions=_assumptions(settings),
     )
 
 
-def _as_far_as_used(gpu: Gpu, gigabytes: float | None) -> Gpu:
-    """The GPU with no more memory than the job may take."""
+def _with_memory_limit(gpu: Gpu, gigabytes: float | None) -> Gpu:
+    """The GPU with the memory that JOB_TRAIN__GPU_MEMORY_GB allows."""
     return gpu if gigabytes is None else replace(gpu, memory_bytes=min(gpu.memory_bytes, int(gigabytes * 1e9)))
 
 
 def _look(settings: Settings, folder: Path) -> _Seen:
-    """Makes all checks, each whatever came of the others."""
-    s, storage = settings, settings.storage.model_dump(exclude={"cache"})
-    storage |= {name: min(storage[name], most) for name, most in QUICK.items()}
+    """Makes all checks; one that fails does not stop the others."""
+    s, storage = settings, storage_options(settings.storage)
+    storage = replace(storage, **{name: min(getattr(storage, name), most) for name, most in QUICK.items()})
     where: dict[str, Any] = {"online": cache(is_reachable), "folder": folder, "storage": storage}
-    stored, seconds = check("storage", lambda: _try_storage(s.run.output, s.run.id, storage), unreachable="wrong")
-    modelled, model = check("model", lambda: preview_model(s.model.id, s.model.revision, s.train.max_length, **where))
-    tokenized, tokenizer = check("tokenizer", lambda: find_tokenizer(model))
-    read, data = check(
+    stored, seconds = run_check("storage", lambda: _try_storage(s.run.output, s.run.id, storage), unreachable="wrong")
+    modelled, model = run_check(
+        "model", lambda: preview_model(s.model.id, s.model.revision, s.train.max_length, **where)
+    )
+    tokenized, tokenizer = run_check("tokenizer", lambda: find_tokenizer(model))
+    read, data = run_check(
         "data",
         lambda: preview_data(
             s.data.source,
@@ -111,29 +126,27 @@ def _look(settings: Settings, folder: Path) -> _Seen:
             **where,
         ),
     )
-    asked, questions = check(
+    asked, questions = run_check(
         "questions",
         lambda: preview_questions(s.eval.tasks, s.eval.data, tokenizer=tokenizer, limit=s.eval.limit, **where),
     )
     return _Seen([stored, modelled, tokenized, read, asked], seconds, model, tokenizer, data, questions)
 
 
-def _try_storage(output: str, run: str, storage: dict[str, Any]) -> Found[float]:
-    """A round trip where the run's files will lie; on a disk beside that, as a store leaves a folder behind."""
-    uri = f"{output.rstrip('/')}/{run}"
-    return (
-        round_trip(open_store(uri, **storage), uri) if uri.startswith("s3://") else local_round_trip(Path(output), uri)
-    )
+def _try_storage(output: str, run: str, storage: StorageOptions) -> Found[float]:
+    """A round trip in the run's own store; a local output is tried beside the run, so that no folder stays behind."""
+    place = join(output, run)
+    return round_trip(open_store(place, storage), place) if is_remote(place) else local_round_trip(Path(output), place)
 
 
-def _measured(seen: _Seen) -> list[Figure]:
-    """What a clock said."""
+def _measured(seen: _Seen) -> list[Estimate]:
+    """The estimates that were measured."""
     what = "a write, a read, a list, a delete, and conditional writes"
-    return [] if seen.store_seconds is None else [Figure("storage", seen.store_seconds, "s", "measured", what)]
+    return [] if seen.store_seconds is None else [Estimate("storage", seen.store_seconds, "s", "measured", what)]
 
 
-def _run(settings: Settings, seen: _Seen, checks: list[Check]) -> RunShape:
-    """Puts together what was seen, and what is known where nothing was."""
+def _run(settings: Settings, seen: _Seen, checks: list[PreflightResult]) -> RunShape:
+    """What is known of the run: from the checks, and where they read nothing, from known sizes."""
     setup, model_basis = _setup(settings, seen, checks)
     workload, data_basis = _workload(settings, seen.data)
     questions, questions_basis = _questions(settings, seen)
@@ -151,29 +164,30 @@ def _run(settings: Settings, seen: _Seen, checks: list[Check]) -> RunShape:
         scoring_budget=settings.eval.batch_tokens,
         download_bytes=download + (seen.data.download_bytes if seen.data else 0),
         usd_per_hour=settings.cost.usd_per_hour,
-        lean=settings.model.dtype in {"auto", "bf16"} and settings.lora.dropout == 0,
+        fused=settings.model.dtype in {"auto", "bf16"} and settings.lora.dropout == 0,
         budget_by_gpu=settings.train.micro_batch_tokens is None,
         keep_base=None if settings.model.keep_dequantized == "auto" else settings.model.keep_dequantized,
         keep_activations=None if (again := settings.train.gradient_checkpointing) == "auto" else not again,
     )
 
 
-def _setup(settings: Settings, seen: _Seen, checks: list[Check]) -> tuple[Setup | None, Basis]:
-    """What is trained; None where the model is not known, or lacks a layer that is to be adapted."""
+def _setup(settings: Settings, seen: _Seen, checks: list[PreflightResult]) -> tuple[Setup | None, Basis]:
+    """Model, adapter and optimizer; None where the model is not known, or lacks a layer that LoRA should adapt."""
     basis: Basis = "computed" if seen.model is not None else "assumed"
-    architecture = seen.model.architecture if seen.model else reference.ARCHITECTURES.get(settings.model.id)
+    architecture = seen.model.architecture if seen.model else known.ARCHITECTURES.get(settings.model.id)
     if architecture is None:
         return None, basis
-    missing = [name for name in settings.lora.target_modules if name not in architecture.linear]
+    targets = tuple(architecture.linear) if settings.lora.target_modules == "auto" else settings.lora.target_modules
+    missing = [name for name in targets if name not in architecture.linear]
     if missing:
         what = f"the model has no linear {', '.join(missing)}; it has {', '.join(sorted(architecture.linear))}"
         error = SettingsError([Problem("lora.target_modules", what)])
-        checks.append(Check("adapter", "wrong", str(error), error))
+        checks.append(PreflightResult("adapter", "wrong", str(error), error))
         return None, basis
     return Setup(
         architecture=architecture,
         rank=settings.lora.rank,
-        targets=settings.lora.target_modules,
+        targets=targets,
         quantization=settings.model.quantization,
         double_quantization=settings.model.double_quantization,
         value_bytes=memory_model.FP32 if settings.model.dtype == "fp32" else forecast.HALF_PRECISION,
@@ -183,7 +197,7 @@ def _setup(settings: Settings, seen: _Seen, checks: list[Check]) -> tuple[Setup 
 
 
 def _workload(settings: Settings, data: DataFacts | None) -> tuple[Workload | None, Basis]:
-    """From the rows; else from a known sample of the data set; else None."""
+    """Counted from the rows; else scaled from a known sample of the data set; else None."""
     train = settings.train
 
     def steps(rows: int) -> int:
@@ -195,7 +209,7 @@ def _workload(settings: Settings, data: DataFacts | None) -> tuple[Workload | No
         batches = {"seed": settings.run.seed, "global_batch_size": train.global_batch_size}
         counted = count(lengths, targets, steps=steps(len(lengths)), **batches)
         return counted, "assumed" if data.estimated else "computed"
-    samples = reference.DATASET_TOKENS.get(settings.data.source)
+    samples = known.DATASET_TOKENS.get(settings.data.source)
     if samples is None:
         return None, "assumed"
     rows = min(settings.data.limit or samples[-1].rows, samples[-1].rows)
@@ -210,27 +224,27 @@ def _workload(settings: Settings, data: DataFacts | None) -> tuple[Workload | No
     ), "assumed"
 
 
-def _questions(settings: Settings, seen: _Seen) -> tuple[reference.TaskTokens | None, Basis]:
-    """Counted; else those of known tasks; else None."""
+def _questions(settings: Settings, seen: _Seen) -> tuple[known.TaskTokens | None, Basis]:
+    """Counted from the questions; else from known tasks; else None."""
     if seen.questions is not None:
         return seen.questions, "computed" if seen.tokenizer is not None else "assumed"
-    tables = [reference.TASK_TOKENS.get(task) for task in settings.eval.tasks]
+    tables = [known.TASK_TOKENS.get(task) for task in settings.eval.tasks]
     limited = [table.first(settings.eval.limit) for table in tables if table is not None]
     if len(limited) < len(tables):
         return None, "assumed"
-    return reference.TaskTokens(*(sum(parts) for parts in zip(*map(astuple, limited), strict=True))), "assumed"
+    return known.TaskTokens(*(sum(parts) for parts in zip(*map(astuple, limited), strict=True))), "assumed"
 
 
-def _licence(settings: Settings, data: DataFacts | None) -> Check:
-    """What is known of the data's licence."""
+def _licence(settings: Settings, data: DataFacts | None) -> PreflightResult:
+    """The licence on the hub's card, else in `data.licences`."""
     card = data.licence if data is not None else None
     licence = card or licences.LICENCES.get(settings.data.source) or "not known here; check that you may train on it"
     limits = ": not for commercial use, and so for what is trained on it" if "-nc" in licence else ""
-    return Check("licence", "note", f"{settings.data.source}: {licence}{limits}")
+    return PreflightResult("licence", "note", f"{settings.data.source}: {licence}{limits}")
 
 
-def _disk(settings: Settings, run: RunShape) -> Check:
-    """Whether this machine would have room; the one with the GPU needs as much."""
+def _disk(settings: Settings, run: RunShape) -> PreflightResult:
+    """Whether this machine's disk would do; the one with the GPU needs as much."""
     folder = Path(settings.storage.cache or tempfile.gettempdir())
     checkpoint = checkpoint_bytes(run.setup.adapter, run.setup.optimizer) if run.setup else 0
     need = required_bytes([run.download_bytes], checkpoint)
@@ -239,14 +253,14 @@ def _disk(settings: Settings, run: RunShape) -> Check:
         check_disk(folder, need)
         return "ok", f"about {size(need, ' ')} are needed; {folder} has them on this machine", None
 
-    return check("disk", work, unreachable="note")[0]
+    return run_check("disk", work, unreachable="note")[0]
 
 
 def _assumptions(settings: Settings) -> tuple[str, ...]:
-    """What the assumed figures rest on, one sentence each."""
+    """The assumptions behind all figures of basis `assumed`, one sentence each."""
     price, context = settings.cost.usd_per_hour, size(memory_model.CONTEXT_BYTES, " ")
-    lean, peft = (f"{used:.0%}" for used in (memory_model.LEAN_UTILISATION, memory_model.UTILISATION))
-    half = f"speed: {lean} of the data sheet's operations a second in bf16, {peft} before Ampere or with dropout"
+    fused, peft = (f"{used:.0%}" for used in (memory_model.FUSED_UTILISATION, memory_model.UTILISATION))
+    half = f"speed: {fused} of the data sheet's operations a second in bf16, {peft} before Ampere or with dropout"
     return (
         "one GPU: several share each step's examples, and each needs the same memory",
         f"{half}, as measured on H100 and H200; slower GPUs tend to do better",

@@ -1,4 +1,4 @@
-"""The command `plan`, and what it prints: an aligned table for a person, JSON for a program."""
+"""The command `plan` and its output: aligned tables, or JSON."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any
 
 from job import log
 from job.common.formatting import size
+from job.common.tables import aligned, visible
 from job.errors import Problem, SettingsError
-from job.planning.forecast import Figure, GpuPlan
+from job.planning.forecast import Estimate, GpuForecast
 from job.planning.plan import Plan, make_plan
 from job.settings.load import load_settings, secrets
 
@@ -22,10 +23,10 @@ _PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"))
 
 
 def plan_command(words: Sequence[str]) -> int:
-    """`plan`: prints everything that was found out, whatever it is.
+    """`plan`: prints the whole plan, also if something is wrong.
 
     Raises:
-        JobError: Something is wrong: the gravest of it.
+        JobError: The gravest error of the plan, after printing it.
     """
     rest, form = _take_format(list(words))
     settings = load_settings(rest)
@@ -39,7 +40,7 @@ def plan_command(words: Sequence[str]) -> int:
 
 
 def _take_format(words: list[str]) -> tuple[list[str], str]:
-    """The words without `--format FORM` or `--format=FORM`, and the form; the first one where none is given."""
+    """The words without `--format FORM` or `--format=FORM`, and the format; by default the first in `FORMATS`."""
     at = next((index for index, word in enumerate(words) if word.partition("=")[0] == "--format"), None)
     if at is None:
         return words, next(iter(FORMATS))
@@ -52,7 +53,7 @@ def _take_format(words: list[str]) -> tuple[list[str], str]:
 
 
 def as_json(plan: Plan) -> str:
-    """Everything, with the exit code that the plan ends with."""
+    """The plan as JSON, with the exit code of the command."""
     document: dict[str, Any] = {
         "title": plan.title,
         "exit_code": plan.error.exit_code if plan.error else 0,
@@ -65,7 +66,7 @@ def as_json(plan: Plan) -> str:
 
 
 def as_table(plan: Plan) -> str:
-    """For a person: checks, figures, GPUs, and what is assumed."""
+    """The plan as text: checks, estimates, GPUs, assumptions."""
     parts = [plan.title, _checks(plan), _figures(plan.figures)]
     if plan.gpus:
         parts.append(_gpus(plan))
@@ -81,14 +82,14 @@ def _checks(plan: Plan) -> str:
     return "\n".join(_folded([(f"{row[0]:<{name}}  {row[1]:<{state}}  ", row[2]) for row in rows]))
 
 
-def _figures(figures: Sequence[Figure]) -> str:
+def _figures(figures: Sequence[Estimate]) -> str:
     if not figures:
         return "No figures: neither the model nor the data is known."
     rows = [(figure.name, _value(figure), figure.basis, figure.note) for figure in figures]
-    return "\n".join(_aligned(rows, right=(1,)))
+    return "\n".join(aligned(rows, right=(1,)))
 
 
-def _value(figure: Figure) -> str:
+def _value(figure: Estimate) -> str:
     if figure.unit == "bytes":
         return size(figure.value, " ")
     if figure.unit == "FLOP":
@@ -113,7 +114,7 @@ def _gpus(plan: Plan) -> str:
         "machine",
     )
     rows = [head, *(_gpu(gpu, plan.largest_step) for gpu in plan.gpus)]
-    lines = _aligned(rows, right=(1, 3, 4, 6, 7, 8))
+    lines = aligned(rows, right=(1, 3, 4, 6, 7, 8))
     lines.append("budgets in tokens, computed; hours, which include two evaluations, and prices, assumed")
     lines += [f"{gpu.name}: {gpu.note}" for gpu in plan.gpus if gpu.note]
     priced = [gpu for gpu in plan.gpus if gpu.fits and gpu.usd is not None]
@@ -129,7 +130,7 @@ def _gpus(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _gpu(gpu: GpuPlan, largest_step: int | None) -> tuple[str, ...]:
+def _gpu(gpu: GpuForecast, largest_step: int | None) -> tuple[str, ...]:
     def budget(tokens: int) -> str:
         if not tokens:
             return "-"
@@ -149,26 +150,13 @@ def _gpu(gpu: GpuPlan, largest_step: int | None) -> tuple[str, ...]:
     )
 
 
-def _aligned(rows: Sequence[tuple[str, ...]], right: tuple[int, ...] = ()) -> list[str]:
-    """Rows as columns, two spaces apart."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.rjust(width) if column in right else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-
-
 def _folded(rows: Sequence[tuple[str, str]]) -> list[str]:
-    """Each text behind its beginning, folded where it is long."""
+    """Each (prefix, text) on a line; long text is wrapped below its beginning."""
     lines = []
     for start, text in rows:
         first, rest = start or "  ", " " * len(start) or "    "
         for paragraph in text.splitlines():
-            shown = paragraph if paragraph.isprintable() else json.dumps(paragraph)
-            lines += wrap(shown, _WIDTH, initial_indent=first, subsequent_indent=rest, **_WHOLE_WORDS)
+            lines += wrap(visible(paragraph), _WIDTH, initial_indent=first, subsequent_indent=rest, **_WHOLE_WORDS)
             first = rest
     return lines
 

@@ -1,31 +1,53 @@
-"""Checks before a GPU is paid for: how one is made without stopping the others, and the round trip to the storage."""
+"""The checks of `plan`, made before a GPU is paid for: storage, model, tokenizer, data and questions.
+
+To add one: write a function that returns `Found` (or raises NotChecked, or the JobError that the job would end with),
+and call it by `run_check` in `plan._look`.
+"""
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 from uuid import uuid4
 
-from job.errors import JobError, Unreachable
+from job.common import formatting
+from job.data.dataset import is_hub_id, load_examples, require_revision
+from job.errors import DataError, JobError, Problem, SettingsError, Unreachable
+from job.evaluation.tasks import check_tasks, count_questions, load_tasks
+from job.model.architecture import Architecture, read_config
+from job.model.base import load_tokenizer
+from job.planning.character_tokenizer import CharacterTokenizer
+from job.planning.known_models_and_data import CHARACTERS_PER_TOKEN, TaskTokens
+from job.records import Example
+from job.storage.hub import cached_model, local_model, peek_dataset, peek_model
 from job.storage.local import LocalStore
-from job.storage.open import ObjectStore
+from job.storage.open import ObjectStore, StorageOptions, fetch, is_remote, open_store, size
 
+MOST_BYTES = 256 << 20
+"""Larger data sets are not fetched for a plan."""
+MOST_SMALL_BYTES = 64 << 20
+SILENT = "the hub cannot be reached from here"
+Online = Callable[[], bool]
+"""Whether the hub can be reached; called only if something has to be fetched from it."""
+NO_LIMIT = 1 << 31
+"""Tokens allowed in an example while tokens are only estimated: no limit."""
 State = Literal["ok", "note", "not checked", "wrong"]
 T = TypeVar("T")
 
 
 class NotChecked(Exception):
-    """Something could not be looked at, which says nothing about it."""
+    """A check could not be made. That is no finding about what it would have checked."""
 
 
 @dataclass(frozen=True)
-class Check:
-    """What was found out about one thing; `error` is what the job would end with."""
+class PreflightResult:
+    """The result of one check; `error` is the error the job would end with, if any."""
 
     name: str
     state: State
@@ -34,37 +56,41 @@ class Check:
 
 
 Found = tuple[State, str, T]
-"""What a check comes to, what to say of it, and what was found."""
+"""What a check returns: its state, a sentence about it, and what it read."""
 
 
-def check(name: str, work: Callable[[], Found[T]], *, unreachable: State = "not checked") -> tuple[Check, T | None]:
-    """Does one check, and catches what it ends with, so that the others are made all the same.
+def run_check(
+    name: str, work: Callable[[], Found[T]], *, unreachable: State = "not checked"
+) -> tuple[PreflightResult, T | None]:
+    """Makes one check and catches its errors, so that the other checks are made too.
 
     Args:
-        name: What is looked at.
-        work: Looks at it.
-        unreachable: What it means that somebody did not answer: this machine's network may not be that of the job.
+        name: What is checked, as it is printed.
+        work: Makes the check.
+        unreachable: State for a service that does not answer. By default that is no error, because this machine's
+            network may differ from the job's.
     """
     try:
         state, what, found = work()
     except NotChecked as reason:
-        return Check(name, "not checked", str(reason)), None
+        return PreflightResult(name, "not checked", str(reason)), None
     except Unreachable as error:
-        return Check(name, unreachable, str(error), error if unreachable == "wrong" else None), None
+        return PreflightResult(name, unreachable, str(error), error if unreachable == "wrong" else None), None
     except JobError as error:
-        return Check(name, "wrong", str(error), error), None
-    return Check(name, state, what), found
+        return PreflightResult(name, "wrong", str(error), error), None
+    return PreflightResult(name, state, what), found
 
 
 def round_trip(store: ObjectStore, name: str) -> Found[float]:
-    """Writes, reads, lists and deletes an object, and tries conditional writes; finds the seconds it took.
+    """Writes, reads, lists and deletes an object, and tries conditional writes; returns the seconds that took.
 
     Args:
-        store: The store.
-        name: What to call it.
+        store: Where.
+        name: The store's name in the result's sentence.
 
     Raises:
-        JobError: The store does not do what the job asks of it.
+        AccessDenied: A verb is not allowed.
+        Unreachable: The store does not answer, or not with what was written.
     """
     key, content = f".plan-{uuid4().hex}", uuid4().bytes
     began = time.monotonic()
@@ -85,7 +111,7 @@ def round_trip(store: ObjectStore, name: str) -> Found[float]:
 
 
 def local_round_trip(output: Path, name: str) -> Found[float]:
-    """`round_trip` in a folder of its own below a local output, which is taken away again, and so is what it made."""
+    """`round_trip` in a temporary folder below a local output; it and the parents it created are removed again."""
     root = output / f".plan-{uuid4().hex}"
     made = [folder for folder in (root, *root.parents) if not folder.exists()]
     try:
@@ -94,4 +120,200 @@ def local_round_trip(output: Path, name: str) -> Found[float]:
         shutil.rmtree(root, ignore_errors=True)
         with suppress(OSError):
             for folder in made[1:]:
-                folder.rmdir()  # only an empty one: somebody else may use it by now
+                folder.rmdir()  # fails unless it is empty: another process may use it by now
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """A model without its weights: the folder of its small files, its architecture, and what the job has to fetch.
+
+    `download_bytes` is None where the sizes of its files are unknown.
+    """
+
+    folder: Path
+    architecture: Architecture | None
+    download_bytes: int | None
+
+
+def preview_model(
+    source: str,
+    revision: str | None,
+    max_length: int,
+    *,
+    online: Online,
+    folder: Path,
+    storage: StorageOptions,
+) -> Found[ModelFacts]:
+    """Fetches a model's configuration and tokenizer, and checks that it has weights in safetensors.
+
+    Args:
+        source: Hub id, `s3://` URI or path.
+        revision: For a hub id.
+        max_length: Longest example in tokens; it has to fit the model's window.
+        online: Whether the hub can be reached.
+        folder: Folder for copies from S3.
+        storage: How to reach stores.
+    """
+    download: int | None
+    if is_remote(source):
+        place, weights = _fetch_small_files(source, folder, storage)
+        where, download = f"{source} can be read", size(source, storage)
+    elif (local := local_model(source)) is not None:
+        place, weights, download = local, sum(1 for _ in local.glob("*.safetensors")), 0
+        where = f"{source} is here"
+    else:
+        place, weights, download, where = _of_the_hub(source, revision, online=online)
+    if not weights:
+        raise DataError([Problem("model.id", f"{source} has no weights in safetensors")])
+    try:
+        architecture = read_config(_config(place, source))
+    except ValueError as error:
+        return "note", f"{where}; no figures: {error}", ModelFacts(place, None, download)
+    if architecture.window is not None and architecture.window < max_length:
+        what = f"{max_length} is more than the model's window of {architecture.window} tokens; lower it"
+        raise SettingsError([Problem("train.max_length", what)])
+    return "ok", where, ModelFacts(place, architecture, download)
+
+
+def _config(place: Path, source: str) -> dict[str, Any]:
+    """The model's config.json."""
+    try:
+        config = json.loads((place / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError([Problem("model.id", f"{source} has no config.json that can be read: {error}")]) from error
+    if not isinstance(config, dict):
+        raise DataError([Problem("model.id", f"{source} has a config.json that holds no object")])
+    return config
+
+
+def _of_the_hub(source: str, revision: str | None, *, online: Online) -> tuple[Path, int, int | None, str]:
+    """(folder, number of weight files, bytes to fetch, where it was found, as a sentence)."""
+    if online():
+        place, files = peek_model(source, revision)
+        weights = sum(name.endswith(".safetensors") for name in files)
+        return place, weights, sum(files.values()), f"{source} can be fetched from the hub"
+    cached = cached_model(source, revision)
+    if cached is None or not (cached / "config.json").exists():
+        raise NotChecked(f"{source} is not in the cache, and {SILENT}")
+    return cached, 1, None, f"{source} is in the cache; for its weights {SILENT}"
+
+
+def _fetch_small_files(source: str, folder: Path, storage: StorageOptions) -> tuple[Path, int]:
+    """Copies everything but the weights; returns the folder and the number of weight files."""
+    store = open_store(source, storage)
+    found = list(store.list())
+    if not found:
+        raise SettingsError([Problem("model.id", f"there is nothing at {source}; correct the URI")])
+    target = folder / "model"
+    target.mkdir()
+    for info in found:
+        if "/" not in info.key and not info.key.endswith(".safetensors") and info.bytes <= MOST_SMALL_BYTES:
+            store.download(info.key, target / info.key)
+    return target, sum(info.key.endswith(".safetensors") for info in found)
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """The examples as they would be trained on. `estimated`: token counts are estimated from characters."""
+
+    examples: Sequence[Example]
+    estimated: bool
+    download_bytes: int
+    licence: str | None
+
+
+def preview_data(
+    source: str,
+    *,
+    tokenizer: Any | None,
+    max_length: int,
+    online: Online,
+    folder: Path,
+    storage: StorageOptions,
+    revision: str | None,
+    **reading: Any,
+) -> Found[DataFacts]:
+    """Reads and checks the rows as the job will; without a tokenizer, token counts are estimated.
+
+    Args:
+        source: Hub id, `s3://` URI or path.
+        tokenizer: The model's; None if it could not be read.
+        max_length: Longest example allowed, in tokens.
+        online: Whether the hub can be reached.
+        folder: Folder for copies from S3.
+        storage: How to reach stores.
+        revision: For a hub id.
+        reading: Further arguments of `load_examples`.
+    """
+    download, licence = _of_the_data(source, revision, storage, online=online)
+    if download > MOST_BYTES:
+        raise NotChecked(f"{source} has {formatting.size(download, ' ')}, too much to fetch for a plan")
+    place = fetch(source, folder / "data", storage)
+    examples, record = load_examples(
+        place,
+        revision=revision,
+        max_length=NO_LIMIT if tokenizer is None else max_length,
+        tokenizer=tokenizer or CharacterTokenizer(CHARACTERS_PER_TOKEN),
+        name=source,
+        **reading,
+    )
+    what = f"{record.rows:,} rows in the schema {record.format}"
+    if record.skipped:
+        what += f"; skipped {', '.join(f'{count} {kind}' for kind, count in record.skipped.items())}"
+    facts = DataFacts(examples, tokenizer is None, download, licence)
+    if tokenizer is not None:
+        return "ok", what, facts
+    long = sum(len(example.input_ids) > max_length for example in examples)
+    return "note", f"{what}; tokens are estimated{f', so {long} rows may be too long' if long else ''}", facts
+
+
+def _of_the_data(
+    source: str, revision: str | None, storage: StorageOptions, *, online: Online
+) -> tuple[int, str | None]:
+    """(bytes to download, 0 for a local file; the licence on the hub's card, if there is one)."""
+    if is_remote(source):
+        return size(source, storage), None
+    if not is_hub_id(source):
+        return 0, None
+    pinned = require_revision(revision)
+    if not online():
+        raise NotChecked(f"{source}: {SILENT}")
+    return peek_dataset(source, pinned)
+
+
+def preview_questions(
+    names: Sequence[str],
+    data: Mapping[str, str],
+    *,
+    tokenizer: Any | None,
+    limit: int | None,
+    online: Online,
+    folder: Path,
+    storage: StorageOptions,
+) -> Found[TaskTokens]:
+    """Loads the tasks as the job will, if all their questions can be fetched.
+
+    Args:
+        names: Tasks.
+        data: The user's own files of questions, by task.
+        tokenizer: The model's; None if it could not be read.
+        limit: Number of questions of each task; None for all.
+        online: Whether the hub can be reached.
+        folder: Folder for copies from S3.
+        storage: How to reach stores.
+    """
+    check_tasks(names, data)
+    if (missing := [name for name in names if name not in data]) and not online():
+        raise NotChecked(f"{', '.join(missing)}: {SILENT}")
+    files = {task: Path(fetch(uri, folder / "questions" / task, storage)) for task, uri in data.items()}
+    tasks = load_tasks(names, files, data)
+    facts = TaskTokens(*count_questions(tasks, tokenizer or CharacterTokenizer(CHARACTERS_PER_TOKEN), limit))
+    return "ok", f"{facts.count:,} questions in {', '.join(names)}", facts
+
+
+def find_tokenizer(model: ModelFacts | None) -> Found[Any]:
+    """The tokenizer beside the model."""
+    if model is None:
+        raise NotChecked("the model's files cannot be had; tokens are estimated from characters where there is text")
+    tokenizer = load_tokenizer(model.folder)
+    return "ok", f"{len(tokenizer):,} tokens", tokenizer

@@ -8,11 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-# Kubernetes puts these into a pod unasked: the index of an Indexed Job, and links to every Service whose name begins
-# with "job" (JOB_TRACKER_SERVICE_HOST, JOB_TRACKER_PORT_443_TCP_ADDR). They are no settings of ours.
+# Kubernetes puts these into every pod: the index of an Indexed Job, and the addresses of all Services whose names begin
+# with "job" (JOB_TRACKER_SERVICE_HOST, JOB_TRACKER_PORT_443_TCP_ADDR). They are no settings of this job.
 _SET_BY_KUBERNETES = re.compile(
     r"JOB_COMPLETION_INDEX|JOB_(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)",
 )
+
+# Jenkins, Prow and Grid Engine put these into every process they start, on any platform. No setting has such a name.
+_FOREIGN = re.compile(r"JOB_(NAME|BASE_NAME|ID|URL|DISPLAY_URL|SCRIPT|SPEC|TYPE)")
+
+
+def is_foreign(variable: str) -> bool:
+    """Whether a variable that begins with `JOB_` is known to be set by a CI server or a batch system, not by a user."""
+    return _FOREIGN.fullmatch(variable) is not None
 
 
 @dataclass(frozen=True)
@@ -25,15 +33,15 @@ class Delivery:
 
 @dataclass(frozen=True)
 class Platform:
-    """What the place gives the job, and where it wants to read how the job ended.
+    """What the platform gives the job, and where it reads how the job ended.
 
     Attributes:
         name: Which platform it is.
         hyperparameters: JSON file with settings; it may not exist.
-        inputs: Folder of what was ordered for the job: `config/` says what, `data/` holds it.
-        delivery: Where it collects results; None where the job publishes them itself and that is all.
+        inputs: Folder of the job's inputs: `config/` lists them, `data/` holds them.
+        delivery: Folders that it collects results from; None where it collects none.
         failure_file: Takes the reason of a failure; SageMaker shows the first 1,024 characters.
-        termination_log: Takes the last words of the container; Kubernetes shows at most 4,096 bytes.
+        termination_log: Takes the reason why the container ended; Kubernetes shows at most 4,096 bytes.
         run_id: The platform's own name for this run, the same after every restart; None where it has none.
         resources: JSON file that lists the machines of this run; it may not exist.
         completion_index: Number of this pod in its Indexed Job; None where it has none.
@@ -54,7 +62,9 @@ class Platform:
     grace_seconds: float | None = None
 
     def sets(self, variable: str) -> bool:
-        """Whether the platform itself sets this environment variable, although it begins with `JOB_`."""
+        """Whether not the user but the platform, or what started the job there, sets this `JOB_` variable."""
+        if is_foreign(variable):
+            return True
         return self.name == "kubernetes" and _SET_BY_KUBERNETES.fullmatch(variable) is not None
 
 

@@ -1,12 +1,6 @@
-"""What SageMaker says beside the hyperparameters: its channels of input data, and the folder that it copies to S3.
+"""The folder that SageMaker copies to S3 while the job runs.
 
-Channels stand in for sources that no setting names:
-
-    training      data.source: the channel's folder, with one data file directly in it
-    model         model.id: the channel's folder, in the hub's layout
-    evaluation    eval.data: files named after their tasks, `arc_easy.jsonl`
-
-A channel of another name is for a setting to name: `config=/opt/ml/input/data/conf/job.yaml`.
+SageMaker's input channels are a source of settings: `job/settings/sagemaker_channels.py`.
 """
 
 from __future__ import annotations
@@ -19,9 +13,9 @@ from job.common.config_files import read_mapping
 
 
 def copied_folder(inputs: Path | None) -> Path | None:
-    """The folder that SageMaker copies to S3 beside the job, and restores after an interruption; None if there is none.
+    """The folder that SageMaker copies to S3 while the job runs, and restores after an interruption; None without one.
 
-    It says so only where the request has a CheckpointConfig.
+    SageMaker names it only for a training job that was created with a CheckpointConfig.
     """
     if inputs is None or not (path := inputs / "config/checkpointconfig.json").is_file():
         return None
@@ -33,4 +27,4 @@ def copied_folder(inputs: Path | None) -> Path | None:
 def lasts(output: str, inputs: Path | None) -> bool:
     """Whether what is written to `output` outlives the machine."""
     copied = copied_folder(inputs)
-    return output.startswith("s3://") or (copied is not None and Path(output).is_relative_to(copied))
+    return "://" in output or (copied is not None and Path(output).is_relative_to(copied))

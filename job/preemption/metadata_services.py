@@ -1,7 +1,9 @@
-"""Three clouds' metadata services, as far as they tell that a machine is going to be taken away.
+"""The metadata services of EC2, Google Cloud and Azure: whether this machine is about to be taken away.
 
-Every method here may fail as `FAILURES` lists, and nothing that an answer holds can do worse: services are imitated,
-proxied, half up, and sometimes somebody else's.
+To add a cloud: a class with the methods of `Cloud`, and an entry in `CLOUDS` at the end of this file.
+
+An answer is never trusted: services may be emulated, behind a proxy, or only half started. Whatever they answer, a
+method here raises at most what `FAILURES` lists.
 """
 
 from __future__ import annotations
@@ -19,17 +21,17 @@ from urllib.parse import urlsplit
 
 from job import log
 
-# All three clouds serve it here. A name would have to be resolved, which nothing bounds in time.
+# All three clouds use this address. A host name would need DNS, whose duration cannot be bounded.
 BASE = "http://169.254.169.254"
 TIMEOUT_SECONDS = 1.0
 MAX_BYTES = 64 * 1024
-# What a service that is absent, broken or hostile can cause here; RecursionError is JSON nested too deeply.
+# What an absent, broken or hostile service can cause. RecursionError: JSON that is nested too deeply.
 FAILURES = (OSError, HTTPException, ValueError, RecursionError)
 
 
 @dataclass(frozen=True)
 class Notice:
-    """The machine will be taken away: why, and in how many seconds."""
+    """The machine will be taken away: for which reason, and in how many seconds."""
 
     reason: str
     seconds: float
@@ -37,7 +39,7 @@ class Notice:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a metadata service answered; `date` is the service's own clock, header names are in lower case."""
+    """An answer of a metadata service; `date` is by the service's own clock, header names are in lower case."""
 
     status: int
     text: str
@@ -55,11 +57,11 @@ class Cloud(Protocol):
         """Whether this machine belongs to that cloud."""
 
     def look(self) -> Notice | None:
-        """The notice, if there is one."""
+        """The notice; None while there is none."""
 
 
 class Ec2:
-    """Amazon: IMDSv2, whose requests need a token. The answer to the token's request crosses few network hops."""
+    """Amazon EC2, by IMDSv2: requests need a token, and its answer reaches a container only with a hop limit of 2."""
 
     name: ClassVar[str] = "ec2"
     poll_seconds: ClassVar[float] = 5.0
@@ -76,7 +78,7 @@ class Ec2:
         return True
 
     def look(self) -> Notice | None:
-        """See `Cloud.look`. A rebalance recommendation is a risk, not a notice: it is logged once."""
+        """See `Cloud.look`. A rebalance recommendation announces a risk only: it is logged once and stops nothing."""
         answer = self._get("/latest/meta-data/spot/instance-action")
         if answer.status == HTTPStatus.OK:
             found = json.loads(answer.text)
@@ -86,7 +88,7 @@ class Ec2:
             _ignore(self.name, answer.text)
         if not self._warned and self._get("/latest/meta-data/events/recommendations/rebalance").status == HTTPStatus.OK:
             self._warned = True
-            log.get_logger().warning("EC2 recommends to rebalance: this instance may be interrupted before long")
+            log.get_logger().warning("EC2 sent a rebalance recommendation: this instance may be interrupted soon")
         return None
 
     def _get(self, path: str) -> Answer:
@@ -127,8 +129,8 @@ class Gcp:
     def look(self) -> Notice | None:
         """See `Cloud.look`.
 
-        Maintenance ends a machine with a GPU, but may be announced an hour ahead. An attempt that finds it announced
-        already when it begins goes on: it was restarted on the same machine, and would be for the whole hour.
+        Maintenance terminates a machine with a GPU, but may be announced an hour ahead. Only a change to the announced
+        state counts: an attempt that starts in that hour, on the same machine, would otherwise stop at once each time.
         """
         if self._read("preempted") == "TRUE":
             return Notice("Google's notice of preemption", self.notice_seconds)
@@ -152,7 +154,7 @@ class Gcp:
 
 
 class Azure:
-    """Azure: scheduled events of the whole group of machines, of which those that name this one count."""
+    """Azure, by Scheduled Events: they concern a whole group of machines, so only those that name this one count."""
 
     name: ClassVar[str] = "azure"
     poll_seconds: ClassVar[float] = 5.0
@@ -171,7 +173,7 @@ class Azure:
     def look(self) -> Notice | None:
         """See `Cloud.look`."""
         if not self._machine and not self.present():
-            raise ValueError("the machine's own name is not to be had")
+            raise ValueError("the service does not tell the name of this machine")
         answer = self._ask("/metadata/scheduledevents?api-version=2020-07-01")
         if answer.status != HTTPStatus.OK:
             return None
@@ -195,10 +197,10 @@ class Azure:
 
 
 def ask(base: str, path: str, headers: Mapping[str, str], method: str = "GET") -> Answer:
-    """One request, without proxies and without following redirects: the address means this very machine.
+    """One request, without proxies and without following redirects, because the address is that of this machine only.
 
     Raises:
-        OSError, HTTPException, ValueError: There is no answer, or none that can be read.
+        OSError, HTTPException, ValueError: There is no answer, or it cannot be parsed.
     """
     parts = urlsplit(base)
     connection = HTTPConnection(parts.hostname or "", parts.port, timeout=TIMEOUT_SECONDS)
@@ -219,7 +221,7 @@ def _date(headers: Mapping[str, str]) -> datetime:
 
 
 def _until(answer: Answer, when: object, longest: float, read: Callable[[str], datetime]) -> float:
-    """Seconds from the answer to `when`, by the service's own clock; `longest` where it does not say when."""
+    """Seconds from the answer to `when`, by the service's own clock; `longest` where `when` is no time."""
     try:
         seconds = (_aware(read(when)) - answer.date).total_seconds() if isinstance(when, str) else longest
     except (ValueError, ArithmeticError):
@@ -232,8 +234,8 @@ def _aware(when: datetime) -> datetime:
 
 
 def _ignore(provider: str, text: str) -> None:
-    log.get_logger().debug("the metadata service's answer makes no sense", provider=provider, answer=text[:100])
+    log.get_logger().debug("the answer of the metadata service is not understood", provider=provider, answer=text[:100])
 
 
 CLOUDS: Mapping[str, Callable[[str], Cloud]] = {"ec2": Ec2, "gcp": Gcp, "azure": Azure}
-"""Provider -> what speaks to the service at a base URL."""
+"""Provider -> class, which takes the base URL of the service. The keys are values of JOB_RUN__SPOT_NOTICES."""

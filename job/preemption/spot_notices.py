@@ -1,7 +1,7 @@
-"""Notices of preemption: a thread asks the cloud whether this machine is about to be taken away.
+"""Spot notices: a thread polls the cloud's metadata service, and sets the stop flag when a preemption is announced.
 
-A signal often comes later than the notice, or not at all: EC2 gives two minutes, Google and Azure half a minute.
-No answer of a metadata service, however wrong, can end or delay the job: what is not understood is logged and ignored.
+EC2 announces a preemption two minutes ahead, Google and Azure half a minute. SIGTERM often arrives later, or never.
+No answer of a metadata service can end or delay the job: what is not understood is logged and ignored.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ Provider = Literal["auto", "off", "ec2", "gcp", "azure"]
 def watch_notices(
     stop: Stop, provider: Provider, *, bases: Mapping[str, str] | None = None, poll_seconds: float | None = None
 ) -> Iterator[None]:
-    """Within it a thread polls for notices and raises the flag when one comes.
+    """Within it a thread polls for notices, and sets the stop flag when there is one.
 
     Args:
         stop: The flag.
-        provider: Whose service to ask; `auto` tries them all, for three seconds at most, and gives up where none is.
-        bases: Base URLs by provider, instead of the clouds' own; with them `auto` tries no others.
-        poll_seconds: Seconds between two looks, instead of the cloud's usual.
+        provider: Whose service to poll. `auto` tries all, for three seconds at most, and gives up if none answers.
+        bases: Base URLs by provider, instead of the clouds' own; `auto` then tries these only.
+        poll_seconds: Seconds between two polls, instead of the cloud's own.
     """
     if provider == "off":
         yield
@@ -39,7 +39,7 @@ def watch_notices(
     bases = dict.fromkeys(CLOUDS, BASE) if bases is None else bases
     clouds = [CLOUDS[name](base) for name, base in bases.items() if provider in {"auto", name}]
     done = Event()
-    # A copy of the context gives the thread's lines the run and the attempt that they belong to.
+    # With a copy of the context, the thread's log lines carry the run and the attempt as well.
     run, arguments = copy_context().run, (_watch, stop, provider, clouds, poll_seconds, done)
     thread = Thread(target=run, args=arguments, name="notices", daemon=True)
     thread.start()
@@ -47,22 +47,22 @@ def watch_notices(
         yield
     finally:
         done.set()
-        thread.join(_JOIN_SECONDS)  # longer only if a service trickles; nothing is lost with a thread that reads
+        thread.join(_JOIN_SECONDS)  # a service may answer byte by byte; the thread is a daemon, and only reads
 
 
 def _watch(stop: Stop, provider: Provider, clouds: Sequence[Cloud], poll_seconds: float | None, done: Event) -> None:
     cloud = _find(clouds, done) if provider == "auto" else next(iter(clouds), None)
     if cloud is None:
-        log.get_logger().debug("no metadata service here, so no notices of preemption")
+        log.get_logger().debug("no metadata service here, so no spot notices")
         return
-    log.get_logger().debug("watching for notices of preemption", provider=cloud.name)
+    log.get_logger().debug("polling for spot notices", provider=cloud.name)
     answered = provider == "auto"
     while not done.is_set():
         try:
             notice = cloud.look()
         except FAILURES as error:
             log.get_logger().debug("no usable answer of the metadata service", provider=cloud.name, why=str(error))
-            if not answered:  # the user said that there is one
+            if not answered:  # the user has named this provider, so it should answer
                 fix = "check JOB_RUN__SPOT_NOTICES; on EC2 a container needs a hop limit of 2"
                 log.get_logger().warning("the metadata service does not answer", provider=cloud.name, fix=fix)
         else:

@@ -1,4 +1,4 @@
-"""A job that makes no progress is ended: all stacks on stderr, the platform's failure message, exit code 75."""
+"""Ends a job that makes no progress: stacks of all threads on stderr, the platform's failure message, exit code 75."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ _STDERR = 2  # the descriptor: `sys.stderr` may be replaced by something without
 
 @contextmanager
 def watch(stall_seconds: float, on_stall: Callable[[str], None]) -> Iterator[Callable[[], None]]:
-    """Lends `beat`, which every stage calls whenever it has got on; without a beat for so long the process ends.
+    """Yields `beat`, which stages call when they make progress; without a call for `stall_seconds` the process ends.
 
-    Silence is counted in ticks, not read off a clock: a process that was frozen as a whole (a paused container, a
-    migrated machine) finds one tick gone when it wakes up, and goes on.
+    Time is counted in ticks of a thread, not read from a clock: after a pause of the whole process (a paused container,
+    a migrated machine) only one tick has passed, and the job continues.
 
-    If a library holds the interpreter's lock, no Python thread can run, this one neither. Then faulthandler's own
-    thread, written in C, dumps the stacks after twice the time, by the clock; it can only end with exit code 1.
+    While a library holds the interpreter's lock, no Python thread can run, this one included. For that case
+    faulthandler's own thread, written in C, dumps the stacks after twice the time, by the clock. It can only exit
+    with code 1.
 
     Args:
-        stall_seconds: Longest time between two beats.
-        on_stall: Called with what to tell the platform; it gets `CALLBACK_SECONDS` and may fail.
+        stall_seconds: Longest time between two calls of `beat`.
+        on_stall: Called with the message for the platform; it gets `CALLBACK_SECONDS`, and may fail.
     """
     alive, done = Event(), Event()
     thread = Thread(target=_guard, args=(stall_seconds, alive, done, on_stall), name="watchdog", daemon=True)
@@ -57,12 +58,12 @@ def _guard(stall_seconds: float, alive: Event, done: Event, on_stall: Callable[[
 
 
 def _end(message: str, on_stall: Callable[[str], None]) -> None:
-    """Ends the process, whatever the callback does: the log it writes to may be what everything hangs on."""
+    """Ends the process, whatever the callback does: it may block on the same log or file that stalled the job."""
     faulthandler.cancel_dump_traceback_later()
     with contextlib.suppress(OSError):
         os.write(_STDERR, f"\n{message}\n".encode())
     faulthandler.dump_traceback(file=_STDERR, all_threads=True)
-    last_words = Thread(target=on_stall, args=(message,), daemon=True)
-    last_words.start()
-    last_words.join(CALLBACK_SECONDS)
+    callback = Thread(target=on_stall, args=(message,), daemon=True)
+    callback.start()
+    callback.join(CALLBACK_SECONDS)
     os._exit(Preempted.exit_code)

@@ -1,1 +1,1 @@
-"""What people look at: the HTML report, the model card, charts, and the words for numbers and verdicts."""
+"""The HTML report and the model card: `report` and `model_card` gather what `templates/` show; charts and sentences."""

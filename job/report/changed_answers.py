@@ -1,4 +1,4 @@
-"""The questions that two models answered differently, ready to be read."""
+"""The questions that exactly one of two models answered right, as the report shows them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 MOST_QUESTION, MOST_CHOICE = 1200, 300
-"""Characters of a text that are shown."""
+"""Longest question and choice shown, in characters; the rest is cut off."""
 
 
 @dataclass(frozen=True)
-class Choice:
-    """One choice of a question: whether it is right, and which model took it."""
+class ShownChoice:
+    """A choice: whether it is right, and whether the base (`before`) or the adapter (`after`) predicts it."""
 
     text: str
     right: bool
@@ -21,22 +21,25 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Changed:
-    """A question that one of the two models answered right."""
+class ChangedAnswer:
+    """A question that exactly one of the two models answered right."""
 
     id: str
     text: str
-    choices: tuple[Choice, ...]
+    choices: tuple[ShownChoice, ...]
 
 
-def changed(
+def changed_answers(
     base: Sequence[Mapping[str, Any]], adapter: Sequence[Mapping[str, Any]]
-) -> tuple[list[Changed], list[Changed]]:
-    """The questions that got better and those that got worse, in the order they were asked.
+) -> tuple[list[ChangedAnswer], list[ChangedAnswer]]:
+    """(improved, regressed): the questions only the adapter answers right, and those only the base does, in order.
 
     Args:
-        base: The base model's records, as `evaluate.write_records` wrote them.
-        adapter: The adapter's, of the same questions.
+        base: The base model's samples, as JSON objects (see `evaluation.samples.Sample`).
+        adapter: The adapter's samples of the same questions.
+
+    Raises:
+        ValueError: The samples are not of the same questions.
     """
     better, worse = [], []
     for before, after in zip(base, adapter, strict=True):
@@ -49,20 +52,20 @@ def changed(
     return better, worse
 
 
-def _changed(before: Mapping[str, Any], after: Mapping[str, Any], right: int) -> Changed:
-    """One of the two is right, so its answer is the right one, however the task writes its key."""
+def _changed(before: Mapping[str, Any], after: Mapping[str, Any], right: int) -> ChangedAnswer:
+    """The prediction of the model that is right marks the right choice, in whatever form the task gives `gold`."""
     texts = before.get("choices") or [f"choice {number}" for number in range(1, len(before["log_likelihoods"]) + 1)]
     choices = tuple(
-        Choice(
+        ShownChoice(
             _cut(str(text), MOST_CHOICE), index == right, index == before["prediction"], index == after["prediction"]
         )
         for index, text in enumerate(texts)
     )
-    return Changed(before["id"], _cut(_bare(before.get("question") or before["id"]), MOST_QUESTION), choices)
+    return ChangedAnswer(before["id"], _cut(_bare(before.get("question") or before["id"]), MOST_QUESTION), choices)
 
 
 def _bare(question: str) -> str:
-    """The question without the words that lm-eval's templates put around it for the model."""
+    """The question without the `Question:` and `Answer:` that lm-eval's templates add."""
     return question.strip().removeprefix("Question:").removesuffix("Answer:").strip()
 
 

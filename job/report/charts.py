@@ -1,6 +1,6 @@
-"""The geometry of charts: numbers become shares of a frame, which the report's template draws at any width.
+"""Geometry of the report's charts. The template draws them as SVG of any width.
 
-Places are in thousandths of the frame, from its left and its top, so that a line needs few characters.
+Coordinates are thousandths of the frame, from its left and its top edge.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 FRAME = 1000
 MOST_POINTS = 600
-"""A line of more points is drawn through the means of equal groups of them."""
+"""A line of more points is drawn through the means of groups of consecutive points."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Tick:
 
 
 @dataclass(frozen=True)
-class Line:
-    """A line by step; `path` and `marks` are drawn in the frame, `said` is for who cannot see it."""
+class LineChart:
+    """A value by step: SVG `path`, restarts as `marks`; `said` is the description for screen readers."""
 
     title: str
     unit: str
@@ -39,8 +39,8 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Span:
-    """An interval around its estimate."""
+class Interval:
+    """A confidence interval `low` to `high` with its estimate `at`."""
 
     label: str
     kind: str
@@ -51,15 +51,15 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Spans:
-    """Intervals on one axis; `zero` is where nothing lies, if that is within the frame."""
+class IntervalChart:
+    """Intervals on a common axis; `zero` is the place of the value 0, None where it is outside the frame."""
 
-    spans: tuple[Span, ...]
+    spans: tuple[Interval, ...]
     ticks: tuple[Tick, ...]
     zero: float | None
 
 
-def line(
+def line_chart(
     title: str,
     unit: str,
     points: Sequence[tuple[int, float]],
@@ -67,16 +67,16 @@ def line(
     *,
     marks: Sequence[float] = (),
     from_zero: bool = True,
-) -> Line | None:
-    """A line through (step, value); None where nothing was measured.
+) -> LineChart | None:
+    """A chart of (step, value); None if there are no points.
 
     Args:
-        title: What it shows.
+        title: Heading.
         unit: Of the values.
-        points: In order of the steps.
-        write: How a value is written.
-        marks: Places between steps to mark.
-        from_zero: Whether the axis of values begins at zero, rather than near the least of them.
+        points: By rising step.
+        write: Formats a value.
+        marks: Steps to mark with a vertical line; 2.5 lies between steps 2 and 3.
+        from_zero: Whether the value axis begins at zero instead of near the smallest value.
     """
     if not points:
         return None
@@ -89,14 +89,14 @@ def line(
     steps = [tick for tick in nice_ticks(left, right, most=6) if left <= tick <= right and tick == int(tick)]
     lowest, highest = y_ticks[0], y_ticks[-1]
     first, last = points[0], points[-1]
-    return Line(
+    return LineChart(
         title=title,
         unit=unit,
         said=f"From {write(first[1])} at step {first[0]} to {write(last[1])} at step {last[0]}; "
         f"between {write(min(values))} and {write(max(values))}.",
         path="M"
         + "L".join(f"{_share(x, left, right):g} {_down(y, lowest, highest):g}" for x, y in drawn)
-        # a line of one point has no length; it is drawn as a dot
+        # a path of one point would be invisible: with h0 its round line cap is drawn as a dot
         + ("h0" if len(drawn) == 1 else ""),
         x_ticks=tuple(Tick(_share(tick, left, right), f"{tick:,.0f}") for tick in steps),
         y_ticks=tuple(Tick(_down(tick, lowest, highest), write(tick)) for tick in y_ticks),
@@ -107,22 +107,22 @@ def line(
     )
 
 
-def spans(
+def interval_chart(
     given: Sequence[tuple[str, str, str, float, float, float]], write: Callable[[float], str], *, zero: bool
-) -> Spans:
-    """Intervals given as (label, kind, text, low, estimate, high).
+) -> IntervalChart:
+    """A chart of intervals.
 
     Args:
-        given: In order, from the top.
-        write: How a value on the axis is written.
-        zero: Whether zero has to be within the frame.
+        given: (label, kind, text, low, estimate, high), from the top.
+        write: Formats a value on the axis.
+        zero: Whether the axis must include zero.
     """
     bounds = [value for *_, low, _, high in given for value in (low, high)] + [0.0] * zero
     ticks = nice_ticks(min(bounds), max(bounds), most=5)
     left, right = ticks[0], ticks[-1]
-    return Spans(
+    return IntervalChart(
         tuple(
-            Span(label, kind, text, *(_share(value, left, right) for value in (low, at, high)))
+            Interval(label, kind, text, *(_share(value, left, right) for value in (low, at, high)))
             for label, kind, text, low, at, high in given
         ),
         tuple(Tick(_share(tick, left, right), write(tick)) for tick in ticks),
@@ -131,9 +131,9 @@ def spans(
 
 
 def nice_ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Multiples of 1, 2, 2.5 or 5 times a power of ten that reach from `low` or below to `high` or above.
+    """Ticks of an axis: multiples of 1, 2, 2.5 or 5 times a power of ten that enclose `low` and `high`.
 
-    At most `most` steps apart, two ticks at least.
+    At least two of them, at most about `most` intervals.
     """
     if not high > low:
         high = low + (abs(low) or 1.0)

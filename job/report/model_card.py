@@ -1,6 +1,6 @@
-"""The adapter's model card, in the hub's format: metadata that the hub reads, and what a user has to know.
+"""The adapter's model card (README.md): the hub's YAML metadata, and the text of `templates/card.md`.
 
-It holds nothing that two identical runs do not share: no times, no speed, not the run's name.
+Identical runs give identical cards: no times, no speed, no run id.
 """
 
 from __future__ import annotations
@@ -13,15 +13,14 @@ from job.data.licences import LICENCES
 from job.data.schemas import PROMPTS
 from job.report import wording
 from job.report.templating import render
+from job.runs.layout import WEIGHTS
 
 METRICS = {"acc": ("accuracy", "accuracy"), "acc_norm": ("acc_norm", "accuracy by length-normalized likelihood")}
-"""The hub's name of a metric, and ours."""
-
-WEIGHTS = "artifacts/adapter/adapter_model.safetensors"
+"""Metric -> (type, name) in the hub's metadata."""
 
 
 def render_model_card(results: Mapping[str, Any]) -> bytes:
-    """The card, from the manifest."""
+    """The card from a manifest, as UTF-8 Markdown."""
     settings = {name: setting["value"] for name, setting in results["settings"].items()}
     model, dataset, tasks = results["model"], results["dataset"], results["evaluation"]["tasks"]
     title = f"{_short(model['id'])}, fine-tuned on {_short(dataset['source'])}"
@@ -52,7 +51,7 @@ def render_model_card(results: Mapping[str, Any]) -> bytes:
 
 
 def _metadata(results: Mapping[str, Any], settings: Mapping[str, Any], title: str, licence: str | None) -> str:
-    """YAML for the hub. What has a revision is on the hub, under this id; other names mean nothing there."""
+    """YAML for the hub. Only a model or data set with a revision is on the hub; others are left out."""
     from huggingface_hub import ModelCardData
 
     model, dataset = results["model"], results["dataset"]

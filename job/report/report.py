@@ -1,6 +1,6 @@
-"""The report: one HTML page on a run, drawn from its manifest and the files beside it, and from nothing else.
+"""The HTML report of a run, made of the manifest, the metrics and the samples alone.
 
-So it can be drawn again from what was published, byte for byte.
+So the command `report` makes the same bytes again from what was published.
 """
 
 from __future__ import annotations
@@ -14,58 +14,58 @@ from typing import Any
 from job.common import formatting
 from job.records import Artifact, StepMetrics
 from job.report import charts, wording
-from job.report.changed_answers import changed
+from job.report.changed_answers import changed_answers
 from job.report.templating import render
 from job.report.timeline import bars, by_stage, restarts
 from job.results.cost import OUTSIDE
-from job.runs.layout import REPORT
+from job.runs.layout import METRICS, REPORT, Stage, answers_key
 from job.settings.load import preset_values
 
 FIRST_QUESTIONS, MOST_QUESTIONS = 5, 40
-"""Of each task and direction: how many stand open, and how many can be read at all."""
+"""Changed answers shown for each task and direction: at once, and after unfolding."""
 
-STAGE_NAMES = {
-    "pull": "pull",
-    "evaluate-base": "evaluate base",
-    "train": "train",
-    "evaluate-adapter": "evaluate adapter",
-    "publish": "publish",
-    OUTSIDE: "loading",
-}
+STAGE_NAMES = {stage.value: stage.replace("-", " ") for stage in Stage} | {OUTSIDE: "loading"}
 
 Records = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """What lies beside the manifest: every step's metrics, and by task the answers of both models."""
+class ReportData:
+    """What the report shows beside the manifest: metrics of every step; by task, the samples of base and adapter."""
 
     metrics: list[StepMetrics]
     answers: dict[str, tuple[Records, Records]]
 
 
-def read_evidence(results: Mapping[str, Any], fetch: Callable[[Artifact], Path]) -> Evidence:
-    """Reads it, from wherever `fetch` gets a published file."""
+def read_report_data(results: Mapping[str, Any], fetch: Callable[[Artifact], Path]) -> ReportData:
+    """Reads metrics and samples.
+
+    Args:
+        results: The manifest.
+        fetch: Returns a local copy of a published file.
+
+    Raises:
+        KeyError: The manifest does not list one of the files.
+        ValueError: A line is not JSON.
+        TypeError: A line is not a step's metrics.
+    """
     published = {artifact["path"]: Artifact(**artifact) for artifact in results["artifacts"]}
 
     def lines(path: str) -> Records:
         text = fetch(published[path]).read_text(encoding="utf-8")
         return [json.loads(line) for line in text.split("\n") if line]
 
-    return Evidence(
-        [StepMetrics(**line) for line in lines("artifacts/metrics.jsonl")],
+    return ReportData(
+        [StepMetrics(**line) for line in lines(METRICS)],
         {
-            task: (
-                lines(f"artifacts/evaluation/{task}.base.jsonl"),
-                lines(f"artifacts/evaluation/{task}.adapter.jsonl"),
-            )
+            task: (lines(answers_key(task, "base")), lines(answers_key(task, "adapter")))
             for task in results["evaluation"]["tasks"]
         },
     )
 
 
-def render_report(results: Mapping[str, Any], evidence: Evidence) -> bytes:
-    """The page. It is the same whether `results` lists the report itself, as it does once published, or not."""
+def render_report(results: Mapping[str, Any], evidence: ReportData) -> bytes:
+    """The page as UTF-8 HTML. A manifest that lists the report itself gives the same page as one before that."""
     tasks, attempts = results["evaluation"]["tasks"], results["run"]["attempts"]
     accuracies = {name: wording.accuracies(task) for name, task in tasks.items()}
     text = render(
@@ -81,7 +81,7 @@ def render_report(results: Mapping[str, Any], evidence: Evidence) -> bytes:
         scope=wording.SCOPE,
         accuracies=accuracies,
         charts={name: _intervals(rows) for name, rows in accuracies.items()},
-        changed={name: changed(*sides) for name, sides in evidence.answers.items()},
+        changed={name: changed_answers(*sides) for name, sides in evidence.answers.items()},
         first_questions=FIRST_QUESTIONS,
         most_questions=MOST_QUESTIONS,
         lines=_lines(evidence.metrics, restarts(attempts)),
@@ -94,12 +94,12 @@ def render_report(results: Mapping[str, Any], evidence: Evidence) -> bytes:
         artifacts=[artifact for artifact in results["artifacts"] if artifact["path"] != REPORT],
         location=f"{str(_value(results, 'run.output')).rstrip('/')}/{results['run']['id']}",
     )
-    # JSON can hold halves of characters, which no file can
+    # JSON can hold unpaired surrogates, which UTF-8 cannot
     return text.encode("utf-8", errors="replace")
 
 
 def own_settings(settings: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The settings that the user gave, where the preset says otherwise; without the run's name."""
+    """The settings the user gave that differ from the preset, as text; without `preset` and `run.id`."""
     preset = preset_values(str(settings.get("preset", {}).get("value")))
     return [
         {
@@ -116,7 +116,7 @@ def own_settings(settings: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _written(value: Any) -> str:
-    """A setting as it would be given; a dash for none."""
+    """A setting as one would write it; a dash for None."""
     if value is None:
         return "\N{EN DASH}"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
@@ -126,8 +126,8 @@ def _value(results: Mapping[str, Any], setting: str) -> Any:
     return results["settings"].get(setting, {}).get("value", "?")
 
 
-def _intervals(rows: list[dict[str, Any]]) -> dict[str, charts.Spans]:
-    """Two charts of a task: both accuracies by each metric, and their difference."""
+def _intervals(rows: list[dict[str, Any]]) -> dict[str, charts.IntervalChart]:
+    """Two charts of a task: the accuracies by metric and side, and the differences by metric."""
     sides = [
         (
             f"{side}, {row['metric']}",
@@ -153,21 +153,21 @@ def _intervals(rows: list[dict[str, Any]]) -> dict[str, charts.Spans]:
         for found in [row["comparison"]]
     ]
     return {
-        "accuracy": charts.spans(sides, lambda value: f"{100 * value:.4g} %", zero=False),
-        "difference": charts.spans(
+        "accuracy": charts.interval_chart(sides, lambda value: f"{100 * value:.4g} %", zero=False),
+        "difference": charts.interval_chart(
             differences, lambda value: f"{100 * value:+.4g}".replace("-", "\N{MINUS SIGN}") if value else "0", zero=True
         ),
     }
 
 
 def _range(interval: tuple[float, float], write: Callable[[float], str]) -> str:
-    """Without the unit, which the estimate before it has."""
+    """`low to high`, without the unit: the estimate before it has one."""
     low, high = (write(bound).partition("\N{NO-BREAK SPACE}")[0] for bound in interval)
     return f"{low} to {high}"
 
 
-def _lines(metrics: list[StepMetrics], marks: list[float]) -> list[charts.Line]:
-    """The four lines by step, of what was measured."""
+def _lines(metrics: list[StepMetrics], marks: list[float]) -> list[charts.LineChart]:
+    """Charts of loss, learning rate, speed and memory by step; without those that were not measured."""
 
     def measured(name: str) -> list[tuple[int, float]]:
         return [(step.step, value) for step in metrics if (value := step.measured.get(name)) is not None]
@@ -176,11 +176,13 @@ def _lines(metrics: list[StepMetrics], marks: list[float]) -> list[charts.Line]:
     unit, scale = ("GiB", 2**30) if max((value for _, value in memory), default=0) >= 2**31 else ("MiB", 2**20)
     memory = [(step, value / scale) for step, value in memory]
     drawn = (
-        charts.line(
+        charts.line_chart(
             "Loss", "nats a token", [(m.step, m.loss) for m in metrics], formatting.figure, marks=marks, from_zero=False
         ),
-        charts.line("Learning rate", "", [(m.step, m.learning_rate) for m in metrics], formatting.figure, marks=marks),
-        charts.line("Speed", "target tokens/s", measured("tokens_per_second"), formatting.figure, marks=marks),
-        charts.line("Memory", f"{unit} in use", memory, formatting.figure, marks=marks),
+        charts.line_chart(
+            "Learning rate", "", [(m.step, m.learning_rate) for m in metrics], formatting.figure, marks=marks
+        ),
+        charts.line_chart("Speed", "target tokens/s", measured("tokens_per_second"), formatting.figure, marks=marks),
+        charts.line_chart("Memory", f"{unit} in use", memory, formatting.figure, marks=marks),
     )
     return [plot for plot in drawn if plot is not None]

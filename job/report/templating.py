@@ -1,4 +1,4 @@
-"""Jinja2 as the job uses it: templates of this package, figures as `wording` writes them, nothing left undefined."""
+"""Renders the Jinja2 templates of this package; an undefined name in a template is an error."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ FILTERS = ("count", "dollars", "duration", "enumeration", "figure", "moment", "p
 
 
 def render(template: str, *, escape: bool, **context: Any) -> str:
-    """The template of this name, filled in.
+    """Renders a template.
 
     Args:
         template: A file in `templates/`.
-        escape: Whether what is filled in is text to stand in HTML, whatever it looks like.
-        context: What the template speaks of.
+        escape: Whether values are escaped for HTML.
+        context: The template's variables.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -34,12 +34,12 @@ def render(template: str, *, escape: bool, **context: Any) -> str:
 
 
 def code(value: object) -> str:
-    """Text as code within a line of Markdown, whatever it holds."""
+    """Text as inline code in Markdown; backticks and line breaks in it are replaced."""
     return f"`{' '.join(str(value).replace('`', chr(39)).split())}`"
 
 
 def breakable(text: object) -> Any:
-    """Text in HTML that may go on in another line where the eye expects it of paths and names."""
+    """HTML text with possible line breaks after `/`, `.`, `_` and `,`."""
     from markupsafe import Markup, escape
 
     return Markup("<wbr>").join(escape(part) for part in re.split(r"(?<=[/._,])", str(text)))

@@ -1,4 +1,4 @@
-"""What became of the machine's time: the attempts of a run end to end, each in its stages."""
+"""The report's timeline: the attempts of a run end to end, each divided into its stages."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any
 
 from job.common.formatting import between
 from job.results.cost import OUTSIDE
+from job.runs.layout import Stage
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A part of an attempt's bar: its stage, and which percentage of the attempt's time it takes.
+class StageShare:
+    """A stage's part of an attempt, in percent of the attempt's time.
 
-    `repeated` is the percentage of the piece that went into steps done before.
+    `repeated` is the percentage of the stage that went into steps an earlier attempt had done.
     """
 
     stage: str
@@ -24,8 +25,8 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Bar:
-    """An attempt: where its bar begins and how long it is, in percent of all machine time, and what it did."""
+class AttemptBar:
+    """An attempt's bar: `left` and `width` in percent of the machine time of all attempts, `waited` in seconds."""
 
     number: int
     outcome: str
@@ -34,22 +35,22 @@ class Bar:
     waited: float | None
     left: float
     width: float
-    pieces: tuple[Piece, ...]
+    pieces: tuple[StageShare, ...]
     first_step: int
     last_step: int
     steps: int
     repeated_steps: int
 
 
-def bars(attempts: Sequence[Mapping[str, Any]]) -> list[Bar]:
-    """One bar an attempt; time between attempts, when nothing was paid, is left out of the axis and told in words."""
+def bars(attempts: Sequence[Mapping[str, Any]]) -> list[AttemptBar]:
+    """One bar for each attempt. The axis leaves out the time between attempts, which is not paid for; see `waited`."""
     total = sum(attempt["seconds"] for attempt in attempts) or 1.0
-    found: list[Bar] = []
+    found: list[AttemptBar] = []
     begun = 0.0
     ended: str | None = None
     for attempt in attempts:
         found.append(
-            Bar(
+            AttemptBar(
                 number=attempt["number"],
                 outcome=attempt["outcome"],
                 started=attempt["started"],
@@ -70,24 +71,24 @@ def bars(attempts: Sequence[Mapping[str, Any]]) -> list[Bar]:
 
 
 def restarts(attempts: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Between which steps training went on in another attempt."""
+    """Where training continued in another attempt: 20.5 lies between steps 20 and 21."""
     trained = [bar for bar in bars(attempts) if bar.steps]
     return [bar.first_step - 0.5 for bar in trained[1:]]
 
 
-def _pieces(attempt: Mapping[str, Any]) -> Iterator[Piece]:
-    """The stages in their order. What no stage counted stands behind the first of them, for there models are loaded."""
+def _pieces(attempt: Mapping[str, Any]) -> Iterator[StageShare]:
+    """The stages in order. Time outside stages is put after the first one: that is when models are loaded."""
     seconds = max(attempt["seconds"], sum(attempt["stage_seconds"].values())) or 1.0
     stages = list(attempt["stage_seconds"].items())
     other = seconds - sum(attempt["stage_seconds"].values())
     for name, spent in [*stages[:1], (OUTSIDE, other), *stages[1:]]:
-        share = attempt["repeated_steps"] / attempt["steps"] if name == "train" and attempt["steps"] else 0.0
+        share = attempt["repeated_steps"] / attempt["steps"] if name == Stage.TRAIN and attempt["steps"] else 0.0
         if spent > 0:
-            yield Piece(name, spent, round(100 * spent / seconds, 3), round(100 * share, 1))
+            yield StageShare(name, spent, round(100 * spent / seconds, 3), round(100 * share, 1))
 
 
 def by_stage(attempts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Seconds by stage over all attempts, in the order in which stages come."""
+    """Seconds by stage, summed over all attempts."""
     totals: dict[str, float] = {}
     for attempt in attempts:
         for piece in _pieces(attempt):

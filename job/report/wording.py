@@ -1,4 +1,4 @@
-"""What the numbers of a manifest say, in words and figures for people; never more than they do."""
+"""Sentences about the figures of a manifest: verdicts, and what they do and do not show."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from job.common.formatting import count, enumeration, p_value, percent, points
+from job.evaluation.comparison import of_metric
 from job.evaluation.statistics import wilson_interval
 
 _SAYS = {
@@ -22,7 +23,7 @@ SCOPE = (
 
 
 def headline(tasks: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(verdict, sentence) for each verdict that a task got, the good ones first."""
+    """(verdict, sentence) for each verdict among the tasks; improved first."""
     found = []
     for verdict, sentence in _SAYS.items():
         names = [name for name, task in tasks.items() if task["verdict"] == verdict]
@@ -33,7 +34,7 @@ def headline(tasks: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def explanation(name: str, task: Mapping[str, Any], tasks: int) -> list[str]:
-    """What a task's verdict rests on, in sentences; `tasks` is how many were tested at once."""
+    """Sentences that explain a task's verdict; `tasks` is the number of tasks that Holm's correction covers."""
     low, high = task["ci95"]
     holm = f" and Holm's correction for {tasks} tasks" if tasks > 1 else ""
     changed = (
@@ -58,10 +59,10 @@ def explanation(name: str, task: Mapping[str, Any], tasks: int) -> list[str]:
 
 
 def accuracies(task: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """For each metric of a task: both accuracies with their own intervals, and the paired comparison."""
+    """For each metric of a task: both accuracies with 95 % Wilson intervals, and the paired comparison."""
     found = []
     for metric in ("acc", "acc_norm"):
-        comparison = task if metric == "acc" else task["acc_norm"]
+        comparison = of_metric(task, metric)
         if comparison is not None:
             sides = {side: task[side][metric] for side in ("base", "adapter")}
             intervals = {f"{side}_ci": wilson_interval(round(x * task["n"]), task["n"]) for side, x in sides.items()}

@@ -1,1 +1,1 @@
-"""The results manifest: how it is built, read, priced and compared."""
+"""The results manifest: built (`manifest`), priced (`cost`), read back (`reader`), compared (`compare`, `baseline`)."""

@@ -1,25 +1,41 @@
-"""`compare`: two published runs side by side, and their adapters paired question by question."""
+"""`compare`: two published runs side by side, their adapters paired question by question; as text or Markdown."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from job.common import tables
 from job.errors import DataError, Problem
-from job.evaluation.comparison import compare_tasks, gate
-from job.results.reader import Published, adapter_scores, read_answers
+from job.evaluation.comparison import compare_tasks, gate_failures, of_metric
+from job.results.reader import PublishedRun, read_samples
 
 GROUPS = ("model", "dataset", "software", "hardware")
-# They name the run or say where it lies.
 _NAMES = {"run.id", "run.output"}
+"""Settings that name a run or say where it lies, and so always differ."""
+_TASK_COLUMNS = (
+    "task",
+    "questions",
+    "A",
+    "B",
+    "difference",
+    "95 % interval",
+    "better",
+    "worse",
+    "p",
+    "Holm p",
+    "verdict",
+)
+_WIDEST = 80
 
 
-def compare(a: Published, b: Published) -> dict[str, Any]:
+def compare(a: PublishedRun, b: PublishedRun) -> dict[str, Any]:
     """What differs between two runs, what each cost, and how B's adapter compares with A's.
 
     Raises:
-        DataError: They cannot be compared.
-        VerificationError: The answers of one are not what its manifest says.
+        DataError: They have no task in common, or were asked other questions.
+        VerificationError: The samples of one are not what its manifest says.
     """
     one, two = a.results, b.results
     return {
@@ -38,7 +54,7 @@ def compare(a: Published, b: Published) -> dict[str, Any]:
     }
 
 
-def _run(run: Published) -> dict[str, Any]:
+def _run(run: PublishedRun) -> dict[str, Any]:
     known = run.results["run"]
     return {"run": run.id, "results": run.store.uri, "sha256": run.sha256, "finished": known["finished"]}
 
@@ -70,54 +86,125 @@ def _flat(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     return flat
 
 
-def _tasks(a: Published, b: Published) -> dict[str, Any]:
+def _tasks(a: PublishedRun, b: PublishedRun) -> dict[str, Any]:
     """The tasks that both were asked, and the names of those that only one was asked."""
-    answers = read_answers(a), read_answers(b)
-    names = [name for name in answers[0] if name in answers[1]]
+    samples = read_samples(a), read_samples(b)
+    names = [name for name in samples[0] if name in samples[1]]
     if not names:
         raise DataError([Problem("evaluation", f"runs {a.id} and {b.id} were asked no task in common")])
-    one, two = (
-        {name: scores for name, scores in adapter_scores(run, side).items() if name in names}
-        for run, side in zip((a, b), answers, strict=True)
-    )
-    ids = [{name: [record.id for record in side[name][1]] for name in names} for side in answers]
     wrong = []
     for name in names:
-        if ids[0][name] != ids[1][name]:
-            wrong.append(Problem(name, f"the runs were asked other questions, {one[name].n} and {two[name].n} of them"))
-        elif one[name].task_hash != two[name].task_hash:
-            hashes = " and ".join(scores[name].task_hash[:12] for scores in (one, two))
+        one, two = (side[name] for side in samples)
+        if [sample.id for sample in one.samples] != [sample.id for sample in two.samples]:
+            counts = f"{one.scores.n} and {two.scores.n} of them"
+            wrong.append(Problem(name, f"the runs were asked other questions, {counts}"))
+        elif one.scores.task_hash != two.scores.task_hash:
+            hashes = " and ".join(side.scores.task_hash[:12] for side in (one, two))
             wrong.append(Problem(name, f"the questions of the two runs read differently; their hashes are {hashes}"))
     if wrong:
         raise DataError(wrong)
     sides = {"base": "a", "adapter": "b"}
-    tasks = compare_tasks(one, two)
+    tasks = compare_tasks(*({name: side[name].scores for name in names} for side in samples))
     return {
         "tasks": {name: {sides.get(key, key): value for key, value in task.items()} for name, task in tasks.items()},
-        "only": _pair(*(sorted(side.keys() - set(names)) for side in answers)),
+        "only": _pair(*(sorted(side.keys() - set(names)) for side in samples)),
     }
 
 
 def gate_reasons(
     compared: Mapping[str, Any], *, metric: str, min_delta: float | None, max_regression: float | None
 ) -> list[str]:
-    """Why B does not pass; without a threshold it passes unless it is significantly worse than A on some task.
+    """Why B does not pass. Without a threshold it passes unless it is significantly worse than A on a task.
 
     Args:
         compared: From `compare`.
         metric: `acc` or `acc_norm`.
-        min_delta: As for `comparison.gate`.
-        max_regression: As for `comparison.gate`.
+        min_delta: As for `gate_failures`.
+        max_regression: As for `gate_failures`.
     """
     tasks = compared["tasks"]
     reasons = [f"{name} was not asked of B" for name in compared["only"]["a"]]
-    found = gate(tasks, metric, min_delta, max_regression)
-    if found is not None:
-        return reasons + found
+    failures = gate_failures(tasks, metric, min_delta, max_regression)
+    if failures is not None:
+        return reasons + failures
     for name, task in tasks.items():
-        figures = task if metric == "acc" else task[metric]
+        figures = of_metric(task, metric)
         if figures is None:
             reasons.append(f"{name} has no {metric}")
         elif figures["verdict"] == "regressed":
             reasons.append(f"{name}: {metric} regressed by {-figures['delta']:.4f}, p = {figures['holm_p']:.2g}")
     return reasons
+
+
+def as_text(compared: Mapping[str, Any]) -> list[str]:
+    """The comparison as plain text, line by line."""
+    lines = []
+    for title, head, rows in _sections(compared):
+        lines += [title, *(f"  {line}" for line in (tables.plain(head, rows) if rows else ["nothing"])), ""]
+    return [*lines, *_ending(compared)]
+
+
+def as_markdown(compared: Mapping[str, Any]) -> list[str]:
+    """The comparison in Markdown, as a CI job comments it, line by line."""
+    lines = []
+    for title, head, rows in _sections(compared):
+        lines += [f"### {title}", "", *(tables.markdown(head, rows) if rows else ["nothing"]), ""]
+    return [*lines, *_ending(compared)]
+
+
+def _sections(compared: Mapping[str, Any]) -> Iterator[tuple[str, Sequence[str], list[list[str]]]]:
+    """(title, column names, rows) of every table."""
+    both = ("", "A", "B")
+    yield (
+        "Runs",
+        both,
+        [_row(name, compared["a"][name], compared["b"][name]) for name in ("run", "results", "finished")],
+    )
+    yield "Adapters", _TASK_COLUMNS, list(_task_rows(compared["tasks"]))
+    differing = [
+        _row(f"{group}.{name}" if group != "settings" else name, *pair.values())
+        for group, found in compared["differs"].items()
+        for name, pair in found.items()
+    ]
+    yield "What differs", both, differing
+    for group in ("training", "cost"):
+        yield group.capitalize(), both, [_row(name, *pair.values()) for name, pair in compared[group].items()]
+
+
+def _task_rows(tasks: Mapping[str, Any]) -> Iterator[list[str]]:
+    for name, task in tasks.items():
+        for metric in ("acc", "acc_norm"):
+            found = of_metric(task, metric)
+            if found is None:
+                continue
+            low, high = found["ci95"]
+            yield [
+                f"{name}, {metric}",
+                f"{task['n']:,}",
+                *(f"{100 * task[side][metric]:.2f} %" for side in ("a", "b")),
+                f"{100 * found['delta']:+.2f}",
+                f"{100 * low:+.2f} to {100 * high:+.2f}",
+                *(str(found[key]) for key in ("improved", "regressed")),
+                *(f"{found[key]:.2g}" for key in ("mcnemar_p", "holm_p")),
+                found["verdict"],
+            ]
+
+
+def _row(name: str, a: Any, b: Any) -> list[str]:
+    return [name, _value(a), _value(b)]
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return "-"
+    text = value if isinstance(value, str) else f"{value:.6g}" if isinstance(value, float) else json.dumps(value)
+    return text if len(text) <= _WIDEST else f"{text[:_WIDEST]}..."
+
+
+def _ending(compared: Mapping[str, Any]) -> Iterator[str]:
+    for side, names in compared["only"].items():
+        if names:
+            yield f"only {side.upper()} was asked {json.dumps(names)}"
+    outcome = compared.get("gate")
+    if outcome is not None:
+        yield "gate: met" if outcome["passed"] else f"gate: not met: {'; '.join(outcome['reasons'])}"

@@ -1,8 +1,11 @@
-"""What a run cost: seconds, dollars and joules, by stage and by attempt, and how much of it an undisturbed run saves.
+"""What a run cost: seconds, dollars and joules, by stage and by attempt, and what interruptions wasted.
 
-Wasted is what a run without interruptions would not have paid: every start-up but the longest, and every optimizer step
-that was done again. A start-up is an attempt's time outside the stages that do the work, that is starting, pulling and
-loading. An evaluation that was interrupted goes on from its kept scores, and saving is work: both count as useful.
+Wasted is what a run without interruptions would not have paid for: the start-up of every attempt but the longest one,
+and optimizer steps that had to be repeated. An attempt's start-up is its time outside `WORK`: starting, pulling and
+loading. Evaluation resumes from cached scores, and saving a checkpoint is work: both count as useful.
+
+    usd          = sum over attempts of seconds / 3600 * price of the attempt's machine
+    goodput      = seconds in optimizer steps, each counted once / seconds of all attempts
 """
 
 from __future__ import annotations
@@ -11,8 +14,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from job.records import AttemptRecord
+from job.runs.layout import Stage
 
-WORK = ("evaluate-base", "train", "evaluate-adapter", "publish")
+WORK = tuple(stage.value for stage in Stage if stage != Stage.PULL)
 OUTSIDE = "outside stages"
 HOUR = 3600.0
 JOULES_PER_KWH = 3.6e6
@@ -21,12 +25,12 @@ JOULES_PER_KWH = 3.6e6
 def compute_cost(
     attempts: Sequence[AttemptRecord], training_seconds: float, on_demand_usd_per_hour: float | None
 ) -> dict[str, Any]:
-    """The manifest's `cost`.
+    """The manifest's `cost`: seconds, US dollars, joules.
 
     Args:
-        attempts: All attempts of the run. One that was not told its price is charged at that of the newest that was.
-        training_seconds: Seconds in optimizer steps, each step once.
-        on_demand_usd_per_hour: Price of the machine if it could not be taken away; None where it is not known.
+        attempts: All attempts of the run. One without a price is charged the price of the newest attempt that has one.
+        training_seconds: Seconds in optimizer steps, each step counted once.
+        on_demand_usd_per_hour: Price of the same machine without preemption; None if unknown.
     """
     seconds = sum(attempt.seconds for attempt in attempts)
     known = [attempt.usd_per_hour for attempt in attempts if attempt.usd_per_hour is not None]
@@ -72,7 +76,7 @@ def _wasted(attempts: Sequence[AttemptRecord]) -> list[float]:
 
 
 def _stages(attempts: Sequence[AttemptRecord], prices: Sequence[float | None]) -> dict[str, Any]:
-    """Seconds and dollars by stage, over all attempts; together they are those of the run."""
+    """Seconds and dollars by stage, over all attempts; they add up to the run's."""
     spent: dict[str, list[tuple[float, float | None]]] = {}
     for attempt, price in zip(attempts, prices, strict=True):
         outside = max(0.0, attempt.seconds - sum(attempt.stage_seconds.values()))
@@ -85,11 +89,11 @@ def _stages(attempts: Sequence[AttemptRecord], prices: Sequence[float | None]) -
 
 
 def _savings(seconds: float, wasted: float, usd: float | None, on_demand: float | None) -> dict[str, float] | None:
-    """What the run saved against a machine that cannot be taken away; negative where it cost more.
+    """What the run saved against an on-demand machine; negative where it cost more.
 
     `percent` compares the prices of the same seconds. That is SageMaker's `(1 - billable / training seconds) * 100`,
-    whose billable seconds are the seconds times the ratio of the prices. `net_percent` is stricter: on demand, the
-    wasted seconds would not have been paid for.
+    whose billable seconds are the seconds times the ratio of the prices. `net_percent` is stricter: on demand
+    there would have been no wasted seconds.
     """
     if usd is None or not on_demand or not seconds > wasted:
         return None

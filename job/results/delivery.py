@@ -15,12 +15,12 @@ from job.storage.open import ObjectStore, check_key
 
 
 def deliver(store: ObjectStore, results: Mapping[str, Any], folders: Delivery) -> None:
-    """Copies a complete run: adapter, results and report to `model`, what else was published to `data`.
+    """Copies a complete run: adapter, results and report to `folders.model`, all other artifacts to `folders.data`.
 
-    The adapter lies at the top of `model`, where what loads or serves it looks.
+    The adapter goes to the top of `model`, where tools that load or serve a model look for it.
 
     Raises:
-        DataError: Something is not there, or not what the manifest says.
+        DataError: An artifact is missing, or not what the manifest says.
     """
     wrong = []
     for artifact in results["artifacts"]:
@@ -34,15 +34,15 @@ def deliver(store: ObjectStore, results: Mapping[str, Any], folders: Delivery) -
             wrong.append(Problem(artifact["path"], "is not what the manifest says: its SHA-256 differs"))
     if wrong:
         raise DataError(wrong)
-    store.download(RESULTS, folders.model / RESULTS)  # last: its presence says that the rest is there
+    store.download(RESULTS, folders.model / RESULTS)  # last, so that whoever sees it finds all other files
     log.get_logger().info("results are delivered", model=str(folders.model), data=str(folders.data))
 
 
 def _place(path: str, folders: Delivery) -> Path:
-    """Where an artefact goes.
+    """The local path of an artifact.
 
     Raises:
-        DataError: Its name leads elsewhere.
+        DataError: Its path is not one of an artifact.
     """
     try:
         parts = check_key(path).split("/")
@@ -55,4 +55,4 @@ def _place(path: str, folders: Delivery) -> Path:
             return folders.model / "report.html"
         case ["artifacts", *rest] if rest:
             return folders.data.joinpath(*rest)
-    raise DataError([Problem(RESULTS, f"lists an artefact that is none: {path[:80]!r}")])
+    raise DataError([Problem(RESULTS, f"lists an artifact whose path is not one: {path[:80]!r}")])

@@ -1,52 +1,50 @@
-"""What lies in a run's folder beside the artefacts, and who vouches for it.
+"""The files in a run's folder, and which record holds the SHA-256 of each.
 
-| file | vouched for by |
+| file | its hash is in |
 |---|---|
 | `artifacts/...` | `artifacts` of the manifest |
 | `checkpoints/step-.../<epoch>/...` | `COMMITTED.json` beside that folder |
-| `results.json`, `lease.json`, `attempts/` of the last attempt | a seal of their own: they are written last |
+| `results.json`, `lease.json`, `attempts/` of the last attempt | itself (a seal): they are written last |
 | everything else | `evidence` of the manifest |
 
-What a killed or replaced attempt left behind, of a checkpoint or of a probe of the store, makes no claim, and nothing
-ever reads it.
+Parts of a checkpoint or of a test of the store that a killed attempt left behind are in no record; nothing reads them.
 """
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
-from job.checkpoints import commit_marker
 from job.common.hashing import hash_file
 from job.records import Artifact
-from job.runs import lease
-from job.runs.layout import RESULTS
-from job.runs.run_log import record_key
+from job.runs.layout import ARTIFACTS, CHECKPOINTS, COMMITTED, LEASE, RESULTS, attempt_key, checkpoint_part
 from job.storage.base import PROBE
 from job.storage.open import ObjectStore, is_key
 
-ARTIFACTS = "artifacts/"
-MARKER = re.compile(rf"checkpoints/step-\d{{8,18}}/{re.escape(commit_marker.NAME)}", re.ASCII)
-
 
 def is_evidence(key: str, last_attempt: int) -> bool:
-    """Whether the manifest has to vouch for a file under `evidence`."""
+    """Whether the manifest has to list a file under `evidence`."""
     if is_leftover(key):
         return False
-    return not key.startswith(ARTIFACTS) and key not in {RESULTS, lease.KEY, record_key(last_attempt)}
+    return not key.startswith(ARTIFACTS) and key not in {RESULTS, LEASE, attempt_key(last_attempt)}
 
 
 def is_leftover(key: str) -> bool:
-    """Whether a file that nobody vouches for is what an attempt left behind when it was killed."""
-    return key.startswith(PROBE) or (key.startswith("checkpoints/") and not MARKER.fullmatch(key))
+    """Whether a file that no record lists may have been left behind by an attempt that was killed."""
+    return key.startswith(PROBE) or (key.startswith(CHECKPOINTS) and not is_marker(key))
+
+
+def is_marker(key: str) -> bool:
+    """Whether a file is the commit marker of a checkpoint."""
+    part = checkpoint_part(key)
+    return part is not None and part[1] == COMMITTED
 
 
 def collect(store: ObjectStore, work: Path, last_attempt: int) -> list[Artifact]:
-    """Reads and hashes what the manifest has to vouch for, as it is now.
+    """The manifest's `evidence`: reads and hashes every file that belongs there.
 
     Args:
         store: The run's own.
-        work: Folder for copies of the files, which are small.
+        work: Folder for temporary copies of the files, which are small.
         last_attempt: Number of the attempt that publishes.
     """
     found = []

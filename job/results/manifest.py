@@ -1,8 +1,9 @@
-"""`results.json`: everything the run claims, with what is needed to check it. Validated before it is published."""
+"""`results.json`, the manifest of a run: built, sealed, validated against its schema, and summed up as text."""
 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,11 +12,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from job import log
 from job.common import hashing
 from job.common.host import git_commit, hardware, software
 from job.records import Artifact, AttemptRecord, DatasetRecord, ModelRecord, TrainingRecord
 from job.results.cost import compute_cost
-from job.runs.layout import REPORT
+from job.runs.layout import REPORT, RESULTS
 
 SCHEMA = Path(__file__).parents[1].joinpath("results.schema.json")
 
@@ -37,10 +39,10 @@ def build(
     on_demand_usd_per_hour: float | None,
     gpus: Sequence[Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Puts the manifest together and seals it.
+    """The sealed manifest.
 
-    `tasks` and `gate` are from `compare_tasks` and `judge`; `gpus` are those of all processes where there are several,
-    of which each sees one.
+    `tasks` is from `compare_tasks`, `gate` from `judge`. `gpus` are those of all processes, each of which sees only its
+    own; None for those of this process. The schema explains every field.
     """
     return sealed(
         {
@@ -79,10 +81,10 @@ def build(
 
 
 def validate(results: Mapping[str, Any]) -> None:
-    """Checks a manifest against the shipped schema.
+    """Validates a manifest against `results.schema.json`.
 
     Raises:
-        ValueError: With the places that do not fit.
+        ValueError: One line for each place that does not fit.
     """
     import jsonschema
 
@@ -94,13 +96,13 @@ def validate(results: Mapping[str, Any]) -> None:
 
 
 def sealed(results: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest as it will be read back, with its seal; to be done again after a change."""
+    """The manifest as it reads back from JSON, with a new seal. Call it again after every change."""
     plain: dict[str, Any] = json.loads(hashing.sealed(results))
     return plain
 
 
 def summary(results: Mapping[str, Any], where: str) -> list[str]:
-    """What happened and where the files are, in a few lines for a person."""
+    """The outcome in a few lines: training, accuracy, cost, and where the files are."""
     training, cost = results["training"], results["cost"]
     trained = f"{training['steps']} steps on {results['dataset']['rows']:,} examples, loss {training['loss']:.3f}"
     speed = f"{training['tokens_per_second'] or 0:,.0f} target tokens/s"
@@ -115,13 +117,13 @@ def summary(results: Mapping[str, Any], where: str) -> list[str]:
         lines.append(f"verdict: {task['verdict']}, {counts}, McNemar p = {task['mcnemar_p']:.2g}")
     lines.append(_cost_line(cost, len(results["run"]["attempts"])))
     if any(artifact["path"] == REPORT for artifact in results["artifacts"]):
-        lines.append(f"report: {where.removesuffix('results.json')}{REPORT}")
+        lines.append(f"report: {where.removesuffix(RESULTS)}{REPORT}")
     lines.append(f"results: {where}")
     return lines
 
 
 def _cost_line(cost: Mapping[str, Any], attempts: int) -> str:
-    """Time, and dollars and energy where they are known."""
+    """Time, and dollars and energy if they are known."""
     line = f"{cost['seconds']:.0f} s in {attempts} attempt{'s' if attempts > 1 else ''}"
     if cost["usd"] is not None:
         line += f", ${cost['usd']:.2f}"
@@ -132,7 +134,14 @@ def _cost_line(cost: Mapping[str, Any], attempts: int) -> str:
     return line
 
 
-def tell(lines: Sequence[str]) -> None:
-    """Prints to stdout, where results go."""
-    sys.stdout.write("\n".join(lines) + "\n")
-    sys.stdout.flush()
+def print_lines(lines: Sequence[str]) -> None:
+    """Prints to stdout, where results go. If stdout is full or closed, that is logged: the results are published."""
+    if sys.stdout is None:  # closed when the process began
+        return
+    try:
+        sys.stdout.write("\n".join(lines) + "\n")
+        sys.stdout.flush()
+    except OSError as error:
+        # What could not be written stays in the buffer: it must not fail again when the process ends.
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115 - for the rest of the process
+        log.get_logger().warning("the summary cannot be printed; the results are published", why=str(error))

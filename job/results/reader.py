@@ -1,4 +1,4 @@
-"""A published run, read from wherever somebody says it is, as if an enemy had written it."""
+"""A published run, read from any folder or bucket a user names: nothing in its files is taken for granted."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from job.evaluation import samples
 from job.evaluation.samples import Sample
 from job.records import TaskScores
 from job.results import manifest
-from job.runs.layout import RESULTS
-from job.storage.open import ObjectStore, TooLarge, open_store
+from job.runs.layout import RESULTS, answers_key
+from job.storage.open import ObjectStore, StorageOptions, TooLarge, open_store
 
-MAX_ANSWERS_BYTES = 512 << 20
-"""More than the records of any evaluation that we know; they are held in memory."""
+MAX_SAMPLES_BYTES = 512 << 20
+"""Of one task's samples, which are held in memory; several times those of the largest evaluation we know."""
 _SHOWN = 3
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedRun:
     """A run's manifest, which is what the job wrote, and the store that its other files lie in."""
 
     store: ObjectStore
@@ -34,16 +34,20 @@ class Published:
 
     @property
     def id(self) -> str:
-        """The run's."""
+        """The run's id."""
         return str(self.results["run"]["id"])
 
 
-def open_run(where: str, **storage: Any) -> ObjectStore:
-    """The store of a run, given its folder or the `results.json` in it, as a path or an `s3://` URI."""
+def open_run(where: str, storage: StorageOptions | None = None) -> ObjectStore:
+    """The store of a run, given its folder or the `results.json` in it, as a path or a URI.
+
+    Raises:
+        SettingsError: The place or the options make no sense.
+    """
     folder = where.rstrip("/")
     if folder.rpartition("/")[2] == RESULTS and not Path(folder).is_dir():
         folder = folder.rpartition("/")[0] or "."
-    return open_store(folder, **storage)
+    return open_store(folder, storage or StorageOptions())
 
 
 def read_bytes(store: ObjectStore) -> bytes:
@@ -51,7 +55,7 @@ def read_bytes(store: ObjectStore) -> bytes:
 
     Raises:
         SettingsError: There is no run here.
-        VerificationError: There is one without results, or with more than can be.
+        VerificationError: There is one without results, or they are larger than any manifest.
     """
     try:
         stored = store.read(RESULTS)
@@ -66,10 +70,10 @@ def read_bytes(store: ObjectStore) -> bytes:
 
 
 def parse(data: bytes) -> dict[str, Any]:
-    """A manifest that fits the schema; its seal is another matter.
+    """A manifest that fits the schema. The seal is not checked.
 
     Raises:
-        ValueError: It is none.
+        ValueError: It does not.
     """
     results = from_json(data, allow_inf_nan=False)
     try:
@@ -80,8 +84,8 @@ def parse(data: bytes) -> dict[str, Any]:
     return dict(results)
 
 
-def read_published(store: ObjectStore) -> Published:
-    """A run's manifest, if it is whole.
+def read_published(store: ObjectStore) -> PublishedRun:
+    """A run's manifest, with schema and seal checked.
 
     Raises:
         SettingsError: There is no run here.
@@ -93,29 +97,41 @@ def read_published(store: ObjectStore) -> Published:
         unsealed(data)
     except ValueError as error:
         raise VerificationError([Problem(f"{store.uri}/{RESULTS}", str(error))]) from None
-    return Published(store, results, hashlib.sha256(data).hexdigest())
+    return PublishedRun(store, results, hashlib.sha256(data).hexdigest())
 
 
-def answers_path(task: str, side: str) -> str:
-    """Where the records of a task lie; a side is `base`, `adapter` or `baseline`."""
-    return f"artifacts/evaluation/{task}.{side}.jsonl"
+@dataclass(frozen=True)
+class TaskSamples:
+    """The adapter's samples of one task: the file as it was published, its content, and the figures that follow."""
+
+    data: bytes
+    samples: list[Sample]
+    scores: TaskScores
+
+    @property
+    def questions(self) -> list[tuple[str, str]]:
+        """Id and row hash of each question, in order."""
+        return [(sample.id, sample.doc_hash) for sample in self.samples]
 
 
-def read_answers(run: Published) -> dict[str, tuple[bytes, list[Sample]]]:
-    """By task: the adapter's records, as a file and parsed, if they are what the manifest says.
+def read_samples(run: PublishedRun) -> dict[str, TaskSamples]:
+    """By task, the adapter's samples, checked against the hashes of the manifest.
 
     Raises:
         VerificationError: With all that is missing, changed or malformed.
     """
     listed = {artifact["path"]: artifact for artifact in run.results["artifacts"]}
     found, wrong = {}, []
-    for task in run.results["evaluation"]["tasks"]:
-        path = answers_path(task, "adapter")
+    for task, claimed in run.results["evaluation"]["tasks"].items():
+        path = answers_key(task, "adapter")
         try:
             data = _read_whole(run.store, path, listed.get(path))
-            found[task] = (data, samples.parse(data))
+            parsed = samples.parse(data)
         except (ValueError, TooLarge) as error:
             wrong.append(Problem(f"{run.store.uri}/{path}", str(error)))
+        else:
+            scores = samples.task_scores(parsed, task=task, source=claimed["source"], version=claimed["version"])
+            found[task] = TaskSamples(data, parsed, scores)
     if wrong:
         raise VerificationError(wrong)
     return found
@@ -123,19 +139,10 @@ def read_answers(run: Published) -> dict[str, tuple[bytes, list[Sample]]]:
 
 def _read_whole(store: ObjectStore, path: str, listed: Mapping[str, Any] | None) -> bytes:
     if listed is None:
-        raise ValueError("is not among the artefacts of the manifest")
-    stored = store.read(path, max_bytes=min(listed["bytes"], MAX_ANSWERS_BYTES))
+        raise ValueError("is not among the artifacts of the manifest")
+    stored = store.read(path, max_bytes=min(listed["bytes"], MAX_SAMPLES_BYTES))
     if stored is None:
         raise ValueError("is missing")
     if hashlib.sha256(stored.data).hexdigest() != listed["sha256"]:
         raise ValueError("was altered: its SHA-256 is not that of the manifest")
     return stored.data
-
-
-def adapter_scores(run: Published, answers: Mapping[str, tuple[bytes, list[Sample]]]) -> dict[str, TaskScores]:
-    """By task: what the adapter's records add up to."""
-    tasks = run.results["evaluation"]["tasks"]
-    return {
-        task: samples.tally_records(records, task=task, source=tasks[task]["source"], version=tasks[task]["version"])
-        for task, (_, records) in answers.items()
-    }

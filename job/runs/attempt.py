@@ -1,4 +1,4 @@
-"""One attempt at a run: its store and work folder, the stages that earlier attempts finished, and the ledger.
+"""One attempt at a run: its store and work folder, the stages that earlier attempts finished, and its run log.
 
 A stage is finished when `stages/<name>.json` exists: it holds what the stage found out, and the hashes of what it
 published. A later attempt reads it instead of doing the work again.
@@ -20,18 +20,18 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter
 
 from job import log
-from job.storage.verified_download import fetch_artifact
-from job.errors import JobError, Preempted, Replaced
-from job.runs.fault_injection import Faults
-from job.runs.fenced_store import fenced
 from job.common.hashing import hash_file, sealed
-from job.runs.lease import take
-from job.runs.run_log import record_key, read_run_log
-from job.storage.open import ObjectStore
-from job.preemption.stop_flag import Stop
 from job.distributed.processes import ALONE, Processes
+from job.errors import JobError, Preempted, Replaced
+from job.preemption.stop_flag import Stop
 from job.records import Artifact, AttemptRecord, StepMetrics
-from job.runs.run_log import compare_settings
+from job.runs.fault_injection import Faults
+from job.runs.layout import ARTIFACTS, BUILT_ON, Stage, attempt_key, stage_key
+from job.runs.lease import fenced, take
+from job.runs.run_log import read_run_log
+from job.runs.run_settings import compare_settings
+from job.storage.open import ObjectStore
+from job.storage.verified_download import fetch_artifact
 
 T = TypeVar("T")
 
@@ -39,11 +39,9 @@ OUTCOMES: Mapping[type[BaseException], str] = {Preempted: "preempted", JobError:
 
 
 NOTE_SHARE = 0.01
-"""Of an attempt's time that notes in the ledger may take; what happened since the last one is lost by a kill."""
+"""Share of an attempt's time that notes in the run log may take; what happened since the last one is lost by a kill."""
 NOTE_SECONDS = (0.2, 5.0)
 """Bounds of the time between two notes."""
-BUILT_ON = {"train": "evaluate-adapter"}
-"""Stage -> the stage that works with what it published."""
 
 
 def now() -> str:
@@ -55,9 +53,9 @@ def now() -> str:
 class Attempt:
     """What every stage needs.
 
-    `store` is guarded: it refuses to change once another attempt has taken the run over, and in any process but the
+    `store` is fenced: it refuses to change once another attempt has taken the run over, and in any process but the
     first. `number` is the lease's epoch. `joules` asks a meter what the GPUs have taken since the attempt began;
-    `on_metrics` is told of every step.
+    `on_metrics` is called with every step.
     """
 
     store: ObjectStore
@@ -82,9 +80,9 @@ class Attempt:
     _next_note: float = field(default_factory=time.monotonic)
 
     def alive(self, *, progress: bool = True) -> None:
-        """Called wherever a stage gets on and stopping is safe: ends the stage if the job has to end.
+        """Called wherever a stage makes progress and stopping is safe: ends the stage if the job has to end.
 
-        Without `progress` it waits for somebody else, and the watchdog is not told that it got on.
+        Without `progress` the stage waits for something else, which the watchdog must not take for progress.
         """
         if progress:
             self.beat()
@@ -93,7 +91,7 @@ class Attempt:
         self._note_if_due()
 
     def get_on(self) -> None:
-        """The same for a thread that works beside the stage, which keeps the books."""
+        """Like `alive`, for a thread that works beside the stage: it writes nothing into the run log."""
         self.beat()
         self.stop.check()
 
@@ -109,8 +107,13 @@ class Attempt:
         self.faults.at("step", step)
 
     @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Log lines within carry the stage's name, and its seconds are counted."""
+    def timed(self, stage: Stage) -> Iterator[None]:
+        """Log lines within carry the stage's name, and its seconds are counted.
+
+        Raises:
+            Preempted: The job has to end.
+        """
+        name = stage.value
         with log.stage(name):
             self.faults.at("stage", name)
             self.alive()
@@ -129,7 +132,7 @@ class Attempt:
         name, began = stage
         return self.stage_seconds | {name: self.stage_seconds.get(name, 0.0) + time.monotonic() - began}
 
-    def stage(self, name: str, kind: type[T], work: Callable[[], T | None]) -> T:
+    def stage(self, stage: Stage, kind: type[T], work: Callable[[], T | None]) -> T:
         """What the stage found out: read from its record if an earlier attempt finished it, else worked out now.
 
         A record counts while everything is there that the stage published: a copy of the run may be without some of it.
@@ -138,30 +141,30 @@ class Attempt:
         All processes work; what process 0 finds out is what the stage found out, for all of them. The others may return
         None.
         """
-        key, adapter = f"stages/{name}.json", TypeAdapter(kind)
+        name, adapter = stage.value, TypeAdapter(kind)
         kept = self.processes.share(f"record of {name}", lambda: self._kept(name, adapter))
         if kept is not None:
             log.get_logger().info("stage was finished by an earlier attempt", stage=name)
             return adapter.validate_json(kept)
-        with self.timed(name):
+        with self.timed(stage):
             log.get_logger().info("stage begins")
             result = work()
             record = "" if result is None else adapter.dump_json(result).decode()
             if self.processes.leads:
-                self.store.write(key, record.encode())
+                self.store.write(stage_key(name), record.encode())
         record = self.processes.share(f"result of {name}", lambda: record)
         self.note("running")
         log.get_logger().info("stage is done", stage=name, seconds=round(self.stage_seconds[name], 2))
         return adapter.validate_json(record)
 
     def known(self, name: str, kind: type[T]) -> T | None:
-        """What an earlier attempt found out in a stage that it finished."""
-        stored = self.store.read(f"stages/{name}.json")
+        """The record of a stage that an earlier attempt finished, or `layout.BASE`; None where there is none."""
+        stored = self.store.read(stage_key(name))
         return None if stored is None else TypeAdapter(kind).validate_json(stored.data)
 
     def _kept(self, name: str, adapter: TypeAdapter[Any]) -> str | None:
         """The record of a stage, if there is one that counts."""
-        stored = self.store.read(f"stages/{name}.json")
+        stored = self.store.read(stage_key(name))
         if stored is None:
             return None
         gone = missing(self.store, getattr(adapter.validate_json(stored.data), "artifacts", ()))
@@ -169,20 +172,25 @@ class Attempt:
             return stored.data.decode()
         log.get_logger().warning("stage is done again, not all that it published is there", stage=name, gone=gone)
         if name in BUILT_ON:
-            self.store.delete(f"stages/{BUILT_ON[name]}.json")
+            self.store.delete(stage_key(BUILT_ON[name]))
         return None
 
     def publish(self, path: Path, key: str, facts_sha256: str | None = None) -> Artifact:
-        """Uploads a file, or every file of a folder is the caller's loop; returns its entry for the manifest."""
+        """Uploads a file; returns its entry for the manifest.
+
+        Raises:
+            Replaced: Another attempt took the run over.
+            Unreachable, AccessDenied: As the store says.
+        """
         self.store.upload(path, key)
         return Artifact(key, path.stat().st_size, hash_file(path), facts_sha256)
 
     def fetch(self, artifact: Artifact) -> Path:
-        """Downloads what was published, verified."""
+        """Downloads what was published, verified; for its errors see `fetch_artifact`."""
         return fetch_artifact(self.store, artifact, self.work)
 
     def record(self, outcome: str) -> AttemptRecord:
-        """This attempt's line in the ledger, as of now; `running` has no end."""
+        """This attempt's record for the run log, as of now; `running` has no end."""
         return AttemptRecord(
             number=self.number,
             started=self.started,
@@ -200,12 +208,12 @@ class Attempt:
         )
 
     def note(self, outcome: str) -> None:
-        """Puts the line into the store; process 0 keeps the books."""
+        """Writes the record into the run log; process 0 does it for all."""
         if not self.processes.leads:
             self._next_note = math.inf
             return
         began = time.monotonic()
-        self.store.write(record_key(self.number), sealed(asdict(self.record(outcome))))
+        self.store.write(attempt_key(self.number), sealed(asdict(self.record(outcome))))
         ended = time.monotonic()
         shortest, longest = NOTE_SECONDS
         self._next_note = ended + min(longest, max(shortest, (ended - began) / NOTE_SHARE))
@@ -216,9 +224,9 @@ class Attempt:
 
 
 def missing(store: ObjectStore, artifacts: Iterable[Artifact]) -> list[str]:
-    """Those of the artefacts, by path, that the store does not have, or not in their size."""
+    """Those of the artifacts, by path, that the store does not have, or not in their size."""
     sizes = {artifact.path: artifact.bytes for artifact in artifacts}
-    found = {info.key: info.bytes for info in store.list("artifacts/")} if sizes else {}
+    found = {info.key: info.bytes for info in store.list(ARTIFACTS)} if sizes else {}
     return [path for path, size in sizes.items() if found.get(path) != size]
 
 
@@ -234,15 +242,15 @@ def open_attempt(
     processes: Processes = ALONE,
     usd_per_hour: float | None = None,
 ) -> Iterator[Attempt]:
-    """Takes the run's lease and begins its next attempt; writes the attempt's end into the ledger.
+    """Takes the run's lease and begins its next attempt; writes the attempt's end into the run log.
 
     Args:
         store: The run's own.
         settings: Value by dotted name of the settings that decide the result; an earlier attempt's must be the same.
         cache: Folder for temporary files; None for the system's.
         stop: The flag.
-        beat: Tells the watchdog that the attempt gets on.
-        faults: What to rehearse.
+        beat: Tells the watchdog that there is progress.
+        faults: Faults to inject.
         processes: Those that make this attempt; process 0 holds the lease for all.
         usd_per_hour: Price of this machine; None where it is not known.
 
@@ -267,7 +275,7 @@ def open_attempt(
         try:
             yield attempt
         except Replaced:
-            raise  # whoever took over keeps the books
+            raise  # the run log is that of the attempt that took over
         except BaseException as error:
             _note_failure(attempt, error)
             raise

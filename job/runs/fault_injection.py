@@ -1,7 +1,7 @@
-"""Rehearsing failure: `JOB_FAULT` names what goes wrong and when, each once in the life of a run.
+"""Injected faults: `JOB_FAULT` names what goes wrong and when, each once in the life of a run.
 
     sigterm@step=37                 the signal, after optimizer step 37; also upload=N, stage=NAME
-    kill@upload=3                   as if the power went, before the third upload of an attempt; also step=N, stage=NAME
+    kill@upload=3                   SIGKILL, before the third upload of an attempt; also step=N, stage=NAME
     s3_503@2                        the second request of an attempt to the store fails as if after all retries
     corrupt@checkpoint=latest       a flipped bit in the newest checkpoint, before the next attempt restores it
 
@@ -16,18 +16,18 @@ import re
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from threading import Lock
 
 from job import log
-from job.checkpoints import commit_marker, manager
+from job.common.hashing import unsealed
 from job.errors import Problem, SettingsError, Unreachable
-from job.storage.base import MAX_READ_BYTES, ObjectInfo, ObjectStore, Stored
+from job.runs import layout
+from job.runs.layout import Stage
+from job.storage.base import ForwardingStore, ObjectStore
 
-STAGES = ("pull", "evaluate-base", "train", "evaluate-adapter", "publish")
 KNOWN = (
     "sigterm@step=N, sigterm@upload=N, sigterm@stage=NAME, kill@step=N, kill@upload=N, kill@stage=NAME, s3_503@N, "
-    f"corrupt@checkpoint=latest; N counts from 1, NAME is one of {', '.join(STAGES)}"
+    f"corrupt@checkpoint=latest; N counts from 1, NAME is one of {', '.join(Stage)}"
 )
 _FAULT = re.compile(
     r"(?P<signal>sigterm|kill)@(?P<event>step|upload|stage)=(?P<when>[a-z0-9-]+)"
@@ -72,14 +72,14 @@ def _parse_one(word: str) -> Fault | None:
     if not match["signal"]:
         return Fault(word, "corrupt", "checkpoint", "latest")
     if match["event"] == "stage":
-        return Fault(word, match["signal"], "stage", match["when"]) if match["when"] in STAGES else None
+        return Fault(word, match["signal"], "stage", match["when"]) if match["when"] in set(Stage) else None
     return (
         Fault(word, match["signal"], match["event"], int(match["when"])) if _NUMBER.fullmatch(match["when"]) else None
     )
 
 
 class Faults:
-    """The faults that have not fired yet. Stages and the store tell it what happens; it makes it go wrong."""
+    """Faults that have not fired yet. Stages and the store call `at` with every event; the faults due there fire."""
 
     def __init__(self, faults: tuple[Fault, ...], store: ObjectStore) -> None:
         self._armed = list(faults)
@@ -93,15 +93,15 @@ class Faults:
         """Fires what is due.
 
         Args:
-            event: `step`, after an optimizer step; `stage`, when one begins; `upload`, `request` and `checkpoint` are
-                told by the store that `faulty` returns.
+            event: `step`, after an optimizer step; `stage`, when one begins; `upload`, `request` and `checkpoint` come
+                from the store that `faulty` returns.
             when: Its number, from 1, or its name.
 
         Raises:
             Unreachable: The fault is a request that fails.
         """
         for fault in self._due(event, when):
-            self._store.write(_key(fault), b"fired\n")
+            self._store.write(layout.fault_key(fault.text), b"fired\n")
             log.get_logger().warning("JOB_FAULT fires", fault=fault.text)
             _fire(fault, self._store)
 
@@ -114,8 +114,8 @@ class Faults:
 
 def arm(faults: tuple[Fault, ...], store: ObjectStore) -> Faults:
     """Arms, loudly, what no earlier attempt of the run has fired; `store` is the run's. Without faults asks nothing."""
-    fired = {info.key for info in store.list("faults/")} if faults else set()
-    left = tuple(fault for fault in faults if _key(fault) not in fired)
+    fired = {info.key for info in store.list(layout.FAULTS)} if faults else set()
+    left = tuple(fault for fault in faults if layout.fault_key(fault.text) not in fired)
     for fault in faults:
         what = "JOB_FAULT is armed: this run is going to fail" if fault in left else "JOB_FAULT has fired already"
         log.get_logger().warning(what, fault=fault.text)
@@ -123,62 +123,34 @@ def arm(faults: tuple[Fault, ...], store: ObjectStore) -> Faults:
 
 
 def faulty(store: ObjectStore, faults: Faults) -> ObjectStore:
-    """The store with the armed faults in its way; the store itself where none is armed.
+    """A store whose requests fire the armed faults; the store itself where none is armed.
 
     A checkpoint that is to be corrupted is corrupted here, before anybody can restore it; where there is none yet, the
     fault waits for the next attempt.
     """
     if not faults:
         return store
-    if _newest_marker(store):
+    if _newest_checkpoint(store):
         faults.at("checkpoint", "latest")
     return _FaultyStore(store, faults)
 
 
-class _FaultyStore:
-    """An `ObjectStore` that tells `Faults` of every upload and every request before it passes them on."""
+class _FaultyStore(ForwardingStore):
+    """Numbers every request and every upload, and fires the faults that are due at it, before handing it on."""
 
     def __init__(self, store: ObjectStore, faults: Faults) -> None:
-        self._store, self._faults = store, faults
+        super().__init__(store)
+        self._faults = faults
         self._counts = {"request": 0, "upload": 0}
         self._lock = Lock()
-        self.uri = store.uri
 
-    def read(self, key: str, *, max_bytes: int = MAX_READ_BYTES) -> Stored | None:
-        """See `ObjectStore.read`."""
+    @contextlib.contextmanager
+    def around(self, verb: str, key: str) -> Iterator[None]:  # noqa: ARG002 - all keys alike
+        """Counts the request, and the upload that it may be."""
         self._count("request")
-        return self._store.read(key, max_bytes=max_bytes)
-
-    def write(self, key: str, data: bytes, *, if_absent: bool = False, if_tag: str | None = None) -> str:
-        """See `ObjectStore.write`."""
-        self._count("request")
-        return self._store.write(key, data, if_absent=if_absent, if_tag=if_tag)
-
-    def upload(self, path: Path, key: str) -> None:
-        """See `ObjectStore.upload`."""
-        self._count("request")
-        self._count("upload")
-        self._store.upload(path, key)
-
-    def download(self, key: str, path: Path, *, max_bytes: int | None = None) -> None:
-        """See `ObjectStore.download`."""
-        self._count("request")
-        self._store.download(key, path, max_bytes=max_bytes)
-
-    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """See `ObjectStore.list`."""
-        self._count("request")
-        return self._store.list(prefix)
-
-    def delete(self, key: str) -> None:
-        """See `ObjectStore.delete`."""
-        self._count("request")
-        self._store.delete(key)
-
-    def conditional_writes(self) -> bool:
-        """See `ObjectStore.conditional_writes`."""
-        self._count("request")
-        return self._store.conditional_writes()
+        if verb == "upload":
+            self._count("upload")
+        yield
 
     def _count(self, event: str) -> None:
         with self._lock:
@@ -201,27 +173,25 @@ def _fire(fault: Fault, store: ObjectStore) -> None:
 
 def _flip_a_bit(store: ObjectStore) -> None:
     """Damages the smallest file of the newest checkpoint: to the hash in the marker they are all alike."""
-    marker = _newest_marker(store)
-    if marker is None:
+    sizes = {key: size for key, size in _newest_checkpoint(store).items() if size}
+    if not sizes:
         return
-    sizes = {name: file.bytes for name, file in marker.files.items() if file.bytes}
-    name = min(sizes, key=sizes.__getitem__)
-    key = commit_marker.files_prefix(marker) + name
-    if stored := store.read(key, max_bytes=sizes[name]):
+    key = min(sizes, key=sizes.__getitem__)
+    if stored := store.read(key, max_bytes=sizes[key]):
         data = bytearray(stored.data)
         data[len(data) // 2] ^= 1
         store.write(key, bytes(data))
         log.get_logger().warning("JOB_FAULT flipped a bit", object=f"{store.uri}/{key}")
 
 
-def _newest_marker(store: ObjectStore) -> commit_marker.Marker | None:
-    """The newest checkpoint that could be restored; None if there is none."""
-    for step in manager.steps(store):
-        stored = store.read(commit_marker.step_prefix(step) + commit_marker.NAME)
-        with contextlib.suppress(ValueError):  # it is damaged already
-            return commit_marker.parse(stored.data) if stored else None
-    return None
-
-
-def _key(fault: Fault) -> str:
-    return f"faults/{fault.text}"
+def _newest_checkpoint(store: ObjectStore) -> dict[str, int]:
+    """Bytes by key of the files of the newest checkpoint whose marker is whole; empty if there is none."""
+    parts = [layout.checkpoint_part(info.key) for info in store.list(layout.CHECKPOINTS)]
+    for step in sorted((part[0] for part in parts if part and part[1] == layout.COMMITTED), reverse=True):
+        stored = store.read(layout.marker_key(step))
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # it is damaged already
+            if stored is not None:
+                marker = unsealed(stored.data)
+                folder = layout.checkpoint_folder(step, marker["epoch"])
+                return {folder + name: file["bytes"] for name, file in marker["files"].items()}
+    return {}

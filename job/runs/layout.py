@@ -1,18 +1,115 @@
-"""What can be read off a published manifest."""
+"""The stages of a run, and every path below a run's folder: nobody else spells them.
+
+    results.json                                 the manifest, written last
+    settings.json                                the settings that the run began with
+    lease.json                                   which attempt owns the run
+    attempts/0001.json                           run log: one record for each attempt
+    stages/<stage>.json                          what a finished stage found out
+    stages/base.json                             which quantized base the run began with
+    checkpoints/step-00000040/0003/<file>        a checkpoint's files, by the attempt that wrote them
+    checkpoints/step-00000040/COMMITTED.json     its commit marker, written after them
+    artifacts/...                                what the run is for: adapter, metrics, answers, report
+    scores/...                                   answers of an evaluation that is going on
+    faults/<fault>                               injected faults that have fired
+
+How to add a stage: name it in `Stage` at its place in the order (and in `BUILT_ON` if another one works with what it
+publishes), then call it in `job/pipeline.py`. Faults, logs, times and costs know it by the enum.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from enum import StrEnum
 from typing import Any
 
+
+class Stage(StrEnum):
+    """The stages of a run, in their order."""
+
+    PULL = "pull"
+    EVALUATE_BASE = "evaluate-base"
+    TRAIN = "train"
+    EVALUATE_ADAPTER = "evaluate-adapter"
+    PUBLISH = "publish"
+
+
+BUILT_ON: Mapping[str, Stage] = {Stage.TRAIN: Stage.EVALUATE_ADAPTER}
+"""Stage -> the stage that works with what it published, and is done again when it is."""
+
 RESULTS = "results.json"
-CARD = "artifacts/adapter/README.md"
-REPORT = "artifacts/report.html"
-MADE_OF_TIMES = ("artifacts/tensorboard/", REPORT)
+SETTINGS = "settings.json"
+LEASE = "lease.json"
+SCORES = "scores"
+FAULTS = "faults/"
+BASE = "base"
+PACKING = "packing"
+"""Records beside those of the stages: which quantized base a run began with, and whether its sequences are packed."""
+
+ARTIFACTS = "artifacts/"
+ADAPTER = f"{ARTIFACTS}adapter/"
+WEIGHTS = f"{ADAPTER}adapter_model.safetensors"
+CARD = f"{ADAPTER}README.md"
+METRICS = f"{ARTIFACTS}metrics.jsonl"
+TENSORBOARD = f"{ARTIFACTS}tensorboard/"
+REPORT = f"{ARTIFACTS}report.html"
+MADE_OF_TIMES = (TENSORBOARD, REPORT)
+
+CHECKPOINTS = "checkpoints/"
+COMMITTED = "COMMITTED.json"
+_ATTEMPT = re.compile(r"attempts/(\d{4,9})\.json", re.ASCII)
+_CHECKPOINT = re.compile(rf"{CHECKPOINTS}step-(\d{{8}}|[1-9]\d{{8,17}})/(.+)", re.ASCII | re.DOTALL)
+
+
+def stage_key(name: str) -> str:
+    """Where the record of a stage lies."""
+    return f"stages/{name}.json"
+
+
+def attempt_key(number: int) -> str:
+    """Where the run log's record of an attempt lies."""
+    return f"attempts/{number:04d}.json"
+
+
+def attempt_number(key: str) -> int | None:
+    """The inverse of `attempt_key`; None for every other key."""
+    match = _ATTEMPT.fullmatch(key)
+    return int(match[1]) if match else None
+
+
+def fault_key(fault: str) -> str:
+    """Where it is noted that a fault has fired."""
+    return f"{FAULTS}{fault}"
+
+
+def answers_key(task: str, side: str) -> str:
+    """Where the answers to a task lie, one question a line; a side is `base`, `adapter` or `baseline`."""
+    return f"{ARTIFACTS}evaluation/{task}.{side}.jsonl"
+
+
+def step_name(step: int) -> str:
+    """Name of a checkpoint's folder."""
+    return f"step-{step:08d}"
+
+
+def marker_key(step: int) -> str:
+    """Where the commit marker of a step's checkpoint lies."""
+    return f"{CHECKPOINTS}{step_name(step)}/{COMMITTED}"
+
+
+def checkpoint_folder(step: int, epoch: int) -> str:
+    """Where the files lie that one attempt (`epoch`, the lease's) wrote at a step; a prefix of keys."""
+    return f"{CHECKPOINTS}{step_name(step)}/{epoch:04d}/"
+
+
+def checkpoint_part(key: str) -> tuple[int, str] | None:
+    """The step and the name below its folder, of a key that belongs to a checkpoint; None for all others."""
+    match = _CHECKPOINT.fullmatch(key)
+    return (int(match[1]), match[2]) if match else None
 
 
 def facts_of(results: Mapping[str, Any]) -> dict[str, str]:
-    """Path -> hash of what identical runs share: every artefact but those that tell when the run was."""
+    """Path -> hash of what identical runs share: every artifact but those that tell when the run was."""
     return {
         artifact["path"]: artifact["facts_sha256"] or artifact["sha256"]
         for artifact in results["artifacts"]

@@ -9,24 +9,29 @@ attempt that was replaced notices before its next change of the store. What no o
 which was already under way when the lease changed hands does not arrive after it. That is one object a thread, the same
 bytes that the new holder would write, or harmless (see `checkpoints`: no attempt writes where another one does).
 
+The fence (`fenced`) is a store that asks the lease before every change, so that no stage has to remember to ask.
+
 Where the store has no conditional writes, two attempts that start within the same moment may both go on until the one
 that wrote first reads the other's name, before its next change of the store. The log says so.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from threading import Lock
 from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from job.errors import DataError, Problem, Replaced, Unreachable
 from job.common.hashing import sealed, unsealed
+from job.errors import DataError, JobError, Problem, Replaced, Unreachable
 from job.log import get_logger
+from job.runs.layout import LEASE
+from job.storage.base import CHANGES, ForwardingStore
 from job.storage.open import Conflict, ObjectStore, TooLarge
 
-KEY = "lease.json"
 MAX_BYTES = 16 * 1024
 # A holder renews its lease a few times a minute, so that a conflict with it hardly ever happens twice in a row.
 _TRIES = 20
@@ -76,6 +81,7 @@ class Lease:
 
         Raises:
             Replaced: It does not, and never will again.
+            Unreachable: The store does not answer, or the lease cannot be renewed.
         """
         if not self._conditional:
             # A heartbeat written blindly could overwrite the name of the attempt that took over.
@@ -86,14 +92,14 @@ class Lease:
                 self._raise_if_lost()
                 record = self._record.model_copy(update={"heartbeat": self._record.heartbeat + 1})
                 try:
-                    self._tag = self._store.write(KEY, _render(record), if_tag=self._tag)
+                    self._tag = self._store.write(LEASE, _render(record), if_tag=self._tag)
                 except Conflict:
                     # Another attempt, or a heartbeat of our own that arrived although its answer did not.
                     self._look()
                 else:
                     self._record = record
                     return
-            raise Unreachable(f"{self._store.uri}/{KEY} could not be renewed in {_TRIES} tries")
+            raise Unreachable(f"{self._store.uri}/{LEASE} could not be renewed in {_TRIES} tries")
 
     def check(self) -> None:
         """Like `confirm`, by reading alone: cheaper, and blind to what happens after the answer was sent.
@@ -111,7 +117,7 @@ class Lease:
         try:
             now, tag = _read(self._store)
         except ValueError:
-            self._lost = f"what lies at {KEY} is no lease any more"
+            self._lost = f"what lies at {LEASE} is no lease any more"
             return
         if now is not None and self._record.same_holder(now):
             self._record, self._tag = now, tag
@@ -135,6 +141,7 @@ def take(store: ObjectStore, holder: str) -> Lease:
     Raises:
         Replaced: Another attempt started at the same time, and was faster.
         DataError: `lease.json` is none.
+        Unreachable: The store does not answer, or the holder before renews too fast.
     """
     conditional = store.conditional_writes()
     if not conditional:
@@ -149,9 +156,9 @@ def take(store: ObjectStore, holder: str) -> Lease:
         record = LeaseRecord(epoch=before.epoch + 1 if before else 1, holder=mine, started=_now(), heartbeat=0)
         try:
             if conditional:
-                written = store.write(KEY, _render(record), if_absent=before is None, if_tag=tag or None)
+                written = store.write(LEASE, _render(record), if_absent=before is None, if_tag=tag or None)
             else:
-                written = store.write(KEY, _render(record))
+                written = store.write(LEASE, _render(record))
         except Conflict:
             found, tag = _read_or_refuse(store)
             if record.same_holder(found):
@@ -164,7 +171,7 @@ def take(store: ObjectStore, holder: str) -> Lease:
                 raise Replaced(f"{store.uri}: {winner} started at the same time and was faster") from None
         get_logger().info("this attempt owns the run", epoch=record.epoch, replaces=before and before.holder)
         return Lease(store, record, written, conditional=conditional)
-    raise Unreachable(f"{store.uri}/{KEY}: its holder renews it faster than it can be taken over; try again")
+    raise Unreachable(f"{store.uri}/{LEASE}: its holder renews it faster than it can be taken over; try again")
 
 
 def _read(store: ObjectStore) -> tuple[LeaseRecord | None, str]:
@@ -174,7 +181,7 @@ def _read(store: ObjectStore) -> tuple[LeaseRecord | None, str]:
         ValueError: What lies there is no lease.
     """
     try:
-        stored = store.read(KEY, max_bytes=MAX_BYTES)
+        stored = store.read(LEASE, max_bytes=MAX_BYTES)
     except TooLarge as error:
         raise ValueError(str(error)) from None
     return (parse(stored.data), stored.tag) if stored else (None, "")
@@ -194,7 +201,7 @@ def _read_or_refuse(store: ObjectStore) -> tuple[LeaseRecord | None, str]:
         return _read(store)
     except ValueError:
         problem = "is no lease; if no attempt of this run is going on, remove it"
-        raise DataError([Problem(f"{store.uri}/{KEY}", problem)]) from None
+        raise DataError([Problem(f"{store.uri}/{LEASE}", problem)]) from None
 
 
 def _render(record: LeaseRecord) -> bytes:
@@ -203,3 +210,32 @@ def _render(record: LeaseRecord) -> bytes:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def fenced(store: ObjectStore, lease: Lease | None) -> ObjectStore:
+    """`store`, but nothing in it changes unless `lease` is still held: else `Replaced` is raised.
+
+    Without a lease nothing changes at all: of several processes one holds it, and a change by another one is a bug.
+
+    A small object, which may be a marker, a record or the manifest, is preceded by a conditional write
+    (`Lease.confirm`); a file or a removal by a read (`Lease.check`), because what makes files count is a small object
+    that follows them.
+    """
+    return _FencedStore(store, lease)
+
+
+class _FencedStore(ForwardingStore):
+    """See `fenced`."""
+
+    def __init__(self, store: ObjectStore, lease: Lease | None) -> None:
+        super().__init__(store)
+        self._lease = lease
+
+    @contextmanager
+    def around(self, verb: str, key: str) -> Iterator[None]:  # noqa: ARG002 - all keys alike
+        """Asks the lease before a change."""
+        if verb in CHANGES:
+            if self._lease is None:
+                raise JobError("a bug: only process 0 may change the run's store")
+            (self._lease.confirm if verb == "write" else self._lease.check)()
+        yield

@@ -1,18 +1,22 @@
-"""The kinds of value a setting can have: strict about meaning, lenient about spelling.
+"""The types of settings: each reads text, is lenient about spelling and strict about meaning.
 
-Most settings arrive as text (environment, command line, SageMaker), so every kind reads text. No message here repeats
-the value: a secret that landed in the wrong variable must not travel on into logs and failure files.
+Most settings arrive as text (environment, command line, SageMaker), so every type reads text. No message here repeats
+the value: a secret that was put into the wrong variable must not get into logs and failure files.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field
+
+from job.storage.location import schemes
 
 _TRUTH = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
@@ -25,6 +29,11 @@ _ARCHIVES = {"GLACIER", "DEEP_ARCHIVE"}
 T = TypeVar("T")
 
 
+def new_run_id() -> str:
+    """A run id made of the time (UTC) and a random part, `20261123-135600-9f3c`."""
+    return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.urandom(2).hex()}"
+
+
 def _blank_is_none(value: object) -> object:
     return None if isinstance(value, str) and not value.strip() else value
 
@@ -32,7 +41,7 @@ def _blank_is_none(value: object) -> object:
 def _flag(value: object) -> bool:
     truth = _TRUTH.get(str(value).strip().lower()) if isinstance(value, (bool, int, str)) else None
     if truth is None:
-        raise ValueError("must be true or false (1/0, yes/no and on/off will do)")
+        raise ValueError("must be true or false (or 1/0, yes/no, on/off)")
     return truth
 
 
@@ -57,7 +66,7 @@ def _count_or_auto(value: object) -> object:
         return text
     if _COUNT.fullmatch(text):
         return int(text)
-    raise ValueError("must be auto, or a number from 1 up")
+    raise ValueError("must be auto, or a whole number of at least 1")
 
 
 def _host_port(text: str) -> str:
@@ -83,7 +92,7 @@ def _items(value: object) -> object:
 
 def _unique(values: tuple[str, ...]) -> tuple[str, ...]:
     if len(set(values)) < len(values):
-        raise ValueError("names the same thing twice; drop one")
+        raise ValueError("has the same name twice; remove one")
     return values
 
 
@@ -96,7 +105,7 @@ def _pairs(value: object) -> object:
     if not all(equals for _, equals, _ in pairs):
         raise ValueError("must be name=value pairs with commas between them, or a JSON object")
     if len({name.strip() for name, _, _ in pairs}) < len(pairs):
-        raise ValueError("names the same thing twice; drop one")
+        raise ValueError("has the same name twice; remove one")
     return {name.strip(): item.strip() for name, _, item in pairs}
 
 
@@ -114,14 +123,14 @@ def _location(text: str) -> str:
     scheme, separator, rest = text.partition("://")
     if not separator:
         return text
-    if scheme != "s3":
+    if scheme not in schemes():
         raise ValueError("of all URIs only s3://bucket/key is understood; else give a path")
     bucket, _, key = rest.rstrip("/").partition("/")
     if not _BUCKET.fullmatch(bucket):
-        raise ValueError("after s3:// comes a bucket: 3 to 63 lower-case letters, digits, dots and hyphens")
+        raise ValueError(f"after {scheme}:// comes a bucket: 3 to 63 lower-case letters, digits, dots and hyphens")
     if key and any(part in ("", ".", "..") for part in key.split("/")):
         raise ValueError("the key after the bucket has an empty part, '.' or '..' in it; remove it")
-    return f"s3://{bucket}/{key}".rstrip("/")
+    return f"{scheme}://{bucket}/{key}".rstrip("/")
 
 
 def _local(text: str) -> str:
@@ -134,7 +143,7 @@ def _endpoint(text: str) -> str:
     try:
         parts = urlsplit(text)
         fine = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # brackets or a port that are none
+    except ValueError:  # malformed brackets or port
         fine = False
     if not fine or "@" in text or "?" in text or "#" in text:
         raise ValueError("must be http(s)://host[:port], without user, password, query or fragment")
@@ -177,7 +186,7 @@ Locations = Annotated[Mapping[Text, Location], BeforeValidator(_pairs)]
 
 
 def explain(error: Mapping[str, Any]) -> str:
-    """What is wrong and how to mend it, from one of pydantic's error records; never the value itself."""
+    """What is wrong and how to correct it, from one of pydantic's error records; never the value itself."""
     kind, context = error["type"], error.get("ctx", {})
     if kind == "value_error":
         return str(context["error"])

@@ -1,4 +1,4 @@
-"""A layer of settings: what one place gives, each value with where it came from; and how files of settings are read."""
+"""What one source of settings gives: values, each with where it came from, and what is wrong with them there."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ class GivenValue:
 
 @dataclass(frozen=True)
 class Layer:
-    """What one place gives, and what is wrong with it there."""
+    """What one source gives by dotted name, and what is wrong with it there.
+
+    `by_user` is whether it is what the user wrote, and not from a preset or the platform.
+    """
 
     given: dict[str, GivenValue] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    by_user: bool = True

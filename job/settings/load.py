@@ -1,34 +1,39 @@
-"""The settings of this run: collected, checked, explained. The only reader of the environment.
+"""The settings of this run: collected, checked, described. The only reader of the environment.
 
 A setting is given as `JOB_GROUP__NAME` in the environment, `--group.name` on the command line, `group.name` in
-SageMaker's hyperparameters, and as a nested mapping in a file: `groups` has the names, `collect` the precedence.
+SageMaker's hyperparameters, and as a nested mapping in a file. `schema` has the settings and the precedence, `sources`
+reads each place.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from argparse import ArgumentParser
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from job.distributed.ranks import VARIABLES, Place, find_faults, find_machines, find_place
+from job.distributed.ranks import Place, find_faults, find_machines, find_place
 from job.errors import Problem, SettingsError
-from job.platforms.detect import Platform, detect
+from job.platforms.detect import Platform, detect, is_foreign
 from job.platforms.sagemaker import copied_folder
-from job.settings.field_types import explain
-from job.settings.layers import GivenValue
+from job.settings.field_types import explain, new_run_id
+from job.settings.markers import RevisionOf, find_markers
 from job.settings.presets import PRESETS
-from job.settings.schema import NAMES, Settings, new_run_id
-from job.settings.sources import collect
+from job.settings.schema import NAMES, READING, Options, Settings
+from job.settings.sources import Request, environment_name, nested, same, setting_at
+from job.storage.location import is_remote
 
 __all__ = [
     "Settings",
+    "add_options",
     "current_place",
     "current_platform",
     "describe",
+    "foreign_variables",
     "json_schema",
     "load_reading",
     "load_settings",
@@ -43,40 +48,35 @@ _SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY_ID)(?!.*(FILE|D
 _LOGIN = re.compile(r"://([^/@\s]+:[^/@\s]+@)")  # of a tracker's or a proxy's address
 _SHORTEST_SECRET = 8
 
-READING = ("storage.", "log.")
-"""Groups of the settings that count where published runs are read."""
-# How far SageMaker's copy of a folder may lag behind; it gives no figure, an upload of a few GB takes less than this.
-COPIED_WITHIN_SECONDS = 300
 PROJECT = "qlora-job"
-"""What a tracker files runs under, unless the user says otherwise."""
+"""The project that trackers put runs into, unless the user names another."""
 
 Fault = tuple[str, str]
-"""Name of a setting, and what is wrong with it beside the others."""
+"""Dotted name of a setting, and why its value is impossible beside those of others."""
+_REVISIONS = find_markers(Settings, RevisionOf)
 
 
 def load_settings(arguments: Sequence[str] = (), environ: Mapping[str, str] | None = None) -> Settings:
-    """The settings that arguments, environment, hyperparameters, file and preset add up to.
+    """The settings that all sources add up to, by the precedence in `Settings.settings_customise_sources`.
 
     Raises:
         SettingsError: With all problems at once, each with the place its value came from.
     """
     environ = os.environ if environ is None else environ
-    platform = detect(environ)
-    layer = collect(NAMES, arguments, environ, platform, PRESETS)
-    machines = find_machines(platform)
-    settings, wrong = _validated(_with_defaults_of(platform, machines.settings, layer.given))
-    problems = [*layer.problems, *wrong.values()]
-    if machines.fault:
-        problems.append(Problem("resourceconfig.json", machines.fault))
+    request = Request(arguments, environ, detect(environ))
+    settings, wrong = _read(request, NAMES)
+    problems = [*request.problems, *wrong.values()]
+    if fault := find_machines(request.platform).fault:
+        problems.append(Problem("resourceconfig.json", fault))
     faults = [
         *_processes(settings, environ),
-        *_places(settings, platform),
-        *_pins(settings),
+        *_places(settings, request.platform),
+        *_revisions(settings, request),
         *_tasks(settings),
         *_gate(settings),
     ]
-    sources = {**settings.sources, **dict.fromkeys(VARIABLES, "environment")}
-    problems += [Problem(f"{name} ({sources[name]})", what) for name, what in faults if name not in wrong]
+    problems += [Problem(setting_at(name, settings.sources[name]), what) for name, what in faults if name not in wrong]
+    problems += [Problem(f"{variable} (environment)", what) for variable, what in find_faults(environ)]
     if problems:
         raise SettingsError(problems)
     return settings
@@ -85,46 +85,46 @@ def load_settings(arguments: Sequence[str] = (), environ: Mapping[str, str] | No
 def load_reading(arguments: Sequence[str] = (), environ: Mapping[str, str] | None = None) -> Settings:
     """The settings for a command that only reads published runs: how to reach them, and how to log.
 
-    What else is set, say in an environment that a run shares, is left alone and has its default in what is returned.
+    All others have their defaults in what is returned, whatever an environment that is shared with a run says.
 
     Raises:
         SettingsError: With all problems at once.
     """
     environ = os.environ if environ is None else environ
-    layer = collect(NAMES, arguments, environ, detect(environ), PRESETS)
-    useful = {name: item for name, item in layer.given.items() if name.startswith(READING)}
-    settings, wrong = _validated(useful)
+    request = Request(arguments, environ, detect(environ))
+    settings, wrong = _read(request, READING)
+    groups = " and ".join(sorted({f"{environment_name(name.partition('.')[0])}__..." for name in READING}))
     useless = [
-        Problem(f"{name} (command line)", f"is of no use here; only {' and '.join(READING)} settings are")
-        for name, item in layer.given.items()
-        if item.source == "command line" and name not in useful
+        Problem(setting_at(name, item.source), f"has no effect on this command; only {groups} have")
+        for name, item in request.given.items()
+        if item.source == "command line" and name not in READING
     ]
-    if problems := [*layer.problems, *useless, *wrong.values()]:
+    if problems := [*request.problems, *useless, *wrong.values()]:
         raise SettingsError(problems)
     return settings
 
 
-def _with_defaults_of(
-    platform: Platform, machines: Mapping[str, object], given: Mapping[str, GivenValue]
-) -> dict[str, GivenValue]:
-    """What is given, and what the platform says, of itself and of the run's machines, where nothing is."""
-    folder = copied_folder(platform.inputs) or platform.output
-    said = {
-        **machines,
-        "run.id": platform.run_id,
-        "run.output": folder and str(folder),
-        "run.grace_seconds": platform.grace_seconds,
-    }
-    whole = {name: GivenValue(value, "platform") for name, value in said.items() if value is not None}
-    whole |= {name: item for name, item in given.items() if name != "run.id" or item.value not in (None, "")}
-    whole.setdefault("run.id", GivenValue(new_run_id(), "generated"))
-    if folder and Path(str(whole["run.output"].value)).is_relative_to(folder):
-        whole.setdefault("checkpoint.settle_seconds", GivenValue(COPIED_WITHIN_SECONDS, "platform"))
-    return whole
+def _read(request: Request, names: Collection[str]) -> tuple[Settings, dict[str, Problem]]:
+    """Settings from all values of these names that are valid, and a problem for each that is not, by its name."""
+    wrong: dict[str, Problem] = {}
+    try:
+        settings = Settings(_request=request)  # type: ignore[call-arg]  # not a setting: the sources find it there
+    except ValidationError as error:
+        for record in error.errors(include_url=False, include_input=False):
+            group, both = str(record["loc"][0]), ".".join(map(str, record["loc"][:2]))
+            name = both if both in NAMES else group  # what lies deeper is an item of a value
+            wrong.setdefault(name, Problem(setting_at(name, request.given[name].source), explain(record)))
+    wrong = {name: problem for name, problem in wrong.items() if name in names}
+    given = {name: item for name, item in request.given.items() if name in names and name not in wrong}
+    if wrong or len(names) < len(NAMES):
+        # No validator spans two settings, so what is left is valid, and the checks of combinations can go on.
+        settings = Settings(**nested({name: item.value for name, item in given.items()}))
+    settings.keep_sources({name: item.source for name, item in given.items()})
+    return settings, wrong
 
 
 def current_platform(environ: Mapping[str, str] | None = None) -> Platform:
-    """The platform this process runs on. It needs no valid settings: their errors are reported by its means."""
+    """The platform this process runs on. Needs no valid settings: errors in them are reported where it says."""
     return detect(os.environ if environ is None else environ)
 
 
@@ -136,13 +136,19 @@ def current_place(environ: Mapping[str, str] | None = None) -> Place | None:
     return find_place(os.environ if environ is None else environ)
 
 
+def foreign_variables(environ: Mapping[str, str] | None = None) -> list[str]:
+    """Variables that begin with JOB_ but are known to be another program's, such as Jenkins' JOB_NAME; sorted."""
+    environ = os.environ if environ is None else environ
+    return sorted(variable for variable in environ if is_foreign(variable))
+
+
 def environment() -> dict[str, str]:
     """A copy of the environment, for processes that the job starts."""
     return dict(os.environ)
 
 
 def secrets(environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
-    """The credentials in the environment, by the ecosystem's own names, so that the log can leave them out."""
+    """The credentials in the environment, by other programs' names for them, so that the log can leave them out."""
     environ = os.environ if environ is None else environ
     named = [value for name, value in environ.items() if _SECRET.search(name)]
     in_urls = [found for value in environ.values() for found in _LOGIN.findall(value)]
@@ -169,10 +175,8 @@ def trackers(settings: Settings, environ: Mapping[str, str] | None = None) -> di
 def describe(settings: Settings) -> list[tuple[str, Any, str]]:
     """(dotted name, JSON-able value, source) of every setting, in their order here."""
     tree = settings.model_dump(mode="json")  # writes a SecretStr as asterisks
-    flat = {
-        name: tree[group] if not key else tree[group][key] for name in NAMES for group, _, key in [name.partition(".")]
-    }
-    return [(name, flat[name], settings.sources[name]) for name in NAMES]
+    rows = [(name, *name.partition(".")[::2]) for name in NAMES]
+    return [(name, tree[group][key] if key else tree[group], settings.sources[name]) for name, group, key in rows]
 
 
 def redacted(settings: Settings) -> dict[str, dict[str, Any]]:
@@ -185,8 +189,20 @@ def preset_values(preset: str) -> dict[str, Any]:
     if preset not in PRESETS:
         return {}
     given = {"preset": preset, **PRESETS[preset]}
-    settings, _ = _validated({name: GivenValue(value, "preset") for name, value in given.items()})
-    return {name: value for name, value, _ in describe(settings)}
+    return {name: value for name, value, _ in describe(Settings(**nested(given)))}
+
+
+def add_options(parser: ArgumentParser, *, reading: bool = False) -> None:
+    """Adds every setting as an option with its documentation, for `--help`; with `reading` those for readers only."""
+    from pydantic import create_model
+    from pydantic_settings import BaseSettings, CliSettingsSource
+
+    settings: type[BaseSettings] = Settings
+    if reading:
+        groups = {name.partition(".")[0] for name in READING}
+        fields: dict[str, Any] = {n: (f.annotation, f) for n, f in Settings.model_fields.items() if n in groups}
+        settings = create_model("Settings", __base__=Options, **fields)
+    CliSettingsSource(settings, root_parser=parser)
 
 
 def json_schema() -> dict[str, Any]:
@@ -194,39 +210,22 @@ def json_schema() -> dict[str, Any]:
     return Settings.model_json_schema()
 
 
-def _validated(given: Mapping[str, GivenValue]) -> tuple[Settings, dict[str, Problem]]:
-    """Settings from all values that are right alone, and a problem for each that is not."""
-    tree: dict[str, Any] = {}
-    for name, item in given.items():
-        group, _, key = name.rpartition(".")
-        (tree.setdefault(group, {}) if group else tree)[key] = item.value
-    sources = {name: item.source for name, item in given.items()}
-    try:
-        return Settings.model_validate(tree, context=sources), {}
-    except ValidationError as error:
-        wrong: dict[str, Problem] = {}
-        for record in error.errors(include_url=False, include_input=False):
-            name = ".".join(map(str, record["loc"][: 1 if record["loc"][0] == "preset" else 2]))
-            wrong.setdefault(name, Problem(f"{name} ({sources[name]})", explain(record)))
-        # No check spans two settings, so what is left is valid and the checks on combinations can go on.
-        rest, _ = _validated({name: item for name, item in given.items() if name not in wrong})
-        return rest, wrong
-
-
 def _processes(settings: Settings, environ: Mapping[str, str]) -> Iterator[Fault]:
     run = settings.run
-    if faults := list(find_faults(environ)):
-        yield from faults
+    if list(find_faults(environ)):  # which process this is cannot be told; `load_settings` reports it
         return
     place = find_place(environ)
     if place is None and run.nodes > 1:
         if run.rendezvous is None:
-            yield "run.rendezvous", "must be given where run.nodes is more than 1: host:port of machine 0, on all alike"
+            yield (
+                "run.rendezvous",
+                "must be given where JOB_RUN__NODES is more than 1: host:port of machine 0, the same on all",
+            )
         if run.node_rank >= run.nodes:
-            yield "run.node_rank", f"counts from 0, so it must be less than run.nodes, {run.nodes}; change one"
+            yield "run.node_rank", f"counts from 0, so it must be less than JOB_RUN__NODES, {run.nodes}; change one"
     several = run.nodes > 1 if place is None else place.world_size > 1
     if several and settings.sources["run.id"] == "generated":
-        yield "run.id", "must be given: each machine or process would make up its own"
+        yield "run.id", "must be given: each machine or process would generate another one"
 
 
 def _places(settings: Settings, platform: Platform) -> Iterator[Fault]:
@@ -234,14 +233,14 @@ def _places(settings: Settings, platform: Platform) -> Iterator[Fault]:
     own = copied_folder(platform.inputs) or platform.output
     if own and settings.run.nodes > 1 and Path(output).is_relative_to(own):
         yield "run.output", "is a folder of this machine alone; with several machines give s3://bucket/prefix"
-    if not output.startswith("s3://") and (why := _why_not_writable(Path(output) / settings.run.id)):
+    if not is_remote(output) and (why := _why_not_writable(Path(output) / settings.run.id)):
         yield "run.output", why
     if cache and (why := _why_not_writable(Path(cache))):
         yield "storage.cache", why
 
 
 def _why_not_writable(path: Path) -> str | None:
-    """Why a folder of this name cannot be made or written to; None when it can. Creates nothing."""
+    """Why a folder of this name cannot be created or written to; None when it can. Creates nothing."""
     for place in (path, *path.parents):
         try:
             place.stat()
@@ -259,31 +258,55 @@ def _why_not_writable(path: Path) -> str | None:
     return "cannot be written: no folder above it exists; give another path"
 
 
-def _pins(settings: Settings) -> Iterator[Fault]:
-    for name, place, pin in (
-        ("model.revision", settings.model.id, settings.model.revision),
-        ("data.revision", settings.data.source, settings.data.revision),
-    ):
-        if pin and place.startswith(("s3://", "/", ".")):
-            yield name, "pins a commit of a hub repository, but what is pinned is a path or s3:// URI; remove it"
+def _revisions(settings: Settings, request: Request) -> Iterator[Fault]:
+    """Revisions of what has none, and those that were written for another repository than the one that is used."""
+    values = {name: value for name, value, _ in describe(settings)}
+    for name, marker in _REVISIONS.items():
+        place = str(values[marker.subject])
+        if not values[name]:
+            continue
+        if is_remote(place) or place.startswith(("/", ".")):
+            what = f"is a commit of a hub repository, but {environment_name(marker.subject)} is a path or s3:// URI"
+            yield name, f"{what}; remove it"
+        elif why := _other_repository(name, marker.subject, request):
+            yield name, why
+
+
+def _other_repository(name: str, subject: str, request: Request) -> str | None:
+    """Why a revision that the user wrote is not of the repository that is used; None if it may be.
+
+    The source that gives the revision, or one below it that the user wrote, names another repository than the
+    source that wins. To drop the revision would unpin the run silently, to keep it would ask for it in a repository
+    that it does not come from.
+    """
+    layers = [layer.given for layer in request.layers if layer.by_user]
+    at = next((index for index, given in enumerate(layers) if name in given), len(layers))
+    written_for = next((given[subject] for given in layers[at:] if subject in given), None)
+    used = request.strongest(subject)
+    if written_for is None or used is None or same(used.value, written_for.value):
+        return None
+    return (
+        f"is for the {environment_name(subject)} of {written_for.source}, but {used.source} names another; "
+        f"give {environment_name(name)} there too, or empty there for the newest revision"
+    )
 
 
 def _tasks(settings: Settings) -> Iterator[Fault]:
-    # A preset's files may serve none of the tasks that the user asks for; the user's own files are meant to be used.
+    # A preset's file for a task that the user does not ask for is not used; a user's own file is meant to be used.
     own = not settings.sources["eval.data"].startswith("preset")
     if own and not set(settings.eval.data) <= set(settings.eval.tasks):
         named = " (a channel's files are named after their tasks)" * settings.sources["eval.data"].startswith(
             "sagemaker channel"
         )
-        what = f"has a file for a task that is not in eval.tasks{named}; add the task there, or drop the file"
+        what = f"has a file for a task that is not in JOB_EVAL__TASKS{named}; add the task there, or drop the file"
         yield "eval.data", what
 
 
 def _gate(settings: Settings) -> Iterator[Fault]:
     gain, loss = settings.gate.min_delta, settings.gate.max_regression
     if settings.sources["gate.metric"] != "default" and gain is None and loss is None:
-        yield "gate.metric", "has no threshold; give gate.min_delta or gate.max_regression as well"
+        yield "gate.metric", "has no threshold; give JOB_GATE__MIN_DELTA or JOB_GATE__MAX_REGRESSION as well"
     if settings.gate.baseline is not None and gain is None and loss is None:
-        yield "gate.baseline", "has no threshold; give gate.min_delta or gate.max_regression as well"
+        yield "gate.baseline", "has no threshold; give JOB_GATE__MIN_DELTA or JOB_GATE__MAX_REGRESSION as well"
     if gain is not None and loss is not None and gain < -loss:
-        yield "gate.min_delta", "allows a greater loss than gate.max_regression; raise it, or remove one of the two"
+        yield "gate.min_delta", "allows a larger loss than JOB_GATE__MAX_REGRESSION; raise it, or remove one of the two"

@@ -1,4 +1,8 @@
-"""Named sets of settings that come ready: what a preset says instead of the defaults in `settings.py`."""
+"""Presets: named sets of values that take the place of the defaults in `schema`.
+
+To add one: an entry here, and its name in the type of `Settings.preset`. A value for a setting in the groups `model`
+and `data`, or for another setting that is marked with `BelongsTo`, counts for the preset's own model and data only.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from pathlib import Path
 _DEMO = Path(__file__).parents[1] / "demo"
 
 PRESETS: Mapping[str, Mapping[str, object]] = {
-    # The reference recipe is the defaults, on pinned revisions of the hub.
+    # The reference recipe: the defaults, on pinned revisions of the hub.
     "mistral-7b-alpaca": {
         "run.device": "gpu",
         "model.id": "mistralai/Mistral-7B-v0.1",

@@ -1,4 +1,12 @@
-"""SageMaker input channels as a source of settings."""
+"""SageMaker's input channels as a source of settings.
+
+    training      JOB_DATA__SOURCE: the channel's folder, with one data file directly in it
+    model         JOB_MODEL__ID: the channel's folder, in the hub's layout
+    evaluation    JOB_EVAL__DATA: files named after their tasks, `arc_easy.jsonl`
+
+The fields in `schema` are marked with the channel (`SageMakerChannel`). A channel of another name counts if a setting
+names a path in it: `config=/opt/ml/input/data/conf/job.yaml`.
+"""
 
 from __future__ import annotations
 
@@ -10,27 +18,26 @@ from job.common.config_files import read_mapping
 from job.errors import Problem
 from job.settings.layers import GivenValue, Layer
 
-STANDS_FOR = {"training": "data.source", "model": "model.id", "evaluation": "eval.data"}
 
-
-def read_channels(inputs: Path | None, mentioned: Collection[str] = ()) -> Layer:
-    """The settings that channels stand in for.
+def read_channels(inputs: Path | None, channels: Mapping[str, str], mentioned: Collection[str] = ()) -> Layer:
+    """The settings that channels stand for.
 
     Args:
         inputs: SageMaker's folder of inputs, with `config/inputdataconfig.json` and the channels below `data/`.
-        mentioned: Texts that may name a path in a channel. A channel that is for nothing is an error: its name may be
-            a slip, and the run would train on something else.
+        channels: Name of a channel -> dotted name of the setting it stands for (`SageMakerChannel` in the schema).
+        mentioned: Texts that may name a path in a channel. A channel that nothing uses is an error: its name
+            may be misspelt, and the run would train on other data.
     """
     layer = Layer()
     if inputs is None or not (listing := inputs / "config/inputdataconfig.json").is_file():
         return layer
-    channels = read_mapping(listing, json.loads)
-    if isinstance(channels, str):
-        return Layer(problems=[Problem(listing.name, channels)])
-    for name, ordered in channels.items():
+    listed = read_mapping(listing, json.loads)
+    if isinstance(listed, str):
+        return Layer(problems=[Problem(listing.name, listed)])
+    for name, channel in listed.items():
         source, folder = f"sagemaker channel {name}", inputs / "data" / str(name)
-        setting = STANDS_FOR.get(str(name).lower())
-        if why := _unusable(ordered):
+        setting = channels.get(str(name).lower())
+        if why := _unusable(channel):
             layer.problems.append(Problem(source, why))
         elif setting == "eval.data":
             if questions := _questions(folder):
@@ -40,18 +47,18 @@ def read_channels(inputs: Path | None, mentioned: Collection[str] = ()) -> Layer
         elif setting is not None:
             layer.given[setting] = GivenValue(str(folder), source)
         elif not any(f"{folder}/" in f"{text}/" for text in mentioned):
-            what = f"stands for no setting; name it {', '.join(STANDS_FOR)}, or name a path in {folder} in a setting"
+            what = f"stands for no setting; name it {', '.join(channels)}, or name a path in {folder} in a setting"
             layer.problems.append(Problem(source, what))
     return layer
 
 
-def _unusable(ordered: object) -> str | None:
-    """Why a channel cannot be used as it was ordered; None when it can."""
-    ordered = ordered if isinstance(ordered, Mapping) else {}
-    if ordered.get("TrainingInputMode") == "Pipe":
-        return "is a pipe, which can be read only once; give it the input mode File or FastFile"
-    if ordered.get("S3DistributionType") == "ShardedByS3Key":
-        return "is dealt out to the hosts, and each needs all of it; make its distribution FullyReplicated"
+def _unusable(channel: object) -> str | None:
+    """Why a channel cannot be used as it was requested; None when it can."""
+    channel = channel if isinstance(channel, Mapping) else {}
+    if channel.get("TrainingInputMode") == "Pipe":
+        return "is a pipe, which can be read only once; set its input mode to File or FastFile"
+    if channel.get("S3DistributionType") == "ShardedByS3Key":
+        return "is divided among the hosts, but each needs all of it; set its distribution to FullyReplicated"
     return None
 
 

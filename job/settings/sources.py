@@ -1,64 +1,118 @@
-"""Collects settings from wherever they may be given, each with the place it came from.
+"""The places that settings come from, as sources of pydantic-settings; `Settings` has them in order of precedence.
 
-pydantic-settings is not used for this: it drops unknown names at the top level, stops at the first value it cannot
-parse, and does not say where a value came from. Here a layer is a flat mapping from the dotted name of a setting to its
-raw value; `fieldtypes` gives raw values their meaning.
+pydantic-settings calls the sources one after the other, the strongest first, and merges what they return. A source here
+returns raw values, which the fields' types then interpret (`field_types`), and notes in the `Request` where each value
+came from. What pydantic-settings does not report is reported by these sources: names that are no settings, and all
+problems at once instead of the first.
+
+How to add a source: a subclass of `Source` with `_read`, and its place in `Settings.settings_customise_sources`.
 """
 
 from __future__ import annotations
 
 import json
 import tomllib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    NestedSecretsSettingsSource,
+    PydanticBaseSettingsSource,
+    SecretsSettingsSource,
+)
+from pydantic_settings import SettingsError as BadFolder
 
 from job.common.config_files import read_mapping
+from job.distributed.ranks import find_machines
 from job.errors import Problem
 from job.platforms.detect import Platform
+from job.platforms.sagemaker import copied_folder
+from job.settings.field_types import new_run_id
 from job.settings.layers import GivenValue, Layer
+from job.settings.markers import BelongsTo, SageMakerChannel, find_markers, setting_names
+from job.settings.presets import PRESETS
 from job.settings.sagemaker_channels import read_channels
 
-CONFIG = "config"  # names a file of settings; it is no setting itself
+CONFIG = "config"  # names a file of settings; not a setting itself
+SECRETS_DIR = "secrets_dir"  # names a folder of files named like variables; not a setting either
+# How far SageMaker's copy of a folder may lag behind: it states no figure; an upload of a few GB takes less than this.
+COPIED_WITHIN_SECONDS = 300
 _SHOWN_NAME = 80
-# A pinned revision belongs to one repository, a need for a GPU to one model: who names another leaves them behind.
-_PINS = {"model.id": ("model.revision", "run.device"), "data.source": ("data.revision",)}
 # Put into hyperparameters.json by SageMaker's own SDK and tuner.
 _SAGEMAKER_PREFIXES = ("sagemaker_", "_tuning_")
 
 
-def collect(
-    names: Collection[str],
-    arguments: Sequence[str],
-    environ: Mapping[str, str],
-    platform: Platform,
-    presets: Mapping[str, Mapping[str, object]],
-) -> Layer:
-    """All that is given, by precedence: command line > environment > hyperparameters.json > file > channels > preset.
+@dataclass(frozen=True)
+class Request:
+    """One reading of the settings: where to look, and what each source gave, the strongest first."""
 
-    Args:
-        names: The dotted names of all settings.
-        arguments: Command line overrides, `--train.epochs=3` or `--train.epochs 3`.
-        environ: Environment variables; those that begin with `JOB_` are read.
-        platform: Where the job runs.
-        presets: Preset name -> dotted name -> value. The name is itself a setting, `preset`.
-    """
-    direct = [
-        _from_hyperparameters(platform.hyperparameters, names),
-        _from_environment(environ, names, platform),
-        _from_command_line(arguments, names),
-    ]
-    config = _last(CONFIG, direct)
-    file = _from_file(config, names) if config and config.value else Layer()
-    chosen = _last("preset", [file, *direct]) or GivenValue(next(iter(presets)), "default")
-    values = presets.get(chosen.value, {}) if isinstance(chosen.value, str) else {}
-    preset = Layer({name: GivenValue(value, f"preset {chosen.value}") for name, value in values.items()})
-    settled = [str(item.value) for layer in (file, *direct) for item in layer.given.values()]
-    channels = read_channels(platform.inputs, [*settled, *environ.values()])
-    layers = [preset, channels, file, *direct]
-    given = _merge([layer.given for layer in layers])
-    given.pop(CONFIG, None)
-    return Layer(given, [problem for layer in layers for problem in layer.problems])
+    arguments: Sequence[str]
+    environ: Mapping[str, str]
+    platform: Platform
+    layers: list[Layer] = field(default_factory=list)
+
+    @property
+    def given(self) -> dict[str, GivenValue]:
+        """Dotted name -> the value of the strongest source that gives one."""
+        return {name: item for layer in reversed(self.layers) for name, item in layer.given.items() if name != CONFIG}
+
+    @property
+    def problems(self) -> list[Problem]:
+        """What is wrong within each source, the weakest source first."""
+        return [problem for layer in reversed(self.layers) for problem in layer.problems]
+
+    def strongest(self, name: str) -> GivenValue | None:
+        """The value that the sources read so far give for a setting; None if they give none."""
+        return next((layer.given[name] for layer in self.layers if name in layer.given), None)
+
+
+class Source(PydanticBaseSettingsSource, ABC):
+    """A place that settings come from. It is read after all stronger ones, and can see in `request` what they gave."""
+
+    def __init__(self, settings_cls: type[BaseSettings], request: Request) -> None:
+        super().__init__(settings_cls)
+        self.request = request
+        self.names = setting_names(settings_cls)
+
+    @abstractmethod
+    def _read(self) -> Layer:
+        """What this source gives, by dotted name, and what is wrong with it."""
+
+    def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:  # noqa: ARG002
+        """Required by the base class, but not called: `__call__` returns all values at once."""
+        return None, "", False
+
+    def __call__(self) -> dict[str, Any]:
+        """All values of this source, nested as the settings are."""
+        layer = self._read()
+        if (run_id := layer.given.get("run.id")) and run_id.value in (None, ""):
+            del layer.given["run.id"]  # an empty name asks for the platform's, or for a generated one
+        self.request.layers.append(layer)
+        return nested({name: item.value for name, item in layer.given.items() if name != CONFIG})
+
+
+def nested(given: Mapping[str, object]) -> dict[str, Any]:
+    """Values by dotted name as a tree, group -> name -> value."""
+    tree: dict[str, Any] = {}
+    for name, value in given.items():
+        group, _, key = name.rpartition(".")
+        # A mapping such as eval.data is one value; as a dict, pydantic-settings would merge it with a weaker source's.
+        whole = MappingProxyType(value) if isinstance(value, dict) else value
+        (tree.setdefault(group, {}) if group else tree)[key] = whole
+    return tree
+
+
+def _flat(tree: Mapping[str, Any]) -> dict[str, object]:
+    """The inverse of `nested`."""
+    groups = {group: value if isinstance(value, dict) else {"": value} for group, value in tree.items()}
+    return {f"{group}.{key}".rstrip("."): value for group, values in groups.items() for key, value in values.items()}
 
 
 def environment_name(name: str) -> str:
@@ -71,68 +125,198 @@ def _canonical(key: str) -> str:
     return key.strip().lower().replace("-", "_").removeprefix("job_").replace("__", ".")
 
 
-def _last(name: str, layers: Sequence[Layer]) -> GivenValue | None:
-    return next((layer.given[name] for layer in reversed(layers) if name in layer.given), None)
+def setting_at(name: str, source: str) -> str:
+    """How a message names a setting and where its value came from: `JOB_TRAIN__EPOCHS (file job.yaml)`."""
+    variable = environment_name(name)
+    return f"{variable} ({'environment' if source == f'environment {variable}' else source})"
 
 
-def _merge(layers: Sequence[Mapping[str, GivenValue]]) -> dict[str, GivenValue]:
-    """Later layers win; a pin goes when the thing it pins is replaced."""
-    merged: dict[str, GivenValue] = {}
-    for layer in layers:
-        for pinned, pins in _PINS.items():
-            if pinned in layer and pinned in merged and layer[pinned].value != merged[pinned].value:
-                for pin in pins:
-                    merged.pop(pin, None)
-        merged.update(layer)
-    return merged
+class CommandLine(Source):
+    """Options, `--train.epochs=3` or `--train.epochs 3`.
+
+    Not pydantic-settings' own reader: argparse exits at the first mistake and repeats what was typed, maybe a secret.
+    """
+
+    def _read(self) -> Layer:
+        layer = Layer()
+        arguments = self.request.arguments
+        rest = iter(enumerate(arguments, start=1))
+        for position, argument in rest:
+            if not argument.startswith("--"):
+                # The argument is not repeated: it may be a secret that was left over.
+                where = f"command line, argument {position}"
+                layer.problems.append(Problem(where, "is no setting; settings are given as --group.name=value"))
+                continue
+            key, equals, value = argument.removeprefix("--").partition("=")
+            follower = arguments[position] if position < len(arguments) else "--"
+            if not equals and not follower.startswith("--"):
+                value = next(rest)[1]
+            name = _canonical(key)
+            if name not in self.names and name != CONFIG:
+                known = (*self.names, CONFIG)
+                layer.problems.append(_unknown("command line --", key, known, lambda name: f"--{name}"))
+            elif not equals and follower.startswith("--"):
+                layer.problems.append(Problem(f"command line --{key}", f"needs a value: --{key}=VALUE"))
+            else:
+                layer.given[name] = GivenValue(value, "command line")
+        return layer
 
 
-def _from_environment(environ: Mapping[str, str], names: Collection[str], platform: Platform) -> Layer:
-    layer = Layer()
-    known = {environment_name(name): name for name in (*names, CONFIG)}
-    for variable in sorted(environ):
-        if variable in known:
-            layer.given[known[variable]] = GivenValue(environ[variable], f"environment {variable}")
-        elif variable.startswith("JOB_") and not platform.sets(variable):
-            layer.problems.append(_unknown("environment ", variable, (*names, CONFIG), environment_name))
-    return layer
+class Environment(Source):
+    """Variables `JOB_GROUP__NAME`, read by pydantic-settings' own source."""
+
+    def _read(self) -> Layer:
+        environ, platform = self.request.environ, self.request.platform
+        own = {variable: text for variable, text in environ.items() if variable.startswith("JOB_")}
+        known = (*self.names, CONFIG, SECRETS_DIR)
+        variables = {environment_name(name) for name in known}
+        found = _by_variable(EnvSettingsSource(self.settings_cls), {v: own[v] for v in own.keys() & variables})
+        return Layer(
+            {name: GivenValue(value, f"environment {environment_name(name)}") for name, value in found.items()},
+            [
+                _unknown("environment ", variable, known, environment_name)
+                for variable in sorted(own.keys() - variables)
+                if not platform.sets(variable)
+            ],
+        )
 
 
-def _from_command_line(arguments: Sequence[str], names: Collection[str]) -> Layer:
-    layer = Layer()
-    rest = iter(enumerate(arguments, start=1))
-    for position, argument in rest:
-        if not argument.startswith("--"):
-            # The argument is not repeated: it may be a secret that was left over.
-            where = f"command line, argument {position}"
-            layer.problems.append(Problem(where, "is no setting; settings are given as --group.name=value"))
-            continue
-        key, equals, value = argument.removeprefix("--").partition("=")
-        follower = arguments[position] if position < len(arguments) else "--"
-        if not equals and not follower.startswith("--"):
-            value = next(rest)[1]
-        name = _canonical(key)
-        if name not in names and name != CONFIG:
-            layer.problems.append(_unknown("command line --", key, (*names, CONFIG), lambda known: f"--{known}"))
-        elif not equals and follower.startswith("--"):
-            layer.problems.append(Problem(f"command line --{key}", f"needs a value: --{key}=VALUE"))
-        else:
-            layer.given[name] = GivenValue(value, "command line")
-    return layer
+class SecretsFolder(Source):
+    """Files named like variables in the folder that JOB_SECRETS_DIR names, as Docker and Kubernetes mount secrets.
+
+    Read by pydantic-settings' own source. A file whose name does not begin with JOB_ is left alone.
+    """
+
+    def _read(self) -> Layer:
+        variable = environment_name(SECRETS_DIR)
+        folder = self.request.environ.get(variable)
+        if not folder:
+            return Layer()
+        if not Path(folder).is_dir():
+            return Layer(problems=[Problem(f"{variable} (environment)", "names no folder; mount it, or unset it")])
+        try:
+            reader = NestedSecretsSettingsSource(SecretsSettingsSource(self.settings_cls, secrets_dir=folder))
+        except (OSError, ValueError, BadFolder):  # whose own words may quote a file
+            what = "names a folder with a file that cannot be read as text, or with more than 16 MiB; correct it"
+            return Layer(problems=[Problem(f"{variable} (environment)", what)])
+        texts = {name.upper(): text for name, text in reader.env_vars.items() if text is not None}
+        known = (*self.names, CONFIG)
+        variables = {environment_name(name) for name in known}
+        found = _by_variable(reader, {name: texts[name] for name in texts.keys() & variables})
+        unknown = sorted(name for name in texts if name.startswith("JOB_") and name not in variables)
+        return Layer(
+            {name: GivenValue(value, f"secret {environment_name(name)}") for name, value in found.items()},
+            [_unknown("secret ", name, known, environment_name) for name in unknown],
+        )
 
 
-def _from_hyperparameters(path: Path | None, names: Collection[str]) -> Layer:
-    """SageMaker makes a string of everything, some of its SDKs by way of JSON: '3', '"nf4"', 'null'."""
-    source = "hyperparameters.json"
-    if path is None or not path.is_file():
-        return Layer()
-    content = read_mapping(path, json.loads)
-    if isinstance(content, str):
-        return Layer(problems=[Problem(source, content)])
-    own = {key: _unquoted(value) for key, value in content.items() if not str(key).startswith(_SAGEMAKER_PREFIXES)}
-    known = (*names, CONFIG)
-    # Here a name may be written without its dot, as tuners and templates like it: train-learning-rate.
-    return _from_tree(own, source, known, {name.replace(".", "_"): name for name in known})
+def _by_variable(reader: EnvSettingsSource, texts: Mapping[str, str]) -> dict[str, object]:
+    """Lets pydantic-settings tell which setting each variable is; returns raw values by dotted name."""
+    reader.env_vars = {variable.lower(): text for variable, text in texts.items()}
+    found = _flat(reader())
+    if (config := texts.get(environment_name(CONFIG))) is not None:
+        found[CONFIG] = config
+    return found
+
+
+class Hyperparameters(Source):
+    """SageMaker's hyperparameters.json, where everything is a string, some of them JSON: '3', '"nf4"', 'null'."""
+
+    def _read(self) -> Layer:
+        path, source = self.request.platform.hyperparameters, "hyperparameters.json"
+        if path is None or not path.is_file():
+            return Layer()
+        content = read_mapping(path, json.loads)
+        if isinstance(content, str):
+            return Layer(problems=[Problem(source, content)])
+        own = {key: _unquoted(value) for key, value in content.items() if not str(key).startswith(_SAGEMAKER_PREFIXES)}
+        known = (*self.names, CONFIG)
+        # Here a name may be written without its dot, as tuners and templates do: train-learning-rate.
+        return _from_tree(own, source, known, {name.replace(".", "_"): name for name in known})
+
+
+class ConfigFile(Source):
+    """The YAML or TOML file that `--config` or JOB_CONFIG names.
+
+    Not pydantic-settings' own readers: they take a missing file, and one that holds a list, for an empty one.
+    """
+
+    def _read(self) -> Layer:
+        config = self.request.strongest(CONFIG)
+        if config is None or not config.value:
+            return Layer()
+        path, where = Path(str(config.value)), setting_at(CONFIG, config.source)
+        parsers: dict[str, Callable[[str], object]] = {
+            ".yaml": _parse_yaml,
+            ".yml": _parse_yaml,
+            ".toml": tomllib.loads,
+        }
+        if path.suffix.lower() not in parsers:
+            return Layer(problems=[Problem(where, "must name a .yaml, .yml or .toml file")])
+        content = read_mapping(path, parsers[path.suffix.lower()])
+        if isinstance(content, str):
+            return Layer(problems=[Problem(where, f"the file {content}")])
+        return _from_tree(content, f"file {path}", self.names)
+
+
+class SageMakerChannels(Source):
+    """Input channels of a SageMaker job that stand for settings, and complaints about those that stand for none."""
+
+    def _read(self) -> Layer:
+        channels = {mark.name: name for name, mark in find_markers(self.settings_cls, SageMakerChannel).items()}
+        texts = [str(item.value) for layer in self.request.layers for item in layer.given.values()]
+        return read_channels(self.request.platform.inputs, channels, [*texts, *self.request.environ.values()])
+
+
+class Preset(Source):
+    """The values of the chosen preset, without those that belong to a model or data set which somebody has replaced.
+
+    A preset's revision, number of rows or need for a GPU were chosen for the model and the data that it names
+    (`BelongsTo` in the schema). Of another model or data set they say nothing, so there the defaults hold.
+    """
+
+    def _read(self) -> Layer:
+        chosen = self.request.strongest("preset")
+        name = chosen.value if chosen else next(iter(PRESETS))
+        values = PRESETS.get(name, {}) if isinstance(name, str) else {}
+        return Layer(
+            {
+                key: GivenValue(value, f"preset {name}")
+                for key, value in values.items()
+                if self._still_holds(key, values)
+            },
+            by_user=False,
+        )
+
+    def _still_holds(self, name: str, preset: Mapping[str, object]) -> bool:
+        belongs = find_markers(self.settings_cls, BelongsTo).get(name)
+        stronger = self.request.strongest(belongs.subject) if belongs else None
+        return belongs is None or stronger is None or same(stronger.value, preset.get(belongs.subject))
+
+
+def same(one: object, other: object) -> bool:
+    """Whether two raw values of a model or data set are the same text."""
+    return str(one).strip() == str(other).strip()
+
+
+class PlatformDefaults(Source):
+    """What the platform says of itself and of the run's machines, where nobody else says anything."""
+
+    def _read(self) -> Layer:
+        platform = self.request.platform
+        folder = copied_folder(platform.inputs) or platform.output
+        said = {
+            **find_machines(platform).settings,
+            "run.id": platform.run_id,
+            "run.output": folder and str(folder),
+            "run.grace_seconds": platform.grace_seconds,
+        }
+        output = self.request.strongest("run.output")
+        if folder and (output is None or Path(str(output.value)).is_relative_to(folder)):
+            said["checkpoint.settle_seconds"] = COPIED_WITHIN_SECONDS
+        given = {name: GivenValue(value, "platform") for name, value in said.items() if value is not None}
+        given.setdefault("run.id", GivenValue(new_run_id(), "generated"))
+        return Layer(given, by_user=False)
 
 
 def _unquoted(value: object) -> object:
@@ -144,18 +328,6 @@ def _unquoted(value: object) -> object:
         return value
     # Only the quotes come off here: what a list or a number means is decided where its type is known.
     return decoded if decoded is None or isinstance(decoded, str) else value
-
-
-def _from_file(config: GivenValue, names: Collection[str]) -> Layer:
-    path = Path(str(config.value))
-    where = f"{CONFIG} ({config.source})"
-    parsers: dict[str, Callable[[str], object]] = {".yaml": _parse_yaml, ".yml": _parse_yaml, ".toml": tomllib.loads}
-    if path.suffix.lower() not in parsers:
-        return Layer(problems=[Problem(where, "must name a .yaml, .yml or .toml file")])
-    content = read_mapping(path, parsers[path.suffix.lower()])
-    if isinstance(content, str):
-        return Layer(problems=[Problem(where, f"the file {content}")])
-    return _from_tree(content, f"file {path}", names)
 
 
 def _parse_yaml(text: str) -> object:
@@ -179,7 +351,7 @@ def _from_tree(
         if name not in names:
             layer.problems.append(_unknown(f"{source} ", key, names, str))
         elif name in layer.given:
-            layer.problems.append(Problem(f"{name} ({source})", "is given twice, in two spellings; keep one"))
+            layer.problems.append(Problem(setting_at(name, source), "is given twice, in two spellings; keep one"))
         else:
             layer.given[name] = GivenValue(value, source)
     return layer

@@ -1,4 +1,7 @@
-"""The two evaluations: of the base, with the adapter switched off, and of the adapter as it was published."""
+"""The two evaluations: of the base, with the adapter switched off, and of the adapter as it was published.
+
+Like all stages they return their result in process 0, and None in the others, which help to score.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from job import log
-from job.evaluation.harness import evaluate, write_records
-from job.evaluation.score_cache import ScoreCache
-from job.evaluation.scorer import Scorer
+from job.evaluation.harness import evaluate
+from job.evaluation.parallel_scoring import ParallelScoring
+from job.evaluation.samples import write_samples
+from job.evaluation.score_cache import ScoreCache, score_conditions
+from job.evaluation.scorer import Scores, score_questions
 from job.model.lora import adapter_off, load_adapter
-from job.records import Evaluated, Trained
+from job.model.packed_attention import is_packed
+from job.records import Evaluated, ModelRecord, Question, Trained
 from job.runs.attempt import Attempt
+from job.runs.layout import SCORES, answers_key
 from job.settings.load import Settings
 from job.stages.handoff import Loaded, Sources
 from job.storage.open import ObjectStore
@@ -21,20 +28,17 @@ from job.storage.open import ObjectStore
 def evaluate_base(
     attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded, shared: ObjectStore
 ) -> Evaluated | None:
-    """Scores all questions with the adapter off; `shared` is where runs leave the scores of their bases.
+    """Scores all questions with the adapter switched off.
 
-    Like all stages it gives its result in process 0, and None in the others.
+    `shared` is the store above all runs: scores of a base are kept there for every run that trains on it.
     """
-    kept = ScoreCache(shared, "scores", settings.run.id)
-    # Not the names, nor what belongs to the adapter: a base scores the same whatever is trained on it.
-    base = {**asdict(replace(loaded.record, id="", revision=None, trainable_parameters=0)), "forward": loaded.forward}
-    scorer = _scorer(attempt, settings, loaded, kept, base)
+    # Left out of the key are the base's name and what belongs to the adapter: neither changes the base's scores.
+    unnamed = replace(loaded.record, id="", revision=None, trainable_parameters=0, adapted=[])
+    cache = ScoreCache(shared, SCORES, settings.run.id, score_conditions(_forward(loaded, unnamed)))
     with adapter_off(loaded.model):
-        found = _evaluate(attempt, settings, sources, scorer, "base")
-    others = kept.runs - {settings.run.id}
-    if found is None or not others or scorer.scored:
+        found = _evaluate(attempt, settings, sources, loaded, cache=cache, side="base")
+    if found is None or (origin := cache.reused_from) is None:
         return found
-    origin = f"{shared.uri}/{scorer.folder} (run {', '.join(sorted(others))})"
     log.get_logger().info("base evaluation is reused", origin=origin)
     return replace(found, scores={task: replace(s, reused_from=origin) for task, s in found.scores.items()})
 
@@ -42,45 +46,48 @@ def evaluate_base(
 def evaluate_adapter(
     attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded, trained: Trained
 ) -> Evaluated | None:
-    """Scores all questions with the published adapter: what is evaluated is what ships."""
+    """Scores all questions with the adapter read back from the store: what is evaluated is what was published."""
     weights = [artifact for artifact in trained.artifacts if "/adapter/adapter_" in artifact.path]
     paths = attempt.processes.share_on_machine(
         "adapter", lambda: [str(attempt.fetch(artifact)) for artifact in weights]
     )
     load_adapter(loaded.model, Path(paths[0]).parent)
-    conditions = {
-        **asdict(loaded.record),
-        "forward": loaded.forward,
-        "adapter": [artifact.sha256 for artifact in weights],
-    }
-    kept = ScoreCache(attempt.store, "scores", settings.run.id)
-    scorer = _scorer(attempt, settings, loaded, kept, conditions)
-    return _evaluate(attempt, settings, sources, scorer, "adapter")
+    adapted = {**_forward(loaded, loaded.record), "adapter": [artifact.sha256 for artifact in weights]}
+    cache = ScoreCache(attempt.store, SCORES, settings.run.id, score_conditions(adapted))
+    return _evaluate(attempt, settings, sources, loaded, cache=cache, side="adapter")
 
 
-def _scorer(
-    attempt: Attempt, settings: Settings, loaded: Loaded, kept: ScoreCache, conditions: dict[str, Any]
-) -> Scorer:
-    return Scorer(
-        loaded.model,
-        settings.eval.batch_tokens,
-        kept,
-        conditions,
-        processes=attempt.processes,
-        alive=attempt.alive,
-    )
+def _forward(loaded: Loaded, record: ModelRecord) -> dict[str, Any]:
+    """What decides the bits of a forward pass, apart from the adapter's weights."""
+    return {**asdict(record), "forward": loaded.plan.forward, "packed": is_packed(loaded.model)}
 
 
-def _evaluate(attempt: Attempt, settings: Settings, sources: Sources, scorer: Scorer, side: str) -> Evaluated | None:
+def _evaluate(
+    attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded, *, cache: ScoreCache, side: str
+) -> Evaluated | None:
+    """Process 0 asks the questions and publishes the samples; the others score what it deals out."""
+    parallel = ParallelScoring(attempt.processes, attempt.alive)
     if not attempt.processes.leads or sources.tasks is None:
-        scorer.help()
+        parallel.help(loaded.model)
         return None
-    found = evaluate(sources.tasks, sources.tokenizer, scorer, limit=settings.eval.limit)
-    attempt.processes.share("questions", str)  # no more of them
+
+    def score(questions: list[Question]) -> Scores:
+        with log.progress("questions", len(questions), every=max(1, len(questions) // 10)) as on_progress:
+            return score_questions(
+                loaded.model,
+                questions,
+                settings.eval.batch_tokens,
+                cache=cache,
+                score=parallel.score,
+                on_progress=on_progress,
+            )
+
+    found = evaluate(sources.tasks, sources.tokenizer, score, limit=settings.eval.limit)
+    parallel.finish()
     artifacts, figures = [], {}
-    for task, (scores, records) in found.items():
-        key = f"artifacts/evaluation/{task}.{side}.jsonl"
-        write_records(attempt.work / key, records)
+    for task, (scores, samples) in found.items():
+        key = answers_key(task, side)
+        write_samples(attempt.work / key, samples)
         artifacts.append(attempt.publish(attempt.work / key, key))
         figures[task] = scores
         log.get_logger().info("evaluated", task=task, n=scores.n, acc=scores.acc, acc_norm=scores.acc_norm)

@@ -8,7 +8,7 @@ from typing import Any
 
 from job.evaluation.tasks import Tasks
 from job.model.quantized_cache.layout import CachedBase, CacheEntry
-from job.records import Example, Execution, ModelRecord, Pulled
+from job.records import Example, ExecutionPlan, ModelRecord, Packing, Pulled
 from job.results.baseline import Baseline
 
 
@@ -34,14 +34,12 @@ class Sources:
 class Loaded:
     """The model in memory, what the manifest says of it, and how it is going to be trained.
 
-    `execution` is None where PEFT's own layers do the work; `forward` says in words whose layers do. `recompute` is
-    whether activations are computed again; `kept_base` is where a restart finds the base with these very bits.
+    `kept_base` is where a restart finds the base with these very bits.
     """
 
     model: Any
     record: ModelRecord
     micro_batch_tokens: int
-    execution: Execution | None
-    forward: str
-    recompute: bool
+    plan: ExecutionPlan
     kept_base: CachedBase
+    packing: Packing

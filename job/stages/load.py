@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from job import log
 from job.common.malloc import keep_freed_memory
 from job.distributed.processes import ALONE, Processes
 from job.errors import Problem, SettingsError
-from job.model.base import choose_device, choose_dtype, describe_model, load_base, make_deterministic
+from job.model.base import PLAIN, choose_device, choose_dtype, describe_model, load_base, make_deterministic
 from job.model.lora import add_adapter
+from job.model.packed_attention import NAME, use
+from job.model.packing_check import choose_packing
 from job.model.quantized_cache.cache import save
 from job.model.quantized_cache.layout import cached_base
+from job.records import Packing
 from job.settings.load import Settings
 from job.stages.handoff import Loaded, Sources
-from job.training.prepare import keeps_activations, limit_memory, prepare, setup_of, token_budget
+from job.training.lm_head_loss import losses_of
+from job.training.prepare import limit_memory, prepare, token_budget
 
 
-def load(settings: Settings, sources: Sources, processes: Processes = ALONE) -> Loaded:
-    """The quantized base with a fresh adapter on it, in each process its own."""
+def load(settings: Settings, sources: Sources, processes: Processes = ALONE, known: Packing | None = None) -> Loaded:
+    """The quantized base with a fresh adapter on it, in each process its own.
+
+    `known` is what an earlier attempt of the run found out about packing: it decides bits, so it stays.
+
+    Raises:
+        SettingsError: The settings do not fit the model or this machine.
+        DataError: The model's folder cannot be loaded.
+    """
     device = choose_device(settings.run.device)
     _same_kind(processes, device.type)
     if device.type == "cuda":
@@ -44,7 +56,7 @@ def load(settings: Settings, sources: Sources, processes: Processes = ALONE) -> 
         rank=settings.lora.rank,
         alpha=settings.lora.alpha,
         dropout=settings.lora.dropout,
-        target_modules=settings.lora.target_modules,
+        target_modules=None if settings.lora.target_modules == "auto" else settings.lora.target_modules,
         seed=settings.run.seed,
     )
     record = describe_model(
@@ -52,15 +64,14 @@ def load(settings: Settings, sources: Sources, processes: Processes = ALONE) -> 
         name=settings.model.id,
         revision=sources.record.model_revision,
         sha256=sources.record.model_sha256,
-        quantization=settings.model.quantization,
-        double=settings.model.double_quantization,
     )
     log.get_logger().info(
         "model is loaded", device=str(device), dtype=record.dtype, trainable_parameters=record.trainable_parameters
     )
+    packing = _packing(model, settings, sources, processes, known)
     own = token_budget(device, settings.train.micro_batch_tokens, settings.train.gpu_memory_gb)
     budget = min(processes.gather("token budget", own))  # it decides bits, so it is the same for all
-    execution, forward = prepare(
+    plan = prepare(
         model,
         [len(example.input_ids) for example in sources.examples],
         global_batch_size=settings.train.global_batch_size,
@@ -70,22 +81,28 @@ def load(settings: Settings, sources: Sources, processes: Processes = ALONE) -> 
         keep_base=settings.model.keep_dequantized,
         recompute=settings.train.gradient_checkpointing,
         gigabytes=settings.train.gpu_memory_gb,
+        processes=processes.place.local_world_size,
     )
-    recompute = not execution.kept_activations if execution else _recompute(settings, sources, model, budget, processes)
-    return Loaded(model, record, budget, execution, forward, recompute, kept_base)
+    if not packing.packed:
+        plan = replace(plan, packed=False, reason=f"{plan.reason}: {packing.reason}")
+    return Loaded(model, record, budget, plan, kept_base, packing)
 
 
-def _recompute(settings: Settings, sources: Sources, model: Any, budget: int, processes: Processes) -> bool:
-    """Whether PEFT's own layers compute their activations again: as set, else on a GPU, or where a CPU lacks memory."""
-    if (wanted := settings.train.gradient_checkpointing) != "auto":
-        return wanted
-    setup = setup_of(model, settings.model.quantization, settings.train.optimizer)
-    if model.device.type != "cpu" or setup is None:
-        return True
-    tokens = max(budget, *(len(example.input_ids) for example in sources.examples))
-    kept = keeps_activations(setup, tokens, processes.place.local_world_size)
-    log.get_logger().info("how training is carried out", micro_batch_tokens=budget, kept_activations=kept)
-    return not kept
+def _packing(model: Any, settings: Settings, sources: Sources, processes: Processes, known: Packing | None) -> Packing:
+    """Whether packed sequences come out right on this model; the same in all processes, since it decides bits."""
+    if known is not None:
+        use(model.get_base_model(), NAME if known.packed else PLAIN)
+        return known
+    found = choose_packing(
+        model,
+        sources.examples,
+        max_length=settings.train.max_length,
+        losses=losses_of(model),
+    )
+    if found.packed and not all(processes.gather("packing", found.packed)):
+        found = Packing(packed=False, reason="another process of the run finds that packed sequences come out wrong")
+        use(model.get_base_model(), PLAIN)
+    return found
 
 
 def _same_kind(processes: Processes, device: str) -> None:

@@ -1,4 +1,4 @@
-"""The last stage: what was found out becomes a manifest, and what people read is drawn from it."""
+"""The last stage: builds and publishes the manifest, the model card and the report."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from job.records import Artifact, Evaluated, ModelRecord, Trained
 from job.report import model_card, report
 from job.results import inventory, manifest
 from job.results.baseline import Baseline
-from job.results.reader import answers_path
 from job.runs.attempt import Attempt, now
-from job.runs.layout import CARD, REPORT, RESULTS
+from job.runs.layout import CARD, REPORT, RESULTS, answers_key
 from job.runs.run_log import read_run_log
 from job.settings.load import Settings, redacted
 from job.stages.handoff import Sources
@@ -34,22 +33,22 @@ def publish(
     adapter: Evaluated,
     gpus: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """Publishes what people read, and last of all the manifest; returns it.
+    """Publishes card and report, and last the manifest, whose presence marks the run as complete; returns it.
 
     Args:
-        attempt: This one.
-        settings: All of them: the manifest shows them, redacted.
-        sources: What was pulled.
+        attempt: Where files are published.
+        settings: Shown in the manifest, without secrets.
+        sources: Data record and baseline are taken from it.
         model: The base and the size of the adapter.
         base: The base's evaluation.
-        trained: What training found out.
+        trained: The training record and the adapter's files.
         adapter: The adapter's evaluation.
         gpus: Those of all processes.
     """
-    if (done := attempt.store.read(RESULTS)) is not None:  # the attempt before got so far after all
+    if (done := attempt.store.read(RESULTS)) is not None:  # an earlier attempt published it and was then killed
         published: dict[str, Any] = json.loads(done.data)
         return published
-    # read again: a note of the attempt before may have been under way when this one took over
+    # read only now: the previous attempt may have been writing its record when this one started
     earlier = read_run_log(attempt.store, attempt.number)
     tasks = compare_tasks(base.scores, adapter.scores)
     against, copies = _publish_baseline(attempt, sources.baseline, adapter)
@@ -78,30 +77,33 @@ def publish(
 def _publish_baseline(
     attempt: Attempt, baseline: Baseline | None, adapter: Evaluated
 ) -> tuple[dict[str, Any] | None, list[Artifact]]:
-    """Compares the adapter with the gate's baseline, and publishes the answers that this rests on."""
+    """Compares the adapter with the gate's baseline, and publishes a copy of the baseline's samples as evidence."""
     if baseline is None:
         return None, []
     copies = []
     for task in adapter.scores:
-        key = answers_path(task, "baseline")
+        key = answers_key(task, "baseline")
         path = attempt.work / key
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(baseline.files[task])
+        path.write_bytes(baseline.tasks[task].data)
         copies.append(attempt.publish(path, key))
     return baseline.compared(adapter.scores), copies
 
 
 def publish_report_and_card(attempt: Attempt, results: Mapping[str, Any]) -> dict[str, Any]:
-    """Publishes both; returns the manifest with them among its artefacts.
+    """Publishes both; returns the manifest with them among its artifacts.
 
-    A page must not cost a run its results: where one cannot be drawn the log has the error, and the manifest is
-    published without it. A store that does not take it is another matter, and ends the attempt as always.
+    If one cannot be rendered, the error is logged and the manifest is published without it: hours of training must not
+    be lost to a template. Errors of the store are raised as usual.
+
+    Raises:
+        JobError: The store does not accept a file.
     """
     complete = _with(results, _published(attempt, CARD, lambda: model_card.render_model_card(results)))
     return _with(
         complete,
         _published(
-            attempt, REPORT, lambda: report.render_report(complete, report.read_evidence(complete, attempt.fetch))
+            attempt, REPORT, lambda: report.render_report(complete, report.read_report_data(complete, attempt.fetch))
         ),
     )
 
@@ -111,8 +113,10 @@ def _published(attempt: Attempt, key: str, make: Callable[[], bytes]) -> Artifac
         content = make()
     except JobError:
         raise
-    except Exception as error:  # noqa: BLE001 - hours of a GPU's work are behind it
-        log.get_logger().error("a document cannot be made, the results come without it", document=key, exc_info=error)
+    except Exception as error:  # noqa: BLE001 - see publish_report_and_card
+        log.get_logger().error(
+            "a document cannot be made; the results are published without it", document=key, exc_info=error
+        )
         return None
     path = attempt.work / key
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -21,20 +21,23 @@ from job.common.threads import in_thread
 from job.data.dataset import check_source, load_examples
 from job.errors import JobError
 from job.evaluation.tasks import load_tasks
-from job.model.base import choose_device, choose_dtype, fingerprint, load_tokenizer
+from job.model.base import choose_device, choose_dtype, load_tokenizer
+from job.model.files import fingerprint
 from job.model.quantized_cache.cache import find
 from job.model.quantized_cache.layout import CachedBase, CacheEntry, entry_at, entry_for
 from job.records import Example, Pulled
 from job.results.baseline import check_questions, read_baseline
 from job.runs.attempt import Attempt
+from job.runs.layout import BASE, Stage
 from job.settings.load import Settings
 from job.stages.handoff import Sources
 from job.stages.preload import import_libraries
 from job.storage.base import disk_errors
 from job.storage.hub import download_model, import_client
-from job.storage.open import ObjectStore, fetch, open_store, size
+from job.storage.location import is_remote
+from job.storage.open import ObjectStore, StorageOptions, fetch, open_store, size
 
-CODE = ("job.model.base", "job.model.quantized_cache.cache", "job.model.quantized_cache.layout")
+CODE = ("job.model.base", "job.model.files", "job.model.quantized_cache.cache", "job.model.quantized_cache.layout")
 """Modules whose code decides the bits of a quantized base."""
 _LOOK_SECONDS = 0.5
 _FAREWELL_SECONDS = 3.0
@@ -61,8 +64,8 @@ class _Left:
     examples: str
 
 
-def pull(attempt: Attempt, settings: Settings, storage: dict[str, Any]) -> Sources:
-    """Pulls everything, once a machine; `storage` are the options of `objects.fetch`."""
+def pull(attempt: Attempt, settings: Settings, storage: StorageOptions) -> Sources:
+    """Pulls everything, once a machine; `storage` says how to reach stores."""
     processes = attempt.processes
     date = processes.share("date of the run", lambda: _date(attempt))
     if processes.place.local_world_size == 1:
@@ -98,17 +101,17 @@ def _take_over(left: _Left) -> Sources:
     )
 
 
-def _pull(attempt: Attempt, settings: Settings, storage: dict[str, Any], date: str) -> Sources:
+def _pull(attempt: Attempt, settings: Settings, storage: StorageOptions, date: str) -> Sources:
     def local(uri: str, kind: str) -> str:
         attempt.alive()
-        return str(fetch(uri, attempt.work / kind, **storage)) if uri.startswith("s3://") else uri
+        return fetch(uri, attempt.work / kind, storage)
 
     gate, data = settings.gate, settings.data
-    if not data.source.startswith("s3://"):
+    if not is_remote(data.source):
         check_source(data.source, data.revision, data.split)  # before gigabytes of weights are fetched
     baseline = None if gate.baseline is None else read_baseline(gate.baseline, storage)
-    uris = {uri for uri in (settings.model.id, data.source, *settings.eval.data.values()) if uri.startswith("s3://")}
-    check_disk(attempt.work, required_bytes(size(uri, **storage) for uri in uris))
+    places = {settings.model.id, data.source, *settings.eval.data.values()}
+    check_disk(attempt.work, required_bytes(size(place, storage) for place in places))
     import_client()  # here: two threads had better not import the same at once
     # Downloads and hashes leave the interpreter alone, which meanwhile imports and reads.
     coming = in_thread(lambda: _find_model(attempt, settings, storage), "model")
@@ -158,19 +161,17 @@ def _vocabulary(folder: Path) -> int | None:
         return None
 
 
-def _find_model(attempt: Attempt, settings: Settings, storage: dict[str, Any]) -> _Model:
+def _find_model(attempt: Attempt, settings: Settings, storage: StorageOptions) -> _Model:
     """The model's files: the kept quantized base, or what the settings name.
 
     A later attempt goes on with what the first one found, and does not ask again where that came from.
     """
-    known, base = attempt.known("pull", Pulled), attempt.known("base", CachedBase)
+    known, base = attempt.known(Stage.PULL, Pulled), attempt.known(BASE, CachedBase)
     if known is not None and base is not None and base.key is not None and (room := _room(attempt, settings, storage)):
         noted = entry_at(base.key, *room, base.index_sha256)
         if (folder := find(noted, attempt.get_on)) is not None:
             return _Model(folder, known.model_revision, known.model_sha256, noted, quantized=True)
-    source = settings.model.id
-    if source.startswith("s3://"):
-        source = str(fetch(source, attempt.work / "model", **storage))
+    source = fetch(settings.model.id, attempt.work / "model", storage)
     folder, revision = download_model(source, settings.model.revision)
     sha256 = fingerprint(folder)
     room = _room(attempt, settings, storage)
@@ -180,14 +181,14 @@ def _find_model(attempt: Attempt, settings: Settings, storage: dict[str, Any]) -
     return _Model(here or folder, revision, sha256, shelf, quantized=here is not None)
 
 
-def _room(attempt: Attempt, settings: Settings, storage: dict[str, Any]) -> tuple[Path, ObjectStore | None] | None:
+def _room(attempt: Attempt, settings: Settings, storage: StorageOptions) -> tuple[Path, ObjectStore | None] | None:
     """The folder and the store in which quantized bases are kept; None where they are not to be."""
     model, cache = settings.model, settings.storage.cache
     if model.quantization == "none" or model.keep_quantized == "off":
         return None
     if model.keep_quantized == "cache" and cache is None:
         return None
-    store = open_store(settings.run.output, **storage) if model.keep_quantized == "store" else None
+    store = open_store(settings.run.output, storage) if model.keep_quantized == "store" else None
     return attempt.work if cache is None else Path(cache), store
 
 

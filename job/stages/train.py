@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +15,32 @@ from job.checkpoints import manager
 from job.checkpoints.async_uploader import AsyncUploader
 from job.checkpoints.trainer_state import validate_trainer_state, write_metrics
 from job.common import host
+from job.common.hashing import hash_facts
+from job.common.optimizers import substitute
 from job.common.resources import check_disk, checkpoint_bytes, required_bytes
 from job.data.batch_plan import steps_per_epoch
 from job.errors import Preempted, Unreachable
 from job.model.lora import save_adapter, trainable
 from job.preemption.stop_flag import Stopwatch, decide
 from job.records import StepMetrics, Trained, TrainingRecord
+from job.results.training_totals import training_totals
 from job.runs.attempt import Attempt
+from job.runs.layout import ARTIFACTS
 from job.settings.load import Settings
 from job.stages.handoff import Loaded, Sources
 from job.tracking.tensorboard import write_events
-from job.training.config import Hooks, Recipe, substitute, total_steps
+from job.training import config
+from job.training.config import Hooks, Recipe, total_steps
 from job.training.trainer import train
 
 
 def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded) -> Trained | None:
     """Trains from the newest whole checkpoint on, and publishes the adapter and the metrics."""
     model, processes = loaded.model, attempt.processes
-    recipe, substitutions = substitute(_recipe(settings, len(sources.examples), loaded), model.device.type)
-    for sentence in substitutions if processes.leads else ():
-        log.get_logger().warning("substituted", what=sentence)
+    optimizer, substituted = substitute(settings.train.optimizer, model.device.type)
+    if substituted is not None and processes.leads:
+        log.get_logger().warning("substituted", what=substituted)
+    recipe = _recipe(settings, len(sources.examples), loaded.micro_batch_tokens, optimizer)
     restored = _restore(attempt)
     if restored.folder is not None:
         log.get_logger().info("resuming", step=restored.step, of=recipe.total_steps)
@@ -42,7 +48,16 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
     with (
         log.progress("steps", recipe.total_steps, every=settings.train.log_every_steps) as tell,
         AsyncUploader(
-            _publishing(attempt, settings.checkpoint.keep, settings.checkpoint.settle_seconds, restored.step),
+            manager.publisher(
+                attempt.store,
+                epoch=attempt.number,
+                world_size=processes.place.world_size,
+                software=host.software(),
+                keep=settings.checkpoint.keep,
+                settle_seconds=settings.checkpoint.settle_seconds,
+                verified=restored.step,
+                on_committed=partial(_committed, attempt),
+            ),
             patience=attempt.stop.remaining,
         ) as publisher,
     ):
@@ -52,6 +67,7 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
             sources.tokenizer,
             sources.examples,
             recipe=recipe,
+            plan=loaded.plan,
             hooks=Hooks(
                 on_metrics=_teller(attempt, tell, watch),
                 on_save=publisher.submit,
@@ -73,19 +89,21 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
     sources.tokenizer.save_pretrained(folder / "adapter")
     write_metrics(folder / "metrics.jsonl", trained.history)
     write_events(folder / "tensorboard", trained.history)
-    facts = manager.hash_facts(folder / "metrics.jsonl")
+    facts = hash_facts(folder / "metrics.jsonl")
     files = [path for part in ("adapter", "metrics.jsonl", "tensorboard") for path in _files(folder / part)]
     artifacts = [
         attempt.publish(
-            path, f"artifacts/{path.relative_to(folder).as_posix()}", facts if path.name == "metrics.jsonl" else None
+            path, f"{ARTIFACTS}{path.relative_to(folder).as_posix()}", facts if path.name == "metrics.jsonl" else None
         )
         for path in files
     ]
-    used = replace(recipe, micro_batch_tokens=trained.micro_batch_tokens)
-    record = _training_record(used, trained.history, substitutions, len(sources.examples), processes.place.world_size)
-    if loaded.execution is not None:
-        given_up: dict[str, Any] = dict.fromkeys(trained.given_up, False)
-        record = replace(record, execution=replace(loaded.execution, **given_up))
+    record = _training_record(
+        recipe,
+        trained,
+        substitutions=[] if substituted is None else [substituted],
+        rows=len(sources.examples),
+        world_size=processes.place.world_size,
+    )
     return Trained(record, artifacts)
 
 
@@ -113,8 +131,8 @@ def _restore(attempt: Attempt) -> manager.Restored:
     return found
 
 
-def _recipe(settings: Settings, rows: int, loaded: Loaded) -> Recipe:
-    t, execution = settings.train, loaded.execution
+def _recipe(settings: Settings, rows: int, micro_batch_tokens: int, optimizer: str) -> Recipe:
+    t = settings.train
     return Recipe(
         seed=settings.run.seed,
         total_steps=total_steps(rows, t.global_batch_size, t.epochs, t.max_steps),
@@ -124,14 +142,9 @@ def _recipe(settings: Settings, rows: int, loaded: Loaded) -> Recipe:
         weight_decay=t.weight_decay,
         max_grad_norm=t.max_grad_norm,
         global_batch_size=t.global_batch_size,
-        micro_batch_tokens=loaded.micro_batch_tokens,
-        optimizer=t.optimizer,
-        gradient_checkpointing=loaded.recompute,
+        micro_batch_tokens=micro_batch_tokens,
+        optimizer=optimizer,
         save_every_steps=settings.checkpoint.every_steps,
-        autocast=execution is None,
-        padded=execution is not None and execution.recorded,
-        replayed=execution is not None and execution.recorded,
-        kept_base=execution is not None and execution.kept_base,
     )
 
 
@@ -154,23 +167,10 @@ def _teller(attempt: Attempt, tell: log.Progress, watch: Stopwatch) -> Callable[
     return on_metrics
 
 
-def _publishing(attempt: Attempt, keep: int, settle_seconds: float, verified: int) -> Callable[[Path, int], None]:
-    """Publishes a checkpoint and deletes those that are not needed any more; runs beside training."""
-    size = attempt.processes.place.world_size
-    committed: dict[int, float] = {}
-
-    def publish(folder: Path, step: int) -> None:
-        began = time.monotonic()
-        manager.publish(
-            attempt.store, folder, step=step, epoch=attempt.number, world_size=size, software=host.software()
-        )
-        now = committed[step] = time.monotonic()
-        fresh = [step for step, when in committed.items() if now - when < settle_seconds]
-        manager.prune(attempt.store, keep, own=committed.keys(), verified=verified, fresh=fresh)
-        attempt.note("running")
-        log.get_logger().info("checkpoint", step=step, seconds=round(time.monotonic() - began, 3))
-
-    return publish
+def _committed(attempt: Attempt, step: int, seconds: float) -> None:
+    """Notes a checkpoint; called in the uploading thread."""
+    attempt.note("running")
+    log.get_logger().info("checkpoint", step=step, seconds=round(seconds, 3))
 
 
 def _fits(attempt: Attempt, watch: Stopwatch, publisher: AsyncUploader) -> Callable[[float], bool]:
@@ -193,23 +193,13 @@ def _files(path: Path) -> list[Path]:
 
 
 def _training_record(
-    recipe: Recipe, history: Sequence[StepMetrics], substitutions: list[str], rows: int, world_size: int
+    recipe: Recipe, trained: config.Trained, *, substitutions: list[str], rows: int, world_size: int
 ) -> TrainingRecord:
-    """Sums up the steps. A step that was repeated after a restart counts once, as it went the last time."""
-    last_epoch = history[-steps_per_epoch(rows, recipe.global_batch_size) :]
-    targets = sum(step.target_tokens for step in history)
-    seconds = sum(float(step.measured["seconds"] or 0) for step in history)
     return TrainingRecord(
-        steps=len(history),
-        examples=sum(step.examples for step in history),
-        target_tokens=targets,
-        loss=sum(s.loss * s.target_tokens for s in last_epoch) / sum(s.target_tokens for s in last_epoch),
-        tokens_per_second=targets / seconds if seconds else None,
-        seconds=seconds,
-        peak_memory_bytes=max(int(step.measured["memory_bytes"] or 0) for step in history),
+        **training_totals(trained.history, steps_per_epoch(rows, recipe.global_batch_size), recipe.global_batch_size),
         optimizer=recipe.optimizer,
-        global_batch_size=recipe.global_batch_size,
-        micro_batch_tokens=recipe.micro_batch_tokens,
+        micro_batch_tokens=trained.micro_batch_tokens,
         substitutions=substitutions,
         world_size=world_size,
+        execution=trained.plan,
     )

@@ -1,7 +1,40 @@
-"""What an object store is: the protocol, its words, and what both stores (`s3`, `local`) have in common.
+"""What an object store is: the contract verb by verb, and what all stores have in common.
 
-Absence is only ever a confirmed answer: `None` or `FileNotFoundError` mean that the store looked and there is nothing.
-Whatever else goes wrong is an error of `errors`: `AccessDenied`, `Unreachable` or `SettingsError`.
+A store holds objects under keys (see `check_key`). All verbs may be called from several threads.
+
+    read(key)       the whole object and its tag, or None: the store looked, and there is no such object.
+                    TooLarge: it has more than `max_bytes`.
+    write(key)      replaces the whole object, durably; returns its new tag. With `if_absent` or `if_tag` only if that
+                    condition holds at the moment of writing.
+                    Conflict: the condition does not hold. NotSupported: the store has no conditional writes.
+    upload(key)     like `write`, from a file of any size. Readers see the old object or the new one, nothing between.
+                    NotSupported: the server refuses a kind of request that this needs.
+    download(key)   into a file, which appears whole and durable, or not at all.
+                    FileNotFoundError: there is no such object. TooLarge: it has more than `max_bytes`.
+    list(prefix)    keys and sizes, sorted by key, of all objects whose key begins with `prefix`; what was written
+                    before is in it.
+    delete(key)     removes the object; it is no error that there is none.
+    conditional_writes()    whether the conditions of `write` are honoured, found out by trying.
+    uri             where the store lies, for people: `s3://bucket/prefix` or an absolute path.
+
+All verbs raise ValueError for what is no key, and for whatever else goes wrong one of three errors of the job:
+AccessDenied (the store refuses), Unreachable (no answer after all retries, or a full disk) and SettingsError (such as a
+bucket that does not exist). An error is never read as absence: a run that mistook one for "no checkpoint" would begin
+again from step 0.
+
+How to add a store:
+
+1. Write `job/storage/<name>.py` with a class that has the verbs above, and
+   `open(location: Location, options: StorageOptions)`, a class method, which makes one without asking the server.
+   Errors of the client library are translated there; take `byte_limit` for limits, `atomic_write` for downloads,
+   `probe` for `conditional_writes`. Give the client `options.timeout_seconds` and `options.retries`: it must not hang.
+2. Name it in the table `BACKENDS` of `job/storage/location.py`: scheme -> "module:class". The client library is
+   imported when such a URI is opened, and not before.
+3. Run `tests/contract`: it takes the store up from the table. It needs an empty place to write to, given as
+   `CONTRACT_<SCHEME>=<scheme>://bucket/prefix`; a server that the tests start themselves is a line in its `PLACES`.
+
+Settings, plan, pull, `compare` and `verify` know stores by that table alone. `ForwardingStore` is for what stands in
+front of a store: the fence of a run, and injected faults.
 """
 
 from __future__ import annotations
@@ -9,7 +42,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -58,58 +91,90 @@ class NotSupported(SettingsError):
 
 
 class ObjectStore(Protocol):
-    """A handful of verbs over objects named by relative POSIX paths (see `check_key`)."""
+    """The verbs of a store; the top of this file says what each promises and raises."""
 
     @property
     def uri(self) -> str:
-        """Where the store lies: `s3://bucket/prefix` or an absolute path."""
+        """Where the store lies: a URI without a slash at its end, or an absolute path."""
 
     def read(self, key: str, *, max_bytes: int = MAX_READ_BYTES) -> Stored | None:
-        """Read a small object into memory.
-
-        Returns:
-            The object, or None if it is confirmed to be absent.
-
-        Raises:
-            TooLarge: it has more than `max_bytes`.
-        """
+        """Reads a small object into memory; None if it is confirmed to be absent. Raises `TooLarge`."""
 
     def write(self, key: str, data: bytes, *, if_absent: bool = False, if_tag: str | None = None) -> str:
-        """Write a small object whole, replacing the old one; with a condition, only if the condition holds.
+        """Writes a small object, with at most one condition; returns its new tag. Raises `Conflict`, `NotSupported`.
 
-        Payloads of conditional writes must be unique to their writer (a UUID in them will do): after an answer got
-        lost, that is how a writer tells its own success from another's.
-
-        Returns:
-            The new tag.
-
-        Raises:
-            Conflict: `if_absent` and the object exists, or `if_tag` and the object's tag is another, or it is absent.
+        The payload of a conditional write must be unique to its writer (a UUID in it will do): if the answer gets lost,
+        that is how a writer tells its own success from another's.
         """
 
     def upload(self, path: Path, key: str) -> None:
-        """Write an object of any size from a file; it becomes visible whole or not at all."""
+        """Writes an object of any size from a file."""
 
     def download(self, key: str, path: Path, *, max_bytes: int | None = None) -> None:
-        """Read an object of any size into a file; the file appears whole and durable, or not at all.
-
-        Raises:
-            FileNotFoundError: the object is confirmed to be absent.
-            TooLarge: it has more than `max_bytes`.
-        """
+        """Reads an object of any size into a file. Raises `FileNotFoundError`, `TooLarge`."""
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """Every object whose key begins with `prefix` (a string, not necessarily a folder), sorted by key."""
 
     def delete(self, key: str) -> None:
-        """Remove an object; that it is absent already is fine."""
+        """Removes an object, if there is one."""
 
     def conditional_writes(self) -> bool:
-        """Try by real round trips whether conditional writes are honoured; also proves that the store can be written.
+        """Tries whether conditional writes are honoured; a JobError if nothing can be written or deleted at all."""
 
-        Raises:
-            JobError: it cannot be written at all, or what was written cannot be deleted.
-        """
+
+CHANGES = ("write", "upload", "delete")
+"""The verbs that change what lies in a store; `conditional_writes` only touches an object of its own."""
+
+
+class ForwardingStore:
+    """Hands every verb to another store; `around` is entered before each request and left after it.
+
+    Derived classes override `around`, so that a new verb is forwarded in one place.
+    """
+
+    def __init__(self, store: ObjectStore) -> None:
+        self._store = store
+        self.uri = store.uri
+
+    def around(self, verb: str, key: str) -> AbstractContextManager[None]:  # noqa: ARG002 - for those who override it
+        """What one request happens in; an exception from entering it prevents the request."""
+        return nullcontext()
+
+    def read(self, key: str, *, max_bytes: int = MAX_READ_BYTES) -> Stored | None:
+        """See `ObjectStore.read`."""
+        with self.around("read", key):
+            return self._store.read(key, max_bytes=max_bytes)
+
+    def write(self, key: str, data: bytes, *, if_absent: bool = False, if_tag: str | None = None) -> str:
+        """See `ObjectStore.write`."""
+        with self.around("write", key):
+            return self._store.write(key, data, if_absent=if_absent, if_tag=if_tag)
+
+    def upload(self, path: Path, key: str) -> None:
+        """See `ObjectStore.upload`."""
+        with self.around("upload", key):
+            self._store.upload(path, key)
+
+    def download(self, key: str, path: Path, *, max_bytes: int | None = None) -> None:
+        """See `ObjectStore.download`."""
+        with self.around("download", key):
+            self._store.download(key, path, max_bytes=max_bytes)
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """See `ObjectStore.list`."""
+        with self.around("list", prefix):
+            yield from self._store.list(prefix)
+
+    def delete(self, key: str) -> None:
+        """See `ObjectStore.delete`."""
+        with self.around("delete", key):
+            self._store.delete(key)
+
+    def conditional_writes(self) -> bool:
+        """See `ObjectStore.conditional_writes`."""
+        with self.around("conditional_writes", ""):
+            return self._store.conditional_writes()
 
 
 def check_key(key: str) -> str:

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from job.errors import AccessDenied, Unreachable
@@ -35,6 +36,11 @@ from job.storage.base import (
     sync,
 )
 
+if TYPE_CHECKING:
+    from typing import Self
+
+    from job.storage.location import Location, StorageOptions
+
 _POLL_SECONDS = 0.005
 # SageMaker, which copies a folder to S3 beside the job, leaves files with this ending alone.
 _TEMPORARY = ".part.sagemaker-ignore"
@@ -50,6 +56,11 @@ class LocalStore:
         self._root = Path(os.path.realpath(root.expanduser()))
         self._timeout = timeout_seconds
         self.uri = str(self._root)
+
+    @classmethod
+    def open(cls, location: Location, options: StorageOptions) -> Self:
+        """The store in the folder that a path names."""
+        return cls(Path(location.key), timeout_seconds=options.timeout_seconds)
 
     def read(self, key: str, *, max_bytes: int = MAX_READ_BYTES) -> Stored | None:
         """See `ObjectStore.read`."""

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from boto3.exceptions import S3UploadFailedError
 from boto3.s3.transfer import TransferConfig
@@ -33,6 +33,8 @@ from job.storage.base import (
     disk_errors,
     probe,
 )
+from job.storage.location import Location, StorageOptions
+from job.storage.s3_client import connect
 from job.storage.s3_errors import FAILURES, TRUNCATED, code_and_status, is_answer, translate
 
 # Bodies are read in pieces of this size, each within the time limit (see `s3_client`).
@@ -50,27 +52,27 @@ _MAX_BODY_ATTEMPTS = 5
 class S3Store:
     """An `ObjectStore` below `prefix` in `bucket`, through a client of `s3_client.connect`."""
 
-    def __init__(
-        self,
-        client: Any,
-        bucket: str,
-        prefix: str,
-        *,
-        kms_key_id: str | None,
-        storage_class: str | None,
-        request_payer: bool,
-        retries: int,
-    ) -> None:
+    def __init__(self, client: Any, bucket: str, prefix: str, options: StorageOptions) -> None:
         self._client = client
         self._bucket = bucket
         self._root = f"{prefix}/" if prefix else ""
-        self._body_attempts = min(retries, _MAX_BODY_ATTEMPTS)
-        self._options = {"RequestPayer": "requester"} if request_payer else {}
-        encryption = {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": kms_key_id} if kms_key_id else {}
-        self._write_options = self._options | encryption
+        self._body_attempts = min(options.retries, _MAX_BODY_ATTEMPTS)
+        self._options = {"RequestPayer": "requester"} if options.request_payer else {}
+        key = options.kms_key_id
+        self._write_options = self._options | ({"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": key} if key else {})
         # Small objects are rewritten and read again: cold storage is for files.
-        self._file_options = self._write_options | ({"StorageClass": storage_class} if storage_class else {})
+        cold = {"StorageClass": options.storage_class} if options.storage_class else {}
+        self._file_options = self._write_options | cold
         self.uri = f"s3://{bucket}/{prefix}".removesuffix("/")
+
+    @classmethod
+    def open(cls, location: Location, options: StorageOptions) -> Self:
+        """The store below a prefix; sends nothing.
+
+        Raises:
+            SettingsError: The endpoint is no address, or AWS's own configuration is wrong.
+        """
+        return cls(connect(options), location.bucket, location.key, options)
 
     def read(self, key: str, *, max_bytes: int = MAX_READ_BYTES) -> Stored | None:
         """See `ObjectStore.read`."""

@@ -6,6 +6,7 @@ import time
 import weakref
 from functools import cache
 from typing import Any
+from urllib.parse import urlsplit
 
 import boto3
 import botocore.session
@@ -15,18 +16,27 @@ from botocore.loaders import create_loader
 from botocore.response import StreamingBody
 
 from job.errors import Problem, SettingsError
+from job.storage.location import StorageOptions
 from job.storage.s3_errors import FAILURES, translate
 
 _MAX_CONNECT_SECONDS = 20.0
 _CONNECTIONS = 32
 
 
-def connect(*, endpoint_url: str | None, region: str | None, timeout_seconds: float, retries: int) -> Any:
-    """Return a boto3 client; sends nothing yet. For the arguments see `objects.open_store`."""
+def connect(options: StorageOptions) -> Any:
+    """A boto3 client; sends nothing yet.
+
+    Raises:
+        SettingsError: The endpoint is no address, or AWS's own configuration is wrong.
+        AccessDenied, Unreachable: Credentials cannot be had.
+    """
+    endpoint_url, timeout_seconds = options.endpoint_url, options.timeout_seconds
+    if endpoint_url is not None:
+        _check_endpoint(endpoint_url)
     # Many servers that speak S3 refuse the checksum headers that newer SDKs add unasked.
     checksums = "when_required" if endpoint_url else None
     config = Config(
-        retries={"mode": "standard", "total_max_attempts": retries},
+        retries={"mode": "standard", "total_max_attempts": options.retries},
         connect_timeout=min(timeout_seconds, _MAX_CONNECT_SECONDS),
         read_timeout=timeout_seconds,
         max_pool_connections=_CONNECTIONS,
@@ -40,7 +50,7 @@ def connect(*, endpoint_url: str | None, region: str | None, timeout_seconds: fl
         # One try, as is the default, makes a busy metadata service look like missing credentials.
         if session.get_config_variable("metadata_service_num_attempts") == 1:
             session.set_config_variable("metadata_service_num_attempts", 3)
-        boto = boto3.session.Session(botocore_session=session, region_name=region)
+        boto = boto3.session.Session(botocore_session=session, region_name=options.region)
         client = boto.client("s3", endpoint_url=endpoint_url, config=config)
     except FAILURES as error:
         raise translate(error, "cannot set up a client for S3") from error
@@ -57,6 +67,21 @@ def connect(*, endpoint_url: str | None, region: str | None, timeout_seconds: fl
 
     client.meta.events.register("before-parse.s3.GetObject", pace)
     return client
+
+
+def _check_endpoint(url: str) -> None:
+    """Refuses an address that is none, or that holds a password: addresses are repeated in messages."""
+    try:
+        parts = urlsplit(url)
+        valid = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+        secret = parts.username is not None or parts.password is not None
+    except ValueError:
+        valid, secret = False, False
+    if secret:
+        problem = "holds a user name or password; give credentials as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        raise SettingsError([Problem("JOB_STORAGE__ENDPOINT_URL", problem)])
+    if not valid:
+        raise SettingsError([Problem("JOB_STORAGE__ENDPOINT_URL", "is not an http:// or https:// address")])
 
 
 @cache

@@ -1,4 +1,4 @@
-"""TensorBoard events of a run, from its metrics."""
+"""TensorBoard events of a run, from its metrics. Written with tensorboardX, which is a fifth of TensorBoard's size."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from job.records import StepMetrics
 
 def write_events(folder: Path, history: Sequence[StepMetrics]) -> None:
     """Writes loss, learning rate, gradient norm, speed and memory by step, for `tensorboard --logdir`."""
-    from torch.utils.tensorboard import SummaryWriter
+    from tensorboardX import SummaryWriter
 
     with SummaryWriter(str(folder)) as writer:
         for metrics in history:

@@ -1,10 +1,13 @@
-"""The far end of a tracker: a process of its own, which alone knows wandb and mlflow. See `trackers` for the near one.
+"""The process of one tracker, which alone imports wandb or mlflow. `trackers` starts it and writes to it.
 
-It reads one JSON object a line: the run, then steps, then the end. What it has to say (where the run can be seen, or
-what went wrong) it writes back the same way. When its input ends without an end, whoever trained was killed: it leaves
-the tracker's run open, as it would be had it been killed itself, for the next attempt to go on with.
+It reads one JSON object a line: first the run, then steps, at last how the attempt ended. It answers the same way:
+where the run can be seen, or what went wrong. When its input ends before the attempt did, the job was killed: it leaves
+the tracker's run open, for the next attempt to go on with.
 
-It is never killed, because a tracker may be in the middle of its own books. Nor does it outlive the job for long.
+The job never kills it, because the tracker may be writing its files. Without the job it ends within two minutes.
+
+To add a tracker: a class with `log` and `finish` and an entry in `TRACKERS` here, its package as an extra in
+pyproject.toml, and the variable by which a user asks for it in `settings.load.trackers`.
 """
 
 from __future__ import annotations
@@ -22,15 +25,16 @@ from typing import Any, Protocol, TextIO
 Message = Mapping[str, Any]
 
 TAG = "qlora-job.run"
-"""MLflow makes up its own ids of runs: this tag holds ours."""
+"""MLflow gives runs ids of its own: this tag holds ours."""
 _LONGEST_VALUE = 6000  # MLflow's limit for a parameter
-_WORDS = 300
-_ALONE_SECONDS = 120.0
-"""How long it goes on when there is nobody left to listen."""
+_LONGEST_ERROR = 300
+"""Characters of an error's text."""
+_ORPHAN_SECONDS = 120.0
+"""How long the process goes on after its input has ended."""
 
 
 class _Tracker(Protocol):
-    """What is done with the messages."""
+    """What a tracker does with the messages."""
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """Figures of an optimizer step."""
@@ -98,7 +102,7 @@ TRACKERS: Mapping[str, Callable[[Message, Callable[[Message], None]], _Tracker]]
 
 
 def serve(name: str, messages: Iterator[Message], tell: Callable[[Message], None]) -> None:
-    """Passes messages to a tracker, from the run's start to the attempt's end, and tells that it got so far."""
+    """Passes messages to a tracker, from the run's start to the attempt's end, and tells when it has done so."""
     try:
         tracker = TRACKERS[name](next(messages), tell)
         for message in messages:
@@ -107,8 +111,8 @@ def serve(name: str, messages: Iterator[Message], tell: Callable[[Message], None
                 tell({"done": True})
                 return
             tracker.log(message["step"], message["figures"])
-    except Exception as error:  # noqa: BLE001 - whatever a tracker raises is its own affair: it is told, and that is all
-        tell({"error": f"{type(error).__name__}: {' '.join(str(error).split())[:_WORDS]}"})
+    except Exception as error:  # noqa: BLE001 - whatever a tracker raises must not end the run: it is reported
+        tell({"error": f"{type(error).__name__}: {' '.join(str(error).split())[:_LONGEST_ERROR]}"})
 
 
 def main() -> None:
@@ -119,7 +123,7 @@ def main() -> None:
         for line in sys.stdin:
             lines.put(line)
         lines.put(None)
-        time.sleep(_ALONE_SECONDS)
+        time.sleep(_ORPHAN_SECONDS)
         os._exit(1)
 
     def tell(message: Message) -> None:
@@ -129,11 +133,11 @@ def main() -> None:
 
     Thread(target=read, daemon=True).start()
     serve(sys.argv[1], (json.loads(line) for line in iter(lines.get, None)), tell)
-    os._exit(0)  # trackers hang their own farewells on the interpreter's exit, and these may take for ever
+    os._exit(0)  # trackers register work for the interpreter's exit, which may never end
 
 
 def _own_stdout() -> TextIO:
-    """Takes stdout away from the libraries, which print to it as they like."""
+    """A copy of stdout for the answers; what libraries print to stdout and stderr goes nowhere."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)

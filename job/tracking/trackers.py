@@ -1,7 +1,7 @@
-"""Experiment trackers (Weights & Biases, MLflow): told of every step, and unable to disturb the run.
+"""Experiment trackers (Weights & Biases, MLflow): they get every step's figures, and cannot disturb the run.
 
-Each tracker has a process of its own (`tracker_process`), which is handed lines through a bounded queue. One that
-fails, hangs or is too slow costs the run a warning and some figures: never an error, and at the end a few seconds.
+Each tracker has a process of its own (`tracker_process`), which gets lines of JSON from a bounded queue. One that
+fails, hangs or is too slow costs the run a warning and some figures, never an error; at the end, a few seconds.
 """
 
 from __future__ import annotations
@@ -25,8 +25,11 @@ QUEUED = 1000
 """Messages that wait for a tracker; what comes then is left out."""
 FINISH_SECONDS = 20.0
 STOP_SECONDS = 3.0
-"""How long the end may take, all trackers together: of a run, and of one whose machine is being taken away."""
-LAST_WORDS_SECONDS = 1.0
+"""How long all trackers together may take to finish: at the end of a run, and when its machine is being taken away."""
+ANSWER_SECONDS = 1.0
+"""How long to wait for the answers of a tracker's process that has ended."""
+QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "WANDB_ERROR_REPORTING": "false"}
+"""Trackers tell the run's figures to whom the user named, and nothing to their makers. The user's own values win."""
 
 
 class Tracking:
@@ -59,11 +62,11 @@ class Tracking:
             tracker.put({"step": metrics.step, "figures": figures_of(metrics)})
 
     def results(self, results: Mapping[str, Any]) -> None:
-        """Keeps the final figures, to be told at the end."""
+        """Keeps the final figures, for `finish`."""
         self._summary = summary_of(results)
 
     def finish(self, outcome: str, seconds: float) -> None:
-        """Tells how the attempt ended, and waits for the trackers, so long at most."""
+        """Tells how the attempt ended, and waits for the trackers, for so many seconds at most."""
         for tracker in self._trackers:
             tracker.put({"outcome": outcome, "summary": self._summary})
             tracker.put(None)
@@ -71,7 +74,7 @@ class Tracking:
             tracker.wait(seconds / len(self._trackers))
 
     def leave(self) -> None:
-        """Lets go of the trackers without a word: another attempt tells the run from here on."""
+        """Ends the trackers' processes without finishing their run: another attempt goes on with it."""
         for tracker in self._trackers:
             tracker.leave()
 
@@ -131,7 +134,7 @@ class _Tracker:
         self._queue: Queue[Mapping[str, Any] | None] = Queue(QUEUED)
         self._process = subprocess.Popen(  # noqa: S603
             [sys.executable, "-m", "job.tracking.tracker_process", name],
-            env=dict(environ),
+            env={**QUIET, **environ},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -155,16 +158,16 @@ class _Tracker:
                 _warn(self.name, "the tracker does not keep up; figures are left out")
 
     def wait(self, seconds: float) -> None:
-        """Waits so long for the process to end. After that it may go on alone: killed, it could leave a mess."""
+        """Waits so long for the process to end. After that it goes on alone: killed, it could leave broken files."""
         try:
             self._process.wait(seconds)
         except subprocess.TimeoutExpired:
             self._complain(f"the tracker did not end within {seconds:g} s; the run does not wait for it")
         else:
-            self._reader.join(LAST_WORDS_SECONDS)
+            self._reader.join(ANSWER_SECONDS)
 
     def leave(self) -> None:
-        """Lets the process end in silence."""
+        """Lets the process end, and says nothing more of it."""
         self._quiet = True
         self.put(None)
 
@@ -186,7 +189,7 @@ class _Tracker:
         self._complain("the tracker ended; the run goes on without it")
 
     def _complain(self, what: str, **details: str) -> None:
-        """Once is enough: the run is about something else."""
+        """Warns, once for each tracker."""
         if not self._quiet:
             self._quiet = True
             _warn(self.name, what, **details)

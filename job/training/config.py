@@ -1,19 +1,23 @@
-"""How to train, as plain values: what the trainer is given, whom it tells, and what it gives back. No torch."""
+"""What training is given, calls and returns, as plain values. No torch."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from job.data import batch_plan
-from job.records import StepMetrics
+from job.records import ExecutionPlan, StepMetrics
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train: the settings of `train`, as the trainer takes them. `total_steps` covers all epochs."""
+    """What decides the result of training: the settings of `train`, as the trainer takes them.
+
+    `total_steps` covers all epochs. `micro_batch_tokens` is the budget to begin with: it decides last bits only.
+    How the work is carried out is in `records.ExecutionPlan`. `optimizer` is a key of `common.optimizers.OPTIMIZERS`.
+    """
 
     seed: int
     total_steps: int
@@ -25,24 +29,15 @@ class Recipe:
     global_batch_size: int
     micro_batch_tokens: int
     optimizer: str
-    gradient_checkpointing: bool
     save_every_steps: int
-    autocast: bool = True
-    """Whether a half-precision model needs autocast: where PEFT's own layers multiply by the adapter's fp32 weights."""
-    padded: bool = False
-    """Whether rows are padded to few lengths; only for a model made lean throughout, in no autocast."""
-    replayed: bool = False
-    """Whether a GPU's work for padded rows is recorded and replayed."""
-    kept_base: bool = False
-    """Whether the base's weights are kept dequantized."""
 
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the trainer calls: with the metrics of a step, with a saved state, and to ask whether to stop.
+    """What training calls: with the metrics of a step, with a written checkpoint and its step, and to ask `stop`.
 
     `fits` is asked once the job has to stop: is there time to do the given share of a step and to save after it?
-    `on_write` is told how many seconds it took to write a state to the local disk.
+    `on_write` gets the seconds that it took to write a checkpoint to the local disk.
     """
 
     on_metrics: Callable[[StepMetrics], None]
@@ -54,15 +49,15 @@ class Hooks:
 
 @dataclass(frozen=True)
 class Trained:
-    """Every step's metrics, the micro-batch budget that was left in the end, and whether all steps were done.
+    """Every step's metrics, whether all steps were done, and the budget and the plan as they were in the end.
 
-    `given_up`: fields of `Execution` that held in the beginning, and did not when memory had run out.
+    Where memory ran out, these are less than what training began with.
     """
 
     history: tuple[StepMetrics, ...]
     micro_batch_tokens: int
     complete: bool
-    given_up: tuple[str, ...] = ()
+    plan: ExecutionPlan
 
 
 def total_steps(rows: int, global_batch_size: int, epochs: int, max_steps: int | None) -> int:
@@ -77,12 +72,4 @@ def step_seed(seed: int, step: int, rank: int) -> int:
 
 
 CPU_MICRO_BATCH_TOKENS = 1024
-"""Token budget of a micro-batch where none is set; on a GPU see `execution`."""
-
-
-def substitute(recipe: Recipe, device: str) -> tuple[Recipe, list[str]]:
-    """Replaces what this device has no implementation of by its nearest equivalent, and says so."""
-    if device == "cpu" and recipe.optimizer.startswith("paged_"):
-        nearest = recipe.optimizer.removeprefix("paged_")
-        return replace(recipe, optimizer=nearest), [f"optimizer {recipe.optimizer} -> {nearest}: a CPU pages nothing"]
-    return recipe, []
+"""Token budget of a micro-batch where none is set; on a GPU see `execution_plan.choose_budget`."""

@@ -1,7 +1,8 @@
-"""A GPU's work for rows of one shape, recorded once and replayed: nothing is waited for between its kernels.
+"""CUDA graphs: a GPU's kernels for inputs of one shape, recorded once and then launched together.
 
-Python launches a kernel in about the time that a fast GPU takes to run one, thousands of times in a step. A recording
-(a CUDA graph) launches them all at once. It computes what was recorded, on whatever its inputs then hold.
+Python launches a kernel in about the time that a fast GPU takes to run one, thousands of times in a step. A graph
+launches all of them at once, with nothing on the host between them. It computes what was recorded, on whatever its
+input tensors then hold.
 """
 
 from __future__ import annotations
@@ -30,51 +31,63 @@ def out_of_memory(error: BaseException | None) -> bool:
 
 @dataclass(frozen=True)
 class _Recording:
+    """A graph, the tensors that it reads and the one that it writes; their addresses are recorded in it."""
+
     graph: Any
     inputs: tuple[torch.Tensor, ...]
     output: torch.Tensor
 
 
 class CudaGraphs:
-    """Does the same as `work`, called with tensors, sooner.
+    """Does the same as `work`, called with tensors, in one launch for each call.
+
+    What can be recorded: work without host synchronization (no `.item()`, no shape that depends on values), without
+    random numbers, and with static addresses: besides its inputs it reads and writes only tensors that stay where they
+    are, and nothing but its output is used after it. What it does depends on its inputs' shapes and values alone.
 
     Args:
-        work: What it does depends on its inputs' shapes and contents alone. It waits for nothing, draws nothing at
-            random, keeps nothing of what it makes but what it returns, and what else it changes stays where it is.
-        first: Inputs to try it on beforehand, so that its libraries are ready.
+        work: As above. Returns one tensor.
+        first: Inputs to run it on beforehand, without recording: libraries make their workspaces when first called,
+            which is not allowed while recording.
 
-    What a call returns is valid until the next call.
+    What a call returns is valid until the next call, which overwrites it.
     """
 
     def __init__(self, work: Work, first: tuple[torch.Tensor, ...]) -> None:
         self._work = work
-        # One stream for all recordings: they share its memory, and libraries are ready on it.
+        # One stream and one pool for all graphs: they never run at once, so each may use the others' memory.
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
         self._recordings: dict[tuple[torch.Size, ...], _Recording] = {}
         self.possible = True
-        """Whether nothing has gone wrong with recording."""
-        self._beside(first)
+        """Whether recording has not failed; where it has, calls do the work kernel by kernel."""
+        self._run_unrecorded(first)
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """Replays the recording for these shapes, which is made if there is none."""
+        """Launches the graph for inputs of these shapes, which is recorded if there is none."""
         self.prepare(*inputs)
         shapes = tuple(x.shape for x in inputs)
         if shapes not in self._recordings:
-            return self._beside(inputs)
+            return self._run_unrecorded(inputs)
         recording = self._recordings[shapes]
-        for place, value in zip(recording.inputs, inputs, strict=True):
-            place.copy_(value)
+        # In place: the graph reads the addresses that it was recorded with. Same stream, so it waits for the copies.
+        for recorded, value in zip(recording.inputs, inputs, strict=True):
+            recorded.copy_(value)
         recording.graph.replay()
         return recording.output
 
     def prepare(self, *inputs: torch.Tensor) -> None:
-        """Records the work for these shapes, without doing it."""
+        """Records the work for inputs of these shapes, without doing it."""
         shapes = tuple(x.shape for x in inputs)
         if shapes not in self._recordings and self.possible:
             self._record(shapes, inputs)
 
     def _record(self, shapes: tuple[torch.Size, ...], inputs: tuple[torch.Tensor, ...]) -> None:
+        """Records.
+
+        Raises:
+            torch.OutOfMemoryError: There is no memory for it; recording stays possible once there is.
+        """
         graph, kept = torch.cuda.CUDAGraph(), tuple(x.clone() for x in inputs)
         try:
             # The outer one: a recording that fails does not leave its stream.
@@ -89,14 +102,15 @@ class CudaGraphs:
         else:
             self._recordings[shapes] = _Recording(graph, kept, output)
             return
-        if full:  # an error of its own: the one that was caught holds on to all that the work had made
+        if full:  # a new error: the one that was caught holds on to all that the work had made
             raise torch.OutOfMemoryError(reason)
         self.possible = False
-        get_logger().warning("the GPU's work cannot be recorded: it is launched piece by piece", reason=reason)
+        get_logger().warning("the GPU's work cannot be recorded: it is launched kernel by kernel", reason=reason)
 
-    def _beside(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """Does the work as it comes, on the stream that is recorded."""
+    def _run_unrecorded(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Does the work kernel by kernel, on the stream of the recordings."""
         current = torch.cuda.current_stream()
+        # Each waits for the other on the GPU, without the host: the inputs come from one, the output goes back to it.
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             output = self._work(*inputs)

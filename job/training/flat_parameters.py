@@ -1,7 +1,7 @@
-"""The adapter as one vector: its tensors are parts of one, and so are their gradients.
+"""The adapter as one flat tensor: its parameters are views of it, and their gradients are views of another one.
 
-What is done to all of them alike (a step of the optimizer, clipping, adding up over processes) is then one operation
-instead of hundreds. To PEFT nothing changes: the parameters are where they were, and are saved as ever.
+What is done to all of them alike (an optimizer step, clipping, the sum over processes) is then one operation instead of
+hundreds. To PEFT nothing changes: its parameters keep names, shapes and values, and are saved as ever.
 """
 
 from __future__ import annotations
@@ -10,39 +10,50 @@ from collections.abc import Iterable
 
 import torch
 
-_BLOCK = 256
-"""8-bit optimizers quantize their state in blocks of so many numbers; none shall reach over two tensors."""
-
 
 class FlatParameters:
-    """The parameters, end to end, with zeros between where one does not fill its last block.
+    """The parameters end to end in one tensor, each from a multiple of `block` on, with zeros between them.
 
     Args:
-        parameters: Of one dtype on one device. Their values are kept; their memory is the vector's from now on.
+        parameters: Of any shapes, of one dtype (fp32) on one device. Their values are kept; their memory is the flat
+            tensor's from now on.
+        block: `OptimizerSpec.block`: an 8-bit optimizer quantizes so many neighbouring numbers with one constant, and
+            none of these blocks shall reach over two parameters.
     """
 
-    def __init__(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        self._parameters = list(parameters)
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], block: int) -> None:
+        self._parameters, self._block = list(parameters), block
         first = self._parameters[0]
-        size = sum(-(-p.numel() // _BLOCK) * _BLOCK for p in self._parameters)
+        size = sum(self._padded(p) for p in self._parameters)
         self.whole = torch.nn.Parameter(torch.zeros(size, dtype=first.dtype, device=first.device))
-        """What the optimizer gets."""
+        """(size,): what the optimizer gets."""
         self.gradient = torch.zeros_like(self.whole)
-        self._gradients = self._parts(self.gradient)
-        for parameter, part in zip(self._parameters, self._parts(self.whole.detach()), strict=True):
-            part.copy_(parameter.detach())
-            parameter.data = part
+        """(size,): its gradient."""
+        self._gradients = self._views(self.gradient)
+        for parameter, view in zip(self._parameters, self._views(self.whole.detach()), strict=True):
+            view.copy_(parameter.detach())
+            # Aliases: an optimizer step on `whole` is one on each parameter, and loading an adapter fills `whole`.
+            parameter.data = view
 
     def clear(self) -> None:
-        """Makes the gradient zero, and the parameters' gradients its parts."""
+        """Zeroes the gradient in place, and makes the parameters' `.grad` views of it.
+
+        Autograd then adds to this memory, whose address a CUDA graph relies on. It is done for every step, because
+        trainers set `.grad` to None.
+        """
         self.gradient.zero_()
         self.whole.grad = self.gradient
-        for parameter, part in zip(self._parameters, self._gradients, strict=True):
-            parameter.grad = part
+        for parameter, view in zip(self._parameters, self._gradients, strict=True):
+            parameter.grad = view
 
-    def _parts(self, vector: torch.Tensor) -> list[torch.Tensor]:
-        parts, start = [], 0
+    def _padded(self, parameter: torch.nn.Parameter) -> int:
+        """Numbers that a parameter takes, with the zeros behind it."""
+        return -(-parameter.numel() // self._block) * self._block
+
+    def _views(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        """Each parameter's part of a tensor (size,), in the parameter's shape."""
+        views, start = [], 0
         for parameter in self._parameters:
-            parts.append(vector[start : start + parameter.numel()].view_as(parameter))
-            start += -(-parameter.numel() // _BLOCK) * _BLOCK
-        return parts
+            views.append(flat[start : start + parameter.numel()].view_as(parameter))
+            start += self._padded(parameter)
+        return views

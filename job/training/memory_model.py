@@ -1,7 +1,7 @@
-"""What training takes, by formula: bytes on the GPU, operations, seconds. Pure functions of plain numbers.
+"""What training takes, by formula: bytes on the GPU, floating-point operations, seconds. Pure functions of numbers.
 
-The formulas follow what this job really holds and computes (`model`, `attention`, `train`), not a rule of thumb. Memory
-is what torch allocates; the driver's context and fragmentation come on top, see `room`.
+The formulas follow what this job really holds and computes (`model/`, `training/`), not a rule of thumb. Memory is what
+torch allocates; the driver's context and fragmentation come on top, see `room`. A micro-batch is one packed sequence.
 """
 
 from __future__ import annotations
@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from job.common.optimizers import OPTIMIZERS
 from job.model.architecture import Architecture
 
 NF4_BLOCK, DOUBLE_BLOCK = 64, 256
 """Weights that share a constant, and constants that share one where these are quantized too."""
-OPTIMIZER_BLOCK = 256
 FP32 = 4
+"""Bytes of a number in fp32."""
 HEAD_ROWS, HEAD_COLUMNS = 4096, 32768
-"""The logits are computed in tiles of so many tokens and so many words of the vocabulary, and never kept."""
+"""The logits are computed in tiles of so many tokens and so many entries of the vocabulary, and never kept."""
 
 CONTEXT_BYTES = 600 << 20
 """Of the driver and the libraries' workspaces on the GPU. Assumed."""
@@ -24,15 +25,22 @@ MARGIN = 0.1
 """What the prediction may be wrong by, fragmentation included. Assumed, from the three measured points in the tests."""
 UTILISATION = 0.18
 """Share of the data sheet's operations that PEFT's layers get done: 0.18 to 0.21 on an H200, measured."""
-LEAN_UTILISATION = 0.42
-"""That of the job's own: 0.41 to 0.47 on an H100 by what is kept, measured; assumed elsewhere."""
+FUSED_UTILISATION = 0.42
+"""That of the job's fused layers: 0.41 to 0.47 on an H100 by what is kept, measured; assumed elsewhere."""
 SCORING_UTILISATION = 0.3
-"""That of an evaluation, in which the CPU has its share: measured there too."""
+"""That of an evaluation, in which the CPU has its share: measured as well."""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What is trained, and how. `value_bytes` is the size of a number in the compute dtype."""
+    """What is trained, and how.
+
+    rank, targets: Of the adapter: the width of its two matrices, and the layers that have one.
+    quantization: `nf4` or `none`.
+    value_bytes: Bytes of a number in the compute dtype.
+    optimizer: A key of `OPTIMIZERS`.
+    recompute: Whether activations are computed again in the backward pass.
+    """
 
     architecture: Architecture
     rank: int
@@ -45,7 +53,7 @@ class Setup:
 
     @property
     def adapter(self) -> int:
-        """Parameters of the adapter."""
+        """Numbers in the adapter."""
         return self.architecture.adapter_parameters(self.rank, self.targets)
 
 
@@ -68,8 +76,8 @@ class Memory:
 def weight_bytes(setup: Setup) -> int:
     """Bytes of the frozen base.
 
-    NF4 holds half a byte a weight and a constant for each 64: four bytes, or with double quantization one byte and
-    another four for each 256 of these. Embedding, output layer and norms are held in the compute dtype.
+    NF4 holds half a byte a weight, and a constant for each 64 weights: of four bytes, or with double quantization of
+    one, and another four for each 256 of these. Embedding, output layer and norms are held in the compute dtype.
 
     Source: Dettmers et al. 2023, QLoRA (arXiv:2305.14314), section 3; bitsandbytes' block sizes.
     """
@@ -82,19 +90,8 @@ def weight_bytes(setup: Setup) -> int:
     return plain + a.linear_parameters // 2 + constants
 
 
-def optimizer_bytes(parameters: int, optimizer: str) -> int:
-    """Bytes of Adam's two moments: a byte each and a constant for each 256 with the 8-bit ones, else four each.
-
-    Source: Dettmers et al. 2021, 8-bit Optimizers via Block-wise Quantization (arXiv:2110.02861). A paged optimizer
-    holds the same; it may move to the host where the GPU is full.
-    """
-    if "8bit" not in optimizer:
-        return 8 * parameters
-    return 2 * (parameters + 4 * -(-parameters // OPTIMIZER_BLOCK))
-
-
 def kept_bytes(setup: Setup) -> int:
-    """Bytes that one token leaves in one layer for its backward pass.
+    """Bytes that one token leaves in one layer for its backward pass, where PEFT's own layers compute.
 
     In fp32: the input of both norms. In the compute dtype: the input of the query, key and value layers and that of the
     feed-forward layer; queries, keys and values (these repeated to the queries' width), the attention's output and its
@@ -110,7 +107,7 @@ def kept_bytes(setup: Setup) -> int:
 
 
 def activation_bytes(setup: Setup, tokens: int) -> int:
-    """Bytes of activations at the peak of a micro-batch of so many tokens.
+    """Bytes of activations at the peak of a micro-batch of so many tokens, where PEFT's own layers compute.
 
     Without recomputation every layer's are there when the backward pass begins; with it each layer's input, and all of
     the one layer in hand. On top come either the working space of that layer's backward pass (gradients twice as wide
@@ -138,13 +135,13 @@ def training_memory(setup: Setup, tokens: int) -> Memory:
         weights=weight_bytes(setup),
         adapter=setup.adapter * (FP32 + copy),
         gradients=FP32 * setup.adapter,
-        optimizer=optimizer_bytes(setup.adapter, setup.optimizer),
+        optimizer=OPTIMIZERS[setup.optimizer].state_bytes(setup.adapter),
         activations=activation_bytes(setup, tokens),
     )
 
 
 def evaluation_bytes(setup: Setup, tokens: int, reads: int) -> int:
-    """Bytes at the peak of scoring a row of so many tokens, `reads` of which give logits.
+    """Bytes at the peak of scoring a packed sequence of so many tokens, at `reads` of which logits are formed.
 
     Nothing is kept from layer to layer. The feed-forward layer has four tensors of its width at once; the logits are
     there in the compute dtype, in fp32, and once more as their logarithms. After training, gradients and moments may
@@ -195,7 +192,7 @@ def training_flops(setup: Setup, tokens: int, squares: int) -> int:
 
 
 def evaluation_flops(setup: Setup, tokens: int, reads: int) -> int:
-    """Operations of scoring so many tokens, `reads` of which give logits: one forward pass. Attention is left out."""
+    """Operations of scoring so many tokens, at `reads` of which logits are formed: one forward pass, but attention."""
     a = setup.architecture
     return 2 * (a.linear_parameters + setup.adapter) * tokens + 2 * a.head_parameters * reads
 
@@ -207,11 +204,11 @@ def seconds(
 
     Args:
         flops: Operations in all.
-        passes: How often all weights are read: forward, backward and again, for each micro-batch.
-        setup: What is computed with.
+        passes: How often all weights are read: for each micro-batch forward, backward, and once more for recomputation.
+        setup: Of it, the weights' number and format.
         rate: Operations a second, by the data sheet.
         bandwidth: Bytes of memory a second, by the data sheet.
-        used: The share of the operations that gets done.
+        used: The share of the operations that gets done, as `UTILISATION`.
 
     Source: Williams et al. 2009, Roofline. Quantized weights are read, written out dequantized, and read again.
     """

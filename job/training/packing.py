@@ -1,4 +1,8 @@
-"""Examples laid end to end in one row: as long as they are, or padded to one of few lengths."""
+"""Examples end to end in one sequence, without padding or padded to one of few lengths.
+
+Each example is a segment: positions start anew with it, and attention keeps it apart from the others
+(`model/packed_attention.py`).
+"""
 
 from __future__ import annotations
 
@@ -14,18 +18,21 @@ from job.model.packed_attention import Segment, build_layout
 from job.records import Example
 
 IGNORED = -100
+"""The label of a token that is not learned, as torch's cross-entropy and TRL have it."""
 GRAIN = 256
-"""Least step between two lengths of padded rows."""
+"""Least step between two lengths of padded sequences, in tokens."""
 SEGMENTS = 8
-"""Step between two numbers of segments of padded rows."""
+"""Step between two numbers of segments of padded sequences."""
 
 
 def packed_inputs(examples: Sequence[Example], device: torch.device) -> dict[str, Any]:
-    """Lays examples end to end in one row.
+    """Lays examples end to end in one sequence, as long as they are.
 
     Returns:
-        Inputs of the model: `input_ids`, `labels` (token ids, or -100 where nothing is learned) and `position_ids`,
-        each (1, tokens) int64, and the `layout` that keeps the examples apart.
+        Inputs of the model: `input_ids`, `labels` (token ids, or -100 where a token is not learned) and `position_ids`,
+        each (1, tokens) int64, and the `layout` that keeps the examples apart. A label belongs to the token at its own
+        place, not to the one before: the loss shifts them. Since no example's first token is learned, shifting by one
+        never pairs tokens of two examples.
     """
     ids: list[int] = []
     labels: list[int] = []
@@ -36,7 +43,7 @@ def packed_inputs(examples: Sequence[Example], device: torch.device) -> dict[str
         ids += example.input_ids
         labels += (t if target else IGNORED for t, target in zip(example.input_ids, example.targets, strict=True))
         positions += range(len(example.input_ids))
-    rows = torch.tensor([ids, labels, positions], device=device)
+    rows = torch.tensor([ids, labels, positions], device=device)  # one copy to the device instead of three
     return {
         "input_ids": rows[0:1],
         "labels": rows[1:2],
@@ -45,41 +52,54 @@ def packed_inputs(examples: Sequence[Example], device: torch.device) -> dict[str
     }
 
 
+def alone_inputs(example: Example, device: torch.device) -> dict[str, Any]:
+    """One example for a model that is not used packed: `input_ids` and `labels`, each (1, tokens) int64."""
+    labels = [t if target else IGNORED for t, target in zip(example.input_ids, example.targets, strict=True)]
+    ids, labelled = torch.tensor([[*example.input_ids], labels], device=device)
+    return {"input_ids": ids[None], "labels": labelled[None]}
+
+
 @dataclass(frozen=True, eq=False)
 class PaddedSequence:
-    """A row whose shapes are those of many others. The padding is a segment of its own that nothing is learned from."""
+    """A packed sequence whose tensors have the shapes of many others'.
+
+    The padding is a segment of its own that nothing is learned from.
+    """
 
     tokens: torch.Tensor
-    """(3, length) int64: token ids; what each position shall predict, or -100; positions."""
+    """(3, length) int64: token ids; what each position shall predict, or -100; positions. Labels are shifted."""
     ends: torch.Tensor
-    """(segments + 1,) int32: where each segment starts, and the length for all that the row does not need."""
+    """(segments + 1,) int32: where each segment starts, then the length, repeated for segments that hold nothing."""
     segments: tuple[Segment, ...]
     """Those that hold anything."""
 
 
 def padded_length(tokens: int) -> int:
-    """The length that a row of so many tokens is padded to: a few per cent more, and few lengths for all rows."""
+    """The length that a sequence of so many tokens is padded to: a few per cent more, and few lengths for all."""
     step = grain(tokens)
     return -(-tokens // step) * step
 
 
 def grain(tokens: int) -> int:
-    """The step between the lengths of padded rows of about so many tokens."""
+    """The step between the lengths of padded sequences of about so many tokens."""
     return max(GRAIN, 1 << max(0, (tokens - 1).bit_length() - 5))
 
 
 def longest_segment(examples: Sequence[Example], budget: int) -> int:
-    """No segment of a padded row of at most `budget` tokens, or of one example, is longer; nor is the padding."""
+    """Tokens that no segment of a padded sequence exceeds, the padding included.
+
+    It is for sequences of at most `budget` tokens, or of one example.
+    """
     longest = max(len(example.input_ids) for example in examples)
     return max(longest, grain(max(longest, budget)))
 
 
 def padded_sequence(examples: Sequence[Example], device: torch.device) -> PaddedSequence:
-    """Lays examples end to end in one row and pads it."""
+    """Lays examples end to end in one sequence and pads it."""
     ends = [0, *accumulate(len(example.input_ids) for example in examples)]
     used, length = ends[-1], padded_length(ends[-1])
     tokens = np.zeros((3, length), dtype=np.int64)
-    ids, labels, positions = tokens
+    ids, labels, positions = tokens  # views: what is written to them is written to `tokens`
     labels[:] = IGNORED
     places = np.arange(length)
     for example, (start, end) in zip(examples, pairwise(ends), strict=True):

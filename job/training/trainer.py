@@ -1,18 +1,24 @@
-"""Training: TRL's SFTTrainer, driven by the batch plan over flat rows. The only room that knows trl.
+"""Training with TRL: its SFTTrainer, adapted to the batch plan and to packed sequences.
 
-One optimizer step asks the plan which examples it trains on, cuts this process's share into micro-batches by a token
-budget and sums their losses, divided by the target tokens of the whole global batch; the gradients of all processes are
-added up once a step, here, and Trainer believes to be alone. What is random in a step (dropout) is drawn from a seed of
-the run's seed, the step and the process, so no generator's state has to survive a restart.
+What TRL and transformers do here: the loop over the steps, the optimizer and its schedule, clipping, mixed precision
+with its loss scaling, the trainer's state, and the loss of a packed batch (`SFTTrainer.compute_loss`) wherever the
+decoder is not fused throughout. What this module replaces:
+
+- the unit is the optimizer step of the batch plan (`training/step.py`), not a batch of a data loader: `training_step`
+  gets the number of a step and finds its whole gradient, over all processes, so Trainer believes to be alone;
+- the optimizer, clipping and the sums over processes see the adapter as one flat tensor;
+- checkpoints are the job's own (`checkpoints/trainer_state.py`), without a pickle.
+
+Every method of `_PlannedTrainer` that Trainer calls overrides one of the same name and signature: a test holds that.
 """
 
 from __future__ import annotations
 
-import gc
 import math
 import resource
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +28,18 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from job.checkpoints.trainer_state import TrainerFiles, read_trainer_state, write_trainer_state
+from job.common.optimizers import OPTIMIZERS
 from job.data.batch_plan import Steps, targets_of
 from job.distributed.processes import ALONE, Processes
 from job.errors import JobError
 from job.model.base import recompute_activations
 from job.model.lora import trainable
-from job.records import Example, StepMetrics
-from job.training.config import Hooks, Recipe, Trained, step_seed
-from job.training.cuda_graphs import out_of_memory
+from job.model.packed_attention import is_packed
+from job.records import Example, ExecutionPlan, StepMetrics
+from job.training.config import Hooks, Recipe, Trained
 from job.training.flat_parameters import FlatParameters
-from job.training.micro_batch import Learner
-
-
-class _StepAbandoned(Exception):
-    """The step in hand cannot be finished: the state is that of the step before, untouched.
-
-    There is no time for the rest of it, or another process has ended, which is then the cause.
-    """
+from job.training.lm_head_loss import alone_loss, can_sum, summed_head
+from job.training.step import OptimizerStep, StepAbandoned
 
 
 def train(
@@ -47,6 +48,7 @@ def train(
     examples: Sequence[Example],
     *,
     recipe: Recipe,
+    plan: ExecutionPlan,
     hooks: Hooks,
     folder: Path,
     resume: Path | None = None,
@@ -55,25 +57,30 @@ def train(
     """Trains the adapter of `model` in place, in all processes alike.
 
     Args:
-        model: A PEFT model over a frozen base loaded with flat attention.
+        model: A PEFT model over a frozen base loaded with packed attention, prepared for the plan (`prepare.py`).
         tokenizer: The base's.
-        examples: The data set; the plan's rows are positions in it.
-        recipe: How.
-        hooks: Whom to tell.
-        folder: Where states are written, one folder a saved step.
+        examples: The data set; the batch plan's rows are positions in it.
+        recipe: What decides the result.
+        plan: How the work is carried out.
+        hooks: What is called meanwhile.
+        folder: Where checkpoints are written, one folder each.
         resume: A folder written earlier by the same recipe; training goes on after its step.
-        processes: Those that share the work; process 0 writes states, and tells of them.
+        processes: Those that share the work; process 0 writes checkpoints, and tells of them.
+
+    Raises:
+        JobError: The loss of a step is not finite; or what ended another process.
+        ValueError: The checkpoint to resume from is not of this model.
     """
-    trainer = _FlatTrainer(
-        model, tokenizer, examples=examples, recipe=recipe, hooks=hooks, folder=folder, processes=processes
+    trainer = _PlannedTrainer(
+        model, tokenizer, examples=examples, recipe=recipe, plan=plan, hooks=hooks, folder=folder, processes=processes
     )
-    recompute_activations(model, on=recipe.gradient_checkpointing, random=not recipe.padded)
+    recompute_activations(model, on=not plan.kept_activations, random=not plan.padded)
     model.train()
-    # Trainer takes the gradients off after every step, module by module; they are parts of a vector that clears itself.
+    # Trainer sets the gradients to None after every step, module by module; here they are views that stay.
     model.zero_grad = lambda: None
     try:
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-    except _StepAbandoned as abandoned:
+    except StepAbandoned as abandoned:
         trainer.save_if_it_fits()
         if abandoned.__cause__ is not None:
             raise abandoned.__cause__ from None
@@ -82,13 +89,12 @@ def train(
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     recompute_activations(model, on=False)
     model.eval()
-    given_up = tuple(trainer.learner.given_up)
-    trainer.learner.release()
-    done = trainer.state.global_step
-    return Trained(tuple(trainer.history), trainer.budget, complete=done >= recipe.total_steps, given_up=given_up)
+    trainer.step.release()
+    complete = trainer.state.global_step >= recipe.total_steps
+    return Trained(tuple(trainer.history), trainer.step.budget, complete=complete, plan=trainer.step.plan)
 
 
-class _FlatTrainer(SFTTrainer):  # type: ignore[misc]
+class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
     """SFTTrainer whose unit is the optimizer step of the batch plan."""
 
     def __init__(
@@ -98,38 +104,43 @@ class _FlatTrainer(SFTTrainer):  # type: ignore[misc]
         *,
         examples: Sequence[Example],
         recipe: Recipe,
+        plan: ExecutionPlan,
         hooks: Hooks,
         folder: Path,
         processes: Processes,
     ) -> None:
         exact = {name: parameter.data for name, parameter in trainable(model).items()}
+        alone = processes.place.world_size == 1
         super().__init__(
             model=model,
-            args=trl_config(recipe, folder, model),
+            args=trl_config(recipe, plan, folder, model),
             processing_class=tokenizer,
             train_dataset=Dataset.from_list([{"input_ids": list(examples[0].input_ids)}]),  # TRL wants to see one
             data_collator=list,
             # A flag that goes up between the agreement and the step's end counts in the next step, in all of them.
-            callbacks=[StopOnFlag(self._stopping, hooks.fits)],
+            callbacks=[StopOnFlag(hooks.stop if alone else lambda: processes.stopping, hooks.fits)],
         )
         # TRL rounds the adapter of a quantized model to bf16, in which a resumed run cannot be exact.
         for name, parameter in trainable(model).items():
             parameter.data = exact[name]
-        self.vector = FlatParameters(trainable(model).values())
-        self.recipe, self.hooks, self.folder, self.processes = recipe, hooks, folder, processes
+        self.parameters = FlatParameters(trainable(model).values(), OPTIMIZERS[recipe.optimizer].block)
+        self.hooks, self.folder, self.leads = hooks, folder, processes.leads
         place, batch_size = processes.place, recipe.global_batch_size
         self.steps = Steps(examples, recipe.seed, batch_size, recipe.total_steps, place.rank, place.world_size)
-        self.budget = recipe.micro_batch_tokens
         self.history: list[StepMetrics] = []
         self.saved_step = 0
         self.clock = time.monotonic()
-        self.learner = Learner(
+        base = model.get_base_model()
+        self.summed_head = partial(summed_head, base) if can_sum(base) else None
+        self.step = OptimizerStep(
             model,
-            recipe,
-            examples,
-            largest=lambda: self.steps.largest(self.budget),
-            backward=self.accelerator.backward,
-            autocast=self.compute_loss_context_manager,
+            self.steps,
+            self.parameters,
+            recipe=recipe,
+            plan=plan,
+            hooks=hooks,
+            processes=processes,
+            packed_gradient=self.packed_gradient,
         )
 
     # Which examples: the plan's, from the step that comes next.
@@ -143,74 +154,40 @@ class _FlatTrainer(SFTTrainer):  # type: ignore[misc]
     def floating_point_ops(self, inputs: Any) -> int:  # noqa: ARG002 - Trainer's signature
         return 0
 
-    # What is done to the adapter as a whole.
+    # The gradient of a step, and what is done to the adapter as a whole.
+
+    def training_step(self, model: Any, inputs: tuple[int], num_items_in_batch: Any = None) -> Any:  # noqa: ARG002
+        self.clock = time.monotonic()
+        return self.step(*inputs)
+
+    def packed_gradient(self, inputs: dict[str, Any], targets: int) -> torch.Tensor:
+        """Adds the gradient of a packed batch by TRL's own loss; see `step.PackedGradient`."""
+        with self.compute_loss_context_manager():
+            # `model_wrapped` is the model as Trainer made it ready for mixed precision.
+            if is_packed(self.model):
+                loss = self.compute_loss(self.summed_head or self.model_wrapped, inputs, num_items_in_batch=targets)
+            else:
+                loss = alone_loss(self.model_wrapped, **inputs) / targets
+        self.accelerator.backward(loss)
+        detached: torch.Tensor = loss.detach()
+        return detached
 
     def create_optimizer(self, model: Any = None) -> Any:  # noqa: ARG002 - Trainer's signature
         kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        self.optimizer = kind([self.vector.whole], weight_decay=self.args.weight_decay, **options)
+        self.optimizer = kind([self.parameters.whole], weight_decay=self.args.weight_decay, **options)
         return self.optimizer
 
     def _clip_grad_norm(self, model: Any) -> Any:  # noqa: ARG002 - Trainer's signature
-        return self.accelerator.clip_grad_norm_([self.vector.whole], self.args.max_grad_norm)
-
-    def training_step(self, model: Any, inputs: tuple[int], num_items_in_batch: Any = None) -> Any:  # noqa: ARG002
-        """One optimizer step's gradient; makes room and repeats itself when the memory of a GPU runs out."""
-        self.clock = time.monotonic()
-        while True:
-            sums = None
-            try:
-                sums = self._lay_out(self._gradient_of(model, *inputs))
-            except RuntimeError as error:
-                if not out_of_memory(error):
-                    raise
-                least = max(len(e.input_ids) for e in self.steps.examples) // 2
-                if self.budget <= least and not self.learner.can_make_room():
-                    raise
-            try:
-                if not self.processes.agree(repeat=sums is None):
-                    self.processes.add_up(sums)
-                    return self._put_back(sums)
-                # Where one that ran out finds nothing to give up, all of them go on with half the budget.
-                if self.processes.agree(repeat=sums is None and not self.learner.make_room()):
-                    self.budget //= 2
-            except JobError as error:
-                raise _StepAbandoned from error
-            gc.collect()  # errors hold on to what their frames had made
-            torch.cuda.empty_cache()
-
-    def _lay_out(self, loss: Any) -> Any:
-        """What is added up over the processes, end to end: the adapter's gradient, and the loss."""
-        alone = self.processes.place.world_size == 1
-        return loss.reshape(1) if alone else torch.cat([self.vector.gradient, loss.reshape(1)])
-
-    def _put_back(self, sums: Any) -> Any:
-        """Makes the sum the adapter's gradient, and returns the loss."""
-        if self.processes.place.world_size > 1:
-            self.vector.gradient.copy_(sums[:-1])
-        return sums[-1]
-
-    def _stopping(self) -> bool:
-        return self.hooks.stop() if self.processes.place.world_size == 1 else self.processes.stopping
-
-    def _gradient_of(self, model: Any, step: int) -> Any:
-        torch.manual_seed(step_seed(self.recipe.seed, step, self.processes.place.rank))
-        self.vector.clear()
-        loss = torch.zeros((), device=self.args.device)
-        weight = 1 / targets_of(self.steps.of(step))
-        groups = self.steps.micro_batches(step, self.budget)
-        for number, group in enumerate(groups, start=1):
-            if self.hooks.stop() and not self.hooks.fits(1 - (number - 1) / len(groups)):
-                raise _StepAbandoned
-            loss += self.learner(model, group, weight, self.args.device)
-        return loss
+        return self.accelerator.clip_grad_norm_([self.parameters.whole], self.args.max_grad_norm)
 
     # What is told, kept and restored.
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:  # noqa: ARG002
         """Called by Trainer after every step, and once at the end, then without a loss."""
+        self._metrics["train"].clear()  # entropy and accuracy, which TRL's loss collects for its own log
         if "loss" not in logs:
             return
-        metrics = self._metrics_of(logs, time.monotonic() - self.clock)
+        metrics = self.metrics_of(logs, time.monotonic() - self.clock)
         self.history.append(metrics)
         self.hooks.on_metrics(metrics)
         if not math.isfinite(metrics.loss):
@@ -219,7 +196,8 @@ class _FlatTrainer(SFTTrainer):  # type: ignore[misc]
                 "Lower JOB_TRAIN__LEARNING_RATE or look at the rows of that step"
             )
 
-    def _metrics_of(self, logs: dict[str, float], seconds: float) -> StepMetrics:
+    def metrics_of(self, logs: Mapping[str, float], seconds: float) -> StepMetrics:
+        """The facts and measurements of the step that has just ended."""
         step = self.state.global_step
         examples = self.steps.of(step - 1)
         targets = targets_of(examples)
@@ -236,15 +214,15 @@ class _FlatTrainer(SFTTrainer):  # type: ignore[misc]
                 "seconds": seconds,
                 "tokens_per_second": targets / seconds,
                 "memory_bytes": memory_in_use(),
-                "micro_batch_tokens": self.budget,
+                "micro_batch_tokens": self.step.budget,
             },
         )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:  # noqa: ARG002
-        if self.processes.leads:
+        if self.leads:
             path = self.folder / f"step-{self.state.global_step:08d}"
             began = time.monotonic()
-            write_trainer_state(path, self._files(), self.history)
+            write_trainer_state(path, self.trainer_files(), self.history)
             self.hooks.on_write(time.monotonic() - began)
             self.saved_step = self.state.global_step
             self.hooks.on_save(path, self.state.global_step)
@@ -259,14 +237,15 @@ class _FlatTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            self.history = read_trainer_state(Path(checkpoint), self._files())
+            self.history = read_trainer_state(Path(checkpoint), self.trainer_files())
             self.saved_step = self.state.global_step
-            self.budget = int(self.history[-1].measured["micro_batch_tokens"] or self.budget)
+            self.step.budget = int(self.history[-1].measured["micro_batch_tokens"] or self.step.budget)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         """Restored with the optimizer."""
 
-    def _files(self) -> TrainerFiles:
+    def trainer_files(self) -> TrainerFiles:
+        """The live objects that a checkpoint is written from and restored into."""
         return TrainerFiles(self.model, self.optimizer, self.lr_scheduler, self.accelerator.scaler, self.state)
 
 
@@ -304,19 +283,45 @@ class StopOnFlag(TrainerCallback):  # type: ignore[misc]
 
 
 SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+"""`JOB_TRAIN__SCHEDULER` by the name that transformers has for it."""
+
+OPTIONS = {
+    "output_dir": "where Trainer may write; it has to be given",
+    "max_steps": "the length of the schedule and of the loop",
+    **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"), "1: a step of the loop is a step"),
+    **dict.fromkeys(("learning_rate", "lr_scheduler_type", "warmup_steps"), "the schedule"),
+    **dict.fromkeys(("optim", "weight_decay", "max_grad_norm"), "the optimizer and clipping"),
+    **dict.fromkeys(("bf16", "fp16"), "autocast, and loss scaling"),
+    "loss_type": "what compute_loss computes",
+    "router_aux_loss_coef": "what compute_loss adds for a mixture of experts: nothing",
+    "use_cpu": "where",
+    "seed": "what Trainer seeds when it is made",
+    **dict.fromkeys(("logging_steps", "logging_nan_inf_filter"), "log() is called after every step, with its own loss"),
+    **dict.fromkeys(("save_strategy", "save_steps"), "when _save_checkpoint() is called"),
+    "ignore_data_skip": "the plan seeks by itself",
+    **dict.fromkeys(("remove_unused_columns", "max_length", "dataset_kwargs"), "TRL leaves the data set alone"),
+    **dict.fromkeys(("report_to", "disable_tqdm"), "nothing is told but by the job"),
+    **dict.fromkeys(("activation_checkpointing", "gradient_checkpointing"), "off: switched on the model, by the plan"),
+}
+"""The options of SFTConfig that do something in this trainer, and what. Any other (packing, a data loader's, an
+evaluation's) would be accepted by TRL and change nothing, so `sft_config` refuses it."""
 
 
-def trl_config(recipe: Recipe, folder: Path, model: Any) -> SFTConfig:
-    """How Trainer is to train.
+def sft_config(**options: Any) -> SFTConfig:
+    """TRL's configuration.
 
-    Args:
-        recipe: The same in the job's words.
-        folder: Where Trainer may write.
-        model: The one that is trained.
+    Raises:
+        ValueError: There is an option that would do nothing here, see `OPTIONS`.
     """
-    on_gpu = model.device.type == "cuda"
+    if unknown := sorted(options.keys() - OPTIONS.keys()):
+        raise ValueError(f"options of SFTConfig that would do nothing in this trainer: {', '.join(unknown)}")
+    return SFTConfig(**options)
+
+
+def trl_config(recipe: Recipe, plan: ExecutionPlan, folder: Path, model: Any) -> SFTConfig:
+    """How Trainer is to train this model; it may write into `folder`."""
     dtype = model.get_base_model().dtype
-    return SFTConfig(
+    return sft_config(
         output_dir=str(folder),
         max_steps=recipe.total_steps,
         per_device_train_batch_size=1,
@@ -327,20 +332,23 @@ def trl_config(recipe: Recipe, folder: Path, model: Any) -> SFTConfig:
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
         optim=recipe.optimizer,
-        # Switched on by hand on the model: the argument's name changed between the versions that we admit.
+        # The argument's name changed between the versions that are admitted.
         **dict.fromkeys(
             {"activation_checkpointing", "gradient_checkpointing"} & SFTConfig.__dataclass_fields__.keys(), False
         ),
-        bf16=dtype is torch.bfloat16 and recipe.autocast,
+        # Fused layers cast the adapter's fp32 weights themselves; PEFT's need autocast for it.
+        bf16=dtype is torch.bfloat16 and not plan.fused,
         fp16=dtype is torch.float16,
-        use_cpu=not on_gpu,
+        loss_type="nll",
+        use_cpu=model.device.type != "cuda",
         seed=recipe.seed,
         logging_steps=1,
         logging_nan_inf_filter=False,  # it would hide a loss that is not finite
         save_strategy="steps",
         save_steps=recipe.save_every_steps,
-        ignore_data_skip=True,  # the plan seeks, nothing has to be skipped
+        ignore_data_skip=True,
         remove_unused_columns=False,
+        router_aux_loss_coef=0.0,  # the recipe's loss is that of the tokens, whatever a mixture's config.json has
         max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},
         report_to="none",

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: each is what its marker says, and one follows from the other up to the adapter."""
+"""The checkpoints of a run: files match their commit markers, steps rise, and the last one is the published adapter."""
 
 from __future__ import annotations
 
@@ -6,59 +6,55 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from job.checkpoints import commit_marker
-from job.checkpoints.commit_marker import Marker
+from job.checkpoints.manager import Marker, parse_marker
 from job.checkpoints.trainer_state import ADAPTER
 from job.checkpoints.trainer_state import METRICS as STATE_METRICS
 from job.common.hashing import facts_of_line
-from job.results.inventory import MARKER
-from job.verification.check_figures import METRICS
-from job.verification.differences import Check, Difference
-from job.verification.fetch_claims import Claim
-
-ADAPTER_PATH = "artifacts/adapter/adapter_model.safetensors"
+from job.records import Artifact
+from job.results.inventory import is_marker
+from job.runs.layout import METRICS, WEIGHTS, marker_key
+from job.verification.differences import CheckResult, Difference
 
 Copies = Mapping[str, Path]
 
 
 def read_markers(copies: Copies) -> tuple[list[Marker], list[Difference]]:
-    """The markers among the copies, by rising step, and what is wrong with the others."""
+    """The valid commit markers by rising step, and what is wrong with the others."""
     found, wrong = [], []
-    for path in sorted(filter(MARKER.fullmatch, copies)):
+    for path in sorted(filter(is_marker, copies)):
         try:
-            marker = commit_marker.parse(copies[path].read_bytes())
+            marker = parse_marker(copies[path].read_bytes())
         except ValueError as error:
             wrong.append(Difference(path, "a commit marker", str(error)))
             continue
-        if path != commit_marker.step_prefix(marker.step) + commit_marker.NAME:
+        if path != marker_key(marker.step):
             wrong.append(Difference(path, "the step of its folder", f"step {marker.step}"))
         else:
             found.append(marker)
     return sorted(found, key=lambda marker: marker.step), wrong
 
 
-def claims(marker: Marker) -> list[Claim]:
-    """What a marker says of its files."""
-    prefix = commit_marker.files_prefix(marker)
-    return [Claim(prefix + name, file.bytes, file.sha256) for name, file in marker.files.items()]
+def claims(marker: Marker) -> list[Artifact]:
+    """The files that a marker lists."""
+    return [Artifact(marker.folder + name, file.bytes, file.sha256) for name, file in marker.files.items()]
 
 
 def check_checkpoints(
     results: Mapping[str, Any], found: Sequence[Marker], copies: Copies, wrong: Sequence[Difference]
-) -> Check:
-    """Steps and epochs rise together, metrics only grow, and the last state is the published adapter.
+) -> CheckResult:
+    """Steps and attempts rise together, metrics only grow, and the last checkpoint is the published adapter.
 
     Args:
         results: The manifest.
-        found: The markers, by rising step.
-        copies: The files.
-        wrong: How markers and files are not as claimed.
+        found: The markers by rising step.
+        copies: Local copies by path.
+        wrong: What is wrong with markers and files by themselves.
     """
     differences = [*wrong]
     steps, attempts = results["training"]["steps"], [attempt["number"] for attempt in results["run"]["attempts"]]
     epoch = 0
     for marker in found:
-        place = commit_marker.step_prefix(marker.step) + commit_marker.NAME
+        place = marker_key(marker.step)
         if marker.step > steps:
             differences.append(Difference(place, f"a step up to {steps}", f"step {marker.step}"))
         if marker.epoch < epoch or marker.epoch not in attempts:
@@ -67,7 +63,7 @@ def check_checkpoints(
         epoch = marker.epoch
         differences += _metrics_differ(marker, copies)
         if marker.step == steps:
-            differences += _adapters_differ(commit_marker.files_prefix(marker) + ADAPTER, ADAPTER_PATH, copies)
+            differences += _adapters_differ(marker.folder + ADAPTER, WEIGHTS, copies)
     packages = results["software"]["packages"]
     notes = [
         f"the checkpoint of step {marker.step} was written by other versions of {', '.join(changed)}"
@@ -75,20 +71,20 @@ def check_checkpoints(
         if (changed := sorted(name for name in packages if marker.software.get(name) != packages[name]))
     ]
     if found and found[-1].step < steps:
-        notes.append(f"the newest is of step {found[-1].step}: whether the adapter follows from it cannot be told")
+        notes.append(f"the newest is of step {found[-1].step}: whether the adapter follows from it cannot be checked")
     extent = f"{len(found)}, {', '.join(f'step {marker.step}' for marker in found)}" if found else "none"
-    return Check("checkpoints", extent, tuple(differences), tuple(notes))
+    return CheckResult("checkpoints", extent, tuple(differences), tuple(notes))
 
 
 def _metrics_differ(marker: Marker, copies: Copies) -> Iterator[Difference]:
-    """The steps that a checkpoint knows have to be those of the published metrics, but for what a clock measured."""
-    path = commit_marker.files_prefix(marker) + STATE_METRICS
+    """A checkpoint's metrics have to be the first ones of the published metrics, apart from what was measured."""
+    path = marker.folder + STATE_METRICS
     if path not in copies or METRICS not in copies:
         return
     before, after = _facts(copies[path]), _facts(copies[METRICS])
     if before is None:
         yield Difference(path, "the metrics of a step a line", "something else")
-    if before is None or after is None:  # which is told where training is checked
+    if before is None or after is None:  # check_training reports it
         return
     if len(before) != marker.step:
         yield Difference(path, f"the metrics of {marker.step} steps", f"those of {len(before)}")
@@ -99,7 +95,7 @@ def _metrics_differ(marker: Marker, copies: Copies) -> Iterator[Difference]:
 
 
 def _facts(path: Path) -> list[dict[str, Any]] | None:
-    """The facts of every step in a file of metrics; None where it is none."""
+    """The metrics of every step without what was measured; None if the file holds something else."""
     try:
         return [facts_of_line(line) for line in path.read_bytes().splitlines()]
     except ValueError:
@@ -107,7 +103,7 @@ def _facts(path: Path) -> list[dict[str, Any]] | None:
 
 
 def _adapters_differ(state: str, published: str, copies: Copies) -> Iterator[Difference]:
-    """The tensors of the last state and of the adapter are the same numbers; PEFT only gives them shorter names."""
+    """The tensors of the last checkpoint and of the adapter have to be equal bit by bit; PEFT shortens their names."""
     from safetensors import SafetensorError, safe_open
 
     if state not in copies or published not in copies:

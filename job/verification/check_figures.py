@@ -1,50 +1,50 @@
-"""The figures of a manifest, worked out again from the published answers and metrics."""
+"""The figures of a manifest, computed again from samples, metrics and attempts."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
+from job.common.formatting import count
+from job.common.validation import first_error
 from job.data.batch_plan import steps_per_epoch
 from job.evaluation.comparison import compare_tasks, judge
-from job.evaluation.samples import HASHES, Sample, contradiction, parse, tally_records
+from job.evaluation.samples import HASHES, Sample, contradiction, parse, task_scores
 from job.records import AttemptRecord, StepMetrics, TaskScores
 from job.results.cost import compute_cost
-from job.results.reader import answers_path
-from job.runs.layout import RESULTS
+from job.results.training_totals import training_totals
+from job.runs.layout import METRICS, RESULTS, answers_key
 from job.training.config import total_steps
-from job.verification.differences import Check, Difference, count, find_differences, show, why
+from job.verification.differences import MAX_SHOWN, CheckResult, Difference, find_differences, show
 
-METRICS = "artifacts/metrics.jsonl"
-_MOST_TOLD = 5
+_MOST_SHOWN = 5
 
 Copies = Mapping[str, Path]
-Sheets = dict[str, list[Sample]]
+SamplesByTask = dict[str, list[Sample]]
 
 
-def check_evaluation(results: Mapping[str, Any], copies: Copies) -> Check:
-    """Every figure of every task, from the answers to its questions."""
+def check_evaluation(results: Mapping[str, Any], copies: Copies) -> CheckResult:
+    """Every figure of every task, from the samples."""
     tasks = results["evaluation"]["tasks"]
-    sheets: dict[str, Sheets] = {}
+    by_task: dict[str, SamplesByTask] = {}
     differences: list[Difference] = []
     for side in ("base", "adapter"):
-        sheets[side], wrong = _read_sheets(tasks, side, copies)
+        by_task[side], wrong = _read_samples(tasks, side, copies)
         differences += wrong
-    differences += _unpaired(sheets["base"], sheets["adapter"], "base")
+    differences += _unpaired(by_task["base"], by_task["adapter"], "base")
     if not differences:
-        found = compare_tasks(*(_scores(sheets[side], tasks, side) for side in ("base", "adapter")))
+        found = compare_tasks(*(_scores(by_task[side], tasks, side) for side in ("base", "adapter")))
         differences += find_differences(f"{RESULTS} evaluation.tasks", tasks, found)
-    questions = sum(len(records) for records in sheets["adapter"].values())
+    questions = sum(len(records) for records in by_task["adapter"].values())
     extent = f"{count(len(tasks), 'task')}, {count(questions, 'question')} answered twice"
-    return Check("evaluation", extent, tuple(differences))
+    return CheckResult("evaluation", extent, tuple(differences))
 
 
-def check_gate(results: Mapping[str, Any], copies: Copies) -> Check:
-    """The gate's verdict, from the figures; against an earlier run, from that run's answers, which lie beside ours."""
+def check_gate(results: Mapping[str, Any], copies: Copies) -> CheckResult:
+    """The gate's verdict from the figures; with a baseline, from the copies of its samples in this run."""
     gate, tasks = results["gate"], results["evaluation"]["tasks"]
     against = gate["baseline"]
     thresholds = {name: gate[name] for name in ("metric", "min_delta", "max_regression")}
@@ -52,8 +52,8 @@ def check_gate(results: Mapping[str, Any], copies: Copies) -> Check:
     settings = {name: results["settings"].get(f"gate.{name}", {}).get("value") for name in asked}
     differences = list(find_differences(f"{RESULTS} gate", asked, settings))
     if against is not None:
-        earlier, wrong = _read_sheets(tasks, "baseline", copies)
-        ours, ours_wrong = _read_sheets(tasks, "adapter", copies)
+        earlier, wrong = _read_samples(tasks, "baseline", copies)
+        ours, ours_wrong = _read_samples(tasks, "adapter", copies)
         wrong += ours_wrong or _unpaired(earlier, ours, "baseline")
         wrong += find_differences(f"{RESULTS} gate.baseline.tasks", sorted(against["tasks"]), sorted(tasks))
         differences += wrong
@@ -64,14 +64,14 @@ def check_gate(results: Mapping[str, Any], copies: Copies) -> Check:
         differences += find_differences(f"{RESULTS} gate", gate, judge(tasks, **thresholds, baseline=against))
     outcome = {None: "none set", True: "met", False: "not met"}[gate["passed"]]
     versus = "" if against is None else f", against run {show(against['run'])}"
-    return Check("gate", outcome + versus, tuple(differences))
+    return CheckResult("gate", outcome + versus, tuple(differences))
 
 
-def _read_sheets(tasks: Mapping[str, Any], side: str, copies: Copies) -> tuple[Sheets, list[Difference]]:
-    """By task: one side's records, and what is wrong with them alone."""
-    sheets, wrong = {}, []
+def _read_samples(tasks: Mapping[str, Any], side: str, copies: Copies) -> tuple[SamplesByTask, list[Difference]]:
+    """By task, one side's samples, and what is wrong with each side by itself."""
+    by_task, wrong = {}, []
     for task, claimed in tasks.items():
-        path = answers_path(task, side)
+        path = answers_key(task, side)
         try:
             records = parse(copies[path].read_bytes())
         except KeyError:
@@ -79,75 +79,78 @@ def _read_sheets(tasks: Mapping[str, Any], side: str, copies: Copies) -> tuple[S
         except ValueError as error:
             wrong.append(Difference(path, "one record a question", str(error)))
         else:
-            sheets[task] = records
+            by_task[task] = records
             wrong += find_differences(f"{RESULTS} evaluation.tasks.{task}.n", claimed["n"], len(records))
-            told = ((f"{path} line {n}", contradiction(record)) for n, record in enumerate(records, start=1))
-            found = [Difference(where, "an answer by its likelihoods", what) for where, what in told if what]
-            wrong += found[:_MOST_TOLD]
-    return sheets, wrong
+            checked = ((f"{path} line {n}", contradiction(record)) for n, record in enumerate(records, start=1))
+            found = [
+                Difference(where, "the answer that follows from its likelihoods", what)
+                for where, what in checked
+                if what
+            ]
+            wrong += found[:_MOST_SHOWN]
+    return by_task, wrong
 
 
-def _unpaired(before: Sheets, after: Sheets, side: str) -> Iterator[Difference]:
-    """The first question of each task that the two sides do not have in common."""
+def _unpaired(before: SamplesByTask, after: SamplesByTask, side: str) -> Iterator[Difference]:
+    """The first question of each task in which the two sides differ."""
     for task in before.keys() & after.keys():
         for number, (one, two) in enumerate(zip(before[task], after[task], strict=False), start=1):
             if any(getattr(one, name) != getattr(two, name) for name in ("id", *HASHES)):
-                where = f"{answers_path(task, side)} line {number}"
+                where = f"{answers_key(task, side)} line {number}"
                 yield Difference(where, f"question {show(two.id)} as the adapter was asked", show(one.id))
                 break
 
 
-def _scores(sheets: Sheets, tasks: Mapping[str, Any], side: str) -> dict[str, TaskScores]:
-    """What the records add up to; where questions and answers came from is taken over from the manifest."""
+def _scores(by_task: SamplesByTask, tasks: Mapping[str, Any], side: str) -> dict[str, TaskScores]:
+    """The scores that follow from the samples; `source`, `version` and `reused_from` are the manifest's."""
     return {
-        task: tally_records(
+        task: task_scores(
             records,
             task=task,
             source=tasks[task]["source"],
             version=tasks[task]["version"],
             reused_from=tasks[task][side]["reused_from"],
         )
-        for task, records in sheets.items()
+        for task, records in by_task.items()
     }
 
 
-def check_training(results: Mapping[str, Any], copies: Copies) -> Check:
-    """What training did, from the metrics of every step, and how long it should have gone on by its settings."""
+def check_training(results: Mapping[str, Any], copies: Copies) -> CheckResult:
+    """The totals of training from the metrics of every step, and the number of steps from the settings."""
     training = results["training"]
     extent = count(training["steps"], "step")
     try:
         history = _read_steps(copies[METRICS].read_bytes())
-        found = _summed(history, results)
-    except KeyError:
-        return Check("training", extent, (Difference(METRICS, "the metrics of a step a line", "nothing to read"),))
-    except ValueError as error:
-        return Check("training", extent, (Difference(METRICS, "the metrics of a step a line", str(error)),))
+        found = _totals(history, results)
+    except (KeyError, ValueError) as error:
+        what = "nothing to read" if isinstance(error, KeyError) else str(error)
+        return CheckResult("training", extent, (Difference(METRICS, "the metrics of a step a line", what),))
     differences = list(find_differences(f"{RESULTS} training", {name: training[name] for name in found}, found))
     if [step.step for step in history] != list(range(1, len(history) + 1)):
         differences.append(Difference(METRICS, "the steps from 1 up", "others"))
-    return Check("training", extent, tuple(differences))
+    return CheckResult("training", extent, tuple(differences))
 
 
 def _read_steps(data: bytes) -> list[StepMetrics]:
     """The steps in a file of metrics.
 
     Raises:
-        ValueError: With the first line that holds none.
+        ValueError: With the first line that is not a step's metrics.
     """
     kind, steps = TypeAdapter(StepMetrics), []
     for number, line in enumerate(data.removesuffix(b"\n").split(b"\n"), start=1):
         try:
             steps.append(kind.validate_json(line))
         except ValueError as error:
-            raise ValueError(f"line {number}: {why(error)}") from None
+            raise ValueError(f"line {number}: {first_error(error, MAX_SHOWN)}") from None
     return steps
 
 
-def _summed(history: Sequence[StepMetrics], results: Mapping[str, Any]) -> dict[str, Any]:
-    """The figures of `training` that follow from the steps, or from settings and data.
+def _totals(history: Sequence[StepMetrics], results: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of `training` that follow from the steps.
 
     Raises:
-        ValueError: The settings are not of a kind that could have been trained by.
+        ValueError: The settings are not valid, or ask for another number of steps.
     """
     settings = {name: setting["value"] for name, setting in results["settings"].items()}
     rows, size, epochs, most = (
@@ -155,28 +158,17 @@ def _summed(history: Sequence[StepMetrics], results: Mapping[str, Any]) -> dict[
         *(settings.get(f"train.{name}") for name in ("global_batch_size", "epochs", "max_steps")),
     )
     if not (isinstance(size, int) and isinstance(epochs, int) and isinstance(most, int | None) and size > 0):
-        raise ValueError("no settings that could have been trained by")
+        raise ValueError("no valid training settings")
     planned = total_steps(rows, size, epochs, most)
     if len(history) != planned:
         raise ValueError(f"{len(history)} steps, {planned} by the settings")
-    last = history[-steps_per_epoch(rows, size) :]
-    targets, learned = sum(step.target_tokens for step in history), sum(step.target_tokens for step in last)
-    seconds = math.fsum(float(step.measured.get("seconds") or 0) for step in history)
-    return {
-        "steps": len(history),
-        "examples": sum(step.examples for step in history),
-        "target_tokens": targets,
-        "loss": sum(step.loss * step.target_tokens for step in last) / learned if learned else None,
-        "seconds": seconds,
-        "tokens_per_second": targets / seconds if seconds else None,
-        "global_batch_size": size,
-    }
+    return training_totals(history, steps_per_epoch(rows, size), size)
 
 
-def check_cost(results: Mapping[str, Any]) -> Check:
+def check_cost(results: Mapping[str, Any]) -> CheckResult:
     """Seconds, dollars, waste, energy and savings, from the attempts and the prices."""
     attempts = TypeAdapter(list[AttemptRecord]).validate_python(results["run"]["attempts"])
     on_demand = results["settings"].get("cost.on_demand_usd_per_hour", {}).get("value")
     found = compute_cost(attempts, results["training"]["seconds"], on_demand)
     differences = find_differences(f"{RESULTS} cost", results["cost"], found)
-    return Check("cost", f"adds up over {count(len(attempts), 'attempt')}", tuple(differences))
+    return CheckResult("cost", f"adds up over {count(len(attempts), 'attempt')}", tuple(differences))

@@ -1,8 +1,7 @@
-"""How a run came about: its settings, stages and attempts have to tell the same story as its manifest."""
+"""Records that a run wrote while it went on (settings, stages, attempts) have to agree with its manifest."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,37 +9,38 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
 
+from job.common.formatting import count
+from job.common.validation import first_error
 from job.errors import JobError
 from job.evaluation.comparison import compare_tasks
 from job.records import Artifact, AttemptRecord, Evaluated, Pulled, Trained
 from job.runs import lease
-from job.runs.layout import RESULTS
-from job.runs.run_log import SETTINGS, parse_record, record_key
+from job.runs.layout import LEASE, RESULTS, SETTINGS, Stage, attempt_key, attempt_number, stage_key
+from job.runs.run_log import parse_record
 from job.storage.open import ObjectStore, TooLarge
-from job.verification.differences import Check, Difference, count, find_differences, show, why
-from job.verification.fetch_claims import MISSING
+from job.verification.differences import MAX_SHOWN, CheckResult, Difference, find_differences, show
+from job.verification.fetch_files import MISSING
 
-PULL, BASE, TRAIN, ADAPTER = (f"stages/{name}.json" for name in ("pull", "evaluate-base", "train", "evaluate-adapter"))
+PULL, BASE, TRAIN, ADAPTER = map(stage_key, (Stage.PULL, Stage.EVALUATE_BASE, Stage.TRAIN, Stage.EVALUATE_ADAPTER))
 MAX_RECORD_BYTES = 1 << 20
-_LEDGER = re.compile(r"attempts/(\d{4,9})\.json", re.ASCII)
 
 T = TypeVar("T")
 
 Copies = Mapping[str, Path]
 
 
-def check_settings(results: Mapping[str, Any], copies: Copies) -> Check:
-    """The settings that the run began with are those of the manifest."""
+def check_settings(results: Mapping[str, Any], copies: Copies) -> CheckResult:
+    """`settings.json`, written at the first attempt, agrees with the manifest."""
     differences: list[Difference] = []
     kept = _read(SETTINGS, dict[str, Any], copies, differences)
     if kept is not None:
         claimed = {name: setting["value"] for name, setting in results["settings"].items() if name in kept}
         differences += find_differences(f"{RESULTS} settings", claimed, kept)
-    return Check("settings", f"{len(kept or ())} that decide the result", tuple(differences))
+    return CheckResult("settings", f"{len(kept or ())} that decide the result", tuple(differences))
 
 
-def check_stages(results: Mapping[str, Any], copies: Copies) -> Check:
-    """What the stages found out, data and model first, is what the manifest says."""
+def check_stages(results: Mapping[str, Any], copies: Copies) -> CheckResult:
+    """The records of the stages agree with the manifest."""
     differences: list[Difference] = []
     pulled = _read(PULL, Pulled, copies, differences)
     base, adapter = (_read(path, Evaluated, copies, differences) for path in (BASE, ADAPTER))
@@ -60,11 +60,11 @@ def check_stages(results: Mapping[str, Any], copies: Copies) -> Check:
             differences.append(Difference(ADAPTER, "scores that compare with the base's", str(error)))
         else:
             differences += find_differences(f"{RESULTS} evaluation.tasks", results["evaluation"]["tasks"], tasks)
-    return Check("stages", "pull, evaluate base, train, evaluate adapter", tuple(differences))
+    return CheckResult("stages", "pull, evaluate base, train, evaluate adapter", tuple(differences))
 
 
 def _listed(results: Mapping[str, Any], artifacts: list[Artifact]) -> list[Difference]:
-    """What a stage published, where the manifest does not list it so."""
+    """The artifacts of a stage that the manifest lists differently or not at all."""
     listed = {artifact["path"]: artifact for artifact in results["artifacts"]}
     pairs = ((listed.get(artifact.path, {"path": None}), asdict(artifact)) for artifact in artifacts)
     return [one for claimed, found in pairs for one in find_differences(f"{RESULTS} artifacts", claimed, found)]
@@ -72,68 +72,68 @@ def _listed(results: Mapping[str, Any], artifacts: list[Artifact]) -> list[Diffe
 
 def check_attempts(
     results: Mapping[str, Any], copies: Copies, store: ObjectStore, listed: Collection[str]
-) -> tuple[Check, set[str]]:
-    """The ledger has the attempts of the manifest, and the lease was the last one's.
+) -> tuple[CheckResult, set[str]]:
+    """The records of the attempts agree with the manifest, and the last attempt held the lease.
 
-    An attempt may have been started while the last one was publishing: then it has the lease, and found all done.
+    A later attempt may have started while the last one was publishing: then it holds the lease and had nothing to do.
 
     Args:
         results: The manifest.
-        copies: Files that the manifest vouches for.
-        store: The run's; what carries a seal of its own is read from it.
-        listed: Every file in it.
+        copies: Local copies of the files that the manifest lists.
+        store: The run's own, for the files that carry a seal instead.
+        listed: Every file in the store.
 
     Returns:
-        The outcome, and the files with seals of their own that belong to the run.
+        The result, and the sealed files that belong to the run.
     """
     attempts = [AttemptRecord(**attempt) for attempt in results["run"]["attempts"]]
     last = attempts[-1]
     differences: list[Difference] = []
     for index, attempt in enumerate(attempts[:-1]):
-        key = record_key(attempt.number)
+        key = attempt_key(attempt.number)
         kept = _parsed(key, parse_record, copies[key].read_bytes() if key in copies else None, differences)
         if kept is not None:
-            # one that was killed had noted itself as running, and nobody corrects that
+            # the record of an attempt that was killed says `running` for ever; the manifest says `killed`
             kept = replace(kept, outcome="killed") if kept.outcome == "running" else kept
             differences += find_differences(f"{RESULTS} run.attempts[{index}]", asdict(attempt), asdict(kept))
-    told = {record_key(attempt.number) for attempt in attempts}
+    listed_records = {attempt_key(attempt.number) for attempt in attempts}
     differences += [
         Difference(f"{RESULTS} run.attempts", "all attempts", f"one more in {key}")
         for key in copies
-        if _LEDGER.fullmatch(key) and key not in told
+        if attempt_number(key) is not None and key not in listed_records
     ]
-    noted = _parsed(record_key(last.number), parse_record, _sealed(store, record_key(last.number)), differences)
+    noted = _parsed(attempt_key(last.number), parse_record, _sealed(store, attempt_key(last.number)), differences)
     if noted is not None:
         where = f"{RESULTS} run.attempts[{len(attempts) - 1}]"
         differences += [*_lasted(last, noted), *_agree(where, last, noted)]
     differences += find_differences(f"{RESULTS} run.started", results["run"]["started"], attempts[0].started)
-    holder = _parsed(lease.KEY, lease.parse, _sealed(store, lease.KEY), differences)
+    holder = _parsed(LEASE, lease.parse, _sealed(store, LEASE), differences)
     epoch = last.number if holder is None else holder.epoch
     if epoch < last.number:
-        differences.append(Difference(lease.KEY, f"attempt {last.number} or later", f"attempt {epoch}"))
-    later = [key for key in listed if (match := _LEDGER.fullmatch(key)) and last.number < int(match[1]) <= epoch]
+        differences.append(Difference(LEASE, f"attempt {last.number} or later", f"attempt {epoch}"))
+    later = [key for key in listed if last.number < (attempt_number(key) or 0) <= epoch]
     notes = [
         f"{key}: this attempt was started when the results were there, and changed nothing"
         for key in later
         if _parsed(key, parse_record, _sealed(store, key), differences) is not None
     ]
     extent = f"{count(len(attempts), 'attempt')}, and the lease"
-    check = Check("attempts", extent, tuple(differences), tuple(notes))
-    return check, {lease.KEY, record_key(last.number), *later}
+    check = CheckResult("attempts", extent, tuple(differences), tuple(notes))
+    return check, {LEASE, attempt_key(last.number), *later}
 
 
 def _lasted(claimed: AttemptRecord, noted: AttemptRecord) -> Iterator[Difference]:
-    """The last attempt wrote its record after the manifest, or, if it was killed right then, before it."""
+    """The last attempt's record was written after the manifest; before it, if the attempt was killed right then."""
     ended = noted.outcome != "running"
     for name, before, after in _growing(claimed, noted):
         if after < before if ended else after > before:
             order = "at least" if ended else "at most"
-            place = f"{record_key(claimed.number)} {name}"
+            place = f"{attempt_key(claimed.number)} {name}"
             yield Difference(place, show(after), f"{order} {show(before)} by {RESULTS}")
 
 
 def _growing(claimed: AttemptRecord, noted: AttemptRecord) -> Iterator[tuple[str, float, float]]:
-    """What went on growing between the two: seconds, those of the stage that went on, and energy."""
+    """(name, in the manifest, in the record) of what grows between the two: seconds, stage seconds, energy."""
     yield "seconds", claimed.seconds, noted.seconds
     for stage in _going_on(claimed, noted):
         if stage in claimed.stage_seconds and stage in noted.stage_seconds:
@@ -143,12 +143,12 @@ def _growing(claimed: AttemptRecord, noted: AttemptRecord) -> Iterator[tuple[str
 
 
 def _going_on(*records: AttemptRecord) -> set[str]:
-    """The stage that each record was written in: the last one it has."""
+    """The stage during which each record was written: its last one."""
     return {next(reversed(record.stage_seconds)) for record in records if record.stage_seconds}
 
 
 def _agree(where: str, claimed: AttemptRecord, noted: AttemptRecord) -> Iterator[Difference]:
-    """What does not change between the two, or in a record of before not yet."""
+    """Differences in the fields that do not change between manifest and record."""
     ended = noted.outcome != "running"
     stages = claimed.stage_seconds.keys() & noted.stage_seconds.keys() - _going_on(claimed, noted)
     changing = {"outcome", "finished", "seconds", "stage_seconds", "energy_joules"}
@@ -162,7 +162,7 @@ def _agree(where: str, claimed: AttemptRecord, noted: AttemptRecord) -> Iterator
 
 
 def _sealed(store: ObjectStore, key: str) -> bytes | None:
-    """A small file; too large a one is none of ours, and its beginning shows it."""
+    """A small file of the store; None if it is missing, and empty, which no parser accepts, if it is too large."""
     try:
         stored = store.read(key, max_bytes=MAX_RECORD_BYTES)
     except TooLarge:
@@ -171,14 +171,14 @@ def _sealed(store: ObjectStore, key: str) -> bytes | None:
 
 
 def _parsed(key: str, parse: Callable[[bytes], T], data: bytes | None, differences: list[Difference]) -> T | None:
-    """What a file holds; None if it holds nothing of the kind, which is added to `differences`."""
+    """The parsed file; None if it is missing or malformed, which is added to `differences`."""
     if data is None:
         differences.append(Difference(key, "a file of the run", MISSING))
         return None
     try:
         return parse(data)
     except ValueError as error:
-        differences.append(Difference(key, "what the job wrote", why(error)))
+        differences.append(Difference(key, "what the job wrote", first_error(error, MAX_SHOWN)))
         return None
 
 

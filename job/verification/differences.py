@@ -1,4 +1,4 @@
-"""What a check of published results came to, and how claimed and found values are held against each other."""
+"""The result of a check, and the comparison of claimed with found values."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import ValidationError
-
-# Another version of scipy or another processor may end an iteration elsewhere, in digits that nobody reads. Relative,
-# because a p value may be as small as it likes.
+# Another version of scipy or another processor may end an iteration at slightly different digits. Relative, because p
+# values can be arbitrarily small.
 TOLERANCE = 1e-7
-_SHOWN = 120
+MAX_SHOWN = 120
+"""Characters of a value or a message that are printed."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One thing that is not as claimed: the file, and the place in it where there is one."""
+    """One value or file that is not as claimed; `where` is the file and the place in it."""
 
     where: str
     claimed: str
@@ -29,8 +28,8 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Check:
-    """One line of the outcome: what was checked, on how much, what differs, and what is worth knowing beside that."""
+class CheckResult:
+    """One check: what was checked, on how many items, all differences, and notes that are no differences."""
 
     what: str
     extent: str
@@ -38,18 +37,13 @@ class Check:
     notes: tuple[str, ...] = ()
 
 
-def count(number: int, noun: str) -> str:
-    """`1 file`, `2,000 files`."""
-    return f"{number:,} {noun}{'s' * (number != 1)}"
-
-
 def find_differences(where: str, claimed: Any, found: Any) -> Iterator[Difference]:
     """Every leaf in which two JSON-able values differ; floats may differ in the last digits.
 
     Args:
-        where: Place of the claim, to which the way to the leaf is added.
-        claimed: What a file says.
-        found: What it should say.
+        where: File and place of the claim; the path to the leaf is appended.
+        claimed: The value in the file.
+        found: The value computed or read elsewhere.
     """
     if isinstance(claimed, Mapping) and isinstance(found, Mapping):
         for key in dict.fromkeys([*claimed, *found]):
@@ -76,16 +70,7 @@ def _same(claimed: Any, found: Any) -> bool:
         return False
 
 
-def why(error: ValueError) -> str:
-    """What is wrong with a file, in a line, without a quotation from it."""
-    if isinstance(error, ValidationError):
-        first = error.errors(include_input=False, include_url=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        return f"{place}{place and ': '}{first['msg']}"[:_SHOWN]
-    return str(error).splitlines()[0][:_SHOWN]
-
-
 def show(value: Any) -> str:
-    """A value as it is printed: in ASCII, whatever it holds, and not too long."""
+    """A value as ASCII JSON, cut off after `MAX_SHOWN` characters."""
     text = json.dumps(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."

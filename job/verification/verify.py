@@ -1,60 +1,65 @@
-"""`verify`: whether a published run is what it says, checked from its own files and nothing else.
+"""`verify`: checks that a published run is what its manifest says, from the run's own files alone.
 
-Everything is read once, copied here within the sizes that were claimed, and held against hashes, seals, and what the
-figures should be by the answers and metrics they rest on. That finds damage and mistakes, down to a single byte. It is
-no proof against somebody who can write to the run's folder and seals what he wrote.
+Every file is read once, up to the size in the manifest, and compared with its hash or seal; every figure is computed
+again from samples, metrics and attempts. That finds damage and mistakes, down to a single byte. It does not protect
+against someone who can write to the run's folder and computes the hashes and seals again.
+
+To add a check: a function that returns a `CheckResult`, and a line in `verify`.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from job.checkpoints.commit_marker import files_prefix
+from job.common.formatting import count
 from job.common.hashing import unsealed
+from job.common.tables import visible
 from job.errors import Problem, VerificationError
-from job.results.inventory import ARTIFACTS, is_evidence, is_leftover
+from job.records import Artifact
+from job.results.inventory import is_evidence, is_leftover
 from job.results.reader import parse, read_bytes
-from job.runs.layout import RESULTS
+from job.runs.layout import ARTIFACTS, RESULTS
 from job.storage.open import ObjectStore, is_key
 from job.verification import check_checkpoints
 from job.verification.check_figures import check_cost, check_evaluation, check_gate, check_training
 from job.verification.check_history import check_attempts, check_settings, check_stages
-from job.verification.differences import Check, Difference, count, show
-from job.verification.fetch_claims import Claim, fetch_claimed_files
+from job.verification.differences import CheckResult, Difference, show
+from job.verification.fetch_files import fetch_files
 
 
-def verify(store: ObjectStore, work: Path) -> list[Check]:
+def verify(store: ObjectStore, work: Path) -> list[CheckResult]:
     """Checks a run.
 
     Args:
         store: The run's own.
-        work: Folder for copies.
+        work: Folder for copies of the files.
 
     Returns:
-        Every check and how it came out. If the manifest cannot be read, that is the only one.
+        The result of every check; only that of the manifest if it cannot be parsed.
 
     Raises:
         SettingsError: There is no run here.
-        VerificationError: It has no results.
+        VerificationError: The run has no results.
     """
     data = read_bytes(store)
     try:
         results = parse(data)
     except ValueError as error:
-        return [Check("manifest", f"{len(data):,} bytes", (Difference(RESULTS, "the job's manifest", str(error)),))]
+        return [
+            CheckResult("manifest", f"{len(data):,} bytes", (Difference(RESULTS, "the job's manifest", str(error)),))
+        ]
     listed = {info.key: info.bytes for info in store.list()}
     last = results["run"]["attempts"][-1]["number"]
-    own, kept = ([_claim(entry) for entry in results[group]] for group in ("artifacts", "evidence"))
-    copies, wrong = fetch_claimed_files(store, own, listed, work)
-    more, kept_wrong = fetch_claimed_files(store, kept, listed, work)
+    own, kept = ([Artifact(**entry) for entry in results[group]] for group in ("artifacts", "evidence"))
+    copies, wrong = fetch_files(store, own, listed, work)
+    more, kept_wrong = fetch_files(store, kept, listed, work)
     copies |= more
     found, marker_wrong = check_checkpoints.read_markers(copies)
     states = [claim for marker in found for claim in check_checkpoints.claims(marker)]
-    more, states_wrong = fetch_claimed_files(store, states, listed, work)
+    more, states_wrong = fetch_files(store, states, listed, work)
     copies |= more
     attempts, sealed = check_attempts(results, copies, store, listed)
     known = {RESULTS, *sealed, *(claim.path for claim in (*own, *kept, *states))}
@@ -62,12 +67,12 @@ def verify(store: ObjectStore, work: Path) -> list[Check]:
         *(_out_of_place(claim) for claim in own if not claim.path.startswith(ARTIFACTS)),
         *(_out_of_place(claim) for claim in kept if not is_evidence(claim.path, last)),
     ]
-    unknown, leftovers = _unclaimed(listed, known, {files_prefix(marker) for marker in found})
+    unknown, leftovers = _unclaimed(listed, known, {marker.folder for marker in found})
     return [
-        Check("manifest", f"schema {results['schema_version']}, run {show(results['run']['id'])}", _seal(data)),
-        Check("artifacts", _extent(own), tuple(wrong)),
-        Check("evidence", _extent(kept), tuple(kept_wrong)),
-        Check("other files", f"{count(len(listed), 'file')} in all", (*misplaced, *unknown), leftovers),
+        CheckResult("manifest", f"schema {results['schema_version']}, run {show(results['run']['id'])}", _seal(data)),
+        CheckResult("artifacts", _extent(own), tuple(wrong)),
+        CheckResult("evidence", _extent(kept), tuple(kept_wrong)),
+        CheckResult("other files", f"{count(len(listed), 'file')} in all", (*misplaced, *unknown), leftovers),
         check_evaluation(results, copies),
         check_gate(results, copies),
         check_training(results, copies),
@@ -79,10 +84,6 @@ def verify(store: ObjectStore, work: Path) -> list[Check]:
     ]
 
 
-def _claim(entry: Mapping[str, Any]) -> Claim:
-    return Claim(entry["path"], entry["bytes"], entry["sha256"], entry.get("facts_sha256"))
-
-
 def _seal(data: bytes) -> tuple[Difference, ...]:
     try:
         unsealed(data)
@@ -91,18 +92,18 @@ def _seal(data: bytes) -> tuple[Difference, ...]:
     return ()
 
 
-def _extent(claims: list[Claim]) -> str:
+def _extent(claims: list[Artifact]) -> str:
     return f"{count(len(claims), 'file')}, {count(sum(claim.bytes for claim in claims), 'byte')}"
 
 
-def _out_of_place(claim: Claim) -> Difference:
+def _out_of_place(claim: Artifact) -> Difference:
     return Difference(claim.path, "its place in the manifest", "a file of another kind")
 
 
 def _unclaimed(
     listed: Mapping[str, int], known: set[str], whole: set[str]
 ) -> tuple[tuple[Difference, ...], tuple[str, ...]]:
-    """The files that nobody vouches for; those that killed attempts leave behind are only told of."""
+    """The files that no record lists: differences, or notes if a killed attempt may have left them behind."""
     unknown, leftovers = [], []
     for key, size in listed.items():
         if key in known:
@@ -114,13 +115,8 @@ def _unclaimed(
     return tuple(unknown), tuple(leftovers)
 
 
-def _visible(text: str) -> str:
-    """Text of strangers as it can be shown: it cannot move the cursor or break its line."""
-    return text if text.isprintable() else json.dumps(text)
-
-
-def as_json(where: str, checks: list[Check]) -> dict[str, Any]:
-    """The outcome for a program."""
+def as_json(where: str, checks: list[CheckResult]) -> dict[str, Any]:
+    """The result as JSON-able values."""
     return {
         "results": where,
         "verified": not any(check.differences for check in checks),
@@ -128,8 +124,8 @@ def as_json(where: str, checks: list[Check]) -> dict[str, Any]:
     }
 
 
-def as_lines(checks: list[Check]) -> list[str]:
-    """The outcome for a person."""
+def as_lines(checks: list[CheckResult]) -> list[str]:
+    """The result as lines of text."""
     lines = []
     width = max(len(check.what) for check in checks)
     for check in checks:
@@ -137,17 +133,17 @@ def as_lines(checks: list[Check]) -> list[str]:
         lines.append(f"{outcome:<8} {check.what:<{width}}  {check.extent}")
         lines += [f"  {difference}" for difference in check.differences]
         lines += [f"  note: {note}" for note in check.notes]
-    return [_visible(line) for line in lines]
+    return [visible(line) for line in lines]
 
 
-def demand(checks: list[Check]) -> None:
-    """Ends with an error unless all holds.
+def require_verified(checks: list[CheckResult]) -> None:
+    """Raises an error unless all checks hold.
 
     Raises:
         VerificationError: With all that differs.
     """
     problems = [
-        Problem(_visible(difference.where), _visible(f"claimed {difference.claimed}, found {difference.found}"))
+        Problem(visible(difference.where), visible(f"claimed {difference.claimed}, found {difference.found}"))
         for check in checks
         for difference in check.differences
     ]

@@ -49,6 +49,7 @@ def read_examples(folder: Path) -> tuple[Any, list[Any]]:
 
 def train_ours(folder: Path, args: Any, tokenizer: Any, examples: Sequence[Any], work: Path) -> Curve:
     """The job's own training."""
+    from job.records import PEFT, ExecutionPlan
     from job.settings.schema import Train
     from job.training.config import CPU_MICRO_BATCH_TOKENS, Hooks, Recipe
     from job.training.trainer import train
@@ -65,12 +66,14 @@ def train_ours(folder: Path, args: Any, tokenizer: Any, examples: Sequence[Any],
         global_batch_size=MICRO_BATCH * ACCUMULATION,
         micro_batch_tokens=args.micro_batch_tokens or CPU_MICRO_BATCH_TOKENS,
         optimizer="adamw_8bit",
-        gradient_checkpointing=args.recompute == "on",
         save_every_steps=args.steps + 1,
+    )
+    plan = ExecutionPlan(
+        kept_base=False, kept_activations=args.recompute != "on", recorded=False, reason="a benchmark", forward=PEFT
     )
     hooks = Hooks(on_metrics=lambda _: None, on_save=lambda *_: None, stop=lambda: False)
     model = load_ours(folder, args.quantization, args.dtype)
-    trained = train(model, tokenizer, examples, recipe=recipe, hooks=hooks, folder=work)
+    trained = train(model, tokenizer, examples, recipe=recipe, plan=plan, hooks=hooks, folder=work)
     return [(step.loss, float(step.measured["seconds"] or 0)) for step in trained.history]
 
 

@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import shapes  # lies beside this script
 import torch
 
+from job.common.optimizers import OPTIMIZERS
 from job.data import batch_plan
 from job.evaluation.scoring import plan_sequences, score_sequence, tokens_of
 from job.model import packed_attention
@@ -42,7 +43,7 @@ from job.model.fused.frozen_weights import fuse_layers
 from job.model.fused.kernels import Kernels
 from job.model.lora import add_adapter, trainable
 from job.model.packed_attention import Segment, build_layout
-from job.records import Example, StepMetrics
+from job.records import PEFT, Example, ExecutionPlan, StepMetrics
 from job.training import packing
 from job.training.config import Hooks, Recipe
 from job.training.cuda_graphs import CudaGraphs
@@ -267,17 +268,17 @@ def parts(bench: Bench) -> None:
     prepare(model, replace(BEST, keep=False))
     layers = [layer for module in model.modules() if "lean" in module.__dict__ for layer in module.lean.layers]
     weights = [torch.nn.Parameter(p.detach().clone()) for p in trainable(model).values()]
-    vector = FlatParameters(weights)
-    vector.clear()
-    vector.gradient.normal_().mul_(1e-6)
+    flat = FlatParameters(weights, OPTIMIZERS["adamw_8bit"].block)
+    flat.clear()
+    flat.gradient.normal_().mul_(1e-6)
     refresh = next(iter(model.get_base_model().base_model._forward_pre_hooks.values()))
     bench.say(
         "parts",
         dequantize=timed_on_gpu(lambda: [layer.weight() for layer in layers] and None),
         refresh=timed(lambda: refresh(None, None)),
-        clear=timed(vector.clear),
-        clip=timed(lambda: torch.nn.utils.clip_grad_norm_([vector.whole], 1.0)),
-        adamw_8bit=timed(AdamW8bit([vector.whole], lr=0.0).step),
+        clear=timed(flat.clear),
+        clip=timed(lambda: torch.nn.utils.clip_grad_norm_([flat.whole], 1.0)),
+        adamw_8bit=timed(AdamW8bit([flat.whole], lr=0.0).step),
         adamw_8bit_apart=timed(AdamW8bit(weights, lr=0.0).step),
         lay_out=timed(lambda: packing.padded_sequence(data, DEVICE)),
     )
@@ -414,11 +415,19 @@ def recipe_of(bench: Bench, variant: Variant) -> Recipe:
         global_batch_size=32 if not bench.tiny else 8,
         micro_batch_tokens=variant.budget if not bench.tiny else variant.budget // 16,
         optimizer=variant.optimizer,
-        gradient_checkpointing=variant.recompute,
         save_every_steps=10_000,
-        autocast=not variant.lean,
-        padded=variant.padded,
-        replayed=variant.graph and ON_GPU,
+    )
+
+
+def plan_of(variant: Variant) -> ExecutionPlan:
+    """How the variant is carried out. Kept weights are not given up here when memory runs out."""
+    fused = "fused all" if variant.padded else "fused layers"
+    return ExecutionPlan(
+        kept_base=False,
+        kept_activations=not variant.recompute,
+        recorded=variant.graph and ON_GPU,
+        reason="a benchmark",
+        forward=f"{fused}, {variant.kernels or 'no kernels'}" if variant.lean else PEFT,
     )
 
 
@@ -458,6 +467,7 @@ def fit(
                 shapes.tokenizer(),
                 bench.data,
                 recipe=recipe_of(bench, variant),
+                plan=plan_of(variant),
                 hooks=Hooks(tell, lambda *_: None, lambda: False),
                 folder=Path(folder),
             )
@@ -570,6 +580,7 @@ def resumed(bench: Bench, model: Any, variant: Variant) -> str:
                 shapes.tokenizer(),
                 bench.data,
                 recipe=recipe,
+                plan=plan_of(variant),
                 hooks=Hooks(
                     lambda step: seen.append(step.step),
                     lambda path, _: saved.append(path),

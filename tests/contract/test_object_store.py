@@ -1,8 +1,12 @@
-"""What every object store promises: one class of tests over S3 (a real server over HTTP) and the local store."""
+"""What every object store promises: one class of tests over every store in the table, and one added to it here.
+
+A store of the table is tested in an empty place: one that `PLACES` makes, or the one that `CONTRACT_<SCHEME>` names.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
@@ -13,7 +17,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from job.storage.open import Conflict, ObjectStore, TooLarge, check_key, open_store
+from job.storage.location import BACKENDS, LOCAL
+from job.storage.open import Conflict, ObjectStore, StorageOptions, TooLarge, check_key, fetch, open_store, size
 from tests.s3_server import BUCKET, credentials, moto_server
 
 MIB = 1 << 20
@@ -47,19 +52,42 @@ def endpoint() -> Iterator[str]:
         yield url
 
 
-@pytest.fixture(params=["local", "s3"])
-def root(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, dict[str, Any]]:
-    """URI of an empty place, and the options to open it with."""
-    if request.param == "local":
-        return str(tmp_path / "store"), {}
-    return f"s3://{BUCKET}/{uuid4().hex}", {"endpoint_url": request.getfixturevalue("endpoint"), "retries": 2}
+Root = tuple[str, StorageOptions]
+"""An empty place, and how to reach its store."""
+ADDED = "memory"
+PLACES: dict[str, Callable[[Callable[[str], Any]], Root]] = {
+    LOCAL: lambda fixture: (str(fixture("tmp_path") / "store"), StorageOptions()),
+    "s3": lambda fixture: (
+        f"s3://{BUCKET}/{uuid4().hex}",
+        StorageOptions(endpoint_url=fixture("endpoint"), retries=2),
+    ),
+    ADDED: lambda _fixture: (f"{ADDED}://{uuid4().hex}/run", StorageOptions()),
+}
+"""Scheme -> what makes an empty place, given the function that returns a fixture's value."""
+
+
+def empty_place(scheme: str, fixture: Callable[[str], Any]) -> Root:
+    """An empty place in the store of a scheme."""
+    if scheme in PLACES:
+        return PLACES[scheme](fixture)
+    name = f"CONTRACT_{scheme.upper()}"
+    if not (place := os.environ.get(name)):
+        pytest.fail(f"nowhere to test this store: set {name}={scheme}://bucket/prefix, or add a line to PLACES")
+    return f"{place.rstrip('/')}/{uuid4().hex}", StorageOptions()
+
+
+@pytest.fixture(params=[*BACKENDS, ADDED])
+def root(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Root:
+    """An empty place in each store of the table, and in the one that is added."""
+    if request.param == ADDED:
+        monkeypatch.setitem(BACKENDS, ADDED, "tests.contract.memory_store:MemoryStore")
+    return empty_place(request.param, request.getfixturevalue)
 
 
 @pytest.fixture
-def store(root: tuple[str, dict[str, Any]]) -> ObjectStore:
+def store(root: Root) -> ObjectStore:
     """An empty store."""
-    uri, options = root
-    return open_store(uri, **options)
+    return open_store(*root)
 
 
 def keys(store: ObjectStore, prefix: str = "") -> list[str]:
@@ -70,7 +98,7 @@ def keys(store: ObjectStore, prefix: str = "") -> list[str]:
 class TestObjectStore:
     """The contract."""
 
-    def test_says_where_it_lies(self, store: ObjectStore, root: tuple[str, dict[str, Any]]) -> None:
+    def test_says_where_it_lies(self, store: ObjectStore, root: Root) -> None:
         """The URI of a store is the one it was opened with."""
         assert store.uri == root[0]
 
@@ -208,8 +236,8 @@ class TestObjectStore:
     def test_list_is_sorted_and_complete(self, store: ObjectStore) -> None:
         """A listing holds every object with its size, sorted by the whole key, however the folders lie."""
         sizes = {"b": 1, "a/z": 2, "a.txt": 3, "a/b/c": 4, "a-": 0, "é": 5, ".hidden": 6, "Z": 7}
-        for key, size in sizes.items():
-            store.write(key, b"x" * size)
+        for key, count in sizes.items():
+            store.write(key, b"x" * count)
         assert [(info.key, info.bytes) for info in store.list()] == sorted(sizes.items())
 
     def test_list_takes_a_string_as_prefix(self, store: ObjectStore) -> None:
@@ -238,10 +266,10 @@ class TestObjectStore:
         assert store.conditional_writes()
         assert keys(store) == []
 
-    def test_stores_side_by_side(self, root: tuple[str, dict[str, Any]]) -> None:
+    def test_stores_side_by_side(self, root: Root) -> None:
         """A store sees nothing of another whose name begins like its own, and all of those inside it."""
         uri, options = root
-        outer, one, two = (open_store(uri + name, **options) for name in ("", "/run", "/run2"))
+        outer, one, two = (open_store(uri + name, options) for name in ("", "/run", "/run2"))
         one.write("a", b"1")
         two.write("a", b"2")
         assert (keys(one), keys(two), keys(outer)) == (["a"], ["a"], ["run/a", "run2/a"])
@@ -275,3 +303,21 @@ class TestObjectStore:
         assert [(info.key, info.bytes) for info in store.list(key)] == [(key, len(data))]
         store.delete(key)
         assert keys(store) == []
+
+    def test_what_users_name_is_fetched(self, store: ObjectStore, root: Root, tmp_path: Path) -> None:
+        """By its place alone, a folder of objects arrives in full, and a path stays where it is."""
+        place, options = root
+        store.write("data/a", b"12")
+        store.write("data/b/c", b"345")
+        found = fetch(f"{place}/data", tmp_path / "copy", options)
+        assert {(Path(found) / name).read_bytes() for name in ("a", "b/c")} == {b"12", b"345"}
+        assert size(f"{place}/data", options) == (5 if "://" in place else 0)
+
+
+def test_a_store_in_the_table_without_a_place_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store cannot be added without being tested: where no place is known, the test says which variable to set."""
+    monkeypatch.delenv("CONTRACT_GS", raising=False)
+    with pytest.raises(pytest.fail.Exception, match="CONTRACT_GS=gs://bucket/prefix"):
+        empty_place("gs", lambda _name: None)
+    monkeypatch.setenv("CONTRACT_GS", "gs://bucket/tests/")
+    assert empty_place("gs", lambda _name: None)[0].startswith("gs://bucket/tests/")

@@ -22,10 +22,10 @@ import torch
 from job.evaluation.scoring import plan_sequences, score_sequence, tokens_of
 from job.model.base import load_base, make_deterministic
 from job.model.lora import add_adapter, trainable
-from job.model.packed_attention import Segment, _group_by_group, _varlen_kernel, build_layout
-from job.planning.reference import ARCHITECTURES
+from job.model.packed_attention import Segment, _block_by_block, _varlen_kernel, build_layout
+from job.planning.known_models_and_data import ARCHITECTURES
 from job.planning.workload import count
-from job.records import Example, Question
+from job.records import PEFT, Example, ExecutionPlan, Question
 from job.tracking.energy import open_meter, visible_gpus
 from job.training.config import Hooks, Recipe
 from job.training.memory_model import Setup, training_memory
@@ -53,14 +53,14 @@ def kernel() -> None:
         exact = [torch.randn(shape, device=DEVICE, dtype=torch.float32, requires_grad=True) for shape in shapes]
         half = [x.detach().bfloat16().requires_grad_() for x in exact]
         weight = torch.randn(1, 400, 8, 64, device=DEVICE)
-        reference = _group_by_group(*exact, layout, None)
-        found = _varlen_kernel(*half, layout, None)
+        reference = _block_by_block(*exact, layout, None, None)
+        found = _varlen_kernel(*half, layout, None, None)
         (reference * weight).sum().backward()
         (found.float() * weight).sum().backward()
         worst = max((a.grad - b.grad.float()).abs().max().item() for a, b in zip(exact, half, strict=True))
         say("kernel", layout=name, output=(reference - found.float()).abs().max().item(), gradient=worst)
         again = [x.detach().clone().requires_grad_() for x in half]
-        (_varlen_kernel(*again, layout, None).float() * weight).sum().backward()
+        (_varlen_kernel(*again, layout, None, None).float() * weight).sum().backward()
         same = all(torch.equal(a.grad, b.grad) for a, b in zip(half, again, strict=True))
         say("kernel gradient twice", layout=name, identical=same)
 
@@ -106,7 +106,7 @@ def load(folder: Path, dropout: float) -> Any:
     return add_adapter(base, rank=16, alpha=16, dropout=dropout, target_modules=MODULES, seed=0)
 
 
-def recipe(steps: int, budget: int, *, recompute: bool) -> Recipe:
+def recipe(steps: int, budget: int) -> Recipe:
     """The reference recipe, shortened."""
     return Recipe(
         seed=0,
@@ -119,15 +119,21 @@ def recipe(steps: int, budget: int, *, recompute: bool) -> Recipe:
         global_batch_size=32,
         micro_batch_tokens=budget,
         optimizer="adamw_8bit",
-        gradient_checkpointing=recompute,
         save_every_steps=4,
     )
 
 
 def go(
-    model: Any, data: list[Example], plan: Recipe, folder: Path, *, stop_after: int = 0, resume: Path | None = None
+    model: Any,
+    data: list[Example],
+    how: Recipe,
+    folder: Path,
+    *,
+    recompute: bool,
+    stop_after: int = 0,
+    resume: Path | None = None,
 ) -> Any:
-    """Trains; returns what train returns, and the folder of the last saved state."""
+    """Trains by PEFT's own layers; returns what train returns, and the folder of the last saved state."""
     from tokenizers import Tokenizer as Fast
     from tokenizers import models
     from transformers import PreTrainedTokenizerFast
@@ -145,7 +151,11 @@ def go(
         lambda path, _step: saved.append(path),
         lambda: stop_after > 0 and len(seen) >= stop_after,
     )
-    return train(model, tokenizer, data, recipe=plan, hooks=hooks, folder=folder, resume=resume), saved
+    plan = ExecutionPlan(
+        kept_base=False, kept_activations=not recompute, recorded=False, reason="a check", forward=PEFT
+    )
+    trained = train(model, tokenizer, data, recipe=how, plan=plan, hooks=hooks, folder=folder, resume=resume)
+    return trained, saved
 
 
 def exactness(folder: Path) -> None:
@@ -164,7 +174,7 @@ def exactness(folder: Path) -> None:
         resume = None
         for stop in stops:
             model = load(small, dropout=0.1)
-            _, saved = go(model, data, recipe(12, 1024, recompute=True), folder / name, stop_after=stop, resume=resume)
+            _, saved = go(model, data, recipe(12, 1024), folder / name, recompute=True, stop_after=stop, resume=resume)
             resume = saved[-1]
         bits.append([p.detach().clone() for p in trainable(model).values()])
     for name, other in (("twice", bits[1]), ("resumed", bits[2])):
@@ -201,7 +211,7 @@ def speed(folder: Path) -> None:
             optimizer="adamw_8bit",
             recompute=recompute,
         )
-        trained, _ = go(model, data, recipe(6, budget, recompute=recompute), folder / f"b{budget}{recompute}")
+        trained, _ = go(model, data, recipe(6, budget), folder / f"b{budget}{recompute}", recompute=recompute)
         steady = trained.history[2:]
         say(
             "train",

@@ -217,12 +217,12 @@ def failures(run: Path, work: Path) -> str:
     """What `verify` finds, as it is told."""
     from job.errors import VerificationError
     from job.results.reader import open_run
-    from job.verification.verify import demand, verify
+    from job.verification.verify import require_verified, verify
 
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     try:
-        demand(verify(open_run(str(run)), work))
+        require_verified(verify(open_run(str(run)), work))
     except VerificationError as error:
         return f"exit {error.exit_code}\n{error}"
     return ""

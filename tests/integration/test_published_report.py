@@ -18,8 +18,8 @@ from typing import Any
 import boto3
 import pytest
 
-from job.report.changed_answers import changed
-from job.report.report import read_evidence, render_report
+from job.report.changed_answers import changed_answers
+from job.report.report import read_report_data, render_report
 from job.runs.layout import CARD, REPORT
 from tests import warm
 from tests.helpers import read_jsonl
@@ -147,7 +147,7 @@ def test_it_is_read_aloud_well(twice: Run, browser: Any) -> None:
 
 def test_a_question_that_is_a_script_does_not_run(twice: Run, browser: Any, tmp_path: Path) -> None:
     """Whatever a data set holds, it is text in the report, also for a browser."""
-    evidence = read_evidence(twice.results, lambda artifact: twice.folder / artifact.path)
+    evidence = read_report_data(twice.results, lambda artifact: twice.folder / artifact.path)
     for records in evidence.answers["arc_easy"]:
         for record in records:
             record["question"], record["choices"] = HOSTILE, [HOSTILE] * 4
@@ -169,7 +169,7 @@ def test_it_tells_what_happened(twice: Run) -> None:
         ("2", "preempted"),
         ("3", "complete"),
     ]
-    better, worse = changed(*(_records(twice, side) for side in ("base", "adapter")))
+    better, worse = changed_answers(*(_records(twice, side) for side in ("base", "adapter")))
     task = twice.results["evaluation"]["tasks"]["arc_easy"]
     assert (len(better), len(worse)) == (task["improved"], task["regressed"])
     assert f'<p dir="auto">{better[0].text}</p>' in content

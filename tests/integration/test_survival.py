@@ -21,7 +21,7 @@ import pytest
 from job.common.hashing import sealed
 from job.results.reader import open_run
 from job.runs.layout import facts_of
-from job.verification.verify import demand, verify
+from job.verification.verify import require_verified, verify
 from tests import warm
 from tests.chaos.small import settings
 from tests.flaky_proxy import flaky
@@ -39,7 +39,7 @@ def attempt(environment: Mapping[str, str], **changes: str) -> subprocess.Comple
 def published(output: Path, run: str) -> dict[str, str]:
     """The facts of a finished run, which verifies."""
     with tempfile.TemporaryDirectory() as work:
-        demand(verify(open_run(str(output / run)), Path(work)))
+        require_verified(verify(open_run(str(output / run)), Path(work)))
     return facts_of(json.loads((output / run / "results.json").read_text(encoding="utf-8")))
 
 

@@ -177,7 +177,7 @@ def test_wrong_settings(tmp_path: Path) -> None:
     """All that is wrong is in the termination message, with the place to mend it; no second pod is tried."""
     ended = play(tmp_path, start=cold, JOB_TRAIN__LEARNING_RATE="fast", JOB_TRIAN__EPOCHS="3")
     message = failed_at_once(ended, 2)
-    assert "train.learning_rate (environment JOB_TRAIN__LEARNING_RATE)" in message
+    assert "JOB_TRAIN__LEARNING_RATE (environment)" in message
     assert "JOB_TRIAN__EPOCHS: is no setting; the nearest is JOB_TRAIN__EPOCHS" in message
 
 

@@ -192,7 +192,7 @@ def test_a_complete_run_is_delivered_again(
             "hyperparameters.json train.epocs: is no setting",
         ),
         ({"ordered": {"training": {"TrainingInputMode": "Pipe"}}}, "sagemaker channel training: is a pipe"),
-        ({"hosts": ("algo-1",), "ordered": {"model": {"S3DistributionType": "ShardedByS3Key"}}}, "is dealt out"),
+        ({"hosts": ("algo-1",), "ordered": {"model": {"S3DistributionType": "ShardedByS3Key"}}}, "is divided among"),
         ({"channels": {"train": DEMO / "instructions.jsonl"}}, "sagemaker channel train: stands for no setting"),
         ({"channels": {"evaluation": DEMO / "questions.jsonl"}}, "a channel's files are named after their tasks"),
     ],
@@ -230,4 +230,7 @@ def test_several_machines_need_one_store(order: Callable[..., TrainingJob]) -> N
     ended = order("wide", hosts=("algo-1", "algo-2")).run()
     assert ended.code == 2
     assert ended.failure
-    assert "run.output (platform): is a folder of this machine alone; with several machines give s3://" in ended.failure
+    assert (
+        "JOB_RUN__OUTPUT (platform): is a folder of this machine alone; with several machines give s3://"
+        in ended.failure
+    )

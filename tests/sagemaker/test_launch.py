@@ -200,7 +200,7 @@ class TestRefusals:
                 ["--set", "train.epocs=3"],
                 "hyperparameters.json train.epocs: is no setting; the nearest is train.epochs",
             ),
-            (["--env", "JOB_TRAIN__EPOCHS=none"], "train.epochs (environment JOB_TRAIN__EPOCHS): must"),
+            (["--env", "JOB_TRAIN__EPOCHS=none"], "JOB_TRAIN__EPOCHS (environment): must"),
         ],
     )
     def test_mistakes(self, capsys: pytest.CaptureFixture[str], words: list[str], expected: str) -> None:

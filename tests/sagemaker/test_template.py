@@ -21,7 +21,7 @@ from moto.core import set_initial_no_auth_action_count
 from job.errors import AccessDenied, JobError
 from job.storage import s3
 from job.storage.base import MIB
-from job.storage.open import open_store
+from job.storage.open import StorageOptions, open_store
 from tests.s3_server import CREDENTIALS
 from tests.sagemaker.template import BUCKET, MADE, TEMPLATE, Stack
 
@@ -74,7 +74,7 @@ def break_an_upload(uri: str, path: Path) -> None:
     def refuse(**_: Any) -> None:
         raise ClientError({"Error": {"Code": "AccessDenied", "Message": "no"}}, "UploadPart")
 
-    store: Any = open_store(uri, retries=1)
+    store: Any = open_store(uri, StorageOptions(retries=1))
     store._client.meta.events.register("before-call.s3.UploadPart", refuse)
     with pytest.raises(JobError):
         store.upload(path, "never")

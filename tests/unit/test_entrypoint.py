@@ -180,6 +180,8 @@ class TestWithoutGpu:
     def test_the_job_speaks_for_itself_of_its_settings(self, start: Start) -> None:
         """Help and wrong settings are the job's to answer: it names all problems."""
         assert start("--help").started == "--help"
+        done = start("run", "--help")
+        assert (done.started, done.log) == ("run --help", "")  # no GPU is asked for, nothing is logged
         assert start(JOB_TRAIN__EPOCHS="x").started == ""
 
     def test_other_commands_need_none(self, start: Start, tmp_path: Path) -> None:

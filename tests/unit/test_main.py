@@ -67,7 +67,7 @@ def test_nothing_is_looked_through_while_it_is_imported() -> None:
 import gc
 def main():
     from job.common import garbage_collection as garbage
-    off = gc.isenabled(); garbage.take_up(); garbage.take_up()
+    off = gc.isenabled(); garbage.enable(); garbage.enable()
     return 10 * off + gc.isenabled() + (gc.get_freeze_count() > 1000)
 cli.main = main"""
     assert ended(script).returncode == 2

@@ -284,6 +284,7 @@ def test_example_is_valid() -> None:
         (("training", "peak_memory_bytes"), None),
         (("training", "loss"), 1),
         (("training", "execution"), None),
+        (("training", "execution", "forward"), "peft"),
         (("hardware", "driver"), None),
         (("hardware", "cuda"), None),
         (("hardware", "gpus"), []),

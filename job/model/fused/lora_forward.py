@@ -215,5 +215,9 @@ def _attention(
     query, key, value = (y.view(shape) for y in _together(module, hidden_states, "q_proj", "k_proj", "v_proj"))
     query, key = kernels.rotate(query, key, *position_embeddings)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    out, _weights = packed_attention(module, query, key, value, None, layout=layout, scaling=module.scaling)
+    # Where transformers' own code of these families takes it from: Qwen2 knows it by layer, Mistral for all of them.
+    window = getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
+    out, _weights = packed_attention(
+        module, query, key, value, None, layout=layout, scaling=module.scaling, sliding_window=window
+    )
     return module.o_proj(out.reshape(*shape[:-2], -1)), None

@@ -17,12 +17,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from job.checkpoints import commit_marker, manager
+from job.checkpoints import manager
 from job.checkpoints.manager import Restored, prune, publish, restore, steps
-from job.common.hashing import seal
+from job.common.hashing import hash_facts, seal
 from job.errors import AccessDenied, JobError, Unreachable
-from job.runs.fenced_store import fenced
-from job.runs.lease import take
+from job.runs.layout import COMMITTED
+from job.runs.lease import fenced, take
 from job.storage.local import LocalStore
 from job.storage.open import ObjectStore
 from tests.wrapped_store import CHANGES, FailNth, WrappedStore
@@ -30,7 +30,7 @@ from tests.wrapped_store import CHANGES, FailNth, WrappedStore
 FILES = {"adapter.safetensors": b"adapter of step %d" * 50, "progress.json": b'{"step": %d}', "metrics.jsonl": b"%d\n"}
 SOFTWARE = {"torch": "2.13.0"}
 NEWEST = "checkpoints/step-00000020/"
-MARKER = NEWEST + commit_marker.NAME
+MARKER = NEWEST + COMMITTED
 
 
 @pytest.fixture
@@ -47,9 +47,9 @@ def two(store: LocalStore, tmp_path: Path) -> LocalStore:
     return store
 
 
-def snapshot(tmp_path: Path, step: int) -> Path:
-    """A finished snapshot of a step."""
-    folder = tmp_path / f"snapshot-{step}"
+def written(tmp_path: Path, step: int) -> Path:
+    """A finished checkpoint of a step, on the local disk."""
+    folder = tmp_path / f"written-{step}"
     folder.mkdir(exist_ok=True)
     for name, data in FILES.items():
         (folder / name).write_bytes(data.replace(b"%d", str(step).encode()))
@@ -58,11 +58,11 @@ def snapshot(tmp_path: Path, step: int) -> Path:
 
 def commit(store: ObjectStore, tmp_path: Path, step: int, epoch: int = 1) -> None:
     """Publishes a step."""
-    publish(store, snapshot(tmp_path, step), step=step, epoch=epoch, world_size=1, software=SOFTWARE)
+    publish(store, written(tmp_path, step), step=step, epoch=epoch, world_size=1, software=SOFTWARE)
 
 
 def is_whole(folder: Path | None, step: int) -> bool:
-    """Whether a restored folder holds what `snapshot` wrote, and nothing else."""
+    """Whether a restored folder holds what `written` wrote, and nothing else."""
     expected = {name: data.replace(b"%d", str(step).encode()) for name, data in FILES.items()}
     return folder is not None and {path.name: path.read_bytes() for path in folder.iterdir()} == expected
 
@@ -86,12 +86,12 @@ def reseal(store: ObjectStore, change: Callable[[dict[str, Any]], Any]) -> None:
 def vouched_files_are_there(store: ObjectStore) -> bool:
     """Whether each marker's files are all there, with the right bytes."""
     for info in store.list("checkpoints/"):
-        if info.key.endswith(commit_marker.NAME):
+        if info.key.endswith(COMMITTED):
             stored = store.read(info.key)
             assert stored is not None
-            marker = commit_marker.parse(stored.data)
+            marker = manager.parse_marker(stored.data)
             for name, file in marker.files.items():
-                found = store.read(commit_marker.files_prefix(marker) + name)
+                found = store.read(marker.folder + name)
                 if found is None or hashlib.sha256(found.data).hexdigest() != file.sha256:
                     return False
     return True
@@ -127,7 +127,7 @@ def test_marker_says_what_it_vouches_for(two: LocalStore, tmp_path: Path) -> Non
         "software": SOFTWARE,
     }
     for name, file in marker["files"].items():
-        data = (tmp_path / "snapshot-20" / name).read_bytes()
+        data = (tmp_path / "written-20" / name).read_bytes()
         assert file == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     assert marker["files"].keys() == FILES.keys()
 
@@ -257,10 +257,10 @@ def test_any_flipped_bit_of_a_marker(two: LocalStore, place: int, bit: int) -> N
     data = bytearray(stored.data)
     data[place % len(data)] ^= 1 << bit
     try:
-        said = commit_marker.parse(bytes(data))
+        said = manager.parse_marker(bytes(data))
     except ValueError:
         return
-    assert said == commit_marker.parse(stored.data)
+    assert said == manager.parse_marker(stored.data)
     assert chr(stored.data[place % len(data)]).isspace()
 
 
@@ -279,7 +279,7 @@ def test_all_are_damaged(two: LocalStore, tmp_path: Path) -> None:
 def test_what_was_on_the_disk_before_goes(two: LocalStore, tmp_path: Path) -> None:
     """Left-overs of a restore that was killed do not mix with the next one."""
     for name in ("step-00000020", "step-00000020.partial"):
-        shutil.copytree(snapshot(tmp_path, 10), tmp_path / "restored" / name)
+        shutil.copytree(written(tmp_path, 10), tmp_path / "restored" / name)
         (tmp_path / "restored" / name / "stale").touch()
     assert restored_step(two, tmp_path) == 20
 
@@ -454,7 +454,7 @@ def test_marker_with_wrong_facts(two: LocalStore, tmp_path: Path, change: Callab
         b'{"a":' * 5_000,
         b"9" * 100_000,
         b'{"step": 1e999}',
-        b" " * (commit_marker.MAX_BYTES + 1),
+        b" " * (manager.MAX_MARKER_BYTES + 1),
         pickle.dumps({"step": 20}),
     ],
     ids=range(14),
@@ -477,7 +477,7 @@ def test_a_marker_of_megabytes_is_not_read(two: LocalStore, tmp_path: Path) -> N
             return super().read(key, max_bytes=max_bytes)
 
     restored_step(Watched(two), tmp_path)
-    assert limits == [commit_marker.MAX_BYTES]
+    assert limits == [manager.MAX_MARKER_BYTES]
 
 
 def test_pickles_are_bytes_like_others(store: LocalStore, tmp_path: Path) -> None:
@@ -493,7 +493,7 @@ def test_pickles_are_bytes_like_others(store: LocalStore, tmp_path: Path) -> Non
 
 def test_hidden_files_are_no_checkpoint(store: LocalStore, tmp_path: Path) -> None:
     """What could not be restored is not published either."""
-    folder = snapshot(tmp_path, 20)
+    folder = written(tmp_path, 20)
     (folder / ".part").touch()
     with pytest.raises(ValueError, match=r"\.part"):
         publish(store, folder, step=20, epoch=1, world_size=1, software=SOFTWARE)
@@ -692,5 +692,5 @@ def test_hashes_of_facts_leave_out_what_was_measured(tmp_path: Path) -> None:
     hashes = []
     for text in texts:
         (tmp_path / "metrics.jsonl").write_text(text)
-        hashes.append(manager.hash_facts(tmp_path / "metrics.jsonl"))
+        hashes.append(hash_facts(tmp_path / "metrics.jsonl"))
     assert hashes[0] == hashes[1] != hashes[2]

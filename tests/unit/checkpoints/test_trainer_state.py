@@ -70,7 +70,7 @@ def metrics(step: int, loss: float = 0.1) -> StepMetrics:
 
 
 def bits(value: Any) -> Any:
-    """A state with every tensor replaced by its type, shape and bytes."""
+    """A checkpoint with every tensor replaced by its type, shape and bytes."""
     if isinstance(value, torch.Tensor):
         return str(value.dtype), tuple(value.shape), value.detach().contiguous().numpy().tobytes()
     if isinstance(value, dict):
@@ -86,11 +86,11 @@ def everything(files: TrainerFiles) -> Any:
 
 @pytest.fixture
 def written(tmp_path: Path) -> Path:
-    """The state after step 3 with 8-bit optimizer states."""
+    """The checkpoint of step 3 with 8-bit optimizer states."""
     files = make("adamw_8bit")
     history = train(files, 3)
-    write_trainer_state(tmp_path / "state", files, history)
-    return tmp_path / "state"
+    write_trainer_state(tmp_path / "checkpoint", files, history)
+    return tmp_path / "checkpoint"
 
 
 # There and back.
@@ -101,13 +101,13 @@ def test_every_bit_comes_back(tmp_path: Path, optimizer: str) -> None:
     """Weights, optimizer and scheduler are restored bit by bit into a model that was another one."""
     files = make(optimizer)
     history = train(files, 3)
-    write_trainer_state(tmp_path / "state", files, history)
-    validate_trainer_state(tmp_path / "state", 3)
+    write_trainer_state(tmp_path / "checkpoint", files, history)
+    validate_trainer_state(tmp_path / "checkpoint", 3)
     other = make(optimizer)
     train(other, 1)
     with torch.no_grad():
         other.model[0].weight.fill_(7)
-    assert read_trainer_state(tmp_path / "state", other) == history
+    assert read_trainer_state(tmp_path / "checkpoint", other) == history
     assert everything(other) == everything(files)
 
 
@@ -144,7 +144,7 @@ def test_eight_bits_stay_eight_bits(written: Path) -> None:
 
 
 def test_frozen_weights_are_not_stored(written: Path) -> None:
-    """A state holds what is trained, not the base."""
+    """A checkpoint holds what is trained, not the base."""
     assert load_file(written / trainer_state.ADAPTER).keys() == {"0.weight", "0.bias", "1.weight", "1.bias"}
 
 
@@ -169,10 +169,10 @@ def test_loss_scale_is_restored(tmp_path: Path) -> None:
         return made
 
     files = make("adamw_torch", scaler=scaler(2.0**13))
-    write_trainer_state(tmp_path / "state", files, train(files, 1))
-    validate_trainer_state(tmp_path / "state", 1)
+    write_trainer_state(tmp_path / "checkpoint", files, train(files, 1))
+    validate_trainer_state(tmp_path / "checkpoint", 1)
     other = make("adamw_torch", scaler=scaler(2.0**16))
-    read_trainer_state(tmp_path / "state", other)
+    read_trainer_state(tmp_path / "checkpoint", other)
     assert other.scaler.scale == 2.0**13
 
 
@@ -181,7 +181,7 @@ def test_loss_scale_is_restored(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("change", ["shape", "name", "missing"])
 def test_state_of_another_model(written: Path, change: str) -> None:
-    """A state that does not fit the model is refused before anything of the model has changed."""
+    """A checkpoint that does not fit the model is refused before anything of the model has changed."""
     tensors = load_file(written / trainer_state.ADAPTER)
     weight = tensors.pop("0.weight")
     if change == "shape":
@@ -224,7 +224,7 @@ def test_optimizer_state_that_does_not_fit(written: Path, name: str, tensor: tor
 
 @pytest.mark.parametrize("order", [[1, 0, 2, 3], [0, 1, 2], [0, 1, 2, 3, 4], [0, 0, 2, 3]])
 def test_optimizer_state_of_other_parameters(written: Path, order: list[int]) -> None:
-    """A state whose parameters are others, or in another order, is refused."""
+    """A checkpoint whose parameters are others, or in another order, is refused."""
     edit(
         written / trainer_state.PROGRESS, lambda progress: progress["optimizer"]["param_groups"][0].update(params=order)
     )
@@ -250,7 +250,7 @@ class Payload:
 
 
 def test_validation_passes_what_was_written(written: Path) -> None:
-    """A state is valid as it was written."""
+    """A checkpoint is valid as it was written."""
     validate_trainer_state(written, 3)
 
 
@@ -278,7 +278,7 @@ def test_every_file_is_checked(written: Path, name: str, garbage: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(FILES))
 def test_every_file_is_needed(written: Path, name: str) -> None:
-    """A state without one of its files is invalid."""
+    """A checkpoint without one of its files is invalid."""
     (written / name).unlink()
     with pytest.raises(ValueError, match=name):
         validate_trainer_state(written, 3)
@@ -288,7 +288,7 @@ def test_every_file_is_needed(written: Path, name: str) -> None:
     "name", ["optimizer.pt", "rng_state.pth", "scheduler.pt", "training_args.bin", "adapter_model.bin"]
 )
 def test_no_other_file_is_let_in(written: Path, name: str) -> None:
-    """A file that Trainer would unpickle if it found it makes a state invalid."""
+    """A file that Trainer would unpickle if it found it makes a checkpoint invalid."""
     (written / name).write_bytes(pickle.dumps(Payload(written / "owned")))
     with pytest.raises(ValueError, match=name):
         validate_trainer_state(written, 3)
@@ -329,7 +329,7 @@ def test_files_must_agree(written: Path, name: str, change: Callable[[Any], Any]
 
 @pytest.mark.parametrize("steps", [[1, 2], [1, 2, 3, 4], [1, 1, 3], [2, 1, 3], []])
 def test_metrics_are_those_of_every_step(written: Path, steps: list[int]) -> None:
-    """Metrics that lack a step, or have one twice, do not belong to the state."""
+    """Metrics that lack a step, or have one twice, do not belong to the checkpoint."""
     write_metrics(written / trainer_state.METRICS, [metrics(step) for step in steps])
     with pytest.raises(ValueError, match="metrics"):
         validate_trainer_state(written, 3)
@@ -344,7 +344,7 @@ def test_metrics_with_an_unknown_field(written: Path) -> None:
 
 
 def test_step_is_that_of_the_marker(written: Path) -> None:
-    """A state that is whole, but of another step than its marker says, is invalid."""
+    """A checkpoint that is whole, but of another step than its marker says, is invalid."""
     with pytest.raises(ValueError, match="of step 3"):
         validate_trainer_state(written, 2)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import boto3
 import pytest
 
-from job.cli.arguments import parse_arguments
+from job.cli.arguments import COMMANDS, parse_arguments
 from job.errors import SettingsError
 from tests.published_run import forge, pairs, publish_run
 from tests.s3_server import BUCKET, CREDENTIALS, credentials, moto_server
@@ -124,7 +124,7 @@ def test_thresholds_are_the_jobs_kinds(runs: Path) -> None:
 def test_words_are_told_apart() -> None:
     """Runs, options in both spellings, flags, and settings, in any order."""
     words = ["--min-delta", "-0.01", "a", "--gate", "--storage.region=x", "b", "--log.level", "error", "--format=json"]
-    given = parse_arguments(words, ["A", "B"], ["--min-delta"], ["--gate"], ["table", "json"])
+    given = parse_arguments(words, COMMANDS["compare"].arguments)
     assert given.runs == ["a", "b"]
     assert given.options == {"--min-delta": "-0.01", "--format": "json"}
     assert given.flags == {"--gate"}
@@ -145,7 +145,7 @@ def test_words_are_told_apart() -> None:
 def test_words_that_make_no_sense(words: list[str], problems: list[str]) -> None:
     """All that is wrong, at once."""
     with pytest.raises(SettingsError) as error:
-        parse_arguments(words, ["RESULTS"], formats=["table", "json"])
+        parse_arguments(words, COMMANDS["verify"].arguments)
     assert len(error.value.problems) == len(problems)
     for found, expected in zip(error.value.problems, problems, strict=True):
         assert str(found).startswith(expected)

@@ -13,7 +13,7 @@ def faults(kept: bool) -> int:  # noqa: FBT001
     """Pages that a process of its own was given for a block of 64 MB, made and freed sixty times."""
     source = f"""
 import resource, torch
-from job.allocator import keep_freed_memory
+from job.common.malloc import keep_freed_memory
 assert not {kept} or keep_freed_memory()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(60):

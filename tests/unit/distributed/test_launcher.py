@@ -73,7 +73,7 @@ def test_an_exit_code_survives(code: int) -> None:
 def verdict(codes: dict[int, int], late: set[int] = frozenset()) -> int:  # type: ignore[assignment]
     """The exit code for all; -1 where it is an error of its own."""
     try:
-        return launcher._verdict(codes, late)
+        return launcher._combined(codes, late)
     except Killed:
         return -1
 
@@ -185,5 +185,5 @@ def test_how_many_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert [count_processes(wanted) for wanted in ("auto", 1, 4)] == [4, 1, 4]
-    with pytest.raises(SettingsError, match="5 is more than the 4 GPUs"):
+    with pytest.raises(SettingsError, match="5 is more than the 4 visible GPUs"):
         count_processes(5)

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 
 import pytest
 
-from job.distributed.process_group import ProcessGroup, tell_end
+from job.distributed.process_group import ProcessGroup, publish_end
 from job.distributed.ranks import Place
-from job.distributed.rendezvous import enter_store, host_store, keyspace
+from job.distributed.rendezvous import connect_store, host_store, keyspace
 from job.errors import DataError, JobError, Preempted, Problem, Unreachable
 from job.preemption.stop_flag import Stop
 
@@ -32,7 +32,7 @@ class Team:
             self.beats[rank] += 1
 
         place = Place(rank, 3, rank % 2, 2 - rank // 2, "localhost", self.host.port, hosted=True)
-        return ProcessGroup(place, keyspace(enter_store(place), "run"), self.stops[rank], beat, grace_seconds=5)
+        return ProcessGroup(place, keyspace(connect_store(place), "run"), self.stops[rank], beat, grace_seconds=5)
 
     def start(self, *work: Callable[[ProcessGroup], T]) -> list[Future[T]]:
         """Lets each member do its work, at once."""
@@ -183,7 +183,7 @@ def test_the_first_one_goes_first(team: Team) -> None:
 
 def test_nobody_waits_for_a_first_one_that_died(team: Team) -> None:
     """When its launcher has told that process 0 is dead, the others go."""
-    tell_end(keyspace(team.host, "run"), 0, 75, "was killed by SIGKILL")
+    publish_end(keyspace(team.host, "run"), 0, 75, "was killed by SIGKILL")
     began = time.monotonic()
     team.members[1].leave()
     assert time.monotonic() - began < 2

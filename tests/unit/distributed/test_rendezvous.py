@@ -12,7 +12,7 @@ import pytest
 from job.distributed import process_group
 from job.distributed.processes import ALONE, Processes
 from job.distributed.ranks import Place
-from job.distributed.rendezvous import enter_store, host_store, join, keyspace
+from job.distributed.rendezvous import connect_store, host_store, join, keyspace
 from job.errors import Preempted, SettingsError, Unreachable
 from job.preemption.stop_flag import Stop
 from tests.forked import free_port
@@ -21,7 +21,7 @@ from tests.forked import free_port
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Process 0 does not wait long for those that never came to leave again."""
-    monkeypatch.setattr(process_group, "LAST_WORDS_SECONDS", 0.2)
+    monkeypatch.setattr(process_group, "REASON_SECONDS", 0.2)
 
 
 def joining(place: Place | None, stop: Stop | None = None, patience: float = 1.0) -> AbstractContextManager[Processes]:
@@ -62,7 +62,7 @@ def test_those_that_do_not_come_are_named() -> None:
     keyspace(host, "run").add("here#0", 1)
     error = fail(place, patience=0.3)
     assert isinstance(error, Unreachable)
-    assert "of 4 processes these did not come: 2, 3" in str(error)
+    assert "of 4 processes these did not arrive: 2, 3" in str(error)
 
 
 def test_a_store_that_is_not_there_is_told_of() -> None:
@@ -87,7 +87,7 @@ def test_two_with_one_number_are_refused() -> None:
     keyspace(host, "run").add("here#1", 1)
     error = fail(place)
     assert isinstance(error, SettingsError)
-    assert "another process is number 1 too" in str(error)
+    assert "another process has rank 1 too" in str(error)
 
 
 def test_machines_of_different_sizes_are_refused() -> None:
@@ -129,7 +129,7 @@ def test_an_error_before_all_have_come_is_told_to_those_that_have() -> None:
 def test_runs_at_one_address_do_not_meet() -> None:
     """Keys belong to one start of one run."""
     host = host_store(0)
-    other = enter_store(Place(host="localhost", port=host.port))
+    other = connect_store(Place(host="localhost", port=host.port))
     keyspace(host, "one").set("key", "1")
     assert keyspace(host, "one").get("key") == b"1"  # `set` is not answered: only now is it there for others
     assert keyspace(other, "one").check(["key"])

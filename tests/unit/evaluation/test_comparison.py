@@ -62,14 +62,14 @@ def test_acc_norm_is_compared_apart() -> None:
 
 def test_no_gate_is_no_verdict() -> None:
     """Where nothing was asked for, there is nothing to pass."""
-    assert comparison.gate(compared(0, 500), "acc", None, None) is None
+    assert comparison.gate_failures(compared(0, 500), "acc", None, None) is None
 
 
 @given(st.integers(0, 100), st.integers(0, 100), st.floats(-0.1, 0.1))
 def test_the_gate_asks_the_interval_for_the_gain(improved: int, regressed: int, least: float) -> None:
     """It passes exactly where the whole interval is at or above the gain that was asked for."""
     tasks = compared(improved, regressed)
-    reasons = comparison.gate(tasks, "acc", least, None)
+    reasons = comparison.gate_failures(tasks, "acc", least, None)
     assert (reasons == []) is (tasks["t"]["ci95"][0] >= least)
 
 
@@ -77,7 +77,7 @@ def test_the_gate_asks_the_interval_for_the_gain(improved: int, regressed: int, 
 def test_the_gate_asks_the_interval_for_the_loss(improved: int, regressed: int, most: float) -> None:
     """It passes exactly where no loss greater than the allowed one is within the interval."""
     tasks = compared(improved, regressed)
-    reasons = comparison.gate(tasks, "acc", None, most)
+    reasons = comparison.gate_failures(tasks, "acc", None, most)
     assert (reasons == []) is (-tasks["t"]["ci95"][0] <= most)
 
 
@@ -85,7 +85,7 @@ def test_a_point_above_the_gate_is_not_enough() -> None:
     """A gain that may be chance does not pass, though its point lies above what was asked for."""
     tasks = compared(improved=12, regressed=8)
     assert tasks["t"]["delta"] == pytest.approx(0.004)
-    (reason,) = comparison.gate(tasks, "acc", 0.0, None) or []
+    (reason,) = comparison.gate_failures(tasks, "acc", 0.0, None) or []
     assert reason.startswith("t: acc may have gained only -0.00")
     assert reason.endswith("the gate asks for +0.0000")
 
@@ -93,18 +93,18 @@ def test_a_point_above_the_gate_is_not_enough() -> None:
 def test_the_gate_looks_at_the_metric_it_was_told() -> None:
     """A gain in one metric does not pass for the other; a task that lacks the metric does not pass."""
     tasks = compared(improved=80, regressed=0)
-    assert comparison.gate(tasks, "acc", 0.01, 0.0) == []
-    reasons = comparison.gate(tasks, "acc_norm", 0.01, 0.0) or []
+    assert comparison.gate_failures(tasks, "acc", 0.01, 0.0) == []
+    reasons = comparison.gate_failures(tasks, "acc_norm", 0.01, 0.0) or []
     assert len(reasons) == 2
     assert "may have lost 0.09" in reasons[1]
     tasks["t"]["acc_norm"] = None
-    assert comparison.gate(tasks, "acc_norm", None, 0.5) == ["t has no acc_norm"]
+    assert comparison.gate_failures(tasks, "acc_norm", None, 0.5) == ["t has no acc_norm"]
 
 
 def test_one_task_below_the_gate_is_enough() -> None:
     """All tasks have to pass; those that do not are named."""
     tasks = {"good": compared(80, 0)["t"], "bad": compared(0, 80)["t"]}
-    (reason,) = comparison.gate(tasks, "acc", None, 0.01) or []
+    (reason,) = comparison.gate_failures(tasks, "acc", None, 0.01) or []
     assert reason.startswith("bad: ")
 
 

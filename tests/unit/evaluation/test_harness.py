@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from job.errors import DataError, SettingsError, Unreachable
-from job.evaluation.harness import evaluate, write_records
+from job.evaluation.harness import evaluate
+from job.evaluation.samples import Sample, write_samples
 from job.evaluation.scoring import plan_sequences, score_sequence
 from job.evaluation.statistics import standard_error
 from job.evaluation.tasks import count_questions, load_tasks
@@ -63,7 +64,8 @@ def run(folder: Path, tokenizer: Any, budget: int = 4096, limit: int | None = No
         rows = plan_sequences(questions, budget)
         return [scores for row in rows for scores in score_sequence(model(folder), questions[row.start : row.stop])]
 
-    return evaluate(local_tasks(**files), tokenizer, score, limit=limit)
+    found = evaluate(local_tasks(**files), tokenizer, score, limit=limit)
+    return {task: (scores, [sample.model_dump() for sample in samples]) for task, (scores, samples) in found.items()}
 
 
 def by_lm_eval(folder: Path, tokenizer: Any, limit: int | None = None, **files: Path) -> dict[str, Any]:
@@ -162,7 +164,7 @@ def test_a_record_is_enough_to_score_the_question_again(base_folder: Path, token
     """Predictions, accuracies and standard errors follow from the written lines alone."""
     rows = arc_rows(30)
     scores, records = run(base_folder, tokenizer, arc_easy=write_jsonl(tmp_path / "q.jsonl", rows))["arc_easy"]
-    write_records(tmp_path / "deep" / "records.jsonl", records)
+    write_samples(tmp_path / "deep" / "records.jsonl", [Sample.model_validate(record) for record in records])
     lines = read_jsonl(tmp_path / "deep" / "records.jsonl")
     assert lines == records
     assert [line["id"] for line in lines] == [row["id"] for row in rows]
@@ -332,7 +334,7 @@ def test_questions_that_put_the_choices_in_front_are_accepted(tokenizer: Any, tm
     tasks = local_tasks(winogrande=write_jsonl(tmp_path / "q.jsonl", rows))
     scores, records = evaluate(tasks, tokenizer, score, limit=None)["winogrande"]
     assert len(asked) == 8
-    assert (records[1]["question"], records[1]["choices"]) == (
+    assert (records[1].question, records[1].choices) == (
         "and fine.",
         ["1 is less than one", "1 is less than two"],
     )

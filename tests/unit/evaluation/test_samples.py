@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from job.evaluation.samples import Sample, contradiction, parse, tally_records
+from job.evaluation.samples import Sample, contradiction, parse, task_scores
 
 HASH = "0123456789abcdef" * 4
 RECORD: dict[str, Any] = {
@@ -94,7 +94,7 @@ def test_a_record_has_to_follow_from_its_likelihoods(change: dict[str, Any], tol
 def test_records_add_up(right: list[bool]) -> None:
     """Accuracy is the share of right answers; the task's hash is lm-eval's, of every question's three."""
     records = parse(lines(*(RECORD | {"acc": float(one), "acc_norm": None} for one in right)))
-    scores = tally_records(records, task="t", source="s", version="1.0", reused_from="there")
+    scores = task_scores(records, task="t", source="s", version="1.0", reused_from="there")
     assert scores.correct == tuple(right)
     assert scores.acc == sum(right) / len(right)
     assert (scores.acc_norm, scores.acc_norm_stderr, scores.correct_norm) == (None, None, None)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from job.model.architecture import FAMILIES, read_config
-from job.planning.reference import ARCHITECTURES
+from job.planning.known_models_and_data import ARCHITECTURES
 from tests.helpers import LINEAR
 
 MISTRAL: dict[str, Any] = {

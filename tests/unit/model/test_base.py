@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import torch
 
 from job.errors import SettingsError
 from job.evaluation.scoring import score_sequence
-from job.model.base import choose_device, choose_dtype, describe_model, fingerprint, load_base, load_tokenizer
+from job.model.base import choose_device, choose_dtype, describe_model, load_base, load_tokenizer
+from job.model.files import fingerprint
 from job.model.lora import adapter_off, add_adapter, load_adapter, save_adapter, trainable
 from job.records import Question
 from tests.helpers import LINEAR, fill_adapter, make_model
@@ -43,7 +45,7 @@ def test_mistral_7b_gets_the_parameters_of_the_reference() -> None:
         model = add_adapter(
             MistralForCausalLM(MistralConfig()), rank=16, alpha=16, dropout=0.0, target_modules=LINEAR, seed=0
         )
-    record = describe_model(model, name="x", revision=None, sha256="0", quantization="none", double=True)
+    record = describe_model(model, name="x", revision=None, sha256="0")
     assert record.trainable_parameters == 41_943_040
     assert record.parameters == 7_241_732_096
     assert record.architecture == "MistralForCausalLM"
@@ -58,8 +60,6 @@ def test_a_quantized_model_is_described_as_what_it_was(base_folder: Path) -> Non
             name="x",
             revision="r",
             sha256="0",
-            quantization=quantization,
-            double=True,
         )
         for quantization in ("nf4", "none")
     }
@@ -179,20 +179,15 @@ def test_layers_that_are_not_there_are_named(base_folder: Path) -> None:
         )
 
 
-@pytest.mark.parametrize(
-    ("setting", "window"), [({"max_position_embeddings": 256}, 256), ({"sliding_window": 100}, 100)]
-)
-def test_a_window_that_is_too_short_is_refused(
-    base_folder: Path, tmp_path: Path, setting: dict[str, int], window: int
-) -> None:
-    """A sequence that the model cannot see whole is a settings error that tells the model's window."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(base_folder)
-    config.update(setting)
-    config.save_pretrained(tmp_path)
-    with pytest.raises(SettingsError, match=f"train.max_length: 512 is more than the model's window of {window}"):
-        base(tmp_path)
+def test_too_few_positions_are_refused_and_a_sliding_window_is_not(base_folder: Path, tmp_path: Path) -> None:
+    """A sequence longer than the model has positions is an error of settings; a window only limits what each sees."""
+    folder = Path(shutil.copytree(base_folder, tmp_path / "base"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 256}))
+    with pytest.raises(SettingsError, match=r"train.max_length: 512 is more than the model's window of 256"):
+        base(folder)
+    (folder / "config.json").write_text(json.dumps({**config, "sliding_window": 100}))
+    assert base(folder).config.sliding_window == 100
 
 
 def test_the_device_is_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,7 +121,7 @@ def test_tokens_see_nothing_behind_them() -> None:
 def test_the_plain_way_refuses_what_it_would_get_wrong() -> None:
     """A prefix must lie in the group of its segment: one further back is no silent mistake."""
     with pytest.raises(ValueError, match="not the last before it"):
-        _ = build_layout([Segment(0, 5), Segment(5, 9), Segment(9, 10, 0, 5)], CPU).groups
+        build_layout([Segment(0, 5), Segment(5, 9), Segment(9, 10, 0, 5)], CPU).blocks()
 
 
 @MADE
@@ -151,10 +151,10 @@ def test_older_gpus_take_the_plain_way(
     """The kernel is asked for only where it was built for: not on a P100 or T4, in half precision either."""
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda _device: capability)
     monkeypatch.setattr("job.model.packed_attention._varlen_kernel", lambda *_: "kernel")
-    monkeypatch.setattr("job.model.packed_attention._group_by_group", lambda *_: "plain")
+    monkeypatch.setattr("job.model.packed_attention._block_by_block", lambda *_: "plain")
     _has_kernel.cache_clear()
-    query = SimpleNamespace(is_cuda=True, dtype=torch.float16, device=torch.device("cuda", 0))
-    (way, _weights) = packed_attention(torch.nn.Module(), query, None, None, None, layout=None)  # type: ignore[arg-type]
+    query = SimpleNamespace(is_cuda=True, dtype=torch.float16, device=torch.device("cuda", 0), shape=(1, 4, 9, 64))
+    (way, _weights) = packed_attention(torch.nn.Module(), query, query, query, None, layout=build_layout(ALONE, CPU))  # type: ignore[arg-type]
     _has_kernel.cache_clear()
     assert way == ("kernel" if fast else "plain")
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from job.planning.forecast import EVALUATIONS, RunShape, figures, on_gpu
-from job.planning.gpus import GPUS, Gpu
-from job.planning.reference import ARCHITECTURES, TASK_TOKENS
+from job.planning.forecast import EVALUATIONS, RunShape, estimates, forecast_gpu
+from job.planning.gpu_prices import GPUS, Gpu
+from job.planning.known_models_and_data import ARCHITECTURES, TASK_TOKENS
 from job.planning.workload import Workload
 from job.training import memory_model
 from tests.unit.training.test_memory_model import REFERENCE
@@ -33,12 +33,12 @@ BY_NAME = {gpu.name: gpu for gpu in GPUS}
 
 def test_the_reference_recipe_fits_where_it_is_said_to() -> None:
     """It was published for 16 GB: it fits all GPUs of the table; what is not known of the oldest is said."""
-    plans = {gpu.name: on_gpu(gpu, RUN, REFERENCE) for gpu in GPUS}
+    plans = {gpu.name: forecast_gpu(gpu, RUN, REFERENCE) for gpu in GPUS}
     assert all(plan.fits for plan in plans.values())
     assert [name for name, plan in plans.items() if plan.note] == ["T4"]
     in_full = replace(REFERENCE, value_bytes=4)
-    assert on_gpu(BY_NAME["A100 80GB"], RUN, in_full).hours is None  # speeds are those of half precision
-    small = on_gpu(replace(BY_NAME["L4"], memory_bytes=6 << 30), RUN, REFERENCE)
+    assert forecast_gpu(BY_NAME["A100 80GB"], RUN, in_full).hours is None  # speeds are those of half precision
+    small = forecast_gpu(replace(BY_NAME["L4"], memory_bytes=6 << 30), RUN, REFERENCE)
     assert (small.fits, small.hours, small.usd) == (False, None, None)
     assert "are needed" in small.note
 
@@ -48,7 +48,7 @@ def test_budgets_are_the_largest_that_fit(gigabytes: int, longest: int, recomput
     """Each budget fits by the formula and one token more does not, or is a whole step; 0 only where nothing helps."""
     gpu = Gpu("x", gigabytes * 10**9, 1e14, 1e12, (9, 0), 1.0, "m")
     run = replace(RUN, workload=replace(WORK, longest=longest))
-    plan = on_gpu(gpu, run, REFERENCE)
+    plan = forecast_gpu(gpu, run, REFERENCE)
     budget = plan.budget_recomputing if recompute else plan.budget_keeping
     setup, room = replace(REFERENCE, recompute=recompute), memory_model.room(gpu.memory_bytes)
     scoring = memory_model.evaluation_bytes(setup, run.scoring_budget, run.reads)
@@ -74,42 +74,42 @@ def test_a_micro_batch_is_within_the_data(budget: int, longest: int, largest: in
 def test_hours_add_up_and_dollars_follow() -> None:
     """Start, download, training and two evaluations; at the table's price, or at the user's on whatever GPU."""
     gpu = BY_NAME["H200"]
-    plan = on_gpu(gpu, replace(RUN, download_bytes=10**10), REFERENCE)
+    plan = forecast_gpu(gpu, replace(RUN, download_bytes=10**10), REFERENCE)
     training = memory_model.training_flops(REFERENCE, WORK.tokens, WORK.squares)
     scoring = memory_model.evaluation_flops(REFERENCE, RUN.questions.tokens, RUN.questions.reads)  # type: ignore[union-attr]
     computing = (training + EVALUATIONS * scoring) / (memory_model.UTILISATION * gpu.flops)
     assert plan.hours == pytest.approx((60 + 40 + computing) / 3600, rel=1e-6)
     assert plan.usd == pytest.approx(plan.hours * gpu.usd_per_hour)
-    priced = on_gpu(gpu, replace(RUN, usd_per_hour=2.0), REFERENCE)
+    priced = forecast_gpu(gpu, replace(RUN, usd_per_hour=2.0), REFERENCE)
     assert (priced.usd_per_hour, priced.machine) == (2.0, "your price")
     assert priced.usd == pytest.approx(2.0 * (priced.hours or 0))
-    assert on_gpu(gpu, replace(RUN, workload=None), REFERENCE).usd is None
+    assert forecast_gpu(gpu, replace(RUN, workload=None), REFERENCE).usd is None
 
 
 @pytest.mark.parametrize(("gigabytes", "keeps"), [(80, "base, activations"), (40, "activations"), (24, ""), (16, "")])
 def test_what_is_kept_follows_from_the_room(gigabytes: int, keeps: str) -> None:
     """More where there is more, as the job itself chooses; nothing where PEFT's own layers do the work."""
-    run = replace(RUN, lean=True, budget_by_gpu=True)
+    run = replace(RUN, fused=True, budget_by_gpu=True)
     gpu = Gpu("x", gigabytes << 30, 1e15, 3e12, (9, 0), 1.0, "m")
-    plan = on_gpu(gpu, run, REFERENCE)
+    plan = forecast_gpu(gpu, run, REFERENCE)
     assert plan.keeps == keeps
-    assert on_gpu(replace(gpu, capability=(7, 5)), run, REFERENCE).keeps == ""
-    assert on_gpu(gpu, RUN, REFERENCE).keeps == ""
+    assert forecast_gpu(replace(gpu, capability=(7, 5)), run, REFERENCE).keeps == ""
+    assert forecast_gpu(gpu, RUN, REFERENCE).keeps == ""
 
 
 def test_other_decoders_keep_more() -> None:
     """Where the job has code for the adapted layers alone, transformers' own keeps more between them."""
-    run = replace(RUN, lean=True, budget_by_gpu=True)
+    run = replace(RUN, fused=True, budget_by_gpu=True)
     gpu = Gpu("x", 40 << 30, 1e15, 3e12, (9, 0), 1.0, "m")
     other = replace(REFERENCE, architecture=replace(REFERENCE.architecture, lean=False))
-    assert on_gpu(gpu, run, REFERENCE).keeps == "activations"
-    assert on_gpu(gpu, run, other).keeps == "base"
+    assert forecast_gpu(gpu, run, REFERENCE).keeps == "activations"
+    assert forecast_gpu(gpu, run, other).keeps == "base"
 
 
 def test_the_job_on_an_h100_is_as_measured() -> None:
     """94 steps on Alpaca and two evaluations: 23 s once all is recorded and 2 x 6.4 s, within a quarter."""
-    run = replace(RUN, lean=True, budget_by_gpu=True)
-    hours = on_gpu(BY_NAME["H100"], run, REFERENCE).hours
+    run = replace(RUN, fused=True, budget_by_gpu=True)
+    hours = forecast_gpu(BY_NAME["H100"], run, REFERENCE).hours
     assert hours
     measured = WORK.target_tokens / 14_724 + 2 * 6.4
     assert hours * 3600 - 60 == pytest.approx(measured, rel=0.25)
@@ -117,22 +117,22 @@ def test_the_job_on_an_h100_is_as_measured() -> None:
 
 def test_figures_say_what_they_rest_on() -> None:
     """What is made of an assumption is an assumption; what is not known is left out, not made up."""
-    assert {figure.basis for figure in figures(RUN)} == {"computed"}
-    of_data = {figure.name: figure.basis for figure in figures(replace(RUN, workload_basis="assumed"))}
+    assert {figure.basis for figure in estimates(RUN)} == {"computed"}
+    of_data = {figure.name: figure.basis for figure in estimates(replace(RUN, workload_basis="assumed"))}
     assert of_data["optimizer steps"] == of_data["training"] == of_data["peak in training"] == "assumed"
     assert of_data["base parameters"] == of_data["memory: base"] == of_data["questions"] == "computed"
-    of_model = {figure.name: figure.basis for figure in figures(replace(RUN, setup_basis="assumed"))}
+    of_model = {figure.name: figure.basis for figure in estimates(replace(RUN, setup_basis="assumed"))}
     assert of_model["optimizer steps"] == "computed"
     assert of_model["peak in training"] == of_model["disk"] == "assumed"
-    unknown = {figure.name for figure in figures(replace(RUN, workload=None, questions=None))}
+    unknown = {figure.name for figure in estimates(replace(RUN, workload=None, questions=None))}
     assert {"peak in training", "checkpoint"} <= unknown
     assert not unknown & {"optimizer steps", "training", "questions", "evaluation, twice"}
-    assert list(figures(replace(RUN, setup=None, workload=None, questions=None))) == []
+    assert list(estimates(replace(RUN, setup=None, workload=None, questions=None))) == []
 
 
 def test_the_figures_are_the_formulas() -> None:
     """The parts of the memory are those of the peak; the recipe has its known size."""
-    found = {figure.name: figure.value for figure in figures(RUN)}
+    found = {figure.name: figure.value for figure in estimates(RUN)}
     assert found["base parameters"] == ARCHITECTURES["mistralai/Mistral-7B-v0.1"].parameters == 7_241_732_096
     assert found["adapter parameters"] == 41_943_040
     parts = [value for name, value in found.items() if name.startswith("memory: ")]

@@ -18,7 +18,7 @@ import pytest
 from job import log
 from job.cli.main import main
 from job.errors import AccessDenied, DataError, SettingsError, Unreachable
-from job.planning.plan import Check, Plan, make_plan
+from job.planning.plan import Plan, PreflightResult, make_plan
 from job.planning.plan_text import as_json, as_table
 from job.settings.load import load_settings
 from tests.helpers import alpaca_rows, arc_rows, write_jsonl
@@ -237,9 +237,9 @@ def test_the_table_is_for_a_person(given: Path, capsys: pytest.CaptureFixture[st
 def test_where_nothing_is_known_nothing_is_made_up() -> None:
     """A plan without a model and without data says so, in both forms; the gravest error is the plan's."""
     wrong = (
-        Check("storage", "wrong", "no", Unreachable("no")),
-        Check("data", "wrong", "bad", DataError([])),
-        Check("model", "not checked", "silence"),
+        PreflightResult("storage", "wrong", "no", Unreachable("no")),
+        PreflightResult("data", "wrong", "bad", DataError([])),
+        PreflightResult("model", "not checked", "silence"),
     )
     plan = Plan("x on y", wrong, (), (), None, ("nothing",))
     assert isinstance(plan.error, DataError)

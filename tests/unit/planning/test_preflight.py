@@ -10,7 +10,7 @@ import pytest
 
 from job.errors import AccessDenied, JobError, Preempted, SettingsError, Unreachable
 from job.planning import preflight
-from job.planning.preflight import NotChecked, check, local_round_trip, round_trip
+from job.planning.preflight import NotChecked, local_round_trip, round_trip, run_check
 from job.storage.local import LocalStore
 from tests.wrapped_store import WrappedStore
 
@@ -35,18 +35,18 @@ def raising(error: Exception) -> Callable[[], Any]:
 )
 def test_a_check_catches_what_it_ends_with(error: Exception, state: str) -> None:
     """What is wrong is kept with its error; who does not answer is no error, unless the check says that it is one."""
-    found, value = check("it", raising(error))
+    found, value = run_check("it", raising(error))
     assert (found.state, found.what, value) == (state, str(error), None)
     assert (found.error is error) is (state == "wrong")
-    found, _ = check("it", raising(error), unreachable="wrong")
+    found, _ = run_check("it", raising(error), unreachable="wrong")
     assert (found.error is error) is isinstance(error, JobError)
-    assert check("it", lambda: ("note", "fine", 3)) == (preflight.Check("it", "note", "fine"), 3)
+    assert run_check("it", lambda: ("note", "fine", 3)) == (preflight.PreflightResult("it", "note", "fine"), 3)
 
 
 def test_a_bug_in_a_check_is_a_bug() -> None:
     """Only the job's own errors are findings."""
     with pytest.raises(ZeroDivisionError):
-        check("it", raising(ZeroDivisionError()))
+        run_check("it", raising(ZeroDivisionError()))
 
 
 def test_a_good_disk_passes_and_is_left_as_it_was(tmp_path: Path) -> None:

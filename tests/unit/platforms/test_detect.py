@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
-from job.platforms.detect import Delivery, Platform, detect
-from job.settings.load import load_settings
+from job.platforms.detect import Delivery, Platform, detect, is_foreign
+from job.settings.load import foreign_variables, load_settings
+from job.settings.schema import NAMES
+from job.settings.sources import environment_name
 
 
 def test_an_ordinary_environment_is_plain_docker() -> None:
@@ -97,7 +100,23 @@ def test_what_kubernetes_sets_by_itself_is_known(variable: str) -> None:
     assert not Platform(name="docker").sets(variable)
 
 
-@pytest.mark.parametrize("variable", ["JOB_TRAIN__EPOCS", "JOB_TYPO", "JOB_NAME", "JOB_STORAGE__PORTS", "JOB_EXPORT"])
+@pytest.mark.parametrize("variable", ["JOB_TRAIN__EPOCS", "JOB_TYPO", "JOB_NAMES", "JOB_STORAGE__PORTS", "JOB_EXPORT"])
 def test_a_misspelt_setting_is_not_taken_for_the_platforms(variable: str) -> None:
     """The exemption is narrow: a wrong name stays an error in a pod, too."""
     assert not Platform(name="kubernetes").sets(variable)
+
+
+@pytest.mark.parametrize("variable", ["JOB_NAME", "JOB_URL", "JOB_BASE_NAME", "JOB_ID", "JOB_DISPLAY_URL", "JOB_SPEC"])
+@pytest.mark.parametrize("platform", ["docker", "kubernetes", "sagemaker"])
+def test_what_a_ci_server_sets_is_known_everywhere(
+    variable: str, platform: Literal["docker", "kubernetes", "sagemaker"]
+) -> None:
+    """Jenkins, Prow and Grid Engine start jobs on any platform, and pass their own JOB_ variables on."""
+    assert Platform(name=platform).sets(variable)
+    assert load_settings([], {variable: "nightly"})
+    assert foreign_variables({variable: "nightly", "JOB_PRESET": "demo"}) == [variable]
+
+
+def test_no_setting_has_a_name_of_a_ci_server() -> None:
+    """Whatever a setting is called, it is read and not ignored."""
+    assert not any(is_foreign(environment_name(name)) for name in NAMES)

@@ -13,9 +13,12 @@ from hypothesis import strategies as st
 from job.errors import SettingsError
 from job.platforms.sagemaker import copied_folder, lasts
 from job.settings.load import load_settings
+from job.settings.markers import SageMakerChannel, find_markers
 from job.settings.sagemaker_channels import read_channels
+from job.settings.schema import Settings
 
 USUAL = {"TrainingInputMode": "File", "S3DistributionType": "FullyReplicated", "RecordWrapperType": "None"}
+CHANNELS = {marker.name: setting for setting, marker in find_markers(Settings, SageMakerChannel).items()}
 
 
 @pytest.fixture
@@ -48,7 +51,7 @@ def problems(inputs: Path, **settings: str) -> list[str]:
 
 def test_no_inputs_give_nothing(inputs: Path) -> None:
     """Elsewhere than on SageMaker, and without channels, there is nothing to read."""
-    assert read_channels(None).given == read_channels(inputs).given == {}
+    assert read_channels(None, CHANNELS).given == read_channels(inputs, CHANNELS).given == {}
 
 
 def test_channels_stand_for_sources(inputs: Path) -> None:
@@ -91,11 +94,11 @@ def test_files_are_files(inputs: Path, mode: str) -> None:
     [
         (
             {"TrainingInputMode": "Pipe"},
-            "is a pipe, which can be read only once; give it the input mode File or FastFile",
+            "is a pipe, which can be read only once; set its input mode to File or FastFile",
         ),
         (
             {"S3DistributionType": "ShardedByS3Key"},
-            "is dealt out to the hosts, and each needs all of it; make its distribution FullyReplicated",
+            "is divided among the hosts, but each needs all of it; set its distribution to FullyReplicated",
         ),
     ],
 )
@@ -109,7 +112,7 @@ def test_a_channel_for_nothing(inputs: Path) -> None:
     """A name that the job does not know may be a slip: the run would train on something else and not say so."""
     order(inputs, train=USUAL)
     [problem] = problems(inputs)
-    assert problem.startswith("sagemaker channel train: stands for no setting; name it training, model, evaluation, or")
+    assert problem.startswith("sagemaker channel train: stands for no setting; name it model, training, evaluation, or")
 
 
 @pytest.mark.parametrize(
@@ -145,7 +148,7 @@ def test_questions_of_no_task(inputs: Path) -> None:
     (inputs / "data/evaluation/test.jsonl").write_text("", encoding="utf-8")
     [problem] = problems(inputs)
     assert problem.startswith(
-        "eval.data (sagemaker channel evaluation): has a file for a task that is not in eval.tasks"
+        "JOB_EVAL__DATA (sagemaker channel evaluation): has a file for a task that is not in JOB_EVAL__TASKS"
     )
     assert "named after their tasks" in problem
 
@@ -164,7 +167,7 @@ def test_any_list_of_channels_is_read(tmp_path_factory: pytest.TempPathFactory, 
     folder = tmp_path_factory.mktemp("inputs")
     (folder / "config").mkdir()
     (folder / "config/inputdataconfig.json").write_text(json.dumps(channels), encoding="utf-8")
-    layer = read_channels(folder)
+    layer = read_channels(folder, CHANNELS)
     assert len(layer.given) + len(layer.problems) == len(channels) or "evaluation" in map(str.lower, channels)
 
 

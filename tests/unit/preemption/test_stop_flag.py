@@ -15,7 +15,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from job.errors import Preempted
-from job.preemption.stop_flag import SPARE_SECONDS, SPARE_SHARE, Stop, Stopwatch, Timings, decide, stop_on_signals
+from job.preemption.stop_flag import (
+    SIGNALS,
+    SPARE_SECONDS,
+    SPARE_SHARE,
+    Stop,
+    Stopwatch,
+    Timings,
+    decide,
+    stop_on_signals,
+)
 
 SECONDS = st.floats(0, 1e4)
 SHARES = st.floats(0, 1)
@@ -63,9 +72,9 @@ class TestStop:
 
 
 class TestSignals:
-    """SIGTERM and SIGINT."""
+    """SIGTERM, SIGINT, SIGHUP and SIGUSR1."""
 
-    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    @pytest.mark.parametrize("number", SIGNALS)
     def test_the_first_raises_the_flag_with_the_grace_period(self, number: signal.Signals) -> None:
         """The signal's name is the reason, the grace period the deadline, and the old handler comes back."""
         before = signal.getsignal(number)
@@ -74,6 +83,16 @@ class TestSignals:
             assert stop.reason == number.name
             assert 16 < stop.remaining() <= 17
         assert signal.getsignal(number) is before
+
+    def test_a_signal_that_is_ignored_stays_ignored(self) -> None:
+        """Nohup starts the job with HUP ignored: a terminal that goes away must not end it."""
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        try:
+            with stop_on_signals(17) as stop:
+                signal.raise_signal(signal.SIGHUP)
+                assert not stop()
+        finally:
+            signal.signal(signal.SIGHUP, before)
 
     def test_the_first_signal_after_a_notice_has_its_grace(self) -> None:
         """A notice is no signal: SIGTERM after it shortens the time and does not end the process."""

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from job.report.changed_answers import MOST_QUESTION, changed
+from job.report.changed_answers import MOST_QUESTION, changed_answers
 from tests.example_run import answers
 
 
@@ -16,7 +16,7 @@ from tests.example_run import answers
 def test_what_changed_is_told_both_ways(improved: int, regressed: int) -> None:
     """As many as the counts say; the right answer is the one that the model which is right gave."""
     base, adapter = answers(improved, regressed, 12)
-    better, worse = changed(base, adapter)
+    better, worse = changed_answers(base, adapter)
     assert (len(better), len(worse)) == (improved, regressed)
     for found, right_side in ((better, "after"), (worse, "before")):
         for question in found:
@@ -30,10 +30,10 @@ def test_what_changed_is_told_both_ways(improved: int, regressed: int) -> None:
 def test_the_question_stands_without_the_templates_words() -> None:
     """What lm-eval puts around a question for the model is not for the reader; long texts are cut."""
     base, adapter = answers(1, 0, 3)
-    (question,), _ = changed(base, adapter)
+    (question,), _ = changed_answers(base, adapter)
     assert question.text == "What is 0 and one?"
     base[0]["question"] = "word " * 2000
-    (question,), _ = changed(base, adapter)
+    (question,), _ = changed_answers(base, adapter)
     assert len(question.text) <= MOST_QUESTION + 2
     assert question.text.endswith(" …")
 
@@ -43,7 +43,7 @@ def test_records_without_texts_can_still_be_read() -> None:
     base, adapter = answers(1, 0, 3)
     for record in (*base, *adapter):
         del record["question"], record["choices"]
-    (question,), _ = changed(base, adapter)
+    (question,), _ = changed_answers(base, adapter)
     assert question.text == "question-0"
     assert [choice.text for choice in question.choices] == ["choice 1", "choice 2", "choice 3"]
 
@@ -53,6 +53,6 @@ def test_other_questions_are_no_pair() -> None:
     base, adapter = answers(1, 0, 3)
     swapped: list[dict[str, Any]] = adapter[::-1]
     with pytest.raises(ValueError, match="not of the same questions"):
-        changed(base, swapped)
+        changed_answers(base, swapped)
     with pytest.raises(ValueError, match="shorter"):
-        changed(base, adapter[:2])
+        changed_answers(base, adapter[:2])

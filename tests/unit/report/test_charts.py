@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from job.report.charts import FRAME, MOST_POINTS, line, nice_ticks, spans
+from job.report.charts import FRAME, MOST_POINTS, interval_chart, line_chart, nice_ticks
 
 NUMBERS = st.floats(-1e9, 1e9, allow_nan=False)
 
@@ -44,7 +44,7 @@ def test_a_level_line_has_an_axis_too(value: float) -> None:
 
 def test_a_line_goes_through_its_points() -> None:
     """First and last step at the frame's sides, values between the outermost ticks, and the same said in words."""
-    drawn = line("Loss", "nats", [(1, 4.0), (2, 3.0), (3, 0.0)], "{:.1f}".format)
+    drawn = line_chart("Loss", "nats", [(1, 4.0), (2, 3.0), (3, 0.0)], "{:.1f}".format)
     assert drawn
     assert places(drawn.path) == [(0, 0), (FRAME / 2, FRAME / 4), (FRAME, FRAME)]
     assert next((tick.at, tick.label) for tick in drawn.y_ticks) == (FRAME, "0.0")
@@ -55,15 +55,15 @@ def test_a_line_goes_through_its_points() -> None:
 
 def test_nothing_measured_is_no_line() -> None:
     """A chart without a point is left out; with one point it is a dot."""
-    assert line("Speed", "", [], str) is None
-    dot = line("Speed", "", [(1, 5.0)], str)
+    assert line_chart("Speed", "", [], str) is None
+    dot = line_chart("Speed", "", [(1, 5.0)], str)
     assert dot
     assert dot.path.endswith("h0")
 
 
 def test_a_long_line_is_drawn_through_means() -> None:
     """Never more points than a screen shows; the mean stays, and the chart knows how many steps a point stands for."""
-    drawn = line("Loss", "", [(step, float(step % 2)) for step in range(1, 10 * MOST_POINTS + 1)], str)
+    drawn = line_chart("Loss", "", [(step, float(step % 2)) for step in range(1, 10 * MOST_POINTS + 1)], str)
     assert drawn
     assert drawn.grouped == 10
     assert len(places(drawn.path)) == MOST_POINTS
@@ -72,14 +72,16 @@ def test_a_long_line_is_drawn_through_means() -> None:
 
 def test_marks_lie_between_the_steps() -> None:
     """A restart before step 3 of 1 to 5 is drawn between 2 and 3; one outside is not drawn."""
-    drawn = line("Loss", "", [(step, 1.0) for step in range(1, 6)], str, marks=(2.5, 9.5))
+    drawn = line_chart("Loss", "", [(step, 1.0) for step in range(1, 6)], str, marks=(2.5, 9.5))
     assert drawn
     assert drawn.marks == (375.0,)
 
 
 def test_intervals_share_an_axis() -> None:
     """Ends and estimate by the same scale, zero where it is asked for."""
-    chart = spans([("a", "base", "", 10.0, 15.0, 20.0), ("b", "adapter", "", 20.0, 30.0, 40.0)], str, zero=True)
+    chart = interval_chart(
+        [("a", "base", "", 10.0, 15.0, 20.0), ("b", "adapter", "", 20.0, 30.0, 40.0)], str, zero=True
+    )
     assert [(span.low, span.at, span.high) for span in chart.spans] == [(250, 375, 500), (500, 750, 1000)]
     assert chart.zero == 0
-    assert spans([("a", "base", "", 10.0, 15.0, 20.0)], str, zero=False).zero is None
+    assert interval_chart([("a", "base", "", 10.0, 15.0, 20.0)], str, zero=False).zero is None

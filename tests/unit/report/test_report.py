@@ -56,19 +56,19 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def found() -> report.Evidence:
+def found() -> report.ReportData:
     """Two tasks: one with more changed questions than are shown, one without a change."""
     return evidence(arc_easy=answers(60, 10, 400), piqa=answers(0, 0, 50))
 
 
 @pytest.fixture(scope="module")
-def made(found: report.Evidence) -> dict[str, Any]:
+def made(found: report.ReportData) -> dict[str, Any]:
     """Their manifest."""
     return results(found, ["--train.learning_rate", "1e-3", "--lora.alpha", "16", "--fault", "sigterm@step=34"])
 
 
 @pytest.fixture(scope="module")
-def page(made: dict[str, Any], found: report.Evidence) -> Page:
+def page(made: dict[str, Any], found: report.ReportData) -> Page:
     """The report on them."""
     return Page(report.render_report(made, found))
 
@@ -138,7 +138,7 @@ def test_attempts_and_their_cost_are_told(page: Page) -> None:
     assert labels[2].endswith("train 4 min 10 s, evaluate adapter 1 min 10 s")
 
 
-def test_a_fuller_account_of_the_cost_is_told_too(made: dict[str, Any], found: report.Evidence) -> None:
+def test_a_fuller_account_of_the_cost_is_told_too(made: dict[str, Any], found: report.ReportData) -> None:
     """Dollars by stage, wasted dollars, savings and energy stand in the report where the manifest has them."""
     cost = {
         **made["cost"],
@@ -166,7 +166,7 @@ def judged(*reasons: str) -> dict[str, Any]:
     }
 
 
-def test_a_gate_is_told(found: report.Evidence) -> None:
+def test_a_gate_is_told(found: report.ReportData) -> None:
     """Whether it was passed, and why not; nothing where none was set."""
     missed = results(found, gate=judged("piqa: acc may have lost 0.0700, the gate allows 0.0100"))
     text = " ".join(Page(report.render_report(missed, found)).text.split())
@@ -175,7 +175,7 @@ def test_a_gate_is_told(found: report.Evidence) -> None:
     assert "Quality gate on acc: passed." in report.render_report(passed, found).decode()
 
 
-def test_nothing_is_loaded_and_nothing_runs(page: Page, made: dict[str, Any], found: report.Evidence) -> None:
+def test_nothing_is_loaded_and_nothing_runs(page: Page, made: dict[str, Any], found: report.ReportData) -> None:
     """No script, no outside address, no form; and a policy that would stop them."""
     assert page.all("script", "img", "iframe", "object", "form", "input", "base") == []
     content = report.render_report(made, found).decode()
@@ -213,14 +213,14 @@ def test_halves_of_characters_do_not_stop_it() -> None:
     assert b"half ? and" in report.render_report(results(found), found)
 
 
-def test_the_same_run_gives_the_same_bytes(made: dict[str, Any], found: report.Evidence, tmp_path: Path) -> None:
+def test_the_same_run_gives_the_same_bytes(made: dict[str, Any], found: report.ReportData, tmp_path: Path) -> None:
     """Drawn from the published files it is what was published, though the manifest lists the report itself by then."""
     first = report.render_report(made, found)
     assert report.render_report(made, found) == first
     complete = publish(tmp_path, found, made)
     before = report.render_report(complete, found)
     listed = {**complete, "artifacts": [*complete["artifacts"], asdict(Artifact(REPORT, len(before), HASH))]}
-    read = report.read_evidence(listed, lambda artifact: tmp_path / artifact.path)
+    read = report.read_report_data(listed, lambda artifact: tmp_path / artifact.path)
     assert read == found
     assert report.render_report(listed, read) == before
 

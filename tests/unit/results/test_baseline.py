@@ -12,9 +12,11 @@ import pytest
 
 from job.errors import DataError, SettingsError
 from job.records import Artifact, Evaluated
-from job.results.baseline import Baseline, check_questions, check_tasks, read_baseline
-from job.results.reader import answers_path, open_run
+from job.results.baseline import Baseline, check_prompts, check_questions, read_baseline
+from job.results.reader import open_run
+from job.runs.layout import answers_key
 from job.storage.local import LocalStore
+from job.storage.open import StorageOptions
 from job.verification.verify import verify
 from tests.published_run import forge, pairs, publish_file, publish_run, rewrite
 
@@ -29,29 +31,36 @@ def earlier(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def baseline(earlier: Path) -> Baseline:
-    """It, read."""
-    return read_baseline(str(earlier), {})
+    """The same run as the gate's baseline."""
+    return read_baseline(str(earlier), StorageOptions())
+
+
+def questions(baseline: Baseline) -> dict[str, list[tuple[str, str]]]:
+    """Id and row hash of each question, by task."""
+    return {task: found.questions for task, found in baseline.tasks.items()}
 
 
 def test_an_earlier_run_is_read(earlier: Path, baseline: Baseline) -> None:
     """From its folder or its manifest: its adapter's answers, and the questions they are to."""
-    assert replace(baseline, results="") == replace(read_baseline(f"{earlier}/results.json", {}), results="")
+    assert replace(baseline, results="") == replace(
+        read_baseline(f"{earlier}/results.json", StorageOptions()), results=""
+    )
     assert (baseline.run, baseline.results) == ("earlier", str(earlier))
-    assert baseline.scores["quiz"].correct == tuple(after for _, after in pairs(40, improved=10))
-    assert baseline.files["quiz"] == (earlier / answers_path("quiz", "adapter")).read_bytes()
-    assert baseline.questions["quiz"][0][0] == "quiz-0"
+    assert baseline.tasks["quiz"].scores.correct == tuple(after for _, after in pairs(40, improved=10))
+    assert baseline.tasks["quiz"].data == (earlier / answers_key("quiz", "adapter")).read_bytes()
+    assert baseline.tasks["quiz"].questions[0][0] == "quiz-0"
 
 
 def test_no_run_is_a_wrong_setting(tmp_path: Path) -> None:
     """A path with nothing there is told under the setting's name."""
     with pytest.raises(SettingsError, match=r"gate\.baseline: .*nowhere: there is no run"):
-        read_baseline(str(tmp_path / "nowhere"), {})
+        read_baseline(str(tmp_path / "nowhere"), StorageOptions())
 
 
 @pytest.mark.parametrize("damage", ["manifest", "answers", "missing", "unfinished"])
 def test_a_damaged_run_is_no_baseline(earlier: Path, damage: str) -> None:
     """What is not as it was published is refused, with the file."""
-    answers, manifest = earlier / answers_path("quiz", "adapter"), earlier / "results.json"
+    answers, manifest = earlier / answers_key("quiz", "adapter"), earlier / "results.json"
     match damage:
         case "manifest":
             manifest.write_bytes(manifest.read_bytes().replace(b"0.5", b"0.6", 1))
@@ -63,14 +72,14 @@ def test_a_damaged_run_is_no_baseline(earlier: Path, damage: str) -> None:
             manifest.unlink()
     name = "results" if damage in {"manifest", "unfinished"} else "quiz"
     with pytest.raises(DataError, match=rf"gate\.baseline: .*{name}"):
-        read_baseline(str(earlier), {})
+        read_baseline(str(earlier), StorageOptions())
 
 
 def test_the_same_questions_pass(baseline: Baseline) -> None:
     """And a task that only the earlier run was asked does not matter."""
-    check_questions(baseline, baseline.questions, "acc")
+    check_questions(baseline, questions(baseline), "acc")
     check_questions(baseline, {}, "acc")
-    check_tasks(baseline, baseline.scores)
+    check_prompts(baseline, {"quiz": baseline.tasks["quiz"].scores})
 
 
 @pytest.mark.parametrize(
@@ -87,22 +96,23 @@ def test_other_questions_are_refused(
 ) -> None:
     """By task, with the first one that differs."""
     with pytest.raises(DataError, match=f"{why}.*cannot be compared"):
-        check_questions(baseline, change(baseline.questions), "acc")
+        check_questions(baseline, change(questions(baseline)), "acc")
 
 
 def test_a_metric_that_the_earlier_run_lacks(baseline: Baseline) -> None:
     """The gate's metric has to be there on both sides."""
-    without = replace(baseline, scores={"quiz": replace(baseline.scores["quiz"], correct_norm=None)})
-    check_questions(without, baseline.questions, "acc")
+    quiz = baseline.tasks["quiz"]
+    without = replace(baseline, tasks={"quiz": replace(quiz, scores=replace(quiz.scores, correct_norm=None))})
+    check_questions(without, questions(baseline), "acc")
     with pytest.raises(DataError, match="quiz has no acc_norm"):
-        check_questions(without, baseline.questions, "acc_norm")
+        check_questions(without, questions(baseline), "acc_norm")
 
 
 def test_questions_in_other_words_are_refused(baseline: Baseline) -> None:
     """The same rows may be asked otherwise by another version of the harness."""
-    other = {"quiz": replace(baseline.scores["quiz"], task_hash="0" * 64)}
+    other = {"quiz": replace(baseline.tasks["quiz"].scores, task_hash="0" * 64)}
     with pytest.raises(DataError, match="quiz: run earlier was asked the same questions in other words"):
-        check_tasks(baseline, other)
+        check_prompts(baseline, other)
 
 
 @pytest.fixture
@@ -110,7 +120,7 @@ def gated(tmp_path: Path, earlier: Path, baseline: Baseline) -> Path:
     """A later run that was gated by the earlier one: worse on five questions."""
 
     def against(store: LocalStore, adapter: Evaluated) -> tuple[dict[str, Any], list[Artifact]]:
-        return baseline.compared(adapter.scores), [publish_file(store, QUIZ, baseline.files["quiz"])]
+        return baseline.compared(adapter.scores), [publish_file(store, QUIZ, baseline.tasks["quiz"].data)]
 
     settings = [f"--gate.baseline={earlier}", "--gate.max_regression=0.01"]
     return publish_run(tmp_path / "later", {"quiz": pairs(40, regressed=5)}, settings=settings, baseline=against)

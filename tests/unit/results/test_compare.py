@@ -10,21 +10,20 @@ import pytest
 
 from job.errors import DataError, VerificationError
 from job.evaluation import statistics
-from job.results.compare import compare, gate_reasons
-from job.results.compare_text import as_markdown, as_text
-from job.results.reader import Published, open_run, read_published
+from job.results.compare import as_markdown, as_text, compare, gate_reasons
+from job.results.reader import PublishedRun, open_run, read_published
 from tests.published_run import forge, pairs, publish_run, rewrite
 
 QUIZ = "artifacts/evaluation/quiz.adapter.jsonl"
 
 
-def read(folder: Path) -> Published:
+def read(folder: Path) -> PublishedRun:
     """A published run."""
     return read_published(open_run(str(folder)))
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Published, Published]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[PublishedRun, PublishedRun]:
     """A has 30 of 60 questions right; B has 12 of A's others right and 2 of A's wrong, and a task more."""
     folder = tmp_path_factory.mktemp("runs")
     right = [(False, n < 30) for n in range(60)]
@@ -39,7 +38,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Published, Published
     return read(folder / "a"), read(folder / "b")
 
 
-def test_adapters_are_paired_by_question(runs: tuple[Published, Published]) -> None:
+def test_adapters_are_paired_by_question(runs: tuple[PublishedRun, PublishedRun]) -> None:
     """Every figure is `statistics.compare`'s of A's answers with B's, corrected over the tasks that both were asked."""
     found = compare(*runs)
     quiz = found["tasks"]["quiz"]
@@ -53,7 +52,7 @@ def test_adapters_are_paired_by_question(runs: tuple[Published, Published]) -> N
     assert found["only"] == {"a": [], "b": ["more"]}
 
 
-def test_the_other_way_round_is_the_opposite(runs: tuple[Published, Published]) -> None:
+def test_the_other_way_round_is_the_opposite(runs: tuple[PublishedRun, PublishedRun]) -> None:
     """B against A has the difference with the other sign."""
     one, two = compare(*runs)["tasks"]["quiz"], compare(*reversed(runs))["tasks"]["quiz"]
     assert two["delta"] == -one["delta"]
@@ -61,7 +60,7 @@ def test_the_other_way_round_is_the_opposite(runs: tuple[Published, Published]) 
     assert two["verdict"] == "regressed"
 
 
-def test_what_differs_is_told_and_nothing_else(runs: tuple[Published, Published]) -> None:
+def test_what_differs_is_told_and_nothing_else(runs: tuple[PublishedRun, PublishedRun]) -> None:
     """Settings, model, data, software and hardware: both values where they differ; names and places do not count."""
     found = compare(*runs)
     assert found["differs"] == {
@@ -137,17 +136,17 @@ def test_damaged_runs_are_refused(pair: tuple[Path, Path]) -> None:
     with pytest.raises(VerificationError, match=r"results\.json: was altered"):
         read(pair[1])
     forge(pair[1], lambda results: results.update(artifacts=[]))
-    with pytest.raises(VerificationError, match="is not among the artefacts"):
+    with pytest.raises(VerificationError, match="is not among the artifacts"):
         compare(*map(read, pair))
 
 
-def gated(a: Published, b: Published, **thresholds: Any) -> list[str]:
+def gated(a: PublishedRun, b: PublishedRun, **thresholds: Any) -> list[str]:
     """Why B does not pass."""
     asked = {"metric": "acc", "min_delta": None, "max_regression": None, **thresholds}
     return gate_reasons(compare(a, b), **asked)
 
 
-def test_the_gate_without_thresholds_is_about_significance(runs: tuple[Published, Published]) -> None:
+def test_the_gate_without_thresholds_is_about_significance(runs: tuple[PublishedRun, PublishedRun]) -> None:
     """A significantly worse B does not pass; one that may be worse by chance does."""
     a, b = runs
     assert gated(a, b) == []
@@ -157,7 +156,7 @@ def test_the_gate_without_thresholds_is_about_significance(runs: tuple[Published
     assert worse.startswith("quiz: acc regressed by 0.1667, p = ")
 
 
-def test_the_gate_with_thresholds_is_the_jobs(runs: tuple[Published, Published]) -> None:
+def test_the_gate_with_thresholds_is_the_jobs(runs: tuple[PublishedRun, PublishedRun]) -> None:
     """The interval has to be at or above what was asked for, for every task that both were asked."""
     low = compare(*runs)["tasks"]["quiz"]["ci95"][0]
     assert [reason.split(":")[0] for reason in gated(*runs, min_delta=low)] == ["riddles"]
@@ -167,7 +166,7 @@ def test_the_gate_with_thresholds_is_the_jobs(runs: tuple[Published, Published])
     assert gated(*runs, metric="acc_norm", max_regression=1.0) == []
 
 
-def test_it_is_told_in_text_and_markdown(runs: tuple[Published, Published]) -> None:
+def test_it_is_told_in_text_and_markdown(runs: tuple[PublishedRun, PublishedRun]) -> None:
     """The same tables in both; the adapters' differences in points, with interval and verdict."""
     found = {**compare(*runs), "gate": {"passed": False, "reasons": ["quiz: no"]}}
     text, marked = "\n".join(as_text(found)), "\n".join(as_markdown(found))

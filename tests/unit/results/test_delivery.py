@@ -93,6 +93,6 @@ def test_names_that_lead_elsewhere(store: LocalStore, folders: Delivery, tmp_pat
     """A manifest with names of an enemy's making writes nothing outside the two folders."""
     results = manifest(store)
     results["artifacts"][0]["path"] = path
-    with pytest.raises(DataError, match="lists an artefact that is none"):
+    with pytest.raises(DataError, match="lists an artifact whose path is not one"):
         deliver(store, results, folders)
     assert list(tmp_path.rglob("evil")) == []

@@ -1,4 +1,4 @@
-"""Attempts: the ledger says how each one went, stages are done once, and a run stays one experiment."""
+"""Attempts: the run log says how each one went, stages are done once, and a run stays one experiment."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from typing import Any
 
 import pytest
 
-from job.runs import attempt as runs_attempt
-from job.runs.attempt import Attempt, missing, open_attempt
 from job.errors import DataError, Preempted, Replaced, Unreachable
-from job.runs.fault_injection import Faults, arm
-from job.runs.run_log import record_key, parse_record
-from job.storage.local import LocalStore
-from job.storage.open import ObjectStore
 from job.preemption.stop_flag import Stop
 from job.records import Artifact, Evaluated
+from job.runs import attempt as runs_attempt
+from job.runs.attempt import Attempt, missing, open_attempt
+from job.runs.fault_injection import Faults, arm
+from job.runs.layout import Stage, attempt_key
+from job.runs.run_log import parse_record
+from job.storage.local import LocalStore
+from job.storage.open import ObjectStore
 from tests.wrapped_store import WrappedStore
 
 SETTINGS = {"train.epochs": 2}
@@ -50,8 +51,8 @@ def opened(store: LocalStore, tmp_path: Path) -> Callable[..., AbstractContextMa
     return begin
 
 
-def ledger(store: LocalStore, number: int) -> dict[str, Any]:
-    """What the ledger says of an attempt."""
+def noted_of(store: LocalStore, number: int) -> dict[str, Any]:
+    """What the run log says of an attempt."""
     kept = store.read(f"attempts/{number:04d}.json")
     assert kept is not None
     entry: dict[str, Any] = json.loads(kept.data)
@@ -81,7 +82,7 @@ def test_notes_take_little_of_the_time(
     cost: float,
     between: tuple[float, float],
 ) -> None:
-    """A quick store is told often, so that a kill loses little of the ledger; a slow one is not kept busy with it."""
+    """A quick store is told often, so that a kill loses little of the run log; a slow one is not kept busy with it."""
     clock = Clock(cost)
     noted: list[float] = []
     slow = WrappedStore(
@@ -105,7 +106,7 @@ def test_notes_take_little_of_the_time(
 def test_steps_done_again_are_counted(
     opened: Callable[..., AbstractContextManager[Attempt]], store: LocalStore
 ) -> None:
-    """A killed attempt stands in the ledger as far as its last note; what the next one does again is repeated."""
+    """A killed attempt stands in the run log as far as its last note; what the next one does again is repeated."""
     with opened() as attempt:
         for step in range(1, 6):
             attempt.step_done(step, 1.0)
@@ -130,12 +131,12 @@ def test_a_killed_attempt_is_known_by_its_last_note(
         monkeypatch.setattr(runs_attempt, "time", clock)
         attempt._began = clock.now
         attempt.usd_per_hour, attempt.joules = 2.5, lambda: 3 * clock.now
-        with attempt.timed("pull"):
+        with attempt.timed(Stage.PULL):
             clock.now += 4.0
-        with attempt.timed("train"):
+        with attempt.timed(Stage.TRAIN):
             clock.now += 30.0
             attempt.note("running")
-            noted = ledger(store, 1)
+            noted = noted_of(store, 1)
             clock.now += 6.0
         assert attempt.stage_seconds == {"pull": 4.0, "train": 36.0}
         monkeypatch.setattr(runs_attempt, "time", time)
@@ -148,13 +149,13 @@ def test_a_killed_attempt_is_known_by_its_last_note(
     ("error", "outcome"),
     [(Preempted("x"), "preempted"), (Unreachable("x"), "failed"), (ZeroDivisionError("x"), "crashed")],
 )
-def test_the_ledger_says_why(
+def test_the_run_log_says_why(
     opened: Callable[..., AbstractContextManager[Attempt]], store: LocalStore, error: Exception, outcome: str
 ) -> None:
     """How an attempt ended is in the store, and the error goes on to whoever turns it into an exit code."""
     with pytest.raises(type(error)), opened():
         raise error
-    entry = ledger(store, 1)
+    entry = noted_of(store, 1)
     assert entry["outcome"] == outcome
     assert entry["finished"] is not None
 
@@ -162,11 +163,11 @@ def test_the_ledger_says_why(
 def test_a_replaced_attempt_does_not_keep_the_books(
     opened: Callable[..., AbstractContextManager[Attempt]], store: LocalStore
 ) -> None:
-    """Whoever took over writes the ledger; the one before ends without a word in it."""
+    """Whoever took over writes the run log; the one before ends without a word in it."""
     with pytest.raises(Replaced), opened(), opened():
         pass  # the outer one notes its end after the inner one took over
-    assert ledger(store, 1)["outcome"] == "running"
-    assert ledger(store, 2)["outcome"] == "complete"
+    assert noted_of(store, 1)["outcome"] == "running"
+    assert noted_of(store, 2)["outcome"] == "complete"
 
 
 def test_a_stage_is_done_once(opened: Callable[..., AbstractContextManager[Attempt]]) -> None:
@@ -179,7 +180,7 @@ def test_a_stage_is_done_once(opened: Callable[..., AbstractContextManager[Attem
 
     for _ in range(2):
         with opened() as attempt:
-            assert attempt.stage("pull", dict[str, int], work) == {"a": 1}
+            assert attempt.stage(Stage.PULL, dict[str, int], work) == {"a": 1}
     assert done == [1]
 
 
@@ -188,7 +189,7 @@ def test_a_stage_does_not_begin_after_a_stop(opened: Callable[..., AbstractConte
     stop = Stop()
     stop.request("SIGTERM", 30)
     with pytest.raises(Preempted, match="SIGTERM"), opened(stop) as attempt:
-        attempt.stage("train", dict[str, int], lambda: pytest.fail("was begun"))
+        attempt.stage(Stage.TRAIN, dict[str, int], lambda: pytest.fail("was begun"))
 
 
 @pytest.fixture
@@ -217,16 +218,16 @@ def test_what_was_published_is_verified(
 def test_a_damaged_record_is_not_believed(
     opened: Callable[..., AbstractContextManager[Attempt]], store: LocalStore
 ) -> None:
-    """A changed digit in the ledger ends the next attempt, with the file and the way out."""
+    """A changed digit in the run log ends the next attempt, with the file and the way out."""
     with opened():
         pass
-    stored = store.read(record_key(1))
+    stored = store.read(attempt_key(1))
     assert stored is not None
     assert parse_record(stored.data).outcome == "complete"
-    store.write(record_key(1), stored.data.replace(b'"steps": 0', b'"steps": 1'))
+    store.write(attempt_key(1), stored.data.replace(b'"steps": 0', b'"steps": 1'))
     with pytest.raises(DataError, match=r"attempts/0001\.json: was altered.*remove it"), opened():
         pass
-    store.delete(record_key(1))
+    store.delete(attempt_key(1))
     with opened() as last:
         assert last.earlier == []
 
@@ -253,8 +254,8 @@ def test_a_finished_stage_is_not_repeated(store: LocalStore, tmp_path: Path) -> 
     """The record of a stage stands for its work."""
     first = begun(store, tmp_path)
     work = Work(first, tmp_path / "file")
-    found = first.stage("evaluate-base", Evaluated, work)
-    assert begun(store, tmp_path).stage("evaluate-base", Evaluated, work) == found
+    found = first.stage(Stage.EVALUATE_BASE, Evaluated, work)
+    assert begun(store, tmp_path).stage(Stage.EVALUATE_BASE, Evaluated, work) == found
     assert work.done == 1
 
 
@@ -263,9 +264,9 @@ def test_a_record_without_its_files_does_not_count(store: LocalStore, tmp_path: 
     """Where a copy of the run was restored that has the record but not the files yet, the stage is done again."""
     first = begun(store, tmp_path)
     work = Work(first, tmp_path / "file")
-    found = first.stage("evaluate-base", Evaluated, work)
+    found = first.stage(Stage.EVALUATE_BASE, Evaluated, work)
     damage(store)  # type: ignore[operator]
-    assert begun(store, tmp_path).stage("evaluate-base", Evaluated, work) == found
+    assert begun(store, tmp_path).stage(Stage.EVALUATE_BASE, Evaluated, work) == found
     assert work.done == 2
     assert missing(store, found.artifacts) == []
 
@@ -274,12 +275,12 @@ def test_what_builds_on_it_is_done_again_too(store: LocalStore, tmp_path: Path) 
     """An evaluation is of the adapter that training published: another training has another evaluation."""
     first = begun(store, tmp_path)
     training, evaluation = Work(first, tmp_path / "one"), Work(first, tmp_path / "two")
-    first.stage("train", Evaluated, training)
-    first.stage("evaluate-adapter", Evaluated, evaluation)
+    first.stage(Stage.TRAIN, Evaluated, training)
+    first.stage(Stage.EVALUATE_ADAPTER, Evaluated, evaluation)
     store.delete(KEY)
     second = begun(store, tmp_path)
-    second.stage("train", Evaluated, training)
-    second.stage("evaluate-adapter", Evaluated, evaluation)
+    second.stage(Stage.TRAIN, Evaluated, training)
+    second.stage(Stage.EVALUATE_ADAPTER, Evaluated, evaluation)
     assert (training.done, evaluation.done) == (2, 2)
 
 

@@ -13,9 +13,10 @@ from structlog.testing import capture_logs
 
 from job.checkpoints import manager
 from job.errors import SettingsError, Unreachable
-from job.runs.fault_injection import Fault, STAGES, arm, faulty, parse
-from job.storage.local import LocalStore
 from job.preemption.stop_flag import stop_on_signals
+from job.runs.fault_injection import Fault, arm, faulty, parse
+from job.runs.layout import Stage
+from job.storage.local import LocalStore
 
 
 @pytest.fixture
@@ -71,7 +72,7 @@ class TestParse:
         assert problem.where == "JOB_FAULT"
         assert repr(word) in problem.what
         assert all(
-            known in problem.what for known in ("sigterm@step=N", "s3_503@N", "corrupt@checkpoint=latest", *STAGES)
+            known in problem.what for known in ("sigterm@step=N", "s3_503@N", "corrupt@checkpoint=latest", *Stage)
         )
 
     def test_all_that_is_wrong_is_told_at_once(self) -> None:

@@ -13,10 +13,10 @@ import pytest
 from structlog.testing import capture_logs
 
 from job.errors import AccessDenied, DataError, JobError, Replaced, Unreachable
-from job.runs.fenced_store import fenced
-from job.runs.lease import KEY, Lease, take
+from job.runs.layout import LEASE as KEY
+from job.runs.lease import Lease, fenced, take
 from job.storage.local import LocalStore
-from job.storage.open import Conflict, ObjectStore, open_store
+from job.storage.open import Conflict, ObjectStore, StorageOptions, open_store
 from tests.s3_server import BUCKET, credentials, moto_server
 from tests.wrapped_store import CHANGES, FailNth, WrappedStore
 
@@ -31,7 +31,7 @@ def store(tmp_path: Path) -> LocalStore:
 def s3() -> Iterator[Callable[[], ObjectStore]]:
     """Opens an empty S3 store."""
     with credentials(), moto_server() as url:
-        yield lambda: open_store(f"s3://{BUCKET}/{uuid4().hex}", endpoint_url=url, retries=2)
+        yield lambda: open_store(f"s3://{BUCKET}/{uuid4().hex}", StorageOptions(endpoint_url=url, retries=2))
 
 
 class NoConditions(WrappedStore):

@@ -42,7 +42,7 @@ def test_card_and_report_are_published(finished: tuple[Attempt, dict[str, Any]],
     assert listed[CARD]["sha256"].encode() in (tmp_path / "run" / REPORT).read_bytes()
 
 
-@pytest.mark.parametrize(("broken", "left"), [("card", {REPORT}), ("report", {CARD})])
+@pytest.mark.parametrize(("broken", "left"), [("render_model_card", {REPORT}), ("render_report", {CARD})])
 def test_a_document_that_cannot_be_made_is_left_out(
     finished: tuple[Attempt, dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch,
@@ -52,8 +52,8 @@ def test_a_document_that_cannot_be_made_is_left_out(
 ) -> None:
     """The log has the error and its traceback; the manifest is complete without it."""
     attempt, made = finished
-    function = {"card": "write", "report": "draw"}[broken]
-    monkeypatch.setattr(getattr(stages_publish, broken), function, lambda *_: 1 / 0)
+    module = stages_publish.report if broken == "render_report" else stages_publish.model_card
+    monkeypatch.setattr(module, broken, lambda *_: 1 / 0)
     complete = publish_report_and_card(attempt, made)
     validate(complete)
     added = {artifact["path"] for artifact in complete["artifacts"]} - {a["path"] for a in made["artifacts"]}

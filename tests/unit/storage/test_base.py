@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from job.errors import Problem
-from job.storage.base import NotSupported, atomic_write, byte_limit, disk_errors, probe
+from job.storage.base import NotSupported, ObjectInfo, ObjectStore, Stored, atomic_write, byte_limit, disk_errors, probe
 from job.storage.local import LocalStore
+from tests.wrapped_store import WrappedStore
 
 
 class Careless(LocalStore):
@@ -88,3 +89,22 @@ def test_absence_passes_through() -> None:
     """`FileNotFoundError` is an answer, and not turned into a failure of the disk."""
     with pytest.raises(FileNotFoundError), disk_errors("a: cannot read"):
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "a")
+
+
+def test_every_verb_is_forwarded(tmp_path: Path) -> None:
+    """A store in front of another one hands on every verb of the contract, and sees each request go by."""
+    seen: list[tuple[str, str]] = []
+    store = WrappedStore(LocalStore(tmp_path / "store"), lambda *request: seen.append(request))
+    (tmp_path / "file").write_bytes(b"12")
+    tag = store.write("a", b"1")
+    assert store.read("a") == Stored(b"1", tag)
+    store.upload(tmp_path / "file", "b")
+    store.download("b", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == b"12"
+    assert list(store.list()) == [ObjectInfo("a", 1), ObjectInfo("b", 2)]
+    store.delete("a")
+    assert store.read("a") is None
+    assert store.conditional_writes()
+    verbs = {name for name in vars(ObjectStore) if not name.startswith("_")} - {"uri"}
+    assert {verb for verb, _ in seen} == verbs
+    assert seen[0] == ("write", "a")

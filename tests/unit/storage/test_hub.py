@@ -422,8 +422,9 @@ import_client()
 from huggingface_hub import errors
 from huggingface_hub.errors import LocalEntryNotFoundError
 before = set(sys.modules)
-raised = LocalEntryNotFoundError("x"), ConnectionError(), ValueError("x"), RuntimeError(), PermissionError(13, "x")
-for error in raised:
+for error in (
+    LocalEntryNotFoundError("x"), ConnectionError(), ValueError("x"), RuntimeError(), PermissionError(13, "x")
+):
     try:
         with hub_errors("model x"):
             raise error
@@ -434,7 +435,7 @@ print(sorted(set(sys.modules) - before))
 
 
 def test_translating_an_error_imports_nothing() -> None:
-    """The thread that downloads a model imports no module when something goes wrong beside the main thread."""
+    """The thread that downloads a model imports nothing when something goes wrong while the main thread imports."""
     done = subprocess.run(
         [sys.executable, "-c", IMPORTS_CLIENT], capture_output=True, text=True, check=True, timeout=60
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -13,7 +14,8 @@ from xml.sax.saxutils import escape
 import pytest
 
 from job.errors import DataError, SettingsError, Unreachable
-from job.storage.open import fetch, open_store, size
+from job.settings.schema import Storage
+from job.storage.open import Location, StorageOptions, fetch, open_store, size, storage_options
 from tests.s3_server import BUCKET, Request, credentials, moto_server, server
 
 
@@ -24,19 +26,19 @@ def _credentials() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def options() -> Iterator[dict[str, Any]]:
+def options() -> Iterator[StorageOptions]:
     """Options that lead to an S3 server with an empty bucket."""
     with moto_server() as url:
-        yield {"endpoint_url": url, "retries": 2}
+        yield StorageOptions(endpoint_url=url, retries=2)
 
 
 @pytest.fixture
-def prefix(options: dict[str, Any]) -> str:
+def prefix(options: StorageOptions) -> str:
     """URI that nothing lies at yet."""
     return f"s3://{BUCKET}/{uuid4().hex}"
 
 
-@pytest.mark.parametrize("uri", ["", "http://host/a", "S3://bucket/a", "gs://bucket/a", "file:///tmp"])
+@pytest.mark.parametrize("uri", ["", "://bucket/a", "http://host/a", "S3://bucket/a", "gs://bucket/a", "file:///tmp"])
 def test_unknown_schemes_are_refused(uri: str) -> None:
     """What is neither S3 nor a path is a settings error, not a strange folder."""
     with pytest.raises(SettingsError, match="neither s3://bucket/prefix nor a path"):
@@ -67,32 +69,32 @@ def test_uri_is_without_trailing_slash(uri: str, expected: str) -> None:
 def test_bad_endpoints_are_refused(url: str) -> None:
     """An endpoint that is no address is named by its setting."""
     with pytest.raises(SettingsError, match="JOB_STORAGE__ENDPOINT_URL"):
-        open_store("s3://bucket/a", endpoint_url=url)
+        open_store("s3://bucket/a", StorageOptions(endpoint_url=url))
 
 
 def test_endpoint_with_password_is_refused_without_repeating_it() -> None:
     """A password in an address does not get into a message."""
     with pytest.raises(SettingsError, match="user name or password") as caught:
-        open_store("s3://bucket/a", endpoint_url="http://user:hunter2@host")
+        open_store("s3://bucket/a", StorageOptions(endpoint_url="http://user:hunter2@host"))
     assert "hunter2" not in str(caught.value)
 
 
-def test_fetch_an_object(options: dict[str, Any], prefix: str, tmp_path: Path) -> None:
+def test_fetch_an_object(options: StorageOptions, prefix: str, tmp_path: Path) -> None:
     """An object arrives under its own name."""
-    open_store(prefix, **options).write("data/train.jsonl", b"{}")
-    path = fetch(f"{prefix}/data/train.jsonl", tmp_path / "new", **options)
+    open_store(prefix, options).write("data/train.jsonl", b"{}")
+    path = Path(fetch(f"{prefix}/data/train.jsonl", tmp_path / "new", options))
     assert path == tmp_path / "new" / "train.jsonl"
     assert path.read_bytes() == b"{}"
 
 
 @pytest.mark.parametrize("slash", ["", "/"])
-def test_fetch_a_folder(options: dict[str, Any], prefix: str, tmp_path: Path, slash: str) -> None:
+def test_fetch_a_folder(options: StorageOptions, prefix: str, tmp_path: Path, slash: str) -> None:
     """All objects below a prefix arrive as a folder, and nothing of a neighbour whose name begins alike."""
-    store = open_store(prefix, **options)
+    store = open_store(prefix, options)
     files = {"model/config.json": b"{}", "model/a/weights": b"123", "model2/config.json": b"other"}
     for key, data in files.items():
         store.write(key, data)
-    path = fetch(f"{prefix}/model{slash}", tmp_path, **options)
+    path = Path(fetch(f"{prefix}/model{slash}", tmp_path, options))
     found = {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()}
     assert path == tmp_path / "model"
     assert found == {"config.json": b"{}", "a/weights": b"123"}
@@ -101,34 +103,50 @@ def test_fetch_a_folder(options: dict[str, Any], prefix: str, tmp_path: Path, sl
 def test_fetch_a_bucket(tmp_path: Path) -> None:
     """A URI without a key means the whole bucket."""
     with moto_server() as url:
-        open_store(f"s3://{BUCKET}", endpoint_url=url).write("a/b", b"1")
-        path = fetch(f"s3://{BUCKET}", tmp_path, endpoint_url=url)
+        open_store(f"s3://{BUCKET}", StorageOptions(endpoint_url=url)).write("a/b", b"1")
+        path = Path(fetch(f"s3://{BUCKET}", tmp_path, StorageOptions(endpoint_url=url)))
     assert (path / "a" / "b").read_bytes() == b"1"
     assert path.name == BUCKET
 
 
 @pytest.mark.parametrize("slash", ["", "/"])
-def test_fetch_of_nothing(options: dict[str, Any], prefix: str, tmp_path: Path, slash: str) -> None:
+def test_fetch_of_nothing(options: StorageOptions, prefix: str, tmp_path: Path, slash: str) -> None:
     """A URI that leads nowhere is a settings error that names it."""
     with pytest.raises(SettingsError, match=f"{prefix}/absent{slash}: there is no such object"):
-        fetch(f"{prefix}/absent{slash}", tmp_path, **options)
+        fetch(f"{prefix}/absent{slash}", tmp_path, options)
 
 
 @pytest.mark.parametrize(
     ("name", "expected"), [("model", 5), ("model/", 5), ("model2", 5), ("a", 3), ("a/", 0), ("x", 0)]
 )
-def test_size_is_what_fetch_downloads(options: dict[str, Any], prefix: str, name: str, expected: int) -> None:
+def test_size_is_what_fetch_downloads(options: StorageOptions, prefix: str, name: str, expected: int) -> None:
     """An object's own bytes, or those of all objects below a folder; nothing of a neighbour; 0 where nothing is."""
-    store = open_store(prefix, **options)
+    store = open_store(prefix, options)
     for key, data in {"model/b": b"12", "model/c/d": b"345", "model2/e": b"other", "a": b"one"}.items():
         store.write(key, data)
-    assert size(f"{prefix}/{name}", **options) == expected
+    assert size(f"{prefix}/{name}", options) == expected
 
 
-def test_fetch_is_for_s3_only(tmp_path: Path) -> None:
-    """A path needs no fetching; whoever asks has a bug."""
-    with pytest.raises(ValueError, match="not an s3:// URI"):
-        fetch(str(tmp_path), tmp_path)
+@pytest.mark.parametrize("place", ["/data/train.jsonl", "./model", "some/model"])
+def test_paths_and_hub_ids_stay_as_they_are(tmp_path: Path, place: str) -> None:
+    """What is no URI of a store is not fetched, and nothing of it is counted as a download."""
+    assert fetch(place, tmp_path / "in") == place
+    assert size(place) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_options_are_those_of_the_settings() -> None:
+    """Every setting of storage but the folder for copies reaches the stores, with the same default."""
+    settings = Storage()
+    assert {field.name for field in fields(StorageOptions)} == Storage.model_fields.keys() - {"cache"}
+    assert storage_options(settings) == StorageOptions()
+
+
+@pytest.mark.parametrize("place", ["s3://bucket/a/b", "s3://bucket", "/runs/a", "runs"])
+def test_a_location_reads_as_it_was_written(place: str) -> None:
+    """Parsing loses nothing but a slash at the end, which says that a folder is meant."""
+    assert str(Location.parse(place)) == place
+    assert Location.parse(f"{place}/").folder == ("://" in place)
 
 
 def bucket_of(objects: dict[str, bytes], sizes: dict[str, int] | None = None) -> Any:
@@ -155,7 +173,7 @@ def bucket_of(objects: dict[str, bytes], sizes: dict[str, int] | None = None) ->
 def test_fetch_refuses_hostile_names(tmp_path: Path, hostile: str) -> None:
     """A name that would leave the folder is an error before the first byte is written."""
     with server(bucket_of({"data/good": b"1", f"data/{hostile}": b"2"})) as url, pytest.raises(DataError, match="name"):
-        fetch(f"s3://{BUCKET}/data/", tmp_path / "in", endpoint_url=url, retries=1)
+        fetch(f"s3://{BUCKET}/data/", tmp_path / "in", StorageOptions(endpoint_url=url, retries=1))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -163,7 +181,7 @@ def test_fetch_refuses_a_file_that_is_a_folder(tmp_path: Path) -> None:
     """Names that no disk can hold together are an error that names the one to rename."""
     objects = {"data/a": b"1", "data/a/b": b"2"}
     with server(bucket_of(objects)) as url, pytest.raises(DataError, match="'a' is both an object and a folder"):
-        fetch(f"s3://{BUCKET}/data/", tmp_path, endpoint_url=url, retries=1)
+        fetch(f"s3://{BUCKET}/data/", tmp_path, StorageOptions(endpoint_url=url, retries=1))
 
 
 def test_fetch_notices_a_change(tmp_path: Path) -> None:
@@ -172,7 +190,7 @@ def test_fetch_notices_a_change(tmp_path: Path) -> None:
         server(bucket_of({"data/a": b"12"}, {"data/a": 3})) as url,
         pytest.raises(Unreachable, match="changed while it was fetched: 3 bytes, then 2"),
     ):
-        fetch(f"s3://{BUCKET}/data/", tmp_path, endpoint_url=url, retries=1)
+        fetch(f"s3://{BUCKET}/data/", tmp_path, StorageOptions(endpoint_url=url, retries=1))
 
 
 def test_local_stores_need_no_sdk() -> None:

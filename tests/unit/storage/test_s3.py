@@ -15,7 +15,7 @@ import pytest
 
 import job.storage.s3
 from job.errors import AccessDenied, JobError, SettingsError, Unreachable
-from job.storage.open import Conflict, NotSupported, ObjectStore, TooLarge, open_store
+from job.storage.open import Conflict, NotSupported, ObjectStore, StorageOptions, TooLarge, open_store
 from job.storage.s3_client import connect
 from tests.s3_server import BUCKET, CREDENTIALS, SECRET, Request, credentials, moto_server, server
 
@@ -39,12 +39,14 @@ def endpoint() -> Iterator[str]:
 @pytest.fixture
 def real(endpoint: str) -> ObjectStore:
     """An empty store on it."""
-    return open_store(f"s3://{BUCKET}/{uuid4().hex}", endpoint_url=endpoint, retries=2)
+    return open_store(f"s3://{BUCKET}/{uuid4().hex}", StorageOptions(endpoint_url=endpoint, retries=2))
 
 
 def opened(url: str, *, retries: int = 1, timeout_seconds: float = 5.0, **options: Any) -> ObjectStore:
     """A store on a server of the test, quick to give up."""
-    return open_store(URI, endpoint_url=url, retries=retries, timeout_seconds=timeout_seconds, **options)
+    return open_store(
+        URI, StorageOptions(endpoint_url=url, retries=retries, timeout_seconds=timeout_seconds, **options)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -428,7 +430,7 @@ def test_listing_goes_on_over_pages(real: ObjectStore, endpoint: str, monkeypatc
     names = [f"{number:02}" for number in range(13)]
     for name in reversed(names):
         real.write(name, b"")
-    client = connect(endpoint_url=endpoint, region=None, timeout_seconds=5, retries=1)
+    client = connect(StorageOptions(endpoint_url=endpoint, timeout_seconds=5, retries=1))
     client.put_object(Bucket=BUCKET, Key=f"{real.uri.rpartition('/')[2]}/folder/", Body=b"")
     pages = client.list_objects_v2(Bucket=BUCKET, Prefix=real.uri.rpartition("/")[2])
     assert pages["IsTruncated"]
@@ -465,9 +467,9 @@ def test_upload_at_interpreter_shutdown(real: ObjectStore, endpoint: str, tmp_pa
 import threading
 from pathlib import Path
 import job.storage.s3
-from job.objects import open_store
+from job.storage.open import StorageOptions, open_store
 job.storage.s3._ONE_CONNECTION_BYTES = 0
-store = open_store({real.uri!r}, endpoint_url={endpoint!r})
+store = open_store({real.uri!r}, StorageOptions(endpoint_url={endpoint!r}))
 def late():
     threading.main_thread().join()
     store.upload(Path({str(tmp_path / "source")!r}), "late")

@@ -189,7 +189,7 @@ def test_whoever_is_killed_leaves_the_run_open(fake: dict[str, str]) -> None:
     """When the job is gone, its tracker ends by itself and finishes nothing: the next attempt will."""
     code = f"""
 import os, signal, time
-from job.trackers import Tracking
+from job.tracking.trackers import Tracking
 found = Tracking({{"wandb": None}}, "a-run", {{}}, {fake!r})
 found.start()
 while not os.path.exists({fake["NOTES"]!r}):

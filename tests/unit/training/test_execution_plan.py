@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from job.model.architecture import Architecture
-from job.records import Execution
-from job.training.execution_plan import BUDGETS, GIB, choose_budget, choose_execution, kept_activation_bytes
+from job.records import PEFT, ExecutionPlan
+from job.training.execution_plan import BUDGETS, GIB, choose_budget, choose_plan, kept_activation_bytes
 from job.training.memory_model import Setup
 
 MISTRAL_7B = Architecture(4096, 14336, 32, 32, 8, 128, 32000)
@@ -21,13 +21,13 @@ SETUP = Setup(
 
 
 def chosen(
-    free_gib: float, row_tokens: int = 4096, *, keep_base: bool | None = None, keep_activations: bool | None = None
-) -> Execution:
+    free_gib: float, tokens: int = 4096, *, keep_base: bool | None = None, keep_activations: bool | None = None
+) -> ExecutionPlan:
     """What is chosen for Mistral-7B with so much free memory."""
-    return choose_execution(
+    return choose_plan(
         SETUP,
         free_bytes=int(free_gib * GIB),
-        row_tokens=row_tokens,
+        sequence_tokens=tokens,
         keep_base=keep_base,
         keep_activations=keep_activations,
         recorded=True,
@@ -65,17 +65,17 @@ def test_more_memory_is_never_slower(one: float, other: float, row: int) -> None
 def test_nothing_is_kept_of_a_base_that_is_not_quantized() -> None:
     """Its weights are in use as they lie: there is nothing to give up later either."""
     setup = replace(SETUP, quantization="none")
-    found = choose_execution(
-        setup, free_bytes=200 * GIB, row_tokens=4096, keep_base=None, keep_activations=None, recorded=True
+    found = choose_plan(
+        setup, free_bytes=200 * GIB, sequence_tokens=4096, keep_base=None, keep_activations=None, recorded=True
     )
     assert (found.kept_base, found.kept_activations) == (False, True)
 
 
-def test_a_decoder_that_lean_does_not_know_keeps_more() -> None:
+def test_a_decoder_that_is_not_fused_throughout_keeps_more() -> None:
     """Between its layers runs transformers' own code, which leaves more activations."""
     kept = [
-        choose_execution(
-            SETUP, free_bytes=26 * GIB, row_tokens=4096, keep_base=False, keep_activations=None, recorded=recorded
+        choose_plan(
+            SETUP, free_bytes=26 * GIB, sequence_tokens=4096, keep_base=False, keep_activations=None, recorded=recorded
         ).kept_activations
         for recorded in (True, False)
     ]
@@ -94,3 +94,41 @@ def test_the_budget_depends_on_the_size_alone(one: int, other: int) -> None:
     less, more = sorted((one, other))
     assert choose_budget(less) <= choose_budget(more)
     assert {choose_budget(one), choose_budget(other)} <= {budget for _, budget in BUDGETS}
+
+
+def test_what_is_given_up_is_gone_and_the_rest_stays() -> None:
+    """In the order of `spare`; the plan it was stays as it is, and what is not there cannot be given up again."""
+    plan = ExecutionPlan(
+        kept_base=True, kept_activations=True, recorded=True, reason="a test", forward="fused all, triton"
+    )
+    assert plan.spare == ("kept_base", "kept_activations", "recorded")
+    less = plan.give_up("kept_base")
+    assert less == replace(plan, kept_base=False)
+    assert plan.kept_base
+    assert less.spare == ("kept_activations", "recorded")
+    with pytest.raises(ValueError, match="kept_base is not among"):
+        less.give_up("kept_base")
+    with pytest.raises(ValueError, match="reason is not among"):
+        less.give_up("reason")
+
+
+def test_sequences_stay_padded_when_the_graphs_are_given_up() -> None:
+    """Other lengths would change the last bits, which giving something up must not."""
+    plan = ExecutionPlan(
+        kept_base=False, kept_activations=False, recorded=True, reason="a test", forward="fused all, triton"
+    )
+    assert plan.give_up("recorded").padded
+    assert not replace(plan, forward="fused layers, triton").padded
+
+
+def test_peft_has_nothing_to_give_up() -> None:
+    """What PEFT's own layers keep is as it was set: only the budget shrinks."""
+    plan = ExecutionPlan(kept_base=False, kept_activations=True, recorded=False, reason="a test", forward=PEFT)
+    assert plan.spare == ()
+    assert not plan.fused
+    assert not plan.padded
+
+
+def test_a_record_of_an_older_version_was_fused() -> None:
+    """It has no `forward`, and was only written where fused layers computed."""
+    assert ExecutionPlan(kept_base=True, kept_activations=True, recorded=True, reason="needs 9 of 12 GiB").fused

@@ -1,4 +1,4 @@
-"""The adapter as one vector."""
+"""The adapter as one flat tensor."""
 
 from __future__ import annotations
 
@@ -24,50 +24,50 @@ def parameters() -> list[torch.nn.Parameter]:
 def test_the_parameters_are_its_parts() -> None:
     """Values and shapes stay; what is done to the whole is done to each, and the other way round."""
     made, before = parameters(), [p.detach().clone() for p in parameters()]
-    vector = FlatParameters(made)
+    flat = FlatParameters(made, 256)
     assert all(torch.equal(p, b) for p, b in zip(made, before, strict=True))
     with torch.no_grad():
-        vector.whole.mul_(2)
+        flat.whole.mul_(2)
         made[0].add_(1)
     assert torch.equal(made[0], 2 * before[0] + 1)
     assert torch.equal(made[3], 2 * before[3])
     total = sum(float(p.detach().double().sum()) for p in made)
-    assert float(vector.whole.detach().double().sum()) == pytest.approx(total)
+    assert float(flat.whole.detach().double().sum()) == pytest.approx(total)
 
 
 def test_no_block_holds_two_tensors() -> None:
     """Each begins at a multiple of 256 numbers, as 8-bit optimizers cut; between them are zeros."""
     made = parameters()
-    vector = FlatParameters(made)
-    starts = [p.data_ptr() - vector.whole.data_ptr() for p in made]
+    flat = FlatParameters(made, 256)
+    starts = [p.data_ptr() - flat.whole.data_ptr() for p in made]
     assert starts == [0, 2 * 1024, 3 * 1024, 4 * 1024]
-    assert vector.whole.numel() == 6 * 256
-    assert vector.whole.count_nonzero() == sum(p.numel() for p in made)
+    assert flat.whole.numel() == 6 * 256
+    assert flat.whole.count_nonzero() == sum(p.numel() for p in made)
 
 
 def test_gradients_add_up_in_it() -> None:
     """The gradients of several backward passes land in one, also after a trainer has thrown the parts away."""
     made = parameters()
-    vector = FlatParameters(made)
+    flat = FlatParameters(made, 256)
     for _ in range(2):
-        vector.clear()
-        assert not vector.gradient.any()
+        flat.clear()
+        assert not flat.gradient.any()
         for _ in range(3):
             sum((number + 1) * p.sum() for number, p in enumerate(made)).backward()
-        assert vector.whole.grad is vector.gradient
+        assert flat.whole.grad is flat.gradient
         for number, p in enumerate(made):
             assert p.grad is not None
             assert torch.equal(p.grad, torch.full_like(p, 3.0 * (number + 1)))
             p.grad = None
-        assert float(vector.gradient.sum()) == sum(3.0 * (n + 1) * p.numel() for n, p in enumerate(made))
+        assert float(flat.gradient.sum()) == sum(3.0 * (n + 1) * p.numel() for n, p in enumerate(made))
 
 
 def test_an_optimizer_steps_each_part() -> None:
     """One parameter or many: AdamW makes the same of them."""
     made, other = parameters(), parameters()
-    vector = FlatParameters(made)
-    vector.clear()
-    one, many = torch.optim.AdamW([vector.whole], weight_decay=0.1), torch.optim.AdamW(other, weight_decay=0.1)
+    flat = FlatParameters(made, 256)
+    flat.clear()
+    one, many = torch.optim.AdamW([flat.whole], weight_decay=0.1), torch.optim.AdamW(other, weight_decay=0.1)
     for tensors, optimizer in ((made, one), (other, many)):
         sum(p.square().sum() for p in tensors).backward()
         optimizer.step()
@@ -76,17 +76,17 @@ def test_an_optimizer_steps_each_part() -> None:
 
 
 def test_an_adapter_is_saved_and_loaded_as_ever(base_folder: Path, tmp_path: Path) -> None:
-    """PEFT's files and ours hold the same bits whether or not the tensors are parts of a vector."""
+    """PEFT's files and ours hold the same bits whether or not the tensors are parts of a flat tensor."""
     model = fill_adapter(make_model(base_folder))
     save_adapter(model, tmp_path / "before", base=str(base_folder), revision=None)
-    vector = FlatParameters(trainable(model).values())
+    flat = FlatParameters(trainable(model).values(), 256)
     save_adapter(model, tmp_path / "after", base=str(base_folder), revision=None)
     save_file({name: p.detach() for name, p in trainable(model).items()}, tmp_path / "own.safetensors")
     for file in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "before" / file).read_bytes() == (tmp_path / "after" / file).read_bytes()
-    assert sum(x.numel() for x in load_file(tmp_path / "own.safetensors").values()) <= vector.whole.numel()
-    kept = vector.whole.detach().clone()
+    assert sum(x.numel() for x in load_file(tmp_path / "own.safetensors").values()) <= flat.whole.numel()
+    kept = flat.whole.detach().clone()
     fill_adapter(model, scale=1.0)
-    assert not torch.equal(vector.whole, kept)
+    assert not torch.equal(flat.whole, kept)
     load_adapter(model, tmp_path / "after")
-    assert torch.equal(vector.whole, kept)
+    assert torch.equal(flat.whole, kept)

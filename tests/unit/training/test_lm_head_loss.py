@@ -12,7 +12,7 @@ from torch.nn import functional
 from job.model.lora import trainable
 from job.records import Example
 from job.training import lm_head_loss
-from job.training.lm_head_loss import can_sum, summed_loss
+from job.training.lm_head_loss import can_sum, summed_head
 from job.training.packing import packed_inputs
 from tests.helpers import fill_adapter, make_model
 
@@ -37,10 +37,10 @@ def gradient_of(model: Any, loss: torch.Tensor) -> tuple[float, torch.Tensor]:
 @pytest.mark.parametrize("rows", [1, 7, 256, 4096])
 def test_it_is_the_plain_loss(model: Any, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     """However many rows are taken at a time: as from all logits at once."""
-    monkeypatch.setattr(lm_head_loss, "ROWS", rows)
+    monkeypatch.setattr(lm_head_loss, "POSITIONS", rows)
     base, inputs = model.get_base_model(), packed_inputs(EXAMPLES, torch.device("cpu"))
     assert can_sum(base)
-    ours = gradient_of(model, summed_loss(base, **inputs))
+    ours = gradient_of(model, -summed_head(base, fused_lm_head=True, use_cache=False, **inputs).log_probs.sum())
     labels = inputs.pop("labels")
     logits = base(**inputs, use_cache=False).logits[0, :-1]
     plain = gradient_of(model, functional.cross_entropy(logits, labels[0, 1:], reduction="sum"))

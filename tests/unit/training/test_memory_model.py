@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from job.model.architecture import Architecture
-from job.planning.gpus import GPUS
-from job.planning.reference import ARCHITECTURES, DATASET_TOKENS
+from job.planning.gpu_prices import GPUS
+from job.planning.known_models_and_data import ARCHITECTURES, DATASET_TOKENS
 from job.training import memory_model
 from job.training.memory_model import Setup, training_memory
 from tests.helpers import LINEAR, make_examples

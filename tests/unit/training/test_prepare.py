@@ -1,34 +1,117 @@
-"""How a machine is going to train: what can be told without a GPU."""
+"""How a machine is going to train: what can be told without a GPU, and what a slow way says of itself."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
 import torch
+from structlog.testing import capture_logs
 
+from job.records import PEFT, ExecutionPlan
+from job.training import prepare as prepare_module
 from job.training.config import CPU_MICRO_BATCH_TOKENS
-from job.training.prepare import PLAIN, prepare, token_budget
+from job.training.prepare import prepare, token_budget, why_not_fused
 from tests.helpers import make_model
 
+SETTINGS: dict[str, Any] = {
+    "global_batch_size": 2,
+    "quantization": "nf4",
+    "optimizer": "adamw_8bit",
+    "budget": 100,
+    "keep_base": True,
+    "recompute": False,
+    "gigabytes": 16,
+}
 
-def test_a_cpu_takes_the_plain_way(base_folder: Path) -> None:
-    """Whatever is set for a GPU: PEFT's own layers, untouched."""
+
+def test_a_cpu_trains_by_pefts_own_layers(base_folder: Path) -> None:
+    """Whatever is set for a GPU: they are untouched, and it is no warning."""
     model = make_model(base_folder)
     before = [type(module).forward for module in model.modules()]
-    made = prepare(
-        model,
-        [10, 20],
-        global_batch_size=2,
-        quantization="nf4",
-        optimizer="adamw_8bit",
-        budget=100,
-        keep_base=True,
-        recompute=False,
-        gigabytes=16,
-    )
-    assert made == (None, PLAIN)
+    with capture_logs() as lines:
+        made = prepare(model, [10, 20], **SETTINGS)
+    assert (made.forward, made.kept_activations, made.spare) == (PEFT, True, ())
+    assert made.reason == "a CPU trains by PEFT's own layers"
+    assert [(line["log_level"], line["event"]) for line in lines] == [("info", "how training is carried out")]
     assert [type(module).forward for module in model.modules()] == before
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize(("gigabytes", "kept"), [(0.001, False), (100, True)])
+def test_a_cpu_keeps_activations_where_it_has_the_memory(
+    base_folder: Path, monkeypatch: pytest.MonkeyPatch, gigabytes: float, *, kept: bool
+) -> None:
+    """Left to itself it says what they take and what comes of it."""
+    monkeypatch.setattr(prepare_module, "available_bytes", lambda: int(gigabytes * 10**9))
+    made = prepare(make_model(base_folder), [10, 20], **SETTINGS | {"recompute": "auto"})
+    assert made.kept_activations is kept
+    assert f"B if kept: {'kept' if kept else 'computed again'}" in made.reason
+
+
+def on_a_gpu(dtype: torch.dtype = torch.bfloat16, dropout: float = 0.0, model_type: str = "mistral") -> Any:
+    """As much of a model on a GPU as is looked at before its layers are fused."""
+    config = SimpleNamespace(model_type=model_type, to_dict=lambda: {"model_type": model_type})
+    return SimpleNamespace(
+        device=torch.device("cuda"),
+        peft_config={"default": SimpleNamespace(lora_dropout=dropout, r=16, target_modules={"q_proj"})},
+        get_base_model=lambda: SimpleNamespace(dtype=dtype, config=config),
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "capability", "reason"),
+    [
+        (on_a_gpu(dropout=0.1), (9, 0), "JOB_LORA__DROPOUT is 0.1; fused layers need 0"),
+        (on_a_gpu(torch.float16), (9, 0), "the compute dtype is float16; fused layers need bf16 (JOB_MODEL__DTYPE)"),
+        (on_a_gpu(), (7, 5), "the GPU's compute capability is 7.5; fused layers need 8.0 (Ampere)"),
+        (on_a_gpu(model_type="strange"), (9, 0), "the sizes of a strange model are not known"),
+    ],
+    ids=["dropout", "fp16", "old GPU", "unknown sizes"],
+)
+def test_a_gpu_that_trains_slowly_says_why(
+    monkeypatch: pytest.MonkeyPatch, model: Any, capability: tuple[int, int], reason: str
+) -> None:
+    """What moves training off the fused layers is a warning with its reason, and in the manifest's record."""
+    monkeypatch.setattr(prepare_module, "_capability", lambda: capability)
+    with capture_logs() as lines:
+        plan = prepare(model, [10, 20], **SETTINGS | {"recompute": "auto"})
+    assert plan == ExecutionPlan(kept_base=False, kept_activations=False, recorded=False, reason=reason, forward=PEFT)
+    (line,) = lines
+    assert line["log_level"] == "warning"
+    assert "less than half the speed" in line["event"]
+    assert (line["reason"], line["forward"]) == (reason, "peft")
+
+
+def test_layers_that_cannot_be_fused_are_said_too(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When it only turns out on the way that there is nothing to fuse, PEFT's layers remain, with that reason."""
+    monkeypatch.setattr(prepare_module, "why_not_fused", lambda _: None)
+    monkeypatch.setattr(prepare_module, "_gpu_memory", lambda _: (80 << 30, 70 << 30))
+    made = prepare(make_model(base_folder, dropout=0.1), [10, 20], **SETTINGS)
+    assert made.forward == PEFT
+    assert "no fused one" in made.reason
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_model_that_can_be_fused_is(base_folder: Path, monkeypatch: pytest.MonkeyPatch, *, keep: bool) -> None:
+    """Its plan names what was fused and whose kernels; what was set holds; it is no warning."""
+    monkeypatch.setattr(prepare_module, "why_not_fused", lambda _: None)
+    monkeypatch.setattr(prepare_module, "_gpu_memory", lambda _: (80 << 30, 70 << 30))
+    model = make_model(base_folder, quantization="nf4")
+    with capture_logs() as lines:
+        made = prepare(model, [10, 20], **SETTINGS | {"keep_base": keep})
+    assert made.forward.startswith("fused all, ")
+    assert (made.kept_base, made.kept_activations, made.recorded) == (keep, True, True)
+    assert made.padded
+    assert [line["log_level"] for line in lines] == ["info"]
+
+
+def test_a_gpu_that_can_has_no_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bf16 without dropout on an Ampere is what the fused layers are for."""
+    monkeypatch.setattr(prepare_module, "_capability", lambda: (8, 0))
+    assert why_not_fused(on_a_gpu()) is None
 
 
 def test_a_set_budget_holds() -> None:

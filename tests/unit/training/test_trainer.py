@@ -22,9 +22,9 @@ from job.model.fused.frozen_weights import fuse_layers
 from job.model.fused.kernels import TORCH
 from job.model.lora import add_adapter, trainable
 from job.model.packed_attention import Segment
-from job.records import Example, Question, StepMetrics
+from job.records import PEFT, Example, ExecutionPlan, Question, StepMetrics
 from job.training import packing
-from job.training.config import Hooks, Recipe, Trained, step_seed, substitute, total_steps
+from job.training.config import Hooks, Recipe, Trained, step_seed, total_steps
 from job.training.packing import packed_inputs
 from job.training.trainer import train
 from tests.helpers import EOS, LINEAR, PAD, fill_adapter, make_examples, make_model
@@ -41,9 +41,13 @@ RECIPE = Recipe(
     global_batch_size=8,
     micro_batch_tokens=10_000,
     optimizer="adamw_torch",
-    gradient_checkpointing=False,
     save_every_steps=1000,
 )
+PLAN = ExecutionPlan(kept_base=False, kept_activations=True, recorded=False, reason="a test", forward=PEFT)
+LAYERS = replace(PLAN, forward="fused layers, torch")
+"""The fused layers on sequences without padding."""
+THROUGHOUT = replace(PLAN, forward="fused all, torch")
+"""The same on padded ones, as on a GPU but without CUDA graphs."""
 
 
 def run(
@@ -53,6 +57,7 @@ def run(
     recipe: Recipe,
     folder: Path,
     *,
+    plan: ExecutionPlan = PLAN,
     stop_after: int | None = None,
     resume: Path | None = None,
 ) -> tuple[Trained, list[Path]]:
@@ -60,7 +65,8 @@ def run(
     steps: list[StepMetrics] = []
     saved: list[Path] = []
     hooks = Hooks(steps.append, lambda path, _: saved.append(path), lambda: len(steps) == stop_after)
-    return train(model, tokenizer, examples, recipe=recipe, hooks=hooks, folder=folder, resume=resume), saved
+    made = train(model, tokenizer, examples, recipe=recipe, plan=plan, hooks=hooks, folder=folder, resume=resume)
+    return made, saved
 
 
 @contextmanager
@@ -180,7 +186,8 @@ def test_activation_checkpointing_changes_nothing(base_folder: Path, tokenizer: 
     for on in (True, False):
         model = fill_adapter(make_model(base_folder, dropout=0.1))
         with gradients(model) as found:
-            trained, _ = run(model, tokenizer, EXAMPLES, replace(RECIPE, gradient_checkpointing=on), tmp_path)
+            plan = replace(PLAN, kept_activations=not on)
+            trained, _ = run(model, tokenizer, EXAMPLES, RECIPE, tmp_path, plan=plan)
         results[on] = trained.history[0].loss, found[0], [p.detach() for p in trainable(model).values()]
     assert results[True][0] == results[False][0]
     assert_same(results[True][1], results[False][1], 0)
@@ -193,7 +200,7 @@ def test_activation_checkpointing_is_on_while_training(base_folder: Path, tokeni
     model = make_model(base_folder)
     layer = model.get_base_model().model.layers[0]
     hook = layer.register_forward_pre_hook(lambda module, _: seen.append(module.gradient_checkpointing))
-    run(model, tokenizer, EXAMPLES, replace(RECIPE, gradient_checkpointing=True), tmp_path)
+    run(model, tokenizer, EXAMPLES, RECIPE, tmp_path, plan=replace(PLAN, kept_activations=False))
     hook.remove()
     assert seen
     assert all(seen)
@@ -281,8 +288,8 @@ def test_a_flat_row_holds_no_padding() -> None:
     assert inputs["position_ids"].tolist() == [[place for e in examples for place in range(len(e.input_ids))]]
 
 
-def lean_model(base_folder: Path, **made: Any) -> Any:
-    """The tiny model with the lean forward, as a GPU runs it."""
+def fused_model(base_folder: Path, **made: Any) -> Any:
+    """The tiny model with the fused layers, as a GPU runs it."""
     model = fill_adapter(make_model(base_folder, **made))
     assert fuse_layers(model, keep_dequantized=True, kernels=TORCH) == "all"
     return model
@@ -295,11 +302,11 @@ def test_padding_changes_nothing_but_rounding(
 ) -> None:
     """Rows padded to few lengths, as a GPU gets them, have the loss and the gradient of rows without padding."""
     examples, results = make_examples(8, prompt=prompt), []
-    for padded in (False, True):
-        model = lean_model(base_folder)
-        recipe = replace(RECIPE, padded=padded, micro_batch_tokens=budget)
+    for plan in (LAYERS, THROUGHOUT):
+        model = fused_model(base_folder)
+        recipe = replace(RECIPE, micro_batch_tokens=budget)
         with gradients(model) as found:
-            trained, _ = run(model, tokenizer, examples, recipe, tmp_path)
+            trained, _ = run(model, tokenizer, examples, recipe, tmp_path, plan=plan)
         results.append((trained.history[0].loss, found[0]))
     (loss, gradient), (padded_loss, padded_gradient) = results
     assert padded_loss == pytest.approx(loss, rel=1e-6)
@@ -318,10 +325,10 @@ def test_what_lies_in_the_padding_does_not_matter(
             row.tokens[0, row.segments[-1].start :] = token
             return row
 
-        monkeypatch.setattr("job.training.micro_batch.padded_row", padded_row)
-        model = lean_model(base_folder)
+        monkeypatch.setattr("job.training.step.padded_sequence", padded_row)
+        model = fused_model(base_folder)
         with gradients(model) as found:
-            trained, _ = run(model, tokenizer, EXAMPLES, replace(RECIPE, padded=True), tmp_path)
+            trained, _ = run(model, tokenizer, EXAMPLES, RECIPE, tmp_path, plan=THROUGHOUT)
         results.append((trained.history[0].loss, found[0]))
     assert results[0][0] == results[1][0]
     assert_same(results[0][1], results[1][1], 0.0)
@@ -366,15 +373,15 @@ def test_a_resumed_run_is_the_same_run(
     assert len({step.loss for step in resumed.history}) == 6
 
 
-def test_a_lean_run_on_padded_rows_resumes_exactly(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+def test_a_fused_run_on_padded_sequences_resumes_exactly(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
     """The way of a GPU, but for the recording: stopped and resumed, it ends with the bits of a whole run."""
-    recipe = replace(RESUMED, optimizer="adamw_8bit", padded=True)
-    whole = lean_model(base_folder, quantization="nf4")
-    uninterrupted, _ = run(whole, tokenizer, LONGER, recipe, tmp_path / "whole")
-    first = lean_model(base_folder, quantization="nf4")
-    _, (*_, state) = run(first, tokenizer, LONGER, recipe, tmp_path / "stopped", stop_after=3)
-    second = lean_model(base_folder, quantization="nf4")
-    resumed, _ = run(second, tokenizer, LONGER, recipe, tmp_path / "resumed", resume=state)
+    recipe = replace(RESUMED, optimizer="adamw_8bit")
+    whole = fused_model(base_folder, quantization="nf4")
+    uninterrupted, _ = run(whole, tokenizer, LONGER, recipe, tmp_path / "whole", plan=THROUGHOUT)
+    first = fused_model(base_folder, quantization="nf4")
+    _, (*_, state) = run(first, tokenizer, LONGER, recipe, tmp_path / "stopped", plan=THROUGHOUT, stop_after=3)
+    second = fused_model(base_folder, quantization="nf4")
+    resumed, _ = run(second, tokenizer, LONGER, recipe, tmp_path / "resumed", plan=THROUGHOUT, resume=state)
     assert adapter_hash(second) == adapter_hash(whole) != adapter_hash(first)
     assert facts(resumed) == facts(uninterrupted)
 
@@ -412,7 +419,7 @@ def test_an_abandoned_step_leaves_no_trace(base_folder: Path, tokenizer: Any, tm
     decoder = stopped.get_base_model().base_model
     decoder.register_forward_pre_hook(lambda *_: passes_of_step_4.append(None) if len(steps) == 3 else None)
     hooks = Hooks(steps.append, lambda path, _: saved.append(path), lambda: bool(passes_of_step_4), fits)
-    trained = train(stopped, tokenizer, LONGER, recipe=recipe, hooks=hooks, folder=tmp_path / "stopped")
+    trained = train(stopped, tokenizer, LONGER, recipe=recipe, plan=PLAN, hooks=hooks, folder=tmp_path / "stopped")
     assert len(passes_of_step_4) == 1
     assert 0 < asked[0] < 1
     assert not trained.complete
@@ -504,7 +511,7 @@ def test_a_loss_that_is_not_finite_ends_the_job(base_folder: Path, tokenizer: An
     hooks = Hooks(lambda _: None, lambda path, _: saved.append(path), lambda: False)
     recipe = replace(RECIPE, total_steps=3, save_every_steps=1)
     with pytest.raises(JobError, match=r"loss of step 1 is nan.*JOB_TRAIN__LEARNING_RATE"):
-        train(model, tokenizer, EXAMPLES, recipe=recipe, hooks=hooks, folder=tmp_path)
+        train(model, tokenizer, EXAMPLES, recipe=recipe, plan=PLAN, hooks=hooks, folder=tmp_path)
     assert not saved
 
 
@@ -595,7 +602,9 @@ def test_a_step_is_repeated_by_all_when_one_runs_out_of_memory(
         run_out_of_memory(model, lambda number, here=fails_here: here and number == 2)
         hooks = Hooks(lambda _: None, lambda *_: None, lambda: False)
         with gradients(model) as found:
-            trained = train(model, tokenizer, EXAMPLES, recipe=recipe, hooks=hooks, folder=tmp_path, processes=beside)
+            trained = train(
+                model, tokenizer, EXAMPLES, recipe=recipe, plan=PLAN, hooks=hooks, folder=tmp_path, processes=beside
+            )
         assert trained.micro_batch_tokens == 80
         assert beside.asked == [fails_here, fails_here, False, False]  # whether it ran out, and has nothing left
         assert beside.sizes == [1 + sum(p.numel() for p in trainable(model).values())] * 2
@@ -624,7 +633,9 @@ def test_the_end_of_another_process_leaves_the_step_before(base_folder: Path, to
     saved: list[Path] = []
     hooks = Hooks(lambda _: None, lambda path, _: saved.append(path), lambda: False)
     with pytest.raises(Unreachable, match="process 1: the hub is silent"):
-        train(model, tokenizer, LONGER, recipe=recipe, hooks=hooks, folder=tmp_path / "left", processes=Left())
+        train(
+            model, tokenizer, LONGER, recipe=recipe, plan=PLAN, hooks=hooks, folder=tmp_path / "left", processes=Left()
+        )
     assert [path.name for path in saved] == ["step-00000002"]
     again = make_model(base_folder)
     run(again, tokenizer, LONGER, recipe, tmp_path / "again", resume=saved[0])
@@ -654,6 +665,7 @@ def test_a_process_without_examples_follows(
             tokenizer,
             EXAMPLES,
             recipe=replace(RECIPE, save_every_steps=1),
+            plan=PLAN,
             hooks=hooks,
             folder=tmp_path,
             processes=Idle(),
@@ -690,20 +702,20 @@ def test_out_of_memory_takes_time_before_it_takes_bits(
 
     Only then is the budget halved.
     """
-    monkeypatch.setattr("job.training.micro_batch.Replayed", Launched)
-    recipe = replace(RECIPE, micro_batch_tokens=160, padded=True, replayed=True, kept_base=True, autocast=False)
+    monkeypatch.setattr("job.training.step.CudaGraphs", Launched)
+    recipe, plan = replace(RECIPE, micro_batch_tokens=160), replace(THROUGHOUT, kept_base=True, recorded=True)
     results = []
     for failures in (0, 1, 2, 3, 4):
-        model = lean_model(base_folder, quantization="nf4")
+        model = fused_model(base_folder, quantization="nf4")
         run_out_of_memory(model, lambda number, failures=failures: number <= failures)
         with gradients(model) as found:
-            trained, _ = run(model, tokenizer, EXAMPLES, recipe, tmp_path)
+            trained, _ = run(model, tokenizer, EXAMPLES, recipe, tmp_path, plan=plan)
         results.append((trained, found[0]))
-    assert [trained.given_up for trained, _ in results] == [
-        (),
-        ("kept_base",),
-        ("kept_base", "kept_activations"),
-        *[("kept_base", "kept_activations", "recorded")] * 2,
+    assert [trained.plan.spare for trained, _ in results] == [
+        ("kept_base", "kept_activations", "recorded"),
+        ("kept_activations", "recorded"),
+        ("recorded",),
+        *[()] * 2,
     ]
     assert [trained.micro_batch_tokens for trained, _ in results] == [160, 160, 160, 160, 80]
     for trained, gradient in results[:4]:
@@ -771,14 +783,3 @@ def test_step_seeds_differ() -> None:
     seeds = {step_seed(seed, step, rank) for seed in range(5) for step in range(50) for rank in range(4)}
     assert len(seeds) == 1000
     assert all(0 <= seed < 2**63 for seed in seeds)
-
-
-def test_a_cpu_substitutes_the_paged_optimizer_and_says_so() -> None:
-    """What has no implementation on a CPU is replaced by its nearest equivalent, never silently."""
-    paged = replace(RECIPE, optimizer="paged_adamw_8bit")
-    recipe, said = substitute(paged, "cpu")
-    assert recipe == replace(RECIPE, optimizer="adamw_8bit")
-    assert len(said) == 1
-    assert "paged_adamw_8bit -> adamw_8bit" in said[0]
-    assert substitute(paged, "cuda") == (paged, [])
-    assert substitute(RECIPE, "cpu") == (RECIPE, [])

@@ -15,9 +15,10 @@ from safetensors.numpy import save_file
 from job.common.hashing import sealed, unsealed
 from job.errors import AccessDenied, SettingsError, VerificationError
 from job.results.reader import open_run
-from job.runs.run_log import parse_record, record_key
-from job.verification.differences import Check
-from job.verification.verify import as_json, as_lines, demand, verify
+from job.runs.layout import attempt_key
+from job.runs.run_log import parse_record
+from job.verification.differences import CheckResult
+from job.verification.verify import as_json, as_lines, require_verified, verify
 from tests.published_run import forge, pairs, publish_run, rewrite
 
 ADAPTER = "artifacts/adapter/adapter_model.safetensors"
@@ -39,10 +40,10 @@ def run(published: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def check(run: Path, tmp_path: Path) -> Callable[[], dict[str, Check]]:
+def check(run: Path, tmp_path: Path) -> Callable[[], dict[str, CheckResult]]:
     """Verifies the copy; returns the checks that do not hold, by name."""
 
-    def checked() -> dict[str, Check]:
+    def checked() -> dict[str, CheckResult]:
         work = tmp_path / "work"
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
@@ -51,10 +52,10 @@ def check(run: Path, tmp_path: Path) -> Callable[[], dict[str, Check]]:
     return checked
 
 
-Checker = Callable[[], dict[str, Check]]
+Checker = Callable[[], dict[str, CheckResult]]
 
 
-def told(failed: dict[str, Check]) -> str:
+def told(failed: dict[str, CheckResult]) -> str:
     """All that differs, as a person reads it."""
     return "\n".join(str(difference) for found in failed.values() for difference in found.differences)
 
@@ -243,7 +244,7 @@ def test_a_hostile_name_cannot_take_over_the_terminal(run: Path, check: Checker)
     assert {check.what for check in checks} >= {"artifacts", "other files"}
     assert all(line.isprintable() for line in as_lines(checks))
     with pytest.raises(VerificationError) as error:
-        demand(checks)
+        require_verified(checks)
     assert all(str(problem).isprintable() for problem in error.value.problems)
 
 
@@ -282,29 +283,29 @@ def test_the_lease_is_the_last_attempts(run: Path, check: Checker) -> None:
 
 def test_an_attempt_that_came_too_late_is_told(run: Path, check: Checker) -> None:
     """It took the lease while the one before published, found all done, and is no fault; without the lease it is."""
-    record = unsealed((run / record_key(2)).read_bytes())
-    (run / record_key(3)).write_bytes(sealed(record | {"number": 3}))
-    assert record_key(3) in told({"other files": check()["other files"]})
+    record = unsealed((run / attempt_key(2)).read_bytes())
+    (run / attempt_key(3)).write_bytes(sealed(record | {"number": 3}))
+    assert attempt_key(3) in told({"other files": check()["other files"]})
     reseal(run, "lease.json", epoch=3)
-    reseal(run, record_key(2), **BEFORE, steps=1)
+    reseal(run, attempt_key(2), **BEFORE, steps=1)
     assert check() == {}
 
 
 def test_killed_right_after_publishing(run: Path, check: Checker) -> None:
     """The ledger then has the last note of before; it cannot have lasted longer than the manifest says."""
-    reseal(run, record_key(2), **BEFORE)
+    reseal(run, attempt_key(2), **BEFORE)
     assert check() == {}
-    reseal(run, record_key(2), seconds=61.0)
-    assert f"{record_key(2)} seconds" in told(check())
-    reseal(run, record_key(2), **BEFORE | {"energy_joules": 9001.0})
-    assert f"{record_key(2)} energy_joules" in told(check())
-    reseal(run, record_key(2), **BEFORE | {"stage_seconds": {"pull": 1.5, "train": 50.5}})
-    assert f"{record_key(2)} stage_seconds.train" in told(check())
+    reseal(run, attempt_key(2), seconds=61.0)
+    assert f"{attempt_key(2)} seconds" in told(check())
+    reseal(run, attempt_key(2), **BEFORE | {"energy_joules": 9001.0})
+    assert f"{attempt_key(2)} energy_joules" in told(check())
+    reseal(run, attempt_key(2), **BEFORE | {"stage_seconds": {"pull": 1.5, "train": 50.5}})
+    assert f"{attempt_key(2)} stage_seconds.train" in told(check())
 
 
 def test_a_record_with_a_seal_is_no_other_attempts(run: Path, check: Checker) -> None:
     """A well-sealed record of another attempt in the place of the last one."""
-    shutil.copy(run / record_key(1), run / record_key(2))
+    shutil.copy(run / attempt_key(1), run / attempt_key(2))
     assert "results.json run.attempts[1].number: claimed 2, found 1" in told(check())
 
 
@@ -412,7 +413,7 @@ def test_the_outcome_for_people_and_programs(run: Path, published: Path, tmp_pat
     checks = verify(open_run(str(published)), tmp_path / "work")
     assert [line.split()[0] for line in as_lines(checks)] == ["holds"] * len(checks)
     assert as_json("x", checks)["verified"] is True
-    demand(checks)
+    require_verified(checks)
     forge(run, change("training/loss", 2.5))
     checks = verify(open_run(str(run)), tmp_path / "work")
     found = json.loads(json.dumps(as_json("x", checks)))
@@ -420,10 +421,10 @@ def test_the_outcome_for_people_and_programs(run: Path, published: Path, tmp_pat
     assert [check["what"] for check in found["checks"] if not check["holds"]] == ["training", "stages"]
     assert any(line.startswith("  results.json training.loss: claimed 2.5, found ") for line in as_lines(checks))
     with pytest.raises(VerificationError, match=r"results\.json training\.loss: claimed 2\.5, found ") as error:
-        demand(checks)
+        require_verified(checks)
     assert error.value.exit_code == 4
 
 
 def test_the_ledger_reads_back(run: Path) -> None:
     """What the made-up runs hold is what the job reads."""
-    assert parse_record((run / record_key(1)).read_bytes()).outcome == "running"
+    assert parse_record((run / attempt_key(1)).read_bytes()).outcome == "running"

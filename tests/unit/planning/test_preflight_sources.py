@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 
 from job.errors import DataError, JobError, SettingsError
-from job.planning import previews
-from job.planning.preflight import NotChecked
-from job.planning.previews import find_tokenizer, preview_data, preview_model, preview_questions
+from job.planning import preflight
+from job.planning.preflight import NotChecked, find_tokenizer, preview_data, preview_model, preview_questions
 from tests.helpers import alpaca_rows, arc_rows, write_jsonl
 
 READING: dict[str, Any] = {
@@ -92,7 +91,7 @@ def test_data_is_read_as_the_job_will(tmp_path: Path, tokenizer: Any) -> None:
 
 def test_data_that_is_too_large_is_not_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A plan is quick; what it did not look at, it says."""
-    monkeypatch.setattr(previews, "peek_dataset", lambda *_: (10**12, "mit"))
+    monkeypatch.setattr(preflight, "peek_dataset", lambda *_: (10**12, "mit"))
     online = {"revision": "main", "online": lambda: True}
     with pytest.raises(NotChecked, match=r"931\.3 GiB, too much"):
         preview_data("some/data", tokenizer=None, max_length=9, folder=tmp_path, **(READING | online))
@@ -106,11 +105,11 @@ def test_data_that_is_too_large_is_not_fetched(tmp_path: Path, monkeypatch: pyte
 
 def test_a_hub_model_may_be_in_the_cache(base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the hub its configuration is taken from the cache; without that, nothing was checked."""
-    monkeypatch.setattr(previews, "cached_model", lambda *_: base_folder)
+    monkeypatch.setattr(preflight, "cached_model", lambda *_: base_folder)
     state, what, model = preview_model("some/model", None, 512, folder=tmp_path, **HERE)
     assert (state, model.folder, model.download_bytes) == ("ok", base_folder, None)
     assert "the hub cannot be reached" in what
-    monkeypatch.setattr(previews, "cached_model", lambda *_: None)
+    monkeypatch.setattr(preflight, "cached_model", lambda *_: None)
     with pytest.raises(NotChecked, match="not in the cache"):
         preview_model("some/model", None, 512, folder=tmp_path, **HERE)
 

@@ -1,4 +1,4 @@
-"""What is known beforehand of public models and data, where the hub cannot be asked. A plan calls it assumed."""
+"""Sizes of public models, data sets and tasks, used where the hub cannot be reached. `plan` marks them as assumed."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 }
 
 CHARACTERS_PER_TOKEN = 4.3
-"""Of Alpaca's rendered rows with Mistral-7B-v0.1's tokenizer: 4.32. Other languages and code have fewer."""
+"""Measured on Alpaca's rendered rows with Mistral-7B-v0.1's tokenizer: 4.32. Other languages and code have fewer."""
 
 
 @dataclass(frozen=True)
 class DatasetTokens:
-    """The first so many good rows of a data set, rendered and tokenized: their tokens, and those of the longest."""
+    """The first `rows` valid rows of a data set, rendered and tokenized: tokens in all, and of the longest row."""
 
     rows: int
     tokens: int
     longest: int
     squares: int
-    """Sum of the squares of the rows' tokens, which attention is proportional to."""
+    """Sum of the squared lengths: the cost of attention is proportional to it."""
 
 
 DATASET_TOKENS: Mapping[str, tuple[DatasetTokens, ...]] = {
@@ -47,14 +47,14 @@ DATASET_TOKENS: Mapping[str, tuple[DatasetTokens, ...]] = {
 
 @dataclass(frozen=True)
 class TaskTokens:
-    """A task's questions: how many, and their tokens in rows of shared contexts; `reads` of these give a score."""
+    """A task's questions: how many, their tokens in packed sequences, and at how many of these logits are `reads`."""
 
     count: int
     tokens: int
     reads: int
 
     def first(self, limit: int | None) -> TaskTokens:
-        """The first so many of them, taken to be like the others."""
+        """The first `limit` questions, assumed to be as long as the others on average; all of them for None."""
         share = min(1.0, limit / self.count) if limit else 1.0
         return TaskTokens(round(share * self.count), round(share * self.tokens), round(share * self.reads))
 

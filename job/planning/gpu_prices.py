@@ -1,4 +1,4 @@
-"""Common GPUs of the clouds, for a plan: what they hold, how fast they are, and what they are assumed to cost."""
+"""Common cloud GPUs: memory, speed and price. To add one: a line in `GPUS`, from its data sheet and `PRICES`."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ class Gpu:
     """One GPU.
 
     Attributes:
-        name: As clouds call it.
+        name: As cloud providers call it.
         memory_bytes: As nvidia-smi shows it, ECC on.
         flops: Dense operations a second on its matrix units in bf16 (fp16 where it has no bf16), by its data sheet;
             the figure for sparse matrices, which data sheets like to print, is twice that.
         bandwidth: Bytes a second of its memory, by its data sheet.
         capability: CUDA compute capability.
         usd_per_hour: See `PRICES`.
-        machine: What the price is of; of a machine with eight of them an eighth.
+        machine: The instance type the price is for; `/ 8` where it has eight GPUs and the price is an eighth.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Gpu:
 
 
 PRICES = "AWS EC2 on demand, Linux, us-east-1, as listed in 2026 by third parties; prices move, and spot is cheaper"
-"""Where the prices are from. They are assumptions: the user's own (`JOB_COST__USD_PER_HOUR`) takes their place."""
+"""Source of the prices. They are assumptions: JOB_COST__USD_PER_HOUR replaces them."""
 
 GPUS = (
     Gpu("T4", 15_360 * MIB, 65e12, 320e9, (7, 5), 0.526, "g4dn.xlarge"),

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from job.errors import Unreachable
+from job.records import Artifact
 from job.storage.local import LocalStore
-from job.verification.fetch_claims import Claim, fetch_claimed_files
+from job.verification.fetch_files import fetch_files
 
 DATA = b'{"a": 1, "measured": 2}\n'
 SHA256 = hashlib.sha256(DATA).hexdigest()
@@ -24,17 +25,17 @@ def store(tmp_path: Path) -> LocalStore:
     return made
 
 
-def brought(store: LocalStore, folder: Path, *claims: Claim) -> tuple[dict[str, Path], list[str]]:
+def brought(store: LocalStore, folder: Path, *claims: Artifact) -> tuple[dict[str, Path], list[str]]:
     """Copies by path, and differences as they are told."""
     folder.mkdir(exist_ok=True)
     listed = {info.key: info.bytes for info in store.list()}
-    copies, differences = fetch_claimed_files(store, claims, listed, folder)
+    copies, differences = fetch_files(store, claims, listed, folder)
     return copies, [str(difference) for difference in differences]
 
 
 def test_what_is_as_claimed_is_copied(store: LocalStore, tmp_path: Path) -> None:
     """The bytes are there, and nothing differs."""
-    copies, differences = brought(store, tmp_path / "work", Claim("file", len(DATA), SHA256, FACTS))
+    copies, differences = brought(store, tmp_path / "work", Artifact("file", len(DATA), SHA256, FACTS))
     assert copies["file"].read_bytes() == DATA
     assert differences == []
 
@@ -42,25 +43,25 @@ def test_what_is_as_claimed_is_copied(store: LocalStore, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("claim", "told"),
     [
-        (Claim("other", 3, SHA256), "other: claimed 3 bytes, found no such file"),
-        (Claim("file", 3, SHA256), "file: claimed 3 bytes, found 24 bytes"),
-        (Claim("file", 10**15, SHA256), f"file: claimed {10**15} bytes, found 24 bytes"),
-        (Claim("file", 24, "0" * 64), f"file: claimed SHA-256 {'0' * 64}, found SHA-256 {SHA256}"),
-        (Claim("file", 24, SHA256, "0" * 64), f"file facts: claimed {'0' * 64}, found {FACTS}"),
-        (Claim("../run/file", 24, SHA256), "../run/file: claimed 24 bytes, found a name that leads elsewhere"),
-        (Claim("/etc/hostname", 24, SHA256), "/etc/hostname: claimed 24 bytes, found a name that leads elsewhere"),
-        (Claim("", 24, SHA256), ": claimed 24 bytes, found a name that leads elsewhere"),
+        (Artifact("other", 3, SHA256), "other: claimed 3 bytes, found no such file"),
+        (Artifact("file", 3, SHA256), "file: claimed 3 bytes, found 24 bytes"),
+        (Artifact("file", 10**15, SHA256), f"file: claimed {10**15} bytes, found 24 bytes"),
+        (Artifact("file", 24, "0" * 64), f"file: claimed SHA-256 {'0' * 64}, found SHA-256 {SHA256}"),
+        (Artifact("file", 24, SHA256, "0" * 64), f"file facts: claimed {'0' * 64}, found {FACTS}"),
+        (Artifact("../run/file", 24, SHA256), "../run/file: claimed 24 bytes, found a name that leads elsewhere"),
+        (Artifact("/etc/hostname", 24, SHA256), "/etc/hostname: claimed 24 bytes, found a name that leads elsewhere"),
+        (Artifact("", 24, SHA256), ": claimed 24 bytes, found a name that leads elsewhere"),
     ],
     ids=str,
 )
-def test_what_is_not_as_claimed_is_told(store: LocalStore, tmp_path: Path, claim: Claim, told: str) -> None:
+def test_what_is_not_as_claimed_is_told(store: LocalStore, tmp_path: Path, claim: Artifact, told: str) -> None:
     """Absence, size, content, facts, and names that are no places in the run's folder."""
     assert brought(store, tmp_path / "work", claim)[1] == [told]
 
 
 def test_what_changed_is_copied_all_the_same(store: LocalStore, tmp_path: Path) -> None:
     """Whoever looks into it can say what is wrong with it."""
-    copies, _ = brought(store, tmp_path / "work", Claim("file", len(DATA), "0" * 64))
+    copies, _ = brought(store, tmp_path / "work", Artifact("file", len(DATA), "0" * 64))
     assert copies["file"].read_bytes() == DATA
 
 
@@ -68,7 +69,7 @@ def test_what_changed_is_copied_all_the_same(store: LocalStore, tmp_path: Path) 
 def test_facts_of_what_has_none(store: LocalStore, tmp_path: Path, data: bytes) -> None:
     """A file that is no lines of JSON cannot have the facts that were claimed."""
     store.write("file", data)
-    claim = Claim("file", len(data), hashlib.sha256(data).hexdigest(), FACTS)
+    claim = Artifact("file", len(data), hashlib.sha256(data).hexdigest(), FACTS)
     assert brought(store, tmp_path / "work", claim)[1] == [f"file facts: claimed {FACTS}, found no lines of JSON"]
 
 
@@ -76,7 +77,7 @@ def test_a_file_that_grows_is_cut_off(store: LocalStore, tmp_path: Path) -> None
     """What became larger after it was listed is not read to its end."""
     listed = {"file": len(DATA)}
     store.write("file", DATA * 2)
-    copies, (difference,) = fetch_claimed_files(store, [Claim("file", len(DATA), SHA256)], listed, tmp_path)
+    copies, (difference,) = fetch_files(store, [Artifact("file", len(DATA), SHA256)], listed, tmp_path)
     assert copies == {}
     assert difference.found == "a file that changes meanwhile"
 
@@ -84,4 +85,4 @@ def test_a_file_that_grows_is_cut_off(store: LocalStore, tmp_path: Path) -> None
 def test_a_disk_that_is_too_small(store: LocalStore, tmp_path: Path) -> None:
     """Sizes are added up before anything is copied."""
     with pytest.raises(Unreachable, match="of disk are free"):
-        fetch_claimed_files(store, [Claim("file", 10**18, SHA256)], {"file": 10**18}, tmp_path)
+        fetch_files(store, [Artifact("file", 10**18, SHA256)], {"file": 10**18}, tmp_path)

@@ -1,14 +1,14 @@
-"""Brings the files of a published run here, and holds each against the size and the hash that were claimed for it."""
+"""Copies the files of a published run, and compares each with the size and the SHA-256 that a record claims for it."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from job.common.hashing import hash_facts, hash_file
 from job.common.resources import check_disk
+from job.records import Artifact
 from job.storage.base import MAX_READ_BYTES
 from job.storage.open import ObjectStore, TooLarge, is_key
 from job.verification.differences import Difference
@@ -16,29 +16,22 @@ from job.verification.differences import Difference
 MISSING = "no such file"
 
 
-@dataclass(frozen=True)
-class Claim:
-    """What a file has to be."""
-
-    path: str
-    bytes: int
-    sha256: str
-    facts_sha256: str | None = None
-
-
-def fetch_claimed_files(
-    store: ObjectStore, claims: Iterable[Claim], listed: Mapping[str, int], folder: Path
+def fetch_files(
+    store: ObjectStore, claims: Iterable[Artifact], listed: Mapping[str, int], folder: Path
 ) -> tuple[dict[str, Path], list[Difference]]:
-    """Copies what is there, whether or not it is what was claimed, but never more bytes than that.
+    """Copies files, also those whose content differs, but never more bytes than claimed.
 
     Args:
         store: The run's.
-        claims: From the manifest or a marker: nothing in them is trusted.
+        claims: From the manifest or a commit marker; paths and sizes are not trusted.
         listed: Bytes of every file that the store lists, by path.
-        folder: Where the copies go, under names of their own.
+        folder: Where the copies go, named by a hash of their path, so that no path leads out of it.
 
     Returns:
-        The copies by path, and how they differ from the claims.
+        The copies by path, and all differences from the claims.
+
+    Raises:
+        Unreachable: The disk is too small for the copies.
     """
     good, differences = [], []
     for claim in claims:
@@ -62,7 +55,7 @@ def fetch_claimed_files(
     return copies, differences
 
 
-def _copy(store: ObjectStore, claim: Claim, folder: Path) -> Path:
+def _copy(store: ObjectStore, claim: Artifact, folder: Path) -> Path:
     path = folder / hashlib.sha256(claim.path.encode()).hexdigest()
     if claim.bytes > MAX_READ_BYTES:
         store.download(claim.path, path, max_bytes=claim.bytes)
@@ -74,7 +67,7 @@ def _copy(store: ObjectStore, claim: Claim, folder: Path) -> Path:
     return path
 
 
-def _compare(claim: Claim, path: Path) -> list[Difference]:
+def _compare(claim: Artifact, path: Path) -> list[Difference]:
     found = hash_file(path)
     if found != claim.sha256:
         return [Difference(claim.path, f"SHA-256 {claim.sha256}", f"SHA-256 {found}")]

@@ -1,0 +1,98 @@
+"""The optimizers a run can choose: one table, from which settings, trainer, checkpoints and memory estimates read.
+
+To add one:
+1. Add an entry to `OPTIMIZERS`. Its key is the value of `JOB_TRAIN__OPTIMIZER`, and must be a name that transformers'
+   `TrainingArguments.optim` knows: the class and its betas come from there.
+2. List in `state` every tensor that its `state_dict()` holds for a parameter. A checkpoint with any other tensor, shape
+   or dtype is refused, because the optimizers' kernels take sizes from the parameter and addresses from the state.
+3. Say on which devices it runs, and what replaces it where it does not.
+`tests/unit/common/test_optimizers.py` takes every entry up by itself: it steps the real optimizer and compares.
+
+No torch: the choices are among the settings, which must answer before torch is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+LEVELS = 256
+"""Numbers in the map by which an 8-bit state is quantized: one for each value of a byte."""
+_BYTES = {"torch.uint8": 1, "torch.float32": 4}
+
+Shape = Literal["parameter", "blocks", "levels", "scalar"]
+
+
+@dataclass(frozen=True)
+class StateTensor:
+    """One tensor of an optimizer's state for a parameter of n numbers.
+
+    `shape`: `parameter` (the parameter's own), `blocks` (ceil(n / block),), `levels` (256,), or `scalar` ().
+    `dtypes`: what it may be; the first is what a large parameter has.
+    """
+
+    shape: Shape
+    dtypes: tuple[str, ...] = ("torch.float32",)
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """What the job has to know of an optimizer.
+
+    `state` maps the last part of a tensor's name in `state_dict()` to what it is. `block` is how many neighbouring
+    numbers of a parameter share one quantization constant; the adapter's tensors are laid out so that none of these
+    blocks reaches over two of them (see `training/flat_parameters.py`). `on_cpu` replaces it where there is no GPU.
+    """
+
+    state: Mapping[str, StateTensor]
+    block: int = 256
+    devices: tuple[str, ...] = ("cuda", "cpu")
+    on_cpu: str | None = None
+
+    @property
+    def bytes_per_parameter(self) -> int:
+        """Bytes of the tensors that are as large as the parameter, for each of its numbers."""
+        return sum(_BYTES[t.dtypes[0]] for t in self.state.values() if t.shape == "parameter")
+
+    def state_bytes(self, parameters: int) -> int:
+        """Bytes of the state of so many parameters, quantization constants included.
+
+        Source: Dettmers et al. 2021, 8-bit Optimizers via Block-wise Quantization (arXiv:2110.02861). A paged optimizer
+        holds the same; it may move to the host where the GPU is full.
+        """
+        constants = sum(_BYTES[t.dtypes[0]] for t in self.state.values() if t.shape == "blocks")
+        return self.bytes_per_parameter * parameters + constants * -(-parameters // self.block)
+
+
+# bitsandbytes keeps the state of a small tensor (under 4,096 numbers) in fp32: then state1 and state2 are as large and
+# there are no constants.
+_ADAMW_8BIT: Mapping[str, StateTensor] = {
+    **dict.fromkeys(("state1", "state2"), StateTensor("parameter", ("torch.uint8", "torch.float32"))),
+    **dict.fromkeys(("absmax1", "absmax2"), StateTensor("blocks")),
+    **dict.fromkeys(("qmap1", "qmap2"), StateTensor("levels")),
+}
+
+OPTIMIZERS: Mapping[str, OptimizerSpec] = {
+    "adamw_8bit": OptimizerSpec(_ADAMW_8BIT),
+    # Its state lies in memory that the driver moves between GPU and host, which a CPU has not.
+    "paged_adamw_8bit": OptimizerSpec(_ADAMW_8BIT, devices=("cuda",), on_cpu="adamw_8bit"),
+    # It quantizes nothing; the same block gives the adapter the same layout whichever optimizer is chosen.
+    "adamw_torch": OptimizerSpec(
+        {**dict.fromkeys(("exp_avg", "exp_avg_sq"), StateTensor("parameter")), "step": StateTensor("scalar")}
+    ),
+}
+
+if TYPE_CHECKING:
+    OptimizerName = str
+else:
+    OptimizerName = Literal[tuple(OPTIMIZERS)]
+    """The type of the setting: the table's keys, which a type checker cannot see."""
+
+
+def substitute(name: str, device: str) -> tuple[str, str | None]:
+    """The optimizer that runs on this device (`cuda` or `cpu`), and a sentence that says so where it is another one."""
+    spec = OPTIMIZERS[name]
+    if device in spec.devices or spec.on_cpu is None:
+        return name, None
+    return spec.on_cpu, f"optimizer {name} -> {spec.on_cpu}: a CPU pages nothing"

@@ -1,0 +1,83 @@
+"""Divides the sequences to score over the processes of a run. Which process scores a sequence changes no bit of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from job.distributed.processes import Processes
+from job.evaluation.scorer import Scores, score_sequences
+from job.records import Question
+
+_POLL_SECONDS = 0.01
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What process 0 sends to the others: all questions, and number, start and end of each sequence to score."""
+
+    questions: list[Question]
+    sequences: list[tuple[int, int, int]]
+
+
+@dataclass(frozen=True)
+class ParallelScoring:
+    """Scoring by all processes of a run. Process 0 calls `score` any number of times, then `finish`; the others `help`.
+
+    Attributes:
+        processes: Those that share the work; with one of them, `score` is `score_sequences`.
+        alive: Called before each sequence and while waiting (then with `progress=`): tells the watchdog that the
+            process is alive, and raises Preempted if the job has to stop.
+    """
+
+    processes: Processes
+    alive: Callable[..., None]
+
+    def score(
+        self, model: Any, questions: list[Question], sequences: Mapping[int, range]
+    ) -> Iterator[tuple[int, Scores]]:
+        """Scores sequences (see `scorer.ScoreSequences`); gives each as soon as any process has scored it."""
+        if self.processes.place.world_size > 1:
+            work = _Work(questions, [(number, part.start, part.stop) for number, part in sequences.items()])
+            self.processes.share("questions", lambda: TypeAdapter(_Work).dump_json(work).decode())
+        left = len(sequences)
+        for scored in self._own_share(model, questions, sequences):
+            arrived = [scored, *self._received()]
+            left -= len(arrived)
+            yield from arrived
+        while left:
+            arrived = self._received()
+            self.alive(progress=bool(arrived))
+            left -= len(arrived)
+            yield from arrived
+            if not arrived:
+                time.sleep(_POLL_SECONDS)
+
+    def finish(self) -> None:
+        """In process 0: lets the others return from `help`."""
+        self.processes.share("questions", str)
+
+    def help(self, model: Any) -> None:
+        """In all processes but 0: scores this process's share of every piece of work until process 0 is finished."""
+        while text := self.processes.share("questions", str):
+            work = TypeAdapter(_Work).validate_json(text)
+            sequences = {number: range(start, stop) for number, start, stop in work.sequences}
+            for number, scores in self._own_share(model, work.questions, sequences):
+                self.processes.send([number, TypeAdapter(Scores).dump_python(scores)])
+
+    def _received(self) -> list[tuple[int, Scores]]:
+        read = TypeAdapter(Scores).validate_python
+        return [(number, read(scores)) for number, scores in self.processes.receive()]
+
+    def _own_share(
+        self, model: Any, questions: list[Question], sequences: Mapping[int, range]
+    ) -> Iterator[tuple[int, Scores]]:
+        """Every n-th sequence, where n is the number of processes."""
+        place = self.processes.place
+        for number in list(sequences)[place.rank :: place.world_size]:
+            self.alive()
+            yield from score_sequences(model, questions, {number: sequences[number]})

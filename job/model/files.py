@@ -1,0 +1,276 @@
+"""The files of a model: which of them are loaded, and what they may say. Nothing here loads weights.
+
+A model's folder is a stranger's: what it names is read only from itself, what steers loading beside the model's shape
+is left out, and what describes no model is refused in words, before memory or time is spent on it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from job.common.hashing import hash_files
+from job.errors import DataError, JobError, Problem, SettingsError
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+MOST_CONFIG_BYTES = 16 << 20
+MOST_INDEX_BYTES = 256 << 20
+MOST_LAYERS = 10_000
+MOST_WIDE = 100_000_000
+"""Of any number that a shape is made of: beyond that it is no model, and building it would take for ever."""
+_LOADABLE = {"bitsandbytes"}
+"""Ways of quantizing that can be trained on as they lie there. Of others the unquantized original is asked for."""
+_STEERING = {
+    "attn_implementation",
+    "auto_map",
+    "dtype",
+    "experts_implementation",
+    "kernel_config",
+    "return_dict",
+    "torch_dtype",
+    "torchscript",
+    "use_kernels",
+}
+"""Keys of config.json that say how to load or to compute, not what the model is: the job decides that."""
+_WEIGHT_DTYPES = {"float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "auto", "half", "float"}
+_RANDOM = ("dropout", "pdrop", "layerdrop", "drop_path", "jitter")
+_NEVER_ZERO = {"num_attention_heads", "hidden_size", "n_head", "n_embd", "vocab_size"}
+_PACKED_WEIGHTS = 8
+"""A weight file of a quantized model has at most so many times fewer numbers than the model."""
+
+
+@contextmanager
+def readable(folder: Path, what: str = "holds no model that can be loaded") -> Iterator[None]:
+    """Turns whatever libraries say of a folder that holds no model, or a broken one, into an error about data.
+
+    Transformers raises nearly every built-in exception for one broken file or other. What a machine lacks is not the
+    folder's fault and passes.
+
+    Raises:
+        DataError: Anything else was raised within.
+    """
+    import torch
+
+    try:
+        yield
+    except (JobError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        first = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+        raise DataError([Problem("model.id", f"{folder} {what}: {first[:300]}")]) from error
+
+
+def read_json(path: Path, most: int) -> dict[str, Any]:
+    """A JSON object of a model's folder.
+
+    Raises:
+        DataError: It is missing, larger than `most` bytes, or no JSON object.
+    """
+
+    def wrong(why: str) -> DataError:
+        return DataError([Problem("model.id", f"{path.parent} has no {path.name} that can be read: {why}")])
+
+    try:
+        if (size := path.stat().st_size) > most:
+            raise wrong(f"it has {size} bytes, more than {most}")
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise wrong(str(error)) from error
+    if not isinstance(found, dict):
+        raise wrong("it holds no object")
+    return found
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that the weights are loaded from: `model.safetensors`, else those that its index names.
+
+    Raises:
+        DataError: There are none, or the index names one that is not a safetensors file of this folder.
+    """
+    if (whole := folder / WEIGHTS).is_file():
+        return [whole]
+    if not (folder / INDEX).is_file():
+        raise DataError([Problem("model.id", f"{folder} has no weights in safetensors ({WEIGHTS}, or {INDEX})")])
+    named = read_json(folder / INDEX, MOST_INDEX_BYTES).get("weight_map")
+    if not isinstance(named, dict) or not named or not all(isinstance(name, str) for name in named.values()):
+        raise DataError([Problem("model.id", f"{folder / INDEX} names no files of weights")])
+    problems = []
+    for name in sorted(set(named.values())):
+        if name != Path(name).name or not name.endswith(".safetensors") or "\\" in name or "\0" in name:
+            why = "is not a safetensors file of its own folder"
+        elif not (folder / name).is_file():
+            why = "is missing"
+        else:
+            continue
+        problems.append(Problem("model.id", f"{INDEX} in {folder} names {name[:200]!r}, which {why}"))
+    if problems:
+        raise DataError(problems)
+    return [folder / name for name in sorted(set(named.values()))]
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 over names and contents of the files that make the model: weights, configuration, tokenizer.
+
+    Of weights exactly those that are loaded.
+
+    Raises:
+        DataError: As `weight_files`.
+    """
+    total = hashlib.sha256()
+    kinds = {".json", ".model", ".jinja"}
+    small = [p for p in folder.iterdir() if p.suffix in kinds or p.name == "merges.txt"]
+    files = sorted({*small, *weight_files(folder)})
+    for path, sha256 in zip(files, hash_files(files), strict=True):
+        total.update(f"{path.name}\0{sha256}\n".encode())
+    return total.hexdigest()
+
+
+def read_config(folder: Path) -> Any:
+    """The model's configuration, as transformers has it, without what would steer loading, and without dropout.
+
+    The reference recipe has no dropout but LoRA's own; a base that brings some would train by another one, and a
+    router's noise likewise.
+
+    Raises:
+        DataError: config.json is missing, broken, or describes no model that could be built.
+        SettingsError: The model is not of a kind that is trained here.
+    """
+    from transformers import AutoConfig
+
+    found = read_json(folder / "config.json", MOST_CONFIG_BYTES)
+    _check_kind(folder, found)
+    _check_numbers(folder, found)
+    with readable(folder, "has a config.json that describes no model"), tempfile.TemporaryDirectory() as cleaned:
+        (Path(cleaned) / "config.json").write_text(json.dumps(_cleaned(found)), encoding="utf-8")
+        return AutoConfig.from_pretrained(cleaned, trust_remote_code=False)
+
+
+def _check_kind(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuses what can be seen to be something else than a causal language model in plain or bitsandbytes' weights."""
+    problems = []
+    if (folder / "adapter_config.json").exists():
+        problems.append("holds an adapter (adapter_config.json): give its base, or merge the two")
+    if not isinstance(config.get("model_type"), str):
+        problems.append("has a config.json without a model_type")
+    if config.get("is_encoder_decoder") is True:
+        problems.append(f"holds an encoder-decoder ({config.get('model_type')}); give a causal language model")
+    if (method := quantization_method(config)) not in {None, *_LOADABLE}:
+        problems.append(f"is quantized as {method}, which cannot be trained on; give the original, unquantized model")
+    for key in ("dtype", "torch_dtype"):
+        named = config.get(key)
+        if named is not None and not (isinstance(named, str) and named.removeprefix("torch.") in _WEIGHT_DTYPES):
+            problems.append(f"has a config.json whose {key} is no type of weights: {str(named)[:100]!r}")
+    if problems:
+        raise SettingsError([Problem("model.id", f"{folder} {problem}") for problem in problems])
+
+
+def quantization_method(config: Mapping[str, Any]) -> str | None:
+    """How a config.json says that the weights are quantized, of the whole model or of its text part."""
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict) and (said := part.get("quantization_config")):
+            method = said.get("quant_method") if isinstance(said, dict) else None
+            if method is None and isinstance(said, dict) and (said.get("load_in_4bit") or said.get("load_in_8bit")):
+                method = "bitsandbytes"
+            return str(method or "something unknown")[:50]
+    return None
+
+
+def _check_numbers(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuses shapes that no model has: building 10^12 layers would take for ever, and 0 heads end in a division."""
+    problems = []
+    for key, value in _numbers(config):
+        name = key.rsplit(".", 1)[-1]
+        if "layer" in name and name.startswith(("num_", "n_")):
+            plausible = 0 <= value <= MOST_LAYERS
+        elif name in _NEVER_ZERO:
+            plausible = 0 < value <= MOST_WIDE
+        else:
+            plausible = not name.endswith(("_size", "_dim", "_heads", "_experts")) or abs(value) <= MOST_WIDE
+        if not plausible:
+            problems.append(f"{key} is {value}")
+    if problems:
+        raise DataError([Problem("model.id", f"{folder} has a config.json of no model: {', '.join(problems[:5])}")])
+
+
+def _numbers(config: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, float]]:
+    """All numbers in it, by dotted key."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _numbers(value, f"{at}{key}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield f"{at}{key}", value
+
+
+def _cleaned(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Without steering keys, at any depth, and with every rate of dropout and noise at zero."""
+    kept: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in _STEERING or (key.startswith("_") and key.endswith(("_implementation", "_internal", "_autoset"))):
+            continue
+        if isinstance(value, dict):
+            kept[key] = _cleaned(value)
+        elif isinstance(value, float) and any(word in key for word in _RANDOM):
+            kept[key] = 0.0
+        else:
+            kept[key] = value
+    return kept
+
+
+def silence(config: Any) -> None:
+    """Sets every rate of dropout and noise in a configuration to zero: classes have defaults of their own."""
+    for part in [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]:
+        for name, value in vars(part).items() if part is not None else ():
+            if isinstance(value, float) and any(word in name for word in _RANDOM):
+                setattr(part, name, 0.0)
+
+
+def weights_held(folder: Path) -> int:
+    """How many numbers the files of weights hold, by their headers.
+
+    Raises:
+        DataError: As `weight_files`, or one of them is cut or broken.
+    """
+    from safetensors import safe_open
+
+    total = 0
+    for path in weight_files(folder):
+        with readable(folder), safe_open(path, framework="pt") as file:
+            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return total
+
+
+def build_empty(folder: Path, config: Any) -> Any:
+    """The model without weights, on the meta device: which layers it has, and how large they are.
+
+    Raises:
+        DataError: transformers cannot build it.
+        SettingsError: transformers has no causal language model of its kind.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if type(config) not in AutoModelForCausalLM._model_mapping:  # noqa: SLF001 - from_config's own question
+        what = f"holds a {config.model_type} model, of which transformers has no causal language model"
+        raise SettingsError([Problem("model.id", f"{folder} {what}")])
+    with readable(folder, "has a config.json of which no model can be built"), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, attn_implementation="eager", trust_remote_code=False)
+
+
+def check_weights(folder: Path, config: Any, empty: Any) -> None:
+    """Refuses files that hold far fewer weights than config.json describes: transformers would make up the rest.
+
+    Raises:
+        DataError: They do.
+    """
+    packed = _PACKED_WEIGHTS if getattr(config, "quantization_config", None) else 1
+    described = sum(parameter.numel() for parameter in empty.parameters())
+    if described > 2 * packed * (held := weights_held(folder)):
+        what = f"has a config.json that describes {described:,} weights, and its files hold {held:,}"
+        raise DataError([Problem("model.id", f"{folder} {what}")])

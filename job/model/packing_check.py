@@ -1,0 +1,274 @@
+"""Whether packed sequences come out right on a model, found out on the model itself before anything is computed.
+
+No list of families: a few real sequences are computed packed, one of them with a prefix that two continuations share,
+and each alone by the model's own attention. Where they agree to what the precision explains, in logits and in the
+adapter's gradient, the model is used packed. Where they do not (state of a convolution or recurrence that runs on into
+the next sequence, biases of positions, chunks), it is used one sequence at a time, which is right for every causal
+model and costs only speed. What is wrong even so is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from job import log
+from job.errors import DataError, JobError, Problem, SettingsError
+from job.model.base import PLAIN, held
+from job.model.lora import trainable
+from job.model.packed_attention import CHECKED, NAME, Segment, Unpackable, build_layout, use
+from job.records import Example, Packing
+
+SHORT = 8
+"""Examples of fewer tokens are taken where there are no others."""
+TOKENS = 48
+"""Of each sequence at most: enough for every layer to do all it does, and a fraction of a second on a GPU."""
+SAFE_ROPE = {"default", "linear", "llama3", "proportional", "yarn"}
+"""Rotary positions that do not depend on how long the longest sequence beside is."""
+
+
+_PASSING = (JobError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
+"""What a machine lacks is not the model's fault."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far two right ways may differ: relative error of a token's logits, and the share of tokens that keep to it.
+
+    In fp32 what is right differs by 10^-6 and what is wrong by 10^-3 and more. In half precision the rounding of each
+    layer (2^-11 and 2^-8) adds up over layers, and where a mixture's router rounds to another expert a token is off
+    by more; int8 also rounds what goes into each layer.
+    """
+
+    error: float
+    tokens: float
+
+
+EXACT = Agreement(1e-4, 1.0)
+HALF = {torch.float16: Agreement(0.02, 0.9), torch.bfloat16: Agreement(0.08, 0.9)}
+
+
+def _agreement(base: Any) -> Agreement:
+    return HALF[torch.bfloat16] if held(base).quantization == "int8" else HALF.get(base.dtype, EXACT)
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The summed loss of examples, as training computes it in the one way and the other."""
+
+    packed: Callable[[Sequence[Example]], torch.Tensor]
+    alone: Callable[[Example], torch.Tensor]
+
+
+def choose_packing(
+    model: Any, examples: Sequence[Example], *, max_length: int, losses: Losses | None = None
+) -> Packing:
+    """Finds out whether the model computes packed sequences right, and leaves it in the way that does.
+
+    Args:
+        model: A PEFT model over a base of `load_base`, its adapter fresh or trained.
+        examples: Real ones; a few of the first are taken, and of these the first `TOKENS` tokens.
+        max_length: No sequence that will be computed is longer.
+        losses: The gradient is compared too, where they are given.
+
+    Raises:
+        SettingsError: The model is not causal, or its own code fails on plain sequences.
+        DataError: Its logits are not finite.
+    """
+    base = model.get_base_model()
+    training = model.training
+    model.eval()
+    try:
+        found = _find_out(model, _taken(examples), max_length, losses)
+    finally:
+        model.zero_grad(set_to_none=True)
+        model.train(training)
+    use(base, NAME if found.packed else PLAIN)
+    if not found.packed:
+        log.get_logger().warning("examples go through the model one at a time, which is slower", why=found.reason)
+    return found
+
+
+def _taken(examples: Sequence[Example]) -> list[Example]:
+    """Three examples of different beginnings where there are such, cut to a few tokens."""
+    few = sorted(examples[:64], key=lambda example: len(example.input_ids) < SHORT)[:3]
+    few += [few[-1]] * (3 - len(few))
+    return [Example(e.input_ids[: TOKENS - 7 * i], e.targets[: TOKENS - 7 * i]) for i, e in enumerate(few)]
+
+
+def _find_out(model: Any, examples: Sequence[Example], max_length: int, losses: Losses | None) -> Packing:
+    base = model.get_base_model()
+    use(base, PLAIN)
+    sequences = [list(example.input_ids) for example in examples]
+    with _own_code(base):
+        alone = _reference(model, sequences)
+        gradient = None if losses is None else _gradient(model, lambda: [losses.alone(e) for e in examples])
+    if not use(base, CHECKED):
+        return Packing(packed=False, reason="its attention cannot be replaced")
+    if why := _depends_on_length(base.config, max_length):
+        return Packing(packed=False, reason=why)
+    try:
+        _packed_logits(model, [Segment(0, len(sequences[0]))], sequences[0], range(len(sequences[0])))
+        use(base, NAME)
+        to = _agreement(base)
+        error = _compare(model, sequences, alone, to)
+        if error <= to.error and losses is not None:
+            error = _worst([error, _distance(_gradient(model, lambda: [losses.packed(examples)]), gradient)])
+    except _PASSING:
+        raise
+    except Exception as failed:  # noqa: BLE001 - of a stranger's code, which was not written for this
+        said = str(failed) if isinstance(failed, Unpackable) else f"{type(failed).__name__}: {failed}"
+        return Packing(packed=False, reason=(said.splitlines() or ["it fails"])[0][:300])
+    if error > to.error:
+        return Packing(packed=False, reason=f"packed and alone it gives logits or gradients {error:.1e} apart")
+    return Packing(packed=True, reason=f"packed and alone it gives the same within {error:.0e}")
+
+
+@contextmanager
+def _own_code(base: Any) -> Iterator[None]:
+    """Says of whatever the model's own code raises on plain sequences that it is the model's."""
+    try:
+        yield
+    except _PASSING:
+        raise
+    except Exception as error:
+        first = (str(error).splitlines() or [""])[0][:300]
+        what = f"the code of {type(base).__name__} fails on a plain sequence of text: {type(error).__name__}: {first}"
+        raise SettingsError([Problem("model.id", what)]) from error
+
+
+def _reference(model: Any, sequences: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """(tokens, vocabulary) logits of each sequence alone, and of the second one's two continuations.
+
+    Raises:
+        DataError: They are not finite.
+        SettingsError: They depend on what comes after.
+    """
+    name = type(model.get_base_model()).__name__
+    first, prefix, one, other = _parts(sequences)
+    logits = [_logits(model, ids) for ids in (first, prefix + one, prefix + other)]
+    if not all(bool(found.isfinite().all()) for found in logits):
+        dtype = str(model.get_base_model().dtype).removeprefix("torch.")
+        what = f"the base's logits are not finite in {dtype}: its weights are broken, or too large for that type"
+        raise DataError([Problem("model.id", what)])
+    half = max(1, len(first) // 2)
+    to = _agreement(model.get_base_model())
+    if _worst([_token_error(_logits(model, first[:half]), logits[0][:half], to)]) > to.error:
+        what = f"{name} is no causal language model: what it says of a token depends on those behind it"
+        raise SettingsError([Problem("model.id", what)])
+    return logits
+
+
+def _parts(sequences: Sequence[Sequence[int]]) -> tuple[list[int], list[int], list[int], list[int]]:
+    """A sequence, a prefix, and two continuations of the prefix."""
+    first, second, third = map(list, sequences)
+    half = max(1, len(second) // 2)
+    one, other = second[half:] or first[-1:], third[len(third) // 2 :]
+    return first, second[:half], one, other
+
+
+def _logits(model: Any, ids: Sequence[int]) -> torch.Tensor:
+    """(tokens, vocabulary) fp32, by the model's own means: no mask, no positions, nothing kept."""
+    with torch.inference_mode():
+        logits: torch.Tensor = model(input_ids=torch.tensor([list(ids)], device=model.device)).logits[0]
+    return logits.float()
+
+
+def _packed_logits(
+    model: Any, segments: Sequence[Segment], ids: Sequence[int], positions: Sequence[int]
+) -> torch.Tensor:
+    """(tokens, vocabulary) fp32 of one packed sequence, called as the evaluation calls it."""
+    device = model.device
+    with torch.inference_mode():
+        logits: torch.Tensor = model(
+            input_ids=torch.tensor([list(ids)], device=device),
+            position_ids=torch.tensor([list(positions)], device=device),
+            layout=build_layout(segments, device),
+            logits_to_keep=torch.arange(len(ids), device=device),
+            use_cache=False,
+        ).logits[0]
+    return logits.float()
+
+
+def _compare(model: Any, sequences: Sequence[Sequence[int]], alone: Sequence[torch.Tensor], to: Agreement) -> float:
+    """The largest error of logits: packed against alone, and with another sequence in front against this one.
+
+    The second is by the same operations on numbers of the same shape, so that even in half precision hardly anything
+    but a leak from one sequence into the next makes a difference.
+    """
+    first, prefix, one, other = _parts(sequences)
+    a, b, c, d = len(first), len(prefix), len(one), len(other)
+    segments = [Segment(0, a), Segment(a, a + b), Segment(a + b, a + b + c, a, a + b)]
+    segments.append(Segment(a + b + c, a + b + c + d, a, a + b))
+    positions = [*range(a), *range(b), *range(b, b + c), *range(b, b + d)]
+    behind = [*prefix, *one, *other]
+    found = _packed_logits(model, segments, [*first, *behind], positions)
+    changed = _packed_logits(model, segments, [*first[::-1], *behind], positions)
+    shared, end = a + b, a + b + c
+    pairs = [
+        (found[:a], alone[0]),
+        (found[a:end], alone[1]),
+        (torch.cat([found[a:shared], found[end:]]), alone[2]),
+        (found[a:], changed[a:]),
+    ]
+    return _worst([_token_error(one, other, to) for one, other in pairs])
+
+
+def _worst(errors: Sequence[float]) -> float:
+    """The largest; infinity where one is NaN, which compares as neither larger nor smaller."""
+    return max(float("inf") if math.isnan(error) else error for error in errors)
+
+
+def _token_error(found: torch.Tensor, expected: torch.Tensor, to: Agreement) -> float:
+    """Relative error of a token's logits: of the worst token among those that have to keep to it.
+
+    What all entries of the vocabulary share says nothing, and is taken off.
+    """
+    if found.shape != expected.shape:
+        return float("inf")
+    spread = (expected - expected.mean(-1, keepdim=True)).norm(dim=-1).clamp(min=1e-6)
+    errors = (found - expected).norm(dim=-1) / spread
+    return float(errors.quantile(to.tokens))
+
+
+def _gradient(model: Any, losses: Callable[[], Sequence[torch.Tensor]]) -> list[torch.Tensor]:
+    """The adapter's gradient of the sum of the losses, one fp32 tensor for each of its parameters."""
+    model.zero_grad(set_to_none=True)
+    model.train()
+    for module in model.modules():  # the adapter's own dropout, which would draw anew for each
+        if isinstance(module, torch.nn.Dropout):
+            module.eval()
+    for loss in losses():
+        loss.backward()  # type: ignore[no-untyped-call]
+    found = [
+        (torch.zeros_like(p) if p.grad is None else p.grad.detach().clone()).float() for p in trainable(model).values()
+    ]
+    model.zero_grad(set_to_none=True)
+    model.eval()
+    return found
+
+
+def _distance(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor] | None) -> float:
+    """Relative error of a gradient as a whole, and of each tensor in proportion to the largest."""
+    if expected is None:
+        return 0.0
+    norm = max(float(torch.stack([e.norm() for e in expected]).norm()), 1e-12)
+    return float(torch.stack([(f - e).norm() for f, e in zip(found, expected, strict=True)]).norm()) / norm
+
+
+def _depends_on_length(config: Any, max_length: int) -> str | None:
+    """Why the positions of a sequence depend on its neighbours in a packed one; None where they do not."""
+    text = config.get_text_config(decoder=True)
+    given = getattr(text, "rope_parameters", None) or {}
+    for part in [given, *(value for value in given.values() if isinstance(value, dict))]:
+        kind = part.get("rope_type", "default")
+        owners = (part.get("original_max_position_embeddings"), getattr(text, "original_max_position_embeddings", None))
+        whole = next((length for length in owners if length), getattr(text, "max_position_embeddings", 0))
+        if kind not in SAFE_ROPE and (kind not in {"dynamic", "longrope"} or max_length > whole):
+            return f"its rotary positions ({kind}) depend on the longest sequence beside"
+    return None

@@ -1,0 +1,111 @@
+"""Where things lie: places that users name, the table of stores, and the options that stores are opened with."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
+
+from job.errors import Problem, SettingsError
+from job.storage.base import check_key
+
+if TYPE_CHECKING:
+    from typing import Self
+
+LOCAL = ""
+"""The scheme of a path."""
+BACKENDS = {LOCAL: "job.storage.local:LocalStore", "s3": "job.storage.s3:S3Store"}
+"""Scheme -> the store's class, by name: its module, and the client library with it, is imported when it is opened."""
+# Names of today's and of older buckets, and aliases of access points.
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{2,254}")
+
+
+@dataclass(frozen=True)
+class StorageOptions:
+    """How stores are reached: the settings group `storage` without `cache`. Credentials are no options.
+
+    Attributes:
+        endpoint_url: Address of another server that speaks S3's protocol; None for AWS.
+        region: AWS region; None for what the environment says.
+        kms_key_id: Key for SSE-KMS; None for the bucket's own encryption.
+        storage_class: Of uploaded files; small objects, which are rewritten and read again, stay in the standard one.
+        request_payer: Pay for requests to a requester-pays bucket.
+        timeout_seconds: How long one request, or 256 KiB of a download, may take.
+        retries: How often a request is tried at most, the first time included.
+    """
+
+    endpoint_url: str | None = None
+    region: str | None = None
+    kms_key_id: str | None = None
+    storage_class: str | None = None
+    request_payer: bool = False
+    timeout_seconds: float = 60.0
+    retries: int = 8
+
+
+def storage_options(group: object) -> StorageOptions:
+    """The options that the settings group `storage` asks for."""
+    return StorageOptions(**{field.name: getattr(group, field.name) for field in fields(StorageOptions)})
+
+
+@dataclass(frozen=True)
+class Location:
+    """A parsed place: `scheme://bucket/key`, or a path, whose scheme and bucket are empty and whose key is the path.
+
+    `folder` says that a URI ended in a slash, which means all that lies below it.
+    """
+
+    scheme: str
+    bucket: str
+    key: str
+    folder: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Parses a URI of a store in the table, or a path.
+
+        Raises:
+            SettingsError: It is empty, has another scheme, or a bucket or key that no store can have.
+        """
+        scheme, separator, rest = text.partition("://")
+        if not text or (separator and scheme not in schemes()):
+            known = " nor ".join(f"{scheme}://bucket/prefix" for scheme in schemes())
+            raise SettingsError([Problem(text or "''", f"is neither {known} nor a path")])
+        if not separator:
+            return cls(LOCAL, "", text)
+        bucket, _, key = rest.partition("/")
+        key = key.removesuffix("/")
+        if not _BUCKET.fullmatch(bucket):
+            raise SettingsError([Problem(text, f"has no valid bucket name; write {scheme}://bucket/prefix")])
+        try:
+            return cls(scheme, bucket, check_key(key) if key else "", text.endswith("/"))
+        except ValueError as error:
+            raise SettingsError([Problem(text, str(error))]) from None
+
+    @property
+    def name(self) -> str:
+        """The last part."""
+        return self.key.rpartition("/")[2] or self.bucket
+
+    @property
+    def parent(self) -> Location:
+        """The place above it in the same bucket; the bucket itself is its own parent."""
+        return replace(self, key=self.key.rpartition("/")[0], folder=False)
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self.bucket}/{self.key}".removesuffix("/") if self.scheme else self.key
+
+
+def is_remote(place: str) -> bool:
+    """Whether a place that was checked before is the URI of a store, and no path or hub id."""
+    return "://" in place
+
+
+def schemes() -> list[str]:
+    """The schemes of URIs that are understood: those of the table, but for the empty one of paths."""
+    return [scheme for scheme in BACKENDS if scheme != LOCAL]
+
+
+def join(folder: str, name: str) -> str:
+    """The place of this name below a folder that is a URI or a path."""
+    return f"{folder.rstrip('/')}/{name}"

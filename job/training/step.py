@@ -1,0 +1,215 @@
+"""One optimizer step's gradient: micro-batch by micro-batch, summed over all processes. No trainer and no TRL in it.
+
+A step is a fact: its examples come from the batch plan, its loss is the sum over all target tokens of the global batch
+divided by their number, and what is random in it (dropout) is drawn from a seed of the run's seed, the step and the
+process. So no state of a random generator has to survive a restart, and a step can be repeated.
+
+A GPU's memory may run out in it. Then the step is repeated with something given up: first what only saves time
+(`ExecutionPlan.spare`), which changes no bit; when nothing of that is left, half the token budget, in all processes.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from job.data.batch_plan import Steps, targets_of
+from job.distributed.processes import Processes
+from job.errors import JobError
+from job.log import get_logger
+from job.model.base import recompute_activations
+from job.model.fused.frozen_weights import forget_dequantized
+from job.model.packed_attention import Layout, Segment, is_packed
+from job.records import Example, ExecutionPlan
+from job.training.config import Hooks, Recipe, step_seed
+from job.training.cuda_graphs import CudaGraphs, out_of_memory
+from job.training.flat_parameters import FlatParameters
+from job.training.lm_head_loss import padded_loss
+from job.training.packing import alone_inputs, grain, longest_segment, packed_inputs, padded_sequence
+
+PackedGradient = Callable[[dict[str, Any], int], torch.Tensor]
+"""Adds a micro-batch's gradient to the parameters', and returns its part of the loss, () float32, without history.
+
+It gets what `packed_inputs` makes, or `alone_inputs` where the model is not used packed, and the target tokens of the
+whole step, by which the summed loss is divided.
+"""
+
+
+class StepAbandoned(Exception):
+    """The step in hand cannot be finished: parameters and optimizer are those of the step before, untouched.
+
+    There is no time for the rest of it, or another process has ended, which is then the cause.
+    """
+
+
+class OptimizerStep:
+    """Finds the gradient of one optimizer step after the other.
+
+    Args:
+        model: A PEFT model over a base loaded with packed attention.
+        steps: The batch plan, and which share of it is this process's.
+        parameters: The adapter. The gradient is left in `parameters.gradient`.
+        recipe: Of it, the seed and the token budget to begin with.
+        plan: How the work is carried out, to begin with.
+        hooks: Of them, `stop` and `fits`.
+        processes: Those that share the step.
+        packed_gradient: Used where the plan is not `padded`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        steps: Steps,
+        parameters: FlatParameters,
+        *,
+        recipe: Recipe,
+        plan: ExecutionPlan,
+        hooks: Hooks,
+        processes: Processes,
+        packed_gradient: PackedGradient,
+    ) -> None:
+        self.budget = recipe.micro_batch_tokens
+        """Tokens of a micro-batch, as long as memory does not run out. A resumed run sets what an earlier one had."""
+        self.plan = plan
+        self._model, self._steps, self._parameters = model, steps, parameters
+        self._seed, self._hooks, self._processes = recipe.seed, hooks, processes
+        self._packed_gradient = packed_gradient
+        self._longest = longest_segment(steps.examples, recipe.micro_batch_tokens)
+        self._graphs: CudaGraphs | None = None
+
+    def __call__(self, number: int) -> torch.Tensor:
+        """Leaves the gradient of step `number` (from 0), summed over all processes, in the flat parameters.
+
+        Returns:
+            The step's loss, () float32 on the device, without history: the mean over its target tokens.
+
+        Raises:
+            StepAbandoned: It cannot be finished.
+            RuntimeError: Memory ran out, and nothing is left to give up.
+        """
+        while True:
+            sums = None
+            try:
+                sums = self._to_sum(self._own_gradient(number))
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                longest = max(len(example.input_ids) for example in self._steps.examples)
+                if self.budget <= longest // 2 and not self.plan.spare:
+                    raise
+            try:
+                if not self._processes.agree(repeat=sums is None):
+                    self._processes.add_up(sums)
+                    return self._from_sum(sums)
+                # Where one that ran out finds nothing to give up, all of them go on with half the budget.
+                if self._processes.agree(repeat=sums is None and not self._make_room()):
+                    self.budget //= 2
+            except JobError as error:
+                raise StepAbandoned from error
+            gc.collect()  # an error that was caught holds on to what its frames had made
+            torch.cuda.empty_cache()
+
+    def release(self) -> None:
+        """Frees the CUDA graphs and their memory; they are recorded again when they are needed."""
+        self._graphs = None
+
+    def _own_gradient(self, number: int) -> torch.Tensor:
+        """This process's part of the gradient, left in the flat parameters, and of the loss, () float32."""
+        torch.manual_seed(step_seed(self._seed, number, self._processes.place.rank))
+        self._parameters.clear()
+        loss = torch.zeros((), device=self._parameters.gradient.device)
+        targets = targets_of(self._steps.of(number))
+        groups = self._steps.micro_batches(number, self.budget)
+        for done, group in enumerate(groups):
+            if self._hooks.stop() and not self._hooks.fits(1 - done / len(groups)):
+                raise StepAbandoned
+            # Added at once: what a CUDA graph returns is overwritten by its next launch.
+            loss += self._micro_batch(group, targets)
+        return loss
+
+    def _to_sum(self, loss: torch.Tensor) -> torch.Tensor:
+        """What is summed over the processes in one go, end to end: the flat gradient, and the loss as last number."""
+        alone = self._processes.place.world_size == 1
+        return loss.reshape(1) if alone else torch.cat([self._parameters.gradient, loss.reshape(1)])
+
+    def _from_sum(self, sums: Any) -> torch.Tensor:
+        """Makes the sum the gradient, and returns the loss."""
+        if self._processes.place.world_size > 1:
+            # In place: the optimizer's `.grad` and the parameters' are views of this memory.
+            self._parameters.gradient.copy_(sums[:-1])
+        loss: torch.Tensor = sums[-1]
+        return loss
+
+    def _micro_batch(self, examples: Sequence[Example], targets: int) -> torch.Tensor:
+        """Adds the gradient of the examples' summed loss divided by `targets`; returns that loss, () float32."""
+        device = self._parameters.gradient.device
+        if not is_packed(self._model):
+            parts = [self._packed_gradient(alone_inputs(example, device), targets) for example in examples]
+            return torch.stack(parts).sum()
+        if not self.plan.padded:
+            return self._packed_gradient(packed_inputs(examples, device), targets)
+        sequence = padded_sequence(examples, device)
+        # A tensor and not a number: a CUDA graph would go on with the number that it was recorded with.
+        weight = torch.tensor(1 / targets, device=device)
+        if not self.plan.recorded:
+            return self._padded_gradient(sequence.tokens, sequence.ends, weight, segments=sequence.segments)
+        graphs = self._recorded(device)
+        loss = graphs(sequence.tokens, sequence.ends, weight)
+        if not graphs.possible:
+            self.plan = self.plan.give_up("recorded")
+            self.release()
+        return loss
+
+    def _padded_gradient(
+        self, tokens: torch.Tensor, ends: torch.Tensor, weight: torch.Tensor, segments: tuple[Segment, ...] = ()
+    ) -> torch.Tensor:
+        """The same for a padded sequence. Meets what `CudaGraphs` asks of its work.
+
+        Args:
+            tokens: (3, length) int64, `PaddedSequence.tokens`.
+            ends: (segments + 1,) int32, `PaddedSequence.ends`.
+            weight: () float32: what the summed loss is multiplied by.
+            segments: For machines whose attention goes segment by segment; empty in a CUDA graph, which must not depend
+                on their number.
+        """
+        base = self._model.get_base_model()
+        ids, labels, positions = tokens.unbind()
+        # A budget that an earlier attempt had may be larger than this one's, and then the padding.
+        longest = max(self._longest, grain(ids.shape[0]))
+        layout = Layout(segments, ends, ends, None, longest, longest)
+        hidden = base.base_model(
+            input_ids=ids[None], position_ids=positions[None], layout=layout, use_cache=False
+        ).last_hidden_state[0]
+        loss = padded_loss(hidden, base.get_output_embeddings(), labels) * weight
+        loss.backward()  # type: ignore[no-untyped-call] # adds to the flat gradient in place
+        return loss.detach()
+
+    def _recorded(self, device: torch.device) -> CudaGraphs:
+        """The CUDA graphs. Where there are none, that of the largest micro-batch this process will meet is made first.
+
+        All share one pool of memory, and in that of the largest there is room for the others.
+        """
+        if self._graphs is None:
+            first = padded_sequence([Example((0,), (False,))], device)
+            weight = torch.tensor(0.0, device=device)
+            self._graphs = CudaGraphs(self._padded_gradient, (first.tokens, first.ends, weight))
+            largest = padded_sequence(self._steps.largest(self.budget), device)
+            self._graphs.prepare(largest.tokens, largest.ends, weight)
+        return self._graphs
+
+    def _make_room(self) -> bool:
+        """Gives up one thing that takes memory and only saves time; returns whether there was one."""
+        self.release()  # graphs write to fixed addresses, in memory that is freed now
+        if not self.plan.spare:
+            return False
+        name = self.plan.spare[0]
+        self.plan = self.plan.give_up(name)
+        if name == "kept_base":
+            forget_dequantized(self._model)
+        elif name == "kept_activations":
+            recompute_activations(self._model, on=True, random=not self.plan.padded)
+        get_logger().warning("the GPU's memory ran out: something is given up that only saves time", what=name)
+        return True

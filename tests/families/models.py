@@ -1,0 +1,155 @@
+"""A tiny random model of any causal family that the installed transformers knows, built from its default configuration.
+
+Numbers are made small by their names. What a family wants beside that stands in `SPECIAL`, a line each.
+"""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+VOCABULARY = 400
+SMALL: dict[str, Any] = {
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "model_dim", "embed_dim", "emb_dim"), 64),
+    **dict.fromkeys(("embedding_size", "embedding_dim", "attention_hidden_size", "word_embed_proj_dim"), 64),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "ffn_hidden_size", "d_ff", "n_inner", "dim_ff"), 128),
+    **dict.fromkeys(("decoder_ffn_dim", "encoder_ffn_dim", "feed_forward_size", "intermediate_size_mlp"), 128),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size"), 32),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers"), 4),
+    **dict.fromkeys(("num_decoder_layers", "num_encoder_layers"), 4),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"), 4),
+    **dict.fromkeys(("encoder_attention_heads", "num_decoder_attention_heads", "num_encoder_attention_heads"), 4),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "n_kv_heads"), 2),
+    **dict.fromkeys(("head_dim", "qk_nope_head_dim", "v_head_dim", "attention_head_dim", "swa_head_dim"), 16),
+    **dict.fromkeys(("qk_rope_head_dim",), 8),
+    **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "index_head_dim"), 16),
+    **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_k"), 2),
+    **dict.fromkeys(("n_group", "topk_group", "n_shared_experts"), 1),
+    **dict.fromkeys(("sliding_window", "attention_window", "window_size", "attention_chunk_size"), 16),
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "max_source_positions"), 512),
+    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "linear_num_value_heads", "linear_num_key_heads"), 4),
+    **dict.fromkeys(("mamba_d_head", "mamba_head_dim", "linear_key_head_dim", "linear_value_head_dim"), 16),
+    **dict.fromkeys(("mamba_d_state", "state_size", "ssm_state_size"), 16),
+    **dict.fromkeys(("lru_width",), 64),
+    **dict.fromkeys(("hidden_size_per_layer_input",), 16),
+    "initializer_range": 0.1,
+}
+"""Sizes by name; a name that a configuration does not have, or has as None, is left."""
+TOKENS = {"pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 1}
+
+LAYERS = 4
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16}
+_ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+_LEFT: dict[str, Any] = {"head_dim": None}
+"""For classes that have no such argument, or a property in its place."""
+SPECIAL: dict[str, dict[str, Any]] = {
+    "bamba": {**_MAMBA, "attn_layer_indices": [1, 3]},
+    "blt": {"encoder_hash_byte_group_vocab": 100, "encoder_hash_byte_group_size": [3], "cross_attn_k": 2},
+    "cohere_compass_text": {"layer_types": ["full_attention", "sliding_attention"] * 2}
+    | {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
+    "ctrl": {"dff": 128},
+    "dbrx": {"ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2}}
+    | {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4}},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "layer_types": ["full_attention", "sliding_attention"] * 2},
+    "falcon": _LEFT,
+    "falcon_h1": {**_MAMBA, "mamba_d_ssm": 128},
+    "gemma3n_text": {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    | {"activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0], "intermediate_size": [128] * 4, "laurel_rank": 8},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "granitemoehybrid": {**_MAMBA, "layer_types": ["linear_attention", "full_attention"] * 2},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16, "moe_topk": 2, "num_experts": 4},
+    "kimi_linear": {"linear_head_dim": 16, "linear_num_heads": 4, "qk_head_dim": 24},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1, "chunk_size": 16},
+    "ministral": {"head_dim": 16, "layer_types": ["full_attention", "sliding_attention"] * 2},
+    "musicgen": {},
+    "nemotron": {"num_key_value_heads": 2},
+    "prophetnet": {"num_hidden_layers": None, "num_encoder_layers": 2, "num_decoder_layers": 2},
+    "qwen4_exp_text": {"indexer_budget": 16, "indexer_compress_ratio": 4, "indexer_head_dim": 16, "indexer_n_heads": 2}
+    | {"indexer_kv_heads": 1, "ngram_vocab_size_base": 100, "hc_lowrank": 16, "ple_embed_dim": 16}
+    | {"split_ngram_parts": 1, "make_ngram_vocab_size_divisible_by": 1},
+    "reformer": {"is_decoder": True, "attn_layers": ["local", "lsh"] * 2, "axial_pos_embds_dim": [16, 48]}
+    | {"axial_pos_shape": [16, 32], "local_attn_chunk_length": 16, "lsh_attn_chunk_length": 16, "num_buckets": 4},
+    "roc_bert": {"pronunciation_embed_dim": 16, "shape_embed_dim": 16, "shape_vocab_size": 400},
+    "xlnet": {"max_position_embeddings": None, "d_inner": 128, "d_head": 16},
+    "xlstm": {"v_head_dim": None, "num_blocks": 4},
+    "zamba": {"attention_head_dim": 32, "attention_hidden_size": 128, "num_key_value_heads": 4, "mamba_dt_rank": 4}
+    | {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4, "use_mamba_kernels": False},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "attention_head_dim": 32}
+    | {"attention_hidden_size": 128, "mamba_headdim": 16, "n_mamba_heads": 8, "chunk_size": 16, "adapter_rank": 8}
+    | {"num_key_value_heads": 4, "kv_channels": 16, "num_query_groups": 4, "hybrid_layer_ids": [1, 3]},
+    "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16, "layer_types": ["hybrid"] * 4},
+}
+"""What a family wants beside small numbers; None leaves an argument out."""
+ONE_BY_LAYER = {"gemma4_text", "gemma4_unified_text", "dots3_note_text"}
+"""Their shapes are given layer by layer."""
+
+
+def tiny_config(model_type: str) -> Any:
+    """The family's configuration, small."""
+    from transformers import CONFIG_MAPPING
+
+    kind = CONFIG_MAPPING[model_type]
+    given = _shrunk(kind, model_type)
+    return kind(**given)
+
+
+def _shrunk(kind: Any, model_type: str) -> dict[str, Any]:
+    """Arguments of a configuration class that make it small, its sub-configurations within."""
+    defaults = kind()
+    given: dict[str, Any] = {}
+    for name, small in SMALL.items():
+        real = kind.attribute_map.get(name, name) if hasattr(kind, "attribute_map") else name
+        value = _value(defaults, name)
+        if name in getattr(kind, "attribute_map", {}) and real in SMALL:
+            continue
+        if isinstance(value, int | float) and not isinstance(value, bool) and value:
+            given[name] = small
+    given |= {name: token for name, token in TOKENS.items() if hasattr(defaults, name)}
+    for name in getattr(kind, "sub_configs", None) or {}:
+        part = getattr(defaults, name, None)
+        if part is not None:
+            given[name] = _shrunk(type(part), part.model_type)
+    for name in ("layer_types", "mlp_layer_types", "layers_block_type"):
+        if kinds := list(dict.fromkeys(_value(defaults, name) or [])):
+            given[name] = [kinds[layer % len(kinds)] for layer in range(LAYERS)]
+    given |= SPECIAL.get(model_type, {})
+    renamed = getattr(kind, "attribute_map", {})
+    computed = {n for n in given if isinstance(inspect.getattr_static(kind, renamed.get(n, n), None), property)}
+    return {name: value for name, value in given.items() if value is not None and name not in computed}
+
+
+def _value(config: Any, name: str) -> Any:
+    """An attribute; None where it is not there, or another one in each layer."""
+    try:
+        return getattr(config, name, None)
+    except Exception:  # noqa: BLE001 - of a stranger's property
+        return None
+
+
+def make_model(model_type: str, folder: Path, **changes: Any) -> None:
+    """Writes a random model of the family."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = tiny_config(model_type)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    with torch.no_grad():  # some classes begin with zeros or equal numbers, under which errors hide
+        for parameter in model.parameters():
+            if parameter.ndim == 1 and float(parameter.float().std(correction=0)) == 0:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+
+
+def families() -> list[str]:
+    """All types of models of which the installed transformers has a causal language model."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)

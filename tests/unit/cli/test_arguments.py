@@ -1,0 +1,72 @@
+"""The table of commands, and the help that follows from it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from job.cli.arguments import COMMANDS, command_help
+from job.cli.main import _FUNCTIONS, USAGE, main
+from job.settings.schema import NAMES, READING
+from job.settings.sources import environment_name
+
+ROOT = Path(__file__).parents[3]
+
+
+def job(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command in a bare environment."""
+    return subprocess.run(
+        [sys.executable, "-m", "job", *words],
+        env={"PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_every_command_has_a_function_and_a_description() -> None:
+    """The table and the functions name the same commands."""
+    assert _FUNCTIONS.keys() == COMMANDS.keys()
+    assert all(command.summary in USAGE for command in COMMANDS.values())
+
+
+@pytest.mark.parametrize("word", ["--help", "-h"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command(command: str, word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit 0, the command's own arguments and each setting that it takes, with the variable."""
+    assert main([command, word]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    assert shown.out.startswith(f"usage: qlora-job {command}")
+    assert all(argument.name in shown.out for argument in COMMANDS[command].arguments)
+    taken = {"all": set(NAMES), "reading": READING, "none": set()}[COMMANDS[command].settings]
+    # Lines are wrapped, so that the variable may stand on the next one.
+    assert {name for name in NAMES if f"--{name} " in shown.out} == taken
+    assert {name for name in NAMES if f"{environment_name(name)}]" in shown.out} == taken
+
+
+def test_help_is_asked_for_anywhere() -> None:
+    """After other words, without a command, and whatever else is wrong."""
+    done = job("--train.epochs=0", "--help", JOB_TYPO="1")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--train.epochs int" in done.stdout
+
+
+def test_help_shows_documentation_and_default() -> None:
+    """They are the field's own."""
+    shown = " ".join(command_help("run").split())
+    assert "--train.warmup_steps int Steps in which the learning rate rises to its peak. (default: 5)" in shown
+
+
+def test_variables_of_a_ci_server_are_one_note() -> None:
+    """Jenkins' variables do not stop a job; a misspelt setting beside them does."""
+    jenkins = {"JOB_NAME": "nightly", "JOB_URL": "http://ci/job/nightly", "JOB_LOG__FORMAT": "json"}
+    done = job("config", **jenkins)
+    assert done.returncode == 0
+    [line] = done.stderr.splitlines()
+    assert '"JOB_NAME", "JOB_URL"' in line
+    assert "nightly" not in line
+    assert job("config", **jenkins, JOB_TYPO="1").returncode == 2

@@ -1,0 +1,200 @@
+"""The scorer: usable with a model and a list of questions, with cached scores, and shared out over processes."""
+
+from __future__ import annotations
+
+import doctest
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import grimp
+import pytest
+
+from job.distributed.ranks import Place
+from job.errors import JobError
+from job.evaluation import score_cache, scorer
+from job.evaluation.parallel_scoring import ParallelScoring
+from job.evaluation.score_cache import ScoreCache, score_conditions
+from job.evaluation.scorer import Scores, score_questions, score_sequences
+from job.records import Question
+from job.stages import pull
+from job.storage.local import LocalStore
+from tests.helpers import fill_adapter, make_model
+
+QUESTIONS = [Question((0, 5, 6), ((7,), (8, 9))), Question((0, 4, 9, 3), ((7, 8), (10, 11, 12), (3,)))]
+
+
+@pytest.fixture(scope="module")
+def model(base_folder: Path) -> Any:
+    """The tiny model with an adapter."""
+    return fill_adapter(make_model(base_folder))
+
+
+def test_a_model_and_two_questions_are_enough(model: Any) -> None:
+    """No store, no attempt, no lm-eval: each choice gets its log-likelihood, which is at most 0, in order."""
+    scores = score_questions(model, QUESTIONS)
+    assert [len(choices) for choices in scores] == [2, 3]
+    assert all(-100 < choice.log_likelihood < 0 for choices in scores for choice in choices)
+
+
+def test_the_example_in_the_docstring_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the module shows can be pasted into a REPL at the root of the repository."""
+    monkeypatch.chdir(Path(scorer.__file__).parents[2])
+    failed, tried = doctest.testmod(scorer, optionflags=doctest.ELLIPSIS)
+    assert (failed, tried > 6) == (0, True)
+
+
+def test_scores_that_are_not_finite_are_refused(base_folder: Path) -> None:
+    """A model that diverged ends the evaluation: NaN has a largest choice too."""
+    diverged = fill_adapter(make_model(base_folder), scale=float("nan"))
+    with pytest.raises(JobError, match=r"diverged.*JOB_TRAIN__LEARNING_RATE"):
+        score_questions(diverged, QUESTIONS)
+
+
+def counted(calls: list[int]) -> Callable[..., Iterator[tuple[int, Scores]]]:
+    """`score_sequences` that notes which sequences it was asked for."""
+
+    def score(model: Any, questions: list[Question], sequences: Mapping[int, range]) -> Iterator[tuple[int, Scores]]:
+        calls.extend(sequences)
+        return score_sequences(model, questions, sequences)
+
+    return score
+
+
+def test_cached_scores_are_not_computed_again(model: Any, tmp_path: Path) -> None:
+    """The same questions and conditions: same bits from the cache; other conditions: computed."""
+    store, calls, progress = LocalStore(tmp_path), [], []
+    score = counted(calls)
+
+    def cached(run: str, **conditions: str) -> tuple[Scores, str | None]:
+        cache = ScoreCache(store, "scores", run, conditions)
+        scores = score_questions(model, QUESTIONS, 1, cache=cache, score=score, on_progress=progress.append)
+        return scores, cache.reused_from
+
+    first, from_first = cached("one")
+    assert (calls, progress, from_first) == ([0, 1], [0, 1, 2], None)
+    again, from_again = cached("one")
+    assert (again, calls, from_again) == (first, [0, 1], None)  # its own: resumed, not reused
+    other, from_other = cached("two")
+    assert (other, calls) == (first, [0, 1])
+    assert from_other is not None
+    assert from_other.endswith(" (run one)")
+    cached("two", adapter="another")
+    assert calls == [0, 1, 0, 1]
+
+
+def test_what_was_scored_before_an_error_is_kept(model: Any, tmp_path: Path) -> None:
+    """A request to stop between two sequences loses neither."""
+    store, calls = LocalStore(tmp_path), []
+
+    def stopped(model: Any, questions: list[Question], sequences: Mapping[int, range]) -> Iterator[tuple[int, Scores]]:
+        yield next(score_sequences(model, questions, sequences))
+        raise JobError("stop")
+
+    with pytest.raises(JobError, match="stop"):
+        score_questions(model, QUESTIONS, 1, cache=ScoreCache(store, "scores", "one", {}), score=stopped)
+    score_questions(model, QUESTIONS, 1, cache=ScoreCache(store, "scores", "one", {}), score=counted(calls))
+    assert calls == [1]
+
+
+@pytest.mark.parametrize("damage", [b"no scores\n", b""])
+def test_damaged_scores_are_computed_again(model: Any, tmp_path: Path, damage: bytes) -> None:
+    """A file that does not match its name is never used."""
+    store, calls = LocalStore(tmp_path), []
+    first = score_questions(model, QUESTIONS, 1, cache=ScoreCache(store, "scores", "one", {}))
+    (key,) = [info.key for info in store.list("scores/")]
+    store.write(key, damage)
+    assert (
+        score_questions(model, QUESTIONS, 1, cache=ScoreCache(store, "scores", "one", {}), score=counted(calls))
+        == first
+    )
+    assert calls == [0, 1]
+
+
+class Peers:
+    """Two processes as the first of them sees them; the second has answered before it is asked."""
+
+    place = Place(rank=0, world_size=2)
+
+    def __init__(self, answers: list[Any]) -> None:
+        self.answers, self.shared = answers, []
+
+    def share(self, _what: str, value: Callable[[], Any]) -> Any:
+        """Notes what process 0 tells the other."""
+        self.shared.append(value())
+        return self.shared[-1]
+
+    def receive(self) -> list[Any]:
+        """One answer a call, after a call without any."""
+        return [self.answers.pop()] if self.answers else []
+
+
+class Helper:
+    """The second process: it is told the work, and then that there is no more."""
+
+    place = Place(rank=1, world_size=2)
+
+    def __init__(self, told: list[str]) -> None:
+        self.told, self.sent = [*told, ""], []
+
+    def share(self, _what: str, _value: Callable[[], Any]) -> Any:
+        """What process 0 tells."""
+        return self.told.pop(0)
+
+    def send(self, value: Any) -> None:
+        """Notes what process 0 would get."""
+        self.sent.append(value)
+
+
+def test_processes_share_the_sequences(model: Any) -> None:
+    """Each scores its own half, and process 0 returns what one process alone would."""
+    alone = score_questions(model, QUESTIONS, 1)
+    first = Peers([])
+    work = ParallelScoring(first, lambda **_: None).score(model, QUESTIONS, {0: range(1), 1: range(1, 2)})
+    assert next(work) == (0, alone[:1])
+    second = Helper(first.shared)
+    ParallelScoring(second, lambda **_: None).help(model)
+    assert [number for number, _ in second.sent] == [1]
+    both = Peers(second.sent)
+    assert score_questions(model, QUESTIONS, 1, score=ParallelScoring(both, lambda **_: None).score) == alone
+
+
+def closure(*roots: str) -> set[str]:
+    """The modules of the job that these import, directly or not, themselves included; imports in functions count."""
+    graph, found, left = grimp.build_graph("job", cache_dir=None), set(), list(roots)
+    while left:
+        module = left.pop()
+        if module not in found:
+            found.add(module)
+            left += graph.find_modules_directly_imported_by(module)
+    return found
+
+
+CARRY_VALUES = {"job.records", "job.errors", "job.log", "job.common.hashing"}
+"""Frozen dataclasses without behaviour, messages, and hashes of files: none of them takes part in a computation."""
+
+
+def test_the_key_of_scores_covers_all_code_that_decides_them() -> None:
+    """A module that scoring or the forward pass starts to import has to join the list, or scores would be stale."""
+    roots = ("job.evaluation.scoring", "job.model.base", "job.model.lora", "job.model.fused.frozen_weights")
+    assert list(score_cache.CODE) == sorted(closure(*roots, "job.model.fused.lora_forward") - CARRY_VALUES)
+
+
+def test_the_key_of_a_quantized_base_covers_all_code_that_decides_its_bits() -> None:
+    """The same for the cached quantized base; what only moves and checks its files does not count."""
+    found = closure("job.model.base", "job.model.quantized_cache.cache") - CARRY_VALUES
+    found -= {
+        "job.model.lora",
+        "job.model.packed_attention",
+    }  # they work on the loaded base, and change no weight of it
+    assert list(pull.CODE) == sorted(
+        module for module in found if not module.startswith(("job.storage.", "job.common."))
+    )
+
+
+def test_the_conditions_of_a_score(tmp_path: Path) -> None:
+    """What the caller says of the model, and machine, software and code."""
+    found = score_conditions({"adapter": ["0"]})
+    assert found["adapter"] == ["0"]
+    assert {"software", "cpu", "gpus", "driver"} <= found.keys()
+    assert len(found["code"]) == len(score_cache.CODE)

@@ -1,0 +1,74 @@
+"""The schema: what every setting says about itself."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import BaseModel
+
+from job.settings.affects_result import affects_result, decisive_settings, plain_values
+from job.settings.load import Settings, load_settings
+from job.settings.markers import (
+    BelongsTo,
+    ResultEffect,
+    RevisionOf,
+    SageMakerChannel,
+    find_markers,
+    setting_names,
+)
+from job.settings.presets import PRESETS
+from job.settings.schema import NAMES, READING
+
+
+def own_markers(name: str) -> list[object]:
+    """The markers on the field itself, without those of its group."""
+    group, _, key = name.partition(".")
+    field = Settings.model_fields[group]
+    if key:
+        assert isinstance(field.annotation, type)
+        assert issubclass(field.annotation, BaseModel)
+        field = field.annotation.model_fields[key]
+    return list(field.metadata)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_setting_says_whether_it_affects_the_result(name: str) -> None:
+    """Exactly once, at the field: what a resumed run must have in common is never decided by accident."""
+    assert sum(isinstance(marker, ResultEffect) for marker in own_markers(name)) == 1
+
+
+def test_which_settings_decide_the_result() -> None:
+    """Model, data, recipe and questions do; where files go, how much memory is used and what is logged does not."""
+    assert all(map(affects_result, ["model.id", "data.limit", "train.learning_rate", "eval.tasks", "run.seed"]))
+    assert not any(
+        map(affects_result, ["run.id", "storage.region", "train.micro_batch_tokens", "gate.metric", "preset"])
+    )
+    settings = load_settings(["--run.id=a"], {})
+    decisive = decisive_settings(settings)
+    assert decisive.keys() == {name for name in NAMES if affects_result(name)}
+    assert decisive.items() <= plain_values(settings).items()
+
+
+def test_markers_name_settings() -> None:
+    """A setting that another one refers to is there."""
+    subjects = {m.subject for kind in (BelongsTo, RevisionOf) for m in find_markers(Settings, kind).values()}
+    assert subjects == {"model.id", "data.source"}
+    assert subjects <= set(NAMES)
+
+
+def test_channels_of_sagemaker() -> None:
+    """Each of the documented channels stands for one setting."""
+    channels = {marker.name: name for name, marker in find_markers(Settings, SageMakerChannel).items()}
+    assert channels == {"training": "data.source", "model": "model.id", "evaluation": "eval.data"}
+
+
+def test_a_marker_of_a_group_holds_for_its_settings() -> None:
+    """And for no other."""
+    assert {name.partition(".")[0] for name in READING} == {"storage", "log"}
+    assert len(READING) == sum(name.startswith(("storage.", "log.")) for name in NAMES)
+
+
+def test_presets_give_settings() -> None:
+    """A name that is none would be ignored by nobody's fault but ours."""
+    for values in PRESETS.values():
+        assert values.keys() <= set(NAMES)
+    assert setting_names(Settings) == NAMES

@@ -1,0 +1,145 @@
+"""The optimizer step by itself: no trainer, no TRL."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+from job.data.batch_plan import Steps
+from job.distributed.processes import ALONE
+from job.model.lora import trainable
+from job.records import PEFT, ExecutionPlan
+from job.training.config import Hooks, Recipe
+from job.training.flat_parameters import FlatParameters
+from job.training.packing import IGNORED
+from job.training.step import OptimizerStep, StepAbandoned
+from tests.helpers import fill_adapter, make_examples, make_model
+
+ROOT = Path(__file__).parents[3]
+EXAMPLES = make_examples(16, prompt=0.5)
+PLAN = ExecutionPlan(kept_base=False, kept_activations=True, recorded=False, reason="a test", forward=PEFT)
+RECIPE = Recipe(
+    seed=3,
+    total_steps=2,
+    learning_rate=1e-3,
+    scheduler="linear",
+    warmup_steps=0,
+    weight_decay=0.0,
+    max_grad_norm=1.0,
+    global_batch_size=8,
+    micro_batch_tokens=10_000,
+    optimizer="adamw_torch",
+    save_every_steps=10,
+)
+
+
+def make_step(
+    model: Any,
+    budget: int,
+    *,
+    fail: Callable[[], None] = lambda: None,
+    stop: Callable[[], bool] = lambda: False,
+    fits: Callable[[float], bool] = lambda _: True,
+) -> tuple[OptimizerStep, FlatParameters]:
+    """A step whose loss is the plain one, of all logits."""
+
+    def gradient(inputs: dict[str, Any], targets: int) -> torch.Tensor:
+        fail()
+        labels = inputs.pop("labels")
+        logits = model(**inputs, use_cache=False).logits[0, :-1]
+        loss = functional.cross_entropy(logits, labels[0, 1:], reduction="sum", ignore_index=IGNORED) / targets
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    parameters = FlatParameters(trainable(model).values(), 256)
+    step = OptimizerStep(
+        model,
+        Steps(EXAMPLES, RECIPE.seed, RECIPE.global_batch_size, RECIPE.total_steps),
+        parameters,
+        recipe=Recipe(**{**vars(RECIPE), "micro_batch_tokens": budget}),
+        plan=PLAN,
+        hooks=Hooks(lambda _: None, lambda *_: None, stop, fits),
+        processes=ALONE,
+        packed_gradient=gradient,
+    )
+    return step, parameters
+
+
+@pytest.fixture(scope="module")
+def model(base_folder: Path) -> Any:
+    """The tiny base with an adapter, in training."""
+    return fill_adapter(make_model(base_folder)).train()
+
+
+def test_a_step_does_not_depend_on_its_micro_batches(model: Any) -> None:
+    """Loss and gradient are the same whatever the budget, and each step starts from a gradient of zero."""
+    found = {}
+    for budget in (10_000, 60):
+        step, parameters = make_step(model, budget)
+        for number in (0, 1):
+            loss = float(step(number))
+            found[budget, number] = loss, parameters.gradient.clone()
+    for number in (0, 1):
+        (one, other) = (found[budget, number] for budget in (10_000, 60))
+        assert one[0] == pytest.approx(other[0], rel=1e-6)
+        torch.testing.assert_close(one[1], other[1], rtol=1e-4, atol=1e-7)
+    assert found[60, 0][0] != found[60, 1][0]
+
+
+def test_a_full_memory_halves_the_budget_and_repeats_the_step(model: Any) -> None:
+    """What the failed try has added is not counted; the budget stays what it came to."""
+    calm, parameters = make_step(model, 100)
+    loss, gradient = float(calm(0)), parameters.gradient.clone()
+    calls: list[int] = []
+
+    def fail() -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    shaken, parameters = make_step(model, 100, fail=fail)
+    assert float(shaken(0)) == pytest.approx(loss, rel=1e-6)
+    torch.testing.assert_close(parameters.gradient, gradient, rtol=1e-4, atol=1e-7)
+    assert (calm.budget, shaken.budget) == (100, 50)
+
+
+def test_an_error_that_is_not_of_memory_gets_out(model: Any) -> None:
+    """It is not repeated."""
+
+    def fail() -> None:
+        raise RuntimeError("shapes do not match")
+
+    step, _ = make_step(model, 100, fail=fail)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        step(0)
+
+
+def test_a_step_for_which_there_is_no_time_is_abandoned(model: Any) -> None:
+    """Between two micro-batches it is asked whether the share that is left still fits."""
+    asked: list[float] = []
+
+    def fits(share: float) -> bool:
+        asked.append(share)
+        return len(asked) < 3
+
+    step, _ = make_step(model, 60, stop=lambda: True, fits=fits)
+    with pytest.raises(StepAbandoned):
+        step(0)
+    assert asked[0] == 1
+    assert asked == sorted(asked, reverse=True)
+    assert len(set(asked)) == 3
+
+
+def test_it_knows_no_trl() -> None:
+    """Neither TRL nor transformers' Trainer is imported with it."""
+    names = {"trl", "transformers.trainer"}
+    code = f"import sys, job.training.step; sys.exit(str(sys.modules.keys() & {names}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == "set()"
