@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from job import log
-from job.data.chat_template import Template, open_template
-from job.data.formats import UNREADABLE, RowError, Rows, find_files, has_known_suffix, read_rows
-from job.data.hub_dataset import open_dataset
+from job.data.chat_template import Template, open_template, uses_date
+from job.data.formats import UNREADABLE, RowError, Rows, find_files, read_rows
+from job.data.hub_dataset import is_hub_id, open_dataset
 from job.data.schemas import REQUIRED, Rendered, Schema, check_row, detect_schema, render, texts_of
 from job.data.tokenization import Encoded, LossOn, encode
 from job.errors import MAX_SHOWN, DataError, Problem, SettingsError
@@ -23,7 +23,6 @@ from job.records import DatasetRecord, Example
 
 OnBadRow = Literal["error", "skip"]
 
-_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _ALIVE_SECONDS = 0.5
 
 
@@ -88,6 +87,8 @@ def load_examples(
     ends: Counter[int | None] = Counter()
     unused: Counter[str] = Counter()
     digest = sha256(b"examples 1\0")
+    if templated and uses_date(tokenizer):
+        log.get_logger().info("the chat template can write the date; JOB_DATA__DATE sets it", date=date or "today")
     with open_template(tokenizer, date, alive) if templated else nullcontext() as template:
         texts = _render_all(rows, schema, template, control, find_turns=loss_on == "completion")
         for item in encode(
@@ -140,11 +141,6 @@ def check_source(source: str, revision: str | None, split: str) -> None:
         require_revision(revision)
     else:
         find_files(source, split)
-
-
-def is_hub_id(source: str) -> bool:
-    """Whether a source that is no URI means a data set of the hub: it looks like an id, and is no file here."""
-    return bool(_HUB_ID.fullmatch(source)) and not has_known_suffix(source) and not Path(source).exists()
 
 
 def require_revision(revision: str | None) -> str:

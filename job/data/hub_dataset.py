@@ -2,9 +2,32 @@
 
 from __future__ import annotations
 
-from job.data.formats import Row, Rows
+import re
+from pathlib import Path
+
+from job.data.formats import Row, Rows, has_known_suffix
 from job.errors import Unreachable
 from job.storage.hub import hub_errors
+
+_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+
+
+def check_hub_dataset(source: str, revision: str | None) -> None:
+    """Asks the hub whether a data set has the revision, if the source is one of the hub; nothing is fetched.
+
+    Raises:
+        Unreachable, AccessDenied, DataError: As `open_dataset`.
+    """
+    from huggingface_hub import HfApi
+
+    if is_hub_id(source):
+        with hub_errors(f"data set {source}"):
+            HfApi().resolve_revision(source, repo_type="dataset", revision=revision)
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a source that is no URI means a data set of the hub: it looks like an id, and is no file here."""
+    return bool(_HUB_ID.fullmatch(source)) and not has_known_suffix(source) and not Path(source).exists()
 
 
 def open_dataset(source: str, revision: str, split: str, name: str) -> tuple[str, Rows]:

@@ -17,7 +17,8 @@ from typing import Any, Literal, TypeVar
 from uuid import uuid4
 
 from job.common import formatting
-from job.data.dataset import is_hub_id, load_examples, require_revision
+from job.data.dataset import load_examples, require_revision
+from job.data.hub_dataset import is_hub_id
 from job.errors import DataError, JobError, Problem, SettingsError, Unreachable
 from job.evaluation.tasks import check_tasks, count_questions, load_tasks
 from job.model.architecture import Architecture, read_config

@@ -29,6 +29,7 @@ from job.common.optimizers import OptimizerName
 from job.settings.field_types import (
     Count,
     CountOrAuto,
+    Day,
     Digest,
     Endpoint,
     Flag,
@@ -165,6 +166,8 @@ class Data(Group):
     """Schema of a row; `auto` detects it."""
     on_bad_row: AffectsResult[Literal["error", "skip"]] = "error"
     """What a bad row does: end the job before it begins, or be counted and left out."""
+    date: AffectsResult[Maybe[Day]] = None
+    """What a chat template that asks is told is today, YYYY-MM-DD; empty: the day (UTC) of the run's first attempt."""
 
 
 class Train(Group):
