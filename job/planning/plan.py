@@ -123,6 +123,7 @@ def _look(settings: Settings, folder: Path) -> _Seen:
             schema=None if s.data.format == "auto" else s.data.format,
             on_bad_row=s.data.on_bad_row,
             loss_on=s.train.loss_on,
+            date=s.data.date,
             **where,
         ),
     )

@@ -227,6 +227,8 @@ class Eval(Group):
     """Questions of each task, at least 2; empty for all."""
     data: AffectsResult[Annotated[Locations, SageMakerChannel("evaluation")]] = Field(default_factory=dict)
     """Questions from files instead of the hub, `task=path,task2=s3://...` or JSON; each file in its task's schema."""
+    long_questions: AffectsResult[Literal["error", "cut"]] = "error"
+    """A question of more than `train.max_length` tokens: ends the job, or loses its beginning, as lm-eval has it."""
     batch_tokens: ExecutionOnly[Count] = 8192
     """Tokens scored in one forward pass."""
 

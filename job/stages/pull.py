@@ -24,7 +24,7 @@ from job.data.dataset import check_source, load_examples
 from job.data.formats import find_file
 from job.data.hub_dataset import check_hub_dataset
 from job.errors import DataError, JobError, Preempted, Problem
-from job.evaluation.tasks import Tasks, load_tasks
+from job.evaluation.tasks import Tasks, check_lengths, load_tasks
 from job.model.base import check_positions, choose_device, choose_dtype, load_tokenizer
 from job.model.files import build_empty, fingerprint, read_config
 from job.model.lora import check_targets
@@ -134,6 +134,14 @@ def _pull(attempt: Attempt, settings: Settings, storage: StorageOptions, date: s
         if missing:
             _check_model(folder, settings)
             check_hub_dataset(settings.data.source, settings.data.revision)
+        check_lengths(
+            tasks,
+            tokenizer,
+            limit=settings.eval.limit,
+            max_length=settings.train.max_length,
+            cut=settings.eval.long_questions == "cut",
+            vocabulary=_vocabulary(folder),
+        )
         checked.set_result(None)
 
         def alive() -> None:
