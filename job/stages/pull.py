@@ -219,8 +219,8 @@ def _check_model(folder: Path, settings: Settings) -> None:
     """
     config = read_config(folder)
     check_positions(config, settings.train.max_length)
-    if settings.lora.target_modules is not None:
-        check_targets(build_empty(folder, config), settings.lora.target_modules)
+    if (targets := settings.lora.target_modules) != "auto":
+        check_targets(build_empty(folder, config), targets)
 
 
 def _read_rows(settings: Settings, source: str, tokenizer: Any, **how: Any) -> tuple[list[Example], DatasetRecord]:

@@ -141,9 +141,9 @@ class Hub(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving() -> Iterator[str]:
+def serving(hub: type[BaseHTTPRequestHandler] = Hub) -> Iterator[str]:
     """The address of a hub that runs meanwhile."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"
