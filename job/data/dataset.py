@@ -76,7 +76,7 @@ def load_examples(
         AccessDenied: The hub refused.
     """
     name = name or source
-    commit, chosen, rows = _open(source, revision, split, name)
+    commit, chosen, rows = _open(source, revision, split, name, alive)
     rows = _watched(rows, alive)
     findings = _Findings(on_bad_row)
     schema, rows = _settle_schema(rows, schema, findings, name)
@@ -252,10 +252,12 @@ def _check_ends(ends: Counter[int | None], tokenizer: Any, name: str) -> None:
     )
 
 
-def _open(source: str, revision: str | None, split: str, name: str) -> tuple[str | None, bool, Rows]:
+def _open(
+    source: str, revision: str | None, split: str, name: str, alive: Callable[[], None]
+) -> tuple[str | None, bool, Rows]:
     """The commit (None for files), whether the split chose the files, and the rows of a source."""
     if is_hub_id(source):
-        commit, rows = open_dataset(source, require_revision(revision), split, name)
+        commit, rows = open_dataset(source, require_revision(revision), split, name, alive)
         return commit, True, rows
     files, chosen = find_files(source, split)
     # A file found in a directory is named by its place in it.
