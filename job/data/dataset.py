@@ -14,9 +14,10 @@ from typing import Any, Literal
 
 from job import log
 from job.data.chat_template import Template, open_template, uses_date
+from job.data.fields import Rendered
 from job.data.formats import UNREADABLE, RowError, Rows, find_files, read_rows
 from job.data.hub_dataset import is_hub_id, open_dataset
-from job.data.schemas import REQUIRED, Rendered, Schema, check_row, detect_schema, render, texts_of
+from job.data.schemas import REQUIRED, Schema, check_row, detect_schema, render, texts_of
 from job.data.tokenization import Encoded, LossOn, encode
 from job.errors import MAX_SHOWN, DataError, Problem, SettingsError
 from job.records import DatasetRecord, Example

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
 
+from job.data.fields import Rendered
 from job.data.formats import RowError
-from job.data.schemas import Rendered
 from job.records import Example
 
 LossOn = Literal["all", "completion"]

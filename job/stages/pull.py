@@ -44,8 +44,8 @@ from job.storage.open import ObjectStore, StorageOptions, fetch, open_store, siz
 
 CODE = ("job.model.base", "job.model.files", "job.model.quantized_cache.cache", "job.model.quantized_cache.layout")
 """Modules whose code decides the bits of a quantized base."""
-_LOOK_SECONDS = 0.5
-_FAREWELL_SECONDS = 3.0
+_POLL_SECONDS = 0.5
+_CLEANUP_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,13 @@ class _Model:
     folder: Path
     revision: str | None
     sha256: str
-    shelf: CacheEntry | None
+    cache_entry: CacheEntry | None
     quantized: bool
 
 
 @dataclass(frozen=True)
-class _Left:
-    """What the first process of a machine leaves for the others: paths, and what it found out."""
+class _Shared:
+    """What the first process of a machine writes for the others: paths, and the record of the pull."""
 
     record: Pulled
     folder: str
@@ -70,7 +70,15 @@ class _Left:
 
 
 def pull(attempt: Attempt, settings: Settings, storage: StorageOptions) -> Sources:
-    """Pulls everything, once a machine; `storage` says how to reach stores."""
+    """Fetches and checks everything, in the first process of each machine; `storage` says how to reach stores.
+
+    What can be known without the model's weights is checked before these are fetched; rows are read meanwhile.
+
+    Raises:
+        DataError, SettingsError: The data, the questions, the model or the settings cannot be used.
+        Unreachable, AccessDenied: The hub or a store does not serve.
+        Preempted: The job has to end.
+    """
     processes = attempt.processes
     date = processes.share("date of the run", lambda: settings.data.date or _date(attempt))
     if processes.place.local_world_size == 1:
@@ -78,31 +86,31 @@ def pull(attempt: Attempt, settings: Settings, storage: StorageOptions) -> Sourc
     if processes.place.local_rank:
         import_libraries()  # meanwhile
     sources = _pull(attempt, settings, storage, date) if processes.place.local_rank == 0 else None
-    left = processes.share_on_machine("sources", lambda: _leave(sources, attempt.work) if sources else None)
-    return sources or _take_over(TypeAdapter(_Left).validate_json(left or ""))
+    shared = processes.share_on_machine("sources", lambda: _write_shared(sources, attempt.work) if sources else None)
+    return sources or _read_shared(TypeAdapter(_Shared).validate_json(shared or ""))
 
 
 def _date(attempt: Attempt) -> str:
     """The day on which the run began: chat templates that write the date write this one, in every attempt.
 
-    The ledger has it from the first second of the first attempt.
+    The run log has it from the first second of the first attempt.
     """
     return min([attempt.started, *(record.started for record in attempt.earlier)])[: len("2026-01-31")]
 
 
-def _leave(sources: Sources, work: Path) -> str:
+def _write_shared(sources: Sources, work: Path) -> str:
     examples = work / "examples.json"
     with disk_errors(f"cannot write {examples}"):
         examples.write_bytes(TypeAdapter(list[Example]).dump_json(sources.examples))
-    left = _Left(sources.record, str(sources.folder.absolute()), sources.quantized, str(examples.absolute()))
-    return TypeAdapter(_Left).dump_json(left).decode()
+    shared = _Shared(sources.record, str(sources.folder.absolute()), sources.quantized, str(examples.absolute()))
+    return TypeAdapter(_Shared).dump_json(shared).decode()
 
 
-def _take_over(left: _Left) -> Sources:
-    folder = Path(left.folder)
-    examples = TypeAdapter(list[Example]).validate_json(Path(left.examples).read_bytes())
+def _read_shared(shared: _Shared) -> Sources:
+    folder = Path(shared.folder)
+    examples = TypeAdapter(list[Example]).validate_json(Path(shared.examples).read_bytes())
     return Sources(
-        left.record, folder, left.quantized, load_tokenizer(folder), examples, tasks=None, baseline=None, shelf=None
+        shared.record, folder, shared.quantized, load_tokenizer(folder), examples, tasks=None, baseline=None, shelf=None
     )
 
 
@@ -112,7 +120,7 @@ def _pull(attempt: Attempt, settings: Settings, storage: StorageOptions, date: s
     baseline = None if gate.baseline is None else read_baseline(gate.baseline, storage)
     places = {settings.model.id, settings.data.source, *settings.eval.data.values()}
     check_disk(attempt.work, required_bytes(size(place, storage) for place in places))
-    import_client()  # here: two threads had better not import the same at once
+    import_client()  # here: two threads that import the same at once may get half of a module
     early: Future[tuple[Path, bool]] = Future()
     checked: Future[None] = Future()
 
@@ -156,12 +164,12 @@ def _pull(attempt: Attempt, settings: Settings, storage: StorageOptions, date: s
     except JobError as error:
         checked.cancel()
         if isinstance(error, Preempted):
-            wait([coming], _FAREWELL_SECONDS)  # what brings a kept base here removes the half of it that there is
+            wait([coming], _CLEANUP_SECONDS)  # the thread removes a quantized base that it has copied in part
         raise
     attempt.alive()
     log.get_logger().info("data is ready", rows=dataset.rows, skipped=dataset.skipped, tokens=dataset.tokens)
     record = Pulled(dataset, model.sha256, model.revision, tasks.fingerprints())
-    return Sources(record, model.folder, model.quantized, tokenizer, examples, tasks, baseline, model.shelf)
+    return Sources(record, model.folder, model.quantized, tokenizer, examples, tasks, baseline, model.cache_entry)
 
 
 def _check_places(settings: Settings) -> None:
@@ -200,7 +208,7 @@ def _load_tasks(attempt: Attempt, settings: Settings, storage: StorageOptions) -
 
 def _wait(attempt: Attempt, *futures: Future[Any]) -> Any:
     """The result of the first of them that is done; to be asked to end is no reason to wait for gigabytes."""
-    while not (done := wait(futures, _LOOK_SECONDS, FIRST_COMPLETED).done):
+    while not (done := wait(futures, _POLL_SECONDS, FIRST_COMPLETED).done):
         attempt.alive(progress=False)
     return next(future for future in futures if future in done).result()
 
@@ -254,43 +262,51 @@ def _vocabulary(folder: Path) -> int | None:
 def _find_model(
     attempt: Attempt, settings: Settings, storage: StorageOptions, before_weights: Callable[[Path, bool], None]
 ) -> _Model:
-    """The model's files: the kept quantized base, or what the settings name.
+    """The model's files: the quantized base in the cache, or what the settings name.
 
-    A later attempt goes on with what the first one found, and does not ask again where that came from. Before weights
-    are fetched, `before_weights` is called with the folder of the small files; it waits until these are checked.
+    A later attempt uses what the first one found, and does not ask its source again. Before weights are fetched,
+    `before_weights` is called with the folder of the small files; it returns when these are checked.
     """
     known, base = attempt.known(Stage.PULL, Pulled), attempt.known(BASE, CachedBase)
-    if known is not None and base is not None and base.key is not None and (room := _room(attempt, settings, storage)):
-        noted = entry_at(base.key, *room, base.index_sha256)
+    if (
+        known is not None
+        and base is not None
+        and base.key is not None
+        and (places := _cache_places(attempt, settings, storage))
+    ):
+        noted = entry_at(base.key, *places, base.index_sha256)
         if (folder := find(noted, attempt.get_on)) is not None:
             return _Model(folder, known.model_revision, known.model_sha256, noted, quantized=True)
     source = settings.model.id
     if is_remote(source):
-        before_weights(_fetch_small_files(source, attempt.work / "model-small", storage), True)  # noqa: FBT003
+        if (small := _fetch_small_files(source, attempt.work / "model-small", storage)) is not None:
+            before_weights(small, True)  # noqa: FBT003 - as hub.download_model calls it
         source = fetch(source, attempt.work / "model", storage)
         folder, revision = download_model(source, None)
     else:
         folder, revision = download_model(source, settings.model.revision, before_weights)
     sha256 = fingerprint(folder)
-    room = _room(attempt, settings, storage)
-    shelf = None if room is None else entry_for(_facts(settings, sha256), *room)
+    places = _cache_places(attempt, settings, storage)
+    entry = None if places is None else entry_for(_facts(settings, sha256), *places)
     # Not in a later attempt: it is not known to be the one that the run began with.
-    here = None if shelf is None or known else find(replace(shelf, store=None), attempt.get_on)
-    return _Model(here or folder, revision, sha256, shelf, quantized=here is not None)
+    here = None if entry is None or known else find(replace(entry, store=None), attempt.get_on)
+    return _Model(here or folder, revision, sha256, entry, quantized=here is not None)
 
 
-def _fetch_small_files(place: str, folder: Path, storage: StorageOptions) -> Path:
-    """Configuration and tokenizer of a model in a store."""
+def _fetch_small_files(place: str, folder: Path, storage: StorageOptions) -> Path | None:
+    """The folder with configuration and tokenizer of a model in a store; None if nothing is there."""
     store = open_store(place, storage)
-    folder.mkdir(parents=True, exist_ok=True)
-    for info in store.list():
+    found = list(store.list())
+    for info in found:
         if "/" not in info.key and not info.key.endswith(".safetensors") and info.bytes <= MOST_SMALL_BYTES:
             store.download(info.key, folder / info.key, max_bytes=info.bytes)
-    return folder
+    return folder if found else None
 
 
-def _room(attempt: Attempt, settings: Settings, storage: StorageOptions) -> tuple[Path, ObjectStore | None] | None:
-    """The folder and the store in which quantized bases are kept; None where they are not to be."""
+def _cache_places(
+    attempt: Attempt, settings: Settings, storage: StorageOptions
+) -> tuple[Path, ObjectStore | None] | None:
+    """The folder and the store of the quantized cache; None if nothing is cached."""
     model, cache = settings.model, settings.storage.cache
     if model.quantization == "none" or model.keep_quantized == "off":
         return None
