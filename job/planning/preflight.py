@@ -17,9 +17,10 @@ from typing import Any, Literal, TypeVar
 from uuid import uuid4
 
 from job.common import formatting
-from job.data.dataset import is_hub_id, load_examples, require_revision
+from job.data.dataset import load_examples, require_revision
+from job.data.hub_dataset import is_hub_id
 from job.errors import DataError, JobError, Problem, SettingsError, Unreachable
-from job.evaluation.tasks import check_tasks, count_questions, load_tasks
+from job.evaluation.tasks import check_lengths, check_tasks, count_questions, load_tasks
 from job.model.architecture import Architecture, read_config
 from job.model.base import inspect, load_tokenizer
 from job.model.lora import find_targets, linear_weights
@@ -316,6 +317,8 @@ def preview_questions(
     online: Online,
     folder: Path,
     storage: StorageOptions,
+    max_length: int = NO_LIMIT,
+    cut: bool = False,
 ) -> Found[TaskTokens]:
     """Loads the tasks as the job will, if all their questions can be fetched.
 
@@ -327,12 +330,16 @@ def preview_questions(
         online: Whether the hub can be reached.
         folder: Folder for copies from S3.
         storage: How to reach stores.
+        max_length: The most tokens of a question with one of its choices.
+        cut: Whether longer ones lose their beginning.
     """
     check_tasks(names, data)
     if (missing := [name for name in names if name not in data]) and not online():
         raise NotChecked(f"{', '.join(missing)}: {SILENT}")
     files = {task: Path(fetch(uri, folder / "questions" / task, storage)) for task, uri in data.items()}
     tasks = load_tasks(names, files, data)
+    if tokenizer is not None:
+        check_lengths(tasks, tokenizer, limit=limit, max_length=max_length, cut=cut, vocabulary=None)
     facts = TaskTokens(*count_questions(tasks, tokenizer or CharacterTokenizer(CHARACTERS_PER_TOKEN), limit))
     return "ok", f"{facts.count:,} questions in {', '.join(names)}", facts
 

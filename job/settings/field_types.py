@@ -156,6 +156,14 @@ def _digest(text: str) -> str:
     return text
 
 
+def _day(text: str) -> str:
+    try:
+        date = datetime.strptime(text, "%Y-%m-%d").replace(tzinfo=UTC)
+    except ValueError:
+        raise ValueError("must be a day as YYYY-MM-DD, such as 2026-01-31") from None
+    return f"{date:%Y-%m-%d}"
+
+
 def _readable_class(text: str) -> str:
     if text in _ARCHIVES:
         raise ValueError("objects in an archive cannot be read back at once, so no checkpoint could be resumed")
@@ -180,6 +188,7 @@ LocalPath = Annotated[Text, AfterValidator(_local)]
 Endpoint = Annotated[Text, AfterValidator(_endpoint)]
 HostPort = Annotated[Text, AfterValidator(_host_port)]
 Digest = Annotated[Text, AfterValidator(_digest)]
+Day = Annotated[Text, AfterValidator(_day)]
 StorageClass = Annotated[Text, AfterValidator(_readable_class)]
 Names = Annotated[tuple[Text, ...], BeforeValidator(_items), Field(min_length=1), AfterValidator(_unique)]
 Locations = Annotated[Mapping[Text, Location], BeforeValidator(_pairs)]

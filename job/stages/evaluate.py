@@ -82,7 +82,8 @@ def _evaluate(
                 on_progress=on_progress,
             )
 
-    found = evaluate(sources.tasks, sources.tokenizer, score, limit=settings.eval.limit)
+    cut_to = settings.train.max_length if settings.eval.long_questions == "cut" else None
+    found = evaluate(sources.tasks, sources.tokenizer, score, limit=settings.eval.limit, cut_to=cut_to)
     parallel.finish()
     artifacts, figures = [], {}
     for task, (scores, samples) in found.items():

@@ -35,7 +35,7 @@ from job.storage.base import (
 )
 from job.storage.location import Location, StorageOptions
 from job.storage.s3_client import connect
-from job.storage.s3_errors import FAILURES, TRUNCATED, code_and_status, is_answer, translate
+from job.storage.s3_errors import FAILURES, TRUNCATED, code_and_status, is_answer, translate, unreadable_token
 
 # Bodies are read in pieces of this size, each within the time limit (see `s3_client`).
 _CHUNK_BYTES = MIB // 4
@@ -166,6 +166,10 @@ class S3Store:
             yield
         except FAILURES as error:
             raise translate(error, f"{self.uri}/{key}: cannot {verb}") from error
+        except OSError as error:
+            if (denied := unreadable_token(error, f"{self.uri}/{key}: cannot {verb}")) is None:
+                raise
+            raise denied from error
 
     def _get(self, key: str, **options: str) -> Any:
         """Ask for an object; None only where S3 says so in its own words, not for any 404 of any proxy."""

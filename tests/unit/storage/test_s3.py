@@ -480,3 +480,34 @@ threading.Thread(target=late).start()
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert [(info.key, info.bytes) for info in real.list()] == [("late", 20 * MIB)]
+
+
+ROLES = {
+    "IRSA": {"AWS_ROLE_ARN": "arn:aws:iam::1:role/r", "AWS_WEB_IDENTITY_TOKEN_FILE": "{token}"},
+    "Pod Identity": {
+        "AWS_CONTAINER_CREDENTIALS_FULL_URI": "http://169.254.170.23/v1/credentials",
+        "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE": "{token}",
+    },
+}
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_token_file_that_cannot_be_read_is_a_denial(
+    role: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pod's token that is not mounted, or not readable for this user, is code 77, with the file and what mends it."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    for name, value in ROLES[role].items():
+        monkeypatch.setenv(name, value.format(token=tmp_path / "token"))
+    (tmp_path / "token").mkdir()  # what cannot be opened, whoever asks
+    with pytest.raises(AccessDenied, match=r"token cannot be read.*fsGroup"):
+        open_store(URI).read("a")
+
+
+def test_an_unreadable_file_of_ours_is_no_denial(real: ObjectStore, tmp_path: Path) -> None:
+    """What the local disk refuses is not taken for a credential."""
+    with pytest.raises(JobError) as caught:
+        real.upload(tmp_path, "a")
+    assert not isinstance(caught.value, AccessDenied)
