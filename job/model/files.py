@@ -125,7 +125,7 @@ def fingerprint(folder: Path) -> str:
     """
     total = hashlib.sha256()
     kinds = {".json", ".model", ".jinja"}
-    small = [p for p in folder.iterdir() if p.suffix in kinds or p.name == "merges.txt"]
+    small = [p for p in folder.iterdir() if p.is_file() and (p.suffix in kinds or p.name == "merges.txt")]
     files = sorted({*small, *weight_files(folder)})
     for path, sha256 in zip(files, hash_files(files), strict=True):
         total.update(f"{path.name}\0{sha256}\n".encode())

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from job.errors import Problem, SettingsError
+from job.errors import DataError, Problem, SettingsError
+
+CONFIG_KEYS = {
+    *("base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode", "lora_alpha", "lora_dropout", "peft_type"),
+    *("r", "revision", "target_modules", "task_type", "use_dora", "use_rslora"),
+}
+"""Keys of adapter_config.json that are always written: tools that read it without PEFT have no defaults for them."""
+TOKENIZER_FILES = (
+    *("added_tokens.json", "chat_template.jinja", "merges.txt", "special_tokens_map.json"),
+    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "*.model"),
+)
+"""Names of files that make a tokenizer. All are of kinds that the quantized cache keeps beside the weights: a restart
+publishes the same ones."""
 
 
 def add_adapter(
@@ -145,18 +158,76 @@ def adapter_off(model: Any) -> Iterator[None]:
 
 
 def save_adapter(model: Any, folder: Path, *, base: str, revision: str | None) -> None:
-    """Writes the adapter in PEFT's layout; `PeftModel.from_pretrained(base, folder)` loads it.
+    """Writes the adapter in PEFT's layout; `PeftModel.from_pretrained(base, folder)` loads it, in PEFT 0.13 too.
 
     Without the card that PEFT puts beside it, which is a form to fill in: ours needs the evaluation, and comes later.
+
+    Args:
+        model: The adapted model.
+        folder: Is made where it does not exist.
+        base: By what name the base can be had; no path of this machine.
+        revision: Commit of the base, where `base` is a hub id.
     """
     config = model.peft_config["default"]
     config.base_model_name_or_path, config.revision = base, revision
     model.save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)
     path = folder / "adapter_config.json"
-    written = json.loads(path.read_text(encoding="utf-8"))
-    written["target_modules"] = sorted(written["target_modules"])  # PEFT keeps a set, in another order every time
+    written = portable_config(json.loads(path.read_text(encoding="utf-8")))
     path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def portable_config(written: Mapping[str, Any]) -> dict[str, Any]:
+    """What readers need of an adapter_config.json: `CONFIG_KEYS`, and all else that is not as PEFT has it by default.
+
+    PEFT writes every field it has, and a release refuses those that it does not know: what an older one does the same
+    way without being told is left out.
+    """
+    from peft import LoraConfig
+
+    usual = json.loads(json.dumps(LoraConfig().to_dict(), default=list))
+    kept = {key: value for key, value in written.items() if key in CONFIG_KEYS or value != usual.get(key)}
+    kept.pop("peft_version", None)  # no field of a configuration before PEFT 0.18; the manifest has it
+    if isinstance(targets := kept["target_modules"], list):
+        kept["target_modules"] = sorted(targets)  # PEFT keeps a set, in another order every time
+    return kept
+
+
+def copy_tokenizer(base: Path, folder: Path, tokenizer: Any) -> None:
+    """Copies the tokenizer's files of the base, byte for byte.
+
+    transformers would save the tokenizer in words of its own release, such as the class `TokenizersBackend`, which
+    older ones refuse. It does so where the vocabulary is in none of these files: those bases are old, and not cached.
+
+    Args:
+        base: Folder of the base; that of a quantized one has the same files as its source.
+        folder: Is made where it does not exist.
+        tokenizer: What was loaded from the base.
+
+    Raises:
+        DataError: As `tokenizer_files`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    files = tokenizer_files(base)
+    for path in files:
+        shutil.copyfile(path, folder / path.name)
+    if not any(path.name in {"tokenizer.json", "vocab.json"} or path.suffix == ".model" for path in files):
+        tokenizer.save_pretrained(folder)
+
+
+def tokenizer_files(base: Path) -> list[Path]:
+    """The files of a base's folder that make its tokenizer, as far as they exist.
+
+    Raises:
+        DataError: One of them is a link to something outside of the folder: it would be published with the adapter.
+    """
+    found = sorted({path for kind in TOKENIZER_FILES for path in base.glob(kind) if path.is_file()})
+    here = base.resolve()
+    homes = [here, *([here.parents[1] / "blobs"] if here.parent.name == "snapshots" else [])]  # the hub's cache
+    if outside := [path for path in found if not any(path.resolve().is_relative_to(home) for home in homes)]:
+        what = "is a link out of its folder, and would be published with the adapter; put the file itself there"
+        raise DataError([Problem("model.id", f"{path} {what}") for path in outside])
+    return found
 
 
 def load_adapter(model: Any, folder: Path) -> None:

@@ -23,6 +23,7 @@ from job.errors import JobError
 from job.evaluation.tasks import load_tasks
 from job.model.base import choose_device, choose_dtype, load_tokenizer
 from job.model.files import fingerprint
+from job.model.lora import tokenizer_files
 from job.model.quantized_cache.cache import find
 from job.model.quantized_cache.layout import CachedBase, CacheEntry, entry_at, entry_for
 from job.records import Example, Pulled
@@ -173,6 +174,7 @@ def _find_model(attempt: Attempt, settings: Settings, storage: StorageOptions) -
             return _Model(folder, known.model_revision, known.model_sha256, noted, quantized=True)
     source = fetch(settings.model.id, attempt.work / "model", storage)
     folder, revision = download_model(source, settings.model.revision)
+    tokenizer_files(folder)  # refuses now what cannot be published in the end
     sha256 = fingerprint(folder)
     room = _room(attempt, settings, storage)
     shelf = None if room is None else entry_for(_facts(settings, sha256), *room)

@@ -127,7 +127,7 @@ def save(model: Any, source: Path, shelf: CacheEntry) -> CachedBase:
         with new_folder(shelf.folder) as folder:
             model.save_pretrained(folder, max_shard_size=SHARD)
             for path in sorted({path for kind in (*SMALL_FILES, MERGES) for path in source.glob(kind)}):
-                if not (folder / path.name).exists() and not path.name.endswith(".index.json"):
+                if path.is_file() and not (folder / path.name).exists() and not path.name.endswith(".index.json"):
                     shutil.copyfile(path, folder / path.name)
             _keep_version(source / "config.json", folder / "config.json")
             load_tokenizer(folder)  # what cannot be loaded is not kept

@@ -408,6 +408,7 @@ BAD_VALUES: list[tuple[str, list[str]]] = [
     ("run.device", ["", "cuda", "GPU"]),
     ("run.image_digest", ["latest", "sha256:abc", f"sha256:{'A' * 64}", f"registry/image@sha256:{'a' * 64}"]),
     ("model.id", ["", "https://host/model", "s3://a/b"]),
+    ("model.name", ["/models/base", "./base", "a/b/c", "s3://bucket/base", "org/", "a b"]),
     ("model.quantization", ["int8", "NF4", ""]),
     ("model.double_quantization", ["maybe", "2", ""]),
     ("model.dtype", ["float16"]),
