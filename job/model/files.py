@@ -132,7 +132,7 @@ def fingerprint(folder: Path) -> str:
     return total.hexdigest()
 
 
-def read_config(folder: Path) -> Any:
+def read_config(folder: Path, name: str = "config.json") -> Any:
     """The model's configuration, as transformers has it, without what would steer loading, and without dropout.
 
     The reference recipe has no dropout but LoRA's own; a base that brings some would train by another one, and a
@@ -144,7 +144,7 @@ def read_config(folder: Path) -> Any:
     """
     from transformers import AutoConfig
 
-    found = read_json(folder / "config.json", MOST_CONFIG_BYTES)
+    found = read_json(folder / name, MOST_CONFIG_BYTES)
     _check_kind(folder, found)
     _check_numbers(folder, found)
     with readable(folder, "has a config.json that describes no model"), tempfile.TemporaryDirectory() as cleaned:

@@ -15,6 +15,8 @@ from job.report import wording
 from job.report.templating import render
 from job.runs.layout import WEIGHTS
 
+_SEES = "ForConditionalGeneration"
+"""How transformers' classes of multimodal models end; encoder-decoders, the others of that ending, are not trained."""
 _CACHED = re.compile(r"/models--([\w.-]+)/snapshots/([0-9a-f]{40})/*$", re.ASCII)
 METRICS = {"acc": ("accuracy", "accuracy"), "acc_norm": ("acc_norm", "accuracy by length-normalized likelihood")}
 """Metric -> (type, name) in the hub's metadata."""
@@ -43,6 +45,7 @@ def render_model_card(results: Mapping[str, Any]) -> bytes:
         name=name,
         revision=revision,
         known=known,
+        auto="AutoModelForImageTextToText" if model["architecture"].endswith(_SEES) else "AutoModelForCausalLM",
         source=dataset["source"] if dataset["revision"] or "://" in dataset["source"] else _short(dataset["source"]),
         dtype={"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[model["dtype"]],
         prompt=PROMPTS[dataset["format"]],

@@ -89,7 +89,7 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
     if not processes.leads:
         return None
     name, revision = public_base(settings.model.id, sources.record.model_revision, settings.model.name)
-    save_adapter(model, folder / "adapter", base=name, revision=revision)
+    save_adapter(model, folder / "adapter", base=name, revision=revision, names=loaded.names)
     write_metrics(folder / "metrics.jsonl", trained.history)
     write_events(folder / "tensorboard", trained.history)
     facts = hash_facts(folder / "metrics.jsonl")
