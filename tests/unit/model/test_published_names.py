@@ -20,8 +20,8 @@ from job.model.lora import (
     save_adapter,
     trainable,
 )
-from job.model.quantized_cache.cache import save
 from job.model.packed_attention import use
+from job.model.quantized_cache.cache import save
 from job.model.quantized_cache.layout import entry_at
 from tests.helpers import fill_adapter
 
