@@ -119,7 +119,7 @@ def test_it_is_as_old_as_its_source(base_folder: Path, tmp_path: Path) -> None:
 def test_it_is_described_alike(base_folder: Path, kept: CacheEntry) -> None:
     """The manifest says the same of a run that loaded the kept base."""
     records = [
-        describe_model(model, name="x", revision=None, sha256="0", quantization="nf4", double=True)
+        describe_model(model, name="x", revision=None, sha256="0")
         for model in (make_model(base_folder, quantization="nf4"), _with_adapter(kept.folder))
     ]
     assert records[0] == records[1]
