@@ -164,6 +164,12 @@ def _day(text: str) -> str:
     return f"{date:%Y-%m-%d}"
 
 
+def _public_name(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", text, re.ASCII):
+        raise ValueError("must be a name such as org/model: letters, digits, '.', '_', '-', and one slash at most")
+    return text
+
+
 def _readable_class(text: str) -> str:
     if text in _ARCHIVES:
         raise ValueError("objects in an archive cannot be read back at once, so no checkpoint could be resumed")
@@ -185,6 +191,7 @@ Text = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_prin
 RunId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 Location = Annotated[Text, AfterValidator(_location)]
 LocalPath = Annotated[Text, AfterValidator(_local)]
+PublicName = Annotated[Text, AfterValidator(_public_name)]
 Endpoint = Annotated[Text, AfterValidator(_endpoint)]
 HostPort = Annotated[Text, AfterValidator(_host_port)]
 Digest = Annotated[Text, AfterValidator(_digest)]

@@ -42,6 +42,7 @@ from job.settings.field_types import (
     Names,
     NotNegative,
     Positive,
+    PublicName,
     Real,
     RunId,
     Seconds,
@@ -123,6 +124,10 @@ class Model(Group):
     """Hub id, `s3://` URI or path."""
     revision: AffectsResult[Annotated[Maybe[Text], RevisionOf("model.id")]] = None
     """Commit hash, for a hub id; without one the newest is taken. The manifest records the commit that was used."""
+    name: AffectsResult[Maybe[PublicName]] = None
+    """Public name of the model, such as its hub id, for the adapter's files, where JOB_MODEL__ID is a path or `s3://`
+    URI. Default: the hub id, else the last part of JOB_MODEL__ID. Nothing is fetched by it.
+    """
     quantization: AffectsResult[Literal["nf4", "none"]] = "nf4"
     """How the frozen weights are stored: as 4-bit NormalFloat, or unquantized."""
     double_quantization: AffectsResult[Flag] = True

@@ -51,7 +51,7 @@ def evaluate_adapter(
     paths = attempt.processes.share_on_machine(
         "adapter", lambda: [str(attempt.fetch(artifact)) for artifact in weights]
     )
-    load_adapter(loaded.model, Path(paths[0]).parent)
+    load_adapter(loaded.model, Path(paths[0]).parent, loaded.names)
     adapted = {**_forward(loaded, loaded.record), "adapter": [artifact.sha256 for artifact in weights]}
     cache = ScoreCache(attempt.store, SCORES, settings.run.id, score_conditions(adapted))
     return _evaluate(attempt, settings, sources, loaded, cache=cache, side="adapter")

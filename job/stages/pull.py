@@ -27,6 +27,7 @@ from job.errors import DataError, JobError, Preempted, Problem
 from job.evaluation.tasks import Tasks, check_lengths, load_tasks
 from job.model.base import choose_device, choose_dtype, inspect, load_tokenizer
 from job.model.files import fingerprint
+from job.model.lora import tokenizer_files
 from job.model.quantized_cache.cache import find
 from job.model.quantized_cache.layout import CachedBase, CacheEntry, entry_at, entry_for
 from job.records import DatasetRecord, Example, Pulled
@@ -289,6 +290,7 @@ def _find_model(
         folder, revision = download_model(source, None)
     else:
         folder, revision = download_model(source, settings.model.revision, before_weights)
+    tokenizer_files(folder)  # refuses now what cannot be published in the end
     sha256 = fingerprint(folder)
     places = _cache_places(attempt, settings, storage)
     entry = None if places is None else entry_for(_facts(settings, sha256), *places)

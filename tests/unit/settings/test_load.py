@@ -410,6 +410,7 @@ BAD_VALUES: list[tuple[str, list[str]]] = [
     ("data.date", ["today", "2026-02-30", "31.01.2026"]),
     ("eval.long_questions", ["true", "truncate"]),
     ("model.id", ["", "https://host/model", "s3://a/b"]),
+    ("model.name", ["/models/base", "./base", "a/b/c", "s3://bucket/base", "org/", "a b"]),
     ("model.quantization", ["int8", "NF4", ""]),
     ("model.double_quantization", ["maybe", "2", ""]),
     ("model.dtype", ["float16"]),
