@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from job import log
 from job.common import garbage_collection, host
+from job.common.out_of_memory import memory_errors
 from job.distributed.processes import ALONE, Processes
 from job.errors import DataError, Problem
 from job.model.base import choose_device
@@ -131,6 +132,7 @@ def _attempt(
         yield attempt, track
 
 
+@memory_errors("loading the model", "set JOB_MODEL__QUANTIZATION=nf4")
 def _load(attempt: Attempt, settings: Settings, sources: Sources) -> Loaded:
     """Loads the model, then binds the run to what it is made of: what cannot be loaded must not bind it.
 
@@ -152,6 +154,7 @@ def _load(attempt: Attempt, settings: Settings, sources: Sources) -> Loaded:
     return loaded
 
 
+@memory_errors("evaluating the base model", "lower JOB_EVAL__BATCH_TOKENS")
 def _evaluate_base(attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded) -> Evaluated:
     from job.stages.evaluate import evaluate_base
 
@@ -164,6 +167,7 @@ def _evaluate_base(attempt: Attempt, settings: Settings, sources: Sources, loade
     return base
 
 
+@memory_errors("training", "lower JOB_TRAIN__MAX_LENGTH or JOB_LORA__RANK")
 def _train(attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded) -> Trained:
     from job.stages.train import train_adapter
 
