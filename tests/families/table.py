@@ -1,6 +1,7 @@
 """Goes over every causal family of the installed transformers, prints what came of each, and keeps the table.
 
-Run by `make families`; ends with 1 where one is wrong or fails. Names of families as arguments: only those, not kept.
+Run by `make families`; ends with 1 where one is wrong or fails. Names of families as arguments: only their lines of the
+table are made anew.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 TABLE = Path(__file__).with_name("table.md")
@@ -37,17 +38,21 @@ def main(names: Sequence[str]) -> int:
     verdicts: list[Verdict] = []
     for family in names or families():
         verdicts.append(check(family, tokenizer))
-        print(_line(verdicts[-1]), flush=True)
-    counts = Counter(verdict.outcome for verdict in verdicts)
+        print(" | ".join(_cells(verdicts[-1])), flush=True)
+    rows = _kept() if names else {}
+    rows |= {verdict.family: " | ".join(_cells(verdict)) for verdict in verdicts}
+    counts = Counter(row.split(" | ")[1] for row in rows.values())
     summary = ", ".join(f"{count} {outcome}" for outcome, count in counts.most_common())
-    print(f"{len(verdicts)} families: {summary}")
-    if not names:
-        TABLE.write_text(_table(verdicts, f"transformers {transformers.__version__}, {summary}"), encoding="utf-8")
-    return int(any(counts[outcome] for outcome in BAD))
+    print(f"{len(rows)} families: {summary}")
+    TABLE.write_text(_table(rows, f"transformers {transformers.__version__}: {summary}"), encoding="utf-8")
+    return int(any(verdict.outcome in BAD for verdict in verdicts))
 
 
-def _line(verdict: object) -> str:
-    return " | ".join(_cells(verdict))
+def _kept() -> dict[str, str]:
+    """The lines of the table as it lies there, by family."""
+    lines = TABLE.read_text(encoding="utf-8").splitlines() if TABLE.exists() else []
+    rows = [line.removeprefix("| ").removesuffix(" |") for line in lines if line.startswith("| ")][1:]
+    return {row.split(" | ")[0]: row for row in rows}
 
 
 def _cells(verdict: object) -> list[str]:
@@ -59,13 +64,13 @@ def _cells(verdict: object) -> list[str]:
     return [family, outcome, number("loss"), number("likelihood"), why.replace("|", "/").replace("\n", " ")]
 
 
-def _table(verdicts: Sequence[object], summary: str) -> str:
+def _table(rows: Mapping[str, str], summary: str) -> str:
     head = "| family | outcome | loss | log-likelihood | why |\n|---|---|---|---|---|\n"
-    rows = "".join(f"| {' | '.join(_cells(verdict))} |\n" for verdict in verdicts)
+    lines = "".join(f"| {rows[family]} |\n" for family in sorted(rows))
     return (
         f"# Every causal family of transformers\n\nWritten by `make families` ({summary}). Tiny random models in fp32: "
         "4 steps and some questions by this job, beside plain PEFT with eager attention, one example at a time. "
-        f"Numbers are the largest differences.\n\n{head}{rows}"
+        f"Numbers are the largest differences.\n\n{head}{lines}"
     )
 
 
