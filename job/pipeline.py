@@ -28,7 +28,7 @@ from job.results.completed import read_complete, require_gate, withdraw_incomple
 from job.results.delivery import deliver
 from job.runs.attempt import Attempt, open_attempt
 from job.runs.fault_injection import Fault, arm, faulty
-from job.runs.layout import BASE, PACKING, RESULTS, Stage, stage_key
+from job.runs.layout import BASE, PACKING, RESULTS, Stage
 from job.runs.run_settings import agree_on_settings, compare_settings, keep_settings
 from job.settings.load import Settings, environment, trackers
 from job.stages.handoff import Sources
@@ -140,12 +140,14 @@ def _load(attempt: Attempt, settings: Settings, sources: Sources) -> Loaded:
     from job.stages.load import load  # heavy: what can be refused without it has been
 
     garbage_collection.enable()  # nearly all is imported
+    attempt.identify(sources.record)
     loaded = load(settings, sources, attempt.processes, attempt.known(PACKING, Packing))
     if attempt.processes.leads:
         keep_settings(attempt.store, decisive_settings(settings))
-        if attempt.known(Stage.PULL, Pulled) is None:  # once, before the record of the pull
-            attempt.store.write(stage_key(PACKING), json.dumps(asdict(loaded.packing)).encode())
-            attempt.store.write(stage_key(BASE), json.dumps(asdict(loaded.kept_base)).encode())
+        # once, before the record of the pull; and again if they are damaged
+        for name, record in ((PACKING, loaded.packing), (BASE, loaded.kept_base)):
+            if attempt.known(name, type(record)) is None:
+                attempt.keep(name, json.dumps(asdict(record)))
     known, found = attempt.stage(Stage.PULL, Pulled, lambda: sources.record), asdict(sources.record)
     if changed := [name for name, value in asdict(known).items() if found[name] != value]:
         raise DataError([Problem(name, "has changed since the first attempt of this run") for name in changed])

@@ -24,12 +24,14 @@ from job.common.hashing import hash_file, sealed
 from job.distributed.processes import ALONE, Processes
 from job.errors import JobError, Preempted, Replaced
 from job.preemption.stop_flag import Stop
-from job.records import Artifact, AttemptRecord, StepMetrics
+from job.records import Artifact, AttemptRecord, Pulled, StepMetrics
+from job.runs import stage_records
 from job.runs.fault_injection import Faults
 from job.runs.layout import ARTIFACTS, BUILT_ON, Stage, attempt_key, stage_key
 from job.runs.lease import fenced, take
 from job.runs.run_log import read_run_log
 from job.runs.run_settings import compare_settings
+from job.runs.stage_records import fingerprint
 from job.storage.open import ObjectStore
 from job.storage.verified_download import fetch_artifact
 
@@ -54,8 +56,8 @@ class Attempt:
     """What every stage needs.
 
     `store` is fenced: it refuses to change once another attempt has taken the run over, and in any process but the
-    first. `number` is the lease's epoch. `joules` asks a meter what the GPUs have taken since the attempt began;
-    `on_metrics` is called with every step.
+    first. `number` is the lease's epoch. `settings` are those that decide the result. `joules` asks a meter what the
+    GPUs have taken since the attempt began; `on_metrics` is called with every step.
     """
 
     store: ObjectStore
@@ -67,6 +69,7 @@ class Attempt:
     earlier: list[AttemptRecord]
     processes: Processes = ALONE
     usd_per_hour: float | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
     joules: Callable[[], float | None] = lambda: None
     on_metrics: Callable[[StepMetrics], None] = lambda _metrics: None
     started: str = field(default_factory=now)
@@ -75,6 +78,8 @@ class Attempt:
     repeated_steps: int = 0
     repeated_seconds: float = 0.0
     last_step: int = 0
+    run: str | None = None
+    """Fingerprint of the run, which its records and checkpoints carry; None until something was pulled."""
     _stage: tuple[str, float] | None = None
     _began: float = field(default_factory=time.monotonic)
     _next_note: float = field(default_factory=time.monotonic)
@@ -151,26 +156,53 @@ class Attempt:
             result = work()
             record = "" if result is None else adapter.dump_json(result).decode()
             if self.processes.leads:
-                self.store.write(stage_key(name), record.encode())
+                self.keep(name, record)
         record = self.processes.share(f"result of {name}", lambda: record)
         self.note("running")
         log.get_logger().info("stage is done", stage=name, seconds=round(self.stage_seconds[name], 2))
         return adapter.validate_json(record)
 
-    def known(self, name: str, kind: type[T]) -> T | None:
-        """The record of a stage that an earlier attempt finished, or `layout.BASE`; None where there is none."""
-        stored = self.store.read(stage_key(name))
-        return None if stored is None else TypeAdapter(kind).validate_json(stored.data)
+    def identify(self, pulled: Pulled) -> None:
+        """Says what was pulled: from here on records of other runs are not believed."""
+        self.run = fingerprint(self.settings, pulled)
 
-    def _kept(self, name: str, adapter: TypeAdapter[Any]) -> str | None:
-        """The record of a stage, if there is one that counts."""
+    def known(self, name: str, kind: type[T]) -> T | None:
+        """The record of a stage that an earlier attempt finished, `layout.BASE` or `layout.PACKING`.
+
+        None where there is none, or none that counts: damaged, or of another run.
+        """
+        found = self._read_record(name, TypeAdapter(kind))
+        if isinstance(found, Pulled):
+            self.identify(found)
+        return found
+
+    def keep(self, name: str, record: str) -> None:
+        """Writes a record (a JSON object) that `known` and `stage` read in later attempts."""
+        self.store.write(stage_key(name), stage_records.render(record, self.run or ""))
+
+    def _read_record(self, name: str, adapter: TypeAdapter[T]) -> T | None:
         stored = self.store.read(stage_key(name))
         if stored is None:
             return None
-        gone = missing(self.store, getattr(adapter.validate_json(stored.data), "artifacts", ()))
-        if not gone:
-            return stored.data.decode()
-        log.get_logger().warning("stage is done again, not all that it published is there", stage=name, gone=gone)
+        try:
+            found, run = stage_records.parse(stored.data, adapter)
+        except ValueError as error:
+            log.get_logger().warning("record is damaged and does not count", stage=name, why=str(error))
+            return None
+        own = fingerprint(self.settings, found) if isinstance(found, Pulled) else self.run
+        if run not in {None, "", own} and own is not None:
+            log.get_logger().warning("record does not count, it is of a run with other settings or data", stage=name)
+            return None
+        return found
+
+    def _kept(self, name: str, adapter: TypeAdapter[Any]) -> str | None:
+        """The record of a stage, if there is one that counts."""
+        found = self._read_record(name, adapter)
+        if found is not None:
+            gone = missing(self.store, getattr(found, "artifacts", ()))
+            if not gone:
+                return adapter.dump_json(found).decode()
+            log.get_logger().warning("stage is done again, not all that it published is there", stage=name, gone=gone)
         if name in BUILT_ON:
             self.store.delete(stage_key(BUILT_ON[name]))
         return None
@@ -269,7 +301,7 @@ def open_attempt(
     with tempfile.TemporaryDirectory(prefix="qlora-job-", dir=cache, ignore_cleanup_errors=True) as work:
         earlier = read_run_log(store, number) if processes.leads else []
         attempt = Attempt(
-            fenced(store, lease), Path(work), number, stop, beat, faults, earlier, processes, usd_per_hour
+            fenced(store, lease), Path(work), number, stop, beat, faults, earlier, processes, usd_per_hour, settings
         )
         attempt.note("running")
         try:

@@ -6,22 +6,26 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
 
 from job.errors import DataError, Preempted, Replaced, Unreachable
 from job.preemption.stop_flag import Stop
-from job.records import Artifact, Evaluated
+from job.records import Artifact, Evaluated, Pulled
 from job.runs import attempt as runs_attempt
+from job.runs import stage_records
 from job.runs.attempt import Attempt, missing, open_attempt
 from job.runs.fault_injection import Faults, arm
 from job.runs.layout import Stage, attempt_key
 from job.runs.run_log import parse_record
 from job.storage.local import LocalStore
 from job.storage.open import ObjectStore
+from tests.example_run import DATASET
 from tests.wrapped_store import WrappedStore
 
 SETTINGS = {"train.epochs": 2}
@@ -293,3 +297,61 @@ def test_missing_asks_once(store: LocalStore) -> None:
     assert missing(watched, artifacts) == [f"artifacts/{n}" for n in (0, 1, 2, 4)]
     assert missing(watched, []) == []
     assert asked == ["list"]
+
+
+PULLED = Pulled(DATASET, "1" * 64, None, {"quiz": "2" * 64})
+
+
+def damages(data: bytes) -> Iterator[bytes]:
+    """A record with one byte another, at many places, and cut at many places."""
+    for place in range(0, len(data), max(1, len(data) // 40)):
+        yield data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+        yield data[:place]
+
+
+def test_a_damaged_record_of_a_stage_is_made_again(store: LocalStore, tmp_path: Path) -> None:
+    """Whatever happens to its bytes, the stage is done again, with the same result: never believed, never a crash."""
+    first = begun(store, tmp_path)
+    first.identify(PULLED)
+    work = Work(first, tmp_path / "file")
+    found = first.stage(Stage.EVALUATE_BASE, Evaluated, work)
+    stored = store.read("stages/evaluate-base.json")
+    assert stored is not None
+    kind = TypeAdapter(Evaluated)
+    for number, damaged in enumerate(damages(stored.data)):
+        with pytest.raises(ValueError, match=r"."):
+            stage_records.parse(damaged, kind)
+        if number % 20 == 0:
+            store.write("stages/evaluate-base.json", damaged)
+            again = begun(store, tmp_path)
+            again.identify(PULLED)
+            before = work.done
+            assert again.stage(Stage.EVALUATE_BASE, Evaluated, work) == found
+            assert work.done == before + 1
+    last = store.read("stages/evaluate-base.json")
+    assert last is not None
+    assert last.data == stored.data
+
+
+@pytest.mark.parametrize("other", [{"settings": {"run.seed": 7}}, {"data": "3" * 64}])
+def test_a_record_of_another_run_does_not_count(store: LocalStore, tmp_path: Path, other: dict[str, Any]) -> None:
+    """A stage that was done with other settings or on other data is done again, also where nothing else tells."""
+    first = begun(store, tmp_path)
+    first.settings = other.get("settings", {})
+    first.identify(replace(PULLED, model_sha256=other.get("data", PULLED.model_sha256)))
+    work = Work(first, tmp_path / "file")
+    first.stage(Stage.PULL, Pulled, lambda: PULLED)
+    first.stage(Stage.EVALUATE_BASE, Evaluated, work)
+    second = begun(store, tmp_path)
+    second.identify(PULLED)
+    assert second.known(Stage.PULL, Pulled) is None
+    second.stage(Stage.EVALUATE_BASE, Evaluated, work)
+    assert work.done == 2
+
+
+def test_a_record_of_an_earlier_version_counts(store: LocalStore, tmp_path: Path) -> None:
+    """Records without seal and run stand for their stages, as they did."""
+    store.write("stages/pull.json", TypeAdapter(Pulled).dump_json(PULLED))
+    attempt = begun(store, tmp_path)
+    attempt.identify(PULLED)
+    assert attempt.stage(Stage.PULL, Pulled, lambda: pytest.fail("was done again")) == PULLED
