@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from threading import Lock
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
@@ -32,6 +33,7 @@ from job.runs.lease import fenced, take
 from job.runs.run_log import read_run_log
 from job.runs.run_settings import compare_settings
 from job.runs.stage_records import fingerprint
+from job.storage.base import current_tag, write_in_turn
 from job.storage.open import ObjectStore
 from job.storage.verified_download import fetch_artifact
 
@@ -81,6 +83,9 @@ class Attempt:
     run: str | None = None
     """Fingerprint of the run, which its records and checkpoints carry; None until something was pulled."""
     _stage: tuple[str, float] | None = None
+    _noted: str | None = None
+    """Tag of this attempt's record as it wrote it last."""
+    _noting: Lock = field(default_factory=Lock)
     _began: float = field(default_factory=time.monotonic)
     _next_note: float = field(default_factory=time.monotonic)
 
@@ -178,7 +183,9 @@ class Attempt:
 
     def keep(self, name: str, record: str) -> None:
         """Writes a record (a JSON object) that `known` and `stage` read in later attempts."""
-        self.store.write(stage_key(name), stage_records.render(record, self.run or ""))
+        key = stage_key(name)
+        tag = current_tag(self.store, key)
+        write_in_turn(self.store, key, stage_records.render(record, self.run or ""), tag)
 
     def _read_record(self, name: str, adapter: TypeAdapter[T]) -> T | None:
         stored = self.store.read(stage_key(name))
@@ -245,7 +252,9 @@ class Attempt:
             self._next_note = math.inf
             return
         began = time.monotonic()
-        self.store.write(attempt_key(self.number), sealed(asdict(self.record(outcome))))
+        with self._noting:  # the uploading thread notes checkpoints
+            record = sealed(asdict(self.record(outcome)))
+            self._noted = write_in_turn(self.store, attempt_key(self.number), record, self._noted)
         ended = time.monotonic()
         shortest, longest = NOTE_SECONDS
         self._next_note = ended + min(longest, max(shortest, (ended - began) / NOTE_SHARE))

@@ -17,9 +17,10 @@ from job.results import inventory, manifest
 from job.results.baseline import Baseline
 from job.runs.attempt import Attempt, now
 from job.runs.layout import CARD, REPORT, RESULTS, answers_key
-from job.runs.run_log import read_run_log
+from job.runs.run_log import close_run_log
 from job.settings.load import Settings, redacted
 from job.stages.handoff import Sources
+from job.storage.base import write_in_turn
 
 
 def publish(
@@ -49,7 +50,7 @@ def publish(
         published: dict[str, Any] = json.loads(done.data)
         return published
     # read only now: the previous attempt may have been writing its record when this one started
-    earlier = read_run_log(attempt.store, attempt.number)
+    earlier = close_run_log(attempt.store, attempt.number, attempt.started)
     tasks = compare_tasks(base.scores, adapter.scores)
     against, copies = _publish_baseline(attempt, sources.baseline, adapter)
     results = manifest.build(
@@ -70,7 +71,7 @@ def publish(
     )
     results = manifest.sealed(publish_report_and_card(attempt, results))
     manifest.validate(results)
-    attempt.store.write(RESULTS, sealed(results))
+    write_in_turn(attempt.store, RESULTS, sealed(results), None)
     return results
 
 

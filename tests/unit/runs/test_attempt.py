@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
+from job.checkpoints import manager
+from job.common.hashing import sealed
 from job.errors import DataError, Preempted, Replaced, Unreachable
 from job.preemption.stop_flag import Stop
 from job.records import Artifact, Evaluated, Pulled
@@ -22,10 +24,12 @@ from job.runs import stage_records
 from job.runs.attempt import Attempt, missing, open_attempt
 from job.runs.fault_injection import Faults, arm
 from job.runs.layout import Stage, attempt_key
-from job.runs.run_log import parse_record
+from job.runs.lease import fenced, take
+from job.runs.run_log import close_run_log, parse_record, read_run_log
+from job.storage.base import write_in_turn
 from job.storage.local import LocalStore
 from job.storage.open import ObjectStore
-from tests.example_run import DATASET
+from tests.example_run import ATTEMPTS, DATASET
 from tests.wrapped_store import WrappedStore
 
 SETTINGS = {"train.epochs": 2}
@@ -234,6 +238,11 @@ def test_a_damaged_record_is_not_believed(
     store.delete(attempt_key(1))
     with opened() as last:
         assert last.earlier == []
+        closed = close_run_log(last.store, last.number, last.started)
+    assert [(one.number, one.outcome, one.seconds) for one in closed] == [
+        (1, "killed", 0),
+        (2, "killed", 0),
+    ]
 
 
 def begun(store: LocalStore, tmp_path: Path) -> Attempt:
@@ -355,3 +364,66 @@ def test_a_record_of_an_earlier_version_counts(store: LocalStore, tmp_path: Path
     attempt = begun(store, tmp_path)
     attempt.identify(PULLED)
     assert attempt.stage(Stage.PULL, Pulled, lambda: pytest.fail("was done again")) == PULLED
+
+
+class StandsStill(WrappedStore):
+    """A store before which a process stands still: `meanwhile` happens after the fence's question, before a write."""
+
+    meanwhile: Callable[[], object] | None = None
+
+    def write(self, key: str, data: bytes, *, if_absent: bool = False, if_tag: str | None = None) -> str:
+        """Lets the others work first, once, if it is a record that is to be written."""
+        if not key.startswith("lease") and self.meanwhile is not None:
+            meanwhile, self.meanwhile = self.meanwhile, None
+            meanwhile()
+        return super().write(key, data, if_absent=if_absent, if_tag=if_tag)
+
+
+@pytest.mark.parametrize("record", ["the first note", "a later note", "a stage", "a marker", "the manifest"])
+def test_a_late_record_changes_nothing(store: LocalStore, tmp_path: Path, record: str) -> None:
+    """What an attempt writes that stood still while its successor published does not arrive: it ends as replaced."""
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "progress.json").write_bytes(b"{}")
+    slow = StandsStill(store)
+    old = begun(store, tmp_path)
+    old.store = fenced(slow, take(slow, "old"))
+    if record != "the first note":
+        old.note("running")
+    left: dict[str, bytes] = {}
+
+    def publish_marker(attempt: Attempt) -> None:
+        manager.publish(attempt.store, tmp_path / "files", step=4, epoch=attempt.number, world_size=1, software={})
+
+    def succeed() -> None:
+        new = begun(store, tmp_path)
+        new.store = fenced(store, take(store, "new"))
+        new.number = 2
+        new.note("running")
+        close_run_log(new.store, 2, new.started)
+        new.keep("train", '{"by": "new"}')
+        publish_marker(new)
+        write_in_turn(new.store, "results.json", b"new", None)
+        left.update({info.key: stored.data for info in store.list() if (stored := store.read(info.key))})
+
+    slow.meanwhile = succeed
+    late: dict[str, Callable[[], object]] = {
+        "the first note": lambda: old.note("running"),
+        "a later note": lambda: old.note("running"),
+        "a stage": lambda: old.keep("train", '{"by": "old"}'),
+        "a marker": lambda: publish_marker(old),
+        "the manifest": lambda: write_in_turn(old.store, "results.json", b"old", None),
+    }
+    with pytest.raises(Replaced):
+        late[record]()
+    found = {info.key: stored.data for info in store.list() if (stored := store.read(info.key))}
+    assert found == left
+    assert parse_record(found["attempts/0001.json"]).outcome == "killed"
+
+
+def test_a_huge_epoch_costs_one_listing(store: LocalStore) -> None:
+    """The run log is listed: however large the number of an attempt is, only records that exist are asked for."""
+    store.write(attempt_key(3), sealed(asdict(ATTEMPTS[0])))
+    asked: list[str] = []
+    watched = WrappedStore(store, before=lambda verb, _key: asked.append(verb))
+    assert len(read_run_log(watched, 10**9 - 2)) == 1
+    assert asked == ["list", "read"]
