@@ -29,6 +29,7 @@ from job.results.delivery import deliver
 from job.runs.attempt import Attempt, open_attempt
 from job.runs.fault_injection import Fault, arm, faulty
 from job.runs.layout import BASE, PACKING, RESULTS, Stage
+from job.runs.run_log import IdleLimit
 from job.runs.run_settings import agree_on_settings, compare_settings, keep_settings
 from job.settings.load import Settings, environment, trackers
 from job.stages.handoff import Sources
@@ -52,6 +53,7 @@ def run(
     *,
     delivery: Delivery | None = None,
     processes: Processes = ALONE,
+    idle: IdleLimit | None = None,
 ) -> dict[str, Any]:
     """Runs the job, or the rest of it if earlier attempts did a part; returns the published manifest.
 
@@ -62,11 +64,12 @@ def run(
         SettingsError, DataError: Nothing was published; the settings, or what they name, cannot be used.
         Unreachable, AccessDenied: The store or the hub does not serve; the next attempt goes on from here.
         Preempted, Replaced: The job had to end, or another attempt owns the run.
+        NoProgress: The job had to end, as too many attempts before it, and none of them got any further.
     """
     agree_on_settings(processes, decisive_settings(settings))
     if (done := processes.share("results of before", lambda: finished(settings, delivery))) is not None:
         return done
-    with _attempt(settings, stop, beat, faults, processes) as (attempt, track):
+    with _attempt(settings, stop, beat, faults, processes, idle=idle) as (attempt, track):
         with attempt.timed(Stage.PULL):
             sources = pull(attempt, settings, storage_options(settings.storage))
         loaded = _load(attempt, settings, sources)
@@ -104,7 +107,13 @@ def finished(settings: Settings, delivery: Delivery | None) -> dict[str, Any] | 
 
 @contextmanager
 def _attempt(
-    settings: Settings, stop: Stop, beat: Callable[[], None], faults: tuple[Fault, ...], processes: Processes
+    settings: Settings,
+    stop: Stop,
+    beat: Callable[[], None],
+    faults: tuple[Fault, ...],
+    processes: Processes,
+    *,
+    idle: IdleLimit | None,
 ) -> Iterator[tuple[Attempt, Tracking]]:
     """The run's next attempt, with injected faults, trackers and a meter for the energy of all processes' GPUs."""
     store = _store(settings)
@@ -118,6 +127,7 @@ def _attempt(
         beat=beat,
         faults=armed,
         processes=processes,
+        idle=idle or IdleLimit(settings.run.max_idle_attempts),
     )
     asked = trackers(settings) if processes.leads else {}  # process 0 reports for all
     with tracking(asked, settings.run.id, plain_values(settings), environment()) as track, begun as attempt:
