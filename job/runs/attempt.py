@@ -23,14 +23,14 @@ from pydantic import TypeAdapter
 from job import log
 from job.common.hashing import hash_file, sealed
 from job.distributed.processes import ALONE, Processes
-from job.errors import JobError, Preempted, Replaced
+from job.errors import DataError, JobError, NoProgress, Preempted, Replaced
 from job.preemption.stop_flag import Stop
 from job.records import Artifact, AttemptRecord, Pulled, StepMetrics
 from job.runs import stage_records
 from job.runs.fault_injection import Faults
 from job.runs.layout import ARTIFACTS, BUILT_ON, Stage, attempt_key, stage_key
 from job.runs.lease import fenced, take
-from job.runs.run_log import read_run_log
+from job.runs.run_log import QUESTIONS, IdleLimit, how_far, idle_attempts, read_logged
 from job.runs.run_settings import compare_settings
 from job.runs.stage_records import fingerprint
 from job.storage.base import current_tag, write_in_turn
@@ -80,6 +80,8 @@ class Attempt:
     repeated_steps: int = 0
     repeated_seconds: float = 0.0
     last_step: int = 0
+    questions: int = 0
+    """Questions of the evaluation that goes on which are scored, by this attempt or before it."""
     run: str | None = None
     """Fingerprint of the run, which its records and checkpoints carry; None until something was pulled."""
     _stage: tuple[str, float] | None = None
@@ -116,6 +118,10 @@ class Attempt:
         self._note_if_due()
         self.faults.at("step", step)
 
+    def reached(self) -> tuple[int, int]:
+        """How far this attempt has got; see `how_far`. The watchdog asks when all else hangs."""
+        return how_far(self._stages_so_far(), self.last_step, self.questions)
+
     @contextmanager
     def timed(self, stage: Stage) -> Iterator[None]:
         """Log lines within carry the stage's name, and its seconds are counted.
@@ -128,6 +134,7 @@ class Attempt:
             self.faults.at("stage", name)
             self.alive()
             self._stage = (name, time.monotonic())
+            self.questions = 0
             try:
                 yield
             finally:
@@ -145,7 +152,8 @@ class Attempt:
     def stage(self, stage: Stage, kind: type[T], work: Callable[[], T | None]) -> T:
         """What the stage found out: read from its record if an earlier attempt finished it, else worked out now.
 
-        A record counts while everything is there that the stage published: a copy of the run may be without some of it.
+        A record counts while everything is there that the stage published, byte for byte: a copy of the run may be
+        without some of it.
         If a stage is done again, so is the one that builds on it.
 
         All processes work; what process 0 finds out is what the stage found out, for all of them. The others may return
@@ -206,13 +214,25 @@ class Attempt:
         """The record of a stage, if there is one that counts."""
         found = self._read_record(name, adapter)
         if found is not None:
-            gone = missing(self.store, getattr(found, "artifacts", ()))
+            artifacts = getattr(found, "artifacts", ())
+            gone = missing(self.store, artifacts) or self._changed(artifacts)
             if not gone:
                 return adapter.dump_json(found).decode()
-            log.get_logger().warning("stage is done again, not all that it published is there", stage=name, gone=gone)
+            log.get_logger().warning("stage is done again, what it published is not whole", stage=name, gone=gone)
         if name in BUILT_ON:
             self.store.delete(stage_key(BUILT_ON[name]))
         return None
+
+    def _changed(self, artifacts: Iterable[Artifact]) -> list[str]:
+        """Those of the artifacts, by path, whose bytes are not what was published."""
+        changed = []
+        for artifact in artifacts:
+            self.alive()
+            try:
+                self.fetch(artifact).unlink()
+            except DataError:
+                changed.append(artifact.path)
+        return changed
 
     def publish(self, path: Path, key: str, facts_sha256: str | None = None) -> Artifact:
         """Uploads a file; returns its entry for the manifest.
@@ -253,7 +273,7 @@ class Attempt:
             return
         began = time.monotonic()
         with self._noting:  # the uploading thread notes checkpoints
-            record = sealed(asdict(self.record(outcome)))
+            record = sealed({**asdict(self.record(outcome)), QUESTIONS: self.questions})
             self._noted = write_in_turn(self.store, attempt_key(self.number), record, self._noted)
         ended = time.monotonic()
         shortest, longest = NOTE_SECONDS
@@ -282,6 +302,7 @@ def open_attempt(
     faults: Faults,
     processes: Processes = ALONE,
     usd_per_hour: float | None = None,
+    idle: IdleLimit | None = None,
 ) -> Iterator[Attempt]:
     """Takes the run's lease and begins its next attempt; writes the attempt's end into the run log.
 
@@ -294,8 +315,10 @@ def open_attempt(
         faults: Faults to inject.
         processes: Those that make this attempt; process 0 holds the lease for all.
         usd_per_hour: Price of this machine; None where it is not known.
+        idle: Is told of the attempts before, and decides what being stopped ends with; None for no limit.
 
     Raises:
+        NoProgress: The attempt was stopped, as were too many before it, and none of them got any further.
         Replaced: Another attempt took the run over.
         SettingsError: The run began with other settings.
     """
@@ -308,10 +331,14 @@ def open_attempt(
     if cache is not None:
         Path(cache).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="qlora-job-", dir=cache, ignore_cleanup_errors=True) as work:
-        earlier = read_run_log(store, number) if processes.leads else []
+        logged = read_logged(store, number) if processes.leads else []
+        earlier = [one.record for one in logged]
         attempt = Attempt(
             fenced(store, lease), Path(work), number, stop, beat, faults, earlier, processes, usd_per_hour, settings
         )
+        if idle is not None and processes.leads:  # its exit code outweighs that of the others
+            furthest = max((one.reached for one in logged), default=(0, 0))
+            idle.before, idle.progressed = idle_attempts(logged), lambda: attempt.reached() > furthest
         attempt.note("running")
         try:
             yield attempt
@@ -319,6 +346,8 @@ def open_attempt(
             raise  # the run log is that of the attempt that took over
         except BaseException as error:
             _note_failure(attempt, error)
+            if isinstance(error, Preempted) and idle is not None and idle.reached:
+                raise NoProgress(f"{error}; {idle.message}") from error
             raise
         attempt.note("complete")
 

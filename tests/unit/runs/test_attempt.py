@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 
 from job.checkpoints import manager
 from job.common.hashing import sealed
-from job.errors import DataError, Preempted, Replaced, Unreachable
+from job.errors import DataError, JobError, Preempted, Replaced, Unreachable
 from job.preemption.stop_flag import Stop
 from job.records import Artifact, Evaluated, Pulled
 from job.runs import attempt as runs_attempt
@@ -25,7 +25,7 @@ from job.runs.attempt import Attempt, missing, open_attempt
 from job.runs.fault_injection import Faults, arm
 from job.runs.layout import Stage, attempt_key
 from job.runs.lease import fenced, take
-from job.runs.run_log import close_run_log, parse_record, read_run_log
+from job.runs.run_log import IdleLimit, close_run_log, parse_record, read_run_log
 from job.storage.base import write_in_turn
 from job.storage.local import LocalStore
 from job.storage.open import ObjectStore
@@ -272,7 +272,14 @@ def test_a_finished_stage_is_not_repeated(store: LocalStore, tmp_path: Path) -> 
     assert work.done == 1
 
 
-@pytest.mark.parametrize("damage", [lambda store: store.delete(KEY), lambda store: store.write(KEY, b"half")])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda store: store.delete(KEY),
+        lambda store: store.write(KEY, b"half"),
+        lambda store: store.write(KEY, b"recorb\n"),  # of the same size
+    ],
+)
 def test_a_record_without_its_files_does_not_count(store: LocalStore, tmp_path: Path, damage: object) -> None:
     """Where a copy of the run was restored that has the record but not the files yet, the stage is done again."""
     first = begun(store, tmp_path)
@@ -427,3 +434,87 @@ def test_a_huge_epoch_costs_one_listing(store: LocalStore) -> None:
     watched = WrappedStore(store, before=lambda verb, _key: asked.append(verb))
     assert len(read_run_log(watched, 10**9 - 2)) == 1
     assert asked == ["list", "read"]
+
+
+def stopped_attempts(store: LocalStore, cache: Path, limit: int, works: list[Callable[[Attempt], object]]) -> list[str]:
+    """Attempts, one after the other, each of which does its work and is then stopped; what each ended with."""
+    ends, codes = [], []
+    for work in works:
+        idle = IdleLimit(limit)
+        try:
+            with open_attempt(
+                store,
+                SETTINGS,
+                cache=str(cache),
+                stop=Stop(),
+                beat=lambda: None,
+                faults=arm((), store),
+                idle=idle,
+            ) as attempt:
+                work(attempt)
+                stalled = idle.exit_code()
+                raise Preempted("stopped by SIGTERM")
+        except JobError as error:
+            ends.append(type(error).__name__)
+            codes.append((stalled, error.exit_code))
+    assert all(stalled == code for stalled, code in codes)  # the watchdog would have ended them with the same
+    return ends
+
+
+def train_to(step: int) -> Callable[[Attempt], object]:
+    """Trains up to a step, which is not saved."""
+
+    def work(attempt: Attempt) -> None:
+        with attempt.timed(Stage.PULL):
+            pass
+        with attempt.timed(Stage.TRAIN):
+            for done in range(1, step + 1):
+                attempt.step_done(done, 0.1)
+
+    return work
+
+
+def score(questions: int) -> Callable[[Attempt], object]:
+    """Evaluates, until so many questions are scored."""
+
+    def work(attempt: Attempt) -> None:
+        with attempt.timed(Stage.EVALUATE_BASE):
+            attempt.questions = questions
+            attempt.note("running")
+
+    return work
+
+
+def pull_only(attempt: Attempt) -> None:
+    """Gets no further than the first stage."""
+    with attempt.timed(Stage.PULL):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("works", "last"),
+    [
+        pytest.param([pull_only] * 3, "NoProgress", id="pulls again and again"),
+        pytest.param([train_to(9), *[train_to(8)] * 3], "NoProgress", id="repeats the steps that were lost"),
+        pytest.param([train_to(9), *[pull_only] * 3], "NoProgress", id="does not come to train"),
+        pytest.param([score(50), *[score(50)] * 3], "NoProgress", id="scores the same questions"),
+        pytest.param([train_to(9), train_to(9), train_to(9), train_to(10)], "Preempted", id="a new step"),
+        pytest.param([pull_only, pull_only, train_to(0)], "Preempted", id="a new stage"),
+        pytest.param([score(50), score(50), score(50), score(51)], "Preempted", id="a new question"),
+    ],
+)
+def test_a_run_that_gets_nowhere_ends_with_a_code_that_counts(
+    store: LocalStore, tmp_path: Path, works: list[Callable[[Attempt], object]], last: str
+) -> None:
+    """Of attempts in a row that are stopped before the run got any further the third ends with 71, none before it."""
+    ends = stopped_attempts(store, tmp_path / "cache", 3, works)
+    assert ends[-1] == last
+    assert set(ends[:-1]) == {"Preempted"}
+    assert noted_of(store, len(works))["outcome"] == "preempted"
+
+
+def test_it_goes_on_to_count_until_there_is_progress(store: LocalStore, tmp_path: Path) -> None:
+    """Each further attempt that makes none ends with 71; the first that makes some starts the count anew."""
+    works = [pull_only, pull_only, pull_only, train_to(1), train_to(1), train_to(2)]
+    names = ["Preempted", "NoProgress", "NoProgress", "Preempted", "Preempted", "Preempted"]
+    assert stopped_attempts(store, tmp_path / "cache", 2, works) == names
