@@ -30,7 +30,7 @@ def withdraw_incomplete(store: ObjectStore) -> None:
         Replaced: Another attempt owns the run.
     """
     if gone := _read(store)[1]:
-        log.get_logger().warning("the manifest or what it lists is damaged or gone: the run goes on", gone=gone)
+        log.get_logger().warning("the manifest is there, but not all that it lists: the run goes on", gone=gone)
         store.delete(RESULTS)
 
 

@@ -218,7 +218,8 @@ class Attempt:
             gone = missing(self.store, artifacts) or self._changed(artifacts)
             if not gone:
                 return adapter.dump_json(found).decode()
-            log.get_logger().warning("stage is done again, what it published is not whole", stage=name, gone=gone)
+            what = "stage is done again, not all that it published is there"
+            log.get_logger().warning(what, stage=name, gone=gone)
         if name in BUILT_ON:
             self.store.delete(stage_key(BUILT_ON[name]))
         return None
