@@ -318,12 +318,16 @@ def tokenizer_files(base: Path) -> list[Path]:
         DataError: One of them is a link to something outside of the folder: it would be published with the adapter.
     """
     found = sorted({path for kind in TOKENIZER_FILES for path in base.glob(kind) if path.is_file()})
-    here = base.resolve()
-    homes = [here, *([here.parents[1] / "blobs"] if here.parent.name == "snapshots" else [])]  # the hub's cache
-    if outside := [path for path in found if not any(path.resolve().is_relative_to(home) for home in homes)]:
+    if outside := [path for path in found if not _belongs(path.resolve(), base.resolve())]:
         what = "is a link out of its folder, and would be published with the adapter; put the file itself there"
         raise DataError([Problem("model.id", f"{path} {what}") for path in outside])
     return found
+
+
+def _belongs(file: Path, base: Path) -> bool:
+    """Whether a file lies in the base's folder, or is a blob of the hub's cache, to which its folders link."""
+    blobs = file.parent
+    return file.is_relative_to(base) or (blobs.name == "blobs" and blobs.parent.name.startswith("models--"))
 
 
 def load_adapter(model: Any, folder: Path, names: PublishedNames | None = None) -> None:
