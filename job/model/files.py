@@ -259,7 +259,9 @@ def build_empty(folder: Path, config: Any) -> Any:
     if type(config) not in AutoModelForCausalLM._model_mapping:  # noqa: SLF001 - from_config's own question
         what = f"holds a {config.model_type} model, of which transformers has no causal language model"
         raise SettingsError([Problem("model.id", f"{folder} {what}")])
-    with readable(folder, "has a config.json of which no model can be built"), torch.device("meta"):
+    from transformers.initialization import no_init_weights
+
+    with readable(folder, "has a config.json of which no model can be built"), torch.device("meta"), no_init_weights():
         return AutoModelForCausalLM.from_config(config, attn_implementation="eager", trust_remote_code=False)
 
 

@@ -52,9 +52,12 @@ def add_adapter(
     """
     import torch
     from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D
 
     targets = find_targets(model) if target_modules is None else target_modules
     check_targets(model, targets)
+    layers = linear_layers(model)
+    adapted_kinds = {type(layer) for name, layer in layers.items() if name.rsplit(".", 1)[-1] in targets}
     torch.manual_seed(seed)
     config = LoraConfig(
         r=rank,
@@ -63,6 +66,7 @@ def add_adapter(
         target_modules=sorted(targets),
         exclude_modules=_outside_text(model, targets),
         bias="none",
+        fan_in_fan_out=adapted_kinds == {Conv1D},  # whose weight is (inputs, outputs)
         task_type="CAUSAL_LM",
     )
     try:
@@ -89,6 +93,15 @@ def linear_layers(model: Any) -> dict[str, Any]:
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear | Conv1D) and module is not head and name.startswith(text)
     }
+
+
+def linear_weights(model: Any) -> list[Any]:
+    """The weights that are quantized where a base is: those of all linear layers but the head."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    return [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head]
 
 
 def find_targets(model: Any) -> list[str]:

@@ -17,8 +17,8 @@ from job.results.baseline import Baseline
 class Sources:
     """What was pulled, in memory; `folder` holds the model's files, which may be those of a kept quantized base.
 
-    `tasks` are where it was pulled, and `baseline`, which the gate looks back to, in process 0; `shelf`, where the
-    quantized base is to be kept, in the process that pulled.
+    `tasks` are where it was pulled, and `baseline`, which the gate looks back to, in process 0; `cache_entry`, where
+    the quantized base is to be kept, in the process that pulled.
     """
 
     record: Pulled
@@ -28,7 +28,7 @@ class Sources:
     examples: list[Example]
     tasks: Tasks | None
     baseline: Baseline | None
-    shelf: CacheEntry | None
+    cache_entry: CacheEntry | None
 
 
 @dataclass(frozen=True)

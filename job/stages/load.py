@@ -36,6 +36,7 @@ def load(settings: Settings, sources: Sources, processes: Processes = ALONE, kno
     if device.type == "cuda":
         make_deterministic()
         limit_memory(settings.train.gpu_memory_gb)
+    targets = None if settings.lora.target_modules == "auto" else settings.lora.target_modules
     base = load_base(
         sources.folder,
         quantization=settings.model.quantization,
@@ -44,19 +45,20 @@ def load(settings: Settings, sources: Sources, processes: Processes = ALONE, kno
         device=device,
         max_length=settings.train.max_length,
         quantized=sources.quantized,
+        targets=targets,
     )
     if device.type == "cpu":
         keep_freed_memory()  # not before: what loading leaves goes back
-    if sources.shelf is None or sources.quantized:
-        kept_base = cached_base(sources.shelf)
+    if sources.cache_entry is None or sources.quantized:
+        kept_base = cached_base(sources.cache_entry)
     else:
-        kept_base = save(base, sources.folder, sources.shelf)
+        kept_base = save(base, sources.folder, sources.cache_entry)
     model = add_adapter(
         base,
         rank=settings.lora.rank,
         alpha=settings.lora.alpha,
         dropout=settings.lora.dropout,
-        target_modules=None if settings.lora.target_modules == "auto" else settings.lora.target_modules,
+        target_modules=targets,
         seed=settings.run.seed,
     )
     names = find_published_names(model, sources.folder, quantized=sources.quantized)

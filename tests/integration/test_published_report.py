@@ -198,8 +198,8 @@ def test_it_can_be_drawn_again(twice: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        ([], "name a finished run"),
-        (["--output", "x.html"], "name a finished run"),
+        ([], "needs one run"),
+        (["--output", "x.html"], "needs one run"),
         (["nowhere"], "there is no run"),
         (["nowhere", "--output"], "needs a value"),
         (["{run}", "--output", "no/such/folder/x.html"], "its folder does not exist"),

@@ -407,6 +407,8 @@ BAD_VALUES: list[tuple[str, list[str]]] = [
     ("run.spot_notices", ["true", "aws"]),
     ("run.device", ["", "cuda", "GPU"]),
     ("run.image_digest", ["latest", "sha256:abc", f"sha256:{'A' * 64}", f"registry/image@sha256:{'a' * 64}"]),
+    ("data.date", ["today", "2026-02-30", "31.01.2026"]),
+    ("eval.long_questions", ["true", "truncate"]),
     ("model.id", ["", "https://host/model", "s3://a/b"]),
     ("model.name", ["/models/base", "./base", "a/b/c", "s3://bucket/base", "org/", "a b"]),
     ("model.quantization", ["int8", "NF4", ""]),
