@@ -158,7 +158,8 @@ def _damage(draw: random.Random, output: Path, other: Path) -> tuple[str, str, b
     """Damages a file below `output`, each kind of file equally often.
 
     Returns:
-        The file's path, without the run's id; the damage in words; and whether a file is another now or missing.
+        The file's path, without the run's id; the damage in words; and whether a file of the run is another now or
+        missing (what the local store keeps for itself, and scores that runs share, are in no manifest).
     """
     kinds: dict[str, list[str]] = defaultdict(list)
     for path in _files(output):
@@ -168,7 +169,8 @@ def _damage(draw: random.Random, output: Path, other: Path) -> tuple[str, str, b
     name = draw.choice(list(DAMAGES))
     DAMAGES[name](draw, output, path, other)
     after = {name: hash_file(output / name) for name in _files(output)}
-    changed = any(after.get(name) != content for name, content in before.items())
+    own = [name for name in before if name.startswith(f"{RUN}/") and "/.store/" not in name]
+    changed = any(after.get(name) != before[name] for name in own)
     return path.removeprefix(f"{RUN}/"), name, changed
 
 
