@@ -5,7 +5,7 @@ STAMP := .venv/installed
 DOCKER ?= docker
 IMAGE ?= qlora-job
 
-.PHONY: run test check format lock chaos damage hostile bench image image-test clean bench-gpu
+.PHONY: run test check format lock chaos damage hostile families bench image image-test clean bench-gpu
 
 run: $(STAMP)  ## the demo: results in runs/<run id>/
 	JOB_PRESET=demo $(BIN)/python -m job
@@ -58,6 +58,9 @@ clean:
 chaos: $(STAMP)  ## 100 runs killed at random points, each compared with an undisturbed one; 50 races of two attempts
 	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/full.py --runs $${RUNS:-100}
 	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/race.py --races $${RACES:-50}
+
+families: $(STAMP)  ## every causal model family of transformers: right packed, right one by one, or refused
+	$(BIN)/python -m tests.families.table
 
 # SEED=1 damages other files; S3=1 has the runs in a bucket.
 damage: $(STAMP)  ## 500 damages of run folders: the same result, or a refusal with its code

@@ -9,11 +9,11 @@ from typing import Any
 # Families whose layers are what `Architecture` describes; biases and norms of queries are too small to matter.
 FAMILIES = {"gemma", "granite", "llama", "mistral", "qwen2", "qwen3", "smollm3"}
 FUSED_FAMILIES = {"llama", "mistral", "qwen2"}
-"""Of one build: RMS norms, rotary positions, SwiGLU, and nothing else. `lean` has its own code for all of it."""
+"""Of one build: RMS norms, rotary positions, SwiGLU, and nothing else. `model/fused` computes all of it."""
 
 
 def has_fused_decoder(family: str | None, activation: str | None) -> bool:
-    """Whether `lean` computes all of a decoder of this family with this activation."""
+    """Whether `model/fused` computes the whole decoder of this family, with this activation."""
     return family in FUSED_FAMILIES and activation == "silu"
 
 
@@ -30,8 +30,8 @@ class Architecture:
         head_size: Width of a head.
         vocabulary: Number of tokens.
         tied: Whether the output layer is the embedding.
-        window: The most tokens of a sequence; None where nothing limits it.
-        lean: Whether `lean` computes all of it; of others their own code goes on around the adapted layers.
+        window: The most positions of a sequence; None where nothing limits them. A sliding window is no limit.
+        fused: Whether `model/fused` computes the whole decoder; of others only the layers with an adapter.
     """
 
     hidden: int
@@ -43,7 +43,7 @@ class Architecture:
     vocabulary: int
     tied: bool = False
     window: int | None = None
-    lean: bool = True
+    fused: bool = True
 
     @property
     def queries(self) -> int:
@@ -106,7 +106,7 @@ def read_config(config: Mapping[str, Any]) -> Architecture:
 
     heads = number("num_attention_heads")
     hidden = number("hidden_size")
-    windows = [config.get("sliding_window"), config.get("max_position_embeddings")]
+    positions = config.get("max_position_embeddings")
     return Architecture(
         hidden=hidden,
         intermediate=number("intermediate_size"),
@@ -116,6 +116,6 @@ def read_config(config: Mapping[str, Any]) -> Architecture:
         head_size=number("head_dim") if config.get("head_dim") else hidden // heads,
         vocabulary=number("vocab_size"),
         tied=config.get("tie_word_embeddings") is True,
-        window=min((window for window in windows if isinstance(window, int) and window > 0), default=None),
-        lean=has_fused_decoder(family, config.get("hidden_act", "silu")),
+        window=positions if isinstance(positions, int) and positions > 0 else None,
+        fused=has_fused_decoder(family, config.get("hidden_act", "silu")),
     )

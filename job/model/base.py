@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from job import log
 from job.errors import DataError, Problem, SettingsError
 from job.model.files import build_empty, check_weights, read_config, readable, silence
-from job.model.lora import trainable
+from job.model.lora import check_targets, find_targets, trainable
 from job.records import ModelRecord
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ def load_base(
     device: torch.device,
     max_length: int,
     quantized: bool = False,
+    targets: Sequence[str] | None = None,
 ) -> Any:
     """Loads the frozen base, quantized on the way in, with packed attention where its layers can be given one.
 
@@ -97,19 +99,18 @@ def load_base(
         device: Where it goes.
         max_length: Longest sequence in tokens; a model with fewer positions is refused.
         quantized: Whether the folder holds the quantized base, as it was saved.
+        targets: Layers that are going to be adapted: that they exist is seen before weights are loaded.
 
     Raises:
         DataError: The folder holds no whole model.
-        SettingsError: The model is of a kind that is not trained here, or has fewer positions.
+        SettingsError: As `inspect`.
     """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     from job.model import packed_attention
 
-    config = read_config(folder)
-    silence(config)
-    check_positions(config, max_length)
-    check_weights(folder, config, build_empty(folder, config))
+    config, empty = inspect(folder, max_length=max_length, targets=targets)
+    check_weights(folder, config, empty)
     packed_attention.register()
     how = {}
     if quantization == "nf4" and not quantized and not getattr(config, "quantization_config", None):
@@ -147,6 +148,26 @@ def load_base(
             module.p = 0.0  # type: ignore[attr-defined]
     packed_attention.use(model, packed_attention.NAME)
     return model
+
+
+def inspect(folder: Path, *, max_length: int, targets: Sequence[str] | None) -> tuple[Any, Any]:
+    """All that can be known of a model without its weights: its configuration, and the model on the meta device.
+
+    Args:
+        folder: Holds config.json at least.
+        max_length: Longest sequence in tokens.
+        targets: Names of the layers to adapt; None for those that are found.
+
+    Raises:
+        DataError: config.json describes no model that can be built.
+        SettingsError: It is of a kind that is not trained here, has fewer positions, or lacks one of the layers.
+    """
+    config = read_config(folder)
+    silence(config)
+    check_positions(config, max_length)
+    empty = build_empty(folder, config)
+    check_targets(empty, find_targets(empty) if targets is None else targets)
+    return config, empty
 
 
 def _dropouts() -> tuple[type, ...]:
@@ -205,10 +226,8 @@ def held(model: Any) -> Held:
     Experts of a mixture that are one tensor for all of them are no linear layers, and stay as they are.
     """
     found: Counter[tuple[str, bool]] = Counter()
-    for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if weight is None:
-            continue
+    # Each once: a layer with an adapter shows the weight of the layer within as its own.
+    for weight in {id(w): w for m in model.modules() if (w := getattr(m, "weight", None)) is not None}.values():
         if (state := getattr(weight, "quant_state", None)) is not None:
             found[state.quant_type, state.nested] += state.shape.numel()
         elif type(weight).__name__ == "Int8Params":
@@ -223,7 +242,7 @@ def describe_model(model: Any, *, name: str, revision: str | None, sha256: str) 
     """What the manifest says of the model, a PEFT model. Parameters are counted as of the unquantized model."""
     adapter = sum(parameter.numel() for parameter in trainable(model).values())
     base = model.get_base_model()
-    as_held = held(base)
+    as_held, config = held(base), model.peft_config["default"]
     return ModelRecord(
         id=name,
         revision=revision,
@@ -235,5 +254,5 @@ def describe_model(model: Any, *, name: str, revision: str | None, sha256: str) 
         parameters=base.num_parameters() - adapter,
         trainable_parameters=adapter,
         quantized_parameters=as_held.weights,
-        adapted=sorted(model.peft_config["default"].target_modules),
+        adapted=sorted({*config.target_modules, *(config.target_parameters or ())}),
     )

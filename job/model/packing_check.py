@@ -38,19 +38,29 @@ _PASSING = (JobError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorErro
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far two right ways may differ: relative error of a token's logits, and the share of tokens that keep to it.
+    """How far two right ways may differ, by the precision of the computation.
 
     In fp32 what is right differs by 10^-6 and what is wrong by 10^-3 and more. In half precision the rounding of each
     layer (2^-11 and 2^-8) adds up over layers, and where a mixture's router rounds to another expert a token is off
-    by more; int8 also rounds what goes into each layer.
+    by more; int8 also rounds what goes into each layer. Mistral, right to 10^-6 in fp32, came out 0.089 apart in bf16
+    (Mistral-7B's shape, random weights, an H200). So in half precision the comparison with each sequence alone is
+    coarse, and the one for leaks, whose operations and shapes are the same on both sides, is the sharp one.
+
+    Attributes:
+        leak: Relative error of a token's logits when only the sequence beside it changes.
+        logits: Relative error of a token's logits, packed against alone.
+        gradient: Relative error of the adapter's whole gradient, packed against alone.
+        tokens: Share of the tokens that have to keep to `leak` and `logits`.
     """
 
-    error: float
+    leak: float
+    logits: float
+    gradient: float
     tokens: float
 
 
-EXACT = Agreement(1e-4, 1.0)
-HALF = {torch.float16: Agreement(0.02, 0.9), torch.bfloat16: Agreement(0.08, 0.9)}
+EXACT = Agreement(1e-4, 1e-4, 1e-3, 1.0)
+HALF = {torch.float16: Agreement(0.02, 0.08, 0.25, 0.9), torch.bfloat16: Agreement(0.08, 0.25, 0.5, 0.9)}
 
 
 def _agreement(base: Any) -> Agreement:
@@ -116,17 +126,20 @@ def _find_out(model: Any, examples: Sequence[Example], max_length: int, losses: 
         _packed_logits(model, [Segment(0, len(sequences[0]))], sequences[0], range(len(sequences[0])))
         use(base, NAME)
         to = _agreement(base)
-        error = _compare(model, sequences, alone, to)
-        if error <= to.error and losses is not None:
-            error = _worst([error, _distance(_gradient(model, lambda: [losses.packed(examples)]), gradient)])
+        leak, logits = _compare(model, sequences, alone, to)
+        errors = {"logits with another sequence beside": (leak, to.leak), "logits": (logits, to.logits)}
+        if losses is not None and leak <= to.leak and logits <= to.logits:
+            apart = _distance(_gradient(model, lambda: [losses.packed(examples)]), gradient)
+            errors["the adapter's gradient"] = (apart, to.gradient)
     except _PASSING:
         raise
     except Exception as failed:  # noqa: BLE001 - of a stranger's code, which was not written for this
         said = str(failed) if isinstance(failed, Unpackable) else f"{type(failed).__name__}: {failed}"
         return Packing(packed=False, reason=(said.splitlines() or ["it fails"])[0][:300])
-    if error > to.error:
-        return Packing(packed=False, reason=f"packed and alone it gives logits or gradients {error:.1e} apart")
-    return Packing(packed=True, reason=f"packed and alone it gives the same within {error:.0e}")
+    said = ", ".join(f"{name} {error:.0e}" for name, (error, _) in errors.items())
+    if wrong := [name for name, (error, most) in errors.items() if not error <= most]:  # NaN is wrong too
+        return Packing(packed=False, reason=f"packed and alone it differs in {' and '.join(wrong)}: {said}")
+    return Packing(packed=True, reason=f"packed and alone it gives the same: {said}")
 
 
 @contextmanager
@@ -158,7 +171,7 @@ def _reference(model: Any, sequences: Sequence[Sequence[int]]) -> list[torch.Ten
         raise DataError([Problem("model.id", what)])
     half = max(1, len(first) // 2)
     to = _agreement(model.get_base_model())
-    if _worst([_token_error(_logits(model, first[:half]), logits[0][:half], to)]) > to.error:
+    if _worst([_token_error(_logits(model, first[:half]), logits[0][:half], to)]) > to.logits:
         what = f"{name} is no causal language model: what it says of a token depends on those behind it"
         raise SettingsError([Problem("model.id", what)])
     return logits
@@ -195,10 +208,12 @@ def _packed_logits(
     return logits.float()
 
 
-def _compare(model: Any, sequences: Sequence[Sequence[int]], alone: Sequence[torch.Tensor], to: Agreement) -> float:
-    """The largest error of logits: packed against alone, and with another sequence in front against this one.
+def _compare(
+    model: Any, sequences: Sequence[Sequence[int]], alone: Sequence[torch.Tensor], to: Agreement
+) -> tuple[float, float]:
+    """The largest error of logits with another sequence in front against this one, and packed against alone.
 
-    The second is by the same operations on numbers of the same shape, so that even in half precision hardly anything
+    The first is by the same operations on numbers of the same shape, so that even in half precision hardly anything
     but a leak from one sequence into the next makes a difference.
     """
     first, prefix, one, other = _parts(sequences)
@@ -214,9 +229,9 @@ def _compare(model: Any, sequences: Sequence[Sequence[int]], alone: Sequence[tor
         (found[:a], alone[0]),
         (found[a:end], alone[1]),
         (torch.cat([found[a:shared], found[end:]]), alone[2]),
-        (found[a:], changed[a:]),
     ]
-    return _worst([_token_error(one, other, to) for one, other in pairs])
+    leak = _worst([_token_error(found[a:], changed[a:], to)])
+    return leak, _worst([_token_error(one, other, to) for one, other in pairs])
 
 
 def _worst(errors: Sequence[float]) -> float:
@@ -258,7 +273,7 @@ def _distance(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor] | 
     if expected is None:
         return 0.0
     norm = max(float(torch.stack([e.norm() for e in expected]).norm()), 1e-12)
-    return float(torch.stack([(f - e).norm() for f, e in zip(found, expected, strict=True)]).norm()) / norm
+    return _worst([float(torch.stack([(f - e).norm() for f, e in zip(found, expected, strict=True)]).norm()) / norm])
 
 
 def _depends_on_length(config: Any, max_length: int) -> str | None:

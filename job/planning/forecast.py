@@ -226,7 +226,7 @@ def _execution(gpu: Gpu, run: RunShape, setup: Setup) -> ExecutionPlan | None:
         sequence_tokens=run.micro_batch,
         keep_base=run.keep_base,
         keep_activations=run.keep_activations,
-        recorded=setup.architecture.lean,
+        recorded=setup.architecture.fused,
     )
 
 

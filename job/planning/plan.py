@@ -23,6 +23,7 @@ from job.planning.preflight import (
     PreflightResult,
     find_tokenizer,
     local_round_trip,
+    preview_adapter,
     preview_data,
     preview_model,
     preview_questions,
@@ -110,6 +111,11 @@ def _look(settings: Settings, folder: Path) -> _Seen:
     modelled, model = run_check(
         "model", lambda: preview_model(s.model.id, s.model.revision, s.train.max_length, **where)
     )
+    named = None if s.lora.target_modules == "auto" else s.lora.target_modules
+    adapted, _ = run_check(
+        "adapter",
+        lambda: preview_adapter(model, named, quantization=s.model.quantization, max_length=s.train.max_length),
+    )
     tokenized, tokenizer = run_check("tokenizer", lambda: find_tokenizer(model))
     read, data = run_check(
         "data",
@@ -123,14 +129,24 @@ def _look(settings: Settings, folder: Path) -> _Seen:
             schema=None if s.data.format == "auto" else s.data.format,
             on_bad_row=s.data.on_bad_row,
             loss_on=s.train.loss_on,
+            date=s.data.date,
+            vocabulary=model.architecture.vocabulary if model and model.architecture else None,
             **where,
         ),
     )
     asked, questions = run_check(
         "questions",
-        lambda: preview_questions(s.eval.tasks, s.eval.data, tokenizer=tokenizer, limit=s.eval.limit, **where),
+        lambda: preview_questions(
+            s.eval.tasks,
+            s.eval.data,
+            tokenizer=tokenizer,
+            limit=s.eval.limit,
+            max_length=s.train.max_length,
+            cut=s.eval.long_questions == "cut",
+            **where,
+        ),
     )
-    return _Seen([stored, modelled, tokenized, read, asked], seconds, model, tokenizer, data, questions)
+    return _Seen([stored, modelled, adapted, tokenized, read, asked], seconds, model, tokenizer, data, questions)
 
 
 def _try_storage(output: str, run: str, storage: StorageOptions) -> Found[float]:
@@ -180,9 +196,10 @@ def _setup(settings: Settings, seen: _Seen, checks: list[PreflightResult]) -> tu
     targets = tuple(architecture.linear) if settings.lora.target_modules == "auto" else settings.lora.target_modules
     missing = [name for name in targets if name not in architecture.linear]
     if missing:
-        what = f"the model has no linear {', '.join(missing)}; it has {', '.join(sorted(architecture.linear))}"
-        error = SettingsError([Problem("lora.target_modules", what)])
-        checks.append(PreflightResult("adapter", "wrong", str(error), error))
+        if seen.model is None:  # else the check named "adapter" has seen the layers themselves
+            what = f"the model has no linear {', '.join(missing)}; it has {', '.join(sorted(architecture.linear))}"
+            error = SettingsError([Problem("lora.target_modules", what)])
+            checks.append(PreflightResult("adapter", "wrong", str(error), error))
         return None, basis
     return Setup(
         architecture=architecture,

@@ -106,7 +106,7 @@ def prepare(
 def why_not_fused(model: Any) -> str | None:
     """Why this model on this machine has to be trained by PEFT's own layers; None where the fused ones may serve."""
     device, dtype = model.device.type, str(model.get_base_model().dtype).removeprefix("torch.")
-    if not is_packed(model):
+    if not is_packed(model.get_base_model()):
         return "examples go through the model one at a time"
     if device != "cuda":
         return "a CPU trains by PEFT's own layers"

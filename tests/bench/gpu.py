@@ -266,7 +266,7 @@ def parts(bench: Bench) -> None:
 
     model, data = adapted(bench), bench.data[:32]
     prepare(model, replace(BEST, keep=False))
-    layers = [layer for module in model.modules() if "lean" in module.__dict__ for layer in module.lean.layers]
+    layers = [layer for module in model.modules() if "fused" in module.__dict__ for layer in module.fused.layers]
     weights = [torch.nn.Parameter(p.detach().clone()) for p in trainable(model).values()]
     flat = FlatParameters(weights, OPTIMIZERS["adamw_8bit"].block)
     flat.clear()

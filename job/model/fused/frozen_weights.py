@@ -1,4 +1,4 @@
-"""The base's frozen weights, as the lean forward pass uses them: kept as they are, or dequantized for each use."""
+"""The base's frozen weights, as the fused layers use them: kept dequantized, or dequantized for each use."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ if TYPE_CHECKING:
 
 
 def fuse_layers(model: Any, *, keep_dequantized: bool, kernels: Kernels | None) -> str:
-    """Replaces the forward of the adapted layers, and of what lies between them, by that of `lean`.
+    """Replaces the forward of the layers with an adapter, and of what lies between them, by that of `lora_forward`.
 
     Args:
-        model: A PEFT model over a base loaded with flat attention.
-        keep_dequantized: Whether the base's weights are dequantized once and kept, or anew for each use. The products
-            are the same, bit by bit.
-        kernels: What lies between the layers is computed by; None leaves it as it is.
+        model: A PEFT model over a base that is used packed.
+        keep_dequantized: Whether the base's weights are dequantized once and kept, or for each use. The products are
+            the same, bit by bit; keeping them takes two bytes a weight and saves a pass over memory for each product.
+        kernels: What norms, SwiGLU and rotary positions are computed by; None leaves them as they are.
 
     Returns:
-        How far it got: `all`; `layers` where the decoder is not one that it knows, and only the adapted layers were
-        replaced; `nothing` where there is dropout, which is left to PEFT.
+        How far it got: `all`; `layers` where the decoder is not one of `FUSED_FAMILIES`, and only the layers with an
+        adapter were replaced; `nothing` where an adapter is of a kind that is left to PEFT, as with dropout.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -36,14 +36,18 @@ def fuse_layers(model: Any, *, keep_dequantized: bool, kernels: Kernels | None) 
 
 
 class _Frozen:
-    """Gives the weight of a linear layer of the base, in `dtype`: kept, or dequantized for each use."""
+    """Gives the (outputs, inputs) weight of a linear layer of the base, in `dtype`: kept, or dequantized for each use.
+
+    Nothing here wants a gradient, so autograd never sees the dequantized weight: the backward pass asks for it again,
+    and the largest tensor of a layer does not have to live from the one pass to the other.
+    """
 
     def __init__(self, layer: Any, dtype: torch.dtype, *, keep: bool) -> None:
         self._layer, self._dtype = layer, dtype
         self._kept = self._made() if keep else None
 
     def __call__(self) -> torch.Tensor:
-        """The weight."""
+        """(outputs, inputs), in `dtype`."""
         return self._made() if self._kept is None else self._kept
 
     def forget(self) -> None:
@@ -55,14 +59,18 @@ class _Frozen:
 
         weight: torch.Tensor = self._layer.weight
         if getattr(weight, "quant_state", None) is None:
-            return weight
+            return weight  # itself, no copy: what is frozen may be shared
+        # `.data`: a view without the parameter's subclass, whose every operation would go through Python.
         values: torch.Tensor = dequantize_4bit(weight.data, self._layer.weight.quant_state)
         return values.to(self._dtype)
 
 
 def forget_dequantized(model: Any) -> None:
-    """Has a lean model dequantize its base's weights for each use, and frees the kept ones."""
+    """Has a fused model dequantize its base's weights for each use from now on, and frees the kept ones.
+
+    The bits stay: what was kept is what `dequantize_4bit` gives again.
+    """
     for module in model.modules():
-        if (group := module.__dict__.get("lean")) is not None:
-            for layer in group.layers:
+        if (inputs := module.__dict__.get("fused")) is not None:
+            for layer in inputs.layers:
                 layer.weight.forget()

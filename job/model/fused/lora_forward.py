@@ -1,8 +1,23 @@
 """The frozen base with its adapter in fewer and larger operations: the same numbers up to rounding, sooner.
 
-PEFT's forward casts, multiplies, scales and adds one after the other, and autograd keeps what lies between. Here an
-adapted layer is one operation that knows what is frozen. The base's weights come from a function, so that they can be
-kept dequantized or dequantized for each use: the products are the same, bit by bit.
+PEFT's forward casts, multiplies, scales and adds one after the other, and autograd keeps what lies between. Here a
+layer with an adapter is one operation that knows what is frozen. For an input x of (tokens, inputs), a frozen weight W
+of (outputs, inputs) and an adapter A of (rank, inputs), B of (outputs, rank) and scale s = alpha / rank:
+
+    y = x W' + bias + s (x A') B'
+
+With g the gradient of y, and writing h = x A' (kept) and k = s g B, both (tokens, rank):
+
+    dB = s g' h        dA = k' x        dx = g W + k A
+
+W, the bias and s are frozen, so nothing else is computed, and of the forward pass only x and h are kept: x is one
+tensor for all layers that read it. Layers with a common input (queries, keys and values; gate and up) are one
+operation: their A's lie one below the other in one matrix, so that x is read once for all of them, forward and back.
+
+The base's weights come from a function, so that they can be kept dequantized or dequantized for each use: the products
+are the same, bit by bit.
+
+Source of the formula: Hu et al. 2021, LoRA (arXiv:2106.09685), section 4.1.
 """
 
 from __future__ import annotations
@@ -21,41 +36,51 @@ from job.model.fused.kernels import Kernels
 from job.model.packed_attention import Layout, packed_attention
 
 Weight = Callable[[], torch.Tensor]
+"""Gives a frozen weight: (outputs, inputs) in the compute dtype."""
 
 
 class _Adapted(torch.autograd.Function):
-    """y = x W' + bias + scale (x A') B' for each layer of a group, with gradients for x, A and B alone.
+    """The formula above for all layers with a common input, with gradients for x, A and B alone.
 
-    A and B are the trained fp32 weights; what is multiplied are their copies in the dtype of the computation.
+    `trained` are the fp32 A's and then the B's: autograd has to see them to give them their gradients. What is
+    multiplied are their copies in the compute dtype, which `inputs` holds; those of B have the scale in them, s B, so
+    that the forward pass needs no multiplication of its own for it.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: Group, *_trained: torch.Tensor) -> Any:
-        rows = x.reshape(-1, x.shape[-1])
-        low = rows @ group.a.T
+    def forward(ctx: Any, x: torch.Tensor, common: CommonInput, *_trained: torch.Tensor) -> Any:
+        """(..., inputs) in the compute dtype -> for each layer (..., its outputs)."""
+        tokens = x.reshape(-1, x.shape[-1])  # (tokens, inputs)
+        low = tokens @ common.a.T  # h of all layers side by side: (tokens, sum of ranks)
         outputs = []
-        for layer, part in zip(group.layers, low.split_with_sizes(group.ranks, dim=1), strict=True):
-            y = functional.linear(rows, layer.weight(), layer.bias)
+        for layer, part in zip(common.layers, low.split_with_sizes(common.ranks, dim=1), strict=True):
+            y = functional.linear(tokens, layer.weight(), layer.bias)
+            # In place: y was made on the line above, and nobody else has seen it.
             outputs.append(y.addmm_(part, layer.b.T).view(*x.shape[:-1], -1))
-        ctx.save_for_backward(rows, low, group.a, *(layer.b for layer in group.layers))
-        ctx.group, ctx.shape = group, x.shape
+        # The copies of A and B too: should they change before the backward pass, autograd would find it out.
+        ctx.save_for_backward(tokens, low, common.a, *(layer.b for layer in common.layers))
+        ctx.common, ctx.shape = common, x.shape
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        rows, low, a, *bs = ctx.saved_tensors
-        layers, ranks = ctx.group.layers, ctx.group.ranks
+        """The outputs' gradients -> those of x in the compute dtype, and of all A's and B's in fp32."""
+        tokens, low, a, *bs = ctx.saved_tensors
+        layers, ranks = ctx.common.layers, ctx.common.ranks
         gradients = tuple(gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients)
+        # k of all layers side by side, each written into its own columns: dA is then one product for all of them.
         low_gradient = torch.empty_like(low)
         parts, outs = (x.split_with_sizes(ranks, dim=1) for x in (low, low_gradient))
         b_gradients = []
         for gradient, layer, b, part, out in zip(gradients, layers, bs, parts, outs, strict=True):
-            torch.mm(gradient, b, out=out)
+            torch.mm(gradient, b, out=out)  # b is s B, so this is s g B
             b_gradient = _product_in_fp32(gradient.T, part)
+            # h has no scale in it, so dB gets it here; a multiplication by 1 would be a pass over memory for nothing.
             b_gradients.append(b_gradient if layer.scale == 1 else b_gradient.mul_(layer.scale))
-        a_gradients = _product_in_fp32(low_gradient.T, rows).split_with_sizes(ranks)
+        a_gradients = _product_in_fp32(low_gradient.T, tokens).split_with_sizes(ranks)
         x_gradient = None
         if ctx.needs_input_grad[0]:
+            # Summed in place, one weight after the other: kept for each use, only one is dequantized at a time.
             x_gradient = gradients[0] @ layers[0].weight()
             for gradient, layer in zip(gradients[1:], layers[1:], strict=True):
                 x_gradient.addmm_(gradient, layer.weight())
@@ -64,27 +89,34 @@ class _Adapted(torch.autograd.Function):
 
 
 def _product_in_fp32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """The matrix product, not rounded to the dtype of its factors where the machine can leave it so."""
+    """The matrix product in fp32, not rounded to the dtype of its factors on the way where the machine can leave it so.
+
+    A gradient is summed in fp32 over micro-batches: rounded to bf16 each time, small parts of it would be lost.
+    """
     if left.is_cuda and left.dtype is not torch.float32:
         return torch.mm(left, right, out_dtype=torch.float32)
     return (left @ right).float()
 
 
 @dataclass(frozen=True, eq=False)
-class Layer:
-    """What one adapted layer computes with."""
+class AdaptedLayer:
+    """What one layer with an adapter computes with."""
 
     weight: Weight
     bias: torch.Tensor | None
+    """(outputs,) in the compute dtype."""
     scale: float
+    """alpha / rank."""
     trained_a: torch.Tensor
+    """(rank, inputs) float32."""
     trained_b: torch.Tensor
+    """(outputs, rank) float32."""
     b: torch.Tensor
-    """A copy of the trained one in the dtype of the computation, with the scale in it."""
+    """(outputs, rank): a copy of the trained one in the compute dtype, times the scale."""
 
 
-class Group:
-    """Adapted layers with a common input, which is read once for all of them."""
+class CommonInput:
+    """Layers with an adapter that have a common input, which is read once for all of them."""
 
     def __init__(self, modules: Sequence[Any], weights: Mapping[Any, Weight], dtype: torch.dtype) -> None:
         self.modules = modules
@@ -93,13 +125,13 @@ class Group:
             (name,) = module.active_adapters
             bias, scale = module.get_base_layer().bias, module.scaling[name]
             a, b = module.lora_A[name].weight, module.lora_B[name].weight
-            self.layers.append(Layer(weights[module], bias, scale, a, b, b.detach().to(dtype, copy=True)))
+            self.layers.append(AdaptedLayer(weights[module], bias, scale, a, b, b.detach().to(dtype, copy=True)))
         self.ranks = [layer.trained_a.shape[0] for layer in self.layers]
         self.a = torch.cat([layer.trained_a.detach().to(dtype) for layer in self.layers])
-        """Copies of the trained ones, one below the other."""
+        """(sum of ranks, inputs): copies of the trained ones in the compute dtype, one below the other."""
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The outputs of all layers; those of the base alone while the adapter is switched off."""
+        """(..., inputs) -> for each layer (..., its outputs); those of the base while the adapter is switched off."""
         if self.modules[0].disable_adapters:
             return tuple(functional.linear(x, layer.weight(), layer.bias) for layer in self.layers)
         trained = [layer.trained_a for layer in self.layers] + [layer.trained_b for layer in self.layers]
@@ -125,35 +157,35 @@ def knows(base: Any) -> bool:
 
 
 def adapt(base: Any, weights: Mapping[Any, Weight], dtype: torch.dtype, kernels: Kernels | None) -> bool:
-    """Puts the forward of this room into adapted layers, and into what lies between them where it knows the decoder.
+    """Puts the forward of this module into layers with an adapter, and into what lies between them in known decoders.
 
     Args:
-        base: A causal language model; its adapted layers get fresh copies of the trained weights at every call.
-        weights: Adapted layer of PEFT -> its frozen weight in `dtype`.
-        dtype: What is computed in.
-        kernels: How what lies between is computed; None leaves it as it is.
+        base: A causal language model; its layers get fresh copies of the trained weights at every call of it.
+        weights: PEFT's layer with an adapter -> its frozen weight in `dtype`.
+        dtype: The compute dtype.
+        kernels: What norms, SwiGLU and rotary positions are computed by; None leaves them as they are.
 
     Returns:
-        Whether it knows the decoder.
+        Whether the decoder is known.
     """
     known = kernels is not None and knows(base)
-    groups, grouped = [], set()
+    inputs, together = [], set()
     if known:
         for module, forward, names in _parts(base):
             module.forward = MethodType(partial(forward, kernels), module)
             inner = [getattr(module, name) for name in names]
             if inner and all(layer in weights for layer in inner):
-                module.lean = Group(inner, weights, dtype)
-                groups.append(module.lean)
-                grouped.update(inner)
-    for module in (layer for layer in weights if layer not in grouped):
-        module.lean = Group([module], weights, dtype)
+                module.fused = CommonInput(inner, weights, dtype)
+                inputs.append(module.fused)
+                together.update(inner)
+    for module in (layer for layer in weights if layer not in together):
+        module.fused = CommonInput([module], weights, dtype)
         module.forward = MethodType(_alone, module)
-        groups.append(module.lean)
-    layers = [layer for group in groups for layer in group.layers]
-    copies = [part for group in groups for part in group.a.split_with_sizes(group.ranks)] + [
-        layer.b for layer in layers
-    ]
+        inputs.append(module.fused)
+    layers = [layer for common in inputs for layer in common.layers]
+    # Views into the matrix of all A's: filling them fills it.
+    copies = [part for common in inputs for part in common.a.split_with_sizes(common.ranks)]
+    copies += [layer.b for layer in layers]
     trained = [layer.trained_a for layer in layers] + [layer.trained_b for layer in layers]
     scaled = [layer for layer in layers if layer.scale != 1]
     base.base_model.register_forward_pre_hook(partial(_refresh, copies, trained, scaled))
@@ -161,12 +193,16 @@ def adapt(base: Any, weights: Mapping[Any, Weight], dtype: torch.dtype, kernels:
 
 
 def _alone(module: Any, x: torch.Tensor) -> torch.Tensor:
-    y: torch.Tensor = module.lean(x)[0]
+    y: torch.Tensor = module.fused(x)[0]
     return y
 
 
-def _refresh(copies: list[torch.Tensor], trained: list[torch.Tensor], scaled: list[Layer], *_: Any) -> None:
-    """Copies the trained weights; one operation for all of them, which is why it needs no record of what changed."""
+def _refresh(copies: list[torch.Tensor], trained: list[torch.Tensor], scaled: list[AdaptedLayer], *_: Any) -> None:
+    """Copies the trained weights before a forward pass; in one operation for all, so it need not know what changed.
+
+    In place: the addresses stay, which a CUDA graph has recorded. Without autograd: the copies are no function of the
+    trained weights to it, whose gradients `_Adapted` gives by itself.
+    """
     with torch.no_grad():
         torch._foreach_copy_(copies, trained)
         if scaled:
@@ -187,16 +223,18 @@ def _parts(base: Any) -> Iterator[tuple[Any, Callable[..., Any], tuple[str, ...]
 
 
 def _together(module: Any, x: torch.Tensor, *names: str) -> tuple[torch.Tensor, ...]:
-    """The outputs of layers with a common input; one by one where not all of them are adapted."""
-    group = module.__dict__.get("lean")
-    return group(x) if group else tuple(getattr(module, name)(x) for name in names)
+    """The outputs of layers with a common input; one by one where not all of them have an adapter."""
+    common = module.__dict__.get("fused")
+    return common(x) if common else tuple(getattr(module, name)(x) for name in names)
 
 
 def _norm(kernels: Kernels, module: Any, x: torch.Tensor) -> torch.Tensor:
+    """(..., hidden) -> (..., hidden), RMS norm."""
     return kernels.norm(x, module.weight, module.variance_epsilon)
 
 
 def _mlp(kernels: Kernels, module: Any, x: torch.Tensor) -> torch.Tensor:
+    """(..., hidden) -> (..., hidden), by way of (..., intermediate)."""
     gate, up = _together(module, x, "gate_proj", "up_proj")
     y: torch.Tensor = module.down_proj(kernels.swiglu(gate, up))
     return y
@@ -211,6 +249,7 @@ def _attention(
     layout: Layout,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
+    """(1, tokens, hidden) -> the same; `position_embeddings` are cosine and sine, each (1, tokens, head size)."""
     shape = (*hidden_states.shape[:-1], -1, module.head_dim)
     query, key, value = (y.view(shape) for y in _together(module, hidden_states, "q_proj", "k_proj", "v_proj"))
     query, key = kernels.rotate(query, key, *position_embeddings)

@@ -23,6 +23,7 @@ from job.common.hashing import hash_files, sealed
 from job.common.resources import check_disk, required_bytes
 from job.errors import JobError, Preempted, Replaced
 from job.model.base import load_tokenizer
+from job.model.lora import SOURCE_CONFIG
 from job.model.quantized_cache.layout import (
     INDEX,
     MERGES,
@@ -44,36 +45,36 @@ SHARD = "256MB"
 """Of weights: what an upload may have in its hands when the job has to end."""
 
 
-def find(shelf: CacheEntry, alive: Callable[[], None]) -> Path | None:
+def find(entry: CacheEntry, alive: Callable[[], None]) -> Path | None:
     """The folder of a kept base, every byte of it verified: one that lies here, else one from the store.
 
     Args:
-        shelf: Where to look.
+        entry: Where to look.
         alive: Called between two files; may raise what ends the job.
     """
-    if shelf.folder.is_dir():
+    if entry.folder.is_dir():
         try:
-            verify(shelf.folder, parse_index(data := (shelf.folder / INDEX).read_bytes()))
-            if is_wanted(shelf, data):
-                return shelf.folder
+            verify(entry.folder, parse_index(data := (entry.folder / INDEX).read_bytes()))
+            if is_wanted(entry, data):
+                return entry.folder
         except (OSError, ValueError) as error:
-            warn("is damaged, and is made again", shelf.folder, error)
-            shutil.rmtree(shelf.folder, ignore_errors=True)
-        if shelf.folder.exists():  # another run's, or one that cannot be removed
+            warn("is damaged, and is made again", entry.folder, error)
+            shutil.rmtree(entry.folder, ignore_errors=True)
+        if entry.folder.exists():  # another run's, or one that cannot be removed
             return None
-    if shelf.store is None:
+    if entry.store is None:
         return None
     try:
-        return _fetch(shelf, shelf.store, alive)
+        return _fetch(entry, entry.store, alive)
     except (_Damaged, TooLarge) as error:
-        warn("is damaged, and is made again", f"{shelf.store.uri}/{key_of(shelf, INDEX)}", error)
+        warn("is damaged, and is made again", f"{entry.store.uri}/{key_of(entry, INDEX)}", error)
         for key in getattr(error, "keys", ()):
             with suppress(JobError, OSError, ValueError):
-                shelf.store.delete(key)  # proved wrong: it does nobody any good
+                entry.store.delete(key)  # proved wrong: it does nobody any good
     except (Preempted, Replaced):
         raise
     except (OSError, JobError) as error:  # of this machine's disk, or of a store that may refuse what is beside the run
-        warn("cannot be fetched", shelf.folder, error)
+        warn("cannot be fetched", entry.folder, error)
     return None
 
 
@@ -85,50 +86,51 @@ class _Damaged(Exception):
         self.keys = keys
 
 
-def _fetch(shelf: CacheEntry, store: ObjectStore, alive: Callable[[], None]) -> Path | None:
+def _fetch(entry: CacheEntry, store: ObjectStore, alive: Callable[[], None]) -> Path | None:
     """Brings the base here, verified before it takes its place."""
-    if (stored := store.read(key_of(shelf, INDEX))) is None:
+    if (stored := store.read(key_of(entry, INDEX))) is None:
         return None
-    if not is_wanted(shelf, stored.data):
+    if not is_wanted(entry, stored.data):
         raise _Damaged("it is another than the run began with")
     try:
         index = parse_index(stored.data)
     except ValueError as error:
-        raise _Damaged(str(error), [key_of(shelf, INDEX)]) from error
-    sizes = {info.key: info.bytes for info in store.list(key_of(shelf, ""))}
+        raise _Damaged(str(error), [key_of(entry, INDEX)]) from error
+    sizes = {info.key: info.bytes for info in store.list(key_of(entry, ""))}
     for name, file in index.items():
-        if sizes.get(key_of(shelf, f"{file.sha256}/{name}")) != file.bytes:
+        if sizes.get(key_of(entry, f"{file.sha256}/{name}")) != file.bytes:
             raise _Damaged(f"{name} is missing, or not in its size")
-    check_disk(shelf.folder, required_bytes(file.bytes for file in index.values()))
-    with new_folder(shelf.folder) as folder:
+    check_disk(entry.folder, required_bytes(file.bytes for file in index.values()))
+    with new_folder(entry.folder) as folder:
         for name, file in index.items():
             alive()
-            store.download(key_of(shelf, f"{file.sha256}/{name}"), folder / name, max_bytes=file.bytes)
+            store.download(key_of(entry, f"{file.sha256}/{name}"), folder / name, max_bytes=file.bytes)
         hashes = zip(index.items(), hash_files([folder / name for name in index]), strict=True)
-        if wrong := [key_of(shelf, f"{file.sha256}/{name}") for (name, file), sha in hashes if sha != file.sha256]:
+        if wrong := [key_of(entry, f"{file.sha256}/{name}") for (name, file), sha in hashes if sha != file.sha256]:
             raise _Damaged(f"other bytes than they should be: {', '.join(wrong)}", wrong)
         (folder / INDEX).write_bytes(stored.data)
-    return shelf.folder if cached_base(shelf).index_sha256 == hashlib.sha256(stored.data).hexdigest() else None
+    return entry.folder if cached_base(entry).index_sha256 == hashlib.sha256(stored.data).hexdigest() else None
 
 
-def save(model: Any, source: Path, shelf: CacheEntry) -> CachedBase:
+def save(model: Any, source: Path, entry: CacheEntry) -> CachedBase:
     """Saves a freshly quantized base with its tokenizer; where that is not possible, says so and goes on.
 
     Args:
         model: transformers' model, quantized, nothing added to it yet.
         source: The folder it came from.
-        shelf: Where to keep it.
+        entry: Where to keep it.
 
     Returns:
         What was kept; nothing where another process was first: that its base has the same bits is not known.
     """
     try:
-        check_disk(shelf.folder, required_bytes([model.get_memory_footprint()]))
-        with new_folder(shelf.folder) as folder:
+        check_disk(entry.folder, required_bytes([model.get_memory_footprint()]))
+        with new_folder(entry.folder) as folder:
             model.save_pretrained(folder, max_shard_size=SHARD)
             for path in sorted({path for kind in (*SMALL_FILES, MERGES) for path in source.glob(kind)}):
-                if not (folder / path.name).exists() and not path.name.endswith(".index.json"):
+                if path.is_file() and not (folder / path.name).exists() and not path.name.endswith(".index.json"):
                     shutil.copyfile(path, folder / path.name)
+            shutil.copyfile(source / "config.json", folder / SOURCE_CONFIG)
             _keep_version(source / "config.json", folder / "config.json")
             load_tokenizer(folder)  # what cannot be loaded is not kept
             files = sorted(folder.iterdir())
@@ -137,10 +139,10 @@ def save(model: Any, source: Path, shelf: CacheEntry) -> CachedBase:
                 for path, sha256 in zip(files, hash_files(files), strict=True)
             }
             (folder / INDEX).write_bytes(data := sealed(index))
-        own = CachedBase(shelf.key, hashlib.sha256(data).hexdigest())
-        return own if cached_base(shelf) == own else CachedBase()
+        own = CachedBase(entry.key, hashlib.sha256(data).hexdigest())
+        return own if cached_base(entry) == own else CachedBase()
     except Exception as error:  # noqa: BLE001 - safetensors and transformers raise whatever they like
-        warn("cannot be kept", shelf.folder, error)
+        warn("cannot be kept", entry.folder, error)
         return CachedBase()
 
 
@@ -155,12 +157,12 @@ def _keep_version(source: Path, saved: Path) -> None:
 
 
 @contextmanager
-def publishing(shelf: CacheEntry | None, stop: Callable[[], bool], beat: Callable[[], None]) -> Iterator[None]:
+def publishing(entry: CacheEntry | None, stop: Callable[[], bool], beat: Callable[[], None]) -> Iterator[None]:
     """Within it the base goes to its store, beside the work.
 
     An exception, or a job that has to end, leaves what is not there yet undone.
     """
-    if shelf is None or shelf.store is None or not shelf.folder.is_dir():
+    if entry is None or entry.store is None or not entry.folder.is_dir():
         yield
         return
     ended = Event()
@@ -170,7 +172,7 @@ def publishing(shelf: CacheEntry | None, stop: Callable[[], bool], beat: Callabl
         return not (ended.is_set() or stop())
 
     with ThreadPoolExecutor(1, thread_name_prefix="base") as pool:
-        done = pool.submit(copy_context().run, _publish, shelf, shelf.store, get_on)
+        done = pool.submit(copy_context().run, _publish, entry, entry.store, get_on)
         try:
             yield
         except BaseException:
@@ -179,31 +181,31 @@ def publishing(shelf: CacheEntry | None, stop: Callable[[], bool], beat: Callabl
     done.result()
 
 
-def _publish(shelf: CacheEntry, store: ObjectStore, get_on: Callable[[], bool]) -> None:
+def _publish(entry: CacheEntry, store: ObjectStore, get_on: Callable[[], bool]) -> None:
     """Puts the base there, unless a whole one is there already."""
     try:
-        data = (shelf.folder / INDEX).read_bytes()
-        there = {info.key: info.bytes for info in store.list(key_of(shelf, ""))}
-        files = {key_of(shelf, f"{file.sha256}/{name}"): (name, file) for name, file in parse_index(data).items()}
-        if _is_whole(shelf, store, there):  # this one, or another: its runs have noted it
+        data = (entry.folder / INDEX).read_bytes()
+        there = {info.key: info.bytes for info in store.list(key_of(entry, ""))}
+        files = {key_of(entry, f"{file.sha256}/{name}"): (name, file) for name, file in parse_index(data).items()}
+        if _is_whole(entry, store, there):  # this one, or another: its runs have noted it
             return
         for key in (key for key, (_, file) in files.items() if there.get(key) != file.bytes):
             if not get_on():
                 return
-            store.upload(shelf.folder / files[key][0], key)
-        store.write(key_of(shelf, INDEX), data)
+            store.upload(entry.folder / files[key][0], key)
+        store.write(key_of(entry, INDEX), data)
     except (JobError, OSError, ValueError) as error:
-        warn("cannot be published", shelf.folder, error)
+        warn("cannot be published", entry.folder, error)
     else:
-        log.get_logger().info("the quantized base is kept", uri=f"{store.uri}/{key_of(shelf, '')}")
+        log.get_logger().info("the quantized base is kept", uri=f"{store.uri}/{key_of(entry, '')}")
 
 
-def _is_whole(shelf: CacheEntry, store: ObjectStore, there: Mapping[str, int]) -> bool:
+def _is_whole(entry: CacheEntry, store: ObjectStore, there: Mapping[str, int]) -> bool:
     """Whether the index in the store names files that are all there, in their sizes."""
-    if key_of(shelf, INDEX) not in there or (stored := store.read(key_of(shelf, INDEX))) is None:
+    if key_of(entry, INDEX) not in there or (stored := store.read(key_of(entry, INDEX))) is None:
         return False
     try:
         index = parse_index(stored.data)
     except ValueError:
         return False
-    return all(there.get(key_of(shelf, f"{file.sha256}/{name}")) == file.bytes for name, file in index.items())
+    return all(there.get(key_of(entry, f"{file.sha256}/{name}")) == file.bytes for name, file in index.items())

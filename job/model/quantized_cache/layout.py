@@ -74,16 +74,16 @@ def entry_at(key: str, cache: Path, store: ObjectStore | None, index_sha256: str
     return CacheEntry(key, cache / "bases" / key, store, index_sha256)
 
 
-def cached_base(shelf: CacheEntry | None) -> CachedBase:
+def cached_base(entry: CacheEntry | None) -> CachedBase:
     """What lies there, for the run's record."""
-    if shelf is None or not (index := shelf.folder / INDEX).is_file():
+    if entry is None or not (index := entry.folder / INDEX).is_file():
         return CachedBase()
-    return CachedBase(shelf.key, hash_file(index))
+    return CachedBase(entry.key, hash_file(index))
 
 
-def is_wanted(shelf: CacheEntry, index: bytes) -> bool:
+def is_wanted(entry: CacheEntry, index: bytes) -> bool:
     """Whether this `base.json` is one that will do."""
-    return shelf.index_sha256 in {None, hashlib.sha256(index).hexdigest()}
+    return entry.index_sha256 in {None, hashlib.sha256(index).hexdigest()}
 
 
 def parse_index(data: bytes) -> dict[str, CachedFile]:
@@ -109,9 +109,9 @@ def verify(folder: Path, index: Mapping[str, CachedFile]) -> None:
             raise ValueError(f"the SHA-256 of {name} is another")
 
 
-def key_of(shelf: CacheEntry, name: str) -> str:
+def key_of(entry: CacheEntry, name: str) -> str:
     """Where something of the base lies in its store."""
-    return f"bases/{shelf.key}/{name}"
+    return f"bases/{entry.key}/{name}"
 
 
 @contextmanager

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from job.model.packed_attention import Layout, Segment, _has_kernel, build_layout, packed_attention
+from job.model.packed_attention import Layout, Segment, Unpackable, _has_kernel, build_layout, packed_attention
 
 CPU = torch.device("cpu")
 ALONE = [Segment(0, 5), Segment(5, 6), Segment(6, 17)]
@@ -176,3 +177,91 @@ def test_the_kernel_agrees_on_a_gpu(segments: list[Segment], heads: int, groups:
         expected, found = torch.autograd.grad(plain.sum(), exact), torch.autograd.grad(flat.sum(), inputs)
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one.cpu().double(), other, rtol=5e-2, atol=5e-2)
+
+
+def textbook(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: Sequence[Segment],
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Each segment alone behind its prefix, by the formula, with what else a layer may ask for."""
+    shared_by = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(shared_by, dim=1), value.repeat_interleave(shared_by, dim=1)
+    parts = []
+    for s in segments:
+        seen = [*range(s.prefix_start, s.prefix_end), *range(s.start, s.end)]
+        first = s.prefix_end - s.prefix_start
+        scores = query[:, :, s.start : s.end] @ key[:, :, seen].transpose(2, 3) / query.shape[-1] ** 0.5
+        if softcap is not None:
+            scores = softcap * (scores / softcap).tanh()
+        distance = torch.arange(first, len(seen))[:, None] - torch.arange(len(seen))
+        scores = scores.masked_fill((distance < 0) | (distance >= (window or len(seen))), float("-inf"))
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
+        weights = scores.softmax(-1)
+        parts.append((weights if sinks is None else weights[..., :-1]) @ value[:, :, seen])
+    return torch.cat(parts, 2).transpose(1, 2)
+
+
+@MADE
+@pytest.mark.parametrize("window", [1, 3, 8, 100])
+@pytest.mark.parametrize("others", [{}, {"softcap": 0.7}, {"sinks": True}, {"softcap": 2.0, "sinks": True}])
+def test_windows_caps_and_sinks_are_honoured(segments: list[Segment], window: int, others: dict[str, Any]) -> None:
+    """Values and gradients are the formula's; distances count over a prefix as if it stood right before."""
+    inputs = rows(4, 2, segments[-1].end, torch.float64)
+    asked = dict(others)
+    if asked.pop("sinks", False):
+        asked["sinks"] = torch.tensor([0.3, -1.0, 2.0, 0.0], dtype=torch.float64)
+    expected = textbook(*inputs, segments, window=window, **asked)
+    given = {"s_aux" if name == "sinks" else name: value for name, value in asked.items()}
+    layout = build_layout(segments, CPU)
+    found = packed_attention(torch.nn.Module(), *inputs, None, layout=layout, sliding_window=window, **given)[0]
+    close = (
+        {"rtol": 1e-5, "atol": 1e-5} if given else {"rtol": 1e-9, "atol": 1e-9}
+    )  # a softmax in fp32, as models have it
+    torch.testing.assert_close(found, expected, **close)
+    for one, other in zip(
+        torch.autograd.grad(found.sum(), inputs), torch.autograd.grad(expected.sum(), inputs), strict=True
+    ):
+        torch.testing.assert_close(one, other, **close)
+
+
+def test_a_window_that_nothing_fills_changes_no_bit() -> None:
+    """Mistral's 4,096 on shorter sequences: the same operations as without one."""
+    inputs = rows(4, 2, SHARED[-1].end, torch.float32)
+    layout = build_layout(SHARED, CPU)
+    wide = packed_attention(torch.nn.Module(), *inputs, None, layout=layout, sliding_window=12)[0]
+    assert torch.equal(wide, attend(*inputs, layout))
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"attention_mask": torch.ones(1, 1, 17, 17)},
+        {"dropout": 0.1},
+        {"is_causal": False},
+        {"position_bias": torch.ones(1)},
+        {"no_such_thing": 3},
+        {"indices": torch.ones(1)},
+    ],
+    ids=lambda asked: next(iter(asked)),
+)
+def test_what_is_not_computed_is_refused(asked: dict[str, Any]) -> None:
+    """Nothing that a layer hands over is dropped in silence."""
+    inputs, mask = rows(4, 2, 17, torch.float32), asked.get("attention_mask")
+    others = {name: value for name, value in asked.items() if name != "attention_mask"}
+    with pytest.raises(Unpackable, match="asks for"):
+        packed_attention(torch.nn.Module(), *inputs, mask, layout=build_layout(ALONE, CPU), **others)
+
+
+def test_values_may_be_narrower_than_keys() -> None:
+    """As in latent attention."""
+    query, key, _ = rows(4, 4, 17, torch.float64)
+    value = torch.randn(1, 4, 17, 5, dtype=torch.float64)
+    found = attend(query, key, value, build_layout(ALONE, CPU))
+    torch.testing.assert_close(found, textbook(query, key, value, ALONE))

@@ -101,7 +101,7 @@ def test_other_decoders_keep_more() -> None:
     """Where the job has code for the adapted layers alone, transformers' own keeps more between them."""
     run = replace(RUN, fused=True, budget_by_gpu=True)
     gpu = Gpu("x", 40 << 30, 1e15, 3e12, (9, 0), 1.0, "m")
-    other = replace(REFERENCE, architecture=replace(REFERENCE.architecture, lean=False))
+    other = replace(REFERENCE, architecture=replace(REFERENCE.architecture, fused=False))
     assert forecast_gpu(gpu, run, REFERENCE).keeps == "activations"
     assert forecast_gpu(gpu, run, other).keeps == "base"
 

@@ -82,7 +82,7 @@ def test_the_default_preset_without_a_network(tmp_path: Path) -> None:
     assert time.monotonic() - began < 60
     plan = json.loads(done.stdout)
     assert states(plan) == {
-        **dict.fromkeys(("model", "tokenizer", "data", "questions"), "not checked"),
+        **dict.fromkeys(("model", "adapter", "tokenizer", "data", "questions"), "not checked"),
         **dict.fromkeys(("storage", "disk", "shared memory"), "ok"),
         "licence": "note",
     }

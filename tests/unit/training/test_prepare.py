@@ -10,6 +10,7 @@ import pytest
 import torch
 from structlog.testing import capture_logs
 
+from job.model.packed_attention import NAME
 from job.records import PEFT, ExecutionPlan
 from job.training import prepare as prepare_module
 from job.training.config import CPU_MICRO_BATCH_TOKENS
@@ -51,9 +52,13 @@ def test_a_cpu_keeps_activations_where_it_has_the_memory(
     assert f"B if kept: {'kept' if kept else 'computed again'}" in made.reason
 
 
-def on_a_gpu(dtype: torch.dtype = torch.bfloat16, dropout: float = 0.0, model_type: str = "mistral") -> Any:
+def on_a_gpu(
+    dtype: torch.dtype = torch.bfloat16, dropout: float = 0.0, model_type: str = "mistral", attention: str = NAME
+) -> Any:
     """As much of a model on a GPU as is looked at before its layers are fused."""
-    config = SimpleNamespace(model_type=model_type, to_dict=lambda: {"model_type": model_type})
+    config = SimpleNamespace(
+        model_type=model_type, to_dict=lambda: {"model_type": model_type}, _attn_implementation=attention
+    )
     return SimpleNamespace(
         device=torch.device("cuda"),
         peft_config={"default": SimpleNamespace(lora_dropout=dropout, r=16, target_modules={"q_proj"})},
@@ -68,8 +73,9 @@ def on_a_gpu(dtype: torch.dtype = torch.bfloat16, dropout: float = 0.0, model_ty
         (on_a_gpu(torch.float16), (9, 0), "the compute dtype is float16; fused layers need bf16 (JOB_MODEL__DTYPE)"),
         (on_a_gpu(), (7, 5), "the GPU's compute capability is 7.5; fused layers need 8.0 (Ampere)"),
         (on_a_gpu(model_type="strange"), (9, 0), "the sizes of a strange model are not known"),
+        (on_a_gpu(attention="eager"), (9, 0), "examples go through the model one at a time"),
     ],
-    ids=["dropout", "fp16", "old GPU", "unknown sizes"],
+    ids=["dropout", "fp16", "old GPU", "unknown sizes", "not packed"],
 )
 def test_a_gpu_that_trains_slowly_says_why(
     monkeypatch: pytest.MonkeyPatch, model: Any, capability: tuple[int, int], reason: str

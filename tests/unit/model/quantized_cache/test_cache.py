@@ -66,16 +66,16 @@ def store(tmp_path: Path) -> ObjectStore:
 
 @pytest.fixture
 def kept(base: Any, base_folder: Path, store: ObjectStore, tmp_path: Path) -> CacheEntry:
-    """A shelf with the base on it, here and in the store."""
-    shelf = entry_for(FACTS, tmp_path / "here", store)
-    save(base, base_folder, shelf)
-    with publishing(shelf, never, nothing):
+    """An entry with the base on it, here and in the store."""
+    entry = entry_for(FACTS, tmp_path / "here", store)
+    save(base, base_folder, entry)
+    with publishing(entry, never, nothing):
         pass
-    return shelf
+    return entry
 
 
 def elsewhere(kept: CacheEntry, tmp_path: Path, store: ObjectStore | None = None) -> CacheEntry:
-    """The same shelf as another machine has it: with nothing on it but what the store has."""
+    """The same entry as another machine has it: with nothing on it but what the store has."""
     return entry_for(FACTS, tmp_path / "elsewhere", store or kept.store)
 
 
@@ -86,9 +86,9 @@ def test_a_kept_base_has_the_bits_of_a_fresh_one(
 ) -> None:
     """Weights, constants of the quantization, what was not quantized: all bits and types, and the tokenizer."""
     fresh = load(base_folder, double=double, dtype=dtype)
-    shelf = entry_for(FACTS, tmp_path, None)
-    save(fresh, base_folder, shelf)
-    folder = find(shelf, nothing)
+    entry = entry_for(FACTS, tmp_path, None)
+    save(fresh, base_folder, entry)
+    folder = find(entry, nothing)
     assert folder
     again = load(folder, double=double, dtype=dtype, quantized=True)
     ours, theirs = again.state_dict(), fresh.state_dict()
@@ -109,17 +109,17 @@ def test_it_is_as_old_as_its_source(base_folder: Path, tmp_path: Path) -> None:
         config = json.loads((base_folder / "config.json").read_text())
         config.pop("transformers_version", None)
         (source / "config.json").write_text(json.dumps(config | ({"transformers_version": version} if version else {})))
-        shelf = entry_for({"version": version}, tmp_path, None)
-        save(load(source), source, shelf)
-        assert find(shelf, nothing)
-        assert json.loads((shelf.folder / "config.json").read_text()).get("transformers_version") == version
-        assert torch.equal(load(shelf.folder, quantized=True).lm_head.weight, load(source).lm_head.weight)
+        entry = entry_for({"version": version}, tmp_path, None)
+        save(load(source), source, entry)
+        assert find(entry, nothing)
+        assert json.loads((entry.folder / "config.json").read_text()).get("transformers_version") == version
+        assert torch.equal(load(entry.folder, quantized=True).lm_head.weight, load(source).lm_head.weight)
 
 
 def test_it_is_described_alike(base_folder: Path, kept: CacheEntry) -> None:
     """The manifest says the same of a run that loaded the kept base."""
     records = [
-        describe_model(model, name="x", revision=None, sha256="0", quantization="nf4", double=True)
+        describe_model(model, name="x", revision=None, sha256="0")
         for model in (make_model(base_folder, quantization="nf4"), _with_adapter(kept.folder))
     ]
     assert records[0] == records[1]
@@ -134,9 +134,9 @@ def _with_adapter(folder: Path) -> Any:
 
 def test_another_machine_gets_it_from_the_store(kept: CacheEntry, tmp_path: Path) -> None:
     """Every file, whole; and then it lies there too."""
-    shelf = elsewhere(kept, tmp_path)
-    folder = find(shelf, nothing)
-    assert folder == shelf.folder
+    entry = elsewhere(kept, tmp_path)
+    folder = find(entry, nothing)
+    assert folder == entry.folder
     assert contents(folder) == contents(kept.folder)
     assert find(entry_for(FACTS, tmp_path / "elsewhere", None), nothing) == folder
 
@@ -148,10 +148,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_what_is_not_kept_is_not_found(tmp_path: Path, store: ObjectStore) -> None:
     """Neither here nor there; and other facts are another base."""
-    shelf = entry_for(FACTS, tmp_path / "here", store)
-    assert find(shelf, nothing) is None
-    assert entry_for({**FACTS, "quantization": "none"}, tmp_path / "here", store).key != shelf.key
-    with publishing(shelf, never, nothing), publishing(None, never, nothing):
+    entry = entry_for(FACTS, tmp_path / "here", store)
+    assert find(entry, nothing) is None
+    assert entry_for({**FACTS, "quantization": "none"}, tmp_path / "here", store).key != entry.key
+    with publishing(entry, never, nothing), publishing(None, never, nothing):
         pass
     assert list(store.list("bases/")) == []
 
@@ -193,13 +193,13 @@ def test_a_damaged_one_in_the_store_is_put_there_anew(
 ) -> None:
     """It is not loaded, and whoever makes it again puts it there again."""
     flip(next(path for path in (tmp_path / "store/bases").rglob("*") if path.name.endswith(ending)))
-    shelf = elsewhere(kept, tmp_path)
+    entry = elsewhere(kept, tmp_path)
     with capture_logs() as logs:
-        assert find(shelf, nothing) is None
+        assert find(entry, nothing) is None
     assert [line["event"] for line in logs] == ["the quantized base is damaged, and is made again"]
-    assert not shelf.folder.exists()
-    save(base, base_folder, shelf)
-    with publishing(shelf, never, nothing):
+    assert not entry.folder.exists()
+    save(base, base_folder, entry)
+    with publishing(entry, never, nothing):
         pass
     third = entry_for(FACTS, tmp_path / "third", kept.store)
     assert find(third, nothing) == third.folder
@@ -227,9 +227,9 @@ def test_a_disk_that_is_full_costs_a_warning(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(type(base), "save_pretrained", full)
-    shelf = entry_for(FACTS, tmp_path, None)
+    entry = entry_for(FACTS, tmp_path, None)
     with capture_logs() as logs:
-        save(base, base_folder, shelf)
+        save(base, base_folder, entry)
     assert [line["event"] for line in logs] == ["the quantized base cannot be kept"]
     assert list((tmp_path / "bases").iterdir()) == []
 
@@ -240,12 +240,12 @@ def test_whatever_goes_wrong_in_keeping_costs_a_warning(
     """Safetensors and transformers raise what they like: a full disk, a base that came quantized; no disk at all."""
     for error in (SafetensorError("No space left on device"), NotImplementedError("reverse_op")):
         monkeypatch.setattr(type(base), "save_pretrained", Mock(side_effect=error))
-        save(base, base_folder, shelf := entry_for(FACTS, tmp_path, None))
-        assert not shelf.folder.exists()
+        save(base, base_folder, entry := entry_for(FACTS, tmp_path, None))
+        assert not entry.folder.exists()
     monkeypatch.undo()
     monkeypatch.setattr("job.model.quantized_cache.cache.check_disk", Mock(side_effect=Unreachable("too small")))
-    save(base, base_folder, shelf)
-    assert not shelf.folder.exists()
+    save(base, base_folder, entry)
+    assert not entry.folder.exists()
 
 
 @pytest.mark.parametrize("error", [AccessDenied("403"), Unreachable("503"), SettingsError([Problem("x", "y")])])
@@ -261,12 +261,12 @@ def test_a_store_that_refuses_bases_costs_a_warning(kept: CacheEntry, tmp_path: 
 
 def test_who_comes_second_has_kept_nothing(base: Any, base_folder: Path, tmp_path: Path) -> None:
     """Two runs that quantize the same at once: only the first may say that its own bits lie there."""
-    shelf = entry_for(FACTS, tmp_path, None)
-    first = save(base, base_folder, shelf)
-    assert first == cached_base(shelf)
+    entry = entry_for(FACTS, tmp_path, None)
+    first = save(base, base_folder, entry)
+    assert first == cached_base(entry)
     assert first.key
-    (shelf.folder / INDEX).write_bytes((shelf.folder / INDEX).read_bytes() + b"\n")
-    assert save(base, base_folder, shelf) == CachedBase()
+    (entry.folder / INDEX).write_bytes((entry.folder / INDEX).read_bytes() + b"\n")
+    assert save(base, base_folder, entry) == CachedBase()
 
 
 def test_a_spoiled_index_in_the_store_is_written_again(kept: CacheEntry, tmp_path: Path) -> None:
@@ -335,29 +335,29 @@ def test_a_job_that_is_stopped_begins_no_other_file(
     base: Any, base_folder: Path, store: ObjectStore, tmp_path: Path
 ) -> None:
     """Also when no exception says so: the work was done, and the deadline holds all the same."""
-    shelf = entry_for(FACTS, tmp_path / "here", store)
-    save(base, base_folder, shelf)
-    with publishing(shelf, lambda: True, nothing):
+    entry = entry_for(FACTS, tmp_path / "here", store)
+    save(base, base_folder, entry)
+    with publishing(entry, lambda: True, nothing):
         pass
     assert list(store.list("bases/")) == []
 
 
 def test_a_store_that_fails_costs_a_warning(base: Any, base_folder: Path, store: ObjectStore, tmp_path: Path) -> None:
     """Whichever request fails, there is a whole base in the store or none, and the next run completes it."""
-    shelf = entry_for(FACTS, tmp_path / "here", store)
-    save(base, base_folder, shelf)
-    files = len(list(shelf.folder.iterdir()))
+    entry = entry_for(FACTS, tmp_path / "here", store)
+    save(base, base_folder, entry)
+    files = len(list(entry.folder.iterdir()))
     for nth in range(files):
         broken = WrappedStore(store, before=FailNth(nth, Unreachable("gone")))
-        with capture_logs() as logs, publishing(CacheEntry(shelf.key, shelf.folder, broken), never, nothing):
+        with capture_logs() as logs, publishing(CacheEntry(entry.key, entry.folder, broken), never, nothing):
             pass
         assert [line["event"] for line in logs] == ["the quantized base cannot be published"]
-        assert find(elsewhere(shelf, tmp_path), nothing) is None
+        assert find(elsewhere(entry, tmp_path), nothing) is None
         for info in list(store.list("bases/")):
             store.delete(info.key)
-    with publishing(shelf, never, nothing):
+    with publishing(entry, never, nothing):
         pass
-    assert find(elsewhere(shelf, tmp_path), nothing)
+    assert find(elsewhere(entry, tmp_path), nothing)
 
 
 def test_what_is_there_is_not_put_there_again(kept: CacheEntry) -> None:
@@ -380,8 +380,8 @@ def test_a_job_that_has_to_end_waits_for_one_file_at_most(
     base: Any, base_folder: Path, store: ObjectStore, tmp_path: Path
 ) -> None:
     """The file in hand is finished, no other one is begun, and the base does not count."""
-    shelf = entry_for(FACTS, tmp_path / "here", store)
-    save(base, base_folder, shelf)
+    entry = entry_for(FACTS, tmp_path / "here", store)
+    save(base, base_folder, entry)
     uploading, go_on, uploads = threading.Event(), threading.Event(), []
 
     def slow(verb: str, key: str) -> None:
@@ -391,7 +391,7 @@ def test_a_job_that_has_to_end_waits_for_one_file_at_most(
             assert go_on.wait(10)
 
     def preempted() -> None:
-        with publishing(CacheEntry(shelf.key, shelf.folder, WrappedStore(store, before=slow)), never, nothing):
+        with publishing(CacheEntry(entry.key, entry.folder, WrappedStore(store, before=slow)), never, nothing):
             assert uploading.wait(10)
             threading.Timer(0.2, go_on.set).start()
             raise Preempted("stopped")
@@ -399,7 +399,7 @@ def test_a_job_that_has_to_end_waits_for_one_file_at_most(
     with pytest.raises(Preempted):
         preempted()
     assert len(uploads) == 1
-    assert find(elsewhere(shelf, tmp_path), nothing) is None
+    assert find(elsewhere(entry, tmp_path), nothing) is None
 
 
 def test_a_download_ends_when_the_job_has_to(kept: CacheEntry, tmp_path: Path) -> None:
@@ -408,17 +408,17 @@ def test_a_download_ends_when_the_job_has_to(kept: CacheEntry, tmp_path: Path) -
     def stop() -> None:
         raise Preempted("stopped")
 
-    shelf = elsewhere(kept, tmp_path)
+    entry = elsewhere(kept, tmp_path)
     with pytest.raises(Preempted):
-        find(shelf, stop)
+        find(entry, stop)
     assert list((tmp_path / "elsewhere/bases").iterdir()) == []
 
 
 def test_two_runs_at_once_do_not_mix(base: Any, base_folder: Path, store: ObjectStore, tmp_path: Path) -> None:
     """Two machines that put different bytes under one key leave one base, whole."""
     shelves = [entry_for(FACTS, tmp_path / name, store) for name in ("a", "b")]
-    for shelf in shelves:
-        save(base, base_folder, shelf)
+    for entry in shelves:
+        save(base, base_folder, entry)
     tokenizer = shelves[1].folder / "tokenizer_config.json"
     tokenizer.write_text(json.dumps({**json.loads(tokenizer.read_text()), "more": 1}))
     index = json.loads((shelves[1].folder / INDEX).read_text())
@@ -428,19 +428,19 @@ def test_two_runs_at_once_do_not_mix(base: Any, base_folder: Path, store: Object
     (shelves[1].folder / INDEX).write_bytes(sealed(index))
     meeting = threading.Barrier(2)
 
-    def publish(shelf: CacheEntry) -> None:
+    def publish(entry: CacheEntry) -> None:
         def meet(verb: str, _key: str) -> None:
             if verb == "list":
                 meeting.wait(10)
 
-        with publishing(CacheEntry(shelf.key, shelf.folder, WrappedStore(store, before=meet)), never, nothing):
+        with publishing(CacheEntry(entry.key, entry.folder, WrappedStore(store, before=meet)), never, nothing):
             pass
 
-    threads = [threading.Thread(target=publish, args=[shelf]) for shelf in shelves]
+    threads = [threading.Thread(target=publish, args=[entry]) for entry in shelves]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     third = elsewhere(shelves[0], tmp_path)
     assert find(third, nothing)
-    assert contents(third.folder) in [contents(shelf.folder) for shelf in shelves]
+    assert contents(third.folder) in [contents(entry.folder) for entry in shelves]
