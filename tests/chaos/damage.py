@@ -31,7 +31,7 @@ from job.common.hashing import hash_facts, hash_file
 from job.errors import JobError, exit_codes
 from job.runs.layout import ARTIFACTS, MADE_OF_TIMES, METRICS, RESULTS, facts_of
 from tests import warm
-from tests.chaos.small import settings
+from tests.chaos import small
 from tests.s3_server import BUCKET, CREDENTIALS, credentials, moto_server
 
 RUN, OTHER = "run", "other"
@@ -88,7 +88,7 @@ class Outcome:
 def build(folder: Path) -> World:
     """The runs: one finished at its second attempt, the same twice interrupted, and another one.
 
-    Where `folder` has been built before, they are taken as they are.
+    Where `folder` has been built before, in whole or in part, what is there is taken as it is.
     """
     kept = folder / "world.json"
     if kept.exists():
@@ -97,7 +97,7 @@ def build(folder: Path) -> World:
         return World(folder, found["environment"], states, Path(found["other"]), found["facts"], found["read"])
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("JOB_")},
-        **settings(folder, rows=24, questions=16),
+        **small.settings(folder, rows=24, questions=16),
         "JOB_TRAIN__MAX_STEPS": "8",
         "JOB_RUN__ID": RUN,
     }
@@ -105,13 +105,20 @@ def build(folder: Path) -> World:
     for state, fault in STATES.items():
         output = folder / "states" / state.replace(" ", "-")
         begun = {**environment, "JOB_RUN__OUTPUT": str(output)}
+        states[state] = output
+        if (output / "made").exists():
+            continue
+        shutil.rmtree(output, ignore_errors=True)
         _expect(-signal.SIGKILL, {**begun, "JOB_FAULT": fault or "kill@step=5"})
         if fault is None:
             _expect(0, begun)
-        states[state] = output
+        (output / "made").touch()
     other = folder / "states" / "other"
     changed = {"JOB_RUN__OUTPUT": str(other), "JOB_RUN__SEED": "7", "JOB_TRAIN__LEARNING_RATE": "1e-3"}
-    _expect(0, {**environment, **changed, "JOB_RUN__ID": OTHER})
+    if not (other / "made").exists():
+        shutil.rmtree(other, ignore_errors=True)
+        _expect(0, {**environment, **changed, "JOB_RUN__ID": OTHER})
+        (other / "made").touch()
     published = json.loads((states[FINISHED] / RUN / RESULTS).read_text(encoding="utf-8"))
     world = World(folder, environment, states, other, facts_of(published), {})
     read = {name: _read(world, name, str(states[FINISHED] / RUN), {})[1] for name in ("report", "compare")}
@@ -136,7 +143,7 @@ def _case(world: World, number: int, draw: random.Random, endpoint: str | None) 
     state = draw.choice(list(STATES))
     output = world.folder / f"case-{number}"
     shutil.rmtree(output, ignore_errors=True)
-    shutil.copytree(world.states[state], output)
+    shutil.copytree(world.states[state], output, ignore=shutil.ignore_patterns("made"))
     path, damage, changed = _damage(draw, output, world.other)
     # an interrupted run goes on, and then has to verify; a finished one is read, or started again
     reading = ["verify", draw.choice(["run", "report", "compare"])]
@@ -158,7 +165,8 @@ def _damage(draw: random.Random, output: Path, other: Path) -> tuple[str, str, b
     """Damages a file below `output`, each kind of file equally often.
 
     Returns:
-        The file's path, without the run's id; the damage in words; and whether a file is another now or missing.
+        The file's path, without the run's id; the damage in words; and whether a file of the run is another now or
+        missing (what the local store keeps for itself, and scores that runs share, are in no manifest).
     """
     kinds: dict[str, list[str]] = defaultdict(list)
     for path in _files(output):
@@ -168,7 +176,8 @@ def _damage(draw: random.Random, output: Path, other: Path) -> tuple[str, str, b
     name = draw.choice(list(DAMAGES))
     DAMAGES[name](draw, output, path, other)
     after = {name: hash_file(output / name) for name in _files(output)}
-    changed = any(after.get(name) != content for name, content in before.items())
+    own = [name for name in before if name.startswith(f"{RUN}/") and "/.store/" not in name]
+    changed = any(after.get(name) != before[name] for name in own)
     return path.removeprefix(f"{RUN}/"), name, changed
 
 
