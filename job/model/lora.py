@@ -357,7 +357,8 @@ def load_adapter(model: Any, folder: Path, names: PublishedNames | None = None) 
     state = load_file(folder / "adapter_model.safetensors", device="cpu")
     if names is not None:
         state = {names.loaded(name): tensor for name, tensor in state.items()}
-    expected = get_peft_model_state_dict(model)
+    # Not "auto": PEFT would ask the hub whether the base has another vocabulary than this one.
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     wrong = sorted(
         expected.keys() ^ state.keys()
         | {k for k in expected.keys() & state.keys() if expected[k].shape != state[k].shape}

@@ -61,7 +61,8 @@ def compare_settings(store: ObjectStore, settings: Mapping[str, Any]) -> None:
     if before is None:
         _compare_with_pull(store, after)
         return
-    changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    # A run of an earlier version does not know the settings that have been added since.
+    changed = sorted(name for name in before if before[name] != after.get(name))
     if changed:
         raise SettingsError([Problem(name, _changed(before.get(name), after.get(name))) for name in changed])
 

@@ -102,3 +102,12 @@ def test_settings_of_an_earlier_version_are_read(tmp_path: Path) -> None:
     keep_settings(store, SETTINGS)
     with pytest.raises(SettingsError, match="began with 2"):
         compare_settings(store, {"train.epochs": 3})
+
+
+def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
+    """What it did not know as a setting is not held against it; what it knew is."""
+    store = LocalStore(tmp_path)
+    keep_settings(store, {"train.epochs": 2})
+    compare_settings(store, {"train.epochs": 2, "eval.long_questions": "error"})
+    with pytest.raises(SettingsError, match=r"train\.epochs"):
+        compare_settings(store, {"train.epochs": 3, "eval.long_questions": "error"})
