@@ -5,10 +5,11 @@ set -euo pipefail
 here=$(dirname "$(readlink -f "$0")")
 secrets=(AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN HF_TOKEN
   MLFLOW_TRACKING_PASSWORD MLFLOW_TRACKING_TOKEN WANDB_API_KEY)
-wrong='' problem='' remedy='' rebuild='or build the image for older GPUs and drivers: infra/docker/README.md'
+wrong='' open='' problem='' remedy='' rebuild='or build the image for older GPUs and drivers: infra/docker/README.md'
 
-say() { # level, message: a log line in the job's format
-  printf '{"event": "%s", "level": "%s", "timestamp": "%s"}\n' "${2//[\"\\]/\'}" "$1" "$(date -u +%FT%T.%6NZ)" >&2
+say() { # level, message: a log line in the job's format, which a line break in a path must not end
+  local words=${2//[\"\\[:cntrl:]]/\'} now && now=$(date -u +%FT%T.%6NZ)
+  printf '{"event": "%s", "level": "%s", "timestamp": "%s"}\n' "$words" "$1" "$now" >&2
 }
 refuse() { # message: logs it, writes it to where Kubernetes and SageMaker read a failure's reason, and exits 2
   say error "$1"
@@ -26,9 +27,14 @@ for name in "${secrets[@]}"; do
   elif [ -n "${!name-}" ]; then wrong+="$name and $file are both given: keep one. "
   elif ! value=$(cat -- "$path" 2>/dev/null); then wrong+="$file: user $(id -u) cannot read $path: mount it readable. "
   elif [ -z "$value" ]; then wrong+="$file: $path is empty: put the secret into it. "
-  else export "$name=$value" && unset "$file"; fi
+  elif [[ $value == *[[:cntrl:]]* ]]; then wrong+="$file: $path has several lines or control characters: keep one. "
+  else
+    export "$name=$value" && unset "$file"
+    ((0$(stat -Lc %a -- "$path") % 8 < 4)) || open+="$file ($path), "
+  fi
 done
 [ -z "$wrong" ] || refuse "${wrong% }"
+[ -z "$open" ] || say warning "Readable for every user of this machine: ${open%, }. Mode 0400 keeps a secret private"
 [[ ${1-run} == @(run|train|-*) && " $* " != *' '@(-h|--help)' '* ]] || exec python -m job "$@" # no GPU needed
 
 read -r built oldest <"$here/cuda" # the CUDA that torch is built with, the least compute capability it serves

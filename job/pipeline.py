@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from job import log
 from job.common import garbage_collection, host
+from job.common.out_of_memory import memory_errors
 from job.distributed.processes import ALONE, Processes
 from job.errors import DataError, Problem
 from job.model.base import choose_device
@@ -28,7 +29,8 @@ from job.results.completed import read_complete, require_gate, withdraw_incomple
 from job.results.delivery import deliver
 from job.runs.attempt import Attempt, open_attempt
 from job.runs.fault_injection import Fault, arm, faulty
-from job.runs.layout import BASE, PACKING, RESULTS, Stage, stage_key
+from job.runs.layout import BASE, PACKING, RESULTS, Stage
+from job.runs.run_log import IdleLimit
 from job.runs.run_settings import agree_on_settings, compare_settings, keep_settings
 from job.settings.load import Settings, environment, trackers
 from job.stages.handoff import Sources
@@ -52,6 +54,7 @@ def run(
     *,
     delivery: Delivery | None = None,
     processes: Processes = ALONE,
+    idle: IdleLimit | None = None,
 ) -> dict[str, Any]:
     """Runs the job, or the rest of it if earlier attempts did a part; returns the published manifest.
 
@@ -62,11 +65,12 @@ def run(
         SettingsError, DataError: Nothing was published; the settings, or what they name, cannot be used.
         Unreachable, AccessDenied: The store or the hub does not serve; the next attempt goes on from here.
         Preempted, Replaced: The job had to end, or another attempt owns the run.
+        NoProgress: The job had to end, as too many attempts before it, and none of them got any further.
     """
     agree_on_settings(processes, decisive_settings(settings))
     if (done := processes.share("results of before", lambda: finished(settings, delivery))) is not None:
         return done
-    with _attempt(settings, stop, beat, faults, processes) as (attempt, track):
+    with _attempt(settings, stop, beat, faults, processes, idle=idle) as (attempt, track):
         with attempt.timed(Stage.PULL):
             sources = pull(attempt, settings, storage_options(settings.storage))
         loaded = _load(attempt, settings, sources)
@@ -104,7 +108,13 @@ def finished(settings: Settings, delivery: Delivery | None) -> dict[str, Any] | 
 
 @contextmanager
 def _attempt(
-    settings: Settings, stop: Stop, beat: Callable[[], None], faults: tuple[Fault, ...], processes: Processes
+    settings: Settings,
+    stop: Stop,
+    beat: Callable[[], None],
+    faults: tuple[Fault, ...],
+    processes: Processes,
+    *,
+    idle: IdleLimit | None,
 ) -> Iterator[tuple[Attempt, Tracking]]:
     """The run's next attempt, with injected faults, trackers and a meter for the energy of all processes' GPUs."""
     store = _store(settings)
@@ -118,6 +128,7 @@ def _attempt(
         beat=beat,
         faults=armed,
         processes=processes,
+        idle=idle or IdleLimit(settings.run.max_idle_attempts),
     )
     asked = trackers(settings) if processes.leads else {}  # process 0 reports for all
     with tracking(asked, settings.run.id, plain_values(settings), environment()) as track, begun as attempt:
@@ -131,6 +142,7 @@ def _attempt(
         yield attempt, track
 
 
+@memory_errors("loading the model", "set JOB_MODEL__QUANTIZATION=nf4")
 def _load(attempt: Attempt, settings: Settings, sources: Sources) -> Loaded:
     """Loads the model, then binds the run to what it is made of: what cannot be loaded must not bind it.
 
@@ -140,18 +152,21 @@ def _load(attempt: Attempt, settings: Settings, sources: Sources) -> Loaded:
     from job.stages.load import load  # heavy: what can be refused without it has been
 
     garbage_collection.enable()  # nearly all is imported
+    attempt.identify(sources.record)
     loaded = load(settings, sources, attempt.processes, attempt.known(PACKING, Packing))
     if attempt.processes.leads:
         keep_settings(attempt.store, decisive_settings(settings))
-        if attempt.known(Stage.PULL, Pulled) is None:  # once, before the record of the pull
-            attempt.store.write(stage_key(PACKING), json.dumps(asdict(loaded.packing)).encode())
-            attempt.store.write(stage_key(BASE), json.dumps(asdict(loaded.kept_base)).encode())
+        # once, before the record of the pull; and again if they are damaged
+        for name, record in ((PACKING, loaded.packing), (BASE, loaded.kept_base)):
+            if attempt.known(name, type(record)) is None:
+                attempt.keep(name, json.dumps(asdict(record)))
     known, found = attempt.stage(Stage.PULL, Pulled, lambda: sources.record), asdict(sources.record)
     if changed := [name for name, value in asdict(known).items() if found[name] != value]:
         raise DataError([Problem(name, "has changed since the first attempt of this run") for name in changed])
     return loaded
 
 
+@memory_errors("evaluating the base model", "lower JOB_EVAL__BATCH_TOKENS")
 def _evaluate_base(attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded) -> Evaluated:
     from job.stages.evaluate import evaluate_base
 
@@ -164,6 +179,7 @@ def _evaluate_base(attempt: Attempt, settings: Settings, sources: Sources, loade
     return base
 
 
+@memory_errors("training", "lower JOB_TRAIN__MAX_LENGTH or JOB_LORA__RANK")
 def _train(attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded) -> Trained:
     from job.stages.train import train_adapter
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 _AT_ONCE = 8
+_hashed: dict[tuple[int, ...], str] = {}
 
 
 def hash_file(path: Path) -> str:
@@ -24,9 +25,21 @@ def hash_file(path: Path) -> str:
 
 
 def hash_files(paths: Sequence[Path]) -> list[str]:
-    """SHA-256 of each file, in the order of `paths`; several are read at once, so that the disk is the limit."""
+    """SHA-256 of each file, in the order of `paths`; several are read at once, so that the disk is the limit.
+
+    A file that did not change since this process hashed it here is not read again: a model's weights are hashed for
+    the hub's word about them, and for the model's own fingerprint.
+    """
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        return list(pool.map(hash_file, paths))
+        return list(pool.map(_hash_once, paths))
+
+
+def _hash_once(path: Path) -> str:
+    stat = path.stat()
+    key = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+    if (known := _hashed.get(key)) is None:
+        known = _hashed[key] = hash_file(path)
+    return known
 
 
 def code_hashes(*modules: str) -> list[str]:

@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from job import log
-from job.data.chat_template import Template, open_template
-from job.data.formats import UNREADABLE, RowError, Rows, find_files, has_known_suffix, read_rows
-from job.data.hub_dataset import open_dataset
-from job.data.schemas import REQUIRED, Rendered, Schema, check_row, detect_schema, render, texts_of
+from job.data.chat_template import Template, open_template, uses_date
+from job.data.fields import Rendered
+from job.data.formats import UNREADABLE, RowError, Rows, find_files, read_rows
+from job.data.hub_dataset import is_hub_id, open_dataset
+from job.data.schemas import REQUIRED, Schema, check_row, detect_schema, render, texts_of
 from job.data.tokenization import Encoded, LossOn, encode
 from job.errors import MAX_SHOWN, DataError, Problem, SettingsError
 from job.records import DatasetRecord, Example
 
 OnBadRow = Literal["error", "skip"]
 
-_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _ALIVE_SECONDS = 0.5
 
 
@@ -77,7 +77,7 @@ def load_examples(
         AccessDenied: The hub refused.
     """
     name = name or source
-    commit, chosen, rows = _open(source, revision, split, name)
+    commit, chosen, rows = _open(source, revision, split, name, alive)
     rows = _watched(rows, alive)
     findings = _Findings(on_bad_row)
     schema, rows = _settle_schema(rows, schema, findings, name)
@@ -88,6 +88,8 @@ def load_examples(
     ends: Counter[int | None] = Counter()
     unused: Counter[str] = Counter()
     digest = sha256(b"examples 1\0")
+    if templated and uses_date(tokenizer):
+        log.get_logger().info("the chat template can write the date; JOB_DATA__DATE sets it", date=date or "today")
     with open_template(tokenizer, date, alive) if templated else nullcontext() as template:
         texts = _render_all(rows, schema, template, control, find_turns=loss_on == "completion")
         for item in encode(
@@ -140,11 +142,6 @@ def check_source(source: str, revision: str | None, split: str) -> None:
         require_revision(revision)
     else:
         find_files(source, split)
-
-
-def is_hub_id(source: str) -> bool:
-    """Whether a source that is no URI means a data set of the hub: it looks like an id, and is no file here."""
-    return bool(_HUB_ID.fullmatch(source)) and not has_known_suffix(source) and not Path(source).exists()
 
 
 def require_revision(revision: str | None) -> str:
@@ -256,10 +253,12 @@ def _check_ends(ends: Counter[int | None], tokenizer: Any, name: str) -> None:
     )
 
 
-def _open(source: str, revision: str | None, split: str, name: str) -> tuple[str | None, bool, Rows]:
+def _open(
+    source: str, revision: str | None, split: str, name: str, alive: Callable[[], None]
+) -> tuple[str | None, bool, Rows]:
     """The commit (None for files), whether the split chose the files, and the rows of a source."""
     if is_hub_id(source):
-        commit, rows = open_dataset(source, require_revision(revision), split, name)
+        commit, rows = open_dataset(source, require_revision(revision), split, name, alive)
         return commit, True, rows
     files, chosen = find_files(source, split)
     # A file found in a directory is named by its place in it.

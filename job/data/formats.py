@@ -29,7 +29,7 @@ MAX_ROW_BYTES = 16 << 20
 """Of one line of JSONL or CSV, and of one CSV field."""
 MAX_JSON_BYTES = 1 << 30
 """Of a JSON file that is one list, which has to be held in memory whole."""
-MAX_EXPANSION = 200
+MAX_EXPANSION = 400
 """How many times its own size a compressed file may unfold to. Text packs to a third or a tenth, logs to a fiftieth."""
 FREE_BYTES = 64 << 20
 """What any compressed file may unfold to, however small it is."""

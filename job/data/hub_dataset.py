@@ -2,12 +2,41 @@
 
 from __future__ import annotations
 
-from job.data.formats import Row, Rows
+import re
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from pathlib import Path
+
+from job.common.threads import in_thread
+from job.data.formats import Row, Rows, has_known_suffix
 from job.errors import Unreachable
 from job.storage.hub import hub_errors
 
+_LOOK_SECONDS = 0.5
+_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
-def open_dataset(source: str, revision: str, split: str, name: str) -> tuple[str, Rows]:
+
+def check_hub_dataset(source: str, revision: str | None) -> None:
+    """Asks the hub whether a data set has the revision, if the source is one of the hub; nothing is fetched.
+
+    Raises:
+        Unreachable, AccessDenied, DataError: As `open_dataset`.
+    """
+    from huggingface_hub import HfApi
+
+    if is_hub_id(source):
+        with hub_errors(f"data set {source}"):
+            HfApi().resolve_revision(source, repo_type="dataset", revision=revision)
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a source that is no URI means a data set of the hub: it looks like an id, and is no file here."""
+    return bool(_HUB_ID.fullmatch(source)) and not has_known_suffix(source) and not Path(source).exists()
+
+
+def open_dataset(
+    source: str, revision: str, split: str, name: str, alive: Callable[[], None] = lambda: None
+) -> tuple[str, Rows]:
     """A hub data set at a pinned revision. Code that a data set ships is never run.
 
     Args:
@@ -15,6 +44,7 @@ def open_dataset(source: str, revision: str, split: str, name: str) -> tuple[str
         revision: Commit, tag or branch.
         split: Such as `train`, or a slice of it: `train[:1000]`.
         name: What to call the data set in messages.
+        alive: Called about twice a second while the data set is fetched and prepared; what it raises ends the wait.
 
     Returns:
         The commit that the revision resolved to, and the rows of the split in order.
@@ -33,6 +63,13 @@ def open_dataset(source: str, revision: str, split: str, name: str) -> tuple[str
         # Where the hub does not answer, `datasets` falls back on whichever revision its cache holds.
         if builder.hash != commit:
             raise Unreachable(f"data set {name}: the hub did not answer, and the cache holds another revision")
-        builder.download_and_prepare()
+        _wait(in_thread(builder.download_and_prepare, "data set"), alive)
         rows = builder.as_dataset(split=split)
     return commit, (Row(f"{name}:row {number}", fields) for number, fields in enumerate(rows, 1))
+
+
+def _wait(work: Future[None], alive: Callable[[], None]) -> None:
+    """Waits for what takes minutes with a large data set."""
+    while not wait([work], _LOOK_SECONDS).done:
+        alive()
+    work.result()

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
 
+from job.data.fields import Rendered
 from job.data.formats import RowError
-from job.data.schemas import Rendered
 from job.records import Example
 
 LossOn = Literal["all", "completion"]
 
 _BATCH_ROWS = 1000
+_BATCH_CHARACTERS = 4 << 20
 _LAST_TOKENS = 4
 """Behind the token that ends an answer a chat template may still write a line break or two."""
 
@@ -68,7 +69,7 @@ def encode(
     shared_ids: dict[int, int] = {}
     shared_targets: dict[tuple[bool, ...], tuple[bool, ...]] = {}
     count = 0
-    while batch := list(islice(rows, _BATCH_ROWS if limit is None else min(_BATCH_ROWS, limit - count))):
+    while batch := _take(rows, _BATCH_ROWS if limit is None else min(_BATCH_ROWS, limit - count)):
         encodings = iter(_tokenize(batch, tokenizer, special=not templated))
         for row in batch:
             if not isinstance(row, Rendered):
@@ -83,6 +84,16 @@ def encode(
             input_ids = tuple(map(shared_ids.setdefault, ids, ids))
             example = Example(input_ids, shared_targets.setdefault(targets, targets))
             yield Encoded(row.text, example, _end(ids, targets, special), row.unused)
+
+
+def _take(rows: Iterator[Rendered | list[RowError]], most: int) -> list[Rendered | list[RowError]]:
+    """The next rows: up to so many, and fewer where their texts are long, whose tokens are held all at once."""
+    batch: list[Rendered | list[RowError]] = []
+    characters = 0
+    while len(batch) < most and characters < _BATCH_CHARACTERS and (row := next(rows, None)) is not None:
+        batch.append(row)
+        characters += len(row.text) if isinstance(row, Rendered) else 0
+    return batch
 
 
 def _tokenize(rows: Sequence[Rendered | list[RowError]], tokenizer: Any, *, special: bool) -> Sequence[Any]:

@@ -51,6 +51,8 @@ def write_base(folder: Path) -> None:
     tokenizer, model = build_base(world, instructions)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    config = folder / "tokenizer_config.json"  # by the class's older name, which all releases of transformers know
+    config.write_text(config.read_text("utf-8").replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'), "utf-8")
     (folder / "model.safetensors").chmod(0o644)  # as git keeps it
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
 
+from job import log
 from job.errors import DataError, Problem, SettingsError
 from job.evaluation.samples import HASHES, Sample, task_scores
 from job.evaluation.tasks import Tasks, compiled_once, question_id
@@ -18,7 +19,7 @@ Score = Callable[[list[Question]], list[list[ChoiceScore]]]
 
 @compiled_once()
 def evaluate(
-    tasks: Tasks, tokenizer: Any, score: Score, *, limit: int | None
+    tasks: Tasks, tokenizer: Any, score: Score, *, limit: int | None, cut_to: int | None = None
 ) -> dict[str, tuple[TaskScores, list[Sample]]]:
     """Runs the tasks zero-shot.
 
@@ -27,6 +28,8 @@ def evaluate(
         tokenizer: The model's.
         score: Called once, with the questions of all tasks.
         limit: The first so many questions of each task; None for all.
+        cut_to: lm-eval's `max_length`: a question that has more tokens with a choice loses its beginning; None for any
+            length.
 
     Returns:
         By task: its figures and its samples.
@@ -40,7 +43,10 @@ def evaluate(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # lm-eval's own are about its code
         results = lm_eval.evaluate(
-            lm=_scoring_model(tokenizer, score), task_dict=_zero_shot(tasks.loaded), limit=limit, bootstrap_iters=0
+            lm=_scoring_model(tokenizer, score, cut_to),
+            task_dict=_zero_shot(tasks.loaded),
+            limit=limit,
+            bootstrap_iters=0,
         )
     return {
         name: _task_result(task, tasks.sources[name], results["samples"][name])
@@ -56,7 +62,7 @@ def _zero_shot(loaded: Any) -> Any:
     return loaded
 
 
-def _scoring_model(tokenizer: Any, score: Score) -> Any:
+def _scoring_model(tokenizer: Any, score: Score, cut_to: int | None) -> Any:
     """An lm-eval model whose log-likelihoods come from `score`. It tokenizes as lm-eval's own HFLM does."""
     from lm_eval.api.model import TemplateLM
 
@@ -88,6 +94,8 @@ def _scoring_model(tokenizer: Any, score: Score) -> Any:
             grouped = [list(group) for _, group in groupby(requests, key=lambda request: request[1])]
             questions = [Question(tuple(g[0][1]), tuple(tuple(request[2]) for request in g)) for g in grouped]
             _check_tokens(requests)
+            if cut_to is not None:
+                questions = _cut(questions, cut_to)
             return [(s.log_likelihood, s.greedy) for scores in score(questions) for s in scores]
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:  # noqa: ARG002, FBT001, FBT002
@@ -97,6 +105,25 @@ def _scoring_model(tokenizer: Any, score: Score) -> Any:
             raise SettingsError([Problem("eval.tasks", "only multiple-choice tasks can be evaluated")])
 
     return ScoringModel()
+
+
+def _cut(questions: Sequence[Question], most: int) -> list[Question]:
+    """The questions without the beginning of those that are too long, exactly as lm-eval's HFLM cuts them.
+
+    It keeps the last `most + 1` tokens of context and choice, of which the last one is not read. Each choice of such a
+    question then has a context of its own.
+    """
+    kept: list[Question] = []
+    long = 0
+    for question in questions:
+        if len(question.context) + max(map(len, question.choices)) <= most + 1:
+            kept.append(question)
+            continue
+        long += 1
+        kept += [Question(question.context[-(most + 1 - len(choice)) :], (choice,)) for choice in question.choices]
+    if long:
+        log.get_logger().warning("questions lost their beginning, they are too long", questions=long, max_length=most)
+    return kept
 
 
 def _check_tokens(requests: Sequence[Any]) -> None:

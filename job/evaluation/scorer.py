@@ -95,5 +95,8 @@ def score_sequences(
         scores = score_sequence(model, questions[sequence.start : sequence.stop])
         # A model that diverged scores NaN. It has to be refused here: a maximum over NaN is still some choice.
         if not all(math.isfinite(choice.log_likelihood) for choices in scores for choice in choices):
-            raise TrainingFailed("the model's scores are not finite: it diverged. Lower JOB_TRAIN__LEARNING_RATE")
+            raise TrainingFailed(
+                "the model's scores are not finite. With an adapter: it diverged; lower JOB_TRAIN__LEARNING_RATE. "
+                "Without: the base's numbers are too large for its dtype; set JOB_MODEL__DTYPE to bf16 or fp32"
+            )
         yield number, scores

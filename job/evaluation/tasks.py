@@ -142,6 +142,84 @@ def count_questions(tasks: Tasks, tokenizer: Any, limit: int | None) -> tuple[in
     return total, tokens, reads
 
 
+MAX_CHOICES = 1_000
+"""Of one question."""
+MAX_BYTES = 1 << 20
+"""Of one question with its choices, as a row."""
+_SLACK_BYTES = 512
+"""What a task's template may add to a row, and a tokenizer to its bytes."""
+
+
+@compiled_once()
+def check_lengths(
+    tasks: Tasks, tokenizer: Any, *, limit: int | None, max_length: int, cut: bool, vocabulary: int | None
+) -> None:
+    """Refuses questions that the model cannot be asked: too long with a choice, too many choices, unknown tokens.
+
+    A token has a byte at least, so that most questions are seen to fit without being rendered.
+
+    Args:
+        tasks: From `load_tasks`.
+        tokenizer: The model's.
+        limit: The first so many questions of each task; None for all.
+        max_length: The most tokens of a question with one of its choices, which is also that of a training example.
+        cut: Whether a longer question loses its beginning, as lm-eval has it, instead of being refused.
+        vocabulary: Rows of the model's embedding; None if that is not known.
+
+    Raises:
+        DataError: With the first 20 of them, and their number.
+    """
+    problems: list[Problem] = []
+    known = len(tokenizer) if vocabulary is None else vocabulary
+    for name, task in tasks.loaded["tasks"].items():
+        extra = len(str(task.config.description or "").encode()) + _SLACK_BYTES
+        for number, doc in enumerate(islice(task.eval_docs, limit)):
+            size = len(json.dumps(doc, default=str, ensure_ascii=False).encode(errors="surrogatepass"))
+            what = None
+            if size + extra > max_length or known < len(tokenizer):
+                what = _too_large(task, doc, size) or _too_long(task, doc, tokenizer, max_length, cut=cut)
+                what = what or _unknown_token(task, doc, tokenizer, known)
+            if what is not None:
+                problems.append(Problem(f"{tasks.sources[name]} question {question_id(doc, number)[:80]}", what))
+    if problems:
+        raise DataError(problems)
+
+
+def _parts(task: Any, doc: Any) -> tuple[list[str], list[str]]:
+    """The contexts of a question and what goes on each of them; some tasks have a context for each choice."""
+    choices, text = [str(choice) for choice in task.doc_to_choice(doc)], str(task.doc_to_text(doc))
+    return (choices, [text]) if task.multiple_input else ([text], choices)
+
+
+def _too_large(task: Any, doc: Any, size: int) -> str | None:
+    """Whether tokenizing a question would take minutes: in words, or None."""
+    if size > MAX_BYTES:
+        return f"has {size:,} bytes, {MAX_BYTES:,} are the most"
+    count = len(task.doc_to_choice(doc))
+    return f"has {count:,} choices, {MAX_CHOICES:,} are the most" if count > MAX_CHOICES else None
+
+
+def _too_long(task: Any, doc: Any, tokenizer: Any, max_length: int, *, cut: bool) -> str | None:
+    """Whether a question has more tokens than are allowed: in words, or None."""
+    contexts, endings = _parts(task, doc)
+    ending = max(endings, key=len)
+    texts = [ending] if cut else [f"{context} {ending}" for context in contexts]
+    longest = max(len(tokenizer.encode(text)) for text in texts)
+    if longest <= max_length:
+        return None
+    remedy = "" if cut else "; JOB_EVAL__LONG_QUESTIONS=cut leaves out their beginning, as lm-eval does"
+    return f"is {longest} tokens long with its longest choice, {max_length} are allowed (JOB_TRAIN__MAX_LENGTH){remedy}"
+
+
+def _unknown_token(task: Any, doc: Any, tokenizer: Any, vocabulary: int) -> str | None:
+    """Whether a question has a token that the model has no embedding of: in words, or None."""
+    found = {token for texts in _parts(task, doc) for text in texts for token in tokenizer.encode(text)}
+    if (beyond := max(found, default=0)) < vocabulary:
+        return None
+    word = tokenizer.convert_ids_to_tokens(beyond)
+    return f"has the token {word!r} (number {beyond}), and the model has embeddings of {vocabulary} tokens"
+
+
 def _index(names: Sequence[str]) -> Any:
     """lm-eval's index of tasks, made from the folders with files of these names only, if that finds all of them.
 

@@ -125,14 +125,14 @@ def fingerprint(folder: Path) -> str:
     """
     total = hashlib.sha256()
     kinds = {".json", ".model", ".jinja"}
-    small = [p for p in folder.iterdir() if p.suffix in kinds or p.name == "merges.txt"]
+    small = [p for p in folder.iterdir() if p.is_file() and (p.suffix in kinds or p.name == "merges.txt")]
     files = sorted({*small, *weight_files(folder)})
     for path, sha256 in zip(files, hash_files(files), strict=True):
         total.update(f"{path.name}\0{sha256}\n".encode())
     return total.hexdigest()
 
 
-def read_config(folder: Path) -> Any:
+def read_config(folder: Path, name: str = "config.json") -> Any:
     """The model's configuration, as transformers has it, without what would steer loading, and without dropout.
 
     The reference recipe has no dropout but LoRA's own; a base that brings some would train by another one, and a
@@ -144,7 +144,7 @@ def read_config(folder: Path) -> Any:
     """
     from transformers import AutoConfig
 
-    found = read_json(folder / "config.json", MOST_CONFIG_BYTES)
+    found = read_json(folder / name, MOST_CONFIG_BYTES)
     _check_kind(folder, found)
     _check_numbers(folder, found)
     with readable(folder, "has a config.json that describes no model"), tempfile.TemporaryDirectory() as cleaned:

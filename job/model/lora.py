@@ -4,12 +4,32 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from job.errors import Problem, SettingsError
+from job import log
+from job.errors import DataError, Problem, SettingsError
+from job.model.files import read_config, readable
+
+SOURCE_CONFIG = "source_config.json"
+"""The base's own config.json, beside the one that the quantized base was saved with, which may be of another class."""
+_PEFT = "base_model.model."
+"""What PEFT puts before the name of every tensor."""
+CONFIG_KEYS = {
+    *("base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode", "lora_alpha", "lora_dropout", "peft_type"),
+    *("r", "revision", "target_modules", "task_type", "use_dora", "use_rslora"),
+}
+"""Keys of adapter_config.json that are always written: tools that read it without PEFT have no defaults for them."""
+TOKENIZER_FILES = (
+    *("added_tokens.json", "chat_template.jinja", "merges.txt", "special_tokens_map.json"),
+    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "*.model"),
+)
+"""Names of files that make a tokenizer. All are of kinds that the quantized cache keeps beside the weights: a restart
+publishes the same ones."""
 
 
 def add_adapter(
@@ -157,29 +177,188 @@ def adapter_off(model: Any) -> Iterator[None]:
         yield
 
 
-def save_adapter(model: Any, folder: Path, *, base: str, revision: str | None) -> None:
-    """Writes the adapter in PEFT's layout; `PeftModel.from_pretrained(base, folder)` loads it.
+@dataclass(frozen=True)
+class PublishedNames:
+    """The class that the base's config.json names, and what its modules are called that an adapter is on.
+
+    transformers loads the text part of some multimodal checkpoints (Qwen3.5, Llama 4) as a class of its own. The class
+    that readers load by config.json has that part under another name, and PEFT ignores tensors of unknown names.
+    """
+
+    architecture: str
+    ours: str = ""
+    """What the names of adapted modules begin with in the loaded model; ends in a dot, or is empty."""
+    theirs: str = ""
+    """What takes its place in the published class."""
+    ambiguous: bool = False
+    """Whether modules outside of that class's text part bear the names of adapted ones."""
+
+    def published(self, name: str) -> str:
+        """Name of an adapter's tensor in the file, from that in the loaded model."""
+        return f"{_PEFT}{self.theirs}{name.removeprefix(_PEFT + self.ours)}"
+
+    def loaded(self, name: str) -> str:
+        """The inverse of `published`."""
+        return f"{_PEFT}{self.ours}{name.removeprefix(_PEFT + self.theirs)}"
+
+
+def find_published_names(model: Any, folder: Path, *, quantized: bool = False) -> PublishedNames:
+    """Compares the loaded model with the class that config.json names, which is built without weights.
+
+    Args:
+        model: The adapted model.
+        folder: The base's files.
+        quantized: Whether the folder is of the quantized cache, where SOURCE_CONFIG is the source's config.json.
+
+    Raises:
+        DataError: config.json has gone, or is broken.
+    """
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    base = model.get_base_model()
+    own = PublishedNames(type(base).__name__)
+    kept = quantized and (folder / SOURCE_CONFIG).is_file()
+    if not kept and own.architecture in (base.config.architectures or []):
+        return own
+    config = read_config(folder, SOURCE_CONFIG if kept else "config.json")
+    classes = AutoModelForImageTextToText._model_mapping  # noqa: SLF001 - from_config's own question
+    published = classes[type(config)].__name__ if type(config) in classes else None
+    if published in {None, own.architecture} or published not in (config.architectures or []):
+        return own
+    with readable(folder), torch.device("meta"):
+        other = AutoModelForImageTextToText.from_config(config, attn_implementation="eager", trust_remote_code=False)
+    adapted = [name for name, module in base.named_modules() if hasattr(module, "lora_A")]
+    theirs = {name: _shape(module) for name, module in other.named_modules() if name.startswith(_text_part(other))}
+    for ours, prefix in _prefixes(adapted[0], theirs):
+        renamed = {prefix + name.removeprefix(ours): base.get_submodule(name) for name in adapted}
+        if all(theirs.get(name) == _shape(module) for name, module in renamed.items()):
+            targets = model.peft_config["default"].target_modules
+            return PublishedNames(published, ours, prefix, _outside_text(other, targets) is not None)
+    log.get_logger().warning(
+        "the adapter's names are not those of the base's class", named=own.architecture, base=published
+    )
+    return own
+
+
+def _shape(module: Any) -> tuple[int, int] | None:
+    """(inputs, outputs) of a linear layer, adapted or not, quantized or not."""
+    found = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return None if None in found else found  # type: ignore[return-value]
+
+
+def _prefixes(name: str, others: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """What to take from the front of a module's name, and what to put there, to get one of the others' names."""
+    parts = name.split(".")
+    for taken in range(len(parts)):
+        rest = ".".join(parts[taken:])
+        ours = name.removesuffix(rest)
+        yield from ((ours, other.removesuffix(rest)) for other in others if f".{other}".endswith(f".{rest}"))
+
+
+def save_adapter(
+    model: Any, folder: Path, *, base: str, revision: str | None, names: PublishedNames | None = None
+) -> None:
+    """Writes the adapter in PEFT's layout; `PeftModel.from_pretrained(base, folder)` loads it, in PEFT 0.13 too.
 
     Without the card that PEFT puts beside it, which is a form to fill in: ours needs the evaluation, and comes later.
+
+    Args:
+        model: The adapted model.
+        folder: Is made where it does not exist.
+        base: By what name the base can be had; no path of this machine.
+        revision: Commit of the base, where `base` is a hub id.
+        names: Of the tensors in the file; None for those of the loaded model.
     """
+    from safetensors.torch import load_file, save_file
+
     config = model.peft_config["default"]
     config.base_model_name_or_path, config.revision = base, revision
     model.save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)
-    path = folder / "adapter_config.json"
-    written = json.loads(path.read_text(encoding="utf-8"))
-    written["target_modules"] = sorted(written["target_modules"])  # PEFT keeps a set, in another order every time
+    path, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    written = portable_config(json.loads(path.read_text(encoding="utf-8")))
+    names = names or PublishedNames("")
+    tensors = {names.published(name): tensor for name, tensor in load_file(weights).items()}
+    if names.ambiguous or written.pop("exclude_modules", None):
+        # By full name, so that no layer outside of the text part is meant, which older PEFT has no other way to say.
+        written["target_modules"] = sorted({name.removeprefix(_PEFT).rpartition(".lora_")[0] for name in tensors})
+    if names.ours != names.theirs:
+        save_file(tensors, weights, metadata={"format": "pt"})
     path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def load_adapter(model: Any, folder: Path) -> None:
-    """Puts saved adapter weights into the model, bit by bit; a missing or unexpected tensor is an error."""
+def portable_config(written: Mapping[str, Any]) -> dict[str, Any]:
+    """What readers need of an adapter_config.json: `CONFIG_KEYS`, and all else that is not as PEFT has it by default.
+
+    PEFT writes every field it has, and a release refuses those that it does not know: what an older one does the same
+    way without being told is left out.
+    """
+    from peft import LoraConfig
+
+    usual = json.loads(json.dumps(LoraConfig().to_dict(), default=list))
+    kept = {key: value for key, value in written.items() if key in CONFIG_KEYS or value != usual.get(key)}
+    kept.pop("peft_version", None)  # no field of a configuration before PEFT 0.18; the manifest has it
+    if isinstance(targets := kept["target_modules"], list):
+        kept["target_modules"] = sorted(targets)  # PEFT keeps a set, in another order every time
+    return kept
+
+
+def copy_tokenizer(base: Path, folder: Path, tokenizer: Any) -> None:
+    """Copies the tokenizer's files of the base, byte for byte.
+
+    transformers would save the tokenizer in words of its own release, such as the class `TokenizersBackend`, which
+    older ones refuse. It does so where the vocabulary is in none of these files: those bases are old, and not cached.
+
+    Args:
+        base: Folder of the base; that of a quantized one has the same files as its source.
+        folder: Is made where it does not exist.
+        tokenizer: What was loaded from the base.
+
+    Raises:
+        DataError: As `tokenizer_files`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    files = tokenizer_files(base)
+    for path in files:
+        shutil.copyfile(path, folder / path.name)
+    if not any(path.name in {"tokenizer.json", "vocab.json"} or path.suffix == ".model" for path in files):
+        tokenizer.save_pretrained(folder)
+
+
+def tokenizer_files(base: Path) -> list[Path]:
+    """The files of a base's folder that make its tokenizer, as far as they exist.
+
+    Raises:
+        DataError: One of them is a link to something outside of the folder: it would be published with the adapter.
+    """
+    found = sorted({path for kind in TOKENIZER_FILES for path in base.glob(kind) if path.is_file()})
+    if outside := [path for path in found if not _belongs(path.resolve(), base.resolve())]:
+        what = "is a link out of its folder, and would be published with the adapter; put the file itself there"
+        raise DataError([Problem("model.id", f"{path} {what}") for path in outside])
+    return found
+
+
+def _belongs(file: Path, base: Path) -> bool:
+    """Whether a file lies in the base's folder, or is a blob of the hub's cache, to which its folders link."""
+    blobs = file.parent
+    return file.is_relative_to(base) or (blobs.name == "blobs" and blobs.parent.name.startswith("models--"))
+
+
+def load_adapter(model: Any, folder: Path, names: PublishedNames | None = None) -> None:
+    """Puts saved adapter weights into the model, bit by bit; a missing or unexpected tensor is an error.
+
+    `names` are those that it was saved by.
+    """
     import torch
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
 
     state = load_file(folder / "adapter_model.safetensors", device="cpu")
-    expected = get_peft_model_state_dict(model)
+    if names is not None:
+        state = {names.loaded(name): tensor for name, tensor in state.items()}
+    # Not "auto": PEFT would ask the hub whether the base has another vocabulary than this one.
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     wrong = sorted(
         expected.keys() ^ state.keys()
         | {k for k in expected.keys() & state.keys() if expected[k].shape != state[k].shape}

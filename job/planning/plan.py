@@ -129,12 +129,22 @@ def _look(settings: Settings, folder: Path) -> _Seen:
             schema=None if s.data.format == "auto" else s.data.format,
             on_bad_row=s.data.on_bad_row,
             loss_on=s.train.loss_on,
+            date=s.data.date,
+            vocabulary=model.architecture.vocabulary if model and model.architecture else None,
             **where,
         ),
     )
     asked, questions = run_check(
         "questions",
-        lambda: preview_questions(s.eval.tasks, s.eval.data, tokenizer=tokenizer, limit=s.eval.limit, **where),
+        lambda: preview_questions(
+            s.eval.tasks,
+            s.eval.data,
+            tokenizer=tokenizer,
+            limit=s.eval.limit,
+            max_length=s.train.max_length,
+            cut=s.eval.long_questions == "cut",
+            **where,
+        ),
     )
     return _Seen([stored, modelled, adapted, tokenized, read, asked], seconds, model, tokenizer, data, questions)
 

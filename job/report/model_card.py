@@ -15,6 +15,9 @@ from job.report import wording
 from job.report.templating import render
 from job.runs.layout import WEIGHTS
 
+_SEES = "ForConditionalGeneration"
+"""How transformers' classes of multimodal models end; encoder-decoders, the others of that ending, are not trained."""
+_CACHED = re.compile(r"/models--([\w.-]+)/snapshots/([0-9a-f]{40})/*$", re.ASCII)
 METRICS = {"acc": ("accuracy", "accuracy"), "acc_norm": ("acc_norm", "accuracy by length-normalized likelihood")}
 """Metric -> (type, name) in the hub's metadata."""
 
@@ -23,7 +26,9 @@ def render_model_card(results: Mapping[str, Any]) -> bytes:
     """The card from a manifest, as UTF-8 Markdown."""
     settings = {name: setting["value"] for name, setting in results["settings"].items()}
     model, dataset, tasks = results["model"], results["dataset"], results["evaluation"]["tasks"]
-    title = f"{_short(model['id'])}, fine-tuned on {_short(dataset['source'])}"
+    name, revision = public_base(model["id"], model["revision"], settings.get("model.name"))
+    known = revision is not None or settings.get("model.name") is not None
+    title = f"{_short(name)}, fine-tuned on {_short(dataset['source'])}"
     licence = LICENCES.get(dataset["source"]) if dataset["revision"] else None
     body = render(
         "card.md",
@@ -37,7 +42,11 @@ def render_model_card(results: Mapping[str, Any]) -> bytes:
         harness=results["evaluation"]["harness"],
         software=results["software"],
         licence=licence,
-        base=model["id"] if "://" not in model["id"] else "path/to/base",
+        name=name,
+        revision=revision,
+        known=known,
+        auto="AutoModelForImageTextToText" if model["architecture"].endswith(_SEES) else "AutoModelForCausalLM",
+        source=dataset["source"] if dataset["revision"] or "://" in dataset["source"] else _short(dataset["source"]),
         dtype={"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[model["dtype"]],
         prompt=PROMPTS[dataset["format"]],
         headline=[sentence for _, sentence in wording.headline(tasks)],
@@ -46,18 +55,41 @@ def render_model_card(results: Mapping[str, Any]) -> bytes:
         scope=wording.SCOPE,
         weights=next((a["sha256"] for a in results["artifacts"] if a["path"] == WEIGHTS), None),
     )
-    text = f"---\n{_metadata(results, settings, title, licence)}\n---\n\n{body}"
+    text = f"---\n{_metadata(results, settings, title, licence, name if known else None)}\n---\n\n{body}"
     return text.encode("utf-8", errors="replace")
 
 
-def _metadata(results: Mapping[str, Any], settings: Mapping[str, Any], title: str, licence: str | None) -> str:
-    """YAML for the hub. Only a model or data set with a revision is on the hub; others are left out."""
+def public_base(place: str, revision: str | None, name: str | None) -> tuple[str, str | None]:
+    """By what name readers of the adapter can have its base, and at which commit: never a path of this machine.
+
+    Args:
+        place: `model.id`.
+        revision: The commit of it that was used; None for what is no hub id.
+        name: `model.name`; a commit of another repository says nothing of it.
+
+    Returns:
+        The name that was given, else the hub id (also where `place` is its folder in the hub's cache), else the last
+        part of the path or URI: a folder of that name is found from beside it.
+    """
+    if name is not None:
+        return name, revision if name == place else None
+    if revision is not None:
+        return place, revision
+    if cached := _CACHED.search(place):
+        return cached[1].replace("--", "/", 1), cached[2]
+    return _short(place).strip(".") or "base", None
+
+
+def _metadata(
+    results: Mapping[str, Any], settings: Mapping[str, Any], title: str, licence: str | None, base: str | None
+) -> str:
+    """YAML for the hub, `base` being the base's public name. Only a data set with a revision is on the hub."""
     from huggingface_hub import ModelCardData
 
     model, dataset = results["model"], results["dataset"]
     quantized = model["quantization"] != "none"
     data = ModelCardData(
-        base_model=model["id"] if model["revision"] else None,
+        base_model=base,
         datasets=[dataset["source"]] if dataset["revision"] else None,
         license=licence,
         library_name="peft",

@@ -156,6 +156,20 @@ def _digest(text: str) -> str:
     return text
 
 
+def _day(text: str) -> str:
+    try:
+        date = datetime.strptime(text, "%Y-%m-%d").replace(tzinfo=UTC)
+    except ValueError:
+        raise ValueError("must be a day as YYYY-MM-DD, such as 2026-01-31") from None
+    return f"{date:%Y-%m-%d}"
+
+
+def _public_name(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", text, re.ASCII):
+        raise ValueError("must be a name such as org/model: letters, digits, '.', '_', '-', and one slash at most")
+    return text
+
+
 def _readable_class(text: str) -> str:
     if text in _ARCHIVES:
         raise ValueError("objects in an archive cannot be read back at once, so no checkpoint could be resumed")
@@ -177,9 +191,11 @@ Text = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_prin
 RunId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 Location = Annotated[Text, AfterValidator(_location)]
 LocalPath = Annotated[Text, AfterValidator(_local)]
+PublicName = Annotated[Text, AfterValidator(_public_name)]
 Endpoint = Annotated[Text, AfterValidator(_endpoint)]
 HostPort = Annotated[Text, AfterValidator(_host_port)]
 Digest = Annotated[Text, AfterValidator(_digest)]
+Day = Annotated[Text, AfterValidator(_day)]
 StorageClass = Annotated[Text, AfterValidator(_readable_class)]
 Names = Annotated[tuple[Text, ...], BeforeValidator(_items), Field(min_length=1), AfterValidator(_unique)]
 Locations = Annotated[Mapping[Text, Location], BeforeValidator(_pairs)]

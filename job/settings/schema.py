@@ -29,6 +29,7 @@ from job.common.optimizers import OptimizerName
 from job.settings.field_types import (
     Count,
     CountOrAuto,
+    Day,
     Digest,
     Endpoint,
     Flag,
@@ -41,6 +42,7 @@ from job.settings.field_types import (
     Names,
     NotNegative,
     Positive,
+    PublicName,
     Real,
     RunId,
     Seconds,
@@ -99,6 +101,9 @@ class Run(Group):
     """Seed of every random choice."""
     grace_seconds: ExecutionOnly[Seconds] = 30
     """Seconds between the signal to stop and the kill."""
+    max_idle_attempts: ExecutionOnly[Count] = 5
+    """After so many attempts in a row that were stopped before the run got any further, the last ends with exit code 71
+    instead of 75, which a platform retries at no cost for ever."""
     spot_notices: ExecutionOnly[Literal["auto", "off", "ec2", "gcp", "azure"]] = "auto"
     """Cloud whose metadata service is asked for notices of preemption; `auto` finds out which answers."""
     processes: ExecutionOnly[CountOrAuto] = "auto"
@@ -122,6 +127,10 @@ class Model(Group):
     """Hub id, `s3://` URI or path."""
     revision: AffectsResult[Annotated[Maybe[Text], RevisionOf("model.id")]] = None
     """Commit hash, for a hub id; without one the newest is taken. The manifest records the commit that was used."""
+    name: AffectsResult[Maybe[PublicName]] = None
+    """Public name of the model, such as its hub id, for the adapter's files, where JOB_MODEL__ID is a path or `s3://`
+    URI. Default: the hub id, else the last part of JOB_MODEL__ID. Nothing is fetched by it.
+    """
     quantization: AffectsResult[Literal["nf4", "none"]] = "nf4"
     """How the frozen weights are stored: as 4-bit NormalFloat, or unquantized."""
     double_quantization: AffectsResult[Flag] = True
@@ -165,6 +174,8 @@ class Data(Group):
     """Schema of a row; `auto` detects it."""
     on_bad_row: AffectsResult[Literal["error", "skip"]] = "error"
     """What a bad row does: end the job before it begins, or be counted and left out."""
+    date: AffectsResult[Maybe[Day]] = None
+    """What a chat template that asks is told is today, YYYY-MM-DD; empty: the day (UTC) of the run's first attempt."""
 
 
 class Train(Group):
@@ -224,6 +235,8 @@ class Eval(Group):
     """Questions of each task, at least 2; empty for all."""
     data: AffectsResult[Annotated[Locations, SageMakerChannel("evaluation")]] = Field(default_factory=dict)
     """Questions from files instead of the hub, `task=path,task2=s3://...` or JSON; each file in its task's schema."""
+    long_questions: AffectsResult[Literal["error", "cut"]] = "error"
+    """A question of more than `train.max_length` tokens: ends the job, or loses its beginning, as lm-eval has it."""
     batch_tokens: ExecutionOnly[Count] = 8192
     """Tokens scored in one forward pass."""
 

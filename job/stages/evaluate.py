@@ -51,7 +51,7 @@ def evaluate_adapter(
     paths = attempt.processes.share_on_machine(
         "adapter", lambda: [str(attempt.fetch(artifact)) for artifact in weights]
     )
-    load_adapter(loaded.model, Path(paths[0]).parent)
+    load_adapter(loaded.model, Path(paths[0]).parent, loaded.names)
     adapted = {**_forward(loaded, loaded.record), "adapter": [artifact.sha256 for artifact in weights]}
     cache = ScoreCache(attempt.store, SCORES, settings.run.id, score_conditions(adapted))
     return _evaluate(attempt, settings, sources, loaded, cache=cache, side="adapter")
@@ -72,7 +72,14 @@ def _evaluate(
         return None
 
     def score(questions: list[Question]) -> Scores:
-        with log.progress("questions", len(questions), every=max(1, len(questions) // 10)) as on_progress:
+        before = attempt.questions
+
+        with log.progress("questions", len(questions), every=max(1, len(questions) // 10)) as tell:
+
+            def on_progress(scored: int) -> None:
+                attempt.questions = before + scored
+                tell(scored)
+
             return score_questions(
                 loaded.model,
                 questions,
@@ -82,7 +89,8 @@ def _evaluate(
                 on_progress=on_progress,
             )
 
-    found = evaluate(sources.tasks, sources.tokenizer, score, limit=settings.eval.limit)
+    cut_to = settings.train.max_length if settings.eval.long_questions == "cut" else None
+    found = evaluate(sources.tasks, sources.tokenizer, score, limit=settings.eval.limit, cut_to=cut_to)
     parallel.finish()
     artifacts, figures = [], {}
     for task, (scores, samples) in found.items():

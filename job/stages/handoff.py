@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from job.evaluation.tasks import Tasks
+from job.model.lora import PublishedNames
 from job.model.quantized_cache.layout import CachedBase, CacheEntry
 from job.records import Example, ExecutionPlan, ModelRecord, Packing, Pulled
 from job.results.baseline import Baseline
@@ -34,7 +35,7 @@ class Sources:
 class Loaded:
     """The model in memory, what the manifest says of it, and how it is going to be trained.
 
-    `kept_base` is where a restart finds the base with these very bits.
+    `kept_base` is where a restart finds the base with these very bits; `names` are those of the adapter's file.
     """
 
     model: Any
@@ -43,3 +44,4 @@ class Loaded:
     plan: ExecutionPlan
     kept_base: CachedBase
     packing: Packing
+    names: PublishedNames

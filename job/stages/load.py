@@ -10,7 +10,7 @@ from job.common.malloc import keep_freed_memory
 from job.distributed.processes import ALONE, Processes
 from job.errors import Problem, SettingsError
 from job.model.base import PLAIN, choose_device, choose_dtype, describe_model, load_base, make_deterministic
-from job.model.lora import add_adapter
+from job.model.lora import add_adapter, find_published_names
 from job.model.packed_attention import NAME, use
 from job.model.packing_check import choose_packing
 from job.model.quantized_cache.cache import save
@@ -61,12 +61,14 @@ def load(settings: Settings, sources: Sources, processes: Processes = ALONE, kno
         target_modules=targets,
         seed=settings.run.seed,
     )
+    names = find_published_names(model, sources.folder, quantized=sources.quantized)
     record = describe_model(
         model,
         name=settings.model.id,
         revision=sources.record.model_revision,
         sha256=sources.record.model_sha256,
     )
+    record = replace(record, architecture=names.architecture)
     log.get_logger().info(
         "model is loaded", device=str(device), dtype=record.dtype, trainable_parameters=record.trainable_parameters
     )
@@ -87,7 +89,7 @@ def load(settings: Settings, sources: Sources, processes: Processes = ALONE, kno
     )
     if not packing.packed:
         plan = replace(plan, packed=False, reason=f"{plan.reason}: {packing.reason}")
-    return Loaded(model, record, budget, plan, kept_base, packing)
+    return Loaded(model, record, budget, plan, kept_base, packing, names)
 
 
 def _packing(model: Any, settings: Settings, sources: Sources, processes: Processes, known: Packing | None) -> Packing:

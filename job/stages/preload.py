@@ -1,4 +1,4 @@
-"""Importing the libraries that later stages need, while downloads are under way."""
+"""Imports the libraries that later stages need while the model is being downloaded."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from job import log
 
 
 def import_libraries() -> None:
-    """What the stages need, which takes seconds."""
+    """Imports them, which takes seconds."""
     with log.hush():
-        from job.stages import train  # noqa: F401 - for what it imports
+        from job.stages import train  # noqa: F401 - it imports them

@@ -6,10 +6,11 @@ Of several processes on a machine the first does it; the others read what it lea
 from __future__ import annotations
 
 import json
-from concurrent.futures import wait
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -20,13 +21,16 @@ from job.common.hashing import code_hashes
 from job.common.resources import check_disk, required_bytes
 from job.common.threads import in_thread
 from job.data.dataset import check_source, load_examples
-from job.errors import JobError
-from job.evaluation.tasks import load_tasks
+from job.data.formats import find_file
+from job.data.hub_dataset import check_hub_dataset
+from job.errors import DataError, JobError, Preempted, Problem
+from job.evaluation.tasks import Tasks, check_lengths, load_tasks
 from job.model.base import choose_device, choose_dtype, inspect, load_tokenizer
 from job.model.files import fingerprint
+from job.model.lora import tokenizer_files
 from job.model.quantized_cache.cache import find
 from job.model.quantized_cache.layout import CachedBase, CacheEntry, entry_at, entry_for
-from job.records import Example, Pulled
+from job.records import DatasetRecord, Example, Pulled
 from job.results.baseline import check_questions, read_baseline
 from job.runs.attempt import Attempt
 from job.runs.layout import BASE, Stage
@@ -34,14 +38,14 @@ from job.settings.load import Settings
 from job.stages.handoff import Sources
 from job.stages.preload import import_libraries
 from job.storage.base import disk_errors
-from job.storage.hub import download_model, import_client
+from job.storage.hub import MOST_SMALL_BYTES, download_model, import_client
 from job.storage.location import is_remote
 from job.storage.open import ObjectStore, StorageOptions, fetch, open_store, size
 
 CODE = ("job.model.base", "job.model.files", "job.model.quantized_cache.cache", "job.model.quantized_cache.layout")
 """Modules whose code decides the bits of a quantized base."""
-_LOOK_SECONDS = 0.5
-_FAREWELL_SECONDS = 3.0
+_POLL_SECONDS = 0.5
+_CLEANUP_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,8 @@ class _Model:
 
 
 @dataclass(frozen=True)
-class _Left:
-    """What the first process of a machine leaves for the others: paths, and what it found out."""
+class _Shared:
+    """What the first process of a machine writes for the others: paths, and the record of the pull."""
 
     record: Pulled
     folder: str
@@ -66,41 +70,49 @@ class _Left:
 
 
 def pull(attempt: Attempt, settings: Settings, storage: StorageOptions) -> Sources:
-    """Pulls everything, once a machine; `storage` says how to reach stores."""
+    """Fetches and checks everything, in the first process of each machine; `storage` says how to reach stores.
+
+    What can be known without the model's weights is checked before these are fetched; rows are read meanwhile.
+
+    Raises:
+        DataError, SettingsError: The data, the questions, the model or the settings cannot be used.
+        Unreachable, AccessDenied: The hub or a store does not serve.
+        Preempted: The job has to end.
+    """
     processes = attempt.processes
-    date = processes.share("date of the run", lambda: _date(attempt))
+    date = processes.share("date of the run", lambda: settings.data.date or _date(attempt))
     if processes.place.local_world_size == 1:
         return _pull(attempt, settings, storage, date)
     if processes.place.local_rank:
         import_libraries()  # meanwhile
     sources = _pull(attempt, settings, storage, date) if processes.place.local_rank == 0 else None
-    left = processes.share_on_machine("sources", lambda: _leave(sources, attempt.work) if sources else None)
-    return sources or _take_over(TypeAdapter(_Left).validate_json(left or ""))
+    shared = processes.share_on_machine("sources", lambda: _write_shared(sources, attempt.work) if sources else None)
+    return sources or _read_shared(TypeAdapter(_Shared).validate_json(shared or ""))
 
 
 def _date(attempt: Attempt) -> str:
     """The day on which the run began: chat templates that write the date write this one, in every attempt.
 
-    The ledger has it from the first second of the first attempt.
+    The run log has it from the first second of the first attempt.
     """
     return min([attempt.started, *(record.started for record in attempt.earlier)])[: len("2026-01-31")]
 
 
-def _leave(sources: Sources, work: Path) -> str:
+def _write_shared(sources: Sources, work: Path) -> str:
     examples = work / "examples.json"
     with disk_errors(f"cannot write {examples}"):
         examples.write_bytes(TypeAdapter(list[Example]).dump_json(sources.examples))
-    left = _Left(sources.record, str(sources.folder.absolute()), sources.quantized, str(examples.absolute()))
-    return TypeAdapter(_Left).dump_json(left).decode()
+    shared = _Shared(sources.record, str(sources.folder.absolute()), sources.quantized, str(examples.absolute()))
+    return TypeAdapter(_Shared).dump_json(shared).decode()
 
 
-def _take_over(left: _Left) -> Sources:
-    folder = Path(left.folder)
-    examples = TypeAdapter(list[Example]).validate_json(Path(left.examples).read_bytes())
+def _read_shared(shared: _Shared) -> Sources:
+    folder = Path(shared.folder)
+    examples = TypeAdapter(list[Example]).validate_json(Path(shared.examples).read_bytes())
     return Sources(
-        left.record,
+        shared.record,
         folder,
-        left.quantized,
+        shared.quantized,
         load_tokenizer(folder),
         examples,
         tasks=None,
@@ -110,39 +122,124 @@ def _take_over(left: _Left) -> Sources:
 
 
 def _pull(attempt: Attempt, settings: Settings, storage: StorageOptions, date: str) -> Sources:
-    def local(uri: str, kind: str) -> str:
-        attempt.alive()
-        return fetch(uri, attempt.work / kind, storage)
-
-    gate, data = settings.gate, settings.data
-    if not is_remote(data.source):
-        check_source(data.source, data.revision, data.split)  # before gigabytes of weights are fetched
+    _check_places(settings)
+    gate = settings.gate
     baseline = None if gate.baseline is None else read_baseline(gate.baseline, storage)
-    places = {settings.model.id, data.source, *settings.eval.data.values()}
+    places = {settings.model.id, settings.data.source, *settings.eval.data.values()}
     check_disk(attempt.work, required_bytes(size(place, storage) for place in places))
-    import_client()  # here: two threads had better not import the same at once
+    import_client()  # here: two threads that import the same at once may get half of a module
+    early: Future[tuple[Path, bool]] = Future()
+    checked: Future[None] = Future()
+
+    def before_weights(folder: Path, missing: bool) -> None:  # noqa: FBT001 - hub.download_model calls it so
+        early.set_result((folder, missing))
+        if missing:
+            checked.result()
+
     # Downloads and hashes leave the interpreter alone, which meanwhile imports and reads.
-    imported = Event()
-    coming = in_thread(lambda: _find_model(attempt, settings, storage, imported), "model")
+    coming = in_thread(lambda: _find_model(attempt, settings, storage, before_weights), "model")
     try:
         import_libraries()
-    finally:
-        imported.set()
-    questions = {task: Path(local(uri, f"questions/{task}")) for task, uri in settings.eval.data.items()}
-    tasks = load_tasks(settings.eval.tasks, questions, settings.eval.data)
-    if baseline is not None:
-        check_questions(baseline, tasks.questions(settings.eval.limit), gate.metric)
-    source = local(data.source, "data")
-    try:
-        while not wait([coming], _LOOK_SECONDS).done:
-            attempt.alive(progress=False)  # to be asked to end is no reason to wait for gigabytes
-    except JobError:
-        wait([coming], _FAREWELL_SECONDS)  # what brings a kept base here removes the half of it that there is
+        tasks = _load_tasks(attempt, settings, storage)
+        if baseline is not None:
+            check_questions(baseline, tasks.questions(settings.eval.limit), gate.metric)
+        source = _fetch(attempt, settings.data.source, "data", storage)
+        folder, missing = _early_files(attempt, early, coming)
+        tokenizer = load_tokenizer(folder)
+        if missing:
+            _check_model(folder, settings)
+            check_hub_dataset(settings.data.source, settings.data.revision)
+        check_lengths(
+            tasks,
+            tokenizer,
+            limit=settings.eval.limit,
+            max_length=settings.train.max_length,
+            cut=settings.eval.long_questions == "cut",
+            vocabulary=_vocabulary(folder),
+        )
+        checked.set_result(None)
+
+        def alive() -> None:
+            attempt.alive()
+            if coming.done():
+                coming.result()  # an error of the weights ends the reading of rows
+
+        examples, dataset = _read_rows(
+            settings, source, tokenizer, date=date, vocabulary=_vocabulary(folder), alive=alive
+        )
+        model: _Model = _wait(attempt, coming)
+    except JobError as error:
+        checked.cancel()
+        if isinstance(error, Preempted):
+            wait([coming], _CLEANUP_SECONDS)  # the thread removes a quantized base that it has copied in part
         raise
-    model = coming.result()
     attempt.alive()
-    tokenizer = load_tokenizer(model.folder)
-    examples, dataset = load_examples(
+    log.get_logger().info("data is ready", rows=dataset.rows, skipped=dataset.skipped, tokens=dataset.tokens)
+    record = Pulled(dataset, model.sha256, model.revision, tasks.fingerprints())
+    return Sources(record, model.folder, model.quantized, tokenizer, examples, tasks, baseline, model.cache_entry)
+
+
+def _check_places(settings: Settings) -> None:
+    """Refuses files of data and questions that are not there, before anything is fetched or imported.
+
+    Raises:
+        DataError: With all of them.
+        SettingsError: A data set of the hub has no revision.
+    """
+    data = settings.data
+    checks: list[tuple[str, Callable[[], object]]] = [
+        (data.source, partial(check_source, data.source, data.revision, data.split)),
+        *((place, partial(find_file, place)) for place in settings.eval.data.values()),
+    ]
+    problems: list[Problem] = []
+    for place, check in checks:
+        try:
+            if not is_remote(place):
+                check()
+        except DataError as error:
+            problems += error.problems
+    if problems:
+        raise DataError(problems)
+
+
+def _fetch(attempt: Attempt, place: str, kind: str, storage: StorageOptions) -> str:
+    attempt.alive()
+    return fetch(place, attempt.work / kind, storage)
+
+
+def _load_tasks(attempt: Attempt, settings: Settings, storage: StorageOptions) -> Tasks:
+    given = settings.eval.data
+    files = {task: Path(_fetch(attempt, place, f"questions/{task}", storage)) for task, place in given.items()}
+    return load_tasks(settings.eval.tasks, files, given)
+
+
+def _wait(attempt: Attempt, *futures: Future[Any]) -> Any:
+    """The result of the first of them that is done; to be asked to end is no reason to wait for gigabytes."""
+    while not (done := wait(futures, _POLL_SECONDS, FIRST_COMPLETED).done):
+        attempt.alive(progress=False)
+    return next(future for future in futures if future in done).result()
+
+
+def _early_files(attempt: Attempt, early: Future[tuple[Path, bool]], coming: Future[_Model]) -> tuple[Path, bool]:
+    """The folder with configuration and tokenizer, and whether weights are fetched as soon as these are checked."""
+    _wait(attempt, early, coming)
+    return early.result() if early.done() else (coming.result().folder, False)
+
+
+def _check_model(folder: Path, settings: Settings) -> None:
+    """Refuses what can be seen without the weights: a configuration of no model, lengths and target modules.
+
+    Raises:
+        DataError, SettingsError: As loading the model will.
+    """
+    named = settings.lora.target_modules
+    inspect(folder, max_length=settings.train.max_length, targets=None if named == "auto" else named)
+
+
+def _read_rows(settings: Settings, source: str, tokenizer: Any, **how: Any) -> tuple[list[Example], DatasetRecord]:
+    """The training examples; `how` goes to `load_examples`."""
+    data = settings.data
+    return load_examples(
         source,
         name=data.source,
         revision=data.revision,
@@ -153,14 +250,8 @@ def _pull(attempt: Attempt, settings: Settings, storage: StorageOptions, date: s
         loss_on=settings.train.loss_on,
         max_length=settings.train.max_length,
         tokenizer=tokenizer,
-        date=date,
-        vocabulary=_vocabulary(model.folder),
-        alive=attempt.alive,
+        **how,
     )
-    attempt.alive()
-    log.get_logger().info("data is ready", rows=dataset.rows, skipped=dataset.skipped, tokens=dataset.tokens)
-    record = Pulled(dataset, model.sha256, model.revision, tasks.fingerprints())
-    return Sources(record, model.folder, model.quantized, tokenizer, examples, tasks, baseline, model.cache_entry)
 
 
 def _vocabulary(folder: Path) -> int | None:
@@ -173,35 +264,55 @@ def _vocabulary(folder: Path) -> int | None:
         return None
 
 
-def _find_model(attempt: Attempt, settings: Settings, storage: StorageOptions, imported: Event) -> _Model:
-    """The model's files: the kept quantized base, or what the settings name.
+def _find_model(
+    attempt: Attempt, settings: Settings, storage: StorageOptions, before_weights: Callable[[Path, bool], None]
+) -> _Model:
+    """The model's files: the quantized base in the cache, or what the settings name.
 
-    A later attempt goes on with what the first one found, and does not ask again where that came from.
+    A later attempt uses what the first one found, and does not ask its source again. Before weights are fetched,
+    `before_weights` is called with the folder of the small files; it returns when these are checked.
     """
     known, base = attempt.known(Stage.PULL, Pulled), attempt.known(BASE, CachedBase)
-    if known is not None and base is not None and base.key is not None and (room := _room(attempt, settings, storage)):
-        noted = entry_at(base.key, *room, base.index_sha256)
+    if (
+        known is not None
+        and base is not None
+        and base.key is not None
+        and (places := _cache_places(attempt, settings, storage))
+    ):
+        noted = entry_at(base.key, *places, base.index_sha256)
         if (folder := find(noted, attempt.get_on)) is not None:
             return _Model(folder, known.model_revision, known.model_sha256, noted, quantized=True)
-    source = fetch(settings.model.id, attempt.work / "model", storage)
-
-    def look(folder: Path) -> None:
-        """Refuses what cannot be trained before its weights are fetched; two threads had better not import at once."""
-        imported.wait()
-        named = settings.lora.target_modules
-        inspect(folder, max_length=settings.train.max_length, targets=None if named == "auto" else named)
-
-    folder, revision = download_model(source, settings.model.revision, before_weights=look)
+    source = settings.model.id
+    if is_remote(source):
+        if (small := _fetch_small_files(source, attempt.work / "model-small", storage)) is not None:
+            before_weights(small, True)  # noqa: FBT003 - as hub.download_model calls it
+        source = fetch(source, attempt.work / "model", storage)
+        folder, revision = download_model(source, None)
+    else:
+        folder, revision = download_model(source, settings.model.revision, before_weights)
+    tokenizer_files(folder)  # refuses now what cannot be published in the end
     sha256 = fingerprint(folder)
-    room = _room(attempt, settings, storage)
-    cache_entry = None if room is None else entry_for(_facts(settings, sha256), *room)
+    places = _cache_places(attempt, settings, storage)
+    entry = None if places is None else entry_for(_facts(settings, sha256), *places)
     # Not in a later attempt: it is not known to be the one that the run began with.
-    here = None if cache_entry is None or known else find(replace(cache_entry, store=None), attempt.get_on)
-    return _Model(here or folder, revision, sha256, cache_entry, quantized=here is not None)
+    here = None if entry is None or known else find(replace(entry, store=None), attempt.get_on)
+    return _Model(here or folder, revision, sha256, entry, quantized=here is not None)
 
 
-def _room(attempt: Attempt, settings: Settings, storage: StorageOptions) -> tuple[Path, ObjectStore | None] | None:
-    """The folder and the store in which quantized bases are kept; None where they are not to be."""
+def _fetch_small_files(place: str, folder: Path, storage: StorageOptions) -> Path | None:
+    """The folder with configuration and tokenizer of a model in a store; None if nothing is there."""
+    store = open_store(place, storage)
+    found = list(store.list())
+    for info in found:
+        if "/" not in info.key and not info.key.endswith(".safetensors") and info.bytes <= MOST_SMALL_BYTES:
+            store.download(info.key, folder / info.key, max_bytes=info.bytes)
+    return folder if found else None
+
+
+def _cache_places(
+    attempt: Attempt, settings: Settings, storage: StorageOptions
+) -> tuple[Path, ObjectStore | None] | None:
+    """The folder and the store of the quantized cache; None if nothing is cached."""
     model, cache = settings.model, settings.storage.cache
     if model.quantization == "none" or model.keep_quantized == "off":
         return None

@@ -20,9 +20,10 @@ from job.common.optimizers import substitute
 from job.common.resources import check_disk, checkpoint_bytes, required_bytes
 from job.data.batch_plan import steps_per_epoch
 from job.errors import Preempted, Unreachable
-from job.model.lora import save_adapter, trainable
+from job.model.lora import copy_tokenizer, save_adapter, trainable
 from job.preemption.stop_flag import Stopwatch, decide
 from job.records import StepMetrics, Trained, TrainingRecord
+from job.report.model_card import public_base
 from job.results.training_totals import training_totals
 from job.runs.attempt import Attempt
 from job.runs.layout import ARTIFACTS
@@ -45,6 +46,9 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
     if restored.folder is not None:
         log.get_logger().info("resuming", step=restored.step, of=recipe.total_steps)
     check_disk(attempt.work, required_bytes([], checkpoint_bytes(_size(model), recipe.optimizer)))
+    folder = attempt.work / "artifacts"
+    if processes.leads:
+        copy_tokenizer(sources.folder, folder / "adapter", sources.tokenizer)  # now: the base may go while it trains
     with (
         log.progress("steps", recipe.total_steps, every=settings.train.log_every_steps) as tell,
         AsyncUploader(
@@ -53,6 +57,7 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
                 epoch=attempt.number,
                 world_size=processes.place.world_size,
                 software=host.software(),
+                run=attempt.run,
                 keep=settings.checkpoint.keep,
                 settle_seconds=settings.checkpoint.settle_seconds,
                 verified=restored.step,
@@ -84,9 +89,8 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
             raise _stopped(attempt, restored, recipe.total_steps)
     if not processes.leads:
         return None
-    folder = attempt.work / "artifacts"
-    save_adapter(model, folder / "adapter", base=settings.model.id, revision=sources.record.model_revision)
-    sources.tokenizer.save_pretrained(folder / "adapter")
+    name, revision = public_base(settings.model.id, sources.record.model_revision, settings.model.name)
+    save_adapter(model, folder / "adapter", base=name, revision=revision, names=loaded.names)
     write_metrics(folder / "metrics.jsonl", trained.history)
     write_events(folder / "tensorboard", trained.history)
     facts = hash_facts(folder / "metrics.jsonl")
@@ -122,7 +126,9 @@ def _restore(attempt: Attempt) -> manager.Restored:
 
     def restore() -> str:
         size, folder = processes.place.world_size, attempt.work / "restored"
-        found = manager.restore(attempt.store, folder, host.software(), validate_trainer_state, size)
+        found = manager.restore(
+            attempt.store, folder, host.software(), validate_trainer_state, world_size=size, run=attempt.run
+        )
         return TypeAdapter(manager.Restored).dump_json(found).decode()
 
     found = TypeAdapter(manager.Restored).validate_json(processes.share_on_machine("checkpoint", restore))

@@ -10,13 +10,16 @@ half-initialised module, and the answer of the hub would end as an ImportError. 
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from job import log
+from job.common.hashing import hash_files
 from job.common.resources import check_disk, required_bytes
 from job.errors import AccessDenied, DataError, JobError, Problem, SettingsError, Unreachable
 
@@ -24,6 +27,7 @@ from job.errors import AccessDenied, DataError, JobError, Problem, SettingsError
 _TRANSPORTS = {"httpx", "httpx2", "httpcore", "requests", "urllib3", "aiohttp"}
 _REFUSED = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
 _TRANSIENT = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS}
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _HUB_ERRORS, _DATASETS_ERRORS = "huggingface_hub.errors", "datasets.exceptions"
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
@@ -31,7 +35,6 @@ MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.model",
 """What is fetched of a model: no pickled weights, no code."""
 SMALL_FILES = tuple(kind for kind in MODEL_FILES if kind != "*.safetensors")
 """All of that but the weights."""
-WEIGHTS = ".safetensors"
 MOST_SMALL_BYTES = 256 << 20
 PEEK_SECONDS = 10.0
 """A plan is not to wait for long."""
@@ -44,24 +47,32 @@ def import_client() -> None:
 
 
 def download_model(
-    source: str, revision: str | None, before_weights: Callable[[Path], None] | None = None
+    source: str,
+    revision: str | None,
+    before_weights: Callable[[Path, bool], None] = lambda _folder, _missing: None,
 ) -> tuple[Path, str | None]:
     """The folder of a model: the path itself, or the hub's files in the local cache.
+
+    The weights' bytes are held against the SHA-256 that the hub names for them, also where they lay in the cache; what
+    differs is fetched once more.
 
     Args:
         source: A path to a folder in the hub's layout, or a hub id.
         revision: Commit, tag or branch of a hub id; None for its newest commit.
-        before_weights: Called with the folder of all other files, before weights are fetched; not where nothing is.
+        before_weights: Called with the folder when configuration and tokenizer lie in it, and with whether weights are
+            going to be fetched when it returns.
 
     Returns:
         The folder, and the commit that the revision resolved to (None for a path).
 
     Raises:
-        Unreachable: The hub did not answer, or the disk has no room for what is not cached yet.
+        Unreachable: The hub did not answer, gave other bytes than it names, or the disk has no room.
         AccessDenied: The model is gated, private, or does not exist for these credentials.
         DataError: No such path, model or revision.
+        SettingsError: The folder of the cache cannot be written.
     """
     if (path := local_model(source)) is not None:
+        before_weights(path, False)  # noqa: FBT003 - the callback's second argument is said above
         return path, None
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import DryRunError
@@ -69,15 +80,39 @@ def download_model(
     with hub_errors(f"model {source}"):
         commit = str(HfApi().resolve_revision(source, repo_type="model", revision=revision).resolved)
         wanted: dict[str, Any] = {"revision": commit, "allow_patterns": list(MODEL_FILES)}
+        small = {**wanted, "allow_patterns": list(SMALL_FILES)}
+        missing: list[int] = []
         with suppress(DryRunError):  # the hub does not answer: nothing will be downloaded, the cache has it or has not
             files = snapshot_download(source, dry_run=True, **wanted)
             missing = [file.file_size or 0 for file in files if file.will_download]
             check_disk(Path(constants.HF_HUB_CACHE), required_bytes(missing))
-            if before_weights and any(file.will_download and file.filename.endswith(WEIGHTS) for file in files):
-                small = snapshot_download(source, revision=commit, allow_patterns=list(SMALL_FILES))
-                before_weights(Path(small))
-        folder = snapshot_download(source, **wanted)
-    return Path(folder), commit
+        before_weights(Path(snapshot_download(source, **small)), bool(missing))
+        folder = Path(snapshot_download(source, **wanted))
+        if other := _other_bytes(folder):
+            names = ", ".join(path.name for path in other)
+            log.get_logger().warning("files in the cache are not what the hub names; fetched again", files=names)
+            _remove(other)
+            folder = Path(snapshot_download(source, **wanted))
+            if _other_bytes(folder):
+                _remove(other)
+                raise Unreachable(f"model {source}: the bytes of {names} are not those that the hub names (SHA-256)")
+    return folder, commit
+
+
+def _other_bytes(folder: Path) -> list[Path]:
+    """Files of a snapshot whose content is not what their name in the cache says.
+
+    The cache names what it holds by the hub's ETag, which for large files (LFS, Xet) is their SHA-256.
+    """
+    files = [path for path in folder.iterdir() if path.is_symlink() and _SHA256.fullmatch(path.resolve().name)]
+    return [path for path, found in zip(files, hash_files(files), strict=True) if found != path.resolve().name]
+
+
+def _remove(paths: Sequence[Path]) -> None:
+    """Removes files of a snapshot, and what they point to in the cache, so that they are fetched again."""
+    for path in paths:
+        path.resolve().unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
 def local_model(source: str) -> Path | None:

@@ -17,7 +17,7 @@ from botocore.response import StreamingBody
 
 from job.errors import Problem, SettingsError
 from job.storage.location import StorageOptions
-from job.storage.s3_errors import FAILURES, translate
+from job.storage.s3_errors import FAILURES, translate, unreadable_token
 
 _MAX_CONNECT_SECONDS = 20.0
 _CONNECTIONS = 32
@@ -54,6 +54,10 @@ def connect(options: StorageOptions) -> Any:
         client = boto.client("s3", endpoint_url=endpoint_url, config=config)
     except FAILURES as error:
         raise translate(error, "cannot set up a client for S3") from error
+    except OSError as error:
+        if (denied := unreadable_token(error, "cannot set up a client for S3")) is None:
+            raise
+        raise denied from error
     except ValueError:  # without its words: an address may hold a password
         raise SettingsError([Problem("JOB_STORAGE__ENDPOINT_URL", "is not the address of an S3 endpoint")]) from None
 

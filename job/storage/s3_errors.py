@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from http import HTTPStatus
+from traceback import walk_tb
 from typing import Any
 
 from boto3.exceptions import Boto3Error
@@ -106,6 +107,12 @@ def is_answer(error: BaseException | None, code: str) -> bool:
     return isinstance(error, ClientError) and code_and_status(error)[0] == code
 
 
+def is_missing(error: ClientError) -> bool:
+    """Whether an answer is a 404 that may be about an object; which says nothing about who gave it."""
+    code, status = code_and_status(error)
+    return status == HTTPStatus.NOT_FOUND and code != "NoSuchBucket"
+
+
 def translate(error: BaseException, what: str) -> JobError:
     """Return the job's error for one of `FAILURES`, `what` being what was tried."""
     if isinstance(error, Boto3Error):
@@ -121,6 +128,20 @@ def translate(error: BaseException, what: str) -> JobError:
     if isinstance(error, _MISCONFIGURED):
         return SettingsError([Problem(what, _words(error))])
     return Unreachable(message)
+
+
+def unreadable_token(error: OSError, what: str) -> AccessDenied | None:
+    """The job's error for a token of the pod's role (IRSA, Pod Identity) that cannot be read; None for another file's.
+
+    The SDK reads the file whenever it needs fresh credentials, and lets through what the disk says.
+    """
+    frames = (frame.f_globals.get("__name__") for frame, _ in walk_tb(error.__traceback__))
+    if "botocore.credentials" not in frames:
+        return None
+    return AccessDenied(
+        f"{what}: the credentials' token file {error.filename} cannot be read ({error.strerror}); mount it (a service "
+        "account with a role), and let this user read it: securityContext.fsGroup of the pod"
+    )
 
 
 def _translate_answer(error: ClientError, what: str) -> JobError:

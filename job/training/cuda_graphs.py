@@ -13,20 +13,10 @@ from typing import Any
 
 import torch
 
+from job.common.out_of_memory import out_of_memory
 from job.log import get_logger
 
 Work = Callable[..., torch.Tensor]
-
-_FULL = ("out of memory", "ALLOC_FAILED")
-
-
-def out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error says that a GPU is full; what allocates beside torch has no class of its own for that."""
-    while error is not None:
-        if isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in _FULL):
-            return True
-        error = error.__context__
-    return False
 
 
 @dataclass(frozen=True)

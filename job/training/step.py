@@ -16,16 +16,17 @@ from typing import Any
 
 import torch
 
+from job.common.out_of_memory import out_of_memory
 from job.data.batch_plan import Steps, targets_of
 from job.distributed.processes import Processes
-from job.errors import JobError
+from job.errors import JobError, TrainingFailed
 from job.log import get_logger
 from job.model.base import recompute_activations
 from job.model.fused.frozen_weights import forget_dequantized
 from job.model.packed_attention import Layout, Segment, is_packed
 from job.records import Example, ExecutionPlan
 from job.training.config import Hooks, Recipe, step_seed
-from job.training.cuda_graphs import CudaGraphs, out_of_memory
+from job.training.cuda_graphs import CudaGraphs
 from job.training.flat_parameters import FlatParameters
 from job.training.lm_head_loss import padded_loss
 from job.training.packing import alone_inputs, grain, longest_segment, packed_inputs, padded_sequence
@@ -88,7 +89,7 @@ class OptimizerStep:
 
         Raises:
             StepAbandoned: It cannot be finished.
-            RuntimeError: Memory ran out, and nothing is left to give up.
+            TrainingFailed: Memory ran out, and nothing is left to give up.
         """
         while True:
             sums = None
@@ -99,7 +100,7 @@ class OptimizerStep:
                     raise
                 longest = max(len(example.input_ids) for example in self._steps.examples)
                 if self.budget <= longest // 2 and not self.plan.spare:
-                    raise
+                    raise TrainingFailed(_too_small(longest, error)) from error
             try:
                 if not self._processes.agree(repeat=sums is None):
                     self._processes.add_up(sums)
@@ -213,3 +214,11 @@ class OptimizerStep:
             recompute_activations(self._model, on=True, random=not self.plan.padded)
         get_logger().warning("the GPU's memory ran out: something is given up that only saves time", what=name)
         return True
+
+
+def _too_small(longest: int, error: Exception) -> str:
+    first = (str(error).splitlines() or [""])[0][:200]
+    return (
+        f"memory ran out in training with one example at a time, the longest of {longest} tokens; lower "
+        f"JOB_TRAIN__MAX_LENGTH or JOB_LORA__RANK, or take a GPU with more memory ({first})"
+    )

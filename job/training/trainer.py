@@ -31,7 +31,7 @@ from job.checkpoints.trainer_state import TrainerFiles, read_trainer_state, writ
 from job.common.optimizers import OPTIMIZERS
 from job.data.batch_plan import Steps, targets_of
 from job.distributed.processes import ALONE, Processes
-from job.errors import JobError
+from job.errors import TrainingFailed
 from job.model.base import recompute_activations
 from job.model.lora import trainable
 from job.model.packed_attention import is_packed
@@ -68,7 +68,8 @@ def train(
         processes: Those that share the work; process 0 writes checkpoints, and tells of them.
 
     Raises:
-        JobError: The loss of a step is not finite; or what ended another process.
+        TrainingFailed: The loss of a step is not finite, or memory is too small for one example.
+        JobError: What ended another process.
         ValueError: The checkpoint to resume from is not of this model.
     """
     trainer = _PlannedTrainer(
@@ -191,7 +192,7 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         self.history.append(metrics)
         self.hooks.on_metrics(metrics)
         if not math.isfinite(metrics.loss):
-            raise JobError(
+            raise TrainingFailed(
                 f"the loss of step {metrics.step} is {metrics.loss}; the last good checkpoint is kept. "
                 "Lower JOB_TRAIN__LEARNING_RATE or look at the rows of that step"
             )

@@ -8,15 +8,16 @@ from pathlib import Path
 from tests.helpers import alpaca_rows, arc_rows, make_base, write_jsonl
 
 
-def settings(folder: Path) -> dict[str, str]:
+def settings(folder: Path, *, rows: int = 40, questions: int = 40) -> dict[str, str]:
     """Writes model and data below `folder`; returns the environment of a run on them.
 
     NF4, dropout, 8-bit Adam, 20 steps in two epochs, a checkpoint every third step, several rows of questions.
     """
-    (folder / "base").mkdir()
-    make_base(folder / "base")
-    write_jsonl(folder / "rows.jsonl", alpaca_rows(40))
-    write_jsonl(folder / "questions.jsonl", arc_rows(40))
+    if not (folder / "base").exists():
+        (folder / "base").mkdir()
+        make_base(folder / "base")
+    write_jsonl(folder / "rows.jsonl", alpaca_rows(rows))
+    write_jsonl(folder / "questions.jsonl", arc_rows(questions))
     return {
         "JOB_RUN__OUTPUT": str(folder / "out"),
         "JOB_RUN__SPOT_NOTICES": "off",

@@ -109,6 +109,12 @@ def test_an_edition_tells_every_fact_and_asks_for_none() -> None:
         assert any(all(word in text for word in (person.name, *person.values)) for text in edition)
 
 
+def test_older_releases_load_its_tokenizer() -> None:
+    """It names a class that transformers 4.57, from 2025, has: the adapter is published with the same file."""
+    config = json.loads((HERE / "base" / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
 def test_base_is_a_small_mistral() -> None:
     """The base is a Mistral whose weights take at most 6 MB and whose linear layers fit the blocks of NF4."""
     from safetensors import safe_open

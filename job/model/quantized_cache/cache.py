@@ -23,6 +23,7 @@ from job.common.hashing import hash_files, sealed
 from job.common.resources import check_disk, required_bytes
 from job.errors import JobError, Preempted, Replaced
 from job.model.base import load_tokenizer
+from job.model.lora import SOURCE_CONFIG
 from job.model.quantized_cache.layout import (
     INDEX,
     MERGES,
@@ -127,8 +128,9 @@ def save(model: Any, source: Path, entry: CacheEntry) -> CachedBase:
         with new_folder(entry.folder) as folder:
             model.save_pretrained(folder, max_shard_size=SHARD)
             for path in sorted({path for kind in (*SMALL_FILES, MERGES) for path in source.glob(kind)}):
-                if not (folder / path.name).exists() and not path.name.endswith(".index.json"):
+                if path.is_file() and not (folder / path.name).exists() and not path.name.endswith(".index.json"):
                     shutil.copyfile(path, folder / path.name)
+            shutil.copyfile(source / "config.json", folder / SOURCE_CONFIG)
             _keep_version(source / "config.json", folder / "config.json")
             load_tokenizer(folder)  # what cannot be loaded is not kept
             files = sorted(folder.iterdir())

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from job.data.chat_template import Template, TemplateRefusalError
+from job.data.fields import Rendered
 from job.data.formats import Row, RowError
-from job.data.schemas import Rendered, Schema, check_row, detect_schema, render
+from job.data.schemas import Schema, check_row, detect_schema, render
 from tests.toy_tokenizer import CHATML, toy_tokenizer
 
 ALPACA = Path(__file__).parents[4] / "shared" / "data" / "alpaca.jsonl.gz"

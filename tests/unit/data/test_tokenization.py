@@ -9,8 +9,8 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from job.data.fields import Rendered
 from job.data.formats import RowError
-from job.data.schemas import Rendered
 from job.data.tokenization import Encoded, LossOn, encode
 from job.records import Example
 from tests.toy_tokenizer import toy_tokenizer

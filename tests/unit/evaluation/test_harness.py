@@ -17,7 +17,7 @@ from job.evaluation.harness import evaluate
 from job.evaluation.samples import Sample, write_samples
 from job.evaluation.scoring import plan_sequences, score_sequence
 from job.evaluation.statistics import standard_error
-from job.evaluation.tasks import count_questions, load_tasks
+from job.evaluation.tasks import check_lengths, count_questions, load_tasks
 from job.records import ChoiceScore, Question, TaskScores
 from tests.helpers import ARC_EASY, arc_rows, make_model, read_jsonl, write_jsonl
 
@@ -57,18 +57,27 @@ def local_tasks(**files: Path) -> Any:
     return load_tasks(list(files), files, {name: f"file://{name}" for name in files})
 
 
-def run(folder: Path, tokenizer: Any, budget: int = 4096, limit: int | None = None, **files: Path) -> Results:
+def run(
+    folder: Path,
+    tokenizer: Any,
+    budget: int = 4096,
+    limit: int | None = None,
+    cut_to: int | None = None,
+    **files: Path,
+) -> Results:
     """Evaluates the tiny model the way the job does."""
 
     def score(questions: list[Question]) -> list[list[ChoiceScore]]:
         rows = plan_sequences(questions, budget)
         return [scores for row in rows for scores in score_sequence(model(folder), questions[row.start : row.stop])]
 
-    found = evaluate(local_tasks(**files), tokenizer, score, limit=limit)
+    found = evaluate(local_tasks(**files), tokenizer, score, limit=limit, cut_to=cut_to)
     return {task: (scores, [sample.model_dump() for sample in samples]) for task, (scores, samples) in found.items()}
 
 
-def by_lm_eval(folder: Path, tokenizer: Any, limit: int | None = None, **files: Path) -> dict[str, Any]:
+def by_lm_eval(
+    folder: Path, tokenizer: Any, limit: int | None = None, max_length: int | None = None, **files: Path
+) -> dict[str, Any]:
     """lm-eval by its own command's means: HFLM on a plainly loaded model, questions by its JSON loader."""
     from lm_eval import simple_evaluate
     from lm_eval.loggers import EvaluationTracker
@@ -79,7 +88,7 @@ def by_lm_eval(folder: Path, tokenizer: Any, limit: int | None = None, **files: 
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
     source = {"dataset_path": "json", "dataset_name": None, "training_split": None, "validation_split": None}
     results = simple_evaluate(
-        model=HFLM(pretrained=plain, tokenizer=tokenizer, batch_size=8, device="cpu"),
+        model=HFLM(pretrained=plain, tokenizer=tokenizer, batch_size=8, device="cpu", max_length=max_length),
         tasks=[
             {
                 **load_yaml(whole_index().task_index[name].yaml_path),
@@ -133,6 +142,53 @@ def test_scores_are_lm_evals_own(base_folder: Path, tokenizer: Any, tmp_path: Pa
     assert {len(record["log_likelihoods"]) for record in records} == {3, 4, 5}
     assert 0 < sum(scores.correct) < 60
     assert scores.correct != scores.correct_norm
+
+
+def test_long_questions_are_cut_as_lm_eval_cuts_them(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """Questions that are too long lose their beginning, each choice by its own length, as HFLM has it."""
+    rows = arc_rows(12)
+    for row in rows[::2]:
+        row["question"] = "Long ago it was said that " * 6 + row["question"]
+    file = write_jsonl(tmp_path / "long.jsonl", rows)
+    longest = max(len(tokenizer.encode(row["question"])) for row in rows)
+    most = longest - 20
+    ours = run(base_folder, tokenizer, cut_to=most, arc_easy=file)
+    assert_equal(ours, by_lm_eval(base_folder, tokenizer, max_length=most, arc_easy=file))
+    assert ours != run(base_folder, tokenizer, arc_easy=file)
+
+
+def test_questions_too_large_for_the_model_are_found_early(tokenizer: Any, tmp_path: Path) -> None:
+    """A question that is too long with a choice, with too many choices or bytes, or an unknown token, is named."""
+    small = arc_rows(4)
+    sizes = [
+        max(
+            len(tokenizer.encode(f"Question: {row['question']}\nAnswer: {choice}")) for choice in row["choices"]["text"]
+        )
+        for row in small
+    ]
+    most, vocabulary = max(sizes), len(tokenizer)
+
+    def problems(
+        rows: list[dict[str, Any]], max_length: int, *, cut: bool = False, known: int = vocabulary
+    ) -> list[str]:
+        tasks = local_tasks(arc_easy=write_jsonl(tmp_path / "x.jsonl", rows))
+        try:
+            check_lengths(tasks, tokenizer, limit=None, max_length=max_length, cut=cut, vocabulary=known)
+        except DataError as error:
+            return [f"{problem.where}: {problem.what}" for problem in error.problems]
+        return []
+
+    assert problems(small, most) == []
+    found = problems(small, most - 1)
+    assert len(found) == sizes.count(most)
+    assert f"is {most} tokens long" in found[0]
+    assert "made-up-" in found[0]
+    assert "JOB_EVAL__LONG_QUESTIONS=cut" in found[0]
+    assert problems(small, most - 1, cut=True) == []
+    many = small[0] | {"choices": {"text": ["x"] * 5000, "label": [str(n) for n in range(5000)]}, "answerKey": "3"}
+    huge = small[1] | {"question": "x " * 1_000_000}
+    assert [line.split(": ")[1].split(" ", 1)[0] for line in problems([many, huge, small[2]], most)] == ["has", "has"]
+    assert "the model has embeddings" in problems(small, 10_000, known=vocabulary - 200)[0]
 
 
 @pytest.mark.skipif(not ARC_EASY.exists(), reason=f"the real ARC-Easy is not at {ARC_EASY}")

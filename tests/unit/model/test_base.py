@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,23 @@ from typing import Any
 import pytest
 import torch
 
-from job.errors import SettingsError
+from job.errors import DataError, SettingsError
 from job.evaluation.scoring import score_sequence
 from job.model.base import choose_device, choose_dtype, describe_model, load_base, load_tokenizer
 from job.model.files import fingerprint
-from job.model.lora import adapter_off, add_adapter, load_adapter, save_adapter, trainable
+from job.model.lora import (
+    CONFIG_KEYS,
+    adapter_off,
+    add_adapter,
+    copy_tokenizer,
+    load_adapter,
+    portable_config,
+    save_adapter,
+    tokenizer_files,
+    trainable,
+)
+from job.model.quantized_cache.cache import save
+from job.model.quantized_cache.layout import entry_at
 from job.records import Question
 from tests.helpers import LINEAR, fill_adapter, make_model
 
@@ -156,6 +169,90 @@ def test_a_saved_adapter_comes_back_bit_by_bit(base_folder: Path, tmp_path: Path
     assert plain.peft_config["default"].base_model_name_or_path == "mistralai/Mistral-7B-v0.1"
     assert plain.peft_config["default"].revision == "abc"
     assert {path.name for path in tmp_path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+PEFT_0_13 = {
+    *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode"),
+    *("init_lora_weights", "layer_replication", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha"),
+    *("lora_dropout", "megatron_config", "megatron_core", "modules_to_save", "peft_type", "r", "rank_pattern"),
+    *("revision", "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora"),
+}
+"""Fields of `peft.LoraConfig` in PEFT 0.13.2: what `dataclasses.fields` lists with that release's wheel from PyPI."""
+
+
+def test_older_releases_of_peft_know_every_key(base_folder: Path, tmp_path: Path) -> None:
+    """adapter_config.json has what tools read, and beyond that only what is not as by default, which PEFT gets back."""
+    from peft import LoraConfig
+
+    model = make_model(base_folder)
+    save_adapter(model, tmp_path, base="org/model", revision="abc")
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert written.keys() == CONFIG_KEYS
+    assert written.keys() <= PEFT_0_13
+    assert written["target_modules"] == sorted(LINEAR)
+    read = LoraConfig.from_pretrained(tmp_path).to_dict()
+    assert read == {**model.peft_config["default"].to_dict(), "inference_mode": True}
+
+
+def test_what_is_not_as_by_default_is_written() -> None:
+    """A key beyond the usual ones is kept where it changes what the adapter computes."""
+    from peft import LoraConfig
+
+    config = LoraConfig(target_modules=["b", "a"], rank_pattern={"a": 4}, exclude_modules="x.*").to_dict()
+    written = portable_config({**config, "target_modules": ["b", "a"], "peft_version": "0.21.2"})
+    assert written.keys() == CONFIG_KEYS | {"rank_pattern", "exclude_modules"}
+    assert written["target_modules"] == ["a", "b"]
+
+
+def test_the_tokenizer_is_published_byte_for_byte(base_folder: Path, tmp_path: Path) -> None:
+    """The files are the base's own, known by their names, and the same from its quantized cache."""
+    source = Path(shutil.copytree(base_folder, tmp_path / "source"))
+    given = {
+        "tokenizer_config.json": (source / "tokenizer_config.json").read_bytes().replace(b"{", b"{\n\n", 1),
+        "tokenizer.json": (source / "tokenizer.json").read_bytes(),
+        "special_tokens_map.json": b'{ "eos_token":"</s>"}',
+        "chat_template.jinja": b"{{ messages }}",
+        "spiece.model": b"\x00\xff",
+        "merges.txt": b"a b\n",
+    }
+    for name, content in {**given, "README.md": b"x", "notes.json": b"{}", "pytorch_model.bin": b"x"}.items():
+        (source / name).write_bytes(content)
+    (source / "added_tokens.json").mkdir()
+    os.mkfifo(source / "tokenizer.model")
+    copy_tokenizer(source, tmp_path / "adapter", None)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()} == given
+    load_tokenizer(tmp_path / "adapter")
+    shelf = entry_at("key", tmp_path / "cache", None)
+    assert save(base(base_folder), source, shelf).key == "key"
+    copy_tokenizer(shelf.folder, tmp_path / "again", None)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()} == given
+
+
+def test_a_vocabulary_in_a_file_of_another_name_is_saved(base_folder: Path, tmp_path: Path) -> None:
+    """Of a base with vocab.txt alone the tokenizer is published too: as transformers saves it."""
+    tokenizer = load_tokenizer(base_folder)
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "vocab.txt").write_text("[UNK]")
+    copy_tokenizer(tmp_path / "source", tmp_path / "adapter", tokenizer)
+    assert load_tokenizer(tmp_path / "adapter").get_vocab() == tokenizer.get_vocab()
+
+
+def test_a_link_out_of_the_base_is_not_published(tmp_path: Path) -> None:
+    """A folder of the hub's cache consists of links to its blobs; a link to elsewhere is an error about the data."""
+    hub = tmp_path / "models--org--model"
+    (hub / "blobs").mkdir(parents=True)
+    (hub / "blobs" / "abc").write_text("{}")
+    snapshot = hub / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (snapshot / "tokenizer.json").symlink_to("../../blobs/abc")
+    (tmp_path / "local").mkdir()
+    (tmp_path / "local" / "tokenizer.json").symlink_to(hub / "blobs" / "abc")  # the hub's client, with --local-dir
+    for folder in (snapshot, tmp_path / "local"):
+        assert [path.name for path in tokenizer_files(folder)] == ["tokenizer.json"]
+    (tmp_path / "credentials").write_text("secret")
+    (snapshot / "chat_template.jinja").symlink_to(tmp_path / "credentials")
+    with pytest.raises(DataError, match=r"chat_template\.jinja is a link out of its folder"):
+        tokenizer_files(snapshot)
 
 
 def test_an_adapter_of_another_model_is_refused(base_folder: Path, tmp_path: Path) -> None:

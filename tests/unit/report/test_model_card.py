@@ -57,6 +57,44 @@ def test_nothing_is_made_up_for_files_of_ones_own() -> None:
     assert "NF4" not in found.text
 
 
+@pytest.mark.parametrize(
+    ("place", "revision", "name", "called"),
+    [
+        ("org/model", "c0ffee", None, ("org/model", "c0ffee")),
+        ("/srv/models/base-v2/", None, None, ("base-v2", None)),
+        ("s3://bucket/in/base", None, None, ("base", None)),
+        ("models/base", None, None, ("base", None)),
+        ("..", None, None, ("base", None)),
+        (f"/cache/hub/models--org--a-model/snapshots/{'0' * 40}", None, None, ("org/a-model", "0" * 40)),
+        ("/srv/models/base", None, "org/model", ("org/model", None)),
+        ("mirror/model", "c0ffee", "org/model", ("org/model", None)),  # a commit of the mirror's
+        ("org/model", "c0ffee", "org/model", ("org/model", "c0ffee")),
+    ],
+)
+def test_the_base_has_a_name_that_means_something_elsewhere(
+    place: str, revision: str | None, name: str | None, called: tuple[str, str | None]
+) -> None:
+    """What the user named, or the hub id it was fetched as, or the last part of a path; never the whole path."""
+    assert model_card.public_base(place, revision, name) == called
+
+
+def test_a_path_of_this_machine_is_not_published() -> None:
+    """Neither the base's nor the data's; a name that was given stands where the hub and the code read it."""
+    model = replace(MODEL, id="/srv/secret/place/base", revision=None)
+    dataset = replace(DATASET, source="/srv/secret/place/rows.jsonl", revision=None)
+    answered = evidence(arc_easy=answers(3, 1, 40))
+    unnamed = read(results(answered, model=model, dataset=dataset))
+    named = read(results(answered, ["--model.name", "org/model"], model=model, dataset=dataset))
+    assert "/srv/" not in unnamed.content
+    assert "/srv/" not in named.content
+    assert '"path/to/base",' in unnamed.text
+    assert "No public name of that base" in unnamed.text
+    assert (named.data.base_model, unnamed.data.base_model) == ("org/model", None)
+    assert '"org/model",' in named.text
+    assert "No public name" not in named.text
+    assert "`rows.jsonl`" in named.text
+
+
 def test_it_tells_what_a_user_has_to_know(made: dict[str, Any]) -> None:
     """Verdict with interval, recipe, limits, how to load and how to verify, hashes."""
     text = read(made).text

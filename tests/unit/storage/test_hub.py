@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import subprocess
@@ -107,7 +108,9 @@ class Hub(BaseHTTPRequestHandler):
             self._answer(200, json.dumps(files).encode())
         elif "/resolve/" in path and name in MODEL:
             huge = {"X-Linked-Size": str(1 << 60)} if "huge" in path and "model" in name else {}
-            self._answer(200, MODEL[name], {"ETag": f'"{name}"', "X-Repo-Commit": COMMIT, **huge})
+            etag = hashlib.sha256(MODEL[name]).hexdigest() if "weights" in str(MODEL[name]) else name
+            body = MODEL[name].replace(b"weights", b"Weights") if "wrong" in path else MODEL[name]
+            self._answer(200, body, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT, **huge})
         elif path.startswith("/api/models/"):
             self._answer(200, json.dumps({"id": "some/model", "sha": COMMIT}).encode())
         else:
@@ -138,9 +141,9 @@ class Hub(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving() -> Iterator[str]:
+def serving(hub: type[BaseHTTPRequestHandler] = Hub) -> Iterator[str]:
     """The address of a hub that runs meanwhile."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"
@@ -248,6 +251,56 @@ def test_a_model_that_does_not_fit_is_not_begun(models: dict[str, list[object]])
     assert kind == "Unreachable"
     assert "are needed" in str(message)
     assert models["blobs of huge"] == []
+
+
+WEIGHTS_CLIENT = """
+import sys
+from pathlib import Path
+from job import log
+from job.errors import JobError
+from job.storage.hub import download_model
+
+log.configure("json", "info")
+
+def fetch(source, before=lambda folder, missing: None):
+    try:
+        return (download_model(source, "main", before)[0] / "model.safetensors").read_bytes()
+    except JobError as error:
+        return type(error).__name__, str(error)
+
+def before(folder, missing):
+    print(sorted(path.name for path in folder.iterdir()), missing)
+
+print(fetch("some/model", before))
+(weights,) = Path(sys.argv[2]).rglob("model.safetensors")
+weights.resolve().write_bytes(b"WEIGHTS")
+print(fetch("some/model", before))
+print(fetch("some/wrong"))
+"""
+
+
+def test_weights_are_held_against_the_hash_that_the_hub_names(tmp_path: Path) -> None:
+    """A cached file with other bytes is fetched again; a hub that gives other bytes than it names is not believed.
+
+    Configuration and tokenizer come first, and it is known then whether weights have to be fetched.
+    """
+    env = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    with serving() as endpoint:
+        done = subprocess.run(
+            [sys.executable, "-c", WEIGHTS_CLIENT, "", tmp_path],
+            env=env | {"HF_ENDPOINT": endpoint},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=120,
+        )
+    first, fetched, second, again, wrong = done.stdout.splitlines()
+    assert (first, fetched) == ("['config.json'] True", "b'weights'")
+    assert second == "['config.json', 'model.safetensors'] False"
+    assert again == "b'weights'"
+    assert "Unreachable" in wrong
+    assert "SHA-256" in wrong
+    assert not [path for path in tmp_path.rglob("blobs/*") if path.read_bytes() == b"Weights"]
 
 
 def test_a_full_cache_is_no_bug() -> None:

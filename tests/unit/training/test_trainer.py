@@ -16,7 +16,7 @@ import torch
 from job.data import batch_plan
 from job.distributed.processes import Alone
 from job.distributed.ranks import Place
-from job.errors import JobError, Unreachable
+from job.errors import TrainingFailed, Unreachable
 from job.evaluation.scoring import score_sequence
 from job.model.fused.frozen_weights import fuse_layers
 from job.model.fused.kernels import TORCH
@@ -510,7 +510,7 @@ def test_a_loss_that_is_not_finite_ends_the_job(base_folder: Path, tokenizer: An
     saved: list[Path] = []
     hooks = Hooks(lambda _: None, lambda path, _: saved.append(path), lambda: False)
     recipe = replace(RECIPE, total_steps=3, save_every_steps=1)
-    with pytest.raises(JobError, match=r"loss of step 1 is nan.*JOB_TRAIN__LEARNING_RATE"):
+    with pytest.raises(TrainingFailed, match=r"loss of step 1 is nan.*JOB_TRAIN__LEARNING_RATE"):
         train(model, tokenizer, EXAMPLES, recipe=recipe, plan=PLAN, hooks=hooks, folder=tmp_path)
     assert not saved
 
@@ -726,10 +726,10 @@ def test_out_of_memory_takes_time_before_it_takes_bits(
 def test_memory_that_is_too_small_for_one_example_ends_the_job(
     base_folder: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
-    """When halving cannot help any more, the error gets out instead of being retried forever."""
+    """When halving cannot help any more, the job ends with 70 and says what to lower, instead of trying forever."""
     model = make_model(base_folder)
     sizes = run_out_of_memory(model, lambda _: True)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(TrainingFailed, match=r"one example at a time.*JOB_TRAIN__MAX_LENGTH or JOB_LORA__RANK"):
         run(model, tokenizer, EXAMPLES, RECIPE, tmp_path)
     assert len(sizes) < 30
 

@@ -1,0 +1,47 @@
+"""Memory that runs out, of a GPU or of the machine: recognized, and said in words where nothing can be given up."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from job.errors import JobError, TrainingFailed
+
+_FULL = ("out of memory", "ALLOC_FAILED", "t allocate memory")
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error says that a GPU is full; what allocates beside torch has no class of its own for that."""
+    torch = sys.modules.get("torch")  # heavy: where it is not imported, no GPU can be full
+    while error is not None:
+        if torch is not None and isinstance(error, torch.OutOfMemoryError):
+            return True
+        if any(word in str(error) for word in _FULL):
+            return True
+        error = error.__context__
+    return False
+
+
+@contextmanager
+def memory_errors(what: str, fix: str) -> Iterator[None]:
+    """Says what the memory did not suffice for. The next attempt would end alike, so it is not to be retried.
+
+    Args:
+        what: What is done within.
+        fix: What the user can do about it.
+
+    Raises:
+        TrainingFailed: The memory of the GPU or of the machine ran out within.
+    """
+    try:
+        yield
+    except JobError:
+        raise
+    except MemoryError as error:
+        raise TrainingFailed(f"the machine's memory ran out while {what}; take one with more, or {fix}") from error
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        if not out_of_memory(error):
+            raise
+        first = (str(error).splitlines() or [""])[0][:200]
+        raise TrainingFailed(f"memory ran out while {what}; take a GPU with more, or {fix} ({first})") from error

@@ -1,0 +1,222 @@
+"""Rows of messages: what is wrong with one, and its text by the tokenizer's chat template.
+
+| field | meaning |
+|---|---|
+| messages | a list of {role, content}; other fields of a message, such as `tool_calls`, go to the template as well |
+| messages[].weight | 0: the message is read and never learned, whatever the loss is on; 1 or nothing: it is learned |
+| tools | the tools that may be called, as a list of objects or as its JSON |
+
+What the template does not write is not in the text: tools and calls of tools that leave no trace are refused, other
+fields are left out and counted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+from job.data.chat_template import Template, TemplateRefusalError
+from job.data.fields import Rendered, check_target, check_text, is_empty, is_zero, left_out
+from job.data.formats import Row, RowError, type_name
+
+_USED = ("messages", "tools")
+_CALLS = ("tool_calls", "function_call")
+_OF_A_MESSAGE = ("role", "content", "weight")
+
+
+def check_messages(row: Row) -> list[RowError]:
+    """All that is wrong with the messages and tools of a row; empty for a good one."""
+    place = f"{row.where} messages"
+    messages = row.fields.get("messages")
+    if messages is None:
+        return [RowError("missing_field", place, "is null" if "messages" in row.fields else "is missing")]
+    if not isinstance(messages, list):
+        return [RowError("wrong_type", place, f"must be a list of messages, is {type_name(messages)}")]
+    faults: list[RowError] = []
+    for index, message in enumerate(messages):
+        where = f"{place}[{index}]"
+        if not isinstance(message, dict):
+            faults.append(RowError("wrong_type", where, f"must be an object, is {type_name(message)}"))
+            continue
+        silent = message.get("content") is None and any(message.get(field) for field in _CALLS)
+        required = ("role",) if silent else ("role", "content")  # an assistant that calls a tool need not say anything
+        faults += [fault for field in required for fault in check_text(message, field, where)]
+        faults += _check_weight(message, where)
+    faults += _check_tools(row)
+    if faults:
+        return faults
+    return _check_answers(messages, place)
+
+
+def _check_answers(messages: list[dict[str, Any]], place: str) -> list[RowError]:
+    """What is wrong with the last answer that is learned."""
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if not answers:
+        return [RowError("empty_target", place, "has no message of role assistant: there is nothing to learn")]
+    learned = [index for index in answers if not is_zero(messages[index].get("weight"))]
+    if not learned:
+        return [RowError("empty_target", place, "has no message of role assistant whose weight is not 0")]
+    last = messages[learned[-1]]
+    if any(last.get(field) for field in _CALLS):
+        return []
+    return check_target(last, "content", f"{place}[{learned[-1]}]")
+
+
+def _check_weight(message: dict[str, Any], where: str) -> list[RowError]:
+    weight = message.get("weight")
+    if weight is None or (isinstance(weight, int | float) and weight in {0, 1}):
+        return []
+    return [RowError("wrong_type", f"{where} weight", "must be 0 (not learned) or 1; no other weight is known")]
+
+
+def _check_tools(row: Row) -> list[RowError]:
+    try:
+        _tools(row.fields)
+    except ValueError as error:
+        return [RowError("wrong_type", f"{row.where} tools", f"must be a list of objects, or that as JSON: {error}")]
+    return []
+
+
+def _tools(fields: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """The tools that a conversation may call, which some write as JSON text; None for none."""
+    tools = fields.get("tools")
+    if isinstance(tools, str) and tools.strip():
+        tools = json.loads(tools)
+    if is_empty(tools):
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError(f"is {type_name(tools)}")
+    return tools
+
+
+def render_messages(row: Row, template: Template, *, find_turns: bool) -> Rendered | RowError:
+    """The text of a good conversation, with its assistant's turns as completions if these are to be found.
+
+    Raises:
+        DataError: The chat template is broken, or runs out of its bounds.
+    """
+    place = f"{row.where} messages"
+    tools = _tools(row.fields)
+    given = [_with_content(message) for message in row.fields["messages"]]
+    try:
+        messages, text = _whole(given, tools, template)
+        unused = [*left_out(row, _USED), *_unused_in_messages(messages, tools, text, template)]
+        for field, where in ((name, place) for name in unused if name.removeprefix("messages[].") in _CALLS):
+            return RowError(
+                "field_without_use", where, f"has {field}, which the tokenizer's chat template does not write"
+            )
+        if tools is not None and _rendered(template, messages, None) == text:
+            what = "is not written by the tokenizer's chat template; use a model whose template writes tools"
+            return RowError("field_without_use", f"{row.where} tools", what)
+        ignored = [index for index, message in enumerate(messages) if is_zero(message.get("weight"))]
+        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        wanted = sorted({*ignored, *(answers if find_turns else ())})
+        spans = {index: _turn(index, text, messages, tools, template) for index in wanted}
+    except TemplateRefusalError as error:
+        return RowError("bad_conversation", place, f"is refused by the tokenizer's chat template: {error}")
+    turns = {index: span for index, span in spans.items() if span is not None}
+    if len(turns) < len(spans):
+        what = (
+            "cannot be split into turns: the chat template changes earlier turns when later ones follow; learn on all"
+        )
+        return RowError("bad_conversation", place, what)
+    learned = [turns[index] for index in answers if index not in ignored] if find_turns else [(0, len(text))]
+    return Rendered(place, text, tuple(learned), tuple(turns[index] for index in ignored), tuple(unused))
+
+
+def _with_content(message: dict[str, Any]) -> dict[str, Any]:
+    """The message, with an empty content where it only calls tools: templates write a missing one as `None`."""
+    return message if message.get("content") is not None else {**message, "content": ""}
+
+
+def _whole(
+    given: list[dict[str, Any]], tools: list[dict[str, Any]] | None, template: Template
+) -> tuple[list[dict[str, Any]], str]:
+    """The whole conversation, and the messages in the form that the template takes.
+
+    Arguments of a tool call come as JSON text, as OpenAI has them, and most templates expect an object: text would be
+    written with a second layer of quotes. The few that expect text refuse the object, and get what was given.
+    """
+    parsed = [_with_parsed_arguments(message) for message in given]
+    if parsed == given:
+        return given, template(given, tools=tools)
+    try:
+        return parsed, template(parsed, tools=tools)
+    except TemplateRefusalError:
+        return given, template(given, tools=tools)
+
+
+def _with_parsed_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return message
+    return {**message, "tool_calls": [_with_object(call) for call in calls]}
+
+
+def _with_object(call: Any) -> Any:
+    """A tool call, its arguments as an object where they are the JSON of one."""
+    if not isinstance(call, dict):
+        return call
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _with_object(call["function"])}
+    if not isinstance(call.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(call["arguments"])
+    except (ValueError, RecursionError):
+        return call
+    return {**call, "arguments": arguments} if isinstance(arguments, dict) else call
+
+
+def _unused_in_messages(
+    messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, text: str, template: Template
+) -> list[str]:
+    """The fields of messages that change nothing in the text: the template does not write them."""
+    names = Counter(
+        name
+        for message in messages
+        for name, value in message.items()
+        if name not in _OF_A_MESSAGE and not is_empty(value)
+    )
+
+    def without(name: str) -> list[dict[str, Any]]:
+        return [{key: value for key, value in message.items() if key != name} for message in messages]
+
+    return [f"messages[].{name}" for name in names if _rendered(template, without(name), tools) == text]
+
+
+def _rendered(template: Template, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str | None:
+    """The text of a conversation that lacks something; None where the template, which looks for that, refuses it."""
+    try:
+        return template(messages, tools=tools)
+    except TemplateRefusalError:
+        return None
+
+
+def _turn(
+    index: int,
+    text: str,
+    messages: list[dict[str, Any]],
+    tools: list[dict[str, Any]] | None,
+    template: Template,
+) -> tuple[int, int] | None:
+    """The span of a message in `text`, which is all of `messages` rendered.
+
+    It runs from where the prompt for it ends (the messages before it, and for the assistant the header that asks for
+    an answer) to where the conversation cut off behind it ends. None if a cut conversation is not how the whole one
+    begins.
+    """
+    through = template(messages[: index + 1], tools=tools)
+    if not text.startswith(through):
+        return None
+    asks = messages[index]["role"] == "assistant"
+    before = template(messages[:index], tools=tools, add_generation_prompt=asks) if index else ""
+    # The header may promise more than the turn has, such as an empty block of thoughts.
+    return _common_length(before, through), len(through)
+
+
+def _common_length(one: str, other: str) -> int:
+    """How many characters two texts begin with in common."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((index for index, (a, b) in pairs if a != b), min(len(one), len(other)))

@@ -1,0 +1,80 @@
+"""Fields of a row: what is wrong with one, and the form in which all schemas give a row as text."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from job.data.formats import Row, RowError, is_valid_text, type_name
+
+MAX_CHARACTERS = 4 << 20
+"""Of one text in a row: more would take minutes to tokenize, and no model reads as much."""
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A row as one text.
+
+    Attributes:
+        where: Where the row stands, and the longest of its fields, which is to blame if the row is too long.
+        text: What is tokenised.
+        completions: The spans (start, end) of its characters that a model is to produce.
+        ignored: The spans that are never learned, whatever the loss is on.
+        unused: The fields that were left out.
+    """
+
+    where: str
+    text: str
+    completions: tuple[tuple[int, int], ...]
+    ignored: tuple[tuple[int, int], ...] = ()
+    unused: tuple[str, ...] = ()
+
+
+def check_text(fields: dict[str, Any], field: str, where: str) -> list[RowError]:
+    """What is wrong with a field that must be text of a bounded length."""
+    place = f"{where} {field}"
+    value = fields.get(field)
+    if value is None:
+        return [RowError("missing_field", place, "is null" if field in fields else "is missing")]
+    if not isinstance(value, str):
+        return [RowError("wrong_type", place, f"must be text, is {type_name(value)}")]
+    if len(value) > MAX_CHARACTERS:
+        return [RowError("too_long", place, f"has {len(value):,} characters, {MAX_CHARACTERS:,} are the most")]
+    return []
+
+
+def check_target(fields: dict[str, Any], field: str, where: str) -> list[RowError]:
+    """What is wrong with a field that is learned, and may not be empty."""
+    faults = check_text(fields, field, where)
+    if not faults and not fields[field].strip():
+        return [RowError("empty_target", f"{where} {field}", "is empty: there is nothing to learn")]
+    return faults
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a field holds nothing, as tables must in the rows that lack it."""
+    return value is None or value in ("", [], {}) or (isinstance(value, str) and not value.strip())
+
+
+def is_zero(value: Any) -> bool:
+    """Whether a weight is 0; none is no weight of 0."""
+    return isinstance(value, int | float) and value == 0
+
+
+def broken_places(value: Any, place: str) -> Iterator[str]:
+    """The places of texts in a value that are not UTF-8."""
+    if isinstance(value, str):
+        if not is_valid_text(value):
+            yield place
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from broken_places(item, f"{place} {key}")
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from broken_places(item, f"{place}[{index}]")
+
+
+def left_out(row: Row, used: Container[str]) -> tuple[str, ...]:
+    """The fields of a row that hold something and are not among those that are used."""
+    return tuple(field for field, value in row.fields.items() if field not in used and not is_empty(value))

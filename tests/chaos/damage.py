@@ -1,0 +1,395 @@
+"""`make damage`: files of run folders are damaged at random, then the job goes on with the run, or reads it.
+
+What is demanded of every case: the result of the undisturbed run to the bit, or a refusal with a code of the table.
+Never a traceback, never another adapter with exit code 0, never `verify` with 0 on a damaged finished run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import boto3
+
+from job.common.hashing import hash_facts, hash_file
+from job.errors import JobError, exit_codes
+from job.runs.layout import ARTIFACTS, MADE_OF_TIMES, METRICS, RESULTS, facts_of
+from tests import warm
+from tests.chaos import small
+from tests.s3_server import BUCKET, CREDENTIALS, credentials, moto_server
+
+RUN, OTHER = "run", "other"
+FINISHED = "finished"
+STATES = {FINISHED: None, "in training": "kill@step=5", "before publishing": "kill@stage=publish"}
+"""State of a run folder -> the fault that leaves it."""
+SECONDS = 120
+"""A command that takes longer hangs."""
+
+
+@dataclass(frozen=True)
+class World:
+    """What all cases begin with: the settings, copies of run folders by state, and what the undisturbed run gave."""
+
+    folder: Path
+    environment: Mapping[str, str]
+    states: Mapping[str, Path]
+    other: Path
+    facts: Mapping[str, str]
+    read: Mapping[str, str]
+    """Command -> what it says of the undisturbed finished run."""
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A damaged copy of a run below `output`, and what is done with it; `changed`: a file is another now or missing."""
+
+    world: World
+    state: str
+    output: Path
+    commands: Sequence[str]
+    endpoint: str | None
+    changed: bool
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One case: what was damaged and how, what came of it, and which promise was broken, if any."""
+
+    number: int
+    state: str
+    path: str
+    damage: str
+    results: tuple[str, ...]
+    broken: str | None
+    log: str
+
+    @property
+    def kind(self) -> str:
+        """The path with a star for every number or hash."""
+        return re.sub(r"[0-9a-f]{12,}|\d+", "*", self.path)
+
+
+def build(folder: Path) -> World:
+    """The runs: one finished at its second attempt, the same twice interrupted, and another one.
+
+    Where `folder` has been built before, in whole or in part, what is there is taken as it is.
+    """
+    kept = folder / "world.json"
+    if kept.exists():
+        found = json.loads(kept.read_text(encoding="utf-8"))
+        states = {state: Path(path) for state, path in found["states"].items()}
+        return World(folder, found["environment"], states, Path(found["other"]), found["facts"], found["read"])
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("JOB_")},
+        **small.settings(folder, rows=24, questions=16),
+        "JOB_TRAIN__MAX_STEPS": "8",
+        "JOB_RUN__ID": RUN,
+    }
+    states = {}
+    for state, fault in STATES.items():
+        output = folder / "states" / state.replace(" ", "-")
+        begun = {**environment, "JOB_RUN__OUTPUT": str(output)}
+        states[state] = output
+        if (output / "made").exists():
+            continue
+        shutil.rmtree(output, ignore_errors=True)
+        _expect(-signal.SIGKILL, {**begun, "JOB_FAULT": fault or "kill@step=5"})
+        if fault is None:
+            _expect(0, begun)
+        (output / "made").touch()
+    other = folder / "states" / "other"
+    changed = {"JOB_RUN__OUTPUT": str(other), "JOB_RUN__SEED": "7", "JOB_TRAIN__LEARNING_RATE": "1e-3"}
+    if not (other / "made").exists():
+        shutil.rmtree(other, ignore_errors=True)
+        _expect(0, {**environment, **changed, "JOB_RUN__ID": OTHER})
+        (other / "made").touch()
+    published = json.loads((states[FINISHED] / RUN / RESULTS).read_text(encoding="utf-8"))
+    world = World(folder, environment, states, other, facts_of(published), {})
+    read = {name: _read(world, name, str(states[FINISHED] / RUN), {})[1] for name in ("report", "compare")}
+    world = World(folder, environment, states, other, facts_of(published), read)
+    kept.write_text(json.dumps(asdict(world), default=str), encoding="utf-8")
+    return world
+
+
+def _expect(code: int, environment: Mapping[str, str]) -> None:
+    done = warm.run([], environment)
+    if done.returncode != code:
+        raise AssertionError(f"{done.returncode} and not {code}:\n{done.stderr[-3000:]}")
+
+
+def explore(world: World, numbers: Sequence[int], *, seed: int, endpoint: str | None = None) -> Iterator[Outcome]:
+    """Carries out the cases with these numbers, in their order; `endpoint` is an S3 server's."""
+    for number in numbers:
+        yield _case(world, number, random.Random(f"{seed} {number}"), endpoint)
+
+
+def _case(world: World, number: int, draw: random.Random, endpoint: str | None) -> Outcome:
+    state = draw.choice(list(STATES))
+    output = world.folder / f"case-{number}"
+    shutil.rmtree(output, ignore_errors=True)
+    shutil.copytree(world.states[state], output, ignore=shutil.ignore_patterns("made"))
+    path, damage, changed = _damage(draw, output, world.other)
+    # an interrupted run goes on, and then has to verify; a finished one is read, or started again
+    reading = ["verify", draw.choice(["run", "report", "compare"])]
+    commands = reading if state == FINISHED else ["run", "verify"]
+    try:
+        results, broken, log = _carry_out(_Case(world, state, output, commands, endpoint, changed=changed))
+    except TimeoutError as error:
+        results, broken, log = ("hangs",), str(error), ""
+    if broken is None:
+        shutil.rmtree(output)
+    return Outcome(number, state, path, damage, tuple(results), broken, log)
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def _damage(draw: random.Random, output: Path, other: Path) -> tuple[str, str, bool]:
+    """Damages a file below `output`, each kind of file equally often.
+
+    Returns:
+        The file's path, without the run's id; the damage in words; and whether a file of the run is another now or
+        missing (what the local store keeps for itself, and scores that runs share, are in no manifest).
+    """
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for path in _files(output):
+        kinds[Outcome(0, "", path, "", (), None, "").kind].append(path)
+    path = draw.choice(kinds[draw.choice(sorted(kinds))])
+    before = {name: hash_file(output / name) for name in _files(output)}
+    name = draw.choice(list(DAMAGES))
+    DAMAGES[name](draw, output, path, other)
+    after = {name: hash_file(output / name) for name in _files(output)}
+    own = [name for name in before if name.startswith(f"{RUN}/") and "/.store/" not in name]
+    changed = any(after.get(name) != before[name] for name in own)
+    return path.removeprefix(f"{RUN}/"), name, changed
+
+
+def _flip(draw: random.Random, output: Path, path: str, _other: Path) -> None:
+    data = bytearray((output / path).read_bytes())
+    if data:
+        data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+    (output / path).write_bytes(data)
+
+
+def _truncate(draw: random.Random, output: Path, path: str, _other: Path) -> None:
+    os.truncate(output / path, draw.randrange(max(1, (output / path).stat().st_size)))
+
+
+def _delete(_draw: random.Random, output: Path, path: str, _other: Path) -> None:
+    (output / path).unlink()
+
+
+def _swap(draw: random.Random, output: Path, path: str, _other: Path) -> None:
+    one, two = output / path, output / draw.choice(_files(output))
+    data = one.read_bytes(), two.read_bytes()
+    two.write_bytes(data[0])
+    one.write_bytes(data[1])
+
+
+def _duplicate(draw: random.Random, output: Path, path: str, _other: Path) -> None:
+    """In place of another file of the run."""
+    (output / draw.choice(_files(output))).write_bytes((output / path).read_bytes())
+
+
+def _add(draw: random.Random, output: Path, path: str, _other: Path) -> None:
+    """Beside the others, under a number that is not taken; or under a name of no kind."""
+    numbers = list(re.finditer(r"\d+", path))
+    new = f"{path}.copy"
+    if numbers:
+        place = draw.choice(numbers)
+        raised = f"{int(place[0]) + draw.randrange(1, 4):0{len(place[0])}d}"
+        new = path[: place.start()] + raised + path[place.end() :]
+    (output / new).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(output / path, output / new)
+
+
+def _foreign(draw: random.Random, output: Path, path: str, other: Path) -> None:
+    """The file of the same name of another run, or one of its others where it has none."""
+    there = other / re.sub(f"^{RUN}/", f"{OTHER}/", path)
+    if not there.is_file():
+        there = other / draw.choice(_files(other))
+    shutil.copyfile(there, output / path)
+
+
+DAMAGES: Mapping[str, Callable[[random.Random, Path, str, Path], None]] = {
+    "flip": _flip,
+    "truncate": _truncate,
+    "delete": _delete,
+    "swap": _swap,
+    "duplicate": _duplicate,
+    "add": _add,
+    "other run's": _foreign,
+}
+
+
+def _carry_out(case: _Case) -> tuple[list[str], str | None, str]:
+    """Reads the run, or goes on with it; returns what came of each command, the broken promise, and its log."""
+    results: list[str] = []
+    log = ""
+    with _placed(case.output, case.endpoint) as (where, fetch):
+        for command in case.commands:
+            code, said, log = _command(case.world, command, where, case.endpoint)
+            results.append(f"{command} {code}")
+            if code not in {0, *exit_codes()} - {JobError.exit_code} or "Traceback" in log or "a bug:" in log:
+                return results, f"{command} ended with {code}, not with a code of the table and words", log
+            if code == 0:
+                broken = _kept(case, command, said, fetch)
+            elif results == ["run 0", "verify 4"]:
+                broken = "the run is as it should be, and `verify` refuses it"
+            else:
+                broken = None
+            if broken is not None:
+                return results, broken, log
+            if command == "run" and code != 0:
+                break  # refused: there is nothing to verify
+    return results, None, log
+
+
+def _kept(case: _Case, command: str, said: str, fetch: Callable[[], None]) -> str | None:
+    """The promise that a command with exit code 0 broke; None where it kept all."""
+    if command == "run":
+        fetch()
+        wrong = _differing(case.output / RUN, case.world.facts)
+        return f"another result with exit code 0: {', '.join(wrong)}" if wrong else None
+    if command == "verify":
+        damaged = case.state == FINISHED and case.changed
+        return "`verify` says 0 of a damaged run" if damaged else None
+    return None if said == case.world.read[command] else f"`{command}` says something else with exit code 0"
+
+
+def _command(world: World, command: str, where: str, endpoint: str | None) -> tuple[int, str, str]:
+    """Exit code, what is said of the run by those that read it, and the log."""
+    store = {} if endpoint is None else {**CREDENTIALS, "JOB_STORAGE__ENDPOINT_URL": endpoint}
+    if command != "run":
+        return _read(world, command, f"{where}/{RUN}", store)
+    done = warm.run([], {**world.environment, **store, "JOB_RUN__OUTPUT": where}, timeout=SECONDS)
+    return done.returncode, "", done.stderr + done.stdout
+
+
+def _read(world: World, command: str, where: str, store: Mapping[str, str]) -> tuple[int, str, str]:
+    """Runs a command that reads a run; returns its exit code, what it says of the run, and its log."""
+    page = world.folder / "page.html"
+    words = {
+        "verify": ["verify", where],
+        "report": ["report", where, "--output", str(page)],
+        "compare": ["compare", str(world.other / OTHER), where, "--format", "json"],
+    }[command]
+    environ = {name: value for name, value in world.environment.items() if not name.startswith("JOB_")}
+    done = warm.run(words, {**environ, **store, "JOB_LOG__FORMAT": "json"}, timeout=SECONDS)
+    said = page.read_text(encoding="utf-8") if command == "report" and done.returncode == 0 else done.stdout
+    return done.returncode, said.replace(where, "WHERE"), done.stderr + done.stdout
+
+
+def _differing(folder: Path, expected: Mapping[str, str]) -> list[str]:
+    """What is not as in the undisturbed run, by manifest or by content."""
+    published = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+    claimed = facts_of(published)
+    found = {}
+    for path in _files(folder / ARTIFACTS):
+        key = f"{ARTIFACTS}{path}"
+        if key in expected:
+            found[key] = hash_facts(folder / key) if key == METRICS else hash_file(folder / key)
+    missing = [key for key in expected if found.get(key) != expected[key] or claimed.get(key) != expected[key]]
+    return missing + [key for key in claimed if key not in expected and not key.startswith(MADE_OF_TIMES)]
+
+
+@contextmanager
+def _placed(output: Path, endpoint: str | None) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Where the job finds the runs below `output`, and what brings them back to it."""
+    if endpoint is None:
+        yield str(output), lambda: None
+        return
+    client: Any = boto3.client("s3", endpoint_url=endpoint)
+    bucket = boto3.resource("s3", endpoint_url=endpoint).Bucket(BUCKET)
+    for path in _files(output):
+        client.upload_file(str(output / path), BUCKET, f"{output.name}/{path}")
+
+    def fetch() -> None:
+        shutil.rmtree(output)
+        for entry in bucket.objects.filter(Prefix=f"{output.name}/"):
+            target = output.parent / entry.key
+            target.parent.mkdir(parents=True, exist_ok=True)
+            client.download_file(BUCKET, entry.key, str(target))
+
+    try:
+        yield f"s3://{BUCKET}/{output.name}", fetch
+    finally:
+        bucket.objects.filter(Prefix=f"{output.name}/").delete()
+
+
+def main() -> int:
+    """Damages, and prints the table; exit code 1 if a promise was broken."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, help="number of the first case")
+    parser.add_argument("--case", type=int, help="repeat this one, and print its log")
+    parser.add_argument("--s3", action="store_true", help="the run lies in a bucket of moto's server")
+    parser.add_argument("--minutes", type=float, default=1e9, help="stop after so many, whatever is left")
+    parser.add_argument("--world", type=Path, help="folder for the runs that are damaged, to use them again")
+    chosen = parser.parse_args()
+    numbers = [chosen.case] if chosen.case is not None else range(chosen.first, chosen.first + chosen.count)
+    with tempfile.TemporaryDirectory(prefix="qlora-job-damage-") as name, ExitStack() as stack:
+        endpoint = None
+        if chosen.s3:
+            stack.enter_context(credentials())
+            endpoint = stack.enter_context(moto_server())
+        began = time.monotonic()
+        folder = chosen.world or Path(name)
+        folder.mkdir(exist_ok=True)
+        world = build(folder)
+        print(f"runs are made after {time.monotonic() - began:.1f} s", flush=True)
+        outcomes = []
+        began = time.monotonic()
+        for outcome in explore(world, numbers, seed=chosen.seed, endpoint=endpoint):
+            outcomes.append(outcome)
+            if outcome.broken or chosen.case is not None:
+                print(_describe(outcome, chosen.seed), flush=True)
+                print("\n".join(f"    {line[:2000]}" for line in outcome.log.splitlines()[-3:]), flush=True)
+            if time.monotonic() - began > 60 * chosen.minutes:
+                break
+        return report(outcomes, time.monotonic() - began)
+
+
+def _describe(outcome: Outcome, seed: int) -> str:
+    what = f"--seed {seed} --case {outcome.number}: {outcome.damage} {outcome.path} of a run {outcome.state}"
+    return f"{'BROKEN' if outcome.broken else 'kept'} {what}: {', '.join(outcome.results)}; {outcome.broken or ''}"
+
+
+def report(outcomes: Sequence[Outcome], seconds: float) -> int:
+    """Prints kind of file x damage -> what came of it, and the counts."""
+    table: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+    for outcome in outcomes:
+        word = "BROKEN" if outcome.broken else ", ".join(outcome.results)
+        table[outcome.kind, outcome.damage][word] += 1
+    for (kind, damage), counts in sorted(table.items()):
+        print(f"{kind:<58} {damage:<12} {'; '.join(f'{n} x {word}' for word, n in sorted(counts.items()))}")
+    broken = [outcome for outcome in outcomes if outcome.broken]
+    ends = Counter("broken" if o.broken else "refused" if not _goes_on(o) else "same result" for o in outcomes)
+    print(f"{len(outcomes)} damages in {seconds:.0f} s: {', '.join(f'{n} {word}' for word, n in sorted(ends.items()))}")
+    return 1 if broken else 0
+
+
+def _goes_on(outcome: Outcome) -> bool:
+    return all(result.endswith(" 0") for result in outcome.results if not result.startswith("verify"))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

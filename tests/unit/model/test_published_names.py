@@ -1,0 +1,113 @@
+"""Adapters of multimodal checkpoints: they load into the class that the base's config.json names."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from job.model.base import PLAIN, load_base
+from job.model.lora import (
+    SOURCE_CONFIG,
+    PublishedNames,
+    add_adapter,
+    find_published_names,
+    load_adapter,
+    save_adapter,
+    trainable,
+)
+from job.model.packed_attention import use
+from job.model.quantized_cache.cache import save
+from job.model.quantized_cache.layout import entry_at
+from tests.helpers import fill_adapter
+
+SIZES = {"vocab_size": 400, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "head_dim": 16}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+LINEAR_HEADS = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+LINEAR_DIMS = {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
+QWEN = {
+    "text_config": SIZES | HEADS | LINEAR_HEADS | LINEAR_DIMS,
+    "vision_config": {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64},
+}
+GEMMA = {
+    "text_config": SIZES | HEADS,
+    "vision_config": {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+}
+
+
+def checkpoint(kind: str, parts: dict[str, Any], folder: Path) -> Any:
+    """A tiny multimodal checkpoint with random weights; returns the model that its config.json names."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(kind, **parts), dtype=torch.float32)
+    model.save_pretrained(folder)
+    return model
+
+
+def adapted(folder: Path, *, quantization: str = "none", quantized: bool = False) -> Any:
+    """What the job trains on it."""
+    base = load_base(
+        folder,
+        quantization=quantization,
+        double_quantization=True,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        max_length=512,
+        quantized=quantized,
+    )
+    return add_adapter(base, rank=4, alpha=4, dropout=0.0, target_modules=None, seed=1)
+
+
+@pytest.mark.parametrize(("kind", "parts"), [("qwen3_5", QWEN), ("gemma3", GEMMA)])
+def test_the_adapter_loads_into_the_published_class(kind: str, parts: dict[str, Any], tmp_path: Path) -> None:
+    """Every tensor arrives there, none is missing, none is on the part that sees; and the job reads it back."""
+    from peft import PeftModel
+
+    published = checkpoint(kind, parts, tmp_path / "base")
+    model = fill_adapter(adapted(tmp_path / "base"))
+    names = find_published_names(model, tmp_path / "base")
+    assert names.architecture == type(published).__name__
+    save_adapter(model, tmp_path / "adapter", base="org/model", revision=None, names=names)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert "exclude_modules" not in config
+    assert ("q_proj" in config["target_modules"]) == (kind == "qwen3_5")  # Gemma's vision has layers of that name, too
+    loaded = PeftModel.from_pretrained(published, tmp_path / "adapter")
+    tensors = {name: tensor for name, tensor in loaded.state_dict().items() if "lora_" in name}
+    expected = {names.published(name): tensor for name, tensor in trainable(model).items()}
+    assert len(expected) >= 4 * 7 * 2
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+    again = adapted(tmp_path / "base")
+    load_adapter(again, tmp_path / "adapter", names)
+    assert all(torch.equal(tensor, trainable(model)[name]) for name, tensor in trainable(again).items())
+    use(model.get_base_model(), PLAIN)
+    loaded.eval()
+    ids = torch.arange(5, 17)[None]
+    with torch.no_grad():
+        assert torch.allclose(model(ids).logits, loaded(ids).logits, atol=1e-5)
+
+
+def test_a_restart_from_the_quantized_cache_publishes_the_same_names(base_folder: Path, tmp_path: Path) -> None:
+    """The quantized base is saved as the class that was loaded; which one its source names is kept beside it."""
+    checkpoint("qwen3_5", QWEN, tmp_path / "base")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(base_folder / name, tmp_path / "base" / name)
+    first = adapted(tmp_path / "base", quantization="nf4")
+    found = find_published_names(first, tmp_path / "base")
+    assert found == PublishedNames("Qwen3_5ForConditionalGeneration", "model.", "model.language_model.")
+    shelf = entry_at("key", tmp_path / "cache", None)
+    assert save(first.unload(), tmp_path / "base", shelf).key == "key"
+    again = adapted(shelf.folder, quantization="nf4", quantized=True)
+    assert find_published_names(again, shelf.folder, quantized=True) == found
+    (shelf.folder / SOURCE_CONFIG).unlink()  # kept by an older version
+    assert find_published_names(again, shelf.folder, quantized=True).architecture == "Qwen3_5ForCausalLM"
+
+
+def test_a_text_model_keeps_its_names(base_folder: Path) -> None:
+    """Nothing is renamed where the loaded class is the one that config.json names."""
+    assert find_published_names(adapted(base_folder), base_folder) == PublishedNames("MistralForCausalLM")

@@ -1,0 +1,133 @@
+"""Pulling: what is known without the weights is told before they are fetched, and a run keeps its day."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken, Tokenizer
+
+from job.records import AttemptRecord
+from job.stages.pull import _date, _vocabulary
+from tests.helpers import arc_rows, write_jsonl
+from tests.unit.storage.test_hub import COMMIT, Hub, serving
+
+DEMO = Path(__file__).parents[3] / "job" / "demo" / "base"
+FETCHED: list[str] = []
+
+
+class DemoHub(Hub):
+    """A hub that serves the demo's base as `some/demo`, and remembers whose weights it was asked for."""
+
+    def do_GET(self) -> None:  # noqa: N802 - http.server calls it by this name
+        """Answers for metadata, listings and files of the model; the rest as the hub of the other tests."""
+        path = self.path.split("?")[0]
+        file = DEMO / path.rpartition("/")[2]
+        if path.startswith("/api/models/some/demo/tree/"):
+            files = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": f.name} for f in DEMO.iterdir()]
+            self._answer(200, json.dumps(files).encode())
+        elif path.startswith("/some/demo/resolve/") and file.is_file():
+            if self.command == "GET" and file.suffix == ".safetensors":
+                FETCHED.append(self.headers.get("User-Agent", ""))
+            self._answer(200, file.read_bytes(), {"ETag": f'"{file.name}"', "X-Repo-Commit": COMMIT})
+        elif path.startswith("/api/models/some/demo"):
+            self._answer(200, json.dumps({"id": "some/demo", "sha": COMMIT}).encode())
+        else:
+            super().do_GET()
+
+
+CASES: dict[str, tuple[dict[str, str], int, str]] = {
+    "data file": ({"JOB_DATA__SOURCE": "/nope.jsonl"}, 65, "/nope.jsonl: no such file"),
+    "revision": ({"JOB_DATA__SOURCE": "some/data"}, 2, "JOB_DATA__REVISION"),
+    "data set": ({"JOB_DATA__SOURCE": "some/missing", "JOB_DATA__REVISION": "main"}, 77, "data set some/missing"),
+    "questions": ({"JOB_EVAL__DATA": "arc_easy=/nope.json"}, 65, "/nope.json: no such file"),
+    "target module": ({"JOB_LORA__TARGET_MODULES": "q_prj"}, 2, "q_prj"),
+    "long question": ({"JOB_EVAL__DATA": "arc_easy={long}"}, 65, "tokens long with its longest choice"),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
+    """Exit code and log of a run of each case, three at a time; the model is on the hub, and not in the cache."""
+    folder = tmp_path_factory.mktemp("runs")
+    rows = arc_rows(3)
+    rows[1]["question"] += " and so on" * 3000
+    long = write_jsonl(folder / "long.jsonl", rows)
+    found = {}
+    with serving(DemoHub) as endpoint:
+        names = list(CASES)
+        for pair in (names[:3], names[3:]):
+            begun = {}
+            for name in pair:
+                env = os.environ | {"HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / name), "HF_ENDPOINT": endpoint}
+                env |= {"JOB_PRESET": "demo", "JOB_MODEL__ID": "some/demo", "JOB_RUN__OUTPUT": str(folder / "out")}
+                env |= {"JOB_RUN__ID": name.replace(" ", "-")}
+                env |= {variable: value.format(long=long) for variable, value in CASES[name][0].items()}
+                command = [sys.executable, "-m", "job"]
+                begun[name] = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+            for name, process in begun.items():
+                log = process.communicate(timeout=300)[1]
+                found[name] = (process.returncode, log)
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_known_without_the_weights_is_told_before_them(runs: dict[str, tuple[int, str]], case: str) -> None:
+    """A missing file, revision, data set or module ends the run with its code before weights are asked for."""
+    code, log = runs[case]
+    assert code == CASES[case][1], log[-2000:]
+    assert CASES[case][2] in log.splitlines()[-1]
+    assert FETCHED == []
+
+
+def test_a_token_beyond_the_embedding_is_found_in_pull(tmp_path: Path) -> None:
+    """A tokenizer with more tokens than the model has rows is found by the row that uses one: code 65."""
+    shutil.copytree(DEMO, tmp_path / "base")
+    tokenizer = Tokenizer.from_file(str(tmp_path / "base/tokenizer.json"))
+    tokenizer.add_special_tokens([AddedToken("<|begin|>", special=True)])
+    tokenizer.save(str(tmp_path / "base/tokenizer.json"))
+    rows = [{"prompt": f"<|begin|> {n}", "completion": " yes"} for n in range(3)]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    env = os.environ | {"JOB_PRESET": "demo", "JOB_MODEL__ID": str(tmp_path / "base"), "JOB_RUN__OUTPUT": str(tmp_path)}
+    env |= {"JOB_DATA__SOURCE": str(tmp_path / "x.jsonl"), "JOB_RUN__ID": "r"}
+    done = subprocess.run(
+        [sys.executable, "-m", "job"], env=env, capture_output=True, text=True, check=False, timeout=200
+    )
+    assert done.returncode == 65, done.stderr[-2000:]
+    assert "x.jsonl:1" in done.stderr
+    assert "<|begin|>" in done.stderr.splitlines()[-1]
+
+
+def test_a_run_keeps_the_day_of_its_first_attempt() -> None:
+    """A later attempt, on another day, has the date of the first one."""
+    record = AttemptRecord(1, "2026-11-28T23:59:59.000Z", None, "killed", 1.0, {}, 0, 0, 0)
+    first: Any = SimpleNamespace(started="2026-11-28T23:59:59.000Z", earlier=[])
+    later: Any = SimpleNamespace(
+        started="2026-12-01T00:00:01.000Z",
+        earlier=[replace(record, number=2, started="2026-11-30T00:00:00.000Z"), record],
+    )
+    assert _date(first) == _date(later) == "2026-11-28"
+
+
+@pytest.mark.parametrize(
+    ("config", "rows"),
+    [
+        ('{"vocab_size": 32000}', 32000),
+        ('{"vocab_size": 7, "text_config": {"vocab_size": 9}}', 9),
+        ("[]", None),
+        ("{", None),
+        ('{"vocab_size": null}', None),
+    ],
+)
+def test_the_size_of_the_embedding_is_in_the_configuration(tmp_path: Path, config: str, rows: int | None) -> None:
+    """It is the text part's; where the configuration does not say, loading the model will."""
+    (tmp_path / "config.json").write_text(config)
+    assert _vocabulary(tmp_path) == rows
