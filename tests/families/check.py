@@ -185,7 +185,14 @@ def plain(  # noqa: PLR0917
     peft = get_peft_model(
         base,
         LoraConfig(
-            r=4, lora_alpha=8, target_modules=find_targets(base), exclude_modules=outside, task_type="CAUSAL_LM"
+            r=4,
+            lora_alpha=8,
+            target_modules=find_targets(base),
+            exclude_modules=outside,
+            fan_in_fan_out=model.peft_config[
+                "default"
+            ].fan_in_fan_out,  # GPT-2's layers: PEFT warns where it is not given
+            task_type="CAUSAL_LM",
         ),
     )
     mine = {name: p for name, p in peft.named_parameters() if p.requires_grad}

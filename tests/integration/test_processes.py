@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from job.common.hashing import sealed, unsealed
 from job.runs.layout import facts_of
 from tests.forked import ROOT, Forks, Group, forks, free_port
 from tests.helpers import alpaca_rows, arc_rows, read_jsonl, write_jsonl
@@ -196,8 +197,8 @@ def test_a_run_that_is_replaced_ends_in_all_processes(forked: Forks, environment
     group = forked.start({**environment, "JOB_RUN__ID": "replaced", "JOB_CHECKPOINT__EVERY_STEPS": "1"}, 2, "replaced")
     wait_for(lambda: last_step(group) >= 1)
     lease = run_folder(environment, "replaced") / "lease.json"
-    record = json.loads(lease.read_text("utf-8"))
-    lease.write_text(json.dumps({**record, "epoch": 2, "holder": "somebody else"}), "utf-8")
+    record = unsealed(lease.read_bytes())
+    lease.write_bytes(sealed({**record, "epoch": 2, "holder": "somebody else"}))
     assert group.wait() == [76, 76]
 
 
