@@ -61,7 +61,7 @@ class Agreement:
 
 NEGLIGIBLE = 1e-4
 """Share of the whole gradient's size below which that of one parameter is not compared by its own."""
-EXACT = Agreement(1e-4, 1e-4, 1e-4, 1.0)
+EXACT = Agreement(1e-4, 1e-4, 3e-5, 1.0)
 HALF = {torch.float16: Agreement(0.02, 0.08, 0.25, 0.9), torch.bfloat16: Agreement(0.08, 0.25, 0.5, 0.9)}
 
 

@@ -17,7 +17,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         kv_heads=8,
         head_size=128,
         vocabulary=32000,
-        window=4096,
+        window=32768,
     ),
 }
 
