@@ -25,7 +25,8 @@ from job.training.prepare import limit_memory, prepare, token_budget
 def load(settings: Settings, sources: Sources, processes: Processes = ALONE, known: Packing | None = None) -> Loaded:
     """Loads the quantized base and adds a new adapter; every process loads a copy of its own.
 
-    `known` is what an earlier attempt of the run decided about packing. It is kept, because it affects the result's bits.
+    `known` is what an earlier attempt of the run decided about packing. It is kept, because it affects the
+    result's bits.
 
     Raises:
         SettingsError: The settings do not fit the model or this machine.

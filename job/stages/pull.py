@@ -222,7 +222,7 @@ def _wait(attempt: Attempt, *futures: Future[Any]) -> Any:
 
 
 def _early_files(attempt: Attempt, early: Future[tuple[Path, bool]], coming: Future[_Model]) -> tuple[Path, bool]:
-    """The folder with configuration and tokenizer, and whether the weights still have to be downloaded after the check."""
+    """The folder with configuration and tokenizer, and whether the weights are still to be downloaded."""
     _wait(attempt, early, coming)
     return early.result() if early.done() else (coming.result().folder, False)
 

@@ -48,7 +48,8 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
     check_disk(attempt.work, required_bytes([], checkpoint_bytes(_size(model), recipe.optimizer)))
     folder = attempt.work / "artifacts"
     if processes.leads:
-        copy_tokenizer(sources.folder, folder / "adapter", sources.tokenizer)  # now: the base's folder may be deleted during training
+        # Now: the base's folder may be deleted during training.
+        copy_tokenizer(sources.folder, folder / "adapter", sources.tokenizer)
     with (
         log.progress("steps", recipe.total_steps, every=settings.train.log_every_steps) as tell,
         AsyncUploader(
