@@ -16,7 +16,8 @@ class Recipe:
     """Everything that determines the result of training: the settings of `train`, in the form that the trainer takes.
 
     `total_steps` covers all epochs. `micro_batch_tokens` is the initial token budget: it affects the result only by
-    rounding. How the work is carried out is in `records.ExecutionPlan`. `optimizer` is a key of `common.optimizers.OPTIMIZERS`.
+    rounding. How the work is carried out is in `records.ExecutionPlan`. `optimizer` is a key of
+    `common.optimizers.OPTIMIZERS`.
     """
 
     seed: int

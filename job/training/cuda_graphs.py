@@ -31,9 +31,9 @@ class _Recording:
 class CudaGraphs:
     """Called with tensors, computes the same as `work`, with one launch per call.
 
-    Only such work can be recorded: without host synchronization (no `.item()`, no shape that depends on values), without
-    random numbers, and with static addresses: besides its inputs it reads and writes only tensors that keep their
-    addresses, and only its output is used after it. What it does depends only on its inputs' shapes and values.
+    Only such work can be recorded: without host synchronization (no `.item()`, no shape that depends on values),
+    without random numbers, and with static addresses: besides its inputs it reads and writes only tensors that keep
+    their addresses, and only its output is used after it. What it does depends only on its inputs' shapes and values.
 
     Args:
         work: As above. Returns one tensor.

@@ -15,8 +15,8 @@ class FlatParameters:
     """The parameters end to end in one tensor, each from a multiple of `block` on, with zeros between them.
 
     Args:
-        parameters: Of any shapes, of one dtype (fp32) on one device. Their values are kept; their storage becomes a view
-            of the flat tensor.
+        parameters: Of any shapes, of one dtype (fp32) on one device. Their values are kept; they become views of
+            the flat tensor.
         block: `OptimizerSpec.block`: an 8-bit optimizer quantizes so many neighbouring numbers with one constant, and
             no such block may span two parameters.
     """

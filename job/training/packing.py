@@ -1,4 +1,4 @@
-"""Packs examples end to end in one sequence, without padding or padded to one of few lengths.
+"""Packs examples end to end into one sequence, without padding or padded to one of few lengths.
 
 Each example is a segment: its positions start at 0, and it does not attend to other segments
 (`model/packed_attention.py`).
@@ -30,7 +30,7 @@ def packed_inputs(examples: Sequence[Example], device: torch.device) -> dict[str
 
     Returns:
         Inputs of the model: `input_ids`, `labels` (token ids, or -100 where a token is not learned) and `position_ids`,
-        each (1, tokens) int64, and the `layout` that keeps the examples apart. Labels are not shifted: a label is at the
+        each (1, tokens) int64, and the `layout` that keeps the examples apart. Labels are not shifted: each is at the
         position of its own token, and the loss shifts them. Since no example's first token is learned, shifting by one
         never pairs tokens of two examples.
     """
@@ -53,7 +53,7 @@ def packed_inputs(examples: Sequence[Example], device: torch.device) -> dict[str
 
 
 def alone_inputs(example: Example, device: torch.device) -> dict[str, Any]:
-    """One unpacked example, for a model that cannot compute packed sequences: `input_ids` and `labels`, each (1, tokens) int64."""
+    """One unpacked example, for a model without packing: `input_ids` and `labels`, each (1, tokens) int64."""
     labels = [t if target else IGNORED for t, target in zip(example.input_ids, example.targets, strict=True)]
     ids, labelled = torch.tensor([[*example.input_ids], labels], device=device)
     return {"input_ids": ids[None], "labels": labelled[None]}
@@ -75,7 +75,7 @@ class PaddedSequence:
 
 
 def padded_length(tokens: int) -> int:
-    """The length to which a sequence of so many tokens is padded: few different lengths, at most a few per cent more."""
+    """The length to which so many tokens are padded: few different lengths, a few per cent more tokens."""
     step = grain(tokens)
     return -(-tokens // step) * step
 

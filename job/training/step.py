@@ -1,8 +1,8 @@
 """One optimizer step's gradient: micro-batch by micro-batch, summed over all processes. No trainer and no TRL in it.
 
 A step is a function of the run's seed, the step number and the process: its examples come from the batch plan, its loss
-is the sum over all target tokens of the global batch divided by their number, and dropout is seeded from these three. So
-no state of a random generator has to be saved for a restart, and a step can be repeated.
+is the sum over all target tokens of the global batch divided by their number, and dropout is seeded from these three.
+So no state of a random generator has to be saved for a restart, and a step can be repeated.
 
 If a GPU's memory runs out in a step, the step is repeated with less memory: first without the optimizations that only
 save time (`ExecutionPlan.spare`), which does not change the result's bits; when none is left, with half the token

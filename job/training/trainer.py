@@ -5,7 +5,7 @@ with its loss scaling, the trainer's state, and, unless all layers of the decode
 (`SFTTrainer.compute_loss`). What this module replaces:
 
 - the unit is the optimizer step of the batch plan (`training/step.py`), not a batch of a data loader: `training_step`
-  gets the number of a step and computes its whole gradient, over all processes, so Trainer runs as in a single process;
+  gets the number of a step and computes its whole gradient, over all processes; Trainer itself sees one process;
 - the optimizer, clipping and the sums over processes see the adapter as one flat tensor;
 - checkpoints are in the job's own format without pickle (`checkpoints/trainer_state.py`).
 
@@ -117,7 +117,7 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             model=model,
             args=trl_config(recipe, plan, folder, model),
             processing_class=tokenizer,
-            train_dataset=Dataset.from_list([{"input_ids": list(examples[0].input_ids)}]),  # TRL requires at least one row
+            train_dataset=Dataset.from_list([{"input_ids": list(examples[0].input_ids)}]),  # TRL wants a row
             data_collator=list,
             # If the flag is set after the processes agreed for this step, all of them see it in the next step.
             callbacks=[StopOnFlag(hooks.stop if alone else lambda: processes.stopping, hooks.fits)],
