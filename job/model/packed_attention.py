@@ -20,7 +20,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 NAME = "flat"
-"""Name under which this attention is registered in transformers. A model with it is called with a `layout` and no mask."""
+"""Name of this attention in transformers. A model with it is called with a `layout` and no mask."""
 CHECKED = "flat-checked"
 """The same, but each layer is also handed the mask that transformers would make for it; see `AskedMask`."""
 WIDEST_HEAD = 256

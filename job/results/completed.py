@@ -1,4 +1,4 @@
-"""Whether a run is complete: its manifest is there, with all that it lists."""
+"""Whether a run is complete: its manifest exists, and so do all files that it lists."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def read_complete(store: ObjectStore) -> dict[str, Any] | None:
 
 
 def withdraw_incomplete(store: ObjectStore) -> None:
-    """Removes a manifest that lists more than is there: that of a run which was copied away while it ended.
+    """Removes a manifest that lists missing files: the platform copied the run's folder while the run ended.
 
     Raises:
         Replaced: Another attempt owns the run.
@@ -32,7 +32,7 @@ def withdraw_incomplete(store: ObjectStore) -> None:
 
 
 def _read(store: ObjectStore) -> tuple[dict[str, Any] | None, list[str]]:
-    """The manifest, if there is one, and what it lists although it is not there."""
+    """The manifest, if there is one, and the files that it lists but that do not exist."""
     found = store.read(RESULTS)
     results: dict[str, Any] | None = None if found is None else json.loads(found.data)
     return results, missing(store, [Artifact(**entry) for entry in results["artifacts"]]) if results else []
