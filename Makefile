@@ -5,7 +5,7 @@ STAMP := .venv/installed
 DOCKER ?= docker
 IMAGE ?= qlora-job
 
-.PHONY: run test check format lock chaos families bench image image-test clean bench-gpu
+.PHONY: run test check format lock chaos damage hostile families bench image image-test clean bench-gpu
 
 run: $(STAMP)  ## the demo: results in runs/<run id>/
 	JOB_PRESET=demo $(BIN)/python -m job
@@ -61,6 +61,13 @@ chaos: $(STAMP)  ## 100 runs killed at random points, each compared with an undi
 
 families: $(STAMP)  ## every causal model family of transformers: right packed, right one by one, or refused
 	$(BIN)/python -m tests.families.table
+
+# SEED=1 damages other files; S3=1 has the runs in a bucket.
+damage: $(STAMP)  ## 500 damages of run folders: the same result, or a refusal with its code
+	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/damage.py --count $${COUNT:-500} --seed $${SEED:-0} $${S3:+--s3}
+
+hostile: $(STAMP)  ## hostile model folders and chat templates: refused in words, within time and memory
+	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/hostile.py
 
 # FULL=1 asks all of ARC-Easy; UNSLOTH=python is an interpreter that has Unsloth.
 bench: $(STAMP)  ## what a CPU can measure, beside plain scripts of the same work

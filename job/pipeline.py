@@ -29,7 +29,8 @@ from job.results.completed import read_complete, require_gate, withdraw_incomple
 from job.results.delivery import deliver
 from job.runs.attempt import Attempt, open_attempt
 from job.runs.fault_injection import Fault, arm, faulty
-from job.runs.layout import BASE, PACKING, RESULTS, Stage, stage_key
+from job.runs.layout import BASE, PACKING, RESULTS, Stage
+from job.runs.run_log import IdleLimit
 from job.runs.run_settings import agree_on_settings, compare_settings, keep_settings
 from job.settings.load import Settings, environment, trackers
 from job.stages.handoff import Sources
@@ -53,6 +54,7 @@ def run(
     *,
     delivery: Delivery | None = None,
     processes: Processes = ALONE,
+    idle: IdleLimit | None = None,
 ) -> dict[str, Any]:
     """Runs the job, or the rest of it if earlier attempts did a part; returns the published manifest.
 
@@ -64,12 +66,13 @@ def run(
         SettingsError, DataError: The settings, or the data or model that they name, are invalid; nothing is published.
         Unreachable, AccessDenied: The store or the hub cannot be used; the next attempt continues from here.
         Preempted: The job was asked to stop.
+        NoProgress: The job was asked to stop, and too many attempts in a row, this one included, made no progress.
         Replaced: Another attempt owns the run.
     """
     agree_on_settings(processes, decisive_settings(settings))
     if (done := processes.share("results of before", lambda: finished(settings, delivery))) is not None:
         return done
-    with _attempt(settings, stop, beat, faults, processes) as (attempt, track):
+    with _attempt(settings, stop, beat, faults, processes, idle=idle) as (attempt, track):
         with attempt.timed(Stage.PULL):
             sources = pull(attempt, settings, storage_options(settings.storage))
         loaded = _load(attempt, settings, sources)
@@ -109,7 +112,13 @@ def finished(settings: Settings, delivery: Delivery | None) -> dict[str, Any] | 
 
 @contextmanager
 def _attempt(
-    settings: Settings, stop: Stop, beat: Callable[[], None], faults: tuple[Fault, ...], processes: Processes
+    settings: Settings,
+    stop: Stop,
+    beat: Callable[[], None],
+    faults: tuple[Fault, ...],
+    processes: Processes,
+    *,
+    idle: IdleLimit | None,
 ) -> Iterator[tuple[Attempt, Tracking]]:
     """Opens the run's next attempt, with injected faults, trackers, and an energy meter for all processes' GPUs."""
     store = _store(settings)
@@ -123,6 +132,7 @@ def _attempt(
         beat=beat,
         faults=armed,
         processes=processes,
+        idle=idle or IdleLimit(settings.run.max_idle_attempts),
     )
     asked = trackers(settings) if processes.leads else {}  # process 0 reports for all
     with tracking(asked, settings.run.id, plain_values(settings), environment()) as track, begun as attempt:
@@ -148,12 +158,14 @@ def _load(attempt: Attempt, settings: Settings, sources: Sources) -> Loaded:
     from job.stages.load import load  # slow import: after all checks that do not need it
 
     garbage_collection.enable()  # it was off for faster imports, and nearly all are done
+    attempt.identify(sources.record)
     loaded = load(settings, sources, attempt.processes, attempt.known(PACKING, Packing))
     if attempt.processes.leads:
         keep_settings(attempt.store, decisive_settings(settings))
-        if attempt.known(Stage.PULL, Pulled) is None:  # once, before the record of the pull
-            attempt.store.write(stage_key(PACKING), json.dumps(asdict(loaded.packing)).encode())
-            attempt.store.write(stage_key(BASE), json.dumps(asdict(loaded.kept_base)).encode())
+        # once, before the record of the pull; and again if they are damaged
+        for name, record in ((PACKING, loaded.packing), (BASE, loaded.kept_base)):
+            if attempt.known(name, type(record)) is None:
+                attempt.keep(name, json.dumps(asdict(record)))
     known, found = attempt.stage(Stage.PULL, Pulled, lambda: sources.record), asdict(sources.record)
     if changed := [name for name, value in asdict(known).items() if found[name] != value]:
         raise DataError([Problem(name, "has changed since the first attempt of this run") for name in changed])

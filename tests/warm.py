@@ -38,7 +38,7 @@ def start(
     """
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(PRELOADED)
-    process = server.Process(target=_run, args=(words, dict(environ), str(output), str(errors), str(cwd)))
+    process = server.Process(target=called, args=(words, dict(environ), str(output), str(errors), str(cwd)))
     process.start()
     return process
 
@@ -95,7 +95,8 @@ def wait(process: ForkServerProcess, timeout: float) -> int:
     return process.exitcode
 
 
-def _run(words: list[str], environ: dict[str, str], output: str, errors: str, cwd: str) -> None:
+def called(words: list[str], environ: dict[str, str], output: str, errors: str, cwd: str) -> None:
+    """The body of the process: the command line in its own environment, with its output in files."""
     for descriptor, path in ((1, output), (2, errors)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     os.environ.clear()

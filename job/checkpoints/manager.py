@@ -7,6 +7,8 @@ No attempt writes a file where another one does, so a late request of an attempt
 Restoring walks back from the newest marker to the first checkpoint that is whole. Only a confirmed absence is absence:
 an error of the store passes through, because it must never mean "start from zero".
 
+A marker also names its run, by a hash of the settings, data and weights: a checkpoint of another run is not used.
+
 Hashes and the marker's seal find accidents. They are no signature: who can write to the bucket can write a whole
 checkpoint of his own, and then the most he gets is wrong numbers; no byte of it is ever run.
 """
@@ -27,7 +29,7 @@ from job.common.hashing import hash_file, seal, sealed
 from job.errors import Unreachable
 from job.log import get_logger
 from job.runs.layout import CHECKPOINTS, COMMITTED, checkpoint_folder, checkpoint_part, marker_key, step_name
-from job.storage.base import disk_errors
+from job.storage.base import current_tag, disk_errors, write_in_turn
 from job.storage.open import ObjectStore, TooLarge, check_key, is_key
 
 MAX_MARKER_BYTES = 256 * 1024
@@ -57,7 +59,11 @@ class MarkedFile(BaseModel):
 
 
 class Marker(BaseModel):
-    """The content of a commit marker. `epoch` is the lease's: which attempt wrote it."""
+    """The content of a commit marker. `epoch` is the lease's: which attempt wrote it.
+
+    `run` is the fingerprint of the settings, data and weights that it was trained with; None in markers of earlier
+    versions.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -66,6 +72,7 @@ class Marker(BaseModel):
     world_size: int = Field(ge=1)
     software: dict[str, str]
     files: dict[Annotated[str, AfterValidator(_plain_name)], MarkedFile] = Field(min_length=1, max_length=100)
+    run: str | None = Field(default=None, max_length=_MAX_WORDS)
 
     @property
     def folder(self) -> str:
@@ -99,9 +106,18 @@ def parse_marker(data: bytes) -> Marker:
 
 
 def publish(
-    store: ObjectStore, folder: Path, *, step: int, epoch: int, world_size: int, software: Mapping[str, str]
+    store: ObjectStore,
+    folder: Path,
+    *,
+    step: int,
+    epoch: int,
+    world_size: int,
+    software: Mapping[str, str],
+    run: str | None = None,
 ) -> None:
     """Uploads the files of `folder`, then the marker. An attempt (`epoch`) publishes a step once.
+
+    `run` is the run's fingerprint: a checkpoint is restored by attempts that have the same.
 
     Raises:
         Replaced: Another attempt took the run over.
@@ -109,10 +125,10 @@ def publish(
     """
     paths = sorted(folder.iterdir())
     files = {path.name: MarkedFile(bytes=path.stat().st_size, sha256=hash_file(path)) for path in paths}
-    marker = Marker(step=step, epoch=epoch, world_size=world_size, software=dict(software), files=files)
+    marker = Marker(step=step, epoch=epoch, world_size=world_size, software=dict(software), files=files, run=run)
     for path in paths:
         store.upload(path, marker.folder + path.name)
-    store.write(marker_key(step), render_marker(marker))
+    write_in_turn(store, marker_key(step), render_marker(marker), current_tag(store, marker_key(step)))
 
 
 def steps(store: ObjectStore) -> list[int]:
@@ -148,6 +164,7 @@ def publisher(
     epoch: int,
     world_size: int,
     software: Mapping[str, str],
+    run: str | None,
     keep: int,
     settle_seconds: float,
     verified: int,
@@ -160,6 +177,7 @@ def publisher(
         epoch: The lease's: which attempt this is.
         world_size: Number of processes.
         software: Versions of this process.
+        run: The run's fingerprint.
         keep: How many checkpoints to keep, at least 1.
         settle_seconds: For how long after its commit a checkpoint is `fresh` (see `prune`).
         verified: Step that this attempt restored, 0 if none.
@@ -169,7 +187,7 @@ def publisher(
 
     def publish_and_prune(folder: Path, step: int) -> None:
         began = time.monotonic()
-        publish(store, folder, step=step, epoch=epoch, world_size=world_size, software=software)
+        publish(store, folder, step=step, epoch=epoch, world_size=world_size, software=software, run=run)
         now = committed[step] = time.monotonic()
         fresh = [step for step, when in committed.items() if now - when < settle_seconds]
         prune(store, keep, own=committed.keys(), verified=verified, fresh=fresh)
@@ -203,7 +221,9 @@ def restore(
     folder: Path,
     software: Mapping[str, str],
     check: Callable[[Path, int], None] = lambda _folder, _step: None,
+    *,
     world_size: int = 1,
+    run: str | None = None,
 ) -> Restored:
     """Downloads the newest checkpoint that is whole.
 
@@ -214,6 +234,7 @@ def restore(
             on, but is no longer bit-identical to one that was never interrupted.
         check: Looks into a folder whose bytes are right, given its step; raises ValueError if it cannot be used.
         world_size: Number of processes now; that another number wrote a checkpoint is logged as well.
+        run: The run's fingerprint; a checkpoint with another one is not used. None accepts any.
 
     Raises:
         JobError: Whatever the store says, apart from absence; or the disk is too small.
@@ -221,7 +242,7 @@ def restore(
     skipped: list[Skipped] = []
     for step in steps(store):
         try:
-            target, marker = _download(store, step, folder, check)
+            target, marker = _download(store, step, folder, check, run)
         except NotWhole as error:
             skipped.append(Skipped(step, str(error)))
             get_logger().warning("checkpoint is not whole, going back to an older one", step=step, why=str(error))
@@ -241,7 +262,9 @@ class NotWhole(Exception):
     """Why a checkpoint cannot be used."""
 
 
-def _download(store: ObjectStore, step: int, folder: Path, check: Callable[[Path, int], None]) -> tuple[Path, Marker]:
+def _download(
+    store: ObjectStore, step: int, folder: Path, check: Callable[[Path, int], None], run: str | None
+) -> tuple[Path, Marker]:
     """Downloads into a folder beside the final one, verifies every byte, and only then gives it its name.
 
     Args:
@@ -249,12 +272,15 @@ def _download(store: ObjectStore, step: int, folder: Path, check: Callable[[Path
         step: Which checkpoint.
         folder: The checkpoint becomes a folder in it.
         check: As for `restore`.
+        run: As for `restore`.
 
     Raises:
         NotWhole: It cannot be used.
         JobError: Whatever the store says, apart from absence; or the disk is too small.
     """
     marker = _read_marker(store, step)
+    if run is not None and marker.run not in {None, run}:
+        raise NotWhole("it was trained with other settings, data or weights than those of this run")
     target = folder / step_name(step)
     partial = target.with_name(target.name + ".partial")
     with disk_errors(f"cannot restore a checkpoint into {folder}"):

@@ -113,16 +113,19 @@ def _run(words: list[str]) -> int:
             "nothing copies this run away, an interruption loses it; give JOB_RUN__OUTPUT=s3://... or CheckpointConfig",
             output=settings.run.output,
         )
+    from job.runs.run_log import IdleLimit
+
     run, stall = settings.run, settings.train.stall_seconds
+    idle = IdleLimit(run.max_idle_attempts)
     with (
         stop_on_signals(run.grace_seconds) as stop,
         watch_notices(stop, run.spot_notices if first else "off"),
-        watch(stall, lambda message: _leave_everywhere(platform, message)) as beat,
+        watch(stall, lambda message: _leave_everywhere(platform, message), idle.exit_code) as beat,
         join(place, run.id, stop=stop, beat=beat, patience=stall, grace_seconds=run.grace_seconds) as processes,
     ):
         from job.pipeline import run as run_job
 
-        run_job(settings, stop, beat, faults, delivery=platform.delivery, processes=processes)
+        run_job(settings, stop, beat, faults, delivery=platform.delivery, processes=processes, idle=idle)
     return 0
 
 

@@ -57,7 +57,8 @@ def _train_tokenizer(texts: list[str]) -> Any:
     )
     backend.train_from_iterator(texts, trainer)
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **special, model_max_length=4096)
+    inputs = ["input_ids", "attention_mask"]  # transformers 4 adds token_type_ids by default, which a Mistral refuses
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special, model_max_length=4096, model_input_names=inputs)
 
 
 def _build_model(tokenizer: Any) -> Any:

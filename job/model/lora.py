@@ -191,6 +191,8 @@ class PublishedNames:
     """What the names of adapted modules begin with in the loaded model; ends in a dot, or is empty."""
     theirs: str = ""
     """What takes its place in the published class."""
+    ambiguous: bool = False
+    """Whether modules outside of that class's text part bear the names of adapted ones."""
 
     def published(self, name: str) -> str:
         """Name of an adapter's tensor in the file, from that in the loaded model."""
@@ -232,7 +234,8 @@ def find_published_names(model: Any, folder: Path, *, quantized: bool = False) -
     for ours, prefix in _prefixes(adapted[0], theirs):
         renamed = {prefix + name.removeprefix(ours): base.get_submodule(name) for name in adapted}
         if all(theirs.get(name) == _shape(module) for name, module in renamed.items()):
-            return PublishedNames(published, ours, prefix)
+            targets = model.peft_config["default"].target_modules
+            return PublishedNames(published, ours, prefix, _outside_text(other, targets) is not None)
     log.get_logger().warning(
         "the adapter's names are not those of the base's class", named=own.architecture, base=published
     )
@@ -276,14 +279,13 @@ def save_adapter(
     (folder / "README.md").unlink(missing_ok=True)
     path, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     written = portable_config(json.loads(path.read_text(encoding="utf-8")))
-    renamed = names is not None and names.ours != names.theirs
-    if renamed or "exclude_modules" in written:
+    names = names or PublishedNames("")
+    tensors = {names.published(name): tensor for name, tensor in load_file(weights).items()}
+    if names.ambiguous or written.pop("exclude_modules", None):
         # By full name, so that no layer outside of the text part is meant, which older PEFT has no other way to say.
-        tensors = {names.published(name) if names else name: tensor for name, tensor in load_file(weights).items()}
-        written.pop("exclude_modules", None)
         written["target_modules"] = sorted({name.removeprefix(_PEFT).rpartition(".lora_")[0] for name in tensors})
-        if renamed:
-            save_file(tensors, weights, metadata={"format": "pt"})
+    if names.ours != names.theirs:
+        save_file(tensors, weights, metadata={"format": "pt"})
     path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -333,12 +335,16 @@ def tokenizer_files(base: Path) -> list[Path]:
         DataError: One of them is a link to something outside of the folder: it would be published with the adapter.
     """
     found = sorted({path for kind in TOKENIZER_FILES for path in base.glob(kind) if path.is_file()})
-    here = base.resolve()
-    homes = [here, *([here.parents[1] / "blobs"] if here.parent.name == "snapshots" else [])]  # the hub's cache
-    if outside := [path for path in found if not any(path.resolve().is_relative_to(home) for home in homes)]:
+    if outside := [path for path in found if not _belongs(path.resolve(), base.resolve())]:
         what = "is a link out of its folder, and would be published with the adapter; put the file itself there"
         raise DataError([Problem("model.id", f"{path} {what}") for path in outside])
     return found
+
+
+def _belongs(file: Path, base: Path) -> bool:
+    """Whether a file lies in the base's folder, or is a blob of the hub's cache, to which its folders link."""
+    blobs = file.parent
+    return file.is_relative_to(base) or (blobs.name == "blobs" and blobs.parent.name.startswith("models--"))
 
 
 def load_adapter(model: Any, folder: Path, names: PublishedNames | None = None) -> None:
@@ -353,7 +359,8 @@ def load_adapter(model: Any, folder: Path, names: PublishedNames | None = None) 
     state = load_file(folder / "adapter_model.safetensors", device="cpu")
     if names is not None:
         state = {names.loaded(name): tensor for name, tensor in state.items()}
-    expected = get_peft_model_state_dict(model)
+    # Not "auto": PEFT would ask the hub whether the base has another vocabulary than this one.
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     wrong = sorted(
         expected.keys() ^ state.keys()
         | {k for k in expected.keys() & state.keys() if expected[k].shape != state[k].shape}

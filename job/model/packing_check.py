@@ -49,7 +49,7 @@ class Agreement:
     Attributes:
         leak: Relative error of a token's logits when only the sequence beside it changes.
         logits: Relative error of a token's logits, packed against alone.
-        gradient: Relative error of the adapter's whole gradient, packed against alone.
+        gradient: Relative error of the adapter's gradient, packed against alone; see `_distance`.
         tokens: Share of the tokens whose error must be within `leak` and `logits`.
     """
 
@@ -59,7 +59,9 @@ class Agreement:
     tokens: float
 
 
-EXACT = Agreement(1e-4, 1e-4, 1e-3, 1.0)
+NEGLIGIBLE = 1e-4
+"""Share of the whole gradient's size below which that of one parameter is not compared by its own."""
+EXACT = Agreement(1e-4, 1e-4, 1e-4, 1.0)
 HALF = {torch.float16: Agreement(0.02, 0.08, 0.25, 0.9), torch.bfloat16: Agreement(0.08, 0.25, 0.5, 0.9)}
 
 
@@ -129,7 +131,7 @@ def _find_out(model: Any, examples: Sequence[Example], max_length: int, losses: 
         leak, logits = _compare(model, sequences, alone, to)
         errors = {"logits with another sequence beside": (leak, to.leak), "logits": (logits, to.logits)}
         if losses is not None and leak <= to.leak and logits <= to.logits:
-            apart = _distance(_gradient(model, lambda: [losses.packed(examples)]), gradient)
+            apart = _distance(_gradient(model, lambda: [losses.packed(examples)]), gradient, to)
             errors["the adapter's gradient"] = (apart, to.gradient)
     except _PASSING:
         raise
@@ -269,12 +271,19 @@ def _gradient(model: Any, losses: Callable[[], Sequence[torch.Tensor]]) -> list[
     return found
 
 
-def _distance(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor] | None) -> float:
-    """Relative error of a gradient as a whole, and of each tensor in proportion to the largest."""
+def _distance(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor] | None, to: Agreement) -> float:
+    """Relative error of the gradient as a whole; in full precision of each parameter's too, the largest of them.
+
+    Of each, since Adam takes steps of one size however small a gradient is. Below `NEGLIGIBLE` of the whole nothing but
+    rounding is left of a parameter's own, and in half precision that is much.
+    """
     if expected is None:
         return 0.0
-    norm = max(float(torch.stack([e.norm() for e in expected]).norm()), 1e-12)
-    return _worst([float(torch.stack([(f - e).norm() for f, e in zip(found, expected, strict=True)]).norm()) / norm])
+    errors = [float((f - e).norm()) for f, e in zip(found, expected, strict=True)]
+    sizes = [float(e.norm()) for e in expected]
+    whole = max(math.hypot(*sizes), 1e-12)
+    own = [error / max(size, NEGLIGIBLE * whole) for error, size in zip(errors, sizes, strict=True)]
+    return _worst([math.hypot(*errors) / whole, *(own if to is EXACT else ())])
 
 
 def _depends_on_length(config: Any, max_length: int) -> str | None:

@@ -7,7 +7,9 @@ and call it by `run_check` in `plan._look`.
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -27,6 +29,7 @@ from job.model.lora import find_targets, linear_weights
 from job.planning.character_tokenizer import CharacterTokenizer
 from job.planning.known_models_and_data import CHARACTERS_PER_TOKEN, TaskTokens
 from job.records import Example
+from job.storage.base import disk_errors
 from job.storage.hub import cached_model, local_model, peek_dataset, peek_model
 from job.storage.local import LocalStore
 from job.storage.open import ObjectStore, StorageOptions, fetch, is_remote, open_store, size
@@ -39,6 +42,8 @@ MOST_SMALL_BYTES = 64 << 20
 SILENT = "the hub cannot be reached from here"
 Online = Callable[[], bool]
 """Whether the hub can be reached; called only if something has to be fetched from it."""
+FILE_BYTES = (8 << 20) + 1
+"""Of the file that `plan` uploads to a store: large enough to go in parts, as a checkpoint does."""
 NO_LIMIT = 1 << 31
 """Tokens allowed in an example while tokens are only estimated: no limit."""
 State = Literal["ok", "note", "not checked", "wrong"]
@@ -86,7 +91,10 @@ def run_check(
 
 
 def round_trip(store: ObjectStore, name: str) -> Found[float]:
-    """Writes, reads, lists and deletes an object, and tries conditional writes; returns the seconds that took.
+    """Does with a store what the job will do, on objects of its own; returns the seconds that took.
+
+    A small object is written and read, files of 0 and of `FILE_BYTES` bytes are uploaded and downloaded, all are listed
+    and deleted, and conditional writes are tried.
 
     Args:
         store: Where.
@@ -97,14 +105,18 @@ def round_trip(store: ObjectStore, name: str) -> Found[float]:
         Unreachable: The store does not answer, or not with what was written.
     """
     key, content = f".plan-{uuid4().hex}", uuid4().bytes
+    files = {f"{key}-{size}": size for size in (0, FILE_BYTES)}
     began = time.monotonic()
     try:
         store.write(key, content)
         stored = store.read(key)
+        whole = [_file_round_trip(store, one, size) for one, size in files.items()]
         listed = [info.key for info in store.list(key)]
     finally:
-        store.delete(key)
-    if stored is None or stored.data != content or listed != [key] or store.read(key) is not None:
+        for one in (key, *files):
+            store.delete(one)
+    right = stored is not None and stored.data == content and all(whole) and listed == sorted([key, *files])
+    if not right or store.read(key) is not None:
         raise Unreachable(f"{name}: what was written was not read, listed and deleted as it was written")
     conditional = store.conditional_writes()
     seconds = time.monotonic() - began
@@ -112,6 +124,19 @@ def round_trip(store: ObjectStore, name: str) -> Found[float]:
     if conditional:
         return "ok", f"{what}; conditional writes are honoured", seconds
     return "note", f"{what}; no conditional writes: attempts that begin together may both go on for a while", seconds
+
+
+def _file_round_trip(store: ObjectStore, key: str, size: int) -> bool:
+    """Whether a file of random bytes comes back as it went."""
+    with tempfile.TemporaryDirectory(prefix="qlora-job-") as folder, disk_errors(f"cannot write to {folder}"):
+        there, back = Path(folder, "there"), Path(folder, "back")
+        there.write_bytes(os.urandom(size))
+        store.upload(there, key)
+        try:
+            store.download(key, back, max_bytes=size)
+        except FileNotFoundError:
+            return False
+        return there.read_bytes() == back.read_bytes()
 
 
 def local_round_trip(output: Path, name: str) -> Found[float]:

@@ -17,7 +17,9 @@ _STDERR = 2  # the descriptor: `sys.stderr` may be replaced by something without
 
 
 @contextmanager
-def watch(stall_seconds: float, on_stall: Callable[[str], None]) -> Iterator[Callable[[], None]]:
+def watch(
+    stall_seconds: float, on_stall: Callable[[str], None], exit_code: Callable[[], int] = lambda: Preempted.exit_code
+) -> Iterator[Callable[[], None]]:
     """Yields `beat`, which stages call when they make progress; without a call for `stall_seconds` the process ends.
 
     Time is counted in ticks of a thread, not read from a clock: after a pause of the whole process (a paused container,
@@ -30,9 +32,10 @@ def watch(stall_seconds: float, on_stall: Callable[[str], None]) -> Iterator[Cal
     Args:
         stall_seconds: Longest time between two calls of `beat`.
         on_stall: Called with the message for the platform; it gets `CALLBACK_SECONDS`, and may fail.
+        exit_code: Asked for the code to end with, in the same way; 75 where it does not answer.
     """
     alive, done = Event(), Event()
-    thread = Thread(target=_guard, args=(stall_seconds, alive, done, on_stall), name="watchdog", daemon=True)
+    thread = Thread(target=_guard, args=(stall_seconds, alive, done, on_stall, exit_code), name="watchdog", daemon=True)
     thread.start()
     try:
         yield alive.set
@@ -42,7 +45,9 @@ def watch(stall_seconds: float, on_stall: Callable[[str], None]) -> Iterator[Cal
         faulthandler.cancel_dump_traceback_later()
 
 
-def _guard(stall_seconds: float, alive: Event, done: Event, on_stall: Callable[[str], None]) -> None:
+def _guard(
+    stall_seconds: float, alive: Event, done: Event, on_stall: Callable[[str], None], exit_code: Callable[[], int]
+) -> None:
     silent = 0
     while silent < TICKS:
         faulthandler.dump_traceback_later(2 * stall_seconds, exit=True, file=_STDERR)
@@ -54,16 +59,24 @@ def _guard(stall_seconds: float, alive: Event, done: Event, on_stall: Callable[[
     _end(
         f"no progress for {stall_seconds:g} s (JOB_TRAIN__STALL_SECONDS); the stacks of all threads are in the log",
         on_stall,
+        exit_code,
     )
 
 
-def _end(message: str, on_stall: Callable[[str], None]) -> None:
-    """Ends the process, whatever the callback does: it may block on the same log or file that stalled the job."""
+def _end(message: str, on_stall: Callable[[str], None], exit_code: Callable[[], int]) -> None:
+    """Ends the process, whatever the callbacks do: they may block on the same log or file that stalled the job."""
+    code = Preempted.exit_code
+
+    def ask() -> None:
+        nonlocal code
+        code = exit_code()
+        on_stall(message)
+
     faulthandler.cancel_dump_traceback_later()
     with contextlib.suppress(OSError):
         os.write(_STDERR, f"\n{message}\n".encode())
     faulthandler.dump_traceback(file=_STDERR, all_threads=True)
-    callback = Thread(target=on_stall, args=(message,), daemon=True)
+    callback = Thread(target=ask, daemon=True)
     callback.start()
     callback.join(CALLBACK_SECONDS)
-    os._exit(Preempted.exit_code)
+    os._exit(code)

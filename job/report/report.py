@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, TypeAdapter
+from pydantic_core import from_json
+
 from job.common import formatting
 from job.records import Artifact, StepMetrics
 from job.report import charts, wording
@@ -27,6 +30,19 @@ FIRST_QUESTIONS, MOST_QUESTIONS = 5, 40
 STAGE_NAMES = {stage.value: stage.replace("-", " ") for stage in Stage} | {OUTSIDE: "loading"}
 
 Records = list[dict[str, Any]]
+
+
+class _Answer(BaseModel):
+    """What the report shows of a sample (`evaluation.samples.Sample`); other fields stay as they are."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    id: str
+    question: str | None = None
+    choices: list[Any] | None = None
+    log_likelihoods: list[float]
+    prediction: int
+    acc: float
 
 
 @dataclass(frozen=True)
@@ -46,22 +62,24 @@ def read_report_data(results: Mapping[str, Any], fetch: Callable[[Artifact], Pat
 
     Raises:
         KeyError: The manifest does not list one of the files.
-        ValueError: A line is not JSON.
-        TypeError: A line is not a step's metrics.
+        ValueError: A line is not JSON, or not a step's metrics, or not an answer as the job writes it.
     """
     published = {artifact["path"]: Artifact(**artifact) for artifact in results["artifacts"]}
+    metrics = TypeAdapter(StepMetrics)
 
-    def lines(path: str) -> Records:
-        text = fetch(published[path]).read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.split("\n") if line]
+    def lines(path: str) -> list[bytes]:
+        return [line for line in fetch(published[path]).read_bytes().split(b"\n") if line]
 
-    return ReportData(
-        [StepMetrics(**line) for line in lines(METRICS)],
-        {
-            task: (lines(answers_key(task, "base")), lines(answers_key(task, "adapter")))
-            for task in results["evaluation"]["tasks"]
-        },
-    )
+    def answers(path: str) -> Records:
+        return [_Answer.model_validate(from_json(line, allow_inf_nan=False)).model_dump() for line in lines(path)]
+
+    sides = {
+        task: (answers(answers_key(task, "base")), answers(answers_key(task, "adapter")))
+        for task in results["evaluation"]["tasks"]
+    }
+    for pair in sides.values():
+        changed_answers(*pair)  # here, and not while the page is made: it is the files that are wrong
+    return ReportData([metrics.validate_python(from_json(line, allow_inf_nan=False)) for line in lines(METRICS)], sides)
 
 
 def render_report(results: Mapping[str, Any], evidence: ReportData) -> bytes:

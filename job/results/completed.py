@@ -1,4 +1,4 @@
-"""Whether a run is complete: its manifest exists, and so do all files that it lists."""
+"""Whether a run is complete: its manifest exists and is undamaged, and all files that it lists exist."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from job import log
+from job.common.hashing import unsealed
 from job.errors import GateError
 from job.records import Artifact
 from job.runs.attempt import missing
 from job.runs.layout import RESULTS
 from job.storage.open import ObjectStore
+
+_MAX_WORDS = 200
 
 
 def read_complete(store: ObjectStore) -> dict[str, Any] | None:
@@ -21,7 +24,7 @@ def read_complete(store: ObjectStore) -> dict[str, Any] | None:
 
 
 def withdraw_incomplete(store: ObjectStore) -> None:
-    """Removes a manifest that lists missing files: the platform copied the run's folder while the run ended.
+    """Removes a manifest that is damaged, or lists missing files: the platform copied the folder while the run ended.
 
     Raises:
         Replaced: Another attempt owns the run.
@@ -32,10 +35,17 @@ def withdraw_incomplete(store: ObjectStore) -> None:
 
 
 def _read(store: ObjectStore) -> tuple[dict[str, Any] | None, list[str]]:
-    """The manifest, if there is one, and the files that it lists but that do not exist."""
+    """The manifest, if there is one, and what is damaged in it, or listed in it but missing."""
     found = store.read(RESULTS)
-    results: dict[str, Any] | None = None if found is None else json.loads(found.data)
-    return results, missing(store, [Artifact(**entry) for entry in results["artifacts"]]) if results else []
+    if found is None:
+        return None, []
+    try:
+        unsealed(found.data)
+        results: dict[str, Any] = json.loads(found.data)
+        artifacts = [Artifact(**entry) for entry in results["artifacts"]]
+    except (ValueError, KeyError, TypeError) as error:
+        return None, [f"{RESULTS}: {str(error)[:_MAX_WORDS]}"]
+    return results, missing(store, artifacts)
 
 
 def require_gate(results: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,8 @@ from job.storage.open import ObjectStore, StorageOptions, TooLarge, open_store
 
 MAX_SAMPLES_BYTES = 512 << 20
 """Of one task's samples, which are held in memory; several times those of the largest evaluation we know."""
+LARGEST_NUMBER = 10**18
+"""In a manifest; far beyond every size, time and price, and within what figures can be computed of."""
 _SHOWN = 3
 
 
@@ -73,15 +75,26 @@ def parse(data: bytes) -> dict[str, Any]:
     """A manifest that fits the schema. The seal is not checked.
 
     Raises:
-        ValueError: It does not.
+        ValueError: It does not, or holds a number beyond `LARGEST_NUMBER`.
     """
     results = from_json(data, allow_inf_nan=False)
+    if (place := _too_large(results)) is not None:
+        raise ValueError(f"{place[:200]} is a number beyond 10^18")
     try:
         manifest.validate(results)
     except ValueError as error:
         lines = [line[:300] for line in str(error).splitlines()]
         raise ValueError("does not fit the schema: " + "; ".join(lines[:_SHOWN])) from None
     return dict(results)
+
+
+def _too_large(value: Any, where: str = "") -> str | None:
+    """The place of the first number beyond `LARGEST_NUMBER`; None where there is none."""
+    if isinstance(value, int | float):
+        return where if abs(value) > LARGEST_NUMBER else None
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    found = (_too_large(part, f"{where}.{name}".lstrip(".")) for name, part in parts)
+    return next((place for place in found if place is not None), None)
 
 
 def read_published(store: ObjectStore) -> PublishedRun:

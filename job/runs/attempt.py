@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from threading import Lock
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
@@ -22,14 +23,17 @@ from pydantic import TypeAdapter
 from job import log
 from job.common.hashing import hash_file, sealed
 from job.distributed.processes import ALONE, Processes
-from job.errors import JobError, Preempted, Replaced
+from job.errors import DataError, JobError, NoProgress, Preempted, Replaced
 from job.preemption.stop_flag import Stop
-from job.records import Artifact, AttemptRecord, StepMetrics
+from job.records import Artifact, AttemptRecord, Pulled, StepMetrics
+from job.runs import stage_records
 from job.runs.fault_injection import Faults
 from job.runs.layout import ARTIFACTS, BUILT_ON, Stage, attempt_key, stage_key
 from job.runs.lease import fenced, take
-from job.runs.run_log import read_run_log
+from job.runs.run_log import QUESTIONS, IdleLimit, how_far, idle_attempts, read_logged
 from job.runs.run_settings import compare_settings
+from job.runs.stage_records import fingerprint
+from job.storage.base import current_tag, write_in_turn
 from job.storage.open import ObjectStore
 from job.storage.verified_download import fetch_artifact
 
@@ -54,8 +58,8 @@ class Attempt:
     """What every stage needs.
 
     `store` is fenced: it refuses to change once another attempt has taken the run over, and in any process but the
-    first. `number` is the lease's epoch. `joules` asks a meter what the GPUs have taken since the attempt began;
-    `on_metrics` is called with every step.
+    first. `number` is the lease's epoch. `settings` are those that decide the result. `joules` asks a meter what the
+    GPUs have taken since the attempt began; `on_metrics` is called with every step.
     """
 
     store: ObjectStore
@@ -67,6 +71,7 @@ class Attempt:
     earlier: list[AttemptRecord]
     processes: Processes = ALONE
     usd_per_hour: float | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
     joules: Callable[[], float | None] = lambda: None
     on_metrics: Callable[[StepMetrics], None] = lambda _metrics: None
     started: str = field(default_factory=now)
@@ -75,7 +80,14 @@ class Attempt:
     repeated_steps: int = 0
     repeated_seconds: float = 0.0
     last_step: int = 0
+    questions: int = 0
+    """Questions of the evaluation that goes on which are scored, by this attempt or before it."""
+    run: str | None = None
+    """Fingerprint of the run, which its records and checkpoints carry; None until something was pulled."""
     _stage: tuple[str, float] | None = None
+    _noted: str | None = None
+    """Tag of this attempt's record as it wrote it last."""
+    _noting: Lock = field(default_factory=Lock)
     _began: float = field(default_factory=time.monotonic)
     _next_note: float = field(default_factory=time.monotonic)
 
@@ -106,6 +118,10 @@ class Attempt:
         self._note_if_due()
         self.faults.at("step", step)
 
+    def reached(self) -> tuple[int, int]:
+        """How far this attempt has got; see `how_far`. The watchdog asks when all else hangs."""
+        return how_far(self._stages_so_far(), self.last_step, self.questions)
+
     @contextmanager
     def timed(self, stage: Stage) -> Iterator[None]:
         """Log lines within carry the stage's name, and its seconds are counted.
@@ -118,6 +134,7 @@ class Attempt:
             self.faults.at("stage", name)
             self.alive()
             self._stage = (name, time.monotonic())
+            self.questions = 0
             try:
                 yield
             finally:
@@ -135,7 +152,8 @@ class Attempt:
     def stage(self, stage: Stage, kind: type[T], work: Callable[[], T | None]) -> T:
         """What the stage found out: read from its record if an earlier attempt finished it, else worked out now.
 
-        A record counts while everything is there that the stage published: a copy of the run may be without some of it.
+        A record counts while everything is there that the stage published, byte for byte: a copy of the run may be
+        without some of it.
         If a stage is done again, so is the one that builds on it.
 
         All processes work; what process 0 finds out is what the stage found out, for all of them. The others may return
@@ -151,29 +169,71 @@ class Attempt:
             result = work()
             record = "" if result is None else adapter.dump_json(result).decode()
             if self.processes.leads:
-                self.store.write(stage_key(name), record.encode())
+                self.keep(name, record)
         record = self.processes.share(f"result of {name}", lambda: record)
         self.note("running")
         log.get_logger().info("stage is done", stage=name, seconds=round(self.stage_seconds[name], 2))
         return adapter.validate_json(record)
 
-    def known(self, name: str, kind: type[T]) -> T | None:
-        """The record of a stage that an earlier attempt finished, or `layout.BASE`; None where there is none."""
-        stored = self.store.read(stage_key(name))
-        return None if stored is None else TypeAdapter(kind).validate_json(stored.data)
+    def identify(self, pulled: Pulled) -> None:
+        """Says what was pulled: from here on records of other runs are not believed."""
+        self.run = fingerprint(self.settings, pulled)
 
-    def _kept(self, name: str, adapter: TypeAdapter[Any]) -> str | None:
-        """The record of a stage, if there is one that counts."""
+    def known(self, name: str, kind: type[T]) -> T | None:
+        """The record of a stage that an earlier attempt finished, `layout.BASE` or `layout.PACKING`.
+
+        None where there is none, or none that counts: damaged, or of another run.
+        """
+        found = self._read_record(name, TypeAdapter(kind))
+        if isinstance(found, Pulled):
+            self.identify(found)
+        return found
+
+    def keep(self, name: str, record: str) -> None:
+        """Writes a record (a JSON object) that `known` and `stage` read in later attempts."""
+        key = stage_key(name)
+        tag = current_tag(self.store, key)
+        write_in_turn(self.store, key, stage_records.render(record, self.run or ""), tag)
+
+    def _read_record(self, name: str, adapter: TypeAdapter[T]) -> T | None:
         stored = self.store.read(stage_key(name))
         if stored is None:
             return None
-        gone = missing(self.store, getattr(adapter.validate_json(stored.data), "artifacts", ()))
-        if not gone:
-            return stored.data.decode()
-        log.get_logger().warning("stage is done again, not all that it published is there", stage=name, gone=gone)
+        try:
+            found, run = stage_records.parse(stored.data, adapter)
+        except ValueError as error:
+            log.get_logger().warning("record is damaged and does not count", stage=name, why=str(error))
+            return None
+        own = fingerprint(self.settings, found) if isinstance(found, Pulled) else self.run
+        if run not in {None, "", own} and own is not None:
+            log.get_logger().warning("record does not count, it is of a run with other settings or data", stage=name)
+            return None
+        return found
+
+    def _kept(self, name: str, adapter: TypeAdapter[Any]) -> str | None:
+        """The record of a stage, if there is one that counts."""
+        found = self._read_record(name, adapter)
+        if found is not None:
+            artifacts = getattr(found, "artifacts", ())
+            gone = missing(self.store, artifacts) or self._changed(artifacts)
+            if not gone:
+                return adapter.dump_json(found).decode()
+            what = "stage is done again, not all that it published is there"
+            log.get_logger().warning(what, stage=name, gone=gone)
         if name in BUILT_ON:
             self.store.delete(stage_key(BUILT_ON[name]))
         return None
+
+    def _changed(self, artifacts: Iterable[Artifact]) -> list[str]:
+        """Those of the artifacts, by path, whose bytes are not what was published."""
+        changed = []
+        for artifact in artifacts:
+            self.alive()
+            try:
+                self.fetch(artifact).unlink()
+            except DataError:
+                changed.append(artifact.path)
+        return changed
 
     def publish(self, path: Path, key: str, facts_sha256: str | None = None) -> Artifact:
         """Uploads a file; returns its entry for the manifest.
@@ -213,7 +273,9 @@ class Attempt:
             self._next_note = math.inf
             return
         began = time.monotonic()
-        self.store.write(attempt_key(self.number), sealed(asdict(self.record(outcome))))
+        with self._noting:  # the uploading thread notes checkpoints
+            record = sealed({**asdict(self.record(outcome)), QUESTIONS: self.questions})
+            self._noted = write_in_turn(self.store, attempt_key(self.number), record, self._noted)
         ended = time.monotonic()
         shortest, longest = NOTE_SECONDS
         self._next_note = ended + min(longest, max(shortest, (ended - began) / NOTE_SHARE))
@@ -241,6 +303,7 @@ def open_attempt(
     faults: Faults,
     processes: Processes = ALONE,
     usd_per_hour: float | None = None,
+    idle: IdleLimit | None = None,
 ) -> Iterator[Attempt]:
     """Takes the run's lease and begins its next attempt; writes the attempt's end into the run log.
 
@@ -253,8 +316,10 @@ def open_attempt(
         faults: Faults to inject.
         processes: Those that make this attempt; process 0 holds the lease for all.
         usd_per_hour: Price of this machine; None where it is not known.
+        idle: Is told of the attempts before, and decides what being stopped ends with; None for no limit.
 
     Raises:
+        NoProgress: The attempt was stopped, as were too many before it, and none of them got any further.
         Replaced: Another attempt took the run over.
         SettingsError: The run began with other settings.
     """
@@ -267,10 +332,14 @@ def open_attempt(
     if cache is not None:
         Path(cache).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="qlora-job-", dir=cache, ignore_cleanup_errors=True) as work:
-        earlier = read_run_log(store, number) if processes.leads else []
+        logged = read_logged(store, number) if processes.leads else []
+        earlier = [one.record for one in logged]
         attempt = Attempt(
-            fenced(store, lease), Path(work), number, stop, beat, faults, earlier, processes, usd_per_hour
+            fenced(store, lease), Path(work), number, stop, beat, faults, earlier, processes, usd_per_hour, settings
         )
+        if idle is not None and processes.leads:  # its exit code outweighs that of the others
+            furthest = max((one.reached for one in logged), default=(0, 0))
+            idle.before, idle.progressed = idle_attempts(logged), lambda: attempt.reached() > furthest
         attempt.note("running")
         try:
             yield attempt
@@ -278,6 +347,8 @@ def open_attempt(
             raise  # the run log is that of the attempt that took over
         except BaseException as error:
             _note_failure(attempt, error)
+            if isinstance(error, Preempted) and idle is not None and idle.reached:
+                raise NoProgress(f"{error}; {idle.message}") from error
             raise
         attempt.note("complete")
 

@@ -55,9 +55,10 @@ TENSORBOARD = f"{ARTIFACTS}tensorboard/"
 REPORT = f"{ARTIFACTS}report.html"
 MADE_OF_TIMES = (TENSORBOARD, REPORT)
 
+ATTEMPTS = "attempts/"
 CHECKPOINTS = "checkpoints/"
 COMMITTED = "COMMITTED.json"
-_ATTEMPT = re.compile(r"attempts/(\d{4,9})\.json", re.ASCII)
+_ATTEMPT = re.compile(rf"{ATTEMPTS}(\d{{4,9}})\.json", re.ASCII)
 _CHECKPOINT = re.compile(rf"{CHECKPOINTS}step-(\d{{8}}|[1-9]\d{{8,17}})/(.+)", re.ASCII | re.DOTALL)
 
 
@@ -68,7 +69,7 @@ def stage_key(name: str) -> str:
 
 def attempt_key(number: int) -> str:
     """Where the run log's record of an attempt lies."""
-    return f"attempts/{number:04d}.json"
+    return f"{ATTEMPTS}{number:04d}.json"
 
 
 def attempt_number(key: str) -> int | None:

@@ -17,6 +17,7 @@ that wrote first reads the other's name, before its next change of the store. Th
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -26,13 +27,18 @@ from uuid import uuid4
 from pydantic import BaseModel, ConfigDict, Field
 
 from job.common.hashing import sealed, unsealed
+from job.common.validation import first_error
 from job.errors import DataError, JobError, Problem, Replaced, Unreachable
 from job.log import get_logger
-from job.runs.layout import LEASE
+from job.runs.layout import ATTEMPTS, LEASE, attempt_number
 from job.storage.base import CHANGES, ForwardingStore
 from job.storage.open import Conflict, ObjectStore, TooLarge
 
 MAX_BYTES = 16 * 1024
+MAX_EPOCH = 10**9 - 1
+"""Nine digits are what the names of attempts and of their folders have; the next attempt has one more."""
+_PAUSES = (0.1, 0.4, 1.0)
+"""Seconds before a lease that cannot be read is read again: an answer may have been cut on its way."""
 # A holder renews its lease a few times a minute, so that a conflict with it hardly ever happens twice in a row.
 _TRIES = 20
 
@@ -45,7 +51,7 @@ class LeaseRecord(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    epoch: int = Field(ge=1)
+    epoch: int = Field(ge=1, lt=MAX_EPOCH)
     holder: str
     started: str
     heartbeat: int = Field(ge=0)
@@ -72,6 +78,11 @@ class Lease:
         return self._record.epoch
 
     @property
+    def conditional(self) -> bool:
+        """Whether the store has conditional writes."""
+        return self._conditional
+
+    @property
     def holder(self) -> str:
         """Unique name of this attempt."""
         return self._record.holder
@@ -81,7 +92,7 @@ class Lease:
 
         Raises:
             Replaced: It does not, and never will again.
-            Unreachable: The store does not answer, or the lease cannot be renewed.
+            Unreachable: The store does not answer, or the lease is gone, damaged or cannot be renewed.
         """
         if not self._conditional:
             # A heartbeat written blindly could overwrite the name of the attempt that took over.
@@ -106,6 +117,7 @@ class Lease:
 
         Raises:
             Replaced: This attempt does not own the run any more.
+            Unreachable: The store does not answer, or the lease is gone or damaged.
         """
         with self._lock:
             self._raise_if_lost()
@@ -113,16 +125,20 @@ class Lease:
             self._raise_if_lost()
 
     def _look(self) -> None:
-        """Reads who holds the lease now."""
+        """Reads who holds the lease now. Only a whole lease that names another attempt says that this one is replaced.
+
+        Raises:
+            Unreachable: There is no whole lease, however often it is read.
+        """
         try:
-            now, tag = _read(self._store)
-        except ValueError:
-            self._lost = f"what lies at {LEASE} is no lease any more"
-            return
-        if now is not None and self._record.same_holder(now):
+            now, tag = _read_again(self._store)
+        except ValueError as error:
+            what = f"this attempt's lease cannot be read ({first_error(error)}); the next attempt goes on from here"
+            raise Unreachable(f"{self._store.uri}/{LEASE}: {what}") from None
+        if now is None:
+            raise Unreachable(f"{self._store.uri}/{LEASE} was removed; the next attempt goes on from here")
+        if self._record.same_holder(now):
             self._record, self._tag = now, tag
-        elif now is None:
-            self._lost = "its lease was removed"
         else:
             self._lost = f"attempt {now.epoch} ({now.holder}, since {now.started}) took over"
 
@@ -152,8 +168,10 @@ def take(store: ObjectStore, holder: str) -> Lease:
         )
     mine = f"{holder}/{uuid4().hex}"
     before, tag = _read_or_refuse(store)
+    # Where the lease was removed, numbers go on after the attempts that the run log knows.
+    first = 1 if before else 1 + max(attempt_numbers(store), default=0)
     for _ in range(_TRIES):
-        record = LeaseRecord(epoch=before.epoch + 1 if before else 1, holder=mine, started=_now(), heartbeat=0)
+        record = LeaseRecord(epoch=before.epoch + 1 if before else first, holder=mine, started=_now(), heartbeat=0)
         try:
             if conditional:
                 written = store.write(LEASE, _render(record), if_absent=before is None, if_tag=tag or None)
@@ -174,6 +192,12 @@ def take(store: ObjectStore, holder: str) -> Lease:
     raise Unreachable(f"{store.uri}/{LEASE}: its holder renews it faster than it can be taken over; try again")
 
 
+def attempt_numbers(store: ObjectStore) -> list[int]:
+    """The attempts that have a record in the run log, in rising order."""
+    numbers = (attempt_number(info.key) for info in store.list(ATTEMPTS))
+    return sorted(number for number in numbers if number is not None)
+
+
 def _read(store: ObjectStore) -> tuple[LeaseRecord | None, str]:
     """The lease and its tag; no record and an empty tag where there is none.
 
@@ -187,6 +211,16 @@ def _read(store: ObjectStore) -> tuple[LeaseRecord | None, str]:
     return (parse(stored.data), stored.tag) if stored else (None, "")
 
 
+def _read_again(store: ObjectStore) -> tuple[LeaseRecord | None, str]:
+    """Like `_read`, but asks again, a few times, while the answer is no lease."""
+    for pause in _PAUSES:
+        try:
+            return _read(store)
+        except ValueError:
+            time.sleep(pause)
+    return _read(store)
+
+
 def parse(data: bytes) -> LeaseRecord:
     """What a `lease.json` says.
 
@@ -198,7 +232,7 @@ def parse(data: bytes) -> LeaseRecord:
 
 def _read_or_refuse(store: ObjectStore) -> tuple[LeaseRecord | None, str]:
     try:
-        return _read(store)
+        return _read_again(store)
     except ValueError:
         problem = "is no lease; if no attempt of this run is going on, remove it"
         raise DataError([Problem(f"{store.uri}/{LEASE}", problem)]) from None
@@ -239,3 +273,9 @@ class _FencedStore(ForwardingStore):
                 raise JobError("a bug: only process 0 may change the run's store")
             (self._lease.confirm if verb == "write" else self._lease.check)()
         yield
+
+    def write(self, key: str, data: bytes, *, if_absent: bool = False, if_tag: str | None = None) -> str:
+        """See `ObjectStore.write`; where the store has no conditions it writes without, as the lease itself does."""
+        if self._lease is not None and not self._lease.conditional:
+            return super().write(key, data)
+        return super().write(key, data, if_absent=if_absent, if_tag=if_tag)

@@ -1,16 +1,89 @@
-"""The run log: a sealed record of each attempt, noted while it goes on."""
+"""The run log: a sealed record of each attempt, noted while it goes on; and what it says of the run's progress.
+
+An attempt makes progress if it gets further than all before it: into a later stage, to a later optimizer step, or to
+more scored questions of an evaluation. One that repeats what was lost makes none.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 
 from pydantic import TypeAdapter
 
-from job.common.hashing import unsealed
-from job.errors import DataError, Problem
+from job.common.hashing import sealed, unsealed
+from job.common.validation import first_error
+from job.errors import DataError, NoProgress, Preempted, Problem
 from job.records import AttemptRecord
-from job.runs.layout import attempt_key
+from job.runs.layout import CHECKPOINTS, Stage, attempt_key, checkpoint_part
+from job.runs.lease import attempt_numbers
+from job.storage.base import write_in_turn
 from job.storage.open import ObjectStore
+
+QUESTIONS = "questions"
+"""A field of the file that is not in the manifest."""
+_GAPS = 20
+"""So many attempts before the one that publishes are looked for; older ones have ended long ago."""
+
+
+@dataclass(frozen=True)
+class LoggedAttempt:
+    """An attempt's record, and how many questions of its last evaluation were scored, by it or before it."""
+
+    record: AttemptRecord
+    questions: int = 0
+
+    @property
+    def reached(self) -> tuple[int, int]:
+        """How far the attempt got; see `how_far`."""
+        return how_far(self.record.stage_seconds, self.record.last_step, self.questions)
+
+
+@dataclass
+class IdleLimit:
+    """Whether an attempt that is stopped, or stalls, is one of too many in a row that made no progress.
+
+    Whoever begins the attempt says how many there were before it (`before`), and how to ask whether this one got
+    further (`progressed`); until then it counts as one that did, since there is no record of it either.
+    """
+
+    limit: int
+    before: int = 0
+    progressed: Callable[[], bool] = lambda: True
+
+    @property
+    def reached(self) -> bool:
+        """Whether this attempt ends with `NoProgress` where it would end as preempted."""
+        return not self.progressed() and self.before + 1 >= self.limit
+
+    @property
+    def message(self) -> str:
+        """What `NoProgress` says."""
+        what = f"{self.before + 1} attempts in a row were stopped before the run got any further"
+        return f"{what} (JOB_RUN__MAX_IDLE_ATTEMPTS={self.limit}); give them more time, or machines that last longer"
+
+    def exit_code(self) -> int:
+        """Of an attempt that stalls."""
+        return NoProgress.exit_code if self.reached else Preempted.exit_code
+
+
+def how_far(stages: Iterable[str], last_step: int, questions: int) -> tuple[int, int]:
+    """The last of the stages, by its number in their order, and how far in there: a step, or scored questions."""
+    order = [stage.value for stage in Stage]
+    last = max((order.index(name) for name in stages if name in order), default=0)
+    if order[last] == Stage.TRAIN:
+        return last, last_step
+    return last, questions if order[last] in {Stage.EVALUATE_BASE, Stage.EVALUATE_ADAPTER} else 0
+
+
+def idle_attempts(attempts: Sequence[LoggedAttempt]) -> int:
+    """How many attempts in a row, up to the newest, were stopped or killed and got no further than those before."""
+    furthest, idle = (0, 0), 0
+    for logged in attempts:
+        stopped = logged.record.outcome in {"preempted", "killed"}
+        idle = idle + 1 if stopped and logged.reached <= furthest else 0
+        furthest = max(furthest, logged.reached)
+    return idle
 
 
 def parse_record(data: bytes) -> AttemptRecord:
@@ -28,15 +101,79 @@ def read_run_log(store: ObjectStore, epoch: int) -> list[AttemptRecord]:
     Raises:
         DataError: A record is damaged.
     """
-    records = []
-    for number in range(1, epoch):
-        key = attempt_key(number)
-        if (stored := store.read(key)) is None:
-            continue
-        try:
-            record = parse_record(stored.data)
-        except ValueError as error:
-            what = f"{str(error).splitlines()[0]}; remove it to go on without it"
-            raise DataError([Problem(f"{store.uri}/{key}", what)]) from None
-        records.append(replace(record, outcome="killed") if record.outcome == "running" else record)
-    return records
+    return [logged.record for logged in read_logged(store, epoch)]
+
+
+def read_logged(store: ObjectStore, epoch: int) -> list[LoggedAttempt]:
+    """Like `read_run_log`, with what only progress is judged by."""
+    numbers = [number for number in attempt_numbers(store) if number < epoch]
+    found = (_read(store, number)[0] for number in numbers)
+    return [replace(logged, record=_ended(logged.record)) for logged in found if logged is not None]
+
+
+def close_run_log(store: ObjectStore, epoch: int, started: str) -> list[AttemptRecord]:
+    """Like `read_run_log`, and ends all records before `epoch` for good: a manifest is going to hold their hashes.
+
+    An attempt that was replaced while it stood still may be about to write its record. Every record that is noted as
+    running is changed here, and one that lacks is made, so the condition of that write fails and it ends as replaced. A
+    record that somebody removed gets one without times, too: checkpoints may name its attempt.
+
+    Args:
+        store: The run's own, fenced.
+        epoch: Number of the attempt that publishes.
+        started: When that attempt began.
+
+    Raises:
+        DataError: A record is damaged.
+        Replaced: Another attempt owns the run.
+    """
+    known = {number for number in attempt_numbers(store) if number < epoch}
+    numbers = known | _named(store, epoch) | set(range(max(1, epoch - _GAPS), epoch))
+    records: list[AttemptRecord] = []
+    for number in sorted(numbers, reverse=True):  # newest first: one without a record began before the next one
+        logged, tag = _read(store, number)
+        record = None if logged is None else logged.record
+        began = records[-1].started if records else started
+        closed = _ended(record or _unknown(number, began))
+        if record is None or record.outcome != closed.outcome:
+            write_in_turn(store, attempt_key(number), sealed(asdict(closed)), tag)
+        records.append(closed)
+    return records[::-1]
+
+
+def _read(store: ObjectStore, number: int) -> tuple[LoggedAttempt | None, str | None]:
+    """An attempt's record and the tag of its object."""
+    key = attempt_key(number)
+    if (stored := store.read(key)) is None:
+        return None, None
+    try:
+        return LoggedAttempt(parse_record(stored.data), int(unsealed(stored.data).get(QUESTIONS, 0))), stored.tag
+    except ValueError as error:
+        what = f"{first_error(error)}; remove it to go on without it"
+        raise DataError([Problem(f"{store.uri}/{key}", what)]) from None
+
+
+def _ended(record: AttemptRecord) -> AttemptRecord:
+    return replace(record, outcome="killed") if record.outcome == "running" else record
+
+
+def _named(store: ObjectStore, epoch: int) -> set[int]:
+    """The attempts before `epoch` that wrote a checkpoint which is there."""
+    parts = (checkpoint_part(info.key) for info in store.list(CHECKPOINTS))
+    folders = {part[1].partition("/")[0] for part in parts if part}
+    return {int(name) for name in folders if name.isascii() and name.isdecimal() and 0 < int(name) < epoch}
+
+
+def _unknown(number: int, started: str) -> AttemptRecord:
+    """The record of an attempt of which nothing is known but that there was one."""
+    return AttemptRecord(
+        number=number,
+        started=started,
+        finished=None,
+        outcome="killed",
+        seconds=0.0,
+        stage_seconds={},
+        steps=0,
+        repeated_steps=0,
+        last_step=0,
+    )

@@ -7,9 +7,18 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import TypeAdapter
+from pydantic_core import from_json
+
+from job import log
+from job.common.hashing import sealed, unsealed
+from job.common.validation import first_error
 from job.distributed.processes import Processes
 from job.errors import Problem, SettingsError
-from job.runs.layout import SETTINGS
+from job.records import Pulled
+from job.runs import stage_records
+from job.runs.layout import SETTINGS, Stage, stage_key
+from job.storage.base import Stored
 from job.storage.open import Conflict, ObjectStore
 
 
@@ -32,26 +41,68 @@ def keep_settings(store: ObjectStore, settings: Mapping[str, Any]) -> None:
     Raises:
         SettingsError: Another attempt began the run meanwhile, with other settings.
     """
-    if store.read(SETTINGS) is None:
+    stored = store.read(SETTINGS)
+    if _settings_in(store, stored) is None:
         with contextlib.suppress(Conflict):
-            store.write(SETTINGS, json.dumps(settings, indent=2).encode(), if_absent=True)
+            store.write(SETTINGS, sealed(settings), if_absent=stored is None, if_tag=stored.tag if stored else None)
     compare_settings(store, settings)
 
 
 def compare_settings(store: ObjectStore, settings: Mapping[str, Any]) -> None:
     """A run is one experiment: refuses an attempt whose settings would give another result.
 
+    Where `settings.json` is gone or damaged, the record of the pull says whether the settings are the run's.
+
     Raises:
         SettingsError: With every setting that is another than in the first attempt.
     """
-    kept = store.read(SETTINGS)
-    if kept is None:
-        return
-    before = json.loads(kept.data)
+    before = _settings_in(store, store.read(SETTINGS))
     after = json.loads(json.dumps(settings))
-    changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    if before is None:
+        _compare_with_pull(store, after)
+        return
+    # A run of an earlier version does not know the settings that have been added since.
+    changed = sorted(name for name in before if before[name] != after.get(name))
     if changed:
         raise SettingsError([Problem(name, _changed(before.get(name), after.get(name))) for name in changed])
+
+
+def parse_settings(data: bytes) -> dict[str, Any]:
+    """What `settings.json` says; those of earlier versions carry no seal.
+
+    Raises:
+        ValueError: It was cut or altered.
+    """
+    facts = from_json(data)
+    if not isinstance(facts, dict):
+        raise ValueError("holds no settings")  # noqa: TRY004 - it is what a file holds, not what a caller gave
+    # One damaged byte cannot turn the field's name into that of a setting, which has a dot in it.
+    return facts if all("." in name for name in facts) else unsealed(data)
+
+
+def _settings_in(store: ObjectStore, stored: Stored | None) -> dict[str, Any] | None:
+    """The settings that the run began with; None where there are none that can be believed."""
+    if stored is None:
+        return None
+    try:
+        return parse_settings(stored.data)
+    except ValueError as error:
+        what = "the run's settings are damaged and written again, if the record of the pull was made with these"
+        log.get_logger().warning(what, file=f"{store.uri}/{SETTINGS}", why=first_error(error))
+        return None
+
+
+def _compare_with_pull(store: ObjectStore, settings: Mapping[str, Any]) -> None:
+    stored = store.read(stage_key(Stage.PULL))
+    if stored is None:
+        return
+    try:
+        pulled, run = stage_records.parse(stored.data, TypeAdapter(Pulled))
+    except ValueError:
+        return  # it is done again, and so is every stage whose record names another run
+    if run is not None and run != stage_records.fingerprint(settings, pulled):
+        what = "is gone or damaged, and the run's stages were done with other settings than these; give the settings "
+        raise SettingsError([Problem(f"{store.uri}/{SETTINGS}", f"{what}that it began with, or another JOB_RUN__ID")])
 
 
 def _changed(before: Any, after: Any) -> str:

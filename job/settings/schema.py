@@ -101,6 +101,9 @@ class Run(Group):
     """Seed of every random choice."""
     grace_seconds: ExecutionOnly[Seconds] = 30
     """Seconds between the signal to stop and the kill."""
+    max_idle_attempts: ExecutionOnly[Count] = 5
+    """After so many attempts in a row that were stopped before the run got any further, the last ends with exit code 71
+    instead of 75, which a platform retries at no cost for ever."""
     spot_notices: ExecutionOnly[Literal["auto", "off", "ec2", "gcp", "azure"]] = "auto"
     """Cloud whose metadata service is asked for notices of preemption; `auto` finds out which answers."""
     processes: ExecutionOnly[CountOrAuto] = "auto"

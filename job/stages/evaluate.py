@@ -72,7 +72,14 @@ def _evaluate(
         return None
 
     def score(questions: list[Question]) -> Scores:
-        with log.progress("questions", len(questions), every=max(1, len(questions) // 10)) as on_progress:
+        before = attempt.questions
+
+        with log.progress("questions", len(questions), every=max(1, len(questions) // 10)) as tell:
+
+            def on_progress(scored: int) -> None:
+                attempt.questions = before + scored
+                tell(scored)
+
             return score_questions(
                 loaded.model,
                 questions,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -15,11 +14,13 @@ from job.records import Artifact, Evaluated, ModelRecord, Trained
 from job.report import model_card, report
 from job.results import inventory, manifest
 from job.results.baseline import Baseline
+from job.results.completed import read_complete
 from job.runs.attempt import Attempt, now
 from job.runs.layout import CARD, REPORT, RESULTS, answers_key
-from job.runs.run_log import read_run_log
+from job.runs.run_log import close_run_log
 from job.settings.load import Settings, redacted
 from job.stages.handoff import Sources
+from job.storage.base import current_tag, write_in_turn
 
 
 def publish(
@@ -45,11 +46,10 @@ def publish(
         adapter: The adapter's evaluation.
         gpus: Those of all processes.
     """
-    if (done := attempt.store.read(RESULTS)) is not None:  # an earlier attempt published it and was then killed
-        published: dict[str, Any] = json.loads(done.data)
-        return published
+    if (done := read_complete(attempt.store)) is not None:  # an earlier attempt published it and was then killed
+        return done
     # read only now: the previous attempt may have been writing its record when this one started
-    earlier = read_run_log(attempt.store, attempt.number)
+    earlier = close_run_log(attempt.store, attempt.number, attempt.started)
     tasks = compare_tasks(base.scores, adapter.scores)
     against, copies = _publish_baseline(attempt, sources.baseline, adapter)
     results = manifest.build(
@@ -70,7 +70,7 @@ def publish(
     )
     results = manifest.sealed(publish_report_and_card(attempt, results))
     manifest.validate(results)
-    attempt.store.write(RESULTS, sealed(results))
+    write_in_turn(attempt.store, RESULTS, sealed(results), current_tag(attempt.store, RESULTS))
     return results
 
 

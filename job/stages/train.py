@@ -58,6 +58,7 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
                 epoch=attempt.number,
                 world_size=processes.place.world_size,
                 software=host.software(),
+                run=attempt.run,
                 keep=settings.checkpoint.keep,
                 settle_seconds=settings.checkpoint.settle_seconds,
                 verified=restored.step,
@@ -126,7 +127,9 @@ def _restore(attempt: Attempt) -> manager.Restored:
 
     def restore() -> str:
         size, folder = processes.place.world_size, attempt.work / "restored"
-        found = manager.restore(attempt.store, folder, host.software(), validate_trainer_state, size)
+        found = manager.restore(
+            attempt.store, folder, host.software(), validate_trainer_state, world_size=size, run=attempt.run
+        )
         return TypeAdapter(manager.Restored).dump_json(found).decode()
 
     found = TypeAdapter(manager.Restored).validate_json(processes.share_on_machine("checkpoint", restore))

@@ -58,6 +58,9 @@ HIDDEN = ".store"
 # Bytes of UTF-8: S3's limit for a whole key and the usual limit of file systems for one name.
 _MAX_KEY, _MAX_PART = 1024, 255
 PROBE = ".probe-"
+# What a file system answers to a call that it does not know.
+_UNKNOWN = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+_TRIES = 5
 # An ETag that no object has: conditional writes that name it must be refused.
 _NO_TAG = '"00000000000000000000000000000000"'
 
@@ -241,6 +244,36 @@ def _writes(store: ObjectStore, key: str, text: str, *, if_absent: bool = False,
     return True
 
 
+def current_tag(store: ObjectStore, key: str) -> str | None:
+    """The tag of an object; None where there is none."""
+    stored = store.read(key)
+    return None if stored is None else stored.tag
+
+
+def write_in_turn(store: ObjectStore, key: str, data: bytes, tag: str | None) -> str:
+    """Replaces an object if it is still what it was when it was last seen; returns its new tag.
+
+    For writers behind a fence that may stand still at any point: between the fence's question and the write another
+    attempt may take over, change the object, and publish a hash of it. Then the condition fails, and the next try asks
+    the fence again.
+
+    Args:
+        store: Where; usually behind a fence.
+        key: Which object.
+        data: Its new content, unique to the writer.
+        tag: Of the object as it was last seen; None where there was none.
+
+    Raises:
+        Unreachable: The object changes all the time; and whatever the store says, such as `Replaced`.
+    """
+    for _ in range(_TRIES):
+        try:
+            return store.write(key, data, if_absent=tag is None, if_tag=tag)
+        except Conflict:
+            tag = current_tag(store, key)
+    raise Unreachable(f"{store.uri}/{key} was changed by somebody else {_TRIES} times in a row")
+
+
 def byte_limit(what: str, max_bytes: int | None) -> Callable[[int], None]:
     """Return a function that takes numbers of bytes, from any thread, and raises `TooLarge` once they are too many."""
     seen, lock = 0, Lock()
@@ -264,10 +297,37 @@ def atomic_write(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         sync(temporary)
-        temporary.replace(path)
-        sync(path.parent)
+        rename(temporary, path)
+        sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def rename(path: Path, target: Path) -> None:
+    """Give a file another name on the same file system, replacing what has it."""
+    with lacking("renaming of files"):
+        path.replace(target)
+
+
+def sync_folder(path: Path) -> None:
+    """Flush the names in a folder to the disk, where the file system can: some keep them without being asked."""
+    try:
+        sync(path)
+    except OSError as error:
+        if error.errno not in {*_UNKNOWN, errno.EINVAL, errno.EBADF, errno.EISDIR}:
+            raise
+
+
+@contextmanager
+def lacking(what: str) -> Iterator[None]:
+    """Turn the answer of a file system that does not have `what` into an error of settings."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in {*_UNKNOWN, errno.ENOLCK, errno.EXDEV}:
+            raise
+        problem = f"this file system lacks {what} ({error.strerror}); use a folder on another one, or s3://"
+        raise SettingsError([Problem(str(error.filename or "storage"), problem)]) from error
 
 
 def sync(path: Path) -> None:

@@ -13,11 +13,11 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 from uuid import uuid4
 
 from job.errors import AccessDenied, Unreachable
@@ -32,8 +32,11 @@ from job.storage.base import (
     check_key,
     check_prefix,
     disk_errors,
+    lacking,
     probe,
+    rename,
     sync,
+    sync_folder,
 )
 
 if TYPE_CHECKING:
@@ -42,11 +45,20 @@ if TYPE_CHECKING:
     from job.storage.location import Location, StorageOptions
 
 _POLL_SECONDS = 0.005
+_LOCK = "lock"
+# A lock is held for a few renames and flushes. Taking it from a holder who is only slow costs that one a second try.
+_STUCK_SECONDS = 10.0
+_LOSSES = 5
+_MAX_NAME = 255
 # SageMaker, which copies a folder to S3 beside the job, leaves files with this ending alone.
 _TEMPORARY = ".part.sagemaker-ignore"
 # What a killed process left behind is removed after a day; nobody stages one object for so long.
 _STALE_SECONDS = 24 * 3600
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+
+
+class _LockLost(Exception):
+    """The lock was taken from this process while it stood still; nothing was put in place."""
 
 
 class LocalStore:
@@ -75,22 +87,37 @@ class LocalStore:
 
     def write(self, key: str, data: bytes, *, if_absent: bool = False, if_tag: str | None = None) -> str:
         """See `ObjectStore.write`."""
-        with disk_errors(f"{self.uri}: cannot write {key}"), self._staging(key) as (staged, target):
+
+        def stage(staged: Path) -> None:
             staged.write_bytes(data)
-            sync(staged)
-            with self._locked():
-                if if_tag is not None and self._current_tag(key) != if_tag:
-                    raise Conflict(f"{self.uri}: {key} was changed by somebody else")
-                self._place(staged, target, only_if_absent=if_absent)
+
+        with disk_errors(f"{self.uri}: cannot write {key}"):
+            self._put(key, stage, if_absent=if_absent, if_tag=if_tag)
         return _tag(data)
 
     def upload(self, path: Path, key: str) -> None:
         """See `ObjectStore.upload`."""
-        with disk_errors(f"{self.uri}: cannot write {key}"), self._staging(key) as (staged, target):
+
+        def stage(staged: Path) -> None:
             shutil.copyfile(path, staged)
-            sync(staged)
-            with self._locked():
-                self._place(staged, target)
+
+        with disk_errors(f"{self.uri}: cannot write {key}"):
+            self._put(key, stage)
+
+    def _put(
+        self, key: str, stage: Callable[[Path], None], *, if_absent: bool = False, if_tag: str | None = None
+    ) -> None:
+        """Stages an object and gives it its name under the lock; again if the lock was lost in between."""
+        for _ in range(_LOSSES):
+            with self._staging(key) as (staged, target), suppress(_LockLost):
+                stage(staged)
+                sync(staged)
+                with self._locked(staged.name):
+                    if if_tag is not None and self._current_tag(key) != if_tag:
+                        raise Conflict(f"{self.uri}: {key} was changed by somebody else")
+                    self._place(staged, target, only_if_absent=if_absent)
+                return
+        raise Unreachable(f"{self.uri}: cannot write {key}; the store's lock was lost {_LOSSES} times in a row")
 
     def download(self, key: str, path: Path, *, max_bytes: int | None = None) -> None:
         """See `ObjectStore.download`."""
@@ -115,13 +142,13 @@ class LocalStore:
             path = self._path(check_key(key))
             if not _is_file(path):
                 return
-            with self._locked():
+            with self._locked(uuid4().hex):
                 path.unlink(missing_ok=True)
                 for folder in self._folders(path):
                     try:
                         folder.rmdir()
                     except OSError:
-                        sync(folder)
+                        sync_folder(folder)
                         break
 
     def conditional_writes(self) -> bool:
@@ -154,23 +181,24 @@ class LocalStore:
         return tuple(folder for folder in path.parents if folder.is_relative_to(self._root))
 
     def _place(self, staged: Path, target: Path, *, only_if_absent: bool = False) -> None:
+        """Gives a staged file its name.
+
+        Raises:
+            Conflict: The name is taken, and it was not to be.
+            _LockLost: Whoever waited for the lock has removed the staged file.
+        """
         target.parent.mkdir(parents=True, exist_ok=True)
-        if only_if_absent:
-            try:
-                # The one atomic "create with content" there is; it holds even where locks do not reach other hosts.
-                os.link(staged, target)
-            except FileExistsError:
-                raise Conflict(f"{target} exists") from None
-            except OSError as error:
-                if error.errno not in _NO_HARD_LINKS:
-                    raise
-                if target.exists():
-                    raise Conflict(f"{target} exists") from None
-                staged.replace(target)
-        else:
-            staged.replace(target)
+        try:
+            if only_if_absent:
+                _link(staged, target)
+            else:
+                rename(staged, target)
+        except FileNotFoundError:
+            if staged.exists():
+                raise
+            raise _LockLost from None
         for folder in self._folders(target):
-            sync(folder)
+            sync_folder(folder)
 
     def _walk(self, folder: Path) -> Iterator[ObjectInfo]:
         try:
@@ -206,22 +234,96 @@ class LocalStore:
             path.unlink(missing_ok=True)
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Hold the store's lock; it is never held for longer than a few renames, so waiting for it is bounded."""
+    def _locked(self, name: str) -> Iterator[None]:
+        """Holds the store's lock, which takes a few renames, so waiting for it is bounded.
+
+        A process that is stopped while it holds the lock would keep everyone out. So the lock says who holds it, and
+        who has waited `_STUCK_SECONDS` for one holder creates the next lock. Its first holder removes the file that the
+        stopped one had staged: when that one goes on, it has nothing to put in place, and begins again.
+
+        Args:
+            name: Unique to this use of the lock; that of the staged file, if there is one.
+
+        Raises:
+            Unreachable: The lock is not to be had in time.
+            SettingsError: The file system has no locks.
+        """
         hidden = self._root / HIDDEN
         hidden.mkdir(parents=True, exist_ok=True)
         deadline = time.monotonic() + self._timeout
-        with (hidden / "lock").open("ab") as lock:
-            while True:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > deadline:
-                        message = f"{lock.name} was held by another process for {self._timeout:g} s"
-                        raise Unreachable(message) from None
-                    time.sleep(_POLL_SECONDS)
-            yield  # closing the file releases the lock
+        holder, since = None, time.monotonic()
+        while True:
+            path = _newest_lock(hidden)
+            with path.open("a+b") as lock:
+                if _try_lock(lock):
+                    # The name first, then the look for a newer lock: whoever creates one finds the name, or is found.
+                    lock.truncate(0)
+                    lock.write(name.encode())
+                    lock.flush()
+                    if _newest_lock(hidden) == path:
+                        _take_over_locks(hidden, path)
+                        yield  # closing the file releases the lock
+                        return
+                    continue
+                lock.seek(0)
+                seen = (path, lock.read(_MAX_NAME))
+            now = time.monotonic()
+            if seen != holder:
+                holder, since = seen, now
+            elif now - since > _STUCK_SECONDS:
+                (hidden / f"{_LOCK}-{_lock_number(path) + 1}").touch()
+            if now > deadline:
+                raise Unreachable(f"{path} was held by another process for {self._timeout:g} s")
+            time.sleep(_POLL_SECONDS)
+
+
+def _try_lock(file: IO[bytes]) -> bool:
+    """Whether the lock was free, and is held now."""
+    try:
+        with lacking("locks (flock)"):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _lock_number(path: Path) -> int:
+    number = path.name.removeprefix(_LOCK).removeprefix("-")
+    return int(number) if number.isdecimal() else 0
+
+
+def _newest_lock(hidden: Path) -> Path:
+    return max(hidden.glob(f"{_LOCK}*"), key=_lock_number, default=hidden / _LOCK)
+
+
+def _take_over_locks(hidden: Path, own: Path) -> None:
+    """Removes what the holders of older locks had staged, and those locks."""
+    for path in hidden.glob(f"{_LOCK}*"):
+        if _lock_number(path) < _lock_number(own):
+            with suppress(FileNotFoundError):
+                staged = Path(path.read_text(encoding="utf-8", errors="replace")).name
+                if staged.endswith(_TEMPORARY):
+                    (hidden / staged).unlink(missing_ok=True)
+                path.unlink()
+
+
+def _link(staged: Path, target: Path) -> None:
+    """Gives a staged file a name that no file has.
+
+    Raises:
+        Conflict: One has it.
+    """
+    try:
+        # The one atomic "create with content" there is; it holds even where locks do not reach other hosts.
+        os.link(staged, target)
+    except FileExistsError:
+        raise Conflict(f"{target} exists") from None
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+        if target.exists():
+            raise Conflict(f"{target} exists") from None
+        rename(staged, target)
 
 
 def _is_file(path: Path) -> bool:

@@ -35,7 +35,15 @@ from job.storage.base import (
 )
 from job.storage.location import Location, StorageOptions
 from job.storage.s3_client import connect
-from job.storage.s3_errors import FAILURES, TRUNCATED, code_and_status, is_answer, translate, unreadable_token
+from job.storage.s3_errors import (
+    FAILURES,
+    TRUNCATED,
+    code_and_status,
+    is_answer,
+    is_missing,
+    translate,
+    unreadable_token,
+)
 
 # Bodies are read in pieces of this size, each within the time limit (see `s3_client`).
 _CHUNK_BYTES = MIB // 4
@@ -89,7 +97,8 @@ class S3Store:
                 try:
                     return self._put(key, data, condition)
                 except ClientError as error:
-                    if not condition or not _refused(error, if_tag):
+                    absent = if_tag is not None and is_missing(error) and self._is_unlisted(key)
+                    if not condition or not (absent or _refused(error, if_tag)):
                         raise
                     repeated |= error.response["ResponseMetadata"].get("RetryAttempts", 0) > 0
                     if pause is None or not is_answer(error, "ConditionalRequestConflict"):
@@ -126,14 +135,17 @@ class S3Store:
                 raise FileNotFoundError(errno.ENOENT, "no such object", f"{self.uri}/{key}")
             byte_limit(f"{self.uri}/{key}", max_bytes)(size)
             with atomic_write(path) as temporary:
-                self._client.download_file(
-                    self._bucket,
-                    self._root + key,
-                    str(temporary),
-                    ExtraArgs=self._options,
-                    Callback=byte_limit(f"{self.uri}/{key}", max_bytes),
-                    Config=self._transfer(threads=size > _ONE_CONNECTION_BYTES),
-                )
+                if size == 0:  # the transfer manager would ask for a range of it
+                    temporary.touch()
+                else:
+                    self._client.download_file(
+                        self._bucket,
+                        self._root + key,
+                        str(temporary),
+                        ExtraArgs=self._options,
+                        Callback=byte_limit(f"{self.uri}/{key}", max_bytes),
+                        Config=self._transfer(threads=size > _ONE_CONNECTION_BYTES),
+                    )
                 if temporary.stat().st_size != size:
                     raise Unreachable(f"{self.uri}/{key}: changed while it was read")
 
@@ -147,6 +159,11 @@ class S3Store:
                 page = next(pages, None)
             if page is None:
                 return
+            # An answer that is no listing must not be taken for an empty one.
+            if "IsTruncated" not in page or any(
+                not {"Key", "Size"} <= entry.keys() for entry in page.get("Contents", ())
+            ):
+                raise Unreachable(f"{self.uri}/{prefix}: cannot list: the answer is not that of an S3 server")
             for entry in page.get("Contents", ()):
                 if not entry["Key"].endswith("/"):
                     yield ObjectInfo(entry["Key"].removeprefix(self._root), entry["Size"])
@@ -154,7 +171,11 @@ class S3Store:
     def delete(self, key: str) -> None:
         """See `ObjectStore.delete`."""
         with self._asking("delete", check_key(key)):
-            self._client.delete_object(Bucket=self._bucket, Key=self._root + key, **self._options)
+            try:
+                self._client.delete_object(Bucket=self._bucket, Key=self._root + key, **self._options)
+            except ClientError as error:  # some servers say that there was none
+                if not is_answer(error, "NoSuchKey") and not (is_missing(error) and self._is_unlisted(key)):
+                    raise
 
     def conditional_writes(self) -> bool:
         """See `ObjectStore.conditional_writes`."""
@@ -172,7 +193,10 @@ class S3Store:
             raise denied from error
 
     def _get(self, key: str, **options: str) -> Any:
-        """Ask for an object; None only where S3 says so in its own words, not for any 404 of any proxy."""
+        """Asks for an object; None only where the store itself says that there is none, not for any 404 of any proxy.
+
+        `NoSuchKey` says so. Some servers have other words for it, or none: then a listing has to confirm it.
+        """
         pauses = iter(_PAUSES[:2])
         while True:
             try:
@@ -180,10 +204,21 @@ class S3Store:
             except ClientError as error:
                 if is_answer(error, "NoSuchKey"):
                     return None
-                pause = next(pauses, None)
-                if pause is None or not is_answer(error, "404"):
+                if not is_missing(error):
                     raise
-                time.sleep(pause)  # a 404 whose words got lost on the way, or of a proxy: asking again tells
+                # A 404 whose words got lost on the way, or of a proxy: asking again tells.
+                pause = next(pauses, None) if is_answer(error, "404") else None
+                if pause is None:
+                    if self._is_unlisted(key):
+                        return None
+                    raise
+                time.sleep(pause)
+
+    def _is_unlisted(self, key: str) -> bool:
+        """Whether a listing of the store confirms that an object is absent: it would be the first with this prefix."""
+        name = self._root + key
+        page = self._client.list_objects_v2(Bucket=self._bucket, Prefix=name, MaxKeys=1, **self._options)
+        return "IsTruncated" in page and all(entry.get("Key") != name for entry in page.get("Contents", ()))
 
     def _read(self, key: str, max_bytes: int) -> tuple[bytes, str] | None:
         attempt = 1
@@ -194,13 +229,15 @@ class S3Store:
                     while chunk := body.read(_CHUNK_BYTES):
                         allowed(len(chunk))
                         data += chunk
+                if "ETag" in answer:
+                    return bytes(data), answer["ETag"]
+                if attempt == self._body_attempts:
+                    raise Unreachable(f"{self.uri}/{key}: the answer is not that of an S3 server: it has no ETag")
             except TRUNCATED:
                 if attempt == self._body_attempts:
                     raise
-                time.sleep(_PAUSES[0] * 2**attempt)
-                attempt += 1
-            else:
-                return bytes(data), answer["ETag"]
+            time.sleep(_PAUSES[0] * 2**attempt)
+            attempt += 1
         return None
 
     def _size(self, key: str) -> int | None:
@@ -208,22 +245,40 @@ class S3Store:
 
         The answer to GET says why it is a 404; the answer to HEAD has no body and could mean a missing bucket.
         """
+        for pause in (*_PAUSES[:2], None):
+            answer = self._get_first_byte(key)
+            if answer is None:
+                return None
+            answer["Body"].close()
+            total = str(answer.get("ContentRange", "")).rpartition("/")[2]
+            if total.isdecimal():
+                return int(total)
+            if "ContentLength" in answer:
+                return int(answer["ContentLength"])
+            if pause is not None:
+                time.sleep(pause)
+        raise Unreachable(f"{self.uri}/{key}: the answer is not that of an S3 server: it has no Content-Length")
+
+    def _get_first_byte(self, key: str) -> Any:
+        """Asks for the first byte, or for all where there is none: of an empty object some servers say so with 400."""
         try:
-            answer = self._get(key, Range="bytes=0-0")
+            return self._get(key, Range="bytes=0-0")
         except ClientError as error:
-            if is_answer(error, "InvalidRange"):  # an empty object has no first byte
-                return 0
-            raise
-        if answer is None:
-            return None
-        answer["Body"].close()
-        total = answer.get("ContentRange", "").rpartition("/")[2]
-        return int(total if total.isdecimal() else answer["ContentLength"])
+            refused = {HTTPStatus.BAD_REQUEST, HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE}
+            if code_and_status(error)[1] not in refused and not is_answer(error, "InvalidRange"):
+                raise
+            return self._get(key)
 
     def _put(self, key: str, data: bytes, condition: dict[str, str]) -> str:
         name = self._root + key
         answer = self._client.put_object(Bucket=self._bucket, Key=name, Body=data, **self._write_options, **condition)
-        return str(answer["ETag"])
+        if "ETag" in answer:
+            return str(answer["ETag"])
+        # Whoever answered, what lies there now says whether it was written.
+        stored = self.read(key)
+        if stored is None or stored.data != data:
+            raise Unreachable(f"{self.uri}/{key}: the answer is not that of an S3 server, and nothing was written")
+        return stored.tag
 
     def _upload(self, path: Path, key: str, *, threads: bool) -> None:
         config = self._transfer(threads=threads)
@@ -241,6 +296,6 @@ class S3Store:
 
 
 def _refused(error: ClientError, if_tag: str | None) -> bool:
-    """Whether the condition of a write did not hold; S3 answers a tag for an absent object with 404."""
+    """Whether the condition of a write did not hold; servers answer a tag for an absent object with 404."""
     conflicts = {HTTPStatus.CONFLICT, HTTPStatus.PRECONDITION_FAILED}
     return code_and_status(error)[1] in conflicts or (if_tag is not None and is_answer(error, "NoSuchKey"))

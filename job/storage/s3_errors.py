@@ -107,6 +107,12 @@ def is_answer(error: BaseException | None, code: str) -> bool:
     return isinstance(error, ClientError) and code_and_status(error)[0] == code
 
 
+def is_missing(error: ClientError) -> bool:
+    """Whether an answer is a 404 that may be about an object; which says nothing about who gave it."""
+    code, status = code_and_status(error)
+    return status == HTTPStatus.NOT_FOUND and code != "NoSuchBucket"
+
+
 def translate(error: BaseException, what: str) -> JobError:
     """Return the job's error for one of `FAILURES`, `what` being what was tried."""
     if isinstance(error, Boto3Error):

@@ -17,6 +17,7 @@ from job.records import Artifact, AttemptRecord, Evaluated, Pulled, Trained
 from job.runs import lease
 from job.runs.layout import LEASE, RESULTS, SETTINGS, Stage, attempt_key, attempt_number, stage_key
 from job.runs.run_log import parse_record
+from job.runs.run_settings import parse_settings
 from job.storage.open import ObjectStore, TooLarge
 from job.verification.differences import MAX_SHOWN, CheckResult, Difference, find_differences, show
 from job.verification.fetch_files import MISSING
@@ -32,7 +33,8 @@ Copies = Mapping[str, Path]
 def check_settings(results: Mapping[str, Any], copies: Copies) -> CheckResult:
     """`settings.json`, written at the first attempt, agrees with the manifest."""
     differences: list[Difference] = []
-    kept = _read(SETTINGS, dict[str, Any], copies, differences)
+    data = copies[SETTINGS].read_bytes() if SETTINGS in copies else None
+    kept = _parsed(SETTINGS, parse_settings, data, differences)
     if kept is not None:
         claimed = {name: setting["value"] for name, setting in results["settings"].items() if name in kept}
         differences += find_differences(f"{RESULTS} settings", claimed, kept)

@@ -19,7 +19,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from job.common.hashing import hash_facts, hash_file
 from job.errors import JobError, exit_codes
 from job.runs.layout import ARTIFACTS, MADE_OF_TIMES, METRICS, RESULTS, facts_of
 from tests import warm
-from tests.chaos.small import settings
+from tests.chaos import small
 from tests.s3_server import BUCKET, CREDENTIALS, credentials, moto_server
 
 RUN, OTHER = "run", "other"
@@ -56,6 +56,18 @@ class World:
 
 
 @dataclass(frozen=True)
+class _Case:
+    """A damaged copy of a run below `output`, and what is done with it; `changed`: a file is another now or missing."""
+
+    world: World
+    state: str
+    output: Path
+    commands: Sequence[str]
+    endpoint: str | None
+    changed: bool
+
+
+@dataclass(frozen=True)
 class Outcome:
     """One case: what was damaged and how, what came of it, and which promise was broken, if any."""
 
@@ -74,10 +86,18 @@ class Outcome:
 
 
 def build(folder: Path) -> World:
-    """The runs: one finished at its second attempt, the same twice interrupted, and another one."""
+    """The runs: one finished at its second attempt, the same twice interrupted, and another one.
+
+    Where `folder` has been built before, in whole or in part, what is there is taken as it is.
+    """
+    kept = folder / "world.json"
+    if kept.exists():
+        found = json.loads(kept.read_text(encoding="utf-8"))
+        states = {state: Path(path) for state, path in found["states"].items()}
+        return World(folder, found["environment"], states, Path(found["other"]), found["facts"], found["read"])
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("JOB_")},
-        **settings(folder, rows=24, questions=16),
+        **small.settings(folder, rows=24, questions=16),
         "JOB_TRAIN__MAX_STEPS": "8",
         "JOB_RUN__ID": RUN,
     }
@@ -85,17 +105,26 @@ def build(folder: Path) -> World:
     for state, fault in STATES.items():
         output = folder / "states" / state.replace(" ", "-")
         begun = {**environment, "JOB_RUN__OUTPUT": str(output)}
+        states[state] = output
+        if (output / "made").exists():
+            continue
+        shutil.rmtree(output, ignore_errors=True)
         _expect(-signal.SIGKILL, {**begun, "JOB_FAULT": fault or "kill@step=5"})
         if fault is None:
             _expect(0, begun)
-        states[state] = output
+        (output / "made").touch()
     other = folder / "states" / "other"
     changed = {"JOB_RUN__OUTPUT": str(other), "JOB_RUN__SEED": "7", "JOB_TRAIN__LEARNING_RATE": "1e-3"}
-    _expect(0, {**environment, **changed, "JOB_RUN__ID": OTHER})
+    if not (other / "made").exists():
+        shutil.rmtree(other, ignore_errors=True)
+        _expect(0, {**environment, **changed, "JOB_RUN__ID": OTHER})
+        (other / "made").touch()
     published = json.loads((states[FINISHED] / RUN / RESULTS).read_text(encoding="utf-8"))
     world = World(folder, environment, states, other, facts_of(published), {})
     read = {name: _read(world, name, str(states[FINISHED] / RUN), {})[1] for name in ("report", "compare")}
-    return World(folder, environment, states, other, facts_of(published), read)
+    world = World(folder, environment, states, other, facts_of(published), read)
+    kept.write_text(json.dumps(asdict(world), default=str), encoding="utf-8")
+    return world
 
 
 def _expect(code: int, environment: Mapping[str, str]) -> None:
@@ -114,10 +143,13 @@ def _case(world: World, number: int, draw: random.Random, endpoint: str | None) 
     state = draw.choice(list(STATES))
     output = world.folder / f"case-{number}"
     shutil.rmtree(output, ignore_errors=True)
-    shutil.copytree(world.states[state], output)
+    shutil.copytree(world.states[state], output, ignore=shutil.ignore_patterns("made"))
     path, damage, changed = _damage(draw, output, world.other)
+    # an interrupted run goes on, and then has to verify; a finished one is read, or started again
+    reading = ["verify", draw.choice(["run", "report", "compare"])]
+    commands = reading if state == FINISHED else ["run", "verify"]
     try:
-        results, broken, log = _carry_out(world, state, changed, output, draw, endpoint)
+        results, broken, log = _carry_out(_Case(world, state, output, commands, endpoint, changed=changed))
     except TimeoutError as error:
         results, broken, log = ("hangs",), str(error), ""
     if broken is None:
@@ -133,7 +165,8 @@ def _damage(draw: random.Random, output: Path, other: Path) -> tuple[str, str, b
     """Damages a file below `output`, each kind of file equally often.
 
     Returns:
-        The file's path, without the run's id; the damage in words; and whether a file is another now or missing.
+        The file's path, without the run's id; the damage in words; and whether a file of the run is another now or
+        missing (what the local store keeps for itself, and scores that runs share, are in no manifest).
     """
     kinds: dict[str, list[str]] = defaultdict(list)
     for path in _files(output):
@@ -143,7 +176,8 @@ def _damage(draw: random.Random, output: Path, other: Path) -> tuple[str, str, b
     name = draw.choice(list(DAMAGES))
     DAMAGES[name](draw, output, path, other)
     after = {name: hash_file(output / name) for name in _files(output)}
-    changed = any(after.get(name) != content for name, content in before.items())
+    own = [name for name in before if name.startswith(f"{RUN}/") and "/.store/" not in name]
+    changed = any(after.get(name) != before[name] for name in own)
     return path.removeprefix(f"{RUN}/"), name, changed
 
 
@@ -205,39 +239,48 @@ DAMAGES: Mapping[str, Callable[[random.Random, Path, str, Path], None]] = {
 }
 
 
-def _carry_out(
-    world: World, state: str, changed: bool, output: Path, draw: random.Random, endpoint: str | None
-) -> tuple[list[str], str | None, str]:
+def _carry_out(case: _Case) -> tuple[list[str], str | None, str]:
     """Reads the run, or goes on with it; returns what came of each command, the broken promise, and its log."""
-    store = {} if endpoint is None else {**CREDENTIALS, "JOB_STORAGE__ENDPOINT_URL": endpoint}
-    with _placed(output, endpoint) as (where, fetch):
-        results: list[str] = []
-        commands = ["run", "verify"] if state != FINISHED else ["verify", draw.choice(["run", "report", "compare"])]
-        for command in commands:
-            if command == "run":
-                done = warm.run([], {**world.environment, **store, "JOB_RUN__OUTPUT": where}, timeout=SECONDS)
-                code, said, log = done.returncode, "", done.stderr + done.stdout
-            else:
-                code, said, log = _read(world, command, f"{where}/{RUN}", store)
+    results: list[str] = []
+    log = ""
+    with _placed(case.output, case.endpoint) as (where, fetch):
+        for command in case.commands:
+            code, said, log = _command(case.world, command, where, case.endpoint)
             results.append(f"{command} {code}")
-            allowed = {0, *exit_codes()} - {JobError.exit_code}
-            if code not in allowed or "Traceback" in log or "a bug:" in log:
+            if code not in {0, *exit_codes()} - {JobError.exit_code} or "Traceback" in log or "a bug:" in log:
                 return results, f"{command} ended with {code}, not with a code of the table and words", log
-            if code != 0:
-                if command == "run":
-                    break  # refused: there is nothing to verify
-                continue
-            if command == "run":
-                fetch()
-                if wrong := _differing(output / RUN, world.facts):
-                    return results, f"another result with exit code 0: {', '.join(wrong)}", log
-            elif command == "verify" and state == FINISHED and changed:
-                return results, "`verify` says 0 of a damaged run", log
-            elif command in world.read and said != world.read[command]:
-                return results, f"`{command}` says something else with exit code 0", log
-        if state != FINISHED and results[-1] != "verify 0" and results[0] == "run 0":
-            return results, "the run is as it should be, and `verify` refuses it", log
+            if code == 0:
+                broken = _kept(case, command, said, fetch)
+            elif results == ["run 0", "verify 4"]:
+                broken = "the run is as it should be, and `verify` refuses it"
+            else:
+                broken = None
+            if broken is not None:
+                return results, broken, log
+            if command == "run" and code != 0:
+                break  # refused: there is nothing to verify
     return results, None, log
+
+
+def _kept(case: _Case, command: str, said: str, fetch: Callable[[], None]) -> str | None:
+    """The promise that a command with exit code 0 broke; None where it kept all."""
+    if command == "run":
+        fetch()
+        wrong = _differing(case.output / RUN, case.world.facts)
+        return f"another result with exit code 0: {', '.join(wrong)}" if wrong else None
+    if command == "verify":
+        damaged = case.state == FINISHED and case.changed
+        return "`verify` says 0 of a damaged run" if damaged else None
+    return None if said == case.world.read[command] else f"`{command}` says something else with exit code 0"
+
+
+def _command(world: World, command: str, where: str, endpoint: str | None) -> tuple[int, str, str]:
+    """Exit code, what is said of the run by those that read it, and the log."""
+    store = {} if endpoint is None else {**CREDENTIALS, "JOB_STORAGE__ENDPOINT_URL": endpoint}
+    if command != "run":
+        return _read(world, command, f"{where}/{RUN}", store)
+    done = warm.run([], {**world.environment, **store, "JOB_RUN__OUTPUT": where}, timeout=SECONDS)
+    return done.returncode, "", done.stderr + done.stdout
 
 
 def _read(world: World, command: str, where: str, store: Mapping[str, str]) -> tuple[int, str, str]:
@@ -300,6 +343,7 @@ def main() -> int:
     parser.add_argument("--case", type=int, help="repeat this one, and print its log")
     parser.add_argument("--s3", action="store_true", help="the run lies in a bucket of moto's server")
     parser.add_argument("--minutes", type=float, default=1e9, help="stop after so many, whatever is left")
+    parser.add_argument("--world", type=Path, help="folder for the runs that are damaged, to use them again")
     chosen = parser.parse_args()
     numbers = [chosen.case] if chosen.case is not None else range(chosen.first, chosen.first + chosen.count)
     with tempfile.TemporaryDirectory(prefix="qlora-job-damage-") as name, ExitStack() as stack:
@@ -308,7 +352,9 @@ def main() -> int:
             stack.enter_context(credentials())
             endpoint = stack.enter_context(moto_server())
         began = time.monotonic()
-        world = build(Path(name))
+        folder = chosen.world or Path(name)
+        folder.mkdir(exist_ok=True)
+        world = build(folder)
         print(f"runs are made after {time.monotonic() - began:.1f} s", flush=True)
         outcomes = []
         began = time.monotonic()

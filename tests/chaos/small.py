@@ -13,8 +13,9 @@ def settings(folder: Path, *, rows: int = 40, questions: int = 40) -> dict[str, 
 
     NF4, dropout, 8-bit Adam, 20 steps in two epochs, a checkpoint every third step, several rows of questions.
     """
-    (folder / "base").mkdir()
-    make_base(folder / "base")
+    if not (folder / "base").exists():
+        (folder / "base").mkdir()
+        make_base(folder / "base")
     write_jsonl(folder / "rows.jsonl", alpaca_rows(rows))
     write_jsonl(folder / "questions.jsonl", arc_rows(questions))
     return {

@@ -198,8 +198,8 @@ def test_it_can_be_drawn_again(twice: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        ([], "name a finished run"),
-        (["--output", "x.html"], "name a finished run"),
+        ([], "needs one run"),
+        (["--output", "x.html"], "needs one run"),
         (["nowhere"], "there is no run"),
         (["nowhere", "--output"], "needs a value"),
         (["{run}", "--output", "no/such/folder/x.html"], "its folder does not exist"),
@@ -234,7 +234,9 @@ def test_the_cards_code_loads_the_adapter(twice: Run) -> None:
     content = (twice.folder / CARD).read_text(encoding="utf-8")
     block = content.partition("```python\n")[2].partition("```")[0]
     names: dict[str, Any] = {}
-    exec(block.replace("path/to/adapter", str(twice.folder / "artifacts/adapter")), names)  # what a user does
+    base = twice.results["settings"]["model.id"]["value"]
+    own = block.replace("path/to/adapter", str(twice.folder / "artifacts/adapter")).replace("path/to/base", base)
+    exec(own, names)  # what a user does
     model, tokenizer = names["model"], names["tokenizer"]
     for record in _records(twice, "adapter")[:5]:
         said = [f"{record['question']} {choice}" for choice in record["choices"]]

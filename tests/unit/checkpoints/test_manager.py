@@ -694,3 +694,23 @@ def test_hashes_of_facts_leave_out_what_was_measured(tmp_path: Path) -> None:
         (tmp_path / "metrics.jsonl").write_text(text)
         hashes.append(hash_facts(tmp_path / "metrics.jsonl"))
     assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_a_checkpoint_of_another_run_is_not_used(store: LocalStore, tmp_path: Path) -> None:
+    """One that was trained with another seed, rate, data or base is passed over; one that fits, or is old, is used."""
+    for step, run in ((10, None), (20, "mine"), (30, "other")):
+        folder = written(tmp_path, step)
+        publish(store, folder, step=step, epoch=1, world_size=1, software=SOFTWARE, run=run)
+    found = restore(store, tmp_path / "restored", SOFTWARE, run="mine")
+    assert (found.step, [skipped.step for skipped in found.skipped]) == (20, [30])
+    assert "other settings, data or weights" in found.skipped[0].why
+    old = restore(store, tmp_path / "restored", SOFTWARE, run="third")
+    assert (old.step, [skipped.step for skipped in old.skipped]) == (10, [30, 20])
+
+
+def test_a_marker_of_an_earlier_version_is_read(two: LocalStore) -> None:
+    """A marker without the field for the run is sealed over what it has, and still holds."""
+    stored = two.read(MARKER)
+    assert stored is not None
+    facts = {name: value for name, value in json.loads(stored.data).items() if name not in {"run", "seal"}}
+    assert manager.parse_marker(json.dumps({**facts, "seal": seal(facts)}).encode()).run is None

@@ -245,7 +245,10 @@ def test_a_link_out_of_the_base_is_not_published(tmp_path: Path) -> None:
     snapshot = hub / "snapshots" / "0123"
     snapshot.mkdir(parents=True)
     (snapshot / "tokenizer.json").symlink_to("../../blobs/abc")
-    assert [path.name for path in tokenizer_files(snapshot)] == ["tokenizer.json"]
+    (tmp_path / "local").mkdir()
+    (tmp_path / "local" / "tokenizer.json").symlink_to(hub / "blobs" / "abc")  # the hub's client, with --local-dir
+    for folder in (snapshot, tmp_path / "local"):
+        assert [path.name for path in tokenizer_files(folder)] == ["tokenizer.json"]
     (tmp_path / "credentials").write_text("secret")
     (snapshot / "chat_template.jinja").symlink_to(tmp_path / "credentials")
     with pytest.raises(DataError, match=r"chat_template\.jinja is a link out of its folder"):

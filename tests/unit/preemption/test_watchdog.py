@@ -53,6 +53,13 @@ def test_a_callback_that_fails_or_hangs_cannot_keep_it_alive() -> None:
         assert (callback, done.returncode) == (callback, 75)
 
 
+def test_the_run_may_choose_the_code() -> None:
+    """A run that makes no progress over several attempts ends with a code that counts; no answer means 75."""
+    for answer, code in (("lambda: 71", 71), ("where_it_hangs", 75)):
+        done = run(f"with job.preemption.watchdog.watch(stall, told, {answer}):\n    where_it_hangs()\n")
+        assert done.returncode == code
+
+
 def test_a_beat_starts_the_time_anew() -> None:
     """A stage that gets on, however long it takes in all, is left alone."""
     done = run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,28 @@ def test_a_complete_run_is_left_alone(store: LocalStore) -> None:
 def test_a_manifest_that_lists_more_than_is_there_is_withdrawn(store: LocalStore) -> None:
     """A run that was copied away while it ended is no complete one, and goes on without the manifest."""
     store.delete(METRICS)
+    assert read_complete(store) is None
+    withdraw_incomplete(store)
+    assert store.read(RESULTS) is None
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: b"",
+        lambda data: data[: len(data) // 2],
+        lambda data: data.replace(b'"delta"', b'"delt!"', 1),
+        lambda data: data.replace(b"complete", b"completf", 1),
+        lambda data: b"[" + data + b"]",
+        lambda data: b'{"artifacts": []}',
+        lambda data: b"\xff" + data,
+    ],
+)
+def test_a_damaged_manifest_is_withdrawn(store: LocalStore, damage: Callable[[bytes], bytes]) -> None:
+    """Only a manifest whose seal holds says that a run is complete; any other one is published again."""
+    stored = store.read(RESULTS)
+    assert stored is not None
+    store.write(RESULTS, damage(stored.data))
     assert read_complete(store) is None
     withdraw_incomplete(store)
     assert store.read(RESULTS) is None

@@ -6,22 +6,30 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
 
-from job.errors import DataError, Preempted, Replaced, Unreachable
+from job.checkpoints import manager
+from job.common.hashing import sealed
+from job.errors import DataError, JobError, Preempted, Replaced, Unreachable
 from job.preemption.stop_flag import Stop
-from job.records import Artifact, Evaluated
+from job.records import Artifact, Evaluated, Pulled
 from job.runs import attempt as runs_attempt
+from job.runs import stage_records
 from job.runs.attempt import Attempt, missing, open_attempt
 from job.runs.fault_injection import Faults, arm
 from job.runs.layout import Stage, attempt_key
-from job.runs.run_log import parse_record
+from job.runs.lease import fenced, take
+from job.runs.run_log import IdleLimit, close_run_log, parse_record, read_run_log
+from job.storage.base import write_in_turn
 from job.storage.local import LocalStore
 from job.storage.open import ObjectStore
+from tests.example_run import ATTEMPTS, DATASET
 from tests.wrapped_store import WrappedStore
 
 SETTINGS = {"train.epochs": 2}
@@ -230,6 +238,11 @@ def test_a_damaged_record_is_not_believed(
     store.delete(attempt_key(1))
     with opened() as last:
         assert last.earlier == []
+        closed = close_run_log(last.store, last.number, last.started)
+    assert [(one.number, one.outcome, one.seconds) for one in closed] == [
+        (1, "killed", 0),
+        (2, "killed", 0),
+    ]
 
 
 def begun(store: LocalStore, tmp_path: Path) -> Attempt:
@@ -259,7 +272,14 @@ def test_a_finished_stage_is_not_repeated(store: LocalStore, tmp_path: Path) -> 
     assert work.done == 1
 
 
-@pytest.mark.parametrize("damage", [lambda store: store.delete(KEY), lambda store: store.write(KEY, b"half")])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda store: store.delete(KEY),
+        lambda store: store.write(KEY, b"half"),
+        lambda store: store.write(KEY, b"recorb\n"),  # of the same size
+    ],
+)
 def test_a_record_without_its_files_does_not_count(store: LocalStore, tmp_path: Path, damage: object) -> None:
     """Where a copy of the run was restored that has the record but not the files yet, the stage is done again."""
     first = begun(store, tmp_path)
@@ -293,3 +313,208 @@ def test_missing_asks_once(store: LocalStore) -> None:
     assert missing(watched, artifacts) == [f"artifacts/{n}" for n in (0, 1, 2, 4)]
     assert missing(watched, []) == []
     assert asked == ["list"]
+
+
+PULLED = Pulled(DATASET, "1" * 64, None, {"quiz": "2" * 64})
+
+
+def damages(data: bytes) -> Iterator[bytes]:
+    """A record with one byte another, at many places, and cut at many places."""
+    for place in range(0, len(data), max(1, len(data) // 40)):
+        yield data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+        yield data[:place]
+
+
+def test_a_damaged_record_of_a_stage_is_made_again(store: LocalStore, tmp_path: Path) -> None:
+    """Whatever happens to its bytes, the stage is done again, with the same result: never believed, never a crash."""
+    first = begun(store, tmp_path)
+    first.identify(PULLED)
+    work = Work(first, tmp_path / "file")
+    found = first.stage(Stage.EVALUATE_BASE, Evaluated, work)
+    stored = store.read("stages/evaluate-base.json")
+    assert stored is not None
+    kind = TypeAdapter(Evaluated)
+    for number, damaged in enumerate(damages(stored.data)):
+        with pytest.raises(ValueError, match=r"."):
+            stage_records.parse(damaged, kind)
+        if number % 20 == 0:
+            store.write("stages/evaluate-base.json", damaged)
+            again = begun(store, tmp_path)
+            again.identify(PULLED)
+            before = work.done
+            assert again.stage(Stage.EVALUATE_BASE, Evaluated, work) == found
+            assert work.done == before + 1
+    last = store.read("stages/evaluate-base.json")
+    assert last is not None
+    assert last.data == stored.data
+
+
+@pytest.mark.parametrize("other", [{"settings": {"run.seed": 7}}, {"data": "3" * 64}])
+def test_a_record_of_another_run_does_not_count(store: LocalStore, tmp_path: Path, other: dict[str, Any]) -> None:
+    """A stage that was done with other settings or on other data is done again, also where nothing else tells."""
+    first = begun(store, tmp_path)
+    first.settings = other.get("settings", {})
+    first.identify(replace(PULLED, model_sha256=other.get("data", PULLED.model_sha256)))
+    work = Work(first, tmp_path / "file")
+    first.stage(Stage.PULL, Pulled, lambda: PULLED)
+    first.stage(Stage.EVALUATE_BASE, Evaluated, work)
+    second = begun(store, tmp_path)
+    second.identify(PULLED)
+    assert second.known(Stage.PULL, Pulled) is None
+    second.stage(Stage.EVALUATE_BASE, Evaluated, work)
+    assert work.done == 2
+
+
+def test_a_record_of_an_earlier_version_counts(store: LocalStore, tmp_path: Path) -> None:
+    """Records without seal and run stand for their stages, as they did."""
+    store.write("stages/pull.json", TypeAdapter(Pulled).dump_json(PULLED))
+    attempt = begun(store, tmp_path)
+    attempt.identify(PULLED)
+    assert attempt.stage(Stage.PULL, Pulled, lambda: pytest.fail("was done again")) == PULLED
+
+
+class StandsStill(WrappedStore):
+    """A store before which a process stands still: `meanwhile` happens after the fence's question, before a write."""
+
+    meanwhile: Callable[[], object] | None = None
+
+    def write(self, key: str, data: bytes, *, if_absent: bool = False, if_tag: str | None = None) -> str:
+        """Lets the others work first, once, if it is a record that is to be written."""
+        if not key.startswith("lease") and self.meanwhile is not None:
+            meanwhile, self.meanwhile = self.meanwhile, None
+            meanwhile()
+        return super().write(key, data, if_absent=if_absent, if_tag=if_tag)
+
+
+@pytest.mark.parametrize("record", ["the first note", "a later note", "a stage", "a marker", "the manifest"])
+def test_a_late_record_changes_nothing(store: LocalStore, tmp_path: Path, record: str) -> None:
+    """What an attempt writes that stood still while its successor published does not arrive: it ends as replaced."""
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "progress.json").write_bytes(b"{}")
+    slow = StandsStill(store)
+    old = begun(store, tmp_path)
+    old.store = fenced(slow, take(slow, "old"))
+    if record != "the first note":
+        old.note("running")
+    left: dict[str, bytes] = {}
+
+    def publish_marker(attempt: Attempt) -> None:
+        manager.publish(attempt.store, tmp_path / "files", step=4, epoch=attempt.number, world_size=1, software={})
+
+    def succeed() -> None:
+        new = begun(store, tmp_path)
+        new.store = fenced(store, take(store, "new"))
+        new.number = 2
+        new.note("running")
+        close_run_log(new.store, 2, new.started)
+        new.keep("train", '{"by": "new"}')
+        publish_marker(new)
+        write_in_turn(new.store, "results.json", b"new", None)
+        left.update({info.key: stored.data for info in store.list() if (stored := store.read(info.key))})
+
+    slow.meanwhile = succeed
+    late: dict[str, Callable[[], object]] = {
+        "the first note": lambda: old.note("running"),
+        "a later note": lambda: old.note("running"),
+        "a stage": lambda: old.keep("train", '{"by": "old"}'),
+        "a marker": lambda: publish_marker(old),
+        "the manifest": lambda: write_in_turn(old.store, "results.json", b"old", None),
+    }
+    with pytest.raises(Replaced):
+        late[record]()
+    found = {info.key: stored.data for info in store.list() if (stored := store.read(info.key))}
+    assert found == left
+    assert parse_record(found["attempts/0001.json"]).outcome == "killed"
+
+
+def test_a_huge_epoch_costs_one_listing(store: LocalStore) -> None:
+    """The run log is listed: however large the number of an attempt is, only records that exist are asked for."""
+    store.write(attempt_key(3), sealed(asdict(ATTEMPTS[0])))
+    asked: list[str] = []
+    watched = WrappedStore(store, before=lambda verb, _key: asked.append(verb))
+    assert len(read_run_log(watched, 10**9 - 2)) == 1
+    assert asked == ["list", "read"]
+
+
+def stopped_attempts(store: LocalStore, cache: Path, limit: int, works: list[Callable[[Attempt], object]]) -> list[str]:
+    """Attempts, one after the other, each of which does its work and is then stopped; what each ended with."""
+    ends, codes = [], []
+    for work in works:
+        idle = IdleLimit(limit)
+        try:
+            with open_attempt(
+                store,
+                SETTINGS,
+                cache=str(cache),
+                stop=Stop(),
+                beat=lambda: None,
+                faults=arm((), store),
+                idle=idle,
+            ) as attempt:
+                work(attempt)
+                stalled = idle.exit_code()
+                raise Preempted("stopped by SIGTERM")
+        except JobError as error:
+            ends.append(type(error).__name__)
+            codes.append((stalled, error.exit_code))
+    assert all(stalled == code for stalled, code in codes)  # the watchdog would have ended them with the same
+    return ends
+
+
+def train_to(step: int) -> Callable[[Attempt], object]:
+    """Trains up to a step, which is not saved."""
+
+    def work(attempt: Attempt) -> None:
+        with attempt.timed(Stage.PULL):
+            pass
+        with attempt.timed(Stage.TRAIN):
+            for done in range(1, step + 1):
+                attempt.step_done(done, 0.1)
+
+    return work
+
+
+def score(questions: int) -> Callable[[Attempt], object]:
+    """Evaluates, until so many questions are scored."""
+
+    def work(attempt: Attempt) -> None:
+        with attempt.timed(Stage.EVALUATE_BASE):
+            attempt.questions = questions
+            attempt.note("running")
+
+    return work
+
+
+def pull_only(attempt: Attempt) -> None:
+    """Gets no further than the first stage."""
+    with attempt.timed(Stage.PULL):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("works", "last"),
+    [
+        pytest.param([pull_only] * 3, "NoProgress", id="pulls again and again"),
+        pytest.param([train_to(9), *[train_to(8)] * 3], "NoProgress", id="repeats the steps that were lost"),
+        pytest.param([train_to(9), *[pull_only] * 3], "NoProgress", id="does not come to train"),
+        pytest.param([score(50), *[score(50)] * 3], "NoProgress", id="scores the same questions"),
+        pytest.param([train_to(9), train_to(9), train_to(9), train_to(10)], "Preempted", id="a new step"),
+        pytest.param([pull_only, pull_only, train_to(0)], "Preempted", id="a new stage"),
+        pytest.param([score(50), score(50), score(50), score(51)], "Preempted", id="a new question"),
+    ],
+)
+def test_a_run_that_gets_nowhere_ends_with_a_code_that_counts(
+    store: LocalStore, tmp_path: Path, works: list[Callable[[Attempt], object]], last: str
+) -> None:
+    """Of attempts in a row that are stopped before the run got any further the third ends with 71, none before it."""
+    ends = stopped_attempts(store, tmp_path / "cache", 3, works)
+    assert ends[-1] == last
+    assert set(ends[:-1]) == {"Preempted"}
+    assert noted_of(store, len(works))["outcome"] == "preempted"
+
+
+def test_it_goes_on_to_count_until_there_is_progress(store: LocalStore, tmp_path: Path) -> None:
+    """Each further attempt that makes none ends with 71; the first that makes some starts the count anew."""
+    works = [pull_only, pull_only, pull_only, train_to(1), train_to(1), train_to(2)]
+    names = ["Preempted", "NoProgress", "NoProgress", "Preempted", "Preempted", "Preempted"]
+    assert stopped_attempts(store, tmp_path / "cache", 2, works) == names

@@ -12,9 +12,13 @@ from uuid import uuid4
 import pytest
 from structlog.testing import capture_logs
 
-from job.errors import AccessDenied, DataError, JobError, Replaced, Unreachable
+from job.common.hashing import sealed
+from job.errors import AccessDenied, DataError, JobError, Problem, Replaced, Unreachable
+from job.runs import lease as lease_module
 from job.runs.layout import LEASE as KEY
+from job.runs.layout import attempt_key
 from job.runs.lease import Lease, fenced, take
+from job.storage.base import NotSupported, Stored, write_in_turn
 from job.storage.local import LocalStore
 from job.storage.open import Conflict, ObjectStore, StorageOptions, open_store
 from tests.s3_server import BUCKET, credentials, moto_server
@@ -44,6 +48,12 @@ class NoConditions(WrappedStore):
     def write(self, key: str, data: bytes, *, if_absent: bool = False, if_tag: str | None = None) -> str:
         """Writes whatever the condition."""
         return super().write(key, data)
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lease that cannot be read is read again without a pause."""
+    monkeypatch.setattr(lease_module, "_PAUSES", (0.0, 0.0))
 
 
 def content(store: ObjectStore) -> dict[str, object]:
@@ -110,17 +120,84 @@ def test_lost_stays_lost(store: LocalStore) -> None:
 
 @pytest.mark.parametrize("ask", [Lease.confirm, Lease.check])
 @pytest.mark.parametrize("garbage", [None, b"", b"\xff", b"{}", b"x" * 100_000])
-def test_lease_that_went_away(store: LocalStore, garbage: bytes | None, ask: Callable[[Lease], None]) -> None:
-    """A holder whose lease was removed or overwritten with anything else counts as replaced."""
+def test_lease_that_went_away(
+    store: LocalStore, garbage: bytes | None, ask: Callable[[Lease], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lease that is gone or damaged names no successor: the attempt ends as one that another may follow."""
+    monkeypatch.setattr(lease_module, "_PAUSES", (0.0, 0.0))
     lease = take(store, "a")
     if garbage is None:
         store.delete(KEY)
     else:
         store.write(KEY, garbage)
-    with pytest.raises(Replaced):
+    with pytest.raises(Unreachable, match=r"lease\.json.*the next attempt goes on"):
         ask(lease)
 
 
+class CutAnswers(WrappedStore):
+    """A store whose next answers to the read of a lease hold half of it."""
+
+    left = 0
+
+    def read(self, key: str, *, max_bytes: int = 1 << 20) -> Stored | None:
+        """Half of the object, as long as there are cut answers left."""
+        stored = super().read(key, max_bytes=max_bytes)
+        if stored is None or not self.left or key != KEY:
+            return stored
+        self.left -= 1
+        return Stored(stored.data[: len(stored.data) // 2], stored.tag)
+
+
+def test_a_cut_answer_is_asked_for_again(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a lease says nothing about who owns the run: it is read again, by its holder and by who takes it over."""
+    monkeypatch.setattr(lease_module, "_PAUSES", (0.0, 0.0))
+    cut = CutAnswers(store)
+    lease = take(cut, "a")
+    cut.left = 2
+    lease.check()
+    cut.left = 2
+    lease = take(cut, "b")
+    assert lease.epoch == 2
+    cut.left = 3
+    with pytest.raises(Unreachable):
+        lease.check()
+    lease.check()  # it was not lost
+
+
+def test_numbers_go_on_after_a_lease_was_removed(store: LocalStore) -> None:
+    """The remedy for a damaged lease, to remove it, does not make attempts write over the records of earlier ones."""
+    for number in (1, 2, 7):
+        store.write(attempt_key(number), b"")
+    assert take(store, "a").epoch == 8
+    assert take(store, "b").epoch == 9
+
+
+@pytest.mark.usefixtures("at_once")
+def test_an_epoch_beyond_all_names_is_no_lease(store: LocalStore) -> None:
+    """An epoch that no attempt's name can hold is refused like any other damage, not handed on."""
+    record = {"epoch": 10**9, "holder": "a/b", "started": "2026-01-01T00:00:00Z", "heartbeat": 0}
+    store.write(KEY, sealed(record))
+    with pytest.raises(DataError, match=r"lease\.json: is no lease"):
+        take(store, "a")
+
+
+def test_a_fence_writes_plainly_without_conditions(store: LocalStore) -> None:
+    """Where a store answers that it knows no conditions, records are written without, as the lease is."""
+
+    class Swift(NoConditions):
+        def write(self, key: str, data: bytes, *, if_absent: bool = False, if_tag: str | None = None) -> str:
+            if if_absent or if_tag is not None:
+                raise NotSupported([Problem("storage", "501 Not Implemented")])
+            return super().write(key, data)
+
+    swift = Swift(store)
+    safe = fenced(swift, take(swift, "a"))
+    tag = write_in_turn(safe, "settings.json", b"1", None)
+    write_in_turn(safe, "settings.json", b"2", tag)
+    assert everything(store) == {"settings.json": b"2"}
+
+
+@pytest.mark.usefixtures("at_once")
 @pytest.mark.parametrize("garbage", [b"", b"\xff\xfe", b"{}", b"x" * 100_000, b'{"epoch": "1"}'])
 def test_garbage_is_not_taken_over(store: LocalStore, garbage: bytes) -> None:
     """What lies in the lease's place and is none is left alone, with an error that names it."""
@@ -132,6 +209,7 @@ def test_garbage_is_not_taken_over(store: LocalStore, garbage: bytes) -> None:
     assert stored.data == garbage
 
 
+@pytest.mark.usefixtures("at_once")
 def test_a_changed_digit_is_no_lease(store: LocalStore) -> None:
     """A lease whose epoch was altered would make two attempts write in one place: it is refused."""
     take(store, "a")

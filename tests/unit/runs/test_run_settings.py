@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
 
 from job.distributed.processes import Alone
 from job.distributed.ranks import Place
 from job.errors import SettingsError
-from job.runs.run_settings import agree_on_settings, compare_settings, keep_settings
+from job.records import Pulled
+from job.runs import stage_records
+from job.runs.run_settings import agree_on_settings, compare_settings, keep_settings, parse_settings
 from job.storage.local import LocalStore
+from tests.example_run import DATASET
 
 SETTINGS = {"train.epochs": 2}
 
@@ -49,3 +53,61 @@ def test_machines_have_the_same_settings() -> None:
     with pytest.raises(SettingsError, match="a: is 3 in process 1 and 1 in process 0") as caught:
         agree_on_settings(Second({"a": 1, "b": 2}), {"a": 3, "b": 4})
     assert len(caught.value.problems) == 2
+
+
+PULLED = Pulled(DATASET, "1" * 64, None, {"quiz": "2" * 64})
+
+
+def settings_gone(store: LocalStore) -> None:
+    """Somebody removes the file."""
+    store.delete("settings.json")
+
+
+def settings_cut(store: LocalStore) -> None:
+    """Half of the file is left."""
+    stored = store.read("settings.json")
+    assert stored is not None
+    store.write("settings.json", stored.data[: len(stored.data) // 2])
+
+
+def settings_flipped(store: LocalStore) -> None:
+    """A digit of the file changes."""
+    stored = store.read("settings.json")
+    assert stored is not None
+    store.write("settings.json", stored.data.replace(b"2", b"3", 1))
+
+
+@pytest.mark.parametrize("damage", [settings_gone, settings_cut, settings_flipped])
+def test_without_its_settings_the_stages_decide(tmp_path: Path, damage: Callable[[LocalStore], None]) -> None:
+    """A run whose settings are gone or damaged goes on with those that its stages were done with, and no others."""
+    store = LocalStore(tmp_path)
+    keep_settings(store, SETTINGS)
+    record = TypeAdapter(Pulled).dump_json(PULLED).decode()
+    store.write("stages/pull.json", stage_records.render(record, stage_records.fingerprint(SETTINGS, PULLED)))
+    damage(store)
+    for ask in (compare_settings, keep_settings):
+        if ask is compare_settings:
+            with pytest.raises(SettingsError, match=r"settings\.json: is gone or damaged.*JOB_RUN__ID"):
+                ask(store, {"train.epochs": 3})
+        ask(store, SETTINGS)
+    stored = store.read("settings.json")
+    assert stored is not None
+    assert parse_settings(stored.data) == SETTINGS
+
+
+def test_settings_of_an_earlier_version_are_read(tmp_path: Path) -> None:
+    """A run that was begun before settings carried a seal goes on, and stays one experiment."""
+    store = LocalStore(tmp_path)
+    store.write("settings.json", b'{"train.epochs": 2}')
+    keep_settings(store, SETTINGS)
+    with pytest.raises(SettingsError, match="began with 2"):
+        compare_settings(store, {"train.epochs": 3})
+
+
+def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
+    """What it did not know as a setting is not held against it; what it knew is."""
+    store = LocalStore(tmp_path)
+    keep_settings(store, {"train.epochs": 2})
+    compare_settings(store, {"train.epochs": 2, "eval.long_questions": "error"})
+    with pytest.raises(SettingsError, match=r"train\.epochs"):
+        compare_settings(store, {"train.epochs": 3, "eval.long_questions": "error"})

@@ -5,11 +5,16 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import signal
+import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from job.errors import AccessDenied, SettingsError, Unreachable
+from job.storage import local
 from job.storage.base import Conflict
 from job.storage.local import LocalStore
 
@@ -257,3 +262,83 @@ def test_leftovers_of_the_dead_are_removed(store: LocalStore, root: Path) -> Non
             os.utime(path, (mtime, mtime))
     store.write("a", b"2")
     assert hidden_files(root) == ["lock", "new.part.sagemaker-ignore"]
+
+
+STOPPED = """
+import os, signal, sys
+from pathlib import Path
+from job.storage import local
+from job.storage import local
+from job.storage.base import Conflict
+
+def stop(*_):
+    os.kill(os.getpid(), signal.SIGSTOP)
+    return before(*_)
+
+store = local.LocalStore(Path(sys.argv[1]))
+tag = store.read("a").tag
+if sys.argv[2] == "absent":
+    before, os.link = os.link, stop
+else:
+    before, local.rename = local.rename, stop
+try:
+    store.write(*{"tag": ("a", b"late"), "any": ("a", b"late"), "absent": ("b", b"late")}[sys.argv[2]],
+                if_absent=sys.argv[2] == "absent", if_tag=tag if sys.argv[2] == "tag" else None)
+except Conflict:
+    sys.exit(9)
+"""
+
+
+@pytest.mark.parametrize(("kind", "code", "left"), [("tag", 9, b"new"), ("absent", 9, b"new"), ("any", 0, b"late")])
+def test_a_process_that_stands_still_keeps_nobody_out(
+    root: Path, monkeypatch: pytest.MonkeyPatch, kind: str, code: int, left: bytes
+) -> None:
+    """Whoever is stopped with the lock in hand loses it, and its condition is looked at again when it goes on."""
+    monkeypatch.setattr(local, "_STUCK_SECONDS", 0.1)
+    store = LocalStore(root)
+    store.write("a", b"old")
+    process = subprocess.Popen([sys.executable, "-c", STOPPED, str(root), kind])
+    try:
+        assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])
+        store.write("a", b"new")
+        store.write("b", b"new")
+        process.send_signal(signal.SIGCONT)
+        # stopped again at each further try: it has to be woken until it is done
+        while not os.WIFEXITED(status := os.waitpid(process.pid, os.WUNTRACED)[1]):
+            process.send_signal(signal.SIGCONT)
+    finally:
+        process.kill()
+    assert os.waitstatus_to_exitcode(status) == code
+    stored = store.read("b" if kind == "absent" else "a")
+    assert stored is not None
+    assert stored.data == left
+    store.delete("a")
+
+
+@pytest.mark.parametrize(("call", "lacks"), [("flock", "locks"), ("replace", "renaming")])
+def test_a_file_system_says_what_it_lacks(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch, call: str, lacks: str
+) -> None:
+    """Without locks or renames nothing can be written safely: the settings are wrong, and the error says what lacks."""
+
+    def unknown(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(*((fcntl, "flock") if call == "flock" else (Path, "replace")), unknown)
+    with pytest.raises(SettingsError, match=f"lacks {lacks}"):
+        store.write("a", b"1")
+
+
+def test_a_file_system_that_flushes_no_folders_will_do(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some file systems cannot flush a folder; files are still flushed, and the store goes on."""
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    store.write("a/b", b"1")
+    store.delete("a/b")
+    assert list(store.list()) == []

@@ -158,7 +158,9 @@ def bucket_of(objects: dict[str, bytes], sizes: dict[str, int] | None = None) ->
                 f"<Contents><Key>{escape(key)}</Key><Size>{(sizes or {}).get(key, len(data))}</Size></Contents>"
                 for key, data in objects.items()
             )
-            request.answer(200, f"<ListBucketResult>{entries}</ListBucketResult>".encode())
+            request.answer(
+                200, f"<ListBucketResult><IsTruncated>false</IsTruncated>{entries}</ListBucketResult>".encode()
+            )
         elif (data := objects.get(request.path.removeprefix(f"/{BUCKET}/"))) is not None:
             request.answer(200, data, ETag='"1"')
         else:

@@ -9,12 +9,14 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
 from uuid import uuid4
 
 import pytest
 
 import job.storage.s3
 from job.errors import AccessDenied, JobError, SettingsError, Unreachable
+from job.planning.preflight import round_trip
 from job.storage.open import Conflict, NotSupported, ObjectStore, StorageOptions, TooLarge, open_store
 from job.storage.s3_client import connect
 from tests.s3_server import BUCKET, CREDENTIALS, SECRET, Request, credentials, moto_server, server
@@ -371,7 +373,7 @@ def test_options_reach_the_server(tmp_path: Path) -> None:
     def answer(request: Request) -> None:
         seen[f"{request.command} {request.content!r}"] = {name: request.headers.get(name) for name in names}
         if "list-type" in request.path:
-            request.answer(200, b"<ListBucketResult></ListBucketResult>")
+            request.answer(200, b"<ListBucketResult><IsTruncated>false</IsTruncated></ListBucketResult>")
         else:
             request.answer(200, b"x" if request.command == "GET" else b"", ETag='"1"')
 
@@ -511,3 +513,123 @@ def test_an_unreadable_file_of_ours_is_no_denial(real: ObjectStore, tmp_path: Pa
     with pytest.raises(JobError) as caught:
         real.upload(tmp_path, "a")
     assert not isinstance(caught.value, AccessDenied)
+
+
+class OtherServer:
+    """A small S3 server in memory that differs from S3 where a test says so."""
+
+    def __init__(
+        self, absent: tuple[int, str] = (404, "NoSuchKey"), beyond: tuple[int, str] = (416, "InvalidRange")
+    ) -> None:
+        self.objects: dict[str, bytes] = {}
+        self.parts: dict[int, bytes] = {}
+        self.absent, self.beyond = absent, beyond
+        self.foreign = 0
+        """So many answers to GET and PUT of an object that lack all headers of S3."""
+
+    def __call__(self, request: Request) -> None:
+        """Answers a request."""
+        address = urlsplit(request.path)
+        key = unquote(address.path).removeprefix(f"/{BUCKET}").removeprefix("/")
+        query = parse_qs(address.query, keep_blank_values=True)
+        if not key:
+            self.list(request, query.get("prefix", [""])[0])
+        elif request.command == "POST" and "uploads" in query:
+            request.answer(200, b"<R><UploadId>1</UploadId></R>")
+        elif request.command == "POST":
+            parts = [self.parts.pop(number) for number in sorted(self.parts)]
+            self.objects[key] = b"".join(parts)
+            request.answer(200, b"<R><ETag>1</ETag></R>")
+        elif "partNumber" in query:
+            self.parts[int(query["partNumber"][0])] = request.content
+            request.answer(200, ETag='"part"')
+        elif request.command == "PUT":
+            self.objects[key] = request.content
+            self.give(request, 200, b"")
+        elif request.command == "DELETE":
+            request.answer(204) if self.objects.pop(key, None) is not None else request.refuse(*self.absent)
+        elif key not in self.objects:
+            request.refuse(*self.absent)
+        elif "Range" in request.headers and not self.objects[key]:
+            request.refuse(*self.beyond)
+        elif "Range" in request.headers:
+            first, last = request.headers["Range"].removeprefix("bytes=").split("-")
+            data, total = self.objects[key], len(self.objects[key])
+            end = min(int(last or total), total - 1)
+            piece = data[int(first) : end + 1]
+            request.answer(206, piece, ETag=f'"{total}"', Content_Range=f"bytes {first}-{end}/{total}")
+        else:
+            self.give(request, 200, self.objects[key])
+
+    def give(self, request: Request, status: int, data: bytes) -> None:
+        """Sends an object, or the answer of something that is no S3 server."""
+        self.foreign -= 1
+        if self.foreign >= 0:
+            request.send_response(status)
+            request.send_header("Connection", "close")
+            request.end_headers()
+            request.hang_up()
+        else:
+            request.answer(status, data, ETag=f'"{len(data)}"')
+
+    def list(self, request: Request, prefix: str) -> None:
+        """Sends a listing."""
+        found = sorted((key, len(data)) for key, data in self.objects.items() if key.startswith(prefix))
+        entries = "".join(f"<Contents><Key>{key}</Key><Size>{size}</Size></Contents>" for key, size in found)
+        body = f"<ListBucketResult><IsTruncated>false</IsTruncated>{entries}</ListBucketResult>"
+        request.answer(200, body.encode())
+
+
+@pytest.mark.parametrize("code", ["NoSuchKey", "NotFound", "NoSuchObject", "KeyNotFound", ""])
+def test_absence_in_other_words(tmp_path: Path, code: str) -> None:
+    """Where a server has other words for a missing object its listing says whether it is missing."""
+    (tmp_path / "empty").write_bytes(b"")
+    for beyond in ((416, "InvalidRange"), (400, "InvalidArgument"), (416, "RequestedRangeNotSatisfiable")):
+        with server(OtherServer((404, code), beyond)) as url:
+            store = opened(url)
+            assert store.read("a") is None
+            with pytest.raises(FileNotFoundError):
+                store.download("a", tmp_path / "copy")
+            store.write("ab", b"1")
+            assert store.read("a") is None
+            store.delete("a")
+            store.upload(tmp_path / "empty", "empty")
+            store.download("empty", tmp_path / "copy")
+            assert (tmp_path / "copy").read_bytes() == b""
+            assert round_trip(store, "it")[0] == "note"
+
+
+@pytest.mark.parametrize("foreign", [1, 2])
+def test_an_answer_that_is_not_of_s3_is_asked_again(tmp_path: Path, foreign: int) -> None:
+    """An answer without the headers of S3 says nothing: the request is repeated."""
+    other = OtherServer()
+    with server(other) as url:
+        store = opened(url, retries=5)
+        other.foreign = 1
+        tag = store.write("a", b"x")
+        other.foreign = foreign
+        stored = store.read("a")
+        assert stored is not None
+        assert (stored.data, stored.tag) == (b"x", tag)
+
+
+def test_an_answer_that_is_never_of_s3_is_unreachable() -> None:
+    """Whatever gives such answers, it is no store: the job ends with a code that is retried, not with a traceback."""
+    other = OtherServer()
+    with server(other) as url:
+        store = opened(url)
+        store.write("a", b"x")
+        other.foreign = 100
+        with pytest.raises(Unreachable, match="no ETag"):
+            store.read("a")
+        with pytest.raises(Unreachable):
+            store.write("a", b"y")
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"<html/>", b"<ListBucketResult><Contents><Key>a</Key></Contents></ListBucketResult>"]
+)
+def test_an_answer_that_is_no_listing_is_not_an_empty_one(body: bytes) -> None:
+    """A page of something else in between must never mean that there is no checkpoint."""
+    with server(lambda request: request.answer(200, body)) as url, pytest.raises(Unreachable):
+        list(opened(url).list("checkpoints/"))

@@ -1,0 +1,61 @@
+"""What a finished stage leaves behind: a sealed record that names the run it belongs to.
+
+A run is named by a hash of everything that decides its result (`fingerprint`), not by its id: a folder that was copied
+and goes on under another id is the same run, and a record of a run with other settings, data or weights is foreign
+wherever it lies. Records of earlier versions have neither seal nor name; they are read as they are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter
+from pydantic_core import from_json
+
+from job.common.hashing import seal, sealed, unsealed
+from job.common.validation import first_error
+from job.records import Pulled
+
+T = TypeVar("T")
+
+RUN = "run"
+"""The field of a record that holds the fingerprint."""
+_MAX_WORDS = 200
+
+
+def fingerprint(settings: Mapping[str, Any], pulled: Pulled) -> str:
+    """SHA-256 over the settings that decide the result, and over what was pulled: data, weights and questions."""
+    return seal({"settings": dict(settings), "pulled": asdict(pulled)})
+
+
+def render(record: str, run: str) -> bytes:
+    """A stage's result (a JSON object) as the file that `parse` reads.
+
+    Args:
+        record: The result.
+        run: The run's fingerprint.
+    """
+    return sealed({**json.loads(record), RUN: run})
+
+
+def parse(data: bytes, kind: TypeAdapter[T]) -> tuple[T, str | None]:
+    """What a stage found out, and the fingerprint of the run it was found in; None for a record without one.
+
+    Raises:
+        ValueError: It is no such record, it was cut, or it was altered.
+    """
+    try:
+        facts = from_json(data)
+        # One damaged byte may hide one of the two fields, not both.
+        if isinstance(facts, dict) and {RUN, "seal"} & facts.keys():
+            facts = unsealed(data)
+            run = str(facts.pop(RUN))
+            return kind.validate_json(json.dumps(facts)), run
+        return kind.validate_json(data), None
+    except KeyError:
+        raise ValueError("was altered: it names no run") from None
+    except ValueError as error:
+        raise ValueError(first_error(error, _MAX_WORDS)) from None
