@@ -1,3 +1,3 @@
-"""qlora-job: QLoRA fine-tuning as one batch job that can be killed at any second and believed when it is done."""
+"""QLoRA fine-tuning as one batch job that survives kills, resumes exactly, and publishes verifiable results."""
 
 __version__ = "0.1.0"

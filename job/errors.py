@@ -94,7 +94,7 @@ class GateError(JobError):
 
 
 class VerificationError(_ManyProblems):
-    """A published run is not what it says: a file was changed, is missing, or a figure does not follow from it."""
+    """A published run does not match its manifest: a file was changed or is missing, or a figure is wrong."""
 
     exit_code = 4
     meaning = "results do not verify"

@@ -1,7 +1,7 @@
-"""The job as a story: pull, load, evaluate the base, train, evaluate the adapter, publish.
+"""The job from start to end: pull, load, evaluate the base, train, evaluate the adapter, publish.
 
-`run` tells it; each line is a stage of `job/stages`, and what one hands to the next is in `job/stages/handoff.py`. A
-stage that an earlier attempt finished is not done again: `Attempt.stage` reads its record from the store.
+`run` calls the stages of `job/stages` in this order; `job/stages/handoff.py` defines what one stage passes to the next.
+A stage that an earlier attempt finished is not repeated: `Attempt.stage` reads its record from the store.
 """
 
 from __future__ import annotations
@@ -58,14 +58,16 @@ def run(
 ) -> dict[str, Any]:
     """Runs the job, or the rest of it if earlier attempts did a part; returns the published manifest.
 
-    With several processes all of them run it. They share what process 0 finds, and only process 0 changes the store.
+    With several processes, each of them calls this function. Process 0 shares its results with the others, and only
+    process 0 writes to the store.
 
     Raises:
         GateError: The results are published, and the quality gate is not met.
-        SettingsError, DataError: Nothing was published; the settings, or what they name, cannot be used.
-        Unreachable, AccessDenied: The store or the hub does not serve; the next attempt goes on from here.
-        Preempted, Replaced: The job had to end, or another attempt owns the run.
-        NoProgress: The job had to end, as too many attempts before it, and none of them got any further.
+        SettingsError, DataError: The settings, or the data or model that they name, are invalid; nothing is published.
+        Unreachable, AccessDenied: The store or the hub cannot be used; the next attempt continues from here.
+        Preempted: The job was asked to stop.
+        NoProgress: The job was asked to stop, and too many attempts in a row, this one included, made no progress.
+        Replaced: Another attempt owns the run.
     """
     agree_on_settings(processes, decisive_settings(settings))
     if (done := processes.share("results of before", lambda: finished(settings, delivery))) is not None:
@@ -90,11 +92,13 @@ def run(
 
 
 def finished(settings: Settings, delivery: Delivery | None) -> dict[str, Any] | None:
-    """The manifest of this run, if it is complete already; then it is delivered, which may have been cut short.
+    """The manifest of this run if an earlier attempt completed it, else None.
+
+    The results of a complete run are delivered again, since the earlier attempt may have been killed while it did so.
 
     Raises:
-        SettingsError: It is, with other settings.
-        GateError: It is, and the quality gate is not met.
+        SettingsError: The run is complete, but was made with other settings.
+        GateError: The run is complete, and the quality gate is not met.
     """
     store = _store(settings)
     if (done := read_complete(store)) is None:
@@ -116,7 +120,7 @@ def _attempt(
     *,
     idle: IdleLimit | None,
 ) -> Iterator[tuple[Attempt, Tracking]]:
-    """The run's next attempt, with injected faults, trackers and a meter for the energy of all processes' GPUs."""
+    """Opens the run's next attempt, with injected faults, trackers, and an energy meter for all processes' GPUs."""
     store = _store(settings)
     armed = arm(faults if processes.leads else (), store)
     begun = open_attempt(
@@ -132,7 +136,7 @@ def _attempt(
     )
     asked = trackers(settings) if processes.leads else {}  # process 0 reports for all
     with tracking(asked, settings.run.id, plain_values(settings), environment()) as track, begun as attempt:
-        choose_device(settings.run.device)  # a missing GPU is found missing before the model is downloaded
+        choose_device(settings.run.device)  # fails on a missing GPU before the model is downloaded
         if processes.leads:
             withdraw_incomplete(attempt.store)
         track.start()
@@ -144,14 +148,16 @@ def _attempt(
 
 @memory_errors("loading the model", "set JOB_MODEL__QUANTIZATION=nf4")
 def _load(attempt: Attempt, settings: Settings, sources: Sources) -> Loaded:
-    """Loads the model, then binds the run to what it is made of: what cannot be loaded must not bind it.
+    """Loads the model, then records the settings and the hashes of all inputs, which later attempts must match.
+
+    They are recorded after loading: if the model cannot be loaded, the user can still change the settings of the run.
 
     Raises:
-        DataError: Data, model or questions are not those of the first attempt.
+        DataError: Data, model or questions differ from those of the first attempt.
     """
-    from job.stages.load import load  # heavy: what can be refused without it has been
+    from job.stages.load import load  # slow import: after all checks that do not need it
 
-    garbage_collection.enable()  # nearly all is imported
+    garbage_collection.enable()  # it was off for faster imports, and nearly all are done
     attempt.identify(sources.record)
     loaded = load(settings, sources, attempt.processes, attempt.known(PACKING, Packing))
     if attempt.processes.leads:

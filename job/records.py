@@ -66,7 +66,7 @@ FUSED_THROUGHOUT = "fused all"
 class ExecutionPlan:
     """How training is carried out on this machine, and why so. `training.execution` of the manifest.
 
-    `forward` decides last bits. The other three cost memory and save time, and change no bit:
+    `forward` affects the last bits of results. The other three save time at the cost of memory, and change no bit:
 
     kept_base: The base's dequantized weights are kept in memory, instead of dequantized for each use.
     kept_activations: Activations are kept for the backward pass, instead of computed again in it.
@@ -140,7 +140,7 @@ class TrainingRecord:
 class Packing:
     """Whether many examples go through the model end to end in one sequence, or each alone; and why, in words.
 
-    Found out on the model itself (`packing_check`), once a run: it decides the last bits of everything computed.
+    Tested on the model itself (`packing_check`), once per run, since it affects the last bits of all results.
     """
 
     packed: bool

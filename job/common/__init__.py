@@ -1,1 +1,1 @@
-"""Helpers that know nothing of the job: hashing, threads, formatting, tables, what the machine is and has."""
+"""Helpers independent of the rest of the job: hashing, threads, formatting, tables, what the machine is and has."""

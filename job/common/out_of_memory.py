@@ -1,4 +1,4 @@
-"""Memory that runs out, of a GPU or of the machine: recognized, and said in words where nothing can be given up."""
+"""Recognizes that the memory of a GPU or of the machine ran out, and reports it as an error with a fix."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def out_of_memory(error: BaseException | None) -> bool:
 
 @contextmanager
 def memory_errors(what: str, fix: str) -> Iterator[None]:
-    """Says what the memory did not suffice for. The next attempt would end alike, so it is not to be retried.
+    """Reports for which work memory ran out. A retry would fail in the same way, so the exit code forbids it.
 
     Args:
         what: What is done within.

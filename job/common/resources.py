@@ -14,7 +14,7 @@ from job.errors import Unreachable
 
 MIB = 1 << 20
 SLACK_BYTES = 256 * MIB
-"""Disk for what is not known beforehand: logs, samples of the evaluation, caches of libraries."""
+"""Disk reserve for what cannot be estimated: logs, samples of the evaluation, caches of libraries."""
 CHECKPOINTS_ON_DISK = 3
 """The one that was restored, the one that is being uploaded, the one that is being written."""
 SHARED_MEMORY_BYTES = 1024 * MIB
@@ -49,7 +49,7 @@ def check_disk(folder: Path, need_bytes: int) -> None:
         need_bytes: See `required_bytes`.
 
     Raises:
-        Unreachable: There is too little space, or the system does not tell. A retry may get a machine with more.
+        Unreachable: There is too little space, or it cannot be read. A retry may get a machine with more.
     """
     folder = folder.absolute()
     try:

@@ -1,4 +1,4 @@
-"""Tables as plain text and as Markdown. Their content may be anybody's: it cannot break a line or a cell."""
+"""Tables as plain text and as Markdown. Content is untrusted, and escaped so that it cannot break a line or a cell."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Which examples an optimizer step trains on, and how they are cut into micro-batches. Pure functions, no torch.
 
-A step is a fact: `batch` depends on the seed, the number of rows, the global batch size and the step, and on nothing
-else. Restarts, GPUs and micro-batch sizes are execution details that cannot change it.
+`batch` depends only on the seed, the number of rows, the global batch size and the step. Restarts, the number of GPUs
+and the micro-batch size cannot change which examples a step trains on.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def steps_per_epoch(rows: int, global_batch_size: int) -> int:
 def epoch_order(seed: int, rows: int, epoch: int) -> tuple[int, ...]:
     """A permutation of `range(rows)` for one epoch.
 
-    Sorted by hash instead of drawn from a generator: no library's random stream can change under it between versions.
+    Sorted by hash instead of drawn from a generator, whose random stream may differ between versions of a library.
     """
     return tuple(sorted(range(rows), key=lambda row: sha256(f"{seed}:{epoch}:{row}".encode()).digest()))
 
@@ -36,7 +36,7 @@ def batch(seed: int, rows: int, global_batch_size: int, step: int) -> tuple[int,
 
 
 def shares(lengths: Sequence[int], processes: int) -> list[list[int]]:
-    """Deals the examples of a step out to the processes: the longest first, each to the one with the fewest tokens.
+    """Assigns the examples of a step to processes: the longest first, each to the process with the fewest tokens.
 
     Args:
         lengths: Tokens of each example.

@@ -1,4 +1,4 @@
-"""Chat templates: a conversation rendered by the tokenizer's template, in a process of its own with bounds."""
+"""Chat templates: a conversation rendered by the tokenizer's template, in a process with limited time and memory."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Template(Protocol):
 
         Raises:
             TemplateRefusalError: The template does not take this conversation.
-            DataError: The template is broken, or runs out of its bounds.
+            DataError: The template is broken, or exceeds its time or memory limit.
         """
 
 
@@ -61,7 +61,7 @@ def open_template(
 
     Args:
         tokenizer: A `transformers.PreTrainedTokenizerFast` with a chat template, or a stand-in that renders by itself.
-        date: What the template is told is today, `YYYY-MM-DD`; None for the day in UTC.
+        date: The current date as the template sees it, `YYYY-MM-DD`; None for the day in UTC.
         alive: Called now and then while a template takes long; what it raises ends the wait.
 
     Raises:
@@ -141,7 +141,7 @@ class _Rendering:
         return answer
 
     def _ended(self) -> JobError:
-        """The error that the process has ended, by the way it did."""
+        """The error for a process that has ended, by its exit status."""
         code = self._process.wait()
         self._errors.seek(0)
         last = (self._errors.read().decode(errors="replace").strip().splitlines() or [""])[-1]

@@ -6,8 +6,8 @@
 | messages[].weight | 0: the message is read and never learned, whatever the loss is on; 1 or nothing: it is learned |
 | tools | the tools that may be called, as a list of objects or as its JSON |
 
-What the template does not write is not in the text: tools and calls of tools that leave no trace are refused, other
-fields are left out and counted.
+A field that the template ignores is not in the rendered text. Tools and tool calls that the template ignores are an
+error; other ignored fields are counted and reported.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def render_messages(row: Row, template: Template, *, find_turns: bool) -> Render
     """The text of a good conversation, with its assistant's turns as completions if these are to be found.
 
     Raises:
-        DataError: The chat template is broken, or runs out of its bounds.
+        DataError: The chat template is broken, or exceeds its time or memory limit.
     """
     place = f"{row.where} messages"
     tools = _tools(row.fields)
@@ -212,11 +212,11 @@ def _turn(
         return None
     asks = messages[index]["role"] == "assistant"
     before = template(messages[:index], tools=tools, add_generation_prompt=asks) if index else ""
-    # The header may promise more than the turn has, such as an empty block of thoughts.
+    # The header may contain text that the turn lacks, such as an empty block of reasoning.
     return _common_length(before, through), len(through)
 
 
 def _common_length(one: str, other: str) -> int:
-    """How many characters two texts begin with in common."""
+    """Length of the common prefix of two texts."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((index for index, (a, b) in pairs if a != b), min(len(one), len(other)))

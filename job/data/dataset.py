@@ -55,14 +55,14 @@ def load_examples(
             `[namespace/]name`.
         revision: The hub's revision; required for a hub id, not used for a path.
         split: The split, of the hub or of a directory in the hub's layout; not used for a file.
-        limit: Select the first so many good rows; None for all.
+        limit: Select this many valid rows, the first ones; None for all.
         schema: The schema of the rows; None to detect it from the first row.
         on_bad_row: Whether a bad row is an error, or left out and counted.
         loss_on: Whether all tokens are learned, or only those of the completion and the end of the sequence.
         max_length: The most tokens an example may have, special tokens included. A longer row is a bad row.
         tokenizer: A `transformers.PreTrainedTokenizerFast`.
         name: What to call the source in messages and in the record, where it was fetched from elsewhere.
-        date: What a chat template is told is today, `YYYY-MM-DD`; None for the day in UTC.
+        date: The current date as a chat template sees it, `YYYY-MM-DD`; None for the day in UTC.
         vocabulary: Rows of the model's embedding; None if that is not known.
         alive: Called about twice a second while rows are read; what it raises ends the reading.
 
@@ -132,7 +132,7 @@ def load_examples(
 
 
 def check_source(source: str, revision: str | None, split: str) -> None:
-    """Refuses a source that cannot be read, as far as that can be told without reading it or asking anyone.
+    """Refuses a source that cannot be read, as far as can be checked without reading it or using the network.
 
     Raises:
         DataError: A path that is not there, or holds nothing that is read.

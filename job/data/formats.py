@@ -50,7 +50,7 @@ _FOREIGN = {
     **dict.fromkeys((".arrow", ".feather"), "is an Arrow file; write it with `Dataset.to_parquet` or `to_json`"),
     **dict.fromkeys((".pkl", ".pickle", ".pt", ".npy"), "may run code when it is read, so it is not; write JSON lines"),
 }
-"""Suffixes of files that people have and the job does not read, and what to do about each."""
+"""Suffixes of common files that the job does not read, and what to do about each."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Row:
 
 @dataclass(frozen=True)
 class RowError:
-    """Something wrong with a row. `kind` is the word it is counted under when bad rows are skipped."""
+    """Something wrong with a row. `kind` is its category in the counts of skipped rows."""
 
     kind: str
     where: str
@@ -319,7 +319,7 @@ def _read_json(path: Path, name: str) -> Rows:
 
 
 class _Repeated(dict[str, Any]):
-    """An object of JSON that gives a key twice: which of the values was meant, nobody knows."""
+    """A JSON object with a duplicate key: which of the values is meant is ambiguous."""
 
     key = ""
 

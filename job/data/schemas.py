@@ -66,7 +66,7 @@ _ALPACA_WITHOUT_INPUT = _PREAMBLE + _REQUEST + _TURN
 
 @dataclass(frozen=True)
 class Prompt:
-    """How to ask a model that learned from rows of a schema: in words, and the text around an instruction, if any."""
+    """How to prompt a model trained on rows of a schema: a description, and the text around an instruction, if any."""
 
     about: str
     template: str | None = None
@@ -131,7 +131,7 @@ def render(row: Row, schema: Schema, template: Template | None, *, find_turns: b
         The rendered row; a fault where the chat template refuses the conversation.
 
     Raises:
-        DataError: The chat template is broken, or runs out of its bounds.
+        DataError: The chat template is broken, or exceeds its time or memory limit.
     """
     if schema == "messages":
         if template is None:

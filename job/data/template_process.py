@@ -1,8 +1,8 @@
 """The process that renders chat templates, started by `job.data.chat_template`.
 
-A chat template is a program that comes with a model. Jinja's sandbox keeps it from doing anything but computing text;
-time and memory it does not bound, and a loop of a template, or one multiplication of a text, would end the job. Here
-the kernel bounds both.
+A chat template is a program that comes with a model. Jinja's sandbox restricts it to computing text, but
+limits neither time nor memory: an endless loop in a template, or one huge string, would end the job. Here the kernel
+limits both.
 
 It reads JSON lines from stdin and answers each with a JSON line on stdout. The first line is the templates, the special
 tokens and the date; each other one is a conversation.
@@ -50,7 +50,7 @@ def _open(given: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], dict[str, s
     day = datetime.combine(date.fromisoformat(given["date"]), time())
 
     class Fixed:
-        """What the templates' `strftime_now` asks for the time: always the start of the run's day."""
+        """The clock of the templates' `strftime_now`: always the start of the day on which the run began."""
 
         now = staticmethod(lambda: day)
 

@@ -1,7 +1,8 @@
 """How several processes exchange values and sum tensors: JSON in a common TCPStore, and all-reduce.
 
-The launcher hosts the store. Nothing is pickled. No wait is blind: a process that fails, or its launcher, writes the
-reason into the store, and every process that waits reads it there and ends with the same exit code.
+The launcher hosts the store. Nothing is pickled. No process waits for a failed one: a process that fails, or its
+launcher, writes the reason into the store, and every process that waits reads it there and ends with the same exit
+code.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class ProcessGroup:
         stop: This process's stop flag; `agree` sets it when that of another process is set.
         beat: Reports progress to the watchdog while this process waits. Process 0 does not call it, so that a deadlock,
             where all wait for each other, is noticed there.
-        grace_seconds: How long the processes have to end when one of them has ended.
+        grace_seconds: Seconds that the other processes have to end after one of them has ended.
     """
 
     def __init__(self, place: Place, store: Any, stop: Stop, beat: Callable[[], None], grace_seconds: float) -> None:

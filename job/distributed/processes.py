@@ -1,4 +1,4 @@
-"""What a stage may ask of the processes of a run: exchange values, sum tensors, agree. Usually there is one process."""
+"""Collective operations on the processes of a run: exchange values, sum tensors, agree. Often there is only one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Processes(Protocol):
         """Whether the processes have agreed to stop after the current step."""
 
     def check(self) -> None:
-        """Raises what another process has ended with, if one has."""
+        """Raises the error with which another process has ended, if one has."""
 
     def share(self, what: str, value: Callable[[], T]) -> T:
         """What `value` returns in process 0, JSON-able; the others wait for it. `what` names it in the store's keys."""

@@ -1,7 +1,7 @@
 """Rank and world size of this process, from torchrun's variables; number of machines, from the platform.
 
-Where torchrun's variables are set, whoever set them has started the processes. Where they are not, the job starts its
-own (`launcher`) and sets them.
+If torchrun's variables are set, torchrun or another launcher has started the processes. If not, the job starts them
+itself (`launcher`) and sets the variables.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Runs lm-eval's tasks: lm-eval makes the prompts and decides what is right, the scores come from the job's scorer."""
+"""Runs lm-eval's tasks: lm-eval makes the prompts and grades the answers; the job's scorer computes the scores."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def evaluate(
         By task: its figures and its samples.
 
     Raises:
-        SettingsError: A task is not scored by right and wrong choices.
+        SettingsError: A task does not grade choices as right or wrong.
         DataError: The tokenizer makes no tokens of a question or a choice.
     """
     import lm_eval

@@ -1,4 +1,4 @@
-"""Divides the sequences to score over the processes of a run. Which process scores a sequence changes no bit of it."""
+"""Divides the sequences to score over the processes of a run. Scores do not depend on which process computes them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Samples: one record for each question of an evaluation, and the figures that all samples of a task add up to.
 
-`verify` and `compare` read samples from any folder a user names, so `parse` takes nothing in them for granted.
+`verify` and `compare` read samples from any folder a user names, so `parse` validates every field.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def parse(data: bytes) -> list[Sample]:
 
 
 def contradiction(sample: Sample) -> str | None:
-    """What in a sample does not follow from its log-likelihoods; None if all of it does.
+    """Which field of a sample contradicts its log-likelihoods; None if none does.
 
     Whether the answer is right cannot be checked where `gold` is text: the sample does not say which choice that is.
     """

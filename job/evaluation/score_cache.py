@@ -94,7 +94,7 @@ class ScoreCache:
     """The cached scores of one evaluation.
 
     Args:
-        store: Where they lie.
+        store: Where they are kept.
         folder: Folder of all scores in the store.
         run: Id of this run, noted with each score that it adds.
         conditions: From `score_conditions`.

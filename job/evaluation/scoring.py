@@ -7,7 +7,7 @@
 Scored alone, a question with k choices computes its context k times. Here the choices share it: causal attention never
 looks ahead, so a context's keys and values do not depend on which choice follows. The log-likelihoods are therefore
 those of scoring each choice alone, up to rounding, for a fraction of the tokens. Packing several questions into one
-sequence, without padding between them, fills the processor; the segments keep them from seeing each other.
+sequence, without padding between them, uses the hardware better; no question attends to another.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def tokens_of(question: Question) -> int:
 def plan_sequences(questions: Sequence[Question], budget: int) -> list[range]:
     """Divides the questions, in order, into sequences of at most `budget` tokens; a longer question gets its own.
 
-    Depends on its arguments alone, so a restarted evaluation packs the same sequences and gets the same bits.
+    It depends only on its arguments, so a restarted evaluation packs the same sequences and gets the same bits.
     """
     sequences: list[range] = []
     start, used = 0, 0

@@ -83,7 +83,7 @@ def load_tasks(names: Sequence[str], data: Mapping[str, Path], sources: Mapping[
     Raises:
         SettingsError: A task is unknown, or does not ask multiple-choice questions with one accuracy.
         DataError: A file does not fit its task.
-        Unreachable: A task's questions have to come from the hub, and it did not answer.
+        Unreachable: A task's questions have to be downloaded from the hub, and it did not answer.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = _index([*names, *data])
@@ -192,7 +192,7 @@ def _parts(task: Any, doc: Any) -> tuple[list[str], list[str]]:
 
 
 def _too_large(task: Any, doc: Any, size: int) -> str | None:
-    """Whether tokenizing a question would take minutes: in words, or None."""
+    """Why tokenizing a question would take minutes, as a message; None if it would not."""
     if size > MAX_BYTES:
         return f"has {size:,} bytes, {MAX_BYTES:,} are the most"
     count = len(task.doc_to_choice(doc))
@@ -200,7 +200,7 @@ def _too_large(task: Any, doc: Any, size: int) -> str | None:
 
 
 def _too_long(task: Any, doc: Any, tokenizer: Any, max_length: int, *, cut: bool) -> str | None:
-    """Whether a question has more tokens than are allowed: in words, or None."""
+    """A message if a question has more tokens than are allowed, else None."""
     contexts, endings = _parts(task, doc)
     ending = max(endings, key=len)
     texts = [ending] if cut else [f"{context} {ending}" for context in contexts]
@@ -212,7 +212,7 @@ def _too_long(task: Any, doc: Any, tokenizer: Any, max_length: int, *, cut: bool
 
 
 def _unknown_token(task: Any, doc: Any, tokenizer: Any, vocabulary: int) -> str | None:
-    """Whether a question has a token that the model has no embedding of: in words, or None."""
+    """A message if a question has a token without an embedding in the model, else None."""
     found = {token for texts in _parts(task, doc) for text in texts for token in tokenizer.encode(text)}
     if (beyond := max(found, default=0)) < vocabulary:
         return None

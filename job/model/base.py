@@ -1,4 +1,4 @@
-"""The model: its tokenizer, its quantized base, what it is computed on and in."""
+"""Loads the tokenizer and the quantized base, and chooses the device and the compute dtype."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
     import torch
 
 PLAIN = "eager"
-"""transformers' attention by the textbook's formula, which all its models have: what they are compared with, and
-computed by where packed attention is not right."""
+"""transformers' attention without a fused kernel (softmax(QK')V), which all its models have: the reference for packed
+attention, and used in place of it where it is not correct."""
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def make_deterministic() -> None:
-    """Makes a GPU give the same bits every time; an operation that cannot is an error, not a surprise.
+    """Makes a GPU's results bit-for-bit reproducible; an operation that cannot be raises an error.
 
-    `warn_only` would not do: torch's flash attention takes its deterministic way only without it. cuBLAS also needs
-    CUBLAS_WORKSPACE_CONFIG, which has to be set before CUDA starts. torch would then also fill fresh memory, to show
-    reads of what nobody wrote; that takes 6 % of a step's time and changes no bit.
+    `warn_only` does not suffice: torch's flash attention uses its deterministic algorithm only without it. cuBLAS also
+    needs CUBLAS_WORKSPACE_CONFIG, which has to be set before CUDA starts. By default torch would also fill new memory,
+    to reveal reads of uninitialized memory; that takes 6 % of a step's time and changes no bit, so it is off.
     """
     import torch
 
@@ -40,7 +40,7 @@ def choose_device(wanted: str = "auto") -> torch.device:
     """The GPU of this process, which sees no other (`cli` sees to that), else the CPU.
 
     Raises:
-        SettingsError: It was to be a GPU, and there is none.
+        SettingsError: A GPU is required by the settings, and there is none.
     """
     import torch
 
@@ -87,22 +87,22 @@ def load_base(
     quantized: bool = False,
     targets: Sequence[str] | None = None,
 ) -> Any:
-    """Loads the frozen base, quantized on the way in, with packed attention where its layers can be given one.
+    """Loads the frozen base, quantizing it while loading, with packed attention where its layers support it.
 
-    That packed sequences come out right is not known yet: see `packing_check`.
+    Whether the model then computes packed sequences correctly is tested later, by `packing_check`.
 
     Args:
         folder: A local folder in the hub's layout; weights in safetensors only, never pickles.
         quantization: `nf4` or `none`. Weights that lie there quantized by bitsandbytes are taken as they are.
         double_quantization: Whether the quantization constants are quantized too.
         dtype: What the 4-bit weights are dequantized to, and what the other weights are held in.
-        device: Where it goes.
+        device: Where the model is placed.
         max_length: Longest sequence in tokens; a model with fewer positions is refused.
         quantized: Whether the folder holds the quantized base, as it was saved.
-        targets: Layers that are going to be adapted: that they exist is seen before weights are loaded.
+        targets: Layers that will get an adapter; checked to exist before weights are loaded.
 
     Raises:
-        DataError: The folder holds no whole model.
+        DataError: The folder holds no complete model.
         SettingsError: As `inspect`.
     """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -133,7 +133,7 @@ def load_base(
             output_loading_info=True,
             **how,
         )
-    if missing := sorted(told["missing_keys"]):  # transformers fills them with random numbers, and goes on
+    if missing := sorted(told["missing_keys"]):  # transformers would silently initialize them at random
         what = f"{folder} lacks {len(missing)} weights of {type(model).__name__}: {', '.join(missing[:5])}"
         raise DataError([Problem("model.id", what)])
     model.config.use_cache = False
@@ -151,7 +151,7 @@ def load_base(
 
 
 def inspect(folder: Path, *, max_length: int, targets: Sequence[str] | None) -> tuple[Any, Any]:
-    """All that can be known of a model without its weights: its configuration, and the model on the meta device.
+    """What is known of a model without its weights: its configuration, and the model on the meta device.
 
     Args:
         folder: Holds config.json at least.
@@ -221,9 +221,9 @@ class Held:
 
 
 def held(model: Any) -> Held:
-    """Looks at the loaded layers: what was asked for, and what config.json says, may both be otherwise.
+    """Inspects the loaded layers, since neither the settings nor config.json have to agree with them.
 
-    Experts of a mixture that are one tensor for all of them are no linear layers, and stay as they are.
+    Experts of a mixture that share one tensor are not linear layers, and are not quantized.
     """
     found: Counter[tuple[str, bool]] = Counter()
     # Each once: a layer with an adapter shows the weight of the layer within as its own.
@@ -239,7 +239,7 @@ def held(model: Any) -> Held:
 
 
 def describe_model(model: Any, *, name: str, revision: str | None, sha256: str) -> ModelRecord:
-    """What the manifest says of the model, a PEFT model. Parameters are counted as of the unquantized model."""
+    """The manifest's record of a PEFT model. Parameters are counted as in the unquantized model."""
     adapter = sum(parameter.numel() for parameter in trainable(model).values())
     base = model.get_base_model()
     as_held, config = held(base), model.peft_config["default"]

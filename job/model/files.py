@@ -1,7 +1,7 @@
-"""The files of a model: which of them are loaded, and what they may say. Nothing here loads weights.
+"""The files of a model: which of them are loaded, and how they are validated. Nothing here loads weights.
 
-A model's folder is a stranger's: what it names is read only from itself, what steers loading beside the model's shape
-is left out, and what describes no model is refused in words, before memory or time is spent on it.
+A model's folder is untrusted: only files inside the folder are read, configuration keys that control loading are
+dropped, and an invalid configuration is refused with a message before memory or time is spent on it.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ MOST_CONFIG_BYTES = 16 << 20
 MOST_INDEX_BYTES = 256 << 20
 MOST_LAYERS = 10_000
 MOST_WIDE = 100_000_000
-"""Of any number that a shape is made of: beyond that it is no model, and building it would take for ever."""
+"""Upper limit of any dimension in config.json: a larger one is invalid, and building the model would not end."""
 _LOADABLE = {"bitsandbytes"}
-"""Ways of quantizing that can be trained on as they lie there. Of others the unquantized original is asked for."""
+"""Quantization methods whose weights can be used for training. For others the user needs the unquantized model."""
 _STEERING = {
     "attn_implementation",
     "auto_map",
@@ -47,10 +47,10 @@ _PACKED_WEIGHTS = 8
 
 @contextmanager
 def readable(folder: Path, what: str = "holds no model that can be loaded") -> Iterator[None]:
-    """Turns whatever libraries say of a folder that holds no model, or a broken one, into an error about data.
+    """Turns exceptions of libraries about a missing or broken model into a DataError.
 
-    Transformers raises nearly every built-in exception for one broken file or other. What a machine lacks is not the
-    folder's fault and passes.
+    Transformers raises nearly every built-in exception for some broken file. Errors of the machine, such as too little
+    memory, are not caught.
 
     Raises:
         DataError: Anything else was raised within.
@@ -135,8 +135,7 @@ def fingerprint(folder: Path) -> str:
 def read_config(folder: Path, name: str = "config.json") -> Any:
     """The model's configuration, as transformers has it, without what would steer loading, and without dropout.
 
-    The reference recipe has no dropout but LoRA's own; a base that brings some would train by another one, and a
-    router's noise likewise.
+    The reference recipe has only LoRA's dropout. Dropout in the base, or noise in a router, would change the recipe.
 
     Raises:
         DataError: config.json is missing, broken, or describes no model that could be built.
@@ -153,7 +152,7 @@ def read_config(folder: Path, name: str = "config.json") -> Any:
 
 
 def _check_kind(folder: Path, config: Mapping[str, Any]) -> None:
-    """Refuses what can be seen to be something else than a causal language model in plain or bitsandbytes' weights."""
+    """Refuses everything but a causal language model whose weights are unquantized or quantized by bitsandbytes."""
     problems = []
     if (folder / "adapter_config.json").exists():
         problems.append("holds an adapter (adapter_config.json): give its base, or merge the two")
@@ -266,7 +265,7 @@ def build_empty(folder: Path, config: Any) -> Any:
 
 
 def check_weights(folder: Path, config: Any, empty: Any) -> None:
-    """Refuses files that hold far fewer weights than config.json describes: transformers would make up the rest.
+    """Refuses files with far fewer weights than config.json describes: transformers would draw the rest at random.
 
     Raises:
         DataError: They do.

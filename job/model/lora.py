@@ -1,4 +1,4 @@
-"""The adapter: put on a base, taken off for a while, saved and loaded in PEFT's layout."""
+"""The LoRA adapter: added to a base, switched off temporarily, saved and loaded in PEFT's layout."""
 
 from __future__ import annotations
 
@@ -35,12 +35,13 @@ publishes the same ones."""
 def add_adapter(
     model: Any, *, rank: int, alpha: int, dropout: float, target_modules: Sequence[str] | None, seed: int
 ) -> Any:
-    """Wraps the base in a fresh LoRA adapter in fp32, whose initial weights depend on the seed alone.
+    """Adds a new LoRA adapter in fp32 to the base; its initial weights depend only on the seed.
 
-    The adapter stays in fp32 whatever the base is: rounding it would make a resumed run differ from a whole one.
+    The adapter stays in fp32 whatever the base's dtype: rounding would make a resumed run differ from an uninterrupted
+    one.
 
     Args:
-        model: transformers' causal language model. Of one that also sees or hears, the text part is adapted.
+        model: transformers' causal language model. Of a multimodal model, the text part is adapted.
         rank: Rank r of the update.
         alpha: The update is multiplied by alpha / rank.
         dropout: Of the adapter's input.
@@ -121,7 +122,7 @@ def find_targets(model: Any) -> list[str]:
 
 
 def check_targets(model: Any, targets: Sequence[str]) -> None:
-    """Refuses names that no linear layer of the model bears; works on a model without weights, too.
+    """Refuses names that match no linear layer of the model; works on a model without weights, too.
 
     Raises:
         SettingsError: There are some.
@@ -172,7 +173,7 @@ def trainable(model: Any) -> dict[str, Any]:
 
 @contextmanager
 def adapter_off(model: Any) -> Iterator[None]:
-    """Within it the model is its base: the same loaded weights, adapter switched off."""
+    """Context manager: switches the adapter off, so that the model computes its base, with the same loaded weights."""
     with model.disable_adapter():
         yield
 
@@ -211,7 +212,7 @@ def find_published_names(model: Any, folder: Path, *, quantized: bool = False) -
         quantized: Whether the folder is of the quantized cache, where SOURCE_CONFIG is the source's config.json.
 
     Raises:
-        DataError: config.json has gone, or is broken.
+        DataError: config.json is missing or invalid.
     """
     import torch
     from transformers import AutoModelForImageTextToText
@@ -261,7 +262,7 @@ def save_adapter(
 ) -> None:
     """Writes the adapter in PEFT's layout; `PeftModel.from_pretrained(base, folder)` loads it, in PEFT 0.13 too.
 
-    Without the card that PEFT puts beside it, which is a form to fill in: ours needs the evaluation, and comes later.
+    PEFT's model card, an empty template, is left out: the job writes its own after the evaluation.
 
     Args:
         model: The adapted model.
@@ -291,8 +292,8 @@ def save_adapter(
 def portable_config(written: Mapping[str, Any]) -> dict[str, Any]:
     """What readers need of an adapter_config.json: `CONFIG_KEYS`, and all else that is not as PEFT has it by default.
 
-    PEFT writes every field it has, and a release refuses those that it does not know: what an older one does the same
-    way without being told is left out.
+    PEFT writes all its fields, and older releases refuse fields that they do not know. So fields with default values
+    are left out.
     """
     from peft import LoraConfig
 
@@ -307,8 +308,9 @@ def portable_config(written: Mapping[str, Any]) -> dict[str, Any]:
 def copy_tokenizer(base: Path, folder: Path, tokenizer: Any) -> None:
     """Copies the tokenizer's files of the base, byte for byte.
 
-    transformers would save the tokenizer in words of its own release, such as the class `TokenizersBackend`, which
-    older ones refuse. It does so where the vocabulary is in none of these files: those bases are old, and not cached.
+    transformers would save the tokenizer in the format of its own release, for example with the class
+    `TokenizersBackend`, which older releases refuse. It does so where the vocabulary is in none of these files: those
+    bases are old, and not cached.
 
     Args:
         base: Folder of the base; that of a quantized one has the same files as its source.

@@ -1,10 +1,10 @@
-"""Attention over a packed sequence: many sequences laid end to end, without padding, none of which sees another.
+"""Attention over a packed sequence: many sequences laid end to end, without padding, none of which attends to another.
 
 A packed sequence is described by its segments. The queries of a segment see an optional prefix that lies elsewhere in
 it (a question that several choices share) and, causally, the segment itself. Training uses segments without a prefix.
 
-What a layer asks for beside that (a sliding window, a soft cap, attention sinks) is computed, or refused with
-`Unpackable`: nothing that it hands over is dropped. Whether a whole model comes out right is for `packing_check`.
+Further arguments of a layer (a sliding window, a soft cap, attention sinks) are computed, or refused with `Unpackable`;
+none is ignored. Whether a whole model is computed correctly is tested by `packing_check`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 NAME = "flat"
-"""Of this attention, as transformers knows it. A model loaded so is called with a `layout`, and with no mask."""
+"""Name of this attention in transformers. A model with it is called with a `layout` and no mask."""
 CHECKED = "flat-checked"
 """The same, but each layer is also handed the mask that transformers would make for it; see `AskedMask`."""
 WIDEST_HEAD = 256
@@ -30,16 +30,16 @@ _NO_ARITHMETIC = frozenset(
     {"cache_position", "layer_idx", "output_attentions", "output_hidden_states", "output_router_logits"}
     | {"position_ids", "return_dict", "use_cache"}
 )
-"""What models hand down to their layers for other purposes than attention's result."""
+"""Arguments that models pass to all layers and that do not affect the result of attention."""
 
 
 class Unpackable(TypeError):
-    """A layer asks for what packed attention does not compute: the model has to be computed one sequence at a time."""
+    """A layer needs what packed attention does not compute: the model has to be run one sequence at a time."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Tokens `start:end` of a row; they also see the tokens `prefix_start:prefix_end` that lie before them."""
+    """Tokens `start:end` of a packed sequence; they also attend to `prefix_start:prefix_end` before them."""
 
     start: int
     end: int
@@ -118,7 +118,7 @@ def _block(segments: Sequence[Segment], window: int | None, device: torch.device
 
 
 def build_layout(segments: Sequence[Segment], device: torch.device) -> Layout:
-    """Lays out the segments of one row; they must cover it without gaps, in order."""
+    """Lays out the segments of one packed sequence; they must cover it without gaps, in order."""
     queries = torch.tensor([0, *(s.end for s in segments)], dtype=torch.int32, device=device)
     keys = torch.tensor([0, *(s.keys for s in segments)], device=device).cumsum(0).to(torch.int32)
     index = None
@@ -216,7 +216,7 @@ def _fits_kernel(query: torch.Tensor, value: torch.Tensor) -> bool:
 
 @cache
 def _has_kernel(device: torch.device) -> bool:
-    """The flash kernel is built for Ampere (8.0) and newer; a T4, V100 or P100 takes one block after the other."""
+    """The flash kernel is built for Ampere (8.0) and newer; on a T4, V100 or P100 blocks run one by one."""
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
@@ -252,7 +252,7 @@ def _explicit(  # noqa: PLR0917
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The textbook's formula block by block, its weights formed: for what torch's kernels do not compute.
+    """Attention block by block with explicit weights, for options that torch's kernels do not support.
 
     Sources: the soft cap of Gemma 2 (arXiv:2408.00118), section 2; the sinks of gpt-oss (arXiv:2508.10925).
     """

@@ -1,10 +1,10 @@
-"""Whether packed sequences come out right on a model, found out on the model itself before anything is computed.
+"""Tests on the loaded model whether it computes packed sequences correctly, before evaluation and training.
 
-No list of families: a few real sequences are computed packed, one of them with a prefix that two continuations share,
-and each alone by the model's own attention. Where they agree to what the precision explains, in logits and in the
-adapter's gradient, the model is used packed. Where they do not (state of a convolution or recurrence that runs on into
-the next sequence, biases of positions, chunks), it is used one sequence at a time, which is right for every causal
-model and costs only speed. What is wrong even so is refused.
+There is no list of model families. A few real sequences are computed packed (one of them with a prefix that two
+continuations share), and each separately by the model's own attention. If logits and the adapter's gradient agree
+within the rounding error of the dtype, packing is used. If they do not (a convolution or recurrence carries state into
+the next sequence, position biases, chunked attention), sequences are computed one at a time, which is correct for every
+causal model and only slower. A model that is wrong even then is refused.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ SHORT = 8
 TOKENS = 48
 """Of each sequence at most: enough for every layer to do all it does, and a fraction of a second on a GPU."""
 SAFE_ROPE = {"default", "linear", "llama3", "proportional", "yarn"}
-"""Rotary positions that do not depend on how long the longest sequence beside is."""
+"""Rotary embeddings that do not depend on the length of the longest sequence in the batch."""
 
 
 _PASSING = (JobError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
-"""What a machine lacks is not the model's fault."""
+"""Not translated: errors that already have their message, and a lack of memory, which is not the model's fault."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far two right ways may differ, by the precision of the computation.
+    """Tolerances between two correct computations, by the precision of the computation.
 
-    In fp32 what is right differs by 10^-6 and what is wrong by 10^-3 and more. In half precision the rounding of each
+    In fp32 correct results differ by 10^-6 and wrong ones by 10^-3 and more. In half precision the rounding of each
     layer (2^-11 and 2^-8) adds up over layers, and where a mixture's router rounds to another expert a token is off
-    by more; int8 also rounds what goes into each layer. Mistral, right to 10^-6 in fp32, came out 0.089 apart in bf16
+    by more; int8 also rounds what goes into each layer. Mistral, correct to 10^-6 in fp32, differed by 0.089 in bf16
     (Mistral-7B's shape, random weights, an H200). So in half precision the comparison with each sequence alone is
     coarse, and the one for leaks, whose operations and shapes are the same on both sides, is the sharp one.
 
@@ -50,7 +50,7 @@ class Agreement:
         leak: Relative error of a token's logits when only the sequence beside it changes.
         logits: Relative error of a token's logits, packed against alone.
         gradient: Relative error of the adapter's gradient, packed against alone; see `_distance`.
-        tokens: Share of the tokens that have to keep to `leak` and `logits`.
+        tokens: Share of the tokens whose error must be within `leak` and `logits`.
     """
 
     leak: float
@@ -71,7 +71,7 @@ def _agreement(base: Any) -> Agreement:
 
 @dataclass(frozen=True)
 class Losses:
-    """The summed loss of examples, as training computes it in the one way and the other."""
+    """The summed loss of examples, computed as in training, packed and one example at a time."""
 
     packed: Callable[[Sequence[Example]], torch.Tensor]
     alone: Callable[[Example], torch.Tensor]
@@ -80,7 +80,7 @@ class Losses:
 def choose_packing(
     model: Any, examples: Sequence[Example], *, max_length: int, losses: Losses | None = None
 ) -> Packing:
-    """Finds out whether the model computes packed sequences right, and leaves it in the way that does.
+    """Tests whether the model computes packed sequences correctly, and sets the attention that does.
 
     Args:
         model: A PEFT model over a base of `load_base`, its adapter fresh or trained.
@@ -146,7 +146,7 @@ def _find_out(model: Any, examples: Sequence[Example], max_length: int, losses: 
 
 @contextmanager
 def _own_code(base: Any) -> Iterator[None]:
-    """Says of whatever the model's own code raises on plain sequences that it is the model's."""
+    """Turns any exception that the model's code raises on plain sequences into an error about the model."""
     try:
         yield
     except _PASSING:
@@ -242,9 +242,10 @@ def _worst(errors: Sequence[float]) -> float:
 
 
 def _token_error(found: torch.Tensor, expected: torch.Tensor, to: Agreement) -> float:
-    """Relative error of a token's logits: of the worst token among those that have to keep to it.
+    """Relative error of a token's logits: the largest within the share of tokens that must meet the tolerance.
 
-    What all entries of the vocabulary share says nothing, and is taken off.
+    It is relative to the norm of the expected logits without their mean: a constant added to all logits of a token does
+    not change the softmax.
     """
     if found.shape != expected.shape:
         return float("inf")
@@ -286,7 +287,7 @@ def _distance(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor] | 
 
 
 def _depends_on_length(config: Any, max_length: int) -> str | None:
-    """Why the positions of a sequence depend on its neighbours in a packed one; None where they do not."""
+    """Why positions depend on the other sequences of a packed sequence; None if they do not."""
     text = config.get_text_config(decoder=True)
     given = getattr(text, "rope_parameters", None) or {}
     for part in [given, *(value for value in given.values() if isinstance(value, dict))]:

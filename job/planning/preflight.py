@@ -37,7 +37,7 @@ from job.storage.open import ObjectStore, StorageOptions, fetch, is_remote, open
 MOST_BYTES = 256 << 20
 """Larger data sets are not fetched for a plan."""
 MOSTLY = 0.5
-"""Share of the weights that is quantized in nearly every model; below that it is worth a word."""
+"""Share of the weights that is quantized in nearly every model; below that the plan says so."""
 MOST_SMALL_BYTES = 64 << 20
 SILENT = "the hub cannot be reached from here"
 Online = Callable[[], bool]
@@ -51,7 +51,7 @@ T = TypeVar("T")
 
 
 class NotChecked(Exception):
-    """A check could not be made. That is no finding about what it would have checked."""
+    """A check could not be made, so nothing is known about its subject."""
 
 
 @dataclass(frozen=True)

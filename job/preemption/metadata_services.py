@@ -1,8 +1,8 @@
-"""The metadata services of EC2, Google Cloud and Azure: whether this machine is about to be taken away.
+"""The metadata services of EC2, Google Cloud and Azure: whether this machine is about to be preempted.
 
 To add a cloud: a class with the methods of `Cloud`, and an entry in `CLOUDS` at the end of this file.
 
-An answer is never trusted: services may be emulated, behind a proxy, or only half started. Whatever they answer, a
+Answers are validated: services may be emulated, behind a proxy, or only half started. Whatever they answer, a
 method here raises at most what `FAILURES` lists.
 """
 

@@ -1,7 +1,7 @@
 """Spot notices: a thread polls the cloud's metadata service, and sets the stop flag when a preemption is announced.
 
 EC2 announces a preemption two minutes ahead, Google and Azure half a minute. SIGTERM often arrives later, or never.
-No answer of a metadata service can end or delay the job: what is not understood is logged and ignored.
+No answer of a metadata service can end or delay the job: an invalid answer is logged and ignored.
 """
 
 from __future__ import annotations

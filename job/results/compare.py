@@ -13,7 +13,7 @@ from job.results.reader import PublishedRun, read_samples
 
 GROUPS = ("model", "dataset", "software", "hardware")
 _NAMES = {"run.id", "run.output"}
-"""Settings that name a run or say where it lies, and so always differ."""
+"""Settings with the name or location of a run, which always differ."""
 _TASK_COLUMNS = (
     "task",
     "questions",

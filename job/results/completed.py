@@ -1,4 +1,4 @@
-"""Whether a run is complete: its manifest is there and whole, with all that it lists."""
+"""Whether a run is complete: its manifest exists and is undamaged, and all files that it lists exist."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def read_complete(store: ObjectStore) -> dict[str, Any] | None:
 
 
 def withdraw_incomplete(store: ObjectStore) -> None:
-    """Removes a manifest that is damaged or lists more than is there, as in a run that was copied while it ended.
+    """Removes a manifest that is damaged, or lists missing files: the platform copied the folder while the run ended.
 
     Raises:
         Replaced: Another attempt owns the run.
@@ -35,7 +35,7 @@ def withdraw_incomplete(store: ObjectStore) -> None:
 
 
 def _read(store: ObjectStore) -> tuple[dict[str, Any] | None, list[str]]:
-    """The manifest, if there is one, and what is damaged, or listed although it is not there."""
+    """The manifest, if there is one, and what is damaged in it, or listed in it but missing."""
     found = store.read(RESULTS)
     if found is None:
         return None, []

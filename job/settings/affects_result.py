@@ -1,4 +1,4 @@
-"""The settings that decide the result of a run, told from those that say only how the run is carried out.
+"""Separates the settings that affect the result of a run from those that affect only how it is carried out.
 
 Each field in `schema` says which of the two it is (`AffectsResult`, `ExecutionOnly`).
 """

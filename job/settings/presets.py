@@ -1,4 +1,4 @@
-"""Presets: named sets of values that take the place of the defaults in `schema`.
+"""Presets: named sets of values that replace the defaults in `schema`.
 
 To add one: an entry here, and its name in the type of `Settings.preset`. A value for a setting in the groups `model`
 and `data`, or for another setting that is marked with `BelongsTo`, counts for the preset's own model and data only.

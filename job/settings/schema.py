@@ -1,4 +1,4 @@
-"""What can be set: every setting's name, type, default and documentation. Every default lives here.
+"""All settings: name, type, default and documentation of each. Every default is defined here.
 
 How to add a setting:
 
@@ -7,7 +7,7 @@ How to add a setting:
 
        warmup_steps: AffectsResult[Whole] = 5
 
-   `AffectsResult[...]`: the setting decides the result, so an attempt that resumes a run must have the same value.
+   `AffectsResult[...]`: the setting affects the result, so an attempt that resumes a run must have the same value.
    `ExecutionOnly[...]`: it decides how the run is carried out only. `markers` has what else a field may say.
 2. Use it: a stage receives the group, `settings.train.warmup_steps`.
 3. Test what it does, in the tests of the package that uses it; and add values it refuses to `BAD_VALUES` in

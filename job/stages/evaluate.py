@@ -30,9 +30,9 @@ def evaluate_base(
 ) -> Evaluated | None:
     """Scores all questions with the adapter switched off.
 
-    `shared` is the store above all runs: scores of a base are kept there for every run that trains on it.
+    `shared` is the store that contains all runs: base scores are cached there for other runs with the same base.
     """
-    # Left out of the key are the base's name and what belongs to the adapter: neither changes the base's scores.
+    # The cache key leaves out the base's name and the adapter's properties: they do not change the base's scores.
     unnamed = replace(loaded.record, id="", revision=None, trainable_parameters=0, adapted=[])
     cache = ScoreCache(shared, SCORES, settings.run.id, score_conditions(_forward(loaded, unnamed)))
     with adapter_off(loaded.model):
@@ -46,7 +46,7 @@ def evaluate_base(
 def evaluate_adapter(
     attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded, trained: Trained
 ) -> Evaluated | None:
-    """Scores all questions with the adapter read back from the store: what is evaluated is what was published."""
+    """Scores all questions with the adapter read back from the store, so that the published file is evaluated."""
     weights = [artifact for artifact in trained.artifacts if "/adapter/adapter_" in artifact.path]
     paths = attempt.processes.share_on_machine(
         "adapter", lambda: [str(attempt.fetch(artifact)) for artifact in weights]
@@ -58,14 +58,14 @@ def evaluate_adapter(
 
 
 def _forward(loaded: Loaded, record: ModelRecord) -> dict[str, Any]:
-    """What decides the bits of a forward pass, apart from the adapter's weights."""
+    """Everything that affects the bits of a forward pass, except the adapter's weights."""
     return {**asdict(record), "forward": loaded.plan.forward, "packed": is_packed(loaded.model)}
 
 
 def _evaluate(
     attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded, *, cache: ScoreCache, side: str
 ) -> Evaluated | None:
-    """Process 0 asks the questions and publishes the samples; the others score what it deals out."""
+    """Process 0 distributes the questions and publishes the samples; the other processes score their share."""
     parallel = ParallelScoring(attempt.processes, attempt.alive)
     if not attempt.processes.leads or sources.tasks is None:
         parallel.help(loaded.model)

@@ -1,4 +1,4 @@
-"""What one stage hands to the next."""
+"""The records that one stage passes to the next."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from job.results.baseline import Baseline
 
 @dataclass(frozen=True)
 class Sources:
-    """What was pulled, in memory; `folder` holds the model's files, which may be those of a kept quantized base.
+    """The result of the pull stage. `folder` holds the model's files, or those of a cached quantized base.
 
-    `tasks` are where it was pulled, and `baseline`, which the gate looks back to, in process 0; `cache_entry`, where
-    the quantized base is to be kept, in the process that pulled.
+    Only the process that pulled, the first on its machine, has `tasks`, `baseline` (results of an earlier run that the
+    gate compares with) and `cache_entry` (where the quantized base is cached); in the others they are None.
     """
 
     record: Pulled
@@ -33,9 +33,10 @@ class Sources:
 
 @dataclass(frozen=True)
 class Loaded:
-    """The model in memory, what the manifest says of it, and how it is going to be trained.
+    """The model in memory, its record for the manifest, and how it will be trained.
 
-    `kept_base` is where a restart finds the base with these very bits; `names` are those of the adapter's file.
+    `kept_base` is where a restart finds the same quantized base, bit for bit; `names` are the tensor names in the
+    adapter's file.
     """
 
     model: Any

@@ -1,4 +1,4 @@
-"""Loading: the quantized base with a fresh adapter on it, made ready for the fastest way that fits."""
+"""Loading: the quantized base with a new adapter, prepared for the fastest execution plan that fits in memory."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from job.training.prepare import limit_memory, prepare, token_budget
 
 
 def load(settings: Settings, sources: Sources, processes: Processes = ALONE, known: Packing | None = None) -> Loaded:
-    """The quantized base with a fresh adapter on it, in each process its own.
+    """Loads the quantized base and adds a new adapter; every process loads a copy of its own.
 
-    `known` is what an earlier attempt of the run found out about packing: it decides bits, so it stays.
+    `known` is what an earlier attempt of the run decided about packing. It is kept, because it affects the
+    result's bits.
 
     Raises:
         SettingsError: The settings do not fit the model or this machine.
@@ -48,7 +49,7 @@ def load(settings: Settings, sources: Sources, processes: Processes = ALONE, kno
         targets=targets,
     )
     if device.type == "cpu":
-        keep_freed_memory()  # not before: what loading leaves goes back
+        keep_freed_memory()  # only after loading, whose temporary memory returns to the system
     if sources.cache_entry is None or sources.quantized:
         kept_base = cached_base(sources.cache_entry)
     else:
@@ -74,7 +75,7 @@ def load(settings: Settings, sources: Sources, processes: Processes = ALONE, kno
     )
     packing = _packing(model, settings, sources, processes, known)
     own = token_budget(device, settings.train.micro_batch_tokens, settings.train.gpu_memory_gb)
-    budget = min(processes.gather("token budget", own))  # it decides bits, so it is the same for all
+    budget = min(processes.gather("token budget", own))  # it affects the result's bits, so all processes use the same
     plan = prepare(
         model,
         [len(example.input_ids) for example in sources.examples],
@@ -93,7 +94,7 @@ def load(settings: Settings, sources: Sources, processes: Processes = ALONE, kno
 
 
 def _packing(model: Any, settings: Settings, sources: Sources, processes: Processes, known: Packing | None) -> Packing:
-    """Whether packed sequences come out right on this model; the same in all processes, since it decides bits."""
+    """Whether this model computes packed sequences correctly; all processes use one answer, since it affects bits."""
     if known is not None:
         use(model.get_base_model(), NAME if known.packed else PLAIN)
         return known
@@ -110,7 +111,7 @@ def _packing(model: Any, settings: Settings, sources: Sources, processes: Proces
 
 
 def _same_kind(processes: Processes, device: str) -> None:
-    """Refuses processes some of which have a GPU and some have none: those would be waited for without end."""
+    """Refuses a run in which only some processes have a GPU: they cannot communicate, and would wait forever."""
     devices = processes.gather("device", device)
     if without := [rank for rank, kind in enumerate(devices) if kind != "cuda" and "cuda" in devices]:
         what = f"the processes {', '.join(map(str, without))} see no GPU, the others do; start fewer, or give each one"

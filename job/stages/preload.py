@@ -6,6 +6,6 @@ from job import log
 
 
 def import_libraries() -> None:
-    """Imports them, which takes seconds."""
+    """Imports the libraries of training and evaluation, which takes seconds."""
     with log.hush():
         from job.stages import train  # noqa: F401 - it imports them

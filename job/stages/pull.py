@@ -1,6 +1,6 @@
-"""The first stage: brings model, data and questions here and checks all of it, before anything is loaded.
+"""The first stage: downloads and checks model, data and questions, before the model is loaded.
 
-Of several processes on a machine the first does it; the others read what it leaves for them on the disk.
+On each machine the first process does this; the others read its results from the local disk.
 """
 
 from __future__ import annotations
@@ -70,30 +70,31 @@ class _Shared:
 
 
 def pull(attempt: Attempt, settings: Settings, storage: StorageOptions) -> Sources:
-    """Fetches and checks everything, in the first process of each machine; `storage` says how to reach stores.
+    """Fetches and checks all inputs, in the first process of each machine; `storage` has the options of the stores.
 
-    What can be known without the model's weights is checked before these are fetched; rows are read meanwhile.
+    Everything that can be checked without the model's weights is checked before they are downloaded. Rows are read
+    during the download.
 
     Raises:
         DataError, SettingsError: The data, the questions, the model or the settings cannot be used.
-        Unreachable, AccessDenied: The hub or a store does not serve.
-        Preempted: The job has to end.
+        Unreachable, AccessDenied: The hub or a store cannot be used.
+        Preempted: The job was asked to stop.
     """
     processes = attempt.processes
     date = processes.share("date of the run", lambda: settings.data.date or _date(attempt))
     if processes.place.local_world_size == 1:
         return _pull(attempt, settings, storage, date)
     if processes.place.local_rank:
-        import_libraries()  # meanwhile
+        import_libraries()  # while the first process downloads
     sources = _pull(attempt, settings, storage, date) if processes.place.local_rank == 0 else None
     shared = processes.share_on_machine("sources", lambda: _write_shared(sources, attempt.work) if sources else None)
     return sources or _read_shared(TypeAdapter(_Shared).validate_json(shared or ""))
 
 
 def _date(attempt: Attempt) -> str:
-    """The day on which the run began: chat templates that write the date write this one, in every attempt.
+    """The day on which the run began. Chat templates that insert the current date get this one, in every attempt.
 
-    The run log has it from the first second of the first attempt.
+    It is the earliest start in the run log, which is written as soon as the first attempt starts.
     """
     return min([attempt.started, *(record.started for record in attempt.earlier)])[: len("2026-01-31")]
 
@@ -136,7 +137,7 @@ def _pull(attempt: Attempt, settings: Settings, storage: StorageOptions, date: s
         if missing:
             checked.result()
 
-    # Downloads and hashes leave the interpreter alone, which meanwhile imports and reads.
+    # Downloading and hashing release the GIL, so that importing and reading rows run at the same time.
     coming = in_thread(lambda: _find_model(attempt, settings, storage, before_weights), "model")
     try:
         import_libraries()
@@ -180,10 +181,10 @@ def _pull(attempt: Attempt, settings: Settings, storage: StorageOptions, date: s
 
 
 def _check_places(settings: Settings) -> None:
-    """Refuses files of data and questions that are not there, before anything is fetched or imported.
+    """Refuses missing data and question files, before anything is fetched or imported.
 
     Raises:
-        DataError: With all of them.
+        DataError: Files are missing; it lists all of them.
         SettingsError: A data set of the hub has no revision.
     """
     data = settings.data
@@ -214,23 +215,23 @@ def _load_tasks(attempt: Attempt, settings: Settings, storage: StorageOptions) -
 
 
 def _wait(attempt: Attempt, *futures: Future[Any]) -> Any:
-    """The result of the first of them that is done; to be asked to end is no reason to wait for gigabytes."""
+    """The result of the first future that is done; a request to stop ends the wait, even during a long download."""
     while not (done := wait(futures, _POLL_SECONDS, FIRST_COMPLETED).done):
         attempt.alive(progress=False)
     return next(future for future in futures if future in done).result()
 
 
 def _early_files(attempt: Attempt, early: Future[tuple[Path, bool]], coming: Future[_Model]) -> tuple[Path, bool]:
-    """The folder with configuration and tokenizer, and whether weights are fetched as soon as these are checked."""
+    """The folder with configuration and tokenizer, and whether the weights are still to be downloaded."""
     _wait(attempt, early, coming)
     return early.result() if early.done() else (coming.result().folder, False)
 
 
 def _check_model(folder: Path, settings: Settings) -> None:
-    """Refuses what can be seen without the weights: a configuration of no model, lengths and target modules.
+    """Refuses what is wrong without the weights: an unusable configuration, lengths, and target modules.
 
     Raises:
-        DataError, SettingsError: As loading the model will.
+        DataError, SettingsError: The same errors that loading the model would raise.
     """
     named = settings.lora.target_modules
     inspect(folder, max_length=settings.train.max_length, targets=None if named == "auto" else named)
@@ -255,7 +256,7 @@ def _read_rows(settings: Settings, source: str, tokenizer: Any, **how: Any) -> t
 
 
 def _vocabulary(folder: Path) -> int | None:
-    """Rows of the model's embedding, by its configuration; None where that does not say."""
+    """Rows of the model's embedding according to its configuration; None if it does not say."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         text = config.get("text_config") or config
@@ -269,8 +270,9 @@ def _find_model(
 ) -> _Model:
     """The model's files: the quantized base in the cache, or what the settings name.
 
-    A later attempt uses what the first one found, and does not ask its source again. Before weights are fetched,
-    `before_weights` is called with the folder of the small files; it returns when these are checked.
+    A later attempt uses the quantized base that the first one recorded, and does not contact the model's source.
+    Before weights are downloaded, `before_weights` is called with the folder of the small files (configuration and
+    tokenizer), and returns when they are checked.
     """
     known, base = attempt.known(Stage.PULL, Pulled), attempt.known(BASE, CachedBase)
     if (
@@ -290,11 +292,11 @@ def _find_model(
         folder, revision = download_model(source, None)
     else:
         folder, revision = download_model(source, settings.model.revision, before_weights)
-    tokenizer_files(folder)  # refuses now what cannot be published in the end
+    tokenizer_files(folder)  # fails now rather than when the adapter is published
     sha256 = fingerprint(folder)
     places = _cache_places(attempt, settings, storage)
     entry = None if places is None else entry_for(_facts(settings, sha256), *places)
-    # Not in a later attempt: it is not known to be the one that the run began with.
+    # Not in a later attempt: this entry may not be the one that the run began with.
     here = None if entry is None or known else find(replace(entry, store=None), attempt.get_on)
     return _Model(here or folder, revision, sha256, entry, quantized=here is not None)
 
@@ -323,7 +325,7 @@ def _cache_places(
 
 
 def _facts(settings: Settings, sha256: str) -> dict[str, Any]:
-    """What the bits of a quantized base come from."""
+    """Everything that affects the bits of a quantized base: the key of its cache entry."""
     model, device, machine = settings.model, choose_device(settings.run.device), host.hardware()
     return {
         "model": sha256,

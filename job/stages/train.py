@@ -1,4 +1,4 @@
-"""Training: from the newest whole checkpoint on, publishing others beside it, to the published adapter."""
+"""Training: resumes from the newest valid checkpoint, uploads new ones meanwhile, and publishes the adapter."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from job.training.trainer import train
 
 
 def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded) -> Trained | None:
-    """Trains from the newest whole checkpoint on, and publishes the adapter and the metrics."""
+    """Resumes from the newest valid checkpoint, trains, and publishes the adapter and the metrics."""
     model, processes = loaded.model, attempt.processes
     optimizer, substituted = substitute(settings.train.optimizer, model.device.type)
     if substituted is not None and processes.leads:
@@ -48,7 +48,8 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
     check_disk(attempt.work, required_bytes([], checkpoint_bytes(_size(model), recipe.optimizer)))
     folder = attempt.work / "artifacts"
     if processes.leads:
-        copy_tokenizer(sources.folder, folder / "adapter", sources.tokenizer)  # now: the base may go while it trains
+        # Now: the base's folder may be deleted during training.
+        copy_tokenizer(sources.folder, folder / "adapter", sources.tokenizer)
     with (
         log.progress("steps", recipe.total_steps, every=settings.train.log_every_steps) as tell,
         AsyncUploader(
@@ -121,7 +122,7 @@ def _stopped(attempt: Attempt, restored: manager.Restored, total_steps: int) -> 
 
 
 def _restore(attempt: Attempt) -> manager.Restored:
-    """The newest whole checkpoint, brought here once a machine and verified on each; on all it must be the same one."""
+    """Downloads and verifies the newest valid checkpoint, once on each machine; all must find the same one."""
     processes = attempt.processes
 
     def restore() -> str:
@@ -155,7 +156,7 @@ def _recipe(settings: Settings, rows: int, micro_batch_tokens: int, optimizer: s
 
 
 def _teller(attempt: Attempt, tell: log.Progress, watch: Stopwatch) -> Callable[[StepMetrics], None]:
-    """Counts, times and shows a step."""
+    """The hook that counts, times and logs a step."""
 
     def on_metrics(metrics: StepMetrics) -> None:
         seconds = float(metrics.measured["seconds"] or 0)
@@ -174,13 +175,13 @@ def _teller(attempt: Attempt, tell: log.Progress, watch: Stopwatch) -> Callable[
 
 
 def _committed(attempt: Attempt, step: int, seconds: float) -> None:
-    """Notes a checkpoint; called in the uploading thread."""
+    """Records that a checkpoint is committed; called in the upload thread."""
     attempt.note("running")
     log.get_logger().info("checkpoint", step=step, seconds=round(seconds, 3))
 
 
 def _fits(attempt: Attempt, watch: Stopwatch, publisher: AsyncUploader) -> Callable[[float], bool]:
-    """Whether there is time for a share of a step and for saving; an upload that is under way has to end first."""
+    """Whether there is time for a share of a step and for saving, after an upload that is in progress has ended."""
 
     def fits(share: float) -> bool:
         uploads = 2 * max(publisher.seconds, default=0.0)

@@ -53,8 +53,8 @@ def download_model(
 ) -> tuple[Path, str | None]:
     """The folder of a model: the path itself, or the hub's files in the local cache.
 
-    The weights' bytes are held against the SHA-256 that the hub names for them, also where they lay in the cache; what
-    differs is fetched once more.
+    The weights' bytes are compared with the SHA-256 that the hub lists, also if they were in the cache; files that
+    differ are downloaded again.
 
     Args:
         source: A path to a folder in the hub's layout, or a hub id.
@@ -66,7 +66,7 @@ def download_model(
         The folder, and the commit that the revision resolved to (None for a path).
 
     Raises:
-        Unreachable: The hub did not answer, gave other bytes than it names, or the disk has no room.
+        Unreachable: The hub did not answer, gave other bytes than it names, or the disk is full.
         AccessDenied: The model is gated, private, or does not exist for these credentials.
         DataError: No such path, model or revision.
         SettingsError: The folder of the cache cannot be written.
@@ -159,7 +159,7 @@ def peek_model(source: str, revision: str | None) -> tuple[Path, dict[str, int]]
 
 
 def cached_model(source: str, revision: str | None) -> Path | None:
-    """The folder of a hub model in the local cache, if there is one; nobody is asked."""
+    """The folder of a hub model in the local cache, if there is one; makes no request."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 

@@ -1,4 +1,4 @@
-"""Where things lie: places that users name, the table of stores, and the options that stores are opened with."""
+"""Locations (URIs and paths) that users give, the table of stores, and the options for opening a store."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Opens the store at a place that a user names, and fetches what lies there.
+"""Opens the store at a URI or path that a user gives, and downloads from it.
 
 The contract of stores, and how to add one: `job/storage/base.py`. The table of stores: `job/storage/location.py`.
 """

@@ -1,4 +1,4 @@
-"""A published file, fetched from wherever it lies, of which every byte is checked."""
+"""A published file, downloaded from its store and verified by size and SHA-256."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def fetch_artifact(store: ObjectStore, artifact: Artifact, folder: Path) -> Path
     """Downloads a published file below `folder`, verified.
 
     Raises:
-        DataError: It is gone, or not what was published.
+        DataError: The file is missing, or differs from what was published.
     """
     path = folder / artifact.path
     try:

@@ -12,7 +12,7 @@ from job import log
 SAMPLE_SECONDS = 1.0
 
 Joules = Callable[[], float | None]
-"""What the GPUs have taken since the meter was opened; None where nobody can tell."""
+"""The energy that the GPUs have used since the meter was opened; None if it cannot be measured."""
 
 
 def visible_gpus() -> list[str]:

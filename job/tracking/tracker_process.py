@@ -2,7 +2,7 @@
 
 It reads one JSON object a line: first the run, then steps, at last how the attempt ended. It answers the same way:
 where the run can be seen, or what went wrong. When its input ends before the attempt did, the job was killed: it leaves
-the tracker's run open, for the next attempt to go on with.
+the tracker's run open, so that the next attempt can continue it.
 
 The job never kills it, because the tracker may be writing its files. Without the job it ends within two minutes.
 
@@ -127,7 +127,7 @@ def main() -> None:
         os._exit(1)
 
     def tell(message: Message) -> None:
-        with suppress(OSError):  # nobody listens any more
+        with suppress(OSError):  # the job no longer reads the answers
             answers.write(json.dumps(message) + "\n")
             answers.flush()
 

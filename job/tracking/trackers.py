@@ -29,7 +29,7 @@ STOP_SECONDS = 3.0
 ANSWER_SECONDS = 1.0
 """How long to wait for the answers of a tracker's process that has ended."""
 QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "WANDB_ERROR_REPORTING": "false"}
-"""Trackers tell the run's figures to whom the user named, and nothing to their makers. The user's own values win."""
+"""Turns off the trackers' own telemetry; values that the user has set take precedence."""
 
 
 class Tracking:
@@ -83,7 +83,7 @@ class Tracking:
 def tracking(
     projects: Mapping[str, str | None], run: str, config: Mapping[str, Any], environ: Mapping[str, str]
 ) -> Iterator[Tracking]:
-    """Lends the trackers, and tells them at the end of the block how it ended.
+    """Context manager: yields the trackers, and reports to them at the end of the block how it ended.
 
     Args:
         projects: By tracker that the user asked for, the project to put the run into; None where the user named one.

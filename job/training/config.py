@@ -13,10 +13,11 @@ from job.records import ExecutionPlan, StepMetrics
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides the result of training: the settings of `train`, as the trainer takes them.
+    """Everything that determines the result of training: the settings of `train`, in the form that the trainer takes.
 
-    `total_steps` covers all epochs. `micro_batch_tokens` is the budget to begin with: it decides last bits only.
-    How the work is carried out is in `records.ExecutionPlan`. `optimizer` is a key of `common.optimizers.OPTIMIZERS`.
+    `total_steps` covers all epochs. `micro_batch_tokens` is the initial token budget: it affects the result only by
+    rounding. How the work is carried out is in `records.ExecutionPlan`. `optimizer` is a key of
+    `common.optimizers.OPTIMIZERS`.
     """
 
     seed: int
@@ -34,10 +35,11 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Hooks:
-    """What training calls: with the metrics of a step, with a written checkpoint and its step, and to ask `stop`.
+    """Callbacks of training.
 
-    `fits` is asked once the job has to stop: is there time to do the given share of a step and to save after it?
-    `on_write` gets the seconds that it took to write a checkpoint to the local disk.
+    `on_metrics` gets the metrics of each step, `on_save` the folder of a written checkpoint and its step. `stop` says
+    whether the job has to stop; if so, `fits` says whether there is time to compute the given share of a step and to
+    save after it. `on_write` gets the seconds that it took to write a checkpoint to the local disk.
     """
 
     on_metrics: Callable[[StepMetrics], None]
@@ -49,9 +51,9 @@ class Hooks:
 
 @dataclass(frozen=True)
 class Trained:
-    """Every step's metrics, whether all steps were done, and the budget and the plan as they were in the end.
+    """The metrics of every step, whether all steps were done, and the final token budget and execution plan.
 
-    Where memory ran out, these are less than what training began with.
+    If memory ran out, budget and plan are smaller than the initial ones.
     """
 
     history: tuple[StepMetrics, ...]
@@ -67,9 +69,9 @@ def total_steps(rows: int, global_batch_size: int, epochs: int, max_steps: int |
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
-    """Seeds the randomness of one step in one process; a hash, so that neighbouring steps share nothing."""
+    """The random seed of one step in one process; a hash, so that the seeds of neighbouring steps are unrelated."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{step}:{rank}".encode()).digest()[:8], "big") >> 1
 
 
 CPU_MICRO_BATCH_TOKENS = 1024
-"""Token budget of a micro-batch where none is set; on a GPU see `execution_plan.choose_budget`."""
+"""Token budget of a micro-batch on a CPU if none is set; for GPUs see `execution_plan.choose_budget`."""

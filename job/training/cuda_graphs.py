@@ -1,8 +1,8 @@
 """CUDA graphs: a GPU's kernels for inputs of one shape, recorded once and then launched together.
 
 Python launches a kernel in about the time that a fast GPU takes to run one, thousands of times in a step. A graph
-launches all of them at once, with nothing on the host between them. It computes what was recorded, on whatever its
-input tensors then hold.
+launches all of them at once, without work on the host in between. It repeats the recorded kernels on the current values
+of its input tensors.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Work = Callable[..., torch.Tensor]
 
 @dataclass(frozen=True)
 class _Recording:
-    """A graph, the tensors that it reads and the one that it writes; their addresses are recorded in it."""
+    """A graph, its input tensors and its output tensor, whose addresses are recorded in the graph."""
 
     graph: Any
     inputs: tuple[torch.Tensor, ...]
@@ -29,15 +29,15 @@ class _Recording:
 
 
 class CudaGraphs:
-    """Does the same as `work`, called with tensors, in one launch for each call.
+    """Called with tensors, computes the same as `work`, with one launch per call.
 
-    What can be recorded: work without host synchronization (no `.item()`, no shape that depends on values), without
-    random numbers, and with static addresses: besides its inputs it reads and writes only tensors that stay where they
-    are, and nothing but its output is used after it. What it does depends on its inputs' shapes and values alone.
+    Only such work can be recorded: without host synchronization (no `.item()`, no shape that depends on values),
+    without random numbers, and with static addresses: besides its inputs it reads and writes only tensors that keep
+    their addresses, and only its output is used after it. What it does depends only on its inputs' shapes and values.
 
     Args:
         work: As above. Returns one tensor.
-        first: Inputs to run it on beforehand, without recording: libraries make their workspaces when first called,
+        first: Inputs for a warm-up call without recording: libraries allocate their workspaces when first called,
             which is not allowed while recording.
 
     What a call returns is valid until the next call, which overwrites it.
@@ -50,7 +50,7 @@ class CudaGraphs:
         self._pool = torch.cuda.graph_pool_handle()
         self._recordings: dict[tuple[torch.Size, ...], _Recording] = {}
         self.possible = True
-        """Whether recording has not failed; where it has, calls do the work kernel by kernel."""
+        """False once recording has failed; then calls launch the work kernel by kernel."""
         self._run_unrecorded(first)
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
@@ -80,7 +80,7 @@ class CudaGraphs:
         """
         graph, kept = torch.cuda.CUDAGraph(), tuple(x.clone() for x in inputs)
         try:
-            # The outer one: a recording that fails does not leave its stream.
+            # The outer context restores the current stream, which a failed recording does not.
             with (
                 torch.cuda.stream(torch.cuda.current_stream()),
                 torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
@@ -92,7 +92,7 @@ class CudaGraphs:
         else:
             self._recordings[shapes] = _Recording(graph, kept, output)
             return
-        if full:  # a new error: the one that was caught holds on to all that the work had made
+        if full:  # a new error: the caught one would keep all tensors of the failed work alive
             raise torch.OutOfMemoryError(reason)
         self.possible = False
         get_logger().warning("the GPU's work cannot be recorded: it is launched kernel by kernel", reason=reason)
@@ -100,7 +100,8 @@ class CudaGraphs:
     def _run_unrecorded(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Does the work kernel by kernel, on the stream of the recordings."""
         current = torch.cuda.current_stream()
-        # Each waits for the other on the GPU, without the host: the inputs come from one, the output goes back to it.
+        # The streams wait for each other on the GPU, without the host: the recording stream for the inputs, the current
+        # stream for the output.
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             output = self._work(*inputs)

@@ -1,7 +1,8 @@
-"""Chooses how training is carried out on a GPU: the token budget, and what is kept in memory instead of made again.
+"""Chooses how training is carried out on a GPU: the token budget, and what is kept in memory instead of recomputed.
 
-Kept or made again, the bits are the same; only the token budget of a micro-batch changes them. So the budget follows
-from the GPU's size alone, which is the same on another machine of this kind, and the rest from what is free.
+Whether something is kept or recomputed does not change the result's bits; the token budget of a micro-batch does. So
+the budget depends only on the GPU's total memory, which is the same on every machine of this kind, and the other
+choices depend on the free memory.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def choose_budget(total_bytes: int) -> int:
 
 
 def kept_activation_bytes(setup: Setup, tokens: int) -> int:
-    """Bytes that a sequence of so many tokens leaves for the backward pass in all layers, where they are fused.
+    """Bytes that all layers keep of a sequence of so many tokens for the backward pass, with fused layers.
 
     In the compute dtype, for each layer and token: the residual stream before both halves, the outputs of both norms,
     the queries and attention's output, each as wide as the stream; gate, up and their product.
@@ -45,10 +46,10 @@ def choose_plan(
     keep_activations: bool | None,
     recorded: bool,
 ) -> ExecutionPlan:
-    """The fastest plan that fits, where fused layers compute; `forward` is left for who fuses them.
+    """The fastest plan that fits, where fused layers compute; `forward` is set by the caller, which fuses them.
 
-    Activations, the base's dequantized weights, both or neither are kept. Of the two the activations come first: on an
-    H100 keeping them alone gave 13,960 target tokens/s, the base alone 10,714, both 15,067, neither 9,861.
+    Activations, the base's dequantized weights, both or neither are kept. If only one fits, activations are preferred:
+    on an H100 keeping only them gave 13,960 target tokens/s, the base alone 10,714, both 15,067, neither 9,861.
 
     Args:
         setup: What is trained.

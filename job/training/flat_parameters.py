@@ -1,7 +1,7 @@
 """The adapter as one flat tensor: its parameters are views of it, and their gradients are views of another one.
 
-What is done to all of them alike (an optimizer step, clipping, the sum over processes) is then one operation instead of
-hundreds. To PEFT nothing changes: its parameters keep names, shapes and values, and are saved as ever.
+An operation on all parameters (an optimizer step, clipping, the sum over processes) is then one kernel instead of
+hundreds. Nothing changes for PEFT: its parameters keep their names, shapes and values, and are saved as usual.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ class FlatParameters:
     """The parameters end to end in one tensor, each from a multiple of `block` on, with zeros between them.
 
     Args:
-        parameters: Of any shapes, of one dtype (fp32) on one device. Their values are kept; their memory is the flat
-            tensor's from now on.
+        parameters: Of any shapes, of one dtype (fp32) on one device. Their values are kept; they become views of
+            the flat tensor.
         block: `OptimizerSpec.block`: an 8-bit optimizer quantizes so many neighbouring numbers with one constant, and
-            none of these blocks shall reach over two parameters.
+            no such block may span two parameters.
     """
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter], block: int) -> None:
@@ -26,7 +26,7 @@ class FlatParameters:
         first = self._parameters[0]
         size = sum(self._padded(p) for p in self._parameters)
         self.whole = torch.nn.Parameter(torch.zeros(size, dtype=first.dtype, device=first.device))
-        """(size,): what the optimizer gets."""
+        """(size,): the single parameter that the optimizer updates."""
         self.gradient = torch.zeros_like(self.whole)
         """(size,): its gradient."""
         self._gradients = self._views(self.gradient)
@@ -38,8 +38,8 @@ class FlatParameters:
     def clear(self) -> None:
         """Zeroes the gradient in place, and makes the parameters' `.grad` views of it.
 
-        Autograd then adds to this memory, whose address a CUDA graph relies on. It is done for every step, because
-        trainers set `.grad` to None.
+        Autograd then accumulates into this memory, whose address a CUDA graph relies on. Called for every step,
+        because trainers set `.grad` to None.
         """
         self.gradient.zero_()
         self.whole.grad = self.gradient
@@ -47,7 +47,7 @@ class FlatParameters:
             parameter.grad = view
 
     def _padded(self, parameter: torch.nn.Parameter) -> int:
-        """Numbers that a parameter takes, with the zeros behind it."""
+        """Elements that a parameter takes in the flat tensor, including the zeros after it."""
         return -(-parameter.numel() // self._block) * self._block
 
     def _views(self, flat: torch.Tensor) -> list[torch.Tensor]:

@@ -1,13 +1,13 @@
-"""The loss over the vocabulary where TRL's own head does not fit: on a CPU, and inside a CUDA graph.
+"""The loss over the vocabulary where TRL's fused head is too slow or not usable: on a CPU, and in a CUDA graph.
 
 TRL's head projects hidden states onto the vocabulary in tiles, so that the logits are never all in memory. On a GPU it
-first picks out the positions that are learned; without Triton it scores every position and forms all logits twice.
+first selects the target positions; without Triton it forms the logits of every position, twice.
 
 - On a CPU in fp32, `summed_head` takes its place under TRL's `compute_loss`: torch's `linear_cross_entropy` scores only
-  what is learned, a few positions at a time, and finds the gradient on the way. On 512 positions of a vocabulary of
+  the target positions, a few at a time, and computes the gradient in the same pass. On 512 positions of a vocabulary of
   32,000 it took 0.5 s of CPU time, TRL's head 2.0 s.
-- In a CUDA graph, `padded_loss` scores every position with TRL's kernel: picking positions out would need their number,
-  for which the host would have to wait.
+- In a CUDA graph, `padded_loss` scores every position with TRL's kernel: selecting positions would need their number
+  on the host, which is a synchronization.
 """
 
 from __future__ import annotations
@@ -101,14 +101,14 @@ def padded_loss(hidden: torch.Tensor, head: Any, labels: torch.Tensor) -> torch.
     Args:
         hidden: (length, hidden) in the compute dtype: the last hidden states.
         head: The output layer: `weight` (vocabulary, hidden), `bias` (vocabulary,) or None, in the compute dtype.
-        labels: (length,) int64: what each position shall predict, or -100 where nothing is learned.
+        labels: (length,) int64: what each position is to predict, or -100 where nothing is learned.
 
     Returns:
         () float32.
     """
     from trl.kernels import ChunkedLogProbFunction
 
-    # An index must be valid although its position is not learned; what comes of it is masked out below.
+    # An index must be valid although its position is not learned; its result is masked out below.
     targets = labels.clamp(min=0)
     log_probs: torch.Tensor = ChunkedLogProbFunction.apply(
         hidden, head.weight, head.bias, targets, 1.0, VOCABULARY_CHUNK, None, 1.0, ()
@@ -133,7 +133,7 @@ def alone_loss(model: Any, *, input_ids: torch.Tensor, labels: torch.Tensor) -> 
 
 
 def losses_of(model: Any) -> Losses:
-    """Both ways to the loss of examples, as training goes them, for the check that they agree.
+    """Training's two ways to compute the loss, packed and one example at a time, for the check that they agree.
 
     Gives the model TRL's fused head where that is what training uses; the trainer does so again.
     """

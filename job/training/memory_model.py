@@ -1,7 +1,7 @@
-"""What training takes, by formula: bytes on the GPU, floating-point operations, seconds. Pure functions of numbers.
+"""What training needs, by formula: bytes on the GPU, floating-point operations, seconds. Pure functions of numbers.
 
-The formulas follow what this job really holds and computes (`model/`, `training/`), not a rule of thumb. Memory is what
-torch allocates; the driver's context and fragmentation come on top, see `room`. A micro-batch is one packed sequence.
+The formulas count what this job's code holds and computes (`model/`, `training/`). Memory is what torch allocates; the
+driver's context and fragmentation are additional, see `room`. A micro-batch is one packed sequence.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from job.common.optimizers import OPTIMIZERS
 from job.model.architecture import Architecture
 
 NF4_BLOCK, DOUBLE_BLOCK = 64, 256
-"""Weights that share a constant, and constants that share one where these are quantized too."""
+"""Weights per quantization constant; with double quantization, constants per second-level constant."""
 FP32 = 4
 """Bytes of a number in fp32."""
 HEAD_ROWS, HEAD_COLUMNS = 4096, 32768
-"""The logits are computed in tiles of so many tokens and so many entries of the vocabulary, and never kept."""
+"""Size of the tiles (tokens, vocabulary entries) in which the logits are computed; they are never kept."""
 
 CONTEXT_BYTES = 600 << 20
 """Of the driver and the libraries' workspaces on the GPU. Assumed."""
 MARGIN = 0.1
-"""What the prediction may be wrong by, fragmentation included. Assumed, from the three measured points in the tests."""
+"""Relative error of the prediction, including fragmentation. Assumed, from the three measured points in the tests."""
 UTILISATION = 0.18
-"""Share of the data sheet's operations that PEFT's layers get done: 0.18 to 0.21 on an H200, measured."""
+"""Share of the data sheet's peak FLOP/s that PEFT's layers reach: 0.18 to 0.21 on an H200, measured."""
 FUSED_UTILISATION = 0.42
-"""That of the job's fused layers: 0.41 to 0.47 on an H100 by what is kept, measured; assumed elsewhere."""
+"""The same for the job's fused layers: measured 0.41 to 0.47 on an H100, by what is kept; assumed elsewhere."""
 SCORING_UTILISATION = 0.3
-"""That of an evaluation, in which the CPU has its share: measured as well."""
+"""The same for an evaluation, which includes work on the CPU; measured as well."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Setup:
 
     @property
     def adapter(self) -> int:
-        """Numbers in the adapter."""
+        """Number of the adapter's parameters."""
         return self.architecture.adapter_parameters(self.rank, self.targets)
 
 
@@ -91,7 +91,7 @@ def weight_bytes(setup: Setup) -> int:
 
 
 def kept_bytes(setup: Setup) -> int:
-    """Bytes that one token leaves in one layer for its backward pass, where PEFT's own layers compute.
+    """Bytes that one layer keeps per token for its backward pass, with PEFT's layers.
 
     In fp32: the input of both norms. In the compute dtype: the input of the query, key and value layers and that of the
     feed-forward layer; queries, keys and values (these repeated to the queries' width), the attention's output and its
@@ -109,10 +109,10 @@ def kept_bytes(setup: Setup) -> int:
 def activation_bytes(setup: Setup, tokens: int) -> int:
     """Bytes of activations at the peak of a micro-batch of so many tokens, where PEFT's own layers compute.
 
-    Without recomputation every layer's are there when the backward pass begins; with it each layer's input, and all of
-    the one layer in hand. On top come either the working space of that layer's backward pass (gradients twice as wide
-    as the feed-forward layer and twice as the stream, and the largest matrix dequantized), or that of the chunked loss:
-    the last hidden states, their gradient in fp32, and one tile of logits.
+    Without recomputation, the activations of all layers are in memory when the backward pass begins; with it, the input
+    of each layer and all activations of the current one. Added to them are either the working space of that layer's
+    backward pass (gradients twice as wide as the feed-forward layer and twice as the stream, and the largest matrix
+    dequantized), or that of the chunked loss: the last hidden states, their gradient in fp32, and one tile of logits.
     """
     a, size = setup.architecture, setup.value_bytes
     layer = kept_bytes(setup) * tokens
@@ -155,17 +155,17 @@ def evaluation_bytes(setup: Setup, tokens: int, reads: int) -> int:
 
 
 def room(memory_bytes: int) -> int:
-    """Bytes of a GPU that a prediction may fill: less the context, and the margin of the prediction."""
+    """Bytes of a GPU that a prediction may use: its memory without the context and the prediction's margin."""
     return max(0, round((memory_bytes - CONTEXT_BYTES) / (1 + MARGIN)))
 
 
 def largest_budget(needs: Callable[[int], int], limit: int, most: int) -> int:
-    """The most tokens, up to `most`, whose need is within the limit; 0 where not even one token's is.
+    """The largest number of tokens, up to `most`, that fits within the limit; 0 if not even one token does.
 
     Args:
-        needs: Bytes for so many tokens; never falls.
-        limit: Bytes there are.
-        most: Where to stop: no step has more.
+        needs: Bytes for a number of tokens; must not decrease with it.
+        limit: Available bytes.
+        most: Upper bound: no step has more tokens.
     """
     low, high = 0, most
     while low < high:
@@ -200,7 +200,7 @@ def evaluation_flops(setup: Setup, tokens: int, reads: int) -> int:
 def seconds(
     flops: int, passes: int, setup: Setup, *, rate: float, bandwidth: float, used: float = UTILISATION
 ) -> float:
-    """Seconds on a GPU: what the operations take at the assumed utilisation, or what reading the weights takes.
+    """Seconds on a GPU: the larger of the time for the operations and the time for reading the weights.
 
     Args:
         flops: Operations in all.
@@ -208,7 +208,7 @@ def seconds(
         setup: Of it, the weights' number and format.
         rate: Operations a second, by the data sheet.
         bandwidth: Bytes of memory a second, by the data sheet.
-        used: The share of the operations that gets done, as `UTILISATION`.
+        used: The share of `rate` that is reached, such as `UTILISATION`.
 
     Source: Williams et al. 2009, Roofline. Quantized weights are read, written out dequantized, and read again.
     """

@@ -1,6 +1,6 @@
-"""Examples end to end in one sequence, without padding or padded to one of few lengths.
+"""Packs examples end to end into one sequence, without padding or padded to one of few lengths.
 
-Each example is a segment: positions start anew with it, and attention keeps it apart from the others
+Each example is a segment: its positions start at 0, and it does not attend to other segments
 (`model/packed_attention.py`).
 """
 
@@ -20,18 +20,18 @@ from job.records import Example
 IGNORED = -100
 """The label of a token that is not learned, as torch's cross-entropy and TRL have it."""
 GRAIN = 256
-"""Least step between two lengths of padded sequences, in tokens."""
+"""Lengths of padded sequences are multiples of at least this many tokens."""
 SEGMENTS = 8
-"""Step between two numbers of segments of padded sequences."""
+"""The number of segments of a padded sequence is rounded up to a multiple of this."""
 
 
 def packed_inputs(examples: Sequence[Example], device: torch.device) -> dict[str, Any]:
-    """Lays examples end to end in one sequence, as long as they are.
+    """Lays examples end to end in one sequence without padding.
 
     Returns:
         Inputs of the model: `input_ids`, `labels` (token ids, or -100 where a token is not learned) and `position_ids`,
-        each (1, tokens) int64, and the `layout` that keeps the examples apart. A label belongs to the token at its own
-        place, not to the one before: the loss shifts them. Since no example's first token is learned, shifting by one
+        each (1, tokens) int64, and the `layout` that keeps the examples apart. Labels are not shifted: each is at the
+        position of its own token, and the loss shifts them. Since no example's first token is learned, shifting by one
         never pairs tokens of two examples.
     """
     ids: list[int] = []
@@ -53,7 +53,7 @@ def packed_inputs(examples: Sequence[Example], device: torch.device) -> dict[str
 
 
 def alone_inputs(example: Example, device: torch.device) -> dict[str, Any]:
-    """One example for a model that is not used packed: `input_ids` and `labels`, each (1, tokens) int64."""
+    """One unpacked example, for a model without packing: `input_ids` and `labels`, each (1, tokens) int64."""
     labels = [t if target else IGNORED for t, target in zip(example.input_ids, example.targets, strict=True)]
     ids, labelled = torch.tensor([[*example.input_ids], labels], device=device)
     return {"input_ids": ids[None], "labels": labelled[None]}
@@ -61,21 +61,21 @@ def alone_inputs(example: Example, device: torch.device) -> dict[str, Any]:
 
 @dataclass(frozen=True, eq=False)
 class PaddedSequence:
-    """A packed sequence whose tensors have the shapes of many others'.
+    """A packed sequence, padded to one of few shapes, so that a CUDA graph can be reused for many sequences.
 
-    The padding is a segment of its own that nothing is learned from.
+    The padding is a segment of its own without target tokens.
     """
 
     tokens: torch.Tensor
-    """(3, length) int64: token ids; what each position shall predict, or -100; positions. Labels are shifted."""
+    """(3, length) int64: token ids; what each position is to predict, or -100; positions. Labels are shifted."""
     ends: torch.Tensor
-    """(segments + 1,) int32: where each segment starts, then the length, repeated for segments that hold nothing."""
+    """(segments + 1,) int32: where each segment starts, then the length, repeated for empty segments."""
     segments: tuple[Segment, ...]
-    """Those that hold anything."""
+    """The non-empty segments."""
 
 
 def padded_length(tokens: int) -> int:
-    """The length that a sequence of so many tokens is padded to: a few per cent more, and few lengths for all."""
+    """The length to which so many tokens are padded: few different lengths, a few per cent more tokens."""
     step = grain(tokens)
     return -(-tokens // step) * step
 
@@ -86,9 +86,9 @@ def grain(tokens: int) -> int:
 
 
 def longest_segment(examples: Sequence[Example], budget: int) -> int:
-    """Tokens that no segment of a padded sequence exceeds, the padding included.
+    """Upper bound of the tokens of a segment of a padded sequence, including the segment of padding.
 
-    It is for sequences of at most `budget` tokens, or of one example.
+    Valid for sequences of at most `budget` tokens, or of one example.
     """
     longest = max(len(example.input_ids) for example in examples)
     return max(longest, grain(max(longest, budget)))
@@ -99,7 +99,7 @@ def padded_sequence(examples: Sequence[Example], device: torch.device) -> Padded
     ends = [0, *accumulate(len(example.input_ids) for example in examples)]
     used, length = ends[-1], padded_length(ends[-1])
     tokens = np.zeros((3, length), dtype=np.int64)
-    ids, labels, positions = tokens  # views: what is written to them is written to `tokens`
+    ids, labels, positions = tokens  # views: writing to them writes to `tokens`
     labels[:] = IGNORED
     places = np.arange(length)
     for example, (start, end) in zip(examples, pairwise(ends), strict=True):

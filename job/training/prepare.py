@@ -1,8 +1,8 @@
-"""Makes the execution plan for this machine and the model ready for it, and says which plan it is and why.
+"""Chooses the execution plan for this machine, prepares the model for it, and logs the plan with the reason.
 
-A GPU trains at more than twice the speed with the job's fused layers as with PEFT's own. What they do not cover
-(another dtype, dropout, an old GPU, a model whose layers are not known) trains by PEFT's all the same: then a warning
-and `training.execution` of the manifest say why. A CPU has PEFT's layers always.
+On a GPU, the job's fused layers train more than twice as fast as PEFT's layers. Where they cannot be used (another
+dtype, dropout, an old GPU, a model with unknown layers), PEFT's layers are used instead, and a warning and
+`training.execution` of the manifest give the reason. On a CPU, PEFT's layers are always used.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from job.training.execution_plan import choose_budget, choose_plan
 from job.training.memory_model import Setup, activation_bytes
 
 AMPERE = (8, 0)
-"""The compute capability from which on a GPU has bf16 and the attention kernel for many segments at once."""
+"""The lowest compute capability with bf16 and the attention kernel for variable-length segments."""
 
 
 def token_budget(device: Any, micro_batch_tokens: int | None, gigabytes: float | None) -> int:
-    """The token budget of a micro-batch: what is set, or what this machine's memory suggests.
+    """The token budget of a micro-batch: the setting, or a value chosen by this machine's memory.
 
     Args:
         device: The model's.
-        micro_batch_tokens: What is set.
+        micro_batch_tokens: The setting; None to choose one.
         gigabytes: How much of the GPU may be used; None for all.
     """
     if device.type != "cuda":
@@ -104,7 +104,7 @@ def prepare(
 
 
 def why_not_fused(model: Any) -> str | None:
-    """Why this model on this machine has to be trained by PEFT's own layers; None where the fused ones may serve."""
+    """Why this model on this machine has to be trained by PEFT's own layers; None if the fused ones can be used."""
     device, dtype = model.device.type, str(model.get_base_model().dtype).removeprefix("torch.")
     if not is_packed(model.get_base_model()):
         return "examples go through the model one at a time"
@@ -120,7 +120,7 @@ def why_not_fused(model: Any) -> str | None:
 
 
 def limit_memory(gigabytes: float | None) -> None:
-    """Makes the GPU as small as the job is allowed to see it."""
+    """Limits the GPU memory that torch may allocate in this process, in units of 1e9 bytes; None for no limit."""
     import torch
 
     if gigabytes is not None:
@@ -129,12 +129,12 @@ def limit_memory(gigabytes: float | None) -> None:
 
 
 SHARE = 0.3
-"""Of the memory that is available, what activations on a CPU may take by the formula. With dropout half as much again
-is kept, the adapter's gradients and moments come on top, and neighbours need some."""
+"""Share of the available memory that activations on a CPU may take according to the formula. The rest is for what the
+formula leaves out: dropout keeps half as much again, and gradients, optimizer states and other processes need some."""
 
 
 def keeps_activations(setup: Setup, tokens: int, processes: int) -> bool:
-    """Whether a CPU's memory holds them.
+    """Whether all activations fit in a CPU's memory, so that none has to be recomputed.
 
     Args:
         setup: What is trained.
@@ -145,7 +145,7 @@ def keeps_activations(setup: Setup, tokens: int, processes: int) -> bool:
 
 
 def setup_of(model: Any, quantization: str, optimizer: str) -> Setup | None:
-    """What is trained, for the formulas; None where they do not know the model.
+    """The input of the memory formulas; None if they do not cover the model's architecture.
 
     Args:
         model: The base with its adapter.
@@ -178,7 +178,7 @@ def _fuse(
     keep_activations: bool | None,
     gigabytes: float | None,
 ) -> ExecutionPlan | None:
-    """Replaces the layers' forward by the fused ones, as the memory that is free allows; None where PEFT's remain."""
+    """Replaces the layers' forward by fused ones, as far as free memory allows; None if no layer can be replaced."""
     import torch
 
     from job.model.fused import lora_forward
@@ -195,7 +195,7 @@ def _fuse(
     kernels, name = _fast_kernels()
     try:
         made = fuse_layers(model, keep_dequantized=plan.kept_base, kernels=kernels)
-    except torch.OutOfMemoryError:  # a neighbour took what was free, or the setting asks for too much
+    except torch.OutOfMemoryError:  # another process took the free memory, or the setting needs too much
         plan = replace(plan, kept_base=False, reason=f"{plan.reason}, and ran out while keeping the base")
         made = fuse_layers(model, keep_dequantized=False, kernels=kernels)
     if made == "nothing":
@@ -204,10 +204,10 @@ def _fuse(
 
 
 def _longest_sequence(lengths: Sequence[int], global_batch_size: int, budget: int) -> int:
-    """Tokens of the longest packed sequence that a step will have, as good as certainly.
+    """Tokens of the longest packed sequence of any step, with a negligible probability of an underestimate.
 
-    A step's tokens are taken six standard deviations above their mean; where one has more after all, something is given
-    up then.
+    The estimate is the mean of a step's tokens plus six standard deviations. If a step exceeds it and memory runs out,
+    the step is repeated with less memory (`step.py`).
     """
     tokens = global_batch_size * fmean(lengths) + 6 * global_batch_size**0.5 * pstdev(lengths)
     return max(*lengths, min(budget, int(tokens)))
@@ -216,7 +216,7 @@ def _longest_sequence(lengths: Sequence[int], global_batch_size: int, budget: in
 def _keeps_activations(
     model: Any, setup: Setup | None, tokens: int, processes: int, *, recompute: bool | Literal["auto"]
 ) -> tuple[bool, str]:
-    """Whether PEFT's own layers keep them, as set, else on a CPU that has the memory; and why where it is not set."""
+    """Whether PEFT's layers keep activations: the setting, else only on a CPU with enough memory; and the reason."""
     if recompute != "auto":
         return not recompute, ""
     if model.device.type != "cpu" or setup is None:
@@ -231,7 +231,7 @@ def _gpu_memory(gigabytes: float | None) -> tuple[int, int]:
     import torch
 
     free, total = torch.cuda.mem_get_info()
-    free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # what torch holds and nobody uses
+    free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # what torch has reserved but not allocated
     if gigabytes is None:
         return total, free
     limit = min(total, int(gigabytes * 1e9))
@@ -246,7 +246,7 @@ def _capability() -> tuple[int, int]:
 
 
 def _fast_kernels() -> tuple[Any, str]:
-    """Triton's where there is Triton, which comes with torch for GPUs; else torch's own. And what they are called."""
+    """The kernels and their name: Triton's if it is installed (it comes with torch for GPUs), else torch's own."""
     from job.model.fused import kernels
 
     try:

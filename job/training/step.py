@@ -1,11 +1,12 @@
 """One optimizer step's gradient: micro-batch by micro-batch, summed over all processes. No trainer and no TRL in it.
 
-A step is a fact: its examples come from the batch plan, its loss is the sum over all target tokens of the global batch
-divided by their number, and what is random in it (dropout) is drawn from a seed of the run's seed, the step and the
-process. So no state of a random generator has to survive a restart, and a step can be repeated.
+A step is a function of the run's seed, the step number and the process: its examples come from the batch plan, its loss
+is the sum over all target tokens of the global batch divided by their number, and dropout is seeded from these three.
+So no state of a random generator has to be saved for a restart, and a step can be repeated.
 
-A GPU's memory may run out in it. Then the step is repeated with something given up: first what only saves time
-(`ExecutionPlan.spare`), which changes no bit; when nothing of that is left, half the token budget, in all processes.
+If a GPU's memory runs out in a step, the step is repeated with less memory: first without the optimizations that only
+save time (`ExecutionPlan.spare`), which does not change the result's bits; when none is left, with half the token
+budget, in all processes.
 """
 
 from __future__ import annotations
@@ -40,24 +41,24 @@ whole step, by which the summed loss is divided.
 
 
 class StepAbandoned(Exception):
-    """The step in hand cannot be finished: parameters and optimizer are those of the step before, untouched.
+    """The current step cannot be finished; parameters and optimizer are unchanged since the step before.
 
-    There is no time for the rest of it, or another process has ended, which is then the cause.
+    Either there is no time to finish it, or another process has ended, whose error is then `__cause__`.
     """
 
 
 class OptimizerStep:
-    """Finds the gradient of one optimizer step after the other.
+    """Computes the gradient of one optimizer step per call.
 
     Args:
         model: A PEFT model over a base loaded with packed attention.
         steps: The batch plan, and which share of it is this process's.
         parameters: The adapter. The gradient is left in `parameters.gradient`.
-        recipe: Of it, the seed and the token budget to begin with.
-        plan: How the work is carried out, to begin with.
-        hooks: Of them, `stop` and `fits`.
-        processes: Those that share the step.
-        packed_gradient: Used where the plan is not `padded`.
+        recipe: Only the seed and the initial token budget are used.
+        plan: The initial execution plan.
+        hooks: Only `stop` and `fits` are used.
+        processes: The processes that share the step.
+        packed_gradient: Used if the plan is not `padded`.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class OptimizerStep:
         packed_gradient: PackedGradient,
     ) -> None:
         self.budget = recipe.micro_batch_tokens
-        """Tokens of a micro-batch, as long as memory does not run out. A resumed run sets what an earlier one had."""
+        """Tokens of a micro-batch; halved when memory runs out. A resumed run continues with the budget it had."""
         self.plan = plan
         self._model, self._steps, self._parameters = model, steps, parameters
         self._seed, self._hooks, self._processes = recipe.seed, hooks, processes
@@ -88,8 +89,8 @@ class OptimizerStep:
             The step's loss, () float32 on the device, without history: the mean over its target tokens.
 
         Raises:
-            StepAbandoned: It cannot be finished.
-            TrainingFailed: Memory ran out, and nothing is left to give up.
+            StepAbandoned: The step cannot be finished.
+            TrainingFailed: Memory ran out, and neither an optimization nor the token budget can be reduced further.
         """
         while True:
             sums = None
@@ -105,12 +106,12 @@ class OptimizerStep:
                 if not self._processes.agree(repeat=sums is None):
                     self._processes.add_up(sums)
                     return self._from_sum(sums)
-                # Where one that ran out finds nothing to give up, all of them go on with half the budget.
+                # If a process ran out of memory and has no optimization left to drop, all of them halve the budget.
                 if self._processes.agree(repeat=sums is None and not self._make_room()):
                     self.budget //= 2
             except JobError as error:
                 raise StepAbandoned from error
-            gc.collect()  # an error that was caught holds on to what its frames had made
+            gc.collect()  # the caught error's frames keep tensors alive in reference cycles
             torch.cuda.empty_cache()
 
     def release(self) -> None:
@@ -132,12 +133,12 @@ class OptimizerStep:
         return loss
 
     def _to_sum(self, loss: torch.Tensor) -> torch.Tensor:
-        """What is summed over the processes in one go, end to end: the flat gradient, and the loss as last number."""
+        """The tensor to sum over the processes in one all-reduce: the flat gradient, followed by the loss."""
         alone = self._processes.place.world_size == 1
         return loss.reshape(1) if alone else torch.cat([self._parameters.gradient, loss.reshape(1)])
 
     def _from_sum(self, sums: Any) -> torch.Tensor:
-        """Makes the sum the gradient, and returns the loss."""
+        """Copies the summed gradient into the flat parameters, and returns the loss."""
         if self._processes.place.world_size > 1:
             # In place: the optimizer's `.grad` and the parameters' are views of this memory.
             self._parameters.gradient.copy_(sums[:-1])
@@ -153,7 +154,7 @@ class OptimizerStep:
         if not self.plan.padded:
             return self._packed_gradient(packed_inputs(examples, device), targets)
         sequence = padded_sequence(examples, device)
-        # A tensor and not a number: a CUDA graph would go on with the number that it was recorded with.
+        # A tensor, not a number: a CUDA graph would always use the number with which it was recorded.
         weight = torch.tensor(1 / targets, device=device)
         if not self.plan.recorded:
             return self._padded_gradient(sequence.tokens, sequence.ends, weight, segments=sequence.segments)
@@ -167,18 +168,18 @@ class OptimizerStep:
     def _padded_gradient(
         self, tokens: torch.Tensor, ends: torch.Tensor, weight: torch.Tensor, segments: tuple[Segment, ...] = ()
     ) -> torch.Tensor:
-        """The same for a padded sequence. Meets what `CudaGraphs` asks of its work.
+        """The same for a padded sequence. Fulfils the requirements of `CudaGraphs` on its `work`.
 
         Args:
             tokens: (3, length) int64, `PaddedSequence.tokens`.
             ends: (segments + 1,) int32, `PaddedSequence.ends`.
             weight: () float32: what the summed loss is multiplied by.
-            segments: For machines whose attention goes segment by segment; empty in a CUDA graph, which must not depend
+            segments: Used where attention is computed segment by segment; empty in a CUDA graph, which must not depend
                 on their number.
         """
         base = self._model.get_base_model()
         ids, labels, positions = tokens.unbind()
-        # A budget that an earlier attempt had may be larger than this one's, and then the padding.
+        # An earlier attempt may have had a larger budget, and so a longer padding, than this one's.
         longest = max(self._longest, grain(ids.shape[0]))
         layout = Layout(segments, ends, ends, None, longest, longest)
         hidden = base.base_model(
@@ -189,9 +190,9 @@ class OptimizerStep:
         return loss.detach()
 
     def _recorded(self, device: torch.device) -> CudaGraphs:
-        """The CUDA graphs. Where there are none, that of the largest micro-batch this process will meet is made first.
+        """The CUDA graphs. If there are none yet, that of the largest micro-batch of this process is recorded first.
 
-        All share one pool of memory, and in that of the largest there is room for the others.
+        All graphs share one memory pool, so the memory of the largest graph serves the smaller ones, too.
         """
         if self._graphs is None:
             first = padded_sequence([Example((0,), (False,))], device)
@@ -202,7 +203,7 @@ class OptimizerStep:
         return self._graphs
 
     def _make_room(self) -> bool:
-        """Gives up one thing that takes memory and only saves time; returns whether there was one."""
+        """Drops one optimization that takes memory and only saves time; returns whether there was one."""
         self.release()  # graphs write to fixed addresses, in memory that is freed now
         if not self.plan.spare:
             return False

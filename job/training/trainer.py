@@ -1,15 +1,15 @@
 """Training with TRL: its SFTTrainer, adapted to the batch plan and to packed sequences.
 
 What TRL and transformers do here: the loop over the steps, the optimizer and its schedule, clipping, mixed precision
-with its loss scaling, the trainer's state, and the loss of a packed batch (`SFTTrainer.compute_loss`) wherever the
-decoder is not fused throughout. What this module replaces:
+with its loss scaling, the trainer's state, and, unless all layers of the decoder are fused, the loss of a packed batch
+(`SFTTrainer.compute_loss`). What this module replaces:
 
 - the unit is the optimizer step of the batch plan (`training/step.py`), not a batch of a data loader: `training_step`
-  gets the number of a step and finds its whole gradient, over all processes, so Trainer believes to be alone;
+  gets the number of a step and computes its whole gradient, over all processes; Trainer itself sees one process;
 - the optimizer, clipping and the sums over processes see the adapter as one flat tensor;
-- checkpoints are the job's own (`checkpoints/trainer_state.py`), without a pickle.
+- checkpoints are in the job's own format without pickle (`checkpoints/trainer_state.py`).
 
-Every method of `_PlannedTrainer` that Trainer calls overrides one of the same name and signature: a test holds that.
+Every method of `_PlannedTrainer` that Trainer calls overrides one of the same name and signature; a test checks this.
 """
 
 from __future__ import annotations
@@ -54,22 +54,22 @@ def train(
     resume: Path | None = None,
     processes: Processes = ALONE,
 ) -> Trained:
-    """Trains the adapter of `model` in place, in all processes alike.
+    """Trains the adapter of `model` in place; called in all processes.
 
     Args:
         model: A PEFT model over a frozen base loaded with packed attention, prepared for the plan (`prepare.py`).
         tokenizer: The base's.
-        examples: The data set; the batch plan's rows are positions in it.
-        recipe: What decides the result.
+        examples: The data set; the batch plan's rows are indices into it.
+        recipe: Everything that determines the result.
         plan: How the work is carried out.
-        hooks: What is called meanwhile.
+        hooks: Callbacks.
         folder: Where checkpoints are written, one folder each.
-        resume: A folder written earlier by the same recipe; training goes on after its step.
-        processes: Those that share the work; process 0 writes checkpoints, and tells of them.
+        resume: A checkpoint folder that the same recipe wrote; training continues after its step.
+        processes: The processes that share the work; only process 0 writes checkpoints and calls `on_save`.
 
     Raises:
         TrainingFailed: The loss of a step is not finite, or memory is too small for one example.
-        JobError: What ended another process.
+        JobError: Another process ended, with this error.
         ValueError: The checkpoint to resume from is not of this model.
     """
     trainer = _PlannedTrainer(
@@ -77,7 +77,7 @@ def train(
     )
     recompute_activations(model, on=not plan.kept_activations, random=not plan.padded)
     model.train()
-    # Trainer sets the gradients to None after every step, module by module; here they are views that stay.
+    # Trainer sets the gradients to None after every step, module by module; here they are views that must be kept.
     model.zero_grad = lambda: None
     try:
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
@@ -86,7 +86,8 @@ def train(
         if abandoned.__cause__ is not None:
             raise abandoned.__cause__ from None
     del model.zero_grad
-    # Trainer wraps the model's forward for mixed precision: taken off, so that both evaluations run the same code.
+    # Trainer wraps the model's forward for mixed precision; the wrapper is removed, so that both evaluations run the
+    # same code.
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     recompute_activations(model, on=False)
     model.eval()
@@ -116,9 +117,9 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             model=model,
             args=trl_config(recipe, plan, folder, model),
             processing_class=tokenizer,
-            train_dataset=Dataset.from_list([{"input_ids": list(examples[0].input_ids)}]),  # TRL wants to see one
+            train_dataset=Dataset.from_list([{"input_ids": list(examples[0].input_ids)}]),  # TRL wants a row
             data_collator=list,
-            # A flag that goes up between the agreement and the step's end counts in the next step, in all of them.
+            # If the flag is set after the processes agreed for this step, all of them see it in the next step.
             callbacks=[StopOnFlag(hooks.stop if alone else lambda: processes.stopping, hooks.fits)],
         )
         # TRL rounds the adapter of a quantized model to bf16, in which a resumed run cannot be exact.
@@ -144,7 +145,7 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             packed_gradient=self.packed_gradient,
         )
 
-    # Which examples: the plan's, from the step that comes next.
+    # Which examples: those of the batch plan, from the next step on.
 
     def get_train_dataloader(self) -> Any:
         return _Numbers(self.steps.total, lambda: self.state.global_step)
@@ -155,7 +156,7 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
     def floating_point_ops(self, inputs: Any) -> int:  # noqa: ARG002 - Trainer's signature
         return 0
 
-    # The gradient of a step, and what is done to the adapter as a whole.
+    # The gradient of a step, and the operations on the whole flat adapter.
 
     def training_step(self, model: Any, inputs: tuple[int], num_items_in_batch: Any = None) -> Any:  # noqa: ARG002
         self.clock = time.monotonic()
@@ -164,7 +165,7 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
     def packed_gradient(self, inputs: dict[str, Any], targets: int) -> torch.Tensor:
         """Adds the gradient of a packed batch by TRL's own loss; see `step.PackedGradient`."""
         with self.compute_loss_context_manager():
-            # `model_wrapped` is the model as Trainer made it ready for mixed precision.
+            # `model_wrapped` is the model as Trainer wrapped it for mixed precision.
             if is_packed(self.model):
                 loss = self.compute_loss(self.summed_head or self.model_wrapped, inputs, num_items_in_batch=targets)
             else:
@@ -181,7 +182,7 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
     def _clip_grad_norm(self, model: Any) -> Any:  # noqa: ARG002 - Trainer's signature
         return self.accelerator.clip_grad_norm_([self.parameters.whole], self.args.max_grad_norm)
 
-    # What is told, kept and restored.
+    # Metrics, and saving and restoring checkpoints.
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:  # noqa: ARG002
         """Called by Trainer after every step, and once at the end, then without a loss."""
@@ -198,7 +199,7 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             )
 
     def metrics_of(self, logs: Mapping[str, float], seconds: float) -> StepMetrics:
-        """The facts and measurements of the step that has just ended."""
+        """The metrics and measurements of the step that has just ended."""
         step = self.state.global_step
         examples = self.steps.of(step - 1)
         targets = targets_of(examples)
@@ -229,7 +230,7 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             self.hooks.on_save(path, self.state.global_step)
 
     def save_if_it_fits(self) -> None:
-        """Saves the last finished step, whose state nothing has touched since, unless it is saved or time is up."""
+        """Saves the last finished step, whose state is unchanged since, unless it is saved or there is no time."""
         if self.state.global_step > self.saved_step and self.hooks.fits(0.0):
             self._save_checkpoint(self.model, None)
 
@@ -258,7 +259,7 @@ def memory_in_use() -> int:
 
 
 class _Numbers:
-    """What Trainer iterates over instead of batches: the numbers of the steps that are still to be done."""
+    """The remaining step numbers, over which Trainer iterates instead of batches."""
 
     def __init__(self, total: int, done: Callable[[], int]) -> None:
         self.total, self.done = total, done
@@ -271,7 +272,7 @@ class _Numbers:
 
 
 class StopOnFlag(TrainerCallback):  # type: ignore[misc]
-    """Ends training after the step in hand once the flag is up, with its state saved where there is time for that."""
+    """Once the stop flag is set, ends training after the current step, and saves its state if there is time."""
 
     def __init__(self, stop: Callable[[], bool], fits: Callable[[float], bool]) -> None:
         self.stop, self.fits = stop, fits
@@ -284,7 +285,7 @@ class StopOnFlag(TrainerCallback):  # type: ignore[misc]
 
 
 SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
-"""`JOB_TRAIN__SCHEDULER` by the name that transformers has for it."""
+"""Values of `JOB_TRAIN__SCHEDULER`, with the name of each in transformers."""
 
 OPTIONS = {
     "output_dir": "where Trainer may write; it has to be given",
@@ -304,15 +305,15 @@ OPTIONS = {
     **dict.fromkeys(("report_to", "disable_tqdm"), "nothing is told but by the job"),
     **dict.fromkeys(("activation_checkpointing", "gradient_checkpointing"), "off: switched on the model, by the plan"),
 }
-"""The options of SFTConfig that do something in this trainer, and what. Any other (packing, a data loader's, an
-evaluation's) would be accepted by TRL and change nothing, so `sft_config` refuses it."""
+"""The options of SFTConfig that have an effect in this trainer, and which effect. TRL would accept any other option (of
+packing, a data loader, an evaluation) without any effect, so `sft_config` refuses it."""
 
 
 def sft_config(**options: Any) -> SFTConfig:
     """TRL's configuration.
 
     Raises:
-        ValueError: There is an option that would do nothing here, see `OPTIONS`.
+        ValueError: An option would have no effect here, see `OPTIONS`.
     """
     if unknown := sorted(options.keys() - OPTIONS.keys()):
         raise ValueError(f"options of SFTConfig that would do nothing in this trainer: {', '.join(unknown)}")
@@ -320,7 +321,7 @@ def sft_config(**options: Any) -> SFTConfig:
 
 
 def trl_config(recipe: Recipe, plan: ExecutionPlan, folder: Path, model: Any) -> SFTConfig:
-    """How Trainer is to train this model; it may write into `folder`."""
+    """The configuration of Trainer for this recipe and model; Trainer may write into `folder`."""
     dtype = model.get_base_model().dtype
     return sft_config(
         output_dir=str(folder),
@@ -333,7 +334,7 @@ def trl_config(recipe: Recipe, plan: ExecutionPlan, folder: Path, model: Any) ->
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
         optim=recipe.optimizer,
-        # The argument's name changed between the versions that are admitted.
+        # The argument's name differs between the supported versions of TRL.
         **dict.fromkeys(
             {"activation_checkpointing", "gradient_checkpointing"} & SFTConfig.__dataclass_fields__.keys(), False
         ),
@@ -349,7 +350,7 @@ def trl_config(recipe: Recipe, plan: ExecutionPlan, folder: Path, model: Any) ->
         save_steps=recipe.save_every_steps,
         ignore_data_skip=True,
         remove_unused_columns=False,
-        router_aux_loss_coef=0.0,  # the recipe's loss is that of the tokens, whatever a mixture's config.json has
+        router_aux_loss_coef=0.0,  # only the loss of the tokens, whatever a mixture-of-experts' config.json has
         max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},
         report_to="none",

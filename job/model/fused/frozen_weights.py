@@ -38,8 +38,8 @@ def fuse_layers(model: Any, *, keep_dequantized: bool, kernels: Kernels | None) 
 class _Frozen:
     """Gives the (outputs, inputs) weight of a linear layer of the base, in `dtype`: kept, or dequantized for each use.
 
-    Nothing here wants a gradient, so autograd never sees the dequantized weight: the backward pass asks for it again,
-    and the largest tensor of a layer does not have to live from the one pass to the other.
+    The frozen weight has no gradient, so autograd does not save the dequantized weight: the backward pass requests it
+    again, and the largest tensor of a layer need not be kept between the passes.
     """
 
     def __init__(self, layer: Any, dtype: torch.dtype, *, keep: bool) -> None:

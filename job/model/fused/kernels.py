@@ -1,4 +1,4 @@
-"""What lies between a decoder's matrix products, as few passes over memory: norms, SwiGLU, rotary positions."""
+"""A decoder's operations between matrix products, with few passes over memory: norms, SwiGLU, rotary embedding."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""The frozen base with its adapter in fewer and larger operations: the same numbers up to rounding, sooner.
+"""Faster forward and backward passes of the frozen base with its adapter, with the same results up to rounding.
 
-PEFT's forward casts, multiplies, scales and adds one after the other, and autograd keeps what lies between. Here a
-layer with an adapter is one operation that knows what is frozen. For an input x of (tokens, inputs), a frozen weight W
-of (outputs, inputs) and an adapter A of (rank, inputs), B of (outputs, rank) and scale s = alpha / rank:
+PEFT's forward casts, multiplies, scales and adds in separate operations, and autograd keeps the intermediate tensors.
+Here a layer with an adapter is one autograd function, which needs no gradients of frozen tensors. For an input x of
+(tokens, inputs), a frozen weight W of (outputs, inputs) and an adapter A of (rank, inputs), B of (outputs, rank) and
+scale s = alpha / rank:
 
     y = x W' + bias + s (x A') B'
 
@@ -55,7 +56,7 @@ class _Adapted(torch.autograd.Function):
         outputs = []
         for layer, part in zip(common.layers, low.split_with_sizes(common.ranks, dim=1), strict=True):
             y = functional.linear(tokens, layer.weight(), layer.bias)
-            # In place: y was made on the line above, and nobody else has seen it.
+            # In place: y was made on the line above, and nothing else refers to it.
             outputs.append(y.addmm_(part, layer.b.T).view(*x.shape[:-1], -1))
         # The copies of A and B too: should they change before the backward pass, autograd would find it out.
         ctx.save_for_backward(tokens, low, common.a, *(layer.b for layer in common.layers))
@@ -89,7 +90,7 @@ class _Adapted(torch.autograd.Function):
 
 
 def _product_in_fp32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """The matrix product in fp32, not rounded to the dtype of its factors on the way where the machine can leave it so.
+    """The matrix product in fp32, without rounding to the dtype of its factors where the machine supports that.
 
     A gradient is summed in fp32 over micro-batches: rounded to bf16 each time, small parts of it would be lost.
     """

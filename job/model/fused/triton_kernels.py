@@ -1,4 +1,4 @@
-"""The kernels that torch has not, in Triton: element by element, in fp32, so that their bits are always the same."""
+"""Triton kernels that torch lacks. They work element by element in fp32, so their bits are reproducible."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Quantized base weights, kept so that a restart need not quantize again."""
+"""Quantized base weights, cached so that a restart does not quantize again."""

@@ -1,7 +1,7 @@
-"""The quantized base is kept, so that a start loads 4 GB instead of quantizing 14: found here or in a store, and kept.
+"""Caches the quantized base on this machine or in a store, so that a start loads 4 GB instead of quantizing 14.
 
-A run notes which base it began with, and its later attempts take that one or none: the same key does not prove the same
-bits. Whatever cannot be kept, found or used costs a warning and the way without it.
+A run records which cached base it began with, and its later attempts use only that one: an equal key does not prove
+equal bits. If a base cannot be saved, found or used, the job logs a warning and continues without the cache.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ SHARD = "256MB"
 
 
 def find(entry: CacheEntry, alive: Callable[[], None]) -> Path | None:
-    """The folder of a kept base, every byte of it verified: one that lies here, else one from the store.
+    """The folder of a cached base whose hashes were verified: on this machine, else downloaded from the store.
 
     Args:
         entry: Where to look.
@@ -70,7 +70,7 @@ def find(entry: CacheEntry, alive: Callable[[], None]) -> Path | None:
         warn("is damaged, and is made again", f"{entry.store.uri}/{key_of(entry, INDEX)}", error)
         for key in getattr(error, "keys", ()):
             with suppress(JobError, OSError, ValueError):
-                entry.store.delete(key)  # proved wrong: it does nobody any good
+                entry.store.delete(key)  # its content is wrong, so no run can use it
     except (Preempted, Replaced):
         raise
     except (OSError, JobError) as error:  # of this machine's disk, or of a store that may refuse what is beside the run
@@ -87,7 +87,7 @@ class _Damaged(Exception):
 
 
 def _fetch(entry: CacheEntry, store: ObjectStore, alive: Callable[[], None]) -> Path | None:
-    """Brings the base here, verified before it takes its place."""
+    """Downloads the base, and verifies it before it is moved to its final place."""
     if (stored := store.read(key_of(entry, INDEX))) is None:
         return None
     if not is_wanted(entry, stored.data):

@@ -1,4 +1,4 @@
-"""Where quantized bases lie, and what makes one whole.
+"""Where cached quantized bases are stored, and when one is complete.
 
 A base is a folder in the hub's layout, its tokenizer beside it. `base.json` comes last and holds the hash of each file:
 without it there is no base. In a store the files lie under their hashes, so that two runs that put the same base there
@@ -28,7 +28,7 @@ from job.storage.base import ObjectStore, is_key
 INDEX = "base.json"
 MERGES = "merges.txt"
 LEFT_SECONDS = 86_400
-"""Age at which a folder that was never finished goes."""
+"""Age at which an unfinished folder is removed."""
 _ENDINGS = (".safetensors", ".json", ".model", ".jinja", MERGES)
 
 
@@ -47,7 +47,7 @@ class CacheEntry:
 
 @dataclass(frozen=True)
 class CachedBase:
-    """Which base a run began with; both None where it is not kept."""
+    """Which base a run began with; both None if it is not cached."""
 
     key: str | None = None
     index_sha256: str | None = None
@@ -133,6 +133,6 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def warn(what: str, where: object, error: Exception) -> None:
-    """Says what is wrong with a base; the job goes on without it."""
+    """Logs what is wrong with a cached base; the job continues without it."""
     why = (str(error).splitlines() or [type(error).__name__])[0][:300]
     log.get_logger().warning(f"the quantized base {what}", where=str(where), why=why)
