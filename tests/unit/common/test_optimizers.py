@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from job.checkpoints import optimizer_state
+from job.checkpoints import optimizer_state, trainer_state
 from job.common.optimizers import OPTIMIZERS, OptimizerSpec, substitute
 from job.common.resources import checkpoint_bytes
 from job.settings.schema import Train
@@ -35,7 +35,7 @@ def test_an_entry_describes_the_real_optimizer(name: str) -> None:
     """Names, shapes and dtypes of the state's tensors, and their bytes, are those of the optimizer after a step."""
     optimizer, parameter = make(name)
     spec = OPTIMIZERS[name]
-    tensors, plain = optimizer_state.split(optimizer.state_dict())
+    tensors, plain = trainer_state.split_optimizer_state(optimizer.state_dict())
     assert {place.rpartition("/")[2] for place in tensors} == set(spec.state)
     optimizer_state.check_fit(tensors, plain, [parameter.shape])
     sized = [t for place, t in tensors.items() if spec.state[place.rpartition("/")[2]].shape in {"parameter", "blocks"}]
