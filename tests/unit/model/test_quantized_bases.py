@@ -133,4 +133,5 @@ def test_of_a_model_that_also_sees_the_text_part_is_adapted(tmp_path: Path) -> N
     save_adapter(model, tmp_path / "adapter", base="x", revision=None)
     saved = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     outside = [n for n, _ in model.get_base_model().named_modules() if "vision" in n and n.endswith("q_proj")]
-    assert bool(outside) == bool(saved["exclude_modules"])
+    assert bool(outside) == all("." in name for name in saved["target_modules"])  # full names: no other layer is meant
+    assert not any("vision" in name for name in saved["target_modules"])
