@@ -375,7 +375,7 @@ def test_a_folder_of_the_user_s_own(tmp_path: Path) -> None:
 def test_the_page_s_table_of_ends() -> None:
     """What the page says about each exit code is what the Job does."""
     page = (KUBERNETES / "README.md").read_text(encoding="utf-8")
-    actions = {"next pod, for free": "Ignore", "next pod, counted": "Count", "fails at once": "FailJob"}
+    actions = {"next pod, not counted": "Ignore", "next pod, counted": "Count", "fails at once": "FailJob"}
     rows = re.findall(rf"^\| ([^|]*\d+[^|]*) \| ({'|'.join(actions)})", page, re.MULTILINE)
     said = {int(code): actions[what] for codes, what in rows for code in re.findall(r"\d+", codes)}
     assert said.keys() >= exit_codes().keys()
