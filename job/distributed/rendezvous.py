@@ -119,10 +119,10 @@ def _await_all(joined: ProcessGroup, store: Any, deadline: float, stop: Stop, be
     total = store.compare_set("world_size", "", str(place.world_size)).decode()
     if total != str(place.world_size):
         what = f"adds up to {place.world_size} here and to {total} on another machine; set the same number on all"
-        raise SettingsError([Problem("run.processes", what)])
+        raise SettingsError([Problem("JOB_RUN__PROCESSES", what)])
     if store.add(f"here#{place.rank}", 1) > 1:
         what = f"another process has rank {place.rank} too; give each machine its own, or wait for the old one to end"
-        raise SettingsError([Problem("run.node_rank", what)])
+        raise SettingsError([Problem("JOB_RUN__NODE_RANK", what)])
     here = [f"here#{rank}" for rank in range(place.world_size)]
     while not store.check(here):
         if time.monotonic() > deadline:

@@ -198,7 +198,7 @@ def _setup(settings: Settings, seen: _Seen, checks: list[PreflightResult]) -> tu
     if missing:
         if seen.model is None:  # else the check named "adapter" has seen the layers themselves
             what = f"the model has no linear {', '.join(missing)}; it has {', '.join(sorted(architecture.linear))}"
-            error = SettingsError([Problem("lora.target_modules", what)])
+            error = SettingsError([Problem("JOB_LORA__TARGET_MODULES", what)])
             checks.append(PreflightResult("adapter", "wrong", str(error), error))
         return None, basis
     return Setup(

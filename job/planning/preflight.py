@@ -193,14 +193,14 @@ def preview_model(
     else:
         place, weights, download, where = _of_the_hub(source, revision, online=online)
     if not weights:
-        raise DataError([Problem("model.id", f"{source} has no weights in safetensors")])
+        raise DataError([Problem("JOB_MODEL__ID", f"{source} has no weights in safetensors")])
     try:
         architecture = read_config(_config(place, source))
     except ValueError as error:
         return "note", f"{where}; no figures: {error}", ModelFacts(place, None, download)
     if architecture.window is not None and architecture.window < max_length:
         what = f"{max_length} is more than the model's window of {architecture.window} tokens; lower it"
-        raise SettingsError([Problem("train.max_length", what)])
+        raise SettingsError([Problem("JOB_TRAIN__MAX_LENGTH", what)])
     return "ok", where, ModelFacts(place, architecture, download)
 
 
@@ -232,9 +232,9 @@ def _config(place: Path, source: str) -> dict[str, Any]:
     try:
         config = json.loads((place / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError([Problem("model.id", f"{source} has no config.json that can be read: {error}")]) from error
+        raise DataError([Problem("JOB_MODEL__ID", f"{source} has no config.json that can be read: {error}")]) from error
     if not isinstance(config, dict):
-        raise DataError([Problem("model.id", f"{source} has a config.json that holds no object")])
+        raise DataError([Problem("JOB_MODEL__ID", f"{source} has a config.json that holds no object")])
     return config
 
 
@@ -255,7 +255,7 @@ def _fetch_small_files(source: str, folder: Path, storage: StorageOptions) -> tu
     store = open_store(source, storage)
     found = list(store.list())
     if not found:
-        raise SettingsError([Problem("model.id", f"there is nothing at {source}; correct the URI")])
+        raise SettingsError([Problem("JOB_MODEL__ID", f"there is nothing at {source}; correct the URI")])
     target = folder / "model"
     target.mkdir()
     for info in found:

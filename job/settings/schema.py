@@ -236,7 +236,8 @@ class Eval(Group):
     data: AffectsResult[Annotated[Locations, SageMakerChannel("evaluation")]] = Field(default_factory=dict)
     """Questions from files instead of the hub, `task=path,task2=s3://...` or JSON; each file in its task's schema."""
     long_questions: AffectsResult[Literal["error", "cut"]] = "error"
-    """A question of more than `train.max_length` tokens: ends the job, or loses its beginning, as lm-eval has it."""
+    """What to do with a question of more than JOB_TRAIN__MAX_LENGTH tokens: end the job with an error, or cut off its
+    beginning, as lm-eval does."""
     batch_tokens: ExecutionOnly[Count] = 8192
     """Tokens scored in one forward pass."""
 

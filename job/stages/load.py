@@ -115,4 +115,4 @@ def _same_kind(processes: Processes, device: str) -> None:
     devices = processes.gather("device", device)
     if without := [rank for rank, kind in enumerate(devices) if kind != "cuda" and "cuda" in devices]:
         what = f"the processes {', '.join(map(str, without))} see no GPU, the others do; start fewer, or give each one"
-        raise SettingsError([Problem("run.processes", what)])
+        raise SettingsError([Problem("JOB_RUN__PROCESSES", what)])

@@ -125,7 +125,7 @@ def local_model(source: str) -> Path | None:
     if path.is_dir():
         return path
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise DataError([Problem("model.id", f"{source} is not a folder")])
+        raise DataError([Problem("JOB_MODEL__ID", f"{source} is not a folder")])
     return None
 
 
