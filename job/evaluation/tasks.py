@@ -295,12 +295,12 @@ def _misfits(task: Any, rows: Sequence[Row], source: str) -> Iterator[Problem]:
     """Rows of which the task cannot make a question with one right choice or more."""
     docs = list(task.eval_docs)
     # a task may filter rows, and then a question's number is all that is known of its place
-    places = (
+    locations = (
         [row.where for row in rows]
         if len(docs) == len(rows)
         else [f"{source}:question {n + 1}" for n in range(len(docs))]
     )
-    for where, doc in zip(places, docs, strict=True):
+    for where, doc in zip(locations, docs, strict=True):
         # The data set fills fields that a row lacks with null, which a template would render as "None".
         given = {field: value for field, value in doc.items() if value is not None}
         try:

@@ -124,7 +124,7 @@ def load_base(
             bnb_4bit_compute_dtype=dtype,
         )
     with readable(folder):
-        model, told = AutoModelForCausalLM.from_pretrained(
+        model, loading_info = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             dtype=dtype,
@@ -135,7 +135,7 @@ def load_base(
             output_loading_info=True,
             **how,
         )
-    if missing := sorted(told["missing_keys"]):  # transformers would silently initialize them at random
+    if missing := sorted(loading_info["missing_keys"]):  # transformers would silently initialize them at random
         what = f"{folder} lacks {len(missing)} weights of {type(model).__name__}: {', '.join(missing[:5])}"
         raise DataError([Problem("JOB_MODEL__ID", what)])
     model.config.use_cache = False

@@ -19,10 +19,10 @@ from job.common.hashing import hash_files
 from job.errors import DataError, JobError, Problem, SettingsError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-MOST_CONFIG_BYTES = 16 << 20
-MOST_INDEX_BYTES = 256 << 20
-MOST_LAYERS = 10_000
-MOST_WIDE = 100_000_000
+MAX_CONFIG_BYTES = 16 << 20
+MAX_INDEX_BYTES = 256 << 20
+MAX_LAYERS = 10_000
+MAX_WIDE = 100_000_000
 """Upper limit of any dimension in config.json: a larger one is invalid, and building the model would not end."""
 _LOADABLE = {"bitsandbytes"}
 """Quantization methods whose weights can be used for training. For others the user needs the unquantized model."""
@@ -98,7 +98,7 @@ def weight_files(folder: Path) -> list[Path]:
         return [whole]
     if not (folder / INDEX).is_file():
         raise DataError([Problem("JOB_MODEL__ID", f"{folder} has no weights in safetensors ({WEIGHTS}, or {INDEX})")])
-    named = read_json(folder / INDEX, MOST_INDEX_BYTES).get("weight_map")
+    named = read_json(folder / INDEX, MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(named, dict) or not named or not all(isinstance(name, str) for name in named.values()):
         raise DataError([Problem("JOB_MODEL__ID", f"{folder / INDEX} names no files of weights")])
     problems = []
@@ -143,7 +143,7 @@ def read_config(folder: Path, name: str = "config.json") -> Any:
     """
     from transformers import AutoConfig
 
-    found = read_json(folder / name, MOST_CONFIG_BYTES)
+    found = read_json(folder / name, MAX_CONFIG_BYTES)
     _check_kind(folder, found)
     _check_numbers(folder, found)
     with readable(folder, "has a config.json that describes no model"), tempfile.TemporaryDirectory() as cleaned:
@@ -194,11 +194,11 @@ def _check_numbers(folder: Path, config: Mapping[str, Any]) -> None:
     for key, value in _numbers(config):
         name = key.rsplit(".", 1)[-1]
         if "layer" in name and name.startswith(("num_", "n_")):
-            plausible = 0 <= value <= MOST_LAYERS
+            plausible = 0 <= value <= MAX_LAYERS
         elif name in _NEVER_ZERO:
-            plausible = 0 < value <= MOST_WIDE
+            plausible = 0 < value <= MAX_WIDE
         else:
-            plausible = not name.endswith(("_size", "_dim", "_heads", "_experts")) or abs(value) <= MOST_WIDE
+            plausible = not name.endswith(("_size", "_dim", "_heads", "_experts")) or abs(value) <= MAX_WIDE
         if not plausible:
             problems.append(f"{key} is {value}")
     if problems:

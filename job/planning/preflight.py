@@ -34,12 +34,12 @@ from job.storage.hub import cached_model, local_model, peek_dataset, peek_model
 from job.storage.local import LocalStore
 from job.storage.open import ObjectStore, StorageOptions, fetch, is_remote, open_store, size
 
-MOST_BYTES = 256 << 20
+MAX_BYTES = 256 << 20
 """Larger data sets are not fetched for a plan."""
 MOSTLY = 0.5
 """Share of the weights that is quantized in nearly every model; below that the plan says so."""
-MOST_SMALL_BYTES = 64 << 20
-SILENT = "the hub cannot be reached from here"
+MAX_SMALL_BYTES = 64 << 20
+HUB_UNREACHABLE = "the hub cannot be reached from here"
 Online = Callable[[], bool]
 """Whether the hub can be reached; called only if something has to be fetched from it."""
 FILE_BYTES = (8 << 20) + 1
@@ -246,8 +246,8 @@ def _of_the_hub(source: str, revision: str | None, *, online: Online) -> tuple[P
         return place, weights, sum(files.values()), f"{source} can be fetched from the hub"
     cached = cached_model(source, revision)
     if cached is None or not (cached / "config.json").exists():
-        raise NotChecked(f"{source} is not in the cache, and {SILENT}")
-    return cached, 1, None, f"{source} is in the cache; for its weights {SILENT}"
+        raise NotChecked(f"{source} is not in the cache, and {HUB_UNREACHABLE}")
+    return cached, 1, None, f"{source} is in the cache; for its weights {HUB_UNREACHABLE}"
 
 
 def _fetch_small_files(source: str, folder: Path, storage: StorageOptions) -> tuple[Path, int]:
@@ -259,7 +259,7 @@ def _fetch_small_files(source: str, folder: Path, storage: StorageOptions) -> tu
     target = folder / "model"
     target.mkdir()
     for info in found:
-        if "/" not in info.key and not info.key.endswith(".safetensors") and info.bytes <= MOST_SMALL_BYTES:
+        if "/" not in info.key and not info.key.endswith(".safetensors") and info.bytes <= MAX_SMALL_BYTES:
             store.download(info.key, target / info.key)
     return target, sum(info.key.endswith(".safetensors") for info in found)
 
@@ -298,7 +298,7 @@ def preview_data(
         reading: Further arguments of `load_examples`.
     """
     download, licence = _of_the_data(source, revision, storage, online=online)
-    if download > MOST_BYTES:
+    if download > MAX_BYTES:
         raise NotChecked(f"{source} has {formatting.size(download, ' ')}, too much to fetch for a plan")
     place = fetch(source, folder / "data", storage)
     examples, record = load_examples(
@@ -329,7 +329,7 @@ def _of_the_data(
         return 0, None
     pinned = require_revision(revision)
     if not online():
-        raise NotChecked(f"{source}: {SILENT}")
+        raise NotChecked(f"{source}: {HUB_UNREACHABLE}")
     return peek_dataset(source, pinned)
 
 
@@ -360,7 +360,7 @@ def preview_questions(
     """
     check_tasks(names, data)
     if (missing := [name for name in names if name not in data]) and not online():
-        raise NotChecked(f"{', '.join(missing)}: {SILENT}")
+        raise NotChecked(f"{', '.join(missing)}: {HUB_UNREACHABLE}")
     files = {task: Path(fetch(uri, folder / "questions" / task, storage)) for task, uri in data.items()}
     tasks = load_tasks(names, files, data)
     if tokenizer is not None:
