@@ -17,7 +17,7 @@ from job.settings.schema import NAMES
 
 ROOT = Path(__file__).parents[1]
 CONTRIBUTING = (ROOT / ".github/CONTRIBUTING.md").read_text(encoding="utf-8")
-DECISIONS = sorted((ROOT / ".github/decisions").glob("*.md"))
+DECISIONS = sorted((ROOT / ".github/decisions").glob("0*.md"))
 PAGES = [ROOT / "README.md", ROOT / ".github/CONTRIBUTING.md", *DECISIONS]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCKER = (ROOT / "infra/docker/README.md").read_text(encoding="utf-8")
@@ -124,6 +124,14 @@ def test_decisions_are_short() -> None:
         text = path.read_text(encoding="utf-8")
         assert text.startswith(f"# {int(path.name[:4])}. ")
         assert len(text.splitlines()) <= 50
+
+
+def test_every_decision_is_in_the_index() -> None:
+    """The index has one line for each decision, in order, with a link to its page."""
+    index = (ROOT / ".github/decisions/README.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| \[(\d+)\]\((\S+)\) \| .+ \|$", index, re.MULTILINE) == [
+        (str(int(path.name[:4])), path.name) for path in DECISIONS
+    ]
 
 
 def test_the_figures_of_the_cpu_in_the_readme() -> None:

@@ -190,7 +190,7 @@ class Attempt:
         return found
 
     def keep(self, name: str, record: str) -> None:
-        """Writes a record (a JSON object) that `known` and `stage` read in later attempts."""
+        """Writes a record (a JSON object) that `recorded` and `stage` read in later attempts."""
         key = stage_key(name)
         tag = current_tag(self.store, key)
         write_in_turn(self.store, key, stage_records.render(record, self.run or ""), tag)
