@@ -32,6 +32,7 @@ from job.runs.fault_injection import Fault, arm, faulty
 from job.runs.layout import BASE, PACKING, RESULTS, Stage
 from job.runs.run_log import IdleLimit
 from job.runs.run_settings import agree_on_settings, compare_settings, keep_settings
+from job.runs.stage_records import identity
 from job.settings.load import Settings, environment, trackers
 from job.stages.handoff import Sources
 from job.stages.publish import publish
@@ -43,7 +44,7 @@ from job.tracking.trackers import Tracking, tracking
 
 if TYPE_CHECKING:
     from job.stages.handoff import Loaded
-from job.settings.affects_result import decisive_settings, plain_values
+from job.settings.affects_result import decisive_settings, default_settings, plain_values
 
 
 def run(
@@ -103,7 +104,7 @@ def finished(settings: Settings, delivery: Delivery | None) -> dict[str, Any] | 
     store = _store(settings)
     if (done := read_complete(store)) is None:
         return None
-    compare_settings(store, decisive_settings(settings))
+    compare_settings(store, decisive_settings(settings), default_settings())
     log.get_logger().info("this run is complete already", results=f"{store.uri}/{RESULTS}")
     if delivery:
         deliver(store, done, delivery)
@@ -126,6 +127,7 @@ def _attempt(
     opening = open_attempt(
         faulty(store, armed),
         decisive_settings(settings),
+        defaults=default_settings(),
         cache=settings.storage.cache,
         usd_per_hour=settings.cost.usd_per_hour,
         stop=stop,
@@ -161,13 +163,13 @@ def _load(attempt: Attempt, settings: Settings, sources: Sources) -> Loaded:
     attempt.identify(sources.record)
     loaded = load(settings, sources, attempt.processes, attempt.recorded(PACKING, Packing))
     if attempt.processes.leads:
-        keep_settings(attempt.store, decisive_settings(settings))
+        keep_settings(attempt.store, attempt.settings)
         # once, before the record of the pull; and again if they are damaged
         for name, record in ((PACKING, loaded.packing), (BASE, loaded.kept_base)):
             if attempt.recorded(name, type(record)) is None:
                 attempt.keep(name, json.dumps(asdict(record)))
-    known, found = attempt.stage(Stage.PULL, Pulled, lambda: sources.record), asdict(sources.record)
-    if changed := [name for name, value in asdict(known).items() if found[name] != value]:
+    known, found = map(identity, (attempt.stage(Stage.PULL, Pulled, lambda: sources.record), sources.record))
+    if changed := [name for name, value in known.items() if found[name] != value]:
         raise DataError([Problem(name, "has changed since the first attempt of this run") for name in changed])
     return loaded
 

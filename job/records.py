@@ -232,7 +232,7 @@ class AttemptRecord:
 
 @dataclass(frozen=True)
 class Pulled:
-    """Record of the pull stage: every later attempt has to find the same."""
+    """Record of the pull stage: every later attempt has to find the same, in all fields without a default."""
 
     dataset: DatasetRecord
     model_sha256: str

@@ -58,8 +58,8 @@ class Attempt:
     """What every stage needs.
 
     `store` is fenced: it refuses to change once another attempt has taken the run over, and in any process but the
-    first. `number` is the lease's epoch. `settings` are those that decide the result. `joules` asks a meter what the
-    GPUs have taken since the attempt began; `on_metrics` is called with every step.
+    first. `number` is the lease's epoch. `settings` are those that decide the result and that the run knows.
+    `joules` asks a meter what the GPUs have taken since the attempt began; `on_metrics` is called with every step.
     """
 
     store: ObjectStore
@@ -297,6 +297,7 @@ def open_attempt(
     store: ObjectStore,
     settings: Mapping[str, Any],
     *,
+    defaults: Mapping[str, Any] | None = None,
     cache: str | None,
     stop: Stop,
     report_progress: Callable[[], None],
@@ -310,6 +311,7 @@ def open_attempt(
     Args:
         store: The run's own.
         settings: Value by dotted name of the settings that decide the result; an earlier attempt's must be the same.
+        defaults: Their defaults, which count for what an earlier version did not have as a setting.
         cache: Folder for temporary files; None for the system's.
         stop: The flag.
         report_progress: Tells the watchdog that there is progress.
@@ -324,8 +326,9 @@ def open_attempt(
         SettingsError: The run began with other settings.
     """
     lease = None
+    own = settings
+    settings = processes.share("settings of the run", lambda: compare_settings(store, own, defaults))
     if processes.leads:
-        compare_settings(store, settings)
         lease = take(store, platform.node() or "unknown")
     number = processes.share("attempt", lambda: lease.epoch if lease else 0)
     log.bind(attempt=number)

@@ -91,8 +91,8 @@ class Run(Group):
     """The run as a whole."""
 
     id: ExecutionOnly[RunId] = Field(default_factory=new_run_id)
-    """Name of the run and of its folder; the job started again with the same id resumes it. Default: the platform's
-    name of the job, else a new one from the time and random digits."""
+    """Name of the run and of its folder; the job started again with the same id resumes the run. Default: the
+    platform's name of the job, else a new one from the time and random digits."""
     output: ExecutionOnly[Location] = "runs"
     """Where runs are kept, `s3://bucket/prefix` or a path; the files of this run lie in `<output>/<run id>/`.
 
