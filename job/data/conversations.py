@@ -1,10 +1,10 @@
-"""Rows of messages: what is wrong with one, and its text by the tokenizer's chat template.
+"""Rows of messages: checks them, and renders them with the tokenizer's chat template.
 
 | field | meaning |
 |---|---|
 | messages | a list of {role, content}; other fields of a message, such as `tool_calls`, go to the template as well |
-| messages[].weight | 0: the message is read and never learned, whatever the loss is on; 1 or nothing: it is learned |
-| tools | the tools that may be called, as a list of objects or as its JSON |
+| messages[].weight | 0: the message is context only and never in the loss; 1 or absent: it is in the loss |
+| tools | the tools that may be called: a list of objects, or that list as JSON text |
 
 A field that the template ignores is not in the rendered text. Tools and tool calls that the template ignores are an
 error; other ignored fields are counted and reported.
@@ -26,7 +26,7 @@ _OF_A_MESSAGE = ("role", "content", "weight")
 
 
 def check_messages(row: Row) -> list[RowError]:
-    """All that is wrong with the messages and tools of a row; empty for a good one."""
+    """Everything that is wrong with the messages and tools of a row; empty if the row is valid."""
     place = f"{row.where} messages"
     messages = row.fields.get("messages")
     if messages is None:
@@ -91,7 +91,7 @@ def _tools(fields: dict[str, Any]) -> list[dict[str, Any]] | None:
 
 
 def render_messages(row: Row, template: Template, *, find_turns: bool) -> Rendered | RowError:
-    """The text of a good conversation, with its assistant's turns as completions if these are to be found.
+    """The text of a valid conversation; with `find_turns`, the assistant's turns are its completions.
 
     Raises:
         DataError: The chat template is broken, or exceeds its time or memory limit.
@@ -126,7 +126,7 @@ def render_messages(row: Row, template: Template, *, find_turns: bool) -> Render
 
 
 def _with_content(message: dict[str, Any]) -> dict[str, Any]:
-    """The message, with an empty content where it only calls tools: templates write a missing one as `None`."""
+    """The message; if it only calls tools, with an empty content, since templates write a missing one as `None`."""
     return message if message.get("content") is not None else {**message, "content": ""}
 
 
@@ -155,7 +155,7 @@ def _with_parsed_arguments(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_object(call: Any) -> Any:
-    """A tool call, its arguments as an object where they are the JSON of one."""
+    """A tool call whose arguments, if they are the JSON text of an object, are that object."""
     if not isinstance(call, dict):
         return call
     if isinstance(call.get("function"), dict):
@@ -172,7 +172,7 @@ def _with_object(call: Any) -> Any:
 def _unused_in_messages(
     messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, text: str, template: Template
 ) -> list[str]:
-    """The fields of messages that change nothing in the text: the template does not write them."""
+    """The fields of messages that the template ignores: without them the text is the same."""
     names = Counter(
         name
         for message in messages
@@ -187,7 +187,7 @@ def _unused_in_messages(
 
 
 def _rendered(template: Template, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str | None:
-    """The text of a conversation that lacks something; None where the template, which looks for that, refuses it."""
+    """The text of a conversation from which something was removed; None if the template then refuses it."""
     try:
         return template(messages, tools=tools)
     except TemplateRefusalError:
