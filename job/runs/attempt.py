@@ -193,7 +193,7 @@ class Attempt:
         """Writes a record (a JSON object) that `known` and `stage` read in later attempts."""
         key = stage_key(name)
         tag = current_tag(self.store, key)
-        write_in_turn(self.store, key, stage_records.render(record, self.run or ""), tag)
+        write_in_turn(self.store, key, stage_records.render(record, self.run or "", self.number), tag)
 
     def _read_record(self, name: str, adapter: TypeAdapter[T]) -> T | None:
         stored = self.store.read(stage_key(name))
@@ -281,7 +281,7 @@ class Attempt:
             return
         began = time.monotonic()
         with self._noting:  # the uploading thread notes checkpoints
-            record = sealed({**asdict(self.record(outcome)), QUESTIONS: self.questions})
+            record = sealed({**asdict(self.record(outcome)), QUESTIONS: self.questions, stage_records.RUN: self.run})
             self._noted = write_in_turn(self.store, attempt_key(self.number), record, self._noted)
         ended = time.monotonic()
         shortest, longest = NOTE_SECONDS
