@@ -50,7 +50,7 @@ from job.settings.affects_result import decisive_settings, default_settings, pla
 def run(
     settings: Settings,
     stop: Stop,
-    beat: Callable[[], None],
+    report_progress: Callable[[], None],
     faults: tuple[Fault, ...],
     *,
     delivery: Delivery | None = None,
@@ -73,11 +73,11 @@ def run(
     agree_on_settings(processes, decisive_settings(settings))
     if (done := processes.share("results of before", lambda: finished(settings, delivery))) is not None:
         return done
-    with _attempt(settings, stop, beat, faults, processes, idle=idle) as (attempt, track):
+    with _attempt(settings, stop, report_progress, faults, processes, idle=idle) as (attempt, track):
         with attempt.timed(Stage.PULL):
             sources = pull(attempt, settings, storage_options(settings.storage))
         loaded = _load(attempt, settings, sources)
-        with publishing(sources.cache_entry if processes.leads else None, stop, beat):
+        with publishing(sources.cache_entry if processes.leads else None, stop, report_progress):
             base = _evaluate_base(attempt, settings, sources, loaded)
             trained = _train(attempt, settings, sources, loaded)
             adapter = _evaluate_adapter(attempt, settings, sources, loaded, trained)
@@ -115,7 +115,7 @@ def finished(settings: Settings, delivery: Delivery | None) -> dict[str, Any] | 
 def _attempt(
     settings: Settings,
     stop: Stop,
-    beat: Callable[[], None],
+    report_progress: Callable[[], None],
     faults: tuple[Fault, ...],
     processes: Processes,
     *,
@@ -124,20 +124,20 @@ def _attempt(
     """Opens the run's next attempt, with injected faults, trackers, and an energy meter for all processes' GPUs."""
     store = _store(settings)
     armed = arm(faults if processes.leads else (), store)
-    begun = open_attempt(
+    opening = open_attempt(
         faulty(store, armed),
         decisive_settings(settings),
         defaults=default_settings(),
         cache=settings.storage.cache,
         usd_per_hour=settings.cost.usd_per_hour,
         stop=stop,
-        beat=beat,
+        report_progress=report_progress,
         faults=armed,
         processes=processes,
         idle=idle or IdleLimit(settings.run.max_idle_attempts),
     )
     asked = trackers(settings) if processes.leads else {}  # process 0 reports for all
-    with tracking(asked, settings.run.id, plain_values(settings), environment()) as track, begun as attempt:
+    with tracking(asked, settings.run.id, plain_values(settings), environment()) as track, opening as attempt:
         choose_device(settings.run.device)  # fails on a missing GPU before the model is downloaded
         if processes.leads:
             withdraw_incomplete(attempt.store)
@@ -161,12 +161,12 @@ def _load(attempt: Attempt, settings: Settings, sources: Sources) -> Loaded:
 
     garbage_collection.enable()  # it was off for faster imports, and nearly all are done
     attempt.identify(sources.record)
-    loaded = load(settings, sources, attempt.processes, attempt.known(PACKING, Packing))
+    loaded = load(settings, sources, attempt.processes, attempt.recorded(PACKING, Packing))
     if attempt.processes.leads:
         keep_settings(attempt.store, attempt.settings)
         # once, before the record of the pull; and again if they are damaged
         for name, record in ((PACKING, loaded.packing), (BASE, loaded.kept_base)):
-            if attempt.known(name, type(record)) is None:
+            if attempt.recorded(name, type(record)) is None:
                 attempt.keep(name, json.dumps(asdict(record)))
     known, found = map(identity, (attempt.stage(Stage.PULL, Pulled, lambda: sources.record), sources.record))
     if changed := [name for name, value in known.items() if found[name] != value]:

@@ -66,7 +66,7 @@ class Attempt:
     work: Path
     number: int
     stop: Stop
-    beat: Callable[[], None]
+    report_progress: Callable[[], None]
     faults: Faults
     earlier: list[AttemptRecord]
     processes: Processes = ALONE
@@ -97,19 +97,19 @@ class Attempt:
         Without `progress` the stage waits for something else, which the watchdog must not take for progress.
         """
         if progress:
-            self.beat()
+            self.report_progress()
         self.stop.check()
         self.processes.check()
         self._note_if_due()
 
-    def get_on(self) -> None:
+    def alive_in_thread(self) -> None:
         """Like `alive`, for a thread that works beside the stage: it writes nothing into the run log."""
-        self.beat()
+        self.report_progress()
         self.stop.check()
 
     def step_done(self, step: int, seconds: float) -> None:
         """Counts an optimizer step, and now and then notes in the store how far the attempt is."""
-        self.beat()
+        self.report_progress()
         self.steps += 1
         if step <= max((record.last_step for record in self.earlier), default=0):
             self.repeated_steps += 1
@@ -179,7 +179,7 @@ class Attempt:
         """Says what was pulled: from here on records of other runs are not believed."""
         self.run = fingerprint(self.settings, pulled)
 
-    def known(self, name: str, kind: type[T]) -> T | None:
+    def recorded(self, name: str, kind: type[T]) -> T | None:
         """The record of a stage that an earlier attempt finished, `layout.BASE` or `layout.PACKING`.
 
         None where there is none, or none that counts: damaged, or of another run.
@@ -307,7 +307,7 @@ def open_attempt(
     defaults: Mapping[str, Any] | None = None,
     cache: str | None,
     stop: Stop,
-    beat: Callable[[], None],
+    report_progress: Callable[[], None],
     faults: Faults,
     processes: Processes = ALONE,
     usd_per_hour: float | None = None,
@@ -321,7 +321,7 @@ def open_attempt(
         defaults: Their defaults, which count for what an earlier version did not have as a setting.
         cache: Folder for temporary files; None for the system's.
         stop: The flag.
-        beat: Tells the watchdog that there is progress.
+        report_progress: Tells the watchdog that there is progress.
         faults: Faults to inject.
         processes: Those that make this attempt; process 0 holds the lease for all.
         usd_per_hour: Price of this machine; None where it is not known.
@@ -345,7 +345,16 @@ def open_attempt(
         logged = read_logged(store, number) if processes.leads else []
         earlier = [one.record for one in logged]
         attempt = Attempt(
-            fenced(store, lease), Path(work), number, stop, beat, faults, earlier, processes, usd_per_hour, settings
+            fenced(store, lease),
+            Path(work),
+            number,
+            stop,
+            report_progress,
+            faults,
+            earlier,
+            processes,
+            usd_per_hour,
+            settings,
         )
         if idle is not None and processes.leads:  # its exit code outweighs that of the others
             furthest = max((one.reached for one in logged), default=(0, 0))

@@ -14,7 +14,7 @@ from job import log
 from job.common.hashing import sealed, unsealed
 from job.common.validation import first_error
 from job.distributed.processes import Processes
-from job.errors import Problem, SettingsError
+from job.errors import Problem, SettingsError, environment_name
 from job.records import Pulled
 from job.runs import stage_records
 from job.runs.layout import SETTINGS, Stage, stage_key
@@ -32,7 +32,9 @@ def agree_on_settings(processes: Processes, mine: Mapping[str, Any]) -> None:
     if different := [name for name in own if own[name] != first.get(name)]:
         rank = processes.place.rank
         what = "is {!r} in process {} and {!r} in process 0; give all machines the same"
-        raise SettingsError([Problem(name, what.format(own[name], rank, first.get(name))) for name in different])
+        raise SettingsError(
+            [Problem(environment_name(name), what.format(own[name], rank, first.get(name))) for name in different]
+        )
 
 
 def keep_settings(store: ObjectStore, settings: Mapping[str, Any]) -> None:
@@ -81,7 +83,7 @@ def compare_settings(
     expected = before | {name: added.get(name) for name in after if name not in before}
     changed = sorted(name for name in expected if expected[name] != after.get(name))
     if changed:
-        raise SettingsError([Problem(name, _changed(expected[name], after.get(name))) for name in changed])
+        raise SettingsError([_changed(name, expected[name], after.get(name)) for name in changed])
     return {name: value for name, value in after.items() if name in before}
 
 
@@ -124,5 +126,6 @@ def _compare_with_pull(store: ObjectStore, settings: Mapping[str, Any]) -> None:
         raise SettingsError([Problem(f"{store.uri}/{SETTINGS}", what)])
 
 
-def _changed(before: Any, after: Any) -> str:
-    return f"this run began with {before!r}, not {after!r}; use another run.id"
+def _changed(name: str, before: Any, after: Any) -> Problem:
+    what = f"this run began with {before!r}, not {after!r}; use another JOB_RUN__ID"
+    return Problem(environment_name(name), what)

@@ -54,7 +54,7 @@ def opened(store: LocalStore, tmp_path: Path) -> Callable[..., AbstractContextMa
             SETTINGS,
             cache=str(tmp_path / "cache"),
             stop=stop or Stop(),
-            beat=lambda: None,
+            report_progress=lambda: None,
             faults=arm((), store),
         )
 
@@ -371,7 +371,7 @@ def test_a_record_of_another_run_does_not_count(store: LocalStore, tmp_path: Pat
     first.stage(Stage.EVALUATE_BASE, Evaluated, work)
     second = begun(store, tmp_path)
     second.identify(PULLED)
-    assert second.known(Stage.PULL, Pulled) is None
+    assert second.recorded(Stage.PULL, Pulled) is None
     second.stage(Stage.EVALUATE_BASE, Evaluated, work)
     assert work.done == 2
 
@@ -509,7 +509,7 @@ def stopped_attempts(store: LocalStore, cache: Path, limit: int, works: list[Cal
                 SETTINGS,
                 cache=str(cache),
                 stop=Stop(),
-                beat=lambda: None,
+                report_progress=lambda: None,
                 faults=arm((), store),
                 idle=idle,
             ) as attempt:
