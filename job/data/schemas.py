@@ -73,10 +73,10 @@ class Prompt:
 
 
 PROMPTS: dict[Schema, Prompt] = {
-    "alpaca": Prompt("It learned from this prompt, with the instruction in its place:", _ALPACA_WITHOUT_INPUT),
-    "prompt_completion": Prompt("It learned to go on from a prompt as it stands in the data, with nothing around it."),
-    "messages": Prompt("It learned from conversations in the tokenizer's chat template."),
-    "text": Prompt("It learned plain text, and goes on with whatever text it is given."),
+    "alpaca": Prompt("It was trained on prompts of this form:", _ALPACA_WITHOUT_INPUT),
+    "prompt_completion": Prompt("It was trained on the prompts of the data as they are, without a template."),
+    "messages": Prompt("It was trained on conversations in the tokenizer's chat template."),
+    "text": Prompt("It was trained on plain text: it continues the text that it is given."),
 }
 
 
