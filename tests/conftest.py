@@ -47,7 +47,7 @@ def _fresh_log_context() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def _service_descriptions_are_read_once() -> Iterator[None]:
-    """botocore parses megabytes of JSON for every client of a new session; tests make hundreds of them."""
+    """Botocore parses megabytes of JSON for every client of a new session; tests make hundreds of them."""
     from botocore.loaders import JSONFileLoader
 
     read = lru_cache(maxsize=None)(JSONFileLoader().load_file)

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def faults(kept: bool) -> int:  # noqa: FBT001
-    """Pages that a process of its own was given for the last ten of twenty blocks of 64 MB, each freed before the next."""
+    """Pages that a process was given for the last ten of twenty blocks of 64 MB, each freed before the next."""
     source = f"""
 import resource, torch
 from job.common.malloc import keep_freed_memory
