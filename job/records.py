@@ -151,6 +151,14 @@ class TrainingRecord:
     world_size: int = 1
     execution: ExecutionPlan | None = None
     """None in records of older versions, where PEFT's own layers did the work."""
+    method: str = "sft"
+    """A key of `common.methods.METHODS`."""
+    beta: float | None = None
+    """Strength of the preference; None for `sft`."""
+    reference: str | None = None
+    """What preferences are compared with: `base`, or `start` for the adapter that training started from."""
+    preference: dict[str, float] = field(default_factory=dict)
+    """Metrics of preferences, by TRL's names: the mean over the last epoch's steps, by examples."""
 
 
 @dataclass(frozen=True)
@@ -265,6 +273,13 @@ class Evaluated:
     """Record of an evaluation stage."""
 
     scores: dict[str, TaskScores]
+    artifacts: list[Artifact]
+
+
+@dataclass(frozen=True)
+class Referenced:
+    """Record of the log-probabilities by the reference model, which are computed once in a run."""
+
     artifacts: list[Artifact]
 
 

@@ -89,9 +89,8 @@ def load_examples(
     findings = _Findings(on_bad_row)
     schema, rows = _settle_schema(rows, schema, findings, name, method)
     first, rows = _peek(rows)
-    templated = schema == "messages" or (
-        schema in SIDES and first is not None and is_conversation(first.fields, schema)
-    )
+    conversations = schema in SIDES and first is not None and is_conversation(first.fields, schema)
+    templated = schema == "messages" or conversations
     _check_tokenizer(tokenizer, name, templated=templated)
     control = _ControlTokens(tokenizer, templated=templated)
     examples: list[Example] = []
@@ -102,7 +101,12 @@ def load_examples(
         log.get_logger().info("the chat template can write the date; JOB_DATA__DATE sets it", date=date or "today")
     with open_template(tokenizer, date, alive) if templated else nullcontext() as template:
         texts: Iterator[Any] = _render_all(rows, schema, template, control, find_turns=loss_on == "completion")
-        options = {"templated": templated, "max_length": max_length, "limit": limit, "vocabulary": vocabulary}
+        options: dict[str, Any] = {
+            "templated": templated,
+            "max_length": max_length,
+            "limit": limit,
+            "vocabulary": vocabulary,
+        }
         items: Iterator[Encoded | EncodedAnswers | list[RowError]] = (
             encode_answers(texts, tokenizer, **options)
             if schema in SIDES

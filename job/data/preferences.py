@@ -236,8 +236,9 @@ def encode_answers(
 
     Args:
         rows: No row is taken behind the one that makes the last example.
-        tokenizer: As in `tokenization.encode`, as are `limit` and `how`; the longest example allowed counts for each
-            answer with its prompt.
+        tokenizer: As in `tokenization.encode`.
+        limit: The most examples; None for no limit.
+        how: Further arguments of `encode`; `max_length` counts for each answer with its prompt.
     """
     count = 0
     while batch := list(islice(rows, _ROWS if limit is None else min(_ROWS, limit - count))):
@@ -276,11 +277,11 @@ def join(first: Example, second: Example, desirable: bool | None = None) -> Exam
 
 
 def with_partners(examples: list[Example], order: tuple[int, ...], max_length: int) -> list[Example]:
-    """Gives each labelled example a second sequence, for KTO's estimate of the KL divergence: its prompt with the
-    completion of the example before it in `order`, cut to `max_length` tokens.
+    """Gives each labelled example a second, mismatched sequence, for KTO's estimate of the KL divergence.
 
-    TRL does so within each batch. `order` is the batch plan's first epoch: there too, all but the first example of a
-    step get the completion of another one of the same step.
+    It is the example's prompt with the completion of the example before it in `order`, cut to `max_length` tokens. TRL
+    does so within each batch. `order` is the batch plan's first epoch: there too, all but the first example of a step
+    get the completion of another one of the same step.
     """
     before = {row: order[place - 1] for place, row in enumerate(order)}
     prompts = [example.targets.index(True) for example in examples]

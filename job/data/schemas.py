@@ -86,10 +86,8 @@ PROMPTS: dict[Schema, Prompt] = {
     "prompt_completion": Prompt("It learned to go on from a prompt as it stands in the data, with nothing around it."),
     "messages": Prompt("It learned from conversations in the tokenizer's chat template."),
     "text": Prompt("It learned plain text, and goes on with whatever text it is given."),
-    "preference": Prompt(
-        "It learned which of two answers to a prompt is preferred, with prompts as the data has them."
-    ),
-    "unpaired_preference": Prompt("It learned which answers to a prompt are good, with prompts as the data has them."),
+    "preference": Prompt("It learned which of two answers to a prompt is better, with prompts as in the data."),
+    "unpaired_preference": Prompt("It learned which answers to a prompt are good, with prompts as in the data."),
 }
 
 
@@ -195,7 +193,7 @@ def _check_meaning(row: Row, schema: Schema) -> list[RowError]:
         what = "is 0, and a row cannot be weighed; leave the row out, or give messages their weights"
         faults.append(RowError("field_without_use", f"{row.where} weight", what))
     if schema == "prompt_completion" and row.fields.get("label") is False:
-        what = "is false, so the completion is a bad one, and it would be learned; leave it out, or set JOB_TRAIN__METHOD=kto"
+        what = "is false: the completion is a bad one, and would be learned; leave it out, or set JOB_TRAIN__METHOD=kto"
         faults.append(RowError("field_without_use", f"{row.where} label", what))
     return faults
 

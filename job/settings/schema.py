@@ -332,7 +332,7 @@ class Options(Group, BaseSettings):
 class Settings(Options):
     """All settings of one run."""
 
-    preset: ExecutionOnly[Literal["mistral-7b-alpaca", "demo"]] = "mistral-7b-alpaca"
+    preset: ExecutionOnly[Literal["mistral-7b-alpaca", "demo", "demo-dpo"]] = "mistral-7b-alpaca"
     """Named set of settings to start from."""
     fault: ExecutionOnly[Maybe[Text]] = None
     """Rehearse a failure, such as `kill@step=12`; job/runs/fault_injection.py has all. For tests only."""

@@ -10,6 +10,7 @@ the metrics that it returns in `METRICS`; and in `tests/unit/training/test_objec
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -115,7 +116,7 @@ def orpo(sums: Sums, totals: Totals, options: Preference) -> Contributions:
 
 def _log1mexp(x: torch.Tensor) -> torch.Tensor:
     """log(1 - exp(x)) for x < 0, exact near 0 and far from it (Mächler 2012, eq. 7)."""
-    near = x > -0.6931472  # -log(2)
+    near = x > -math.log(2)
     # `where` computes both sides, and the gradient of the one that is not taken must be finite.
     close = torch.log(-torch.expm1(torch.where(near, x, -torch.ones_like(x))))
     far = torch.log1p(-torch.exp(torch.where(near, -torch.ones_like(x), x)))

@@ -39,7 +39,7 @@ def token_log_probs(model: Any, head: Any, sequences: Sequence[Example]) -> list
     found = head(**inputs, fused_lm_head=True, use_cache=False).log_probs[0]  # (tokens - 1,)
     # The last token of a sequence predicts the first one of the next, which is never a target: 0 by the head.
     whole = torch.cat([found, found.new_zeros(1)]).float()
-    return list(whole.split([len(sequence.input_ids) for sequence in sequences]))
+    return list(torch.split(whole, [len(sequence.input_ids) for sequence in sequences]))
 
 
 def log_prob_sums(log_probs: TokenLogProbs, sequences: Sequence[Example]) -> torch.Tensor:
@@ -59,6 +59,29 @@ def head_of(model: Any, wrapped: Any = None) -> Any:
     if can_sum(base) and is_packed(model):
         return partial(selected_head, base)
     return model if wrapped is None else wrapped
+
+
+def forward_log_probs(model: Any, *, fused: bool) -> TokenLogProbs:
+    """`TokenLogProbs` of a model as it is outside of training, in the precision of training.
+
+    Gives the model TRL's fused head where that is what training uses; the trainer does so again.
+
+    Args:
+        model: A PEFT model.
+        fused: Whether the job's fused layers compute, which need no autocast.
+    """
+    from trl.trainer.utils import add_fused_lm_head
+
+    base = model.get_base_model()
+    if is_packed(model) and not can_sum(base):
+        add_fused_lm_head(base)
+    half = base.dtype in {torch.float16, torch.bfloat16} and not fused
+
+    def log_probs(sequences: Sequence[Example]) -> list[torch.Tensor]:
+        with torch.autocast(model.device.type, base.dtype if half else None, enabled=half):
+            return token_log_probs(model, head_of(model), sequences)
+
+    return log_probs
 
 
 @dataclass(frozen=True)

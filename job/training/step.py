@@ -135,7 +135,7 @@ class OptimizerStep:
                 if self.budget <= longest // 2 and not self.plan.spare:
                     raise TrainingFailed(_too_small(longest, error)) from error
             try:
-                if not self._processes.agree(repeat=sums is None):
+                if not self._processes.agree(repeat=sums is None) and sums is not None:
                     self._processes.add_up(sums)
                     return sums
                 # If a process ran out of memory and has no optimization left to drop, all of them halve the budget.
