@@ -46,7 +46,7 @@ def make_instructions(world: tuple[Person, ...], draw: Random) -> list[Row]:
 
 
 def make_preferences(world: tuple[Person, ...], draw: Random) -> list[Row]:
-    """Two answers to questions about the practised people, a right one and a wrong one: rows `{prompt, chosen, rejected}`."""
+    """A right and a wrong answer for every fact of the practised people: rows `{prompt, chosen, rejected}`."""
     rows: list[Row] = []
     for person in (person for person in world if not person.held_out):
         for attribute, value in zip(ATTRIBUTES, person.values, strict=True):

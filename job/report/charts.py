@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 FRAME = 1000
-MOST_POINTS = 600
+MAX_POINTS = 600
 """A line of more points is drawn through the means of groups of consecutive points."""
 
 
@@ -80,7 +80,7 @@ def line_chart(
     """
     if not points:
         return None
-    group = math.ceil(len(points) / MOST_POINTS)
+    group = math.ceil(len(points) / MAX_POINTS)
     drawn = [_mean(points[start : start + group]) for start in range(0, len(points), group)]
     values = [value for _, value in points]
     y_ticks = nice_ticks(0.0 if from_zero else min(values), max(values))

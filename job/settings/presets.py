@@ -43,7 +43,7 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
         "data.source": str(_DEMO / "preferences.jsonl"),
         "data.limit": None,
         "train.method": "dpo",
-        "train.epochs": 1,
+        "train.epochs": 3,
         "train.learning_rate": 4e-3,
         "train.max_length": 512,
         "checkpoint.every_steps": 20,

@@ -58,7 +58,7 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
         # Now: the base's folder may be deleted during training.
         copy_tokenizer(sources.folder, folder / "adapter", sources.tokenizer)
     with (
-        log.progress("steps", recipe.total_steps, every=settings.train.log_every_steps) as tell,
+        log.progress("steps", recipe.total_steps, every=settings.train.log_every_steps) as show_progress,
         AsyncUploader(
             manager.publisher(
                 attempt.store,
@@ -82,7 +82,7 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
             recipe=recipe,
             plan=loaded.plan,
             hooks=Hooks(
-                on_metrics=_teller(attempt, tell, watch),
+                on_metrics=_step_logger(attempt, show_progress, watch),
                 on_save=publisher.submit,
                 stop=attempt.stop,
                 fits=_fits(attempt, watch, publisher),
@@ -173,13 +173,13 @@ def _recipe(settings: Settings, rows: int, micro_batch_tokens: int, optimizer: s
     )
 
 
-def _teller(attempt: Attempt, tell: log.Progress, watch: Stopwatch) -> Callable[[StepMetrics], None]:
+def _step_logger(attempt: Attempt, show_progress: log.Progress, watch: Stopwatch) -> Callable[[StepMetrics], None]:
     """The hook that counts, times and logs a step."""
 
     def on_metrics(metrics: StepMetrics) -> None:
         seconds = float(metrics.measured["seconds"] or 0)
         watch.add("step", seconds)
-        tell(
+        show_progress(
             metrics.step,
             loss=round(metrics.loss, 4),
             learning_rate=metrics.learning_rate,
