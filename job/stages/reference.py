@@ -14,11 +14,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from job import log
 from job.common.hashing import code_hashes
-from job.errors import DataError, TrainingFailed
+from job.errors import DataError
 from job.evaluation.parallel_scoring import ParallelScoring
 from job.evaluation.score_cache import ScoreCache, score_conditions
 from job.evaluation.scorer import Scores, score_questions
@@ -30,7 +28,7 @@ from job.settings.load import Settings
 from job.stages.evaluate import forward_facts
 from job.stages.handoff import Loaded, Sources
 from job.storage.open import ObjectStore
-from job.training.preference_gradient import forward_log_probs, log_prob_sums
+from job.training.preference_gradient import reference_log_probs
 
 CODE = ("job.training.lm_head_loss", "job.training.packing", "job.training.preference_gradient")
 """Modules whose code decides these numbers, beside those that decide scores."""
@@ -61,7 +59,7 @@ def with_reference(
 
 def _known(attempt: Attempt) -> str:
     """The published file as JSON, if an earlier attempt published it and it is whole; else nothing."""
-    record = attempt.known(REFERENCE, Referenced)
+    record = attempt.recorded(REFERENCE, Referenced)
     if record is None:
         return ""
     try:
@@ -88,23 +86,15 @@ def _compute(
 ) -> Scores | None:
     """The log-probabilities, in process 0; the others help."""
     examples, model = sources.examples, loaded.model
-    log_probs = forward_log_probs(model, fused=loaded.plan.fused)
+    compute = reference_log_probs(model, fused=loaded.plan.fused)
 
     def score(_model: Any, _questions: list[Question], sequences: Mapping[int, range]) -> Iterator[tuple[int, Scores]]:
-        model.eval()
         for number, part in sequences.items():
-            chosen = examples[part.start : part.stop]
-            sums = log_prob_sums(log_probs, [one for example in chosen for one in example.sequences])
-            if not bool(sums.isfinite().all()):
-                raise TrainingFailed(
-                    "the reference's log-probabilities are not finite: the base's numbers are too large for its dtype; "
-                    "set JOB_MODEL__DTYPE to bf16 or fp32"
-                )
-            found = iter(sums.tolist())
-            yield number, [[ChoiceScore(next(found), greedy=False) for _ in e.sequences] for e in chosen]
+            sums = compute(examples[part.start : part.stop])
+            yield number, [[ChoiceScore(one, greedy=False) for one in of_row] for of_row in sums]
 
     parallel = ParallelScoring(attempt.processes, attempt.alive, score)
-    with torch.inference_mode(), adapter_off(model):
+    with adapter_off(model):
         if not attempt.processes.leads:
             parallel.help(model)
             return None

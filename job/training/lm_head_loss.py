@@ -177,15 +177,20 @@ def alone_loss(model: Any, *, input_ids: torch.Tensor, labels: torch.Tensor) -> 
     return functional.cross_entropy(logits[learned].float(), labels[0, 1:][learned], reduction="sum")
 
 
+def add_head(base: Any) -> None:
+    """Gives a causal language model TRL's fused head, which computes log-probabilities without all logits."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    add_fused_lm_head(base)
+
+
 def losses_of(model: Any) -> Losses:
     """Training's two ways to compute the loss, packed and one example at a time, for the check that they agree.
 
     Gives the model TRL's fused head where that is what training uses; the trainer does so again.
     """
-    from trl.trainer.utils import add_fused_lm_head
-
     if not (own := can_sum(base := model.get_base_model())):
-        add_fused_lm_head(base)
+        add_head(base)
 
     def packed(examples: Sequence[Example]) -> torch.Tensor:
         inputs = packed_inputs(examples, model.device)

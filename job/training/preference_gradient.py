@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
+from job.errors import TrainingFailed
 from job.model.packed_attention import is_packed
 from job.records import Example
 from job.training.config import Preference
-from job.training.lm_head_loss import alone_log_probs, can_sum, selected_head
+from job.training.lm_head_loss import add_head, alone_log_probs, can_sum, selected_head
 from job.training.objectives import OBJECTIVES, Sums, Totals, metric_names
 from job.training.packing import alone_inputs, packed_inputs
 
@@ -61,27 +62,37 @@ def head_of(model: Any, wrapped: Any = None) -> Any:
     return model if wrapped is None else wrapped
 
 
-def forward_log_probs(model: Any, *, fused: bool) -> TokenLogProbs:
-    """`TokenLogProbs` of a model as it is outside of training, in the precision of training.
+def reference_log_probs(model: Any, *, fused: bool) -> Callable[[Sequence[Example]], list[list[float]]]:
+    """What computes, for each example, the summed log-probability of each of its sequences, in nats.
 
-    Gives the model TRL's fused head where that is what training uses; the trainer does so again.
+    By the model as it is, without training it, in the precision in which training computes.
 
     Args:
         model: A PEFT model.
         fused: Whether the job's fused layers compute, which need no autocast.
-    """
-    from trl.trainer.utils import add_fused_lm_head
 
+    Raises:
+        TrainingFailed: When it is called: one is not finite.
+    """
     base = model.get_base_model()
     if is_packed(model) and not can_sum(base):
-        add_fused_lm_head(base)
+        add_head(base)
     half = base.dtype in {torch.float16, torch.bfloat16} and not fused
 
-    def log_probs(sequences: Sequence[Example]) -> list[torch.Tensor]:
-        with torch.autocast(model.device.type, base.dtype if half else None, enabled=half):
-            return token_log_probs(model, head_of(model), sequences)
+    def compute(examples: Sequence[Example]) -> list[list[float]]:
+        model.eval()
+        sequences = [one for example in examples for one in example.sequences]
+        with torch.inference_mode(), torch.autocast(model.device.type, base.dtype if half else None, enabled=half):
+            sums = log_prob_sums(partial(token_log_probs, model, head_of(model)), sequences)
+        if not bool(sums.isfinite().all()):
+            raise TrainingFailed(
+                "the reference's log-probabilities are not finite: the base's numbers are too large for its dtype; set "
+                "JOB_MODEL__DTYPE to bf16 or fp32"
+            )
+        found = iter(sums.tolist())
+        return [[next(found) for _ in example.sequences] for example in examples]
 
-    return log_probs
+    return compute
 
 
 @dataclass(frozen=True)
