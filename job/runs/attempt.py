@@ -180,7 +180,7 @@ class Attempt:
         self.run = fingerprint(self.settings, pulled)
 
     def recorded(self, name: str, kind: type[T]) -> T | None:
-        """The record of a stage that an earlier attempt finished, `layout.BASE` or `layout.PACKING`.
+        """The record of a stage that an earlier attempt finished, `layout.BASE`, `PACKING` or `REFERENCE`.
 
         None where there is none, or none that counts: damaged, or of another run.
         """
