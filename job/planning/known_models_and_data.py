@@ -47,7 +47,7 @@ DATASET_TOKENS: Mapping[str, tuple[DatasetTokens, ...]] = {
 
 @dataclass(frozen=True)
 class TaskTokens:
-    """A task's questions: their number, their tokens in packed sequences, and how many of these have logits (`reads`)."""
+    """A task's questions: their number, their tokens when packed, and how many of these have logits (`reads`)."""
 
     count: int
     tokens: int

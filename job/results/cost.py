@@ -1,7 +1,7 @@
 """What a run cost: seconds, dollars and joules, by stage and by attempt, and what interruptions wasted.
 
 Wasted time is what a run without interruptions would not have needed: the start-up of every attempt but the longest
-one, and optimizer steps that had to be repeated. An attempt's start-up is its time outside `WORK`: starting, pulling and
+one, and optimizer steps that had to be repeated. An attempt's start-up is its time outside `WORK`: starting, pulling,
 loading. Evaluation resumes from cached scores, and saving a checkpoint is work: both count as useful.
 
     usd          = sum over attempts of seconds / 3600 * price of the attempt's machine

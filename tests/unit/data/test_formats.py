@@ -306,7 +306,7 @@ def peak_of_reading(path: Path) -> tuple[int, str]:
 
 
 def test_decompression_bombs_are_refused(tmp_path: Path) -> None:
-    """A small file that decompresses to gigabytes, by lines, by one line, as JSON or in Parquet, takes bounded memory."""
+    """A small file of gigabytes when decompressed (lines, one line, JSON, Parquet) takes bounded memory."""
     import pyarrow as pa
     from pyarrow import parquet
 
