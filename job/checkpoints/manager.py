@@ -245,7 +245,7 @@ def restore(
             target = _download(store, marker, folder, check)
         except NotWhole as error:
             skipped.append(Skipped(step, str(error)))
-            get_logger().warning("checkpoint is not whole, going back to an older one", step=step, why=str(error))
+            get_logger().warning("checkpoint is incomplete or damaged, trying an older one", step=step, why=str(error))
             continue
         if changed := sorted(k for k in software if marker.software.get(k) != software[k]):
             get_logger().warning("checkpoint is of other software versions", changed=changed)
@@ -254,7 +254,7 @@ def restore(
             get_logger().warning(what, processes=world_size, before=marker.world_size)
         return Restored(target, step, tuple(skipped))
     if skipped:
-        get_logger().error("no checkpoint is whole, training begins again", skipped=[s.step for s in skipped])
+        get_logger().error("no valid checkpoint: training starts again from step 0", skipped=[s.step for s in skipped])
     return Restored(None, 0, tuple(skipped))
 
 
@@ -295,7 +295,7 @@ def close_checkpoints(store: ObjectStore, folder: Path, *, epoch: int, run: str 
                 shutil.rmtree(_download(store, marker, folder, lambda _folder, _step: None))
             whole += 1
         except NotWhole as error:
-            get_logger().warning("checkpoint is not whole and is deleted", step=step, why=str(error))
+            get_logger().warning("checkpoint is incomplete or damaged, and is deleted", step=step, why=str(error))
             _delete(store, step, names)
             damaged.append(Skipped(step, str(error)))
     return damaged

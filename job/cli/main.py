@@ -258,7 +258,7 @@ def _report(error: Exception, platform: Platform) -> int:
     text = log.scrub(str(error) or type(error).__name__, secrets())
     logger = log.get_logger()
     if isinstance(error, JobError) and error.reported:
-        logger.info("ends with the others", exit_code=code, **_details(error))
+        logger.info("ends because another process failed", exit_code=code, **_details(error))
     elif isinstance(error, JobError):
         logger.error(type(error).__name__, exit_code=code, meaning=error.meaning, **_details(error))
     else:

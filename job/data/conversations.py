@@ -50,7 +50,7 @@ def check_messages(row: Row) -> list[RowError]:
 
 
 def _check_answers(messages: list[dict[str, Any]], place: str) -> list[RowError]:
-    """What is wrong with the last answer that is learned."""
+    """What is wrong with the last answer that has target tokens."""
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
         return [RowError("empty_target", place, "has no message of role assistant: there is nothing to learn")]
@@ -67,7 +67,7 @@ def _check_weight(message: dict[str, Any], where: str) -> list[RowError]:
     weight = message.get("weight")
     if weight is None or (isinstance(weight, int | float) and weight in {0, 1}):
         return []
-    return [RowError("wrong_type", f"{where} weight", "must be 0 (not learned) or 1; no other weight is known")]
+    return [RowError("wrong_type", f"{where} weight", "must be 0 (context only) or 1; other weights are not supported")]
 
 
 def _check_tools(row: Row) -> list[RowError]:

@@ -63,7 +63,7 @@ def load_examples(
         limit: Select this many valid rows, the first ones; None for all.
         schema: The schema of the rows; None to detect it from the first row.
         on_bad_row: Whether a bad row is an error, or left out and counted.
-        loss_on: Whether all tokens are learned, or only those of the completion and the end of the sequence.
+        loss_on: Whether all tokens are targets, or only those of the completion and the end of the sequence.
         max_length: The most tokens an example may have, special tokens included. A longer row is a bad row.
         tokenizer: A `transformers.PreTrainedTokenizerFast`.
         name: What to call the source in messages and in the record, where it was fetched from elsewhere.
@@ -228,7 +228,7 @@ class _ControlTokens:
         """Logs a warning with the counts, if there are any."""
         if self._rows:
             log.get_logger().warning(
-                "texts of rows hold control tokens, which the model is going to read as such",
+                "texts of rows contain control tokens, which the tokenizer encodes as such",
                 source=name,
                 tokens=dict(self._found.most_common(MAX_SHOWN)),
                 rows=self._rows,

@@ -193,7 +193,9 @@ def _check_meaning(row: Row, schema: Schema) -> list[RowError]:
         what = "is 0, and a row cannot be weighed; leave the row out, or give messages their weights"
         faults.append(RowError("field_without_use", f"{row.where} weight", what))
     if schema == "prompt_completion" and row.fields.get("label") is False:
-        what = "is false: the completion is a bad one, and would be learned; leave it out, or set JOB_TRAIN__METHOD=kto"
+        what = (
+            "is false: the completion is a bad one, and would be trained on; leave it out, or set JOB_TRAIN__METHOD=kto"
+        )
         faults.append(RowError("field_without_use", f"{row.where} label", what))
     return faults
 

@@ -202,7 +202,7 @@ def recompute_activations(model: Any, *, on: bool, random: bool = True) -> None:
     base = model.get_base_model()
     if on and not base.supports_gradient_checkpointing:
         name = type(base).__name__
-        log.get_logger().warning("activations are kept: those of this model cannot be computed again", model=name)
+        log.get_logger().warning("activations are kept: this model does not support recomputing them", model=name)
         return
     if on:
         # transformers renamed it in 5.23; the model is an argument of neither name

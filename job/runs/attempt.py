@@ -202,11 +202,11 @@ class Attempt:
         try:
             found, run = stage_records.parse(stored.data, adapter)
         except ValueError as error:
-            log.get_logger().warning("record is damaged and does not count", stage=name, why=str(error))
+            log.get_logger().warning("record is damaged and ignored", stage=name, why=str(error))
             return None
         own = fingerprint(self.settings, found) if isinstance(found, Pulled) else self.run
         if run not in {None, "", own} and own is not None:
-            log.get_logger().warning("record does not count, it is of a run with other settings or data", stage=name)
+            log.get_logger().warning("record is ignored: it is of a run with other settings or data", stage=name)
             return None
         return found
 
@@ -378,4 +378,4 @@ def _note_failure(attempt: Attempt, error: BaseException) -> None:
     try:
         attempt.note(outcome)
     except JobError as failure:
-        log.get_logger().warning("the end of the attempt cannot be noted", why=str(failure))
+        log.get_logger().warning("the end of the attempt cannot be recorded", why=str(failure))

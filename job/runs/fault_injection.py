@@ -117,7 +117,7 @@ def arm(faults: tuple[Fault, ...], store: ObjectStore) -> Faults:
     fired = {info.key for info in store.list(layout.FAULTS)} if faults else set()
     left = tuple(fault for fault in faults if layout.fault_key(fault.text) not in fired)
     for fault in faults:
-        what = "JOB_FAULT is armed: this run is going to fail" if fault in left else "JOB_FAULT has fired already"
+        what = "JOB_FAULT is armed: this run will fail" if fault in left else "JOB_FAULT has fired already"
         log.get_logger().warning(what, fault=fault.text)
     return Faults(left, store)
 

@@ -91,7 +91,7 @@ def download_model(
         folder = Path(snapshot_download(source, **wanted))
         if other := _other_bytes(folder):
             names = ", ".join(path.name for path in other)
-            log.get_logger().warning("files in the cache are not what the hub names; fetched again", files=names)
+            log.get_logger().warning("cached files differ from the hub's hashes: downloaded again", files=names)
             _remove(other)
             folder = Path(snapshot_download(source, **wanted))
             if _other_bytes(folder):

@@ -43,7 +43,7 @@ def open_meter(names: Sequence[str]) -> Joules:
         gpus = [pynvml.nvmlDeviceGetHandleByUUID(name) for name in names]
         return _counting(pynvml, gpus) or _sampling(pynvml, gpus)
     except pynvml.NVMLError as error:
-        log.get_logger().info("the energy of the GPUs is not known", why=str(error))
+        log.get_logger().info("the GPUs' energy cannot be measured", why=str(error))
         return _unknown
 
 
