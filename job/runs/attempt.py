@@ -242,9 +242,9 @@ class Attempt:
             Replaced: Another attempt took the run over.
             Unreachable, AccessDenied: As the store says.
         """
-        # Bytes may differ from attempt to attempt, such as those of times: one that stood still must not replace what
-        # its successor published. There is no condition for files beyond what is written at once, which is weights:
-        # on one kind of machine all attempts make the same.
+        # Attempts may publish different bytes, such as measured times, so an attempt that was suspended must not replace
+        # its successor's file: the write is conditional. Uploads of larger files have no condition; these are weights,
+        # which are the same in all attempts on one kind of machine.
         sizes = {info.bytes for info in self.store.list(key) if info.key == key} | {path.stat().st_size}
         if max(sizes) > MAX_READ_BYTES:
             self.store.upload(path, key)
