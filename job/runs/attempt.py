@@ -242,7 +242,7 @@ class Attempt:
             Replaced: Another attempt took the run over.
             Unreachable, AccessDenied: As the store says.
         """
-        # Attempts may publish different bytes, such as measured times, so an attempt that was suspended must not replace
+        # Attempts may publish different bytes, such as measured times. One that was suspended must not replace
         # its successor's file: the write is conditional. Uploads of larger files have no condition; these are weights,
         # which are the same in all attempts on one kind of machine.
         sizes = {info.bytes for info in self.store.list(key) if info.key == key} | {path.stat().st_size}

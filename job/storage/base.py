@@ -252,20 +252,20 @@ def current_tag(store: ObjectStore, key: str) -> str | None:
 
 
 def write_in_turn(store: ObjectStore, key: str, data: bytes, tag: str | None) -> str:
-    """Replaces an object if it is still what it was when it was last seen; returns its new tag.
+    """Replaces an object on condition that it still has the tag that was read last; returns its new tag.
 
-    For writers behind a fence that may stand still at any point: between the fence's question and the write another
-    attempt may take over, change the object, and publish a hash of it. Then the condition fails, and the next try asks
-    the fence again.
+    For writers behind a fence. A process may be suspended between the fence's check and the write; meanwhile another
+    attempt may take over, change the object, and publish a hash of it. Then the condition fails, and the next try
+    checks the fence again.
 
     Args:
-        store: Where; usually behind a fence.
-        key: Which object.
+        store: The store, usually behind a fence.
+        key: Key of the object.
         data: Its new content, unique to the writer.
-        tag: Of the object as it was last seen; None where there was none.
+        tag: Tag of the object as it was read last; None if there was no object.
 
     Raises:
-        Unreachable: The object changes all the time; and whatever the store says, such as `Replaced`.
+        Unreachable: The object is changed again and again. Other errors of the store, such as `Replaced`, pass.
     """
     for _ in range(_TRIES):
         try:
@@ -276,10 +276,10 @@ def write_in_turn(store: ObjectStore, key: str, data: bytes, tag: str | None) ->
 
 
 def delete_in_turn(store: ObjectStore, key: str) -> None:
-    """Removes an object if it is still what it was when the fence was asked; see `write_in_turn`.
+    """Removes an object on condition that its tag has not changed since it was read; see `write_in_turn`.
 
     Raises:
-        Unreachable: The object changes all the time; and whatever the store says, such as `Replaced`.
+        Unreachable: The object is changed again and again. Other errors of the store, such as `Replaced`, pass.
     """
     for _ in range(_TRIES):
         if (tag := current_tag(store, key)) is None:
