@@ -76,7 +76,7 @@ class Marker(BaseModel):
 
     @property
     def folder(self) -> str:
-        """Where the files lie that it vouches for; a prefix of keys."""
+        """The folder of the files that it lists; a prefix of keys."""
         return checkpoint_folder(self.step, self.epoch)
 
 
@@ -308,7 +308,7 @@ def _delete(store: ObjectStore, step: int, names: Iterable[str]) -> None:
 
 
 def _download(store: ObjectStore, marker: Marker, folder: Path, check: Callable[[Path, int], None]) -> Path:
-    """Downloads into a folder beside the final one, verifies every byte, and only then gives it its name.
+    """Downloads into a folder beside the final one, verifies every byte, and only then renames it.
 
     Args:
         store: The run's.
@@ -398,7 +398,7 @@ def _check_sizes(store: ObjectStore, marker: Marker, free: int) -> None:
 
 
 def _names(store: ObjectStore) -> dict[int, list[str]]:
-    """Names of what lies in every step's folder, newest step first."""
+    """Names of the objects in every step's folder, newest step first."""
     found: dict[int, list[str]] = {}
     for info in store.list(CHECKPOINTS):
         if is_key(info.key) and (part := checkpoint_part(info.key)):

@@ -53,7 +53,7 @@ def choose_device(wanted: str = "auto") -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The compute dtype: what was asked for, or for `auto` bf16 where the GPU has it, else fp16; fp32 on a CPU."""
+    """The compute dtype: the setting, or for `auto` bf16 on a GPU that has it, else fp16; fp32 on a CPU."""
     import torch
 
     if name == "auto":
@@ -66,7 +66,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer that lies beside the model. It never runs code of the model's repository."""
+    """The tokenizer in the model's folder. It never runs code of the model's repository."""
     from transformers import AutoTokenizer
 
     with readable(folder):
