@@ -247,6 +247,17 @@ def test_a_damaged_record_is_not_believed(
     ]
 
 
+def test_an_attempt_names_the_run_when_its_settings_are_kept(store: LocalStore, tmp_path: Path) -> None:
+    """One that ended before, by a mistake in its settings, was an attempt at the run: its seconds are counted."""
+    attempt = begun(store, tmp_path)
+    attempt.identify(PULLED)
+    attempt.note("running")
+    assert noted_of(store, 1)[stage_records.RUN] is None
+    attempt.settled = True
+    attempt.note("running")
+    assert noted_of(store, 1)[stage_records.RUN] == attempt.run
+
+
 def test_a_record_of_another_run_tells_nothing(store: LocalStore, tmp_path: Path) -> None:
     """Seconds and dollars of an attempt at another run are not published; that there was one before is."""
     foreign = {**asdict(replace(ATTEMPTS[0], number=1, seconds=9e9)), stage_records.RUN: "another"}
