@@ -259,12 +259,15 @@ def test_an_attempt_names_the_run_when_its_settings_are_kept(store: LocalStore, 
 
 
 def test_a_record_of_another_run_tells_nothing(store: LocalStore, tmp_path: Path) -> None:
-    """Seconds and dollars of an attempt at another run are not published; that there was one before is."""
-    foreign = {**asdict(replace(ATTEMPTS[0], number=1, seconds=9e9)), stage_records.RUN: "another"}
-    store.write(attempt_key(1), sealed(foreign))
-    (one,) = close_run_log(store, 2, "2026-01-05T09:00:00.000Z", "this")
-    assert (one.number, one.outcome, one.seconds) == (1, "killed", 0)
+    """Seconds and dollars of another run or attempt are not published; that there was an attempt is."""
+    record = asdict(replace(ATTEMPTS[0], number=1, seconds=9e9))
+    store.write(attempt_key(1), sealed({**record, stage_records.RUN: "another"}))
+    store.write(attempt_key(2), sealed({**record, stage_records.RUN: "this"}))
+    store.write(attempt_key(4), sealed({**record, stage_records.RUN: "this"}))
+    found = close_run_log(store, 3, "2026-01-05T09:00:00.000Z", "this")
+    assert [(one.number, one.outcome, one.seconds) for one in found] == [(1, "killed", 0), (2, "killed", 0)]
     assert noted_of(store, 1)[stage_records.RUN] == "this"
+    assert store.read(attempt_key(4)) is None  # nobody's: there has been no such attempt
 
 
 def begun(store: LocalStore, tmp_path: Path) -> Attempt:
