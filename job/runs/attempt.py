@@ -182,7 +182,7 @@ class Attempt:
         self.run = fingerprint(self.settings, pulled)
 
     def recorded(self, name: str, kind: type[T]) -> T | None:
-        """The record of a stage that an earlier attempt finished, `layout.BASE` or `layout.PACKING`.
+        """The record of a stage that an earlier attempt finished, `layout.BASE`, `PACKING` or `REFERENCE`.
 
         None where there is none, or none that counts: damaged, or of another run.
         """
@@ -192,7 +192,7 @@ class Attempt:
         return found
 
     def keep(self, name: str, record: str) -> None:
-        """Writes a record (a JSON object) that `known` and `stage` read in later attempts."""
+        """Writes a record (a JSON object) that `recorded` and `stage` read in later attempts."""
         key = stage_key(name)
         tag = current_tag(self.store, key)
         write_in_turn(self.store, key, stage_records.render(record, self.run or "", self.number), tag)

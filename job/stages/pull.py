@@ -251,6 +251,8 @@ def _read_rows(settings: Settings, source: str, tokenizer: Any, **how: Any) -> t
         loss_on=settings.train.loss_on,
         max_length=settings.train.max_length,
         tokenizer=tokenizer,
+        method=settings.train.method,
+        seed=settings.run.seed,
         **how,
     )
 

@@ -24,6 +24,8 @@ from job.verification.fetch_files import MISSING
 
 PULL, BASE, TRAIN, ADAPTER = map(stage_key, (Stage.PULL, Stage.EVALUATE_BASE, Stage.TRAIN, Stage.EVALUATE_ADAPTER))
 MAX_RECORD_BYTES = 1 << 20
+_OF_SFT: Mapping[str, Any] = {"method": "sft", "beta": None, "reference": None, "preference": {}}
+"""What the manifest of an earlier version, which knew no preferences, does not say of training."""
 
 T = TypeVar("T")
 
@@ -63,7 +65,8 @@ def check_stages(results: Mapping[str, Any], copies: Copies, run: str | None) ->
         differences += find_differences(f"{RESULTS} dataset", results["dataset"], asdict(pulled.dataset))
         differences += find_differences(f"{RESULTS} model", {name: results["model"][name] for name in found}, found)
     if trained is not None:
-        differences += find_differences(f"{RESULTS} training", results["training"], asdict(trained.training))
+        claimed = {**_OF_SFT, **results["training"]}
+        differences += find_differences(f"{RESULTS} training", claimed, asdict(trained.training))
         differences += _listed(results, trained.artifacts)
     if base is not None and adapter is not None:
         differences += _listed(results, [*base.artifacts, *adapter.artifacts])
