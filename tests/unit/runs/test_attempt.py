@@ -408,7 +408,7 @@ def test_a_run_of_an_earlier_version_keeps_its_stages(store: LocalStore, tmp_pat
             defaults={"train.epochs": 1, "train.noise": 0},
             cache=str(tmp_path / "cache"),
             stop=Stop(),
-            beat=lambda: None,
+            report_progress=lambda: None,
             faults=arm((), store),
         )
 
