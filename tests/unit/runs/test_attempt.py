@@ -420,7 +420,7 @@ def test_a_run_of_an_earlier_version_keeps_its_stages(store: LocalStore, tmp_pat
         second.identify(PULLED)
         assert second.stage(Stage.PULL, Pulled, lambda: pytest.fail("was done again")) == PULLED
         assert second.run == first.run
-    with pytest.raises(SettingsError, match=r"train\.noise"), attempt_with({**SETTINGS, "train.noise": 5}):
+    with pytest.raises(SettingsError, match="JOB_TRAIN__NOISE"), attempt_with({**SETTINGS, "train.noise": 5}):
         pytest.fail("began")
 
 
