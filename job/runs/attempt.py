@@ -84,6 +84,8 @@ class Attempt:
     """Questions of the evaluation that goes on which are scored, by this attempt or before it."""
     run: str | None = None
     """Fingerprint of the run, which its records and checkpoints carry; None until something was pulled."""
+    settled: bool = False
+    """Whether the run's settings are kept: before that, an attempt with a mistake in them is one at this run, too."""
     _stage: tuple[str, float] | None = None
     _noted: str | None = None
     """Tag of this attempt's record as it wrote it last."""
@@ -281,7 +283,8 @@ class Attempt:
             return
         began = time.monotonic()
         with self._noting:  # the uploading thread notes checkpoints
-            record = sealed({**asdict(self.record(outcome)), QUESTIONS: self.questions, stage_records.RUN: self.run})
+            run = self.run if self.settled else None
+            record = sealed({**asdict(self.record(outcome)), QUESTIONS: self.questions, stage_records.RUN: run})
             self._noted = write_in_turn(self.store, attempt_key(self.number), record, self._noted)
         ended = time.monotonic()
         shortest, longest = NOTE_SECONDS

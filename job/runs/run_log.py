@@ -130,7 +130,7 @@ def close_run_log(store: ObjectStore, epoch: int, started: str, run: str | None 
     An attempt that was replaced while it stood still may be about to write its record. Every record that is noted as
     running is changed here, and one that lacks is made, so the condition of that write fails and it ends as replaced. A
     record that somebody removed gets one without times, too: checkpoints may name its attempt. So does a record of
-    another run.
+    another run or attempt. A record of an attempt that is still to come is nobody's, and goes.
 
     Args:
         store: The run's own, fenced.
@@ -142,12 +142,15 @@ def close_run_log(store: ObjectStore, epoch: int, started: str, run: str | None 
         DataError: A record is damaged.
         Replaced: Another attempt owns the run.
     """
-    known = {number for number in attempt_numbers(store) if number < epoch}
+    there = attempt_numbers(store)
+    for number in (number for number in there if number > epoch):
+        store.delete(attempt_key(number))  # by now the fence would say if there were a later attempt
+    known = {number for number in there if number < epoch}
     numbers = known | _named(store, epoch) | set(range(max(1, epoch - _GAPS), epoch))
     records: list[AttemptRecord] = []
     for number in sorted(numbers, reverse=True):  # newest first: one without a record began before the next one
         logged, tag = _read(store, number)
-        foreign = logged is not None and logged.run not in {None, run}
+        foreign = logged is not None and (logged.run not in {None, run} or logged.record.number != number)
         record = None if logged is None or foreign else logged.record
         began = records[-1].started if records else started
         closed = _ended(record or _unknown(number, began))
