@@ -153,7 +153,7 @@ def load_base(
             # A router that adds noise in training, or draws experts at random (Phi-MoE): it stays in evaluation mode.
             # Its rate is left as it is, since some routers evaluate by it.
             module.training = False
-            module.train = MethodType(_train_parts, module)  # type: ignore[method-assign]
+            module.train = MethodType(_train_parts, module)
     packed_attention.use(model, packed_attention.NAME)
     return model
 

@@ -83,7 +83,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "kimi_linear": {"linear_head_dim": 16, "linear_num_heads": 4, "qk_head_dim": 24},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
-    "longcat_flash": {"head_dim": 8},
+    "longcat_flash": {"head_dim": 8, "n_routed_experts": 4, "zero_expert_num": 2, "moe_topk": 2},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1, "chunk_size": 16},
     "ministral": {"head_dim": 16, "layer_types": ["full_attention", "sliding_attention"] * 2},
     "musicgen": {},
