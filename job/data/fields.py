@@ -58,7 +58,9 @@ def is_empty(value: Any) -> bool:
 
 
 def is_zero(value: Any) -> bool:
-    """Whether a weight is 0; none is no weight of 0."""
+    """Whether a weight is 0, or a flag is false; none is no weight of 0. Tables without types write them as text."""
+    if isinstance(value, str):
+        return value.strip().lower() in {"0", "0.0", "false"}
     return isinstance(value, int | float) and value == 0
 
 

@@ -74,7 +74,7 @@ def add_adapter(
         adapted = get_peft_model(model, config)
     except ValueError as error:  # of layers that it knows it would break
         what = f"PEFT cannot adapt {', '.join(targets)}: {(str(error).splitlines() or [''])[0][:300]}"
-        raise SettingsError([Problem("lora.target_modules", what)]) from error
+        raise SettingsError([Problem("JOB_LORA__TARGET_MODULES", what)]) from error
     for parameter in trainable(adapted).values():
         parameter.data = parameter.data.to(torch.float32)
     return adapted
@@ -143,7 +143,7 @@ def find_targets(model: Any) -> list[str]:
     names = sorted({name.rsplit(".", 1)[-1] for name in layers} - of_head - _lost(model, layers))
     if not (found := [name for name in names if not name.isdigit() and not _is_refused(model, name)]):
         what = f"no linear layers were found in {type(model).__name__}; name them"
-        raise SettingsError([Problem("lora.target_modules", what)])
+        raise SettingsError([Problem("JOB_LORA__TARGET_MODULES", what)])
     return found
 
 
@@ -160,11 +160,11 @@ def check_targets(model: Any, targets: Sequence[str]) -> None:
     if missing:
         has = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in layers})) or "none"
         what = f"the model has no linear {', '.join(missing)}; it has {has}"
-        raise SettingsError([Problem("lora.target_modules", what)])
+        raise SettingsError([Problem("JOB_LORA__TARGET_MODULES", what)])
     named = {name for name in layers if any(name == target or name.endswith(f".{target}") for target in targets)}
     if lost := sorted(_lost(model, named)):
         what = f"PEFT would not load the adapter of {', '.join(lost)} again: it renames the tensors; leave them out"
-        raise SettingsError([Problem("lora.target_modules", what)])
+        raise SettingsError([Problem("JOB_LORA__TARGET_MODULES", what)])
 
 
 def _lost(model: Any, layers: Iterable[str]) -> set[str]:
@@ -310,7 +310,7 @@ def find_published_names(model: Any, folder: Path, *, quantized: bool = False) -
     files = tensor_files(base if reader is None else reader, published)
     if lost := [name for name, file in files.items() if file is None]:
         what = f"PEFT would not load the adapter of {lost[0]} into {names.architecture}: it renames the tensors"
-        raise SettingsError([Problem("lora.target_modules", what)])
+        raise SettingsError([Problem("JOB_LORA__TARGET_MODULES", what)])
     return replace(names, files={name: file for name, file in files.items() if file is not None and file != name})
 
 
@@ -441,7 +441,7 @@ def tokenizer_files(base: Path) -> list[Path]:
     found = sorted({path for kind in TOKENIZER_FILES for path in base.glob(kind) if path.is_file()})
     if outside := [path for path in found if not _belongs(path.resolve(), base.resolve())]:
         what = "is a link out of its folder, and would be published with the adapter; put the file itself there"
-        raise DataError([Problem("model.id", f"{path} {what}") for path in outside])
+        raise DataError([Problem("JOB_MODEL__ID", f"{path} {what}") for path in outside])
     return found
 
 

@@ -39,6 +39,7 @@ from job.records import Example, ExecutionPlan, StepMetrics
 from job.training.config import Hooks, Recipe, Trained
 from job.training.flat_parameters import FlatParameters
 from job.training.lm_head_loss import alone_loss, can_sum, summed_head
+from job.training.preference_gradient import PreferenceGradient, head_of, token_log_probs
 from job.training.step import OptimizerStep, StepAbandoned
 
 
@@ -143,6 +144,9 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             hooks=hooks,
             processes=processes,
             packed_gradient=self.packed_gradient,
+            preference=None
+            if recipe.preference is None
+            else PreferenceGradient(recipe.preference, self.log_probs, self.accelerator.backward),
         )
 
     # Which examples: those of the batch plan, from the next step on.
@@ -173,6 +177,11 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         self.accelerator.backward(loss)
         detached: torch.Tensor = loss.detach()
         return detached
+
+    def log_probs(self, sequences: Sequence[Example]) -> list[torch.Tensor]:
+        """The log-probabilities of sequences' tokens; see `preference_gradient.TokenLogProbs`."""
+        with self.compute_loss_context_manager():
+            return token_log_probs(self.model, head_of(self.model, self.model_wrapped), sequences)
 
     def create_optimizer(self, model: Any = None) -> Any:  # noqa: ARG002 - Trainer's signature
         kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
@@ -218,6 +227,7 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
                 "memory_bytes": memory_in_use(),
                 "micro_batch_tokens": self.step.budget,
             },
+            preference=dict(self.step.metrics),
         )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:  # noqa: ARG002

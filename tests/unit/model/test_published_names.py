@@ -146,7 +146,7 @@ def test_a_layer_whose_adapter_has_no_such_name_gets_none(tmp_path: Path) -> Non
     found = find_targets(base)
     assert "q_proj" in found
     assert "weight_proj" not in found
-    with pytest.raises(SettingsError, match=r"lora.target_modules: .* weight_proj .* leave them out"):
+    with pytest.raises(SettingsError, match=r"JOB_LORA__TARGET_MODULES: .* weight_proj .* leave them out"):
         check_targets(base, ["q_proj", "weight_proj"])
 
 
