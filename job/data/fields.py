@@ -58,7 +58,9 @@ def is_empty(value: Any) -> bool:
 
 
 def is_zero(value: Any) -> bool:
-    """Whether a weight is 0; an absent one is not."""
+    """Whether a weight is 0 or a flag is false; an absent one is not. CSV writes them as text."""
+    if isinstance(value, str):
+        return value.strip().lower() in {"0", "0.0", "false"}
     return isinstance(value, int | float) and value == 0
 
 

@@ -213,16 +213,25 @@ def _not_its_format(path: Path) -> str | None:
         return "is a pointer of git-lfs, not the file; fetch it with `git lfs pull`"
     if _reader(path) is _read_parquet:
         return None
+    if encoding := _other_encoding(head):
+        return f"is {encoding} text; convert it: iconv -f {encoding} -t UTF-8 {path.name}"
+    if head.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        return "is a page of HTML, such as a login or an error, and not the file; fetch it again"
+    if head.startswith((b"PK\3\4", b"PAR1", b"\x1f\x8b")):
+        return "is an archive, a Parquet file or compressed, whatever its name says; give it the suffix of its format"
+    return None
+
+
+def _other_encoding(head: bytes) -> str | None:
+    """UTF-16 or UTF-32, by a byte order mark or by zeros beside ASCII characters; None for neither."""
+    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)) or b"\0\0\0" in {head[1:4], head[:3]}:
+        return "UTF-32"
     even, odd = head[0:4:2], head[1:4:2]
     wide = any(
         zeros == b"\0\0" and text.isascii() and text.decode().isprintable()
         for zeros, text in ((even, odd), (odd, even))
     )
-    if wide or head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return f"is UTF-16 text; convert it: iconv -f UTF-16 -t UTF-8 {path.name}"
-    if head.startswith((b"PK\3\4", b"PAR1", b"\x1f\x8b")):
-        return "is an archive, a Parquet file or compressed, whatever its name says; give it the suffix of its format"
-    return None
+    return "UTF-16" if wide or head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else None
 
 
 class _Decompressed:
@@ -407,6 +416,10 @@ def _read_parquet(path: Path, name: str) -> Rows:
 
     try:
         with parquet.ParquetFile(path) as file:
+            if len(set(columns := file.schema_arrow.names)) != len(columns):
+                twice = next(column for column in columns if columns.count(column) > 1)
+                yield RowError(UNREADABLE, name, f"has the column {twice!r} twice, so it is not known which is meant")
+                return
             number, expanded = 0, 0
             most = max(FREE_BYTES, MAX_EXPANSION * path.stat().st_size)
             largest = _check_columns(file.metadata, most)

@@ -53,7 +53,7 @@ _OF_IMAGES = "the job trains on text alone; remove the field if the text means s
 _OF_PAIRS = "set JOB_TRAIN__METHOD=dpo or orpo to learn from pairs, or give the good one as the completion"
 _MEANING: dict[str, str] = {
     **dict.fromkeys(("chosen", "rejected"), _OF_PAIRS),
-    "system": "put it into the first message, or in front of the prompt",
+    **dict.fromkeys(("system", "system_prompt"), "put it into the first message, or in front of the prompt"),
     "history": "put the earlier turns into messages, or in front of the prompt",
     "tools": "tools are given to a chat template with rows of the schema messages",
     "functions": "give them as `tools` with rows of the schema messages",
@@ -189,14 +189,31 @@ def _check_meaning(row: Row, schema: Schema) -> list[RowError]:
             )
             for field in outside
         ]
+        faults += _check_spelling(row, used)
     if is_zero(row.fields.get("weight")):
         what = "is 0, and a row cannot be weighed; leave the row out, or give messages their weights"
         faults.append(RowError("field_without_use", f"{row.where} weight", what))
-    if schema == "prompt_completion" and row.fields.get("label") is False:
+    if schema == "prompt_completion" and _is_no(row.fields.get("label")):
         what = (
             "is false: the completion is a bad one, and would be trained on; leave it out, or set JOB_TRAIN__METHOD=kto"
         )
         faults.append(RowError("field_without_use", f"{row.where} label", what))
+    return faults
+
+
+def _is_no(label: Any) -> bool:
+    """Whether a label rates the answer as a bad one. A number may be any class, and is none."""
+    return label is False or (isinstance(label, str) and label.strip().lower() == "false")
+
+
+def _check_spelling(row: Row, used: Collection[str]) -> list[RowError]:
+    """Fields that would be used if their names were spelled in the way of the schema."""
+    faults = []
+    for field, value in row.fields.items():
+        plain = field.strip().lower()
+        if plain != field and plain in used and is_empty(row.fields.get(plain)) and not is_empty(value):
+            what = f"is not read under this name; rename it to {plain!r}"
+            faults.append(RowError("field_without_use", f"{row.where} {field}", what))
     return faults
 
 
