@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from http import HTTPStatus
 from pathlib import Path
@@ -90,12 +90,17 @@ class S3Store:
 
     def write(self, key: str, data: bytes, *, if_absent: bool = False, if_tag: str | None = None) -> str:
         """See `ObjectStore.write`."""
+        return self._write(key, data, self._write_options, if_absent=if_absent, if_tag=if_tag)
+
+    def _write(
+        self, key: str, data: bytes, options: Mapping[str, str], *, if_absent: bool = False, if_tag: str | None = None
+    ) -> str:
         condition = {"IfNoneMatch": "*"} if if_absent else {} if if_tag is None else {"IfMatch": if_tag}
         repeated = False
         with self._asking("write", check_key(key)):
             for pause in (*_PAUSES, None):
                 try:
-                    return self._put(key, data, condition)
+                    return self._put(key, data, {**options, **condition})
                 except ClientError as error:
                     absent = if_tag is not None and is_missing(error) and self._is_unlisted(key)
                     if not condition or not (absent or _refused(error, if_tag)):
@@ -112,8 +117,13 @@ class S3Store:
                     return stored.tag
         raise Conflict(f"{self.uri}/{key} was written by somebody else")
 
-    def upload(self, path: Path, key: str) -> None:
+    def upload(self, path: Path, key: str, *, if_absent: bool = False, if_tag: str | None = None) -> None:
         """See `ObjectStore.upload`."""
+        if if_absent or if_tag is not None:  # the transfer manager knows no conditions
+            with disk_errors(f"{self.uri}/{key}: cannot read {path}"):
+                data = path.read_bytes()
+            self._write(key, data, self._file_options, if_absent=if_absent, if_tag=if_tag)
+            return
         threads = path.stat().st_size > _ONE_CONNECTION_BYTES
         with disk_errors(f"{self.uri}/{key}: cannot read {path}"), self._asking("write", check_key(key)):
             try:
@@ -276,9 +286,8 @@ class S3Store:
                 raise
             return self._get(key)
 
-    def _put(self, key: str, data: bytes, condition: dict[str, str]) -> str:
-        name = self._root + key
-        answer = self._client.put_object(Bucket=self._bucket, Key=name, Body=data, **self._write_options, **condition)
+    def _put(self, key: str, data: bytes, options: Mapping[str, str]) -> str:
+        answer = self._client.put_object(Bucket=self._bucket, Key=self._root + key, Body=data, **options)
         if "ETag" in answer:
             return str(answer["ETag"])
         # Whoever answered, what lies there now says whether it was written.

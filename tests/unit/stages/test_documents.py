@@ -68,7 +68,7 @@ def test_a_store_that_fails_is_not_hidden(
     """What the job itself says no with ends the attempt as it always does."""
     attempt, made = finished
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise Unreachable("no answer")
 
     monkeypatch.setattr(attempt.store, "upload", fail)
