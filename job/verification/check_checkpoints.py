@@ -1,4 +1,4 @@
-"""The checkpoints of a run: files match their commit markers, steps rise, and the last one is the published adapter."""
+"""Checks a run's checkpoints: files match commit markers, steps rise, and the last one is the published adapter."""
 
 from __future__ import annotations
 
