@@ -7,9 +7,9 @@
 | messages[].train, ... | the same, under the names that other tools have for it (`LEARNED`) |
 | tools | the tools that may be called, as a list of objects or as its JSON |
 
-A field that the template ignores is not in the rendered text. Tools, tool calls, and the last answer's reasoning that the
-template ignores are an error, as are fields that say in an unknown way what is learned; other ignored fields are counted
-and reported.
+A field that the template ignores is not in the rendered text. Tools, tool calls, and the last answer's reasoning that
+the template ignores are an error, as are fields that say in an unknown way what is learned; other ignored fields are
+counted and reported.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from job.data.formats import Row, RowError, type_name
 _USED = ("messages", "tools")
 _CALLS = ("tool_calls", "function_call")
 _REASONING = ("reasoning_content", "reasoning", "thinking", "refusal")
-"""Parts of an answer beside its content. Templates leave them out of earlier answers, and write that of the last one."""
+"""Parts of an answer beside its content. Many templates write that of the last answer only."""
 _NO_TEXT = ("audio", "image", "images", "video", "videos")
 LEARNED = ("weight", "train", "training", "trainable", "train_on_turn", "loss", "loss_weight")
-"""Fields of a message that say whether it is learned, in OpenAI's format and in those of other tools: 0 or 1, or a flag."""
+"""Fields of a message that say whether it is learned, in OpenAI's format and in other tools': 0 or 1, or a flag."""
 _OTHER_MASKS = ("mask", "masked", "loss_mask", "ignore", "ignore_loss", "train_detail")
 """Fields that say the same in ways that differ from tool to tool."""
 _OF_A_MESSAGE = ("role", "content", *LEARNED)
