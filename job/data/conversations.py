@@ -1,15 +1,15 @@
-"""Rows of messages: what is wrong with one, and its text by the tokenizer's chat template.
+"""Rows of messages: checks them, and renders them with the tokenizer's chat template.
 
 | field | meaning |
 |---|---|
 | messages | a list of {role, content}; other fields of a message, such as `tool_calls`, go to the template as well |
-| messages[].weight | 0: the message is read and never learned, whatever the loss is on; 1 or nothing: it is learned |
+| messages[].weight | 0: the message is context only and never in the loss; 1 or absent: it is in the loss |
 | messages[].train, ... | the same, under the names that other tools have for it (`LEARNED`) |
-| tools | the tools that may be called, as a list of objects or as its JSON |
+| tools | the tools that may be called: a list of objects, or that list as JSON text |
 
-A field that the template ignores is not in the rendered text. Tools, tool calls, and the last answer's reasoning that
-the template ignores are an error, as are fields that say in an unknown way what is learned; other ignored fields are
-counted and reported.
+A field that the template ignores is not in the rendered text. If the template ignores tools, tool calls or the last
+answer's reasoning, that is an error, and so is a field that selects target tokens in an unknown way; other ignored
+fields are counted and reported.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from job.data.formats import Row, RowError, type_name
 _USED = ("messages", "tools")
 _CALLS = ("tool_calls", "function_call")
 _REASONING = ("reasoning_content", "reasoning", "thinking", "refusal")
-"""Parts of an answer beside its content. Many templates write that of the last answer only."""
+"""Parts of an answer beside its content. Templates write them for the last answer only."""
 _NO_TEXT = ("audio", "image", "images", "video", "videos")
 LEARNED = ("weight", "train", "training", "trainable", "train_on_turn", "loss", "loss_weight")
-"""Fields of a message that say whether it is learned, in OpenAI's format and in other tools': 0 or 1, or a flag."""
+"""Fields that say whether a message is in the loss, in OpenAI's and other tools' formats: 0 or 1, or a flag."""
 _OTHER_MASKS = ("mask", "masked", "loss_mask", "ignore", "ignore_loss", "train_detail")
 """Fields that say the same in ways that differ from tool to tool."""
 _OF_A_MESSAGE = ("role", "content", *LEARNED)
 
 
 def check_messages(row: Row) -> list[RowError]:
-    """All that is wrong with the messages and tools of a row; empty for a good one."""
+    """Everything that is wrong with the messages and tools of a row; empty if the row is valid."""
     place = f"{row.where} messages"
     messages = row.fields.get("messages")
     if messages is None:
@@ -59,7 +59,7 @@ def check_messages(row: Row) -> list[RowError]:
 
 
 def _check_answers(messages: list[dict[str, Any]], place: str) -> list[RowError]:
-    """What is wrong with the last answer that is learned."""
+    """What is wrong with the last answer that has target tokens."""
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
         return [RowError("empty_target", place, "has no message of role assistant: there is nothing to learn")]
@@ -81,7 +81,7 @@ def _check_weight(message: dict[str, Any], where: str) -> list[RowError]:
     for field in LEARNED:
         value = message.get(field)
         if value is not None and not (isinstance(value, int | float) and value in {0, 1}):
-            what = "must be 0 (not learned) or 1; no other weight is known"
+            what = "must be 0 (context only) or 1; other weights are not supported"
             faults.append(RowError("wrong_type", f"{where} {field}", what))
     for field in _OTHER_MASKS:
         if not is_empty(message.get(field)) and message[field] is not False:
@@ -111,7 +111,7 @@ def _tools(fields: dict[str, Any]) -> list[dict[str, Any]] | None:
 
 
 def render_messages(row: Row, template: Template, *, find_turns: bool) -> Rendered | RowError:
-    """The text of a good conversation, with its assistant's turns as completions if these are to be found.
+    """The text of a valid conversation; with `find_turns`, the assistant's turns are its completions.
 
     Raises:
         DataError: The chat template is broken, or exceeds its time or memory limit.
@@ -153,7 +153,7 @@ def _is_missed(unused: str, messages: list[dict[str, Any]]) -> bool:
 
 
 def _with_content(message: dict[str, Any]) -> dict[str, Any]:
-    """The message, with an empty content where it only calls tools: templates write a missing one as `None`."""
+    """The message; if it only calls tools, with an empty content, since templates write a missing one as `None`."""
     return message if message.get("content") is not None else {**message, "content": ""}
 
 
@@ -182,7 +182,7 @@ def _with_parsed_arguments(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_object(call: Any) -> Any:
-    """A tool call, its arguments as an object where they are the JSON of one."""
+    """A tool call whose arguments, if they are the JSON text of an object, are that object."""
     if not isinstance(call, dict):
         return call
     if isinstance(call.get("function"), dict):
@@ -199,7 +199,7 @@ def _with_object(call: Any) -> Any:
 def _unused_in_messages(
     messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, text: str, template: Template
 ) -> list[str]:
-    """The fields of messages that change nothing in the text: the template does not write them."""
+    """The fields of messages that the template ignores: without them the text is the same."""
     names = Counter(
         name
         for message in messages
@@ -214,7 +214,7 @@ def _unused_in_messages(
 
 
 def _rendered(template: Template, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str | None:
-    """The text of a conversation that lacks something; None where the template, which looks for that, refuses it."""
+    """The text of a conversation from which something was removed; None if the template then refuses it."""
     try:
         return template(messages, tools=tools)
     except TemplateRefusalError:

@@ -55,7 +55,7 @@ def choose_device(wanted: str = "auto") -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The compute dtype: what was asked for, or for `auto` bf16 where the GPU has it, else fp16; fp32 on a CPU."""
+    """The compute dtype: the setting, or for `auto` bf16 on a GPU that has it, else fp16; fp32 on a CPU."""
     import torch
 
     if name == "auto":
@@ -68,7 +68,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer that lies beside the model. It never runs code of the model's repository."""
+    """The tokenizer in the model's folder. It never runs code of the model's repository."""
     from transformers import AutoTokenizer
 
     with readable(folder):
@@ -140,6 +140,10 @@ def load_base(
     if missing := sorted(loading_info["missing_keys"]):  # transformers would silently initialize them at random
         what = f"{folder} lacks {len(missing)} weights of {type(model).__name__}: {', '.join(missing[:5])}"
         raise DataError([Problem("JOB_MODEL__ID", what)])
+    layers = {name: module for name, module in model.named_modules() if _is_bitsandbytes(module)}
+    if plain := [name for name, layer in layers.items() if not _is_quantized(layer.weight)]:
+        what = f"{folder} has a config.json that says its weights are quantized, and those of {plain[0]} are not"
+        raise DataError([Problem("JOB_MODEL__ID", what)])
     model.config.use_cache = False
     _set_dtype(model, dtype)
     for module in model.modules():
@@ -200,6 +204,11 @@ def _set_dtype(model: Any, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(own)
 
 
+def _is_bitsandbytes(module: Any) -> bool:
+    """Whether it is a quantized linear layer."""
+    return type(module).__module__.startswith("bitsandbytes.") and getattr(module, "weight", None) is not None
+
+
 def _is_quantized(parameter: Any) -> bool:
     """Whether bitsandbytes holds it; its storage may be of a floating-point dtype."""
     return getattr(parameter, "quant_state", None) is not None or type(parameter).__name__ == "Int8Params"
@@ -235,7 +244,7 @@ def recompute_activations(model: Any, *, on: bool, random: bool = True) -> None:
     base = model.get_base_model()
     if on and not base.supports_gradient_checkpointing:
         name = type(base).__name__
-        log.get_logger().warning("activations are kept: those of this model cannot be computed again", model=name)
+        log.get_logger().warning("activations are kept: this model does not support recomputing them", model=name)
         return
     if on:
         # transformers renamed it in 5.23; the model is an argument of neither name

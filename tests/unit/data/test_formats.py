@@ -323,8 +323,8 @@ def peak_of_reading(path: Path) -> tuple[int, str]:
     return int(used), what
 
 
-def test_files_that_unfold_without_end_are_refused(tmp_path: Path) -> None:
-    """A small file that unfolds to gigabytes, by lines, by one line, as JSON or in Parquet, takes bounded memory."""
+def test_decompression_bombs_are_refused(tmp_path: Path) -> None:
+    """A small file of gigabytes when decompressed (lines, one line, JSON, Parquet) takes bounded memory."""
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -344,7 +344,7 @@ def test_files_that_unfold_without_end_are_refused(tmp_path: Path) -> None:
     for path in sorted(tmp_path.iterdir()):
         assert path.stat().st_size < 1 << 20
         used, what = peak_of_reading(path)
-        assert "unfolds to more than 400 times" in what, path.name
+        assert "expands to more than 400 times" in what, path.name
         assert used < 600, path.name
 
 
