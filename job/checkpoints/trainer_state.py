@@ -50,6 +50,8 @@ class TrainerFiles:
     scheduler: Any
     scaler: Any
     state: Any
+    optimizer_name: str | None = None
+    """A key of `OPTIMIZERS`; None where any of them may have written the checkpoint."""
 
 
 def write_trainer_state(folder: Path, files: TrainerFiles, history: Sequence[StepMetrics]) -> None:
@@ -93,7 +95,7 @@ def read_trainer_state(folder: Path, files: TrainerFiles) -> list[StepMetrics]:
     progress = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
     tensors = load_file(folder / OPTIMIZER)
     shapes = [parameter.shape for group in files.optimizer.param_groups for parameter in group["params"]]
-    optimizer_state.check_fit(tensors, progress["optimizer"], shapes)
+    optimizer_state.check_fit(tensors, progress["optimizer"], shapes, files.optimizer_name)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(saved[name])

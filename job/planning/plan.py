@@ -223,7 +223,8 @@ def _workload(settings: Settings, data: DataFacts | None) -> tuple[Workload | No
     if data is not None:
         lengths = [len(example.input_ids) for example in data.examples]
         targets = [sum(example.targets) for example in data.examples]
-        batches = {"seed": settings.run.seed, "global_batch_size": train.global_batch_size}
+        seed = settings.run.seed if settings.data.seed is None else settings.data.seed
+        batches = {"seed": seed, "global_batch_size": train.global_batch_size}
         counted = count(lengths, targets, steps=steps(len(lengths)), **batches)
         return counted, "assumed" if data.estimated else "computed"
     samples = known.DATASET_TOKENS.get(settings.data.source)

@@ -7,6 +7,7 @@ the value: a secret that was put into the wrong variable must not get into logs 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?|\[[0-9A-Fa-f:.]{2,45}\]")
 _COUNT = re.compile(r"[1-9][0-9]{0,8}", re.ASCII)
 _PORT = re.compile(r"[1-9][0-9]{0,4}", re.ASCII)
+_MANY_PASSES = 1e6
 _DEPTH = 2  # group and name; what lies deeper is an item of a value
 _ARCHIVES = {"GLACIER", "DEEP_ARCHIVE"}
 
@@ -58,6 +60,17 @@ def _no_flag(value: object) -> object:
     if value is True or value is False:
         raise ValueError("must be a number, not true or false")
     return value
+
+
+def _passes(value: object) -> object:
+    """A whole number stays an `int`, so that it is written as it was given."""
+    try:
+        number = float(str(value))
+    except ValueError:
+        number = math.nan
+    if isinstance(value, bool) or not 0 < number < _MANY_PASSES:
+        raise ValueError("must be a number of passes over the data greater than 0, such as 2 or 0.5")
+    return int(number) if number.is_integer() else number
 
 
 def _count_or_auto(value: object) -> object:
@@ -183,7 +196,9 @@ FlagOrAuto = Annotated[bool | Literal["auto"], BeforeValidator(_flag_or_auto)]
 Whole = Annotated[int, BeforeValidator(_no_flag), Field(ge=0, lt=2**32)]
 Count = Annotated[int, BeforeValidator(_no_flag), Field(gt=0, lt=2**32)]
 CountOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_count_or_auto)]
+Passes = Annotated[int | float, BeforeValidator(_passes), Field(gt=0)]
 Real = Annotated[float, BeforeValidator(_no_flag)]
+Share = Annotated[Real, Field(ge=0, le=1)]
 Positive = Annotated[Real, Field(gt=0)]
 NotNegative = Annotated[Real, Field(ge=0)]
 Seconds = Annotated[Real, Field(gt=0, le=30 * 86400)]

@@ -16,6 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from job.common.schedulers import SCHEDULERS
 from job.distributed.ranks import Place, find_faults, find_machines, find_place
 from job.errors import Problem, SettingsError
 from job.platforms.detect import Platform, detect, is_foreign
@@ -74,6 +75,7 @@ def load_settings(arguments: Sequence[str] = (), environ: Mapping[str, str] | No
         *_revisions(settings, request),
         *_tasks(settings),
         *_gate(settings),
+        *_schedule(settings),
     ]
     problems += [Problem(setting_at(name, settings.sources[name]), what) for name, what in faults if name not in wrong]
     problems += [Problem(f"{variable} (environment)", what) for variable, what in find_faults(environ)]
@@ -310,3 +312,16 @@ def _gate(settings: Settings) -> Iterator[Fault]:
         yield "gate.baseline", "has no threshold; give JOB_GATE__MIN_DELTA or JOB_GATE__MAX_REGRESSION as well"
     if gain is not None and loss is not None and gain < -loss:
         yield "gate.min_delta", "allows a larger loss than JOB_GATE__MAX_REGRESSION; raise it, or remove one of the two"
+
+
+def _schedule(settings: Settings) -> Iterator[Fault]:
+    train = settings.train
+    if train.min_lr_ratio and not SCHEDULERS[train.scheduler].has_minimum:
+        having = " or ".join(name for name, spec in SCHEDULERS.items() if spec.has_minimum)
+        yield "train.min_lr_ratio", f"has no effect with JOB_TRAIN__SCHEDULER={train.scheduler}; take {having}"
+    if train.scheduler != "warmup_stable_decay" and settings.sources["train.decay_ratio"] != "default":
+        yield "train.decay_ratio", "has an effect with JOB_TRAIN__SCHEDULER=warmup_stable_decay only"
+    if train.scheduler == "warmup_stable_decay" and (train.warmup_ratio or 0) + train.decay_ratio > 1:
+        yield "train.decay_ratio", "and JOB_TRAIN__WARMUP_RATIO are more than all steps together; lower one"
+    if train.warmup_ratio is not None and settings.sources["train.warmup_steps"] != "default":
+        yield "train.warmup_ratio", "is given beside JOB_TRAIN__WARMUP_STEPS; keep one of the two"

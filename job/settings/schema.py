@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from job.common.optimizers import OptimizerName
+from job.common.schedulers import SchedulerName
 from job.settings.field_types import (
     Count,
     CountOrAuto,
@@ -41,11 +42,13 @@ from job.settings.field_types import (
     Maybe,
     Names,
     NotNegative,
+    Passes,
     Positive,
     PublicName,
     Real,
     RunId,
     Seconds,
+    Share,
     StorageClass,
     Text,
     Whole,
@@ -174,6 +177,8 @@ class Data(Group):
     """Schema of a row; `auto` detects it."""
     on_bad_row: AffectsResult[Literal["error", "skip"]] = "error"
     """What a bad row does: end the job before it begins, or be counted and left out."""
+    seed: AffectsResult[Maybe[Whole]] = None
+    """Seed of the order of the examples; empty: JOB_RUN__SEED."""
     date: AffectsResult[Maybe[Day]] = None
     """What a chat template that asks is told is today, YYYY-MM-DD; empty: the day (UTC) of the run's first attempt."""
 
@@ -181,20 +186,29 @@ class Data(Group):
 class Train(Group):
     """Training."""
 
-    epochs: AffectsResult[Count] = 2
-    """Passes over the training data."""
+    epochs: AffectsResult[Passes] = 2
+    """Passes over the training data; 0.5 is half of its optimizer steps."""
     max_steps: AffectsResult[Maybe[Count]] = None
     """Stop after this many optimizer steps, if the epochs have more."""
     learning_rate: AffectsResult[NotNegative] = 2e-4
     """Peak learning rate; 0 trains nothing, which is a useful control."""
-    scheduler: AffectsResult[Literal["linear", "cosine", "constant"]] = "linear"
+    scheduler: AffectsResult[SchedulerName] = "linear"
     """Schedule of the learning rate after the warmup."""
     warmup_steps: AffectsResult[Whole] = 5
     """Steps in which the learning rate rises to its peak."""
+    warmup_ratio: AffectsResult[Maybe[Share]] = None
+    """The same as a share of all steps, rounded up; if given, it takes the place of JOB_TRAIN__WARMUP_STEPS."""
+    min_lr_ratio: AffectsResult[Share] = 0.0
+    """Learning rate at the end, as a share of its peak; for the schedulers `cosine` and `warmup_stable_decay`."""
+    decay_ratio: AffectsResult[Share] = 0.1
+    """Share of all steps in which `warmup_stable_decay` lowers the learning rate, along a cosine, at the end."""
     weight_decay: AffectsResult[NotNegative] = 0.0
     """Decoupled weight decay."""
-    max_grad_norm: AffectsResult[Positive] = 1.0
-    """Gradients are clipped to this norm."""
+    max_grad_norm: AffectsResult[NotNegative] = 1.0
+    """Gradients are clipped to this norm; with 0 they are not clipped."""
+    neftune_noise_alpha: AffectsResult[NotNegative] = 0.0
+    """NEFTune: uniform noise on the embeddings in training, at most this over the square root of tokens times width;
+    the paper has 5 to 15. 0 for none."""
     global_batch_size: AffectsResult[Count] = 32
     """Examples in one optimizer step, over all GPUs."""
     micro_batch_tokens: ExecutionOnly[Maybe[Count]] = None

@@ -87,6 +87,7 @@ def load(settings: Settings, sources: Sources, processes: Processes = ALONE, kno
         recompute=settings.train.gradient_checkpointing,
         gigabytes=settings.train.gpu_memory_gb,
         processes=processes.place.local_world_size,
+        random=settings.train.neftune_noise_alpha > 0,
     )
     if not packing.packed:
         plan = replace(plan, packed=False, reason=f"{plan.reason}: {packing.reason}")

@@ -18,6 +18,7 @@ from job.common import host
 from job.common.hashing import hash_facts
 from job.common.optimizers import substitute
 from job.common.resources import check_disk, checkpoint_bytes, required_bytes
+from job.common.schedulers import make_schedule
 from job.data.batch_plan import steps_per_epoch
 from job.errors import Preempted, Unreachable
 from job.model.lora import copy_tokenizer, save_adapter, trainable
@@ -140,18 +141,29 @@ def _restore(attempt: Attempt) -> manager.Restored:
 
 def _recipe(settings: Settings, rows: int, micro_batch_tokens: int, optimizer: str) -> Recipe:
     t = settings.train
+    schedule = make_schedule(
+        total_steps(rows, t.global_batch_size, t.epochs, t.max_steps),
+        warmup_steps=t.warmup_steps,
+        warmup_ratio=t.warmup_ratio,
+        min_lr_ratio=t.min_lr_ratio,
+        decay_ratio=t.decay_ratio,
+    )
     return Recipe(
         seed=settings.run.seed,
-        total_steps=total_steps(rows, t.global_batch_size, t.epochs, t.max_steps),
+        total_steps=schedule.total_steps,
         learning_rate=t.learning_rate,
         scheduler=t.scheduler,
-        warmup_steps=t.warmup_steps,
+        warmup_steps=schedule.warmup_steps,
         weight_decay=t.weight_decay,
         max_grad_norm=t.max_grad_norm,
         global_batch_size=t.global_batch_size,
         micro_batch_tokens=micro_batch_tokens,
         optimizer=optimizer,
         save_every_steps=settings.checkpoint.every_steps,
+        data_seed=settings.data.seed,
+        min_lr_ratio=schedule.min_lr_ratio,
+        decay_steps=schedule.decay_steps,
+        neftune_noise_alpha=t.neftune_noise_alpha,
     )
 
 

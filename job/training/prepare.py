@@ -52,6 +52,7 @@ def prepare(
     recompute: bool | Literal["auto"],
     gigabytes: float | None,
     processes: int = 1,
+    random: bool = False,
 ) -> ExecutionPlan:
     """Chooses how this machine trains the model, and makes the model ready for it.
 
@@ -66,6 +67,7 @@ def prepare(
         recompute: `JOB_TRAIN__GRADIENT_CHECKPOINTING`.
         gigabytes: How much of the GPU may be used; None for all.
         processes: How many train on this machine.
+        random: Whether the embeddings get noise (NEFTune), which a CUDA graph would repeat unchanged.
     """
     setup = setup_of(model, quantization, optimizer)
     slow = why_not_fused(model)
@@ -81,6 +83,9 @@ def prepare(
             gigabytes=gigabytes,
         )
         if plan is not None:
+            if random and plan.recorded:
+                why = "no CUDA graphs: JOB_TRAIN__NEFTUNE_NOISE_ALPHA draws new noise in every step"
+                plan = replace(plan, recorded=False, reason=f"{plan.reason}; {why}")
             log.get_logger().info("how training is carried out", micro_batch_tokens=budget, **asdict(plan))
             return plan
         slow = "PEFT's layers of this adapter are of a kind that has no fused one"

@@ -29,6 +29,7 @@ from trl import SFTConfig, SFTTrainer
 
 from job.checkpoints.trainer_state import TrainerFiles, read_trainer_state, write_trainer_state
 from job.common.optimizers import OPTIMIZERS
+from job.common.schedulers import SCHEDULERS, Schedule
 from job.data.batch_plan import Steps, targets_of
 from job.distributed.processes import ALONE, Processes
 from job.errors import TrainingFailed
@@ -39,6 +40,7 @@ from job.records import Example, ExecutionPlan, StepMetrics
 from job.training.config import Hooks, Recipe, Trained
 from job.training.flat_parameters import FlatParameters
 from job.training.lm_head_loss import alone_loss, can_sum, summed_head
+from job.training.neftune import add_noise
 from job.training.step import OptimizerStep, StepAbandoned
 
 
@@ -76,6 +78,7 @@ def train(
         model, tokenizer, examples=examples, recipe=recipe, plan=plan, hooks=hooks, folder=folder, processes=processes
     )
     recompute_activations(model, on=not plan.kept_activations, random=not plan.padded)
+    remove_noise = add_noise(model.get_base_model(), recipe.neftune_noise_alpha) if recipe.neftune_noise_alpha else None
     model.train()
     # Trainer sets the gradients to None after every step, module by module; here they are views that must be kept.
     model.zero_grad = lambda: None
@@ -86,6 +89,8 @@ def train(
         if abandoned.__cause__ is not None:
             raise abandoned.__cause__ from None
     del model.zero_grad
+    if remove_noise is not None:
+        remove_noise()
     # Trainer wraps the model's forward for mixed precision; the wrapper is removed, so that both evaluations run the
     # same code.
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
@@ -128,7 +133,8 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         self.parameters = FlatParameters(trainable(model).values(), OPTIMIZERS[recipe.optimizer].block)
         self.hooks, self.folder, self.leads = hooks, folder, processes.leads
         place, batch_size = processes.place, recipe.global_batch_size
-        self.steps = Steps(examples, recipe.seed, batch_size, recipe.total_steps, place.rank, place.world_size)
+        seed = recipe.seed if recipe.data_seed is None else recipe.data_seed
+        self.steps = Steps(examples, seed, batch_size, recipe.total_steps, place.rank, place.world_size)
         self.history: list[StepMetrics] = []
         self.saved_step = 0
         self.clock = time.monotonic()
@@ -248,7 +254,8 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
 
     def trainer_files(self) -> TrainerFiles:
         """The live objects that a checkpoint is written from and restored into."""
-        return TrainerFiles(self.model, self.optimizer, self.lr_scheduler, self.accelerator.scaler, self.state)
+        made = self.optimizer, self.lr_scheduler, self.accelerator.scaler, self.state
+        return TrainerFiles(self.model, *made, optimizer_name=self.args.optim)
 
 
 def memory_in_use() -> int:
@@ -284,14 +291,11 @@ class StopOnFlag(TrainerCallback):  # type: ignore[misc]
             control.should_save = self.fits(0.0)
 
 
-SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
-"""Values of `JOB_TRAIN__SCHEDULER`, with the name of each in transformers."""
-
 OPTIONS = {
     "output_dir": "where Trainer may write; it has to be given",
     "max_steps": "the length of the schedule and of the loop",
     **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"), "1: a step of the loop is a step"),
-    **dict.fromkeys(("learning_rate", "lr_scheduler_type", "warmup_steps"), "the schedule"),
+    **dict.fromkeys(("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"), "the schedule"),
     **dict.fromkeys(("optim", "weight_decay", "max_grad_norm"), "the optimizer and clipping"),
     **dict.fromkeys(("bf16", "fp16"), "autocast, and loss scaling"),
     "loss_type": "what compute_loss computes",
@@ -322,17 +326,20 @@ def sft_config(**options: Any) -> SFTConfig:
 
 def trl_config(recipe: Recipe, plan: ExecutionPlan, folder: Path, model: Any) -> SFTConfig:
     """The configuration of Trainer for this recipe and model; Trainer may write into `folder`."""
-    dtype = model.get_base_model().dtype
+    dtype, scheduler = model.get_base_model().dtype, SCHEDULERS[recipe.scheduler]
+    schedule = Schedule(recipe.total_steps, recipe.warmup_steps, recipe.min_lr_ratio, recipe.decay_steps)
     return sft_config(
         output_dir=str(folder),
         max_steps=recipe.total_steps,
         per_device_train_batch_size=1,
         gradient_accumulation_steps=1,
         learning_rate=recipe.learning_rate,
-        lr_scheduler_type=SCHEDULERS[recipe.scheduler],
+        lr_scheduler_type=scheduler.transformers_name(schedule),
+        lr_scheduler_kwargs=scheduler.options(schedule),
         warmup_steps=recipe.warmup_steps,
         weight_decay=recipe.weight_decay,
-        max_grad_norm=recipe.max_grad_norm,
+        # With infinity Trainer still computes the norm, for the metrics, and multiplies the gradient by exactly 1.
+        max_grad_norm=recipe.max_grad_norm or math.inf,
         optim=recipe.optimizer,
         # The argument's name differs between the supported versions of TRL.
         **dict.fromkeys(

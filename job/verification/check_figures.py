@@ -157,7 +157,7 @@ def _totals(history: Sequence[StepMetrics], results: Mapping[str, Any]) -> dict[
         results["dataset"]["rows"],
         *(settings.get(f"train.{name}") for name in ("global_batch_size", "epochs", "max_steps")),
     )
-    if not (isinstance(size, int) and isinstance(epochs, int) and isinstance(most, int | None) and size > 0):
+    if not (isinstance(size, int) and isinstance(epochs, int | float) and isinstance(most, int | None) and size > 0):
         raise ValueError("no valid training settings")
     planned = total_steps(rows, size, epochs, most)
     if len(history) != planned:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from job.common.optimizers import OPTIMIZERS
 from job.data import batch_plan
 from job.distributed.processes import Alone
 from job.distributed.ranks import Place
@@ -347,13 +348,22 @@ RESUMED = replace(
 )
 
 
-@pytest.mark.parametrize("optimizer", ["adamw_8bit", "adamw_torch"])
-@pytest.mark.parametrize("scheduler", ["linear", "cosine"])
-def test_a_resumed_run_is_the_same_run(
-    base_folder: Path, tokenizer: Any, tmp_path: Path, optimizer: str, scheduler: str
-) -> None:
+KNOBS: dict[str, dict[str, Any]] = {
+    **{name: {"optimizer": name} for name, spec in OPTIMIZERS.items() if "cpu" in spec.devices},
+    "cosine": {"scheduler": "cosine"},
+    "cosine with a minimum": {"scheduler": "cosine", "min_lr_ratio": 0.1},
+    "warmup, stable, decay": {"scheduler": "warmup_stable_decay", "decay_steps": 3, "min_lr_ratio": 0.1},
+    "noise": {"neftune_noise_alpha": 5.0},
+    "no clipping": {"max_grad_norm": 0.0},
+    "another order": {"data_seed": 8},
+}
+"""Changes to the recipe; each makes another adapter, and resumes exactly."""
+
+
+@pytest.mark.parametrize("knob", KNOBS)
+def test_a_resumed_run_is_the_same_run(base_folder: Path, tokenizer: Any, tmp_path: Path, knob: str) -> None:
     """Stopped in the middle of an epoch and resumed, NF4 training with dropout ends with the same bits and facts."""
-    recipe = replace(RESUMED, optimizer=optimizer, scheduler=scheduler)
+    recipe = replace(RESUMED, **KNOBS[knob])
     whole = make_model(base_folder, quantization="nf4", dropout=0.1, rank=32)
     uninterrupted, saved = run(whole, tokenizer, LONGER, recipe, tmp_path / "whole")
     assert uninterrupted.complete
@@ -371,6 +381,30 @@ def test_a_resumed_run_is_the_same_run(
     assert adapter_hash(second) == adapter_hash(whole)
     assert facts(resumed) == facts(uninterrupted)
     assert len({step.loss for step in resumed.history}) == 6
+
+
+def test_every_knob_does_something(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """Each change of the recipe ends with another adapter, but for an optimizer that computes the same otherwise."""
+    hashes = {}
+    for knob, changes in KNOBS.items():
+        model = make_model(base_folder)
+        run(model, tokenizer, LONGER, replace(RESUMED, **{"max_grad_norm": 0.1} | changes), tmp_path)
+        hashes[knob] = adapter_hash(model)
+    assert len(set(hashes.values())) >= len(hashes) - 1
+
+
+def test_without_clipping_the_norm_is_measured_and_the_gradient_left(
+    base_folder: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    """A norm of 0 is no limit: the optimizer gets the gradient that a huge limit lets through, and metrics its norm."""
+    found = []
+    for limit in (0.0, 1e9):
+        model = fill_adapter(make_model(base_folder))
+        with gradients(model) as seen:
+            trained, _ = run(model, tokenizer, EXAMPLES, replace(RECIPE, max_grad_norm=limit), tmp_path)
+        found.append((seen[0], trained.history[0].grad_norm))
+    assert_same(found[0][0], found[1][0], 0.0)
+    assert found[0][1] == found[1][1] > 0
 
 
 def test_a_fused_run_on_padded_sequences_resumes_exactly(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
