@@ -25,6 +25,7 @@ _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?|\[[0-9A-Fa-f
 _COUNT = re.compile(r"[1-9][0-9]{0,8}", re.ASCII)
 _PORT = re.compile(r"[1-9][0-9]{0,4}", re.ASCII)
 _MANY_PASSES = 1e6
+_RANGE = re.compile(r"([0-9]{1,4})(?:-([0-9]{1,4}))?", re.ASCII)
 _DEPTH = 2  # group and name; what lies deeper is an item of a value
 _ARCHIVES = {"GLACIER", "DEEP_ARCHIVE"}
 
@@ -107,6 +108,37 @@ def _unique(values: tuple[str, ...]) -> tuple[str, ...]:
     if len(set(values)) < len(values):
         raise ValueError("has the same name twice; remove one")
     return values
+
+
+def _layers(value: object) -> object:
+    """`0-15,20` -> each number, ascending; a list stays what it is."""
+    if not isinstance(value, str) or value.lstrip().startswith("["):
+        return _items(value)
+    numbers: list[int] = []
+    for part in value.split(","):
+        found = _RANGE.fullmatch(part.strip())
+        if found is None:
+            raise ValueError("must be numbers and ranges with commas between them, such as 0-15,20")
+        first, last = int(found[1]), int(found[2] or found[1])
+        if last < first:
+            raise ValueError("has a range that ends before it begins; turn it round")
+        numbers += range(first, last + 1)
+    return numbers
+
+
+def _ascending(values: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError("has the same number twice; remove one")
+    return tuple(sorted(values))
+
+
+def _expressions(pattern: Mapping[str, int]) -> Mapping[str, int]:
+    for key in pattern:
+        try:
+            re.compile(key)
+        except re.error as error:
+            raise ValueError(f"has a name that is no regular expression: {error}") from None
+    return pattern
 
 
 def _pairs(value: object) -> object:
@@ -213,6 +245,8 @@ Digest = Annotated[Text, AfterValidator(_digest)]
 Day = Annotated[Text, AfterValidator(_day)]
 StorageClass = Annotated[Text, AfterValidator(_readable_class)]
 Names = Annotated[tuple[Text, ...], BeforeValidator(_items), Field(min_length=1), AfterValidator(_unique)]
+Layers = Annotated[tuple[Whole, ...], BeforeValidator(_layers), Field(min_length=1), AfterValidator(_ascending)]
+Pattern = Annotated[Mapping[Text, Count], BeforeValidator(_pairs), AfterValidator(_expressions)]
 Locations = Annotated[Mapping[Text, Location], BeforeValidator(_pairs)]
 
 

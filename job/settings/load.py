@@ -24,7 +24,7 @@ from job.platforms.sagemaker import copied_folder
 from job.settings.field_types import explain, new_run_id
 from job.settings.markers import RevisionOf, find_markers
 from job.settings.presets import PRESETS
-from job.settings.schema import NAMES, READING, Options, Settings
+from job.settings.schema import NAMES, READING, Lora, Options, Settings
 from job.settings.sources import Request, environment_name, nested, same, setting_at
 from job.storage.location import is_remote
 
@@ -76,6 +76,7 @@ def load_settings(arguments: Sequence[str] = (), environ: Mapping[str, str] | No
         *_tasks(settings),
         *_gate(settings),
         *_schedule(settings),
+        *_adapter(settings),
     ]
     problems += [Problem(setting_at(name, settings.sources[name]), what) for name, what in faults if name not in wrong]
     problems += [Problem(f"{variable} (environment)", what) for variable, what in find_faults(environ)]
@@ -325,3 +326,29 @@ def _schedule(settings: Settings) -> Iterator[Fault]:
         yield "train.decay_ratio", "and JOB_TRAIN__WARMUP_RATIO are more than all steps together; lower one"
     if train.warmup_ratio is not None and settings.sources["train.warmup_steps"] != "default":
         yield "train.warmup_ratio", "is given beside JOB_TRAIN__WARMUP_STEPS; keep one of the two"
+
+
+def _adapter(settings: Settings) -> Iterator[Fault]:
+    lora, weight_decay = settings.lora, settings.train.weight_decay
+    if lora.kind == "adalora":
+        others = ("init", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+        plain = Lora()
+        for name in (name for name in others if getattr(lora, name) != getattr(plain, name)):
+            yield f"lora.{name}", "is not for JOB_LORA__KIND=adalora; drop one of the two"
+        if lora.init_rank is not None and lora.init_rank <= lora.rank:
+            yield "lora.init_rank", f"must be more than JOB_LORA__RANK, {lora.rank}, the rank at the end"
+        return
+    for name in ("init_rank", "tinit", "tfinal", "delta_t", "orth_reg_weight"):
+        if settings.sources[f"lora.{name}"] != "default":
+            yield f"lora.{name}", "has an effect with JOB_LORA__KIND=adalora only"
+    if lora.init == "orthogonal" and settings.model.quantization != "none":
+        yield "lora.init", "orthogonal needs a base in floating point; set JOB_MODEL__QUANTIZATION=none or take another"
+    if lora.init.startswith(("pissa", "olora")):
+        conflicts = {
+            "lora.use_rslora": lora.use_rslora,
+            "lora.use_dora": lora.use_dora,
+            "lora.dropout": lora.dropout,
+            "train.weight_decay": weight_decay,  # it would move the half of the adapter that is frozen
+        }
+        for name in (name for name, value in conflicts.items() if value):
+            yield name, f"is not for JOB_LORA__INIT={lora.init}; drop one of the two"

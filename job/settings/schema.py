@@ -36,6 +36,7 @@ from job.settings.field_types import (
     Flag,
     FlagOrAuto,
     HostPort,
+    Layers,
     LocalPath,
     Location,
     Locations,
@@ -43,6 +44,7 @@ from job.settings.field_types import (
     Names,
     NotNegative,
     Passes,
+    Pattern,
     Positive,
     PublicName,
     Real,
@@ -157,9 +159,36 @@ class Lora(Group):
     """Scale: the update is multiplied by alpha / rank."""
     dropout: AffectsResult[Annotated[NotNegative, Field(lt=1)]] = 0.0
     """Dropout on the adapter's input."""
-    target_modules: AffectsResult[Literal["auto"] | Names] = "auto"
-    """Names of the linear layers that get an adapter. `auto`: all but the head, as found in the model; the seven
-    projections of a decoder of Llama's kind."""
+    target_modules: AffectsResult[Literal["auto", "all-linear", "attention", "mlp"] | Names] = "auto"
+    """Names of the linear layers that get an adapter. `auto`, or `all-linear`: all but the head, as found in the model;
+    the seven projections of a decoder of Llama's kind. `attention`, `mlp`: those within modules of this kind."""
+    layers: AffectsResult[Maybe[Layers]] = None
+    """Numbers of the decoder's layers that get an adapter, from 0, such as `0-15,20`; empty for all."""
+    rank_pattern: AffectsResult[Pattern] = Field(default_factory=dict)
+    """Other ranks for some modules, `name=8,name2=16` or JSON: PEFT's regular expressions, for the end of the name."""
+    alpha_pattern: AffectsResult[Pattern] = Field(default_factory=dict)
+    """The same for alpha."""
+    use_rslora: AffectsResult[Flag] = False
+    """Rank-stabilized LoRA: the update is multiplied by alpha / sqrt(rank)."""
+    use_dora: AffectsResult[Flag] = False
+    """DoRA: the magnitude of each output's weights is trained, too. PEFT's own layers train it, which is slower."""
+    init: AffectsResult[Literal["default", "gaussian", "orthogonal", "pissa", "pissa_niter_16", "olora"]] = "default"
+    """First values of the adapter, by PEFT's names. `pissa` (with `niter`: by a fast approximation) and `olora` begin
+    with a part of the base's weights; the base stays as it is, and the adapter is published with twice the rank."""
+    seed: AffectsResult[Maybe[Whole]] = None
+    """Seed of the first values; empty: JOB_RUN__SEED."""
+    kind: AffectsResult[Literal["lora", "adalora"]] = "lora"
+    """`adalora` moves ranks to where they matter, down to JOB_LORA__RANK on average; PEFT's own layers train it."""
+    init_rank: AffectsResult[Maybe[Count]] = None
+    """AdaLoRA's rank at the beginning; empty: one and a half times JOB_LORA__RANK."""
+    tinit: AffectsResult[Whole] = 0
+    """AdaLoRA's first optimizer steps, in which no rank is taken away."""
+    tfinal: AffectsResult[Whole] = 0
+    """AdaLoRA's last optimizer steps, in which no rank is taken away any more."""
+    delta_t: AffectsResult[Count] = 1
+    """AdaLoRA takes ranks away every so many steps."""
+    orth_reg_weight: AffectsResult[NotNegative] = 0.5
+    """Weight of AdaLoRA's penalty on matrices that are not orthogonal; the loss in the metrics is without it."""
 
 
 class Data(Group):

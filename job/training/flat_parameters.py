@@ -30,10 +30,22 @@ class FlatParameters:
         self.gradient = torch.zeros_like(self.whole)
         """(size,): its gradient."""
         self._gradients = self._views(self.gradient)
+        self._trained: torch.Tensor | None = None
         for parameter, view in zip(self._parameters, self._views(self.whole.detach()), strict=True):
             view.copy_(parameter.detach())
             # Aliases: an optimizer step on `whole` is one on each parameter, and loading an adapter fills `whole`.
             parameter.data = view
+
+    def freeze(self, index: int, trained: torch.Tensor) -> None:
+        """Marks where a parameter is trained: `trained` is 1 there and 0 elsewhere, in the parameter's shape."""
+        if self._trained is None:
+            self._trained = torch.ones_like(self.gradient)
+        self._views(self._trained)[index].copy_(trained)
+
+    def mask_gradient(self) -> None:
+        """Zeroes the gradient, in place, where a parameter is not trained."""
+        if self._trained is not None:
+            self.gradient.mul_(self._trained)
 
     def clear(self) -> None:
         """Zeroes the gradient in place, and makes the parameters' `.grad` views of it.

@@ -33,7 +33,9 @@ from job.common.schedulers import SCHEDULERS, Schedule
 from job.data.batch_plan import Steps, targets_of
 from job.distributed.processes import ALONE, Processes
 from job.errors import TrainingFailed
+from job.model.adalora import add_penalty_gradient, allocate, is_adalora
 from job.model.base import recompute_activations
+from job.model.decomposed_init import trained_parts
 from job.model.lora import trainable
 from job.model.packed_attention import is_packed
 from job.records import Example, ExecutionPlan, StepMetrics
@@ -125,12 +127,20 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             train_dataset=Dataset.from_list([{"input_ids": list(examples[0].input_ids)}]),  # TRL wants a row
             data_collator=list,
             # If the flag is set after the processes agreed for this step, all of them see it in the next step.
-            callbacks=[StopOnFlag(hooks.stop if alone else lambda: processes.stopping, hooks.fits)],
+            callbacks=[
+                *([AllocateRanks(model)] if is_adalora(model) else []),
+                StopOnFlag(hooks.stop if alone else lambda: processes.stopping, hooks.fits),
+            ],
         )
         # TRL rounds the adapter of a quantized model to bf16, in which a resumed run cannot be exact.
         for name, parameter in trainable(model).items():
             parameter.data = exact[name]
         self.parameters = FlatParameters(trainable(model).values(), OPTIMIZERS[recipe.optimizer].block)
+        masks = trained_parts(model)
+        for index, name in enumerate(trainable(model)):
+            if name in masks:
+                self.parameters.freeze(index, masks[name])
+        self.adalora = is_adalora(model)
         self.hooks, self.folder, self.leads = hooks, folder, processes.leads
         place, batch_size = processes.place, recipe.global_batch_size
         seed = recipe.seed if recipe.data_seed is None else recipe.data_seed
@@ -166,7 +176,12 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
 
     def training_step(self, model: Any, inputs: tuple[int], num_items_in_batch: Any = None) -> Any:  # noqa: ARG002
         self.clock = time.monotonic()
-        return self.step(*inputs)
+        loss = self.step(*inputs)
+        self.parameters.mask_gradient()
+        if self.adalora:
+            scaler = self.accelerator.scaler
+            add_penalty_gradient(self.model, 1.0 if scaler is None else scaler.get_scale())
+        return loss
 
     def packed_gradient(self, inputs: dict[str, Any], targets: int) -> torch.Tensor:
         """Adds the gradient of a packed batch by TRL's own loss; see `step.PackedGradient`."""
@@ -276,6 +291,17 @@ class _Numbers:
 
     def __iter__(self) -> Iterator[tuple[int]]:
         return ((step,) for step in range(self.done(), self.total))
+
+
+class AllocateRanks(TrainerCallback):  # type: ignore[misc]
+    """Lets AdaLoRA take ranks away after every optimizer step."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def on_optimizer_step(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+        """The gradients of the step are still there, and it is not counted yet."""
+        allocate(self.model, state.global_step + 1)
 
 
 class StopOnFlag(TrainerCallback):  # type: ignore[misc]
