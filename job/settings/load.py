@@ -329,7 +329,7 @@ def _schedule(settings: Settings) -> Iterator[Fault]:
 
 
 def _adapter(settings: Settings) -> Iterator[Fault]:
-    lora, weight_decay = settings.lora, settings.train.weight_decay
+    lora = settings.lora
     if lora.kind == "adalora":
         others = ("init", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
         plain = Lora()
@@ -348,7 +348,6 @@ def _adapter(settings: Settings) -> Iterator[Fault]:
             "lora.use_rslora": lora.use_rslora,
             "lora.use_dora": lora.use_dora,
             "lora.dropout": lora.dropout,
-            "train.weight_decay": weight_decay,  # it would move the half of the adapter that is frozen
         }
         for name in (name for name, value in conflicts.items() if value):
             yield name, f"is not for JOB_LORA__INIT={lora.init}; drop one of the two"

@@ -128,7 +128,7 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             data_collator=list,
             # If the flag is set after the processes agreed for this step, all of them see it in the next step.
             callbacks=[
-                *([AllocateRanks(model)] if is_adalora(model) else []),
+                AfterOptimizerStep(self.after_optimizer_step),
                 StopOnFlag(hooks.stop if alone else lambda: processes.stopping, hooks.fits),
             ],
         )
@@ -177,7 +177,7 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
     def training_step(self, model: Any, inputs: tuple[int], num_items_in_batch: Any = None) -> Any:  # noqa: ARG002
         self.clock = time.monotonic()
         loss = self.step(*inputs)
-        self.parameters.mask_gradient()
+        self.parameters.before_step()
         if self.adalora:
             scaler = self.accelerator.scaler
             add_penalty_gradient(self.model, 1.0 if scaler is None else scaler.get_scale())
@@ -194,6 +194,12 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         self.accelerator.backward(loss)
         detached: torch.Tensor = loss.detach()
         return detached
+
+    def after_optimizer_step(self, done: int) -> None:
+        """What some adapters need: a frozen part is put back, and AdaLoRA takes ranks away."""
+        self.parameters.after_step()
+        if self.adalora:
+            allocate(self.model, done)
 
     def create_optimizer(self, model: Any = None) -> Any:  # noqa: ARG002 - Trainer's signature
         kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
@@ -293,15 +299,15 @@ class _Numbers:
         return ((step,) for step in range(self.done(), self.total))
 
 
-class AllocateRanks(TrainerCallback):  # type: ignore[misc]
-    """Lets AdaLoRA take ranks away after every optimizer step."""
+class AfterOptimizerStep(TrainerCallback):  # type: ignore[misc]
+    """Called after every optimizer step, when its gradients are still there, with the number of steps done."""
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    def __init__(self, call: Callable[[int], None]) -> None:
+        self.call = call
 
     def on_optimizer_step(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
-        """The gradients of the step are still there, and it is not counted yet."""
-        allocate(self.model, state.global_step + 1)
+        """The step is not counted yet."""
+        self.call(state.global_step + 1)
 
 
 class StopOnFlag(TrainerCallback):  # type: ignore[misc]
