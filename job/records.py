@@ -14,10 +14,27 @@ class Example:
     """One tokenized training example.
 
     `targets[i]` says whether token `i` is learned, that is predicted from the tokens before it; the first never is.
+
+    An example of preferences may be of two sequences, one behind the other in `input_ids` and `targets`, which do not
+    attend to each other: the chosen and the rejected answer of a pair, or for KTO the answer and a mismatched one.
     """
 
     input_ids: tuple[int, ...]
     targets: tuple[bool, ...]
+    second_at: int | None = None
+    """Where the second sequence begins; None if there is only one."""
+    desirable: bool | None = None
+    """The label of an answer that has one: whether it is good."""
+    reference: tuple[float, ...] = ()
+    """For each sequence the summed log-probability of its targets by the reference model, in nats, if it is known."""
+
+    @property
+    def sequences(self) -> tuple[Example, ...]:
+        """The sequences, each as an example of its own."""
+        at = self.second_at
+        if at is None:
+            return (self,)
+        return Example(self.input_ids[:at], self.targets[:at]), Example(self.input_ids[at:], self.targets[at:])
 
 
 @dataclass(frozen=True)
@@ -96,19 +113,19 @@ class ExecutionPlan:
         return self.forward.startswith(FUSED_THROUGHOUT)
 
     @property
-    def spare(self) -> tuple[str, ...]:
+    def droppable(self) -> tuple[str, ...]:
         """What can be given up when the GPU's memory runs out, in this order. The bits stay the same."""
         kept = ("kept_base", "kept_activations", "recorded")
         return tuple(name for name in kept if self.fused and getattr(self, name))
 
     def give_up(self, name: str) -> ExecutionPlan:
-        """The plan without one of those in `spare`.
+        """The plan without one of those in `droppable`.
 
         Raises:
             ValueError: It is none of them.
         """
-        if name not in self.spare:
-            raise ValueError(f"{name} is not among what can be given up: {', '.join(self.spare) or 'nothing'}")
+        if name not in self.droppable:
+            raise ValueError(f"{name} is not among what can be given up: {', '.join(self.droppable) or 'nothing'}")
         given_up: dict[str, Any] = {name: False}
         return replace(self, **given_up)
 
@@ -134,6 +151,14 @@ class TrainingRecord:
     world_size: int = 1
     execution: ExecutionPlan | None = None
     """None in records of older versions, where PEFT's own layers did the work."""
+    method: str = "sft"
+    """A key of `common.methods.METHODS`."""
+    beta: float | None = None
+    """Strength of the preference; None for `sft`."""
+    reference: str | None = None
+    """What preferences are compared with: `base`, or `start` for the adapter that training started from."""
+    preference: dict[str, float] = field(default_factory=dict)
+    """Metrics of preferences, by TRL's names: the mean over the last epoch's steps, by examples."""
 
 
 @dataclass(frozen=True)
@@ -204,6 +229,8 @@ class StepMetrics:
     examples: int
     target_tokens: int
     measured: dict[str, float | int | None] = field(default_factory=dict)
+    preference: dict[str, float] = field(default_factory=dict)
+    """Rewards and log-probabilities of a step of preferences, by TRL's names, such as `rewards/margins`."""
 
 
 @dataclass(frozen=True)
@@ -232,7 +259,7 @@ class AttemptRecord:
 
 @dataclass(frozen=True)
 class Pulled:
-    """Record of the pull stage: every later attempt has to find the same."""
+    """Record of the pull stage: every later attempt has to find the same, in all fields without a default."""
 
     dataset: DatasetRecord
     model_sha256: str
@@ -246,6 +273,13 @@ class Evaluated:
     """Record of an evaluation stage."""
 
     scores: dict[str, TaskScores]
+    artifacts: list[Artifact]
+
+
+@dataclass(frozen=True)
+class Referenced:
+    """Record of the log-probabilities by the reference model, which are computed once in a run."""
+
     artifacts: list[Artifact]
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from math import ceil
 from typing import Any
 
-from job.errors import Problem
+from job.errors import Problem, environment_name
 
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "attention": ("attention",),
@@ -107,23 +107,24 @@ def check_options(options: AdapterOptions, *, rank: int, layers: int, adapted: C
     """
     if beyond := [number for number in options.layers or () if number >= layers]:
         shown = ", ".join(map(str, beyond[:5]))
-        yield Problem("lora.layers", f"names layer {shown}; the model has {layers}, from 0 to {layers - 1}")
+        yield Problem("JOB_LORA__LAYERS", f"names layer {shown}; the model has {layers}, from 0 to {layers - 1}")
     for setting, pattern in (("rank_pattern", options.rank_pattern), ("alpha_pattern", options.alpha_pattern)):
+        where = environment_name(f"lora.{setting}")
         matches = {key: {name for name in adapted if pattern_matches(key, name)} for key in pattern}
         for key in (key for key, found in matches.items() if not found):
-            yield Problem(f"lora.{setting}", f"{key} names no module that gets an adapter; give its name or its end")
+            yield Problem(where, f"{key} names no module that gets an adapter; give its name or its end")
         # PEFT takes the first that matches, in an order that adapter_config.json does not keep.
         for name in sorted(adapted):
             if len(keys := [key for key, found in matches.items() if name in found]) > 1:
-                yield Problem(f"lora.{setting}", f"{' and '.join(keys)} both name {name}; keep one")
+                yield Problem(where, f"{' and '.join(keys)} both name {name}; keep one")
                 break
     ada = options.adalora
     if ada is not None and ada.tinit + ada.tfinal >= ada.total_step:
         what = f"and JOB_LORA__TFINAL leave none of the run's {ada.total_step} steps to take ranks away in; lower them"
-        yield Problem("lora.tinit", what)
+        yield Problem("JOB_LORA__TINIT", what)
     ranks = {rank, *options.rank_pattern.values()}
     if options.init == "orthogonal" and (odd := sorted(r for r in ranks if r % 2)):
-        yield Problem("lora.init", f"orthogonal takes even ranks, not {', '.join(map(str, odd))}")
+        yield Problem("JOB_LORA__INIT", f"orthogonal takes even ranks, not {', '.join(map(str, odd))}")
 
 
 def pattern_matches(key: str, name: str) -> bool:

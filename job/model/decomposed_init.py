@@ -62,7 +62,7 @@ def _begin(layer: Any, init: str, rank: int, scale: float) -> tuple[torch.Tensor
         weight = weight.T
     if rank > min(weight.shape):
         what = f"{init} takes ranks up to the width of the layers, {min(weight.shape)} here, and not {rank}"
-        raise SettingsError([Problem("lora.rank", what)])
+        raise SettingsError([Problem("JOB_LORA__RANK", what)])
     copy = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     copy.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
     # Its alpha gives the scale of the layer, which PEFT divides the part by.

@@ -100,7 +100,7 @@ def add_adapter(
         adapted = get_peft_model(model, config)
     except ValueError as error:  # of layers that it knows it would break
         what = f"PEFT cannot adapt {', '.join(targets)}: {(str(error).splitlines() or [''])[0][:300]}"
-        raise SettingsError([Problem("lora.target_modules", what)]) from error
+        raise SettingsError([Problem("JOB_LORA__TARGET_MODULES", what)]) from error
     # The weights have their first values now; who loads the adapter shall not compute others first, or change the base.
     config.init_lora_weights = True
     for parameter in trainable(adapted).values():
@@ -139,7 +139,7 @@ def resolve_targets(model: Any, targets: Sequence[str] | str | None) -> list[str
     if not found:
         has = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in layers})) or "none"
         what = f"{type(model).__name__} has no linear layers in modules of the kind {targets}; name them, of {has}"
-        raise SettingsError([Problem("lora.target_modules", what)])
+        raise SettingsError([Problem("JOB_LORA__TARGET_MODULES", what)])
     return sorted(found)
 
 
@@ -172,7 +172,7 @@ def check_adapter(model: Any, targets: Sequence[str], rank: int, options: Adapte
         raise SettingsError(problems)
     if options.init == "orthogonal" and any(_packed(model.get_submodule(name)) for name in adapted):
         what = "orthogonal needs a base in floating point; set JOB_MODEL__QUANTIZATION=none or take another"
-        raise SettingsError([Problem("lora.init", what)])
+        raise SettingsError([Problem("JOB_LORA__INIT", what)])
 
 
 def _layer_of(name: str) -> int | None:
@@ -236,7 +236,7 @@ def find_targets(model: Any) -> list[str]:
     names = sorted({name.rsplit(".", 1)[-1] for name in linear_layers(model)})
     if not (found := [name for name in names if not name.isdigit() and not _is_refused(model, name)]):
         what = f"no linear layers were found in {type(model).__name__}; name them"
-        raise SettingsError([Problem("lora.target_modules", what)])
+        raise SettingsError([Problem("JOB_LORA__TARGET_MODULES", what)])
     return found
 
 
@@ -253,7 +253,7 @@ def check_targets(model: Any, targets: Sequence[str]) -> None:
     if missing:
         has = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in layers})) or "none"
         what = f"the model has no linear {', '.join(missing)}; it has {has}"
-        raise SettingsError([Problem("lora.target_modules", what)])
+        raise SettingsError([Problem("JOB_LORA__TARGET_MODULES", what)])
 
 
 def _is_refused(model: Any, name: str) -> bool:
@@ -456,7 +456,7 @@ def tokenizer_files(base: Path) -> list[Path]:
     found = sorted({path for kind in TOKENIZER_FILES for path in base.glob(kind) if path.is_file()})
     if outside := [path for path in found if not _belongs(path.resolve(), base.resolve())]:
         what = "is a link out of its folder, and would be published with the adapter; put the file itself there"
-        raise DataError([Problem("model.id", f"{path} {what}") for path in outside])
+        raise DataError([Problem("JOB_MODEL__ID", f"{path} {what}") for path in outside])
     return found
 
 

@@ -28,7 +28,7 @@ START_SECONDS = 60.0
 """Assumed: DOWNLOAD_RATE in bytes a second for what is fetched, START_SECONDS for starting and loading."""
 FLASH_CAPABILITY = (8, 0)
 """Compute capability from which there is a kernel for packed sequences; below, attention runs example by example."""
-MOST_TOKENS = 65_536
+MAX_TOKENS = 65_536
 """The largest micro-batch that is tried when nothing is known of the data."""
 EVALUATIONS = 2
 HALF_PRECISION = 2
@@ -162,7 +162,7 @@ def _of_the_data(run: RunShape) -> Iterator[Estimate]:
         yield Estimate("examples", work.rows, "", basis)
         yield Estimate("optimizer steps", work.steps, "", basis)
         yield Estimate("tokens", work.tokens, "", basis, "all epochs")
-        yield Estimate("target tokens", work.target_tokens, "", basis, "those that are learned")
+        yield Estimate("target tokens", work.target_tokens, "", basis, "tokens that the loss counts")
         yield Estimate("longest example", work.longest, "tokens", basis)
         yield Estimate("largest step", work.largest_step, "tokens", basis, "no micro-batch is larger")
     if run.questions is not None:
@@ -174,7 +174,7 @@ def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:
     if run.budget_by_gpu:
         run = replace(run, budget=choose_budget(gpu.memory_bytes))
     execution = _execution(gpu, run, setup)
-    usable = memory_model.room(gpu.memory_bytes)
+    usable = memory_model.usable_bytes(gpu.memory_bytes)
     scoring = _scoring(run, setup)
     need = max(memory_model.training_memory(setup, run.micro_batch).total, scoring)
     fits, note = need <= usable, ""
@@ -204,7 +204,7 @@ def _budget(run: RunShape, setup: Setup, usable: int) -> int:
     """The largest micro-batch in tokens that fits into `usable` bytes; 0 if the longest example or scoring does not."""
     if _scoring(run, setup) > usable:
         return 0
-    most = run.workload.largest_step if run.workload else MOST_TOKENS
+    most = run.workload.largest_step if run.workload else MAX_TOKENS
     found = memory_model.largest_budget(lambda tokens: memory_model.training_memory(setup, tokens).total, usable, most)
     return found if found >= (run.workload.longest if run.workload else 1) else 0
 

@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 FRAME = 1000
-MOST_POINTS = 600
+MAX_POINTS = 600
 """A line of more points is drawn through the means of groups of consecutive points."""
 
 
 @dataclass(frozen=True)
 class Tick:
-    """A labelled place on an axis."""
+    """A labelled position on an axis."""
 
     at: float
     label: str
@@ -52,7 +52,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class IntervalChart:
-    """Intervals on a common axis; `zero` is the place of the value 0, None where it is outside the frame."""
+    """Intervals on a common axis; `zero` is the position of the value 0, None where it is outside the frame."""
 
     spans: tuple[Interval, ...]
     ticks: tuple[Tick, ...]
@@ -80,7 +80,7 @@ def line_chart(
     """
     if not points:
         return None
-    group = math.ceil(len(points) / MOST_POINTS)
+    group = math.ceil(len(points) / MAX_POINTS)
     drawn = [_mean(points[start : start + group]) for start in range(0, len(points), group)]
     values = [value for _, value in points]
     y_ticks = nice_ticks(0.0 if from_zero else min(values), max(values))

@@ -1,6 +1,6 @@
-"""The HTML report of a run, made of the manifest, the metrics and the samples alone.
+"""The HTML report of a run, made only from the manifest, the metrics and the samples.
 
-So the command `report` makes the same bytes again from what was published.
+The command `report` therefore writes the same bytes again from the published files.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from job.results.cost import OUTSIDE
 from job.runs.layout import METRICS, REPORT, Stage, answers_key
 from job.settings.load import preset_values
 
-FIRST_QUESTIONS, MOST_QUESTIONS = 5, 40
-"""Changed answers shown for each task and direction: at once, and after unfolding."""
+FIRST_QUESTIONS, MAX_QUESTIONS = 5, 40
+"""Number of changed answers shown for each task and direction: at first, and after "Show more"."""
 
 STAGE_NAMES = {stage.value: stage.replace("-", " ") for stage in Stage} | {OUTSIDE: "loading"}
 
@@ -33,7 +33,7 @@ Records = list[dict[str, Any]]
 
 
 class _Answer(BaseModel):
-    """What the report shows of a sample (`evaluation.samples.Sample`); other fields stay as they are."""
+    """The fields of a sample (`evaluation.samples.Sample`) that the report shows; others are allowed."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -101,7 +101,7 @@ def render_report(results: Mapping[str, Any], evidence: ReportData) -> bytes:
         charts={name: _intervals(rows) for name, rows in accuracies.items()},
         changed={name: changed_answers(*sides) for name, sides in evidence.answers.items()},
         first_questions=FIRST_QUESTIONS,
-        most_questions=MOST_QUESTIONS,
+        most_questions=MAX_QUESTIONS,
         lines=_lines(evidence.metrics, restarts(attempts)),
         restarts=restarts(attempts),
         bars=bars(attempts),

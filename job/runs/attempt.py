@@ -33,7 +33,7 @@ from job.runs.lease import fenced, take
 from job.runs.run_log import QUESTIONS, IdleLimit, how_far, idle_attempts, read_logged
 from job.runs.run_settings import compare_settings
 from job.runs.stage_records import fingerprint
-from job.storage.base import current_tag, write_in_turn
+from job.storage.base import MAX_READ_BYTES, current_tag, delete_in_turn, write_in_turn
 from job.storage.open import ObjectStore
 from job.storage.verified_download import fetch_artifact
 
@@ -58,15 +58,15 @@ class Attempt:
     """What every stage needs.
 
     `store` is fenced: it refuses to change once another attempt has taken the run over, and in any process but the
-    first. `number` is the lease's epoch. `settings` are those that decide the result. `joules` asks a meter what the
-    GPUs have taken since the attempt began; `on_metrics` is called with every step.
+    first. `number` is the lease's epoch. `settings` are those that decide the result and that the run knows.
+    `joules` asks a meter what the GPUs have taken since the attempt began; `on_metrics` is called with every step.
     """
 
     store: ObjectStore
     work: Path
     number: int
     stop: Stop
-    beat: Callable[[], None]
+    report_progress: Callable[[], None]
     faults: Faults
     earlier: list[AttemptRecord]
     processes: Processes = ALONE
@@ -97,19 +97,19 @@ class Attempt:
         Without `progress` the stage waits for something else, which the watchdog must not take for progress.
         """
         if progress:
-            self.beat()
+            self.report_progress()
         self.stop.check()
         self.processes.check()
         self._note_if_due()
 
-    def get_on(self) -> None:
+    def alive_in_thread(self) -> None:
         """Like `alive`, for a thread that works beside the stage: it writes nothing into the run log."""
-        self.beat()
+        self.report_progress()
         self.stop.check()
 
     def step_done(self, step: int, seconds: float) -> None:
         """Counts an optimizer step, and now and then notes in the store how far the attempt is."""
-        self.beat()
+        self.report_progress()
         self.steps += 1
         if step <= max((record.last_step for record in self.earlier), default=0):
             self.repeated_steps += 1
@@ -179,8 +179,8 @@ class Attempt:
         """Says what was pulled: from here on records of other runs are not believed."""
         self.run = fingerprint(self.settings, pulled)
 
-    def known(self, name: str, kind: type[T]) -> T | None:
-        """The record of a stage that an earlier attempt finished, `layout.BASE` or `layout.PACKING`.
+    def recorded(self, name: str, kind: type[T]) -> T | None:
+        """The record of a stage that an earlier attempt finished, `layout.BASE`, `PACKING` or `REFERENCE`.
 
         None where there is none, or none that counts: damaged, or of another run.
         """
@@ -190,10 +190,10 @@ class Attempt:
         return found
 
     def keep(self, name: str, record: str) -> None:
-        """Writes a record (a JSON object) that `known` and `stage` read in later attempts."""
+        """Writes a record (a JSON object) that `recorded` and `stage` read in later attempts."""
         key = stage_key(name)
         tag = current_tag(self.store, key)
-        write_in_turn(self.store, key, stage_records.render(record, self.run or ""), tag)
+        write_in_turn(self.store, key, stage_records.render(record, self.run or "", self.number), tag)
 
     def _read_record(self, name: str, adapter: TypeAdapter[T]) -> T | None:
         stored = self.store.read(stage_key(name))
@@ -221,7 +221,7 @@ class Attempt:
             what = "stage is done again, not all that it published is there"
             log.get_logger().warning(what, stage=name, gone=gone)
         if name in BUILT_ON:
-            self.store.delete(stage_key(BUILT_ON[name]))
+            delete_in_turn(self.store, stage_key(BUILT_ON[name]))
         return None
 
     def _changed(self, artifacts: Iterable[Artifact]) -> list[str]:
@@ -242,7 +242,14 @@ class Attempt:
             Replaced: Another attempt took the run over.
             Unreachable, AccessDenied: As the store says.
         """
-        self.store.upload(path, key)
+        # Bytes may differ from attempt to attempt, such as those of times: one that stood still must not replace what
+        # its successor published. There is no condition for files beyond what is written at once, which is weights:
+        # on one kind of machine all attempts make the same.
+        sizes = {info.bytes for info in self.store.list(key) if info.key == key} | {path.stat().st_size}
+        if max(sizes) > MAX_READ_BYTES:
+            self.store.upload(path, key)
+        else:
+            write_in_turn(self.store, key, path.read_bytes(), current_tag(self.store, key))
         return Artifact(key, path.stat().st_size, hash_file(path), facts_sha256)
 
     def fetch(self, artifact: Artifact) -> Path:
@@ -274,7 +281,7 @@ class Attempt:
             return
         began = time.monotonic()
         with self._noting:  # the uploading thread notes checkpoints
-            record = sealed({**asdict(self.record(outcome)), QUESTIONS: self.questions})
+            record = sealed({**asdict(self.record(outcome)), QUESTIONS: self.questions, stage_records.RUN: self.run})
             self._noted = write_in_turn(self.store, attempt_key(self.number), record, self._noted)
         ended = time.monotonic()
         shortest, longest = NOTE_SECONDS
@@ -297,9 +304,10 @@ def open_attempt(
     store: ObjectStore,
     settings: Mapping[str, Any],
     *,
+    defaults: Mapping[str, Any] | None = None,
     cache: str | None,
     stop: Stop,
-    beat: Callable[[], None],
+    report_progress: Callable[[], None],
     faults: Faults,
     processes: Processes = ALONE,
     usd_per_hour: float | None = None,
@@ -310,9 +318,10 @@ def open_attempt(
     Args:
         store: The run's own.
         settings: Value by dotted name of the settings that decide the result; an earlier attempt's must be the same.
+        defaults: Their defaults, which count for what an earlier version did not have as a setting.
         cache: Folder for temporary files; None for the system's.
         stop: The flag.
-        beat: Tells the watchdog that there is progress.
+        report_progress: Tells the watchdog that there is progress.
         faults: Faults to inject.
         processes: Those that make this attempt; process 0 holds the lease for all.
         usd_per_hour: Price of this machine; None where it is not known.
@@ -324,8 +333,9 @@ def open_attempt(
         SettingsError: The run began with other settings.
     """
     lease = None
+    own = settings
+    settings = processes.share("settings of the run", lambda: compare_settings(store, own, defaults))
     if processes.leads:
-        compare_settings(store, settings)
         lease = take(store, platform.node() or "unknown")
     number = processes.share("attempt", lambda: lease.epoch if lease else 0)
     log.bind(attempt=number)
@@ -335,7 +345,16 @@ def open_attempt(
         logged = read_logged(store, number) if processes.leads else []
         earlier = [one.record for one in logged]
         attempt = Attempt(
-            fenced(store, lease), Path(work), number, stop, beat, faults, earlier, processes, usd_per_hour, settings
+            fenced(store, lease),
+            Path(work),
+            number,
+            stop,
+            report_progress,
+            faults,
+            earlier,
+            processes,
+            usd_per_hour,
+            settings,
         )
         if idle is not None and processes.leads:  # its exit code outweighs that of the others
             furthest = max((one.reached for one in logged), default=(0, 0))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
@@ -23,22 +23,40 @@ T = TypeVar("T")
 
 RUN = "run"
 """The field of a record that holds the fingerprint."""
+_ATTEMPT = "attempt"
+"""The field that makes a record unlike all others, so that a late removal can tell it from the one it was meant for."""
 _MAX_WORDS = 200
 
 
 def fingerprint(settings: Mapping[str, Any], pulled: Pulled) -> str:
     """SHA-256 over the settings that decide the result, and over what was pulled: data, weights and questions."""
-    return seal({"settings": dict(settings), "pulled": asdict(pulled)})
+    return seal({"settings": dict(settings), "pulled": identity(pulled)})
 
 
-def render(record: str, run: str) -> bytes:
+def identity(pulled: Pulled) -> dict[str, Any]:
+    """What has to be the same in all attempts: every field that has no default.
+
+    A field with a default was added by a later version, whose runs go on with records of earlier ones; what it tells
+    is also in the hashes.
+    """
+
+    def facts(record: Any) -> dict[str, Any]:
+        own = [field.name for field in fields(record) if field.default is MISSING and field.default_factory is MISSING]
+        values = {name: getattr(record, name) for name in own}
+        return {name: facts(value) if is_dataclass(value) else value for name, value in values.items()}
+
+    return facts(pulled)
+
+
+def render(record: str, run: str, attempt: int = 0) -> bytes:
     """A stage's result (a JSON object) as the file that `parse` reads.
 
     Args:
         record: The result.
         run: The run's fingerprint.
+        attempt: Number of the attempt that writes it.
     """
-    return sealed({**json.loads(record), RUN: run})
+    return sealed({**json.loads(record), _ATTEMPT: attempt, RUN: run})
 
 
 def parse(data: bytes, kind: TypeAdapter[T]) -> tuple[T, str | None]:
@@ -53,6 +71,7 @@ def parse(data: bytes, kind: TypeAdapter[T]) -> tuple[T, str | None]:
         if isinstance(facts, dict) and {RUN, "seal"} & facts.keys():
             facts = unsealed(data)
             run = str(facts.pop(RUN))
+            facts.pop(_ATTEMPT, None)
             return kind.validate_json(json.dumps(facts)), run
         return kind.validate_json(data), None
     except KeyError:

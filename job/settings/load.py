@@ -16,16 +16,17 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from job.common.methods import METHODS, MethodName, methods_for
 from job.common.schedulers import SCHEDULERS
 from job.distributed.ranks import Place, find_faults, find_machines, find_place
-from job.errors import Problem, SettingsError
+from job.errors import Problem, SettingsError, environment_name
 from job.platforms.detect import Platform, detect, is_foreign
 from job.platforms.sagemaker import copied_folder
 from job.settings.field_types import explain, new_run_id
 from job.settings.markers import RevisionOf, find_markers
 from job.settings.presets import PRESETS
 from job.settings.schema import NAMES, READING, Lora, Options, Settings
-from job.settings.sources import Request, environment_name, nested, same, setting_at
+from job.settings.sources import Request, nested, same, setting_at
 from job.storage.location import is_remote
 
 __all__ = [
@@ -77,6 +78,7 @@ def load_settings(arguments: Sequence[str] = (), environ: Mapping[str, str] | No
         *_gate(settings),
         *_schedule(settings),
         *_adapter(settings),
+        *_method(settings),
     ]
     problems += [Problem(setting_at(name, settings.sources[name]), what) for name, what in faults if name not in wrong]
     problems += [Problem(f"{variable} (environment)", what) for variable, what in find_faults(environ)]
@@ -351,3 +353,33 @@ def _adapter(settings: Settings) -> Iterator[Fault]:
         }
         for name in (name for name, value in conflicts.items() if value):
             yield name, f"is not for JOB_LORA__INIT={lora.init}; drop one of the two"
+
+
+_ONLY_FOR: dict[str, tuple[MethodName, ...]] = {
+    "train.beta": ("dpo", "kto", "orpo"),
+    "train.preference_loss": ("dpo",),
+    "train.label_smoothing": ("dpo",),
+    "train.desirable_weight": ("kto",),
+    "train.undesirable_weight": ("kto",),
+    "train.neftune_noise_alpha": ("sft",),
+}
+"""Settings of some methods only."""
+
+
+def _method(settings: Settings) -> Iterator[Fault]:
+    """What does not fit the method: rows of another kind, and settings that it would ignore."""
+    train, method = settings.train, METHODS[settings.train.method]
+    if settings.data.format != "auto" and settings.data.format not in method.schemas:
+        fitting = " or ".join(methods_for(settings.data.format))
+        what = f"is {settings.data.format}, which JOB_TRAIN__METHOD={train.method} cannot learn from; {fitting} can"
+        yield "data.format", what
+    for name, methods in _ONLY_FOR.items():
+        given = not settings.sources[name].startswith(("default", "preset"))
+        if given and train.method not in methods:
+            what = f"has no effect with JOB_TRAIN__METHOD={train.method}, only with {' and '.join(methods)}; remove it"
+            yield name, what
+    if train.label_smoothing and train.preference_loss != "sigmoid":
+        yield (
+            "train.label_smoothing",
+            f"has no effect with JOB_TRAIN__PREFERENCE_LOSS={train.preference_loss}; remove it",
+        )

@@ -16,6 +16,7 @@ from job.checkpoints.async_uploader import AsyncUploader
 from job.checkpoints.trainer_state import validate_trainer_state, write_metrics
 from job.common import host
 from job.common.hashing import hash_facts
+from job.common.methods import METHODS
 from job.common.optimizers import substitute
 from job.common.resources import check_disk, checkpoint_bytes, required_bytes
 from job.common.schedulers import make_schedule
@@ -23,16 +24,18 @@ from job.data.batch_plan import steps_per_epoch
 from job.errors import Preempted, Unreachable
 from job.model.lora import copy_tokenizer, save_adapter, trainable
 from job.preemption.stop_flag import Stopwatch, decide
-from job.records import StepMetrics, Trained, TrainingRecord
+from job.records import Artifact, StepMetrics, Trained, TrainingRecord
 from job.report.model_card import public_base
 from job.results.training_totals import training_totals
 from job.runs.attempt import Attempt
 from job.runs.layout import ARTIFACTS
 from job.settings.load import Settings
 from job.stages.handoff import Loaded, Sources
+from job.stages.reference import with_reference
+from job.storage.open import open_store, storage_options
 from job.tracking.tensorboard import write_events
 from job.training import config
-from job.training.config import Hooks, Recipe, total_steps
+from job.training.config import Hooks, Preference, Recipe, total_steps
 from job.training.trainer import train
 
 
@@ -43,6 +46,10 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
     if substituted is not None and processes.leads:
         log.get_logger().warning("substituted", what=substituted)
     recipe = _recipe(settings, len(sources.examples), loaded.micro_batch_tokens, optimizer)
+    examples, reference = sources.examples, list[Artifact]()
+    if METHODS[settings.train.method].reference:
+        shared = open_store(settings.run.output, storage_options(settings.storage))
+        examples, reference = with_reference(attempt, settings, sources, loaded, shared)
     restored = _restore(attempt)
     if restored.folder is not None:
         log.get_logger().info("resuming", step=restored.step, of=recipe.total_steps)
@@ -52,7 +59,7 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
         # Now: the base's folder may be deleted during training.
         copy_tokenizer(sources.folder, folder / "adapter", sources.tokenizer)
     with (
-        log.progress("steps", recipe.total_steps, every=settings.train.log_every_steps) as tell,
+        log.progress("steps", recipe.total_steps, every=settings.train.log_every_steps) as show_progress,
         AsyncUploader(
             manager.publisher(
                 attempt.store,
@@ -72,11 +79,11 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
         trained = train(
             model,
             sources.tokenizer,
-            sources.examples,
+            examples,
             recipe=recipe,
             plan=loaded.plan,
             hooks=Hooks(
-                on_metrics=_teller(attempt, tell, watch),
+                on_metrics=_step_logger(attempt, show_progress, watch),
                 on_save=publisher.submit,
                 stop=attempt.stop,
                 fits=_fits(attempt, watch, publisher),
@@ -109,8 +116,9 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
         substitutions=[] if substituted is None else [substituted],
         rows=len(sources.examples),
         world_size=processes.place.world_size,
+        compared_with="base" if reference else None,
     )
-    return Trained(record, artifacts)
+    return Trained(record, [*artifacts, *reference])
 
 
 def _stopped(attempt: Attempt, restored: manager.Restored, total_steps: int) -> Preempted:
@@ -164,21 +172,32 @@ def _recipe(settings: Settings, rows: int, micro_batch_tokens: int, optimizer: s
         min_lr_ratio=schedule.min_lr_ratio,
         decay_steps=schedule.decay_steps,
         neftune_noise_alpha=t.neftune_noise_alpha,
+        preference=None
+        if t.method == "sft"
+        else Preference(
+            method=t.method,
+            beta=t.beta,
+            loss=t.preference_loss,
+            label_smoothing=t.label_smoothing,
+            desirable_weight=t.desirable_weight,
+            undesirable_weight=t.undesirable_weight,
+        ),
     )
 
 
-def _teller(attempt: Attempt, tell: log.Progress, watch: Stopwatch) -> Callable[[StepMetrics], None]:
+def _step_logger(attempt: Attempt, show_progress: log.Progress, watch: Stopwatch) -> Callable[[StepMetrics], None]:
     """The hook that counts, times and logs a step."""
 
     def on_metrics(metrics: StepMetrics) -> None:
         seconds = float(metrics.measured["seconds"] or 0)
         watch.add("step", seconds)
-        tell(
+        show_progress(
             metrics.step,
             loss=round(metrics.loss, 4),
             learning_rate=metrics.learning_rate,
             tokens_per_second=round(metrics.measured["tokens_per_second"] or 0, 1),
             memory_bytes=metrics.measured["memory_bytes"],
+            **{name: round(value, 4) for name, value in metrics.preference.items()},
         )
         attempt.step_done(metrics.step, seconds)
         attempt.on_metrics(metrics)
@@ -212,7 +231,13 @@ def _files(path: Path) -> list[Path]:
 
 
 def _training_record(
-    recipe: Recipe, trained: config.Trained, *, substitutions: list[str], rows: int, world_size: int
+    recipe: Recipe,
+    trained: config.Trained,
+    *,
+    substitutions: list[str],
+    rows: int,
+    world_size: int,
+    compared_with: str | None,
 ) -> TrainingRecord:
     return TrainingRecord(
         **training_totals(trained.history, steps_per_epoch(rows, recipe.global_batch_size), recipe.global_batch_size),
@@ -221,4 +246,7 @@ def _training_record(
         substitutions=substitutions,
         world_size=world_size,
         execution=trained.plan,
+        method="sft" if recipe.preference is None else recipe.preference.method,
+        beta=None if recipe.preference is None else recipe.preference.beta,
+        reference=compared_with,
     )

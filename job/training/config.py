@@ -8,8 +8,21 @@ from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 
+from job.common.methods import MethodName
 from job.data import batch_plan
 from job.records import ExecutionPlan, StepMetrics
+
+
+@dataclass(frozen=True)
+class Preference:
+    """How preferences are learned: the settings of `train` that only these methods have, by the same names."""
+
+    method: MethodName
+    beta: float = 0.1
+    loss: str = "sigmoid"
+    label_smoothing: float = 0.0
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -39,6 +52,8 @@ class Recipe:
     decay_steps: int = 0
     """Used by the schedulers that have them, see `common/schedulers.py`."""
     neftune_noise_alpha: float = 0.0
+    preference: Preference | None = None
+    """None where every target token is learned (`sft`)."""
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ from job.training.config import Hooks, Recipe, Trained
 from job.training.flat_parameters import FlatParameters
 from job.training.lm_head_loss import alone_loss, can_sum, summed_head
 from job.training.neftune import add_noise
+from job.training.preference_gradient import PreferenceGradient, head_of, token_log_probs
 from job.training.step import OptimizerStep, StepAbandoned
 
 
@@ -159,6 +160,9 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             hooks=hooks,
             processes=processes,
             packed_gradient=self.packed_gradient,
+            preference=None
+            if recipe.preference is None
+            else PreferenceGradient(recipe.preference, self.log_probs, self.accelerator.backward),
         )
 
     # Which examples: those of the batch plan, from the next step on.
@@ -200,6 +204,11 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         self.parameters.after_step()
         if self.adalora:
             allocate(self.model, done)
+
+    def log_probs(self, sequences: Sequence[Example]) -> list[torch.Tensor]:
+        """The log-probabilities of sequences' tokens; see `preference_gradient.TokenLogProbs`."""
+        with self.compute_loss_context_manager():
+            return token_log_probs(self.model, head_of(self.model, self.model_wrapped), sequences)
 
     def create_optimizer(self, model: Any = None) -> Any:  # noqa: ARG002 - Trainer's signature
         kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
@@ -245,6 +254,7 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
                 "memory_bytes": memory_in_use(),
                 "micro_batch_tokens": self.step.budget,
             },
+            preference=dict(self.step.metrics),
         )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:  # noqa: ARG002

@@ -20,7 +20,7 @@ from job.runs.layout import METRICS, RESULTS, answers_key
 from job.training.config import total_steps
 from job.verification.differences import MAX_SHOWN, CheckResult, Difference, find_differences, show
 
-_MOST_SHOWN = 5
+_MAX_SHOWN = 5
 
 Copies = Mapping[str, Path]
 SamplesByTask = dict[str, list[Sample]]
@@ -87,7 +87,7 @@ def _read_samples(tasks: Mapping[str, Any], side: str, copies: Copies) -> tuple[
                 for where, what in checked
                 if what
             ]
-            wrong += found[:_MOST_SHOWN]
+            wrong += found[:_MAX_SHOWN]
     return by_task, wrong
 
 

@@ -127,7 +127,7 @@ def test_orthogonal_is_for_a_base_in_floating_point(base_folder: Path, tmp_path:
     save_adapter(model, tmp_path, base="the-base", revision=None)
     loaded = PeftModel.from_pretrained(plain_base(base_folder, "none"), tmp_path).eval()
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-5)
-    with pytest.raises(SettingsError, match=r"lora\.init: orthogonal needs a base in floating point"):
+    with pytest.raises(SettingsError, match=r"JOB_LORA__INIT: orthogonal needs a base in floating point"):
         make(base_folder, options, quantization="nf4")
     with pytest.raises(SettingsError, match="orthogonal takes even ranks, not 5"):
         make(base_folder, options, quantization="none", rank=5)
@@ -246,7 +246,7 @@ def test_everything_impossible_is_said_at_once(base_folder: Path) -> None:
 
 def test_a_rank_above_the_width_is_refused_for_a_decomposition(base_folder: Path) -> None:
     """There are no more singular values than that."""
-    with pytest.raises(SettingsError, match=r"lora\.rank: .*, 64 here"):
+    with pytest.raises(SettingsError, match=r"JOB_LORA__RANK: .*, 64 here"):
         make(base_folder, AdapterOptions(init="pissa"), rank=65)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from dataclasses import asdict, replace
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from pydantic import TypeAdapter
 
 from job.checkpoints import manager
 from job.common.hashing import sealed
-from job.errors import DataError, JobError, Preempted, Replaced, Unreachable
+from job.errors import DataError, JobError, Preempted, Replaced, SettingsError, Unreachable
 from job.preemption.stop_flag import Stop
 from job.records import Artifact, Evaluated, Pulled
+from job.results.completed import withdraw_incomplete
 from job.runs import attempt as runs_attempt
 from job.runs import stage_records
 from job.runs.attempt import Attempt, missing, open_attempt
@@ -26,7 +27,8 @@ from job.runs.fault_injection import Faults, arm
 from job.runs.layout import Stage, attempt_key
 from job.runs.lease import fenced, take
 from job.runs.run_log import IdleLimit, close_run_log, parse_record, read_run_log
-from job.storage.base import write_in_turn
+from job.runs.run_settings import keep_settings
+from job.storage.base import current_tag, write_in_turn
 from job.storage.local import LocalStore
 from job.storage.open import ObjectStore
 from tests.example_run import ATTEMPTS, DATASET
@@ -52,7 +54,7 @@ def opened(store: LocalStore, tmp_path: Path) -> Callable[..., AbstractContextMa
             SETTINGS,
             cache=str(tmp_path / "cache"),
             stop=stop or Stop(),
-            beat=lambda: None,
+            report_progress=lambda: None,
             faults=arm((), store),
         )
 
@@ -245,6 +247,15 @@ def test_a_damaged_record_is_not_believed(
     ]
 
 
+def test_a_record_of_another_run_tells_nothing(store: LocalStore, tmp_path: Path) -> None:
+    """Seconds and dollars of an attempt at another run are not published; that there was one before is."""
+    foreign = {**asdict(replace(ATTEMPTS[0], number=1, seconds=9e9)), stage_records.RUN: "another"}
+    store.write(attempt_key(1), sealed(foreign))
+    (one,) = close_run_log(store, 2, "2026-01-05T09:00:00.000Z", "this")
+    assert (one.number, one.outcome, one.seconds) == (1, "killed", 0)
+    assert noted_of(store, 1)[stage_records.RUN] == "this"
+
+
 def begun(store: LocalStore, tmp_path: Path) -> Attempt:
     """An attempt at the run."""
     return Attempt(store, tmp_path, 1, Stop(), lambda: None, Faults((), store), [])
@@ -360,7 +371,7 @@ def test_a_record_of_another_run_does_not_count(store: LocalStore, tmp_path: Pat
     first.stage(Stage.EVALUATE_BASE, Evaluated, work)
     second = begun(store, tmp_path)
     second.identify(PULLED)
-    assert second.known(Stage.PULL, Pulled) is None
+    assert second.recorded(Stage.PULL, Pulled) is None
     second.stage(Stage.EVALUATE_BASE, Evaluated, work)
     assert work.done == 2
 
@@ -373,29 +384,76 @@ def test_a_record_of_an_earlier_version_counts(store: LocalStore, tmp_path: Path
     assert attempt.stage(Stage.PULL, Pulled, lambda: pytest.fail("was done again")) == PULLED
 
 
+def test_a_run_of_an_earlier_version_keeps_its_stages(store: LocalStore, tmp_path: Path) -> None:
+    """A setting and a field of the records that were added since, with their defaults, do no stage again."""
+
+    def attempt_with(settings: dict[str, Any]) -> AbstractContextManager[Attempt]:
+        return open_attempt(
+            store,
+            settings,
+            defaults={"train.epochs": 1, "train.noise": 0},
+            cache=str(tmp_path / "cache"),
+            stop=Stop(),
+            beat=lambda: None,
+            faults=arm((), store),
+        )
+
+    with attempt_with(SETTINGS) as first:
+        first.identify(PULLED)
+        keep_settings(first.store, first.settings)
+        first.stage(Stage.PULL, Pulled, lambda: PULLED)
+    with attempt_with({**SETTINGS, "train.noise": 0}) as second:
+        second.identify(PULLED)
+        assert second.stage(Stage.PULL, Pulled, lambda: pytest.fail("was done again")) == PULLED
+        assert second.run == first.run
+    with pytest.raises(SettingsError, match=r"train\.noise"), attempt_with({**SETTINGS, "train.noise": 5}):
+        pytest.fail("began")
+
+
+def test_a_field_that_is_added_does_not_name_the_run() -> None:
+    """What has a default in `Pulled` tells more, and makes no other run: records of earlier versions lack it."""
+
+    @dataclass(frozen=True)
+    class Later(Pulled):
+        licence: str | None = None
+        parts: tuple[str, ...] = field(default_factory=tuple)
+
+    later = Later(**vars(PULLED), licence="cc-by", parts=("a",))
+    assert stage_records.fingerprint(SETTINGS, later) == stage_records.fingerprint(SETTINGS, PULLED)
+    other = replace(later, dataset=replace(DATASET, sha256="4" * 64))
+    assert stage_records.fingerprint(SETTINGS, other) != stage_records.fingerprint(SETTINGS, PULLED)
+
+
 class StandsStill(WrappedStore):
     """A store before which a process stands still: `meanwhile` happens after the fence's question, before a write."""
 
     meanwhile: Callable[[], object] | None = None
 
-    def write(self, key: str, data: bytes, *, if_absent: bool = False, if_tag: str | None = None) -> str:
-        """Lets the others work first, once, if it is a record that is to be written."""
-        if not key.startswith("lease") and self.meanwhile is not None:
+    @contextmanager
+    def around(self, verb: str, key: str) -> Iterator[None]:
+        """Lets the others work first, once, before a change of a small object that is not the lease."""
+        if verb in {"write", "delete"} and not key.startswith("lease") and self.meanwhile is not None:
             meanwhile, self.meanwhile = self.meanwhile, None
             meanwhile()
-        return super().write(key, data, if_absent=if_absent, if_tag=if_tag)
+        yield
 
 
-@pytest.mark.parametrize("record", ["the first note", "a later note", "a stage", "a marker", "the manifest"])
+@pytest.mark.parametrize(
+    "record",
+    ["the first note", "a later note", "a stage", "a marker", "the manifest", "a file", "removal of the manifest"],
+)
 def test_a_late_record_changes_nothing(store: LocalStore, tmp_path: Path, record: str) -> None:
     """What an attempt writes that stood still while its successor published does not arrive: it ends as replaced."""
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "progress.json").write_bytes(b"{}")
+    (tmp_path / "old").write_bytes(b"the old one's times")
     slow = StandsStill(store)
     old = begun(store, tmp_path)
     old.store = fenced(slow, take(slow, "old"))
     if record != "the first note":
         old.note("running")
+    if record == "removal of the manifest":
+        store.write("results.json", b"incomplete")
     left: dict[str, bytes] = {}
 
     def publish_marker(attempt: Attempt) -> None:
@@ -409,7 +467,9 @@ def test_a_late_record_changes_nothing(store: LocalStore, tmp_path: Path, record
         close_run_log(new.store, 2, new.started)
         new.keep("train", '{"by": "new"}')
         publish_marker(new)
-        write_in_turn(new.store, "results.json", b"new", None)
+        (tmp_path / "new").write_bytes(b"the new one's times")
+        new.publish(tmp_path / "new", "artifacts/metrics.jsonl")
+        write_in_turn(new.store, "results.json", b"new", current_tag(store, "results.json"))
         left.update({info.key: stored.data for info in store.list() if (stored := store.read(info.key))})
 
     slow.meanwhile = succeed
@@ -419,6 +479,8 @@ def test_a_late_record_changes_nothing(store: LocalStore, tmp_path: Path, record
         "a stage": lambda: old.keep("train", '{"by": "old"}'),
         "a marker": lambda: publish_marker(old),
         "the manifest": lambda: write_in_turn(old.store, "results.json", b"old", None),
+        "a file": lambda: old.publish(tmp_path / "old", "artifacts/metrics.jsonl"),
+        "removal of the manifest": lambda: withdraw_incomplete(old.store),
     }
     with pytest.raises(Replaced):
         late[record]()
@@ -447,7 +509,7 @@ def stopped_attempts(store: LocalStore, cache: Path, limit: int, works: list[Cal
                 SETTINGS,
                 cache=str(cache),
                 stop=Stop(),
-                beat=lambda: None,
+                report_progress=lambda: None,
                 faults=arm((), store),
                 idle=idle,
             ) as attempt:
