@@ -24,8 +24,9 @@ from job.data.batch_plan import steps_per_epoch
 from job.errors import Preempted, Unreachable
 from job.model.lora import copy_tokenizer, save_adapter, trainable
 from job.preemption.stop_flag import Stopwatch, decide
-from job.records import Artifact, StepMetrics, Trained, TrainingRecord
+from job.records import AdapterRecord, Artifact, StepMetrics, Trained, TrainingRecord
 from job.report.model_card import public_base
+from job.results.adapter_facts import CONFIG, WEIGHTS, adapter_facts
 from job.results.training_totals import training_totals
 from job.runs.attempt import Attempt
 from job.runs.layout import ARTIFACTS
@@ -117,6 +118,9 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
         rows=len(sources.examples),
         world_size=processes.place.world_size,
         compared_with="base" if reference else None,
+        adapter=AdapterRecord(
+            init=settings.lora.init, **adapter_facts(folder / "adapter" / CONFIG, folder / "adapter" / WEIGHTS)
+        ),
     )
     return Trained(record, [*artifacts, *reference])
 
@@ -238,6 +242,7 @@ def _training_record(
     rows: int,
     world_size: int,
     compared_with: str | None,
+    adapter: AdapterRecord,
 ) -> TrainingRecord:
     return TrainingRecord(
         **training_totals(trained.history, steps_per_epoch(rows, recipe.global_batch_size), recipe.global_batch_size),
@@ -249,4 +254,5 @@ def _training_record(
         method="sft" if recipe.preference is None else recipe.preference.method,
         beta=None if recipe.preference is None else recipe.preference.beta,
         reference=compared_with,
+        adapter=adapter,
     )
