@@ -57,8 +57,16 @@ def allocate(model: Any, done: int) -> None:
     A step that was skipped because fp16 overflowed says nothing of importance, and is left out.
     """
     gradients = [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]
-    if torch.stack([gradient.isfinite().all() for gradient in gradients]).all():
+    if not torch.stack([gradient.isfinite().all() for gradient in gradients]).all():
+        return
+    # PEFT's threshold is the value that torch.kthvalue finds. On a GPU torch refuses it as not deterministic: of equal
+    # values it may return the place of another one, which is not used.
+    exact = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(mode=False)
+    try:
         model.base_model.update_and_allocate(done)
+    finally:
+        torch.use_deterministic_algorithms(mode=exact)
 
 
 def allocator_state(model: Any) -> dict[str, torch.Tensor]:
