@@ -244,7 +244,7 @@ def preview_adapter(
         said = ", ".join(f"{name}={value}" for name, value in described(options).items() if name != "adalora")
         what = f"{what}; {said}; {facts.parameters:,} parameters"
     if options.not_fused:
-        what = f"{what}; trained by PEFT's own layers at less than half the speed: {options.not_fused}"
+        what = f"{what}; on a GPU at less than half the speed, by PEFT's own layers: {options.not_fused}"
     if quantization == "none" or linear >= MOSTLY * all_:
         return "ok", what, facts
     stays = "the rest, such as embeddings and experts that are one tensor, stays in 16 bit"

@@ -11,10 +11,18 @@ import torch
 
 from job.errors import SettingsError
 from job.model.adapter_options import PLAIN, AdaLora, AdapterOptions, make_options
-from job.model.base import describe_model, load_base
+from job.model.base import describe_model, inspect, load_base
 from job.model.fused.frozen_weights import fuse_layers
 from job.model.fused.kernels import TORCH
-from job.model.lora import adapter_off, add_adapter, load_adapter, resolve_targets, save_adapter, trainable
+from job.model.lora import (
+    adapter_off,
+    add_adapter,
+    count_parameters,
+    load_adapter,
+    resolve_targets,
+    save_adapter,
+    trainable,
+)
 from job.model.packed_attention import use
 from job.settings.schema import Lora
 from tests.helpers import LINEAR
@@ -201,6 +209,16 @@ def test_the_scale_of_rank_stabilized_lora(base_folder: Path) -> None:
     """It is alpha over the root of the rank, in PEFT's layers as they are used."""
     model = make(base_folder, OPTIONS["rslora"])
     assert model.get_base_model().model.layers[0].mlp.up_proj.scaling["default"] == pytest.approx(16 / 8**0.5)
+
+
+@pytest.mark.parametrize("name", [*OPTIONS, "orthogonal"])
+def test_parameters_are_counted_without_weights(base_folder: Path, name: str) -> None:
+    """`plan` counts what a run will train, of the frozen half of a decomposition too, which takes memory."""
+    options = OPTIONS.get(name, AdapterOptions(init="orthogonal"))
+    _, empty = inspect(base_folder, max_length=64, targets=LINEAR, rank=8, options=options)
+    counted = count_parameters(empty, rank=8, target_modules=LINEAR, options=options)
+    made = make(base_folder, options, quantization="none")
+    assert counted == sum(parameter.numel() for parameter in trainable(made).values())
 
 
 def test_groups_of_layers(base_folder: Path) -> None:
