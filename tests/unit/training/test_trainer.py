@@ -442,6 +442,23 @@ def test_every_adapter_resumes_exactly(base_folder: Path, tokenizer: Any, tmp_pa
     assert stopped[0] != whole[0]
 
 
+@pytest.mark.parametrize("name", ["rslora", "patterns", "pissa"])
+def test_fused_decoders_learn_the_same(base_folder: Path, tokenizer: Any, tmp_path: Path, name: str) -> None:
+    """Other scales, other ranks side by side, layers without an adapter: the whole fused decoder agrees with PEFT."""
+    found = []
+    for plan in (PLAN, THROUGHOUT):
+        model = make_model(base_folder, rank=8, options=ADAPTERS[name])
+        if name != "pissa":  # whose values are none to overwrite
+            fill_adapter(model)
+        if plan.fused:
+            assert fuse_layers(model, keep_dequantized=True, kernels=TORCH) == "all"
+        with gradients(model) as seen:
+            trained, _ = run(model, tokenizer, EXAMPLES, RECIPE, tmp_path, plan=plan)
+        found.append((trained.history[0].loss, seen[0]))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-4)
+    assert_same(found[0][1], found[1][1], 1e-3 if name == "pissa" else 1e-4)
+
+
 def test_the_frozen_half_of_a_decomposition_stays(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
     """Training moves the half that PEFT would train, and no bit of what takes the base's part away."""
     model = make_model(base_folder, rank=8, options=ADAPTERS["pissa"])
