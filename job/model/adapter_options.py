@@ -66,6 +66,14 @@ class AdapterOptions:
         return self.init.startswith(DECOMPOSITIONS)
 
     @property
+    def bytes_beside(self) -> int:
+        """Bytes for each of the adapter's numbers that training keeps beside gradients and the optimizer's state.
+
+        AdaLoRA: three means of importance in fp32. A decomposition: where it is frozen, and the values there.
+        """
+        return 12 if self.kind == "adalora" else 8 if self.decomposed else 0
+
+    @property
     def not_fused(self) -> str | None:
         """The setting that leaves the computation to PEFT's own layers, with the reason; None if the fused ones do."""
         if self.kind == "adalora":

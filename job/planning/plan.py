@@ -228,6 +228,7 @@ def _setup(settings: Settings, seen: _Preflight, checks: list[PreflightResult]) 
         recompute=settings.train.gradient_checkpointing is not False,
         counted=seen.adapter.parameters if seen.adapter and options != PLAIN else None,
         dora=options.use_dora,
+        bytes_beside=options.bytes_beside,
     ), basis
 
 

@@ -53,6 +53,8 @@ class Setup:
     counted: int | None = None
     """The adapter's parameters, where rank and targets alone do not say it."""
     dora: bool = False
+    bytes_beside: int = 0
+    """`AdapterOptions.bytes_beside`."""
 
     @property
     def adapter(self) -> int:
@@ -140,7 +142,7 @@ def training_memory(setup: Setup, tokens: int) -> Memory:
     copy = setup.value_bytes if setup.value_bytes < FP32 else 0
     return Memory(
         weights=weight_bytes(setup),
-        adapter=setup.adapter * (FP32 + copy),
+        adapter=setup.adapter * (FP32 + copy + setup.bytes_beside),
         gradients=FP32 * setup.adapter,
         optimizer=OPTIMIZERS[setup.optimizer].state_bytes(setup.adapter),
         activations=activation_bytes(setup, tokens),

@@ -241,6 +241,8 @@ def test_options_of_the_adapter_are_counted() -> None:
     counted = replace(REFERENCE, counted=1_000_000)
     assert training_memory(counted, 512).optimizer == OPTIMIZERS[REFERENCE.optimizer].state_bytes(1_000_000)
     assert training_memory(counted, 512).gradients == 4_000_000
+    beside = training_memory(replace(counted, bytes_beside=12), 512).adapter - training_memory(counted, 512).adapter
+    assert beside == 12_000_000
     outputs = sum(REFERENCE.architecture.linear[name][1] for name in REFERENCE.targets)
     more = kept_bytes(replace(REFERENCE, dora=True)) - kept_bytes(REFERENCE)
     assert more == 2 * outputs * REFERENCE.value_bytes
