@@ -53,7 +53,7 @@ class Recipe:
     """Used by the schedulers that have them, see `common/schedulers.py`."""
     neftune_noise_alpha: float = 0.0
     preference: Preference | None = None
-    """None where every target token is learned (`sft`)."""
+    """None for `sft`, where the loss is over every target token."""
 
 
 @dataclass(frozen=True)
