@@ -147,6 +147,10 @@ def load_base(
     if missing := sorted(loading_info["missing_keys"]):  # transformers would silently initialize them at random
         what = f"{folder} lacks {len(missing)} weights of {type(model).__name__}: {', '.join(missing[:5])}"
         raise DataError([Problem("JOB_MODEL__ID", what)])
+    layers = {name: module for name, module in model.named_modules() if _is_bitsandbytes(module)}
+    if plain := [name for name, layer in layers.items() if not _is_quantized(layer.weight)]:
+        what = f"{folder} has a config.json that says its weights are quantized, and those of {plain[0]} are not"
+        raise DataError([Problem("JOB_MODEL__ID", what)])
     model.config.use_cache = False
     _set_dtype(model, dtype)
     for module in model.modules():
@@ -214,6 +218,11 @@ def _set_dtype(model: Any, dtype: torch.dtype) -> None:
         if parameter.is_floating_point() and not _is_quantized(parameter):
             own = next((own for pattern, own in kept.items() if re.search(pattern, name)), dtype)
             parameter.data = parameter.data.to(own)
+
+
+def _is_bitsandbytes(module: Any) -> bool:
+    """Whether it is a quantized linear layer."""
+    return type(module).__module__.startswith("bitsandbytes.") and getattr(module, "weight", None) is not None
 
 
 def _is_quantized(parameter: Any) -> bool:
