@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
@@ -17,7 +18,7 @@ from job.data.chat_template import Template, open_template, uses_date
 from job.data.fields import Rendered
 from job.data.formats import UNREADABLE, RowError, Rows, find_files, read_rows
 from job.data.hub_dataset import is_hub_id, open_dataset
-from job.data.schemas import REQUIRED, Schema, check_row, detect_schema, render, texts_of
+from job.data.schemas import REQUIRED, Schema, check_row, detect_schema, own_texts, render, texts_of
 from job.data.tokenization import Encoded, LossOn, encode
 from job.errors import MAX_SHOWN, DataError, Problem, SettingsError
 from job.records import DatasetRecord, Example
@@ -42,6 +43,7 @@ def load_examples(
     date: str | None = None,
     vocabulary: int | None = None,
     alive: Callable[[], None] = lambda: None,
+    on_example: Callable[[Encoded], None] | None = None,
 ) -> tuple[list[Example], DatasetRecord]:
     """Reads training examples, in the order of the source.
 
@@ -65,6 +67,7 @@ def load_examples(
         date: The current date as a chat template sees it, `YYYY-MM-DD`; None for the day in UTC.
         vocabulary: Rows of the model's embedding; None if that is not known.
         alive: Called about twice a second while rows are read; what it raises ends the reading.
+        on_example: Called with each example, in order, its `own_texts` included.
 
     Returns:
         The examples, at least one, and the record for the manifest.
@@ -91,7 +94,9 @@ def load_examples(
     if templated and uses_date(tokenizer):
         log.get_logger().info("the chat template can write the date; JOB_DATA__DATE sets it", date=date or "today")
     with open_template(tokenizer, date, alive) if templated else nullcontext() as template:
-        texts = _render_all(rows, schema, template, control, find_turns=loss_on == "completion")
+        texts = _render_all(
+            rows, schema, template, control, find_turns=loss_on == "completion", own=on_example is not None
+        )
         for item in encode(
             texts,
             tokenizer,
@@ -106,6 +111,8 @@ def load_examples(
                 digest.update(item.canonical())
                 ends[item.end] += 1
                 unused.update(item.unused)
+                if on_example is not None:
+                    on_example(item)
             else:
                 findings.add(item)
     findings.raise_problems()
@@ -131,7 +138,7 @@ def load_examples(
     )
 
 
-def check_source(source: str, revision: str | None, split: str) -> None:
+def check_source(source: str, revision: str | None, split: str, setting: str = "JOB_DATA__REVISION") -> None:
     """Refuses a source that cannot be read, as far as can be checked without reading it or using the network.
 
     Raises:
@@ -139,16 +146,16 @@ def check_source(source: str, revision: str | None, split: str) -> None:
         SettingsError: A hub id without a revision.
     """
     if is_hub_id(source):
-        require_revision(revision)
+        require_revision(revision, setting)
     else:
         find_files(source, split)
 
 
-def require_revision(revision: str | None) -> str:
-    """The revision of a hub data set, which has to be given."""
+def require_revision(revision: str | None, setting: str = "JOB_DATA__REVISION") -> str:
+    """The revision of a hub data set, which has to be given by a setting."""
     if revision is None:
         what = "a data set of the hub needs a revision, best a commit, so that the run can be repeated"
-        raise SettingsError([Problem("JOB_DATA__REVISION", what)])
+        raise SettingsError([Problem(setting, what)])
     return revision
 
 
@@ -295,7 +302,7 @@ def _check_tokenizer(tokenizer: Any, schema: Schema, name: str) -> None:
 
 
 def _render_all(
-    rows: Rows, schema: Schema, template: Template | None, control: _ControlTokens, *, find_turns: bool
+    rows: Rows, schema: Schema, template: Template | None, control: _ControlTokens, *, find_turns: bool, own: bool
 ) -> Iterator[Rendered | list[RowError]]:
     for row in rows:
         if isinstance(row, RowError):
@@ -309,4 +316,4 @@ def _render_all(
             yield [text]
             continue
         control.count(texts_of(row, schema), row.where)
-        yield text
+        yield replace(text, own_texts=own_texts(row, schema)) if own else text

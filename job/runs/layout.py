@@ -51,6 +51,7 @@ ADAPTER = f"{ARTIFACTS}adapter/"
 WEIGHTS = f"{ADAPTER}adapter_model.safetensors"
 CARD = f"{ADAPTER}README.md"
 METRICS = f"{ARTIFACTS}metrics.jsonl"
+VALIDATIONS = f"{ARTIFACTS}validation.jsonl"
 TENSORBOARD = f"{ARTIFACTS}tensorboard/"
 REPORT = f"{ARTIFACTS}report.html"
 MADE_OF_TIMES = (TENSORBOARD, REPORT)
