@@ -28,6 +28,29 @@ class ValidationSource:
     split: str
 
 
+def what_to_validate_on(
+    validation: float | str | None,
+    *,
+    source: str,
+    source_revision: str | None,
+    validation_revision: str | None,
+    validation_split: str,
+) -> float | ValidationSource | None:
+    """`JOB_DATA__VALIDATION` as `load_rows` takes it, before anything is fetched.
+
+    Args:
+        validation: The setting: a share, a number of rows, a source, or None.
+        source: The training source; another split of the same hub data set needs no revision of its own.
+        source_revision: Its revision.
+        validation_revision: The revision of the validation source.
+        validation_split: The split of the validation source.
+    """
+    if not isinstance(validation, str):
+        return validation
+    revision = validation_revision or (source_revision if validation == source else None)
+    return ValidationSource(validation, validation, revision, validation_split)
+
+
 class _Rows:
     """What is kept of each example while rows are read: what it is compared by, and its hash."""
 

@@ -4,7 +4,8 @@
    Letter case, punctuation and white space do not count, nor does the system prompt, which many rows share.
 2. Rows of equal words form a group, and so do rows whose signatures agree in `ALIKE` of their values, an estimate of
    the Jaccard similarity of their shingles; groups that have a row in common are one. Candidates are found by bands
-   (locality-sensitive hashing) instead of comparing all pairs; of two rows that are similar to 0.8, 99.8 % are found.
+   (locality-sensitive hashing) instead of comparing all pairs. Rows that are similar to 0.9 are found nearly always, at
+   0.8 half of them are, and at 0.7 hardly any.
 3. A group's place in [0, 1) is a hash of the smallest SHA-256 in it. With a share, the groups below it are held out;
    with a number of rows, the groups in the order of their places, as long as they fit.
 

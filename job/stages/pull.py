@@ -23,7 +23,7 @@ from job.common.threads import in_thread
 from job.data.dataset import check_source
 from job.data.formats import find_file
 from job.data.hub_dataset import check_hub_dataset
-from job.data.training_and_validation import ValidationSource, load_rows
+from job.data.training_and_validation import ValidationSource, load_rows, what_to_validate_on
 from job.errors import DataError, JobError, Preempted, Problem
 from job.evaluation.tasks import Tasks, check_lengths, load_tasks
 from job.model.base import choose_device, choose_dtype, inspect, load_tokenizer
@@ -131,7 +131,7 @@ def _pull(attempt: Attempt, settings: Settings, storage: StorageOptions, date: s
     gate = settings.gate
     baseline = None if gate.baseline is None else read_baseline(gate.baseline, storage)
     places = {settings.model.id, settings.data.source, *settings.eval.data.values()}
-    if (own := validation_source(settings)) is not None:
+    if isinstance(own := _what_to_validate_on(settings), ValidationSource):
         places.add(own.name)
     check_disk(attempt.work, required_bytes(size(place, storage) for place in places))
     import_client()  # here: two threads that import the same at once may get half of a module
@@ -201,7 +201,7 @@ def _check_places(settings: Settings) -> None:
         (data.source, partial(check_source, data.source, data.revision, data.split)),
         *((place, partial(find_file, place)) for place in settings.eval.data.values()),
     ]
-    if (validation := validation_source(settings)) is not None:
+    if isinstance(validation := _what_to_validate_on(settings), ValidationSource):
         how = (validation.revision, validation.split, "JOB_DATA__VALIDATION_REVISION")
         checks.append((validation.name, partial(check_source, validation.name, *how)))
     problems: list[Problem] = []
@@ -249,29 +249,31 @@ def _check_model(folder: Path, settings: Settings) -> None:
     inspect(folder, max_length=settings.train.max_length, targets=None if named == "auto" else named)
 
 
-def validation_source(settings: Settings) -> ValidationSource | None:
-    """The validation source that the settings name; None where they name none. A copy of it may lie elsewhere."""
+def _what_to_validate_on(settings: Settings) -> float | ValidationSource | None:
     data = settings.data
-    if not isinstance(data.validation, str):
-        return None
-    same = data.validation == data.source
-    revision = data.validation_revision or (data.revision if same else None)
-    return ValidationSource(data.validation, data.validation, revision, data.validation_split)
+    return what_to_validate_on(
+        data.validation,
+        source=data.source,
+        source_revision=data.revision,
+        validation_revision=data.validation_revision,
+        validation_split=data.validation_split,
+    )
 
 
 def _check_hub(settings: Settings) -> None:
     """Asks the hub whether the data sets that it has are there, before weights are downloaded."""
     check_hub_dataset(settings.data.source, settings.data.revision)
-    if (validation := validation_source(settings)) is not None and not is_remote(validation.name):
+    validation = _what_to_validate_on(settings)
+    if isinstance(validation, ValidationSource) and not is_remote(validation.name):
         check_hub_dataset(validation.name, validation.revision)
 
 
 def _fetch_validation(attempt: Attempt, settings: Settings, storage: StorageOptions) -> float | ValidationSource | None:
-    """What to validate on, as `load_rows` takes it; fetched where it has a source of its own."""
-    source = validation_source(settings)
-    if source is None:
-        return None if isinstance(settings.data.validation, str) else settings.data.validation
-    return replace(source, place=_fetch(attempt, source.place, "validation", storage))
+    """What to validate on; a source of its own is fetched."""
+    found = _what_to_validate_on(settings)
+    if not isinstance(found, ValidationSource):
+        return found
+    return replace(found, place=_fetch(attempt, found.place, "validation", storage))
 
 
 def _read_rows(

@@ -31,7 +31,7 @@ EXAMPLES, HELD_OUT = make_examples(24), make_examples(10, prompt=0.4)
 PLAN = ExecutionPlan(kept_base=False, kept_activations=True, recorded=False, reason="a test", forward=PEFT)
 RECIPE = Recipe(
     seed=3,
-    total_steps=24,
+    total_steps=20,
     learning_rate=3e-2,
     scheduler="constant",
     warmup_steps=0,
@@ -42,7 +42,7 @@ RECIPE = Recipe(
     optimizer="adamw_8bit",
     save_every_steps=3,
     validate_every_steps=2,
-    stop_after=3,
+    stop_after=2,
     keep="best",
 )
 ONCE = replace(RECIPE, total_steps=1, validate_every_steps=1, stop_after=None, keep="last", learning_rate=0.0)
@@ -177,8 +177,8 @@ def test_training_stops_and_keeps_the_best(
     kept, trained = whole
     found = progress(trained.validations)
     assert trained.complete
-    assert found.stale == 3
-    assert found.best_step + 3 * 2 == trained.history[-1].step == trained.validations[-1].step < RECIPE.total_steps
+    assert found.stale == 2
+    assert found.best_step + 2 * 2 == trained.history[-1].step == trained.validations[-1].step < RECIPE.total_steps
     assert found.best_step > 0
     model = make_model(base_folder, quantization="nf4", dropout=0.1)
     seen: list[list[bytes]] = []
