@@ -35,7 +35,7 @@ class Problem:
     """One thing that is wrong with what the user gave.
 
     Attributes:
-        where: A setting's dotted name, or a file with line and field.
+        where: A setting, as `environment_name` writes it, or a file with line and field.
         what: What is wrong, and after a semicolon how to fix it.
     """
 
@@ -44,6 +44,11 @@ class Problem:
 
     def __str__(self) -> str:
         return f"{self.where}: {self.what}"
+
+
+def environment_name(setting: str) -> str:
+    """How messages name a setting, wherever its value came from: `train.epochs` -> `JOB_TRAIN__EPOCHS`."""
+    return "JOB_" + setting.upper().replace(".", "__")
 
 
 class JobError(Exception):

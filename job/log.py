@@ -118,7 +118,7 @@ def stage(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def hush() -> Iterator[None]:
+def silence_stdout() -> Iterator[None]:
     """Within it nothing is printed: libraries print messages when they are imported, and stdout is for results."""
     with redirect_stdout(io.StringIO()):
         yield

@@ -32,6 +32,7 @@ from job.runs.fault_injection import Fault, arm, faulty
 from job.runs.layout import BASE, PACKING, RESULTS, Stage
 from job.runs.run_log import IdleLimit
 from job.runs.run_settings import agree_on_settings, compare_settings, keep_settings
+from job.runs.stage_records import identity
 from job.settings.load import Settings, environment, trackers
 from job.stages.handoff import Sources
 from job.stages.publish import publish
@@ -43,13 +44,13 @@ from job.tracking.trackers import Tracking, tracking
 
 if TYPE_CHECKING:
     from job.stages.handoff import Loaded
-from job.settings.affects_result import decisive_settings, plain_values
+from job.settings.affects_result import decisive_settings, default_settings, plain_values
 
 
 def run(
     settings: Settings,
     stop: Stop,
-    beat: Callable[[], None],
+    report_progress: Callable[[], None],
     faults: tuple[Fault, ...],
     *,
     delivery: Delivery | None = None,
@@ -72,11 +73,11 @@ def run(
     agree_on_settings(processes, decisive_settings(settings))
     if (done := processes.share("results of before", lambda: finished(settings, delivery))) is not None:
         return done
-    with _attempt(settings, stop, beat, faults, processes, idle=idle) as (attempt, track):
+    with _attempt(settings, stop, report_progress, faults, processes, idle=idle) as (attempt, track):
         with attempt.timed(Stage.PULL):
             sources = pull(attempt, settings, storage_options(settings.storage))
         loaded = _load(attempt, settings, sources)
-        with publishing(sources.cache_entry if processes.leads else None, stop, beat):
+        with publishing(sources.cache_entry if processes.leads else None, stop, report_progress):
             base = _evaluate_base(attempt, settings, sources, loaded)
             trained = _train(attempt, settings, sources, loaded)
             adapter = _evaluate_adapter(attempt, settings, sources, loaded, trained)
@@ -103,7 +104,7 @@ def finished(settings: Settings, delivery: Delivery | None) -> dict[str, Any] | 
     store = _store(settings)
     if (done := read_complete(store)) is None:
         return None
-    compare_settings(store, decisive_settings(settings))
+    compare_settings(store, decisive_settings(settings), default_settings())
     log.get_logger().info("this run is complete already", results=f"{store.uri}/{RESULTS}")
     if delivery:
         deliver(store, done, delivery)
@@ -114,7 +115,7 @@ def finished(settings: Settings, delivery: Delivery | None) -> dict[str, Any] | 
 def _attempt(
     settings: Settings,
     stop: Stop,
-    beat: Callable[[], None],
+    report_progress: Callable[[], None],
     faults: tuple[Fault, ...],
     processes: Processes,
     *,
@@ -123,19 +124,20 @@ def _attempt(
     """Opens the run's next attempt, with injected faults, trackers, and an energy meter for all processes' GPUs."""
     store = _store(settings)
     armed = arm(faults if processes.leads else (), store)
-    begun = open_attempt(
+    opening = open_attempt(
         faulty(store, armed),
         decisive_settings(settings),
+        defaults=default_settings(),
         cache=settings.storage.cache,
         usd_per_hour=settings.cost.usd_per_hour,
         stop=stop,
-        beat=beat,
+        report_progress=report_progress,
         faults=armed,
         processes=processes,
         idle=idle or IdleLimit(settings.run.max_idle_attempts),
     )
     asked = trackers(settings) if processes.leads else {}  # process 0 reports for all
-    with tracking(asked, settings.run.id, plain_values(settings), environment()) as track, begun as attempt:
+    with tracking(asked, settings.run.id, plain_values(settings), environment()) as track, opening as attempt:
         choose_device(settings.run.device)  # fails on a missing GPU before the model is downloaded
         if processes.leads:
             withdraw_incomplete(attempt.store)
@@ -160,15 +162,15 @@ def _load(attempt: Attempt, settings: Settings, sources: Sources) -> Loaded:
 
     garbage_collection.enable()  # it was off for faster imports, and nearly all are done
     attempt.identify(sources.record)
-    loaded = load(settings, sources, attempt.processes, attempt.known(PACKING, Packing))
+    loaded = load(settings, sources, attempt.processes, attempt.recorded(PACKING, Packing))
     if attempt.processes.leads:
-        keep_settings(attempt.store, decisive_settings(settings))
+        keep_settings(attempt.store, attempt.settings)
         # once, before the record of the pull; and again if they are damaged
         for name, record in ((PACKING, loaded.packing), (BASE, loaded.kept_base)):
-            if attempt.known(name, type(record)) is None:
+            if attempt.recorded(name, type(record)) is None:
                 attempt.keep(name, json.dumps(asdict(record)))
-    known, found = attempt.stage(Stage.PULL, Pulled, lambda: sources.record), asdict(sources.record)
-    if changed := [name for name, value in asdict(known).items() if found[name] != value]:
+    known, found = map(identity, (attempt.stage(Stage.PULL, Pulled, lambda: sources.record), sources.record))
+    if changed := [name for name, value in known.items() if found[name] != value]:
         raise DataError([Problem(name, "has changed since the first attempt of this run") for name in changed])
     return loaded
 

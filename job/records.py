@@ -122,19 +122,19 @@ class ExecutionPlan:
         return self.forward.startswith(FUSED_THROUGHOUT)
 
     @property
-    def spare(self) -> tuple[str, ...]:
+    def droppable(self) -> tuple[str, ...]:
         """What can be given up when the GPU's memory runs out, in this order. The bits stay the same."""
         kept = ("kept_base", "kept_activations", "recorded")
         return tuple(name for name in kept if self.fused and getattr(self, name))
 
     def give_up(self, name: str) -> ExecutionPlan:
-        """The plan without one of those in `spare`.
+        """The plan without one of those in `droppable`.
 
         Raises:
             ValueError: It is none of them.
         """
-        if name not in self.spare:
-            raise ValueError(f"{name} is not among what can be given up: {', '.join(self.spare) or 'nothing'}")
+        if name not in self.droppable:
+            raise ValueError(f"{name} is not among what can be given up: {', '.join(self.droppable) or 'nothing'}")
         given_up: dict[str, Any] = {name: False}
         return replace(self, **given_up)
 
@@ -299,7 +299,7 @@ class AttemptRecord:
 
 @dataclass(frozen=True)
 class Pulled:
-    """Record of the pull stage: every later attempt has to find the same."""
+    """Record of the pull stage: every later attempt has to find the same, in all fields without a default."""
 
     dataset: DatasetRecord
     model_sha256: str

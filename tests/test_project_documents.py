@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 
 from job.cli.main import COMMANDS, USAGE
-from job.errors import exit_codes
+from job.errors import environment_name, exit_codes
 from job.evaluation.statistics import mcnemar, tango_interval, verdict
 from job.settings.load import load_settings
 from job.settings.schema import NAMES
-from job.settings.sources import environment_name
 
 ROOT = Path(__file__).parents[1]
 CONTRIBUTING = (ROOT / ".github/CONTRIBUTING.md").read_text(encoding="utf-8")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 DAY = 24 * 3600
-MOST_SECONDS = 28 * DAY
+MAX_SECONDS = 28 * DAY
 # SageMaker's own limits: entries, characters of a name, characters of a value. botocore checks none of them.
 HYPERPARAMETERS = (100, 256, 2500)
 ENVIRONMENT = (100, 512, 512)
@@ -69,7 +69,7 @@ def build(order: Order, metrics: list[dict[str, str]]) -> dict[str, Any]:
     mode = "FastFile" if order.fast_file else "File"
     stop = {"MaxRuntimeInSeconds": order.max_run}
     if order.spot:
-        stop["MaxWaitTimeInSeconds"] = order.max_wait or min(2 * order.max_run, MOST_SECONDS)
+        stop["MaxWaitTimeInSeconds"] = order.max_wait or min(2 * order.max_run, MAX_SECONDS)
     request: dict[str, Any] = {
         "TrainingJobName": order.job,
         "AlgorithmSpecification": {
@@ -139,10 +139,10 @@ def problems(order: Order) -> Iterator[str]:
             re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", order.run),
             "--run: must begin with a letter or digit and hold at most 128 letters, digits, '.', '_' and '-'",
         ),
-        (1 <= order.max_run <= MOST_SECONDS, "--max-run: must be between a second and 28 days"),
+        (1 <= order.max_run <= MAX_SECONDS, "--max-run: must be between a second and 28 days"),
         (wait is None or order.spot, "--max-wait: is for --spot; add that, or drop it"),
         (
-            wait is None or order.max_run <= wait <= MOST_SECONDS,
+            wait is None or order.max_run <= wait <= MAX_SECONDS,
             "--max-wait: includes the time of running: it must be at least --max-run, and at most 28 days",
         ),
         (

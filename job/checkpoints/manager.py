@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -154,8 +154,7 @@ def prune(store: ObjectStore, keep: int, *, own: Collection[int], verified: int,
     for step, names in found.items():
         # Without a single one that is fit, the rest is evidence.
         if kept and step not in kept:
-            for name in sorted(names, key=lambda name: name != COMMITTED):
-                store.delete(f"{CHECKPOINTS}{step_name(step)}/{name}")
+            _delete(store, step, names)
 
 
 def publisher(
@@ -242,7 +241,8 @@ def restore(
     skipped: list[Skipped] = []
     for step in steps(store):
         try:
-            target, marker = _download(store, step, folder, check, run)
+            marker = _read_marker(store, step, run)
+            target = _download(store, marker, folder, check)
         except NotWhole as error:
             skipped.append(Skipped(step, str(error)))
             get_logger().warning("checkpoint is not whole, going back to an older one", step=step, why=str(error))
@@ -262,26 +262,59 @@ class NotWhole(Exception):
     """Why a checkpoint cannot be used."""
 
 
-def _download(
-    store: ObjectStore, step: int, folder: Path, check: Callable[[Path, int], None], run: str | None
-) -> tuple[Path, Marker]:
+def withdraw_damaged(store: ObjectStore, folder: Path, *, epoch: int, run: str | None) -> list[Skipped]:
+    """Deletes the checkpoints that are not whole: what is published vouches for every file of the run.
+
+    Restoring looks at the newest ones alone, and at none once training is done. Those that this attempt wrote are not
+    read back: their hashes were taken from the files that it uploaded.
+
+    Args:
+        store: The run's.
+        folder: For copies, which are deleted.
+        epoch: Number of this attempt.
+        run: The run's fingerprint.
+
+    Returns:
+        The deleted ones.
+
+    Raises:
+        JobError: Whatever the store says, apart from absence; or the disk is too small.
+    """
+    withdrawn = []
+    for step, names in _names(store).items():
+        if COMMITTED not in names:
+            continue
+        try:
+            marker = _read_marker(store, step, run)
+            if marker.epoch != epoch:
+                shutil.rmtree(_download(store, marker, folder, lambda _folder, _step: None))
+        except NotWhole as error:
+            get_logger().warning("checkpoint is not whole and is deleted", step=step, why=str(error))
+            _delete(store, step, names)
+            withdrawn.append(Skipped(step, str(error)))
+    return withdrawn
+
+
+def _delete(store: ObjectStore, step: int, names: Iterable[str]) -> None:
+    """Deletes a checkpoint, the marker before its files."""
+    for name in sorted(names, key=lambda name: name != COMMITTED):
+        store.delete(f"{CHECKPOINTS}{step_name(step)}/{name}")
+
+
+def _download(store: ObjectStore, marker: Marker, folder: Path, check: Callable[[Path, int], None]) -> Path:
     """Downloads into a folder beside the final one, verifies every byte, and only then gives it its name.
 
     Args:
         store: The run's.
-        step: Which checkpoint.
+        marker: The checkpoint's.
         folder: The checkpoint becomes a folder in it.
         check: As for `restore`.
-        run: As for `restore`.
 
     Raises:
         NotWhole: It cannot be used.
         JobError: Whatever the store says, apart from absence; or the disk is too small.
     """
-    marker = _read_marker(store, step)
-    if run is not None and marker.run not in {None, run}:
-        raise NotWhole("it was trained with other settings, data or weights than those of this run")
-    target = folder / step_name(step)
+    target = folder / step_name(marker.step)
     partial = target.with_name(target.name + ".partial")
     with disk_errors(f"cannot restore a checkpoint into {folder}"):
         for old in (target, partial):
@@ -291,8 +324,8 @@ def _download(
             _check_sizes(store, marker, shutil.disk_usage(partial).free)
             for name, file in marker.files.items():
                 _fetch_file(store, marker.folder + name, partial / name, file)
-            _check_content(partial, step, check)
-            return partial.replace(target), marker
+            _check_content(partial, marker.step, check)
+            return partial.replace(target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -304,8 +337,12 @@ def _check_content(folder: Path, step: int, check: Callable[[Path, int], None]) 
         raise NotWhole(f"its bytes are right, its content is not: {error}") from None
 
 
-def _read_marker(store: ObjectStore, step: int) -> Marker:
-    """Parses a marker, trusting nothing in it; the sizes it declares are checked against what is there."""
+def _read_marker(store: ObjectStore, step: int, run: str | None) -> Marker:
+    """Parses a marker, trusting nothing in it; the sizes it declares are checked against what is there.
+
+    Raises:
+        NotWhole: It is none, is damaged, or of another step or run.
+    """
     try:
         stored = store.read(marker_key(step), max_bytes=MAX_MARKER_BYTES)
     except TooLarge:
@@ -318,6 +355,8 @@ def _read_marker(store: ObjectStore, step: int) -> Marker:
         raise NotWhole(str(error)) from None
     if marker.step != step:
         raise NotWhole(f"the marker is of step {marker.step}")
+    if run is not None and marker.run not in {None, run}:
+        raise NotWhole("it was trained with other settings, data or weights than those of this run")
     return marker
 
 

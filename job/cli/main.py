@@ -120,12 +120,14 @@ def _run(words: list[str]) -> int:
     with (
         stop_on_signals(run.grace_seconds) as stop,
         watch_notices(stop, run.spot_notices if first else "off"),
-        watch(stall, lambda message: _leave_everywhere(platform, message), idle.exit_code) as beat,
-        join(place, run.id, stop=stop, beat=beat, patience=stall, grace_seconds=run.grace_seconds) as processes,
+        watch(stall, lambda message: _report_to_platform(platform, message), idle.exit_code) as report_progress,
+        join(
+            place, run.id, stop=stop, report_progress=report_progress, patience=stall, grace_seconds=run.grace_seconds
+        ) as processes,
     ):
         from job.pipeline import run as run_job
 
-        run_job(settings, stop, beat, faults, delivery=platform.delivery, processes=processes, idle=idle)
+        run_job(settings, stop, report_progress, faults, delivery=platform.delivery, processes=processes, idle=idle)
     return 0
 
 
@@ -205,7 +207,7 @@ def _config(words: list[str]) -> int:
 def _plan(words: list[str]) -> int:
     _tell_libraries(None)
     _note_foreign_variables()
-    with log.hush():
+    with log.silence_stdout():
         from job.planning.plan_text import plan_command
 
     return plan_command(words)
@@ -262,14 +264,14 @@ def _report(error: Exception, platform: Platform) -> int:
     else:
         logger.error("a bug: please report it with this traceback", exit_code=code, exc_info=error)
     message = f"{type(error).__name__} (exit code {code}): {text}"
-    _leave_everywhere(platform, message)
+    _report_to_platform(platform, message)
     return code
 
 
-def _leave_everywhere(platform: Platform, message: str) -> None:
+def _report_to_platform(platform: Platform, message: str) -> None:
     """Writes the reason why the job ended to wherever the platform looks for it."""
-    _leave(platform.failure_file, message[:FAILURE_CHARACTERS])
-    _leave(platform.termination_log, message.encode()[:TERMINATION_BYTES].decode(errors="ignore"))
+    _write_failure_file(platform.failure_file, message[:FAILURE_CHARACTERS])
+    _write_failure_file(platform.termination_log, message.encode()[:TERMINATION_BYTES].decode(errors="ignore"))
 
 
 def _details(error: JobError) -> dict[str, Any]:
@@ -280,7 +282,7 @@ def _details(error: JobError) -> dict[str, Any]:
     return {"problems": [str(problem) for problem in problems], "total": getattr(error, "total", len(problems))}
 
 
-def _leave(path: Any, message: str) -> None:
+def _write_failure_file(path: Any, message: str) -> None:
     """Writes a file for the platform; that it cannot be written must not hide the error itself."""
     if path is None:
         return

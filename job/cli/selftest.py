@@ -16,7 +16,7 @@ from job.errors import JobError
 from job.runs.layout import COMMITTED, RESULTS, facts_of
 
 FAULTS = "kill@stage=evaluate-base,kill@step=7,sigterm@step=12,kill@upload=4,kill@stage=evaluate-adapter"
-MOST_ATTEMPTS = 12
+MAX_ATTEMPTS = 12
 
 # The demo, shortened, in the precision and with the kernels that this machine would use for any other model.
 SETTINGS = {
@@ -33,7 +33,7 @@ SETTINGS = {
 
 
 @dataclass(frozen=True)
-class Ended:
+class ProcessEnd:
     """One process of a run: its exit code (negative: the signal that killed it) and the last step it had saved."""
 
     code: int
@@ -68,13 +68,13 @@ def selftest(environ: Mapping[str, str]) -> Iterator[str]:
     yield f"identical: {len(expected)} artifacts after {len(ends)} attempts"
 
 
-def _run_until_done(environ: Mapping[str, str], output: Path) -> tuple[dict[str, Any], list[Ended]]:
+def _run_until_done(environ: Mapping[str, str], output: Path) -> tuple[dict[str, Any], list[ProcessEnd]]:
     """Starts the job until it is done; returns its manifest and how each attempt ended."""
     settings = {"JOB_RUN__ID": "selftest", "JOB_RUN__OUTPUT": str(output)}
-    ends: list[Ended] = []
+    ends: list[ProcessEnd] = []
     while not ends or ends[-1].code != 0:
-        if len(ends) == MOST_ATTEMPTS:
-            raise JobError(f"the run was not done after {MOST_ATTEMPTS} attempts")
+        if len(ends) == MAX_ATTEMPTS:
+            raise JobError(f"the run was not done after {MAX_ATTEMPTS} attempts")
         done = subprocess.run(
             [sys.executable, "-m", "job", "run"],
             env={**environ, **settings},
@@ -83,7 +83,7 @@ def _run_until_done(environ: Mapping[str, str], output: Path) -> tuple[dict[str,
             check=False,
         )
         saved = [int(path.parent.name.removeprefix("step-")) for path in output.rglob(COMMITTED)]
-        ends.append(Ended(done.returncode, max(saved, default=0)))
+        ends.append(ProcessEnd(done.returncode, max(saved, default=0)))
         if done.returncode > 0 and done.returncode != os.EX_TEMPFAIL:
             raise JobError(f"a run ended with exit code {done.returncode}:\n{done.stderr[-2000:]}")
     results: dict[str, Any] = json.loads((output / "selftest" / RESULTS).read_text(encoding="utf-8"))

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-_AT_ONCE = 8
+_HASH_THREADS = 8
 _hashed: dict[tuple[int, ...], str] = {}
 
 
@@ -30,7 +30,7 @@ def hash_files(paths: Sequence[Path]) -> list[str]:
     A file that did not change since this process hashed it here is not read again: a model's weights are hashed for
     the hub's word about them, and for the model's own fingerprint.
     """
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
+    with ThreadPoolExecutor(_HASH_THREADS) as pool:
         return list(pool.map(_hash_once, paths))
 
 

@@ -13,7 +13,7 @@ from job.common.optimizers import OPTIMIZERS
 from job.errors import Unreachable
 
 MIB = 1 << 20
-SLACK_BYTES = 256 * MIB
+MARGIN_BYTES = 256 * MIB
 """Disk reserve for what cannot be estimated: logs, samples of the evaluation, caches of libraries."""
 CHECKPOINTS_ON_DISK = 3
 """The one that was restored, the one that is being uploaded, the one that is being written."""
@@ -38,7 +38,7 @@ def required_bytes(downloads: Iterable[int], checkpoint: int = 0) -> int:
         downloads: Bytes of each source that is copied to this machine: model, data, questions; 0 if read in place.
         checkpoint: Bytes of one checkpoint, see `checkpoint_bytes`; the published adapter is never larger.
     """
-    return sum(downloads) + (CHECKPOINTS_ON_DISK + 1) * checkpoint + SLACK_BYTES
+    return sum(downloads) + (CHECKPOINTS_ON_DISK + 1) * checkpoint + MARGIN_BYTES
 
 
 def check_disk(folder: Path, need_bytes: int) -> None:

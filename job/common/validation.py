@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pydantic import ValidationError
 
-MOST_CHARACTERS = 200
+MAX_CHARACTERS = 200
 
 
-def first_error(error: ValueError, most: int = MOST_CHARACTERS) -> str:
+def first_error(error: ValueError, most: int = MAX_CHARACTERS) -> str:
     """The first problem, in at most `most` characters: `a.b: message`, without a quotation from the data."""
     if isinstance(error, ValidationError):
         first = error.errors(include_input=False, include_url=False)[0]

@@ -65,15 +65,15 @@ def micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
         Positions into `lengths`, each exactly once, grouped.
     """
     groups: list[list[int]] = []
-    room: list[int] = []
+    remaining: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        slot = next((i for i, free in enumerate(room) if free >= lengths[index]), None)
+        slot = next((i for i, free in enumerate(remaining) if free >= lengths[index]), None)
         if slot is None:
             groups.append([])
-            room.append(budget)
+            remaining.append(budget)
             slot = len(groups) - 1
         groups[slot].append(index)
-        room[slot] -= lengths[index]
+        remaining[slot] -= lengths[index]
     return groups
 
 

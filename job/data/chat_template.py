@@ -23,7 +23,7 @@ _START = (
 """With the modules of this process: where it found them, `python -m` need not find the same."""
 _LOOK_SECONDS = 0.5
 _READ_BYTES = 1 << 20
-_WHERE = "model.id"
+_WHERE = "JOB_MODEL__ID"
 
 
 class TemplateRefusalError(ValueError):

@@ -120,7 +120,7 @@ def load_examples(
         raise findings.nothing_left(name)
     if templated:
         _check_ends(ends, tokenizer, name)
-    control.tell(name)
+    control.warn(name)
     if unused:
         log.get_logger().info("fields that are not used", source=name, schema=schema, rows=dict(sorted(unused.items())))
     lengths = [len(example.input_ids) for example in examples]
@@ -174,8 +174,8 @@ class _Findings:
             self.skipped[faults[0].kind] += 1
             return
         self._total += len(faults)
-        room = MAX_SHOWN - len(self._problems)
-        self._problems += [Problem(fault.where, fault.what) for fault in faults[:room]]
+        remaining = MAX_SHOWN - len(self._problems)
+        self._problems += [Problem(fault.where, fault.what) for fault in faults[:remaining]]
 
     def raise_problems(self) -> None:
         """Raises the problems, if there are any, all in one error."""
@@ -217,7 +217,7 @@ class _ControlTokens:
             self._rows += 1
             self._first = self._first or where
 
-    def tell(self, name: str) -> None:
+    def warn(self, name: str) -> None:
         """Warns of those that were counted."""
         if self._rows:
             log.get_logger().warning(

@@ -60,7 +60,7 @@ def count_processes(wanted: int | Literal["auto"]) -> int:
         return max(1, gpus)
     if gpus and wanted > gpus:
         what = f"{wanted} is more than the {gpus} visible GPUs; lower it, or set auto"
-        raise SettingsError([Problem("run.processes", what)])
+        raise SettingsError([Problem("JOB_RUN__PROCESSES", what)])
     return wanted
 
 

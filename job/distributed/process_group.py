@@ -47,14 +47,16 @@ class ProcessGroup:
         place: Rank and world size of this process.
         store: The common TCPStore, with a prefix for this run and this start.
         stop: This process's stop flag; `agree` sets it when that of another process is set.
-        beat: Reports progress to the watchdog while this process waits. Process 0 does not call it, so that a deadlock,
-            where all wait for each other, is noticed there.
+        report_progress: Called while this process waits. Process 0 does not call it, so that its watchdog notices a
+            deadlock, where all wait for each other.
         grace_seconds: Seconds that the other processes have to end after one of them has ended.
     """
 
-    def __init__(self, place: Place, store: Any, stop: Stop, beat: Callable[[], None], grace_seconds: float) -> None:
+    def __init__(
+        self, place: Place, store: Any, stop: Stop, report_progress: Callable[[], None], grace_seconds: float
+    ) -> None:
         self.place, self.leads, self.stopping = place, place.rank == 0, False
-        self._store, self._stop, self._beat, self._grace = store, stop, beat, grace_seconds
+        self._store, self._stop, self._report_progress, self._grace = store, stop, report_progress, grace_seconds
         self._calls = 0
         self._checked = time.monotonic()
         self._sent = [0] * place.world_size
@@ -192,7 +194,7 @@ class ProcessGroup:
             if stoppable:
                 self._stop.check()
             if not self.leads:
-                self._beat()
+                self._report_progress()
             time.sleep(pause)
             pause = min(2 * pause, longest)
 

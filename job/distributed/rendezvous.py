@@ -60,7 +60,13 @@ def keyspace(store: Any, run: str, restart: int = 0) -> Any:
 
 @contextmanager
 def join(
-    place: Place | None, run: str, *, stop: Stop, beat: Callable[[], None], patience: float, grace_seconds: float
+    place: Place | None,
+    run: str,
+    *,
+    stop: Stop,
+    report_progress: Callable[[], None],
+    patience: float,
+    grace_seconds: float,
 ) -> Iterator[Processes]:
     """Connects to the other processes; within it they exchange values, and the failure of one ends all.
 
@@ -68,7 +74,7 @@ def join(
         place: Rank and world size of this process; None for a single process.
         run: The run's id. Processes of another run at the same address are not connected to.
         stop: This process's stop flag.
-        beat: Reports progress to the watchdog while this process waits.
+        report_progress: Reports progress to the watchdog while this process waits.
         patience: Seconds to wait for all processes: platforms start machines one after the other.
         grace_seconds: How long the processes have to end when one of them has ended.
 
@@ -81,10 +87,10 @@ def join(
         yield ALONE
         return
     deadline = time.monotonic() + patience
-    store = keyspace(_reach(place, deadline, stop, beat), run, place.restart)
-    joined = ProcessGroup(place, store, stop, beat, grace_seconds)
+    store = keyspace(_reach(place, deadline, stop, report_progress), run, place.restart)
+    joined = ProcessGroup(place, store, stop, report_progress, grace_seconds)
     try:
-        _await_all(joined, store, deadline, stop, beat)
+        _await_all(joined, store, deadline, stop, report_progress)
         _connect(place, store, 2 * patience)
         yield joined
         _disconnect()
@@ -95,7 +101,7 @@ def join(
         joined.leave()
 
 
-def _reach(place: Place, deadline: float, stop: Stop, beat: Callable[[], None]) -> Any:
+def _reach(place: Place, deadline: float, stop: Stop, report_progress: Callable[[], None]) -> Any:
     """The store, once it can be reached; process 0 hosts it where no launcher does."""
     if place.rank == 0 and not place.hosted:
         return host_store(place.port)
@@ -109,20 +115,22 @@ def _reach(place: Place, deadline: float, stop: Stop, beat: Callable[[], None]) 
                 where = f"{place.host}:{place.port}"
                 raise Unreachable(f"process 0 of this run cannot be reached at {where}: {error}") from error
         stop.check()
-        beat()
+        report_progress()
         time.sleep(0.2)
 
 
-def _await_all(joined: ProcessGroup, store: Any, deadline: float, stop: Stop, beat: Callable[[], None]) -> None:
+def _await_all(
+    joined: ProcessGroup, store: Any, deadline: float, stop: Stop, report_progress: Callable[[], None]
+) -> None:
     """Waits until all processes have arrived, and checks that their ranks and world sizes fit together."""
     place = joined.place
     total = store.compare_set("world_size", "", str(place.world_size)).decode()
     if total != str(place.world_size):
         what = f"adds up to {place.world_size} here and to {total} on another machine; set the same number on all"
-        raise SettingsError([Problem("run.processes", what)])
+        raise SettingsError([Problem("JOB_RUN__PROCESSES", what)])
     if store.add(f"here#{place.rank}", 1) > 1:
         what = f"another process has rank {place.rank} too; give each machine its own, or wait for the old one to end"
-        raise SettingsError([Problem("run.node_rank", what)])
+        raise SettingsError([Problem("JOB_RUN__NODE_RANK", what)])
     here = [f"here#{rank}" for rank in range(place.world_size)]
     while not store.check(here):
         if time.monotonic() > deadline:
@@ -130,7 +138,7 @@ def _await_all(joined: ProcessGroup, store: Any, deadline: float, stop: Stop, be
             raise Unreachable(f"of {place.world_size} processes these did not arrive: {', '.join(map(str, missing))}")
         joined.check()
         stop.check()
-        beat()
+        report_progress()
         time.sleep(0.05)
 
 

@@ -99,10 +99,10 @@ def _scoring_model(tokenizer: Any, score: Score, cut_to: int | None) -> Any:
             return [(s.log_likelihood, s.greedy) for scores in score(questions) for s in scores]
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:  # noqa: ARG002, FBT001, FBT002
-            raise SettingsError([Problem("eval.tasks", "only multiple-choice tasks can be evaluated")])
+            raise SettingsError([Problem("JOB_EVAL__TASKS", "only multiple-choice tasks can be evaluated")])
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:  # noqa: ARG002, FBT001, FBT002
-            raise SettingsError([Problem("eval.tasks", "only multiple-choice tasks can be evaluated")])
+            raise SettingsError([Problem("JOB_EVAL__TASKS", "only multiple-choice tasks can be evaluated")])
 
     return ScoringModel()
 
@@ -148,7 +148,7 @@ def _task_result(task: Any, source: str, results: list[dict[str, Any]]) -> tuple
         what = (
             f"{task.task_name} gives fractions of a point; only tasks whose answers are right or wrong can be compared"
         )
-        raise SettingsError([Problem("eval.tasks", what)])
+        raise SettingsError([Problem("JOB_EVAL__TASKS", what)])
     samples = [_sample(task, result) for result in sorted(results, key=lambda result: result["doc_id"])]
     return task_scores(samples, task=task.task_name, source=source, version=str(task.VERSION)), samples
 

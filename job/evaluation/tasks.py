@@ -241,11 +241,11 @@ def _check_names(index: Mapping[str, Any], names: Sequence[str], data: Iterable[
         if name not in index:
             near = get_close_matches(name, index, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            problems.append(Problem("eval.tasks", f"lm-eval has no task {name!r}{hint}"))
+            problems.append(Problem("JOB_EVAL__TASKS", f"lm-eval has no task {name!r}{hint}"))
         elif (index[name].cfg or {}).get("output_type", MULTIPLE_CHOICE) != MULTIPLE_CHOICE:
-            problems.append(Problem("eval.tasks", f"{name} does not ask multiple-choice questions"))
+            problems.append(Problem("JOB_EVAL__TASKS", f"{name} does not ask multiple-choice questions"))
         elif name in data and index[name].kind.name != "TASK":
-            problems.append(Problem("eval.data", f"{name} is not one task; give a file for each of its tasks"))
+            problems.append(Problem("JOB_EVAL__DATA", f"{name} is not one task; give a file for each of its tasks"))
     if problems:
         raise SettingsError(problems)
 
@@ -253,9 +253,9 @@ def _check_names(index: Mapping[str, Any], names: Sequence[str], data: Iterable[
 def _unfit(name: str, task: Any) -> Problem | None:
     """Why the results of a loaded task cannot be paired by question; None if they can."""
     if task.OUTPUT_TYPE != MULTIPLE_CHOICE:
-        return Problem("eval.tasks", f"{name} does not ask multiple-choice questions")
+        return Problem("JOB_EVAL__TASKS", f"{name} does not ask multiple-choice questions")
     if "acc" not in {metric["metric"] for metric in task.config.metric_list or []}:
-        return Problem("eval.tasks", f"{name} has no accuracy (acc); choose a task that has")
+        return Problem("JOB_EVAL__TASKS", f"{name} has no accuracy (acc); choose a task that has")
     return None
 
 
@@ -295,12 +295,12 @@ def _misfits(task: Any, rows: Sequence[Row], source: str) -> Iterator[Problem]:
     """Rows of which the task cannot make a question with one right choice or more."""
     docs = list(task.eval_docs)
     # a task may filter rows, and then a question's number is all that is known of its place
-    places = (
+    locations = (
         [row.where for row in rows]
         if len(docs) == len(rows)
         else [f"{source}:question {n + 1}" for n in range(len(docs))]
     )
-    for where, doc in zip(places, docs, strict=True):
+    for where, doc in zip(locations, docs, strict=True):
         # The data set fills fields that a row lacks with null, which a template would render as "None".
         given = {field: value for field, value in doc.items() if value is not None}
         try:

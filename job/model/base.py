@@ -47,8 +47,8 @@ def choose_device(wanted: str = "auto") -> torch.device:
     if wanted != "cpu" and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     if wanted == "gpu":
-        what = "is gpu, and torch sees none; give the job a GPU, or run.device=cpu if it shall run without"
-        raise SettingsError([Problem("run.device", what)])
+        what = "is gpu, and torch sees none; give the job a GPU, or JOB_RUN__DEVICE=cpu if it shall run without"
+        raise SettingsError([Problem("JOB_RUN__DEVICE", what)])
     return torch.device("cpu")
 
 
@@ -72,7 +72,9 @@ def load_tokenizer(folder: Path) -> Any:
     with readable(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if tokenizer.eos_token_id is None:
-        raise SettingsError([Problem("model.id", "its tokenizer has no end-of-sequence token, so nothing could end")])
+        raise SettingsError(
+            [Problem("JOB_MODEL__ID", "its tokenizer has no end-of-sequence token, so nothing could end")]
+        )
     return tokenizer
 
 
@@ -122,7 +124,7 @@ def load_base(
             bnb_4bit_compute_dtype=dtype,
         )
     with readable(folder):
-        model, told = AutoModelForCausalLM.from_pretrained(
+        model, loading_info = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             dtype=dtype,
@@ -133,9 +135,9 @@ def load_base(
             output_loading_info=True,
             **how,
         )
-    if missing := sorted(told["missing_keys"]):  # transformers would silently initialize them at random
+    if missing := sorted(loading_info["missing_keys"]):  # transformers would silently initialize them at random
         what = f"{folder} lacks {len(missing)} weights of {type(model).__name__}: {', '.join(missing[:5])}"
-        raise DataError([Problem("model.id", what)])
+        raise DataError([Problem("JOB_MODEL__ID", what)])
     model.config.use_cache = False
     for module in model.modules():
         # On CPUs with AVX512-BF16, bitsandbytes repacks a layer's weights for inference the first time it runs in
@@ -186,7 +188,7 @@ def check_positions(config: Any, max_length: int) -> None:
     positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     if isinstance(positions, int) and 0 < positions < max_length:
         what = f"{max_length} is more than the model's window of {positions} tokens; lower it"
-        raise SettingsError([Problem("train.max_length", what)])
+        raise SettingsError([Problem("JOB_TRAIN__MAX_LENGTH", what)])
 
 
 def recompute_activations(model: Any, *, on: bool, random: bool = True) -> None:

@@ -19,10 +19,10 @@ from job.common.hashing import hash_files
 from job.errors import DataError, JobError, Problem, SettingsError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-MOST_CONFIG_BYTES = 16 << 20
-MOST_INDEX_BYTES = 256 << 20
-MOST_LAYERS = 10_000
-MOST_WIDE = 100_000_000
+MAX_CONFIG_BYTES = 16 << 20
+MAX_INDEX_BYTES = 256 << 20
+MAX_LAYERS = 10_000
+MAX_WIDE = 100_000_000
 """Upper limit of any dimension in config.json: a larger one is invalid, and building the model would not end."""
 _LOADABLE = {"bitsandbytes"}
 """Quantization methods whose weights can be used for training. For others the user needs the unquantized model."""
@@ -64,7 +64,7 @@ def readable(folder: Path, what: str = "holds no model that can be loaded") -> I
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         first = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-        raise DataError([Problem("model.id", f"{folder} {what}: {first[:300]}")]) from error
+        raise DataError([Problem("JOB_MODEL__ID", f"{folder} {what}: {first[:300]}")]) from error
 
 
 def read_json(path: Path, most: int) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def read_json(path: Path, most: int) -> dict[str, Any]:
     """
 
     def wrong(why: str) -> DataError:
-        return DataError([Problem("model.id", f"{path.parent} has no {path.name} that can be read: {why}")])
+        return DataError([Problem("JOB_MODEL__ID", f"{path.parent} has no {path.name} that can be read: {why}")])
 
     try:
         if (size := path.stat().st_size) > most:
@@ -97,10 +97,10 @@ def weight_files(folder: Path) -> list[Path]:
     if (whole := folder / WEIGHTS).is_file():
         return [whole]
     if not (folder / INDEX).is_file():
-        raise DataError([Problem("model.id", f"{folder} has no weights in safetensors ({WEIGHTS}, or {INDEX})")])
-    named = read_json(folder / INDEX, MOST_INDEX_BYTES).get("weight_map")
+        raise DataError([Problem("JOB_MODEL__ID", f"{folder} has no weights in safetensors ({WEIGHTS}, or {INDEX})")])
+    named = read_json(folder / INDEX, MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(named, dict) or not named or not all(isinstance(name, str) for name in named.values()):
-        raise DataError([Problem("model.id", f"{folder / INDEX} names no files of weights")])
+        raise DataError([Problem("JOB_MODEL__ID", f"{folder / INDEX} names no files of weights")])
     problems = []
     for name in sorted(set(named.values())):
         if name != Path(name).name or not name.endswith(".safetensors") or "\\" in name or "\0" in name:
@@ -109,7 +109,7 @@ def weight_files(folder: Path) -> list[Path]:
             why = "is missing"
         else:
             continue
-        problems.append(Problem("model.id", f"{INDEX} in {folder} names {name[:200]!r}, which {why}"))
+        problems.append(Problem("JOB_MODEL__ID", f"{INDEX} in {folder} names {name[:200]!r}, which {why}"))
     if problems:
         raise DataError(problems)
     return [folder / name for name in sorted(set(named.values()))]
@@ -143,7 +143,7 @@ def read_config(folder: Path, name: str = "config.json") -> Any:
     """
     from transformers import AutoConfig
 
-    found = read_json(folder / name, MOST_CONFIG_BYTES)
+    found = read_json(folder / name, MAX_CONFIG_BYTES)
     _check_kind(folder, found)
     _check_numbers(folder, found)
     with readable(folder, "has a config.json that describes no model"), tempfile.TemporaryDirectory() as cleaned:
@@ -174,7 +174,7 @@ def _check_kind(folder: Path, config: Mapping[str, Any]) -> None:
         if named is not None and not (isinstance(named, str) and named.removeprefix("torch.") in _WEIGHT_DTYPES):
             problems.append(f"has a config.json whose {key} is no type of weights: {str(named)[:100]!r}")
     if problems:
-        raise SettingsError([Problem("model.id", f"{folder} {problem}") for problem in problems])
+        raise SettingsError([Problem("JOB_MODEL__ID", f"{folder} {problem}") for problem in problems])
 
 
 def quantization_method(config: Mapping[str, Any]) -> str | None:
@@ -194,15 +194,17 @@ def _check_numbers(folder: Path, config: Mapping[str, Any]) -> None:
     for key, value in _numbers(config):
         name = key.rsplit(".", 1)[-1]
         if "layer" in name and name.startswith(("num_", "n_")):
-            plausible = 0 <= value <= MOST_LAYERS
+            plausible = 0 <= value <= MAX_LAYERS
         elif name in _NEVER_ZERO:
-            plausible = 0 < value <= MOST_WIDE
+            plausible = 0 < value <= MAX_WIDE
         else:
-            plausible = not name.endswith(("_size", "_dim", "_heads", "_experts")) or abs(value) <= MOST_WIDE
+            plausible = not name.endswith(("_size", "_dim", "_heads", "_experts")) or abs(value) <= MAX_WIDE
         if not plausible:
             problems.append(f"{key} is {value}")
     if problems:
-        raise DataError([Problem("model.id", f"{folder} has a config.json of no model: {', '.join(problems[:5])}")])
+        raise DataError(
+            [Problem("JOB_MODEL__ID", f"{folder} has a config.json of no model: {', '.join(problems[:5])}")]
+        )
 
 
 def _numbers(config: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, float]]:
@@ -264,7 +266,7 @@ def build_empty(folder: Path, config: Any) -> Any:
 
     if type(config) not in AutoModelForCausalLM._model_mapping:  # noqa: SLF001 - from_config's own question
         what = f"holds a {config.model_type} model, of which transformers has no causal language model"
-        raise SettingsError([Problem("model.id", f"{folder} {what}")])
+        raise SettingsError([Problem("JOB_MODEL__ID", f"{folder} {what}")])
     from transformers.initialization import no_init_weights
 
     with readable(folder, "has a config.json of which no model can be built"), torch.device("meta"), no_init_weights():
@@ -281,4 +283,4 @@ def check_weights(folder: Path, config: Any, empty: Any) -> None:
     described = sum(parameter.numel() for parameter in empty.parameters())
     if described > 2 * packed * (held := weights_held(folder)):
         what = f"has a config.json that describes {described:,} weights, and its files hold {held:,}"
-        raise DataError([Problem("model.id", f"{folder} {what}")])
+        raise DataError([Problem("JOB_MODEL__ID", f"{folder} {what}")])

@@ -74,7 +74,7 @@ def add_adapter(
         adapted = get_peft_model(model, config)
     except ValueError as error:  # of layers that it knows it would break
         what = f"PEFT cannot adapt {', '.join(targets)}: {(str(error).splitlines() or [''])[0][:300]}"
-        raise SettingsError([Problem("lora.target_modules", what)]) from error
+        raise SettingsError([Problem("JOB_LORA__TARGET_MODULES", what)]) from error
     for parameter in trainable(adapted).values():
         parameter.data = parameter.data.to(torch.float32)
     return adapted
@@ -117,7 +117,7 @@ def find_targets(model: Any) -> list[str]:
     names = sorted({name.rsplit(".", 1)[-1] for name in linear_layers(model)})
     if not (found := [name for name in names if not name.isdigit() and not _is_refused(model, name)]):
         what = f"no linear layers were found in {type(model).__name__}; name them"
-        raise SettingsError([Problem("lora.target_modules", what)])
+        raise SettingsError([Problem("JOB_LORA__TARGET_MODULES", what)])
     return found
 
 
@@ -134,7 +134,7 @@ def check_targets(model: Any, targets: Sequence[str]) -> None:
     if missing:
         has = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in layers})) or "none"
         what = f"the model has no linear {', '.join(missing)}; it has {has}"
-        raise SettingsError([Problem("lora.target_modules", what)])
+        raise SettingsError([Problem("JOB_LORA__TARGET_MODULES", what)])
 
 
 def _is_refused(model: Any, name: str) -> bool:
@@ -337,7 +337,7 @@ def tokenizer_files(base: Path) -> list[Path]:
     found = sorted({path for kind in TOKENIZER_FILES for path in base.glob(kind) if path.is_file()})
     if outside := [path for path in found if not _belongs(path.resolve(), base.resolve())]:
         what = "is a link out of its folder, and would be published with the adapter; put the file itself there"
-        raise DataError([Problem("model.id", f"{path} {what}") for path in outside])
+        raise DataError([Problem("JOB_MODEL__ID", f"{path} {what}") for path in outside])
     return found
 
 

@@ -104,7 +104,7 @@ def _block(segments: Sequence[Segment], window: int | None, device: torch.device
     for s in segments:
         if s.prefix_end > s.prefix_start and not start <= s.prefix_start <= s.prefix_end <= segments[0].end:
             raise ValueError("a segment sees one that is not the last before it without a prefix")
-        # Distances count in what the segment sees, prefix and itself end to end, not in places of the packed sequence.
+        # Distances are counted in the tokens that the segment sees: its prefix, then itself.
         queries = torch.arange(s.prefix_end - s.prefix_start, s.keys)[:, None]
         keys = torch.arange(s.keys)
         sees = keys <= queries
@@ -320,11 +320,11 @@ def _asked_mask(
 ) -> AskedMask:
     """Finds out by trying which keys a mask of transformers lets a query see; in the place of making the mask."""
     last = max(q_length - 1, 2 * (local_size or 0))
-    places = torch.arange(last + 1, device=device)
+    positions = torch.arange(last + 1, device=device)
 
     def seen_by(query: int) -> list[int]:
-        sees = torch.as_tensor(mask_function(0, 0, torch.tensor(query, device=device), places))
-        return cast("list[int]", places[sees.expand(places.shape)].tolist())
+        sees = torch.as_tensor(mask_function(0, 0, torch.tensor(query, device=device), positions))
+        return cast("list[int]", positions[sees.expand(positions.shape)].tolist())
 
     other = AskedMask(None, plain=False)
     if use_vmap:  # a function of the model's own is part of it

@@ -154,7 +154,7 @@ def _own_code(base: Any) -> Iterator[None]:
     except Exception as error:
         first = (str(error).splitlines() or [""])[0][:300]
         what = f"the code of {type(base).__name__} fails on a plain sequence of text: {type(error).__name__}: {first}"
-        raise SettingsError([Problem("model.id", what)]) from error
+        raise SettingsError([Problem("JOB_MODEL__ID", what)]) from error
 
 
 def _reference(model: Any, sequences: Sequence[Sequence[int]]) -> list[torch.Tensor]:
@@ -170,12 +170,12 @@ def _reference(model: Any, sequences: Sequence[Sequence[int]]) -> list[torch.Ten
     if not all(bool(found.isfinite().all()) for found in logits):
         dtype = str(model.get_base_model().dtype).removeprefix("torch.")
         what = f"the base's logits are not finite in {dtype}: its weights are broken, or too large for that type"
-        raise DataError([Problem("model.id", what)])
+        raise DataError([Problem("JOB_MODEL__ID", what)])
     half = max(1, len(first) // 2)
     to = _agreement(model.get_base_model())
     if _worst([_token_error(_logits(model, first[:half]), logits[0][:half], to)]) > to.logits:
         what = f"{name} is no causal language model: what it says of a token depends on those behind it"
-        raise SettingsError([Problem("model.id", what)])
+        raise SettingsError([Problem("JOB_MODEL__ID", what)])
     return logits
 
 

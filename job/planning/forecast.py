@@ -28,7 +28,7 @@ START_SECONDS = 60.0
 """Assumed: DOWNLOAD_RATE in bytes a second for what is fetched, START_SECONDS for starting and loading."""
 FLASH_CAPABILITY = (8, 0)
 """Compute capability from which there is a kernel for packed sequences; below, attention runs example by example."""
-MOST_TOKENS = 65_536
+MAX_TOKENS = 65_536
 """The largest micro-batch that is tried when nothing is known of the data."""
 EVALUATIONS = 2
 HALF_PRECISION = 2
@@ -194,7 +194,7 @@ def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:
     if run.budget_by_gpu:
         run = replace(run, budget=choose_budget(gpu.memory_bytes))
     execution = _execution(gpu, run, setup)
-    usable = memory_model.room(gpu.memory_bytes)
+    usable = memory_model.usable_bytes(gpu.memory_bytes)
     scoring = _scoring(run, setup)
     need = max(memory_model.training_memory(setup, run.micro_batch).total, scoring)
     fits, note = need <= usable, ""
@@ -224,7 +224,7 @@ def _budget(run: RunShape, setup: Setup, usable: int) -> int:
     """The largest micro-batch in tokens that fits into `usable` bytes; 0 if the longest example or scoring does not."""
     if _scoring(run, setup) > usable:
         return 0
-    most = run.workload.largest_step if run.workload else MOST_TOKENS
+    most = run.workload.largest_step if run.workload else MAX_TOKENS
     found = memory_model.largest_budget(lambda tokens: memory_model.training_memory(setup, tokens).total, usable, most)
     return found if found >= (run.workload.longest if run.workload else 1) else 0
 

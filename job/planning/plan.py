@@ -48,7 +48,7 @@ SMALL_GPU_TOKENS = 4096
 QUICK = {"timeout_seconds": 10.0, "retries": 2}
 """Upper limits on the storage settings, so that an address that does not answer fails within seconds."""
 SHARED_MEMORY = PreflightResult("shared memory", "ok", "one process needs none; several want 1 GiB in /dev/shm")
-GRAVEST = (SettingsError, DataError, AccessDenied, Unreachable)
+BY_SEVERITY = (SettingsError, DataError, AccessDenied, Unreachable)
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,14 @@ class Plan:
 
     @property
     def error(self) -> JobError | None:
-        """The error to exit with: the first by `GRAVEST`; None if nothing is wrong. Unchecked items are not errors."""
+        """The error to exit with: the most severe, by `BY_SEVERITY`; None if all that was checked is right."""
         wrong = [found.error for found in self.checks if found.error is not None]
-        ordered = [error for kind in GRAVEST for error in wrong if isinstance(error, kind)]
+        ordered = [error for kind in BY_SEVERITY for error in wrong if isinstance(error, kind)]
         return next(iter([*ordered, *wrong]), None)
 
 
 @dataclass(frozen=True)
-class _Seen:
+class _Preflight:
     """The results of the checks, and what each read: None where it failed or was not made."""
 
     checks: list[PreflightResult]
@@ -105,7 +105,7 @@ def _with_memory_limit(gpu: Gpu, gigabytes: float | None) -> Gpu:
     return gpu if gigabytes is None else replace(gpu, memory_bytes=min(gpu.memory_bytes, int(gigabytes * 1e9)))
 
 
-def _look(settings: Settings, folder: Path) -> _Seen:
+def _look(settings: Settings, folder: Path) -> _Preflight:
     """Makes all checks; one that fails does not stop the others."""
     s, storage = settings, storage_options(settings.storage)
     storage = replace(storage, **{name: min(getattr(storage, name), most) for name, most in QUICK.items()})
@@ -156,7 +156,7 @@ def _look(settings: Settings, folder: Path) -> _Seen:
             **where,
         ),
     )
-    return _Seen([stored, modelled, adapted, tokenized, read, asked], seconds, model, tokenizer, data, questions)
+    return _Preflight([stored, modelled, adapted, tokenized, read, asked], seconds, model, tokenizer, data, questions)
 
 
 def _try_storage(output: str, run: str, storage: StorageOptions) -> Found[float]:
@@ -165,13 +165,13 @@ def _try_storage(output: str, run: str, storage: StorageOptions) -> Found[float]
     return round_trip(open_store(place, storage), place) if is_remote(place) else local_round_trip(Path(output), place)
 
 
-def _measured(seen: _Seen) -> list[Estimate]:
+def _measured(seen: _Preflight) -> list[Estimate]:
     """The estimates that were measured."""
     what = "a write, a read, a list, a delete, and conditional writes"
     return [] if seen.store_seconds is None else [Estimate("storage", seen.store_seconds, "s", "measured", what)]
 
 
-def _run(settings: Settings, seen: _Seen, checks: list[PreflightResult]) -> RunShape:
+def _run(settings: Settings, seen: _Preflight, checks: list[PreflightResult]) -> RunShape:
     """What is known of the run: from the checks, and where they read nothing, from known sizes."""
     setup, model_basis = _setup(settings, seen, checks)
     workload, data_basis = _workload(settings, seen.data)
@@ -198,7 +198,7 @@ def _run(settings: Settings, seen: _Seen, checks: list[PreflightResult]) -> RunS
     )
 
 
-def _setup(settings: Settings, seen: _Seen, checks: list[PreflightResult]) -> tuple[Setup | None, Basis]:
+def _setup(settings: Settings, seen: _Preflight, checks: list[PreflightResult]) -> tuple[Setup | None, Basis]:
     """Model, adapter and optimizer; None where the model is not known, or lacks a layer that LoRA should adapt."""
     basis: Basis = "computed" if seen.model is not None else "assumed"
     architecture = seen.model.architecture if seen.model else known.ARCHITECTURES.get(settings.model.id)
@@ -209,7 +209,7 @@ def _setup(settings: Settings, seen: _Seen, checks: list[PreflightResult]) -> tu
     if missing:
         if seen.model is None:  # else the check named "adapter" has seen the layers themselves
             what = f"the model has no linear {', '.join(missing)}; it has {', '.join(sorted(architecture.linear))}"
-            error = SettingsError([Problem("lora.target_modules", what)])
+            error = SettingsError([Problem("JOB_LORA__TARGET_MODULES", what)])
             checks.append(PreflightResult("adapter", "wrong", str(error), error))
         return None, basis
     return Setup(
@@ -266,7 +266,7 @@ def _validation(settings: Settings, data: DataFacts | None, workload: Workload |
     )
 
 
-def _questions(settings: Settings, seen: _Seen) -> tuple[known.TaskTokens | None, Basis]:
+def _questions(settings: Settings, seen: _Preflight) -> tuple[known.TaskTokens | None, Basis]:
     """Counted from the questions; else from known tasks; else None."""
     if seen.questions is not None:
         return seen.questions, "computed" if seen.tokenizer is not None else "assumed"

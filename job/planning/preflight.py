@@ -35,12 +35,12 @@ from job.storage.hub import cached_model, local_model, peek_dataset, peek_model
 from job.storage.local import LocalStore
 from job.storage.open import ObjectStore, StorageOptions, fetch, is_remote, open_store, size
 
-MOST_BYTES = 256 << 20
+MAX_BYTES = 256 << 20
 """Larger data sets are not fetched for a plan."""
 MOSTLY = 0.5
 """Share of the weights that is quantized in nearly every model; below that the plan says so."""
-MOST_SMALL_BYTES = 64 << 20
-SILENT = "the hub cannot be reached from here"
+MAX_SMALL_BYTES = 64 << 20
+HUB_UNREACHABLE = "the hub cannot be reached from here"
 Online = Callable[[], bool]
 """Whether the hub can be reached; called only if something has to be fetched from it."""
 FILE_BYTES = (8 << 20) + 1
@@ -194,14 +194,14 @@ def preview_model(
     else:
         place, weights, download, where = _of_the_hub(source, revision, online=online)
     if not weights:
-        raise DataError([Problem("model.id", f"{source} has no weights in safetensors")])
+        raise DataError([Problem("JOB_MODEL__ID", f"{source} has no weights in safetensors")])
     try:
         architecture = read_config(_config(place, source))
     except ValueError as error:
         return "note", f"{where}; no figures: {error}", ModelFacts(place, None, download)
     if architecture.window is not None and architecture.window < max_length:
         what = f"{max_length} is more than the model's window of {architecture.window} tokens; lower it"
-        raise SettingsError([Problem("train.max_length", what)])
+        raise SettingsError([Problem("JOB_TRAIN__MAX_LENGTH", what)])
     return "ok", where, ModelFacts(place, architecture, download)
 
 
@@ -233,9 +233,9 @@ def _config(place: Path, source: str) -> dict[str, Any]:
     try:
         config = json.loads((place / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError([Problem("model.id", f"{source} has no config.json that can be read: {error}")]) from error
+        raise DataError([Problem("JOB_MODEL__ID", f"{source} has no config.json that can be read: {error}")]) from error
     if not isinstance(config, dict):
-        raise DataError([Problem("model.id", f"{source} has a config.json that holds no object")])
+        raise DataError([Problem("JOB_MODEL__ID", f"{source} has a config.json that holds no object")])
     return config
 
 
@@ -247,8 +247,8 @@ def _of_the_hub(source: str, revision: str | None, *, online: Online) -> tuple[P
         return place, weights, sum(files.values()), f"{source} can be fetched from the hub"
     cached = cached_model(source, revision)
     if cached is None or not (cached / "config.json").exists():
-        raise NotChecked(f"{source} is not in the cache, and {SILENT}")
-    return cached, 1, None, f"{source} is in the cache; for its weights {SILENT}"
+        raise NotChecked(f"{source} is not in the cache, and {HUB_UNREACHABLE}")
+    return cached, 1, None, f"{source} is in the cache; for its weights {HUB_UNREACHABLE}"
 
 
 def _fetch_small_files(source: str, folder: Path, storage: StorageOptions) -> tuple[Path, int]:
@@ -256,11 +256,11 @@ def _fetch_small_files(source: str, folder: Path, storage: StorageOptions) -> tu
     store = open_store(source, storage)
     found = list(store.list())
     if not found:
-        raise SettingsError([Problem("model.id", f"there is nothing at {source}; correct the URI")])
+        raise SettingsError([Problem("JOB_MODEL__ID", f"there is nothing at {source}; correct the URI")])
     target = folder / "model"
     target.mkdir()
     for info in found:
-        if "/" not in info.key and not info.key.endswith(".safetensors") and info.bytes <= MOST_SMALL_BYTES:
+        if "/" not in info.key and not info.key.endswith(".safetensors") and info.bytes <= MAX_SMALL_BYTES:
             store.download(info.key, target / info.key)
     return target, sum(info.key.endswith(".safetensors") for info in found)
 
@@ -305,11 +305,11 @@ def preview_data(
         reading: Further arguments of `load_rows`.
     """
     download, licence = _of_the_data(source, revision, storage, online=online)
-    if download > MOST_BYTES:
+    if download > MAX_BYTES:
         raise NotChecked(f"{source} has {formatting.size(download, ' ')}, too much to fetch for a plan")
     if isinstance(validation, ValidationSource):
         more, _ = _of_the_data(validation.name, validation.revision, storage, online=online)
-        if more > MOST_BYTES:
+        if more > MAX_BYTES:
             raise NotChecked(f"{validation.name} has {formatting.size(more, ' ')}, too much to fetch for a plan")
         download += more
         validation = replace(validation, place=fetch(validation.place, folder / "validation", storage))
@@ -345,7 +345,7 @@ def _of_the_data(
         return 0, None
     pinned = require_revision(revision)
     if not online():
-        raise NotChecked(f"{source}: {SILENT}")
+        raise NotChecked(f"{source}: {HUB_UNREACHABLE}")
     return peek_dataset(source, pinned)
 
 
@@ -376,7 +376,7 @@ def preview_questions(
     """
     check_tasks(names, data)
     if (missing := [name for name in names if name not in data]) and not online():
-        raise NotChecked(f"{', '.join(missing)}: {SILENT}")
+        raise NotChecked(f"{', '.join(missing)}: {HUB_UNREACHABLE}")
     files = {task: Path(fetch(uri, folder / "questions" / task, storage)) for task, uri in data.items()}
     tasks = load_tasks(names, files, data)
     if tokenizer is not None:

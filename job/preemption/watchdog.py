@@ -20,7 +20,7 @@ _STDERR = 2  # the descriptor: `sys.stderr` may be replaced by something without
 def watch(
     stall_seconds: float, on_stall: Callable[[str], None], exit_code: Callable[[], int] = lambda: Preempted.exit_code
 ) -> Iterator[Callable[[], None]]:
-    """Yields `beat`, which stages call when they make progress; without a call for `stall_seconds` the process ends.
+    """Yields `report_progress`, a function for stages to call; without a call for `stall_seconds` the process ends.
 
     Time is counted in ticks of a thread, not read from a clock: after a pause of the whole process (a paused container,
     a migrated machine) only one tick has passed, and the job continues.
@@ -30,7 +30,7 @@ def watch(
     with code 1.
 
     Args:
-        stall_seconds: Longest time between two calls of `beat`.
+        stall_seconds: Longest time between two calls of `report_progress`.
         on_stall: Called with the message for the platform; it gets `CALLBACK_SECONDS`, and may fail.
         exit_code: Asked for the code to end with, in the same way; 75 where it does not answer.
     """

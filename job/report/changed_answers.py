@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-MOST_QUESTION, MOST_CHOICE = 1200, 300
+MAX_QUESTION, MAX_CHOICE = 1200, 300
 """Longest question and choice shown, in characters; the rest is cut off."""
 
 
@@ -57,11 +57,11 @@ def _changed(before: Mapping[str, Any], after: Mapping[str, Any], right: int) ->
     texts = before.get("choices") or [f"choice {number}" for number in range(1, len(before["log_likelihoods"]) + 1)]
     choices = tuple(
         ShownChoice(
-            _cut(str(text), MOST_CHOICE), index == right, index == before["prediction"], index == after["prediction"]
+            _cut(str(text), MAX_CHOICE), index == right, index == before["prediction"], index == after["prediction"]
         )
         for index, text in enumerate(texts)
     )
-    return ChangedAnswer(before["id"], _cut(_bare(before.get("question") or before["id"]), MOST_QUESTION), choices)
+    return ChangedAnswer(before["id"], _cut(_bare(before.get("question") or before["id"]), MAX_QUESTION), choices)
 
 
 def _bare(question: str) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 FRAME = 1000
-MOST_POINTS = 600
+MAX_POINTS = 600
 """A line of more points is drawn through the means of groups of consecutive points."""
 
 
@@ -89,7 +89,7 @@ def line_chart(
     """
     if not points:
         return None
-    group = math.ceil(len(points) / MOST_POINTS)
+    group = math.ceil(len(points) / MAX_POINTS)
     drawn = [_mean(points[start : start + group]) for start in range(0, len(points), group)]
     values = [value for _, value in points]
     both = [*values, *(value for _, value in second)]

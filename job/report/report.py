@@ -24,7 +24,7 @@ from job.results.cost import OUTSIDE
 from job.runs.layout import METRICS, REPORT, VALIDATIONS, Stage, answers_key
 from job.settings.load import preset_values
 
-FIRST_QUESTIONS, MOST_QUESTIONS = 5, 40
+FIRST_QUESTIONS, MAX_QUESTIONS = 5, 40
 """Changed answers shown for each task and direction: at once, and after unfolding."""
 
 STAGE_NAMES = {stage.value: stage.replace("-", " ") for stage in Stage} | {OUTSIDE: "loading"}
@@ -113,7 +113,7 @@ def render_report(results: Mapping[str, Any], evidence: ReportData) -> bytes:
         charts={name: _intervals(rows) for name, rows in accuracies.items()},
         changed={name: changed_answers(*sides) for name, sides in evidence.answers.items()},
         first_questions=FIRST_QUESTIONS,
-        most_questions=MOST_QUESTIONS,
+        most_questions=MAX_QUESTIONS,
         lines=_lines(evidence, restarts(attempts), results["training"].get("validation")),
         validation=wording.validation(results["training"], results["dataset"]),
         restarts=restarts(attempts),

@@ -46,7 +46,7 @@ def bars(attempts: Sequence[Mapping[str, Any]]) -> list[AttemptBar]:
     """One bar for each attempt. The axis leaves out the time between attempts, which is not paid for; see `waited`."""
     total = sum(attempt["seconds"] for attempt in attempts) or 1.0
     found: list[AttemptBar] = []
-    begun = 0.0
+    elapsed = 0.0
     ended: str | None = None
     for attempt in attempts:
         found.append(
@@ -56,7 +56,7 @@ def bars(attempts: Sequence[Mapping[str, Any]]) -> list[AttemptBar]:
                 started=attempt["started"],
                 seconds=attempt["seconds"],
                 waited=between(ended, attempt["started"]),
-                left=round(100 * begun / total, 3),
+                left=round(100 * elapsed / total, 3),
                 width=round(100 * attempt["seconds"] / total, 3),
                 pieces=tuple(_pieces(attempt)),
                 first_step=attempt["last_step"] - attempt["steps"] + 1,
@@ -65,7 +65,7 @@ def bars(attempts: Sequence[Mapping[str, Any]]) -> list[AttemptBar]:
                 repeated_steps=attempt["repeated_steps"],
             )
         )
-        begun += attempt["seconds"]
+        elapsed += attempt["seconds"]
         ended = attempt["finished"]
     return found
 

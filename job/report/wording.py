@@ -14,7 +14,7 @@ _SAYS = {
     "regressed": "Worse than its base at {}.",
     "inconclusive": "No difference shown at {}.",
 }
-MOST_NAMES = 3
+MAX_NAMES = 3
 
 SCOPE = (
     "This is about these questions, asked without examples in the prompt. It says nothing about other tasks, or about "
@@ -28,7 +28,7 @@ def headline(tasks: Mapping[str, Any]) -> list[tuple[str, str]]:
     for verdict, sentence in _SAYS.items():
         names = [name for name, task in tasks.items() if task["verdict"] == verdict]
         if names:
-            shown = f"{len(names)} of {len(tasks)} tasks" if len(names) > MOST_NAMES else enumeration(names)
+            shown = f"{len(names)} of {len(tasks)} tasks" if len(names) > MAX_NAMES else enumeration(names)
             found.append((verdict, sentence.format(shown)))
     return found
 

@@ -12,7 +12,7 @@ from job.records import TaskScores
 from job.results.reader import TaskSamples, open_run, read_published, read_samples
 from job.storage.open import StorageOptions
 
-SETTING = "gate.baseline"
+SETTING = "JOB_GATE__BASELINE"
 
 
 @dataclass(frozen=True)

@@ -58,15 +58,15 @@ class Attempt:
     """What every stage needs.
 
     `store` is fenced: it refuses to change once another attempt has taken the run over, and in any process but the
-    first. `number` is the lease's epoch. `settings` are those that decide the result. `joules` asks a meter what the
-    GPUs have taken since the attempt began; `on_metrics` is called with every step.
+    first. `number` is the lease's epoch. `settings` are those that decide the result and that the run knows.
+    `joules` asks a meter what the GPUs have taken since the attempt began; `on_metrics` is called with every step.
     """
 
     store: ObjectStore
     work: Path
     number: int
     stop: Stop
-    beat: Callable[[], None]
+    report_progress: Callable[[], None]
     faults: Faults
     earlier: list[AttemptRecord]
     processes: Processes = ALONE
@@ -98,19 +98,19 @@ class Attempt:
         Without `progress` the stage waits for something else, which the watchdog must not take for progress.
         """
         if progress:
-            self.beat()
+            self.report_progress()
         self.stop.check()
         self.processes.check()
         self._note_if_due()
 
-    def get_on(self) -> None:
+    def alive_in_thread(self) -> None:
         """Like `alive`, for a thread that works beside the stage: it writes nothing into the run log."""
-        self.beat()
+        self.report_progress()
         self.stop.check()
 
     def step_done(self, step: int, seconds: float) -> None:
         """Counts an optimizer step, and now and then notes in the store how far the attempt is."""
-        self.beat()
+        self.report_progress()
         self.steps += 1
         if step <= max((record.last_step for record in self.earlier), default=0):
             self.repeated_steps += 1
@@ -121,7 +121,7 @@ class Attempt:
 
     def validated(self, metrics: ValidationMetrics) -> None:
         """Tells that a validation was made; its checkpoint, if there is to be one, is written after this."""
-        self.beat()
+        self.report_progress()
         self.on_validation(metrics)
         self._note_if_due()
         self.faults.at("validation", metrics.step)
@@ -187,7 +187,7 @@ class Attempt:
         """Says what was pulled: from here on records of other runs are not believed."""
         self.run = fingerprint(self.settings, pulled)
 
-    def known(self, name: str, kind: type[T]) -> T | None:
+    def recorded(self, name: str, kind: type[T]) -> T | None:
         """The record of a stage that an earlier attempt finished, `layout.BASE` or `layout.PACKING`.
 
         None where there is none, or none that counts: damaged, or of another run.
@@ -305,9 +305,10 @@ def open_attempt(
     store: ObjectStore,
     settings: Mapping[str, Any],
     *,
+    defaults: Mapping[str, Any] | None = None,
     cache: str | None,
     stop: Stop,
-    beat: Callable[[], None],
+    report_progress: Callable[[], None],
     faults: Faults,
     processes: Processes = ALONE,
     usd_per_hour: float | None = None,
@@ -318,9 +319,10 @@ def open_attempt(
     Args:
         store: The run's own.
         settings: Value by dotted name of the settings that decide the result; an earlier attempt's must be the same.
+        defaults: Their defaults, which count for what an earlier version did not have as a setting.
         cache: Folder for temporary files; None for the system's.
         stop: The flag.
-        beat: Tells the watchdog that there is progress.
+        report_progress: Tells the watchdog that there is progress.
         faults: Faults to inject.
         processes: Those that make this attempt; process 0 holds the lease for all.
         usd_per_hour: Price of this machine; None where it is not known.
@@ -332,8 +334,9 @@ def open_attempt(
         SettingsError: The run began with other settings.
     """
     lease = None
+    own = settings
+    settings = processes.share("settings of the run", lambda: compare_settings(store, own, defaults))
     if processes.leads:
-        compare_settings(store, settings)
         lease = take(store, platform.node() or "unknown")
     number = processes.share("attempt", lambda: lease.epoch if lease else 0)
     log.bind(attempt=number)
@@ -343,7 +346,16 @@ def open_attempt(
         logged = read_logged(store, number) if processes.leads else []
         earlier = [one.record for one in logged]
         attempt = Attempt(
-            fenced(store, lease), Path(work), number, stop, beat, faults, earlier, processes, usd_per_hour, settings
+            fenced(store, lease),
+            Path(work),
+            number,
+            stop,
+            report_progress,
+            faults,
+            earlier,
+            processes,
+            usd_per_hour,
+            settings,
         )
         if idle is not None and processes.leads:  # its exit code outweighs that of the others
             furthest = max((one.reached for one in logged), default=(0, 0))

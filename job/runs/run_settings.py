@@ -14,7 +14,7 @@ from job import log
 from job.common.hashing import sealed, unsealed
 from job.common.validation import first_error
 from job.distributed.processes import Processes
-from job.errors import Problem, SettingsError
+from job.errors import Problem, SettingsError, environment_name
 from job.records import Pulled
 from job.runs import stage_records
 from job.runs.layout import SETTINGS, Stage, stage_key
@@ -32,11 +32,17 @@ def agree_on_settings(processes: Processes, mine: Mapping[str, Any]) -> None:
     if different := [name for name in own if own[name] != first.get(name)]:
         rank = processes.place.rank
         what = "is {!r} in process {} and {!r} in process 0; give all machines the same"
-        raise SettingsError([Problem(name, what.format(own[name], rank, first.get(name))) for name in different])
+        raise SettingsError(
+            [Problem(environment_name(name), what.format(own[name], rank, first.get(name))) for name in different]
+        )
 
 
 def keep_settings(store: ObjectStore, settings: Mapping[str, Any]) -> None:
     """Writes the settings that the run begins with: what they name is there by now, so they are not a typing error.
+
+    Args:
+        store: The run's own.
+        settings: What `compare_settings` returned when the attempt began.
 
     Raises:
         SettingsError: Another attempt began the run meanwhile, with other settings.
@@ -48,23 +54,37 @@ def keep_settings(store: ObjectStore, settings: Mapping[str, Any]) -> None:
     compare_settings(store, settings)
 
 
-def compare_settings(store: ObjectStore, settings: Mapping[str, Any]) -> None:
+def compare_settings(
+    store: ObjectStore, settings: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """A run is one experiment: refuses an attempt whose settings would give another result.
 
+    A run that an earlier version began does not know the settings that have been added since. It worked as their
+    defaults say, so with the defaults it goes on, under the name (`stage_records.fingerprint`) that it always had.
     Where `settings.json` is gone or damaged, the record of the pull says whether the settings are the run's.
+
+    Args:
+        store: The run's own.
+        settings: Value by dotted name of the settings that decide the result.
+        defaults: Their defaults.
+
+    Returns:
+        The settings without those that the run does not know: what names the run.
 
     Raises:
         SettingsError: With every setting that is another than in the first attempt.
     """
     before = _settings_in(store, store.read(SETTINGS))
-    after = json.loads(json.dumps(settings))
+    after: dict[str, Any] = json.loads(json.dumps(settings))
     if before is None:
         _compare_with_pull(store, after)
-        return
-    # A run of an earlier version does not know the settings that have been added since.
-    changed = sorted(name for name in before if before[name] != after.get(name))
+        return after
+    added = {name: value for name, value in json.loads(json.dumps(defaults or {})).items() if name not in before}
+    expected = before | {name: added.get(name) for name in after if name not in before}
+    changed = sorted(name for name in expected if expected[name] != after.get(name))
     if changed:
-        raise SettingsError([Problem(name, _changed(before.get(name), after.get(name))) for name in changed])
+        raise SettingsError([_changed(name, expected[name], after.get(name)) for name in changed])
+    return {name: value for name, value in after.items() if name in before}
 
 
 def parse_settings(data: bytes) -> dict[str, Any]:
@@ -101,9 +121,11 @@ def _compare_with_pull(store: ObjectStore, settings: Mapping[str, Any]) -> None:
     except ValueError:
         return  # it is done again, and so is every stage whose record names another run
     if run is not None and run != stage_records.fingerprint(settings, pulled):
-        what = "is gone or damaged, and the run's stages were done with other settings than these; give the settings "
-        raise SettingsError([Problem(f"{store.uri}/{SETTINGS}", f"{what}that it began with, or another JOB_RUN__ID")])
+        what = "is gone or damaged, and the run's stages were done with other settings than these, or by a version of "
+        what += "the job that had others; give the settings and the version that it began with, or another JOB_RUN__ID"
+        raise SettingsError([Problem(f"{store.uri}/{SETTINGS}", what)])
 
 
-def _changed(before: Any, after: Any) -> str:
-    return f"this run began with {before!r}, not {after!r}; use another run.id"
+def _changed(name: str, before: Any, after: Any) -> Problem:
+    what = f"this run began with {before!r}, not {after!r}; use another JOB_RUN__ID"
+    return Problem(environment_name(name), what)

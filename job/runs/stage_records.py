@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
@@ -28,7 +28,22 @@ _MAX_WORDS = 200
 
 def fingerprint(settings: Mapping[str, Any], pulled: Pulled) -> str:
     """SHA-256 over the settings that decide the result, and over what was pulled: data, weights and questions."""
-    return seal({"settings": dict(settings), "pulled": asdict(pulled)})
+    return seal({"settings": dict(settings), "pulled": identity(pulled)})
+
+
+def identity(pulled: Pulled) -> dict[str, Any]:
+    """What has to be the same in all attempts: every field that has no default.
+
+    A field with a default was added by a later version, whose runs go on with records of earlier ones; what it tells
+    is also in the hashes.
+    """
+
+    def facts(record: Any) -> dict[str, Any]:
+        own = [field.name for field in fields(record) if field.default is MISSING and field.default_factory is MISSING]
+        values = {name: getattr(record, name) for name in own}
+        return {name: facts(value) if is_dataclass(value) else value for name, value in values.items()}
+
+    return facts(pulled)
 
 
 def render(record: str, run: str) -> bytes:

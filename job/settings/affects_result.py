@@ -26,3 +26,8 @@ def plain_values(settings: Settings) -> dict[str, Any]:
 def decisive_settings(settings: Settings) -> dict[str, Any]:
     """Dotted name -> JSON-able value of the settings that decide the result."""
     return {name: value for name, value in plain_values(settings).items() if affects_result(name)}
+
+
+def default_settings() -> dict[str, Any]:
+    """The same with the defaults, no preset's: what a run had before a setting was added."""
+    return decisive_settings(Settings())

@@ -17,14 +17,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from job.distributed.ranks import Place, find_faults, find_machines, find_place
-from job.errors import Problem, SettingsError
+from job.errors import Problem, SettingsError, environment_name
 from job.platforms.detect import Platform, detect, is_foreign
 from job.platforms.sagemaker import copied_folder
 from job.settings.field_types import explain, new_run_id
 from job.settings.markers import RevisionOf, find_markers
 from job.settings.presets import PRESETS
 from job.settings.schema import NAMES, READING, Options, Settings
-from job.settings.sources import Request, environment_name, nested, same, setting_at
+from job.settings.sources import Request, nested, same, setting_at
 from job.storage.location import is_remote
 
 __all__ = [

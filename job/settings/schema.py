@@ -92,33 +92,34 @@ class Run(Group):
     """The run as a whole."""
 
     id: ExecutionOnly[RunId] = Field(default_factory=new_run_id)
-    """Names the run and its folder; the same id resumes it. Default: the platform's job name, else time and chance."""
+    """Name of the run and of its folder; the job started again with the same id resumes the run. Default: the
+    platform's name of the job, else a new one from the time and random digits."""
     output: ExecutionOnly[Location] = "runs"
-    """Where results go, `s3://bucket/prefix` or a path; the run's files lie in `<output>/<run id>/`.
+    """Where runs are kept, `s3://bucket/prefix` or a path; the files of this run lie in `<output>/<run id>/`.
 
-    On SageMaker by default the folder that it copies to S3, `/opt/ml/checkpoints`.
+    Default on SageMaker: `/opt/ml/checkpoints`, the folder that SageMaker copies to S3.
     """
     seed: AffectsResult[Whole] = 0
     """Seed of every random choice."""
     grace_seconds: ExecutionOnly[Seconds] = 30
-    """Seconds between the signal to stop and the kill."""
+    """Seconds between SIGTERM and SIGKILL on this platform: the time that there is for a last checkpoint."""
     max_idle_attempts: ExecutionOnly[Count] = 5
-    """After so many attempts in a row that were stopped before the run got any further, the last ends with exit code 71
-    instead of 75, which a platform retries at no cost for ever."""
+    """Limit of attempts in a row that are stopped before the run gets any further: the last one ends with exit code 71
+    instead of 75, since a platform would retry 75 without limit."""
     spot_notices: ExecutionOnly[Literal["auto", "off", "ec2", "gcp", "azure"]] = "auto"
-    """Cloud whose metadata service is asked for notices of preemption; `auto` finds out which answers."""
+    """Cloud whose metadata service is asked for notices of preemption; `auto`: the one that answers."""
     processes: ExecutionOnly[CountOrAuto] = "auto"
-    """Processes on this machine; `auto`: one for each visible GPU, or one on a CPU."""
+    """Number of processes on this machine; `auto`: one for each visible GPU, or one on a CPU."""
     nodes: ExecutionOnly[Count] = 1
-    """Machines of the run, each started with the same settings. Default: the number that the platform gives."""
+    """Number of machines of the run, each started with the same settings. Default: as the platform says, else 1."""
     node_rank: ExecutionOnly[Whole] = 0
     """Rank of this machine, from 0. Default: the pod's index in its Indexed Job, or the index of SageMaker's host."""
     rendezvous: ExecutionOnly[Maybe[HostPort]] = None
-    """Where machine 0 listens for the others, `host:port`. Default on SageMaker: the first host."""
+    """Address at which machine 0 listens for the others, `host:port`. Default on SageMaker: the first host."""
     device: ExecutionOnly[Annotated[Literal["auto", "gpu", "cpu"], BelongsTo("model.id")]] = "auto"
-    """Device; `auto`: the GPU where there is one. With `gpu` the job does not start without a GPU."""
+    """Device to train on; `auto`: the GPU, or the CPU where there is none; `gpu`: it is an error if there is no GPU."""
     image_digest: ExecutionOnly[Maybe[Digest]] = None
-    """Digest of the image that the job runs in, for the manifest; a process cannot find it out by itself."""
+    """Digest of the container image, `sha256:...`, recorded in the manifest; a process cannot find it out by itself."""
 
 
 class Model(Group):
@@ -127,37 +128,37 @@ class Model(Group):
     id: AffectsResult[Annotated[Location, SageMakerChannel("model")]] = "mistralai/Mistral-7B-v0.1"
     """Hub id, `s3://` URI or path."""
     revision: AffectsResult[Annotated[Maybe[Text], RevisionOf("model.id")]] = None
-    """Commit hash, for a hub id; without one the newest is taken. The manifest records the commit that was used."""
+    """Commit hash, for a hub id; empty: the newest commit. The manifest records the commit that was used."""
     name: AffectsResult[Maybe[PublicName]] = None
-    """Public name of the model, such as its hub id, for the adapter's files, where JOB_MODEL__ID is a path or `s3://`
-    URI. Default: the hub id, else the last part of JOB_MODEL__ID. Nothing is fetched by it.
+    """Public name of the base model, such as its hub id, to be written into the adapter's files if JOB_MODEL__ID is a
+    path or `s3://` URI. Default: the hub id, else the last part of JOB_MODEL__ID. Nothing is downloaded by this name.
     """
     quantization: AffectsResult[Literal["nf4", "none"]] = "nf4"
     """How the frozen weights are stored: as 4-bit NormalFloat, or unquantized."""
     double_quantization: AffectsResult[Flag] = True
     """Quantize the quantization constants as well."""
     dtype: AffectsResult[Literal["auto", "bf16", "fp16", "fp32"]] = "auto"
-    """Data type of the computation; `auto`: bf16 where the GPU has it, else fp16."""
+    """Data type of the computation; `auto`: bf16, or fp16 on a GPU without bf16."""
     keep_quantized: ExecutionOnly[Literal["off", "cache", "store"]] = "cache"
-    """Keep the quantized model for the next start. `cache`: in the folder JOB_STORAGE__CACHE, if that is set; `store`:
-    also beside the runs in JOB_RUN__OUTPUT, so that a restart on another machine downloads 4 GB and not 14.
+    """Where the quantized model is kept for the next start. `cache`: in the folder JOB_STORAGE__CACHE, if that is set;
+    `store`: also beside the runs in JOB_RUN__OUTPUT, so that a restart on another machine downloads 4 GB, not 14.
     """
     keep_dequantized: ExecutionOnly[FlagOrAuto] = "auto"
-    """Dequantize the frozen weights once and keep them: same results, faster; `auto`: if the GPU's memory suffices."""
+    """Dequantize the frozen weights once and keep them: faster, same results; `auto`: if they fit into memory."""
 
 
 class Lora(Group):
     """The LoRA adapter."""
 
     rank: AffectsResult[Count] = 16
-    """Rank r of the update."""
+    """Rank r of the low-rank update."""
     alpha: AffectsResult[Count] = 16
     """Scale: the update is multiplied by alpha / rank."""
     dropout: AffectsResult[Annotated[NotNegative, Field(lt=1)]] = 0.0
-    """Dropout on the adapter's input."""
+    """Dropout on the adapter's input. Anything but 0 needs the slower layers of PEFT."""
     target_modules: AffectsResult[Literal["auto"] | Names] = "auto"
-    """Names of the linear layers that get an adapter. `auto`: all but the head, as found in the model; the seven
-    projections of a decoder of Llama's kind."""
+    """Names of the linear layers that get an adapter. `auto`: all linear layers but the output head; in models like
+    Llama and Mistral the seven projections of each decoder layer."""
 
 
 class Data(Group):
@@ -166,15 +167,15 @@ class Data(Group):
     source: AffectsResult[Annotated[Location, SageMakerChannel("training")]] = "tatsu-lab/alpaca"
     """Hub id, `s3://` URI or path."""
     revision: AffectsResult[Annotated[Maybe[Text], RevisionOf("data.source")]] = None
-    """Commit hash, for a hub id; without one the newest is taken. The manifest records the commit that was used."""
+    """Commit hash, for a hub id; empty: the newest commit. The manifest records the commit that was used."""
     split: AffectsResult[Text] = "train"
     """Split of a hub data set."""
     limit: AffectsResult[Maybe[Count]] = None
-    """Number of examples, the first good rows in the order of the file; empty for all."""
+    """Number of examples to train on: the first valid rows of the file; empty: all."""
     format: AffectsResult[Literal["auto", "alpaca", "prompt_completion", "messages", "text"]] = "auto"
-    """Schema of a row; `auto` detects it."""
+    """Schema of the rows; `auto`: the one that the first row fits."""
     on_bad_row: AffectsResult[Literal["error", "skip"]] = "error"
-    """What a bad row does: end the job before it begins, or be counted and left out."""
+    """What to do with invalid rows: list them and end the job before training, or leave them out and count them."""
     validation: AffectsResult[Annotated[Maybe[HeldOut], SageMakerChannel("validation")]] = None
     """Rows for the validation loss: a share of the rows (0.05) or a number of them (200), held out of training, or a
     source of its own (hub id, `s3://` URI or path) with rows of the same schema; empty for none. Near-duplicates of a
@@ -185,32 +186,34 @@ class Data(Group):
     validation_split: AffectsResult[Text] = "validation"
     """Split of JOB_DATA__VALIDATION, where that is a hub id or a folder of splits."""
     date: AffectsResult[Maybe[Day]] = None
-    """What a chat template that asks is told is today, YYYY-MM-DD; empty: the day (UTC) of the run's first attempt."""
+    """Today's date for chat templates that write it into the prompt, YYYY-MM-DD; empty: the day (UTC) on which the run
+    began."""
 
 
 class Train(Group):
     """Training."""
 
     epochs: AffectsResult[Count] = 2
-    """Passes over the training data."""
+    """Number of passes over the training data."""
     max_steps: AffectsResult[Maybe[Count]] = None
-    """Stop after this many optimizer steps, if the epochs have more."""
+    """Maximum number of optimizer steps; empty: as many as the epochs have."""
     learning_rate: AffectsResult[NotNegative] = 2e-4
-    """Peak learning rate; 0 trains nothing, which is a useful control."""
+    """Peak learning rate. With 0 nothing is trained, which shows what the evaluation measures without training."""
     scheduler: AffectsResult[Literal["linear", "cosine", "constant"]] = "linear"
     """Schedule of the learning rate after the warmup."""
     warmup_steps: AffectsResult[Whole] = 5
     """Steps in which the learning rate rises to its peak."""
     weight_decay: AffectsResult[NotNegative] = 0.0
-    """Decoupled weight decay."""
+    """Weight decay of AdamW (decoupled)."""
     max_grad_norm: AffectsResult[Positive] = 1.0
-    """Gradients are clipped to this norm."""
+    """Norm to which the gradient of a step is clipped."""
     global_batch_size: AffectsResult[Count] = 32
     """Examples in one optimizer step, over all GPUs."""
     micro_batch_tokens: ExecutionOnly[Maybe[Count]] = None
-    """Tokens in one forward pass; empty: by the GPU's memory, 1,024 on a CPU. Changes no optimizer step."""
+    """Maximum number of tokens in one forward pass; empty: as many as fit into the GPU's memory, 1,024 on a CPU. An
+    optimizer step has the same examples with any value."""
     max_length: AffectsResult[Count] = 2048
-    """Longest example, in tokens."""
+    """Maximum length of an example, in tokens; a longer one is an invalid row (JOB_DATA__ON_BAD_ROW), never cut."""
     optimizer: AffectsResult[OptimizerName] = "adamw_8bit"
     """Optimizer of the adapter's weights."""
     validate_every_steps: AffectsResult[Maybe[Count]] = None
@@ -223,15 +226,15 @@ class Train(Group):
     """Which adapter is evaluated and published: that of the last step, or of the step with the lowest validation loss.
     """
     loss_on: AffectsResult[Literal["all", "completion"]] = "all"
-    """Tokens in the loss: all, or those of the completion only."""
+    """Tokens that the loss counts: all, or those of the completion (the answer) only."""
     gradient_checkpointing: ExecutionOnly[FlagOrAuto] = "auto"
     """Recompute activations in the backward pass instead of keeping them; `auto`: if they do not fit into memory."""
     gpu_memory_gb: ExecutionOnly[Maybe[Positive]] = None
-    """GPU memory that the job may use, in GB; empty for all. The tokens in one forward pass follow from it."""
+    """GPU memory that the job may use, in GB; empty: all. Less memory means fewer tokens in one forward pass."""
     log_every_steps: ExecutionOnly[Count] = 1
     """Optimizer steps between two lines of metrics in the log."""
     stall_seconds: ExecutionOnly[Seconds] = 1800
-    """After this many seconds without progress the job ends as stalled, with exit code 75."""
+    """Seconds without progress after which the job ends as stalled, with exit code 75."""
 
 
 class Checkpoint(Group):
@@ -240,37 +243,40 @@ class Checkpoint(Group):
     every_steps: ExecutionOnly[Count] = 20
     """Optimizer steps between two checkpoints."""
     keep: ExecutionOnly[Count] = 2
-    """Checkpoints to keep; older ones are deleted."""
+    """Number of checkpoints to keep; older ones are deleted."""
     settle_seconds: ExecutionOnly[NotNegative] = 0.0
-    """Age in seconds of a checkpoint before older ones are deleted, where a folder is copied late. SageMaker: 300."""
+    """Seconds that a checkpoint must be old before older ones are deleted, for platforms that copy the folder with a
+    delay. Default on SageMaker: 300."""
 
 
 class Eval(Group):
     """Evaluation, before and after training."""
 
     tasks: AffectsResult[Names] = ("arc_easy",)
-    """lm-eval's multiple-choice tasks."""
+    """Names of multiple-choice tasks of lm-eval, separated by commas."""
     limit: AffectsResult[Maybe[Annotated[Count, Field(ge=2)]]] = None
-    """Questions of each task, at least 2; empty for all."""
+    """Number of questions of each task, at least 2; empty: all."""
     data: AffectsResult[Annotated[Locations, SageMakerChannel("evaluation")]] = Field(default_factory=dict)
-    """Questions from files instead of the hub, `task=path,task2=s3://...` or JSON; each file in its task's schema."""
+    """Files with the questions of a task, instead of the hub: `task=path,task2=s3://...` or JSON. A row has the fields
+    that the task's own data set has."""
     long_questions: AffectsResult[Literal["error", "cut"]] = "error"
-    """A question of more than `train.max_length` tokens: ends the job, or loses its beginning, as lm-eval has it."""
+    """What to do with a question of more than JOB_TRAIN__MAX_LENGTH tokens: end the job with an error, or cut off its
+    beginning, as lm-eval does."""
     batch_tokens: ExecutionOnly[Count] = 8192
-    """Tokens scored in one forward pass."""
+    """Maximum number of tokens scored in one forward pass."""
 
 
 class Gate(Group):
     """Quality gate: results are published, then the job ends with exit code 3 if one of these is not met."""
 
     metric: ExecutionOnly[Literal["acc", "acc_norm"]] = "acc"
-    """The accuracy that counts."""
+    """Accuracy that the gate judges: by log-likelihood, or by log-likelihood divided by the length of the choice."""
     min_delta: ExecutionOnly[Maybe[Annotated[Real, Field(ge=-1, le=1)]]] = None
-    """Smallest accepted gain over the base model, as a fraction: 0.01 is one percentage point."""
+    """Smallest accepted gain of accuracy over the base model, as a fraction: 0.01 is one percentage point."""
     max_regression: ExecutionOnly[Maybe[Annotated[Real, Field(ge=0, le=1)]]] = None
-    """Largest accepted loss against the base model, as a fraction."""
+    """Largest accepted loss of accuracy against the base model, as a fraction."""
     baseline: ExecutionOnly[Maybe[Location]] = None
-    """Results of an earlier run, path or `s3://`: compare with its adapter instead of with the base model."""
+    """An earlier run, path or `s3://` URI: the gate compares with its adapter instead of with the base model."""
 
 
 class Storage(Group):
@@ -289,9 +295,9 @@ class Storage(Group):
     timeout_seconds: ExecutionOnly[Seconds] = 60
     """Seconds that one request may take."""
     retries: ExecutionOnly[Annotated[Count, Field(le=100)]] = 8
-    """Tries of one request, the first included."""
+    """Number of tries of one request, the first included."""
     cache: ExecutionOnly[Maybe[LocalPath]] = None
-    """Local folder for downloads; empty: a temporary one."""
+    """Local folder that keeps downloads and the quantized model; empty: a temporary one."""
 
 
 class Log(Group):
@@ -302,16 +308,16 @@ class Log(Group):
     level: ExecutionOnly[Literal["debug", "info", "warning", "error"]] = "info"
     """Lowest level that is shown."""
     trackers: ExecutionOnly[Literal["auto", "off"]] = "auto"
-    """Weights & Biases and MLflow; `auto` uses each whose own variables are set, such as MLFLOW_TRACKING_URI."""
+    """Metrics to Weights & Biases and MLflow; `auto`: to each whose variables are set, such as MLFLOW_TRACKING_URI."""
 
 
 class Cost(Group):
     """Price of the machines; without one the manifest has seconds only."""
 
     usd_per_hour: ExecutionOnly[Maybe[NotNegative]] = None
-    """Price of all machines of the run together. Each attempt is charged at its own price."""
+    """Price of all machines of the run together, in USD per hour. Each attempt is charged at the price set for it."""
     on_demand_usd_per_hour: ExecutionOnly[Maybe[NotNegative]] = None
-    """On-demand price of the same machines; the manifest states what was saved against it."""
+    """On-demand price of the same machines, in USD per hour; the manifest states what was saved against it."""
 
 
 class Options(Group, BaseSettings):
@@ -334,9 +340,9 @@ class Settings(Options):
     """All settings of one run."""
 
     preset: ExecutionOnly[Literal["mistral-7b-alpaca", "demo"]] = "mistral-7b-alpaca"
-    """Named set of settings to start from."""
+    """Named set of values to start from; what is set anywhere else replaces them."""
     fault: ExecutionOnly[Maybe[Text]] = None
-    """Rehearse a failure, such as `kill@step=12`; job/runs/fault_injection.py has all. For tests only."""
+    """Failure to inject, such as `kill@step=12`, for tests only; job/runs/fault_injection.py lists all."""
     run: Run = Field(default_factory=Run)
     model: Annotated[Model, BelongsTo("model.id")] = Field(default_factory=Model)
     lora: Lora = Field(default_factory=Lora)

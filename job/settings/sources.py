@@ -31,7 +31,7 @@ from pydantic_settings import SettingsError as BadFolder
 
 from job.common.config_files import read_mapping
 from job.distributed.ranks import find_machines
-from job.errors import Problem
+from job.errors import Problem, environment_name
 from job.platforms.detect import Platform
 from job.platforms.sagemaker import copied_folder
 from job.settings.field_types import new_run_id
@@ -113,11 +113,6 @@ def _flat(tree: Mapping[str, Any]) -> dict[str, object]:
     """The inverse of `nested`."""
     groups = {group: value if isinstance(value, dict) else {"": value} for group, value in tree.items()}
     return {f"{group}.{key}".rstrip("."): value for group, values in groups.items() for key, value in values.items()}
-
-
-def environment_name(name: str) -> str:
-    """`train.epochs` -> `JOB_TRAIN__EPOCHS`."""
-    return "JOB_" + name.upper().replace(".", "__")
 
 
 def _canonical(key: str) -> str:

@@ -74,11 +74,11 @@ def _evaluate(
     def score(questions: list[Question]) -> Scores:
         before = attempt.questions
 
-        with log.progress("questions", len(questions), every=max(1, len(questions) // 10)) as tell:
+        with log.progress("questions", len(questions), every=max(1, len(questions) // 10)) as show_progress:
 
             def on_progress(scored: int) -> None:
                 attempt.questions = before + scored
-                tell(scored)
+                show_progress(scored)
 
             return score_questions(
                 loaded.model,

@@ -22,10 +22,10 @@ from job.training.lm_head_loss import losses_of
 from job.training.prepare import limit_memory, prepare, token_budget
 
 
-def load(settings: Settings, sources: Sources, processes: Processes = ALONE, known: Packing | None = None) -> Loaded:
+def load(settings: Settings, sources: Sources, processes: Processes = ALONE, decided: Packing | None = None) -> Loaded:
     """Loads the quantized base and adds a new adapter; every process loads a copy of its own.
 
-    `known` is what an earlier attempt of the run decided about packing. It is kept, because it affects the
+    `decided` is what an earlier attempt of the run decided about packing. It is kept, because it affects the
     result's bits.
 
     Raises:
@@ -73,7 +73,7 @@ def load(settings: Settings, sources: Sources, processes: Processes = ALONE, kno
     log.get_logger().info(
         "model is loaded", device=str(device), dtype=record.dtype, trainable_parameters=record.trainable_parameters
     )
-    packing = _packing(model, settings, sources, processes, known)
+    packing = _packing(model, settings, sources, processes, decided)
     own = token_budget(device, settings.train.micro_batch_tokens, settings.train.gpu_memory_gb)
     budget = min(processes.gather("token budget", own))  # it affects the result's bits, so all processes use the same
     plan = prepare(
@@ -93,11 +93,13 @@ def load(settings: Settings, sources: Sources, processes: Processes = ALONE, kno
     return Loaded(model, record, budget, plan, kept_base, packing, names)
 
 
-def _packing(model: Any, settings: Settings, sources: Sources, processes: Processes, known: Packing | None) -> Packing:
+def _packing(
+    model: Any, settings: Settings, sources: Sources, processes: Processes, decided: Packing | None
+) -> Packing:
     """Whether this model computes packed sequences correctly; all processes use one answer, since it affects bits."""
-    if known is not None:
-        use(model.get_base_model(), NAME if known.packed else PLAIN)
-        return known
+    if decided is not None:
+        use(model.get_base_model(), NAME if decided.packed else PLAIN)
+        return decided
     found = choose_packing(
         model,
         sources.examples,
@@ -115,4 +117,4 @@ def _same_kind(processes: Processes, device: str) -> None:
     devices = processes.gather("device", device)
     if without := [rank for rank, kind in enumerate(devices) if kind != "cuda" and "cuda" in devices]:
         what = f"the processes {', '.join(map(str, without))} see no GPU, the others do; start fewer, or give each one"
-        raise SettingsError([Problem("run.processes", what)])
+        raise SettingsError([Problem("JOB_RUN__PROCESSES", what)])

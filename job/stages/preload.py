@@ -7,5 +7,5 @@ from job import log
 
 def import_libraries() -> None:
     """Imports the libraries of training and evaluation, which takes seconds."""
-    with log.hush():
+    with log.silence_stdout():
         from job.stages import train  # noqa: F401 - it imports them

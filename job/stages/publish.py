@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from job import log
+from job.checkpoints import manager
 from job.common.hashing import sealed
 from job.errors import JobError
 from job.evaluation.comparison import compare_tasks, judge
@@ -48,6 +49,7 @@ def publish(
     """
     if (done := read_complete(attempt.store)) is not None:  # an earlier attempt published it and was then killed
         return done
+    manager.withdraw_damaged(attempt.store, attempt.work / "checkpoints", epoch=attempt.number, run=attempt.run)
     # read only now: the previous attempt may have been writing its record when this one started
     earlier = close_run_log(attempt.store, attempt.number, attempt.started)
     tasks = compare_tasks(base.scores, adapter.scores)

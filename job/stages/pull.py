@@ -39,7 +39,7 @@ from job.settings.load import Settings
 from job.stages.handoff import Sources
 from job.stages.preload import import_libraries
 from job.storage.base import disk_errors
-from job.storage.hub import MOST_SMALL_BYTES, download_model, import_client
+from job.storage.hub import MAX_SMALL_BYTES, download_model, import_client
 from job.storage.location import is_remote
 from job.storage.open import ObjectStore, StorageOptions, fetch, open_store, size
 
@@ -130,10 +130,10 @@ def _pull(attempt: Attempt, settings: Settings, storage: StorageOptions, date: s
     _check_places(settings)
     gate = settings.gate
     baseline = None if gate.baseline is None else read_baseline(gate.baseline, storage)
-    places = {settings.model.id, settings.data.source, *settings.eval.data.values()}
+    named = {settings.model.id, settings.data.source, *settings.eval.data.values()}
     if isinstance(own := _what_to_validate_on(settings), ValidationSource):
-        places.add(own.name)
-    check_disk(attempt.work, required_bytes(size(place, storage) for place in places))
+        named.add(own.name)
+    check_disk(attempt.work, required_bytes(size(place, storage) for place in named))
     import_client()  # here: two threads that import the same at once may get half of a module
     early: Future[tuple[Path, bool]] = Future()
     checked: Future[None] = Future()
@@ -316,16 +316,16 @@ def _find_model(
     Before weights are downloaded, `before_weights` is called with the folder of the small files (configuration and
     tokenizer), and returns when they are checked.
     """
-    known, base = attempt.known(Stage.PULL, Pulled), attempt.known(BASE, CachedBase)
+    earlier, base = attempt.recorded(Stage.PULL, Pulled), attempt.recorded(BASE, CachedBase)
     if (
-        known is not None
+        earlier is not None
         and base is not None
         and base.key is not None
-        and (places := _cache_places(attempt, settings, storage))
+        and (locations := _cache_locations(attempt, settings, storage))
     ):
-        noted = entry_at(base.key, *places, base.index_sha256)
-        if (folder := find(noted, attempt.get_on)) is not None:
-            return _Model(folder, known.model_revision, known.model_sha256, noted, quantized=True)
+        noted = entry_at(base.key, *locations, base.index_sha256)
+        if (folder := find(noted, attempt.alive_in_thread)) is not None:
+            return _Model(folder, earlier.model_revision, earlier.model_sha256, noted, quantized=True)
     source = settings.model.id
     if is_remote(source):
         if (small := _fetch_small_files(source, attempt.work / "model-small", storage)) is not None:
@@ -336,10 +336,10 @@ def _find_model(
         folder, revision = download_model(source, settings.model.revision, before_weights)
     tokenizer_files(folder)  # fails now rather than when the adapter is published
     sha256 = fingerprint(folder)
-    places = _cache_places(attempt, settings, storage)
-    entry = None if places is None else entry_for(_facts(settings, sha256), *places)
+    locations = _cache_locations(attempt, settings, storage)
+    entry = None if locations is None else entry_for(_facts(settings, sha256), *locations)
     # Not in a later attempt: this entry may not be the one that the run began with.
-    here = None if entry is None or known else find(replace(entry, store=None), attempt.get_on)
+    here = None if entry is None or earlier else find(replace(entry, store=None), attempt.alive_in_thread)
     return _Model(here or folder, revision, sha256, entry, quantized=here is not None)
 
 
@@ -348,12 +348,12 @@ def _fetch_small_files(place: str, folder: Path, storage: StorageOptions) -> Pat
     store = open_store(place, storage)
     found = list(store.list())
     for info in found:
-        if "/" not in info.key and not info.key.endswith(".safetensors") and info.bytes <= MOST_SMALL_BYTES:
+        if "/" not in info.key and not info.key.endswith(".safetensors") and info.bytes <= MAX_SMALL_BYTES:
             store.download(info.key, folder / info.key, max_bytes=info.bytes)
     return folder if found else None
 
 
-def _cache_places(
+def _cache_locations(
     attempt: Attempt, settings: Settings, storage: StorageOptions
 ) -> tuple[Path, ObjectStore | None] | None:
     """The folder and the store of the quantized cache; None if nothing is cached."""

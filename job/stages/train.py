@@ -52,7 +52,7 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
         # Now: the base's folder may be deleted during training.
         copy_tokenizer(sources.folder, folder / "adapter", sources.tokenizer)
     with (
-        log.progress("steps", recipe.total_steps, every=settings.train.log_every_steps) as tell,
+        log.progress("steps", recipe.total_steps, every=settings.train.log_every_steps) as show_progress,
         AsyncUploader(
             manager.publisher(
                 attempt.store,
@@ -76,13 +76,13 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
             recipe=recipe,
             plan=loaded.plan,
             hooks=Hooks(
-                on_metrics=_teller(attempt, tell, watch),
+                on_metrics=_step_logger(attempt, show_progress, watch),
                 on_save=publisher.submit,
                 stop=attempt.stop,
                 fits=_fits(attempt, watch, publisher),
                 on_write=lambda seconds: watch.add("save", seconds),
                 on_validation=partial(_validated, attempt),
-                on_progress=attempt.beat,
+                on_progress=attempt.report_progress,
             ),
             folder=attempt.work / "states",
             resume=restored.folder,
@@ -166,13 +166,13 @@ def _validation_interval(settings: Settings, rows: int) -> int:
     return settings.train.validate_every_steps or steps_per_epoch(rows, settings.train.global_batch_size)
 
 
-def _teller(attempt: Attempt, tell: log.Progress, watch: Stopwatch) -> Callable[[StepMetrics], None]:
+def _step_logger(attempt: Attempt, show_progress: log.Progress, watch: Stopwatch) -> Callable[[StepMetrics], None]:
     """The hook that counts, times and logs a step."""
 
     def on_metrics(metrics: StepMetrics) -> None:
         seconds = float(metrics.measured["seconds"] or 0)
         watch.add("step", seconds)
-        tell(
+        show_progress(
             metrics.step,
             loss=round(metrics.loss, 4),
             learning_rate=metrics.learning_rate,

@@ -35,8 +35,8 @@ MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.model",
 """What is fetched of a model: no pickled weights, no code."""
 SMALL_FILES = tuple(kind for kind in MODEL_FILES if kind != "*.safetensors")
 """All of that but the weights."""
-MOST_SMALL_BYTES = 256 << 20
-PEEK_SECONDS = 10.0
+MAX_SMALL_BYTES = 256 << 20
+PREVIEW_SECONDS = 10.0
 """A plan is not to wait for long."""
 
 
@@ -125,7 +125,7 @@ def local_model(source: str) -> Path | None:
     if path.is_dir():
         return path
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise DataError([Problem("model.id", f"{source} is not a folder")])
+        raise DataError([Problem("JOB_MODEL__ID", f"{source} is not a folder")])
     return None
 
 
@@ -135,7 +135,7 @@ def is_reachable() -> bool:
 
     try:
         with hub_errors("the hub"):
-            get_session().head(constants.ENDPOINT, timeout=PEEK_SECONDS)
+            get_session().head(constants.ENDPOINT, timeout=PREVIEW_SECONDS)
     except Unreachable:
         return False
     return not constants.HF_HUB_OFFLINE
@@ -152,7 +152,7 @@ def peek_model(source: str, revision: str | None) -> tuple[Path, dict[str, int]]
     with hub_errors(f"model {source}"):
         files = snapshot_download(source, revision=revision, allow_patterns=list(MODEL_FILES), dry_run=True)
         sizes = {file.filename: file.file_size or 0 for file in files}
-        if sum(size for name, size in sizes.items() if not name.endswith(".safetensors")) > MOST_SMALL_BYTES:
+        if sum(size for name, size in sizes.items() if not name.endswith(".safetensors")) > MAX_SMALL_BYTES:
             raise Unreachable(f"model {source}: its configuration and tokenizer are too large to look at beforehand")
         folder = snapshot_download(source, revision=revision, allow_patterns=list(SMALL_FILES))
     return Path(folder), sizes
@@ -179,7 +179,7 @@ def peek_dataset(source: str, revision: str) -> tuple[int, str | None]:
     from huggingface_hub import HfApi
 
     with hub_errors(f"data set {source}"):
-        info = HfApi().dataset_info(source, revision=revision, files_metadata=True, timeout=PEEK_SECONDS)
+        info = HfApi().dataset_info(source, revision=revision, files_metadata=True, timeout=PREVIEW_SECONDS)
     named = getattr(info.card_data, "license", None)
     licence = ", ".join(map(str, named)) if isinstance(named, list) else named
     return sum(file.size or 0 for file in info.siblings or []), str(licence) if licence else None

@@ -46,7 +46,7 @@ class _Tracker(Protocol):
 class _Wandb:
     """Weights & Biases: the run has our id, and is resumed where it exists."""
 
-    def __init__(self, start: Message, tell: Callable[[Message], None]) -> None:
+    def __init__(self, start: Message, reply: Callable[[Message], None]) -> None:
         import wandb
 
         self._run = wandb.init(
@@ -57,7 +57,7 @@ class _Wandb:
             config=dict(start["config"]),
             settings=wandb.Settings(silent=True, console="off", disable_git=True, disable_code=True),
         )
-        tell({"where": self._run.url or self._run.dir})
+        reply({"where": self._run.url or self._run.dir})
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         self._run.log(dict(figures), step=step)
@@ -72,7 +72,7 @@ class _Wandb:
 class _Mlflow:
     """MLflow: the run is found by a tag."""
 
-    def __init__(self, start: Message, tell: Callable[[Message], None]) -> None:
+    def __init__(self, start: Message, reply: Callable[[Message], None]) -> None:
         import mlflow
 
         if start["project"] is not None:
@@ -85,7 +85,7 @@ class _Mlflow:
             # Once: a parameter cannot be changed, and settings that do not decide the result may.
             mlflow.log_params({name: str(value)[:_LONGEST_VALUE] for name, value in start["config"].items()})
         self._mlflow, self._step = mlflow, 0
-        tell({"where": f"run {run.info.run_id} of experiment {run.info.experiment_id}"})  # the URI may hold a password
+        reply({"where": f"run {run.info.run_id} of experiment {run.info.experiment_id}"})  # the URI may hold a password
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         self._step = step
@@ -101,18 +101,18 @@ class _Mlflow:
 TRACKERS: Mapping[str, Callable[[Message, Callable[[Message], None]], _Tracker]] = {"wandb": _Wandb, "mlflow": _Mlflow}
 
 
-def serve(name: str, messages: Iterator[Message], tell: Callable[[Message], None]) -> None:
+def serve(name: str, messages: Iterator[Message], reply: Callable[[Message], None]) -> None:
     """Passes messages to a tracker, from the run's start to the attempt's end, and tells when it has done so."""
     try:
-        tracker = TRACKERS[name](next(messages), tell)
+        tracker = TRACKERS[name](next(messages), reply)
         for message in messages:
             if "outcome" in message:
                 tracker.finish(message["outcome"], message["summary"])
-                tell({"done": True})
+                reply({"done": True})
                 return
             tracker.log(message["step"], message["figures"])
     except Exception as error:  # noqa: BLE001 - whatever a tracker raises must not end the run: it is reported
-        tell({"error": f"{type(error).__name__}: {' '.join(str(error).split())[:_LONGEST_ERROR]}"})
+        reply({"error": f"{type(error).__name__}: {' '.join(str(error).split())[:_LONGEST_ERROR]}"})
 
 
 def main() -> None:
@@ -126,13 +126,13 @@ def main() -> None:
         time.sleep(_ORPHAN_SECONDS)
         os._exit(1)
 
-    def tell(message: Message) -> None:
+    def reply(message: Message) -> None:
         with suppress(OSError):  # the job no longer reads the answers
             answers.write(json.dumps(message) + "\n")
             answers.flush()
 
     Thread(target=read, daemon=True).start()
-    serve(sys.argv[1], (json.loads(line) for line in iter(lines.get, None)), tell)
+    serve(sys.argv[1], (json.loads(line) for line in iter(lines.get, None)), reply)
     os._exit(0)  # trackers register work for the interpreter's exit, which may never end
 
 

@@ -1,7 +1,7 @@
 """What training needs, by formula: bytes on the GPU, floating-point operations, seconds. Pure functions of numbers.
 
 The formulas count what this job's code holds and computes (`model/`, `training/`). Memory is what torch allocates; the
-driver's context and fragmentation are additional, see `room`. A micro-batch is one packed sequence.
+driver's context and fragmentation are additional, see `usable_bytes`. A micro-batch is one packed sequence.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def evaluation_bytes(setup: Setup, tokens: int, reads: int) -> int:
     return held.total - held.activations + max(layer, logits + size * a.hidden * tokens)
 
 
-def room(memory_bytes: int) -> int:
+def usable_bytes(memory_bytes: int) -> int:
     """Bytes of a GPU that a prediction may use: its memory without the context and the prediction's margin."""
     return max(0, round((memory_bytes - CONTEXT_BYTES) / (1 + MARGIN)))
 

@@ -19,7 +19,7 @@ from job.records import Example
 
 IGNORED = -100
 """The label of a token that is not learned, as torch's cross-entropy and TRL have it."""
-GRAIN = 256
+SMALLEST_INCREMENT = 256
 """Lengths of padded sequences are multiples of at least this many tokens."""
 SEGMENTS = 8
 """The number of segments of a padded sequence is rounded up to a multiple of this."""
@@ -76,13 +76,13 @@ class PaddedSequence:
 
 def padded_length(tokens: int) -> int:
     """The length to which so many tokens are padded: few different lengths, a few per cent more tokens."""
-    step = grain(tokens)
+    step = length_increment(tokens)
     return -(-tokens // step) * step
 
 
-def grain(tokens: int) -> int:
+def length_increment(tokens: int) -> int:
     """The step between the lengths of padded sequences of about so many tokens."""
-    return max(GRAIN, 1 << max(0, (tokens - 1).bit_length() - 5))
+    return max(SMALLEST_INCREMENT, 1 << max(0, (tokens - 1).bit_length() - 5))
 
 
 def longest_segment(examples: Sequence[Example], budget: int) -> int:
@@ -91,7 +91,7 @@ def longest_segment(examples: Sequence[Example], budget: int) -> int:
     Valid for sequences of at most `budget` tokens, or of one example.
     """
     longest = max(len(example.input_ids) for example in examples)
-    return max(longest, grain(max(longest, budget)))
+    return max(longest, length_increment(max(longest, budget)))
 
 
 def padded_sequence(examples: Sequence[Example], device: torch.device) -> PaddedSequence:

@@ -5,7 +5,7 @@ is the sum over all target tokens of the global batch divided by their number, a
 So no state of a random generator has to be saved for a restart, and a step can be repeated.
 
 If a GPU's memory runs out in a step, the step is repeated with less memory: first without the optimizations that only
-save time (`ExecutionPlan.spare`), which does not change the result's bits; when none is left, with half the token
+save time (`ExecutionPlan.droppable`), which does not change the result's bits; when none is left, with half the token
 budget, in all processes.
 """
 
@@ -30,7 +30,7 @@ from job.training.config import Hooks, Recipe, step_seed
 from job.training.cuda_graphs import CudaGraphs
 from job.training.flat_parameters import FlatParameters
 from job.training.lm_head_loss import padded_loss
-from job.training.packing import alone_inputs, grain, longest_segment, packed_inputs, padded_sequence
+from job.training.packing import alone_inputs, length_increment, longest_segment, packed_inputs, padded_sequence
 
 PackedGradient = Callable[[dict[str, Any], int], torch.Tensor]
 """Adds a micro-batch's gradient to the parameters', and returns its part of the loss, () float32, without history.
@@ -100,14 +100,14 @@ class OptimizerStep:
                 if not out_of_memory(error):
                     raise
                 longest = max(len(example.input_ids) for example in self._steps.examples)
-                if self.budget <= longest // 2 and not self.plan.spare:
+                if self.budget <= longest // 2 and not self.plan.droppable:
                     raise TrainingFailed(_too_small(longest, error)) from error
             try:
                 if not self._processes.agree(repeat=sums is None):
                     self._processes.add_up(sums)
                     return self._from_sum(sums)
                 # If a process ran out of memory and has no optimization left to drop, all of them halve the budget.
-                if self._processes.agree(repeat=sums is None and not self.make_room()):
+                if self._processes.agree(repeat=sums is None and not self.free_memory()):
                     self.budget //= 2
             except JobError as error:
                 raise StepAbandoned from error
@@ -186,7 +186,9 @@ class OptimizerStep:
         base = self._model.get_base_model()
         ids, labels, positions = tokens.unbind()
         # An earlier attempt may have had a larger budget, and so a longer padding, than this one's.
-        longest = max(self._longest, grain(ids.shape[0]), *(segment.end - segment.start for segment in segments), 0)
+        longest = max(
+            self._longest, length_increment(ids.shape[0]), *(segment.end - segment.start for segment in segments), 0
+        )
         layout = Layout(segments, ends, ends, None, longest, longest)
         hidden = base.base_model(
             input_ids=ids[None], position_ids=positions[None], layout=layout, use_cache=False
@@ -206,12 +208,12 @@ class OptimizerStep:
             self._graphs.prepare(largest.tokens, largest.ends, weight)
         return self._graphs
 
-    def make_room(self) -> bool:
+    def free_memory(self) -> bool:
         """Drops one optimization that takes memory and only saves time; returns whether there was one."""
         self.release()  # graphs write to fixed addresses, in memory that is freed now
-        if not self.plan.spare:
+        if not self.plan.droppable:
             return False
-        name = self.plan.spare[0]
+        name = self.plan.droppable[0]
         self.plan = self.plan.give_up(name)
         if name == "kept_base":
             forget_dequantized(self._model)

@@ -93,7 +93,7 @@ class Validation:
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
-                if self.budget <= max(lengths) // 2 and not self._step.plan.spare:
+                if self.budget <= max(lengths) // 2 and not self._step.plan.droppable:
                     what = "memory ran out in a validation with one row at a time; take a GPU with more memory"
                     raise TrainingFailed(what) from error
             try:
@@ -102,7 +102,7 @@ class Validation:
                     raise StepAbandoned
                 if not repeat and loss is not None:
                     return loss
-                if self._processes.agree(repeat=loss is None and not self._step.make_room()):
+                if self._processes.agree(repeat=loss is None and not self._step.free_memory()):
                     self.budget //= 2
                     get_logger().warning("the GPU's memory ran out in a validation", micro_batch_tokens=self.budget)
             except JobError as error:

@@ -24,7 +24,7 @@ from job.verification.differences import MAX_SHOWN, CheckResult, Difference, fin
 
 T = TypeVar("T")
 
-_MOST_SHOWN = 5
+_MAX_SHOWN = 5
 
 Copies = Mapping[str, Path]
 SamplesByTask = dict[str, list[Sample]]
@@ -91,7 +91,7 @@ def _read_samples(tasks: Mapping[str, Any], side: str, copies: Copies) -> tuple[
                 for where, what in checked
                 if what
             ]
-            wrong += found[:_MOST_SHOWN]
+            wrong += found[:_MAX_SHOWN]
     return by_task, wrong
 
 

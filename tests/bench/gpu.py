@@ -436,7 +436,7 @@ def prepare(model: Any, variant: Variant) -> None:
     unmake(model)
     clean()
     deterministic(on=variant.deterministic, fill=variant.fill)
-    packing.GRAIN = variant.grain
+    packing.SMALLEST_INCREMENT = variant.grain
     if variant.lean:
         sets = kernel_sets()
         wanted = variant.kernels if variant.kernels in sets or not variant.kernels else "torch"
@@ -456,7 +456,7 @@ def fit(
     ended: list[float] = []
     recorded: list[int] = []
 
-    def tell(metrics: StepMetrics) -> None:
+    def on_metrics(metrics: StepMetrics) -> None:
         ended.append(time.perf_counter())
         on_step(metrics)
 
@@ -468,7 +468,7 @@ def fit(
                 bench.data,
                 recipe=recipe_of(bench, variant),
                 plan=plan_of(variant),
-                hooks=Hooks(tell, lambda *_: None, lambda: False),
+                hooks=Hooks(on_metrics, lambda *_: None, lambda: False),
                 folder=Path(folder),
             )
         spent = [b - a for a, b in pairwise(ended)][WARMUP - 1 :]

@@ -31,12 +31,13 @@ from job.common.hashing import hash_facts, hash_file
 from job.errors import JobError, exit_codes
 from job.runs.layout import ARTIFACTS, MADE_OF_TIMES, METRICS, RESULTS, facts_of
 from tests import warm
-from tests.chaos import small
+from tests.chaos import hot_forks, small
 from tests.s3_server import BUCKET, CREDENTIALS, credentials, moto_server
 
 RUN, OTHER = "run", "other"
 FINISHED = "finished"
-STATES = {FINISHED: None, "in training": "kill@step=5", "before publishing": "kill@stage=publish"}
+TO_PUBLISH = "before publishing"
+STATES = {FINISHED: None, "in training": "kill@step=7", TO_PUBLISH: "kill@stage=publish"}
 """State of a run folder -> the fault that leaves it."""
 SECONDS = 120
 """A command that takes longer hangs."""
@@ -94,7 +95,9 @@ def build(folder: Path) -> World:
     if kept.exists():
         found = json.loads(kept.read_text(encoding="utf-8"))
         states = {state: Path(path) for state, path in found["states"].items()}
-        return World(folder, found["environment"], states, Path(found["other"]), found["facts"], found["read"])
+        world = World(folder, found["environment"], states, Path(found["other"]), found["facts"], found["read"])
+        heat(world)
+        return world
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("JOB_")},
         **small.settings(folder, rows=24, questions=16),
@@ -121,10 +124,21 @@ def build(folder: Path) -> World:
         (other / "made").touch()
     published = json.loads((states[FINISHED] / RUN / RESULTS).read_text(encoding="utf-8"))
     world = World(folder, environment, states, other, facts_of(published), {})
+    heat(world)
     read = {name: _read(world, name, str(states[FINISHED] / RUN), {})[1] for name in ("report", "compare")}
     world = World(folder, environment, states, other, facts_of(published), read)
     kept.write_text(json.dumps(asdict(world), default=str), encoding="utf-8")
     return world
+
+
+def heat(world: World) -> None:
+    """Carries out all that the cases do in this process, which they are forked from; see `hot_forks`."""
+    output, finished = world.folder / "heated", str(world.states[FINISHED] / RUN)
+    shutil.rmtree(output, ignore_errors=True)
+    shutil.copytree(world.states[TO_PUBLISH], output)
+    reading = [_reading(world, name, finished, world.folder / "page.html") for name in ("verify", "report", "compare")]
+    hot_forks.heat([([], {**world.environment, "JOB_RUN__OUTPUT": str(output)}), *reading])
+    shutil.rmtree(output)
 
 
 def _expect(code: int, environment: Mapping[str, str]) -> None:
@@ -279,22 +293,29 @@ def _command(world: World, command: str, where: str, endpoint: str | None) -> tu
     store = {} if endpoint is None else {**CREDENTIALS, "JOB_STORAGE__ENDPOINT_URL": endpoint}
     if command != "run":
         return _read(world, command, f"{where}/{RUN}", store)
-    done = warm.run([], {**world.environment, **store, "JOB_RUN__OUTPUT": where}, timeout=SECONDS)
+    done = hot_forks.run([], {**world.environment, **store, "JOB_RUN__OUTPUT": where}, timeout=SECONDS)
     return done.returncode, "", done.stderr + done.stdout
 
 
 def _read(world: World, command: str, where: str, store: Mapping[str, str]) -> tuple[int, str, str]:
     """Runs a command that reads a run; returns its exit code, what it says of the run, and its log."""
     page = world.folder / "page.html"
+    words, environ = _reading(world, command, where, page)
+    done = hot_forks.run(words, {**environ, **store}, timeout=SECONDS)
+    if command == "report" and done.returncode == 0:
+        return 0, page.read_text(encoding="utf-8"), done.stderr + done.stdout
+    return done.returncode, done.stdout.replace(where, "WHERE"), done.stderr + done.stdout
+
+
+def _reading(world: World, command: str, where: str, page: Path) -> tuple[list[str], dict[str, str]]:
+    """The command line and the environment of a command that reads a run."""
     words = {
         "verify": ["verify", where],
         "report": ["report", where, "--output", str(page)],
         "compare": ["compare", str(world.other / OTHER), where, "--format", "json"],
     }[command]
     environ = {name: value for name, value in world.environment.items() if not name.startswith("JOB_")}
-    done = warm.run(words, {**environ, **store, "JOB_LOG__FORMAT": "json"}, timeout=SECONDS)
-    said = page.read_text(encoding="utf-8") if command == "report" and done.returncode == 0 else done.stdout
-    return done.returncode, said.replace(where, "WHERE"), done.stderr + done.stdout
+    return words, {**environ, "JOB_LOG__FORMAT": "json"}
 
 
 def _differing(folder: Path, expected: Mapping[str, str]) -> list[str]:

@@ -20,7 +20,7 @@ from typing import Any
 from job.records import AttemptRecord
 from job.runs.layout import facts_of
 
-MOST_ATTEMPTS = 40
+MAX_ATTEMPTS = 40
 BETWEEN = "start-up"
 
 
@@ -64,7 +64,7 @@ def run_until_done(environment: Mapping[str, str], run: str, folder: Path, draw:
         span: Seconds that an undisturbed run takes; kills fall anywhere in it, and sometimes after its end.
     """
     kills: list[Kill] = []
-    for number in range(1, MOST_ATTEMPTS + 1):
+    for number in range(1, MAX_ATTEMPTS + 1):
         log = folder / f"{run}-{number:02d}.log"
         child = start_attempt({**environment, "JOB_RUN__ID": run}, log)
         # The more often it was hit, the longer it is left alone, so that every run comes to an end.
@@ -84,7 +84,7 @@ def run_until_done(environment: Mapping[str, str], run: str, folder: Path, draw:
             return Outcome(facts_of(published), tuple(kills), attempts)
         if status not in {-signal.SIGKILL, -signal.SIGTERM, os.EX_TEMPFAIL}:
             raise AssertionError(f"attempt {number} of {run} ended with {status}:\n{log.read_text()[-3000:]}")
-    raise AssertionError(f"{run} was not done after {MOST_ATTEMPTS} attempts")
+    raise AssertionError(f"{run} was not done after {MAX_ATTEMPTS} attempts")
 
 
 def start_attempt(environment: Mapping[str, str], log: Path) -> int:

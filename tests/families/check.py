@@ -59,7 +59,9 @@ def _judge(family: str, folder: Path, tokenizer: Any) -> Verdict:
     try:
         model, why, packed = load(folder, examples)
     except (SettingsError, DataError) as error:
-        return Verdict(family, "refused", str(error).replace(str(folder), "the folder").replace("model.id: ", "")[:300])
+        return Verdict(
+            family, "refused", str(error).replace(str(folder), "the folder").replace("JOB_MODEL__ID: ", "")[:300]
+        )
     except Exception as error:  # noqa: BLE001 - what must not happen
         traceback.print_exc()
         return Verdict(family, "FAILED", _first(error))

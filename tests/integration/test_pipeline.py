@@ -466,7 +466,7 @@ def test_a_baseline_that_will_not_do_ends_the_job_at_once(
     ended = run(inputs, "no-baseline", **(gate | changes))
     assert ended.code == code
     (error,) = errors(ended)
-    assert error["problems"][0].startswith(("gate.baseline", "JOB_GATE__BASELINE"))
+    assert error["problems"][0].startswith("JOB_GATE__BASELINE: ")
     assert why in error["problems"][0]
     assert "model is loaded" not in {line["event"] for line in ended.lines}
 
@@ -476,7 +476,9 @@ def test_another_setting_under_the_same_id_is_refused(inputs: Inputs, unfinished
     ended = run(inputs, unfinished, JOB_TRAIN__LEARNING_RATE="1e-3")
     assert ended.code == 2
     (error,) = errors(ended)
-    assert error["problems"] == ["train.learning_rate: this run began with 0.002, not 0.001; use another run.id"]
+    assert error["problems"] == [
+        "JOB_TRAIN__LEARNING_RATE: this run began with 0.002, not 0.001; use another JOB_RUN__ID"
+    ]
     assert not (ended.run / "results.json").exists()
 
 

@@ -14,10 +14,9 @@ import jsonschema
 import kubernetes_validate
 import pytest
 
-from job.errors import exit_codes
+from job.errors import environment_name, exit_codes
 from job.settings.load import load_settings
 from job.settings.schema import NAMES
-from job.settings.sources import environment_name
 from tests.kubernetes.crds import CRDS
 from tests.kubernetes.manifests import (
     JOBS,

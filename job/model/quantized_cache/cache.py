@@ -157,7 +157,9 @@ def _keep_version(source: Path, saved: Path) -> None:
 
 
 @contextmanager
-def publishing(entry: CacheEntry | None, stop: Callable[[], bool], beat: Callable[[], None]) -> Iterator[None]:
+def publishing(
+    entry: CacheEntry | None, stop: Callable[[], bool], report_progress: Callable[[], None]
+) -> Iterator[None]:
     """Within it the base goes to its store, beside the work.
 
     An exception, or a job that has to end, leaves what is not there yet undone.
@@ -167,12 +169,12 @@ def publishing(entry: CacheEntry | None, stop: Callable[[], bool], beat: Callabl
         return
     ended = Event()
 
-    def get_on() -> bool:
-        beat()
+    def keep_going() -> bool:
+        report_progress()
         return not (ended.is_set() or stop())
 
     with ThreadPoolExecutor(1, thread_name_prefix="base") as pool:
-        done = pool.submit(copy_context().run, _publish, entry, entry.store, get_on)
+        done = pool.submit(copy_context().run, _publish, entry, entry.store, keep_going)
         try:
             yield
         except BaseException:
@@ -181,7 +183,7 @@ def publishing(entry: CacheEntry | None, stop: Callable[[], bool], beat: Callabl
     done.result()
 
 
-def _publish(entry: CacheEntry, store: ObjectStore, get_on: Callable[[], bool]) -> None:
+def _publish(entry: CacheEntry, store: ObjectStore, keep_going: Callable[[], bool]) -> None:
     """Puts the base there, unless a whole one is there already."""
     try:
         data = (entry.folder / INDEX).read_bytes()
@@ -190,7 +192,7 @@ def _publish(entry: CacheEntry, store: ObjectStore, get_on: Callable[[], bool]) 
         if _is_whole(entry, store, there):  # this one, or another: its runs have noted it
             return
         for key in (key for key, (_, file) in files.items() if there.get(key) != file.bytes):
-            if not get_on():
+            if not keep_going():
                 return
             store.upload(entry.folder / files[key][0], key)
         store.write(key_of(entry, INDEX), data)

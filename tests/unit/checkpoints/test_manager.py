@@ -97,6 +97,37 @@ def vouched_files_are_there(store: ObjectStore) -> bool:
     return True
 
 
+def test_what_is_published_holds_whole_checkpoints(two: LocalStore, tmp_path: Path) -> None:
+    """Before a run is published every checkpoint that an earlier attempt left is read: damaged and foreign ones go."""
+    commit(two, tmp_path, 30)
+    commit(two, tmp_path, 40, epoch=2)
+    two.write("checkpoints/step-00000010/0001/progress.json", b'{"step": 11}')  # older than what is restored
+    marker = two.read("checkpoints/step-00000020/COMMITTED.json")
+    assert marker is not None
+    two.write("checkpoints/step-00000050/COMMITTED.json", marker.data)
+    reading: list[str] = []
+    watched = WrappedStore(two, before=lambda verb, key: reading.append(key) if verb == "download" else None)
+    gone = manager.withdraw_damaged(watched, tmp_path / "copies", epoch=2, run="a")
+    assert [(skipped.step, skipped.why) for skipped in gone] == [
+        (50, "the marker is of step 20"),
+        (10, "progress.json has another SHA-256 than the marker says"),
+    ]
+    assert sorted({info.key.split("/")[1] for info in two.list("checkpoints/")}) == [
+        f"step-{step:08d}" for step in (20, 30, 40)
+    ]
+    assert vouched_files_are_there(two)
+    assert not any("step-00000040" in key for key in reading)  # this attempt's own
+    assert not list((tmp_path / "copies").iterdir())
+
+
+def test_a_checkpoint_of_another_run_is_not_published(store: LocalStore, tmp_path: Path) -> None:
+    """One whose marker names another run is deleted too, and one that names none, as earlier versions wrote, stays."""
+    for step, run in ((10, "a"), (20, "b"), (30, None)):
+        publish(store, written(tmp_path, step), step=step, epoch=1, world_size=1, software=SOFTWARE, run=run)
+    assert [one.step for one in manager.withdraw_damaged(store, tmp_path / "copies", epoch=2, run="a")] == [20]
+    assert steps(store) == [30, 10]
+
+
 # Publishing.
 
 

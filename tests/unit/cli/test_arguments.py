@@ -10,8 +10,8 @@ import pytest
 
 from job.cli.arguments import COMMANDS, command_help
 from job.cli.main import _FUNCTIONS, USAGE, main
+from job.errors import environment_name
 from job.settings.schema import NAMES, READING
-from job.settings.sources import environment_name
 
 ROOT = Path(__file__).parents[3]
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from job.common.resources import SLACK_BYTES, check_disk, check_shared_memory, checkpoint_bytes, required_bytes
+from job.common.resources import MARGIN_BYTES, check_disk, check_shared_memory, checkpoint_bytes, required_bytes
 from job.errors import Unreachable
 
 SIZES = st.integers(0, 1 << 50)
@@ -63,7 +63,7 @@ def test_a_disk_that_cannot_be_measured_is_an_error(monkeypatch: pytest.MonkeyPa
 @given(st.lists(SIZES, max_size=4), SIZES)
 def test_every_download_and_checkpoint_needs_room(downloads: list[int], checkpoint: int) -> None:
     """What is copied lies there once; states may lie there three times, and the adapter beside them."""
-    assert required_bytes(downloads, checkpoint) == sum(downloads) + 4 * checkpoint + SLACK_BYTES
+    assert required_bytes(downloads, checkpoint) == sum(downloads) + 4 * checkpoint + MARGIN_BYTES
 
 
 def test_a_checkpoint_is_the_adapter_and_adams_moments() -> None:

@@ -68,7 +68,7 @@ def test_a_template_that_fails_refuses_the_conversation(template: str) -> None:
 def test_a_template_out_of_bounds_is_an_error_of_the_data(template: str, reason: str) -> None:
     """Loops without end and gigabytes of text end as a DataError that names the model, within seconds."""
     began = time.monotonic()
-    with open_template(toy_tokenizer(template)) as render, pytest.raises(DataError, match=f"model.id.*({reason})"):
+    with open_template(toy_tokenizer(template)) as render, pytest.raises(DataError, match=f"JOB_MODEL__ID.*({reason})"):
         render([ASK])
     assert time.monotonic() - began < 120
 

@@ -63,7 +63,10 @@ def test_the_split_never_changes() -> None:
     """The same rows are held out on every machine and in every version: runs must be comparable."""
     held = hold_out(hashes(TEXTS), 0.1, "rows")
     chosen = "\n".join(one for one, side in zip(TEXTS, held, strict=True) if side)
-    assert hashlib.sha256(chosen.encode()).hexdigest() == "449ca5fe54547447a5c489ba4d8fe0ee264f2845df64397094973ae20edd8b5c"
+    assert (
+        hashlib.sha256(chosen.encode()).hexdigest()
+        == "449ca5fe54547447a5c489ba4d8fe0ee264f2845df64397094973ae20edd8b5c"
+    )
 
 
 def test_order_does_not_matter() -> None:
@@ -128,7 +131,7 @@ def test_many_rows_of_one_pattern_take_no_long_time() -> None:
 
 def test_short_and_strange_texts_are_rows_too() -> None:
     """Less than three words, none at all, and scripts without spaces are compared like others."""
-    texts = ["yes", "no", "yes!", "\N{GRINNING FACE}", "\N{CRYING FACE}", "", "是的，我很好", "不，我不好", "two words"]
+    texts = ["yes", "no", "yes!", "\N{GRINNING FACE}", "\N{CRYING FACE}", "", "我很好", "你不好", "two words"]
     groups = group_rows(hashes(texts))
     assert groups[0] == groups[2]
     assert len(set(groups)) == len(texts) - 1
@@ -147,9 +150,7 @@ def test_overlap_is_counted() -> None:
     assert count_overlap(training, validation, lambda: None) == (2, 1)
 
 
-def load(
-    path: Path, validation: Any, tokenizer: Any, **how: Any
-) -> tuple[list[Example], list[Example], DatasetRecord]:
+def load(path: Path, validation: Any, tokenizer: Any, **how: Any) -> tuple[list[Example], list[Example], DatasetRecord]:
     """Reads the rows of a file as a run does."""
     given: dict[str, Any] = {
         "revision": None,

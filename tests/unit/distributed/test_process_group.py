@@ -28,11 +28,13 @@ class Team:
         self.members = [self._member(rank) for rank in range(3)]
 
     def _member(self, rank: int) -> ProcessGroup:
-        def beat() -> None:
+        def report_progress() -> None:
             self.beats[rank] += 1
 
         place = Place(rank, 3, rank % 2, 2 - rank // 2, "localhost", self.host.port, hosted=True)
-        return ProcessGroup(place, keyspace(connect_store(place), "run"), self.stops[rank], beat, grace_seconds=5)
+        return ProcessGroup(
+            place, keyspace(connect_store(place), "run"), self.stops[rank], report_progress, grace_seconds=5
+        )
 
     def start(self, *work: Callable[[ProcessGroup], T]) -> list[Future[T]]:
         """Lets each member do its work, at once."""

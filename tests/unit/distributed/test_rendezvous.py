@@ -26,7 +26,7 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def joining(place: Place | None, stop: Stop | None = None, patience: float = 1.0) -> AbstractContextManager[Processes]:
     """Joins a run."""
-    return join(place, "run", stop=stop or Stop(), beat=lambda: None, patience=patience, grace_seconds=1)
+    return join(place, "run", stop=stop or Stop(), report_progress=lambda: None, patience=patience, grace_seconds=1)
 
 
 @pytest.mark.parametrize("place", [None, Place(), Place(world_size=1, host="nowhere", port=1)])

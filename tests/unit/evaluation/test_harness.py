@@ -311,11 +311,11 @@ def test_the_source_is_what_the_user_wrote(base_folder: Path, tokenizer: Any, tm
 @pytest.mark.parametrize(
     ("names", "problems"),
     [
-        (["arc_easi"], [("eval.tasks", "lm-eval has no task 'arc_easi'; did you mean 'arc_easy'?")]),
-        (["arc_easy", "§"], [("eval.tasks", "lm-eval has no task '§'")]),
+        (["arc_easi"], [("JOB_EVAL__TASKS", "lm-eval has no task 'arc_easi'; did you mean 'arc_easy'?")]),
+        (["arc_easy", "§"], [("JOB_EVAL__TASKS", "lm-eval has no task '§'")]),
         (
             ["gsm8k", "wikitext"],
-            [("eval.tasks", f"{t} does not ask multiple-choice questions") for t in ("gsm8k", "wikitext")],
+            [("JOB_EVAL__TASKS", f"{t} does not ask multiple-choice questions") for t in ("gsm8k", "wikitext")],
         ),
     ],
 )
@@ -329,14 +329,16 @@ def test_tasks_that_cannot_be_asked_are_refused(names: list[str], problems: list
 def test_a_file_for_a_group_of_tasks_is_refused(tmp_path: Path) -> None:
     """A file serves one task: which of a group's tasks it would be for is not guessed."""
     file = write_jsonl(tmp_path / "q.jsonl", arc_rows(4))
-    with pytest.raises(SettingsError, match=r"eval\.data: ai2_arc is not one task; give a file for each of its tasks"):
+    with pytest.raises(
+        SettingsError, match=r"JOB_EVAL__DATA: ai2_arc is not one task; give a file for each of its tasks"
+    ):
         local_tasks(ai2_arc=file)
 
 
 def test_a_task_without_accuracy_is_refused(tmp_path: Path) -> None:
     """Multiple choice that is scored by something else than right or wrong answers cannot be compared."""
     file = write_jsonl(tmp_path / "q.jsonl", [{"sentence": "It is.", "label": 1, "idx": 0}] * 3)
-    with pytest.raises(SettingsError, match=r"eval\.tasks: cola has no accuracy"):
+    with pytest.raises(SettingsError, match=r"JOB_EVAL__TASKS: cola has no accuracy"):
         local_tasks(cola=file)
 
 

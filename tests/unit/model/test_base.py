@@ -270,7 +270,7 @@ def test_an_adapter_of_another_model_is_refused(base_folder: Path, tmp_path: Pat
 
 def test_layers_that_are_not_there_are_named(base_folder: Path) -> None:
     """All target modules that the model lacks are in the message; the head, which the loss takes as it is, is none."""
-    with pytest.raises(SettingsError, match=r"lora\.target_modules: .* no linear nope, lm_head; it has down"):
+    with pytest.raises(SettingsError, match=r"JOB_LORA__TARGET_MODULES: .* no linear nope, lm_head; it has down"):
         add_adapter(
             base(base_folder), rank=4, alpha=4, dropout=0.0, target_modules=["q_proj", "nope", "lm_head"], seed=0
         )
@@ -281,7 +281,7 @@ def test_too_few_positions_are_refused_and_a_sliding_window_is_not(base_folder: 
     folder = Path(shutil.copytree(base_folder, tmp_path / "base"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 256}))
-    with pytest.raises(SettingsError, match=r"train.max_length: 512 is more than the model's window of 256"):
+    with pytest.raises(SettingsError, match=r"JOB_TRAIN__MAX_LENGTH: 512 is more than the model's window of 256"):
         base(folder)
     (folder / "config.json").write_text(json.dumps({**config, "sliding_window": 100}))
     assert base(folder).config.sliding_window == 100
@@ -291,7 +291,7 @@ def test_the_device_is_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> No
     """A GPU that has to be there and is not is an error of settings; one that is not wanted is left alone."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert (choose_device("auto").type, choose_device("cpu").type) == ("cpu", "cpu")
-    with pytest.raises(SettingsError, match=r"run\.device"):
+    with pytest.raises(SettingsError, match=r"JOB_RUN__DEVICE"):
         choose_device("gpu")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.current_device", lambda: 1)

@@ -13,7 +13,7 @@ import torch
 
 from job.errors import DataError, JobError, SettingsError
 from job.model.base import load_base
-from job.model.files import MOST_CONFIG_BYTES, fingerprint, read_config, silence, weight_files
+from job.model.files import MAX_CONFIG_BYTES, fingerprint, read_config, silence, weight_files
 
 CPU = torch.device("cpu")
 
@@ -149,7 +149,7 @@ def test_a_configuration_that_is_no_object_is_refused(folder: Path, text: str) -
 def test_a_configuration_too_large_to_be_one_is_not_read(folder: Path) -> None:
     """300 MB of JSON are not parsed to find out that they are no model."""
     with (folder / "config.json").open("r+b") as file:
-        file.truncate(MOST_CONFIG_BYTES + 1)
+        file.truncate(MAX_CONFIG_BYTES + 1)
     with pytest.raises(DataError, match="more than"):
         load(folder)
 

@@ -50,7 +50,7 @@ def test_budgets_are_the_largest_that_fit(gigabytes: int, longest: int, recomput
     run = replace(RUN, workload=replace(WORK, longest=longest))
     plan = forecast_gpu(gpu, run, REFERENCE)
     budget = plan.budget_recomputing if recompute else plan.budget_keeping
-    setup, room = replace(REFERENCE, recompute=recompute), memory_model.room(gpu.memory_bytes)
+    setup, room = replace(REFERENCE, recompute=recompute), memory_model.usable_bytes(gpu.memory_bytes)
     scoring = memory_model.evaluation_bytes(setup, run.scoring_budget, run.reads)
     if budget:
         assert memory_model.training_memory(setup, budget).total <= room

@@ -7,10 +7,10 @@ from typing import Literal
 
 import pytest
 
+from job.errors import environment_name
 from job.platforms.detect import Delivery, Platform, detect, is_foreign
 from job.settings.load import foreign_variables, load_settings
 from job.settings.schema import NAMES
-from job.settings.sources import environment_name
 
 
 def test_an_ordinary_environment_is_plain_docker() -> None:

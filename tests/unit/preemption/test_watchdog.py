@@ -63,10 +63,10 @@ def test_the_run_may_choose_the_code() -> None:
 def test_a_beat_starts_the_time_anew() -> None:
     """A stage that gets on, however long it takes in all, is left alone."""
     done = run(
-        "with job.preemption.watchdog.watch(stall, told) as beat:\n"
+        "with job.preemption.watchdog.watch(stall, told) as report_progress:\n"
         "    for _ in range(10):\n"
         "        time.sleep(0.15)\n"
-        "        beat()\n"
+        "        report_progress()\n"
         "print('finished')\n",
         stall=1.0,
     )
@@ -84,10 +84,10 @@ def test_a_process_that_was_frozen_goes_on() -> None:
     """A container that was paused for longer than the limit is not ended when it wakes up."""
     program = (
         "import time, job.preemption.watchdog\n"
-        "with job.preemption.watchdog.watch(2.0, print) as beat:\n"
+        "with job.preemption.watchdog.watch(2.0, print) as report_progress:\n"
         "    print('ready', flush=True)\n"
         "    for _ in range(10):\n"
-        "        beat()\n"
+        "        report_progress()\n"
         "        time.sleep(0.05)\n"
         "    time.sleep(0.5)\n"
     )

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from job.report.changed_answers import MOST_QUESTION, changed_answers
+from job.report.changed_answers import MAX_QUESTION, changed_answers
 from tests.example_run import answers
 
 
@@ -34,7 +34,7 @@ def test_the_question_stands_without_the_templates_words() -> None:
     assert question.text == "What is 0 and one?"
     base[0]["question"] = "word " * 2000
     (question,), _ = changed_answers(base, adapter)
-    assert len(question.text) <= MOST_QUESTION + 2
+    assert len(question.text) <= MAX_QUESTION + 2
     assert question.text.endswith(" …")
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from job.report.charts import FRAME, MOST_POINTS, interval_chart, line_chart, nice_ticks
+from job.report.charts import FRAME, MAX_POINTS, interval_chart, line_chart, nice_ticks
 
 NUMBERS = st.floats(-1e9, 1e9, allow_nan=False)
 
@@ -63,10 +63,10 @@ def test_nothing_measured_is_no_line() -> None:
 
 def test_a_long_line_is_drawn_through_means() -> None:
     """Never more points than a screen shows; the mean stays, and the chart knows how many steps a point stands for."""
-    drawn = line_chart("Loss", "", [(step, float(step % 2)) for step in range(1, 10 * MOST_POINTS + 1)], str)
+    drawn = line_chart("Loss", "", [(step, float(step % 2)) for step in range(1, 10 * MAX_POINTS + 1)], str)
     assert drawn
     assert drawn.grouped == 10
-    assert len(places(drawn.path)) == MOST_POINTS
+    assert len(places(drawn.path)) == MAX_POINTS
     assert {y for _, y in places(drawn.path)} == {FRAME / 2}
 
 

@@ -99,10 +99,10 @@ def test_the_questions_that_changed_can_be_read(page: Page) -> None:
     text = " ".join(page.text.split())
     assert "60 questions got better" in text
     assert "10 questions got worse" in text
-    assert f"The first {report.MOST_QUESTIONS} of 60, in the order they were asked." in text
+    assert f"The first {report.MAX_QUESTIONS} of 60, in the order they were asked." in text
     assert text.count("What is 0 and one?") == 1
-    assert f"What is {report.MOST_QUESTIONS - 1} and one?" in text
-    assert f"What is {report.MOST_QUESTIONS} and one?" not in text
+    assert f"What is {report.MAX_QUESTIONS - 1} and one?" in text
+    assert f"What is {report.MAX_QUESTIONS} and one?" not in text
 
 
 def test_settings_that_differ_are_told(made: dict[str, Any], page: Page) -> None:

@@ -53,7 +53,7 @@ def test_an_earlier_run_is_read(earlier: Path, baseline: Baseline) -> None:
 
 def test_no_run_is_a_wrong_setting(tmp_path: Path) -> None:
     """A path with nothing there is told under the setting's name."""
-    with pytest.raises(SettingsError, match=r"gate\.baseline: .*nowhere: there is no run"):
+    with pytest.raises(SettingsError, match=r"JOB_GATE__BASELINE: .*nowhere: there is no run"):
         read_baseline(str(tmp_path / "nowhere"), StorageOptions())
 
 
@@ -71,7 +71,7 @@ def test_a_damaged_run_is_no_baseline(earlier: Path, damage: str) -> None:
         case "unfinished":
             manifest.unlink()
     name = "results" if damage in {"manifest", "unfinished"} else "quiz"
-    with pytest.raises(DataError, match=rf"gate\.baseline: .*{name}"):
+    with pytest.raises(DataError, match=rf"JOB_GATE__BASELINE: .*{name}"):
         read_baseline(str(earlier), StorageOptions())
 
 

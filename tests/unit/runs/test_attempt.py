@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 
 from job.checkpoints import manager
 from job.common.hashing import sealed
-from job.errors import DataError, JobError, Preempted, Replaced, Unreachable
+from job.errors import DataError, JobError, Preempted, Replaced, SettingsError, Unreachable
 from job.preemption.stop_flag import Stop
 from job.records import Artifact, Evaluated, Pulled
 from job.runs import attempt as runs_attempt
@@ -26,6 +26,7 @@ from job.runs.fault_injection import Faults, arm
 from job.runs.layout import Stage, attempt_key
 from job.runs.lease import fenced, take
 from job.runs.run_log import IdleLimit, close_run_log, parse_record, read_run_log
+from job.runs.run_settings import keep_settings
 from job.storage.base import write_in_turn
 from job.storage.local import LocalStore
 from job.storage.open import ObjectStore
@@ -52,7 +53,7 @@ def opened(store: LocalStore, tmp_path: Path) -> Callable[..., AbstractContextMa
             SETTINGS,
             cache=str(tmp_path / "cache"),
             stop=stop or Stop(),
-            beat=lambda: None,
+            report_progress=lambda: None,
             faults=arm((), store),
         )
 
@@ -360,7 +361,7 @@ def test_a_record_of_another_run_does_not_count(store: LocalStore, tmp_path: Pat
     first.stage(Stage.EVALUATE_BASE, Evaluated, work)
     second = begun(store, tmp_path)
     second.identify(PULLED)
-    assert second.known(Stage.PULL, Pulled) is None
+    assert second.recorded(Stage.PULL, Pulled) is None
     second.stage(Stage.EVALUATE_BASE, Evaluated, work)
     assert work.done == 2
 
@@ -371,6 +372,46 @@ def test_a_record_of_an_earlier_version_counts(store: LocalStore, tmp_path: Path
     attempt = begun(store, tmp_path)
     attempt.identify(PULLED)
     assert attempt.stage(Stage.PULL, Pulled, lambda: pytest.fail("was done again")) == PULLED
+
+
+def test_a_run_of_an_earlier_version_keeps_its_stages(store: LocalStore, tmp_path: Path) -> None:
+    """A setting and a field of the records that were added since, with their defaults, do no stage again."""
+
+    def attempt_with(settings: dict[str, Any]) -> AbstractContextManager[Attempt]:
+        return open_attempt(
+            store,
+            settings,
+            defaults={"train.epochs": 1, "train.noise": 0},
+            cache=str(tmp_path / "cache"),
+            stop=Stop(),
+            beat=lambda: None,
+            faults=arm((), store),
+        )
+
+    with attempt_with(SETTINGS) as first:
+        first.identify(PULLED)
+        keep_settings(first.store, first.settings)
+        first.stage(Stage.PULL, Pulled, lambda: PULLED)
+    with attempt_with({**SETTINGS, "train.noise": 0}) as second:
+        second.identify(PULLED)
+        assert second.stage(Stage.PULL, Pulled, lambda: pytest.fail("was done again")) == PULLED
+        assert second.run == first.run
+    with pytest.raises(SettingsError, match=r"train\.noise"), attempt_with({**SETTINGS, "train.noise": 5}):
+        pytest.fail("began")
+
+
+def test_a_field_that_is_added_does_not_name_the_run() -> None:
+    """What has a default in `Pulled` tells more, and makes no other run: records of earlier versions lack it."""
+
+    @dataclass(frozen=True)
+    class Later(Pulled):
+        licence: str | None = None
+        parts: tuple[str, ...] = field(default_factory=tuple)
+
+    later = Later(**vars(PULLED), licence="cc-by", parts=("a",))
+    assert stage_records.fingerprint(SETTINGS, later) == stage_records.fingerprint(SETTINGS, PULLED)
+    other = replace(later, dataset=replace(DATASET, sha256="4" * 64))
+    assert stage_records.fingerprint(SETTINGS, other) != stage_records.fingerprint(SETTINGS, PULLED)
 
 
 class StandsStill(WrappedStore):
@@ -447,7 +488,7 @@ def stopped_attempts(store: LocalStore, cache: Path, limit: int, works: list[Cal
                 SETTINGS,
                 cache=str(cache),
                 stop=Stop(),
-                beat=lambda: None,
+                report_progress=lambda: None,
                 faults=arm((), store),
                 idle=idle,
             ) as attempt:

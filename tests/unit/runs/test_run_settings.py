@@ -27,9 +27,9 @@ def test_a_run_is_one_experiment(tmp_path: Path) -> None:
     compare_settings(store, {"train.epochs": 9})  # nobody has begun yet
     keep_settings(store, SETTINGS)
     compare_settings(store, dict(SETTINGS))
-    with pytest.raises(SettingsError, match=r"train\.epochs: this run began with 2, not 3"):
+    with pytest.raises(SettingsError, match=r"JOB_TRAIN__EPOCHS: this run began with 2, not 3"):
         compare_settings(store, {"train.epochs": 3})
-    with pytest.raises(SettingsError, match=r"train\.epochs"):
+    with pytest.raises(SettingsError, match=r"JOB_TRAIN__EPOCHS"):
         keep_settings(store, {"train.epochs": 3})
 
 
@@ -50,7 +50,7 @@ class Second(Alone):
 def test_machines_have_the_same_settings() -> None:
     """A process whose settings differ from those of process 0 ends, with every one that does."""
     agree_on_settings(Second({"a": 1, "b": [2]}), {"a": 1, "b": (2,)})  # as JSON they are equal
-    with pytest.raises(SettingsError, match="a: is 3 in process 1 and 1 in process 0") as caught:
+    with pytest.raises(SettingsError, match="JOB_A: is 3 in process 1 and 1 in process 0") as caught:
         agree_on_settings(Second({"a": 1, "b": 2}), {"a": 3, "b": 4})
     assert len(caught.value.problems) == 2
 
@@ -105,9 +105,23 @@ def test_settings_of_an_earlier_version_are_read(tmp_path: Path) -> None:
 
 
 def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
-    """What it did not know as a setting is not held against it; what it knew is."""
+    """A setting that it did not know is left out, in the run's name too, while it has its default; else refused."""
     store = LocalStore(tmp_path)
-    keep_settings(store, {"train.epochs": 2})
-    compare_settings(store, {"train.epochs": 2, "eval.long_questions": "error"})
-    with pytest.raises(SettingsError, match=r"train\.epochs"):
-        compare_settings(store, {"train.epochs": 3, "eval.long_questions": "error"})
+    keep_settings(store, SETTINGS)
+    record = TypeAdapter(Pulled).dump_json(PULLED).decode()
+    store.write("stages/pull.json", stage_records.render(record, stage_records.fingerprint(SETTINGS, PULLED)))
+    defaults = {"train.epochs": 1, "eval.long_questions": "error", "data.mixture": ()}
+    later = {**defaults, "train.epochs": 2}
+    assert compare_settings(store, later, defaults) == SETTINGS
+    with pytest.raises(SettingsError, match=r"JOB_TRAIN__EPOCHS: this run began with 2, not 3"):
+        compare_settings(store, {**later, "train.epochs": 3}, defaults)
+    with pytest.raises(SettingsError, match=r"JOB_EVAL__LONG_QUESTIONS: this run began with 'error', not 'cut'"):
+        compare_settings(store, {**later, "eval.long_questions": "cut"}, defaults)
+
+
+def test_a_setting_that_is_gone_is_held_against_the_run(tmp_path: Path) -> None:
+    """A run whose settings name one that this version lacks is refused: nobody knows what it would have done."""
+    store = LocalStore(tmp_path)
+    keep_settings(store, {**SETTINGS, "train.magic": 3})
+    with pytest.raises(SettingsError, match=r"JOB_TRAIN__MAGIC: this run began with 3, not None"):
+        compare_settings(store, SETTINGS)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 from pydantic import BaseModel
 
+import job
 from job.settings.affects_result import affects_result, decisive_settings, plain_values
 from job.settings.load import Settings, load_settings
 from job.settings.markers import (
@@ -72,3 +78,39 @@ def test_presets_give_settings() -> None:
     for values in PRESETS.values():
         assert values.keys() <= set(NAMES)
     assert setting_names(Settings) == NAMES
+
+
+def texts(node: ast.AST) -> Iterator[str]:
+    """The literal parts of all strings below a node."""
+    return (part.value for part in ast.walk(node) if isinstance(part, ast.Constant) and isinstance(part.value, str))
+
+
+def texts_in_messages(tree: ast.Module) -> Iterator[str]:
+    """What the arguments of `Problem` say, also by a module's constant, and every string of several words."""
+    statements = [node for node in ast.walk(tree) if isinstance(node, ast.Expr)]
+    docs = {id(statement.value) for statement in statements}
+    constants = {
+        target.id: node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Problem":
+            for part in ast.walk(node):
+                yield from texts(constants.get(part.id, part) if isinstance(part, ast.Name) else part)
+        elif isinstance(node, ast.Constant) and id(node) not in docs:
+            yield from (text for text in texts(node) if " " in text.strip())
+
+
+def test_messages_spell_a_setting_in_one_way() -> None:
+    """A message names a setting JOB_TRAIN__MAX_LENGTH, never `train.max_length`, wherever its value came from."""
+    dotted = re.compile(rf"(?<![\w.-])({'|'.join(re.escape(name) for name in NAMES if '.' in name)})(?![\w.])")
+    wrong = [
+        f"{path.name}: {text}"
+        for path in sorted(Path(job.__file__).parent.rglob("*.py"))
+        for text in texts_in_messages(ast.parse(path.read_text(encoding="utf-8")))
+        if dotted.search(text)
+    ]
+    assert wrong == []

@@ -97,15 +97,15 @@ def test_the_budget_depends_on_the_size_alone(one: int, other: int) -> None:
 
 
 def test_what_is_given_up_is_gone_and_the_rest_stays() -> None:
-    """In the order of `spare`; the plan it was stays as it is, and what is not there cannot be given up again."""
+    """In the order of `droppable`; the plan it was stays as it is, and what is not there cannot be given up again."""
     plan = ExecutionPlan(
         kept_base=True, kept_activations=True, recorded=True, reason="a test", forward="fused all, triton"
     )
-    assert plan.spare == ("kept_base", "kept_activations", "recorded")
+    assert plan.droppable == ("kept_base", "kept_activations", "recorded")
     less = plan.give_up("kept_base")
     assert less == replace(plan, kept_base=False)
     assert plan.kept_base
-    assert less.spare == ("kept_activations", "recorded")
+    assert less.droppable == ("kept_activations", "recorded")
     with pytest.raises(ValueError, match="kept_base is not among"):
         less.give_up("kept_base")
     with pytest.raises(ValueError, match="reason is not among"):
@@ -124,7 +124,7 @@ def test_sequences_stay_padded_when_the_graphs_are_given_up() -> None:
 def test_peft_has_nothing_to_give_up() -> None:
     """What PEFT's own layers keep is as it was set: only the budget shrinks."""
     plan = ExecutionPlan(kept_base=False, kept_activations=True, recorded=False, reason="a test", forward=PEFT)
-    assert plan.spare == ()
+    assert plan.droppable == ()
     assert not plan.fused
     assert not plan.padded
 

@@ -230,6 +230,6 @@ def test_the_largest_budget_is_the_largest(needs: list[int], limit: int) -> None
 
 def test_room_leaves_space() -> None:
     """A prediction that is wrong by the margin still fits beside the context; a tiny GPU has no room, not less."""
-    room = memory_model.room(16 << 30)
+    room = memory_model.usable_bytes(16 << 30)
     assert room * (1 + memory_model.MARGIN) + memory_model.CONTEXT_BYTES == pytest.approx(16 << 30)
-    assert memory_model.room(1 << 20) == 0
+    assert memory_model.usable_bytes(1 << 20) == 0

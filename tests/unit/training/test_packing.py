@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from job.records import Example
-from job.training.packing import GRAIN, SEGMENTS, longest_segment, packed_inputs, padded_length, padded_sequence
+from job.training.packing import (
+    SEGMENTS,
+    SMALLEST_INCREMENT,
+    longest_segment,
+    packed_inputs,
+    padded_length,
+    padded_sequence,
+)
 from tests.helpers import make_examples
 
 CPU = torch.device("cpu")
@@ -26,7 +33,7 @@ def test_a_little_is_added(tokens: int) -> None:
     """Padding makes no row shorter, and adds less than a step or a sixteenth, whichever is more."""
     padded = padded_length(tokens)
     assert padded == padded_length(padded)
-    assert 0 <= padded - tokens < max(GRAIN, tokens / 15)
+    assert 0 <= padded - tokens < max(SMALLEST_INCREMENT, tokens / 15)
 
 
 def test_there_are_few_lengths() -> None:

@@ -34,7 +34,7 @@ def test_a_cpu_trains_by_pefts_own_layers(base_folder: Path) -> None:
     before = [type(module).forward for module in model.modules()]
     with capture_logs() as lines:
         made = prepare(model, [10, 20], **SETTINGS)
-    assert (made.forward, made.kept_activations, made.spare) == (PEFT, True, ())
+    assert (made.forward, made.kept_activations, made.droppable) == (PEFT, True, ())
     assert made.reason == "a CPU trains by PEFT's own layers"
     assert [(line["log_level"], line["event"]) for line in lines] == [("info", "how training is carried out")]
     assert [type(module).forward for module in model.modules()] == before

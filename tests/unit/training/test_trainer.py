@@ -711,7 +711,7 @@ def test_out_of_memory_takes_time_before_it_takes_bits(
         with gradients(model) as found:
             trained, _ = run(model, tokenizer, EXAMPLES, recipe, tmp_path, plan=plan)
         results.append((trained, found[0]))
-    assert [trained.plan.spare for trained, _ in results] == [
+    assert [trained.plan.droppable for trained, _ in results] == [
         ("kept_base", "kept_activations", "recorded"),
         ("kept_activations", "recorded"),
         ("recorded",),

@@ -1,0 +1,116 @@
+"""Commands of the job, each in a fork of a process that has carried out the like: a tenth of the time of a cold start.
+
+What commands import, compile and parse on first use is there already. A fork is still a process, with its own
+environment, signals and exit code, that runs the command line from its first line on. That the job works in a process
+that has done nothing before is for the tests that start it so.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import subprocess
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+
+from tests import forked, warm
+
+_PAUSE = 0.01
+
+
+def heat(commands: Sequence[tuple[list[str], Mapping[str, str]]]) -> None:
+    """Imports the heavy libraries and carries out the commands in this process.
+
+    None may train: the threads that autograd starts in a backward pass do not survive a fork, which it then refuses.
+    """
+    os.environ.update(forked.QUIET)
+    import torch
+
+    torch.set_num_threads(1)  # a pool of threads does not survive a fork either
+    for name in warm.PRELOADED:
+        import_module(name)
+    from job.cli.main import main
+
+    with tempfile.NamedTemporaryFile("r", encoding="utf-8") as log:
+        for words, environ in commands:
+            with _environment(environ), _output_in(Path(log.name)):
+                code = main(list(words))
+            if code != 0:
+                raise AssertionError(f"{words} ended with {code}:\n{log.read()[-3000:]}")
+    gc.collect()
+    gc.freeze()  # forks write to the pages of what they do not collect
+
+
+def run(words: list[str], environ: Mapping[str, str], *, timeout: float) -> subprocess.CompletedProcess[str]:
+    """Runs the job in a fork to its end.
+
+    Raises:
+        TimeoutError: It did not end in so many seconds; it is killed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        output, errors = Path(folder) / "output", Path(folder) / "errors"
+        child = os.fork()
+        if child == 0:
+            _be(words, dict(environ), output, errors)
+        code = _wait(child, timeout)
+        texts = [path.read_text(encoding="utf-8", errors="replace") for path in (output, errors)]
+    return subprocess.CompletedProcess(["qlora-job", *words], code, *texts)
+
+
+def _be(words: list[str], environ: dict[str, str], output: Path, errors: Path) -> None:
+    """The fork: the command line, and never a way back to its parent's code."""
+    code = 1
+    try:
+        warm.called(words, environ, str(output), str(errors), str(forked.ROOT))
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    except BaseException:  # noqa: BLE001 - whatever it is, it has to be seen
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def _wait(child: int, timeout: float) -> int:
+    ends = time.monotonic() + timeout
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > ends:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            raise TimeoutError(f"it did not end in {timeout} s")
+        time.sleep(_PAUSE)
+
+
+@contextmanager
+def _environment(environ: Mapping[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.clear()
+    os.environ.update(environ)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@contextmanager
+def _output_in(path: Path) -> Iterator[None]:
+    kept = [(stream, os.dup(stream)) for stream in (1, 2)]
+    file = os.open(path, os.O_WRONLY | os.O_APPEND)
+    for stream, _ in kept:
+        os.dup2(file, stream)
+    try:
+        yield
+    finally:
+        for stream, copy in kept:
+            os.dup2(copy, stream)
+            os.close(copy)
+        os.close(file)
