@@ -14,10 +14,27 @@ class Example:
     """One tokenized training example.
 
     `targets[i]` says whether token `i` is learned, that is predicted from the tokens before it; the first never is.
+
+    An example of preferences may be of two sequences, one behind the other in `input_ids` and `targets`, which do not
+    attend to each other: the chosen and the rejected answer of a pair, or for KTO the answer and a mismatched one.
     """
 
     input_ids: tuple[int, ...]
     targets: tuple[bool, ...]
+    second_at: int | None = None
+    """Where the second sequence begins; None if there is only one."""
+    desirable: bool | None = None
+    """The label of an answer that has one: whether it is good."""
+    reference: tuple[float, ...] = ()
+    """For each sequence the summed log-probability of its targets by the reference model, in nats, if it is known."""
+
+    @property
+    def sequences(self) -> tuple[Example, ...]:
+        """The sequences, each as an example of its own."""
+        at = self.second_at
+        if at is None:
+            return (self,)
+        return Example(self.input_ids[:at], self.targets[:at]), Example(self.input_ids[at:], self.targets[at:])
 
 
 @dataclass(frozen=True)
@@ -186,6 +203,14 @@ class TrainingRecord:
     """None in records of older versions, where PEFT's own layers did the work."""
     validation: ValidationRecord | None = None
     """None where nothing was validated."""
+    method: str = "sft"
+    """A key of `common.methods.METHODS`."""
+    beta: float | None = None
+    """Strength of the preference; None for `sft`."""
+    reference: str | None = None
+    """What preferences are compared with: `base`, or `start` for the adapter that training started from."""
+    preference: dict[str, float] = field(default_factory=dict)
+    """Metrics of preferences, by TRL's names: the mean over the last epoch's steps, by examples."""
 
 
 @dataclass(frozen=True)
@@ -256,6 +281,8 @@ class StepMetrics:
     examples: int
     target_tokens: int
     measured: dict[str, float | int | None] = field(default_factory=dict)
+    preference: dict[str, float] = field(default_factory=dict)
+    """Rewards and log-probabilities of a step of preferences, by TRL's names, such as `rewards/margins`."""
 
 
 @dataclass(frozen=True)
@@ -313,6 +340,13 @@ class Evaluated:
     """Record of an evaluation stage."""
 
     scores: dict[str, TaskScores]
+    artifacts: list[Artifact]
+
+
+@dataclass(frozen=True)
+class Referenced:
+    """Record of the log-probabilities by the reference model, which are computed once in a run."""
+
     artifacts: list[Artifact]
 
 

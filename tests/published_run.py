@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import TypeAdapter
 from safetensors.numpy import save_file
 
 from job.checkpoints import manager
@@ -37,6 +36,7 @@ from job.records import (
 )
 from job.results import manifest
 from job.results.inventory import collect
+from job.runs import stage_records
 from job.runs.layout import VALIDATIONS, answers_key, attempt_key
 from job.runs.lease import LeaseRecord
 from job.settings.affects_result import affects_result
@@ -81,10 +81,8 @@ def publish_run(
     work = folder.with_name(f"{folder.name}.work")
     work.mkdir(parents=True)
     decisive = {name: value for name, value, _ in describe(chosen) if affects_result(name)}
-    store.write("settings.json", json.dumps(decisive, indent=2).encode())
+    store.write("settings.json", sealed(decisive))
     ledger = [_attempt(number, last=number == attempts) for number in range(1, attempts + 1)]
-    for record in ledger[:-1]:
-        store.write(attempt_key(record.number), sealed(asdict(replace(record, outcome="running"))))
     model = _model()
     dataset = DatasetRecord("rows.jsonl", None, None, "alpaca", ROWS, {}, _hash("rows"), 90, 80, 20)
     if validated:
@@ -92,12 +90,14 @@ def publish_run(
         del facts["validation"]
         held = ValidationRows(**facts, held_out=True, duplicates=0, near_duplicates=0)
         dataset = replace(dataset, validation=held)
-    _stage(store, "pull", Pulled, Pulled(dataset, model.sha256, None, {task: _hash(task) for task in answers}))
+    pulled = Pulled(dataset, model.sha256, None, {task: _hash(task) for task in answers})
+    run = stage_records.fingerprint(decisive, pulled)
+    for record in ledger[:-1]:
+        store.write(attempt_key(record.number), _logged(replace(record, outcome="running"), run))
     base, adapter = (_evaluated(store, answers, side, work) for side in ("base", "adapter"))
-    _stage(store, "evaluate-base", Evaluated, base)
-    trained = _trained(store, work, attempts, validated=validated)
-    _stage(store, "train", Trained, trained)
-    _stage(store, "evaluate-adapter", Evaluated, adapter)
+    trained = _trained(store, work, attempts, run, validated=validated)
+    for name, found in (("pull", pulled), ("evaluate-base", base), ("train", trained), ("evaluate-adapter", adapter)):
+        store.write(f"stages/{name}.json", stage_records.render(json.dumps(asdict(found)), run, attempts))
     store.write("scores/0123/kept.jsonl", b"{}\n")
     tasks = compare_tasks(base.scores, adapter.scores)
     against, copies = baseline(store, adapter) if baseline else (None, [])
@@ -117,7 +117,7 @@ def publish_run(
         on_demand_usd_per_hour=chosen.cost.on_demand_usd_per_hour,
     )
     store.write("results.json", sealed(results))
-    store.write(attempt_key(attempts), sealed(asdict(_gone_on(ledger[-1]))))
+    store.write(attempt_key(attempts), _logged(_gone_on(ledger[-1]), run))
     holder = LeaseRecord(epoch=attempts, holder="host/1", started="2026-01-05T09:00:00Z", heartbeat=7)
     store.write("lease.json", sealed(holder.model_dump()))
     return folder
@@ -191,8 +191,8 @@ def _model() -> ModelRecord:
     )
 
 
-def _stage(store: LocalStore, name: str, kind: type, found: object) -> None:
-    store.write(f"stages/{name}.json", TypeAdapter(kind).dump_json(found))
+def _logged(record: AttemptRecord, run: str) -> bytes:
+    return sealed({**asdict(record), stage_records.RUN: run})
 
 
 def _record(task: str, number: int, *, right: bool) -> dict[str, Any]:
@@ -228,7 +228,7 @@ def _evaluated(store: LocalStore, answers: Pairs, side: str, work: Path) -> Eval
     return Evaluated(scores, artifacts)
 
 
-def _trained(store: LocalStore, work: Path, attempts: int, *, validated: bool) -> Trained:
+def _trained(store: LocalStore, work: Path, attempts: int, run: str, *, validated: bool) -> Trained:
     """Four steps of two epochs, a checkpoint after the second and the fourth, and the adapter of the last, or best."""
     history = [
         StepMetrics(
@@ -257,7 +257,7 @@ def _trained(store: LocalStore, work: Path, attempts: int, *, validated: bool) -
             best = {"model.q_proj.lora_A.default.weight": torch.full((3, 4), 2.0)}
             write_validations(state, validations[: 1 + step // 2], best if step == STEPS else None)
         epoch = attempts if step == STEPS else 1
-        manager.publish(store, state, step=step, epoch=epoch, world_size=1, software=host.software())
+        manager.publish(store, state, step=step, epoch=epoch, world_size=1, software=host.software(), run=run)
     if validated:
         weights = np.full((3, 4), 2, dtype=np.float32)
     save_file({"model.q_proj.lora_A.weight": weights}, work / "adapter", {"format": "pt"})

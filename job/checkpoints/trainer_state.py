@@ -250,8 +250,9 @@ def _parse_as(kind: type[T], path: Path) -> T:
 
 
 def write_metrics(path: Path, history: Sequence[StepMetrics] | Sequence[ValidationMetrics]) -> None:
-    """One JSON line a step, or a validation."""
-    path.write_text("".join(json.dumps(asdict(metrics)) + "\n" for metrics in history), encoding="utf-8")
+    """One JSON line a step, or a validation; metrics of preferences only where there are any."""
+    lines = ({name: value for name, value in asdict(m).items() if name != "preference" or value} for m in history)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 def read_metrics(path: Path) -> list[StepMetrics]:

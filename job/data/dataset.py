@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from job import log
+from job.common.methods import METHODS, MethodName, methods_for
+from job.data.batch_plan import epoch_order
 from job.data.chat_template import Template, open_template, uses_date
 from job.data.fields import Rendered
-from job.data.formats import UNREADABLE, RowError, Rows, find_files, read_rows
+from job.data.formats import UNREADABLE, Row, RowError, Rows, find_files, read_rows
 from job.data.hub_dataset import is_hub_id, open_dataset
+from job.data.preferences import SIDES, Answers, EncodedAnswers, encode_answers, is_conversation, with_partners
 from job.data.schemas import REQUIRED, Schema, check_row, detect_schema, own_texts, render, texts_of
 from job.data.tokenization import Encoded, LossOn, encode
 from job.errors import MAX_SHOWN, DataError, Problem, SettingsError
@@ -42,6 +45,8 @@ def load_examples(
     name: str | None = None,
     date: str | None = None,
     vocabulary: int | None = None,
+    method: MethodName = "sft",
+    seed: int = 0,
     alive: Callable[[], None] = lambda: None,
     on_example: Callable[[Encoded], None] | None = None,
 ) -> tuple[list[Example], DatasetRecord]:
@@ -66,8 +71,10 @@ def load_examples(
         name: What to call the source in messages and in the record, where it was fetched from elsewhere.
         date: The current date as a chat template sees it, `YYYY-MM-DD`; None for the day in UTC.
         vocabulary: Rows of the model's embedding; None if that is not known.
+        method: What the rows are for, which decides the schemas that they may have.
+        seed: The run's; KTO pairs the rows in the order of its first epoch.
         alive: Called about twice a second while rows are read; what it raises ends the reading.
-        on_example: Called with each example, in order, its `own_texts` included.
+        on_example: Called with each example, in order, its `own_texts` included; not with preferences.
 
     Returns:
         The examples, at least one, and the record for the manifest.
@@ -83,9 +90,11 @@ def load_examples(
     commit, chosen, rows = _open(source, revision, split, name, alive)
     rows = _watched(rows, alive)
     findings = _Findings(on_bad_row)
-    schema, rows = _settle_schema(rows, schema, findings, name)
-    _check_tokenizer(tokenizer, schema, name)
-    templated = schema == "messages"
+    schema, rows = _settle_schema(rows, schema, findings, name, method)
+    first, rows = _peek(rows)
+    conversations = schema in SIDES and first is not None and is_conversation(first.fields, schema)
+    templated = schema == "messages" or conversations
+    _check_tokenizer(tokenizer, name, templated=templated)
     control = _ControlTokens(tokenizer, templated=templated)
     examples: list[Example] = []
     ends: Counter[int | None] = Counter()
@@ -94,24 +103,27 @@ def load_examples(
     if templated and uses_date(tokenizer):
         log.get_logger().info("the chat template can write the date; JOB_DATA__DATE sets it", date=date or "today")
     with open_template(tokenizer, date, alive) if templated else nullcontext() as template:
-        texts = _render_all(
+        texts: Iterator[Any] = _render_all(
             rows, schema, template, control, find_turns=loss_on == "completion", own=on_example is not None
         )
-        for item in encode(
-            texts,
-            tokenizer,
-            templated=templated,
-            loss_on=loss_on,
-            max_length=max_length,
-            limit=limit,
-            vocabulary=vocabulary,
-        ):
-            if isinstance(item, Encoded):
+        options: dict[str, Any] = {
+            "templated": templated,
+            "max_length": max_length,
+            "limit": limit,
+            "vocabulary": vocabulary,
+        }
+        items: Iterator[Encoded | EncodedAnswers | list[RowError]] = (
+            encode_answers(texts, tokenizer, **options)
+            if schema in SIDES
+            else encode(texts, tokenizer, loss_on=loss_on, **options)
+        )
+        for item in items:
+            if isinstance(item, Encoded | EncodedAnswers):
                 examples.append(item.example)
                 digest.update(item.canonical())
                 ends[item.end] += 1
                 unused.update(item.unused)
-                if on_example is not None:
+                if on_example is not None and isinstance(item, Encoded):
                     on_example(item)
             else:
                 findings.add(item)
@@ -123,6 +135,8 @@ def load_examples(
     control.warn(name)
     if unused:
         log.get_logger().info("fields that are not used", source=name, schema=schema, rows=dict(sorted(unused.items())))
+    if schema == "unpaired_preference":
+        examples = with_partners(examples, epoch_order(seed, len(examples), 0), max_length)
     lengths = [len(example.input_ids) for example in examples]
     return examples, DatasetRecord(
         source=name,
@@ -275,25 +289,43 @@ def _open(
     return None, chosen, chain.from_iterable(map(read_rows, files, names))
 
 
-def _settle_schema(rows: Rows, schema: Schema | None, findings: _Findings, name: str) -> tuple[Schema, Rows]:
+def _settle_schema(
+    rows: Rows, schema: Schema | None, findings: _Findings, name: str, method: MethodName
+) -> tuple[Schema, Rows]:
     """The schema, by name or by the first row that is an object; and the rows, that one included."""
+    among = METHODS[method].schemas
     if schema is not None:
         return schema, rows
     for row in rows:
         if isinstance(row, RowError):
             findings.add([row])
-        elif found := detect_schema(row.fields):
+        elif found := detect_schema(row.fields, among):
             return found, chain([row], rows)
         else:
-            known = "; ".join(f"{schema}: {', '.join(fields)}" for schema, fields in REQUIRED.items())
+            known = "; ".join(f"{schema}: {', '.join(REQUIRED[schema])}" for schema in REQUIRED if schema in among)
             fields = ", ".join(map(ascii, row.fields)) or "none"
-            raise DataError([Problem(row.where, f"fits no schema. It has the fields {fields}; known are {known}")])
+            what = f"fits no schema. It has the fields {fields}; known are {known}"
+            if other := detect_schema(row.fields, REQUIRED.keys() - set(among)):
+                what = (
+                    f"{what}, for JOB_TRAIN__METHOD={method}. JOB_TRAIN__METHOD={' or '.join(methods_for(other))} fits"
+                )
+            raise DataError([Problem(row.where, what)])
     findings.raise_problems()
     raise findings.nothing_left(name)
 
 
-def _check_tokenizer(tokenizer: Any, schema: Schema, name: str) -> None:
-    if schema == "messages":
+def _peek(rows: Rows) -> tuple[Row | None, Rows]:
+    """The first row that is an object, if there is one; and all rows."""
+    seen: list[Row | RowError] = []
+    for row in rows:
+        seen.append(row)
+        if isinstance(row, Row):
+            return row, chain(seen, rows)
+    return None, iter(seen)
+
+
+def _check_tokenizer(tokenizer: Any, name: str, *, templated: bool) -> None:
+    if templated:
         if not tokenizer.chat_template:
             what = "holds messages, and the model's tokenizer has no chat template to render them; use another schema"
             raise DataError([Problem(name, what)])
@@ -303,10 +335,15 @@ def _check_tokenizer(tokenizer: Any, schema: Schema, name: str) -> None:
 
 def _render_all(
     rows: Rows, schema: Schema, template: Template | None, control: _ControlTokens, *, find_turns: bool, own: bool
-) -> Iterator[Rendered | list[RowError]]:
+) -> Iterator[Rendered | Answers | list[RowError]]:
     for row in rows:
         if isinstance(row, RowError):
             yield [row]
+            continue
+        if schema in SIDES and is_conversation(row.fields, schema) != (template is not None):
+            kind, other = ("text", "messages") if template is not None else ("messages", "text")
+            what = f"must be {other}, as in the first row, is {kind}"
+            yield [RowError("wrong_type", f"{row.where} {SIDES[schema][0]}", what)]
             continue
         if faults := check_row(row, schema):
             yield faults
@@ -316,4 +353,4 @@ def _render_all(
             yield [text]
             continue
         control.count(texts_of(row, schema), row.where)
-        yield replace(text, own_texts=own_texts(row, schema)) if own else text
+        yield replace(text, own_texts=own_texts(row, schema)) if own and isinstance(text, Rendered) else text

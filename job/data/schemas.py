@@ -6,6 +6,7 @@
 | prompt_completion | prompt, completion | both, end to end | completion |
 | messages | messages: list of {role, content}; optional: tools | the chat template | the assistant's turns |
 | text | text | as it is | all of it |
+| preference, unpaired_preference | `job.data.preferences` | prompt and answer | the answer |
 
 Alpaca's `system` takes the place of the template's first sentence, and each pair of `history` stands as a turn of its
 own before the instruction; both are prompt. Messages: `job.data.conversations`. Fields that mean something which a
@@ -16,6 +17,7 @@ To add a schema: enter it in `Schema`, `REQUIRED`, `_OPTIONAL` and `PROMPTS`, an
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -23,9 +25,12 @@ from job.data.chat_template import Template
 from job.data.conversations import check_messages, render_messages
 from job.data.fields import Rendered, broken_places, check_target, check_text, is_empty, is_zero, left_out
 from job.data.formats import Row, RowError
+from job.data.preferences import SIDES, Answers, check_preference, render_preference, texts_of_preference
 
-Schema = Literal["alpaca", "prompt_completion", "messages", "text"]
+Schema = Literal["alpaca", "prompt_completion", "messages", "text", "preference", "unpaired_preference"]
 SCHEMAS: tuple[Schema, ...] = get_args(Schema)
+SFT_SCHEMAS = tuple(schema for schema in SCHEMAS if schema not in SIDES)
+"""Those whose rows are learned token by token."""
 
 # The last of them is the target: what is learned, and may not be empty.
 REQUIRED: dict[Schema, tuple[str, ...]] = {
@@ -33,15 +38,19 @@ REQUIRED: dict[Schema, tuple[str, ...]] = {
     "prompt_completion": ("prompt", "completion"),
     "messages": ("messages",),
     "text": ("text",),
+    "preference": ("chosen", "rejected"),
+    "unpaired_preference": ("prompt", "completion", "label"),
 }
 _OPTIONAL: dict[Schema, tuple[str, ...]] = {
     "alpaca": ("input", "system", "history"),
     "prompt_completion": (),
     "messages": ("tools",),
     "text": (),
+    "preference": ("prompt",),
+    "unpaired_preference": (),
 }
 _OF_IMAGES = "the job trains on text alone; remove the field if the text means something without it"
-_OF_PAIRS = "the job learns from single answers, not from pairs of them (DPO); give the good one as the completion"
+_OF_PAIRS = "set JOB_TRAIN__METHOD=dpo or orpo to learn from pairs, or give the good one as the completion"
 _MEANING: dict[str, str] = {
     **dict.fromkeys(("chosen", "rejected"), _OF_PAIRS),
     "system": "put it into the first message, or in front of the prompt",
@@ -73,21 +82,24 @@ class Prompt:
 
 
 PROMPTS: dict[Schema, Prompt] = {
-    "alpaca": Prompt("It learned from this prompt, with the instruction in its place:", _ALPACA_WITHOUT_INPUT),
-    "prompt_completion": Prompt("It learned to go on from a prompt as it stands in the data, with nothing around it."),
-    "messages": Prompt("It learned from conversations in the tokenizer's chat template."),
-    "text": Prompt("It learned plain text, and goes on with whatever text it is given."),
+    "alpaca": Prompt("It was trained on prompts of this form:", _ALPACA_WITHOUT_INPUT),
+    "prompt_completion": Prompt("It was trained on the prompts of the data as they are, without a template."),
+    "messages": Prompt("It was trained on conversations in the tokenizer's chat template."),
+    "text": Prompt("It was trained on plain text: it continues the text that it is given."),
+    "preference": Prompt("It was trained on pairs of answers to the prompts of the data as they are."),
+    "unpaired_preference": Prompt("It was trained on rated answers to the prompts of the data as they are."),
 }
 
 
-def detect_schema(fields: dict[str, Any]) -> Schema | None:
+def detect_schema(fields: dict[str, Any], among: Collection[str] = SFT_SCHEMAS) -> Schema | None:
     """The first schema that a row fits, or at least has a field of; None if it has none.
 
     The order matters: Alpaca's own rows also have a `text`. A half fit counts, so that the field that is missing is
-    what gets reported.
+    what gets reported. `among` are the schemas that the training method can learn from.
     """
-    whole = (schema for schema in SCHEMAS if all(field in fields for field in REQUIRED[schema]))
-    half = (schema for schema in SCHEMAS if any(field in fields for field in REQUIRED[schema]))
+    known = [schema for schema in SCHEMAS if schema in among]
+    whole = (schema for schema in known if all(field in fields for field in REQUIRED[schema]))
+    half = (schema for schema in known if any(field in fields for field in REQUIRED[schema]))
     return next(whole, None) or next(half, None)
 
 
@@ -98,6 +110,8 @@ def check_row(row: Row, schema: Schema) -> list[RowError]:
     ]:
         return [RowError("broken_utf8", place, "is not valid UTF-8 text; save the file as UTF-8") for place in broken]
     faults = _check_meaning(row, schema)
+    if schema in SIDES:
+        return faults + check_preference(row, schema)
     if schema == "messages":
         return faults + check_messages(row)
     *others, target = REQUIRED[schema]
@@ -110,6 +124,8 @@ def check_row(row: Row, schema: Schema) -> list[RowError]:
 
 def texts_of(row: Row, schema: Schema) -> list[str]:
     """The texts of a good row that become part of what is trained on."""
+    if schema in SIDES:
+        return texts_of_preference(row, schema)
     if schema == "messages":
         return [message["content"] for message in row.fields["messages"] if message.get("content")]
     earlier = [text for pair in row.fields.get("history") or () for text in pair] if schema == "alpaca" else []
@@ -126,13 +142,13 @@ def own_texts(row: Row, schema: Schema) -> tuple[str, ...]:
     return tuple(text for text in texts_of(row, schema) if text is not system)
 
 
-def render(row: Row, schema: Schema, template: Template | None, *, find_turns: bool) -> Rendered | RowError:
-    """The text of a row that `check_row` found good.
+def render(row: Row, schema: Schema, template: Template | None, *, find_turns: bool) -> Rendered | Answers | RowError:
+    """The text of a row that `check_row` found good, or its texts if it is of preferences.
 
     Args:
         row: The row.
         schema: Its schema.
-        template: Renders `messages`; no other schema uses it.
+        template: Renders messages; rows of texts do not use it.
         find_turns: Whether to find the assistant's turns in a conversation, which takes two more renderings a turn;
             otherwise the whole conversation counts as completion.
 
@@ -142,6 +158,8 @@ def render(row: Row, schema: Schema, template: Template | None, *, find_turns: b
     Raises:
         DataError: The chat template is broken, or exceeds its time or memory limit.
     """
+    if schema in SIDES:
+        return render_preference(row, schema, template)
     if schema == "messages":
         if template is None:
             raise ValueError("messages need a chat template")
@@ -172,9 +190,8 @@ def _check_meaning(row: Row, schema: Schema) -> list[RowError]:
     """Fields that say what the row means, and have no place in its schema: without them it is another row."""
     faults = []
     if schema != "text":
-        outside = [
-            field for field in _MEANING if field not in _OPTIONAL[schema] and not is_empty(row.fields.get(field))
-        ]
+        used = {*REQUIRED[schema], *_OPTIONAL[schema]}
+        outside = [field for field in _MEANING if field not in used and not is_empty(row.fields.get(field))]
         faults = [
             RowError(
                 "field_without_use", f"{row.where} {field}", f"has no use in the schema {schema}: {_MEANING[field]}"
@@ -185,7 +202,7 @@ def _check_meaning(row: Row, schema: Schema) -> list[RowError]:
         what = "is 0, and a row cannot be weighed; leave the row out, or give messages their weights"
         faults.append(RowError("field_without_use", f"{row.where} weight", what))
     if schema == "prompt_completion" and row.fields.get("label") is False:
-        what = "is false, so the completion is a bad one (KTO), and it would be learned; leave the row out"
+        what = "is false: the completion is a bad one, and would be learned; leave it out, or set JOB_TRAIN__METHOD=kto"
         faults.append(RowError("field_without_use", f"{row.where} label", what))
     return faults
 

@@ -1,4 +1,4 @@
-"""The two data sets of the demo: a question set in ARC's schema, and instructions in Alpaca's."""
+"""The data sets of the demo: questions in ARC's schema, instructions in Alpaca's, and preferences as pairs."""
 
 from __future__ import annotations
 
@@ -41,5 +41,17 @@ def make_instructions(world: tuple[Person, ...], draw: Random) -> list[Row]:
             cards = [f"Question: {begin_sentence(it, person.name, draw)}\nAnswer: {facts[it]}" for it in asked]
             instruction = draw.choice(TASKS).format(name=person.name)
             rows.append({"instruction": instruction, "input": "", "output": "\n\n".join(cards)})
+    draw.shuffle(rows)
+    return rows
+
+
+def make_preferences(world: tuple[Person, ...], draw: Random) -> list[Row]:
+    """A right and a wrong answer for every fact of the practised people: rows `{prompt, chosen, rejected}`."""
+    rows: list[Row] = []
+    for person in (person for person in world if not person.held_out):
+        for attribute, value in zip(ATTRIBUTES, person.values, strict=True):
+            wrong = draw.choice([other for other in attribute.values if other != value])
+            prompt = f"Question: {begin_sentence(attribute, person.name, draw)}\nAnswer:"
+            rows.append({"prompt": prompt, "chosen": f" {value}", "rejected": f" {wrong}"})
     draw.shuffle(rows)
     return rows

@@ -13,24 +13,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
-from job.demo.exercises import Row, make_instructions, make_questions
+from job.demo.exercises import Row, make_instructions, make_preferences, make_questions
 from job.demo.world import SEED, Person, make_world
 
 HERE = Path(__file__).parent
 
 
-def draw_all() -> tuple[tuple[Person, ...], list[Row], list[Row]]:
-    """The world, the questions and the instructions, drawn in this order from one seed."""
+def draw_all() -> tuple[tuple[Person, ...], list[Row], list[Row], list[Row]]:
+    """The world, the questions, the instructions and the preferences, drawn in this order from one seed."""
     draw = Random(SEED)
     world = make_world(draw)
     questions = make_questions(world, draw)
-    return world, questions, make_instructions(world, draw)
+    instructions = make_instructions(world, draw)
+    return world, questions, instructions, make_preferences(world, draw)
 
 
 def render_data() -> dict[str, bytes]:
     """Return the data files by name, as the bytes that lie in the repository."""
-    _, questions, instructions = draw_all()
-    files = {"instructions.jsonl": instructions, "questions.jsonl": questions}
+    _, questions, instructions, preferences = draw_all()
+    files = {"instructions.jsonl": instructions, "preferences.jsonl": preferences, "questions.jsonl": questions}
     return {name: "".join(json.dumps(row) + "\n" for row in rows).encode() for name, rows in files.items()}
 
 
@@ -47,7 +48,7 @@ def write_base(folder: Path) -> None:
     """Train tokenizer and base model and save both to `folder`."""
     from job.demo.pretrain import build_base
 
-    world, _, instructions = draw_all()
+    world, _, instructions, _ = draw_all()
     tokenizer, model = build_base(world, instructions)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from job.distributed.processes import Processes
-from job.evaluation.scorer import Scores, score_sequences
+from job.evaluation.scorer import Scores, ScoreSequences, score_sequences
 from job.records import Question
 
 _POLL_SECONDS = 0.01
@@ -32,10 +32,12 @@ class ParallelScoring:
         processes: Those that share the work; with one of them, `score` is `score_sequences`.
         alive: Called before each sequence and while waiting (then with `progress=`): tells the watchdog that the
             process is alive, and raises Preempted if the job has to stop.
+        scoring: How one process scores sequences.
     """
 
     processes: Processes
     alive: Callable[..., None]
+    scoring: ScoreSequences = score_sequences
 
     def score(
         self, model: Any, questions: list[Question], sequences: Mapping[int, range]
@@ -80,4 +82,4 @@ class ParallelScoring:
         place = self.processes.place
         for number in list(sequences)[place.rank :: place.world_size]:
             self.alive()
-            yield from score_sequences(model, questions, {number: sequences[number]})
+            yield from self.scoring(model, questions, {number: sequences[number]})

@@ -139,6 +139,8 @@ def _look(settings: Settings, folder: Path) -> _Preflight:
             schema=None if s.data.format == "auto" else s.data.format,
             on_bad_row=s.data.on_bad_row,
             loss_on=s.train.loss_on,
+            method=s.train.method,
+            seed=s.run.seed,
             date=s.data.date,
             vocabulary=model.architecture.vocabulary if model and model.architecture else None,
             **where,

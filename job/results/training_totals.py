@@ -23,14 +23,30 @@ def training_totals(history: Sequence[StepMetrics], steps_per_epoch: int, global
     """
     last_epoch = history[-steps_per_epoch:]
     targets, learned = (sum(step.target_tokens for step in steps) for steps in (history, last_epoch))
+    by_examples = any(step.preference for step in last_epoch)  # the loss of a step of preferences is a mean over these
+    weights = [step.examples if by_examples else step.target_tokens for step in last_epoch]
+    means = _means(last_epoch)
     seconds = sum(float(step.measured.get("seconds") or 0) for step in history)
     return {
         "steps": len(history),
         "examples": sum(step.examples for step in history),
         "target_tokens": targets,
-        "loss": sum(step.loss * step.target_tokens for step in last_epoch) / learned if learned else None,
+        "loss": sum(step.loss * weight for step, weight in zip(last_epoch, weights, strict=True)) / sum(weights)
+        if learned
+        else None,
         "seconds": seconds,
         "tokens_per_second": targets / seconds if seconds else None,
         "peak_memory_bytes": max((int(step.measured.get("memory_bytes") or 0) for step in history), default=0),
         "global_batch_size": global_batch_size,
+        **({"preference": means} if means else {}),
     }
+
+
+def _means(history: Sequence[StepMetrics]) -> dict[str, float]:
+    """The means of the metrics of preferences, by examples; a metric may be missing in some steps."""
+    names = dict.fromkeys(name for step in history for name in step.preference)
+    found = {}
+    for name in names:
+        values = [(step.preference[name], step.examples) for step in history if name in step.preference]
+        found[name] = sum(value * examples for value, examples in values) / sum(examples for _, examples in values)
+    return found

@@ -44,7 +44,9 @@ SCORES = "scores"
 FAULTS = "faults/"
 BASE = "base"
 PACKING = "packing"
-"""Records beside those of the stages: which quantized base a run began with, and whether its sequences are packed."""
+REFERENCE = "reference"
+"""Records beside those of the stages: which quantized base a run began with, whether its sequences are packed, and the
+log-probabilities by the reference model, with which preferences are compared."""
 
 ARTIFACTS = "artifacts/"
 ADAPTER = f"{ARTIFACTS}adapter/"
@@ -52,6 +54,7 @@ WEIGHTS = f"{ADAPTER}adapter_model.safetensors"
 CARD = f"{ADAPTER}README.md"
 METRICS = f"{ARTIFACTS}metrics.jsonl"
 VALIDATIONS = f"{ARTIFACTS}validation.jsonl"
+LOG_PROBS = f"{ARTIFACTS}reference.jsonl"
 TENSORBOARD = f"{ARTIFACTS}tensorboard/"
 REPORT = f"{ARTIFACTS}report.html"
 MADE_OF_TIMES = (TENSORBOARD, REPORT)

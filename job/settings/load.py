@@ -16,6 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from job.common.methods import METHODS, MethodName, methods_for
 from job.distributed.ranks import Place, find_faults, find_machines, find_place
 from job.errors import Problem, SettingsError, environment_name
 from job.platforms.detect import Platform, detect, is_foreign
@@ -75,6 +76,7 @@ def load_settings(arguments: Sequence[str] = (), environ: Mapping[str, str] | No
         *_tasks(settings),
         *_validation(settings),
         *_gate(settings),
+        *_method(settings),
     ]
     problems += [Problem(setting_at(name, settings.sources[name]), what) for name, what in faults if name not in wrong]
     problems += [Problem(f"{variable} (environment)", what) for variable, what in find_faults(environ)]
@@ -305,6 +307,8 @@ def _tasks(settings: Settings) -> Iterator[Fault]:
 
 def _validation(settings: Settings) -> Iterator[Fault]:
     data, train = settings.data, settings.train
+    if data.validation is not None and train.method != "sft":
+        yield "data.validation", "validates the loss of JOB_TRAIN__METHOD=sft only; remove it, or train with sft"
     if data.validation_revision is not None and not isinstance(data.validation, str):
         yield "data.validation_revision", "is of a hub id, and JOB_DATA__VALIDATION names none; remove it"
     if data.validation is None:
@@ -322,3 +326,32 @@ def _gate(settings: Settings) -> Iterator[Fault]:
         yield "gate.baseline", "has no threshold; give JOB_GATE__MIN_DELTA or JOB_GATE__MAX_REGRESSION as well"
     if gain is not None and loss is not None and gain < -loss:
         yield "gate.min_delta", "allows a larger loss than JOB_GATE__MAX_REGRESSION; raise it, or remove one of the two"
+
+
+_ONLY_FOR: dict[str, tuple[MethodName, ...]] = {
+    "train.beta": ("dpo", "kto", "orpo"),
+    "train.preference_loss": ("dpo",),
+    "train.label_smoothing": ("dpo",),
+    "train.desirable_weight": ("kto",),
+    "train.undesirable_weight": ("kto",),
+}
+"""Settings of some methods only."""
+
+
+def _method(settings: Settings) -> Iterator[Fault]:
+    """What does not fit the method: rows of another kind, and settings that it would ignore."""
+    train, method = settings.train, METHODS[settings.train.method]
+    if settings.data.format != "auto" and settings.data.format not in method.schemas:
+        fitting = " or ".join(methods_for(settings.data.format))
+        what = f"is {settings.data.format}, which JOB_TRAIN__METHOD={train.method} cannot learn from; {fitting} can"
+        yield "data.format", what
+    for name, methods in _ONLY_FOR.items():
+        given = not settings.sources[name].startswith(("default", "preset"))
+        if given and train.method not in methods:
+            what = f"has no effect with JOB_TRAIN__METHOD={train.method}, only with {' and '.join(methods)}; remove it"
+            yield name, what
+    if train.label_smoothing and train.preference_loss != "sigmoid":
+        yield (
+            "train.label_smoothing",
+            f"has no effect with JOB_TRAIN__PREFERENCE_LOSS={train.preference_loss}; remove it",
+        )

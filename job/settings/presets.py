@@ -35,4 +35,18 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
         "checkpoint.every_steps": 20,
         "eval.data": {"arc_easy": str(_DEMO / "questions.jsonl")},
     },
+    # The same with pairs of a right and a wrong answer instead of instructions.
+    "demo-dpo": {
+        "run.device": "auto",
+        "model.id": str(_DEMO / "base"),
+        "model.dtype": "fp32",
+        "data.source": str(_DEMO / "preferences.jsonl"),
+        "data.limit": None,
+        "train.method": "dpo",
+        "train.epochs": 3,
+        "train.learning_rate": 4e-3,
+        "train.max_length": 512,
+        "checkpoint.every_steps": 20,
+        "eval.data": {"arc_easy": str(_DEMO / "questions.jsonl")},
+    },
 }

@@ -25,6 +25,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
+from job.common.methods import MethodName
 from job.common.optimizers import OptimizerName
 from job.settings.field_types import (
     Count,
@@ -172,7 +173,9 @@ class Data(Group):
     """Split of a hub data set."""
     limit: AffectsResult[Maybe[Count]] = None
     """Number of examples to train on: the first valid rows of the file; empty: all."""
-    format: AffectsResult[Literal["auto", "alpaca", "prompt_completion", "messages", "text"]] = "auto"
+    format: AffectsResult[
+        Literal["auto", "alpaca", "prompt_completion", "messages", "text", "preference", "unpaired_preference"]
+    ] = "auto"
     """Schema of the rows; `auto`: the one that the first row fits."""
     on_bad_row: AffectsResult[Literal["error", "skip"]] = "error"
     """What to do with invalid rows: list them and end the job before training, or leave them out and count them."""
@@ -193,6 +196,21 @@ class Data(Group):
 class Train(Group):
     """Training."""
 
+    method: AffectsResult[MethodName] = "sft"
+    """What is learned: `sft`, the examples as they are; `dpo` and `orpo`, to prefer one of two answers to the other;
+    `kto`, to prefer answers labelled good to those labelled bad."""
+    beta: AffectsResult[Positive] = 0.1
+    """Strength of the preference: for dpo and kto, of the penalty for leaving the reference; for orpo, of the odds
+    ratio in the loss."""
+    preference_loss: AffectsResult[Literal["sigmoid", "ipo"]] = "sigmoid"
+    """Loss of dpo on a pair."""
+    label_smoothing: AffectsResult[Annotated[NotNegative, Field(lt=0.5)]] = 0.0
+    """Share of the pairs assumed to be labelled the wrong way round, for dpo with the sigmoid loss (conservative
+    DPO)."""
+    desirable_weight: AffectsResult[Positive] = 1.0
+    """Weight of good answers in the loss of kto."""
+    undesirable_weight: AffectsResult[Positive] = 1.0
+    """Weight of bad answers in the loss of kto."""
     epochs: AffectsResult[Count] = 2
     """Number of passes over the training data."""
     max_steps: AffectsResult[Maybe[Count]] = None
@@ -339,7 +357,7 @@ class Options(Group, BaseSettings):
 class Settings(Options):
     """All settings of one run."""
 
-    preset: ExecutionOnly[Literal["mistral-7b-alpaca", "demo"]] = "mistral-7b-alpaca"
+    preset: ExecutionOnly[Literal["mistral-7b-alpaca", "demo", "demo-dpo"]] = "mistral-7b-alpaca"
     """Named set of values to start from; what is set anywhere else replaces them."""
     fault: ExecutionOnly[Maybe[Text]] = None
     """Failure to inject, such as `kill@step=12`, for tests only; job/runs/fault_injection.py lists all."""

@@ -34,7 +34,7 @@ def evaluate_base(
     """
     # The cache key leaves out the base's name and the adapter's properties: they do not change the base's scores.
     unnamed = replace(loaded.record, id="", revision=None, trainable_parameters=0, adapted=[])
-    cache = ScoreCache(shared, SCORES, settings.run.id, score_conditions(_forward(loaded, unnamed)))
+    cache = ScoreCache(shared, SCORES, settings.run.id, score_conditions(forward_facts(loaded, unnamed)))
     with adapter_off(loaded.model):
         found = _evaluate(attempt, settings, sources, loaded, cache=cache, side="base")
     if found is None or (origin := cache.reused_from) is None:
@@ -52,12 +52,12 @@ def evaluate_adapter(
         "adapter", lambda: [str(attempt.fetch(artifact)) for artifact in weights]
     )
     load_adapter(loaded.model, Path(paths[0]).parent, loaded.names)
-    adapted = {**_forward(loaded, loaded.record), "adapter": [artifact.sha256 for artifact in weights]}
+    adapted = {**forward_facts(loaded, loaded.record), "adapter": [artifact.sha256 for artifact in weights]}
     cache = ScoreCache(attempt.store, SCORES, settings.run.id, score_conditions(adapted))
     return _evaluate(attempt, settings, sources, loaded, cache=cache, side="adapter")
 
 
-def _forward(loaded: Loaded, record: ModelRecord) -> dict[str, Any]:
+def forward_facts(loaded: Loaded, record: ModelRecord) -> dict[str, Any]:
     """Everything that affects the bits of a forward pass, except the adapter's weights."""
     return {**asdict(record), "forward": loaded.plan.forward, "packed": is_packed(loaded.model)}
 

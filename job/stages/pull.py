@@ -293,6 +293,8 @@ def _read_rows(
         loss_on=settings.train.loss_on,
         max_length=settings.train.max_length,
         tokenizer=tokenizer,
+        method=settings.train.method,
+        seed=settings.run.seed,
         **how,
     )
 

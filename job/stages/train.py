@@ -16,22 +16,25 @@ from job.checkpoints.async_uploader import AsyncUploader
 from job.checkpoints.trainer_state import validate_trainer_state, write_metrics
 from job.common import host
 from job.common.hashing import hash_facts
+from job.common.methods import METHODS
 from job.common.optimizers import substitute
 from job.common.resources import check_disk, checkpoint_bytes, required_bytes
 from job.data.batch_plan import steps_per_epoch
 from job.errors import Preempted, Unreachable
 from job.model.lora import copy_tokenizer, save_adapter, trainable
 from job.preemption.stop_flag import Stopwatch, decide
-from job.records import StepMetrics, Trained, TrainingRecord, ValidationMetrics, ValidationRecord
+from job.records import Artifact, StepMetrics, Trained, TrainingRecord, ValidationMetrics, ValidationRecord
 from job.report.model_card import public_base
 from job.results.training_totals import training_totals
 from job.runs.attempt import Attempt
 from job.runs.layout import ARTIFACTS, METRICS, VALIDATIONS
 from job.settings.load import Settings
 from job.stages.handoff import Loaded, Sources
+from job.stages.reference import with_reference
+from job.storage.open import open_store, storage_options
 from job.tracking.tensorboard import write_events
 from job.training import config
-from job.training.config import Hooks, Recipe, total_steps
+from job.training.config import Hooks, Preference, Recipe, total_steps
 from job.training.early_stopping import validation_record
 from job.training.trainer import train
 
@@ -43,6 +46,10 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
     if substituted is not None and processes.leads:
         log.get_logger().warning("substituted", what=substituted)
     recipe = _recipe(settings, len(sources.examples), loaded.micro_batch_tokens, optimizer)
+    examples, reference = sources.examples, list[Artifact]()
+    if METHODS[settings.train.method].reference:
+        shared = open_store(settings.run.output, storage_options(settings.storage))
+        examples, reference = with_reference(attempt, settings, sources, loaded, shared)
     restored = _restore(attempt)
     if restored.folder is not None:
         log.get_logger().info("resuming", step=restored.step, of=recipe.total_steps)
@@ -72,7 +79,7 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
         trained = train(
             model,
             sources.tokenizer,
-            sources.examples,
+            examples,
             recipe=recipe,
             plan=loaded.plan,
             hooks=Hooks(
@@ -112,8 +119,9 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
         substitutions=[] if substituted is None else [substituted],
         rows=len(sources.examples),
         world_size=processes.place.world_size,
+        compared_with="base" if reference else None,
     )
-    return Trained(record, artifacts)
+    return Trained(record, [*artifacts, *reference])
 
 
 def _stopped(attempt: Attempt, restored: manager.Restored, total_steps: int) -> Preempted:
@@ -159,6 +167,16 @@ def _recipe(settings: Settings, rows: int, micro_batch_tokens: int, optimizer: s
         validate_every_steps=None if settings.data.validation is None else _validation_interval(settings, rows),
         stop_after=t.stop_after,
         keep=t.keep,
+        preference=None
+        if t.method == "sft"
+        else Preference(
+            method=t.method,
+            beta=t.beta,
+            loss=t.preference_loss,
+            label_smoothing=t.label_smoothing,
+            desirable_weight=t.desirable_weight,
+            undesirable_weight=t.undesirable_weight,
+        ),
     )
 
 
@@ -178,6 +196,7 @@ def _step_logger(attempt: Attempt, show_progress: log.Progress, watch: Stopwatch
             learning_rate=metrics.learning_rate,
             tokens_per_second=round(metrics.measured["tokens_per_second"] or 0, 1),
             memory_bytes=metrics.measured["memory_bytes"],
+            **{name: round(value, 4) for name, value in metrics.preference.items()},
         )
         attempt.step_done(metrics.step, seconds)
         attempt.on_metrics(metrics)
@@ -218,7 +237,13 @@ def _files(path: Path) -> list[Path]:
 
 
 def _training_record(
-    recipe: Recipe, trained: config.Trained, *, substitutions: list[str], rows: int, world_size: int
+    recipe: Recipe,
+    trained: config.Trained,
+    *,
+    substitutions: list[str],
+    rows: int,
+    world_size: int,
+    compared_with: str | None,
 ) -> TrainingRecord:
     return TrainingRecord(
         **training_totals(trained.history, steps_per_epoch(rows, recipe.global_batch_size), recipe.global_batch_size),
@@ -227,6 +252,9 @@ def _training_record(
         substitutions=substitutions,
         world_size=world_size,
         execution=trained.plan,
+        method="sft" if recipe.preference is None else recipe.preference.method,
+        beta=None if recipe.preference is None else recipe.preference.beta,
+        reference=compared_with,
         validation=_validation_record(recipe, trained),
     )
 

@@ -18,6 +18,8 @@ def write_events(folder: Path, history: Sequence[StepMetrics], validations: Sequ
             writer.add_scalar("train/learning_rate", metrics.learning_rate, metrics.step)
             if metrics.grad_norm is not None:
                 writer.add_scalar("train/grad_norm", metrics.grad_norm, metrics.step)
+            for name, number in metrics.preference.items():
+                writer.add_scalar(f"train/{name}", number, metrics.step)
             for name, value in metrics.measured.items():
                 if value is not None:
                     writer.add_scalar(f"measured/{name}", value, metrics.step)

@@ -114,6 +114,7 @@ def tracking(
 def figures_of(metrics: StepMetrics) -> dict[str, float]:
     """The numbers of a step, by TensorBoard's names."""
     facts = {"loss": metrics.loss, "learning_rate": metrics.learning_rate, "grad_norm": metrics.grad_norm}
+    facts |= metrics.preference
     named = {f"train/{name}": value for name, value in facts.items()}
     named |= {f"measured/{name}": value for name, value in metrics.measured.items()}
     return {name: float(value) for name, value in named.items() if value is not None}

@@ -7,8 +7,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from job.common.methods import MethodName
 from job.data import batch_plan
 from job.records import ExecutionPlan, StepMetrics, ValidationMetrics
+
+
+@dataclass(frozen=True)
+class Preference:
+    """How preferences are learned: the settings of `train` that only these methods have, by the same names."""
+
+    method: MethodName
+    beta: float = 0.1
+    loss: str = "sigmoid"
+    label_smoothing: float = 0.0
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -35,6 +48,8 @@ class Recipe:
     """None where nothing is validated."""
     stop_after: int | None = None
     keep: str = "last"
+    preference: Preference | None = None
+    """None where every target token is learned (`sft`)."""
 
 
 @dataclass(frozen=True)

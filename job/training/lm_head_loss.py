@@ -95,6 +95,39 @@ def summed_head(base: Any, *, labels: torch.Tensor, fused_lm_head: bool, **input
     )
 
 
+@dataclass(frozen=True, eq=False)
+class SelectedHead:
+    """What `selected_head` returns, as TRL's fused head names it."""
+
+    log_probs: torch.Tensor
+    """(1, tokens - 1) float32: of the token behind each position; 0 where it is not learned."""
+
+
+def selected_head(base: Any, *, labels: torch.Tensor, fused_lm_head: bool, **inputs: Any) -> SelectedHead:
+    """Stands in for `base(..., fused_lm_head=True)` where each token's log-probability counts, and `can_sum` holds.
+
+    TRL's kernel on the positions that are learned alone; its own head takes all positions where there is no Triton.
+
+    Args:
+        base: As in `summed_head`.
+        labels: As in `summed_head`.
+        fused_lm_head: As in `summed_head`.
+        inputs: As in `summed_head`.
+    """
+    from trl.kernels import ChunkedLogProbFunction
+
+    if not fused_lm_head:
+        raise ValueError("this head forms no logits")
+    hidden = base.base_model(**inputs).last_hidden_state[0]  # (tokens, hidden) float32
+    following = labels[0, 1:]
+    learned = (following != IGNORED).nonzero()[:, 0]
+    head = base.get_output_embeddings()
+    found = ChunkedLogProbFunction.apply(
+        hidden[learned], head.weight, head.bias, following[learned], 1.0, VOCABULARY_CHUNK, None, 1.0, ()
+    )[0]
+    return SelectedHead(found.new_zeros(following.shape).index_put((learned,), found)[None])
+
+
 def padded_loss(hidden: torch.Tensor, head: Any, labels: torch.Tensor) -> torch.Tensor:
     """The summed negative log-likelihood of a padded sequence, in shapes that depend on those of its inputs alone.
 
@@ -116,6 +149,18 @@ def padded_loss(hidden: torch.Tensor, head: Any, labels: torch.Tensor) -> torch.
     return -log_probs.masked_fill(labels == IGNORED, 0).sum()
 
 
+def alone_log_probs(model: Any, *, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The log-probabilities of one example's tokens, by the model's own forward; arguments as in `alone_loss`.
+
+    Returns:
+        (tokens,) float32: that of token i + 1 at place i, 0 where it is not learned, and 0 at the last place.
+    """
+    learned = (labels[0, 1:] != IGNORED).nonzero()[:, 0]
+    logits = model(input_ids=input_ids).logits[0, :-1]
+    found = -functional.cross_entropy(logits[learned].float(), labels[0, 1:][learned], reduction="none")
+    return found.new_zeros(labels.shape[1]).index_put((learned,), found)
+
+
 def alone_loss(model: Any, *, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """The summed negative log-likelihood of one example by the model's own forward: right for every causal model.
 
@@ -132,15 +177,20 @@ def alone_loss(model: Any, *, input_ids: torch.Tensor, labels: torch.Tensor) -> 
     return functional.cross_entropy(logits[learned].float(), labels[0, 1:][learned], reduction="sum")
 
 
+def add_head(base: Any) -> None:
+    """Gives a causal language model TRL's fused head, which computes log-probabilities without all logits."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    add_fused_lm_head(base)
+
+
 def losses_of(model: Any) -> Losses:
     """Training's two ways to compute the loss, packed and one example at a time, for the check that they agree.
 
     Gives the model TRL's fused head where that is what training uses; the trainer does so again.
     """
-    from trl.trainer.utils import add_fused_lm_head
-
     if not (own := can_sum(base := model.get_base_model())):
-        add_fused_lm_head(base)
+        add_head(base)
 
     def packed(examples: Sequence[Example]) -> torch.Tensor:
         inputs = packed_inputs(examples, model.device)

@@ -12,7 +12,8 @@ budget, in all processes.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,7 +31,9 @@ from job.training.config import Hooks, Recipe, step_seed
 from job.training.cuda_graphs import CudaGraphs
 from job.training.flat_parameters import FlatParameters
 from job.training.lm_head_loss import padded_loss
+from job.training.objectives import Totals, totals_of
 from job.training.packing import alone_inputs, length_increment, longest_segment, packed_inputs, padded_sequence
+from job.training.preference_gradient import PreferenceGradient
 
 PackedGradient = Callable[[dict[str, Any], int], torch.Tensor]
 """Adds a micro-batch's gradient to the parameters', and returns its part of the loss, () float32, without history.
@@ -38,6 +41,14 @@ PackedGradient = Callable[[dict[str, Any], int], torch.Tensor]
 It gets what `packed_inputs` makes, or `alone_inputs` where the model is not used packed, and the target tokens of the
 whole step, by which the summed loss is divided.
 """
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What of a step of preferences all processes know before its gradient; `kl` is () float32."""
+
+    totals: Totals
+    kl: torch.Tensor
 
 
 class StepAbandoned(Exception):
@@ -59,6 +70,7 @@ class OptimizerStep:
         hooks: Only `stop` and `fits` are used.
         processes: The processes that share the step.
         packed_gradient: Used if the plan is not `padded`.
+        preference: Used in its place for a step of preferences, whose loss is a mean over examples and not over tokens.
     """
 
     def __init__(
@@ -72,13 +84,16 @@ class OptimizerStep:
         hooks: Hooks,
         processes: Processes,
         packed_gradient: PackedGradient,
+        preference: PreferenceGradient | None = None,
     ) -> None:
         self.budget = recipe.micro_batch_tokens
         """Tokens of a micro-batch; halved when memory runs out. A resumed run continues with the budget it had."""
         self.plan = plan
         self._model, self._steps, self._parameters = model, steps, parameters
         self._seed, self._hooks, self._processes = recipe.seed, hooks, processes
-        self._packed_gradient = packed_gradient
+        self._packed_gradient, self._preference = packed_gradient, preference
+        self.metrics: dict[str, float] = {}
+        """Metrics of the last step of preferences, by TRL's names."""
         self._longest = longest_segment(steps.examples, recipe.micro_batch_tokens)
         self._graphs: CudaGraphs | None = None
 
@@ -92,10 +107,27 @@ class OptimizerStep:
             StepAbandoned: The step cannot be finished.
             TrainingFailed: Memory ran out, and neither an optimization nor the token budget can be reduced further.
         """
+        if self._preference is None:
+            return self._from_sum(self._summed(lambda: self._own_gradient(number)))[0]
+        totals = totals_of(self._steps.of(number))
+        kl = torch.zeros((), device=self._parameters.gradient.device)
+        if self._preference.estimates_kl:
+            # Its own sum over the processes: the loss of every example depends on the divergence over the whole step.
+            kl = self._summed(lambda: self._own_kl(number, totals))[0].clamp(min=0)
+        found = self._from_sum(self._summed(lambda: self._own_gradient(number, _Known(totals, kl))))
+        names = self._preference.names(totals)
+        self.metrics = dict(zip(names, found[1:].tolist(), strict=True))
+        return found[0]
+
+    def _summed(self, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What `compute` returns in each process, (numbers,) float32, summed; again with less memory where it ran out.
+
+        With several processes the gradient that it left in the flat parameters is in front of it, in one all-reduce.
+        """
         while True:
             sums = None
             try:
-                sums = self._to_sum(self._own_gradient(number))
+                sums = compute()
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
@@ -103,9 +135,9 @@ class OptimizerStep:
                 if self.budget <= longest // 2 and not self.plan.droppable:
                     raise TrainingFailed(_too_small(longest, error)) from error
             try:
-                if not self._processes.agree(repeat=sums is None):
+                if not self._processes.agree(repeat=sums is None) and sums is not None:
                     self._processes.add_up(sums)
-                    return self._from_sum(sums)
+                    return sums
                 # If a process ran out of memory and has no optimization left to drop, all of them halve the budget.
                 if self._processes.agree(repeat=sums is None and not self.free_memory()):
                     self.budget //= 2
@@ -118,32 +150,56 @@ class OptimizerStep:
         """Frees the CUDA graphs and their memory; they are recorded again when they are needed."""
         self._graphs = None
 
-    def _own_gradient(self, number: int) -> torch.Tensor:
-        """This process's part of the gradient, left in the flat parameters, and of the loss, () float32."""
+    def _own_gradient(self, number: int, known: _Known | None = None) -> torch.Tensor:
+        """This process's part of a step: the gradient, left in the flat parameters, and what is to be summed.
+
+        Returns:
+            (numbers,) float32: the flat gradient where there are several processes, the loss, and the metrics of a step
+            of preferences.
+        """
         torch.manual_seed(step_seed(self._seed, number, self._processes.place.rank))
         self._parameters.clear()
-        loss = torch.zeros((), device=self._parameters.gradient.device)
+        metrics = 0 if known is None or self._preference is None else len(self._preference.names(known.totals))
+        found = torch.zeros(1 + metrics, device=self._parameters.gradient.device)
         targets = targets_of(self._steps.of(number))
+        for group in self._groups(number):
+            # Added at once: what a CUDA graph returns is overwritten by its next launch.
+            if known is None or self._preference is None:
+                found += self._micro_batch(group, targets)
+            else:
+                found += self._preference(group, known.totals, known.kl)
+        # One tensor, so that the processes sum in one all-reduce.
+        return found if self._processes.place.world_size == 1 else torch.cat([self._parameters.gradient, found])
+
+    def _own_kl(self, number: int, totals: Totals) -> torch.Tensor:
+        """This process's part of KTO's estimate of the divergence, (1,) float32."""
+        torch.manual_seed(step_seed(self._seed, number, self._processes.place.rank))
+        found = torch.zeros(1, device=self._parameters.gradient.device)
+        if self._preference is not None:
+            for group in self._groups(number):
+                found += self._preference.kl(group, totals)
+        return found
+
+    def _groups(self, number: int) -> Iterator[list[Example]]:
+        """This process's micro-batches of a step.
+
+        Raises:
+            StepAbandoned: There is no time for the rest.
+        """
         groups = self._steps.micro_batches(number, self.budget)
         for done, group in enumerate(groups):
             if self._hooks.stop() and not self._hooks.fits(1 - done / len(groups)):
                 raise StepAbandoned
-            # Added at once: what a CUDA graph returns is overwritten by its next launch.
-            loss += self._micro_batch(group, targets)
-        return loss
+            yield group
 
-    def _to_sum(self, loss: torch.Tensor) -> torch.Tensor:
-        """The tensor to sum over the processes in one all-reduce: the flat gradient, followed by the loss."""
-        alone = self._processes.place.world_size == 1
-        return loss.reshape(1) if alone else torch.cat([self._parameters.gradient, loss.reshape(1)])
-
-    def _from_sum(self, sums: Any) -> torch.Tensor:
-        """Copies the summed gradient into the flat parameters, and returns the loss."""
-        if self._processes.place.world_size > 1:
-            # In place: the optimizer's `.grad` and the parameters' are views of this memory.
-            self._parameters.gradient.copy_(sums[:-1])
-        loss: torch.Tensor = sums[-1]
-        return loss
+    def _from_sum(self, sums: torch.Tensor) -> torch.Tensor:
+        """Copies the summed gradient into the flat parameters, and returns the rest: the loss, and metrics."""
+        if self._processes.place.world_size == 1:
+            return sums
+        size = self._parameters.gradient.shape[0]
+        # In place: the optimizer's `.grad` and the parameters' are views of this memory.
+        self._parameters.gradient.copy_(sums[:size])
+        return sums[size:]
 
     def _micro_batch(self, examples: Sequence[Example], targets: int) -> torch.Tensor:
         """Adds the gradient of the examples' summed loss divided by `targets`; returns that loss, () float32."""

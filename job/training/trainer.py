@@ -47,6 +47,7 @@ from job.training.early_stopping import is_due, progress
 from job.training.flat_parameters import FlatParameters
 from job.training.lm_head_loss import alone_loss, can_sum, summed_head
 from job.training.packing import alone_inputs, packed_inputs, padded_sequence
+from job.training.preference_gradient import PreferenceGradient, head_of, token_log_probs
 from job.training.step import OptimizerStep, StepAbandoned
 from job.training.validation import Validation
 
@@ -172,6 +173,9 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             hooks=hooks,
             processes=processes,
             packed_gradient=self.packed_gradient,
+            preference=None
+            if recipe.preference is None
+            else PreferenceGradient(recipe.preference, self.log_probs, self.accelerator.backward),
         )
         self.recipe = recipe
         self.validations: list[ValidationMetrics] = []
@@ -215,6 +219,11 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         self.accelerator.backward(loss)
         detached: torch.Tensor = loss.detach()
         return detached
+
+    def log_probs(self, sequences: Sequence[Example]) -> list[torch.Tensor]:
+        """The log-probabilities of sequences' tokens; see `preference_gradient.TokenLogProbs`."""
+        with self.compute_loss_context_manager():
+            return token_log_probs(self.model, head_of(self.model, self.model_wrapped), sequences)
 
     def create_optimizer(self, model: Any = None) -> Any:  # noqa: ARG002 - Trainer's signature
         kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
@@ -331,6 +340,7 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
                 "memory_bytes": memory_in_use(),
                 "micro_batch_tokens": self.step.budget,
             },
+            preference=dict(self.step.metrics),
         )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:  # noqa: ARG002

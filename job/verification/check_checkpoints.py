@@ -14,7 +14,7 @@ from job.common.hashing import facts_of_line
 from job.records import Artifact
 from job.results.inventory import is_marker
 from job.runs.layout import METRICS, VALIDATIONS, WEIGHTS, marker_key
-from job.verification.differences import CheckResult, Difference
+from job.verification.differences import CheckResult, Difference, other_run
 
 Copies = Mapping[str, Path]
 
@@ -41,18 +41,25 @@ def claims(marker: Marker) -> list[Artifact]:
 
 
 def check_checkpoints(
-    results: Mapping[str, Any], found: Sequence[Marker], copies: Copies, wrong: Sequence[Difference]
+    results: Mapping[str, Any],
+    found: Sequence[Marker],
+    copies: Copies,
+    wrong: Sequence[Difference],
+    run: str | None = None,
 ) -> CheckResult:
     """Steps and attempts rise together, metrics and validations only grow, and the adapter is what was published.
 
     Where the adapter of the best validation is published, it is compared with the best one of each checkpoint from that
     step on.
 
+    All are of this run: a marker names the settings, data and weights that it was trained with.
+
     Args:
         results: The manifest.
         found: The markers by rising step.
         copies: Local copies by path.
         wrong: What is wrong with markers and files by themselves.
+        run: The run's fingerprint; None where it is not known.
     """
     differences = [*wrong]
     steps, attempts = results["training"]["steps"], [attempt["number"] for attempt in results["run"]["attempts"]]
@@ -60,6 +67,7 @@ def check_checkpoints(
     epoch = 0
     for marker in found:
         place = marker_key(marker.step)
+        differences += other_run(place, marker.run, run)
         if marker.step > steps:
             differences.append(Difference(place, f"a step up to {steps}", f"step {marker.step}"))
         if marker.epoch < epoch or marker.epoch not in attempts:

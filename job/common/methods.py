@@ -1,0 +1,60 @@
+"""The methods of training a run can choose: one table, from which settings, data, trainer and report read.
+
+To add one:
+1. Add an entry to `METHODS`. Its key is the value of `JOB_TRAIN__METHOD`.
+2. For a new form of rows, add a schema in `data/schemas.py`.
+3. Add its loss to `OBJECTIVES` in `training/objectives.py`, under the same name.
+4. Compare it with another implementation, in `tests/unit/training/test_objectives.py`.
+
+No torch: the choices are among the settings, which must answer before torch is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+MethodName = Literal["sft", "dpo", "kto", "orpo"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """What the rest of the job has to know of a method.
+
+    Attributes:
+        title: Its name in words, for the report.
+        schemas: Schemas of the rows that it can learn from, by their names in `JOB_DATA__FORMAT`.
+        reference: Whether its loss compares with the log-probabilities of a frozen reference model.
+        tags: How the hub tags models that were trained by it.
+    """
+
+    title: str
+    schemas: tuple[str, ...]
+    reference: bool = False
+    tags: tuple[str, ...] = ()
+
+    @property
+    def learns_from(self) -> str:
+        """The rows it learns from, in words."""
+        return " or ".join(ROWS.get(schema, schema) for schema in self.schemas)
+
+
+_PAIRS, _LABELLED = "preference", "unpaired_preference"
+ROWS: Mapping[str, str] = {
+    _PAIRS: "pairs of answers (fields chosen and rejected; prompt where they do not begin with it)",
+    _LABELLED: "labelled answers (fields prompt, completion and label)",
+}
+"""Schemas of preferences, in words."""
+
+METHODS: Mapping[str, Method] = {
+    "sft": Method("supervised fine-tuning", ("alpaca", "prompt_completion", "messages", "text"), tags=("sft",)),
+    "dpo": Method("direct preference optimization", (_PAIRS,), reference=True, tags=("dpo",)),
+    "kto": Method("Kahneman-Tversky optimization", (_LABELLED,), reference=True, tags=("kto",)),
+    "orpo": Method("odds ratio preference optimization", (_PAIRS,), tags=("orpo",)),
+}
+
+
+def methods_for(schema: str) -> list[str]:
+    """The methods that can learn from rows of a schema."""
+    return [name for name, method in METHODS.items() if schema in method.schemas]

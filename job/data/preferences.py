@@ -1,0 +1,294 @@
+"""Rows of preferences: what is wrong with one, and its answers as text and tokens.
+
+| schema | fields | answers |
+|---|---|---|
+| preference | chosen, rejected; optional: prompt | two, the better one first |
+| unpaired_preference | prompt, completion, label | one, and whether it is a good one |
+
+All fields but the label are texts, or all are lists of messages, which the chat template renders; the whole data set is
+of one kind. Without a `prompt`, it is how `chosen` and `rejected` both begin: their common beginning in texts, their
+common first messages in conversations. A `prompt` as text beside conversations is the first of their messages.
+
+An answer's targets are everything behind the prompt, as TRL's trainers have it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Literal
+
+from job.data.chat_template import Template, TemplateRefusalError
+from job.data.fields import Rendered, check_target, check_text, is_empty, left_out
+from job.data.formats import Row, RowError, type_name
+from job.data.tokenization import Encoded, encode
+from job.records import Example
+
+PreferenceSchema = Literal["preference", "unpaired_preference"]
+SIDES: Mapping[str, tuple[str, ...]] = {"preference": ("chosen", "rejected"), "unpaired_preference": ("completion",)}
+"""Schema -> the fields that hold its answers."""
+
+_ROWS = 500
+"""Rows whose texts are tokenized at once."""
+_LABELS = {"true": True, "false": False, "1": True, "0": False}
+"""How tables without types write a label."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A row as texts: each holds the prompt and one of its answers. `desirable` is the label of a single one."""
+
+    where: str
+    sides: tuple[Rendered, ...]
+    desirable: bool | None = None
+
+
+@dataclass(frozen=True)
+class EncodedAnswers:
+    """A row as tokens. `end` and `unused` as in `Encoded`; the end is that of the first answer."""
+
+    sides: tuple[Encoded, ...]
+    example: Example
+    unused: tuple[str, ...] = ()
+
+    @property
+    def end(self) -> int | None:
+        """The special token that the first answer ends with."""
+        return self.sides[0].end
+
+    def canonical(self) -> bytes:
+        """Texts, tokens, targets and label; other rows never give the same bytes."""
+        label = b"" if self.example.desirable is None else bytes([self.example.desirable])
+        return bytes([len(self.sides)]) + b"".join(side.canonical() for side in self.sides) + label
+
+
+def is_conversation(fields: Mapping[str, Any], schema: str) -> bool:
+    """Whether a row's answers are messages, which need a chat template."""
+    return isinstance(fields.get(SIDES[schema][0]), list)
+
+
+def check_preference(row: Row, schema: str) -> list[RowError]:
+    """All that is wrong with the fields of a row, apart from its length in tokens; empty for a good row."""
+    fields, where = row.fields, row.where
+    conversation = is_conversation(fields, schema)
+    check = _check_answer if conversation else check_target
+    faults = [fault for field in SIDES[schema] for fault in check(fields, field, where)]
+    if schema == "unpaired_preference":
+        faults += check_label(fields, where)
+    if schema == "unpaired_preference" or not is_empty(fields.get("prompt")):
+        faults += _check_prompt(fields, where, conversation=conversation)
+    if faults or schema != "preference":
+        return faults
+    return _check_pair(fields, where, conversation=conversation)
+
+
+def check_label(fields: Mapping[str, Any], where: str) -> list[RowError]:
+    """What is wrong with a label, which has to say yes or no."""
+    place = f"{where} label"
+    if fields.get("label") is None:
+        return [RowError("missing_field", place, "is null" if "label" in fields else "is missing")]
+    if _label(fields) is None:
+        what = "must be true (a good completion) or false (a bad one)"
+        return [RowError("wrong_type", place, what)]
+    return []
+
+
+def _label(fields: Mapping[str, Any]) -> bool | None:
+    value = fields["label"]
+    if isinstance(value, bool):
+        return value
+    return _LABELS.get(str(value).strip().lower()) if isinstance(value, int | str) else None
+
+
+def _check_prompt(fields: dict[str, Any], where: str, *, conversation: bool) -> list[RowError]:
+    prompt, place = fields.get("prompt"), f"{where} prompt"
+    if not conversation or prompt is None:
+        return check_text(fields, "prompt", where)
+    if isinstance(prompt, list):
+        return _check_messages(prompt, place)
+    sides = [fields.get(field) for field in ("chosen", "rejected") if field in fields]
+    if sides and all(_opens_with(side, prompt) for side in sides):
+        return []
+    what = "must be messages as the answers are, or the text of the message that they both begin with"
+    return [RowError("wrong_type", place, what)]
+
+
+def _opens_with(side: Any, prompt: Any) -> bool:
+    """Whether a conversation begins with the prompt as its first message, or behind a system message."""
+    messages = [message for message in side or () if isinstance(message, dict) and message.get("role") != "system"]
+    return isinstance(prompt, str) and bool(messages) and messages[0].get("content") == prompt
+
+
+def _check_messages(messages: list[Any], place: str) -> list[RowError]:
+    if not messages:
+        return [RowError("empty_target", place, "has no message")]
+    faults: list[RowError] = []
+    for index, message in enumerate(messages):
+        where = f"{place}[{index}]"
+        if not isinstance(message, dict):
+            faults.append(RowError("wrong_type", where, f"must be an object, is {type_name(message)}"))
+            continue
+        faults += [fault for field in ("role", "content") for fault in check_text(message, field, where)]
+    return faults
+
+
+def _check_answer(fields: dict[str, Any], field: str, where: str) -> list[RowError]:
+    """What is wrong with the messages of an answer, the last of which is learned."""
+    value, place = fields.get(field), f"{where} {field}"
+    if value is None:
+        return [RowError("missing_field", place, "is null" if field in fields else "is missing")]
+    if not isinstance(value, list):
+        return [RowError("wrong_type", place, f"must be messages as the other answer is, is {type_name(value)}")]
+    if faults := _check_messages(value, place):
+        return faults
+    last = f"{place}[{len(value) - 1}]"
+    if value[-1]["role"] != "assistant":
+        return [RowError("empty_target", last, "must be of role assistant: the answer comes last")]
+    return check_target(value[-1], "content", last)
+
+
+def _check_pair(fields: dict[str, Any], where: str, *, conversation: bool) -> list[RowError]:
+    """What is wrong with a pair whose two answers are good by themselves."""
+    prompt, sides = _split(fields, conversation=conversation)
+    if sides[0] == sides[1]:
+        return [RowError("same_answers", f"{where} rejected", "is the same as chosen: nothing is preferred")]
+    for field, side in zip(("chosen", "rejected"), sides, strict=True):
+        if not side or (isinstance(side, str) and not side.strip()):
+            what = "is empty behind what both answers begin with, which is taken for the prompt; give a prompt"
+            return [RowError("empty_target", f"{where} {field}", what)]
+    if conversation and not prompt:
+        what = "begins with another message than rejected does, so there is no prompt; give one"
+        return [RowError("missing_field", f"{where} chosen", what)]
+    return []
+
+
+def _split(fields: Mapping[str, Any], *, conversation: bool) -> tuple[Any, list[Any]]:
+    """The prompt and the two answers of a pair, as texts or as messages, without the prompt in them."""
+    prompt, sides = fields.get("prompt"), [fields["chosen"], fields["rejected"]]
+    given = prompt is not None and not is_empty(prompt)
+    if given and (isinstance(prompt, list) or not conversation):
+        return prompt, sides
+    common = _common_length(*sides)
+    if not conversation and 0 < common < min(map(len, sides)) and sides[0][common - 1] == " ":
+        common -= 1  # as TRL has it: tokens begin with their space
+    return sides[0][:common], [side[common:] for side in sides]
+
+
+def _common_length(one: Any, other: Any) -> int:
+    """Of the common beginning of two texts or lists."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((index for index, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def texts_of_preference(row: Row, schema: str) -> list[str]:
+    """The texts of a good row."""
+    fields = (row.fields.get(field) for field in ("prompt", *SIDES[schema]))
+    return [text for value in fields for text in _texts(value)]
+
+
+def _texts(value: Any) -> list[str]:
+    if isinstance(value, list):
+        return [message["content"] for message in value if message.get("content")]
+    return [value] if isinstance(value, str) else []
+
+
+def render_preference(row: Row, schema: str, template: Template | None) -> Answers | RowError:
+    """The texts of a row that `check_preference` found good.
+
+    Raises:
+        DataError: The chat template is broken, or exceeds its time or memory limit.
+    """
+    fields = row.fields
+    conversation = is_conversation(fields, schema)
+    if schema == "preference":
+        prompt, answers = _split(fields, conversation=conversation)
+    else:
+        prompt, answers = fields["prompt"], [fields["completion"]]
+        if conversation and isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+    unused = left_out(row, ("prompt", "label", *SIDES[schema]))
+    try:
+        texts = [_text(prompt, answer, template if conversation else None) for answer in answers]
+    except TemplateRefusalError as error:
+        place = f"{row.where} {SIDES[schema][0]}"
+        return RowError("bad_conversation", place, f"is refused by the tokenizer's chat template: {error}")
+    sides = tuple(
+        Rendered(f"{row.where} {field}", text, ((start, len(text)),), unused=unused)
+        for field, (text, start) in zip(SIDES[schema], texts, strict=True)
+    )
+    return Answers(row.where, sides, _label(fields) if schema == "unpaired_preference" else None)
+
+
+def _text(prompt: Any, answer: Any, template: Template | None) -> tuple[str, int]:
+    """Prompt and answer as one text, and where the answer begins in it."""
+    if template is None:
+        return prompt + answer, len(prompt)
+    whole = template([*prompt, *answer])
+    # The header of the answer belongs to the prompt; it may hold text that the turn lacks.
+    return whole, _common_length(template(prompt, add_generation_prompt=True), whole)
+
+
+def encode_answers(
+    rows: Iterator[Answers | list[RowError]], tokenizer: Any, *, limit: int | None, **how: Any
+) -> Iterator[EncodedAnswers | list[RowError]]:
+    """Yields an example for each row, or what is wrong with its tokens; faults pass through, in order.
+
+    Args:
+        rows: No row is taken behind the one that makes the last example.
+        tokenizer: As in `tokenization.encode`.
+        limit: The most examples; None for no limit.
+        how: Further arguments of `encode`; `max_length` counts for each answer with its prompt.
+    """
+    count = 0
+    while batch := list(islice(rows, _ROWS if limit is None else min(_ROWS, limit - count))):
+        texts = [side for row in batch if isinstance(row, Answers) for side in row.sides]
+        encoded = encode(iter(texts), tokenizer, loss_on="completion", limit=None, **how)
+        for row in batch:
+            if not isinstance(row, Answers):
+                yield row
+                continue
+            found = [next(encoded) for _ in row.sides]
+            sides = tuple(side for side in found if isinstance(side, Encoded))
+            if faults := [fault for side in found if not isinstance(side, Encoded) for fault in side]:
+                yield faults
+            elif len(sides) > 1 and sides[0].example == sides[1].example:
+                yield [RowError("same_answers", f"{row.where} rejected", "has the same tokens as chosen")]
+            else:
+                count += 1
+                yield EncodedAnswers(sides, _example(sides, row.desirable), row.sides[0].unused)
+
+
+def _example(sides: tuple[Encoded, ...], desirable: bool | None) -> Example:  # noqa: FBT001 - a label
+    first, *others = (side.example for side in sides)
+    if not others:
+        return Example(first.input_ids, first.targets, desirable=desirable)
+    return join(first, others[0])
+
+
+def join(first: Example, second: Example, desirable: bool | None = None) -> Example:  # noqa: FBT001 - a label
+    """One example of two sequences."""
+    return Example(
+        first.input_ids + second.input_ids,
+        first.targets + second.targets,
+        second_at=len(first.input_ids),
+        desirable=desirable,
+    )
+
+
+def with_partners(examples: list[Example], order: tuple[int, ...], max_length: int) -> list[Example]:
+    """Gives each labelled example a second, mismatched sequence, for KTO's estimate of the KL divergence.
+
+    It is the example's prompt with the completion of the example before it in `order`, cut to `max_length` tokens. TRL
+    does so within each batch. `order` is the batch plan's first epoch: there too, all but the first example of a step
+    get the completion of another one of the same step.
+    """
+    before = {row: order[place - 1] for place, row in enumerate(order)}
+    prompts = [example.targets.index(True) for example in examples]
+    paired = []
+    for row, example in enumerate(examples):
+        other = examples[before[row]]
+        ids = (example.input_ids[: prompts[row]] + other.input_ids[prompts[before[row]] :])[:max_length]
+        targets = (example.targets[: prompts[row]] + other.targets[prompts[before[row]] :])[:max_length]
+        paired.append(join(example, Example(ids, targets), example.desirable))
+    return paired

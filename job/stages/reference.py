@@ -1,0 +1,116 @@
+"""The log-probabilities of preferences by the reference model: computed once in a run, and published.
+
+The reference is the base with the adapter switched off, or the adapter that training starts from, so there is never a
+second model in memory. While they are computed they are kept as scores are, so that a killed attempt goes on, and runs
+with the same base, data and start share them. The whole is published as an artifact, which every later attempt reads:
+on other hardware too a run goes on with the same numbers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from job import log
+from job.common.hashing import code_hashes
+from job.errors import DataError
+from job.evaluation.parallel_scoring import ParallelScoring
+from job.evaluation.score_cache import ScoreCache, score_conditions
+from job.evaluation.scorer import Scores, score_questions
+from job.model.lora import adapter_off
+from job.records import Artifact, ChoiceScore, Example, Question, Referenced
+from job.runs.attempt import Attempt
+from job.runs.layout import LOG_PROBS, REFERENCE, SCORES
+from job.settings.load import Settings
+from job.stages.evaluate import forward_facts
+from job.stages.handoff import Loaded, Sources
+from job.storage.open import ObjectStore
+from job.training.preference_gradient import reference_log_probs
+
+CODE = ("job.training.lm_head_loss", "job.training.packing", "job.training.preference_gradient")
+"""Modules whose code decides these numbers, beside those that decide scores."""
+
+
+def with_reference(
+    attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded, shared: ObjectStore
+) -> tuple[list[Example], list[Artifact]]:
+    """The examples with the reference's log-probabilities, and the file in which these are published.
+
+    Called in all processes, before training changes the adapter. `shared` is the store of all runs.
+
+    Raises:
+        TrainingFailed: A log-probability is not finite.
+        Preempted: The job was asked to stop; what was computed is kept.
+    """
+    processes = attempt.processes
+    record = processes.share("reference that is known", lambda: _known(attempt))
+    if not record:
+        scores = _compute(attempt, settings, sources, loaded, shared)
+        record = processes.share("reference", lambda: _publish(attempt, scores))
+    artifact = Artifact(**json.loads(record))
+    path = processes.share_on_machine("reference on this machine", lambda: str(attempt.fetch(artifact)))
+    values = [tuple(json.loads(line)) for line in Path(path).read_bytes().splitlines()]
+    pairs = zip(sources.examples, values, strict=True)
+    return [replace(example, reference=value) for example, value in pairs], [artifact]
+
+
+def _known(attempt: Attempt) -> str:
+    """The published file as JSON, if an earlier attempt published it and it is whole; else nothing."""
+    record = attempt.recorded(REFERENCE, Referenced)
+    if record is None:
+        return ""
+    try:
+        attempt.fetch(record.artifacts[0])
+    except DataError as error:
+        log.get_logger().warning("the reference's log-probabilities are computed again", why=str(error))
+        return ""
+    log.get_logger().info("the reference's log-probabilities are known from an earlier attempt")
+    return json.dumps(asdict(record.artifacts[0]))
+
+
+def _publish(attempt: Attempt, scores: Scores | None) -> str:
+    path = attempt.work / LOG_PROBS
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps([one.log_likelihood for one in of_row]) + "\n" for of_row in scores or ())
+    path.write_text("".join(lines), encoding="utf-8")
+    artifact = attempt.publish(path, LOG_PROBS)
+    attempt.keep(REFERENCE, json.dumps(asdict(Referenced([artifact]))))
+    return json.dumps(asdict(artifact))
+
+
+def _compute(
+    attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded, shared: ObjectStore
+) -> Scores | None:
+    """The log-probabilities, in process 0; the others help."""
+    examples, model = sources.examples, loaded.model
+    compute = reference_log_probs(model, fused=loaded.plan.fused)
+
+    def score(_model: Any, _questions: list[Question], sequences: Mapping[int, range]) -> Iterator[tuple[int, Scores]]:
+        for number, part in sequences.items():
+            sums = compute(examples[part.start : part.stop])
+            yield number, [[ChoiceScore(one, greedy=False) for one in of_row] for of_row in sums]
+
+    parallel = ParallelScoring(attempt.processes, attempt.alive, score)
+    with adapter_off(model):
+        if not attempt.processes.leads:
+            parallel.help(model)
+            return None
+        # As questions: each sequence is an answer to nothing. What of it is a target is in the hash of the data.
+        rows = [Question((), tuple(one.input_ids for one in example.sequences)) for example in examples]
+        cache = ScoreCache(shared, SCORES, settings.run.id, _conditions(sources, loaded))
+        with log.progress("reference rows", len(rows), every=max(1, len(rows) // 10)) as tell:
+            found = score_questions(
+                model, rows, loaded.micro_batch_tokens, cache=cache, score=parallel.score, on_progress=tell
+            )
+        parallel.finish()
+    return found
+
+
+def _conditions(sources: Sources, loaded: Loaded) -> dict[str, Any]:
+    """Everything but the rows' tokens that determines the log-probabilities."""
+    unnamed = replace(loaded.record, id="", revision=None, trainable_parameters=0, adapted=[])
+    facts = forward_facts(loaded, unnamed)
+    return score_conditions({**facts, "data": sources.record.dataset.sha256, "reference": code_hashes(*CODE)})

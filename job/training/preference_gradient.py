@@ -1,0 +1,161 @@
+"""The gradient of preferences: log-probabilities of packed sequences, and an objective of their sums.
+
+The sequences of an example are neighbours in one packed sequence. They do not attend to each other, and none depends
+on what else a micro-batch holds, so neither micro-batches nor processes change more than rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from job.errors import TrainingFailed
+from job.model.packed_attention import is_packed
+from job.records import Example
+from job.training.config import Preference
+from job.training.lm_head_loss import add_head, alone_log_probs, can_sum, selected_head
+from job.training.objectives import OBJECTIVES, Sums, Totals, metric_names
+from job.training.packing import alone_inputs, packed_inputs
+
+TokenLogProbs = Callable[[Sequence[Example]], list[torch.Tensor]]
+"""For each sequence the log-probabilities of its tokens, (tokens,) float32: that of token i + 1 at place i, 0 where it
+is not a target, and 0 at the last place."""
+
+
+def token_log_probs(model: Any, head: Any, sequences: Sequence[Example]) -> list[torch.Tensor]:
+    """`TokenLogProbs` of a model.
+
+    Args:
+        model: Says whether sequences are packed, and where it is.
+        head: What is called: the model as Trainer wrapped it, or `selected_head` in its place.
+        sequences: All of them go through the model at once where it is packed, else one by one.
+    """
+    if not is_packed(model):
+        return [alone_log_probs(head, **alone_inputs(sequence, model.device)) for sequence in sequences]
+    inputs = packed_inputs(sequences, model.device)
+    found = head(**inputs, fused_lm_head=True, use_cache=False).log_probs[0]  # (tokens - 1,)
+    # The last token of a sequence predicts the first one of the next, which is never a target: 0 by the head.
+    whole = torch.cat([found, found.new_zeros(1)]).float()
+    return list(torch.split(whole, [len(sequence.input_ids) for sequence in sequences]))
+
+
+def log_prob_sums(log_probs: TokenLogProbs, sequences: Sequence[Example]) -> torch.Tensor:
+    """(sequences,) float32: the log-probabilities of each sequence's targets, summed."""
+    # One sum a sequence instead of `index_add`, which adds in another order every time on a GPU.
+    return torch.stack([found.sum() for found in log_probs(sequences)])
+
+
+def head_of(model: Any, wrapped: Any = None) -> Any:
+    """What computes log-probabilities without all logits: TRL's fused head, or a stand-in on a CPU.
+
+    Args:
+        model: A PEFT model.
+        wrapped: The same as Trainer wrapped it, if it did.
+    """
+    base = model.get_base_model()
+    if can_sum(base) and is_packed(model):
+        return partial(selected_head, base)
+    return model if wrapped is None else wrapped
+
+
+def reference_log_probs(model: Any, *, fused: bool) -> Callable[[Sequence[Example]], list[list[float]]]:
+    """What computes, for each example, the summed log-probability of each of its sequences, in nats.
+
+    By the model as it is, without training it, in the precision in which training computes.
+
+    Args:
+        model: A PEFT model.
+        fused: Whether the job's fused layers compute, which need no autocast.
+
+    Raises:
+        TrainingFailed: When it is called: one is not finite.
+    """
+    base = model.get_base_model()
+    if is_packed(model) and not can_sum(base):
+        add_head(base)
+    half = base.dtype in {torch.float16, torch.bfloat16} and not fused
+
+    def compute(examples: Sequence[Example]) -> list[list[float]]:
+        model.eval()
+        sequences = [one for example in examples for one in example.sequences]
+        with torch.inference_mode(), torch.autocast(model.device.type, base.dtype if half else None, enabled=half):
+            sums = log_prob_sums(partial(token_log_probs, model, head_of(model)), sequences)
+        if not bool(sums.isfinite().all()):
+            raise TrainingFailed(
+                "the reference's log-probabilities are not finite: the base's numbers are too large for its dtype; set "
+                "JOB_MODEL__DTYPE to bf16 or fp32"
+            )
+        found = iter(sums.tolist())
+        return [[next(found) for _ in example.sequences] for example in examples]
+
+    return compute
+
+
+@dataclass(frozen=True)
+class PreferenceGradient:
+    """The gradient of an objective over micro-batches.
+
+    Attributes:
+        options: Method and its settings.
+        log_probs: By the model in training, with history.
+        backward: Adds the gradient of a loss to the parameters'.
+    """
+
+    options: Preference
+    log_probs: TokenLogProbs
+    backward: Callable[[torch.Tensor], None]
+
+    def names(self, totals: Totals) -> tuple[str, ...]:
+        """Names of the metrics, in the order of the tensor that a micro-batch returns behind its loss."""
+        return metric_names(self.options.method, totals)
+
+    @property
+    def estimates_kl(self) -> bool:
+        """Whether a step needs the divergence before its gradient."""
+        return self.options.method == "kto"
+
+    def kl(self, examples: Sequence[Example], totals: Totals) -> torch.Tensor:
+        """A micro-batch's part of the step's estimate, () float32: over its mismatched answers."""
+        with torch.no_grad():
+            sums = log_prob_sums(self.log_probs, [example.sequences[1] for example in examples])
+        reference = torch.tensor([example.reference[1] for example in examples], device=sums.device)
+        return (sums - reference).sum() / totals.examples
+
+    def __call__(self, examples: Sequence[Example], totals: Totals, kl: torch.Tensor) -> torch.Tensor:
+        """Adds a micro-batch's gradient, and returns its part of loss and metrics, (1 + metrics,) without history."""
+        loss, metrics = OBJECTIVES[self.options.method](self._sums(examples, kl), totals, self.options)
+        self.backward(loss)
+        return torch.stack([loss.detach(), *(metrics[name] for name in self.names(totals))])
+
+    def _sums(self, examples: Sequence[Example], kl: torch.Tensor) -> Sums:
+        columns = 1 if self.estimates_kl else 2
+        sequences = [one for example in examples for one in example.sequences[:columns]]
+        targets = [one.targets for one in sequences]
+        device = kl.device
+        # ORPO learns the prompt too: all tokens of the first sequence are scored, and then told apart.
+        scored = sequences if self.options.method != "orpo" else [_all_learned(one) for one in sequences]
+        found = self.log_probs(scored)
+        if self.options.method == "orpo":
+            learned = [torch.tensor([*of_tokens[1:], False], device=device) for of_tokens in targets]
+            whole = torch.stack([one.sum() for one in found[::2]])
+            found = [one.masked_fill(~mask, 0) for one, mask in zip(found, learned, strict=True)]
+        else:
+            whole = torch.zeros(len(examples), device=device)
+        references = [example.reference[:columns] or (0.0,) * columns for example in examples]
+        labels = [example.desirable is not False for example in examples]
+        return Sums(
+            policy=torch.stack([one.sum() for one in found]).view(-1, columns),
+            reference=torch.tensor(references, device=device),
+            lengths=torch.tensor([float(sum(one)) for one in targets], device=device).view(-1, columns),
+            whole=whole,
+            desirable=torch.tensor(labels, device=device),
+            kl=kl,
+        )
+
+
+def _all_learned(sequence: Example) -> Example:
+    return Example(sequence.input_ids, (False, *(True,) * (len(sequence.input_ids) - 1)))

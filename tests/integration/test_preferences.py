@@ -1,0 +1,130 @@
+"""Whole runs that learn preferences: killed anywhere, and on several processes, they end as undisturbed ones do."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from job.runs.layout import LOG_PROBS, facts_of
+from tests.forked import Forks, forks
+from tests.helpers import arc_rows, write_jsonl
+from tests.integration.test_processes import CLOSE, EXACT, go, metrics, results, run_folder
+
+STEPS = 8
+
+
+def pairs(count: int) -> list[dict[str, str]]:
+    """Sums with a right and a wrong answer."""
+    return [
+        {"prompt": f"What is {n} and {n + 1}?", "chosen": f" It is {2 * n + 1}.", "rejected": f" It is {3 * n} or so."}
+        for n in range(count)
+    ]
+
+
+def labelled(count: int) -> list[dict[str, Any]]:
+    """The same answers, each with a label."""
+    return [
+        {"prompt": row["prompt"], "completion": row["chosen" if n % 2 else "rejected"], "label": n % 2 == 1}
+        for n, row in enumerate(pairs(count))
+    ]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> dict[str, str]:
+    """DPO in fp32: 8 steps in two epochs, a checkpoint every other one."""
+    folder = tmp_path_factory.mktemp("preferences")
+    write_jsonl(folder / "dpo.jsonl", pairs(22))
+    write_jsonl(folder / "kto.jsonl", labelled(22))
+    write_jsonl(folder / "questions.jsonl", arc_rows(10))
+    return {
+        "JOB_RUN__OUTPUT": str(folder / "out"),
+        "JOB_RUN__SPOT_NOTICES": "off",
+        "JOB_MODEL__ID": str(base_folder),
+        "JOB_MODEL__QUANTIZATION": "none",
+        "JOB_DATA__SOURCE": str(folder / "dpo.jsonl"),
+        "JOB_EVAL__DATA": f"arc_easy={folder / 'questions.jsonl'}",
+        "JOB_TRAIN__METHOD": "dpo",
+        "JOB_TRAIN__GLOBAL_BATCH_SIZE": "6",
+        "JOB_TRAIN__LEARNING_RATE": "2e-3",
+        "JOB_TRAIN__MAX_LENGTH": "512",
+        "JOB_TRAIN__OPTIMIZER": "adamw_torch",
+        "JOB_TRAIN__MICRO_BATCH_TOKENS": "300",
+        "JOB_CHECKPOINT__EVERY_STEPS": "2",
+        "JOB_LOG__FORMAT": "json",
+    }
+
+
+@pytest.fixture(scope="module")
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """What starts the processes."""
+    with forks(tmp_path_factory.mktemp("logs")) as found:
+        yield found
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_two_processes_and_kills_change_no_bit(forked: Forks, environment: dict[str, str], method: str) -> None:
+    """NF4, dropout, 8-bit Adam, 2 processes: killed twice, a run ends with the artifacts of one that was not."""
+    changes = {**EXACT, "JOB_TRAIN__METHOD": method, "JOB_RUN__OUTPUT": f"{environment['JOB_RUN__OUTPUT']}-{method}"}
+    changes["JOB_DATA__SOURCE"] = str(Path(environment["JOB_DATA__SOURCE"]).with_name(f"{method}.jsonl"))
+    assert go(forked, environment, "whole", 2, **changes) == [0, 0]
+    faults = "kill@upload=3,kill@step=5"
+    codes = [go(forked, environment, "killed", 2, **changes, JOB_FAULT=faults) for _ in range(3)]
+    assert codes[-1] == [0, 0]
+    assert codes[0][0] == codes[1][0] == -9
+    assert facts_of(results(changes, "killed")) == facts_of(results(changes, "whole"))
+    assert LOG_PROBS in facts_of(results(changes, "whole"))
+
+
+def test_the_number_of_processes_changes_no_step(forked: Forks, environment: dict[str, str]) -> None:
+    """Two processes learn the same steps as one: losses and rewards differ by rounding alone."""
+    assert go(forked, environment, "one", 1) == [0]
+    changes = {"JOB_RUN__OUTPUT": f"{environment['JOB_RUN__OUTPUT']}-2"}  # so that nothing is reused
+    assert go(forked, environment, "two", 2, **changes) == [0, 0]
+    shutil.copytree(run_folder(changes, "two"), run_folder(environment, "two"))
+    pairs_of_steps = list(zip(metrics(environment, "two"), metrics(environment, "one"), strict=True))
+    assert len(pairs_of_steps) == STEPS
+    for found, expected in pairs_of_steps:
+        assert found["loss"] == pytest.approx(expected["loss"], rel=CLOSE)
+        assert found["preference"] == {
+            name: pytest.approx(value, rel=1e-4, abs=1e-4) for name, value in expected["preference"].items()
+        }
+
+
+def test_the_reference_is_computed_once(forked: Forks, environment: dict[str, str]) -> None:
+    """A restart reads what the first attempt published; a run with the same base and data takes its scores over."""
+    name = "once"
+    assert go(forked, environment, name, 1, JOB_FAULT="kill@step=1") == [-9]
+    kept = (run_folder(environment, name) / LOG_PROBS).read_bytes()
+    code, group = forked.run({**environment, "JOB_RUN__ID": name}, 1, "again")
+    assert code == [0]
+    events = [line["event"] for line in group.lines(0)]
+    assert "the reference's log-probabilities are known from an earlier attempt" in events
+    assert "reference rows" not in events
+    assert (run_folder(environment, name) / LOG_PROBS).read_bytes() == kept
+
+
+def test_a_damaged_reference_is_computed_again(forked: Forks, environment: dict[str, str]) -> None:
+    """What is not whole is not believed, and the run ends with the same numbers."""
+    name = "damaged"
+    assert go(forked, environment, name, 1, JOB_FAULT="kill@step=3") == [-9]
+    path = run_folder(environment, name) / LOG_PROBS
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"1", b"2", 1))
+    assert go(forked, environment, name, 1) == [0]
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize(("method", "code"), [("sft", 65), ("kto", 65), ("orpo", 0)])
+def test_data_and_method_have_to_fit(forked: Forks, environment: dict[str, str], method: str, code: int) -> None:
+    """Pairs are for dpo and orpo; another method is told which fields are there and which method fits."""
+    name = f"fits-{method}"
+    codes, group = forked.run({**environment, "JOB_RUN__ID": name, "JOB_TRAIN__METHOD": method}, 1, name)
+    assert codes == [code]
+    if code:
+        problem = str(group.lines(0)[-1])
+        assert "JOB_TRAIN__METHOD=dpo or orpo" in problem
+        assert "dpo.jsonl:1" in problem
