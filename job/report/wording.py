@@ -50,7 +50,11 @@ def validation(training: Mapping[str, Any], dataset: Mapping[str, Any]) -> list[
             f"{count(found['stale'], 'validation')} in a row had not lowered the loss."
         )
     if found["keep"] == "best":
-        what = "the adapter before training" if not found["kept_step"] else f"that of step {found['kept_step']:,}"
+        what = (
+            f"that of step {found['kept_step']:,}"
+            if found["kept_step"]
+            else "untrained, since no step lowered the loss"
+        )
         sentences.append(f"The adapter is {what}, selected on validation; accuracy is reported on the test questions.")
     elif found["stopped_early"]:
         sentences.append("The adapter is that of the last step; accuracy is reported on the test questions.")
