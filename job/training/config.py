@@ -49,7 +49,7 @@ class Recipe:
     stop_after: int | None = None
     keep: str = "last"
     preference: Preference | None = None
-    """None where every target token is learned (`sft`)."""
+    """None for `sft`, where the loss is over every target token."""
 
 
 @dataclass(frozen=True)
