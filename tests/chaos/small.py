@@ -51,5 +51,7 @@ def validation(folder: Path) -> dict[str, str]:
         "JOB_TRAIN__STOP_AFTER": "2",
         "JOB_TRAIN__KEEP": "best",
         "JOB_TRAIN__EPOCHS": "8",
-        "JOB_TRAIN__LEARNING_RATE": "1e-2",
+        "JOB_TRAIN__LEARNING_RATE": "2e-2",
+        "JOB_TRAIN__SCHEDULER": "constant",
+        "JOB_TRAIN__LOSS_ON": "completion",
     }
