@@ -144,7 +144,8 @@ def _attempt(
         track.start()
         gpus = [name for seen in processes.gather("names of the GPUs", energy.visible_gpus()) for name in seen]
         if processes.leads:
-            attempt.on_metrics, attempt.joules = track.step, energy.open_meter(gpus)
+            attempt.on_metrics, attempt.on_validation = track.step, track.validation
+            attempt.joules = energy.open_meter(gpus)
         yield attempt, track
 
 

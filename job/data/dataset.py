@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
@@ -20,7 +21,7 @@ from job.data.fields import Rendered
 from job.data.formats import UNREADABLE, Row, RowError, Rows, find_files, read_rows
 from job.data.hub_dataset import is_hub_id, open_dataset
 from job.data.preferences import SIDES, Answers, EncodedAnswers, encode_answers, is_conversation, with_partners
-from job.data.schemas import REQUIRED, Schema, check_row, detect_schema, render, texts_of
+from job.data.schemas import REQUIRED, Schema, check_row, detect_schema, own_texts, render, texts_of
 from job.data.tokenization import Encoded, LossOn, encode
 from job.errors import MAX_SHOWN, DataError, Problem, SettingsError
 from job.records import DatasetRecord, Example
@@ -47,6 +48,7 @@ def load_examples(
     method: MethodName = "sft",
     seed: int = 0,
     alive: Callable[[], None] = lambda: None,
+    on_example: Callable[[Encoded], None] | None = None,
 ) -> tuple[list[Example], DatasetRecord]:
     """Reads training examples, in the order of the source.
 
@@ -72,6 +74,7 @@ def load_examples(
         method: What the rows are for, which decides the schemas that they may have.
         seed: The run's; KTO pairs the rows in the order of its first epoch.
         alive: Called about twice a second while rows are read; an exception from it ends the reading.
+        on_example: Called with each example, in order, its `own_texts` included; not with preferences.
 
     Returns:
         The examples, at least one, and the record for the manifest.
@@ -100,7 +103,9 @@ def load_examples(
     if templated and uses_date(tokenizer):
         log.get_logger().info("the chat template can write the date; JOB_DATA__DATE sets it", date=date or "today")
     with open_template(tokenizer, date, alive) if templated else nullcontext() as template:
-        texts: Iterator[Any] = _render_all(rows, schema, template, control, find_turns=loss_on == "completion")
+        texts: Iterator[Any] = _render_all(
+            rows, schema, template, control, find_turns=loss_on == "completion", own=on_example is not None
+        )
         options: dict[str, Any] = {
             "templated": templated,
             "max_length": max_length,
@@ -118,6 +123,8 @@ def load_examples(
                 digest.update(item.canonical())
                 ends[item.end] += 1
                 unused.update(item.unused)
+                if on_example is not None and isinstance(item, Encoded):
+                    on_example(item)
             else:
                 findings.add(item)
     findings.raise_problems()
@@ -145,7 +152,7 @@ def load_examples(
     )
 
 
-def check_source(source: str, revision: str | None, split: str) -> None:
+def check_source(source: str, revision: str | None, split: str, setting: str = "JOB_DATA__REVISION") -> None:
     """Refuses a source that cannot be read, as far as can be checked without reading it or using the network.
 
     Raises:
@@ -153,16 +160,16 @@ def check_source(source: str, revision: str | None, split: str) -> None:
         SettingsError: A hub id without a revision.
     """
     if is_hub_id(source):
-        require_revision(revision)
+        require_revision(revision, setting)
     else:
         find_files(source, split)
 
 
-def require_revision(revision: str | None) -> str:
-    """The revision of a hub data set, which has to be given."""
+def require_revision(revision: str | None, setting: str = "JOB_DATA__REVISION") -> str:
+    """The revision of a hub data set, which has to be given by a setting."""
     if revision is None:
         what = "a data set of the hub needs a revision, best a commit, so that the run can be repeated"
-        raise SettingsError([Problem("JOB_DATA__REVISION", what)])
+        raise SettingsError([Problem(setting, what)])
     return revision
 
 
@@ -327,7 +334,7 @@ def _check_tokenizer(tokenizer: Any, name: str, *, templated: bool) -> None:
 
 
 def _render_all(
-    rows: Rows, schema: Schema, template: Template | None, control: _ControlTokens, *, find_turns: bool
+    rows: Rows, schema: Schema, template: Template | None, control: _ControlTokens, *, find_turns: bool, own: bool
 ) -> Iterator[Rendered | Answers | list[RowError]]:
     for row in rows:
         if isinstance(row, RowError):
@@ -346,4 +353,4 @@ def _render_all(
             yield [text]
             continue
         control.count(texts_of(row, schema), row.where)
-        yield text
+        yield replace(text, own_texts=own_texts(row, schema)) if own and isinstance(text, Rendered) else text

@@ -22,6 +22,7 @@ class Rendered:
         completions: The spans (start, end), in characters, that the model is trained to produce.
         ignored: The spans that are never in the loss, whatever JOB_TRAIN__LOSS_ON is.
         unused: The fields that were left out.
+        own_texts: The row's texts without what a schema or template puts around them, where they were asked for.
     """
 
     where: str
@@ -29,6 +30,7 @@ class Rendered:
     completions: tuple[tuple[int, int], ...]
     ignored: tuple[tuple[int, int], ...] = ()
     unused: tuple[str, ...] = ()
+    own_texts: tuple[str, ...] = ()
 
 
 def check_text(fields: dict[str, Any], field: str, where: str) -> list[RowError]:

@@ -25,13 +25,14 @@ class Encoded:
     """An example, and the text it was made from.
 
     `end` is the last special token among the last few targets, which tells a model to stop; None if there is
-    none. `unused` are the fields of the row that were left out.
+    none. `unused` are the fields of the row that were left out, `own_texts` as in `Rendered`.
     """
 
     text: str
     example: Example
     end: int | None = None
     unused: tuple[str, ...] = ()
+    own_texts: tuple[str, ...] = ()
 
     def canonical(self) -> bytes:
         """Text, tokens and targets, with their lengths in front: other examples never give the same bytes."""
@@ -83,7 +84,7 @@ def encode(
             count += 1
             input_ids = tuple(map(shared_ids.setdefault, ids, ids))
             example = Example(input_ids, shared_targets.setdefault(targets, targets))
-            yield Encoded(row.text, example, _end(ids, targets, special), row.unused)
+            yield Encoded(row.text, example, _end(ids, targets, special), row.unused, row.own_texts)
 
 
 def _take(rows: Iterator[Rendered | list[RowError]], most: int) -> list[Rendered | list[RowError]]:

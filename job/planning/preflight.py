@@ -13,14 +13,15 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 from uuid import uuid4
 
 from job.common import formatting
-from job.data.dataset import load_examples, require_revision
+from job.data.dataset import require_revision
 from job.data.hub_dataset import is_hub_id
+from job.data.training_and_validation import ValidationSource, load_rows
 from job.errors import DataError, JobError, Problem, SettingsError, Unreachable
 from job.evaluation.tasks import check_lengths, check_tasks, count_questions, load_tasks
 from job.model.adapter_options import PLAIN, AdapterOptions, described
@@ -294,12 +295,16 @@ def _fetch_small_files(source: str, folder: Path, storage: StorageOptions) -> tu
 
 @dataclass(frozen=True)
 class DataFacts:
-    """The examples as they would be trained on. `estimated`: token counts are estimated from characters."""
+    """The examples as they would be trained on. `estimated`: token counts are estimated from characters.
+
+    `validation` are the rows that would be validated on.
+    """
 
     examples: Sequence[Example]
     estimated: bool
     download_bytes: int
     licence: str | None
+    validation: Sequence[Example] = ()
 
 
 def preview_data(
@@ -311,6 +316,7 @@ def preview_data(
     folder: Path,
     storage: StorageOptions,
     revision: str | None,
+    validation: float | ValidationSource | None = None,
     **reading: Any,
 ) -> Found[DataFacts]:
     """Reads and checks the rows as the job will; without a tokenizer, token counts are estimated.
@@ -323,14 +329,22 @@ def preview_data(
         folder: Folder for copies from S3.
         storage: How to reach stores.
         revision: For a hub id.
-        reading: Further arguments of `load_examples`.
+        validation: What to validate on.
+        reading: Further arguments of `load_rows`.
     """
     download, licence = _of_the_data(source, revision, storage, online=online)
     if download > MAX_BYTES:
         raise NotChecked(f"{source} has {formatting.size(download, ' ')}, too much to fetch for a plan")
+    if isinstance(validation, ValidationSource):
+        more, _ = _of_the_data(validation.name, validation.revision, storage, online=online)
+        if more > MAX_BYTES:
+            raise NotChecked(f"{validation.name} has {formatting.size(more, ' ')}, too much to fetch for a plan")
+        download += more
+        validation = replace(validation, place=fetch(validation.place, folder / "validation", storage))
     place = fetch(source, folder / "data", storage)
-    examples, record = load_examples(
+    examples, held_out, record = load_rows(
         place,
+        validation,
         revision=revision,
         max_length=NO_LIMIT if tokenizer is None else max_length,
         tokenizer=tokenizer or CharacterTokenizer(CHARACTERS_PER_TOKEN),
@@ -338,9 +352,11 @@ def preview_data(
         **reading,
     )
     what = f"{record.rows:,} rows in the schema {record.format}"
+    if record.validation is not None:
+        what += f", {record.validation.rows:,} for validation"
     if record.skipped:
         what += f"; skipped {', '.join(f'{count} {kind}' for kind, count in record.skipped.items())}"
-    facts = DataFacts(examples, tokenizer is None, download, licence)
+    facts = DataFacts(examples, tokenizer is None, download, licence, held_out)
     if tokenizer is not None:
         return "ok", what, facts
     long = sum(len(example.input_ids) > max_length for example in examples)

@@ -58,6 +58,7 @@ def render_model_card(results: Mapping[str, Any]) -> bytes:
         explanations=[wording.explanation(name, task, len(tasks)) for name, task in tasks.items()],
         accuracies={name: wording.accuracies(task) for name, task in tasks.items()},
         scope=wording.SCOPE,
+        validation=wording.validation(results["training"], dataset),
         weights=next((a["sha256"] for a in results["artifacts"] if a["path"] == WEIGHTS), None),
     )
     text = f"---\n{_metadata(results, settings, title, licence, name if known else None)}\n---\n\n{body}"

@@ -15,13 +15,13 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 from pydantic_core import from_json
 
 from job.common import formatting
-from job.records import Artifact, StepMetrics
+from job.records import Artifact, StepMetrics, ValidationMetrics
 from job.report import charts, wording
 from job.report.changed_answers import changed_answers
 from job.report.templating import render
 from job.report.timeline import bars, by_stage, restarts
 from job.results.cost import OUTSIDE
-from job.runs.layout import METRICS, REPORT, Stage, answers_key
+from job.runs.layout import METRICS, REPORT, VALIDATIONS, Stage, answers_key
 from job.settings.load import preset_values
 
 FIRST_QUESTIONS, MAX_QUESTIONS = 5, 40
@@ -47,10 +47,14 @@ class _Answer(BaseModel):
 
 @dataclass(frozen=True)
 class ReportData:
-    """What the report shows beside the manifest: metrics of every step; by task, the samples of base and adapter."""
+    """What the report shows beside the manifest: metrics of every step; by task, the samples of base and adapter.
+
+    `validations` is empty where nothing was validated.
+    """
 
     metrics: list[StepMetrics]
     answers: dict[str, tuple[Records, Records]]
+    validations: tuple[ValidationMetrics, ...] = ()
 
 
 def read_report_data(results: Mapping[str, Any], fetch: Callable[[Artifact], Path]) -> ReportData:
@@ -65,7 +69,10 @@ def read_report_data(results: Mapping[str, Any], fetch: Callable[[Artifact], Pat
         ValueError: A line is not JSON, or not a step's metrics, or not an answer as the job writes it.
     """
     published = {artifact["path"]: Artifact(**artifact) for artifact in results["artifacts"]}
-    metrics = TypeAdapter(StepMetrics)
+    kinds: dict[str, TypeAdapter[Any]] = {
+        METRICS: TypeAdapter(StepMetrics),
+        VALIDATIONS: TypeAdapter(ValidationMetrics),
+    }
 
     def lines(path: str) -> list[bytes]:
         return [line for line in fetch(published[path]).read_bytes().split(b"\n") if line]
@@ -79,7 +86,12 @@ def read_report_data(results: Mapping[str, Any], fetch: Callable[[Artifact], Pat
     }
     for pair in sides.values():
         changed_answers(*pair)  # here, and not while the page is made: it is the files that are wrong
-    return ReportData([metrics.validate_python(from_json(line, allow_inf_nan=False)) for line in lines(METRICS)], sides)
+
+    def metrics(path: str) -> list[Any]:
+        return [kinds[path].validate_python(from_json(line, allow_inf_nan=False)) for line in lines(path)]
+
+    validations = metrics(VALIDATIONS) if results["training"].get("validation") else []
+    return ReportData(metrics(METRICS), sides, tuple(validations))
 
 
 def render_report(results: Mapping[str, Any], evidence: ReportData) -> bytes:
@@ -102,7 +114,8 @@ def render_report(results: Mapping[str, Any], evidence: ReportData) -> bytes:
         changed={name: changed_answers(*sides) for name, sides in evidence.answers.items()},
         first_questions=FIRST_QUESTIONS,
         most_questions=MAX_QUESTIONS,
-        lines=_lines(evidence.metrics, restarts(attempts)),
+        lines=_lines(evidence, restarts(attempts), results["training"].get("validation")),
+        validation=wording.validation(results["training"], results["dataset"]),
         restarts=restarts(attempts),
         bars=bars(attempts),
         by_stage=by_stage(attempts),
@@ -184,8 +197,11 @@ def _range(interval: tuple[float, float], write: Callable[[float], str]) -> str:
     return f"{low} to {high}"
 
 
-def _lines(metrics: list[StepMetrics], marks: list[float]) -> list[charts.LineChart]:
-    """Charts of loss, learning rate, speed and memory by step; without those that were not measured."""
+def _lines(evidence: ReportData, marks: list[float], validation: Mapping[str, Any] | None) -> list[charts.LineChart]:
+    """Charts of losses, learning rate, speed and memory by step; without those that were not measured."""
+    metrics = evidence.metrics
+    validated = [(found.step, found.loss) for found in evidence.validations]
+    kept = validation["kept_step"] if validation else None
 
     def measured(name: str) -> list[tuple[int, float]]:
         return [(step.step, value) for step in metrics if (value := step.measured.get(name)) is not None]
@@ -195,7 +211,14 @@ def _lines(metrics: list[StepMetrics], marks: list[float]) -> list[charts.LineCh
     memory = [(step, value / scale) for step, value in memory]
     drawn = (
         charts.line_chart(
-            "Loss", "nats a token", [(m.step, m.loss) for m in metrics], formatting.figure, marks=marks, from_zero=False
+            "Loss",
+            "nats a token",
+            [(m.step, m.loss) for m in metrics],
+            formatting.figure,
+            marks=marks,
+            from_zero=False,
+            second=validated,
+            dot=kept,
         ),
         charts.line_chart(
             "Learning rate", "", [(m.step, m.learning_rate) for m in metrics], formatting.figure, marks=marks

@@ -22,6 +22,8 @@ from job.storage.location import schemes
 _TRUTH = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?|\[[0-9A-Fa-f:.]{2,45}\]")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
+_FEWEST_ROWS = 2
 _COUNT = re.compile(r"[1-9][0-9]{0,8}", re.ASCII)
 _PORT = re.compile(r"[1-9][0-9]{0,4}", re.ASCII)
 _MANY_PASSES = 1e6
@@ -209,6 +211,22 @@ def _day(text: str) -> str:
     return f"{date:%Y-%m-%d}"
 
 
+def _held_out(value: object) -> object:
+    """A share, a number of rows, or a source."""
+    if isinstance(value, str):
+        text = value.strip()
+        if not _NUMBER.fullmatch(text):
+            return _location(_printable(text))
+        value = int(text) if text.lstrip("+-").isdecimal() else float(text)
+    if type(value) is int and _FEWEST_ROWS <= value < 1 << 32:
+        return value
+    if type(value) is float and 0 < value < 1:
+        return value
+    raise ValueError(
+        "must be a share between 0 and 1, such as 0.05, a whole number of rows of at least 2, or a source of its own"
+    )
+
+
 def _public_name(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", text, re.ASCII):
         raise ValueError("must be a name such as org/model: letters, digits, '.', '_', '-', and one slash at most")
@@ -238,6 +256,8 @@ Text = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_prin
 RunId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 Location = Annotated[Text, AfterValidator(_location)]
 LocalPath = Annotated[Text, AfterValidator(_local)]
+HeldOut = Annotated[int | float | Text, BeforeValidator(_held_out)]
+"""What to validate on: a share of the rows, a number of rows, or a source of its own."""
 PublicName = Annotated[Text, AfterValidator(_public_name)]
 Endpoint = Annotated[Text, AfterValidator(_endpoint)]
 HostPort = Annotated[Text, AfterValidator(_host_port)]

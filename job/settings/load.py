@@ -75,6 +75,7 @@ def load_settings(arguments: Sequence[str] = (), environ: Mapping[str, str] | No
         *_places(settings, request.platform),
         *_revisions(settings, request),
         *_tasks(settings),
+        *_validation(settings),
         *_gate(settings),
         *_schedule(settings),
         *_adapter(settings),
@@ -305,6 +306,23 @@ def _tasks(settings: Settings) -> Iterator[Fault]:
         )
         what = f"has a file for a task that is not in JOB_EVAL__TASKS{named}; add the task there, or drop the file"
         yield "eval.data", what
+
+
+def _validation(settings: Settings) -> Iterator[Fault]:
+    data, train = settings.data, settings.train
+    if data.validation is not None and train.method != "sft":
+        yield "data.validation", "validates the loss of JOB_TRAIN__METHOD=sft only; remove it, or train with sft"
+    if settings.lora.kind == "adalora":  # its ranks are settled by the schedule, not at an earlier step
+        asked = {"train.stop_after": train.stop_after is not None, "train.keep": train.keep == "best"}
+        for name in (name for name, given in asked.items() if given):
+            yield name, "is not for JOB_LORA__KIND=adalora, whose ranks are settled at the end; remove it"
+    if data.validation_revision is not None and not isinstance(data.validation, str):
+        yield "data.validation_revision", "is of a hub id, and JOB_DATA__VALIDATION names none; remove it"
+    if data.validation is None:
+        given = {"train.validate_every_steps": train.validate_every_steps, "train.stop_after": train.stop_after}
+        named = [name for name, value in given.items() if value is not None]
+        for name in [*named, *(["train.keep"] if train.keep == "best" else [])]:
+            yield name, "goes by the validation loss; give JOB_DATA__VALIDATION, such as 0.05, or remove it"
 
 
 def _gate(settings: Settings) -> Iterator[Fault]:

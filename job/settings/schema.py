@@ -36,6 +36,7 @@ from job.settings.field_types import (
     Endpoint,
     Flag,
     FlagOrAuto,
+    HeldOut,
     HostPort,
     Layers,
     LocalPath,
@@ -211,6 +212,15 @@ class Data(Group):
     """Schema of the rows; `auto`: the one that the first row fits."""
     on_bad_row: AffectsResult[Literal["error", "skip"]] = "error"
     """What to do with invalid rows: list them and end the job before training, or leave them out and count them."""
+    validation: AffectsResult[Annotated[Maybe[HeldOut], SageMakerChannel("validation")]] = None
+    """Rows for the validation loss: a share of the rows (0.05) or a number of them (200), held out of training, or a
+    source of its own (hub id, `s3://` URI or path) with rows of the same schema; empty for none. Near-duplicates of a
+    row fall on the same side as the row; JOB_DATA__LIMIT counts the rows before any is held out.
+    """
+    validation_revision: AffectsResult[Annotated[Maybe[Text], RevisionOf("data.validation")]] = None
+    """Commit hash of JOB_DATA__VALIDATION, for a hub id."""
+    validation_split: AffectsResult[Text] = "validation"
+    """Split of JOB_DATA__VALIDATION, where that is a hub id or a folder of splits."""
     seed: AffectsResult[Maybe[Whole]] = None
     """Seed of the order of the examples; empty: JOB_RUN__SEED."""
     date: AffectsResult[Maybe[Day]] = None
@@ -268,6 +278,15 @@ class Train(Group):
     """Maximum length of an example, in tokens; a longer one is an invalid row (JOB_DATA__ON_BAD_ROW), never cut."""
     optimizer: AffectsResult[OptimizerName] = "adamw_8bit"
     """Optimizer of the adapter's weights."""
+    validate_every_steps: AffectsResult[Maybe[Count]] = None
+    """Optimizer steps between two validations, beside those before the first step and after the last; empty: the steps
+    of an epoch. Checkpoints have an interval of their own, which may change between attempts."""
+    stop_after: AffectsResult[Maybe[Count]] = None
+    """End training after so many validations in a row without a lower loss; empty: never. The schedule of the learning
+    rate stays that of all steps."""
+    keep: AffectsResult[Literal["last", "best"]] = "last"
+    """Which adapter is evaluated and published: that of the last step, or of the step with the lowest validation loss.
+    """
     loss_on: AffectsResult[Literal["all", "completion"]] = "all"
     """Tokens that the loss counts: all, or those of the completion (the answer) only."""
     gradient_checkpointing: ExecutionOnly[FlagOrAuto] = "auto"

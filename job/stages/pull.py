@@ -20,9 +20,10 @@ from job.common import host
 from job.common.hashing import code_hashes
 from job.common.resources import check_disk, required_bytes
 from job.common.threads import in_thread
-from job.data.dataset import check_source, load_examples
+from job.data.dataset import check_source
 from job.data.formats import find_file
 from job.data.hub_dataset import check_hub_dataset
+from job.data.training_and_validation import ValidationSource, load_rows, what_to_validate_on
 from job.errors import DataError, JobError, Preempted, Problem
 from job.evaluation.tasks import Tasks, check_lengths, load_tasks
 from job.model.adapter_options import MANY_STEPS, make_options
@@ -45,6 +46,7 @@ from job.storage.open import ObjectStore, StorageOptions, fetch, open_store, siz
 
 CODE = ("job.model.base", "job.model.files", "job.model.quantized_cache.cache", "job.model.quantized_cache.layout")
 """Modules whose code decides the bits of a quantized base."""
+_EXAMPLES = TypeAdapter(tuple[list[Example], list[Example]])
 _POLL_SECONDS = 0.5
 _CLEANUP_SECONDS = 3.0
 
@@ -68,6 +70,7 @@ class _Shared:
     folder: str
     quantized: bool
     examples: str
+    """A file with both, the examples and those for validation."""
 
 
 def pull(attempt: Attempt, settings: Settings, storage: StorageOptions) -> Sources:
@@ -103,20 +106,21 @@ def _date(attempt: Attempt) -> str:
 def _write_shared(sources: Sources, work: Path) -> str:
     examples = work / "examples.json"
     with disk_errors(f"cannot write {examples}"):
-        examples.write_bytes(TypeAdapter(list[Example]).dump_json(sources.examples))
+        examples.write_bytes(_EXAMPLES.dump_json((sources.examples, sources.validation)))
     shared = _Shared(sources.record, str(sources.folder.absolute()), sources.quantized, str(examples.absolute()))
     return TypeAdapter(_Shared).dump_json(shared).decode()
 
 
 def _read_shared(shared: _Shared) -> Sources:
     folder = Path(shared.folder)
-    examples = TypeAdapter(list[Example]).validate_json(Path(shared.examples).read_bytes())
+    examples, validation = _EXAMPLES.validate_json(Path(shared.examples).read_bytes())
     return Sources(
         shared.record,
         folder,
         shared.quantized,
         load_tokenizer(folder),
         examples,
+        validation,
         tasks=None,
         baseline=None,
         cache_entry=None,
@@ -128,6 +132,8 @@ def _pull(attempt: Attempt, settings: Settings, storage: StorageOptions, date: s
     gate = settings.gate
     baseline = None if gate.baseline is None else read_baseline(gate.baseline, storage)
     named = {settings.model.id, settings.data.source, *settings.eval.data.values()}
+    if isinstance(own := _what_to_validate_on(settings), ValidationSource):
+        named.add(own.name)
     check_disk(attempt.work, required_bytes(size(place, storage) for place in named))
     import_client()  # here: two threads that import the same at once may get half of a module
     early: Future[tuple[Path, bool]] = Future()
@@ -146,11 +152,12 @@ def _pull(attempt: Attempt, settings: Settings, storage: StorageOptions, date: s
         if baseline is not None:
             check_questions(baseline, tasks.questions(settings.eval.limit), gate.metric)
         source = _fetch(attempt, settings.data.source, "data", storage)
+        validation = _fetch_validation(attempt, settings, storage)
         folder, missing = _early_files(attempt, early, coming)
         tokenizer = load_tokenizer(folder)
         if missing:
             _check_model(folder, settings)
-            check_hub_dataset(settings.data.source, settings.data.revision)
+            _check_hub(settings)
         check_lengths(
             tasks,
             tokenizer,
@@ -166,8 +173,8 @@ def _pull(attempt: Attempt, settings: Settings, storage: StorageOptions, date: s
             if coming.done():
                 coming.result()  # an error of the weights ends the reading of rows
 
-        examples, dataset = _read_rows(
-            settings, source, tokenizer, date=date, vocabulary=_vocabulary(folder), alive=alive
+        examples, held_out, dataset = _read_rows(
+            settings, source, validation, tokenizer, date=date, vocabulary=_vocabulary(folder), alive=alive
         )
         model: _Model = _wait(attempt, coming)
     except JobError as error:
@@ -178,7 +185,9 @@ def _pull(attempt: Attempt, settings: Settings, storage: StorageOptions, date: s
     attempt.alive()
     log.get_logger().info("data is ready", rows=dataset.rows, skipped=dataset.skipped, tokens=dataset.tokens)
     record = Pulled(dataset, model.sha256, model.revision, tasks.fingerprints())
-    return Sources(record, model.folder, model.quantized, tokenizer, examples, tasks, baseline, model.cache_entry)
+    return Sources(
+        record, model.folder, model.quantized, tokenizer, examples, held_out, tasks, baseline, model.cache_entry
+    )
 
 
 def _check_places(settings: Settings) -> None:
@@ -193,6 +202,9 @@ def _check_places(settings: Settings) -> None:
         (data.source, partial(check_source, data.source, data.revision, data.split)),
         *((place, partial(find_file, place)) for place in settings.eval.data.values()),
     ]
+    if isinstance(validation := _what_to_validate_on(settings), ValidationSource):
+        how = (validation.revision, validation.split, "JOB_DATA__VALIDATION_REVISION")
+        checks.append((validation.name, partial(check_source, validation.name, *how)))
     problems: list[Problem] = []
     for place, check in checks:
         try:
@@ -244,11 +256,41 @@ def _check_model(folder: Path, settings: Settings) -> None:
     )
 
 
-def _read_rows(settings: Settings, source: str, tokenizer: Any, **how: Any) -> tuple[list[Example], DatasetRecord]:
-    """The training examples; `how` goes to `load_examples`."""
+def _what_to_validate_on(settings: Settings) -> float | ValidationSource | None:
     data = settings.data
-    return load_examples(
+    return what_to_validate_on(
+        data.validation,
+        source=data.source,
+        source_revision=data.revision,
+        validation_revision=data.validation_revision,
+        validation_split=data.validation_split,
+    )
+
+
+def _check_hub(settings: Settings) -> None:
+    """Asks the hub whether the data sets that it has are there, before weights are downloaded."""
+    check_hub_dataset(settings.data.source, settings.data.revision)
+    validation = _what_to_validate_on(settings)
+    if isinstance(validation, ValidationSource) and not is_remote(validation.name):
+        check_hub_dataset(validation.name, validation.revision)
+
+
+def _fetch_validation(attempt: Attempt, settings: Settings, storage: StorageOptions) -> float | ValidationSource | None:
+    """What to validate on; a source of its own is fetched."""
+    found = _what_to_validate_on(settings)
+    if not isinstance(found, ValidationSource):
+        return found
+    return replace(found, place=_fetch(attempt, found.place, "validation", storage))
+
+
+def _read_rows(
+    settings: Settings, source: str, validation: float | ValidationSource | None, tokenizer: Any, **how: Any
+) -> tuple[list[Example], list[Example], DatasetRecord]:
+    """The examples for training and for validation; `how` goes to `load_examples`."""
+    data = settings.data
+    return load_rows(
         source,
+        validation,
         name=data.source,
         revision=data.revision,
         split=data.split,

@@ -434,6 +434,11 @@ BAD_VALUES: list[tuple[str, list[str]]] = [
     ("data.source", ["", "http://host/x", "s3://x"]),
     ("data.limit", ["0", "-5", "many"]),
     ("data.format", ["csv"]),
+    ("data.validation", ["0", "1", "1.0", "0.0", "-0.1", "1.5", "-3", "9" * 12, "1e400", "https://host/x", "a\x00b"]),
+    ("data.validation_split", [""]),
+    ("train.validate_every_steps", ["0", "x"]),
+    ("train.stop_after", ["0", "-1"]),
+    ("train.keep", ["", "first"]),
     ("data.on_bad_row", ["ignore"]),
     ("train.epochs", ["0", "-1", "2e6", "inf", "nan", "true", ""]),
     ("train.max_steps", ["0", "x"]),
@@ -982,3 +987,34 @@ def test_nothing_heavy_is_imported() -> None:
     }
     assert "pydantic" in loaded
     assert not loaded & heavy
+
+
+class TestValidation:
+    """What to validate on, and what goes by it."""
+
+    @pytest.mark.parametrize(
+        ("text", "value"),
+        [("0.05", 0.05), ("5e-2", 0.05), ("200", 200), (" 200 ", 200), ("rows.jsonl", "rows.jsonl"), ("", None)],
+    )
+    def test_share_number_or_source(self, text: str, value: object) -> None:
+        """The text says which of the three it is."""
+        found = load_settings([], {"JOB_DATA__VALIDATION": text}).data.validation
+        assert found == value
+        assert type(found) is type(value)
+
+    def test_what_needs_a_validation(self) -> None:
+        """Patience, interval and the best adapter without one are errors, all named at once."""
+        environ = {"JOB_TRAIN__STOP_AFTER": "2", "JOB_TRAIN__VALIDATE_EVERY_STEPS": "5", "JOB_TRAIN__KEEP": "best"}
+        found = problems([], environ)
+        assert set(found) == {f"{name} (environment)" for name in environ}
+        assert all("JOB_DATA__VALIDATION" in what for what in found.values())
+
+    def test_a_revision_of_nothing(self) -> None:
+        """A revision without a hub id is refused."""
+        found = problems([], {"JOB_DATA__VALIDATION_REVISION": "c0ffee", "JOB_DATA__VALIDATION": "0.1"})
+        assert list(found) == ["JOB_DATA__VALIDATION_REVISION (environment)"]
+
+    def test_preferences_are_not_validated(self) -> None:
+        """Until there is a validation loss for them, asking for one is an error."""
+        found = problems([], {"JOB_DATA__VALIDATION": "0.1", "JOB_TRAIN__METHOD": "dpo"})
+        assert list(found) == ["JOB_DATA__VALIDATION (environment)"]
