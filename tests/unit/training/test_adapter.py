@@ -18,7 +18,10 @@ from job.training.lm_head_loss import can_sum
 from job.training.trainer import OPTIONS, sft_config, train
 from tests.helpers import fill_adapter, make_examples, make_model
 
-OWN = {"packed_gradient", "after_optimizer_step", "log_probs", "metrics_of", "save_if_it_fits", "trainer_files"}
+OWN = {
+    *("packed_gradient", "after_optimizer_step", "log_probs", "metrics_of", "save_if_it_fits", "trainer_files"),
+    *("validation_is_due", "summed_loss", "stopped_early", "is_complete", "use_kept_adapter", "restore_validations"),
+}
 """What the adapter adds: no name of Trainer's."""
 METHODS = [name for name, value in vars(trainer_module._PlannedTrainer).items() if isinstance(value, FunctionType)]
 PLAN = ExecutionPlan(kept_base=False, kept_activations=True, recorded=False, reason="a test", forward=PEFT)
