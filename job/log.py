@@ -1,7 +1,7 @@
 """Logging: JSON lines for machines, readable lines and a progress bar for a person at a terminal.
 
-Everything goes through the standard library's root logger, so that lines of libraries carry run, attempt and stage like
-those of the job. Logs go to stderr; stdout is for results.
+Everything goes through the standard library's root logger, so that lines of libraries carry run, attempt and stage,
+too. Logs go to stderr; stdout is for results.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ QUIET = (
 
 
 class _CurrentStderr(logging.StreamHandler[TextIO]):
-    """Writes to the present `sys.stderr`, which a progress bar replaces so that lines appear above the bar."""
+    """Writes to whatever `sys.stderr` is now: a progress bar replaces it, so that lines appear above the bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr
@@ -37,7 +37,7 @@ def configure(log_format: str, level: str, secrets: Sequence[str] = (), **contex
 
     Args:
         log_format: `json`, `console`, or `auto`: console if stderr is a terminal.
-        level: Least level of the job's own lines; that of libraries is `warning`.
+        level: Lowest level of the job's own lines; for libraries it is `warning`.
         secrets: Credentials; each is replaced by asterisks in every line, also in those of libraries.
         context: Fields on every line.
     """
@@ -119,7 +119,7 @@ def stage(name: str) -> Iterator[None]:
 
 @contextmanager
 def silence_stdout() -> Iterator[None]:
-    """Within it nothing is printed: libraries print messages when they are imported, and stdout is for results."""
+    """Discards what is printed to stdout, which is for results: libraries print messages when they are imported."""
     with redirect_stdout(io.StringIO()):
         yield
 

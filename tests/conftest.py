@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,17 @@ def _fresh_log_context() -> Iterator[None]:
     """What a test binds to its log lines (run, attempt) is not on another one's."""
     yield
     structlog.contextvars.clear_contextvars()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _service_descriptions_are_read_once() -> Iterator[None]:
+    """Botocore parses megabytes of JSON for every client of a new session; tests make hundreds of them."""
+    from botocore.loaders import JSONFileLoader
+
+    read = lru_cache(maxsize=None)(JSONFileLoader().load_file)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JSONFileLoader, "load_file", lambda _, path: read(path))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import TypeAdapter
 from safetensors.numpy import save_file
 
 from job.checkpoints import manager
@@ -33,6 +32,7 @@ from job.records import (
 )
 from job.results import manifest
 from job.results.inventory import collect
+from job.runs import stage_records
 from job.runs.layout import answers_key, attempt_key
 from job.runs.lease import LeaseRecord
 from job.settings.affects_result import affects_result
@@ -66,18 +66,18 @@ def publish_run(
     work = folder.with_name(f"{folder.name}.work")
     work.mkdir(parents=True)
     decisive = {name: value for name, value, _ in describe(chosen) if affects_result(name)}
-    store.write("settings.json", json.dumps(decisive, indent=2).encode())
+    store.write("settings.json", sealed(decisive))
     ledger = [_attempt(number, last=number == attempts) for number in range(1, attempts + 1)]
-    for record in ledger[:-1]:
-        store.write(attempt_key(record.number), sealed(asdict(replace(record, outcome="running"))))
     model = _model()
     dataset = DatasetRecord("rows.jsonl", None, None, "alpaca", ROWS, {}, _hash("rows"), 90, 80, 20)
-    _stage(store, "pull", Pulled, Pulled(dataset, model.sha256, None, {task: _hash(task) for task in answers}))
+    pulled = Pulled(dataset, model.sha256, None, {task: _hash(task) for task in answers})
+    run = stage_records.fingerprint(decisive, pulled)
+    for record in ledger[:-1]:
+        store.write(attempt_key(record.number), _logged(replace(record, outcome="running"), run))
     base, adapter = (_evaluated(store, answers, side, work) for side in ("base", "adapter"))
-    _stage(store, "evaluate-base", Evaluated, base)
-    trained = _trained(store, work, attempts)
-    _stage(store, "train", Trained, trained)
-    _stage(store, "evaluate-adapter", Evaluated, adapter)
+    trained = _trained(store, work, attempts, run)
+    for name, found in (("pull", pulled), ("evaluate-base", base), ("train", trained), ("evaluate-adapter", adapter)):
+        store.write(f"stages/{name}.json", stage_records.render(json.dumps(asdict(found)), run, attempts))
     store.write("scores/0123/kept.jsonl", b"{}\n")
     tasks = compare_tasks(base.scores, adapter.scores)
     against, copies = baseline(store, adapter) if baseline else (None, [])
@@ -97,7 +97,7 @@ def publish_run(
         on_demand_usd_per_hour=chosen.cost.on_demand_usd_per_hour,
     )
     store.write("results.json", sealed(results))
-    store.write(attempt_key(attempts), sealed(asdict(_gone_on(ledger[-1]))))
+    store.write(attempt_key(attempts), _logged(_gone_on(ledger[-1]), run))
     holder = LeaseRecord(epoch=attempts, holder="host/1", started="2026-01-05T09:00:00Z", heartbeat=7)
     store.write("lease.json", sealed(holder.model_dump()))
     return folder
@@ -171,8 +171,8 @@ def _model() -> ModelRecord:
     )
 
 
-def _stage(store: LocalStore, name: str, kind: type, found: object) -> None:
-    store.write(f"stages/{name}.json", TypeAdapter(kind).dump_json(found))
+def _logged(record: AttemptRecord, run: str) -> bytes:
+    return sealed({**asdict(record), stage_records.RUN: run})
 
 
 def _record(task: str, number: int, *, right: bool) -> dict[str, Any]:
@@ -208,7 +208,7 @@ def _evaluated(store: LocalStore, answers: Pairs, side: str, work: Path) -> Eval
     return Evaluated(scores, artifacts)
 
 
-def _trained(store: LocalStore, work: Path, attempts: int) -> Trained:
+def _trained(store: LocalStore, work: Path, attempts: int, run: str) -> Trained:
     """Four steps of two epochs, a checkpoint after the second and the fourth, and the adapter of the last."""
     history = [
         StepMetrics(
@@ -230,7 +230,7 @@ def _trained(store: LocalStore, work: Path, attempts: int) -> Trained:
         save_file({"model.q_proj.lora_A.default.weight": weights}, state / ADAPTER)
         write_metrics(state / METRICS, history[:step])
         epoch = attempts if step == STEPS else 1
-        manager.publish(store, state, step=step, epoch=epoch, world_size=1, software=host.software())
+        manager.publish(store, state, step=step, epoch=epoch, world_size=1, software=host.software(), run=run)
     save_file({"model.q_proj.lora_A.weight": weights}, work / "adapter", {"format": "pt"})
     adapter = publish_file(store, "artifacts/adapter/adapter_model.safetensors", (work / "adapter").read_bytes())
     metrics = work / "step-4" / METRICS

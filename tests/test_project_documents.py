@@ -10,14 +10,16 @@ from pathlib import Path
 import pytest
 
 from job.cli.main import COMMANDS, USAGE
+from job.data.formats import Row
+from job.data.schemas import SCHEMAS, check_row, detect_schema
 from job.errors import environment_name, exit_codes
 from job.evaluation.statistics import mcnemar, tango_interval, verdict
-from job.settings.load import load_settings
+from job.settings.load import describe, load_settings
 from job.settings.schema import NAMES
 
 ROOT = Path(__file__).parents[1]
 CONTRIBUTING = (ROOT / ".github/CONTRIBUTING.md").read_text(encoding="utf-8")
-DECISIONS = sorted((ROOT / ".github/decisions").glob("*.md"))
+DECISIONS = sorted((ROOT / ".github/decisions").glob("0*.md"))
 PAGES = [ROOT / "README.md", ROOT / ".github/CONTRIBUTING.md", *DECISIONS]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCKER = (ROOT / "infra/docker/README.md").read_text(encoding="utf-8")
@@ -57,6 +59,28 @@ def test_settings_in_the_documents() -> None:
     known = {environment_name(name) for name in NAMES} | {"JOB_CONFIG", "JOB_SECRETS_DIR", "JOB_GROUP__NAME"}
     texts = [README, DOCKER, *(path.read_text(encoding="utf-8") for path in (ROOT / "infra/docker").glob("*.yaml"))]
     assert {name for text in texts for name in re.findall(r"JOB_[A-Z_]+[A-Z]", text)} <= known
+
+
+def test_the_defaults_in_the_readme() -> None:
+    """The README's table of the settings used most has the defaults that a run without settings has."""
+    rows = re.findall(r"^\| `(JOB_\w+)` \| (\S+) \| .+ \|$", README.partition("## Settings")[2], re.MULTILINE)
+    values = {environment_name(name): value for name, value, _ in describe(load_settings([], {}))}
+    shown = {"JOB_RUN__ID": "generated"}
+    assert len(rows) >= 15
+    for variable, default in rows:
+        value = values[variable]
+        text = "none" if value is None else ",".join(value) if isinstance(value, list) else format(value)
+        assert default == shown.get(variable, text.removesuffix(".0")), variable
+
+
+def test_the_rows_in_the_readme_fit_their_schema() -> None:
+    """Each example of a row is valid, and detected as the schema beside it."""
+    rows = re.findall(r"^\| `(\w+)` \| `(\{.+\})` \| .+ \|$", README, re.MULTILINE)
+    assert {schema for schema, _ in rows} == set(SCHEMAS)
+    for schema, text in rows:
+        fields = json.loads(text)
+        assert detect_schema(fields) == schema
+        assert check_row(Row("README", fields), schema) == []
 
 
 def test_the_commands_for_docker() -> None:
@@ -124,6 +148,14 @@ def test_decisions_are_short() -> None:
         text = path.read_text(encoding="utf-8")
         assert text.startswith(f"# {int(path.name[:4])}. ")
         assert len(text.splitlines()) <= 50
+
+
+def test_every_decision_is_in_the_index() -> None:
+    """The index has one line for each decision, in order, with a link to its page."""
+    index = (ROOT / ".github/decisions/README.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| \[(\d+)\]\((\S+)\) \| .+ \|$", index, re.MULTILINE) == [
+        (str(int(path.name[:4])), path.name) for path in DECISIONS
+    ]
 
 
 def test_the_figures_of_the_cpu_in_the_readme() -> None:

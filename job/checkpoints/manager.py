@@ -262,37 +262,43 @@ class NotWhole(Exception):
     """Why a checkpoint cannot be used."""
 
 
-def withdraw_damaged(store: ObjectStore, folder: Path, *, epoch: int, run: str | None) -> list[Skipped]:
-    """Deletes the checkpoints that are not whole: what is published vouches for every file of the run.
+def close_checkpoints(store: ObjectStore, folder: Path, *, epoch: int, run: str | None, keep: int) -> list[Skipped]:
+    """Leaves the newest `keep` checkpoints that are whole: what is published vouches for every file of the run.
 
     Restoring looks at the newest ones alone, and at none once training is done. Those that this attempt wrote are not
-    read back: their hashes were taken from the files that it uploaded.
+    read back: their hashes were taken from the files that it uploaded. The older ones go here, too, because an earlier
+    attempt that stood still while it deleted them may go on to do so later.
 
     Args:
         store: The run's.
         folder: For copies, which are deleted.
         epoch: Number of this attempt.
         run: The run's fingerprint.
+        keep: How many to keep, at least 1.
 
     Returns:
-        The deleted ones.
+        Those that were not whole.
 
     Raises:
         JobError: Whatever the store says, apart from absence; or the disk is too small.
     """
-    withdrawn = []
+    damaged, whole = [], 0
     for step, names in _names(store).items():
         if COMMITTED not in names:
             continue
         try:
+            if whole >= max(keep, 1):
+                _delete(store, step, names)
+                continue
             marker = _read_marker(store, step, run)
             if marker.epoch != epoch:
                 shutil.rmtree(_download(store, marker, folder, lambda _folder, _step: None))
+            whole += 1
         except NotWhole as error:
             get_logger().warning("checkpoint is not whole and is deleted", step=step, why=str(error))
             _delete(store, step, names)
-            withdrawn.append(Skipped(step, str(error)))
-    return withdrawn
+            damaged.append(Skipped(step, str(error)))
+    return damaged
 
 
 def _delete(store: ObjectStore, step: int, names: Iterable[str]) -> None:

@@ -21,7 +21,7 @@ _RUN_HELP = "a finished run: its folder or its results.json, path or s3:// URI"
 class Argument:
     """An argument of a command: positional (`RESULTS`), an option with a value (`--output FILE`) or a flag (`--gate`).
 
-    An option with `choices` has the first of them where it is not given.
+    An option with `choices` that is not given has the first of them.
     """
 
     name: str
@@ -64,47 +64,51 @@ class Command:
 
 
 def _format(*choices: str) -> Argument:
-    return Argument("--format", "how to print it; default: the first", choices=choices)
+    return Argument("--format", "how to print it (default: the first)", choices=choices)
 
 
-_CONFIG = Argument("--config", "YAML or TOML file of settings; JOB_CONFIG in the environment", metavar="FILE")
-_RUN = Command("the job; the command that is meant where none is given", (_CONFIG,))
+_CONFIG = Argument("--config", "YAML or TOML file of settings; also as JOB_CONFIG in the environment", metavar="FILE")
+_RUN = Command("run the job; the default command", (_CONFIG,))
 
 COMMANDS = {
     "run": _RUN,
     "train": _RUN,
-    "plan": Command("what would go wrong, and what the run takes; needs no GPU", (_format("table", "json"), _CONFIG)),
+    "plan": Command(
+        "check settings and inputs, forecast memory, time and cost; needs no GPU", (_format("table", "json"), _CONFIG)
+    ),
     "config": Command(
-        "the effective settings, and where each came from",
+        "show every setting, its value, and where it came from",
         (Argument("--schema", "print the JSON Schema of all settings instead"), _CONFIG),
     ),
     "report": Command(
-        "write the HTML report of a finished run again",
+        "write the HTML report of a finished run once more",
         (
             Argument("RESULTS", _RUN_HELP),
-            Argument("--output", "where to write the page; default: report.html", metavar="FILE"),
+            Argument("--output", "file to write the page to (default: report.html)", metavar="FILE"),
         ),
         settings="reading",
     ),
     "verify": Command(
-        "check every hash and figure of a published run; exit code 4 if one does not hold",
+        "check every file and figure of a published run; exit code 4 if one is wrong",
         (Argument("RESULTS", _RUN_HELP), _format("table", "json")),
         settings="reading",
     ),
     "compare": Command(
-        "compare two runs, paired by question",
+        "compare two runs: what differs, and their adapters question by question",
         (
             Argument("A", _RUN_HELP),
-            Argument("B", "another one"),
+            Argument("B", "another finished run"),
             _format("table", "json", "markdown"),
             Argument("--gate", "exit code 3 if B is worse than A by more than the thresholds allow"),
-            Argument("--metric", "accuracy that the thresholds are about: acc or acc_norm", metavar="METRIC"),
+            Argument("--metric", "accuracy that the thresholds apply to: acc or acc_norm", metavar="METRIC"),
             Argument("--min-delta", "smallest accepted gain of B over A, as a fraction", metavar="X"),
             Argument("--max-regression", "largest accepted loss of B against A, as a fraction", metavar="X"),
         ),
         settings="reading",
     ),
-    "selftest": Command("kill and resume a run here, and compare it bit by bit with an uninterrupted one", (), "none"),
+    "selftest": Command(
+        "kill and resume a run on this machine, and compare it bit by bit with an uninterrupted one", (), "none"
+    ),
 }
 """`train` is how SageMaker starts the container of a training job."""
 
@@ -120,10 +124,10 @@ class Arguments:
 
 
 def parse_arguments(words: Sequence[str], arguments: Sequence[Argument]) -> Arguments:
-    """Sorts the words after a command that reads published runs.
+    """Parses the words after a command that reads published runs.
 
     Raises:
-        SettingsError: With all that is wrong.
+        SettingsError: With everything that is wrong, together.
     """
     given, problems = Arguments(), []
     known = {argument.name: argument for argument in arguments if not argument.positional}

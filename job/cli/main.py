@@ -29,7 +29,7 @@ from job.settings.load import (
 
 
 def _usage() -> str:
-    """The help of the program: its commands, and what is common to them."""
+    """The text of `qlora-job --help`: the commands, and what they have in common."""
     listed = "\n".join(
         f"  {f'[{name}]' if name == 'run' else name:<10}{command.summary}"
         for name, command in COMMANDS.items()
@@ -40,7 +40,7 @@ usage: qlora-job COMMAND [ARGUMENT ...] [--GROUP.NAME VALUE ...]
 
 {listed}
 
-`qlora-job COMMAND --help` lists what a command takes, and every setting with its default.
+`qlora-job COMMAND --help` lists the arguments of a command, and every setting with its default.
 Settings come from the command line, JOB_GROUP__NAME in the environment, files in the folder JOB_SECRETS_DIR,
 SageMaker's hyperparameters.json, the file in JOB_CONFIG, SageMaker's input channels, the preset (--preset), the
 platform and the defaults, in this order. `qlora-job config` shows them all, each with its source.
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     platform = current_platform()
-    # Until the settings say otherwise: errors in them are lines of the log, too.
+    # Before the settings are read: errors in them are log lines, too.
     log.configure("auto", "info", secrets())
     try:
         return _dispatch(words)
@@ -110,7 +110,7 @@ def _run(words: list[str]) -> int:
         check_shared_memory(place.local_world_size)
     if platform.name == "sagemaker" and first and not lasts(settings.run.output, platform.inputs):
         log.get_logger().warning(
-            "nothing copies this run away, an interruption loses it; give JOB_RUN__OUTPUT=s3://... or CheckpointConfig",
+            "this run is not copied to S3: an interruption loses it; set JOB_RUN__OUTPUT=s3://... or CheckpointConfig",
             output=settings.run.output,
         )
     from job.runs.run_log import IdleLimit
@@ -132,7 +132,7 @@ def _run(words: list[str]) -> int:
 
 
 def _launch(settings: Settings, words: list[str]) -> int | None:
-    """Starts this machine's processes and returns what became of them; None where one is enough: this one."""
+    """Starts this machine's processes and returns their exit code; None if one process is enough, which is this one."""
     from job.distributed.launcher import Machine, check_signals, count_processes, launch, noted_signals, worker_command
 
     run = settings.run
@@ -146,7 +146,7 @@ def _launch(settings: Settings, words: list[str]) -> int | None:
         delivery = current_platform().delivery if run.node_rank == 0 else None
         if finished(settings, delivery) is not None:  # the other machines may be gone for good
             return 0
-        # With one machine a run, the rank says nothing: an Indexed Job may number independent runs.
+        # With one machine the rank is ignored: the pods of an Indexed Job may be independent runs.
         machine = Machine(processes, run.nodes, run.node_rank, run.rendezvous) if run.nodes > 1 else Machine(processes)
         command, grace = worker_command(words), run.grace_seconds
         garbage_collection.enable()  # this process only waits from here on
@@ -160,7 +160,7 @@ def _note_foreign_variables() -> None:
 
 
 def _configure_log(settings: Settings, place: Place | None) -> None:
-    """Of several processes each logs its rank, and all but the first log warnings and errors only."""
+    """With several processes, each logs its rank, and all but the first log only warnings and errors."""
     several = place is not None and place.world_size > 1
     context = {"process": place.rank} if place is not None and several else {}
     quiet = bool(context.get("process")) and settings.log.level == "info"
@@ -169,13 +169,13 @@ def _configure_log(settings: Settings, place: Place | None) -> None:
 
 
 def _tell_libraries(interface: str | None) -> None:
-    """Settings that libraries read when they are imported, where the user has not made them."""
+    """Sets the variables that libraries read when they are imported, unless the user has set them."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # cuBLAS reads it when CUDA starts; without it the same run gives other bits.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # Warnings of torch's C++, such as of an address that does not answer, would be lines of text among lines of JSON.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    # TRL and MLflow tell their makers when training starts, unless they are asked not to.
+    # TRL and MLflow send telemetry when training starts, unless it is disabled.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     if interface is not None:
@@ -253,7 +253,7 @@ _FUNCTIONS = {
 
 
 def _report(error: Exception, platform: Platform) -> int:
-    """Says what went wrong, where the platform looks for it, and returns the exit code."""
+    """Logs the error, writes it to where the platform looks for it, and returns the exit code."""
     code = error.exit_code if isinstance(error, JobError) else JobError.exit_code
     text = log.scrub(str(error) or type(error).__name__, secrets())
     logger = log.get_logger()
@@ -269,7 +269,7 @@ def _report(error: Exception, platform: Platform) -> int:
 
 
 def _report_to_platform(platform: Platform, message: str) -> None:
-    """Writes the reason why the job ended to wherever the platform looks for it."""
+    """Writes the reason why the job ended to the files in which the platform looks for it."""
     _write_failure_file(platform.failure_file, message[:FAILURE_CHARACTERS])
     _write_failure_file(platform.termination_log, message.encode()[:TERMINATION_BYTES].decode(errors="ignore"))
 
@@ -283,7 +283,7 @@ def _details(error: JobError) -> dict[str, Any]:
 
 
 def _write_failure_file(path: Any, message: str) -> None:
-    """Writes a file for the platform; that it cannot be written must not hide the error itself."""
+    """Writes a file for the platform. If that fails, it only logs a warning, so as not to hide the error itself."""
     if path is None:
         return
     try:

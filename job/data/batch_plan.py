@@ -132,5 +132,5 @@ def tokens_of(examples: Sequence[Example]) -> int:
 
 
 def targets_of(examples: Sequence[Example]) -> int:
-    """Target tokens of all of them: those that are learned."""
+    """Target tokens of all of them: the tokens that the loss counts."""
     return sum(sum(example.targets) for example in examples)

@@ -82,12 +82,12 @@ class Prompt:
 
 
 PROMPTS: dict[Schema, Prompt] = {
-    "alpaca": Prompt("It learned from this prompt, with the instruction in its place:", _ALPACA_WITHOUT_INPUT),
-    "prompt_completion": Prompt("It learned to go on from a prompt as it stands in the data, with nothing around it."),
-    "messages": Prompt("It learned from conversations in the tokenizer's chat template."),
-    "text": Prompt("It learned plain text, and goes on with whatever text it is given."),
-    "preference": Prompt("It learned which of two answers to a prompt is better, with prompts as in the data."),
-    "unpaired_preference": Prompt("It learned which answers to a prompt are good, with prompts as in the data."),
+    "alpaca": Prompt("It was trained on prompts of this form:", _ALPACA_WITHOUT_INPUT),
+    "prompt_completion": Prompt("It was trained on the prompts of the data as they are, without a template."),
+    "messages": Prompt("It was trained on conversations in the tokenizer's chat template."),
+    "text": Prompt("It was trained on plain text: it continues the text that it is given."),
+    "preference": Prompt("It was trained on pairs of answers to the prompts of the data as they are."),
+    "unpaired_preference": Prompt("It was trained on rated answers to the prompts of the data as they are."),
 }
 
 

@@ -1,4 +1,4 @@
-"""`plan`: what would go wrong and what a run will take, found out before a GPU is paid for.
+"""`plan`: checks a run and forecasts its memory, time and cost, before a GPU is paid for.
 
 | question | file |
 |---|---|

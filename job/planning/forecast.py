@@ -162,7 +162,7 @@ def _of_the_data(run: RunShape) -> Iterator[Estimate]:
         yield Estimate("examples", work.rows, "", basis)
         yield Estimate("optimizer steps", work.steps, "", basis)
         yield Estimate("tokens", work.tokens, "", basis, "all epochs")
-        yield Estimate("target tokens", work.target_tokens, "", basis, "those that are learned")
+        yield Estimate("target tokens", work.target_tokens, "", basis, "tokens that the loss counts")
         yield Estimate("longest example", work.longest, "tokens", basis)
         yield Estimate("largest step", work.largest_step, "tokens", basis, "no micro-batch is larger")
     if run.questions is not None:

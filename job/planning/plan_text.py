@@ -26,7 +26,7 @@ def plan_command(words: Sequence[str]) -> int:
     """`plan`: prints the whole plan, also if something is wrong.
 
     Raises:
-        JobError: The gravest error of the plan, after printing it.
+        JobError: The most severe error of the plan, after printing it.
     """
     rest, form = _take_format(list(words))
     settings = load_settings(rest)

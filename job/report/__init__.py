@@ -1,1 +1,1 @@
-"""The HTML report and the model card: `report` and `model_card` gather what `templates/` show; charts and sentences."""
+"""The HTML report and the model card: `report` and `model_card` gather the values that `templates/` lay out."""

@@ -16,7 +16,7 @@ MAX_POINTS = 600
 
 @dataclass(frozen=True)
 class Tick:
-    """A labelled place on an axis."""
+    """A labelled position on an axis."""
 
     at: float
     label: str
@@ -52,7 +52,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class IntervalChart:
-    """Intervals on a common axis; `zero` is the place of the value 0, None where it is outside the frame."""
+    """Intervals on a common axis; `zero` is the position of the value 0, None where it is outside the frame."""
 
     spans: tuple[Interval, ...]
     ticks: tuple[Tick, ...]

@@ -16,7 +16,7 @@ from job.report.templating import render
 from job.runs.layout import WEIGHTS
 
 _SEES = "ForConditionalGeneration"
-"""How transformers' classes of multimodal models end; encoder-decoders, the others of that ending, are not trained."""
+"""Ending of the class names of multimodal models in transformers (also of encoder-decoders, which are not trained)."""
 _CACHED = re.compile(r"/models--([\w.-]+)/snapshots/([0-9a-f]{40})/*$", re.ASCII)
 METRICS = {"acc": ("accuracy", "accuracy"), "acc_norm": ("acc_norm", "accuracy by length-normalized likelihood")}
 """Metric -> (type, name) in the hub's metadata."""
@@ -60,16 +60,16 @@ def render_model_card(results: Mapping[str, Any]) -> bytes:
 
 
 def public_base(place: str, revision: str | None, name: str | None) -> tuple[str, str | None]:
-    """By what name readers of the adapter can have its base, and at which commit: never a path of this machine.
+    """The name and the commit by which readers of the adapter can get its base: never a path of this machine.
 
     Args:
-        place: `model.id`.
-        revision: The commit of it that was used; None for what is no hub id.
-        name: `model.name`; a commit of another repository says nothing of it.
+        place: JOB_MODEL__ID.
+        revision: The commit that was used; None if `place` is no hub id.
+        name: JOB_MODEL__NAME; it has a commit only if it names the same repository as `place`.
 
     Returns:
         The name that was given, else the hub id (also where `place` is its folder in the hub's cache), else the last
-        part of the path or URI: a folder of that name is found from beside it.
+        part of the path or URI, under which PEFT finds a folder in the current directory.
     """
     if name is not None:
         return name, revision if name == place else None

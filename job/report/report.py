@@ -1,6 +1,6 @@
-"""The HTML report of a run, made of the manifest, the metrics and the samples alone.
+"""The HTML report of a run, made only from the manifest, the metrics and the samples.
 
-So the command `report` makes the same bytes again from what was published.
+The command `report` therefore writes the same bytes again from the published files.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from job.runs.layout import METRICS, REPORT, Stage, answers_key
 from job.settings.load import preset_values
 
 FIRST_QUESTIONS, MAX_QUESTIONS = 5, 40
-"""Changed answers shown for each task and direction: at once, and after unfolding."""
+"""Number of changed answers shown for each task and direction: at first, and after "Show more"."""
 
 STAGE_NAMES = {stage.value: stage.replace("-", " ") for stage in Stage} | {OUTSIDE: "loading"}
 
@@ -33,7 +33,7 @@ Records = list[dict[str, Any]]
 
 
 class _Answer(BaseModel):
-    """What the report shows of a sample (`evaluation.samples.Sample`); other fields stay as they are."""
+    """The fields of a sample (`evaluation.samples.Sample`) that the report shows; others are allowed."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 

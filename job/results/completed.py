@@ -12,6 +12,7 @@ from job.errors import GateError
 from job.records import Artifact
 from job.runs.attempt import missing
 from job.runs.layout import RESULTS
+from job.storage.base import delete_in_turn
 from job.storage.open import ObjectStore
 
 _MAX_WORDS = 200
@@ -31,7 +32,7 @@ def withdraw_incomplete(store: ObjectStore) -> None:
     """
     if gone := _read(store)[1]:
         log.get_logger().warning("the manifest is there, but not all that it lists: the run goes on", gone=gone)
-        store.delete(RESULTS)
+        delete_in_turn(store, RESULTS)
 
 
 def _read(store: ObjectStore) -> tuple[dict[str, Any] | None, list[str]]:

@@ -33,7 +33,7 @@ from job.runs.lease import fenced, take
 from job.runs.run_log import QUESTIONS, IdleLimit, how_far, idle_attempts, read_logged
 from job.runs.run_settings import compare_settings
 from job.runs.stage_records import fingerprint
-from job.storage.base import current_tag, write_in_turn
+from job.storage.base import MAX_READ_BYTES, current_tag, delete_in_turn, write_in_turn
 from job.storage.open import ObjectStore
 from job.storage.verified_download import fetch_artifact
 
@@ -190,10 +190,10 @@ class Attempt:
         return found
 
     def keep(self, name: str, record: str) -> None:
-        """Writes a record (a JSON object) that `known` and `stage` read in later attempts."""
+        """Writes a record (a JSON object) that `recorded` and `stage` read in later attempts."""
         key = stage_key(name)
         tag = current_tag(self.store, key)
-        write_in_turn(self.store, key, stage_records.render(record, self.run or ""), tag)
+        write_in_turn(self.store, key, stage_records.render(record, self.run or "", self.number), tag)
 
     def _read_record(self, name: str, adapter: TypeAdapter[T]) -> T | None:
         stored = self.store.read(stage_key(name))
@@ -221,7 +221,7 @@ class Attempt:
             what = "stage is done again, not all that it published is there"
             log.get_logger().warning(what, stage=name, gone=gone)
         if name in BUILT_ON:
-            self.store.delete(stage_key(BUILT_ON[name]))
+            delete_in_turn(self.store, stage_key(BUILT_ON[name]))
         return None
 
     def _changed(self, artifacts: Iterable[Artifact]) -> list[str]:
@@ -242,7 +242,14 @@ class Attempt:
             Replaced: Another attempt took the run over.
             Unreachable, AccessDenied: As the store says.
         """
-        self.store.upload(path, key)
+        # Bytes may differ from attempt to attempt, such as those of times: one that stood still must not replace what
+        # its successor published. There is no condition for files beyond what is written at once, which is weights:
+        # on one kind of machine all attempts make the same.
+        sizes = {info.bytes for info in self.store.list(key) if info.key == key} | {path.stat().st_size}
+        if max(sizes) > MAX_READ_BYTES:
+            self.store.upload(path, key)
+        else:
+            write_in_turn(self.store, key, path.read_bytes(), current_tag(self.store, key))
         return Artifact(key, path.stat().st_size, hash_file(path), facts_sha256)
 
     def fetch(self, artifact: Artifact) -> Path:
@@ -274,7 +281,7 @@ class Attempt:
             return
         began = time.monotonic()
         with self._noting:  # the uploading thread notes checkpoints
-            record = sealed({**asdict(self.record(outcome)), QUESTIONS: self.questions})
+            record = sealed({**asdict(self.record(outcome)), QUESTIONS: self.questions, stage_records.RUN: self.run})
             self._noted = write_in_turn(self.store, attempt_key(self.number), record, self._noted)
         ended = time.monotonic()
         shortest, longest = NOTE_SECONDS

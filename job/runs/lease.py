@@ -279,3 +279,8 @@ class _FencedStore(ForwardingStore):
         if self._lease is not None and not self._lease.conditional:
             return super().write(key, data)
         return super().write(key, data, if_absent=if_absent, if_tag=if_tag)
+
+    def delete(self, key: str, *, if_tag: str | None = None) -> None:
+        """See `ObjectStore.delete`; conditions as in `write`."""
+        conditional = self._lease is None or self._lease.conditional
+        super().delete(key, if_tag=if_tag if conditional else None)

@@ -17,6 +17,7 @@ from job.errors import DataError, NoProgress, Preempted, Problem
 from job.records import AttemptRecord
 from job.runs.layout import CHECKPOINTS, Stage, attempt_key, checkpoint_part
 from job.runs.lease import attempt_numbers
+from job.runs.stage_records import RUN
 from job.storage.base import write_in_turn
 from job.storage.open import ObjectStore
 
@@ -28,10 +29,15 @@ _GAPS = 20
 
 @dataclass(frozen=True)
 class LoggedAttempt:
-    """An attempt's record, and how many questions of its last evaluation were scored, by it or before it."""
+    """An attempt's record, and how many questions of its last evaluation were scored, by it or before it.
+
+    `run` is the fingerprint of the run that it was an attempt at; None where it had not pulled anything, and in records
+    of earlier versions.
+    """
 
     record: AttemptRecord
     questions: int = 0
+    run: str | None = None
 
     @property
     def reached(self) -> tuple[int, int]:
@@ -86,13 +92,20 @@ def idle_attempts(attempts: Sequence[LoggedAttempt]) -> int:
     return idle
 
 
-def parse_record(data: bytes) -> AttemptRecord:
-    """An attempt's record.
+def parse_logged(data: bytes) -> LoggedAttempt:
+    """An attempt's file.
 
     Raises:
         ValueError: It is none, or it was altered.
     """
-    return TypeAdapter(AttemptRecord).validate_python(unsealed(data))
+    facts = unsealed(data)
+    record = TypeAdapter(AttemptRecord).validate_python(facts)
+    return LoggedAttempt(record, int(facts.get(QUESTIONS, 0)), facts.get(RUN))
+
+
+def parse_record(data: bytes) -> AttemptRecord:
+    """Like `parse_logged`, the record alone."""
+    return parse_logged(data).record
 
 
 def read_run_log(store: ObjectStore, epoch: int) -> list[AttemptRecord]:
@@ -111,17 +124,19 @@ def read_logged(store: ObjectStore, epoch: int) -> list[LoggedAttempt]:
     return [replace(logged, record=_ended(logged.record)) for logged in found if logged is not None]
 
 
-def close_run_log(store: ObjectStore, epoch: int, started: str) -> list[AttemptRecord]:
+def close_run_log(store: ObjectStore, epoch: int, started: str, run: str | None = None) -> list[AttemptRecord]:
     """Like `read_run_log`, and ends all records before `epoch` for good: a manifest is going to hold their hashes.
 
     An attempt that was replaced while it stood still may be about to write its record. Every record that is noted as
     running is changed here, and one that lacks is made, so the condition of that write fails and it ends as replaced. A
-    record that somebody removed gets one without times, too: checkpoints may name its attempt.
+    record that somebody removed gets one without times, too: checkpoints may name its attempt. So does a record of
+    another run.
 
     Args:
         store: The run's own, fenced.
         epoch: Number of the attempt that publishes.
         started: When that attempt began.
+        run: Fingerprint of the run.
 
     Raises:
         DataError: A record is damaged.
@@ -132,11 +147,12 @@ def close_run_log(store: ObjectStore, epoch: int, started: str) -> list[AttemptR
     records: list[AttemptRecord] = []
     for number in sorted(numbers, reverse=True):  # newest first: one without a record began before the next one
         logged, tag = _read(store, number)
-        record = None if logged is None else logged.record
+        foreign = logged is not None and logged.run not in {None, run}
+        record = None if logged is None or foreign else logged.record
         began = records[-1].started if records else started
         closed = _ended(record or _unknown(number, began))
         if record is None or record.outcome != closed.outcome:
-            write_in_turn(store, attempt_key(number), sealed(asdict(closed)), tag)
+            write_in_turn(store, attempt_key(number), sealed({**asdict(closed), RUN: run}), tag)
         records.append(closed)
     return records[::-1]
 
@@ -147,7 +163,7 @@ def _read(store: ObjectStore, number: int) -> tuple[LoggedAttempt | None, str | 
     if (stored := store.read(key)) is None:
         return None, None
     try:
-        return LoggedAttempt(parse_record(stored.data), int(unsealed(stored.data).get(QUESTIONS, 0))), stored.tag
+        return parse_logged(stored.data), stored.tag
     except ValueError as error:
         what = f"{first_error(error)}; remove it to go on without it"
         raise DataError([Problem(f"{store.uri}/{key}", what)]) from None

@@ -23,6 +23,8 @@ T = TypeVar("T")
 
 RUN = "run"
 """The field of a record that holds the fingerprint."""
+_ATTEMPT = "attempt"
+"""The field that makes a record unlike all others, so that a late removal can tell it from the one it was meant for."""
 _MAX_WORDS = 200
 
 
@@ -46,14 +48,15 @@ def identity(pulled: Pulled) -> dict[str, Any]:
     return facts(pulled)
 
 
-def render(record: str, run: str) -> bytes:
+def render(record: str, run: str, attempt: int = 0) -> bytes:
     """A stage's result (a JSON object) as the file that `parse` reads.
 
     Args:
         record: The result.
         run: The run's fingerprint.
+        attempt: Number of the attempt that writes it.
     """
-    return sealed({**json.loads(record), RUN: run})
+    return sealed({**json.loads(record), _ATTEMPT: attempt, RUN: run})
 
 
 def parse(data: bytes, kind: TypeAdapter[T]) -> tuple[T, str | None]:
@@ -68,6 +71,7 @@ def parse(data: bytes, kind: TypeAdapter[T]) -> tuple[T, str | None]:
         if isinstance(facts, dict) and {RUN, "seal"} & facts.keys():
             facts = unsealed(data)
             run = str(facts.pop(RUN))
+            facts.pop(_ATTEMPT, None)
             return kind.validate_json(json.dumps(facts)), run
         return kind.validate_json(data), None
     except KeyError:

@@ -49,9 +49,15 @@ def publish(
     """
     if (done := read_complete(attempt.store)) is not None:  # an earlier attempt published it and was then killed
         return done
-    manager.withdraw_damaged(attempt.store, attempt.work / "checkpoints", epoch=attempt.number, run=attempt.run)
+    manager.close_checkpoints(
+        attempt.store,
+        attempt.work / "checkpoints",
+        epoch=attempt.number,
+        run=attempt.run,
+        keep=settings.checkpoint.keep,
+    )
     # read only now: the previous attempt may have been writing its record when this one started
-    earlier = close_run_log(attempt.store, attempt.number, attempt.started)
+    earlier = close_run_log(attempt.store, attempt.number, attempt.started, attempt.run)
     tasks = compare_tasks(base.scores, adapter.scores)
     against, copies = _publish_baseline(attempt, sources.baseline, adapter)
     results = manifest.build(

@@ -13,7 +13,8 @@ A store holds objects under keys (see `check_key`). All verbs may be called from
                     FileNotFoundError: there is no such object. TooLarge: it has more than `max_bytes`.
     list(prefix)    keys and sizes, sorted by key, of all objects whose key begins with `prefix`; what was written
                     before is in it.
-    delete(key)     removes the object; it is no error that there is none.
+    delete(key)     removes the object; it is no error that there is none. With `if_tag` only if it is that version.
+                    Conflict: it is another one. A store that does not know this condition removes it all the same.
     conditional_writes()    whether the conditions of `write` are honoured, found out by trying.
     uri             where the store lies, for people: `s3://bucket/prefix` or an absolute path.
 
@@ -42,7 +43,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -119,8 +120,8 @@ class ObjectStore(Protocol):
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """Every object whose key begins with `prefix` (a string, not necessarily a folder), sorted by key."""
 
-    def delete(self, key: str) -> None:
-        """Removes an object, if there is one."""
+    def delete(self, key: str, *, if_tag: str | None = None) -> None:
+        """Removes an object, if there is one. Raises `Conflict`."""
 
     def conditional_writes(self) -> bool:
         """Tries whether conditional writes are honoured; a JobError if nothing can be written or deleted at all."""
@@ -169,10 +170,10 @@ class ForwardingStore:
         with self.around("list", prefix):
             yield from self._store.list(prefix)
 
-    def delete(self, key: str) -> None:
+    def delete(self, key: str, *, if_tag: str | None = None) -> None:
         """See `ObjectStore.delete`."""
         with self.around("delete", key):
-            self._store.delete(key)
+            self._store.delete(key, if_tag=if_tag)
 
     def conditional_writes(self) -> bool:
         """See `ObjectStore.conditional_writes`."""
@@ -271,6 +272,21 @@ def write_in_turn(store: ObjectStore, key: str, data: bytes, tag: str | None) ->
             return store.write(key, data, if_absent=tag is None, if_tag=tag)
         except Conflict:
             tag = current_tag(store, key)
+    raise Unreachable(f"{store.uri}/{key} was changed by somebody else {_TRIES} times in a row")
+
+
+def delete_in_turn(store: ObjectStore, key: str) -> None:
+    """Removes an object if it is still what it was when the fence was asked; see `write_in_turn`.
+
+    Raises:
+        Unreachable: The object changes all the time; and whatever the store says, such as `Replaced`.
+    """
+    for _ in range(_TRIES):
+        if (tag := current_tag(store, key)) is None:
+            return
+        with suppress(Conflict):
+            store.delete(key, if_tag=tag)
+            return
     raise Unreachable(f"{store.uri}/{key} was changed by somebody else {_TRIES} times in a row")
 
 

@@ -136,20 +136,43 @@ class LocalStore:
             found = [info for info in self._walk(self._path(folder)) if info.key.startswith(prefix)]
         yield from sorted(found, key=lambda info: info.key)
 
-    def delete(self, key: str) -> None:
-        """See `ObjectStore.delete`. Folders that become empty go too."""
+    def delete(self, key: str, *, if_tag: str | None = None) -> None:
+        """See `ObjectStore.delete`. Folders that become empty go too.
+
+        The object is moved into a folder that is staged as an upload is: a process that stood still, and whose lock was
+        taken, has no such folder any more and so removes nothing that was put there meanwhile.
+        """
         with disk_errors(f"{self.uri}: cannot delete {key}"):
             path = self._path(check_key(key))
-            if not _is_file(path):
-                return
-            with self._locked(uuid4().hex):
-                path.unlink(missing_ok=True)
-                for folder in self._folders(path):
-                    try:
-                        folder.rmdir()
-                    except OSError:
-                        sync_folder(folder)
-                        break
+            for _ in range(_LOSSES):
+                if not _is_file(path):
+                    return
+                with self._staging(key) as (staged, _), suppress(_LockLost):
+                    staged.mkdir()
+                    with self._locked(staged.name):
+                        if if_tag is not None and self._current_tag(key) not in {None, if_tag}:
+                            raise Conflict(f"{self.uri}: {key} was changed by somebody else")
+                        self._remove(path, staged)
+                    return
+        raise Unreachable(f"{self.uri}: cannot delete {key}; the store's lock was lost {_LOSSES} times in a row")
+
+    def _remove(self, path: Path, staged: Path) -> None:
+        """Moves an object into a staged folder, and removes the folders that are empty without it.
+
+        Raises:
+            _LockLost: Whoever waited for the lock has removed the staged folder.
+        """
+        try:
+            rename(path, staged / "deleted")
+        except FileNotFoundError:
+            if not staged.exists():
+                raise _LockLost from None
+        for folder in self._folders(path):
+            try:
+                folder.rmdir()
+            except OSError:
+                sync_folder(folder)
+                break
 
     def conditional_writes(self) -> bool:
         """See `ObjectStore.conditional_writes`."""
@@ -222,23 +245,21 @@ class LocalStore:
         hidden = self._root / HIDDEN
         hidden.mkdir(parents=True, exist_ok=True)
         for old in hidden.glob(f"*{_TEMPORARY}"):
-            try:
+            with suppress(FileNotFoundError):
                 if time.time() - old.stat().st_mtime > _STALE_SECONDS:
-                    old.unlink()
-            except FileNotFoundError:
-                continue
+                    _discard(old)
         path = hidden / f"{uuid4().hex}{_TEMPORARY}"
         try:
             yield path, target
         finally:
-            path.unlink(missing_ok=True)
+            _discard(path)
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[None]:
         """Holds the store's lock, which takes a few renames, so waiting for it is bounded.
 
         A process that is stopped while it holds the lock would keep everyone out. So the lock says who holds it, and
-        who has waited `_STUCK_SECONDS` for one holder creates the next lock. Its first holder removes the file that the
+        who has waited `_STUCK_SECONDS` for one holder creates the next lock. Its first holder removes what the
         stopped one had staged: when that one goes on, it has nothing to put in place, and begins again.
 
         Args:
@@ -303,8 +324,16 @@ def _take_over_locks(hidden: Path, own: Path) -> None:
             with suppress(FileNotFoundError):
                 staged = Path(path.read_text(encoding="utf-8", errors="replace")).name
                 if staged.endswith(_TEMPORARY):
-                    (hidden / staged).unlink(missing_ok=True)
+                    _discard(hidden / staged)
                 path.unlink()
+
+
+def _discard(staged: Path) -> None:
+    """Removes what was staged: a file, or the folder of an object that is deleted."""
+    if staged.is_dir():
+        shutil.rmtree(staged, ignore_errors=True)
+    else:
+        staged.unlink(missing_ok=True)
 
 
 def _link(staged: Path, target: Path) -> None:

@@ -168,13 +168,20 @@ class S3Store:
                 if not entry["Key"].endswith("/"):
                     yield ObjectInfo(entry["Key"].removeprefix(self._root), entry["Size"])
 
-    def delete(self, key: str) -> None:
+    def delete(self, key: str, *, if_tag: str | None = None) -> None:
         """See `ObjectStore.delete`."""
+        condition = {} if if_tag is None else {"IfMatch": if_tag}
+        name = self._root + key
         with self._asking("delete", check_key(key)):
             try:
-                self._client.delete_object(Bucket=self._bucket, Key=self._root + key, **self._options)
-            except ClientError as error:  # some servers say that there was none
-                if not is_answer(error, "NoSuchKey") and not (is_missing(error) and self._is_unlisted(key)):
+                self._client.delete_object(Bucket=self._bucket, Key=name, **self._options, **condition)
+            except ClientError as error:
+                if condition and code_and_status(error)[1] == HTTPStatus.NOT_IMPLEMENTED:
+                    self._client.delete_object(Bucket=self._bucket, Key=name, **self._options)
+                elif condition and _refused(error, None):
+                    raise Conflict(f"{self.uri}/{key} was written by somebody else") from None
+                # some servers say that there was none
+                elif not is_answer(error, "NoSuchKey") and not (is_missing(error) and self._is_unlisted(key)):
                     raise
 
     def conditional_writes(self) -> bool:

@@ -13,7 +13,7 @@ from job.common.hashing import facts_of_line
 from job.records import Artifact
 from job.results.inventory import is_marker
 from job.runs.layout import METRICS, WEIGHTS, marker_key
-from job.verification.differences import CheckResult, Difference
+from job.verification.differences import CheckResult, Difference, other_run
 
 Copies = Mapping[str, Path]
 
@@ -40,21 +40,29 @@ def claims(marker: Marker) -> list[Artifact]:
 
 
 def check_checkpoints(
-    results: Mapping[str, Any], found: Sequence[Marker], copies: Copies, wrong: Sequence[Difference]
+    results: Mapping[str, Any],
+    found: Sequence[Marker],
+    copies: Copies,
+    wrong: Sequence[Difference],
+    run: str | None = None,
 ) -> CheckResult:
     """Steps and attempts rise together, metrics only grow, and the last checkpoint is the published adapter.
+
+    All are of this run: a marker names the settings, data and weights that it was trained with.
 
     Args:
         results: The manifest.
         found: The markers by rising step.
         copies: Local copies by path.
         wrong: What is wrong with markers and files by themselves.
+        run: The run's fingerprint; None where it is not known.
     """
     differences = [*wrong]
     steps, attempts = results["training"]["steps"], [attempt["number"] for attempt in results["run"]["attempts"]]
     epoch = 0
     for marker in found:
         place = marker_key(marker.step)
+        differences += other_run(place, marker.run, run)
         if marker.step > steps:
             differences.append(Difference(place, f"a step up to {steps}", f"step {marker.step}"))
         if marker.epoch < epoch or marker.epoch not in attempts:

@@ -14,12 +14,12 @@ from job.common.validation import first_error
 from job.errors import JobError
 from job.evaluation.comparison import compare_tasks
 from job.records import Artifact, AttemptRecord, Evaluated, Pulled, Trained
-from job.runs import lease
+from job.runs import lease, stage_records
 from job.runs.layout import LEASE, RESULTS, SETTINGS, Stage, attempt_key, attempt_number, stage_key
-from job.runs.run_log import parse_record
+from job.runs.run_log import parse_logged, parse_record
 from job.runs.run_settings import parse_settings
 from job.storage.open import ObjectStore, TooLarge
-from job.verification.differences import MAX_SHOWN, CheckResult, Difference, find_differences, show
+from job.verification.differences import MAX_SHOWN, CheckResult, Difference, find_differences, other_run, show
 from job.verification.fetch_files import MISSING
 
 PULL, BASE, TRAIN, ADAPTER = map(stage_key, (Stage.PULL, Stage.EVALUATE_BASE, Stage.TRAIN, Stage.EVALUATE_ADAPTER))
@@ -43,12 +43,23 @@ def check_settings(results: Mapping[str, Any], copies: Copies) -> CheckResult:
     return CheckResult("settings", f"{len(kept or ())} that decide the result", tuple(differences))
 
 
-def check_stages(results: Mapping[str, Any], copies: Copies) -> CheckResult:
-    """The records of the stages agree with the manifest."""
+def fingerprint_of(copies: Copies) -> str | None:
+    """What names the run: settings, data and weights, as its own records have them; None where they cannot be read."""
+    try:
+        settings = parse_settings(copies[SETTINGS].read_bytes())
+        return stage_records.fingerprint(
+            settings, stage_records.parse(copies[PULL].read_bytes(), TypeAdapter(Pulled))[0]
+        )
+    except (KeyError, ValueError):
+        return None  # other checks tell
+
+
+def check_stages(results: Mapping[str, Any], copies: Copies, run: str | None) -> CheckResult:
+    """The records of the stages agree with the manifest, and are of this run."""
     differences: list[Difference] = []
-    pulled = _read(PULL, Pulled, copies, differences)
-    base, adapter = (_read(path, Evaluated, copies, differences) for path in (BASE, ADAPTER))
-    trained = _read(TRAIN, Trained, copies, differences)
+    pulled = _read(PULL, Pulled, copies, differences, run)
+    base, adapter = (_read(path, Evaluated, copies, differences, run) for path in (BASE, ADAPTER))
+    trained = _read(TRAIN, Trained, copies, differences, run)
     if pulled is not None:
         found = {"sha256": pulled.model_sha256, "revision": pulled.model_revision}
         differences += find_differences(f"{RESULTS} dataset", results["dataset"], asdict(pulled.dataset))
@@ -76,7 +87,7 @@ def _listed(results: Mapping[str, Any], artifacts: list[Artifact]) -> list[Diffe
 
 
 def check_attempts(
-    results: Mapping[str, Any], copies: Copies, store: ObjectStore, listed: Collection[str]
+    results: Mapping[str, Any], copies: Copies, store: ObjectStore, listed: Collection[str], run: str | None
 ) -> tuple[CheckResult, set[str]]:
     """The records of the attempts agree with the manifest, and the last attempt held the lease.
 
@@ -87,6 +98,7 @@ def check_attempts(
         copies: Local copies of the files that the manifest lists.
         store: The run's own, for the files that carry a seal instead.
         listed: Every file in the store.
+        run: The run's fingerprint; None where it is not known.
 
     Returns:
         The result, and the sealed files that belong to the run.
@@ -96,8 +108,10 @@ def check_attempts(
     differences: list[Difference] = []
     for index, attempt in enumerate(attempts[:-1]):
         key = attempt_key(attempt.number)
-        kept = _parsed(key, parse_record, copies[key].read_bytes() if key in copies else None, differences)
-        if kept is not None:
+        logged = _parsed(key, parse_logged, copies[key].read_bytes() if key in copies else None, differences)
+        if logged is not None:
+            differences += other_run(key, logged.run, run)
+            kept = logged.record
             # the record of an attempt that was killed says `running` for ever; the manifest says `killed`
             kept = replace(kept, outcome="killed") if kept.outcome == "running" else kept
             differences += find_differences(f"{RESULTS} run.attempts[{index}]", asdict(attempt), asdict(kept))
@@ -107,8 +121,10 @@ def check_attempts(
         for key in copies
         if attempt_number(key) is not None and key not in listed_records
     ]
-    noted = _parsed(attempt_key(last.number), parse_record, _sealed(store, attempt_key(last.number)), differences)
-    if noted is not None:
+    key = attempt_key(last.number)
+    if (logged := _parsed(key, parse_logged, _sealed(store, key), differences)) is not None:
+        noted = logged.record
+        differences += other_run(key, logged.run, run)
         where = f"{RESULTS} run.attempts[{len(attempts) - 1}]"
         differences += [*_lasted(last, noted), *_agree(where, last, noted)]
     differences += find_differences(f"{RESULTS} run.started", results["run"]["started"], attempts[0].started)
@@ -187,6 +203,11 @@ def _parsed(key: str, parse: Callable[[bytes], T], data: bytes | None, differenc
         return None
 
 
-def _read(path: str, kind: type[T], copies: Copies, differences: list[Difference]) -> T | None:
+def _read(path: str, kind: type[T], copies: Copies, differences: list[Difference], run: str | None) -> T | None:
+    """A stage's result; None if its record is missing or malformed. `run` is the run's fingerprint, if it is known."""
     data = copies[path].read_bytes() if path in copies else None
-    return _parsed(path, TypeAdapter(kind).validate_json, data, differences)
+    parsed = _parsed(path, lambda data: stage_records.parse(data, TypeAdapter(kind)), data, differences)
+    if parsed is None:
+        return None
+    differences += other_run(path, parsed[1], run)
+    return parsed[0]

@@ -74,3 +74,9 @@ def show(value: Any) -> str:
     """A value as ASCII JSON, cut off after `MAX_SHOWN` characters."""
     text = json.dumps(value)
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
+
+def other_run(where: str, found: str | None, run: str | None) -> Iterator[Difference]:
+    """What a record says that names another run than this one; fingerprints are None in records of earlier versions."""
+    if found and run is not None and found != run:
+        yield Difference(where, f"a record of the run {run}", f"one of the run {found}")

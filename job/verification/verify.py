@@ -25,7 +25,7 @@ from job.runs.layout import ARTIFACTS, RESULTS
 from job.storage.open import ObjectStore, is_key
 from job.verification import check_checkpoints
 from job.verification.check_figures import check_cost, check_evaluation, check_gate, check_training
-from job.verification.check_history import check_attempts, check_settings, check_stages
+from job.verification.check_history import check_attempts, check_settings, check_stages, fingerprint_of
 from job.verification.differences import CheckResult, Difference, show
 from job.verification.fetch_files import fetch_files
 
@@ -61,7 +61,8 @@ def verify(store: ObjectStore, work: Path) -> list[CheckResult]:
     states = [claim for marker in found for claim in check_checkpoints.claims(marker)]
     more, states_wrong = fetch_files(store, states, listed, work)
     copies |= more
-    attempts, sealed = check_attempts(results, copies, store, listed)
+    run = fingerprint_of(copies)
+    attempts, sealed = check_attempts(results, copies, store, listed, run)
     known = {RESULTS, *sealed, *(claim.path for claim in (*own, *kept, *states))}
     misplaced = [
         *(_out_of_place(claim) for claim in own if not claim.path.startswith(ARTIFACTS)),
@@ -78,9 +79,9 @@ def verify(store: ObjectStore, work: Path) -> list[CheckResult]:
         check_training(results, copies),
         check_cost(results),
         check_settings(results, copies),
-        check_stages(results, copies),
+        check_stages(results, copies, run),
         attempts,
-        check_checkpoints.check_checkpoints(results, found, copies, [*marker_wrong, *states_wrong]),
+        check_checkpoints.check_checkpoints(results, found, copies, [*marker_wrong, *states_wrong], run),
     ]
 
 

@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -55,18 +55,32 @@ def run(words: list[str], environ: Mapping[str, str], *, timeout: float) -> subp
     """
     with tempfile.TemporaryDirectory() as folder:
         output, errors = Path(folder) / "output", Path(folder) / "errors"
-        child = os.fork()
-        if child == 0:
-            _be(words, dict(environ), output, errors)
-        code = _wait(child, timeout)
+        code = wait(start(words, environ, output, errors), timeout)
         texts = [path.read_text(encoding="utf-8", errors="replace") for path in (output, errors)]
     return subprocess.CompletedProcess(["qlora-job", *words], code, *texts)
 
 
-def _be(words: list[str], environ: dict[str, str], output: Path, errors: Path) -> None:
+def start(
+    words: list[str],
+    environ: Mapping[str, str],
+    output: Path,
+    errors: Path,
+    prepare: Callable[[], object] = lambda: None,
+) -> int:
+    """Starts the job in a fork, which calls `prepare` first; returns its process id."""
+    output.touch()
+    errors.touch()
+    child = os.fork()
+    if child == 0:
+        _be(words, dict(environ), output, errors, prepare)
+    return child
+
+
+def _be(words: list[str], environ: dict[str, str], output: Path, errors: Path, prepare: Callable[[], object]) -> None:
     """The fork: the command line, and never a way back to its parent's code."""
     code = 1
     try:
+        prepare()
         warm.called(words, environ, str(output), str(errors), str(forked.ROOT))
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
@@ -76,7 +90,12 @@ def _be(words: list[str], environ: dict[str, str], output: Path, errors: Path) -
         os._exit(code)
 
 
-def _wait(child: int, timeout: float) -> int:
+def wait(child: int, timeout: float) -> int:
+    """The exit code of a fork; minus a signal's number where one killed it.
+
+    Raises:
+        TimeoutError: It did not end in so many seconds; it is killed.
+    """
     ends = time.monotonic() + timeout
     while True:
         done, status = os.waitpid(child, os.WNOHANG)

@@ -76,9 +76,13 @@ class MemoryStore:
         found = sorted((key, len(data)) for key, data in list(self._objects.items()) if key.startswith(start))
         yield from (ObjectInfo(key.removeprefix(self._root), count) for key, count in found)
 
-    def delete(self, key: str) -> None:
+    def delete(self, key: str, *, if_tag: str | None = None) -> None:
         """See `ObjectStore.delete`."""
-        self._objects.pop(self._root + check_key(key), None)
+        with _LOCK:
+            known = self._objects.get(self._root + check_key(key))
+            if known is not None and if_tag not in {None, sha256(known).hexdigest()}:
+                raise Conflict(f"{key} was changed by somebody else")
+            self._objects.pop(self._root + key, None)
 
     def conditional_writes(self) -> bool:
         """See `ObjectStore.conditional_writes`."""

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from job.storage.base import Stored
 from job.storage.location import BACKENDS, LOCAL
 from job.storage.open import Conflict, ObjectStore, StorageOptions, TooLarge, check_key, fetch, open_store, size
 from tests.s3_server import BUCKET, credentials, moto_server
@@ -260,6 +261,17 @@ class TestObjectStore:
         store.delete("a/b")
         store.delete("a/b")
         assert keys(store) == ["a/c"]
+
+    def test_delete_of_a_version(self, store: ObjectStore) -> None:
+        """With a tag only that version goes; absence is no conflict."""
+        old = store.write("a", b"1")
+        new = store.write("a", b"2")
+        with pytest.raises(Conflict):
+            store.delete("a", if_tag=old)
+        assert store.read("a") == Stored(b"2", new)
+        store.delete("a", if_tag=new)
+        assert store.read("a") is None
+        store.delete("a", if_tag=new)
 
     def test_conditional_writes_are_probed(self, store: ObjectStore) -> None:
         """The probe finds that conditions are honoured, and leaves nothing behind."""

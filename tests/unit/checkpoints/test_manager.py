@@ -107,7 +107,7 @@ def test_what_is_published_holds_whole_checkpoints(two: LocalStore, tmp_path: Pa
     two.write("checkpoints/step-00000050/COMMITTED.json", marker.data)
     reading: list[str] = []
     watched = WrappedStore(two, before=lambda verb, key: reading.append(key) if verb == "download" else None)
-    gone = manager.withdraw_damaged(watched, tmp_path / "copies", epoch=2, run="a")
+    gone = manager.close_checkpoints(watched, tmp_path / "copies", epoch=2, run="a", keep=9)
     assert [(skipped.step, skipped.why) for skipped in gone] == [
         (50, "the marker is of step 20"),
         (10, "progress.json has another SHA-256 than the marker says"),
@@ -124,8 +124,17 @@ def test_a_checkpoint_of_another_run_is_not_published(store: LocalStore, tmp_pat
     """One whose marker names another run is deleted too, and one that names none, as earlier versions wrote, stays."""
     for step, run in ((10, "a"), (20, "b"), (30, None)):
         publish(store, written(tmp_path, step), step=step, epoch=1, world_size=1, software=SOFTWARE, run=run)
-    assert [one.step for one in manager.withdraw_damaged(store, tmp_path / "copies", epoch=2, run="a")] == [20]
+    gone = manager.close_checkpoints(store, tmp_path / "copies", epoch=2, run="a", keep=9)
+    assert [one.step for one in gone] == [20]
     assert steps(store) == [30, 10]
+
+
+def test_what_is_published_holds_no_more_checkpoints_than_are_kept(two: LocalStore, tmp_path: Path) -> None:
+    """Older ones are deleted before, as an attempt that stood still while it deleted them would do it later."""
+    commit(two, tmp_path, 30)
+    two.write("checkpoints/step-00000030/0001/progress.json", b"{}")
+    assert [one.step for one in manager.close_checkpoints(two, tmp_path / "copies", epoch=2, run="a", keep=1)] == [30]
+    assert steps(two) == [20]
 
 
 # Publishing.
@@ -654,7 +663,7 @@ def test_the_fresh_alone_let_nothing_go(two: LocalStore, tmp_path: Path) -> None
     assert kept(two) == [30, 20]
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     keep=st.integers(1, 3),
     settle=st.integers(0, 8),

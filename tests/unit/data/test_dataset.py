@@ -157,7 +157,7 @@ FRAGMENTS = [
 CONTENT = st.binary(max_size=200) | st.lists(st.sampled_from(FRAGMENTS), max_size=20).map(b"".join)
 
 
-@settings(per_example, max_examples=400)
+@settings(per_example, max_examples=150)
 @given(content=CONTENT, on_bad_row=st.sampled_from(["error", "skip"]))
 def test_arbitrary_bytes_are_an_error_of_the_data(tmp_path: Path, content: bytes, on_bad_row: str) -> None:
     """Whatever a JSONL file holds, it gives examples or a DataError that can be printed."""

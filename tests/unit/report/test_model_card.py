@@ -88,7 +88,7 @@ def test_a_path_of_this_machine_is_not_published() -> None:
     assert "/srv/" not in unnamed.content
     assert "/srv/" not in named.content
     assert '"path/to/base",' in unnamed.text
-    assert "No public name of that base" in unnamed.text
+    assert "The base has no\npublic name here" in unnamed.text
     assert (named.data.base_model, unnamed.data.base_model) == ("org/model", None)
     assert '"org/model",' in named.text
     assert "No public name" not in named.text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +19,7 @@ from job.common.hashing import sealed
 from job.errors import DataError, JobError, Preempted, Replaced, SettingsError, Unreachable
 from job.preemption.stop_flag import Stop
 from job.records import Artifact, Evaluated, Pulled
+from job.results.completed import withdraw_incomplete
 from job.runs import attempt as runs_attempt
 from job.runs import stage_records
 from job.runs.attempt import Attempt, missing, open_attempt
@@ -27,7 +28,7 @@ from job.runs.layout import Stage, attempt_key
 from job.runs.lease import fenced, take
 from job.runs.run_log import IdleLimit, close_run_log, parse_record, read_run_log
 from job.runs.run_settings import keep_settings
-from job.storage.base import write_in_turn
+from job.storage.base import current_tag, write_in_turn
 from job.storage.local import LocalStore
 from job.storage.open import ObjectStore
 from tests.example_run import ATTEMPTS, DATASET
@@ -246,6 +247,15 @@ def test_a_damaged_record_is_not_believed(
     ]
 
 
+def test_a_record_of_another_run_tells_nothing(store: LocalStore, tmp_path: Path) -> None:
+    """Seconds and dollars of an attempt at another run are not published; that there was one before is."""
+    foreign = {**asdict(replace(ATTEMPTS[0], number=1, seconds=9e9)), stage_records.RUN: "another"}
+    store.write(attempt_key(1), sealed(foreign))
+    (one,) = close_run_log(store, 2, "2026-01-05T09:00:00.000Z", "this")
+    assert (one.number, one.outcome, one.seconds) == (1, "killed", 0)
+    assert noted_of(store, 1)[stage_records.RUN] == "this"
+
+
 def begun(store: LocalStore, tmp_path: Path) -> Attempt:
     """An attempt at the run."""
     return Attempt(store, tmp_path, 1, Stop(), lambda: None, Faults((), store), [])
@@ -419,24 +429,31 @@ class StandsStill(WrappedStore):
 
     meanwhile: Callable[[], object] | None = None
 
-    def write(self, key: str, data: bytes, *, if_absent: bool = False, if_tag: str | None = None) -> str:
-        """Lets the others work first, once, if it is a record that is to be written."""
-        if not key.startswith("lease") and self.meanwhile is not None:
+    @contextmanager
+    def around(self, verb: str, key: str) -> Iterator[None]:
+        """Lets the others work first, once, before a change of a small object that is not the lease."""
+        if verb in {"write", "delete"} and not key.startswith("lease") and self.meanwhile is not None:
             meanwhile, self.meanwhile = self.meanwhile, None
             meanwhile()
-        return super().write(key, data, if_absent=if_absent, if_tag=if_tag)
+        yield
 
 
-@pytest.mark.parametrize("record", ["the first note", "a later note", "a stage", "a marker", "the manifest"])
+@pytest.mark.parametrize(
+    "record",
+    ["the first note", "a later note", "a stage", "a marker", "the manifest", "a file", "removal of the manifest"],
+)
 def test_a_late_record_changes_nothing(store: LocalStore, tmp_path: Path, record: str) -> None:
     """What an attempt writes that stood still while its successor published does not arrive: it ends as replaced."""
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "progress.json").write_bytes(b"{}")
+    (tmp_path / "old").write_bytes(b"the old one's times")
     slow = StandsStill(store)
     old = begun(store, tmp_path)
     old.store = fenced(slow, take(slow, "old"))
     if record != "the first note":
         old.note("running")
+    if record == "removal of the manifest":
+        store.write("results.json", b"incomplete")
     left: dict[str, bytes] = {}
 
     def publish_marker(attempt: Attempt) -> None:
@@ -450,7 +467,9 @@ def test_a_late_record_changes_nothing(store: LocalStore, tmp_path: Path, record
         close_run_log(new.store, 2, new.started)
         new.keep("train", '{"by": "new"}')
         publish_marker(new)
-        write_in_turn(new.store, "results.json", b"new", None)
+        (tmp_path / "new").write_bytes(b"the new one's times")
+        new.publish(tmp_path / "new", "artifacts/metrics.jsonl")
+        write_in_turn(new.store, "results.json", b"new", current_tag(store, "results.json"))
         left.update({info.key: stored.data for info in store.list() if (stored := store.read(info.key))})
 
     slow.meanwhile = succeed
@@ -460,6 +479,8 @@ def test_a_late_record_changes_nothing(store: LocalStore, tmp_path: Path, record
         "a stage": lambda: old.keep("train", '{"by": "old"}'),
         "a marker": lambda: publish_marker(old),
         "the manifest": lambda: write_in_turn(old.store, "results.json", b"old", None),
+        "a file": lambda: old.publish(tmp_path / "old", "artifacts/metrics.jsonl"),
+        "removal of the manifest": lambda: withdraw_incomplete(old.store),
     }
     with pytest.raises(Replaced):
         late[record]()

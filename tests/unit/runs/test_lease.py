@@ -427,13 +427,13 @@ def race(store: ObjectStore, attempts: int = 2) -> None:
         assert sum(who == name for who, _ in journal[takes[-1] :]) <= 1
 
 
-@pytest.mark.parametrize("number", range(50))
+@pytest.mark.parametrize("number", range(20))
 def test_race_on_a_local_store(store: LocalStore, number: int) -> None:
     """Of two attempts that start together exactly one goes on, and the other changes nothing after it lost."""
     race(store)
 
 
-@pytest.mark.parametrize("number", range(50))
+@pytest.mark.parametrize("number", range(20))
 def test_race_on_s3(s3: Callable[[], ObjectStore], number: int) -> None:
     """The same over HTTP."""
     race(s3())

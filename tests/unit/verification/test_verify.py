@@ -336,6 +336,24 @@ def test_checkpoints_follow_each_other(run: Path, check: Checker, changes: dict[
     assert f"{MARKER}: {expected}" in told({"checkpoints": check()["checkpoints"]})
 
 
+@pytest.mark.parametrize("path", [MARKER, "stages/train.json", attempt_key(1)])
+def test_a_record_of_another_run_is_named(run: Path, check: Checker, path: str) -> None:
+    """Markers, stages and attempts name their run; a sealed one of another run is told, one that names none is not."""
+    facts = unsealed((run / path).read_bytes())
+    own = facts["run"]
+    rewrite(run, path, sealed(facts | {"run": "0" * 64}))
+    assert f"{path}: claimed a record of the run {own}, found one of the run {'0' * 64}" in told(check())
+    rewrite(run, path, sealed(facts | {"run": None}))
+    assert check() == {} or path.startswith("stages/")
+
+
+def test_the_last_attempt_is_of_this_run(run: Path, check: Checker) -> None:
+    """Also the record that no manifest has the hash of."""
+    path = run / attempt_key(2)
+    path.write_bytes(sealed(unsealed(path.read_bytes()) | {"run": "0" * 64}))
+    assert f"{attempt_key(2)}: claimed a record of the run" in told(check())
+
+
 def test_epochs_never_go_back(run: Path, check: Checker) -> None:
     """A later step cannot be an earlier attempt's."""
     remark(run, MARKER.replace("04", "02"), epoch=2)
