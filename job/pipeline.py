@@ -169,7 +169,7 @@ def _load(attempt: Attempt, settings: Settings, sources: Sources) -> Loaded:
             if attempt.recorded(name, type(record)) is None:
                 attempt.keep(name, json.dumps(asdict(record)))
     known, found = map(identity, (attempt.stage(Stage.PULL, Pulled, lambda: sources.record), sources.record))
-    if changed := [name for name, value in known.items() if found[name] != value]:
+    if changed := [name for name, value in known.items() if found.get(name) != value]:
         raise DataError([Problem(name, "has changed since the first attempt of this run") for name in changed])
     return loaded
 

@@ -156,6 +156,9 @@ class Lora(Group):
     """Scale: the update is multiplied by alpha / rank."""
     dropout: AffectsResult[Annotated[NotNegative, Field(lt=1)]] = 0.0
     """Dropout on the adapter's input. Anything but 0 needs the slower layers of PEFT."""
+    start: AffectsResult[Maybe[Location]] = None
+    """Adapter to go on training, instead of a new one: hub id, `s3://` URI or path of a LoRA adapter in safetensors, of
+    the same rank, alpha and layers. Learning preferences, it is also the reference."""
     target_modules: AffectsResult[Literal["auto"] | Names] = "auto"
     """Names of the linear layers that get an adapter. `auto`: all linear layers but the output head; in models like
     Llama and Mistral the seven projections of each decoder layer."""

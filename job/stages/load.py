@@ -15,6 +15,7 @@ from job.model.packed_attention import NAME, use
 from job.model.packing_check import choose_packing
 from job.model.quantized_cache.cache import save
 from job.model.quantized_cache.layout import cached_base
+from job.model.start_adapter import load_start
 from job.records import Packing
 from job.settings.load import Settings
 from job.stages.handoff import Loaded, Sources
@@ -63,6 +64,8 @@ def load(settings: Settings, sources: Sources, processes: Processes = ALONE, dec
         seed=settings.run.seed,
     )
     names = find_published_names(model, sources.folder, quantized=sources.quantized)
+    if sources.start is not None:
+        load_start(model, sources.start, names)
     record = describe_model(
         model,
         name=settings.model.id,

@@ -30,6 +30,7 @@ from job.model.files import fingerprint
 from job.model.lora import tokenizer_files
 from job.model.quantized_cache.cache import find
 from job.model.quantized_cache.layout import CachedBase, CacheEntry, entry_at, entry_for
+from job.model.start_adapter import check_start, find_start, hash_start
 from job.records import DatasetRecord, Example, Pulled
 from job.results.baseline import check_questions, read_baseline
 from job.runs.attempt import Attempt
@@ -67,6 +68,7 @@ class _Shared:
     folder: str
     quantized: bool
     examples: str
+    start: str | None
 
 
 def pull(attempt: Attempt, settings: Settings, storage: StorageOptions) -> Sources:
@@ -103,7 +105,8 @@ def _write_shared(sources: Sources, work: Path) -> str:
     examples = work / "examples.json"
     with disk_errors(f"cannot write {examples}"):
         examples.write_bytes(TypeAdapter(list[Example]).dump_json(sources.examples))
-    shared = _Shared(sources.record, str(sources.folder.absolute()), sources.quantized, str(examples.absolute()))
+    start = None if sources.start is None else str(sources.start.absolute())
+    shared = _Shared(sources.record, str(sources.folder.absolute()), sources.quantized, str(examples.absolute()), start)
     return TypeAdapter(_Shared).dump_json(shared).decode()
 
 
@@ -116,6 +119,7 @@ def _read_shared(shared: _Shared) -> Sources:
         shared.quantized,
         load_tokenizer(folder),
         examples,
+        None if shared.start is None else Path(shared.start),
         tasks=None,
         baseline=None,
         cache_entry=None,
@@ -144,6 +148,7 @@ def _pull(attempt: Attempt, settings: Settings, storage: StorageOptions, date: s
         tasks = _load_tasks(attempt, settings, storage)
         if baseline is not None:
             check_questions(baseline, tasks.questions(settings.eval.limit), gate.metric)
+        start = _find_start(attempt, settings, storage)
         source = _fetch(attempt, settings.data.source, "data", storage)
         folder, missing = _early_files(attempt, early, coming)
         tokenizer = load_tokenizer(folder)
@@ -176,8 +181,11 @@ def _pull(attempt: Attempt, settings: Settings, storage: StorageOptions, date: s
         raise
     attempt.alive()
     log.get_logger().info("data is ready", rows=dataset.rows, skipped=dataset.skipped, tokens=dataset.tokens)
-    record = Pulled(dataset, model.sha256, model.revision, tasks.fingerprints())
-    return Sources(record, model.folder, model.quantized, tokenizer, examples, tasks, baseline, model.cache_entry)
+    start_sha256 = None if start is None else hash_start(start)
+    record = Pulled(dataset, model.sha256, model.revision, tasks.fingerprints(), start_sha256)
+    return Sources(
+        record, model.folder, model.quantized, tokenizer, examples, start, tasks, baseline, model.cache_entry
+    )
 
 
 def _check_places(settings: Settings) -> None:
@@ -201,6 +209,17 @@ def _check_places(settings: Settings) -> None:
             problems += error.problems
     if problems:
         raise DataError(problems)
+
+
+def _find_start(attempt: Attempt, settings: Settings, storage: StorageOptions) -> Path | None:
+    """The folder of the adapter that training starts from, checked as far as the base's weights are not needed."""
+    lora = settings.lora
+    if lora.start is None:
+        return None
+    attempt.alive()
+    folder = find_start(lora.start, attempt.work / "start", storage)
+    check_start(folder, rank=lora.rank, alpha=lora.alpha)
+    return folder
 
 
 def _fetch(attempt: Attempt, place: str, kind: str, storage: StorageOptions) -> str:

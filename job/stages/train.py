@@ -115,7 +115,8 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
         substitutions=[] if substituted is None else [substituted],
         rows=len(sources.examples),
         world_size=processes.place.world_size,
-        compared_with="base" if reference else None,
+        compared_with=_compared_with(sources) if reference else None,
+        start_sha256=sources.record.start_sha256,
     )
     return Trained(record, [*artifacts, *reference])
 
@@ -218,6 +219,10 @@ def _files(path: Path) -> list[Path]:
     return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
 
 
+def _compared_with(sources: Sources) -> str:
+    return "base" if sources.start is None else "start"
+
+
 def _training_record(
     recipe: Recipe,
     trained: config.Trained,
@@ -226,6 +231,7 @@ def _training_record(
     rows: int,
     world_size: int,
     compared_with: str | None,
+    start_sha256: str | None,
 ) -> TrainingRecord:
     return TrainingRecord(
         **training_totals(trained.history, steps_per_epoch(rows, recipe.global_batch_size), recipe.global_batch_size),
@@ -237,4 +243,5 @@ def _training_record(
         method="sft" if recipe.preference is None else recipe.preference.method,
         beta=None if recipe.preference is None else recipe.preference.beta,
         reference=compared_with,
+        start_sha256=start_sha256,
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from job.runs.layout import LOG_PROBS, facts_of
 from tests.forked import Forks, forks
@@ -128,3 +129,44 @@ def test_data_and_method_have_to_fit(forked: Forks, environment: dict[str, str],
         problem = str(group.lines(0)[-1])
         assert "JOB_TRAIN__METHOD=dpo or orpo" in problem
         assert "dpo.jsonl:1" in problem
+
+
+@pytest.mark.parametrize("method", ["dpo", "sft"])
+def test_training_goes_on_from_an_adapter(forked: Forks, environment: dict[str, str], method: str) -> None:
+    """It starts with the adapter's numbers, compares with them, and resumes to the bit; the manifest has its hash."""
+    if not (run_folder(environment, "one") / "results.json").is_file():
+        assert go(forked, environment, "one", 1) == [0]
+    changes = {
+        "JOB_LORA__START": str(run_folder(environment, "one") / "artifacts/adapter"),
+        "JOB_TRAIN__METHOD": method,
+    }
+    if method == "sft":
+        rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs(22)]
+        path = Path(environment["JOB_DATA__SOURCE"]).with_name("sft.jsonl")
+        changes["JOB_DATA__SOURCE"] = str(write_jsonl(path, rows))
+    whole, killed = f"{method}-on", f"{method}-on-killed"
+    assert go(forked, environment, whole, 1, **changes) == [0]
+    assert go(forked, environment, killed, 1, **changes, JOB_FAULT="kill@step=5") == [-9]
+    assert go(forked, environment, killed, 1, **changes) == [0]
+    assert facts_of(results(environment, killed)) == facts_of(results(environment, whole))
+    training = results(environment, whole)["training"]
+    assert len(training["start_sha256"]) == 64
+    assert training["reference"] == ("start" if method == "dpo" else None)
+    first, fresh = metrics(environment, whole)[0], metrics(environment, "one")[0]
+    if method == "dpo":
+        assert first["loss"] == pytest.approx(0.6931472, rel=1e-5)
+        assert first["preference"]["logps/chosen"] != pytest.approx(fresh["preference"]["logps/chosen"], rel=1e-4)
+
+
+def test_a_start_that_changed_is_refused(forked: Forks, environment: dict[str, str], tmp_path: Path) -> None:
+    """Other numbers under the same path are another run."""
+    if not (run_folder(environment, "one") / "results.json").is_file():
+        assert go(forked, environment, "one", 1) == [0]
+    start = Path(shutil.copytree(run_folder(environment, "one") / "artifacts/adapter", tmp_path / "start"))
+    changes = {"JOB_LORA__START": str(start)}
+    assert go(forked, environment, "moved", 1, **changes, JOB_FAULT="kill@step=3") == [-9]
+    tensors = load_file(start / "adapter_model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in tensors.items()}, start / "adapter_model.safetensors")
+    code, group = forked.run({**environment, **changes, "JOB_RUN__ID": "moved"}, 1, "moved-again")
+    assert code == [65]
+    assert "start_sha256" in str(group.lines(0)[-1])

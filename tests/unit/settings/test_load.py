@@ -421,6 +421,12 @@ BAD_VALUES: list[tuple[str, list[str]]] = [
     ("data.source", ["", "http://host/x", "s3://x"]),
     ("data.limit", ["0", "-5", "many"]),
     ("data.format", ["csv"]),
+    ("train.method", ["", "DPO", "ppo"]),
+    ("train.beta", ["0", "-0.1", "nan"]),
+    ("train.preference_loss", ["hinge", ""]),
+    ("train.label_smoothing", ["0.5", "-0.1"]),
+    ("train.desirable_weight", ["0", "inf"]),
+    ("train.undesirable_weight", ["0", "x"]),
     ("data.on_bad_row", ["ignore"]),
     ("train.epochs", ["0", "-1", "2.5", "inf", ""]),
     ("train.max_steps", ["0", "x"]),
@@ -689,6 +695,37 @@ class TestCombinations:
         found = problems(["--gate.min-delta=-0.05", "--gate.max-regression=0.01"])
         assert "JOB_GATE__MAX_REGRESSION" in found["JOB_GATE__MIN_DELTA (command line)"]
         assert load_settings(["--gate.min-delta=0.01", "--gate.max-regression=0.01"], {})
+
+
+class TestMethods:
+    """Settings that belong to one method of training."""
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            ["--train.beta=0.2"],
+            ["--train.method=kto", "--train.label_smoothing=0.1"],
+            ["--train.method=dpo", "--train.desirable_weight=2"],
+            ["--train.method=orpo", "--train.preference_loss=sigmoid"],
+            ["--train.method=dpo", "--train.preference_loss=ipo", "--train.label_smoothing=0.1"],
+        ],
+    )
+    def test_a_setting_without_effect_is_refused(self, arguments: list[str]) -> None:
+        """It would seem to be tuned; the message names what it belongs to."""
+        (found,) = problems(arguments).values()
+        assert "has no effect with" in found
+
+    def test_rows_that_the_method_cannot_learn_from(self) -> None:
+        """A format by name is checked before any file is read."""
+        found = problems(["--train.method=dpo", "--data.format=alpaca"])["JOB_DATA__FORMAT (command line)"]
+        assert "sft" in found
+        assert load_settings(["--train.method=orpo", "--data.format=preference"], {})
+
+    def test_the_demo_of_preferences_needs_no_network(self) -> None:
+        """It is the demo with pairs in place of instructions."""
+        demo = load_settings(["--preset=demo-dpo"], {})
+        assert demo.train.method == "dpo"
+        assert Path(demo.data.source).is_file()
 
 
 class TestReading:
