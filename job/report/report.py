@@ -206,7 +206,7 @@ def _lines(metrics: list[StepMetrics], marks: list[float]) -> list[charts.LineCh
     drawn = (
         charts.line_chart(
             "Loss",
-            "" if preferred("rewards/chosen") or preferred("rewards/rejected") else "nats a token",
+            "" if any(m.preference for m in metrics) else "nats a token",
             [(m.step, m.loss) for m in metrics],
             formatting.figure,
             marks=marks,

@@ -103,8 +103,13 @@ def _compute(
         rows = [Question((), tuple(one.input_ids for one in example.sequences)) for example in examples]
         cache = ScoreCache(shared, SCORES, settings.run.id, _conditions(sources, loaded))
         with log.progress("reference rows", len(rows), every=max(1, len(rows) // 10)) as tell:
+
+            def on_progress(done: int) -> None:
+                attempt.questions = done  # progress, for the limit of attempts without any
+                tell(done)
+
             found = score_questions(
-                model, rows, loaded.micro_batch_tokens, cache=cache, score=parallel.score, on_progress=tell
+                model, rows, loaded.micro_batch_tokens, cache=cache, score=parallel.score, on_progress=on_progress
             )
         parallel.finish()
     return found

@@ -32,7 +32,7 @@ import torch
 
 from job.data import batch_plan
 from job.data.preferences import join
-from job.model.lora import add_adapter, adapter_off
+from job.model.lora import adapter_off, add_adapter
 from job.model.packed_attention import NAME
 from job.records import Example
 from job.training.config import Hooks, Preference, Recipe

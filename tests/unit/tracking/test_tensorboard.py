@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -58,3 +59,9 @@ def test_there_is_one_file_of_a_fixed_name(tmp_path: Path) -> None:
         write_events(tmp_path, HISTORY)
         assert [path.name for path in tmp_path.iterdir()] == ["events.out.tfevents.0"]
     assert len(read(tmp_path)["train/loss"]) == 3
+
+
+def test_rewards_are_among_the_events(tmp_path: Path) -> None:
+    """Metrics of preferences have TRL's names."""
+    write_events(tmp_path, [replace(HISTORY[0], preference={"rewards/margins": 0.5})])
+    assert read(tmp_path)["train/rewards/margins"] == [(1, 0.5)]
