@@ -27,7 +27,7 @@ _WHERE = "JOB_MODEL__ID"
 
 
 class TemplateRefusalError(ValueError):
-    """A template does not take a conversation; the text says why."""
+    """A template refuses a conversation; the message says why."""
 
 
 class Template(Protocol):
@@ -62,10 +62,10 @@ def open_template(
     Args:
         tokenizer: A `transformers.PreTrainedTokenizerFast` with a chat template, or a stand-in that renders by itself.
         date: The current date as the template sees it, `YYYY-MM-DD`; None for the day in UTC.
-        alive: Called now and then while a template takes long; what it raises ends the wait.
+        alive: Called repeatedly while a template takes long; an exception from it ends the wait.
 
     Raises:
-        DataError: The tokenizer has several templates and none for this use, or the process does not start.
+        DataError: The tokenizer has several templates, none of them the default, or the process does not start.
     """
     if not hasattr(tokenizer, "special_tokens_map"):
         yield tokenizer.apply_chat_template
@@ -98,7 +98,7 @@ def open_template(
 
 
 class _Rendering:
-    """Asks the process, one conversation after the other."""
+    """Renders conversations in the process, one after the other."""
 
     def __init__(self, process: subprocess.Popen[bytes], errors: IO[bytes], alive: Callable[[], None]) -> None:
         self._process, self._errors, self._alive = process, errors, alive
@@ -119,7 +119,7 @@ class _Rendering:
 
     def ask(self, what: Any) -> dict[str, str]:
         """Sends a line of JSON and returns the answer to it."""
-        # A date or bytes, as Parquet has them, are no JSON; transformers shows templates the same placeholder.
+        # Dates and bytes, as Parquet has them, have no JSON form; transformers gives templates the same placeholder.
         line = json.dumps(what, default=lambda value: f"<{type(value).__name__}>").encode() + b"\n"
         to, source = self._process.stdin, self._process.stdout
         if to is None or source is None:
