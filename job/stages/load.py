@@ -91,8 +91,8 @@ def load(settings: Settings, sources: Sources, processes: Processes = ALONE, dec
         gigabytes=settings.train.gpu_memory_gb,
         processes=processes.place.local_world_size,
     )
-    if settings.train.method != "sft" and plan.recorded:
-        plan = replace(plan, recorded=False, reason=f"{plan.reason}; no CUDA graphs for {settings.train.method}")
+    if settings.train.last_method != "sft" and plan.recorded:
+        plan = replace(plan, recorded=False, reason=f"{plan.reason}; no CUDA graphs for {settings.train.last_method}")
     if not packing.packed:
         plan = replace(plan, packed=False, reason=f"{plan.reason}: {packing.reason}")
     return Loaded(model, record, budget, plan, kept_base, packing, names)

@@ -6,7 +6,7 @@ On each machine the first process does this; the others read its results from th
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,6 +36,7 @@ from job.results.baseline import check_questions, read_baseline
 from job.runs.attempt import Attempt
 from job.runs.layout import BASE, Stage
 from job.settings.load import Settings
+from job.settings.training_stages import start_of
 from job.stages.handoff import Sources
 from job.stages.preload import import_libraries
 from job.storage.base import disk_errors
@@ -71,11 +72,11 @@ class _Shared:
     start: str | None
 
 
-def pull(attempt: Attempt, settings: Settings, storage: StorageOptions) -> Sources:
+def pull(attempt: Attempt, settings: Settings, storage: StorageOptions, later: Sequence[Settings] = ()) -> Sources:
     """Fetches and checks all inputs, in the first process of each machine; `storage` has the options of the stores.
 
     Everything that can be checked without the model's weights is checked before they are downloaded. Rows are read
-    during the download.
+    during the download; those of `later` stages too, so that what is wrong with them is known before training.
 
     Raises:
         DataError, SettingsError: The data, the questions, the model or the settings cannot be used.
@@ -85,10 +86,10 @@ def pull(attempt: Attempt, settings: Settings, storage: StorageOptions) -> Sourc
     processes = attempt.processes
     date = processes.share("date of the run", lambda: settings.data.date or _date(attempt))
     if processes.place.local_world_size == 1:
-        return _pull(attempt, settings, storage, date)
+        return _pull(attempt, settings, storage, date, later)
     if processes.place.local_rank:
         import_libraries()  # while the first process downloads
-    sources = _pull(attempt, settings, storage, date) if processes.place.local_rank == 0 else None
+    sources = _pull(attempt, settings, storage, date, later) if processes.place.local_rank == 0 else None
     shared = processes.share_on_machine("sources", lambda: _write_shared(sources, attempt.work) if sources else None)
     return sources or _read_shared(TypeAdapter(_Shared).validate_json(shared or ""))
 
@@ -126,8 +127,10 @@ def _read_shared(shared: _Shared) -> Sources:
     )
 
 
-def _pull(attempt: Attempt, settings: Settings, storage: StorageOptions, date: str) -> Sources:
-    _check_places(settings)
+def _pull(
+    attempt: Attempt, settings: Settings, storage: StorageOptions, date: str, later: Sequence[Settings]
+) -> Sources:
+    _check_places(settings, later)
     gate = settings.gate
     baseline = None if gate.baseline is None else read_baseline(gate.baseline, storage)
     named = {settings.model.id, settings.data.source, *settings.eval.data.values()}
@@ -170,9 +173,10 @@ def _pull(attempt: Attempt, settings: Settings, storage: StorageOptions, date: s
             if coming.done():
                 coming.result()  # an error of the weights ends the reading of rows
 
-        examples, dataset = _read_rows(
-            settings, source, tokenizer, date=date, vocabulary=_vocabulary(folder), alive=alive
-        )
+        how: dict[str, Any] = {"date": date, "vocabulary": _vocabulary(folder), "alive": alive}
+        examples, dataset = _read_rows(settings, source, tokenizer, **how)
+        for stage in later:
+            _read_rows(stage, _fetch(attempt, stage.data.source, "later", storage), tokenizer, **how)
         model: _Model = _wait(attempt, coming)
     except JobError as error:
         checked.cancel()
@@ -188,16 +192,18 @@ def _pull(attempt: Attempt, settings: Settings, storage: StorageOptions, date: s
     )
 
 
-def _check_places(settings: Settings) -> None:
+def _check_places(settings: Settings, later: Sequence[Settings]) -> None:
     """Refuses missing data and question files, before anything is fetched or imported.
 
     Raises:
         DataError: Files are missing; it lists all of them.
         SettingsError: A data set of the hub has no revision.
     """
-    data = settings.data
     checks: list[tuple[str, Callable[[], object]]] = [
-        (data.source, partial(check_source, data.source, data.revision, data.split)),
+        *(
+            (d.source, partial(check_source, d.source, d.revision, d.split))
+            for d in (settings.data, *(stage.data for stage in later))
+        ),
         *((place, partial(find_file, place)) for place in settings.eval.data.values()),
     ]
     problems: list[Problem] = []
@@ -213,11 +219,11 @@ def _check_places(settings: Settings) -> None:
 
 def _find_start(attempt: Attempt, settings: Settings, storage: StorageOptions) -> Path | None:
     """The folder of the adapter that training starts from, checked as far as the base's weights are not needed."""
-    lora = settings.lora
-    if lora.start is None:
+    lora, start = settings.lora, start_of(settings)
+    if start is None:
         return None
     attempt.alive()
-    folder = find_start(lora.start, attempt.work / "start", storage)
+    folder = find_start(start, attempt.work / "start", storage)
     check_start(folder, rank=lora.rank, alpha=lora.alpha)
     return folder
 
@@ -270,7 +276,7 @@ def _read_rows(settings: Settings, source: str, tokenizer: Any, **how: Any) -> t
         loss_on=settings.train.loss_on,
         max_length=settings.train.max_length,
         tokenizer=tokenizer,
-        method=settings.train.method,
+        method=settings.train.last_method,
         seed=settings.run.seed,
         **how,
     )

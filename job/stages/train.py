@@ -46,7 +46,7 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
         log.get_logger().warning("substituted", what=substituted)
     recipe = _recipe(settings, len(sources.examples), loaded.micro_batch_tokens, optimizer)
     examples, reference = sources.examples, list[Artifact]()
-    if METHODS[settings.train.method].reference:
+    if METHODS[settings.train.last_method].reference:
         shared = open_store(settings.run.output, storage_options(settings.storage))
         examples, reference = with_reference(attempt, settings, sources, loaded, shared)
     restored = _restore(attempt)
@@ -162,9 +162,9 @@ def _recipe(settings: Settings, rows: int, micro_batch_tokens: int, optimizer: s
         optimizer=optimizer,
         save_every_steps=settings.checkpoint.every_steps,
         preference=None
-        if t.method == "sft"
+        if t.last_method == "sft"
         else Preference(
-            method=t.method,
+            method=t.last_method,
             beta=t.beta,
             loss=t.preference_loss,
             label_smoothing=t.label_smoothing,

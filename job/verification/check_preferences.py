@@ -28,14 +28,15 @@ def check_preferences(results: Mapping[str, Any], copies: Copies) -> CheckResult
         None where nothing is claimed or set but plain fine-tuning.
     """
     settings = {name: setting["value"] for name, setting in results["settings"].items()}
-    training, name = results["training"], settings.get("train.method", "sft")
+    training, chosen = results["training"], str(settings.get("train.method", "sft"))
+    name = chosen.rpartition(",")[2]
     claimed = {field: training.get(field, usual) for field, usual in (("method", "sft"), ("beta", None))}
     if name == claimed["method"] == "sft" and training.get("reference") is None and LOG_PROBS not in copies:
         return None
     method = METHODS.get(name)
     if method is None:
         return CheckResult("preferences", "", (Difference(f"{RESULTS} settings", "a method of training", show(name)),))
-    start = "base" if settings.get("lora.start") is None else "start"
+    start = "base" if settings.get("lora.start") is None and name == chosen else "start"
     found = {
         "method": name,
         "beta": None if name == "sft" else settings.get("train.beta"),

@@ -33,6 +33,7 @@ from job.settings.load import (
 )
 from job.settings.presets import PRESETS
 from job.settings.schema import NAMES
+from job.settings.training_stages import split_stages, start_of
 
 SECRET = "hf_qWertYuiOpAsdFghJkl"
 EPOCHS = "train.epochs"
@@ -708,6 +709,8 @@ class TestMethods:
             ["--train.method=dpo", "--train.desirable_weight=2"],
             ["--train.method=orpo", "--train.preference_loss=sigmoid"],
             ["--train.method=dpo", "--train.preference_loss=ipo", "--train.label_smoothing=0.1"],
+            ["--train.method=dpo", "--train.sft_epochs=3"],
+            ["--data.sft_source=rows.jsonl"],
         ],
     )
     def test_a_setting_without_effect_is_refused(self, arguments: list[str]) -> None:
@@ -720,6 +723,19 @@ class TestMethods:
         found = problems(["--train.method=dpo", "--data.format=alpaca"])["JOB_DATA__FORMAT (command line)"]
         assert "sft" in found
         assert load_settings(["--train.method=orpo", "--data.format=preference"], {})
+
+    def test_two_stages_need_two_sources(self) -> None:
+        """The first stage is a run of its own: its id, data and schedule, no gate, nothing of preferences."""
+        assert "must be given" in problems(["--train.method=sft,dpo"])["JOB_DATA__SFT_SOURCE (default)"]
+        given = ["--train.method=sft,dpo", "--data.sft_source=a.jsonl", "--train.sft_epochs=3", "--train.beta=0.3"]
+        whole = load_settings([*given, "--run.id=x", "--run.output=out", "--gate.min_delta=0.1"], {})
+        first, second = split_stages(whole)
+        assert second is whole
+        assert (first.run.id, first.train.method, first.train.epochs) == ("x-sft", "sft", 3)
+        assert first.data.source == "a.jsonl"
+        assert (first.gate.min_delta, first.train.beta, first.data.revision) == (None, 0.1, None)
+        assert (start_of(first), start_of(second)) == (None, "out/x-sft/artifacts/adapter")
+        assert split_stages(first) == (first,)
 
     def test_the_demo_of_preferences_needs_no_network(self) -> None:
         """It is the demo with pairs in place of instructions."""
