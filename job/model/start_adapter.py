@@ -7,7 +7,7 @@ change what it computes, and another rank cannot be loaded.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,8 @@ from job.storage.open import StorageOptions, fetch
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 1 << 20
 _SETTING = "JOB_LORA__START"
-_PLAIN = {"use_dora": False, "use_rslora": False, "bias": "none", "rank_pattern": {}, "alpha_pattern": {}}
-"""Fields of an adapter's configuration that make it another kind of adapter if they differ; absent is as given here."""
+_SAME = {"use_dora": False, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
+"""Options of `JOB_LORA__...` by PEFT's names, which have to be the same; absent is as given here."""
 _INITS = {True, None, "gaussian", "orthogonal"}
 """Values of `init_lora_weights` that leave the base as it is; others, such as `pissa`, belong to a changed base."""
 
@@ -65,13 +65,14 @@ def hash_start(folder: Path) -> str:
     return sha256("\n".join(hashes).encode()).hexdigest()
 
 
-def check_start(folder: Path, *, rank: int, alpha: int) -> None:
+def check_start(folder: Path, *, rank: int, alpha: int, options: Mapping[str, Any] | None = None) -> None:
     """Refuses an adapter that the settings do not fit, or of a kind that is not trained here.
 
     Args:
         folder: The adapter's files.
         rank: `JOB_LORA__RANK`.
         alpha: `JOB_LORA__ALPHA`.
+        options: Other settings of `JOB_LORA__...` by PEFT's names; None for plain LoRA.
 
     Raises:
         DataError: Its files cannot be read.
@@ -79,9 +80,14 @@ def check_start(folder: Path, *, rank: int, alpha: int) -> None:
     """
     config = read_json(folder / CONFIG, MAX_CONFIG_BYTES, _SETTING)
     problems = [Problem(_SETTING, what) for what in _other_kind(config)]
-    for name, field, value in (("RANK", "r", rank), ("ALPHA", "lora_alpha", alpha)):
-        if config.get(field) != value:
-            what = f"is {value}, and the adapter of {_SETTING} has {config.get(field)!r}; set the same"
+    wanted = {"r": rank, "lora_alpha": alpha} | {
+        name: (options or {}).get(name, usual) for name, usual in _SAME.items()
+    }
+    for field, value in wanted.items():
+        found = config.get(field) or _SAME.get(field)
+        if found != (value or _SAME.get(field)):
+            name = {"r": "RANK", "lora_alpha": "ALPHA"}.get(field, field.upper())
+            what = f"is {value!r}, and the adapter of {_SETTING} has {str(found)[:100]}; set the same"
             problems.append(Problem(f"JOB_LORA__{name}", what))
     if problems:
         raise SettingsError(problems)
@@ -104,11 +110,10 @@ def load_start(model: Any, folder: Path, names: PublishedNames) -> None:
 def _other_kind(config: dict[str, Any]) -> Iterator[str]:
     if config.get("peft_type") != "LORA":
         yield f"is an adapter of the kind {config.get('peft_type')!r}; only LoRA is trained"
-    for name, usual in _PLAIN.items():
-        if (value := config.get(name) or usual) != usual:
-            yield f"has {name}={json.dumps(value)[:100]}; only plain LoRA is trained"
+    if config.get("bias") not in {None, "none"}:
+        yield f"trains biases (bias={json.dumps(config['bias'])[:50]}); only LoRA is trained"
     if config.get("modules_to_save"):
-        yield "saves whole modules (modules_to_save); only plain LoRA is trained"
+        yield "saves whole modules (modules_to_save); only LoRA is trained"
     if (init := config.get("init_lora_weights")) not in _INITS:
         yield f"was initialized by {json.dumps(init)[:50]}, which changes the base; convert it to a plain LoRA adapter"
 
