@@ -8,6 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+NAMES_THE_RUN = "names the run"
+"""Metadata of a field that was added later, and by which runs differ where it is not its default."""
+
 
 @dataclass(frozen=True)
 class Example:
@@ -226,6 +229,8 @@ class TrainingRecord:
     """Strength of the preference; None for `sft`."""
     reference: str | None = None
     """What preferences are compared with: `base`, or `start` for the adapter that training started from."""
+    start_sha256: str | None = None
+    """Of the adapter that training started from; None for a new one."""
     preference: dict[str, float] = field(default_factory=dict)
     """Metrics of preferences, by TRL's names: the mean over the last epoch's steps, by examples."""
     adapter: AdapterRecord | None = None
@@ -352,6 +357,8 @@ class Pulled:
     model_revision: str | None
     questions: dict[str, str]
     """SHA-256 of each task's questions."""
+    start_sha256: str | None = field(default=None, metadata={NAMES_THE_RUN: True})
+    """Of the adapter that training starts from; None for a new one."""
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,7 @@ def _look(settings: Settings, folder: Path) -> _Preflight:
             schema=None if s.data.format == "auto" else s.data.format,
             on_bad_row=s.data.on_bad_row,
             loss_on=s.train.loss_on,
-            method=s.train.method,
+            method=s.train.last_method,
             seed=s.run.seed,
             date=s.data.date,
             vocabulary=model.architecture.vocabulary if model and model.architecture else None,
@@ -328,7 +328,9 @@ def _assumptions(settings: Settings) -> tuple[str, ...]:
     price, context = settings.cost.usd_per_hour, size(memory_model.CONTEXT_BYTES, " ")
     fused, peft = (f"{used:.0%}" for used in (memory_model.FUSED_UTILISATION, memory_model.UTILISATION))
     half = f"speed: {fused} of the data sheet's operations a second in bf16, {peft} before Ampere or with dropout"
+    first = f"figures: of the last stage of JOB_TRAIN__METHOD={settings.train.method}; plan the first one as sft"
     return (
+        *(() if settings.train.is_one_stage else (first,)),
         "one GPU; several GPUs share the examples of a step, and each needs the same memory",
         f"{half}, as measured on H100 and H200; slower GPUs tend to do better",
         f"start: {forecast.START_SECONDS:.0f} s, and {forecast.DOWNLOAD_RATE / 1e6:.0f} MB/s for downloads",

@@ -29,6 +29,12 @@ FIRST_QUESTIONS, MAX_QUESTIONS = 5, 40
 
 STAGE_NAMES = {stage.value: stage.replace("-", " ") for stage in Stage} | {OUTSIDE: "loading"}
 
+PREFERENCE_CHARTS = (
+    ("rewards/margins", "Reward margin", "chosen less rejected"),
+    ("rewards/accuracies", "Reward accuracy", "share of the pairs in which chosen has the higher reward"),
+)
+"""Metrics of preferences that are drawn: name, title, unit."""
+
 Records = list[dict[str, Any]]
 
 
@@ -105,6 +111,7 @@ def render_report(results: Mapping[str, Any], evidence: ReportData) -> bytes:
             key: results[key] for key in ("run", "model", "dataset", "training", "gate", "hardware", "software", "cost")
         },
         harness=results["evaluation"]["harness"],
+        learned=wording.learned(results["training"]),
         tasks=tasks,
         headline=wording.headline(tasks),
         explanations={name: wording.explanation(name, task, len(tasks)) for name, task in tasks.items()},
@@ -206,19 +213,26 @@ def _lines(evidence: ReportData, marks: list[float], validation: Mapping[str, An
     def measured(name: str) -> list[tuple[int, float]]:
         return [(step.step, value) for step in metrics if (value := step.measured.get(name)) is not None]
 
+    def preferred(name: str) -> list[tuple[int, float]]:
+        return [(step.step, step.preference[name]) for step in metrics if name in step.preference]
+
     memory = measured("memory_bytes")
     unit, scale = ("GiB", 2**30) if max((value for _, value in memory), default=0) >= 2**31 else ("MiB", 2**20)
     memory = [(step, value / scale) for step, value in memory]
     drawn = (
         charts.line_chart(
             "Loss",
-            "nats a token",
+            "" if any(m.preference for m in metrics) else "nats a token",
             [(m.step, m.loss) for m in metrics],
             formatting.figure,
             marks=marks,
             from_zero=False,
             second=validated,
             dot=kept,
+        ),
+        *(
+            charts.line_chart(title, unit, preferred(name), formatting.figure, marks=marks, from_zero=False)
+            for name, title, unit in PREFERENCE_CHARTS
         ),
         charts.line_chart(
             "Learning rate", "", [(m.step, m.learning_rate) for m in metrics], formatting.figure, marks=marks

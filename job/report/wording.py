@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from job.common.formatting import count, enumeration, figure, p_value, percent, points
+from job.common.methods import METHODS
 from job.evaluation.comparison import of_metric
 from job.evaluation.statistics import wilson_interval
 
@@ -98,3 +99,12 @@ def accuracies(task: Mapping[str, Any]) -> list[dict[str, Any]]:
             intervals = {f"{side}_ci": wilson_interval(round(x * task["n"]), task["n"]) for side, x in sides.items()}
             found.append({"metric": metric, **sides, **intervals, "comparison": comparison})
     return found
+
+
+def learned(training: Mapping[str, Any]) -> str:
+    """How preferences were learned, from the manifest's `training`; nothing for plain fine-tuning."""
+    method = training.get("method", "sft")
+    if method == "sft":
+        return ""
+    compared = {"base": ", compared with the base model", "start": ", compared with the adapter it started from"}
+    return f"{METHODS[method].title} ({method}, beta {training['beta']:g}){compared.get(training['reference'], '')}"

@@ -6,7 +6,7 @@ On each machine the first process does this; the others read its results from th
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,11 +32,13 @@ from job.model.files import fingerprint
 from job.model.lora import tokenizer_files
 from job.model.quantized_cache.cache import find
 from job.model.quantized_cache.layout import CachedBase, CacheEntry, entry_at, entry_for
+from job.model.start_adapter import check_start, find_start, hash_start
 from job.records import DatasetRecord, Example, Pulled
 from job.results.baseline import check_questions, read_baseline
 from job.runs.attempt import Attempt
 from job.runs.layout import BASE, Stage
 from job.settings.load import Settings
+from job.settings.training_stages import start_of
 from job.stages.handoff import Sources
 from job.stages.preload import import_libraries
 from job.storage.base import disk_errors
@@ -71,13 +73,14 @@ class _Shared:
     quantized: bool
     examples: str
     """A file with both, the examples and those for validation."""
+    start: str | None
 
 
-def pull(attempt: Attempt, settings: Settings, storage: StorageOptions) -> Sources:
+def pull(attempt: Attempt, settings: Settings, storage: StorageOptions, later: Sequence[Settings] = ()) -> Sources:
     """Fetches and checks all inputs, in the first process of each machine; `storage` has the options of the stores.
 
     Everything that can be checked without the model's weights is checked before they are downloaded. Rows are read
-    during the download.
+    during the download; those of `later` stages too, so that what is wrong with them is known before training.
 
     Raises:
         DataError, SettingsError: The data, the questions, the model or the settings cannot be used.
@@ -87,10 +90,10 @@ def pull(attempt: Attempt, settings: Settings, storage: StorageOptions) -> Sourc
     processes = attempt.processes
     date = processes.share("date of the run", lambda: settings.data.date or _date(attempt))
     if processes.place.local_world_size == 1:
-        return _pull(attempt, settings, storage, date)
+        return _pull(attempt, settings, storage, date, later)
     if processes.place.local_rank:
         import_libraries()  # while the first process downloads
-    sources = _pull(attempt, settings, storage, date) if processes.place.local_rank == 0 else None
+    sources = _pull(attempt, settings, storage, date, later) if processes.place.local_rank == 0 else None
     shared = processes.share_on_machine("sources", lambda: _write_shared(sources, attempt.work) if sources else None)
     return sources or _read_shared(TypeAdapter(_Shared).validate_json(shared or ""))
 
@@ -107,7 +110,8 @@ def _write_shared(sources: Sources, work: Path) -> str:
     examples = work / "examples.json"
     with disk_errors(f"cannot write {examples}"):
         examples.write_bytes(_EXAMPLES.dump_json((sources.examples, sources.validation)))
-    shared = _Shared(sources.record, str(sources.folder.absolute()), sources.quantized, str(examples.absolute()))
+    start = None if sources.start is None else str(sources.start.absolute())
+    shared = _Shared(sources.record, str(sources.folder.absolute()), sources.quantized, str(examples.absolute()), start)
     return TypeAdapter(_Shared).dump_json(shared).decode()
 
 
@@ -121,20 +125,20 @@ def _read_shared(shared: _Shared) -> Sources:
         load_tokenizer(folder),
         examples,
         validation,
+        None if shared.start is None else Path(shared.start),
         tasks=None,
         baseline=None,
         cache_entry=None,
     )
 
 
-def _pull(attempt: Attempt, settings: Settings, storage: StorageOptions, date: str) -> Sources:
-    _check_places(settings)
+def _pull(
+    attempt: Attempt, settings: Settings, storage: StorageOptions, date: str, later: Sequence[Settings]
+) -> Sources:
+    _check_places(settings, later)
     gate = settings.gate
     baseline = None if gate.baseline is None else read_baseline(gate.baseline, storage)
-    named = {settings.model.id, settings.data.source, *settings.eval.data.values()}
-    if isinstance(own := _what_to_validate_on(settings), ValidationSource):
-        named.add(own.name)
-    check_disk(attempt.work, required_bytes(size(place, storage) for place in named))
+    check_disk(attempt.work, required_bytes(size(place, storage) for place in _places(settings, later)))
     import_client()  # here: two threads that import the same at once may get half of a module
     early: Future[tuple[Path, bool]] = Future()
     checked: Future[None] = Future()
@@ -151,6 +155,7 @@ def _pull(attempt: Attempt, settings: Settings, storage: StorageOptions, date: s
         tasks = _load_tasks(attempt, settings, storage)
         if baseline is not None:
             check_questions(baseline, tasks.questions(settings.eval.limit), gate.metric)
+        start = _find_start(attempt, settings, storage)
         source = _fetch(attempt, settings.data.source, "data", storage)
         validation = _fetch_validation(attempt, settings, storage)
         folder, missing = _early_files(attempt, early, coming)
@@ -173,9 +178,10 @@ def _pull(attempt: Attempt, settings: Settings, storage: StorageOptions, date: s
             if coming.done():
                 coming.result()  # an error of the weights ends the reading of rows
 
-        examples, held_out, dataset = _read_rows(
-            settings, source, validation, tokenizer, date=date, vocabulary=_vocabulary(folder), alive=alive
-        )
+        how: dict[str, Any] = {"date": date, "vocabulary": _vocabulary(folder), "alive": alive}
+        examples, held_out, dataset = _read_rows(settings, source, validation, tokenizer, **how)
+        for stage in later:
+            _read_rows(stage, _fetch(attempt, stage.data.source, "later", storage), None, tokenizer, **how)
         model: _Model = _wait(attempt, coming)
     except JobError as error:
         checked.cancel()
@@ -184,22 +190,33 @@ def _pull(attempt: Attempt, settings: Settings, storage: StorageOptions, date: s
         raise
     attempt.alive()
     log.get_logger().info("data is ready", rows=dataset.rows, skipped=dataset.skipped, tokens=dataset.tokens)
-    record = Pulled(dataset, model.sha256, model.revision, tasks.fingerprints())
+    start_sha256 = None if start is None else hash_start(start)
+    record = Pulled(dataset, model.sha256, model.revision, tasks.fingerprints(), start_sha256)
     return Sources(
-        record, model.folder, model.quantized, tokenizer, examples, held_out, tasks, baseline, model.cache_entry
+        record, model.folder, model.quantized, tokenizer, examples, held_out, start, tasks, baseline, model.cache_entry
     )
 
 
-def _check_places(settings: Settings) -> None:
+def _places(settings: Settings, later: Sequence[Settings]) -> set[str]:
+    """Where the inputs are."""
+    data = {settings.data.source, *(stage.data.source for stage in later)}
+    validation = _what_to_validate_on(settings)
+    own = {validation.name} if isinstance(validation, ValidationSource) else set()
+    return {settings.model.id, *data, *own, *settings.eval.data.values()}
+
+
+def _check_places(settings: Settings, later: Sequence[Settings]) -> None:
     """Refuses missing data and question files, before anything is fetched or imported.
 
     Raises:
         DataError: Files are missing; it lists all of them.
         SettingsError: A data set of the hub has no revision.
     """
-    data = settings.data
     checks: list[tuple[str, Callable[[], object]]] = [
-        (data.source, partial(check_source, data.source, data.revision, data.split)),
+        *(
+            (d.source, partial(check_source, d.source, d.revision, d.split))
+            for d in (settings.data, *(stage.data for stage in later))
+        ),
         *((place, partial(find_file, place)) for place in settings.eval.data.values()),
     ]
     if isinstance(validation := _what_to_validate_on(settings), ValidationSource):
@@ -214,6 +231,17 @@ def _check_places(settings: Settings) -> None:
             problems += error.problems
     if problems:
         raise DataError(problems)
+
+
+def _find_start(attempt: Attempt, settings: Settings, storage: StorageOptions) -> Path | None:
+    """The folder of the adapter that training starts from, checked as far as the base's weights are not needed."""
+    lora, start = settings.lora, start_of(settings)
+    if start is None:
+        return None
+    attempt.alive()
+    folder = find_start(start, attempt.work / "start", storage)
+    check_start(folder, rank=lora.rank, alpha=lora.alpha, options=lora.model_dump(mode="json"))
+    return folder
 
 
 def _fetch(attempt: Attempt, place: str, kind: str, storage: StorageOptions) -> str:
@@ -300,7 +328,7 @@ def _read_rows(
         loss_on=settings.train.loss_on,
         max_length=settings.train.max_length,
         tokenizer=tokenizer,
-        method=settings.train.method,
+        method=settings.train.last_method,
         seed=settings.run.seed,
         **how,
     )

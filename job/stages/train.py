@@ -57,7 +57,7 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
         log.get_logger().warning("substituted", what=substituted)
     recipe = _recipe(settings, len(sources.examples), loaded.micro_batch_tokens, optimizer)
     examples, reference = sources.examples, list[Artifact]()
-    if METHODS[settings.train.method].reference:
+    if METHODS[settings.train.last_method].reference:
         shared = open_store(settings.run.output, storage_options(settings.storage))
         examples, reference = with_reference(attempt, settings, sources, loaded, shared)
     restored = _restore(attempt)
@@ -129,7 +129,8 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
         substitutions=[] if substituted is None else [substituted],
         rows=len(sources.examples),
         world_size=processes.place.world_size,
-        compared_with="base" if reference else None,
+        compared_with=_compared_with(sources) if reference else None,
+        start_sha256=sources.record.start_sha256,
         adapter=AdapterRecord(
             init=settings.lora.init, **adapter_facts(folder / "adapter" / CONFIG, folder / "adapter" / WEIGHTS)
         ),
@@ -192,9 +193,9 @@ def _recipe(settings: Settings, rows: int, micro_batch_tokens: int, optimizer: s
         decay_steps=schedule.decay_steps,
         neftune_noise_alpha=t.neftune_noise_alpha,
         preference=None
-        if t.method == "sft"
+        if t.last_method == "sft"
         else Preference(
-            method=t.method,
+            method=t.last_method,
             beta=t.beta,
             loss=t.preference_loss,
             label_smoothing=t.label_smoothing,
@@ -260,6 +261,10 @@ def _files(path: Path) -> list[Path]:
     return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
 
 
+def _compared_with(sources: Sources) -> str:
+    return "base" if sources.start is None else "start"
+
+
 def _training_record(
     recipe: Recipe,
     trained: config.Trained,
@@ -268,6 +273,7 @@ def _training_record(
     rows: int,
     world_size: int,
     compared_with: str | None,
+    start_sha256: str | None,
     adapter: AdapterRecord,
 ) -> TrainingRecord:
     return TrainingRecord(
@@ -281,6 +287,7 @@ def _training_record(
         beta=None if recipe.preference is None else recipe.preference.beta,
         reference=compared_with,
         validation=_validation_record(recipe, trained),
+        start_sha256=start_sha256,
         adapter=adapter,
     )
 

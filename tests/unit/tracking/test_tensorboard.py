@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -64,3 +65,9 @@ def test_validation_losses_are_events(tmp_path: Path) -> None:
     """By the name that TRL's own events have, the one before training included."""
     write_events(tmp_path, HISTORY, [ValidationMetrics(step, 0.0, 4.0 - step, 5, 50) for step in (0, 3)])
     assert read(tmp_path)["eval/loss"] == [(0, 4.0), (3, 1.0)]
+
+
+def test_rewards_are_among_the_events(tmp_path: Path) -> None:
+    """Metrics of preferences have TRL's names."""
+    write_events(tmp_path, [replace(HISTORY[0], preference={"rewards/margins": 0.5})])
+    assert read(tmp_path)["train/rewards/margins"] == [(1, 0.5)]
