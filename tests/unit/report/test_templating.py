@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from job.report import templating
 
 
 @pytest.fixture
-def templates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def templates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder of templates of the test's own."""
     (tmp_path / "templates").mkdir()
     monkeypatch.setattr(templating, "__file__", str(tmp_path / "rendering.py"))
-    return tmp_path / "templates"
+    templating._environment.cache_clear()
+    yield tmp_path / "templates"
+    templating._environment.cache_clear()
 
 
 def test_html_is_escaped_and_markdown_is_not(templates: Path) -> None:
