@@ -28,8 +28,10 @@ _ENDING = ".jsonl"
 
 CODE = (
     "job.evaluation.scoring",
+    "job.model.adapter_options",
     "job.model.architecture",
     "job.model.base",
+    "job.model.decomposed_init",
     "job.model.files",
     "job.model.fused.frozen_weights",
     "job.model.fused.kernels",

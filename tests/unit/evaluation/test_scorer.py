@@ -184,6 +184,8 @@ def test_the_key_of_a_quantized_base_covers_all_code_that_decides_its_bits() -> 
     """The same for the cached quantized base; what only moves and checks its files does not count."""
     found = closure("job.model.base", "job.model.quantized_cache.cache") - CARRY_VALUES
     found -= {
+        "job.model.adapter_options",
+        "job.model.decomposed_init",
         "job.model.lora",
         "job.model.packed_attention",
     }  # they work on the loaded base, and change no weight of it
