@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from hashlib import sha256
 from itertools import chain
@@ -16,11 +16,13 @@ from job import log
 from job.common.methods import METHODS, MethodName, methods_for
 from job.data.batch_plan import epoch_order
 from job.data.chat_template import Template, open_template, uses_date
+from job.data.conversations import Turns
 from job.data.fields import Rendered
 from job.data.formats import UNREADABLE, Row, RowError, Rows, find_files, read_rows
 from job.data.hub_dataset import is_hub_id, open_dataset
 from job.data.preferences import SIDES, Answers, EncodedAnswers, encode_answers, is_conversation, with_partners
 from job.data.schemas import REQUIRED, Schema, check_row, detect_schema, render, texts_of
+from job.data.sharegpt import as_messages, in_conversations, is_sharegpt
 from job.data.tokenization import Encoded, LossOn, encode
 from job.errors import MAX_SHOWN, DataError, Problem, SettingsError
 from job.records import DatasetRecord, Example
@@ -43,6 +45,7 @@ def load_examples(
     tokenizer: Any,
     name: str | None = None,
     date: str | None = None,
+    template_arguments: Mapping[str, Any] | None = None,
     vocabulary: int | None = None,
     method: MethodName = "sft",
     seed: int = 0,
@@ -63,11 +66,13 @@ def load_examples(
         limit: Select this many valid rows, the first ones; None for all.
         schema: The schema of the rows; None to detect it from the first row.
         on_bad_row: Whether a bad row is an error, or left out and counted.
-        loss_on: Whether all tokens are learned, or only those of the completion and the end of the sequence.
+        loss_on: Whether all tokens are learned, or only those of the completion and the end of the sequence; of
+            messages, those of the assistant's turns, or of the last one.
         max_length: The most tokens an example may have, special tokens included. A longer row is a bad row.
         tokenizer: A `transformers.PreTrainedTokenizerFast`.
         name: What to call the source in messages and in the record, where it was fetched from elsewhere.
         date: The current date as a chat template sees it, `YYYY-MM-DD`; None for the day in UTC.
+        template_arguments: Further variables of the chat template.
         vocabulary: Rows of the model's embedding; None if that is not known.
         method: What the rows are for, which decides the schemas that they may have.
         seed: The run's; KTO pairs the rows in the order of its first epoch.
@@ -79,7 +84,8 @@ def load_examples(
     Raises:
         DataError: Bad rows, all of those read counted and the first 20 named; a source that is not there or not
             readable; no row left; a chat template that is broken, out of bounds, or never ends an answer.
-        SettingsError: A hub id without a revision.
+        SettingsError: A hub id without a revision; the loss is on turns, and rows are no messages; arguments that no
+            chat template uses.
         Unreachable: The hub did not answer.
         AccessDenied: The hub refused.
     """
@@ -92,6 +98,7 @@ def load_examples(
     conversations = schema in SIDES and first is not None and is_conversation(first.fields, schema)
     templated = schema == "messages" or conversations
     _check_tokenizer(tokenizer, name, templated=templated)
+    _check_turns(schema, loss_on, template_arguments, templated=templated)
     control = _ControlTokens(tokenizer, templated=templated)
     examples: list[Example] = []
     ends: Counter[int | None] = Counter()
@@ -99,8 +106,8 @@ def load_examples(
     digest = sha256(b"examples 1\0")
     if templated and uses_date(tokenizer):
         log.get_logger().info("the chat template can write the date; JOB_DATA__DATE sets it", date=date or "today")
-    with open_template(tokenizer, date, alive) if templated else nullcontext() as template:
-        texts: Iterator[Any] = _render_all(rows, schema, template, control, find_turns=loss_on == "completion")
+    with open_template(tokenizer, date, alive, template_arguments) if templated else nullcontext() as template:
+        texts: Iterator[Any] = _render_all(rows, schema, template, control, turns=None if loss_on == "all" else loss_on)
         options: dict[str, Any] = {
             "templated": templated,
             "max_length": max_length,
@@ -326,8 +333,21 @@ def _check_tokenizer(tokenizer: Any, name: str, *, templated: bool) -> None:
         raise DataError([Problem(name, "cannot be ended: the model's tokenizer has no end-of-sequence token")])
 
 
+def _check_turns(schema: Schema, loss_on: LossOn, arguments: Mapping[str, Any] | None, *, templated: bool) -> None:
+    """Refuses settings that mean something for messages alone, where rows are of another schema."""
+    problems = []
+    if loss_on in {"assistant", "last"} and schema != "messages":
+        what = f"is {loss_on}, which learns turns of messages, and the rows are of the schema {schema}; use completion"
+        problems.append(Problem("JOB_TRAIN__LOSS_ON", what))
+    if arguments and not templated:
+        what = f"is for rows of messages, and the rows are of the schema {schema}; remove it"
+        problems.append(Problem("JOB_DATA__CHAT_TEMPLATE_ARGUMENTS", what))
+    if problems:
+        raise SettingsError(problems)
+
+
 def _render_all(
-    rows: Rows, schema: Schema, template: Template | None, control: _ControlTokens, *, find_turns: bool
+    rows: Rows, schema: Schema, template: Template | None, control: _ControlTokens, *, turns: Turns | None
 ) -> Iterator[Rendered | Answers | list[RowError]]:
     for row in rows:
         if isinstance(row, RowError):
@@ -338,12 +358,19 @@ def _render_all(
             what = f"must be {other}, as in the first row, is {kind}"
             yield [RowError("wrong_type", f"{row.where} {SIDES[schema][0]}", what)]
             continue
+        given = row
+        if schema == "messages" and is_sharegpt(row.fields):
+            converted = as_messages(row)
+            if isinstance(converted, list):
+                yield converted
+                continue
+            row = converted  # noqa: PLW2901 - the same row in another form
         if faults := check_row(row, schema):
-            yield faults
+            yield in_conversations(faults, given)
             continue
-        text = render(row, schema, template, find_turns=find_turns)
+        text = render(row, schema, template, turns=turns)
         if isinstance(text, RowError):
-            yield [text]
+            yield in_conversations([text], given)
             continue
         control.count(texts_of(row, schema), row.where)
         yield text

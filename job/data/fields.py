@@ -22,6 +22,7 @@ class Rendered:
         completions: The spans (start, end) of its characters that a model is to produce.
         ignored: The spans that are never learned, whatever the loss is on.
         unused: The fields that were left out.
+        must_end: Whether it is a fault if a completion does not end with a special token that is learned.
     """
 
     where: str
@@ -29,6 +30,7 @@ class Rendered:
     completions: tuple[tuple[int, int], ...]
     ignored: tuple[tuple[int, int], ...] = ()
     unused: tuple[str, ...] = ()
+    must_end: bool = False
 
 
 def check_text(fields: dict[str, Any], field: str, where: str) -> list[RowError]:

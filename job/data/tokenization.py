@@ -12,10 +12,11 @@ from job.data.fields import Rendered
 from job.data.formats import RowError
 from job.records import Example
 
-LossOn = Literal["all", "completion"]
+LossOn = Literal["all", "completion", "assistant", "last"]
 
 _BATCH_ROWS = 1000
 _BATCH_CHARACTERS = 4 << 20
+_SHOWN = 20
 _LAST_TOKENS = 4
 """Behind the token that ends an answer a chat template may still write a line break or two."""
 
@@ -57,7 +58,8 @@ def encode(
         tokenizer: A `transformers.PreTrainedTokenizerFast`.
         templated: Whether the text comes from a chat template, which writes all special tokens itself; otherwise the
             tokenizer adds its own, and the end-of-sequence token is appended where it is not there yet.
-        loss_on: Whether all tokens are targets, or those of the completions and the appended end of sequence.
+        loss_on: Whether all tokens are targets, or (any other value) those of the completions and the appended end of
+            sequence.
         max_length: The most tokens of an example.
         limit: The most examples; None for no limit.
         vocabulary: Rows of the model's embedding, which no token may be beyond; None if that is not known.
@@ -75,8 +77,13 @@ def encode(
             if not isinstance(row, Rendered):
                 yield row
                 continue
-            ids, targets = _ids_and_targets(row, next(encodings), bos, eos, loss_on)
-            fault = _check(row, ids, targets, max_length) or _check_ids(row, ids, vocabulary, tokenizer)
+            encoding = next(encodings)
+            ids, targets = _ids_and_targets(row, encoding, bos, eos, loss_on)
+            fault = (
+                _check(row, ids, targets, max_length)
+                or _check_ids(row, ids, vocabulary, tokenizer)
+                or _check_turns(row, encoding, special)
+            )
             if fault:
                 yield [fault]
                 continue
@@ -150,6 +157,31 @@ def _check(row: Rendered, ids: list[int], targets: tuple[bool, ...], max_length:
         return RowError("too_long", row.where, what)
     if not any(targets):
         return RowError("empty_target", row.where, "gives no token to learn")
+    return None
+
+
+def _check_turns(row: Rendered, encoding: Any, special: frozenset[int]) -> RowError | None:
+    """Finds the turn that does not teach the model to stop: the last token that is learned of it is no special one.
+
+    A line break behind the special token does not count. A stand-in for a tokenizer has no special tokens.
+    """
+    if not row.must_end or not special:
+        return None
+    ends: dict[int, int] = {}
+    for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+        if token in special or row.text[start:end].strip():
+            at = next((index for index, (first, stop) in enumerate(row.completions) if first < end <= stop), None)
+            if at is not None:
+                ends[at] = token
+    for index, (first, stop) in enumerate(row.completions):
+        if ends.get(index) not in special:
+            shown = row.text[max(first, stop - _SHOWN) : stop]
+            what = (
+                f"is learned without an end: turn {index + 1} of those that are learned ends with {shown!a}, and with"
+                " no special token that ends a turn; use"
+                " JOB_TRAIN__LOSS_ON=completion or all, or a model whose chat template ends each turn"
+            )
+            return RowError("turn_without_end", row.where, what)
     return None
 
 

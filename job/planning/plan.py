@@ -132,6 +132,7 @@ def _look(settings: Settings, folder: Path) -> _Preflight:
             method=s.train.method,
             seed=s.run.seed,
             date=s.data.date,
+            template_arguments=s.data.chat_template_arguments,
             vocabulary=model.architecture.vocabulary if model and model.architecture else None,
             **where,
         ),

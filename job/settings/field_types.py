@@ -109,6 +109,18 @@ def _pairs(value: object) -> object:
     return {name.strip(): item.strip() for name, _, item in pairs}
 
 
+def _json_object(value: object) -> object:
+    if isinstance(value, str):
+        value = _parsed(value) if value.lstrip().startswith("{") else {} if not value.strip() else value
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) and name.isidentifier() for name in value):
+        raise ValueError('must be a JSON object whose keys are names, such as {"enable_thinking": false}')
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        raise ValueError("must hold JSON values only: text, numbers, true, false, null, lists and objects") from None
+    return value
+
+
 def _parsed(text: str) -> object:
     try:
         return json.loads(text)
@@ -198,6 +210,7 @@ Digest = Annotated[Text, AfterValidator(_digest)]
 Day = Annotated[Text, AfterValidator(_day)]
 StorageClass = Annotated[Text, AfterValidator(_readable_class)]
 Names = Annotated[tuple[Text, ...], BeforeValidator(_items), Field(min_length=1), AfterValidator(_unique)]
+JsonObject = Annotated[Mapping[Text, Any], BeforeValidator(_json_object)]
 Locations = Annotated[Mapping[Text, Location], BeforeValidator(_pairs)]
 
 

@@ -36,6 +36,7 @@ from job.settings.field_types import (
     Flag,
     FlagOrAuto,
     HostPort,
+    JsonObject,
     LocalPath,
     Location,
     Locations,
@@ -181,6 +182,9 @@ class Data(Group):
     date: AffectsResult[Maybe[Day]] = None
     """Today's date for chat templates that write it into the prompt, YYYY-MM-DD; empty: the day (UTC) on which the run
     began."""
+    chat_template_arguments: AffectsResult[JsonObject] = Field(default_factory=dict)
+    """Further variables of the chat template as a JSON object, such as `{"enable_thinking": false}`. A name that the
+    template does not have is an error."""
 
 
 class Train(Group):
@@ -224,8 +228,11 @@ class Train(Group):
     """Maximum length of an example, in tokens; a longer one is an invalid row (JOB_DATA__ON_BAD_ROW), never cut."""
     optimizer: AffectsResult[OptimizerName] = "adamw_8bit"
     """Optimizer of the adapter's weights."""
-    loss_on: AffectsResult[Literal["all", "completion"]] = "all"
-    """Tokens that the loss counts: all, or those of the completion (the answer) only."""
+    loss_on: AffectsResult[Literal["all", "completion", "assistant", "last"]] = "all"
+    """Tokens that the loss counts: all, or those of the completion (the answer) only. Of messages, `completion` and
+    `assistant` are all turns of the assistant, `last` is the last one. `assistant` takes them from the template's
+    `{% generation %}` marks, or from TRL's training template for it, where there is one; with `assistant` and `last` a
+    turn that does not end with a special token is an invalid row."""
     gradient_checkpointing: ExecutionOnly[FlagOrAuto] = "auto"
     """Recompute activations in the backward pass instead of keeping them; `auto`: if they do not fit into memory."""
     gpu_memory_gb: ExecutionOnly[Maybe[Positive]] = None

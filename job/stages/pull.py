@@ -252,6 +252,7 @@ def _read_rows(settings: Settings, source: str, tokenizer: Any, **how: Any) -> t
         max_length=settings.train.max_length,
         tokenizer=tokenizer,
         method=settings.train.method,
+        template_arguments=data.chat_template_arguments,
         seed=settings.run.seed,
         **how,
     )

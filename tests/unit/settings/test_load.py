@@ -408,6 +408,7 @@ BAD_VALUES: list[tuple[str, list[str]]] = [
     ("run.device", ["", "cuda", "GPU"]),
     ("run.image_digest", ["latest", "sha256:abc", f"sha256:{'A' * 64}", f"registry/image@sha256:{'a' * 64}"]),
     ("data.date", ["today", "2026-02-30", "31.01.2026"]),
+    ("data.chat_template_arguments", ["thinking", "[1]", "{", '{"a b": 1}', '{"a": NaN}']),
     ("eval.long_questions", ["true", "truncate"]),
     ("model.id", ["", "https://host/model", "s3://a/b"]),
     ("model.name", ["/models/base", "./base", "a/b/c", "s3://bucket/base", "org/", "a b"]),
