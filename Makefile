@@ -5,7 +5,7 @@ STAMP := .venv/installed
 DOCKER ?= docker
 IMAGE ?= qlora-job
 
-.PHONY: run test check format lock chaos damage hostile families bench image image-test clean bench-gpu
+.PHONY: run test check format lock chaos standstill servers damage hostile families bench image image-test clean bench-gpu
 
 run: $(STAMP)  ## the demo: results in runs/<run id>/
 	JOB_PRESET=demo $(BIN)/python -m job
@@ -61,6 +61,12 @@ chaos: $(STAMP)  ## 100 runs killed at random points, each compared with an undi
 
 families: $(STAMP)  ## every causal model family of transformers: right packed, right one by one, or refused
 	$(BIN)/python -m tests.families.table
+
+standstill: $(STAMP)  ## an attempt stands still at every kind of change until its successor has published; S3=1 in a bucket
+	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/standstill.py $${S3:+--s3}
+
+servers: $(STAMP)  ## the job against S3 servers that refuse, cut or answer otherwise
+	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/foreign_servers.py
 
 # SEED=1 damages other files; S3=1 has the runs in a bucket.
 damage: $(STAMP)  ## 500 damages of run folders: the same result, or a refusal with its code

@@ -70,7 +70,7 @@ class Killed(JobError):
 class _ManyProblems(JobError):
     """An error that lists all problems at once: the first `MAX_SHOWN`, and the number of all.
 
-    `total` may exceed `len(problems)`: beyond some number, a reader of data only counts.
+    `total` may exceed `len(problems)`: beyond some number, problems are only counted.
     """
 
     def __init__(self, problems: list[Problem], total: int | None = None) -> None:
@@ -115,7 +115,7 @@ class DataError(_ManyProblems):
 
 
 class Unreachable(JobError):
-    """Storage or the hub did not answer, or not usefully, after all retries."""
+    """After all retries, storage or the hub did not answer, or not with a usable answer."""
 
     exit_code = 69
     meaning = "storage or hub cannot be reached after retries"
@@ -123,9 +123,9 @@ class Unreachable(JobError):
 
 
 class TrainingFailed(JobError):
-    """What was asked for cannot be computed here: a loss that is not finite, or too little memory for one example.
+    """Training cannot continue here: a loss that is not finite, or too little memory for one example.
 
-    The same settings, data and machine would end the same way, so it is not to be retried.
+    The same settings, data and machine would fail in the same way, so the run is not to be retried.
     """
 
     exit_code = 70
@@ -134,7 +134,7 @@ class TrainingFailed(JobError):
 
 
 class NoProgress(JobError):
-    """Several attempts in a row were stopped before they made progress: 75 would repeat that at no cost, for ever."""
+    """Several attempts in a row were stopped without progress: with 75 the platform would retry without limit."""
 
     exit_code = 71
     meaning = "several attempts in a row made no progress"

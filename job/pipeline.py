@@ -164,6 +164,7 @@ def _load(attempt: Attempt, settings: Settings, sources: Sources) -> Loaded:
     loaded = load(settings, sources, attempt.processes, attempt.recorded(PACKING, Packing))
     if attempt.processes.leads:
         keep_settings(attempt.store, attempt.settings)
+        attempt.settled = True
         # once, before the record of the pull; and again if they are damaged
         for name, record in ((PACKING, loaded.packing), (BASE, loaded.kept_base)):
             if attempt.recorded(name, type(record)) is None:

@@ -13,7 +13,7 @@ from typing import Any
 class Example:
     """One tokenized training example.
 
-    `targets[i]` says whether token `i` is learned, that is predicted from the tokens before it; the first never is.
+    `targets[i]` says whether token `i` is a target token, predicted from the tokens before it; the first never is.
 
     An example of preferences may be of two sequences, one behind the other in `input_ids` and `targets`, which do not
     attend to each other: the chosen and the rejected answer of a pair, or for KTO the answer and a mismatched one.

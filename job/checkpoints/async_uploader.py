@@ -1,4 +1,4 @@
-"""Uploading beside training: one thread uploads a finished checkpoint while the next steps are computed.
+"""Uploads during training: one thread uploads a finished checkpoint while the next steps are computed.
 
 At most one upload is under way: handing over a checkpoint waits for the one before. A failed upload is an error of the
 run, raised in the training thread at its next call. Leaving the `with` block waits for the upload under way, because

@@ -76,7 +76,7 @@ class Marker(BaseModel):
 
     @property
     def folder(self) -> str:
-        """Where the files lie that it vouches for; a prefix of keys."""
+        """The folder of the files that it lists; a prefix of keys."""
         return checkpoint_folder(self.step, self.epoch)
 
 
@@ -245,7 +245,7 @@ def restore(
             target = _download(store, marker, folder, check)
         except NotWhole as error:
             skipped.append(Skipped(step, str(error)))
-            get_logger().warning("checkpoint is not whole, going back to an older one", step=step, why=str(error))
+            get_logger().warning("checkpoint is incomplete or damaged, trying an older one", step=step, why=str(error))
             continue
         if changed := sorted(k for k in software if marker.software.get(k) != software[k]):
             get_logger().warning("checkpoint is of other software versions", changed=changed)
@@ -254,7 +254,7 @@ def restore(
             get_logger().warning(what, processes=world_size, before=marker.world_size)
         return Restored(target, step, tuple(skipped))
     if skipped:
-        get_logger().error("no checkpoint is whole, training begins again", skipped=[s.step for s in skipped])
+        get_logger().error("no valid checkpoint: training starts again from step 0", skipped=[s.step for s in skipped])
     return Restored(None, 0, tuple(skipped))
 
 
@@ -295,7 +295,7 @@ def close_checkpoints(store: ObjectStore, folder: Path, *, epoch: int, run: str 
                 shutil.rmtree(_download(store, marker, folder, lambda _folder, _step: None))
             whole += 1
         except NotWhole as error:
-            get_logger().warning("checkpoint is not whole and is deleted", step=step, why=str(error))
+            get_logger().warning("checkpoint is incomplete or damaged, and is deleted", step=step, why=str(error))
             _delete(store, step, names)
             damaged.append(Skipped(step, str(error)))
     return damaged
@@ -308,7 +308,7 @@ def _delete(store: ObjectStore, step: int, names: Iterable[str]) -> None:
 
 
 def _download(store: ObjectStore, marker: Marker, folder: Path, check: Callable[[Path, int], None]) -> Path:
-    """Downloads into a folder beside the final one, verifies every byte, and only then gives it its name.
+    """Downloads into a folder beside the final one, verifies every byte, and only then renames it.
 
     Args:
         store: The run's.
@@ -398,7 +398,7 @@ def _check_sizes(store: ObjectStore, marker: Marker, free: int) -> None:
 
 
 def _names(store: ObjectStore) -> dict[int, list[str]]:
-    """Names of what lies in every step's folder, newest step first."""
+    """Names of the objects in every step's folder, newest step first."""
     found: dict[int, list[str]] = {}
     for info in store.list(CHECKPOINTS):
         if is_key(info.key) and (part := checkpoint_part(info.key)):

@@ -1,4 +1,4 @@
-"""An optimizer's state as named tensors and plain values beside them, and back; and the check that it fits.
+"""Splits an optimizer's state into named tensors and plain values, joins them again, and checks that they fit.
 
 A name is a tensor's place in `state_dict()["state"]`: `3/state1` is the tensor `state1` of parameter 3. Which tensors
 an optimizer has is said by the table `job/common/optimizers.py`.

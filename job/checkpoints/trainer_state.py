@@ -1,7 +1,7 @@
 """What a checkpoint holds: adapter, optimizer, scheduler and progress on local disk, without a single pickle.
 
-Tensors lie in safetensors and everything else in JSON, so that restoring one can run nobody's code. Floats survive both
-exactly, which is what makes a resumed run the same run.
+Tensors lie in safetensors and everything else in JSON, so that restoring one runs no code from the file. Floats survive
+both exactly, which is what makes a resumed run the same run.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What each command takes: the table that the usage, `--help` and the parser share.
+"""The arguments of each command: one table for the usage, `--help` and the parser.
 
 How to add a command: an entry in `COMMANDS` here, and its function in `job/cli/main.py`. Everything after the command
 that is not one of its own arguments is a setting.
@@ -31,7 +31,7 @@ class Argument:
 
     @property
     def positional(self) -> bool:
-        """Whether it is given without its name."""
+        """Whether it is given by position, without a name."""
         return not self.name.startswith("--")
 
     @property
@@ -41,7 +41,7 @@ class Argument:
 
     @property
     def usage(self) -> str:
-        """As the line of usage shows it."""
+        """Its form in the usage line."""
         if self.positional:
             return self.name
         value = self.metavar or f"{{{','.join(self.choices)}}}" if self.takes_value else ""

@@ -87,17 +87,17 @@ def _run(words: list[str]) -> int:
     settings = load_settings(words)
     place = current_place()
     _configure_log(settings, place)
-    if place is None:  # else the launcher, or each process of torchrun's, would say it again
+    if place is None:  # else the launcher, or every process of torchrun, would log it again
         _note_foreign_variables()
     _tell_libraries(find_machines(current_platform()).interface)
     if settings.run.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for libraries that would use a GPU because it is there
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # else libraries would use a GPU if there is one
     from job.runs.fault_injection import parse
 
     faults = parse(settings.fault or "")
     if place is None and (code := _launch(settings, words)) is not None:
         return code
-    _show_one(place)
+    _hide_other_gpus(place)
     from job.common.resources import check_shared_memory
     from job.distributed.rendezvous import join
     from job.preemption.spot_notices import watch_notices
@@ -173,7 +173,7 @@ def _tell_libraries(interface: str | None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # cuBLAS reads it when CUDA starts; without it the same run gives other bits.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    # Warnings of torch's C++, such as of an address that does not answer, would be lines of text among lines of JSON.
+    # Warnings of torch's C++ code, such as about an address that does not answer, would be plain text among JSON lines.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # TRL and MLflow send telemetry when training starts, unless it is disabled.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -183,7 +183,7 @@ def _tell_libraries(interface: str | None) -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 
-def _show_one(place: Place | None) -> None:
+def _hide_other_gpus(place: Place | None) -> None:
     """Makes the libraries see a single process with a single GPU: the job itself coordinates several of them."""
     environ = environment()
     os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpu(environ, place.local_rank if place else 0)
@@ -258,7 +258,7 @@ def _report(error: Exception, platform: Platform) -> int:
     text = log.scrub(str(error) or type(error).__name__, secrets())
     logger = log.get_logger()
     if isinstance(error, JobError) and error.reported:
-        logger.info("ends with the others", exit_code=code, **_details(error))
+        logger.info("ends because another process failed", exit_code=code, **_details(error))
     elif isinstance(error, JobError):
         logger.error(type(error).__name__, exit_code=code, meaning=error.meaning, **_details(error))
     else:

@@ -60,7 +60,7 @@ def size(number: float, space: str = "\N{NO-BREAK SPACE}") -> str:
 
 
 def dollars(amount: float | None) -> str:
-    """To the cent; a dash for what is not known."""
+    """To the cent; a dash if unknown."""
     if amount is None:
         return "\N{EN DASH}"
     return f"{'-' if amount < 0 else ''}${abs(amount):,.2f}".replace("-", _MINUS)
@@ -81,7 +81,7 @@ def moment(time: str) -> str:
 
 
 def between(finished: str | None, started: str) -> float | None:
-    """Seconds from the end of one attempt to the start of the next; None where the end is not known."""
+    """Seconds from the end of one attempt to the start of the next; None if the end is unknown."""
     if finished is None:
         return None
     return max(0.0, (datetime.fromisoformat(started) - datetime.fromisoformat(finished)).total_seconds())

@@ -1,7 +1,7 @@
 """Python's cyclic garbage collector, disabled while the libraries are imported.
 
-Modules live as long as the process. To traverse them again and again while their number grows takes a quarter of a
-start-up (decision 16).
+Modules live as long as the process. Traversing them again and again while they are imported takes a quarter of the
+start-up time (decision 16).
 """
 
 from __future__ import annotations

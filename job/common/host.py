@@ -1,4 +1,4 @@
-"""What this machine is: versions of packages, processor, GPUs, driver, commit of the code."""
+"""This machine and its software: versions of packages, processor, GPUs, driver, commit of the code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The methods of training a run can choose: one table, from which settings, data, trainer and report read.
+"""The training methods: one table that settings, data, trainer and report read.
 
 To add one:
 1. Add an entry to `METHODS`. Its key is the value of `JOB_TRAIN__METHOD`.
@@ -20,7 +20,7 @@ MethodName = Literal["sft", "dpo", "kto", "orpo"]
 
 @dataclass(frozen=True)
 class Method:
-    """What the rest of the job has to know of a method.
+    """The properties of a method that the rest of the job uses.
 
     Attributes:
         title: Its name in words, for the report.

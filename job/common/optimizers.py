@@ -5,8 +5,8 @@ To add one:
    `TrainingArguments.optim` knows: the class and its betas come from there.
 2. List in `state` every tensor that its `state_dict()` holds for a parameter. A checkpoint with any other tensor, shape
    or dtype is refused, because the optimizers' kernels take sizes from the parameter and addresses from the state.
-3. Say on which devices it runs, and what replaces it where it does not.
-`tests/unit/common/test_optimizers.py` takes every entry up by itself: it steps the real optimizer and compares.
+3. Give the devices on which it runs, and the optimizer that replaces it on others.
+`tests/unit/common/test_optimizers.py` covers every entry by itself: it steps the real optimizer and compares.
 
 No torch: the choices are among the settings, which must answer before torch is imported.
 """
@@ -75,7 +75,7 @@ _ADAMW_8BIT: Mapping[str, StateTensor] = {
 
 OPTIMIZERS: Mapping[str, OptimizerSpec] = {
     "adamw_8bit": OptimizerSpec(_ADAMW_8BIT),
-    # Its state lies in memory that the driver moves between GPU and host, which a CPU has not.
+    # Its state is in memory that the driver moves between GPU and host: CUDA only.
     "paged_adamw_8bit": OptimizerSpec(_ADAMW_8BIT, devices=("cuda",), on_cpu="adamw_8bit"),
     # It quantizes nothing; the same block gives the adapter the same layout whichever optimizer is chosen.
     "adamw_torch": OptimizerSpec(

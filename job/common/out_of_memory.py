@@ -12,8 +12,8 @@ _FULL = ("out of memory", "ALLOC_FAILED", "t allocate memory")
 
 
 def out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error says that a GPU is full; what allocates beside torch has no class of its own for that."""
-    torch = sys.modules.get("torch")  # heavy: where it is not imported, no GPU can be full
+    """Whether an error means that a GPU's memory is full; libraries beside torch have no class for that."""
+    torch = sys.modules.get("torch")  # a heavy import; if torch is not imported, no GPU can be full
     while error is not None:
         if torch is not None and isinstance(error, torch.OutOfMemoryError):
             return True

@@ -15,7 +15,7 @@ from job.records import Example
 
 
 def steps_per_epoch(rows: int, global_batch_size: int) -> int:
-    """Optimizer steps in one epoch; the last one is smaller where the rows do not divide evenly."""
+    """Optimizer steps in one epoch; the last one has fewer rows if the rows do not divide evenly."""
     return -(-rows // global_batch_size)
 
 
@@ -43,7 +43,7 @@ def shares(lengths: Sequence[int], processes: int) -> list[list[int]]:
         processes: How many there are.
 
     Returns:
-        Positions into `lengths` by process, each exactly once, in order. Some get none where examples are few.
+        Positions into `lengths` by process, each exactly once, in order. With few examples some processes get none.
     """
     dealt: list[list[int]] = [[] for _ in range(processes)]
     tokens = [0] * processes
@@ -103,7 +103,7 @@ class Steps:
         return [self.examples[row] for row in rows]
 
     def share(self, step: int) -> list[Example]:
-        """Those of them that are this process's."""
+        """This process's share of these examples."""
         examples = self.of(step)
         mine = shares([len(example.input_ids) for example in examples], self.world_size)[self.rank]
         return [examples[i] for i in mine]
@@ -114,7 +114,7 @@ class Steps:
         return [[share[i] for i in group] for group in micro_batches([len(e.input_ids) for e in share], budget)]
 
     def largest(self, budget: int) -> list[Example]:
-        """The examples of the largest micro-batch that this process will meet in any step."""
+        """The examples of the largest micro-batch that this process has in any step."""
         longest = max(self.examples, key=lambda example: len(example.input_ids))
         return max(
             [[longest], *(group for step in range(self.total) for group in self.micro_batches(step, budget))],
@@ -122,7 +122,7 @@ class Steps:
         )
 
     def epoch(self, step: int) -> float:
-        """How many epochs the first `step` steps make."""
+        """How many epochs the first `step` steps are."""
         return step / steps_per_epoch(len(self.examples), self.global_batch_size)
 
 

@@ -34,7 +34,7 @@ _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class TemplateRefusalError(ValueError):
-    """A template does not take a conversation; the text says why."""
+    """A template refuses a conversation; the message says why."""
 
 
 class Template(Protocol):
@@ -108,11 +108,11 @@ def open_template(
     Args:
         tokenizer: A `transformers.PreTrainedTokenizerFast` with a chat template, or a stand-in that renders by itself.
         date: The current date as the template sees it, `YYYY-MM-DD`; None for the day in UTC.
-        alive: Called now and then while a template takes long; what it raises ends the wait.
+        alive: Called repeatedly while a template takes long; an exception from it ends the wait.
         arguments: Further variables of the template, such as `enable_thinking`.
 
     Raises:
-        DataError: The tokenizer has several templates and none for this use, or the process does not start.
+        DataError: The tokenizer has several templates, none of them the default, or the process does not start.
         SettingsError: The template does not use one of the arguments.
     """
     if not hasattr(tokenizer, "special_tokens_map"):
@@ -188,7 +188,7 @@ class _StandIn:
 
 
 class _Rendering:
-    """Asks the process, one conversation after the other."""
+    """Renders conversations in the process, one after the other."""
 
     def __init__(
         self,
@@ -233,7 +233,7 @@ class _Rendering:
 
     def ask(self, what: Any) -> dict[str, Any]:
         """Sends a line of JSON and returns the answer to it."""
-        # A date or bytes, as Parquet has them, are no JSON; transformers shows templates the same placeholder.
+        # Dates and bytes, as Parquet has them, have no JSON form; transformers gives templates the same placeholder.
         line = json.dumps(what, default=lambda value: f"<{type(value).__name__}>").encode() + b"\n"
         to, source = self._process.stdin, self._process.stdout
         if to is None or source is None:

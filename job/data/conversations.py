@@ -1,18 +1,20 @@
-"""Rows of messages: what is wrong with one, and its text by the tokenizer's chat template.
+"""Rows of messages: checks them, and renders them with the tokenizer's chat template.
 
 | field | meaning |
 |---|---|
 | messages | a list of {role, content}; other fields of a message, such as `tool_calls`, go to the template as well |
-| messages[].content | text, or a list of parts {type: text, text}; none where tools are called |
-| messages[].weight | 0: the message is read and never learned, whatever the loss is on; 1 or nothing: it is learned |
-| tools | the tools that may be called, as a list of objects or as its JSON |
+| messages[].content | text, or a list of parts {type: text, text}; may be absent where tools are called |
+| messages[].weight | 0: the message is context only and never in the loss; 1 or absent: it is in the loss |
+| messages[].train, ... | the same, under the names that other tools have for it (`LEARNED`) |
+| tools | the tools that may be called: a list of objects, or that list as JSON text |
 
-A field that the template ignores is not in the rendered text. Tools and tool calls that the template ignores are an
-error; other ignored fields are counted and reported. Rows of ShareGPT's form: `job.data.sharegpt`.
+A field that the template ignores is not in the rendered text. If the template ignores tools, tool calls or the last
+answer's reasoning, that is an error, and so is a field that selects target tokens in an unknown way; other ignored
+fields are counted and reported. Rows of ShareGPT's form: `job.data.sharegpt`.
 
-What the assistant says is found in one of two ways. Where JOB_TRAIN__LOSS_ON is `assistant` and the template has
-`{% generation %}` marks, or TRL has a training template with marks for it, the marks are right. Else two renderings are
-compared for each turn: of the conversation up to the turn, and through it.
+The assistant's turns are found in one of two ways. Where JOB_TRAIN__LOSS_ON is `assistant`, and the template has
+`{% generation %}` marks or TRL has a training template with marks for it, the marks are used. Otherwise two renderings
+are compared for each turn: of the conversation up to the turn, and through it.
 """
 
 from __future__ import annotations
@@ -26,14 +28,20 @@ from job.data.fields import Rendered, check_target, check_text, is_empty, is_zer
 from job.data.formats import Row, RowError, type_name
 
 Turns = Literal["completion", "assistant", "last"]
-"""Whose tokens are learned of a conversation: those of the assistant's turns, or of its last one. They may be marked by
-a template with `assistant`, are found by comparison with `completion`; only there need a turn not end with a special
-token."""
+"""Which turns of a conversation are targets: all of the assistant's turns (`completion`, `assistant`), or the last one.
+With `completion` they are always found by comparison, and need not end with a special token."""
 
 Span = tuple[int, int]
 _USED = ("messages", "tools")
 _CALLS = ("tool_calls", "function_call")
-_OF_A_MESSAGE = ("role", "content", "weight")
+_REASONING = ("reasoning_content", "reasoning", "thinking", "refusal")
+"""Parts of an answer beside its content. Templates write them for the last answer only."""
+_NO_TEXT = ("audio", "image", "images", "video", "videos")
+LEARNED = ("weight", "train", "training", "trainable", "train_on_turn", "loss", "loss_weight")
+"""Fields that say whether a message is in the loss, in OpenAI's and other tools' formats: 0 or 1, or a flag."""
+_OTHER_MASKS = ("mask", "masked", "loss_mask", "ignore", "ignore_loss", "train_detail")
+"""Fields that say the same in ways that differ from tool to tool."""
+_OF_A_MESSAGE = ("role", "content", *LEARNED)
 
 
 def _text_of(content: Any) -> Any:
@@ -53,7 +61,7 @@ def texts_of_messages(messages: list[dict[str, Any]]) -> list[str]:
 
 
 def check_messages(row: Row) -> list[RowError]:
-    """All that is wrong with the messages and tools of a row; empty for a good one."""
+    """Everything that is wrong with the messages and tools of a row; empty if the row is valid."""
     place = f"{row.where} messages"
     messages = row.fields.get("messages")
     if messages is None:
@@ -78,11 +86,11 @@ def check_messages(row: Row) -> list[RowError]:
 
 
 def _check_answers(messages: list[dict[str, Any]], place: str) -> list[RowError]:
-    """What is wrong with the last answer that is learned."""
+    """What is wrong with the last answer that has target tokens."""
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
         return [RowError("empty_target", place, "has no message of role assistant: there is nothing to learn")]
-    learned = [index for index in answers if not is_zero(messages[index].get("weight"))]
+    learned = [index for index in answers if not _is_unlearned(messages[index])]
     if not learned:
         return [RowError("empty_target", place, "has no message of role assistant whose weight is not 0")]
     last = messages[learned[-1]]
@@ -91,11 +99,22 @@ def _check_answers(messages: list[dict[str, Any]], place: str) -> list[RowError]
     return check_target(_with_content(last), "content", f"{place}[{learned[-1]}]")
 
 
+def _is_unlearned(message: dict[str, Any]) -> bool:
+    return any(is_zero(message.get(field)) for field in LEARNED)
+
+
 def _check_weight(message: dict[str, Any], where: str) -> list[RowError]:
-    weight = message.get("weight")
-    if weight is None or (isinstance(weight, int | float) and weight in {0, 1}):
-        return []
-    return [RowError("wrong_type", f"{where} weight", "must be 0 (not learned) or 1; no other weight is known")]
+    faults = []
+    for field in LEARNED:
+        value = message.get(field)
+        if value is not None and not (isinstance(value, int | float) and value in {0, 1}):
+            what = "must be 0 (context only) or 1; other weights are not supported"
+            faults.append(RowError("wrong_type", f"{where} {field}", what))
+    for field in _OTHER_MASKS:
+        if not is_empty(message.get(field)) and message[field] is not False:
+            what = "says in a way that is not known here what is learned; give the message the field weight: 0 or 1"
+            faults.append(RowError("field_without_use", f"{where} {field}", what))
+    return faults
 
 
 def _check_tools(row: Row) -> list[RowError]:
@@ -119,7 +138,7 @@ def _tools(fields: dict[str, Any]) -> list[dict[str, Any]] | None:
 
 
 def render_messages(row: Row, template: Template, *, turns: Turns | None) -> Rendered | RowError:
-    """The text of a good conversation, with the turns that are learned as completions; all of it without `turns`.
+    """The text of a valid conversation, with these turns as its completions; None for all of the text.
 
     Raises:
         DataError: The chat template is broken, or exceeds its time or memory limit.
@@ -130,9 +149,9 @@ def render_messages(row: Row, template: Template, *, turns: Turns | None) -> Ren
     try:
         messages, text = _whole(given, tools, template)
         unused = [*left_out(row, _USED), *_unused_in_messages(messages, tools, text, template)]
-        for field, where in ((name, place) for name in unused if name.removeprefix("messages[].") in _CALLS):
+        if field := next((name for name in unused if _is_missed(name, messages)), None):
             return RowError(
-                "field_without_use", where, f"has {field}, which the tokenizer's chat template does not write"
+                "field_without_use", place, f"has {field}, which the tokenizer's chat template does not write"
             )
         if tools is not None and _rendered(template, messages, None) == text:
             what = "is not written by the tokenizer's chat template; use a model whose template writes tools"
@@ -166,7 +185,7 @@ def _find_turns(
         template: The template.
         turns: Which turns are learned; None for the whole text.
     """
-    ignored = [index for index, message in enumerate(messages) if is_zero(message.get("weight"))]
+    ignored = [index for index, message in enumerate(messages) if _is_unlearned(message)]
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     wanted = [] if turns is None else answers[-1:] if turns == "last" else answers
     # The last turn alone is learned in the text that the model is going to read: TRL's templates write another.
@@ -189,10 +208,17 @@ def _find_turns(
     return text, whole, tuple(found[index] for index in ignored if index in found)
 
 
-def _with_content(message: dict[str, Any]) -> dict[str, Any]:
-    """The message, with an empty content where it only calls tools: templates write a missing one as `None`.
+def _is_missed(unused: str, messages: list[dict[str, Any]]) -> bool:
+    """Whether the text lacks something without a field that the template does not write."""
+    name = unused.removeprefix("messages[].")
+    last = next(message for message in reversed(messages) if message["role"] == "assistant")
+    return name != unused and (name in {*_CALLS, *_NO_TEXT} or (name in _REASONING and not is_empty(last.get(name))))
 
-    Parts of text become one text, as templates that know no parts need it.
+
+def _with_content(message: dict[str, Any]) -> dict[str, Any]:
+    """The message; if it only calls tools, with an empty content, since templates write a missing one as `None`.
+
+    Parts of text become one text, which every template can write.
     """
     return {**message, "content": _text_of(message.get("content"))}
 
@@ -222,7 +248,7 @@ def _with_parsed_arguments(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_object(call: Any) -> Any:
-    """A tool call, its arguments as an object where they are the JSON of one."""
+    """A tool call whose arguments, if they are the JSON text of an object, are that object."""
     if not isinstance(call, dict):
         return call
     if isinstance(call.get("function"), dict):
@@ -239,7 +265,7 @@ def _with_object(call: Any) -> Any:
 def _unused_in_messages(
     messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, text: str, template: Template
 ) -> list[str]:
-    """The fields of messages that change nothing in the text: the template does not write them."""
+    """The fields of messages that the template ignores: without them the text is the same."""
     names = Counter(
         name
         for message in messages
@@ -254,7 +280,7 @@ def _unused_in_messages(
 
 
 def _rendered(template: Template, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str | None:
-    """The text of a conversation that lacks something; None where the template, which looks for that, refuses it."""
+    """The text of a conversation from which something was removed; None if the template then refuses it."""
     try:
         return template(messages, tools=tools)
     except TemplateRefusalError:

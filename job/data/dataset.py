@@ -1,4 +1,4 @@
-"""The training data: read, checked, rendered, tokenised and fingerprinted, before any model is loaded."""
+"""Reads the training data: rows are checked, rendered, tokenized and hashed, before any model is loaded."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def load_examples(
         limit: Select this many valid rows, the first ones; None for all.
         schema: The schema of the rows; None to detect it from the first row.
         on_bad_row: Whether a bad row is an error, or left out and counted.
-        loss_on: Whether all tokens are learned, or only those of the completion and the end of the sequence; of
-            messages, those of the assistant's turns, or of the last one.
+        loss_on: Whether all tokens are targets, or only those of the completion and the end of the sequence; of
+            messages, those of the assistant's turns, or of its last turn.
         max_length: The most tokens an example may have, special tokens included. A longer row is a bad row.
         tokenizer: A `transformers.PreTrainedTokenizerFast`.
         name: What to call the source in messages and in the record, where it was fetched from elsewhere.
@@ -76,7 +76,7 @@ def load_examples(
         vocabulary: Rows of the model's embedding; None if that is not known.
         method: What the rows are for, which decides the schemas that they may have.
         seed: The run's; KTO pairs the rows in the order of its first epoch.
-        alive: Called about twice a second while rows are read; what it raises ends the reading.
+        alive: Called about twice a second while rows are read; an exception from it ends the reading.
 
     Returns:
         The examples, at least one, and the record for the manifest.
@@ -174,7 +174,7 @@ def require_revision(revision: str | None) -> str:
 
 
 class _Findings:
-    """What was found wrong: either problems to report all at once, or bad rows to count by kind."""
+    """Collects what is wrong: problems that are raised together, or, if bad rows are skipped, their number by kind."""
 
     def __init__(self, on_bad_row: OnBadRow) -> None:
         self.skipped: Counter[str] = Counter()
@@ -220,7 +220,7 @@ class _ControlTokens:
         self._first = ""
 
     def count(self, texts: Sequence[str], where: str) -> None:
-        """Counts those in the texts of a row."""
+        """Counts the control tokens in the texts of a row."""
         if self._pattern is None or not texts:
             return
         first, *others = texts
@@ -232,10 +232,10 @@ class _ControlTokens:
             self._first = self._first or where
 
     def warn(self, name: str) -> None:
-        """Warns of those that were counted."""
+        """Logs a warning with the counts, if there are any."""
         if self._rows:
             log.get_logger().warning(
-                "texts of rows hold control tokens, which the model is going to read as such",
+                "texts of rows contain control tokens, which the tokenizer encodes as such",
                 source=name,
                 tokens=dict(self._found.most_common(MAX_SHOWN)),
                 rows=self._rows,
@@ -244,7 +244,7 @@ class _ControlTokens:
 
 
 def _watched(rows: Rows, alive: Callable[[], None]) -> Rows:
-    """The rows, with a call of `alive` now and then between two of them."""
+    """The rows; `alive` is called about twice a second, between two of them."""
     due = time.monotonic() + _ALIVE_SECONDS
     for row in rows:
         if time.monotonic() > due:
@@ -254,7 +254,7 @@ def _watched(rows: Rows, alive: Callable[[], None]) -> Rows:
 
 
 def _check_ends(ends: Counter[int | None], tokenizer: Any, name: str) -> None:
-    """Refuses conversations none of which ends in a way that is learned; says with what they end if it is unusual."""
+    """Refuses data in which no conversation has its end in the loss; logs the end if it is an unusual token."""
     eos = tokenizer.eos_token_id
     if not hasattr(tokenizer, "all_special_ids") or eos in ends:
         return
@@ -282,7 +282,7 @@ def _open(
         commit, rows = open_dataset(source, require_revision(revision), split, name, alive)
         return commit, True, rows
     files, chosen = find_files(source, split)
-    # A file found in a directory is named by its place in it.
+    # A file found in a directory is named by its path in it.
     names = [
         name if file == Path(source) else f"{name.rstrip('/')}/{file.relative_to(source).as_posix()}" for file in files
     ]

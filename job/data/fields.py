@@ -1,4 +1,4 @@
-"""Fields of a row: what is wrong with one, and the form in which all schemas give a row as text."""
+"""Fields of a row: checks of one field, and `Rendered`, the form in which every schema gives a row as text."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Rendered:
     """A row as one text.
 
     Attributes:
-        where: Where the row stands, and the longest of its fields, which is to blame if the row is too long.
+        where: The place of the row, and its longest field, which is named if the row is too long.
         text: What is tokenised.
-        completions: The spans (start, end) of its characters that a model is to produce.
-        ignored: The spans that are never learned, whatever the loss is on.
+        completions: The spans (start, end), in characters, that the model is trained to produce.
+        ignored: The spans that are never in the loss, whatever JOB_TRAIN__LOSS_ON is.
         unused: The fields that were left out.
         must_end: Whether it is a fault if a completion does not end with a special token that is learned.
     """
@@ -47,7 +47,7 @@ def check_text(fields: dict[str, Any], field: str, where: str) -> list[RowError]
 
 
 def check_target(fields: dict[str, Any], field: str, where: str) -> list[RowError]:
-    """What is wrong with a field that is learned, and may not be empty."""
+    """What is wrong with a target field, which must not be empty."""
     faults = check_text(fields, field, where)
     if not faults and not fields[field].strip():
         return [RowError("empty_target", f"{where} {field}", "is empty: there is nothing to learn")]
@@ -55,12 +55,14 @@ def check_target(fields: dict[str, Any], field: str, where: str) -> list[RowErro
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a field holds nothing, as tables must in the rows that lack it."""
+    """Whether a field is null or empty: tables fill the rows that lack a field like this."""
     return value is None or value in ("", [], {}) or (isinstance(value, str) and not value.strip())
 
 
 def is_zero(value: Any) -> bool:
-    """Whether a weight is 0; none is no weight of 0."""
+    """Whether a weight is 0 or a flag is false; an absent one is not. CSV writes them as text."""
+    if isinstance(value, str):
+        return value.strip().lower() in {"0", "0.0", "false"}
     return isinstance(value, int | float) and value == 0
 
 

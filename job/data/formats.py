@@ -1,8 +1,8 @@
-"""File formats: turns a JSON, JSONL, CSV or Parquet file into rows, one at a time, and says which of them are broken.
+"""File formats: reads a JSON, JSONL, CSV or Parquet file row by row, and reports rows that cannot be read.
 
-A reader never raises for what the file holds. A row that cannot be read becomes a `RowError` and reading goes on; a
-file that cannot be read on becomes one last `RowError` of kind `UNREADABLE`. What a file can make the job hold in
-memory is bounded by the constants below, whatever the file unfolds to.
+A reader never raises because of the file's content. A row that cannot be read becomes a `RowError`, and reading goes
+on; where the file cannot be read any further, the last `RowError` is of kind `UNREADABLE`. The constants below bound
+the memory that a file can take, however much it decompresses to.
 
 To add a format: write a reader `(path, name) -> rows` and enter its suffixes in `_READERS` at the end.
 """
@@ -30,9 +30,9 @@ MAX_ROW_BYTES = 16 << 20
 MAX_JSON_BYTES = 1 << 30
 """Of a JSON file that is one list, which has to be held in memory whole."""
 MAX_EXPANSION = 400
-"""How many times its own size a compressed file may unfold to. Text packs to a third or a tenth, logs to a fiftieth."""
+"""How many times its size a compressed file may expand to. Text compresses to a third or a tenth, logs to a 50th."""
 FREE_BYTES = 64 << 20
-"""What any compressed file may unfold to, however small it is."""
+"""What any compressed file may expand to, however small it is."""
 _MAX_BATCH_BYTES = 1 << 30
 _PARQUET_ROWS = (16, 1024)
 _SHOWN_FILES = 5
@@ -127,7 +127,7 @@ def _find_file(path: Path, source: str) -> Path:
         return _only_file(path, source)
     if not path.exists():
         raise DataError([Problem(source, "no such file or directory")])
-    if not path.is_file():  # a FIFO would be waited for without end
+    if not path.is_file():  # opening a FIFO would block forever
         raise DataError([Problem(source, "is no regular file; name a file on the disk")])
     if (what := _foreign(path.name)) is not None:
         raise DataError([Problem(source, what)])
@@ -162,12 +162,12 @@ def _only_file(folder: Path, source: str) -> Path:
 
 
 def _foreign(name: str) -> str | None:
-    """What to do about a file that is not read here, by its name."""
+    """How to convert a file of an unsupported format, by its name."""
     return next((what for suffix, what in _FOREIGN.items() if name.lower().endswith(suffix)), None)
 
 
 def has_known_suffix(source: str) -> bool:
-    """Whether the name alone says that it is a data file, be it one that is not read."""
+    """Whether the name is that of a data file, also of a format that is not supported."""
     return _reader(Path(source)) is not None or _foreign(source) is not None
 
 
@@ -198,7 +198,7 @@ def read_rows(path: Path, name: str) -> Rows:
 
 
 class _TooLargeError(Exception):
-    """A file unfolds to more than the job is going to hold."""
+    """A file decompresses to more than the limit."""
 
 
 def _reader(path: Path) -> Callable[[Path, str], Rows] | None:
@@ -206,27 +206,36 @@ def _reader(path: Path) -> Callable[[Path, str], Rows] | None:
 
 
 def _not_its_format(path: Path) -> str | None:
-    """What a file is that its first bytes betray as something else than its name says; None if they do not."""
+    """What a file really is if its first bytes contradict its name; None if they do not."""
     with _open(path) as file:
         head = file.read(_HEAD_BYTES)
     if head.startswith(b"version https://git-lfs"):
         return "is a pointer of git-lfs, not the file; fetch it with `git lfs pull`"
     if _reader(path) is _read_parquet:
         return None
-    even, odd = head[0:4:2], head[1:4:2]
-    wide = any(
-        zeros == b"\0\0" and text.isascii() and text.decode().isprintable()
-        for zeros, text in ((even, odd), (odd, even))
-    )
-    if wide or head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return f"is UTF-16 text; convert it: iconv -f UTF-16 -t UTF-8 {path.name}"
+    if encoding := _other_encoding(head):
+        return f"is {encoding} text; convert it: iconv -f {encoding} -t UTF-8 {path.name}"
+    if head.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        return "is a page of HTML, such as a login or an error, and not the file; fetch it again"
     if head.startswith((b"PK\3\4", b"PAR1", b"\x1f\x8b")):
         return "is an archive, a Parquet file or compressed, whatever its name says; give it the suffix of its format"
     return None
 
 
-class _Unfolded:
-    """Reads a file that may be compressed, and raises `_TooLargeError` where it unfolds out of proportion."""
+def _other_encoding(head: bytes) -> str | None:
+    """UTF-16 or UTF-32, by a byte order mark or by zeros beside ASCII characters; None for neither."""
+    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)) or b"\0\0\0" in {head[1:4], head[:3]}:
+        return "UTF-32"
+    even, odd = head[0:4:2], head[1:4:2]
+    wide = any(
+        zeros == b"\0\0" and text.isascii() and text.decode().isprintable()
+        for zeros, text in ((even, odd), (odd, even))
+    )
+    return "UTF-16" if wide or head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else None
+
+
+class _Decompressed:
+    """Reads a file that may be compressed; raises `_TooLargeError` if it expands by more than `MAX_EXPANSION`."""
 
     def __init__(self, path: Path) -> None:
         self._file = _open(path)
@@ -250,7 +259,7 @@ class _Unfolded:
     def _counted(self, data: bytes) -> bytes:
         self._read += len(data)
         if self._read > self._most:
-            raise _TooLargeError(f"it unfolds to more than {MAX_EXPANSION} times its size; give it uncompressed")
+            raise _TooLargeError(f"it expands to more than {MAX_EXPANSION} times its size; give it uncompressed")
         return data
 
 
@@ -260,7 +269,7 @@ def _open(path: Path) -> BinaryIO | gzip.GzipFile:
 
 def _read_jsonl(path: Path, name: str) -> Rows:
     decoder = _Decoder()
-    with _Unfolded(path) as lines:
+    with _Decompressed(path) as lines:
         number = 0
         while line := lines.readline(MAX_ROW_BYTES + 1):
             number += 1
@@ -288,7 +297,7 @@ def _parse_line(line: bytes, where: str, decoder: _Decoder) -> Row | RowError:
 
 def _read_json(path: Path, name: str) -> Rows:
     decoder = _Decoder()
-    with _Unfolded(path) as file:
+    with _Decompressed(path) as file:
         content = file.read(MAX_JSON_BYTES + 1)
     if len(content) > MAX_JSON_BYTES:
         most = f"is more than {MAX_JSON_BYTES >> 20} MiB of JSON in one piece; write one object a line, name it .jsonl"
@@ -325,9 +334,9 @@ class _Repeated(dict[str, Any]):
 
 
 class _Decoder:
-    """Decodes JSON; marks objects with a key given twice. pandas' NaN, which is no JSON, reads as null: it is missing.
+    """Decodes JSON; marks objects with a duplicate key. NaN, which pandas writes for a missing value, is read as null.
 
-    `seen` says whether any object was marked, so that the values need not be searched where none was.
+    `seen` says whether any object was marked; if none was, the values need not be searched.
     """
 
     def __init__(self) -> None:
@@ -392,7 +401,7 @@ def _csv_lines(first: str, file: Any) -> Iterator[str]:
 def _delimiter(path: Path, header: str) -> str:
     """What separates the columns: a tab in .tsv; in .csv a semicolon, as Excel writes in half the world, or a comma.
 
-    A semicolon where the header has no comma: a single column whose name has a semicolon in it is no table of rows.
+    A semicolon if the header has one and no comma: a single column with a semicolon in its name is not expected.
     """
     if path.name.lower().endswith(".tsv"):
         return "\t"
@@ -407,17 +416,21 @@ def _read_parquet(path: Path, name: str) -> Rows:
 
     try:
         with parquet.ParquetFile(path) as file:
-            number, unfolded = 0, 0
+            if len(set(columns := file.schema_arrow.names)) != len(columns):
+                twice = next(column for column in columns if columns.count(column) > 1)
+                yield RowError(UNREADABLE, name, f"has the column {twice!r} twice, so it is not known which is meant")
+                return
+            number, expanded = 0, 0
             most = max(FREE_BYTES, MAX_EXPANSION * path.stat().st_size)
             largest = _check_columns(file.metadata, most)
             fewest, usual = _PARQUET_ROWS
-            # No value is larger than its column: so many rows of them bound a batch, whatever a dictionary repeats.
+            # No value is larger than its whole column, so this bounds a batch, even if a dictionary repeats values.
             rows = min(usual, max(fewest, _MAX_BATCH_BYTES // max(1, largest)))
             for batch in file.iter_batches(rows):
-                unfolded += batch.nbytes
-                if unfolded > most:
+                expanded += batch.nbytes
+                if expanded > most:
                     raise _TooLargeError(
-                        f"it unfolds to more than {MAX_EXPANSION} times its size; write it as JSON lines"
+                        f"it expands to more than {MAX_EXPANSION} times its size; write it as JSON lines"
                     )
                 for index in range(batch.num_rows):
                     number += 1
@@ -427,16 +440,16 @@ def _read_parquet(path: Path, name: str) -> Rows:
 
 
 def _check_columns(metadata: Any, most: int) -> int:
-    """The bytes of the largest column of a row group, unfolded.
+    """The bytes of the largest column of a row group, decompressed.
 
     Raises:
-        _TooLargeError: A row group unfolds out of proportion.
+        _TooLargeError: A row group expands by more than `MAX_EXPANSION`.
     """
     largest = 0
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
         sizes = [group.column(index).total_uncompressed_size for index in range(group.num_columns)]
         if sum(sizes) > most:
-            raise _TooLargeError(f"it unfolds to more than {MAX_EXPANSION} times its size; write it as JSON lines")
+            raise _TooLargeError(f"it expands to more than {MAX_EXPANSION} times its size; write it as JSON lines")
         largest = max(largest, *sizes, 0)
     return largest
 
@@ -448,7 +461,7 @@ def _parquet_row(batch: Any, index: int, where: str) -> Row | RowError:
             value = values[index].as_py()
         except UnicodeDecodeError as error:
             return RowError("broken_utf8", f"{where} {column}", f"is not UTF-8: {error.reason} at byte {error.start}")
-        # pandas writes what is missing in a column of nothing else as NaN.
+        # pandas writes missing values as NaN in a column that has no other values.
         fields[column] = None if isinstance(value, float) and math.isnan(value) else value
     return Row(where, fields)
 

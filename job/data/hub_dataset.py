@@ -44,7 +44,7 @@ def open_dataset(
         revision: Commit, tag or branch.
         split: Such as `train`, or a slice of it: `train[:1000]`.
         name: What to call the data set in messages.
-        alive: Called about twice a second while the data set is fetched and prepared; what it raises ends the wait.
+        alive: Called about twice a second while the data set is fetched; an exception from it ends the wait.
 
     Returns:
         The commit that the revision resolved to, and the rows of the split in order.
@@ -60,7 +60,7 @@ def open_dataset(
     with hub_errors(f"data set {name}"):
         commit = HfApi().resolve_revision(source, repo_type="dataset", revision=revision).resolved
         builder = load_dataset_builder(source, revision=commit)
-        # Where the hub does not answer, `datasets` falls back on whichever revision its cache holds.
+        # If the hub does not answer, `datasets` would use whichever revision its cache holds.
         if builder.hash != commit:
             raise Unreachable(f"data set {name}: the hub did not answer, and the cache holds another revision")
         _wait(in_thread(builder.download_and_prepare, "data set"), alive)
@@ -69,7 +69,7 @@ def open_dataset(
 
 
 def _wait(work: Future[None], alive: Callable[[], None]) -> None:
-    """Waits for what takes minutes with a large data set."""
+    """Waits for a call that takes minutes with a large data set."""
     while not wait([work], _LOOK_SECONDS).done:
         alive()
     work.result()

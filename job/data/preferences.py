@@ -1,4 +1,4 @@
-"""Rows of preferences: what is wrong with one, and its answers as text and tokens.
+"""Rows of preferences: checks them, and renders and tokenizes their answers.
 
 | schema | fields | answers |
 |---|---|---|
@@ -9,7 +9,7 @@ All fields but the label are texts, or all are lists of messages, which the chat
 of one kind. Without a `prompt`, it is how `chosen` and `rejected` both begin: their common beginning in texts, their
 common first messages in conversations. A `prompt` as text beside conversations is the first of their messages.
 
-An answer's targets are everything behind the prompt, as TRL's trainers have it.
+The target tokens of an answer are all tokens after the prompt, as in TRL's trainers.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def _check_messages(messages: list[Any], place: str) -> list[RowError]:
 
 
 def _check_answer(fields: dict[str, Any], field: str, where: str) -> list[RowError]:
-    """What is wrong with the messages of an answer, the last of which is learned."""
+    """What is wrong with the messages of an answer, the last of which is its target."""
     value, place = fields.get(field), f"{where} {field}"
     if value is None:
         return [RowError("missing_field", place, "is null" if field in fields else "is missing")]

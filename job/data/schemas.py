@@ -1,17 +1,17 @@
-"""Row schemas: which fields a row must have, what is wrong with one, and the text it is rendered to.
+"""Row schemas: which fields a row must have, how it is checked, and the text it is rendered to.
 
 | schema | fields | text | completion |
 |---|---|---|---|
 | alpaca | instruction, output; optional: input, system, history | tatsu-lab's template | output |
-| prompt_completion | prompt, completion | both, end to end | completion |
+| prompt_completion | prompt, completion | both, concatenated | completion |
 | messages | messages: list of {role, content}; optional: tools | the chat template | the assistant's turns |
 | messages | conversations: list of {from, value}; optional: system, tools | `job.data.sharegpt` | the same |
 | text | text | as it is | all of it |
 | preference, unpaired_preference | `job.data.preferences` | prompt and answer | the answer |
 
-Alpaca's `system` takes the place of the template's first sentence, and each pair of `history` stands as a turn of its
-own before the instruction; both are prompt. Messages: `job.data.conversations`. Fields that mean something which a
-schema cannot express are refused (`_MEANING`); others are left out and counted.
+Alpaca's `system` replaces the template's first sentence, and each pair of `history` becomes a turn before the
+instruction; both belong to the prompt. Messages: `job.data.conversations`. Fields with a meaning that the
+schema cannot express are refused (`_MEANING`); other fields are left out and counted.
 
 To add a schema: enter it in `Schema`, `REQUIRED`, `_OPTIONAL` and `PROMPTS`, and give its text in `render`.
 """
@@ -32,9 +32,9 @@ from job.data.sharegpt import is_sharegpt
 Schema = Literal["alpaca", "prompt_completion", "messages", "text", "preference", "unpaired_preference"]
 SCHEMAS: tuple[Schema, ...] = get_args(Schema)
 SFT_SCHEMAS = tuple(schema for schema in SCHEMAS if schema not in SIDES)
-"""Those whose rows are learned token by token."""
+"""Schemas for supervised fine-tuning: the loss is over the tokens of a row."""
 
-# The last of them is the target: what is learned, and may not be empty.
+# The last field is the target: it is in the loss, and must not be empty.
 REQUIRED: dict[Schema, tuple[str, ...]] = {
     "alpaca": ("instruction", "output"),
     "prompt_completion": ("prompt", "completion"),
@@ -55,7 +55,7 @@ _OF_IMAGES = "the job trains on text alone; remove the field if the text means s
 _OF_PAIRS = "set JOB_TRAIN__METHOD=dpo or orpo to learn from pairs, or give the good one as the completion"
 _MEANING: dict[str, str] = {
     **dict.fromkeys(("chosen", "rejected"), _OF_PAIRS),
-    "system": "put it into the first message, or in front of the prompt",
+    **dict.fromkeys(("system", "system_prompt"), "put it into the first message, or in front of the prompt"),
     "history": "put the earlier turns into messages, or in front of the prompt",
     "tools": "tools are given to a chat template with rows of the schema messages",
     "functions": "give them as `tools` with rows of the schema messages",
@@ -63,7 +63,7 @@ _MEANING: dict[str, str] = {
     "chat_template_kwargs": "remove the field; JOB_DATA__CHAT_TEMPLATE_ARGUMENTS gives arguments for all rows",
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _OF_IMAGES),
 }
-"""Fields that say what a row means, and what to do where its schema has no place for them. Plain text has all of it."""
+"""Fields that change what a row means, with the advice for schemas that do not have them. In `text` none is refused."""
 
 _PREAMBLE = "Below is an instruction that describes a task. "
 _PREAMBLE_WITH_INPUT = (
@@ -94,10 +94,10 @@ PROMPTS: dict[Schema, Prompt] = {
 
 
 def detect_schema(fields: dict[str, Any], among: Collection[str] = SFT_SCHEMAS) -> Schema | None:
-    """The first schema that a row fits, or at least has a field of; None if it has none.
+    """The first schema whose required fields a row has, else the first of which it has any; None if there is none.
 
-    The order matters: Alpaca's own rows also have a `text`. A half fit counts, so that the field that is missing is
-    what gets reported. `among` are the schemas that the training method can learn from.
+    The order matters: Alpaca's own rows also have a `text`. A row with only some of a schema's fields counts, so that
+    the missing field is reported. `among` are the schemas that the training method can learn from.
     """
     known = [schema for schema in SCHEMAS if schema in among]
     if is_sharegpt(fields):
@@ -108,7 +108,7 @@ def detect_schema(fields: dict[str, Any], among: Collection[str] = SFT_SCHEMAS) 
 
 
 def check_row(row: Row, schema: Schema) -> list[RowError]:
-    """All that is wrong with a row's fields, apart from its length in tokens; empty for a good row."""
+    """Everything that is wrong with a row's fields, but for its length in tokens; empty if the row is valid."""
     if broken := [
         place for field, value in row.fields.items() for place in broken_places(value, f"{row.where} {field}")
     ]:
@@ -127,7 +127,7 @@ def check_row(row: Row, schema: Schema) -> list[RowError]:
 
 
 def texts_of(row: Row, schema: Schema) -> list[str]:
-    """The texts of a good row that become part of what is trained on."""
+    """The texts of a valid row that become part of an example."""
     if schema in SIDES:
         return texts_of_preference(row, schema)
     if schema == "messages":
@@ -140,7 +140,7 @@ def texts_of(row: Row, schema: Schema) -> list[str]:
 def render(
     row: Row, schema: Schema, template: Template | None, *, turns: Turns | None
 ) -> Rendered | Answers | RowError:
-    """The text of a row that `check_row` found good, or its texts if it is of preferences.
+    """The text of a row that `check_row` found valid, or for a row of preferences its texts.
 
     Args:
         row: The row.
@@ -194,12 +194,31 @@ def _check_meaning(row: Row, schema: Schema) -> list[RowError]:
             )
             for field in outside
         ]
+        faults += _check_spelling(row, used)
     if is_zero(row.fields.get("weight")):
         what = "is 0, and a row cannot be weighed; leave the row out, or give messages their weights"
         faults.append(RowError("field_without_use", f"{row.where} weight", what))
-    if schema == "prompt_completion" and row.fields.get("label") is False:
-        what = "is false: the completion is a bad one, and would be learned; leave it out, or set JOB_TRAIN__METHOD=kto"
+    if schema == "prompt_completion" and _is_no(row.fields.get("label")):
+        what = (
+            "is false: the completion is a bad one, and would be trained on; leave it out, or set JOB_TRAIN__METHOD=kto"
+        )
         faults.append(RowError("field_without_use", f"{row.where} label", what))
+    return faults
+
+
+def _is_no(label: Any) -> bool:
+    """Whether a label rates the answer as a bad one. A number may be any class, and is none."""
+    return label is False or (isinstance(label, str) and label.strip().lower() == "false")
+
+
+def _check_spelling(row: Row, used: Collection[str]) -> list[RowError]:
+    """Fields that would be used if their names were spelled in the way of the schema."""
+    faults = []
+    for field, value in row.fields.items():
+        plain = field.strip().lower()
+        if plain != field and plain in used and is_empty(row.fields.get(plain)) and not is_empty(value):
+            what = f"is not read under this name; rename it to {plain!r}"
+            faults.append(RowError("field_without_use", f"{row.where} {field}", what))
     return faults
 
 

@@ -25,7 +25,7 @@ _LAST_TOKENS = 4
 class Encoded:
     """An example, and the text it was made from.
 
-    `end` is the last special token among the few that are learned last, which tells a model to stop; None if there is
+    `end` is the last special token among the last few targets, which tells a model to stop; None if there is
     none. `unused` are the fields of the row that were left out.
     """
 
@@ -121,7 +121,7 @@ def _added_special(tokenizer: Any) -> frozenset[int]:
 
 
 def _end(ids: Sequence[int], targets: Sequence[bool], special: frozenset[int]) -> int | None:
-    """The last special token among the last learned tokens; None if there is none."""
+    """The last special token among the last target tokens; None if there is none."""
     learned = (token for token, target in zip(reversed(ids), reversed(targets), strict=True) if target)
     return next((token for token in islice(learned, _LAST_TOKENS) if token in special), None)
 

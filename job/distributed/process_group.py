@@ -124,7 +124,7 @@ class ProcessGroup:
         self._reduce(tensor, ReduceOp.SUM)
 
     def end(self, error: BaseException) -> None:
-        """Tells the other processes what this one fails with."""
+        """Publishes to the other processes the error that this one fails with."""
         code = error.exit_code if isinstance(error, JobError) else JobError.exit_code
         with contextlib.suppress(RuntimeError):
             publish_end(self._store, self.place.rank, code, str(error) or type(error).__name__)

@@ -80,7 +80,7 @@ class Alone:
         return []
 
     def agree(self, *, repeat: bool) -> bool:
-        """`repeat` as it is."""
+        """Returns `repeat`."""
         return repeat
 
     def add_up(self, tensor: Any) -> None:

@@ -122,7 +122,9 @@ def _cut(questions: Sequence[Question], most: int) -> list[Question]:
         long += 1
         kept += [Question(question.context[-(most + 1 - len(choice)) :], (choice,)) for choice in question.choices]
     if long:
-        log.get_logger().warning("questions lost their beginning, they are too long", questions=long, max_length=most)
+        log.get_logger().warning(
+            "questions were too long: their beginning was cut off", questions=long, max_length=most
+        )
     return kept
 
 

@@ -143,7 +143,7 @@ class ScoreCache:
                 return [_Entry.model_validate_json(line) for line in stored.data.splitlines()]
         except (ValidationError, TooLarge) as error:
             why = str(error).splitlines()[0]
-        get_logger().warning("cached scores cannot be used and are computed again", key=key, why=why)
+        get_logger().warning("cached scores are invalid and computed again", key=key, why=why)
         return []
 
     def add(self, number: int, scores: list[list[ChoiceScore]]) -> None:

@@ -51,7 +51,7 @@ def plan_sequences(questions: Sequence[Question], budget: int) -> list[range]:
 
 
 def score_sequence(model: Any, questions: Sequence[Question]) -> list[list[ChoiceScore]]:
-    """Scores questions in one forward pass, or each choice by itself where the model cannot run packed sequences.
+    """Scores questions in one forward pass, or in one for each choice if the model cannot run packed sequences.
 
     Args:
         model: A causal language model from `load_base`, in evaluation mode.

@@ -154,9 +154,9 @@ _SLACK_BYTES = 512
 def check_lengths(
     tasks: Tasks, tokenizer: Any, *, limit: int | None, max_length: int, cut: bool, vocabulary: int | None
 ) -> None:
-    """Refuses questions that the model cannot be asked: too long with a choice, too many choices, unknown tokens.
+    """Refuses questions that the model cannot score: too long with a choice, too many choices, unknown tokens.
 
-    A token has a byte at least, so that most questions are seen to fit without being rendered.
+    A token has at least one byte, so most questions are known to fit without being rendered.
 
     Args:
         tasks: From `load_tasks`.
@@ -186,7 +186,7 @@ def check_lengths(
 
 
 def _parts(task: Any, doc: Any) -> tuple[list[str], list[str]]:
-    """The contexts of a question and what goes on each of them; some tasks have a context for each choice."""
+    """The contexts of a question, and the continuations of each; some tasks have a context for each choice."""
     choices, text = [str(choice) for choice in task.doc_to_choice(doc)], str(task.doc_to_text(doc))
     return (choices, [text]) if task.multiple_input else ([text], choices)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from job import log
@@ -53,7 +55,7 @@ def choose_device(wanted: str = "auto") -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The compute dtype: what was asked for, or for `auto` bf16 where the GPU has it, else fp16; fp32 on a CPU."""
+    """The compute dtype: the setting, or for `auto` bf16 on a GPU that has it, else fp16; fp32 on a CPU."""
     import torch
 
     if name == "auto":
@@ -66,7 +68,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer that lies beside the model. It never runs code of the model's repository."""
+    """The tokenizer in the model's folder. It never runs code of the model's repository."""
     from transformers import AutoTokenizer
 
     with readable(folder):
@@ -139,6 +141,7 @@ def load_base(
         what = f"{folder} lacks {len(missing)} weights of {type(model).__name__}: {', '.join(missing[:5])}"
         raise DataError([Problem("JOB_MODEL__ID", what)])
     model.config.use_cache = False
+    _set_dtype(model, dtype)
     for module in model.modules():
         # On CPUs with AVX512-BF16, bitsandbytes repacks a layer's weights for inference the first time it runs in
         # evaluation mode, in bf16 and without a gradient: training after an evaluation would be silently wrong.
@@ -148,6 +151,11 @@ def load_base(
             module.compute_dtype = dtype
         if isinstance(module, _dropouts()):
             module.p = 0.0  # type: ignore[attr-defined]
+        if any("jitter" in name and isinstance(value, float) and value for name, value in vars(module).items()):
+            # A router that adds noise in training, or draws experts at random (Phi-MoE): it stays in evaluation mode.
+            # Its rate is left as it is, since some routers evaluate by it.
+            module.training = False
+            module.train = MethodType(_train_parts, module)
     packed_attention.use(model, packed_attention.NAME)
     return model
 
@@ -170,6 +178,31 @@ def inspect(folder: Path, *, max_length: int, targets: Sequence[str] | None) -> 
     empty = build_empty(folder, config)
     check_targets(empty, find_targets(empty) if targets is None else targets)
     return config, empty
+
+
+def _train_parts(module: Any, mode: bool = True) -> Any:  # noqa: FBT001, FBT002 - torch's signature
+    """In place of a module's `train`: sets the mode of its parts (an adapter's dropout), and leaves its own."""
+    for part in module.children():
+        part.train(mode)
+    return module
+
+
+def _set_dtype(model: Any, dtype: torch.dtype) -> None:
+    """Casts what is not quantized in a base that came quantized: transformers leaves it in the dtype of the file.
+
+    Otherwise a base saved in bf16 would compute in bf16 whatever was asked for, on GPUs that have no bf16 too. What the
+    model's class keeps in fp32 is cast to that.
+    """
+    kept = model._get_dtype_plan(dtype)  # noqa: SLF001 - the one place that knows: patterns of names -> dtype
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not _is_quantized(parameter):
+            own = next((own for pattern, own in kept.items() if re.search(pattern, name)), dtype)
+            parameter.data = parameter.data.to(own)
+
+
+def _is_quantized(parameter: Any) -> bool:
+    """Whether bitsandbytes holds it; its storage may be of a floating-point dtype."""
+    return getattr(parameter, "quant_state", None) is not None or type(parameter).__name__ == "Int8Params"
 
 
 def _dropouts() -> tuple[type, ...]:
@@ -202,7 +235,7 @@ def recompute_activations(model: Any, *, on: bool, random: bool = True) -> None:
     base = model.get_base_model()
     if on and not base.supports_gradient_checkpointing:
         name = type(base).__name__
-        log.get_logger().warning("activations are kept: those of this model cannot be computed again", model=name)
+        log.get_logger().warning("activations are kept: this model does not support recomputing them", model=name)
         return
     if on:
         # transformers renamed it in 5.23; the model is an argument of neither name

@@ -39,7 +39,7 @@ _STEERING = {
 }
 """Keys of config.json that say how to load or to compute, not what the model is: the job decides that."""
 _WEIGHT_DTYPES = {"float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "auto", "half", "float"}
-_RANDOM = ("dropout", "pdrop", "layerdrop", "drop_path", "jitter")
+_RANDOM = ("dropout", "pdrop", "layerdrop", "drop_path")
 _NEVER_ZERO = {"num_attention_heads", "hidden_size", "n_head", "n_embd", "vocab_size"}
 _PACKED_WEIGHTS = 8
 """A weight file of a quantized model has at most so many times fewer numbers than the model."""
@@ -135,7 +135,7 @@ def fingerprint(folder: Path) -> str:
 def read_config(folder: Path, name: str = "config.json") -> Any:
     """The model's configuration, as transformers has it, without what would steer loading, and without dropout.
 
-    The reference recipe has only LoRA's dropout. Dropout in the base, or noise in a router, would change the recipe.
+    The reference recipe has only LoRA's dropout; dropout in the base would change the recipe.
 
     Raises:
         DataError: config.json is missing, broken, or describes no model that could be built.
@@ -151,11 +151,6 @@ def read_config(folder: Path, name: str = "config.json") -> Any:
         return AutoConfig.from_pretrained(cleaned, trust_remote_code=False)
 
 
-NOT_RELOADED = {"inkling2_text", "laguna"}
-"""Model types whose saved adapter PEFT 0.21 loads into other weights than those that were trained: shown by
-`make families`, which has to say "packed" or "one by one" of a type before it is taken off this list."""
-
-
 def _check_kind(folder: Path, config: Mapping[str, Any]) -> None:
     """Refuses everything but a causal language model whose weights are unquantized or quantized by bitsandbytes."""
     problems = []
@@ -163,8 +158,6 @@ def _check_kind(folder: Path, config: Mapping[str, Any]) -> None:
         problems.append("holds an adapter (adapter_config.json): give its base, or merge the two")
     if not isinstance(config.get("model_type"), str):
         problems.append("has a config.json without a model_type")
-    if config.get("model_type") in NOT_RELOADED:
-        problems.append(f"is a {config['model_type']} model, whose adapters PEFT does not load as they were trained")
     if config.get("is_encoder_decoder") is True:
         problems.append(f"holds an encoder-decoder ({config.get('model_type')}); give a causal language model")
     if (method := quantization_method(config)) not in {None, *_LOADABLE}:
@@ -217,7 +210,7 @@ def _numbers(config: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, flo
 
 
 def _cleaned(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Without steering keys, at any depth, and with every rate of dropout and noise at zero."""
+    """Without steering keys, at any depth, and with every rate of dropout at zero."""
     kept: dict[str, Any] = {}
     for key, value in config.items():
         if key in _STEERING or (key.startswith("_") and key.endswith(("_implementation", "_internal", "_autoset"))):
@@ -232,7 +225,10 @@ def _cleaned(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def silence(config: Any) -> None:
-    """Sets every rate of dropout and noise in a configuration to zero: classes have defaults of their own."""
+    """Sets every rate of dropout in a configuration to zero: classes have defaults of their own.
+
+    Not a router's noise: Phi-MoE chooses experts by that number when it evaluates, too (see `base.load_base`).
+    """
     for part in [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]:
         for name, value in vars(part).items() if part is not None else ():
             if isinstance(value, float) and any(word in name for word in _RANDOM):

@@ -7,7 +7,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def add_adapter(
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=sorted(targets),
-        exclude_modules=_outside_text(model, targets),
+        exclude_modules=_excluded(model, targets),
         bias="none",
         fan_in_fan_out=adapted_kinds == {Conv1D},  # whose weight is (inputs, outputs)
         task_type="CAUSAL_LM",
@@ -92,8 +92,30 @@ def linear_layers(model: Any) -> dict[str, Any]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head and name.startswith(text)
+        if isinstance(module, torch.nn.Linear | Conv1D)
+        and module is not head
+        and name.startswith(text)
+        and _is_linear(module)
     }
+
+
+def _is_linear(module: Any) -> bool:
+    """Whether a linear layer of a model's own class maps inputs to outputs, as PEFT takes for granted of all.
+
+    Some routers of experts (Llama 4, Phi-MoE) return a tuple, and DeepSeek-V4 multiplies in groups.
+    """
+    import torch
+    from torch.func import functional_call
+
+    kind = type(module)
+    if kind.forward is torch.nn.Linear.forward or not kind.__module__.startswith("transformers.models."):
+        return True
+    parameters = {name: parameter.to("meta") for name, parameter in module.named_parameters()}
+    try:
+        found = functional_call(module, parameters, torch.empty(1, 2, module.in_features, device="meta"))
+    except Exception:  # noqa: BLE001 - of a stranger's class, that takes something else
+        return False
+    return isinstance(found, torch.Tensor) and found.shape == (1, 2, module.out_features)
 
 
 def linear_weights(model: Any) -> list[Any]:
@@ -109,12 +131,16 @@ def find_targets(model: Any) -> list[str]:
     """The layers that get an adapter where none are named: all linear ones of the text part (PEFT's `all-linear`).
 
     Of Llama's family they are the seven of the reference recipe. Left out is what PEFT refuses to adapt, since the
-    model's code uses its weights without calling it.
+    model's code uses its weights without calling it, what PEFT could not load again (`tensor_files`), and what bears
+    the head's name (BLT has a second model within, with a head of its own).
 
     Raises:
         SettingsError: There are none.
     """
-    names = sorted({name.rsplit(".", 1)[-1] for name in linear_layers(model)})
+    layers = linear_layers(model)
+    head = model.get_output_embeddings()
+    of_head = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if module is head}
+    names = sorted({name.rsplit(".", 1)[-1] for name in layers} - of_head - _lost(model, layers))
     if not (found := [name for name in names if not name.isdigit() and not _is_refused(model, name)]):
         what = f"no linear layers were found in {type(model).__name__}; name them"
         raise SettingsError([Problem("JOB_LORA__TARGET_MODULES", what)])
@@ -135,6 +161,60 @@ def check_targets(model: Any, targets: Sequence[str]) -> None:
         has = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in layers})) or "none"
         what = f"the model has no linear {', '.join(missing)}; it has {has}"
         raise SettingsError([Problem("JOB_LORA__TARGET_MODULES", what)])
+    named = {name for name in layers if any(name == target or name.endswith(f".{target}") for target in targets)}
+    if lost := sorted(_lost(model, named)):
+        what = f"PEFT would not load the adapter of {', '.join(lost)} again: it renames the tensors; leave them out"
+        raise SettingsError([Problem("JOB_LORA__TARGET_MODULES", what)])
+
+
+def _lost(model: Any, layers: Iterable[str]) -> set[str]:
+    """The last parts of the names of those layers whose adapter PEFT could not load again under any name."""
+    lost = {name.rpartition(".lora_")[0] for name, file in tensor_files(model, layers).items() if file is None}
+    return {name.rsplit(".", 1)[-1] for name in lost}
+
+
+def tensor_files(model: Any, layers: Iterable[str]) -> dict[str, str | None]:
+    """Under which name each tensor of an adapter has to lie in the file, for PEFT to load it where it belongs.
+
+    PEFT applies the renamings by which transformers loads a base's checkpoint to the adapter's tensors as well, and
+    ignores what has no place in the model afterwards. So a tensor has to bear its module's name, or the name that the
+    checkpoint has for it, whichever of them arrives.
+
+    Args:
+        model: The base as readers load it, without an adapter; it may be on the meta device.
+        layers: Full names of the modules that an adapter is on.
+
+    Returns:
+        The name of each tensor in the loaded model, as PEFT's files have it -> in the file; None where neither arrives.
+    """
+    names = [f"{_PEFT}{layer}.lora_{matrix}.weight" for layer in layers for matrix in "AB"]
+    files = {name: name for name in names}
+    if lost := set(names) - _arriving(model, files):
+        files |= {name: _PEFT + _as_in_checkpoint(model, name.removeprefix(_PEFT)) for name in lost}
+    arriving = _arriving(model, files) if lost else files.keys()
+    return {name: files[name] if name in arriving else None for name in names}
+
+
+def _arriving(model: Any, files: Mapping[str, str]) -> set[str]:
+    """The names of those tensors that PEFT loads into the module of that name, given the names in the file."""
+    import torch
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+
+    numbers = {name: number for number, name in enumerate(files)}  # in place of the tensors' contents
+    tensors = {file: torch.tensor(numbers[name], device="cpu") for name, file in files.items()}
+    loaded = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), tensors)
+    return {name for name, number in numbers.items() if name in loaded and int(loaded[name]) == number}
+
+
+def _as_in_checkpoint(model: Any, name: str) -> str:
+    """A tensor's name by the renamings with which transformers would save the model."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    renamings = [found for found in get_model_conversion_mapping(model) if isinstance(found, WeightRenaming)]
+    renamed: str = rename_source_key(name, [r.reverse_transform() for r in reversed(renamings)], [], reverse=True)[0]
+    return renamed
 
 
 def _is_refused(model: Any, name: str) -> bool:
@@ -157,13 +237,18 @@ def _text_part(model: Any) -> str:
     return f"{name}." if name and others else ""
 
 
-def _outside_text(model: Any, targets: Sequence[str]) -> str | None:
-    """A pattern of all names that do not lie in the text part, where some there bear a target's name; else None."""
-    if not (text := _text_part(model)):
-        return None
+def _excluded(model: Any, targets: Sequence[str]) -> str | None:
+    """A pattern of the modules that bear a target's name and are no linear layer of the text part; None without such.
+
+    Those outside of the text part are excluded as a whole.
+    """
+    layers, text = linear_layers(model), _text_part(model)
     bears = tuple(f".{target}" for target in targets)
-    outside = [name for name, _ in model.named_modules() if not name.startswith(text) and name.endswith(bears)]
-    return rf"(?!{re.escape(text)}).*" if outside else None
+    others = [name for name, _ in model.named_modules() if name.endswith(bears) and name not in layers]
+    patterns = [re.escape(name) for name in others if name.startswith(text)]
+    if len(patterns) < len(others):
+        patterns.append(rf"(?!{re.escape(text)}).*")
+    return "|".join(patterns) or None
 
 
 def trainable(model: Any) -> dict[str, Any]:
@@ -192,15 +277,18 @@ class PublishedNames:
     theirs: str = ""
     """What takes its place in the published class."""
     ambiguous: bool = False
-    """Whether modules outside of that class's text part bear the names of adapted ones."""
+    """Whether modules that are not adapted bear the names of adapted ones in that class."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """Names of tensors in that class -> in the file, where they differ; see `tensor_files`."""
 
     def published(self, name: str) -> str:
-        """Name of an adapter's tensor in the file, from that in the loaded model."""
+        """Name of an adapter's tensor in the class that readers load, from that in the loaded model."""
         return f"{_PEFT}{self.theirs}{name.removeprefix(_PEFT + self.ours)}"
 
-    def loaded(self, name: str) -> str:
-        """The inverse of `published`."""
-        return f"{_PEFT}{self.ours}{name.removeprefix(_PEFT + self.theirs)}"
+    def filed(self, name: str) -> str:
+        """Name of an adapter's tensor in the file, from that in the loaded model."""
+        published = self.published(name)
+        return self.files.get(published, published)
 
 
 def find_published_names(model: Any, folder: Path, *, quantized: bool = False) -> PublishedNames:
@@ -213,7 +301,23 @@ def find_published_names(model: Any, folder: Path, *, quantized: bool = False) -
 
     Raises:
         DataError: config.json is missing or invalid.
+        SettingsError: PEFT would not load the adapter into that class as it was trained.
     """
+    base = model.get_base_model()
+    adapted = [name for name, module in base.named_modules() if hasattr(module, "lora_A")]
+    names, reader = _published_class(model, adapted, folder, quantized=quantized)
+    published = [names.published(_PEFT + name).removeprefix(_PEFT) for name in adapted]
+    files = tensor_files(base if reader is None else reader, published)
+    if lost := [name for name, file in files.items() if file is None]:
+        what = f"PEFT would not load the adapter of {lost[0]} into {names.architecture}: it renames the tensors"
+        raise SettingsError([Problem("JOB_LORA__TARGET_MODULES", what)])
+    return replace(names, files={name: file for name, file in files.items() if file is not None and file != name})
+
+
+def _published_class(
+    model: Any, adapted: Sequence[str], folder: Path, *, quantized: bool
+) -> tuple[PublishedNames, Any]:
+    """The names, and the class that config.json names without weights; None where it is the one that was loaded."""
     import torch
     from transformers import AutoModelForImageTextToText
 
@@ -221,25 +325,24 @@ def find_published_names(model: Any, folder: Path, *, quantized: bool = False) -
     own = PublishedNames(type(base).__name__)
     kept = quantized and (folder / SOURCE_CONFIG).is_file()
     if not kept and own.architecture in (base.config.architectures or []):
-        return own
+        return own, None
     config = read_config(folder, SOURCE_CONFIG if kept else "config.json")
     classes = AutoModelForImageTextToText._model_mapping  # noqa: SLF001 - from_config's own question
     published = classes[type(config)].__name__ if type(config) in classes else None
     if published in {None, own.architecture} or published not in (config.architectures or []):
-        return own
+        return own, None
     with readable(folder), torch.device("meta"):
         other = AutoModelForImageTextToText.from_config(config, attn_implementation="eager", trust_remote_code=False)
-    adapted = [name for name, module in base.named_modules() if hasattr(module, "lora_A")]
     theirs = {name: _shape(module) for name, module in other.named_modules() if name.startswith(_text_part(other))}
     for ours, prefix in _prefixes(adapted[0], theirs):
         renamed = {prefix + name.removeprefix(ours): base.get_submodule(name) for name in adapted}
         if all(theirs.get(name) == _shape(module) for name, module in renamed.items()):
             targets = model.peft_config["default"].target_modules
-            return PublishedNames(published, ours, prefix, _outside_text(other, targets) is not None)
+            return PublishedNames(published, ours, prefix, _excluded(other, targets) is not None), other
     log.get_logger().warning(
         "the adapter's names are not those of the base's class", named=own.architecture, base=published
     )
-    return own
+    return own, None
 
 
 def _shape(module: Any) -> tuple[int, int] | None:
@@ -280,11 +383,12 @@ def save_adapter(
     path, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     written = portable_config(json.loads(path.read_text(encoding="utf-8")))
     names = names or PublishedNames("")
-    tensors = {names.published(name): tensor for name, tensor in load_file(weights).items()}
+    saved = load_file(weights)
     if names.ambiguous or written.pop("exclude_modules", None):
-        # By full name, so that no layer outside of the text part is meant, which older PEFT has no other way to say.
-        written["target_modules"] = sorted({name.removeprefix(_PEFT).rpartition(".lora_")[0] for name in tensors})
-    if names.ours != names.theirs:
+        # By full name, so that no other layer of that name is meant, which older PEFT has no other way to say.
+        published = [names.published(name).removeprefix(_PEFT) for name in saved]
+        written["target_modules"] = sorted({name.rpartition(".lora_")[0] for name in published})
+    if (tensors := {names.filed(name): tensor for name, tensor in saved.items()}).keys() != saved.keys():
         save_file(tensors, weights, metadata={"format": "pt"})
     path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -353,19 +457,21 @@ def load_adapter(model: Any, folder: Path, names: PublishedNames | None = None) 
     `names` are those that it was saved by.
     """
     import torch
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from peft import get_peft_model_state_dict
     from safetensors.torch import load_file
 
+    names = names or PublishedNames("")
     state = load_file(folder / "adapter_model.safetensors", device="cpu")
-    if names is not None:
-        state = {names.loaded(name): tensor for name, tensor in state.items()}
     # Not "auto": PEFT would ask the hub whether the base has another vocabulary than this one.
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    files = {names.filed(name): tensor for name, tensor in expected.items()}
     wrong = sorted(
-        expected.keys() ^ state.keys()
-        | {k for k in expected.keys() & state.keys() if expected[k].shape != state[k].shape}
+        files.keys() ^ state.keys() | {k for k in files.keys() & state.keys() if files[k].shape != state[k].shape}
     )
     if wrong:
         raise ValueError(f"the adapter in {folder} is not of this model: {', '.join(wrong[:5])}")
+    # Not by PEFT's set_peft_model_state_dict, which renames tensors and ignores those that then have no place. What
+    # `expected` holds shares the parameters' memory, so that this writes into the model.
     with torch.no_grad():
-        set_peft_model_state_dict(model, state)
+        for name, tensor in files.items():
+            tensor.copy_(state[name])

@@ -1,6 +1,6 @@
 """Attention over a packed sequence: many sequences laid end to end, without padding, none of which attends to another.
 
-A packed sequence is described by its segments. The queries of a segment see an optional prefix that lies elsewhere in
+A packed sequence is described by its segments. The queries of a segment see an optional prefix elsewhere in
 it (a question that several choices share) and, causally, the segment itself. Training uses segments without a prefix.
 
 Further arguments of a layer (a sliding window, a soft cap, attention sinks) are computed, or refused with `Unpackable`;
@@ -303,7 +303,7 @@ def _varlen_kernel(  # noqa: PLR0917
 
 @cache
 def _grouped_heads() -> dict[str, Any]:
-    """The kernel shares key/value heads itself; newer versions of torch want to be told that this is meant."""
+    """The kernel shares key/value heads itself; newer versions of torch need a flag for it."""
     from torch.nn.attention.varlen import varlen_attn
 
     return {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}

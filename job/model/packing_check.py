@@ -107,7 +107,7 @@ def choose_packing(
 
 
 def _taken(examples: Sequence[Example]) -> list[Example]:
-    """Three examples of different beginnings where there are such, cut to a few tokens."""
+    """Three examples, with different first tokens if there are such, cut to a few tokens."""
     few = sorted(examples[:64], key=lambda example: len(example.input_ids) < SHORT)[:3]
     few += [few[-1]] * (3 - len(few))
     return [Example(e.input_ids[: TOKENS - 7 * i], e.targets[: TOKENS - 7 * i]) for i, e in enumerate(few)]

@@ -1,4 +1,4 @@
-"""Replaces a tokenizer that cannot be fetched: cuts text into tokens of equal length, right on average only."""
+"""Stands in for a tokenizer that cannot be downloaded: tokens of equal length, which is right only on average."""
 
 from __future__ import annotations
 

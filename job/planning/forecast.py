@@ -29,14 +29,14 @@ START_SECONDS = 60.0
 FLASH_CAPABILITY = (8, 0)
 """Compute capability from which there is a kernel for packed sequences; below, attention runs example by example."""
 MAX_TOKENS = 65_536
-"""The largest micro-batch that is tried when nothing is known of the data."""
+"""Upper bound of the micro-batch, in tokens, if nothing is known about the data."""
 EVALUATIONS = 2
 HALF_PRECISION = 2
 
 
 @dataclass(frozen=True)
 class RunShape:
-    """What is known of a run; None stands for unknown.
+    """What is known about a run; None means unknown.
 
     Attributes:
         setup: Model, adapter, precision and optimizer.
@@ -79,7 +79,7 @@ class RunShape:
 
     @property
     def reads(self) -> int:
-        """Positions of a scored sequence at which logits are computed; half of them where the questions are unknown."""
+        """Positions of a scored sequence at which logits are computed; half of them if the questions are unknown."""
         share = self.questions.reads / self.questions.tokens if self.questions else 0.5
         return ceil(share * self.scoring_budget)
 
@@ -214,7 +214,7 @@ def _scoring(run: RunShape, setup: Setup) -> int:
 
 
 def _execution(gpu: Gpu, run: RunShape, setup: Setup) -> ExecutionPlan | None:
-    """How the job would train on this GPU; None where PEFT's own layers would do the forward pass."""
+    """How the job would train on this GPU; None if PEFT's own layers would do the forward pass."""
     if not run.fused or gpu.capability < FLASH_CAPABILITY or setup.value_bytes != HALF_PRECISION:
         return None
     return choose_plan(
@@ -231,7 +231,7 @@ def _execution(gpu: Gpu, run: RunShape, setup: Setup) -> ExecutionPlan | None:
 
 
 def _hours(gpu: Gpu, run: RunShape, setup: Setup, execution: ExecutionPlan | None) -> float | None:
-    """Hours from start to end without interruptions; None where data or speed (as in fp32) is unknown."""
+    """Hours from start to end without interruptions; None if data or speed (as in fp32) is unknown."""
     if run.workload is None or run.questions is None or setup.value_bytes != HALF_PRECISION:
         return None
     work, asked = run.workload, run.questions

@@ -15,7 +15,7 @@ class Gpu:
         name: As cloud providers call it.
         memory_bytes: As nvidia-smi shows it, ECC on.
         flops: Dense operations a second on its matrix units in bf16 (fp16 where it has no bf16), by its data sheet;
-            the figure for sparse matrices, which data sheets like to print, is twice that.
+            data sheets often print the figure for sparse matrices, which is twice that.
         bandwidth: Bytes a second of its memory, by its data sheet.
         capability: CUDA compute capability.
         usd_per_hour: See `PRICES`.

@@ -1,4 +1,4 @@
-"""Sizes of public models, data sets and tasks, used where the hub cannot be reached. `plan` marks them as assumed."""
+"""Sizes of public models, data sets and tasks, used if the hub cannot be reached. `plan` marks them as assumed."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ DATASET_TOKENS: Mapping[str, tuple[DatasetTokens, ...]] = {
 
 @dataclass(frozen=True)
 class TaskTokens:
-    """A task's questions: how many, their tokens in packed sequences, and at how many of these logits are `reads`."""
+    """A task's questions: their number, their tokens when packed, and how many of these have logits (`reads`)."""
 
     count: int
     tokens: int
     reads: int
 
     def first(self, limit: int | None) -> TaskTokens:
-        """The first `limit` questions, assumed to be as long as the others on average; all of them for None."""
+        """The first `limit` questions, assumed to be as long as the others on average; None: all."""
         share = min(1.0, limit / self.count) if limit else 1.0
         return TaskTokens(round(share * self.count), round(share * self.tokens), round(share * self.reads))
 

@@ -40,7 +40,7 @@ from job.training.config import total_steps
 from job.training.memory_model import Setup
 
 SMALL_GPU_TOKENS = 4096
-"""Micro-batch tokens that the memory figures are for unless they are set: what the job takes on 11 to 40 GiB."""
+"""Token budget for which memory is forecast if none is set: what the job uses on GPUs of 11 to 40 GiB."""
 
 QUICK = {"timeout_seconds": 10.0, "retries": 2}
 """Upper limits on the storage settings, so that an address that does not answer fails within seconds."""
@@ -69,7 +69,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Preflight:
-    """The results of the checks, and what each read: None where it failed or was not made."""
+    """The results of the checks, and what each of them read: None if it failed or was not made."""
 
     checks: list[PreflightResult]
     store_seconds: float | None
@@ -98,7 +98,7 @@ def make_plan(settings: Settings) -> Plan:
 
 
 def _with_memory_limit(gpu: Gpu, gigabytes: float | None) -> Gpu:
-    """The GPU with the memory that JOB_TRAIN__GPU_MEMORY_GB allows."""
+    """The GPU, with no more memory than JOB_TRAIN__GPU_MEMORY_GB."""
     return gpu if gigabytes is None else replace(gpu, memory_bytes=min(gpu.memory_bytes, int(gigabytes * 1e9)))
 
 
@@ -153,7 +153,7 @@ def _look(settings: Settings, folder: Path) -> _Preflight:
 
 
 def _try_storage(output: str, run: str, storage: StorageOptions) -> Found[float]:
-    """A round trip in the run's own store; a local output is tried beside the run, so that no folder stays behind."""
+    """A round trip in the run's own store; for a local output in a folder beside the run, which is removed again."""
     place = join(output, run)
     return round_trip(open_store(place, storage), place) if is_remote(place) else local_round_trip(Path(output), place)
 
@@ -165,7 +165,7 @@ def _measured(seen: _Preflight) -> list[Estimate]:
 
 
 def _run(settings: Settings, seen: _Preflight, checks: list[PreflightResult]) -> RunShape:
-    """What is known of the run: from the checks, and where they read nothing, from known sizes."""
+    """What is known about the run: from the checks, or from the tables of known sizes if they read nothing."""
     setup, model_basis = _setup(settings, seen, checks)
     workload, data_basis = _workload(settings, seen.data)
     questions, questions_basis = _questions(settings, seen)
@@ -191,7 +191,7 @@ def _run(settings: Settings, seen: _Preflight, checks: list[PreflightResult]) ->
 
 
 def _setup(settings: Settings, seen: _Preflight, checks: list[PreflightResult]) -> tuple[Setup | None, Basis]:
-    """Model, adapter and optimizer; None where the model is not known, or lacks a layer that LoRA should adapt."""
+    """Model, adapter and optimizer; None if the model is unknown, or lacks a layer that LoRA should adapt."""
     basis: Basis = "computed" if seen.model is not None else "assumed"
     architecture = seen.model.architecture if seen.model else known.ARCHITECTURES.get(settings.model.id)
     if architecture is None:
@@ -199,7 +199,7 @@ def _setup(settings: Settings, seen: _Preflight, checks: list[PreflightResult]) 
     targets = tuple(architecture.linear) if settings.lora.target_modules == "auto" else settings.lora.target_modules
     missing = [name for name in targets if name not in architecture.linear]
     if missing:
-        if seen.model is None:  # else the check named "adapter" has seen the layers themselves
+        if seen.model is None:  # else the check named "adapter" has inspected the layers themselves
             what = f"the model has no linear {', '.join(missing)}; it has {', '.join(sorted(architecture.linear))}"
             error = SettingsError([Problem("JOB_LORA__TARGET_MODULES", what)])
             checks.append(PreflightResult("adapter", "wrong", str(error), error))
@@ -258,13 +258,13 @@ def _questions(settings: Settings, seen: _Preflight) -> tuple[known.TaskTokens |
 def _licence(settings: Settings, data: DataFacts | None) -> PreflightResult:
     """The licence on the hub's card, else in `data.licences`."""
     card = data.licence if data is not None else None
-    licence = card or licences.LICENCES.get(settings.data.source) or "not known here; check that you may train on it"
-    limits = ": not for commercial use, and so for what is trained on it" if "-nc" in licence else ""
+    licence = card or licences.LICENCES.get(settings.data.source) or "unknown; check that you may train on it"
+    limits = ": no commercial use of the data, nor of what is trained on it" if "-nc" in licence else ""
     return PreflightResult("licence", "note", f"{settings.data.source}: {licence}{limits}")
 
 
 def _disk(settings: Settings, run: RunShape) -> PreflightResult:
-    """Whether this machine's disk would do; the one with the GPU needs as much."""
+    """Whether this machine's disk has enough space; the machine with the GPU needs as much."""
     folder = Path(settings.storage.cache or tempfile.gettempdir())
     checkpoint = checkpoint_bytes(run.setup.adapter, run.setup.optimizer) if run.setup else 0
     need = required_bytes([run.download_bytes], checkpoint)
@@ -282,10 +282,10 @@ def _assumptions(settings: Settings) -> tuple[str, ...]:
     fused, peft = (f"{used:.0%}" for used in (memory_model.FUSED_UTILISATION, memory_model.UTILISATION))
     half = f"speed: {fused} of the data sheet's operations a second in bf16, {peft} before Ampere or with dropout"
     return (
-        "one GPU: several share each step's examples, and each needs the same memory",
+        "one GPU; several GPUs share the examples of a step, and each needs the same memory",
         f"{half}, as measured on H100 and H200; slower GPUs tend to do better",
-        f"start: {forecast.START_SECONDS:.0f} s, and {forecast.DOWNLOAD_RATE / 1e6:.0f} MB/s for what is fetched",
-        f"memory: {context} for the driver, and {memory_model.MARGIN:.0%} for what the formula is wrong by",
-        f"price: {PRICES}" if price is None else f"price: {price:g} USD an hour, as you set it, on whatever GPU",
-        "no interruptions: each costs a start, and the steps since the last checkpoint",
+        f"start: {forecast.START_SECONDS:.0f} s, and {forecast.DOWNLOAD_RATE / 1e6:.0f} MB/s for downloads",
+        f"memory: {context} for the driver, and {memory_model.MARGIN:.0%} for the error of the formula",
+        f"price: {PRICES}" if price is None else f"price: {price:g} USD an hour, as set, on every GPU",
+        "no interruptions: each costs a start and the steps since the last checkpoint",
     )

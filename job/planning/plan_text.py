@@ -71,7 +71,7 @@ def as_table(plan: Plan) -> str:
     if plan.gpus:
         parts.append(_gpus(plan))
     else:
-        parts.append("No figures for GPUs: the model is not known.")
+        parts.append("No figures for GPUs: the model is unknown.")
     parts.append("\n".join(["assumed:", *_folded([("", text) for text in plan.assumptions])]))
     return "\n\n".join(parts) + "\n"
 
@@ -84,7 +84,7 @@ def _checks(plan: Plan) -> str:
 
 def _figures(figures: Sequence[Estimate]) -> str:
     if not figures:
-        return "No figures: neither the model nor the data is known."
+        return "No figures: model and data are unknown."
     rows = [(figure.name, _value(figure), figure.basis, figure.note) for figure in figures]
     return "\n".join(aligned(rows, right=(1,)))
 

@@ -35,17 +35,17 @@ from job.storage.local import LocalStore
 from job.storage.open import ObjectStore, StorageOptions, fetch, is_remote, open_store, size
 
 MAX_BYTES = 256 << 20
-"""Larger data sets are not fetched for a plan."""
+"""Larger data sets are not downloaded for a plan."""
 MOSTLY = 0.5
-"""Share of the weights that is quantized in nearly every model; below that the plan says so."""
+"""If less than this share of the weights would be quantized, the plan says so; in most models it is more."""
 MAX_SMALL_BYTES = 64 << 20
 HUB_UNREACHABLE = "the hub cannot be reached from here"
 Online = Callable[[], bool]
 """Whether the hub can be reached; called only if something has to be fetched from it."""
 FILE_BYTES = (8 << 20) + 1
-"""Of the file that `plan` uploads to a store: large enough to go in parts, as a checkpoint does."""
+"""Size of the file that `plan` uploads to a store: enough for a multipart upload, as checkpoints have."""
 NO_LIMIT = 1 << 31
-"""Tokens allowed in an example while tokens are only estimated: no limit."""
+"""Maximum length of an example while tokens are only estimated: none."""
 State = Literal["ok", "note", "not checked", "wrong"]
 T = TypeVar("T")
 
@@ -91,18 +91,18 @@ def run_check(
 
 
 def round_trip(store: ObjectStore, name: str) -> Found[float]:
-    """Does with a store what the job will do, on objects of its own; returns the seconds that took.
+    """Tests a store with the requests that the job will make, on objects of its own; returns the seconds it took.
 
     A small object is written and read, files of 0 and of `FILE_BYTES` bytes are uploaded and downloaded, all are listed
     and deleted, and conditional writes are tried.
 
     Args:
-        store: Where.
+        store: The store.
         name: The store's name in the result's sentence.
 
     Raises:
-        AccessDenied: A verb is not allowed.
-        Unreachable: The store does not answer, or not with what was written.
+        AccessDenied: A kind of request is not allowed.
+        Unreachable: The store does not answer, or returns something else than was written.
     """
     key, content = f".plan-{uuid4().hex}", uuid4().bytes
     files = {f"{key}-{size}": size for size in (0, FILE_BYTES)}
@@ -117,17 +117,21 @@ def round_trip(store: ObjectStore, name: str) -> Found[float]:
             store.delete(one)
     right = stored is not None and stored.data == content and all(whole) and listed == sorted([key, *files])
     if not right or store.read(key) is not None:
-        raise Unreachable(f"{name}: what was written was not read, listed and deleted as it was written")
+        raise Unreachable(f"{name}: objects that were written could not be read, listed and deleted unchanged")
     conditional = store.conditional_writes()
     seconds = time.monotonic() - began
     what = f"{name}: wrote, read, listed and deleted"
     if conditional:
         return "ok", f"{what}; conditional writes are honoured", seconds
-    return "note", f"{what}; no conditional writes: attempts that begin together may both go on for a while", seconds
+    return (
+        "note",
+        f"{what}; no conditional writes, so two attempts that start at the same time may both run for a while",
+        seconds,
+    )
 
 
 def _file_round_trip(store: ObjectStore, key: str, size: int) -> bool:
-    """Whether a file of random bytes comes back as it went."""
+    """Whether an uploaded file of random bytes is downloaded unchanged."""
     with tempfile.TemporaryDirectory(prefix="qlora-job-") as folder, disk_errors(f"cannot write to {folder}"):
         there, back = Path(folder, "there"), Path(folder, "back")
         there.write_bytes(os.urandom(size))
@@ -154,9 +158,9 @@ def local_round_trip(output: Path, name: str) -> Found[float]:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """A model without its weights: the folder of its small files, its architecture, and what the job has to fetch.
+    """A model without its weights: the folder of its small files, its architecture, and the bytes to download.
 
-    `download_bytes` is None where the sizes of its files are unknown.
+    `download_bytes` is None if the sizes of its files are unknown.
     """
 
     folder: Path
@@ -207,7 +211,7 @@ def preview_model(
 def preview_adapter(
     model: ModelFacts | None, targets: Sequence[str] | None, *, quantization: str, max_length: int
 ) -> Found[None]:
-    """Builds the model without weights, as a run will first: what LoRA adapts, and what really gets quantized.
+    """Builds the model without weights, as a run does first, to find what LoRA adapts and what would be quantized.
 
     Args:
         model: As `preview_model` found it.
@@ -356,7 +360,7 @@ def preview_questions(
         folder: Folder for copies from S3.
         storage: How to reach stores.
         max_length: The most tokens of a question with one of its choices.
-        cut: Whether longer ones lose their beginning.
+        cut: Whether the beginning of longer ones is cut off.
     """
     check_tasks(names, data)
     if (missing := [name for name in names if name not in data]) and not online():

@@ -22,7 +22,7 @@ class Workload:
         steps: Their number.
         rows: Examples of the data set.
         tokens: Tokens of all steps, in all epochs.
-        target_tokens: Those of them that are learned.
+        target_tokens: Those that the loss counts.
         squares: Sum of the squared lengths of all examples of all steps: the cost of attention.
         longest: Tokens of the longest example in the data set.
         largest_step: Tokens of the largest step; no micro-batch is larger.
@@ -38,11 +38,11 @@ class Workload:
 
 
 def count(lengths: Sequence[int], targets: Sequence[int], *, seed: int, global_batch_size: int, steps: int) -> Workload:
-    """Counts the batches that training will take, example by example.
+    """Counts the batches that training will have, example by example.
 
     Args:
         lengths: Tokens of each example.
-        targets: Of these, the tokens that are learned.
+        targets: Target tokens of each example.
         seed: JOB_RUN__SEED, which decides the order of the examples.
         global_batch_size: Examples in an optimizer step.
         steps: Optimizer steps in all.

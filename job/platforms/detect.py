@@ -1,4 +1,4 @@
-"""Where the job runs, and where things lie there: plain Docker, a Kubernetes pod or a SageMaker training job."""
+"""Detects where the job runs (plain Docker, a Kubernetes pod, a SageMaker training job), and the paths there."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def is_foreign(variable: str) -> bool:
 
 @dataclass(frozen=True)
 class Delivery:
-    """Folders that a platform collects when the job is done: `model` gets the adapter, `data` what else there is."""
+    """Folders that a platform collects when the job is done: `model` gets the adapter, `data` everything else."""
 
     model: Path
     data: Path
@@ -62,7 +62,7 @@ class Platform:
     grace_seconds: float | None = None
 
     def sets(self, variable: str) -> bool:
-        """Whether not the user but the platform, or what started the job there, sets this `JOB_` variable."""
+        """Whether the platform (or what starts the job there) sets this `JOB_` variable, not the user."""
         if is_foreign(variable):
             return True
         return self.name == "kubernetes" and _SET_BY_KUBERNETES.fullmatch(variable) is not None

@@ -25,6 +25,6 @@ def copied_folder(inputs: Path | None) -> Path | None:
 
 
 def lasts(output: str, inputs: Path | None) -> bool:
-    """Whether what is written to `output` outlives the machine."""
+    """Whether files written to `output` outlive the machine."""
     copied = copied_folder(inputs)
     return "://" in output or (copied is not None and Path(output).is_relative_to(copied))

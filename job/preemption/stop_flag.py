@@ -122,7 +122,7 @@ def _fits(seconds: float, remaining: float) -> bool:
 
 
 def signals_to_handle() -> list[signal.Signals]:
-    """`SIGNALS` without those that whoever started the process wants ignored, as nohup does with HUP."""
+    """`SIGNALS` without those that the parent process set to be ignored, as nohup does with HUP."""
     return [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,13 @@ def render(template: str, *, escape: bool, **context: Any) -> str:
         escape: Whether values are escaped for HTML.
         context: The template's variables.
     """
+    rendered: str = _environment(escape=escape).get_template(template).render(context)
+    return rendered
+
+
+@cache
+def _environment(*, escape: bool) -> Any:
+    """What templates are compiled in."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -30,7 +38,7 @@ def render(template: str, *, escape: bool, **context: Any) -> str:
         keep_trailing_newline=True,
     )
     environment.filters.update({name: getattr(formatting, name) for name in FILTERS}, code=code, breakable=breakable)
-    return environment.get_template(template).render(context)
+    return environment
 
 
 def code(value: object) -> str:

@@ -1,1 +1,1 @@
-"""The results manifest: built (`manifest`), priced (`cost`), read back (`reader`), compared (`compare`, `baseline`)."""
+"""The results manifest: building (`manifest`), cost (`cost`), reading (`reader`), comparing (`compare`, `baseline`)."""

@@ -1,4 +1,4 @@
-"""`gate.baseline`: an earlier run to compare with, read and checked before anything is trained."""
+"""JOB_GATE__BASELINE: an earlier run to compare with, read and checked before training starts."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def check_questions(baseline: Baseline, questions: Mapping[str, Sequence[tuple[s
 
     Args:
         baseline: The earlier run.
-        questions: By task, id and row hash of each question of this run.
+        questions: By task, (id, row hash) of each question of this run.
         metric: `acc` or `acc_norm`: the gate's.
 
     Raises:
@@ -73,7 +73,7 @@ def check_questions(baseline: Baseline, questions: Mapping[str, Sequence[tuple[s
 
 
 def check_prompts(baseline: Baseline, base: Mapping[str, TaskScores]) -> None:
-    """Refuses a baseline whose prompts differ although its questions do not, as another version of lm-eval may make.
+    """Refuses a baseline with the same questions but other prompts, which another version of lm-eval may make.
 
     Raises:
         DataError: With the tasks.

@@ -1,4 +1,4 @@
-"""`compare`: two published runs side by side, their adapters paired question by question; as text or Markdown."""
+"""`compare`: two published runs side by side, their adapters compared question by question; as text or Markdown."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _settings(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
-    """Name -> both values, where these differ; None for one that is not there."""
+    """Name -> both values, for names whose values differ; None for a missing value."""
     return {name: _pair(a.get(name), b.get(name)) for name in dict.fromkeys([*a, *b]) if a.get(name) != b.get(name)}
 
 
@@ -145,7 +145,7 @@ def as_text(compared: Mapping[str, Any]) -> list[str]:
 
 
 def as_markdown(compared: Mapping[str, Any]) -> list[str]:
-    """The comparison in Markdown, as a CI job comments it, line by line."""
+    """The comparison in Markdown, for a comment by a CI job, line by line."""
     lines = []
     for title, head, rows in _sections(compared):
         lines += [f"### {title}", "", *(tables.markdown(head, rows) if rows else ["nothing"]), ""]

@@ -31,7 +31,7 @@ def withdraw_incomplete(store: ObjectStore) -> None:
         Replaced: Another attempt owns the run.
     """
     if gone := _read(store)[1]:
-        log.get_logger().warning("the manifest is there, but not all that it lists: the run goes on", gone=gone)
+        log.get_logger().warning("the manifest lists files that are missing: the run continues", gone=gone)
         delete_in_turn(store, RESULTS)
 
 

@@ -1,7 +1,7 @@
 """What a run cost: seconds, dollars and joules, by stage and by attempt, and what interruptions wasted.
 
-Wasted is what a run without interruptions would not have paid for: the start-up of every attempt but the longest one,
-and optimizer steps that had to be repeated. An attempt's start-up is its time outside `WORK`: starting, pulling and
+Wasted time is what a run without interruptions would not have needed: the start-up of every attempt but the longest
+one, and optimizer steps that had to be repeated. An attempt's start-up is its time outside `WORK`: starting, pulling,
 loading. Evaluation resumes from cached scores, and saving a checkpoint is work: both count as useful.
 
     usd          = sum over attempts of seconds / 3600 * price of the attempt's machine
@@ -89,7 +89,7 @@ def _stages(attempts: Sequence[AttemptRecord], prices: Sequence[float | None]) -
 
 
 def _savings(seconds: float, wasted: float, usd: float | None, on_demand: float | None) -> dict[str, float] | None:
-    """What the run saved against an on-demand machine; negative where it cost more.
+    """What the run saved against an on-demand machine; negative if it cost more.
 
     `percent` compares the prices of the same seconds. That is SageMaker's `(1 - billable / training seconds) * 100`,
     whose billable seconds are the seconds times the ratio of the prices. `net_percent` is stricter: on demand
@@ -112,7 +112,7 @@ def _usd(seconds: float, usd_per_hour: float | None) -> float | None:
 
 
 def _sum(parts: Iterable[float | None]) -> float | None:
-    """The sum, or None where one of them is not known."""
+    """The sum; None if a part is unknown."""
     total = 0.0
     for part in parts:
         if part is None:

@@ -1,4 +1,4 @@
-"""Results for platforms that collect them from folders: copied there from the store once the run is complete."""
+"""Copies results from the store to the folders from which a platform collects them, once the run is complete."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def deliver(store: ObjectStore, results: Mapping[str, Any], folders: Delivery) -
             wrong.append(Problem(artifact["path"], "is not what the manifest says: its SHA-256 differs"))
     if wrong:
         raise DataError(wrong)
-    store.download(RESULTS, folders.model / RESULTS)  # last, so that whoever sees it finds all other files
+    store.download(RESULTS, folders.model / RESULTS)  # last: when it exists, so do all other files
     log.get_logger().info("results are delivered", model=str(folders.model), data=str(folders.data))
 
 

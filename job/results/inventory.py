@@ -7,7 +7,7 @@
 | `results.json`, `lease.json`, `attempts/` of the last attempt | itself (a seal): they are written last |
 | everything else | `evidence` of the manifest |
 
-Parts of a checkpoint or of a test of the store that a killed attempt left behind are in no record; nothing reads them.
+Files that a killed attempt left behind (of a checkpoint, or of a test of the store) are in no record, and never read.
 """
 
 from __future__ import annotations

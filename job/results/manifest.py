@@ -1,4 +1,4 @@
-"""`results.json`, the manifest of a run: built, sealed, validated against its schema, and summed up as text."""
+"""`results.json`, the manifest of a run: built, sealed, validated against its schema, and summarized as text."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def validate(results: Mapping[str, Any]) -> None:
 
     schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
     standard = jsonschema.Draft202012Validator
-    # JSON Schema takes 3.0 for an integer; what computes with it does not.
+    # JSON Schema accepts 3.0 as an integer; code that computes with it does not.
     types = standard.TYPE_CHECKER.redefine("integer", lambda _, value: type(value) is int)
     kind = jsonschema.validators.extend(standard, type_checker=types)
     errors = list(kind(schema, format_checker=standard.FORMAT_CHECKER).iter_errors(results))
@@ -99,7 +99,7 @@ def validate(results: Mapping[str, Any]) -> None:
 
 
 def sealed(results: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest as it reads back from JSON, with a new seal. Call it again after every change."""
+    """The manifest after a round trip through JSON, with a new seal. Call it again after every change."""
     plain: dict[str, Any] = json.loads(hashing.sealed(results))
     return plain
 
@@ -145,6 +145,6 @@ def print_lines(lines: Sequence[str]) -> None:
         sys.stdout.write("\n".join(lines) + "\n")
         sys.stdout.flush()
     except OSError as error:
-        # What could not be written stays in the buffer: it must not fail again when the process ends.
+        # The rest stays in the buffer; writing it must not fail again when the process ends.
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115 - for the rest of the process
         log.get_logger().warning("the summary cannot be printed; the results are published", why=str(error))

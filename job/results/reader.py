@@ -1,4 +1,4 @@
-"""A published run, read from any folder or bucket a user names: nothing in its files is taken for granted."""
+"""Reads a published run from any folder or bucket that a user names; its files are not trusted."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from job.runs.layout import RESULTS, answers_key
 from job.storage.open import ObjectStore, StorageOptions, TooLarge, open_store
 
 MAX_SAMPLES_BYTES = 512 << 20
-"""Of one task's samples, which are held in memory; several times those of the largest evaluation we know."""
+"""Limit for one task's samples, which are held in memory; several times the largest evaluation known."""
 LARGEST_NUMBER = 10**18
-"""In a manifest; far beyond every size, time and price, and within what figures can be computed of."""
+"""Largest number in a manifest: far above every size, time and price, and small enough for arithmetic in floats."""
 _SHOWN = 3
 
 
 @dataclass(frozen=True)
 class PublishedRun:
-    """A run's manifest, which is what the job wrote, and the store that its other files lie in."""
+    """A run's manifest, whose seal was checked, and the store with its other files."""
 
     store: ObjectStore
     results: dict[str, Any]
@@ -44,7 +44,7 @@ def open_run(where: str, storage: StorageOptions | None = None) -> ObjectStore:
     """The store of a run, given its folder or the `results.json` in it, as a path or a URI.
 
     Raises:
-        SettingsError: The place or the options make no sense.
+        SettingsError: The path or URI, or the options, are invalid.
     """
     folder = where.rstrip("/")
     if folder.rpartition("/")[2] == RESULTS and not Path(folder).is_dir():
@@ -89,7 +89,7 @@ def parse(data: bytes) -> dict[str, Any]:
 
 
 def _too_large(value: Any, where: str = "") -> str | None:
-    """The place of the first number beyond `LARGEST_NUMBER`; None where there is none."""
+    """The place of the first number beyond `LARGEST_NUMBER`; None if there is none."""
     if isinstance(value, int | float):
         return where if abs(value) > LARGEST_NUMBER else None
     parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -131,7 +131,7 @@ def read_samples(run: PublishedRun) -> dict[str, TaskSamples]:
     """By task, the adapter's samples, checked against the hashes of the manifest.
 
     Raises:
-        VerificationError: With all that is missing, changed or malformed.
+        VerificationError: With everything that is missing, changed or malformed.
     """
     listed = {artifact["path"]: artifact for artifact in run.results["artifacts"]}
     found, wrong = {}, []

@@ -1,4 +1,4 @@
-"""What the steps of a training run add up to: the figures of the manifest's `training` that follow from the metrics."""
+"""The figures of the manifest's `training` that follow from the metrics of the steps."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ def training_totals(history: Sequence[StepMetrics], steps_per_epoch: int, global
     """The totals by their names in the manifest.
 
     Args:
-        history: The metrics of every optimizer step, each once: a step that was repeated after a restart counts as it
-            went the last time.
+        history: The metrics of every optimizer step, each once; of a step that was repeated after a restart, those
+            of the last time.
         steps_per_epoch: Optimizer steps in an epoch (`batch_plan.steps_per_epoch`).
         global_batch_size: Examples of a step.
 

@@ -1,6 +1,6 @@
 """One attempt at a run: its store and work folder, the stages that earlier attempts finished, and its run log.
 
-A stage is finished when `stages/<name>.json` exists: it holds what the stage found out, and the hashes of what it
+A stage is finished when `stages/<name>.json` exists: it holds the stage's result, and the hashes of the files that it
 published. A later attempt reads it instead of doing the work again.
 """
 
@@ -59,7 +59,7 @@ class Attempt:
 
     `store` is fenced: it refuses to change once another attempt has taken the run over, and in any process but the
     first. `number` is the lease's epoch. `settings` are those that decide the result and that the run knows.
-    `joules` asks a meter what the GPUs have taken since the attempt began; `on_metrics` is called with every step.
+    `joules` returns the energy of the GPUs since the attempt began; `on_metrics` is called with every step.
     """
 
     store: ObjectStore
@@ -84,6 +84,8 @@ class Attempt:
     """Questions of the evaluation that goes on which are scored, by this attempt or before it."""
     run: str | None = None
     """Fingerprint of the run, which its records and checkpoints carry; None until something was pulled."""
+    settled: bool = False
+    """Whether the run's settings are kept: before that, an attempt with a mistake in them is one at this run, too."""
     _stage: tuple[str, float] | None = None
     _noted: str | None = None
     """Tag of this attempt's record as it wrote it last."""
@@ -103,7 +105,7 @@ class Attempt:
         self._note_if_due()
 
     def alive_in_thread(self) -> None:
-        """Like `alive`, for a thread that works beside the stage: it writes nothing into the run log."""
+        """Like `alive`, for another thread than the stage's: it writes nothing into the run log."""
         self.report_progress()
         self.stop.check()
 
@@ -202,11 +204,11 @@ class Attempt:
         try:
             found, run = stage_records.parse(stored.data, adapter)
         except ValueError as error:
-            log.get_logger().warning("record is damaged and does not count", stage=name, why=str(error))
+            log.get_logger().warning("record is damaged and ignored", stage=name, why=str(error))
             return None
         own = fingerprint(self.settings, found) if isinstance(found, Pulled) else self.run
         if run not in {None, "", own} and own is not None:
-            log.get_logger().warning("record does not count, it is of a run with other settings or data", stage=name)
+            log.get_logger().warning("record is ignored: it is of a run with other settings or data", stage=name)
             return None
         return found
 
@@ -242,9 +244,9 @@ class Attempt:
             Replaced: Another attempt took the run over.
             Unreachable, AccessDenied: As the store says.
         """
-        # Bytes may differ from attempt to attempt, such as those of times: one that stood still must not replace what
-        # its successor published. There is no condition for files beyond what is written at once, which is weights:
-        # on one kind of machine all attempts make the same.
+        # Attempts may publish different bytes, such as measured times. One that was suspended must not replace
+        # its successor's file: the write is conditional. Uploads of larger files have no condition; these are weights,
+        # which are the same in all attempts on one kind of machine.
         sizes = {info.bytes for info in self.store.list(key) if info.key == key} | {path.stat().st_size}
         if max(sizes) > MAX_READ_BYTES:
             self.store.upload(path, key)
@@ -281,7 +283,8 @@ class Attempt:
             return
         began = time.monotonic()
         with self._noting:  # the uploading thread notes checkpoints
-            record = sealed({**asdict(self.record(outcome)), QUESTIONS: self.questions, stage_records.RUN: self.run})
+            run = self.run if self.settled else None
+            record = sealed({**asdict(self.record(outcome)), QUESTIONS: self.questions, stage_records.RUN: run})
             self._noted = write_in_turn(self.store, attempt_key(self.number), record, self._noted)
         ended = time.monotonic()
         shortest, longest = NOTE_SECONDS
@@ -325,7 +328,7 @@ def open_attempt(
         faults: Faults to inject.
         processes: Those that make this attempt; process 0 holds the lease for all.
         usd_per_hour: Price of this machine; None where it is not known.
-        idle: Is told of the attempts before, and decides what being stopped ends with; None for no limit.
+        idle: Decides, from the attempts before, with which error a stopped attempt ends; None for no limit.
 
     Raises:
         NoProgress: The attempt was stopped, as were too many before it, and none of them got any further.
@@ -356,14 +359,14 @@ def open_attempt(
             usd_per_hour,
             settings,
         )
-        if idle is not None and processes.leads:  # its exit code outweighs that of the others
+        if idle is not None and processes.leads:  # its exit code takes precedence over those of the others
             furthest = max((one.reached for one in logged), default=(0, 0))
             idle.before, idle.progressed = idle_attempts(logged), lambda: attempt.reached() > furthest
         attempt.note("running")
         try:
             yield attempt
         except Replaced:
-            raise  # the run log is that of the attempt that took over
+            raise  # the run log belongs to the attempt that took over
         except BaseException as error:
             _note_failure(attempt, error)
             if isinstance(error, Preempted) and idle is not None and idle.reached:
@@ -373,9 +376,9 @@ def open_attempt(
 
 
 def _note_failure(attempt: Attempt, error: BaseException) -> None:
-    """Writes how the attempt ended; a store that does not take it must not hide why."""
+    """Writes how the attempt ended; a failure to write must not hide the error that ended it."""
     outcome = next((word for kind, word in OUTCOMES.items() if isinstance(error, kind)), "crashed")
     try:
         attempt.note(outcome)
     except JobError as failure:
-        log.get_logger().warning("the end of the attempt cannot be noted", why=str(failure))
+        log.get_logger().warning("the end of the attempt cannot be recorded", why=str(failure))

@@ -5,7 +5,7 @@
     s3_503@2                        the second request of an attempt to the store fails as if after all retries
     corrupt@checkpoint=latest       a flipped bit in the newest checkpoint, before the next attempt restores it
 
-A fault is noted in the store before it fires: a killed attempt must not find it again at the same step, for ever.
+A fault is recorded in the store before it fires; otherwise every later attempt would be killed at the same step.
 """
 
 from __future__ import annotations
@@ -113,11 +113,11 @@ class Faults:
 
 
 def arm(faults: tuple[Fault, ...], store: ObjectStore) -> Faults:
-    """Arms, loudly, what no earlier attempt of the run has fired; `store` is the run's. Without faults asks nothing."""
+    """Arms the faults that no earlier attempt of the run has fired, and logs a warning; `store` is the run's."""
     fired = {info.key for info in store.list(layout.FAULTS)} if faults else set()
     left = tuple(fault for fault in faults if layout.fault_key(fault.text) not in fired)
     for fault in faults:
-        what = "JOB_FAULT is armed: this run is going to fail" if fault in left else "JOB_FAULT has fired already"
+        what = "JOB_FAULT is armed: this run will fail" if fault in left else "JOB_FAULT has fired already"
         log.get_logger().warning(what, fault=fault.text)
     return Faults(left, store)
 
@@ -172,7 +172,7 @@ def _fire(fault: Fault, store: ObjectStore) -> None:
 
 
 def _flip_a_bit(store: ObjectStore) -> None:
-    """Damages the smallest file of the newest checkpoint: to the hash in the marker they are all alike."""
+    """Flips one bit in the smallest file of the newest checkpoint; the marker's hashes cover all files alike."""
     sizes = {key: size for key, size in _newest_checkpoint(store).items() if size}
     if not sizes:
         return

@@ -1,14 +1,14 @@
-"""The stages of a run, and every path below a run's folder: nobody else spells them.
+"""The stages of a run, and every path below a run's folder, which no other module spells out.
 
     results.json                                 the manifest, written last
     settings.json                                the settings that the run began with
     lease.json                                   which attempt owns the run
     attempts/0001.json                           run log: one record for each attempt
-    stages/<stage>.json                          what a finished stage found out
+    stages/<stage>.json                          the result of a finished stage
     stages/base.json                             which quantized base the run began with
     checkpoints/step-00000040/0003/<file>        a checkpoint's files, by the attempt that wrote them
     checkpoints/step-00000040/COMMITTED.json     its commit marker, written after them
-    artifacts/...                                what the run is for: adapter, metrics, answers, report
+    artifacts/...                                the results: adapter, metrics, answers, report
     scores/...                                   answers of an evaluation that is going on
     faults/<fault>                               injected faults that have fired
 

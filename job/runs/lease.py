@@ -44,9 +44,9 @@ _TRIES = 20
 
 
 class LeaseRecord(BaseModel):
-    """What `lease.json` holds beside its seal.
+    """The content of `lease.json`, without its seal.
 
-    `heartbeat` counts the holder's proofs; it makes every content unique to its writer.
+    `heartbeat` counts the holder's renewals; it makes every content unique to its writer.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -62,7 +62,7 @@ class LeaseRecord(BaseModel):
 
 
 class Lease:
-    """The lease as its holder sees it. Any thread may ask; once lost, it stays lost."""
+    """The lease as its holder sees it. Safe to use from any thread; once lost, it stays lost."""
 
     def __init__(self, store: ObjectStore, record: LeaseRecord, tag: str, *, conditional: bool) -> None:
         self._store = store
@@ -113,7 +113,7 @@ class Lease:
             raise Unreachable(f"{self._store.uri}/{LEASE} could not be renewed in {_TRIES} tries")
 
     def check(self) -> None:
-        """Like `confirm`, by reading alone: cheaper, and blind to what happens after the answer was sent.
+        """Like `confirm`, but only reads: cheaper, but the lease may be lost right after the answer.
 
         Raises:
             Replaced: This attempt does not own the run any more.
@@ -148,7 +148,7 @@ class Lease:
 
 
 def take(store: ObjectStore, holder: str) -> Lease:
-    """Takes the run over, whoever had it before.
+    """Takes the run over from whichever attempt held it before.
 
     Args:
         store: The run's own.
@@ -202,7 +202,7 @@ def _read(store: ObjectStore) -> tuple[LeaseRecord | None, str]:
     """The lease and its tag; no record and an empty tag where there is none.
 
     Raises:
-        ValueError: What lies there is no lease.
+        ValueError: The file is not a valid lease.
     """
     try:
         stored = store.read(LEASE, max_bytes=MAX_BYTES)

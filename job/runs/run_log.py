@@ -1,7 +1,7 @@
-"""The run log: a sealed record of each attempt, noted while it goes on; and what it says of the run's progress.
+"""The run log: a sealed record of each attempt, updated while it runs; and what the records say of progress.
 
 An attempt makes progress if it gets further than all before it: into a later stage, to a later optimizer step, or to
-more scored questions of an evaluation. One that repeats what was lost makes none.
+more scored questions of an evaluation. An attempt that only repeats lost work makes none.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class IdleLimit:
 
     @property
     def reached(self) -> bool:
-        """Whether this attempt ends with `NoProgress` where it would end as preempted."""
+        """Whether this attempt, if stopped, ends with `NoProgress` instead of `Preempted`."""
         return not self.progressed() and self.before + 1 >= self.limit
 
     @property
@@ -74,7 +74,7 @@ class IdleLimit:
 
 
 def how_far(stages: Iterable[str], last_step: int, questions: int) -> tuple[int, int]:
-    """The last of the stages, by its number in their order, and how far in there: a step, or scored questions."""
+    """(number of the last stage, progress within it): an optimizer step, or the number of scored questions."""
     order = [stage.value for stage in Stage]
     last = max((order.index(name) for name in stages if name in order), default=0)
     if order[last] == Stage.TRAIN:
@@ -109,7 +109,7 @@ def parse_record(data: bytes) -> AttemptRecord:
 
 
 def read_run_log(store: ObjectStore, epoch: int) -> list[AttemptRecord]:
-    """What is known of the attempts before `epoch`; one that is still noted as running was killed.
+    """The records of the attempts before `epoch`; one that still says `running` was killed.
 
     Raises:
         DataError: A record is damaged.
@@ -118,7 +118,7 @@ def read_run_log(store: ObjectStore, epoch: int) -> list[AttemptRecord]:
 
 
 def read_logged(store: ObjectStore, epoch: int) -> list[LoggedAttempt]:
-    """Like `read_run_log`, with what only progress is judged by."""
+    """Like `read_run_log`, with the additional fields by which progress is judged."""
     numbers = [number for number in attempt_numbers(store) if number < epoch]
     found = (_read(store, number)[0] for number in numbers)
     return [replace(logged, record=_ended(logged.record)) for logged in found if logged is not None]
@@ -130,7 +130,7 @@ def close_run_log(store: ObjectStore, epoch: int, started: str, run: str | None 
     An attempt that was replaced while it stood still may be about to write its record. Every record that is noted as
     running is changed here, and one that lacks is made, so the condition of that write fails and it ends as replaced. A
     record that somebody removed gets one without times, too: checkpoints may name its attempt. So does a record of
-    another run.
+    another run or attempt. A record of an attempt that is still to come is nobody's, and goes.
 
     Args:
         store: The run's own, fenced.
@@ -142,12 +142,15 @@ def close_run_log(store: ObjectStore, epoch: int, started: str, run: str | None 
         DataError: A record is damaged.
         Replaced: Another attempt owns the run.
     """
-    known = {number for number in attempt_numbers(store) if number < epoch}
+    there = attempt_numbers(store)
+    for number in (number for number in there if number > epoch):
+        store.delete(attempt_key(number))  # by now the fence would say if there were a later attempt
+    known = {number for number in there if number < epoch}
     numbers = known | _named(store, epoch) | set(range(max(1, epoch - _GAPS), epoch))
     records: list[AttemptRecord] = []
     for number in sorted(numbers, reverse=True):  # newest first: one without a record began before the next one
         logged, tag = _read(store, number)
-        foreign = logged is not None and logged.run not in {None, run}
+        foreign = logged is not None and (logged.run not in {None, run} or logged.record.number != number)
         record = None if logged is None or foreign else logged.record
         began = records[-1].started if records else started
         closed = _ended(record or _unknown(number, began))
@@ -181,7 +184,7 @@ def _named(store: ObjectStore, epoch: int) -> set[int]:
 
 
 def _unknown(number: int, started: str) -> AttemptRecord:
-    """The record of an attempt of which nothing is known but that there was one."""
+    """The record of an attempt of which only its existence is known."""
     return AttemptRecord(
         number=number,
         started=started,

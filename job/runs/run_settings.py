@@ -1,4 +1,4 @@
-"""The settings of a run: kept by its first attempt, the same in all attempts and in all processes."""
+"""The settings of a run: stored by its first attempt, and the same in all attempts and processes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def agree_on_settings(processes: Processes, mine: Mapping[str, Any]) -> None:
 
 
 def keep_settings(store: ObjectStore, settings: Mapping[str, Any]) -> None:
-    """Writes the settings that the run begins with: what they name is there by now, so they are not a typing error.
+    """Stores the settings that the run begins with, once the model and data that they name were found.
 
     Args:
         store: The run's own.
@@ -101,7 +101,7 @@ def parse_settings(data: bytes) -> dict[str, Any]:
 
 
 def _settings_in(store: ObjectStore, stored: Stored | None) -> dict[str, Any] | None:
-    """The settings that the run began with; None where there are none that can be believed."""
+    """The settings that the run began with; None if they are missing or damaged."""
     if stored is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""What a finished stage leaves behind: a sealed record that names the run it belongs to.
+"""The record of a finished stage: its result, sealed, with the run it belongs to.
 
 A run is named by a hash of everything that decides its result (`fingerprint`), not by its id: a folder that was copied
 and goes on under another id is the same run, and a record of a run with other settings, data or weights is foreign

@@ -29,5 +29,5 @@ def decisive_settings(settings: Settings) -> dict[str, Any]:
 
 
 def default_settings() -> dict[str, Any]:
-    """The same with the defaults, no preset's: what a run had before a setting was added."""
+    """The same with the defaults, without a preset: what a run had before a setting was added."""
     return decisive_settings(Settings())

@@ -1,4 +1,4 @@
-"""What one source of settings gives: values, each with where it came from, and what is wrong with them there."""
+"""`Layer`: what one source of settings gives: values with their origin, and the problems found in it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from job.errors import Problem
 
 @dataclass(frozen=True)
 class GivenValue:
-    """A raw value and where it was given, in words."""
+    """A raw value, and a description of where it was given."""
 
     value: object
     source: str

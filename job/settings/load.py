@@ -1,4 +1,4 @@
-"""The settings of this run: collected, checked, described. The only reader of the environment.
+"""Collects, checks and describes the settings of this run. Only this module reads the environment.
 
 A setting is given as `JOB_GROUP__NAME` in the environment, `--group.name` on the command line, `group.name` in
 SageMaker's hyperparameters, and as a nested mapping in a file. `schema` has the settings and the precedence, `sources`
@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 _SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY_ID)(?!.*(FILE|DIR|PATH)$)", re.IGNORECASE)
-_LOGIN = re.compile(r"://([^/@\s]+:[^/@\s]+@)")  # of a tracker's or a proxy's address
+_LOGIN = re.compile(r"://([^/@\s]+:[^/@\s]+@)")  # in the address of a tracker or a proxy
 _SHORTEST_SECRET = 8
 
 PROJECT = "qlora-job"
@@ -87,7 +87,7 @@ def load_settings(arguments: Sequence[str] = (), environ: Mapping[str, str] | No
 def load_reading(arguments: Sequence[str] = (), environ: Mapping[str, str] | None = None) -> Settings:
     """The settings for a command that only reads published runs: how to reach them, and how to log.
 
-    All others have their defaults in what is returned, whatever an environment that is shared with a run says.
+    All other settings are returned with their defaults, even if the environment sets them for a run.
 
     Raises:
         SettingsError: With all problems at once.
@@ -107,7 +107,7 @@ def load_reading(arguments: Sequence[str] = (), environ: Mapping[str, str] | Non
 
 
 def _read(request: Request, names: Collection[str]) -> tuple[Settings, dict[str, Problem]]:
-    """Settings from all values of these names that are valid, and a problem for each that is not, by its name."""
+    """Settings made of the valid values of these names, and by name a problem for each invalid one."""
     wrong: dict[str, Problem] = {}
     try:
         settings = Settings(_request=request)  # type: ignore[call-arg]  # not a setting: the sources find it there
@@ -119,19 +119,19 @@ def _read(request: Request, names: Collection[str]) -> tuple[Settings, dict[str,
     wrong = {name: problem for name, problem in wrong.items() if name in names}
     given = {name: item for name, item in request.given.items() if name in names and name not in wrong}
     if wrong or len(names) < len(NAMES):
-        # No validator spans two settings, so what is left is valid, and the checks of combinations can go on.
+        # No validator involves two settings, so the remaining values are valid, and combinations can be checked.
         settings = Settings(**nested({name: item.value for name, item in given.items()}))
     settings.keep_sources({name: item.source for name, item in given.items()})
     return settings, wrong
 
 
 def current_platform(environ: Mapping[str, str] | None = None) -> Platform:
-    """The platform this process runs on. Needs no valid settings: errors in them are reported where it says."""
+    """The platform this process runs on. Works with invalid settings, since it decides where errors are reported."""
     return detect(os.environ if environ is None else environ)
 
 
 def current_place(environ: Mapping[str, str] | None = None) -> Place | None:
-    """Which process of how many torchrun or our own launcher says this is; None where they started none.
+    """Rank and world size, as set by torchrun or this job's launcher; None if neither started this process.
 
     Call it when `load_settings` found no fault.
     """
@@ -139,7 +139,7 @@ def current_place(environ: Mapping[str, str] | None = None) -> Place | None:
 
 
 def foreign_variables(environ: Mapping[str, str] | None = None) -> list[str]:
-    """Variables that begin with JOB_ but are known to be another program's, such as Jenkins' JOB_NAME; sorted."""
+    """Variables that begin with JOB_ but belong to a known other program, such as Jenkins' JOB_NAME; sorted."""
     environ = os.environ if environ is None else environ
     return sorted(variable for variable in environ if is_foreign(variable))
 
@@ -150,7 +150,7 @@ def environment() -> dict[str, str]:
 
 
 def secrets(environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
-    """The credentials in the environment, by other programs' names for them, so that the log can leave them out."""
+    """The values of known credential variables in the environment, which the log must not show."""
     environ = os.environ if environ is None else environ
     named = [value for name, value in environ.items() if _SECRET.search(name)]
     in_urls = [found for value in environ.values() for found in _LOGIN.findall(value)]
@@ -158,9 +158,9 @@ def secrets(environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
 
 
 def trackers(settings: Settings, environ: Mapping[str, str] | None = None) -> dict[str, str | None]:
-    """The experiment trackers that the environment asks for by their own names, and the project to put the run into.
+    """The experiment trackers whose own variables are set, and the project to put the run into.
 
-    The project is None where the user named one by the tracker's own variable, which it then reads itself.
+    The project is None if the user set the tracker's own variable for it, which the tracker reads itself.
     """
     environ = os.environ if environ is None else environ
     given = {name for name, value in environ.items() if value}
@@ -187,7 +187,7 @@ def redacted(settings: Settings) -> dict[str, dict[str, Any]]:
 
 
 def preset_values(preset: str) -> dict[str, Any]:
-    """Dotted name -> JSON-able value of every setting as the preset has it; empty for one that is not known here."""
+    """Dotted name -> JSON-able value of every setting with the preset's values; empty for an unknown preset."""
     if preset not in PRESETS:
         return {}
     given = {"preset": preset, **PRESETS[preset]}
@@ -208,13 +208,13 @@ def add_options(parser: ArgumentParser, *, reading: bool = False) -> None:
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON Schema of all settings, as a file of settings nests them."""
+    """JSON Schema of a settings file: all settings, nested in their groups."""
     return Settings.model_json_schema()
 
 
 def _processes(settings: Settings, environ: Mapping[str, str]) -> Iterator[Fault]:
     run = settings.run
-    if list(find_faults(environ)):  # which process this is cannot be told; `load_settings` reports it
+    if list(find_faults(environ)):  # the rank is unknown; `load_settings` reports the fault
         return
     place = find_place(environ)
     if place is None and run.nodes > 1:
@@ -242,7 +242,7 @@ def _places(settings: Settings, platform: Platform) -> Iterator[Fault]:
 
 
 def _why_not_writable(path: Path) -> str | None:
-    """Why a folder of this name cannot be created or written to; None when it can. Creates nothing."""
+    """Why this folder cannot be created or written to; None if it can. Creates nothing."""
     for place in (path, *path.parents):
         try:
             place.stat()
@@ -261,7 +261,7 @@ def _why_not_writable(path: Path) -> str | None:
 
 
 def _revisions(settings: Settings, request: Request) -> Iterator[Fault]:
-    """Revisions of what has none, and those that were written for another repository than the one that is used."""
+    """Problems with revisions: of a path or URI, or meant for another repository than the one that is used."""
     values = {name: value for name, value, _ in describe(settings)}
     for name, marker in _REVISIONS.items():
         place = str(values[marker.subject])
@@ -275,7 +275,7 @@ def _revisions(settings: Settings, request: Request) -> Iterator[Fault]:
 
 
 def _other_repository(name: str, subject: str, request: Request) -> str | None:
-    """Why a revision that the user wrote is not of the repository that is used; None if it may be.
+    """Why a revision that the user set does not belong to the repository that is used; None if it may.
 
     The source that gives the revision, or one below it that the user wrote, names another repository than the
     source that wins. To drop the revision would unpin the run silently, to keep it would ask for it in a repository
@@ -294,7 +294,7 @@ def _other_repository(name: str, subject: str, request: Request) -> str | None:
 
 
 def _tasks(settings: Settings) -> Iterator[Fault]:
-    # A preset's file for a task that the user does not ask for is not used; a user's own file is meant to be used.
+    # A preset's file for a task that is not asked is ignored; a user's own file must be used.
     own = not settings.sources["eval.data"].startswith("preset")
     if own and not set(settings.eval.data) <= set(settings.eval.tasks):
         named = " (a channel's files are named after their tasks)" * settings.sources["eval.data"].startswith(

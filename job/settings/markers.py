@@ -1,4 +1,4 @@
-"""What a setting says about itself beside its type and default: the markers that fields in `schema` carry.
+"""Markers: metadata of a setting beside its type and default, on the fields in `schema`.
 
 A marker is metadata of the field (`Annotated`); pydantic ignores it, and `find_markers` finds it. On the field of a
 group, such as `Settings.storage`, it holds for every setting of the group.
@@ -31,9 +31,9 @@ ExecutionOnly = Annotated[T, ResultEffect(affects_result=False)]
 
 @dataclass(frozen=True)
 class BelongsTo:
-    """A preset's value of this setting is meant for the preset's own `subject`, and goes when that is changed.
+    """A preset's value of this setting applies only to the preset's own `subject`, and is dropped if that is changed.
 
-    Only presets' values go. What users write stays, wherever they write it.
+    Values that users set, in whatever source, are never dropped.
     """
 
     subject: str
@@ -41,7 +41,7 @@ class BelongsTo:
 
 @dataclass(frozen=True)
 class RevisionOf:
-    """The setting is a revision of the hub repository that `subject` names, and means nothing in another one."""
+    """The setting is a revision of the hub repository that `subject` names, and invalid for any other."""
 
     subject: str
 
@@ -55,7 +55,7 @@ class SageMakerChannel:
 
 @dataclass(frozen=True)
 class UsedByReaders:
-    """The setting counts for the commands that only read published runs: verify, compare and report."""
+    """The commands that only read published runs (verify, compare, report) use this setting."""
 
 
 Marker = TypeVar("Marker", ResultEffect, BelongsTo, RevisionOf, SageMakerChannel, UsedByReaders)

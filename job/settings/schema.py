@@ -85,7 +85,7 @@ class Group(BaseModel):
         allow_inf_nan=False,
         str_strip_whitespace=True,
         use_attribute_docstrings=True,
-        defer_build=True,  # the validator of the whole holds those of the groups: one is built, not thirteen
+        defer_build=True,  # the validator of `Settings` contains those of the groups: one is built instead of thirteen
     )
 
 
@@ -333,7 +333,7 @@ class Options(Group, BaseSettings):
         env_prefix="JOB_",
         env_nested_delimiter="__",
         env_nested_max_split=1,
-        enable_decoding=False,  # what text means is decided by the kind of value
+        enable_decoding=False,  # the fields' types parse text
         validate_default=False,
         cli_avoid_json=True,
         cli_hide_none_type=True,
@@ -374,7 +374,7 @@ class Settings(Options):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Precedence: of two sources that give a setting, the one that is named first here wins.
 
-        Without a `Request` among the arguments of the call, these arguments are all there is.
+        Called without a `Request` among its arguments, `Settings` takes only these arguments.
         """
         given = init_settings.init_kwargs if isinstance(init_settings, InitSettingsSource) else {}
         request = given.pop("_request", None)
@@ -392,7 +392,7 @@ class Settings(Options):
         )
 
     def keep_sources(self, given: Mapping[str, str]) -> None:
-        """Notes where the values came from; a setting that is not among `given` has its default."""
+        """Records where the values came from; a setting that is not in `given` has its default."""
         self._sources = dict.fromkeys(NAMES, "default") | dict(given)
 
     def model_post_init(self, _context: Any, /) -> None:

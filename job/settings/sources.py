@@ -40,9 +40,9 @@ from job.settings.markers import BelongsTo, SageMakerChannel, find_markers, sett
 from job.settings.presets import PRESETS
 from job.settings.sagemaker_channels import read_channels
 
-CONFIG = "config"  # names a file of settings; not a setting itself
-SECRETS_DIR = "secrets_dir"  # names a folder of files named like variables; not a setting either
-# How far SageMaker's copy of a folder may lag behind: it states no figure; an upload of a few GB takes less than this.
+CONFIG = "config"  # the path of a settings file; not a setting itself
+SECRETS_DIR = "secrets_dir"  # a folder of files that are named like variables; not a setting either
+# Assumed upper bound of SageMaker's delay in copying a folder, for which it states no figure; a few GB take less.
 COPIED_WITHIN_SECONDS = 300
 _SHOWN_NAME = 80
 # Put into hyperparameters.json by SageMaker's own SDK and tuner.
@@ -93,7 +93,7 @@ class Source(PydanticBaseSettingsSource, ABC):
         """All values of this source, nested as the settings are."""
         layer = self._read()
         if (run_id := layer.given.get("run.id")) and run_id.value in (None, ""):
-            del layer.given["run.id"]  # an empty name asks for the platform's, or for a generated one
+            del layer.given["run.id"]  # an empty name means the platform's, or a generated one
         self.request.layers.append(layer)
         return nested({name: item.value for name, item in layer.given.items() if name != CONFIG})
 
@@ -110,7 +110,7 @@ def nested(given: Mapping[str, object]) -> dict[str, Any]:
 
 
 def _flat(tree: Mapping[str, Any]) -> dict[str, object]:
-    """The inverse of `nested`."""
+    """The inverse of `nested`: values by dotted name."""
     groups = {group: value if isinstance(value, dict) else {"": value} for group, value in tree.items()}
     return {f"{group}.{key}".rstrip("."): value for group, values in groups.items() for key, value in values.items()}
 
@@ -129,7 +129,8 @@ def setting_at(name: str, source: str) -> str:
 class CommandLine(Source):
     """Options, `--train.epochs=3` or `--train.epochs 3`.
 
-    Not pydantic-settings' own reader: argparse exits at the first mistake and repeats what was typed, maybe a secret.
+    pydantic-settings' own reader is not used: argparse exits at the first mistake, and repeats what was typed, which
+    may be a secret.
     """
 
     def _read(self) -> Layer:
@@ -138,7 +139,7 @@ class CommandLine(Source):
         rest = iter(enumerate(arguments, start=1))
         for position, argument in rest:
             if not argument.startswith("--"):
-                # The argument is not repeated: it may be a secret that was left over.
+                # The argument is not repeated, since it may be a secret.
                 where = f"command line, argument {position}"
                 layer.problems.append(Problem(where, "is no setting; settings are given as --group.name=value"))
                 continue
@@ -179,7 +180,7 @@ class Environment(Source):
 class SecretsFolder(Source):
     """Files named like variables in the folder that JOB_SECRETS_DIR names, as Docker and Kubernetes mount secrets.
 
-    Read by pydantic-settings' own source. A file whose name does not begin with JOB_ is left alone.
+    Read by pydantic-settings' own source. Files whose names do not begin with JOB_ are ignored.
     """
 
     def _read(self) -> Layer:
@@ -191,7 +192,7 @@ class SecretsFolder(Source):
             return Layer(problems=[Problem(f"{variable} (environment)", "names no folder; mount it, or unset it")])
         try:
             reader = NestedSecretsSettingsSource(SecretsSettingsSource(self.settings_cls, secrets_dir=folder))
-        except (OSError, ValueError, BadFolder):  # whose own words may quote a file
+        except (OSError, ValueError, BadFolder):  # whose message may quote a file
             what = "names a folder with a file that cannot be read as text, or with more than 16 MiB; correct it"
             return Layer(problems=[Problem(f"{variable} (environment)", what)])
         texts = {name.upper(): text for name, text in reader.env_vars.items() if text is not None}
@@ -206,7 +207,7 @@ class SecretsFolder(Source):
 
 
 def _by_variable(reader: EnvSettingsSource, texts: Mapping[str, str]) -> dict[str, object]:
-    """Lets pydantic-settings tell which setting each variable is; returns raw values by dotted name."""
+    """Raw values by dotted name; pydantic-settings maps each variable to its setting."""
     reader.env_vars = {variable.lower(): text for variable, text in texts.items()}
     found = _flat(reader())
     if (config := texts.get(environment_name(CONFIG))) is not None:
@@ -233,7 +234,7 @@ class Hyperparameters(Source):
 class ConfigFile(Source):
     """The YAML or TOML file that `--config` or JOB_CONFIG names.
 
-    Not pydantic-settings' own readers: they take a missing file, and one that holds a list, for an empty one.
+    pydantic-settings' own readers are not used: they treat a missing file, and one that holds a list, as empty.
     """
 
     def _read(self) -> Layer:
@@ -255,7 +256,7 @@ class ConfigFile(Source):
 
 
 class SageMakerChannels(Source):
-    """Input channels of a SageMaker job that stand for settings, and complaints about those that stand for none."""
+    """Input channels of a SageMaker job that set settings; a problem for each channel that is not used."""
 
     def _read(self) -> Layer:
         channels = {mark.name: name for name, mark in find_markers(self.settings_cls, SageMakerChannel).items()}
@@ -264,10 +265,10 @@ class SageMakerChannels(Source):
 
 
 class Preset(Source):
-    """The values of the chosen preset, without those that belong to a model or data set which somebody has replaced.
+    """The values of the chosen preset, without those that apply to a model or data set that was replaced.
 
     A preset's revision, number of rows or need for a GPU were chosen for the model and the data that it names
-    (`BelongsTo` in the schema). Of another model or data set they say nothing, so there the defaults hold.
+    (`BelongsTo` in the schema). For another model or data set they do not apply, and the defaults are used.
     """
 
     def _read(self) -> Layer:
@@ -295,7 +296,7 @@ def same(one: object, other: object) -> bool:
 
 
 class PlatformDefaults(Source):
-    """What the platform says of itself and of the run's machines, where nobody else says anything."""
+    """Values from the platform, such as run id and number of machines; every other source overrides them."""
 
     def _read(self) -> Layer:
         platform = self.request.platform
@@ -321,7 +322,7 @@ def _unquoted(value: object) -> object:
         decoded = json.loads(value)
     except (ValueError, RecursionError):
         return value
-    # Only the quotes come off here: what a list or a number means is decided where its type is known.
+    # Only the quotes are removed here: lists and numbers are parsed by the fields' types.
     return decoded if decoded is None or isinstance(decoded, str) else value
 
 
@@ -339,7 +340,7 @@ def _parse_yaml(text: str) -> object:
 def _from_tree(
     tree: Mapping[object, object], source: str, names: Collection[str], flat: Mapping[str, str] | None = None
 ) -> Layer:
-    """What a mapping gives; `flat` has other spellings of names, all in underscores."""
+    """The settings in a mapping; `flat` maps other spellings, with underscores only, to dotted names."""
     layer = Layer()
     for key, value in _leaves(tree, "", {name.partition(".")[0] for name in names if "." in name}):
         name = (flat or {}).get(_canonical(key), _canonical(key))
@@ -362,7 +363,7 @@ def _leaves(tree: Mapping[object, object], prefix: str, groups: Collection[str])
 
 
 def _unknown(where: str, key: str, names: Collection[str], spell: Callable[[str], str]) -> Problem:
-    """The problem of a name that is none, with the nearest that is, spelled as it would be in that place."""
+    """The problem of an unknown name, with the nearest known one in the spelling of that source."""
     shown = ascii(key[:_SHOWN_NAME])[1:-1]
     members = [spell(name) for name in names if name.startswith(_canonical(key) + ".")]
     if members:

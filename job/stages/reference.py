@@ -1,9 +1,9 @@
 """The log-probabilities of preferences by the reference model: computed once in a run, and published.
 
 The reference is the base with the adapter switched off, or the adapter that training starts from, so there is never a
-second model in memory. While they are computed they are kept as scores are, so that a killed attempt goes on, and runs
-with the same base, data and start share them. The whole is published as an artifact, which every later attempt reads:
-on other hardware too a run goes on with the same numbers.
+second model in memory. The values are cached like scores while they are computed, so that a restart resumes, and runs
+with the same base, data and initial adapter share them. They are then published as one artifact, which every later
+attempt reads, so that a run continues with the same numbers on other hardware, too.
 """
 
 from __future__ import annotations

@@ -2,26 +2,26 @@
 
 A store holds objects under keys (see `check_key`). All verbs may be called from several threads.
 
-    read(key)       the whole object and its tag, or None: the store looked, and there is no such object.
+    read(key)       the whole object and its tag, or None: the store confirmed that there is no such object.
                     TooLarge: it has more than `max_bytes`.
     write(key)      replaces the whole object, durably; returns its new tag. With `if_absent` or `if_tag` only if that
                     condition holds at the moment of writing.
                     Conflict: the condition does not hold. NotSupported: the store has no conditional writes.
-    upload(key)     like `write`, from a file of any size. Readers see the old object or the new one, nothing between.
+    upload(key)     like `write`, from a file of any size. Readers see either the old object or the new one.
                     NotSupported: the server refuses a kind of request that this needs.
     download(key)   into a file, which appears whole and durable, or not at all.
                     FileNotFoundError: there is no such object. TooLarge: it has more than `max_bytes`.
-    list(prefix)    keys and sizes, sorted by key, of all objects whose key begins with `prefix`; what was written
-                    before is in it.
-    delete(key)     removes the object; it is no error that there is none. With `if_tag` only if it is that version.
-                    Conflict: it is another one. A store that does not know this condition removes it all the same.
-    conditional_writes()    whether the conditions of `write` are honoured, found out by trying.
-    uri             where the store lies, for people: `s3://bucket/prefix` or an absolute path.
+    list(prefix)    keys and sizes, sorted by key, of all objects whose key begins with `prefix`, including every
+                    object that was written before the call.
+    delete(key)     removes the object; no error if there is none. With `if_tag` only if it has that version.
+                    Conflict: it has another one. A store without this condition removes it anyway.
+    conditional_writes()    whether the conditions of `write` are honoured, determined by a test.
+    uri             where the store is, for messages: `s3://bucket/prefix` or an absolute path.
 
-All verbs raise ValueError for what is no key, and for whatever else goes wrong one of three errors of the job:
+All verbs raise ValueError for an invalid key, and for every other failure one of three errors of the job:
 AccessDenied (the store refuses), Unreachable (no answer after all retries, or a full disk) and SettingsError (such as a
-bucket that does not exist). An error is never read as absence: a run that mistook one for "no checkpoint" would begin
-again from step 0.
+bucket that does not exist). An error never counts as absence: otherwise a run could take it for "no checkpoint" and
+start again from step 0.
 
 How to add a store:
 
@@ -31,11 +31,11 @@ How to add a store:
    `probe` for `conditional_writes`. Give the client `options.timeout_seconds` and `options.retries`: it must not hang.
 2. Name it in the table `BACKENDS` of `job/storage/location.py`: scheme -> "module:class". The client library is
    imported when such a URI is opened, and not before.
-3. Run `tests/contract`: it takes the store up from the table. It needs an empty place to write to, given as
+3. Run `tests/contract`: it finds the store in the table. It needs an empty location to write to, given as
    `CONTRACT_<SCHEME>=<scheme>://bucket/prefix`; a server that the tests start themselves is a line in its `PLACES`.
 
-Settings, plan, pull, `compare` and `verify` know stores by that table alone. `ForwardingStore` is for what stands in
-front of a store: the fence of a run, and injected faults.
+Settings, plan, pull, `compare` and `verify` know stores by that table alone. `ForwardingStore` is the base of wrappers
+around a store: the fence of a run, and injected faults.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ HIDDEN = ".store"
 # Bytes of UTF-8: S3's limit for a whole key and the usual limit of file systems for one name.
 _MAX_KEY, _MAX_PART = 1024, 255
 PROBE = ".probe-"
-# What a file system answers to a call that it does not know.
+# Errors of a file system for a call that it does not support.
 _UNKNOWN = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 _TRIES = 5
 # An ETag that no object has: conditional writes that name it must be refused.
@@ -142,7 +142,7 @@ class ForwardingStore:
         self.uri = store.uri
 
     def around(self, verb: str, key: str) -> AbstractContextManager[None]:  # noqa: ARG002 - for those who override it
-        """What one request happens in; an exception from entering it prevents the request."""
+        """Context manager around one request; an exception on entering it prevents the request."""
         return nullcontext()
 
     def read(self, key: str, *, max_bytes: int = MAX_READ_BYTES) -> Stored | None:
@@ -198,7 +198,7 @@ def check_key(key: str) -> str:
 
 
 def is_key(key: str) -> bool:
-    """Whether the store's verbs take `key`: others can put names into a store that they do not."""
+    """Whether `key` is valid for the store's verbs; other programs may write objects whose names are not."""
     try:
         check_key(key)
     except ValueError:
@@ -218,7 +218,7 @@ def check_prefix(prefix: str) -> str:
 
 
 def probe(store: ObjectStore) -> bool:
-    """Whether `store` honours both conditions of a write, found out on an object of its own that is removed again."""
+    """Whether `store` honours both conditions of a write, tested with an object that is removed again."""
     name = uuid4().hex
     key = f"{PROBE}{name}"
     try:
@@ -246,26 +246,26 @@ def _writes(store: ObjectStore, key: str, text: str, *, if_absent: bool = False,
 
 
 def current_tag(store: ObjectStore, key: str) -> str | None:
-    """The tag of an object; None where there is none."""
+    """The tag of an object; None if there is no object."""
     stored = store.read(key)
     return None if stored is None else stored.tag
 
 
 def write_in_turn(store: ObjectStore, key: str, data: bytes, tag: str | None) -> str:
-    """Replaces an object if it is still what it was when it was last seen; returns its new tag.
+    """Replaces an object on condition that it still has the tag that was read last; returns its new tag.
 
-    For writers behind a fence that may stand still at any point: between the fence's question and the write another
-    attempt may take over, change the object, and publish a hash of it. Then the condition fails, and the next try asks
-    the fence again.
+    For writers behind a fence. A process may be suspended between the fence's check and the write; meanwhile another
+    attempt may take over, change the object, and publish a hash of it. Then the condition fails, and the next try
+    checks the fence again.
 
     Args:
-        store: Where; usually behind a fence.
-        key: Which object.
+        store: The store, usually behind a fence.
+        key: Key of the object.
         data: Its new content, unique to the writer.
-        tag: Of the object as it was last seen; None where there was none.
+        tag: Tag of the object as it was read last; None if there was no object.
 
     Raises:
-        Unreachable: The object changes all the time; and whatever the store says, such as `Replaced`.
+        Unreachable: The object is changed again and again. Other errors of the store, such as `Replaced`, pass.
     """
     for _ in range(_TRIES):
         try:
@@ -276,10 +276,10 @@ def write_in_turn(store: ObjectStore, key: str, data: bytes, tag: str | None) ->
 
 
 def delete_in_turn(store: ObjectStore, key: str) -> None:
-    """Removes an object if it is still what it was when the fence was asked; see `write_in_turn`.
+    """Removes an object on condition that its tag has not changed since it was read; see `write_in_turn`.
 
     Raises:
-        Unreachable: The object changes all the time; and whatever the store says, such as `Replaced`.
+        Unreachable: The object is changed again and again. Other errors of the store, such as `Replaced`, pass.
     """
     for _ in range(_TRIES):
         if (tag := current_tag(store, key)) is None:
@@ -306,7 +306,7 @@ def byte_limit(what: str, max_bytes: int | None) -> Callable[[int], None]:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Lend a temporary name beside `path`; what was written there takes the place of `path`, durably, on success."""
+    """Yields a temporary path beside `path`; on success the file written there replaces `path`, durably."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not derived from the name, which may already be as long as the file system allows.
     temporary = path.parent / f".{uuid4().hex}.part"
@@ -320,13 +320,13 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def rename(path: Path, target: Path) -> None:
-    """Give a file another name on the same file system, replacing what has it."""
+    """Renames a file within a file system, replacing a file of that name."""
     with lacking("renaming of files"):
         path.replace(target)
 
 
 def sync_folder(path: Path) -> None:
-    """Flush the names in a folder to the disk, where the file system can: some keep them without being asked."""
+    """Flushes the entries of a folder to the disk, if the file system supports that."""
     try:
         sync(path)
     except OSError as error:
@@ -336,7 +336,7 @@ def sync_folder(path: Path) -> None:
 
 @contextmanager
 def lacking(what: str) -> Iterator[None]:
-    """Turn the answer of a file system that does not have `what` into an error of settings."""
+    """Turns the error of a file system that does not support `what` into a SettingsError."""
     try:
         yield
     except OSError as error:
@@ -357,7 +357,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def disk_errors(what: str) -> Iterator[None]:
-    """Turn what a local disk can answer into errors of the job; `FileNotFoundError` is an answer and passes."""
+    """Turns errors of a local disk into errors of the job, except `FileNotFoundError`, which passes."""
     try:
         yield
     except FileNotFoundError:

@@ -1,10 +1,11 @@
-"""The Hugging Face hub: a model's files at a pinned commit, and what the hub's errors mean to the job.
+"""The Hugging Face hub: a model's files at a pinned commit, and the translation of the hub's errors into the job's.
 
-Credentials come by the hub's own names (HF_TOKEN, a login); its client reads them, and retries by itself.
+Credentials are the hub's own (HF_TOKEN, a login); its client reads them, and retries by itself.
 
 Nothing here imports a library while an error is handled. A download runs in a thread beside the main thread, which
 imports `datasets` meanwhile: an import of one of its submodules in the thread would make Python give one of the two a
-half-initialised module, and the answer of the hub would end as an ImportError. Errors of libraries are told by name.
+half-initialised module, and the answer of the hub would end as an ImportError. Errors of libraries are therefore
+recognized by name.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def download_model(
         wanted: dict[str, Any] = {"revision": commit, "allow_patterns": list(MODEL_FILES)}
         small = {**wanted, "allow_patterns": list(SMALL_FILES)}
         missing: list[int] = []
-        with suppress(DryRunError):  # the hub does not answer: nothing will be downloaded, the cache has it or has not
+        with suppress(DryRunError):  # the hub does not answer: nothing will be downloaded, so only the cache counts
             files = snapshot_download(source, dry_run=True, **wanted)
             missing = [file.file_size or 0 for file in files if file.will_download]
             check_disk(Path(constants.HF_HUB_CACHE), required_bytes(missing))
@@ -90,7 +91,7 @@ def download_model(
         folder = Path(snapshot_download(source, **wanted))
         if other := _other_bytes(folder):
             names = ", ".join(path.name for path in other)
-            log.get_logger().warning("files in the cache are not what the hub names; fetched again", files=names)
+            log.get_logger().warning("cached files differ from the hub's hashes: downloaded again", files=names)
             _remove(other)
             folder = Path(snapshot_download(source, **wanted))
             if _other_bytes(folder):
@@ -203,7 +204,7 @@ def hub_errors(name: str) -> Iterator[None]:
     except JobError:
         raise
     except Exception as error:
-        # The cause says more than what it is wrapped in: a failed download surfaces as a failed generation.
+        # The cause says more than its wrapper: a failed download is raised as a failed generation.
         known = (_answer(cause, name) or _silence(cause, name) for cause in reversed(list(_causes(error))))
         translated = _disk(error, name) or next(filter(None, known), None) or _content(error, name)
         if translated is None:
@@ -226,11 +227,11 @@ def _answer(error: BaseException, name: str) -> JobError | None:
     """The hub answered, with an error."""
     denied = AccessDenied(f"{name}: does not exist, or is not open to this HF_TOKEN (private, or gated)")
     if _is_a(error, _DATASETS_ERRORS, "DatasetNotFoundError"):
-        # Here `datasets` has dropped the HTTP error and left only its words.
+        # Here `datasets` has dropped the HTTP error, and only its message is left.
         refused = "gated" in str(error) or "cannot be accessed" in str(error)
         return denied if refused else DataError([Problem(name, "not found on the hub at this revision")])
     if not _is_a(error, _HUB_ERRORS, "HfHubHTTPError") or _is_a(error, _HUB_ERRORS, "RemoteEntryNotFoundError"):
-        return None  # a file that is not there is no verdict on the data set
+        return None  # a missing file does not mean that the data set is missing
     status = error.response.status_code  # type: ignore[attr-defined]
     if status in _REFUSED or _is_a(error, _HUB_ERRORS, "RepositoryNotFoundError", "DisabledRepoError"):
         return denied
@@ -245,14 +246,14 @@ def _silence(error: BaseException, name: str) -> JobError | None:
         error, _HUB_ERRORS, "LocalEntryNotFoundError", "RevisionResolutionError"
     )
     transport = type(error).__module__.split(".")[0] in _TRANSPORTS and not hasattr(error, "response")
-    # A bare FileNotFoundError is how `datasets` words a download that failed, after dropping its cause.
+    # `datasets` reports a failed download as a plain FileNotFoundError, without its cause.
     if transport or silent or type(error) is FileNotFoundError:
         return Unreachable(f"{name}: the hub cannot be reached ({type(error).__name__})")
     return None
 
 
 def _disk(error: Exception, name: str) -> JobError | None:
-    """The cache's disk is full, or its folder cannot be written; `datasets` says the first in words alone."""
+    """The cache's disk is full, or its folder cannot be written; `datasets` reports a full disk only in the message."""
     known = next((cause for cause in _causes(error) if isinstance(cause, OSError) and cause.errno in _DISK), error)
     if not isinstance(known, OSError):
         return None
@@ -265,7 +266,7 @@ def _disk(error: Exception, name: str) -> JobError | None:
 
 
 def _content(error: Exception, name: str) -> JobError | None:
-    """The hub gave what it has, and that is not usable: no such split, several configurations, a loading script."""
+    """The hub's data cannot be used: no such split, several configurations, a loading script."""
     unusable = isinstance(error, FileNotFoundError | ValueError | RuntimeError)
     if unusable or _is_a(error, _DATASETS_ERRORS, "DatasetsError"):
         first_line = (str(error).splitlines() or [""])[0]

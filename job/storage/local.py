@@ -46,19 +46,19 @@ if TYPE_CHECKING:
 
 _POLL_SECONDS = 0.005
 _LOCK = "lock"
-# A lock is held for a few renames and flushes. Taking it from a holder who is only slow costs that one a second try.
+# A lock is held for a few renames and flushes. A holder that is only slow, and loses it, tries again.
 _STUCK_SECONDS = 10.0
 _LOSSES = 5
 _MAX_NAME = 255
 # SageMaker, which copies a folder to S3 beside the job, leaves files with this ending alone.
 _TEMPORARY = ".part.sagemaker-ignore"
-# What a killed process left behind is removed after a day; nobody stages one object for so long.
+# Staged files of killed processes are removed after a day; no upload takes that long.
 _STALE_SECONDS = 24 * 3600
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 
 class _LockLost(Exception):
-    """The lock was taken from this process while it stood still; nothing was put in place."""
+    """Another process took over the lock while this one was suspended; nothing was renamed into place."""
 
 
 class LocalStore:
@@ -240,7 +240,7 @@ class LocalStore:
 
     @contextmanager
     def _staging(self, key: str) -> Iterator[tuple[Path, Path]]:
-        """Lend a hidden name on the root's file system, along with the object's place; remove what is left of it."""
+        """Yields a temporary path on the root's file system, and the object's path; removes the temporary file."""
         target = self._path(check_key(key))
         hidden = self._root / HIDDEN
         hidden.mkdir(parents=True, exist_ok=True)
@@ -277,7 +277,7 @@ class LocalStore:
             path = _newest_lock(hidden)
             with path.open("a+b") as lock:
                 if _try_lock(lock):
-                    # The name first, then the look for a newer lock: whoever creates one finds the name, or is found.
+                    # The name first, then the look for a newer lock: its creator sees this name, or is seen.
                     lock.truncate(0)
                     lock.write(name.encode())
                     lock.flush()
@@ -318,7 +318,7 @@ def _newest_lock(hidden: Path) -> Path:
 
 
 def _take_over_locks(hidden: Path, own: Path) -> None:
-    """Removes what the holders of older locks had staged, and those locks."""
+    """Removes the older locks, and the files that their holders had staged."""
     for path in hidden.glob(f"{_LOCK}*"):
         if _lock_number(path) < _lock_number(own):
             with suppress(FileNotFoundError):
@@ -337,13 +337,13 @@ def _discard(staged: Path) -> None:
 
 
 def _link(staged: Path, target: Path) -> None:
-    """Gives a staged file a name that no file has.
+    """Gives a staged file a name that is not in use.
 
     Raises:
         Conflict: One has it.
     """
     try:
-        # The one atomic "create with content" there is; it holds even where locks do not reach other hosts.
+        # The only atomic "create with content"; it works even where locks are not shared between hosts.
         os.link(staged, target)
     except FileExistsError:
         raise Conflict(f"{target} exists") from None
@@ -356,7 +356,7 @@ def _link(staged: Path, target: Path) -> None:
 
 
 def _is_file(path: Path) -> bool:
-    """Whether `path` is a regular file; unlike `Path.is_file`, never says no because it may not look."""
+    """Whether `path` is a regular file; unlike `Path.is_file`, raises if permissions forbid to find out."""
     try:
         return stat.S_ISREG(path.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):

@@ -97,7 +97,7 @@ class Location:
 
 
 def is_remote(place: str) -> bool:
-    """Whether a place that was checked before is the URI of a store, and no path or hub id."""
+    """Whether a place that was checked before is the URI of a store, and not a path or hub id."""
     return "://" in place
 
 

@@ -47,7 +47,7 @@ def open_store(place: str | Location, options: StorageOptions = _DEFAULT) -> Obj
     """Opens the store at a URI or path. Nothing is sent or created yet.
 
     Raises:
-        SettingsError: The place or the options make no sense.
+        SettingsError: The location or the options are invalid.
     """
     location = Location.parse(place) if isinstance(place, str) else place
     store: ObjectStore = resolve_name(BACKENDS[location.scheme]).open(location, options)
@@ -99,10 +99,10 @@ def fetch(place: str, folder: Path, options: StorageOptions = _DEFAULT) -> str:
 
 
 def size(place: str, options: StorageOptions = _DEFAULT) -> int:
-    """Bytes that `fetch` is going to download; 0 for a path or hub id, and for nothing, of which `fetch` will complain.
+    """Bytes that `fetch` is going to download; 0 for a path or hub id, and if nothing is there, which `fetch` reports.
 
     Raises:
-        SettingsError: The URI makes no sense.
+        SettingsError: The URI is invalid.
         Unreachable, AccessDenied: As the store says.
     """
     if not is_remote(place):

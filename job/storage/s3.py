@@ -1,7 +1,7 @@
-"""An object store in S3, or in anything that speaks its protocol.
+"""An object store in S3, or in a server with its API.
 
 Requests are repeated by botocore, transfers of files (multipart, in parallel) by boto3's transfer manager, credentials
-refreshed by both. What is left for this file: conditions, confirmed absence, limits, durable files.
+refreshed by both. This file adds conditional writes, confirmed absence, size limits and durable downloads.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _CHUNK_BYTES = MIB // 4
 _ONE_CONNECTION_BYTES = 32 * MIB
 _CONNECTIONS = 8
 # Pauses (seconds) before a request is repeated that the SDK does not repeat: a write that met another one in flight
-# (409), a 404 without words.
+# (409), a 404 without an error code.
 _PAUSES = (0.1, 0.3, 1.0, 3.0)
 # botocore repeats requests by itself, so attempts to read a body multiply with its own.
 _MAX_BODY_ATTEMPTS = 5
@@ -159,7 +159,7 @@ class S3Store:
                 page = next(pages, None)
             if page is None:
                 return
-            # An answer that is no listing must not be taken for an empty one.
+            # An answer that is not a listing must not count as an empty one.
             if "IsTruncated" not in page or any(
                 not {"Key", "Size"} <= entry.keys() for entry in page.get("Contents", ())
             ):
@@ -200,7 +200,7 @@ class S3Store:
             raise denied from error
 
     def _get(self, key: str, **options: str) -> Any:
-        """Asks for an object; None only where the store itself says that there is none, not for any 404 of any proxy.
+        """Requests an object; None only if the store itself says that there is none, not for a proxy's 404.
 
         `NoSuchKey` says so. Some servers have other words for it, or none: then a listing has to confirm it.
         """
@@ -213,7 +213,7 @@ class S3Store:
                     return None
                 if not is_missing(error):
                     raise
-                # A 404 whose words got lost on the way, or of a proxy: asking again tells.
+                # A 404 without an error code, or from a proxy: another request shows which.
                 pause = next(pauses, None) if is_answer(error, "404") else None
                 if pause is None:
                     if self._is_unlisted(key):
@@ -267,7 +267,7 @@ class S3Store:
         raise Unreachable(f"{self.uri}/{key}: the answer is not that of an S3 server: it has no Content-Length")
 
     def _get_first_byte(self, key: str) -> Any:
-        """Asks for the first byte, or for all where there is none: of an empty object some servers say so with 400."""
+        """Requests the first byte, or a whole empty object: some servers answer 400 to a range of one."""
         try:
             return self._get(key, Range="bytes=0-0")
         except ClientError as error:
@@ -281,7 +281,7 @@ class S3Store:
         answer = self._client.put_object(Bucket=self._bucket, Key=name, Body=data, **self._write_options, **condition)
         if "ETag" in answer:
             return str(answer["ETag"])
-        # Whoever answered, what lies there now says whether it was written.
+        # Whatever the answer was, the present content shows whether the write took place.
         stored = self.read(key)
         if stored is None or stored.data != data:
             raise Unreachable(f"{self.uri}/{key}: the answer is not that of an S3 server, and nothing was written")

@@ -58,7 +58,7 @@ def connect(options: StorageOptions) -> Any:
         if (denied := unreadable_token(error, "cannot set up a client for S3")) is None:
             raise
         raise denied from error
-    except ValueError:  # without its words: an address may hold a password
+    except ValueError:  # without its message: an address may hold a password
         raise SettingsError([Problem("JOB_STORAGE__ENDPOINT_URL", "is not the address of an S3 endpoint")]) from None
 
     def pace(response_dict: dict[str, Any], **_: Any) -> None:
@@ -74,7 +74,7 @@ def connect(options: StorageOptions) -> Any:
 
 
 def _check_endpoint(url: str) -> None:
-    """Refuses an address that is none, or that holds a password: addresses are repeated in messages."""
+    """Refuses an invalid address, and one with a password, since messages repeat addresses."""
     try:
         parts = urlsplit(url)
         valid = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
@@ -95,7 +95,7 @@ def _api_descriptions() -> Any:
 
 
 class _Paced:
-    """A response's raw stream that gives up on a trickle: a timeout of the socket starts anew with every byte."""
+    """A response's raw stream with a total time limit: the socket's timeout starts anew with every byte."""
 
     def __init__(self, raw: Any, seconds: float) -> None:
         self._raw = raw

@@ -1,4 +1,4 @@
-"""What S3 and its SDK can answer, as errors of the job: worth another try, denied, or wrong settings."""
+"""Translates errors of S3 and its SDK into the job's: to be retried, denied, or wrong settings."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ _DENIED_CODES = {
     "InvalidToken",
     "TokenRefreshRequired",
 }
-# Client errors by their status, but of a kind that another try can mend.
+# Client errors by their status, but transient.
 _TRANSIENT_CODES = {
     "BadDigest",
     "IDPCommunicationError",
@@ -162,5 +162,5 @@ def _translate_answer(error: ClientError, what: str) -> JobError:
 
 
 def _words(said: Any) -> str:
-    """Return what was said on one line and not too long: some servers answer with a page."""
+    """The error's message on one line, cut off: some servers answer with a whole page."""
     return " ".join(str(said).split())[:_MAX_WORDS]

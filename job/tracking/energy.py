@@ -26,7 +26,7 @@ def visible_gpus() -> list[str]:
 
 
 def open_meter(names: Sequence[str]) -> Joules:
-    """A meter of GPUs of this machine, from now on; where one cannot be metered, a meter that knows nothing.
+    """A meter of this machine's GPUs, from now on; if one cannot be metered, the meter returns None.
 
     GPUs since Volta count the energy they take; from older ones the power is sampled every second. One that is shared
     (MIG) tells neither, and those of another machine cannot be asked.
@@ -43,7 +43,7 @@ def open_meter(names: Sequence[str]) -> Joules:
         gpus = [pynvml.nvmlDeviceGetHandleByUUID(name) for name in names]
         return _counting(pynvml, gpus) or _sampling(pynvml, gpus)
     except pynvml.NVMLError as error:
-        log.get_logger().info("the energy of the GPUs is not known", why=str(error))
+        log.get_logger().info("the GPUs' energy cannot be measured", why=str(error))
         return _unknown
 
 

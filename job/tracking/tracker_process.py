@@ -1,6 +1,6 @@
 """The process of one tracker, which alone imports wandb or mlflow. `trackers` starts it and writes to it.
 
-It reads one JSON object a line: first the run, then steps, at last how the attempt ended. It answers the same way:
+It reads one JSON object a line: first the run, then steps, and last how the attempt ended. It answers in the same form:
 where the run can be seen, or what went wrong. When its input ends before the attempt did, the job was killed: it leaves
 the tracker's run open, so that the next attempt can continue it.
 
@@ -102,7 +102,7 @@ TRACKERS: Mapping[str, Callable[[Message, Callable[[Message], None]], _Tracker]]
 
 
 def serve(name: str, messages: Iterator[Message], reply: Callable[[Message], None]) -> None:
-    """Passes messages to a tracker, from the run's start to the attempt's end, and tells when it has done so."""
+    """Passes messages to a tracker, from the run's start to the attempt's end, and reports when it is done."""
     try:
         tracker = TRACKERS[name](next(messages), reply)
         for message in messages:

@@ -1,4 +1,4 @@
-"""Experiment trackers (Weights & Biases, MLflow): they get every step's figures, and cannot disturb the run.
+"""Experiment trackers (Weights & Biases, MLflow): they get the figures of every step, and cannot disturb the run.
 
 Each tracker has a process of its own (`tracker_process`), which gets lines of JSON from a bounded queue. One that
 fails, hangs or is too slow costs the run a warning and some figures, never an error; at the end, a few seconds.
@@ -57,7 +57,7 @@ class Tracking:
                 _warn(name, "the run is not tracked: the tracker's process cannot be started", why=str(error))
 
     def step(self, metrics: StepMetrics) -> None:
-        """Tells the figures of a step."""
+        """Sends the figures of a step."""
         for tracker in self._trackers:
             tracker.put({"step": metrics.step, "figures": figures_of(metrics)})
 
@@ -66,7 +66,7 @@ class Tracking:
         self._summary = summary_of(results)
 
     def finish(self, outcome: str, seconds: float) -> None:
-        """Tells how the attempt ended, and waits for the trackers, for so many seconds at most."""
+        """Sends how the attempt ended, and waits for the trackers, at most so many seconds."""
         for tracker in self._trackers:
             tracker.put({"outcome": outcome, "summary": self._summary})
             tracker.put(None)
@@ -150,7 +150,7 @@ class _Tracker:
         self._reader = threads[1]
 
     def put(self, message: Mapping[str, Any] | None) -> None:
-        """Hands a message over, or leaves it out where too many are waiting; None is the last."""
+        """Queues a message, or drops it if too many are waiting; None is the last one."""
         try:
             self._queue.put_nowait(message)
         except Full:
@@ -159,7 +159,7 @@ class _Tracker:
                 _warn(self.name, "the tracker does not keep up; figures are left out")
 
     def wait(self, seconds: float) -> None:
-        """Waits so long for the process to end. After that it goes on alone: killed, it could leave broken files."""
+        """Waits for the process to end; then leaves it running, since killing it could damage its files."""
         try:
             self._process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -168,7 +168,7 @@ class _Tracker:
             self._reader.join(ANSWER_SECONDS)
 
     def leave(self) -> None:
-        """Lets the process end, and says nothing more of it."""
+        """Lets the process end, without further warnings."""
         self._quiet = True
         self.put(None)
 

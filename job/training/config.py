@@ -45,7 +45,7 @@ class Recipe:
     optimizer: str
     save_every_steps: int
     preference: Preference | None = None
-    """None where every target token is learned (`sft`)."""
+    """None for `sft`, where the loss is over every target token."""
 
 
 @dataclass(frozen=True)

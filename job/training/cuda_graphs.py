@@ -95,7 +95,7 @@ class CudaGraphs:
         if full:  # a new error: the caught one would keep all tensors of the failed work alive
             raise torch.OutOfMemoryError(reason)
         self.possible = False
-        get_logger().warning("the GPU's work cannot be recorded: it is launched kernel by kernel", reason=reason)
+        get_logger().warning("CUDA graphs cannot be captured: kernels are launched one by one", reason=reason)
 
     def _run_unrecorded(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Does the work kernel by kernel, on the stream of the recordings."""

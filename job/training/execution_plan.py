@@ -1,4 +1,4 @@
-"""Chooses how training is carried out on a GPU: the token budget, and what is kept in memory instead of recomputed.
+"""Chooses the execution plan on a GPU: the token budget, and what is kept in memory instead of recomputed.
 
 Whether something is kept or recomputed does not change the result's bits; the token budget of a micro-batch does. So
 the budget depends only on the GPU's total memory, which is the same on every machine of this kind, and the other

@@ -53,9 +53,9 @@ class SummedHead:
     """
 
     log_probs: torch.Tensor
-    """(1,) float32: the sum over all positions that are learned."""
+    """(1,) float32: the sum over all target tokens."""
     label_mask: torch.Tensor
-    """(1, tokens - 1) bool: which positions are learned."""
+    """(1, tokens - 1) bool: which positions predict a target token."""
     entropy: torch.Tensor
     """(1,) float32: zero."""
     is_top1: torch.Tensor
@@ -67,8 +67,8 @@ def summed_head(base: Any, *, labels: torch.Tensor, fused_lm_head: bool, **input
 
     Args:
         base: The causal language model, its adapter within.
-        labels: (1, tokens) int64: token ids, or -100 where nothing is learned. The label of a token is predicted at the
-            position before it. The first token of a segment is never learned, so none is predicted across segments.
+        labels: (1, tokens) int64: token ids, or -100 where there is no target. The label of a token is predicted at the
+            position before it. The first token of a segment is never a target, so none is predicted across segments.
         fused_lm_head: True; the argument by which TRL asks for the fused head.
         inputs: `input_ids` and `position_ids`, (1, tokens) int64, `layout`, as
             `packing.packed_inputs` makes them, and what TRL adds (`use_cache=False`).
@@ -100,13 +100,13 @@ class SelectedHead:
     """What `selected_head` returns, as TRL's fused head names it."""
 
     log_probs: torch.Tensor
-    """(1, tokens - 1) float32: of the token behind each position; 0 where it is not learned."""
+    """(1, tokens - 1) float32: of the token behind each position; 0 where it is no target."""
 
 
 def selected_head(base: Any, *, labels: torch.Tensor, fused_lm_head: bool, **inputs: Any) -> SelectedHead:
     """Stands in for `base(..., fused_lm_head=True)` where each token's log-probability counts, and `can_sum` holds.
 
-    TRL's kernel on the positions that are learned alone; its own head takes all positions where there is no Triton.
+    TRL's kernel, on the target positions only; its own head takes all positions where there is no Triton.
 
     Args:
         base: As in `summed_head`.
@@ -134,14 +134,14 @@ def padded_loss(hidden: torch.Tensor, head: Any, labels: torch.Tensor) -> torch.
     Args:
         hidden: (length, hidden) in the compute dtype: the last hidden states.
         head: The output layer: `weight` (vocabulary, hidden), `bias` (vocabulary,) or None, in the compute dtype.
-        labels: (length,) int64: what each position is to predict, or -100 where nothing is learned.
+        labels: (length,) int64: what each position is to predict, or -100 where there is no target.
 
     Returns:
         () float32.
     """
     from trl.kernels import ChunkedLogProbFunction
 
-    # An index must be valid although its position is not learned; its result is masked out below.
+    # An index must be valid although its position has no target; its result is masked out below.
     targets = labels.clamp(min=0)
     log_probs: torch.Tensor = ChunkedLogProbFunction.apply(
         hidden, head.weight, head.bias, targets, 1.0, VOCABULARY_CHUNK, None, 1.0, ()
@@ -153,7 +153,7 @@ def alone_log_probs(model: Any, *, input_ids: torch.Tensor, labels: torch.Tensor
     """The log-probabilities of one example's tokens, by the model's own forward; arguments as in `alone_loss`.
 
     Returns:
-        (tokens,) float32: that of token i + 1 at place i, 0 where it is not learned, and 0 at the last place.
+        (tokens,) float32: that of token i + 1 at place i, 0 where it is no target, and 0 at the last place.
     """
     learned = (labels[0, 1:] != IGNORED).nonzero()[:, 0]
     logits = model(input_ids=input_ids).logits[0, :-1]
@@ -167,7 +167,7 @@ def alone_loss(model: Any, *, input_ids: torch.Tensor, labels: torch.Tensor) -> 
     Args:
         model: The causal language model, its adapter within; with no mask, and no positions but its own.
         input_ids: (1, tokens) int64.
-        labels: (1, tokens) int64: token ids, or -100 where nothing is learned.
+        labels: (1, tokens) int64: token ids, or -100 where there is no target.
 
     Returns:
         () float32.

@@ -18,7 +18,7 @@ from job.model.packed_attention import Segment, build_layout
 from job.records import Example
 
 IGNORED = -100
-"""The label of a token that is not learned, as torch's cross-entropy and TRL have it."""
+"""The label of a token that is no target, as in torch's cross-entropy and TRL."""
 SMALLEST_INCREMENT = 256
 """Lengths of padded sequences are multiples of at least this many tokens."""
 SEGMENTS = 8
@@ -29,9 +29,9 @@ def packed_inputs(examples: Sequence[Example], device: torch.device) -> dict[str
     """Lays examples end to end in one sequence without padding.
 
     Returns:
-        Inputs of the model: `input_ids`, `labels` (token ids, or -100 where a token is not learned) and `position_ids`,
+        Inputs of the model: `input_ids`, `labels` (token ids, or -100 for all but target tokens) and `position_ids`,
         each (1, tokens) int64, and the `layout` that keeps the examples apart. Labels are not shifted: each is at the
-        position of its own token, and the loss shifts them. Since no example's first token is learned, shifting by one
+        position of its own token, and the loss shifts them. Since no example's first token is a target, shifting by one
         never pairs tokens of two examples.
     """
     ids: list[int] = []

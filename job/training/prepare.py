@@ -81,7 +81,7 @@ def prepare(
             gigabytes=gigabytes,
         )
         if plan is not None:
-            log.get_logger().info("how training is carried out", micro_batch_tokens=budget, **asdict(plan))
+            log.get_logger().info("execution plan", micro_batch_tokens=budget, **asdict(plan))
             return plan
         slow = "PEFT's layers of this adapter are of a kind that has no fused one"
     kept, memory = _keeps_activations(model, setup, max(budget, *lengths), processes, recompute=recompute)
@@ -94,12 +94,12 @@ def prepare(
     )
     if model.device.type == "cuda":
         log.get_logger().warning(
-            "training takes less than half the speed of this job's fused layers: PEFT's own layers do it",
+            "training runs at less than half speed: PEFT's own layers compute instead of this job's fused ones",
             micro_batch_tokens=budget,
             **asdict(plan),
         )
     else:
-        log.get_logger().info("how training is carried out", micro_batch_tokens=budget, **asdict(plan))
+        log.get_logger().info("execution plan", micro_batch_tokens=budget, **asdict(plan))
     return plan
 
 

@@ -269,7 +269,7 @@ class OptimizerStep:
             forget_dequantized(self._model)
         elif name == "kept_activations":
             recompute_activations(self._model, on=True, random=not self.plan.padded)
-        get_logger().warning("the GPU's memory ran out: something is given up that only saves time", what=name)
+        get_logger().warning("out of GPU memory: an optimization that only saves time is switched off", what=name)
         return True
 
 

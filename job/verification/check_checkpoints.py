@@ -1,18 +1,20 @@
-"""The checkpoints of a run: files match their commit markers, steps rise, and the last one is the published adapter."""
+"""Checks a run's checkpoints: files match commit markers, steps rise, and the last one is the published adapter."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from job.checkpoints.manager import Marker, parse_marker
+from job.checkpoints.manager import MAX_MARKER_BYTES, Marker, parse_marker
 from job.checkpoints.trainer_state import ADAPTER
 from job.checkpoints.trainer_state import METRICS as STATE_METRICS
 from job.common.hashing import facts_of_line
 from job.records import Artifact
 from job.results.inventory import is_marker
 from job.runs.layout import METRICS, WEIGHTS, marker_key
+from job.storage.open import ObjectStore, TooLarge, is_key
 from job.verification.differences import CheckResult, Difference, other_run
 
 Copies = Mapping[str, Path]
@@ -32,6 +34,22 @@ def read_markers(copies: Copies) -> tuple[list[Marker], list[Difference]]:
         else:
             found.append(marker)
     return sorted(found, key=lambda marker: marker.step), wrong
+
+
+def late_markers(store: ObjectStore, keys: Iterable[str], run: str | None, last_attempt: int) -> set[str]:
+    """Those of the keys that are markers which an attempt before the last one wrote after the run was published.
+
+    It stood still on its way to do so. When its condition was looked at there was no such marker any more: the
+    checkpoint had been deleted as one of the older ones.
+    """
+    late = set()
+    for key in (key for key in keys if is_key(key) and is_marker(key)):
+        with suppress(TooLarge, ValueError):
+            stored = store.read(key, max_bytes=MAX_MARKER_BYTES)
+            marker = parse_marker(b"" if stored is None else stored.data)
+            if key == marker_key(marker.step) and marker.epoch < last_attempt and marker.run == run:
+                late.add(key)
+    return late
 
 
 def claims(marker: Marker) -> list[Artifact]:

@@ -1,4 +1,4 @@
-"""The figures of a manifest, computed again from samples, metrics and attempts."""
+"""Checks the figures of a manifest by computing them again from samples, metrics and attempts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records that a run wrote while it went on (settings, stages, attempts) have to agree with its manifest."""
+"""Checks that the records written during a run (settings, stages, attempts) agree with its manifest."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def fingerprint_of(copies: Copies) -> str | None:
             settings, stage_records.parse(copies[PULL].read_bytes(), TypeAdapter(Pulled))[0]
         )
     except (KeyError, ValueError):
-        return None  # other checks tell
+        return None  # other checks report it
 
 
 def check_stages(results: Mapping[str, Any], copies: Copies, run: str | None) -> CheckResult:
@@ -154,7 +154,7 @@ def _lasted(claimed: AttemptRecord, noted: AttemptRecord) -> Iterator[Difference
 
 
 def _growing(claimed: AttemptRecord, noted: AttemptRecord) -> Iterator[tuple[str, float, float]]:
-    """(name, in the manifest, in the record) of what grows between the two: seconds, stage seconds, energy."""
+    """(name, in the manifest, in the record) of values that may grow in between: seconds, stage seconds, energy."""
     yield "seconds", claimed.seconds, noted.seconds
     for stage in _going_on(claimed, noted):
         if stage in claimed.stage_seconds and stage in noted.stage_seconds:

@@ -68,7 +68,8 @@ def verify(store: ObjectStore, work: Path) -> list[CheckResult]:
         *(_out_of_place(claim) for claim in own if not claim.path.startswith(ARTIFACTS)),
         *(_out_of_place(claim) for claim in kept if not is_evidence(claim.path, last)),
     ]
-    unknown, leftovers = _unclaimed(listed, known, {marker.folder for marker in found})
+    late = check_checkpoints.late_markers(store, listed.keys() - known, run, last)
+    unknown, leftovers = _unclaimed(listed, known, {marker.folder for marker in found}, late)
     return [
         CheckResult("manifest", f"schema {results['schema_version']}, run {show(results['run']['id'])}", _seal(data)),
         CheckResult("artifacts", _extent(own), tuple(wrong)),
@@ -102,14 +103,23 @@ def _out_of_place(claim: Artifact) -> Difference:
 
 
 def _unclaimed(
-    listed: Mapping[str, int], known: set[str], whole: set[str]
+    listed: Mapping[str, int], known: set[str], whole: set[str], late: set[str]
 ) -> tuple[tuple[Difference, ...], tuple[str, ...]]:
-    """The files that no record lists: differences, or notes if a killed attempt may have left them behind."""
+    """The files that no record lists: differences, or notes if a killed attempt may have left them behind.
+
+    Args:
+        listed: Bytes of every file.
+        known: Those that a record lists.
+        whole: Folders of checkpoints, in which every file is listed.
+        late: Markers that came after the run was published.
+    """
     unknown, leftovers = [], []
     for key, size in listed.items():
         if key in known:
             continue
-        if is_key(key) and is_leftover(key) and not key.startswith(tuple(whole)):
+        if key in late:
+            leftovers.append(f"{key} was written by an attempt that stood still; nothing reads it")
+        elif is_key(key) and is_leftover(key) and not key.startswith(tuple(whole)):
             leftovers.append(f"{key} was left behind by an attempt that was killed; nothing reads it")
         else:
             unknown.append(Difference(key, "nothing of the kind", f"a file of {size} bytes"))

@@ -58,7 +58,10 @@ class World:
 
 @dataclass(frozen=True)
 class _Case:
-    """A damaged copy of a run below `output`, and what is done with it; `changed`: a file is another now or missing."""
+    """A damaged copy of a run below `output`, and what is done with it.
+
+    `changed`: a file is another now or missing. `added`: the files that there were not before.
+    """
 
     world: World
     state: str
@@ -66,6 +69,7 @@ class _Case:
     commands: Sequence[str]
     endpoint: str | None
     changed: bool
+    added: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -158,12 +162,12 @@ def _case(world: World, number: int, draw: random.Random, endpoint: str | None) 
     output = world.folder / f"case-{number}"
     shutil.rmtree(output, ignore_errors=True)
     shutil.copytree(world.states[state], output, ignore=shutil.ignore_patterns("made"))
-    path, damage, changed = _damage(draw, output, world.other)
+    path, damage, changed, added = _damage(draw, output, world.other)
     # an interrupted run goes on, and then has to verify; a finished one is read, or started again
     reading = ["verify", draw.choice(["run", "report", "compare"])]
     commands = reading if state == FINISHED else ["run", "verify"]
     try:
-        results, broken, log = _carry_out(_Case(world, state, output, commands, endpoint, changed=changed))
+        results, broken, log = _carry_out(_Case(world, state, output, commands, endpoint, changed, added))
     except TimeoutError as error:
         results, broken, log = ("hangs",), str(error), ""
     if broken is None:
@@ -175,12 +179,12 @@ def _files(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def _damage(draw: random.Random, output: Path, other: Path) -> tuple[str, str, bool]:
+def _damage(draw: random.Random, output: Path, other: Path) -> tuple[str, str, bool, list[str]]:
     """Damages a file below `output`, each kind of file equally often.
 
     Returns:
-        The file's path, without the run's id; the damage in words; and whether a file of the run is another now or
-        missing (what the local store keeps for itself, and scores that runs share, are in no manifest).
+        The file's path, without the run's id; the damage in words; whether a file of the run is another now or missing
+        (what the local store keeps for itself, and scores that runs share, are in no manifest); and the new files.
     """
     kinds: dict[str, list[str]] = defaultdict(list)
     for path in _files(output):
@@ -192,7 +196,8 @@ def _damage(draw: random.Random, output: Path, other: Path) -> tuple[str, str, b
     after = {name: hash_file(output / name) for name in _files(output)}
     own = [name for name in before if name.startswith(f"{RUN}/") and "/.store/" not in name]
     changed = any(after.get(name) != before[name] for name in own)
-    return path.removeprefix(f"{RUN}/"), name, changed
+    added = [path.removeprefix(f"{RUN}/") for path in after if path not in before]
+    return path.removeprefix(f"{RUN}/"), name, changed, added
 
 
 def _flip(draw: random.Random, output: Path, path: str, _other: Path) -> None:
@@ -265,7 +270,7 @@ def _carry_out(case: _Case) -> tuple[list[str], str | None, str]:
                 return results, f"{command} ended with {code}, not with a code of the table and words", log
             if code == 0:
                 broken = _kept(case, command, said, fetch)
-            elif results == ["run 0", "verify 4"]:
+            elif results == ["run 0", "verify 4"] and not _names_only(case.added, log):
                 broken = "the run is as it should be, and `verify` refuses it"
             else:
                 broken = None
@@ -274,6 +279,12 @@ def _carry_out(case: _Case) -> tuple[list[str], str | None, str]:
             if command == "run" and code != 0:
                 break  # refused: there is nothing to verify
     return results, None, log
+
+
+def _names_only(added: Sequence[str], log: str) -> bool:
+    """Whether `verify` found fault only with files that were added: the run is right, and no record knows them."""
+    differences = [line.strip() for line in log.splitlines() if line.startswith("  ") and ": claimed " in line]
+    return bool(differences) and all(line.startswith(tuple(f"{path}: " for path in added)) for line in differences)
 
 
 def _kept(case: _Case, command: str, said: str, fetch: Callable[[], None]) -> str | None:

@@ -11,7 +11,9 @@ from typing import Any
 
 VOCABULARY = 400
 SMALL: dict[str, Any] = {
-    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "model_dim", "embed_dim", "emb_dim"), 64),
+    **dict.fromkeys(
+        ("hidden_size", "hidden_size_global", "d_model", "n_embd", "dim", "model_dim", "embed_dim", "emb_dim"), 64
+    ),
     **dict.fromkeys(("embedding_size", "embedding_dim", "attention_hidden_size", "word_embed_proj_dim"), 64),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "ffn_hidden_size", "d_ff", "n_inner", "dim_ff"), 128),
     **dict.fromkeys(("decoder_ffn_dim", "encoder_ffn_dim", "feed_forward_size", "intermediate_size_mlp"), 128),
@@ -55,6 +57,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "codegen": {"rotary_dim": 8},
     "gptj": {"rotary_dim": 8},
     "ctrl": {"dff": 128},
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_group": 1, "topk_group": 1},
+    "dots3_note_text": {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 24, "kv_lora_rank": 16}
+    | {"qk_nope_head_dim": 16, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 16}
+    | {"swa_kv_lora_rank": 16, "swa_head_dim": 24, "swa_qk_nope_head_dim": 16, "swa_v_head_dim": 16},
     "dbrx": {"ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2}}
     | {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}},
     "dots1": {
@@ -63,6 +69,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "n_shared_experts": 1,
         "layer_types": ["full_attention", "sliding_attention"] * 2,
     },
+    "emu3": {"vocabulary_map": {"<image>": 5, "<|extra_200|>": 6, "<|visual token 000000|>": 7}},
     "falcon": _LEFT,
     "falcon_h1": {**_MAMBA, "mamba_d_ssm": 128},
     "gemma3n_text": {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2}
@@ -76,10 +83,12 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "kimi_linear": {"linear_head_dim": 16, "linear_num_heads": 4, "qk_head_dim": 24},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
+    "longcat_flash": {"head_dim": 8, "n_routed_experts": 4, "zero_expert_num": 2, "moe_topk": 2},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1, "chunk_size": 16},
     "ministral": {"head_dim": 16, "layer_types": ["full_attention", "sliding_attention"] * 2},
     "musicgen": {},
     "nemotron": {"num_key_value_heads": 2},
+    "nemotron_h": {"n_groups": 2, "chunk_size": 16},
     "prophetnet": {"num_hidden_layers": None, "num_encoder_layers": 2, "num_decoder_layers": 2},
     "qwen4_exp_text": {"indexer_budget": 16, "indexer_compress_ratio": 4, "indexer_head_dim": 16, "indexer_n_heads": 2}
     | {"indexer_kv_heads": 1, "ngram_vocab_size_base": 100, "hc_lowrank": 16, "ple_embed_dim": 16}
@@ -87,6 +96,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "reformer": {"is_decoder": True, "attn_layers": ["local", "lsh"] * 2, "axial_pos_embds_dim": [16, 48]}
     | {"axial_pos_shape": [16, 32], "local_attn_chunk_length": 16, "lsh_attn_chunk_length": 16, "num_buckets": 4},
     "roc_bert": {"pronunciation_embed_dim": 16, "shape_embed_dim": 16, "shape_vocab_size": 400},
+    "xmod": {"default_language": "en_XX"},
     "xlnet": {"max_position_embeddings": None, "d_inner": 128, "d_head": 16},
     "xlstm": {"v_head_dim": None, "num_blocks": 4},
     "zamba": {"attention_head_dim": 32, "attention_hidden_size": 128, "num_key_value_heads": 4, "mamba_dt_rank": 4}
@@ -144,15 +154,21 @@ def _value(config: Any, name: str) -> Any:
 
 
 def make_model(model_type: str, folder: Path, **changes: Any) -> None:
-    """Writes a random model of the family."""
+    """Writes a random model of the family: with all its parts, as its checkpoints are published.
+
+    Where its class cannot be built, the configuration is there.
+    """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     config = tiny_config(model_type)
     for name, value in changes.items():
         setattr(config, name, value)
+    config.save_pretrained(folder)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    whole = type(config) in AutoModelForImageTextToText._model_mapping
+    kind = AutoModelForImageTextToText if whole else AutoModelForCausalLM
+    model = kind.from_config(config, attn_implementation="eager")
     with torch.no_grad():  # some classes begin with zeros or equal numbers, under which errors hide
         for parameter in model.parameters():
             if parameter.ndim == 1 and float(parameter.float().std(correction=0)) == 0:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from job.errors import TrainingFailed
 from tests import warm
 from tests.helpers import alpaca_rows, arc_rows, read_jsonl, write_jsonl
 
@@ -395,7 +396,7 @@ def test_a_manifest_that_says_more_than_is_there(inputs: Inputs, whole: Ended) -
     ended = run(inputs, "copied")
     assert ended.code == 0, ended.lines[-1]
     said = [line["event"] for line in ended.lines]
-    assert "the manifest is there, but not all that it lists: the run goes on" in said
+    assert "the manifest lists files that are missing: the run continues" in said
     assert "steps" not in said
     assert [line["stage"] for line in ended.lines if line["event"] == "stage is done"] == STAGES[1:]
     assert artifacts(ended.results) == artifacts(whole.results)
@@ -519,6 +520,18 @@ def test_bad_rows_end_with_65_before_a_model_is_loaded(inputs: Inputs, tmp_path:
         f"{file}:5 instruction",
     ]
     assert "model is loaded" not in {line["event"] for line in ended.lines}
+
+
+def test_training_that_diverges_ends_with_70(inputs: Inputs) -> None:
+    """With words, no results, and a code that no platform starts again; a checkpoint of NaN is never written."""
+    ended = run(inputs, "diverges", JOB_TRAIN__LEARNING_RATE="1e30", JOB_CHECKPOINT__EVERY_STEPS="1")
+    assert ended.code == 70
+    assert TrainingFailed.retry == "no"
+    (error,) = errors(ended)
+    assert error["event"] == "TrainingFailed"
+    assert "JOB_TRAIN__LEARNING_RATE" in str(error)
+    assert not (ended.run / "results.json").exists()
+    assert json.loads((ended.run / "attempts" / "0001.json").read_text("utf-8"))["outcome"] == "failed"
 
 
 def test_an_unknown_setting_ends_with_2(inputs: Inputs) -> None:

@@ -210,7 +210,7 @@ def test_an_error_of_one_is_told_once(forked: Forks, environment: dict[str, str]
     assert codes == [65, 65]
     assert [line["event"] for line in group.lines(0) if line["level"] == "error"] == ["DataError"]
     assert [line["event"] for line in group.lines(1) if line["level"] == "error"] == []
-    (told,) = [line for line in group.lines(1) if line["event"] == "ends with the others"]
+    (told,) = [line for line in group.lines(1) if line["event"] == "ends because another process failed"]
     assert told["problems"] == [f"process 0: {rows}:1 output: is empty: there is nothing to learn"]
 
 

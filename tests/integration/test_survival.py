@@ -82,7 +82,7 @@ def test_corrupt_checkpoint(environment: dict[str, str], undisturbed: dict[str, 
     assert attempt(environment, **changes, JOB_FAULT="kill@step=8").returncode == -9
     done = attempt(environment, **changes, JOB_FAULT="corrupt@checkpoint=latest")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "checkpoint is not whole, going back to an older one" in done.stderr
+    assert "checkpoint is incomplete or damaged, trying an older one" in done.stderr
     assert published(tmp_path, "flip") == undisturbed
 
 

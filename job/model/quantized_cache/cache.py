@@ -113,7 +113,7 @@ def _fetch(entry: CacheEntry, store: ObjectStore, alive: Callable[[], None]) -> 
 
 
 def save(model: Any, source: Path, entry: CacheEntry) -> CachedBase:
-    """Saves a freshly quantized base with its tokenizer; where that is not possible, says so and goes on.
+    """Saves a freshly quantized base with its tokenizer; if that fails, logs a warning and goes on.
 
     Args:
         model: transformers' model, quantized, nothing added to it yet.
@@ -160,9 +160,9 @@ def _keep_version(source: Path, saved: Path) -> None:
 def publishing(
     entry: CacheEntry | None, stop: Callable[[], bool], report_progress: Callable[[], None]
 ) -> Iterator[None]:
-    """Within it the base goes to its store, beside the work.
+    """Uploads the base to its store in another thread while the body runs.
 
-    An exception, or a job that has to end, leaves what is not there yet undone.
+    An exception, or a job that has to end, stops the upload after the current file.
     """
     if entry is None or entry.store is None or not entry.folder.is_dir():
         yield

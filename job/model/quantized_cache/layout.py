@@ -75,7 +75,7 @@ def entry_at(key: str, cache: Path, store: ObjectStore | None, index_sha256: str
 
 
 def cached_base(entry: CacheEntry | None) -> CachedBase:
-    """What lies there, for the run's record."""
+    """The cached base, for the run's record."""
     if entry is None or not (index := entry.folder / INDEX).is_file():
         return CachedBase()
     return CachedBase(entry.key, hash_file(index))
@@ -100,7 +100,7 @@ def parse_index(data: bytes) -> dict[str, CachedFile]:
 
 
 def verify(folder: Path, index: Mapping[str, CachedFile]) -> None:
-    """Raises ValueError unless exactly these files lie there, whole; OSError if one cannot be read."""
+    """Raises ValueError unless exactly these files are there, undamaged; OSError if one cannot be read."""
     names = {path.name for path in folder.iterdir()} - {INDEX}
     if names != index.keys():
         raise ValueError(f"other files than it should have: {', '.join(sorted(names ^ index.keys()))}")
@@ -110,7 +110,7 @@ def verify(folder: Path, index: Mapping[str, CachedFile]) -> None:
 
 
 def key_of(entry: CacheEntry, name: str) -> str:
-    """Where something of the base lies in its store."""
+    """The key of a file of the base in its store."""
     return f"bases/{entry.key}/{name}"
 
 

@@ -305,7 +305,7 @@ def test_any_flipped_bit_of_a_marker(two: LocalStore, place: int, bit: int) -> N
 
 
 def test_all_are_damaged(two: LocalStore, tmp_path: Path) -> None:
-    """Where no checkpoint is whole, training begins again; that is said as an error, and which were skipped and why."""
+    """With no valid checkpoint training starts again; that is logged as an error, with the skipped ones and why."""
     for info in list(two.list()):
         if info.key.endswith("progress.json"):
             two.write(info.key, b"?")

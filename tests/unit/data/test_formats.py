@@ -196,6 +196,19 @@ def test_a_key_given_twice_is_a_fault_of_its_row(tmp_path: Path) -> None:
     assert fault.kind == UNREADABLE
 
 
+def test_a_column_given_twice_is_a_fault_in_parquet_too(tmp_path: Path) -> None:
+    """The last one does not win in silence."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    table = pa.table([pa.array(["x"]), pa.array(["y"]), pa.array(["z"])], names=["a", "b", "b"])
+    parquet.write_table(table, tmp_path / "x.parquet")
+    (fault,) = read(tmp_path / "x.parquet")
+    assert isinstance(fault, RowError)
+    assert fault.kind == UNREADABLE
+    assert "'b' twice" in fault.what
+
+
 def test_nan_of_pandas_is_a_missing_value(tmp_path: Path) -> None:
     """NaN, which is no JSON and which pandas writes for what is missing, reads as null; in Parquet too."""
     import pyarrow as pa
@@ -220,12 +233,17 @@ def test_csv_with_other_separators_is_read(tmp_path: Path, header: bytes) -> Non
         ("x.jsonl", '{"a": "1"}\n'.encode("utf-16-le"), "iconv -f UTF-16"),
         ("x.csv", "a,b\n1,2\n".encode("utf-16-be"), "iconv -f UTF-16"),
         ("x.json.gz", gzip.compress('[{"a": "1"}]'.encode("utf-16"), mtime=0), "iconv -f UTF-16"),
+        ("x.jsonl", '{"a": "1"}\n'.encode("utf-32"), "iconv -f UTF-32"),
+        ("x.jsonl", '{"a": "1"}\n'.encode("utf-32-le"), "iconv -f UTF-32"),
+        ("x.csv", "a,b\n1,2\n".encode("utf-32-be"), "iconv -f UTF-32"),
+        ("x.jsonl", b"<!DOCTYPE html>\n<html>Please sign in", "page of HTML"),
+        ("x.json", b"\n<html><body>403</body></html>", "page of HTML"),
         ("x.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
         ("x.jsonl", b"PK\x03\x04....", "suffix of its format"),
     ],
 )
 def test_a_file_that_is_something_else_says_what(tmp_path: Path, name: str, content: bytes, words: str) -> None:
-    """UTF-16, pointers of git-lfs and archives are named as that, with what to do, and not as broken rows."""
+    """UTF-16, UTF-32, HTML, pointers of git-lfs and archives are named as that, and not as broken rows."""
     (fault,) = read(tmp_path / name, content)
     assert isinstance(fault, RowError)
     assert fault.kind == UNREADABLE
@@ -305,8 +323,8 @@ def peak_of_reading(path: Path) -> tuple[int, str]:
     return int(used), what
 
 
-def test_files_that_unfold_without_end_are_refused(tmp_path: Path) -> None:
-    """A small file that unfolds to gigabytes, by lines, by one line, as JSON or in Parquet, takes bounded memory."""
+def test_decompression_bombs_are_refused(tmp_path: Path) -> None:
+    """A small file of gigabytes when decompressed (lines, one line, JSON, Parquet) takes bounded memory."""
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -326,7 +344,7 @@ def test_files_that_unfold_without_end_are_refused(tmp_path: Path) -> None:
     for path in sorted(tmp_path.iterdir()):
         assert path.stat().st_size < 1 << 20
         used, what = peak_of_reading(path)
-        assert "unfolds to more than 400 times" in what, path.name
+        assert "expands to more than 400 times" in what, path.name
         assert used < 600, path.name
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from job.data.chat_template import Template, TemplateRefusalError
-from job.data.conversations import Turns
+from job.data.conversations import LEARNED, Turns
 from job.data.fields import Rendered
 from job.data.formats import Row, RowError
 from job.data.schemas import Schema, check_row, detect_schema, render
@@ -232,10 +232,13 @@ def test_a_template_that_takes_arguments_as_text_gets_text() -> None:
     [
         ("messages", {"messages": [ASK, ANSWER], "tools": [TOOL]}, "tools"),
         ("messages", {"messages": [ASK, CALL, ANSWER]}, "messages"),
+        ("messages", {"messages": [ASK, ANSWER | {"reasoning_content": "x"}]}, "messages"),
+        ("messages", {"messages": [ASK, ANSWER, ASK, ANSWER | {"thinking": "x"}]}, "messages"),
+        ("messages", {"messages": [ASK | {"images": ["a.png"]}, ANSWER]}, "messages"),
     ],
 )
 def test_what_the_template_does_not_write_is_refused(schema: Schema, fields: dict[str, Any], field: str) -> None:
-    """Tools, and calls of tools, that leave no trace in the text are a fault that names them."""
+    """Tools, their calls, images, and the last answer's reasoning are a fault where they leave no trace in the text."""
     row = Row("x:1", fields)
     assert check_row(row, schema) == []
     fault = render(row, schema, in_process(CHATML), turns=None)
@@ -252,14 +255,28 @@ def test_what_the_template_does_not_write_is_refused(schema: Schema, fields: dic
         ("messages", {"messages": [ASK, ANSWER], "system": "", "tools": [], "images": None}, []),
         ("messages", {"messages": [ASK, ANSWER | {"weight": 0.5}]}, ["messages[1] weight"]),
         ("messages", {"messages": [ASK, ANSWER | {"weight": 0}]}, ["messages"]),
+        ("messages", {"messages": [ASK, ANSWER | {"weight": "0"}]}, ["messages[1] weight"]),
+        ("messages", {"messages": [ASK, ANSWER | {"loss_weight": 2}]}, ["messages[1] loss_weight"]),
+        ("messages", {"messages": [ASK, ANSWER | {"mask": 1}]}, ["messages[1] mask"]),
+        ("messages", {"messages": [ASK, ANSWER | {"mask": 0}]}, ["messages[1] mask"]),
+        ("messages", {"messages": [ASK, ANSWER | {"ignore": True}]}, ["messages[1] ignore"]),
+        ("messages", {"messages": [ASK, ANSWER | {"ignore": False, "train_detail": None}]}, []),
+        ("messages", {"messages": [ASK, ANSWER | {"train_detail": [{"train": False}]}]}, ["messages[1] train_detail"]),
+        ("messages", {"messages": [ASK, ANSWER], "system_prompt": "Be brief."}, ["system_prompt"]),
+        ("messages", {"messages": [ASK, ANSWER], "Tools": [TOOL]}, ["Tools"]),
         ("messages", {"messages": [ASK, ANSWER], "tools": "{"}, ["tools"]),
         ("messages", {"messages": [ASK, ANSWER], "tools": [3]}, ["tools"]),
         ("prompt_completion", {"prompt": "a", "completion": "b", "history": [["c", "d"]]}, ["history"]),
         ("prompt_completion", {"prompt": "a", "completion": "b", "label": False}, ["label"]),
         ("prompt_completion", {"prompt": "a", "completion": "b", "label": True, "weight": 1}, []),
         ("prompt_completion", {"prompt": "a", "completion": "b", "weight": 0}, ["weight"]),
+        ("prompt_completion", {"prompt": "a", "completion": "b", "weight": "0"}, ["weight"]),
+        ("prompt_completion", {"prompt": "a", "completion": "b", "label": "False"}, ["label"]),
+        ("prompt_completion", {"prompt": "a", "completion": "b", "label": 0}, []),
         ("prompt_completion", {"prompt": "a", "chosen": "b", "rejected": "c"}, ["chosen", "rejected", "completion"]),
         ("alpaca", {"instruction": "a", "output": "b", "tools": [TOOL]}, ["tools"]),
+        ("alpaca", {"instruction": "a", "output": "b", "Input": "c"}, ["Input"]),
+        ("alpaca", {"instruction": "a", "output": "b", "input": "c", "Input": "d", " History": []}, []),
         ("alpaca", {"instruction": "a", "output": "b", "history": [["c"]], "system": 3}, ["system", "history"]),
         ("text", {"text": "a", "system": "b"}, []),
         ("text", {"text": "x" * (4 << 20) + "x"}, ["text"]),
@@ -272,9 +289,13 @@ def test_fields_that_mean_something_are_used_or_refused(
     assert [fault.where for fault in check_row(Row("x:1", fields), schema)] == [f"x:1 {place}" for place in found]
 
 
-def test_a_message_of_weight_zero_is_never_learned() -> None:
-    """Its span is ignored where the loss is on all, and is no completion where it is on completions."""
-    bad = ANSWER | {"content": "bad", "weight": 0}
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"weight": 0.0}, *({name: False} for name in LEARNED)])
+def test_a_message_of_weight_zero_is_never_learned(mark: dict[str, Any]) -> None:
+    """Its span is ignored where the loss is on all, and is no completion where it is on completions.
+
+    So it is under the names that other tools have for a weight.
+    """
+    bad = ANSWER | {"content": "bad"} | mark
     row = Row("x:1", {"messages": [ASK, bad, ASK, ANSWER | {"weight": 1}]})
     assert check_row(row, "messages") == []
     both: tuple[tuple[Turns | None, list[str]], ...] = (("completion", ["mat.</s>"]), (None, []))
@@ -286,6 +307,14 @@ def test_a_message_of_weight_zero_is_never_learned() -> None:
             assert [item.text[start:stop] for start, stop in item.completions] == completions
         else:
             assert item.completions == ((0, len(item.text)),)
+
+
+def test_the_reasoning_of_earlier_answers_may_be_left_out() -> None:
+    """Templates of reasoning models write that of the last answer only: nothing is missing then."""
+    row = Row("x:1", {"messages": [ASK, ANSWER | {"reasoning_content": "x"}, ASK, ANSWER]})
+    item = render(row, "messages", in_process(CHATML), turns=None)
+    assert isinstance(item, Rendered)
+    assert item.unused == ("messages[].reasoning_content",)
 
 
 def test_fields_that_are_left_out_are_named() -> None:

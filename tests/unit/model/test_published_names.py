@@ -10,12 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from job.model.base import PLAIN, load_base
+from job.errors import SettingsError
+from job.model.base import PLAIN, inspect, load_base
 from job.model.lora import (
     SOURCE_CONFIG,
     PublishedNames,
     add_adapter,
+    check_targets,
     find_published_names,
+    find_targets,
+    linear_layers,
     load_adapter,
     save_adapter,
     trainable,
@@ -23,6 +27,7 @@ from job.model.lora import (
 from job.model.packed_attention import use
 from job.model.quantized_cache.cache import save
 from job.model.quantized_cache.layout import entry_at
+from tests.families.models import make_model as make_family
 from tests.helpers import fill_adapter
 
 SIZES = {"vocab_size": 400, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "head_dim": 16}
@@ -111,3 +116,52 @@ def test_a_restart_from_the_quantized_cache_publishes_the_same_names(base_folder
 def test_a_text_model_keeps_its_names(base_folder: Path) -> None:
     """Nothing is renamed where the loaded class is the one that config.json names."""
     assert find_published_names(adapted(base_folder), base_folder) == PublishedNames("MistralForCausalLM")
+
+
+def test_tensors_bear_the_name_by_which_peft_loads_them(tmp_path: Path) -> None:
+    """PEFT renames what bears another name in the checkpoint: of Laguna's adapter every tensor arrives nevertheless."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    make_family("laguna", tmp_path / "base")
+    model = fill_adapter(adapted(tmp_path / "base"))
+    names = find_published_names(model, tmp_path / "base")
+    assert names.files  # otherwise this tests nothing
+    save_adapter(model, tmp_path / "adapter", base="org/model", revision=None, names=names)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    tensors = {name: tensor for name, tensor in loaded.state_dict().items() if "lora_" in name}
+    assert tensors.keys() == trainable(model).keys()
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in trainable(model).items())
+    again = adapted(tmp_path / "base")
+    load_adapter(again, tmp_path / "adapter", names)
+    assert all(torch.equal(tensor, trainable(model)[name]) for name, tensor in trainable(again).items())
+
+
+def test_a_layer_whose_adapter_has_no_such_name_gets_none(tmp_path: Path) -> None:
+    """Of Inkling 2 PEFT would ignore some tensors under any name: those layers are left out, and refused if named."""
+    make_family("inkling2_text", tmp_path)
+    base = inspect(tmp_path, max_length=64, targets=None)[1]
+    assert "weight_proj" in {name.rsplit(".", 1)[-1] for name in linear_layers(base)}
+    found = find_targets(base)
+    assert "q_proj" in found
+    assert "weight_proj" not in found
+    with pytest.raises(SettingsError, match=r"JOB_LORA__TARGET_MODULES: .* weight_proj .* leave them out"):
+        check_targets(base, ["q_proj", "weight_proj"])
+
+
+@pytest.mark.parametrize(("family", "router"), [("llama4_text", "router"), ("phimoe", "router")])
+def test_a_router_that_is_no_matrix_product_gets_no_adapter(tmp_path: Path, family: str, router: str) -> None:
+    """Some classes derive from torch's linear layer and return a tuple: PEFT would fail on them in training."""
+    make_family(family, tmp_path)
+    base = inspect(tmp_path, max_length=64, targets=None)[1]
+    assert any(name.endswith(f".{router}") and hasattr(layer, "in_features") for name, layer in base.named_modules())
+    assert router not in find_targets(base)
+    with pytest.raises(SettingsError, match=f"no linear {router}"):
+        check_targets(base, [router])
+
+
+def test_a_linear_layer_of_another_class_gets_one(tmp_path: Path) -> None:
+    """Falcon's own class computes what torch's does."""
+    make_family("falcon", tmp_path)
+    assert "query_key_value" in find_targets(inspect(tmp_path, max_length=64, targets=None)[1])

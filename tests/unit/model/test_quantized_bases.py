@@ -27,7 +27,7 @@ def quantized(base_folder: Path, folder: Path, **how: Any) -> Path:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     model = AutoModelForCausalLM.from_pretrained(
-        base_folder, quantization_config=BitsAndBytesConfig(**how), device_map={"": CPU}, dtype=torch.float32
+        base_folder, quantization_config=BitsAndBytesConfig(**how), device_map={"": CPU}, dtype=torch.bfloat16
     )
     shutil.copytree(base_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     model.save_pretrained(folder)
@@ -79,6 +79,30 @@ def test_a_base_that_came_quantized_is_what_it_is(
     assert {m.compute_dtype for m in model.modules() if hasattr(m, "compute_dtype")} == {torch.float32}
     assert choose_packing(model, make_examples(4), max_length=64, losses=losses_of(model)).packed
     assert score_sequence(model.eval(), [Question((0, 5, 6), ((7, 8),))])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+        {"load_in_8bit": True},
+        {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": torch.bfloat16},
+    ],
+    ids=["nf4", "int8", "nf4, stored as bf16"],
+)
+def test_what_is_not_quantized_is_in_the_dtype_asked_for(
+    base_folder: Path, tmp_path: Path, how: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """Embedding, norms and head of a base saved in bf16 compute in the run's dtype, which the record names."""
+    folder = quantized(base_folder, tmp_path / "base", **how)
+    base = load_base(folder, quantization="nf4", double_quantization=True, dtype=dtype, device=CPU, max_length=64)
+    plain = [p for p in base.parameters() if p.is_floating_point() and getattr(p, "quant_state", None) is None]
+    assert len(plain) > 4
+    assert {p.dtype for p in plain} == {dtype}
+    assert base.dtype == dtype
+    expected = "int8" if "load_in_8bit" in how else "nf4"
+    assert held(base).quantization == expected
 
 
 def test_what_is_asked_for_is_counted(base_folder: Path) -> None:

@@ -247,13 +247,27 @@ def test_a_damaged_record_is_not_believed(
     ]
 
 
+def test_an_attempt_names_the_run_when_its_settings_are_kept(store: LocalStore, tmp_path: Path) -> None:
+    """One that ended before, by a mistake in its settings, was an attempt at the run: its seconds are counted."""
+    attempt = begun(store, tmp_path)
+    attempt.identify(PULLED)
+    attempt.note("running")
+    assert noted_of(store, 1)[stage_records.RUN] is None
+    attempt.settled = True
+    attempt.note("running")
+    assert noted_of(store, 1)[stage_records.RUN] == attempt.run
+
+
 def test_a_record_of_another_run_tells_nothing(store: LocalStore, tmp_path: Path) -> None:
-    """Seconds and dollars of an attempt at another run are not published; that there was one before is."""
-    foreign = {**asdict(replace(ATTEMPTS[0], number=1, seconds=9e9)), stage_records.RUN: "another"}
-    store.write(attempt_key(1), sealed(foreign))
-    (one,) = close_run_log(store, 2, "2026-01-05T09:00:00.000Z", "this")
-    assert (one.number, one.outcome, one.seconds) == (1, "killed", 0)
+    """Seconds and dollars of another run or attempt are not published; that there was an attempt is."""
+    record = asdict(replace(ATTEMPTS[0], number=1, seconds=9e9))
+    store.write(attempt_key(1), sealed({**record, stage_records.RUN: "another"}))
+    store.write(attempt_key(2), sealed({**record, stage_records.RUN: "this"}))
+    store.write(attempt_key(4), sealed({**record, stage_records.RUN: "this"}))
+    found = close_run_log(store, 3, "2026-01-05T09:00:00.000Z", "this")
+    assert [(one.number, one.outcome, one.seconds) for one in found] == [(1, "killed", 0), (2, "killed", 0)]
     assert noted_of(store, 1)[stage_records.RUN] == "this"
+    assert store.read(attempt_key(4)) is None  # nobody's: there has been no such attempt
 
 
 def begun(store: LocalStore, tmp_path: Path) -> Attempt:
@@ -394,7 +408,7 @@ def test_a_run_of_an_earlier_version_keeps_its_stages(store: LocalStore, tmp_pat
             defaults={"train.epochs": 1, "train.noise": 0},
             cache=str(tmp_path / "cache"),
             stop=Stop(),
-            beat=lambda: None,
+            report_progress=lambda: None,
             faults=arm((), store),
         )
 
@@ -406,7 +420,7 @@ def test_a_run_of_an_earlier_version_keeps_its_stages(store: LocalStore, tmp_pat
         second.identify(PULLED)
         assert second.stage(Stage.PULL, Pulled, lambda: pytest.fail("was done again")) == PULLED
         assert second.run == first.run
-    with pytest.raises(SettingsError, match=r"train\.noise"), attempt_with({**SETTINGS, "train.noise": 5}):
+    with pytest.raises(SettingsError, match="JOB_TRAIN__NOISE"), attempt_with({**SETTINGS, "train.noise": 5}):
         pytest.fail("began")
 
 

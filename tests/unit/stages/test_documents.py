@@ -59,18 +59,19 @@ def test_a_document_that_cannot_be_made_is_left_out(
     added = {artifact["path"] for artifact in complete["artifacts"]} - {a["path"] for a in made["artifacts"]}
     assert added == left
     told = capsys.readouterr()
-    assert "a document cannot be made" in told.out + told.err
+    assert "report or model card cannot be rendered" in told.out + told.err
 
 
 def test_a_store_that_fails_is_not_hidden(
     finished: tuple[Attempt, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the job itself says no with ends the attempt as it always does."""
+    """A store that does not answer ends the attempt, whichever verb the document goes through."""
     attempt, made = finished
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **_options: object) -> None:
         raise Unreachable("no answer")
 
-    monkeypatch.setattr(attempt.store, "upload", fail)
+    for verb in ("upload", "write"):
+        monkeypatch.setattr(attempt.store, verb, fail)
     with pytest.raises(Unreachable):
         publish_report_and_card(attempt, made)

@@ -268,7 +268,6 @@ STOPPED = """
 import os, signal, sys
 from pathlib import Path
 from job.storage import local
-from job.storage import local
 from job.storage.base import Conflict
 
 def stop(*_):
@@ -282,6 +281,9 @@ if sys.argv[2] == "absent":
 else:
     before, local.rename = local.rename, stop
 try:
+    if sys.argv[2] == "delete":
+        store.delete("a", if_tag=tag)
+        sys.exit(0)
     store.write(*{"tag": ("a", b"late"), "any": ("a", b"late"), "absent": ("b", b"late")}[sys.argv[2]],
                 if_absent=sys.argv[2] == "absent", if_tag=tag if sys.argv[2] == "tag" else None)
 except Conflict:
@@ -289,7 +291,10 @@ except Conflict:
 """
 
 
-@pytest.mark.parametrize(("kind", "code", "left"), [("tag", 9, b"new"), ("absent", 9, b"new"), ("any", 0, b"late")])
+@pytest.mark.parametrize(
+    ("kind", "code", "left"),
+    [("tag", 9, b"new"), ("absent", 9, b"new"), ("any", 0, b"late"), ("delete", 9, b"new")],
+)
 def test_a_process_that_stands_still_keeps_nobody_out(
     root: Path, monkeypatch: pytest.MonkeyPatch, kind: str, code: int, left: bytes
 ) -> None:

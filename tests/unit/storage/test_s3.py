@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -332,6 +333,23 @@ def test_stores_without_conditions_are_found_out(status: int) -> None:
     with server(answer) as url:
         assert not opened(url).conditional_writes()
     assert requests[-1] == "DELETE"
+
+
+@pytest.mark.parametrize("status", [204, 412, 501])
+def test_removal_of_a_version(status: int) -> None:
+    """The condition goes with the request: refused it is a conflict, and a server that has none is asked without it."""
+    asked: list[str | None] = []
+
+    def answer(request: Request) -> None:
+        asked.append(request.headers.get("If-Match"))
+        if asked[-1] is None or status == 204:
+            request.answer(204)
+        else:
+            request.refuse(status, "PreconditionFailed" if status == 412 else "NotImplemented")
+
+    with server(answer) as url, pytest.raises(Conflict) if status == 412 else nullcontext():
+        opened(url).delete("a", if_tag='"1"')
+    assert asked == ['"1"', None] if status == 501 else ['"1"']
 
 
 def test_declared_size_is_checked_before_reading(tmp_path: Path) -> None:

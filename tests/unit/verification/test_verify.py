@@ -354,6 +354,23 @@ def test_the_last_attempt_is_of_this_run(run: Path, check: Checker) -> None:
     assert f"{attempt_key(2)}: claimed a record of the run" in told(check())
 
 
+@pytest.mark.parametrize("other", [{}, {"run": "0" * 64}, {"epoch": 2}, {"step": 4}])
+def test_a_marker_that_came_late_is_told_and_no_fault(
+    run: Path, check: Checker, tmp_path: Path, other: dict[str, Any]
+) -> None:
+    """One that an attempt before the last wrote after the run was published; of others nobody could say why."""
+    facts = unsealed((run / MARKER).read_bytes()) | {"step": 3, "epoch": 1}
+    late = run / "checkpoints" / "step-00000003" / "COMMITTED.json"
+    late.parent.mkdir()
+    late.write_bytes(sealed(facts | other))
+    if other:
+        assert "step-00000003/COMMITTED.json: claimed nothing of the kind" in told(check())
+        return
+    assert check() == {}
+    (files,) = [found for found in verify(open_run(str(run)), tmp_path) if found.what == "other files"]
+    assert "step-00000003/COMMITTED.json was written by an attempt that stood still" in files.notes[0]
+
+
 def test_epochs_never_go_back(run: Path, check: Checker) -> None:
     """A later step cannot be an earlier attempt's."""
     remark(run, MARKER.replace("04", "02"), epoch=2)
