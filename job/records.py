@@ -38,6 +38,16 @@ class Example:
 
 
 @dataclass(frozen=True)
+class DataSourceRecord:
+    """One of several sources. `rows` are the examples that it gives, `sha256` is over them as over those of a run."""
+
+    source: str
+    revision: str | None
+    rows: int
+    sha256: str
+
+
+@dataclass(frozen=True)
 class DatasetRecord:
     """The training data. `sha256` is over the selected, rendered and tokenized examples in order."""
 
@@ -51,6 +61,10 @@ class DatasetRecord:
     tokens: int
     target_tokens: int
     longest: int
+    sources: list[DataSourceRecord] = field(default_factory=list)
+    """Where JOB_DATA__SOURCE names several, each of them, in order."""
+    long_rows: dict[str, int] = field(default_factory=dict)
+    """By JOB_DATA__ON_LONG_ROW: rows truncated and tokens_cut, or rows split and the pieces of them."""
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,7 @@ def is_glob(source: str) -> bool:
 
 
 def fixed_part(pattern: str) -> str:
-    """The folder of a glob above its first part with a wildcard, with a slash behind; the pattern itself without one."""
+    """The folder of a glob above its first part with a wildcard, with a slash behind; a pattern without one itself."""
     if not is_glob(pattern):
         return pattern
     first = min(pattern.index(mark) for mark in _WILDCARDS if mark in pattern)
@@ -154,7 +154,7 @@ def _find_glob(pattern: str) -> list[Path]:
 
 
 def _numbered(folder: Path) -> list[Path]:
-    """The files of a folder if they are shards: the same name but for numbers of equal width, from 0 or 1 without gaps."""
+    """The files of a folder if they are shards: one name but for numbers of equal width, from 0 or 1 without gaps."""
     files = sorted(file for file in folder.iterdir() if _reader(file) and file.is_file() and file.name[0] != ".")
     parts = [_NUMBERED.fullmatch(file.name) for file in files]
     found = [part for part in parts if part]
@@ -181,7 +181,9 @@ def _saved_files(folder: Path, source: str) -> list[Path]:
     names = [entry.get("filename") if isinstance(entry, dict) else None for entry in entries]
     files = [folder / name for name in names if isinstance(name, str) and _PLAIN_NAME.fullmatch(name)]
     if not files or len(files) < len(names):
-        raise DataError([Problem(source, "has a state.json that names no files of the folder; save the data set again")])
+        raise DataError(
+            [Problem(source, "has a state.json that names no files of the folder; save the data set again")]
+        )
     if missing := [file.name for file in files if not file.is_file() or file.suffix != ".arrow"]:
         raise DataError([Problem(source, f"lacks {', '.join(missing[:_SHOWN_FILES])}, of which its state.json speaks")])
     return files

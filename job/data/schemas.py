@@ -51,6 +51,11 @@ _OPTIONAL: dict[Schema, tuple[str, ...]] = {
     "preference": ("prompt",),
     "unpaired_preference": (),
 }
+FIELDS: dict[str, tuple[str, ...]] = {
+    **{schema: (*REQUIRED[schema], *_OPTIONAL[schema]) for schema in SCHEMAS},
+    "messages": ("messages", "conversations", "tools", "system"),
+}
+"""Schema -> all fields that it has a use for."""
 _OF_IMAGES = "the job trains on text alone; remove the field if the text means something without it"
 _OF_PAIRS = "set JOB_TRAIN__METHOD=dpo or orpo to learn from pairs, or give the good one as the completion"
 _MEANING: dict[str, str] = {

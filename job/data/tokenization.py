@@ -13,6 +13,7 @@ from job.data.formats import RowError
 from job.records import Example
 
 LossOn = Literal["all", "completion", "assistant", "last"]
+OnLongRow = Literal["error", "skip", "truncate", "split"]
 
 _BATCH_ROWS = 1000
 _BATCH_CHARACTERS = 4 << 20
@@ -33,6 +34,7 @@ class Encoded:
     example: Example
     end: int | None = None
     unused: tuple[str, ...] = ()
+    long: tuple[tuple[str, int], ...] = ()
 
     def canonical(self) -> bytes:
         """Text, tokens and targets, with their lengths in front: other examples never give the same bytes."""
@@ -50,6 +52,7 @@ def encode(
     max_length: int,
     limit: int | None,
     vocabulary: int | None = None,
+    on_long_row: OnLongRow = "error",
 ) -> Iterator[Encoded | list[RowError]]:
     """Yields an example for each rendered row, or what is wrong with its tokens; faults pass through, in order.
 
@@ -62,6 +65,7 @@ def encode(
             sequence.
         max_length: The most tokens of an example.
         limit: The most examples; None for no limit.
+        on_long_row: `truncate` and `split` make examples of a row of more than `max_length` tokens, else it is a fault.
         vocabulary: Rows of the model's embedding, which no token may be beyond; None if that is not known.
     """
     eos = None if templated else tokenizer.eos_token_id
@@ -78,19 +82,41 @@ def encode(
                 yield row
                 continue
             encoding = next(encodings)
-            ids, targets = _ids_and_targets(row, encoding, bos, eos, loss_on)
+            whole = _ids_and_targets(row, encoding, bos, eos, loss_on)
+            pieces, long = _pieces(*whole, max_length, on_long_row)
             fault = (
-                _check(row, ids, targets, max_length)
-                or _check_ids(row, ids, vocabulary, tokenizer)
+                _check(row, *pieces[0], max_length)
+                or _check_ids(row, whole[0], vocabulary, tokenizer)
                 or _check_turns(row, encoding, special)
             )
             if fault:
                 yield [fault]
                 continue
-            count += 1
-            input_ids = tuple(map(shared_ids.setdefault, ids, ids))
-            example = Example(input_ids, shared_targets.setdefault(targets, targets))
-            yield Encoded(row.text, example, _end(ids, targets, special), row.unused)
+            for place, (ids, targets) in enumerate(pieces[: None if limit is None else limit - count]):
+                count += 1
+                input_ids = tuple(map(shared_ids.setdefault, ids, ids))
+                example = Example(input_ids, shared_targets.setdefault(targets, targets))
+                # The text is that of the row: only its first piece has it, and is counted as a long row.
+                first = ("", ()) if place else (row.text, long)
+                yield Encoded(first[0], example, _end(ids, targets, special), row.unused, long=first[1])
+
+
+def _pieces(
+    ids: list[int], targets: tuple[bool, ...], max_length: int, on_long_row: OnLongRow
+) -> tuple[list[tuple[list[int], tuple[bool, ...]]], tuple[tuple[str, int], ...]]:
+    """(ids, targets) of each example that a row gives, and what there is to count if it is too long.
+
+    A piece begins with the last token of the piece before it, which is no target there: every token is a target once.
+    """
+    if len(ids) <= max_length or on_long_row not in {"truncate", "split"}:
+        return [(ids, targets)], ()
+    if on_long_row == "truncate":
+        cut = len(ids) - max_length
+        return [(ids[:max_length], targets[:max_length])], (("truncated", 1), ("tokens_cut", cut))
+    step = max(1, max_length - 1)
+    starts = range(0, len(ids) - 1, step)
+    pieces = [(ids[at : at + max_length], (False, *targets[at + 1 : at + max_length])) for at in starts]
+    return pieces, (("split", 1), ("pieces", len(pieces)))
 
 
 def _take(rows: Iterator[Rendered | list[RowError]], most: int) -> list[Rendered | list[RowError]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from job.common.formatting import size
 from job.common.resources import check_disk, checkpoint_bytes, required_bytes
+from job.common.source_list import parse_sources
 from job.data import licences
 from job.errors import AccessDenied, DataError, JobError, Problem, SettingsError, Unreachable
 from job.planning import forecast
@@ -133,6 +134,8 @@ def _look(settings: Settings, folder: Path) -> _Preflight:
             seed=s.run.seed,
             date=s.data.date,
             template_arguments=s.data.chat_template_arguments,
+            field_names=s.data.fields,
+            on_long_row=s.data.on_long_row,
             vocabulary=model.architecture.vocabulary if model and model.architecture else None,
             **where,
         ),
@@ -258,7 +261,9 @@ def _questions(settings: Settings, seen: _Preflight) -> tuple[known.TaskTokens |
 def _licence(settings: Settings, data: DataFacts | None) -> PreflightResult:
     """The licence on the hub's card, else in `data.licences`."""
     card = data.licence if data is not None else None
-    licence = card or licences.LICENCES.get(settings.data.source) or "unknown; check that you may train on it"
+    known_here = {licences.LICENCES.get(source.place) for source in parse_sources(settings.data.source)}
+    here = "; ".join(sorted(filter(None, known_here)))
+    licence = card or here or "unknown; check that you may train on it"
     limits = ": no commercial use of the data, nor of what is trained on it" if "-nc" in licence else ""
     return PreflightResult("licence", "note", f"{settings.data.source}: {licence}{limits}")
 

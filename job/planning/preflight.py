@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar
 from uuid import uuid4
 
 from job.common import formatting
+from job.common.source_list import locate_sources, parse_sources
 from job.data.dataset import load_examples, require_revision
 from job.data.hub_dataset import is_hub_id
 from job.errors import DataError, JobError, Problem, SettingsError, Unreachable
@@ -292,7 +293,7 @@ def preview_data(
     """Reads and checks the rows as the job will; without a tokenizer, token counts are estimated.
 
     Args:
-        source: Hub id, `s3://` URI or path.
+        source: JOB_DATA__SOURCE.
         tokenizer: The model's; None if it could not be read.
         max_length: Longest example allowed, in tokens.
         online: Whether the hub can be reached.
@@ -301,10 +302,12 @@ def preview_data(
         revision: For a hub id.
         reading: Further arguments of `load_examples`.
     """
-    download, licence = _of_the_data(source, revision, storage, online=online)
+    found = [_of_the_data(one.place, one.revision or revision, storage, online=online) for one in parse_sources(source)]
+    download = sum(size for size, _ in found)
+    licence = "; ".join(sorted({licence for _, licence in found if licence})) or None
     if download > MAX_BYTES:
         raise NotChecked(f"{source} has {formatting.size(download, ' ')}, too much to fetch for a plan")
-    place = fetch(source, folder / "data", storage)
+    place = locate_sources(source, lambda place, kind: fetch(place, folder / kind, storage))
     examples, record = load_examples(
         place,
         revision=revision,

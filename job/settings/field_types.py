@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from job.common.source_list import is_single, parse_sources
 from job.storage.location import schemes
 
 _TRUTH = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
@@ -145,6 +146,16 @@ def _location(text: str) -> str:
     return f"{scheme}://{bucket}/{key}".rstrip("/")
 
 
+def _sources(text: str) -> str:
+    """One place as `_location` has it, or several with amounts, each checked."""
+    sources = parse_sources(text)
+    if is_single(sources) and sources[0].place == text:
+        return _location(text)
+    for source in sources:
+        _location(source.place)
+    return ",".join(item.strip() for item in text.split(","))
+
+
 def _local(text: str) -> str:
     if "://" in text:
         raise ValueError("must be a local path, not a URI")
@@ -202,6 +213,8 @@ Seconds = Annotated[Real, Field(gt=0, le=30 * 86400)]
 Text = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_printable)]
 RunId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 Location = Annotated[Text, AfterValidator(_location)]
+DataSources = Annotated[Text, AfterValidator(_sources)]
+"""One source, or several with how much of each is used; `common.source_list` has the spelling."""
 LocalPath = Annotated[Text, AfterValidator(_local)]
 PublicName = Annotated[Text, AfterValidator(_public_name)]
 Endpoint = Annotated[Text, AfterValidator(_endpoint)]
@@ -210,6 +223,7 @@ Digest = Annotated[Text, AfterValidator(_digest)]
 Day = Annotated[Text, AfterValidator(_day)]
 StorageClass = Annotated[Text, AfterValidator(_readable_class)]
 Names = Annotated[tuple[Text, ...], BeforeValidator(_items), Field(min_length=1), AfterValidator(_unique)]
+FieldNames = Annotated[Mapping[Text, Text], BeforeValidator(_pairs)]
 JsonObject = Annotated[Mapping[Text, Any], BeforeValidator(_json_object)]
 Locations = Annotated[Mapping[Text, Location], BeforeValidator(_pairs)]
 

@@ -30,9 +30,11 @@ from job.common.optimizers import OptimizerName
 from job.settings.field_types import (
     Count,
     CountOrAuto,
+    DataSources,
     Day,
     Digest,
     Endpoint,
+    FieldNames,
     Flag,
     FlagOrAuto,
     HostPort,
@@ -165,8 +167,13 @@ class Lora(Group):
 class Data(Group):
     """The training data."""
 
-    source: AffectsResult[Annotated[Location, SageMakerChannel("training")]] = "tatsu-lab/alpaca"
-    """Hub id, `s3://` URI or path."""
+    source: AffectsResult[Annotated[DataSources, SageMakerChannel("training")]] = "tatsu-lab/alpaca"
+    """Hub id, `s3://` URI or path of a file, a folder or a glob of shards (`rows/*.jsonl`). Several have commas between
+    them, and behind each how much of it is used: `a.jsonl=2x,b.jsonl=0.5x,org/name@commit=1000rows` uses each row of
+    the first twice, every second one of the second, and the first 1,000 valid ones of the third.
+    """
+    fields: AffectsResult[FieldNames] = Field(default_factory=dict)
+    """The rows' own names of fields: `prompt=question,completion=answers.0.text` or JSON. Dots separate nested keys."""
     revision: AffectsResult[Annotated[Maybe[Text], RevisionOf("data.source")]] = None
     """Commit hash, for a hub id; empty: the newest commit. The manifest records the commit that was used."""
     split: AffectsResult[Text] = "train"
@@ -179,6 +186,9 @@ class Data(Group):
     """Schema of the rows; `auto`: the one that the first row fits."""
     on_bad_row: AffectsResult[Literal["error", "skip"]] = "error"
     """What to do with invalid rows: list them and end the job before training, or leave them out and count them."""
+    on_long_row: AffectsResult[Literal["error", "skip", "truncate", "split"]] = "error"
+    """What to do with rows of more than JOB_TRAIN__MAX_LENGTH tokens: treat them as invalid (JOB_DATA__ON_BAD_ROW),
+    leave them out, cut off their end, or split them into several examples (plain text only). All are counted."""
     date: AffectsResult[Maybe[Day]] = None
     """Today's date for chat templates that write it into the prompt, YYYY-MM-DD; empty: the day (UTC) on which the run
     began."""
@@ -225,7 +235,7 @@ class Train(Group):
     """Maximum number of tokens in one forward pass; empty: as many as fit into the GPU's memory, 1,024 on a CPU. An
     optimizer step has the same examples with any value."""
     max_length: AffectsResult[Count] = 2048
-    """Maximum length of an example, in tokens; a longer one is an invalid row (JOB_DATA__ON_BAD_ROW), never cut."""
+    """Maximum length of an example, in tokens; JOB_DATA__ON_LONG_ROW says what becomes of a longer one."""
     optimizer: AffectsResult[OptimizerName] = "adamw_8bit"
     """Optimizer of the adapter's weights."""
     loss_on: AffectsResult[Literal["all", "completion", "assistant", "last"]] = "all"

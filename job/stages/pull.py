@@ -6,7 +6,7 @@ On each machine the first process does this; the others read its results from th
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,6 +19,7 @@ from job import log
 from job.common import host
 from job.common.hashing import code_hashes
 from job.common.resources import check_disk, required_bytes
+from job.common.source_list import Source, locate_sources, parse_sources
 from job.common.threads import in_thread
 from job.data.dataset import check_source, load_examples
 from job.data.formats import find_file
@@ -126,7 +127,8 @@ def _pull(attempt: Attempt, settings: Settings, storage: StorageOptions, date: s
     _check_places(settings)
     gate = settings.gate
     baseline = None if gate.baseline is None else read_baseline(gate.baseline, storage)
-    named = {settings.model.id, settings.data.source, *settings.eval.data.values()}
+    data = {source.place for source in parse_sources(settings.data.source)}
+    named = {settings.model.id, *data, *settings.eval.data.values()}
     check_disk(attempt.work, required_bytes(size(place, storage) for place in named))
     import_client()  # here: two threads that import the same at once may get half of a module
     early: Future[tuple[Path, bool]] = Future()
@@ -144,12 +146,13 @@ def _pull(attempt: Attempt, settings: Settings, storage: StorageOptions, date: s
         tasks = _load_tasks(attempt, settings, storage)
         if baseline is not None:
             check_questions(baseline, tasks.questions(settings.eval.limit), gate.metric)
-        source = _fetch(attempt, settings.data.source, "data", storage)
+        source = locate_sources(settings.data.source, lambda place, kind: _fetch(attempt, place, kind, storage))
         folder, missing = _early_files(attempt, early, coming)
         tokenizer = load_tokenizer(folder)
         if missing:
             _check_model(folder, settings)
-            check_hub_dataset(settings.data.source, settings.data.revision)
+            for one in parse_sources(settings.data.source):
+                check_hub_dataset(one.place, one.revision or settings.data.revision)
         check_lengths(
             tasks,
             tokenizer,
@@ -189,7 +192,10 @@ def _check_places(settings: Settings) -> None:
     """
     data = settings.data
     checks: list[tuple[str, Callable[[], object]]] = [
-        (data.source, partial(check_source, data.source, data.revision, data.split)),
+        *(
+            (one.place, partial(check_source, one.place, one.revision or data.revision, data.split))
+            for one in parse_sources(data.source)
+        ),
         *((place, partial(find_file, place)) for place in settings.eval.data.values()),
     ]
     problems: list[Problem] = []
@@ -237,7 +243,9 @@ def _check_model(folder: Path, settings: Settings) -> None:
     inspect(folder, max_length=settings.train.max_length, targets=None if named == "auto" else named)
 
 
-def _read_rows(settings: Settings, source: str, tokenizer: Any, **how: Any) -> tuple[list[Example], DatasetRecord]:
+def _read_rows(
+    settings: Settings, source: str | Sequence[Source], tokenizer: Any, **how: Any
+) -> tuple[list[Example], DatasetRecord]:
     """The training examples; `how` goes to `load_examples`."""
     data = settings.data
     return load_examples(
@@ -253,6 +261,8 @@ def _read_rows(settings: Settings, source: str, tokenizer: Any, **how: Any) -> t
         tokenizer=tokenizer,
         method=settings.train.method,
         template_arguments=data.chat_template_arguments,
+        field_names=data.fields,
+        on_long_row=data.on_long_row,
         seed=settings.run.seed,
         **how,
     )

@@ -189,7 +189,9 @@ def test_a_directory_stands_for_its_only_data_file(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     assert find_file(str(tmp_path)) == path
     write_rows(tmp_path / "rows.json", ROWS)
-    with pytest.raises(DataError, match=r"2 data files, name one, or several by a glob such as \*\.csv: rows\.csv, rows\.json$"):
+    with pytest.raises(
+        DataError, match=r"2 data files, name one, or several by a glob such as \*\.csv: rows\.csv, rows\.json$"
+    ):
         find_file(str(tmp_path))
 
 
