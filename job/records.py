@@ -145,6 +145,23 @@ class ExecutionPlan:
 
 
 @dataclass(frozen=True)
+class AdapterRecord:
+    """The published adapter. All but `init` follows from its files, and is checked against them by `verify`.
+
+    `modules` have an adapter; `ranks` is the sum of their ranks, and `parameters` the numbers in the file: those of a
+    decomposed `init` (PiSSA, OLoRA) count the frozen half.
+    """
+
+    kind: str
+    init: str
+    use_rslora: bool
+    use_dora: bool
+    modules: int
+    ranks: int
+    parameters: int
+
+
+@dataclass(frozen=True)
 class TrainingRecord:
     """What training did, over all attempts. `loss` is the mean over the target tokens of the last epoch's steps.
 
@@ -173,6 +190,8 @@ class TrainingRecord:
     """What preferences are compared with: `base`, or `start` for the adapter that training started from."""
     preference: dict[str, float] = field(default_factory=dict)
     """Metrics of preferences, by TRL's names: the mean over the last epoch's steps, by examples."""
+    adapter: AdapterRecord | None = None
+    """None in records of older versions: plain LoRA."""
 
 
 @dataclass(frozen=True)

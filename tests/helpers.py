@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from job.evaluation import statistics
+from job.model.adapter_options import PLAIN, AdapterOptions
 from job.records import Example, TaskScores
 
 BOS, EOS, PAD = 0, 1, 2
@@ -57,7 +58,9 @@ def make_base(folder: Path) -> None:
     MistralForCausalLM(config).save_pretrained(folder)
 
 
-def make_model(folder: Path, *, quantization: str = "none", dropout: float = 0.0, rank: int = 16) -> Any:
+def make_model(
+    folder: Path, *, quantization: str = "none", dropout: float = 0.0, rank: int = 16, options: AdapterOptions = PLAIN
+) -> Any:
     """The tiny base in fp32 with an adapter on all linear layers, loaded by the job's own means."""
     import torch
 
@@ -72,7 +75,8 @@ def make_model(folder: Path, *, quantization: str = "none", dropout: float = 0.0
         device=torch.device("cpu"),
         max_length=512,
     )
-    return add_adapter(base, rank=rank, alpha=16, dropout=dropout, target_modules=LINEAR, seed=1)
+    how: dict[str, Any] = {"rank": rank, "alpha": 16, "dropout": dropout, "target_modules": LINEAR, "seed": 1}
+    return add_adapter(base, **how, options=options)
 
 
 def fill_adapter(model: Any, scale: float = 0.05) -> Any:

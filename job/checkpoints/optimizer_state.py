@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
-from job.common.optimizers import LEVELS, OPTIMIZERS
+from job.common.optimizers import LEVELS, OPTIMIZERS, StateTensor
 
 
 def check_places(names: Sequence[str], plain: Mapping[str, Any]) -> None:
@@ -30,8 +30,10 @@ def check_places(names: Sequence[str], plain: Mapping[str, Any]) -> None:
             raise ValueError(f"the optimizer's tensor {name} has no place in its state")
 
 
-def check_fit(tensors: Mapping[str, Any], plain: Mapping[str, Any], shapes: Sequence[Sequence[int]]) -> None:
-    """Checks that a state is one of a known optimizer (`OPTIMIZERS`) for parameters of these shapes.
+def check_fit(
+    tensors: Mapping[str, Any], plain: Mapping[str, Any], shapes: Sequence[Sequence[int]], optimizer: str | None = None
+) -> None:
+    """Checks that a state is one of this optimizer for parameters of these shapes; None for any of `OPTIMIZERS`.
 
     The optimizers' kernels take tensors by address and the sizes from the parameter, so a tensor that is too small
     would have them read and write beyond its end.
@@ -44,14 +46,25 @@ def check_fit(tensors: Mapping[str, Any], plain: Mapping[str, Any], shapes: Sequ
     for name, tensor in tensors.items():
         index, leaf = int(name.split("/")[0]), name.rpartition("/")[2]
         shape = tuple(shapes[index]) if index < len(shapes) else ()
-        known = [(spec.block, spec.state[leaf]) for spec in OPTIMIZERS.values() if leaf in spec.state]
+        specs = OPTIMIZERS.values() if optimizer is None else [OPTIMIZERS[optimizer]]
+        known = [(spec.block, spec.state[leaf]) for spec in specs if leaf in spec.state]
         if not known or index >= len(shapes):
             raise ValueError(f"the optimizer's tensor {name} is none of a known optimizer's")
-        right = {
-            {"parameter": shape, "blocks": (-(-prod(shape) // block),), "levels": (LEVELS,), "scalar": ()}[kind.shape]
-            for block, kind in known
-            if str(tensor.dtype) in kind.dtypes
-        }
+        right = {_shape(kind, block, shape) for block, kind in known if str(tensor.dtype) in kind.dtypes}
         if tuple(tensor.shape) not in right:
             expected = " or ".join(map(str, sorted(right))) or "of a known dtype"
             raise ValueError(f"the optimizer's tensor {name} is {tensor.dtype} {tuple(tensor.shape)}, not {expected}")
+
+
+def _shape(tensor: StateTensor, block: int, parameter: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a tensor of an optimizer's state for a parameter of this shape."""
+    blocks = (-(-prod(parameter) // block),)
+    shapes: dict[str, tuple[int, ...]] = {
+        "parameter": parameter,
+        "parameter_pair": (2, *parameter),
+        "blocks": blocks,
+        "block_pair": (2, *blocks),
+        "levels": (LEVELS,),
+        "scalar": (),
+    }
+    return shapes[tensor.shape]

@@ -19,6 +19,8 @@ from job.records import StepMetrics
 
 ADAPTER, OPTIMIZER, PROGRESS, METRICS = "adapter.safetensors", "optimizer.safetensors", "progress.json", "metrics.jsonl"
 TRAINER = "trainer_state.json"  # Trainer reads its step from it, under this name
+ADALORA = "adalora.safetensors"
+"""What AdaLoRA's allocator remembers, where the adapter is of this kind."""
 FILES = frozenset({ADAPTER, OPTIMIZER, PROGRESS, METRICS, TRAINER})
 
 T = TypeVar("T")
@@ -50,12 +52,15 @@ class TrainerFiles:
     scheduler: Any
     scaler: Any
     state: Any
+    optimizer_name: str | None = None
+    """A key of `OPTIMIZERS`; None where any of them may have written the checkpoint."""
 
 
 def write_trainer_state(folder: Path, files: TrainerFiles, history: Sequence[StepMetrics]) -> None:
     """Writes a checkpoint of the trainer's live objects into a new folder."""
     from safetensors.torch import save_file
 
+    from job.model.adalora import allocator_state, is_adalora
     from job.model.lora import trainable
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -70,6 +75,8 @@ def write_trainer_state(folder: Path, files: TrainerFiles, history: Sequence[Ste
         "scaler": files.scaler.state_dict() if files.scaler is not None else None,
     }
     (folder / PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
+    if is_adalora(files.model):
+        save_file(allocator_state(files.model), folder / ADALORA)
     files.state.save_to_json(str(folder / TRAINER))
     write_metrics(folder / METRICS, history)
 
@@ -83,6 +90,7 @@ def read_trainer_state(folder: Path, files: TrainerFiles) -> list[StepMetrics]:
     import torch
     from safetensors.torch import load_file
 
+    from job.model.adalora import is_adalora, restore_allocator
     from job.model.lora import trainable
 
     saved = load_file(folder / ADAPTER)
@@ -93,7 +101,11 @@ def read_trainer_state(folder: Path, files: TrainerFiles) -> list[StepMetrics]:
     progress = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
     tensors = load_file(folder / OPTIMIZER)
     shapes = [parameter.shape for group in files.optimizer.param_groups for parameter in group["params"]]
-    optimizer_state.check_fit(tensors, progress["optimizer"], shapes)
+    optimizer_state.check_fit(tensors, progress["optimizer"], shapes, files.optimizer_name)
+    if is_adalora(files.model):
+        if not (folder / ADALORA).is_file():
+            raise ValueError(f"the checkpoint in {folder} is not of an adapter of the kind adalora")
+        restore_allocator(files.model, load_file(folder / ADALORA))
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(saved[name])
@@ -112,9 +124,11 @@ def validate_trainer_state(folder: Path, step: int) -> None:
     """
     from transformers import TrainerState
 
-    if (names := {path.name for path in folder.iterdir()}) != FILES:
+    if (names := {path.name for path in folder.iterdir()} - {ADALORA}) != FILES:
         raise ValueError(f"its files are not those of a checkpoint: {', '.join(sorted(names ^ FILES))}")
     _tensor_names(folder / ADAPTER)
+    if (folder / ADALORA).exists():
+        _tensor_names(folder / ADALORA)
     progress = _parse_as(_Progress, folder / PROGRESS)
     optimizer_state.check_places(_tensor_names(folder / OPTIMIZER), asdict(progress.optimizer))
     _parse_as(dict[str, Any], folder / TRAINER)

@@ -21,14 +21,15 @@ LEVELS = 256
 """Numbers in the map by which an 8-bit state is quantized: one for each value of a byte."""
 _BYTES = {"torch.uint8": 1, "torch.float32": 4}
 
-Shape = Literal["parameter", "blocks", "levels", "scalar"]
+Shape = Literal["parameter", "parameter_pair", "blocks", "block_pair", "levels", "scalar"]
 
 
 @dataclass(frozen=True)
 class StateTensor:
     """One tensor of an optimizer's state for a parameter of n numbers.
 
-    `shape`: `parameter` (the parameter's own), `blocks` (ceil(n / block),), `levels` (256,), or `scalar` ().
+    `shape`: `parameter` (the parameter's own), `blocks` (ceil(n / block),), `levels` (256,), or `scalar` ();
+    `parameter_pair` and `block_pair` are two of them in one tensor, (2, ...).
     `dtypes`: what it may be; the first is what a large parameter has.
     """
 
@@ -53,7 +54,7 @@ class OptimizerSpec:
     @property
     def bytes_per_parameter(self) -> int:
         """Bytes of the tensors that are as large as the parameter, for each of its numbers."""
-        return sum(_BYTES[t.dtypes[0]] for t in self.state.values() if t.shape == "parameter")
+        return self._bytes({"parameter": 1, "parameter_pair": 2})
 
     def state_bytes(self, parameters: int) -> int:
         """Bytes of the state of so many parameters, quantization constants included.
@@ -61,8 +62,12 @@ class OptimizerSpec:
         Source: Dettmers et al. 2021, 8-bit Optimizers via Block-wise Quantization (arXiv:2110.02861). A paged optimizer
         holds the same; it may move to the host where the GPU is full.
         """
-        constants = sum(_BYTES[t.dtypes[0]] for t in self.state.values() if t.shape == "blocks")
+        constants = self._bytes({"blocks": 1, "block_pair": 2})
         return self.bytes_per_parameter * parameters + constants * -(-parameters // self.block)
+
+    def _bytes(self, times: Mapping[str, int]) -> int:
+        """Bytes of one number of each tensor of these shapes, each so many times."""
+        return sum(times[t.shape] * _BYTES[t.dtypes[0]] for t in self.state.values() if t.shape in times)
 
 
 # bitsandbytes keeps the state of a small tensor (under 4,096 numbers) in fp32: then state1 and state2 are as large and
@@ -73,13 +78,28 @@ _ADAMW_8BIT: Mapping[str, StateTensor] = {
     **dict.fromkeys(("qmap1", "qmap2"), StateTensor("levels")),
 }
 
+_ADAMW_TORCH: Mapping[str, StateTensor] = {
+    **dict.fromkeys(("exp_avg", "exp_avg_sq"), StateTensor("parameter")),
+    "step": StateTensor("scalar"),
+}
+
+# torch.optim.Muon is not among them: it orthogonalizes the update of one matrix at a time, and here the optimizer sees
+# the adapter as one flat tensor (`training/flat_parameters.py`). transformers has no name for it either.
 OPTIMIZERS: Mapping[str, OptimizerSpec] = {
     "adamw_8bit": OptimizerSpec(_ADAMW_8BIT),
     # Its state is in memory that the driver moves between GPU and host: CUDA only.
     "paged_adamw_8bit": OptimizerSpec(_ADAMW_8BIT, devices=("cuda",), on_cpu="adamw_8bit"),
     # It quantizes nothing; the same block gives the adapter the same layout whichever optimizer is chosen.
-    "adamw_torch": OptimizerSpec(
-        {**dict.fromkeys(("exp_avg", "exp_avg_sq"), StateTensor("parameter")), "step": StateTensor("scalar")}
+    "adamw_torch": OptimizerSpec(_ADAMW_TORCH),
+    "adamw_torch_fused": OptimizerSpec(_ADAMW_TORCH),
+    "lion_8bit": OptimizerSpec({name: _ADAMW_8BIT[name] for name in ("state1", "absmax1", "qmap1")}),
+    # state1 holds its fast and its slow average of the gradients.
+    "ademamix_8bit": OptimizerSpec(
+        {
+            **_ADAMW_8BIT,
+            "state1": StateTensor("parameter_pair", ("torch.uint8", "torch.float32")),
+            "absmax1": StateTensor("block_pair"),
+        }
     ),
 }
 

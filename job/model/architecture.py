@@ -65,6 +65,12 @@ class Architecture:
         }
 
     @property
+    def groups(self) -> dict[str, tuple[str, ...]]:
+        """What `JOB_LORA__TARGET_MODULES` may name instead of layers, and the layers that each stands for."""
+        everything = tuple(self.linear)
+        return {"auto": everything, "all-linear": everything, "attention": everything[:4], "mlp": everything[4:]}
+
+    @property
     def linear_parameters(self) -> int:
         """Weights of the linear layers, which are what is quantized; the output layer is not."""
         return self.layers * sum(inputs * outputs for inputs, outputs in self.linear.values())

@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from job import log
 from job.errors import DataError, Problem, SettingsError
+from job.model.adapter_options import PLAIN as PLAIN_LORA
+from job.model.adapter_options import AdapterOptions
+from job.model.decomposed_init import frozen_parameters
 from job.model.files import build_empty, check_weights, read_config, readable, silence
-from job.model.lora import check_targets, find_targets, trainable
+from job.model.lora import check_adapter, resolve_targets, trainable
 from job.records import ModelRecord
 
 if TYPE_CHECKING:
@@ -89,7 +92,9 @@ def load_base(
     device: torch.device,
     max_length: int,
     quantized: bool = False,
-    targets: Sequence[str] | None = None,
+    targets: Sequence[str] | str | None = None,
+    rank: int = 1,
+    options: AdapterOptions = PLAIN_LORA,
 ) -> Any:
     """Loads the frozen base, quantizing it while loading, with packed attention where its layers support it.
 
@@ -104,6 +109,8 @@ def load_base(
         max_length: Longest sequence in tokens; a model with fewer positions is refused.
         quantized: Whether the folder holds the quantized base, as it was saved.
         targets: Layers that will get an adapter; checked to exist before weights are loaded.
+        rank: Of the adapter, which is checked as well.
+        options: Of the adapter.
 
     Raises:
         DataError: The folder holds no complete model.
@@ -113,7 +120,7 @@ def load_base(
 
     from job.model import packed_attention
 
-    config, empty = inspect(folder, max_length=max_length, targets=targets)
+    config, empty = inspect(folder, max_length=max_length, targets=targets, rank=rank, options=options)
     check_weights(folder, config, empty)
     packed_attention.register()
     how = {}
@@ -140,6 +147,10 @@ def load_base(
     if missing := sorted(loading_info["missing_keys"]):  # transformers would silently initialize them at random
         what = f"{folder} lacks {len(missing)} weights of {type(model).__name__}: {', '.join(missing[:5])}"
         raise DataError([Problem("JOB_MODEL__ID", what)])
+    layers = {name: module for name, module in model.named_modules() if _is_bitsandbytes(module)}
+    if plain := [name for name, layer in layers.items() if not _is_quantized(layer.weight)]:
+        what = f"{folder} has a config.json that says its weights are quantized, and those of {plain[0]} are not"
+        raise DataError([Problem("JOB_MODEL__ID", what)])
     model.config.use_cache = False
     _set_dtype(model, dtype)
     for module in model.modules():
@@ -160,23 +171,32 @@ def load_base(
     return model
 
 
-def inspect(folder: Path, *, max_length: int, targets: Sequence[str] | None) -> tuple[Any, Any]:
+def inspect(
+    folder: Path,
+    *,
+    max_length: int,
+    targets: Sequence[str] | str | None,
+    rank: int = 1,
+    options: AdapterOptions = PLAIN_LORA,
+) -> tuple[Any, Any]:
     """What is known of a model without its weights: its configuration, and the model on the meta device.
 
     Args:
         folder: Holds config.json at least.
         max_length: Longest sequence in tokens.
-        targets: Names of the layers to adapt; None for those that are found.
+        targets: Names of the layers to adapt, as `resolve_targets` takes them.
+        rank: Of the adapter.
+        options: Of the adapter.
 
     Raises:
         DataError: config.json describes no model that can be built.
-        SettingsError: It is of a kind that is not trained here, has fewer positions, or lacks one of the layers.
+        SettingsError: It is of a kind that is not trained here, has fewer positions, or cannot have this adapter.
     """
     config = read_config(folder)
     silence(config)
     check_positions(config, max_length)
     empty = build_empty(folder, config)
-    check_targets(empty, find_targets(empty) if targets is None else targets)
+    check_adapter(empty, resolve_targets(empty, targets), rank, options)
     return config, empty
 
 
@@ -198,6 +218,11 @@ def _set_dtype(model: Any, dtype: torch.dtype) -> None:
         if parameter.is_floating_point() and not _is_quantized(parameter):
             own = next((own for pattern, own in kept.items() if re.search(pattern, name)), dtype)
             parameter.data = parameter.data.to(own)
+
+
+def _is_bitsandbytes(module: Any) -> bool:
+    """Whether it is a quantized linear layer."""
+    return type(module).__module__.startswith("bitsandbytes.") and getattr(module, "weight", None) is not None
 
 
 def _is_quantized(parameter: Any) -> bool:
@@ -287,7 +312,7 @@ def describe_model(model: Any, *, name: str, revision: str | None, sha256: str) 
         double_quantization=as_held.double,
         dtype={long: short for short, long in DTYPES.items()}[str(base.dtype).removeprefix("torch.")],
         parameters=base.num_parameters() - adapter,
-        trainable_parameters=adapter,
+        trainable_parameters=adapter - frozen_parameters(model),
         quantized_parameters=as_held.weights,
         adapted=sorted({*config.target_modules, *(config.target_parameters or ())}),
     )

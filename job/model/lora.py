@@ -7,12 +7,14 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from job import log
 from job.errors import DataError, Problem, SettingsError
+from job.model.adapter_options import PLAIN, AdapterOptions, check_options, in_group
+from job.model.decomposed_init import decompose
 from job.model.files import read_config, readable
 
 SOURCE_CONFIG = "source_config.json"
@@ -33,7 +35,14 @@ publishes the same ones."""
 
 
 def add_adapter(
-    model: Any, *, rank: int, alpha: int, dropout: float, target_modules: Sequence[str] | None, seed: int
+    model: Any,
+    *,
+    rank: int,
+    alpha: int,
+    dropout: float,
+    target_modules: Sequence[str] | str | None,
+    seed: int,
+    options: AdapterOptions = PLAIN,
 ) -> Any:
     """Adds a new LoRA adapter in fp32 to the base; its initial weights depend only on the seed.
 
@@ -45,39 +54,150 @@ def add_adapter(
         rank: Rank r of the update.
         alpha: The update is multiplied by alpha / rank.
         dropout: Of the adapter's input.
-        target_modules: Names of linear layers, as PEFT takes them; None for all that `find_targets` finds.
+        target_modules: As `resolve_targets` takes them.
         seed: Of the initial weights.
+        options: What else PEFT's configuration may say.
 
     Raises:
         SettingsError: The model lacks one of them, or PEFT cannot adapt it.
     """
     import torch
-    from peft import LoraConfig, get_peft_model
+    from peft import AdaLoraConfig, LoraConfig, get_peft_model
     from transformers.pytorch_utils import Conv1D
 
-    targets = find_targets(model) if target_modules is None else target_modules
-    check_targets(model, targets)
+    targets = resolve_targets(model, target_modules)
+    check_adapter(model, targets, rank, options)
     layers = linear_layers(model)
-    adapted_kinds = {type(layer) for name, layer in layers.items() if name.rsplit(".", 1)[-1] in targets}
+    adapted_kinds = {type(layers[name]) for name in _named(layers, targets)}
     torch.manual_seed(seed)
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=sorted(targets),
-        exclude_modules=_excluded(model, targets),
-        bias="none",
-        fan_in_fan_out=adapted_kinds == {Conv1D},  # whose weight is (inputs, outputs)
-        task_type="CAUSAL_LM",
-    )
+    # Half of the ranks of a decomposition are frozen; alpha grows with them, so the scale is that of the trained half.
+    times = 2 if options.decomposed else 1
+    how: dict[str, Any] = {
+        "lora_alpha": times * alpha,
+        "lora_dropout": dropout,
+        "target_modules": sorted(targets),
+        "exclude_modules": _excluded(model, targets),
+        "bias": "none",
+        "fan_in_fan_out": adapted_kinds == {Conv1D},  # whose weight is (inputs, outputs)
+        "task_type": "CAUSAL_LM",
+        "layers_to_transform": None if options.layers is None else list(options.layers),
+    }
+    if options.adalora is not None:
+        chosen = {"deltaT": options.adalora.delta_t, **asdict(options.adalora)}
+        del chosen["delta_t"]
+        config: LoraConfig = AdaLoraConfig(**how, **chosen)
+    else:
+        config = LoraConfig(
+            r=times * rank,
+            use_rslora=options.use_rslora,
+            use_dora=options.use_dora,
+            init_lora_weights=_OWN_INIT.get(options.init, True),
+            rank_pattern={key: times * value for key, value in options.rank_pattern.items()},
+            alpha_pattern={key: times * value for key, value in options.alpha_pattern.items()},
+            **how,
+        )
     try:
         adapted = get_peft_model(model, config)
     except ValueError as error:  # of layers that it knows it would break
         what = f"PEFT cannot adapt {', '.join(targets)}: {(str(error).splitlines() or [''])[0][:300]}"
         raise SettingsError([Problem("JOB_LORA__TARGET_MODULES", what)]) from error
+    # The weights have their first values now; who loads the adapter shall not compute others first, or change the base.
+    config.init_lora_weights = True
     for parameter in trainable(adapted).values():
         parameter.data = parameter.data.to(torch.float32)
+    if options.decomposed and model.device.type != "meta":
+        decompose(adapted, options.init)
     return adapted
+
+
+_OWN_INIT = {"gaussian": "gaussian", "orthogonal": "orthogonal"}
+"""Initializations that PEFT makes without changing the base."""
+
+
+def resolve_targets(model: Any, targets: Sequence[str] | str | None) -> list[str]:
+    """Names of the layers to adapt, as PEFT takes them.
+
+    Args:
+        model: May be one without weights.
+        targets: Names, which are returned; `attention` or `mlp`; `auto`, `all-linear` or None for all linear ones.
+
+    Raises:
+        SettingsError: There are none of this kind.
+    """
+    if targets is None or targets in {"auto", "all-linear"}:
+        return find_targets(model)
+    if not isinstance(targets, str):
+        return list(targets)
+    layers, modules = linear_layers(model), dict(model.named_modules())
+    inside = {name for name in layers if in_group(targets, [type(modules[outer]).__name__ for outer in _around(name)])}
+    outside = {name.rpartition(".")[2] for name in layers.keys() - inside}
+    found = set()
+    for name in inside:
+        *_, holder, leaf = ("", *name.split("."))
+        if not leaf.isdigit() and not _is_refused(model, leaf):
+            found.add(f"{holder}.{leaf}" if leaf in outside else leaf)  # GPT-2 calls two layers c_proj
+    if not found:
+        has = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in layers})) or "none"
+        what = f"{type(model).__name__} has no linear layers in modules of the kind {targets}; name them, of {has}"
+        raise SettingsError([Problem("JOB_LORA__TARGET_MODULES", what)])
+    return sorted(found)
+
+
+def _around(name: str) -> list[str]:
+    """Names of the modules around a module, innermost first, without the model itself."""
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1)]
+
+
+def _named(names: Iterable[str], targets: Sequence[str]) -> list[str]:
+    """Those of the full names that PEFT takes the targets to mean."""
+    return [name for name in names if any(name == target or name.endswith(f".{target}") for target in targets)]
+
+
+def check_adapter(model: Any, targets: Sequence[str], rank: int, options: AdapterOptions) -> None:
+    """Refuses what this model cannot have; works on a model without weights, too.
+
+    Raises:
+        SettingsError: With all problems.
+    """
+    check_targets(model, targets)
+    if options == PLAIN:
+        return
+    config = model.config.get_text_config(decoder=True)
+    adapted = _named(linear_layers(model), targets)
+    if options.layers is not None:
+        adapted = [name for name in adapted if _layer_of(name) in options.layers]
+    problems = list(check_options(options, rank=rank, layers=config.num_hidden_layers, adapted=adapted))
+    if problems:
+        raise SettingsError(problems)
+    if options.init == "orthogonal" and any(_packed(model.get_submodule(name)) for name in adapted):
+        what = "orthogonal needs a base in floating point; set JOB_MODEL__QUANTIZATION=none or take another"
+        raise SettingsError([Problem("JOB_LORA__INIT", what)])
+
+
+def _layer_of(name: str) -> int | None:
+    """The number of the decoder's layer that a module is in; as PEFT, the first number in its name."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def _packed(layer: Any) -> bool:
+    """Whether a layer's weight is no floating-point tensor."""
+    return not layer.weight.is_floating_point()
+
+
+def count_parameters(
+    model: Any, *, rank: int, target_modules: Sequence[str] | str | None, options: AdapterOptions
+) -> int:
+    """Numbers in an adapter for a model without weights, which it is added to; of a decomposition with its frozen half.
+
+    Raises:
+        SettingsError: As `add_adapter`.
+    """
+    made = add_adapter(
+        model, rank=rank, alpha=rank, dropout=0.0, target_modules=target_modules, seed=0, options=options
+    )
+    # AdaLoRA's ranknum is a constant; on the meta device PEFT forgets to say so.
+    return sum(parameter.numel() for name, parameter in trainable(made).items() if ".ranknum." not in name)
 
 
 def linear_layers(model: Any) -> dict[str, Any]:
@@ -462,6 +582,10 @@ def load_adapter(model: Any, folder: Path, names: PublishedNames | None = None) 
 
     names = names or PublishedNames("")
     state = load_file(folder / "adapter_model.safetensors", device="cpu")
+    if model.peft_config["default"].peft_type == "ADALORA":
+        _take_ranks_away(
+            model, json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["rank_pattern"]
+        )
     # Not "auto": PEFT would ask the hub whether the base has another vocabulary than this one.
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     files = {names.filed(name): tensor for name, tensor in expected.items()}
@@ -475,3 +599,19 @@ def load_adapter(model: Any, folder: Path, names: PublishedNames | None = None) 
     with torch.no_grad():
         for name, tensor in files.items():
             tensor.copy_(state[name])
+
+
+def _take_ranks_away(model: Any, pattern: Mapping[str, list[bool]]) -> None:
+    """Gives AdaLoRA's layers the ranks of a saved adapter: by the name of `lora_E`, which are left.
+
+    PEFT makes the parameters anew for that, in the dtype of the base.
+    """
+    import torch
+
+    parameters = dict(model.base_model.model.named_parameters())
+    whole = {name: kept for name, kept in pattern.items() if parameters[f"{name}.default"].shape[0] == len(kept)}
+    model.base_model.resize_modules_by_rank_pattern(whole, "default")
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.to(torch.float32)
+    model.peft_config["default"].rank_pattern = dict(pattern)

@@ -13,11 +13,13 @@ from job.common.resources import check_disk, checkpoint_bytes, required_bytes
 from job.common.source_list import parse_sources
 from job.data import licences
 from job.errors import AccessDenied, DataError, JobError, Problem, SettingsError, Unreachable
+from job.model.adapter_options import MANY_STEPS, PLAIN, AdapterOptions, make_options
 from job.planning import forecast
 from job.planning import known_models_and_data as known
 from job.planning.forecast import Basis, Estimate, GpuForecast, RunShape, estimates, forecast_gpu
 from job.planning.gpu_prices import GPUS, PRICES, Gpu
 from job.planning.preflight import (
+    AdapterFacts,
     DataFacts,
     Found,
     ModelFacts,
@@ -75,6 +77,7 @@ class _Preflight:
     checks: list[PreflightResult]
     store_seconds: float | None
     model: ModelFacts | None
+    adapter: AdapterFacts | None
     tokenizer: Any | None
     data: DataFacts | None
     questions: known.TaskTokens | None
@@ -112,10 +115,16 @@ def _look(settings: Settings, folder: Path) -> _Preflight:
     modelled, model = run_check(
         "model", lambda: preview_model(s.model.id, s.model.revision, s.train.max_length, **where)
     )
-    named = None if s.lora.target_modules == "auto" else s.lora.target_modules
-    adapted, _ = run_check(
+    adapted, adapter = run_check(
         "adapter",
-        lambda: preview_adapter(model, named, quantization=s.model.quantization, max_length=s.train.max_length),
+        lambda: preview_adapter(
+            model,
+            s.lora.target_modules,
+            quantization=s.model.quantization,
+            max_length=s.train.max_length,
+            rank=s.lora.rank,
+            options=_adapter_options(s),
+        ),
     )
     tokenized, tokenizer = run_check("tokenizer", lambda: find_tokenizer(model))
     read, data = run_check(
@@ -152,7 +161,8 @@ def _look(settings: Settings, folder: Path) -> _Preflight:
             **where,
         ),
     )
-    return _Preflight([stored, modelled, adapted, tokenized, read, asked], seconds, model, tokenizer, data, questions)
+    checks = [stored, modelled, adapted, tokenized, read, asked]
+    return _Preflight(checks, seconds, model, adapter, tokenizer, data, questions)
 
 
 def _try_storage(output: str, run: str, storage: StorageOptions) -> Found[float]:
@@ -186,7 +196,9 @@ def _run(settings: Settings, seen: _Preflight, checks: list[PreflightResult]) ->
         scoring_budget=settings.eval.batch_tokens,
         download_bytes=download + (seen.data.download_bytes if seen.data else 0),
         usd_per_hour=settings.cost.usd_per_hour,
-        fused=settings.model.dtype in {"auto", "bf16"} and settings.lora.dropout == 0,
+        fused=settings.model.dtype in {"auto", "bf16"}
+        and settings.lora.dropout == 0
+        and _adapter_options(settings).not_fused is None,
         budget_by_gpu=settings.train.micro_batch_tokens is None,
         keep_base=None if settings.model.keep_dequantized == "auto" else settings.model.keep_dequantized,
         keep_activations=None if (again := settings.train.gradient_checkpointing) == "auto" else not again,
@@ -199,7 +211,9 @@ def _setup(settings: Settings, seen: _Preflight, checks: list[PreflightResult]) 
     architecture = seen.model.architecture if seen.model else known.ARCHITECTURES.get(settings.model.id)
     if architecture is None:
         return None, basis
-    targets = tuple(architecture.linear) if settings.lora.target_modules == "auto" else settings.lora.target_modules
+    named, options = settings.lora.target_modules, _adapter_options(settings)
+    targets = architecture.groups[named] if isinstance(named, str) else named
+    rank = settings.lora.rank if options.adalora is None else options.adalora.init_r
     missing = [name for name in targets if name not in architecture.linear]
     if missing:
         if seen.model is None:  # else the check named "adapter" has inspected the layers themselves
@@ -209,14 +223,22 @@ def _setup(settings: Settings, seen: _Preflight, checks: list[PreflightResult]) 
         return None, basis
     return Setup(
         architecture=architecture,
-        rank=settings.lora.rank,
+        rank=2 * rank if options.decomposed else rank,
         targets=targets,
         quantization=settings.model.quantization,
         double_quantization=settings.model.double_quantization,
         value_bytes=memory_model.FP32 if settings.model.dtype == "fp32" else forecast.HALF_PRECISION,
         optimizer=settings.train.optimizer,
         recompute=settings.train.gradient_checkpointing is not False,
+        counted=seen.adapter.parameters if seen.adapter and options != PLAIN else None,
+        dora=options.use_dora,
+        bytes_beside=options.bytes_beside,
     ), basis
+
+
+def _adapter_options(settings: Settings) -> AdapterOptions:
+    """As a run has them, but for the number of steps: before the rows are counted nothing is known of it."""
+    return make_options(dict(settings.lora), settings.train.max_steps or MANY_STEPS)
 
 
 def _workload(settings: Settings, data: DataFacts | None) -> tuple[Workload | None, Basis]:
@@ -229,7 +251,8 @@ def _workload(settings: Settings, data: DataFacts | None) -> tuple[Workload | No
     if data is not None:
         lengths = [len(example.input_ids) for example in data.examples]
         targets = [sum(example.targets) for example in data.examples]
-        batches = {"seed": settings.run.seed, "global_batch_size": train.global_batch_size}
+        seed = settings.run.seed if settings.data.seed is None else settings.data.seed
+        batches = {"seed": seed, "global_batch_size": train.global_batch_size}
         counted = count(lengths, targets, steps=steps(len(lengths)), **batches)
         return counted, "assumed" if data.estimated else "computed"
     samples = known.DATASET_TOKENS.get(settings.data.source)

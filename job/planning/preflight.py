@@ -24,9 +24,10 @@ from job.data.dataset import load_examples, require_revision
 from job.data.hub_dataset import is_hub_id
 from job.errors import DataError, JobError, Problem, SettingsError, Unreachable
 from job.evaluation.tasks import check_lengths, check_tasks, count_questions, load_tasks
+from job.model.adapter_options import PLAIN, AdapterOptions, described
 from job.model.architecture import Architecture, read_config
 from job.model.base import inspect, load_tokenizer
-from job.model.lora import find_targets, linear_weights
+from job.model.lora import count_parameters, linear_weights, resolve_targets
 from job.planning.character_tokenizer import CharacterTokenizer
 from job.planning.known_models_and_data import CHARACTERS_PER_TOKEN, TaskTokens
 from job.records import Example
@@ -209,27 +210,50 @@ def preview_model(
     return "ok", where, ModelFacts(place, architecture, download)
 
 
+@dataclass(frozen=True)
+class AdapterFacts:
+    """Names of the layers that get an adapter, as they were found, and the number of its parameters."""
+
+    targets: tuple[str, ...]
+    parameters: int
+
+
 def preview_adapter(
-    model: ModelFacts | None, targets: Sequence[str] | None, *, quantization: str, max_length: int
-) -> Found[None]:
+    model: ModelFacts | None,
+    targets: Sequence[str] | str | None,
+    *,
+    quantization: str,
+    max_length: int,
+    rank: int = 1,
+    options: AdapterOptions = PLAIN,
+) -> Found[AdapterFacts]:
     """Builds the model without weights, as a run does first, to find what LoRA adapts and what would be quantized.
 
     Args:
         model: As `preview_model` found it.
         targets: `JOB_LORA__TARGET_MODULES`; None for those that are found.
+        rank: `JOB_LORA__RANK`.
+        options: What else the adapter is to be.
         quantization: `nf4` or `none`.
         max_length: Longest example in tokens.
     """
     if model is None:
         raise NotChecked("the model's files cannot be had")
-    _config, empty = inspect(model.folder, max_length=max_length, targets=targets)
-    names = ", ".join(sorted(find_targets(empty) if targets is None else targets))
+    _config, empty = inspect(model.folder, max_length=max_length, targets=targets, rank=rank, options=options)
+    found = tuple(sorted(resolve_targets(empty, targets)))
+    names = ", ".join(found)
     linear, all_ = (sum(p.numel() for p in part) for part in (linear_weights(empty), empty.parameters()))
+    facts = AdapterFacts(found, count_parameters(empty, rank=rank, target_modules=found, options=options))
     what = f"LoRA on {names}"
+    if options != PLAIN:
+        said = ", ".join(f"{name}={value}" for name, value in described(options).items() if name != "adalora")
+        what = f"{what}; {said}; {facts.parameters:,} parameters"
+    if options.not_fused:
+        what = f"{what}; on a GPU at less than half the speed, by PEFT's own layers: {options.not_fused}"
     if quantization == "none" or linear >= MOSTLY * all_:
-        return "ok", what, None
+        return "ok", what, facts
     stays = "the rest, such as embeddings and experts that are one tensor, stays in 16 bit"
-    return "note", f"{what}; {linear:,} of {all_:,} weights can be held as {quantization}, {stays}", None
+    return "note", f"{what}; {linear:,} of {all_:,} weights can be held as {quantization}, {stays}", facts
 
 
 def _config(place: Path, source: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from job.common.formatting import count
 from job.data.licences import LICENCES
 from job.data.schemas import PROMPTS
 from job.report import wording
@@ -45,6 +46,10 @@ def render_model_card(results: Mapping[str, Any]) -> bytes:
         name=name,
         revision=revision,
         known=known,
+        adapter_options=_adapter_options(settings),
+        warmup=count(settings["train.warmup_steps"], "step")
+        if settings.get("train.warmup_ratio") is None
+        else f"{100 * settings['train.warmup_ratio']:g} % of the steps",
         auto="AutoModelForImageTextToText" if model["architecture"].endswith(_SEES) else "AutoModelForCausalLM",
         source=dataset["source"] if dataset["revision"] or "://" in dataset["source"] else _short(dataset["source"]),
         dtype={"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[model["dtype"]],
@@ -78,6 +83,14 @@ def public_base(place: str, revision: str | None, name: str | None) -> tuple[str
     if cached := _CACHED.search(place):
         return cached[1].replace("--", "/", 1), cached[2]
     return _short(place).strip(".") or "base", None
+
+
+def _adapter_options(settings: Mapping[str, Any]) -> list[str]:
+    """What of the adapter is not plain LoRA, by the names of the settings; older manifests have none of them."""
+    names = ("kind", "init", "use_rslora", "use_dora", "layers", "rank_pattern", "alpha_pattern")
+    plain = {"kind": "lora", "init": "default"}
+    given = {name: settings.get(f"lora.{name}") for name in names}
+    return [f"{name} {value}" for name, value in given.items() if value and value != plain.get(name)]
 
 
 def _metadata(

@@ -33,7 +33,7 @@ from job.runs.lease import fenced, take
 from job.runs.run_log import QUESTIONS, IdleLimit, how_far, idle_attempts, read_logged
 from job.runs.run_settings import compare_settings
 from job.runs.stage_records import fingerprint
-from job.storage.base import MAX_READ_BYTES, current_tag, delete_in_turn, write_in_turn
+from job.storage.base import current_tag, delete_in_turn, upload_in_turn, write_in_turn
 from job.storage.open import ObjectStore
 from job.storage.verified_download import fetch_artifact
 
@@ -244,14 +244,7 @@ class Attempt:
             Replaced: Another attempt took the run over.
             Unreachable, AccessDenied: As the store says.
         """
-        # Attempts may publish different bytes, such as measured times. One that was suspended must not replace
-        # its successor's file: the write is conditional. Uploads of larger files have no condition; these are weights,
-        # which are the same in all attempts on one kind of machine.
-        sizes = {info.bytes for info in self.store.list(key) if info.key == key} | {path.stat().st_size}
-        if max(sizes) > MAX_READ_BYTES:
-            self.store.upload(path, key)
-        else:
-            write_in_turn(self.store, key, path.read_bytes(), current_tag(self.store, key))
+        upload_in_turn(self.store, path, key)
         return Artifact(key, path.stat().st_size, hash_file(path), facts_sha256)
 
     def fetch(self, artifact: Artifact) -> Path:

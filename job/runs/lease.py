@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 from threading import Lock
 from uuid import uuid4
 
@@ -279,6 +280,12 @@ class _FencedStore(ForwardingStore):
         if self._lease is not None and not self._lease.conditional:
             return super().write(key, data)
         return super().write(key, data, if_absent=if_absent, if_tag=if_tag)
+
+    def upload(self, path: Path, key: str, *, if_absent: bool = False, if_tag: str | None = None) -> None:
+        """See `ObjectStore.upload`; conditions as in `write`."""
+        if self._lease is not None and not self._lease.conditional:
+            return super().upload(path, key)
+        return super().upload(path, key, if_absent=if_absent, if_tag=if_tag)
 
     def delete(self, key: str, *, if_tag: str | None = None) -> None:
         """See `ObjectStore.delete`; conditions as in `write`."""

@@ -7,6 +7,7 @@ the value: a secret that was put into the wrong variable must not get into logs 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -24,6 +25,8 @@ _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?|\[[0-9A-Fa-f:.]{2,45}\]")
 _COUNT = re.compile(r"[1-9][0-9]{0,8}", re.ASCII)
 _PORT = re.compile(r"[1-9][0-9]{0,4}", re.ASCII)
+_MANY_PASSES = 1e6
+_RANGE = re.compile(r"([0-9]{1,4})(?:-([0-9]{1,4}))?", re.ASCII)
 _DEPTH = 2  # group and name; what lies deeper is an item of a value
 _ARCHIVES = {"GLACIER", "DEEP_ARCHIVE"}
 
@@ -61,6 +64,17 @@ def _no_flag(value: object) -> object:
     return value
 
 
+def _passes(value: object) -> object:
+    """A whole number stays an `int`, so that it is written as it was given."""
+    try:
+        number = float(str(value))
+    except ValueError:
+        number = math.nan
+    if isinstance(value, bool) or not 0 < number < _MANY_PASSES:
+        raise ValueError("must be a number of passes over the data greater than 0, such as 2 or 0.5")
+    return int(number) if number.is_integer() else number
+
+
 def _count_or_auto(value: object) -> object:
     text = "" if isinstance(value, bool) else str(value).strip().lower()
     if text == "auto":
@@ -95,6 +109,37 @@ def _unique(values: tuple[str, ...]) -> tuple[str, ...]:
     if len(set(values)) < len(values):
         raise ValueError("has the same name twice; remove one")
     return values
+
+
+def _layers(value: object) -> object:
+    """`0-15,20` -> each number, ascending; a list stays what it is."""
+    if not isinstance(value, str) or value.lstrip().startswith("["):
+        return _items(value)
+    numbers: list[int] = []
+    for part in value.split(","):
+        found = _RANGE.fullmatch(part.strip())
+        if found is None:
+            raise ValueError("must be numbers and ranges with commas between them, such as 0-15,20")
+        first, last = int(found[1]), int(found[2] or found[1])
+        if last < first:
+            raise ValueError("has a range that ends before it begins; turn it round")
+        numbers += range(first, last + 1)
+    return numbers
+
+
+def _ascending(values: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError("has the same number twice; remove one")
+    return tuple(sorted(values))
+
+
+def _expressions(pattern: Mapping[str, int]) -> Mapping[str, int]:
+    for key in pattern:
+        try:
+            re.compile(key)
+        except re.error as error:
+            raise ValueError(f"has a name that is no regular expression: {error}") from None
+    return pattern
 
 
 def _pairs(value: object) -> object:
@@ -206,7 +251,9 @@ FlagOrAuto = Annotated[bool | Literal["auto"], BeforeValidator(_flag_or_auto)]
 Whole = Annotated[int, BeforeValidator(_no_flag), Field(ge=0, lt=2**32)]
 Count = Annotated[int, BeforeValidator(_no_flag), Field(gt=0, lt=2**32)]
 CountOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_count_or_auto)]
+Passes = Annotated[int | float, BeforeValidator(_passes), Field(gt=0)]
 Real = Annotated[float, BeforeValidator(_no_flag)]
+Share = Annotated[Real, Field(ge=0, le=1)]
 Positive = Annotated[Real, Field(gt=0)]
 NotNegative = Annotated[Real, Field(ge=0)]
 Seconds = Annotated[Real, Field(gt=0, le=30 * 86400)]
@@ -225,6 +272,8 @@ StorageClass = Annotated[Text, AfterValidator(_readable_class)]
 Names = Annotated[tuple[Text, ...], BeforeValidator(_items), Field(min_length=1), AfterValidator(_unique)]
 FieldNames = Annotated[Mapping[Text, Text], BeforeValidator(_pairs)]
 JsonObject = Annotated[Mapping[Text, Any], BeforeValidator(_json_object)]
+Layers = Annotated[tuple[Whole, ...], BeforeValidator(_layers), Field(min_length=1), AfterValidator(_ascending)]
+Pattern = Annotated[Mapping[Text, Count], BeforeValidator(_pairs), AfterValidator(_expressions)]
 Locations = Annotated[Mapping[Text, Location], BeforeValidator(_pairs)]
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from job.common.methods import METHODS, MethodName, methods_for
+from job.common.schedulers import SCHEDULERS
 from job.common.source_list import is_single, parse_sources
 from job.distributed.ranks import Place, find_faults, find_machines, find_place
 from job.errors import Problem, SettingsError, environment_name
@@ -25,7 +26,7 @@ from job.platforms.sagemaker import copied_folder
 from job.settings.field_types import explain, new_run_id
 from job.settings.markers import RevisionOf, find_markers
 from job.settings.presets import PRESETS
-from job.settings.schema import NAMES, READING, Options, Settings
+from job.settings.schema import NAMES, READING, Lora, Options, Settings
 from job.settings.sources import Request, nested, same, setting_at
 from job.storage.location import is_remote
 
@@ -77,6 +78,8 @@ def load_settings(arguments: Sequence[str] = (), environ: Mapping[str, str] | No
         *_tasks(settings),
         *_gate(settings),
         *_sources(settings),
+        *_schedule(settings),
+        *_adapter(settings),
         *_method(settings),
     ]
     problems += [Problem(setting_at(name, settings.sources[name]), what) for name, what in faults if name not in wrong]
@@ -321,12 +324,51 @@ def _gate(settings: Settings) -> Iterator[Fault]:
         yield "gate.min_delta", "allows a larger loss than JOB_GATE__MAX_REGRESSION; raise it, or remove one of the two"
 
 
+def _schedule(settings: Settings) -> Iterator[Fault]:
+    train = settings.train
+    if train.min_lr_ratio and not SCHEDULERS[train.scheduler].has_minimum:
+        having = " or ".join(name for name, spec in SCHEDULERS.items() if spec.has_minimum)
+        yield "train.min_lr_ratio", f"has no effect with JOB_TRAIN__SCHEDULER={train.scheduler}; take {having}"
+    if train.scheduler != "warmup_stable_decay" and settings.sources["train.decay_ratio"] != "default":
+        yield "train.decay_ratio", "has an effect with JOB_TRAIN__SCHEDULER=warmup_stable_decay only"
+    if train.scheduler == "warmup_stable_decay" and (train.warmup_ratio or 0) + train.decay_ratio > 1:
+        yield "train.decay_ratio", "and JOB_TRAIN__WARMUP_RATIO are more than all steps together; lower one"
+    if train.warmup_ratio is not None and settings.sources["train.warmup_steps"] != "default":
+        yield "train.warmup_ratio", "is given beside JOB_TRAIN__WARMUP_STEPS; keep one of the two"
+
+
+def _adapter(settings: Settings) -> Iterator[Fault]:
+    lora = settings.lora
+    if lora.kind == "adalora":
+        others = ("init", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+        plain = Lora()
+        for name in (name for name in others if getattr(lora, name) != getattr(plain, name)):
+            yield f"lora.{name}", "is not for JOB_LORA__KIND=adalora; drop one of the two"
+        if lora.init_rank is not None and lora.init_rank <= lora.rank:
+            yield "lora.init_rank", f"must be more than JOB_LORA__RANK, {lora.rank}, the rank at the end"
+        return
+    for name in ("init_rank", "tinit", "tfinal", "delta_t", "orth_reg_weight"):
+        if settings.sources[f"lora.{name}"] != "default":
+            yield f"lora.{name}", "has an effect with JOB_LORA__KIND=adalora only"
+    if lora.init == "orthogonal" and settings.model.quantization != "none":
+        yield "lora.init", "orthogonal needs a base in floating point; set JOB_MODEL__QUANTIZATION=none or take another"
+    if lora.init.startswith(("pissa", "olora")):
+        conflicts = {
+            "lora.use_rslora": lora.use_rslora,
+            "lora.use_dora": lora.use_dora,
+            "lora.dropout": lora.dropout,
+        }
+        for name in (name for name, value in conflicts.items() if value):
+            yield name, f"is not for JOB_LORA__INIT={lora.init}; drop one of the two"
+
+
 _ONLY_FOR: dict[str, tuple[MethodName, ...]] = {
     "train.beta": ("dpo", "kto", "orpo"),
     "train.preference_loss": ("dpo",),
     "train.label_smoothing": ("dpo",),
     "train.desirable_weight": ("kto",),
     "train.undesirable_weight": ("kto",),
+    "train.neftune_noise_alpha": ("sft",),
 }
 """Settings of some methods only."""
 

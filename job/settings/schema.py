@@ -27,6 +27,7 @@ from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSett
 
 from job.common.methods import MethodName
 from job.common.optimizers import OptimizerName
+from job.common.schedulers import SchedulerName
 from job.settings.field_types import (
     Count,
     CountOrAuto,
@@ -39,17 +40,21 @@ from job.settings.field_types import (
     FlagOrAuto,
     HostPort,
     JsonObject,
+    Layers,
     LocalPath,
     Location,
     Locations,
     Maybe,
     Names,
     NotNegative,
+    Passes,
+    Pattern,
     Positive,
     PublicName,
     Real,
     RunId,
     Seconds,
+    Share,
     StorageClass,
     Text,
     Whole,
@@ -159,9 +164,37 @@ class Lora(Group):
     """Scale: the update is multiplied by alpha / rank."""
     dropout: AffectsResult[Annotated[NotNegative, Field(lt=1)]] = 0.0
     """Dropout on the adapter's input. Anything but 0 needs the slower layers of PEFT."""
-    target_modules: AffectsResult[Literal["auto"] | Names] = "auto"
-    """Names of the linear layers that get an adapter. `auto`: all linear layers but the output head; in models like
-    Llama and Mistral the seven projections of each decoder layer."""
+    target_modules: AffectsResult[Literal["auto", "all-linear", "attention", "mlp"] | Names] = "auto"
+    """Names of the linear layers that get an adapter. `auto` or `all-linear`: all linear layers but the output head; in
+    models like Llama and Mistral the seven projections of each decoder layer. `attention`, `mlp`: those within
+    modules of this kind."""
+    layers: AffectsResult[Maybe[Layers]] = None
+    """Numbers of the decoder's layers that get an adapter, from 0, such as `0-15,20`; empty for all."""
+    rank_pattern: AffectsResult[Pattern] = Field(default_factory=dict)
+    """Other ranks for some modules, `name=8,name2=16` or JSON: PEFT's regular expressions, for the end of the name."""
+    alpha_pattern: AffectsResult[Pattern] = Field(default_factory=dict)
+    """The same for alpha."""
+    use_rslora: AffectsResult[Flag] = False
+    """Rank-stabilized LoRA: the update is multiplied by alpha / sqrt(rank)."""
+    use_dora: AffectsResult[Flag] = False
+    """DoRA: the magnitude of each output's weights is trained, too. PEFT's own layers train it, which is slower."""
+    init: AffectsResult[Literal["default", "gaussian", "orthogonal", "pissa", "pissa_niter_16", "olora"]] = "default"
+    """First values of the adapter, by PEFT's names. `pissa` (with `niter`: by a fast approximation) and `olora` begin
+    with a part of the base's weights; the base stays as it is, and the adapter is published with twice the rank."""
+    seed: AffectsResult[Maybe[Whole]] = None
+    """Seed of the first values; empty: JOB_RUN__SEED."""
+    kind: AffectsResult[Literal["lora", "adalora"]] = "lora"
+    """`adalora` moves ranks to where they matter, down to JOB_LORA__RANK on average; PEFT's own layers train it."""
+    init_rank: AffectsResult[Maybe[Count]] = None
+    """AdaLoRA's rank at the beginning; empty: one and a half times JOB_LORA__RANK."""
+    tinit: AffectsResult[Whole] = 0
+    """AdaLoRA's first optimizer steps, in which no rank is taken away."""
+    tfinal: AffectsResult[Whole] = 0
+    """AdaLoRA's last optimizer steps, in which no rank is taken away any more."""
+    delta_t: AffectsResult[Count] = 1
+    """AdaLoRA takes ranks away every so many steps."""
+    orth_reg_weight: AffectsResult[NotNegative] = 0.5
+    """Weight of AdaLoRA's penalty on matrices that are not orthogonal; the loss in the metrics is without it."""
 
 
 class Data(Group):
@@ -189,6 +222,8 @@ class Data(Group):
     on_long_row: AffectsResult[Literal["error", "skip", "truncate", "split"]] = "error"
     """What to do with rows of more than JOB_TRAIN__MAX_LENGTH tokens: treat them as invalid (JOB_DATA__ON_BAD_ROW),
     leave them out, cut off their end, or split them into several examples (plain text only). All are counted."""
+    seed: AffectsResult[Maybe[Whole]] = None
+    """Seed of the order of the examples; empty: JOB_RUN__SEED."""
     date: AffectsResult[Maybe[Day]] = None
     """Today's date for chat templates that write it into the prompt, YYYY-MM-DD; empty: the day (UTC) on which the run
     began."""
@@ -215,20 +250,29 @@ class Train(Group):
     """Weight of good answers in the loss of kto."""
     undesirable_weight: AffectsResult[Positive] = 1.0
     """Weight of bad answers in the loss of kto."""
-    epochs: AffectsResult[Count] = 2
-    """Number of passes over the training data."""
+    epochs: AffectsResult[Passes] = 2
+    """Number of passes over the training data; 0.5 is half of its optimizer steps."""
     max_steps: AffectsResult[Maybe[Count]] = None
     """Maximum number of optimizer steps; empty: as many as the epochs have."""
     learning_rate: AffectsResult[NotNegative] = 2e-4
     """Peak learning rate. With 0 nothing is trained, which shows what the evaluation measures without training."""
-    scheduler: AffectsResult[Literal["linear", "cosine", "constant"]] = "linear"
+    scheduler: AffectsResult[SchedulerName] = "linear"
     """Schedule of the learning rate after the warmup."""
     warmup_steps: AffectsResult[Whole] = 5
     """Steps in which the learning rate rises to its peak."""
+    warmup_ratio: AffectsResult[Maybe[Share]] = None
+    """The same as a share of all steps, rounded up; if given, it takes the place of JOB_TRAIN__WARMUP_STEPS."""
+    min_lr_ratio: AffectsResult[Share] = 0.0
+    """Learning rate at the end, as a share of its peak; for the schedulers `cosine` and `warmup_stable_decay`."""
+    decay_ratio: AffectsResult[Share] = 0.1
+    """Share of all steps in which `warmup_stable_decay` lowers the learning rate, along a cosine, at the end."""
     weight_decay: AffectsResult[NotNegative] = 0.0
-    """Weight decay of AdamW (decoupled)."""
-    max_grad_norm: AffectsResult[Positive] = 1.0
-    """Norm to which the gradient of a step is clipped."""
+    """Weight decay (decoupled)."""
+    max_grad_norm: AffectsResult[NotNegative] = 1.0
+    """Norm to which the gradient of a step is clipped; 0: it is not clipped."""
+    neftune_noise_alpha: AffectsResult[NotNegative] = 0.0
+    """NEFTune: uniform noise on the embeddings in training, up to this over the square root of tokens times width;
+    the paper has 5 to 15. 0: none."""
     global_batch_size: AffectsResult[Count] = 32
     """Examples in one optimizer step, over all GPUs."""
     micro_batch_tokens: ExecutionOnly[Maybe[Count]] = None

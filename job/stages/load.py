@@ -9,6 +9,7 @@ from job import log
 from job.common.malloc import keep_freed_memory
 from job.distributed.processes import ALONE, Processes
 from job.errors import Problem, SettingsError
+from job.model.adapter_options import make_options
 from job.model.base import PLAIN, choose_device, choose_dtype, describe_model, load_base, make_deterministic
 from job.model.lora import add_adapter, find_published_names
 from job.model.packed_attention import NAME, use
@@ -18,6 +19,7 @@ from job.model.quantized_cache.layout import cached_base
 from job.records import Packing
 from job.settings.load import Settings
 from job.stages.handoff import Loaded, Sources
+from job.training.config import total_steps
 from job.training.lm_head_loss import losses_of
 from job.training.prepare import limit_memory, prepare, token_budget
 
@@ -37,7 +39,9 @@ def load(settings: Settings, sources: Sources, processes: Processes = ALONE, dec
     if device.type == "cuda":
         make_deterministic()
         limit_memory(settings.train.gpu_memory_gb)
-    targets = None if settings.lora.target_modules == "auto" else settings.lora.target_modules
+    lora, train = settings.lora, settings.train
+    steps = total_steps(len(sources.examples), train.global_batch_size, train.epochs, train.max_steps)
+    options = make_options(dict(lora), steps)
     base = load_base(
         sources.folder,
         quantization=settings.model.quantization,
@@ -46,7 +50,9 @@ def load(settings: Settings, sources: Sources, processes: Processes = ALONE, dec
         device=device,
         max_length=settings.train.max_length,
         quantized=sources.quantized,
-        targets=targets,
+        targets=lora.target_modules,
+        rank=lora.rank,
+        options=options,
     )
     if device.type == "cpu":
         keep_freed_memory()  # only after loading, whose temporary memory returns to the system
@@ -56,11 +62,12 @@ def load(settings: Settings, sources: Sources, processes: Processes = ALONE, dec
         kept_base = save(base, sources.folder, sources.cache_entry)
     model = add_adapter(
         base,
-        rank=settings.lora.rank,
-        alpha=settings.lora.alpha,
-        dropout=settings.lora.dropout,
-        target_modules=targets,
-        seed=settings.run.seed,
+        rank=lora.rank,
+        alpha=lora.alpha,
+        dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        seed=settings.run.seed if lora.seed is None else lora.seed,
+        options=options,
     )
     names = find_published_names(model, sources.folder, quantized=sources.quantized)
     record = describe_model(
@@ -87,6 +94,8 @@ def load(settings: Settings, sources: Sources, processes: Processes = ALONE, dec
         recompute=settings.train.gradient_checkpointing,
         gigabytes=settings.train.gpu_memory_gb,
         processes=processes.place.local_world_size,
+        random=train.neftune_noise_alpha > 0,
+        slow=options.not_fused,
     )
     if settings.train.method != "sft" and plan.recorded:
         plan = replace(plan, recorded=False, reason=f"{plan.reason}; no CUDA graphs for {settings.train.method}")

@@ -26,6 +26,7 @@ from job.data.formats import find_file
 from job.data.hub_dataset import check_hub_dataset
 from job.errors import DataError, JobError, Preempted, Problem
 from job.evaluation.tasks import Tasks, check_lengths, load_tasks
+from job.model.adapter_options import MANY_STEPS, make_options
 from job.model.base import choose_device, choose_dtype, inspect, load_tokenizer
 from job.model.files import fingerprint
 from job.model.lora import tokenizer_files
@@ -234,13 +235,19 @@ def _early_files(attempt: Attempt, early: Future[tuple[Path, bool]], coming: Fut
 
 
 def _check_model(folder: Path, settings: Settings) -> None:
-    """Refuses what is wrong without the weights: an unusable configuration, lengths, and target modules.
+    """Refuses what is wrong without the weights: an unusable configuration, lengths, and an impossible adapter.
 
     Raises:
         DataError, SettingsError: The same errors that loading the model would raise.
     """
-    named = settings.lora.target_modules
-    inspect(folder, max_length=settings.train.max_length, targets=None if named == "auto" else named)
+    lora = settings.lora
+    inspect(
+        folder,
+        max_length=settings.train.max_length,
+        targets=lora.target_modules,
+        rank=lora.rank,
+        options=make_options(dict(lora), settings.train.max_steps or MANY_STEPS),
+    )
 
 
 def _read_rows(

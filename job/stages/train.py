@@ -19,12 +19,14 @@ from job.common.hashing import hash_facts
 from job.common.methods import METHODS
 from job.common.optimizers import substitute
 from job.common.resources import check_disk, checkpoint_bytes, required_bytes
+from job.common.schedulers import make_schedule
 from job.data.batch_plan import steps_per_epoch
 from job.errors import Preempted, Unreachable
 from job.model.lora import copy_tokenizer, save_adapter, trainable
 from job.preemption.stop_flag import Stopwatch, decide
-from job.records import Artifact, StepMetrics, Trained, TrainingRecord
+from job.records import AdapterRecord, Artifact, StepMetrics, Trained, TrainingRecord
 from job.report.model_card import public_base
+from job.results.adapter_facts import CONFIG, WEIGHTS, adapter_facts
 from job.results.training_totals import training_totals
 from job.runs.attempt import Attempt
 from job.runs.layout import ARTIFACTS
@@ -116,6 +118,9 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
         rows=len(sources.examples),
         world_size=processes.place.world_size,
         compared_with="base" if reference else None,
+        adapter=AdapterRecord(
+            init=settings.lora.init, **adapter_facts(folder / "adapter" / CONFIG, folder / "adapter" / WEIGHTS)
+        ),
     )
     return Trained(record, [*artifacts, *reference])
 
@@ -148,18 +153,29 @@ def _restore(attempt: Attempt) -> manager.Restored:
 
 def _recipe(settings: Settings, rows: int, micro_batch_tokens: int, optimizer: str) -> Recipe:
     t = settings.train
+    schedule = make_schedule(
+        total_steps(rows, t.global_batch_size, t.epochs, t.max_steps),
+        warmup_steps=t.warmup_steps,
+        warmup_ratio=t.warmup_ratio,
+        min_lr_ratio=t.min_lr_ratio,
+        decay_ratio=t.decay_ratio,
+    )
     return Recipe(
         seed=settings.run.seed,
-        total_steps=total_steps(rows, t.global_batch_size, t.epochs, t.max_steps),
+        total_steps=schedule.total_steps,
         learning_rate=t.learning_rate,
         scheduler=t.scheduler,
-        warmup_steps=t.warmup_steps,
+        warmup_steps=schedule.warmup_steps,
         weight_decay=t.weight_decay,
         max_grad_norm=t.max_grad_norm,
         global_batch_size=t.global_batch_size,
         micro_batch_tokens=micro_batch_tokens,
         optimizer=optimizer,
         save_every_steps=settings.checkpoint.every_steps,
+        data_seed=settings.data.seed,
+        min_lr_ratio=schedule.min_lr_ratio,
+        decay_steps=schedule.decay_steps,
+        neftune_noise_alpha=t.neftune_noise_alpha,
         preference=None
         if t.method == "sft"
         else Preference(
@@ -226,6 +242,7 @@ def _training_record(
     rows: int,
     world_size: int,
     compared_with: str | None,
+    adapter: AdapterRecord,
 ) -> TrainingRecord:
     return TrainingRecord(
         **training_totals(trained.history, steps_per_epoch(rows, recipe.global_batch_size), recipe.global_batch_size),
@@ -237,4 +254,5 @@ def _training_record(
         method="sft" if recipe.preference is None else recipe.preference.method,
         beta=None if recipe.preference is None else recipe.preference.beta,
         reference=compared_with,
+        adapter=adapter,
     )

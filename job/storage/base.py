@@ -7,7 +7,8 @@ A store holds objects under keys (see `check_key`). All verbs may be called from
     write(key)      replaces the whole object, durably; returns its new tag. With `if_absent` or `if_tag` only if that
                     condition holds at the moment of writing.
                     Conflict: the condition does not hold. NotSupported: the store has no conditional writes.
-    upload(key)     like `write`, from a file of any size. Readers see either the old object or the new one.
+    upload(key)     like `write`, from a file of any size; with a condition of up to `MAX_READ_BYTES`. Readers see
+                    either the old object or the new one.
                     NotSupported: the server refuses a kind of request that this needs.
     download(key)   into a file, which appears whole and durable, or not at all.
                     FileNotFoundError: there is no such object. TooLarge: it has more than `max_bytes`.
@@ -111,8 +112,8 @@ class ObjectStore(Protocol):
         that is how a writer tells its own success from another's.
         """
 
-    def upload(self, path: Path, key: str) -> None:
-        """Writes an object of any size from a file."""
+    def upload(self, path: Path, key: str, *, if_absent: bool = False, if_tag: str | None = None) -> None:
+        """Writes an object of any size from a file. Raises `Conflict`, `NotSupported`."""
 
     def download(self, key: str, path: Path, *, max_bytes: int | None = None) -> None:
         """Reads an object of any size into a file. Raises `FileNotFoundError`, `TooLarge`."""
@@ -155,10 +156,10 @@ class ForwardingStore:
         with self.around("write", key):
             return self._store.write(key, data, if_absent=if_absent, if_tag=if_tag)
 
-    def upload(self, path: Path, key: str) -> None:
+    def upload(self, path: Path, key: str, *, if_absent: bool = False, if_tag: str | None = None) -> None:
         """See `ObjectStore.upload`."""
         with self.around("upload", key):
-            self._store.upload(path, key)
+            self._store.upload(path, key, if_absent=if_absent, if_tag=if_tag)
 
     def download(self, key: str, path: Path, *, max_bytes: int | None = None) -> None:
         """See `ObjectStore.download`."""
@@ -272,6 +273,28 @@ def write_in_turn(store: ObjectStore, key: str, data: bytes, tag: str | None) ->
             return store.write(key, data, if_absent=tag is None, if_tag=tag)
         except Conflict:
             tag = current_tag(store, key)
+    raise Unreachable(f"{store.uri}/{key} was changed by somebody else {_TRIES} times in a row")
+
+
+def upload_in_turn(store: ObjectStore, path: Path, key: str) -> None:
+    """Uploads a file on condition that the object's tag has not changed since it was read; see `write_in_turn`.
+
+    Attempts may publish different bytes, such as measured times, and one that was suspended must not replace its
+    successor's file. Files of more than `MAX_READ_BYTES` are uploaded without a condition; these are weights, which are
+    the same in all attempts on one kind of machine.
+
+    Raises:
+        Unreachable: The object is changed again and again. Other errors of the store, such as `Replaced`, pass.
+    """
+    sizes = [info.bytes for info in store.list(key) if info.key == key]
+    if max(*sizes, path.stat().st_size, 0) > MAX_READ_BYTES:
+        store.upload(path, key)
+        return
+    for _ in range(_TRIES):
+        tag = current_tag(store, key)
+        with suppress(Conflict):
+            store.upload(path, key, if_absent=tag is None, if_tag=tag)
+            return
     raise Unreachable(f"{store.uri}/{key} was changed by somebody else {_TRIES} times in a row")
 
 

@@ -95,14 +95,14 @@ class LocalStore:
             self._put(key, stage, if_absent=if_absent, if_tag=if_tag)
         return _tag(data)
 
-    def upload(self, path: Path, key: str) -> None:
+    def upload(self, path: Path, key: str, *, if_absent: bool = False, if_tag: str | None = None) -> None:
         """See `ObjectStore.upload`."""
 
         def stage(staged: Path) -> None:
             shutil.copyfile(path, staged)
 
         with disk_errors(f"{self.uri}: cannot write {key}"):
-            self._put(key, stage)
+            self._put(key, stage, if_absent=if_absent, if_tag=if_tag)
 
     def _put(
         self, key: str, stage: Callable[[Path], None], *, if_absent: bool = False, if_tag: str | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from http import HTTPStatus
 from pathlib import Path
@@ -57,6 +57,10 @@ _PAUSES = (0.1, 0.3, 1.0, 3.0)
 _MAX_BODY_ATTEMPTS = 5
 
 
+class _OtherSize(Exception):
+    """An object has another size than an answer said: it was changed, or the answer was cut within the number."""
+
+
 class S3Store:
     """An `ObjectStore` below `prefix` in `bucket`, through a client of `s3_client.connect`."""
 
@@ -90,12 +94,17 @@ class S3Store:
 
     def write(self, key: str, data: bytes, *, if_absent: bool = False, if_tag: str | None = None) -> str:
         """See `ObjectStore.write`."""
+        return self._write(key, data, self._write_options, if_absent=if_absent, if_tag=if_tag)
+
+    def _write(
+        self, key: str, data: bytes, options: Mapping[str, str], *, if_absent: bool = False, if_tag: str | None = None
+    ) -> str:
         condition = {"IfNoneMatch": "*"} if if_absent else {} if if_tag is None else {"IfMatch": if_tag}
         repeated = False
         with self._asking("write", check_key(key)):
             for pause in (*_PAUSES, None):
                 try:
-                    return self._put(key, data, condition)
+                    return self._put(key, data, {**options, **condition})
                 except ClientError as error:
                     absent = if_tag is not None and is_missing(error) and self._is_unlisted(key)
                     if not condition or not (absent or _refused(error, if_tag)):
@@ -112,8 +121,13 @@ class S3Store:
                     return stored.tag
         raise Conflict(f"{self.uri}/{key} was written by somebody else")
 
-    def upload(self, path: Path, key: str) -> None:
+    def upload(self, path: Path, key: str, *, if_absent: bool = False, if_tag: str | None = None) -> None:
         """See `ObjectStore.upload`."""
+        if if_absent or if_tag is not None:  # the transfer manager knows no conditions
+            with disk_errors(f"{self.uri}/{key}: cannot read {path}"):
+                data = path.read_bytes()
+            self._write(key, data, self._file_options, if_absent=if_absent, if_tag=if_tag)
+            return
         threads = path.stat().st_size > _ONE_CONNECTION_BYTES
         with disk_errors(f"{self.uri}/{key}: cannot read {path}"), self._asking("write", check_key(key)):
             try:
@@ -130,24 +144,38 @@ class S3Store:
     def download(self, key: str, path: Path, *, max_bytes: int | None = None) -> None:
         """See `ObjectStore.download`."""
         with disk_errors(f"{self.uri}/{key}: cannot write {path}"), self._asking("read", check_key(key)):
-            size = self._size(key)
-            if size is None:
-                raise FileNotFoundError(errno.ENOENT, "no such object", f"{self.uri}/{key}")
-            byte_limit(f"{self.uri}/{key}", max_bytes)(size)
-            with atomic_write(path) as temporary:
-                if size == 0:  # the transfer manager would ask for a range of it
-                    temporary.touch()
-                else:
-                    self._client.download_file(
-                        self._bucket,
-                        self._root + key,
-                        str(temporary),
-                        ExtraArgs=self._options,
-                        Callback=byte_limit(f"{self.uri}/{key}", max_bytes),
-                        Config=self._transfer(threads=size > _ONE_CONNECTION_BYTES),
-                    )
-                if temporary.stat().st_size != size:
-                    raise Unreachable(f"{self.uri}/{key}: changed while it was read")
+            for pause in (*_PAUSES[:2], None):
+                size = self._size(key)
+                if size is None:
+                    raise FileNotFoundError(errno.ENOENT, "no such object", f"{self.uri}/{key}")
+                byte_limit(f"{self.uri}/{key}", max_bytes)(size)
+                with suppress(_OtherSize), atomic_write(path) as temporary:
+                    self._fetch(key, temporary, size, max_bytes)
+                    return
+                if pause is not None:
+                    time.sleep(pause)
+            raise Unreachable(f"{self.uri}/{key}: changed while it was read")
+
+    def _fetch(self, key: str, path: Path, size: int, max_bytes: int | None) -> None:
+        """Reads an object into a file.
+
+        Raises:
+            _OtherSize: It has not `size` bytes.
+        """
+        if size > MAX_READ_BYTES:
+            self._client.download_file(
+                self._bucket,
+                self._root + key,
+                str(path),
+                ExtraArgs=self._options,
+                Callback=byte_limit(f"{self.uri}/{key}", max_bytes),
+                Config=self._transfer(threads=size > _ONE_CONNECTION_BYTES),
+            )
+        else:  # the transfer manager would ask for a range of its own length, which some servers refuse if it is larger
+            found = self._read(key, MAX_READ_BYTES if max_bytes is None else max_bytes)
+            path.write_bytes(b"" if found is None else found[0])
+        if path.stat().st_size != size:
+            raise _OtherSize
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """See `ObjectStore.list`. Keys that end in `/` are the console's folders, not objects."""
@@ -236,10 +264,11 @@ class S3Store:
                     while chunk := body.read(_CHUNK_BYTES):
                         allowed(len(chunk))
                         data += chunk
-                if "ETag" in answer:
+                if "ETag" in answer and _says_its_length(answer):
                     return bytes(data), answer["ETag"]
                 if attempt == self._body_attempts:
-                    raise Unreachable(f"{self.uri}/{key}: the answer is not that of an S3 server: it has no ETag")
+                    what = "the answer is not that of an S3 server: it has no ETag or no Content-Length"
+                    raise Unreachable(f"{self.uri}/{key}: {what}")
             except TRUNCATED:
                 if attempt == self._body_attempts:
                     raise
@@ -276,9 +305,8 @@ class S3Store:
                 raise
             return self._get(key)
 
-    def _put(self, key: str, data: bytes, condition: dict[str, str]) -> str:
-        name = self._root + key
-        answer = self._client.put_object(Bucket=self._bucket, Key=name, Body=data, **self._write_options, **condition)
+    def _put(self, key: str, data: bytes, options: Mapping[str, str]) -> str:
+        answer = self._client.put_object(Bucket=self._bucket, Key=self._root + key, Body=data, **options)
         if "ETag" in answer:
             return str(answer["ETag"])
         # Whatever the answer was, the present content shows whether the write took place.
@@ -300,6 +328,12 @@ class S3Store:
             io_chunksize=_CHUNK_BYTES,
             preferred_transfer_client="classic",
         )
+
+
+def _says_its_length(answer: Mapping[str, Any]) -> bool:
+    """Whether an answer that was cut would be noticed: one that ended within its headers looks like an empty object."""
+    headers = answer["ResponseMetadata"]["HTTPHeaders"]
+    return "content-length" in headers or "chunked" in headers.get("transfer-encoding", "")
 
 
 def _refused(error: ClientError, if_tag: str | None) -> bool:

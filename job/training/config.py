@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 
 from job.common.methods import MethodName
@@ -30,7 +31,8 @@ class Recipe:
 
     `total_steps` covers all epochs. `micro_batch_tokens` is the initial token budget: it affects the result only by
     rounding. How the work is carried out is in `records.ExecutionPlan`. `optimizer` is a key of
-    `common.optimizers.OPTIMIZERS`.
+    `common.optimizers.OPTIMIZERS`, `scheduler` one of `common.schedulers.SCHEDULERS`. A `max_grad_norm` of 0 clips
+    nothing.
     """
 
     seed: int
@@ -44,6 +46,12 @@ class Recipe:
     micro_batch_tokens: int
     optimizer: str
     save_every_steps: int
+    data_seed: int | None = None
+    """Of the order of the examples; None for `seed`, which is that of dropout and noise as well."""
+    min_lr_ratio: float = 0.0
+    decay_steps: int = 0
+    """Used by the schedulers that have them, see `common/schedulers.py`."""
+    neftune_noise_alpha: float = 0.0
     preference: Preference | None = None
     """None for `sft`, where the loss is over every target token."""
 
@@ -77,9 +85,9 @@ class Trained:
     plan: ExecutionPlan
 
 
-def total_steps(rows: int, global_batch_size: int, epochs: int, max_steps: int | None) -> int:
-    """Optimizer steps of the run."""
-    steps = epochs * batch_plan.steps_per_epoch(rows, global_batch_size)
+def total_steps(rows: int, global_batch_size: int, epochs: float, max_steps: int | None) -> int:
+    """Optimizer steps of the run; of a fraction of an epoch, a part of a step is a whole one."""
+    steps = ceil(epochs * batch_plan.steps_per_epoch(rows, global_batch_size))
     return steps if max_steps is None else min(steps, max_steps)
 
 

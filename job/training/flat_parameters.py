@@ -30,10 +30,32 @@ class FlatParameters:
         self.gradient = torch.zeros_like(self.whole)
         """(size,): its gradient."""
         self._gradients = self._views(self.gradient)
+        self._trained: torch.Tensor | None = None
+        self._noted: torch.Tensor | None = None
         for parameter, view in zip(self._parameters, self._views(self.whole.detach()), strict=True):
             view.copy_(parameter.detach())
             # Aliases: an optimizer step on `whole` is one on each parameter, and loading an adapter fills `whole`.
             parameter.data = view
+
+    def freeze(self, index: int, trained: torch.Tensor) -> None:
+        """Marks where a parameter is trained: `trained` is 1 there and 0 elsewhere, in the parameter's shape."""
+        if self._trained is None:
+            self._trained = torch.ones_like(self.gradient)
+        self._views(self._trained)[index].copy_(trained)
+
+    def before_step(self) -> None:
+        """Zeroes the gradient, in place, where a parameter is not trained, and notes the values there."""
+        if self._trained is not None:
+            self.gradient.mul_(self._trained)
+            self._noted = self.whole.detach().clone()
+
+    def after_step(self) -> None:
+        """Puts the noted values back, in place: weight decay moves them, and so does an 8-bit optimizer.
+
+        Its moments of zero come back a little off zero where a block holds others that are not.
+        """
+        if self._trained is not None and self._noted is not None:
+            self.whole.data.copy_(torch.where(self._trained.bool(), self.whole, self._noted))
 
     def clear(self) -> None:
         """Zeroes the gradient in place, and makes the parameters' `.grad` views of it.

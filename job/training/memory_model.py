@@ -50,10 +50,17 @@ class Setup:
     value_bytes: int
     optimizer: str
     recompute: bool
+    counted: int | None = None
+    """The adapter's parameters, where rank and targets alone do not say it."""
+    dora: bool = False
+    bytes_beside: int = 0
+    """`AdapterOptions.bytes_beside`."""
 
     @property
     def adapter(self) -> int:
         """Number of the adapter's parameters."""
+        if self.counted is not None:
+            return self.counted
         return self.architecture.adapter_parameters(self.rank, self.targets)
 
 
@@ -102,7 +109,9 @@ def kept_bytes(setup: Setup) -> int:
     what autograd keeps.
     """
     a = setup.architecture
-    wide = 2 * a.hidden + 5 * a.queries + 4 * a.intermediate + setup.rank * len(setup.targets)
+    # DoRA scales the outputs of base and adapter, and needs both for the gradient of its magnitudes.
+    outputs = 2 * sum(a.linear[name][1] for name in setup.targets if name in a.linear) if setup.dora else 0
+    wide = outputs + 2 * a.hidden + 5 * a.queries + 4 * a.intermediate + setup.rank * len(setup.targets)
     return 2 * FP32 * a.hidden + setup.value_bytes * wide
 
 
@@ -133,7 +142,7 @@ def training_memory(setup: Setup, tokens: int) -> Memory:
     copy = setup.value_bytes if setup.value_bytes < FP32 else 0
     return Memory(
         weights=weight_bytes(setup),
-        adapter=setup.adapter * (FP32 + copy),
+        adapter=setup.adapter * (FP32 + copy + setup.bytes_beside),
         gradients=FP32 * setup.adapter,
         optimizer=OPTIMIZERS[setup.optimizer].state_bytes(setup.adapter),
         activations=activation_bytes(setup, tokens),

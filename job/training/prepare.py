@@ -17,6 +17,7 @@ from job.common.formatting import size
 from job.common.resources import available_bytes
 from job.model.architecture import read_config
 from job.model.fused.frozen_weights import fuse_layers
+from job.model.lora import trainable
 from job.model.packed_attention import is_packed
 from job.records import FUSED, PEFT, ExecutionPlan
 from job.training.config import CPU_MICRO_BATCH_TOKENS
@@ -52,6 +53,8 @@ def prepare(
     recompute: bool | Literal["auto"],
     gigabytes: float | None,
     processes: int = 1,
+    random: bool = False,
+    slow: str | None = None,
 ) -> ExecutionPlan:
     """Chooses how this machine trains the model, and makes the model ready for it.
 
@@ -66,9 +69,11 @@ def prepare(
         recompute: `JOB_TRAIN__GRADIENT_CHECKPOINTING`.
         gigabytes: How much of the GPU may be used; None for all.
         processes: How many train on this machine.
+        random: Whether the embeddings get noise (NEFTune), which a CUDA graph would repeat unchanged.
+        slow: Why PEFT's own layers have to compute this adapter; None if they need not.
     """
     setup = setup_of(model, quantization, optimizer)
-    slow = why_not_fused(model)
+    slow = why_not_fused(model) or slow
     if slow is None and setup is None:
         slow = f"the sizes of a {model.get_base_model().config.model_type} model are not known"
     if slow is None and setup is not None:
@@ -81,6 +86,9 @@ def prepare(
             gigabytes=gigabytes,
         )
         if plan is not None:
+            if random and plan.recorded:
+                why = "no CUDA graphs: JOB_TRAIN__NEFTUNE_NOISE_ALPHA draws new noise in every step"
+                plan = replace(plan, recorded=False, reason=f"{plan.reason}; {why}")
             log.get_logger().info("execution plan", micro_batch_tokens=budget, **asdict(plan))
             return plan
         slow = "PEFT's layers of this adapter are of a kind that has no fused one"
@@ -159,14 +167,22 @@ def setup_of(model: Any, quantization: str, optimizer: str) -> Setup | None:
         return None
     return Setup(
         architecture=architecture,
-        rank=adapter.r,
+        rank=getattr(adapter, "init_r", adapter.r),
         targets=tuple(sorted(adapter.target_modules)),
         quantization=quantization,
         double_quantization=True,
         value_bytes=base.dtype.itemsize,
         optimizer=optimizer,
         recompute=True,
+        counted=sum(p.numel() for p in trainable(model).values()) if _is_uneven(adapter) else None,
+        dora=getattr(adapter, "use_dora", False),
     )
+
+
+def _is_uneven(adapter: Any) -> bool:
+    """Whether an adapter's parameters do not follow from rank and targets alone."""
+    options = ("use_dora", "layers_to_transform", "rank_pattern", "init_r")
+    return any(getattr(adapter, name, None) for name in options)
 
 
 def _fuse(

@@ -29,16 +29,20 @@ from trl import SFTConfig, SFTTrainer
 
 from job.checkpoints.trainer_state import TrainerFiles, read_trainer_state, write_trainer_state
 from job.common.optimizers import OPTIMIZERS
+from job.common.schedulers import SCHEDULERS, Schedule
 from job.data.batch_plan import Steps, targets_of
 from job.distributed.processes import ALONE, Processes
 from job.errors import TrainingFailed
+from job.model.adalora import add_penalty_gradient, allocate, is_adalora
 from job.model.base import recompute_activations
+from job.model.decomposed_init import trained_parts
 from job.model.lora import trainable
 from job.model.packed_attention import is_packed
 from job.records import Example, ExecutionPlan, StepMetrics
 from job.training.config import Hooks, Recipe, Trained
 from job.training.flat_parameters import FlatParameters
 from job.training.lm_head_loss import alone_loss, can_sum, summed_head
+from job.training.neftune import add_noise
 from job.training.preference_gradient import PreferenceGradient, head_of, token_log_probs
 from job.training.step import OptimizerStep, StepAbandoned
 
@@ -77,6 +81,7 @@ def train(
         model, tokenizer, examples=examples, recipe=recipe, plan=plan, hooks=hooks, folder=folder, processes=processes
     )
     recompute_activations(model, on=not plan.kept_activations, random=not plan.padded)
+    remove_noise = add_noise(model.get_base_model(), recipe.neftune_noise_alpha) if recipe.neftune_noise_alpha else None
     model.train()
     # Trainer sets the gradients to None after every step, module by module; here they are views that must be kept.
     model.zero_grad = lambda: None
@@ -87,6 +92,8 @@ def train(
         if abandoned.__cause__ is not None:
             raise abandoned.__cause__ from None
     del model.zero_grad
+    if remove_noise is not None:
+        remove_noise()
     # Trainer wraps the model's forward for mixed precision; the wrapper is removed, so that both evaluations run the
     # same code.
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
@@ -121,15 +128,24 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             train_dataset=Dataset.from_list([{"input_ids": list(examples[0].input_ids)}]),  # TRL wants a row
             data_collator=list,
             # If the flag is set after the processes agreed for this step, all of them see it in the next step.
-            callbacks=[StopOnFlag(hooks.stop if alone else lambda: processes.stopping, hooks.fits)],
+            callbacks=[
+                AfterOptimizerStep(self.after_optimizer_step),
+                StopOnFlag(hooks.stop if alone else lambda: processes.stopping, hooks.fits),
+            ],
         )
         # TRL rounds the adapter of a quantized model to bf16, in which a resumed run cannot be exact.
         for name, parameter in trainable(model).items():
             parameter.data = exact[name]
         self.parameters = FlatParameters(trainable(model).values(), OPTIMIZERS[recipe.optimizer].block)
+        masks = trained_parts(model)
+        for index, name in enumerate(trainable(model)):
+            if name in masks:
+                self.parameters.freeze(index, masks[name])
+        self.adalora = is_adalora(model)
         self.hooks, self.folder, self.leads = hooks, folder, processes.leads
         place, batch_size = processes.place, recipe.global_batch_size
-        self.steps = Steps(examples, recipe.seed, batch_size, recipe.total_steps, place.rank, place.world_size)
+        seed = recipe.seed if recipe.data_seed is None else recipe.data_seed
+        self.steps = Steps(examples, seed, batch_size, recipe.total_steps, place.rank, place.world_size)
         self.history: list[StepMetrics] = []
         self.saved_step = 0
         self.clock = time.monotonic()
@@ -164,7 +180,12 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
 
     def training_step(self, model: Any, inputs: tuple[int], num_items_in_batch: Any = None) -> Any:  # noqa: ARG002
         self.clock = time.monotonic()
-        return self.step(*inputs)
+        loss = self.step(*inputs)
+        self.parameters.before_step()
+        if self.adalora:
+            scaler = self.accelerator.scaler
+            add_penalty_gradient(self.model, 1.0 if scaler is None else scaler.get_scale())
+        return loss
 
     def packed_gradient(self, inputs: dict[str, Any], targets: int) -> torch.Tensor:
         """Adds the gradient of a packed batch by TRL's own loss; see `step.PackedGradient`."""
@@ -177,6 +198,12 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         self.accelerator.backward(loss)
         detached: torch.Tensor = loss.detach()
         return detached
+
+    def after_optimizer_step(self, done: int) -> None:
+        """What some adapters need: a frozen part is put back, and AdaLoRA takes ranks away."""
+        self.parameters.after_step()
+        if self.adalora:
+            allocate(self.model, done)
 
     def log_probs(self, sequences: Sequence[Example]) -> list[torch.Tensor]:
         """The log-probabilities of sequences' tokens; see `preference_gradient.TokenLogProbs`."""
@@ -258,7 +285,8 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
 
     def trainer_files(self) -> TrainerFiles:
         """The live objects that a checkpoint is written from and restored into."""
-        return TrainerFiles(self.model, self.optimizer, self.lr_scheduler, self.accelerator.scaler, self.state)
+        made = self.optimizer, self.lr_scheduler, self.accelerator.scaler, self.state
+        return TrainerFiles(self.model, *made, optimizer_name=self.args.optim)
 
 
 def memory_in_use() -> int:
@@ -281,6 +309,17 @@ class _Numbers:
         return ((step,) for step in range(self.done(), self.total))
 
 
+class AfterOptimizerStep(TrainerCallback):  # type: ignore[misc]
+    """Called after every optimizer step, when its gradients are still there, with the number of steps done."""
+
+    def __init__(self, call: Callable[[int], None]) -> None:
+        self.call = call
+
+    def on_optimizer_step(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+        """The step is not counted yet."""
+        self.call(state.global_step + 1)
+
+
 class StopOnFlag(TrainerCallback):  # type: ignore[misc]
     """Once the stop flag is set, ends training after the current step, and saves its state if there is time."""
 
@@ -294,14 +333,11 @@ class StopOnFlag(TrainerCallback):  # type: ignore[misc]
             control.should_save = self.fits(0.0)
 
 
-SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
-"""Values of `JOB_TRAIN__SCHEDULER`, with the name of each in transformers."""
-
 OPTIONS = {
     "output_dir": "where Trainer may write; it has to be given",
     "max_steps": "the length of the schedule and of the loop",
     **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"), "1: a step of the loop is a step"),
-    **dict.fromkeys(("learning_rate", "lr_scheduler_type", "warmup_steps"), "the schedule"),
+    **dict.fromkeys(("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"), "the schedule"),
     **dict.fromkeys(("optim", "weight_decay", "max_grad_norm"), "the optimizer and clipping"),
     **dict.fromkeys(("bf16", "fp16"), "autocast, and loss scaling"),
     "loss_type": "what compute_loss computes",
@@ -332,17 +368,20 @@ def sft_config(**options: Any) -> SFTConfig:
 
 def trl_config(recipe: Recipe, plan: ExecutionPlan, folder: Path, model: Any) -> SFTConfig:
     """The configuration of Trainer for this recipe and model; Trainer may write into `folder`."""
-    dtype = model.get_base_model().dtype
+    dtype, scheduler = model.get_base_model().dtype, SCHEDULERS[recipe.scheduler]
+    schedule = Schedule(recipe.total_steps, recipe.warmup_steps, recipe.min_lr_ratio, recipe.decay_steps)
     return sft_config(
         output_dir=str(folder),
         max_steps=recipe.total_steps,
         per_device_train_batch_size=1,
         gradient_accumulation_steps=1,
         learning_rate=recipe.learning_rate,
-        lr_scheduler_type=SCHEDULERS[recipe.scheduler],
+        lr_scheduler_type=scheduler.transformers_name(schedule),
+        lr_scheduler_kwargs=scheduler.options(schedule),
         warmup_steps=recipe.warmup_steps,
         weight_decay=recipe.weight_decay,
-        max_grad_norm=recipe.max_grad_norm,
+        # With infinity Trainer still computes the norm, for the metrics, and multiplies the gradient by exactly 1.
+        max_grad_norm=recipe.max_grad_norm or math.inf,
         optim=recipe.optimizer,
         # The argument's name differs between the supported versions of TRL.
         **dict.fromkeys(

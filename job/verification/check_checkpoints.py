@@ -12,6 +12,7 @@ from job.checkpoints.trainer_state import ADAPTER
 from job.checkpoints.trainer_state import METRICS as STATE_METRICS
 from job.common.hashing import facts_of_line
 from job.records import Artifact
+from job.results.adapter_facts import CONFIG, published_rank_pattern
 from job.results.inventory import is_marker
 from job.runs.layout import METRICS, WEIGHTS, marker_key
 from job.storage.open import ObjectStore, TooLarge, is_key
@@ -136,15 +137,37 @@ def _adapters_differ(state: str, published: str, copies: Copies) -> Iterator[Dif
         return
     try:
         with safe_open(copies[state], framework="np") as one, safe_open(copies[published], framework="np") as two:
-            names = {name.replace(".default.", "."): name for name in one.keys()}  # noqa: SIM118 - no mapping
+            names = {_published(name): name for name in one.keys()}  # noqa: SIM118 - no mapping
+            config = copies.get(f"{published.rpartition('/')[0]}/{CONFIG}")
+            kept = published_rank_pattern(config) if config is not None else {}
             other = sorted(names.keys() ^ set(two.keys()))
             both = sorted(names.keys() & set(two.keys()))
-            other += [name for name in both if not _same(one.get_tensor(names[name]), two.get_tensor(name))]
-    except (SafetensorError, TypeError, ValueError) as error:
+            other += [
+                name
+                for name in both
+                if not _same(_kept_ranks(name, one.get_tensor(names[name]), kept), two.get_tensor(name))
+            ]
+    except (SafetensorError, TypeError, ValueError, IndexError) as error:
         yield Difference(published, f"the tensors of {state}", f"what cannot be read: {str(error)[:200]}")
         return
     if other:
         yield Difference(published, f"the tensors of {state}", f"others: {', '.join(other[:3])[:200]}")
+
+
+def _published(name: str) -> str:
+    """PEFT's name in the file for a tensor of the model."""
+    short = name.replace(".default.", ".").removesuffix(".default")
+    return short.removesuffix(".weight") if short.endswith(".lora_magnitude_vector.weight") else short
+
+
+def _kept_ranks(name: str, tensor: Any, kept: Mapping[str, list[bool]]) -> Any:
+    """The part of an AdaLoRA tensor that is published: of the ranks that are left; other tensors as they are."""
+    module, _, matrix = name.removeprefix("base_model.model.").rpartition(".")
+    ranks = kept.get(f"{module}.lora_E")
+    if ranks is None:
+        return tensor
+    chosen = [place for place, is_kept in enumerate(ranks) if is_kept]
+    return tensor[:, chosen].copy() if matrix == "lora_B" else tensor[chosen]
 
 
 def _same(one: Any, two: Any) -> bool:

@@ -14,9 +14,10 @@ from job.data.batch_plan import steps_per_epoch
 from job.evaluation.comparison import compare_tasks, judge
 from job.evaluation.samples import HASHES, Sample, contradiction, parse, task_scores
 from job.records import AttemptRecord, StepMetrics, TaskScores
+from job.results.adapter_facts import CONFIG, WEIGHTS, adapter_facts
 from job.results.cost import compute_cost
 from job.results.training_totals import training_totals
-from job.runs.layout import METRICS, RESULTS, answers_key
+from job.runs.layout import ARTIFACTS, METRICS, RESULTS, answers_key
 from job.training.config import total_steps
 from job.verification.differences import MAX_SHOWN, CheckResult, Difference, find_differences, show
 
@@ -126,9 +127,23 @@ def check_training(results: Mapping[str, Any], copies: Copies) -> CheckResult:
         what = "nothing to read" if isinstance(error, KeyError) else str(error)
         return CheckResult("training", extent, (Difference(METRICS, "the metrics of a step a line", what),))
     differences = list(find_differences(f"{RESULTS} training", {name: training[name] for name in found}, found))
+    differences += _adapter(training.get("adapter"), copies)
     if [step.step for step in history] != list(range(1, len(history) + 1)):
         differences.append(Difference(METRICS, "the steps from 1 up", "others"))
     return CheckResult("training", extent, tuple(differences))
+
+
+def _adapter(claimed: Mapping[str, Any] | None, copies: Copies) -> Iterator[Difference]:
+    """What the published adapter's own files say otherwise than the manifest; older manifests say nothing of it."""
+    folder = f"{ARTIFACTS}adapter/"
+    if claimed is None or not {folder + CONFIG, folder + WEIGHTS} <= copies.keys():
+        return  # a missing file is reported as such
+    try:
+        found = adapter_facts(copies[folder + CONFIG], copies[folder + WEIGHTS])
+    except ValueError as error:
+        yield Difference(folder, "an adapter", str(error))
+        return
+    yield from find_differences(f"{RESULTS} training.adapter", {name: claimed[name] for name in found}, found)
 
 
 def _read_steps(data: bytes) -> list[StepMetrics]:
@@ -157,7 +172,7 @@ def _totals(history: Sequence[StepMetrics], results: Mapping[str, Any]) -> dict[
         results["dataset"]["rows"],
         *(settings.get(f"train.{name}") for name in ("global_batch_size", "epochs", "max_steps")),
     )
-    if not (isinstance(size, int) and isinstance(epochs, int) and isinstance(most, int | None) and size > 0):
+    if not (isinstance(size, int) and isinstance(epochs, int | float) and isinstance(most, int | None) and size > 0):
         raise ValueError("no valid training settings")
     planned = total_steps(rows, size, epochs, most)
     if len(history) != planned:

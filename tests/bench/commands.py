@@ -61,6 +61,8 @@ def real(base: Path) -> dict[str, str]:
     return {
         "JOB_MODEL__ID": str(base),
         "JOB_DATA__SOURCE": str(ALPACA),
+        "JOB_DATA__LIMIT": "1500",
+        "JOB_DATA__ON_BAD_ROW": "skip",
         "JOB_EVAL__DATA": f"arc_easy={ARC_EASY}",
         "JOB_RUN__DEVICE": "cpu",
     }

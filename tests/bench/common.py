@@ -16,6 +16,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared/data"
+MODULES = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
+"""What the job adapts of a Mistral, for scripts of peers, which have to be told."""
 ALPACA, ARC_EASY = DATA / "alpaca.jsonl.gz", DATA / "arc_easy_test.jsonl"
 VOCABULARY = 32_000
 os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' progress bars, before they are imported
@@ -155,7 +157,7 @@ def load_ours(folder: Path, quantization: str, dtype: str) -> Any:
         max_length=Train().max_length,
     )
     keep_freed_memory()
-    return add_adapter(base, rank=lora.rank, alpha=lora.alpha, dropout=0.0, target_modules=lora.target_modules, seed=0)
+    return add_adapter(base, rank=lora.rank, alpha=lora.alpha, dropout=0.0, target_modules=MODULES, seed=0)
 
 
 def load_plain(folder: Path, quantization: str, dtype: str) -> Any:

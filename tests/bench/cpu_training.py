@@ -19,7 +19,18 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.bench.common import ALPACA, Row, arguments, at_least, conditions, finish, load_ours, load_plain, make_base
+from tests.bench.common import (
+    ALPACA,
+    MODULES,
+    Row,
+    arguments,
+    at_least,
+    conditions,
+    finish,
+    load_ours,
+    load_plain,
+    make_base,
+)
 
 ROWS, MICRO_BATCH, ACCUMULATION = 1500, 8, 4
 Curve = list[tuple[float, float]]
@@ -125,9 +136,7 @@ def train_plain(folder: Path, args: Any, tokenizer: Any, examples: Sequence[Any]
             return SequentialSampler(self.train_dataset)
 
     torch.manual_seed(0)  # the same adapter to begin with
-    config = LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, target_modules=sorted(lora.target_modules), task_type="CAUSAL_LM"
-    )
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(MODULES), task_type="CAUSAL_LM")
     # transformers 5.23 renamed it
     recompute = {"activation_checkpointing", "gradient_checkpointing"} & SFTConfig.__dataclass_fields__.keys()
     trainer = InOrder(
@@ -176,7 +185,7 @@ def train_unsloth(folder: Path, args: Any, examples: Sequence[Any], work: Path) 
         "max_length": defaults.max_length,
         "rank": lora.rank,
         "alpha": lora.alpha,
-        "target_modules": sorted(lora.target_modules),
+        "target_modules": list(MODULES),
         "examples": [{"input_ids": e.input_ids, "labels": labels(e)} for e in map(examples.__getitem__, order)],
         "arguments": {
             "max_steps": args.steps,

@@ -96,6 +96,8 @@ def restarted(url: str, base: Path) -> tuple[Row, dict[str, float]]:
         "JOB_MODEL__ID": str(base),
         "JOB_MODEL__KEEP_QUANTIZED": "store",
         "JOB_DATA__SOURCE": str(ALPACA),
+        "JOB_DATA__LIMIT": "1500",
+        "JOB_DATA__ON_BAD_ROW": "skip",
         "JOB_EVAL__DATA": f"arc_easy={ARC_EASY}",
         "JOB_CHECKPOINT__EVERY_STEPS": "1",
     }

@@ -57,9 +57,9 @@ class MemoryStore:
             self._objects[self._root + key] = data
         return sha256(data).hexdigest()
 
-    def upload(self, path: Path, key: str) -> None:
+    def upload(self, path: Path, key: str, *, if_absent: bool = False, if_tag: str | None = None) -> None:
         """See `ObjectStore.upload`."""
-        self.write(key, path.read_bytes())
+        self.write(key, path.read_bytes(), if_absent=if_absent, if_tag=if_tag)
 
     def download(self, key: str, path: Path, *, max_bytes: int | None = None) -> None:
         """See `ObjectStore.download`."""

@@ -262,6 +262,20 @@ class TestObjectStore:
         store.delete("a/b")
         assert keys(store) == ["a/c"]
 
+    def test_upload_with_conditions(self, store: ObjectStore, tmp_path: Path) -> None:
+        """A file takes the conditions that `write` takes."""
+        (tmp_path / "file").write_bytes(b"1")
+        store.upload(tmp_path / "file", "a", if_absent=True)
+        with pytest.raises(Conflict):
+            store.upload(tmp_path / "file", "a", if_absent=True)
+        old = store.read("a")
+        new = store.write("a", b"2")
+        assert old is not None
+        with pytest.raises(Conflict):
+            store.upload(tmp_path / "file", "a", if_tag=old.tag)
+        store.upload(tmp_path / "file", "a", if_tag=new)
+        assert store.read("a") == old
+
     def test_delete_of_a_version(self, store: ObjectStore) -> None:
         """With a tag only that version goes; absence is no conflict."""
         old = store.write("a", b"1")

@@ -145,6 +145,7 @@ def fits(module: Any) -> bool:
     names = module.active_adapters
     return (
         len(names) == 1
+        and isinstance(module.lora_A, torch.nn.ModuleDict)  # AdaLoRA holds bare matrices
         and isinstance(module.lora_dropout[names[0]], torch.nn.Identity)
         and not module.lora_variant
         and not module.lora_bias[names[0]]

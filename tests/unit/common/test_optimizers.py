@@ -37,11 +37,12 @@ def test_an_entry_describes_the_real_optimizer(name: str) -> None:
     spec = OPTIMIZERS[name]
     tensors, plain = trainer_state.split_optimizer_state(optimizer.state_dict())
     assert {place.rpartition("/")[2] for place in tensors} == set(spec.state)
-    optimizer_state.check_fit(tensors, plain, [parameter.shape])
-    sized = [t for place, t in tensors.items() if spec.state[place.rpartition("/")[2]].shape in {"parameter", "blocks"}]
+    optimizer_state.check_fit(tensors, plain, [parameter.shape], name)
+    kinds = {"parameter", "parameter_pair", "blocks", "block_pair"}
+    sized = [t for place, t in tensors.items() if spec.state[place.rpartition("/")[2]].shape in kinds]
     assert spec.state_bytes(NUMBERS) == sum(t.numel() * t.itemsize for t in sized)
-    large = [t for t in sized if t.numel() == NUMBERS]
-    assert spec.bytes_per_parameter == sum(t.itemsize for t in large)
+    large = [t for t in sized if t.shape[-1] == NUMBERS]
+    assert spec.bytes_per_parameter == sum(t.itemsize * t.numel() // NUMBERS for t in large)
     assert checkpoint_bytes(NUMBERS, name) == NUMBERS * (4 + spec.bytes_per_parameter)
 
 

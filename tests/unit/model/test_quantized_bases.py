@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from job.errors import DataError
 from job.evaluation.scoring import score_sequence
 from job.model.base import describe_model, held, load_base
 from job.model.lora import add_adapter
@@ -103,6 +104,19 @@ def test_what_is_not_quantized_is_in_the_dtype_asked_for(
     assert base.dtype == dtype
     expected = "int8" if "load_in_8bit" in how else "nf4"
     assert held(base).quantization == expected
+
+
+@pytest.mark.parametrize("said", [{"load_in_4bit": True}, {"load_in_8bit": True}])
+def test_weights_that_are_not_quantized_as_config_json_says_are_refused(
+    base_folder: Path, tmp_path: Path, said: dict[str, Any]
+) -> None:
+    """Plain weights under a configuration of quantized ones are no model, and no bug of the job."""
+    shutil.copytree(base_folder, tmp_path / "base")
+    path = tmp_path / "base/config.json"
+    config = json.loads(path.read_text()) | {"quantization_config": {"quant_method": "bitsandbytes", **said}}
+    path.write_text(json.dumps(config))
+    with pytest.raises(DataError, match=r"says its weights are quantized, and those of model\.layers\.0.* are not"):
+        load(tmp_path / "base")
 
 
 def test_what_is_asked_for_is_counted(base_folder: Path) -> None:

@@ -191,6 +191,7 @@ class TestAzure:
     @pytest.mark.parametrize(
         "event",
         [scheduled_event(resource="aks-gpu-vmss_1"), scheduled_event(kind="Freeze"), scheduled_event(kind="Reboot")],
+        ids=["another machine", "Freeze", "Reboot"],  # the events' own texts hold the time
     )
     def test_other_events_are_none_of_our_business(self, azure: Imitation, event: str) -> None:
         """The list is the whole group's: another machine's preemption does not stop this one."""

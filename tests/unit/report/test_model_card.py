@@ -133,3 +133,14 @@ def test_identical_runs_share_it(made: dict[str, Any]) -> None:
     slower["evaluation"]["tasks"]["arc_easy"]["base"]["reused_from"] = "s3://elsewhere"
     slower["hardware"]["memory_bytes"] = 1
     assert model_card.render_model_card(slower) == model_card.render_model_card(made)
+
+
+def test_what_is_not_plain_lora_is_said(made: dict[str, Any]) -> None:
+    """Options of the adapter and a warmup by share are in the table of the training; without them nothing is."""
+    settings = {**made["settings"]}
+    for name, value in {"lora.use_dora": True, "lora.rank_pattern": {"q_proj": 4}, "train.warmup_ratio": 0.1}.items():
+        settings[name] = {"value": value, "source": "environment"}
+    text = read({**made, "settings": settings}).text
+    assert "| adapter options | use_dora True, rank_pattern {'q_proj': 4} |\n| LoRA on | " in text
+    assert "after 10 % of the steps of warmup |" in text
+    assert "adapter options" not in read(made).text

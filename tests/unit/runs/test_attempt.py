@@ -28,7 +28,7 @@ from job.runs.layout import Stage, attempt_key
 from job.runs.lease import fenced, take
 from job.runs.run_log import IdleLimit, close_run_log, parse_record, read_run_log
 from job.runs.run_settings import keep_settings
-from job.storage.base import current_tag, write_in_turn
+from job.storage.base import CHANGES, current_tag, write_in_turn
 from job.storage.local import LocalStore
 from job.storage.open import ObjectStore
 from tests.example_run import ATTEMPTS, DATASET
@@ -445,8 +445,9 @@ class StandsStill(WrappedStore):
 
     @contextmanager
     def around(self, verb: str, key: str) -> Iterator[None]:
-        """Lets the others work first, once, before a change of a small object that is not the lease."""
-        if verb in {"write", "delete"} and not key.startswith("lease") and self.meanwhile is not None:
+        """Lets the others work first, once, before a change of what two attempts may write."""
+        harmless = key.startswith(("lease", "checkpoints/")) and not key.endswith("COMMITTED.json")
+        if verb in CHANGES and not harmless and self.meanwhile is not None:
             meanwhile, self.meanwhile = self.meanwhile, None
             meanwhile()
         yield

@@ -418,6 +418,19 @@ BAD_VALUES: list[tuple[str, list[str]]] = [
     ("lora.rank", ["0", "-1", "1.5", "sixteen", "9" * 5000]),
     ("lora.alpha", ["0", "-16"]),
     ("lora.dropout", ["1", "-0.1", "nan", "1e400"]),
+    ("lora.layers", ["3-1", "a", "1,1", "1-", "-1"]),
+    ("lora.rank_pattern", ["q_proj", "q_proj=0", "q_proj=x", "q_proj=1,q_proj=2", "(=4", "{"]),
+    ("lora.alpha_pattern", ["q_proj=-1"]),
+    ("lora.use_rslora", ["maybe"]),
+    ("lora.use_dora", ["2"]),
+    ("lora.init", ["pissa_niter_x", "loftq", "eva", "orthogonal"]),  # the last needs an unquantized base
+    ("lora.seed", ["-1"]),
+    ("lora.kind", ["loha"]),
+    ("lora.init_rank", ["0", "24"]),  # the last has no effect without AdaLoRA
+    ("lora.tinit", ["-1", "3"]),
+    ("lora.tfinal", ["-1", "3"]),
+    ("lora.delta_t", ["0", "3"]),
+    ("lora.orth_reg_weight", ["-1", "0.1"]),
     ("lora.target_modules", ["", "q_proj,q_proj", "q_proj,,v_proj", "[", "[1]", "[" * 5000, '{"a": 1}']),
     ("data.source", ["", "http://host/x", "s3://x", "a,", "a=2,b", "a,s3://x", "a,a", "a=0x"]),
     ("data.fields", ["prompt", "prompt=a,prompt=b", "{", "prompt="]),
@@ -425,13 +438,18 @@ BAD_VALUES: list[tuple[str, list[str]]] = [
     ("data.limit", ["0", "-5", "many"]),
     ("data.format", ["csv"]),
     ("data.on_bad_row", ["ignore"]),
-    ("train.epochs", ["0", "-1", "2.5", "inf", ""]),
+    ("train.epochs", ["0", "-1", "2e6", "inf", "nan", "true", ""]),
     ("train.max_steps", ["0", "x"]),
     ("train.learning_rate", ["-1e-4", "nan", "inf", "-inf", "fast"]),
     ("train.scheduler", ["step"]),
     ("train.warmup_steps", ["-1"]),
     ("train.weight_decay", ["-0.1"]),
-    ("train.max_grad_norm", ["0", "inf"]),
+    ("train.warmup_ratio", ["-0.1", "1.5", "x"]),
+    ("train.min_lr_ratio", ["-0.1", "1.1", "0.1"]),  # the last has no effect on a linear schedule
+    ("train.decay_ratio", ["-0.1", "1.1", "0.2"]),
+    ("train.neftune_noise_alpha", ["-1", "inf"]),
+    ("data.seed", ["-1", "x"]),
+    ("train.max_grad_norm", ["-1", "inf"]),
     ("train.global_batch_size", ["0", "-32"]),
     ("train.micro_batch_tokens", ["0"]),
     ("train.optimizer", ["sgd"]),
@@ -465,6 +483,38 @@ BAD_PAIRS = [(name, value) for name, values in BAD_VALUES for value in values]
 def variable(name: str) -> str:
     """The environment variable of a setting."""
     return "JOB_" + name.upper().replace(".", "__")
+
+
+class TestAdapters:
+    """Options of the adapter, alone and together."""
+
+    def test_layers_and_patterns_are_read(self) -> None:
+        """Ranges, pairs and JSON."""
+        given = {"LAYERS": "8-10, 2", "RANK_PATTERN": "q_proj=8,v_proj=16", "ALPHA_PATTERN": '{"k": 4}'}
+        lora = load_settings([], {f"JOB_LORA__{name}": value for name, value in given.items()}).lora
+        assert (lora.layers, dict(lora.rank_pattern), dict(lora.alpha_pattern)) == (
+            (2, 8, 9, 10),
+            {"q_proj": 8, "v_proj": 16},
+            {"k": 4},
+        )
+        assert load_settings([], {"JOB_LORA__TARGET_MODULES": "mlp"}).lora.target_modules == "mlp"
+
+    def test_what_cannot_be_together_is_said_at_once(self) -> None:
+        """AdaLoRA has no other option; a decomposition no dropout, no magnitudes and no other scale."""
+        options = {"JOB_LORA__USE_DORA": "1", "JOB_LORA__USE_RSLORA": "1"}
+        adalora = {"JOB_LORA__KIND": "adalora", "JOB_LORA__INIT": "gaussian", "JOB_LORA__INIT_RANK": "16"}
+        found = problems([], adalora | options)
+        assert set(found) == {
+            f"JOB_LORA__{name} (environment)" for name in ("INIT", "INIT_RANK", "USE_DORA", "USE_RSLORA")
+        }
+        found = problems([], {"JOB_LORA__INIT": "pissa", "JOB_LORA__DROPOUT": "0.1"} | options)
+        assert set(found) == {f"JOB_LORA__{name} (environment)" for name in ("DROPOUT", "USE_DORA", "USE_RSLORA")}
+
+    def test_a_schedule_that_contradicts_itself(self) -> None:
+        """Both ways to say a warmup, and a warmup and a decay that overlap."""
+        both = {"JOB_TRAIN__WARMUP_RATIO": "0.6", "JOB_TRAIN__WARMUP_STEPS": "3", "JOB_TRAIN__DECAY_RATIO": "0.5"}
+        found = problems([], {"JOB_TRAIN__SCHEDULER": "warmup_stable_decay"} | both)
+        assert set(found) == {"JOB_TRAIN__WARMUP_RATIO (environment)", "JOB_TRAIN__DECAY_RATIO (environment)"}
 
 
 class TestWrongValues:

@@ -68,7 +68,7 @@ def test_a_store_that_fails_is_not_hidden(
     """A store that does not answer ends the attempt, whichever verb the document goes through."""
     attempt, made = finished
 
-    def fail(*_: object, **_options: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise Unreachable("no answer")
 
     for verb in ("upload", "write"):

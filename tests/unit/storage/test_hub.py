@@ -153,7 +153,7 @@ def serving(hub: type[BaseHTTPRequestHandler] = Hub) -> Iterator[str]:
 
 
 def ask(
-    endpoint: str, home: Path, *questions: tuple[str, ...], client: str = CLIENT, offline: bool = False
+    endpoint: str, home: Path, *questions: str | tuple[str, ...], client: str = CLIENT, offline: bool = False
 ) -> list[list[object]]:
     """What `open_dataset` says to each (source, revision, split): commit and rows, or the error and its message."""
     env = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": str(int(offline))}
@@ -390,27 +390,61 @@ def test_a_refusal_while_libraries_are_imported_has_its_exit_code(
     assert "model some/" in log.splitlines()[-1]
 
 
-AFTER_IMPORT_CLIENT = """
-import json, sys
-from job.stages.preload import import_libraries
-import_libraries()
+REFUSAL_CLIENT = """
+import json, sys, threading
 from job.errors import JobError
-from job.storage.hub import download_model
+from job.stages.preload import import_libraries
+from job.storage.hub import download_model, import_client
 
-for source, revision in json.loads(sys.argv[1]):
-    try:
-        download_model(source, revision)
-    except JobError as error:
-        print(json.dumps([error.exit_code, str(error)]))
+moment, *questions = json.loads(sys.argv[1])
+answered = threading.Event()
+
+class Waiting:
+    # The main thread stays in the import of `datasets`, whose lock it holds, until the hub has given all its answers.
+    def find_spec(self, name, path=None, target=None):
+        if name == "datasets" and not answered.wait(90):
+            raise SystemExit("the download waits for an import of the main thread")
+
+def ask():
+    for source, revision in questions:
+        try:
+            download_model(source, revision)
+        except JobError as error:
+            found.append([error.exit_code, str(error)])
+        except BaseException as error:
+            found.append([1, repr(error)])
+    answered.set()
+
+found = []
+import_client()
+if moment == "after":
+    import_libraries()
+else:
+    assert "datasets" not in sys.modules
+    sys.meta_path.insert(0, Waiting())
+thread = threading.Thread(target=ask, daemon=True)
+thread.start()
+import datasets
+thread.join()
+for answer in found:
+    print(json.dumps(answer))
 """
+HUB_CODES = {"gated": 77, "private": 77, "missing": 77, "down": 69, "busy": 69, "away": 69}
 
 
-def test_a_refusal_after_libraries_are_imported_has_the_same_code(tmp_path: Path) -> None:
-    """Answers give the same codes once everything is imported."""
-    codes = {"gated": 77, "private": 77, "missing": 77, "down": 69}
+@pytest.mark.parametrize("moment", ["during", "after"])
+def test_a_refusal_has_its_code_while_libraries_are_imported_and_after(tmp_path: Path, moment: str) -> None:
+    """The download thread's errors have the table's codes, and need no module that the main thread is importing."""
+    questions = [(f"some/{name}", "main") for name in HUB_CODES] + [("some/mo del", "main")]
     with serving() as endpoint:
-        found = ask(endpoint, tmp_path, *((f"some/{name}", "main") for name in codes), client=AFTER_IMPORT_CLIENT)
-    assert [code for code, _ in found] == list(codes.values())
+        found = ask(endpoint, tmp_path, moment, *questions, client=REFUSAL_CLIENT)
+    assert [code for code, _ in found] == [*HUB_CODES.values(), 65], found
+    assert all(source in str(message) for (source, _), (_, message) in zip(questions, found, strict=True))
+    for name, endpoint, offline in (("offline", "http://127.0.0.1:9", True), ("nobody", "http://127.0.0.1:9", False)):
+        (answer,) = ask(
+            endpoint, tmp_path / name, moment, ("some/model", "main"), client=REFUSAL_CLIENT, offline=offline
+        )
+        assert answer[0] == 69, answer
 
 
 IMPORTS_CLIENT = """

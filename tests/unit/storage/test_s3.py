@@ -18,6 +18,7 @@ import pytest
 import job.storage.s3
 from job.errors import AccessDenied, JobError, SettingsError, Unreachable
 from job.planning.preflight import round_trip
+from job.storage.base import Stored
 from job.storage.open import Conflict, NotSupported, ObjectStore, StorageOptions, TooLarge, open_store
 from job.storage.s3_client import connect
 from tests.s3_server import BUCKET, CREDENTIALS, SECRET, Request, credentials, moto_server, server
@@ -333,6 +334,44 @@ def test_stores_without_conditions_are_found_out(status: int) -> None:
     with server(answer) as url:
         assert not opened(url).conditional_writes()
     assert requests[-1] == "DELETE"
+
+
+def test_an_answer_cut_within_its_headers_is_asked_for_again(tmp_path: Path) -> None:
+    """Without a length nobody knows whether it is whole: it is never taken for an empty object."""
+    cuts = iter([True, False, False, True, False])
+
+    def answer(request: Request) -> None:
+        if request.headers.get("Range"):
+            request.answer(206, b"w", Content_Range="bytes 0-0/5", ETag='"1"')
+        elif next(cuts):
+            request.wfile.write(b'HTTP/1.1 200 OK\r\nETag: "1"\r\nContent-Le')
+            request.hang_up()
+        else:
+            request.answer(200, b"whole", ETag='"1"')
+
+    with server(answer) as url:
+        store = opened(url, retries=3)
+        assert store.read("a") == Stored(b"whole", '"1"')
+        store.download("a", tmp_path / "first")
+        store.download("a", tmp_path / "second")
+    assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes() == b"whole"
+    assert next(cuts, None) is None
+
+
+def test_small_objects_are_fetched_without_a_range_beyond_their_end(tmp_path: Path) -> None:
+    """Some servers answer 400 to one."""
+    ranges: list[str | None] = []
+
+    def answer(request: Request) -> None:
+        ranges.append(request.headers.get("Range"))
+        if ranges[-1] is None:
+            request.answer(200, b"whole", ETag='"1"')
+        else:
+            request.answer(206, b"w", Content_Range="bytes 0-0/5", ETag='"1"')
+
+    with server(answer) as url:
+        opened(url).download("a", tmp_path / "copy")
+    assert ranges == ["bytes=0-0", None]
 
 
 @pytest.mark.parametrize("status", [204, 412, 501])

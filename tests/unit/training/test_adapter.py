@@ -18,7 +18,7 @@ from job.training.lm_head_loss import can_sum
 from job.training.trainer import OPTIONS, sft_config, train
 from tests.helpers import fill_adapter, make_examples, make_model
 
-OWN = {"packed_gradient", "metrics_of", "save_if_it_fits", "trainer_files"}
+OWN = {"packed_gradient", "after_optimizer_step", "log_probs", "metrics_of", "save_if_it_fits", "trainer_files"}
 """What the adapter adds: no name of Trainer's."""
 METHODS = [name for name, value in vars(trainer_module._PlannedTrainer).items() if isinstance(value, FunctionType)]
 PLAN = ExecutionPlan(kept_base=False, kept_activations=True, recorded=False, reason="a test", forward=PEFT)

@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from job.common.optimizers import OPTIMIZERS
 from job.model.architecture import Architecture
 from job.planning.gpu_prices import GPUS
 from job.planning.known_models_and_data import ARCHITECTURES, DATASET_TOKENS
 from job.training import memory_model
-from job.training.memory_model import Setup, training_memory
+from job.training.memory_model import Setup, kept_bytes, training_memory
 from tests.helpers import LINEAR, make_examples
 
 REFERENCE = Setup(
@@ -233,3 +234,15 @@ def test_room_leaves_space() -> None:
     room = memory_model.usable_bytes(16 << 30)
     assert room * (1 + memory_model.MARGIN) + memory_model.CONTEXT_BYTES == pytest.approx(16 << 30)
     assert memory_model.usable_bytes(1 << 20) == 0
+
+
+def test_options_of_the_adapter_are_counted() -> None:
+    """What was counted in the model takes the place of the formula; DoRA keeps the outputs that it scales."""
+    counted = replace(REFERENCE, counted=1_000_000)
+    assert training_memory(counted, 512).optimizer == OPTIMIZERS[REFERENCE.optimizer].state_bytes(1_000_000)
+    assert training_memory(counted, 512).gradients == 4_000_000
+    beside = training_memory(replace(counted, bytes_beside=12), 512).adapter - training_memory(counted, 512).adapter
+    assert beside == 12_000_000
+    outputs = sum(REFERENCE.architecture.linear[name][1] for name in REFERENCE.targets)
+    more = kept_bytes(replace(REFERENCE, dora=True)) - kept_bytes(REFERENCE)
+    assert more == 2 * outputs * REFERENCE.value_bytes

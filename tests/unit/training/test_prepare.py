@@ -10,6 +10,7 @@ import pytest
 import torch
 from structlog.testing import capture_logs
 
+from job.model.adapter_options import AdapterOptions
 from job.model.packed_attention import NAME
 from job.records import PEFT, ExecutionPlan
 from job.training import prepare as prepare_module
@@ -89,6 +90,27 @@ def test_a_gpu_that_trains_slowly_says_why(
     assert line["log_level"] == "warning"
     assert "less than half speed" in line["event"]
     assert (line["reason"], line["forward"]) == (reason, "peft")
+
+
+def test_an_adapter_that_is_left_to_peft_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DoRA and AdaLoRA take PEFT's layers on a GPU that could do better: a warning, with the setting's name."""
+    monkeypatch.setattr(prepare_module, "_capability", lambda: (9, 0))
+    slow = AdapterOptions(use_dora=True).not_fused
+    with capture_logs() as lines:
+        plan = prepare(on_a_gpu(), [10, 20], **SETTINGS | {"recompute": "auto"}, slow=slow)
+    assert plan.forward == PEFT
+    assert "JOB_LORA__USE_DORA" in plan.reason
+    assert [line["log_level"] for line in lines] == ["warning"]
+
+
+def test_noise_is_not_recorded(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA graph would add the same noise in every step: the fused layers compute, launched one by one."""
+    monkeypatch.setattr(prepare_module, "why_not_fused", lambda _: None)
+    monkeypatch.setattr(prepare_module, "_gpu_memory", lambda _: (80 << 30, 70 << 30))
+    made = prepare(make_model(base_folder), [10, 20], **SETTINGS, random=True)
+    assert made.forward.startswith("fused all, ")
+    assert not made.recorded
+    assert "JOB_TRAIN__NEFTUNE_NOISE_ALPHA" in made.reason
 
 
 def test_layers_that_cannot_be_fused_are_said_too(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,12 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from job.checkpoints.trainer_state import validate_trainer_state
+from job.common.optimizers import OPTIMIZERS
 from job.data import batch_plan
 from job.distributed.processes import Alone
 from job.distributed.ranks import Place
 from job.errors import TrainingFailed, Unreachable
 from job.evaluation.scoring import score_sequence
+from job.model.adapter_options import AdaLora, AdapterOptions
 from job.model.fused.frozen_weights import fuse_layers
 from job.model.fused.kernels import TORCH
 from job.model.lora import add_adapter, trainable
@@ -347,13 +351,22 @@ RESUMED = replace(
 )
 
 
-@pytest.mark.parametrize("optimizer", ["adamw_8bit", "adamw_torch"])
-@pytest.mark.parametrize("scheduler", ["linear", "cosine"])
-def test_a_resumed_run_is_the_same_run(
-    base_folder: Path, tokenizer: Any, tmp_path: Path, optimizer: str, scheduler: str
-) -> None:
+KNOBS: dict[str, dict[str, Any]] = {
+    **{name: {"optimizer": name} for name, spec in OPTIMIZERS.items() if "cpu" in spec.devices},
+    "cosine": {"scheduler": "cosine"},
+    "cosine with a minimum": {"scheduler": "cosine", "min_lr_ratio": 0.1},
+    "warmup, stable, decay": {"scheduler": "warmup_stable_decay", "decay_steps": 3, "min_lr_ratio": 0.1},
+    "noise": {"neftune_noise_alpha": 5.0},
+    "no clipping": {"max_grad_norm": 0.0},
+    "another order": {"data_seed": 8},
+}
+"""Changes to the recipe; each makes another adapter, and resumes exactly."""
+
+
+@pytest.mark.parametrize("knob", KNOBS)
+def test_a_resumed_run_is_the_same_run(base_folder: Path, tokenizer: Any, tmp_path: Path, knob: str) -> None:
     """Stopped in the middle of an epoch and resumed, NF4 training with dropout ends with the same bits and facts."""
-    recipe = replace(RESUMED, optimizer=optimizer, scheduler=scheduler)
+    recipe = replace(RESUMED, **KNOBS[knob])
     whole = make_model(base_folder, quantization="nf4", dropout=0.1, rank=32)
     uninterrupted, saved = run(whole, tokenizer, LONGER, recipe, tmp_path / "whole")
     assert uninterrupted.complete
@@ -371,6 +384,125 @@ def test_a_resumed_run_is_the_same_run(
     assert adapter_hash(second) == adapter_hash(whole)
     assert facts(resumed) == facts(uninterrupted)
     assert len({step.loss for step in resumed.history}) == 6
+
+
+def test_every_knob_does_something(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """Each change of the recipe ends with another adapter, but for an optimizer that computes the same otherwise."""
+    hashes = {}
+    for knob, changes in KNOBS.items():
+        model = make_model(base_folder)
+        run(model, tokenizer, LONGER, replace(RESUMED, **{"max_grad_norm": 0.1} | changes), tmp_path)
+        hashes[knob] = adapter_hash(model)
+    assert len(set(hashes.values())) >= len(hashes) - 1
+
+
+def test_without_clipping_the_norm_is_measured_and_the_gradient_left(
+    base_folder: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    """A norm of 0 is no limit: the optimizer gets the gradient that a huge limit lets through, and metrics its norm."""
+    found = []
+    for limit in (0.0, 1e9):
+        model = fill_adapter(make_model(base_folder))
+        with gradients(model) as seen:
+            trained, _ = run(model, tokenizer, EXAMPLES, replace(RECIPE, max_grad_norm=limit), tmp_path)
+        found.append((seen[0], trained.history[0].grad_norm))
+    assert_same(found[0][0], found[1][0], 0.0)
+    assert found[0][1] == found[1][1] > 0
+
+
+ADALORA = AdaLora(init_r=12, target_r=8, tinit=1, tfinal=1, delta_t=1, orth_reg_weight=0.5, total_step=6)
+ADAPTERS = {
+    "rslora": AdapterOptions(use_rslora=True),
+    "dora": AdapterOptions(use_dora=True),
+    "patterns": AdapterOptions(layers=(1,), rank_pattern={"q_proj": 4}, alpha_pattern={"v_proj": 64}),
+    "gaussian": AdapterOptions(init="gaussian"),
+    "pissa": AdapterOptions(init="pissa"),
+    "olora": AdapterOptions(init="olora"),
+    "adalora": AdapterOptions(kind="adalora", adalora=ADALORA),
+}
+
+
+@pytest.mark.parametrize(("name", "at"), [*((name, 3) for name in ADAPTERS), *(("adalora", at) for at in (1, 2, 4))])
+def test_every_adapter_resumes_exactly(base_folder: Path, tokenizer: Any, tmp_path: Path, name: str, at: int) -> None:
+    """Whatever the adapter, a stopped run ends with the bits, the ranks and the facts of a whole one.
+
+    Of AdaLoRA in each of its phases: steps 2, 3 and 4 take ranks away, 5 does so for the last time.
+    """
+    recipe, made = replace(RESUMED, optimizer="adamw_8bit"), []
+    for part, stop_after in (("whole", None), ("stopped", at), ("resumed", None)):
+        model = make_model(base_folder, quantization="nf4", rank=8, options=ADAPTERS[name])
+        resume = made[-1][2] if part == "resumed" else None
+        if resume is not None:
+            fill_adapter(model)
+        trained, saved = run(model, tokenizer, LONGER, recipe, tmp_path / part, stop_after=stop_after, resume=resume)
+        validate_trainer_state(saved[-1], trained.history[-1].step)
+        made.append((adapter_hash(model), facts(trained), saved[-1], model.peft_config["default"].rank_pattern))
+    whole, stopped, resumed = made
+    assert (resumed[0], resumed[1], resumed[3]) == (whole[0], whole[1], whole[3])
+    assert stopped[0] != whole[0]
+
+
+@pytest.mark.parametrize("name", ["rslora", "patterns", "pissa"])
+def test_fused_decoders_learn_the_same(base_folder: Path, tokenizer: Any, tmp_path: Path, name: str) -> None:
+    """Other scales, other ranks side by side, layers without an adapter: the whole fused decoder agrees with PEFT."""
+    found = []
+    for plan in (PLAN, THROUGHOUT):
+        model = make_model(base_folder, rank=8, options=ADAPTERS[name])
+        if name != "pissa":  # whose values are none to overwrite
+            fill_adapter(model)
+        if plan.fused:
+            assert fuse_layers(model, keep_dequantized=True, kernels=TORCH) == "all"
+        with gradients(model) as seen:
+            trained, _ = run(model, tokenizer, EXAMPLES, RECIPE, tmp_path, plan=plan)
+        found.append((trained.history[0].loss, seen[0]))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-4)
+    assert_same(found[0][1], found[1][1], 1e-3 if name == "pissa" else 1e-4)
+
+
+def test_the_frozen_half_of_a_decomposition_stays(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """Training moves the half that PEFT would train, and no bit of what takes the base's part away."""
+    model = make_model(base_folder, rank=8, options=ADAPTERS["pissa"])
+    before = {name: parameter.detach().clone() for name, parameter in trainable(model).items()}
+    run(model, tokenizer, LONGER, replace(RESUMED, optimizer="lion_8bit", weight_decay=0.1), tmp_path)
+    for name, parameter in trainable(model).items():
+        rows, old = (parameter, before[name]) if ".lora_A." in name else (parameter.T, before[name].T)
+        assert torch.equal(rows[8:], old[8:]), name
+        assert not torch.equal(rows[:8], old[:8]), name
+
+
+def test_adalora_takes_pefts_steps(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """With torch's AdamW the parameters and the ranks are those of PEFT's loop: its loss, its allocator."""
+    from peft.tuners.adalora.layer import AdaLoraLayer
+
+    options = AdapterOptions(kind="adalora", adalora=replace(ADALORA, total_step=3))
+    recipe = replace(RECIPE, total_steps=3, weight_decay=0.0, scheduler="constant")
+    ours = make_model(base_folder, rank=8, options=options)
+    run(ours, tokenizer, EXAMPLES, recipe, tmp_path)
+    theirs = make_model(base_folder, rank=8, options=options)
+    optimizer = torch.optim.AdamW(trainable(theirs).values(), lr=1e-3, weight_decay=0.0)
+    inputs = packed_inputs(EXAMPLES, torch.device("cpu"))
+    for step in (1, 2, 3):
+        theirs(**inputs, use_cache=False).loss.backward()  # the mean over the targets, and PEFT's penalty
+        optimizer.step()
+        theirs.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+    assert ours.peft_config["default"].rank_pattern == theirs.peft_config["default"].rank_pattern
+    expected = trainable(theirs)
+    for name, parameter in trainable(ours).items():
+        torch.testing.assert_close(parameter, expected[name], rtol=1e-3, atol=1e-4)
+    kept = sum(int((layer.lora_E["default"] != 0).sum()) for layer in ours.modules() if isinstance(layer, AdaLoraLayer))
+    assert kept == 8 * 2 * len(LINEAR)
+
+
+def test_a_checkpoint_of_other_ranks_is_refused(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """What AdaLoRA remembers has to be of this model: it decides which ranks go."""
+    model = make_model(base_folder, rank=8, options=ADAPTERS["adalora"])
+    _, saved = run(model, tokenizer, LONGER, RESUMED, tmp_path, stop_after=2)
+    path = saved[-1] / "adalora.safetensors"
+    state = load_file(path)
+    save_file({name: tensor[:1] for name, tensor in state.items()}, path)
+    with pytest.raises(ValueError, match="is not of this model"):
+        run(model, tokenizer, LONGER, RESUMED, tmp_path, resume=saved[-1])
 
 
 def test_a_fused_run_on_padded_sequences_resumes_exactly(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:

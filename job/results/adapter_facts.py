@@ -1,0 +1,50 @@
+"""What the files of a published adapter say of it: for the manifest, and to check the manifest against them."""
+
+from __future__ import annotations
+
+import json
+from math import prod
+from pathlib import Path
+from typing import Any
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def adapter_facts(config: Path, weights: Path) -> dict[str, Any]:
+    """Kind, options and size of an adapter; the fields of `records.AdapterRecord` that follow from its files.
+
+    Raises:
+        ValueError: They are not an adapter's.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        said = json.loads(config.read_text(encoding="utf-8"))
+        with safe_open(weights, framework="np") as tensors:
+            shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118 - no mapping
+        ranks = [shape[0] for name, shape in shapes.items() if ".lora_A" in name]
+        sizes = [prod(shape) for shape in shapes.values()]
+        kind = str(said["peft_type"]).lower()
+    except (SafetensorError, TypeError, KeyError, IndexError) as error:
+        raise ValueError(f"no adapter's files: {str(error)[:200]}") from error
+    return {
+        "kind": kind,
+        "use_rslora": said.get("use_rslora") is True,
+        "use_dora": said.get("use_dora") is True,
+        "modules": len(ranks),
+        "ranks": sum(ranks),
+        "parameters": sum(sizes),
+    }
+
+
+def published_rank_pattern(config: Path) -> dict[str, list[bool]]:
+    """Of AdaLoRA, which ranks of each module were published, by the name of its `lora_E`; empty for other adapters.
+
+    Raises:
+        ValueError: It is no configuration.
+    """
+    try:
+        said = json.loads(config.read_text(encoding="utf-8"))
+        return dict(said.get("rank_pattern") or {}) if said.get("peft_type") == "ADALORA" else {}
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"{CONFIG} is no adapter's: {error}") from error
