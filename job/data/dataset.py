@@ -57,6 +57,7 @@ def load_examples(
     method: MethodName = "sft",
     seed: int = 0,
     alive: Callable[[], None] = lambda: None,
+    on_example: Callable[[Encoded | EncodedAnswers], None] | None = None,
 ) -> tuple[list[Example], DatasetRecord]:
     """Reads training examples, in the order of the source.
 
@@ -88,6 +89,7 @@ def load_examples(
         method: What the rows are for, which decides the schemas that they may have.
         seed: The run's; KTO pairs the rows in the order of its first epoch.
         alive: Called about twice a second while rows are read; an exception from it ends the reading.
+        on_example: Called with each example, in order.
 
     Returns:
         The examples, at least one, and the record for the manifest.
@@ -118,7 +120,7 @@ def load_examples(
     _check_tokenizer(tokenizer, name, templated=templated)
     _check_fit(schema, loss_on, template_arguments, on_long_row, templated=templated)
     control = _ControlTokens(tokenizer, templated=templated)
-    found = _Found()
+    found = _Found(on_example)
     records: list[DataSourceRecord] = []
     _log_date(tokenizer, date, templated=templated)
     with open_template(tokenizer, date, alive, template_arguments) if templated else nullcontext() as template:
@@ -191,7 +193,8 @@ def _one_part(source: str | Sequence[Source], name: str | None) -> Sequence[Sour
 class _Found:
     """The examples that were taken, and what is counted of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_example: Callable[[Encoded | EncodedAnswers], None] | None) -> None:
+        self._on_example = on_example
         self.examples: list[Example] = []
         self.digest = sha256(_DIGEST)
         self.ends: Counter[int | None] = Counter()
@@ -205,6 +208,8 @@ class _Found:
         self.ends[item.end] += 1
         self.unused.update(item.unused)
         self.long_rows.update(dict(item.long))
+        if self._on_example is not None:
+            self._on_example(item)
 
 
 def _take_share(

@@ -33,6 +33,7 @@ from job.planning.preflight import (
     round_trip,
     run_check,
 )
+from job.planning.shown_rows import ShownRow
 from job.planning.workload import Workload, count, scale
 from job.settings.load import Settings
 from job.storage.hub import is_reachable
@@ -61,6 +62,7 @@ class Plan:
     gpus: tuple[GpuForecast, ...]
     largest_step: int | None
     assumptions: tuple[str, ...]
+    shown: tuple[ShownRow, ...] = ()
 
     @property
     def error(self) -> JobError | None:
@@ -83,10 +85,10 @@ class _Preflight:
     questions: known.TaskTokens | None
 
 
-def make_plan(settings: Settings) -> Plan:
+def make_plan(settings: Settings, show: int = 0) -> Plan:
     """Makes all checks, then forecasts from what they read, or from known sizes of public models and data."""
     with tempfile.TemporaryDirectory(prefix="qlora-job-plan-") as folder:
-        seen = _look(settings, Path(folder))
+        seen = _look(settings, Path(folder), show)
     checks = [*seen.checks]
     run = _run(settings, seen, checks)
     gpus = [_with_memory_limit(gpu, settings.train.gpu_memory_gb) for gpu in GPUS]
@@ -98,6 +100,7 @@ def make_plan(settings: Settings) -> Plan:
         gpus=() if run.setup is None else tuple(forecast_gpu(gpu, run, run.setup) for gpu in gpus),
         largest_step=run.workload.largest_step if run.workload else None,
         assumptions=_assumptions(settings),
+        shown=tuple(seen.data.shown) if seen.data else (),
     )
 
 
@@ -106,7 +109,7 @@ def _with_memory_limit(gpu: Gpu, gigabytes: float | None) -> Gpu:
     return gpu if gigabytes is None else replace(gpu, memory_bytes=min(gpu.memory_bytes, int(gigabytes * 1e9)))
 
 
-def _look(settings: Settings, folder: Path) -> _Preflight:
+def _look(settings: Settings, folder: Path, show: int) -> _Preflight:
     """Makes all checks; one that fails does not stop the others."""
     s, storage = settings, storage_options(settings.storage)
     storage = replace(storage, **{name: min(getattr(storage, name), most) for name, most in QUICK.items()})
@@ -145,6 +148,7 @@ def _look(settings: Settings, folder: Path) -> _Preflight:
             template_arguments=s.data.chat_template_arguments,
             field_names=s.data.fields,
             on_long_row=s.data.on_long_row,
+            show=show,
             vocabulary=model.architecture.vocabulary if model and model.architecture else None,
             **where,
         ),

@@ -22,6 +22,8 @@ from job.common import formatting
 from job.common.source_list import locate_sources, parse_sources
 from job.data.dataset import load_examples, require_revision
 from job.data.hub_dataset import is_hub_id
+from job.data.preferences import EncodedAnswers
+from job.data.tokenization import Encoded
 from job.errors import DataError, JobError, Problem, SettingsError, Unreachable
 from job.evaluation.tasks import check_lengths, check_tasks, count_questions, load_tasks
 from job.model.adapter_options import PLAIN, AdapterOptions, described
@@ -30,6 +32,7 @@ from job.model.base import inspect, load_tokenizer
 from job.model.lora import count_parameters, linear_weights, resolve_targets
 from job.planning.character_tokenizer import CharacterTokenizer
 from job.planning.known_models_and_data import CHARACTERS_PER_TOKEN, TaskTokens
+from job.planning.shown_rows import ShownRow, show_row
 from job.records import Example
 from job.storage.base import disk_errors
 from job.storage.hub import cached_model, local_model, peek_dataset, peek_model
@@ -301,6 +304,7 @@ class DataFacts:
     estimated: bool
     download_bytes: int
     licence: str | None
+    shown: Sequence[ShownRow] = ()
 
 
 def preview_data(
@@ -312,6 +316,7 @@ def preview_data(
     folder: Path,
     storage: StorageOptions,
     revision: str | None,
+    show: int = 0,
     **reading: Any,
 ) -> Found[DataFacts]:
     """Reads and checks the rows as the job will; without a tokenizer, token counts are estimated.
@@ -324,6 +329,7 @@ def preview_data(
         folder: Folder for copies from S3.
         storage: How to reach stores.
         revision: For a hub id.
+        show: How many rows to show, the first ones; none without a tokenizer.
         reading: Further arguments of `load_examples`.
     """
     found = [_of_the_data(one.place, one.revision or revision, storage, online=online) for one in parse_sources(source)]
@@ -332,18 +338,25 @@ def preview_data(
     if download > MAX_BYTES:
         raise NotChecked(f"{source} has {formatting.size(download, ' ')}, too much to fetch for a plan")
     place = locate_sources(source, lambda place, kind: fetch(place, folder / kind, storage))
+    shown: list[ShownRow] = []
+
+    def keep(item: Encoded | EncodedAnswers) -> None:
+        if tokenizer is not None and len(shown) < show:
+            shown.append(show_row(item, tokenizer))
+
     examples, record = load_examples(
         place,
         revision=revision,
         max_length=NO_LIMIT if tokenizer is None else max_length,
         tokenizer=tokenizer or CharacterTokenizer(CHARACTERS_PER_TOKEN),
         name=source,
+        on_example=keep,
         **reading,
     )
     what = f"{record.rows:,} rows in the schema {record.format}"
     if record.skipped:
         what += f"; skipped {', '.join(f'{count} {kind}' for kind, count in record.skipped.items())}"
-    facts = DataFacts(examples, tokenizer is None, download, licence)
+    facts = DataFacts(examples, tokenizer is None, download, licence, shown)
     if tokenizer is not None:
         return "ok", what, facts
     long = sum(len(example.input_ids) > max_length for example in examples)
