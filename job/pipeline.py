@@ -7,7 +7,7 @@ A stage that an earlier attempt finished is not repeated: `Attempt.stage` reads 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -34,6 +34,7 @@ from job.runs.run_log import IdleLimit
 from job.runs.run_settings import agree_on_settings, compare_settings, keep_settings
 from job.runs.stage_records import identity
 from job.settings.load import Settings, environment, trackers
+from job.settings.training_stages import split_stages
 from job.stages.handoff import Sources
 from job.stages.publish import publish
 from job.stages.pull import pull
@@ -70,12 +71,41 @@ def run(
         NoProgress: The job was asked to stop, and too many attempts in a row, this one included, made no progress.
         Replaced: Another attempt owns the run.
     """
+    stages = split_stages(settings)
+    for number, stage in enumerate(stages, start=1):
+        log.bind(run=stage.run.id)
+        last = number == len(stages)
+        results = _run_stage(
+            stage,
+            stop,
+            report_progress,
+            faults,
+            delivery=delivery if last else None,
+            processes=processes,
+            idle=idle,
+            later=stages[number:],
+        )
+    return results
+
+
+def _run_stage(
+    settings: Settings,
+    stop: Stop,
+    report_progress: Callable[[], None],
+    faults: tuple[Fault, ...],
+    *,
+    delivery: Delivery | None,
+    processes: Processes,
+    idle: IdleLimit | None,
+    later: Sequence[Settings] = (),
+) -> dict[str, Any]:
+    """One run from start to end; `later` are those that follow, as in `JOB_TRAIN__METHOD=sft,dpo`."""
     agree_on_settings(processes, decisive_settings(settings))
     if (done := processes.share("results of before", lambda: finished(settings, delivery))) is not None:
         return done
     with _attempt(settings, stop, report_progress, faults, processes, idle=idle) as (attempt, track):
         with attempt.timed(Stage.PULL):
-            sources = pull(attempt, settings, storage_options(settings.storage))
+            sources = pull(attempt, settings, storage_options(settings.storage), later)
         loaded = _load(attempt, settings, sources)
         with publishing(sources.cache_entry if processes.leads else None, stop, report_progress):
             base = _evaluate_base(attempt, settings, sources, loaded)
@@ -144,7 +174,8 @@ def _attempt(
         track.start()
         gpus = [name for seen in processes.gather("names of the GPUs", energy.visible_gpus()) for name in seen]
         if processes.leads:
-            attempt.on_metrics, attempt.joules = track.step, energy.open_meter(gpus)
+            attempt.on_metrics, attempt.on_validation = track.step, track.validation
+            attempt.joules = energy.open_meter(gpus)
         yield attempt, track
 
 
@@ -170,7 +201,7 @@ def _load(attempt: Attempt, settings: Settings, sources: Sources) -> Loaded:
             if attempt.recorded(name, type(record)) is None:
                 attempt.keep(name, json.dumps(asdict(record)))
     known, found = map(identity, (attempt.stage(Stage.PULL, Pulled, lambda: sources.record), sources.record))
-    if changed := [name for name, value in known.items() if found[name] != value]:
+    if changed := [name for name, value in known.items() if found.get(name) != value]:
         raise DataError([Problem(name, "has changed since the first attempt of this run") for name in changed])
     return loaded
 

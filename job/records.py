@@ -8,6 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+NAMES_THE_RUN = "names the run"
+"""Metadata of a field that was added later, and by which runs differ where it is not its default."""
+
 
 @dataclass(frozen=True)
 class Example:
@@ -48,8 +51,8 @@ class DataSourceRecord:
 
 
 @dataclass(frozen=True)
-class DatasetRecord:
-    """The training data. `sha256` is over the selected, rendered and tokenized examples in order."""
+class ValidationRows:
+    """The rows that are validated on and never trained on; `sha256` as in `DatasetRecord`."""
 
     source: str
     revision: str | None
@@ -61,8 +64,34 @@ class DatasetRecord:
     tokens: int
     target_tokens: int
     longest: int
+    held_out: bool
+    """Whether they are rows of the training source, held out of training; else they have a source of their own."""
+    duplicates: int
+    near_duplicates: int
+    """Rows that are a training row word for word, and others that nearly are; none among rows that are held out."""
+
+
+@dataclass(frozen=True)
+class DatasetRecord:
+    """The training data. `sha256` is over the selected, rendered and tokenized examples in order.
+
+    With rows held out for validation it is over the SHA-256 of each training example.
+    """
+
+    source: str
+    revision: str | None
+    split: str | None
+    format: str
+    rows: int
+    skipped: dict[str, int]
+    sha256: str
+    tokens: int
+    target_tokens: int
+    longest: int
+    validation: ValidationRows | None = None
+    """What all other fields are without: the rows for validation. None where there is no validation."""
     sources: list[DataSourceRecord] = field(default_factory=list)
-    """Where JOB_DATA__SOURCE names several, each of them, in order."""
+    """Where JOB_DATA__SOURCE names several, each of them, in order, with the rows that are held out for validation."""
     long_rows: dict[str, int] = field(default_factory=dict)
     """By JOB_DATA__ON_LONG_ROW: rows truncated and tokens_cut, or rows split and the pieces of them."""
 
@@ -145,6 +174,30 @@ class ExecutionPlan:
 
 
 @dataclass(frozen=True)
+class ValidationRecord:
+    """What the validation losses of a run come to. A loss is the mean over the target tokens of all validation rows.
+
+    `stale` counts the validations since the best one. `every_steps` are the optimizer steps between two validations,
+    and `planned_steps` those of the whole schedule, which a run that stopped early did not all do.
+    """
+
+    every_steps: int
+    count: int
+    first_loss: float
+    last_loss: float
+    best_loss: float
+    best_step: int
+    stale: int
+    stop_after: int | None
+    planned_steps: int
+    stopped_early: bool
+    keep: str
+    kept_step: int
+    """The step whose adapter was evaluated and published; 0 is the adapter before training, which changes nothing."""
+    seconds: float
+
+
+@dataclass(frozen=True)
 class AdapterRecord:
     """The published adapter. All but `init` follows from its files, and is checked against them by `verify`.
 
@@ -182,12 +235,16 @@ class TrainingRecord:
     world_size: int = 1
     execution: ExecutionPlan | None = None
     """None in records of older versions, where PEFT's own layers did the work."""
+    validation: ValidationRecord | None = None
+    """None where nothing was validated."""
     method: str = "sft"
     """A key of `common.methods.METHODS`."""
     beta: float | None = None
     """Strength of the preference; None for `sft`."""
     reference: str | None = None
     """What preferences are compared with: `base`, or `start` for the adapter that training started from."""
+    start_sha256: str | None = None
+    """Of the adapter that training started from; None for a new one."""
     preference: dict[str, float] = field(default_factory=dict)
     """Metrics of preferences, by TRL's names: the mean over the last epoch's steps, by examples."""
     adapter: AdapterRecord | None = None
@@ -267,6 +324,21 @@ class StepMetrics:
 
 
 @dataclass(frozen=True)
+class ValidationMetrics:
+    """One validation: facts that identical runs share, and in `measured` what was measured. Step 0 is before training.
+
+    `loss` is the sum over the target tokens of all validation rows, divided by their number, in nats.
+    """
+
+    step: int
+    epoch: float
+    loss: float
+    examples: int
+    target_tokens: int
+    measured: dict[str, float | int | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class AttemptRecord:
     """One start of the run. Times are RFC 3339 in UTC.
 
@@ -299,6 +371,8 @@ class Pulled:
     model_revision: str | None
     questions: dict[str, str]
     """SHA-256 of each task's questions."""
+    start_sha256: str | None = field(default=None, metadata={NAMES_THE_RUN: True})
+    """Of the adapter that training starts from; None for a new one."""
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors.numpy import save_file
 
 from job.checkpoints import manager
-from job.checkpoints.trainer_state import ADAPTER, METRICS, write_metrics
+from job.checkpoints.trainer_state import ADAPTER, METRICS, write_metrics, write_validations
+from job.checkpoints.trainer_state import VALIDATIONS as STATE_VALIDATIONS
 from job.common import host
 from job.common.hashing import hash_facts, hash_file, sealed
 from job.evaluation import samples
@@ -29,18 +31,29 @@ from job.records import (
     StepMetrics,
     Trained,
     TrainingRecord,
+    ValidationMetrics,
+    ValidationRows,
 )
 from job.results import manifest
 from job.results.inventory import collect
 from job.runs import stage_records
-from job.runs.layout import answers_key, attempt_key
+from job.runs.layout import VALIDATIONS, answers_key, attempt_key
 from job.runs.lease import LeaseRecord
 from job.settings.affects_result import affects_result
 from job.settings.load import describe, load_settings, redacted
 from job.storage.local import LocalStore
+from job.training.early_stopping import validation_record
 
 ROWS, STEPS = 8, 4
 SETTINGS = ("--train.global_batch_size=4", "--train.epochs=2", "--checkpoint.every_steps=2")
+VALIDATED = (
+    "--train.epochs=4",
+    "--data.validation=2",
+    "--train.validate_every_steps=2",
+    "--train.stop_after=1",
+    "--train.keep=best",
+)
+"""Further settings of a run that validates: it stops halfway, after step 4, and keeps the adapter of step 2."""
 Pairs = Mapping[str, Sequence[tuple[bool, bool]]]
 """By task: whether the base and the adapter are right, for each question."""
 
@@ -58,10 +71,12 @@ def publish_run(
     *,
     attempts: int = 1,
     settings: Sequence[str] = (),
+    validated: bool = False,
     baseline: Callable[[LocalStore, Evaluated], tuple[dict[str, Any], list[Artifact]]] | None = None,
 ) -> Path:
     """Writes a run into `folder`, named like it; all attempts but the last were killed. Returns the folder."""
     store = LocalStore(folder)
+    settings = [*settings, *(VALIDATED if validated else ())]
     chosen = load_settings([*SETTINGS, *settings, f"--run.id={folder.name}"], environ={})
     work = folder.with_name(f"{folder.name}.work")
     work.mkdir(parents=True)
@@ -70,12 +85,17 @@ def publish_run(
     ledger = [_attempt(number, last=number == attempts) for number in range(1, attempts + 1)]
     model = _model()
     dataset = DatasetRecord("rows.jsonl", None, None, "alpaca", ROWS, {}, _hash("rows"), 90, 80, 20)
+    if validated:
+        facts = asdict(dataset) | {"rows": 2, "target_tokens": 15, "sha256": _hash("held out")}
+        del facts["validation"]
+        held = ValidationRows(**facts, held_out=True, duplicates=0, near_duplicates=0)
+        dataset = replace(dataset, validation=held)
     pulled = Pulled(dataset, model.sha256, None, {task: _hash(task) for task in answers})
     run = stage_records.fingerprint(decisive, pulled)
     for record in ledger[:-1]:
         store.write(attempt_key(record.number), _logged(replace(record, outcome="running"), run))
     base, adapter = (_evaluated(store, answers, side, work) for side in ("base", "adapter"))
-    trained = _trained(store, work, attempts, run)
+    trained = _trained(store, work, attempts, run, validated=validated)
     for name, found in (("pull", pulled), ("evaluate-base", base), ("train", trained), ("evaluate-adapter", adapter)):
         store.write(f"stages/{name}.json", stage_records.render(json.dumps(asdict(found)), run, attempts))
     store.write("scores/0123/kept.jsonl", b"{}\n")
@@ -120,7 +140,7 @@ def forge(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 def rewrite(folder: Path, path: str, data: bytes) -> None:
     """Replaces a file and everything that the manifest says of it."""
     (folder / path).write_bytes(data)
-    facts = hash_facts(folder / path) if path.endswith("metrics.jsonl") else None
+    facts = hash_facts(folder / path) if path.endswith(("metrics.jsonl", "validation.jsonl")) else None
 
     def change(results: dict[str, Any]) -> None:
         (entry,) = [entry for entry in results["artifacts"] + results["evidence"] if entry["path"] == path]
@@ -208,8 +228,8 @@ def _evaluated(store: LocalStore, answers: Pairs, side: str, work: Path) -> Eval
     return Evaluated(scores, artifacts)
 
 
-def _trained(store: LocalStore, work: Path, attempts: int, run: str) -> Trained:
-    """Four steps of two epochs, a checkpoint after the second and the fourth, and the adapter of the last."""
+def _trained(store: LocalStore, work: Path, attempts: int, run: str, *, validated: bool) -> Trained:
+    """Four steps of two epochs, a checkpoint after the second and the fourth, and the adapter of the last, or best."""
     history = [
         StepMetrics(
             step=step,
@@ -223,19 +243,33 @@ def _trained(store: LocalStore, work: Path, attempts: int, run: str) -> Trained:
         )
         for step in range(1, STEPS + 1)
     ]
+    validations = [
+        ValidationMetrics(step, step / 2, loss, 2, 15, {"seconds": 0.5, "micro_batch_tokens": 64})
+        for step, loss in ((0, 4.0), (2, 3.0), (4, 3.5))
+    ]
     for step in (2, 4):
         state = work / f"step-{step}"
         state.mkdir()
         weights = np.full((3, 4), step, dtype=np.float32)
         save_file({"model.q_proj.lora_A.default.weight": weights}, state / ADAPTER)
         write_metrics(state / METRICS, history[:step])
+        if validated:
+            best = {"model.q_proj.lora_A.default.weight": torch.full((3, 4), 2.0)}
+            write_validations(state, validations[: 1 + step // 2], best if step == STEPS else None)
         epoch = attempts if step == STEPS else 1
         manager.publish(store, state, step=step, epoch=epoch, world_size=1, software=host.software(), run=run)
+    if validated:
+        weights = np.full((3, 4), 2, dtype=np.float32)
     save_file({"model.q_proj.lora_A.weight": weights}, work / "adapter", {"format": "pt"})
     adapter = publish_file(store, "artifacts/adapter/adapter_model.safetensors", (work / "adapter").read_bytes())
     metrics = work / "step-4" / METRICS
     lines = publish_file(store, "artifacts/metrics.jsonl", metrics.read_bytes(), hash_facts(metrics))
-    return Trained(_training(history), [adapter, lines])
+    if not validated:
+        return Trained(_training(history), [adapter, lines])
+    kept = work / "step-4" / STATE_VALIDATIONS
+    losses = publish_file(store, VALIDATIONS, kept.read_bytes(), hash_facts(kept))
+    record = validation_record(validations, every_steps=2, total_steps=8, stop_after=1, keep="best")
+    return Trained(replace(_training(history), validation=record), [adapter, lines, losses])
 
 
 def _training(history: Sequence[StepMetrics]) -> TrainingRecord:

@@ -15,13 +15,17 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter
 
 from job.checkpoints import optimizer_state
-from job.records import StepMetrics
+from job.records import StepMetrics, ValidationMetrics
 
 ADAPTER, OPTIMIZER, PROGRESS, METRICS = "adapter.safetensors", "optimizer.safetensors", "progress.json", "metrics.jsonl"
 TRAINER = "trainer_state.json"  # Trainer reads its step from it, under this name
 ADALORA = "adalora.safetensors"
 """What AdaLoRA's allocator remembers, where the adapter is of this kind."""
 FILES = frozenset({ADAPTER, OPTIMIZER, PROGRESS, METRICS, TRAINER})
+VALIDATIONS, BEST = "validation.jsonl", "best.safetensors"
+OPTIONAL = frozenset({VALIDATIONS, BEST})
+"""In checkpoints of runs that validate: the validations so far; and the adapter of the best of them where that is kept
+and is not the checkpoint's own."""
 
 T = TypeVar("T")
 
@@ -116,6 +120,31 @@ def read_trainer_state(folder: Path, files: TrainerFiles) -> list[StepMetrics]:
     return read_metrics(folder / METRICS)
 
 
+def write_validations(
+    folder: Path, validations: Sequence[ValidationMetrics], best: Mapping[str, Any] | None = None
+) -> None:
+    """Adds the validations so far to a checkpoint, and the adapter of the best one where it is not the checkpoint's."""
+    from safetensors.torch import save_file
+
+    write_metrics(folder / VALIDATIONS, validations)
+    if best is not None:
+        save_file(dict(best), folder / BEST)
+
+
+def read_validations(folder: Path) -> tuple[list[ValidationMetrics], dict[str, Any] | None]:
+    """The inverse of `write_validations`.
+
+    Raises:
+        ValueError: The checkpoint has no validations, or the adapter is of another model than its own.
+    """
+    from safetensors.torch import load_file
+
+    if not (folder / VALIDATIONS).exists():
+        raise ValueError(f"the checkpoint in {folder} has no validations")
+    found = [ValidationMetrics(**json.loads(line)) for line in (folder / VALIDATIONS).read_text("utf-8").splitlines()]
+    return found, load_file(folder / BEST) if (folder / BEST).exists() else None
+
+
 def validate_trainer_state(folder: Path, step: int) -> None:
     """Checks, without a model, that a downloaded checkpoint is of `step` and that `read_trainer_state` can read it.
 
@@ -124,7 +153,7 @@ def validate_trainer_state(folder: Path, step: int) -> None:
     """
     from transformers import TrainerState
 
-    if (names := {path.name for path in folder.iterdir()} - {ADALORA}) != FILES:
+    if (names := {path.name for path in folder.iterdir()} - OPTIONAL - {ADALORA}) != FILES:
         raise ValueError(f"its files are not those of a checkpoint: {', '.join(sorted(names ^ FILES))}")
     _tensor_names(folder / ADAPTER)
     if (folder / ADALORA).exists():
@@ -138,10 +167,25 @@ def validate_trainer_state(folder: Path, step: int) -> None:
         history = read_metrics(folder / METRICS)
     except TypeError as error:
         raise ValueError(f"{TRAINER} or {METRICS} has a field that is unknown: {error}") from None
+    _check_validations(folder, step)
     if not progress.step == trainer.global_step == step:
         raise ValueError(f"it is of step {progress.step}")
     if [metrics.step for metrics in history] != list(range(1, step + 1)):
         raise ValueError(f"its metrics are not those of the steps 1 to {step}")
+
+
+def _check_validations(folder: Path, step: int) -> None:
+    """Checks that validations can be read, and that the best adapter fits the checkpoint's own.
+
+    Raises:
+        ValueError: What is wrong.
+    """
+    if (folder / VALIDATIONS).exists():
+        steps = [metrics.step for metrics in _parse_as(list[ValidationMetrics], folder / VALIDATIONS)]
+        if not steps or steps != sorted(set(steps)) or not 0 <= steps[0] <= steps[-1] <= step:
+            raise ValueError(f"its validations are not those of rising steps up to {step}")
+    if (folder / BEST).exists() and _shapes(folder / BEST) != _shapes(folder / ADAPTER):
+        raise ValueError(f"{BEST} is not of the same adapter as {ADAPTER}")
 
 
 def split_optimizer_state(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -194,6 +238,16 @@ def _tensor_names(path: Path) -> list[str]:
         raise ValueError(f"{path.name} is no safetensors file: {error}") from None
 
 
+def _shapes(path: Path) -> dict[str, tuple[Any, ...]]:
+    """Shape and dtype by name of the tensors in a file, whose header must describe the whole file."""
+    from safetensors import safe_open
+
+    names = _tensor_names(path)
+    with safe_open(path, framework="pt") as tensors:
+        found = {name: tensors.get_slice(name) for name in names}
+        return {name: (*part.get_shape(), part.get_dtype()) for name, part in found.items()}
+
+
 def _parse_as(kind: type[T], path: Path) -> T:
     """Reads a file of JSON, or of JSON lines.
 
@@ -209,8 +263,8 @@ def _parse_as(kind: type[T], path: Path) -> T:
         raise ValueError(f"{path.name} cannot be read: {str(error)[:200]}") from None
 
 
-def write_metrics(path: Path, history: Sequence[StepMetrics]) -> None:
-    """One JSON line a step; metrics of preferences only where there are any."""
+def write_metrics(path: Path, history: Sequence[StepMetrics] | Sequence[ValidationMetrics]) -> None:
+    """One JSON line a step, or a validation; metrics of preferences only where there are any."""
     lines = ({name: value for name, value in asdict(m).items() if name != "preference" or value} for m in history)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 

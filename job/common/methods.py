@@ -13,9 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 MethodName = Literal["sft", "dpo", "kto", "orpo"]
+Methods = Literal["sft", "dpo", "kto", "orpo", "sft,dpo", "sft,kto", "sft,orpo"]
+"""Values of `JOB_TRAIN__METHOD`: a method, or two that follow each other in one run."""
+SFT: MethodName = "sft"
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,18 @@ METHODS: Mapping[str, Method] = {
     "kto": Method("Kahneman-Tversky optimization", (_LABELLED,), reference=True, tags=("kto",)),
     "orpo": Method("odds ratio preference optimization", (_PAIRS,), tags=("orpo",)),
 }
+
+
+def last_of(methods: str) -> MethodName:
+    """The method whose adapter a run publishes: the last one of `Methods`.
+
+    Raises:
+        KeyError: There is no such method.
+    """
+    name: Any = methods.rpartition(",")[2]
+    METHODS[name]
+    found: MethodName = name
+    return found
 
 
 def methods_for(schema: str) -> list[str]:

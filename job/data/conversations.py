@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from job.data.chat_template import Template, TemplateRefusalError
@@ -55,7 +56,7 @@ def _text_of(content: Any) -> Any:
     return "".join(texts) if all(isinstance(text, str) for text in texts) else content
 
 
-def texts_of_messages(messages: list[dict[str, Any]]) -> list[str]:
+def texts_of_messages(messages: Iterable[dict[str, Any]]) -> list[str]:
     """The texts of good messages."""
     return [text for message in messages if (text := _text_of(message.get("content")))]
 

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from fractions import Fraction
 from hashlib import sha256
 from itertools import chain
@@ -25,7 +26,7 @@ from job.data.fields import Rendered
 from job.data.formats import UNREADABLE, Row, RowError, Rows, find_files, fixed_part, read_rows
 from job.data.hub_dataset import is_hub_id, open_dataset
 from job.data.preferences import SIDES, Answers, EncodedAnswers, encode_answers, is_conversation, with_partners
-from job.data.schemas import FIELDS, REQUIRED, Schema, check_row, detect_schema, render, texts_of
+from job.data.schemas import FIELDS, REQUIRED, Schema, check_row, detect_schema, own_texts, render, texts_of
 from job.data.sharegpt import as_messages, in_conversations, is_sharegpt
 from job.data.tokenization import Encoded, LossOn, OnLongRow, encode
 from job.errors import MAX_SHOWN, DataError, Problem, SettingsError
@@ -89,7 +90,7 @@ def load_examples(
         method: What the rows are for, which decides the schemas that they may have.
         seed: The run's; KTO pairs the rows in the order of its first epoch.
         alive: Called about twice a second while rows are read; an exception from it ends the reading.
-        on_example: Called with each example, in order.
+        on_example: Called with each example, in order, its `own_texts` included.
 
     Returns:
         The examples, at least one, and the record for the manifest.
@@ -127,7 +128,13 @@ def load_examples(
 
         def encoded(rows: Rows, most: int | None) -> Iterator[Encoded | EncodedAnswers | list[RowError]]:
             texts: Iterator[Any] = _render_all(
-                rows, schema, template, control, turns=None if loss_on == "all" else loss_on, names=field_names or {}
+                rows,
+                schema,
+                template,
+                control,
+                turns=None if loss_on == "all" else loss_on,
+                names=field_names or {},
+                own=on_example is not None,
             )
             options: dict[str, Any] = {
                 "templated": templated,
@@ -254,7 +261,7 @@ def _records(
     return [DataSourceRecord(part.name, commit, rows, digest.hexdigest())]
 
 
-def check_source(source: str, revision: str | None, split: str) -> None:
+def check_source(source: str, revision: str | None, split: str, setting: str = "JOB_DATA__REVISION") -> None:
     """Refuses a source that cannot be read, as far as can be checked without reading it or using the network.
 
     Raises:
@@ -262,16 +269,16 @@ def check_source(source: str, revision: str | None, split: str) -> None:
         SettingsError: A hub id without a revision.
     """
     if is_hub_id(source):
-        require_revision(revision)
+        require_revision(revision, setting)
     else:
         find_files(source, split)
 
 
-def require_revision(revision: str | None) -> str:
-    """The revision of a hub data set, which has to be given."""
+def require_revision(revision: str | None, setting: str = "JOB_DATA__REVISION") -> str:
+    """The revision of a hub data set, which has to be given by a setting."""
     if revision is None:
         what = "a data set of the hub needs a revision, best a commit, so that the run can be repeated"
-        raise SettingsError([Problem("JOB_DATA__REVISION", what)])
+        raise SettingsError([Problem(setting, what)])
     return revision
 
 
@@ -482,6 +489,7 @@ def _render_all(
     *,
     turns: Turns | None,
     names: Mapping[str, str],
+    own: bool,
 ) -> Iterator[Rendered | Answers | list[RowError]]:
     for row in rows:
         if isinstance(row, RowError):
@@ -507,4 +515,4 @@ def _render_all(
             yield in_conversations([text], given)
             continue
         control.count(texts_of(row, schema), row.where)
-        yield text
+        yield replace(text, own_texts=own_texts(row, schema)) if own and isinstance(text, Rendered) else text

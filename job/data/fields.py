@@ -23,6 +23,7 @@ class Rendered:
         ignored: The spans that are never in the loss, whatever JOB_TRAIN__LOSS_ON is.
         unused: The fields that were left out.
         must_end: Whether it is a fault if a completion does not end with a special token that is learned.
+        own_texts: The row's texts without what a schema or template puts around them, where they were asked for.
     """
 
     where: str
@@ -31,6 +32,7 @@ class Rendered:
     ignored: tuple[tuple[int, int], ...] = ()
     unused: tuple[str, ...] = ()
     must_end: bool = False
+    own_texts: tuple[str, ...] = ()
 
 
 def check_text(fields: dict[str, Any], field: str, where: str) -> list[RowError]:

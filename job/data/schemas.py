@@ -142,6 +142,15 @@ def texts_of(row: Row, schema: Schema) -> list[str]:
     return [*earlier, *(text for text in fields if isinstance(text, str))]
 
 
+def own_texts(row: Row, schema: Schema) -> tuple[str, ...]:
+    """What tells a good row from others: its texts without the system prompt, which many rows share."""
+    if schema == "messages":
+        told = (message for message in row.fields["messages"] if message.get("role") not in {"system", "developer"})
+        return tuple(texts_of_messages(told))
+    system = row.fields.get("system") if schema == "alpaca" else None
+    return tuple(text for text in texts_of(row, schema) if text is not system)
+
+
 def render(
     row: Row, schema: Schema, template: Template | None, *, turns: Turns | None
 ) -> Rendered | Answers | RowError:

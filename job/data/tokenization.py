@@ -27,8 +27,8 @@ class Encoded:
     """An example, and the text it was made from.
 
     `end` is the last special token among the last few targets, which tells a model to stop; None if there is
-    none. `unused` are the fields of the row that were left out, `where` is where it stands, and `long` counts what was
-    done because it is too long.
+    none. `unused` are the fields of the row that were left out, `where` is where it stands, `own_texts` as in
+    `Rendered`; `long` counts what was done because the row is too long.
     """
 
     text: str
@@ -37,6 +37,7 @@ class Encoded:
     unused: tuple[str, ...] = ()
     long: tuple[tuple[str, int], ...] = ()
     where: str = ""
+    own_texts: tuple[str, ...] = ()
 
     def canonical(self) -> bytes:
         """Text, tokens and targets, with their lengths in front: other examples never give the same bytes."""
@@ -100,7 +101,8 @@ def encode(
                 example = Example(input_ids, shared_targets.setdefault(targets, targets))
                 # The text is that of the row: only its first piece has it, and is counted as a long row.
                 first = ("", ()) if place else (row.text, long)
-                yield Encoded(first[0], example, _end(ids, targets, special), row.unused, first[1], row.where)
+                end = _end(ids, targets, special)
+                yield Encoded(first[0], example, end, row.unused, first[1], row.where, row.own_texts)
 
 
 def _pieces(

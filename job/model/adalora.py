@@ -21,7 +21,8 @@ _PATTERN = "rank_pattern"
 
 def is_adalora(model: Any) -> bool:
     """Whether a PEFT model has an adapter of this kind."""
-    return bool(model.peft_config["default"].peft_type == "ADALORA")
+    config = getattr(model, "peft_config", {}).get("default")
+    return config is not None and config.peft_type == "ADALORA"
 
 
 def add_penalty_gradient(model: Any, scale: float = 1.0) -> None:

@@ -67,15 +67,15 @@ def readable(folder: Path, what: str = "holds no model that can be loaded") -> I
         raise DataError([Problem("JOB_MODEL__ID", f"{folder} {what}: {first[:300]}")]) from error
 
 
-def read_json(path: Path, most: int) -> dict[str, Any]:
-    """A JSON object of a model's folder.
+def read_json(path: Path, most: int, setting: str = "JOB_MODEL__ID") -> dict[str, Any]:
+    """A JSON object of the folder of a model, or of an adapter, which `setting` named.
 
     Raises:
         DataError: It is missing, larger than `most` bytes, or no JSON object.
     """
 
     def wrong(why: str) -> DataError:
-        return DataError([Problem("JOB_MODEL__ID", f"{path.parent} has no {path.name} that can be read: {why}")])
+        return DataError([Problem(setting, f"{path.parent} has no {path.name} that can be read: {why}")])
 
     try:
         if (size := path.stat().st_size) > most:

@@ -124,7 +124,7 @@ def resolve_targets(model: Any, targets: Sequence[str] | str | None) -> list[str
     Raises:
         SettingsError: There are none of this kind.
     """
-    if targets is None or targets in {"auto", "all-linear"}:
+    if targets is None or targets in ("auto", "all-linear"):
         return find_targets(model)
     if not isinstance(targets, str):
         return list(targets)

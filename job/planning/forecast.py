@@ -35,6 +35,17 @@ HALF_PRECISION = 2
 
 
 @dataclass(frozen=True)
+class ValidationWork:
+    """The validations of a run that does not stop early: how many, and what each computes."""
+
+    count: int
+    rows: int
+    tokens: int
+    target_tokens: int
+    longest: int
+
+
+@dataclass(frozen=True)
 class RunShape:
     """What is known about a run; None means unknown.
 
@@ -53,6 +64,7 @@ class RunShape:
         budget_by_gpu: Whether `budget` is not set, so that the job chooses it by the GPU's memory.
         keep_base: Whether the dequantized base is kept in memory; None where the job chooses.
         keep_activations: Whether activations are kept instead of recomputed; None where the job chooses.
+        validation: The validations; None where there are none, or their rows are unknown.
     """
 
     setup: Setup | None
@@ -69,6 +81,7 @@ class RunShape:
     budget_by_gpu: bool = False
     keep_base: bool | None = None
     keep_activations: bool | None = None
+    validation: ValidationWork | None = None
 
     @property
     def micro_batch(self) -> int:
@@ -129,6 +142,10 @@ def estimates(run: RunShape) -> Iterator[Estimate]:
     if run.workload is not None:
         flops = memory_model.training_flops(setup, run.workload.tokens, run.workload.squares)
         yield Estimate("training", flops, "FLOP", both, "with recomputation" if setup.recompute else "")
+    if run.validation is not None:
+        held_out = run.validation
+        validating = held_out.count * memory_model.evaluation_flops(setup, held_out.tokens, held_out.target_tokens)
+        yield Estimate("validation, all", validating, "FLOP", both, "forward passes; an early stop saves some")
     if run.questions is not None:
         scoring = EVALUATIONS * memory_model.evaluation_flops(setup, run.questions.tokens, run.questions.reads)
         yield Estimate("evaluation, twice", scoring, "FLOP", _weaker(basis, run.questions_basis))
@@ -165,6 +182,9 @@ def _of_the_data(run: RunShape) -> Iterator[Estimate]:
         yield Estimate("target tokens", work.target_tokens, "", basis, "tokens that the loss counts")
         yield Estimate("longest example", work.longest, "tokens", basis)
         yield Estimate("largest step", work.largest_step, "tokens", basis, "no micro-batch is larger")
+    if run.validation is not None:
+        yield Estimate("validation rows", run.validation.rows, "", run.workload_basis)
+        yield Estimate("validations", run.validation.count, "", run.workload_basis, "before, during and after training")
     if run.questions is not None:
         yield Estimate("questions", run.questions.count, "", run.questions_basis)
 
@@ -242,6 +262,11 @@ def _hours(gpu: Gpu, run: RunShape, setup: Setup, execution: ExecutionPlan | Non
     micro_batches = max(work.steps, ceil(work.tokens / run.micro_batch))
     flops = memory_model.training_flops(setup, work.tokens, work.squares)
     training = memory_model.seconds(flops, (3 if setup.recompute else 2) * micro_batches, setup, used=used, **speed)
+    if run.validation is not None:  # a forward pass of the training path, with its micro-batches
+        held = run.validation
+        forward = held.count * memory_model.evaluation_flops(setup, held.tokens, held.target_tokens)
+        passes = held.count * ceil(held.tokens / min(run.micro_batch, max(work.largest_step, held.longest)))
+        training += memory_model.seconds(forward, passes, setup, used=used, **speed)
     used = memory_model.UTILISATION if execution is None else memory_model.SCORING_UTILISATION
     scoring = memory_model.evaluation_flops(setup, asked.tokens, asked.reads)
     evaluation = memory_model.seconds(scoring, ceil(asked.tokens / run.scoring_budget), setup, used=used, **speed)

@@ -12,11 +12,13 @@ from job.common.formatting import size
 from job.common.resources import check_disk, checkpoint_bytes, required_bytes
 from job.common.source_list import parse_sources
 from job.data import licences
+from job.data.batch_plan import steps_per_epoch
+from job.data.training_and_validation import what_to_validate_on
 from job.errors import AccessDenied, DataError, JobError, Problem, SettingsError, Unreachable
 from job.model.adapter_options import MANY_STEPS, PLAIN, AdapterOptions, make_options
 from job.planning import forecast
 from job.planning import known_models_and_data as known
-from job.planning.forecast import Basis, Estimate, GpuForecast, RunShape, estimates, forecast_gpu
+from job.planning.forecast import Basis, Estimate, GpuForecast, RunShape, ValidationWork, estimates, forecast_gpu
 from job.planning.gpu_prices import GPUS, PRICES, Gpu
 from job.planning.preflight import (
     AdapterFacts,
@@ -41,6 +43,7 @@ from job.storage.location import join
 from job.storage.open import StorageOptions, is_remote, open_store, storage_options
 from job.training import memory_model
 from job.training.config import total_steps
+from job.training.early_stopping import due_steps
 from job.training.memory_model import Setup
 
 SMALL_GPU_TOKENS = 4096
@@ -137,12 +140,19 @@ def _look(settings: Settings, folder: Path, show: int) -> _Preflight:
             tokenizer=tokenizer,
             max_length=s.train.max_length,
             revision=s.data.revision,
+            validation=what_to_validate_on(
+                s.data.validation,
+                source=s.data.source,
+                source_revision=s.data.revision,
+                validation_revision=s.data.validation_revision,
+                validation_split=s.data.validation_split,
+            ),
             split=s.data.split,
             limit=s.data.limit,
             schema=None if s.data.format == "auto" else s.data.format,
             on_bad_row=s.data.on_bad_row,
             loss_on=s.train.loss_on,
-            method=s.train.method,
+            method=s.train.last_method,
             seed=s.run.seed,
             date=s.data.date,
             template_arguments=s.data.chat_template_arguments,
@@ -194,6 +204,7 @@ def _run(settings: Settings, seen: _Preflight, checks: list[PreflightResult]) ->
         setup_basis=model_basis,
         workload=workload,
         workload_basis=data_basis,
+        validation=_validation(settings, seen.data, workload),
         questions=questions,
         questions_basis=questions_basis,
         budget=settings.train.micro_batch_tokens or SMALL_GPU_TOKENS,
@@ -274,6 +285,20 @@ def _workload(settings: Settings, data: DataFacts | None) -> tuple[Workload | No
     ), "assumed"
 
 
+def _validation(settings: Settings, data: DataFacts | None, workload: Workload | None) -> ValidationWork | None:
+    """The validations of a run that does not stop early; None where there are none, or their rows are not known."""
+    if data is None or workload is None or not data.validation:
+        return None
+    every = settings.train.validate_every_steps or steps_per_epoch(workload.rows, settings.train.global_batch_size)
+    return ValidationWork(
+        count=len(due_steps(every, workload.steps)),
+        rows=len(data.validation),
+        tokens=sum(len(example.input_ids) for example in data.validation),
+        target_tokens=sum(sum(example.targets) for example in data.validation),
+        longest=max(len(example.input_ids) for example in data.validation),
+    )
+
+
 def _questions(settings: Settings, seen: _Preflight) -> tuple[known.TaskTokens | None, Basis]:
     """Counted from the questions; else from known tasks; else None."""
     if seen.questions is not None:
@@ -313,7 +338,9 @@ def _assumptions(settings: Settings) -> tuple[str, ...]:
     price, context = settings.cost.usd_per_hour, size(memory_model.CONTEXT_BYTES, " ")
     fused, peft = (f"{used:.0%}" for used in (memory_model.FUSED_UTILISATION, memory_model.UTILISATION))
     half = f"speed: {fused} of the data sheet's operations a second in bf16, {peft} before Ampere or with dropout"
+    first = f"figures: of the last stage of JOB_TRAIN__METHOD={settings.train.method}; plan the first one as sft"
     return (
+        *(() if settings.train.is_one_stage else (first,)),
         "one GPU; several GPUs share the examples of a step, and each needs the same memory",
         f"{half}, as measured on H100 and H200; slower GPUs tend to do better",
         f"start: {forecast.START_SECONDS:.0f} s, and {forecast.DOWNLOAD_RATE / 1e6:.0f} MB/s for downloads",

@@ -13,17 +13,18 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 from uuid import uuid4
 
 from job.common import formatting
 from job.common.source_list import locate_sources, parse_sources
-from job.data.dataset import load_examples, require_revision
+from job.data.dataset import require_revision
 from job.data.hub_dataset import is_hub_id
 from job.data.preferences import EncodedAnswers
 from job.data.tokenization import Encoded
+from job.data.training_and_validation import ValidationSource, load_rows
 from job.errors import DataError, JobError, Problem, SettingsError, Unreachable
 from job.evaluation.tasks import check_lengths, check_tasks, count_questions, load_tasks
 from job.model.adapter_options import PLAIN, AdapterOptions, described
@@ -298,12 +299,16 @@ def _fetch_small_files(source: str, folder: Path, storage: StorageOptions) -> tu
 
 @dataclass(frozen=True)
 class DataFacts:
-    """The examples as they would be trained on. `estimated`: token counts are estimated from characters."""
+    """The examples as they would be trained on. `estimated`: token counts are estimated from characters.
+
+    `validation` are the rows that would be validated on.
+    """
 
     examples: Sequence[Example]
     estimated: bool
     download_bytes: int
     licence: str | None
+    validation: Sequence[Example] = ()
     shown: Sequence[ShownRow] = ()
 
 
@@ -317,6 +322,7 @@ def preview_data(
     storage: StorageOptions,
     revision: str | None,
     show: int = 0,
+    validation: float | ValidationSource | None = None,
     **reading: Any,
 ) -> Found[DataFacts]:
     """Reads and checks the rows as the job will; without a tokenizer, token counts are estimated.
@@ -330,22 +336,30 @@ def preview_data(
         storage: How to reach stores.
         revision: For a hub id.
         show: How many rows to show, the first ones; none without a tokenizer.
-        reading: Further arguments of `load_examples`.
+        validation: What to validate on.
+        reading: Further arguments of `load_rows`.
     """
     found = [_of_the_data(one.place, one.revision or revision, storage, online=online) for one in parse_sources(source)]
     download = sum(size for size, _ in found)
     licence = "; ".join(sorted({licence for _, licence in found if licence})) or None
     if download > MAX_BYTES:
         raise NotChecked(f"{source} has {formatting.size(download, ' ')}, too much to fetch for a plan")
-    place = locate_sources(source, lambda place, kind: fetch(place, folder / kind, storage))
     shown: list[ShownRow] = []
 
     def keep(item: Encoded | EncodedAnswers) -> None:
         if tokenizer is not None and len(shown) < show:
             shown.append(show_row(item, tokenizer))
 
-    examples, record = load_examples(
+    if isinstance(validation, ValidationSource):
+        more, _ = _of_the_data(validation.name, validation.revision, storage, online=online)
+        if more > MAX_BYTES:
+            raise NotChecked(f"{validation.name} has {formatting.size(more, ' ')}, too much to fetch for a plan")
+        download += more
+        validation = replace(validation, place=fetch(validation.place, folder / "validation", storage))
+    place = locate_sources(source, lambda place, kind: fetch(place, folder / kind, storage))
+    examples, held_out, record = load_rows(
         place,
+        validation,
         revision=revision,
         max_length=NO_LIMIT if tokenizer is None else max_length,
         tokenizer=tokenizer or CharacterTokenizer(CHARACTERS_PER_TOKEN),
@@ -354,9 +368,11 @@ def preview_data(
         **reading,
     )
     what = f"{record.rows:,} rows in the schema {record.format}"
+    if record.validation is not None:
+        what += f", {record.validation.rows:,} for validation"
     if record.skipped:
         what += f"; skipped {', '.join(f'{count} {kind}' for kind, count in record.skipped.items())}"
-    facts = DataFacts(examples, tokenizer is None, download, licence, shown)
+    facts = DataFacts(examples, tokenizer is None, download, licence, held_out, shown)
     if tokenizer is not None:
         return "ok", what, facts
     long = sum(len(example.input_ids) > max_length for example in examples)

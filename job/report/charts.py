@@ -24,7 +24,10 @@ class Tick:
 
 @dataclass(frozen=True)
 class LineChart:
-    """A value by step: SVG `path`, restarts as `marks`; `said` is the description for screen readers."""
+    """A value by step: SVG `path`, restarts as `marks`; `said` is the description for screen readers.
+
+    `second` is the path of another value on the same axes, and `dot` a point of it that is marked; both may be empty.
+    """
 
     title: str
     unit: str
@@ -36,6 +39,8 @@ class LineChart:
     first: str
     last: str
     grouped: int
+    second: str = ""
+    dot: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,8 @@ def line_chart(
     *,
     marks: Sequence[float] = (),
     from_zero: bool = True,
+    second: Sequence[tuple[int, float]] = (),
+    dot: int | None = None,
 ) -> LineChart | None:
     """A chart of (step, value); None if there are no points.
 
@@ -77,33 +84,43 @@ def line_chart(
         write: Formats a value.
         marks: Steps to mark with a vertical line; 2.5 lies between steps 2 and 3.
         from_zero: Whether the value axis begins at zero instead of near the smallest value.
+        second: Points of another value, drawn on the same axes.
+        dot: The step of the point of `second` to mark.
     """
     if not points:
         return None
     group = math.ceil(len(points) / MAX_POINTS)
     drawn = [_mean(points[start : start + group]) for start in range(0, len(points), group)]
     values = [value for _, value in points]
-    y_ticks = nice_ticks(0.0 if from_zero else min(values), max(values))
-    left, right = float(points[0][0]), float(points[-1][0])
+    both = [*values, *(value for _, value in second)]
+    y_ticks = nice_ticks(0.0 if from_zero else min(both), max(both))
+    left = float(min(step for step, _ in (points[0], *second[:1])))
+    right = float(max(step for step, _ in (points[-1], *second[-1:])))
     right = max(right, left + 1)
     steps = [tick for tick in nice_ticks(left, right, most=6) if left <= tick <= right and tick == int(tick)]
     lowest, highest = y_ticks[0], y_ticks[-1]
     first, last = points[0], points[-1]
+
+    def path(drawn: Sequence[tuple[float, float]]) -> str:
+        # a path of one point would be invisible: with h0 its round line cap is drawn as a dot
+        places = "L".join(f"{_share(x, left, right):g} {_down(y, lowest, highest):g}" for x, y in drawn)
+        return f"M{places}" + ("h0" if len(drawn) == 1 else "") if drawn else ""
+
     return LineChart(
         title=title,
         unit=unit,
         said=f"From {write(first[1])} at step {first[0]} to {write(last[1])} at step {last[0]}; "
-        f"between {write(min(values))} and {write(max(values))}.",
-        path="M"
-        + "L".join(f"{_share(x, left, right):g} {_down(y, lowest, highest):g}" for x, y in drawn)
-        # a path of one point would be invisible: with h0 its round line cap is drawn as a dot
-        + ("h0" if len(drawn) == 1 else ""),
+        f"between {write(min(values))} and {write(max(values))}."
+        + (f" On validation rows from {write(second[0][1])} to {write(second[-1][1])}." if second else ""),
+        path=path(drawn),
         x_ticks=tuple(Tick(_share(tick, left, right), f"{tick:,.0f}") for tick in steps),
         y_ticks=tuple(Tick(_down(tick, lowest, highest), write(tick)) for tick in y_ticks),
         marks=tuple(_share(mark, left, right) for mark in marks if left <= mark <= right),
         first=write(first[1]),
         last=write(last[1]),
         grouped=group,
+        second=path(second),
+        dot=path([(step, value) for step, value in second if step == dot]),
     )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from job.common.formatting import count
+from job.common.methods import METHODS
 from job.data.licences import LICENCES
 from job.data.schemas import PROMPTS
 from job.report import wording
@@ -39,6 +40,7 @@ def render_model_card(results: Mapping[str, Any]) -> bytes:
         model=model,
         dataset=dataset,
         training=results["training"],
+        learned=wording.learned(results["training"]),
         tasks=tasks,
         harness=results["evaluation"]["harness"],
         software=results["software"],
@@ -58,6 +60,7 @@ def render_model_card(results: Mapping[str, Any]) -> bytes:
         explanations=[wording.explanation(name, task, len(tasks)) for name, task in tasks.items()],
         accuracies={name: wording.accuracies(task) for name, task in tasks.items()},
         scope=wording.SCOPE,
+        validation=wording.validation(results["training"], dataset),
         weights=next((a["sha256"] for a in results["artifacts"] if a["path"] == WEIGHTS), None),
     )
     text = f"---\n{_metadata(results, settings, title, licence, name if known else None)}\n---\n\n{body}"
@@ -101,13 +104,14 @@ def _metadata(
 
     model, dataset = results["model"], results["dataset"]
     quantized = model["quantization"] != "none"
+    method = METHODS[results["training"].get("method", "sft")]
     data = ModelCardData(
         base_model=base,
         datasets=[dataset["source"]] if dataset["revision"] else None,
         license=licence,
         library_name="peft",
         pipeline_tag="text-generation",
-        tags=["lora", *(["qlora"] if quantized else []), "sft", "transformers", "trl"],
+        tags=["lora", *(["qlora"] if quantized else []), *method.tags, "transformers", "trl"],
         model_name=re.sub(r"[^\w.-]+", "-", title).strip("-"),
         eval_results=_evaluations(results["evaluation"]["tasks"], settings.get("eval.data") or {}),
     )

@@ -15,19 +15,25 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 from pydantic_core import from_json
 
 from job.common import formatting
-from job.records import Artifact, StepMetrics
+from job.records import Artifact, StepMetrics, ValidationMetrics
 from job.report import charts, wording
 from job.report.changed_answers import changed_answers
 from job.report.templating import render
 from job.report.timeline import bars, by_stage, restarts
 from job.results.cost import OUTSIDE
-from job.runs.layout import METRICS, REPORT, Stage, answers_key
+from job.runs.layout import METRICS, REPORT, VALIDATIONS, Stage, answers_key
 from job.settings.load import preset_values
 
 FIRST_QUESTIONS, MAX_QUESTIONS = 5, 40
 """Number of changed answers shown for each task and direction: at first, and after "Show more"."""
 
 STAGE_NAMES = {stage.value: stage.replace("-", " ") for stage in Stage} | {OUTSIDE: "loading"}
+
+PREFERENCE_CHARTS = (
+    ("rewards/margins", "Reward margin", "chosen less rejected"),
+    ("rewards/accuracies", "Reward accuracy", "share of the pairs in which chosen has the higher reward"),
+)
+"""Metrics of preferences that are drawn: name, title, unit."""
 
 Records = list[dict[str, Any]]
 
@@ -47,10 +53,14 @@ class _Answer(BaseModel):
 
 @dataclass(frozen=True)
 class ReportData:
-    """What the report shows beside the manifest: metrics of every step; by task, the samples of base and adapter."""
+    """What the report shows beside the manifest: metrics of every step; by task, the samples of base and adapter.
+
+    `validations` is empty where nothing was validated.
+    """
 
     metrics: list[StepMetrics]
     answers: dict[str, tuple[Records, Records]]
+    validations: tuple[ValidationMetrics, ...] = ()
 
 
 def read_report_data(results: Mapping[str, Any], fetch: Callable[[Artifact], Path]) -> ReportData:
@@ -65,7 +75,10 @@ def read_report_data(results: Mapping[str, Any], fetch: Callable[[Artifact], Pat
         ValueError: A line is not JSON, or not a step's metrics, or not an answer as the job writes it.
     """
     published = {artifact["path"]: Artifact(**artifact) for artifact in results["artifacts"]}
-    metrics = TypeAdapter(StepMetrics)
+    kinds: dict[str, TypeAdapter[Any]] = {
+        METRICS: TypeAdapter(StepMetrics),
+        VALIDATIONS: TypeAdapter(ValidationMetrics),
+    }
 
     def lines(path: str) -> list[bytes]:
         return [line for line in fetch(published[path]).read_bytes().split(b"\n") if line]
@@ -79,7 +92,12 @@ def read_report_data(results: Mapping[str, Any], fetch: Callable[[Artifact], Pat
     }
     for pair in sides.values():
         changed_answers(*pair)  # here, and not while the page is made: it is the files that are wrong
-    return ReportData([metrics.validate_python(from_json(line, allow_inf_nan=False)) for line in lines(METRICS)], sides)
+
+    def metrics(path: str) -> list[Any]:
+        return [kinds[path].validate_python(from_json(line, allow_inf_nan=False)) for line in lines(path)]
+
+    validations = metrics(VALIDATIONS) if results["training"].get("validation") else []
+    return ReportData(metrics(METRICS), sides, tuple(validations))
 
 
 def render_report(results: Mapping[str, Any], evidence: ReportData) -> bytes:
@@ -93,6 +111,7 @@ def render_report(results: Mapping[str, Any], evidence: ReportData) -> bytes:
             key: results[key] for key in ("run", "model", "dataset", "training", "gate", "hardware", "software", "cost")
         },
         harness=results["evaluation"]["harness"],
+        learned=wording.learned(results["training"]),
         tasks=tasks,
         headline=wording.headline(tasks),
         explanations={name: wording.explanation(name, task, len(tasks)) for name, task in tasks.items()},
@@ -102,7 +121,8 @@ def render_report(results: Mapping[str, Any], evidence: ReportData) -> bytes:
         changed={name: changed_answers(*sides) for name, sides in evidence.answers.items()},
         first_questions=FIRST_QUESTIONS,
         most_questions=MAX_QUESTIONS,
-        lines=_lines(evidence.metrics, restarts(attempts)),
+        lines=_lines(evidence, restarts(attempts), results["training"].get("validation")),
+        validation=wording.validation(results["training"], results["dataset"]),
         restarts=restarts(attempts),
         bars=bars(attempts),
         by_stage=by_stage(attempts),
@@ -184,18 +204,35 @@ def _range(interval: tuple[float, float], write: Callable[[float], str]) -> str:
     return f"{low} to {high}"
 
 
-def _lines(metrics: list[StepMetrics], marks: list[float]) -> list[charts.LineChart]:
-    """Charts of loss, learning rate, speed and memory by step; without those that were not measured."""
+def _lines(evidence: ReportData, marks: list[float], validation: Mapping[str, Any] | None) -> list[charts.LineChart]:
+    """Charts of losses, learning rate, speed and memory by step; without those that were not measured."""
+    metrics = evidence.metrics
+    validated = [(found.step, found.loss) for found in evidence.validations]
+    kept = validation["kept_step"] if validation else None
 
     def measured(name: str) -> list[tuple[int, float]]:
         return [(step.step, value) for step in metrics if (value := step.measured.get(name)) is not None]
+
+    def preferred(name: str) -> list[tuple[int, float]]:
+        return [(step.step, step.preference[name]) for step in metrics if name in step.preference]
 
     memory = measured("memory_bytes")
     unit, scale = ("GiB", 2**30) if max((value for _, value in memory), default=0) >= 2**31 else ("MiB", 2**20)
     memory = [(step, value / scale) for step, value in memory]
     drawn = (
         charts.line_chart(
-            "Loss", "nats a token", [(m.step, m.loss) for m in metrics], formatting.figure, marks=marks, from_zero=False
+            "Loss",
+            "" if any(m.preference for m in metrics) else "nats a token",
+            [(m.step, m.loss) for m in metrics],
+            formatting.figure,
+            marks=marks,
+            from_zero=False,
+            second=validated,
+            dot=kept,
+        ),
+        *(
+            charts.line_chart(title, unit, preferred(name), formatting.figure, marks=marks, from_zero=False)
+            for name, title, unit in PREFERENCE_CHARTS
         ),
         charts.line_chart(
             "Learning rate", "", [(m.step, m.learning_rate) for m in metrics], formatting.figure, marks=marks

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from job.common.formatting import count, enumeration, p_value, percent, points
+from job.common.formatting import count, enumeration, figure, p_value, percent, points
+from job.common.methods import METHODS
 from job.evaluation.comparison import of_metric
 from job.evaluation.statistics import wilson_interval
 
@@ -31,6 +32,36 @@ def headline(tasks: Mapping[str, Any]) -> list[tuple[str, str]]:
             shown = f"{len(names)} of {len(tasks)} tasks" if len(names) > MAX_NAMES else enumeration(names)
             found.append((verdict, sentence.format(shown)))
     return found
+
+
+def validation(training: Mapping[str, Any], dataset: Mapping[str, Any]) -> list[str]:
+    """Sentences about the validation losses, and about the step that was chosen by them; none without validation."""
+    found, rows = training.get("validation"), dataset.get("validation")
+    if not found or not rows:
+        return []
+    losses = (
+        f"{figure(found['first_loss'])} before training, {figure(found['last_loss'])} after step {training['steps']}"
+    )
+    lowest = f"lowest after step {found['best_step']} ({figure(found['best_loss'])})"
+    where = "held out of the training data" if rows["held_out"] else "of a source of their own"
+    sentences = [f"Loss on {count(rows['rows'], 'validation row')} {where}, in nats a token: {losses}, {lowest}."]
+    if found["stopped_early"]:
+        sentences.append(
+            f"Training stopped after step {training['steps']:,} of {found['planned_steps']:,}, when "
+            f"{count(found['stale'], 'validation')} in a row had not lowered the loss."
+        )
+    if found["keep"] == "best":
+        what = (
+            f"that of step {found['kept_step']:,}"
+            if found["kept_step"]
+            else "untrained, since no step lowered the loss"
+        )
+        sentences.append(f"The adapter is {what}, selected on validation; accuracy is reported on the test questions.")
+    elif found["stopped_early"]:
+        sentences.append("The adapter is that of the last step; accuracy is reported on the test questions.")
+    if overlap := rows["duplicates"] + rows["near_duplicates"]:
+        sentences.append(f"{overlap:,} of the validation rows are near or exact copies of rows that were trained on.")
+    return sentences
 
 
 def explanation(name: str, task: Mapping[str, Any], tasks: int) -> list[str]:
@@ -68,3 +99,12 @@ def accuracies(task: Mapping[str, Any]) -> list[dict[str, Any]]:
             intervals = {f"{side}_ci": wilson_interval(round(x * task["n"]), task["n"]) for side, x in sides.items()}
             found.append({"metric": metric, **sides, **intervals, "comparison": comparison})
     return found
+
+
+def learned(training: Mapping[str, Any]) -> str:
+    """How preferences were learned, from the manifest's `training`; nothing for plain fine-tuning."""
+    method = training.get("method", "sft")
+    if method == "sft":
+        return ""
+    compared = {"base": ", compared with the base model", "start": ", compared with the adapter it started from"}
+    return f"{METHODS[method].title} ({method}, beta {training['beta']:g}){compared.get(training['reference'], '')}"

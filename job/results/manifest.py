@@ -110,6 +110,10 @@ def summary(results: Mapping[str, Any], where: str) -> list[str]:
     trained = f"{training['steps']} steps on {results['dataset']['rows']:,} examples, loss {training['loss']:.3f}"
     speed = f"{training['tokens_per_second'] or 0:,.0f} target tokens/s"
     lines = [f"{results['model']['id']} + LoRA, {trained}, {speed}"]
+    if rewards := training.get("preference"):
+        named = {name: rewards[f"rewards/{name}"] for name in ("margins", "accuracies") if f"rewards/{name}" in rewards}
+        figures = ", ".join(f"{name} {value:.3f}" for name, value in named.items())
+        lines.append(f"{training['method']}, beta {training['beta']:g}; rewards in the last epoch: {figures}")
     for name, task in results["evaluation"]["tasks"].items():
         before, after, delta, low, high = (
             100 * x for x in (task["base"]["acc"], task["adapter"]["acc"], task["delta"], *task["ci95"])

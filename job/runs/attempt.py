@@ -25,7 +25,7 @@ from job.common.hashing import hash_file, sealed
 from job.distributed.processes import ALONE, Processes
 from job.errors import DataError, JobError, NoProgress, Preempted, Replaced
 from job.preemption.stop_flag import Stop
-from job.records import Artifact, AttemptRecord, Pulled, StepMetrics
+from job.records import Artifact, AttemptRecord, Pulled, StepMetrics, ValidationMetrics
 from job.runs import stage_records
 from job.runs.fault_injection import Faults
 from job.runs.layout import ARTIFACTS, BUILT_ON, Stage, attempt_key, stage_key
@@ -74,6 +74,7 @@ class Attempt:
     settings: Mapping[str, Any] = field(default_factory=dict)
     joules: Callable[[], float | None] = lambda: None
     on_metrics: Callable[[StepMetrics], None] = lambda _metrics: None
+    on_validation: Callable[[ValidationMetrics], None] = lambda _metrics: None
     started: str = field(default_factory=now)
     stage_seconds: dict[str, float] = field(default_factory=dict)
     steps: int = 0
@@ -119,6 +120,13 @@ class Attempt:
         self.last_step = step
         self._note_if_due()
         self.faults.at("step", step)
+
+    def validated(self, metrics: ValidationMetrics) -> None:
+        """Tells that a validation was made; its checkpoint, if there is to be one, is written after this."""
+        self.report_progress()
+        self.on_validation(metrics)
+        self._note_if_due()
+        self.faults.at("validation", metrics.step)
 
     def reached(self) -> tuple[int, int]:
         """How far this attempt has got; see `how_far`. The watchdog asks when all else hangs."""

@@ -1,7 +1,7 @@
 """Injected faults: `JOB_FAULT` names what goes wrong and when, each once in the life of a run.
 
-    sigterm@step=37                 the signal, after optimizer step 37; also upload=N, stage=NAME
-    kill@upload=3                   SIGKILL, before the third upload of an attempt; also step=N, stage=NAME
+    sigterm@step=37                 the signal, after optimizer step 37; also upload=N, stage=NAME, validation=N
+    kill@upload=3                   SIGKILL, before the third upload of an attempt; also the others of sigterm
     s3_503@2                        the second request of an attempt to the store fails as if after all retries
     corrupt@checkpoint=latest       a flipped bit in the newest checkpoint, before the next attempt restores it
 
@@ -26,11 +26,12 @@ from job.runs.layout import Stage
 from job.storage.base import ForwardingStore, ObjectStore
 
 KNOWN = (
-    "sigterm@step=N, sigterm@upload=N, sigterm@stage=NAME, kill@step=N, kill@upload=N, kill@stage=NAME, s3_503@N, "
+    "sigterm@step=N, sigterm@upload=N, sigterm@stage=NAME, sigterm@validation=N (after the validation of step N), "
+    "the same with kill, s3_503@N, "
     f"corrupt@checkpoint=latest; N counts from 1, NAME is one of {', '.join(Stage)}"
 )
 _FAULT = re.compile(
-    r"(?P<signal>sigterm|kill)@(?P<event>step|upload|stage)=(?P<when>[a-z0-9-]+)"
+    r"(?P<signal>sigterm|kill)@(?P<event>step|upload|stage|validation)=(?P<when>[a-z0-9-]+)"
     r"|s3_503@(?P<request>[1-9][0-9]{0,8})|corrupt@checkpoint=latest"
 )
 _NUMBER = re.compile(r"[1-9][0-9]{0,8}")
@@ -93,8 +94,8 @@ class Faults:
         """Fires what is due.
 
         Args:
-            event: `step`, after an optimizer step; `stage`, when one begins; `upload`, `request` and `checkpoint` come
-                from the store that `faulty` returns.
+            event: `step`, after an optimizer step; `validation`, after that of a step; `stage`, when one begins;
+                `upload`, `request` and `checkpoint` come from the store that `faulty` returns.
             when: Its number, from 1, or its name.
 
         Raises:

@@ -73,12 +73,20 @@ class IdleLimit:
         return NoProgress.exit_code if self.reached else Preempted.exit_code
 
 
+_BEFORE_STEPS = 1 << 40
+"""More rows than a reference is computed for."""
+
+
 def how_far(stages: Iterable[str], last_step: int, questions: int) -> tuple[int, int]:
-    """(number of the last stage, progress within it): an optimizer step, or the number of scored questions."""
+    """(number of the last stage, progress within it): an optimizer step, or the number of scored questions.
+
+    Only to be compared with others.
+    """
     order = [stage.value for stage in Stage]
     last = max((order.index(name) for name in stages if name in order), default=0)
     if order[last] == Stage.TRAIN:
-        return last, last_step
+        # Before the first step the reference of preferences is computed, row by row, which is progress as well.
+        return last, last_step or questions - _BEFORE_STEPS
     return last, questions if order[last] in {Stage.EVALUATE_BASE, Stage.EVALUATE_ADAPTER} else 0
 
 

@@ -17,7 +17,7 @@ from pydantic_core import from_json
 
 from job.common.hashing import seal, sealed, unsealed
 from job.common.validation import first_error
-from job.records import Pulled
+from job.records import NAMES_THE_RUN, Pulled
 
 T = TypeVar("T")
 
@@ -34,14 +34,19 @@ def fingerprint(settings: Mapping[str, Any], pulled: Pulled) -> str:
 
 
 def identity(pulled: Pulled) -> dict[str, Any]:
-    """What has to be the same in all attempts: every field that has no default.
+    """What has to be the same in all attempts: every field without a default, or marked with `NAMES_THE_RUN`.
 
     A field with a default was added by a later version, whose runs go on with records of earlier ones; what it tells
     is also in the hashes.
     """
 
     def facts(record: Any) -> dict[str, Any]:
-        own = [field.name for field in fields(record) if field.default is MISSING and field.default_factory is MISSING]
+        own = [
+            field.name
+            for field in fields(record)
+            if (field.default is MISSING and field.default_factory is MISSING)
+            or (field.metadata.get(NAMES_THE_RUN) and getattr(record, field.name) != field.default)
+        ]
         values = {name: getattr(record, name) for name in own}
         return {name: facts(value) if is_dataclass(value) else value for name, value in values.items()}
 

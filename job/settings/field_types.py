@@ -23,6 +23,8 @@ from job.storage.location import schemes
 _TRUTH = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?|\[[0-9A-Fa-f:.]{2,45}\]")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
+_FEWEST_ROWS = 2
 _COUNT = re.compile(r"[1-9][0-9]{0,8}", re.ASCII)
 _PORT = re.compile(r"[1-9][0-9]{0,4}", re.ASCII)
 _MANY_PASSES = 1e6
@@ -160,6 +162,7 @@ def _json_object(value: object) -> object:
         value = _parsed(value) if value.lstrip().startswith("{") else {} if not value.strip() else value
     if not isinstance(value, Mapping) or not all(isinstance(name, str) and name.isidentifier() for name in value):
         raise ValueError('must be a JSON object whose keys are names, such as {"enable_thinking": false}')
+    value = dict(value)  # settings are frozen: what is copied from others is no dict
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError, RecursionError):
@@ -232,6 +235,22 @@ def _day(text: str) -> str:
     return f"{date:%Y-%m-%d}"
 
 
+def _held_out(value: object) -> object:
+    """A share, a number of rows, or a source."""
+    if isinstance(value, str):
+        text = value.strip()
+        if not _NUMBER.fullmatch(text):
+            return _location(_printable(text))
+        value = int(text) if text.lstrip("+-").isdecimal() else float(text)
+    if type(value) is int and _FEWEST_ROWS <= value < 1 << 32:
+        return value
+    if type(value) is float and 0 < value < 1:
+        return value
+    raise ValueError(
+        "must be a share between 0 and 1, such as 0.05, a whole number of rows of at least 2, or a source of its own"
+    )
+
+
 def _public_name(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", text, re.ASCII):
         raise ValueError("must be a name such as org/model: letters, digits, '.', '_', '-', and one slash at most")
@@ -263,6 +282,8 @@ Location = Annotated[Text, AfterValidator(_location)]
 DataSources = Annotated[Text, AfterValidator(_sources)]
 """One source, or several with how much of each is used; `common.source_list` has the spelling."""
 LocalPath = Annotated[Text, AfterValidator(_local)]
+HeldOut = Annotated[int | float | Text, BeforeValidator(_held_out)]
+"""What to validate on: a share of the rows, a number of rows, or a source of its own."""
 PublicName = Annotated[Text, AfterValidator(_public_name)]
 Endpoint = Annotated[Text, AfterValidator(_endpoint)]
 HostPort = Annotated[Text, AfterValidator(_host_port)]

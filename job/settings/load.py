@@ -76,6 +76,7 @@ def load_settings(arguments: Sequence[str] = (), environ: Mapping[str, str] | No
         *_places(settings, request.platform),
         *_revisions(settings, request),
         *_tasks(settings),
+        *_validation(settings),
         *_gate(settings),
         *_sources(settings),
         *_schedule(settings),
@@ -314,6 +315,23 @@ def _sources(settings: Settings) -> Iterator[Fault]:
         yield "data.limit", "is for one source; give each source its number of rows: JOB_DATA__SOURCE=name=1000rows,..."
 
 
+def _validation(settings: Settings) -> Iterator[Fault]:
+    data, train = settings.data, settings.train
+    if data.validation is not None and train.method != "sft":
+        yield "data.validation", "validates the loss of JOB_TRAIN__METHOD=sft only; remove it, or train with sft"
+    if settings.lora.kind == "adalora":  # its ranks are settled by the schedule, not at an earlier step
+        asked = {"train.stop_after": train.stop_after is not None, "train.keep": train.keep == "best"}
+        for name in (name for name, given in asked.items() if given):
+            yield name, "is not for JOB_LORA__KIND=adalora, whose ranks are settled at the end; remove it"
+    if data.validation_revision is not None and not isinstance(data.validation, str):
+        yield "data.validation_revision", "is of a hub id, and JOB_DATA__VALIDATION names none; remove it"
+    if data.validation is None:
+        given = {"train.validate_every_steps": train.validate_every_steps, "train.stop_after": train.stop_after}
+        named = [name for name, value in given.items() if value is not None]
+        for name in [*named, *(["train.keep"] if train.keep == "best" else [])]:
+            yield name, "goes by the validation loss; give JOB_DATA__VALIDATION, such as 0.05, or remove it"
+
+
 def _gate(settings: Settings) -> Iterator[Fault]:
     gain, loss = settings.gate.min_delta, settings.gate.max_regression
     if settings.sources["gate.metric"] != "default" and gain is None and loss is None:
@@ -375,18 +393,43 @@ _ONLY_FOR: dict[str, tuple[MethodName, ...]] = {
 
 def _method(settings: Settings) -> Iterator[Fault]:
     """What does not fit the method: rows of another kind, and settings that it would ignore."""
-    train, method = settings.train, METHODS[settings.train.method]
+    train, method = settings.train, METHODS[settings.train.last_method]
     if settings.data.format != "auto" and settings.data.format not in method.schemas:
         fitting = " or ".join(methods_for(settings.data.format))
         what = f"is {settings.data.format}, which JOB_TRAIN__METHOD={train.method} cannot learn from; {fitting} can"
         yield "data.format", what
     for name, methods in _ONLY_FOR.items():
         given = not settings.sources[name].startswith(("default", "preset"))
-        if given and train.method not in methods:
+        if given and train.last_method not in methods:
             what = f"has no effect with JOB_TRAIN__METHOD={train.method}, only with {' and '.join(methods)}; remove it"
             yield name, what
+    if settings.lora.start is not None or not train.is_one_stage:
+        yield from _start(settings)
+    if train.is_one_stage:
+        for name in ("train.sft_epochs", "train.sft_learning_rate", "data.sft_source", "data.sft_revision"):
+            if not settings.sources[name].startswith(("default", "preset")):
+                yield name, f"has no effect with JOB_TRAIN__METHOD={train.method}, only with two, as sft,dpo; remove it"
+    elif settings.data.sft_source is None:
+        yield "data.sft_source", f"must be given with JOB_TRAIN__METHOD={train.method}: what the first stage learns"
     if train.label_smoothing and train.preference_loss != "sigmoid":
         yield (
             "train.label_smoothing",
             f"has no effect with JOB_TRAIN__PREFERENCE_LOSS={train.preference_loss}; remove it",
+        )
+
+
+def _start(settings: Settings) -> Iterator[Fault]:
+    """Options of a new adapter, where training goes on from one: they would change what it computes."""
+    lora = settings.lora
+    why = (
+        ""
+        if settings.train.is_one_stage
+        else f", as JOB_TRAIN__METHOD={settings.train.method} does after its first stage"
+    )
+    if lora.kind != "lora":
+        yield "lora.kind", f"is {lora.kind}, which cannot go on from an adapter{why}; take lora"
+    if lora.init not in {"default", "gaussian", "orthogonal"}:
+        yield (
+            "lora.init",
+            f"is {lora.init}, a beginning from the base, and training goes on from an adapter{why}; remove it",
         )

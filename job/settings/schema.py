@@ -25,7 +25,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
-from job.common.methods import MethodName
+from job.common.methods import MethodName, Methods, last_of
 from job.common.optimizers import OptimizerName
 from job.common.schedulers import SchedulerName
 from job.settings.field_types import (
@@ -38,6 +38,7 @@ from job.settings.field_types import (
     FieldNames,
     Flag,
     FlagOrAuto,
+    HeldOut,
     HostPort,
     JsonObject,
     Layers,
@@ -164,6 +165,9 @@ class Lora(Group):
     """Scale: the update is multiplied by alpha / rank."""
     dropout: AffectsResult[Annotated[NotNegative, Field(lt=1)]] = 0.0
     """Dropout on the adapter's input. Anything but 0 needs the slower layers of PEFT."""
+    start: AffectsResult[Maybe[Location]] = None
+    """Adapter to go on training, instead of a new one: hub id, `s3://` URI or path of a LoRA adapter in safetensors, of
+    the same rank, alpha and layers. Learning preferences, it is also the reference."""
     target_modules: AffectsResult[Literal["auto", "all-linear", "attention", "mlp"] | Names] = "auto"
     """Names of the linear layers that get an adapter. `auto` or `all-linear`: all linear layers but the output head; in
     models like Llama and Mistral the seven projections of each decoder layer. `attention`, `mlp`: those within
@@ -209,6 +213,11 @@ class Data(Group):
     """The rows' own names of fields: `prompt=question,completion=answers.0.text` or JSON. Dots separate nested keys."""
     revision: AffectsResult[Annotated[Maybe[Text], RevisionOf("data.source")]] = None
     """Commit hash, for a hub id; empty: the newest commit. The manifest records the commit that was used."""
+    sft_source: AffectsResult[Maybe[Location]] = None
+    """Training data of the first stage of JOB_TRAIN__METHOD=sft,dpo: hub id, `s3://` URI or path. JOB_DATA__SOURCE has
+    that of the second."""
+    sft_revision: AffectsResult[Annotated[Maybe[Text], RevisionOf("data.sft_source")]] = None
+    """Commit hash, where JOB_DATA__SFT_SOURCE is a hub id."""
     split: AffectsResult[Text] = "train"
     """Split of a hub data set."""
     limit: AffectsResult[Maybe[Count]] = None
@@ -222,6 +231,15 @@ class Data(Group):
     on_long_row: AffectsResult[Literal["error", "skip", "truncate", "split"]] = "error"
     """What to do with rows of more than JOB_TRAIN__MAX_LENGTH tokens: treat them as invalid (JOB_DATA__ON_BAD_ROW),
     leave them out, cut off their end, or split them into several examples (plain text only). All are counted."""
+    validation: AffectsResult[Annotated[Maybe[HeldOut], SageMakerChannel("validation")]] = None
+    """Rows for the validation loss: a share of the rows (0.05) or a number of them (200), held out of training, or a
+    source of its own (hub id, `s3://` URI or path) with rows of the same schema; empty for none. Near-duplicates of a
+    row fall on the same side as the row; JOB_DATA__LIMIT counts the rows before any is held out.
+    """
+    validation_revision: AffectsResult[Annotated[Maybe[Text], RevisionOf("data.validation")]] = None
+    """Commit hash of JOB_DATA__VALIDATION, for a hub id."""
+    validation_split: AffectsResult[Text] = "validation"
+    """Split of JOB_DATA__VALIDATION, where that is a hub id or a folder of splits."""
     seed: AffectsResult[Maybe[Whole]] = None
     """Seed of the order of the examples; empty: JOB_RUN__SEED."""
     date: AffectsResult[Maybe[Day]] = None
@@ -235,9 +253,9 @@ class Data(Group):
 class Train(Group):
     """Training."""
 
-    method: AffectsResult[MethodName] = "sft"
+    method: AffectsResult[Methods] = "sft"
     """What is learned: `sft`, the examples as they are; `dpo` and `orpo`, to prefer one of two answers to the other;
-    `kto`, to prefer answers labelled good to those labelled bad."""
+    `kto`, to prefer answers labelled good to those labelled bad. `sft,dpo` does both, one after the other."""
     beta: AffectsResult[Positive] = 0.1
     """Strength of the preference: for dpo and kto, of the penalty for leaving the reference; for orpo, of the odds
     ratio in the loss."""
@@ -250,6 +268,10 @@ class Train(Group):
     """Weight of good answers in the loss of kto."""
     undesirable_weight: AffectsResult[Positive] = 1.0
     """Weight of bad answers in the loss of kto."""
+    sft_epochs: AffectsResult[Passes] = 2
+    """Passes over JOB_DATA__SFT_SOURCE in the first stage of `sft,dpo`; JOB_TRAIN__EPOCHS are those of the second."""
+    sft_learning_rate: AffectsResult[NotNegative] = 2e-4
+    """Peak learning rate in the first stage of `sft,dpo`."""
     epochs: AffectsResult[Passes] = 2
     """Number of passes over the training data; 0.5 is half of its optimizer steps."""
     max_steps: AffectsResult[Maybe[Count]] = None
@@ -282,6 +304,15 @@ class Train(Group):
     """Maximum length of an example, in tokens; JOB_DATA__ON_LONG_ROW says what becomes of a longer one."""
     optimizer: AffectsResult[OptimizerName] = "adamw_8bit"
     """Optimizer of the adapter's weights."""
+    validate_every_steps: AffectsResult[Maybe[Count]] = None
+    """Optimizer steps between two validations, beside those before the first step and after the last; empty: the steps
+    of an epoch. Checkpoints have an interval of their own, which may change between attempts."""
+    stop_after: AffectsResult[Maybe[Count]] = None
+    """End training after so many validations in a row without a lower loss; empty: never. The schedule of the learning
+    rate stays that of all steps."""
+    keep: AffectsResult[Literal["last", "best"]] = "last"
+    """Which adapter is evaluated and published: that of the last step, or of the step with the lowest validation loss.
+    """
     loss_on: AffectsResult[Literal["all", "completion", "assistant", "last"]] = "all"
     """Tokens that the loss counts: all, or those of the completion (the answer) only. Of messages, `completion` and
     `assistant` are all turns of the assistant, `last` is the last one. `assistant` takes them from the template's
@@ -295,6 +326,16 @@ class Train(Group):
     """Optimizer steps between two lines of metrics in the log."""
     stall_seconds: ExecutionOnly[Seconds] = 1800
     """Seconds without progress after which the job ends as stalled, with exit code 75."""
+
+    @property
+    def last_method(self) -> MethodName:
+        """The method of the last stage, whose adapter is published."""
+        return last_of(self.method)
+
+    @property
+    def is_one_stage(self) -> bool:
+        """Whether there is one method only."""
+        return self.method == self.last_method
 
 
 class Checkpoint(Group):

@@ -17,6 +17,9 @@ from job.results.baseline import Baseline
 class Sources:
     """The result of the pull stage. `folder` holds the model's files, or those of a cached quantized base.
 
+    `examples` are trained on, `validation` is validated on, and empty if nothing is.
+    `start` holds the adapter that training starts from; None for a new one.
+
     Only the process that pulled, the first on its machine, has `tasks`, `baseline` (results of an earlier run that the
     gate compares with) and `cache_entry` (where the quantized base is cached); in the others they are None.
     """
@@ -26,6 +29,8 @@ class Sources:
     quantized: bool
     tokenizer: Any
     examples: list[Example]
+    validation: list[Example]
+    start: Path | None
     tasks: Tasks | None
     baseline: Baseline | None
     cache_entry: CacheEntry | None

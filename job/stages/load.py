@@ -16,6 +16,7 @@ from job.model.packed_attention import NAME, use
 from job.model.packing_check import choose_packing
 from job.model.quantized_cache.cache import save
 from job.model.quantized_cache.layout import cached_base
+from job.model.start_adapter import load_start
 from job.records import Packing
 from job.settings.load import Settings
 from job.stages.handoff import Loaded, Sources
@@ -70,6 +71,8 @@ def load(settings: Settings, sources: Sources, processes: Processes = ALONE, dec
         options=options,
     )
     names = find_published_names(model, sources.folder, quantized=sources.quantized)
+    if sources.start is not None:
+        load_start(model, sources.start, names)
     record = describe_model(
         model,
         name=settings.model.id,
@@ -97,8 +100,8 @@ def load(settings: Settings, sources: Sources, processes: Processes = ALONE, dec
         random=train.neftune_noise_alpha > 0,
         slow=options.not_fused,
     )
-    if settings.train.method != "sft" and plan.recorded:
-        plan = replace(plan, recorded=False, reason=f"{plan.reason}; no CUDA graphs for {settings.train.method}")
+    if settings.train.last_method != "sft" and plan.recorded:
+        plan = replace(plan, recorded=False, reason=f"{plan.reason}; no CUDA graphs for {settings.train.last_method}")
     if not packing.packed:
         plan = replace(plan, packed=False, reason=f"{plan.reason}: {packing.reason}")
     return Loaded(model, record, budget, plan, kept_base, packing, names)

@@ -21,9 +21,10 @@ from job.common.hashing import code_hashes
 from job.common.resources import check_disk, required_bytes
 from job.common.source_list import Source, locate_sources, parse_sources
 from job.common.threads import in_thread
-from job.data.dataset import check_source, load_examples
+from job.data.dataset import check_source
 from job.data.formats import find_file
 from job.data.hub_dataset import check_hub_dataset
+from job.data.training_and_validation import ValidationSource, load_rows, what_to_validate_on
 from job.errors import DataError, JobError, Preempted, Problem
 from job.evaluation.tasks import Tasks, check_lengths, load_tasks
 from job.model.adapter_options import MANY_STEPS, make_options
@@ -32,11 +33,13 @@ from job.model.files import fingerprint
 from job.model.lora import tokenizer_files
 from job.model.quantized_cache.cache import find
 from job.model.quantized_cache.layout import CachedBase, CacheEntry, entry_at, entry_for
+from job.model.start_adapter import check_start, find_start, hash_start
 from job.records import DatasetRecord, Example, Pulled
 from job.results.baseline import check_questions, read_baseline
 from job.runs.attempt import Attempt
 from job.runs.layout import BASE, Stage
 from job.settings.load import Settings
+from job.settings.training_stages import start_of
 from job.stages.handoff import Sources
 from job.stages.preload import import_libraries
 from job.storage.base import disk_errors
@@ -46,6 +49,7 @@ from job.storage.open import ObjectStore, StorageOptions, fetch, open_store, siz
 
 CODE = ("job.model.base", "job.model.files", "job.model.quantized_cache.cache", "job.model.quantized_cache.layout")
 """Modules whose code decides the bits of a quantized base."""
+_EXAMPLES = TypeAdapter(tuple[list[Example], list[Example]])
 _POLL_SECONDS = 0.5
 _CLEANUP_SECONDS = 3.0
 
@@ -69,13 +73,15 @@ class _Shared:
     folder: str
     quantized: bool
     examples: str
+    """A file with both, the examples and those for validation."""
+    start: str | None
 
 
-def pull(attempt: Attempt, settings: Settings, storage: StorageOptions) -> Sources:
+def pull(attempt: Attempt, settings: Settings, storage: StorageOptions, later: Sequence[Settings] = ()) -> Sources:
     """Fetches and checks all inputs, in the first process of each machine; `storage` has the options of the stores.
 
     Everything that can be checked without the model's weights is checked before they are downloaded. Rows are read
-    during the download.
+    during the download; those of `later` stages too, so that what is wrong with them is known before training.
 
     Raises:
         DataError, SettingsError: The data, the questions, the model or the settings cannot be used.
@@ -85,10 +91,10 @@ def pull(attempt: Attempt, settings: Settings, storage: StorageOptions) -> Sourc
     processes = attempt.processes
     date = processes.share("date of the run", lambda: settings.data.date or _date(attempt))
     if processes.place.local_world_size == 1:
-        return _pull(attempt, settings, storage, date)
+        return _pull(attempt, settings, storage, date, later)
     if processes.place.local_rank:
         import_libraries()  # while the first process downloads
-    sources = _pull(attempt, settings, storage, date) if processes.place.local_rank == 0 else None
+    sources = _pull(attempt, settings, storage, date, later) if processes.place.local_rank == 0 else None
     shared = processes.share_on_machine("sources", lambda: _write_shared(sources, attempt.work) if sources else None)
     return sources or _read_shared(TypeAdapter(_Shared).validate_json(shared or ""))
 
@@ -104,33 +110,36 @@ def _date(attempt: Attempt) -> str:
 def _write_shared(sources: Sources, work: Path) -> str:
     examples = work / "examples.json"
     with disk_errors(f"cannot write {examples}"):
-        examples.write_bytes(TypeAdapter(list[Example]).dump_json(sources.examples))
-    shared = _Shared(sources.record, str(sources.folder.absolute()), sources.quantized, str(examples.absolute()))
+        examples.write_bytes(_EXAMPLES.dump_json((sources.examples, sources.validation)))
+    start = None if sources.start is None else str(sources.start.absolute())
+    shared = _Shared(sources.record, str(sources.folder.absolute()), sources.quantized, str(examples.absolute()), start)
     return TypeAdapter(_Shared).dump_json(shared).decode()
 
 
 def _read_shared(shared: _Shared) -> Sources:
     folder = Path(shared.folder)
-    examples = TypeAdapter(list[Example]).validate_json(Path(shared.examples).read_bytes())
+    examples, validation = _EXAMPLES.validate_json(Path(shared.examples).read_bytes())
     return Sources(
         shared.record,
         folder,
         shared.quantized,
         load_tokenizer(folder),
         examples,
+        validation,
+        None if shared.start is None else Path(shared.start),
         tasks=None,
         baseline=None,
         cache_entry=None,
     )
 
 
-def _pull(attempt: Attempt, settings: Settings, storage: StorageOptions, date: str) -> Sources:
-    _check_places(settings)
+def _pull(
+    attempt: Attempt, settings: Settings, storage: StorageOptions, date: str, later: Sequence[Settings]
+) -> Sources:
+    _check_places(settings, later)
     gate = settings.gate
     baseline = None if gate.baseline is None else read_baseline(gate.baseline, storage)
-    data = {source.place for source in parse_sources(settings.data.source)}
-    named = {settings.model.id, *data, *settings.eval.data.values()}
-    check_disk(attempt.work, required_bytes(size(place, storage) for place in named))
+    check_disk(attempt.work, required_bytes(size(place, storage) for place in _places(settings, later)))
     import_client()  # here: two threads that import the same at once may get half of a module
     early: Future[tuple[Path, bool]] = Future()
     checked: Future[None] = Future()
@@ -147,13 +156,14 @@ def _pull(attempt: Attempt, settings: Settings, storage: StorageOptions, date: s
         tasks = _load_tasks(attempt, settings, storage)
         if baseline is not None:
             check_questions(baseline, tasks.questions(settings.eval.limit), gate.metric)
+        start = _find_start(attempt, settings, storage)
         source = locate_sources(settings.data.source, lambda place, kind: _fetch(attempt, place, kind, storage))
+        validation = _fetch_validation(attempt, settings, storage)
         folder, missing = _early_files(attempt, early, coming)
         tokenizer = load_tokenizer(folder)
         if missing:
             _check_model(folder, settings)
-            for one in parse_sources(settings.data.source):
-                check_hub_dataset(one.place, one.revision or settings.data.revision)
+            _check_hub(settings)
         check_lengths(
             tasks,
             tokenizer,
@@ -169,9 +179,10 @@ def _pull(attempt: Attempt, settings: Settings, storage: StorageOptions, date: s
             if coming.done():
                 coming.result()  # an error of the weights ends the reading of rows
 
-        examples, dataset = _read_rows(
-            settings, source, tokenizer, date=date, vocabulary=_vocabulary(folder), alive=alive
-        )
+        how: dict[str, Any] = {"date": date, "vocabulary": _vocabulary(folder), "alive": alive}
+        examples, held_out, dataset = _read_rows(settings, source, validation, tokenizer, **how)
+        for stage in later:
+            _read_rows(stage, _fetch(attempt, stage.data.source, "later", storage), None, tokenizer, **how)
         model: _Model = _wait(attempt, coming)
     except JobError as error:
         checked.cancel()
@@ -180,25 +191,40 @@ def _pull(attempt: Attempt, settings: Settings, storage: StorageOptions, date: s
         raise
     attempt.alive()
     log.get_logger().info("data is ready", rows=dataset.rows, skipped=dataset.skipped, tokens=dataset.tokens)
-    record = Pulled(dataset, model.sha256, model.revision, tasks.fingerprints())
-    return Sources(record, model.folder, model.quantized, tokenizer, examples, tasks, baseline, model.cache_entry)
+    start_sha256 = None if start is None else hash_start(start)
+    record = Pulled(dataset, model.sha256, model.revision, tasks.fingerprints(), start_sha256)
+    return Sources(
+        record, model.folder, model.quantized, tokenizer, examples, held_out, start, tasks, baseline, model.cache_entry
+    )
 
 
-def _check_places(settings: Settings) -> None:
+def _places(settings: Settings, later: Sequence[Settings]) -> set[str]:
+    """Where the inputs are."""
+    texts = (settings.data.source, *(stage.data.source for stage in later))
+    data = {source.place for text in texts for source in parse_sources(text)}
+    validation = _what_to_validate_on(settings)
+    own = {validation.name} if isinstance(validation, ValidationSource) else set()
+    return {settings.model.id, *data, *own, *settings.eval.data.values()}
+
+
+def _check_places(settings: Settings, later: Sequence[Settings]) -> None:
     """Refuses missing data and question files, before anything is fetched or imported.
 
     Raises:
         DataError: Files are missing; it lists all of them.
         SettingsError: A data set of the hub has no revision.
     """
-    data = settings.data
     checks: list[tuple[str, Callable[[], object]]] = [
         *(
-            (one.place, partial(check_source, one.place, one.revision or data.revision, data.split))
-            for one in parse_sources(data.source)
+            (one.place, partial(check_source, one.place, one.revision or d.revision, d.split))
+            for d in (settings.data, *(stage.data for stage in later))
+            for one in parse_sources(d.source)
         ),
         *((place, partial(find_file, place)) for place in settings.eval.data.values()),
     ]
+    if isinstance(validation := _what_to_validate_on(settings), ValidationSource):
+        how = (validation.revision, validation.split, "JOB_DATA__VALIDATION_REVISION")
+        checks.append((validation.name, partial(check_source, validation.name, *how)))
     problems: list[Problem] = []
     for place, check in checks:
         try:
@@ -208,6 +234,17 @@ def _check_places(settings: Settings) -> None:
             problems += error.problems
     if problems:
         raise DataError(problems)
+
+
+def _find_start(attempt: Attempt, settings: Settings, storage: StorageOptions) -> Path | None:
+    """The folder of the adapter that training starts from, checked as far as the base's weights are not needed."""
+    lora, start = settings.lora, start_of(settings)
+    if start is None:
+        return None
+    attempt.alive()
+    folder = find_start(start, attempt.work / "start", storage)
+    check_start(folder, rank=lora.rank, alpha=lora.alpha, options=lora.model_dump(mode="json"))
+    return folder
 
 
 def _fetch(attempt: Attempt, place: str, kind: str, storage: StorageOptions) -> str:
@@ -250,13 +287,46 @@ def _check_model(folder: Path, settings: Settings) -> None:
     )
 
 
-def _read_rows(
-    settings: Settings, source: str | Sequence[Source], tokenizer: Any, **how: Any
-) -> tuple[list[Example], DatasetRecord]:
-    """The training examples; `how` goes to `load_examples`."""
+def _what_to_validate_on(settings: Settings) -> float | ValidationSource | None:
     data = settings.data
-    return load_examples(
+    return what_to_validate_on(
+        data.validation,
+        source=data.source,
+        source_revision=data.revision,
+        validation_revision=data.validation_revision,
+        validation_split=data.validation_split,
+    )
+
+
+def _check_hub(settings: Settings) -> None:
+    """Asks the hub whether the data sets that it has are there, before weights are downloaded."""
+    for source in parse_sources(settings.data.source):
+        check_hub_dataset(source.place, source.revision or settings.data.revision)
+    validation = _what_to_validate_on(settings)
+    if isinstance(validation, ValidationSource) and not is_remote(validation.name):
+        check_hub_dataset(validation.name, validation.revision)
+
+
+def _fetch_validation(attempt: Attempt, settings: Settings, storage: StorageOptions) -> float | ValidationSource | None:
+    """What to validate on; a source of its own is fetched."""
+    found = _what_to_validate_on(settings)
+    if not isinstance(found, ValidationSource):
+        return found
+    return replace(found, place=_fetch(attempt, found.place, "validation", storage))
+
+
+def _read_rows(
+    settings: Settings,
+    source: str | Sequence[Source],
+    validation: float | ValidationSource | None,
+    tokenizer: Any,
+    **how: Any,
+) -> tuple[list[Example], list[Example], DatasetRecord]:
+    """The examples for training and for validation; `how` goes to `load_examples`."""
+    data = settings.data
+    return load_rows(
         source,
+        validation,
         name=data.source,
         revision=data.revision,
         split=data.split,
@@ -266,7 +336,7 @@ def _read_rows(
         loss_on=settings.train.loss_on,
         max_length=settings.train.max_length,
         tokenizer=tokenizer,
-        method=settings.train.method,
+        method=settings.train.last_method,
         template_arguments=data.chat_template_arguments,
         field_names=data.fields,
         on_long_row=data.on_long_row,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ def _compute(
             yield number, [[ChoiceScore(one, greedy=False) for one in of_row] for of_row in sums]
 
     parallel = ParallelScoring(attempt.processes, attempt.alive, score)
-    with adapter_off(model):
+    with _as_reference(sources, model):
         if not attempt.processes.leads:
             parallel.help(model)
             return None
@@ -102,15 +103,26 @@ def _compute(
         rows = [Question((), tuple(one.input_ids for one in example.sequences)) for example in examples]
         cache = ScoreCache(shared, SCORES, settings.run.id, _conditions(sources, loaded))
         with log.progress("reference rows", len(rows), every=max(1, len(rows) // 10)) as tell:
+
+            def on_progress(done: int) -> None:
+                attempt.questions = done  # progress, for the limit of attempts without any
+                tell(done)
+
             found = score_questions(
-                model, rows, loaded.micro_batch_tokens, cache=cache, score=parallel.score, on_progress=tell
+                model, rows, loaded.micro_batch_tokens, cache=cache, score=parallel.score, on_progress=on_progress
             )
         parallel.finish()
     return found
+
+
+def _as_reference(sources: Sources, model: Any) -> AbstractContextManager[None]:
+    """The model as the reference: with the adapter that training starts from, if there is one, which it still has."""
+    return adapter_off(model) if sources.start is None else nullcontext()
 
 
 def _conditions(sources: Sources, loaded: Loaded) -> dict[str, Any]:
     """Everything but the rows' tokens that determines the log-probabilities."""
     unnamed = replace(loaded.record, id="", revision=None, trainable_parameters=0, adapted=[])
     facts = forward_facts(loaded, unnamed)
+    facts["adapter"] = sources.record.start_sha256
     return score_conditions({**facts, "data": sources.record.dataset.sha256, "reference": code_hashes(*CODE)})

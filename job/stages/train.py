@@ -24,12 +24,20 @@ from job.data.batch_plan import steps_per_epoch
 from job.errors import Preempted, Unreachable
 from job.model.lora import copy_tokenizer, save_adapter, trainable
 from job.preemption.stop_flag import Stopwatch, decide
-from job.records import AdapterRecord, Artifact, StepMetrics, Trained, TrainingRecord
+from job.records import (
+    AdapterRecord,
+    Artifact,
+    StepMetrics,
+    Trained,
+    TrainingRecord,
+    ValidationMetrics,
+    ValidationRecord,
+)
 from job.report.model_card import public_base
 from job.results.adapter_facts import CONFIG, WEIGHTS, adapter_facts
 from job.results.training_totals import training_totals
 from job.runs.attempt import Attempt
-from job.runs.layout import ARTIFACTS
+from job.runs.layout import ARTIFACTS, METRICS, VALIDATIONS
 from job.settings.load import Settings
 from job.stages.handoff import Loaded, Sources
 from job.stages.reference import with_reference
@@ -37,6 +45,7 @@ from job.storage.open import open_store, storage_options
 from job.tracking.tensorboard import write_events
 from job.training import config
 from job.training.config import Hooks, Preference, Recipe, total_steps
+from job.training.early_stopping import validation_record
 from job.training.trainer import train
 
 
@@ -48,7 +57,7 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
         log.get_logger().warning("substituted", what=substituted)
     recipe = _recipe(settings, len(sources.examples), loaded.micro_batch_tokens, optimizer)
     examples, reference = sources.examples, list[Artifact]()
-    if METHODS[settings.train.method].reference:
+    if METHODS[settings.train.last_method].reference:
         shared = open_store(settings.run.output, storage_options(settings.storage))
         examples, reference = with_reference(attempt, settings, sources, loaded, shared)
     restored = _restore(attempt)
@@ -89,10 +98,13 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
                 stop=attempt.stop,
                 fits=_fits(attempt, watch, publisher),
                 on_write=lambda seconds: watch.add("save", seconds),
+                on_validation=partial(_validated, attempt),
+                on_progress=attempt.report_progress,
             ),
             folder=attempt.work / "states",
             resume=restored.folder,
             processes=processes,
+            validation=sources.validation,
         )
         if not trained.complete:
             publisher.finish(attempt.stop.remaining())
@@ -102,22 +114,23 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
     name, revision = public_base(settings.model.id, sources.record.model_revision, settings.model.name)
     save_adapter(model, folder / "adapter", base=name, revision=revision, names=loaded.names)
     write_metrics(folder / "metrics.jsonl", trained.history)
-    write_events(folder / "tensorboard", trained.history)
-    facts = hash_facts(folder / "metrics.jsonl")
-    files = [path for part in ("adapter", "metrics.jsonl", "tensorboard") for path in _files(folder / part)]
-    artifacts = [
-        attempt.publish(
-            path, f"{ARTIFACTS}{path.relative_to(folder).as_posix()}", facts if path.name == "metrics.jsonl" else None
-        )
-        for path in files
-    ]
+    facts = {METRICS: hash_facts(folder / "metrics.jsonl")}
+    if trained.validations:
+        write_metrics(folder / "validation.jsonl", trained.validations)
+        facts[VALIDATIONS] = hash_facts(folder / "validation.jsonl")
+    write_events(folder / "tensorboard", trained.history, trained.validations)
+    parts = ("adapter", "metrics.jsonl", "validation.jsonl", "tensorboard")
+    files = [path for part in parts if (folder / part).exists() for path in _files(folder / part)]
+    keys = {path: f"{ARTIFACTS}{path.relative_to(folder).as_posix()}" for path in files}
+    artifacts = [attempt.publish(path, key, facts.get(key)) for path, key in keys.items()]
     record = _training_record(
         recipe,
         trained,
         substitutions=[] if substituted is None else [substituted],
         rows=len(sources.examples),
         world_size=processes.place.world_size,
-        compared_with="base" if reference else None,
+        compared_with=_compared_with(sources) if reference else None,
+        start_sha256=sources.record.start_sha256,
         adapter=AdapterRecord(
             init=settings.lora.init, **adapter_facts(folder / "adapter" / CONFIG, folder / "adapter" / WEIGHTS)
         ),
@@ -172,14 +185,17 @@ def _recipe(settings: Settings, rows: int, micro_batch_tokens: int, optimizer: s
         micro_batch_tokens=micro_batch_tokens,
         optimizer=optimizer,
         save_every_steps=settings.checkpoint.every_steps,
+        validate_every_steps=None if settings.data.validation is None else _validation_interval(settings, rows),
+        stop_after=t.stop_after,
+        keep=t.keep,
         data_seed=settings.data.seed,
         min_lr_ratio=schedule.min_lr_ratio,
         decay_steps=schedule.decay_steps,
         neftune_noise_alpha=t.neftune_noise_alpha,
         preference=None
-        if t.method == "sft"
+        if t.last_method == "sft"
         else Preference(
-            method=t.method,
+            method=t.last_method,
             beta=t.beta,
             loss=t.preference_loss,
             label_smoothing=t.label_smoothing,
@@ -187,6 +203,10 @@ def _recipe(settings: Settings, rows: int, micro_batch_tokens: int, optimizer: s
             undesirable_weight=t.undesirable_weight,
         ),
     )
+
+
+def _validation_interval(settings: Settings, rows: int) -> int:
+    return settings.train.validate_every_steps or steps_per_epoch(rows, settings.train.global_batch_size)
 
 
 def _step_logger(attempt: Attempt, show_progress: log.Progress, watch: Stopwatch) -> Callable[[StepMetrics], None]:
@@ -207,6 +227,13 @@ def _step_logger(attempt: Attempt, show_progress: log.Progress, watch: Stopwatch
         attempt.on_metrics(metrics)
 
     return on_metrics
+
+
+def _validated(attempt: Attempt, metrics: ValidationMetrics) -> None:
+    """Logs a validation, and tells the trackers."""
+    seconds = round(float(metrics.measured["seconds"] or 0), 3)
+    log.get_logger().info("validation", step=metrics.step, validation_loss=round(metrics.loss, 4), seconds=seconds)
+    attempt.validated(metrics)
 
 
 def _committed(attempt: Attempt, step: int, seconds: float) -> None:
@@ -234,6 +261,10 @@ def _files(path: Path) -> list[Path]:
     return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
 
 
+def _compared_with(sources: Sources) -> str:
+    return "base" if sources.start is None else "start"
+
+
 def _training_record(
     recipe: Recipe,
     trained: config.Trained,
@@ -242,6 +273,7 @@ def _training_record(
     rows: int,
     world_size: int,
     compared_with: str | None,
+    start_sha256: str | None,
     adapter: AdapterRecord,
 ) -> TrainingRecord:
     return TrainingRecord(
@@ -254,5 +286,19 @@ def _training_record(
         method="sft" if recipe.preference is None else recipe.preference.method,
         beta=None if recipe.preference is None else recipe.preference.beta,
         reference=compared_with,
+        validation=_validation_record(recipe, trained),
+        start_sha256=start_sha256,
         adapter=adapter,
+    )
+
+
+def _validation_record(recipe: Recipe, trained: config.Trained) -> ValidationRecord | None:
+    if recipe.validate_every_steps is None:
+        return None
+    return validation_record(
+        trained.validations,
+        every_steps=recipe.validate_every_steps,
+        total_steps=recipe.total_steps,
+        stop_after=recipe.stop_after,
+        keep=recipe.keep,
     )

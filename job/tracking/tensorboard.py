@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from job.records import StepMetrics
+from job.records import StepMetrics, ValidationMetrics
 
 
-def write_events(folder: Path, history: Sequence[StepMetrics]) -> None:
-    """Writes loss, learning rate, gradient norm, speed and memory by step, for `tensorboard --logdir`."""
+def write_events(folder: Path, history: Sequence[StepMetrics], validations: Sequence[ValidationMetrics] = ()) -> None:
+    """Writes losses, learning rate, gradient norm, speed and memory by step, for `tensorboard --logdir`."""
     from tensorboardX import SummaryWriter
 
     with SummaryWriter(str(folder)) as writer:
@@ -23,5 +23,7 @@ def write_events(folder: Path, history: Sequence[StepMetrics]) -> None:
             for name, value in metrics.measured.items():
                 if value is not None:
                     writer.add_scalar(f"measured/{name}", value, metrics.step)
+        for validation in validations:
+            writer.add_scalar("eval/loss", validation.loss, validation.step)
     for path in folder.iterdir():  # its name has the time and the host in it: every attempt would leave another file
         path.rename(folder / "events.out.tfevents.0")

@@ -19,7 +19,7 @@ from typing import Any
 
 from job import log
 from job.errors import Preempted, Replaced
-from job.records import StepMetrics
+from job.records import StepMetrics, ValidationMetrics
 
 QUEUED = 1000
 """Messages that wait for a tracker; what comes then is left out."""
@@ -60,6 +60,11 @@ class Tracking:
         """Sends the figures of a step."""
         for tracker in self._trackers:
             tracker.put({"step": metrics.step, "figures": figures_of(metrics)})
+
+    def validation(self, metrics: ValidationMetrics) -> None:
+        """Tells the loss of a validation, by the name that TRL's users know it by."""
+        for tracker in self._trackers:
+            tracker.put({"step": metrics.step, "figures": {"eval/loss": metrics.loss}})
 
     def results(self, results: Mapping[str, Any]) -> None:
         """Keeps the final figures, for `finish`."""

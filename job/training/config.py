@@ -10,7 +10,7 @@ from pathlib import Path
 
 from job.common.methods import MethodName
 from job.data import batch_plan
-from job.records import ExecutionPlan, StepMetrics
+from job.records import ExecutionPlan, StepMetrics, ValidationMetrics
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,10 @@ class Recipe:
     micro_batch_tokens: int
     optimizer: str
     save_every_steps: int
+    validate_every_steps: int | None = None
+    """None where nothing is validated."""
+    stop_after: int | None = None
+    keep: str = "last"
     data_seed: int | None = None
     """Of the order of the examples; None for `seed`, which is that of dropout and noise as well."""
     min_lr_ratio: float = 0.0
@@ -62,7 +66,8 @@ class Hooks:
 
     `on_metrics` gets the metrics of each step, `on_save` the folder of a written checkpoint and its step. `stop` says
     whether the job has to stop; if so, `fits` says whether there is time to compute the given share of a step and to
-    save after it. `on_write` gets the seconds that it took to write a checkpoint to the local disk.
+    save after it. `on_write` gets the seconds that it took to write a checkpoint to the local disk. `on_validation`
+    gets each validation that is made, and `on_progress` is called a few times in the course of one.
     """
 
     on_metrics: Callable[[StepMetrics], None]
@@ -70,19 +75,22 @@ class Hooks:
     stop: Callable[[], bool]
     fits: Callable[[float], bool] = lambda _share: True
     on_write: Callable[[float], None] = lambda _seconds: None
+    on_validation: Callable[[ValidationMetrics], None] = lambda _metrics: None
+    on_progress: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
 class Trained:
     """The metrics of every step, whether all steps were done, and the final token budget and execution plan.
 
-    If memory ran out, budget and plan are smaller than the initial ones.
+    If memory ran out, budget and plan are smaller than the initial ones. A run that stopped early is complete.
     """
 
     history: tuple[StepMetrics, ...]
     micro_batch_tokens: int
     complete: bool
     plan: ExecutionPlan
+    validations: tuple[ValidationMetrics, ...] = ()
 
 
 def total_steps(rows: int, global_batch_size: int, epochs: float, max_steps: int | None) -> int:

@@ -139,7 +139,7 @@ class OptimizerStep:
                     self._processes.add_up(sums)
                     return sums
                 # If a process ran out of memory and has no optimization left to drop, all of them halve the budget.
-                if self._processes.agree(repeat=sums is None and not self._free_memory()):
+                if self._processes.agree(repeat=sums is None and not self.free_memory()):
                     self.budget //= 2
             except JobError as error:
                 raise StepAbandoned from error
@@ -233,17 +233,23 @@ class OptimizerStep:
             segments: Used where attention is computed segment by segment; empty in a CUDA graph, which must not depend
                 on their number.
         """
+        loss = self.padded_sum(tokens, ends, segments) * weight
+        loss.backward()  # type: ignore[no-untyped-call] # adds to the flat gradient in place
+        return loss.detach()
+
+    def padded_sum(self, tokens: torch.Tensor, ends: torch.Tensor, segments: tuple[Segment, ...] = ()) -> torch.Tensor:
+        """The summed loss of a padded sequence, () float32; arguments as for its gradient."""
         base = self._model.get_base_model()
         ids, labels, positions = tokens.unbind()
         # An earlier attempt may have had a larger budget, and so a longer padding, than this one's.
-        longest = max(self._longest, length_increment(ids.shape[0]))
+        longest = max(
+            self._longest, length_increment(ids.shape[0]), *(segment.end - segment.start for segment in segments), 0
+        )
         layout = Layout(segments, ends, ends, None, longest, longest)
         hidden = base.base_model(
             input_ids=ids[None], position_ids=positions[None], layout=layout, use_cache=False
         ).last_hidden_state[0]
-        loss = padded_loss(hidden, base.get_output_embeddings(), labels) * weight
-        loss.backward()  # type: ignore[no-untyped-call] # adds to the flat gradient in place
-        return loss.detach()
+        return padded_loss(hidden, base.get_output_embeddings(), labels)
 
     def _recorded(self, device: torch.device) -> CudaGraphs:
         """The CUDA graphs. If there are none yet, that of the largest micro-batch of this process is recorded first.
@@ -258,7 +264,7 @@ class OptimizerStep:
             self._graphs.prepare(largest.tokens, largest.ends, weight)
         return self._graphs
 
-    def _free_memory(self) -> bool:
+    def free_memory(self) -> bool:
         """Drops one optimization that takes memory and only saves time; returns whether there was one."""
         self.release()  # graphs write to fixed addresses, in memory that is freed now
         if not self.plan.droppable:

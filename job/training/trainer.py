@@ -27,7 +27,13 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from job.checkpoints.trainer_state import TrainerFiles, read_trainer_state, write_trainer_state
+from job.checkpoints.trainer_state import (
+    TrainerFiles,
+    read_trainer_state,
+    read_validations,
+    write_trainer_state,
+    write_validations,
+)
 from job.common.optimizers import OPTIMIZERS
 from job.common.schedulers import SCHEDULERS, Schedule
 from job.data.batch_plan import Steps, targets_of
@@ -38,13 +44,16 @@ from job.model.base import recompute_activations
 from job.model.decomposed_init import trained_parts
 from job.model.lora import trainable
 from job.model.packed_attention import is_packed
-from job.records import Example, ExecutionPlan, StepMetrics
+from job.records import Example, ExecutionPlan, StepMetrics, ValidationMetrics
 from job.training.config import Hooks, Recipe, Trained
+from job.training.early_stopping import is_due, progress
 from job.training.flat_parameters import FlatParameters
 from job.training.lm_head_loss import alone_loss, can_sum, summed_head
 from job.training.neftune import add_noise
+from job.training.packing import alone_inputs, packed_inputs, padded_sequence
 from job.training.preference_gradient import PreferenceGradient, head_of, token_log_probs
 from job.training.step import OptimizerStep, StepAbandoned
+from job.training.validation import Validation
 
 
 def train(
@@ -58,8 +67,11 @@ def train(
     folder: Path,
     resume: Path | None = None,
     processes: Processes = ALONE,
+    validation: Sequence[Example] = (),
 ) -> Trained:
     """Trains the adapter of `model` in place; called in all processes.
+
+    At the end the model has the adapter that the recipe keeps: that of the last step, or of the best validation.
 
     Args:
         model: A PEFT model over a frozen base loaded with packed attention, prepared for the plan (`prepare.py`).
@@ -71,14 +83,23 @@ def train(
         folder: Where checkpoints are written, one folder each.
         resume: A checkpoint folder that the same recipe wrote; training continues after its step.
         processes: The processes that share the work; only process 0 writes checkpoints and calls `on_save`.
+        validation: The rows for validation; at least one where the recipe validates.
 
     Raises:
-        TrainingFailed: The loss of a step is not finite, or memory is too small for one example.
+        TrainingFailed: The loss of a step or of a validation is not finite, or memory is too small for one example.
         JobError: Another process ended, with this error.
         ValueError: The checkpoint to resume from is not of this model.
     """
     trainer = _PlannedTrainer(
-        model, tokenizer, examples=examples, recipe=recipe, plan=plan, hooks=hooks, folder=folder, processes=processes
+        model,
+        tokenizer,
+        examples=examples,
+        recipe=recipe,
+        plan=plan,
+        hooks=hooks,
+        folder=folder,
+        processes=processes,
+        validation=validation,
     )
     recompute_activations(model, on=not plan.kept_activations, random=not plan.padded)
     remove_noise = add_noise(model.get_base_model(), recipe.neftune_noise_alpha) if recipe.neftune_noise_alpha else None
@@ -100,8 +121,12 @@ def train(
     recompute_activations(model, on=False)
     model.eval()
     trainer.step.release()
-    complete = trainer.state.global_step >= recipe.total_steps
-    return Trained(tuple(trainer.history), trainer.step.budget, complete=complete, plan=trainer.step.plan)
+    validations = tuple(trainer.validations)
+    if complete := trainer.is_complete():
+        trainer.use_kept_adapter()
+    return Trained(
+        tuple(trainer.history), trainer.step.budget, complete=complete, plan=trainer.step.plan, validations=validations
+    )
 
 
 class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
@@ -118,6 +143,7 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         hooks: Hooks,
         folder: Path,
         processes: Processes,
+        validation: Sequence[Example],
     ) -> None:
         exact = {name: parameter.data for name, parameter in trainable(model).items()}
         alone = processes.place.world_size == 1
@@ -131,6 +157,7 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             callbacks=[
                 AfterOptimizerStep(self.after_optimizer_step),
                 StopOnFlag(hooks.stop if alone else lambda: processes.stopping, hooks.fits),
+                ValidateOnSchedule(self.validation_is_due, self.evaluate),
             ],
         )
         # TRL rounds the adapter of a quantized model to bf16, in which a resumed run cannot be exact.
@@ -164,11 +191,24 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             if recipe.preference is None
             else PreferenceGradient(recipe.preference, self.log_probs, self.accelerator.backward),
         )
+        self.recipe = recipe
+        self.validations: list[ValidationMetrics] = []
+        self.best: dict[str, torch.Tensor] | None = None
+        """The adapter of the best validation, on the CPU by name; None unless the recipe keeps that one."""
+        self.validation = Validation(
+            model,
+            validation,
+            block=batch_size,
+            step=self.step,
+            summed_loss=self.summed_loss,
+            hooks=hooks,
+            processes=processes,
+        )
 
     # Which examples: those of the batch plan, from the next step on.
 
     def get_train_dataloader(self) -> Any:
-        return _Numbers(self.steps.total, lambda: self.state.global_step)
+        return _Numbers(self.steps.total, lambda: self.steps.total if self.stopped_early() else self.state.global_step)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Nothing to restore: every step seeds itself."""
@@ -218,6 +258,77 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
     def _clip_grad_norm(self, model: Any) -> Any:  # noqa: ARG002 - Trainer's signature
         return self.accelerator.clip_grad_norm_([self.parameters.whole], self.args.max_grad_norm)
 
+    # Validation: Trainer calls `evaluate` after a step's metrics and before its checkpoint.
+
+    def validation_is_due(self) -> bool:
+        """Whether this step has a validation that was not made yet."""
+        step, every = self.state.global_step, self.recipe.validate_every_steps
+        made = self.validations[-1].step if self.validations else -1
+        return every is not None and made < step and is_due(step, every, self.recipe.total_steps)
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:  # noqa: ARG002
+        """Validates, keeps the adapter if it is the best one so far, and ends training if the patience is used up.
+
+        Raises:
+            StepAbandoned: The job has to stop. The next attempt validates again, before it trains on.
+        """
+        self.control.should_evaluate = False
+        began, step = time.monotonic(), self.state.global_step
+        loss = self.validation()
+        self._metrics["eval"].clear()  # entropy and accuracy, which TRL's loss collects for its own log
+        if not math.isfinite(loss):
+            raise TrainingFailed(
+                f"the validation loss after step {step} is {loss}. Lower JOB_TRAIN__LEARNING_RATE, or look at the rows "
+                "of JOB_DATA__VALIDATION"
+            )
+        metrics = ValidationMetrics(
+            step=step,
+            epoch=self.steps.epoch(step) if step else 0.0,
+            loss=loss,
+            examples=len(self.validation.examples),
+            target_tokens=self.validation.target_tokens,
+            measured={"seconds": time.monotonic() - began, "micro_batch_tokens": self.validation.budget},
+        )
+        self.validations.append(metrics)
+        if self.recipe.keep == "best" and progress(self.validations).best_step == step:
+            self.best = {name: p.detach().to("cpu", copy=True) for name, p in trainable(self.model).items()}
+        if self.stopped_early():
+            self.control.should_training_stop = self.control.should_save = True
+        self.hooks.on_validation(metrics)
+        return {f"{metric_key_prefix}_loss": loss}
+
+    def summed_loss(self, examples: Sequence[Example]) -> torch.Tensor:
+        """The summed loss of a micro-batch, () float32, computed as training computes it; see `SummedLoss`."""
+        device = self.parameters.gradient.device
+        with self.compute_loss_context_manager():
+            if not is_packed(self.model):
+                alone = [alone_loss(self.model_wrapped, **alone_inputs(example, device)) for example in examples]
+                return torch.stack(alone).sum()
+            if self.step.plan.padded:
+                sequence = padded_sequence(examples, device)
+                return self.step.padded_sum(sequence.tokens, sequence.ends, sequence.segments)
+            loss: torch.Tensor = self.compute_loss(
+                self.summed_head or self.model_wrapped, packed_inputs(examples, device), num_items_in_batch=1
+            )
+            return loss
+
+    def stopped_early(self) -> bool:
+        """Whether the patience is used up."""
+        return bool(self.validations) and progress(self.validations).stopped(self.recipe.stop_after)
+
+    def is_complete(self) -> bool:
+        """Whether all steps and validations are done, or training has stopped early."""
+        return self.stopped_early() or (
+            self.state.global_step >= self.recipe.total_steps and not self.validation_is_due()
+        )
+
+    def use_kept_adapter(self) -> None:
+        """Puts the adapter of the best validation into the model, if that one is kept."""
+        if self.best is not None:
+            with torch.no_grad():
+                for name, parameter in trainable(self.model).items():
+                    parameter.copy_(self.best[name])
+
     # Metrics, and saving and restoring checkpoints.
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:  # noqa: ARG002
@@ -262,6 +373,9 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             path = self.folder / f"step-{self.state.global_step:08d}"
             began = time.monotonic()
             write_trainer_state(path, self.trainer_files(), self.history)
+            if self.recipe.validate_every_steps is not None:
+                newest = progress(self.validations).best_step == self.state.global_step
+                write_validations(path, self.validations, None if newest else self.best)
             self.hooks.on_write(time.monotonic() - began)
             self.saved_step = self.state.global_step
             self.hooks.on_save(path, self.state.global_step)
@@ -279,6 +393,22 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             self.history = read_trainer_state(Path(checkpoint), self.trainer_files())
             self.saved_step = self.state.global_step
             self.step.budget = int(self.history[-1].measured["micro_batch_tokens"] or self.step.budget)
+            if self.recipe.validate_every_steps is not None:
+                self.restore_validations(Path(checkpoint))
+
+    def restore_validations(self, checkpoint: Path) -> None:
+        """Restores the validations so far, and the best adapter if that one is kept.
+
+        Raises:
+            ValueError: The checkpoint has none.
+        """
+        self.validations, best = read_validations(checkpoint)
+        self.validation.budget = int(self.validations[-1].measured["micro_batch_tokens"] or self.validation.budget)
+        if self.recipe.keep == "best":
+            now = {name: p.detach().to("cpu", copy=True) for name, p in trainable(self.model).items()}
+            if best is None and progress(self.validations).best_step != self.state.global_step:
+                raise ValueError(f"the checkpoint in {checkpoint} lacks the adapter of the best validation")
+            self.best = now if best is None else best
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         """Restored with the optimizer."""
@@ -331,6 +461,22 @@ class StopOnFlag(TrainerCallback):  # type: ignore[misc]
         if self.stop():
             control.should_training_stop = True
             control.should_save = self.fits(0.0)
+
+
+class ValidateOnSchedule(TrainerCallback):  # type: ignore[misc]
+    """Validates before the first step of an attempt, where that is due, and has Trainer do so after later steps."""
+
+    def __init__(self, due: Callable[[], bool], validate: Callable[[], object]) -> None:
+        self.due, self.validate = due, validate
+
+    def on_train_begin(self, _args: Any, _state: Any, _control: Any, **_: Any) -> None:
+        """Before training; or after the step that a checkpoint is of, where an attempt stopped in its validation."""
+        if self.due():
+            self.validate()
+
+    def on_step_end(self, _args: Any, _state: Any, control: Any, **_: Any) -> None:
+        """Asks Trainer for a validation between the step's metrics and its checkpoint."""
+        control.should_evaluate = control.should_evaluate or self.due()
 
 
 OPTIONS = {

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from job.checkpoints.manager import MAX_MARKER_BYTES, Marker, parse_marker
-from job.checkpoints.trainer_state import ADAPTER
+from job.checkpoints.trainer_state import ADAPTER, BEST
 from job.checkpoints.trainer_state import METRICS as STATE_METRICS
+from job.checkpoints.trainer_state import VALIDATIONS as STATE_VALIDATIONS
 from job.common.hashing import facts_of_line
 from job.records import Artifact
 from job.results.adapter_facts import CONFIG, published_rank_pattern
 from job.results.inventory import is_marker
-from job.runs.layout import METRICS, WEIGHTS, marker_key
+from job.runs.layout import METRICS, VALIDATIONS, WEIGHTS, marker_key
 from job.storage.open import ObjectStore, TooLarge, is_key
 from job.verification.differences import CheckResult, Difference, other_run
 
@@ -65,7 +66,10 @@ def check_checkpoints(
     wrong: Sequence[Difference],
     run: str | None = None,
 ) -> CheckResult:
-    """Steps and attempts rise together, metrics only grow, and the last checkpoint is the published adapter.
+    """Steps and attempts rise together, metrics and validations only grow, and the adapter is what was published.
+
+    Where the adapter of the best validation is published, it is compared with the best one of each checkpoint from that
+    step on.
 
     All are of this run: a marker names the settings, data and weights that it was trained with.
 
@@ -78,6 +82,7 @@ def check_checkpoints(
     """
     differences = [*wrong]
     steps, attempts = results["training"]["steps"], [attempt["number"] for attempt in results["run"]["attempts"]]
+    kept = (results["training"].get("validation") or {"kept_step": steps})["kept_step"]
     epoch = 0
     for marker in found:
         place = marker_key(marker.step)
@@ -89,8 +94,11 @@ def check_checkpoints(
             differences.append(Difference(place, claimed, f"attempt {marker.epoch}"))
         epoch = marker.epoch
         differences += _metrics_differ(marker, copies)
-        if marker.step == steps:
+        differences += _validations_differ(marker, copies)
+        if marker.step == kept:
             differences += _adapters_differ(marker.folder + ADAPTER, WEIGHTS, copies)
+        elif marker.step > kept and BEST in marker.files:
+            differences += _adapters_differ(marker.folder + BEST, WEIGHTS, copies)
     packages = results["software"]["packages"]
     notes = [
         f"the checkpoint of step {marker.step} was written by other versions of {', '.join(changed)}"
@@ -119,6 +127,16 @@ def _metrics_differ(marker: Marker, copies: Copies) -> Iterator[Difference]:
         if one != two:
             yield Difference(f"{path} line {step}", f"step {step} as in {METRICS}", "another")
             return
+
+
+def _validations_differ(marker: Marker, copies: Copies) -> Iterator[Difference]:
+    """A checkpoint's validations have to be the first ones of the published ones, apart from what was measured."""
+    path = marker.folder + STATE_VALIDATIONS
+    if path not in copies or VALIDATIONS not in copies:
+        return
+    before, after = _facts(copies[path]), _facts(copies[VALIDATIONS])
+    if before is None or after is None or before != after[: len(before)]:
+        yield Difference(path, f"the first validations in {VALIDATIONS}", "others")
 
 
 def _facts(path: Path) -> list[dict[str, Any]] | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
 
@@ -13,13 +14,16 @@ from job.common.validation import first_error
 from job.data.batch_plan import steps_per_epoch
 from job.evaluation.comparison import compare_tasks, judge
 from job.evaluation.samples import HASHES, Sample, contradiction, parse, task_scores
-from job.records import AttemptRecord, StepMetrics, TaskScores
+from job.records import AttemptRecord, StepMetrics, TaskScores, ValidationMetrics
 from job.results.adapter_facts import CONFIG, WEIGHTS, adapter_facts
 from job.results.cost import compute_cost
 from job.results.training_totals import training_totals
-from job.runs.layout import ARTIFACTS, METRICS, RESULTS, answers_key
+from job.runs.layout import ARTIFACTS, METRICS, RESULTS, VALIDATIONS, answers_key
 from job.training.config import total_steps
+from job.training.early_stopping import due_steps, progress, validation_record
 from job.verification.differences import MAX_SHOWN, CheckResult, Difference, find_differences, show
+
+T = TypeVar("T")
 
 _MAX_SHOWN = 5
 
@@ -117,11 +121,14 @@ def _scores(by_task: SamplesByTask, tasks: Mapping[str, Any], side: str) -> dict
 
 
 def check_training(results: Mapping[str, Any], copies: Copies) -> CheckResult:
-    """The totals of training from the metrics of every step, and the number of steps from the settings."""
+    """The totals of training from the metrics of every step, and the number of steps from the settings.
+
+    Where training stopped early, the number of steps follows from the validation losses (`check_validation`).
+    """
     training = results["training"]
     extent = count(training["steps"], "step")
     try:
-        history = _read_steps(copies[METRICS].read_bytes())
+        history = _read_lines(copies[METRICS].read_bytes(), StepMetrics)
         found = _totals(history, results)
     except (KeyError, ValueError) as error:
         what = "nothing to read" if isinstance(error, KeyError) else str(error)
@@ -146,19 +153,75 @@ def _adapter(claimed: Mapping[str, Any] | None, copies: Copies) -> Iterator[Diff
     yield from find_differences(f"{RESULTS} training.adapter", {name: claimed[name] for name in found}, found)
 
 
-def _read_steps(data: bytes) -> list[StepMetrics]:
-    """The steps in a file of metrics.
+def check_validation(results: Mapping[str, Any], copies: Copies) -> CheckResult:
+    """From the published validation losses: when each was due, the best step, the early stop, and which step is kept.
+
+    A run without validation has none of these.
+    """
+    claimed, rows = results["training"].get("validation"), results["dataset"].get("validation")
+    settings = {name: setting["value"] for name, setting in results["settings"].items()}
+    asked = settings.get("data.validation") is not None
+    differences = [
+        Difference(f"{RESULTS} {name}", "validation as the settings ask for", "another")
+        for name, there in (("training.validation", claimed is not None), ("dataset.validation", rows is not None))
+        if there is not asked
+    ]
+    if (VALIDATIONS in copies) is not asked:
+        differences.append(Difference(VALIDATIONS, "validations as the settings ask for", "another"))
+    if claimed is None or rows is None or differences:
+        return CheckResult("validation", "none", tuple(differences))
+    extent = count(claimed["count"], "validation")
+    try:
+        found = _read_lines(copies[VALIDATIONS].read_bytes(), ValidationMetrics)
+        how = _validation_settings(settings, results["dataset"]["rows"])
+    except ValueError as error:
+        return CheckResult("validation", extent, (Difference(VALIDATIONS, "a validation a line", str(error)),))
+    due = due_steps(how["every_steps"], how["total_steps"])
+    stop = next((n for n in range(1, len(found) + 1) if progress(found[:n]).stopped(how["stop_after"])), len(due))
+    if [one.step for one in found] != due[:stop]:
+        steps = f"those of {show([one.step for one in found])}"
+        differences.append(Difference(VALIDATIONS, f"the validations of the steps {show(due[:stop])}", steps))
+    counts = {(one.examples, one.target_tokens) for one in found}
+    if counts != {(rows["rows"], rows["target_tokens"])}:
+        differences.append(Difference(VALIDATIONS, "all validation rows in each validation", "others"))
+    differences += find_differences(f"{RESULTS} training.validation", claimed, asdict(validation_record(found, **how)))
+    if results["training"]["steps"] != found[-1].step:
+        where = f"{RESULTS} training.steps"
+        differences.append(Difference(where, show(results["training"]["steps"]), f"{found[-1].step} by the losses"))
+    return CheckResult("validation", extent, tuple(differences))
+
+
+def _validation_settings(settings: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """The arguments of `validation_record` beside the validations.
 
     Raises:
-        ValueError: With the first line that is not a step's metrics.
+        ValueError: The settings are not valid.
     """
-    kind, steps = TypeAdapter(StepMetrics), []
+    size, total = _planned_steps(settings, rows)
+    every, patience, keep = (settings.get(f"train.{name}") for name in ("validate_every_steps", "stop_after", "keep"))
+    if not (isinstance(every, int | None) and isinstance(patience, int | None) and keep in {"last", "best"}):
+        raise ValueError("no valid settings of validation")
+    return {
+        "every_steps": every or steps_per_epoch(rows, size),
+        "total_steps": total,
+        "stop_after": patience,
+        "keep": keep,
+    }
+
+
+def _read_lines(data: bytes, kind: type[T]) -> list[T]:
+    """The steps, or validations, in a file of metrics.
+
+    Raises:
+        ValueError: With the first line that is none.
+    """
+    adapter, found = TypeAdapter(kind), []
     for number, line in enumerate(data.removesuffix(b"\n").split(b"\n"), start=1):
         try:
-            steps.append(kind.validate_json(line))
+            found.append(adapter.validate_json(line))
         except ValueError as error:
             raise ValueError(f"line {number}: {first_error(error, MAX_SHOWN)}") from None
-    return steps
+    return found
 
 
 def _totals(history: Sequence[StepMetrics], results: Mapping[str, Any]) -> dict[str, Any]:
@@ -168,16 +231,24 @@ def _totals(history: Sequence[StepMetrics], results: Mapping[str, Any]) -> dict[
         ValueError: The settings are not valid, or ask for another number of steps.
     """
     settings = {name: setting["value"] for name, setting in results["settings"].items()}
-    rows, size, epochs, most = (
-        results["dataset"]["rows"],
-        *(settings.get(f"train.{name}") for name in ("global_batch_size", "epochs", "max_steps")),
-    )
-    if not (isinstance(size, int) and isinstance(epochs, int | float) and isinstance(most, int | None) and size > 0):
-        raise ValueError("no valid training settings")
-    planned = total_steps(rows, size, epochs, most)
-    if len(history) != planned:
+    rows = results["dataset"]["rows"]
+    size, planned = _planned_steps(settings, rows)
+    early = (results["training"].get("validation") or {}).get("stopped_early") is True  # by its own check
+    if len(history) > planned or (len(history) < planned and not early):
         raise ValueError(f"{len(history)} steps, {planned} by the settings")
     return training_totals(history, steps_per_epoch(rows, size), size)
+
+
+def _planned_steps(settings: Mapping[str, Any], rows: int) -> tuple[int, int]:
+    """Examples of a step, and the steps of a run that does not stop early.
+
+    Raises:
+        ValueError: The settings are not valid.
+    """
+    size, epochs, most = (settings.get(f"train.{name}") for name in ("global_batch_size", "epochs", "max_steps"))
+    if not (isinstance(size, int) and isinstance(epochs, int | float) and isinstance(most, int | None) and size > 0):
+        raise ValueError("no valid training settings")
+    return size, total_steps(rows, size, epochs, most)
 
 
 def check_cost(results: Mapping[str, Any]) -> CheckResult:

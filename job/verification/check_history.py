@@ -24,7 +24,7 @@ from job.verification.fetch_files import MISSING
 
 PULL, BASE, TRAIN, ADAPTER = map(stage_key, (Stage.PULL, Stage.EVALUATE_BASE, Stage.TRAIN, Stage.EVALUATE_ADAPTER))
 MAX_RECORD_BYTES = 1 << 20
-_OF_SFT: Mapping[str, Any] = {"method": "sft", "beta": None, "reference": None, "preference": {}}
+_OF_SFT: Mapping[str, Any] = {"method": "sft", "beta": None, "reference": None, "preference": {}, "start_sha256": None}
 """What the manifest of an earlier version, which knew no preferences, does not say of training."""
 
 T = TypeVar("T")
@@ -64,6 +64,9 @@ def check_stages(results: Mapping[str, Any], copies: Copies, run: str | None) ->
         found = {"sha256": pulled.model_sha256, "revision": pulled.model_revision}
         differences += find_differences(f"{RESULTS} dataset", results["dataset"], asdict(pulled.dataset))
         differences += find_differences(f"{RESULTS} model", {name: results["model"][name] for name in found}, found)
+    if trained is not None and pulled is not None:
+        place = f"{RESULTS} training.start_sha256"
+        differences += find_differences(place, trained.training.start_sha256, pulled.start_sha256)
     if trained is not None:
         claimed = {**_OF_SFT, **results["training"]}
         differences += find_differences(f"{RESULTS} training", claimed, asdict(trained.training))

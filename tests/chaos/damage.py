@@ -350,7 +350,7 @@ def _placed(output: Path, endpoint: str | None) -> Iterator[tuple[str, Callable[
         return
     client: Any = boto3.client("s3", endpoint_url=endpoint)
     bucket = boto3.resource("s3", endpoint_url=endpoint).Bucket(BUCKET)
-    for path in _files(output):
+    for path in (path for path in _files(output) if "/.store/" not in path):  # what a local store keeps for itself
         client.upload_file(str(output / path), BUCKET, f"{output.name}/{path}")
 
     def fetch() -> None:

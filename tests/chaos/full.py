@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import shutil
@@ -16,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.chaos.harness import Outcome, preload, run_until_done
-from tests.chaos.small import settings
+from tests.chaos.small import settings, validation
 
 
 def main() -> int:
@@ -24,15 +25,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--validate", action="store_true", help="runs that stop early and keep the best adapter")
     chosen = parser.parse_args()
     preload()  # first of all: it keeps torch from starting threads
     with tempfile.TemporaryDirectory(prefix="qlora-job-chaos-") as name:
         folder = Path(name)
         environment = settings(folder)
+        if chosen.validate:
+            environment = {**settings(folder, rows=20, questions=8), **validation(folder)}
         began = time.monotonic()
         whole = run_until_done(environment, "whole", folder, _Never(), 0)
         span = time.monotonic() - began
-        print(f"undisturbed: {span:.1f} s, {len(whole.facts)} artefacts")
+        print(f"undisturbed: {span:.1f} s, {len(whole.facts)} artefacts{_stopped(folder) if chosen.validate else ''}")
         outcomes = []
         for number in range(chosen.runs):
             run = f"run-{number:03d}"
@@ -50,6 +54,15 @@ def main() -> int:
             same = outcome.facts == whole.facts
             print(f"{run}: {len(outcome.kills)} kills, {'same' if same else 'DIFFERENT'}", flush=True)
     return report(whole, outcomes)
+
+
+def _stopped(folder: Path) -> str:
+    """Where the undisturbed run stopped, which all others have to do as well."""
+    found = json.loads((folder / "out/whole/results.json").read_bytes())["training"]["validation"]
+    assert found["stopped_early"]
+    assert found["kept_step"] > 0
+    last = found["best_step"] + found["stale"] * found["every_steps"]
+    return f", stopped after step {last} of {found['planned_steps']}, the adapter of step {found['kept_step']} kept"
 
 
 class _Never(random.Random):

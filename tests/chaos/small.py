@@ -36,3 +36,22 @@ def settings(folder: Path, *, rows: int = 40, questions: int = 40) -> dict[str, 
         "OMP_NUM_THREADS": "1",
         "TMPDIR": os.environ.get("TMPDIR", str(folder)),
     }
+
+
+def validation(folder: Path) -> dict[str, str]:
+    """Writes rows for validation; returns what a run adds to `settings` that stops early and keeps the best adapter.
+
+    The answers are wrong ones in the right form: learning the form lowers their loss, learning the answers raises it.
+    A checkpoint comes every third step and a validation every second one, so most kills fall between the two.
+    """
+    rows = [row | {"output": f"It is {97 * n % 61}."} for n, row in enumerate(alpaca_rows(16))]
+    return {
+        "JOB_DATA__VALIDATION": str(write_jsonl(folder / "validation.jsonl", rows)),
+        "JOB_TRAIN__VALIDATE_EVERY_STEPS": "2",
+        "JOB_TRAIN__STOP_AFTER": "2",
+        "JOB_TRAIN__KEEP": "best",
+        "JOB_TRAIN__EPOCHS": "8",
+        "JOB_TRAIN__LEARNING_RATE": "2e-2",
+        "JOB_TRAIN__SCHEDULER": "constant",
+        "JOB_TRAIN__LOSS_ON": "completion",
+    }

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from job.runs.layout import LOG_PROBS, facts_of
+from job.storage.open import open_store
+from job.verification.verify import require_verified, verify
 from tests.forked import Forks, forks
 from tests.helpers import arc_rows, write_jsonl
 from tests.integration.test_processes import CLOSE, EXACT, go, metrics, results, run_folder
@@ -128,3 +131,88 @@ def test_data_and_method_have_to_fit(forked: Forks, environment: dict[str, str],
         problem = str(group.lines(0)[-1])
         assert "JOB_TRAIN__METHOD=dpo or orpo" in problem
         assert "dpo.jsonl:1" in problem
+
+
+@pytest.mark.parametrize("method", ["dpo", "sft"])
+def test_training_goes_on_from_an_adapter(forked: Forks, environment: dict[str, str], method: str) -> None:
+    """It starts with the adapter's numbers, compares with them, and resumes to the bit; the manifest has its hash."""
+    if not (run_folder(environment, "one") / "results.json").is_file():
+        assert go(forked, environment, "one", 1) == [0]
+    changes = {
+        "JOB_LORA__START": str(run_folder(environment, "one") / "artifacts/adapter"),
+        "JOB_TRAIN__METHOD": method,
+    }
+    if method == "sft":
+        rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs(22)]
+        path = Path(environment["JOB_DATA__SOURCE"]).with_name("sft.jsonl")
+        changes["JOB_DATA__SOURCE"] = str(write_jsonl(path, rows))
+    whole, killed = f"{method}-on", f"{method}-on-killed"
+    assert go(forked, environment, whole, 1, **changes) == [0]
+    assert go(forked, environment, killed, 1, **changes, JOB_FAULT="kill@step=5") == [-9]
+    assert go(forked, environment, killed, 1, **changes) == [0]
+    assert facts_of(results(environment, killed)) == facts_of(results(environment, whole))
+    training = results(environment, whole)["training"]
+    assert len(training["start_sha256"]) == 64
+    assert training["reference"] == ("start" if method == "dpo" else None)
+    first, fresh = metrics(environment, whole)[0], metrics(environment, "one")[0]
+    if method == "dpo":
+        assert first["loss"] == pytest.approx(0.6931472, rel=1e-5)
+        assert first["preference"]["logps/chosen"] != pytest.approx(fresh["preference"]["logps/chosen"], rel=1e-4)
+
+
+def test_a_start_that_changed_is_refused(forked: Forks, environment: dict[str, str], tmp_path: Path) -> None:
+    """Other numbers under the same path are another run."""
+    if not (run_folder(environment, "one") / "results.json").is_file():
+        assert go(forked, environment, "one", 1) == [0]
+    start = Path(shutil.copytree(run_folder(environment, "one") / "artifacts/adapter", tmp_path / "start"))
+    changes = {"JOB_LORA__START": str(start)}
+    assert go(forked, environment, "moved", 1, **changes, JOB_FAULT="kill@step=3") == [-9]
+    tensors = load_file(start / "adapter_model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in tensors.items()}, start / "adapter_model.safetensors")
+    code, group = forked.run({**environment, **changes, "JOB_RUN__ID": "moved"}, 1, "moved-again")
+    assert code == [65]
+    assert "start_sha256" in str(group.lines(0)[-1])
+
+
+def two_stages(environment: dict[str, str], output: str) -> dict[str, str]:
+    """SFT on the good answers, then DPO on the pairs."""
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs(12)]
+    path = Path(environment["JOB_DATA__SOURCE"]).with_name("first.jsonl")
+    return {
+        "JOB_RUN__OUTPUT": f"{environment['JOB_RUN__OUTPUT']}-{output}",
+        "JOB_TRAIN__METHOD": "sft,dpo",
+        "JOB_TRAIN__SFT_EPOCHS": "2",
+        "JOB_TRAIN__SFT_LEARNING_RATE": "5e-3",
+        "JOB_DATA__SFT_SOURCE": str(write_jsonl(path, rows)),
+    }
+
+
+def test_two_methods_in_one_run(forked: Forks, environment: dict[str, str], tmp_path: Path) -> None:
+    """Both stages resume to the bit, killed in each; the second goes on from the first and compares with it."""
+    changes = two_stages(environment, "two")
+    assert go(forked, environment, "both", 2, **changes) == [0, 0]
+    codes = []
+    while not codes or codes[-1] != [0, 0]:
+        codes.append(go(forked, environment, "killed", 2, **changes, JOB_FAULT="kill@step=3,kill@stage=train"))
+        assert len(codes) < 8
+    assert [code[0] for code in codes] == [-9] * 4 + [0]
+    for stage in ("both", "both-sft"):
+        assert facts_of(results(changes, stage.replace("both", "killed"))) == facts_of(results(changes, stage))
+    first, second = results(changes, "both-sft"), results(changes, "both")
+    assert (first["training"]["method"], first["training"]["steps"]) == ("sft", 4)
+    assert (second["training"]["method"], second["training"]["reference"]) == ("dpo", "start")
+    assert metrics(changes, "both")[0]["loss"] == pytest.approx(0.6931472, rel=1e-5)
+    for stage in ("both", "both-sft"):
+        require_verified(verify(open_store(str(run_folder(changes, stage))), tmp_path))
+
+
+def test_rows_of_the_second_stage_are_checked_before_the_first(
+    forked: Forks, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """What is wrong with the pairs is not found out after hours of training."""
+    changes = two_stages(environment, "wrong")
+    bad = write_jsonl(tmp_path / "bad.jsonl", [*pairs(3), {"prompt": "a", "chosen": "b", "rejected": "b"}])
+    code, group = forked.run({**environment, **changes, "JOB_RUN__ID": "x", "JOB_DATA__SOURCE": str(bad)}, 1, "wrong")
+    assert code == [65]
+    assert "bad.jsonl:4" in str(group.lines(0)[-1])
+    assert not any(line["event"] == "steps" for line in group.lines(0))

@@ -70,6 +70,18 @@ def test_instructions_have_alpacas_schema(instructions: list[dict[str, Any]]) ->
         assert row["output"].strip()
 
 
+def test_preferences_are_of_practised_people(questions: list[dict[str, Any]]) -> None:
+    """Each pair has a right and another wrong answer, and no question that the demo asks is among the prompts."""
+    rows = read_rows("preferences.jsonl")
+    assert len(rows) > 200
+    assert len({row["prompt"] for row in rows}) == len(rows)
+    asked = {f"Question: {row['question']}\nAnswer:" for row in questions}
+    for row in rows:
+        assert list(row) == ["prompt", "chosen", "rejected"]
+        assert row["chosen"] != row["rejected"]
+        assert row["prompt"] not in asked
+
+
 def test_questions_have_arcs_schema(questions: list[dict[str, Any]]) -> None:
     """There are at least 300 questions in ARC's schema: distinct ids, distinct choices, one of them the key."""
     assert len(questions) >= 300

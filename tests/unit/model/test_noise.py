@@ -21,7 +21,7 @@ def adapted(folder: Path) -> Any:
     how = {"quantization": "none", "double_quantization": False, "dtype": torch.float32, "device": cpu}
     base = load_base(folder, max_length=64, **how)
     use(base, PLAIN)
-    return add_adapter(base, rank=4, alpha=4, dropout=0.1, target_modules=["q_proj"], seed=1)
+    return add_adapter(base, rank=4, alpha=4, dropout=0.1, target_modules=("q_proj",), seed=1)
 
 
 @pytest.mark.parametrize(("family", "rates"), [("phimoe", {}), ("mixtral", {"router_jitter_noise": 0.3})])

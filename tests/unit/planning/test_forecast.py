@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from job.planning.forecast import EVALUATIONS, RunShape, estimates, forecast_gpu
+from job.planning.forecast import EVALUATIONS, RunShape, ValidationWork, estimates, forecast_gpu
 from job.planning.gpu_prices import GPUS, Gpu
 from job.planning.known_models_and_data import ARCHITECTURES, TASK_TOKENS
 from job.planning.workload import Workload
@@ -147,3 +147,18 @@ def test_the_table_of_gpus_is_sound() -> None:
         assert 15e9 < gpu.memory_bytes < 152e9
         assert 5e13 < gpu.flops < 1e15
         assert 0.1 < gpu.usd_per_hour < 12
+
+
+def test_validations_take_time() -> None:
+    """Forward passes over the validation rows are counted among the hours, and shown."""
+    held_out = ValidationWork(count=10, rows=100, tokens=50_000, target_tokens=40_000, longest=900)
+    with_them = replace(RUN, validation=held_out)
+    before, after = (forecast_gpu(BY_NAME["A100 80GB"], run, REFERENCE).hours for run in (RUN, with_them))
+    assert before is not None
+    assert after is not None
+    assert after > before
+    shown = {figure.name: figure.value for figure in estimates(with_them)}
+    assert shown["validation rows"] == 100
+    assert shown["validations"] == 10
+    assert shown["validation, all"] > 0
+    assert not any("validation" in figure.name for figure in estimates(RUN))

@@ -85,3 +85,17 @@ def test_intervals_share_an_axis() -> None:
     assert [(span.low, span.at, span.high) for span in chart.spans] == [(250, 375, 500), (500, 750, 1000)]
     assert chart.zero == 0
     assert interval_chart([("a", "base", "", 10.0, 15.0, 20.0)], str, zero=False).zero is None
+
+
+def test_two_lines_share_their_axes() -> None:
+    """A second value is drawn on the first one's axes, which make room for it; one of its points can be marked."""
+    points = [(1, 2.0), (2, 1.0), (3, 0.5)]
+    plot = line_chart("Loss", "", points, str, from_zero=False, second=[(0, 4.0), (3, 1.0)], dot=3)
+    assert plot is not None
+    assert plot.second == "M0 0L1000 750"
+    assert plot.dot == "M1000 750h0"
+    assert plot.y_ticks[-1].label == "4.0"
+    assert "On validation rows from 4.0 to 1.0" in plot.said
+    alone = line_chart("Loss", "", points, str)
+    assert alone is not None
+    assert (alone.second, alone.dot) == ("", "")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import pytest
 
 from job.records import Artifact
 from job.report import report
+from job.report.model_card import render_model_card
 from job.runs.layout import REPORT
 from tests.example_run import HASH, answers, evidence, publish, results
 
@@ -283,3 +284,25 @@ def test_colours_can_be_told_apart(scheme: str) -> None:
     for drawn in ("before", "after", "pull", "worse"):
         assert contrast(palette[drawn], palette["paper"]) >= 3, drawn
         assert contrast(palette[drawn], palette["wash"]) >= 3, drawn
+
+
+def test_preferences_are_told_and_drawn() -> None:
+    """The report draws margin and accuracy of the rewards by step, and names method, strength and reference."""
+    plain = evidence(arc_easy=answers(60, 10, 400))
+    metrics = [
+        replace(step, preference={"rewards/margins": 0.1 * step.step, "rewards/accuracies": 0.5})
+        for step in plain.metrics
+    ]
+    found = report.ReportData(metrics, plain.answers)
+    learned = {"method": "dpo", "beta": 0.2, "reference": "base", "preference": {"rewards/margins": 8.0}}
+    made = results(found, ["--train.method=dpo", "--train.beta=0.2"])
+    made["training"] |= learned
+    page = Page(report.render_report(made, found))
+    for words in ("Reward margin", "Reward accuracy", "direct preference optimization (dpo, beta 0.2), compared with"):
+        assert words in page.text
+    assert "nats a token" not in page.text
+    card = render_model_card(made).decode()
+    assert "| method | direct preference optimization (dpo, beta 0.2), compared with the base model |" in card
+    assert "| rewards/margins in the last epoch | 8" in card
+    assert "- dpo\n" in card
+    assert "- sft\n" not in card

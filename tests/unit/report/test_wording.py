@@ -115,3 +115,31 @@ def test_the_time_between_attempts() -> None:
     assert formatting.between("2026-01-05T09:05:00Z", "2026-01-05T10:00:00Z") == 3300
     assert formatting.between("2026-01-05T09:05:00Z", "2026-01-05T09:00:00Z") == 0
     assert formatting.between(None, "2026-01-05T09:00:00Z") is None
+
+
+def test_validation_is_told_apart_from_the_test() -> None:
+    """What the step was selected by, and what the accuracy is of; nothing where nothing was validated."""
+    rows = {"rows": 28, "held_out": True, "duplicates": 0, "near_duplicates": 0}
+    found = {
+        "first_loss": 4.6,
+        "last_loss": 1.2,
+        "best_loss": 1.1,
+        "best_step": 28,
+        "kept_step": 28,
+        "stale": 3,
+        "planned_steps": 60,
+        "stopped_early": True,
+        "keep": "best",
+    }
+    training = {"steps": 40, "validation": found}
+    said = " ".join(wording.validation(training, {"validation": rows}))
+    assert "28 validation rows held out of the training data" in said
+    assert "stopped after step 40 of 60, when 3 validations in a row" in said
+    assert "of step 28, selected on validation; accuracy is reported on the test questions" in said
+    said = " ".join(wording.validation({**training, "validation": found | {"kept_step": 0}}, {"validation": rows}))
+    assert "The adapter is the adapter before training, selected" not in said
+    assert "before training" in said
+    own = rows | {"held_out": False, "duplicates": 2, "near_duplicates": 1}
+    assert "3 of the validation rows are" in " ".join(wording.validation(training, {"validation": own}))
+    assert wording.validation({"steps": 40}, {}) == []
+    assert wording.validation({"steps": 40, "validation": None}, {"validation": None}) == []

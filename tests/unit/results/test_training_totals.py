@@ -39,3 +39,13 @@ def test_nothing_measured_is_no_speed(measured: dict[str, float | None]) -> None
         0,
         0,
     )
+
+
+def test_preferences_are_means_over_the_last_epochs_examples() -> None:
+    """The loss and the rewards count by examples, not by tokens; a metric that some steps lack counts where it is."""
+    rewards = [{"rewards/margins": 9.0}, {"rewards/margins": 1.0, "kl": 2.0}, {"rewards/margins": 2.0}]
+    examples = [(n, found, size) for n, (found, size) in enumerate(zip(rewards, (4, 4, 2), strict=True), start=1)]
+    history = [StepMetrics(n, 0.5 * n, float(n), 1e-4, 1.0, size, 10 * n, {}, found) for n, found, size in examples]
+    found = training_totals(history, 2, 4)
+    assert found["preference"] == {"rewards/margins": pytest.approx(8 / 6), "kl": 2.0}
+    assert found["loss"] == pytest.approx((2 * 4 + 3 * 2) / 6)

@@ -50,6 +50,8 @@ class TestParse:
             ("corrupt", "checkpoint", "latest"),
         ]
         assert [fault.text for fault in parse("kill@step=1")] == ["kill@step=1"]
+        (fault,) = parse("sigterm@validation=8")
+        assert (fault.action, fault.event, fault.when) == ("sigterm", "validation", 8)
 
     @pytest.mark.parametrize("text", ["", "  ", ",", " , "])
     def test_nothing(self, text: str) -> None:

@@ -33,6 +33,7 @@ from job.settings.load import (
 )
 from job.settings.presets import PRESETS
 from job.settings.schema import NAMES
+from job.settings.training_stages import split_stages, start_of
 
 SECRET = "hf_qWertYuiOpAsdFghJkl"
 EPOCHS = "train.epochs"
@@ -437,6 +438,17 @@ BAD_VALUES: list[tuple[str, list[str]]] = [
     ("data.on_long_row", ["cut", "true"]),
     ("data.limit", ["0", "-5", "many"]),
     ("data.format", ["csv"]),
+    ("data.validation", ["0", "1", "1.0", "0.0", "-0.1", "1.5", "-3", "9" * 12, "1e400", "https://host/x", "a\x00b"]),
+    ("data.validation_split", [""]),
+    ("train.validate_every_steps", ["0", "x"]),
+    ("train.stop_after", ["0", "-1"]),
+    ("train.keep", ["", "first"]),
+    ("train.method", ["", "DPO", "ppo"]),
+    ("train.beta", ["0", "-0.1", "nan"]),
+    ("train.preference_loss", ["hinge", ""]),
+    ("train.label_smoothing", ["0.5", "-0.1"]),
+    ("train.desirable_weight", ["0", "inf"]),
+    ("train.undesirable_weight", ["0", "x"]),
     ("data.on_bad_row", ["ignore"]),
     ("train.epochs", ["0", "-1", "2e6", "inf", "nan", "true", ""]),
     ("train.max_steps", ["0", "x"]),
@@ -744,6 +756,61 @@ class TestCombinations:
         assert load_settings(["--gate.min-delta=0.01", "--gate.max-regression=0.01"], {})
 
 
+class TestMethods:
+    """Settings that belong to one method of training."""
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            ["--train.beta=0.2"],
+            ["--train.method=kto", "--train.label_smoothing=0.1"],
+            ["--train.method=dpo", "--train.desirable_weight=2"],
+            ["--train.method=orpo", "--train.preference_loss=sigmoid"],
+            ["--train.method=dpo", "--train.preference_loss=ipo", "--train.label_smoothing=0.1"],
+            ["--train.method=dpo", "--train.sft_epochs=3"],
+            ["--data.sft_source=rows.jsonl"],
+        ],
+    )
+    def test_a_setting_without_effect_is_refused(self, arguments: list[str]) -> None:
+        """It would seem to be tuned; the message names what it belongs to."""
+        (found,) = problems(arguments).values()
+        assert "has no effect with" in found
+
+    @pytest.mark.parametrize(
+        ("given", "name"),
+        [(["--lora.init=pissa"], "JOB_LORA__INIT"), (["--lora.kind=adalora"], "JOB_LORA__KIND")],
+    )
+    def test_an_adapter_to_go_on_with_is_plain(self, given: list[str], name: str) -> None:
+        """A beginning made of the base, and AdaLoRA, are refused before anything is trained, in two stages as well."""
+        assert f"{name} (command line)" in problems(["--lora.start=adapter", *given])
+        assert f"{name} (command line)" in problems(["--train.method=sft,dpo", "--data.sft_source=a.jsonl", *given])
+
+    def test_rows_that_the_method_cannot_learn_from(self) -> None:
+        """A format by name is checked before any file is read."""
+        found = problems(["--train.method=dpo", "--data.format=alpaca"])["JOB_DATA__FORMAT (command line)"]
+        assert "sft" in found
+        assert load_settings(["--train.method=orpo", "--data.format=preference"], {})
+
+    def test_two_stages_need_two_sources(self) -> None:
+        """The first stage is a run of its own: its id, data and schedule, no gate, nothing of preferences."""
+        assert "must be given" in problems(["--train.method=sft,dpo"])["JOB_DATA__SFT_SOURCE (default)"]
+        given = ["--train.method=sft,dpo", "--data.sft_source=a.jsonl", "--train.sft_epochs=3", "--train.beta=0.3"]
+        whole = load_settings([*given, "--run.id=x", "--run.output=out", "--gate.min_delta=0.1"], {})
+        first, second = split_stages(whole)
+        assert second is whole
+        assert (first.run.id, first.train.method, first.train.epochs) == ("x-sft", "sft", 3)
+        assert first.data.source == "a.jsonl"
+        assert (first.gate.min_delta, first.train.beta, first.data.revision) == (None, 0.1, None)
+        assert (start_of(first), start_of(second)) == (None, "out/x-sft/artifacts/adapter")
+        assert split_stages(first) == (first,)
+
+    def test_the_demo_of_preferences_needs_no_network(self) -> None:
+        """It is the demo with pairs in place of instructions."""
+        demo = load_settings(["--preset=demo-dpo"], {})
+        assert demo.train.method == "dpo"
+        assert Path(demo.data.source).is_file()
+
+
 class TestReading:
     """What commands that read published runs take from settings that may be meant for a run."""
 
@@ -985,3 +1052,34 @@ def test_nothing_heavy_is_imported() -> None:
     }
     assert "pydantic" in loaded
     assert not loaded & heavy
+
+
+class TestValidation:
+    """What to validate on, and what goes by it."""
+
+    @pytest.mark.parametrize(
+        ("text", "value"),
+        [("0.05", 0.05), ("5e-2", 0.05), ("200", 200), (" 200 ", 200), ("rows.jsonl", "rows.jsonl"), ("", None)],
+    )
+    def test_share_number_or_source(self, text: str, value: object) -> None:
+        """The text says which of the three it is."""
+        found = load_settings([], {"JOB_DATA__VALIDATION": text}).data.validation
+        assert found == value
+        assert type(found) is type(value)
+
+    def test_what_needs_a_validation(self) -> None:
+        """Patience, interval and the best adapter without one are errors, all named at once."""
+        environ = {"JOB_TRAIN__STOP_AFTER": "2", "JOB_TRAIN__VALIDATE_EVERY_STEPS": "5", "JOB_TRAIN__KEEP": "best"}
+        found = problems([], environ)
+        assert set(found) == {f"{name} (environment)" for name in environ}
+        assert all("JOB_DATA__VALIDATION" in what for what in found.values())
+
+    def test_a_revision_of_nothing(self) -> None:
+        """A revision without a hub id is refused."""
+        found = problems([], {"JOB_DATA__VALIDATION_REVISION": "c0ffee", "JOB_DATA__VALIDATION": "0.1"})
+        assert list(found) == ["JOB_DATA__VALIDATION_REVISION (environment)"]
+
+    def test_preferences_are_not_validated(self) -> None:
+        """Until there is a validation loss for them, asking for one is an error."""
+        found = problems([], {"JOB_DATA__VALIDATION": "0.1", "JOB_TRAIN__METHOD": "dpo"})
+        assert list(found) == ["JOB_DATA__VALIDATION (environment)"]

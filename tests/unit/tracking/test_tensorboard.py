@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from job.records import StepMetrics
+from job.records import StepMetrics, ValidationMetrics
 from job.tracking.tensorboard import write_events
 
 HISTORY = [
@@ -58,3 +59,15 @@ def test_there_is_one_file_of_a_fixed_name(tmp_path: Path) -> None:
         write_events(tmp_path, HISTORY)
         assert [path.name for path in tmp_path.iterdir()] == ["events.out.tfevents.0"]
     assert len(read(tmp_path)["train/loss"]) == 3
+
+
+def test_validation_losses_are_events(tmp_path: Path) -> None:
+    """By the name that TRL's own events have, the one before training included."""
+    write_events(tmp_path, HISTORY, [ValidationMetrics(step, 0.0, 4.0 - step, 5, 50) for step in (0, 3)])
+    assert read(tmp_path)["eval/loss"] == [(0, 4.0), (3, 1.0)]
+
+
+def test_rewards_are_among_the_events(tmp_path: Path) -> None:
+    """Metrics of preferences have TRL's names."""
+    write_events(tmp_path, [replace(HISTORY[0], preference={"rewards/margins": 0.5})])
+    assert read(tmp_path)["train/rewards/margins"] == [(1, 0.5)]

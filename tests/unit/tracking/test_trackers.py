@@ -17,7 +17,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from job.errors import JobError, Preempted, Replaced
-from job.records import StepMetrics
+from job.records import StepMetrics, ValidationMetrics
 from job.tracking import trackers
 from job.tracking.trackers import Tracking, figures_of, summary_of, tracking
 
@@ -134,6 +134,15 @@ def test_everything_is_told_in_order(fake: dict[str, str]) -> None:
     assert [(step, found) for _, step, found in steps] == [(step, figures_of(metrics(step))) for step in (1, 2, 3)]
     assert "train/grad_norm" not in steps[1][2]
     assert end == ["finish", 0, {"outcome": "complete", **SUMMARY}]
+
+
+def test_a_validation_is_told(fake: dict[str, str]) -> None:
+    """Its loss is told with its step, by the name that TRL's users look for."""
+    with tracking({"wandb": "p"}, "a-run", {}, fake) as found:
+        found.start()
+        found.validation(ValidationMetrics(4, 0.5, 1.25, 10, 100))
+        found.results(RESULTS)
+    assert [note[1:] for note in notes(fake)[1:-1]] == [[4, {"eval/loss": 1.25}]]
 
 
 @pytest.mark.parametrize(

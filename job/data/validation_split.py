@@ -1,0 +1,177 @@
+"""Which rows are held out for validation: near-duplicate rows fall on one side, and a row always falls alike.
+
+1. Every row gets the SHA-256 of its words, and a MinHash signature (datasketch) of its shingles: runs of three words.
+   Letter case, punctuation and white space do not count, nor does the system prompt, which many rows share.
+2. Rows of equal words form a group, and so do rows whose signatures agree in `ALIKE` of their values, an estimate of
+   the Jaccard similarity of their shingles; groups that have a row in common are one. Candidates are found by bands
+   (locality-sensitive hashing) instead of comparing all pairs. Rows that are similar to 0.9 are found nearly always, at
+   0.8 half of them are, and at 0.7 hardly any.
+3. A group's place in [0, 1) is a hash of the smallest SHA-256 in it. With a share, the groups below it are held out;
+   with a number of rows, the groups in the order of their places, as long as they fit.
+
+So the order of the rows does not matter, nor the run's seed, and with a share a row without near-duplicates falls alike
+whatever other rows there are. A group that is larger than all that is to be held out stays in training.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from hashlib import sha256
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+from zlib import crc32
+
+from job.errors import DataError, Problem
+
+if TYPE_CHECKING:
+    import numpy as np
+
+ALIKE = 0.8
+SHINGLE = 3
+BANDS, BAND = 20, 6
+VALUES = 128
+"""Values of a signature. Its first BANDS * BAND ones, in bands of BAND, find candidates: rows that agree in a band."""
+SEED = 1
+"""Of the hash functions of a signature: a constant, so that a row falls alike in every run."""
+MOST_COMPARED = 64
+"""Rows that agree in a band are compared pair by pair up to this number; more of them form one group at once, since all
+pairs of thousands of rows made from one pattern would take minutes."""
+# One word for each character where words are written without spaces: Thai to Burmese, Khmer, Chinese, Japanese, Korean.
+_WORD = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_]+")
+
+
+class RowHashes:
+    """What rows are compared by, collected while they are read: `digests` by row, and a signature for each digest."""
+
+    def __init__(self) -> None:
+        self.digests: list[bytes] = []
+        self.signatures: dict[bytes, np.ndarray[Any, np.dtype[np.uint32]]] = {}
+        self._hasher: Any = None
+
+    def add(self, texts: Sequence[str]) -> None:
+        """Adds the next row by the texts of its fields."""
+        # Without a single word (emoji, punctuation) the texts are compared as they are.
+        words = (" ".join(_WORD.findall(" ".join(texts).casefold())) or "\0".join(texts)).encode()
+        digest = sha256(words).digest()
+        self.digests.append(digest)
+        if digest not in self.signatures:
+            self.signatures[digest] = self._signature(words.split(b" "))
+
+    def _signature(self, words: Sequence[bytes]) -> np.ndarray[Any, np.dtype[np.uint32]]:
+        """(VALUES,) uint32."""
+        import numpy as np
+        from datasketch import MinHash
+
+        if self._hasher is None:
+            self._hasher = MinHash(VALUES, SEED, hashfunc=int, scheme="affine32")
+        self._hasher.clear()
+        # By number: a hash of each word, then one of neighbours, modulo 2 ** 32; MinHash mixes the bits once more.
+        hashed = np.fromiter(map(crc32, words), np.uint32, len(words))
+        last = max(1, len(hashed) - SHINGLE + 1)
+        shingles = np.zeros(last, dtype=np.uint32)
+        for place in range(min(SHINGLE, len(hashed))):
+            shingles = (shingles + hashed[place : place + last]) * np.uint32(0x9E3779B1)
+            shingles ^= shingles >> np.uint32(16)
+        self._hasher.update_batch(shingles.tolist())
+        signature: np.ndarray[Any, np.dtype[np.uint32]] = self._hasher.hashvalues
+        return signature
+
+
+def hold_out(rows: RowHashes, wanted: float, name: str, alive: Callable[[], None] = lambda: None) -> list[bool]:
+    """Which rows are held out for validation.
+
+    Args:
+        rows: All rows.
+        wanted: A share of the rows (below 1), or their number.
+        name: Of the source, for messages.
+        alive: Called now and then; what it raises ends the work.
+
+    Returns:
+        For each row whether it is held out: at least one is, and at least one is not.
+
+    Raises:
+        DataError: There are too few rows, or all of them are near-duplicates of each other.
+    """
+    total = len(rows.digests)
+    most = wanted * total if wanted < 1 else wanted
+    if wanted >= total:
+        what = f"has {total:,} rows, so {wanted:,} of them cannot be held out (JOB_DATA__VALIDATION); lower the number"
+        raise DataError([Problem(name, what)])
+    groups = group_rows(rows, alive)
+    sizes = Counter(groups)
+    places = {group: sha256(b"validation\0" + group).digest() for group in sizes}
+    fitting = [group for group in sorted(sizes, key=places.__getitem__) if sizes[group] <= most]
+    if wanted < 1:
+        held = {group for group in fitting if int.from_bytes(places[group][:8], "big") < wanted * 2**64}
+    else:
+        held, room = set(), int(wanted)
+        for group in fitting:
+            if sizes[group] <= room:
+                held.add(group)
+                room -= sizes[group]
+    if not held:
+        largest = max(sizes.values())
+        why = (
+            f"its {total:,} rows form {len(sizes):,} groups of near-duplicates, the largest of {largest:,} rows, and"
+            " none could be held out for validation"
+        )
+        fix = "raise JOB_DATA__VALIDATION, or give validation rows in a source of their own"
+        raise DataError([Problem(name, f"{why}; {fix}")])
+    return [group in held for group in groups]
+
+
+def count_overlap(training: RowHashes, validation: RowHashes, alive: Callable[[], None]) -> tuple[int, int]:
+    """How many validation rows are the same as a training row word for word, and how many others are nearly so."""
+    both = RowHashes()
+    both.digests = [*training.digests, *validation.digests]
+    both.signatures = training.signatures | validation.signatures
+    groups = group_rows(both, alive)
+    learned, same = set(groups[: len(training.digests)]), set(training.digests)
+    exact = sum(digest in same for digest in validation.digests)
+    return exact, sum(group in learned for group in groups[len(training.digests) :]) - exact
+
+
+def group_rows(rows: RowHashes, alive: Callable[[], None] = lambda: None) -> list[bytes]:
+    """The group of each row, named by the smallest digest in it."""
+    digests = sorted(rows.signatures)
+    parent = list(range(len(digests)))
+
+    def root(index: int) -> int:
+        while parent[index] != index:
+            parent[index] = index = parent[parent[index]]
+        return index
+
+    for one, other in _alike([rows.signatures[digest] for digest in digests], alive):
+        first, second = sorted((root(one), root(other)))
+        parent[second] = first  # so a group's root is its smallest digest
+    named = {digest: digests[root(index)] for index, digest in enumerate(digests)}
+    return [named[digest] for digest in rows.digests]
+
+
+def _alike(
+    signatures: Sequence[np.ndarray[Any, np.dtype[np.uint32]]], alive: Callable[[], None]
+) -> Iterator[tuple[int, int]]:
+    """Pairs of positions whose signatures are alike: enough of them to connect all that are."""
+    import numpy as np
+
+    if not signatures:
+        return
+    table = np.stack(signatures)
+    for band in range(BANDS):
+        alive()
+        part = np.ascontiguousarray(table[:, band * BAND : (band + 1) * BAND]).view(f"V{4 * BAND}")[:, 0]
+        order = np.argsort(part, kind="stable")
+        borders = np.flatnonzero(part[order][1:] != part[order][:-1]) + 1
+        starts = np.concatenate([[0], borders])
+        ends = np.concatenate([borders, [len(order)]])
+        several = ends - starts > 1
+        for start, end in zip(starts[several].tolist(), ends[several].tolist(), strict=True):
+            bucket = order[start:end].tolist()
+            if len(bucket) > MOST_COMPARED:
+                yield from ((bucket[0], other) for other in bucket[1:])
+                continue
+            for one, other in combinations(bucket, 2):
+                if np.count_nonzero(table[one] == table[other]) >= ALIKE * VALUES:
+                    yield one, other

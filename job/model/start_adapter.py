@@ -1,0 +1,131 @@
+"""The adapter that training starts from: found, checked without the base's weights, and put into the model.
+
+It has to be a plain LoRA adapter in safetensors, of the rank and scale that the settings ask for: another scale would
+change what it computes, and another rank cannot be loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from job.common.hashing import hash_file
+from job.errors import DataError, Problem, SettingsError
+from job.model.files import read_json
+from job.model.lora import PublishedNames, load_adapter
+from job.storage.hub import hub_errors
+from job.storage.location import is_remote
+from job.storage.open import StorageOptions, fetch
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+MAX_CONFIG_BYTES = 1 << 20
+_SETTING = "JOB_LORA__START"
+_SAME = {"use_dora": False, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
+"""Options of `JOB_LORA__...` by PEFT's names, which have to be the same; absent is as given here."""
+_INITS = {True, None, "gaussian", "orthogonal"}
+"""Values of `init_lora_weights` that leave the base as it is; others, such as `pissa`, belong to a changed base."""
+
+
+def find_start(place: str, folder: Path, storage: StorageOptions) -> Path:
+    """The folder of an adapter's files, downloaded where it is not local.
+
+    Args:
+        place: A path, an `s3://` URI of a folder, or a hub id.
+        folder: Where to put what is downloaded from a store.
+        storage: Options of the store.
+
+    Raises:
+        DataError: There is no adapter in safetensors.
+        Unreachable, AccessDenied, SettingsError: As the store or the hub says.
+    """
+    if is_remote(place):
+        found = Path(fetch(place.rstrip("/") + "/", folder, storage))
+    elif Path(place).is_dir():
+        found = Path(place)
+    elif place.startswith((".", "/", "~")) or place.count("/") > 1:
+        raise DataError([Problem(_SETTING, f"{place} is not a folder")])
+    else:
+        from huggingface_hub import snapshot_download
+
+        with hub_errors(f"adapter {place}"):
+            found = Path(snapshot_download(place, allow_patterns=[CONFIG, WEIGHTS]))
+    if missing := [name for name in (CONFIG, WEIGHTS) if not (found / name).is_file()]:
+        pickled = (found / "adapter_model.bin").exists()
+        what = "; its weights are a pickle, which can run anybody's code: save it as safetensors" if pickled else ""
+        raise DataError([Problem(_SETTING, f"{place} holds no {' and no '.join(missing)}{what}")])
+    return found
+
+
+def hash_start(folder: Path) -> str:
+    """SHA-256 over the adapter's configuration and weights."""
+    hashes = [hash_file(folder / name) for name in (CONFIG, WEIGHTS)]
+    return sha256("\n".join(hashes).encode()).hexdigest()
+
+
+def check_start(folder: Path, *, rank: int, alpha: int, options: Mapping[str, Any] | None = None) -> None:
+    """Refuses an adapter that the settings do not fit, or of a kind that is not trained here.
+
+    Args:
+        folder: The adapter's files.
+        rank: `JOB_LORA__RANK`.
+        alpha: `JOB_LORA__ALPHA`.
+        options: Other settings of `JOB_LORA__...` by PEFT's names; None for plain LoRA.
+
+    Raises:
+        DataError: Its files cannot be read.
+        SettingsError: It needs other settings, or is of another kind.
+    """
+    config = read_json(folder / CONFIG, MAX_CONFIG_BYTES, _SETTING)
+    problems = [Problem(_SETTING, what) for what in _other_kind(config)]
+    wanted = {"r": rank, "lora_alpha": alpha} | {
+        name: (options or {}).get(name, usual) for name, usual in _SAME.items()
+    }
+    for field, value in wanted.items():
+        found = config.get(field) or _SAME.get(field)
+        if found != (value or _SAME.get(field)):
+            name = {"r": "RANK", "lora_alpha": "ALPHA"}.get(field, field.upper())
+            what = f"is {value!r}, and the adapter of {_SETTING} has {str(found)[:100]}; set the same"
+            problems.append(Problem(f"JOB_LORA__{name}", what))
+    if problems:
+        raise SettingsError(problems)
+    _check_finite(folder / WEIGHTS)
+
+
+def load_start(model: Any, folder: Path, names: PublishedNames) -> None:
+    """Puts the adapter into the model.
+
+    Raises:
+        SettingsError: It is on other layers, or of a base of another shape.
+    """
+    try:
+        load_adapter(model, folder, names)
+    except ValueError as error:
+        what = f"does not fit JOB_MODEL__ID and JOB_LORA__TARGET_MODULES: {error}"
+        raise SettingsError([Problem(_SETTING, what)]) from error
+
+
+def _other_kind(config: dict[str, Any]) -> Iterator[str]:
+    if config.get("peft_type") != "LORA":
+        yield f"is an adapter of the kind {config.get('peft_type')!r}; only LoRA is trained"
+    if config.get("bias") not in {None, "none"}:
+        yield f"trains biases (bias={json.dumps(config['bias'])[:50]}); only LoRA is trained"
+    if config.get("modules_to_save"):
+        yield "saves whole modules (modules_to_save); only LoRA is trained"
+    if (init := config.get("init_lora_weights")) not in _INITS:
+        yield f"was initialized by {json.dumps(init)[:50]}, which changes the base; convert it to a plain LoRA adapter"
+
+
+def _check_finite(path: Path) -> None:
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path, device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise DataError([Problem(_SETTING, f"{path} is no safetensors file: {str(error)[:200]}")]) from error
+    if broken := [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor.float()).all())]:
+        raise DataError([Problem(_SETTING, f"{path} has numbers that are not finite, in {broken[0]}")])

@@ -1,0 +1,132 @@
+"""The validation loss: the mean over the target tokens of all validation rows, without dropout and without gradient.
+
+The rows go through the model in blocks of as many as a training step has, packed as a training step's rows are, and
+each block is shared out among the processes as a step is. The sum is in float64, in a fixed order: the loss is the same
+in every attempt, and depends on the token budget and on the number of processes by rounding alone.
+
+Between two blocks the processes agree on whether to stop, and with one process the stop flag is read between two
+micro-batches, so a validation that has to stop ends within the time of a third of a training step. It is made again by
+the next attempt.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from job.common.out_of_memory import out_of_memory
+from job.data.batch_plan import micro_batches, shares
+from job.distributed.processes import Processes
+from job.errors import JobError, TrainingFailed
+from job.log import get_logger
+from job.records import Example
+from job.training.config import Hooks
+from job.training.step import OptimizerStep, StepAbandoned
+
+SummedLoss = Callable[[Sequence[Example]], torch.Tensor]
+"""The summed negative log-likelihood of the examples' target tokens, () float32."""
+
+
+class Validation:
+    """Computes the validation loss, as often as it is called; all processes call it together.
+
+    Args:
+        model: As it is trained.
+        examples: The validation rows, at least one.
+        block: How many of them make a block: the global batch size.
+        step: Gives up memory for the validation as it does for a training step.
+        summed_loss: The loss of one micro-batch; called without gradient.
+        hooks: `stop` and `on_progress` are used.
+        processes: Those that share the work.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        examples: Sequence[Example],
+        *,
+        block: int,
+        step: OptimizerStep,
+        summed_loss: SummedLoss,
+        hooks: Hooks,
+        processes: Processes,
+    ) -> None:
+        self.budget = step.budget
+        """Tokens of a micro-batch, apart from training's: halved when memory runs out in a validation."""
+        self.examples = examples
+        self.target_tokens = sum(sum(example.targets) for example in examples)
+        self._model, self._step, self._summed_loss = model, step, summed_loss
+        self._hooks, self._processes = hooks, processes
+        self._blocks = [examples[start : start + block] for start in range(0, len(examples), block)]
+
+    def __call__(self) -> float:
+        """The loss, in nats a target token.
+
+        Raises:
+            StepAbandoned: The job has to stop.
+            TrainingFailed: Memory is too small for one row, or the loss is not finite.
+        """
+        loss = torch.zeros((), dtype=torch.float64, device=self._model.device)
+        with _evaluating(self._model), torch.no_grad():
+            for block in self._blocks:
+                loss += self._own_loss(block)
+                self._hooks.on_progress()
+        try:
+            self._processes.add_up(loss)
+        except JobError as error:
+            raise StepAbandoned from error
+        return float(loss) / self.target_tokens
+
+    def _own_loss(self, block: Sequence[Example]) -> torch.Tensor:
+        """This process's part of a block, () float64; again with less memory where it ran out in any process."""
+        place = self._processes.place
+        lengths = [len(example.input_ids) for example in block]
+        mine = [block[i] for i in shares(lengths, place.world_size)[place.rank]]
+        while True:
+            loss = None
+            try:
+                loss = self._sum(mine)
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                if self.budget <= max(lengths) // 2 and not self._step.plan.droppable:
+                    what = "memory ran out in a validation with one row at a time; take a GPU with more memory"
+                    raise TrainingFailed(what) from error
+            try:
+                repeat = self._processes.agree(repeat=loss is None)
+                if self._processes.stopping:
+                    raise StepAbandoned
+                if not repeat and loss is not None:
+                    return loss
+                if self._processes.agree(repeat=loss is None and not self._step.free_memory()):
+                    self.budget //= 2
+                    get_logger().warning("the GPU's memory ran out in a validation", micro_batch_tokens=self.budget)
+            except JobError as error:
+                raise StepAbandoned from error
+            gc.collect()  # the caught error's frames keep tensors alive in reference cycles
+            torch.cuda.empty_cache()
+
+    def _sum(self, examples: Sequence[Example]) -> torch.Tensor:
+        alone = self._processes.place.world_size == 1
+        loss = torch.zeros((), dtype=torch.float64, device=self._model.device)
+        for group in micro_batches([len(example.input_ids) for example in examples], self.budget):
+            # Several processes stop together, after a block: one that left alone would be waited for.
+            if alone and self._hooks.stop():
+                raise StepAbandoned
+            loss += self._summed_loss([examples[i] for i in group])
+        return loss
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Without dropout: the model in evaluation mode, and as it was afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
