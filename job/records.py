@@ -41,6 +41,16 @@ class Example:
 
 
 @dataclass(frozen=True)
+class DataSourceRecord:
+    """One of several sources. `rows` are the examples that it gives, `sha256` is over them as over those of a run."""
+
+    source: str
+    revision: str | None
+    rows: int
+    sha256: str
+
+
+@dataclass(frozen=True)
 class ValidationRows:
     """The rows that are validated on and never trained on; `sha256` as in `DatasetRecord`."""
 
@@ -80,6 +90,10 @@ class DatasetRecord:
     longest: int
     validation: ValidationRows | None = None
     """What all other fields are without: the rows for validation. None where there is no validation."""
+    sources: list[DataSourceRecord] = field(default_factory=list)
+    """Where JOB_DATA__SOURCE names several, each of them, in order, with the rows that are held out for validation."""
+    long_rows: dict[str, int] = field(default_factory=dict)
+    """By JOB_DATA__ON_LONG_ROW: rows truncated and tokens_cut, or rows split and the pieces of them."""
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,7 @@ def _format(*choices: str) -> Argument:
     return Argument("--format", "how to print it (default: the first)", choices=choices)
 
 
+_SHOW = Argument("--show", "print so many rows as they are trained on, what is learned marked", metavar="N")
 _CONFIG = Argument("--config", "YAML or TOML file of settings; also as JOB_CONFIG in the environment", metavar="FILE")
 _RUN = Command("run the job; the default command", (_CONFIG,))
 
@@ -74,7 +75,8 @@ COMMANDS = {
     "run": _RUN,
     "train": _RUN,
     "plan": Command(
-        "check settings and inputs, forecast memory, time and cost; needs no GPU", (_format("table", "json"), _CONFIG)
+        "check settings and inputs, forecast memory, time and cost; needs no GPU",
+        (_format("table", "json"), _SHOW, _CONFIG),
     ),
     "config": Command(
         "show every setting, its value, and where it came from",

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from importlib.util import find_spec
+from pathlib import Path
 from tempfile import TemporaryFile
-from typing import IO, Any, Protocol
+from typing import IO, Any, Literal, Protocol
 
 from job.data.template_process import OUT_OF_BOUNDS, SECONDS
-from job.errors import DataError, JobError, Problem
+from job.errors import DataError, JobError, Problem, SettingsError
 
 _START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv.pop()); from job.data.template_process import main; main()"
@@ -24,6 +27,10 @@ _START = (
 _LOOK_SECONDS = 0.5
 _READ_BYTES = 1 << 20
 _WHERE = "JOB_MODEL__ID"
+_ARGUMENTS = "JOB_DATA__CHAT_TEMPLATE_ARGUMENTS"
+_OWN_VARIABLES = frozenset({"messages", "tools", "documents", "add_generation_prompt", "strftime_now"})
+"""Of a template: what a conversation, not a setting, says."""
+_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class TemplateRefusalError(ValueError):
@@ -31,7 +38,26 @@ class TemplateRefusalError(ValueError):
 
 
 class Template(Protocol):
-    """Renders a conversation to text."""
+    """Renders a conversation to text.
+
+    Attributes:
+        marks: Whether it can mark what the assistant says: None if not, `own` if the tokenizer's template has
+            `{% generation %}` marks, `trl` if TRL has a training template for it. Those differ from the tokenizer's
+            template: they write each answer as it was generated, thoughts included, whatever follows it.
+    """
+
+    @property
+    def marks(self) -> Literal["own", "trl"] | None:
+        """See above."""
+
+    def marked(
+        self, messages: Sequence[dict[str, Any]], *, tools: Sequence[dict[str, Any]] | None = None
+    ) -> tuple[str, tuple[tuple[int, int], ...]]:
+        """The text by the template that has marks, and the spans of its characters that the assistant generates.
+
+        Raises:
+            TemplateRefusalError, DataError: As `__call__`.
+        """
 
     def __call__(
         self,
@@ -53,9 +79,29 @@ def uses_date(tokenizer: Any) -> bool:
     return "strftime_now" in str(tokenizer.chat_template)
 
 
+def check_arguments(tokenizer: Any, arguments: Mapping[str, Any]) -> None:
+    """Refuses arguments for the chat template that it would ignore, or that a conversation gives.
+
+    Raises:
+        SettingsError: It names all of them.
+    """
+    text = str(getattr(tokenizer, "chat_template", "") or "")
+    problems = []
+    for name in arguments:
+        if name in _OWN_VARIABLES:
+            problems.append(Problem(_ARGUMENTS, f"{name!r} is given by the rows or the job; remove it"))
+        elif not re.search(rf"\b{re.escape(name)}\b", text):
+            problems.append(Problem(_ARGUMENTS, f"{name!r} is no variable of the model's chat template; remove it"))
+    if problems:
+        raise SettingsError(problems)
+
+
 @contextmanager
 def open_template(
-    tokenizer: Any, date: str | None = None, alive: Callable[[], None] = lambda: None
+    tokenizer: Any,
+    date: str | None = None,
+    alive: Callable[[], None] = lambda: None,
+    arguments: Mapping[str, Any] | None = None,
 ) -> Iterator[Template]:
     """The tokenizer's chat template, for as long as it is needed.
 
@@ -63,20 +109,25 @@ def open_template(
         tokenizer: A `transformers.PreTrainedTokenizerFast` with a chat template, or a stand-in that renders by itself.
         date: The current date as the template sees it, `YYYY-MM-DD`; None for the day in UTC.
         alive: Called repeatedly while a template takes long; an exception from it ends the wait.
+        arguments: Further variables of the template, such as `enable_thinking`.
 
     Raises:
         DataError: The tokenizer has several templates, none of them the default, or the process does not start.
+        SettingsError: The template does not use one of the arguments.
     """
     if not hasattr(tokenizer, "special_tokens_map"):
-        yield tokenizer.apply_chat_template
+        yield _StandIn(tokenizer)
         return
     try:
-        templates = {"plain": tokenizer.get_chat_template(), "tools": tokenizer.get_chat_template(tools=[])}
+        own = {"plain": tokenizer.get_chat_template(), "tools": tokenizer.get_chat_template(tools=[])}
     except ValueError as error:
         raise DataError([Problem(_WHERE, f"its tokenizer has no chat template to use: {error}")]) from error
+    check_arguments(tokenizer, arguments or {})
+    marks, marked = _find_marked(own)
     given = {
-        "templates": templates,
+        "templates": {"own": own, "marked": marked},
         "special": tokenizer.special_tokens_map,
+        "arguments": {**(arguments or {})},
         "date": date or f"{datetime.now(UTC):%Y-%m-%d}",
     }
     with TemporaryFile() as errors:
@@ -88,7 +139,7 @@ def open_template(
             start_new_session=True,  # Ctrl-C is for the job, which ends this process when it ends
         )
         try:
-            rendering = _Rendering(process, errors, alive)
+            rendering = _Rendering(process, errors, alive, marks)
             rendering.ask(given)
             yield rendering
         finally:
@@ -97,11 +148,57 @@ def open_template(
                 process.communicate()
 
 
+def _find_marked(own: Mapping[str, str]) -> tuple[Literal["own", "trl"] | None, Mapping[str, str]]:
+    """The templates that have marks, and whose they are."""
+    if all(map(_MARK.search, own.values())):
+        return "own", own
+    training = {use: _training_template(text) for use, text in own.items()}
+    found = {use: text for use, text in training.items() if text is not None}
+    return ("trl", found) if len(found) == len(own) else (None, {})
+
+
+def _training_template(template: str) -> str | None:
+    """TRL's template with marks for this one; None if it has none.
+
+    It is what `trl.chat_template_utils.get_training_chat_template` returns. That function renders the template, which
+    only the process with limits may do, and importing it takes seconds.
+    """
+    package = find_spec("trl")
+    for place in (package.submodule_search_locations or ()) if package else ():
+        for training in sorted(Path(place, "chat_templates").glob("*_training.jinja")):
+            plain = training.with_name(training.name.replace("_training.jinja", ".jinja"))
+            if plain.is_file() and plain.read_text(encoding="utf-8") == template:
+                return training.read_text(encoding="utf-8")
+    return None
+
+
+class _StandIn:
+    """A stand-in's template: it renders by itself, and marks nothing."""
+
+    marks = None
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def __call__(self, messages: Sequence[dict[str, Any]], **how: Any) -> str:
+        return str(self._tokenizer.apply_chat_template(messages, **how))
+
+    def marked(self, *_: Any, **__: Any) -> Any:
+        raise TemplateRefusalError("has no marks")
+
+
 class _Rendering:
     """Renders conversations in the process, one after the other."""
 
-    def __init__(self, process: subprocess.Popen[bytes], errors: IO[bytes], alive: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        errors: IO[bytes],
+        alive: Callable[[], None],
+        marks: Literal["own", "trl"] | None,
+    ) -> None:
         self._process, self._errors, self._alive = process, errors, alive
+        self.marks = marks
 
     def __call__(
         self,
@@ -110,14 +207,31 @@ class _Rendering:
         tools: Sequence[dict[str, Any]] | None = None,
         add_generation_prompt: bool = False,
     ) -> str:
-        answer = self.ask({"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt})
-        if "text" in answer:
-            return answer["text"]
+        return str(self._answer(messages, tools, add_generation_prompt=add_generation_prompt)["text"])
+
+    def marked(
+        self, messages: Sequence[dict[str, Any]], *, tools: Sequence[dict[str, Any]] | None = None
+    ) -> tuple[str, tuple[tuple[int, int], ...]]:
+        answer = self._answer(messages, tools, marked=True)
+        return answer["text"], tuple((start, stop) for start, stop in answer["spans"])
+
+    def _answer(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] | None,
+        *,
+        add_generation_prompt: bool = False,
+        marked: bool = False,
+    ) -> dict[str, Any]:
+        conversation = {"messages": messages, "tools": tools}
+        answer = self.ask({**conversation, "add_generation_prompt": add_generation_prompt, "marked": marked})
         if OUT_OF_BOUNDS in answer:
             raise DataError([Problem(_WHERE, f"its chat template {answer[OUT_OF_BOUNDS]}; use another model")])
-        raise TemplateRefusalError(answer["error"])
+        if "text" not in answer:
+            raise TemplateRefusalError(answer["error"])
+        return answer
 
-    def ask(self, what: Any) -> dict[str, str]:
+    def ask(self, what: Any) -> dict[str, Any]:
         """Sends a line of JSON and returns the answer to it."""
         # Dates and bytes, as Parquet has them, have no JSON form; transformers gives templates the same placeholder.
         line = json.dumps(what, default=lambda value: f"<{type(value).__name__}>").encode() + b"\n"
@@ -137,7 +251,7 @@ class _Rendering:
             parts.append(os.read(source.fileno(), _READ_BYTES))
             if not parts[-1]:
                 raise self._ended()
-        answer: dict[str, str] = json.loads(b"".join(parts))
+        answer: dict[str, Any] = json.loads(b"".join(parts))
         return answer
 
     def _ended(self) -> JobError:

@@ -3,25 +3,36 @@
 | field | meaning |
 |---|---|
 | messages | a list of {role, content}; other fields of a message, such as `tool_calls`, go to the template as well |
+| messages[].content | text, or a list of parts {type: text, text}; may be absent where tools are called |
 | messages[].weight | 0: the message is context only and never in the loss; 1 or absent: it is in the loss |
 | messages[].train, ... | the same, under the names that other tools have for it (`LEARNED`) |
 | tools | the tools that may be called: a list of objects, or that list as JSON text |
 
 A field that the template ignores is not in the rendered text. If the template ignores tools, tool calls or the last
 answer's reasoning, that is an error, and so is a field that selects target tokens in an unknown way; other ignored
-fields are counted and reported.
+fields are counted and reported. Rows of ShareGPT's form: `job.data.sharegpt`.
+
+The assistant's turns are found in one of two ways. Where JOB_TRAIN__LOSS_ON is `assistant`, and the template has
+`{% generation %}` marks or TRL has a training template with marks for it, the marks are used. Otherwise two renderings
+are compared for each turn: of the conversation up to the turn, and through it.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Literal
 
 from job.data.chat_template import Template, TemplateRefusalError
 from job.data.fields import Rendered, check_target, check_text, is_empty, is_zero, left_out
 from job.data.formats import Row, RowError, type_name
 
+Turns = Literal["completion", "assistant", "last"]
+"""Which turns of a conversation are targets: all of the assistant's turns (`completion`, `assistant`), or the last one.
+With `completion` they are always found by comparison, and need not end with a special token."""
+
+Span = tuple[int, int]
 _USED = ("messages", "tools")
 _CALLS = ("tool_calls", "function_call")
 _REASONING = ("reasoning_content", "reasoning", "thinking", "refusal")
@@ -32,6 +43,22 @@ LEARNED = ("weight", "train", "training", "trainable", "train_on_turn", "loss", 
 _OTHER_MASKS = ("mask", "masked", "loss_mask", "ignore", "ignore_loss", "train_detail")
 """Fields that say the same in ways that differ from tool to tool."""
 _OF_A_MESSAGE = ("role", "content", *LEARNED)
+
+
+def _text_of(content: Any) -> Any:
+    """A content as one text, where it is parts of text; none is empty text, and anything else stays as it is."""
+    if content is None:
+        return ""
+    parts = content if isinstance(content, list) and content else None
+    if parts is None or not all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
+        return content
+    texts = [part.get("text") for part in parts]
+    return "".join(texts) if all(isinstance(text, str) for text in texts) else content
+
+
+def texts_of_messages(messages: Iterable[dict[str, Any]]) -> list[str]:
+    """The texts of good messages."""
+    return [text for message in messages if (text := _text_of(message.get("content")))]
 
 
 def check_messages(row: Row) -> list[RowError]:
@@ -50,7 +77,8 @@ def check_messages(row: Row) -> list[RowError]:
             continue
         silent = message.get("content") is None and any(message.get(field) for field in _CALLS)
         required = ("role",) if silent else ("role", "content")  # an assistant that calls a tool need not say anything
-        faults += [fault for field in required for fault in check_text(message, field, where)]
+        read = {**message, "content": _text_of(message["content"])} if message.get("content") is not None else message
+        faults += [fault for field in required for fault in check_text(read, field, where)]
         faults += _check_weight(message, where)
     faults += _check_tools(row)
     if faults:
@@ -69,7 +97,7 @@ def _check_answers(messages: list[dict[str, Any]], place: str) -> list[RowError]
     last = messages[learned[-1]]
     if any(last.get(field) for field in _CALLS):
         return []
-    return check_target(last, "content", f"{place}[{learned[-1]}]")
+    return check_target(_with_content(last), "content", f"{place}[{learned[-1]}]")
 
 
 def _is_unlearned(message: dict[str, Any]) -> bool:
@@ -110,8 +138,8 @@ def _tools(fields: dict[str, Any]) -> list[dict[str, Any]] | None:
     return tools
 
 
-def render_messages(row: Row, template: Template, *, find_turns: bool) -> Rendered | RowError:
-    """The text of a valid conversation; with `find_turns`, the assistant's turns are its completions.
+def render_messages(row: Row, template: Template, *, turns: Turns | None) -> Rendered | RowError:
+    """The text of a valid conversation, with these turns as its completions; None for all of the text.
 
     Raises:
         DataError: The chat template is broken, or exceeds its time or memory limit.
@@ -129,20 +157,56 @@ def render_messages(row: Row, template: Template, *, find_turns: bool) -> Render
         if tools is not None and _rendered(template, messages, None) == text:
             what = "is not written by the tokenizer's chat template; use a model whose template writes tools"
             return RowError("field_without_use", f"{row.where} tools", what)
-        ignored = [index for index, message in enumerate(messages) if _is_unlearned(message)]
-        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        wanted = sorted({*ignored, *(answers if find_turns else ())})
-        spans = {index: _turn(index, text, messages, tools, template) for index in wanted}
+        found = _find_turns(messages, tools, text, template, turns)
     except TemplateRefusalError as error:
         return RowError("bad_conversation", place, f"is refused by the tokenizer's chat template: {error}")
-    turns = {index: span for index, span in spans.items() if span is not None}
-    if len(turns) < len(spans):
+    if found is None:
         what = (
-            "cannot be split into turns: the chat template changes earlier turns when later ones follow; learn on all"
+            "cannot be split into turns: the chat template changes earlier turns when later ones follow;"
+            " set JOB_TRAIN__LOSS_ON=all, or last to learn only the last turn"
         )
         return RowError("bad_conversation", place, what)
-    learned = [turns[index] for index in answers if index not in ignored] if find_turns else [(0, len(text))]
-    return Rendered(place, text, tuple(learned), tuple(turns[index] for index in ignored), tuple(unused))
+    text, learned, ignored = found
+    return Rendered(place, text, learned, ignored, tuple(unused), must_end=turns in {"assistant", "last"})
+
+
+def _find_turns(
+    messages: list[dict[str, Any]],
+    tools: list[dict[str, Any]] | None,
+    text: str,
+    template: Template,
+    turns: Turns | None,
+) -> tuple[str, tuple[Span, ...], tuple[Span, ...]] | None:
+    """(text, spans that are learned, spans that never are); None if the turns cannot be told apart.
+
+    Args:
+        messages: The conversation.
+        tools: Its tools.
+        text: The conversation as the template writes it.
+        template: The template.
+        turns: Which turns are learned; None for the whole text.
+    """
+    ignored = [index for index, message in enumerate(messages) if _is_unlearned(message)]
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    wanted = [] if turns is None else answers[-1:] if turns == "last" else answers
+    # The last turn alone is learned in the text that the model is going to read: TRL's templates write another.
+    if (turns == "assistant" and template.marks) or (turns == "last" and template.marks == "own"):
+        marked, spans = template.marked(messages, tools=tools)
+        if len(spans) == len(answers):
+            of_turn = dict(zip(answers, spans, strict=True))
+            return marked, tuple(of_turn[index] for index in wanted if index not in ignored), ()
+        if turns == "assistant" and not ignored:
+            return marked, spans, ()
+    compared = {
+        index: _turn(index, text, messages, tools, template)
+        for index in sorted({*wanted, *(ignored if turns in {None, "completion"} else ())})
+    }
+    found = {index: span for index, span in compared.items() if span is not None}
+    if len(found) < len(compared):
+        return None
+    learned = tuple(found[index] for index in wanted if index not in ignored)
+    whole = ((0, len(text)),) if turns is None else learned
+    return text, whole, tuple(found[index] for index in ignored if index in found)
 
 
 def _is_missed(unused: str, messages: list[dict[str, Any]]) -> bool:
@@ -153,8 +217,11 @@ def _is_missed(unused: str, messages: list[dict[str, Any]]) -> bool:
 
 
 def _with_content(message: dict[str, Any]) -> dict[str, Any]:
-    """The message; if it only calls tools, with an empty content, since templates write a missing one as `None`."""
-    return message if message.get("content") is not None else {**message, "content": ""}
+    """The message; if it only calls tools, with an empty content, since templates write a missing one as `None`.
+
+    Parts of text become one text, which every template can write.
+    """
+    return {**message, "content": _text_of(message.get("content"))}
 
 
 def _whole(

@@ -22,6 +22,7 @@ class Rendered:
         completions: The spans (start, end), in characters, that the model is trained to produce.
         ignored: The spans that are never in the loss, whatever JOB_TRAIN__LOSS_ON is.
         unused: The fields that were left out.
+        must_end: Whether it is a fault if a completion does not end with a special token that is learned.
         own_texts: The row's texts without what a schema or template puts around them, where they were asked for.
     """
 
@@ -30,6 +31,7 @@ class Rendered:
     completions: tuple[tuple[int, int], ...]
     ignored: tuple[tuple[int, int], ...] = ()
     unused: tuple[str, ...] = ()
+    must_end: bool = False
     own_texts: tuple[str, ...] = ()
 
 

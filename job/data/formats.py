@@ -12,6 +12,7 @@ from __future__ import annotations
 import codecs
 import csv
 import gzip
+import io
 import json
 import math
 import re
@@ -36,18 +37,23 @@ FREE_BYTES = 64 << 20
 _MAX_BATCH_BYTES = 1 << 30
 _PARQUET_ROWS = (16, 1024)
 _SHOWN_FILES = 5
+_FEWEST_SHARDS = 2
+_WILDCARDS = "*?["
+_NUMBERED = re.compile(r"(.*?)(\d{2,})(\.[a-z.]+)")
+_PLAIN_NAME = re.compile(r"[\w-][\w.-]*", re.ASCII)
 _HEAD_BYTES = 64
+_ARROW_FILE = b"ARROW1"
 
 _FOREIGN = {
     **dict.fromkeys(
         (".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".rar"), "is an archive; unpack it and name the file in it"
     ),
+    **dict.fromkeys((".parquet.gz", ".parquet.zst", ".arrow.gz", ".arrow.zst"), "is not read compressed; unpack it"),
     **dict.fromkeys(
-        (".zst", ".xz", ".bz2", ".lz4"), "is compressed in a way that is not read here; unpack it, or use gzip"
+        (".zst", ".xz", ".bz2", ".lz4"), "is compressed in a way that is not read here; unpack it, or use gzip or zstd"
     ),
-    **dict.fromkeys((".csv.gz", ".tsv.gz", ".parquet.gz"), "is not read compressed; unpack it with gunzip"),
     **dict.fromkeys((".xlsx", ".xls", ".ods"), "is a spreadsheet; save it as CSV (UTF-8)"),
-    **dict.fromkeys((".arrow", ".feather"), "is an Arrow file; write it with `Dataset.to_parquet` or `to_json`"),
+    **dict.fromkeys((".feather",), "is a Feather file; write it as Parquet, or as Arrow with the suffix .arrow"),
     **dict.fromkeys((".pkl", ".pickle", ".pt", ".npy"), "may run code when it is read, so it is not; write JSON lines"),
 }
 """Suffixes of common files that the job does not read, and what to do about each."""
@@ -91,18 +97,107 @@ def find_file(source: str) -> Path:
 def find_files(source: str, split: str) -> tuple[list[Path], bool]:
     """The data files at a path, in the order of their rows, and whether they were chosen by the split.
 
-    Of a directory that has the layout of a data set on the hub (`data/train-00000-of-00002.parquet`), as a clone of its
-    repository does, they are the shards of the split; else there is one file, as `find_file` finds it.
+    - A glob, such as `rows/*.jsonl`: all files of that name, sorted. `**` is any number of folders.
+    - A directory in the layout of a data set on the hub (`data/train-00000-of-00002.parquet`), as a clone of its
+      repository has it: the shards of the split.
+    - A folder written by `Dataset.save_to_disk`: its Arrow files; of a `DatasetDict`, those of the split.
+    - A directory of numbered shards (`rows-00000.jsonl`, `rows-00001.jsonl`, ...): all of them.
+    - Else one file, as `find_file` finds it.
 
     Raises:
-        DataError: As `find_file`; or a shard of the split is missing.
+        DataError: As `find_file`; a glob that fits nothing; or a shard is missing.
     """
     folder = Path(source)
     try:
-        shards = _find_shards(folder, source, split) if folder.is_dir() else []
+        if is_glob(source) and not folder.exists():
+            return _find_glob(source), False
+        if not folder.is_dir():
+            return [find_file(source)], False
+        if shards := _find_shards(folder, source, split):
+            return shards, True
+        if (folder / "dataset_dict.json").is_file():
+            return _saved_files(_saved_split(folder, source, split), source), True
+        if (folder / "state.json").is_file():
+            return _saved_files(folder, source), False
+        return _numbered(folder) or [find_file(source)], False
     except OSError as error:
         raise DataError([Problem(source, f"cannot be read: {error.strerror}")]) from error
-    return (shards, True) if shards else ([find_file(source)], False)
+
+
+def is_glob(source: str) -> bool:
+    """Whether a source has the wildcards of a glob in it: `*`, `?` or `[`."""
+    return any(mark in source for mark in _WILDCARDS)
+
+
+def fixed_part(pattern: str) -> str:
+    """The folder of a glob above its first part with a wildcard, with a slash behind; a pattern without one itself."""
+    if not is_glob(pattern):
+        return pattern
+    first = min(pattern.index(mark) for mark in _WILDCARDS if mark in pattern)
+    return pattern[: pattern.rfind("/", 0, first) + 1]
+
+
+def _find_glob(pattern: str) -> list[Path]:
+    base = fixed_part(pattern)
+    found = sorted(file for file in Path(base or ".").glob(pattern.removeprefix(base)) if file.is_file())
+    files = [file for file in found if file.name[0] != "."]
+    if not files:
+        raise DataError([Problem(pattern, "fits no file; correct the name or the wildcards in it")])
+    problems = [
+        Problem(str(file), _foreign(file.name) or f"ends in none of {', '.join(SUFFIXES)}; narrow the pattern")
+        for file in files
+        if _foreign(file.name) or _reader(file) is None
+    ]
+    if problems:
+        raise DataError(problems)
+    return files
+
+
+def _numbered(folder: Path) -> list[Path]:
+    """The files of a folder if they are shards: one name but for numbers of equal width, from 0 or 1 without gaps."""
+    files = sorted(file for file in folder.iterdir() if _reader(file) and file.is_file() and file.name[0] != ".")
+    parts = [_NUMBERED.fullmatch(file.name) for file in files]
+    found = [part for part in parts if part]
+    if len(found) < _FEWEST_SHARDS or len(found) < len(files) or len({(p[1], len(p[2]), p[3]) for p in found}) > 1:
+        return []
+    numbers = [int(part[2]) for part in found]
+    return files if numbers in (list(range(len(files))), list(range(1, len(files) + 1))) else []
+
+
+def _saved_split(folder: Path, source: str, split: str) -> Path:
+    """The folder of a split in one that `DatasetDict.save_to_disk` wrote."""
+    splits = _json_object(folder / "dataset_dict.json", source).get("splits")
+    names = [name for name in splits if isinstance(name, str)] if isinstance(splits, list) else []
+    if split not in names or not _PLAIN_NAME.fullmatch(split):
+        have = ", ".join(map(ascii, names[:_SHOWN_FILES])) or "none"
+        raise DataError([Problem(source, f"has no split {split!r} (JOB_DATA__SPLIT); it has {have}")])
+    return folder / split
+
+
+def _saved_files(folder: Path, source: str) -> list[Path]:
+    """The Arrow files of a folder that `Dataset.save_to_disk` wrote, in the order of its rows."""
+    listed = _json_object(folder / "state.json", source).get("_data_files")
+    entries = listed if isinstance(listed, list) else []
+    names = [entry.get("filename") if isinstance(entry, dict) else None for entry in entries]
+    files = [folder / name for name in names if isinstance(name, str) and _PLAIN_NAME.fullmatch(name)]
+    if not files or len(files) < len(names):
+        raise DataError(
+            [Problem(source, "has a state.json that names no files of the folder; save the data set again")]
+        )
+    if missing := [file.name for file in files if not file.is_file() or file.suffix != ".arrow"]:
+        raise DataError([Problem(source, f"lacks {', '.join(missing[:_SHOWN_FILES])}, of which its state.json speaks")])
+    return files
+
+
+def _json_object(path: Path, source: str) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            value = json.loads(file.read(MAX_ROW_BYTES))
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise DataError([Problem(source, f"has a {path.name} that is no JSON object; save the data set again")])
+    return value
 
 
 def _find_shards(folder: Path, source: str, split: str) -> list[Path]:
@@ -137,19 +232,13 @@ def _find_file(path: Path, source: str) -> Path:
 
 
 def _only_file(folder: Path, source: str) -> Path:
-    if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
-        what = (
-            "is a folder written by `Dataset.save_to_disk`, which is not read; write the rows with"
-            " `dataset.to_json('train.jsonl')` or `dataset.to_parquet('train.parquet')` and name that file"
-        )
-        raise DataError([Problem(source, what)])
     inside = sorted(folder.iterdir())
     files = [file for file in inside if _reader(file) and file.is_file() and file.name[0] != "."]
     if len(files) == 1:
         return files[0]
     if files:
         names = ", ".join(file.name for file in files[:_SHOWN_FILES]) + ", ..." * (len(files) > _SHOWN_FILES)
-        found = f"{len(files)} data files, name one: {names}"
+        found = f"{len(files)} data files, name one, or several by a glob such as *{files[0].suffix}: {names}"
     else:
         found = f"no data file ({', '.join(SUFFIXES)})"
         deeper = (file for below in inside if below.is_dir() for file in sorted(below.iterdir()) if _reader(file))
@@ -211,7 +300,7 @@ def _not_its_format(path: Path) -> str | None:
         head = file.read(_HEAD_BYTES)
     if head.startswith(b"version https://git-lfs"):
         return "is a pointer of git-lfs, not the file; fetch it with `git lfs pull`"
-    if _reader(path) is _read_parquet:
+    if _reader(path) in {_read_parquet, _read_arrow}:
         return None
     if encoding := _other_encoding(head):
         return f"is {encoding} text; convert it: iconv -f {encoding} -t UTF-8 {path.name}"
@@ -263,8 +352,30 @@ class _Decompressed:
         return data
 
 
-def _open(path: Path) -> BinaryIO | gzip.GzipFile:
-    return gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb")
+class _Raw(io.RawIOBase):
+    """What `_Decompressed` reads, as a raw stream that text can be read from."""
+
+    def __init__(self, source: _Decompressed) -> None:
+        self._source = source
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Reads up to the length of the buffer into it."""
+        data = self._source.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def _open(path: Path) -> BinaryIO | gzip.GzipFile | io.BufferedReader:
+    name = path.name.lower()
+    if name.endswith(".zst"):
+        import pyarrow as pa
+
+        return io.BufferedReader(pa.input_stream(str(path), compression="zstd"))
+    return gzip.open(path) if name.endswith(".gz") else path.open("rb")
 
 
 def _read_jsonl(path: Path, name: str) -> Rows:
@@ -370,7 +481,12 @@ def _read_csv(path: Path, name: str) -> Rows:
     # The limit is the module's, not the reader's. The default (128 KiB) is less than one long document; no limit at
     # all would let one quote that is never closed swallow the whole file.
     csv.field_size_limit(MAX_ROW_BYTES)
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+    with (
+        _Decompressed(path) as content,
+        io.TextIOWrapper(
+            io.BufferedReader(_Raw(content)), encoding="utf-8-sig", errors="surrogateescape", newline=""
+        ) as file,
+    ):
         first = file.readline(MAX_ROW_BYTES)
         table = csv.reader(_csv_lines(first, file), strict=True, delimiter=_delimiter(path, first))
         try:
@@ -403,7 +519,7 @@ def _delimiter(path: Path, header: str) -> str:
 
     A semicolon if the header has one and no comma: a single column with a semicolon in its name is not expected.
     """
-    if path.name.lower().endswith(".tsv"):
+    if ".tsv" in path.name.lower():
         return "\t"
     if "," in header:
         return ","
@@ -437,6 +553,38 @@ def _read_parquet(path: Path, name: str) -> Rows:
                     yield _parquet_row(batch, index, f"{name}:row {number}")
     except (pa.ArrowException, ValueError, OverflowError) as error:
         yield RowError(UNREADABLE, name, f"is not valid Parquet: {error}")
+
+
+def _read_arrow(path: Path, name: str) -> Rows:
+    """Arrow's stream format, as `Dataset.save_to_disk` writes it, or its file format."""
+    import pyarrow as pa
+
+    most = max(FREE_BYTES, MAX_EXPANSION * path.stat().st_size)
+    try:
+        with pa.memory_map(str(path)) as file:
+            whole = file.read(len(_ARROW_FILE)) == _ARROW_FILE
+            file.seek(0)
+            number, expanded = 0, 0
+            for batch in _arrow_batches(file, whole=whole):
+                batch.validate(full=True)  # offsets that point outside of their buffer would be followed
+                expanded += batch.nbytes
+                if expanded > most:
+                    raise _TooLargeError(f"it expands to more than {MAX_EXPANSION} times its size")
+                for index in range(batch.num_rows):
+                    number += 1
+                    yield _parquet_row(batch, index, f"{name}:row {number}")
+    except (pa.ArrowException, ValueError, OverflowError) as error:
+        yield RowError(UNREADABLE, name, f"is not valid Arrow: {error}")
+
+
+def _arrow_batches(file: Any, *, whole: bool) -> Iterator[Any]:
+    import pyarrow as pa
+
+    if not whole:
+        yield from pa.ipc.open_stream(file)
+        return
+    reader = pa.ipc.open_file(file)
+    yield from map(reader.get_batch, range(reader.num_record_batches))
 
 
 def _check_columns(metadata: Any, most: int) -> int:
@@ -497,12 +645,20 @@ def _reason(error: Exception) -> str:
 _READERS: dict[str, Callable[[Path, str], Rows]] = {
     ".jsonl": _read_jsonl,
     ".jsonl.gz": _read_jsonl,
+    ".jsonl.zst": _read_jsonl,
     ".ndjson": _read_jsonl,
     ".ndjson.gz": _read_jsonl,
+    ".ndjson.zst": _read_jsonl,
     ".json": _read_json,
     ".json.gz": _read_json,
+    ".json.zst": _read_json,
     ".csv": _read_csv,
+    ".csv.gz": _read_csv,
+    ".csv.zst": _read_csv,
     ".tsv": _read_csv,
+    ".tsv.gz": _read_csv,
+    ".tsv.zst": _read_csv,
     ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
 }
 SUFFIXES = tuple(_READERS)

@@ -53,6 +53,11 @@ class EncodedAnswers:
     unused: tuple[str, ...] = ()
 
     @property
+    def long(self) -> tuple[tuple[str, int], ...]:
+        """Nothing: rows of preferences are neither cut nor split."""
+        return ()
+
+    @property
     def end(self) -> int | None:
         """The special token that the first answer ends with."""
         return self.sides[0].end

@@ -5,6 +5,7 @@
 | alpaca | instruction, output; optional: input, system, history | tatsu-lab's template | output |
 | prompt_completion | prompt, completion | both, concatenated | completion |
 | messages | messages: list of {role, content}; optional: tools | the chat template | the assistant's turns |
+| messages | conversations: list of {from, value}; optional: system, tools | `job.data.sharegpt` | the same |
 | text | text | as it is | all of it |
 | preference, unpaired_preference | `job.data.preferences` | prompt and answer | the answer |
 
@@ -22,10 +23,11 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from job.data.chat_template import Template
-from job.data.conversations import check_messages, render_messages
+from job.data.conversations import Turns, check_messages, render_messages, texts_of_messages
 from job.data.fields import Rendered, broken_places, check_target, check_text, is_empty, is_zero, left_out
 from job.data.formats import Row, RowError
 from job.data.preferences import SIDES, Answers, check_preference, render_preference, texts_of_preference
+from job.data.sharegpt import is_sharegpt
 
 Schema = Literal["alpaca", "prompt_completion", "messages", "text", "preference", "unpaired_preference"]
 SCHEMAS: tuple[Schema, ...] = get_args(Schema)
@@ -49,6 +51,11 @@ _OPTIONAL: dict[Schema, tuple[str, ...]] = {
     "preference": ("prompt",),
     "unpaired_preference": (),
 }
+FIELDS: dict[str, tuple[str, ...]] = {
+    **{schema: (*REQUIRED[schema], *_OPTIONAL[schema]) for schema in SCHEMAS},
+    "messages": ("messages", "conversations", "tools", "system"),
+}
+"""Schema -> all fields that it has a use for."""
 _OF_IMAGES = "the job trains on text alone; remove the field if the text means something without it"
 _OF_PAIRS = "set JOB_TRAIN__METHOD=dpo or orpo to learn from pairs, or give the good one as the completion"
 _MEANING: dict[str, str] = {
@@ -58,7 +65,7 @@ _MEANING: dict[str, str] = {
     "tools": "tools are given to a chat template with rows of the schema messages",
     "functions": "give them as `tools` with rows of the schema messages",
     "documents": "write them into the messages",
-    "chat_template_kwargs": "remove the field, or write what it stands for into the messages",
+    "chat_template_kwargs": "remove the field; JOB_DATA__CHAT_TEMPLATE_ARGUMENTS gives arguments for all rows",
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _OF_IMAGES),
 }
 """Fields that change what a row means, with the advice for schemas that do not have them. In `text` none is refused."""
@@ -98,6 +105,8 @@ def detect_schema(fields: dict[str, Any], among: Collection[str] = SFT_SCHEMAS) 
     the missing field is reported. `among` are the schemas that the training method can learn from.
     """
     known = [schema for schema in SCHEMAS if schema in among]
+    if is_sharegpt(fields):
+        fields = {**fields, "messages": None}
     whole = (schema for schema in known if all(field in fields for field in REQUIRED[schema]))
     half = (schema for schema in known if any(field in fields for field in REQUIRED[schema]))
     return next(whole, None) or next(half, None)
@@ -127,7 +136,7 @@ def texts_of(row: Row, schema: Schema) -> list[str]:
     if schema in SIDES:
         return texts_of_preference(row, schema)
     if schema == "messages":
-        return [message["content"] for message in row.fields["messages"] if message.get("content")]
+        return texts_of_messages(row.fields["messages"])
     earlier = [text for pair in row.fields.get("history") or () for text in pair] if schema == "alpaca" else []
     fields = (row.fields.get(field) for field in (*_OPTIONAL[schema], *REQUIRED[schema]))
     return [*earlier, *(text for text in fields if isinstance(text, str))]
@@ -137,20 +146,21 @@ def own_texts(row: Row, schema: Schema) -> tuple[str, ...]:
     """What tells a good row from others: its texts without the system prompt, which many rows share."""
     if schema == "messages":
         told = (message for message in row.fields["messages"] if message.get("role") not in {"system", "developer"})
-        return tuple(message["content"] for message in told if message.get("content"))
+        return tuple(texts_of_messages(told))
     system = row.fields.get("system") if schema == "alpaca" else None
     return tuple(text for text in texts_of(row, schema) if text is not system)
 
 
-def render(row: Row, schema: Schema, template: Template | None, *, find_turns: bool) -> Rendered | Answers | RowError:
+def render(
+    row: Row, schema: Schema, template: Template | None, *, turns: Turns | None
+) -> Rendered | Answers | RowError:
     """The text of a row that `check_row` found valid, or for a row of preferences its texts.
 
     Args:
         row: The row.
         schema: Its schema.
         template: Renders messages; rows of texts do not use it.
-        find_turns: Whether to find the assistant's turns in a conversation, which takes two more renderings a turn;
-            otherwise the whole conversation counts as completion.
+        turns: Which turns of a conversation are its completions; None for the whole conversation.
 
     Returns:
         The rendered row; a fault where the chat template refuses the conversation.
@@ -163,7 +173,7 @@ def render(row: Row, schema: Schema, template: Template | None, *, find_turns: b
     if schema == "messages":
         if template is None:
             raise ValueError("messages need a chat template")
-        return render_messages(row, template, find_turns=find_turns)
+        return render_messages(row, template, turns=turns)
     fields = row.fields
     if schema == "alpaca":
         prompt, completion = _alpaca_prompt(fields), fields["output"]

@@ -4,8 +4,8 @@ A chat template is a program that comes with a model. Jinja's sandbox restricts 
 limits neither time nor memory: an endless loop in a template, or one huge string, would end the job. Here the kernel
 limits both.
 
-It reads JSON lines from stdin and answers each with a JSON line on stdout. The first line is the templates, the special
-tokens and the date; each other one is a conversation.
+It reads JSON lines from stdin and answers each with a JSON line on stdout. The first line is the templates, their
+arguments, the special tokens and the date; each other one is a conversation.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _say(answer: Mapping[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def _open(given: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], dict[str, str]]:
+def _open(given: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
     """Prepares to render, says so, and returns what answers a conversation."""
     from transformers.utils import chat_template_utils
 
@@ -56,22 +56,23 @@ def _open(given: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], dict[str, s
 
     # Templates see no other clock. A keyword argument `strftime_now` would not arrive: callables are made text first.
     chat_template_utils.datetime = Fixed
-    templates, special = given["templates"], given["special"]
+    templates, fixed = given["templates"], {**given["special"], **given["arguments"]}
     _limit_memory()
 
-    def answer(asked: Mapping[str, Any]) -> dict[str, str]:
-        tools = asked["tools"]
+    def answer(asked: Mapping[str, Any]) -> dict[str, Any]:
+        tools, marked = asked["tools"], asked["marked"]
         # As transformers' `apply_chat_template` does: many templates write a null out as "None".
         messages = [
             {key: value for key, value in message.items() if value is not None} for message in asked["messages"]
         ]
         try:
-            (text,), _ = chat_template_utils.render_jinja_template(
+            (text,), spans = chat_template_utils.render_jinja_template(
                 conversations=[messages],
                 tools=tools,
-                chat_template=templates["plain" if tools is None else "tools"],
+                chat_template=templates["marked" if marked else "own"]["plain" if tools is None else "tools"],
+                return_assistant_tokens_mask=marked,
                 add_generation_prompt=asked["add_generation_prompt"],
-                **special,
+                **fixed,
             )
         except MemoryError:
             return {OUT_OF_BOUNDS: f"takes more than {MEMORY_BYTES >> 20} MiB of memory for one conversation"}
@@ -79,7 +80,7 @@ def _open(given: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], dict[str, s
             return {"error": f"{type(error).__name__}: {error}"[:500]}
         if len(text) > MAX_CHARACTERS:
             return {OUT_OF_BOUNDS: f"writes more than {MAX_CHARACTERS:,} characters for one conversation"}
-        return {"text": text}
+        return {"text": text, "spans": [span for span in spans[0] if span[0] < span[1]] if marked else []}
 
     _say({"text": ""})
     return answer

@@ -12,10 +12,12 @@ from job.data.fields import Rendered
 from job.data.formats import RowError
 from job.records import Example
 
-LossOn = Literal["all", "completion"]
+LossOn = Literal["all", "completion", "assistant", "last"]
+OnLongRow = Literal["error", "skip", "truncate", "split"]
 
 _BATCH_ROWS = 1000
 _BATCH_CHARACTERS = 4 << 20
+_SHOWN = 20
 _LAST_TOKENS = 4
 """Behind the token that ends an answer a chat template may still write a line break or two."""
 
@@ -25,13 +27,16 @@ class Encoded:
     """An example, and the text it was made from.
 
     `end` is the last special token among the last few targets, which tells a model to stop; None if there is
-    none. `unused` are the fields of the row that were left out, `own_texts` as in `Rendered`.
+    none. `unused` are the fields of the row that were left out, `where` is where it stands, `own_texts` as in
+    `Rendered`; `long` counts what was done because the row is too long.
     """
 
     text: str
     example: Example
     end: int | None = None
     unused: tuple[str, ...] = ()
+    long: tuple[tuple[str, int], ...] = ()
+    where: str = ""
     own_texts: tuple[str, ...] = ()
 
     def canonical(self) -> bytes:
@@ -50,6 +55,7 @@ def encode(
     max_length: int,
     limit: int | None,
     vocabulary: int | None = None,
+    on_long_row: OnLongRow = "error",
 ) -> Iterator[Encoded | list[RowError]]:
     """Yields an example for each rendered row, or what is wrong with its tokens; faults pass through, in order.
 
@@ -58,9 +64,11 @@ def encode(
         tokenizer: A `transformers.PreTrainedTokenizerFast`.
         templated: Whether the text comes from a chat template, which writes all special tokens itself; otherwise the
             tokenizer adds its own, and the end-of-sequence token is appended where it is not there yet.
-        loss_on: Whether all tokens are targets, or those of the completions and the appended end of sequence.
+        loss_on: Whether all tokens are targets, or (any other value) those of the completions and the appended end of
+            sequence.
         max_length: The most tokens of an example.
         limit: The most examples; None for no limit.
+        on_long_row: `truncate` and `split` make examples of a row of more than `max_length` tokens, else it is a fault.
         vocabulary: Rows of the model's embedding, which no token may be beyond; None if that is not known.
     """
     eos = None if templated else tokenizer.eos_token_id
@@ -76,15 +84,43 @@ def encode(
             if not isinstance(row, Rendered):
                 yield row
                 continue
-            ids, targets = _ids_and_targets(row, next(encodings), bos, eos, loss_on)
-            fault = _check(row, ids, targets, max_length) or _check_ids(row, ids, vocabulary, tokenizer)
+            encoding = next(encodings)
+            whole = _ids_and_targets(row, encoding, bos, eos, loss_on)
+            pieces, long = _pieces(*whole, max_length, on_long_row)
+            fault = (
+                _check(row, *pieces[0], max_length)
+                or _check_ids(row, whole[0], vocabulary, tokenizer)
+                or _check_turns(row, encoding, special)
+            )
             if fault:
                 yield [fault]
                 continue
-            count += 1
-            input_ids = tuple(map(shared_ids.setdefault, ids, ids))
-            example = Example(input_ids, shared_targets.setdefault(targets, targets))
-            yield Encoded(row.text, example, _end(ids, targets, special), row.unused, row.own_texts)
+            for place, (ids, targets) in enumerate(pieces[: None if limit is None else limit - count]):
+                count += 1
+                input_ids = tuple(map(shared_ids.setdefault, ids, ids))
+                example = Example(input_ids, shared_targets.setdefault(targets, targets))
+                # The text is that of the row: only its first piece has it, and is counted as a long row.
+                first = ("", ()) if place else (row.text, long)
+                end = _end(ids, targets, special)
+                yield Encoded(first[0], example, end, row.unused, first[1], row.where, row.own_texts)
+
+
+def _pieces(
+    ids: list[int], targets: tuple[bool, ...], max_length: int, on_long_row: OnLongRow
+) -> tuple[list[tuple[list[int], tuple[bool, ...]]], tuple[tuple[str, int], ...]]:
+    """(ids, targets) of each example that a row gives, and what there is to count if it is too long.
+
+    A piece begins with the last token of the piece before it, which is no target there: every token is a target once.
+    """
+    if len(ids) <= max_length or on_long_row not in {"truncate", "split"}:
+        return [(ids, targets)], ()
+    if on_long_row == "truncate":
+        cut = len(ids) - max_length
+        return [(ids[:max_length], targets[:max_length])], (("truncated", 1), ("tokens_cut", cut))
+    step = max(1, max_length - 1)
+    starts = range(0, len(ids) - 1, step)
+    pieces = [(ids[at : at + max_length], (False, *targets[at + 1 : at + max_length])) for at in starts]
+    return pieces, (("split", 1), ("pieces", len(pieces)))
 
 
 def _take(rows: Iterator[Rendered | list[RowError]], most: int) -> list[Rendered | list[RowError]]:
@@ -151,6 +187,31 @@ def _check(row: Rendered, ids: list[int], targets: tuple[bool, ...], max_length:
         return RowError("too_long", row.where, what)
     if not any(targets):
         return RowError("empty_target", row.where, "gives no token to learn")
+    return None
+
+
+def _check_turns(row: Rendered, encoding: Any, special: frozenset[int]) -> RowError | None:
+    """Finds the turn that does not teach the model to stop: the last token that is learned of it is no special one.
+
+    A line break behind the special token does not count. A stand-in for a tokenizer has no special tokens.
+    """
+    if not row.must_end or not special:
+        return None
+    ends: dict[int, int] = {}
+    for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+        if token in special or row.text[start:end].strip():
+            at = next((index for index, (first, stop) in enumerate(row.completions) if first < end <= stop), None)
+            if at is not None:
+                ends[at] = token
+    for index, (first, stop) in enumerate(row.completions):
+        if ends.get(index) not in special:
+            shown = row.text[max(first, stop - _SHOWN) : stop]
+            what = (
+                f"is learned without an end: turn {index + 1} of those that are learned ends with {shown!a}, and with"
+                " no special token that ends a turn; use"
+                " JOB_TRAIN__LOSS_ON=completion or all, or a model whose chat template ends each turn"
+            )
+            return RowError("turn_without_end", row.where, what)
     return None
 
 

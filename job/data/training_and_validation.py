@@ -5,17 +5,22 @@ Without `JOB_DATA__VALIDATION` this is `dataset.load_examples`, and datasketch i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from typing import Any
 
 from job import log
+from job.common.source_list import Source
 from job.data.dataset import load_examples
+from job.data.preferences import EncodedAnswers
 from job.data.tokenization import Encoded
 from job.data.validation_split import RowHashes, count_overlap, hold_out
 from job.errors import DataError, Problem
 from job.records import DatasetRecord, Example, ValidationRows
+
+_OF_THE_WHOLE = {"validation", "sources", "long_rows"}
+"""Fields of a data set's record that say something of the rows before any is held out, or of both sides."""
 
 
 @dataclass(frozen=True)
@@ -54,22 +59,28 @@ def what_to_validate_on(
 class _Rows:
     """What is kept of each example while rows are read: what it is compared by, and its hash."""
 
-    def __init__(self) -> None:
+    def __init__(self, pass_on: Callable[[Encoded | EncodedAnswers], None] | None) -> None:
+        self._pass_on = pass_on
         self.hashes = RowHashes()
         self.sha256: list[bytes] = []
 
-    def add(self, item: Encoded) -> None:
+    def add(self, item: Encoded | EncodedAnswers) -> None:
+        if not isinstance(item, Encoded):
+            raise TypeError("rows of preferences are not validated on")
         self.hashes.add(item.own_texts)
         self.sha256.append(sha256(item.canonical()).digest())
+        if self._pass_on is not None:
+            self._pass_on(item)
 
 
 def load_rows(
-    source: str,
+    source: str | Sequence[Source],
     validation: float | ValidationSource | None,
     *,
     revision: str | None,
     split: str,
     alive: Callable[[], None] = lambda: None,
+    on_example: Callable[[Encoded | EncodedAnswers], None] | None = None,
     **reading: Any,
 ) -> tuple[list[Example], list[Example], DatasetRecord]:
     """The training examples, the validation examples (none without `validation`), and the record of both.
@@ -80,6 +91,7 @@ def load_rows(
         revision: Of the training source.
         split: Of the training source.
         alive: As for `load_examples`.
+        on_example: As for `load_examples`, with the examples of the training source.
         reading: Further arguments of `load_examples`; `name` and `limit` count for the training source alone.
 
     Raises:
@@ -87,12 +99,14 @@ def load_rows(
         SettingsError, Unreachable, AccessDenied: As `load_examples`.
     """
     if validation is None:
-        examples, record = load_examples(source, revision=revision, split=split, alive=alive, **reading)
+        examples, record = load_examples(
+            source, revision=revision, split=split, alive=alive, on_example=on_example, **reading
+        )
         return examples, [], record
-    rows, held = _Rows(), _Rows()
+    rows, held = _Rows(on_example), _Rows(None)
     errors: list[DataError] = []
 
-    def read(place: str, keep: _Rows, **how: Any) -> tuple[list[Example], DatasetRecord] | None:
+    def read(place: str | Sequence[Source], keep: _Rows, **how: Any) -> tuple[list[Example], DatasetRecord] | None:
         try:
             return load_examples(place, alive=alive, on_example=keep.add, **{**reading, **how})
         except DataError as error:
@@ -117,8 +131,7 @@ def load_rows(
     sides = hold_out(rows.hashes, validation, record.source, alive)
     parts = [[i for i, side in enumerate(sides) if side is wanted] for wanted in (False, True)]
     (training, trained), (kept, described) = (_part(examples, record, rows, part) for part in parts)
-    facts = {**asdict(described), "skipped": {}}
-    del facts["validation"]
+    facts = {**_facts(described), "skipped": {}}
     held_out = ValidationRows(**facts, held_out=True, duplicates=0, near_duplicates=0)
     log.get_logger().info("rows are held out for validation", rows=len(kept), of=len(examples), source=record.source)
     return training, kept, replace(trained, validation=held_out)
@@ -138,6 +151,11 @@ def _part(
         target_tokens=sum(sum(example.targets) for example in chosen),
         longest=max(lengths),
     )
+
+
+def _facts(record: DatasetRecord) -> dict[str, Any]:
+    """What a record of rows for validation has in common with that of the data set."""
+    return {name: value for name, value in asdict(record).items() if name not in _OF_THE_WHOLE}
 
 
 def _own_source(
@@ -160,6 +178,4 @@ def _own_source(
             near_duplicates=near,
             of=found.rows,
         )
-    facts = asdict(found)
-    del facts["validation"]
-    return ValidationRows(**facts, held_out=False, duplicates=exact, near_duplicates=near)
+    return ValidationRows(**_facts(found), held_out=False, duplicates=exact, near_duplicates=near)

@@ -10,6 +10,7 @@ from typing import Any
 
 from job.common.formatting import size
 from job.common.resources import check_disk, checkpoint_bytes, required_bytes
+from job.common.source_list import parse_sources
 from job.data import licences
 from job.data.batch_plan import steps_per_epoch
 from job.data.training_and_validation import what_to_validate_on
@@ -34,6 +35,7 @@ from job.planning.preflight import (
     round_trip,
     run_check,
 )
+from job.planning.shown_rows import ShownRow
 from job.planning.workload import Workload, count, scale
 from job.settings.load import Settings
 from job.storage.hub import is_reachable
@@ -63,6 +65,7 @@ class Plan:
     gpus: tuple[GpuForecast, ...]
     largest_step: int | None
     assumptions: tuple[str, ...]
+    shown: tuple[ShownRow, ...] = ()
 
     @property
     def error(self) -> JobError | None:
@@ -85,10 +88,10 @@ class _Preflight:
     questions: known.TaskTokens | None
 
 
-def make_plan(settings: Settings) -> Plan:
+def make_plan(settings: Settings, show: int = 0) -> Plan:
     """Makes all checks, then forecasts from what they read, or from known sizes of public models and data."""
     with tempfile.TemporaryDirectory(prefix="qlora-job-plan-") as folder:
-        seen = _look(settings, Path(folder))
+        seen = _look(settings, Path(folder), show)
     checks = [*seen.checks]
     run = _run(settings, seen, checks)
     gpus = [_with_memory_limit(gpu, settings.train.gpu_memory_gb) for gpu in GPUS]
@@ -100,6 +103,7 @@ def make_plan(settings: Settings) -> Plan:
         gpus=() if run.setup is None else tuple(forecast_gpu(gpu, run, run.setup) for gpu in gpus),
         largest_step=run.workload.largest_step if run.workload else None,
         assumptions=_assumptions(settings),
+        shown=tuple(seen.data.shown) if seen.data else (),
     )
 
 
@@ -108,7 +112,7 @@ def _with_memory_limit(gpu: Gpu, gigabytes: float | None) -> Gpu:
     return gpu if gigabytes is None else replace(gpu, memory_bytes=min(gpu.memory_bytes, int(gigabytes * 1e9)))
 
 
-def _look(settings: Settings, folder: Path) -> _Preflight:
+def _look(settings: Settings, folder: Path, show: int) -> _Preflight:
     """Makes all checks; one that fails does not stop the others."""
     s, storage = settings, storage_options(settings.storage)
     storage = replace(storage, **{name: min(getattr(storage, name), most) for name, most in QUICK.items()})
@@ -151,6 +155,10 @@ def _look(settings: Settings, folder: Path) -> _Preflight:
             method=s.train.last_method,
             seed=s.run.seed,
             date=s.data.date,
+            template_arguments=s.data.chat_template_arguments,
+            field_names=s.data.fields,
+            on_long_row=s.data.on_long_row,
+            show=show,
             vocabulary=model.architecture.vocabulary if model and model.architecture else None,
             **where,
         ),
@@ -305,7 +313,9 @@ def _questions(settings: Settings, seen: _Preflight) -> tuple[known.TaskTokens |
 def _licence(settings: Settings, data: DataFacts | None) -> PreflightResult:
     """The licence on the hub's card, else in `data.licences`."""
     card = data.licence if data is not None else None
-    licence = card or licences.LICENCES.get(settings.data.source) or "unknown; check that you may train on it"
+    known_here = {licences.LICENCES.get(source.place) for source in parse_sources(settings.data.source)}
+    here = "; ".join(sorted(filter(None, known_here)))
+    licence = card or here or "unknown; check that you may train on it"
     limits = ": no commercial use of the data, nor of what is trained on it" if "-nc" in licence else ""
     return PreflightResult("licence", "note", f"{settings.data.source}: {licence}{limits}")
 

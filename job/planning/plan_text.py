@@ -15,9 +15,11 @@ from job.common.tables import aligned, visible
 from job.errors import Problem, SettingsError
 from job.planning.forecast import Estimate, GpuForecast
 from job.planning.plan import Plan, make_plan
+from job.planning.shown_rows import CLOSE, OPEN, as_lines
 from job.settings.load import load_settings, secrets
 
 _WIDTH = 118
+_MOST_SHOWN = 1000
 _WHOLE_WORDS: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
 _PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"))
 
@@ -29,9 +31,10 @@ def plan_command(words: Sequence[str]) -> int:
         JobError: The most severe error of the plan, after printing it.
     """
     rest, form = _take_format(list(words))
+    rest, show = _take_show(rest)
     settings = load_settings(rest)
     log.configure(settings.log.format, settings.log.level, secrets(), run=settings.run.id)
-    plan = make_plan(settings)
+    plan = make_plan(settings, show)
     sys.stdout.write(log.scrub(FORMATS[form](plan), secrets()))
     sys.stdout.flush()
     if plan.error is not None:
@@ -41,15 +44,29 @@ def plan_command(words: Sequence[str]) -> int:
 
 def _take_format(words: list[str]) -> tuple[list[str], str]:
     """The words without `--format FORM` or `--format=FORM`, and the format; by default the first in `FORMATS`."""
-    at = next((index for index, word in enumerate(words) if word.partition("=")[0] == "--format"), None)
-    if at is None:
-        return words, next(iter(FORMATS))
-    _, equals, form = words[at].partition("=")
-    end = at + (1 if equals else 2)
-    form = form if equals else "".join(words[at + 1 : end])
+    rest, form = _take_option(words, "--format")
+    form = next(iter(FORMATS)) if form is None else form
     if form not in FORMATS:
         raise SettingsError([Problem("--format", f"must be {' or '.join(FORMATS)}")])
-    return words[:at] + words[end:], form
+    return rest, form
+
+
+def _take_show(words: list[str]) -> tuple[list[str], int]:
+    """The words without `--show N` or `--show=N`, and N; by default 0."""
+    rest, count = _take_option(words, "--show")
+    if count is not None and not (count.isascii() and count.isdecimal() and 0 < int(count) <= _MOST_SHOWN):
+        raise SettingsError([Problem("--show", f"must be the number of rows to show, 1 to {_MOST_SHOWN:,}")])
+    return rest, int(count or 0)
+
+
+def _take_option(words: list[str], name: str) -> tuple[list[str], str | None]:
+    """The words without an option and its value, and the value; None where the option is not given."""
+    at = next((index for index, word in enumerate(words) if word.partition("=")[0] == name), None)
+    if at is None:
+        return words, None
+    _, equals, value = words[at].partition("=")
+    end = at + (1 if equals else 2)
+    return words[:at] + words[end:], value if equals else "".join(words[at + 1 : end])
 
 
 def as_json(plan: Plan) -> str:
@@ -61,6 +78,7 @@ def as_json(plan: Plan) -> str:
         "figures": [asdict(figure) for figure in plan.figures],
         "gpus": [asdict(gpu) for gpu in plan.gpus],
         "assumptions": list(plan.assumptions),
+        **({"rows": [asdict(row) for row in plan.shown]} if plan.shown else {}),
     }
     return json.dumps(document, indent=2) + "\n"
 
@@ -73,6 +91,11 @@ def as_table(plan: Plan) -> str:
     else:
         parts.append("No figures for GPUs: the model is unknown.")
     parts.append("\n".join(["assumed:", *_folded([("", text) for text in plan.assumptions])]))
+    if plan.shown:
+        terminal = sys.stdout is not None and sys.stdout.isatty()
+        marked = "in reverse video" if terminal else f"between {OPEN} and {CLOSE}"
+        parts.append(f"the first rows, the tokens that the loss counts {marked}:")
+        parts.append("\n".join(as_lines(plan.shown, terminal=terminal)))
     return "\n\n".join(parts) + "\n"
 
 

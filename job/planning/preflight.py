@@ -19,8 +19,11 @@ from typing import Any, Literal, TypeVar
 from uuid import uuid4
 
 from job.common import formatting
+from job.common.source_list import locate_sources, parse_sources
 from job.data.dataset import require_revision
 from job.data.hub_dataset import is_hub_id
+from job.data.preferences import EncodedAnswers
+from job.data.tokenization import Encoded
 from job.data.training_and_validation import ValidationSource, load_rows
 from job.errors import DataError, JobError, Problem, SettingsError, Unreachable
 from job.evaluation.tasks import check_lengths, check_tasks, count_questions, load_tasks
@@ -30,6 +33,7 @@ from job.model.base import inspect, load_tokenizer
 from job.model.lora import count_parameters, linear_weights, resolve_targets
 from job.planning.character_tokenizer import CharacterTokenizer
 from job.planning.known_models_and_data import CHARACTERS_PER_TOKEN, TaskTokens
+from job.planning.shown_rows import ShownRow, show_row
 from job.records import Example
 from job.storage.base import disk_errors
 from job.storage.hub import cached_model, local_model, peek_dataset, peek_model
@@ -305,6 +309,7 @@ class DataFacts:
     download_bytes: int
     licence: str | None
     validation: Sequence[Example] = ()
+    shown: Sequence[ShownRow] = ()
 
 
 def preview_data(
@@ -316,32 +321,42 @@ def preview_data(
     folder: Path,
     storage: StorageOptions,
     revision: str | None,
+    show: int = 0,
     validation: float | ValidationSource | None = None,
     **reading: Any,
 ) -> Found[DataFacts]:
     """Reads and checks the rows as the job will; without a tokenizer, token counts are estimated.
 
     Args:
-        source: Hub id, `s3://` URI or path.
+        source: JOB_DATA__SOURCE.
         tokenizer: The model's; None if it could not be read.
         max_length: Longest example allowed, in tokens.
         online: Whether the hub can be reached.
         folder: Folder for copies from S3.
         storage: How to reach stores.
         revision: For a hub id.
+        show: How many rows to show, the first ones; none without a tokenizer.
         validation: What to validate on.
         reading: Further arguments of `load_rows`.
     """
-    download, licence = _of_the_data(source, revision, storage, online=online)
+    found = [_of_the_data(one.place, one.revision or revision, storage, online=online) for one in parse_sources(source)]
+    download = sum(size for size, _ in found)
+    licence = "; ".join(sorted({licence for _, licence in found if licence})) or None
     if download > MAX_BYTES:
         raise NotChecked(f"{source} has {formatting.size(download, ' ')}, too much to fetch for a plan")
+    shown: list[ShownRow] = []
+
+    def keep(item: Encoded | EncodedAnswers) -> None:
+        if tokenizer is not None and len(shown) < show:
+            shown.append(show_row(item, tokenizer))
+
     if isinstance(validation, ValidationSource):
         more, _ = _of_the_data(validation.name, validation.revision, storage, online=online)
         if more > MAX_BYTES:
             raise NotChecked(f"{validation.name} has {formatting.size(more, ' ')}, too much to fetch for a plan")
         download += more
         validation = replace(validation, place=fetch(validation.place, folder / "validation", storage))
-    place = fetch(source, folder / "data", storage)
+    place = locate_sources(source, lambda place, kind: fetch(place, folder / kind, storage))
     examples, held_out, record = load_rows(
         place,
         validation,
@@ -349,6 +364,7 @@ def preview_data(
         max_length=NO_LIMIT if tokenizer is None else max_length,
         tokenizer=tokenizer or CharacterTokenizer(CHARACTERS_PER_TOKEN),
         name=source,
+        on_example=keep,
         **reading,
     )
     what = f"{record.rows:,} rows in the schema {record.format}"
@@ -356,7 +372,7 @@ def preview_data(
         what += f", {record.validation.rows:,} for validation"
     if record.skipped:
         what += f"; skipped {', '.join(f'{count} {kind}' for kind, count in record.skipped.items())}"
-    facts = DataFacts(examples, tokenizer is None, download, licence, held_out)
+    facts = DataFacts(examples, tokenizer is None, download, licence, held_out, shown)
     if tokenizer is not None:
         return "ok", what, facts
     long = sum(len(example.input_ids) > max_length for example in examples)

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from job.common.source_list import is_single, parse_sources
 from job.storage.location import schemes
 
 _TRUTH = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
@@ -156,6 +157,19 @@ def _pairs(value: object) -> object:
     return {name.strip(): item.strip() for name, _, item in pairs}
 
 
+def _json_object(value: object) -> object:
+    if isinstance(value, str):
+        value = _parsed(value) if value.lstrip().startswith("{") else {} if not value.strip() else value
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) and name.isidentifier() for name in value):
+        raise ValueError('must be a JSON object whose keys are names, such as {"enable_thinking": false}')
+    value = dict(value)  # settings are frozen: what is copied from others is no dict
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        raise ValueError("must hold JSON values only: text, numbers, true, false, null, lists and objects") from None
+    return value
+
+
 def _parsed(text: str) -> object:
     try:
         return json.loads(text)
@@ -178,6 +192,16 @@ def _location(text: str) -> str:
     if key and any(part in ("", ".", "..") for part in key.split("/")):
         raise ValueError("the key after the bucket has an empty part, '.' or '..' in it; remove it")
     return f"{scheme}://{bucket}/{key}".rstrip("/")
+
+
+def _sources(text: str) -> str:
+    """One place as `_location` has it, or several with amounts, each checked."""
+    sources = parse_sources(text)
+    if is_single(sources) and sources[0].place == text:
+        return _location(text)
+    for source in sources:
+        _location(source.place)
+    return ",".join(item.strip() for item in text.split(","))
 
 
 def _local(text: str) -> str:
@@ -255,6 +279,8 @@ Seconds = Annotated[Real, Field(gt=0, le=30 * 86400)]
 Text = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_printable)]
 RunId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 Location = Annotated[Text, AfterValidator(_location)]
+DataSources = Annotated[Text, AfterValidator(_sources)]
+"""One source, or several with how much of each is used; `common.source_list` has the spelling."""
 LocalPath = Annotated[Text, AfterValidator(_local)]
 HeldOut = Annotated[int | float | Text, BeforeValidator(_held_out)]
 """What to validate on: a share of the rows, a number of rows, or a source of its own."""
@@ -265,6 +291,8 @@ Digest = Annotated[Text, AfterValidator(_digest)]
 Day = Annotated[Text, AfterValidator(_day)]
 StorageClass = Annotated[Text, AfterValidator(_readable_class)]
 Names = Annotated[tuple[Text, ...], BeforeValidator(_items), Field(min_length=1), AfterValidator(_unique)]
+FieldNames = Annotated[Mapping[Text, Text], BeforeValidator(_pairs)]
+JsonObject = Annotated[Mapping[Text, Any], BeforeValidator(_json_object)]
 Layers = Annotated[tuple[Whole, ...], BeforeValidator(_layers), Field(min_length=1), AfterValidator(_ascending)]
 Pattern = Annotated[Mapping[Text, Count], BeforeValidator(_pairs), AfterValidator(_expressions)]
 Locations = Annotated[Mapping[Text, Location], BeforeValidator(_pairs)]

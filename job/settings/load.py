@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from job.common.methods import METHODS, MethodName, methods_for
 from job.common.schedulers import SCHEDULERS
+from job.common.source_list import is_single, parse_sources
 from job.distributed.ranks import Place, find_faults, find_machines, find_place
 from job.errors import Problem, SettingsError, environment_name
 from job.platforms.detect import Platform, detect, is_foreign
@@ -77,6 +78,7 @@ def load_settings(arguments: Sequence[str] = (), environ: Mapping[str, str] | No
         *_tasks(settings),
         *_validation(settings),
         *_gate(settings),
+        *_sources(settings),
         *_schedule(settings),
         *_adapter(settings),
         *_method(settings),
@@ -306,6 +308,11 @@ def _tasks(settings: Settings) -> Iterator[Fault]:
         )
         what = f"has a file for a task that is not in JOB_EVAL__TASKS{named}; add the task there, or drop the file"
         yield "eval.data", what
+
+
+def _sources(settings: Settings) -> Iterator[Fault]:
+    if settings.data.limit is not None and not is_single(parse_sources(settings.data.source)):
+        yield "data.limit", "is for one source; give each source its number of rows: JOB_DATA__SOURCE=name=1000rows,..."
 
 
 def _validation(settings: Settings) -> Iterator[Fault]:

@@ -31,13 +31,16 @@ from job.common.schedulers import SchedulerName
 from job.settings.field_types import (
     Count,
     CountOrAuto,
+    DataSources,
     Day,
     Digest,
     Endpoint,
+    FieldNames,
     Flag,
     FlagOrAuto,
     HeldOut,
     HostPort,
+    JsonObject,
     Layers,
     LocalPath,
     Location,
@@ -201,8 +204,13 @@ class Lora(Group):
 class Data(Group):
     """The training data."""
 
-    source: AffectsResult[Annotated[Location, SageMakerChannel("training")]] = "tatsu-lab/alpaca"
-    """Hub id, `s3://` URI or path."""
+    source: AffectsResult[Annotated[DataSources, SageMakerChannel("training")]] = "tatsu-lab/alpaca"
+    """Hub id, `s3://` URI or path of a file, a folder or a glob of shards (`rows/*.jsonl`). Several have commas between
+    them, and behind each how much of it is used: `a.jsonl=2x,b.jsonl=0.5x,org/name@commit=1000rows` uses each row of
+    the first twice, every second one of the second, and the first 1,000 valid ones of the third.
+    """
+    fields: AffectsResult[FieldNames] = Field(default_factory=dict)
+    """The rows' own names of fields: `prompt=question,completion=answers.0.text` or JSON. Dots separate nested keys."""
     revision: AffectsResult[Annotated[Maybe[Text], RevisionOf("data.source")]] = None
     """Commit hash, for a hub id; empty: the newest commit. The manifest records the commit that was used."""
     sft_source: AffectsResult[Maybe[Location]] = None
@@ -220,6 +228,9 @@ class Data(Group):
     """Schema of the rows; `auto`: the one that the first row fits."""
     on_bad_row: AffectsResult[Literal["error", "skip"]] = "error"
     """What to do with invalid rows: list them and end the job before training, or leave them out and count them."""
+    on_long_row: AffectsResult[Literal["error", "skip", "truncate", "split"]] = "error"
+    """What to do with rows of more than JOB_TRAIN__MAX_LENGTH tokens: treat them as invalid (JOB_DATA__ON_BAD_ROW),
+    leave them out, cut off their end, or split them into several examples (plain text only). All are counted."""
     validation: AffectsResult[Annotated[Maybe[HeldOut], SageMakerChannel("validation")]] = None
     """Rows for the validation loss: a share of the rows (0.05) or a number of them (200), held out of training, or a
     source of its own (hub id, `s3://` URI or path) with rows of the same schema; empty for none. Near-duplicates of a
@@ -234,6 +245,9 @@ class Data(Group):
     date: AffectsResult[Maybe[Day]] = None
     """Today's date for chat templates that write it into the prompt, YYYY-MM-DD; empty: the day (UTC) on which the run
     began."""
+    chat_template_arguments: AffectsResult[JsonObject] = Field(default_factory=dict)
+    """Further variables of the chat template as a JSON object, such as `{"enable_thinking": false}`. A name that the
+    template does not have is an error."""
 
 
 class Train(Group):
@@ -287,7 +301,7 @@ class Train(Group):
     """Maximum number of tokens in one forward pass; empty: as many as fit into the GPU's memory, 1,024 on a CPU. An
     optimizer step has the same examples with any value."""
     max_length: AffectsResult[Count] = 2048
-    """Maximum length of an example, in tokens; a longer one is an invalid row (JOB_DATA__ON_BAD_ROW), never cut."""
+    """Maximum length of an example, in tokens; JOB_DATA__ON_LONG_ROW says what becomes of a longer one."""
     optimizer: AffectsResult[OptimizerName] = "adamw_8bit"
     """Optimizer of the adapter's weights."""
     validate_every_steps: AffectsResult[Maybe[Count]] = None
@@ -299,8 +313,11 @@ class Train(Group):
     keep: AffectsResult[Literal["last", "best"]] = "last"
     """Which adapter is evaluated and published: that of the last step, or of the step with the lowest validation loss.
     """
-    loss_on: AffectsResult[Literal["all", "completion"]] = "all"
-    """Tokens that the loss counts: all, or those of the completion (the answer) only."""
+    loss_on: AffectsResult[Literal["all", "completion", "assistant", "last"]] = "all"
+    """Tokens that the loss counts: all, or those of the completion (the answer) only. Of messages, `completion` and
+    `assistant` are all turns of the assistant, `last` is the last one. `assistant` takes them from the template's
+    `{% generation %}` marks, or from TRL's training template for it, where there is one; with `assistant` and `last` a
+    turn that does not end with a special token is an invalid row."""
     gradient_checkpointing: ExecutionOnly[FlagOrAuto] = "auto"
     """Recompute activations in the backward pass instead of keeping them; `auto`: if they do not fit into memory."""
     gpu_memory_gb: ExecutionOnly[Maybe[Positive]] = None

@@ -19,6 +19,7 @@ from job import log
 from job.common import host
 from job.common.hashing import code_hashes
 from job.common.resources import check_disk, required_bytes
+from job.common.source_list import Source, locate_sources, parse_sources
 from job.common.threads import in_thread
 from job.data.dataset import check_source
 from job.data.formats import find_file
@@ -156,7 +157,7 @@ def _pull(
         if baseline is not None:
             check_questions(baseline, tasks.questions(settings.eval.limit), gate.metric)
         start = _find_start(attempt, settings, storage)
-        source = _fetch(attempt, settings.data.source, "data", storage)
+        source = locate_sources(settings.data.source, lambda place, kind: _fetch(attempt, place, kind, storage))
         validation = _fetch_validation(attempt, settings, storage)
         folder, missing = _early_files(attempt, early, coming)
         tokenizer = load_tokenizer(folder)
@@ -199,7 +200,8 @@ def _pull(
 
 def _places(settings: Settings, later: Sequence[Settings]) -> set[str]:
     """Where the inputs are."""
-    data = {settings.data.source, *(stage.data.source for stage in later)}
+    texts = (settings.data.source, *(stage.data.source for stage in later))
+    data = {source.place for text in texts for source in parse_sources(text)}
     validation = _what_to_validate_on(settings)
     own = {validation.name} if isinstance(validation, ValidationSource) else set()
     return {settings.model.id, *data, *own, *settings.eval.data.values()}
@@ -214,8 +216,9 @@ def _check_places(settings: Settings, later: Sequence[Settings]) -> None:
     """
     checks: list[tuple[str, Callable[[], object]]] = [
         *(
-            (d.source, partial(check_source, d.source, d.revision, d.split))
+            (one.place, partial(check_source, one.place, one.revision or d.revision, d.split))
             for d in (settings.data, *(stage.data for stage in later))
+            for one in parse_sources(d.source)
         ),
         *((place, partial(find_file, place)) for place in settings.eval.data.values()),
     ]
@@ -297,7 +300,8 @@ def _what_to_validate_on(settings: Settings) -> float | ValidationSource | None:
 
 def _check_hub(settings: Settings) -> None:
     """Asks the hub whether the data sets that it has are there, before weights are downloaded."""
-    check_hub_dataset(settings.data.source, settings.data.revision)
+    for source in parse_sources(settings.data.source):
+        check_hub_dataset(source.place, source.revision or settings.data.revision)
     validation = _what_to_validate_on(settings)
     if isinstance(validation, ValidationSource) and not is_remote(validation.name):
         check_hub_dataset(validation.name, validation.revision)
@@ -312,7 +316,11 @@ def _fetch_validation(attempt: Attempt, settings: Settings, storage: StorageOpti
 
 
 def _read_rows(
-    settings: Settings, source: str, validation: float | ValidationSource | None, tokenizer: Any, **how: Any
+    settings: Settings,
+    source: str | Sequence[Source],
+    validation: float | ValidationSource | None,
+    tokenizer: Any,
+    **how: Any,
 ) -> tuple[list[Example], list[Example], DatasetRecord]:
     """The examples for training and for validation; `how` goes to `load_examples`."""
     data = settings.data
@@ -329,6 +337,9 @@ def _read_rows(
         max_length=settings.train.max_length,
         tokenizer=tokenizer,
         method=settings.train.last_method,
+        template_arguments=data.chat_template_arguments,
+        field_names=data.fields,
+        on_long_row=data.on_long_row,
         seed=settings.run.seed,
         **how,
     )

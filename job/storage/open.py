@@ -5,6 +5,8 @@ The contract of stores, and how to add one: `job/storage/base.py`. The table of 
 
 from __future__ import annotations
 
+import re
+from fnmatch import fnmatchcase
 from pathlib import Path
 from pkgutil import resolve_name
 
@@ -41,6 +43,7 @@ __all__ = [
 ]
 
 _DEFAULT = StorageOptions()
+_WILDCARD = re.compile(r"[*?\[]")
 
 
 def open_store(place: str | Location, options: StorageOptions = _DEFAULT) -> ObjectStore:
@@ -57,13 +60,15 @@ def open_store(place: str | Location, options: StorageOptions = _DEFAULT) -> Obj
 def fetch(place: str, folder: Path, options: StorageOptions = _DEFAULT) -> str:
     """Downloads what lies at a URI, an object or all objects below it as a folder; a path or hub id stays as it is.
 
+    With the wildcards `*`, `?` or `[` in its last part, a URI means all objects of such names in their folder.
+
     Args:
         place: A slash at the end of a URI says that it is a folder.
         folder: Where to put it, under the last part of its name.
         options: How to reach the store.
 
     Returns:
-        The local file or folder, or `place` itself.
+        The local file or folder, or `place` itself; for a URI with wildcards the same pattern in a local folder.
 
     Raises:
         SettingsError: There is nothing at the URI, or it makes no sense.
@@ -73,6 +78,8 @@ def fetch(place: str, folder: Path, options: StorageOptions = _DEFAULT) -> str:
     if not is_remote(place):
         return place
     location = Location.parse(place)
+    if _WILDCARD.search(location.name):
+        return _fetch_glob(place, location, folder, options)
     store, target = open_store(location.parent, options), folder / location.name
     name = location.name if location.key else ""
     if name and not location.folder:
@@ -98,6 +105,24 @@ def fetch(place: str, folder: Path, options: StorageOptions = _DEFAULT) -> str:
     return str(target)
 
 
+def _fetch_glob(place: str, location: Location, folder: Path, options: StorageOptions) -> str:
+    store, target = open_store(location.parent, options), folder / "shards"
+    found = _matching(store, location.name)
+    if not found:
+        raise SettingsError([Problem(place, "no object has such a name; correct the URI or the wildcards in it")])
+    if problems := _impossible_names(place, {info.key: info for info in found}):
+        raise DataError(problems)
+    for info in found:
+        store.download(info.key, target / info.key, max_bytes=info.bytes)
+    return str(target / location.name)
+
+
+def _matching(store: ObjectStore, pattern: str) -> list[ObjectInfo]:
+    """The objects right below a place whose names fit the pattern."""
+    start = pattern[: _WILDCARD.search(pattern).start()]  # type: ignore[union-attr]  # it has one
+    return [info for info in store.list(start) if "/" not in info.key and fnmatchcase(info.key, pattern)]
+
+
 def size(place: str, options: StorageOptions = _DEFAULT) -> int:
     """Bytes that `fetch` is going to download; 0 for a path or hub id, and if nothing is there, which `fetch` reports.
 
@@ -108,6 +133,8 @@ def size(place: str, options: StorageOptions = _DEFAULT) -> int:
     if not is_remote(place):
         return 0
     location = Location.parse(place)
+    if _WILDCARD.search(location.name):
+        return sum(info.bytes for info in _matching(open_store(location.parent, options), location.name))
     name = location.name if location.key else ""
     found = {info.key: info.bytes for info in open_store(location.parent, options).list(name)}
     if name in found and not location.folder:

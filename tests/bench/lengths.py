@@ -24,7 +24,7 @@ def main(model: str, alpaca: str, arc_easy: str) -> int:
     """Counts and writes."""
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=model)
     rows = [row for row in read_rows(Path(alpaca), "alpaca") if isinstance(row, Row) and not check_row(row, "alpaca")]
-    texts = [render(row, "alpaca", None, find_turns=False).text for row in rows[:ROWS]]
+    texts = [render(row, "alpaca", None, turns=None).text for row in rows[:ROWS]]
     questions = []
     for line in Path(arc_easy).read_text(encoding="utf-8").splitlines():
         row = json.loads(line)

@@ -52,7 +52,7 @@ def test_help_is_asked_for_anywhere() -> None:
     """After other words, without a command, and whatever else is wrong."""
     done = job("--train.epochs=0", "--help", JOB_TYPO="1")
     assert (done.returncode, done.stderr) == (0, "")
-    assert "--train.epochs int" in done.stdout
+    assert "--train.epochs {int,float}" in done.stdout
 
 
 def test_help_shows_documentation_and_default() -> None:

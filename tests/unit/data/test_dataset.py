@@ -11,6 +11,7 @@ import structlog
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from job.common.source_list import Source
 from job.data import dataset
 from job.data.dataset import check_source, load_examples
 from job.data.formats import SUFFIXES, Row
@@ -29,7 +30,9 @@ ALPACA_ROWS = st.lists(
 )
 
 
-def load(source: Path | str, tokenizer: Any = None, **changes: Any) -> tuple[list[Example], DatasetRecord]:
+def load(
+    source: Path | str | tuple[Source, ...], tokenizer: Any = None, **changes: Any
+) -> tuple[list[Example], DatasetRecord]:
     """`load_examples` with the arguments that a test leaves alone."""
     options: dict[str, Any] = {
         "revision": None,
@@ -41,7 +44,7 @@ def load(source: Path | str, tokenizer: Any = None, **changes: Any) -> tuple[lis
         "max_length": 2000,
         "tokenizer": tokenizer or toy_tokenizer(),
     }
-    return load_examples(str(source), **options | changes)
+    return load_examples(source if isinstance(source, tuple) else str(source), **options | changes)
 
 
 def lines(path: Path, *rows: Any) -> Path:

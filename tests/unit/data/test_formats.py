@@ -1,9 +1,10 @@
-"""Reading JSON, JSONL, CSV and Parquet."""
+"""Reading JSON, JSONL, CSV, Parquet and Arrow."""
 
 from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 import os
 import shutil
@@ -24,21 +25,38 @@ ROWS = [{"a": "one", "b": "1"}, {"a": 'q"uo,te\nline\u2028', "b": ""}, {"a": "ü
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     """Writes rows in the format that the path's suffix names."""
-    if path.suffix in {".csv", ".tsv"}:
-        with path.open("w", newline="", encoding="utf-8") as file:
-            table = csv.DictWriter(file, list(rows[0]), dialect="excel" if path.suffix == ".csv" else "excel-tab")
-            table.writeheader()
-            table.writerows(rows)
-    elif path.suffix == ".parquet":
+    if path.suffix in {".parquet", ".arrow"}:
         import pyarrow as pa
         from pyarrow import parquet
 
-        parquet.write_table(pa.Table.from_pylist(rows), path)
+        table = pa.Table.from_pylist(rows)
+        if path.suffix == ".parquet":
+            parquet.write_table(table, path)
+        else:
+            with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+                writer.write_table(table)
+        return path
+    if {".csv", ".tsv"} & set(path.suffixes):
+        content = io.StringIO(newline="")
+        table = csv.DictWriter(content, list(rows[0]), dialect="excel" if ".csv" in path.suffixes else "excel-tab")
+        table.writeheader()
+        table.writerows(rows)
+        text = content.getvalue()
+    elif {".jsonl", ".ndjson"} & set(path.suffixes):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
     else:
-        lines = bool({".jsonl", ".ndjson"} & set(path.suffixes))
-        text = "".join(json.dumps(row) + "\n" for row in rows) if lines else json.dumps(rows)
-        path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+        text = json.dumps(rows)
+    path.write_bytes(packed(text.encode(), path.suffix))
     return path
+
+
+def packed(data: bytes, suffix: str) -> bytes:
+    """Compressed as the suffix says."""
+    import pyarrow as pa
+
+    if suffix == ".zst":
+        return bytes(pa.Codec("zstd").compress(data, asbytes=True)) if data else b""
+    return gzip.compress(data) if suffix == ".gz" else data
 
 
 def read(path: Path, content: bytes | None = None) -> list[Row | RowError]:
@@ -171,7 +189,9 @@ def test_a_directory_stands_for_its_only_data_file(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     assert find_file(str(tmp_path)) == path
     write_rows(tmp_path / "rows.json", ROWS)
-    with pytest.raises(DataError, match=r"2 data files, name one: rows\.csv, rows\.json$"):
+    with pytest.raises(
+        DataError, match=r"2 data files, name one, or several by a glob such as \*\.csv: rows\.csv, rows\.json$"
+    ):
         find_file(str(tmp_path))
 
 
@@ -254,10 +274,10 @@ def test_a_file_that_is_something_else_says_what(tmp_path: Path, name: str, cont
     ("name", "words"),
     [
         ("x.zip", "unpack it"),
-        ("x.jsonl.zst", "use gzip"),
-        ("x.csv.gz", "gunzip"),
+        ("x.jsonl.xz", "use gzip or zstd"),
+        ("x.parquet.gz", "unpack it"),
         ("x.xlsx", "save it as CSV"),
-        ("x.arrow", "to_parquet"),
+        ("x.feather", "as Parquet"),
         ("x.pkl", "run code"),
     ],
 )
@@ -269,16 +289,72 @@ def test_formats_that_are_not_read_say_what_to_do(tmp_path: Path, name: str, wor
             find_file(str(place))
 
 
-def test_a_folder_of_save_to_disk_is_named_as_that(tmp_path: Path) -> None:
-    """What `datasets` saved for itself is refused, with how to write what the job reads."""
+def test_a_folder_of_save_to_disk_is_read(tmp_path: Path) -> None:
+    """What `datasets` saved gives its rows in order; of a dictionary of data sets, those of the split."""
     from datasets import Dataset, DatasetDict
 
     rows = Dataset.from_list(ROWS)
-    rows.save_to_disk(tmp_path / "one")
-    DatasetDict(train=rows).save_to_disk(tmp_path / "dict")
-    for folder in ("one", "dict"):
-        with pytest.raises(DataError, match=r"save_to_disk.*to_json"):
-            find_files(str(tmp_path / folder), "train")
+    rows.save_to_disk(tmp_path / "one", num_shards=2)
+    DatasetDict(train=rows, test=rows.select([1])).save_to_disk(tmp_path / "dict")
+    for folder, split, expected in (("one", "any", ROWS), ("dict", "train", ROWS), ("dict", "test", ROWS[1:2])):
+        files, _ = find_files(str(tmp_path / folder), split)
+        found = [row for file in files for row in read_rows(file, file.name)]
+        assert [row.fields for row in found if isinstance(row, Row)] == expected
+    for split in ("validation", ".."):
+        with pytest.raises(DataError, match=r"JOB_DATA__SPLIT.*'train', 'test'"):
+            find_files(str(tmp_path / "dict"), split)
+    assert find_files(str(tmp_path / "one" / "data-00001-of-00002.arrow"), "any")[1] is False
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        ('{"_data_files": [{"filename": "../x.arrow"}]}', "names no files"),
+        ('{"_data_files": [{"filename": "x.arrow"}]}', "lacks x.arrow"),
+        ('{"_data_files": [{"filename": "state.json"}]}', "lacks state.json"),
+        ("[]", "no JSON object"),
+        ("{", "no JSON object"),
+    ],
+)
+def test_a_saved_data_set_stays_in_its_folder(tmp_path: Path, state: str, words: str) -> None:
+    """A state.json that names other files than Arrow files of the folder is an error."""
+    (tmp_path / "state.json").write_text(state)
+    with pytest.raises(DataError, match=words):
+        find_files(str(tmp_path), "train")
+
+
+def test_globs_and_numbered_shards_are_read_in_order(tmp_path: Path) -> None:
+    """All files that a glob fits, or a folder's shards if nothing is missing, are read; other files are not mixed."""
+    names = ["rows-00001.jsonl", "rows-00000.jsonl"]
+    for name in names:
+        write_rows(tmp_path / name, ROWS)
+    assert [file.name for file in find_files(str(tmp_path), "train")[0]] == sorted(names)
+    write_rows(tmp_path / "test.jsonl", ROWS)
+    with pytest.raises(DataError, match=r"3 data files, name one, or several by a glob such as \*\.jsonl"):
+        find_files(str(tmp_path), "train")
+    assert [file.name for file in find_files(f"{tmp_path}/rows-*.jsonl", "train")[0]] == sorted(names)
+    assert len(find_files(f"{tmp_path.parent}/**/{tmp_path.name}/*.jsonl", "train")[0]) == 3
+    with pytest.raises(DataError, match="fits no file"):
+        find_files(f"{tmp_path}/*.csv", "train")
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(DataError, match=r"notes\.txt: ends in none of"):
+        find_files(f"{tmp_path}/*", "train")
+    (tmp_path / "test.jsonl").unlink()
+    (tmp_path / "rows-00000.jsonl").rename(tmp_path / "rows-00003.jsonl")
+    with pytest.raises(DataError, match="2 data files"):
+        find_files(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.zst", ".csv.zst", ".arrow"])
+def test_a_damaged_file_is_a_fault(tmp_path: Path, suffix: str) -> None:
+    """A file that is cut off anywhere, or is no such file, gives a fault that names it, never an exception."""
+    path = write_rows(tmp_path / f"x{suffix}", [{"a": f"{number} " * 50, "b": "x"} for number in range(200)])
+    whole = path.read_bytes()
+    for content in (whole[: len(whole) // 2], whole[:-1], b"\xff" * 200):
+        found = read(path, content)
+        assert found
+        assert isinstance(found[-1], RowError)
+        assert found[-1].kind == UNREADABLE
 
 
 def test_the_shards_of_a_split_are_read_in_order(tmp_path: Path) -> None:

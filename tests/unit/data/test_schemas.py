@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from job.data.chat_template import Template, TemplateRefusalError
-from job.data.conversations import LEARNED
+from job.data.conversations import LEARNED, Turns
 from job.data.fields import Rendered
 from job.data.formats import Row, RowError
 from job.data.schemas import Schema, check_row, detect_schema, render
@@ -21,27 +21,39 @@ ASK = {"role": "user", "content": "cat?"}
 ANSWER = {"role": "assistant", "content": "mat."}
 
 
-def in_process(chat_template: str | None) -> Template:
+class InProcess:
     """The template as transformers renders it, in this process: what goes wrong in one is tested elsewhere."""
-    tokenizer = toy_tokenizer(chat_template)
 
-    def render_here(messages: Any, *, tools: Any = None, add_generation_prompt: bool = False) -> str:
+    marks = None
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, messages: Any, *, tools: Any = None, add_generation_prompt: bool = False) -> str:
+        """The text."""
         try:
-            text = tokenizer.apply_chat_template(
+            text = self.tokenizer.apply_chat_template(
                 messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
             )
         except Exception as error:
             raise TemplateRefusalError(str(error)) from error
         return str(text)
 
-    return render_here
+    def marked(self, messages: Any, *, tools: Any = None) -> Any:
+        """Not asked for: it has no marks."""
+        raise NotImplementedError
+
+
+def in_process(chat_template: str | None) -> Template:
+    """The template in this process."""
+    return InProcess(toy_tokenizer(chat_template))
 
 
 def learned(fields: dict[str, Any], schema: Schema, template: str | None = CHATML) -> tuple[str, list[str]]:
     """The text of a good row, and the parts of it that are completion."""
     row = Row("x:1", fields)
     assert check_row(row, schema) == []
-    item = render(row, schema, in_process(template), find_turns=True)
+    item = render(row, schema, in_process(template), turns="completion")
     assert isinstance(item, Rendered)
     return item.text, [item.text[start:stop] for start, stop in item.completions]
 
@@ -110,7 +122,7 @@ def test_alpaca_is_rendered_as_its_authors_did() -> None:
                 assert [fault.kind for fault in faults] == ["empty_target"]
                 empty += 1
                 continue
-            item = render(Row("x", fields), "alpaca", None, find_turns=True)
+            item = render(Row("x", fields), "alpaca", None, turns="completion")
             assert isinstance(item, Rendered)
             assert item.text == fields["text"]
             ((start, stop),) = item.completions
@@ -163,7 +175,7 @@ def test_fields_that_are_null_in_a_message_do_not_count() -> None:
 def test_a_conversation_that_the_template_refuses_is_a_fault(template: str, reason: str) -> None:
     """A chat template that refuses a conversation, or whose turns cannot be told apart, makes a fault that says why."""
     row = Row("x:1", {"messages": [ASK, ANSWER, ASK, ANSWER]})
-    fault = render(row, "messages", in_process(template), find_turns=True)
+    fault = render(row, "messages", in_process(template), turns="completion")
     assert isinstance(fault, RowError)
     assert (fault.kind, fault.where) == ("bad_conversation", "x:1 messages")
     assert reason in fault.what
@@ -172,7 +184,7 @@ def test_a_conversation_that_the_template_refuses_is_a_fault(template: str, reas
 def test_turns_are_not_asked_for_where_all_is_learned() -> None:
     """A template whose turns cannot be told apart still renders where the loss is on everything."""
     template = "{% for m in messages %}{{ loop.revindex }}{{ m.content }}{% endfor %}"
-    item = render(Row("x:1", {"messages": [ASK, ANSWER]}), "messages", in_process(template), find_turns=False)
+    item = render(Row("x:1", {"messages": [ASK, ANSWER]}), "messages", in_process(template), turns=None)
     assert item == Rendered("x:1 messages", "2cat?1mat.", ((0, 10),))
 
 
@@ -229,7 +241,7 @@ def test_what_the_template_does_not_write_is_refused(schema: Schema, fields: dic
     """Tools, their calls, images, and the last answer's reasoning are a fault where they leave no trace in the text."""
     row = Row("x:1", fields)
     assert check_row(row, schema) == []
-    fault = render(row, schema, in_process(CHATML), find_turns=False)
+    fault = render(row, schema, in_process(CHATML), turns=None)
     assert isinstance(fault, RowError)
     assert (fault.kind, fault.where) == ("field_without_use", f"x:1 {field}")
     assert "does not write" in fault.what or "not written" in fault.what
@@ -286,11 +298,12 @@ def test_a_message_of_weight_zero_is_never_learned(mark: dict[str, Any]) -> None
     bad = ANSWER | {"content": "bad"} | mark
     row = Row("x:1", {"messages": [ASK, bad, ASK, ANSWER | {"weight": 1}]})
     assert check_row(row, "messages") == []
-    for find_turns, completions in ((True, ["mat.</s>"]), (False, [])):
-        item = render(row, "messages", in_process(CHATML), find_turns=find_turns)
+    both: tuple[tuple[Turns | None, list[str]], ...] = (("completion", ["mat.</s>"]), (None, []))
+    for turns, completions in both:
+        item = render(row, "messages", in_process(CHATML), turns=turns)
         assert isinstance(item, Rendered)
         assert [item.text[start:stop] for start, stop in item.ignored] == ["bad</s>"]
-        if find_turns:
+        if turns:
             assert [item.text[start:stop] for start, stop in item.completions] == completions
         else:
             assert item.completions == ((0, len(item.text)),)
@@ -299,7 +312,7 @@ def test_a_message_of_weight_zero_is_never_learned(mark: dict[str, Any]) -> None
 def test_the_reasoning_of_earlier_answers_may_be_left_out() -> None:
     """Templates of reasoning models write that of the last answer only: nothing is missing then."""
     row = Row("x:1", {"messages": [ASK, ANSWER | {"reasoning_content": "x"}, ASK, ANSWER]})
-    item = render(row, "messages", in_process(CHATML), find_turns=False)
+    item = render(row, "messages", in_process(CHATML), turns=None)
     assert isinstance(item, Rendered)
     assert item.unused == ("messages[].reasoning_content",)
 
@@ -307,9 +320,9 @@ def test_the_reasoning_of_earlier_answers_may_be_left_out() -> None:
 def test_fields_that_are_left_out_are_named() -> None:
     """A rendered row says which of its fields did nothing, those of its messages too; empty ones do not count."""
     fields = {"messages": [ASK | {"id": 3}, ANSWER], "source": "web", "note": "", "score": 0}
-    item = render(Row("x:1", fields), "messages", in_process(CHATML), find_turns=False)
+    item = render(Row("x:1", fields), "messages", in_process(CHATML), turns=None)
     assert isinstance(item, Rendered)
     assert item.unused == ("source", "score", "messages[].id")
-    alpaca = render(Row("x:1", {"instruction": "a", "output": "b", "text": "c"}), "alpaca", None, find_turns=False)
+    alpaca = render(Row("x:1", {"instruction": "a", "output": "b", "text": "c"}), "alpaca", None, turns=None)
     assert isinstance(alpaca, Rendered)
     assert alpaca.unused == ("text",)

@@ -1,0 +1,91 @@
+"""The value of JOB_DATA__SOURCE: one source, or several with how much of each is used.
+
+    rows.jsonl                                  a path, `s3://` URI or hub id
+    a.jsonl,s3://bucket/c.parquet               several: all rows of the first, then all of the second
+    a.jsonl=2x,b.jsonl=0.5x,c.jsonl=1000rows    each row twice, every second row, the first 1,000 rows
+    org/name@3f5c2a1=2x                         a revision of its own, for a hub id
+
+A path that exists is one source, whatever characters it has in it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+_AMOUNT = re.compile(r"(.+)=(?:(\d{1,4}(?:\.\d{1,6})?)x|(\d{1,9})rows)", re.ASCII)
+_NUMBER = re.compile(r".+=\d+(\.\d+)?", re.ASCII)
+_PINNED = re.compile(r"([A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?)@([\w./-]+)", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source.
+
+    Attributes:
+        place: Path, URI or hub id where it is read from.
+        name: What to call it in messages and records: as the user wrote it, without the amount.
+        revision: Of a hub id, if it has one of its own.
+        times: How often each row is used; a part of 1 takes that share of the rows, evenly spaced.
+        rows: The number of valid rows to take, the first ones; None for all.
+    """
+
+    place: str
+    name: str
+    revision: str | None = None
+    times: Fraction = Fraction(1)
+    rows: int | None = None
+
+
+def parse_sources(text: str) -> tuple[Source, ...]:
+    """The sources that a setting names; one that is the text itself if it names a single one without an amount.
+
+    Raises:
+        ValueError: An item is empty, has an amount that is none, or a number of which the unit is missing.
+    """
+    if os.path.exists(text):  # noqa: PTH110 - a path of any length and with any characters
+        return (Source(text, text),)
+    items = [item.strip() for item in text.split(",")]
+    found = tuple(_parse(item, several=len(items) > 1) for item in items)
+    if len({source.place for source in found}) < len(found):
+        raise ValueError("names the same source twice; give it once, with =2x behind it to use each row twice")
+    return found
+
+
+def _parse(item: str, *, several: bool) -> Source:
+    if not item:
+        raise ValueError("has an empty item between commas; remove the comma")
+    amount = _AMOUNT.fullmatch(item)
+    if amount is None and several and _NUMBER.fullmatch(item):
+        raise ValueError(
+            "has a number without a unit: write =2x to use each row twice, or =1000rows to take 1,000 rows"
+        )
+    place = amount[1] if amount else item
+    times = Fraction(amount[2]) if amount and amount[2] else Fraction(1)
+    rows = int(amount[3]) if amount and amount[3] else None
+    if not times or rows == 0:
+        raise ValueError("has a source of which nothing is used; remove it, or give it more than 0")
+    pinned = None if os.path.exists(place) else _PINNED.fullmatch(place)  # noqa: PTH110
+    place, revision = (pinned[1], pinned[2]) if pinned else (place, None)
+    return Source(place, place, revision, times, rows)
+
+
+def locate_sources(text: str, locate: Callable[[str, str], str]) -> str | tuple[Source, ...]:
+    """What `load_examples` reads: the place of a single source, or all sources with their places.
+
+    Args:
+        text: The setting.
+        locate: Given a place and the name of a folder for copies, returns the path or hub id to read it from.
+    """
+    sources = parse_sources(text)
+    if is_single(sources):
+        return locate(sources[0].place, "data")
+    return tuple(replace(source, place=locate(source.place, f"data/{index}")) for index, source in enumerate(sources))
+
+
+def is_single(sources: tuple[Source, ...]) -> bool:
+    """Whether the setting's text is the place of one source, all of whose rows are used once."""
+    return len(sources) == 1 and sources[0] == Source(sources[0].place, sources[0].place)

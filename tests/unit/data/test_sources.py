@@ -1,0 +1,202 @@
+"""Several sources, fields under other names, and rows that are too long."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from hashlib import sha256
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from job.common.source_list import Source, locate_sources, parse_sources
+from job.data.tokenization import Encoded
+from job.errors import DataError, SettingsError
+from tests.toy_tokenizer import toy_tokenizer
+from tests.unit.data.test_dataset import lines, load, text_of
+
+
+def texts(*names: str) -> list[dict[str, str]]:
+    """Rows of plain text."""
+    return [{"text": name} for name in names]
+
+
+def read(text: str, **how: Any) -> Any:
+    """`load_examples` on the value of JOB_DATA__SOURCE."""
+    return load(locate_sources(text, lambda place, _: place), name=text, **how)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a.jsonl", [Source("a.jsonl", "a.jsonl")]),
+        ("s3://b/year=2024", [Source("s3://b/year=2024", "s3://b/year=2024")]),
+        ("a.jsonl,s3://b/c.csv", [Source("a.jsonl", "a.jsonl"), Source("s3://b/c.csv", "s3://b/c.csv")]),
+        ("a.jsonl=2x", [Source("a.jsonl", "a.jsonl", times=Fraction(2))]),
+        (
+            "a=0.5x, org/name@abc=10rows",
+            [Source("a", "a", times=Fraction(1, 2)), Source("org/name", "org/name", "abc", rows=10)],
+        ),
+        ("rows/x=1/*.jsonl=1.5x", [Source("rows/x=1/*.jsonl", "rows/x=1/*.jsonl", times=Fraction(3, 2))]),
+    ],
+)
+def test_the_spelling_of_sources(text: str, expected: list[Source]) -> None:
+    """A source may have an amount, as times or as rows, and a hub id a revision."""
+    assert parse_sources(text) == tuple(expected)
+
+
+@pytest.mark.parametrize("text", ["a,", "a,,b", "a=2,b", "a=0.5,b", "a,b=0x", "a,b=0rows", "a=2x,a", "a@1,a@2"])
+def test_what_is_ambiguous_is_refused(text: str) -> None:
+    """An empty item, a number without its unit, nothing of a source, and a source named twice are errors."""
+    with pytest.raises(ValueError, match=r"has an? |names the same"):
+        parse_sources(text)
+
+
+def test_a_path_that_exists_is_one_source(tmp_path: Path) -> None:
+    """Commas, and what looks like an amount, in the name of a file that is there are part of the name."""
+    path = lines(tmp_path / "a,b=2x", *texts("cat"))
+    assert parse_sources(str(path)) == (Source(str(path), str(path)),)
+
+
+def test_sources_follow_one_another(tmp_path: Path) -> None:
+    """Examples come source by source, as often as asked; the record has rows and hash of each, as if it were alone."""
+    one = lines(tmp_path / "one.jsonl", *texts("a", "b", "c", "d", "e"))
+    two = lines(tmp_path / "two.jsonl", *texts("x", "y", "z"))
+    three = lines(tmp_path / "three.jsonl", *texts("k", "l"))
+    examples, record = read(f"{one}=0.5x,{two}=2rows,{three}=1.5x")
+    assert [text_of(example) for example in examples] == ["b", "d", "x", "y", "k", "l", "l"]
+    assert [(source.source, source.rows) for source in record.sources] == [
+        (str(one), 2),
+        (str(two), 2),
+        (str(three), 3),
+    ]
+    alone = lines(tmp_path / "alone.jsonl", *texts("b", "d", "x", "y", "k", "l", "l"))
+    assert record.sha256 == load(alone)[1].sha256
+    assert record.sources[1].sha256 == load(two, limit=2)[1].sha256
+    assert (record.rows, record.format, record.revision) == (7, "text", None)
+
+
+def test_a_single_source_is_as_it_was(tmp_path: Path) -> None:
+    """One source has no list of sources in its record, and the hash is over its examples alone."""
+    path = lines(tmp_path / "x.jsonl", *texts("cat", "mat"))
+    examples, record = read(str(path))
+    assert (record.source, record.sources, record.long_rows) == (str(path), [], {})
+    digest = sha256(b"examples 1\0")
+    for example, text in zip(examples, ("cat", "mat"), strict=True):
+        digest.update(Encoded(text, example).canonical())
+    assert record.sha256 == digest.hexdigest()
+
+
+def test_bad_rows_of_all_sources_are_in_one_report(tmp_path: Path) -> None:
+    """Each bad row is reported once, however often its source is used, and so is a source with too few rows."""
+    one = lines(tmp_path / "one.jsonl", *texts("a", ""), {"prompt": "x"})
+    two = lines(tmp_path / "two.jsonl", b"{", *texts("b"))
+    with pytest.raises(DataError) as error:
+        read(f"{one}=3x,{two}=5rows")
+    assert [problem.where for problem in error.value.problems] == [
+        f"{one}:2 text",
+        f"{one}:3 text",
+        f"{two}:1",
+        str(two),
+    ]
+    assert "has 1 valid rows, and 5 are asked for" in error.value.problems[-1].what
+    _, record = read(f"{one}=3x,{two}", on_bad_row="skip")
+    assert ([source.rows for source in record.sources], record.skipped) == (
+        [3, 1],
+        {"empty_target": 1, "invalid_json": 1, "missing_field": 1},
+    )
+
+
+def test_the_files_of_a_glob_are_named_by_the_pattern(tmp_path: Path) -> None:
+    """A bad row in a file that a glob found is named by the user's own place for the folder."""
+    for name in ("a", "b"):
+        lines(tmp_path / f"{name}.jsonl", *texts("cat", ""))
+    with pytest.raises(DataError) as error:
+        load(f"{tmp_path}/*.jsonl", name="s3://bucket/rows/*.jsonl")
+    assert [problem.where for problem in error.value.problems] == [
+        "s3://bucket/rows/a.jsonl:2 text",
+        "s3://bucket/rows/b.jsonl:2 text",
+    ]
+
+
+def test_fields_have_other_names(tmp_path: Path) -> None:
+    """Rows whose fields are named otherwise, nested ones too, give the same examples as under the schema's names."""
+    own = {"text": "no", "question": "cat?", "answers": [{"text": "mat"}], "a.b": "x"}
+    names = {"prompt": "question", "completion": "answers.0.text"}
+    found = load(lines(tmp_path / "x.jsonl", own), field_names=names)
+    expected = load(lines(tmp_path / "y.jsonl", {"prompt": "cat?", "completion": "mat"}))
+    assert (found[0], found[1].sha256) == (expected[0], expected[1].sha256)
+    dotted = load(lines(tmp_path / "z.jsonl", own), field_names={"text": "a.b"})
+    assert text_of(dotted[0][0]) == "x"
+    with pytest.raises(DataError, match=r"x\.jsonl:1 completion \(answers\.1\.text, by JOB_DATA__FIELDS\): is missing"):
+        load(tmp_path / "x.jsonl", field_names=names | {"completion": "answers.1.text"})
+
+
+def test_long_rows_are_skipped(tmp_path: Path) -> None:
+    """With skip a row that is too long is left out and counted, and other bad rows are errors still."""
+    path = lines(tmp_path / "x.jsonl", *texts("0" * 30, "cat"))
+    examples, record = load(path, max_length=10, on_long_row="skip")
+    assert (len(examples), record.skipped, record.long_rows) == (1, {"too_long": 1}, {})
+    lines(path, *texts("0" * 30, "cat", ""))
+    with pytest.raises(DataError, match=r"x\.jsonl:3 text: is empty"):
+        load(path, max_length=10, on_long_row="skip")
+    with pytest.raises(DataError, match="tokens long"):
+        load(path, max_length=10)
+
+
+def test_long_rows_are_truncated(tmp_path: Path) -> None:
+    """With truncate a row keeps its first tokens, and those that were cut are counted."""
+    path = lines(tmp_path / "x.jsonl", *texts("0123456789", "cat"))
+    (whole, other), _ = load(path)
+    (cut, same), record = load(path, max_length=8, on_long_row="truncate")
+    assert (cut.input_ids, cut.targets) == (whole.input_ids[:8], whole.targets[:8])
+    assert same == other
+    assert record.long_rows == {"truncated": 1, "tokens_cut": len(whole.input_ids) - 8}
+    prompt = lines(tmp_path / "y.jsonl", {"prompt": "0123456789", "completion": "cat"})
+    with pytest.raises(DataError, match="no token to learn"):
+        load(prompt, max_length=8, on_long_row="truncate", loss_on="completion")
+
+
+@pytest.mark.parametrize("length", range(2, 14))
+def test_long_rows_are_split(tmp_path: Path, length: int) -> None:
+    """With split every token of the row but the first is a target in exactly one piece, with the token before it."""
+    path = lines(tmp_path / "x.jsonl", *texts("0123456789"))
+    (whole,), _ = load(path)
+    pieces, record = load(path, max_length=length, on_long_row="split")
+    pairs = [
+        (example.input_ids[index - 1], token)
+        for example in pieces
+        for index, (token, target) in enumerate(zip(example.input_ids, example.targets, strict=True))
+        if target
+    ]
+    ids = whole.input_ids
+    assert pairs == list(pairwise(ids))
+    assert all(len(example.input_ids) <= length for example in pieces)
+    expected = {"split": 1, "pieces": len(pieces)} if len(pieces) > 1 else {}
+    assert (record.long_rows, record.rows) == (expected, len(pieces))
+    assert len(load(path, max_length=length, on_long_row="split", limit=1)[0]) == 1
+
+
+def test_conversations_are_not_split(tmp_path: Path) -> None:
+    """Splitting what is no plain text, and cutting answers that are compared, are errors of the setting."""
+    path = lines(tmp_path / "x.jsonl", {"prompt": "a", "completion": "b"})
+    with pytest.raises(SettingsError, match=r"JOB_DATA__ON_LONG_ROW.*prompt_completion"):
+        load(path, on_long_row="split")
+    pair = lines(tmp_path / "y.jsonl", {"prompt": "a", "chosen": "b", "rejected": "c"})
+    with pytest.raises(SettingsError, match=r"JOB_DATA__ON_LONG_ROW.*compared"):
+        load(pair, on_long_row="truncate", method="dpo")
+
+
+def test_nested_json_is_read_from_every_format(tmp_path: Path) -> None:
+    """Names of nested fields reach into objects of JSON lines and of Arrow alike."""
+    import pyarrow as pa
+
+    row = {"turn": {"question": "cat?", "answer": {"text": "mat"}}}
+    names = {"prompt": "turn.question", "completion": "turn.answer.text"}
+    json_lines = load(lines(tmp_path / "x.jsonl", row), field_names=names)
+    table = pa.Table.from_pylist([row])
+    with pa.OSFile(str(tmp_path / "x.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+    assert load(tmp_path / "x.arrow", field_names=names)[0] == json_lines[0]
+    assert toy_tokenizer().decode(json_lines[0][0].input_ids) == "<s>cat?mat</s>"
