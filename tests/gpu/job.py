@@ -152,6 +152,7 @@ def main() -> None:
             "JOB_MODEL__ID": str(folder / "base"),
             "JOB_DATA__SOURCE": str(asked.alpaca),
             "JOB_DATA__LIMIT": asked.rows,
+            "JOB_DATA__ON_BAD_ROW": "skip",  # rows of Alpaca without an output
             "JOB_EVAL__DATA": f"arc_easy={asked.arc}",
             "JOB_STORAGE__CACHE": str(folder / "cache"),
         }
