@@ -30,7 +30,7 @@ def render_model_card(results: Mapping[str, Any]) -> bytes:
     model, dataset, tasks = results["model"], results["dataset"], results["evaluation"]["tasks"]
     name, revision = public_base(model["id"], model["revision"], settings.get("model.name"))
     known = revision is not None or settings.get("model.name") is not None
-    title = f"{_short(name)}, fine-tuned on {_short(dataset['source'])}"
+    title = f"{_short(name)}, fine-tuned on {_sources(dataset, short=True)}"
     licence = LICENCES.get(dataset["source"]) if dataset["revision"] else None
     body = render(
         "card.md",
@@ -53,7 +53,7 @@ def render_model_card(results: Mapping[str, Any]) -> bytes:
         if settings.get("train.warmup_ratio") is None
         else f"{100 * settings['train.warmup_ratio']:g} % of the steps",
         auto="AutoModelForImageTextToText" if model["architecture"].endswith(_SEES) else "AutoModelForCausalLM",
-        source=dataset["source"] if dataset["revision"] or "://" in dataset["source"] else _short(dataset["source"]),
+        source=_sources(dataset, short=False),
         dtype={"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[model["dtype"]],
         prompt=PROMPTS[dataset["format"]],
         headline=[sentence for _, sentence in wording.headline(tasks)],
@@ -65,6 +65,15 @@ def render_model_card(results: Mapping[str, Any]) -> bytes:
     )
     text = f"---\n{_metadata(results, settings, title, licence, name if known else None)}\n---\n\n{body}"
     return text.encode("utf-8", errors="replace")
+
+
+def _sources(dataset: Mapping[str, Any], *, short: bool) -> str:
+    """The names of the data set's sources; of a path never more than its last part."""
+    parts = dataset.get("sources") or [dataset]
+    whole = [not short and (part["revision"] or "://" in part["source"]) for part in parts]
+    return ", ".join(
+        part["source"] if full else _short(part["source"]) for part, full in zip(parts, whole, strict=True)
+    )
 
 
 def public_base(place: str, revision: str | None, name: str | None) -> tuple[str, str | None]:
@@ -107,7 +116,7 @@ def _metadata(
     method = METHODS[results["training"].get("method", "sft")]
     data = ModelCardData(
         base_model=base,
-        datasets=[dataset["source"]] if dataset["revision"] else None,
+        datasets=[part["source"] for part in dataset.get("sources") or [dataset] if part["revision"]] or None,
         license=licence,
         library_name="peft",
         pipeline_tag="text-generation",

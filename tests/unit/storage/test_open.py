@@ -205,3 +205,18 @@ def test_local_stores_need_no_sdk() -> None:
     ]
     done = subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True, capture_output=True, text=True)
     assert done.stdout == "set()\n"
+
+
+def test_a_glob_fetches_what_it_fits(options: StorageOptions, prefix: str, tmp_path: Path) -> None:
+    """Wildcards in the last part mean all objects of such names in that folder, not below it, and no others."""
+    store = open_store(prefix, options)
+    for name in ("a-0.jsonl", "a-1.jsonl", "b.jsonl", "a-2.csv", "a-3/x.jsonl"):
+        store.write(name, name.encode())
+    pattern = f"{prefix}/a-*.jsonl"
+    assert size(pattern, options) == len("a-0.jsonl") * 2
+    local = fetch(pattern, tmp_path, options)
+    assert Path(local).name == "a-*.jsonl"
+    found = sorted(file.name for file in tmp_path.rglob("*") if file.is_file())
+    assert found == ["a-0.jsonl", "a-1.jsonl"]
+    with pytest.raises(SettingsError, match="no object has such a name"):
+        fetch(f"{prefix}/c*", tmp_path, options)
