@@ -251,7 +251,9 @@ def _only_file(folder: Path, source: str) -> Path:
 
 
 def _foreign(name: str) -> str | None:
-    """How to convert a file of an unsupported format, by its name."""
+    """What to do about a file that is not read here, by its name."""
+    if _reader(Path(name)) is not None:
+        return None
     return next((what for suffix, what in _FOREIGN.items() if name.lower().endswith(suffix)), None)
 
 

@@ -69,7 +69,9 @@ def read(path: Path, content: bytes | None = None) -> list[Row | RowError]:
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_every_format_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
     """Rows come out as they went in, whatever the format, quotes and line breaks inside fields included."""
-    rows = read(write_rows(tmp_path / f"rows{suffix}", ROWS))
+    path = write_rows(tmp_path / f"rows{suffix}", ROWS)
+    assert find_file(str(path)) == find_file(str(tmp_path)) == find_files(str(path), "train")[0][0] == path
+    rows = read(path)
     assert [row.fields for row in rows if isinstance(row, Row)] == ROWS
     assert len(rows) == len(ROWS)
 

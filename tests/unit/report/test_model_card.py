@@ -95,6 +95,17 @@ def test_a_path_of_this_machine_is_not_published() -> None:
     assert "`rows.jsonl`" in named.text
 
 
+def test_several_sources_are_named_without_their_paths(made: dict[str, Any]) -> None:
+    """Each source is in title and text: a hub id whole, of a path the last part; the hub's are in the metadata."""
+    parts = [("/home/me/a.jsonl", None), ("org/rows", "abc")]
+    sources = [{"source": source, "revision": commit, "rows": 1, "sha256": "0"} for source, commit in parts]
+    dataset = {"source": "/home/me/a.jsonl=2x,org/rows@abc", "revision": None, "sources": sources}
+    card = read({**made, "dataset": made["dataset"] | dataset})
+    assert "fine-tuned on a.jsonl, rows" in card.text
+    assert "/home/me" not in card.text
+    assert card.data.datasets == ["org/rows"]
+
+
 def test_it_tells_what_a_user_has_to_know(made: dict[str, Any]) -> None:
     """Verdict with interval, recipe, limits, how to load and how to verify, hashes."""
     text = read(made).text
