@@ -41,7 +41,7 @@ def by_ours(
         began = time.monotonic()
         records = evaluate(tasks, tokenizer, score, limit=limit)[TASK][1]
         seconds = time.monotonic() - began
-    return [record["log_likelihoods"] for record in records], seconds
+    return [record.log_likelihoods for record in records], seconds
 
 
 def by_hflm(

@@ -57,14 +57,19 @@ def test_which_settings_decide_the_result() -> None:
 def test_markers_name_settings() -> None:
     """A setting that another one refers to is there."""
     subjects = {m.subject for kind in (BelongsTo, RevisionOf) for m in find_markers(Settings, kind).values()}
-    assert subjects == {"model.id", "data.source"}
+    assert subjects == {"model.id", "data.source", "data.sft_source", "data.validation"}
     assert subjects <= set(NAMES)
 
 
 def test_channels_of_sagemaker() -> None:
     """Each of the documented channels stands for one setting."""
     channels = {marker.name: name for name, marker in find_markers(Settings, SageMakerChannel).items()}
-    assert channels == {"training": "data.source", "model": "model.id", "evaluation": "eval.data"}
+    assert channels == {
+        "training": "data.source",
+        "validation": "data.validation",
+        "model": "model.id",
+        "evaluation": "eval.data",
+    }
 
 
 def test_a_marker_of_a_group_holds_for_its_settings() -> None:
