@@ -54,11 +54,13 @@ def configure(log_format: str, level: str, secrets: Sequence[str] = (), **contex
         ]
         if as_json
         else [
-            structlog.dev.ConsoleRenderer(
-                colors=sys.stderr.isatty(),
-                pad_event_to=32,
-                # locals may hold rows of the data, and fill pages
-                exception_formatter=structlog.dev.RichTracebackFormatter(show_locals=False),
+            _problems_by_line(
+                structlog.dev.ConsoleRenderer(
+                    colors=sys.stderr.isatty(),
+                    pad_event_to=32,
+                    # locals may hold rows of the data, and fill pages
+                    exception_formatter=structlog.dev.RichTracebackFormatter(show_locals=False),
+                )
             )
         ]
     )
@@ -90,6 +92,16 @@ def configure(log_format: str, level: str, secrets: Sequence[str] = (), **contex
     )
     structlog.contextvars.clear_contextvars()
     structlog.contextvars.bind_contextvars(**context)
+
+
+def _problems_by_line(render: structlog.typing.Processor) -> structlog.typing.Processor:
+    """The renderer, with the problems of an error below its line, one on each."""
+
+    def rendered(logger: Any, method: str, event: structlog.typing.EventDict) -> str:
+        problems = event.pop("problems", ())
+        return "\n".join([str(render(logger, method, event)), *(f"  {problem}" for problem in problems)])
+
+    return rendered
 
 
 def scrub(text: str, secrets: Sequence[str]) -> str:

@@ -6,13 +6,14 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Any
 
 from job import __version__, log
 from job.cli.arguments import COMMANDS, command_help
 from job.common import garbage_collection
 from job.distributed.ranks import VARIABLES, Place, find_machines, visible_gpu
-from job.errors import JobError
+from job.errors import JobError, Problem, SettingsError
 from job.platforms.detect import Platform
 from job.platforms.sagemaker import lasts
 from job.settings.load import (
@@ -62,7 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     platform = current_platform()
     # Before the settings are read: errors in them are log lines, too.
-    log.configure("auto", "info", secrets())
+    asked = environment().get("JOB_LOG__FORMAT", "")
+    log.configure(asked if asked in {"json", "console"} else "auto", "info", secrets())
     try:
         return _dispatch(words)
     except Exception as error:  # noqa: BLE001 - this is the one handler
@@ -76,6 +78,9 @@ def _dispatch(words: list[str]) -> int:
     if words and words[0] == "--version":
         sys.stdout.write(f"qlora-job {__version__}\n")
         return 0
+    if words and not words[0].startswith("-") and words[0] not in COMMANDS:
+        near = "".join(f"; the nearest is {name}" for name in get_close_matches(words[0], COMMANDS, n=1))
+        raise SettingsError([Problem(words[0], f"is no command{near}; known are {', '.join(COMMANDS)}")])
     command = words.pop(0) if words and words[0] in COMMANDS else "run"
     if {"-h", "--help"} & set(words):
         sys.stdout.write(command_help(command))

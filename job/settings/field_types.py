@@ -177,12 +177,18 @@ def _parsed(text: str) -> object:
         raise ValueError("begins like JSON but is not valid JSON; correct it") from None
 
 
+_ONE_SLASH = re.compile(r"[a-z][a-z0-9]+:/")
+"""As a local path it would be a folder of a machine that is lost."""
+
+
 def _location(text: str) -> str:
     """A path or hub id as it is; an `s3://bucket/key` URI checked, without the slash at its end."""
     if text.startswith("~"):
         raise ValueError("~ is not expanded here; write the whole path")
     scheme, separator, rest = text.partition("://")
     if not separator:
+        if _ONE_SLASH.match(text):
+            raise ValueError("has one slash after the colon; write s3://bucket/key, or ./ before a path with a colon")
         return text
     if scheme not in schemes():
         raise ValueError("of all URIs only s3://bucket/key is understood; else give a path")

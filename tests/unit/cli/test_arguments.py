@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -70,3 +71,23 @@ def test_variables_of_a_ci_server_are_one_note() -> None:
     assert '"JOB_NAME", "JOB_URL"' in line
     assert "nightly" not in line
     assert job("config", **jenkins, JOB_TYPO="1").returncode == 2
+
+
+def test_a_mistyped_command_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first word that is no command is one that was mistyped: the nearest is named, and all of them."""
+    monkeypatch.setenv("JOB_LOG__FORMAT", "json")
+    assert main(["verfy", "runs/x"]) == 2
+    line = json.loads(capsys.readouterr().err)
+    assert line["problems"][0].startswith("verfy: is no command; the nearest is verify; known are run, ")
+
+
+def test_a_person_reads_one_problem_a_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal; in JSON they are a list."""
+    monkeypatch.setenv("JOB_LOG__FORMAT", "console")
+    assert main(["run", "--train.epoch", "3", "--lora.rnk", "3"]) == 2
+    first, *problems = capsys.readouterr().err.splitlines()
+    assert "SettingsError" in first
+    assert [line.partition(":")[0] for line in problems] == [
+        "  command line --train.epoch",
+        "  command line --lora.rnk",
+    ]

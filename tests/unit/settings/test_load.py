@@ -433,7 +433,7 @@ BAD_VALUES: list[tuple[str, list[str]]] = [
     ("lora.delta_t", ["0", "3"]),
     ("lora.orth_reg_weight", ["-1", "0.1"]),
     ("lora.target_modules", ["", "q_proj,q_proj", "q_proj,,v_proj", "[", "[1]", "[" * 5000, '{"a": 1}']),
-    ("data.source", ["", "http://host/x", "s3://x", "a,", "a=2,b", "a,s3://x", "a,a", "a=0x"]),
+    ("data.source", ["", "http://host/x", "s3://x", "s3:/bucket/x", "a,", "a=2,b", "a,s3://x", "a,a", "a=0x"]),
     ("data.fields", ["prompt", "prompt=a,prompt=b", "{", "prompt="]),
     ("data.on_long_row", ["cut", "true"]),
     ("data.limit", ["0", "-5", "many"]),
