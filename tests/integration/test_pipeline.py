@@ -467,7 +467,7 @@ def test_a_baseline_that_will_not_do_ends_the_job_at_once(
     ended = run(inputs, "no-baseline", **(gate | changes))
     assert ended.code == code
     (error,) = errors(ended)
-    assert error["problems"][0].startswith("JOB_GATE__BASELINE: ")
+    assert error["problems"][0].startswith("JOB_GATE__BASELINE")
     assert why in error["problems"][0]
     assert "model is loaded" not in {line["event"] for line in ended.lines}
 
