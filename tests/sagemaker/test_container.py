@@ -221,7 +221,7 @@ def test_where_nothing_is_copied_the_log_says_so(order: Callable[..., TrainingJo
     """Without CheckpointConfig and S3 an interruption loses the run: a warning comes before anything else happens."""
     ended = order("lost", bucket=None).run(lambda line: line["level"] == "warning", how=signal.SIGKILL)
     [warning] = [json.loads(line) for line in ended.log]
-    assert "copies this run away" in warning["event"]
+    assert "this run is not copied to S3" in warning["event"]
     assert warning["output"] == str(folder / "ml/checkpoints")
 
 

@@ -30,7 +30,6 @@ EVERYTHING = {"KmsKeyArn": KEY, "Vpc": "yes", "DataBucket": "my-data"}
 # Which permission each request to S3 needs, by AWS's Service Authorization Reference.
 PERMISSION = {
     "GetObject": "s3:GetObject",
-    "HeadObject": "s3:GetObject",
     "PutObject": "s3:PutObject",
     "CreateMultipartUpload": "s3:PutObject",
     "UploadPart": "s3:PutObject",
