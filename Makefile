@@ -5,13 +5,16 @@ STAMP := .venv/installed
 DOCKER ?= docker
 IMAGE ?= qlora-job
 
-.PHONY: run test check format lock chaos standstill servers damage hostile families bench image image-test clean bench-gpu
+.PHONY: run test test-long check format lock chaos standstill servers damage hostile families bench image image-test clean bench-gpu
 
 run: $(STAMP)  ## the demo: results in runs/<run id>/
 	JOB_PRESET=demo $(BIN)/python -m job
 
 test: $(STAMP)  ## all tests
-	$(BIN)/python -m pytest -n 2 -q
+	$(BIN)/python -m pytest -n 2 -q -m "not long"
+
+test-long: $(STAMP)  ## tests that the others leave out: more kills, methods and numbers of processes
+	$(BIN)/python -m pytest -n 2 -q -m long
 
 check: $(STAMP)  ## lint, format, types
 	$(BIN)/ruff check .

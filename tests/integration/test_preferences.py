@@ -68,7 +68,7 @@ def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
         yield found
 
 
-@pytest.mark.parametrize("method", ["dpo", "kto"])
+@pytest.mark.parametrize("method", ["dpo", pytest.param("kto", marks=pytest.mark.long)])
 def test_two_processes_and_kills_change_no_bit(forked: Forks, environment: dict[str, str], method: str) -> None:
     """NF4, dropout, 8-bit Adam, 2 processes: killed twice, a run ends with the artifacts of one that was not."""
     changes = {**EXACT, "JOB_TRAIN__METHOD": method, "JOB_RUN__OUTPUT": f"{environment['JOB_RUN__OUTPUT']}-{method}"}
@@ -82,6 +82,7 @@ def test_two_processes_and_kills_change_no_bit(forked: Forks, environment: dict[
     assert LOG_PROBS in facts_of(results(changes, "whole"))
 
 
+@pytest.mark.long
 def test_the_number_of_processes_changes_no_step(forked: Forks, environment: dict[str, str]) -> None:
     """Two processes learn the same steps as one: losses and rewards differ by rounding alone."""
     assert go(forked, environment, "one", 1) == [0]
@@ -187,6 +188,7 @@ def two_stages(environment: dict[str, str], output: str) -> dict[str, str]:
     }
 
 
+@pytest.mark.long
 def test_two_methods_in_one_run(forked: Forks, environment: dict[str, str], tmp_path: Path) -> None:
     """Both stages resume to the bit, killed in each; the second goes on from the first and compares with it."""
     changes = two_stages(environment, "two")

@@ -106,7 +106,7 @@ def assert_same_steps(environment: Mapping[str, str], name: str, other: str) -> 
         assert step["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-4)
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_the_number_of_processes_changes_no_step(
     forked: Forks, environment: dict[str, str], one: str, processes: int
 ) -> None:

@@ -235,6 +235,7 @@ def test_full_disk(environment: dict[str, str], undisturbed: dict[str, str], tmp
     assert published(larger, "full") == undisturbed
 
 
+@pytest.mark.long
 def test_random_kills(environment: dict[str, str], undisturbed: dict[str, str], tmp_path: Path) -> None:
     """Wherever a process is killed, the run ends with the same bits (the full hundred: `make chaos`)."""
     draw = random.Random("in the suite")

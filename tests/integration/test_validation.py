@@ -83,6 +83,7 @@ def go(forked: Forks, environment: Mapping[str, str], name: str, **changes: str)
 
 
 @pytest.mark.usefixtures("undisturbed")
+@pytest.mark.long
 def test_two_processes_share_a_validation(forked: Forks, environment: dict[str, str], tmp_path: Path) -> None:
     """Before training the loss of two is that of one; killed in the middle, two end with the bits of two."""
     elsewhere = {"JOB_RUN__OUTPUT": str(tmp_path)}

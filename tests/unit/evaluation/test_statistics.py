@@ -237,6 +237,7 @@ def test_tango_errs_to_the_wide_side_with_few_discordant_pairs(discordance: floa
     assert exact_coverage(100, discordance, delta) >= 0.94
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("n", "discordance", "delta"),
     [(300, 0.30, 0.10), (2376, 0.05, 0.0139), (2376, 0.10, 0.0139), (2376, 0.30, 0.05)],
