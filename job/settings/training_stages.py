@@ -13,7 +13,6 @@ from job.storage.location import join
 
 SUFFIX = "-sft"
 """What the id of the run of the first stage ends with."""
-_ADAPTER = "artifacts/adapter"
 _LEFT = {
     *("train.beta", "train.preference_loss", "train.label_smoothing", "train.desirable_weight"),
     *("train.undesirable_weight", "train.sft_epochs", "train.sft_learning_rate"),
@@ -43,8 +42,13 @@ def split_stages(settings: Settings) -> tuple[Settings, ...]:
     return first, settings
 
 
-def start_of(settings: Settings) -> str | None:
-    """Where the adapter lies that training starts from: the setting, or what the stage before published."""
+def start_of(settings: Settings, adapter: str) -> str | None:
+    """Where the adapter lies that training starts from: the setting, or what the stage before published.
+
+    Args:
+        settings: Those of a stage.
+        adapter: Where a run's adapter lies below the run's folder.
+    """
     if settings.train.is_one_stage:
         return settings.lora.start
-    return join(join(settings.run.output, f"{settings.run.id}{SUFFIX}"), _ADAPTER)
+    return join(join(settings.run.output, f"{settings.run.id}{SUFFIX}"), adapter)

@@ -37,7 +37,7 @@ from job.model.start_adapter import check_start, find_start, hash_start
 from job.records import DatasetRecord, Example, Pulled
 from job.results.baseline import check_questions, read_baseline
 from job.runs.attempt import Attempt
-from job.runs.layout import BASE, Stage
+from job.runs.layout import ADAPTER, BASE, Stage
 from job.settings.load import Settings
 from job.settings.training_stages import start_of
 from job.stages.handoff import Sources
@@ -238,7 +238,7 @@ def _check_places(settings: Settings, later: Sequence[Settings]) -> None:
 
 def _find_start(attempt: Attempt, settings: Settings, storage: StorageOptions) -> Path | None:
     """The folder of the adapter that training starts from, checked as far as the base's weights are not needed."""
-    lora, start = settings.lora, start_of(settings)
+    lora, start = settings.lora, start_of(settings, ADAPTER.rstrip("/"))
     if start is None:
         return None
     attempt.alive()

@@ -112,7 +112,7 @@ def test_a_channel_for_nothing(inputs: Path) -> None:
     """A name that the job does not know may be a slip: the run would train on something else and not say so."""
     order(inputs, train=USUAL)
     [problem] = problems(inputs)
-    assert problem.startswith("sagemaker channel train: stands for no setting; name it model, training, evaluation, or")
+    assert problem.startswith("sagemaker channel train: stands for no setting; name it model, training, validation, ")
 
 
 @pytest.mark.parametrize(

@@ -801,7 +801,10 @@ class TestMethods:
         assert (first.run.id, first.train.method, first.train.epochs) == ("x-sft", "sft", 3)
         assert first.data.source == "a.jsonl"
         assert (first.gate.min_delta, first.train.beta, first.data.revision) == (None, 0.1, None)
-        assert (start_of(first), start_of(second)) == (None, "out/x-sft/artifacts/adapter")
+        assert (start_of(first, "artifacts/adapter"), start_of(second, "artifacts/adapter")) == (
+            None,
+            "out/x-sft/artifacts/adapter",
+        )
         assert split_stages(first) == (first,)
 
     def test_the_demo_of_preferences_needs_no_network(self) -> None:
