@@ -10,11 +10,11 @@ IMAGE ?= qlora-job
 run: $(STAMP)  ## the demo: results in runs/<run id>/
 	JOB_PRESET=demo $(BIN)/python -m job
 
-test: $(STAMP)  ## all tests
-	$(BIN)/python -m pytest -n 2 -q -m "not long"
+test: $(STAMP)  ## the tests, three at a time: they wait for other processes a third of the time
+	$(BIN)/python -m pytest -n 3 -q -m "not long"
 
 test-long: $(STAMP)  ## tests that the others leave out: more kills, methods and numbers of processes
-	$(BIN)/python -m pytest -n 2 -q -m long
+	$(BIN)/python -m pytest -n 3 -q -m long
 
 check: $(STAMP)  ## lint, format, types
 	$(BIN)/ruff check .

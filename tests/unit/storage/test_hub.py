@@ -432,6 +432,7 @@ for answer in found:
 HUB_CODES = {"gated": 77, "private": 77, "missing": 77, "down": 69, "busy": 69, "away": 69}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("moment", ["during", "after"])
 def test_a_refusal_has_its_code_while_libraries_are_imported_and_after(tmp_path: Path, moment: str) -> None:
     """The download thread's errors have the table's codes, and need no module that the main thread is importing."""

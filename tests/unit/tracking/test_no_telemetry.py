@@ -72,7 +72,7 @@ def calls(environ: dict[str, str]) -> list[str]:
     return path.read_text("utf-8").splitlines() if path.exists() else []
 
 
-@pytest.mark.parametrize("allowed", [False, True])
+@pytest.mark.parametrize("allowed", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_training_calls_nobody(tmp_path: Path, environ: dict[str, str], *, allowed: bool) -> None:
     """TRL's trainer starts and trains in silence; with the user's own word for it the same start is heard."""
     environ |= {"HF_HUB_DISABLE_TELEMETRY": "0"} if allowed else {}
@@ -81,7 +81,7 @@ def test_training_calls_nobody(tmp_path: Path, environ: dict[str, str], *, allow
     assert allowed or calls(environ) == []
 
 
-@pytest.mark.parametrize("allowed", [False, True])
+@pytest.mark.parametrize("allowed", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_mlflow_in_a_folder_calls_nobody(
     tmp_path: Path, environ: dict[str, str], monkeypatch: pytest.MonkeyPatch, *, allowed: bool
 ) -> None:
