@@ -6,7 +6,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +86,9 @@ def publish_run(
     model = _model()
     dataset = DatasetRecord("rows.jsonl", None, None, "alpaca", ROWS, {}, _hash("rows"), 90, 80, 20)
     if validated:
-        facts = asdict(dataset) | {"rows": 2, "target_tokens": 15, "sha256": _hash("held out")}
-        del facts["validation"]
+        shared = {field.name for field in fields(DatasetRecord)} & {field.name for field in fields(ValidationRows)}
+        facts = {name: value for name, value in asdict(dataset).items() if name in shared}
+        facts |= {"rows": 2, "target_tokens": 15, "sha256": _hash("held out")}
         held = ValidationRows(**facts, held_out=True, duplicates=0, near_duplicates=0)
         dataset = replace(dataset, validation=held)
     pulled = Pulled(dataset, model.sha256, None, {task: _hash(task) for task in answers})
