@@ -392,6 +392,7 @@ def test_a_refusal_while_libraries_are_imported_has_its_exit_code(
 
 REFUSAL_CLIENT = """
 import json, sys, threading
+from importlib.machinery import PathFinder
 from job.errors import JobError
 from job.stages.preload import import_libraries
 from job.storage.hub import download_model, import_client
@@ -402,8 +403,16 @@ answered = threading.Event()
 class Waiting:
     # The main thread stays in the import of `datasets`, whose lock it holds, until the hub has given all its answers.
     def find_spec(self, name, path=None, target=None):
-        if name == "datasets" and not answered.wait(90):
-            raise SystemExit("the download waits for an import of the main thread")
+        if name != "datasets":
+            return None
+        spec = PathFinder.find_spec(name, path)
+        load = spec.loader.exec_module  # waits there: within `find_spec` all imports of all threads would wait
+        def wait(module):
+            if not answered.wait(90):
+                raise SystemExit("the download waits for an import of the main thread")
+            load(module)
+        spec.loader.exec_module = wait
+        return spec
 
 def ask():
     for source, revision in questions:
