@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import MISSING as MISSING_DEFAULT
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,9 +25,6 @@ from job.verification.fetch_files import MISSING
 
 PULL, BASE, TRAIN, ADAPTER = map(stage_key, (Stage.PULL, Stage.EVALUATE_BASE, Stage.TRAIN, Stage.EVALUATE_ADAPTER))
 MAX_RECORD_BYTES = 1 << 20
-_OF_SFT: Mapping[str, Any] = {"method": "sft", "beta": None, "reference": None, "preference": {}, "start_sha256": None}
-"""What the manifest of an earlier version, which knew no preferences, does not say of training."""
-
 T = TypeVar("T")
 
 Copies = Mapping[str, Path]
@@ -62,13 +60,15 @@ def check_stages(results: Mapping[str, Any], copies: Copies, run: str | None) ->
     trained = _read(TRAIN, Trained, copies, differences, run)
     if pulled is not None:
         found = {"sha256": pulled.model_sha256, "revision": pulled.model_revision}
-        differences += find_differences(f"{RESULTS} dataset", results["dataset"], asdict(pulled.dataset))
+        differences += find_differences(
+            f"{RESULTS} dataset", _completed(results["dataset"], pulled.dataset), asdict(pulled.dataset)
+        )
         differences += find_differences(f"{RESULTS} model", {name: results["model"][name] for name in found}, found)
     if trained is not None and pulled is not None:
         place = f"{RESULTS} training.start_sha256"
         differences += find_differences(place, trained.training.start_sha256, pulled.start_sha256)
     if trained is not None:
-        claimed = {**_OF_SFT, **results["training"]}
+        claimed = _completed(results["training"], trained.training)
         differences += find_differences(f"{RESULTS} training", claimed, asdict(trained.training))
         differences += _listed(results, trained.artifacts)
     if base is not None and adapter is not None:
@@ -80,6 +80,13 @@ def check_stages(results: Mapping[str, Any], copies: Copies, run: str | None) ->
         else:
             differences += find_differences(f"{RESULTS} evaluation.tasks", results["evaluation"]["tasks"], tasks)
     return CheckResult("stages", "pull, evaluate base, train, evaluate adapter", tuple(differences))
+
+
+def _completed(claimed: Mapping[str, Any], record: Any) -> dict[str, Any]:
+    """What a manifest says of a record; fields that were added since its version have their defaults."""
+    plain = [one for one in fields(record) if one.default is not MISSING_DEFAULT]
+    made = {one.name: one.default_factory() for one in fields(record) if one.default_factory is not MISSING_DEFAULT}
+    return {**{one.name: one.default for one in plain}, **made, **claimed}
 
 
 def _listed(results: Mapping[str, Any], artifacts: list[Artifact]) -> list[Difference]:

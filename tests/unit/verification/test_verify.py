@@ -160,6 +160,22 @@ def test_a_false_claim_is_found_behind_a_true_seal(
     assert "manifest" not in failed
 
 
+def test_a_run_of_an_earlier_version_verifies(run: Path, check: Checker) -> None:
+    """Fields that its manifest lacks, since they came later, are as if they had their defaults."""
+
+    def older(results: dict[str, Any]) -> None:
+        for part, names in {
+            "dataset": ("validation", "sources", "long_rows"),
+            "training": ("validation", "method", "beta", "reference", "preference", "start_sha256"),
+        }.items():
+            for name in names:
+                del results[part][name]
+
+    forge(run, older)
+    failed = check()
+    assert "stages" not in failed
+
+
 def test_differences_tell_place_and_both_values(run: Path, check: Checker) -> None:
     """A person reads what is claimed where, and what was found."""
     forge(run, change("evaluation/tasks/quiz/improved", 15))
