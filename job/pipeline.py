@@ -33,6 +33,7 @@ from job.runs.layout import BASE, PACKING, RESULTS, Stage
 from job.runs.run_log import IdleLimit
 from job.runs.run_settings import agree_on_settings, compare_settings, keep_settings
 from job.runs.stage_records import identity
+from job.settings.affects_result import decisive_settings, default_settings, plain_values
 from job.settings.load import Settings, environment, trackers
 from job.settings.training_stages import split_stages
 from job.stages.handoff import Sources
@@ -45,7 +46,6 @@ from job.tracking.trackers import Tracking, tracking
 
 if TYPE_CHECKING:
     from job.stages.handoff import Loaded
-from job.settings.affects_result import decisive_settings, default_settings, plain_values
 
 
 def run(
