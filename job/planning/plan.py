@@ -16,6 +16,7 @@ from job.data.batch_plan import steps_per_epoch
 from job.data.training_and_validation import what_to_validate_on
 from job.errors import AccessDenied, DataError, JobError, Problem, SettingsError, Unreachable
 from job.model.adapter_options import MANY_STEPS, PLAIN, AdapterOptions, make_options
+from job.model.tokenizer_files import rows_with
 from job.planning import forecast
 from job.planning import known_models_and_data as known
 from job.planning.forecast import Basis, Estimate, GpuForecast, RunShape, ValidationWork, estimates, forecast_gpu
@@ -132,7 +133,7 @@ def _look(settings: Settings, folder: Path, show: int) -> _Preflight:
             options=_adapter_options(s),
         ),
     )
-    tokenized, tokenizer = run_check("tokenizer", lambda: find_tokenizer(model))
+    tokenized, tokenizer = run_check("tokenizer", lambda: find_tokenizer(model, s.model.add_tokens))
     read, data = run_check(
         "data",
         lambda: preview_data(
@@ -159,7 +160,9 @@ def _look(settings: Settings, folder: Path, show: int) -> _Preflight:
             field_names=s.data.fields,
             on_long_row=s.data.on_long_row,
             show=show,
-            vocabulary=model.architecture.vocabulary if model and model.architecture else None,
+            vocabulary=rows_with(
+                model.architecture.vocabulary if model and model.architecture else None, tokenizer, s.model.add_tokens
+            ),
             **where,
         ),
     )
@@ -248,12 +251,13 @@ def _setup(settings: Settings, seen: _Preflight, checks: list[PreflightResult]) 
         counted=seen.adapter.parameters if seen.adapter and options != PLAIN else None,
         dora=options.use_dora,
         bytes_beside=options.bytes_beside,
+        merged_rows=2 * architecture.vocabulary if options.added_tokens else 0,
     ), basis
 
 
 def _adapter_options(settings: Settings) -> AdapterOptions:
     """As a run has them, but for the number of steps: before the rows are counted nothing is known of it."""
-    return make_options(dict(settings.lora), settings.train.max_steps or MANY_STEPS)
+    return make_options(dict(settings.lora), settings.train.max_steps or MANY_STEPS, settings.model.add_tokens)
 
 
 def _workload(settings: Settings, data: DataFacts | None) -> tuple[Workload | None, Basis]:

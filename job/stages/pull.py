@@ -33,11 +33,11 @@ from job.model.files import fingerprint
 from job.model.quantized_cache.cache import find
 from job.model.quantized_cache.layout import CachedBase, CacheEntry, entry_at, entry_for
 from job.model.start_adapter import check_start, find_start, hash_start
-from job.model.tokenizer_files import tokenizer_files
-from job.records import DatasetRecord, Example, Pulled
+from job.model.tokenizer_files import rows_with, tokenizer_files
+from job.records import DatasetRecord, Example, FirstValues, Pulled
 from job.results.baseline import check_questions, read_baseline
 from job.runs.attempt import Attempt
-from job.runs.layout import ADAPTER, BASE, Stage
+from job.runs.layout import ADAPTER, BASE, FIRST_VALUES, Stage
 from job.settings.load import Settings
 from job.settings.training_stages import start_of
 from job.stages.handoff import Sources
@@ -63,6 +63,7 @@ class _Model:
     sha256: str
     cache_entry: CacheEntry | None
     quantized: bool
+    original: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def pull(attempt: Attempt, settings: Settings, storage: StorageOptions, later: S
         import_libraries()  # while the first process downloads
     sources = _pull(attempt, settings, storage, date, later) if processes.place.local_rank == 0 else None
     shared = processes.share_on_machine("sources", lambda: _write_shared(sources, attempt.work) if sources else None)
-    return sources or _read_shared(TypeAdapter(_Shared).validate_json(shared or ""))
+    return sources or _read_shared(TypeAdapter(_Shared).validate_json(shared or ""), settings.model.add_tokens)
 
 
 def _date(attempt: Attempt) -> str:
@@ -116,14 +117,14 @@ def _write_shared(sources: Sources, work: Path) -> str:
     return TypeAdapter(_Shared).dump_json(shared).decode()
 
 
-def _read_shared(shared: _Shared) -> Sources:
+def _read_shared(shared: _Shared, added_tokens: Sequence[str] | None) -> Sources:
     folder = Path(shared.folder)
     examples, validation = _EXAMPLES.validate_json(Path(shared.examples).read_bytes())
     return Sources(
         shared.record,
         folder,
         shared.quantized,
-        load_tokenizer(folder),
+        load_tokenizer(folder, added_tokens),
         examples,
         validation,
         None if shared.start is None else Path(shared.start),
@@ -160,7 +161,8 @@ def _pull(
         source = locate_sources(settings.data.source, lambda place, kind: _fetch(attempt, place, kind, storage))
         validation = _fetch_validation(attempt, settings, storage)
         folder, missing = _early_files(attempt, early, coming)
-        tokenizer = load_tokenizer(folder)
+        tokenizer = load_tokenizer(folder, settings.model.add_tokens)
+        vocabulary = rows_with(_vocabulary(folder), tokenizer, settings.model.add_tokens)
         if missing:
             _check_model(folder, settings)
             _check_hub(settings)
@@ -170,7 +172,7 @@ def _pull(
             limit=settings.eval.limit,
             max_length=settings.train.max_length,
             cut=settings.eval.long_questions == "cut",
-            vocabulary=_vocabulary(folder),
+            vocabulary=vocabulary,
         )
         checked.set_result(None)
 
@@ -179,7 +181,7 @@ def _pull(
             if coming.done():
                 coming.result()  # an error of the weights ends the reading of rows
 
-        how: dict[str, Any] = {"date": date, "vocabulary": _vocabulary(folder), "alive": alive}
+        how: dict[str, Any] = {"date": date, "vocabulary": vocabulary, "alive": alive}
         examples, held_out, dataset = _read_rows(settings, source, validation, tokenizer, **how)
         for stage in later:
             _read_rows(stage, _fetch(attempt, stage.data.source, "later", storage), None, tokenizer, **how)
@@ -194,7 +196,17 @@ def _pull(
     start_sha256 = None if start is None else hash_start(start)
     record = Pulled(dataset, model.sha256, model.revision, tasks.fingerprints(), start_sha256)
     return Sources(
-        record, model.folder, model.quantized, tokenizer, examples, held_out, start, tasks, baseline, model.cache_entry
+        record,
+        model.folder,
+        model.quantized,
+        tokenizer,
+        examples,
+        held_out,
+        start,
+        tasks,
+        baseline,
+        model.cache_entry,
+        model.original,
     )
 
 
@@ -283,7 +295,7 @@ def _check_model(folder: Path, settings: Settings) -> None:
         max_length=settings.train.max_length,
         targets=lora.target_modules,
         rank=lora.rank,
-        options=make_options(dict(lora), settings.train.max_steps or MANY_STEPS),
+        options=make_options(dict(lora), settings.train.max_steps or MANY_STEPS, settings.model.add_tokens),
     )
 
 
@@ -369,6 +381,9 @@ def _find_model(
         earlier is not None
         and base is not None
         and base.key is not None
+        and (
+            settings.lora.init != "loftq" or attempt.recorded(FIRST_VALUES, FirstValues) is not None
+        )  # else the unquantized base is needed
         and (locations := _cache_locations(attempt, settings, storage))
     ):
         noted = entry_at(base.key, *locations, base.index_sha256)
@@ -388,7 +403,7 @@ def _find_model(
     entry = None if locations is None else entry_for(_facts(settings, sha256), *locations)
     # Not in a later attempt: this entry may not be the one that the run began with.
     here = None if entry is None or earlier else find(replace(entry, store=None), attempt.alive_in_thread)
-    return _Model(here or folder, revision, sha256, entry, quantized=here is not None)
+    return _Model(here or folder, revision, sha256, entry, quantized=here is not None, original=folder)
 
 
 def _fetch_small_files(place: str, folder: Path, storage: StorageOptions) -> Path | None:
