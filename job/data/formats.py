@@ -221,7 +221,7 @@ def _find_file(path: Path, source: str) -> Path:
     if path.is_dir():
         return _only_file(path, source)
     if not path.exists():
-        raise DataError([Problem(source, "no such file or directory")])
+        raise DataError([Problem(source, "does not exist; correct the path")])
     if not path.is_file():  # opening a FIFO would block forever
         raise DataError([Problem(source, "is no regular file; name a file on the disk")])
     if (what := _foreign(path.name)) is not None:
