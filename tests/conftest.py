@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import structlog
 from hypothesis import settings
+
+from job import log
 
 _CACHE = tempfile.TemporaryDirectory(prefix="qlora-job-tests-")
 
@@ -33,6 +34,14 @@ settings.register_profile("shared machine", deadline=None)
 settings.load_profile("shared machine")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Starts what forks the job for all workers, before there are any; it imports nothing until it is asked."""
+    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
+        from tests import warm
+
+        warm.serve()
+
+
 def pytest_unconfigure() -> None:
     """Removes the caches of the Hugging Face libraries and of hypothesis."""
     _CACHE.cleanup()
@@ -42,7 +51,7 @@ def pytest_unconfigure() -> None:
 def _fresh_log_context() -> Iterator[None]:
     """What a test binds to its log lines (run, attempt) is not on another one's."""
     yield
-    structlog.contextvars.clear_contextvars()
+    log.clear_context()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -90,12 +90,11 @@ def run_watched(inputs: Inputs, name: str, watch: Callable[[dict[str, Any], int]
         tempfile.NamedTemporaryFile("r", encoding="utf-8") as output,
         warm.followed([], inputs.environment(name, "runs", changes), output=Path(output.name)) as (process, log),
     ):
-        assert process.pid
         seen = []
         for line in log:
             seen.append(line)
             watch(json.loads(line), process.pid)
-        return Ended(warm.wait(process, 100), output.read(), _parsed(seen), inputs.folder / "runs" / name)
+        return Ended(process.wait(100)[0], output.read(), _parsed(seen), inputs.folder / "runs" / name)
 
 
 def run_until_step(inputs: Inputs, name: str, step: int, **changes: str) -> Ended:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from job.runs.layout import LOG_PROBS, facts_of
 from job.storage.open import open_store
 from job.verification.verify import require_verified, verify
-from tests.forked import Forks, forks
+from tests.forked import Forks
 from tests.helpers import arc_rows, write_jsonl
 from tests.integration.test_processes import CLOSE, EXACT, go, metrics, results, run_folder
 
@@ -62,10 +61,9 @@ def environment(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> 
 
 
 @pytest.fixture(scope="module")
-def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Forks:
     """What starts the processes."""
-    with forks(tmp_path_factory.mktemp("logs")) as found:
-        yield found
+    return Forks(tmp_path_factory.mktemp("logs"))
 
 
 @pytest.mark.parametrize("method", ["dpo", pytest.param("kto", marks=pytest.mark.long)])

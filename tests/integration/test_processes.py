@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import pytest
 
 from job.common.hashing import sealed, unsealed
 from job.runs.layout import facts_of
-from tests.forked import ROOT, Forks, Group, forks, free_port
+from tests.forked import ROOT, Forks, Group, free_port
 from tests.helpers import alpaca_rows, arc_rows, read_jsonl, write_jsonl
 
 STEPS = 8
@@ -57,10 +57,9 @@ EXACT = {
 
 
 @pytest.fixture(scope="module")
-def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Forks:
     """What starts the processes."""
-    with forks(tmp_path_factory.mktemp("logs")) as found:
-        yield found
+    return Forks(tmp_path_factory.mktemp("logs"))
 
 
 def run_folder(environment: Mapping[str, str], name: str) -> Path:

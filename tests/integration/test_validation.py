@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import pytest
 
 from job.runs.layout import facts_of
 from tests.chaos.small import settings, validation
-from tests.forked import Forks, forks
+from tests.forked import Forks
 from tests.helpers import read_jsonl
 from tests.integration.test_survival import attempt, published
 
@@ -24,10 +24,9 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Forks:
     """What starts the processes."""
-    with forks(tmp_path_factory.mktemp("logs")) as found:
-        yield found
+    return Forks(tmp_path_factory.mktemp("logs"))
 
 
 def results(output: str | Path, run: str) -> dict[str, Any]:
