@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -52,6 +54,17 @@ def _fresh_log_context() -> Iterator[None]:
     """What a test binds to its log lines (run, attempt) is not on another one's."""
     yield
     log.clear_context()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _templates_are_rendered_by_forks() -> Iterator[None]:
+    """A process that renders chat templates starts in a second; forked, it has the same bounds and starts at once."""
+    from job.data import chat_template
+    from tests import warm
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chat_template, "subprocess", SimpleNamespace(Popen=warm.TemplateProcess, PIPE=subprocess.PIPE))
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -48,10 +48,13 @@ def preload() -> None:
 
     torch.set_num_threads(1)  # a pool of threads does not survive a fork
     from job.evaluation import tasks
+    from job.report import templating
 
     index = cache(tasks._index)  # a walk over 14,000 files
     tasks._index = lambda names: index(tuple(names))
     tasks._index(["arc_easy", "arc_easy"])  # as a run with its own questions asks for it
+    for template in (Path(templating.__file__).parent / "templates").iterdir():
+        templating._environment(escape=template.suffix != ".md").get_template(template.name)
     gc.collect()
     gc.freeze()  # forks would write to the pages of what they look at
 
@@ -141,8 +144,12 @@ def _fork(member: Mapping[str, Any], descriptors: Sequence[int], connection: soc
         os._exit(code)
 
 
-def _call(words: list[str], environ: Mapping[str, str], folder: str, memory: int | None = None) -> None:
-    """Bounds the memory if asked to, and calls the job."""
+def _call(function: str, words: list[str], environ: Mapping[str, str], folder: str, memory: int | None) -> None:
+    """Bounds the memory if asked to, and calls the function, or the job."""
+    if function:
+        module, _, name = function.partition(":")
+        getattr(import_module(module), name)()
+        return
     if any(environ[name] != os.environ.get(name) for name in HUB if name in environ):
         os.environ.update({name: environ[name] for name in (*HUB, "HF_HOME") if name in environ})
         for module in ("huggingface_hub.constants", "datasets.config"):

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import IO, TextIO
 
 ROOT = Path(__file__).parents[1]
 ADDRESS = "QLORA_JOB_TESTS_FORK_SERVER"
@@ -38,6 +38,8 @@ class Member:
         errors: The same for standard error; it may be the same file.
         folder: Where it runs.
         memory: Bytes of memory that it may have beyond what the libraries take; None for no limit.
+        function: `module:name` of a function that it calls instead of the job, without arguments.
+        input: What it reads from stdin.
     """
 
     words: Sequence[str]
@@ -46,6 +48,8 @@ class Member:
     errors: Path | int
     folder: Path = ROOT
     memory: int | None = None
+    function: str = ""
+    input: Path | int = Path(os.devnull)
 
 
 class Processes:
@@ -55,13 +59,19 @@ class Processes:
         self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._codes: list[int] | None = None
         asked = [
-            {"words": list(m.words), "environ": dict(m.environ), "folder": str(m.folder), "memory": m.memory}
+            {
+                "function": m.function,
+                "words": list(m.words),
+                "environ": dict(m.environ),
+                "folder": str(m.folder),
+                "memory": m.memory,
+            }
             for m in members
         ]
         with ExitStack() as stack:
             descriptors = []
             for member in members:
-                for place, how in ((Path(os.devnull), "rb"), (member.output, "ab"), (member.errors, "ab")):
+                for place, how in ((member.input, "rb"), (member.output, "ab"), (member.errors, "ab")):
                     opened = place if isinstance(place, int) else stack.enter_context(place.open(how)).fileno()
                     descriptors.append(opened)
             self._connection.connect("\0" + address())
@@ -154,6 +164,38 @@ def run(words: Sequence[str], environ: Mapping[str, str], *, timeout: float = 24
         (code,) = start(words, environ, output, errors).wait(timeout)
         texts = [path.read_text(encoding="utf-8") for path in (output, errors)]
     return subprocess.CompletedProcess(["qlora-job", *words], code, *texts)
+
+
+class TemplateProcess:
+    """What `job.data.chat_template` starts, forked: the part of `subprocess.Popen` that it uses."""
+
+    def __init__(self, _command: Sequence[str], *, stderr: IO[bytes], **_: object) -> None:
+        question, ask = os.pipe()
+        answer, say = os.pipe()
+        place = {"input": question, "output": say, "errors": stderr.fileno()}
+        member = Member([], {}, function="job.data.template_process:main", **place)  # type: ignore[arg-type]
+        self._processes = Processes([member])
+        os.close(question)
+        os.close(say)
+        self.stdin, self.stdout = os.fdopen(ask, "wb"), os.fdopen(answer, "rb")
+
+    def kill(self) -> None:
+        """Kills it."""
+        self._processes.kill()
+
+    def wait(self) -> int:
+        """Its exit code, negative for a signal."""
+        return self._processes.wait()[0]
+
+    def communicate(self) -> None:
+        """Waits for its end.
+
+        Raises:
+            OSError: What was written to it cannot be sent any more.
+        """
+        self.wait()
+        self.stdout.close()
+        self.stdin.close()
 
 
 @contextmanager
