@@ -65,13 +65,17 @@ def called(words: list[str], environ: Mapping[str, str], folder: str) -> None:
     Raises:
         SystemExit: Always, with the job's exit code.
     """
+    _be_in(environ, folder)
+    from job.cli.main import main
+
+    raise SystemExit(main(words))
+
+
+def _be_in(environ: Mapping[str, str], folder: str) -> None:
     os.environ.clear()
     os.environ.update(environ)
     os.chdir(folder)
     tempfile.tempdir = None
-    from job.cli.main import main
-
-    raise SystemExit(main(words))
 
 
 def _main(listening: int) -> None:
@@ -144,21 +148,29 @@ def _fork(member: Mapping[str, Any], descriptors: Sequence[int], connection: soc
         os._exit(code)
 
 
-def _call(function: str, words: list[str], environ: Mapping[str, str], folder: str, memory: int | None) -> None:
-    """Bounds the memory if asked to, and calls the function, or the job."""
-    if function:
-        module, _, name = function.partition(":")
-        getattr(import_module(module), name)()
-        return
+def _call(source: str, words: list[str], environ: Mapping[str, str], folder: str, memory: int | None) -> None:
+    """Bounds the memory if asked to, and runs the program, or the job."""
     if any(environ[name] != os.environ.get(name) for name in HUB if name in environ):
-        os.environ.update({name: environ[name] for name in (*HUB, "HF_HOME") if name in environ})
-        for module in ("huggingface_hub.constants", "datasets.config"):
-            reload(sys.modules[module])
+        _use_hub({name: environ[name] for name in (*HUB, "HF_HOME") if name in environ})
     if memory is not None:  # beyond what the libraries have mapped
         pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0])
         most = pages * resource.getpagesize() + memory
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
-    called(words, environ, folder)
+    if not source:
+        called(words, environ, folder)
+    _be_in(environ, folder)
+    sys.argv = ["-c", *words]
+    exec(source, {"__name__": "__main__"})
+
+
+def _use_hub(variables: Mapping[str, str]) -> None:
+    """Has the hub's libraries read their variables again, as when they are imported."""
+    os.environ.update(variables)
+    for module in ("huggingface_hub.constants", "datasets.config"):
+        reload(sys.modules[module])
+    import huggingface_hub
+
+    huggingface_hub.hf_api.api.endpoint = huggingface_hub.constants.ENDPOINT
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ class Member:
         errors: The same for standard error; it may be the same file.
         folder: Where it runs.
         memory: Bytes of memory that it may have beyond what the libraries take; None for no limit.
-        function: `module:name` of a function that it calls instead of the job, without arguments.
+        source: A program in Python that it runs instead of the job, with `words` for its arguments.
         input: What it reads from stdin.
     """
 
@@ -48,7 +48,7 @@ class Member:
     errors: Path | int
     folder: Path = ROOT
     memory: int | None = None
-    function: str = ""
+    source: str = ""
     input: Path | int = Path(os.devnull)
 
 
@@ -60,7 +60,7 @@ class Processes:
         self._codes: list[int] | None = None
         asked = [
             {
-                "function": m.function,
+                "source": m.source,
                 "words": list(m.words),
                 "environ": dict(m.environ),
                 "folder": str(m.folder),
@@ -153,15 +153,17 @@ def start(
     return Processes([Member(words, environ, output, errors, folder)])
 
 
-def run(words: Sequence[str], environ: Mapping[str, str], *, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    """Runs the job to its end.
+def run(
+    words: Sequence[str], environ: Mapping[str, str], *, timeout: float = 240, folder: Path = ROOT, source: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """Runs the job, or another program, to its end; see `Member`.
 
     Raises:
         TimeoutError: It did not end in so many seconds; it is killed.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        output, errors = Path(folder) / "output", Path(folder) / "errors"
-        (code,) = start(words, environ, output, errors).wait(timeout)
+    with tempfile.TemporaryDirectory() as place:
+        output, errors = Path(place) / "output", Path(place) / "errors"
+        (code,) = Processes([Member(words, environ, output, errors, folder, source=source)]).wait(timeout)
         texts = [path.read_text(encoding="utf-8") for path in (output, errors)]
     return subprocess.CompletedProcess(["qlora-job", *words], code, *texts)
 
@@ -173,7 +175,7 @@ class TemplateProcess:
         question, ask = os.pipe()
         answer, say = os.pipe()
         place = {"input": question, "output": say, "errors": stderr.fileno()}
-        member = Member([], {}, function="job.data.template_process:main", **place)  # type: ignore[arg-type]
+        member = Member([], {}, source="from job.data.template_process import main; main()", **place)  # type: ignore[arg-type]
         self._processes = Processes([member])
         os.close(question)
         os.close(say)
