@@ -32,7 +32,7 @@ for _name in [name for name in os.environ if name.startswith("JOB_")]:
 
 
 # A shared machine may pause any example for longer than hypothesis' deadline of 200 ms.
-settings.register_profile("shared machine", deadline=None)
+settings.register_profile("shared machine", deadline=None, max_examples=50)
 settings.load_profile("shared machine")
 
 
@@ -42,6 +42,26 @@ def pytest_configure(config: pytest.Config) -> None:
         from tests import warm
 
         warm.serve()
+
+
+SLOW = tuple(
+    f"tests/{name}"
+    for name in (
+        "integration",
+        "kubernetes/test_job.py",
+        "unit/training",
+        "families",
+        "unit/evaluation",
+        "sagemaker/test_container.py",
+        "unit/tracking",
+    )
+)
+"""Paths of tests that take long: a worker that began with one of them at the end would let the others wait."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the slow files first, which are dealt to the workers in this order."""
+    items.sort(key=lambda item: not item.nodeid.startswith(SLOW))
 
 
 def pytest_unconfigure() -> None:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,7 @@ def test_what_scripts_and_tests_import_is_there() -> None:
                 assert not missing, f"{path.relative_to(ROOT)}:{node.lineno}"
 
 
+@cache
 def defined(tree: ast.Module) -> set[str]:
     """The names that a file has at its top level, however they came there."""
     found = set()
