@@ -48,9 +48,9 @@ class _CurrentStderr(logging.StreamHandler[TextIO]):
 class _Lines(logging.Formatter):
     """Formats the lines of the job and of libraries with structlog, as JSON or for a terminal, and without secrets."""
 
-    def __init__(self, secrets: Sequence[str], *, as_json: bool) -> None:
+    def __init__(self, secrets: Sequence[str], *, as_json: bool, colors: bool) -> None:
         super().__init__()
-        self._secrets, self._as_json = secrets, as_json
+        self._secrets, self._as_json, self._colors = secrets, as_json, colors
 
     def format(self, record: logging.LogRecord) -> str:
         return scrub(self._structlogs.format(record), self._secrets)
@@ -59,9 +59,10 @@ class _Lines(logging.Formatter):
     def _structlogs(self) -> ProcessorFormatter:
         from structlog.stdlib import ProcessorFormatter
 
+        renderers = _json_renderers() if self._as_json else _console_renderers(colors=self._colors)
         return ProcessorFormatter(
             foreign_pre_chain=_processors(),
-            processors=[ProcessorFormatter.remove_processors_meta, *_renderers(as_json=self._as_json)],
+            processors=[ProcessorFormatter.remove_processors_meta, *renderers],
         )
 
 
@@ -76,8 +77,9 @@ def configure(log_format: str, level: str, secrets: Sequence[str] = (), **contex
     """
     global _loggers_are_set_up  # noqa: PLW0603 - structlog's configuration is the process's, too
     handler = _CurrentStderr()
-    as_json = log_format == "json" or (log_format == "auto" and not sys.stderr.isatty())
-    handler.setFormatter(_Lines(secrets, as_json=as_json))
+    terminal = sys.stderr.isatty()  # asked now: a progress bar that is shown when the first line comes says no
+    as_json = log_format == "json" or (log_format == "auto" and not terminal)
+    handler.setFormatter(_Lines(secrets, as_json=as_json, colors=terminal))
     logging.root.handlers[:] = [handler]
     logging.root.setLevel(logging.WARNING)
     logging.getLogger("job").setLevel(level.upper())
@@ -98,22 +100,19 @@ def _processors() -> list[Processor]:
     return [lambda _logger, _method, event: {**_context.get(), **event}, add_log_level, TimeStamper("iso", utc=True)]
 
 
-def _renderers(*, as_json: bool) -> list[Processor]:
-    import structlog
+def _json_renderers() -> list[Processor]:
+    from structlog.processors import ExceptionRenderer, JSONRenderer
+    from structlog.tracebacks import ExceptionDictTransformer
 
-    if as_json:
-        as_dict = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
-        return [structlog.processors.ExceptionRenderer(as_dict), structlog.processors.JSONRenderer()]
-    return [
-        _problems_by_line(
-            structlog.dev.ConsoleRenderer(
-                colors=sys.stderr.isatty(),
-                pad_event_to=32,
-                # locals may hold rows of the data, and fill pages
-                exception_formatter=structlog.dev.RichTracebackFormatter(show_locals=False),
-            )
-        )
-    ]
+    return [ExceptionRenderer(ExceptionDictTransformer(show_locals=False)), JSONRenderer()]
+
+
+def _console_renderers(*, colors: bool) -> list[Processor]:
+    from structlog.dev import ConsoleRenderer, RichTracebackFormatter
+
+    # locals may hold rows of the data, and fill pages
+    formatter = RichTracebackFormatter(show_locals=False)
+    return [_problems_by_line(ConsoleRenderer(colors=colors, pad_event_to=32, exception_formatter=formatter))]
 
 
 def _problems_by_line(render: Processor) -> Processor:
