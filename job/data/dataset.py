@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from fractions import Fraction
 from hashlib import sha256
-from itertools import chain
+from itertools import chain, repeat
 from math import ceil
 from pathlib import Path
 from typing import Any, Literal
@@ -26,10 +26,10 @@ from job.data.hub_dataset import is_hub_id, open_dataset
 from job.data.notes import Notes
 from job.data.preferences import SIDES, EncodedAnswers, is_conversation, with_partners
 from job.data.row_encoder import Outcome, Reading
-from job.data.schemas import FIELDS, REQUIRED, Schema, detect_schema
+from job.data.schemas import FIELDS, REQUIRED, Schema, detect_schema, fits, nearest_field
 from job.data.tokenization import Encoded, LossOn, OnLongRow
 from job.data.workers import open_encoding
-from job.errors import MAX_SHOWN, DataError, Problem, SettingsError
+from job.errors import MAX_SHOWN, DataError, Problem, SettingsError, named_by
 from job.records import DatasetRecord, DataSourceRecord
 from job.storage.base import disk_errors
 
@@ -37,6 +37,7 @@ OnBadRow = Literal["error", "skip"]
 
 _ALIVE_SECONDS = 0.5
 _DIGEST = b"examples 1\0"
+_SKIPPING = "correct the rows, or set JOB_DATA__ON_BAD_ROW=skip to leave out and count those that are invalid"
 
 
 def load_examples(
@@ -113,12 +114,13 @@ def load_examples(
         Unreachable: The hub did not answer.
         AccessDenied: The hub refused.
     """
+    note = notes or Notes()
     single = isinstance(source, str)
     parts = _one_part(source, name)
     name = name or ", ".join(part.name for part in parts)
 
     def read(part: Source) -> tuple[str | None, bool, Rows]:
-        commit, chosen, rows = _open(part.place, part.revision or revision, split, part.name, alive)
+        commit, chosen, rows = _open(part.place, part.revision or revision, split, part.name, note=note, alive=alive)
         return commit, chosen, rename_fields(_watched(rows, alive), field_names or {})
 
     findings = _Findings(on_bad_row, skip_long=on_long_row == "skip")
@@ -134,7 +136,6 @@ def load_examples(
         schema, templated, loss_on, max_length, vocabulary, on_long_row, field_names or {}, compare=compare
     )
     records: list[DataSourceRecord] = []
-    note = notes or Notes()
     _note_date(note, tokenizer, date, templated=templated)
     with ExitStack() as stack:
         found = _Found(stack.enter_context(ExampleWriter(file)), on_example)
@@ -307,23 +308,32 @@ def _records(
     return [DataSourceRecord(part.name, commit, rows, digest.hexdigest())]
 
 
-def check_source(source: str, revision: str | None, split: str, setting: str = "JOB_DATA__REVISION") -> None:
+def check_source(
+    source: str,
+    revision: str | None,
+    split: str,
+    setting: str = "JOB_DATA__SOURCE",
+    revision_setting: str = "JOB_DATA__REVISION",
+) -> None:
     """Refuses a source that cannot be read, as far as can be checked without reading it or using the network.
 
     Raises:
-        DataError: A path that is not there, or holds nothing that is read.
+        DataError: A path that is not there, or holds nothing that is read; it names the setting that gives it.
         SettingsError: A hub id without a revision.
     """
     if is_hub_id(source):
-        require_revision(revision, setting)
-    else:
+        require_revision(revision, revision_setting, source)
+        return
+    with named_by(setting):
         find_files(source, split)
 
 
-def require_revision(revision: str | None, setting: str = "JOB_DATA__REVISION") -> str:
+def require_revision(revision: str | None, setting: str = "JOB_DATA__REVISION", source: str | None = None) -> str:
     """The revision of a hub data set, which has to be given by a setting."""
     if revision is None:
         what = "a data set of the hub needs a revision, best a commit, so that the run can be repeated"
+        if source is not None:
+            what = f"{what}; {source} is taken for one, since there is no such path here"
         raise SettingsError([Problem(setting, what)])
     return revision
 
@@ -337,6 +347,7 @@ class _Findings:
         self._skip = on_bad_row == "skip"
         self._problems: list[Problem] = []
         self._total = 0
+        self._rows = False  # whether there is a bad row that could be skipped
 
     def add(self, faults: list[RowError]) -> None:
         """Adds the faults of one row, at least one."""
@@ -345,6 +356,7 @@ class _Findings:
             self.skipped[faults[0].kind] += 1
             return
         self._total += len(faults)
+        self._rows = self._rows or faults[0].kind != UNREADABLE
         remaining = MAX_SHOWN - len(self._problems)
         self._problems += [Problem(fault.where, fault.what) for fault in faults[:remaining]]
 
@@ -361,7 +373,7 @@ class _Findings:
     def raise_problems(self) -> None:
         """Raises the problems, if there are any, all in one error."""
         if self._problems:
-            raise DataError(self._problems, self._total)
+            raise DataError(self._problems, self._total, _SKIPPING if self._rows else "")
 
     def nothing_left(self, name: str) -> DataError:
         """The error that no row was selected, and why."""
@@ -402,7 +414,7 @@ def _check_ends(note: Notes, ends: Counter[int | None], tokenizer: Any, name: st
 
 
 def _open(
-    source: str, revision: str | None, split: str, name: str, alive: Callable[[], None]
+    source: str, revision: str | None, split: str, name: str, *, note: Notes, alive: Callable[..., None]
 ) -> tuple[str | None, bool, Rows]:
     """The commit (None for files), whether the split chose the files, and the rows of a source."""
     if is_hub_id(source):
@@ -414,7 +426,18 @@ def _open(
     if shown and not shown.endswith("/"):
         shown += "/"
     names = [name if file == Path(source) else f"{shown}{file.relative_to(base).as_posix()}" for file in files]
-    return None, chosen, chain.from_iterable(map(read_rows, files, names))
+    each = map(read_rows, files, names)
+    return None, chosen, chain.from_iterable(each if len(files) == 1 else map(_with_warning, each, names, repeat(note)))
+
+
+def _with_warning(rows: Rows, name: str, note: Notes) -> Rows:
+    """The rows of one of several files; that it has none is told, since the copy of a file may have failed."""
+    empty = True
+    for row in rows:
+        empty = False
+        yield row
+    if empty:
+        note("warning", "one of the files has no rows", file=name)
 
 
 def _settle_schema(
@@ -432,19 +455,33 @@ def _settle_schema(
     for row in rows:
         if isinstance(row, RowError):
             findings.add([row])
-        elif found := detect_schema(row.fields, among):
+        elif (found := detect_schema(row.fields, among)) and (fits(row.fields, found) or not _others(row, method)):
             return found, chain([row], rows)
         else:
-            known = "; ".join(f"{schema}: {', '.join(REQUIRED[schema])}" for schema in REQUIRED if schema in among)
-            fields = ", ".join(map(ascii, row.fields)) or "none"
-            what = f"fits no schema. It has the fields {fields}; known are {known}"
-            if other := detect_schema(row.fields, REQUIRED.keys() - set(METHODS[method].schemas)):
-                what = (
-                    f"{what}, for JOB_TRAIN__METHOD={method}. JOB_TRAIN__METHOD={' or '.join(methods_for(other))} fits"
-                )
-            raise DataError([Problem(row.where, what)])
+            raise DataError([Problem(row.where, _why_no_schema(row, among, method))])
     findings.raise_problems()
     raise findings.nothing_left(name)
+
+
+def _others(row: Row, method: MethodName) -> str | None:
+    """The methods that learn from rows of this kind, in words, where the row is a whole one of another method's."""
+    other = detect_schema(row.fields, REQUIRED.keys() - set(METHODS[method].schemas))
+    return " or ".join(methods_for(other)) if other and fits(row.fields, other) else None
+
+
+def _why_no_schema(row: Row, among: Collection[str], method: MethodName) -> str:
+    """What a row has that fits no schema of the method, and what it may be meant for."""
+    fields = ", ".join(map(ascii, row.fields)) or "none"
+    if others := _others(row, method):
+        return (
+            f"has the fields {fields}, from which JOB_TRAIN__METHOD={method} does not learn; "
+            f"set JOB_TRAIN__METHOD={others}"
+        )
+    known = "; ".join(f"{schema}: {', '.join(REQUIRED[schema])}" for schema in REQUIRED if schema in among)
+    wanted = dict.fromkeys(field for schema in REQUIRED if schema in among for field in REQUIRED[schema])
+    near = [(field, found) for field in wanted if (found := nearest_field(field, row.fields)) is not None]
+    meant = "".join(f"; {found!a} may be meant as {field}" for field, found in near)
+    return f"fits no schema. It has the fields {fields}; known are {known}{meant}; JOB_DATA__FIELDS renames fields"
 
 
 def _peek(rows: Rows) -> tuple[Row | None, Rows]:

@@ -11,6 +11,7 @@ from job.data.formats import MAX_ROW_BYTES, SUFFIXES, reader_of
 from job.errors import DataError, Problem
 
 _SHOWN_FILES = 5
+_NO_FILE = "is no regular file, but a folder, a pipe or a link to nothing; narrow the pattern"
 _FEWEST_SHARDS = 2
 _WILDCARDS = "*?["
 _NUMBERED = re.compile(r"(.*?)(\d{2,})(\.[a-z.]+)")
@@ -88,14 +89,16 @@ def fixed_part(pattern: str) -> str:
 
 def _find_glob(pattern: str) -> list[Path]:
     base = fixed_part(pattern)
-    found = sorted(file for file in Path(base or ".").glob(pattern.removeprefix(base)) if file.is_file())
-    files = [file for file in found if file.name[0] != "."]
+    found = sorted(Path(base or ".").glob(pattern.removeprefix(base)))
+    # folders that a pattern such as `rows/*` fits are not meant, unless they are called as data files are
+    files = [file for file in found if file.name[0] != "." and (not file.is_dir() or reader_of(file))]
     if not files:
         raise DataError([Problem(pattern, "fits no file; correct the name or the wildcards in it")])
+    what = f"ends in none of {', '.join(SUFFIXES)}; narrow the pattern"
     problems = [
-        Problem(str(file), _foreign(file.name) or f"ends in none of {', '.join(SUFFIXES)}; narrow the pattern")
+        Problem(str(file), _foreign(file.name) or (what if reader_of(file) is None else _NO_FILE))
         for file in files
-        if _foreign(file.name) or reader_of(file) is None
+        if reader_of(file) is None or not file.is_file()
     ]
     if problems:
         raise DataError(problems)
@@ -103,14 +106,26 @@ def _find_glob(pattern: str) -> list[Path]:
 
 
 def _numbered(folder: Path) -> list[Path]:
-    """The files of a folder if they are shards: one name but for numbers of equal width, from 0 or 1 without gaps."""
-    files = sorted(file for file in folder.iterdir() if reader_of(file) and file.is_file() and file.name[0] != ".")
+    """The files of a folder if they are shards: one name but for numbers of equal width, from 0 or 1 without gaps.
+
+    Raises:
+        DataError: Beside them is one more that cannot be read: a link to nothing, packed otherwise, or still to come.
+    """
+    inside = sorted(file for file in folder.iterdir() if file.name[0] != ".")
+    files = [file for file in inside if reader_of(file) and file.is_file()]
     parts = [_NUMBERED.fullmatch(file.name) for file in files]
     found = [part for part in parts if part]
     if len(found) < _FEWEST_SHARDS or len(found) < len(files) or len({(p[1], len(p[2]), p[3]) for p in found}) > 1:
         return []
     numbers = [int(part[2]) for part in found]
-    return files if numbers in (list(range(len(files))), list(range(1, len(files) + 1))) else []
+    if numbers not in (list(range(len(files))), list(range(1, len(files) + 1))):
+        return []
+    name, _, suffix = found[0].groups()
+    like = re.compile(rf"{re.escape(name)}\d+{re.escape(suffix)}(\..*)?", re.DOTALL)
+    if more := [file for file in inside if file not in files and like.fullmatch(file.name)]:
+        what = f"is beside {len(files)} shards of its name and cannot be read as one of them; complete or remove it"
+        raise DataError([Problem(str(file), what) for file in more])
+    return files
 
 
 def _saved_split(folder: Path, source: str, split: str) -> Path:
@@ -170,7 +185,7 @@ def _find_file(path: Path, source: str) -> Path:
     if path.is_dir():
         return _only_file(path, source)
     if not path.exists():
-        raise DataError([Problem(source, "no such file or directory")])
+        raise DataError([Problem(source, "does not exist; correct the path")])
     if not path.is_file():  # opening a FIFO would block forever
         raise DataError([Problem(source, "is no regular file; name a file on the disk")])
     if (what := _foreign(path.name)) is not None:

@@ -266,7 +266,7 @@ def encode_answers(
             yield [EncodedAnswers(sides, row.desirable, row.sides[0].unused)]
 
 
-def join(first: Example, second: Example, desirable: bool | None = None) -> Example:  # noqa: FBT001 - a label
+def join(first: Example, second: Example, *, desirable: bool | None = None) -> Example:
     """One example of two sequences."""
     return Example(
         first.input_ids + second.input_ids,
@@ -289,4 +289,4 @@ def with_partners(examples: Sequence[Example], order: tuple[int, ...], max_lengt
         prompt, others = example.targets.index(True), other.targets.index(True)
         ids = (example.input_ids[:prompt] + other.input_ids[others:])[:max_length]
         targets = (example.targets[:prompt] + other.targets[others:])[:max_length]
-        yield join(example, Example(ids, targets), example.desirable)
+        yield join(example, Example(ids, targets), desirable=example.desirable)

@@ -14,7 +14,7 @@ from job.data.field_names import in_own_names
 from job.data.fields import Rendered
 from job.data.formats import Row, RowError
 from job.data.preferences import SIDES, Answers, EncodedAnswers, encode_answers, is_conversation
-from job.data.schemas import Schema, check_row, own_texts, render, texts_of
+from job.data.schemas import Schema, check_row, own_texts, render, texts_of, with_near_names
 from job.data.sharegpt import as_messages, in_conversations, is_sharegpt
 from job.data.text_tokenizer import TextTokenizer, pattern_of
 from job.data.tokenization import Encoded, LossOn, OnLongRow, encode
@@ -111,7 +111,8 @@ class RowEncoder:
                 return converted, None
             row = converted
         if faults := check_row(row, schema):
-            return list(in_own_names(in_conversations(faults, given), given, names)), None
+            faults = with_near_names(in_conversations(faults, given), given)
+            return list(in_own_names(faults, given, names)), None
         loss_on = self._reading.loss_on
         text = render(row, schema, template, turns=None if loss_on == "all" else loss_on)
         if isinstance(text, RowError):

@@ -18,7 +18,7 @@ from job.data.notes import Notes
 from job.data.preferences import EncodedAnswers
 from job.data.tokenization import Encoded
 from job.data.validation_split import RowHashes, count_overlap, hold_out
-from job.errors import DataError, Problem
+from job.errors import DataError, Problem, combine
 from job.records import DatasetRecord, RowsRecord, ValidationRows
 
 EXAMPLES, VALIDATION = "examples.arrow", "validation.arrow"
@@ -128,8 +128,7 @@ def load_rows(
         where = {"name": validation.name, "revision": validation.revision, "split": validation.split, "limit": None}
         own = read(validation.place, held, file=None if folder is None else folder / VALIDATION, **where)
     if errors:
-        problems = [problem for error in errors for problem in error.problems]
-        raise DataError(problems, sum(error.total for error in errors))
+        raise combine([("rows", error) for error in errors])
     if found is None:  # its error is raised above
         raise AssertionError
     examples, record = found

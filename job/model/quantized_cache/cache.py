@@ -24,7 +24,7 @@ from job.common.new_folder import new_folder
 from job.common.resources import check_disk, required_bytes
 from job.errors import JobError, Preempted, Replaced
 from job.model.base import load_tokenizer
-from job.model.lora import SOURCE_CONFIG
+from job.model.files import SOURCE_CONFIG
 from job.model.quantized_cache.layout import (
     INDEX,
     MERGES,
