@@ -14,8 +14,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from random import Random
+
+import psutil
 
 from job.common.resources import usable_cpus
 from job.data.token_cache import load_tokens
@@ -46,7 +49,14 @@ def measure(how: str, path: Path, processes: int) -> str:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as the job has it
     tokenizer = load_tokenizer(Path("job/demo/base"))
     tokenizer(["warm"])
-    peak, began, worked = _peak(resource.RUSAGE_SELF), time.monotonic(), _worked()
+    largest = 0
+
+    def alive(**_: object) -> None:
+        nonlocal largest
+        with suppress(psutil.Error):
+            largest = max([largest, *(child.memory_info().rss for child in psutil.Process().children())])
+
+    peak, began, worked = _peak(), time.monotonic(), _worked()
     if how == PLAIN:
         lengths = [len(example.input_ids) for example in read_plainly(path, tokenizer, "alpaca")[0]]
     else:
@@ -64,23 +74,25 @@ def measure(how: str, path: Path, processes: int) -> str:
             max_length=MAX_LENGTH,
             tokenizer=tokenizer,
             processes=processes,
+            alive=alive,
         ).examples.lengths
-    seconds, worked = time.monotonic() - began, _worked() - worked
-    grown = (_peak(resource.RUSAGE_SELF) - peak) / 1e6
-    each = f", {_peak(resource.RUSAGE_CHILDREN) / 1e6:,.0f} MB in the largest worker" if processes > 1 else ""
-    speed = f"{len(lengths) / seconds:,.0f} rows/s ({len(lengths) / worked:,.0f} a second of processor time)"
+    seconds, grown = time.monotonic() - began, (_peak() - peak) / 1e6
+    own, others = (now - before for now, before in zip(_worked(), worked, strict=True))
     return (
-        f"{how}: {len(lengths):,} rows, {sum(lengths):,} tokens, {seconds:.1f} s, {speed}, {grown:,.0f} MB more{each}"
+        f"{how}: {len(lengths):,} rows, {sum(lengths):,} tokens, {seconds:.1f} s, {len(lengths) / seconds:,.0f} rows/s,"
+        f" {len(lengths) / (own + others):,.0f} a second of processor time ({own:.1f} s here, {others:.1f} s in others),"
+        f" {grown:,.0f} MB more here, {largest / 1e6:,.0f} MB in the largest other"
     )
 
 
-def _peak(who: int) -> int:
-    return resource.getrusage(who).ru_maxrss * KIB
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
 
 
-def _worked() -> float:
+def _worked() -> list[float]:
+    """Processor seconds of this process, and of those that it started and that have ended."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(one.ru_utime + one.ru_stime for one in used)
+    return [one.ru_utime + one.ru_stime for one in used]
 
 
 def main() -> None:
