@@ -198,9 +198,7 @@ def _location(text: str) -> str:
             raise ValueError("has one slash after the colon; write s3://bucket/key, or ./ before a path with a colon")
         return text
     if scheme not in schemes():
-        raise ValueError(
-            "of all URIs only s3://bucket/key is understood; else give a path, or a hub id such as org/name"
-        )
+        raise ValueError("of all URIs only s3://bucket/key is understood; give a path, or a hub id as org/name")
     bucket, _, key = rest.rstrip("/").partition("/")
     if not _BUCKET.fullmatch(bucket):
         raise ValueError(f"after {scheme}:// comes a bucket: 3 to 63 lower-case letters, digits, dots and hyphens")
