@@ -436,7 +436,18 @@ def _open(
     if shown and not shown.endswith("/"):
         shown += "/"
     names = [name if file == Path(source) else f"{shown}{file.relative_to(base).as_posix()}" for file in files]
-    return None, chosen, chain.from_iterable(map(read_rows, files, names))
+    rows = map(read_rows, files, names)
+    return None, chosen, chain.from_iterable(rows if len(files) == 1 else map(_with_warning, rows, names))
+
+
+def _with_warning(rows: Rows, name: str) -> Rows:
+    """The rows of one of several files; that it has none is told, since the copy of a file may have failed."""
+    empty = True
+    for row in rows:
+        empty = False
+        yield row
+    if empty:
+        log.get_logger().warning("one of the files has no rows", file=name)
 
 
 def _settle_schema(

@@ -14,8 +14,9 @@ from typing import Any
 
 from job.common.hashing import hash_file
 from job.errors import DataError, Problem, SettingsError
+from job.model.adapter_files import load_adapter
 from job.model.files import read_json
-from job.model.lora import PublishedNames, load_adapter
+from job.model.published_names import PublishedNames
 from job.storage.hub import hub_errors
 from job.storage.location import is_remote
 from job.storage.open import StorageOptions, fetch

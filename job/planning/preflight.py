@@ -30,7 +30,8 @@ from job.evaluation.tasks import check_lengths, check_tasks, count_questions, lo
 from job.model.adapter_options import PLAIN, AdapterOptions, described
 from job.model.architecture import Architecture, read_config
 from job.model.base import inspect, load_tokenizer
-from job.model.lora import count_parameters, linear_weights, resolve_targets
+from job.model.lora import count_parameters
+from job.model.target_modules import linear_weights, resolve_targets
 from job.planning.character_tokenizer import CharacterTokenizer
 from job.planning.known_models_and_data import CHARACTERS_PER_TOKEN, TaskTokens
 from job.planning.shown_rows import ShownRow, show_row

@@ -33,7 +33,7 @@ from job.runs.lease import fenced, take
 from job.runs.run_log import QUESTIONS, IdleLimit, how_far, idle_attempts, read_logged
 from job.runs.run_settings import compare_settings
 from job.runs.stage_records import fingerprint
-from job.storage.base import current_tag, delete_in_turn, upload_in_turn, write_in_turn
+from job.storage.base import delete_in_turn, read_record, upload_in_turn, write_in_turn
 from job.storage.open import ObjectStore
 from job.storage.verified_download import fetch_artifact
 
@@ -206,11 +206,11 @@ class Attempt:
     def keep(self, name: str, record: str) -> None:
         """Writes a record (a JSON object) that `recorded` and `stage` read in later attempts."""
         key = stage_key(name)
-        tag = current_tag(self.store, key)
+        tag = self.store.tag(key)
         write_in_turn(self.store, key, stage_records.render(record, self.run or "", self.number), tag)
 
     def _read_record(self, name: str, adapter: TypeAdapter[T]) -> T | None:
-        stored = self.store.read(stage_key(name))
+        stored = read_record(self.store, stage_key(name))
         if stored is None:
             return None
         try:

@@ -18,7 +18,7 @@ from job.errors import Problem, SettingsError, environment_name
 from job.records import Pulled
 from job.runs import stage_records
 from job.runs.layout import SETTINGS, Stage, stage_key
-from job.storage.base import Stored
+from job.storage.base import Stored, read_record
 from job.storage.open import Conflict, ObjectStore
 
 
@@ -47,7 +47,7 @@ def keep_settings(store: ObjectStore, settings: Mapping[str, Any]) -> None:
     Raises:
         SettingsError: Another attempt began the run meanwhile, with other settings.
     """
-    stored = store.read(SETTINGS)
+    stored = read_record(store, SETTINGS)
     if _settings_in(store, stored) is None:
         with contextlib.suppress(Conflict):
             store.write(SETTINGS, sealed(settings), if_absent=stored is None, if_tag=stored.tag if stored else None)
@@ -74,7 +74,7 @@ def compare_settings(
     Raises:
         SettingsError: With every setting that is another than in the first attempt.
     """
-    before = _settings_in(store, store.read(SETTINGS))
+    before = _settings_in(store, read_record(store, SETTINGS))
     after: dict[str, Any] = json.loads(json.dumps(settings))
     if before is None:
         _compare_with_pull(store, after)
@@ -114,7 +114,7 @@ def _settings_in(store: ObjectStore, stored: Stored | None) -> dict[str, Any] | 
 
 
 def _compare_with_pull(store: ObjectStore, settings: Mapping[str, Any]) -> None:
-    stored = store.read(stage_key(Stage.PULL))
+    stored = read_record(store, stage_key(Stage.PULL))
     if stored is None:
         return
     try:

@@ -28,7 +28,7 @@ OPTIONS: dict[str, Mapping[str, str]] = {
     "validation": DEMO | VALIDATION,
     "early stopping": DEMO
     | VALIDATION
-    | {"JOB_TRAIN__STOP_AFTER": "1", "JOB_TRAIN__KEEP": "best", "JOB_TRAIN__LEARNING_RATE": "0.05"},
+    | {"JOB_TRAIN__STOP_AFTER": "2", "JOB_TRAIN__KEEP": "best", "JOB_TRAIN__LEARNING_RATE": "0.05"},
     "rsLoRA": DEMO | {"JOB_LORA__USE_RSLORA": "true"},
     "DoRA": DEMO | {"JOB_LORA__USE_DORA": "true"},
     "PiSSA": DEMO | {"JOB_LORA__INIT": "pissa"},

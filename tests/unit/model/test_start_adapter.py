@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from job.errors import DataError, JobError, SettingsError
-from job.model.lora import PublishedNames, save_adapter, trainable
+from job.model.adapter_files import save_adapter
+from job.model.lora import trainable
+from job.model.published_names import PublishedNames
 from job.model.start_adapter import CONFIG, WEIGHTS, check_start, find_start, hash_start, load_start
 from job.storage.open import StorageOptions
 from tests.helpers import fill_adapter, make_model
