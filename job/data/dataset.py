@@ -341,9 +341,8 @@ class _Findings:
         """Raises the problems, if there are any, all in one error."""
         if self._problems:
             skippable = self._kinds - {UNREADABLE}
-            raise DataError(
-                self._problems, self._total, _LONG if skippable == {"too_long"} else _SKIPPING * bool(skippable)
-            )
+            advice = _LONG if skippable == {"too_long"} else _SKIPPING if skippable else ""
+            raise DataError(self._problems, self._total, advice)
 
     def nothing_left(self, name: str) -> DataError:
         """The error that no row was selected, and why."""
