@@ -117,6 +117,8 @@ def report_command(words: Sequence[str]) -> int:
     """
     given = parse_arguments(words, COMMANDS["report"].arguments)
     output = given.options.get("--output", OUTPUT)
+    if Path(output).is_dir():
+        raise SettingsError([Problem(f"--output {output}", f"is a folder; name a file, such as {output}/{OUTPUT}")])
     storage, _ = _reading(given)
     run = read_published(open_run(given.runs[0], storage))
     with tempfile.TemporaryDirectory(prefix="qlora-job-") as folder:
@@ -125,8 +127,6 @@ def report_command(words: Sequence[str]) -> int:
         except (KeyError, TypeError, ValueError) as error:  # the hashes are right, so it was written like this
             raise DataError([Problem(run.store.uri, f"its records are no records of this job: {error}")]) from error
     page = render_report(run.results, evidence)
-    if Path(output).is_dir():
-        raise SettingsError([Problem(f"--output {output}", f"is a folder; name a file, such as {output}/{OUTPUT}")])
     with disk_errors(f"--output {output}"):
         try:
             Path(output).write_bytes(page)
