@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Mapping
+import struct
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from job.data.tokenization import Encoded
 from job.evaluation import statistics
 from job.model.adapter_options import PLAIN, AdapterOptions
 from job.records import Example, TaskScores
@@ -124,6 +126,11 @@ def with_new_tokens(examples: list[Example], count: int) -> list[Example]:
         Example((*e.input_ids[:2], *new, *e.input_ids[2:]), (*e.targets[:2], *[True] * count, *e.targets[2:]))
         for e in examples
     ]
+
+
+def encoded(text: str, ids: Sequence[int], targets: Sequence[bool], where: str = "") -> Encoded:
+    """An encoded example of a text."""
+    return Encoded(text, struct.pack(f"<{len(ids)}i", *ids), bytes(targets), where=where)
 
 
 def alpaca_rows(count: int) -> list[dict[str, str]]:

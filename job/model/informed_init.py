@@ -65,7 +65,8 @@ def init_eva(
         passes += 1
         if passes > MANY_PASSES:
             raise SettingsError([Problem(_SETTING, f"eva has not converged after {MANY_PASSES} passes; take another")])
-        forward(int(inputs["number"]))
+        with torch.no_grad():
+            forward(int(inputs["number"]))
 
     loader = [
         {"input_ids": batches[n][0], "labels": batches[n][1], "number": torch.tensor(n, device="cpu")} for n in usable

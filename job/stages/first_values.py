@@ -7,7 +7,7 @@ LoftQ's need the unquantized base, which a restart does not download.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -87,8 +87,6 @@ def _publish(attempt: Attempt, settings: Settings, sources: Sources, model: Any)
 
 
 def _eva(attempt: Attempt, settings: Settings, sources: Sources, model: Any) -> None:
-    import torch
-
     base = model.get_base_model()
     batches = eva_batches(settings, sources.examples, packed=is_packed(base))
     as_inputs: Callable[[list[Example]], dict[str, Any]] = (
@@ -100,13 +98,12 @@ def _eva(attempt: Attempt, settings: Settings, sources: Sources, model: Any) -> 
 
     def forward(number: int) -> None:
         attempt.alive()
-        with torch.no_grad():
-            base(**{name: value for name, value in inputs[number].items() if name != "labels"}, use_cache=False)
+        base(**{name: value for name, value in inputs[number].items() if name != "labels"}, use_cache=False)
 
     init_eva(model, [(one["input_ids"], one["labels"]) for one in inputs], forward)
 
 
-def eva_batches(settings: Settings, examples: list[Example], *, packed: bool) -> list[list[Example]]:
+def eva_batches(settings: Settings, examples: Sequence[Example], *, packed: bool) -> list[list[Example]]:
     """The first sequences of the run by its batch plan, in micro-batches; of one sequence each where none is packed."""
     data, train = settings.data, settings.train
     steps = total_steps(len(examples), train.global_batch_size, train.epochs, train.max_steps)

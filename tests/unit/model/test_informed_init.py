@@ -29,8 +29,7 @@ def eva(model: Any, batches: int = 3) -> Any:
     base = model.get_base_model()
 
     def forward(number: int) -> None:
-        with torch.no_grad():
-            base(**{name: value for name, value in inputs[number].items() if name != "labels"}, use_cache=False)
+        base(**{name: value for name, value in inputs[number].items() if name != "labels"}, use_cache=False)
 
     init_eva(model, [(one["input_ids"], one["labels"]) for one in inputs], forward)
     return model

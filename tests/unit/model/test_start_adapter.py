@@ -109,7 +109,7 @@ def test_other_layers_are_refused(change: Any, saved: Path, base_folder: Path, t
 
 def test_a_path_that_is_not_there(tmp_path: Path) -> None:
     """It is not taken for a name on the hub."""
-    with pytest.raises(DataError, match="is not a folder"):
+    with pytest.raises(DataError, match=r"JOB_LORA__START: .* does not exist"):
         find_start(str(tmp_path / "none"), tmp_path, StorageOptions())
 
 
