@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ import pytest
 from job.runs.layout import FIRST_TENSORS, facts_of
 from job.storage.open import open_store
 from job.verification.verify import require_verified, verify
-from tests.forked import Forks, forks
+from tests.forked import Forks
 from tests.helpers import alpaca_rows, arc_rows, write_jsonl
 from tests.integration.test_processes import go, results, run_folder
 
@@ -55,10 +54,9 @@ def environment(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> 
 
 
 @pytest.fixture(scope="module")
-def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Forks:
     """What starts the processes."""
-    with forks(tmp_path_factory.mktemp("logs")) as found:
-        yield found
+    return Forks(tmp_path_factory.mktemp("logs"))
 
 
 @pytest.mark.long
