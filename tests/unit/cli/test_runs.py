@@ -12,6 +12,7 @@ import boto3
 import pytest
 
 from job.cli.arguments import COMMANDS, parse_arguments
+from job.cli.runs import compare_command
 from job.errors import SettingsError
 from tests import warm
 from tests.published_run import forge, pairs, publish_run
@@ -109,6 +110,13 @@ def test_thresholds_are_the_jobs_kinds(runs: Path) -> None:
     assert done.returncode == 2
     names = [problem.split(":")[0] for problem in json.loads(done.stderr)["problems"]]
     assert names == ["--metric", "--min-delta", "--max-regression"]
+
+
+def test_both_runs_that_are_not_there_are_told() -> None:
+    """Not the first of them alone."""
+    with pytest.raises(SettingsError) as caught:
+        compare_command(["/no-a", "/no-b"])
+    assert [problem.where for problem in caught.value.problems] == ["/no-a", "/no-b"]
 
 
 def test_words_are_told_apart() -> None:

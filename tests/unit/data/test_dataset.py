@@ -418,7 +418,10 @@ def test_shards_of_the_split_are_one_source(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("source", "error", "words"),
-    [("/missing.jsonl", DataError, "no such file"), ("some/data", SettingsError, "JOB_DATA__REVISION")],
+    [
+        ("/missing.jsonl", DataError, "JOB_DATA__SOURCE: /missing.jsonl does"),
+        ("some/data", SettingsError, "JOB_DATA__REVISION"),
+    ],
 )
 def test_a_source_is_checked_without_reading_it(source: str, error: type[Exception], words: str) -> None:
     """A path that is not there and a hub id without a revision are known before anything is fetched."""

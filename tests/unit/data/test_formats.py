@@ -18,7 +18,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from job.data.formats import SUFFIXES, UNREADABLE, Row, RowError, find_file, find_files, read_rows
+from job.data.files import find_file, find_files
+from job.data.formats import SUFFIXES, UNREADABLE, Row, RowError, read_rows
 from job.errors import DataError
 
 ROWS = [{"a": "one", "b": "1"}, {"a": 'q"uo,te\nline\u2028', "b": ""}, {"a": "ünï🙂", "b": "3"}]

@@ -368,6 +368,12 @@ class TestUnknownNames:
         with pytest.raises(SettingsError, match="the nearest is --schema"):
             load_settings(["--shema"], {}, options=("schema",))
 
+    def test_a_group_that_was_mistyped(self, tmp_path: Path) -> None:
+        """A mapping in a file whose name is nearly that of a group is answered with the group."""
+        config = tmp_path / "job.toml"
+        config.write_text('[modle]\nid = "x"\n')
+        assert problems([f"--config={config}"])[f"file {config} modle"].endswith("the group of settings model")
+
     def test_none_is_better_than_a_wrong_one(self) -> None:
         """Where no name is similar, the command that lists them all is named."""
         assert problems([], {"JOB_QQQQ": "1"})["environment JOB_QQQQ"].endswith("`qlora-job config` lists them all")
