@@ -515,4 +515,4 @@ def _render_all(
             yield in_conversations([text], given)
             continue
         control.count(texts_of(row, schema), row.where)
-        yield replace(text, own_texts=own_texts(row, schema)) if own and isinstance(text, Rendered) else text
+        yield replace(text, own_texts=own_texts(row, schema)) if own else text

@@ -15,7 +15,7 @@ The target tokens of an answer are all tokens after the prompt, as in TRL's trai
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ PreferenceSchema = Literal["preference", "unpaired_preference"]
 SIDES: Mapping[str, tuple[str, ...]] = {"preference": ("chosen", "rejected"), "unpaired_preference": ("completion",)}
 """Schema -> the fields that hold its answers."""
 
+_WORDS = 3
 _ROWS = 500
 """Rows whose texts are tokenized at once."""
 _LABELS = {"true": True, "false": False, "1": True, "0": False}
@@ -37,11 +38,15 @@ _LABELS = {"true": True, "false": False, "1": True, "0": False}
 
 @dataclass(frozen=True)
 class Answers:
-    """A row as texts: each holds the prompt and one of its answers. `desirable` is the label of a single one."""
+    """A row as texts: each holds the prompt and one of its answers. `desirable` is the label of a single one.
+
+    `own_texts` are what a row is compared by where rows are held out, if that was asked for; see `compared_by`.
+    """
 
     where: str
     sides: tuple[Rendered, ...]
     desirable: bool | None = None
+    own_texts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,7 @@ class EncodedAnswers:
     sides: tuple[Encoded, ...]
     example: Example
     unused: tuple[str, ...] = ()
+    own_texts: tuple[str, ...] = ()
 
     @property
     def long(self) -> tuple[tuple[str, int], ...]:
@@ -192,6 +198,23 @@ def texts_of_preference(row: Row, schema: str) -> list[str]:
     return [text for value in fields for text in _texts(value)]
 
 
+def compared_by(row: Row, schema: str) -> tuple[str, ...]:
+    """What tells a good row from others where rows are held out: its prompt, so that all answers to it go together.
+
+    A prompt of fewer words than `_WORDS` (such as the accidental common beginning of two answers) tells nothing: then
+    all texts do.
+    """
+    fields = row.fields
+    conversation = is_conversation(fields, schema)
+    if schema == "preference":
+        prompt, _ = _split(fields, conversation=conversation)
+    else:
+        prompt = fields["prompt"]
+    told = [one for one in prompt if one["role"] != "system"] if isinstance(prompt, list) else prompt
+    texts = tuple(_texts(told))
+    return texts if len(" ".join(texts).split()) >= _WORDS else tuple(texts_of_preference(row, schema))
+
+
 def _texts(value: Any) -> list[str]:
     if isinstance(value, list):
         return [message["content"] for message in value if message.get("content")]
@@ -261,7 +284,7 @@ def encode_answers(
                 yield [RowError("same_answers", f"{row.where} rejected", "has the same tokens as chosen")]
             else:
                 count += 1
-                yield EncodedAnswers(sides, _example(sides, row.desirable), row.sides[0].unused)
+                yield EncodedAnswers(sides, _example(sides, row.desirable), row.sides[0].unused, row.own_texts)
 
 
 def _example(sides: tuple[Encoded, ...], desirable: bool | None) -> Example:  # noqa: FBT001 - a label
@@ -279,6 +302,14 @@ def join(first: Example, second: Example, desirable: bool | None = None) -> Exam
         second_at=len(first.input_ids),
         desirable=desirable,
     )
+
+
+def pair_again(examples: list[Example], order: tuple[int, ...], max_length: int) -> list[Example]:
+    """`with_partners` for some of the examples that it has returned; pairs of answers stay as they are."""
+    if not examples or examples[0].desirable is None:
+        return examples
+    own = [replace(example.sequences[0], desirable=example.desirable) for example in examples]
+    return with_partners(own, order, max_length)
 
 
 def with_partners(examples: list[Example], order: tuple[int, ...], max_length: int) -> list[Example]:

@@ -12,8 +12,9 @@ from typing import Any
 
 from job import log
 from job.common.source_list import Source
+from job.data.batch_plan import epoch_order
 from job.data.dataset import load_examples
-from job.data.preferences import EncodedAnswers
+from job.data.preferences import EncodedAnswers, pair_again
 from job.data.tokenization import Encoded
 from job.data.validation_split import RowHashes, count_overlap, hold_out
 from job.errors import DataError, Problem
@@ -65,8 +66,6 @@ class _Rows:
         self.sha256: list[bytes] = []
 
     def add(self, item: Encoded | EncodedAnswers) -> None:
-        if not isinstance(item, Encoded):
-            raise TypeError("rows of preferences are not validated on")
         self.hashes.add(item.own_texts)
         self.sha256.append(sha256(item.canonical()).digest())
         if self._pass_on is not None:
@@ -130,7 +129,13 @@ def load_rows(
         return examples, own[0], replace(record, validation=_own_source(record, own[1], rows, held, alive))
     sides = hold_out(rows.hashes, validation, record.source, alive)
     parts = [[i for i, side in enumerate(sides) if side is wanted] for wanted in (False, True)]
-    (training, trained), (kept, described) = (_part(examples, record, rows, part) for part in parts)
+    # The labelled answers of each side get their mismatched ones (KTO) from that side alone.
+    seed, longest = reading.get("seed", 0), reading["max_length"]
+
+    def pair(chosen: list[Example]) -> list[Example]:
+        return pair_again(chosen, epoch_order(seed, len(chosen), 0), longest)
+
+    (training, trained), (kept, described) = (_part(examples, record, rows, part, pair) for part in parts)
     facts = {**_facts(described), "skipped": {}}
     held_out = ValidationRows(**facts, held_out=True, duplicates=0, near_duplicates=0)
     log.get_logger().info("rows are held out for validation", rows=len(kept), of=len(examples), source=record.source)
@@ -138,10 +143,14 @@ def load_rows(
 
 
 def _part(
-    examples: list[Example], record: DatasetRecord, rows: _Rows, part: list[int]
+    examples: list[Example],
+    record: DatasetRecord,
+    rows: _Rows,
+    part: list[int],
+    pair: Callable[[list[Example]], list[Example]],
 ) -> tuple[list[Example], DatasetRecord]:
     """Some of the examples, and the record as it is of them alone."""
-    chosen = [examples[i] for i in part]
+    chosen = pair([examples[i] for i in part])
     lengths = [len(example.input_ids) for example in chosen]
     return chosen, replace(
         record,

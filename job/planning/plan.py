@@ -153,7 +153,7 @@ def _look(settings: Settings, folder: Path, show: int) -> _Preflight:
             on_bad_row=s.data.on_bad_row,
             loss_on=s.train.loss_on,
             method=s.train.last_method,
-            seed=s.run.seed,
+            seed=s.run.seed if s.data.seed is None else s.data.seed,
             date=s.data.date,
             template_arguments=s.data.chat_template_arguments,
             field_names=s.data.fields,

@@ -317,8 +317,6 @@ def _sources(settings: Settings) -> Iterator[Fault]:
 
 def _validation(settings: Settings) -> Iterator[Fault]:
     data, train = settings.data, settings.train
-    if data.validation is not None and train.method != "sft":
-        yield "data.validation", "validates the loss of JOB_TRAIN__METHOD=sft only; remove it, or train with sft"
     if settings.lora.kind == "adalora":  # its ranks are settled by the schedule, not at an earlier step
         asked = {"train.stop_after": train.stop_after is not None, "train.keep": train.keep == "best"}
         for name in (name for name, given in asked.items() if given):

@@ -457,6 +457,7 @@ class Settings(Options):
     cost: Cost = Field(default_factory=Cost)
 
     _sources: dict[str, str] = PrivateAttr(default_factory=dict)
+    _part_of: str | None = PrivateAttr(default=None)
 
     @classmethod
     def settings_customise_sources(
@@ -490,9 +491,18 @@ class Settings(Options):
         """Records where the values came from; a setting that is not in `given` has its default."""
         self._sources = dict.fromkeys(NAMES, "default") | dict(given)
 
+    def keep_whole(self, run: str) -> None:
+        """Records that these are the settings of the first stage of a run of this id."""
+        self._part_of = run
+
     def model_post_init(self, _context: Any, /) -> None:
         """Until `keep_sources` says otherwise, every value is a default."""
         self.keep_sources({})
+
+    @property
+    def part_of(self) -> str | None:
+        """The id of the run that these are the first stage of; None for a whole run."""
+        return self._part_of
 
     @property
     def sources(self) -> Mapping[str, str]:

@@ -37,8 +37,8 @@ CODE = ("job.training.lm_head_loss", "job.training.packing", "job.training.prefe
 
 def with_reference(
     attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded, shared: ObjectStore
-) -> tuple[list[Example], list[Artifact]]:
-    """The examples with the reference's log-probabilities, and the file in which these are published.
+) -> tuple[list[Example], list[Example], list[Artifact]]:
+    """The examples, and those for validation, with the reference's log-probabilities; and the file that has them all.
 
     Called in all processes, before training changes the adapter. `shared` is the store of all runs.
 
@@ -54,8 +54,10 @@ def with_reference(
     artifact = Artifact(**json.loads(record))
     path = processes.share_on_machine("reference on this machine", lambda: str(attempt.fetch(artifact)))
     values = [tuple(json.loads(line)) for line in Path(path).read_bytes().splitlines()]
-    pairs = zip(sources.examples, values, strict=True)
-    return [replace(example, reference=value) for example, value in pairs], [artifact]
+    pairs = zip([*sources.examples, *sources.validation], values, strict=True)
+    known = [replace(example, reference=value) for example, value in pairs]
+    rows = len(sources.examples)
+    return known[:rows], known[rows:], [artifact]
 
 
 def _known(attempt: Attempt) -> str:
@@ -86,7 +88,7 @@ def _compute(
     attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded, shared: ObjectStore
 ) -> Scores | None:
     """The log-probabilities, in process 0; the others help."""
-    examples, model = sources.examples, loaded.model
+    examples, model = [*sources.examples, *sources.validation], loaded.model
     compute = reference_log_probs(model, fused=loaded.plan.fused)
 
     def score(_model: Any, _questions: list[Question], sequences: Mapping[int, range]) -> Iterator[tuple[int, Scores]]:
@@ -125,4 +127,6 @@ def _conditions(sources: Sources, loaded: Loaded) -> dict[str, Any]:
     unnamed = replace(loaded.record, id="", revision=None, trainable_parameters=0, adapted=[])
     facts = forward_facts(loaded, unnamed)
     facts["adapter"] = sources.record.start_sha256
-    return score_conditions({**facts, "data": sources.record.dataset.sha256, "reference": code_hashes(*CODE)})
+    data = sources.record.dataset
+    held = {} if data.validation is None else {"validation": data.validation.sha256}
+    return score_conditions({**facts, "data": data.sha256, **held, "reference": code_hashes(*CODE)})

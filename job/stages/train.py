@@ -35,6 +35,7 @@ from job.records import (
 )
 from job.report.model_card import public_base
 from job.results.adapter_facts import CONFIG, WEIGHTS, adapter_facts
+from job.results.first_stage import read_first_stage
 from job.results.training_totals import training_totals
 from job.runs.attempt import Attempt
 from job.runs.layout import ARTIFACTS, METRICS, VALIDATIONS
@@ -56,10 +57,10 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
     if substituted is not None and processes.leads:
         log.get_logger().warning("substituted", what=substituted)
     recipe = _recipe(settings, len(sources.examples), loaded.micro_batch_tokens, optimizer)
-    examples, reference = sources.examples, list[Artifact]()
+    examples, validation, reference = sources.examples, sources.validation, list[Artifact]()
     if METHODS[settings.train.last_method].reference:
         shared = open_store(settings.run.output, storage_options(settings.storage))
-        examples, reference = with_reference(attempt, settings, sources, loaded, shared)
+        examples, validation, reference = with_reference(attempt, settings, sources, loaded, shared)
     restored = _restore(attempt)
     if restored.folder is not None:
         log.get_logger().info("resuming", step=restored.step, of=recipe.total_steps)
@@ -104,7 +105,7 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
             folder=attempt.work / "states",
             resume=restored.folder,
             processes=processes,
-            validation=sources.validation,
+            validation=validation,
         )
         if not trained.complete:
             publisher.finish(attempt.stop.remaining())
@@ -135,6 +136,8 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
             init=settings.lora.init, **adapter_facts(folder / "adapter" / CONFIG, folder / "adapter" / WEIGHTS)
         ),
     )
+    if not settings.train.is_one_stage:
+        record = replace(record, first_stage=read_first_stage(attempt.store))
     return Trained(record, [*artifacts, *reference])
 
 
@@ -232,7 +235,10 @@ def _step_logger(attempt: Attempt, show_progress: log.Progress, watch: Stopwatch
 def _validated(attempt: Attempt, metrics: ValidationMetrics) -> None:
     """Logs a validation, and tells the trackers."""
     seconds = round(float(metrics.measured["seconds"] or 0), 3)
-    log.get_logger().info("validation", step=metrics.step, validation_loss=round(metrics.loss, 4), seconds=seconds)
+    rewards = {f"eval_{name}": round(value, 4) for name, value in metrics.preference.items()}
+    log.get_logger().info(
+        "validation", step=metrics.step, validation_loss=round(metrics.loss, 4), seconds=seconds, **rewards
+    )
     attempt.validated(metrics)
 
 

@@ -178,6 +178,11 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         self.clock = time.monotonic()
         base = model.get_base_model()
         self.summed_head = partial(summed_head, base) if can_sum(base) else None
+        preference = (
+            None
+            if recipe.preference is None
+            else PreferenceGradient(recipe.preference, self.log_probs, self.accelerator.backward)
+        )
         self.step = OptimizerStep(
             model,
             self.steps,
@@ -187,9 +192,7 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             hooks=hooks,
             processes=processes,
             packed_gradient=self.packed_gradient,
-            preference=None
-            if recipe.preference is None
-            else PreferenceGradient(recipe.preference, self.log_probs, self.accelerator.backward),
+            preference=preference,
         )
         self.recipe = recipe
         self.validations: list[ValidationMetrics] = []
@@ -203,6 +206,7 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             summed_loss=self.summed_loss,
             hooks=hooks,
             processes=processes,
+            preference=preference,
         )
 
     # Which examples: those of the batch plan, from the next step on.
@@ -288,6 +292,7 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             examples=len(self.validation.examples),
             target_tokens=self.validation.target_tokens,
             measured={"seconds": time.monotonic() - began, "micro_batch_tokens": self.validation.budget},
+            preference=dict(self.validation.metrics),
         )
         self.validations.append(metrics)
         if self.recipe.keep == "best" and progress(self.validations).best_step == step:
@@ -295,7 +300,7 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         if self.stopped_early():
             self.control.should_training_stop = self.control.should_save = True
         self.hooks.on_validation(metrics)
-        return {f"{metric_key_prefix}_loss": loss}
+        return {f"{metric_key_prefix}_{name}": value for name, value in {"loss": loss, **metrics.preference}.items()}
 
     def summed_loss(self, examples: Sequence[Example]) -> torch.Tensor:
         """The summed loss of a micro-batch, () float32, computed as training computes it; see `SummedLoss`."""
