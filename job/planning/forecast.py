@@ -46,6 +46,14 @@ class ValidationWork:
 
 
 @dataclass(frozen=True)
+class ReferenceWork:
+    """The log-probabilities by the reference model, computed once: one forward pass over all rows."""
+
+    tokens: int
+    target_tokens: int
+
+
+@dataclass(frozen=True)
 class RunShape:
     """What is known about a run; None means unknown.
 
@@ -65,6 +73,8 @@ class RunShape:
         keep_base: Whether the dequantized base is kept in memory; None where the job chooses.
         keep_activations: Whether activations are kept instead of recomputed; None where the job chooses.
         validation: The validations; None where there are none, or their rows are unknown.
+        reference: The pass over preferences by the reference model; None where there is none, or rows are unknown.
+        first_stage: What is trained before, as in JOB_TRAIN__METHOD=sft,dpo; its download is in this one's.
     """
 
     setup: Setup | None
@@ -82,6 +92,8 @@ class RunShape:
     keep_base: bool | None = None
     keep_activations: bool | None = None
     validation: ValidationWork | None = None
+    reference: ReferenceWork | None = None
+    first_stage: RunShape | None = None
 
     @property
     def micro_batch(self) -> int:
@@ -142,6 +154,12 @@ def estimates(run: RunShape) -> Iterator[Estimate]:
     if run.workload is not None:
         flops = memory_model.training_flops(setup, run.workload.tokens, run.workload.squares)
         yield Estimate("training", flops, "FLOP", both, "with recomputation" if setup.recompute else "")
+    if run.first_stage is not None and (before := run.first_stage.workload) is not None:
+        flops = memory_model.training_flops(setup, before.tokens, before.squares)
+        yield Estimate("training, first stage", flops, "FLOP", _weaker(basis, run.first_stage.workload_basis))
+    if run.reference is not None:
+        referring = memory_model.evaluation_flops(setup, run.reference.tokens, run.reference.target_tokens)
+        yield Estimate("reference, once", referring, "FLOP", both, "log-probabilities before training")
     if run.validation is not None:
         held_out = run.validation
         validating = held_out.count * memory_model.evaluation_flops(setup, held_out.tokens, held_out.target_tokens)
@@ -174,6 +192,11 @@ def estimates(run: RunShape) -> Iterator[Estimate]:
 
 
 def _of_the_data(run: RunShape) -> Iterator[Estimate]:
+    if run.first_stage is not None and (before := run.first_stage.workload) is not None:
+        basis = run.first_stage.workload_basis
+        yield Estimate("examples, first stage", before.rows, "", basis)
+        yield Estimate("optimizer steps, first stage", before.steps, "", basis)
+        yield Estimate("tokens, first stage", before.tokens, "", basis, "all epochs")
     if run.workload is not None:
         work, basis = run.workload, run.workload_basis
         yield Estimate("examples", work.rows, "", basis)
@@ -196,7 +219,10 @@ def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:
     execution = _execution(gpu, run, setup)
     usable = memory_model.usable_bytes(gpu.memory_bytes)
     scoring = _scoring(run, setup)
-    need = max(memory_model.training_memory(setup, run.micro_batch).total, scoring)
+    if run.first_stage is not None and run.budget_by_gpu:
+        run = replace(run, first_stage=replace(run.first_stage, budget=run.budget))
+    stages = [run] if run.first_stage is None else [run.first_stage, run]
+    need = max(scoring, *(memory_model.training_memory(setup, one.micro_batch).total for one in stages))
     fits, note = need <= usable, ""
     if not fits:
         note = f"{size(need, ' ')} are needed, and {size(usable, ' ')} are safe to fill"
@@ -254,6 +280,12 @@ def _hours(gpu: Gpu, run: RunShape, setup: Setup, execution: ExecutionPlan | Non
     """Hours from start to end without interruptions; None if data or speed (as in fp32) is unknown."""
     if run.workload is None or run.questions is None or setup.value_bytes != HALF_PRECISION:
         return None
+    before = 0.0
+    if run.first_stage is not None:
+        earlier = _hours(gpu, run.first_stage, setup, execution)
+        if earlier is None:
+            return None
+        before = 3600 * earlier
     work, asked = run.workload, run.questions
     speed = {"rate": gpu.flops, "bandwidth": gpu.bandwidth}
     used = memory_model.UTILISATION
@@ -270,8 +302,14 @@ def _hours(gpu: Gpu, run: RunShape, setup: Setup, execution: ExecutionPlan | Non
     used = memory_model.UTILISATION if execution is None else memory_model.SCORING_UTILISATION
     scoring = memory_model.evaluation_flops(setup, asked.tokens, asked.reads)
     evaluation = memory_model.seconds(scoring, ceil(asked.tokens / run.scoring_budget), setup, used=used, **speed)
+    if run.reference is not None:
+        referring = memory_model.evaluation_flops(setup, run.reference.tokens, run.reference.target_tokens)
+        passes = ceil(run.reference.tokens / run.micro_batch)
+        training += memory_model.seconds(referring, passes, setup, used=used, **speed)
     start = START_SECONDS + run.download_bytes / DOWNLOAD_RATE
-    return (start + training + EVALUATIONS * evaluation) / 3600
+    # The base's answers of a first stage serve the second.
+    evaluations = EVALUATIONS if run.first_stage is None else EVALUATIONS - 1
+    return (before + start + training + evaluations * evaluation) / 3600
 
 
 def _weaker(*bases: Basis) -> Basis:

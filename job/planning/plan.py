@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from job.common.formatting import size
+from job.common.methods import METHODS
 from job.common.resources import check_disk, checkpoint_bytes, required_bytes
 from job.common.source_list import parse_sources
 from job.data import licences
@@ -18,7 +19,16 @@ from job.errors import AccessDenied, DataError, JobError, Problem, SettingsError
 from job.model.adapter_options import MANY_STEPS, PLAIN, AdapterOptions, make_options
 from job.planning import forecast
 from job.planning import known_models_and_data as known
-from job.planning.forecast import Basis, Estimate, GpuForecast, RunShape, ValidationWork, estimates, forecast_gpu
+from job.planning.forecast import (
+    Basis,
+    Estimate,
+    GpuForecast,
+    ReferenceWork,
+    RunShape,
+    ValidationWork,
+    estimates,
+    forecast_gpu,
+)
 from job.planning.gpu_prices import GPUS, PRICES, Gpu
 from job.planning.preflight import (
     AdapterFacts,
@@ -38,6 +48,7 @@ from job.planning.preflight import (
 from job.planning.shown_rows import ShownRow
 from job.planning.workload import Workload, count, scale
 from job.settings.load import Settings
+from job.settings.training_stages import split_stages
 from job.storage.hub import is_reachable
 from job.storage.location import join
 from job.storage.open import StorageOptions, is_remote, open_store, storage_options
@@ -85,6 +96,7 @@ class _Preflight:
     adapter: AdapterFacts | None
     tokenizer: Any | None
     data: DataFacts | None
+    first_data: DataFacts | None
     questions: known.TaskTokens | None
 
 
@@ -133,36 +145,18 @@ def _look(settings: Settings, folder: Path, show: int) -> _Preflight:
         ),
     )
     tokenized, tokenizer = run_check("tokenizer", lambda: find_tokenizer(model))
-    read, data = run_check(
-        "data",
-        lambda: preview_data(
-            s.data.source,
-            tokenizer=tokenizer,
-            max_length=s.train.max_length,
-            revision=s.data.revision,
-            validation=what_to_validate_on(
-                s.data.validation,
-                source=s.data.source,
-                source_revision=s.data.revision,
-                validation_revision=s.data.validation_revision,
-                validation_split=s.data.validation_split,
-            ),
-            split=s.data.split,
-            limit=s.data.limit,
-            schema=None if s.data.format == "auto" else s.data.format,
-            on_bad_row=s.data.on_bad_row,
-            loss_on=s.train.loss_on,
-            method=s.train.last_method,
-            seed=s.run.seed if s.data.seed is None else s.data.seed,
-            date=s.data.date,
-            template_arguments=s.data.chat_template_arguments,
-            field_names=s.data.fields,
-            on_long_row=s.data.on_long_row,
-            show=show,
-            vocabulary=model.architecture.vocabulary if model and model.architecture else None,
-            **where,
-        ),
-    )
+    rows_too: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "vocabulary": model.architecture.vocabulary if model and model.architecture else None,
+        **where,
+    }
+    read, data = run_check("data", lambda: _preview_rows(s, show=show, **rows_too))
+    first, first_data = [], None
+    if not s.train.is_one_stage:
+        rows_too["folder"] = folder / "first"
+        earlier, _ = split_stages(s)
+        check, first_data = run_check("data, first stage", lambda: _preview_rows(earlier, show=0, **rows_too))
+        first.append(check)
     asked, questions = run_check(
         "questions",
         lambda: preview_questions(
@@ -175,8 +169,36 @@ def _look(settings: Settings, folder: Path, show: int) -> _Preflight:
             **where,
         ),
     )
-    checks = [stored, modelled, adapted, tokenized, read, asked]
-    return _Preflight(checks, seconds, model, adapter, tokenizer, data, questions)
+    checks = [stored, modelled, adapted, tokenized, read, *first, asked]
+    return _Preflight(checks, seconds, model, adapter, tokenizer, data, first_data, questions)
+
+
+def _preview_rows(s: Settings, **how: Any) -> Found[DataFacts]:
+    """The rows of a stage of training; `how` goes to `preview_data`."""
+    return preview_data(
+        s.data.source,
+        max_length=s.train.max_length,
+        revision=s.data.revision,
+        validation=what_to_validate_on(
+            s.data.validation,
+            source=s.data.source,
+            source_revision=s.data.revision,
+            validation_revision=s.data.validation_revision,
+            validation_split=s.data.validation_split,
+        ),
+        split=s.data.split,
+        limit=s.data.limit,
+        schema=None if s.data.format == "auto" else s.data.format,
+        on_bad_row=s.data.on_bad_row,
+        loss_on=s.train.loss_on,
+        method=s.train.last_method,
+        seed=s.run.seed if s.data.seed is None else s.data.seed,
+        date=s.data.date,
+        template_arguments=s.data.chat_template_arguments,
+        field_names=s.data.fields,
+        on_long_row=s.data.on_long_row,
+        **how,
+    )
 
 
 def _try_storage(output: str, run: str, storage: StorageOptions) -> Found[float]:
@@ -199,12 +221,13 @@ def _run(settings: Settings, seen: _Preflight, checks: list[PreflightResult]) ->
     download = seen.model.download_bytes if seen.model else None
     if download is None:
         download = 2 * setup.architecture.parameters if setup else 0  # weights are published in half precision
-    return RunShape(
+    run = RunShape(
         setup=setup,
         setup_basis=model_basis,
         workload=workload,
         workload_basis=data_basis,
         validation=_validation(settings, seen.data, workload),
+        reference=_reference(settings, seen.data),
         questions=questions,
         questions_basis=questions_basis,
         budget=settings.train.micro_batch_tokens or SMALL_GPU_TOKENS,
@@ -218,6 +241,20 @@ def _run(settings: Settings, seen: _Preflight, checks: list[PreflightResult]) ->
         keep_base=None if settings.model.keep_dequantized == "auto" else settings.model.keep_dequantized,
         keep_activations=None if (again := settings.train.gradient_checkpointing) == "auto" else not again,
     )
+    if settings.train.is_one_stage:
+        return run
+    first, _ = split_stages(settings)
+    workload, data_basis = _workload(first, seen.first_data)
+    earlier = replace(
+        run,
+        workload=workload,
+        workload_basis=data_basis,
+        validation=_validation(first, seen.first_data, workload),
+        reference=None,
+        download_bytes=0,
+    )
+    more = seen.first_data.download_bytes if seen.first_data else 0
+    return replace(run, first_stage=earlier, download_bytes=run.download_bytes + more)
 
 
 def _setup(settings: Settings, seen: _Preflight, checks: list[PreflightResult]) -> tuple[Setup | None, Basis]:
@@ -285,6 +322,17 @@ def _workload(settings: Settings, data: DataFacts | None) -> tuple[Workload | No
     ), "assumed"
 
 
+def _reference(settings: Settings, data: DataFacts | None) -> ReferenceWork | None:
+    """The pass by the reference model; None where the method has none, or the rows are not known."""
+    if data is None or not METHODS[settings.train.last_method].reference:
+        return None
+    rows = [*data.examples, *data.validation]
+    return ReferenceWork(
+        tokens=sum(len(example.input_ids) for example in rows),
+        target_tokens=sum(sum(example.targets) for example in rows),
+    )
+
+
 def _validation(settings: Settings, data: DataFacts | None, workload: Workload | None) -> ValidationWork | None:
     """The validations of a run that does not stop early; None where there are none, or their rows are not known."""
     if data is None or workload is None or not data.validation:
@@ -338,7 +386,7 @@ def _assumptions(settings: Settings) -> tuple[str, ...]:
     price, context = settings.cost.usd_per_hour, size(memory_model.CONTEXT_BYTES, " ")
     fused, peft = (f"{used:.0%}" for used in (memory_model.FUSED_UTILISATION, memory_model.UTILISATION))
     half = f"speed: {fused} of the data sheet's operations a second in bf16, {peft} before Ampere or with dropout"
-    first = f"figures: of the last stage of JOB_TRAIN__METHOD={settings.train.method}; plan the first one as sft"
+    first = f"JOB_TRAIN__METHOD={settings.train.method}: hours and dollars of both stages, other figures of the last"
     return (
         *(() if settings.train.is_one_stage else (first,)),
         "one GPU; several GPUs share the examples of a step, and each needs the same memory",

@@ -355,6 +355,12 @@ def _schedule(settings: Settings) -> Iterator[Fault]:
 
 def _adapter(settings: Settings) -> Iterator[Fault]:
     lora = settings.lora
+    if settings.train.optimizer == "muon" and (lora.use_dora or lora.kind == "adalora"):
+        other = "USE_DORA" if lora.use_dora else "KIND=adalora"
+        yield (
+            "train.optimizer",
+            f"is muon, which is for matrices, and JOB_LORA__{other} trains vectors, too; take another",
+        )
     if lora.kind == "adalora":
         others = ("init", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
         plain = Lora()
@@ -381,7 +387,7 @@ def _adapter(settings: Settings) -> Iterator[Fault]:
 _ONLY_FOR: dict[str, tuple[MethodName, ...]] = {
     "train.beta": ("dpo", "kto", "orpo"),
     "train.preference_loss": ("dpo",),
-    "train.label_smoothing": ("dpo",),
+    "train.label_smoothing": ("sft", "dpo"),
     "train.desirable_weight": ("kto",),
     "train.undesirable_weight": ("kto",),
     "train.neftune_noise_alpha": ("sft",),

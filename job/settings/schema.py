@@ -262,8 +262,9 @@ class Train(Group):
     preference_loss: AffectsResult[Literal["sigmoid", "ipo"]] = "sigmoid"
     """Loss of dpo on a pair."""
     label_smoothing: AffectsResult[Annotated[NotNegative, Field(lt=0.5)]] = 0.0
-    """Share of the pairs assumed to be labelled the wrong way round, for dpo with the sigmoid loss (conservative
-    DPO)."""
+    """For sft: the share of each target token that is spread over the whole vocabulary, as transformers does it; the
+    validation loss has it, too. For dpo with the sigmoid loss: the share of the pairs assumed to be labelled the wrong
+    way round (conservative DPO)."""
     desirable_weight: AffectsResult[Positive] = 1.0
     """Weight of good answers in the loss of kto."""
     undesirable_weight: AffectsResult[Positive] = 1.0
@@ -303,7 +304,8 @@ class Train(Group):
     max_length: AffectsResult[Count] = 2048
     """Maximum length of an example, in tokens; JOB_DATA__ON_LONG_ROW says what becomes of a longer one."""
     optimizer: AffectsResult[OptimizerName] = "adamw_8bit"
-    """Optimizer of the adapter's weights."""
+    """Optimizer of the adapter's weights. `muon` is for matrices alone: not with JOB_LORA__USE_DORA, nor with AdaLoRA;
+    its steps have the size of AdamW's, so that learning rates found with that serve."""
     validate_every_steps: AffectsResult[Maybe[Count]] = None
     """Optimizer steps between two validations, beside those before the first step and after the last; empty: the steps
     of an epoch. Checkpoints have an interval of their own, which may change between attempts."""

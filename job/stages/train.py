@@ -195,6 +195,7 @@ def _recipe(settings: Settings, rows: int, micro_batch_tokens: int, optimizer: s
         min_lr_ratio=schedule.min_lr_ratio,
         decay_steps=schedule.decay_steps,
         neftune_noise_alpha=t.neftune_noise_alpha,
+        label_smoothing=t.label_smoothing if t.last_method == "sft" else 0.0,
         preference=None
         if t.last_method == "sft"
         else Preference(

@@ -65,7 +65,7 @@ class OptimizerStep:
         model: A PEFT model over a base loaded with packed attention.
         steps: The batch plan, and which share of it is this process's.
         parameters: The adapter. The gradient is left in `parameters.gradient`.
-        recipe: Only the seed and the initial token budget are used.
+        recipe: Only the seed, the initial token budget and label smoothing are used.
         plan: The initial execution plan.
         hooks: Only `stop` and `fits` are used.
         processes: The processes that share the step.
@@ -91,6 +91,7 @@ class OptimizerStep:
         self.plan = plan
         self._model, self._steps, self._parameters = model, steps, parameters
         self._seed, self._hooks, self._processes = recipe.seed, hooks, processes
+        self._smoothing = recipe.label_smoothing
         self._packed_gradient, self._preference = packed_gradient, preference
         self.metrics: dict[str, float] = {}
         """Metrics of the last step of preferences, by TRL's names."""
@@ -249,7 +250,7 @@ class OptimizerStep:
         hidden = base.base_model(
             input_ids=ids[None], position_ids=positions[None], layout=layout, use_cache=False
         ).last_hidden_state[0]
-        return padded_loss(hidden, base.get_output_embeddings(), labels)
+        return padded_loss(hidden, base.get_output_embeddings(), labels, self._smoothing)
 
     def _recorded(self, device: torch.device) -> CudaGraphs:
         """The CUDA graphs. If there are none yet, that of the largest micro-batch of this process is recorded first.

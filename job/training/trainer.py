@@ -34,7 +34,7 @@ from job.checkpoints.trainer_state import (
     write_trainer_state,
     write_validations,
 )
-from job.common.optimizers import OPTIMIZERS
+from job.common.optimizers import OPTIMIZERS, trainer_name
 from job.common.schedulers import SCHEDULERS, Schedule
 from job.data.batch_plan import Steps, targets_of
 from job.distributed.processes import ALONE, Processes
@@ -48,7 +48,8 @@ from job.records import Example, ExecutionPlan, StepMetrics, ValidationMetrics
 from job.training.config import Hooks, Recipe, Trained
 from job.training.early_stopping import is_due, progress
 from job.training.flat_parameters import FlatParameters
-from job.training.lm_head_loss import alone_loss, can_sum, summed_head
+from job.training.lm_head_loss import alone_loss, can_sum, logits_loss, summed_head
+from job.training.muon import FlatMuon
 from job.training.neftune import add_noise
 from job.training.packing import alone_inputs, packed_inputs, padded_sequence
 from job.training.preference_gradient import PreferenceGradient, head_of, token_log_probs
@@ -177,7 +178,9 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         self.saved_step = 0
         self.clock = time.monotonic()
         base = model.get_base_model()
-        self.summed_head = partial(summed_head, base) if can_sum(base) else None
+        smoothing = recipe.label_smoothing
+        self.summed_head = partial(summed_head, base, smoothing=smoothing) if can_sum(base) else None
+        self.alone_loss = partial(alone_loss, smoothing=smoothing)
         preference = (
             None
             if recipe.preference is None
@@ -235,13 +238,21 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         """Adds the gradient of a packed batch by TRL's own loss; see `step.PackedGradient`."""
         with self.compute_loss_context_manager():
             # `model_wrapped` is the model as Trainer wrapped it for mixed precision.
-            if is_packed(self.model):
-                loss = self.compute_loss(self.summed_head or self.model_wrapped, inputs, num_items_in_batch=targets)
-            else:
-                loss = alone_loss(self.model_wrapped, **inputs) / targets
+            loss = self.packed_loss(inputs, targets)
         self.accelerator.backward(loss)
         detached: torch.Tensor = loss.detach()
         return detached
+
+    def packed_loss(self, inputs: dict[str, Any], targets: int) -> torch.Tensor:
+        """The summed loss of a packed batch, or of one example, divided by `targets`; () float32 with history."""
+        if not is_packed(self.model):
+            return self.alone_loss(self.model_wrapped, **inputs) / targets
+        if self.summed_head is None and self.recipe.label_smoothing:
+            return logits_loss(self.model_wrapped, smoothing=self.recipe.label_smoothing, **inputs) / targets
+        loss: torch.Tensor = self.compute_loss(
+            self.summed_head or self.model_wrapped, inputs, num_items_in_batch=targets
+        )
+        return loss
 
     def after_optimizer_step(self, done: int) -> None:
         """What some adapters need: a frozen part is put back, and AdaLoRA takes ranks away."""
@@ -255,6 +266,10 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             return token_log_probs(self.model, head_of(self.model, self.model_wrapped), sequences)
 
     def create_optimizer(self, model: Any = None) -> Any:  # noqa: ARG002 - Trainer's signature
+        if self.recipe.optimizer == "muon":
+            how = {"lr": self.args.learning_rate, "weight_decay": self.args.weight_decay}
+            self.optimizer = FlatMuon(self.parameters.whole, self.parameters.views, **how)
+            return self.optimizer
         kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         self.optimizer = kind([self.parameters.whole], weight_decay=self.args.weight_decay, **options)
         return self.optimizer
@@ -307,15 +322,11 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         device = self.parameters.gradient.device
         with self.compute_loss_context_manager():
             if not is_packed(self.model):
-                alone = [alone_loss(self.model_wrapped, **alone_inputs(example, device)) for example in examples]
-                return torch.stack(alone).sum()
+                return torch.stack([self.packed_loss(alone_inputs(example, device), 1) for example in examples]).sum()
             if self.step.plan.padded:
                 sequence = padded_sequence(examples, device)
                 return self.step.padded_sum(sequence.tokens, sequence.ends, sequence.segments)
-            loss: torch.Tensor = self.compute_loss(
-                self.summed_head or self.model_wrapped, packed_inputs(examples, device), num_items_in_batch=1
-            )
-            return loss
+            return self.packed_loss(packed_inputs(examples, device), 1)
 
     def stopped_early(self) -> bool:
         """Whether the patience is used up."""
@@ -421,7 +432,7 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
     def trainer_files(self) -> TrainerFiles:
         """The live objects that a checkpoint is written from and restored into."""
         made = self.optimizer, self.lr_scheduler, self.accelerator.scaler, self.state
-        return TrainerFiles(self.model, *made, optimizer_name=self.args.optim)
+        return TrainerFiles(self.model, *made, optimizer_name=self.recipe.optimizer)
 
 
 def memory_in_use() -> int:
@@ -533,7 +544,7 @@ def trl_config(recipe: Recipe, plan: ExecutionPlan, folder: Path, model: Any) ->
         weight_decay=recipe.weight_decay,
         # With infinity Trainer still computes the norm, for the metrics, and multiplies the gradient by exactly 1.
         max_grad_norm=recipe.max_grad_norm or math.inf,
-        optim=recipe.optimizer,
+        optim=trainer_name(recipe.optimizer),
         # The argument's name differs between the supported versions of TRL.
         **dict.fromkeys(
             {"activation_checkpointing", "gradient_checkpointing"} & SFTConfig.__dataclass_fields__.keys(), False

@@ -112,6 +112,7 @@ CONFIGURATIONS: Mapping[str, Callable[[Path], dict[str, str]]] = {
     "stable-decay": _train(SCHEDULER="warmup_stable_decay", WARMUP_RATIO="0.2", MIN_LR_RATIO="0.1", MAX_GRAD_NORM="0"),
     "noise": _train(NEFTUNE_NOISE_ALPHA="5", SCHEDULER="cosine", MIN_LR_RATIO="0.1", EPOCHS="1.5"),
     "lion": _train(OPTIMIZER="lion_8bit"),
+    "muon": _train(OPTIMIZER="muon", LABEL_SMOOTHING="0.1"),
     "ademamix": _train(OPTIMIZER="ademamix_8bit"),
     "dora": _lora(USE_DORA="true", USE_RSLORA="true", INIT="gaussian", SEED="7"),
     "pissa": _lora(INIT="pissa", RANK_PATTERN="q_proj=4"),

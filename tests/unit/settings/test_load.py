@@ -785,6 +785,11 @@ class TestMethods:
         assert f"{name} (command line)" in problems(["--lora.start=adapter", *given])
         assert f"{name} (command line)" in problems(["--train.method=sft,dpo", "--data.sft_source=a.jsonl", *given])
 
+    @pytest.mark.parametrize("given", ["--lora.use_dora=true", "--lora.kind=adalora"])
+    def test_muon_is_for_matrices(self, given: str) -> None:
+        """What trains vectors is refused before anything is loaded."""
+        assert "JOB_TRAIN__OPTIMIZER (command line)" in problems(["--train.optimizer=muon", given])
+
     def test_rows_that_the_method_cannot_learn_from(self) -> None:
         """A format by name is checked before any file is read."""
         found = problems(["--train.method=dpo", "--data.format=alpaca"])["JOB_DATA__FORMAT (command line)"]
