@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from job.planning.forecast import EVALUATIONS, RunShape, ValidationWork, estimates, forecast_gpu
+from job.planning.forecast import EVALUATIONS, ReferenceWork, RunShape, ValidationWork, estimates, forecast_gpu
 from job.planning.gpu_prices import GPUS, Gpu
 from job.planning.known_models_and_data import ARCHITECTURES, TASK_TOKENS
 from job.planning.workload import Workload
@@ -162,3 +162,22 @@ def test_validations_take_time() -> None:
     assert shown["validations"] == 10
     assert shown["validation, all"] > 0
     assert not any("validation" in figure.name for figure in estimates(RUN))
+
+
+def test_a_reference_and_a_first_stage_take_time() -> None:
+    """The pass by the reference, and a first stage with its own start, are counted; the base answers once for both."""
+    gpu = BY_NAME["H200"]
+    alone = forecast_gpu(gpu, RUN, REFERENCE).hours or 0
+    reference = ReferenceWork(tokens=500_000, target_tokens=300_000)
+    referring = memory_model.evaluation_flops(REFERENCE, 500_000, 300_000) / (memory_model.UTILISATION * gpu.flops)
+    with_it = replace(RUN, reference=reference)
+    assert forecast_gpu(gpu, with_it, REFERENCE).hours == pytest.approx(alone + referring / 3600, rel=1e-6)
+    both = replace(with_it, first_stage=replace(RUN, download_bytes=0))
+    scoring = memory_model.evaluation_flops(REFERENCE, RUN.questions.tokens, RUN.questions.reads)  # type: ignore[union-attr]
+    first = alone - scoring / (memory_model.UTILISATION * gpu.flops) / 3600
+    assert forecast_gpu(gpu, both, REFERENCE).hours == pytest.approx(alone + referring / 3600 + first, rel=1e-6)
+    shown = {figure.name: figure.value for figure in estimates(both)}
+    assert shown["optimizer steps, first stage"] == WORK.steps
+    assert shown["reference, once"] > 0
+    longer = replace(both, first_stage=replace(RUN, workload=replace(WORK, longest=10**6, largest_step=10**6)))
+    assert not forecast_gpu(gpu, longer, REFERENCE).fits
