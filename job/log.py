@@ -95,11 +95,11 @@ def configure(log_format: str, level: str, secrets: Sequence[str] = (), **contex
 
 
 def _problems_by_line(render: structlog.typing.Processor) -> structlog.typing.Processor:
-    """The renderer, with the problems of an error below its line, one on each."""
+    """The renderer, with the problems of an error below its line, one on each, and the advice for all at the end."""
 
     def rendered(logger: Any, method: str, event: structlog.typing.EventDict) -> str:
-        problems = event.pop("problems", ())
-        return "\n".join([str(render(logger, method, event)), *(f"  {problem}" for problem in problems)])
+        below = [*event.pop("problems", ()), event.pop("advice", "")]
+        return "\n".join([str(render(logger, method, event)), *(f"  {line}" for line in below if line)])
 
     return rendered
 

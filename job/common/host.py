@@ -69,7 +69,7 @@ def git_commit() -> str | None:
 def _output(*command: str) -> str | None:
     """The output of a program, without white space around it; None if it is missing, fails or prints nothing."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)  # noqa: S603
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)  # noqa: S603 - git and such, with arguments of ours
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None if done.returncode == 0 else None

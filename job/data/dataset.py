@@ -26,16 +26,29 @@ from job.data.fields import Rendered
 from job.data.formats import UNREADABLE, Row, RowError, Rows, find_files, fixed_part, read_rows
 from job.data.hub_dataset import is_hub_id, open_dataset
 from job.data.preferences import SIDES, Answers, EncodedAnswers, encode_answers, is_conversation, with_partners
-from job.data.schemas import FIELDS, REQUIRED, Schema, check_row, detect_schema, own_texts, render, texts_of
+from job.data.schemas import (
+    FIELDS,
+    REQUIRED,
+    Schema,
+    check_row,
+    detect_schema,
+    fits,
+    nearest_field,
+    own_texts,
+    render,
+    texts_of,
+    with_near_names,
+)
 from job.data.sharegpt import as_messages, in_conversations, is_sharegpt
 from job.data.tokenization import Encoded, LossOn, OnLongRow, encode
-from job.errors import MAX_SHOWN, DataError, Problem, SettingsError
+from job.errors import MAX_SHOWN, DataError, Problem, SettingsError, named_by
 from job.records import DatasetRecord, DataSourceRecord, Example
 
 OnBadRow = Literal["error", "skip"]
 
 _ALIVE_SECONDS = 0.5
 _DIGEST = b"examples 1\0"
+_SKIPPING = "correct the rows, or set JOB_DATA__ON_BAD_ROW=skip to leave out and count those that are invalid"
 
 
 def load_examples(
@@ -261,23 +274,32 @@ def _records(
     return [DataSourceRecord(part.name, commit, rows, digest.hexdigest())]
 
 
-def check_source(source: str, revision: str | None, split: str, setting: str = "JOB_DATA__REVISION") -> None:
+def check_source(
+    source: str,
+    revision: str | None,
+    split: str,
+    setting: str = "JOB_DATA__SOURCE",
+    revision_setting: str = "JOB_DATA__REVISION",
+) -> None:
     """Refuses a source that cannot be read, as far as can be checked without reading it or using the network.
 
     Raises:
-        DataError: A path that is not there, or holds nothing that is read.
+        DataError: A path that is not there, or holds nothing that is read; it names the setting that gives it.
         SettingsError: A hub id without a revision.
     """
     if is_hub_id(source):
-        require_revision(revision, setting)
-    else:
+        require_revision(revision, revision_setting, source)
+        return
+    with named_by(setting):
         find_files(source, split)
 
 
-def require_revision(revision: str | None, setting: str = "JOB_DATA__REVISION") -> str:
+def require_revision(revision: str | None, setting: str = "JOB_DATA__REVISION", source: str | None = None) -> str:
     """The revision of a hub data set, which has to be given by a setting."""
     if revision is None:
         what = "a data set of the hub needs a revision, best a commit, so that the run can be repeated"
+        if source is not None:
+            what = f"{what}; {source} is taken for one, since there is no such path here"
         raise SettingsError([Problem(setting, what)])
     return revision
 
@@ -291,6 +313,7 @@ class _Findings:
         self._skip = on_bad_row == "skip"
         self._problems: list[Problem] = []
         self._total = 0
+        self._rows = False  # whether there is a bad row that could be skipped
 
     def add(self, faults: list[RowError]) -> None:
         """Adds the faults of one row, at least one."""
@@ -299,6 +322,7 @@ class _Findings:
             self.skipped[faults[0].kind] += 1
             return
         self._total += len(faults)
+        self._rows = self._rows or faults[0].kind != UNREADABLE
         remaining = MAX_SHOWN - len(self._problems)
         self._problems += [Problem(fault.where, fault.what) for fault in faults[:remaining]]
 
@@ -315,7 +339,7 @@ class _Findings:
     def raise_problems(self) -> None:
         """Raises the problems, if there are any, all in one error."""
         if self._problems:
-            raise DataError(self._problems, self._total)
+            raise DataError(self._problems, self._total, _SKIPPING if self._rows else "")
 
     def nothing_left(self, name: str) -> DataError:
         """The error that no row was selected, and why."""
@@ -408,7 +432,18 @@ def _open(
     if shown and not shown.endswith("/"):
         shown += "/"
     names = [name if file == Path(source) else f"{shown}{file.relative_to(base).as_posix()}" for file in files]
-    return None, chosen, chain.from_iterable(map(read_rows, files, names))
+    rows = map(read_rows, files, names)
+    return None, chosen, chain.from_iterable(rows if len(files) == 1 else map(_with_warning, rows, names))
+
+
+def _with_warning(rows: Rows, name: str) -> Rows:
+    """The rows of one of several files; that it has none is told, since the copy of a file may have failed."""
+    empty = True
+    for row in rows:
+        empty = False
+        yield row
+    if empty:
+        log.get_logger().warning("one of the files has no rows", file=name)
 
 
 def _settle_schema(
@@ -426,19 +461,33 @@ def _settle_schema(
     for row in rows:
         if isinstance(row, RowError):
             findings.add([row])
-        elif found := detect_schema(row.fields, among):
+        elif (found := detect_schema(row.fields, among)) and (fits(row.fields, found) or not _others(row, method)):
             return found, chain([row], rows)
         else:
-            known = "; ".join(f"{schema}: {', '.join(REQUIRED[schema])}" for schema in REQUIRED if schema in among)
-            fields = ", ".join(map(ascii, row.fields)) or "none"
-            what = f"fits no schema. It has the fields {fields}; known are {known}"
-            if other := detect_schema(row.fields, REQUIRED.keys() - set(METHODS[method].schemas)):
-                what = (
-                    f"{what}, for JOB_TRAIN__METHOD={method}. JOB_TRAIN__METHOD={' or '.join(methods_for(other))} fits"
-                )
-            raise DataError([Problem(row.where, what)])
+            raise DataError([Problem(row.where, _why_no_schema(row, among, method))])
     findings.raise_problems()
     raise findings.nothing_left(name)
+
+
+def _others(row: Row, method: MethodName) -> str | None:
+    """The methods that learn from rows of this kind, in words, where the row is a whole one of another method's."""
+    other = detect_schema(row.fields, REQUIRED.keys() - set(METHODS[method].schemas))
+    return " or ".join(methods_for(other)) if other and fits(row.fields, other) else None
+
+
+def _why_no_schema(row: Row, among: Collection[str], method: MethodName) -> str:
+    """What a row has that fits no schema of the method, and what it may be meant for."""
+    fields = ", ".join(map(ascii, row.fields)) or "none"
+    if others := _others(row, method):
+        return (
+            f"has the fields {fields}, from which JOB_TRAIN__METHOD={method} does not learn; "
+            f"set JOB_TRAIN__METHOD={others}"
+        )
+    known = "; ".join(f"{schema}: {', '.join(REQUIRED[schema])}" for schema in REQUIRED if schema in among)
+    wanted = dict.fromkeys(field for schema in REQUIRED if schema in among for field in REQUIRED[schema])
+    near = [(field, found) for field in wanted if (found := nearest_field(field, row.fields)) is not None]
+    meant = "".join(f"; {found!a} may be meant as {field}" for field, found in near)
+    return f"fits no schema. It has the fields {fields}; known are {known}{meant}; JOB_DATA__FIELDS renames fields"
 
 
 def _peek(rows: Rows) -> tuple[Row | None, Rows]:
@@ -491,24 +540,25 @@ def _render_all(
     names: Mapping[str, str],
     own: bool,
 ) -> Iterator[Rendered | Answers | list[RowError]]:
-    for row in rows:
-        if isinstance(row, RowError):
-            yield [row]
+    for given in rows:
+        if isinstance(given, RowError):
+            yield [given]
             continue
+        row = given
         if schema in SIDES and is_conversation(row.fields, schema) != (template is not None):
             kind, other = ("text", "messages") if template is not None else ("messages", "text")
             what = f"must be {other}, as in the first row, is {kind}"
             yield [RowError("wrong_type", f"{row.where} {SIDES[schema][0]}", what)]
             continue
-        given = row
         if schema == "messages" and is_sharegpt(row.fields):
             converted = as_messages(row)
             if isinstance(converted, list):
                 yield converted
                 continue
-            row = converted  # noqa: PLW2901 - the same row in another form
+            row = converted
         if faults := check_row(row, schema):
-            yield list(in_own_names(in_conversations(faults, given), given, names))
+            faults = with_near_names(in_conversations(faults, given), given)
+            yield list(in_own_names(faults, given, names))
             continue
         text = render(row, schema, template, turns=turns)
         if isinstance(text, RowError):

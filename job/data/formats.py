@@ -36,6 +36,7 @@ FREE_BYTES = 64 << 20
 """What any compressed file may expand to, however small it is."""
 _MAX_BATCH_BYTES = 1 << 30
 _PARQUET_ROWS = (16, 1024)
+_NO_FILE = "is no regular file, but a folder, a pipe or a link to nothing; narrow the pattern"
 _SHOWN_FILES = 5
 _FEWEST_SHARDS = 2
 _WILDCARDS = "*?["
@@ -43,6 +44,20 @@ _NUMBERED = re.compile(r"(.*?)(\d{2,})(\.[a-z.]+)")
 _PLAIN_NAME = re.compile(r"[\w-][\w.-]*", re.ASCII)
 _HEAD_BYTES = 64
 _ARROW_FILE = b"ARROW1"
+_ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"
+_BINARY = (
+    b"PK\3\4",
+    b"PAR1",
+    b"PARE",
+    _ARROW_FILE,
+    b"\x1f\x8b",
+    b"BZh",
+    b"\xfd7zXZ",
+    b"\x28\xb5\x2f\xfd",
+    b"SQLite format",
+    b"%PDF",
+)
+"""How files begin that are no text: zip, Parquet, Arrow, gzip, bzip2, xz, zstd, SQLite, PDF."""
 
 _FOREIGN = {
     **dict.fromkeys(
@@ -139,14 +154,16 @@ def fixed_part(pattern: str) -> str:
 
 def _find_glob(pattern: str) -> list[Path]:
     base = fixed_part(pattern)
-    found = sorted(file for file in Path(base or ".").glob(pattern.removeprefix(base)) if file.is_file())
-    files = [file for file in found if file.name[0] != "."]
+    found = sorted(Path(base or ".").glob(pattern.removeprefix(base)))
+    # folders that a pattern such as `rows/*` fits are not meant, unless they are called as data files are
+    files = [file for file in found if file.name[0] != "." and (not file.is_dir() or _reader(file))]
     if not files:
         raise DataError([Problem(pattern, "fits no file; correct the name or the wildcards in it")])
+    what = f"ends in none of {', '.join(SUFFIXES)}; narrow the pattern"
     problems = [
-        Problem(str(file), _foreign(file.name) or f"ends in none of {', '.join(SUFFIXES)}; narrow the pattern")
+        Problem(str(file), _foreign(file.name) or (what if _reader(file) is None else _NO_FILE))
         for file in files
-        if _foreign(file.name) or _reader(file) is None
+        if _reader(file) is None or not file.is_file()
     ]
     if problems:
         raise DataError(problems)
@@ -154,14 +171,26 @@ def _find_glob(pattern: str) -> list[Path]:
 
 
 def _numbered(folder: Path) -> list[Path]:
-    """The files of a folder if they are shards: one name but for numbers of equal width, from 0 or 1 without gaps."""
-    files = sorted(file for file in folder.iterdir() if _reader(file) and file.is_file() and file.name[0] != ".")
+    """The files of a folder if they are shards: one name but for numbers of equal width, from 0 or 1 without gaps.
+
+    Raises:
+        DataError: Beside them is one more that cannot be read: a link to nothing, packed otherwise, or still to come.
+    """
+    inside = sorted(file for file in folder.iterdir() if file.name[0] != ".")
+    files = [file for file in inside if _reader(file) and file.is_file()]
     parts = [_NUMBERED.fullmatch(file.name) for file in files]
     found = [part for part in parts if part]
     if len(found) < _FEWEST_SHARDS or len(found) < len(files) or len({(p[1], len(p[2]), p[3]) for p in found}) > 1:
         return []
     numbers = [int(part[2]) for part in found]
-    return files if numbers in (list(range(len(files))), list(range(1, len(files) + 1))) else []
+    if numbers not in (list(range(len(files))), list(range(1, len(files) + 1))):
+        return []
+    name, _, suffix = found[0].groups()
+    like = re.compile(rf"{re.escape(name)}\d+{re.escape(suffix)}(\..*)?", re.DOTALL)
+    if more := [file for file in inside if file not in files and like.fullmatch(file.name)]:
+        what = f"is beside {len(files)} shards of its name and cannot be read as one of them; complete or remove it"
+        raise DataError([Problem(str(file), what) for file in more])
+    return files
 
 
 def _saved_split(folder: Path, source: str, split: str) -> Path:
@@ -221,7 +250,7 @@ def _find_file(path: Path, source: str) -> Path:
     if path.is_dir():
         return _only_file(path, source)
     if not path.exists():
-        raise DataError([Problem(source, "no such file or directory")])
+        raise DataError([Problem(source, "does not exist; correct the path")])
     if not path.is_file():  # opening a FIFO would block forever
         raise DataError([Problem(source, "is no regular file; name a file on the disk")])
     if (what := _foreign(path.name)) is not None:
@@ -308,8 +337,8 @@ def _not_its_format(path: Path) -> str | None:
         return f"is {encoding} text; convert it: iconv -f {encoding} -t UTF-8 {path.name}"
     if head.lstrip().lower().startswith((b"<!doctype html", b"<html")):
         return "is a page of HTML, such as a login or an error, and not the file; fetch it again"
-    if head.startswith((b"PK\3\4", b"PAR1", b"\x1f\x8b")):
-        return "is an archive, a Parquet file or compressed, whatever its name says; give it the suffix of its format"
+    if head.startswith(_BINARY):
+        return "is an archive, a table or compressed, whatever its name says; give it the suffix of its format"
     return None
 
 
@@ -498,7 +527,10 @@ def _read_csv(path: Path, name: str) -> Rows:
                 return
             for number, values in enumerate((row for row in table if row), 1):
                 where = f"{name}:row {number}"
-                if len(values) == len(header):
+                if values == header:
+                    what = "is the header once more, as in files that were put together; remove the line"
+                    yield RowError("invalid_csv", where, what)
+                elif len(values) == len(header):
                     yield Row(where, dict(zip(header, values, strict=True)))
                 else:
                     yield RowError("invalid_csv", where, f"has {len(values)} fields, the header {len(header)}")
@@ -533,11 +565,8 @@ def _read_parquet(path: Path, name: str) -> Rows:
     from pyarrow import parquet
 
     try:
-        with parquet.ParquetFile(path) as file:
-            if len(set(columns := file.schema_arrow.names)) != len(columns):
-                twice = next(column for column in columns if columns.count(column) > 1)
-                yield RowError(UNREADABLE, name, f"has the column {twice!r} twice, so it is not known which is meant")
-                return
+        with parquet.ParquetFile(path, page_checksum_verification=True) as file:
+            _check_names(file.schema_arrow.names)
             number, expanded = 0, 0
             most = max(FREE_BYTES, MAX_EXPANSION * path.stat().st_size)
             largest = _check_columns(file.metadata, most)
@@ -565,6 +594,8 @@ def _read_arrow(path: Path, name: str) -> Rows:
     try:
         with pa.memory_map(str(path)) as file:
             whole = file.read(len(_ARROW_FILE)) == _ARROW_FILE
+            if not whole:
+                _check_end(file)
             file.seek(0)
             number, expanded = 0, 0
             for batch in _arrow_batches(file, whole=whole):
@@ -575,17 +606,46 @@ def _read_arrow(path: Path, name: str) -> Rows:
                 for index in range(batch.num_rows):
                     number += 1
                     yield _parquet_row(batch, index, f"{name}:row {number}")
+            if not whole and file.tell() < file.size():
+                what = f"does not end at row {number}, where its table ends; give each table its own file"
+                yield RowError(UNREADABLE, name, what)
     except (pa.ArrowException, ValueError, OverflowError) as error:
         yield RowError(UNREADABLE, name, f"is not valid Arrow: {error}")
+
+
+def _check_end(file: Any) -> None:
+    """Refuses a stream that breaks off between two batches: for a reader that is an end like any other.
+
+    Raises:
+        ValueError: It lacks the mark that a writer puts at the end.
+    """
+    size = file.size()
+    if size:
+        file.seek(max(0, size - len(_ARROW_END)))
+        if file.read(len(_ARROW_END)) != _ARROW_END:
+            raise ValueError("it has no mark of its end: it was cut short, or its writer was not closed")
+
+
+def _check_names(columns: Sequence[str]) -> None:
+    """Refuses a table with a column twice.
+
+    Raises:
+        ValueError: It has one.
+    """
+    if (twice := next((column for column in columns if columns.count(column) > 1), None)) is not None:
+        raise ValueError(f"it has the column {twice!r} twice, so it is not known which is meant")
 
 
 def _arrow_batches(file: Any, *, whole: bool) -> Iterator[Any]:
     import pyarrow as pa
 
     if not whole:
-        yield from pa.ipc.open_stream(file)
+        stream = pa.ipc.open_stream(file)
+        _check_names(stream.schema.names)
+        yield from stream
         return
     reader = pa.ipc.open_file(file)
+    _check_names(reader.schema.names)
     yield from map(reader.get_batch, range(reader.num_record_batches))
 
 
@@ -611,6 +671,8 @@ def _parquet_row(batch: Any, index: int, where: str) -> Row | RowError:
             value = values[index].as_py()
         except UnicodeDecodeError as error:
             return RowError("broken_utf8", f"{where} {column}", f"is not UTF-8: {error.reason} at byte {error.start}")
+        except (ArithmeticError, LookupError, ValueError) as error:  # a time zone or a date that Python does not know
+            return RowError("unreadable_value", f"{where} {column}", f"has no form outside of Arrow: {error}")
         # pandas writes missing values as NaN in a column that has no other values.
         fields[column] = None if isinstance(value, float) and math.isnan(value) else value
     return Row(where, fields)

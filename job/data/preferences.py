@@ -284,17 +284,19 @@ def encode_answers(
                 yield [RowError("same_answers", f"{row.where} rejected", "has the same tokens as chosen")]
             else:
                 count += 1
-                yield EncodedAnswers(sides, _example(sides, row.desirable), row.sides[0].unused, row.own_texts)
+                yield EncodedAnswers(
+                    sides, _example(sides, desirable=row.desirable), row.sides[0].unused, row.own_texts
+                )
 
 
-def _example(sides: tuple[Encoded, ...], desirable: bool | None) -> Example:  # noqa: FBT001 - a label
+def _example(sides: tuple[Encoded, ...], *, desirable: bool | None) -> Example:
     first, *others = (side.example for side in sides)
     if not others:
         return Example(first.input_ids, first.targets, desirable=desirable)
     return join(first, others[0])
 
 
-def join(first: Example, second: Example, desirable: bool | None = None) -> Example:  # noqa: FBT001 - a label
+def join(first: Example, second: Example, *, desirable: bool | None = None) -> Example:
     """One example of two sequences."""
     return Example(
         first.input_ids + second.input_ids,
@@ -326,5 +328,5 @@ def with_partners(examples: list[Example], order: tuple[int, ...], max_length: i
         other = examples[before[row]]
         ids = (example.input_ids[: prompts[row]] + other.input_ids[prompts[before[row]] :])[:max_length]
         targets = (example.targets[: prompts[row]] + other.targets[prompts[before[row]] :])[:max_length]
-        paired.append(join(example, Example(ids, targets), example.desirable))
+        paired.append(join(example, Example(ids, targets), desirable=example.desirable))
     return paired

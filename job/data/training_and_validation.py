@@ -17,7 +17,7 @@ from job.data.dataset import load_examples
 from job.data.preferences import EncodedAnswers, pair_again
 from job.data.tokenization import Encoded
 from job.data.validation_split import RowHashes, count_overlap, hold_out
-from job.errors import DataError, Problem
+from job.errors import DataError, Problem, combine
 from job.records import DatasetRecord, Example, ValidationRows
 
 _OF_THE_WHOLE = {"validation", "sources", "long_rows"}
@@ -118,8 +118,7 @@ def load_rows(
         where = {"name": validation.name, "revision": validation.revision, "split": validation.split, "limit": None}
         own = read(validation.place, held, **where)
     if errors:
-        problems = [problem for error in errors for problem in error.problems]
-        raise DataError(problems, sum(error.total for error in errors))
+        raise combine([("rows", error) for error in errors])
     if found is None:  # its error is raised above
         raise AssertionError
     examples, record = found

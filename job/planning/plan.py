@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -15,26 +16,19 @@ from job.common.source_list import parse_sources
 from job.data import licences
 from job.data.batch_plan import steps_per_epoch
 from job.data.training_and_validation import what_to_validate_on
-from job.errors import AccessDenied, DataError, JobError, Problem, SettingsError, Unreachable
+from job.errors import JobError, Problem, SettingsError, combine
 from job.model.adapter_options import MANY_STEPS, PLAIN, AdapterOptions, make_options
+from job.model.start_adapter import check_start, local_start
 from job.planning import forecast
 from job.planning import known_models_and_data as known
-from job.planning.forecast import (
-    Basis,
-    Estimate,
-    GpuForecast,
-    ReferenceWork,
-    RunShape,
-    ValidationWork,
-    estimates,
-    forecast_gpu,
-)
+from job.planning.forecast import Basis, Estimate, ForwardWork, GpuForecast, RunShape, estimates, forecast_gpu
 from job.planning.gpu_prices import GPUS, PRICES, Gpu
 from job.planning.preflight import (
     AdapterFacts,
     DataFacts,
     Found,
     ModelFacts,
+    NotChecked,
     PreflightResult,
     find_tokenizer,
     local_round_trip,
@@ -47,6 +41,8 @@ from job.planning.preflight import (
 )
 from job.planning.shown_rows import ShownRow
 from job.planning.workload import Workload, count, scale
+from job.records import Example
+from job.results.baseline import read_baseline
 from job.settings.load import Settings
 from job.settings.training_stages import split_stages
 from job.storage.hub import is_reachable
@@ -63,7 +59,6 @@ SMALL_GPU_TOKENS = 4096
 QUICK = {"timeout_seconds": 10.0, "retries": 2}
 """Upper limits on the storage settings, so that an address that does not answer fails within seconds."""
 SHARED_MEMORY = PreflightResult("shared memory", "ok", "one process needs none; several want 1 GiB in /dev/shm")
-BY_SEVERITY = (SettingsError, DataError, AccessDenied, Unreachable)
 
 
 @dataclass(frozen=True)
@@ -80,10 +75,9 @@ class Plan:
 
     @property
     def error(self) -> JobError | None:
-        """The error to exit with: the most severe, by `BY_SEVERITY`; None if all that was checked is right."""
-        wrong = [found.error for found in self.checks if found.error is not None]
-        ordered = [error for kind in BY_SEVERITY for error in wrong if isinstance(error, kind)]
-        return next(iter([*ordered, *wrong]), None)
+        """The error to exit with, which lists all that is wrong; None if all that was checked is right."""
+        wrong = [(found.name, found.error) for found in self.checks if found.error is not None]
+        return combine(wrong) if wrong else None
 
 
 @dataclass(frozen=True)
@@ -155,7 +149,7 @@ def _look(settings: Settings, folder: Path, show: int) -> _Preflight:
     if not s.train.is_one_stage:
         rows_too["folder"] = folder / "first"
         earlier, _ = split_stages(s)
-        check, first_data = run_check("data, first stage", lambda: _preview_rows(earlier, show=0, **rows_too))
+        check, first_data = run_check("first stage", lambda: _preview_rows(earlier, show=0, **rows_too))
         first.append(check)
     asked, questions = run_check(
         "questions",
@@ -169,7 +163,7 @@ def _look(settings: Settings, folder: Path, show: int) -> _Preflight:
             **where,
         ),
     )
-    checks = [stored, modelled, adapted, tokenized, read, *first, asked]
+    checks = [stored, modelled, adapted, tokenized, read, *first, asked, *_check_other_inputs(s, storage)]
     return _Preflight(checks, seconds, model, adapter, tokenizer, data, first_data, questions)
 
 
@@ -199,6 +193,27 @@ def _preview_rows(s: Settings, **how: Any) -> Found[DataFacts]:
         on_long_row=s.data.on_long_row,
         **how,
     )
+
+
+def _check_other_inputs(settings: Settings, storage: StorageOptions) -> Iterator[PreflightResult]:
+    """Checks of the inputs that only some runs have."""
+    start, baseline = settings.lora.start, settings.gate.baseline
+
+    def check_start_adapter() -> Found[None]:
+        folder = None if is_remote(start or "") else local_start(start or "")
+        if folder is None:
+            raise NotChecked(f"{start}: an adapter is not fetched for a plan")
+        lora = settings.lora
+        check_start(folder, rank=lora.rank, alpha=lora.alpha, options=lora.model_dump(mode="json"))
+        return "ok", f"training goes on from {start}", None
+
+    def check_baseline() -> Found[None]:
+        return "ok", f"the gate compares with run {read_baseline(baseline or '', storage).run}", None
+
+    if start is not None:
+        yield run_check("start", check_start_adapter)[0]
+    if baseline is not None:
+        yield run_check("baseline", check_baseline)[0]
 
 
 def _try_storage(output: str, run: str, storage: StorageOptions) -> Found[float]:
@@ -322,28 +337,28 @@ def _workload(settings: Settings, data: DataFacts | None) -> tuple[Workload | No
     ), "assumed"
 
 
-def _reference(settings: Settings, data: DataFacts | None) -> ReferenceWork | None:
-    """The pass by the reference model; None where the method has none, or the rows are not known."""
-    if data is None or not METHODS[settings.train.last_method].reference:
-        return None
-    rows = [*data.examples, *data.validation]
-    return ReferenceWork(
-        tokens=sum(len(example.input_ids) for example in rows),
-        target_tokens=sum(sum(example.targets) for example in rows),
-    )
-
-
-def _validation(settings: Settings, data: DataFacts | None, workload: Workload | None) -> ValidationWork | None:
+def _validation(settings: Settings, data: DataFacts | None, workload: Workload | None) -> ForwardWork | None:
     """The validations of a run that does not stop early; None where there are none, or their rows are not known."""
     if data is None or workload is None or not data.validation:
         return None
     every = settings.train.validate_every_steps or steps_per_epoch(workload.rows, settings.train.global_batch_size)
-    return ValidationWork(
-        count=len(due_steps(every, workload.steps)),
-        rows=len(data.validation),
-        tokens=sum(len(example.input_ids) for example in data.validation),
-        target_tokens=sum(sum(example.targets) for example in data.validation),
-        longest=max(len(example.input_ids) for example in data.validation),
+    return _forward(data.validation, len(due_steps(every, workload.steps)))
+
+
+def _reference(settings: Settings, data: DataFacts | None) -> ForwardWork | None:
+    """The log-probabilities of the reference; None where the method has none, or the rows are not known."""
+    if data is None or not METHODS[settings.train.last_method].reference:
+        return None
+    return _forward(data.examples, 1)
+
+
+def _forward(examples: Sequence[Example], count: int) -> ForwardWork:
+    return ForwardWork(
+        count=count,
+        rows=len(examples),
+        tokens=sum(len(example.input_ids) for example in examples),
+        target_tokens=sum(sum(example.targets) for example in examples),
+        longest=max(len(example.input_ids) for example in examples),
     )
 
 

@@ -56,6 +56,8 @@ class Request:
     arguments: Sequence[str]
     environ: Mapping[str, str]
     platform: Platform
+    options: Sequence[str] = ()
+    """The command's own options, without dashes, which a mistyped name on the command line may be meant for."""
     layers: list[Layer] = field(default_factory=list)
 
     @property
@@ -85,7 +87,7 @@ class Source(PydanticBaseSettingsSource, ABC):
     def _read(self) -> Layer:
         """What this source gives, by dotted name, and what is wrong with it."""
 
-    def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:  # noqa: ARG002
+    def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:  # noqa: ARG002 - pydantic-settings' signature
         """Required by the base class, but not called: `__call__` returns all values at once."""
         return None, "", False
 
@@ -149,7 +151,7 @@ class CommandLine(Source):
                 value = next(rest)[1]
             name = _canonical(key)
             if name not in self.names and name != CONFIG:
-                known = (*self.names, CONFIG)
+                known = (*self.names, CONFIG, *self.request.options)
                 layer.problems.append(_unknown("command line --", key, known, lambda name: f"--{name}"))
             elif not equals and follower.startswith("--"):
                 layer.problems.append(Problem(f"command line --{key}", f"needs a value: --{key}=VALUE"))
@@ -333,7 +335,7 @@ def _parse_yaml(text: str) -> object:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        raise ValueError(f"line {mark.line + 1}" if mark else "") from None
+        raise ValueError(f"line {mark.line + 1} column {mark.column + 1}" if mark else "") from None
     return {} if tree is None else tree
 
 
@@ -367,6 +369,14 @@ def _unknown(where: str, key: str, names: Collection[str], spell: Callable[[str]
     shown = ascii(key[:_SHOWN_NAME])[1:-1]
     members = [spell(name) for name in names if name.startswith(_canonical(key) + ".")]
     if members:
-        return Problem(where + shown, f"is a group of settings, not one of them; give {', '.join(members)}")
-    nearest = get_close_matches(_canonical(key[:_SHOWN_NAME]), names, n=1, cutoff=0.0)[0]
-    return Problem(where + shown, f"is no setting; the nearest is {spell(nearest)}")
+        what = f"is a group of settings, not one of them; give a setting of it, such as {members[0]}"
+        return Problem(where + shown, what)
+    if nearest := _nearest(_canonical(key[:_SHOWN_NAME]), names):
+        return Problem(where + shown, f"is no setting; the nearest is {' or '.join(map(spell, nearest))}")
+    return Problem(where + shown, "is no setting, and none has a similar name; `qlora-job config` lists them all")
+
+
+def _nearest(key: str, names: Collection[str]) -> list[str]:
+    """The names that a mistyped one may stand for: those of this name in any group, else the most similar one."""
+    of_a_group = [name for name in names if "." not in key and name.rpartition(".")[2] == key]
+    return of_a_group or get_close_matches(key, names, n=1)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from job.evaluation.tasks import Tasks
-from job.model.lora import PublishedNames
+from job.model.published_names import PublishedNames
 from job.model.quantized_cache.layout import CachedBase, CacheEntry
 from job.records import Example, ExecutionPlan, ModelRecord, Packing, Pulled
 from job.results.baseline import Baseline

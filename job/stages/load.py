@@ -11,9 +11,10 @@ from job.distributed.processes import ALONE, Processes
 from job.errors import Problem, SettingsError
 from job.model.adapter_options import make_options
 from job.model.base import PLAIN, choose_device, choose_dtype, describe_model, load_base, make_deterministic
-from job.model.lora import add_adapter, find_published_names
+from job.model.lora import add_adapter
 from job.model.packed_attention import NAME, use
 from job.model.packing_check import choose_packing
+from job.model.published_names import find_published_names
 from job.model.quantized_cache.cache import save
 from job.model.quantized_cache.layout import cached_base
 from job.model.start_adapter import load_start

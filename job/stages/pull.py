@@ -9,7 +9,6 @@ import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +20,17 @@ from job.common.hashing import code_hashes
 from job.common.resources import check_disk, required_bytes
 from job.common.source_list import Source, locate_sources, parse_sources
 from job.common.threads import in_thread
-from job.data.dataset import check_source
-from job.data.formats import find_file
 from job.data.hub_dataset import check_hub_dataset
 from job.data.training_and_validation import ValidationSource, load_rows, what_to_validate_on
-from job.errors import DataError, JobError, Preempted, Problem
+from job.errors import JobError, Preempted
 from job.evaluation.tasks import Tasks, check_lengths, load_tasks
 from job.model.adapter_options import MANY_STEPS, make_options
 from job.model.base import choose_device, choose_dtype, inspect, load_tokenizer
 from job.model.files import fingerprint
-from job.model.lora import tokenizer_files
 from job.model.quantized_cache.cache import find
 from job.model.quantized_cache.layout import CachedBase, CacheEntry, entry_at, entry_for
 from job.model.start_adapter import check_start, find_start, hash_start
+from job.model.tokenizer_files import tokenizer_files
 from job.records import DatasetRecord, Example, Pulled
 from job.results.baseline import check_questions, read_baseline
 from job.runs.attempt import Attempt
@@ -41,6 +38,7 @@ from job.runs.layout import ADAPTER, BASE, Stage
 from job.settings.load import Settings
 from job.settings.training_stages import start_of
 from job.stages.handoff import Sources
+from job.stages.inputs import check_inputs
 from job.stages.preload import import_libraries
 from job.storage.base import disk_errors
 from job.storage.hub import MAX_SMALL_BYTES, download_model, import_client
@@ -94,6 +92,8 @@ def pull(attempt: Attempt, settings: Settings, storage: StorageOptions, later: S
         return _pull(attempt, settings, storage, date, later)
     if processes.place.local_rank:
         import_libraries()  # while the first process downloads
+    elif processes.place.rank:  # another machine, whose files process 0 has not seen
+        check_inputs(settings, later, begun=True)
     sources = _pull(attempt, settings, storage, date, later) if processes.place.local_rank == 0 else None
     shared = processes.share_on_machine("sources", lambda: _write_shared(sources, attempt.work) if sources else None)
     return sources or _read_shared(TypeAdapter(_Shared).validate_json(shared or ""))
@@ -136,7 +136,6 @@ def _read_shared(shared: _Shared) -> Sources:
 def _pull(
     attempt: Attempt, settings: Settings, storage: StorageOptions, date: str, later: Sequence[Settings]
 ) -> Sources:
-    _check_places(settings, later)
     gate = settings.gate
     baseline = None if gate.baseline is None else read_baseline(gate.baseline, storage)
     check_disk(attempt.work, required_bytes(size(place, storage) for place in _places(settings, later)))
@@ -209,35 +208,6 @@ def _places(settings: Settings, later: Sequence[Settings]) -> set[str]:
     validation = _what_to_validate_on(settings)
     own = {validation.name} if isinstance(validation, ValidationSource) else set()
     return {settings.model.id, *data, *own, *settings.eval.data.values()}
-
-
-def _check_places(settings: Settings, later: Sequence[Settings]) -> None:
-    """Refuses missing data and question files, before anything is fetched or imported.
-
-    Raises:
-        DataError: Files are missing; it lists all of them.
-        SettingsError: A data set of the hub has no revision.
-    """
-    checks: list[tuple[str, Callable[[], object]]] = [
-        *(
-            (one.place, partial(check_source, one.place, one.revision or d.revision, d.split))
-            for d in (settings.data, *(stage.data for stage in later))
-            for one in parse_sources(d.source)
-        ),
-        *((place, partial(find_file, place)) for place in settings.eval.data.values()),
-    ]
-    if isinstance(validation := _what_to_validate_on(settings), ValidationSource):
-        how = (validation.revision, validation.split, "JOB_DATA__VALIDATION_REVISION")
-        checks.append((validation.name, partial(check_source, validation.name, *how)))
-    problems: list[Problem] = []
-    for place, check in checks:
-        try:
-            if not is_remote(place):
-                check()
-        except DataError as error:
-            problems += error.problems
-    if problems:
-        raise DataError(problems)
 
 
 def _find_start(attempt: Attempt, settings: Settings, storage: StorageOptions) -> Path | None:

@@ -23,7 +23,7 @@ from job.common.hashing import hash_files, sealed
 from job.common.resources import check_disk, required_bytes
 from job.errors import JobError, Preempted, Replaced
 from job.model.base import load_tokenizer
-from job.model.lora import SOURCE_CONFIG
+from job.model.files import SOURCE_CONFIG
 from job.model.quantized_cache.layout import (
     INDEX,
     MERGES,

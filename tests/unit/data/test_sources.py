@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 
 from job.common.source_list import Source, locate_sources, parse_sources
 from job.data.tokenization import Encoded
@@ -118,6 +119,15 @@ def test_the_files_of_a_glob_are_named_by_the_pattern(tmp_path: Path) -> None:
         "s3://bucket/rows/a.jsonl:2 text",
         "s3://bucket/rows/b.jsonl:2 text",
     ]
+
+
+def test_a_file_without_rows_among_others_is_told(tmp_path: Path) -> None:
+    """An empty file among several is no error, since partitions may be empty, but the log names it."""
+    lines(tmp_path / "rows-0.jsonl", {"text": "one"})
+    (tmp_path / "rows-1.jsonl").touch()
+    with structlog.testing.capture_logs() as logs:
+        load(tmp_path / "*.jsonl")
+    assert [entry["file"] for entry in logs if "no rows" in entry["event"]] == [f"{tmp_path}/rows-1.jsonl"]
 
 
 def test_fields_have_other_names(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from job.planning.forecast import EVALUATIONS, ReferenceWork, RunShape, ValidationWork, estimates, forecast_gpu
+from job.planning.forecast import EVALUATIONS, ForwardWork, RunShape, estimates, forecast_gpu
 from job.planning.gpu_prices import GPUS, Gpu
 from job.planning.known_models_and_data import ARCHITECTURES, TASK_TOKENS
 from job.planning.workload import Workload
@@ -149,9 +149,20 @@ def test_the_table_of_gpus_is_sound() -> None:
         assert 0.1 < gpu.usd_per_hour < 12
 
 
+def test_a_reference_takes_time() -> None:
+    """The forward passes of dpo and kto before training are counted among the hours, and shown."""
+    rows = ForwardWork(count=1, rows=100, tokens=500_000, target_tokens=400_000, longest=900)
+    with_it = replace(RUN, reference=rows)
+    before, after = (forecast_gpu(BY_NAME["A100 80GB"], run, REFERENCE).hours or 0 for run in (RUN, with_it))
+    assert after > before > 0
+    shown = {figure.name: figure.value for figure in estimates(with_it)}
+    assert shown["reference, once"] > 0
+    assert not any("reference" in figure.name for figure in estimates(RUN))
+
+
 def test_validations_take_time() -> None:
     """Forward passes over the validation rows are counted among the hours, and shown."""
-    held_out = ValidationWork(count=10, rows=100, tokens=50_000, target_tokens=40_000, longest=900)
+    held_out = ForwardWork(count=10, rows=100, tokens=50_000, target_tokens=40_000, longest=900)
     with_them = replace(RUN, validation=held_out)
     before, after = (forecast_gpu(BY_NAME["A100 80GB"], run, REFERENCE).hours for run in (RUN, with_them))
     assert before is not None
@@ -164,20 +175,15 @@ def test_validations_take_time() -> None:
     assert not any("validation" in figure.name for figure in estimates(RUN))
 
 
-def test_a_reference_and_a_first_stage_take_time() -> None:
-    """The pass by the reference, and a first stage with its own start, are counted; the base answers once for both."""
+def test_a_first_stage_takes_time() -> None:
+    """A first stage is counted with its own start; the base answers once for both."""
     gpu = BY_NAME["H200"]
     alone = forecast_gpu(gpu, RUN, REFERENCE).hours or 0
-    reference = ReferenceWork(tokens=500_000, target_tokens=300_000)
-    referring = memory_model.evaluation_flops(REFERENCE, 500_000, 300_000) / (memory_model.UTILISATION * gpu.flops)
-    with_it = replace(RUN, reference=reference)
-    assert forecast_gpu(gpu, with_it, REFERENCE).hours == pytest.approx(alone + referring / 3600, rel=1e-6)
-    both = replace(with_it, first_stage=replace(RUN, download_bytes=0))
+    both = replace(RUN, first_stage=replace(RUN, download_bytes=0))
     scoring = memory_model.evaluation_flops(REFERENCE, RUN.questions.tokens, RUN.questions.reads)  # type: ignore[union-attr]
     first = alone - scoring / (memory_model.UTILISATION * gpu.flops) / 3600
-    assert forecast_gpu(gpu, both, REFERENCE).hours == pytest.approx(alone + referring / 3600 + first, rel=1e-6)
+    assert forecast_gpu(gpu, both, REFERENCE).hours == pytest.approx(alone + first, rel=1e-6)
     shown = {figure.name: figure.value for figure in estimates(both)}
     assert shown["optimizer steps, first stage"] == WORK.steps
-    assert shown["reference, once"] > 0
     longer = replace(both, first_stage=replace(RUN, workload=replace(WORK, longest=10**6, largest_step=10**6)))
     assert not forecast_gpu(gpu, longer, REFERENCE).fits

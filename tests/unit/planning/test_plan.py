@@ -144,11 +144,11 @@ def test_both_stages_are_planned(given: Path, capsys: pytest.CaptureFixture[str]
     code, plan, _ = planned(capsys, *words, f"--data.sft_source={given / 'rows.jsonl'}")
     figures = {figure["name"]: figure["value"] for figure in plan["figures"]}
     assert code == 0
-    assert states(plan)["data, first stage"] == "ok"
+    assert states(plan)["first stage"] == "ok"
     assert (figures["optimizer steps, first stage"], figures["optimizer steps"]) == (15, 6)
     assert figures["reference, once"] > 0
     code, plan, _ = planned(capsys, *words, f"--data.sft_source={pairs}")
-    assert (code, states(plan)["data, first stage"]) == (65, "wrong")
+    assert (code, states(plan)["first stage"]) == (65, "wrong")
 
 
 def test_what_is_wrong_is_told_with_everything_else(given: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,6 +166,24 @@ def test_what_is_wrong_is_told_with_everything_else(given: Path, capsys: pytest.
     assert wrong.keys() == {"data", "adapter", "questions"}
     assert "no linear no_proj" in wrong["adapter"]
     assert "a comparison needs two" in wrong["questions"]
+
+
+def test_all_wrong_paths_are_in_the_error(given: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What the log and a platform are told names every one, each by its setting, as the job itself would."""
+    paths = {name: f"{given}/no-{name.replace('.', '-')}" for name in ("model.id", "lora.start", "gate.baseline")}
+    options = [f"--{name}={path}" for name, path in paths.items()]
+    rows = [f"--data.source={given}/no.jsonl", f"--data.validation={given}/held.jsonl", "--gate.min_delta=0"]
+    code, plan, log_lines = planned(capsys, *options, rows[0], rows[2])
+    line = json.loads(log_lines)
+    assert code == line["exit_code"] == SettingsError.exit_code
+    assert {problem.partition(":")[0] for problem in line["problems"]} == {
+        *("JOB_MODEL__ID", "JOB_LORA__START", "JOB_GATE__BASELINE", "JOB_DATA__SOURCE"),
+    }
+    assert {states(plan)[name] for name in ("model", "data", "start", "baseline")} == {"wrong"}
+    write_jsonl(given / "no.jsonl", alpaca_rows(4))
+    code, _, log_lines = planned(capsys, *rows)
+    (problem,) = json.loads(log_lines)["problems"]
+    assert problem.startswith(f"JOB_DATA__VALIDATION: {given}/held.jsonl does not exist")
 
 
 @pytest.mark.parametrize(("status", "error"), [(403, AccessDenied), (None, Unreachable)])

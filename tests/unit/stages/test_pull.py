@@ -51,18 +51,21 @@ class DemoHub(Hub):
 
 
 CASES: dict[str, tuple[dict[str, str], int, str]] = {
-    "data file": ({"JOB_DATA__SOURCE": "/nope.jsonl"}, 65, "/nope.jsonl: no such file"),
+    "data file": ({"JOB_DATA__SOURCE": "/nope.jsonl"}, 65, "JOB_DATA__SOURCE: /nope.jsonl does not exist"),
     "revision": ({"JOB_DATA__SOURCE": "some/data"}, 2, "JOB_DATA__REVISION"),
     "data set": ({"JOB_DATA__SOURCE": "some/missing", "JOB_DATA__REVISION": "main"}, 77, "data set some/missing"),
-    "questions": ({"JOB_EVAL__DATA": "arc_easy=/nope.json"}, 65, "/nope.json: no such file"),
+    "questions": ({"JOB_EVAL__DATA": "arc_easy=/nope.json"}, 65, "JOB_EVAL__DATA: /nope.json does not exist"),
     "target module": ({"JOB_LORA__TARGET_MODULES": "q_prj"}, 2, "q_prj"),
     "long question": ({"JOB_EVAL__DATA": "arc_easy={long}"}, 65, "tokens long with its longest choice"),
 }
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
-    """Exit code and log of a run of each case, three at a time; the model is on the hub, and not in the cache."""
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, bool]]:
+    """Exit code and log of a run of each case, and whether it left a folder.
+
+    They run three at a time; the model is on the hub, and not in the cache.
+    """
     folder = tmp_path_factory.mktemp("runs")
     rows = arc_rows(3)
     rows[1]["question"] += " and so on" * 3000
@@ -81,14 +84,20 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]
                 begun[name] = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
             for name, process in begun.items():
                 log = process.communicate(timeout=300)[1]
-                found[name] = (process.returncode, log)
+                found[name] = (process.returncode, log, (folder / "out" / name.replace(" ", "-")).exists())
     return found
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_known_without_the_weights_is_told_before_them(runs: dict[str, tuple[int, str]], case: str) -> None:
-    """A missing file, revision, data set or module ends the run with its code before weights are asked for."""
-    code, log = runs[case]
+def test_what_is_known_without_the_weights_is_told_before_them(
+    runs: dict[str, tuple[int, str, bool]], case: str
+) -> None:
+    """A missing file, revision, data set or module ends the run with its code before weights are asked for.
+
+    What is known from the settings and this machine's files leaves no folder of a run behind.
+    """
+    code, log, left = runs[case]
+    assert left == (case not in {"data file", "revision", "questions"})
     assert code == CASES[case][1], log[-2000:]
     assert CASES[case][2] in log.splitlines()[-1]
     assert FETCHED == []
