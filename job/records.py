@@ -30,6 +30,8 @@ class Example:
     """The label of an answer that has one: whether it is good."""
     reference: tuple[float, ...] = ()
     """For each sequence the summed log-probability of its targets by the reference model, in nats, if it is known."""
+    weight: float = 1.0
+    """What the loss of its target tokens is multiplied by (`JOB_DATA__ROW_WEIGHTS`)."""
 
     @property
     def sequences(self) -> tuple[Example, ...]:

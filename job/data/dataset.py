@@ -22,7 +22,7 @@ from job.data.batch_plan import epoch_order
 from job.data.chat_template import Template, open_template, uses_date
 from job.data.conversations import Turns
 from job.data.field_names import in_own_names, rename_fields, schemas_with
-from job.data.fields import Rendered
+from job.data.fields import Rendered, weight_of
 from job.data.formats import UNREADABLE, Row, RowError, Rows, find_files, fixed_part, read_rows
 from job.data.hub_dataset import is_hub_id, open_dataset
 from job.data.preferences import SIDES, Answers, EncodedAnswers, encode_answers, is_conversation, with_partners
@@ -70,6 +70,7 @@ def load_examples(
     vocabulary: int | None = None,
     method: MethodName = "sft",
     seed: int = 0,
+    row_weights: bool = False,
     alive: Callable[[], None] = lambda: None,
     on_example: Callable[[Encoded | EncodedAnswers], None] | None = None,
 ) -> tuple[list[Example], DatasetRecord]:
@@ -101,6 +102,7 @@ def load_examples(
             end; or split into several examples, for plain text.
         vocabulary: Rows of the model's embedding; None if that is not known.
         method: What the rows are for, which decides the schemas that they may have.
+        row_weights: Whether rows have a field `weight`; see `JOB_DATA__ROW_WEIGHTS`.
         seed: The run's; KTO pairs the rows in the order of its first epoch.
         alive: Called about twice a second while rows are read; an exception from it ends the reading.
         on_example: Called with each example, in order, its `own_texts` included.
@@ -148,6 +150,7 @@ def load_examples(
                 turns=None if loss_on == "all" else loss_on,
                 names=field_names or {},
                 own=on_example is not None,
+                weighted=row_weights,
             )
             options: dict[str, Any] = {
                 "templated": templated,
@@ -539,12 +542,14 @@ def _render_all(
     turns: Turns | None,
     names: Mapping[str, str],
     own: bool,
+    weighted: bool,
 ) -> Iterator[Rendered | Answers | list[RowError]]:
     for given in rows:
         if isinstance(given, RowError):
             yield [given]
             continue
-        row = given
+        # Its own check has the weight: without JOB_DATA__ROW_WEIGHTS, one of 0 is a mistake.
+        row = replace(given, fields={k: v for k, v in given.fields.items() if k != "weight"}) if weighted else given
         if schema in SIDES and is_conversation(row.fields, schema) != (template is not None):
             kind, other = ("text", "messages") if template is not None else ("messages", "text")
             what = f"must be {other}, as in the first row, is {kind}"
@@ -565,4 +570,13 @@ def _render_all(
             yield in_conversations([text], given)
             continue
         control.count(texts_of(row, schema), row.where)
-        yield replace(text, own_texts=own_texts(row, schema)) if own else text
+        text = replace(text, own_texts=own_texts(row, schema)) if own else text
+        yield _with_weight(text, given) if weighted and isinstance(text, Rendered) else text
+
+
+def _with_weight(text: Rendered, row: Row) -> Rendered | list[RowError]:
+    """The row with the number in its field `weight`."""
+    weight = weight_of(row)
+    if isinstance(weight, RowError):
+        return [weight]
+    return replace(text, weight=weight)

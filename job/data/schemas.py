@@ -250,7 +250,7 @@ def _check_meaning(row: Row, schema: Schema) -> list[RowError]:
         ]
         faults += _check_spelling(row, used)
     if is_zero(row.fields.get("weight")):
-        what = "is 0, and a row cannot be weighed; leave the row out, or give messages their weights"
+        what = "is 0, and rows are not weighed; set JOB_DATA__ROW_WEIGHTS=true, or leave the row out"
         faults.append(RowError("field_without_use", f"{row.where} weight", what))
     if schema == "prompt_completion" and _is_no(row.fields.get("label")):
         what = (

@@ -40,10 +40,11 @@ class Encoded:
     own_texts: tuple[str, ...] = ()
 
     def canonical(self) -> bytes:
-        """Text, tokens and targets, with their lengths in front: other examples never give the same bytes."""
+        """Text, tokens, targets and weight, with the lengths in front: other examples never give the same bytes."""
         text, ids = self.text.encode(), self.example.input_ids
         lengths = struct.pack("<2Q", len(text), len(ids))
-        return lengths + text + struct.pack(f"<{len(ids)}i", *ids) + bytes(self.example.targets)
+        weight = b"" if self.example.weight == 1 else struct.pack("<d", self.example.weight)
+        return lengths + text + struct.pack(f"<{len(ids)}i", *ids) + bytes(self.example.targets) + weight
 
 
 def encode(
@@ -98,7 +99,7 @@ def encode(
             for place, (ids, targets) in enumerate(pieces[: None if limit is None else limit - count]):
                 count += 1
                 input_ids = tuple(map(shared_ids.setdefault, ids, ids))
-                example = Example(input_ids, shared_targets.setdefault(targets, targets))
+                example = Example(input_ids, shared_targets.setdefault(targets, targets), weight=row.weight)
                 # The text is that of the row: only its first piece has it, and is counted as a long row.
                 first = ("", ()) if place else (row.text, long)
                 end = _end(ids, targets, special)

@@ -191,6 +191,7 @@ def _preview_rows(s: Settings, **how: Any) -> Found[DataFacts]:
         template_arguments=s.data.chat_template_arguments,
         field_names=s.data.fields,
         on_long_row=s.data.on_long_row,
+        row_weights=s.data.row_weights,
         **how,
     )
 

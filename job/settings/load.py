@@ -436,6 +436,7 @@ _ONLY_FOR: dict[str, tuple[MethodName, ...]] = {
     "train.desirable_weight": ("kto",),
     "train.undesirable_weight": ("kto",),
     "train.neftune_noise_alpha": ("sft",),
+    "data.row_weights": ("sft",),
 }
 """Settings of some methods only."""
 

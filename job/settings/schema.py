@@ -240,6 +240,11 @@ class Data(Group):
     """Commit hash of JOB_DATA__VALIDATION, for a hub id."""
     validation_split: AffectsResult[Text] = "validation"
     """Split of JOB_DATA__VALIDATION, where that is a hub id or a folder of splits."""
+    row_weights: AffectsResult[Flag] = False
+    """Rows have a field `weight`, a number from 0 on (1 where it is missing), by which the loss of their target tokens
+    is multiplied; for sft. The loss of a step is divided by its target tokens, each counted as often as its row weighs:
+    a row of weight 2 is the same row twice in the step, one of weight 0 is not learned.
+    """
     seed: AffectsResult[Maybe[Whole]] = None
     """Seed of the order of the examples; empty: JOB_RUN__SEED."""
     date: AffectsResult[Maybe[Day]] = None

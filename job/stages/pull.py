@@ -316,6 +316,7 @@ def _read_rows(
         template_arguments=data.chat_template_arguments,
         field_names=data.fields,
         on_long_row=data.on_long_row,
+        row_weights=data.row_weights,
         seed=settings.run.seed if data.seed is None else data.seed,
         **how,
     )

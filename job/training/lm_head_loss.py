@@ -117,8 +117,8 @@ def smoothing_terms(hidden: torch.Tensor, head: Any, targets: torch.Tensor) -> t
         (positions,) float32.
     """
     rows = head.weight[targets].float() - head.weight.mean(0, dtype=torch.float32)
-    terms = (hidden.float() * rows).sum(-1)
-    return terms if head.bias is None else terms + (head.bias[targets].float() - head.bias.mean(dtype=torch.float32))
+    terms: torch.Tensor = (hidden.float() * rows).sum(-1)
+    return terms if head.bias is None else terms + head.bias[targets].float() - head.bias.mean(dtype=torch.float32)
 
 
 def logits_loss(

@@ -234,7 +234,7 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             add_penalty_gradient(self.model, 1.0 if scaler is None else scaler.get_scale())
         return loss
 
-    def packed_gradient(self, inputs: dict[str, Any], targets: int) -> torch.Tensor:
+    def packed_gradient(self, inputs: dict[str, Any], targets: float) -> torch.Tensor:
         """Adds the gradient of a packed batch by TRL's own loss; see `step.PackedGradient`."""
         with self.compute_loss_context_manager():
             # `model_wrapped` is the model as Trainer wrapped it for mixed precision.
@@ -243,7 +243,7 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         detached: torch.Tensor = loss.detach()
         return detached
 
-    def packed_loss(self, inputs: dict[str, Any], targets: int) -> torch.Tensor:
+    def packed_loss(self, inputs: dict[str, Any], targets: float) -> torch.Tensor:
         """The summed loss of a packed batch, or of one example, divided by `targets`; () float32 with history."""
         if not is_packed(self.model):
             return self.alone_loss(self.model_wrapped, **inputs) / targets

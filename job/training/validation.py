@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from job.common.out_of_memory import out_of_memory
-from job.data.batch_plan import micro_batches, shares
+from job.data.batch_plan import by_weight, micro_batches, shares, weighted_targets
 from job.distributed.processes import Processes
 from job.errors import JobError, TrainingFailed
 from job.log import get_logger
@@ -81,8 +81,16 @@ class Validation:
         """
         with _evaluating(self._model), torch.no_grad():
             if self._preference is None:
-                return float(self._summed(lambda group: self._summed_loss(group)[None], 1)) / self.target_tokens
+                return float(self._summed(self._weighted_loss, 1)) / weighted_targets(self.examples)
             return self._of_preferences(self._preference)
+
+    def _weighted_loss(self, examples: Sequence[Example]) -> torch.Tensor:
+        """The summed loss of a micro-batch, each row as often as it weighs, (1,)."""
+        found = torch.zeros(1, device=self._model.device)
+        for part, weight in by_weight(examples):
+            loss = self._summed_loss(part)
+            found = found + (loss if weight == 1 else weight * loss)
+        return found
 
     def _of_preferences(self, preference: PreferenceGradient) -> float:
         """The method's loss; leaves its metrics."""
