@@ -14,15 +14,16 @@ The target tokens of an answer are all tokens after the prompt, as in TRL's trai
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any, Literal
 
 from job.data.chat_template import Template, TemplateRefusalError
 from job.data.fields import Rendered, check_target, check_text, is_empty, left_out
 from job.data.formats import Row, RowError, type_name
+from job.data.text_tokenizer import TextTokenizer
 from job.data.tokenization import Encoded, encode
+from job.data.validation_split import row_hash
 from job.records import Example
 
 PreferenceSchema = Literal["preference", "unpaired_preference"]
@@ -30,8 +31,6 @@ SIDES: Mapping[str, tuple[str, ...]] = {"preference": ("chosen", "rejected"), "u
 """Schema -> the fields that hold its answers."""
 
 _WORDS = 3
-_ROWS = 500
-"""Rows whose texts are tokenized at once."""
 _LABELS = {"true": True, "false": False, "1": True, "0": False}
 """How tables without types write a label."""
 
@@ -40,7 +39,7 @@ _LABELS = {"true": True, "false": False, "1": True, "0": False}
 class Answers:
     """A row as texts: each holds the prompt and one of its answers. `desirable` is the label of a single one.
 
-    `own_texts` are what a row is compared by where rows are held out, if that was asked for; see `compared_by`.
+    `own_texts` are what it is compared by where rows are held out, if that was asked for; see `own_texts_of`.
     """
 
     where: str
@@ -54,9 +53,21 @@ class EncodedAnswers:
     """A row as tokens. `end` and `unused` as in `Encoded`; the end is that of the first answer."""
 
     sides: tuple[Encoded, ...]
-    example: Example
+    desirable: bool | None = None
     unused: tuple[str, ...] = ()
-    own_texts: tuple[str, ...] = ()
+
+    @property
+    def example(self) -> Example:
+        """The example: of a pair both sequences, one behind the other."""
+        first, *others = (side.example for side in self.sides)
+        if not others:
+            return Example(first.input_ids, first.targets, desirable=self.desirable)
+        return join(first, others[0])
+
+    @property
+    def compared_by(self) -> bytes:
+        """The row's `validation_split.row_hash`, which its first answer has."""
+        return self.sides[0].compared_by
 
     @property
     def long(self) -> tuple[tuple[str, int], ...]:
@@ -70,7 +81,7 @@ class EncodedAnswers:
 
     def canonical(self) -> bytes:
         """Texts, tokens, targets and label; other rows never give the same bytes."""
-        label = b"" if self.example.desirable is None else bytes([self.example.desirable])
+        label = b"" if self.desirable is None else bytes([self.desirable])
         return bytes([len(self.sides)]) + b"".join(side.canonical() for side in self.sides) + label
 
 
@@ -198,7 +209,7 @@ def texts_of_preference(row: Row, schema: str) -> list[str]:
     return [text for value in fields for text in _texts(value)]
 
 
-def compared_by(row: Row, schema: str) -> tuple[str, ...]:
+def own_texts_of(row: Row, schema: str) -> tuple[str, ...]:
     """What tells a good row from others where rows are held out: its prompt, so that all answers to it go together.
 
     A prompt of fewer words than `_WORDS` (such as the accidental common beginning of two answers) tells nothing: then
@@ -258,42 +269,32 @@ def _text(prompt: Any, answer: Any, template: Template | None) -> tuple[str, int
 
 
 def encode_answers(
-    rows: Iterator[Answers | list[RowError]], tokenizer: Any, *, limit: int | None, **how: Any
-) -> Iterator[EncodedAnswers | list[RowError]]:
-    """Yields an example for each row, or what is wrong with its tokens; faults pass through, in order.
+    rows: Sequence[Answers | list[RowError]], tokenizer: TextTokenizer, *, compare: bool = False, **how: Any
+) -> Iterator[list[EncodedAnswers] | list[RowError]]:
+    """Yields for each row its example, or what is wrong with its tokens; faults pass through.
 
     Args:
-        rows: No row is taken behind the one that makes the last example.
-        tokenizer: As in `tokenization.encode`.
-        limit: The most examples; None for no limit.
+        rows: Rendered rows and faults.
+        tokenizer: The tokenizer.
+        compare: Whether rows are hashed to be compared with others.
         how: Further arguments of `encode`; `max_length` counts for each answer with its prompt.
     """
-    count = 0
-    while batch := list(islice(rows, _ROWS if limit is None else min(_ROWS, limit - count))):
-        texts = [side for row in batch if isinstance(row, Answers) for side in row.sides]
-        encoded = encode(iter(texts), tokenizer, loss_on="completion", limit=None, **how)
-        for row in batch:
-            if not isinstance(row, Answers):
-                yield row
-                continue
-            found = [next(encoded) for _ in row.sides]
-            sides = tuple(side for side in found if isinstance(side, Encoded))
-            if faults := [fault for side in found if not isinstance(side, Encoded) for fault in side]:
-                yield faults
-            elif len(sides) > 1 and sides[0].example == sides[1].example:
-                yield [RowError("same_answers", f"{row.where} rejected", "has the same tokens as chosen")]
-            else:
-                count += 1
-                yield EncodedAnswers(
-                    sides, _example(sides, desirable=row.desirable), row.sides[0].unused, row.own_texts
-                )
-
-
-def _example(sides: tuple[Encoded, ...], *, desirable: bool | None) -> Example:
-    first, *others = (side.example for side in sides)
-    if not others:
-        return Example(first.input_ids, first.targets, desirable=desirable)
-    return join(first, others[0])
+    texts = [side for row in rows if isinstance(row, Answers) for side in row.sides]
+    encoded = encode(texts, tokenizer, loss_on="completion", **how)
+    for row in rows:
+        if not isinstance(row, Answers):
+            yield row
+            continue
+        found = [item for _ in row.sides for item in next(encoded)]
+        sides = tuple(side for side in found if isinstance(side, Encoded))
+        if faults := [fault for fault in found if isinstance(fault, RowError)]:
+            yield faults
+        elif len(sides) > 1 and (sides[0].ids, sides[0].targets) == (sides[1].ids, sides[1].targets):
+            yield [RowError("same_answers", f"{row.where} rejected", "has the same tokens as chosen")]
+        else:
+            if compare:
+                sides = (replace(sides[0], compared_by=row_hash(row.own_texts)), *sides[1:])
+            yield [EncodedAnswers(sides, row.desirable, row.sides[0].unused)]
 
 
 def join(first: Example, second: Example, *, desirable: bool | None = None) -> Example:
@@ -306,27 +307,17 @@ def join(first: Example, second: Example, *, desirable: bool | None = None) -> E
     )
 
 
-def pair_again(examples: list[Example], order: tuple[int, ...], max_length: int) -> list[Example]:
-    """`with_partners` for some of the examples that it has returned; pairs of answers stay as they are."""
-    if not examples or examples[0].desirable is None:
-        return examples
-    own = [replace(example.sequences[0], desirable=example.desirable) for example in examples]
-    return with_partners(own, order, max_length)
-
-
-def with_partners(examples: list[Example], order: tuple[int, ...], max_length: int) -> list[Example]:
+def with_partners(examples: Sequence[Example], cycles: Sequence[tuple[int, ...]], max_length: int) -> Iterator[Example]:
     """Gives each labelled example a second, mismatched sequence, for KTO's estimate of the KL divergence.
 
-    It is the example's prompt with the completion of the example before it in `order`, cut to `max_length` tokens. TRL
-    does so within each batch. `order` is the batch plan's first epoch: there too, all but the first example of a step
-    get the completion of another one of the same step.
+    It is the example's prompt with the completion of the example before it in its cycle, cut to `max_length` tokens, as
+    in TRL's batches. A cycle is the batch plan's first epoch: there too, all but the first example of a step
+    get the completion of another one of the same step. Rows that are trained on and held-out rows are two cycles.
     """
-    before = {row: order[place - 1] for place, row in enumerate(order)}
-    prompts = [example.targets.index(True) for example in examples]
-    paired = []
+    before = {row: order[place - 1] for order in cycles for place, row in enumerate(order)}
     for row, example in enumerate(examples):
         other = examples[before[row]]
-        ids = (example.input_ids[: prompts[row]] + other.input_ids[prompts[before[row]] :])[:max_length]
-        targets = (example.targets[: prompts[row]] + other.targets[prompts[before[row]] :])[:max_length]
-        paired.append(join(example, Example(ids, targets), desirable=example.desirable))
-    return paired
+        prompt, others = example.targets.index(True), other.targets.index(True)
+        ids = (example.input_ids[:prompt] + other.input_ids[others:])[:max_length]
+        targets = (example.targets[:prompt] + other.targets[others:])[:max_length]
+        yield join(example, Example(ids, targets), desirable=example.desirable)

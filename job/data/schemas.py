@@ -27,7 +27,7 @@ from job.data.chat_template import Template
 from job.data.conversations import Turns, check_messages, render_messages, texts_of_messages
 from job.data.fields import Rendered, broken_places, check_target, check_text, is_empty, is_zero, left_out
 from job.data.formats import Row, RowError
-from job.data.preferences import SIDES, Answers, check_preference, compared_by, render_preference, texts_of_preference
+from job.data.preferences import SIDES, Answers, check_preference, own_texts_of, render_preference, texts_of_preference
 from job.data.sharegpt import is_sharegpt
 
 Schema = Literal["alpaca", "prompt_completion", "messages", "text", "preference", "unpaired_preference"]
@@ -183,7 +183,7 @@ def texts_of(row: Row, schema: Schema) -> list[str]:
 def own_texts(row: Row, schema: Schema) -> tuple[str, ...]:
     """What tells a good row from others: its texts without the system prompt, which many rows share."""
     if schema in SIDES:
-        return compared_by(row, schema)
+        return own_texts_of(row, schema)
     if schema == "messages":
         told = (message for message in row.fields["messages"] if message.get("role") not in {"system", "developer"})
         return tuple(texts_of_messages(told))

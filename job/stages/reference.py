@@ -9,7 +9,7 @@ attempt reads, so that a run continues with the same numbers on other hardware, 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 
 from job import log
 from job.common.hashing import code_hashes
+from job.data.examples import Examples
 from job.errors import DataError
 from job.evaluation.parallel_scoring import ParallelScoring
 from job.evaluation.score_cache import ScoreCache, score_conditions
@@ -37,7 +38,7 @@ CODE = ("job.training.lm_head_loss", "job.training.packing", "job.training.prefe
 
 def with_reference(
     attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded, shared: ObjectStore
-) -> tuple[list[Example], list[Example], list[Artifact]]:
+) -> tuple[Examples, Sequence[Example], list[Artifact]]:
     """The examples, and those for validation, with the reference's log-probabilities; and the file that has them all.
 
     Called in all processes, before training changes the adapter. `shared` is the store of all runs.
@@ -54,10 +55,10 @@ def with_reference(
     artifact = Artifact(**json.loads(record))
     path = processes.share_on_machine("reference on this machine", lambda: str(attempt.fetch(artifact)))
     values = [tuple(json.loads(line)) for line in Path(path).read_bytes().splitlines()]
-    pairs = zip([*sources.examples, *sources.validation], values, strict=True)
-    known = [replace(example, reference=value) for example, value in pairs]
-    rows = len(sources.examples)
-    return known[:rows], known[rows:], [artifact]
+    rows, held = len(sources.examples), sources.validation
+    if isinstance(held, Examples):
+        held = held.with_references(values[rows:])
+    return sources.examples.with_references(values[:rows]), held, [artifact]
 
 
 def _known(attempt: Attempt) -> str:

@@ -23,6 +23,7 @@ import torch
 
 from job.common.out_of_memory import out_of_memory
 from job.data.batch_plan import by_weight, micro_batches, shares, weighted_targets
+from job.data.examples import lengths_of, target_counts_of
 from job.distributed.processes import Processes
 from job.errors import JobError, TrainingFailed
 from job.log import get_logger
@@ -65,7 +66,7 @@ class Validation:
         self.budget = step.budget
         """Tokens of a micro-batch, apart from training's: halved when memory runs out in a validation."""
         self.examples = examples
-        self.target_tokens = sum(sum(example.targets) for example in examples)
+        self.target_tokens = sum(target_counts_of(examples))
         self._model, self._step, self._summed_loss = model, step, summed_loss
         self._hooks, self._processes, self._preference = hooks, processes, preference
         self.metrics: dict[str, float] = {}
@@ -121,7 +122,7 @@ class Validation:
     ) -> torch.Tensor:
         """This process's part of a block, (numbers,) float64; again with less memory if it ran out in any process."""
         place = self._processes.place
-        lengths = [len(example.input_ids) for example in block]
+        lengths = lengths_of(block)
         mine = [block[i] for i in shares(lengths, place.world_size)[place.rank]]
         while True:
             found = None

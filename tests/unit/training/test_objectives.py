@@ -48,7 +48,7 @@ def make_pairs(count: int) -> list[Example]:
 def make_labelled(count: int) -> list[Example]:
     """Answers with labels, each with a mismatched answer behind it."""
     first = [replace(pair.sequences[0], desirable=index % 3 != 0) for index, pair in enumerate(make_pairs(count))]
-    return with_partners(first, epoch_order(3, count, 0), 512)
+    return list(with_partners(first, [epoch_order(3, count, 0)], 512))
 
 
 def with_references(model: Any, examples: Sequence[Example]) -> list[Example]:
