@@ -92,7 +92,7 @@ def left_out(row: Row, used: Container[str]) -> tuple[str, ...]:
 
 def weight_of(row: Row) -> float | RowError:
     """The number in a row's field `weight`: 1 where there is none; or what is wrong with it."""
-    value = row.fields.get("weight")
+    value: Any = row.fields.get("weight")
     if is_empty(value):
         return 1.0
     try:
