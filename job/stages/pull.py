@@ -177,7 +177,11 @@ def _pull(
         how: dict[str, Any] = {"date": date, "vocabulary": _vocabulary(folder), "alive": alive}
         tokens = _read_rows(attempt, settings, source, validation, tokenizer, **how)
         for stage in later:
-            _read_rows(attempt, stage, _fetch(attempt, stage.data.source, "later", storage), None, tokenizer, **how)
+            later_source = locate_sources(
+                stage.data.source, lambda place, kind: _fetch(attempt, place, f"later/{kind}", storage)
+            )
+            own = _fetch_validation(attempt, stage, storage, "later/validation")
+            _read_rows(attempt, stage, later_source, own, tokenizer, **how)
         model: _Model = _wait(attempt, coming)
     except JobError as error:
         checked.cancel()
@@ -284,12 +288,14 @@ def _check_hub(settings: Settings) -> None:
         check_hub_dataset(validation.name, validation.revision)
 
 
-def _fetch_validation(attempt: Attempt, settings: Settings, storage: StorageOptions) -> float | ValidationSource | None:
+def _fetch_validation(
+    attempt: Attempt, settings: Settings, storage: StorageOptions, kind: str = "validation"
+) -> float | ValidationSource | None:
     """What to validate on; a source of its own is fetched."""
     found = _what_to_validate_on(settings)
     if not isinstance(found, ValidationSource):
         return found
-    return replace(found, place=_fetch(attempt, found.place, "validation", storage))
+    return replace(found, place=_fetch(attempt, found.place, kind, storage))
 
 
 def _read_rows(
@@ -321,7 +327,8 @@ def _read_rows(
         template_arguments=data.chat_template_arguments,
         field_names=data.fields,
         on_long_row=data.on_long_row,
-        seed=settings.run.seed,
+        row_weights=data.row_weights,
+        seed=settings.run.seed if data.seed is None else data.seed,
         **how,
     )
 
