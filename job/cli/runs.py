@@ -117,6 +117,8 @@ def report_command(words: Sequence[str]) -> int:
     """
     given = parse_arguments(words, COMMANDS["report"].arguments)
     output = given.options.get("--output", OUTPUT)
+    if Path(output).is_dir():
+        raise SettingsError([Problem(f"--output {output}", f"is a folder; name a file, such as {output}/{OUTPUT}")])
     storage, _ = _reading(given)
     run = read_published(open_run(given.runs[0], storage))
     with tempfile.TemporaryDirectory(prefix="qlora-job-") as folder:

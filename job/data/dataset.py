@@ -38,6 +38,7 @@ OnBadRow = Literal["error", "skip"]
 _ALIVE_SECONDS = 0.5
 _DIGEST = b"examples 1\0"
 _SKIPPING = "correct the rows, or set JOB_DATA__ON_BAD_ROW=skip to leave out and count those that are invalid"
+_LONG = "raise JOB_TRAIN__MAX_LENGTH, or say by JOB_DATA__ON_LONG_ROW what becomes of long rows"
 
 
 def load_examples(
@@ -347,7 +348,7 @@ class _Findings:
         self._skip = on_bad_row == "skip"
         self._problems: list[Problem] = []
         self._total = 0
-        self._rows = False  # whether there is a bad row that could be skipped
+        self._kinds: set[str] = set()
 
     def add(self, faults: list[RowError]) -> None:
         """Adds the faults of one row, at least one."""
@@ -356,7 +357,7 @@ class _Findings:
             self.skipped[faults[0].kind] += 1
             return
         self._total += len(faults)
-        self._rows = self._rows or faults[0].kind != UNREADABLE
+        self._kinds |= {fault.kind for fault in faults}
         remaining = MAX_SHOWN - len(self._problems)
         self._problems += [Problem(fault.where, fault.what) for fault in faults[:remaining]]
 
@@ -373,7 +374,9 @@ class _Findings:
     def raise_problems(self) -> None:
         """Raises the problems, if there are any, all in one error."""
         if self._problems:
-            raise DataError(self._problems, self._total, _SKIPPING if self._rows else "")
+            skippable = self._kinds - {UNREADABLE}
+            advice = _LONG if skippable == {"too_long"} else _SKIPPING if skippable else ""
+            raise DataError(self._problems, self._total, advice)
 
     def nothing_left(self, name: str) -> DataError:
         """The error that no row was selected, and why."""
@@ -497,7 +500,9 @@ def _peek(rows: Rows) -> tuple[Row | None, Rows]:
 def _check_tokenizer(tokenizer: Any, name: str, *, templated: bool) -> None:
     if templated:
         if not tokenizer.chat_template:
-            what = "holds messages, and the model's tokenizer has no chat template to render them; use another schema"
+            what = (
+                "holds messages, and the model's tokenizer has no chat template to render them; use an instruct model"
+            )
             raise DataError([Problem(name, what)])
     elif tokenizer.eos_token_id is None:
         raise DataError([Problem(name, "cannot be ended: the model's tokenizer has no end-of-sequence token")])

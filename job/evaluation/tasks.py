@@ -296,7 +296,8 @@ def _with_rows(manager: Any, name: str, rows: Sequence[Row], source: str) -> Any
 
 
 def _misfit(where: str, name: str, error: Exception) -> Problem:
-    return Problem(where, f"does not fit the task {name}: {type(error).__name__}: {error}")
+    what = f"does not fit the task {name}: {type(error).__name__}: {error}"
+    return Problem(where, f"{what}; a row needs the fields and values of the task's own data set")
 
 
 def _misfits(task: Any, rows: Sequence[Row], source: str) -> Iterator[Problem]:

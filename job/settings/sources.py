@@ -45,6 +45,7 @@ SECRETS_DIR = "secrets_dir"  # a folder of files that are named like variables; 
 # Assumed upper bound of SageMaker's delay in copying a folder, for which it states no figure; a few GB take less.
 COPIED_WITHIN_SECONDS = 300
 _SHOWN_NAME = 80
+_NEAR_GROUP = 0.75  # similarity (difflib's ratio) from which a name is taken for that of a group: modle, model
 # Put into hyperparameters.json by SageMaker's own SDK and tuner.
 _SAGEMAKER_PREFIXES = ("sagemaker_", "_tuning_")
 
@@ -371,6 +372,9 @@ def _unknown(where: str, key: str, names: Collection[str], spell: Callable[[str]
     if members:
         what = f"is a group of settings, not one of them; give a setting of it, such as {members[0]}"
         return Problem(where + shown, what)
+    groups = {name.partition(".")[0] for name in names if "." in name}
+    if group := get_close_matches(_canonical(key[:_SHOWN_NAME]), groups, n=1, cutoff=_NEAR_GROUP):
+        return Problem(where + shown, f"is no setting; the nearest is the group of settings {spell(group[0])}")
     if nearest := _nearest(_canonical(key[:_SHOWN_NAME]), names):
         return Problem(where + shown, f"is no setting; the nearest is {' or '.join(map(spell, nearest))}")
     return Problem(where + shown, "is no setting, and none has a similar name; `qlora-job config` lists them all")

@@ -76,7 +76,8 @@ def test_help_names_no_type_of_python() -> None:
 def test_a_command_has_options_of_its_own(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A mistyped option of the command is answered with that option, not with a setting."""
     monkeypatch.setenv("JOB_LOG__FORMAT", "json")
-    for words, near in ((["config", "--shema"], "--schema"), (["plan", "--fromat=json"], "--format")):
+    cases = ((["config", "--shema"], "--schema"), (["selftest", "x"], "takes no arguments"))
+    for words, near in cases:
         assert main(words) == 2
         assert near in json.loads(capsys.readouterr().err)["problems"][0]
 
