@@ -240,7 +240,7 @@ def _block_by_block(  # noqa: PLR0917 - as attention has it
                 q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
             )
         )
-    return torch.cat(outputs, dim=2).transpose(1, 2)
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()  # some layers (AFMoE's) take a view of it
 
 
 def _explicit(  # noqa: PLR0917
@@ -278,7 +278,7 @@ def _explicit(  # noqa: PLR0917
         else:
             weights = scores.softmax(-1)
         outputs.append(weights.to(v.dtype) @ v)
-    return torch.cat(outputs, dim=2).transpose(1, 2)
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()  # some layers (AFMoE's) take a view of it
 
 
 def _varlen_kernel(  # noqa: PLR0917

@@ -290,3 +290,12 @@ def test_the_kernel_is_flashs_whatever_torch_prefers(monkeypatch: pytest.MonkeyP
     inputs = [torch.randn(1, 2, 4, 8) for _ in range(3)]
     _varlen_kernel(*inputs, build_layout([Segment(0, 4)], CPU), None, None)
     assert allowed == [(True, not hasattr(varlen, "_select_backend"))]
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}], ids=["plain", "soft cap"])
+def test_the_output_lies_as_transformers_own_does(options: dict[str, float]) -> None:
+    """Contiguous: AFMoE, JetMoE and others take a view of it."""
+    found = packed_attention(
+        torch.nn.Module(), *rows(4, 2, 17, torch.float32), None, layout=build_layout(ALONE, CPU), **options
+    )[0]
+    assert found.is_contiguous()
