@@ -29,7 +29,7 @@ from job.common.hashing import hash_file, seal, sealed
 from job.errors import Unreachable
 from job.log import get_logger
 from job.runs.layout import CHECKPOINTS, COMMITTED, checkpoint_folder, checkpoint_part, marker_key, step_name
-from job.storage.base import current_tag, disk_errors, write_in_turn
+from job.storage.base import disk_errors, write_in_turn
 from job.storage.open import ObjectStore, TooLarge, check_key, is_key
 
 MAX_MARKER_BYTES = 256 * 1024
@@ -128,7 +128,7 @@ def publish(
     marker = Marker(step=step, epoch=epoch, world_size=world_size, software=dict(software), files=files, run=run)
     for path in paths:
         store.upload(path, marker.folder + path.name)
-    write_in_turn(store, marker_key(step), render_marker(marker), current_tag(store, marker_key(step)))
+    write_in_turn(store, marker_key(step), render_marker(marker), store.tag(marker_key(step)))
 
 
 def steps(store: ObjectStore) -> list[int]:

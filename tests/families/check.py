@@ -88,7 +88,8 @@ def _first(error: BaseException) -> str:
 
 
 def _judge(family: str, folder: Path, tokenizer: Any) -> Verdict:
-    from job.model.lora import find_published_names, save_adapter
+    from job.model.adapter_files import save_adapter
+    from job.model.published_names import find_published_names
 
     examples = [e for e in make_examples(40, longest=45, prompt=0.3) if max(e.input_ids) < VOCABULARY]
     questions = _questions(examples)
@@ -241,7 +242,7 @@ def plain(
 
     from job.data.batch_plan import batch
     from job.model.files import silence
-    from job.model.lora import find_targets
+    from job.model.target_modules import find_targets
 
     config = AutoConfig.from_pretrained(folder)
     silence(config)  # the reference recipe has no dropout in the base
