@@ -273,6 +273,9 @@ def recompute_activations(model: Any, *, on: bool, random: bool = True) -> None:
         # transformers renamed it in 5.23; the model is an argument of neither name
         enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
         enable({"use_reentrant": False, "preserve_rng_state": random})
+        # For reentrant recomputing, transformers has the embeddings require a gradient, which nothing here uses, and
+        # under which a model that adds to them in place (BLT) fails.
+        base.disable_input_require_grads()
     elif base.supports_gradient_checkpointing:
         (getattr(base, "activation_checkpointing_disable", None) or base.gradient_checkpointing_disable)()
 
