@@ -208,11 +208,13 @@ def _load(attempt: Attempt, settings: Settings, sources: Sources) -> Loaded:
     Raises:
         DataError: Data, model or questions differ from those of the first attempt.
     """
+    from job.stages.first_values import put_first_values
     from job.stages.load import load  # slow import: after all checks that do not need it
 
     garbage_collection.enable()  # it was off for faster imports, and nearly all are done
     attempt.identify(sources.record)
-    loaded = load(settings, sources, attempt.processes, attempt.recorded(PACKING, Packing))
+    begin = partial(put_first_values, attempt, settings, sources)
+    loaded = load(settings, sources, attempt.processes, attempt.recorded(PACKING, Packing), begin)
     if attempt.processes.leads:
         keep_settings(attempt.store, attempt.settings)
         attempt.settled = True

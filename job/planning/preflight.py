@@ -444,9 +444,9 @@ def preview_questions(
     return "ok", f"{facts.count:,} questions in {', '.join(names)}", facts
 
 
-def find_tokenizer(model: ModelFacts | None) -> Found[Any]:
-    """The tokenizer beside the model."""
+def find_tokenizer(model: ModelFacts | None, added_tokens: Sequence[str] | None = None) -> Found[Any]:
+    """The tokenizer beside the model, with new tokens."""
     if model is None:
         raise NotChecked("the model's files cannot be had; tokens are estimated from characters where there is text")
-    tokenizer = load_tokenizer(model.folder)
+    tokenizer = load_tokenizer(model.folder, added_tokens)
     return "ok", f"{len(tokenizer):,} tokens", tokenizer
