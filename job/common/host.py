@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,13 @@ PACKAGES = (
 
 def software() -> dict[str, str]:
     """Versions of the packages that can change a result."""
-    return {name: metadata.version(name) for name in PACKAGES}
+    return {name: _version(name) for name in PACKAGES}
+
+
+@cache
+def _version(package: str) -> str:
+    """The version of an installed package; every checkpoint records it, and the metadata takes long to parse."""
+    return metadata.version(package)
 
 
 def hardware() -> dict[str, Any]:

@@ -14,7 +14,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from job.data.formats import Row, RowError, find_file, read_rows
+from job.data.files import find_file
+from job.data.formats import Row, RowError, read_rows
 from job.errors import DataError, Problem, SettingsError, named_by
 from job.storage.hub import hub_errors
 

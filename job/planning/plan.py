@@ -16,6 +16,7 @@ from job.common.source_list import parse_sources
 from job.data import licences
 from job.data.batch_plan import steps_per_epoch
 from job.data.dataset import check_source
+from job.data.examples import lengths_of, target_counts_of
 from job.data.training_and_validation import what_to_validate_on
 from job.errors import JobError, Problem, SettingsError, combine
 from job.model.adapter_options import MANY_STEPS, PLAIN, AdapterOptions, make_options
@@ -300,8 +301,7 @@ def _workload(settings: Settings, data: DataFacts | None) -> tuple[Workload | No
         return total_steps(rows, train.global_batch_size, train.epochs, train.max_steps)
 
     if data is not None:
-        lengths = [len(example.input_ids) for example in data.examples]
-        targets = [sum(example.targets) for example in data.examples]
+        lengths, targets = lengths_of(data.examples), target_counts_of(data.examples)
         seed = settings.run.seed if settings.data.seed is None else settings.data.seed
         batches = {"seed": seed, "global_batch_size": train.global_batch_size}
         counted = count(lengths, targets, steps=steps(len(lengths)), **batches)
@@ -340,9 +340,9 @@ def _forward(examples: Sequence[Example], count: int) -> ForwardWork:
     return ForwardWork(
         count=count,
         rows=len(examples),
-        tokens=sum(len(example.input_ids) for example in examples),
-        target_tokens=sum(sum(example.targets) for example in examples),
-        longest=max(len(example.input_ids) for example in examples),
+        tokens=sum(lengths_of(examples)),
+        target_tokens=sum(target_counts_of(examples)),
+        longest=max(lengths_of(examples)),
     )
 
 

@@ -21,6 +21,7 @@ from uuid import uuid4
 from job.common import formatting
 from job.common.source_list import locate_sources, parse_sources
 from job.data.dataset import check_source, require_revision
+from job.data.examples import lengths_of
 from job.data.hub_dataset import is_hub_id
 from job.data.preferences import EncodedAnswers
 from job.data.tokenization import Encoded
@@ -379,10 +380,10 @@ def preview_data(
         what += f", {record.validation.rows:,} for validation"
     if record.skipped:
         what += f"; skipped {', '.join(f'{count} {kind}' for kind, count in record.skipped.items())}"
-    facts = DataFacts(examples, tokenizer is None, download, licence, held_out, shown)
+    facts = DataFacts(examples, tokenizer is None, download, licence, held_out or (), shown)
     if tokenizer is not None:
         return "ok", what, facts
-    long = sum(len(example.input_ids) > max_length for example in examples)
+    long = sum(length > max_length for length in lengths_of(examples))
     return "note", f"{what}; tokens are estimated{f', so {long} rows may be too long' if long else ''}", facts
 
 

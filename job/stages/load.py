@@ -7,6 +7,7 @@ from typing import Any
 
 from job import log
 from job.common.malloc import keep_freed_memory
+from job.data.examples import lengths_of
 from job.distributed.processes import ALONE, Processes
 from job.errors import Problem, SettingsError
 from job.model.adapter_options import make_options
@@ -89,7 +90,7 @@ def load(settings: Settings, sources: Sources, processes: Processes = ALONE, dec
     budget = min(processes.gather("token budget", own))  # it affects the result's bits, so all processes use the same
     plan = prepare(
         model,
-        [len(example.input_ids) for example in sources.examples],
+        lengths_of(sources.examples),
         global_batch_size=settings.train.global_batch_size,
         quantization=settings.model.quantization,
         optimizer=settings.train.optimizer,

@@ -21,7 +21,7 @@ from tests.toy_tokenizer import CHATML, toy_tokenizer
 from tests.unit.data.test_formats import write_rows
 
 ALPACA = Path(__file__).parents[4] / "shared" / "data" / "alpaca.jsonl.gz"
-per_example = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+per_example = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 PLAIN = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=12)
 FULL = PLAIN.filter(str.strip)
@@ -119,7 +119,7 @@ LINES = st.lists(
 )
 
 
-@settings(per_example, max_examples=200)
+@settings(per_example, max_examples=60)
 @given(content=LINES, limit=st.none() | st.integers(1, 10))
 def test_good_rows_are_selected_in_order(tmp_path: Path, content: list[tuple[str, bytes]], limit: int | None) -> None:
     """The first `limit` good rows come out in file order; exactly the bad rows before the last of them are counted."""
@@ -160,7 +160,7 @@ FRAGMENTS = [
 CONTENT = st.binary(max_size=200) | st.lists(st.sampled_from(FRAGMENTS), max_size=20).map(b"".join)
 
 
-@settings(per_example, max_examples=150)
+@settings(per_example, max_examples=50)
 @given(content=CONTENT, on_bad_row=st.sampled_from(["error", "skip"]))
 def test_arbitrary_bytes_are_an_error_of_the_data(tmp_path: Path, content: bytes, on_bad_row: str) -> None:
     """Whatever a JSONL file holds, it gives examples or a DataError that can be printed."""

@@ -965,7 +965,7 @@ def outcome(arguments: list[str], environ: Mapping[str, str]) -> Settings | Sett
 class TestProperties:
     """Whatever is given, the answer is settings or a SettingsError."""
 
-    @hypothesis_settings(max_examples=200, deadline=None)
+    @hypothesis_settings(max_examples=60, deadline=None)
     @given(
         bad=st.lists(BAD, min_size=1, max_size=6, unique_by=lambda pair: pair[0]),
         layer=st.sampled_from(["environment", "command line", "hyperparameters.json", "file"]),
@@ -1000,7 +1000,7 @@ class TestProperties:
         assert caught.value.total >= len(bad) + len(unknown)
         assert 0 < len(caught.value.problems) <= MAX_SHOWN
 
-    @hypothesis_settings(max_examples=120, deadline=None)
+    @hypothesis_settings(max_examples=50, deadline=None)
     @given(
         arguments=st.lists(st.sampled_from(NAMES).map(lambda name: f"--{name}") | ANY_TEXT, max_size=6),
         environ=st.dictionaries(st.sampled_from(NAMES).map(variable), ANY_TEXT, max_size=6),
@@ -1010,7 +1010,7 @@ class TestProperties:
         answer = outcome(arguments, environ)
         assert isinstance(answer, Settings) or answer.problems
 
-    @hypothesis_settings(max_examples=120, deadline=None)
+    @hypothesis_settings(max_examples=50, deadline=None)
     @given(tree=st.dictionaries(st.sampled_from([*NAMES, "train", "eval", "x"]), TREES, max_size=4))
     def test_any_hyperparameters_give_settings_or_a_settings_error(self, tree: dict[str, object]) -> None:
         """Arbitrary JSON in place of strings is answered, never with a traceback."""
