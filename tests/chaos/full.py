@@ -36,7 +36,7 @@ def main() -> int:
         began = time.monotonic()
         whole = run_until_done(environment, "whole", folder, _Never(), 0)
         span = time.monotonic() - began
-        print(f"undisturbed: {span:.1f} s, {len(whole.facts)} artefacts{_stopped(folder) if chosen.validate else ''}")
+        print(f"undisturbed: {span:.1f} s, {len(whole.facts)} artifacts{_stopped(folder) if chosen.validate else ''}")
         outcomes = []
         for number in range(chosen.runs):
             run = f"run-{number:03d}"
