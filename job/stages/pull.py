@@ -23,7 +23,7 @@ from job.common.threads import in_thread
 from job.data.hub_dataset import check_hub_dataset
 from job.data.token_cache import Tokens, load_tokens, open_tokens
 from job.data.training_and_validation import ValidationSource, what_to_validate_on
-from job.errors import JobError, Preempted
+from job.errors import JobError, Preempted, named_by
 from job.evaluation.tasks import Tasks, check_lengths, load_tasks
 from job.model.adapter_options import MANY_STEPS, make_options
 from job.model.base import choose_device, choose_dtype, inspect, load_tokenizer
@@ -47,6 +47,13 @@ from job.storage.open import ObjectStore, StorageOptions, fetch, open_store, siz
 
 CODE = ("job.model.base", "job.model.files", "job.model.quantized_cache.cache", "job.model.quantized_cache.layout")
 """Modules whose code decides the bits of a quantized base."""
+_SETTING_OF = {
+    "data": "JOB_DATA__SOURCE",
+    "later": "JOB_DATA__SOURCE",
+    "validation": "JOB_DATA__VALIDATION",
+    "questions": "JOB_EVAL__DATA",
+}
+"""Folder for what is fetched -> the setting that names it."""
 _POLL_SECONDS = 0.5
 _CLEANUP_SECONDS = 3.0
 
@@ -235,7 +242,8 @@ def _find_start(attempt: Attempt, settings: Settings, storage: StorageOptions) -
 
 def _fetch(attempt: Attempt, place: str, kind: str, storage: StorageOptions) -> str:
     attempt.alive()
-    return fetch(place, attempt.work / kind, storage)
+    with named_by(_SETTING_OF[kind.partition("/")[0]], ": "):
+        return fetch(place, attempt.work / kind, storage)
 
 
 def _load_tasks(attempt: Attempt, settings: Settings, storage: StorageOptions) -> Tasks:
@@ -374,7 +382,8 @@ def _find_model(
     if is_remote(source):
         if (small := _fetch_small_files(source, attempt.work / "model-small", storage)) is not None:
             before_weights(small, True)  # noqa: FBT003 - as hub.download_model calls it
-        source = fetch(source, attempt.work / "model", storage)
+        with named_by("JOB_MODEL__ID", ": "):
+            source = fetch(source, attempt.work / "model", storage)
         folder, revision = download_model(source, None)
     else:
         folder, revision = download_model(source, settings.model.revision, before_weights)
