@@ -408,8 +408,8 @@ def _open(
     if shown and not shown.endswith("/"):
         shown += "/"
     names = [name if file == Path(source) else f"{shown}{file.relative_to(base).as_posix()}" for file in files]
-    rows = map(read_rows, files, names)
-    return None, chosen, chain.from_iterable(rows if len(files) == 1 else map(_with_warning, rows, names))
+    parts: Iterator[Rows] = map(read_rows, files, names)
+    return None, chosen, chain.from_iterable(parts if len(files) == 1 else map(_with_warning, parts, names))
 
 
 def _with_warning(rows: Rows, name: str) -> Rows:

@@ -225,7 +225,8 @@ class S3Store:
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """See `ObjectStore.list`. Keys that end in `/` are the console's folders, not objects."""
-        start, rest = self._root + check_prefix(prefix), {}
+        start = self._root + check_prefix(prefix)
+        rest: dict[str, str] = {}
         while True:
             with self._asking("list", prefix):
                 page = self._page(start, **rest)

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from job.errors import AccessDenied, DataError, SettingsError, Unreachable
-from job.storage.hub import hub_errors
+from job.storage.hub import download_model, hub_errors
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OTHER = "f" * 40
@@ -238,6 +238,19 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[object]]:
 def test_a_model_is_fetched_without_pickles_and_code(models: dict[str, list[object]]) -> None:
     """The folder has weights and configuration; pickled weights and a repository's code stay where they are."""
     assert models["model"] == [COMMIT, ["config.json", "model.safetensors"]]
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "merges.txt"])
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    """A pipe, a device or a link to nothing in a model's folder is named; other names there do not matter."""
+    (tmp_path / "other").symlink_to("/nowhere/at/all")
+    (tmp_path / f"{name}.txt").symlink_to(__file__)
+    assert download_model(str(tmp_path), None) == (tmp_path, None)
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda path: path.symlink_to(path)):
+        make(tmp_path / name)
+        with pytest.raises(DataError, match=f"{name} is no regular file"):
+            download_model(str(tmp_path), None)
+        (tmp_path / name).unlink()
 
 
 def test_a_cached_model_needs_no_hub(models: dict[str, list[object]]) -> None:
