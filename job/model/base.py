@@ -16,7 +16,8 @@ from job.model.adapter_options import PLAIN as PLAIN_LORA
 from job.model.adapter_options import AdapterOptions
 from job.model.decomposed_init import frozen_parameters
 from job.model.files import build_empty, check_weights, read_config, readable, silence
-from job.model.lora import check_adapter, resolve_targets, trainable
+from job.model.lora import trainable
+from job.model.target_modules import check_adapter, resolve_targets
 from job.records import ModelRecord
 
 if TYPE_CHECKING:

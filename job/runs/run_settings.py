@@ -83,7 +83,8 @@ def compare_settings(
     expected = before | {name: added.get(name) for name in after if name not in before}
     changed = sorted(name for name in expected if expected[name] != after.get(name))
     if changed:
-        raise SettingsError([_changed(name, expected[name], after.get(name)) for name in changed])
+        problems = [_changed(name, expected[name], after.get(name)) for name in changed]
+        raise SettingsError(problems, advice="give what the run began with, or another JOB_RUN__ID for a new run")
     return {name: value for name, value in after.items() if name in before}
 
 
@@ -127,5 +128,5 @@ def _compare_with_pull(store: ObjectStore, settings: Mapping[str, Any]) -> None:
 
 
 def _changed(name: str, before: Any, after: Any) -> Problem:
-    what = f"this run began with {before!r}, not {after!r}; use another JOB_RUN__ID"
+    what = f"this run began with {before!r}, not {after!r}"
     return Problem(environment_name(name), what)

@@ -131,7 +131,8 @@ def local_model(source: str) -> Path | None:
             raise DataError([Problem("JOB_MODEL__ID", f"{one} {what}") for one in odd[:3]])
         return path
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise DataError([Problem("JOB_MODEL__ID", f"{source} is not a folder")])
+        what = "is not a folder" if path.exists() else "does not exist"
+        raise DataError([Problem("JOB_MODEL__ID", f"{source} {what}; give the folder of a model, or a hub id")])
     return None
 
 

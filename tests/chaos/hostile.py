@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import pickle
-import resource
 import shutil
 import struct
 import sys
@@ -454,11 +452,7 @@ def explore(
 ) -> Iterator[Outcome]:
     """Runs the job on each of the named cases."""
     known = cases(folder)
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(warm.PRELOADED)
-    first = server.Process(target=len, args=("",))  # the server's imports are not on the first case's time
-    first.start()
-    first.join()
+    warm.run(["--version"], environment)  # the server's imports are not on the first case's time
     for name in names:
         model = folder / "models" / "model"
         shutil.rmtree(folder / "models", ignore_errors=True)
@@ -472,13 +466,11 @@ def _run(name: str, folder: Path, environment: Mapping[str, str], seconds: float
     log.write_text("")
     shutil.rmtree(folder / "out", ignore_errors=True)
     began = time.monotonic()
-    server = multiprocessing.get_context("forkserver")
     given = {**environment, "JOB_RUN__OUTPUT": str(folder / "out"), "JOB_RUN__ID": "run"}
-    process = server.Process(target=_limited, args=(given, str(log)))
-    process.start()
+    process = warm.Processes([warm.Member([], given, log, log, memory=MEMORY_BYTES)])
     code: int | None = None
     with suppress(TimeoutError):
-        code = warm.wait(process, seconds)
+        (code,) = process.wait(seconds)
     took = time.monotonic() - began
     text = log.read_text(encoding="utf-8", errors="replace")
     broken = None
@@ -493,14 +485,6 @@ def _run(name: str, folder: Path, environment: Mapping[str, str], seconds: float
         broken = "ran code of the folder"
     said = [line for line in text.splitlines() if '"error"' in line] or text.splitlines() or [""]
     return Outcome(name, code, took, broken, said[-1])
-
-
-def _limited(environment: dict[str, str], log: str) -> None:
-    """The job, with `MEMORY_BYTES` beyond what the libraries have mapped when they are imported."""
-    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0])
-    most = pages * resource.getpagesize() + MEMORY_BYTES
-    resource.setrlimit(resource.RLIMIT_AS, (most, most))
-    warm.called([], environment, log, log, str(Path(__file__).parents[2]))
 
 
 def main() -> int:

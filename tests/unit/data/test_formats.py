@@ -18,7 +18,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from job.data.formats import SUFFIXES, UNREADABLE, Row, RowError, find_file, find_files, read_rows
+from job.data.files import find_file, find_files
+from job.data.formats import SUFFIXES, UNREADABLE, Row, RowError, read_rows
 from job.errors import DataError
 
 ROWS = [{"a": "one", "b": "1"}, {"a": 'q"uo,te\nline\u2028', "b": ""}, {"a": "ünï🙂", "b": "3"}]
@@ -163,7 +164,7 @@ def test_broken_utf8_in_parquet_names_row_and_column(tmp_path: Path) -> None:
     assert (second.kind, second.where) == ("broken_utf8", "x.parquet:row 2 text")
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(suffix=st.sampled_from(SUFFIXES), content=st.binary(max_size=300))
 def test_arbitrary_bytes_are_never_a_traceback(tmp_path: Path, suffix: str, content: bytes) -> None:
     """Whatever a file holds, reading it gives rows and faults, and raises nothing."""

@@ -12,8 +12,8 @@ import pytest
 import structlog
 
 from job.common.source_list import Source, locate_sources, parse_sources
-from job.data.tokenization import Encoded
 from job.errors import DataError, SettingsError
+from tests.helpers import encoded
 from tests.toy_tokenizer import toy_tokenizer
 from tests.unit.data.test_dataset import lines, load, text_of
 
@@ -85,7 +85,7 @@ def test_a_single_source_is_as_it_was(tmp_path: Path) -> None:
     assert (record.source, record.sources, record.long_rows) == (str(path), [], {})
     digest = sha256(b"examples 1\0")
     for example, text in zip(examples, ("cat", "mat"), strict=True):
-        digest.update(Encoded(text, example).canonical())
+        digest.update(encoded(text, example.input_ids, example.targets).canonical())
     assert record.sha256 == digest.hexdigest()
 
 
