@@ -80,7 +80,7 @@ def measure(how: str, path: Path, processes: int) -> str:
     own, others = (now - before for now, before in zip(_worked(), worked, strict=True))
     return (
         f"{how}: {len(lengths):,} rows, {sum(lengths):,} tokens, {seconds:.1f} s, {len(lengths) / seconds:,.0f} rows/s,"
-        f" {len(lengths) / (own + others):,.0f} a second of processor time ({own:.1f} s here, {others:.1f} s in others),"
+        f" {len(lengths) / (own + others):,.0f} per second of CPU time ({own:.1f} s here, {others:.1f} s in others),"
         f" {grown:,.0f} MB more here, {largest / 1e6:,.0f} MB in the largest other"
     )
 
