@@ -158,7 +158,8 @@ def _tell(store: ObjectStore, results: dict[str, Any], delivery: Delivery | None
         if delivery:
             deliver(store, results, delivery)
     finally:
-        manifest.print_lines(manifest.summary(results, f"{store.uri}/{RESULTS}"))
+        # the results are published, whether or not this can be printed
+        log.print_result("\n".join(manifest.summary(results, f"{store.uri}/{RESULTS}")) + "\n")
 
 
 @contextmanager

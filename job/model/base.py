@@ -87,10 +87,8 @@ def load_tokenizer(folder: Path, added_tokens: Sequence[str] | None = None) -> A
         raise SettingsError(
             [Problem("JOB_MODEL__ID", "its tokenizer has no end-of-sequence token, so nothing could end")]
         )
-    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
-    if model is not None and getattr(
-        model, "dropout", None
-    ):  # tokens drawn anew in every attempt would be other data each time
+    model: Any = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    if getattr(model, "dropout", None):  # tokens drawn anew in every attempt would be other data each time
         log.get_logger().warning(
             "the tokenizer's dropout is switched off: a text has one form in tokens", was=model.dropout
         )

@@ -330,6 +330,19 @@ def test_the_fingerprint_covers_weights_configuration_and_tokenizer(base_folder:
     assert len(seen) == 4
 
 
+def test_a_tokenizer_draws_nothing(base_folder: Path, tmp_path: Path) -> None:
+    """Dropout of a tokenizer's merges is switched off: a text has the same tokens in every attempt."""
+    shutil.copytree(base_folder, tmp_path / "base")
+    path = tmp_path / "base" / "tokenizer.json"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    found["model"]["dropout"] = 0.9
+    path.write_text(json.dumps(found), encoding="utf-8")
+    text = "which is the answer of them " * 5
+    expected = load_tokenizer(base_folder)(text).input_ids
+    tokenizer = load_tokenizer(tmp_path / "base")
+    assert [tokenizer(text).input_ids for _ in range(3)] == [expected] * 3
+
+
 def test_a_tokenizer_without_an_end_is_refused(base_folder: Path, tmp_path: Path) -> None:
     """Nothing could end: said before any training."""
     tokenizer = load_tokenizer(base_folder)
