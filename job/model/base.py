@@ -87,10 +87,8 @@ def load_tokenizer(folder: Path, added_tokens: Sequence[str] | None = None) -> A
         raise SettingsError(
             [Problem("JOB_MODEL__ID", "its tokenizer has no end-of-sequence token, so nothing could end")]
         )
-    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
-    if model is not None and getattr(
-        model, "dropout", None
-    ):  # tokens drawn anew in every attempt would be other data each time
+    model: Any = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    if getattr(model, "dropout", None):  # tokens drawn anew in every attempt would be other data each time
         log.get_logger().warning(
             "the tokenizer's dropout is switched off: a text has one form in tokens", was=model.dropout
         )
@@ -282,6 +280,9 @@ def recompute_activations(model: Any, *, on: bool, random: bool = True) -> None:
         # transformers renamed it in 5.23; the model is an argument of neither name
         enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
         enable({"use_reentrant": False, "preserve_rng_state": random})
+        # For reentrant recomputing, transformers has the embeddings require a gradient, which nothing here uses, and
+        # under which a model that adds to them in place (BLT) fails.
+        base.disable_input_require_grads()
     elif base.supports_gradient_checkpointing:
         (getattr(base, "activation_checkpointing_disable", None) or base.gradient_checkpointing_disable)()
 

@@ -12,6 +12,7 @@
     artifacts/...                                the results: adapter, metrics, answers, report
     scores/...                                   answers of an evaluation that is going on
     faults/<fault>                               injected faults that have fired
+    sft/...                                      the first stage of JOB_TRAIN__METHOD=sft,dpo: a whole run of its own
 
 How to add a stage: name it in `Stage` at its place in the order (and in `BUILT_ON` if another one works with what it
 publishes), then call it in `job/pipeline.py`. Faults, logs, times and costs know it by the enum.
@@ -23,6 +24,8 @@ import re
 from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any
+
+from job.common import methods
 
 
 class Stage(StrEnum):
@@ -42,6 +45,7 @@ RESULTS = "results.json"
 SETTINGS = "settings.json"
 LEASE = "lease.json"
 SCORES = "scores"
+FIRST_STAGE = f"{methods.FIRST_STAGE}/"
 FAULTS = "faults/"
 BASE = "base"
 PACKING = "packing"

@@ -362,8 +362,6 @@ def _sources(settings: Settings) -> Iterator[Fault]:
 
 def _validation(settings: Settings) -> Iterator[Fault]:
     data, train = settings.data, settings.train
-    if data.validation is not None and train.method != "sft":
-        yield "data.validation", "validates the loss of JOB_TRAIN__METHOD=sft only; remove it, or train with sft"
     if settings.lora.kind == "adalora":  # its ranks are settled by the schedule, not at an earlier step
         asked = {"train.stop_after": train.stop_after is not None, "train.keep": train.keep == "best"}
         for name in (name for name, given in asked.items() if given):
@@ -402,6 +400,12 @@ def _schedule(settings: Settings) -> Iterator[Fault]:
 
 def _adapter(settings: Settings) -> Iterator[Fault]:
     lora = settings.lora
+    if settings.train.optimizer == "muon" and (lora.use_dora or lora.kind == "adalora"):
+        other = "USE_DORA" if lora.use_dora else "KIND=adalora"
+        yield (
+            "train.optimizer",
+            f"is muon, which is for matrices, and JOB_LORA__{other} trains vectors, too; take another",
+        )
     if lora.kind == "adalora":
         others = ("init", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save")
         plain = Lora()
@@ -440,10 +444,11 @@ def _init(settings: Settings) -> Iterator[Fault]:
 _ONLY_FOR: dict[str, tuple[MethodName, ...]] = {
     "train.beta": ("dpo", "kto", "orpo"),
     "train.preference_loss": ("dpo",),
-    "train.label_smoothing": ("dpo",),
+    "train.label_smoothing": ("sft", "dpo"),
     "train.desirable_weight": ("kto",),
     "train.undesirable_weight": ("kto",),
     "train.neftune_noise_alpha": ("sft",),
+    "data.row_weights": ("sft",),
 }
 """Settings of some methods only."""
 

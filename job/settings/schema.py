@@ -251,6 +251,11 @@ class Data(Group):
     """Commit hash of JOB_DATA__VALIDATION, for a hub id."""
     validation_split: AffectsResult[Text] = "validation"
     """Split of JOB_DATA__VALIDATION, where that is a hub id or a folder of splits."""
+    row_weights: AffectsResult[Flag] = False
+    """Rows have a field `weight`, a number from 0 on (1 where it is missing), by which the loss of their target tokens
+    is multiplied; for sft. The loss of a step is divided by its target tokens, each counted as often as its row weighs:
+    a row of weight 2 is the same row twice in the step, one of weight 0 is not learned.
+    """
     seed: AffectsResult[Maybe[Whole]] = None
     """Seed of the order of the examples; empty: JOB_RUN__SEED."""
     date: AffectsResult[Maybe[Day]] = None
@@ -273,8 +278,9 @@ class Train(Group):
     preference_loss: AffectsResult[Literal["sigmoid", "ipo"]] = "sigmoid"
     """Loss of dpo on a pair."""
     label_smoothing: AffectsResult[Annotated[NotNegative, Field(lt=0.5)]] = 0.0
-    """Share of the pairs assumed to be labelled the wrong way round, for dpo with the sigmoid loss (conservative
-    DPO)."""
+    """For sft: the share of each target token that is spread over the whole vocabulary, as transformers does it; the
+    validation loss has it, too. For dpo with the sigmoid loss: the share of the pairs assumed to be labelled the wrong
+    way round (conservative DPO)."""
     desirable_weight: AffectsResult[Positive] = 1.0
     """Weight of good answers in the loss of kto."""
     undesirable_weight: AffectsResult[Positive] = 1.0
@@ -314,7 +320,8 @@ class Train(Group):
     max_length: AffectsResult[Count] = 2048
     """Maximum length of an example, in tokens; JOB_DATA__ON_LONG_ROW says what becomes of a longer one."""
     optimizer: AffectsResult[OptimizerName] = "adamw_8bit"
-    """Optimizer of the adapter's weights."""
+    """Optimizer of the adapter's weights. `muon` is for matrices alone: not with JOB_LORA__USE_DORA, nor with AdaLoRA;
+    its steps have the size of AdamW's, so that learning rates found with that serve."""
     validate_every_steps: AffectsResult[Maybe[Count]] = None
     """Optimizer steps between two validations, beside those before the first step and after the last; empty: the steps
     of an epoch. Checkpoints have an interval of their own, which may change between attempts."""
@@ -468,6 +475,7 @@ class Settings(Options):
     cost: Cost = Field(default_factory=Cost)
 
     _sources: dict[str, str] = PrivateAttr(default_factory=dict)
+    _part_of: str | None = PrivateAttr(default=None)
 
     @classmethod
     def settings_customise_sources(
@@ -501,9 +509,18 @@ class Settings(Options):
         """Records where the values came from; a setting that is not in `given` has its default."""
         self._sources = dict.fromkeys(NAMES, "default") | dict(given)
 
+    def keep_whole(self, run: str) -> None:
+        """Records that these are the settings of the first stage of a run of this id."""
+        self._part_of = run
+
     def model_post_init(self, _context: Any, /) -> None:
         """Until `keep_sources` says otherwise, every value is a default."""
         self.keep_sources({})
+
+    @property
+    def part_of(self) -> str | None:
+        """The id of the run that these are the first stage of; None for a whole run."""
+        return self._part_of
 
     @property
     def sources(self) -> Mapping[str, str]:

@@ -23,7 +23,7 @@ from job.common.threads import in_thread
 from job.data.hub_dataset import check_hub_dataset
 from job.data.token_cache import Tokens, load_tokens, open_tokens
 from job.data.training_and_validation import ValidationSource, what_to_validate_on
-from job.errors import JobError, Preempted
+from job.errors import JobError, Preempted, named_by
 from job.evaluation.tasks import Tasks, check_lengths, load_tasks
 from job.model.adapter_options import MANY_STEPS, make_options
 from job.model.base import choose_device, choose_dtype, inspect, load_tokenizer
@@ -47,6 +47,13 @@ from job.storage.open import ObjectStore, StorageOptions, fetch, open_store, siz
 
 CODE = ("job.model.base", "job.model.files", "job.model.quantized_cache.cache", "job.model.quantized_cache.layout")
 """Modules whose code decides the bits of a quantized base."""
+_SETTING_OF = {
+    "data": "JOB_DATA__SOURCE",
+    "later": "JOB_DATA__SOURCE",
+    "validation": "JOB_DATA__VALIDATION",
+    "questions": "JOB_EVAL__DATA",
+}
+"""Folder for what is fetched -> the setting that names it."""
 _POLL_SECONDS = 0.5
 _CLEANUP_SECONDS = 3.0
 
@@ -181,7 +188,11 @@ def _pull(
         how: dict[str, Any] = {"date": date, "vocabulary": vocabulary, "alive": alive}
         tokens = _read_rows(attempt, settings, source, validation, tokenizer, **how)
         for stage in later:
-            _read_rows(attempt, stage, _fetch(attempt, stage.data.source, "later", storage), None, tokenizer, **how)
+            later_source = locate_sources(
+                stage.data.source, lambda place, kind: _fetch(attempt, place, f"later/{kind}", storage)
+            )
+            own = _fetch_validation(attempt, stage, storage, "later/validation")
+            _read_rows(attempt, stage, later_source, own, tokenizer, **how)
         model: _Model = _wait(attempt, coming)
     except JobError as error:
         checked.cancel()
@@ -231,7 +242,8 @@ def _find_start(attempt: Attempt, settings: Settings, storage: StorageOptions) -
 
 def _fetch(attempt: Attempt, place: str, kind: str, storage: StorageOptions) -> str:
     attempt.alive()
-    return fetch(place, attempt.work / kind, storage)
+    with named_by(_SETTING_OF[kind.partition("/")[0]], ": "):
+        return fetch(place, attempt.work / kind, storage)
 
 
 def _load_tasks(attempt: Attempt, settings: Settings, storage: StorageOptions) -> Tasks:
@@ -289,12 +301,14 @@ def _check_hub(settings: Settings) -> None:
         check_hub_dataset(validation.name, validation.revision)
 
 
-def _fetch_validation(attempt: Attempt, settings: Settings, storage: StorageOptions) -> float | ValidationSource | None:
+def _fetch_validation(
+    attempt: Attempt, settings: Settings, storage: StorageOptions, kind: str = "validation"
+) -> float | ValidationSource | None:
     """What to validate on; a source of its own is fetched."""
     found = _what_to_validate_on(settings)
     if not isinstance(found, ValidationSource):
         return found
-    return replace(found, place=_fetch(attempt, found.place, "validation", storage))
+    return replace(found, place=_fetch(attempt, found.place, kind, storage))
 
 
 def _read_rows(
@@ -326,7 +340,8 @@ def _read_rows(
         template_arguments=data.chat_template_arguments,
         field_names=data.fields,
         on_long_row=data.on_long_row,
-        seed=settings.run.seed,
+        row_weights=data.row_weights,
+        seed=settings.run.seed if data.seed is None else data.seed,
         **how,
     )
 
@@ -367,7 +382,8 @@ def _find_model(
     if is_remote(source):
         if (small := _fetch_small_files(source, attempt.work / "model-small", storage)) is not None:
             before_weights(small, True)  # noqa: FBT003 - as hub.download_model calls it
-        source = fetch(source, attempt.work / "model", storage)
+        with named_by("JOB_MODEL__ID", ": "):
+            source = fetch(source, attempt.work / "model", storage)
         folder, revision = download_model(source, None)
     else:
         folder, revision = download_model(source, settings.model.revision, before_weights)
