@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from job.errors import DataError, JobError, SettingsError
 from job.model.adapter_files import save_adapter
+from job.model.adapter_options import AdapterOptions
 from job.model.lora import trainable
 from job.model.published_names import PublishedNames
 from job.model.start_adapter import CONFIG, WEIGHTS, check_start, find_start, hash_start, load_start
@@ -98,6 +99,23 @@ def test_what_does_not_fit_is_refused_without_the_base(case: str, saved: Path, t
     change(folder)
     with pytest.raises(kind, match=why):
         check_start(find_start(str(folder), Path("unused"), StorageOptions()), rank=16, alpha=16)
+
+
+def test_modules_and_tokens_have_to_be_the_same(base_folder: Path, tmp_path: Path) -> None:
+    """An adapter with a whole module and rows of new tokens goes on as it is; other tokens or modules are refused."""
+    options = AdapterOptions(modules_to_save=("lm_head",), added_tokens=("<ask>", "<tell>"))
+    trained = fill_adapter(make_model(base_folder, options=options))
+    save_adapter(trained, tmp_path, base="base", revision=None, names=NAMES)
+    check_start(tmp_path, rank=16, alpha=16, options={"modules_to_save": ["lm_head"]})
+    model = make_model(base_folder, options=options)
+    load_start(model, tmp_path, NAMES)
+    expected = trainable(trained)
+    assert all(torch.equal(parameter, expected[name]) for name, parameter in trainable(model).items())
+    with pytest.raises(SettingsError, match=r"JOB_LORA__MODULES_TO_SAVE: is empty, and the adapter .* has lm_head"):
+        check_start(tmp_path, rank=16, alpha=16)
+    config(trainable_token_indices={"model.embed_tokens": [398, 399]})(tmp_path)
+    with pytest.raises(SettingsError, match="does not fit JOB_MODEL__ADD_TOKENS"):
+        load_start(model, tmp_path, NAMES)
 
 
 @pytest.mark.parametrize("change", [lambda t: t.popitem(), lambda t: t.update({"x": torch.zeros(1)})])
