@@ -158,7 +158,8 @@ def _tell(store: ObjectStore, results: dict[str, Any], delivery: Delivery | None
         if delivery:
             deliver(store, results, delivery)
     finally:
-        manifest.print_lines(manifest.summary(results, f"{store.uri}/{RESULTS}"))
+        # the results are published, whether or not this can be printed
+        log.print_result("\n".join(manifest.summary(results, f"{store.uri}/{RESULTS}")) + "\n")
 
 
 @contextmanager
@@ -208,11 +209,13 @@ def _load(attempt: Attempt, settings: Settings, sources: Sources) -> Loaded:
     Raises:
         DataError: Data, model or questions differ from those of the first attempt.
     """
+    from job.stages.first_values import put_first_values
     from job.stages.load import load  # slow import: after all checks that do not need it
 
     garbage_collection.enable()  # it was off for faster imports, and nearly all are done
     attempt.identify(sources.record)
-    loaded = load(settings, sources, attempt.processes, attempt.recorded(PACKING, Packing))
+    begin = partial(put_first_values, attempt, settings, sources)
+    loaded = load(settings, sources, attempt.processes, attempt.recorded(PACKING, Packing), begin)
     if attempt.processes.leads:
         keep_settings(attempt.store, attempt.settings)
         attempt.settled = True

@@ -111,6 +111,8 @@ class ModelRecord:
     """How many of `parameters` are really held as `quantization` says; of a mixture's experts it may be few."""
     adapted: list[str] = field(default_factory=list)
     """Names of the layers that got an adapter, as they were given or found."""
+    added_tokens: list[str] = field(default_factory=list)
+    """New tokens of the tokenizer, for which the base got rows."""
 
 
 PEFT = "peft"
@@ -212,6 +214,10 @@ class AdapterRecord:
     modules: int
     ranks: int
     parameters: int
+    modules_to_save: list[str] = field(default_factory=list)
+    """Names of modules that were trained whole."""
+    trained_tokens: int = 0
+    """Tokens whose rows in the embedding and in the output layer were trained."""
 
 
 @dataclass(frozen=True)
@@ -406,6 +412,13 @@ class Evaluated:
     """Record of an evaluation stage."""
 
     scores: dict[str, TaskScores]
+    artifacts: list[Artifact]
+
+
+@dataclass(frozen=True)
+class FirstValues:
+    """Record of an adapter's first values, which are computed once in a run."""
+
     artifacts: list[Artifact]
 
 

@@ -447,8 +447,9 @@ def _open(
     if shown and not shown.endswith("/"):
         shown += "/"
     names = [name if file == Path(source) else f"{shown}{file.relative_to(base).as_posix()}" for file in files]
-    each = map(read_rows, files, names)
-    return None, chosen, chain.from_iterable(each if len(files) == 1 else map(_with_warning, each, names, repeat(note)))
+    parts: Iterator[Rows] = map(read_rows, files, names)
+    alone = len(files) == 1
+    return None, chosen, chain.from_iterable(parts if alone else map(_with_warning, parts, names, repeat(note)))
 
 
 def _with_warning(rows: Rows, name: str, note: Notes) -> Rows:

@@ -20,6 +20,7 @@ from job.data.training_and_validation import what_to_validate_on
 from job.errors import JobError, Problem, SettingsError, combine
 from job.model.adapter_options import MANY_STEPS, PLAIN, AdapterOptions, make_options
 from job.model.start_adapter import check_start, local_start
+from job.model.tokenizer_files import rows_with
 from job.planning import forecast
 from job.planning import known_models_and_data as known
 from job.planning.forecast import Basis, Estimate, ForwardWork, GpuForecast, RunShape, estimates, forecast_gpu
@@ -139,10 +140,12 @@ def _look(settings: Settings, folder: Path, show: int) -> _Preflight:
             options=_adapter_options(s),
         ),
     )
-    tokenized, tokenizer = run_check("tokenizer", lambda: find_tokenizer(model))
+    tokenized, tokenizer = run_check("tokenizer", lambda: find_tokenizer(model, s.model.add_tokens))
     rows_too: dict[str, Any] = {
         "tokenizer": tokenizer,
-        "vocabulary": model.architecture.vocabulary if model and model.architecture else None,
+        "vocabulary": rows_with(
+            model.architecture.vocabulary if model and model.architecture else None, tokenizer, s.model.add_tokens
+        ),
         **where,
     }
     read, data = run_check("data", lambda: _preview_rows(s, show=show, **rows_too))
@@ -302,12 +305,13 @@ def _setup(settings: Settings, seen: _Preflight, checks: list[PreflightResult]) 
         counted=seen.adapter.parameters if seen.adapter and options != PLAIN else None,
         dora=options.use_dora,
         bytes_beside=options.bytes_beside,
+        merged_rows=2 * architecture.vocabulary if options.added_tokens else 0,
     ), basis
 
 
 def _adapter_options(settings: Settings) -> AdapterOptions:
     """As a run has them, but for the number of steps: before the rows are counted nothing is known of it."""
-    return make_options(dict(settings.lora), settings.train.max_steps or MANY_STEPS)
+    return make_options(dict(settings.lora), settings.train.max_steps or MANY_STEPS, settings.model.add_tokens)
 
 
 def _workload(settings: Settings, data: DataFacts | None) -> tuple[Workload | None, Basis]:

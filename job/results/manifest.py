@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from job import log
 from job.common import hashing
 from job.common.host import git_commit, hardware, software
 from job.records import Artifact, AttemptRecord, DatasetRecord, ModelRecord, TrainingRecord
@@ -147,16 +144,3 @@ def _cost_line(cost: Mapping[str, Any], attempts: int) -> str:
     if attempts > 1:
         line += f"; {cost['wasted_seconds']:.0f} s of it wasted"
     return line
-
-
-def print_lines(lines: Sequence[str]) -> None:
-    """Prints to stdout, where results go. If stdout is full or closed, that is logged: the results are published."""
-    if sys.stdout is None:  # closed when the process began
-        return
-    try:
-        sys.stdout.write("\n".join(lines) + "\n")
-        sys.stdout.flush()
-    except OSError as error:
-        # The rest stays in the buffer; writing it must not fail again when the process ends.
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115 - for the rest of the process
-        log.get_logger().warning("the summary cannot be printed; the results are published", why=str(error))

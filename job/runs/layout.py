@@ -6,6 +6,7 @@
     attempts/0001.json                           run log: one record for each attempt
     stages/<stage>.json                          the result of a finished stage
     stages/base.json                             which quantized base the run began with
+    stages/first-values.safetensors              the adapter's first values, where the data or the base decide them
     checkpoints/step-00000040/0003/<file>        a checkpoint's files, by the attempt that wrote them
     checkpoints/step-00000040/COMMITTED.json     its commit marker, written after them
     artifacts/...                                the results: adapter, metrics, answers, report
@@ -49,8 +50,10 @@ FAULTS = "faults/"
 BASE = "base"
 PACKING = "packing"
 REFERENCE = "reference"
-"""Records beside those of the stages: which quantized base a run began with, whether its sequences are packed, and the
-log-probabilities by the reference model, with which preferences are compared."""
+FIRST_VALUES = "first-values"
+"""Records beside those of the stages: which quantized base a run began with, whether its sequences are packed, the
+log-probabilities by the reference model, with which preferences are compared, and the adapter's first values."""
+FIRST_TENSORS = "stages/first-values.safetensors"
 
 ARTIFACTS = "artifacts/"
 ADAPTER = f"{ARTIFACTS}adapter/"

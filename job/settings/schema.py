@@ -148,6 +148,9 @@ class Model(Group):
     """Quantize the quantization constants as well."""
     dtype: AffectsResult[Literal["auto", "bf16", "fp16", "fp32"]] = "auto"
     """Data type of the computation; `auto`: bf16, or fp16 on a GPU without bf16."""
+    add_tokens: AffectsResult[Maybe[Names]] = None
+    """New tokens, separated by commas or as a JSON list, that the tokenizer gets. Their rows of the embedding and of
+    the output layer are trained, and published with the adapter; PEFT's own layers do that, which is slower."""
     keep_quantized: ExecutionOnly[Literal["off", "cache", "store"]] = "cache"
     """Where the quantized model is kept for the next start. `cache`: in the folder JOB_STORAGE__CACHE, if that is set;
     `store`: also beside the runs in JOB_RUN__OUTPUT, so that a restart on another machine downloads 4 GB, not 14.
@@ -178,13 +181,20 @@ class Lora(Group):
     """Other ranks for some modules, `name=8,name2=16` or JSON: PEFT's regular expressions, for the end of the name."""
     alpha_pattern: AffectsResult[Pattern] = Field(default_factory=dict)
     """The same for alpha."""
+    modules_to_save: AffectsResult[Maybe[Names]] = None
+    """Names of modules that are trained and published whole beside the adapter, such as `embed_tokens,lm_head`; empty
+    for none. PEFT's own layers train them, which is slower. New tokens do not need it, see JOB_MODEL__ADD_TOKENS."""
     use_rslora: AffectsResult[Flag] = False
     """Rank-stabilized LoRA: the update is multiplied by alpha / sqrt(rank)."""
     use_dora: AffectsResult[Flag] = False
     """DoRA: the magnitude of each output's weights is trained, too. PEFT's own layers train it, which is slower."""
-    init: AffectsResult[Literal["default", "gaussian", "orthogonal", "pissa", "pissa_niter_16", "olora"]] = "default"
+    init: AffectsResult[
+        Literal["default", "gaussian", "orthogonal", "pissa", "pissa_niter_16", "olora", "eva", "loftq"]
+    ] = "default"
     """First values of the adapter, by PEFT's names. `pissa` (with `niter`: by a fast approximation) and `olora` begin
-    with a part of the base's weights; the base stays as it is, and the adapter is published with twice the rank."""
+    with a part of the base's weights; the base stays as it is, and the adapter is published with twice the rank. `eva`
+    begins with the directions in which the layers' inputs vary most, on the first rows, all layers with the same rank;
+    `loftq` with what the quantization to nf4 took away, for which the unquantized base must fit into main memory."""
     seed: AffectsResult[Maybe[Whole]] = None
     """Seed of the first values; empty: JOB_RUN__SEED."""
     kind: AffectsResult[Literal["lora", "adalora"]] = "lora"

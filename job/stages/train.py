@@ -70,7 +70,7 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
     folder = attempt.work / "artifacts"
     if processes.leads:
         # Now: the base's folder may be deleted during training.
-        copy_tokenizer(sources.folder, folder / "adapter", sources.tokenizer)
+        copy_tokenizer(sources.folder, folder / "adapter", sources.tokenizer, settings.model.add_tokens)
     with (
         log.progress("steps", recipe.total_steps, every=settings.train.log_every_steps) as show_progress,
         AsyncUploader(

@@ -150,7 +150,8 @@ def _adapter(claimed: Mapping[str, Any] | None, copies: Copies) -> Iterator[Diff
     except ValueError as error:
         yield Difference(folder, "an adapter", str(error))
         return
-    yield from find_differences(f"{RESULTS} training.adapter", {name: claimed[name] for name in found}, found)
+    known = {name: value for name, value in found.items() if name in claimed}  # some fields came later
+    yield from find_differences(f"{RESULTS} training.adapter", {name: claimed[name] for name in known}, known)
 
 
 def check_validation(results: Mapping[str, Any], copies: Copies) -> CheckResult:

@@ -437,12 +437,14 @@ BAD_VALUES: list[tuple[str, list[str]]] = [
     ("lora.rank", ["0", "-1", "1.5", "sixteen", "9" * 5000]),
     ("lora.alpha", ["0", "-16"]),
     ("lora.dropout", ["1", "-0.1", "nan", "1e400"]),
+    ("lora.modules_to_save", ["lm_head,lm_head", "lm_head,,", "[1]"]),
+    ("model.add_tokens", ["<a>,<a>", "<a>,,", "[", '{"a": 1}']),
     ("lora.layers", ["3-1", "a", "1,1", "1-", "-1"]),
     ("lora.rank_pattern", ["q_proj", "q_proj=0", "q_proj=x", "q_proj=1,q_proj=2", "(=4", "{"]),
     ("lora.alpha_pattern", ["q_proj=-1"]),
     ("lora.use_rslora", ["maybe"]),
     ("lora.use_dora", ["2"]),
-    ("lora.init", ["pissa_niter_x", "loftq", "eva", "orthogonal"]),  # the last needs an unquantized base
+    ("lora.init", ["pissa_niter_x", "loftQ", "eva_2", "orthogonal"]),  # the last needs an unquantized base
     ("lora.seed", ["-1"]),
     ("lora.kind", ["loha"]),
     ("lora.init_rank", ["0", "24"]),  # the last has no effect without AdaLoRA
