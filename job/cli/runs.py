@@ -41,7 +41,7 @@ def verify_command(words: Sequence[str]) -> int:
             Path(cache).mkdir(parents=True, exist_ok=True)
     store = open_run(given.runs[0], storage)
     with tempfile.TemporaryDirectory(prefix="qlora-job-", dir=cache, ignore_cleanup_errors=True) as work:
-        checks = verify(store, Path(work))
+        checks = verify(store, Path(work), storage)
     code = _print([json.dumps(as_json(store.uri, checks), indent=2)] if _is(given, "json") else as_lines(checks))
     require_verified(checks)
     return code

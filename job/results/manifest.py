@@ -22,6 +22,7 @@ SCHEMA = Path(__file__).parents[1].joinpath("results.schema.json")
 def build(
     *,
     run_id: str,
+    part_of: str | None = None,
     settings: Mapping[str, Any],
     attempts: Sequence[AttemptRecord],
     finished: str,
@@ -39,13 +40,15 @@ def build(
     """The sealed manifest.
 
     `tasks` is from `compare_tasks`, `gate` from `judge`. `gpus` are those of all processes, each of which sees only its
-    own; None for those of this process. The schema explains every field.
+    own; None for those of this process. `part_of` is the id of the run that this one is the first stage of. The schema
+    explains every field.
     """
     return sealed(
         {
             "schema_version": "1.0",
             "run": {
                 "id": run_id,
+                **({} if part_of is None else {"part_of": part_of}),
                 "status": "complete",
                 "attempts": [asdict(attempt) for attempt in attempts],
                 "started": attempts[0].started,
@@ -107,6 +110,8 @@ def summary(results: Mapping[str, Any], where: str) -> list[str]:
     trained = f"{training['steps']} steps on {results['dataset']['rows']:,} examples, loss {training['loss']:.3f}"
     speed = f"{training['tokens_per_second'] or 0:,.0f} target tokens/s"
     lines = [f"{results['model']['id']} + LoRA, {trained}, {speed}"]
+    if first := training.get("first_stage"):
+        lines.append(f"before that {first['steps']} steps of {first['method']}, loss {first['loss']:.3f}")
     if rewards := training.get("preference"):
         named = {name: rewards[f"rewards/{name}"] for name in ("margins", "accuracies") if f"rewards/{name}" in rewards}
         figures = ", ".join(f"{name} {value:.3f}" for name, value in named.items())

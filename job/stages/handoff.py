@@ -21,6 +21,7 @@ class Sources:
 
     `examples` are trained on, `validation` is validated on, and empty if nothing is.
     `start` holds the adapter that training starts from; None for a new one.
+    `original` holds the base's own files, where they are here; a restart may have the quantized base only.
 
     Only the process that pulled, the first on its machine, has `tasks`, `baseline` (results of an earlier run that the
     gate compares with) and `cache_entry` (where the quantized base is cached); in the others they are None.
@@ -36,6 +37,7 @@ class Sources:
     tasks: Tasks | None
     baseline: Baseline | None
     cache_entry: CacheEntry | None
+    original: Path | None = None
 
 
 @dataclass(frozen=True)

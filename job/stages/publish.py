@@ -62,6 +62,7 @@ def publish(
     against, copies = _publish_baseline(attempt, sources.baseline, adapter)
     results = manifest.build(
         run_id=settings.run.id,
+        part_of=settings.part_of,
         settings=redacted(settings),
         attempts=[*earlier, attempt.record("complete")],
         finished=now(),
