@@ -78,6 +78,7 @@ def load_settings(arguments: Sequence[str] = (), environ: Mapping[str, str] | No
         *_tasks(settings),
         *_validation(settings),
         *_gate(settings),
+        *_export(settings),
         *_sources(settings),
         *_schedule(settings),
         *_adapter(settings),
@@ -340,6 +341,16 @@ def _gate(settings: Settings) -> Iterator[Fault]:
         yield "gate.baseline", "has no threshold; give JOB_GATE__MIN_DELTA or JOB_GATE__MAX_REGRESSION as well"
     if gain is not None and loss is not None and gain < -loss:
         yield "gate.min_delta", "allows a larger loss than JOB_GATE__MAX_REGRESSION; raise it, or remove one of the two"
+
+
+def _export(settings: Settings) -> Iterator[Fault]:
+    export, gate = settings.export, settings.gate
+    if gate.on != "adapter" and gate.on not in export.formats:
+        yield "gate.on", f"is {gate.on}, which is not exported; add it to JOB_EXPORT__FORMATS, or take adapter"
+    if gate.on != "adapter" and gate.min_delta is None and gate.max_regression is None:
+        yield "gate.on", "has no threshold; give JOB_GATE__MIN_DELTA or JOB_GATE__MAX_REGRESSION as well"
+    if not export.formats and settings.sources["export.merge_onto"] != "default":
+        yield "export.merge_onto", "has no effect without JOB_EXPORT__FORMATS=merged; give that too, or remove it"
 
 
 def _schedule(settings: Settings) -> Iterator[Fault]:

@@ -18,7 +18,9 @@ _LEFT = {
     *("train.undesirable_weight", "train.sft_epochs", "train.sft_learning_rate"),
     *("data.sft_source", "data.sft_revision"),
 }
-"""Settings of preferences and of two stages, which the first stage is without, as of the gate: it judges the whole."""
+"""Settings of preferences and of two stages, which the first stage is without."""
+_OF_THE_WHOLE = ("gate.", "export.")
+"""Groups that the first stage is without as well: they are about what the last one publishes."""
 
 
 def split_stages(settings: Settings) -> tuple[Settings, ...]:
@@ -34,7 +36,7 @@ def split_stages(settings: Settings) -> tuple[Settings, ...]:
         "data.revision": settings.data.sft_revision,
         "data.format": "auto",
     }
-    defaults = {name: value for name, value, _ in describe(Settings()) if name in _LEFT or name.startswith("gate.")}
+    defaults = {name: value for name, value, _ in describe(Settings()) if name in _LEFT or name.startswith(_OF_THE_WHOLE)}
     values = {name: value for name, value, _ in describe(settings)} | defaults | own
     first = Settings(**nested(values))
     sources = dict(settings.sources) | dict.fromkeys(defaults, "default")

@@ -18,6 +18,8 @@ class Sources:
     """The result of the pull stage. `folder` holds the model's files, or those of a cached quantized base.
 
     `examples` are trained on, `validation` is validated on, and empty if nothing is.
+    `original` is the folder of the base's own files, where this attempt fetched them; it needs none of them where it
+    has the quantized base.
     `start` holds the adapter that training starts from; None for a new one.
 
     Only the process that pulled, the first on its machine, has `tasks`, `baseline` (results of an earlier run that the
@@ -31,6 +33,7 @@ class Sources:
     examples: list[Example]
     validation: list[Example]
     start: Path | None
+    original: Path | None
     tasks: Tasks | None
     baseline: Baseline | None
     cache_entry: CacheEntry | None

@@ -63,6 +63,7 @@ class _Model:
     sha256: str
     cache_entry: CacheEntry | None
     quantized: bool
+    original: Path | None
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,7 @@ def _read_shared(shared: _Shared) -> Sources:
         examples,
         validation,
         None if shared.start is None else Path(shared.start),
+        None,
         tasks=None,
         baseline=None,
         cache_entry=None,
@@ -194,7 +196,17 @@ def _pull(
     start_sha256 = None if start is None else hash_start(start)
     record = Pulled(dataset, model.sha256, model.revision, tasks.fingerprints(), start_sha256)
     return Sources(
-        record, model.folder, model.quantized, tokenizer, examples, held_out, start, tasks, baseline, model.cache_entry
+        record,
+        model.folder,
+        model.quantized,
+        tokenizer,
+        examples,
+        held_out,
+        start,
+        model.original,
+        tasks,
+        baseline,
+        model.cache_entry,
     )
 
 
@@ -373,7 +385,7 @@ def _find_model(
     ):
         noted = entry_at(base.key, *locations, base.index_sha256)
         if (folder := find(noted, attempt.alive_in_thread)) is not None:
-            return _Model(folder, earlier.model_revision, earlier.model_sha256, noted, quantized=True)
+            return _Model(folder, earlier.model_revision, earlier.model_sha256, noted, quantized=True, original=None)
     source = settings.model.id
     if is_remote(source):
         if (small := _fetch_small_files(source, attempt.work / "model-small", storage)) is not None:
@@ -388,7 +400,24 @@ def _find_model(
     entry = None if locations is None else entry_for(_facts(settings, sha256), *locations)
     # Not in a later attempt: this entry may not be the one that the run began with.
     here = None if entry is None or earlier else find(replace(entry, store=None), attempt.alive_in_thread)
-    return _Model(here or folder, revision, sha256, entry, quantized=here is not None)
+    return _Model(here or folder, revision, sha256, entry, quantized=here is not None, original=folder)
+
+
+def fetch_original(attempt: Attempt, settings: Settings, storage: StorageOptions, record: Pulled) -> Path:
+    """The folder of the base's own files, fetched again by an attempt that began with the quantized base.
+
+    Raises:
+        DataError: They are gone, or no longer those that the run began with.
+        Unreachable, AccessDenied: The hub or the store cannot be used.
+    """
+    source = settings.model.id
+    if is_remote(source):
+        folder, _ = download_model(_fetch(attempt, source, "model", storage), None)
+    else:
+        folder, _ = download_model(source, record.model_revision)
+    if fingerprint(folder) != record.model_sha256:
+        raise DataError([Problem("JOB_MODEL__ID", f"{source} is not what this run began with: its files have changed")])
+    return folder
 
 
 def _fetch_small_files(place: str, folder: Path, storage: StorageOptions) -> Path | None:
