@@ -270,9 +270,7 @@ def _publish(
 ) -> dict[str, Any]:
     with attempt.timed(Stage.PUBLISH):
         gpus = [gpu for seen in attempt.processes.gather("gpus", host.hardware()["gpus"]) for gpu in seen]
-        found = partial(
-            publish, model=model, base=base, trained=trained, adapter=adapter, exported=exported, gpus=gpus
-        )
+        found = partial(publish, model=model, base=base, trained=trained, adapter=adapter, exported=exported, gpus=gpus)
         return attempt.processes.share("results", lambda: found(attempt, settings, sources))
 
 

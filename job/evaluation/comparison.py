@@ -11,6 +11,9 @@ from job.errors import DataError, Problem
 from job.evaluation import statistics
 from job.records import TaskScores
 
+DEQUANTIZED = "dequantized"
+"""The candidate of `merged` that is taken where accuracies are equal."""
+
 
 def compare_tasks(base: Mapping[str, TaskScores], adapter: Mapping[str, TaskScores]) -> dict[str, Any]:
     """The manifest's `evaluation.tasks`: both models on each task, p values adjusted by Holm over the tasks.
@@ -62,20 +65,23 @@ def _comparison(comparison: statistics.Comparison, holm_p: float) -> dict[str, A
 def compare_export(
     base: Mapping[str, TaskScores], adapter: Mapping[str, TaskScores], exported: Mapping[str, TaskScores]
 ) -> dict[str, Any]:
-    """The manifest's `tasks` of a candidate of an exported format: its scores, paired with the base's and the adapter's.
+    """A candidate of an exported format, by task: its scores, paired with those of the base and of the adapter.
 
     Raises:
         DataError: The questions or prompts of a task differ.
     """
     versus = {"versus_base": compare_tasks(base, exported), "versus_adapter": compare_tasks(adapter, exported)}
-    left_out = {"source", "task_hash", "version", "n", "base", "adapter"}
+    not_of_acc = {"source", "task_hash", "version", "n", "base", "adapter", "acc_norm"}
     return {
         task: {
             "n": scores.n,
             "task_hash": scores.task_hash,
             "scores": _scores(scores),
             **{
-                name: {key: value for key, value in found[task].items() if key not in left_out}
+                name: {
+                    "acc": {key: value for key, value in found[task].items() if key not in not_of_acc},
+                    "acc_norm": found[task]["acc_norm"],
+                }
                 for name, found in versus.items()
             },
         }
@@ -83,21 +89,21 @@ def compare_export(
     }
 
 
-def choose_candidate(scores: Mapping[str, Mapping[str, TaskScores]], on_tie: tuple[str, str]) -> tuple[str, str]:
+def choose_candidate(scores: Mapping[str, Mapping[str, TaskScores]]) -> tuple[str, str]:
     """Which candidate of an exported format is published, and why: the one with the highest `acc`, the mean over tasks.
 
     Args:
-        scores: By candidate, the scores by task; two or more candidates.
-        on_tie: The candidate where it is among the best, and why that one; of others the first.
+        scores: By candidate, the scores by task; two or more candidates. Of several that are best `dequantized` is
+            taken, else the first.
     """
     means = {name: fmean(found.acc for found in by_task.values()) for name, by_task in scores.items()}
     best = [name for name, mean in means.items() if mean == max(means.values())]
     figures = ", ".join(f"{name} {100 * mean:.2f} %" for name, mean in means.items())
     if len(best) == 1:
         return best[0], f"the higher accuracy: {figures}"
-    preferred, why = on_tie
-    chosen = preferred if preferred in best else best[0]
-    return chosen, f"the same accuracy ({figures})" + (f", and {why}" if chosen == preferred else "")
+    if DEQUANTIZED in best:
+        return DEQUANTIZED, f"the same accuracy ({figures}), and the adapter was trained on the dequantized weights"
+    return best[0], f"the same accuracy ({figures})"
 
 
 def of_metric(task: Mapping[str, Any], metric: str) -> Mapping[str, Any] | None:

@@ -2,11 +2,11 @@
 
 How to add a format:
 
-1. Write `job/export/<name>.py` with a function that takes `ExportInputs` and writes one folder for each candidate (a way
-   to make the format, such as the weights that the adapter is merged onto), and a function that names the candidates,
-   which is called before training and refuses what cannot be exported, by a SettingsError.
-2. Add it to `FORMATS`, and its name to `ExportFormats` in `job/settings/field_types.py` (a test compares the two), and to
-   `JOB_GATE__ON` in `job/settings/schema.py`.
+1. Write `job/export/<name>.py` with a function that takes `ExportInputs` and writes one folder for each candidate (a
+   way to make the format, such as the weights that the adapter is merged onto), and a function that names the
+   candidates, which is called before training and refuses what cannot be exported, by a SettingsError.
+2. Add it to `FORMATS`, and its name to `ExportFormats` in `job/settings/field_types.py` (a test compares the two), and
+   to `JOB_GATE__ON` in `job/settings/schema.py`.
 3. If transformers does not load such a folder by itself, say in `job/stages/export.py` how it is scored. What cannot be
    scored here must not be published as if it had been.
 
@@ -52,13 +52,11 @@ class Format:
         title: In words, for the report.
         candidates: (model, source, JOB_EXPORT__MERGE_ONTO) -> the candidates to make.
         make: Writes the candidates; returns their folders.
-        on_tie: The candidate that is published where none has a higher accuracy, and why it is.
     """
 
     title: str
     candidates: Callable[[Any, Path, str], merge.Candidates]
     make: Callable[[ExportInputs], dict[str, Path]]
-    on_tie: tuple[str, str]
 
 
 def _make_merged(inputs: ExportInputs) -> dict[str, Path]:
@@ -74,6 +72,5 @@ FORMATS: Mapping[str, Format] = {
         title="merged model",
         candidates=merge.candidates,
         make=_make_merged,
-        on_tie=(merge.DEQUANTIZED, "the adapter was trained on these weights"),
     ),
 }

@@ -44,9 +44,18 @@ BESIDE = (
 """Files of the base that are copied as they are, beside those of the tokenizer."""
 _ADAPTER = "default"
 _TYPES = {
-    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
-    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
-    **{"BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
 }
 """safetensors' names of dtypes."""
 _ROUNDED = {torch.float32, torch.float64}
@@ -131,8 +140,7 @@ def plan_merge(model: Any, source: Path) -> MergePlan:
     """Finds the tensor in the base's files of every weight that is adapted or quantized.
 
     Raises:
-        SettingsError: There is none, or more than one, or it is made of several; or the adapter is of a kind that cannot
-            be merged.
+        SettingsError: There is none, or more than one, or it is made of several; or the adapter cannot be merged.
         DataError: The base's files cannot be read.
     """
     base = model.get_base_model()
@@ -147,7 +155,9 @@ def plan_merge(model: Any, source: Path) -> MergePlan:
         problems.append(f"{what}; take no merged, or leave the layer out in JOB_LORA__TARGET_MODULES")
     if problems:
         raise _refused("; ".join(problems))
-    modules = {name: p.removesuffix(".weight") for name, p in parameters.items() if p.removesuffix(".weight") in changed}
+    modules = {
+        name: p.removesuffix(".weight") for name, p in parameters.items() if p.removesuffix(".weight") in changed
+    }
     kept = {name: rest for name, rest in found.items() if not _is_quantization_constant(name, modules)}
     own = _main_dtype((shape, dtype) for _, shape, dtype in kept.values())
     target = base.dtype if own in _ROUNDED else own
@@ -230,8 +240,8 @@ def _written(tensor: _Tensor, modules: Mapping[str, Any], onto: str, model: Any)
     rounded = (weight.T if tensor.transposed else weight).to(tensor.dtype).cpu().contiguous()
     if not torch.isfinite(rounded).all():
         raise TrainingFailed(
-            f"the merged weights of {tensor.module} are not finite in {short_name(tensor.dtype)}: the adapter diverged, "
-            "or its numbers are too large for the base's dtype; lower JOB_TRAIN__LEARNING_RATE"
+            f"the merged weights of {tensor.module} are not finite in {short_name(tensor.dtype)}: the adapter "
+            "diverged, or its numbers are too large for the base's dtype; lower JOB_TRAIN__LEARNING_RATE"
         )
     return rounded
 

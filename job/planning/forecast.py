@@ -65,6 +65,7 @@ class RunShape:
         keep_base: Whether the dequantized base is kept in memory; None where the job chooses.
         keep_activations: Whether activations are kept instead of recomputed; None where the job chooses.
         validation: The validations; None where there are none, or their rows are unknown.
+        exported: How many candidates of exported formats are made and scored.
     """
 
     setup: Setup | None
@@ -82,6 +83,17 @@ class RunShape:
     keep_base: bool | None = None
     keep_activations: bool | None = None
     validation: ValidationWork | None = None
+    exported: int = 0
+
+    @property
+    def evaluations(self) -> int:
+        """How often all questions are scored: by the base, by the adapter, and by each exported candidate."""
+        return EVALUATIONS + self.exported
+
+    @property
+    def export_bytes(self) -> int:
+        """Disk for the exported candidates, in 16 bits; 0 for an unknown model."""
+        return self.exported * HALF_PRECISION * self.setup.architecture.parameters if self.setup else 0
 
     @property
     def micro_batch(self) -> int:
@@ -147,8 +159,9 @@ def estimates(run: RunShape) -> Iterator[Estimate]:
         validating = held_out.count * memory_model.evaluation_flops(setup, held_out.tokens, held_out.target_tokens)
         yield Estimate("validation, all", validating, "FLOP", both, "forward passes; an early stop saves some")
     if run.questions is not None:
-        scoring = EVALUATIONS * memory_model.evaluation_flops(setup, run.questions.tokens, run.questions.reads)
-        yield Estimate("evaluation, twice", scoring, "FLOP", _weaker(basis, run.questions_basis))
+        scoring = run.evaluations * memory_model.evaluation_flops(setup, run.questions.tokens, run.questions.reads)
+        times = {2: "twice"}.get(run.evaluations, f"{run.evaluations} times")
+        yield Estimate(f"evaluation, {times}", scoring, "FLOP", _weaker(basis, run.questions_basis))
     held = memory_model.training_memory(setup, run.micro_batch)
     bits = "NF4, " if setup.quantization == "nf4" else ""
     yield Estimate("memory: base", held.weights, "bytes", basis, f"{bits}embedding and output layer as they are")
@@ -169,7 +182,10 @@ def estimates(run: RunShape) -> Iterator[Estimate]:
     yield Estimate("peak in evaluation", _scoring(run, setup), "bytes", _weaker(basis, run.questions_basis), scored)
     checkpoint = checkpoint_bytes(setup.adapter, setup.optimizer)
     yield Estimate("checkpoint", checkpoint, "bytes", basis)
-    disk = required_bytes([run.download_bytes], checkpoint)
+    if run.exported:
+        note = f"{run.exported} candidates in 16 bits, of which one is published"
+        yield Estimate("export", run.export_bytes, "bytes", basis, note)
+    disk = required_bytes([run.download_bytes, run.export_bytes], checkpoint)
     yield Estimate("disk", disk, "bytes", basis, f"{size(run.download_bytes, ' ')} of it to fetch first")
 
 
@@ -197,6 +213,8 @@ def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:
     usable = memory_model.usable_bytes(gpu.memory_bytes)
     scoring = _scoring(run, setup)
     need = max(memory_model.training_memory(setup, run.micro_batch).total, scoring)
+    if run.exported:  # it is scored unquantized, in place of the quantized base
+        need = max(need, _scoring(run, replace(setup, quantization="none")))
     fits, note = need <= usable, ""
     if not fits:
         note = f"{size(need, ' ')} are needed, and {size(usable, ' ')} are safe to fill"
@@ -271,7 +289,9 @@ def _hours(gpu: Gpu, run: RunShape, setup: Setup, execution: ExecutionPlan | Non
     scoring = memory_model.evaluation_flops(setup, asked.tokens, asked.reads)
     evaluation = memory_model.seconds(scoring, ceil(asked.tokens / run.scoring_budget), setup, used=used, **speed)
     start = START_SECONDS + run.download_bytes / DOWNLOAD_RATE
-    return (start + training + EVALUATIONS * evaluation) / 3600
+    # Written by the processor, read again to be scored, and uploaded once; a merge is bound by the disk, not by FLOP.
+    exporting = (2 * run.export_bytes + (run.export_bytes // max(1, run.exported))) / DOWNLOAD_RATE
+    return (start + training + exporting + run.evaluations * evaluation) / 3600
 
 
 def _weaker(*bases: Basis) -> Basis:

@@ -15,9 +15,10 @@ from job.storage.open import ObjectStore, check_key
 
 
 def deliver(store: ObjectStore, results: Mapping[str, Any], folders: Delivery) -> None:
-    """Copies a complete run: adapter, results and report to `folders.model`, all other artifacts to `folders.data`.
+    """Copies a complete run: adapter, exports, results and report to `folders.model`, all else to `folders.data`.
 
-    The adapter goes to the top of `model`, where tools that load or serve a model look for it.
+    The adapter goes to the top of `model`, where tools that load or serve a model look for it, and an exported format
+    into a folder of its name there.
 
     Raises:
         DataError: An artifact is missing, or not what the manifest says.
@@ -51,6 +52,8 @@ def _place(path: str, folders: Delivery) -> Path:
     match parts:
         case ["artifacts", "adapter", *rest] if rest:
             return folders.model.joinpath(*rest)
+        case ["artifacts", "export", name, *rest] if rest:
+            return folders.model.joinpath(name, *rest)
         case ["artifacts", "report.html"]:
             return folders.model / "report.html"
         case ["artifacts", *rest] if rest:

@@ -92,7 +92,7 @@ def fault_key(fault: str) -> str:
 
 
 def answers_key(task: str, side: str) -> str:
-    """Where the answers to a task lie, one question a line; a side is `base`, `adapter`, `baseline` or `export_side`."""
+    """Where the answers to a task lie, one question a line; sides: `base`, `adapter`, `baseline`, `export_side`."""
     return f"{ARTIFACTS}evaluation/{task}.{side}.jsonl"
 
 

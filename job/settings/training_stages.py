@@ -36,7 +36,9 @@ def split_stages(settings: Settings) -> tuple[Settings, ...]:
         "data.revision": settings.data.sft_revision,
         "data.format": "auto",
     }
-    defaults = {name: value for name, value, _ in describe(Settings()) if name in _LEFT or name.startswith(_OF_THE_WHOLE)}
+    defaults = {
+        name: value for name, value, _ in describe(Settings()) if name in _LEFT or name.startswith(_OF_THE_WHOLE)
+    }
     values = {name: value for name, value, _ in describe(settings)} | defaults | own
     first = Settings(**nested(values))
     sources = dict(settings.sources) | dict.fromkeys(defaults, "default")

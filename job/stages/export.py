@@ -49,14 +49,14 @@ def check_export(attempt: Attempt, settings: Settings, original: Path, loaded: L
         Unreachable: The disk is too small.
     """
     asked = settings.export
-    found = {name: FORMATS[name].candidates(loaded.model, original, asked.merge_onto) for name in asked.formats}
+    found: dict[str, Candidates] = {
+        name: FORMATS[name].candidates(loaded.model, original, asked.merge_onto) for name in asked.formats
+    }
     check_disk(attempt.work, required_bytes(len(one.names) * one.bytes_each for one in found.values()))
     return found
 
 
-def export(
-    attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded, trained: Trained
-) -> Exported | None:
+def export(attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded, trained: Trained) -> Exported | None:
     """Makes, scores and publishes all formats. The model in memory is given up: no stage after this one uses it."""
     load_published_adapter(attempt, loaded, trained)
     made = attempt.processes.share_on_machine("exported", lambda: _make(attempt, settings, sources, loaded))
@@ -126,7 +126,7 @@ def _choose(
         chosen = next(iter(scores))
         reason = made[chosen]["only"]
     else:
-        chosen, reason = choose_candidate(scores, FORMATS[name].on_tie)
+        chosen, reason = choose_candidate(scores)
     return ExportRecord(name, chosen, reason, *dtypes, scores)
 
 

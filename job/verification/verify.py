@@ -24,6 +24,7 @@ from job.results.reader import parse, read_bytes
 from job.runs.layout import ARTIFACTS, RESULTS
 from job.storage.open import ObjectStore, is_key
 from job.verification import check_checkpoints
+from job.verification.check_exports import check_exports
 from job.verification.check_figures import check_cost, check_evaluation, check_gate, check_training, check_validation
 from job.verification.check_history import check_attempts, check_settings, check_stages, fingerprint_of
 from job.verification.check_preferences import check_preferences
@@ -80,7 +81,7 @@ def verify(store: ObjectStore, work: Path) -> list[CheckResult]:
         check_gate(results, copies),
         check_training(results, copies),
         check_validation(results, copies),
-        *filter(None, [check_preferences(results, copies)]),
+        *filter(None, [check_preferences(results, copies), check_exports(results, copies)]),
         check_cost(results),
         check_settings(results, copies),
         check_stages(results, copies, run),
