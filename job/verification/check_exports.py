@@ -72,6 +72,7 @@ def _model_files(export: Mapping[str, Any], copies: Copies) -> Iterator[Differen
     names = {path.removeprefix(folder): copy for path, copy in copies.items() if path.startswith(folder)}
     try:
         config = json.loads(names["config.json"].read_bytes())
+        named = str(config.get("dtype"))
         if "model.safetensors.index.json" in names:
             where = json.loads(names["model.safetensors.index.json"].read_bytes())["weight_map"]
         else:
@@ -84,7 +85,7 @@ def _model_files(export: Mapping[str, Any], copies: Copies) -> Iterator[Differen
     yield from (Difference(f"{folder}{name}", "a file of weights", "nothing that can be read") for name in missing)
     if not missing and held != where.keys():
         yield Difference(folder, "the tensors that its index names", "others")
-    dtype = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(str(config.get("dtype")))
+    dtype = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(named)
     yield from find_differences(f"{folder}config.json dtype", export["dtype"], dtype)
     if "quantization_config" in config:
         yield Difference(f"{folder}config.json", "plain weights", "quantized ones")
