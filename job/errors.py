@@ -22,6 +22,8 @@ every place that has to know it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -70,15 +72,19 @@ class Killed(JobError):
 class _ManyProblems(JobError):
     """An error that lists all problems at once: the first `MAX_SHOWN`, and the number of all.
 
-    `total` may exceed `len(problems)`: beyond some number, problems are only counted.
+    `total` may exceed `len(problems)`: beyond some number, problems are only counted. `advice` is a fix that all of
+    them have in common, said once at the end.
     """
 
-    def __init__(self, problems: list[Problem], total: int | None = None) -> None:
+    def __init__(self, problems: list[Problem], total: int | None = None, advice: str = "") -> None:
         self.problems = tuple(problems[:MAX_SHOWN])
         self.total = len(problems) if total is None else total
+        self.advice = advice
         lines = [str(problem) for problem in self.problems]
         if self.total > len(self.problems):
             lines.append(f"... and {self.total - len(self.problems)} more")
+        if advice:
+            lines.append(advice)
         super().__init__("\n".join(lines))
 
 
@@ -178,6 +184,40 @@ _KINDS: tuple[type[JobError], ...] = (
     Replaced,
     AccessDenied,
 )
+
+
+_ORDER: tuple[type[JobError], ...] = (SettingsError, DataError, VerificationError, AccessDenied, Unreachable)
+"""Of errors in several inputs, the kind that comes first here is that of all of them together."""
+
+
+def combine(errors: Sequence[tuple[str, JobError]]) -> JobError:
+    """One error with the problems of several: of the kind that comes first in `_ORDER`, which has its exit code.
+
+    Args:
+        errors: At least one, with the name of what is wrong, which stands before an error that lists no problems.
+    """
+    if len(errors) == 1:
+        return errors[0][1]
+    kind = next((kind for kind in _ORDER if any(isinstance(error, kind) for _, error in errors)), None)
+    if kind is None or not issubclass(kind, _ManyProblems):
+        first = next(error for _, error in errors if kind is None or isinstance(error, kind))
+        return type(first)("; ".join(f"{name}: {error}" for name, error in errors))
+    listed = [
+        error if isinstance(error, _ManyProblems) else kind([Problem(name, str(error))]) for name, error in errors
+    ]
+    few_first = sorted(listed, key=lambda error: error.total)  # so that many bad rows hide no other problem
+    advice = "; ".join(dict.fromkeys(error.advice for error in few_first if error.advice))
+    problems = [problem for error in few_first for problem in error.problems]
+    return kind(problems, sum(error.total for error in few_first), advice)
+
+
+@contextmanager
+def named_by(setting: str) -> Iterator[None]:
+    """Within it, problems of a place name the setting that gives it: `JOB_DATA__SOURCE: /x.jsonl does not exist`."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError([Problem(setting, f"{one.where} {one.what}") for one in error.problems]) from None
 
 
 def exit_codes() -> dict[int, tuple[str, Retry]]:

@@ -2,6 +2,9 @@
 
 Everything goes through the standard library's root logger, so that lines of libraries carry run, attempt and stage,
 too. Logs go to stderr; stdout is for results.
+
+structlog is imported when the first line is written: with rich and asyncio it takes longer to import than it takes the
+quick commands, most of which write no line, to answer.
 """
 
 from __future__ import annotations
@@ -12,16 +15,26 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from typing import Any, Protocol, TextIO
+from contextvars import ContextVar
+from functools import cached_property
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-import structlog
+if TYPE_CHECKING:
+    from structlog.stdlib import BoundLogger, ProcessorFormatter
+    from structlog.typing import EventDict, Processor
 
 QUIET = (
     *("lm_eval", "bitsandbytes", "trl", "datasets", "httpx", "urllib3", "botocore", "filelock", "absl", "accelerate"),
     "torch.distributed.elastic",
 )
+
+
+_context: ContextVar[Mapping[str, Any]] = ContextVar("fields on every line", default=MappingProxyType({}))
+_loggers_are_set_up = True
+"""Whether structlog makes its loggers as `configure` asked for; true as well if nobody asked."""
 
 
 class _CurrentStderr(logging.StreamHandler[TextIO]):
@@ -30,6 +43,27 @@ class _CurrentStderr(logging.StreamHandler[TextIO]):
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr
         super().emit(record)
+
+
+class _Lines(logging.Formatter):
+    """Formats the lines of the job and of libraries with structlog, as JSON or for a terminal, and without secrets."""
+
+    def __init__(self, secrets: Sequence[str], *, as_json: bool, colors: bool) -> None:
+        super().__init__()
+        self._secrets, self._as_json, self._colors = secrets, as_json, colors
+
+    def format(self, record: logging.LogRecord) -> str:
+        return scrub(self._structlogs.format(record), self._secrets)
+
+    @cached_property
+    def _structlogs(self) -> ProcessorFormatter:
+        from structlog.stdlib import ProcessorFormatter
+
+        renderers = _json_renderers() if self._as_json else _console_renderers(colors=self._colors)
+        return ProcessorFormatter(
+            foreign_pre_chain=_processors(),
+            processors=[ProcessorFormatter.remove_processors_meta, *renderers],
+        )
 
 
 def configure(log_format: str, level: str, secrets: Sequence[str] = (), **context: Any) -> None:
@@ -41,40 +75,11 @@ def configure(log_format: str, level: str, secrets: Sequence[str] = (), **contex
         secrets: Credentials; each is replaced by asterisks in every line, also in those of libraries.
         context: Fields on every line.
     """
-    shared: list[structlog.typing.Processor] = [
-        structlog.contextvars.merge_contextvars,
-        structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-    ]
-    as_json = log_format == "json" or (log_format == "auto" and not sys.stderr.isatty())
-    renderer: list[structlog.typing.Processor] = (
-        [
-            structlog.processors.ExceptionRenderer(structlog.tracebacks.ExceptionDictTransformer(show_locals=False)),
-            structlog.processors.JSONRenderer(),
-        ]
-        if as_json
-        else [
-            _problems_by_line(
-                structlog.dev.ConsoleRenderer(
-                    colors=sys.stderr.isatty(),
-                    pad_event_to=32,
-                    # locals may hold rows of the data, and fill pages
-                    exception_formatter=structlog.dev.RichTracebackFormatter(show_locals=False),
-                )
-            )
-        ]
-    )
+    global _loggers_are_set_up  # noqa: PLW0603 - structlog's configuration is the process's, too
     handler = _CurrentStderr()
-    handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=shared,
-            processors=[
-                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                *renderer,
-                lambda _logger, _method, line: scrub(str(line), secrets),
-            ],
-        )
-    )
+    terminal = sys.stderr.isatty()  # asked now: a progress bar that is shown when the first line comes says no
+    as_json = log_format == "json" or (log_format == "auto" and not terminal)
+    handler.setFormatter(_Lines(secrets, as_json=as_json, colors=terminal))
     logging.root.handlers[:] = [handler]
     logging.root.setLevel(logging.WARNING)
     logging.getLogger("job").setLevel(level.upper())
@@ -84,22 +89,38 @@ def configure(log_format: str, level: str, secrets: Sequence[str] = (), **contex
     warnings.filterwarnings("ignore", category=FutureWarning)  # meant for the developers of libraries
     os.environ["TQDM_DISABLE"] = "1"  # the job shows its own progress
     os.environ["TRANSFORMERS_VERBOSITY"] = os.environ["DATASETS_VERBOSITY"] = "error"
-    structlog.configure(
-        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
-        logger_factory=structlog.stdlib.LoggerFactory(),
-        wrapper_class=structlog.stdlib.BoundLogger,
-        cache_logger_on_first_use=False,
-    )
-    structlog.contextvars.clear_contextvars()
-    structlog.contextvars.bind_contextvars(**context)
+    _loggers_are_set_up = False
+    _context.set(context)
 
 
-def _problems_by_line(render: structlog.typing.Processor) -> structlog.typing.Processor:
-    """The renderer, with the problems of an error below its line, one on each."""
+def _processors() -> list[Processor]:
+    """What completes every line, before it is rendered."""
+    from structlog.processors import TimeStamper, add_log_level
 
-    def rendered(logger: Any, method: str, event: structlog.typing.EventDict) -> str:
-        problems = event.pop("problems", ())
-        return "\n".join([str(render(logger, method, event)), *(f"  {problem}" for problem in problems)])
+    return [lambda _logger, _method, event: {**_context.get(), **event}, add_log_level, TimeStamper("iso", utc=True)]
+
+
+def _json_renderers() -> list[Processor]:
+    from structlog.processors import ExceptionRenderer, JSONRenderer
+    from structlog.tracebacks import ExceptionDictTransformer
+
+    return [ExceptionRenderer(ExceptionDictTransformer(show_locals=False)), JSONRenderer()]
+
+
+def _console_renderers(*, colors: bool) -> list[Processor]:
+    from structlog.dev import ConsoleRenderer, RichTracebackFormatter
+
+    # locals may hold rows of the data, and fill pages
+    formatter = RichTracebackFormatter(show_locals=False)
+    return [_problems_by_line(ConsoleRenderer(colors=colors, pad_event_to=32, exception_formatter=formatter))]
+
+
+def _problems_by_line(render: Processor) -> Processor:
+    """The renderer, with the problems of an error below its line, one on each, and the advice for all at the end."""
+
+    def rendered(logger: Any, method: str, event: EventDict) -> str:
+        below = [*event.pop("problems", ()), event.pop("advice", "")]
+        return "\n".join([str(render(logger, method, event)), *(f"  {line}" for line in below if line)])
 
     return rendered
 
@@ -111,22 +132,46 @@ def scrub(text: str, secrets: Sequence[str]) -> str:
     return text
 
 
-def get_logger() -> structlog.stdlib.BoundLogger:
+def get_logger() -> BoundLogger:
     """The job's logger."""
-    logger: structlog.stdlib.BoundLogger = structlog.get_logger("job")
+    import structlog
+
+    global _loggers_are_set_up  # noqa: PLW0603
+    if not _loggers_are_set_up:
+        structlog.configure(
+            processors=[*_processors(), structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+            logger_factory=structlog.stdlib.LoggerFactory(),
+            wrapper_class=structlog.stdlib.BoundLogger,
+            cache_logger_on_first_use=False,
+        )
+        _loggers_are_set_up = True
+    logger: BoundLogger = structlog.get_logger("job")
     return logger
 
 
 def bind(**context: Any) -> None:
     """Adds fields to every line from now on."""
-    structlog.contextvars.bind_contextvars(**context)
+    _context.set({**_context.get(), **context})
+
+
+def context() -> dict[str, Any]:
+    """The fields that are on every line."""
+    return dict(_context.get())
+
+
+def clear_context() -> None:
+    """Takes all fields off the lines to come."""
+    _context.set({})
 
 
 @contextmanager
 def stage(name: str) -> Iterator[None]:
     """Log lines within it carry the stage's name."""
-    with structlog.contextvars.bound_contextvars(stage=name):
+    before = _context.set({**_context.get(), "stage": name})
+    try:
         yield
+    finally:
+        _context.reset(before)
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from job.results.completed import read_complete, require_gate, withdraw_incomple
 from job.results.delivery import deliver
 from job.runs.attempt import Attempt, open_attempt
 from job.runs.fault_injection import Fault, arm, faulty
-from job.runs.layout import BASE, PACKING, RESULTS, Stage
+from job.runs.layout import BASE, PACKING, RESULTS, Stage, stage_key
 from job.runs.run_log import IdleLimit
 from job.runs.run_settings import agree_on_settings, compare_settings, keep_settings
 from job.runs.stage_records import identity
@@ -37,6 +37,7 @@ from job.settings.affects_result import decisive_settings, default_settings, pla
 from job.settings.load import Settings, environment, trackers
 from job.settings.training_stages import split_stages
 from job.stages.handoff import Sources
+from job.stages.inputs import check_inputs
 from job.stages.publish import publish
 from job.stages.pull import pull
 from job.storage.location import join
@@ -103,6 +104,7 @@ def _run_stage(
     agree_on_settings(processes, decisive_settings(settings))
     if (done := processes.share("results of before", lambda: finished(settings, delivery))) is not None:
         return done
+    processes.share("inputs", lambda: _check_inputs(settings, later))
     with _attempt(settings, stop, report_progress, faults, processes, idle=idle) as (attempt, track):
         with attempt.timed(Stage.PULL):
             sources = pull(attempt, settings, storage_options(settings.storage), later)
@@ -124,10 +126,13 @@ def _run_stage(
             )
         track.results(results)
     if processes.leads:
-        manifest.print_lines(manifest.summary(results, f"{attempt.store.uri}/{RESULTS}"))
-        if delivery:
-            deliver(attempt.store, results, delivery)
+        _tell(attempt.store, results, delivery)
     return require_gate(results)
+
+
+def _check_inputs(settings: Settings, later: Sequence[Settings]) -> None:
+    """Refuses wrong paths and names before the run takes its lease, so that nothing is left behind."""
+    check_inputs(settings, later, begun=_store(settings).read(stage_key(Stage.PULL)) is not None)
 
 
 def finished(settings: Settings, delivery: Delivery | None) -> dict[str, Any] | None:
@@ -144,9 +149,17 @@ def finished(settings: Settings, delivery: Delivery | None) -> dict[str, Any] | 
         return None
     compare_settings(store, decisive_settings(settings), default_settings())
     log.get_logger().info("this run is complete already", results=f"{store.uri}/{RESULTS}")
-    if delivery:
-        deliver(store, done, delivery)
+    _tell(store, done, delivery)
     return require_gate(done)
+
+
+def _tell(store: ObjectStore, results: dict[str, Any], delivery: Delivery | None) -> None:
+    """Delivers the results of a complete run to the platform, and prints its summary, which is the last a user sees."""
+    try:
+        if delivery:
+            deliver(store, results, delivery)
+    finally:
+        manifest.print_lines(manifest.summary(results, f"{store.uri}/{RESULTS}"))
 
 
 @contextmanager

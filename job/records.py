@@ -51,31 +51,10 @@ class DataSourceRecord:
 
 
 @dataclass(frozen=True)
-class ValidationRows:
-    """The rows that are validated on and never trained on; `sha256` as in `DatasetRecord`."""
+class RowsRecord:
+    """Rows of a data set. `sha256` is over the selected, rendered and tokenized examples in order.
 
-    source: str
-    revision: str | None
-    split: str | None
-    format: str
-    rows: int
-    skipped: dict[str, int]
-    sha256: str
-    tokens: int
-    target_tokens: int
-    longest: int
-    held_out: bool
-    """Whether they are rows of the training source, held out of training; else they have a source of their own."""
-    duplicates: int
-    near_duplicates: int
-    """Rows that are a training row word for word, and others that nearly are; none among rows that are held out."""
-
-
-@dataclass(frozen=True)
-class DatasetRecord:
-    """The training data. `sha256` is over the selected, rendered and tokenized examples in order.
-
-    With rows held out for validation it is over the SHA-256 of each training example.
+    With rows held out for validation it is over the SHA-256 of each example.
     """
 
     source: str
@@ -88,6 +67,23 @@ class DatasetRecord:
     tokens: int
     target_tokens: int
     longest: int
+
+
+@dataclass(frozen=True)
+class ValidationRows(RowsRecord):
+    """The rows that are validated on and never trained on."""
+
+    held_out: bool
+    """Whether they are rows of the training source, held out of training; else they have a source of their own."""
+    duplicates: int
+    near_duplicates: int
+    """Rows that are a training row word for word, and others that nearly are; none among rows that are held out."""
+
+
+@dataclass(frozen=True)
+class DatasetRecord(RowsRecord):
+    """The training data."""
+
     validation: ValidationRows | None = None
     """What all other fields are without: the rows for validation. None where there is no validation."""
     sources: list[DataSourceRecord] = field(default_factory=list)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import structlog
 from hypothesis import settings
+
+from job import log
 
 _CACHE = tempfile.TemporaryDirectory(prefix="qlora-job-tests-")
 
@@ -29,8 +32,36 @@ for _name in [name for name in os.environ if name.startswith("JOB_")]:
 
 
 # A shared machine may pause any example for longer than hypothesis' deadline of 200 ms.
-settings.register_profile("shared machine", deadline=None)
+settings.register_profile("shared machine", deadline=None, max_examples=50)
 settings.load_profile("shared machine")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Starts what forks the job for all workers, before there are any; it imports nothing until it is asked."""
+    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
+        from tests import warm
+
+        warm.serve()
+
+
+SLOW = tuple(
+    f"tests/{name}"
+    for name in (
+        "integration",
+        "kubernetes/test_job.py",
+        "unit/training",
+        "families",
+        "unit/evaluation",
+        "sagemaker/test_container.py",
+        "unit/tracking",
+    )
+)
+"""Paths of tests that take long: a worker that began with one of them at the end would let the others wait."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the slow files first, which are dealt to the workers in this order."""
+    items.sort(key=lambda item: not item.nodeid.startswith(SLOW))
 
 
 def pytest_unconfigure() -> None:
@@ -42,7 +73,18 @@ def pytest_unconfigure() -> None:
 def _fresh_log_context() -> Iterator[None]:
     """What a test binds to its log lines (run, attempt) is not on another one's."""
     yield
-    structlog.contextvars.clear_contextvars()
+    log.clear_context()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _templates_are_rendered_by_forks() -> Iterator[None]:
+    """A process that renders chat templates starts in a second; forked, it has the same bounds and starts at once."""
+    from job.data import chat_template
+    from tests import warm
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chat_template, "subprocess", SimpleNamespace(Popen=warm.TemplateProcess, PIPE=subprocess.PIPE))
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Mapping
+import struct
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from job.data.tokenization import Encoded
 from job.evaluation import statistics
 from job.model.adapter_options import PLAIN, AdapterOptions
 from job.records import Example, TaskScores
@@ -102,6 +104,11 @@ def make_examples(count: int, *, shortest: int = 4, longest: int = 60, prompt: f
         learned_from = max(1, int(prompt * length))
         examples.append(Example(ids, tuple(position >= learned_from for position in range(length))))
     return examples
+
+
+def encoded(text: str, ids: Sequence[int], targets: Sequence[bool], where: str = "") -> Encoded:
+    """An encoded example of a text."""
+    return Encoded(text, struct.pack(f"<{len(ids)}i", *ids), bytes(targets), where=where)
 
 
 def alpaca_rows(count: int) -> list[dict[str, str]]:

@@ -1,108 +1,223 @@
-"""The job started warm: forked from a server that has imported the heavy libraries, ten seconds' work in a cold start.
+"""The job started warm: forked from a process that has imported the heavy libraries, ten seconds' work in a cold start.
 
 What is forked is still a whole process, with its own environment, signals and exit code, that runs the command line
-from its first line on. That the job starts cold too is for the tests that start it so.
+from its first line on. That the job starts cold too is for the tests that start it so. All workers of a test session
+share one such process, `fork_server`: conftest has it started, and the workers inherit its address.
 """
 
 from __future__ import annotations
 
-import multiprocessing
+import atexit
+import json
 import os
+import select
+import signal
+import socket
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from multiprocessing.context import ForkServerProcess
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import IO, TextIO
 
-from tests.forked import LATE, ROOT
+ROOT = Path(__file__).parents[1]
+ADDRESS = "QLORA_JOB_TESTS_FORK_SERVER"
+"""The variable with the address, which starts with a zero byte that no variable may hold."""
 
-PRELOADED = [
-    *("torch", "transformers.models.mistral.modeling_mistral", "trl.trainer.sft_trainer", "peft", "bitsandbytes"),
-    *("datasets", "lm_eval.tasks", "boto3", *LATE),
-]
+
+@dataclass(frozen=True)
+class Member:
+    """A process to start.
+
+    Attributes:
+        words: The command line.
+        environ: The whole environment. What libraries but the hub's read when they are imported is as it is here.
+        output: The file that standard output is added to, or an open descriptor.
+        errors: The same for standard error; it may be the same file.
+        folder: Where it runs.
+        memory: Bytes of memory that it may have beyond what the libraries take; None for no limit.
+        source: A program in Python that it runs instead of the job, with `words` for its arguments.
+        input: What it reads from stdin.
+    """
+
+    words: Sequence[str]
+    environ: Mapping[str, str]
+    output: Path | int
+    errors: Path | int
+    folder: Path = ROOT
+    memory: int | None = None
+    source: str = ""
+    input: Path | int = Path(os.devnull)
+
+
+class Processes:
+    """Processes that were started together: their process ids in order."""
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._codes: list[int] | None = None
+        asked = [
+            {
+                "source": m.source,
+                "words": list(m.words),
+                "environ": dict(m.environ),
+                "folder": str(m.folder),
+                "memory": m.memory,
+            }
+            for m in members
+        ]
+        with ExitStack() as stack:
+            descriptors = []
+            for member in members:
+                for place, how in ((member.input, "rb"), (member.output, "ab"), (member.errors, "ab")):
+                    opened = place if isinstance(place, int) else stack.enter_context(place.open(how)).fileno()
+                    descriptors.append(opened)
+            self._connection.connect("\0" + address())
+            socket.send_fds(self._connection, [json.dumps(asked).encode()], descriptors)
+        self._lines = self._connection.makefile("rb")
+        self.pids: tuple[int, ...] = tuple(json.loads(self._lines.readline()))
+
+    @property
+    def pid(self) -> int:
+        """The process id of the first, which may be the only one."""
+        return self.pids[0]
+
+    def wait(self, timeout: float | None = None) -> list[int]:
+        """How they ended: exit codes, minus a signal's number where one killed it.
+
+        Raises:
+            TimeoutError: They did not end in so many seconds; they are killed.
+        """
+        if self._codes is None and not select.select([self._connection], [], [], timeout)[0]:
+            self.kill()
+            self._read()
+            raise TimeoutError(f"it did not end in {timeout} s")
+        return self._read()
+
+    def poll(self) -> int | None:
+        """The exit code of the first if all have ended, else None."""
+        if self._codes is None and not select.select([self._connection], [], [], 0)[0]:
+            return None
+        return self._read()[0]
+
+    def kill(self) -> None:
+        """Kills those that are left."""
+        if self.poll() is None:
+            for pid in self.pids:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+    def _read(self) -> list[int]:
+        if self._codes is None:
+            self._codes = json.loads(self._lines.readline())
+            self._lines.close()
+            self._connection.close()
+        return self._codes
+
+
+def address() -> str:
+    """Where the server listens; it is started if nobody has done so."""
+    if ADDRESS not in os.environ:
+        serve()
+    return os.environ[ADDRESS]
+
+
+def serve() -> None:
+    """Starts the server for this process and those that it starts; it ends with this process."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        name = f"qlora-job-tests-{os.getpid()}"
+        listener.bind("\0" + name)
+        listener.listen(64)
+        server = subprocess.Popen(
+            [sys.executable, "-m", "tests.fork_server", str(listener.fileno())],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            pass_fds=[listener.fileno()],
+        )
+    os.environ[ADDRESS] = name
+    atexit.register(_end, server)
+
+
+def _end(server: subprocess.Popen[bytes]) -> None:
+    server.communicate()
+    del os.environ[ADDRESS]
 
 
 def start(
-    words: list[str], environ: Mapping[str, str], output: Path, errors: Path, cwd: Path = ROOT
-) -> ForkServerProcess:
-    """Starts the job; the first time the server too.
-
-    Args:
-        words: The command line.
-        environ: The whole environment. What libraries read when they are imported is as it is here.
-        output: The file that standard output is added to.
-        errors: The same for standard error; it may be the same file.
-        cwd: Where it runs.
-    """
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(PRELOADED)
-    process = server.Process(target=called, args=(words, dict(environ), str(output), str(errors), str(cwd)))
-    process.start()
-    return process
+    words: Sequence[str], environ: Mapping[str, str], output: Path, errors: Path, folder: Path = ROOT
+) -> Processes:
+    """Starts the job; see `Member`."""
+    return Processes([Member(words, environ, output, errors, folder)])
 
 
-def run(words: list[str], environ: Mapping[str, str], *, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    """Runs the job to its end.
+def run(
+    words: Sequence[str], environ: Mapping[str, str], *, timeout: float = 240, folder: Path = ROOT, source: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """Runs the job, or another program, to its end; see `Member`.
 
     Raises:
         TimeoutError: It did not end in so many seconds; it is killed.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        output, errors = Path(folder) / "output", Path(folder) / "errors"
-        process = start(words, environ, output, errors)
-        code = wait(process, timeout)
-        texts = [path.read_text(encoding="utf-8") if path.exists() else "" for path in (output, errors)]
+    with tempfile.TemporaryDirectory() as place:
+        output, errors = Path(place) / "output", Path(place) / "errors"
+        (code,) = Processes([Member(words, environ, output, errors, folder, source=source)]).wait(timeout)
+        texts = [path.read_text(encoding="utf-8") for path in (output, errors)]
     return subprocess.CompletedProcess(["qlora-job", *words], code, *texts)
+
+
+class TemplateProcess:
+    """What `job.data.chat_template` starts, forked: the part of `subprocess.Popen` that it uses."""
+
+    def __init__(self, _command: Sequence[str], *, stderr: IO[bytes], **_: object) -> None:
+        question, ask = os.pipe()
+        answer, say = os.pipe()
+        place = {"input": question, "output": say, "errors": stderr.fileno()}
+        member = Member([], {}, source="from job.data.template_process import main; main()", **place)  # type: ignore[arg-type]
+        self._processes = Processes([member])
+        os.close(question)
+        os.close(say)
+        self.stdin, self.stdout = os.fdopen(ask, "wb"), os.fdopen(answer, "rb")
+
+    def kill(self) -> None:
+        """Kills it."""
+        self._processes.kill()
+
+    def wait(self) -> int:
+        """Its exit code, negative for a signal."""
+        return self._processes.wait()[0]
+
+    def communicate(self) -> None:
+        """Waits for its end.
+
+        Raises:
+            OSError: What was written to it cannot be sent any more.
+        """
+        self.wait()
+        self.stdout.close()
+        self.stdin.close()
 
 
 @contextmanager
 def followed(
-    words: list[str], environ: Mapping[str, str], *, output: Path | None = None, cwd: Path = ROOT
-) -> Iterator[tuple[ForkServerProcess, TextIO]]:
+    words: Sequence[str], environ: Mapping[str, str], *, output: Path | None = None, folder: Path = ROOT
+) -> Iterator[tuple[Processes, TextIO]]:
     """Starts the job, for its log to be read while it is written; what is left of it is killed in the end.
 
     Args:
         words: The command line.
         environ: The whole environment.
         output: The file for standard output; None to have it in the log.
-        cwd: Where it runs.
+        folder: Where it runs.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        pipe = Path(folder) / "log"
-        os.mkfifo(pipe)
-        process = start(words, environ, output or pipe, pipe, cwd)
+    reader, writer = os.pipe()
+    with os.fdopen(reader, encoding="utf-8") as log:
+        process = Processes([Member(words, environ, output or writer, writer, folder)])
+        os.close(writer)
         try:
-            with pipe.open(encoding="utf-8") as log:
-                yield process, log
+            yield process, log
         finally:
             process.kill()
-            process.join()
-
-
-def wait(process: ForkServerProcess, timeout: float) -> int:
-    """How the process ended, minus a signal's number where one killed it.
-
-    Raises:
-        TimeoutError: It did not end in so many seconds; it is killed.
-    """
-    process.join(timeout)
-    if process.exitcode is None:
-        process.kill()
-        process.join()
-        raise TimeoutError(f"it did not end in {timeout} s")
-    return process.exitcode
-
-
-def called(words: list[str], environ: dict[str, str], output: str, errors: str, cwd: str) -> None:
-    """The body of the process: the command line in its own environment, with its output in files."""
-    for descriptor, path in ((1, output), (2, errors)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
-    os.environ.clear()
-    os.environ.update(environ)
-    os.chdir(cwd)
-    tempfile.tempdir = None
-    from job.cli.main import main
-
-    raise SystemExit(main(words))
+            process.wait()

@@ -30,8 +30,8 @@ class AsyncUploader:
 
     Args:
         publish: Uploads the folder of a step; raises the error that the run is to end with.
-        patience: How many seconds an exception that leaves the `with` block may still wait for the upload in hand;
-            asked again and again, for a signal may shorten it.
+        patience: Returns how many more seconds to wait for the upload under way when an exception leaves the `with`
+            block. Called repeatedly while waiting, because a signal may shorten the time.
     """
 
     def __init__(

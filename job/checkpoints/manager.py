@@ -9,8 +9,8 @@ an error of the store passes through, because it must never mean "start from zer
 
 A marker also names its run, by a hash of the settings, data and weights: a checkpoint of another run is not used.
 
-Hashes and the marker's seal find accidents. They are no signature: who can write to the bucket can write a whole
-checkpoint of his own, and then the most he gets is wrong numbers; no byte of it is ever run.
+Hashes and the marker's seal find accidents. They are no signature: whoever can write to the bucket can replace a whole
+checkpoint, which can falsify numbers but never runs code.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from job.common.hashing import hash_file, seal, sealed
 from job.errors import Unreachable
 from job.log import get_logger
 from job.runs.layout import CHECKPOINTS, COMMITTED, checkpoint_folder, checkpoint_part, marker_key, step_name
-from job.storage.base import current_tag, disk_errors, write_in_turn
+from job.storage.base import disk_errors, write_in_turn
 from job.storage.open import ObjectStore, TooLarge, check_key, is_key
 
 MAX_MARKER_BYTES = 256 * 1024
@@ -39,7 +39,7 @@ _MAX_WORDS = 200
 
 
 def _plain_name(name: str) -> str:
-    """Returns `name` if it is a visible file's, directly in its folder.
+    """Returns `name` if it names a file directly in its folder, and does not begin with a dot.
 
     Raises:
         ValueError: It leads elsewhere.
@@ -128,7 +128,7 @@ def publish(
     marker = Marker(step=step, epoch=epoch, world_size=world_size, software=dict(software), files=files, run=run)
     for path in paths:
         store.upload(path, marker.folder + path.name)
-    write_in_turn(store, marker_key(step), render_marker(marker), current_tag(store, marker_key(step)))
+    write_in_turn(store, marker_key(step), render_marker(marker), store.tag(marker_key(step)))
 
 
 def steps(store: ObjectStore) -> list[int]:
@@ -143,10 +143,10 @@ def prune(store: ObjectStore, keep: int, *, own: Collection[int], verified: int,
         store: The run's.
         keep: How many to keep, at least 1.
         own: Steps that this attempt committed: they are fit.
-        verified: Step that this attempt restored, 0 if none. Up to it checkpoints are fit; those after it that are not
-            of this attempt were not whole when it began, or come late from one that was replaced.
-        fresh: Steps too new for an older one to be deleted in their favour, as long as a copy of the folder may not
-            have them yet. They are kept, and do not count.
+        verified: Step that this attempt restored, 0 if none. Checkpoints up to it are fit for use. A later one that
+            is not this attempt's own was incomplete when it began, or was written late by a replaced attempt.
+        fresh: Steps committed so recently that a copy of the folder (SageMaker's in S3) may not have them yet. They
+            are kept and not counted, so that an older checkpoint stays until they are copied.
     """
     found = _names(store)
     fit = [step for step, names in found.items() if COMMITTED in names and (step <= verified or step in own)]
@@ -169,7 +169,7 @@ def publisher(
     verified: int,
     on_committed: Callable[[int, float], None],
 ) -> Callable[[Path, int], None]:
-    """What uploads the folder of a step, commits it, and then deletes the checkpoints that are not needed any more.
+    """Returns a function that uploads the folder of a step, commits it, and deletes checkpoints no longer needed.
 
     Args:
         store: The run's.
@@ -266,8 +266,8 @@ def close_checkpoints(store: ObjectStore, folder: Path, *, epoch: int, run: str 
     """Leaves the newest `keep` checkpoints that are whole: what is published vouches for every file of the run.
 
     Restoring looks at the newest ones alone, and at none once training is done. Those that this attempt wrote are not
-    read back: their hashes were taken from the files that it uploaded. The older ones go here, too, because an earlier
-    attempt that stood still while it deleted them may go on to do so later.
+    read back: their hashes were taken from the files that it uploaded. Older ones are deleted as well: an earlier
+    attempt that was suspended while it deleted them might finish doing so later.
 
     Args:
         store: The run's.

@@ -14,7 +14,7 @@ from job.common.optimizers import LEVELS, OPTIMIZERS, StateTensor
 
 
 def check_places(names: Sequence[str], plain: Mapping[str, Any]) -> None:
-    """Checks that the tensors are those that the rest lists, and that each can be put back.
+    """Checks that the tensors are exactly those that `plain` lists, and that each belongs to a parameter.
 
     Raises:
         ValueError: They are not, or cannot.

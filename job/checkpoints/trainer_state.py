@@ -189,9 +189,9 @@ def _check_validations(folder: Path, step: int) -> None:
 
 
 def split_optimizer_state(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Parts an optimizer's `state_dict()` into tensors by name and the rest, which JSON can hold.
+    """Splits an optimizer's `state_dict()` into tensors by name and the rest, which JSON can hold.
 
-    The rest lists the tensors' names, so that one that got lost is missed.
+    The rest lists the tensors' names, so that a missing tensor is noticed.
     """
     import torch
 

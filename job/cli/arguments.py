@@ -151,7 +151,10 @@ def parse_arguments(words: Sequence[str], arguments: Sequence[Argument]) -> Argu
         else:
             near = get_close_matches(name, known, n=1)
             problems.append(Problem(name, f"is unknown; the nearest is {near[0]}" if near else "is unknown"))
-    problems += _missing(given, arguments)
+    wrong = list(_missing(given, arguments))
+    if problems and len(given.runs) > sum(argument.positional for argument in arguments):
+        wrong = wrong[1:]  # one too many may be the value of an option that is unknown
+    problems += wrong
     if problems:
         raise SettingsError(problems)
     return given

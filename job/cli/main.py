@@ -201,7 +201,9 @@ def _config(words: list[str]) -> int:
     if "--schema" in words:
         sys.stdout.write(json.dumps(json_schema(), indent=2) + "\n")
         return 0
-    rows = [(name, json.dumps(value), source) for name, value, source in describe(load_settings(words))]
+    rows = [
+        (name, json.dumps(value), source) for name, value, source in describe(load_settings(words, options=("schema",)))
+    ]
     _note_foreign_variables()
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     for name, value, source in rows:
@@ -218,7 +220,9 @@ def _plan(words: list[str]) -> int:
     return plan_command(words)
 
 
-def _selftest(_words: list[str]) -> int:
+def _selftest(words: list[str]) -> int:
+    if words:
+        raise SettingsError([Problem("selftest", "takes no arguments and no settings; remove them")])
     from job.cli.selftest import selftest
 
     for line in selftest(environment()):
@@ -284,7 +288,9 @@ def _details(error: JobError) -> dict[str, Any]:
     problems = getattr(error, "problems", None)
     if problems is None:
         return {"why": str(error)}
-    return {"problems": [str(problem) for problem in problems], "total": getattr(error, "total", len(problems))}
+    found = {"problems": [str(problem) for problem in problems], "total": getattr(error, "total", len(problems))}
+    advice = getattr(error, "advice", "")
+    return {**found, "advice": advice} if advice else found
 
 
 def _write_failure_file(path: Any, message: str) -> None:

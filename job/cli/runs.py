@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from job import log
 from job.cli.arguments import COMMANDS, Arguments, parse_arguments
-from job.errors import DataError, GateError, Problem, SettingsError
+from job.errors import DataError, GateError, JobError, Problem, SettingsError, combine
 from job.report.report import read_report_data, render_report
 from job.results.compare import as_markdown, as_text, compare, gate_reasons
 from job.results.reader import open_run, read_published
@@ -57,7 +57,15 @@ def compare_command(words: Sequence[str]) -> int:
     given = parse_arguments(words, COMMANDS["compare"].arguments)
     thresholds = _thresholds(given.options)
     storage, _ = _reading(given)
-    compared = compare(*(read_published(open_run(where, storage)) for where in given.runs))
+    runs, errors = [], []
+    for where in given.runs:
+        try:
+            runs.append(read_published(open_run(where, storage)))
+        except JobError as error:
+            errors.append((where, error))
+    if errors:
+        raise combine(errors)
+    compared = compare(*runs)
     reasons: list[str] = []
     compared["gate"] = None
     if given.flags or given.options.keys() & THRESHOLDS.keys():  # a threshold asks for a gate
@@ -109,6 +117,8 @@ def report_command(words: Sequence[str]) -> int:
     """
     given = parse_arguments(words, COMMANDS["report"].arguments)
     output = given.options.get("--output", OUTPUT)
+    if Path(output).is_dir():
+        raise SettingsError([Problem(f"--output {output}", f"is a folder; name a file, such as {output}/{OUTPUT}")])
     storage, _ = _reading(given)
     run = read_published(open_run(given.runs[0], storage))
     with tempfile.TemporaryDirectory(prefix="qlora-job-") as folder:

@@ -24,6 +24,18 @@ def read_mapping(path: Path, parse: Callable[[str], object]) -> Mapping[object, 
     try:
         tree = parse(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        line = re.search(r"line \d+", str(error))  # the parser's own message may quote the file
-        return f"is not valid {path.suffix[1:].upper()} in UTF-8{f' ({line[0]})' if line else ''}; correct it"
+        place = _place_of(error, content)
+        return f"is not valid {path.suffix[1:].upper()} in UTF-8{f' ({place})' if place else ''}; correct it"
     return tree if isinstance(tree, Mapping) else "must hold a mapping from names to values at its top; correct it"
+
+
+def _place_of(error: Exception, content: bytes) -> str:
+    """Line and column of an error, as far as they are known; the parser's own message may quote the file."""
+    if isinstance(error, UnicodeDecodeError):
+        before = content[: error.start]
+        line, column = before.count(b"\n") + 1, error.start - before.rfind(b"\n")
+        return f"line {line}, column {column}"
+    found = re.search(r"line (\d+)(?:,? column (\d+))?", str(error))
+    if found is None:
+        return "at its end" if "end of document" in str(error) else ""
+    return f"line {found[1]}" + (f", column {found[2]}" if found[2] else "")

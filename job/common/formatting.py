@@ -68,10 +68,10 @@ def dollars(amount: float | None) -> str:
 
 def figure(number: float) -> str:
     """A number of any size in four digits: `0.0002`, `1.028`, `4,354`."""
-    if number and not 1e-4 <= abs(number) < 1e6:  # noqa: PLR2004
+    if number and not 1e-4 <= abs(number) < 1e6:  # noqa: PLR2004 - what four digits write plainly
         mantissa, exponent = f"{number:.2e}".split("e")
         return f"{float(mantissa):g} {_TIMES} 10{str(int(exponent)).translate(_SUPERSCRIPTS)}".replace("-", _MINUS)
-    text = f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.4g}"  # noqa: PLR2004
+    text = f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.4g}"  # noqa: PLR2004 - four digits
     return text.replace("-", _MINUS)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,13 @@ PACKAGES = (
 
 def software() -> dict[str, str]:
     """Versions of the packages that can change a result."""
-    return {name: metadata.version(name) for name in PACKAGES}
+    return {name: _version(name) for name in PACKAGES}
+
+
+@cache
+def _version(package: str) -> str:
+    """The version of an installed package; every checkpoint records it, and the metadata takes long to parse."""
+    return metadata.version(package)
 
 
 def hardware() -> dict[str, Any]:
@@ -69,7 +76,7 @@ def git_commit() -> str | None:
 def _output(*command: str) -> str | None:
     """The output of a program, without white space around it; None if it is missing, fails or prints nothing."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)  # noqa: S603
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)  # noqa: S603 - git and such, with arguments of ours
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None if done.returncode == 0 else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterable
 from contextlib import suppress
@@ -95,14 +96,26 @@ def available_bytes(groups: Path = CGROUPS, own: Path = OWN_CGROUPS) -> int:
     return max(0, free)
 
 
-def _groups(groups: Path, own: Path) -> set[Path]:
+def usable_cpus(groups: Path = CGROUPS, own: Path = OWN_CGROUPS) -> int:
+    """How many processors this process may keep busy: by its affinity, and by the quotas of all its cgroups."""
+    count = len(os.sched_getaffinity(0))
+    for group in _groups(groups, own, "cpu"):
+        for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+            with suppress(OSError, ValueError):  # the file is missing, or holds "max"
+                quota, period = map(int, " ".join((group / name).read_text() for name in names).split())
+                if quota > 0:  # version 1 has -1 where there is none
+                    count = min(count, max(1, quota // period))
+    return count
+
+
+def _groups(groups: Path, own: Path, controller: str = "memory") -> set[Path]:
     """The folders of this process's cgroups and of their parents. A container sees its own cgroup at the top."""
-    found = {groups, groups / "memory"}
+    found = {groups, groups / controller}
     with suppress(OSError, ValueError):
         for line in own.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
-            if controllers == "" or "memory" in controllers.split(","):
-                top = groups / "memory" if controllers else groups
+            if controllers == "" or controller in controllers.split(","):
+                top = groups / controller if controllers else groups
                 inner = PurePosixPath(path.lstrip("/"))
                 found |= {top / part for part in (inner, *inner.parents)}
     return found

@@ -68,7 +68,7 @@ def _parse(item: str, *, several: bool) -> Source:
     rows = int(amount[3]) if amount and amount[3] else None
     if not times or rows == 0:
         raise ValueError("has a source of which nothing is used; remove it, or give it more than 0")
-    pinned = None if os.path.exists(place) else _PINNED.fullmatch(place)  # noqa: PTH110
+    pinned = None if os.path.exists(place) else _PINNED.fullmatch(place)  # noqa: PTH110 - as in parse_sources
     place, revision = (pinned[1], pinned[2]) if pinned else (place, None)
     return Source(place, place, revision, times, rows)
 

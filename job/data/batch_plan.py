@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
 
+from job.data.examples import lengths_of
 from job.records import Example
 
 
@@ -105,7 +106,7 @@ class Steps:
     def share(self, step: int) -> list[Example]:
         """This process's share of these examples."""
         examples = self.of(step)
-        mine = shares([len(example.input_ids) for example in examples], self.world_size)[self.rank]
+        mine = shares(lengths_of(examples), self.world_size)[self.rank]
         return [examples[i] for i in mine]
 
     def micro_batches(self, step: int, budget: int) -> list[list[Example]]:
@@ -115,11 +116,20 @@ class Steps:
 
     def largest(self, budget: int) -> list[Example]:
         """The examples of the largest micro-batch that this process has in any step."""
-        longest = max(self.examples, key=lambda example: len(example.input_ids))
-        return max(
-            [[longest], *(group for step in range(self.total) for group in self.micro_batches(step, budget))],
-            key=tokens_of,
-        )
+        lengths = lengths_of(self.examples)
+        groups = [[max(range(len(lengths)), key=lengths.__getitem__)]]
+        for step in range(self.total):  # by their lengths alone: reading the tokens of all rows would take long
+            rows = batch(self.seed, len(lengths), self.global_batch_size, step)
+            share = shares([lengths[row] for row in rows], self.world_size)[self.rank]
+            mine = [rows[i] for i in share]
+            groups.append(
+                max(
+                    ([mine[i] for i in group] for group in micro_batches([lengths[row] for row in mine], budget)),
+                    key=lambda group: sum(lengths[row] for row in group),
+                    default=[],
+                )
+            )
+        return [self.examples[row] for row in max(groups, key=lambda group: sum(lengths[row] for row in group))]
 
     def epoch(self, step: int) -> float:
         """How many epochs the first `step` steps are."""

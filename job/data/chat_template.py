@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,6 +31,10 @@ _ARGUMENTS = "JOB_DATA__CHAT_TEMPLATE_ARGUMENTS"
 _OWN_VARIABLES = frozenset({"messages", "tools", "documents", "add_generation_prompt", "strftime_now"})
 """Of a template: what a conversation, not a setting, says."""
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+Program = dict[str, Any]
+"""A chat template and what it reads beside a conversation, JSON-able: the first line for `template_process`."""
 
 
 class TemplateRefusalError(ValueError):
@@ -115,21 +119,47 @@ def open_template(
         DataError: The tokenizer has several templates, none of them the default, or the process does not start.
         SettingsError: The template does not use one of the arguments.
     """
+    with run_program(make_program(tokenizer, date, arguments), tokenizer, alive) as template:
+        yield template
+
+
+def run_program(
+    program: Program | None, tokenizer: Any, alive: Callable[[], None] = lambda: None
+) -> AbstractContextManager[Template]:
+    """The template of a program that `make_program` made of the tokenizer."""
+    return nullcontext(_StandIn(tokenizer)) if program is None else run_template(program, alive)
+
+
+def make_program(tokenizer: Any, date: str | None, arguments: Mapping[str, Any] | None) -> Program | None:
+    """The tokenizer's chat template with all that it reads beside a conversation; None for a stand-in.
+
+    Raises:
+        DataError, SettingsError: As `open_template`.
+    """
     if not hasattr(tokenizer, "special_tokens_map"):
-        yield _StandIn(tokenizer)
-        return
+        return None
     try:
         own = {"plain": tokenizer.get_chat_template(), "tools": tokenizer.get_chat_template(tools=[])}
     except ValueError as error:
         raise DataError([Problem(_WHERE, f"its tokenizer has no chat template to use: {error}")]) from error
     check_arguments(tokenizer, arguments or {})
     marks, marked = _find_marked(own)
-    given = {
+    return {
         "templates": {"own": own, "marked": marked},
         "special": tokenizer.special_tokens_map,
         "arguments": {**(arguments or {})},
         "date": date or f"{datetime.now(UTC):%Y-%m-%d}",
+        "marks": marks,
     }
+
+
+@contextmanager
+def run_template(program: Program, alive: Callable[[], None] = lambda: None) -> Iterator[Template]:
+    """The template, in a process of its own; `alive` as in `open_template`.
+
+    Raises:
+        JobError: The process does not start.
+    """
     with TemporaryFile() as errors:
         process = subprocess.Popen(  # noqa: S603 - this interpreter, with a program of ours
             [sys.executable, "-c", _START, json.dumps(sys.path)],
@@ -139,8 +169,8 @@ def open_template(
             start_new_session=True,  # Ctrl-C is for the job, which ends this process when it ends
         )
         try:
-            rendering = _Rendering(process, errors, alive, marks)
-            rendering.ask(given)
+            rendering = _Rendering(process, errors, alive, program["marks"])
+            rendering.ask(program)
             yield rendering
         finally:
             process.kill()

@@ -2,40 +2,43 @@
 
 from __future__ import annotations
 
-import re
+import struct
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
+from contextlib import ExitStack
 from fractions import Fraction
 from hashlib import sha256
-from itertools import chain
+from itertools import chain, repeat
 from math import ceil
 from pathlib import Path
 from typing import Any, Literal
 
-from job import log
 from job.common.methods import METHODS, MethodName, methods_for
 from job.common.source_list import Source
 from job.data.batch_plan import epoch_order
-from job.data.chat_template import Template, open_template, uses_date
-from job.data.conversations import Turns
-from job.data.field_names import in_own_names, rename_fields, schemas_with
-from job.data.fields import Rendered
-from job.data.formats import UNREADABLE, Row, RowError, Rows, find_files, fixed_part, read_rows
+from job.data.chat_template import uses_date
+from job.data.examples import Examples, ExampleWriter
+from job.data.field_names import rename_fields, schemas_with
+from job.data.files import find_files, fixed_part
+from job.data.formats import UNREADABLE, Row, RowError, Rows, read_rows
 from job.data.hub_dataset import is_hub_id, open_dataset
-from job.data.preferences import SIDES, Answers, EncodedAnswers, encode_answers, is_conversation, with_partners
-from job.data.schemas import FIELDS, REQUIRED, Schema, check_row, detect_schema, own_texts, render, texts_of
-from job.data.sharegpt import as_messages, in_conversations, is_sharegpt
-from job.data.tokenization import Encoded, LossOn, OnLongRow, encode
-from job.errors import MAX_SHOWN, DataError, Problem, SettingsError
-from job.records import DatasetRecord, DataSourceRecord, Example
+from job.data.notes import Notes
+from job.data.preferences import SIDES, EncodedAnswers, is_conversation, with_partners
+from job.data.row_encoder import Outcome, Reading
+from job.data.schemas import FIELDS, REQUIRED, Schema, detect_schema, fits, nearest_field
+from job.data.tokenization import Encoded, LossOn, OnLongRow
+from job.data.workers import open_encoding
+from job.errors import MAX_SHOWN, DataError, Problem, SettingsError, named_by
+from job.records import DatasetRecord, DataSourceRecord
+from job.storage.base import disk_errors
 
 OnBadRow = Literal["error", "skip"]
 
 _ALIVE_SECONDS = 0.5
 _DIGEST = b"examples 1\0"
+_SKIPPING = "correct the rows, or set JOB_DATA__ON_BAD_ROW=skip to leave out and count those that are invalid"
+_LONG = "raise JOB_TRAIN__MAX_LENGTH, or say by JOB_DATA__ON_LONG_ROW what becomes of long rows"
 
 
 def load_examples(
@@ -57,9 +60,13 @@ def load_examples(
     vocabulary: int | None = None,
     method: MethodName = "sft",
     seed: int = 0,
-    alive: Callable[[], None] = lambda: None,
+    alive: Callable[..., None] = lambda **_: None,
     on_example: Callable[[Encoded | EncodedAnswers], None] | None = None,
-) -> tuple[list[Example], DatasetRecord]:
+    compare: bool = False,
+    file: Path | None = None,
+    processes: int = 1,
+    notes: Notes | None = None,
+) -> tuple[Examples, DatasetRecord]:
     """Reads training examples, in the order of the source.
 
     The tokens are those of the rendered text tokenised as one string, with the special tokens that the tokenizer adds
@@ -89,8 +96,13 @@ def load_examples(
         vocabulary: Rows of the model's embedding; None if that is not known.
         method: What the rows are for, which decides the schemas that they may have.
         seed: The run's; KTO pairs the rows in the order of its first epoch.
-        alive: Called about twice a second while rows are read; an exception from it ends the reading.
-        on_example: Called with each example, in order, its `own_texts` included.
+        alive: Called about twice a second while rows are read, with `progress=False` while other processes work; an
+            exception from it ends the reading.
+        on_example: Called with each example, in order.
+        compare: Whether examples get a `compared_by`.
+        file: The Arrow file that the examples are written to; None to keep them in memory.
+        processes: How many processes may encode rows.
+        notes: Where what is logged about the rows is kept.
 
     Returns:
         The examples, at least one, and the record for the manifest.
@@ -103,12 +115,13 @@ def load_examples(
         Unreachable: The hub did not answer.
         AccessDenied: The hub refused.
     """
+    note = notes or Notes()
     single = isinstance(source, str)
     parts = _one_part(source, name)
     name = name or ", ".join(part.name for part in parts)
 
     def read(part: Source) -> tuple[str | None, bool, Rows]:
-        commit, chosen, rows = _open(part.place, part.revision or revision, split, part.name, alive)
+        commit, chosen, rows = _open(part.place, part.revision or revision, split, part.name, note=note, alive=alive)
         return commit, chosen, rename_fields(_watched(rows, alive), field_names or {})
 
     findings = _Findings(on_bad_row, skip_long=on_long_row == "skip")
@@ -120,53 +133,43 @@ def load_examples(
     templated = schema == "messages" or conversations
     _check_tokenizer(tokenizer, name, templated=templated)
     _check_fit(schema, loss_on, template_arguments, on_long_row, templated=templated)
-    control = _ControlTokens(tokenizer, templated=templated)
-    found = _Found(on_example)
+    reading = Reading(
+        schema, templated, loss_on, max_length, vocabulary, on_long_row, field_names or {}, compare=compare
+    )
     records: list[DataSourceRecord] = []
-    _log_date(tokenizer, date, templated=templated)
-    with open_template(tokenizer, date, alive, template_arguments) if templated else nullcontext() as template:
-
-        def encoded(rows: Rows, most: int | None) -> Iterator[Encoded | EncodedAnswers | list[RowError]]:
-            texts: Iterator[Any] = _render_all(
-                rows,
-                schema,
-                template,
-                control,
-                turns=None if loss_on == "all" else loss_on,
-                names=field_names or {},
-                own=on_example is not None,
+    _note_date(note, tokenizer, date, templated=templated)
+    with ExitStack() as stack:
+        found = _Found(stack.enter_context(ExampleWriter(file)), on_example)
+        encode = stack.enter_context(
+            open_encoding(
+                reading,
+                tokenizer,
+                date=date,
+                template_arguments=template_arguments,
+                processes=processes,
+                alive=alive,
             )
-            options: dict[str, Any] = {
-                "templated": templated,
-                "max_length": max_length,
-                "limit": most,
-                "vocabulary": vocabulary,
-                "on_long_row": on_long_row,
-            }
-            if schema in SIDES:
-                return encode_answers(texts, tokenizer, **options)
-            return encode(texts, tokenizer, loss_on=loss_on, **options)
-
+        )
         for part in parts:
             if part is not parts[0]:
                 commit, chosen, rows = read(part)
             own = None if single else sha256(_DIGEST)
-            before = len(found.examples)
+            before = found.rows
             for turn in range(ceil(part.times)):
-                items = encoded(read(part)[2] if turn else rows, part.rows or limit)
-                _take_share(items, part.times - turn, found, own, None if turn else findings)
-            records += _records(part, commit, len(found.examples) - before, own, findings)
-    findings.raise_problems()
-    if not found.examples:
-        raise findings.nothing_left(name)
-    if templated:
-        _check_ends(found.ends, tokenizer, name)
-    control.warn(name)
-    _log_unused(found.unused, name, schema)
-    examples = found.examples
+                outcomes = encode(read(part)[2] if turn else rows, part.rows or limit)
+                _take_share(outcomes, part.times - turn, found, own, None if turn else findings)
+            records += _records(part, commit, found.rows - before, own, findings)
+        findings.raise_problems()
+        if not found.rows:
+            raise findings.nothing_left(name)
+        if templated:
+            _check_ends(note, found.ends, tokenizer, name)
+        found.note_control_tokens(note, name)
+        _note_unused(note, found.unused, name, schema)
+    examples = found.writer.examples()
     if schema == "unpaired_preference":
-        examples = with_partners(examples, epoch_order(seed, len(examples), 0), max_length)
-    lengths = [len(example.input_ids) for example in examples]
+        examples = _paired(examples, seed, max_length, file)
+    lengths = examples.lengths
     return examples, DatasetRecord(
         source=name,
         revision=commit if single else None,
@@ -176,21 +179,35 @@ def load_examples(
         skipped=dict(sorted(findings.skipped.items())),
         sha256=found.digest.hexdigest(),
         tokens=sum(lengths),
-        target_tokens=sum(sum(example.targets) for example in examples),
+        target_tokens=sum(examples.target_counts),
         longest=max(lengths),
         sources=records,
         long_rows=dict(sorted(found.long_rows.items())),
     )
 
 
-def _log_date(tokenizer: Any, date: str | None, *, templated: bool) -> None:
+def _paired(examples: Examples, seed: int, max_length: int, file: Path | None) -> Examples:
+    """Labelled examples with a second sequence each, in the place of the file without."""
+    beside = None if file is None else file.with_name(f"paired-{file.name}")
+    with ExampleWriter(beside) as writer:
+        for example in with_partners(examples, epoch_order(seed, len(examples), 0), max_length):
+            ids = struct.pack(f"<{len(example.input_ids)}i", *example.input_ids)
+            writer.add(ids, bytes(example.targets), example.second_at, example.desirable)
+    if beside is not None and file is not None:
+        with disk_errors(f"cannot write {file}"):
+            beside.replace(file)
+        return Examples(file)
+    return writer.examples()
+
+
+def _note_date(note: Notes, tokenizer: Any, date: str | None, *, templated: bool) -> None:
     if templated and uses_date(tokenizer):
-        log.get_logger().info("the chat template can write the date; JOB_DATA__DATE sets it", date=date or "today")
+        note("info", "the chat template can write the date; JOB_DATA__DATE sets it", date=date or "today")
 
 
-def _log_unused(unused: Counter[str], name: str, schema: Schema) -> None:
+def _note_unused(note: Notes, unused: Counter[str], name: str, schema: Schema) -> None:
     if unused:
-        log.get_logger().info("fields that are not used", source=name, schema=schema, rows=dict(sorted(unused.items())))
+        note("info", "fields that are not used", source=name, schema=schema, rows=dict(sorted(unused.items())))
 
 
 def _one_part(source: str | Sequence[Source], name: str | None) -> Sequence[Source]:
@@ -200,52 +217,83 @@ def _one_part(source: str | Sequence[Source], name: str | None) -> Sequence[Sour
 class _Found:
     """The examples that were taken, and what is counted of them."""
 
-    def __init__(self, on_example: Callable[[Encoded | EncodedAnswers], None] | None) -> None:
+    def __init__(self, writer: ExampleWriter, on_example: Callable[[Encoded | EncodedAnswers], None] | None) -> None:
         self._on_example = on_example
-        self.examples: list[Example] = []
+        self.writer = writer
         self.digest = sha256(_DIGEST)
         self.ends: Counter[int | None] = Counter()
         self.unused: Counter[str] = Counter()
         self.long_rows: Counter[str] = Counter()
+        self._control: Counter[str] = Counter()
+        self._control_rows = 0
+        self._first_control = ""
 
-    def add(self, item: Encoded | EncodedAnswers) -> None:
-        """Adds an example."""
-        self.examples.append(item.example)
-        self.digest.update(item.canonical())
+    @property
+    def rows(self) -> int:
+        """How many examples there are."""
+        return len(self.writer.lengths)
+
+    def add(self, item: Encoded | EncodedAnswers, canonical: bytes) -> None:
+        """Adds an example; `canonical` is what it says of itself."""
+        if isinstance(item, Encoded):
+            self.writer.add(item.ids, item.targets)
+        else:
+            second_at = len(item.sides[0].targets) if len(item.sides) > 1 else None
+            ids, targets = (b"".join(parts) for parts in zip(*((s.ids, s.targets) for s in item.sides), strict=True))
+            self.writer.add(ids, targets, second_at, item.desirable)
+        self.digest.update(canonical)
         self.ends[item.end] += 1
-        self.unused.update(item.unused)
-        self.long_rows.update(dict(item.long))
+        if item.unused:
+            self.unused.update(item.unused)
+        if item.long:
+            self.long_rows.update(dict(item.long))
         if self._on_example is not None:
             self._on_example(item)
 
+    def count_control_tokens(self, outcome: Outcome) -> None:
+        """Counts the special tokens that stand as text in a row: the tokenizer makes the tokens of them."""
+        if outcome.control:
+            self._control.update(outcome.control)
+            self._control_rows += 1
+            self._first_control = self._first_control or outcome.where
+
+    def note_control_tokens(self, note: Notes, name: str) -> None:
+        """Notes the counts, if there are any."""
+        if self._control_rows:
+            note(
+                "warning",
+                "texts of rows contain control tokens, which the tokenizer encodes as such",
+                source=name,
+                tokens=dict(self._control.most_common(MAX_SHOWN)),
+                rows=self._control_rows,
+                first=self._first_control,
+            )
+
 
 def _take_share(
-    items: Iterator[Encoded | EncodedAnswers | list[RowError]],
-    share: Fraction,
-    found: _Found,
-    own: Any | None,
-    findings: _Findings | None,
+    outcomes: Iterator[Outcome], share: Fraction, found: _Found, own: Any | None, findings: _Findings | None
 ) -> None:
     """Adds a share of the examples to those found, evenly spaced, so that their number is exact; all from 1 on.
 
     Args:
-        items: The examples of a source, and faults.
-        share: How many of them.
+        outcomes: What the rows of a source give.
+        share: How many of the examples.
         found: Where they are added.
         own: The digest of the source; None for none.
         findings: Where faults are added; None where they have been added before.
     """
     good, share = 0, min(share, Fraction(1))
-    for item in items:
-        if not isinstance(item, Encoded | EncodedAnswers):
-            if findings is not None:
-                findings.add(item)
-            continue
-        good += 1
-        if int(good * share) > int((good - 1) * share):
-            found.add(item)
-            if own is not None:
-                own.update(item.canonical())
+    for outcome in outcomes:
+        found.count_control_tokens(outcome)
+        if outcome.faults and findings is not None:
+            findings.add(list(outcome.faults))
+        for item in outcome.examples:
+            good += 1
+            if share == 1 or int(good * share) > int((good - 1) * share):
+                canonical = item.canonical()
+                found.add(item, canonical)
+                if own is not None:
+                    own.update(canonical)
 
 
 def _records(
@@ -261,23 +309,32 @@ def _records(
     return [DataSourceRecord(part.name, commit, rows, digest.hexdigest())]
 
 
-def check_source(source: str, revision: str | None, split: str, setting: str = "JOB_DATA__REVISION") -> None:
+def check_source(
+    source: str,
+    revision: str | None,
+    split: str,
+    setting: str = "JOB_DATA__SOURCE",
+    revision_setting: str = "JOB_DATA__REVISION",
+) -> None:
     """Refuses a source that cannot be read, as far as can be checked without reading it or using the network.
 
     Raises:
-        DataError: A path that is not there, or holds nothing that is read.
+        DataError: A path that is not there, or holds nothing that is read; it names the setting that gives it.
         SettingsError: A hub id without a revision.
     """
     if is_hub_id(source):
-        require_revision(revision, setting)
-    else:
+        require_revision(revision, revision_setting, source)
+        return
+    with named_by(setting):
         find_files(source, split)
 
 
-def require_revision(revision: str | None, setting: str = "JOB_DATA__REVISION") -> str:
+def require_revision(revision: str | None, setting: str = "JOB_DATA__REVISION", source: str | None = None) -> str:
     """The revision of a hub data set, which has to be given by a setting."""
     if revision is None:
         what = "a data set of the hub needs a revision, best a commit, so that the run can be repeated"
+        if source is not None:
+            what = f"{what}; {source} is taken for one, since there is no such path here"
         raise SettingsError([Problem(setting, what)])
     return revision
 
@@ -291,6 +348,7 @@ class _Findings:
         self._skip = on_bad_row == "skip"
         self._problems: list[Problem] = []
         self._total = 0
+        self._kinds: set[str] = set()
 
     def add(self, faults: list[RowError]) -> None:
         """Adds the faults of one row, at least one."""
@@ -299,6 +357,7 @@ class _Findings:
             self.skipped[faults[0].kind] += 1
             return
         self._total += len(faults)
+        self._kinds |= {fault.kind for fault in faults}
         remaining = MAX_SHOWN - len(self._problems)
         self._problems += [Problem(fault.where, fault.what) for fault in faults[:remaining]]
 
@@ -315,53 +374,14 @@ class _Findings:
     def raise_problems(self) -> None:
         """Raises the problems, if there are any, all in one error."""
         if self._problems:
-            raise DataError(self._problems, self._total)
+            skippable = self._kinds - {UNREADABLE}
+            advice = _LONG if skippable == {"too_long"} else _SKIPPING if skippable else ""
+            raise DataError(self._problems, self._total, advice)
 
     def nothing_left(self, name: str) -> DataError:
         """The error that no row was selected, and why."""
         skipped = ", ".join(f"{count} {kind}" for kind, count in sorted(self.skipped.items()))
         return DataError([Problem(name, f"has no good row (skipped: {skipped})" if skipped else "has no rows")])
-
-
-class _ControlTokens:
-    """Counts the special tokens that stand as text in rows: the tokenizer makes the tokens of them.
-
-    A text of no chat template may begin and end with the tokens that are put there anyway.
-    """
-
-    def __init__(self, tokenizer: Any, *, templated: bool) -> None:
-        added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-        words = {*getattr(tokenizer, "all_special_tokens", ()), *(token.content for token in added if token.special)}
-        longest_first = sorted(words - {""}, key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
-        self._begin = "" if templated else getattr(tokenizer, "bos_token", None) or ""
-        self._end = "" if templated else getattr(tokenizer, "eos_token", None) or ""
-        self._found: Counter[str] = Counter()
-        self._rows = 0
-        self._first = ""
-
-    def count(self, texts: Sequence[str], where: str) -> None:
-        """Counts the control tokens in the texts of a row."""
-        if self._pattern is None or not texts:
-            return
-        first, *others = texts
-        texts = [first.removeprefix(self._begin), *others]
-        texts[-1] = texts[-1].removesuffix(self._end)
-        if found := [word for text in texts for word in self._pattern.findall(text)]:
-            self._found.update(found)
-            self._rows += 1
-            self._first = self._first or where
-
-    def warn(self, name: str) -> None:
-        """Logs a warning with the counts, if there are any."""
-        if self._rows:
-            log.get_logger().warning(
-                "texts of rows contain control tokens, which the tokenizer encodes as such",
-                source=name,
-                tokens=dict(self._found.most_common(MAX_SHOWN)),
-                rows=self._rows,
-                first=self._first,
-            )
 
 
 def _watched(rows: Rows, alive: Callable[[], None]) -> Rows:
@@ -374,7 +394,7 @@ def _watched(rows: Rows, alive: Callable[[], None]) -> Rows:
         yield row
 
 
-def _check_ends(ends: Counter[int | None], tokenizer: Any, name: str) -> None:
+def _check_ends(note: Notes, ends: Counter[int | None], tokenizer: Any, name: str) -> None:
     """Refuses data in which no conversation has its end in the loss; logs the end if it is an unusual token."""
     eos = tokenizer.eos_token_id
     if not hasattr(tokenizer, "all_special_ids") or eos in ends:
@@ -388,7 +408,8 @@ def _check_ends(ends: Counter[int | None], tokenizer: Any, name: str) -> None:
         )
         raise DataError([Problem(name, what)])
     word = tokenizer.convert_ids_to_tokens(max(known, key=lambda token: known[token]))
-    log.get_logger().warning(
+    note(
+        "warning",
         "answers do not end with the end of sequence; serve the adapter with this token as a stop token",
         ends_with=word,
         end_of_sequence=tokenizer.eos_token,
@@ -396,7 +417,7 @@ def _check_ends(ends: Counter[int | None], tokenizer: Any, name: str) -> None:
 
 
 def _open(
-    source: str, revision: str | None, split: str, name: str, alive: Callable[[], None]
+    source: str, revision: str | None, split: str, name: str, *, note: Notes, alive: Callable[..., None]
 ) -> tuple[str | None, bool, Rows]:
     """The commit (None for files), whether the split chose the files, and the rows of a source."""
     if is_hub_id(source):
@@ -408,7 +429,18 @@ def _open(
     if shown and not shown.endswith("/"):
         shown += "/"
     names = [name if file == Path(source) else f"{shown}{file.relative_to(base).as_posix()}" for file in files]
-    return None, chosen, chain.from_iterable(map(read_rows, files, names))
+    each = map(read_rows, files, names)
+    return None, chosen, chain.from_iterable(each if len(files) == 1 else map(_with_warning, each, names, repeat(note)))
+
+
+def _with_warning(rows: Rows, name: str, note: Notes) -> Rows:
+    """The rows of one of several files; that it has none is told, since the copy of a file may have failed."""
+    empty = True
+    for row in rows:
+        empty = False
+        yield row
+    if empty:
+        note("warning", "one of the files has no rows", file=name)
 
 
 def _settle_schema(
@@ -426,19 +458,33 @@ def _settle_schema(
     for row in rows:
         if isinstance(row, RowError):
             findings.add([row])
-        elif found := detect_schema(row.fields, among):
+        elif (found := detect_schema(row.fields, among)) and (fits(row.fields, found) or not _others(row, method)):
             return found, chain([row], rows)
         else:
-            known = "; ".join(f"{schema}: {', '.join(REQUIRED[schema])}" for schema in REQUIRED if schema in among)
-            fields = ", ".join(map(ascii, row.fields)) or "none"
-            what = f"fits no schema. It has the fields {fields}; known are {known}"
-            if other := detect_schema(row.fields, REQUIRED.keys() - set(METHODS[method].schemas)):
-                what = (
-                    f"{what}, for JOB_TRAIN__METHOD={method}. JOB_TRAIN__METHOD={' or '.join(methods_for(other))} fits"
-                )
-            raise DataError([Problem(row.where, what)])
+            raise DataError([Problem(row.where, _why_no_schema(row, among, method))])
     findings.raise_problems()
     raise findings.nothing_left(name)
+
+
+def _others(row: Row, method: MethodName) -> str | None:
+    """The methods that learn from rows of this kind, in words, where the row is a whole one of another method's."""
+    other = detect_schema(row.fields, REQUIRED.keys() - set(METHODS[method].schemas))
+    return " or ".join(methods_for(other)) if other and fits(row.fields, other) else None
+
+
+def _why_no_schema(row: Row, among: Collection[str], method: MethodName) -> str:
+    """What a row has that fits no schema of the method, and what it may be meant for."""
+    fields = ", ".join(map(ascii, row.fields)) or "none"
+    if others := _others(row, method):
+        return (
+            f"has the fields {fields}, from which JOB_TRAIN__METHOD={method} does not learn; "
+            f"set JOB_TRAIN__METHOD={others}"
+        )
+    known = "; ".join(f"{schema}: {', '.join(REQUIRED[schema])}" for schema in REQUIRED if schema in among)
+    wanted = dict.fromkeys(field for schema in REQUIRED if schema in among for field in REQUIRED[schema])
+    near = [(field, found) for field in wanted if (found := nearest_field(field, row.fields)) is not None]
+    meant = "".join(f"; {found!a} may be meant as {field}" for field, found in near)
+    return f"fits no schema. It has the fields {fields}; known are {known}{meant}; JOB_DATA__FIELDS renames fields"
 
 
 def _peek(rows: Rows) -> tuple[Row | None, Rows]:
@@ -454,7 +500,9 @@ def _peek(rows: Rows) -> tuple[Row | None, Rows]:
 def _check_tokenizer(tokenizer: Any, name: str, *, templated: bool) -> None:
     if templated:
         if not tokenizer.chat_template:
-            what = "holds messages, and the model's tokenizer has no chat template to render them; use another schema"
+            what = (
+                "holds messages, and the model's tokenizer has no chat template to render them; use an instruct model"
+            )
             raise DataError([Problem(name, what)])
     elif tokenizer.eos_token_id is None:
         raise DataError([Problem(name, "cannot be ended: the model's tokenizer has no end-of-sequence token")])
@@ -479,40 +527,3 @@ def _check_fit(
         problems.append(Problem("JOB_DATA__ON_LONG_ROW", what))
     if problems:
         raise SettingsError(problems)
-
-
-def _render_all(
-    rows: Rows,
-    schema: Schema,
-    template: Template | None,
-    control: _ControlTokens,
-    *,
-    turns: Turns | None,
-    names: Mapping[str, str],
-    own: bool,
-) -> Iterator[Rendered | Answers | list[RowError]]:
-    for row in rows:
-        if isinstance(row, RowError):
-            yield [row]
-            continue
-        if schema in SIDES and is_conversation(row.fields, schema) != (template is not None):
-            kind, other = ("text", "messages") if template is not None else ("messages", "text")
-            what = f"must be {other}, as in the first row, is {kind}"
-            yield [RowError("wrong_type", f"{row.where} {SIDES[schema][0]}", what)]
-            continue
-        given = row
-        if schema == "messages" and is_sharegpt(row.fields):
-            converted = as_messages(row)
-            if isinstance(converted, list):
-                yield converted
-                continue
-            row = converted  # noqa: PLW2901 - the same row in another form
-        if faults := check_row(row, schema):
-            yield list(in_own_names(in_conversations(faults, given), given, names))
-            continue
-        text = render(row, schema, template, turns=turns)
-        if isinstance(text, RowError):
-            yield in_conversations([text], given)
-            continue
-        control.count(texts_of(row, schema), row.where)
-        yield replace(text, own_texts=own_texts(row, schema)) if own and isinstance(text, Rendered) else text

@@ -15,14 +15,11 @@ import gzip
 import io
 import json
 import math
-import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Self
-
-from job.errors import DataError, Problem
 
 UNREADABLE = "unreadable"
 
@@ -37,26 +34,22 @@ FREE_BYTES = 64 << 20
 _MAX_BATCH_BYTES = 1 << 30
 _PARQUET_ROWS = (16, 1024)
 _SHOWN_FILES = 5
-_FEWEST_SHARDS = 2
-_WILDCARDS = "*?["
-_NUMBERED = re.compile(r"(.*?)(\d{2,})(\.[a-z.]+)")
-_PLAIN_NAME = re.compile(r"[\w-][\w.-]*", re.ASCII)
 _HEAD_BYTES = 64
 _ARROW_FILE = b"ARROW1"
-
-_FOREIGN = {
-    **dict.fromkeys(
-        (".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".rar"), "is an archive; unpack it and name the file in it"
-    ),
-    **dict.fromkeys((".parquet.gz", ".parquet.zst", ".arrow.gz", ".arrow.zst"), "is not read compressed; unpack it"),
-    **dict.fromkeys(
-        (".zst", ".xz", ".bz2", ".lz4"), "is compressed in a way that is not read here; unpack it, or use gzip or zstd"
-    ),
-    **dict.fromkeys((".xlsx", ".xls", ".ods"), "is a spreadsheet; save it as CSV (UTF-8)"),
-    **dict.fromkeys((".feather",), "is a Feather file; write it as Parquet, or as Arrow with the suffix .arrow"),
-    **dict.fromkeys((".pkl", ".pickle", ".pt", ".npy"), "may run code when it is read, so it is not; write JSON lines"),
-}
-"""Suffixes of common files that the job does not read, and what to do about each."""
+_ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"
+_BINARY = (
+    b"PK\3\4",
+    b"PAR1",
+    b"PARE",
+    _ARROW_FILE,
+    b"\x1f\x8b",
+    b"BZh",
+    b"\xfd7zXZ",
+    b"\x28\xb5\x2f\xfd",
+    b"SQLite format",
+    b"%PDF",
+)
+"""How files begin that are no text: zip, Parquet, Arrow, gzip, bzip2, xz, zstd, SQLite, PDF."""
 
 
 @dataclass(frozen=True)
@@ -82,196 +75,16 @@ class RowError:
 Rows = Iterator[Row | RowError]
 
 
-def find_file(source: str) -> Path:
-    """The data file at a path: the path itself, or the only data file directly inside a directory.
-
-    Raises:
-        DataError: Nothing is there, or the directory holds none or several, or the format is not known.
-    """
-    try:
-        return _find_file(Path(source), source)
-    except OSError as error:
-        raise DataError([Problem(source, f"cannot be read: {error.strerror}")]) from error
-
-
-def find_files(source: str, split: str) -> tuple[list[Path], bool]:
-    """The data files at a path, in the order of their rows, and whether they were chosen by the split.
-
-    - A glob, such as `rows/*.jsonl`: all files of that name, sorted. `**` is any number of folders.
-    - A directory in the layout of a data set on the hub (`data/train-00000-of-00002.parquet`), as a clone of its
-      repository has it: the shards of the split.
-    - A folder written by `Dataset.save_to_disk`: its Arrow files; of a `DatasetDict`, those of the split.
-    - A directory of numbered shards (`rows-00000.jsonl`, `rows-00001.jsonl`, ...): all of them.
-    - Else one file, as `find_file` finds it.
-
-    Raises:
-        DataError: As `find_file`; a glob that fits nothing; or a shard is missing.
-    """
-    folder = Path(source)
-    try:
-        if is_glob(source) and not folder.exists():
-            return _find_glob(source), False
-        if not folder.is_dir():
-            return [find_file(source)], False
-        if shards := _find_shards(folder, source, split):
-            return shards, True
-        if (folder / "dataset_dict.json").is_file():
-            return _saved_files(_saved_split(folder, source, split), source), True
-        if (folder / "state.json").is_file():
-            return _saved_files(folder, source), False
-        return _numbered(folder) or [find_file(source)], False
-    except OSError as error:
-        raise DataError([Problem(source, f"cannot be read: {error.strerror}")]) from error
-
-
-def is_glob(source: str) -> bool:
-    """Whether a source has the wildcards of a glob in it: `*`, `?` or `[`."""
-    return any(mark in source for mark in _WILDCARDS)
-
-
-def fixed_part(pattern: str) -> str:
-    """The folder of a glob above its first part with a wildcard, with a slash behind; a pattern without one itself."""
-    if not is_glob(pattern):
-        return pattern
-    first = min(pattern.index(mark) for mark in _WILDCARDS if mark in pattern)
-    return pattern[: pattern.rfind("/", 0, first) + 1]
-
-
-def _find_glob(pattern: str) -> list[Path]:
-    base = fixed_part(pattern)
-    found = sorted(file for file in Path(base or ".").glob(pattern.removeprefix(base)) if file.is_file())
-    files = [file for file in found if file.name[0] != "."]
-    if not files:
-        raise DataError([Problem(pattern, "fits no file; correct the name or the wildcards in it")])
-    problems = [
-        Problem(str(file), _foreign(file.name) or f"ends in none of {', '.join(SUFFIXES)}; narrow the pattern")
-        for file in files
-        if _foreign(file.name) or _reader(file) is None
-    ]
-    if problems:
-        raise DataError(problems)
-    return files
-
-
-def _numbered(folder: Path) -> list[Path]:
-    """The files of a folder if they are shards: one name but for numbers of equal width, from 0 or 1 without gaps."""
-    files = sorted(file for file in folder.iterdir() if _reader(file) and file.is_file() and file.name[0] != ".")
-    parts = [_NUMBERED.fullmatch(file.name) for file in files]
-    found = [part for part in parts if part]
-    if len(found) < _FEWEST_SHARDS or len(found) < len(files) or len({(p[1], len(p[2]), p[3]) for p in found}) > 1:
-        return []
-    numbers = [int(part[2]) for part in found]
-    return files if numbers in (list(range(len(files))), list(range(1, len(files) + 1))) else []
-
-
-def _saved_split(folder: Path, source: str, split: str) -> Path:
-    """The folder of a split in one that `DatasetDict.save_to_disk` wrote."""
-    splits = _json_object(folder / "dataset_dict.json", source).get("splits")
-    names = [name for name in splits if isinstance(name, str)] if isinstance(splits, list) else []
-    if split not in names or not _PLAIN_NAME.fullmatch(split):
-        have = ", ".join(map(ascii, names[:_SHOWN_FILES])) or "none"
-        raise DataError([Problem(source, f"has no split {split!r} (JOB_DATA__SPLIT); it has {have}")])
-    return folder / split
-
-
-def _saved_files(folder: Path, source: str) -> list[Path]:
-    """The Arrow files of a folder that `Dataset.save_to_disk` wrote, in the order of its rows."""
-    listed = _json_object(folder / "state.json", source).get("_data_files")
-    entries = listed if isinstance(listed, list) else []
-    names = [entry.get("filename") if isinstance(entry, dict) else None for entry in entries]
-    files = [folder / name for name in names if isinstance(name, str) and _PLAIN_NAME.fullmatch(name)]
-    if not files or len(files) < len(names):
-        raise DataError(
-            [Problem(source, "has a state.json that names no files of the folder; save the data set again")]
-        )
-    if missing := [file.name for file in files if not file.is_file() or file.suffix != ".arrow"]:
-        raise DataError([Problem(source, f"lacks {', '.join(missing[:_SHOWN_FILES])}, of which its state.json speaks")])
-    return files
-
-
-def _json_object(path: Path, source: str) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            value = json.loads(file.read(MAX_ROW_BYTES))
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise DataError([Problem(source, f"has a {path.name} that is no JSON object; save the data set again")])
-    return value
-
-
-def _find_shards(folder: Path, source: str, split: str) -> list[Path]:
-    """All shards of a split in the folder or its folder `data`; none where there are no files of such names."""
-    shard = re.compile(rf"{re.escape(split)}-(\d{{5}})-of-(\d{{5}})(-[0-9a-f]{{16}})?(\.[a-z.]+)")
-    for place in (folder, folder / "data"):
-        names = [file.name for file in place.iterdir() if file.is_file() and _reader(file)] if place.is_dir() else []
-        found = sorted(filter(None, map(shard.fullmatch, names)), key=lambda match: match[1])
-        if not found:
-            continue
-        count = int(found[0][2])
-        if [int(match[1]) for match in found] != list(range(count)) or any(int(match[2]) != count for match in found):
-            have = ", ".join(match[0] for match in found[:_SHOWN_FILES])
-            what = f"has {len(found)} of the {count} shards of split {split!r} ({have}); complete it, or name one file"
-            raise DataError([Problem(source, what)])
-        return [place / match[0] for match in found]
-    return []
-
-
-def _find_file(path: Path, source: str) -> Path:
-    if path.is_dir():
-        return _only_file(path, source)
-    if not path.exists():
-        raise DataError([Problem(source, "no such file or directory")])
-    if not path.is_file():  # opening a FIFO would block forever
-        raise DataError([Problem(source, "is no regular file; name a file on the disk")])
-    if (what := _foreign(path.name)) is not None:
-        raise DataError([Problem(source, what)])
-    if _reader(path) is None:
-        raise DataError([Problem(source, f"is not of a known format: the name ends in none of {', '.join(SUFFIXES)}")])
-    return path
-
-
-def _only_file(folder: Path, source: str) -> Path:
-    inside = sorted(folder.iterdir())
-    files = [file for file in inside if _reader(file) and file.is_file() and file.name[0] != "."]
-    if len(files) == 1:
-        return files[0]
-    if files:
-        names = ", ".join(file.name for file in files[:_SHOWN_FILES]) + ", ..." * (len(files) > _SHOWN_FILES)
-        found = f"{len(files)} data files, name one, or several by a glob such as *{files[0].suffix}: {names}"
-    else:
-        found = f"no data file ({', '.join(SUFFIXES)})"
-        deeper = (file for below in inside if below.is_dir() for file in sorted(below.iterdir()) if _reader(file))
-        other = (f"{file.name} {words}" for file in inside if (words := _foreign(file.name)))
-        if (hint := next(deeper, None)) is not None:
-            found += f"; {hint.relative_to(folder)} is one, name it"
-        elif (unread := next(other, None)) is not None:
-            found += f"; {unread}"
-    raise DataError([Problem(source, f"is a directory that holds {found}")])
-
-
-def _foreign(name: str) -> str | None:
-    """What to do about a file that is not read here, by its name."""
-    if _reader(Path(name)) is not None:
-        return None
-    return next((what for suffix, what in _FOREIGN.items() if name.lower().endswith(suffix)), None)
-
-
-def has_known_suffix(source: str) -> bool:
-    """Whether the name is that of a data file, also of a format that is not supported."""
-    return _reader(Path(source)) is not None or _foreign(source) is not None
-
-
 def read_rows(path: Path, name: str) -> Rows:
     """Yields the rows of a data file in file order, reading no further than it is asked to.
 
     Only a JSON list has to be read whole; the other formats are streamed.
 
     Args:
-        path: A file that `find_file` found.
+        path: A file that `files.find_file` found.
         name: What to call the file in messages.
     """
-    reader = _reader(path)
+    reader = reader_of(path)
     if reader is None:
         raise ValueError(f"not a data file: {path}")
     place = name
@@ -292,7 +105,8 @@ class _TooLargeError(Exception):
     """A file decompresses to more than the limit."""
 
 
-def _reader(path: Path) -> Callable[[Path, str], Rows] | None:
+def reader_of(path: Path) -> Callable[[Path, str], Rows] | None:
+    """What reads a file, by its name; None if nothing does."""
     return next((reader for suffix, reader in _READERS.items() if path.name.lower().endswith(suffix)), None)
 
 
@@ -302,14 +116,14 @@ def _not_its_format(path: Path) -> str | None:
         head = file.read(_HEAD_BYTES)
     if head.startswith(b"version https://git-lfs"):
         return "is a pointer of git-lfs, not the file; fetch it with `git lfs pull`"
-    if _reader(path) in {_read_parquet, _read_arrow}:
+    if reader_of(path) in {_read_parquet, _read_arrow}:
         return None
     if encoding := _other_encoding(head):
         return f"is {encoding} text; convert it: iconv -f {encoding} -t UTF-8 {path.name}"
     if head.lstrip().lower().startswith((b"<!doctype html", b"<html")):
         return "is a page of HTML, such as a login or an error, and not the file; fetch it again"
-    if head.startswith((b"PK\3\4", b"PAR1", b"\x1f\x8b")):
-        return "is an archive, a Parquet file or compressed, whatever its name says; give it the suffix of its format"
+    if head.startswith(_BINARY):
+        return "is an archive, a table or compressed, whatever its name says; give it the suffix of its format"
     return None
 
 
@@ -498,7 +312,10 @@ def _read_csv(path: Path, name: str) -> Rows:
                 return
             for number, values in enumerate((row for row in table if row), 1):
                 where = f"{name}:row {number}"
-                if len(values) == len(header):
+                if values == header:
+                    what = "is the header once more, as in files that were put together; remove the line"
+                    yield RowError("invalid_csv", where, what)
+                elif len(values) == len(header):
                     yield Row(where, dict(zip(header, values, strict=True)))
                 else:
                     yield RowError("invalid_csv", where, f"has {len(values)} fields, the header {len(header)}")
@@ -533,11 +350,8 @@ def _read_parquet(path: Path, name: str) -> Rows:
     from pyarrow import parquet
 
     try:
-        with parquet.ParquetFile(path) as file:
-            if len(set(columns := file.schema_arrow.names)) != len(columns):
-                twice = next(column for column in columns if columns.count(column) > 1)
-                yield RowError(UNREADABLE, name, f"has the column {twice!r} twice, so it is not known which is meant")
-                return
+        with parquet.ParquetFile(path, page_checksum_verification=True) as file:
+            _check_names(file.schema_arrow.names)
             number, expanded = 0, 0
             most = max(FREE_BYTES, MAX_EXPANSION * path.stat().st_size)
             largest = _check_columns(file.metadata, most)
@@ -565,6 +379,8 @@ def _read_arrow(path: Path, name: str) -> Rows:
     try:
         with pa.memory_map(str(path)) as file:
             whole = file.read(len(_ARROW_FILE)) == _ARROW_FILE
+            if not whole:
+                _check_end(file)
             file.seek(0)
             number, expanded = 0, 0
             for batch in _arrow_batches(file, whole=whole):
@@ -575,17 +391,46 @@ def _read_arrow(path: Path, name: str) -> Rows:
                 for index in range(batch.num_rows):
                     number += 1
                     yield _parquet_row(batch, index, f"{name}:row {number}")
+            if not whole and file.tell() < file.size():
+                what = f"does not end at row {number}, where its table ends; give each table its own file"
+                yield RowError(UNREADABLE, name, what)
     except (pa.ArrowException, ValueError, OverflowError) as error:
         yield RowError(UNREADABLE, name, f"is not valid Arrow: {error}")
+
+
+def _check_end(file: Any) -> None:
+    """Refuses a stream that breaks off between two batches: for a reader that is an end like any other.
+
+    Raises:
+        ValueError: It lacks the mark that a writer puts at the end.
+    """
+    size = file.size()
+    if size:
+        file.seek(max(0, size - len(_ARROW_END)))
+        if file.read(len(_ARROW_END)) != _ARROW_END:
+            raise ValueError("it has no mark of its end: it was cut short, or its writer was not closed")
+
+
+def _check_names(columns: Sequence[str]) -> None:
+    """Refuses a table with a column twice.
+
+    Raises:
+        ValueError: It has one.
+    """
+    if (twice := next((column for column in columns if columns.count(column) > 1), None)) is not None:
+        raise ValueError(f"it has the column {twice!r} twice, so it is not known which is meant")
 
 
 def _arrow_batches(file: Any, *, whole: bool) -> Iterator[Any]:
     import pyarrow as pa
 
     if not whole:
-        yield from pa.ipc.open_stream(file)
+        stream = pa.ipc.open_stream(file)
+        _check_names(stream.schema.names)
+        yield from stream
         return
     reader = pa.ipc.open_file(file)
+    _check_names(reader.schema.names)
     yield from map(reader.get_batch, range(reader.num_record_batches))
 
 
@@ -611,6 +456,8 @@ def _parquet_row(batch: Any, index: int, where: str) -> Row | RowError:
             value = values[index].as_py()
         except UnicodeDecodeError as error:
             return RowError("broken_utf8", f"{where} {column}", f"is not UTF-8: {error.reason} at byte {error.start}")
+        except (ArithmeticError, LookupError, ValueError) as error:  # a time zone or a date that Python does not know
+            return RowError("unreadable_value", f"{where} {column}", f"has no form outside of Arrow: {error}")
         # pandas writes missing values as NaN in a column that has no other values.
         fields[column] = None if isinstance(value, float) and math.isnan(value) else value
     return Row(where, fields)

@@ -8,7 +8,8 @@ from concurrent.futures import Future, wait
 from pathlib import Path
 
 from job.common.threads import in_thread
-from job.data.formats import Row, Rows, has_known_suffix
+from job.data.files import has_known_suffix
+from job.data.formats import Row, Rows
 from job.errors import Unreachable
 from job.storage.hub import hub_errors
 
@@ -22,11 +23,20 @@ def check_hub_dataset(source: str, revision: str | None) -> None:
     Raises:
         Unreachable, AccessDenied, DataError: As `open_dataset`.
     """
+    if is_hub_id(source):
+        resolve_dataset(source, revision)
+
+
+def resolve_dataset(source: str, revision: str | None) -> str:
+    """The commit of a data set's revision.
+
+    Raises:
+        Unreachable, AccessDenied, DataError: As `open_dataset`.
+    """
     from huggingface_hub import HfApi
 
-    if is_hub_id(source):
-        with hub_errors(f"data set {source}"):
-            HfApi().resolve_revision(source, repo_type="dataset", revision=revision)
+    with hub_errors(f"data set {source}"):
+        return str(HfApi().resolve_revision(source, repo_type="dataset", revision=revision).resolved)
 
 
 def is_hub_id(source: str) -> bool:

@@ -14,14 +14,14 @@ The target tokens of an answer are all tokens after the prompt, as in TRL's trai
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, Literal
 
 from job.data.chat_template import Template, TemplateRefusalError
 from job.data.fields import Rendered, check_target, check_text, is_empty, left_out
 from job.data.formats import Row, RowError, type_name
+from job.data.text_tokenizer import TextTokenizer
 from job.data.tokenization import Encoded, encode
 from job.records import Example
 
@@ -29,8 +29,6 @@ PreferenceSchema = Literal["preference", "unpaired_preference"]
 SIDES: Mapping[str, tuple[str, ...]] = {"preference": ("chosen", "rejected"), "unpaired_preference": ("completion",)}
 """Schema -> the fields that hold its answers."""
 
-_ROWS = 500
-"""Rows whose texts are tokenized at once."""
 _LABELS = {"true": True, "false": False, "1": True, "0": False}
 """How tables without types write a label."""
 
@@ -49,8 +47,16 @@ class EncodedAnswers:
     """A row as tokens. `end` and `unused` as in `Encoded`; the end is that of the first answer."""
 
     sides: tuple[Encoded, ...]
-    example: Example
+    desirable: bool | None = None
     unused: tuple[str, ...] = ()
+
+    @property
+    def example(self) -> Example:
+        """The example: of a pair both sequences, one behind the other."""
+        first, *others = (side.example for side in self.sides)
+        if not others:
+            return Example(first.input_ids, first.targets, desirable=self.desirable)
+        return join(first, others[0])
 
     @property
     def long(self) -> tuple[tuple[str, int], ...]:
@@ -64,7 +70,7 @@ class EncodedAnswers:
 
     def canonical(self) -> bytes:
         """Texts, tokens, targets and label; other rows never give the same bytes."""
-        label = b"" if self.example.desirable is None else bytes([self.example.desirable])
+        label = b"" if self.desirable is None else bytes([self.desirable])
         return bytes([len(self.sides)]) + b"".join(side.canonical() for side in self.sides) + label
 
 
@@ -235,43 +241,32 @@ def _text(prompt: Any, answer: Any, template: Template | None) -> tuple[str, int
 
 
 def encode_answers(
-    rows: Iterator[Answers | list[RowError]], tokenizer: Any, *, limit: int | None, **how: Any
-) -> Iterator[EncodedAnswers | list[RowError]]:
-    """Yields an example for each row, or what is wrong with its tokens; faults pass through, in order.
+    rows: Sequence[Answers | list[RowError]], tokenizer: TextTokenizer, **how: Any
+) -> Iterator[list[EncodedAnswers] | list[RowError]]:
+    """Yields for each row its example, or what is wrong with its tokens; faults pass through.
 
     Args:
-        rows: No row is taken behind the one that makes the last example.
-        tokenizer: As in `tokenization.encode`.
-        limit: The most examples; None for no limit.
+        rows: Rendered rows and faults.
+        tokenizer: The tokenizer.
         how: Further arguments of `encode`; `max_length` counts for each answer with its prompt.
     """
-    count = 0
-    while batch := list(islice(rows, _ROWS if limit is None else min(_ROWS, limit - count))):
-        texts = [side for row in batch if isinstance(row, Answers) for side in row.sides]
-        encoded = encode(iter(texts), tokenizer, loss_on="completion", limit=None, **how)
-        for row in batch:
-            if not isinstance(row, Answers):
-                yield row
-                continue
-            found = [next(encoded) for _ in row.sides]
-            sides = tuple(side for side in found if isinstance(side, Encoded))
-            if faults := [fault for side in found if not isinstance(side, Encoded) for fault in side]:
-                yield faults
-            elif len(sides) > 1 and sides[0].example == sides[1].example:
-                yield [RowError("same_answers", f"{row.where} rejected", "has the same tokens as chosen")]
-            else:
-                count += 1
-                yield EncodedAnswers(sides, _example(sides, row.desirable), row.sides[0].unused)
+    texts = [side for row in rows if isinstance(row, Answers) for side in row.sides]
+    encoded = encode(texts, tokenizer, loss_on="completion", **how)
+    for row in rows:
+        if not isinstance(row, Answers):
+            yield row
+            continue
+        found = [item for _ in row.sides for item in next(encoded)]
+        sides = tuple(side for side in found if isinstance(side, Encoded))
+        if faults := [fault for fault in found if isinstance(fault, RowError)]:
+            yield faults
+        elif len(sides) > 1 and (sides[0].ids, sides[0].targets) == (sides[1].ids, sides[1].targets):
+            yield [RowError("same_answers", f"{row.where} rejected", "has the same tokens as chosen")]
+        else:
+            yield [EncodedAnswers(sides, row.desirable, row.sides[0].unused)]
 
 
-def _example(sides: tuple[Encoded, ...], desirable: bool | None) -> Example:  # noqa: FBT001 - a label
-    first, *others = (side.example for side in sides)
-    if not others:
-        return Example(first.input_ids, first.targets, desirable=desirable)
-    return join(first, others[0])
-
-
-def join(first: Example, second: Example, desirable: bool | None = None) -> Example:  # noqa: FBT001 - a label
+def join(first: Example, second: Example, *, desirable: bool | None = None) -> Example:
     """One example of two sequences."""
     return Example(
         first.input_ids + second.input_ids,
@@ -281,7 +276,7 @@ def join(first: Example, second: Example, desirable: bool | None = None) -> Exam
     )
 
 
-def with_partners(examples: list[Example], order: tuple[int, ...], max_length: int) -> list[Example]:
+def with_partners(examples: Sequence[Example], order: tuple[int, ...], max_length: int) -> Iterator[Example]:
     """Gives each labelled example a second, mismatched sequence, for KTO's estimate of the KL divergence.
 
     It is the example's prompt with the completion of the example before it in `order`, cut to `max_length` tokens. TRL
@@ -289,11 +284,9 @@ def with_partners(examples: list[Example], order: tuple[int, ...], max_length: i
     get the completion of another one of the same step.
     """
     before = {row: order[place - 1] for place, row in enumerate(order)}
-    prompts = [example.targets.index(True) for example in examples]
-    paired = []
     for row, example in enumerate(examples):
         other = examples[before[row]]
-        ids = (example.input_ids[: prompts[row]] + other.input_ids[prompts[before[row]] :])[:max_length]
-        targets = (example.targets[: prompts[row]] + other.targets[prompts[before[row]] :])[:max_length]
-        paired.append(join(example, Example(ids, targets), example.desirable))
-    return paired
+        prompt, others = example.targets.index(True), other.targets.index(True)
+        ids = (example.input_ids[:prompt] + other.input_ids[others:])[:max_length]
+        targets = (example.targets[:prompt] + other.targets[others:])[:max_length]
+        yield join(example, Example(ids, targets), desirable=example.desirable)

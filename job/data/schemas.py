@@ -18,8 +18,9 @@ To add a schema: enter it in `Schema`, `REQUIRED`, `_OPTIONAL` and `PROMPTS`, an
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
 from job.data.chat_template import Template
@@ -56,6 +57,8 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "messages": ("messages", "conversations", "tools", "system"),
 }
 """Schema -> all fields that it has a use for."""
+_NEAR = 0.75
+"""Similarity of two names (difflib's ratio) from which one may be the other misspelled: promt and prompt have 0.91."""
 _OF_IMAGES = "the job trains on text alone; remove the field if the text means something without it"
 _OF_PAIRS = "set JOB_TRAIN__METHOD=dpo or orpo to learn from pairs, or give the good one as the completion"
 _MEANING: dict[str, str] = {
@@ -107,9 +110,14 @@ def detect_schema(fields: dict[str, Any], among: Collection[str] = SFT_SCHEMAS) 
     known = [schema for schema in SCHEMAS if schema in among]
     if is_sharegpt(fields):
         fields = {**fields, "messages": None}
-    whole = (schema for schema in known if all(field in fields for field in REQUIRED[schema]))
+    whole = (schema for schema in known if fits(fields, schema))
     half = (schema for schema in known if any(field in fields for field in REQUIRED[schema]))
     return next(whole, None) or next(half, None)
+
+
+def fits(fields: Collection[str], schema: Schema) -> bool:
+    """Whether a row has all required fields of a schema."""
+    return all(field in fields for field in REQUIRED[schema])
 
 
 def check_row(row: Row, schema: Schema) -> list[RowError]:
@@ -118,6 +126,9 @@ def check_row(row: Row, schema: Schema) -> list[RowError]:
         place for field, value in row.fields.items() for place in broken_places(value, f"{row.where} {field}")
     ]:
         return [RowError("broken_utf8", place, "is not valid UTF-8 text; save the file as UTF-8") for place in broken]
+    if schema not in {*SIDES, "text"} and not any(is_empty(row.fields.get(field)) for field in SIDES["preference"]):
+        what = f"and rejected are a pair of answers, of no use in the schema {schema}: {_OF_PAIRS}"
+        return [RowError("field_without_use", f"{row.where} chosen", what)]
     faults = _check_meaning(row, schema)
     if schema in SIDES:
         return faults + check_preference(row, schema)
@@ -129,6 +140,33 @@ def check_row(row: Row, schema: Schema) -> list[RowError]:
     if schema == "alpaca":
         faults += _check_history(row)
     return faults + check_target(row.fields, target, row.where)
+
+
+def with_near_names(faults: Sequence[RowError], row: Row) -> list[RowError]:
+    """The faults of a row, with the row's own field in that of a missing one whose name may be misspelled in the row.
+
+    A field that is not read under its name is then no fault of its own.
+    """
+    near: dict[str, str] = {}
+    for fault in faults:
+        field = fault.where.removeprefix(f"{row.where} ")
+        if fault.kind == "missing_field" and field.isidentifier() and field not in row.fields:
+            found = nearest_field(field, row.fields)
+            near |= {} if found is None else {fault.where: found}
+    read_under_no_name = {f"{row.where} {field}" for field in near.values()}
+    advice = {where: f"if {name!a} is meant, rename it, or name it by JOB_DATA__FIELDS" for where, name in near.items()}
+    return [
+        replace(fault, what=f"{fault.what}; {advice[fault.where]}") if fault.where in advice else fault
+        for fault in faults
+        if fault.where not in read_under_no_name
+    ]
+
+
+def nearest_field(field: str, fields: Iterable[str]) -> str | None:
+    """Of the fields that a row has, the one that may be a misspelled `field`; None if there is none."""
+    plain = {name.strip().lower(): name for name in fields}
+    near = get_close_matches(field, plain, n=1, cutoff=_NEAR)
+    return plain[near[0]] if near else None
 
 
 def texts_of(row: Row, schema: Schema) -> list[str]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import resource
 import sys
 from collections.abc import Callable, Mapping
@@ -61,6 +62,7 @@ def _open(given: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], dict[str, A
 
     def answer(asked: Mapping[str, Any]) -> dict[str, Any]:
         tools, marked = asked["tools"], asked["marked"]
+        random.seed(0)  # for Jinja's filter `random`: a conversation has one text, in every attempt
         # As transformers' `apply_chat_template` does: many templates write a null out as "None".
         messages = [
             {key: value for key, value in message.items() if value is not None} for message in asked["messages"]

@@ -6,21 +6,23 @@ Without `JOB_DATA__VALIDATION` this is `dataset.load_examples`, and datasketch i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
-from job import log
 from job.common.source_list import Source
 from job.data.dataset import load_examples
+from job.data.examples import Examples
+from job.data.notes import Notes
 from job.data.preferences import EncodedAnswers
 from job.data.tokenization import Encoded
 from job.data.validation_split import RowHashes, count_overlap, hold_out
-from job.errors import DataError, Problem
-from job.records import DatasetRecord, Example, ValidationRows
+from job.errors import DataError, Problem, combine
+from job.records import DatasetRecord, RowsRecord, ValidationRows
 
-_OF_THE_WHOLE = {"validation", "sources", "long_rows"}
-"""Fields of a data set's record that say something of the rows before any is held out, or of both sides."""
+EXAMPLES, VALIDATION = "examples.arrow", "validation.arrow"
+"""Files of the training source's examples, those that are held out included, and of a validation source's."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class _Rows:
     def add(self, item: Encoded | EncodedAnswers) -> None:
         if not isinstance(item, Encoded):
             raise TypeError("rows of preferences are not validated on")
-        self.hashes.add(item.own_texts)
+        self.hashes.add(item.compared_by)
         self.sha256.append(sha256(item.canonical()).digest())
         if self._pass_on is not None:
             self._pass_on(item)
@@ -79,11 +81,13 @@ def load_rows(
     *,
     revision: str | None,
     split: str,
-    alive: Callable[[], None] = lambda: None,
+    alive: Callable[..., None] = lambda **_: None,
     on_example: Callable[[Encoded | EncodedAnswers], None] | None = None,
+    folder: Path | None = None,
+    notes: Notes | None = None,
     **reading: Any,
-) -> tuple[list[Example], list[Example], DatasetRecord]:
-    """The training examples, the validation examples (none without `validation`), and the record of both.
+) -> tuple[Examples, Examples | None, DatasetRecord]:
+    """The training examples, the validation examples (None without `validation`), and the record of both.
 
     Args:
         source: Where the training rows lie, as for `load_examples`.
@@ -92,86 +96,90 @@ def load_rows(
         split: Of the training source.
         alive: As for `load_examples`.
         on_example: As for `load_examples`, with the examples of the training source.
+        folder: Where the examples are written, to EXAMPLES and VALIDATION; None to keep them in memory.
+        notes: As for `load_examples`.
         reading: Further arguments of `load_examples`; `name` and `limit` count for the training source alone.
 
     Raises:
         DataError: As `load_examples`, with the bad rows of both sources; or the rows cannot be split.
         SettingsError, Unreachable, AccessDenied: As `load_examples`.
     """
+    note = notes or Notes()
+    reading |= {"alive": alive, "notes": note}
+    file = None if folder is None else folder / EXAMPLES
     if validation is None:
         examples, record = load_examples(
-            source, revision=revision, split=split, alive=alive, on_example=on_example, **reading
+            source, revision=revision, split=split, on_example=on_example, file=file, **reading
         )
-        return examples, [], record
+        return examples, None, record
     rows, held = _Rows(on_example), _Rows(None)
     errors: list[DataError] = []
 
-    def read(place: str | Sequence[Source], keep: _Rows, **how: Any) -> tuple[list[Example], DatasetRecord] | None:
+    def read(place: str | Sequence[Source], keep: _Rows, **how: Any) -> tuple[Examples, DatasetRecord] | None:
         try:
-            return load_examples(place, alive=alive, on_example=keep.add, **{**reading, **how})
+            return load_examples(place, on_example=keep.add, compare=True, **{**reading, **how})
         except DataError as error:
             errors.append(error)
             return None
 
-    found = read(source, rows, revision=revision, split=split)
+    found = read(source, rows, revision=revision, split=split, file=file)
     own = None
     if isinstance(validation, ValidationSource):
         where = {"name": validation.name, "revision": validation.revision, "split": validation.split, "limit": None}
-        own = read(validation.place, held, **where)
+        own = read(validation.place, held, file=None if folder is None else folder / VALIDATION, **where)
     if errors:
-        problems = [problem for error in errors for problem in error.problems]
-        raise DataError(problems, sum(error.total for error in errors))
+        raise combine([("rows", error) for error in errors])
     if found is None:  # its error is raised above
         raise AssertionError
     examples, record = found
     if isinstance(validation, ValidationSource):
         if own is None:
             raise AssertionError
-        return examples, own[0], replace(record, validation=_own_source(record, own[1], rows, held, alive))
+        return examples, own[0], replace(record, validation=_own_source((record, rows), (own[1], held), note, alive))
     sides = hold_out(rows.hashes, validation, record.source, alive)
     parts = [[i for i, side in enumerate(sides) if side is wanted] for wanted in (False, True)]
     (training, trained), (kept, described) = (_part(examples, record, rows, part) for part in parts)
     facts = {**_facts(described), "skipped": {}}
     held_out = ValidationRows(**facts, held_out=True, duplicates=0, near_duplicates=0)
-    log.get_logger().info("rows are held out for validation", rows=len(kept), of=len(examples), source=record.source)
+    note("info", "rows are held out for validation", rows=len(kept), of=len(examples), source=record.source)
     return training, kept, replace(trained, validation=held_out)
 
 
-def _part(
-    examples: list[Example], record: DatasetRecord, rows: _Rows, part: list[int]
-) -> tuple[list[Example], DatasetRecord]:
+def _part(examples: Examples, record: DatasetRecord, rows: _Rows, part: list[int]) -> tuple[Examples, DatasetRecord]:
     """Some of the examples, and the record as it is of them alone."""
-    chosen = [examples[i] for i in part]
-    lengths = [len(example.input_ids) for example in chosen]
+    chosen = examples.take(part)
+    lengths = chosen.lengths
     return chosen, replace(
         record,
         rows=len(chosen),
         sha256=sha256(b"".join([b"rows 1\0", *(rows.sha256[i] for i in part)])).hexdigest(),
         tokens=sum(lengths),
-        target_tokens=sum(sum(example.targets) for example in chosen),
+        target_tokens=sum(chosen.target_counts),
         longest=max(lengths),
     )
 
 
 def _facts(record: DatasetRecord) -> dict[str, Any]:
     """What a record of rows for validation has in common with that of the data set."""
-    return {name: value for name, value in asdict(record).items() if name not in _OF_THE_WHOLE}
+    return {one.name: getattr(record, one.name) for one in fields(RowsRecord)}
 
 
 def _own_source(
-    record: DatasetRecord, found: DatasetRecord, rows: _Rows, held: _Rows, alive: Callable[[], None]
+    training: tuple[DatasetRecord, _Rows], own: tuple[DatasetRecord, _Rows], note: Notes, alive: Callable[..., None]
 ) -> ValidationRows:
-    """The record of a validation source of its own.
+    """The record of a validation source of its own, from the records and the rows of both sources.
 
     Raises:
         DataError: Its rows are of another schema than those trained on.
     """
+    (record, rows), (found, held) = training, own
     if found.format != record.format:
         what = f"has rows of the schema {found.format}, and the training data of {record.format}; give both the same"
         raise DataError([Problem(found.source, what)])
     exact, near = count_overlap(rows.hashes, held.hashes, alive)
     if exact or near:
-        log.get_logger().warning(
+        note(
+            "warning",
             "rows for validation are trained on, too, so their loss says less than it seems to",
             source=found.source,
             duplicates=exact,

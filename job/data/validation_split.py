@@ -18,6 +18,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from hashlib import sha256
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,7 @@ SEED = 1
 MOST_COMPARED = 64
 """Rows that agree in a band are compared pair by pair up to this number; more of them form one group at once, since all
 pairs of thousands of rows made from one pattern would take minutes."""
+_DIGEST_BYTES = 32
 # One word for each character where words are written without spaces: Thai to Burmese, Khmer, Chinese, Japanese, Korean.
 _WORD = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_]+")
 
@@ -48,35 +50,46 @@ class RowHashes:
     def __init__(self) -> None:
         self.digests: list[bytes] = []
         self.signatures: dict[bytes, np.ndarray[Any, np.dtype[np.uint32]]] = {}
-        self._hasher: Any = None
 
-    def add(self, texts: Sequence[str]) -> None:
-        """Adds the next row by the texts of its fields."""
-        # Without a single word (emoji, punctuation) the texts are compared as they are.
-        words = (" ".join(_WORD.findall(" ".join(texts).casefold())) or "\0".join(texts)).encode()
-        digest = sha256(words).digest()
+    def add(self, hashed: bytes) -> None:
+        """Adds the next row by its `row_hash`."""
+        import numpy as np
+
+        digest = hashed[:_DIGEST_BYTES]
         self.digests.append(digest)
         if digest not in self.signatures:
-            self.signatures[digest] = self._signature(words.split(b" "))
+            self.signatures[digest] = np.frombuffer(hashed[_DIGEST_BYTES:], np.uint32)
 
-    def _signature(self, words: Sequence[bytes]) -> np.ndarray[Any, np.dtype[np.uint32]]:
-        """(VALUES,) uint32."""
-        import numpy as np
-        from datasketch import MinHash
 
-        if self._hasher is None:
-            self._hasher = MinHash(VALUES, SEED, hashfunc=int, scheme="affine32")
-        self._hasher.clear()
-        # By number: a hash of each word, then one of neighbours, modulo 2 ** 32; MinHash mixes the bits once more.
-        hashed = np.fromiter(map(crc32, words), np.uint32, len(words))
-        last = max(1, len(hashed) - SHINGLE + 1)
-        shingles = np.zeros(last, dtype=np.uint32)
-        for place in range(min(SHINGLE, len(hashed))):
-            shingles = (shingles + hashed[place : place + last]) * np.uint32(0x9E3779B1)
-            shingles ^= shingles >> np.uint32(16)
-        self._hasher.update_batch(shingles.tolist())
-        signature: np.ndarray[Any, np.dtype[np.uint32]] = self._hasher.hashvalues
-        return signature
+def row_hash(texts: Sequence[str]) -> bytes:
+    """What a row is compared by, from the texts of its fields: the SHA-256 of its words, and its signature."""
+    # Without a single word (emoji, punctuation) the texts are compared as they are.
+    words = (" ".join(_WORD.findall(" ".join(texts).casefold())) or "\0".join(texts)).encode()
+    return sha256(words).digest() + _signature(words.split(b" "))
+
+
+@cache
+def _hasher() -> Any:
+    from datasketch import MinHash
+
+    return MinHash(VALUES, SEED, hashfunc=int, scheme="affine32")
+
+
+def _signature(words: Sequence[bytes]) -> bytes:
+    """(VALUES,) uint32."""
+    import numpy as np
+
+    hasher = _hasher()
+    hasher.clear()
+    # By number: a hash of each word, then one of neighbours, modulo 2 ** 32; MinHash mixes the bits once more.
+    hashed = np.fromiter(map(crc32, words), np.uint32, len(words))
+    last = max(1, len(hashed) - SHINGLE + 1)
+    shingles = np.zeros(last, dtype=np.uint32)
+    for place in range(min(SHINGLE, len(hashed))):
+        shingles = (shingles + hashed[place : place + last]) * np.uint32(0x9E3779B1)
+        shingles ^= shingles >> np.uint32(16)
+    hasher.update_batch(shingles.tolist())
+    return bytes(hasher.hashvalues.astype(np.uint32, copy=False).tobytes())
 
 
 def hold_out(rows: RowHashes, wanted: float, name: str, alive: Callable[[], None] = lambda: None) -> list[bool]:

@@ -68,7 +68,7 @@ class Alone:
 
     share_on_machine = share
 
-    def gather(self, what: str, value: Any) -> list[Any]:  # noqa: ARG002
+    def gather(self, what: str, value: Any) -> list[Any]:  # noqa: ARG002 - as in Processes
         """The one value."""
         return [value]
 

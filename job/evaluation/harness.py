@@ -82,14 +82,14 @@ def _scoring_model(tokenizer: Any, score: Score, cut_to: int | None) -> Any:
         def prefix_token_id(self) -> int:
             return int(tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id)
 
-        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:  # noqa: FBT001
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:  # noqa: FBT001 - lm-eval's signature
             special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
             return list(tokenizer.encode(string, **special))
 
-        def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:  # noqa: ARG002, FBT001, FBT002
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:  # noqa: ARG002, FBT001, FBT002 - lm-eval's signature
             return super().loglikelihood(requests, disable_tqdm=True)
 
-        def _loglikelihood_tokens(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:  # noqa: ARG002, FBT001, FBT002
+        def _loglikelihood_tokens(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:  # noqa: ARG002, FBT001, FBT002 - lm-eval's signature
             # lm-eval asks for one choice at a time, those of a question one after the other with the same context
             grouped = [list(group) for _, group in groupby(requests, key=lambda request: request[1])]
             questions = [Question(tuple(g[0][1]), tuple(tuple(request[2]) for request in g)) for g in grouped]
@@ -98,10 +98,10 @@ def _scoring_model(tokenizer: Any, score: Score, cut_to: int | None) -> Any:
                 questions = _cut(questions, cut_to)
             return [(s.log_likelihood, s.greedy) for scores in score(questions) for s in scores]
 
-        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:  # noqa: ARG002, FBT001, FBT002
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:  # noqa: ARG002, FBT001, FBT002 - lm-eval's signature
             raise SettingsError([Problem("JOB_EVAL__TASKS", "only multiple-choice tasks can be evaluated")])
 
-        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:  # noqa: ARG002, FBT001, FBT002
+        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:  # noqa: ARG002, FBT001, FBT002 - lm-eval's signature
             raise SettingsError([Problem("JOB_EVAL__TASKS", "only multiple-choice tasks can be evaluated")])
 
     return ScoringModel()

@@ -28,6 +28,7 @@ _ENDING = ".jsonl"
 
 CODE = (
     "job.evaluation.scoring",
+    "job.model.adapter_files",
     "job.model.adapter_options",
     "job.model.architecture",
     "job.model.base",
@@ -39,6 +40,9 @@ CODE = (
     "job.model.fused.triton_kernels",
     "job.model.lora",
     "job.model.packed_attention",
+    "job.model.published_names",
+    "job.model.target_modules",
+    "job.model.tensor_names",
 )
 """Modules whose code determines a score; their hashes are part of the key.
 

@@ -14,8 +14,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from job.data.formats import Row, RowError, find_file, read_rows
-from job.errors import DataError, Problem, SettingsError
+from job.data.files import find_file
+from job.data.formats import Row, RowError, read_rows
+from job.errors import DataError, Problem, SettingsError, named_by
 from job.storage.hub import hub_errors
 
 MULTIPLE_CHOICE = "multiple_choice"
@@ -86,7 +87,7 @@ def load_tasks(names: Sequence[str], data: Mapping[str, Path], sources: Mapping[
         Unreachable: A task's questions have to be downloaded from the hub, and it did not answer.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = _index([*names, *data])
+    manager = _index((*names, *data))
     _check_names(manager.task_index, names, data)
     rows = {name: _read_questions(data[name], sources[name]) for name in names if name in data}
     local = {name: _with_rows(manager, name, rows[name], sources[name]) for name in rows}
@@ -115,7 +116,7 @@ def check_tasks(names: Sequence[str], data: Iterable[str]) -> None:
         SettingsError: With all that is wrong.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    _check_names(_index([*names, *data]).task_index, names, data)
+    _check_names(_index((*names, *data)).task_index, names, data)
 
 
 @compiled_once()
@@ -220,10 +221,11 @@ def _unknown_token(task: Any, doc: Any, tokenizer: Any, vocabulary: int) -> str 
     return f"has the token {word!r} (number {beyond}), and the model has embeddings of {vocabulary} tokens"
 
 
-def _index(names: Sequence[str]) -> Any:
+@cache
+def _index(names: tuple[str, ...]) -> Any:
     """lm-eval's index of tasks, made from the folders with files of these names only, if that finds all of them.
 
-    A full index reads 14,000 files in six seconds, at every restart.
+    A full index reads 14,000 files in six seconds, at every restart; names are checked first, and loaded later.
     """
     from lm_eval import tasks
 
@@ -259,9 +261,15 @@ def _unfit(name: str, task: Any) -> Problem | None:
     return None
 
 
+def find_questions(place: str) -> Path:
+    """The file of a task's questions. Raises DataError, naming JOB_EVAL__DATA, where there is none that is read."""
+    with named_by("JOB_EVAL__DATA"):
+        return find_file(place)
+
+
 def _read_questions(path: Path, name: str) -> list[Row]:
     """All rows of a file of questions. Raises DataError with every row that cannot be read."""
-    rows = list(read_rows(find_file(str(path)), name))
+    rows = list(read_rows(find_questions(str(path)), name))
     faults = [Problem(row.where, row.what) for row in rows if isinstance(row, RowError)]
     if faults or not rows:
         raise DataError(faults or [Problem(name, "holds no questions")])
@@ -288,7 +296,8 @@ def _with_rows(manager: Any, name: str, rows: Sequence[Row], source: str) -> Any
 
 
 def _misfit(where: str, name: str, error: Exception) -> Problem:
-    return Problem(where, f"does not fit the task {name}: {type(error).__name__}: {error}")
+    what = f"does not fit the task {name}: {type(error).__name__}: {error}"
+    return Problem(where, f"{what}; a row needs the fields and values of the task's own data set")
 
 
 def _misfits(task: Any, rows: Sequence[Row], source: str) -> Iterator[Problem]:

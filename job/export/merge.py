@@ -32,7 +32,7 @@ from job.errors import Problem, SettingsError, TrainingFailed
 from job.model.base import DTYPES, dtype_by_name, is_quantized
 from job.model.files import MAX_CONFIG_BYTES, build_empty, read_config, read_json, readable, weight_files
 from job.model.fused.frozen_weights import dequantized
-from job.model.lora import copy_tokenizer
+from job.model.tokenizer_files import copy_tokenizer
 
 ORIGINAL, DEQUANTIZED, BEST = "original", "dequantized", "best"
 SHARD = "5GB"

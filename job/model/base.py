@@ -16,7 +16,8 @@ from job.model.adapter_options import PLAIN as PLAIN_LORA
 from job.model.adapter_options import AdapterOptions
 from job.model.decomposed_init import frozen_parameters
 from job.model.files import build_empty, check_weights, read_config, readable, silence
-from job.model.lora import check_adapter, resolve_targets, trainable
+from job.model.lora import trainable
+from job.model.target_modules import check_adapter, resolve_targets
 from job.records import ModelRecord
 
 if TYPE_CHECKING:
@@ -80,6 +81,12 @@ def load_tokenizer(folder: Path) -> Any:
         raise SettingsError(
             [Problem("JOB_MODEL__ID", "its tokenizer has no end-of-sequence token, so nothing could end")]
         )
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    if getattr(model, "dropout", None):  # tokens drawn anew in every attempt would be other data each time
+        log.get_logger().warning(
+            "the tokenizer's dropout is switched off: a text has one form in tokens", was=model.dropout
+        )
+        model.dropout = None
     return tokenizer
 
 

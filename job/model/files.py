@@ -19,6 +19,8 @@ from job.common.hashing import hash_files
 from job.errors import DataError, JobError, Problem, SettingsError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+SOURCE_CONFIG = "source_config.json"
+"""The base's own config.json, beside the one that the quantized base was saved with, which may be of another class."""
 MAX_CONFIG_BYTES = 16 << 20
 MAX_INDEX_BYTES = 256 << 20
 MAX_LAYERS = 10_000
@@ -246,7 +248,7 @@ def weights_held(folder: Path) -> int:
     total = 0
     for path in weight_files(folder):
         with readable(folder), safe_open(path, framework="pt") as file:
-            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 - no mapping
     return total
 
 

@@ -242,7 +242,7 @@ def _block_by_block(  # noqa: PLR0917 - as attention has it
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
-def _explicit(  # noqa: PLR0917
+def _explicit(  # noqa: PLR0917 - as attention has it
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -280,7 +280,7 @@ def _explicit(  # noqa: PLR0917
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
-def _varlen_kernel(  # noqa: PLR0917
+def _varlen_kernel(  # noqa: PLR0917 - as attention has it
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -358,4 +358,4 @@ def use(model: Any, implementation: str) -> bool:
     Which one computes is looked up at each call, so that nothing has to be loaded again.
     """
     model.set_attn_implementation(implementation)
-    return bool(model.config._attn_implementation == implementation)  # noqa: SLF001
+    return bool(model.config._attn_implementation == implementation)  # noqa: SLF001 - as in is_packed

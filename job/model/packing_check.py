@@ -28,6 +28,8 @@ SHORT = 8
 """Examples of fewer tokens are taken where there are no others."""
 TOKENS = 48
 """Of each sequence at most: enough for every layer to do all it does, and a fraction of a second on a GPU."""
+FIRST = 2
+"""Tokens behind the end of a sequence that are compared each: state that runs on shows there first."""
 SAFE_ROPE = {"default", "linear", "llama3", "proportional", "yarn"}
 """Rotary embeddings that do not depend on the length of the longest sequence in the batch."""
 
@@ -50,7 +52,8 @@ class Agreement:
         leak: Relative error of a token's logits when only the sequence beside it changes.
         logits: Relative error of a token's logits, packed against alone.
         gradient: Relative error of the adapter's gradient, packed against alone; see `_distance`.
-        tokens: Share of the tokens whose error must be within `leak` and `logits`.
+        tokens: Share of the tokens whose error must be within `leak` and `logits`; the `FIRST` tokens behind another
+            sequence must all be within `leak`.
     """
 
     leak: float
@@ -232,7 +235,9 @@ def _compare(
         (found[a:end], alone[1]),
         (torch.cat([found[a:shared], found[end:]]), alone[2]),
     ]
-    leak = _worst([_token_error(found[a:], changed[a:], to)])
+    # The first tokens behind have to agree, whatever the share: a convolution of a single layer reaches no further.
+    behind_it = [_token_error(found[i : i + 1], changed[i : i + 1], to) for i in range(a, a + FIRST)]
+    leak = _worst([_token_error(found[a:], changed[a:], to), *behind_it])
     return leak, _worst([_token_error(one, other, to) for one, other in pairs])
 
 
@@ -287,7 +292,7 @@ def _distance(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor] | 
 
 
 def _depends_on_length(config: Any, max_length: int) -> str | None:
-    """Why positions depend on the other sequences of a packed sequence; None if they do not."""
+    """Why a sequence depends on how long the packed one is, which the check's few tokens do not show; None if not."""
     text = config.get_text_config(decoder=True)
     given = getattr(text, "rope_parameters", None) or {}
     for part in [given, *(value for value in given.values() if isinstance(value, dict))]:
@@ -296,4 +301,6 @@ def _depends_on_length(config: Any, max_length: int) -> str | None:
         whole = next((length for length in owners if length), getattr(text, "max_position_embeddings", 0))
         if kind not in SAFE_ROPE and (kind not in {"dynamic", "longrope"} or max_length > whole):
             return f"its rotary positions ({kind}) depend on the longest sequence beside"
+    if getattr(text, "attn_temperature_tuning", False):  # Llama 4, from `floor_scale` tokens on
+        return "the temperature of its attention depends on the place in the packed sequence"
     return None

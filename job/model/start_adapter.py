@@ -14,8 +14,9 @@ from typing import Any
 
 from job.common.hashing import hash_file
 from job.errors import DataError, Problem, SettingsError
+from job.model.adapter_files import load_adapter
 from job.model.files import read_json
-from job.model.lora import PublishedNames, load_adapter
+from job.model.published_names import PublishedNames
 from job.storage.hub import hub_errors
 from job.storage.location import is_remote
 from job.storage.open import StorageOptions, fetch
@@ -43,15 +44,32 @@ def find_start(place: str, folder: Path, storage: StorageOptions) -> Path:
     """
     if is_remote(place):
         found = Path(fetch(place.rstrip("/") + "/", folder, storage))
-    elif Path(place).is_dir():
-        found = Path(place)
-    elif place.startswith((".", "/", "~")) or place.count("/") > 1:
-        raise DataError([Problem(_SETTING, f"{place} is not a folder")])
+    elif (local := local_start(place)) is not None:
+        return local
     else:
         from huggingface_hub import snapshot_download
 
         with hub_errors(f"adapter {place}"):
             found = Path(snapshot_download(place, allow_patterns=[CONFIG, WEIGHTS]))
+    return _with_adapter(found, place)
+
+
+def local_start(place: str) -> Path | None:
+    """The folder of an adapter that is named by its path; None for a hub id.
+
+    Raises:
+        DataError: A path, but not to a folder with an adapter in safetensors.
+    """
+    if Path(place).is_dir():
+        return _with_adapter(Path(place), place)
+    if place.startswith((".", "/", "~")) or place.count("/") > 1:
+        what = "is not a folder" if Path(place).exists() else "does not exist"
+        raise DataError([Problem(_SETTING, f"{place} {what}; give the folder of an adapter, or a hub id")])
+    return None
+
+
+def _with_adapter(found: Path, place: str) -> Path:
+    """The folder, if an adapter's files are in it; `place` names it in messages. Raises DataError if they are not."""
     if missing := [name for name in (CONFIG, WEIGHTS) if not (found / name).is_file()]:
         pickled = (found / "adapter_model.bin").exists()
         what = "; its weights are a pickle, which can run anybody's code: save it as safetensors" if pickled else ""

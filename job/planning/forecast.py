@@ -35,8 +35,11 @@ HALF_PRECISION = 2
 
 
 @dataclass(frozen=True)
-class ValidationWork:
-    """The validations of a run that does not stop early: how many, and what each computes."""
+class ForwardWork:
+    """Rows that are computed without training on them, for validation or a reference: how often, and what each takes.
+
+    A run that stops early has fewer validations.
+    """
 
     count: int
     rows: int
@@ -66,6 +69,7 @@ class RunShape:
         keep_activations: Whether activations are kept instead of recomputed; None where the job chooses.
         validation: The validations; None where there are none, or their rows are unknown.
         exported: How many candidates of exported formats are made and scored.
+        reference: The log-probabilities of the reference, as dpo and kto need them; None likewise.
     """
 
     setup: Setup | None
@@ -82,7 +86,8 @@ class RunShape:
     budget_by_gpu: bool = False
     keep_base: bool | None = None
     keep_activations: bool | None = None
-    validation: ValidationWork | None = None
+    validation: ForwardWork | None = None
+    reference: ForwardWork | None = None
     exported: int = 0
 
     @property
@@ -158,6 +163,9 @@ def estimates(run: RunShape) -> Iterator[Estimate]:
         held_out = run.validation
         validating = held_out.count * memory_model.evaluation_flops(setup, held_out.tokens, held_out.target_tokens)
         yield Estimate("validation, all", validating, "FLOP", both, "forward passes; an early stop saves some")
+    if run.reference is not None:
+        passes = memory_model.evaluation_flops(setup, run.reference.tokens, run.reference.target_tokens)
+        yield Estimate("reference, once", passes, "FLOP", both, "log-probabilities of all rows, before training")
     if run.questions is not None:
         scoring = run.evaluations * memory_model.evaluation_flops(setup, run.questions.tokens, run.questions.reads)
         times = {2: "twice"}.get(run.evaluations, f"{run.evaluations} times")
@@ -280,8 +288,7 @@ def _hours(gpu: Gpu, run: RunShape, setup: Setup, execution: ExecutionPlan | Non
     micro_batches = max(work.steps, ceil(work.tokens / run.micro_batch))
     flops = memory_model.training_flops(setup, work.tokens, work.squares)
     training = memory_model.seconds(flops, (3 if setup.recompute else 2) * micro_batches, setup, used=used, **speed)
-    if run.validation is not None:  # a forward pass of the training path, with its micro-batches
-        held = run.validation
+    for held in filter(None, (run.validation, run.reference)):  # passes of the training path, with its micro-batches
         forward = held.count * memory_model.evaluation_flops(setup, held.tokens, held.target_tokens)
         passes = held.count * ceil(held.tokens / min(run.micro_batch, max(work.largest_step, held.longest)))
         training += memory_model.seconds(forward, passes, setup, used=used, **speed)

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from job.common.formatting import size
+from job.common.methods import METHODS
 from job.common.resources import check_disk, checkpoint_bytes, required_bytes
 from job.common.source_list import parse_sources
 from job.data import licences
 from job.data.batch_plan import steps_per_epoch
+from job.data.dataset import check_source
+from job.data.examples import lengths_of, target_counts_of
 from job.data.training_and_validation import what_to_validate_on
-from job.errors import AccessDenied, DataError, JobError, Problem, SettingsError, Unreachable
+from job.errors import JobError, Problem, SettingsError, combine
 from job.model.adapter_options import MANY_STEPS, PLAIN, AdapterOptions, make_options
+from job.model.start_adapter import check_start, local_start
 from job.planning import forecast
 from job.planning import known_models_and_data as known
-from job.planning.forecast import Basis, Estimate, GpuForecast, RunShape, ValidationWork, estimates, forecast_gpu
+from job.planning.forecast import Basis, Estimate, ForwardWork, GpuForecast, RunShape, estimates, forecast_gpu
 from job.planning.gpu_prices import GPUS, PRICES, Gpu
 from job.planning.preflight import (
     AdapterFacts,
     DataFacts,
     Found,
     ModelFacts,
+    NotChecked,
     PreflightResult,
     find_tokenizer,
     local_round_trip,
@@ -37,6 +43,8 @@ from job.planning.preflight import (
 )
 from job.planning.shown_rows import ShownRow
 from job.planning.workload import Workload, count, scale
+from job.records import Example
+from job.results.baseline import read_baseline
 from job.settings.load import Settings
 from job.storage.hub import is_reachable
 from job.storage.location import join
@@ -52,7 +60,6 @@ SMALL_GPU_TOKENS = 4096
 QUICK = {"timeout_seconds": 10.0, "retries": 2}
 """Upper limits on the storage settings, so that an address that does not answer fails within seconds."""
 SHARED_MEMORY = PreflightResult("shared memory", "ok", "one process needs none; several want 1 GiB in /dev/shm")
-BY_SEVERITY = (SettingsError, DataError, AccessDenied, Unreachable)
 
 
 @dataclass(frozen=True)
@@ -69,10 +76,9 @@ class Plan:
 
     @property
     def error(self) -> JobError | None:
-        """The error to exit with: the most severe, by `BY_SEVERITY`; None if all that was checked is right."""
-        wrong = [found.error for found in self.checks if found.error is not None]
-        ordered = [error for kind in BY_SEVERITY for error in wrong if isinstance(error, kind)]
-        return next(iter([*ordered, *wrong]), None)
+        """The error to exit with, which lists all that is wrong; None if all that was checked is right."""
+        wrong = [(found.name, found.error) for found in self.checks if found.error is not None]
+        return combine(wrong) if wrong else None
 
 
 @dataclass(frozen=True)
@@ -175,8 +181,38 @@ def _look(settings: Settings, folder: Path, show: int) -> _Preflight:
             **where,
         ),
     )
-    checks = [stored, modelled, adapted, tokenized, read, asked]
+    checks = [stored, modelled, adapted, tokenized, read, asked, *_check_other_inputs(s, storage)]
     return _Preflight(checks, seconds, model, adapter, tokenizer, data, questions)
+
+
+def _check_other_inputs(settings: Settings, storage: StorageOptions) -> Iterator[PreflightResult]:
+    """Checks of the inputs that only some runs have."""
+    data, start, baseline = settings.data, settings.lora.start, settings.gate.baseline
+
+    def check_first_stage() -> Found[None]:
+        place = data.sft_source or ""
+        if is_remote(place):
+            raise NotChecked(f"{place}; plan the first stage as JOB_TRAIN__METHOD=sft")
+        check_source(place, data.sft_revision, data.split, "JOB_DATA__SFT_SOURCE", "JOB_DATA__SFT_REVISION")
+        return "note", f"{place}; its rows are checked with JOB_TRAIN__METHOD=sft", None
+
+    def check_start_adapter() -> Found[None]:
+        folder = None if is_remote(start or "") else local_start(start or "")
+        if folder is None:
+            raise NotChecked(f"{start}: an adapter is not fetched for a plan")
+        lora = settings.lora
+        check_start(folder, rank=lora.rank, alpha=lora.alpha, options=lora.model_dump(mode="json"))
+        return "ok", f"training goes on from {start}", None
+
+    def check_baseline() -> Found[None]:
+        return "ok", f"the gate compares with run {read_baseline(baseline or '', storage).run}", None
+
+    if data.sft_source is not None:
+        yield run_check("first stage", check_first_stage)[0]
+    if start is not None:
+        yield run_check("start", check_start_adapter)[0]
+    if baseline is not None:
+        yield run_check("baseline", check_baseline)[0]
 
 
 def _try_storage(output: str, run: str, storage: StorageOptions) -> Found[float]:
@@ -206,6 +242,7 @@ def _run(settings: Settings, seen: _Preflight, checks: list[PreflightResult]) ->
         workload_basis=data_basis,
         validation=_validation(settings, seen.data, workload),
         exported=_exported(settings),
+        reference=_reference(settings, seen.data),
         questions=questions,
         questions_basis=questions_basis,
         budget=settings.train.micro_batch_tokens or SMALL_GPU_TOKENS,
@@ -265,8 +302,7 @@ def _workload(settings: Settings, data: DataFacts | None) -> tuple[Workload | No
         return total_steps(rows, train.global_batch_size, train.epochs, train.max_steps)
 
     if data is not None:
-        lengths = [len(example.input_ids) for example in data.examples]
-        targets = [sum(example.targets) for example in data.examples]
+        lengths, targets = lengths_of(data.examples), target_counts_of(data.examples)
         seed = settings.run.seed if settings.data.seed is None else settings.data.seed
         batches = {"seed": seed, "global_batch_size": train.global_batch_size}
         counted = count(lengths, targets, steps=steps(len(lengths)), **batches)
@@ -286,17 +322,28 @@ def _workload(settings: Settings, data: DataFacts | None) -> tuple[Workload | No
     ), "assumed"
 
 
-def _validation(settings: Settings, data: DataFacts | None, workload: Workload | None) -> ValidationWork | None:
+def _validation(settings: Settings, data: DataFacts | None, workload: Workload | None) -> ForwardWork | None:
     """The validations of a run that does not stop early; None where there are none, or their rows are not known."""
     if data is None or workload is None or not data.validation:
         return None
     every = settings.train.validate_every_steps or steps_per_epoch(workload.rows, settings.train.global_batch_size)
-    return ValidationWork(
-        count=len(due_steps(every, workload.steps)),
-        rows=len(data.validation),
-        tokens=sum(len(example.input_ids) for example in data.validation),
-        target_tokens=sum(sum(example.targets) for example in data.validation),
-        longest=max(len(example.input_ids) for example in data.validation),
+    return _forward(data.validation, len(due_steps(every, workload.steps)))
+
+
+def _reference(settings: Settings, data: DataFacts | None) -> ForwardWork | None:
+    """The log-probabilities of the reference; None where the method has none, or the rows are not known."""
+    if data is None or not METHODS[settings.train.last_method].reference:
+        return None
+    return _forward(data.examples, 1)
+
+
+def _forward(examples: Sequence[Example], count: int) -> ForwardWork:
+    return ForwardWork(
+        count=count,
+        rows=len(examples),
+        tokens=sum(lengths_of(examples)),
+        target_tokens=sum(target_counts_of(examples)),
+        longest=max(lengths_of(examples)),
     )
 
 

@@ -32,7 +32,7 @@ def plan_command(words: Sequence[str]) -> int:
     """
     rest, form = _take_format(list(words))
     rest, show = _take_show(rest)
-    settings = load_settings(rest)
+    settings = load_settings(rest, options=("format", "show"))
     log.configure(settings.log.format, settings.log.level, secrets(), run=settings.run.id)
     plan = make_plan(settings, show)
     sys.stdout.write(log.scrub(FORMATS[form](plan), secrets()))

@@ -20,7 +20,8 @@ from uuid import uuid4
 
 from job.common import formatting
 from job.common.source_list import locate_sources, parse_sources
-from job.data.dataset import require_revision
+from job.data.dataset import check_source, require_revision
+from job.data.examples import lengths_of
 from job.data.hub_dataset import is_hub_id
 from job.data.preferences import EncodedAnswers
 from job.data.tokenization import Encoded
@@ -30,7 +31,8 @@ from job.evaluation.tasks import check_lengths, check_tasks, count_questions, lo
 from job.model.adapter_options import PLAIN, AdapterOptions, described
 from job.model.architecture import Architecture, read_config
 from job.model.base import inspect, load_tokenizer
-from job.model.lora import count_parameters, linear_weights, resolve_targets
+from job.model.lora import count_parameters
+from job.model.target_modules import linear_weights, resolve_targets
 from job.planning.character_tokenizer import CharacterTokenizer
 from job.planning.known_models_and_data import CHARACTERS_PER_TOKEN, TaskTokens
 from job.planning.shown_rows import ShownRow, show_row
@@ -339,7 +341,11 @@ def preview_data(
         validation: What to validate on.
         reading: Further arguments of `load_rows`.
     """
-    found = [_of_the_data(one.place, one.revision or revision, storage, online=online) for one in parse_sources(source)]
+    split = reading["split"]
+    found = [
+        _of_the_data(one.place, one.revision or revision, storage, split=split, online=online)
+        for one in parse_sources(source)
+    ]
     download = sum(size for size, _ in found)
     licence = "; ".join(sorted({licence for _, licence in found if licence})) or None
     if download > MAX_BYTES:
@@ -351,7 +357,9 @@ def preview_data(
             shown.append(show_row(item, tokenizer))
 
     if isinstance(validation, ValidationSource):
-        more, _ = _of_the_data(validation.name, validation.revision, storage, online=online)
+        names = ("JOB_DATA__VALIDATION", "JOB_DATA__VALIDATION_REVISION")
+        where = (validation.name, validation.revision, storage, *names)
+        more, _ = _of_the_data(*where, split=validation.split, online=online)
         if more > MAX_BYTES:
             raise NotChecked(f"{validation.name} has {formatting.size(more, ' ')}, too much to fetch for a plan")
         download += more
@@ -372,25 +380,32 @@ def preview_data(
         what += f", {record.validation.rows:,} for validation"
     if record.skipped:
         what += f"; skipped {', '.join(f'{count} {kind}' for kind, count in record.skipped.items())}"
-    facts = DataFacts(examples, tokenizer is None, download, licence, held_out, shown)
+    facts = DataFacts(examples, tokenizer is None, download, licence, held_out or (), shown)
     if tokenizer is not None:
         return "ok", what, facts
-    long = sum(len(example.input_ids) > max_length for example in examples)
+    long = sum(length > max_length for length in lengths_of(examples))
     return "note", f"{what}; tokens are estimated{f', so {long} rows may be too long' if long else ''}", facts
 
 
 def _of_the_data(
-    source: str, revision: str | None, storage: StorageOptions, *, online: Online
+    source: str,
+    revision: str | None,
+    storage: StorageOptions,
+    setting: str = "JOB_DATA__SOURCE",
+    revision_setting: str = "JOB_DATA__REVISION",
+    *,
+    split: str,
+    online: Online,
 ) -> tuple[int, str | None]:
     """(bytes to download, 0 for a local file; the licence on the hub's card, if there is one)."""
     if is_remote(source):
         return size(source, storage), None
+    check_source(source, revision, split, setting, revision_setting)
     if not is_hub_id(source):
         return 0, None
-    pinned = require_revision(revision)
     if not online():
         raise NotChecked(f"{source}: {HUB_UNREACHABLE}")
-    return peek_dataset(source, pinned)
+    return peek_dataset(source, require_revision(revision))
 
 
 def preview_questions(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,9 +42,27 @@ def read_baseline(where: str, storage: StorageOptions) -> Baseline:
         SettingsError: There is no run there.
         DataError: Its files are not what its manifest says.
     """
-    try:
+    with _named():
         run = read_published(open_run(where, storage))
         return Baseline(run.id, where, run.sha256, read_samples(run))
+
+
+def check_run(where: str) -> None:
+    """Refuses a path where no published run is.
+
+    Raises:
+        SettingsError: There is no run there.
+        DataError: Its manifest is missing, or not what the job wrote.
+    """
+    with _named():
+        read_published(open_run(where))
+
+
+@contextmanager
+def _named() -> Iterator[None]:
+    """Names the setting in what is wrong with the run that it gives; a fault of its files is one of data."""
+    try:
+        yield
     except (SettingsError, VerificationError) as error:
         kind = SettingsError if isinstance(error, SettingsError) else DataError
         raise kind([Problem(SETTING, str(problem)) for problem in error.problems]) from None

@@ -10,6 +10,7 @@ from job.common import tables
 from job.errors import DataError, Problem
 from job.evaluation.comparison import compare_tasks, gate_failures, of_metric
 from job.results.reader import PublishedRun, read_samples
+from job.runs.layout import WEIGHTS
 
 GROUPS = ("model", "dataset", "software", "hardware")
 _NAMES = {"run.id", "run.output"}
@@ -27,6 +28,8 @@ _TASK_COLUMNS = (
     "Holm p",
     "verdict",
 )
+_PREDICTIONS = {"acc": "prediction", "acc_norm": "prediction_norm"}
+"""Accuracy -> the field of a sample with the answer that it counts."""
 _WIDEST = 80
 
 
@@ -103,12 +106,31 @@ def _tasks(a: PublishedRun, b: PublishedRun) -> dict[str, Any]:
             wrong.append(Problem(name, f"the questions of the two runs read differently; their hashes are {hashes}"))
     if wrong:
         raise DataError(wrong)
+    same = {
+        name: {
+            metric: all(
+                getattr(sample, field) == getattr(other, field)
+                for sample, other in zip(samples[0][name].samples, samples[1][name].samples, strict=True)
+            )
+            for metric, field in _PREDICTIONS.items()
+        }
+        for name in names
+    }
     sides = {"base": "a", "adapter": "b"}
     tasks = compare_tasks(*({name: side[name].scores for name in names} for side in samples))
     return {
-        "tasks": {name: {sides.get(key, key): value for key, value in task.items()} for name, task in tasks.items()},
+        "tasks": {
+            name: {**{sides.get(key, key): value for key, value in task.items()}, "same_predictions": same[name]}
+            for name, task in tasks.items()
+        },
+        "same_adapter": _adapter(a) is not None and _adapter(a) == _adapter(b),
         "only": _pair(*(sorted(side.keys() - set(names)) for side in samples)),
     }
+
+
+def _adapter(run: PublishedRun) -> str | None:
+    """SHA-256 of the adapter's weights; None if the manifest lists none."""
+    return next((one["sha256"] for one in run.results["artifacts"] if one["path"] == WEIGHTS), None)
 
 
 def gate_reasons(
@@ -186,7 +208,7 @@ def _task_rows(tasks: Mapping[str, Any]) -> Iterator[list[str]]:
                 f"{100 * low:+.2f} to {100 * high:+.2f}",
                 *(str(found[key]) for key in ("improved", "regressed")),
                 *(f"{found[key]:.2g}" for key in ("mcnemar_p", "holm_p")),
-                found["verdict"],
+                "no difference" if task["same_predictions"][metric] else found["verdict"],
             ]
 
 
@@ -202,6 +224,9 @@ def _value(value: Any) -> str:
 
 
 def _ending(compared: Mapping[str, Any]) -> Iterator[str]:
+    if all(all(task["same_predictions"].values()) for task in compared["tasks"].values()):
+        what = "adapter" if compared["same_adapter"] else "predictions"
+        yield f"no difference: both runs have the same {what}"
     for side, names in compared["only"].items():
         if names:
             yield f"only {side.upper()} was asked {json.dumps(names)}"

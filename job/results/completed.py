@@ -12,7 +12,7 @@ from job.errors import GateError
 from job.records import Artifact
 from job.runs.attempt import missing
 from job.runs.layout import RESULTS
-from job.storage.base import delete_in_turn
+from job.storage.base import delete_in_turn, read_record
 from job.storage.open import ObjectStore
 
 _MAX_WORDS = 200
@@ -37,7 +37,7 @@ def withdraw_incomplete(store: ObjectStore) -> None:
 
 def _read(store: ObjectStore) -> tuple[dict[str, Any] | None, list[str]]:
     """The manifest, if there is one, and what is damaged in it, or listed in it but missing."""
-    found = store.read(RESULTS)
+    found = read_record(store, RESULTS)
     if found is None:
         return None, []
     try:

@@ -133,7 +133,7 @@ def sealed(results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def summary(results: Mapping[str, Any], where: str) -> list[str]:
-    """The outcome in a few lines: training, accuracy, cost, and where the files are."""
+    """The outcome in a few lines: training, accuracy, cost, the report; and in the last, verdict and results."""
     training, cost = results["training"], results["cost"]
     trained = f"{training['steps']} steps on {results['dataset']['rows']:,} examples, loss {training['loss']:.3f}"
     speed = f"{training['tokens_per_second'] or 0:,.0f} target tokens/s"
@@ -154,7 +154,10 @@ def summary(results: Mapping[str, Any], where: str) -> list[str]:
     lines.append(_cost_line(cost, len(results["run"]["attempts"])))
     if any(artifact["path"] == REPORT for artifact in results["artifacts"]):
         lines.append(f"report: {where.removesuffix(RESULTS)}{REPORT}")
-    lines.append(f"results: {where}")
+    verdicts = [f"{name} {task['verdict']}" for name, task in results["evaluation"]["tasks"].items()]
+    passed = results["gate"]["passed"]
+    gate = [] if passed is None else ["gate met" if passed else "gate not met"]
+    lines.append(f"{', '.join([*verdicts, *gate])}; results: {where}")
     return lines
 
 

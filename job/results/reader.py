@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ MAX_SAMPLES_BYTES = 512 << 20
 LARGEST_NUMBER = 10**18
 """Largest number in a manifest: far above every size, time and price, and small enough for arithmetic in floats."""
 _SHOWN = 3
+_LOOKED_AT = 10_000
+"""Objects of a store that are looked at for a run, where its own place has none."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,11 @@ def read_bytes(store: ObjectStore) -> bytes:
         raise VerificationError([Problem(RESULTS, str(error))]) from None
     if stored is not None:
         return stored.data
-    if any(True for _ in store.list()):
+    found = [info.key for info in islice(store.list(), _LOOKED_AT)]
+    if inside := next((key for key in found if key.count("/") == 1 and key.endswith(f"/{RESULTS}")), None):
+        what = f"holds runs, and is none itself; give one of them, such as {store.uri}/{inside.removesuffix(RESULTS)}"
+        raise SettingsError([Problem(store.uri, what)])
+    if found:
         what = f"is missing in {store.uri}: the run is not complete, or it was removed"
         raise VerificationError([Problem(RESULTS, what)])
     raise SettingsError([Problem(store.uri, "there is no run; give the folder of one, or its results.json")])

@@ -33,7 +33,7 @@ from job.runs.lease import fenced, take
 from job.runs.run_log import QUESTIONS, IdleLimit, how_far, idle_attempts, read_logged
 from job.runs.run_settings import compare_settings
 from job.runs.stage_records import fingerprint
-from job.storage.base import current_tag, delete_in_turn, upload_in_turn, write_in_turn
+from job.storage.base import delete_in_turn, read_record, upload_in_turn, write_in_turn
 from job.storage.open import ObjectStore
 from job.storage.verified_download import fetch_artifact
 
@@ -134,13 +134,16 @@ class Attempt:
 
     @contextmanager
     def timed(self, stage: Stage) -> Iterator[None]:
-        """Log lines within carry the stage's name, and its seconds are counted.
+        """Log lines within carry the stage's name, and its seconds are counted; lines say when it begins and is done.
 
         Raises:
             Preempted: The job has to end.
         """
         name = stage.value
+        again = name in self.stage_seconds  # what `stage` keeps of the pull, which is done by then
         with log.stage(name):
+            if not again:
+                log.get_logger().info("stage begins")
             self.faults.at("stage", name)
             self.alive()
             self._stage = (name, time.monotonic())
@@ -150,6 +153,8 @@ class Attempt:
             finally:
                 seconds, self._stage = self._stages_so_far(), None
                 self.stage_seconds = seconds
+        if not again:
+            log.get_logger().info("stage is done", stage=name, seconds=round(seconds[name], 2))
 
     def _stages_so_far(self) -> dict[str, float]:
         """Seconds by stage, the one that is going on included: a killed attempt is known by its last note."""
@@ -172,17 +177,16 @@ class Attempt:
         name, adapter = stage.value, TypeAdapter(kind)
         kept = self.processes.share(f"record of {name}", lambda: self._kept(name, adapter))
         if kept is not None:
-            log.get_logger().info("stage was finished by an earlier attempt", stage=name)
+            if name not in self.stage_seconds:
+                log.get_logger().info("stage was finished by an earlier attempt", stage=name)
             return adapter.validate_json(kept)
         with self.timed(stage):
-            log.get_logger().info("stage begins")
             result = work()
             record = "" if result is None else adapter.dump_json(result).decode()
             if self.processes.leads:
                 self.keep(name, record)
         record = self.processes.share(f"result of {name}", lambda: record)
         self.note("running")
-        log.get_logger().info("stage is done", stage=name, seconds=round(self.stage_seconds[name], 2))
         return adapter.validate_json(record)
 
     def identify(self, pulled: Pulled) -> None:
@@ -202,11 +206,11 @@ class Attempt:
     def keep(self, name: str, record: str) -> None:
         """Writes a record (a JSON object) that `recorded` and `stage` read in later attempts."""
         key = stage_key(name)
-        tag = current_tag(self.store, key)
+        tag = self.store.tag(key)
         write_in_turn(self.store, key, stage_records.render(record, self.run or "", self.number), tag)
 
     def _read_record(self, name: str, adapter: TypeAdapter[T]) -> T | None:
-        stored = self.store.read(stage_key(name))
+        stored = read_record(self.store, stage_key(name))
         if stored is None:
             return None
         try:

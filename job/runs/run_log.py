@@ -13,12 +13,13 @@ from pydantic import TypeAdapter
 
 from job.common.hashing import sealed, unsealed
 from job.common.validation import first_error
-from job.errors import DataError, NoProgress, Preempted, Problem
+from job.errors import NoProgress, Preempted
+from job.log import get_logger
 from job.records import AttemptRecord
 from job.runs.layout import CHECKPOINTS, Stage, attempt_key, checkpoint_part
 from job.runs.lease import attempt_numbers
 from job.runs.stage_records import RUN
-from job.storage.base import write_in_turn
+from job.storage.base import read_record, write_in_turn
 from job.storage.open import ObjectStore
 
 QUESTIONS = "questions"
@@ -117,11 +118,7 @@ def parse_record(data: bytes) -> AttemptRecord:
 
 
 def read_run_log(store: ObjectStore, epoch: int) -> list[AttemptRecord]:
-    """The records of the attempts before `epoch`; one that still says `running` was killed.
-
-    Raises:
-        DataError: A record is damaged.
-    """
+    """The records of the attempts before `epoch`; `running` means killed, and damaged ones are left out."""
     return [logged.record for logged in read_logged(store, epoch)]
 
 
@@ -136,9 +133,9 @@ def close_run_log(store: ObjectStore, epoch: int, started: str, run: str | None 
     """Like `read_run_log`, and ends all records before `epoch` for good: a manifest is going to hold their hashes.
 
     An attempt that was replaced while it stood still may be about to write its record. Every record that is noted as
-    running is changed here, and one that lacks is made, so the condition of that write fails and it ends as replaced. A
-    record that somebody removed gets one without times, too: checkpoints may name its attempt. So does a record of
-    another run or attempt. A record of an attempt that is still to come is nobody's, and goes.
+    running is changed here, and one that lacks is made, so the condition of that write fails and it ends as replaced.
+    An attempt whose record was removed or is damaged gets one without times, too: checkpoints may name it. So does one
+    with the record of another run or attempt. A record of an attempt that is still to come is nobody's, and goes.
 
     Args:
         store: The run's own, fenced.
@@ -147,7 +144,6 @@ def close_run_log(store: ObjectStore, epoch: int, started: str, run: str | None 
         run: Fingerprint of the run.
 
     Raises:
-        DataError: A record is damaged.
         Replaced: Another attempt owns the run.
     """
     there = attempt_numbers(store)
@@ -169,15 +165,16 @@ def close_run_log(store: ObjectStore, epoch: int, started: str, run: str | None 
 
 
 def _read(store: ObjectStore, number: int) -> tuple[LoggedAttempt | None, str | None]:
-    """An attempt's record and the tag of its object."""
+    """An attempt's record, None if it is missing or damaged, and the tag of its object."""
     key = attempt_key(number)
-    if (stored := store.read(key)) is None:
+    if (stored := read_record(store, key)) is None:
         return None, None
     try:
         return parse_logged(stored.data), stored.tag
     except ValueError as error:
-        what = f"{first_error(error)}; remove it to go on without it"
-        raise DataError([Problem(f"{store.uri}/{key}", what)]) from None
+        what = "record of an attempt is damaged and ignored: its seconds are not part of the run's cost"
+        get_logger().warning(what, file=f"{store.uri}/{key}", why=first_error(error))
+        return None, stored.tag
 
 
 def _ended(record: AttemptRecord) -> AttemptRecord:

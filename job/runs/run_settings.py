@@ -18,7 +18,7 @@ from job.errors import Problem, SettingsError, environment_name
 from job.records import Pulled
 from job.runs import stage_records
 from job.runs.layout import SETTINGS, Stage, stage_key
-from job.storage.base import Stored
+from job.storage.base import Stored, read_record
 from job.storage.open import Conflict, ObjectStore
 
 
@@ -47,7 +47,7 @@ def keep_settings(store: ObjectStore, settings: Mapping[str, Any]) -> None:
     Raises:
         SettingsError: Another attempt began the run meanwhile, with other settings.
     """
-    stored = store.read(SETTINGS)
+    stored = read_record(store, SETTINGS)
     if _settings_in(store, stored) is None:
         with contextlib.suppress(Conflict):
             store.write(SETTINGS, sealed(settings), if_absent=stored is None, if_tag=stored.tag if stored else None)
@@ -74,7 +74,7 @@ def compare_settings(
     Raises:
         SettingsError: With every setting that is another than in the first attempt.
     """
-    before = _settings_in(store, store.read(SETTINGS))
+    before = _settings_in(store, read_record(store, SETTINGS))
     after: dict[str, Any] = json.loads(json.dumps(settings))
     if before is None:
         _compare_with_pull(store, after)
@@ -83,7 +83,8 @@ def compare_settings(
     expected = before | {name: added.get(name) for name in after if name not in before}
     changed = sorted(name for name in expected if expected[name] != after.get(name))
     if changed:
-        raise SettingsError([_changed(name, expected[name], after.get(name)) for name in changed])
+        problems = [_changed(name, expected[name], after.get(name)) for name in changed]
+        raise SettingsError(problems, advice="give what the run began with, or another JOB_RUN__ID for a new run")
     return {name: value for name, value in after.items() if name in before}
 
 
@@ -113,7 +114,7 @@ def _settings_in(store: ObjectStore, stored: Stored | None) -> dict[str, Any] | 
 
 
 def _compare_with_pull(store: ObjectStore, settings: Mapping[str, Any]) -> None:
-    stored = store.read(stage_key(Stage.PULL))
+    stored = read_record(store, stage_key(Stage.PULL))
     if stored is None:
         return
     try:
@@ -127,5 +128,5 @@ def _compare_with_pull(store: ObjectStore, settings: Mapping[str, Any]) -> None:
 
 
 def _changed(name: str, before: Any, after: Any) -> Problem:
-    what = f"this run began with {before!r}, not {after!r}; use another JOB_RUN__ID"
+    what = f"this run began with {before!r}, not {after!r}"
     return Problem(environment_name(name), what)

@@ -30,6 +30,17 @@ _PORT = re.compile(r"[1-9][0-9]{0,4}", re.ASCII)
 _MANY_PASSES = 1e6
 _RANGE = re.compile(r"([0-9]{1,4})(?:-([0-9]{1,4}))?", re.ASCII)
 _DEPTH = 2  # group and name; what lies deeper is an item of a value
+_WHOLE, _NUMERIC = "must be a whole number, such as 16", "must be a number, such as 0.5 or 2e-4"
+_IN_WORDS: Mapping[tuple[str, object], str] = {
+    **{(kind, None): _WHOLE for kind in ("int_parsing", "int_from_float", "int_type")},
+    **{(kind, None): _NUMERIC for kind in ("float_parsing", "float_type")},
+    ("less_than_equal", 1): "must be at most 1: it is a fraction, of which 0.05 is 5 %",
+    ("string_too_short", 1): "must not be empty",
+    ("string_pattern_mismatch", None): (
+        "must begin with a letter or digit and hold at most 128 letters, digits, '.', '_' and '-'"
+    ),
+}
+"""pydantic's kind of an error, and where it matters the limit of its field -> the message."""
 _ARCHIVES = {"GLACIER", "DEEP_ARCHIVE"}
 
 T = TypeVar("T")
@@ -63,6 +74,8 @@ def _flag_or_auto(value: object) -> object:
 def _no_flag(value: object) -> object:
     if value is True or value is False:
         raise ValueError("must be a number, not true or false")
+    if isinstance(value, str) and value.rstrip().endswith("%"):
+        raise ValueError("must be a number without a percent sign: 1 % is 0.01")
     return value
 
 
@@ -151,7 +164,7 @@ def _pairs(value: object) -> object:
         return _parsed(value)
     pairs = [item.partition("=") for item in value.split(",")] if value.strip() else []
     if not all(equals for _, equals, _ in pairs):
-        raise ValueError("must be name=value pairs with commas between them, or a JSON object")
+        raise ValueError("must be name=value pairs with commas between them, such as a=x,b=y, or a JSON object")
     if len({name.strip() for name, _, _ in pairs}) < len(pairs):
         raise ValueError("has the same name twice; remove one")
     return {name.strip(): item.strip() for name, _, item in pairs}
@@ -191,7 +204,7 @@ def _location(text: str) -> str:
             raise ValueError("has one slash after the colon; write s3://bucket/key, or ./ before a path with a colon")
         return text
     if scheme not in schemes():
-        raise ValueError("of all URIs only s3://bucket/key is understood; else give a path")
+        raise ValueError("of all URIs only s3://bucket/key is understood; give a path, or a hub id as org/name")
     bucket, _, key = rest.rstrip("/").partition("/")
     if not _BUCKET.fullmatch(bucket):
         raise ValueError(f"after {scheme}:// comes a bucket: 3 to 63 lower-case letters, digits, dots and hyphens")
@@ -245,6 +258,8 @@ def _held_out(value: object) -> object:
     """A share, a number of rows, or a source."""
     if isinstance(value, str):
         text = value.strip()
+        if _NUMBER.fullmatch(text.removesuffix("%").rstrip()) and text.endswith("%"):
+            raise ValueError("must be a share without a percent sign, such as 0.05 for 5 %")
         if not _NUMBER.fullmatch(text):
             return _location(_printable(text))
         value = int(text) if text.lstrip("+-").isdecimal() else float(text)
@@ -313,8 +328,8 @@ def explain(error: Mapping[str, Any]) -> str:
         return str(context["error"])
     if kind == "literal_error":
         return f"must be {context['expected']}"
-    if kind == "string_pattern_mismatch":
-        return "must begin with a letter or digit and hold at most 128 letters, digits, '.', '_' and '-'"
-    what = re.sub(r"^\w+ should|, unable to parse.*| after validation.*", "", error["msg"]).strip()
-    what = f"must {what}" if " should " in error["msg"] else f"is wrong: {what}"
+    what = _IN_WORDS.get((kind, context.get("min_length", context.get("le")))) or _IN_WORDS.get((kind, None))
+    if what is None:
+        what = re.sub(r"^\w+ should|, unable to parse.*| after validation.*", "", error["msg"]).strip()
+        what = f"must {what}" if " should " in error["msg"] else f"is wrong: {what}"
     return what if len(error["loc"]) <= _DEPTH else f"holds an item that {what}"

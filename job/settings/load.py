@@ -12,7 +12,7 @@ import re
 from argparse import ArgumentParser
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
@@ -59,14 +59,21 @@ Fault = tuple[str, str]
 _REVISIONS = find_markers(Settings, RevisionOf)
 
 
-def load_settings(arguments: Sequence[str] = (), environ: Mapping[str, str] | None = None) -> Settings:
+def load_settings(
+    arguments: Sequence[str] = (), environ: Mapping[str, str] | None = None, *, options: Sequence[str] = ()
+) -> Settings:
     """The settings that all sources add up to, by the precedence in `Settings.settings_customise_sources`.
+
+    Args:
+        arguments: The command line behind the command, without its own options.
+        environ: The environment; None for that of this process.
+        options: The command's own options, without dashes, to name the one that a mistyped setting may mean.
 
     Raises:
         SettingsError: With all problems at once, each with the place its value came from.
     """
     environ = os.environ if environ is None else environ
-    request = Request(arguments, environ, detect(environ))
+    request = Request(arguments, environ, detect(environ), options)
     settings, wrong = _read(request, NAMES)
     problems = [*request.problems, *wrong.values()]
     if fault := find_machines(request.platform).fault:
@@ -211,7 +218,45 @@ def add_options(parser: ArgumentParser, *, reading: bool = False) -> None:
         groups = {name.partition(".")[0] for name in READING}
         fields: dict[str, Any] = {n: (f.annotation, f) for n, f in Settings.model_fields.items() if n in groups}
         settings = create_model("Settings", __base__=Options, **fields)
-    CliSettingsSource(settings, root_parser=parser)
+    CliSettingsSource(settings, root_parser=parser, add_argument_method=_add_in_words)
+
+
+_IN_WORDS = (
+    (r"tuple\[str,\.\.\.\]", "NAME,NAME,..."),
+    (r"tuple\[int,\.\.\.\]", "N,N-N,..."),
+    (r"Mapping\[str,int\]", "NAME=N,..."),
+    (r"Mapping\[str,str\]", "NAME=TEXT,..."),
+    (r"Mapping\[str,Any\]", "JSON"),
+    (r"\{int,float\}", "NUMBER"),
+    (r"\bbool\b", "true,false"),
+    (r"\bint\b", "N"),
+    (r"\bfloat\b", "NUMBER"),
+    (r"\bstr\b", "TEXT"),
+    (r"^true,false$", "{true,false}"),
+    (r"^\{N,NUMBER,TEXT\}$", "NUMBER|TEXT"),
+    (r"^\{(\{.*\}),(.*)\}$", r"\1|\2"),
+)
+"""How `--help` writes the types that pydantic-settings names as Python does."""
+_DEFAULTS = (
+    (r" \(default factory: new_run_id\)", ""),  # the field's documentation says it
+    (r"\(default(?: factory)?: (?:None|dict)\)", "(default: empty)"),
+    (r"\(default: (True|False)\)", lambda found: f"(default: {found[1].lower()})"),
+    (r"\(default: \('(\w+)',\)\)", r"(default: \1)"),
+)
+
+
+def _add_in_words(parser: ArgumentParser, *names: str, **how: Any) -> Any:
+    """`add_argument`, with types and defaults in words that need no Python."""
+    group, _, key = names[0].removeprefix("--").partition(".")
+    fields = Settings.model_fields[group].annotation.model_fields if key else Settings.model_fields  # type: ignore[union-attr]
+    choices = get_args(fields[key or group].annotation)
+    if any(isinstance(choice, str) and "," in choice for choice in choices):
+        how["metavar"] = f"{{{'|'.join(choices)}}}"
+    for pattern, word in _IN_WORDS:
+        how["metavar"] = re.sub(pattern, word, how["metavar"])
+    for pattern, text in _DEFAULTS:
+        how["help"] = re.sub(pattern, text, how["help"])
+    return parser.add_argument(*names, **how)
 
 
 def json_schema() -> dict[str, Any]:

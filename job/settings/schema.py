@@ -170,9 +170,9 @@ class Lora(Group):
     """Adapter to go on training, instead of a new one: hub id, `s3://` URI or path of a LoRA adapter in safetensors, of
     the same rank, alpha and layers. Learning preferences, it is also the reference."""
     target_modules: AffectsResult[Literal["auto", "all-linear", "attention", "mlp"] | Names] = "auto"
-    """Names of the linear layers that get an adapter. `auto` or `all-linear`: all linear layers but the output head; in
-    models like Llama and Mistral the seven projections of each decoder layer. `attention`, `mlp`: those within
-    modules of this kind."""
+    """Names of the linear layers that get an adapter, such as `q_proj,v_proj`. `auto` or `all-linear`: all linear
+    layers but the output head; in models like Llama and Mistral the seven projections of each decoder layer.
+    `attention`, `mlp`: those within modules of this kind."""
     layers: AffectsResult[Maybe[Layers]] = None
     """Numbers of the decoder's layers that get an adapter, from 0, such as `0-15,20`; empty for all."""
     rank_pattern: AffectsResult[Pattern] = Field(default_factory=dict)
@@ -355,7 +355,7 @@ class Eval(Group):
     """Evaluation, before and after training."""
 
     tasks: AffectsResult[Names] = ("arc_easy",)
-    """Names of multiple-choice tasks of lm-eval, separated by commas."""
+    """Names of multiple-choice tasks of lm-eval, separated by commas, such as `arc_easy,piqa`."""
     limit: AffectsResult[Maybe[Annotated[Count, Field(ge=2)]]] = None
     """Number of questions of each task, at least 2; empty: all."""
     data: AffectsResult[Annotated[Locations, SageMakerChannel("evaluation")]] = Field(default_factory=dict)
@@ -479,8 +479,8 @@ class Settings(Options):
         settings_cls: type[BaseSettings],
         init_settings: PydanticBaseSettingsSource,
         env_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - pydantic-settings' signature
-        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - pydantic-settings' signature
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - pydantic-settings' signature
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Precedence: of two sources that give a setting, the one that is named first here wins.
 

@@ -45,6 +45,7 @@ SECRETS_DIR = "secrets_dir"  # a folder of files that are named like variables; 
 # Assumed upper bound of SageMaker's delay in copying a folder, for which it states no figure; a few GB take less.
 COPIED_WITHIN_SECONDS = 300
 _SHOWN_NAME = 80
+_NEAR_GROUP = 0.75  # similarity (difflib's ratio) from which a name is taken for that of a group: modle, model
 # Put into hyperparameters.json by SageMaker's own SDK and tuner.
 _SAGEMAKER_PREFIXES = ("sagemaker_", "_tuning_")
 
@@ -56,6 +57,8 @@ class Request:
     arguments: Sequence[str]
     environ: Mapping[str, str]
     platform: Platform
+    options: Sequence[str] = ()
+    """The command's own options, without dashes, which a mistyped name on the command line may be meant for."""
     layers: list[Layer] = field(default_factory=list)
 
     @property
@@ -85,7 +88,7 @@ class Source(PydanticBaseSettingsSource, ABC):
     def _read(self) -> Layer:
         """What this source gives, by dotted name, and what is wrong with it."""
 
-    def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:  # noqa: ARG002
+    def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:  # noqa: ARG002 - pydantic-settings' signature
         """Required by the base class, but not called: `__call__` returns all values at once."""
         return None, "", False
 
@@ -149,7 +152,7 @@ class CommandLine(Source):
                 value = next(rest)[1]
             name = _canonical(key)
             if name not in self.names and name != CONFIG:
-                known = (*self.names, CONFIG)
+                known = (*self.names, CONFIG, *self.request.options)
                 layer.problems.append(_unknown("command line --", key, known, lambda name: f"--{name}"))
             elif not equals and follower.startswith("--"):
                 layer.problems.append(Problem(f"command line --{key}", f"needs a value: --{key}=VALUE"))
@@ -333,7 +336,7 @@ def _parse_yaml(text: str) -> object:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        raise ValueError(f"line {mark.line + 1}" if mark else "") from None
+        raise ValueError(f"line {mark.line + 1} column {mark.column + 1}" if mark else "") from None
     return {} if tree is None else tree
 
 
@@ -367,6 +370,17 @@ def _unknown(where: str, key: str, names: Collection[str], spell: Callable[[str]
     shown = ascii(key[:_SHOWN_NAME])[1:-1]
     members = [spell(name) for name in names if name.startswith(_canonical(key) + ".")]
     if members:
-        return Problem(where + shown, f"is a group of settings, not one of them; give {', '.join(members)}")
-    nearest = get_close_matches(_canonical(key[:_SHOWN_NAME]), names, n=1, cutoff=0.0)[0]
-    return Problem(where + shown, f"is no setting; the nearest is {spell(nearest)}")
+        what = f"is a group of settings, not one of them; give a setting of it, such as {members[0]}"
+        return Problem(where + shown, what)
+    groups = {name.partition(".")[0] for name in names if "." in name}
+    if group := get_close_matches(_canonical(key[:_SHOWN_NAME]), groups, n=1, cutoff=_NEAR_GROUP):
+        return Problem(where + shown, f"is no setting; the nearest is the group of settings {spell(group[0])}")
+    if nearest := _nearest(_canonical(key[:_SHOWN_NAME]), names):
+        return Problem(where + shown, f"is no setting; the nearest is {' or '.join(map(spell, nearest))}")
+    return Problem(where + shown, "is no setting, and none has a similar name; `qlora-job config` lists them all")
+
+
+def _nearest(key: str, names: Collection[str]) -> list[str]:
+    """The names that a mistyped one may stand for: those of this name in any group, else the most similar one."""
+    of_a_group = [name for name in names if "." not in key and name.rpartition(".")[2] == key]
+    return of_a_group or get_close_matches(key, names, n=1)

@@ -15,7 +15,8 @@ from job.evaluation.parallel_scoring import ParallelScoring
 from job.evaluation.samples import write_samples
 from job.evaluation.score_cache import ScoreCache, score_conditions
 from job.evaluation.scorer import Scores, score_questions
-from job.model.lora import adapter_off, load_adapter
+from job.model.adapter_files import load_adapter
+from job.model.lora import adapter_off
 from job.model.packed_attention import is_packed
 from job.records import Artifact, Evaluated, ModelRecord, Question, Trained
 from job.runs.attempt import Attempt

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from job.data.examples import Examples
 from job.evaluation.tasks import Tasks
-from job.model.lora import PublishedNames
+from job.model.published_names import PublishedNames
 from job.model.quantized_cache.layout import CachedBase, CacheEntry
 from job.records import Example, ExecutionPlan, ModelRecord, Packing, Pulled
 from job.results.baseline import Baseline
@@ -30,8 +32,8 @@ class Sources:
     folder: Path
     quantized: bool
     tokenizer: Any
-    examples: list[Example]
-    validation: list[Example]
+    examples: Examples
+    validation: Sequence[Example]
     start: Path | None
     original: Path | None
     tasks: Tasks | None

@@ -7,13 +7,15 @@ from typing import Any
 
 from job import log
 from job.common.malloc import keep_freed_memory
+from job.data.examples import lengths_of
 from job.distributed.processes import ALONE, Processes
 from job.errors import Problem, SettingsError
 from job.model.adapter_options import make_options
 from job.model.base import PLAIN, choose_device, choose_dtype, describe_model, load_base, make_deterministic
-from job.model.lora import add_adapter, find_published_names
+from job.model.lora import add_adapter
 from job.model.packed_attention import NAME, use
 from job.model.packing_check import choose_packing
+from job.model.published_names import find_published_names
 from job.model.quantized_cache.cache import save
 from job.model.quantized_cache.layout import cached_base
 from job.model.start_adapter import load_start
@@ -88,7 +90,7 @@ def load(settings: Settings, sources: Sources, processes: Processes = ALONE, dec
     budget = min(processes.gather("token budget", own))  # it affects the result's bits, so all processes use the same
     plan = prepare(
         model,
-        [len(example.input_ids) for example in sources.examples],
+        lengths_of(sources.examples),
         global_batch_size=settings.train.global_batch_size,
         quantization=settings.model.quantization,
         optimizer=settings.train.optimizer,

@@ -21,7 +21,7 @@ from job.runs.layout import CARD, REPORT, RESULTS, answers_key
 from job.runs.run_log import close_run_log
 from job.settings.load import Settings, redacted
 from job.stages.handoff import Sources
-from job.storage.base import current_tag, write_in_turn
+from job.storage.base import write_in_turn
 
 
 def publish(
@@ -84,7 +84,7 @@ def publish(
     )
     results = manifest.sealed(publish_report_and_card(attempt, results))
     manifest.validate(results)
-    write_in_turn(attempt.store, RESULTS, sealed(results), current_tag(attempt.store, RESULTS))
+    write_in_turn(attempt.store, RESULTS, sealed(results), attempt.store.tag(RESULTS))
     return results
 
 

@@ -9,7 +9,6 @@ import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,38 +17,36 @@ from pydantic import TypeAdapter
 from job import log
 from job.common import host
 from job.common.hashing import code_hashes
-from job.common.resources import check_disk, required_bytes
+from job.common.resources import check_disk, required_bytes, usable_cpus
 from job.common.source_list import Source, locate_sources, parse_sources
 from job.common.threads import in_thread
-from job.data.dataset import check_source
-from job.data.formats import find_file
 from job.data.hub_dataset import check_hub_dataset
-from job.data.training_and_validation import ValidationSource, load_rows, what_to_validate_on
+from job.data.token_cache import Tokens, load_tokens, open_tokens
+from job.data.training_and_validation import ValidationSource, what_to_validate_on
 from job.errors import DataError, JobError, Preempted, Problem
 from job.evaluation.tasks import Tasks, check_lengths, load_tasks
 from job.model.adapter_options import MANY_STEPS, make_options
 from job.model.base import choose_device, choose_dtype, inspect, load_tokenizer
 from job.model.files import fingerprint
-from job.model.lora import tokenizer_files
 from job.model.quantized_cache.cache import find
 from job.model.quantized_cache.layout import CachedBase, CacheEntry, entry_at, entry_for
 from job.model.start_adapter import check_start, find_start, hash_start
-from job.records import DatasetRecord, Example, Pulled
+from job.model.tokenizer_files import tokenizer_files
+from job.records import Pulled
 from job.results.baseline import check_questions, read_baseline
 from job.runs.attempt import Attempt
 from job.runs.layout import ADAPTER, BASE, Stage
 from job.settings.load import Settings
 from job.settings.training_stages import start_of
 from job.stages.handoff import Sources
+from job.stages.inputs import check_inputs
 from job.stages.preload import import_libraries
-from job.storage.base import disk_errors
 from job.storage.hub import MAX_SMALL_BYTES, download_model, import_client
 from job.storage.location import is_remote
 from job.storage.open import ObjectStore, StorageOptions, fetch, open_store, size
 
 CODE = ("job.model.base", "job.model.files", "job.model.quantized_cache.cache", "job.model.quantized_cache.layout")
 """Modules whose code decides the bits of a quantized base."""
-_EXAMPLES = TypeAdapter(tuple[list[Example], list[Example]])
 _POLL_SECONDS = 0.5
 _CLEANUP_SECONDS = 3.0
 
@@ -73,8 +70,7 @@ class _Shared:
     record: Pulled
     folder: str
     quantized: bool
-    examples: str
-    """A file with both, the examples and those for validation."""
+    tokens: str
     start: str | None
 
 
@@ -92,12 +88,14 @@ def pull(attempt: Attempt, settings: Settings, storage: StorageOptions, later: S
     processes = attempt.processes
     date = processes.share("date of the run", lambda: settings.data.date or _date(attempt))
     if processes.place.local_world_size == 1:
-        return _pull(attempt, settings, storage, date, later)
+        return _pull(attempt, settings, storage, date, later)[0]
     if processes.place.local_rank:
         import_libraries()  # while the first process downloads
+    elif processes.place.rank:  # another machine, whose files process 0 has not seen
+        check_inputs(settings, later, begun=True)
     sources = _pull(attempt, settings, storage, date, later) if processes.place.local_rank == 0 else None
-    shared = processes.share_on_machine("sources", lambda: _write_shared(sources, attempt.work) if sources else None)
-    return sources or _read_shared(TypeAdapter(_Shared).validate_json(shared or ""))
+    shared = processes.share_on_machine("sources", lambda: _write_shared(*sources) if sources else None)
+    return sources[0] if sources else _read_shared(TypeAdapter(_Shared).validate_json(shared or ""))
 
 
 def _date(attempt: Attempt) -> str:
@@ -108,25 +106,22 @@ def _date(attempt: Attempt) -> str:
     return min([attempt.started, *(record.started for record in attempt.earlier)])[: len("2026-01-31")]
 
 
-def _write_shared(sources: Sources, work: Path) -> str:
-    examples = work / "examples.json"
-    with disk_errors(f"cannot write {examples}"):
-        examples.write_bytes(_EXAMPLES.dump_json((sources.examples, sources.validation)))
+def _write_shared(sources: Sources, tokens: Path) -> str:
     start = None if sources.start is None else str(sources.start.absolute())
-    shared = _Shared(sources.record, str(sources.folder.absolute()), sources.quantized, str(examples.absolute()), start)
+    shared = _Shared(sources.record, str(sources.folder.absolute()), sources.quantized, str(tokens.absolute()), start)
     return TypeAdapter(_Shared).dump_json(shared).decode()
 
 
 def _read_shared(shared: _Shared) -> Sources:
     folder = Path(shared.folder)
-    examples, validation = _EXAMPLES.validate_json(Path(shared.examples).read_bytes())
+    tokens = open_tokens(Path(shared.tokens))
     return Sources(
         shared.record,
         folder,
         shared.quantized,
         load_tokenizer(folder),
-        examples,
-        validation,
+        tokens.examples,
+        tokens.validation or (),
         None if shared.start is None else Path(shared.start),
         None,
         tasks=None,
@@ -137,8 +132,8 @@ def _read_shared(shared: _Shared) -> Sources:
 
 def _pull(
     attempt: Attempt, settings: Settings, storage: StorageOptions, date: str, later: Sequence[Settings]
-) -> Sources:
-    _check_places(settings, later)
+) -> tuple[Sources, Path]:
+    """What is pulled, and the folder of its tokens."""
     gate = settings.gate
     baseline = None if gate.baseline is None else read_baseline(gate.baseline, storage)
     check_disk(attempt.work, required_bytes(size(place, storage) for place in _places(settings, later)))
@@ -176,15 +171,15 @@ def _pull(
         )
         checked.set_result(None)
 
-        def alive() -> None:
-            attempt.alive()
+        def alive(*, progress: bool = True) -> None:
+            attempt.alive(progress=progress)
             if coming.done():
                 coming.result()  # an error of the weights ends the reading of rows
 
         how: dict[str, Any] = {"date": date, "vocabulary": _vocabulary(folder), "alive": alive}
-        examples, held_out, dataset = _read_rows(settings, source, validation, tokenizer, **how)
+        tokens = _read_rows(attempt, settings, source, validation, tokenizer, **how)
         for stage in later:
-            _read_rows(stage, _fetch(attempt, stage.data.source, "later", storage), None, tokenizer, **how)
+            _read_rows(attempt, stage, _fetch(attempt, stage.data.source, "later", storage), None, tokenizer, **how)
         model: _Model = _wait(attempt, coming)
     except JobError as error:
         checked.cancel()
@@ -192,22 +187,24 @@ def _pull(
             wait([coming], _CLEANUP_SECONDS)  # the thread removes a quantized base that it has copied in part
         raise
     attempt.alive()
+    dataset = tokens.record
     log.get_logger().info("data is ready", rows=dataset.rows, skipped=dataset.skipped, tokens=dataset.tokens)
     start_sha256 = None if start is None else hash_start(start)
     record = Pulled(dataset, model.sha256, model.revision, tasks.fingerprints(), start_sha256)
-    return Sources(
+    sources = Sources(
         record,
         model.folder,
         model.quantized,
         tokenizer,
-        examples,
-        held_out,
+        tokens.examples,
+        tokens.validation or (),
         start,
         model.original,
         tasks,
         baseline,
         model.cache_entry,
     )
+    return sources, tokens.folder
 
 
 def _places(settings: Settings, later: Sequence[Settings]) -> set[str]:
@@ -217,35 +214,6 @@ def _places(settings: Settings, later: Sequence[Settings]) -> set[str]:
     validation = _what_to_validate_on(settings)
     own = {validation.name} if isinstance(validation, ValidationSource) else set()
     return {settings.model.id, *data, *own, *settings.eval.data.values()}
-
-
-def _check_places(settings: Settings, later: Sequence[Settings]) -> None:
-    """Refuses missing data and question files, before anything is fetched or imported.
-
-    Raises:
-        DataError: Files are missing; it lists all of them.
-        SettingsError: A data set of the hub has no revision.
-    """
-    checks: list[tuple[str, Callable[[], object]]] = [
-        *(
-            (one.place, partial(check_source, one.place, one.revision or d.revision, d.split))
-            for d in (settings.data, *(stage.data for stage in later))
-            for one in parse_sources(d.source)
-        ),
-        *((place, partial(find_file, place)) for place in settings.eval.data.values()),
-    ]
-    if isinstance(validation := _what_to_validate_on(settings), ValidationSource):
-        how = (validation.revision, validation.split, "JOB_DATA__VALIDATION_REVISION")
-        checks.append((validation.name, partial(check_source, validation.name, *how)))
-    problems: list[Problem] = []
-    for place, check in checks:
-        try:
-            if not is_remote(place):
-                check()
-        except DataError as error:
-            problems += error.problems
-    if problems:
-        raise DataError(problems)
 
 
 def _find_start(attempt: Attempt, settings: Settings, storage: StorageOptions) -> Path | None:
@@ -328,17 +296,21 @@ def _fetch_validation(attempt: Attempt, settings: Settings, storage: StorageOpti
 
 
 def _read_rows(
+    attempt: Attempt,
     settings: Settings,
     source: str | Sequence[Source],
     validation: float | ValidationSource | None,
     tokenizer: Any,
     **how: Any,
-) -> tuple[list[Example], list[Example], DatasetRecord]:
-    """The examples for training and for validation; `how` goes to `load_examples`."""
-    data = settings.data
-    return load_rows(
+) -> Tokens:
+    """The tokens for training and for validation; `how` goes to `load_examples`."""
+    data, cache = settings.data, settings.storage.cache
+    return load_tokens(
         source,
         validation,
+        root=attempt.work if cache is None else Path(cache),
+        keep=cache is not None,
+        processes=usable_cpus(),
         name=data.source,
         revision=data.revision,
         split=data.split,

@@ -17,12 +17,13 @@ from typing import Any
 
 from job import log
 from job.common.hashing import code_hashes
+from job.data.examples import Examples
 from job.errors import DataError
 from job.evaluation.parallel_scoring import ParallelScoring
 from job.evaluation.score_cache import ScoreCache, score_conditions
 from job.evaluation.scorer import Scores, score_questions
 from job.model.lora import adapter_off
-from job.records import Artifact, ChoiceScore, Example, Question, Referenced
+from job.records import Artifact, ChoiceScore, Question, Referenced
 from job.runs.attempt import Attempt
 from job.runs.layout import LOG_PROBS, REFERENCE, SCORES
 from job.settings.load import Settings
@@ -37,7 +38,7 @@ CODE = ("job.training.lm_head_loss", "job.training.packing", "job.training.prefe
 
 def with_reference(
     attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded, shared: ObjectStore
-) -> tuple[list[Example], list[Artifact]]:
+) -> tuple[Examples, list[Artifact]]:
     """The examples with the reference's log-probabilities, and the file in which these are published.
 
     Called in all processes, before training changes the adapter. `shared` is the store of all runs.
@@ -54,8 +55,7 @@ def with_reference(
     artifact = Artifact(**json.loads(record))
     path = processes.share_on_machine("reference on this machine", lambda: str(attempt.fetch(artifact)))
     values = [tuple(json.loads(line)) for line in Path(path).read_bytes().splitlines()]
-    pairs = zip(sources.examples, values, strict=True)
-    return [replace(example, reference=value) for example, value in pairs], [artifact]
+    return sources.examples.with_references(values), [artifact]
 
 
 def _known(attempt: Attempt) -> str:

@@ -22,7 +22,9 @@ from job.common.resources import check_disk, checkpoint_bytes, required_bytes
 from job.common.schedulers import make_schedule
 from job.data.batch_plan import steps_per_epoch
 from job.errors import Preempted, Unreachable
-from job.model.lora import copy_tokenizer, save_adapter, trainable
+from job.model.adapter_files import save_adapter
+from job.model.lora import trainable
+from job.model.tokenizer_files import copy_tokenizer
 from job.preemption.stop_flag import Stopwatch, decide
 from job.records import (
     AdapterRecord,

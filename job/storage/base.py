@@ -4,11 +4,12 @@ A store holds objects under keys (see `check_key`). All verbs may be called from
 
     read(key)       the whole object and its tag, or None: the store confirmed that there is no such object.
                     TooLarge: it has more than `max_bytes`.
+    tag(key)        the object's tag alone, whatever its size, or None as for `read`.
     write(key)      replaces the whole object, durably; returns its new tag. With `if_absent` or `if_tag` only if that
                     condition holds at the moment of writing.
                     Conflict: the condition does not hold. NotSupported: the store has no conditional writes.
-    upload(key)     like `write`, from a file of any size; with a condition of up to `MAX_READ_BYTES`. Readers see
-                    either the old object or the new one.
+    upload(key)     like `write`, from a file of any size. Readers see either the old object or the new one.
+                    A store may be without conditions for files of more than `MAX_READ_BYTES`; it writes them plainly.
                     NotSupported: the server refuses a kind of request that this needs.
     download(key)   into a file, which appears whole and durable, or not at all.
                     FileNotFoundError: there is no such object. TooLarge: it has more than `max_bytes`.
@@ -105,6 +106,9 @@ class ObjectStore(Protocol):
     def read(self, key: str, *, max_bytes: int = MAX_READ_BYTES) -> Stored | None:
         """Reads a small object into memory; None if it is confirmed to be absent. Raises `TooLarge`."""
 
+    def tag(self, key: str) -> str | None:
+        """The tag of an object of any size; None if it is confirmed to be absent."""
+
     def write(self, key: str, data: bytes, *, if_absent: bool = False, if_tag: str | None = None) -> str:
         """Writes a small object, with at most one condition; returns its new tag. Raises `Conflict`, `NotSupported`.
 
@@ -150,6 +154,11 @@ class ForwardingStore:
         """See `ObjectStore.read`."""
         with self.around("read", key):
             return self._store.read(key, max_bytes=max_bytes)
+
+    def tag(self, key: str) -> str | None:
+        """See `ObjectStore.tag`."""
+        with self.around("tag", key):
+            return self._store.tag(key)
 
     def write(self, key: str, data: bytes, *, if_absent: bool = False, if_tag: str | None = None) -> str:
         """See `ObjectStore.write`."""
@@ -246,10 +255,13 @@ def _writes(store: ObjectStore, key: str, text: str, *, if_absent: bool = False,
     return True
 
 
-def current_tag(store: ObjectStore, key: str) -> str | None:
-    """The tag of an object; None if there is no object."""
-    stored = store.read(key)
-    return None if stored is None else stored.tag
+def read_record(store: ObjectStore, key: str) -> Stored | None:
+    """Like `ObjectStore.read`, but a file too large for any record reads as an empty one, which is no record either."""
+    try:
+        return store.read(key)
+    except TooLarge:
+        tag = store.tag(key)
+        return None if tag is None else Stored(b"", tag)
 
 
 def write_in_turn(store: ObjectStore, key: str, data: bytes, tag: str | None) -> str:
@@ -272,7 +284,7 @@ def write_in_turn(store: ObjectStore, key: str, data: bytes, tag: str | None) ->
         try:
             return store.write(key, data, if_absent=tag is None, if_tag=tag)
         except Conflict:
-            tag = current_tag(store, key)
+            tag = store.tag(key)
     raise Unreachable(f"{store.uri}/{key} was changed by somebody else {_TRIES} times in a row")
 
 
@@ -280,18 +292,13 @@ def upload_in_turn(store: ObjectStore, path: Path, key: str) -> None:
     """Uploads a file on condition that the object's tag has not changed since it was read; see `write_in_turn`.
 
     Attempts may publish different bytes, such as measured times, and one that was suspended must not replace its
-    successor's file. Files of more than `MAX_READ_BYTES` are uploaded without a condition; these are weights, which are
-    the same in all attempts on one kind of machine.
+    successor's file.
 
     Raises:
         Unreachable: The object is changed again and again. Other errors of the store, such as `Replaced`, pass.
     """
-    sizes = [info.bytes for info in store.list(key) if info.key == key]
-    if max(*sizes, path.stat().st_size, 0) > MAX_READ_BYTES:
-        store.upload(path, key)
-        return
     for _ in range(_TRIES):
-        tag = current_tag(store, key)
+        tag = store.tag(key)
         with suppress(Conflict):
             store.upload(path, key, if_absent=tag is None, if_tag=tag)
             return
@@ -305,7 +312,7 @@ def delete_in_turn(store: ObjectStore, key: str) -> None:
         Unreachable: The object is changed again and again. Other errors of the store, such as `Replaced`, pass.
     """
     for _ in range(_TRIES):
-        if (tag := current_tag(store, key)) is None:
+        if (tag := store.tag(key)) is None:
             return
         with suppress(Conflict):
             store.delete(key, if_tag=tag)

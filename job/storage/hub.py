@@ -120,13 +120,19 @@ def local_model(source: str) -> Path | None:
     """The folder of a model that is named by its path; None for a hub id.
 
     Raises:
-        DataError: A path, but not to a folder.
+        DataError: A path, but not to a folder; or a name in it that is read is a pipe, a device or a link to nothing,
+            which would be waited for, or read without end.
     """
     path = Path(source)
     if path.is_dir():
+        there = sorted(one for one in path.iterdir() if any(map(one.match, (*MODEL_FILES, "*.txt"))))
+        if odd := [one for one in there if not one.is_file() and not one.is_dir()]:
+            what = "is no regular file, but a pipe, a device or a link to nothing"
+            raise DataError([Problem("JOB_MODEL__ID", f"{one} {what}") for one in odd[:3]])
         return path
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise DataError([Problem("JOB_MODEL__ID", f"{source} is not a folder")])
+        what = "is not a folder" if path.exists() else "does not exist"
+        raise DataError([Problem("JOB_MODEL__ID", f"{source} {what}; give the folder of a model, or a hub id")])
     return None
 
 

@@ -85,6 +85,15 @@ class LocalStore:
         byte_limit(f"{self.uri}/{key}", max_bytes)(len(data))
         return Stored(data, _tag(data))
 
+    def tag(self, key: str) -> str | None:
+        """See `ObjectStore.tag`."""
+        with disk_errors(f"{self.uri}: cannot read {key}"):
+            content = self._open(key)
+            if content is None:
+                return None
+            with content:
+                return hashlib.file_digest(content, "sha256").hexdigest()
+
     def write(self, key: str, data: bytes, *, if_absent: bool = False, if_tag: str | None = None) -> str:
         """See `ObjectStore.write`."""
 
@@ -113,7 +122,7 @@ class LocalStore:
                 stage(staged)
                 sync(staged)
                 with self._locked(staged.name):
-                    if if_tag is not None and self._current_tag(key) != if_tag:
+                    if if_tag is not None and self.tag(key) != if_tag:
                         raise Conflict(f"{self.uri}: {key} was changed by somebody else")
                     self._place(staged, target, only_if_absent=if_absent)
                 return
@@ -150,7 +159,7 @@ class LocalStore:
                 with self._staging(key) as (staged, _), suppress(_LockLost):
                     staged.mkdir()
                     with self._locked(staged.name):
-                        if if_tag is not None and self._current_tag(key) not in {None, if_tag}:
+                        if if_tag is not None and self.tag(key) not in {None, if_tag}:
                             raise Conflict(f"{self.uri}: {key} was changed by somebody else")
                         self._remove(path, staged)
                     return
@@ -191,13 +200,6 @@ class LocalStore:
             return path.open("rb") if _is_file(path) else None
         except FileNotFoundError:
             return None
-
-    def _current_tag(self, key: str) -> str | None:
-        content = self._open(key)
-        if content is None:
-            return None
-        with content:
-            return hashlib.file_digest(content, "sha256").hexdigest()
 
     def _folders(self, path: Path) -> tuple[Path, ...]:
         """Return the folders of `path` below the root, innermost first, and the root itself."""

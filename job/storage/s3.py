@@ -17,6 +17,7 @@ from typing import Any, Self
 from boto3.exceptions import S3UploadFailedError
 from boto3.s3.transfer import TransferConfig
 from botocore.exceptions import ClientError
+from botocore.parsers import ResponseParserError
 
 from job.errors import Unreachable
 from job.storage.base import (
@@ -53,12 +54,14 @@ _CONNECTIONS = 8
 # Pauses (seconds) before a request is repeated that the SDK does not repeat: a write that met another one in flight
 # (409), a 404 without an error code.
 _PAUSES = (0.1, 0.3, 1.0, 3.0)
+# Answers to a condition that a server does not know. Others ignore it.
+_UNKNOWN_CONDITION = {HTTPStatus.NOT_IMPLEMENTED, HTTPStatus.METHOD_NOT_ALLOWED}
 # botocore repeats requests by itself, so attempts to read a body multiply with its own.
 _MAX_BODY_ATTEMPTS = 5
 
 
 class _OtherSize(Exception):
-    """An object has another size than an answer said: it was changed, or the answer was cut within the number."""
+    """An object has another size than an answer said: it was changed, or the answer was cut within its headers."""
 
 
 class S3Store:
@@ -76,6 +79,10 @@ class S3Store:
         cold = {"StorageClass": options.storage_class} if options.storage_class else {}
         self._file_options = self._write_options | cold
         self.uri = f"s3://{bucket}/{prefix}".removesuffix("/")
+        # Conditions of the uploads that go on, by the object's whole key. The transfer manager knows none, so they are
+        # added to the one request of an upload that changes the object.
+        self._conditions: dict[str, dict[str, str]] = {}
+        client.meta.events.register("provide-client-params.s3.CompleteMultipartUpload", self._with_condition)
 
     @classmethod
     def open(cls, location: Location, options: StorageOptions) -> Self:
@@ -92,6 +99,12 @@ class S3Store:
             found = self._read(key, max_bytes)
         return None if found is None else Stored(*found)
 
+    def tag(self, key: str) -> str | None:
+        """See `ObjectStore.tag`."""
+        with self._asking("read", check_key(key)):
+            found = self._describe(key)
+        return None if found is None else found[1]
+
     def write(self, key: str, data: bytes, *, if_absent: bool = False, if_tag: str | None = None) -> str:
         """See `ObjectStore.write`."""
         return self._write(key, data, self._write_options, if_absent=if_absent, if_tag=if_tag)
@@ -99,7 +112,7 @@ class S3Store:
     def _write(
         self, key: str, data: bytes, options: Mapping[str, str], *, if_absent: bool = False, if_tag: str | None = None
     ) -> str:
-        condition = {"IfNoneMatch": "*"} if if_absent else {} if if_tag is None else {"IfMatch": if_tag}
+        condition = _condition(if_absent=if_absent, if_tag=if_tag)
         repeated = False
         with self._asking("write", check_key(key)):
             for pause in (*_PAUSES, None):
@@ -123,31 +136,61 @@ class S3Store:
 
     def upload(self, path: Path, key: str, *, if_absent: bool = False, if_tag: str | None = None) -> None:
         """See `ObjectStore.upload`."""
-        if if_absent or if_tag is not None:  # the transfer manager knows no conditions
+        condition = _condition(if_absent=if_absent, if_tag=if_tag)
+        size = path.stat().st_size
+        if condition and size <= MAX_READ_BYTES:
             with disk_errors(f"{self.uri}/{key}: cannot read {path}"):
                 data = path.read_bytes()
             self._write(key, data, self._file_options, if_absent=if_absent, if_tag=if_tag)
             return
-        threads = path.stat().st_size > _ONE_CONNECTION_BYTES
-        with disk_errors(f"{self.uri}/{key}: cannot read {path}"), self._asking("write", check_key(key)):
+        threads = size > _ONE_CONNECTION_BYTES
+        name = self._root + check_key(key)
+        with disk_errors(f"{self.uri}/{key}: cannot read {path}"), self._asking("write", key):
             try:
-                self._upload(path, key, threads=threads)
+                self._conditions[name] = condition
+                self._upload_in_parts(path, key, threads=threads)
+            except S3UploadFailedError as error:
+                answer = error.__context__
+                if not condition or not isinstance(answer, ClientError):
+                    raise
+                # A refusal may be our own success, whose answer got lost: who uploads again then replaces it by itself.
+                if _refused(answer, if_tag):
+                    raise Conflict(f"{self.uri}/{key} was written by somebody else") from None
+                if code_and_status(answer)[1] not in _UNKNOWN_CONDITION:
+                    raise
+                self._conditions.pop(name, None)
+                self._upload_in_parts(path, key, threads=threads)
+            finally:
+                self._conditions.pop(name, None)
+
+    def _upload_in_parts(self, path: Path, key: str, *, threads: bool) -> None:
+        for pause in (*_PAUSES[:2], None):
+            try:
+                return self._upload(path, key, threads=threads)
             except RuntimeError:
                 # At interpreter shutdown no new thread can be started, but this one can still finish its work.
-                self._upload(path, key, threads=False)
+                threads = False
+            except KeyError:
+                pass  # an answer lacks what S3's have: the transfer manager does not check for it
             except S3UploadFailedError as error:
                 # The answer to "complete" got lost and repeating it finds no upload, or a lifecycle rule removed it.
                 if not is_answer(error.__context__, "NoSuchUpload"):
                     raise
-                self._upload(path, key, threads=threads)
+            if pause is not None:
+                time.sleep(pause)
+        raise Unreachable(f"{self.uri}/{key}: cannot write: the answers are not those of an S3 server")
+
+    def _with_condition(self, params: dict[str, Any], **_: Any) -> dict[str, Any]:
+        return {**params, **self._conditions.get(params["Key"], {})}
 
     def download(self, key: str, path: Path, *, max_bytes: int | None = None) -> None:
         """See `ObjectStore.download`."""
         with disk_errors(f"{self.uri}/{key}: cannot write {path}"), self._asking("read", check_key(key)):
             for pause in (*_PAUSES[:2], None):
-                size = self._size(key)
-                if size is None:
+                found = self._describe(key)
+                if found is None:
                     raise FileNotFoundError(errno.ENOENT, "no such object", f"{self.uri}/{key}")
+                size = found[0]
                 byte_limit(f"{self.uri}/{key}", max_bytes)(size)
                 with suppress(_OtherSize), atomic_write(path) as temporary:
                     self._fetch(key, temporary, size, max_bytes)
@@ -163,14 +206,17 @@ class S3Store:
             _OtherSize: It has not `size` bytes.
         """
         if size > MAX_READ_BYTES:
-            self._client.download_file(
-                self._bucket,
-                self._root + key,
-                str(path),
-                ExtraArgs=self._options,
-                Callback=byte_limit(f"{self.uri}/{key}", max_bytes),
-                Config=self._transfer(threads=size > _ONE_CONNECTION_BYTES),
-            )
+            try:
+                self._client.download_file(
+                    self._bucket,
+                    self._root + key,
+                    str(path),
+                    ExtraArgs=self._options,
+                    Callback=byte_limit(f"{self.uri}/{key}", max_bytes),
+                    Config=self._transfer(threads=size > _ONE_CONNECTION_BYTES),
+                )
+            except KeyError:  # as for uploads
+                raise _OtherSize from None
         else:  # the transfer manager would ask for a range of its own length, which some servers refuse if it is larger
             found = self._read(key, MAX_READ_BYTES if max_bytes is None else max_bytes)
             path.write_bytes(b"" if found is None else found[0])
@@ -179,22 +225,33 @@ class S3Store:
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """See `ObjectStore.list`. Keys that end in `/` are the console's folders, not objects."""
-        paginator = self._client.get_paginator("list_objects_v2")
-        start = self._root + check_prefix(prefix)
-        pages = iter(paginator.paginate(Bucket=self._bucket, Prefix=start, **self._options))
+        start, rest = self._root + check_prefix(prefix), {}
         while True:
             with self._asking("list", prefix):
-                page = next(pages, None)
-            if page is None:
-                return
-            # An answer that is not a listing must not count as an empty one.
-            if "IsTruncated" not in page or any(
-                not {"Key", "Size"} <= entry.keys() for entry in page.get("Contents", ())
-            ):
-                raise Unreachable(f"{self.uri}/{prefix}: cannot list: the answer is not that of an S3 server")
+                page = self._page(start, **rest)
             for entry in page.get("Contents", ()):
                 if not entry["Key"].endswith("/"):
                     yield ObjectInfo(entry["Key"].removeprefix(self._root), entry["Size"])
+            if not page["IsTruncated"]:
+                return
+            if page["NextContinuationToken"] == rest.get("ContinuationToken"):
+                raise Unreachable(f"{self.uri}/{prefix}: cannot list: the server answers with the same page for ever")
+            rest = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def _page(self, start: str, **options: Any) -> Any:
+        """Requests a page of a listing; again if the answer is none, because it was cut or is not of an S3 server.
+
+        Raises:
+            Unreachable: No answer is a listing. It must not count as an empty one.
+        """
+        for pause in (*_PAUSES[:2], None):
+            with suppress(ResponseParserError):
+                page = self._client.list_objects_v2(Bucket=self._bucket, Prefix=start, **self._options, **options)
+                if _is_listing(page):
+                    return page
+            if pause is not None:
+                time.sleep(pause)
+        raise Unreachable(f"s3://{self._bucket}/{start}: cannot list: the answer is not that of an S3 server")
 
     def delete(self, key: str, *, if_tag: str | None = None) -> None:
         """See `ObjectStore.delete`."""
@@ -252,8 +309,7 @@ class S3Store:
     def _is_unlisted(self, key: str) -> bool:
         """Whether a listing of the store confirms that an object is absent: it would be the first with this prefix."""
         name = self._root + key
-        page = self._client.list_objects_v2(Bucket=self._bucket, Prefix=name, MaxKeys=1, **self._options)
-        return "IsTruncated" in page and all(entry.get("Key") != name for entry in page.get("Contents", ()))
+        return all(entry["Key"] != name for entry in self._page(name, MaxKeys=1).get("Contents", ()))
 
     def _read(self, key: str, max_bytes: int) -> tuple[bytes, str] | None:
         attempt = 1
@@ -276,8 +332,8 @@ class S3Store:
             attempt += 1
         return None
 
-    def _size(self, key: str) -> int | None:
-        """Return an object's size in bytes, None if it is absent.
+    def _describe(self, key: str) -> tuple[int, str] | None:
+        """An object's size in bytes and its tag, None if it is absent.
 
         The answer to GET says why it is a 404; the answer to HEAD has no body and could mean a missing bucket.
         """
@@ -287,13 +343,12 @@ class S3Store:
                 return None
             answer["Body"].close()
             total = str(answer.get("ContentRange", "")).rpartition("/")[2]
-            if total.isdecimal():
-                return int(total)
-            if "ContentLength" in answer:
-                return int(answer["ContentLength"])
+            size = total if total.isdecimal() else answer.get("ContentLength")
+            if size is not None and "ETag" in answer:
+                return int(size), str(answer["ETag"])
             if pause is not None:
                 time.sleep(pause)
-        raise Unreachable(f"{self.uri}/{key}: the answer is not that of an S3 server: it has no Content-Length")
+        raise Unreachable(f"{self.uri}/{key}: the answer is not that of an S3 server: it has no ETag or no length")
 
     def _get_first_byte(self, key: str) -> Any:
         """Requests the first byte, or a whole empty object: some servers answer 400 to a range of one."""
@@ -328,6 +383,17 @@ class S3Store:
             io_chunksize=_CHUNK_BYTES,
             preferred_transfer_client="classic",
         )
+
+
+def _condition(*, if_absent: bool, if_tag: str | None) -> dict[str, str]:
+    """What a request carries that is to be refused if somebody else wrote."""
+    return {"IfNoneMatch": "*"} if if_absent else {} if if_tag is None else {"IfMatch": if_tag}
+
+
+def _is_listing(page: Mapping[str, Any]) -> bool:
+    """Whether an answer is a whole page of a listing."""
+    entries = all({"Key", "Size"} <= entry.keys() for entry in page.get("Contents", ()))
+    return "IsTruncated" in page and entries and (not page["IsTruncated"] or "NextContinuationToken" in page)
 
 
 def _says_its_length(answer: Mapping[str, Any]) -> bool:

@@ -138,7 +138,7 @@ class _Tracker:
     def __init__(self, name: str, start: Mapping[str, Any], environ: Mapping[str, str]) -> None:
         self.name, self._slow, self._quiet = name, False, False
         self._queue: Queue[Mapping[str, Any] | None] = Queue(QUEUED)
-        self._process = subprocess.Popen(  # noqa: S603
+        self._process = subprocess.Popen(  # noqa: S603 - this interpreter, with a module of ours
             [sys.executable, "-m", "job.tracking.tracker_process", name],
             env={**QUIET, **environ},
             stdin=subprocess.PIPE,

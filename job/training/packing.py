@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from job.data.examples import lengths_of
 from job.model.packed_attention import Segment, build_layout
 from job.records import Example
 
@@ -90,7 +91,7 @@ def longest_segment(examples: Sequence[Example], budget: int) -> int:
 
     Valid for sequences of at most `budget` tokens, or of one example.
     """
-    longest = max(len(example.input_ids) for example in examples)
+    longest = max(lengths_of(examples))
     return max(longest, length_increment(max(longest, budget)))
 
 

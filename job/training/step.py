@@ -20,6 +20,7 @@ import torch
 
 from job.common.out_of_memory import out_of_memory
 from job.data.batch_plan import Steps, targets_of
+from job.data.examples import lengths_of
 from job.distributed.processes import Processes
 from job.errors import JobError, TrainingFailed
 from job.log import get_logger
@@ -131,7 +132,7 @@ class OptimizerStep:
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
-                longest = max(len(example.input_ids) for example in self._steps.examples)
+                longest = max(lengths_of(self._steps.examples))
                 if self.budget <= longest // 2 and not self.plan.droppable:
                     raise TrainingFailed(_too_small(longest, error)) from error
             try:

@@ -218,7 +218,7 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
 
     # The gradient of a step, and the operations on the whole flat adapter.
 
-    def training_step(self, model: Any, inputs: tuple[int], num_items_in_batch: Any = None) -> Any:  # noqa: ARG002
+    def training_step(self, model: Any, inputs: tuple[int], num_items_in_batch: Any = None) -> Any:  # noqa: ARG002 - Trainer's signature
         self.clock = time.monotonic()
         loss = self.step(*inputs)
         self.parameters.before_step()
@@ -266,7 +266,7 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         made = self.validations[-1].step if self.validations else -1
         return every is not None and made < step and is_due(step, every, self.recipe.total_steps)
 
-    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:  # noqa: ARG002
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:  # noqa: ARG002 - Trainer's signature
         """Validates, keeps the adapter if it is the best one so far, and ends training if the patience is used up.
 
         Raises:
@@ -331,7 +331,7 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
 
     # Metrics, and saving and restoring checkpoints.
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:  # noqa: ARG002
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:  # noqa: ARG002 - Trainer's signature
         """Called by Trainer after every step, and once at the end, then without a loss."""
         self._metrics["train"].clear()  # entropy and accuracy, which TRL's loss collects for its own log
         if "loss" not in logs:
@@ -368,7 +368,7 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             preference=dict(self.step.metrics),
         )
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:  # noqa: ARG002
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:  # noqa: ARG002 - Trainer's signature
         if self.leads:
             path = self.folder / f"step-{self.state.global_step:08d}"
             began = time.monotonic()

@@ -20,6 +20,7 @@ import torch
 
 from job.common.out_of_memory import out_of_memory
 from job.data.batch_plan import micro_batches, shares
+from job.data.examples import lengths_of, target_counts_of
 from job.distributed.processes import Processes
 from job.errors import JobError, TrainingFailed
 from job.log import get_logger
@@ -58,7 +59,7 @@ class Validation:
         self.budget = step.budget
         """Tokens of a micro-batch, apart from training's: halved when memory runs out in a validation."""
         self.examples = examples
-        self.target_tokens = sum(sum(example.targets) for example in examples)
+        self.target_tokens = sum(target_counts_of(examples))
         self._model, self._step, self._summed_loss = model, step, summed_loss
         self._hooks, self._processes = hooks, processes
         self._blocks = [examples[start : start + block] for start in range(0, len(examples), block)]
@@ -84,7 +85,7 @@ class Validation:
     def _own_loss(self, block: Sequence[Example]) -> torch.Tensor:
         """This process's part of a block, () float64; again with less memory where it ran out in any process."""
         place = self._processes.place
-        lengths = [len(example.input_ids) for example in block]
+        lengths = lengths_of(block)
         mine = [block[i] for i in shares(lengths, place.world_size)[place.rank]]
         while True:
             loss = None

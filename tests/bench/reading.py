@@ -1,43 +1,70 @@
 """How fast rows are read, checked and tokenized, and in how much memory: synthetic Alpaca rows, the demo's tokenizer.
 
-`python -m tests.bench.reading [ROWS]` prints rows a second, and by how much the peak of memory grew.
+`python -m tests.bench.reading [ROWS ...]` prints for each number of rows: the plainest way, row by row (on at most
+`PLAIN_ROWS` of them); one process; as many as there are processors; and the tokens read again from the cache. Seconds
+of processor time are those of all processes. Each is measured in a process of its own.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import resource
+import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 
-from job.data.dataset import load_examples
-from job.model.base import load_tokenizer
+import psutil
 
-ROWS = 200_000
+from job.common.resources import usable_cpus
+from job.data.token_cache import load_tokens
+from job.model.base import load_tokenizer
+from tests.reading_reference import read_plainly
+
+ROWS = 100_000
+PLAIN_ROWS = 5_000
 WORDS = 60
 """In an output, on average; Alpaca's have 45."""
 MAX_LENGTH = 2048
 KIB = 1024
+PLAIN, CACHED = "row by row", "from the cache"
 
 
-def main() -> None:
-    """Writes the rows, reads them, and prints what that took."""
-    count = int(sys.argv[1]) if len(sys.argv) > 1 else ROWS
+def write_rows(path: Path, count: int) -> None:
+    """Rows in Alpaca's schema, of made-up words."""
     random = Random(0)
     words = ["".join(random.choices("abcdefghijklmnopqrstuvwxyz", k=random.randint(2, 9))) for _ in range(5000)]
+    with path.open("w", encoding="utf-8") as file:
+        for _ in range(count):
+            asked, answer = (" ".join(random.choices(words, k=random.randint(1, 2 * k))) for k in (12, WORDS))
+            file.write(json.dumps({"instruction": asked, "input": "", "output": answer}) + "\n")
+
+
+def measure(how: str, path: Path, processes: int) -> str:
+    """Reads the rows in one way, and says what that took."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as the job has it
     tokenizer = load_tokenizer(Path("job/demo/base"))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "rows.jsonl")
-        with path.open("w", encoding="utf-8") as file:
-            for _ in range(count):
-                asked, answer = (" ".join(random.choices(words, k=random.randint(1, 2 * k))) for k in (12, WORDS))
-                file.write(json.dumps({"instruction": asked, "input": "", "output": answer}) + "\n")
-        before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
-        _, record = load_examples(
+    tokenizer(["warm"])
+    largest = 0
+
+    def alive(**_: object) -> None:
+        nonlocal largest
+        with suppress(psutil.Error):
+            largest = max([largest, *(child.memory_info().rss for child in psutil.Process().children())])
+
+    peak, began, worked = _peak(), time.monotonic(), _worked()
+    if how == PLAIN:
+        lengths = [len(example.input_ids) for example in read_plainly(path, tokenizer, "alpaca")[0]]
+    else:
+        lengths = load_tokens(
             str(path),
+            None,
+            root=path.parent / str(processes),
+            keep=True,
             revision=None,
             split="train",
             limit=None,
@@ -46,12 +73,46 @@ def main() -> None:
             loss_on="all",
             max_length=MAX_LENGTH,
             tokenizer=tokenizer,
-        )
-        seconds = time.monotonic() - began
-        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * KIB
-    speed = f"{record.rows / seconds:,.0f} rows/s, {record.tokens / seconds:,.0f} tokens/s"
-    memory = f"{grown / 1e6:,.0f} MB more at the peak, {grown / record.tokens:.1f} bytes a token"
-    sys.stdout.write(f"{record.rows:,} rows, {record.tokens:,} tokens: {seconds:.1f} s, {speed}, {memory}\n")
+            processes=processes,
+            alive=alive,
+        ).examples.lengths
+    seconds, grown = time.monotonic() - began, (_peak() - peak) / 1e6
+    own, others = (now - before for now, before in zip(_worked(), worked, strict=True))
+    return (
+        f"{how}: {len(lengths):,} rows, {sum(lengths):,} tokens, {seconds:.1f} s, {len(lengths) / seconds:,.0f} rows/s,"
+        f" {len(lengths) / (own + others):,.0f} per second of CPU time ({own:.1f} s here, {others:.1f} s in others),"
+        f" {grown:,.0f} MB more here, {largest / 1e6:,.0f} MB in the largest other"
+    )
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
+
+
+def _worked() -> list[float]:
+    """Processor seconds of this process, and of those that it started and that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return [one.ru_utime + one.ru_stime for one in used]
+
+
+def main() -> None:
+    """Writes the rows, reads them in each way, and prints what that took."""
+    if len(sys.argv) > 1 and not sys.argv[1].isdecimal():
+        sys.stdout.write(measure(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])) + "\n")
+        return
+    cpus = usable_cpus()
+    sys.stdout.write(f"{cpus} processors, load {', '.join(f'{load:.1f}' for load in os.getloadavg())}\n")
+    for count in map(int, sys.argv[1:] or [ROWS]):
+        with tempfile.TemporaryDirectory() as folder:
+            path, few = Path(folder, "rows.jsonl"), Path(folder, "few.jsonl")
+            write_rows(path, count)
+            write_rows(few, min(count, PLAIN_ROWS))
+            ways = [(PLAIN, few, 1), ("one process", path, 1), (f"{cpus} processes", path, cpus), (CACHED, path, cpus)]
+            for how, file, processes in ways:
+                words = [sys.executable, "-m", "tests.bench.reading", how, str(file), str(processes)]
+                done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
+                sys.stdout.write(done.stdout.splitlines()[-1] + "\n")
+                sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -4,17 +4,15 @@ What is demanded of every one: the job ends within `SECONDS` with a code of the 
 traceback, without running code of the folder, and within `MEMORY_BYTES`. Where what is hostile is left out by the job
 (`auto_map`), it may also end with 0.
 
-To add one: an entry in `_configs`, `_weights`, `_tokenizers` or `TEMPLATES`.
+To add one: an entry in `_configs`, `_weights`, `_tokenizers`, `_files` or `TEMPLATES`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import pickle
-import resource
 import shutil
 import struct
 import sys
@@ -118,6 +116,44 @@ def _auto_map(folder: Path, canary: Path, kind: str = "mistral") -> None:
     _set(folder, auto_map=names, model_type=kind)
 
 
+def _no_file(folder: Path, name: str, kind: str) -> None:
+    """What looks like a file of the model, and is none, or never ends."""
+    path = folder / name
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to(path if kind == "itself" else kind)
+
+
+def _header(folder: Path, change: Callable[[dict[str, Any]], Any], behind: bytes = b"") -> None:
+    """Another header for the same weights."""
+    data = (folder / WEIGHTS).read_bytes()
+    (size,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + size])
+    change(header)
+    text = json.dumps(header).encode()
+    _write(folder, WEIGHTS, struct.pack("<Q", len(text)) + text + data[8 + size :] + behind)
+
+
+def _entry(header: dict[str, Any], **values: Any) -> None:
+    header[next(name for name in header if "q_proj" in name)].update(values)
+
+
+def _tokenizer(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    path = folder / "tokenizer.json"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    change(found)
+    path.write_text(json.dumps(found), encoding="utf-8")
+
+
+def _many_files(folder: Path) -> None:
+    for number in range(20_000):
+        (folder / f"{number}.json").write_bytes(b"{}")
+
+
 def _cut(folder: Path, size: int, name: str = WEIGHTS) -> None:
     os.truncate(folder / name, size)
 
@@ -158,6 +194,27 @@ def _configs(canary: Path) -> Mapping[str, Change]:
         "rope of lists": {"rope_parameters": [[]], "rope_scaling": [[]]},
         "attention of a stranger": {"_attn_implementation": "evil/kernel", "attn_implementation": "evil/kernel"},
         "padding -5": {"pad_token_id": -5},
+        "answers as tuples": {"return_dict": False, "torchscript": True, "use_return_dict": False},
+        "answers with all states": {"output_hidden_states": True, "output_attentions": True},
+        "numbers are booleans": {"num_hidden_layers": True, "num_attention_heads": True},
+        "numbers are fractions": {"num_hidden_layers": 2.0, "hidden_size": 128.5},
+        "numbers are lists": {"hidden_size": [128], "vocab_size": {"a": 400}},
+        "an epsilon of text": {"rms_norm_eps": "os.system"},
+        "an epsilon of NaN": {"rms_norm_eps": float("nan")},
+        "rope theta 0": {"rope_theta": 0, "rope_parameters": {"rope_type": "default", "rope_theta": 0}},
+        "rope of no kind": {"rope_parameters": {"rope_type": "../../evil", "rope_theta": 1e4}},
+        "rope by a factor of 0": {"rope_parameters": {"rope_type": "linear", "factor": 0, "rope_theta": 1e4}},
+        "a window of 0": {"sliding_window": 0},
+        "layer types too few": {"layer_types": ["full_attention"], "model_type": "qwen2"},
+        "layer types of a stranger": {"layer_types": ["evil", "evil"], "model_type": "qwen2"},
+        "itself as its text part": {"text_config": {"model_type": "mistral", "text_config": {"text_config": {}}}},
+        "1e7 labels": {"num_labels": 10**7},
+        "a plan for tensors": {"base_model_tp_plan": {"*": "os.system"}, "tp_plan": "auto", "device_map": "auto"},
+        "heads to prune": {"pruned_heads": {"0": [0, 1, 2, 3]}},
+        "bitsandbytes without its weights": {"quantization_config": {"quant_method": "bitsandbytes"}},
+        "bitsandbytes of lists": {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": [1]}},
+        "a gguf file": {"gguf_file": "/etc/passwd"},
+        "a name with a path": {"_name_or_path": "../../../etc", "name_or_path": "/etc"},
     }
     return {
         **{f"config: {name}": partial(_write, name="config.json", data=data) for name, data in raw.items()},
@@ -185,6 +242,17 @@ def _weights(canary: Path) -> Mapping[str, Change]:
         "weights: a tensor is missing": partial(_tensors, change=_drop),
         "weights: a tensor has another shape": partial(_tensors, change=_reshape),
         "weights: NaN": partial(_tensors, change=partial(_fill, value=float("nan"))),
+        "weights: overlapping tensors": partial(_header, change=partial(_entry, data_offsets=[0, 65536])),
+        "weights: backwards": partial(_header, change=partial(_entry, data_offsets=[65536, 0])),
+        "weights: beyond the end": partial(_header, change=partial(_entry, data_offsets=[0, 10**15])),
+        "weights: a shape of 2^64": partial(_header, change=partial(_entry, shape=[2**32, 2**32])),
+        "weights: a type of a stranger": partial(_header, change=partial(_entry, dtype="OS")),
+        "weights: bytes behind the end": partial(_header, change=len, behind=bytes(1000)),
+        "weights: nested metadata": partial(_header, change=lambda header: header.update(__metadata__={"a": ["b"]})),
+        "weights: integers": partial(_tensors, change=_integers),
+        "weights: index is a number": partial(_raw_index, data=b"1"),
+        "weights: index nested": partial(_raw_index, data=b"[" * 200_000),
+        "weights: index names /etc/passwd": partial(_raw_index, data=b'{"weight_map": {"a": "/etc/passwd"}}'),
         "weights: infinite": partial(_tensors, change=partial(_fill, value=float("inf"))),
     }
 
@@ -201,7 +269,97 @@ def _tokenizers(canary: Path) -> Mapping[str, Change]:
         "tokenizer: code": partial(
             _set, name="tokenizer_config.json", auto_map={"AutoTokenizer": [f"os.system('touch {canary}')", None]}
         ),
+        **{f"tokenizer: {name}": partial(_tokenizer, change=change) for name, change in _TOKENIZER.items()},
+        **{
+            f"tokenizer: {name}": partial(_set, name="tokenizer_config.json", **values)
+            for name, values in _TOKENIZER_CONFIG.items()
+        },
+        "tokenizer: special tokens of a list": partial(_write, name="special_tokens_map.json", data=b"[]"),
+        "tokenizer: added tokens of a number": partial(_write, name="added_tokens.json", data=b"7"),
     }
+
+
+_TOKENIZER: Mapping[str, Change] = {
+    "cuts each text": lambda found: found.update(
+        truncation={"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0}
+    ),
+    "pads to 1e9": lambda found: found.update(
+        padding={
+            "strategy": {"Fixed": 10**9},
+            "direction": "Right",
+            "pad_to_multiple_of": None,
+            "pad_id": 2,
+            "pad_type_id": 0,
+            "pad_token": "<pad>",
+        }
+    ),
+    "draws its tokens": lambda found: found["model"].update(dropout=0.5),
+    "number 1e9": lambda found: found["model"]["vocab"].update(evil=10**9),
+    "number -1": lambda found: found["model"]["vocab"].update(evil=-1),
+    "no words": lambda found: found["model"].update(vocab={}, merges=[]),
+    "merges of nothing": lambda found: found["model"].update(merges=[["evil", "er"]]),
+    "a slow pattern": lambda found: found.update(
+        pre_tokenizer={
+            "type": "Split",
+            "pattern": {"Regex": "(([a-zA-Z .]+)+)+#"},
+            "behavior": "Isolated",
+            "invert": False,
+        }
+    ),
+    "replaces nothing": lambda found: found.update(
+        normalizer={"type": "Replace", "pattern": {"String": ""}, "content": "x" * 10**5}
+    ),
+    "grows each letter": lambda found: found.update(
+        normalizer={"type": "Replace", "pattern": {"Regex": "."}, "content": "x" * 10**6}
+    ),
+    "special tokens beyond the model": lambda found: found["post_processor"].update(
+        special_tokens={"<s>": {"id": "<s>", "ids": [10**6], "tokens": ["<s>"]}}
+    ),
+    "is empty of all": lambda found: found.clear(),
+}
+_TOKENIZER_CONFIG: Mapping[str, dict[str, Any]] = {
+    "an end that is no token": {"eos_token": "there is no such token"},
+    "an end that is a list": {"eos_token": ["</s>"]},
+    "an end that is an object": {"eos_token": {"a": 1}},
+    "no end": {"eos_token": None},
+    "at most 1 token": {"model_max_length": 1},
+    "at most 1e400 tokens": {"model_max_length": float("inf")},
+    "templates by a number": {"chat_template": 5},
+    "templates by a list of lists": {"chat_template": [["default", "{{ 1 }}"]]},
+    "inputs of a stranger": {"model_input_names": ["evil"], "padding_side": "up"},
+    "extra tokens of numbers": {"extra_special_tokens": {"evil": 7}, "additional_special_tokens": [7]},
+}
+
+
+def _integers(tensors: dict[str, Any]) -> None:
+    for name, tensor in tensors.items():
+        tensors[name] = tensor.astype("int64")
+
+
+def _raw_index(folder: Path, data: bytes) -> None:
+    (folder / WEIGHTS).unlink()
+    _write(folder, INDEX, data)
+
+
+def _files(canary: Path) -> Mapping[str, Change]:
+    names = ("config.json", "tokenizer.json", WEIGHTS, "chat_template.jinja", "generation_config.json")
+    return {
+        **{f"files: {name} is a {kind}": partial(_no_file, name=name, kind=kind) for name in names for kind in KINDS},
+        **{f"files: {name} without end": partial(_no_file, name=name, kind="/dev/zero") for name in names},
+        "files: generation_config.json a list": partial(_write, name="generation_config.json", data=b"[]"),
+        "files: generation_config.json ends at os": partial(
+            _set, name="generation_config.json", eos_token_id="os.system", max_length=-1
+        ),
+        "files: generation_config.json nested": partial(_write, name="generation_config.json", data=b"[" * 99_999),
+        "files: a template in no encoding": partial(_write, name="chat_template.jinja", data=b"\xff\xfe{{ 1 }}"),
+        "files: 300 MB of template": partial(_write, name="chat_template.jinja", data=b"x" * (300 << 20)),
+        "files: a pickle beside the weights": partial(_pickled, canary=canary, alone=False),
+        "files: 20,000": _many_files,
+        "files: a folder of templates": partial(_write, name="additional_chat_templates/../x.jinja", data=b"{{ 1 }}"),
+    }
+
+
+KINDS = ("pipe", "folder", "itself")
 
 
 TEMPLATES = {
@@ -220,6 +378,22 @@ TEMPLATES = {
     "includes a file": "{% include '/etc/passwd' %}",
     "is no template": "{% for %}",
     "writes nothing": "",
+    "appends without end": "{% set l = [] %}{% for i in range(10**5) %}{{ l.append('x' * 10**5) or '' }}{% endfor %}",
+    "a list of gigabytes": "{{ ([0] * 10**10)|length }}",
+    "centers": "{{ 'x'|center(10**11) }}",
+    "indents": "{{ messages|tojson(indent=10**10) }}",
+    "replaces": "{{ ('x' * 10**6)|replace('x', 'y' * 10**6) }}",
+    "lipsum": "{{ lipsum(n=10**9) }}",
+    "draws": "{{ range(10**5)|random }}{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}",
+    "walks itself": "{% for m in messages recursive %}{{ loop(messages) }}{% endfor %}",
+    "changes the rows": "{{ messages.clear() }}{{ messages.append(messages) }}{{ messages[0].update(content='x') }}",
+    "a format of attributes": "{{ '{0.__class__.__init__.__globals__}'.format(messages) }}",
+    "a date without end": "{{ strftime_now('%Y' * 10**8) }}",
+    "writes no text": "{{ messages[0].content.encode('utf-8') }}{{ '\\ud800' }}{{ eos_token }}",
+    "sums": "{{ range(10**12)|sum }}",
+    "sorts": "{{ (range(10**8)|list + range(10**8)|list)|sort|last }}",
+    "a join of joins": "{{ (['x' * 10**6] * 10**6)|join('y' * 10**6) }}",
+    "many macros": "{% macro a(n) %}{% if n %}{{ a(n - 1) }}{{ a(n - 1) }}{% endif %}{% endmacro %}{{ a(60) }}",
     "nests": "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
 }
 
@@ -233,7 +407,7 @@ def cases(folder: Path) -> dict[str, Change]:
         )
         for name, text in TEMPLATES.items()
     }
-    return {**_configs(canary), **_weights(canary), **_tokenizers(canary), **templates}
+    return {**_configs(canary), **_weights(canary), **_tokenizers(canary), **_files(canary), **templates}
 
 
 IGNORED = {
@@ -278,11 +452,7 @@ def explore(
 ) -> Iterator[Outcome]:
     """Runs the job on each of the named cases."""
     known = cases(folder)
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(warm.PRELOADED)
-    first = server.Process(target=len, args=("",))  # the server's imports are not on the first case's time
-    first.start()
-    first.join()
+    warm.run(["--version"], environment)  # the server's imports are not on the first case's time
     for name in names:
         model = folder / "models" / "model"
         shutil.rmtree(folder / "models", ignore_errors=True)
@@ -296,13 +466,11 @@ def _run(name: str, folder: Path, environment: Mapping[str, str], seconds: float
     log.write_text("")
     shutil.rmtree(folder / "out", ignore_errors=True)
     began = time.monotonic()
-    server = multiprocessing.get_context("forkserver")
     given = {**environment, "JOB_RUN__OUTPUT": str(folder / "out"), "JOB_RUN__ID": "run"}
-    process = server.Process(target=_limited, args=(given, str(log)))
-    process.start()
+    process = warm.Processes([warm.Member([], given, log, log, memory=MEMORY_BYTES)])
     code: int | None = None
     with suppress(TimeoutError):
-        code = warm.wait(process, seconds)
+        (code,) = process.wait(seconds)
     took = time.monotonic() - began
     text = log.read_text(encoding="utf-8", errors="replace")
     broken = None
@@ -317,14 +485,6 @@ def _run(name: str, folder: Path, environment: Mapping[str, str], seconds: float
         broken = "ran code of the folder"
     said = [line for line in text.splitlines() if '"error"' in line] or text.splitlines() or [""]
     return Outcome(name, code, took, broken, said[-1])
-
-
-def _limited(environment: dict[str, str], log: str) -> None:
-    """The job, with `MEMORY_BYTES` beyond what the libraries have mapped when they are imported."""
-    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0])
-    most = pages * resource.getpagesize() + MEMORY_BYTES
-    resource.setrlimit(resource.RLIMIT_AS, (most, most))
-    warm.called([], environment, log, log, str(Path(__file__).parents[2]))
 
 
 def main() -> int:

@@ -16,11 +16,9 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
-from importlib import import_module
 from pathlib import Path
 
-from tests import forked, warm
+from tests import fork_server, warm
 
 _PAUSE = 0.01
 
@@ -30,17 +28,9 @@ def heat(commands: Sequence[tuple[list[str], Mapping[str, str]]]) -> None:
 
     None may train: the threads that autograd starts in a backward pass do not survive a fork, which it then refuses.
     """
-    os.environ.update(forked.QUIET)
-    import torch
-
-    torch.set_num_threads(1)  # a pool of threads does not survive a fork either
-    for name in warm.PRELOADED:
-        import_module(name)
+    fork_server.preload()
     from job.cli.main import main
-    from job.evaluation import tasks
 
-    index = cache(tasks._index)  # a walk over 14,000 files
-    tasks._index = lambda names: index(tuple(names))
     with tempfile.NamedTemporaryFile("r", encoding="utf-8") as log:
         for words, environ in commands:
             with _environment(environ), _output_in(Path(log.name)):
@@ -85,7 +75,9 @@ def _be(words: list[str], environ: dict[str, str], output: Path, errors: Path, p
     code = 1
     try:
         prepare()
-        warm.called(words, environ, str(output), str(errors), str(forked.ROOT))
+        for descriptor, path in ((1, output), (2, errors)):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), descriptor)
+        fork_server.called(words, environ, str(warm.ROOT))
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
     except BaseException:  # noqa: BLE001 - whatever it is, it has to be seen

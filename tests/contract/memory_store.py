@@ -46,6 +46,11 @@ class MemoryStore:
         byte_limit(key, max_bytes)(len(data))
         return Stored(data, sha256(data).hexdigest())
 
+    def tag(self, key: str) -> str | None:
+        """See `ObjectStore.tag`."""
+        data = self._objects.get(self._root + check_key(key))
+        return None if data is None else sha256(data).hexdigest()
+
     def write(self, key: str, data: bytes, *, if_absent: bool = False, if_tag: str | None = None) -> str:
         """See `ObjectStore.write`."""
         with _LOCK:

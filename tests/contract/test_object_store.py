@@ -276,6 +276,13 @@ class TestObjectStore:
         store.upload(tmp_path / "file", "a", if_tag=new)
         assert store.read("a") == old
 
+    def test_a_tag_is_told_without_the_content(self, store: ObjectStore) -> None:
+        """`tag` says of an object of any size what a read would, and nothing of one that is not there."""
+        assert store.tag("a") is None
+        for content in (b"", b"12"):
+            assert store.tag("a") != (tag := store.write("a", content))
+            assert store.tag("a") == tag
+
     def test_delete_of_a_version(self, store: ObjectStore) -> None:
         """With a tag only that version goes; absence is no conflict."""
         old = store.write("a", b"1")

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from job.errors import DataError, JobError, SettingsError
-from job.records import PEFT, Example, ExecutionPlan, Question
+from job.records import Example, Question
 from tests.families.models import VOCABULARY, make_model
 from tests.helpers import make_examples
 
@@ -88,7 +88,8 @@ def _first(error: BaseException) -> str:
 
 
 def _judge(family: str, folder: Path, tokenizer: Any) -> Verdict:
-    from job.model.lora import find_published_names, save_adapter
+    from job.model.adapter_files import save_adapter
+    from job.model.published_names import find_published_names
 
     examples = [e for e in make_examples(40, longest=45, prompt=0.3) if max(e.input_ids) < VOCABULARY]
     questions = _questions(examples)
@@ -169,6 +170,7 @@ def ours(model: Any, tokenizer: Any, examples: list[Example], questions: list[Qu
     from job.evaluation.scoring import score_sequence
     from job.model.lora import adapter_off
     from job.training.config import Hooks, Recipe
+    from job.training.prepare import prepare
     from job.training.trainer import train
 
     def scores() -> list[float]:
@@ -190,15 +192,24 @@ def ours(model: Any, tokenizer: Any, examples: list[Example], questions: list[Qu
         optimizer="adamw_torch",
         save_every_steps=1000,
     )
+    plan = prepare(  # as the job has it: activations of most families are computed again in the backward pass
+        model,
+        [len(example.input_ids) for example in examples],
+        global_batch_size=recipe.global_batch_size,
+        quantization="none",
+        optimizer=recipe.optimizer,
+        budget=recipe.micro_batch_tokens,
+        keep_base="auto",
+        recompute="auto",
+        gigabytes=None,
+    )
     with tempfile.TemporaryDirectory() as states:
         trained = train(
             model,
             tokenizer,
             examples,
             recipe=recipe,
-            plan=ExecutionPlan(
-                kept_base=False, kept_activations=True, recorded=False, reason="as tests have it", forward=PEFT
-            ),
+            plan=plan,
             hooks=Hooks(on_metrics=lambda _m: None, on_save=lambda *_: None, stop=lambda: False),
             folder=Path(states),
         )
@@ -231,7 +242,7 @@ def plain(
 
     from job.data.batch_plan import batch
     from job.model.files import silence
-    from job.model.lora import find_targets
+    from job.model.target_modules import find_targets
 
     config = AutoConfig.from_pretrained(folder)
     silence(config)  # the reference recipe has no dropout in the base

@@ -47,6 +47,8 @@ _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16}
 _ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 _MILD = {"initializer_range": 0.02}
 """For depths in which larger weights blow rounding up until nothing can be compared."""
+_SHARED = {"num_kv_shared_layers": LAYERS}
+"""A helper of another model's generation has no keys and values of its own."""
 _LEFT: dict[str, Any] = {"head_dim": None}
 """For classes that have no such argument, or a property in its place."""
 SPECIAL: dict[str, dict[str, Any]] = {
@@ -61,6 +63,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "dots3_note_text": {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 24, "kv_lora_rank": 16}
     | {"qk_nope_head_dim": 16, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 16}
     | {"swa_kv_lora_rank": 16, "swa_head_dim": 24, "swa_qk_nope_head_dim": 16, "swa_v_head_dim": 16},
+    "dots3_note": {"vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64}}
+    | {"audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64}},
     "dbrx": {"ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2}}
     | {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}},
     "dots1": {
@@ -74,7 +78,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "falcon_h1": {**_MAMBA, "mamba_d_ssm": 128},
     "gemma3n_text": {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2}
     | {"activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0], "intermediate_size": [128] * 4, "laurel_rank": 8},
+    "gemma4_assistant": {"text_config": {**_SHARED, "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
     "gemma4_text": _MILD,
+    "gemma4_unified_assistant": {"text_config": _SHARED},
     "gemma4_unified_text": _MILD,
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granitemoehybrid": {**_MAMBA, "layer_types": ["linear_attention", "full_attention"] * 2},
@@ -139,7 +145,9 @@ def _shrunk(kind: Any, model_type: str) -> dict[str, Any]:
             given[name] = [kinds[layer % len(kinds)] for layer in range(LAYERS)]
     if "qk_rope_head_dim" in given:
         given |= {"head_dim": None, "num_key_value_heads": 4}  # these work it out, and share no heads
-    given |= SPECIAL.get(model_type, {})
+    for name, value in SPECIAL.get(model_type, {}).items():
+        part = name in (getattr(kind, "sub_configs", None) or {})
+        given[name] = given[name] | value if part and isinstance(given.get(name), dict) else value
     renamed = getattr(kind, "attribute_map", {})
     computed = {n for n in given if isinstance(inspect.getattr_static(kind, renamed.get(n, n), None), property)}
     return {name: value for name, value in given.items() if value is not None and name not in computed}

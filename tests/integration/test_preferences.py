@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from job.runs.layout import LOG_PROBS, facts_of
 from job.storage.open import open_store
 from job.verification.verify import require_verified, verify
-from tests.forked import Forks, forks
+from tests.forked import Forks
 from tests.helpers import arc_rows, write_jsonl
 from tests.integration.test_processes import CLOSE, EXACT, go, metrics, results, run_folder
 
-STEPS = 8
+STEPS = 6
 
 
 def pairs(count: int) -> list[dict[str, str]]:
@@ -38,10 +37,10 @@ def labelled(count: int) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> dict[str, str]:
-    """DPO in fp32: 8 steps in two epochs, a checkpoint every other one."""
+    """DPO in fp32: 6 steps in two epochs, a checkpoint every other one."""
     folder = tmp_path_factory.mktemp("preferences")
-    write_jsonl(folder / "dpo.jsonl", pairs(22))
-    write_jsonl(folder / "kto.jsonl", labelled(22))
+    write_jsonl(folder / "dpo.jsonl", pairs(14))
+    write_jsonl(folder / "kto.jsonl", labelled(14))
     write_jsonl(folder / "questions.jsonl", arc_rows(10))
     return {
         "JOB_RUN__OUTPUT": str(folder / "out"),
@@ -62,10 +61,9 @@ def environment(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> 
 
 
 @pytest.fixture(scope="module")
-def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Forks:
     """What starts the processes."""
-    with forks(tmp_path_factory.mktemp("logs")) as found:
-        yield found
+    return Forks(tmp_path_factory.mktemp("logs"))
 
 
 @pytest.mark.parametrize("method", ["dpo", pytest.param("kto", marks=pytest.mark.long)])
@@ -134,7 +132,7 @@ def test_data_and_method_have_to_fit(forked: Forks, environment: dict[str, str],
         assert "dpo.jsonl:1" in problem
 
 
-@pytest.mark.parametrize("method", ["dpo", "sft"])
+@pytest.mark.parametrize("method", ["dpo", pytest.param("sft", marks=pytest.mark.long)])
 def test_training_goes_on_from_an_adapter(forked: Forks, environment: dict[str, str], method: str) -> None:
     """It starts with the adapter's numbers, compares with them, and resumes to the bit; the manifest has its hash."""
     if not (run_folder(environment, "one") / "results.json").is_file():
@@ -144,7 +142,7 @@ def test_training_goes_on_from_an_adapter(forked: Forks, environment: dict[str, 
         "JOB_TRAIN__METHOD": method,
     }
     if method == "sft":
-        rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs(22)]
+        rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs(14)]
         path = Path(environment["JOB_DATA__SOURCE"]).with_name("sft.jsonl")
         changes["JOB_DATA__SOURCE"] = str(write_jsonl(path, rows))
     whole, killed = f"{method}-on", f"{method}-on-killed"

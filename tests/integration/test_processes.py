@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,19 @@ import pytest
 
 from job.common.hashing import sealed, unsealed
 from job.runs.layout import facts_of
-from tests.forked import ROOT, Forks, Group, forks, free_port
+from tests import warm
+from tests.forked import ROOT, Forks, Group, free_port
 from tests.helpers import alpaca_rows, arc_rows, read_jsonl, write_jsonl
 
-STEPS = 8
+STEPS = 6
 CLOSE = 1e-5
 
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> dict[str, str]:
-    """Only the order of additions can differ: fp32, no dropout. 8 steps in two epochs, a checkpoint every other one."""
+    """Only the order of additions can differ: fp32, no dropout. 6 steps in two epochs, a checkpoint every other one."""
     folder = tmp_path_factory.mktemp("processes")
-    write_jsonl(folder / "rows.jsonl", alpaca_rows(22))
+    write_jsonl(folder / "rows.jsonl", alpaca_rows(14))
     write_jsonl(folder / "questions.jsonl", arc_rows(10))
     return {
         "JOB_RUN__OUTPUT": str(folder / "out"),
@@ -38,7 +39,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> 
         "JOB_DATA__SOURCE": str(folder / "rows.jsonl"),
         "JOB_EVAL__DATA": f"arc_easy={folder / 'questions.jsonl'}",
         "JOB_EVAL__BATCH_TOKENS": "150",
-        "JOB_TRAIN__GLOBAL_BATCH_SIZE": "6",  # by four it does not divide, and an epoch's last step has four
+        "JOB_TRAIN__GLOBAL_BATCH_SIZE": "6",  # by four it does not divide, and an epoch's last step has two
         "JOB_TRAIN__LEARNING_RATE": "2e-3",
         "JOB_TRAIN__MAX_LENGTH": "512",
         "JOB_TRAIN__OPTIMIZER": "adamw_torch",
@@ -57,10 +58,9 @@ EXACT = {
 
 
 @pytest.fixture(scope="module")
-def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Forks:
     """What starts the processes."""
-    with forks(tmp_path_factory.mktemp("logs")) as found:
-        yield found
+    return Forks(tmp_path_factory.mktemp("logs"))
 
 
 def run_folder(environment: Mapping[str, str], name: str) -> Path:
@@ -128,17 +128,17 @@ def test_the_number_of_processes_changes_no_step(
 
 
 def test_a_run_moves_between_numbers_of_processes(forked: Forks, environment: dict[str, str], one: str) -> None:
-    """Killed with 2 processes, killed with 1, and finished with 4, a run has seen the same, with the same losses."""
+    """Killed with 2 processes, killed with 1, and finished with 3, a run has seen the same, with the same losses."""
     changes = {"JOB_FAULT": "kill@step=3,kill@step=5"}
     assert go(forked, environment, "moving", 2, **changes) == [-9, 75]
     assert go(forked, environment, "moving", 1, **changes) == [-9]
-    assert go(forked, environment, "moving", 4, **changes) == [0] * 4
+    assert go(forked, environment, "moving", 3, **changes) == [0] * 3
     assert_same_steps(environment, "moving", one)
     attempts = results(environment, "moving")["run"]["attempts"]
     assert [(attempt["world_size"], attempt["outcome"]) for attempt in attempts] == [
         (2, "killed"),
         (1, "killed"),
-        (4, "complete"),
+        (3, "complete"),
     ]
 
 
@@ -230,6 +230,6 @@ def test_two_machines(environment: dict[str, str], one: str, tmp_path: Path) -> 
     assert results(environment, "machines")["training"]["world_size"] == 2
     assert {line["level"] for rank in (0, 1) for line in read_jsonl(tmp_path / str(rank))} == {"info"}
     # A machine that comes back when the others have gone home finds nothing to do, and waits for nobody.
-    again = start(environment, tmp_path / "2", **common, JOB_RUN__NODE_RANK="1")
-    assert again.wait(timeout=60) == 0
-    assert "complete already" in (tmp_path / "2").read_text()
+    again = warm.run([], {**os.environ, **environment, **common, "JOB_RUN__NODE_RANK": "1"}, timeout=60)
+    assert again.returncode == 0
+    assert "complete already" in again.stderr

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -45,8 +46,8 @@ def published(output: Path, run: str) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The chaos configuration."""
-    return settings(tmp_path_factory.mktemp("survival"))
+    """The chaos configuration with fewer rows: 12 steps."""
+    return settings(tmp_path_factory.mktemp("survival"), rows=24, questions=16)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def undisturbed(environment: dict[str, str]) -> dict[str, str]:
 
 def test_killed_in_every_stage(environment: dict[str, str], undisturbed: dict[str, str], tmp_path: Path) -> None:
     """Killed or stopped in each stage, in the middle of an upload, and after a step, a run ends with the same bits."""
-    faults = "kill@stage=evaluate-base,kill@step=4,kill@upload=9,sigterm@step=16,sigterm@stage=evaluate-adapter"
+    faults = "kill@stage=evaluate-base,kill@step=4,kill@upload=9,sigterm@step=9,sigterm@stage=evaluate-adapter"
     codes = []
     while not codes or codes[-1] != 0:
         done = attempt(environment, JOB_RUN__ID="hit", JOB_RUN__OUTPUT=str(tmp_path), JOB_FAULT=faults)
@@ -121,13 +122,14 @@ def test_nobody_waits_for_a_download(environment: dict[str, str], tmp_path: Path
         (tmp_path / "bad.jsonl").write_text("{}\n{}\n", encoding="utf-8")
         changes["JOB_EVAL__DATA"] = f"arc_easy={tmp_path / 'bad.jsonl'}"
     clean = {name: value for name, value in os.environ.items() if not name.startswith("JOB_")}
-    began = time.monotonic()
-    process = subprocess.Popen([sys.executable, "-c", SLOW], cwd=ROOT, env={**clean, **environment, **changes})
+    began, log = time.monotonic(), tmp_path / "log"
+    member = warm.Member([], {**clean, **environment, **changes}, log, log, source=SLOW)
+    process = warm.Processes([member])
     if why == "SIGTERM":
         while not (tmp_path / "out/slow/attempts/0001.json").exists():
             time.sleep(0.1)
-        process.terminate()
-    assert process.wait(timeout=55) == (75 if why == "SIGTERM" else 65)
+        os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=55)[0] == (75 if why == "SIGTERM" else 65)
     assert time.monotonic() - began < 55
     ledger = json.loads((tmp_path / "out/slow/attempts/0001.json").read_text(encoding="utf-8"))
     assert ledger["outcome"] == ("preempted" if why == "SIGTERM" else "failed")
@@ -241,7 +243,7 @@ def test_random_kills(environment: dict[str, str], undisturbed: dict[str, str], 
     draw = random.Random("in the suite")
     for number in range(2):
         changes = {"JOB_RUN__ID": f"random-{number}", "JOB_RUN__OUTPUT": str(tmp_path / str(number))}
-        fault = f"kill@step={draw.randint(1, 19)},kill@upload={draw.randint(1, 25)}"
+        fault = f"kill@step={draw.randint(1, 11)},kill@upload={draw.randint(1, 20)}"
         code = None
         while code != 0:
             done = attempt(environment, **changes, JOB_FAULT=fault)
@@ -255,7 +257,7 @@ def test_questions_may_not_change(environment: dict[str, str], tmp_path: Path) -
     questions = Path(environment["JOB_EVAL__DATA"].removeprefix("arc_easy="))
     lines = questions.read_text(encoding="utf-8").splitlines(keepends=True)
     mine = tmp_path / "questions.jsonl"
-    mine.write_text("".join(lines[:20]), encoding="utf-8")
+    mine.write_text("".join(lines[:8]), encoding="utf-8")
     changes = {
         "JOB_RUN__ID": "moved",
         "JOB_RUN__OUTPUT": str(tmp_path),
@@ -263,7 +265,7 @@ def test_questions_may_not_change(environment: dict[str, str], tmp_path: Path) -
         "JOB_EVAL__DATA": f"arc_easy={mine}",
     }
     assert attempt(environment, **changes, JOB_FAULT="kill@stage=evaluate-adapter").returncode == -9
-    mine.write_text("".join(lines[20:]), encoding="utf-8")
+    mine.write_text("".join(lines[8:]), encoding="utf-8")
     assert attempt(environment, **changes).returncode == 65
     assert not (tmp_path / "moved" / "results.json").exists()
 

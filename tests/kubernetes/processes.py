@@ -10,13 +10,10 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Protocol
 
-from tests.forked import ROOT
-from tests.warm import start
+from tests.warm import ROOT, start
 
 
 class Process(Protocol):
@@ -60,23 +57,6 @@ def _command(folder: Path) -> list[str]:
 
 
 def warm(environ: Mapping[str, str], log: Path) -> Process:
-    """A fork of a server that has imported the libraries; the first one starts it."""
+    """A fork of the server that has imported the libraries."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("JOB_")}
-    return _Forked(start([], kept | dict(environ), log, log))
-
-
-@dataclass(frozen=True)
-class _Forked:
-    """See `Process`."""
-
-    process: ForkServerProcess
-
-    @property
-    def pid(self) -> int:
-        """See `Process.pid`."""
-        assert self.process.pid
-        return self.process.pid
-
-    def poll(self) -> int | None:
-        """See `Process.poll`."""
-        return self.process.exitcode
+    return start([], kept | dict(environ), log, log)

@@ -86,7 +86,7 @@ def test_the_same_job_again(undisturbed: Ended) -> None:
     assert (again.output / "results.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("way", [Pod.evict, Pod.delete])
+@pytest.mark.parametrize("way", [Pod.evict, pytest.param(Pod.delete, marks=pytest.mark.long)])
 def test_eviction(way: Callable[[Pod], None], undisturbed: Ended, tmp_path: Path) -> None:
     """SIGTERM, 75, the next pod goes on where this one stopped; nothing counts, though nothing may."""
     ended = play(tmp_path, at_step(3, way), spec={"backoffLimit": 0})

@@ -81,18 +81,17 @@ class TrainingJob:
         self._set_up()
         with (
             self._copying(),
-            warm.followed(["train"], self._environ(), cwd=self.machine.parent) as (container, lines),
+            warm.followed(["train"], self._environ(), folder=self.machine.parent) as (container, lines),
         ):
             log = []
             deadline: threading.Timer | None = None
-            assert container.pid
             for line in lines:
                 log.append(line.rstrip("\n"))
                 if deadline is None and line.startswith("{") and stop(json.loads(line)):
                     os.kill(container.pid, how)
                     deadline = threading.Timer(STOP_SECONDS, container.kill)
                     deadline.start()
-            code = warm.wait(container, STOP_SECONDS)
+            (code,) = container.wait(STOP_SECONDS)
             if deadline:
                 deadline.cancel()
         failure = self.machine / "output/failure"

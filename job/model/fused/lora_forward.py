@@ -257,7 +257,9 @@ def _attention(
     query, key = kernels.rotate(query, key, *position_embeddings)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     # Where transformers' own code of these families takes it from: Qwen2 knows it by layer, Mistral for all of them.
-    window = getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
+    # Llama has no window, and ignores one that a config.json names.
+    whole = module.config.sliding_window if module.config.model_type == "mistral" else None
+    window = getattr(module, "sliding_window", whole)
     out, _weights = packed_attention(
         module, query, key, value, None, layout=layout, scaling=module.scaling, sliding_window=window
     )

@@ -20,10 +20,11 @@ from typing import Any
 
 from job import log
 from job.common.hashing import hash_files, sealed
+from job.common.new_folder import new_folder
 from job.common.resources import check_disk, required_bytes
 from job.errors import JobError, Preempted, Replaced
 from job.model.base import load_tokenizer
-from job.model.lora import SOURCE_CONFIG
+from job.model.files import SOURCE_CONFIG
 from job.model.quantized_cache.layout import (
     INDEX,
     MERGES,
@@ -33,7 +34,6 @@ from job.model.quantized_cache.layout import (
     cached_base,
     is_wanted,
     key_of,
-    new_folder,
     parse_index,
     verify,
     warn,

@@ -7,14 +7,9 @@ at once never mix.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import shutil
-import tempfile
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +22,6 @@ from job.storage.base import ObjectStore, is_key
 
 INDEX = "base.json"
 MERGES = "merges.txt"
-LEFT_SECONDS = 86_400
-"""Age at which an unfinished folder is removed."""
 _ENDINGS = (".safetensors", ".json", ".model", ".jinja", MERGES)
 
 
@@ -112,24 +105,6 @@ def verify(folder: Path, index: Mapping[str, CachedFile]) -> None:
 def key_of(entry: CacheEntry, name: str) -> str:
     """The key of a file of the base in its store."""
     return f"bases/{entry.key}/{name}"
-
-
-@contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """A folder that takes its place when it is complete, unless another process was there first."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for left in target.parent.glob(".new-*"):  # by a process that was killed
-        if time.time() - left.stat().st_mtime > LEFT_SECONDS:
-            shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=".new-", dir=target.parent, ignore_cleanup_errors=True) as new:
-        folder = Path(new) / "base"
-        folder.mkdir()
-        yield folder
-        try:
-            folder.rename(target)
-        except OSError as error:
-            if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
-                raise
 
 
 def warn(what: str, where: object, error: Exception) -> None:

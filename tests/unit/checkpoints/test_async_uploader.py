@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import structlog
 from structlog.testing import capture_logs
 
+from job import log
 from job.checkpoints.async_uploader import AsyncUploader
 from job.errors import Preempted, Unreachable
 
@@ -219,9 +219,10 @@ def test_log_lines_of_the_thread_carry_the_run(tmp_path: Path) -> None:
     seen: list[dict[str, object]] = []
 
     def publish(_folder: Path, _step: int) -> None:
-        seen.append(structlog.contextvars.get_contextvars())
+        seen.append(log.context())
 
-    with structlog.contextvars.bound_contextvars(run="r1", stage="train"), AsyncUploader(publish) as publisher:
+    log.bind(run="r1")
+    with log.stage("train"), AsyncUploader(publish) as publisher:
         publisher.submit(checkpoint(tmp_path, 1), 1)
     assert seen == [{"run": "r1", "stage": "train"}]
 

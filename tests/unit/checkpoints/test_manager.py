@@ -288,7 +288,7 @@ def test_every_damage_to_every_object(two: LocalStore, tmp_path: Path, key: str,
     assert [path.name for path in (tmp_path / "restored").iterdir()] == ["step-00000010"]
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.integers(0, 2000), bit=st.integers(0, 7))
 def test_any_flipped_bit_of_a_marker(two: LocalStore, place: int, bit: int) -> None:
     """A marker with any one bit flipped is refused, or says exactly what it said before (a space became a tab)."""

@@ -53,13 +53,33 @@ def test_help_is_asked_for_anywhere() -> None:
     """After other words, without a command, and whatever else is wrong."""
     done = job("--train.epochs=0", "--help", JOB_TYPO="1")
     assert (done.returncode, done.stderr) == (0, "")
-    assert "--train.epochs {int,float}" in done.stdout
+    assert "--train.epochs NUMBER" in done.stdout
 
 
 def test_help_shows_documentation_and_default() -> None:
     """They are the field's own."""
     shown = " ".join(command_help("run").split())
-    assert "--train.warmup_steps int Steps in which the learning rate rises to its peak. (default: 5)" in shown
+    assert "--train.warmup_steps N Steps in which the learning rate rises to its peak. (default: 5)" in shown
+
+
+def test_help_names_no_type_of_python() -> None:
+    """Types and defaults are in words of a shell: lists, maps, flags and what is empty."""
+    shown = " ".join(command_help("run").split())
+    for python in ("factory", "tuple[", "Mapping[", " int ", " float ", " str ", " bool ", "None)", "True)", "('"):
+        assert python not in shown, python
+    assert "--eval.tasks NAME,NAME,..." in shown
+    assert "--eval.data NAME=TEXT,..." in shown
+    assert "--train.method {sft|dpo|kto|orpo|sft,dpo|sft,kto|sft,orpo}" in shown
+    assert "--model.double_quantization {true,false}" in shown
+
+
+def test_a_command_has_options_of_its_own(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistyped option of the command is answered with that option, not with a setting."""
+    monkeypatch.setenv("JOB_LOG__FORMAT", "json")
+    cases = ((["config", "--shema"], "--schema"), (["selftest", "x"], "takes no arguments"))
+    for words, near in cases:
+        assert main(words) == 2
+        assert near in json.loads(capsys.readouterr().err)["problems"][0]
 
 
 def test_variables_of_a_ci_server_are_one_note() -> None:

@@ -6,32 +6,23 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import boto3
 import pytest
 
 from job.cli.arguments import COMMANDS, parse_arguments
+from job.cli.runs import compare_command
 from job.errors import SettingsError
+from tests import warm
 from tests.published_run import forge, pairs, publish_run
 from tests.s3_server import BUCKET, CREDENTIALS, credentials, moto_server
-
-ROOT = Path(__file__).parents[3]
 
 
 def job(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs a command."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("JOB_")}
-    return subprocess.run(
-        [sys.executable, "-m", "job", *words],
-        cwd=ROOT,
-        env={**clean, "JOB_LOG__FORMAT": "json", **environment},
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
+    return warm.run(words, {**clean, "JOB_LOG__FORMAT": "json", **environment})
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +110,13 @@ def test_thresholds_are_the_jobs_kinds(runs: Path) -> None:
     assert done.returncode == 2
     names = [problem.split(":")[0] for problem in json.loads(done.stderr)["problems"]]
     assert names == ["--metric", "--min-delta", "--max-regression"]
+
+
+def test_both_runs_that_are_not_there_are_told() -> None:
+    """Not the first of them alone."""
+    with pytest.raises(SettingsError) as caught:
+        compare_command(["/no-a", "/no-b"])
+    assert [problem.where for problem in caught.value.problems] == ["/no-a", "/no-b"]
 
 
 def test_words_are_told_apart() -> None:

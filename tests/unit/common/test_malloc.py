@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
+import os
 
-ROOT = Path(__file__).parents[3]
+from tests import warm
 
 
 def faults(kept: bool) -> int:  # noqa: FBT001
@@ -21,7 +19,8 @@ for number in range(20):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
-    done = subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = warm.run([], os.environ, source=source)
+    assert done.returncode == 0, done.stderr
     return int(done.stdout)
 
 

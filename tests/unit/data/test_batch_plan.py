@@ -62,7 +62,7 @@ def test_the_order_is_unbiased() -> None:
     assert all(292 < count < 508 for count in counts.values())
 
 
-@settings(max_examples=200)
+@settings(max_examples=60)
 @given(LENGTHS, BUDGETS)
 @example([], 1)
 @example([500, 500], 1)

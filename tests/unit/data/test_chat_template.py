@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
 import time
 from typing import Any
 
 import pytest
 
+from job.data import chat_template
 from job.data.chat_template import TemplateRefusalError, open_template, uses_date
 from job.errors import DataError, Preempted
 from tests.toy_tokenizer import CHATML, toy_tokenizer
@@ -15,6 +17,12 @@ ASK = {"role": "user", "content": "cat? ünï🙂\u2028"}
 ANSWER = {"role": "assistant", "content": "mat.", "name": None}
 TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
 WITH_TOOLS = "{{ bos_token }}{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML
+
+
+@pytest.fixture
+def cold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process is started as the job starts it, and not forked as elsewhere in the tests."""
+    monkeypatch.setattr(chat_template, "subprocess", subprocess)
 
 
 @pytest.mark.parametrize("template", [CHATML, WITH_TOOLS, "{% for m in messages %}{{ m }}{% endfor %}"])
@@ -32,6 +40,7 @@ def test_the_text_is_that_of_transformers(template: str) -> None:
             assert render(messages, **options_here) == expected
 
 
+@pytest.mark.usefixtures("cold")
 def test_the_date_is_the_one_that_is_given() -> None:
     """A template that asks for today gets the given day at its start, whatever day it is."""
     tokenizer = toy_tokenizer("{{ strftime_now('%d %b %Y %H:%M') }}")
@@ -71,6 +80,13 @@ def test_a_template_out_of_bounds_is_an_error_of_the_data(template: str, reason:
     with open_template(toy_tokenizer(template)) as render, pytest.raises(DataError, match=f"JOB_MODEL__ID.*({reason})"):
         render([ASK])
     assert time.monotonic() - began < 120
+
+
+@pytest.mark.usefixtures("cold")
+def test_the_process_that_the_job_starts_has_bounds() -> None:
+    """What is bound in a fork is bound in a process of its own."""
+    with open_template(toy_tokenizer("{{ 'x' * 10 ** 10 }}")) as render, pytest.raises(DataError, match="memory"):
+        render([ASK])
 
 
 def test_a_stop_is_looked_at_while_a_template_takes_long() -> None:

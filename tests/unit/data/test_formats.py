@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
@@ -17,7 +18,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from job.data.formats import SUFFIXES, UNREADABLE, Row, RowError, find_file, find_files, read_rows
+from job.data.files import find_file, find_files
+from job.data.formats import SUFFIXES, UNREADABLE, Row, RowError, read_rows
 from job.errors import DataError
 
 ROWS = [{"a": "one", "b": "1"}, {"a": 'q"uo,te\nline\u2028', "b": ""}, {"a": "ünï🙂", "b": "3"}]
@@ -162,7 +164,7 @@ def test_broken_utf8_in_parquet_names_row_and_column(tmp_path: Path) -> None:
     assert (second.kind, second.where) == ("broken_utf8", "x.parquet:row 2 text")
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(suffix=st.sampled_from(SUFFIXES), content=st.binary(max_size=300))
 def test_arbitrary_bytes_are_never_a_traceback(tmp_path: Path, suffix: str, content: bytes) -> None:
     """Whatever a file holds, reading it gives rows and faults, and raises nothing."""
@@ -357,6 +359,142 @@ def test_a_damaged_file_is_a_fault(tmp_path: Path, suffix: str) -> None:
         assert found
         assert isinstance(found[-1], RowError)
         assert found[-1].kind == UNREADABLE
+
+
+LINES = b'{"a": 1}\n{"a": 2}\n'
+CUT = {
+    "gzip, garbage behind": (".jsonl.gz", gzip.compress(LINES) + b"garbage"),
+    "gzip, cut": (".jsonl.gz", gzip.compress(LINES)[:-1]),
+    "gzip, second part cut": (".jsonl.gz", gzip.compress(LINES) * 2 + gzip.compress(LINES)[:5]),
+    "gzip, other checksum": (".jsonl.gz", gzip.compress(LINES)[:-8] + bytes(8)),
+    "zstd, cut": (".jsonl.zst", packed(LINES, ".zst")[:-1]),
+    "zstd, second part cut": (".jsonl.zst", packed(LINES, ".zst") * 2 + packed(LINES, ".zst")[:3]),
+    "zstd, garbage behind": (".jsonl.zst", packed(LINES, ".zst") + b"garbage"),
+    "CSV, cut in quotes": (".csv", b'a,b\n1,2\n3,"4'),
+    "CSV, cut in a row": (".csv", b"a,b\n1,2\n3"),
+    "CSV, header again": (".csv", b"a,b\n1,2\na,b\n3,4\n"),
+    "JSONL, zeros behind": (".jsonl", LINES + bytes(512)),
+    "JSONL, byte order mark within": (".jsonl", LINES + codecs.BOM_UTF8 + LINES),
+    "JSONL, old line breaks": (".jsonl", LINES.replace(b"\n", b"\r")),
+    "JSONL, number of 5000 digits": (".jsonl", b'{"a": ' + b"1" * 5000 + b"}\n"),
+    "JSON, two lists": (".json", b'[{"a": 1}][{"a": 2}]'),
+    **{
+        f"text, but {head[:4]!r}": (".csv", head + b"\0,1\n" * 20)
+        for head in (b"BZh9", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
+    },
+}
+
+
+@pytest.mark.parametrize("case", CUT)
+def test_what_was_cut_or_put_together_is_a_fault(tmp_path: Path, case: str) -> None:
+    """A file that broke off, or holds something behind its end, never just has fewer rows."""
+    suffix, content = CUT[case]
+    assert any(isinstance(row, RowError) for row in read(tmp_path / f"rows{suffix}", content))
+
+
+def test_compressed_files_put_together_are_read_to_the_end(tmp_path: Path) -> None:
+    """Gzip and zstd files one behind the other are one file, as their tools have it."""
+    for suffix in (".gz", ".zst"):
+        rows = read(tmp_path / f"rows.jsonl{suffix}", packed(LINES, suffix) * 2)
+        assert [row.fields for row in rows if isinstance(row, Row)] == [{"a": 1}, {"a": 2}] * 2
+
+
+@pytest.mark.parametrize("damage", ["no end", "twice", "tail", "column twice"])
+def test_an_arrow_stream_that_does_not_end_where_its_file_does_is_a_fault(tmp_path: Path, damage: str) -> None:
+    """Between two batches a stream may break off unseen, and what follows its end is read by nobody."""
+    path = write_rows(tmp_path / "rows.arrow", ROWS)
+    data = path.read_bytes()
+    if damage == "column twice":
+        import pyarrow as pa
+
+        table = pa.Table.from_arrays([pa.array(["1"]), pa.array(["2"])], names=["a", "a"])
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+    else:
+        path.write_bytes({"no end": data[:-8], "twice": data * 2, "tail": data + b"12345678"}[damage])
+    assert isinstance(read(path)[-1], RowError)
+
+
+def test_checksums_of_parquet_pages_are_verified(tmp_path: Path) -> None:
+    """One flipped bit in a file whose pages have checksums is a fault; without it the text would be another."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    path, rows = tmp_path / "rows.parquet", [{"a": "a text that is not compressed"}]
+    parquet.write_table(
+        pa.Table.from_pylist(rows),
+        path,
+        compression="none",
+        write_page_checksum=True,
+        use_dictionary=False,
+        write_statistics=False,
+    )
+    data = path.read_bytes()
+    assert [row.fields for row in read(path) if isinstance(row, Row)] == rows
+    (fault,) = read(path, data.replace(b"a text", b"a teXt", 1))
+    assert isinstance(fault, RowError)
+    assert "checksum" in fault.what
+
+
+def test_values_that_python_does_not_know_are_faults_of_their_rows(tmp_path: Path) -> None:
+    """A time zone of nowhere, or a day beyond all calendars, is named by row and column."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    path = tmp_path / "rows.parquet"
+    for values in (pa.array([1], pa.timestamp("us", tz="Mars/Phobos")), pa.array([2**30], pa.date32())):
+        parquet.write_table(pa.table({"t": values}), path)
+        (fault,) = read(path)
+        assert isinstance(fault, RowError)
+        assert fault.where == "rows.parquet:row 1 t"
+
+
+def test_types_of_arrow_are_what_they_stand_for(tmp_path: Path) -> None:
+    """Text in a dictionary, in views or in large columns is text; nested lists and structs are lists and objects."""
+    import pyarrow as pa
+
+    texts = pa.array(["one", "two"])
+    turn = pa.struct([("role", pa.dictionary(pa.int32(), pa.string())), ("content", pa.string_view())])
+    turns = [[{"role": "user", "content": "a"}]] * 2
+    table = pa.table(
+        {
+            "dictionary": texts.dictionary_encode(),
+            "large": texts.cast(pa.large_string()),
+            "view": texts.cast(pa.string_view()),
+            "turns": pa.array(turns, pa.list_(turn)),
+        }
+    )
+    path = tmp_path / "rows.arrow"
+    for new in (pa.ipc.new_stream, pa.ipc.new_file):
+        with pa.OSFile(str(path), "wb") as file, new(file, table.schema) as writer:
+            writer.write_table(table)
+        found = [row.fields for row in read(path) if isinstance(row, Row)]
+        assert found == [{"dictionary": t, "large": t, "view": t, "turns": turns[0]} for t in ("one", "two")]
+
+
+ODD = {
+    "a link to nothing": lambda path: path.symlink_to("/nowhere/at/all"),
+    "a link to itself": lambda path: path.symlink_to(path),
+    "a folder": lambda path: path.mkdir(),
+    "a pipe": os.mkfifo,
+    "packed otherwise": lambda path: path.with_name(f"{path.name}.bz2").touch(),
+    "still to come": lambda path: path.with_name(f"{path.name}.part").touch(),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_a_shard_that_cannot_be_read_is_not_left_out(tmp_path: Path, odd: str) -> None:
+    """One shard that is no file, or not there yet, is named: the others alone would be fewer rows without a word."""
+    for number in range(2):
+        (tmp_path / f"rows-{number:02}.jsonl").write_bytes(LINES)
+    (tmp_path / ".rows-02.jsonl").touch()
+    (tmp_path / "README.md").touch()
+    assert len(find_files(str(tmp_path), "train")[0]) == 2
+    ODD[odd](tmp_path / "rows-02.jsonl")
+    sources = [tmp_path, tmp_path / "rows-*"]
+    for source in sources:
+        with pytest.raises(DataError, match=r"rows-02\.jsonl"):
+            find_files(str(source), "train")
 
 
 def test_the_shards_of_a_split_are_read_in_order(tmp_path: Path) -> None:

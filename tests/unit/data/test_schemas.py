@@ -273,7 +273,7 @@ def test_what_the_template_does_not_write_is_refused(schema: Schema, fields: dic
         ("prompt_completion", {"prompt": "a", "completion": "b", "weight": "0"}, ["weight"]),
         ("prompt_completion", {"prompt": "a", "completion": "b", "label": "False"}, ["label"]),
         ("prompt_completion", {"prompt": "a", "completion": "b", "label": 0}, []),
-        ("prompt_completion", {"prompt": "a", "chosen": "b", "rejected": "c"}, ["chosen", "rejected", "completion"]),
+        ("prompt_completion", {"prompt": "a", "chosen": "b", "rejected": "c"}, ["chosen"]),
         ("alpaca", {"instruction": "a", "output": "b", "tools": [TOOL]}, ["tools"]),
         ("alpaca", {"instruction": "a", "output": "b", "Input": "c"}, ["Input"]),
         ("alpaca", {"instruction": "a", "output": "b", "input": "c", "Input": "d", " History": []}, []),

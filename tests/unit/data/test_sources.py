@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 
 from job.common.source_list import Source, locate_sources, parse_sources
-from job.data.tokenization import Encoded
 from job.errors import DataError, SettingsError
+from tests.helpers import encoded
 from tests.toy_tokenizer import toy_tokenizer
 from tests.unit.data.test_dataset import lines, load, text_of
 
@@ -84,7 +85,7 @@ def test_a_single_source_is_as_it_was(tmp_path: Path) -> None:
     assert (record.source, record.sources, record.long_rows) == (str(path), [], {})
     digest = sha256(b"examples 1\0")
     for example, text in zip(examples, ("cat", "mat"), strict=True):
-        digest.update(Encoded(text, example).canonical())
+        digest.update(encoded(text, example.input_ids, example.targets).canonical())
     assert record.sha256 == digest.hexdigest()
 
 
@@ -118,6 +119,15 @@ def test_the_files_of_a_glob_are_named_by_the_pattern(tmp_path: Path) -> None:
         "s3://bucket/rows/a.jsonl:2 text",
         "s3://bucket/rows/b.jsonl:2 text",
     ]
+
+
+def test_a_file_without_rows_among_others_is_told(tmp_path: Path) -> None:
+    """An empty file among several is no error, since partitions may be empty, but the log names it."""
+    lines(tmp_path / "rows-0.jsonl", {"text": "one"})
+    (tmp_path / "rows-1.jsonl").touch()
+    with structlog.testing.capture_logs() as logs:
+        load(tmp_path / "*.jsonl")
+    assert [entry["file"] for entry in logs if "no rows" in entry["event"]] == [f"{tmp_path}/rows-1.jsonl"]
 
 
 def test_fields_have_other_names(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -11,8 +12,10 @@ from hypothesis import strategies as st
 
 from job.data.fields import Rendered
 from job.data.formats import RowError
+from job.data.text_tokenizer import text_tokenizer
 from job.data.tokenization import Encoded, LossOn, encode
 from job.records import Example
+from tests.helpers import encoded
 from tests.toy_tokenizer import toy_tokenizer
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
@@ -26,7 +29,7 @@ def rendered(prompt: str, completion: str) -> Rendered:
 def one(row: Rendered, loss_on: LossOn = "all", *, tokenizer: Any = None, templated: bool = False) -> Example:
     """The example that a row gives."""
     tokenizer = tokenizer or toy_tokenizer()
-    (item,) = encode(iter([row]), tokenizer, templated=templated, loss_on=loss_on, max_length=1000, limit=None)
+    ((item,),) = encode([row], text_tokenizer(tokenizer), templated=templated, loss_on=loss_on, max_length=1000)
     assert isinstance(item, Encoded)
     return item.example
 
@@ -94,26 +97,17 @@ def test_several_turns_have_several_spans() -> None:
 def test_too_long_and_empty_rows_are_faults() -> None:
     """Special tokens count; a row of one token more than allowed is a fault, and so is one with nothing to learn."""
     rows = [rendered("", "a" * 8), rendered("", "a" * 9), [RowError("kind", "y", "what")], rendered("", "b" * 8)]
-    found = list(encode(iter(rows), toy_tokenizer(), templated=False, loss_on="all", max_length=10, limit=None))
-    assert [len(item.example.input_ids) if isinstance(item, Encoded) else item[0].kind for item in found] == [
+    tokenizer = text_tokenizer(toy_tokenizer())
+    found = [item for (item,) in encode(rows, tokenizer, templated=False, loss_on="all", max_length=10)]
+    assert [len(item.example.input_ids) if isinstance(item, Encoded) else item.kind for item in found] == [
         10,
         "too_long",
         "kind",
         10,
     ]
-    (fault,) = encode(
-        iter([rendered("cat", "")]), toy_tokenizer(), templated=True, loss_on="completion", max_length=9, limit=1
-    )
-    assert isinstance(fault, list)
-    assert fault[0].kind == "empty_target"
-
-
-def test_no_row_is_taken_behind_the_last_example() -> None:
-    """With a limit, rows are taken up to the one that completes it, faults on the way included."""
-    rows = iter([rendered("", "a"), rendered("", "a" * 9), rendered("", "b"), rendered("", "c")])
-    found = list(encode(rows, toy_tokenizer(), templated=False, loss_on="all", max_length=5, limit=2))
-    assert [isinstance(item, Encoded) for item in found] == [True, False, True]
-    assert [row.text for row in rows] == ["c"]
+    ((fault,),) = encode([rendered("cat", "")], tokenizer, templated=True, loss_on="completion", max_length=9)
+    assert isinstance(fault, RowError)
+    assert fault.kind == "empty_target"
 
 
 def test_a_row_longer_than_the_model_knows_warns_nobody() -> None:
@@ -131,7 +125,7 @@ def test_a_row_longer_than_the_model_knows_warns_nobody() -> None:
 @given(st.lists(st.tuples(TEXT, st.lists(st.booleans(), max_size=4)), max_size=3, unique_by=str))
 def test_no_two_lists_of_examples_have_the_same_bytes(drafts: list[tuple[str, list[bool]]]) -> None:
     """Leaving out, swapping or changing an example changes the bytes that are hashed."""
-    items = [Encoded(text, Example(tuple(range(len(mask))), tuple(mask))) for text, mask in drafts]
+    items = [encoded(text, range(len(mask)), mask) for text, mask in drafts]
 
     def canonical(some: list[Encoded]) -> bytes:
         return b"".join(item.canonical() for item in some)
@@ -142,9 +136,9 @@ def test_no_two_lists_of_examples_have_the_same_bytes(drafts: list[tuple[str, li
     for index, item in enumerate(items):
         rest = items[:index], items[index + 1 :]
         assert canonical([*rest[0], *rest[1]]) != whole
-        ids = (*item.example.input_ids, 7)
-        longer = Encoded(item.text, Example(ids, (*item.example.targets, True)))
-        for other in (Encoded(item.text + "a", item.example), longer):
+        example = item.example
+        longer = encoded(item.text, (*example.input_ids, 7), (*example.targets, True))
+        for other in (replace(item, text=item.text + "a"), longer):
             assert canonical([*rest[0], other, *rest[1]]) != whole
 
 
@@ -165,24 +159,25 @@ def test_ignored_spans_are_never_learned() -> None:
 def test_a_token_beyond_the_embedding_is_a_fault_of_its_row() -> None:
     """A token that the model has no embedding of is found here, by row, text and number."""
     last = max(one(rendered("", "zebra")).input_ids)
-    options: dict[str, Any] = {"templated": False, "loss_on": "all", "max_length": 100, "limit": None}
-    (good,) = encode(iter([rendered("", "zebra")]), toy_tokenizer(), vocabulary=last + 1, **options)
+    options: dict[str, Any] = {"templated": False, "loss_on": "all", "max_length": 100}
+    ((good,),) = encode([rendered("", "zebra")], text_tokenizer(toy_tokenizer()), vocabulary=last + 1, **options)
     assert isinstance(good, Encoded)
-    (faults,) = encode(iter([rendered("", "zebra")]), toy_tokenizer(), vocabulary=last, **options)
-    assert isinstance(faults, list)
-    assert faults[0].kind == "unknown_token"
-    assert f"(number {last})" in faults[0].what
+    ((fault,),) = encode([rendered("", "zebra")], text_tokenizer(toy_tokenizer()), vocabulary=last, **options)
+    assert isinstance(fault, RowError)
+    assert fault.kind == "unknown_token"
+    assert f"(number {last})" in fault.what
 
 
 def test_an_example_says_with_which_special_token_it_ends() -> None:
     """The end is the last special token among the last learned ones, a line break behind it aside; or there is none."""
-    options: dict[str, Any] = {"templated": True, "max_length": 100, "limit": None}
+    options: dict[str, Any] = {"templated": True, "max_length": 100}
     for text, spans, end in (
         ("<s>cat</s>\n", ((3, 11),), "</s>"),
         ("<s>cat mat", ((3, 10),), None),
         ("<s>cat</s>mat", ((3, 6),), None),
         ("<s>cat<pad>", ((3, 11),), "<pad>"),
     ):
-        (item,) = encode(iter([Rendered("x", text, spans)]), toy_tokenizer(), loss_on="completion", **options)
+        row = Rendered("x", text, spans)
+        ((item,),) = encode([row], text_tokenizer(toy_tokenizer()), loss_on="completion", **options)
         assert isinstance(item, Encoded)
         assert item.end == (None if end is None else toy_tokenizer().convert_tokens_to_ids(end))

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from job.data.training_and_validation import ValidationSource, load_rows, what_to_validate_on
-from job.data.validation_split import MOST_COMPARED, RowHashes, count_overlap, group_rows, hold_out
+from job.data.validation_split import MOST_COMPARED, RowHashes, count_overlap, group_rows, hold_out, row_hash
 from job.errors import DataError
 from job.records import DatasetRecord, Example
 from tests.helpers import alpaca_rows, write_jsonl
@@ -32,7 +32,7 @@ def hashes(texts: Sequence[str]) -> RowHashes:
     """What rows of one field are compared by."""
     rows = RowHashes()
     for one in texts:
-        rows.add([one])
+        rows.add(row_hash([one]))
     return rows
 
 

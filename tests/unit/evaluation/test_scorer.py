@@ -176,8 +176,9 @@ CARRY_VALUES = {"job.records", "job.errors", "job.log", "job.common.hashing"}
 
 def test_the_key_of_scores_covers_all_code_that_decides_them() -> None:
     """A module that scoring or the forward pass starts to import has to join the list, or scores would be stale."""
-    roots = ("job.evaluation.scoring", "job.model.base", "job.model.lora", "job.model.fused.frozen_weights")
-    assert list(score_cache.CODE) == sorted(closure(*roots, "job.model.fused.lora_forward") - CARRY_VALUES)
+    roots = ("job.evaluation.scoring", "job.model.base", "job.model.lora", "job.model.adapter_files")
+    fused = ("job.model.fused.frozen_weights", "job.model.fused.lora_forward")
+    assert list(score_cache.CODE) == sorted(closure(*roots, *fused) - CARRY_VALUES)
 
 
 def test_the_key_of_a_quantized_base_covers_all_code_that_decides_its_bits() -> None:
@@ -188,6 +189,8 @@ def test_the_key_of_a_quantized_base_covers_all_code_that_decides_its_bits() -> 
         "job.model.decomposed_init",
         "job.model.lora",
         "job.model.packed_attention",
+        "job.model.target_modules",
+        "job.model.tensor_names",
     }  # they work on the loaded base, and change no weight of it
     assert list(pull.CODE) == sorted(
         module for module in found if not module.startswith(("job.storage.", "job.common."))

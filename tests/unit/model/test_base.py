@@ -13,21 +13,13 @@ import torch
 
 from job.errors import DataError, SettingsError
 from job.evaluation.scoring import score_sequence
+from job.model.adapter_files import CONFIG_KEYS, load_adapter, portable_config, save_adapter
 from job.model.base import choose_device, choose_dtype, describe_model, load_base, load_tokenizer
 from job.model.files import fingerprint
-from job.model.lora import (
-    CONFIG_KEYS,
-    adapter_off,
-    add_adapter,
-    copy_tokenizer,
-    load_adapter,
-    portable_config,
-    save_adapter,
-    tokenizer_files,
-    trainable,
-)
+from job.model.lora import adapter_off, add_adapter, trainable
 from job.model.quantized_cache.cache import save
 from job.model.quantized_cache.layout import entry_at
+from job.model.tokenizer_files import copy_tokenizer, tokenizer_files
 from job.records import Question
 from tests.helpers import LINEAR, fill_adapter, make_model
 

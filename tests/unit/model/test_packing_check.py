@@ -69,6 +69,15 @@ def test_a_model_that_packing_gets_wrong_is_used_one_by_one(tmp_path: Path, name
     torch.testing.assert_close(torch.tensor(scored), torch.tensor(alone), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_leak_into_a_few_tokens_is_found_out_in_half_precision(tmp_path: Path, dtype: torch.dtype) -> None:
+    """A convolution in the last layer alone reaches two tokens, fewer than may be off by their rounding."""
+    layers = ["full_attention", "full_attention", "full_attention", "conv"]
+    found = check(family("lfm2", tmp_path, dtype, layer_types=layers))
+    assert not found.packed
+    assert "another sequence beside" in found.reason
+
+
 def _likelihood(model: Any, context: tuple[int, ...], choice: tuple[int, ...]) -> torch.Tensor:
     with torch.no_grad():
         said = model(input_ids=torch.tensor([[*context, *choice]])).logits[0].float().log_softmax(-1)
@@ -125,6 +134,16 @@ def test_positions_that_depend_on_the_neighbours_are_packed_only_where_they_cann
     assert not found.packed
     assert "rotary" in found.reason
     assert not is_packed(model)
+
+
+def test_a_temperature_by_the_place_in_the_packed_sequence_is_found_out(tmp_path: Path) -> None:
+    """Llama 4's, which grows with thousands of tokens; whole attention in all layers would hide it from the check."""
+    model = family("llama4", tmp_path)
+    text = model.get_base_model().config.get_text_config(decoder=True)
+    text.layer_types = ["full_attention"] * text.num_hidden_layers
+    found = check(model)
+    assert not found.packed
+    assert "temperature" in found.reason
 
 
 def test_weights_that_are_no_numbers_are_said_to_be_the_bases(base_folder: Path, tmp_path: Path) -> None:

@@ -11,22 +11,15 @@ import pytest
 import torch
 
 from job.errors import SettingsError
+from job.model.adapter_files import load_adapter, save_adapter
 from job.model.base import PLAIN, inspect, load_base
-from job.model.lora import (
-    SOURCE_CONFIG,
-    PublishedNames,
-    add_adapter,
-    check_targets,
-    find_published_names,
-    find_targets,
-    linear_layers,
-    load_adapter,
-    save_adapter,
-    trainable,
-)
+from job.model.files import SOURCE_CONFIG
+from job.model.lora import add_adapter, trainable
 from job.model.packed_attention import use
+from job.model.published_names import PublishedNames, find_published_names
 from job.model.quantized_cache.cache import save
 from job.model.quantized_cache.layout import entry_at
+from job.model.target_modules import check_targets, find_targets, linear_layers
 from tests.families.models import make_model as make_family
 from tests.helpers import fill_adapter
 

@@ -160,7 +160,8 @@ def test_layers_are_found_in_the_model(tmp_path: Path, family: str, names: list[
 
 def test_of_a_model_that_also_sees_the_text_part_is_adapted(tmp_path: Path) -> None:
     """No layer of its vision tower is, although some bear the same names; and PEFT reads that from the file."""
-    from job.model.lora import save_adapter, trainable
+    from job.model.adapter_files import save_adapter
+    from job.model.lora import trainable
 
     make_family("gemma3", tmp_path / "mm")
     config = json.loads((tmp_path / "mm/config.json").read_text())

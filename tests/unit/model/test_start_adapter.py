@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from job.errors import DataError, JobError, SettingsError
-from job.model.lora import PublishedNames, save_adapter, trainable
+from job.model.adapter_files import save_adapter
+from job.model.lora import trainable
+from job.model.published_names import PublishedNames
 from job.model.start_adapter import CONFIG, WEIGHTS, check_start, find_start, hash_start, load_start
 from job.storage.open import StorageOptions
 from tests.helpers import fill_adapter, make_model
@@ -107,7 +109,7 @@ def test_other_layers_are_refused(change: Any, saved: Path, base_folder: Path, t
 
 def test_a_path_that_is_not_there(tmp_path: Path) -> None:
     """It is not taken for a name on the hub."""
-    with pytest.raises(DataError, match="is not a folder"):
+    with pytest.raises(DataError, match=r"JOB_LORA__START: .* does not exist"):
         find_start(str(tmp_path / "none"), tmp_path, StorageOptions())
 
 

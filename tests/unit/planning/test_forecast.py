@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from job.planning.forecast import EVALUATIONS, RunShape, ValidationWork, estimates, forecast_gpu
+from job.planning.forecast import EVALUATIONS, ForwardWork, RunShape, estimates, forecast_gpu
 from job.planning.gpu_prices import GPUS, Gpu
 from job.planning.known_models_and_data import ARCHITECTURES, TASK_TOKENS
 from job.planning.workload import Workload
@@ -149,9 +149,20 @@ def test_the_table_of_gpus_is_sound() -> None:
         assert 0.1 < gpu.usd_per_hour < 12
 
 
+def test_a_reference_takes_time() -> None:
+    """The forward passes of dpo and kto before training are counted among the hours, and shown."""
+    rows = ForwardWork(count=1, rows=100, tokens=500_000, target_tokens=400_000, longest=900)
+    with_it = replace(RUN, reference=rows)
+    before, after = (forecast_gpu(BY_NAME["A100 80GB"], run, REFERENCE).hours or 0 for run in (RUN, with_it))
+    assert after > before > 0
+    shown = {figure.name: figure.value for figure in estimates(with_it)}
+    assert shown["reference, once"] > 0
+    assert not any("reference" in figure.name for figure in estimates(RUN))
+
+
 def test_validations_take_time() -> None:
     """Forward passes over the validation rows are counted among the hours, and shown."""
-    held_out = ValidationWork(count=10, rows=100, tokens=50_000, target_tokens=40_000, longest=900)
+    held_out = ForwardWork(count=10, rows=100, tokens=50_000, target_tokens=40_000, longest=900)
     with_them = replace(RUN, validation=held_out)
     before, after = (forecast_gpu(BY_NAME["A100 80GB"], run, REFERENCE).hours for run in (RUN, with_them))
     assert before is not None

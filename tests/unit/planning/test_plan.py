@@ -153,6 +153,24 @@ def test_what_is_wrong_is_told_with_everything_else(given: Path, capsys: pytest.
     assert "a comparison needs two" in wrong["questions"]
 
 
+def test_all_wrong_paths_are_in_the_error(given: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What the log and a platform are told names every one, each by its setting, as the job itself would."""
+    paths = {name: f"{given}/no-{name.replace('.', '-')}" for name in ("model.id", "lora.start", "gate.baseline")}
+    options = [f"--{name}={path}" for name, path in paths.items()]
+    rows = [f"--data.source={given}/no.jsonl", f"--data.validation={given}/held.jsonl", "--gate.min_delta=0"]
+    code, plan, log_lines = planned(capsys, *options, rows[0], rows[2])
+    line = json.loads(log_lines)
+    assert code == line["exit_code"] == SettingsError.exit_code
+    assert {problem.partition(":")[0] for problem in line["problems"]} == {
+        *("JOB_MODEL__ID", "JOB_LORA__START", "JOB_GATE__BASELINE", "JOB_DATA__SOURCE"),
+    }
+    assert {states(plan)[name] for name in ("model", "data", "start", "baseline")} == {"wrong"}
+    write_jsonl(given / "no.jsonl", alpaca_rows(4))
+    code, _, log_lines = planned(capsys, *rows)
+    (problem,) = json.loads(log_lines)["problems"]
+    assert problem.startswith(f"JOB_DATA__VALIDATION: {given}/held.jsonl does not exist")
+
+
 @pytest.mark.parametrize(("status", "error"), [(403, AccessDenied), (None, Unreachable)])
 def test_storage_that_does_not_serve_is_an_error(
     given: Path, capsys: pytest.CaptureFixture[str], status: int | None, error: type[AccessDenied | Unreachable]

@@ -45,7 +45,7 @@ def test_a_model_here_is_read_but_not_loaded(base_folder: Path, tmp_path: Path) 
         (lambda folder: (folder / "config.json").write_text("[" * 10**5), DataError, "no config.json that can be read"),
         (lambda folder: (folder / "config.json").unlink(), DataError, "no config.json"),
         (lambda folder: (folder / "model.safetensors").unlink(), DataError, "no weights in safetensors"),
-        (shutil.rmtree, DataError, "is not a folder"),
+        (shutil.rmtree, DataError, "does not exist"),
         (lambda folder: None, SettingsError, "more than the model's window of 2048"),
     ],
 )

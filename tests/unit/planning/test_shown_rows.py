@@ -11,10 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from job.cli.main import main
-from job.data.tokenization import Encoded
 from job.planning.shown_rows import CLOSE, OPEN, ShownRow, as_lines, show_row
-from job.records import Example
-from tests.helpers import write_jsonl
+from tests.helpers import encoded, write_jsonl
 from tests.toy_tokenizer import toy_tokenizer
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
@@ -27,7 +25,7 @@ def test_the_pieces_are_the_text(text: str, data: Any) -> None:
     tokenizer = toy_tokenizer()
     ids = tuple(tokenizer(text)["input_ids"])
     targets = tuple(data.draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids))))
-    row = show_row(Encoded(text, Example(ids, targets), where="x:1 text"), tokenizer)
+    row = show_row(encoded(text, ids, targets, where="x:1 text"), tokenizer)
     assert (row.where, row.tokens, row.target_tokens) == ("x:1 text", len(ids), sum(targets))
     assert len("".join(piece for piece, _ in row.pieces)) == len(tokenizer.decode(ids))
     assert all(one[1] != other[1] for one, other in zip(row.pieces, row.pieces[1:], strict=False))

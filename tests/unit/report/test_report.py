@@ -86,10 +86,10 @@ def test_the_verdict_comes_first(page: Page, made: dict[str, Any]) -> None:
 
 
 def test_every_section_is_there(page: Page) -> None:
-    """Accuracy, questions, training, attempts, cost, settings, provenance and artefacts, each reachable by a link."""
+    """Accuracy, questions, training, attempts, cost, settings, provenance and artifacts, each reachable by a link."""
     sections = [attributes["id"] for attributes in page.all("section")]
     assert sections == [
-        *("accuracy", "questions", "training", "attempts", "cost", "settings", "provenance", "artefacts"),
+        *("accuracy", "questions", "training", "attempts", "cost", "settings", "provenance", "artifacts"),
     ]
     links = {str(attributes["href"]).removeprefix("#") for attributes in page.all("a")}
     assert links == {*sections, "content"}

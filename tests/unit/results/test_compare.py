@@ -60,6 +60,16 @@ def test_the_other_way_round_is_the_opposite(runs: tuple[PublishedRun, Published
     assert two["verdict"] == "regressed"
 
 
+def test_the_same_run_is_no_difference(runs: tuple[PublishedRun, PublishedRun]) -> None:
+    """Equal predictions are no test that could not tell: the table and the last line say that nothing differs."""
+    same = as_text(compare(runs[0], runs[0]))
+    assert all(row.rstrip().endswith("no difference") for row in same if row.lstrip().startswith("quiz,"))
+    assert same[-1] == "no difference: both runs have the same adapter"
+    different = as_text(compare(*runs))
+    assert [row.split()[-1] for row in different if row.lstrip().startswith("quiz, acc ")] == ["improved"]
+    assert not any(line.startswith("no difference:") for line in different)
+
+
 def test_what_differs_is_told_and_nothing_else(runs: tuple[PublishedRun, PublishedRun]) -> None:
     """Settings, model, data, software and hardware: both values where they differ; names and places do not count."""
     found = compare(*runs)

@@ -10,6 +10,7 @@ import pytest
 from job.errors import GateError
 from job.results.completed import read_complete, require_gate, withdraw_incomplete
 from job.runs.layout import METRICS, RESULTS
+from job.storage.base import MAX_READ_BYTES
 from job.storage.local import LocalStore
 from tests.published_run import pairs, publish_run
 
@@ -46,6 +47,7 @@ def test_a_manifest_that_lists_more_than_is_there_is_withdrawn(store: LocalStore
         lambda data: b"[" + data + b"]",
         lambda data: b'{"artifacts": []}',
         lambda data: b"\xff" + data,
+        lambda data: data + bytes(MAX_READ_BYTES),
     ],
 )
 def test_a_damaged_manifest_is_withdrawn(store: LocalStore, damage: Callable[[bytes], bytes]) -> None:

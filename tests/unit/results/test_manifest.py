@@ -135,7 +135,7 @@ def test_the_summary_says_it_in_five_lines() -> None:
     assert "200 questions" in lines[1]
     assert lines[2].startswith(f"verdict: improved, {task['improved']} questions better and {task['regressed']} worse")
     assert lines[3] == "1200 s in 2 attempts, $0.50; 120 s of it wasted"
-    assert lines[4] == "results: /x/results.json"
+    assert lines[4] == "arc_easy improved; results: /x/results.json"
 
 
 def test_the_machine_and_the_software_are_told() -> None:

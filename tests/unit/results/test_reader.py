@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from job.cli.runs import report_command, verify_command
-from job.errors import DataError, VerificationError
+from job.errors import DataError, SettingsError, VerificationError
 from job.results.reader import parse
 from tests.published_run import forge, pairs, publish_run, rewrite
 
@@ -79,3 +79,14 @@ def test_records_that_only_hashes_agree_with_are_refused(tmp_path: Path, line: b
 def _claim(results: dict[str, Any], name: str, data: bytes) -> None:
     (entry,) = [entry for entry in results["artifacts"] if entry["path"] == name]
     entry.update(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def test_a_folder_of_runs_is_no_run(tmp_path: Path) -> None:
+    """The output folder given in place of a run is answered with one that lies in it; so is a folder as a file."""
+    (tmp_path / "runs/one").mkdir(parents=True)
+    (tmp_path / "runs/one/results.json").write_text("{}")
+    with pytest.raises(SettingsError, match=rf"holds runs, and is none itself; .* {tmp_path}/runs/one/$"):
+        verify_command([str(tmp_path / "runs")])
+    run = publish_run(tmp_path / "run", {"arc_easy": pairs(8)})
+    with pytest.raises(SettingsError, match=rf"is a folder; name a file, such as {tmp_path}/report.html"):
+        report_command([str(run), f"--output={tmp_path}"])

@@ -28,7 +28,7 @@ from job.runs.layout import Stage, attempt_key
 from job.runs.lease import fenced, take
 from job.runs.run_log import IdleLimit, close_run_log, parse_record, read_run_log
 from job.runs.run_settings import keep_settings
-from job.storage.base import CHANGES, current_tag, write_in_turn
+from job.storage.base import CHANGES, MAX_READ_BYTES, write_in_turn
 from job.storage.local import LocalStore
 from job.storage.open import ObjectStore
 from tests.example_run import ATTEMPTS, DATASET
@@ -228,23 +228,24 @@ def test_what_was_published_is_verified(
 def test_a_damaged_record_is_not_believed(
     opened: Callable[..., AbstractContextManager[Attempt]], store: LocalStore
 ) -> None:
-    """A changed digit in the run log ends the next attempt, with the file and the way out."""
+    """A record of the run log that was altered, cut or blown up is ignored: the run goes on without its times."""
     with opened():
         pass
     stored = store.read(attempt_key(1))
     assert stored is not None
     assert parse_record(stored.data).outcome == "complete"
-    store.write(attempt_key(1), stored.data.replace(b'"steps": 0', b'"steps": 1'))
-    with pytest.raises(DataError, match=r"attempts/0001\.json: was altered.*remove it"), opened():
-        pass
-    store.delete(attempt_key(1))
-    with opened() as last:
-        assert last.earlier == []
-        closed = close_run_log(last.store, last.number, last.started)
-    assert [(one.number, one.outcome, one.seconds) for one in closed] == [
-        (1, "killed", 0),
-        (2, "killed", 0),
-    ]
+    digit = stored.data.replace(b'"steps": 0', b'"steps": 1')
+    for damaged in (digit, stored.data[:40], b"", b"[" * 100_000, b" " * (MAX_READ_BYTES + 1), None):
+        store.delete(attempt_key(1))
+        if damaged is not None:
+            store.write(attempt_key(1), damaged)
+        with opened() as last:
+            assert all(one.number != 1 for one in last.earlier)
+            closed = close_run_log(last.store, last.number, last.started)
+        assert (closed[0].number, closed[0].outcome, closed[0].seconds) == (1, "killed", 0)
+        mended = store.read(attempt_key(1))
+        assert mended is not None
+        assert parse_record(mended.data) == closed[0]
 
 
 def test_an_attempt_names_the_run_when_its_settings_are_kept(store: LocalStore, tmp_path: Path) -> None:
@@ -344,7 +345,8 @@ PULLED = Pulled(DATASET, "1" * 64, None, {"quiz": "2" * 64})
 
 
 def damages(data: bytes) -> Iterator[bytes]:
-    """A record with one byte another, at many places, and cut at many places."""
+    """A record with one byte another, at many places, and cut at many places; and one larger than any."""
+    yield bytes(MAX_READ_BYTES + 1)
     for place in range(0, len(data), max(1, len(data) // 40)):
         yield data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
         yield data[:place]
@@ -484,7 +486,7 @@ def test_a_late_record_changes_nothing(store: LocalStore, tmp_path: Path, record
         publish_marker(new)
         (tmp_path / "new").write_bytes(b"the new one's times")
         new.publish(tmp_path / "new", "artifacts/metrics.jsonl")
-        write_in_turn(new.store, "results.json", b"new", current_tag(store, "results.json"))
+        write_in_turn(new.store, "results.json", b"new", store.tag("results.json"))
         left.update({info.key: stored.data for info in store.list() if (stored := store.read(info.key))})
 
     slow.meanwhile = succeed

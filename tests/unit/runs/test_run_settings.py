@@ -15,6 +15,7 @@ from job.errors import SettingsError
 from job.records import Pulled
 from job.runs import stage_records
 from job.runs.run_settings import agree_on_settings, compare_settings, keep_settings, parse_settings
+from job.storage.base import MAX_READ_BYTES
 from job.storage.local import LocalStore
 from tests.example_run import DATASET
 
@@ -77,7 +78,12 @@ def settings_flipped(store: LocalStore) -> None:
     store.write("settings.json", stored.data.replace(b"2", b"3", 1))
 
 
-@pytest.mark.parametrize("damage", [settings_gone, settings_cut, settings_flipped])
+def settings_blown_up(store: LocalStore) -> None:
+    """Something large has the file's name."""
+    store.write("settings.json", bytes(MAX_READ_BYTES + 1))
+
+
+@pytest.mark.parametrize("damage", [settings_gone, settings_cut, settings_flipped, settings_blown_up])
 def test_without_its_settings_the_stages_decide(tmp_path: Path, damage: Callable[[LocalStore], None]) -> None:
     """A run whose settings are gone or damaged goes on with those that its stages were done with, and no others."""
     store = LocalStore(tmp_path)

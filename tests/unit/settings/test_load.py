@@ -360,6 +360,24 @@ class TestUnknownNames:
             "command line --train.epocs": "is no setting; the nearest is --train.epochs",
         }
 
+    def test_a_group_that_was_forgotten(self) -> None:
+        """A name without its group is answered with all settings of this name, and a command's own options count."""
+        assert problems(["--rank", "3"])["command line --rank"].endswith("the nearest is --lora.rank")
+        found = problems([], {"JOB_SEED": "3"})["environment JOB_SEED"]
+        assert found.endswith("the nearest is JOB_RUN__SEED or JOB_LORA__SEED or JOB_DATA__SEED")
+        with pytest.raises(SettingsError, match="the nearest is --schema"):
+            load_settings(["--shema"], {}, options=("schema",))
+
+    def test_a_group_that_was_mistyped(self, tmp_path: Path) -> None:
+        """A mapping in a file whose name is nearly that of a group is answered with the group."""
+        config = tmp_path / "job.toml"
+        config.write_text('[modle]\nid = "x"\n')
+        assert problems([f"--config={config}"])[f"file {config} modle"].endswith("the group of settings model")
+
+    def test_none_is_better_than_a_wrong_one(self) -> None:
+        """Where no name is similar, the command that lists them all is named."""
+        assert problems([], {"JOB_QQQQ": "1"})["environment JOB_QQQQ"].endswith("`qlora-job config` lists them all")
+
     def test_in_hyperparameters(self, sagemaker: Callable) -> None:
         """Also where SageMaker would let it pass."""
         assert problems([], sagemaker({"epochs": "3"})) == {
@@ -471,7 +489,7 @@ BAD_VALUES: list[tuple[str, list[str]]] = [
     ("eval.tasks", ["", "a,a", "[]", '["a", 1]', "[[[["]),
     ("eval.data", ["x", "a=1,a=2", "{", "[]", '{"arc_easy": 1}', '{"arc_easy": "ftp://x"}', "arc_esay=x.jsonl"]),
     ("gate.metric", ["f1"]),
-    ("gate.min_delta", ["1.1", "-1.1", "nan"]),
+    ("gate.min_delta", ["1.1", "-1.1", "nan", "1%", "1 %"]),
     ("gate.max_regression", ["-0.1", "1.1"]),
     (
         "storage.endpoint_url",
@@ -623,6 +641,31 @@ class TestWrongValues:
         elif content:
             path.mkdir()
         assert list(problems([], {"JOB_CONFIG": str(path)})) == ["JOB_CONFIG (environment)"]
+
+    @pytest.mark.parametrize(
+        ("name", "content", "place"),
+        [
+            ("job.yaml", b"train:\n  epochs: [3\nlora: 1\n", "line 3, column 5"),
+            ("job.toml", b"[train]\nepochs = = 3\n", "line 2, column 10"),
+            ("job.yaml", b"a: 1\nb: \xff\n", "line 2, column 4"),
+        ],
+    )
+    def test_a_broken_file_names_the_place(self, tmp_path: Path, name: str, content: bytes, place: str) -> None:
+        """Line and column, as far as the parser knows them."""
+        path = tmp_path / name
+        path.write_bytes(content)
+        assert f"({place}); correct it" in problems([f"--config={path}"])["JOB_CONFIG (command line)"]
+
+    def test_a_broken_json_file_names_the_place(self, sagemaker: Callable) -> None:
+        """SageMaker's hyperparameters as well."""
+        found = problems([], sagemaker('{"epochs": "3",\n "rank": }'))
+        assert "(line 2, column 10); correct it" in found["hyperparameters.json"]
+
+    def test_a_fraction_is_no_percentage(self) -> None:
+        """A percent sign, and a number of per cent, are told what a fraction is."""
+        found = problems(["--gate.min_delta=1%", "--gate.max_regression=5"])
+        assert found["JOB_GATE__MIN_DELTA (command line)"] == "must be a number without a percent sign: 1 % is 0.01"
+        assert "0.05 is 5 %" in found["JOB_GATE__MAX_REGRESSION (command line)"]
 
     def test_a_broken_file_is_not_quoted(self, tmp_path: Path) -> None:
         """The line number is given, the line is not: it may hold a secret."""
@@ -922,7 +965,7 @@ def outcome(arguments: list[str], environ: Mapping[str, str]) -> Settings | Sett
 class TestProperties:
     """Whatever is given, the answer is settings or a SettingsError."""
 
-    @hypothesis_settings(max_examples=200, deadline=None)
+    @hypothesis_settings(max_examples=60, deadline=None)
     @given(
         bad=st.lists(BAD, min_size=1, max_size=6, unique_by=lambda pair: pair[0]),
         layer=st.sampled_from(["environment", "command line", "hyperparameters.json", "file"]),
@@ -957,7 +1000,7 @@ class TestProperties:
         assert caught.value.total >= len(bad) + len(unknown)
         assert 0 < len(caught.value.problems) <= MAX_SHOWN
 
-    @hypothesis_settings(max_examples=120, deadline=None)
+    @hypothesis_settings(max_examples=50, deadline=None)
     @given(
         arguments=st.lists(st.sampled_from(NAMES).map(lambda name: f"--{name}") | ANY_TEXT, max_size=6),
         environ=st.dictionaries(st.sampled_from(NAMES).map(variable), ANY_TEXT, max_size=6),
@@ -967,7 +1010,7 @@ class TestProperties:
         answer = outcome(arguments, environ)
         assert isinstance(answer, Settings) or answer.problems
 
-    @hypothesis_settings(max_examples=120, deadline=None)
+    @hypothesis_settings(max_examples=50, deadline=None)
     @given(tree=st.dictionaries(st.sampled_from([*NAMES, "train", "eval", "x"]), TREES, max_size=4))
     def test_any_hyperparameters_give_settings_or_a_settings_error(self, tree: dict[str, object]) -> None:
         """Arbitrary JSON in place of strings is answered, never with a traceback."""

@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM
 from job.common.hashing import hash_file
 from job.errors import DataError, Preempted, SettingsError, Unreachable
 from job.evaluation.tasks import load_tasks
+from job.model.adapter_files import save_adapter
 from job.model.base import describe_model, load_tokenizer
-from job.model.lora import PublishedNames, save_adapter
 from job.model.packed_attention import NAME, use
+from job.model.published_names import PublishedNames
 from job.model.quantized_cache.layout import CachedBase
 from job.preemption.stop_flag import Stop
 from job.records import Exported, Packing, Pulled, Trained

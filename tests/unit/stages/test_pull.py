@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -51,44 +49,45 @@ class DemoHub(Hub):
 
 
 CASES: dict[str, tuple[dict[str, str], int, str]] = {
-    "data file": ({"JOB_DATA__SOURCE": "/nope.jsonl"}, 65, "/nope.jsonl: no such file"),
+    "data file": ({"JOB_DATA__SOURCE": "/nope.jsonl"}, 65, "JOB_DATA__SOURCE: /nope.jsonl does not exist"),
     "revision": ({"JOB_DATA__SOURCE": "some/data"}, 2, "JOB_DATA__REVISION"),
     "data set": ({"JOB_DATA__SOURCE": "some/missing", "JOB_DATA__REVISION": "main"}, 77, "data set some/missing"),
-    "questions": ({"JOB_EVAL__DATA": "arc_easy=/nope.json"}, 65, "/nope.json: no such file"),
+    "questions": ({"JOB_EVAL__DATA": "arc_easy=/nope.json"}, 65, "JOB_EVAL__DATA: /nope.json does not exist"),
     "target module": ({"JOB_LORA__TARGET_MODULES": "q_prj"}, 2, "q_prj"),
     "long question": ({"JOB_EVAL__DATA": "arc_easy={long}"}, 65, "tokens long with its longest choice"),
 }
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
-    """Exit code and log of a run of each case, three at a time; the model is on the hub, and not in the cache."""
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, bool]]:
+    """Exit code and log of a run of each case, and whether it left a folder; the model is on the hub, and not here."""
     folder = tmp_path_factory.mktemp("runs")
     rows = arc_rows(3)
     rows[1]["question"] += " and so on" * 3000
     long = write_jsonl(folder / "long.jsonl", rows)
     found = {}
     with serving(DemoHub) as endpoint:
-        names = list(CASES)
-        for pair in (names[:3], names[3:]):
-            begun = {}
-            for name in pair:
-                env = os.environ | {"HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / name), "HF_ENDPOINT": endpoint}
-                env |= {"JOB_PRESET": "demo", "JOB_MODEL__ID": "some/demo", "JOB_RUN__OUTPUT": str(folder / "out")}
-                env |= {"JOB_RUN__ID": name.replace(" ", "-")}
-                env |= {variable: value.format(long=long) for variable, value in CASES[name][0].items()}
-                command = [sys.executable, "-m", "job"]
-                begun[name] = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
-            for name, process in begun.items():
-                log = process.communicate(timeout=300)[1]
-                found[name] = (process.returncode, log)
+        for name, (changes, _, _) in CASES.items():
+            env = os.environ | {"HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / name), "HF_ENDPOINT": endpoint}
+            env |= {"JOB_PRESET": "demo", "JOB_MODEL__ID": "some/demo", "JOB_RUN__OUTPUT": str(folder / "out")}
+            env |= {"JOB_RUN__ID": name.replace(" ", "-")}
+            env |= {variable: value.format(long=long) for variable, value in changes.items()}
+            done = warm.run([], env)
+            left = (folder / "out" / name.replace(" ", "-")).exists()
+            found[name] = (done.returncode, done.stderr, left)
     return found
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_known_without_the_weights_is_told_before_them(runs: dict[str, tuple[int, str]], case: str) -> None:
-    """A missing file, revision, data set or module ends the run with its code before weights are asked for."""
-    code, log = runs[case]
+def test_what_is_known_without_the_weights_is_told_before_them(
+    runs: dict[str, tuple[int, str, bool]], case: str
+) -> None:
+    """A missing file, revision, data set or module ends the run with its code before weights are asked for.
+
+    What is known from the settings and this machine's files leaves no folder of a run behind.
+    """
+    code, log, left = runs[case]
+    assert left == (case not in {"data file", "revision", "questions"})
     assert code == CASES[case][1], log[-2000:]
     assert CASES[case][2] in log.splitlines()[-1]
     assert FETCHED == []
@@ -104,9 +103,7 @@ def test_a_token_beyond_the_embedding_is_found_in_pull(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     env = os.environ | {"JOB_PRESET": "demo", "JOB_MODEL__ID": str(tmp_path / "base"), "JOB_RUN__OUTPUT": str(tmp_path)}
     env |= {"JOB_DATA__SOURCE": str(tmp_path / "x.jsonl"), "JOB_RUN__ID": "r"}
-    done = subprocess.run(
-        [sys.executable, "-m", "job"], env=env, capture_output=True, text=True, check=False, timeout=200
-    )
+    done = warm.run([], env)
     assert done.returncode == 65, done.stderr[-2000:]
     assert "x.jsonl:1" in done.stderr
     assert "<|begin|>" in done.stderr.splitlines()[-1]

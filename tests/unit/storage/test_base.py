@@ -98,6 +98,7 @@ def test_every_verb_is_forwarded(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"12")
     tag = store.write("a", b"1")
     assert store.read("a") == Stored(b"1", tag)
+    assert store.tag("a") == tag
     store.upload(tmp_path / "file", "b")
     store.download("b", tmp_path / "copy")
     assert (tmp_path / "copy").read_bytes() == b"12"

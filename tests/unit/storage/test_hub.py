@@ -18,6 +18,7 @@ import pytest
 
 from job.errors import AccessDenied, DataError, SettingsError, Unreachable
 from job.storage.hub import hub_errors
+from tests import warm
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OTHER = "f" * 40
@@ -153,13 +154,21 @@ def serving(hub: type[BaseHTTPRequestHandler] = Hub) -> Iterator[str]:
 
 
 def ask(
-    endpoint: str, home: Path, *questions: str | tuple[str, ...], client: str = CLIENT, offline: bool = False
+    endpoint: str,
+    home: Path,
+    *questions: str | tuple[str, ...],
+    client: str = CLIENT,
+    offline: bool = False,
+    cold: bool = False,
 ) -> list[list[object]]:
     """What `open_dataset` says to each (source, revision, split): commit and rows, or the error and its message."""
     env = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": str(int(offline))}
     env = {name: value for name, value in env.items() if name not in {"HF_TOKEN", "HF_HUB_CACHE", "HF_DATASETS_CACHE"}}
-    command = [sys.executable, "-c", client, json.dumps(questions)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=120)
+    if cold:
+        command = [sys.executable, "-c", client, json.dumps(questions)]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=120)
+    else:
+        done = warm.run([json.dumps(questions)], env, source=client)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -286,14 +295,7 @@ def test_weights_are_held_against_the_hash_that_the_hub_names(tmp_path: Path) ->
     """
     env = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
     with serving() as endpoint:
-        done = subprocess.run(
-            [sys.executable, "-c", WEIGHTS_CLIENT, "", tmp_path],
-            env=env | {"HF_ENDPOINT": endpoint},
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=120,
-        )
+        done = warm.run(["", str(tmp_path)], env | {"HF_ENDPOINT": endpoint}, source=WEIGHTS_CLIENT)
     first, fetched, second, again, wrong = done.stdout.splitlines()
     assert (first, fetched) == ("['config.json'] True", "b'weights'")
     assert second == "['config.json', 'model.safetensors'] False"
@@ -354,28 +356,33 @@ def test_a_plan_looks_without_fetching_the_weights(tmp_path: Path) -> None:
 
 
 RUN_CODES = {"gated": 77, "private": 77, "missing": 77, "busy": 69, "away": 69}
+COLD = "gated"
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
-    """Exit code and log of whole runs, by the way in which the hub refuses the model; all at the same time.
+    """Exit code and log of whole runs, by the way in which the hub refuses the model.
 
-    The hub answers at once, which is while the run imports its libraries.
+    The hub answers at once. In one of them, which is started cold, this is while the run imports its libraries.
     """
     folder = tmp_path_factory.mktemp("runs")
 
-    def start(name: str, model: str, **changes: str) -> subprocess.Popen[str]:
+    def run(name: str, model: str, **changes: str) -> tuple[int, str]:
         env = {key: value for key, value in os.environ.items() if key not in {"HF_TOKEN", "HF_HUB_CACHE"}}
         env |= {"HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / name), "JOB_PRESET": "demo", "JOB_MODEL__ID": model}
         env |= {"JOB_RUN__OUTPUT": str(folder / "out"), "JOB_RUN__ID": name, **changes}
-        return subprocess.Popen([sys.executable, "-m", "job"], env=env, stderr=subprocess.PIPE, text=True)
+        if name == COLD:
+            command = [sys.executable, "-m", "job"]
+            done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=300)
+        else:
+            done = warm.run([], env)
+        return done.returncode, done.stderr
 
     with serving() as endpoint:
-        begun = {name: start(name, f"some/{name}", HF_ENDPOINT=endpoint) for name in RUN_CODES}
-        begun["offline"] = start("offline", "some/model", HF_ENDPOINT=endpoint, HF_HUB_OFFLINE="1")
-        begun["nobody"] = start("nobody", "some/model", HF_ENDPOINT="http://127.0.0.1:9")
-        logs = {name: process.communicate(timeout=300)[1] for name, process in begun.items()}
-    return {name: (process.returncode, logs[name]) for name, process in begun.items()}
+        found = {name: run(name, f"some/{name}", HF_ENDPOINT=endpoint) for name in RUN_CODES}
+        found["offline"] = run("offline", "some/model", HF_ENDPOINT=endpoint, HF_HUB_OFFLINE="1")
+        found["nobody"] = run("nobody", "some/model", HF_ENDPOINT="http://127.0.0.1:9")
+    return found
 
 
 @pytest.mark.parametrize(("case", "code"), [*RUN_CODES.items(), ("offline", 69), ("nobody", 69)])
@@ -447,13 +454,12 @@ def test_a_refusal_has_its_code_while_libraries_are_imported_and_after(tmp_path:
     """The download thread's errors have the table's codes, and need no module that the main thread is importing."""
     questions = [(f"some/{name}", "main") for name in HUB_CODES] + [("some/mo del", "main")]
     with serving() as endpoint:
-        found = ask(endpoint, tmp_path, moment, *questions, client=REFUSAL_CLIENT)
+        found = ask(endpoint, tmp_path, moment, *questions, client=REFUSAL_CLIENT, cold=True)
     assert [code for code, _ in found] == [*HUB_CODES.values(), 65], found
     assert all(source in str(message) for (source, _), (_, message) in zip(questions, found, strict=True))
     for name, endpoint, offline in (("offline", "http://127.0.0.1:9", True), ("nobody", "http://127.0.0.1:9", False)):
-        (answer,) = ask(
-            endpoint, tmp_path / name, moment, ("some/model", "main"), client=REFUSAL_CLIENT, offline=offline
-        )
+        question, how = ("some/model", "main"), {"client": REFUSAL_CLIENT, "offline": offline, "cold": True}
+        (answer,) = ask(endpoint, tmp_path / name, moment, question, **how)  # type: ignore[arg-type]
         assert answer[0] == 69, answer
 
 

@@ -18,7 +18,7 @@ import pytest
 import job.storage.s3
 from job.errors import AccessDenied, JobError, SettingsError, Unreachable
 from job.planning.preflight import round_trip
-from job.storage.base import Stored
+from job.storage.base import MAX_READ_BYTES, Stored
 from job.storage.open import Conflict, NotSupported, ObjectStore, StorageOptions, TooLarge, open_store
 from job.storage.s3_client import connect
 from tests.s3_server import BUCKET, CREDENTIALS, SECRET, Request, credentials, moto_server, server
@@ -511,7 +511,7 @@ def test_large_files_go_in_parallel(real: ObjectStore, tmp_path: Path, monkeypat
 def test_limit_holds_in_parallel(real: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A limit ends a transfer with several connections too, with nothing left on the disk."""
     monkeypatch.setattr(job.storage.s3, "_ONE_CONNECTION_BYTES", MIB)
-    monkeypatch.setattr(job.storage.s3.S3Store, "_size", lambda *_: 10)
+    monkeypatch.setattr(job.storage.s3.S3Store, "_describe", lambda *_: (10, ""))
     (tmp_path / "source").write_bytes(b"x" * 20 * MIB)
     real.upload(tmp_path / "source", "a")
     with pytest.raises(TooLarge):
@@ -686,7 +686,138 @@ def test_an_answer_that_is_never_of_s3_is_unreachable() -> None:
 @pytest.mark.parametrize(
     "body", [b"", b"<html/>", b"<ListBucketResult><Contents><Key>a</Key></Contents></ListBucketResult>"]
 )
-def test_an_answer_that_is_no_listing_is_not_an_empty_one(body: bytes) -> None:
+def test_an_answer_that_is_no_listing_is_not_an_empty_one(body: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     """A page of something else in between must never mean that there is no checkpoint."""
-    with server(lambda request: request.answer(200, body)) as url, pytest.raises(Unreachable):
+    monkeypatch.setattr(job.storage.s3, "_PAUSES", (0.0, 0.0, 0.0))
+    with server(lambda request: request.answer(200, body)) as url, pytest.raises(Unreachable, match="cannot list"):
         list(opened(url).list("checkpoints/"))
+
+
+LISTING = (
+    b"<ListBucketResult><IsTruncated>false</IsTruncated>"
+    b"<Contents><Key>run/a</Key><Size>1</Size></Contents></ListBucketResult>"
+)
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        b"HTTP/1.1 200 OK\r\nContent-Le",
+        b"HTTP/1.1 200 OK\r\nServer: x\r\n\r\n" + LISTING[:60],
+        b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n" + LISTING[:9],
+        b"HTTP/1.1 200 OK\r\nContent-Length: 200\r\n\r\n" + LISTING[:60],
+    ],
+    ids=["headers", "body without a length", "length", "body"],
+)
+def test_a_listing_that_is_cut_is_asked_for_again(cut: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever a listing breaks off, the same page is requested again, and the listing is whole."""
+    monkeypatch.setattr(job.storage.s3, "_PAUSES", (0.0, 0.0, 0.0))
+    cuts = iter([True, True])
+
+    def answer(request: Request) -> None:
+        if next(cuts, False):
+            request.wfile.write(cut)
+            request.hang_up()
+        else:
+            request.answer(200, LISTING)
+
+    with server(answer) as url:
+        assert [info.key for info in opened(url, retries=3).list()] == ["a"]
+
+
+def test_a_listing_that_says_no_more_how_it_goes_on_is_unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page that is not the last one, without a token of the next or with its own, must not end the listing."""
+    monkeypatch.setattr(job.storage.s3, "_PAUSES", (0.0, 0.0, 0.0))
+    for token in (b"", b"<NextContinuationToken>same</NextContinuationToken>"):
+        page = LISTING.replace(b"false</IsTruncated>", b"true</IsTruncated>" + token)
+        with server(lambda request, page=page: request.answer(200, page)) as url, pytest.raises(Unreachable):
+            list(opened(url).list())
+
+
+class TestConditionsOfLargeFiles:
+    """Files that go in many parts take the conditions of `write`, on the request that makes the object of them."""
+
+    @pytest.fixture
+    def file(self, tmp_path: Path) -> Path:
+        """A file that is too large for one request."""
+        path = tmp_path / "large"
+        with path.open("wb") as made:
+            made.truncate(MAX_READ_BYTES + 1)
+        return path
+
+    @staticmethod
+    def bucket(seen: list[tuple[str | None, str | None]], *statuses: int) -> Callable[[Request], None]:
+        """A bucket that notes the conditions of each completion, and answers with these statuses, the last for ever."""
+        codes = {404: "NoSuchKey", 409: "ConditionalRequestConflict", 412: "PreconditionFailed", 501: "NotImplemented"}
+
+        def answer(request: Request) -> None:
+            if request.command == "PUT":
+                request.answer(200, ETag='"part"')
+            elif request.path.endswith("?uploads"):
+                request.answer(200, b"<R><UploadId>1</UploadId></R>")
+            elif request.command == "POST":
+                status = statuses[min(len(seen), len(statuses) - 1)]
+                seen.append((request.headers.get("If-None-Match"), request.headers.get("If-Match")))
+                if status == 200:
+                    request.answer(200, b"<R><ETag>1</ETag></R>")
+                else:
+                    request.refuse(status, codes[status])
+            else:
+                request.answer(204)
+
+        return answer
+
+    @pytest.mark.parametrize("status", [404, 409, 412])
+    def test_a_refusal_is_a_conflict(self, file: Path, status: int) -> None:
+        """Whoever wrote in between is not written over, and other uploads carry no condition."""
+        seen: list[tuple[str | None, str | None]] = []
+        with server(self.bucket(seen, status, 200, 200)) as url:
+            store = opened(url)
+            with pytest.raises(Conflict):
+                store.upload(file, "a", if_tag='"old"')
+            store.upload(file, "a", if_absent=True)
+            store.upload(file, "a")
+        assert seen == [(None, '"old"'), ("*", None), (None, None)]
+
+    def test_a_store_that_does_not_know_them_is_written_to_plainly(self, file: Path) -> None:
+        """A server without conditions for such requests (501) gets the file without one."""
+        seen: list[tuple[str | None, str | None]] = []
+        with server(self.bucket(seen, 501, 200)) as url:
+            opened(url).upload(file, "a", if_absent=True)
+        assert seen == [("*", None), (None, None)]
+
+    def test_they_hold_on_a_real_server(self, real: ObjectStore, file: Path) -> None:
+        """An object that is there already stays as it is."""
+        real.write("a", b"mine")
+        with pytest.raises(Conflict):
+            real.upload(file, "a", if_absent=True)
+        real.upload(file, "b", if_absent=True)
+        assert [(info.key, info.bytes) for info in real.list()] == [("a", 4), ("b", MAX_READ_BYTES + 1)]
+        assert real.tag("b") is not None
+
+
+@pytest.mark.parametrize("empty", ["uploads", "part"])
+def test_an_upload_whose_answers_are_cut_is_made_again(
+    tmp_path: Path, empty: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An answer without the id of an upload, or the tag of a part, is no reason to end as a bug."""
+    monkeypatch.setattr(job.storage.s3, "_PAUSES", (0.0, 0.0, 0.0))
+    cuts = iter([True])
+    completed: list[str] = []
+
+    def answer(request: Request) -> None:
+        kind = "uploads" if request.path.endswith("?uploads") else "part" if request.command == "PUT" else "other"
+        if kind == empty and next(cuts, False):
+            request.answer(200)
+        elif kind == "part":
+            request.answer(200, ETag='"part"')
+        elif kind == "uploads":
+            request.answer(200, b"<R><UploadId>1</UploadId></R>")
+        else:
+            completed.append(request.command)
+            request.answer(200 if request.command == "POST" else 204, b"<R><ETag>1</ETag></R>")
+
+    (tmp_path / "source").write_bytes(b"x" * 9 * MIB)
+    with server(answer) as url:
+        opened(url).upload(tmp_path / "source", "a")
+    assert completed[-1] == "POST"

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from job.model.lora import load_adapter, save_adapter, trainable
+from job.model.adapter_files import load_adapter, save_adapter
+from job.model.lora import trainable
 from job.training.flat_parameters import FlatParameters
 from tests.helpers import fill_adapter, make_model
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from job.model.adapter_files import save_adapter
 from job.model.adapter_options import AdaLora, AdapterOptions
-from job.model.lora import save_adapter, trainable
+from job.model.lora import trainable
 from job.results.adapter_facts import CONFIG, WEIGHTS, adapter_facts
 from job.verification.check_checkpoints import _adapters_differ
 from job.verification.check_figures import _adapter

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 from job.evaluation.scoring import score_sequence
@@ -72,6 +75,35 @@ def test_equals_pefts_forward(base_folder: Path, kernels: Kernels | None, quanti
     assert ours == pytest.approx(loss, rel=1e-6)
     assert_close(found, gradients, 1e-5)
     assert all(gradient.dtype is torch.float32 for gradient in found)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_sliding_window": True, "max_window_layers": 1}], ids=["all", "some"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+def test_a_window_is_that_of_the_family(
+    base_folder: Path, tmp_path: Path, family: str, options: dict[str, Any]
+) -> None:
+    """Llama ignores a config.json's window, Mistral has it in all layers, Qwen2 in those behind the first few."""
+    folder = Path(shutil.copytree(base_folder, tmp_path / "base"))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config |= {"model_type": family, "sliding_window": 4, **options}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    if family == "qwen2":  # it has biases
+        _add_biases(folder)
+    (loss, gradients), (ours, found) = learn(adapted(folder)), learn(lean(folder))
+    assert ours == pytest.approx(loss, rel=1e-6)
+    assert_close(found, gradients, 1e-5)
+
+
+def _add_biases(folder: Path) -> None:
+    """Of queries, keys and values."""
+    tensors = load_file(folder / "model.safetensors")
+    wide = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))
+    }
+    tensors |= {f"{name.removesuffix('weight')}bias": 0.1 * tensor[:, 0].clone() for name, tensor in wide.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def test_half_precision_is_as_close_as_pefts(base_folder: Path) -> None:

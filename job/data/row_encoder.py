@@ -1,0 +1,135 @@
+"""From rows to tokens: each row is checked, rendered and tokenized, whatever rows stand beside it.
+
+So rows can be taken in any chunks, by any number of processes (`job.data.workers`), and give the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from job.data.chat_template import Template
+from job.data.field_names import in_own_names
+from job.data.fields import Rendered
+from job.data.formats import Row, RowError
+from job.data.preferences import SIDES, Answers, EncodedAnswers, encode_answers, is_conversation
+from job.data.schemas import Schema, check_row, own_texts, render, texts_of, with_near_names
+from job.data.sharegpt import as_messages, in_conversations, is_sharegpt
+from job.data.text_tokenizer import TextTokenizer, pattern_of
+from job.data.tokenization import Encoded, LossOn, OnLongRow, encode
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is made of rows: JSON-able, and all that decides it but the tokenizer and its chat template.
+
+    `compare` says whether rows are hashed to be compared with others; the rest is as in `dataset.load_examples`.
+    """
+
+    schema: Schema
+    templated: bool
+    loss_on: LossOn
+    max_length: int
+    vocabulary: int | None
+    on_long_row: OnLongRow
+    field_names: Mapping[str, str]
+    compare: bool
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one row gives: examples, or faults; and the control tokens that stand as text in it."""
+
+    where: str
+    examples: tuple[Encoded | EncodedAnswers, ...] = ()
+    faults: tuple[RowError, ...] = ()
+    control: tuple[str, ...] = ()
+
+
+class RowEncoder:
+    """Encodes rows.
+
+    Args:
+        reading: How.
+        tokenizer: The tokenizer.
+        template: Its chat template; for rows of texts None.
+    """
+
+    def __init__(self, reading: Reading, tokenizer: TextTokenizer, template: Template | None) -> None:
+        self._reading, self._tokenizer, self._template = reading, tokenizer, template
+        self._pattern = pattern_of(tokenizer.control)
+
+    def __call__(self, rows: Sequence[Row | RowError]) -> list[Outcome]:
+        """What each row gives.
+
+        Raises:
+            DataError: The chat template is broken, or exceeds its time or memory limit.
+        """
+        how, controls = self._reading, dict[int, tuple[str, ...]]()
+        rendered: list[Any] = []
+        for index, row in enumerate(rows):
+            found, given = self._render(row)
+            rendered.append(found)
+            if given is not None:
+                controls[index] = self._control(texts_of(given, how.schema))
+        options: dict[str, Any] = {
+            "templated": how.templated,
+            "max_length": how.max_length,
+            "vocabulary": how.vocabulary,
+            "on_long_row": how.on_long_row,
+            "compare": how.compare,
+        }
+        items: Iterator[list[Encoded] | list[RowError]] | Iterator[list[EncodedAnswers] | list[RowError]]
+        if how.schema in SIDES:
+            items = encode_answers(rendered, self._tokenizer, **options)
+        else:
+            items = encode(rendered, self._tokenizer, loss_on=how.loss_on, **options)
+        return [
+            Outcome(
+                row.where,
+                tuple(one for one in item if not isinstance(one, RowError)),
+                tuple(one for one in item if isinstance(one, RowError)),
+                controls.get(index, ()),
+            )
+            for index, (row, item) in enumerate(zip(rows, items, strict=True))
+        ]
+
+    def _render(self, row: Row | RowError) -> tuple[Rendered | Answers | list[RowError], Row | None]:
+        """The row as text or what is wrong with it; and for a rendered row the row in the schema's form."""
+        schema, template, names = self._reading.schema, self._template, self._reading.field_names
+        if isinstance(row, RowError):
+            return [row], None
+        if schema in SIDES and is_conversation(row.fields, schema) != (template is not None):
+            kind, other = ("text", "messages") if template is not None else ("messages", "text")
+            what = f"must be {other}, as in the first row, is {kind}"
+            return [RowError("wrong_type", f"{row.where} {SIDES[schema][0]}", what)], None
+        given = row
+        if schema == "messages" and is_sharegpt(row.fields):
+            converted = as_messages(row)
+            if isinstance(converted, list):
+                return converted, None
+            row = converted
+        if faults := check_row(row, schema):
+            faults = with_near_names(in_conversations(faults, given), given)
+            return list(in_own_names(faults, given, names)), None
+        loss_on = self._reading.loss_on
+        text = render(row, schema, template, turns=None if loss_on == "all" else loss_on)
+        if isinstance(text, RowError):
+            return in_conversations([text], given), None
+        if self._reading.compare and isinstance(text, Rendered):
+            text = replace(text, own_texts=own_texts(row, schema))
+        return text, row
+
+    def _control(self, texts: Sequence[str]) -> tuple[str, ...]:
+        """The control tokens in the texts of a row, which the tokenizer encodes as such.
+
+        A text of no chat template may begin and end with the tokens that are put there anyway.
+        """
+        if self._pattern is None or not texts:
+            return ()
+        begin, end = ("", "") if self._reading.templated else self._tokenizer.edges
+        first, *others = texts
+        texts = [first.removeprefix(begin), *others]
+        texts[-1] = texts[-1].removesuffix(end)
+        return tuple(word for text in texts for word in self._pattern.findall(text))

@@ -1,0 +1,463 @@
+"""Rows are encoded in several processes, in the order of the source, with the same result as in one.
+
+This process reads rows and hands them out in chunks. A worker process encodes a chunk and sends back bytes. Workers
+are new Python processes that import neither torch nor transformers: no fork, so CUDA and threads do not matter, and
+they start in a fraction of a second. Nothing is pickled: a message is JSON, and bytes behind it.
+
+A small data set is encoded in this process alone, and so are rows that have no JSON form (dates, as Parquet has them),
+and all rows where the tokenizer cannot be taken along.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from queue import SimpleQueue
+from tempfile import TemporaryFile
+from typing import IO, Any, BinaryIO, Self
+
+from job import log
+from job.common.resources import available_bytes
+from job.data.chat_template import Program, make_program, run_program, run_template
+from job.data.formats import Row, RowError, Rows
+from job.data.preferences import EncodedAnswers
+from job.data.row_encoder import Outcome, Reading, RowEncoder
+from job.data.text_tokenizer import TextTokenizer, from_portable, text_tokenizer
+from job.data.tokenization import Encoded
+from job.errors import DataError, JobError, Killed, Problem
+
+ROWS_ALONE = 2000
+"""Rows that this process encodes by itself before it starts others."""
+_CHUNK_ROWS = 500
+_CHUNK_CHARACTERS = 2 << 20
+_LOOK_SECONDS = 0.5
+_CHECKED_ROWS = 200
+"""Rows on which a worker's tokenizer is compared with the one that it was made from."""
+_START = "import json, sys; sys.path[:] = json.loads(sys.argv.pop()); from job.data.workers import main; main()"
+"""With the modules of this process: where it found them, `python -m` need not find the same."""
+_WORKER_BYTES = 512 << 20
+"""Memory that must be available for each worker; with a large tokenizer and a chat template it takes about half."""
+_FEWEST = 2
+_HEAD = struct.Struct("<2Q")
+_OOM_SCORE = "300"
+"""Added to a worker's score: if memory runs out, the kernel ends a worker rather than the job, which says so."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a worker needs to encode rows."""
+
+    reading: Reading
+    tokenizer: TextTokenizer
+    program: Program | None
+    """The chat template; None for rows of texts."""
+
+
+@contextmanager
+def open_encoding(
+    reading: Reading,
+    tokenizer: Any,
+    *,
+    date: str | None,
+    template_arguments: Mapping[str, Any] | None,
+    processes: int,
+    alive: Callable[..., None],
+) -> Iterator[Encoding]:
+    """Encodes rows for as long as the context lasts; the arguments are those of `dataset.load_examples`.
+
+    Raises:
+        DataError, SettingsError: The chat template or its arguments cannot be used.
+    """
+    texts = text_tokenizer(tokenizer)
+    program = make_program(tokenizer, date, template_arguments) if reading.templated else None
+    opened = run_program(program, tokenizer, alive) if reading.templated else nullcontext()
+    with opened as template:
+        encoder, setup = RowEncoder(reading, texts, template), Setup(reading, texts, program)
+        with Encoding(setup, encoder, processes, alive) as encoding:
+            yield encoding
+
+
+class Encoding:
+    """Encodes rows in this process, and from some number of rows on in others too; a context that ends these.
+
+    Args:
+        setup: How.
+        encoder: Encodes in this process.
+        processes: How many processes to use; with 1 there is this one alone.
+        alive: Called with `progress=False` while this process waits for the others; what it raises ends the work.
+    """
+
+    def __init__(self, setup: Setup, encoder: RowEncoder, processes: int, alive: Callable[..., None]) -> None:
+        self._setup, self._encoder, self._alive = setup, encoder, alive
+        self._processes = processes if setup.tokenizer.portable is not None else 1
+        self._alone = 0
+        self._workers: _Workers | None = None
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def __call__(self, rows: Rows, limit: int | None) -> Iterator[Outcome]:
+        """What each row gives, in order, up to the row that makes the last of `limit` examples.
+
+        Raises:
+            DataError: The chat template is broken, or exceeds its time or memory limit.
+            Killed: A worker was killed.
+            JobError: A worker failed.
+        """
+        pending: deque[tuple[int, Future[list[Outcome]]]] = deque()
+        found, at_end = 0, False
+        while True:
+            while not at_end and len(pending) < self._depth:
+                most = _CHUNK_ROWS
+                if limit is not None:  # a row behind the last example may be a bad one, which nobody is to hear of
+                    most = min(most, limit - found - sum(count for count, _ in pending))
+                if most < 1:
+                    break
+                chunk = _take(rows, most)
+                at_end = not chunk
+                if chunk:
+                    pending.append((len(chunk), self._submit(chunk)))
+            if not pending:
+                return
+            for outcome in self._result(pending.popleft()[1]):
+                left = None if limit is None else limit - found
+                kept = outcome.examples[:left]
+                found += len(kept)
+                yield outcome if len(kept) == len(outcome.examples) else _with(outcome, kept)
+                if found == limit:
+                    return
+
+    @property
+    def _depth(self) -> int:
+        """Chunks in work at a time: one waits for each worker, so that it never waits for this process."""
+        return 1 if self._workers is None else 2 * self._processes
+
+    def _submit(self, chunk: list[Row | RowError]) -> Future[list[Outcome]]:
+        if self._workers is None and self._processes > 1 and self._alone >= ROWS_ALONE:
+            self._start(chunk)
+        if self._workers is not None and (message := _pack_rows(chunk)) is not None:
+            return self._workers.submit(message)
+        self._alone += len(chunk)
+        done: Future[list[Outcome]] = Future()
+        done.set_result(self._encoder(chunk))
+        return done
+
+    def _start(self, chunk: Sequence[Row | RowError]) -> None:
+        self._processes = min(self._processes, available_bytes() // _WORKER_BYTES)
+        if self._processes < _FEWEST:
+            self._processes = 1
+            return
+        tokenizer, texts = self._setup.tokenizer, _texts(chunk)
+        portable = tokenizer.portable() if tokenizer.portable is not None else ""
+        here, there = (
+            [(one.ids, one.offsets) for one in each.encode(texts, special=True, places=True)]
+            for each in (tokenizer, from_portable(portable))
+        )
+        if here != there:
+            log.get_logger().warning("the tokenizer gives other tokens in another process, so one process tokenizes")
+            self._processes = 1
+            return
+        log.get_logger().info("rows are tokenized in several processes", processes=self._processes)
+        self._workers = self._stack.enter_context(_start_workers(self._setup, portable, self._processes))
+
+    def _result(self, future: Future[list[Outcome]]) -> list[Outcome]:
+        while not wait([future], _LOOK_SECONDS).done:
+            self._alive(progress=False)  # a worker that hangs makes no progress
+        return future.result()
+
+
+def _with(outcome: Outcome, kept: tuple[Encoded | EncodedAnswers, ...]) -> Outcome:
+    return Outcome(outcome.where, kept, outcome.faults, outcome.control)
+
+
+def _take(rows: Rows, most: int) -> list[Row | RowError]:
+    """The next rows: up to so many, and fewer where they are long."""
+    chunk: list[Row | RowError] = []
+    characters = 0
+    for row in islice(rows, most):
+        chunk.append(row)
+        characters += _length(row.fields) if isinstance(row, Row) else 0
+        if characters > _CHUNK_CHARACTERS:
+            break
+    return chunk
+
+
+def _length(value: Any) -> int:
+    """About how many characters of text are in a value."""
+    if isinstance(value, str):
+        return len(value)
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return sum(map(_length, items))
+
+
+def _texts(chunk: Sequence[Row | RowError]) -> list[str]:
+    """Some texts of rows, on which tokenizers are compared."""
+    found: list[str] = []
+
+    def collect(value: Any) -> None:
+        if isinstance(value, str):
+            found.append(value.encode(errors="replace").decode())
+        for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+            collect(item)
+
+    for row in chunk[:_CHECKED_ROWS]:
+        collect(row.fields if isinstance(row, Row) else None)
+    return found or [""]
+
+
+class _Workers:
+    """The processes, and for each a thread of this one that waits for its answers."""
+
+    def __init__(self, workers: Sequence[_Worker]) -> None:
+        self._idle: SimpleQueue[_Worker] = SimpleQueue()
+        for worker in workers:
+            self._idle.put(worker)
+        self._threads = ThreadPoolExecutor(len(workers), thread_name_prefix="encoding")
+
+    def submit(self, message: bytes) -> Future[list[Outcome]]:
+        """Has a chunk encoded by the next worker that is idle."""
+        return self._threads.submit(self._run, message)
+
+    def _run(self, message: bytes) -> list[Outcome]:
+        worker = self._idle.get()
+        try:
+            return _unpack_outcomes(*worker.ask(message))
+        finally:
+            self._idle.put(worker)
+
+    def close(self) -> None:
+        """Waits for the threads; the processes have ended."""
+        self._threads.shutdown(cancel_futures=True)
+
+
+class _Worker:
+    """One process. What it needs is sent with the first message, since it does not read before it has started."""
+
+    def __init__(self, process: subprocess.Popen[bytes], errors: IO[bytes], setup: bytes) -> None:
+        self._process, self._errors = process, errors
+        self._setup: bytes | None = setup
+
+    def ask(self, message: bytes) -> tuple[dict[str, Any], bytes]:
+        """Sends a message and waits for the answer to it."""
+        to, source = self._process.stdin, self._process.stdout
+        if to is None or source is None:
+            raise RuntimeError("the process has no pipes")
+        try:
+            for one in (self._setup, message):
+                if one is not None:
+                    _send(to, one)
+            self._setup = None
+            answer, blob = _receive(source)
+        except (OSError, ValueError, EOFError):
+            raise self._ended() from None
+        if (problems := answer.get("problems")) is not None:
+            raise DataError([Problem(*problem) for problem in problems])
+        if "error" in answer:
+            raise JobError(answer["error"])
+        return answer, blob
+
+    def kill(self) -> None:
+        """Ends the process."""
+        self._process.kill()
+
+    def _ended(self) -> JobError:
+        """The error for a process that has ended, by its exit status."""
+        code = self._process.wait()
+        if code < 0:
+            name = signal.Signals(-code).name
+            return Killed(
+                f"a process that tokenizes rows was killed by {name}"
+                + (", as the kernel does when memory runs out; give the job more memory" * (code == -signal.SIGKILL))
+            )
+        self._errors.seek(0)
+        last = (self._errors.read().decode(errors="replace").strip().splitlines() or [""])[-1]
+        return JobError(f"a process that tokenizes rows failed: {last[:500]}")
+
+
+@contextmanager
+def _start_workers(setup: Setup, portable: str, count: int) -> Iterator[_Workers]:
+    """The processes, which end with the context, and also when this process is killed: their input ends then."""
+    given = _as_json({"reading": asdict(setup.reading), "tokenizer": portable, "program": setup.program})
+    running: list[_Worker] = []
+    with ExitStack() as stack:
+        for _ in range(count):
+            errors = stack.enter_context(TemporaryFile())
+            process = subprocess.Popen(  # noqa: S603 - this interpreter, with a program of ours
+                [sys.executable, "-c", _START, json.dumps(sys.path)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                start_new_session=True,  # Ctrl-C is for the job, which ends this process when it ends
+            )
+            stack.callback(_end, process)
+            running.append(_Worker(process, errors, given))
+        workers = _Workers(running)
+        stack.callback(workers.close)
+        for worker in running:
+            stack.callback(worker.kill)  # before all else: a thread that waits for an answer gets the end of it
+        yield workers
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    with suppress(OSError):  # its pipe is broken already
+        process.communicate()
+
+
+def main() -> None:
+    """Encodes chunks until stdin ends, which it does with the process that started this one."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints is no answer
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE, encoding="ascii")
+    given, _ = _receive(sys.stdin.buffer)
+    reading = Reading(**given["reading"])
+    program = given["program"]
+    with run_template(program) if program is not None else nullcontext() as template:
+        encoder = RowEncoder(reading, from_portable(given["tokenizer"]), template)
+        while True:
+            try:
+                chunk, _ = _receive(sys.stdin.buffer)
+            except EOFError:
+                return
+            try:
+                answer, blob = _pack_outcomes(encoder(_unpack_rows(chunk["rows"])))
+            except DataError as error:
+                answer, blob = {"problems": [[one.where, one.what] for one in error.problems]}, b""
+            except JobError as error:
+                answer, blob = {"error": str(error)}, b""
+            _send(answers, _as_json(answer), blob)
+
+
+def _as_json(value: Any) -> bytes:
+    # Not escaped: of two halves of a surrogate pair, as broken text may have them, escapes would make one character.
+    return json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
+
+
+def _send(to: BinaryIO | IO[bytes], head: bytes, blob: bytes = b"") -> None:
+    to.write(_HEAD.pack(len(head), len(blob)))
+    to.write(head)
+    to.write(blob)
+    to.flush()
+
+
+def _receive(source: BinaryIO | IO[bytes]) -> tuple[dict[str, Any], bytes]:
+    """A message.
+
+    Raises:
+        EOFError: There is none any more.
+    """
+    head, blob = _HEAD.unpack(_exactly(source, _HEAD.size))
+    text = _exactly(source, head).decode("utf-8", "surrogatepass")
+    return json.loads(text), _exactly(source, blob)
+
+
+def _exactly(source: BinaryIO | IO[bytes], count: int) -> bytes:
+    data = source.read(count)
+    if len(data) < count:
+        raise EOFError
+    return data
+
+
+def _pack_rows(chunk: Sequence[Row | RowError]) -> bytes | None:
+    """The rows as a message; None where a value is of no type that JSON has, such as a date."""
+    if not all(_is_plain(row.fields) for row in chunk if isinstance(row, Row)):
+        return None
+    rows = [[row.where, row.fields] if isinstance(row, Row) else [row.where, row.kind, row.what] for row in chunk]
+    return _as_json({"rows": rows})
+
+
+def _is_plain(value: Any) -> bool:
+    kind = type(value)
+    if kind is dict:
+        return all(type(key) is str for key in value) and all(map(_is_plain, value.values()))
+    return all(map(_is_plain, value)) if kind is list else kind in _PLAIN
+
+
+_PLAIN = {str, int, float, bool, type(None)}
+
+
+def _unpack_rows(rows: list[list[Any]]) -> list[Row | RowError]:
+    return [
+        Row(where, rest[0]) if isinstance(rest[0], dict) else RowError(rest[0], where, rest[1]) for where, *rest in rows
+    ]
+
+
+def _pack_outcomes(outcomes: Sequence[Outcome]) -> tuple[dict[str, Any], bytes]:
+    """The outcomes as JSON, and behind it the texts and tokens."""
+    blob: list[bytes] = []
+
+    def pack(side: Encoded) -> list[Any]:
+        text = side.text.encode()
+        blob.extend((text, side.ids, side.targets, side.compared_by))
+        return [len(text), len(side.targets), len(side.compared_by), side.end, side.unused, side.long, side.where]
+
+    def pack_example(one: Encoded | EncodedAnswers) -> list[Any]:
+        if isinstance(one, Encoded):
+            return [pack(one)]
+        return [[pack(side) for side in one.sides], one.desirable, one.unused]
+
+    rows = [
+        [
+            one.where,
+            [pack_example(example) for example in one.examples],
+            [[fault.kind, fault.where, fault.what] for fault in one.faults],
+            one.control,
+        ]
+        for one in outcomes
+    ]
+    return {"rows": rows}, b"".join(blob)
+
+
+def _unpack_outcomes(answer: dict[str, Any], blob: bytes) -> list[Outcome]:
+    at = 0
+
+    def next_bytes(count: int) -> bytes:
+        nonlocal at
+        at += count
+        return blob[at - count : at]
+
+    def unpack(side: list[Any]) -> Encoded:
+        text, tokens, compared, end, unused, long, where = side
+        counts = tuple((name, number) for name, number in long)
+        return Encoded(
+            next_bytes(text).decode(),
+            next_bytes(4 * tokens),
+            next_bytes(tokens),
+            end,
+            tuple(unused),
+            counts,
+            where,
+            next_bytes(compared),
+        )
+
+    def unpack_example(one: list[Any]) -> Encoded | EncodedAnswers:
+        sides, *rest = one
+        if not rest:
+            return unpack(sides)
+        return EncodedAnswers(tuple(map(unpack, sides)), rest[0], tuple(rest[1]))
+
+    return [
+        Outcome(
+            where,
+            tuple(map(unpack_example, examples)),
+            tuple(RowError(*fault) for fault in faults),
+            tuple(control),
+        )
+        for where, examples, faults, control in answer["rows"]
+    ]

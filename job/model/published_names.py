@@ -1,0 +1,111 @@
+"""The names of an adapter's tensors in the class that readers load, which may not be the class that is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from job import log
+from job.errors import Problem, SettingsError
+from job.model.files import SOURCE_CONFIG, read_config, readable
+from job.model.target_modules import excluded, text_part
+from job.model.tensor_names import PREFIX, tensor_files
+
+
+@dataclass(frozen=True)
+class PublishedNames:
+    """The class that the base's config.json names, and what its modules are called that an adapter is on.
+
+    transformers loads the text part of some multimodal checkpoints (Qwen3.5, Llama 4) as a class of its own. The class
+    that readers load by config.json has that part under another name, and PEFT ignores tensors of unknown names.
+    """
+
+    architecture: str
+    ours: str = ""
+    """What the names of adapted modules begin with in the loaded model; ends in a dot, or is empty."""
+    theirs: str = ""
+    """What takes its place in the published class."""
+    ambiguous: bool = False
+    """Whether modules that are not adapted bear the names of adapted ones in that class."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """Names of tensors in that class -> in the file, where they differ; see `tensor_files`."""
+
+    def published(self, name: str) -> str:
+        """Name of an adapter's tensor in the class that readers load, from that in the loaded model."""
+        return f"{PREFIX}{self.theirs}{name.removeprefix(PREFIX + self.ours)}"
+
+    def filed(self, name: str) -> str:
+        """Name of an adapter's tensor in the file, from that in the loaded model."""
+        published = self.published(name)
+        return self.files.get(published, published)
+
+
+def find_published_names(model: Any, folder: Path, *, quantized: bool = False) -> PublishedNames:
+    """Compares the loaded model with the class that config.json names, which is built without weights.
+
+    Args:
+        model: The adapted model.
+        folder: The base's files.
+        quantized: Whether the folder is of the quantized cache, where SOURCE_CONFIG is the source's config.json.
+
+    Raises:
+        DataError: config.json is missing or invalid.
+        SettingsError: PEFT would not load the adapter into that class as it was trained.
+    """
+    base = model.get_base_model()
+    adapted = [name for name, module in base.named_modules() if hasattr(module, "lora_A")]
+    names, reader = _published_class(model, adapted, folder, quantized=quantized)
+    published = [names.published(PREFIX + name).removeprefix(PREFIX) for name in adapted]
+    files = tensor_files(base if reader is None else reader, published)
+    if lost := [name for name, file in files.items() if file is None]:
+        what = f"PEFT would not load the adapter of {lost[0]} into {names.architecture}: it renames the tensors"
+        raise SettingsError([Problem("JOB_LORA__TARGET_MODULES", what)])
+    return replace(names, files={name: file for name, file in files.items() if file is not None and file != name})
+
+
+def _published_class(
+    model: Any, adapted: Sequence[str], folder: Path, *, quantized: bool
+) -> tuple[PublishedNames, Any]:
+    """The names, and the class that config.json names without weights; None where it is the one that was loaded."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    base = model.get_base_model()
+    own = PublishedNames(type(base).__name__)
+    kept = quantized and (folder / SOURCE_CONFIG).is_file()
+    if not kept and own.architecture in (base.config.architectures or []):
+        return own, None
+    config = read_config(folder, SOURCE_CONFIG if kept else "config.json")
+    classes = AutoModelForImageTextToText._model_mapping  # noqa: SLF001 - from_config's own question
+    published = classes[type(config)].__name__ if type(config) in classes else None
+    if published in {None, own.architecture} or published not in (config.architectures or []):
+        return own, None
+    with readable(folder), torch.device("meta"):
+        other = AutoModelForImageTextToText.from_config(config, attn_implementation="eager", trust_remote_code=False)
+    theirs = {name: _shape(module) for name, module in other.named_modules() if name.startswith(text_part(other))}
+    for ours, prefix in _prefixes(adapted[0], theirs):
+        renamed = {prefix + name.removeprefix(ours): base.get_submodule(name) for name in adapted}
+        if all(theirs.get(name) == _shape(module) for name, module in renamed.items()):
+            targets = model.peft_config["default"].target_modules
+            return PublishedNames(published, ours, prefix, excluded(other, targets) is not None), other
+    log.get_logger().warning(
+        "the adapter's names are not those of the base's class", named=own.architecture, base=published
+    )
+    return own, None
+
+
+def _shape(module: Any) -> tuple[int, int] | None:
+    """(inputs, outputs) of a linear layer, adapted or not, quantized or not."""
+    found = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return None if None in found else found  # type: ignore[return-value]
+
+
+def _prefixes(name: str, others: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """What to take from the front of a module's name, and what to put there, to get one of the others' names."""
+    parts = name.split(".")
+    for taken in range(len(parts)):
+        rest = ".".join(parts[taken:])
+        ours = name.removesuffix(rest)
+        yield from ((ours, other.removesuffix(rest)) for other in others if f".{other}".endswith(f".{rest}"))

@@ -1,0 +1,53 @@
+"""Under which names an adapter's tensors lie in its file, so that PEFT loads each where it belongs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+PREFIX = "base_model.model."
+"""What PEFT puts before the name of every tensor."""
+
+
+def tensor_files(model: Any, layers: Iterable[str]) -> dict[str, str | None]:
+    """Under which name each tensor of an adapter has to lie in the file, for PEFT to load it where it belongs.
+
+    PEFT applies the renamings by which transformers loads a base's checkpoint to the adapter's tensors as well, and
+    ignores what has no place in the model afterwards. So a tensor has to bear its module's name, or the name that the
+    checkpoint has for it, whichever of them arrives.
+
+    Args:
+        model: The base as readers load it, without an adapter; it may be on the meta device.
+        layers: Full names of the modules that an adapter is on.
+
+    Returns:
+        The name of each tensor in the loaded model, as PEFT's files have it -> in the file; None where neither arrives.
+    """
+    names = [f"{PREFIX}{layer}.lora_{matrix}.weight" for layer in layers for matrix in "AB"]
+    files = {name: name for name in names}
+    if lost := set(names) - _arriving(model, files):
+        files |= {name: PREFIX + _as_in_checkpoint(model, name.removeprefix(PREFIX)) for name in lost}
+    arriving = _arriving(model, files) if lost else files.keys()
+    return {name: files[name] if name in arriving else None for name in names}
+
+
+def _arriving(model: Any, files: Mapping[str, str]) -> set[str]:
+    """The names of those tensors that PEFT loads into the module of that name, given the names in the file."""
+    import torch
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+
+    numbers = {name: number for number, name in enumerate(files)}  # in place of the tensors' contents
+    tensors = {file: torch.tensor(numbers[name], device="cpu") for name, file in files.items()}
+    loaded = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), tensors)
+    return {name for name, number in numbers.items() if name in loaded and int(loaded[name]) == number}
+
+
+def _as_in_checkpoint(model: Any, name: str) -> str:
+    """A tensor's name by the renamings with which transformers would save the model."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    renamings = [found for found in get_model_conversion_mapping(model) if isinstance(found, WeightRenaming)]
+    renamed: str = rename_source_key(name, [r.reverse_transform() for r in reversed(renamings)], [], reverse=True)[0]
+    return renamed

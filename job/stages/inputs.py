@@ -1,0 +1,83 @@
+"""Checks, before a run takes its lease, of what is known without the store and the network: paths and names.
+
+All that is wrong is told together, and a run that cannot begin leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+from job.common.source_list import parse_sources
+from job.data.dataset import check_source
+from job.data.training_and_validation import ValidationSource, what_to_validate_on
+from job.errors import JobError, combine
+from job.evaluation.tasks import check_tasks, find_questions
+from job.model.files import weight_files
+from job.model.start_adapter import local_start
+from job.results.baseline import check_run
+from job.settings.load import Settings
+from job.storage.hub import local_model
+from job.storage.location import is_remote
+
+
+def check_inputs(settings: Settings, later: Sequence[Settings] = (), *, begun: bool = False) -> None:
+    """Refuses paths that are not there, data sets of the hub without a revision, and unknown tasks.
+
+    Args:
+        settings: Those of the run.
+        later: Those of the stages after it.
+        begun: Whether an earlier attempt has found the model and the tasks. A later one may have the quantized base
+            from a cache, and then it needs no model.
+
+    Raises:
+        DataError, SettingsError: With everything that is wrong, in one error.
+    """
+    checks = list(_data_sources(settings, later))
+    checks += [(place, partial(find_questions, place)) for place in settings.eval.data.values()]
+    if not begun:
+        checks.append((settings.model.id, partial(_check_model, settings.model.id)))
+    if settings.lora.start is not None:
+        checks.append((settings.lora.start, partial(local_start, settings.lora.start)))
+    if settings.gate.baseline is not None:
+        checks.append((settings.gate.baseline, partial(check_run, settings.gate.baseline)))
+    checks = [(place, check) for place, check in checks if not is_remote(place)]
+    if not begun:
+        checks.append(("tasks", partial(check_tasks, settings.eval.tasks, settings.eval.data)))
+    errors: list[tuple[str, JobError]] = []
+    for place, check in checks:
+        try:
+            check()
+        except JobError as error:
+            errors.append((place, error))
+    if errors:
+        raise combine(errors)
+
+
+def _data_sources(settings: Settings, later: Sequence[Settings]) -> Iterator[tuple[str, Callable[[], object]]]:
+    """(place, check) of the rows to train and to validate on."""
+    for stage in (settings, *later):
+        first = "SFT_" if later and stage is settings else ""  # the first stage has what is given for it alone
+        names = (f"JOB_DATA__{first}SOURCE", f"JOB_DATA__{first}REVISION")
+        for one in parse_sources(stage.data.source):
+            revision = one.revision or stage.data.revision
+            yield one.place, partial(check_source, one.place, revision, stage.data.split, *names)
+    data = settings.data
+    validation = what_to_validate_on(
+        data.validation,
+        source=data.source,
+        source_revision=data.revision,
+        validation_revision=data.validation_revision,
+        validation_split=data.validation_split,
+    )
+    if isinstance(validation, ValidationSource):
+        names = ("JOB_DATA__VALIDATION", "JOB_DATA__VALIDATION_REVISION")
+        where = (validation.name, validation.revision, validation.split)
+        yield validation.name, partial(check_source, *where, *names)
+
+
+def _check_model(source: str) -> None:
+    """Refuses a folder that is not there or has no weights; a hub id is not looked up."""
+    folder = local_model(source)
+    if folder is not None:
+        weight_files(folder)

@@ -1,0 +1,103 @@
+"""What is known of the inputs before a run begins: all that is wrong is told together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from job.errors import DataError, Problem, SettingsError
+from job.settings.load import Settings, load_settings
+from job.settings.training_stages import split_stages
+from job.stages import inputs
+from job.stages.inputs import check_inputs
+
+
+def settings(*words: str) -> Settings:
+    """Those of the demo with some changes."""
+    return load_settings(["--preset=demo", *words], {})
+
+
+@pytest.fixture(autouse=True)
+def no_tasks(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Tasks are not looked up, which would read lm-eval's index; what they were asked for is kept."""
+    asked: list[Any] = []
+    monkeypatch.setattr(inputs, "check_tasks", lambda *names: asked.append(names))
+    return asked
+
+
+def test_every_wrong_path_is_told_with_its_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Model, data, validation, adapter, questions, baseline and tasks in one error, with the code of the first kind."""
+
+    def refuse(*_: Any) -> None:
+        raise SettingsError([Problem("JOB_EVAL__TASKS", "unknown")])
+
+    (tmp_path / "empty").mkdir()
+    wrong = {
+        "JOB_MODEL__ID": f"{tmp_path}/model",
+        "JOB_DATA__SOURCE": f"{tmp_path}/rows.jsonl",
+        "JOB_DATA__VALIDATION": f"{tmp_path}/held.jsonl",
+        "JOB_EVAL__DATA": f"{tmp_path}/questions.jsonl",
+        "JOB_LORA__START": f"{tmp_path}/adapter",
+        "JOB_GATE__BASELINE": f"{tmp_path}/earlier",
+    }
+    words = [
+        f"--model.id={tmp_path}/model",
+        f"--data.source={tmp_path}/rows.jsonl",
+        f"--data.validation={tmp_path}/held.jsonl",
+        f"--eval.data=arc_easy={tmp_path}/questions.jsonl",
+        f"--lora.start={tmp_path}/adapter",
+        f"--gate.baseline={tmp_path}/earlier",
+        "--gate.min_delta=0",
+    ]
+    with pytest.raises(SettingsError) as caught:
+        check_inputs(settings(*words))
+    assert {(problem.where, problem.what.split()[0].rstrip(":")) for problem in caught.value.problems} == set(
+        wrong.items()
+    )
+    monkeypatch.setattr(inputs, "check_tasks", refuse)
+    with pytest.raises(SettingsError) as caught:
+        check_inputs(settings(*words))
+    assert "JOB_EVAL__TASKS" in {problem.where for problem in caught.value.problems}
+    assert caught.value.total == len(wrong) + 1
+    with pytest.raises(SettingsError, match=r"JOB_MODEL__ID: .*/empty has no weights in safetensors"):
+        check_inputs(settings(f"--model.id={tmp_path}/empty"))
+
+
+def test_a_later_attempt_needs_no_model(tmp_path: Path, no_tasks: list[Any]) -> None:
+    """The quantized base may be in a cache, and the tasks were found before; data is read in every attempt."""
+    gone = settings(f"--model.id={tmp_path}/gone")
+    check_inputs(gone, begun=True)
+    assert no_tasks == []
+    with pytest.raises(DataError, match=r"JOB_MODEL__ID: .* does not exist"):
+        check_inputs(gone)
+    assert no_tasks == [(("arc_easy",), gone.eval.data)]
+    with pytest.raises(DataError, match=r"JOB_DATA__SOURCE: .* does not exist"):
+        check_inputs(settings(f"--data.source={tmp_path}/gone.jsonl"), begun=True)
+
+
+def test_both_stages_data_is_looked_at(tmp_path: Path) -> None:
+    """Of `sft,dpo` each stage's rows are named by their own setting."""
+    both = settings(
+        "--train.method=sft,dpo", f"--data.source={tmp_path}/two.jsonl", f"--data.sft_source={tmp_path}/one.jsonl"
+    )
+    first, second = split_stages(both)
+    with pytest.raises(DataError) as caught:
+        check_inputs(first, (second,))
+    assert [str(problem).split(" does")[0] for problem in caught.value.problems] == [
+        f"JOB_DATA__SFT_SOURCE: {tmp_path}/one.jsonl",
+        f"JOB_DATA__SOURCE: {tmp_path}/two.jsonl",
+    ]
+
+
+def test_what_lies_in_a_store_is_not_asked_for() -> None:
+    """Nothing is fetched: URIs are left to the pull, and a name of the hub to the hub."""
+    remote = (
+        "--model.id=org/model",
+        "--data.source=s3://bucket/rows.jsonl",
+        "--eval.data=arc_easy=s3://bucket/q.jsonl",
+    )
+    check_inputs(settings(*remote, "--lora.start=s3://bucket/adapter"))
+    with pytest.raises(SettingsError, match="rows is taken for one, since there is no such path here"):
+        check_inputs(settings("--data.source=rows"))

@@ -1,0 +1,54 @@
+"""Errors of several inputs told together, and places named by their settings."""
+
+from __future__ import annotations
+
+import pytest
+
+from job.errors import (
+    AccessDenied,
+    DataError,
+    JobError,
+    Problem,
+    SettingsError,
+    Unreachable,
+    combine,
+    named_by,
+)
+
+
+def data_error(count: int) -> DataError:
+    """An error with so many rows."""
+    return DataError([Problem(f"x:{n}", "is bad") for n in range(count)], advice="skip them")
+
+
+def test_one_error_stays_what_it_is() -> None:
+    """Nothing is added to an error that is the only one."""
+    error = Unreachable("silence")
+    assert combine([("data", error)]) is error
+
+
+def test_all_problems_are_told_with_the_code_of_the_first_kind() -> None:
+    """Settings come before data, data before access; what lists no problems is named; many rows hide no other one."""
+    found = combine(
+        [("data", data_error(30)), ("storage", AccessDenied("no key")), ("tasks", SettingsError([Problem("T", "no")]))]
+    )
+    assert isinstance(found, SettingsError)
+    assert [str(problem) for problem in found.problems[:3]] == ["storage: no key", "T: no", "x:0: is bad"]
+    assert found.total == 32
+    assert str(found).splitlines()[-2:] == ["... and 12 more", "skip them"]
+    assert isinstance(combine([("a", AccessDenied("x")), ("b", data_error(1))]), DataError)
+
+
+@pytest.mark.parametrize("kind", [AccessDenied, Unreachable])
+def test_errors_without_problems_are_one_line(kind: type[JobError]) -> None:
+    """Two services that fail are named in one message."""
+    found = combine([("model", Unreachable("silence")), ("data", kind("no"))])
+    assert (type(found), str(found)) == (kind, "model: silence; data: no")
+
+
+def test_a_place_is_named_by_its_setting() -> None:
+    """The path follows the setting; errors that are not about data pass as they are."""
+    with pytest.raises(DataError, match=r"^JOB_DATA__SOURCE: /x does not exist$"), named_by("JOB_DATA__SOURCE"):
+        raise DataError([Problem("/x", "does not exist")])
+    with pytest.raises(Unreachable, match=r"^silence$"), named_by("JOB_DATA__SOURCE"):
+        raise Unreachable("silence")
