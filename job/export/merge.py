@@ -277,9 +277,10 @@ def merge_weight(layer: Any, weight: torch.Tensor) -> torch.Tensor:
     if isinstance(layer, AdaLoraLayer):
         # PEFT's layer of a 4-bit base has no method of its own for it, nor this attribute.
         layer.fan_in_fan_out = getattr(layer, "fan_in_fan_out", False)
-        return weight + _upright(SVDLinear.get_delta_weight(layer, _ADAPTER).detach(), layer)
+        return _upright(SVDLinear.get_delta_weight(layer, _ADAPTER).detach(), layer).add_(weight)
     if not layer.use_dora.get(_ADAPTER, False):
-        return weight + _upright(layer.get_delta_weight(_ADAPTER).detach(), layer)
+        # In place: the update is a tensor of its own, and a sum has the same bits in either order.
+        return _upright(layer.get_delta_weight(_ADAPTER).detach(), layer).add_(weight)
     # DoRA takes the norm of the weight that it is merged into, from its own base layer: so it gets one in fp32.
     plain = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     plain.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)

@@ -192,7 +192,7 @@ def estimates(run: RunShape) -> Iterator[Estimate]:
     yield Estimate("checkpoint", checkpoint, "bytes", basis)
     if run.exported:
         note = f"{run.exported} candidates in 16 bits, of which one is published"
-        yield Estimate("export", run.export_bytes, "bytes", basis, note)
+        yield Estimate("exported models", run.export_bytes, "bytes", basis, note)
     disk = required_bytes([run.download_bytes, run.export_bytes], checkpoint)
     yield Estimate("disk", disk, "bytes", basis, f"{size(run.download_bytes, ' ')} of it to fetch first")
 

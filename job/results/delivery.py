@@ -10,7 +10,7 @@ from job import log
 from job.common.hashing import hash_file
 from job.errors import DataError, Problem
 from job.platforms.detect import Delivery
-from job.runs.layout import RESULTS
+from job.runs.layout import EXPORT, RESULTS
 from job.storage.open import ObjectStore, check_key
 
 
@@ -49,11 +49,11 @@ def _place(path: str, folders: Delivery) -> Path:
         parts = check_key(path).split("/")
     except ValueError:
         parts = []
+    if path.startswith(EXPORT) and len(parts) > len(Path(EXPORT).parts) + 1:
+        return folders.model.joinpath(*parts[len(Path(EXPORT).parts) :])
     match parts:
         case ["artifacts", "adapter", *rest] if rest:
             return folders.model.joinpath(*rest)
-        case ["artifacts", "export", name, *rest] if rest:
-            return folders.model.joinpath(name, *rest)
         case ["artifacts", "report.html"]:
             return folders.model / "report.html"
         case ["artifacts", *rest] if rest:

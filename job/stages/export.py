@@ -106,7 +106,7 @@ def _make(attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded
             source=original,
             tokenizer=sources.tokenizer,
             candidates=candidates.names,
-            folder=attempt.work / "export" / name,
+            folder=attempt.work / "candidates" / name,
             alive=attempt.alive,
         )
         made[name] = {}

@@ -6,13 +6,21 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any, get_args
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from job.common.hashing import hash_files
 from job.errors import SettingsError, TrainingFailed
@@ -243,3 +251,40 @@ def test_the_table_and_the_setting_name_the_same() -> None:
     """JOB_EXPORT__FORMATS offers exactly the formats that there are."""
     (names, _) = get_args(get_args(ExportFormats)[0])
     assert get_args(names) == tuple(FORMATS)
+
+
+def test_memory_of_a_merge(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model of many files, the peak is one file in fp32 and one in its own dtype, not the model."""
+    shard = 16_000_000
+    monkeypatch.setattr(merge, "SHARD", shard)
+    shape = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 4, "num_key_value_heads": 4}
+    config = MistralConfig(vocab_size=400, num_hidden_layers=8, tie_word_embeddings=True, **shape)
+    source = tmp_path / "base"
+    MistralForCausalLM(config).to(torch.bfloat16).save_pretrained(source, max_shard_size=shard)
+    for path in base.glob("tokenizer*"):
+        shutil.copyfile(path, source / path.name)
+    model = fill_adapter(make_model(source, quantization="nf4"))
+    plan, tokenizer = plan_merge(model, source), load_tokenizer(source)
+    before, seen, ended = _anonymous_bytes(), [0], Event()
+
+    def watch() -> None:
+        while not ended.wait(0.001):
+            seen.append(_anonymous_bytes())
+
+    watcher = Thread(target=watch)
+    watcher.start()
+    try:
+        write_merged(model, plan, DEQUANTIZED, tmp_path / "merged", tokenizer=tokenizer)
+    finally:
+        ended.set()
+        watcher.join()
+    peak = max(seen) - before
+    print(f"model {plan.bytes / 1e6:.0f} MB, files of up to {shard / 1e6:.0f} MB, peak {peak / 1e6:.0f} MB")
+    assert len(list((tmp_path / "merged").glob("*.safetensors"))) >= 4
+    assert 0 < peak <= 3 * shard < plan.bytes
+
+
+def _anonymous_bytes() -> int:
+    """Memory of this process that is no file's."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
