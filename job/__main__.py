@@ -16,6 +16,7 @@ def run() -> NoReturn:
     downloading. `main` has flushed and closed everything that matters when it returns.
     """
     garbage_collection.disable()
+    _open_what_is_closed()
     from job.cli.main import main
 
     code = main()
@@ -27,6 +28,21 @@ def run() -> NoReturn:
         except OSError:  # the output is lost, for example on a full disk: not a success
             code = code or 1
     os._exit(code)
+
+
+def _open_what_is_closed() -> None:
+    """Opens each standard stream that was closed when the process began: where nothing is kept, or comes from.
+
+    Else the next file that is opened, such as a checkpoint's, would take its number, and what libraries and other
+    processes print would be written there.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # noqa: FBT003 - the lowest number that is free
+            stream = open(number, "r" if number == 0 else "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+            setattr(sys, name, stream)
 
 
 if __name__ == "__main__":

@@ -212,12 +212,15 @@ def combine(errors: Sequence[tuple[str, JobError]]) -> JobError:
 
 
 @contextmanager
-def named_by(setting: str) -> Iterator[None]:
-    """Within it, problems of a place name the setting that gives it: `JOB_DATA__SOURCE: /x.jsonl does not exist`."""
+def named_by(setting: str, between: str = " ") -> Iterator[None]:
+    """Within it, problems of a place name the setting that gives it: `JOB_DATA__SOURCE: /x.jsonl does not exist`.
+
+    `between` stands between the place and what is wrong with it.
+    """
     try:
         yield
-    except DataError as error:
-        raise DataError([Problem(setting, f"{one.where} {one.what}") for one in error.problems]) from None
+    except (DataError, SettingsError) as error:
+        raise type(error)([Problem(setting, f"{one.where}{between}{one.what}") for one in error.problems]) from None
 
 
 def exit_codes() -> dict[int, tuple[str, Retry]]:

@@ -181,6 +181,27 @@ def silence_stdout() -> Iterator[None]:
         yield
 
 
+def print_result(text: str) -> bool:
+    """Prints to stdout, where results go; whether what was printed is somewhere.
+
+    Where nobody reads it any more, as behind `| head`, or stdout was closed when the process began, nothing is lost.
+    That a disk is full is logged. Characters that stdout has no bytes for are printed as escapes.
+    """
+    if sys.stdout is None:
+        return True
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        sys.stdout.flush()
+    except OSError as error:
+        # The rest stays in the buffer; writing it must not fail again when the process ends.
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115 - for the rest of the process
+        if not isinstance(error, BrokenPipeError):
+            get_logger().error("the result cannot be printed to stdout", why=str(error))
+            return False
+    return True
+
+
 class Progress(Protocol):
     """Shows how far a stage is."""
 

@@ -35,12 +35,11 @@ from job.runs.run_settings import agree_on_settings, compare_settings, keep_sett
 from job.runs.stage_records import identity
 from job.settings.affects_result import decisive_settings, default_settings, plain_values
 from job.settings.load import Settings, environment, trackers
-from job.settings.training_stages import split_stages
+from job.settings.training_stages import folder_of, split_stages
 from job.stages.handoff import Sources
 from job.stages.inputs import check_inputs
 from job.stages.publish import publish
 from job.stages.pull import pull
-from job.storage.location import join
 from job.storage.open import ObjectStore, open_store, storage_options
 from job.tracking import energy
 from job.tracking.trackers import Tracking, tracking
@@ -73,6 +72,8 @@ def run(
         Replaced: Another attempt owns the run.
     """
     stages = split_stages(settings)
+    if len(stages) > 1 and (done := _finished(processes, settings, delivery)) is not None:
+        return done  # the first stage is not looked at: its folder may be gone
     for number, stage in enumerate(stages, start=1):
         log.bind(run=stage.run.id)
         last = number == len(stages)
@@ -101,8 +102,7 @@ def _run_stage(
     later: Sequence[Settings] = (),
 ) -> dict[str, Any]:
     """One run from start to end; `later` are those that follow, as in `JOB_TRAIN__METHOD=sft,dpo`."""
-    agree_on_settings(processes, decisive_settings(settings))
-    if (done := processes.share("results of before", lambda: finished(settings, delivery))) is not None:
+    if (done := _finished(processes, settings, delivery)) is not None:
         return done
     processes.share("inputs", lambda: _check_inputs(settings, later))
     with _attempt(settings, stop, report_progress, faults, processes, idle=idle) as (attempt, track):
@@ -128,6 +128,13 @@ def _run_stage(
     if processes.leads:
         _tell(attempt.store, results, delivery)
     return require_gate(results)
+
+
+def _finished(processes: Processes, settings: Settings, delivery: Delivery | None) -> dict[str, Any] | None:
+    """`finished`, asked by process 0 for all, which have the same settings."""
+    agree_on_settings(processes, decisive_settings(settings))
+    found: dict[str, Any] | None = processes.share("results of before", lambda: finished(settings, delivery))
+    return found
 
 
 def _check_inputs(settings: Settings, later: Sequence[Settings]) -> None:
@@ -159,7 +166,8 @@ def _tell(store: ObjectStore, results: dict[str, Any], delivery: Delivery | None
         if delivery:
             deliver(store, results, delivery)
     finally:
-        manifest.print_lines(manifest.summary(results, f"{store.uri}/{RESULTS}"))
+        # the results are published, whether or not this can be printed
+        log.print_result("\n".join(manifest.summary(results, f"{store.uri}/{RESULTS}")) + "\n")
 
 
 @contextmanager
@@ -209,11 +217,13 @@ def _load(attempt: Attempt, settings: Settings, sources: Sources) -> Loaded:
     Raises:
         DataError: Data, model or questions differ from those of the first attempt.
     """
+    from job.stages.first_values import put_first_values
     from job.stages.load import load  # slow import: after all checks that do not need it
 
     garbage_collection.enable()  # it was off for faster imports, and nearly all are done
     attempt.identify(sources.record)
-    loaded = load(settings, sources, attempt.processes, attempt.recorded(PACKING, Packing))
+    begin = partial(put_first_values, attempt, settings, sources)
+    loaded = load(settings, sources, attempt.processes, attempt.recorded(PACKING, Packing), begin)
     if settings.export.formats and sources.original is not None:
         from job.stages.export import check_export
 
@@ -289,4 +299,4 @@ def _publish(
 
 def _store(settings: Settings) -> ObjectStore:
     """The run's own store."""
-    return open_store(join(settings.run.output, settings.run.id), storage_options(settings.storage))
+    return open_store(folder_of(settings), storage_options(settings.storage))

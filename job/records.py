@@ -30,6 +30,8 @@ class Example:
     """The label of an answer that has one: whether it is good."""
     reference: tuple[float, ...] = ()
     """For each sequence the summed log-probability of its targets by the reference model, in nats, if it is known."""
+    weight: float = 1.0
+    """What the loss of its target tokens is multiplied by (`JOB_DATA__ROW_WEIGHTS`)."""
 
     @property
     def sequences(self) -> tuple[Example, ...]:
@@ -109,6 +111,8 @@ class ModelRecord:
     """How many of `parameters` are really held as `quantization` says; of a mixture's experts it may be few."""
     adapted: list[str] = field(default_factory=list)
     """Names of the layers that got an adapter, as they were given or found."""
+    added_tokens: list[str] = field(default_factory=list)
+    """New tokens of the tokenizer, for which the base got rows."""
 
 
 PEFT = "peft"
@@ -191,6 +195,8 @@ class ValidationRecord:
     kept_step: int
     """The step whose adapter was evaluated and published; 0 is the adapter before training, which changes nothing."""
     seconds: float
+    preference: dict[str, float] = field(default_factory=dict)
+    """Metrics of preferences by that adapter, by TRL's names; empty for `sft`."""
 
 
 @dataclass(frozen=True)
@@ -208,6 +214,31 @@ class AdapterRecord:
     modules: int
     ranks: int
     parameters: int
+    modules_to_save: list[str] = field(default_factory=list)
+    """Names of modules that were trained whole."""
+    trained_tokens: int = 0
+    """Tokens whose rows in the embedding and in the output layer were trained."""
+
+
+@dataclass(frozen=True)
+class FirstStage:
+    """The first stage of a run that trains in two: a whole run of its own, in the folder `sft` of the run's folder.
+
+    Its figures are those of its manifest, whose hash names everything in it. `metrics` are those of its steps, as a
+    file of this run. `run_seconds` and `usd` are what that whole run took.
+    """
+
+    run: str
+    results_sha256: str
+    method: str
+    steps: int
+    examples: int
+    target_tokens: int
+    loss: float
+    seconds: float
+    run_seconds: float
+    usd: float | None
+    metrics: Artifact
 
 
 @dataclass(frozen=True)
@@ -245,6 +276,8 @@ class TrainingRecord:
     """Metrics of preferences, by TRL's names: the mean over the last epoch's steps, by examples."""
     adapter: AdapterRecord | None = None
     """None in records of older versions: plain LoRA."""
+    first_stage: FirstStage | None = None
+    """What came before in the same run, as in `JOB_TRAIN__METHOD=sft,dpo`; None where there is one stage."""
 
 
 @dataclass(frozen=True)
@@ -323,7 +356,8 @@ class StepMetrics:
 class ValidationMetrics:
     """One validation: facts that identical runs share, and in `measured` what was measured. Step 0 is before training.
 
-    `loss` is the sum over the target tokens of all validation rows, divided by their number, in nats.
+    `loss` is the sum over the target tokens of all validation rows, divided by their number, in nats; of preferences
+    the loss of the method over all rows, as in one batch.
     """
 
     step: int
@@ -332,6 +366,8 @@ class ValidationMetrics:
     examples: int
     target_tokens: int
     measured: dict[str, float | int | None] = field(default_factory=dict)
+    preference: dict[str, float] = field(default_factory=dict)
+    """Rewards and log-probabilities, by TRL's names without their `eval_`, such as `rewards/accuracies`."""
 
 
 @dataclass(frozen=True)
@@ -407,6 +443,13 @@ class Exported:
 @dataclass(frozen=True)
 class Uploaded:
     """Record of the exported files that are in the store already, for a later attempt to upload only the others."""
+
+    artifacts: list[Artifact]
+
+
+@dataclass(frozen=True)
+class FirstValues:
+    """Record of an adapter's first values, which are computed once in a run."""
 
     artifacts: list[Artifact]
 

@@ -15,6 +15,7 @@ from job.model.adapter_options import PLAIN, AdapterOptions
 from job.records import Example, TaskScores
 
 BOS, EOS, PAD = 0, 1, 2
+VOCABULARY = 400
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ARC_EASY = Path(__file__).parents[2] / "shared/data/arc_easy_test.jsonl"  # real questions, where there are any
 
@@ -32,7 +33,7 @@ def make_base(folder: Path) -> None:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400,
+        vocab_size=VOCABULARY,
         special_tokens=["<s>", "</s>", "<pad>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -44,7 +45,7 @@ def make_base(folder: Path) -> None:
     ).save_pretrained(folder)
     torch.manual_seed(0)
     config = MistralConfig(
-        vocab_size=400,
+        vocab_size=VOCABULARY,
         hidden_size=128,
         intermediate_size=256,
         num_hidden_layers=2,
@@ -61,24 +62,36 @@ def make_base(folder: Path) -> None:
 
 
 def make_model(
-    folder: Path, *, quantization: str = "none", dropout: float = 0.0, rank: int = 16, options: AdapterOptions = PLAIN
+    folder: Path,
+    *,
+    quantization: str = "none",
+    dropout: float = 0.0,
+    rank: int = 16,
+    options: AdapterOptions = PLAIN,
+    dtype: Any = None,
 ) -> Any:
-    """The tiny base in fp32 with an adapter on all linear layers, loaded by the job's own means."""
+    """The tiny base, in fp32 by default, with an adapter on all linear layers, loaded by the job's own means.
+
+    New tokens have the ids from `VOCABULARY` on.
+    """
     import torch
 
     from job.model.base import load_base
     from job.model.lora import add_adapter
+    from job.model.whole_modules import grow_embeddings
 
     base = load_base(
         folder,
         quantization=quantization,
         double_quantization=True,
-        dtype=torch.float32,
+        dtype=dtype or torch.float32,
         device=torch.device("cpu"),
         max_length=512,
     )
+    new = range(VOCABULARY, VOCABULARY + len(options.added_tokens))
+    grow_embeddings(base, new.stop)
     how: dict[str, Any] = {"rank": rank, "alpha": 16, "dropout": dropout, "target_modules": LINEAR, "seed": 1}
-    return add_adapter(base, **how, options=options)
+    return add_adapter(base, **how, options=options, token_ids=new)
 
 
 def fill_adapter(model: Any, scale: float = 0.05) -> Any:
@@ -104,6 +117,15 @@ def make_examples(count: int, *, shortest: int = 4, longest: int = 60, prompt: f
         learned_from = max(1, int(prompt * length))
         examples.append(Example(ids, tuple(position >= learned_from for position in range(length))))
     return examples
+
+
+def with_new_tokens(examples: list[Example], count: int) -> list[Example]:
+    """The same with new tokens in the midst: each example has all of them."""
+    new = tuple(range(VOCABULARY, VOCABULARY + count))
+    return [
+        Example((*e.input_ids[:2], *new, *e.input_ids[2:]), (*e.targets[:2], *[True] * count, *e.targets[2:]))
+        for e in examples
+    ]
 
 
 def encoded(text: str, ids: Sequence[int], targets: Sequence[bool], where: str = "") -> Encoded:

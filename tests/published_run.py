@@ -141,7 +141,7 @@ def publish_run(
 
 
 def publish_file(store: LocalStore, key: str, data: bytes, facts: str | None = None) -> Artifact:
-    """Writes an artefact; returns its entry."""
+    """Writes an artifact; returns its entry."""
     store.write(key, data)
     return Artifact(key, len(data), hashlib.sha256(data).hexdigest(), facts)
 

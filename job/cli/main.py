@@ -73,19 +73,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _dispatch(words: list[str]) -> int:
     if words and words[0] in {"-h", "--help", "help"}:
-        sys.stdout.write(USAGE)
-        return 0
+        return _print(USAGE)
     if words and words[0] == "--version":
-        sys.stdout.write(f"qlora-job {__version__}\n")
-        return 0
+        return _print(f"qlora-job {__version__}\n")
     if words and not words[0].startswith("-") and words[0] not in COMMANDS:
         near = "".join(f"; the nearest is {name}" for name in get_close_matches(words[0], COMMANDS, n=1))
         raise SettingsError([Problem(words[0], f"is no command{near}; known are {', '.join(COMMANDS)}")])
     command = words.pop(0) if words and words[0] in COMMANDS else "run"
     if {"-h", "--help"} & set(words):
-        sys.stdout.write(command_help(command))
-        return 0
+        return _print(command_help(command))
     return _FUNCTIONS[command](words)
+
+
+def _print(text: str) -> int:
+    """The exit code of a command that does no more: text that nobody gets is no success."""
+    return 0 if log.print_result(text) else JobError.exit_code
 
 
 def _run(words: list[str]) -> int:
@@ -199,16 +201,14 @@ def _hide_other_gpus(place: Place | None) -> None:
 
 def _config(words: list[str]) -> int:
     if "--schema" in words:
-        sys.stdout.write(json.dumps(json_schema(), indent=2) + "\n")
-        return 0
+        return _print(json.dumps(json_schema(), indent=2) + "\n")
     rows = [
         (name, json.dumps(value), source) for name, value, source in describe(load_settings(words, options=("schema",)))
     ]
     _note_foreign_variables()
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
-    for name, value, source in rows:
-        sys.stdout.write(f"{name:<{widths[0]}}  {value:<{min(widths[1], 60)}}  {source}\n")
-    return 0
+    lines = (f"{name:<{widths[0]}}  {value:<{min(widths[1], 60)}}  {source}\n" for name, value, source in rows)
+    return _print("".join(lines))
 
 
 def _plan(words: list[str]) -> int:
@@ -225,10 +225,7 @@ def _selftest(words: list[str]) -> int:
         raise SettingsError([Problem("selftest", "takes no arguments and no settings; remove them")])
     from job.cli.selftest import selftest
 
-    for line in selftest(environment()):
-        sys.stdout.write(line + "\n")
-        sys.stdout.flush()
-    return 0
+    return max((_print(line + "\n") for line in selftest(environment())), default=0)
 
 
 def _draw_report(words: list[str]) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -42,10 +41,10 @@ def verify_command(words: Sequence[str]) -> int:
             Path(cache).mkdir(parents=True, exist_ok=True)
     store = open_run(given.runs[0], storage)
     with tempfile.TemporaryDirectory(prefix="qlora-job-", dir=cache, ignore_cleanup_errors=True) as work:
-        checks = verify(store, Path(work))
-    _print([json.dumps(as_json(store.uri, checks), indent=2)] if _is(given, "json") else as_lines(checks))
+        checks = verify(store, Path(work), storage)
+    code = _print([json.dumps(as_json(store.uri, checks), indent=2)] if _is(given, "json") else as_lines(checks))
     require_verified(checks)
-    return 0
+    return code
 
 
 def compare_command(words: Sequence[str]) -> int:
@@ -72,12 +71,12 @@ def compare_command(words: Sequence[str]) -> int:
         reasons = gate_reasons(compared, **thresholds)
         compared["gate"] = {**thresholds, "passed": not reasons, "reasons": reasons}
     if _is(given, "json"):
-        _print([json.dumps(compared, indent=2)])
+        code = _print([json.dumps(compared, indent=2)])
     else:
-        _print(as_markdown(compared) if _is(given, "markdown") else as_text(compared))
+        code = _print(as_markdown(compared) if _is(given, "markdown") else as_text(compared))
     if reasons:
         raise GateError("; ".join(reasons))
-    return 0
+    return code
 
 
 def _thresholds(options: Mapping[str, str]) -> dict[str, Any]:
@@ -102,9 +101,9 @@ def _is(given: Arguments, name: str) -> bool:
     return given.options["--format"] == name
 
 
-def _print(lines: Iterable[str]) -> None:
-    sys.stdout.write("\n".join(lines) + "\n")
-    sys.stdout.flush()
+def _print(lines: Iterable[str]) -> int:
+    """The exit code if nothing else is wrong: a result that nobody gets is no success."""
+    return 0 if log.print_result("\n".join(lines) + "\n") else JobError.exit_code
 
 
 def report_command(words: Sequence[str]) -> int:
@@ -134,5 +133,4 @@ def report_command(words: Sequence[str]) -> int:
             raise SettingsError(
                 [Problem(f"--output {output}", "its folder does not exist; create it first")]
             ) from error
-    sys.stdout.write(f"report: {output}\n")
-    return 0
+    return _print([f"report: {output}"])

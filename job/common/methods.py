@@ -19,6 +19,8 @@ MethodName = Literal["sft", "dpo", "kto", "orpo"]
 Methods = Literal["sft", "dpo", "kto", "orpo", "sft,dpo", "sft,kto", "sft,orpo"]
 """Values of `JOB_TRAIN__METHOD`: a method, or two that follow each other in one run."""
 SFT: MethodName = "sft"
+FIRST_STAGE = "sft"
+"""The folder, below a run's own, of the run that is its first stage, as in `sft,dpo`."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """The optimizers a run can choose: one table, from which settings, trainer, checkpoints and memory estimates read.
 
 To add one:
-1. Add an entry to `OPTIMIZERS`. Its key is the value of `JOB_TRAIN__OPTIMIZER`, and must be a name that transformers'
-   `TrainingArguments.optim` knows: the class and its betas come from there.
+1. Add an entry to `OPTIMIZERS`. Its key is the value of `JOB_TRAIN__OPTIMIZER`, and a name that transformers'
+   `TrainingArguments.optim` knows: the class and its betas come from there (else it is `own`, as muon is).
 2. List in `state` every tensor that its `state_dict()` holds for a parameter. A checkpoint with any other tensor, shape
    or dtype is refused, because the optimizers' kernels take sizes from the parameter and addresses from the state.
 3. Give the devices on which it runs, and the optimizer that replaces it on others.
@@ -50,6 +50,8 @@ class OptimizerSpec:
     block: int = 256
     devices: tuple[str, ...] = ("cuda", "cpu")
     on_cpu: str | None = None
+    own: bool = False
+    """Whether the job makes it, in `training/trainer.py`, because transformers has no name for it."""
 
     @property
     def bytes_per_parameter(self) -> int:
@@ -83,8 +85,6 @@ _ADAMW_TORCH: Mapping[str, StateTensor] = {
     "step": StateTensor("scalar"),
 }
 
-# torch.optim.Muon is not among them: it orthogonalizes the update of one matrix at a time, and here the optimizer sees
-# the adapter as one flat tensor (`training/flat_parameters.py`). transformers has no name for it either.
 OPTIMIZERS: Mapping[str, OptimizerSpec] = {
     "adamw_8bit": OptimizerSpec(_ADAMW_8BIT),
     # Its state is in memory that the driver moves between GPU and host: CUDA only.
@@ -101,6 +101,7 @@ OPTIMIZERS: Mapping[str, OptimizerSpec] = {
             "absmax1": StateTensor("block_pair"),
         }
     ),
+    "muon": OptimizerSpec({"momentum_buffer": StateTensor("parameter")}, own=True),
 }
 
 if TYPE_CHECKING:
@@ -108,6 +109,11 @@ if TYPE_CHECKING:
 else:
     OptimizerName = Literal[tuple(OPTIMIZERS)]
     """The type of the setting: the table's keys, which a type checker cannot see."""
+
+
+def trainer_name(name: str) -> str:
+    """The optimizer's name for `TrainingArguments`: its own, or any that transformers knows where the job makes it."""
+    return "adamw_torch" if OPTIMIZERS[name].own else name
 
 
 def substitute(name: str, device: str) -> tuple[str, str | None]:

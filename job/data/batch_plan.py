@@ -141,6 +141,25 @@ def tokens_of(examples: Sequence[Example]) -> int:
     return sum(len(example.input_ids) for example in examples)
 
 
+def by_weight(examples: Sequence[Example]) -> list[tuple[Sequence[Example], float]]:
+    """The examples in groups of the same weight, in the order in which the weights appear; none of weight 0."""
+    weights = dict.fromkeys(example.weight for example in examples)
+    if len(weights) == 1 and 1.0 in weights:
+        return [(examples, 1.0)]
+    return [([one for one in examples if one.weight == weight], weight) for weight in weights if weight]
+
+
+def weighted_targets(examples: Sequence[Example]) -> float:
+    """What the summed loss of a step is divided by (transformers' `num_items_in_batch`).
+
+    Target tokens, each as often as its row weighs: a row of weight 2 counts like the same row twice, and one of weight
+    0 like none. 1 where every row weighs 0, since the sum is 0 as well; a whole number where all weigh 1.
+    """
+    if all(example.weight == 1 for example in examples):
+        return targets_of(examples)
+    return sum(example.weight * sum(example.targets) for example in examples) or 1
+
+
 def targets_of(examples: Sequence[Example]) -> int:
     """Target tokens of all of them: the tokens that the loss counts."""
     return sum(sum(example.targets) for example in examples)

@@ -60,6 +60,8 @@ def load_examples(
     vocabulary: int | None = None,
     method: MethodName = "sft",
     seed: int = 0,
+    row_weights: bool = False,
+    pair: bool = True,
     alive: Callable[..., None] = lambda **_: None,
     on_example: Callable[[Encoded | EncodedAnswers], None] | None = None,
     compare: bool = False,
@@ -95,6 +97,8 @@ def load_examples(
             end; or split into several examples, for plain text.
         vocabulary: Rows of the model's embedding; None if that is not known.
         method: What the rows are for, which decides the schemas that they may have.
+        row_weights: Whether rows have a field `weight`; see `JOB_DATA__ROW_WEIGHTS`.
+        pair: Whether labelled answers get a second sequence, as KTO needs it.
         seed: The run's; KTO pairs the rows in the order of its first epoch.
         alive: Called about twice a second while rows are read, with `progress=False` while other processes work; an
             exception from it ends the reading.
@@ -134,7 +138,15 @@ def load_examples(
     _check_tokenizer(tokenizer, name, templated=templated)
     _check_fit(schema, loss_on, template_arguments, on_long_row, templated=templated)
     reading = Reading(
-        schema, templated, loss_on, max_length, vocabulary, on_long_row, field_names or {}, compare=compare
+        schema,
+        templated,
+        loss_on,
+        max_length,
+        vocabulary,
+        on_long_row,
+        field_names or {},
+        compare=compare,
+        row_weights=row_weights,
     )
     records: list[DataSourceRecord] = []
     _note_date(note, tokenizer, date, templated=templated)
@@ -167,8 +179,8 @@ def load_examples(
         found.note_control_tokens(note, name)
         _note_unused(note, found.unused, name, schema)
     examples = found.writer.examples()
-    if schema == "unpaired_preference":
-        examples = _paired(examples, seed, max_length, file)
+    if schema == "unpaired_preference" and pair:
+        examples = paired(examples, [range(len(examples))], seed, max_length, file)
     lengths = examples.lengths
     return examples, DatasetRecord(
         source=name,
@@ -186,11 +198,17 @@ def load_examples(
     )
 
 
-def _paired(examples: Examples, seed: int, max_length: int, file: Path | None) -> Examples:
-    """Labelled examples with a second sequence each, in the place of the file without."""
+def paired(
+    examples: Examples, sides: Sequence[Sequence[int]], seed: int, max_length: int, file: Path | None
+) -> Examples:
+    """Labelled examples with a second sequence each, in the place of the file without.
+
+    `sides` are the rows to train and to validate on: each gets its second sequence from a row of the same side.
+    """
+    cycles = [tuple(side[place] for place in epoch_order(seed, len(side), 0)) for side in sides]
     beside = None if file is None else file.with_name(f"paired-{file.name}")
     with ExampleWriter(beside) as writer:
-        for example in with_partners(examples, epoch_order(seed, len(examples), 0), max_length):
+        for example in with_partners(examples, cycles, max_length):
             ids = struct.pack(f"<{len(example.input_ids)}i", *example.input_ids)
             writer.add(ids, bytes(example.targets), example.second_at, example.desirable)
     if beside is not None and file is not None:
@@ -236,7 +254,7 @@ class _Found:
     def add(self, item: Encoded | EncodedAnswers, canonical: bytes) -> None:
         """Adds an example; `canonical` is what it says of itself."""
         if isinstance(item, Encoded):
-            self.writer.add(item.ids, item.targets)
+            self.writer.add(item.ids, item.targets, weight=item.weight)
         else:
             second_at = len(item.sides[0].targets) if len(item.sides) > 1 else None
             ids, targets = (b"".join(parts) for parts in zip(*((s.ids, s.targets) for s in item.sides), strict=True))
@@ -429,8 +447,9 @@ def _open(
     if shown and not shown.endswith("/"):
         shown += "/"
     names = [name if file == Path(source) else f"{shown}{file.relative_to(base).as_posix()}" for file in files]
-    each = map(read_rows, files, names)
-    return None, chosen, chain.from_iterable(each if len(files) == 1 else map(_with_warning, each, names, repeat(note)))
+    parts: Iterator[Rows] = map(read_rows, files, names)
+    alone = len(files) == 1
+    return None, chosen, chain.from_iterable(parts if alone else map(_with_warning, parts, names, repeat(note)))
 
 
 def _with_warning(rows: Rows, name: str, note: Notes) -> Rows:

@@ -6,6 +6,7 @@
 | targets | list<uint8> | for each token 1 if it is a target, else 0 |
 | second_at | int32, may be null | where the second sequence begins |
 | desirable | bool, may be null | the label of an answer that has one |
+| weight | double | what the loss of its target tokens is multiplied by |
 
 The file is in Arrow's IPC file format, so other tools read it as well: `pyarrow.ipc.open_file`.
 """
@@ -41,6 +42,7 @@ def _schema() -> Any:
             "targets": pa.list_(pa.uint8()),
             "second_at": pa.int32(),
             "desirable": pa.bool_(),
+            "weight": pa.float64(),
         }
     )
 
@@ -62,7 +64,7 @@ class ExampleWriter:
             self._file = pa.ipc.new_file(self._sink, _schema())
         self._ids: list[bytes] = []
         self._targets: list[bytes] = []
-        self._rest: list[tuple[int | None, bool | None]] = []
+        self._rest: list[tuple[int | None, bool | None, float]] = []
         self._waiting = 0
         self.lengths, self.target_counts = array("i"), array("i")
 
@@ -81,11 +83,12 @@ class ExampleWriter:
         targets: bytes,
         second_at: int | None = None,
         desirable: bool | None = None,  # noqa: FBT001
+        weight: float = 1.0,
     ) -> None:
         """Adds an example: its tokens as int32, little-endian, and a byte 0 or 1 for each of them."""
         self._ids.append(ids)
         self._targets.append(targets)
-        self._rest.append((second_at, desirable))
+        self._rest.append((second_at, desirable, weight))
         self.lengths.append(len(targets))
         self.target_counts.append(targets.count(1))
         self._waiting += len(targets)
@@ -104,8 +107,8 @@ class ExampleWriter:
         for kind, parts in ((pa.int32(), self._ids), (pa.uint8(), self._targets)):
             values = pa.Array.from_buffers(kind, int(ends[-1]), [None, pa.py_buffer(b"".join(parts))])
             columns.append(pa.ListArray.from_arrays(pa.array(ends), values))
-        second, desirable = zip(*self._rest, strict=True)
-        columns += [pa.array(second, pa.int32()), pa.array(desirable, pa.bool_())]
+        second, desirable, weight = zip(*self._rest, strict=True)
+        columns += [pa.array(second, pa.int32()), pa.array(desirable, pa.bool_()), pa.array(weight, pa.float64())]
         self._file.write_batch(pa.record_batch(columns, schema=_schema()))
         self._ids, self._targets, self._rest, self._waiting = [], [], [], 0
 
@@ -219,7 +222,7 @@ class _Batch:
 
     def __init__(self, batch: Any) -> None:
         self.rows = batch.num_rows
-        ids, targets, self._second_at, self._desirable = batch.columns
+        ids, targets, self._second_at, self._desirable, self._weight = batch.columns
         self._ends = ids.offsets.to_numpy()
         self._ids, self._targets = ids.values.to_numpy(), targets.values.to_numpy()
 
@@ -245,6 +248,7 @@ class _Batch:
             self._second_at[row].as_py(),
             self._desirable[row].as_py(),
             reference,
+            self._weight[row].as_py(),
         )
 
 

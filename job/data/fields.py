@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from job.data.formats import Row, RowError, is_valid_text, type_name
 
 MAX_CHARACTERS = 4 << 20
 """Of one text in a row: more would take minutes to tokenize, and no model reads as much."""
+MAX_WEIGHT = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Rendered:
         ignored: The spans that are never in the loss, whatever JOB_TRAIN__LOSS_ON is.
         unused: The fields that were left out.
         must_end: Whether it is a fault if a completion does not end with a special token that is learned.
+        weight: What the loss of its target tokens is multiplied by.
         own_texts: The row's texts without what a schema or template puts around them, where they were asked for.
     """
 
@@ -33,6 +36,7 @@ class Rendered:
     unused: tuple[str, ...] = ()
     must_end: bool = False
     own_texts: tuple[str, ...] = ()
+    weight: float = 1.0
 
 
 def check_text(fields: dict[str, Any], field: str, where: str) -> list[RowError]:
@@ -84,3 +88,18 @@ def broken_places(value: Any, place: str) -> Iterator[str]:
 def left_out(row: Row, used: Container[str]) -> tuple[str, ...]:
     """The fields of a row that hold something and are not among those that are used."""
     return tuple(field for field, value in row.fields.items() if field not in used and not is_empty(value))
+
+
+def weight_of(row: Row) -> float | RowError:
+    """The number in a row's field `weight`: 1 where there is none; or what is wrong with it."""
+    value: Any = row.fields.get("weight")
+    if is_empty(value):
+        return 1.0
+    try:
+        weight = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        weight = math.nan
+    if not 0 <= weight <= MAX_WEIGHT:
+        what = f"must be a number from 0 to {MAX_WEIGHT:,}, by which the loss of the row is multiplied"
+        return RowError("wrong_type", f"{row.where} weight", what)
+    return weight

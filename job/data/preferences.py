@@ -15,7 +15,7 @@ The target tokens of an answer are all tokens after the prompt, as in TRL's trai
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from job.data.chat_template import Template, TemplateRefusalError
@@ -23,23 +23,29 @@ from job.data.fields import Rendered, check_target, check_text, is_empty, left_o
 from job.data.formats import Row, RowError, type_name
 from job.data.text_tokenizer import TextTokenizer
 from job.data.tokenization import Encoded, encode
+from job.data.validation_split import row_hash
 from job.records import Example
 
 PreferenceSchema = Literal["preference", "unpaired_preference"]
 SIDES: Mapping[str, tuple[str, ...]] = {"preference": ("chosen", "rejected"), "unpaired_preference": ("completion",)}
 """Schema -> the fields that hold its answers."""
 
+_WORDS = 3
 _LABELS = {"true": True, "false": False, "1": True, "0": False}
 """How tables without types write a label."""
 
 
 @dataclass(frozen=True)
 class Answers:
-    """A row as texts: each holds the prompt and one of its answers. `desirable` is the label of a single one."""
+    """A row as texts: each holds the prompt and one of its answers. `desirable` is the label of a single one.
+
+    `own_texts` are what it is compared by where rows are held out, if that was asked for; see `own_texts_of`.
+    """
 
     where: str
     sides: tuple[Rendered, ...]
     desirable: bool | None = None
+    own_texts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,11 @@ class EncodedAnswers:
         if not others:
             return Example(first.input_ids, first.targets, desirable=self.desirable)
         return join(first, others[0])
+
+    @property
+    def compared_by(self) -> bytes:
+        """The row's `validation_split.row_hash`, which its first answer has."""
+        return self.sides[0].compared_by
 
     @property
     def long(self) -> tuple[tuple[str, int], ...]:
@@ -198,6 +209,23 @@ def texts_of_preference(row: Row, schema: str) -> list[str]:
     return [text for value in fields for text in _texts(value)]
 
 
+def own_texts_of(row: Row, schema: str) -> tuple[str, ...]:
+    """What tells a good row from others where rows are held out: its prompt, so that all answers to it go together.
+
+    A prompt of fewer words than `_WORDS` (such as the accidental common beginning of two answers) tells nothing: then
+    all texts do.
+    """
+    fields = row.fields
+    conversation = is_conversation(fields, schema)
+    if schema == "preference":
+        prompt, _ = _split(fields, conversation=conversation)
+    else:
+        prompt = fields["prompt"]
+    told = [one for one in prompt if one["role"] != "system"] if isinstance(prompt, list) else prompt
+    texts = tuple(_texts(told))
+    return texts if len(" ".join(texts).split()) >= _WORDS else tuple(texts_of_preference(row, schema))
+
+
 def _texts(value: Any) -> list[str]:
     if isinstance(value, list):
         return [message["content"] for message in value if message.get("content")]
@@ -241,13 +269,14 @@ def _text(prompt: Any, answer: Any, template: Template | None) -> tuple[str, int
 
 
 def encode_answers(
-    rows: Sequence[Answers | list[RowError]], tokenizer: TextTokenizer, **how: Any
+    rows: Sequence[Answers | list[RowError]], tokenizer: TextTokenizer, *, compare: bool = False, **how: Any
 ) -> Iterator[list[EncodedAnswers] | list[RowError]]:
     """Yields for each row its example, or what is wrong with its tokens; faults pass through.
 
     Args:
         rows: Rendered rows and faults.
         tokenizer: The tokenizer.
+        compare: Whether rows are hashed to be compared with others.
         how: Further arguments of `encode`; `max_length` counts for each answer with its prompt.
     """
     texts = [side for row in rows if isinstance(row, Answers) for side in row.sides]
@@ -263,6 +292,8 @@ def encode_answers(
         elif len(sides) > 1 and (sides[0].ids, sides[0].targets) == (sides[1].ids, sides[1].targets):
             yield [RowError("same_answers", f"{row.where} rejected", "has the same tokens as chosen")]
         else:
+            if compare:
+                sides = (replace(sides[0], compared_by=row_hash(row.own_texts)), *sides[1:])
             yield [EncodedAnswers(sides, row.desirable, row.sides[0].unused)]
 
 
@@ -276,14 +307,14 @@ def join(first: Example, second: Example, *, desirable: bool | None = None) -> E
     )
 
 
-def with_partners(examples: Sequence[Example], order: tuple[int, ...], max_length: int) -> Iterator[Example]:
+def with_partners(examples: Sequence[Example], cycles: Sequence[tuple[int, ...]], max_length: int) -> Iterator[Example]:
     """Gives each labelled example a second, mismatched sequence, for KTO's estimate of the KL divergence.
 
-    It is the example's prompt with the completion of the example before it in `order`, cut to `max_length` tokens. TRL
-    does so within each batch. `order` is the batch plan's first epoch: there too, all but the first example of a step
-    get the completion of another one of the same step.
+    It is the example's prompt with the completion of the example before it in its cycle, cut to `max_length` tokens, as
+    in TRL's batches. A cycle is the batch plan's first epoch: there too, all but the first example of a step
+    get the completion of another one of the same step. Rows that are trained on and held-out rows are two cycles.
     """
-    before = {row: order[place - 1] for place, row in enumerate(order)}
+    before = {row: order[place - 1] for order in cycles for place, row in enumerate(order)}
     for row, example in enumerate(examples):
         other = examples[before[row]]
         prompt, others = example.targets.index(True), other.targets.index(True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from job.data.chat_template import Template
 from job.data.field_names import in_own_names
-from job.data.fields import Rendered
+from job.data.fields import Rendered, weight_of
 from job.data.formats import Row, RowError
 from job.data.preferences import SIDES, Answers, EncodedAnswers, encode_answers, is_conversation
 from job.data.schemas import Schema, check_row, own_texts, render, texts_of, with_near_names
@@ -24,7 +24,8 @@ from job.data.tokenization import Encoded, LossOn, OnLongRow, encode
 class Reading:
     """What is made of rows: JSON-able, and all that decides it but the tokenizer and its chat template.
 
-    `compare` says whether rows are hashed to be compared with others; the rest is as in `dataset.load_examples`.
+    `compare` says whether rows are hashed to be compared with others, `row_weights` whether they have a field `weight`;
+    the rest is as in `dataset.load_examples`.
     """
 
     schema: Schema
@@ -35,6 +36,7 @@ class Reading:
     on_long_row: OnLongRow
     field_names: Mapping[str, str]
     compare: bool
+    row_weights: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class RowEncoder:
         how, controls = self._reading, dict[int, tuple[str, ...]]()
         rendered: list[Any] = []
         for index, row in enumerate(rows):
-            found, given = self._render(row)
+            found, given = self._weighed(row)
             rendered.append(found)
             if given is not None:
                 controls[index] = self._control(texts_of(given, how.schema))
@@ -95,6 +97,17 @@ class RowEncoder:
             for index, (row, item) in enumerate(zip(rows, items, strict=True))
         ]
 
+    def _weighed(self, row: Row | RowError) -> tuple[Rendered | Answers | list[RowError], Row | None]:
+        """`_render`, with the number in the field `weight`."""
+        if isinstance(row, RowError) or not self._reading.row_weights:
+            return self._render(row)
+        # It has a check of its own: without JOB_DATA__ROW_WEIGHTS, a weight of 0 is a mistake.
+        text, given = self._render(replace(row, fields={k: v for k, v in row.fields.items() if k != "weight"}))
+        weight = weight_of(row)
+        if isinstance(weight, RowError):
+            return [*(text if isinstance(text, list) else []), weight], None
+        return replace(text, weight=weight) if isinstance(text, Rendered) else text, given
+
     def _render(self, row: Row | RowError) -> tuple[Rendered | Answers | list[RowError], Row | None]:
         """The row as text or what is wrong with it; and for a rendered row the row in the schema's form."""
         schema, template, names = self._reading.schema, self._template, self._reading.field_names
@@ -117,7 +130,7 @@ class RowEncoder:
         text = render(row, schema, template, turns=None if loss_on == "all" else loss_on)
         if isinstance(text, RowError):
             return in_conversations([text], given), None
-        if self._reading.compare and isinstance(text, Rendered):
+        if self._reading.compare:
             text = replace(text, own_texts=own_texts(row, schema))
         return text, row
 

@@ -27,7 +27,7 @@ from job.data.chat_template import Template
 from job.data.conversations import Turns, check_messages, render_messages, texts_of_messages
 from job.data.fields import Rendered, broken_places, check_target, check_text, is_empty, is_zero, left_out
 from job.data.formats import Row, RowError
-from job.data.preferences import SIDES, Answers, check_preference, render_preference, texts_of_preference
+from job.data.preferences import SIDES, Answers, check_preference, own_texts_of, render_preference, texts_of_preference
 from job.data.sharegpt import is_sharegpt
 
 Schema = Literal["alpaca", "prompt_completion", "messages", "text", "preference", "unpaired_preference"]
@@ -182,6 +182,8 @@ def texts_of(row: Row, schema: Schema) -> list[str]:
 
 def own_texts(row: Row, schema: Schema) -> tuple[str, ...]:
     """What tells a good row from others: its texts without the system prompt, which many rows share."""
+    if schema in SIDES:
+        return own_texts_of(row, schema)
     if schema == "messages":
         told = (message for message in row.fields["messages"] if message.get("role") not in {"system", "developer"})
         return tuple(texts_of_messages(told))
@@ -248,7 +250,7 @@ def _check_meaning(row: Row, schema: Schema) -> list[RowError]:
         ]
         faults += _check_spelling(row, used)
     if is_zero(row.fields.get("weight")):
-        what = "is 0, and a row cannot be weighed; leave the row out, or give messages their weights"
+        what = "is 0, and rows are not weighed; set JOB_DATA__ROW_WEIGHTS=true, or leave the row out"
         faults.append(RowError("field_without_use", f"{row.where} weight", what))
     if schema == "prompt_completion" and _is_no(row.fields.get("label")):
         what = (

@@ -36,6 +36,7 @@ class Encoded:
         long: Counts of what was done because the row is too long.
         where: Where the row stands.
         compared_by: The row's `validation_split.row_hash`, where rows are compared.
+        weight: As in `Rendered`.
     """
 
     text: str
@@ -46,16 +47,19 @@ class Encoded:
     long: tuple[tuple[str, int], ...] = ()
     where: str = ""
     compared_by: bytes = b""
+    weight: float = 1.0
 
     @property
     def example(self) -> Example:
         """The example."""
-        return Example(struct.unpack(f"<{len(self.targets)}i", self.ids), tuple(map(bool, self.targets)))
+        ids = struct.unpack(f"<{len(self.targets)}i", self.ids)
+        return Example(ids, tuple(map(bool, self.targets)), weight=self.weight)
 
     def canonical(self) -> bytes:
-        """Text, tokens and targets, with their lengths in front: other examples never give the same bytes."""
+        """Text, tokens, targets and weight, with the lengths in front: other examples never give the same bytes."""
         text = self.text.encode()
-        return struct.pack("<2Q", len(text), len(self.targets)) + text + self.ids + self.targets
+        weight = b"" if self.weight == 1 else struct.pack("<d", self.weight)
+        return struct.pack("<2Q", len(text), len(self.targets)) + text + self.ids + self.targets + weight
 
 
 def encode(
@@ -114,6 +118,7 @@ def encode(
                 counts,
                 row.where,
                 compared_by,
+                row.weight,
             )
             for (piece, mask), (text, counts) in zip(pieces, firsts, strict=False)
         ]

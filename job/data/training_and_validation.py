@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from job.common.source_list import Source
-from job.data.dataset import load_examples
+from job.data.dataset import load_examples, paired
 from job.data.examples import Examples
 from job.data.notes import Notes
 from job.data.preferences import EncodedAnswers
@@ -67,8 +67,6 @@ class _Rows:
         self.sha256: list[bytes] = []
 
     def add(self, item: Encoded | EncodedAnswers) -> None:
-        if not isinstance(item, Encoded):
-            raise TypeError("rows of preferences are not validated on")
         self.hashes.add(item.compared_by)
         self.sha256.append(sha256(item.canonical()).digest())
         if self._pass_on is not None:
@@ -117,7 +115,9 @@ def load_rows(
 
     def read(place: str | Sequence[Source], keep: _Rows, **how: Any) -> tuple[Examples, DatasetRecord] | None:
         try:
-            return load_examples(place, on_example=keep.add, compare=True, **{**reading, **how})
+            # Labelled answers that are held out are paired among themselves, so once it is known which they are.
+            pair = isinstance(validation, ValidationSource)
+            return load_examples(place, on_example=keep.add, compare=True, pair=pair, **{**reading, **how})
         except DataError as error:
             errors.append(error)
             return None
@@ -138,6 +138,8 @@ def load_rows(
         return examples, own[0], replace(record, validation=_own_source((record, rows), (own[1], held), note, alive))
     sides = hold_out(rows.hashes, validation, record.source, alive)
     parts = [[i for i, side in enumerate(sides) if side is wanted] for wanted in (False, True)]
+    if record.format == "unpaired_preference":
+        examples = paired(examples, parts, reading.get("seed", 0), reading["max_length"], file)
     (training, trained), (kept, described) = (_part(examples, record, rows, part) for part in parts)
     facts = {**_facts(described), "skipped": {}}
     held_out = ValidationRows(**facts, held_out=True, duplicates=0, near_duplicates=0)

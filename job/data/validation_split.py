@@ -1,7 +1,8 @@
 """Which rows are held out for validation: near-duplicate rows fall on one side, and a row always falls alike.
 
 1. Every row gets the SHA-256 of its words, and a MinHash signature (datasketch) of its shingles: runs of three words.
-   Letter case, punctuation and white space do not count, nor does the system prompt, which many rows share.
+   Letter case, punctuation and white space do not count, nor does the system prompt, which many rows share. Of rows of
+   preferences only the prompt counts, so that no prompt is on both sides.
 2. Rows of equal words form a group, and so do rows whose signatures agree in `ALIKE` of their values, an estimate of
    the Jaccard similarity of their shingles; groups that have a row in common are one. Candidates are found by bands
    (locality-sensitive hashing) instead of comparing all pairs. Rows that are similar to 0.9 are found nearly always, at

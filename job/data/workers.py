@@ -405,7 +405,8 @@ def _pack_outcomes(outcomes: Sequence[Outcome]) -> tuple[dict[str, Any], bytes]:
     def pack(side: Encoded) -> list[Any]:
         text = side.text.encode()
         blob.extend((text, side.ids, side.targets, side.compared_by))
-        return [len(text), len(side.targets), len(side.compared_by), side.end, side.unused, side.long, side.where]
+        sizes = len(text), len(side.targets), len(side.compared_by)
+        return [*sizes, side.end, side.unused, side.long, side.where, side.weight]
 
     def pack_example(one: Encoded | EncodedAnswers) -> list[Any]:
         if isinstance(one, Encoded):
@@ -433,7 +434,7 @@ def _unpack_outcomes(answer: dict[str, Any], blob: bytes) -> list[Outcome]:
         return blob[at - count : at]
 
     def unpack(side: list[Any]) -> Encoded:
-        text, tokens, compared, end, unused, long, where = side
+        text, tokens, compared, end, unused, long, where, weight = side
         counts = tuple((name, number) for name, number in long)
         return Encoded(
             next_bytes(text).decode(),
@@ -444,6 +445,7 @@ def _unpack_outcomes(answer: dict[str, Any], blob: bytes) -> list[Outcome]:
             counts,
             where,
             next_bytes(compared),
+            weight,
         )
 
     def unpack_example(one: list[Any]) -> Encoded | EncodedAnswers:

@@ -328,8 +328,9 @@ def _unmergeable(model: Any, empty: Any, changed: Mapping[str, Any]) -> Iterator
     from peft.tuners.lora import LoraLayer
 
     config = model.peft_config[_ADAPTER]
-    if config.bias != "none" or getattr(config, "lora_bias", False) or config.modules_to_save:
-        yield "the adapter has biases or whole modules of its own, which are not merged"
+    own = (getattr(config, "lora_bias", False), config.modules_to_save, config.trainable_token_indices)
+    if config.bias != "none" or any(own):
+        yield "the adapter has biases, whole modules or tokens of its own, which are not merged"
     shared = Counter(id(parameter) for _, parameter in empty.named_parameters(remove_duplicate=False))
     for name, module in changed.items():
         weight = module.weight

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from job.model.published_names import PublishedNames
-from job.model.tensor_names import PREFIX
+from job.model.tensor_names import PREFIX, saved_tensors
 
 CONFIG_KEYS = {
     *("base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode", "lora_alpha", "lora_dropout", "peft_type"),
@@ -43,7 +43,7 @@ def save_adapter(
     saved = load_file(weights)
     if names.ambiguous or written.pop("exclude_modules", None):
         # By full name, so that no other layer of that name is meant, which older PEFT has no other way to say.
-        published = [names.published(name).removeprefix(PREFIX) for name in saved]
+        published = [names.published(name).removeprefix(PREFIX) for name in saved if ".lora_" in name]
         written["target_modules"] = sorted({name.rpartition(".lora_")[0] for name in published})
     if (tensors := {names.filed(name): tensor for name, tensor in saved.items()}).keys() != saved.keys():
         save_file(tensors, weights, metadata={"format": "pt"})
@@ -63,6 +63,8 @@ def portable_config(written: Mapping[str, Any]) -> dict[str, Any]:
     kept.pop("peft_version", None)  # no field of a configuration before PEFT 0.18; the manifest has it
     if isinstance(targets := kept["target_modules"], list):
         kept["target_modules"] = sorted(targets)  # PEFT keeps a set, in another order every time
+    if kept.get("modules_to_save"):
+        kept["modules_to_save"] = sorted(kept["modules_to_save"])
     return kept
 
 
@@ -72,7 +74,6 @@ def load_adapter(model: Any, folder: Path, names: PublishedNames | None = None) 
     `names` are those that it was saved by.
     """
     import torch
-    from peft import get_peft_model_state_dict
     from safetensors.torch import load_file
 
     names = names or PublishedNames("")
@@ -81,8 +82,7 @@ def load_adapter(model: Any, folder: Path, names: PublishedNames | None = None) 
         _take_ranks_away(
             model, json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["rank_pattern"]
         )
-    # Not "auto": PEFT would ask the hub whether the base has another vocabulary than this one.
-    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    expected = saved_tensors(model)
     files = {names.filed(name): tensor for name, tensor in expected.items()}
     wrong = sorted(
         files.keys() ^ state.keys() | {k for k in files.keys() & state.keys() if files[k].shape != state[k].shape}

@@ -49,6 +49,8 @@ class AdapterOptions:
     layers: Numbers of the decoder's layers that get an adapter, from 0; None for all.
     rank_pattern, alpha_pattern: Module name, or its end, or PEFT's regular expression -> the value there.
     adalora: For the kind `adalora`.
+    modules_to_save: Names of modules, or their ends, that are trained and saved whole.
+    added_tokens: New tokens, of which embedding and output layer get rows that are trained.
     """
 
     kind: str = "lora"
@@ -59,6 +61,8 @@ class AdapterOptions:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, int] = field(default_factory=dict)
     adalora: AdaLora | None = None
+    modules_to_save: tuple[str, ...] = ()
+    added_tokens: tuple[str, ...] = ()
 
     @property
     def decomposed(self) -> bool:
@@ -80,6 +84,10 @@ class AdapterOptions:
             return "JOB_LORA__KIND is adalora; fused layers compute a product of two matrices, AdaLoRA has three"
         if self.use_dora:
             return "JOB_LORA__USE_DORA is on; fused layers compute LoRA without magnitudes"
+        if self.modules_to_save:
+            return "JOB_LORA__MODULES_TO_SAVE is set; fused layers train no module whole"
+        if self.added_tokens:
+            return "JOB_MODEL__ADD_TOKENS is set; fused layers train no rows of the vocabulary"
         return None
 
 
@@ -90,8 +98,13 @@ _INIT_SHARE = 1.5
 """Of AdaLoRA's rank at the end, that at the beginning where none is set; as PEFT's defaults, 12 and 8."""
 
 
-def make_options(lora: Mapping[str, Any], total_steps: int) -> AdapterOptions:
-    """The options that the settings' group `lora` says, by its names; for a run of so many optimizer steps."""
+def make_options(
+    lora: Mapping[str, Any], total_steps: int, added_tokens: Sequence[str] | None = None
+) -> AdapterOptions:
+    """The options that the settings' group `lora` says, by its names; for a run of so many optimizer steps.
+
+    `added_tokens` is `JOB_MODEL__ADD_TOKENS`.
+    """
     adalora = None
     if lora["kind"] == "adalora":
         adalora = AdaLora(
@@ -101,7 +114,12 @@ def make_options(lora: Mapping[str, Any], total_steps: int) -> AdapterOptions:
             **{name: lora[name] for name in ("tinit", "tfinal", "delta_t", "orth_reg_weight")},
         )
     taken = ("kind", "init", "use_rslora", "use_dora", "layers", "rank_pattern", "alpha_pattern")
-    return AdapterOptions(**{name: lora[name] for name in taken}, adalora=adalora)
+    return AdapterOptions(
+        **{name: lora[name] for name in taken},
+        adalora=adalora,
+        modules_to_save=tuple(lora["modules_to_save"] or ()),
+        added_tokens=tuple(added_tokens or ()),
+    )
 
 
 def check_options(options: AdapterOptions, *, rank: int, layers: int, adapted: Collection[str]) -> Iterator[Problem]:

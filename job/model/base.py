@@ -18,6 +18,7 @@ from job.model.decomposed_init import frozen_parameters
 from job.model.files import build_empty, check_weights, read_config, readable, silence
 from job.model.lora import trainable
 from job.model.target_modules import check_adapter, resolve_targets
+from job.model.tokenizer_files import add_tokens
 from job.records import ModelRecord
 
 if TYPE_CHECKING:
@@ -71,8 +72,13 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer in the model's folder. It never runs code of the model's repository."""
+def load_tokenizer(folder: Path, added_tokens: Sequence[str] | None = None) -> Any:
+    """The tokenizer in the model's folder, with new tokens. It never runs code of the model's repository.
+
+    Raises:
+        DataError: It cannot be loaded.
+        SettingsError: It has no end-of-sequence token, or a new token is none.
+    """
     from transformers import AutoTokenizer
 
     with readable(folder):
@@ -81,12 +87,13 @@ def load_tokenizer(folder: Path) -> Any:
         raise SettingsError(
             [Problem("JOB_MODEL__ID", "its tokenizer has no end-of-sequence token, so nothing could end")]
         )
-    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    model: Any = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
     if getattr(model, "dropout", None):  # tokens drawn anew in every attempt would be other data each time
         log.get_logger().warning(
             "the tokenizer's dropout is switched off: a text has one form in tokens", was=model.dropout
         )
         model.dropout = None
+    add_tokens(tokenizer, added_tokens or ())
     return tokenizer
 
 
@@ -278,6 +285,9 @@ def recompute_activations(model: Any, *, on: bool, random: bool = True) -> None:
         # transformers renamed it in 5.23; the model is an argument of neither name
         enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
         enable({"use_reentrant": False, "preserve_rng_state": random})
+        # For reentrant recomputing, transformers has the embeddings require a gradient, which nothing here uses, and
+        # under which a model that adds to them in place (BLT) fails.
+        base.disable_input_require_grads()
     elif base.supports_gradient_checkpointing:
         (getattr(base, "activation_checkpointing_disable", None) or base.gradient_checkpointing_disable)()
 
@@ -310,7 +320,9 @@ def held(model: Any) -> Held:
     return Held(kind, double, found.total())
 
 
-def describe_model(model: Any, *, name: str, revision: str | None, sha256: str) -> ModelRecord:
+def describe_model(
+    model: Any, *, name: str, revision: str | None, sha256: str, added_tokens: Sequence[str] = ()
+) -> ModelRecord:
     """The manifest's record of a PEFT model. Parameters are counted as in the unquantized model."""
     adapter = sum(parameter.numel() for parameter in trainable(model).values())
     base = model.get_base_model()
@@ -327,4 +339,5 @@ def describe_model(model: Any, *, name: str, revision: str | None, sha256: str) 
         trainable_parameters=adapter - frozen_parameters(model),
         quantized_parameters=as_held.weights,
         adapted=sorted({*config.target_modules, *(config.target_parameters or ())}),
+        added_tokens=list(added_tokens),
     )

@@ -11,6 +11,7 @@ from job.errors import Problem, SettingsError
 from job.model.adapter_options import PLAIN, AdapterOptions
 from job.model.decomposed_init import decompose
 from job.model.target_modules import check_adapter, excluded, linear_layers, named_by, resolve_targets
+from job.model.whole_modules import grow_embeddings, names_for_peft, prepare_wrappers, token_rows
 
 
 def add_adapter(
@@ -22,6 +23,7 @@ def add_adapter(
     target_modules: Sequence[str] | str | None,
     seed: int,
     options: AdapterOptions = PLAIN,
+    token_ids: Sequence[int] = (),
 ) -> Any:
     """Adds a new LoRA adapter in fp32 to the base; its initial weights depend only on the seed.
 
@@ -36,6 +38,7 @@ def add_adapter(
         target_modules: As `resolve_targets` takes them.
         seed: Of the initial weights.
         options: What else PEFT's configuration may say.
+        token_ids: Of the new tokens, for which the base has rows.
 
     Raises:
         SettingsError: The model lacks one of them, or PEFT cannot adapt it.
@@ -60,6 +63,8 @@ def add_adapter(
         "fan_in_fan_out": adapted_kinds == {Conv1D},  # whose weight is (inputs, outputs)
         "task_type": "CAUSAL_LM",
         "layers_to_transform": None if options.layers is None else list(options.layers),
+        "modules_to_save": names_for_peft(model, options.modules_to_save),
+        "trainable_token_indices": token_rows(model, options.modules_to_save, token_ids),
     }
     if options.adalora is not None:
         chosen = {"deltaT": options.adalora.delta_t, **asdict(options.adalora)}
@@ -84,6 +89,7 @@ def add_adapter(
     config.init_lora_weights = True
     for parameter in trainable(adapted).values():
         parameter.data = parameter.data.to(torch.float32)
+    prepare_wrappers(adapted)
     if options.decomposed and model.device.type != "meta":
         decompose(adapted, options.init)
     return adapted
@@ -101,8 +107,17 @@ def count_parameters(
     Raises:
         SettingsError: As `add_adapter`.
     """
+    # At most so many rows: a vocabulary that has some to spare grows by fewer.
+    grow_embeddings(model, model.get_input_embeddings().weight.shape[0] + len(options.added_tokens))
     made = add_adapter(
-        model, rank=rank, alpha=rank, dropout=0.0, target_modules=target_modules, seed=0, options=options
+        model,
+        rank=rank,
+        alpha=rank,
+        dropout=0.0,
+        target_modules=target_modules,
+        seed=0,
+        options=options,
+        token_ids=range(len(options.added_tokens)),  # which rows they are does not change their number
     )
     # AdaLoRA's ranknum is a constant; on the meta device PEFT forgets to say so.
     return sum(parameter.numel() for name, parameter in trainable(made).items() if ".ranknum." not in name)

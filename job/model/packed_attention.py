@@ -10,6 +10,7 @@ none is ignored. Whether a whole model is computed correctly is tested by `packi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from inspect import signature
@@ -239,7 +240,7 @@ def _block_by_block(  # noqa: PLR0917 - as attention has it
                 q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
             )
         )
-    return torch.cat(outputs, dim=2).transpose(1, 2)
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()  # some layers (AFMoE's) take a view of it
 
 
 def _explicit(  # noqa: PLR0917 - as attention has it
@@ -277,7 +278,7 @@ def _explicit(  # noqa: PLR0917 - as attention has it
         else:
             weights = scores.softmax(-1)
         outputs.append(weights.to(v.dtype) @ v)
-    return torch.cat(outputs, dim=2).transpose(1, 2)
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()  # some layers (AFMoE's) take a view of it
 
 
 def _varlen_kernel(  # noqa: PLR0917 - as attention has it
@@ -297,7 +298,8 @@ def _varlen_kernel(  # noqa: PLR0917 - as attention has it
     longest = layout.longest_query, layout.longest_key
     seen = (-1 if window is None else window - 1, 0)  # keys before the query's own, and behind it
     offsets = layout.queries, layout.keys
-    out = varlen_attn(q, k, v, *offsets, *longest, window_size=seen, scale=scaling, **_grouped_heads())
+    with _flash_alone():
+        out = varlen_attn(q, k, v, *offsets, *longest, window_size=seen, scale=scaling, **_grouped_heads())
     return cast("torch.Tensor", out)[None]
 
 
@@ -307,6 +309,18 @@ def _grouped_heads() -> dict[str, Any]:
     from torch.nn.attention.varlen import varlen_attn
 
     return {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+
+
+def _flash_alone() -> AbstractContextManager[None]:
+    """Has the kernel be flash's: from 2.15 on, torch prefers cuDNN's where queries and keys have the same offsets.
+
+    That is so in a CUDA graph only. One kernel gives the same bits within a graph and without, and is the one tested.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel, varlen
+
+    if hasattr(varlen, "_select_backend"):
+        return cast("AbstractContextManager[None]", sdpa_kernel(SDPBackend.FLASH_ATTENTION))
+    return nullcontext()
 
 
 def _asked_mask(

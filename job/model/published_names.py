@@ -11,7 +11,8 @@ from job import log
 from job.errors import Problem, SettingsError
 from job.model.files import SOURCE_CONFIG, read_config, readable
 from job.model.target_modules import excluded, text_part
-from job.model.tensor_names import PREFIX, tensor_files
+from job.model.tensor_names import PREFIX, saved_tensors, tensor_files
+from job.model.whole_modules import refuse_renamed
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,10 @@ def find_published_names(model: Any, folder: Path, *, quantized: bool = False) -
     adapted = [name for name, module in base.named_modules() if hasattr(module, "lora_A")]
     names, reader = _published_class(model, adapted, folder, quantized=quantized)
     published = [names.published(PREFIX + name).removeprefix(PREFIX) for name in adapted]
-    files = tensor_files(base if reader is None else reader, published)
+    whole = [name for name in saved_tensors(model) if ".lora_" not in name]
+    files = tensor_files(base if reader is None else reader, published, whole)
+    # In another class these lie elsewhere than the layers with an adapter, which is all that is compared with it.
+    refuse_renamed(whole if reader is not None else [n for n in whole if files[n] is None], names.architecture)
     if lost := [name for name, file in files.items() if file is None]:
         what = f"PEFT would not load the adapter of {lost[0]} into {names.architecture}: it renames the tensors"
         raise SettingsError([Problem("JOB_LORA__TARGET_MODULES", what)])

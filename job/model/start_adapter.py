@@ -7,7 +7,7 @@ change what it computes, and another rank cannot be loaded.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,10 @@ def check_start(folder: Path, *, rank: int, alpha: int, options: Mapping[str, An
     """
     config = read_json(folder / CONFIG, MAX_CONFIG_BYTES, _SETTING)
     problems = [Problem(_SETTING, what) for what in _other_kind(config)]
+    ours, theirs = ((said.get("modules_to_save") or []) for said in (options or {}, config))
+    if not _same_modules(ours, theirs):
+        what = f"is {', '.join(ours) or 'empty'}, and the adapter of {_SETTING} has {', '.join(theirs) or 'none'}"
+        problems.append(Problem("JOB_LORA__MODULES_TO_SAVE", f"{what}; set the same"))
     wanted = {"r": rank, "lora_alpha": alpha} | {
         name: (options or {}).get(name, usual) for name, usual in _SAME.items()
     }
@@ -116,8 +120,12 @@ def load_start(model: Any, folder: Path, names: PublishedNames) -> None:
     """Puts the adapter into the model.
 
     Raises:
-        SettingsError: It is on other layers, or of a base of another shape.
+        SettingsError: It is on other layers, of a base of another shape, or trains rows of other tokens.
     """
+    theirs = read_json(folder / CONFIG, MAX_CONFIG_BYTES, _SETTING).get("trainable_token_indices")
+    if (theirs or None) != (model.peft_config["default"].trainable_token_indices or None):
+        what = f"does not fit JOB_MODEL__ADD_TOKENS: it trains the rows of {json.dumps(theirs)[:200]}"
+        raise SettingsError([Problem(_SETTING, what)])
     try:
         load_adapter(model, folder, names)
     except ValueError as error:
@@ -125,13 +133,20 @@ def load_start(model: Any, folder: Path, names: PublishedNames) -> None:
         raise SettingsError([Problem(_SETTING, what)]) from error
 
 
+def _same_modules(ours: Sequence[str], theirs: Sequence[str]) -> bool:
+    """Whether both name the same modules; an adapter's file may have their full names, or their ends."""
+    return all(
+        any(a == b or a.endswith(f".{b}") or b.endswith(f".{a}") for b in others)
+        for names, others in ((ours, theirs), (theirs, ours))
+        for a in names
+    )
+
+
 def _other_kind(config: dict[str, Any]) -> Iterator[str]:
     if config.get("peft_type") != "LORA":
         yield f"is an adapter of the kind {config.get('peft_type')!r}; only LoRA is trained"
     if config.get("bias") not in {None, "none"}:
         yield f"trains biases (bias={json.dumps(config['bias'])[:50]}); only LoRA is trained"
-    if config.get("modules_to_save"):
-        yield "saves whole modules (modules_to_save); only LoRA is trained"
     if (init := config.get("init_lora_weights")) not in _INITS:
         yield f"was initialized by {json.dumps(init)[:50]}, which changes the base; convert it to a plain LoRA adapter"
 

@@ -9,6 +9,7 @@ from typing import Any
 from job.errors import Problem, SettingsError
 from job.model.adapter_options import PLAIN, AdapterOptions, check_options, in_group
 from job.model.tensor_names import tensor_files
+from job.model.whole_modules import check_whole
 
 
 def resolve_targets(model: Any, targets: Sequence[str] | str | None) -> list[str]:
@@ -64,7 +65,10 @@ def check_adapter(model: Any, targets: Sequence[str], rank: int, options: Adapte
     adapted = named_by(linear_layers(model), targets)
     if options.layers is not None:
         adapted = [name for name in adapted if _layer_of(name) in options.layers]
-    problems = list(check_options(options, rank=rank, layers=config.num_hidden_layers, adapted=adapted))
+    problems = [
+        *check_options(options, rank=rank, layers=config.num_hidden_layers, adapted=adapted),
+        *check_whole(model, options, adapted),
+    ]
     if problems:
         raise SettingsError(problems)
     if options.init == "orthogonal" and any(_packed(model.get_submodule(name)) for name in adapted):

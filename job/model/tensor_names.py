@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 PREFIX = "base_model.model."
 """What PEFT puts before the name of every tensor."""
 
 
-def tensor_files(model: Any, layers: Iterable[str]) -> dict[str, str | None]:
+def tensor_files(model: Any, layers: Iterable[str], whole: Iterable[str] = ()) -> dict[str, str | None]:
     """Under which name each tensor of an adapter has to lie in the file, for PEFT to load it where it belongs.
 
     PEFT applies the renamings by which transformers loads a base's checkpoint to the adapter's tensors as well, and
@@ -19,11 +22,12 @@ def tensor_files(model: Any, layers: Iterable[str]) -> dict[str, str | None]:
     Args:
         model: The base as readers load it, without an adapter; it may be on the meta device.
         layers: Full names of the modules that an adapter is on.
+        whole: Names of further tensors, with PEFT's prefix.
 
     Returns:
         The name of each tensor in the loaded model, as PEFT's files have it -> in the file; None where neither arrives.
     """
-    names = [f"{PREFIX}{layer}.lora_{matrix}.weight" for layer in layers for matrix in "AB"]
+    names = [f"{PREFIX}{layer}.lora_{matrix}.weight" for layer in layers for matrix in "AB"] + list(whole)
     files = {name: name for name in names}
     if lost := set(names) - _arriving(model, files):
         files |= {name: PREFIX + _as_in_checkpoint(model, name.removeprefix(PREFIX)) for name in lost}
@@ -51,3 +55,12 @@ def _as_in_checkpoint(model: Any, name: str) -> str:
     renamings = [found for found in get_model_conversion_mapping(model) if isinstance(found, WeightRenaming)]
     renamed: str = rename_source_key(name, [r.reverse_transform() for r in reversed(renamings)], [], reverse=True)[0]
     return renamed
+
+
+def saved_tensors(model: Any) -> dict[str, torch.Tensor]:
+    """What PEFT saves of a PEFT model, by its names in the file. The tensors share the parameters' memory."""
+    from peft import get_peft_model_state_dict
+
+    # Not "auto": PEFT would ask the hub whether the base has another vocabulary than this one.
+    found: dict[str, torch.Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return found

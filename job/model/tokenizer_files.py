@@ -1,12 +1,14 @@
-"""The tokenizer's files of a base, which are published with the adapter as they are."""
+"""The tokenizer's files of a base, which are published with the adapter as they are but for new tokens."""
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from job.errors import DataError, Problem
+from job.errors import DataError, Problem, SettingsError
 
 TOKENIZER_FILES = (
     *("added_tokens.json", "chat_template.jinja", "merges.txt", "special_tokens_map.json"),
@@ -16,8 +18,43 @@ TOKENIZER_FILES = (
 publishes the same ones."""
 
 
-def copy_tokenizer(base: Path, folder: Path, tokenizer: Any) -> None:
-    """Copies the tokenizer's files of the base, byte for byte.
+def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> None:
+    """Adds new tokens to a tokenizer, in place: each is found in a text as it is spelled, and becomes one id.
+
+    Raises:
+        SettingsError: It has one of them already, or cuts one apart nevertheless.
+    """
+    from tokenizers import AddedToken
+
+    where, vocabulary = "JOB_MODEL__ADD_TOKENS", tokenizer.get_vocab()
+    if known := [token for token in tokens if token in vocabulary]:
+        raise SettingsError([Problem(where, f"{', '.join(known)}: the model's tokenizer has it already; leave it out")])
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in tokens])
+    ids = {token: tokenizer.encode(token, add_special_tokens=False) for token in tokens}
+    if cut := [token for token, found in ids.items() if found != [tokenizer.convert_tokens_to_ids(token)]]:
+        what = f"{', '.join(cut)}: the tokenizer makes several tokens of it, as of text; spell it otherwise"
+        raise SettingsError([Problem(where, what)])
+
+
+def rows_with(vocabulary: int | None, tokenizer: Any, added_tokens: Sequence[str] | None) -> int | None:
+    """Rows of the embedding once there is room for the new tokens.
+
+    Those of a tokenizer that has more tokens than the base anyway, which is another model's, stay as they are: its rows
+    of data are refused.
+
+    Args:
+        vocabulary: Rows in the base; None if that is not known.
+        tokenizer: With the new tokens; None if it is not known.
+        added_tokens: The new tokens.
+    """
+    if vocabulary is None or tokenizer is None or not added_tokens:
+        return vocabulary
+    fits = len(tokenizer) - len(added_tokens) <= vocabulary
+    return max(vocabulary, len(tokenizer)) if fits else vocabulary
+
+
+def copy_tokenizer(base: Path, folder: Path, tokenizer: Any, added_tokens: Sequence[str] | None = None) -> None:
+    """Copies the tokenizer's files of the base, byte for byte; new tokens are written into the copies.
 
     transformers would save the tokenizer in the format of its own release, for example with the class
     `TokenizersBackend`, which older releases refuse. It does so where the vocabulary is in none of these files: those
@@ -26,7 +63,8 @@ def copy_tokenizer(base: Path, folder: Path, tokenizer: Any) -> None:
     Args:
         base: Folder of the base; that of a quantized one has the same files as its source.
         folder: Is made where it does not exist.
-        tokenizer: What was loaded from the base.
+        tokenizer: What was loaded from the base, with the new tokens.
+        added_tokens: The new tokens.
 
     Raises:
         DataError: As `tokenizer_files`.
@@ -37,6 +75,28 @@ def copy_tokenizer(base: Path, folder: Path, tokenizer: Any) -> None:
         shutil.copyfile(path, folder / path.name)
     if not any(path.name in {"tokenizer.json", "vocab.json"} or path.suffix == ".model" for path in files):
         tokenizer.save_pretrained(folder)
+    elif added_tokens:
+        ids = {token: tokenizer.convert_tokens_to_ids(token) for token in added_tokens}
+        if not _write_tokens(folder, ids):
+            tokenizer.save_pretrained(folder)
+
+
+def _write_tokens(folder: Path, ids: Mapping[str, int]) -> bool:
+    """Writes new tokens into a tokenizer's files; whether they are found where it is loaded again."""
+    from transformers import AutoTokenizer
+
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    whole, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    if not whole.is_file():
+        return False
+    tokenizer = json.loads(whole.read_text(encoding="utf-8"))
+    tokenizer["added_tokens"] += [{"id": number, "content": token, **flags} for token, number in ids.items()]
+    whole.write_text(json.dumps(tokenizer, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    if config.is_file() and "added_tokens_decoder" in (said := json.loads(config.read_text(encoding="utf-8"))):
+        said["added_tokens_decoder"] |= {str(number): {"content": token, **flags} for token, number in ids.items()}
+        config.write_text(json.dumps(said, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return all(loaded.encode(token, add_special_tokens=False) == [number] for token, number in ids.items())
 
 
 def tokenizer_files(base: Path) -> list[Path]:

@@ -70,6 +70,7 @@ class RunShape:
         validation: The validations; None where there are none, or their rows are unknown.
         exported: How many candidates of exported formats are made and scored.
         reference: The log-probabilities of the reference, as dpo and kto need them; None likewise.
+        first_stage: What is trained before, as in JOB_TRAIN__METHOD=sft,dpo; its download is in this one's.
     """
 
     setup: Setup | None
@@ -88,6 +89,7 @@ class RunShape:
     keep_activations: bool | None = None
     validation: ForwardWork | None = None
     reference: ForwardWork | None = None
+    first_stage: RunShape | None = None
     exported: int = 0
 
     @property
@@ -159,6 +161,9 @@ def estimates(run: RunShape) -> Iterator[Estimate]:
     if run.workload is not None:
         flops = memory_model.training_flops(setup, run.workload.tokens, run.workload.squares)
         yield Estimate("training", flops, "FLOP", both, "with recomputation" if setup.recompute else "")
+    if run.first_stage is not None and (before := run.first_stage.workload) is not None:
+        flops = memory_model.training_flops(setup, before.tokens, before.squares)
+        yield Estimate("training, first stage", flops, "FLOP", _weaker(basis, run.first_stage.workload_basis))
     if run.validation is not None:
         held_out = run.validation
         validating = held_out.count * memory_model.evaluation_flops(setup, held_out.tokens, held_out.target_tokens)
@@ -198,6 +203,11 @@ def estimates(run: RunShape) -> Iterator[Estimate]:
 
 
 def _of_the_data(run: RunShape) -> Iterator[Estimate]:
+    if run.first_stage is not None and (before := run.first_stage.workload) is not None:
+        basis = run.first_stage.workload_basis
+        yield Estimate("examples, first stage", before.rows, "", basis)
+        yield Estimate("optimizer steps, first stage", before.steps, "", basis)
+        yield Estimate("tokens, first stage", before.tokens, "", basis, "all epochs")
     if run.workload is not None:
         work, basis = run.workload, run.workload_basis
         yield Estimate("examples", work.rows, "", basis)
@@ -220,7 +230,10 @@ def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:
     execution = _execution(gpu, run, setup)
     usable = memory_model.usable_bytes(gpu.memory_bytes)
     scoring = _scoring(run, setup)
-    need = max(memory_model.training_memory(setup, run.micro_batch).total, scoring)
+    if run.first_stage is not None and run.budget_by_gpu:
+        run = replace(run, first_stage=replace(run.first_stage, budget=run.budget))
+    stages = [run] if run.first_stage is None else [run.first_stage, run]
+    need = max(scoring, *(memory_model.training_memory(setup, one.micro_batch).total for one in stages))
     if run.exported:  # it is scored unquantized, in place of the quantized base
         need = max(need, _scoring(run, replace(setup, quantization="none")))
     fits, note = need <= usable, ""
@@ -280,6 +293,12 @@ def _hours(gpu: Gpu, run: RunShape, setup: Setup, execution: ExecutionPlan | Non
     """Hours from start to end without interruptions; None if data or speed (as in fp32) is unknown."""
     if run.workload is None or run.questions is None or setup.value_bytes != HALF_PRECISION:
         return None
+    before = 0.0
+    if run.first_stage is not None:
+        earlier = _hours(gpu, run.first_stage, setup, execution)
+        if earlier is None:
+            return None
+        before = 3600 * earlier
     work, asked = run.workload, run.questions
     speed = {"rate": gpu.flops, "bandwidth": gpu.bandwidth}
     used = memory_model.UTILISATION
@@ -296,9 +315,12 @@ def _hours(gpu: Gpu, run: RunShape, setup: Setup, execution: ExecutionPlan | Non
     scoring = memory_model.evaluation_flops(setup, asked.tokens, asked.reads)
     evaluation = memory_model.seconds(scoring, ceil(asked.tokens / run.scoring_budget), setup, used=used, **speed)
     start = START_SECONDS + run.download_bytes / DOWNLOAD_RATE
+    # The base's answers of a first stage serve the second.
+    evaluations = EVALUATIONS if run.first_stage is None else EVALUATIONS - 1
     # Written by the processor, read again to be scored, and uploaded once; a merge is bound by the disk, not by FLOP.
     exporting = (2 * run.export_bytes + (run.export_bytes // max(1, run.exported))) / DOWNLOAD_RATE
-    return (start + training + exporting + run.evaluations * evaluation) / 3600
+    scored = evaluations + run.exported
+    return (before + start + training + exporting + scored * evaluation) / 3600
 
 
 def _weaker(*bases: Basis) -> Basis:

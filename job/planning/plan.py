@@ -15,12 +15,12 @@ from job.common.resources import check_disk, checkpoint_bytes, required_bytes
 from job.common.source_list import parse_sources
 from job.data import licences
 from job.data.batch_plan import steps_per_epoch
-from job.data.dataset import check_source
 from job.data.examples import lengths_of, target_counts_of
 from job.data.training_and_validation import what_to_validate_on
 from job.errors import JobError, Problem, SettingsError, combine
 from job.model.adapter_options import MANY_STEPS, PLAIN, AdapterOptions, make_options
 from job.model.start_adapter import check_start, local_start
+from job.model.tokenizer_files import rows_with
 from job.planning import forecast
 from job.planning import known_models_and_data as known
 from job.planning.forecast import Basis, Estimate, ForwardWork, GpuForecast, RunShape, estimates, forecast_gpu
@@ -46,6 +46,7 @@ from job.planning.workload import Workload, count, scale
 from job.records import Example
 from job.results.baseline import read_baseline
 from job.settings.load import Settings
+from job.settings.training_stages import split_stages
 from job.storage.hub import is_reachable
 from job.storage.location import join
 from job.storage.open import StorageOptions, is_remote, open_store, storage_options
@@ -91,6 +92,7 @@ class _Preflight:
     adapter: AdapterFacts | None
     tokenizer: Any | None
     data: DataFacts | None
+    first_data: DataFacts | None
     questions: known.TaskTokens | None
 
 
@@ -138,37 +140,21 @@ def _look(settings: Settings, folder: Path, show: int) -> _Preflight:
             options=_adapter_options(s),
         ),
     )
-    tokenized, tokenizer = run_check("tokenizer", lambda: find_tokenizer(model))
-    read, data = run_check(
-        "data",
-        lambda: preview_data(
-            s.data.source,
-            tokenizer=tokenizer,
-            max_length=s.train.max_length,
-            revision=s.data.revision,
-            validation=what_to_validate_on(
-                s.data.validation,
-                source=s.data.source,
-                source_revision=s.data.revision,
-                validation_revision=s.data.validation_revision,
-                validation_split=s.data.validation_split,
-            ),
-            split=s.data.split,
-            limit=s.data.limit,
-            schema=None if s.data.format == "auto" else s.data.format,
-            on_bad_row=s.data.on_bad_row,
-            loss_on=s.train.loss_on,
-            method=s.train.last_method,
-            seed=s.run.seed,
-            date=s.data.date,
-            template_arguments=s.data.chat_template_arguments,
-            field_names=s.data.fields,
-            on_long_row=s.data.on_long_row,
-            show=show,
-            vocabulary=model.architecture.vocabulary if model and model.architecture else None,
-            **where,
+    tokenized, tokenizer = run_check("tokenizer", lambda: find_tokenizer(model, s.model.add_tokens))
+    rows_too: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "vocabulary": rows_with(
+            model.architecture.vocabulary if model and model.architecture else None, tokenizer, s.model.add_tokens
         ),
-    )
+        **where,
+    }
+    read, data = run_check("data", lambda: _preview_rows(s, show=show, **rows_too))
+    first, first_data = [], None
+    if not s.train.is_one_stage:
+        rows_too["folder"] = folder / "first"
+        earlier, _ = split_stages(s)
+        check, first_data = run_check("first stage", lambda: _preview_rows(earlier, show=0, **rows_too))
+        first.append(check)
     asked, questions = run_check(
         "questions",
         lambda: preview_questions(
@@ -181,20 +167,42 @@ def _look(settings: Settings, folder: Path, show: int) -> _Preflight:
             **where,
         ),
     )
-    checks = [stored, modelled, adapted, tokenized, read, asked, *_check_other_inputs(s, storage)]
-    return _Preflight(checks, seconds, model, adapter, tokenizer, data, questions)
+    checks = [stored, modelled, adapted, tokenized, read, *first, asked, *_check_other_inputs(s, storage)]
+    return _Preflight(checks, seconds, model, adapter, tokenizer, data, first_data, questions)
+
+
+def _preview_rows(s: Settings, **how: Any) -> Found[DataFacts]:
+    """The rows of a stage of training; `how` goes to `preview_data`."""
+    return preview_data(
+        s.data.source,
+        max_length=s.train.max_length,
+        revision=s.data.revision,
+        validation=what_to_validate_on(
+            s.data.validation,
+            source=s.data.source,
+            source_revision=s.data.revision,
+            validation_revision=s.data.validation_revision,
+            validation_split=s.data.validation_split,
+        ),
+        split=s.data.split,
+        limit=s.data.limit,
+        schema=None if s.data.format == "auto" else s.data.format,
+        on_bad_row=s.data.on_bad_row,
+        loss_on=s.train.loss_on,
+        method=s.train.last_method,
+        seed=s.run.seed if s.data.seed is None else s.data.seed,
+        date=s.data.date,
+        template_arguments=s.data.chat_template_arguments,
+        field_names=s.data.fields,
+        on_long_row=s.data.on_long_row,
+        row_weights=s.data.row_weights,
+        **how,
+    )
 
 
 def _check_other_inputs(settings: Settings, storage: StorageOptions) -> Iterator[PreflightResult]:
     """Checks of the inputs that only some runs have."""
-    data, start, baseline = settings.data, settings.lora.start, settings.gate.baseline
-
-    def check_first_stage() -> Found[None]:
-        place = data.sft_source or ""
-        if is_remote(place):
-            raise NotChecked(f"{place}; plan the first stage as JOB_TRAIN__METHOD=sft")
-        check_source(place, data.sft_revision, data.split, "JOB_DATA__SFT_SOURCE", "JOB_DATA__SFT_REVISION")
-        return "note", f"{place}; its rows are checked with JOB_TRAIN__METHOD=sft", None
+    start, baseline = settings.lora.start, settings.gate.baseline
 
     def check_start_adapter() -> Found[None]:
         folder = None if is_remote(start or "") else local_start(start or "")
@@ -207,8 +215,6 @@ def _check_other_inputs(settings: Settings, storage: StorageOptions) -> Iterator
     def check_baseline() -> Found[None]:
         return "ok", f"the gate compares with run {read_baseline(baseline or '', storage).run}", None
 
-    if data.sft_source is not None:
-        yield run_check("first stage", check_first_stage)[0]
     if start is not None:
         yield run_check("start", check_start_adapter)[0]
     if baseline is not None:
@@ -235,7 +241,7 @@ def _run(settings: Settings, seen: _Preflight, checks: list[PreflightResult]) ->
     download = seen.model.download_bytes if seen.model else None
     if download is None:
         download = 2 * setup.architecture.parameters if setup else 0  # weights are published in half precision
-    return RunShape(
+    run = RunShape(
         setup=setup,
         setup_basis=model_basis,
         workload=workload,
@@ -256,6 +262,20 @@ def _run(settings: Settings, seen: _Preflight, checks: list[PreflightResult]) ->
         keep_base=None if settings.model.keep_dequantized == "auto" else settings.model.keep_dequantized,
         keep_activations=None if (again := settings.train.gradient_checkpointing) == "auto" else not again,
     )
+    if settings.train.is_one_stage:
+        return run
+    first, _ = split_stages(settings)
+    workload, data_basis = _workload(first, seen.first_data)
+    earlier = replace(
+        run,
+        workload=workload,
+        workload_basis=data_basis,
+        validation=_validation(first, seen.first_data, workload),
+        reference=None,
+        download_bytes=0,
+    )
+    more = seen.first_data.download_bytes if seen.first_data else 0
+    return replace(run, first_stage=earlier, download_bytes=run.download_bytes + more)
 
 
 def _setup(settings: Settings, seen: _Preflight, checks: list[PreflightResult]) -> tuple[Setup | None, Basis]:
@@ -286,12 +306,13 @@ def _setup(settings: Settings, seen: _Preflight, checks: list[PreflightResult]) 
         counted=seen.adapter.parameters if seen.adapter and options != PLAIN else None,
         dora=options.use_dora,
         bytes_beside=options.bytes_beside,
+        merged_rows=2 * architecture.vocabulary if options.added_tokens else 0,
     ), basis
 
 
 def _adapter_options(settings: Settings) -> AdapterOptions:
     """As a run has them, but for the number of steps: before the rows are counted nothing is known of it."""
-    return make_options(dict(settings.lora), settings.train.max_steps or MANY_STEPS)
+    return make_options(dict(settings.lora), settings.train.max_steps or MANY_STEPS, settings.model.add_tokens)
 
 
 def _workload(settings: Settings, data: DataFacts | None) -> tuple[Workload | None, Basis]:
@@ -392,7 +413,7 @@ def _assumptions(settings: Settings) -> tuple[str, ...]:
     price, context = settings.cost.usd_per_hour, size(memory_model.CONTEXT_BYTES, " ")
     fused, peft = (f"{used:.0%}" for used in (memory_model.FUSED_UTILISATION, memory_model.UTILISATION))
     half = f"speed: {fused} of the data sheet's operations a second in bf16, {peft} before Ampere or with dropout"
-    first = f"figures: of the last stage of JOB_TRAIN__METHOD={settings.train.method}; plan the first one as sft"
+    first = f"JOB_TRAIN__METHOD={settings.train.method}: hours and dollars of both stages, other figures of the last"
     return (
         *(() if settings.train.is_one_stage else (first,)),
         "one GPU; several GPUs share the examples of a step, and each needs the same memory",

@@ -12,7 +12,7 @@ from typing import Any
 from job import log
 from job.common.formatting import size
 from job.common.tables import aligned, visible
-from job.errors import Problem, SettingsError
+from job.errors import JobError, Problem, SettingsError
 from job.planning.forecast import Estimate, GpuForecast
 from job.planning.plan import Plan, make_plan
 from job.planning.shown_rows import CLOSE, OPEN, as_lines
@@ -35,11 +35,10 @@ def plan_command(words: Sequence[str]) -> int:
     settings = load_settings(rest, options=("format", "show"))
     log.configure(settings.log.format, settings.log.level, secrets(), run=settings.run.id)
     plan = make_plan(settings, show)
-    sys.stdout.write(log.scrub(FORMATS[form](plan), secrets()))
-    sys.stdout.flush()
+    printed = log.print_result(log.scrub(FORMATS[form](plan), secrets()))
     if plan.error is not None:
         raise plan.error
-    return 0
+    return 0 if printed else JobError.exit_code
 
 
 def _take_format(words: list[str]) -> tuple[list[str], str]:

@@ -26,7 +26,7 @@ from job.data.hub_dataset import is_hub_id
 from job.data.preferences import EncodedAnswers
 from job.data.tokenization import Encoded
 from job.data.training_and_validation import ValidationSource, load_rows
-from job.errors import DataError, JobError, Problem, SettingsError, Unreachable
+from job.errors import DataError, JobError, Problem, SettingsError, Unreachable, named_by
 from job.evaluation.tasks import check_lengths, check_tasks, count_questions, load_tasks
 from job.model.adapter_options import PLAIN, AdapterOptions, described
 from job.model.architecture import Architecture, read_config
@@ -363,8 +363,10 @@ def preview_data(
         if more > MAX_BYTES:
             raise NotChecked(f"{validation.name} has {formatting.size(more, ' ')}, too much to fetch for a plan")
         download += more
-        validation = replace(validation, place=fetch(validation.place, folder / "validation", storage))
-    place = locate_sources(source, lambda place, kind: fetch(place, folder / kind, storage))
+        with named_by("JOB_DATA__VALIDATION", ": "):
+            validation = replace(validation, place=fetch(validation.place, folder / "validation", storage))
+    with named_by("JOB_DATA__SOURCE", ": "):
+        place = locate_sources(source, lambda place, kind: fetch(place, folder / kind, storage))
     examples, held_out, record = load_rows(
         place,
         validation,
@@ -436,7 +438,8 @@ def preview_questions(
     check_tasks(names, data)
     if (missing := [name for name in names if name not in data]) and not online():
         raise NotChecked(f"{', '.join(missing)}: {HUB_UNREACHABLE}")
-    files = {task: Path(fetch(uri, folder / "questions" / task, storage)) for task, uri in data.items()}
+    with named_by("JOB_EVAL__DATA", ": "):
+        files = {task: Path(fetch(uri, folder / "questions" / task, storage)) for task, uri in data.items()}
     tasks = load_tasks(names, files, data)
     if tokenizer is not None:
         check_lengths(tasks, tokenizer, limit=limit, max_length=max_length, cut=cut, vocabulary=None)
@@ -444,9 +447,9 @@ def preview_questions(
     return "ok", f"{facts.count:,} questions in {', '.join(names)}", facts
 
 
-def find_tokenizer(model: ModelFacts | None) -> Found[Any]:
-    """The tokenizer beside the model."""
+def find_tokenizer(model: ModelFacts | None, added_tokens: Sequence[str] | None = None) -> Found[Any]:
+    """The tokenizer beside the model, with new tokens."""
     if model is None:
         raise NotChecked("the model's files cannot be had; tokens are estimated from characters where there is text")
-    tokenizer = load_tokenizer(model.folder)
+    tokenizer = load_tokenizer(model.folder, added_tokens)
     return "ok", f"{len(tokenizer):,} tokens", tokenizer

@@ -6,7 +6,7 @@ The command `report` therefore writes the same bytes again from the published fi
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from job.report.changed_answers import changed_answers
 from job.report.templating import render
 from job.report.timeline import bars, by_stage, restarts
 from job.results.cost import OUTSIDE
-from job.runs.layout import METRICS, REPORT, VALIDATIONS, Stage, answers_key
+from job.runs.layout import FIRST_STAGE, METRICS, REPORT, VALIDATIONS, Stage, answers_key
 from job.settings.load import preset_values
 
 FIRST_QUESTIONS, MAX_QUESTIONS = 5, 40
@@ -55,12 +55,13 @@ class _Answer(BaseModel):
 class ReportData:
     """What the report shows beside the manifest: metrics of every step; by task, the samples of base and adapter.
 
-    `validations` is empty where nothing was validated.
+    `validations` is empty where nothing was validated, `first_stage` (metrics of its steps) where there was one stage.
     """
 
     metrics: list[StepMetrics]
     answers: dict[str, tuple[Records, Records]]
     validations: tuple[ValidationMetrics, ...] = ()
+    first_stage: tuple[StepMetrics, ...] = ()
 
 
 def read_report_data(results: Mapping[str, Any], fetch: Callable[[Artifact], Path]) -> ReportData:
@@ -74,10 +75,13 @@ def read_report_data(results: Mapping[str, Any], fetch: Callable[[Artifact], Pat
         KeyError: The manifest does not list one of the files.
         ValueError: A line is not JSON, or not a step's metrics, or not an answer as the job writes it.
     """
-    published = {artifact["path"]: Artifact(**artifact) for artifact in results["artifacts"]}
+    first = results["training"].get("first_stage")
+    files = [*results["artifacts"], *([first["metrics"]] if first else [])]
+    published = {artifact["path"]: Artifact(**artifact) for artifact in files}
     kinds: dict[str, TypeAdapter[Any]] = {
         METRICS: TypeAdapter(StepMetrics),
         VALIDATIONS: TypeAdapter(ValidationMetrics),
+        f"{FIRST_STAGE}{METRICS}": TypeAdapter(StepMetrics),
     }
 
     def lines(path: str) -> list[bytes]:
@@ -97,7 +101,8 @@ def read_report_data(results: Mapping[str, Any], fetch: Callable[[Artifact], Pat
         return [kinds[path].validate_python(from_json(line, allow_inf_nan=False)) for line in lines(path)]
 
     validations = metrics(VALIDATIONS) if results["training"].get("validation") else []
-    return ReportData(metrics(METRICS), sides, tuple(validations))
+    before = metrics(f"{FIRST_STAGE}{METRICS}") if first else []
+    return ReportData(metrics(METRICS), sides, tuple(validations), tuple(before))
 
 
 def render_report(results: Mapping[str, Any], evidence: ReportData) -> bytes:
@@ -131,7 +136,7 @@ def render_report(results: Mapping[str, Any], evidence: ReportData) -> bytes:
         preset=_value(results, "preset"),
         settings=own_settings(results["settings"]),
         artifacts=[artifact for artifact in results["artifacts"] if artifact["path"] != REPORT],
-        location=f"{str(_value(results, 'run.output')).rstrip('/')}/{results['run']['id']}",
+        location=_location(results),
     )
     # JSON can hold unpaired surrogates, which UTF-8 cannot
     return text.encode("utf-8", errors="replace")
@@ -159,6 +164,13 @@ def _written(value: Any) -> str:
     if value is None:
         return "\N{EN DASH}"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _location(results: Mapping[str, Any]) -> str:
+    """The run's folder, as `settings.training_stages.folder_of` has it."""
+    output, run = str(_value(results, "run.output")).rstrip("/"), results["run"]
+    whole = run.get("part_of")
+    return f"{output}/{run['id']}" if whole is None else f"{output}/{whole}/{FIRST_STAGE.rstrip('/')}"
 
 
 def _value(results: Mapping[str, Any], setting: str) -> Any:
@@ -214,8 +226,8 @@ def _lines(evidence: ReportData, marks: list[float], validation: Mapping[str, An
     def measured(name: str) -> list[tuple[int, float]]:
         return [(step.step, value) for step in metrics if (value := step.measured.get(name)) is not None]
 
-    def preferred(name: str) -> list[tuple[int, float]]:
-        return [(step.step, step.preference[name]) for step in metrics if name in step.preference]
+    def preferred(name: str, of: Sequence[StepMetrics | ValidationMetrics]) -> list[tuple[int, float]]:
+        return [(one.step, one.preference[name]) for one in of if name in one.preference]
 
     memory = measured("memory_bytes")
     unit, scale = ("GiB", 2**30) if max((value for _, value in memory), default=0) >= 2**31 else ("MiB", 2**20)
@@ -232,11 +244,27 @@ def _lines(evidence: ReportData, marks: list[float], validation: Mapping[str, An
             dot=kept,
         ),
         *(
-            charts.line_chart(title, unit, preferred(name), formatting.figure, marks=marks, from_zero=False)
+            charts.line_chart(
+                title,
+                unit,
+                preferred(name, metrics),
+                formatting.figure,
+                marks=marks,
+                from_zero=False,
+                second=preferred(name, evidence.validations),
+                dot=kept,
+            )
             for name, title, unit in PREFERENCE_CHARTS
         ),
         charts.line_chart(
             "Learning rate", "", [(m.step, m.learning_rate) for m in metrics], formatting.figure, marks=marks
+        ),
+        charts.line_chart(
+            "Loss of the first stage",
+            "nats a token",
+            [(m.step, m.loss) for m in evidence.first_stage],
+            formatting.figure,
+            from_zero=False,
         ),
         charts.line_chart("Speed", "target tokens/s", measured("tokens_per_second"), formatting.figure, marks=marks),
         charts.line_chart("Memory", f"{unit} in use", memory, formatting.figure, marks=marks),

@@ -44,7 +44,11 @@ def validation(training: Mapping[str, Any], dataset: Mapping[str, Any]) -> list[
     )
     lowest = f"lowest after step {found['best_step']} ({figure(found['best_loss'])})"
     where = "held out of the training data" if rows["held_out"] else "of a source of their own"
-    sentences = [f"Loss on {count(rows['rows'], 'validation row')} {where}, in nats a token: {losses}, {lowest}."]
+    unit = "" if found.get("preference") else ", in nats a token"
+    sentences = [f"Loss on {count(rows['rows'], 'validation row')} {where}{unit}: {losses}, {lowest}."]
+    if "rewards/accuracies" in found.get("preference", {}):
+        share = percent(found["preference"]["rewards/accuracies"])
+        sentences.append(f"By the adapter of step {found['kept_step']:,}, {share} of their pairs are ranked right.")
     if found["stopped_early"]:
         sentences.append(
             f"Training stopped after step {training['steps']:,} of {found['planned_steps']:,}, when "
@@ -138,4 +142,6 @@ def learned(training: Mapping[str, Any]) -> str:
     if method == "sft":
         return ""
     compared = {"base": ", compared with the base model", "start": ", compared with the adapter it started from"}
-    return f"{METHODS[method].title} ({method}, beta {training['beta']:g}){compared.get(training['reference'], '')}"
+    text = f"{METHODS[method].title} ({method}, beta {training['beta']:g}){compared.get(training['reference'], '')}"
+    first = training.get("first_stage")
+    return text if not first else f"{text}, after {count(first['steps'], 'step')} of {METHODS[first['method']].title}"

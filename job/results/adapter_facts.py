@@ -25,7 +25,10 @@ def adapter_facts(config: Path, weights: Path) -> dict[str, Any]:
         ranks = [shape[0] for name, shape in shapes.items() if ".lora_A" in name]
         sizes = [prod(shape) for shape in shapes.values()]
         kind = str(said["peft_type"]).lower()
-    except (SafetensorError, TypeError, KeyError, IndexError) as error:
+        whole = sorted(said.get("modules_to_save") or [])
+        rows = (said.get("trainable_token_indices") or {}).values()
+        trained_tokens = len({token for tokens in rows for token in tokens})
+    except (SafetensorError, AttributeError, TypeError, KeyError, IndexError) as error:
         raise ValueError(f"no adapter's files: {str(error)[:200]}") from error
     return {
         "kind": kind,
@@ -34,6 +37,8 @@ def adapter_facts(config: Path, weights: Path) -> dict[str, Any]:
         "modules": len(ranks),
         "ranks": sum(ranks),
         "parameters": sum(sizes),
+        "modules_to_save": whole,
+        "trained_tokens": trained_tokens,
     }
 
 

@@ -48,7 +48,7 @@ def compare(a: PublishedRun, b: PublishedRun) -> dict[str, Any]:
             "settings": _settings(one["settings"], two["settings"]),
             **{group: _differing(_flat(one[group]), _flat(two[group])) for group in GROUPS},
         },
-        "training": _both(one["training"], two["training"]),
+        "training": _both(_training(one), _training(two)),
         "cost": {
             **_both(one["cost"], two["cost"]),
             "attempts": _pair(*(len(r["run"]["attempts"]) for r in (one, two))),
@@ -60,6 +60,12 @@ def compare(a: PublishedRun, b: PublishedRun) -> dict[str, Any]:
 def _run(run: PublishedRun) -> dict[str, Any]:
     known = run.results["run"]
     return {"run": run.id, "results": run.store.uri, "sha256": run.sha256, "finished": known["finished"]}
+
+
+def _training(results: Mapping[str, Any]) -> dict[str, Any]:
+    """What training did, without where the metrics of a first stage lie."""
+    training, first = results["training"], results["training"].get("first_stage") or {}
+    return {**training, "first_stage": {name: value for name, value in first.items() if name != "metrics"}}
 
 
 def _pair(a: Any, b: Any) -> dict[str, Any]:

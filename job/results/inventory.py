@@ -5,6 +5,7 @@
 | `artifacts/...` | `artifacts` of the manifest |
 | `checkpoints/step-.../<epoch>/...` | `COMMITTED.json` beside that folder |
 | `results.json`, `lease.json`, `attempts/` of the last attempt | itself (a seal): they are written last |
+| `sft/...`, a first stage | its own manifest, whose hash is in `training` of the manifest |
 | everything else | `evidence` of the manifest |
 
 Files that a killed attempt left behind (of a checkpoint, or of a test of the store) are in no record, and never read.
@@ -16,14 +17,23 @@ from pathlib import Path
 
 from job.common.hashing import hash_file
 from job.records import Artifact
-from job.runs.layout import ARTIFACTS, CHECKPOINTS, COMMITTED, LEASE, RESULTS, attempt_key, checkpoint_part
+from job.runs.layout import (
+    ARTIFACTS,
+    CHECKPOINTS,
+    COMMITTED,
+    FIRST_STAGE,
+    LEASE,
+    RESULTS,
+    attempt_key,
+    checkpoint_part,
+)
 from job.storage.base import PROBE
 from job.storage.open import ObjectStore, is_key
 
 
 def is_evidence(key: str, last_attempt: int) -> bool:
     """Whether the manifest has to list a file under `evidence`."""
-    if is_leftover(key):
+    if is_leftover(key) or key.startswith(FIRST_STAGE):
         return False
     return not key.startswith(ARTIFACTS) and key not in {RESULTS, LEASE, attempt_key(last_attempt)}
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from job import log
 from job.common import hashing
 from job.common.host import git_commit, hardware, software
 from job.evaluation.comparison import compare_export
@@ -34,6 +31,7 @@ SCHEMA = Path(__file__).parents[1].joinpath("results.schema.json")
 def build(
     *,
     run_id: str,
+    part_of: str | None = None,
     settings: Mapping[str, Any],
     attempts: Sequence[AttemptRecord],
     finished: str,
@@ -52,13 +50,15 @@ def build(
     """The sealed manifest.
 
     `tasks` is from `compare_tasks`, `gate` from `judge`, `exports` from `exports_record`. `gpus` are those of all
-    processes, each of which sees only its own; None for those of this process. The schema explains every field.
+    processes, each of which sees only its own; None for those of this process. `part_of` is the id of the run that this
+    one is the first stage of. The schema explains every field.
     """
     return sealed(
         {
             "schema_version": "1.0",
             "run": {
                 "id": run_id,
+                **({} if part_of is None else {"part_of": part_of}),
                 "status": "complete",
                 "attempts": [asdict(attempt) for attempt in attempts],
                 "started": attempts[0].started,
@@ -138,6 +138,8 @@ def summary(results: Mapping[str, Any], where: str) -> list[str]:
     trained = f"{training['steps']} steps on {results['dataset']['rows']:,} examples, loss {training['loss']:.3f}"
     speed = f"{training['tokens_per_second'] or 0:,.0f} target tokens/s"
     lines = [f"{results['model']['id']} + LoRA, {trained}, {speed}"]
+    if first := training.get("first_stage"):
+        lines.append(f"before that {first['steps']} steps of {first['method']}, loss {first['loss']:.3f}")
     if rewards := training.get("preference"):
         named = {name: rewards[f"rewards/{name}"] for name in ("margins", "accuracies") if f"rewards/{name}" in rewards}
         figures = ", ".join(f"{name} {value:.3f}" for name, value in named.items())
@@ -182,16 +184,3 @@ def _cost_line(cost: Mapping[str, Any], attempts: int) -> str:
     if attempts > 1:
         line += f"; {cost['wasted_seconds']:.0f} s of it wasted"
     return line
-
-
-def print_lines(lines: Sequence[str]) -> None:
-    """Prints to stdout, where results go. If stdout is full or closed, that is logged: the results are published."""
-    if sys.stdout is None:  # closed when the process began
-        return
-    try:
-        sys.stdout.write("\n".join(lines) + "\n")
-        sys.stdout.flush()
-    except OSError as error:
-        # The rest stays in the buffer; writing it must not fail again when the process ends.
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115 - for the rest of the process
-        log.get_logger().warning("the summary cannot be printed; the results are published", why=str(error))

@@ -6,12 +6,14 @@
     attempts/0001.json                           run log: one record for each attempt
     stages/<stage>.json                          the result of a finished stage
     stages/base.json                             which quantized base the run began with
+    stages/first-values.safetensors              the adapter's first values, where the data or the base decide them
     checkpoints/step-00000040/0003/<file>        a checkpoint's files, by the attempt that wrote them
     checkpoints/step-00000040/COMMITTED.json     its commit marker, written after them
     artifacts/...                                the results: adapter, metrics, answers, report
     artifacts/export/<format>/<file>             the model in a format that was asked for
     scores/...                                   answers of an evaluation that is going on
     faults/<fault>                               injected faults that have fired
+    sft/...                                      the first stage of JOB_TRAIN__METHOD=sft,dpo: a whole run of its own
 
 How to add a stage: name it in `Stage` at its place in the order (and in `BUILT_ON` if another one works with what it
 publishes), then call it in `job/pipeline.py`. Faults, logs, times and costs know it by the enum.
@@ -23,6 +25,8 @@ import re
 from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any
+
+from job.common import methods
 
 
 class Stage(StrEnum):
@@ -43,13 +47,17 @@ RESULTS = "results.json"
 SETTINGS = "settings.json"
 LEASE = "lease.json"
 SCORES = "scores"
+FIRST_STAGE = f"{methods.FIRST_STAGE}/"
 FAULTS = "faults/"
 BASE = "base"
 PACKING = "packing"
 REFERENCE = "reference"
 UPLOADED = "export-files"
+FIRST_VALUES = "first-values"
 """Records beside those of the stages: which quantized base a run began with, whether its sequences are packed, the
-log-probabilities by the reference model, with which preferences are compared, and the exported files in the store."""
+log-probabilities by the reference model, with which preferences are compared, the exported files in the store, and the
+adapter's first values."""
+FIRST_TENSORS = "stages/first-values.safetensors"
 
 ARTIFACTS = "artifacts/"
 ADAPTER = f"{ARTIFACTS}adapter/"

@@ -363,8 +363,6 @@ def _sources(settings: Settings) -> Iterator[Fault]:
 
 def _validation(settings: Settings) -> Iterator[Fault]:
     data, train = settings.data, settings.train
-    if data.validation is not None and train.method != "sft":
-        yield "data.validation", "validates the loss of JOB_TRAIN__METHOD=sft only; remove it, or train with sft"
     if settings.lora.kind == "adalora":  # its ranks are settled by the schedule, not at an earlier step
         asked = {"train.stop_after": train.stop_after is not None, "train.keep": train.keep == "best"}
         for name in (name for name, given in asked.items() if given):
@@ -394,6 +392,15 @@ def _export(settings: Settings) -> Iterator[Fault]:
         yield "gate.on", f"is {gate.on}, which is not exported; add it to JOB_EXPORT__FORMATS, or take adapter"
     if gate.on != "adapter" and gate.min_delta is None and gate.max_regression is None:
         yield "gate.on", "has no threshold; give JOB_GATE__MIN_DELTA or JOB_GATE__MAX_REGRESSION as well"
+    for name, value in (
+        ("lora.modules_to_save", settings.lora.modules_to_save),
+        ("model.add_tokens", settings.model.add_tokens),
+    ):
+        if "merged" in export.formats and value:
+            what = (
+                f"merged holds no modules or tokens that are trained as a whole; remove it, or {environment_name(name)}"
+            )
+            yield "export.formats", what
     if not export.formats and settings.sources["export.merge_onto"] != "default":
         yield "export.merge_onto", "has no effect without JOB_EXPORT__FORMATS=merged; give that too, or remove it"
 
@@ -413,36 +420,55 @@ def _schedule(settings: Settings) -> Iterator[Fault]:
 
 def _adapter(settings: Settings) -> Iterator[Fault]:
     lora = settings.lora
+    if settings.train.optimizer == "muon" and (lora.use_dora or lora.kind == "adalora"):
+        other = "USE_DORA" if lora.use_dora else "KIND=adalora"
+        yield (
+            "train.optimizer",
+            f"is muon, which is for matrices, and JOB_LORA__{other} trains vectors, too; take another",
+        )
     if lora.kind == "adalora":
-        others = ("init", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+        others = ("init", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save")
         plain = Lora()
         for name in (name for name in others if getattr(lora, name) != getattr(plain, name)):
             yield f"lora.{name}", "is not for JOB_LORA__KIND=adalora; drop one of the two"
+        if settings.model.add_tokens:
+            yield "model.add_tokens", "is not for JOB_LORA__KIND=adalora; drop one of the two"
         if lora.init_rank is not None and lora.init_rank <= lora.rank:
             yield "lora.init_rank", f"must be more than JOB_LORA__RANK, {lora.rank}, the rank at the end"
         return
     for name in ("init_rank", "tinit", "tfinal", "delta_t", "orth_reg_weight"):
         if settings.sources[f"lora.{name}"] != "default":
             yield f"lora.{name}", "has an effect with JOB_LORA__KIND=adalora only"
-    if lora.init == "orthogonal" and settings.model.quantization != "none":
+    yield from _init(settings)
+
+
+_NOT_WITH: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("pissa", "pissa_niter_16", "olora"), ("use_rslora", "use_dora", "dropout")),
+    "eva": ("rank_pattern",),  # all layers have one rank with it
+    "loftq": ("use_dora",),
+}
+"""Values of JOB_LORA__INIT -> what cannot be had with them."""
+
+
+def _init(settings: Settings) -> Iterator[Fault]:
+    lora, quantized = settings.lora, settings.model.quantization != "none"
+    if lora.init == "orthogonal" and quantized:
         yield "lora.init", "orthogonal needs a base in floating point; set JOB_MODEL__QUANTIZATION=none or take another"
-    if lora.init.startswith(("pissa", "olora")):
-        conflicts = {
-            "lora.use_rslora": lora.use_rslora,
-            "lora.use_dora": lora.use_dora,
-            "lora.dropout": lora.dropout,
-        }
-        for name in (name for name, value in conflicts.items() if value):
-            yield name, f"is not for JOB_LORA__INIT={lora.init}; drop one of the two"
+    if lora.init == "loftq" and not quantized:
+        yield "lora.init", "loftq goes by what quantization takes away; set JOB_MODEL__QUANTIZATION=nf4 or take another"
+    for name in _NOT_WITH.get(lora.init, ()):
+        if getattr(lora, name):
+            yield f"lora.{name}", f"is not for JOB_LORA__INIT={lora.init}; drop one of the two"
 
 
 _ONLY_FOR: dict[str, tuple[MethodName, ...]] = {
     "train.beta": ("dpo", "kto", "orpo"),
     "train.preference_loss": ("dpo",),
-    "train.label_smoothing": ("dpo",),
+    "train.label_smoothing": ("sft", "dpo"),
     "train.desirable_weight": ("kto",),
     "train.undesirable_weight": ("kto",),
     "train.neftune_noise_alpha": ("sft",),
+    "data.row_weights": ("sft",),
 }
 """Settings of some methods only."""
 

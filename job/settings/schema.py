@@ -149,6 +149,9 @@ class Model(Group):
     """Quantize the quantization constants as well."""
     dtype: AffectsResult[Literal["auto", "bf16", "fp16", "fp32"]] = "auto"
     """Data type of the computation; `auto`: bf16, or fp16 on a GPU without bf16."""
+    add_tokens: AffectsResult[Maybe[Names]] = None
+    """New tokens, separated by commas or as a JSON list, that the tokenizer gets. Their rows of the embedding and of
+    the output layer are trained, and published with the adapter; PEFT's own layers do that, which is slower."""
     keep_quantized: ExecutionOnly[Literal["off", "cache", "store"]] = "cache"
     """Where the quantized model is kept for the next start. `cache`: in the folder JOB_STORAGE__CACHE, if that is set;
     `store`: also beside the runs in JOB_RUN__OUTPUT, so that a restart on another machine downloads 4 GB, not 14.
@@ -179,13 +182,20 @@ class Lora(Group):
     """Other ranks for some modules, `name=8,name2=16` or JSON: PEFT's regular expressions, for the end of the name."""
     alpha_pattern: AffectsResult[Pattern] = Field(default_factory=dict)
     """The same for alpha."""
+    modules_to_save: AffectsResult[Maybe[Names]] = None
+    """Names of modules that are trained and published whole beside the adapter, such as `embed_tokens,lm_head`; empty
+    for none. PEFT's own layers train them, which is slower. New tokens do not need it, see JOB_MODEL__ADD_TOKENS."""
     use_rslora: AffectsResult[Flag] = False
     """Rank-stabilized LoRA: the update is multiplied by alpha / sqrt(rank)."""
     use_dora: AffectsResult[Flag] = False
     """DoRA: the magnitude of each output's weights is trained, too. PEFT's own layers train it, which is slower."""
-    init: AffectsResult[Literal["default", "gaussian", "orthogonal", "pissa", "pissa_niter_16", "olora"]] = "default"
+    init: AffectsResult[
+        Literal["default", "gaussian", "orthogonal", "pissa", "pissa_niter_16", "olora", "eva", "loftq"]
+    ] = "default"
     """First values of the adapter, by PEFT's names. `pissa` (with `niter`: by a fast approximation) and `olora` begin
-    with a part of the base's weights; the base stays as it is, and the adapter is published with twice the rank."""
+    with a part of the base's weights; the base stays as it is, and the adapter is published with twice the rank. `eva`
+    begins with the directions in which the layers' inputs vary most, on the first rows, all layers with the same rank;
+    `loftq` with what the quantization to nf4 took away, for which the unquantized base must fit into main memory."""
     seed: AffectsResult[Maybe[Whole]] = None
     """Seed of the first values; empty: JOB_RUN__SEED."""
     kind: AffectsResult[Literal["lora", "adalora"]] = "lora"
@@ -241,6 +251,11 @@ class Data(Group):
     """Commit hash of JOB_DATA__VALIDATION, for a hub id."""
     validation_split: AffectsResult[Text] = "validation"
     """Split of JOB_DATA__VALIDATION, where that is a hub id or a folder of splits."""
+    row_weights: AffectsResult[Flag] = False
+    """Rows have a field `weight`, a number from 0 on (1 where it is missing), by which the loss of their target tokens
+    is multiplied; for sft. The loss of a step is divided by its target tokens, each counted as often as its row weighs:
+    a row of weight 2 is the same row twice in the step, one of weight 0 is not learned.
+    """
     seed: AffectsResult[Maybe[Whole]] = None
     """Seed of the order of the examples; empty: JOB_RUN__SEED."""
     date: AffectsResult[Maybe[Day]] = None
@@ -263,8 +278,9 @@ class Train(Group):
     preference_loss: AffectsResult[Literal["sigmoid", "ipo"]] = "sigmoid"
     """Loss of dpo on a pair."""
     label_smoothing: AffectsResult[Annotated[NotNegative, Field(lt=0.5)]] = 0.0
-    """Share of the pairs assumed to be labelled the wrong way round, for dpo with the sigmoid loss (conservative
-    DPO)."""
+    """For sft: the share of each target token that is spread over the whole vocabulary, as transformers does it; the
+    validation loss has it, too. For dpo with the sigmoid loss: the share of the pairs assumed to be labelled the wrong
+    way round (conservative DPO)."""
     desirable_weight: AffectsResult[Positive] = 1.0
     """Weight of good answers in the loss of kto."""
     undesirable_weight: AffectsResult[Positive] = 1.0
@@ -304,7 +320,8 @@ class Train(Group):
     max_length: AffectsResult[Count] = 2048
     """Maximum length of an example, in tokens; JOB_DATA__ON_LONG_ROW says what becomes of a longer one."""
     optimizer: AffectsResult[OptimizerName] = "adamw_8bit"
-    """Optimizer of the adapter's weights."""
+    """Optimizer of the adapter's weights. `muon` is for matrices alone: not with JOB_LORA__USE_DORA, nor with AdaLoRA;
+    its steps have the size of AdamW's, so that learning rates found with that serve."""
     validate_every_steps: AffectsResult[Maybe[Count]] = None
     """Optimizer steps between two validations, beside those before the first step and after the last; empty: the steps
     of an epoch. Checkpoints have an interval of their own, which may change between attempts."""
@@ -472,6 +489,7 @@ class Settings(Options):
     cost: Cost = Field(default_factory=Cost)
 
     _sources: dict[str, str] = PrivateAttr(default_factory=dict)
+    _part_of: str | None = PrivateAttr(default=None)
 
     @classmethod
     def settings_customise_sources(
@@ -505,9 +523,18 @@ class Settings(Options):
         """Records where the values came from; a setting that is not in `given` has its default."""
         self._sources = dict.fromkeys(NAMES, "default") | dict(given)
 
+    def keep_whole(self, run: str) -> None:
+        """Records that these are the settings of the first stage of a run of this id."""
+        self._part_of = run
+
     def model_post_init(self, _context: Any, /) -> None:
         """Until `keep_sources` says otherwise, every value is a default."""
         self.keep_sources({})
+
+    @property
+    def part_of(self) -> str | None:
+        """The id of the run that these are the first stage of; None for a whole run."""
+        return self._part_of
 
     @property
     def sources(self) -> Mapping[str, str]:

@@ -20,9 +20,8 @@ class Sources:
     """The result of the pull stage. `folder` holds the model's files, or those of a cached quantized base.
 
     `examples` are trained on, `validation` is validated on, and empty if nothing is.
-    `original` is the folder of the base's own files, where this attempt fetched them; it needs none of them where it
-    has the quantized base.
     `start` holds the adapter that training starts from; None for a new one.
+    `original` holds the base's own files, where they are here; a restart may have the quantized base only.
 
     Only the process that pulled, the first on its machine, has `tasks`, `baseline` (results of an earlier run that the
     gate compares with) and `cache_entry` (where the quantized base is cached); in the others they are None.
@@ -35,10 +34,10 @@ class Sources:
     examples: Examples
     validation: Sequence[Example]
     start: Path | None
-    original: Path | None
     tasks: Tasks | None
     baseline: Baseline | None
     cache_entry: CacheEntry | None
+    original: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -62,18 +62,18 @@ def _data_sources(settings: Settings, later: Sequence[Settings]) -> Iterator[tup
         for one in parse_sources(stage.data.source):
             revision = one.revision or stage.data.revision
             yield one.place, partial(check_source, one.place, revision, stage.data.split, *names)
-    data = settings.data
-    validation = what_to_validate_on(
-        data.validation,
-        source=data.source,
-        source_revision=data.revision,
-        validation_revision=data.validation_revision,
-        validation_split=data.validation_split,
-    )
-    if isinstance(validation, ValidationSource):
-        names = ("JOB_DATA__VALIDATION", "JOB_DATA__VALIDATION_REVISION")
-        where = (validation.name, validation.revision, validation.split)
-        yield validation.name, partial(check_source, *where, *names)
+    for data in (settings.data, *(stage.data for stage in later)):
+        validation = what_to_validate_on(
+            data.validation,
+            source=data.source,
+            source_revision=data.revision,
+            validation_revision=data.validation_revision,
+            validation_split=data.validation_split,
+        )
+        if isinstance(validation, ValidationSource):
+            names = ("JOB_DATA__VALIDATION", "JOB_DATA__VALIDATION_REVISION")
+            where = (validation.name, validation.revision, validation.split)
+            yield validation.name, partial(check_source, *where, *names)
 
 
 def _check_model(source: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from job.model.published_names import find_published_names
 from job.model.quantized_cache.cache import save
 from job.model.quantized_cache.layout import cached_base
 from job.model.start_adapter import load_start
+from job.model.whole_modules import grow_embeddings
 from job.records import Packing
 from job.settings.load import Settings
 from job.stages.handoff import Loaded, Sources
@@ -27,11 +29,17 @@ from job.training.lm_head_loss import losses_of
 from job.training.prepare import limit_memory, prepare, token_budget
 
 
-def load(settings: Settings, sources: Sources, processes: Processes = ALONE, decided: Packing | None = None) -> Loaded:
+def load(
+    settings: Settings,
+    sources: Sources,
+    processes: Processes = ALONE,
+    decided: Packing | None = None,
+    begin: Callable[[Any], None] | None = None,
+) -> Loaded:
     """Loads the quantized base and adds a new adapter; every process loads a copy of its own.
 
     `decided` is what an earlier attempt of the run decided about packing. It is kept, because it affects the
-    result's bits.
+    result's bits. `begin` may give the new adapter other first values, before its layers are fused.
 
     Raises:
         SettingsError: The settings do not fit the model or this machine.
@@ -44,7 +52,8 @@ def load(settings: Settings, sources: Sources, processes: Processes = ALONE, dec
         limit_memory(settings.train.gpu_memory_gb)
     lora, train = settings.lora, settings.train
     steps = total_steps(len(sources.examples), train.global_batch_size, train.epochs, train.max_steps)
-    options = make_options(dict(lora), steps)
+    added = settings.model.add_tokens or ()
+    options = make_options(dict(lora), steps, added)
     base = load_base(
         sources.folder,
         quantization=settings.model.quantization,
@@ -63,6 +72,8 @@ def load(settings: Settings, sources: Sources, processes: Processes = ALONE, dec
         kept_base = cached_base(sources.cache_entry)
     else:
         kept_base = save(base, sources.folder, sources.cache_entry)
+    if added:
+        grow_embeddings(base, len(sources.tokenizer))
     model = add_adapter(
         base,
         rank=lora.rank,
@@ -71,6 +82,7 @@ def load(settings: Settings, sources: Sources, processes: Processes = ALONE, dec
         target_modules=lora.target_modules,
         seed=settings.run.seed if lora.seed is None else lora.seed,
         options=options,
+        token_ids=sources.tokenizer.convert_tokens_to_ids(list(added)),
     )
     names = find_published_names(model, sources.folder, quantized=sources.quantized)
     if sources.start is not None:
@@ -80,12 +92,15 @@ def load(settings: Settings, sources: Sources, processes: Processes = ALONE, dec
         name=settings.model.id,
         revision=sources.record.model_revision,
         sha256=sources.record.model_sha256,
+        added_tokens=added,
     )
     record = replace(record, architecture=names.architecture)
     log.get_logger().info(
         "model is loaded", device=str(device), dtype=record.dtype, trainable_parameters=record.trainable_parameters
     )
     packing = _packing(model, settings, sources, processes, decided)
+    if begin is not None:
+        begin(model)
     own = token_budget(device, settings.train.micro_batch_tokens, settings.train.gpu_memory_gb)
     budget = min(processes.gather("token budget", own))  # it affects the result's bits, so all processes use the same
     plan = prepare(

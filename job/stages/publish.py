@@ -65,6 +65,7 @@ def publish(
     against, copies = _publish_baseline(attempt, sources.baseline, judged)
     results = manifest.build(
         run_id=settings.run.id,
+        part_of=settings.part_of,
         settings=redacted(settings),
         attempts=[*earlier, attempt.record("complete")],
         finished=now(),

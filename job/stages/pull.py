@@ -23,7 +23,7 @@ from job.common.threads import in_thread
 from job.data.hub_dataset import check_hub_dataset
 from job.data.token_cache import Tokens, load_tokens, open_tokens
 from job.data.training_and_validation import ValidationSource, what_to_validate_on
-from job.errors import DataError, JobError, Preempted, Problem
+from job.errors import DataError, JobError, Preempted, Problem, named_by
 from job.evaluation.tasks import Tasks, check_lengths, load_tasks
 from job.model.adapter_options import MANY_STEPS, make_options
 from job.model.base import choose_device, choose_dtype, inspect, load_tokenizer
@@ -31,11 +31,11 @@ from job.model.files import fingerprint
 from job.model.quantized_cache.cache import find
 from job.model.quantized_cache.layout import CachedBase, CacheEntry, entry_at, entry_for
 from job.model.start_adapter import check_start, find_start, hash_start
-from job.model.tokenizer_files import tokenizer_files
-from job.records import Pulled
+from job.model.tokenizer_files import rows_with, tokenizer_files
+from job.records import FirstValues, Pulled
 from job.results.baseline import check_questions, read_baseline
 from job.runs.attempt import Attempt
-from job.runs.layout import ADAPTER, BASE, Stage
+from job.runs.layout import ADAPTER, BASE, FIRST_VALUES, Stage
 from job.settings.load import Settings
 from job.settings.training_stages import start_of
 from job.stages.handoff import Sources
@@ -47,6 +47,13 @@ from job.storage.open import ObjectStore, StorageOptions, fetch, open_store, siz
 
 CODE = ("job.model.base", "job.model.files", "job.model.quantized_cache.cache", "job.model.quantized_cache.layout")
 """Modules whose code decides the bits of a quantized base."""
+_SETTING_OF = {
+    "data": "JOB_DATA__SOURCE",
+    "later": "JOB_DATA__SOURCE",
+    "validation": "JOB_DATA__VALIDATION",
+    "questions": "JOB_EVAL__DATA",
+}
+"""Folder for what is fetched -> the setting that names it."""
 _POLL_SECONDS = 0.5
 _CLEANUP_SECONDS = 3.0
 
@@ -60,7 +67,7 @@ class _Model:
     sha256: str
     cache_entry: CacheEntry | None
     quantized: bool
-    original: Path | None
+    original: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,9 @@ def pull(attempt: Attempt, settings: Settings, storage: StorageOptions, later: S
         check_inputs(settings, later, begun=True)
     sources = _pull(attempt, settings, storage, date, later) if processes.place.local_rank == 0 else None
     shared = processes.share_on_machine("sources", lambda: _write_shared(*sources) if sources else None)
-    return sources[0] if sources else _read_shared(TypeAdapter(_Shared).validate_json(shared or ""))
+    if sources:
+        return sources[0]
+    return _read_shared(TypeAdapter(_Shared).validate_json(shared or ""), settings.model.add_tokens)
 
 
 def _date(attempt: Attempt) -> str:
@@ -112,18 +121,17 @@ def _write_shared(sources: Sources, tokens: Path) -> str:
     return TypeAdapter(_Shared).dump_json(shared).decode()
 
 
-def _read_shared(shared: _Shared) -> Sources:
+def _read_shared(shared: _Shared, added_tokens: Sequence[str] | None) -> Sources:
     folder = Path(shared.folder)
     tokens = open_tokens(Path(shared.tokens))
     return Sources(
         shared.record,
         folder,
         shared.quantized,
-        load_tokenizer(folder),
+        load_tokenizer(folder, added_tokens),
         tokens.examples,
         tokens.validation or (),
         None if shared.start is None else Path(shared.start),
-        None,
         tasks=None,
         baseline=None,
         cache_entry=None,
@@ -157,7 +165,8 @@ def _pull(
         source = locate_sources(settings.data.source, lambda place, kind: _fetch(attempt, place, kind, storage))
         validation = _fetch_validation(attempt, settings, storage)
         folder, missing = _early_files(attempt, early, coming)
-        tokenizer = load_tokenizer(folder)
+        tokenizer = load_tokenizer(folder, settings.model.add_tokens)
+        vocabulary = rows_with(_vocabulary(folder), tokenizer, settings.model.add_tokens)
         if missing:
             _check_model(folder, settings)
             _check_hub(settings)
@@ -167,7 +176,7 @@ def _pull(
             limit=settings.eval.limit,
             max_length=settings.train.max_length,
             cut=settings.eval.long_questions == "cut",
-            vocabulary=_vocabulary(folder),
+            vocabulary=vocabulary,
         )
         checked.set_result(None)
 
@@ -176,10 +185,14 @@ def _pull(
             if coming.done():
                 coming.result()  # an error of the weights ends the reading of rows
 
-        how: dict[str, Any] = {"date": date, "vocabulary": _vocabulary(folder), "alive": alive}
+        how: dict[str, Any] = {"date": date, "vocabulary": vocabulary, "alive": alive}
         tokens = _read_rows(attempt, settings, source, validation, tokenizer, **how)
         for stage in later:
-            _read_rows(attempt, stage, _fetch(attempt, stage.data.source, "later", storage), None, tokenizer, **how)
+            later_source = locate_sources(
+                stage.data.source, lambda place, kind: _fetch(attempt, place, f"later/{kind}", storage)
+            )
+            own = _fetch_validation(attempt, stage, storage, "later/validation")
+            _read_rows(attempt, stage, later_source, own, tokenizer, **how)
         model: _Model = _wait(attempt, coming)
     except JobError as error:
         checked.cancel()
@@ -199,10 +212,10 @@ def _pull(
         tokens.examples,
         tokens.validation or (),
         start,
-        model.original,
         tasks,
         baseline,
         model.cache_entry,
+        model.original,
     )
     return sources, tokens.folder
 
@@ -229,7 +242,8 @@ def _find_start(attempt: Attempt, settings: Settings, storage: StorageOptions) -
 
 def _fetch(attempt: Attempt, place: str, kind: str, storage: StorageOptions) -> str:
     attempt.alive()
-    return fetch(place, attempt.work / kind, storage)
+    with named_by(_SETTING_OF[kind.partition("/")[0]], ": "):
+        return fetch(place, attempt.work / kind, storage)
 
 
 def _load_tasks(attempt: Attempt, settings: Settings, storage: StorageOptions) -> Tasks:
@@ -263,7 +277,7 @@ def _check_model(folder: Path, settings: Settings) -> None:
         max_length=settings.train.max_length,
         targets=lora.target_modules,
         rank=lora.rank,
-        options=make_options(dict(lora), settings.train.max_steps or MANY_STEPS),
+        options=make_options(dict(lora), settings.train.max_steps or MANY_STEPS, settings.model.add_tokens),
     )
 
 
@@ -287,12 +301,14 @@ def _check_hub(settings: Settings) -> None:
         check_hub_dataset(validation.name, validation.revision)
 
 
-def _fetch_validation(attempt: Attempt, settings: Settings, storage: StorageOptions) -> float | ValidationSource | None:
+def _fetch_validation(
+    attempt: Attempt, settings: Settings, storage: StorageOptions, kind: str = "validation"
+) -> float | ValidationSource | None:
     """What to validate on; a source of its own is fetched."""
     found = _what_to_validate_on(settings)
     if not isinstance(found, ValidationSource):
         return found
-    return replace(found, place=_fetch(attempt, found.place, "validation", storage))
+    return replace(found, place=_fetch(attempt, found.place, kind, storage))
 
 
 def _read_rows(
@@ -324,7 +340,8 @@ def _read_rows(
         template_arguments=data.chat_template_arguments,
         field_names=data.fields,
         on_long_row=data.on_long_row,
-        seed=settings.run.seed,
+        row_weights=data.row_weights,
+        seed=settings.run.seed if data.seed is None else data.seed,
         **how,
     )
 
@@ -353,6 +370,9 @@ def _find_model(
         earlier is not None
         and base is not None
         and base.key is not None
+        and (
+            settings.lora.init != "loftq" or attempt.recorded(FIRST_VALUES, FirstValues) is not None
+        )  # else the unquantized base is needed
         and (locations := _cache_locations(attempt, settings, storage))
     ):
         noted = entry_at(base.key, *locations, base.index_sha256)
@@ -362,7 +382,8 @@ def _find_model(
     if is_remote(source):
         if (small := _fetch_small_files(source, attempt.work / "model-small", storage)) is not None:
             before_weights(small, True)  # noqa: FBT003 - as hub.download_model calls it
-        source = fetch(source, attempt.work / "model", storage)
+        with named_by("JOB_MODEL__ID", ": "):
+            source = fetch(source, attempt.work / "model", storage)
         folder, revision = download_model(source, None)
     else:
         folder, revision = download_model(source, settings.model.revision, before_weights)

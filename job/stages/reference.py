@@ -9,7 +9,7 @@ attempt reads, so that a run continues with the same numbers on other hardware, 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from job.evaluation.parallel_scoring import ParallelScoring
 from job.evaluation.score_cache import ScoreCache, score_conditions
 from job.evaluation.scorer import Scores, score_questions
 from job.model.lora import adapter_off
-from job.records import Artifact, ChoiceScore, Question, Referenced
+from job.records import Artifact, ChoiceScore, Example, Question, Referenced
 from job.runs.attempt import Attempt
 from job.runs.layout import LOG_PROBS, REFERENCE, SCORES
 from job.settings.load import Settings
@@ -38,8 +38,8 @@ CODE = ("job.training.lm_head_loss", "job.training.packing", "job.training.prefe
 
 def with_reference(
     attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded, shared: ObjectStore
-) -> tuple[Examples, list[Artifact]]:
-    """The examples with the reference's log-probabilities, and the file in which these are published.
+) -> tuple[Examples, Sequence[Example], list[Artifact]]:
+    """The examples, and those for validation, with the reference's log-probabilities; and the file that has them all.
 
     Called in all processes, before training changes the adapter. `shared` is the store of all runs.
 
@@ -55,7 +55,10 @@ def with_reference(
     artifact = Artifact(**json.loads(record))
     path = processes.share_on_machine("reference on this machine", lambda: str(attempt.fetch(artifact)))
     values = [tuple(json.loads(line)) for line in Path(path).read_bytes().splitlines()]
-    return sources.examples.with_references(values), [artifact]
+    rows, held = len(sources.examples), sources.validation
+    if isinstance(held, Examples):
+        held = held.with_references(values[rows:])
+    return sources.examples.with_references(values[:rows]), held, [artifact]
 
 
 def _known(attempt: Attempt) -> str:
@@ -86,7 +89,7 @@ def _compute(
     attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded, shared: ObjectStore
 ) -> Scores | None:
     """The log-probabilities, in process 0; the others help."""
-    examples, model = sources.examples, loaded.model
+    examples, model = [*sources.examples, *sources.validation], loaded.model
     compute = reference_log_probs(model, fused=loaded.plan.fused)
 
     def score(_model: Any, _questions: list[Question], sequences: Mapping[int, range]) -> Iterator[tuple[int, Scores]]:
@@ -125,4 +128,6 @@ def _conditions(sources: Sources, loaded: Loaded) -> dict[str, Any]:
     unnamed = replace(loaded.record, id="", revision=None, trainable_parameters=0, adapted=[])
     facts = forward_facts(loaded, unnamed)
     facts["adapter"] = sources.record.start_sha256
-    return score_conditions({**facts, "data": sources.record.dataset.sha256, "reference": code_hashes(*CODE)})
+    data = sources.record.dataset
+    held = {} if data.validation is None else {"validation": data.validation.sha256}
+    return score_conditions({**facts, "data": data.sha256, **held, "reference": code_hashes(*CODE)})

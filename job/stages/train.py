@@ -37,6 +37,7 @@ from job.records import (
 )
 from job.report.model_card import public_base
 from job.results.adapter_facts import CONFIG, WEIGHTS, adapter_facts
+from job.results.first_stage import read_first_stage
 from job.results.training_totals import training_totals
 from job.runs.attempt import Attempt
 from job.runs.layout import ARTIFACTS, METRICS, VALIDATIONS
@@ -58,10 +59,10 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
     if substituted is not None and processes.leads:
         log.get_logger().warning("substituted", what=substituted)
     recipe = _recipe(settings, len(sources.examples), loaded.micro_batch_tokens, optimizer)
-    examples, reference = sources.examples, list[Artifact]()
+    examples, validation, reference = sources.examples, sources.validation, list[Artifact]()
     if METHODS[settings.train.last_method].reference:
         shared = open_store(settings.run.output, storage_options(settings.storage))
-        examples, reference = with_reference(attempt, settings, sources, loaded, shared)
+        examples, validation, reference = with_reference(attempt, settings, sources, loaded, shared)
     restored = _restore(attempt)
     if restored.folder is not None:
         log.get_logger().info("resuming", step=restored.step, of=recipe.total_steps)
@@ -69,7 +70,7 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
     folder = attempt.work / "artifacts"
     if processes.leads:
         # Now: the base's folder may be deleted during training.
-        copy_tokenizer(sources.folder, folder / "adapter", sources.tokenizer)
+        copy_tokenizer(sources.folder, folder / "adapter", sources.tokenizer, settings.model.add_tokens)
     with (
         log.progress("steps", recipe.total_steps, every=settings.train.log_every_steps) as show_progress,
         AsyncUploader(
@@ -106,7 +107,7 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
             folder=attempt.work / "states",
             resume=restored.folder,
             processes=processes,
-            validation=sources.validation,
+            validation=validation,
         )
         if not trained.complete:
             publisher.finish(attempt.stop.remaining())
@@ -137,6 +138,8 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
             init=settings.lora.init, **adapter_facts(folder / "adapter" / CONFIG, folder / "adapter" / WEIGHTS)
         ),
     )
+    if not settings.train.is_one_stage:
+        record = replace(record, first_stage=read_first_stage(attempt.store))
     return Trained(record, [*artifacts, *reference])
 
 
@@ -194,6 +197,7 @@ def _recipe(settings: Settings, rows: int, micro_batch_tokens: int, optimizer: s
         min_lr_ratio=schedule.min_lr_ratio,
         decay_steps=schedule.decay_steps,
         neftune_noise_alpha=t.neftune_noise_alpha,
+        label_smoothing=t.label_smoothing if t.last_method == "sft" else 0.0,
         preference=None
         if t.last_method == "sft"
         else Preference(
@@ -234,7 +238,10 @@ def _step_logger(attempt: Attempt, show_progress: log.Progress, watch: Stopwatch
 def _validated(attempt: Attempt, metrics: ValidationMetrics) -> None:
     """Logs a validation, and tells the trackers."""
     seconds = round(float(metrics.measured["seconds"] or 0), 3)
-    log.get_logger().info("validation", step=metrics.step, validation_loss=round(metrics.loss, 4), seconds=seconds)
+    rewards = {f"eval_{name}": round(value, 4) for name, value in metrics.preference.items()}
+    log.get_logger().info(
+        "validation", step=metrics.step, validation_loss=round(metrics.loss, 4), seconds=seconds, **rewards
+    )
     attempt.validated(metrics)
 
 

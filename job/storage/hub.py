@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from importlib import import_module
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 from job import log
@@ -30,7 +31,13 @@ _REFUSED = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
 _TRANSIENT = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _HUB_ERRORS, _DATASETS_ERRORS = "huggingface_hub.errors", "datasets.exceptions"
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+_DISK = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP),
+}
+_NO_ADDRESS = {"InvalidProxyURL", "InvalidSchema", "InvalidURL", "MissingSchema", "UnsupportedProtocol"}
+_CERTIFICATES = {"ssl", "httpx._config", "httpx2._config"}
+"""Modules that read files of certificates."""
 
 MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.jinja")
 """What is fetched of a model: no pickled weights, no code."""
@@ -42,9 +49,16 @@ PREVIEW_SECONDS = 10.0
 
 
 def import_client() -> None:
-    """Imports what `download_model` uses."""
-    for name in ("HfApi", "constants", "errors", "snapshot_download"):
-        getattr(import_module("huggingface_hub"), name)
+    """Imports what `download_model` uses.
+
+    Raises:
+        SettingsError: A variable of the hub's library, which it reads when it is imported, makes no sense.
+    """
+    try:
+        for name in ("HfApi", "constants", "errors", "snapshot_download"):
+            getattr(import_module("huggingface_hub"), name)
+    except ValueError as error:
+        raise SettingsError([Problem("HF_ENDPOINT or another HF_ variable", f"makes no sense: {error}")]) from error
 
 
 def download_model(
@@ -154,6 +168,7 @@ def peek_model(source: str, revision: str | None) -> tuple[Path, dict[str, int]]
     Raises:
         Unreachable, AccessDenied, DataError: As `download_model`.
     """
+    import_client()
     from huggingface_hub import snapshot_download
 
     with hub_errors(f"model {source}"):
@@ -167,6 +182,7 @@ def peek_model(source: str, revision: str | None) -> tuple[Path, dict[str, int]]
 
 def cached_model(source: str, revision: str | None) -> Path | None:
     """The folder of a hub model in the local cache, if there is one; makes no request."""
+    import_client()
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -202,7 +218,7 @@ def hub_errors(name: str) -> Iterator[None]:
     Raises:
         AccessDenied: The hub refused.
         Unreachable: The hub did not answer, or cannot just now; or the disk of the cache is full.
-        SettingsError: The folder of the cache cannot be written.
+        SettingsError: The folder of the cache cannot be written, or an address or a file of certificates is none.
         DataError: The hub answered, and has nothing usable under this name.
     """
     try:
@@ -211,8 +227,10 @@ def hub_errors(name: str) -> Iterator[None]:
         raise
     except Exception as error:
         # The cause says more than its wrapper: a failed download is raised as a failed generation.
-        known = (_answer(cause, name) or _silence(cause, name) for cause in reversed(list(_causes(error))))
-        translated = _disk(error, name) or next(filter(None, known), None) or _content(error, name)
+        causes = list(reversed(list(_causes(error))))
+        known = (_answer(cause, name) or _silence(cause, name) for cause in causes)
+        own = next(filter(None, (_environment(cause, name) for cause in causes)), None)
+        translated = own or _disk(error, name) or next(filter(None, known), None) or _content(error, name)
         if translated is None:
             raise
         raise translated from error
@@ -227,6 +245,24 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 def _is_a(error: BaseException, module: str, *names: str) -> bool:
     """Whether the error is an instance of one of a library's exceptions, without importing that library."""
     return any(kind.__module__ == module and kind.__name__ in names for kind in type(error).__mro__)
+
+
+def _environment(error: BaseException, name: str) -> JobError | None:
+    """What the environment names makes no sense, so that nothing was asked."""
+    modules = {frame.f_globals.get("__name__") for frame, _ in walk_tb(error.__traceback__)}
+    if type(error).__module__.split(".")[0] in _TRANSPORTS and type(error).__name__ in _NO_ADDRESS:
+        return SettingsError(
+            [Problem("HF_ENDPOINT", f"or a proxy variable is no http:// or https:// address: {error}")]
+        )
+    if isinstance(error, ImportError) and "SOCKS" in str(error):
+        return SettingsError([Problem("ALL_PROXY", "names a SOCKS proxy, which is not supported; give an HTTP proxy")])
+    if isinstance(error, OSError) and not isinstance(error, ConnectionError) and modules & _CERTIFICATES:
+        what = f"or REQUESTS_CA_BUNDLE names no file of certificates that can be read ({error})"
+        return SettingsError([Problem("SSL_CERT_FILE", what)])
+    encodes = isinstance(error, UnicodeEncodeError)  # only headers are encoded
+    if encodes or (isinstance(error, UnicodeError) and "huggingface_hub.utils._auth" in modules):
+        return AccessDenied(f"{name}: HF_TOKEN, or the file with it, has characters that no token has")
+    return None
 
 
 def _answer(error: BaseException, name: str) -> JobError | None:

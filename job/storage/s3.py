@@ -42,8 +42,8 @@ from job.storage.s3_errors import (
     code_and_status,
     is_answer,
     is_missing,
+    no_credentials,
     translate,
-    unreadable_token,
 )
 
 # Bodies are read in pieces of this size, each within the time limit (see `s3_client`).
@@ -225,7 +225,8 @@ class S3Store:
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """See `ObjectStore.list`. Keys that end in `/` are the console's folders, not objects."""
-        start, rest = self._root + check_prefix(prefix), {}
+        start = self._root + check_prefix(prefix)
+        rest: dict[str, str] = {}
         while True:
             with self._asking("list", prefix):
                 page = self._page(start, **rest)
@@ -279,8 +280,8 @@ class S3Store:
             yield
         except FAILURES as error:
             raise translate(error, f"{self.uri}/{key}: cannot {verb}") from error
-        except OSError as error:
-            if (denied := unreadable_token(error, f"{self.uri}/{key}: cannot {verb}")) is None:
+        except (OSError, ValueError) as error:
+            if (denied := no_credentials(error, f"{self.uri}/{key}: cannot {verb}")) is None:
                 raise
             raise denied from error
 

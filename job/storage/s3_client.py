@@ -17,7 +17,7 @@ from botocore.response import StreamingBody
 
 from job.errors import Problem, SettingsError
 from job.storage.location import StorageOptions
-from job.storage.s3_errors import FAILURES, translate, unreadable_token
+from job.storage.s3_errors import FAILURES, no_credentials, translate
 
 _MAX_CONNECT_SECONDS = 20.0
 _CONNECTIONS = 32
@@ -54,12 +54,12 @@ def connect(options: StorageOptions) -> Any:
         client = boto.client("s3", endpoint_url=endpoint_url, config=config)
     except FAILURES as error:
         raise translate(error, "cannot set up a client for S3") from error
-    except OSError as error:
-        if (denied := unreadable_token(error, "cannot set up a client for S3")) is None:
+    except (OSError, ValueError) as error:
+        if (denied := no_credentials(error, "cannot set up a client for S3")) is not None:
+            raise denied from error
+        if isinstance(error, OSError):
             raise
-        raise denied from error
-    except ValueError:  # without its message: an address may hold a password
-        raise SettingsError([Problem("JOB_STORAGE__ENDPOINT_URL", "is not the address of an S3 endpoint")]) from None
+        raise SettingsError([_unusable(error, endpoint_url)]) from None
 
     def pace(response_dict: dict[str, Any], **_: Any) -> None:
         body = response_dict["body"]
@@ -71,6 +71,16 @@ def connect(options: StorageOptions) -> Any:
 
     client.meta.events.register("before-parse.s3.GetObject", pace)
     return client
+
+
+def _unusable(error: ValueError, endpoint_url: str | None) -> Problem:
+    """What makes no sense to the SDK; an address without its words, since it may hold a password."""
+    if not str(error).startswith("Invalid endpoint"):
+        return Problem("AWS's own settings", f"make no sense: {error}")
+    if endpoint_url is not None:
+        return Problem("JOB_STORAGE__ENDPOINT_URL", "is not the address of an S3 endpoint")
+    what = "or AWS_REGION is not the name of a region, such as eu-central-1, or AWS_ENDPOINT_URL is no address"
+    return Problem("JOB_STORAGE__REGION", what)
 
 
 def _check_endpoint(url: str) -> None:

@@ -16,8 +16,20 @@ from botocore.exceptions import (
     CredentialRetrievalError,
     EndpointProviderError,
     FlexibleChecksumError,
+    HTTPClientError,
     IncompleteReadError,
+    InvalidChecksumConfigError,
+    InvalidConfigError,
+    InvalidDefaultsMode,
+    InvalidIMDSEndpointError,
+    InvalidIMDSEndpointModeError,
+    InvalidMaxRetryAttemptsError,
+    InvalidProxiesConfigError,
     InvalidRegionError,
+    InvalidRetryConfigurationError,
+    InvalidRetryModeError,
+    InvalidS3AddressingStyleError,
+    InvalidSTSRegionalEndpointsConfigError,
     NoCredentialsError,
     ParamValidationError,
     PartialCredentialsError,
@@ -65,7 +77,18 @@ _MISCONFIGURED = (
     ConfigNotFound,
     ConfigParseError,
     EndpointProviderError,
+    InvalidChecksumConfigError,
+    InvalidConfigError,
+    InvalidDefaultsMode,
+    InvalidIMDSEndpointError,
+    InvalidIMDSEndpointModeError,
+    InvalidMaxRetryAttemptsError,
+    InvalidProxiesConfigError,
     InvalidRegionError,
+    InvalidRetryConfigurationError,
+    InvalidRetryModeError,
+    InvalidS3AddressingStyleError,
+    InvalidSTSRegionalEndpointsConfigError,
     ParamValidationError,
     ProfileNotFound,
 )
@@ -122,6 +145,8 @@ def translate(error: BaseException, what: str) -> JobError:
             return translate(inner, what)
     if isinstance(error, ClientError):
         return _translate_answer(error, what)
+    if isinstance(error, HTTPClientError) and "Invalid header value" in str(error):  # without its words, which hold it
+        return AccessDenied(f"{what}: a credential has a line break in it, or another character that is sent nowhere")
     message = f"{what}: {_words(error)}"
     if isinstance(error, _DENIED):
         return AccessDenied(message)
@@ -130,17 +155,20 @@ def translate(error: BaseException, what: str) -> JobError:
     return Unreachable(message)
 
 
-def unreadable_token(error: OSError, what: str) -> AccessDenied | None:
-    """The job's error for a token of the pod's role (IRSA, Pod Identity) that cannot be read; None for another file's.
+def no_credentials(error: OSError | ValueError, what: str) -> AccessDenied | None:
+    """The job's error for credentials that cannot be had; None for an error that has nothing to do with them.
 
-    The SDK reads the file whenever it needs fresh credentials, and lets through what the disk says.
+    The SDK reads the token of a pod's role (IRSA, Pod Identity), or asks a process, whenever it needs fresh
+    credentials, and lets through what the disk says, and that the text makes no sense.
     """
-    frames = (frame.f_globals.get("__name__") for frame, _ in walk_tb(error.__traceback__))
-    if "botocore.credentials" not in frames:
+    frames = {frame.f_globals.get("__name__") for frame, _ in walk_tb(error.__traceback__)}
+    if not frames & {"botocore.credentials", "botocore.tokens"}:
         return None
+    if isinstance(error, ValueError):
+        return AccessDenied(f"{what}: the credentials make no sense: {_words(error)}")
     return AccessDenied(
-        f"{what}: the credentials' token file {error.filename} cannot be read ({error.strerror}); mount it (a service "
-        "account with a role), and let this user read it: securityContext.fsGroup of the pod"
+        f"{what}: the credentials come from {error.filename}, which cannot be read ({error.strerror}); mount it (a "
+        "service account with a role), and let this user read it: securityContext.fsGroup of the pod"
     )
 
 

@@ -24,6 +24,7 @@ def write_events(folder: Path, history: Sequence[StepMetrics], validations: Sequ
                 if value is not None:
                     writer.add_scalar(f"measured/{name}", value, metrics.step)
         for validation in validations:
-            writer.add_scalar("eval/loss", validation.loss, validation.step)
+            for name, value in {"loss": validation.loss, **validation.preference}.items():
+                writer.add_scalar(f"eval/{name}", value, validation.step)
     for path in folder.iterdir():  # its name has the time and the host in it: every attempt would leave another file
         path.rename(folder / "events.out.tfevents.0")

@@ -62,9 +62,10 @@ class Tracking:
             tracker.put({"step": metrics.step, "figures": figures_of(metrics)})
 
     def validation(self, metrics: ValidationMetrics) -> None:
-        """Tells the loss of a validation, by the name that TRL's users know it by."""
+        """Tells loss and rewards of a validation, by the names that TRL's users know them by."""
+        figures = {"eval/loss": metrics.loss} | {f"eval/{name}": value for name, value in metrics.preference.items()}
         for tracker in self._trackers:
-            tracker.put({"step": metrics.step, "figures": {"eval/loss": metrics.loss}})
+            tracker.put({"step": metrics.step, "figures": figures})
 
     def results(self, results: Mapping[str, Any]) -> None:
         """Keeps the final figures, for `finish`."""

@@ -56,6 +56,8 @@ class Recipe:
     decay_steps: int = 0
     """Used by the schedulers that have them, see `common/schedulers.py`."""
     neftune_noise_alpha: float = 0.0
+    label_smoothing: float = 0.0
+    """Of `sft`; that of preferences is in `preference`."""
     preference: Preference | None = None
     """None for `sft`, where the loss is over every target token."""
 

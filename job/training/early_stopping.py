@@ -46,6 +46,7 @@ def validation_record(
     """The manifest's `training.validation`, from all validations of a run that is complete."""
     found = progress(validations)
     last = validations[-1]
+    kept = validations[-1 - found.stale] if keep == "best" else last
     return ValidationRecord(
         every_steps=every_steps,
         count=len(validations),
@@ -58,6 +59,7 @@ def validation_record(
         planned_steps=total_steps,
         stopped_early=last.step < total_steps,
         keep=keep,
-        kept_step=found.best_step if keep == "best" else last.step,
+        kept_step=kept.step,
         seconds=sum(float(validation.measured.get("seconds") or 0) for validation in validations),
+        preference=kept.preference,
     )

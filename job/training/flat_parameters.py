@@ -29,10 +29,10 @@ class FlatParameters:
         """(size,): the single parameter that the optimizer updates."""
         self.gradient = torch.zeros_like(self.whole)
         """(size,): its gradient."""
-        self._gradients = self._views(self.gradient)
+        self._gradients = self.views(self.gradient)
         self._trained: torch.Tensor | None = None
         self._noted: torch.Tensor | None = None
-        for parameter, view in zip(self._parameters, self._views(self.whole.detach()), strict=True):
+        for parameter, view in zip(self._parameters, self.views(self.whole.detach()), strict=True):
             view.copy_(parameter.detach())
             # Aliases: an optimizer step on `whole` is one on each parameter, and loading an adapter fills `whole`.
             parameter.data = view
@@ -41,7 +41,7 @@ class FlatParameters:
         """Marks where a parameter is trained: `trained` is 1 there and 0 elsewhere, in the parameter's shape."""
         if self._trained is None:
             self._trained = torch.ones_like(self.gradient)
-        self._views(self._trained)[index].copy_(trained)
+        self.views(self._trained)[index].copy_(trained)
 
     def before_step(self) -> None:
         """Zeroes the gradient, in place, where a parameter is not trained, and notes the values there."""
@@ -72,7 +72,7 @@ class FlatParameters:
         """Elements that a parameter takes in the flat tensor, including the zeros after it."""
         return -(-parameter.numel() // self._block) * self._block
 
-    def _views(self, flat: torch.Tensor) -> list[torch.Tensor]:
+    def views(self, flat: torch.Tensor) -> list[torch.Tensor]:
         """Each parameter's part of a tensor (size,), in the parameter's shape."""
         views, start = [], 0
         for parameter in self._parameters:

@@ -62,7 +62,9 @@ class SummedHead:
     """(1,) bool: false."""
 
 
-def summed_head(base: Any, *, labels: torch.Tensor, fused_lm_head: bool, **inputs: Any) -> SummedHead:
+def summed_head(
+    base: Any, *, labels: torch.Tensor, fused_lm_head: bool, smoothing: float = 0.0, **inputs: Any
+) -> SummedHead:
     """Stands in for `base(..., fused_lm_head=True)`, where `can_sum` holds.
 
     Args:
@@ -70,6 +72,7 @@ def summed_head(base: Any, *, labels: torch.Tensor, fused_lm_head: bool, **input
         labels: (1, tokens) int64: token ids, or -100 where there is no target. The label of a token is predicted at the
             position before it. The first token of a segment is never a target, so none is predicted across segments.
         fused_lm_head: True; the argument by which TRL asks for the fused head.
+        smoothing: Label smoothing, see `smoothing_terms`.
         inputs: `input_ids` and `position_ids`, (1, tokens) int64, `layout`, as
             `packing.packed_inputs` makes them, and what TRL adds (`use_cache=False`).
     """
@@ -87,11 +90,57 @@ def summed_head(base: Any, *, labels: torch.Tensor, fused_lm_head: bool, **input
         reduction="sum",
         options=torch.nn.LinearCrossEntropyOptions(batch_chunk_size=POSITIONS),
     )
+    if smoothing:
+        summed = summed + smoothing * smoothing_terms(hidden[learned], head, following[learned]).sum()
     return SummedHead(
         log_probs=-summed[None],
         label_mask=labels[:, 1:] != IGNORED,
         entropy=summed.new_zeros(1),
         is_top1=torch.zeros(1, dtype=torch.bool),
+    )
+
+
+def smoothing_terms(hidden: torch.Tensor, head: Any, targets: torch.Tensor) -> torch.Tensor:
+    """What label smoothing adds to the negative log-likelihood of each position, to be multiplied by its strength.
+
+    Smoothed by e, the loss of a target y is (1 - e) * -log p(y) + e * mean over the vocabulary of -log p (Szegedy et
+    al. 2016, section 7, as in transformers' LabelSmoother). The logarithm of the sum over all logits is in both terms,
+    so the loss is -log p(y) + e * (logit of y - mean of all logits); and the mean of all logits is one product with the
+    mean row of the head's weights. So no logits are formed for it.
+
+    Args:
+        hidden: (positions, hidden) in the compute dtype.
+        head: The output layer, a plain linear one: `weight` (vocabulary, hidden), `bias` (vocabulary,) or None.
+        targets: (positions,) int64: tokens of the vocabulary.
+
+    Returns:
+        (positions,) float32.
+    """
+    rows = head.weight[targets].float() - head.weight.mean(0, dtype=torch.float32)
+    terms: torch.Tensor = (hidden.float() * rows).sum(-1)
+    return terms if head.bias is None else terms + head.bias[targets].float() - head.bias.mean(dtype=torch.float32)
+
+
+def logits_loss(
+    model: Any, *, labels: torch.Tensor, smoothing: float, fused_lm_head: bool = False, **inputs: Any
+) -> torch.Tensor:
+    """The summed loss of a packed sequence from all its logits: for label smoothing where a head is not a plain one.
+
+    Args:
+        model: The causal language model, its adapter within.
+        labels: (1, tokens) int64, as for `summed_head`.
+        smoothing: Label smoothing.
+        fused_lm_head: Not used: the logits are wanted.
+        inputs: As in `summed_head`.
+
+    Returns:
+        () float32.
+    """
+    del fused_lm_head
+    learned = labels[0, 1:] != IGNORED
+    logits = model(**inputs, use_cache=False).logits[0, :-1]
+    return functional.cross_entropy(
+        logits[learned].float(), labels[0, 1:][learned], reduction="sum", label_smoothing=smoothing
     )
 
 
@@ -128,13 +177,14 @@ def selected_head(base: Any, *, labels: torch.Tensor, fused_lm_head: bool, **inp
     return SelectedHead(found.new_zeros(following.shape).index_put((learned,), found)[None])
 
 
-def padded_loss(hidden: torch.Tensor, head: Any, labels: torch.Tensor) -> torch.Tensor:
+def padded_loss(hidden: torch.Tensor, head: Any, labels: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
     """The summed negative log-likelihood of a padded sequence, in shapes that depend on those of its inputs alone.
 
     Args:
         hidden: (length, hidden) in the compute dtype: the last hidden states.
         head: The output layer: `weight` (vocabulary, hidden), `bias` (vocabulary,) or None, in the compute dtype.
         labels: (length,) int64: what each position is to predict, or -100 where there is no target.
+        smoothing: Label smoothing, see `smoothing_terms`.
 
     Returns:
         () float32.
@@ -146,6 +196,8 @@ def padded_loss(hidden: torch.Tensor, head: Any, labels: torch.Tensor) -> torch.
     log_probs: torch.Tensor = ChunkedLogProbFunction.apply(
         hidden, head.weight, head.bias, targets, 1.0, VOCABULARY_CHUNK, None, 1.0, ()
     )[0]
+    if smoothing:
+        log_probs = log_probs - smoothing * smoothing_terms(hidden, head, targets)
     return -log_probs.masked_fill(labels == IGNORED, 0).sum()
 
 
@@ -161,20 +213,23 @@ def alone_log_probs(model: Any, *, input_ids: torch.Tensor, labels: torch.Tensor
     return found.new_zeros(labels.shape[1]).index_put((learned,), found)
 
 
-def alone_loss(model: Any, *, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def alone_loss(model: Any, *, input_ids: torch.Tensor, labels: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
     """The summed negative log-likelihood of one example by the model's own forward: right for every causal model.
 
     Args:
         model: The causal language model, its adapter within; with no mask, and no positions but its own.
         input_ids: (1, tokens) int64.
         labels: (1, tokens) int64: token ids, or -100 where there is no target.
+        smoothing: Label smoothing.
 
     Returns:
         () float32.
     """
     learned = labels[0, 1:] != IGNORED
     logits = model(input_ids=input_ids).logits[0, :-1]
-    return functional.cross_entropy(logits[learned].float(), labels[0, 1:][learned], reduction="sum")
+    return functional.cross_entropy(
+        logits[learned].float(), labels[0, 1:][learned], reduction="sum", label_smoothing=smoothing
+    )
 
 
 def add_head(base: Any) -> None:

@@ -55,6 +55,8 @@ class Setup:
     dora: bool = False
     bytes_beside: int = 0
     """`AdapterOptions.bytes_beside`."""
+    merged_rows: int = 0
+    """Rows of embedding and output layer that PEFT copies in every pass, to put those of new tokens in place."""
 
     @property
     def adapter(self) -> int:
@@ -145,7 +147,9 @@ def training_memory(setup: Setup, tokens: int) -> Memory:
         adapter=setup.adapter * (FP32 + copy + setup.bytes_beside),
         gradients=FP32 * setup.adapter,
         optimizer=OPTIMIZERS[setup.optimizer].state_bytes(setup.adapter),
-        activations=activation_bytes(setup, tokens),
+        # The copies, and as large a gradient of each.
+        activations=activation_bytes(setup, tokens)
+        + 2 * setup.merged_rows * setup.architecture.hidden * setup.value_bytes,
     )
 
 

@@ -127,8 +127,18 @@ class PreferenceGradient:
 
     def __call__(self, examples: Sequence[Example], totals: Totals, kl: torch.Tensor) -> torch.Tensor:
         """Adds a micro-batch's gradient, and returns its part of loss and metrics, (1 + metrics,) without history."""
+        return self._computed(examples, totals, kl, self.backward)
+
+    def measure(self, examples: Sequence[Example], totals: Totals, kl: torch.Tensor) -> torch.Tensor:
+        """The same without a gradient."""
+        with torch.no_grad():
+            return self._computed(examples, totals, kl, lambda _: None)
+
+    def _computed(
+        self, examples: Sequence[Example], totals: Totals, kl: torch.Tensor, use: Callable[[torch.Tensor], None]
+    ) -> torch.Tensor:
         loss, metrics = OBJECTIVES[self.options.method](self._sums(examples, kl), totals, self.options)
-        self.backward(loss)
+        use(loss)
         return torch.stack([loss.detach(), *(metrics[name] for name in self.names(totals))])
 
     def _sums(self, examples: Sequence[Example], kl: torch.Tensor) -> Sums:

@@ -176,12 +176,16 @@ def setup_of(model: Any, quantization: str, optimizer: str) -> Setup | None:
         recompute=True,
         counted=sum(p.numel() for p in trainable(model).values()) if _is_uneven(adapter) else None,
         dora=getattr(adapter, "use_dora", False),
+        merged_rows=2 * architecture.vocabulary if adapter.trainable_token_indices else 0,
     )
 
 
 def _is_uneven(adapter: Any) -> bool:
     """Whether an adapter's parameters do not follow from rank and targets alone."""
-    options = ("use_dora", "layers_to_transform", "rank_pattern", "init_r")
+    options = (
+        *("use_dora", "layers_to_transform", "rank_pattern", "init_r"),
+        *("modules_to_save", "trainable_token_indices"),
+    )
     return any(getattr(adapter, name, None) for name in options)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from job.common.out_of_memory import out_of_memory
-from job.data.batch_plan import Steps, targets_of
+from job.data.batch_plan import Steps, by_weight, weighted_targets
 from job.data.examples import lengths_of
 from job.distributed.processes import Processes
 from job.errors import JobError, TrainingFailed
@@ -36,11 +36,11 @@ from job.training.objectives import Totals, totals_of
 from job.training.packing import alone_inputs, length_increment, longest_segment, packed_inputs, padded_sequence
 from job.training.preference_gradient import PreferenceGradient
 
-PackedGradient = Callable[[dict[str, Any], int], torch.Tensor]
+PackedGradient = Callable[[dict[str, Any], float], torch.Tensor]
 """Adds a micro-batch's gradient to the parameters', and returns its part of the loss, () float32, without history.
 
 It gets what `packed_inputs` makes, or `alone_inputs` where the model is not used packed, and the target tokens of the
-whole step, by which the summed loss is divided.
+whole step, by which the summed loss is divided; see `batch_plan.weighted_targets` where rows have weights.
 """
 
 
@@ -66,7 +66,7 @@ class OptimizerStep:
         model: A PEFT model over a base loaded with packed attention.
         steps: The batch plan, and which share of it is this process's.
         parameters: The adapter. The gradient is left in `parameters.gradient`.
-        recipe: Only the seed and the initial token budget are used.
+        recipe: Only the seed, the initial token budget and label smoothing are used.
         plan: The initial execution plan.
         hooks: Only `stop` and `fits` are used.
         processes: The processes that share the step.
@@ -92,6 +92,7 @@ class OptimizerStep:
         self.plan = plan
         self._model, self._steps, self._parameters = model, steps, parameters
         self._seed, self._hooks, self._processes = recipe.seed, hooks, processes
+        self._smoothing = recipe.label_smoothing
         self._packed_gradient, self._preference = packed_gradient, preference
         self.metrics: dict[str, float] = {}
         """Metrics of the last step of preferences, by TRL's names."""
@@ -162,11 +163,13 @@ class OptimizerStep:
         self._parameters.clear()
         metrics = 0 if known is None or self._preference is None else len(self._preference.names(known.totals))
         found = torch.zeros(1 + metrics, device=self._parameters.gradient.device)
-        targets = targets_of(self._steps.of(number))
+        items = weighted_targets(self._steps.of(number))
         for group in self._groups(number):
             # Added at once: what a CUDA graph returns is overwritten by its next launch.
             if known is None or self._preference is None:
-                found += self._micro_batch(group, targets)
+                # Rows of another weight go through the model by themselves: the weight is part of the divisor.
+                for part, weight in by_weight(group):
+                    found += self._micro_batch(part, items if weight == 1 else items / weight)
             else:
                 found += self._preference(group, known.totals, known.kl)
         # One tensor, so that the processes sum in one all-reduce.
@@ -202,7 +205,7 @@ class OptimizerStep:
         self._parameters.gradient.copy_(sums[:size])
         return sums[size:]
 
-    def _micro_batch(self, examples: Sequence[Example], targets: int) -> torch.Tensor:
+    def _micro_batch(self, examples: Sequence[Example], targets: float) -> torch.Tensor:
         """Adds the gradient of the examples' summed loss divided by `targets`; returns that loss, () float32."""
         device = self._parameters.gradient.device
         if not is_packed(self._model):
@@ -250,7 +253,7 @@ class OptimizerStep:
         hidden = base.base_model(
             input_ids=ids[None], position_ids=positions[None], layout=layout, use_cache=False
         ).last_hidden_state[0]
-        return padded_loss(hidden, base.get_output_embeddings(), labels)
+        return padded_loss(hidden, base.get_output_embeddings(), labels, self._smoothing)
 
     def _recorded(self, device: torch.device) -> CudaGraphs:
         """The CUDA graphs. If there are none yet, that of the largest micro-batch of this process is recorded first.

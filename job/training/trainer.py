@@ -34,7 +34,7 @@ from job.checkpoints.trainer_state import (
     write_trainer_state,
     write_validations,
 )
-from job.common.optimizers import OPTIMIZERS
+from job.common.optimizers import OPTIMIZERS, trainer_name
 from job.common.schedulers import SCHEDULERS, Schedule
 from job.data.batch_plan import Steps, targets_of
 from job.distributed.processes import ALONE, Processes
@@ -48,7 +48,8 @@ from job.records import Example, ExecutionPlan, StepMetrics, ValidationMetrics
 from job.training.config import Hooks, Recipe, Trained
 from job.training.early_stopping import is_due, progress
 from job.training.flat_parameters import FlatParameters
-from job.training.lm_head_loss import alone_loss, can_sum, summed_head
+from job.training.lm_head_loss import alone_loss, can_sum, logits_loss, summed_head
+from job.training.muon import FlatMuon
 from job.training.neftune import add_noise
 from job.training.packing import alone_inputs, packed_inputs, padded_sequence
 from job.training.preference_gradient import PreferenceGradient, head_of, token_log_probs
@@ -177,7 +178,14 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         self.saved_step = 0
         self.clock = time.monotonic()
         base = model.get_base_model()
-        self.summed_head = partial(summed_head, base) if can_sum(base) else None
+        smoothing = recipe.label_smoothing
+        self.summed_head = partial(summed_head, base, smoothing=smoothing) if can_sum(base) else None
+        self.alone_loss = partial(alone_loss, smoothing=smoothing)
+        preference = (
+            None
+            if recipe.preference is None
+            else PreferenceGradient(recipe.preference, self.log_probs, self.accelerator.backward)
+        )
         self.step = OptimizerStep(
             model,
             self.steps,
@@ -187,9 +195,7 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             hooks=hooks,
             processes=processes,
             packed_gradient=self.packed_gradient,
-            preference=None
-            if recipe.preference is None
-            else PreferenceGradient(recipe.preference, self.log_probs, self.accelerator.backward),
+            preference=preference,
         )
         self.recipe = recipe
         self.validations: list[ValidationMetrics] = []
@@ -203,6 +209,7 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             summed_loss=self.summed_loss,
             hooks=hooks,
             processes=processes,
+            preference=preference,
         )
 
     # Which examples: those of the batch plan, from the next step on.
@@ -227,17 +234,25 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             add_penalty_gradient(self.model, 1.0 if scaler is None else scaler.get_scale())
         return loss
 
-    def packed_gradient(self, inputs: dict[str, Any], targets: int) -> torch.Tensor:
+    def packed_gradient(self, inputs: dict[str, Any], targets: float) -> torch.Tensor:
         """Adds the gradient of a packed batch by TRL's own loss; see `step.PackedGradient`."""
         with self.compute_loss_context_manager():
             # `model_wrapped` is the model as Trainer wrapped it for mixed precision.
-            if is_packed(self.model):
-                loss = self.compute_loss(self.summed_head or self.model_wrapped, inputs, num_items_in_batch=targets)
-            else:
-                loss = alone_loss(self.model_wrapped, **inputs) / targets
+            loss = self.packed_loss(inputs, targets)
         self.accelerator.backward(loss)
         detached: torch.Tensor = loss.detach()
         return detached
+
+    def packed_loss(self, inputs: dict[str, Any], targets: float) -> torch.Tensor:
+        """The summed loss of a packed batch, or of one example, divided by `targets`; () float32 with history."""
+        if not is_packed(self.model):
+            return self.alone_loss(self.model_wrapped, **inputs) / targets
+        if self.summed_head is None and self.recipe.label_smoothing:
+            return logits_loss(self.model_wrapped, smoothing=self.recipe.label_smoothing, **inputs) / targets
+        loss: torch.Tensor = self.compute_loss(
+            self.summed_head or self.model_wrapped, inputs, num_items_in_batch=targets
+        )
+        return loss
 
     def after_optimizer_step(self, done: int) -> None:
         """What some adapters need: a frozen part is put back, and AdaLoRA takes ranks away."""
@@ -251,6 +266,10 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             return token_log_probs(self.model, head_of(self.model, self.model_wrapped), sequences)
 
     def create_optimizer(self, model: Any = None) -> Any:  # noqa: ARG002 - Trainer's signature
+        if self.recipe.optimizer == "muon":
+            how = {"lr": self.args.learning_rate, "weight_decay": self.args.weight_decay}
+            self.optimizer = FlatMuon(self.parameters.whole, self.parameters.views, **how)
+            return self.optimizer
         kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         self.optimizer = kind([self.parameters.whole], weight_decay=self.args.weight_decay, **options)
         return self.optimizer
@@ -288,6 +307,7 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             examples=len(self.validation.examples),
             target_tokens=self.validation.target_tokens,
             measured={"seconds": time.monotonic() - began, "micro_batch_tokens": self.validation.budget},
+            preference=dict(self.validation.metrics),
         )
         self.validations.append(metrics)
         if self.recipe.keep == "best" and progress(self.validations).best_step == step:
@@ -295,22 +315,18 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         if self.stopped_early():
             self.control.should_training_stop = self.control.should_save = True
         self.hooks.on_validation(metrics)
-        return {f"{metric_key_prefix}_loss": loss}
+        return {f"{metric_key_prefix}_{name}": value for name, value in {"loss": loss, **metrics.preference}.items()}
 
     def summed_loss(self, examples: Sequence[Example]) -> torch.Tensor:
         """The summed loss of a micro-batch, () float32, computed as training computes it; see `SummedLoss`."""
         device = self.parameters.gradient.device
         with self.compute_loss_context_manager():
             if not is_packed(self.model):
-                alone = [alone_loss(self.model_wrapped, **alone_inputs(example, device)) for example in examples]
-                return torch.stack(alone).sum()
+                return torch.stack([self.packed_loss(alone_inputs(example, device), 1) for example in examples]).sum()
             if self.step.plan.padded:
                 sequence = padded_sequence(examples, device)
                 return self.step.padded_sum(sequence.tokens, sequence.ends, sequence.segments)
-            loss: torch.Tensor = self.compute_loss(
-                self.summed_head or self.model_wrapped, packed_inputs(examples, device), num_items_in_batch=1
-            )
-            return loss
+            return self.packed_loss(packed_inputs(examples, device), 1)
 
     def stopped_early(self) -> bool:
         """Whether the patience is used up."""
@@ -416,7 +432,7 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
     def trainer_files(self) -> TrainerFiles:
         """The live objects that a checkpoint is written from and restored into."""
         made = self.optimizer, self.lr_scheduler, self.accelerator.scaler, self.state
-        return TrainerFiles(self.model, *made, optimizer_name=self.args.optim)
+        return TrainerFiles(self.model, *made, optimizer_name=self.recipe.optimizer)
 
 
 def memory_in_use() -> int:
@@ -528,7 +544,7 @@ def trl_config(recipe: Recipe, plan: ExecutionPlan, folder: Path, model: Any) ->
         weight_decay=recipe.weight_decay,
         # With infinity Trainer still computes the norm, for the metrics, and multiplies the gradient by exactly 1.
         max_grad_norm=recipe.max_grad_norm or math.inf,
-        optim=recipe.optimizer,
+        optim=trainer_name(recipe.optimizer),
         # The argument's name differs between the supported versions of TRL.
         **dict.fromkeys(
             {"activation_checkpointing", "gradient_checkpointing"} & SFTConfig.__dataclass_fields__.keys(), False

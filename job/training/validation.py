@@ -1,5 +1,8 @@
 """The validation loss: the mean over the target tokens of all validation rows, without dropout and without gradient.
 
+Of preferences it is the method's loss over all validation rows, with its metrics: what TRL's trainers evaluate with all
+rows in one batch. (In several batches, ORPO's loss and KTO's depend on how the rows fall into them.)
+
 The rows go through the model in blocks of as many as a training step has, packed as a training step's rows are, and
 each block is shared out among the processes as a step is. The sum is in float64, in a fixed order: the loss is the same
 in every attempt, and depends on the token budget and on the number of processes by rounding alone.
@@ -19,13 +22,15 @@ from typing import Any
 import torch
 
 from job.common.out_of_memory import out_of_memory
-from job.data.batch_plan import micro_batches, shares
+from job.data.batch_plan import by_weight, micro_batches, shares, weighted_targets
 from job.data.examples import lengths_of, target_counts_of
 from job.distributed.processes import Processes
 from job.errors import JobError, TrainingFailed
 from job.log import get_logger
 from job.records import Example
 from job.training.config import Hooks
+from job.training.objectives import totals_of
+from job.training.preference_gradient import PreferenceGradient
 from job.training.step import OptimizerStep, StepAbandoned
 
 SummedLoss = Callable[[Sequence[Example]], torch.Tensor]
@@ -43,6 +48,7 @@ class Validation:
         summed_loss: The loss of one micro-batch; called without gradient.
         hooks: `stop` and `on_progress` are used.
         processes: Those that share the work.
+        preference: Used in place of `summed_loss` for preferences.
     """
 
     def __init__(
@@ -55,42 +61,73 @@ class Validation:
         summed_loss: SummedLoss,
         hooks: Hooks,
         processes: Processes,
+        preference: PreferenceGradient | None = None,
     ) -> None:
         self.budget = step.budget
         """Tokens of a micro-batch, apart from training's: halved when memory runs out in a validation."""
         self.examples = examples
         self.target_tokens = sum(target_counts_of(examples))
         self._model, self._step, self._summed_loss = model, step, summed_loss
-        self._hooks, self._processes = hooks, processes
+        self._hooks, self._processes, self._preference = hooks, processes, preference
+        self.metrics: dict[str, float] = {}
+        """Metrics of preferences in the last validation, by TRL's names without their `eval_`."""
         self._blocks = [examples[start : start + block] for start in range(0, len(examples), block)]
 
     def __call__(self) -> float:
-        """The loss, in nats a target token.
+        """The loss, in nats a target token; of preferences as the method has it.
 
         Raises:
             StepAbandoned: The job has to stop.
             TrainingFailed: Memory is too small for one row, or the loss is not finite.
         """
-        loss = torch.zeros((), dtype=torch.float64, device=self._model.device)
         with _evaluating(self._model), torch.no_grad():
-            for block in self._blocks:
-                loss += self._own_loss(block)
-                self._hooks.on_progress()
+            if self._preference is None:
+                return float(self._summed(self._weighted_loss, 1)) / weighted_targets(self.examples)
+            return self._of_preferences(self._preference)
+
+    def _weighted_loss(self, examples: Sequence[Example]) -> torch.Tensor:
+        """The summed loss of a micro-batch, each row as often as it weighs, (1,)."""
+        found = torch.zeros(1, device=self._model.device)
+        for part, weight in by_weight(examples):
+            loss = self._summed_loss(part)
+            found = found + (loss if weight == 1 else weight * loss)
+        return found
+
+    def _of_preferences(self, preference: PreferenceGradient) -> float:
+        """The method's loss; leaves its metrics."""
+        totals = totals_of(self.examples)
+        kl = torch.zeros((), device=self._model.device)
+        if preference.estimates_kl:
+            # First, and over all rows: the loss of each depends on it.
+            kl = self._summed(lambda group: preference.kl(group, totals)[None], 1)[0].clamp(min=0).float()
+        names = preference.names(totals)
+        found = self._summed(lambda group: preference.measure(group, totals, kl), 1 + len(names))
+        self.metrics = dict(zip(names, found[1:].tolist(), strict=True))
+        return float(found[0])
+
+    def _summed(self, compute: Callable[[Sequence[Example]], torch.Tensor], numbers: int) -> torch.Tensor:
+        """What `compute` returns for micro-batches, (numbers,), summed over all rows and processes in float64."""
+        sums = torch.zeros(numbers, dtype=torch.float64, device=self._model.device)
+        for block in self._blocks:
+            sums += self._own_sum(block, compute, numbers)
+            self._hooks.on_progress()
         try:
-            self._processes.add_up(loss)
+            self._processes.add_up(sums)
         except JobError as error:
             raise StepAbandoned from error
-        return float(loss) / self.target_tokens
+        return sums
 
-    def _own_loss(self, block: Sequence[Example]) -> torch.Tensor:
-        """This process's part of a block, () float64; again with less memory where it ran out in any process."""
+    def _own_sum(
+        self, block: Sequence[Example], compute: Callable[[Sequence[Example]], torch.Tensor], numbers: int
+    ) -> torch.Tensor:
+        """This process's part of a block, (numbers,) float64; again with less memory if it ran out in any process."""
         place = self._processes.place
         lengths = lengths_of(block)
         mine = [block[i] for i in shares(lengths, place.world_size)[place.rank]]
         while True:
-            loss = None
+            found = None
             try:
-                loss = self._sum(mine)
+                found = self._micro_batches(mine, compute, numbers)
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
@@ -98,12 +135,12 @@ class Validation:
                     what = "memory ran out in a validation with one row at a time; take a GPU with more memory"
                     raise TrainingFailed(what) from error
             try:
-                repeat = self._processes.agree(repeat=loss is None)
+                repeat = self._processes.agree(repeat=found is None)
                 if self._processes.stopping:
                     raise StepAbandoned
-                if not repeat and loss is not None:
-                    return loss
-                if self._processes.agree(repeat=loss is None and not self._step.free_memory()):
+                if not repeat and found is not None:
+                    return found
+                if self._processes.agree(repeat=found is None and not self._step.free_memory()):
                     self.budget //= 2
                     get_logger().warning("the GPU's memory ran out in a validation", micro_batch_tokens=self.budget)
             except JobError as error:
@@ -111,15 +148,17 @@ class Validation:
             gc.collect()  # the caught error's frames keep tensors alive in reference cycles
             torch.cuda.empty_cache()
 
-    def _sum(self, examples: Sequence[Example]) -> torch.Tensor:
+    def _micro_batches(
+        self, examples: Sequence[Example], compute: Callable[[Sequence[Example]], torch.Tensor], numbers: int
+    ) -> torch.Tensor:
         alone = self._processes.place.world_size == 1
-        loss = torch.zeros((), dtype=torch.float64, device=self._model.device)
+        sums = torch.zeros(numbers, dtype=torch.float64, device=self._model.device)
         for group in micro_batches([len(example.input_ids) for example in examples], self.budget):
             # Several processes stop together, after a block: one that left alone would be waited for.
             if alone and self._hooks.stop():
                 raise StepAbandoned
-            loss += self._summed_loss([examples[i] for i in group])
-        return loss
+            sums += compute([examples[i] for i in group])
+        return sums
 
 
 @contextmanager

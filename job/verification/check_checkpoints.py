@@ -174,7 +174,7 @@ def _adapters_differ(state: str, published: str, copies: Copies) -> Iterator[Dif
 
 def _published(name: str) -> str:
     """PEFT's name in the file for a tensor of the model."""
-    short = name.replace(".default.", ".").removesuffix(".default")
+    short = name.replace(".modules_to_save.default.", ".").replace(".default.", ".").removesuffix(".default")
     return short.removesuffix(".weight") if short.endswith(".lora_magnitude_vector.weight") else short
 
 

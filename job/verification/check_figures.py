@@ -173,7 +173,8 @@ def _adapter(claimed: Mapping[str, Any] | None, copies: Copies) -> Iterator[Diff
     except ValueError as error:
         yield Difference(folder, "an adapter", str(error))
         return
-    yield from find_differences(f"{RESULTS} training.adapter", {name: claimed[name] for name in found}, found)
+    known = {name: value for name, value in found.items() if name in claimed}  # some fields came later
+    yield from find_differences(f"{RESULTS} training.adapter", {name: claimed[name] for name in known}, known)
 
 
 def check_validation(results: Mapping[str, Any], copies: Copies) -> CheckResult:
@@ -207,7 +208,8 @@ def check_validation(results: Mapping[str, Any], copies: Copies) -> CheckResult:
     counts = {(one.examples, one.target_tokens) for one in found}
     if counts != {(rows["rows"], rows["target_tokens"])}:
         differences.append(Difference(VALIDATIONS, "all validation rows in each validation", "others"))
-    differences += find_differences(f"{RESULTS} training.validation", claimed, asdict(validation_record(found, **how)))
+    computed = asdict(validation_record(found, **how))
+    differences += find_differences(f"{RESULTS} training.validation", {"preference": {}} | dict(claimed), computed)
     if results["training"]["steps"] != found[-1].step:
         where = f"{RESULTS} training.steps"
         differences.append(Difference(where, show(results["training"]["steps"]), f"{found[-1].step} by the losses"))

@@ -44,16 +44,16 @@ def check_preferences(results: Mapping[str, Any], copies: Copies) -> CheckResult
     }
     claimed["reference"] = training.get("reference")
     differences = list(find_differences(f"{RESULTS} training", claimed, found))
-    rows = results["dataset"]["rows"]
+    rows, held = results["dataset"]["rows"], results["dataset"].get("validation")
     if method.reference:
-        differences += _check_reference(copies, rows)
+        differences += _check_reference(copies, rows + (held["rows"] if held else 0))
     elif LOG_PROBS in copies:
         differences.append(Difference(LOG_PROBS, "nothing: the method has no reference", "a file"))
     return CheckResult("preferences", f"{name}, {count(rows, 'row')}", tuple(differences))
 
 
 def _check_reference(copies: Copies, rows: int) -> list[Difference]:
-    """Every row has two log-probabilities: of both answers, or of an answer and a mismatched one."""
+    """Every row, those for validation behind the others, has the log-probabilities of two answers (see `Example`)."""
     if LOG_PROBS not in copies:
         return [Difference(LOG_PROBS, "the reference's log-probabilities", "nothing that can be read")]
     lines = copies[LOG_PROBS].read_bytes().splitlines()

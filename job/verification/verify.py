@@ -21,23 +21,31 @@ from job.errors import Problem, VerificationError
 from job.records import Artifact
 from job.results.inventory import is_evidence, is_leftover
 from job.results.reader import parse, read_bytes
-from job.runs.layout import ARTIFACTS, RESULTS
-from job.storage.open import ObjectStore, is_key
+from job.runs.layout import ARTIFACTS, FIRST_STAGE, RESULTS
+from job.storage.location import join
+from job.storage.open import ObjectStore, StorageOptions, is_key, open_store
 from job.verification import check_checkpoints
 from job.verification.check_exports import check_exports
 from job.verification.check_figures import check_cost, check_evaluation, check_gate, check_training, check_validation
+from job.verification.check_first_stage import check_first_stage
 from job.verification.check_history import check_attempts, check_settings, check_stages, fingerprint_of
 from job.verification.check_preferences import check_preferences
 from job.verification.differences import CheckResult, Difference, show
 from job.verification.fetch_files import fetch_files
 
+_DEFAULT = StorageOptions()
 
-def verify(store: ObjectStore, work: Path) -> list[CheckResult]:
-    """Checks a run.
+
+def verify(
+    store: ObjectStore, work: Path, storage: StorageOptions = _DEFAULT, *, nested: bool = False
+) -> list[CheckResult]:
+    """Checks a run; of one that trained in two stages, the first too.
 
     Args:
         store: The run's own.
         work: Folder for copies of the files.
+        storage: How to reach the store, for the first of two stages.
+        nested: Whether this is the first of two stages, which has none before it.
 
     Returns:
         The result of every check; only that of the manifest if it cannot be parsed.
@@ -54,6 +62,8 @@ def verify(store: ObjectStore, work: Path) -> list[CheckResult]:
             CheckResult("manifest", f"{len(data):,} bytes", (Difference(RESULTS, "the job's manifest", str(error)),))
         ]
     listed = {info.key: info.bytes for info in store.list()}
+    if results["training"].get("first_stage") and not nested:  # checked by itself
+        listed = {key: size for key, size in listed.items() if not key.startswith(FIRST_STAGE)}
     last = results["run"]["attempts"][-1]["number"]
     own, kept = ([Artifact(**entry) for entry in results[group]] for group in ("artifacts", "evidence"))
     copies, wrong = fetch_files(store, own, listed, work)
@@ -87,7 +97,14 @@ def verify(store: ObjectStore, work: Path) -> list[CheckResult]:
         check_stages(results, copies, run),
         attempts,
         check_checkpoints.check_checkpoints(results, found, copies, [*marker_wrong, *states_wrong], run),
+        *(() if nested else check_first_stage(results, store, lambda: _verify_first_stage(store, work, storage))),
     ]
+
+
+def _verify_first_stage(store: ObjectStore, work: Path, storage: StorageOptions) -> list[CheckResult]:
+    folder = work / FIRST_STAGE
+    folder.mkdir(exist_ok=True)
+    return verify(open_store(join(store.uri, FIRST_STAGE.rstrip("/")), storage), folder, storage, nested=True)
 
 
 def _seal(data: bytes) -> tuple[Difference, ...]:

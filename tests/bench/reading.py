@@ -78,11 +78,10 @@ def measure(how: str, path: Path, processes: int) -> str:
         ).examples.lengths
     seconds, grown = time.monotonic() - began, (_peak() - peak) / 1e6
     own, others = (now - before for now, before in zip(_worked(), worked, strict=True))
-    return (
-        f"{how}: {len(lengths):,} rows, {sum(lengths):,} tokens, {seconds:.1f} s, {len(lengths) / seconds:,.0f} rows/s,"
-        f" {len(lengths) / (own + others):,.0f} per second of CPU time ({own:.1f} s here, {others:.1f} s in others),"
-        f" {grown:,.0f} MB more here, {largest / 1e6:,.0f} MB in the largest other"
-    )
+    speed = f"{len(lengths) / seconds:,.0f} rows/s, {len(lengths) / (own + others):,.0f} a second of processor time"
+    work = f"{own:.1f} s of it here, {others:.1f} s elsewhere"
+    memory = f"{grown:,.0f} MB more here, {largest / 1e6:,.0f} MB in the largest other"
+    return f"{how}: {len(lengths):,} rows, {sum(lengths):,} tokens, {seconds:.1f} s, {speed} ({work}), {memory}"
 
 
 def _peak() -> int:

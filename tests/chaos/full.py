@@ -1,4 +1,7 @@
-"""`make chaos`: a hundred runs, each killed at random points, against an undisturbed one. Prints what happened."""
+"""`make chaos`: a hundred runs, each killed at random points, against undisturbed ones. Prints what happened.
+
+The runs take the configurations of `small.CONFIGURATIONS` in turn.
+"""
 
 from __future__ import annotations
 
@@ -12,57 +15,87 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.chaos.harness import Outcome, preload, run_until_done
-from tests.chaos.small import settings, validation
+from tests.chaos.small import CONFIGURATIONS, settings
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """A configuration, and its run that was left alone: what it published, and the seconds that it took."""
+
+    environment: Mapping[str, str]
+    facts: Mapping[str, str]
+    span: float
+    told: str
 
 
 def main() -> int:
     """Runs the chaos and prints the table; exit code 1 if a single run differs."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=100)
+    parser.add_argument("--first", type=int, default=0, help="number of the first run, to go on where others ended")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--validate", action="store_true", help="runs that stop early and keep the best adapter")
+    parser.add_argument("--only", choices=CONFIGURATIONS, help="runs of one configuration")
+    parser.add_argument("--validate", action="store_const", dest="only", const="early-stopping", help="early stopping")
     chosen = parser.parse_args()
     preload()  # first of all: it keeps torch from starting threads
-    with tempfile.TemporaryDirectory(prefix="qlora-job-chaos-") as name:
-        folder = Path(name)
-        environment = settings(folder)
-        if chosen.validate:
-            environment = {**settings(folder, rows=20, questions=8), **validation(folder)}
-        began = time.monotonic()
-        whole = run_until_done(environment, "whole", folder, _Never(), 0)
-        span = time.monotonic() - began
-        print(f"undisturbed: {span:.1f} s, {len(whole.facts)} artefacts{_stopped(folder) if chosen.validate else ''}")
-        outcomes = []
-        for number in range(chosen.runs):
-            run = f"run-{number:03d}"
-            # a base evaluation is shared between runs of one output: every run shall do its own
-            output = folder / "out" / run
+    names = [chosen.only] if chosen.only else list(CONFIGURATIONS)
+    known: dict[str, Undisturbed] = {}
+    outcomes: list[tuple[str, Outcome]] = []
+    with tempfile.TemporaryDirectory(prefix="qlora-job-chaos-") as temporary:
+        folder = Path(temporary)
+        for number in range(chosen.first, chosen.first + chosen.runs):
+            name, run = names[number % len(names)], f"run-{number:03d}"
+            if name not in known:
+                known[name] = _undisturbed(name, folder)
+                print(f"{name}, undisturbed: {known[name].span:.1f} s, {known[name].told}", flush=True)
+            whole, output = known[name], folder / "out" / run
             outcome = run_until_done(
-                {**environment, "JOB_RUN__OUTPUT": str(output)},
+                # a base evaluation is shared between runs of one output: every run shall do its own
+                {**whole.environment, "JOB_RUN__OUTPUT": str(output)},
                 run,
                 folder,
                 random.Random(f"{chosen.seed} {number}"),
-                span,
+                whole.span,
             )
-            outcomes.append(outcome)
+            outcomes.append((name, outcome))
             shutil.rmtree(output, ignore_errors=True)
-            same = outcome.facts == whole.facts
-            print(f"{run}: {len(outcome.kills)} kills, {'same' if same else 'DIFFERENT'}", flush=True)
-    return report(whole, outcomes)
+            same = "same" if outcome.facts == whole.facts else "DIFFERENT"
+            print(f"{run}, {name}: {len(outcome.kills)} kills, {same}", flush=True)
+    return report(known, outcomes)
 
 
-def _stopped(folder: Path) -> str:
-    """Where the undisturbed run stopped, which all others have to do as well."""
-    found = json.loads((folder / "out/whole/results.json").read_bytes())["training"]["validation"]
-    assert found["stopped_early"]
-    assert found["kept_step"] > 0
-    last = found["best_step"] + found["stale"] * found["every_steps"]
-    return f", stopped after step {last} of {found['planned_steps']}, the adapter of step {found['kept_step']} kept"
+def _undisturbed(name: str, folder: Path) -> Undisturbed:
+    """Runs a configuration twice without a kill: the first run warms caches, so the time of the second one counts.
+
+    Raises:
+        AssertionError: The two differ, or the run does not stop early where that is what is tried.
+    """
+    own = folder / name.replace(",", "-")
+    own.mkdir()
+    found: list[tuple[float, Outcome]] = []
+    for turn in ("one", "two"):
+        environment = settings(own, rows=20, questions=8) if name == "early-stopping" else settings(own)
+        environment |= {**CONFIGURATIONS[name](own), "JOB_RUN__OUTPUT": str(own / turn)}
+        began = time.monotonic()
+        outcome = run_until_done(environment, "whole", own, _Never(), 0)
+        found.append((time.monotonic() - began, outcome))
+    (_, one), (span, two) = found
+    assert one.facts == two.facts, f"two undisturbed runs of {name} differ"
+    results = json.loads((own / "two/whole/results.json").read_bytes())
+    told = f"{len(two.facts)} artifacts, {results['training']['steps']} steps"
+    if name == "early-stopping":
+        validated = results["training"]["validation"]
+        assert validated["stopped_early"]
+        assert validated["kept_step"] > 0
+        told += f" of {validated['planned_steps']}, the adapter of step {validated['kept_step']} kept"
+    return Undisturbed(environment, two.facts, span, told)
 
 
 class _Never(random.Random):
@@ -73,21 +106,24 @@ class _Never(random.Random):
         return 1e9
 
 
-def report(whole: Outcome, outcomes: list[Outcome]) -> int:
+def report(known: Mapping[str, Undisturbed], outcomes: list[tuple[str, Outcome]]) -> int:
     """Prints where the kills fell and what they cost."""
-    kills = [kill for outcome in outcomes for kill in outcome.kills]
-    repeated = [attempt.repeated_steps for outcome in outcomes for attempt in outcome.attempts]
+    kills = [kill for _, outcome in outcomes for kill in outcome.kills]
+    repeated = [attempt.repeated_steps for _, outcome in outcomes for attempt in outcome.attempts]
     table = Counter((kill.stage, signal.Signals(kill.number).name) for kill in kills)
     print(f"\n{'stage':<18}{'SIGKILL':>9}{'SIGTERM':>9}")
     for stage in sorted({stage for stage, _ in table}):
         print(f"{stage:<18}{table[stage, 'SIGKILL']:>9}{table[stage, 'SIGTERM']:>9}")
     print(f"{'all':<18}{len(kills):>18}")
     durable = sum(kill.status == os.EX_TEMPFAIL for kill in kills)
-    same = sum(outcome.facts == whole.facts for outcome in outcomes)
+    same = Counter(name for name, outcome in outcomes if outcome.facts == known[name].facts)
     print(f"ended by SIGTERM with exit code 75: {durable}")
+    print(f"runs that were killed at least once: {sum(bool(outcome.kills) for _, outcome in outcomes)}")
     print(f"steps repeated: {sum(repeated)} in all, {max(repeated, default=0)} at worst in one attempt")
-    print(f"same adapter, metrics and evaluation records as the undisturbed run: {same} of {len(outcomes)}")
-    return 0 if same == len(outcomes) else 1
+    print("same adapter, metrics and evaluation records as the undisturbed run:")
+    for name, total in Counter(name for name, _ in outcomes).items():
+        print(f"  {name:<16}{same[name]} of {total}")
+    return 0 if same.total() == len(outcomes) else 1
 
 
 if __name__ == "__main__":

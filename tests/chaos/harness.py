@@ -61,14 +61,14 @@ def run_until_done(environment: Mapping[str, str], run: str, folder: Path, draw:
         run: The run's id.
         folder: Where the attempts' logs go.
         draw: Decides when and how each attempt is killed.
-        span: Seconds that an undisturbed run takes; kills fall anywhere in it, and sometimes after its end.
+        span: Seconds that an undisturbed run takes; kills fall anywhere in it, and in later attempts after its end.
     """
     kills: list[Kill] = []
     for number in range(1, MAX_ATTEMPTS + 1):
         log = folder / f"{run}-{number:02d}.log"
         child = start_attempt({**environment, "JOB_RUN__ID": run}, log)
-        # The more often it was hit, the longer it is left alone, so that every run comes to an end.
-        after = draw.uniform(0, span * (1 + 0.3 * number))
+        # Within the first attempt's time, so that nearly every run is hit; then later and later, so that each ends.
+        after = draw.uniform(0, span * (0.9 + 0.3 * (number - 1)))
         blow = draw.choice([signal.SIGKILL, signal.SIGTERM])
         status = _wait(child, after)
         if status is None:

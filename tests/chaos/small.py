@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from tests.helpers import alpaca_rows, arc_rows, make_base, write_jsonl
@@ -55,3 +56,66 @@ def validation(folder: Path) -> dict[str, str]:
         "JOB_TRAIN__SCHEDULER": "constant",
         "JOB_TRAIN__LOSS_ON": "completion",
     }
+
+
+def preferences(folder: Path) -> dict[str, str]:
+    """Writes pairs and labelled answers; returns what a run adds to `settings` that learns the pairs by DPO.
+
+    Four pairs are held out, and the adapter of the best validation is kept.
+    """
+    answers = [(row["instruction"], row["output"], f"It is {97 * n % 61}.") for n, row in enumerate(alpaca_rows(24))]
+    pairs = [{"prompt": prompt, "chosen": good, "rejected": bad} for prompt, good, bad in answers]
+    labelled = [
+        {"prompt": prompt, "completion": good if n % 2 else bad, "label": n % 2 == 1}
+        for n, (prompt, good, bad) in enumerate(answers)
+    ]
+    write_jsonl(folder / "labelled.jsonl", labelled)
+    return {
+        "JOB_DATA__SOURCE": str(write_jsonl(folder / "pairs.jsonl", pairs)),
+        "JOB_DATA__VALIDATION": "4",
+        "JOB_TRAIN__METHOD": "dpo",
+        "JOB_TRAIN__VALIDATE_EVERY_STEPS": "2",
+        "JOB_TRAIN__KEEP": "best",
+    }
+
+
+def _of_other_method(method: str) -> Callable[[Path], dict[str, str]]:
+    """`preferences` by another method."""
+
+    def make(folder: Path) -> dict[str, str]:
+        rows = "labelled.jsonl" if method == "kto" else "pairs.jsonl"
+        return {**preferences(folder), "JOB_TRAIN__METHOD": method, "JOB_DATA__SOURCE": str(folder / rows)}
+
+    return make
+
+
+def _two_stages(folder: Path) -> dict[str, str]:
+    rows = str(write_jsonl(folder / "first.jsonl", alpaca_rows(12)))
+    return {**preferences(folder), "JOB_TRAIN__METHOD": "sft,dpo", "JOB_DATA__SFT_SOURCE": rows}
+
+
+def _train(**given: str) -> Callable[[Path], dict[str, str]]:
+    return lambda _folder: {f"JOB_TRAIN__{name}": value for name, value in given.items()}
+
+
+def _lora(**given: str) -> Callable[[Path], dict[str, str]]:
+    return lambda _folder: {f"JOB_LORA__{name}": value for name, value in given.items()}
+
+
+CONFIGURATIONS: Mapping[str, Callable[[Path], dict[str, str]]] = {
+    "plain": lambda _folder: {},
+    "early-stopping": validation,
+    "dpo": preferences,
+    "kto": _of_other_method("kto"),
+    "orpo": _of_other_method("orpo"),
+    "sft,dpo": _two_stages,
+    "stable-decay": _train(SCHEDULER="warmup_stable_decay", WARMUP_RATIO="0.2", MIN_LR_RATIO="0.1", MAX_GRAD_NORM="0"),
+    "noise": _train(NEFTUNE_NOISE_ALPHA="5", SCHEDULER="cosine", MIN_LR_RATIO="0.1", EPOCHS="1.5"),
+    "lion": _train(OPTIMIZER="lion_8bit"),
+    "muon": _train(OPTIMIZER="muon", LABEL_SMOOTHING="0.1"),
+    "ademamix": _train(OPTIMIZER="ademamix_8bit"),
+    "dora": _lora(USE_DORA="true", USE_RSLORA="true", INIT="gaussian", SEED="7"),
+    "pissa": _lora(INIT="pissa", RANK_PATTERN="q_proj=4"),
+    "adalora": _lora(KIND="adalora", TINIT="3", TFINAL="5", DELTA_T="2"),
+}
+"""What a run adds to `settings`, by name. To have `make chaos` draw another option, add a line."""

@@ -47,7 +47,7 @@ _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16}
 _ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 _MILD = {"initializer_range": 0.02}
 """For depths in which larger weights blow rounding up until nothing can be compared."""
-_SHARED = {"num_kv_shared_layers": LAYERS}
+_SHARED = {"num_kv_shared_layers": LAYERS, "num_hidden_layers": LAYERS}
 """A helper of another model's generation has no keys and values of its own."""
 _LEFT: dict[str, Any] = {"head_dim": None}
 """For classes that have no such argument, or a property in its place."""
@@ -73,6 +73,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "n_shared_experts": 1,
         "layer_types": ["full_attention", "sliding_attention"] * 2,
     },
+    "dory": {"n_input_layers": 2, "n_recurrent_layers": 4, "n_output_layers": 2, "num_hidden_layers": 8}
+    | {"layer_types": ["sliding_attention", "full_attention"] * 4},
     "emu3": {"vocabulary_map": {"<image>": 5, "<|extra_200|>": 6, "<|visual token 000000|>": 7}},
     "falcon": _LEFT,
     "falcon_h1": {**_MAMBA, "mamba_d_ssm": 128},
@@ -86,6 +88,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {**_MAMBA, "layer_types": ["linear_attention", "full_attention"] * 2},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16, "moe_topk": 2, "num_experts": 4},
+    "inkling2_loop_text": {"unpadded_vocab_size": VOCABULARY, "n_layers_per_attn_res_block": 1}
+    | {"loop_layer_index_start": 1, "loop_layer_index_end": 3},
     "kimi_linear": {"linear_head_dim": 16, "linear_num_heads": 4, "qk_head_dim": 24},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
@@ -126,7 +130,7 @@ def tiny_config(model_type: str) -> Any:
 
 def _shrunk(kind: Any, model_type: str) -> dict[str, Any]:
     """Arguments of a configuration class that make it small, its sub-configurations within."""
-    defaults = kind()
+    defaults = _defaults(kind, model_type)
     given: dict[str, Any] = {}
     for name, small in SMALL.items():
         real = kind.attribute_map.get(name, name) if hasattr(kind, "attribute_map") else name
@@ -151,6 +155,13 @@ def _shrunk(kind: Any, model_type: str) -> dict[str, Any]:
     renamed = getattr(kind, "attribute_map", {})
     computed = {n for n in given if isinstance(inspect.getattr_static(kind, renamed.get(n, n), None), property)}
     return {name: value for name, value in given.items() if value is not None and name not in computed}
+
+
+def _defaults(kind: Any, model_type: str) -> Any:
+    try:
+        return kind()
+    except Exception:  # noqa: BLE001 - a class that does not accept its own defaults
+        return kind(**SPECIAL.get(model_type, {}))
 
 
 def _value(config: Any, name: str) -> Any:

@@ -1,7 +1,7 @@
 """The job itself on a GPU, at Mistral-7B's shape: `python tests/gpu/job.py --alpaca FILE --arc FILE` prints JSON lines.
 
 A random base and a tokenizer made of the data; then a whole run, the same killed and resumed, the same with a neighbour
-that takes most of the memory when training begins, and one held to a small part of the GPU: artefacts bit by bit, how
+that takes most of the memory when training begins, and one held to a small part of the GPU: artifacts bit by bit, how
 training was carried out, target tokens a second, energy. `--tiny` tries the script itself on a CPU.
 """
 

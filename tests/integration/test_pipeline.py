@@ -334,7 +334,7 @@ def test_the_adapter_loads_plainly_and_answers_alike(inputs: Inputs, whole: Ende
 
 
 def test_the_same_command_twice_gives_the_same_artifacts(inputs: Inputs, whole: Ended) -> None:
-    """Another run elsewhere, with nothing to reuse: every artefact has the same hash, times and ids apart."""
+    """Another run elsewhere, with nothing to reuse: every artifact has the same hash, times and ids apart."""
     again = run(inputs, "again", "elsewhere")
     assert again.code == 0
     assert artifacts(again.results) == artifacts(whole.results)
@@ -345,7 +345,7 @@ def test_the_same_command_twice_gives_the_same_artifacts(inputs: Inputs, whole: 
 
 
 def test_a_preempted_run_ends_as_the_undisturbed_one(inputs: Inputs, whole: Ended) -> None:
-    """SIGTERM while training: exit 75. The same command again: exit 0, the same artefacts, no stage done twice.
+    """SIGTERM while training: exit 75. The same command again: exit 0, the same artifacts, no stage done twice.
 
     It is tracked, which changes nothing, and costs are counted over both attempts, each at its own price.
     """
@@ -394,7 +394,7 @@ def test_a_finished_run_is_not_run_again(inputs: Inputs, whole: Ended) -> None:
 
 
 def test_a_manifest_that_says_more_than_is_there(inputs: Inputs, whole: Ended) -> None:
-    """A copy of a finished run that lacks files is finished again, with the same artefacts, from what it has."""
+    """A copy of a finished run that lacks files is finished again, with the same artifacts, from what it has."""
     copy = Path(shutil.copytree(whole.run, whole.run.with_name("copied")))
     for lost in ("artifacts/adapter/adapter_model.safetensors", "artifacts/evaluation/arc_easy.base.jsonl"):
         (copy / lost).unlink()

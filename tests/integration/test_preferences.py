@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from job.runs.layout import LOG_PROBS, facts_of
+from job.runs.layout import LOG_PROBS, METRICS, REPORT, VALIDATIONS, facts_of
 from job.storage.open import open_store
-from job.verification.verify import require_verified, verify
+from job.verification.verify import as_lines, require_verified, verify
 from tests.forked import Forks
 from tests.helpers import arc_rows, write_jsonl
 from tests.integration.test_processes import CLOSE, EXACT, go, metrics, results, run_folder
@@ -67,17 +67,23 @@ def forked(tmp_path_factory: pytest.TempPathFactory) -> Forks:
 
 
 @pytest.mark.parametrize("method", ["dpo", pytest.param("kto", marks=pytest.mark.long)])
-def test_two_processes_and_kills_change_no_bit(forked: Forks, environment: dict[str, str], method: str) -> None:
-    """NF4, dropout, 8-bit Adam, 2 processes: killed twice, a run ends with the artifacts of one that was not."""
+def test_two_processes_and_kills_change_no_bit(
+    forked: Forks, environment: dict[str, str], method: str, tmp_path: Path
+) -> None:
+    """NF4, dropout, 8-bit Adam, 2 processes, validation: killed twice, a run ends with the artifacts of a whole one."""
     changes = {**EXACT, "JOB_TRAIN__METHOD": method, "JOB_RUN__OUTPUT": f"{environment['JOB_RUN__OUTPUT']}-{method}"}
     changes["JOB_DATA__SOURCE"] = str(Path(environment["JOB_DATA__SOURCE"]).with_name(f"{method}.jsonl"))
+    changes |= {"JOB_DATA__VALIDATION": "3", "JOB_TRAIN__KEEP": "best"}
     assert go(forked, environment, "whole", 2, **changes) == [0, 0]
     faults = "kill@upload=3,kill@step=5"
     codes = [go(forked, environment, "killed", 2, **changes, JOB_FAULT=faults) for _ in range(3)]
     assert codes[-1] == [0, 0]
     assert codes[0][0] == codes[1][0] == -9
     assert facts_of(results(changes, "killed")) == facts_of(results(changes, "whole"))
-    assert LOG_PROBS in facts_of(results(changes, "whole"))
+    found = results(changes, "whole")
+    assert {LOG_PROBS, VALIDATIONS} <= facts_of(found).keys()
+    assert "rewards/margins" in found["training"]["validation"]["preference"]
+    require_verified(verify(open_store(str(run_folder(changes, "whole"))), tmp_path))
 
 
 @pytest.mark.long
@@ -196,14 +202,23 @@ def test_two_methods_in_one_run(forked: Forks, environment: dict[str, str], tmp_
         codes.append(go(forked, environment, "killed", 2, **changes, JOB_FAULT="kill@step=3,kill@stage=train"))
         assert len(codes) < 8
     assert [code[0] for code in codes] == [-9] * 4 + [0]
-    for stage in ("both", "both-sft"):
+    for stage in ("both", "both/sft"):
         assert facts_of(results(changes, stage.replace("both", "killed"))) == facts_of(results(changes, stage))
-    first, second = results(changes, "both-sft"), results(changes, "both")
+    first, second = results(changes, "both/sft"), results(changes, "both")
     assert (first["training"]["method"], first["training"]["steps"]) == ("sft", 4)
     assert (second["training"]["method"], second["training"]["reference"]) == ("dpo", "start")
     assert metrics(changes, "both")[0]["loss"] == pytest.approx(0.6931472, rel=1e-5)
-    for stage in ("both", "both-sft"):
-        require_verified(verify(open_store(str(run_folder(changes, stage))), tmp_path))
+    assert {path.name for path in Path(changes["JOB_RUN__OUTPUT"]).iterdir() if path.name[0] != "."} >= {"both"}
+    assert second["training"]["first_stage"]["steps"] == 4
+    assert first["run"]["part_of"] == second["run"]["id"]
+    store = open_store(str(run_folder(changes, "both")))
+    found = verify(store, tmp_path)
+    require_verified(found)
+    assert "sft: training" in {check.what for check in found}
+    assert b"Loss of the first stage" in (run_folder(changes, "both") / REPORT).read_bytes()
+    # Damage in the first stage is found by way of the second.
+    (run_folder(changes, "both") / "sft" / METRICS).write_bytes(b"")
+    assert any("sft/artifacts/metrics.jsonl" in line for line in as_lines(verify(store, tmp_path)))
 
 
 def test_rows_of_the_second_stage_are_checked_before_the_first(

@@ -60,7 +60,7 @@ def undisturbed(environment: dict[str, str]) -> dict[str, str]:
 
 def test_killed_in_every_stage(environment: dict[str, str], undisturbed: dict[str, str], tmp_path: Path) -> None:
     """Killed or stopped in each stage, in the middle of an upload, and after a step, a run ends with the same bits."""
-    faults = "kill@stage=evaluate-base,kill@step=4,kill@upload=9,sigterm@step=9,sigterm@stage=evaluate-adapter"
+    faults = "kill@stage=evaluate-base,kill@step=4,kill@upload=5,sigterm@step=9,sigterm@stage=evaluate-adapter"
     codes = []
     while not codes or codes[-1] != 0:
         done = attempt(environment, JOB_RUN__ID="hit", JOB_RUN__OUTPUT=str(tmp_path), JOB_FAULT=faults)

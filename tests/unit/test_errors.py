@@ -50,5 +50,7 @@ def test_a_place_is_named_by_its_setting() -> None:
     """The path follows the setting; errors that are not about data pass as they are."""
     with pytest.raises(DataError, match=r"^JOB_DATA__SOURCE: /x does not exist$"), named_by("JOB_DATA__SOURCE"):
         raise DataError([Problem("/x", "does not exist")])
+    with pytest.raises(SettingsError, match=r"^JOB_MODEL__ID: s3://b: no$"), named_by("JOB_MODEL__ID", ": "):
+        raise SettingsError([Problem("s3://b", "no")])
     with pytest.raises(Unreachable, match=r"^silence$"), named_by("JOB_DATA__SOURCE"):
         raise Unreachable("silence")

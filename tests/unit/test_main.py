@@ -61,6 +61,46 @@ def test_a_closed_output_changes_no_exit_code() -> None:
     assert ended(source).returncode == 4
 
 
+RESULT = "import sys; from job import log; sys.argv = ['job', '--version']\n"
+
+
+@pytest.mark.parametrize("problem", ["full", "nobody reads", "closed", "all closed"])
+def test_a_result_that_cannot_be_printed_is_no_bug(problem: str) -> None:
+    """On a full disk it is lost, which the log and the exit code say; where nobody reads it, nothing is."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    closed = {"closed": [1], "all closed": [0, 1, 2]}.get(problem, [])
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
+        out = full.fileno() if problem == "full" else writer
+        close = f"import os; [os.close(n) for n in {closed}]; sys.stdout = sys.stdout if {closed} == [] else None\n"
+        done = ended(RESULT + close, stdout=out)
+    os.close(writer)
+    assert done.returncode == (1 if problem == "full" else 0), done.stderr
+    assert "Traceback" not in done.stderr
+    assert ("cannot be printed" in done.stderr) == (problem == "full")
+
+
+def test_what_is_closed_is_not_given_to_the_next_file(tmp_path: Path) -> None:
+    """A file that the job opens never gets the number of a standard stream, where others would print into it."""
+    script = f"""
+import os
+for number in (0, 1, 2): os.close(number)
+def main():
+    with open({str(tmp_path / "file")!r}, "w") as file:
+        os.write(1, b"printed"); os.write(2, b"logged")
+        return file.fileno()
+cli.main = main"""
+    assert ended(script, stdout=subprocess.PIPE).returncode > 2
+    assert (tmp_path / "file").read_bytes() == b""
+
+
+def test_characters_without_bytes_are_printed_as_escapes() -> None:
+    """Where stdout is not UTF-8, or a name has none, a result is printed all the same."""
+    script = "sys.stdout.reconfigure(encoding='ascii')\nfrom job import log"
+    script += "\ncli.main = lambda: int(not log.print_result('caf\\xe9 \\udcff'))"
+    assert ended(script, stdout=subprocess.PIPE).stdout == "caf\\xe9 \\udcff"
+
+
 def test_nothing_is_looked_through_while_it_is_imported() -> None:
     """Until all is imported; then what was imported is left alone for good."""
     script = """

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from job.checkpoints import optimizer_state, trainer_state
-from job.common.optimizers import OPTIMIZERS, OptimizerSpec, substitute
+from job.common.optimizers import OPTIMIZERS, OptimizerSpec, substitute, trainer_name
 from job.common.resources import checkpoint_bytes
 from job.settings.schema import Train
+from job.training.flat_parameters import FlatParameters
+from job.training.muon import FlatMuon
 
 NUMBERS = 5000
 """More than the 4,096 from which bitsandbytes keeps a tensor's state in 8 bits; no multiple of a block."""
@@ -22,9 +24,12 @@ def make(name: str) -> tuple[Any, torch.nn.Parameter]:
     """The optimizer that Trainer makes of the name, after one step on a CPU, and what it optimizes."""
     from transformers import Trainer, TrainingArguments
 
-    kind, options = Trainer.get_optimizer_cls_and_kwargs(TrainingArguments(optim=name, use_cpu=True))
     parameter = torch.nn.Parameter(torch.ones(NUMBERS))
-    optimizer = kind([parameter], **options)
+    if name == "muon":
+        optimizer: Any = FlatMuon(parameter, lambda flat: [flat.view(50, -1)], lr=0.1, weight_decay=0.0)
+    else:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(TrainingArguments(optim=name, use_cpu=True))
+        optimizer = kind([parameter], **options)
     parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     return optimizer, parameter
@@ -51,7 +56,8 @@ def test_trainer_knows_every_entry_and_a_cpu_has_one_for_it(name: str, spec: Opt
     """A name that transformers does not know could not be made; what a CPU cannot run is replaced by what it can."""
     from transformers.training_args import OptimizerNames
 
-    assert name in {known.value for known in OptimizerNames}
+    assert trainer_name(name) in {known.value for known in OptimizerNames}
+    assert spec.own == (trainer_name(name) != name)
     assert ("cpu" in spec.devices) == (spec.on_cpu is None)
     assert "cpu" in OPTIMIZERS[substitute(name, "cpu")[0]].devices
 
@@ -76,3 +82,27 @@ def test_the_settings_offer_what_the_table_has() -> None:
         if re.search(r'"[a-z_]*adamw_(8bit|torch|32bit)|"8bit"', path.read_text(encoding="utf-8"))
     }
     assert naming == {"common/optimizers.py", "settings/schema.py"}
+
+
+def test_muon_on_the_flat_adapter_is_torchs_own() -> None:
+    """Three steps of changing learning rate on two matrices, the state saved and loaded in between: the same bits."""
+    torch.manual_seed(0)
+    start, gradients = [torch.randn(8, 64), torch.randn(32, 8)], [torch.randn(3, 8, 64), torch.randn(3, 32, 8)]
+    theirs = [torch.nn.Parameter(matrix.clone()) for matrix in start]
+    reference = torch.optim.Muon(theirs, lr=0.1, weight_decay=0.2, adjust_lr_fn="match_rms_adamw")
+    mine = [torch.nn.Parameter(matrix.clone()) for matrix in start]
+    flat = FlatParameters(mine, 256)
+    optimizer = FlatMuon(flat.whole, flat.views, lr=0.1, weight_decay=0.2)
+    for step in range(3):
+        flat.clear()
+        for index, parameter in enumerate(mine):
+            theirs[index].grad = gradients[index][step].clone()
+            assert parameter.grad is not None
+            parameter.grad.copy_(gradients[index][step])
+        for one in (reference, optimizer):
+            one.param_groups[0]["lr"] = 0.1 / (step + 1)
+            one.step()
+        saved = trainer_state.split_optimizer_state(optimizer.state_dict())
+        optimizer = FlatMuon(flat.whole, flat.views, lr=1.0, weight_decay=0.2)
+        optimizer.load_state_dict(trainer_state.join_optimizer_state(*saved))
+        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))

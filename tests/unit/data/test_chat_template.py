@@ -42,12 +42,13 @@ def test_the_text_is_that_of_transformers(template: str) -> None:
 
 @pytest.mark.usefixtures("cold")
 def test_the_date_is_the_one_that_is_given() -> None:
-    """A template that asks for today gets the given day at its start, whatever day it is."""
-    tokenizer = toy_tokenizer("{{ strftime_now('%d %b %Y %H:%M') }}")
+    """A template gets the given day at its start for today, and the same lot each time where it draws one."""
+    tokenizer = toy_tokenizer("{{ strftime_now('%d %b %Y %H:%M') }}{{ range(99999) | random if messages[1:] }}")
     assert uses_date(tokenizer)
     assert not uses_date(toy_tokenizer(CHATML))
     with open_template(tokenizer, "2020-02-29") as render:
         assert render([ASK]) == "29 Feb 2020 00:00"
+        assert render([ASK, ANSWER]) == render([ASK, ANSWER])
 
 
 @pytest.mark.parametrize(

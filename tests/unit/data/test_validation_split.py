@@ -195,6 +195,43 @@ def test_the_system_prompt_does_not_make_rows_alike(tmp_path: Path, tokenizer: A
     assert len(held) == 10
 
 
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_no_prompt_is_on_both_sides(tmp_path: Path, tokenizer: Any, method: str) -> None:
+    """All answers to a prompt are held out together; labelled ones get their mismatched answer from their own side."""
+    prompts = [f"Question {n}: {text(n, 6)}?" for n in range(12)]
+    path, rows = (
+        tmp_path / "rows.jsonl",
+        [(prompt, f" answer {n} of {m}") for n, prompt in enumerate(prompts) for m in range(2)],
+    )
+    if method == "dpo":
+        write_jsonl(path, [{"prompt": p, "chosen": answer, "rejected": f"{answer}, or not"} for p, answer in rows])
+    else:
+        labelled = [{"prompt": p, "completion": a, "label": n % 2 == 0} for n, (p, a) in enumerate(rows)]
+        write_jsonl(path, labelled)
+    folder = tmp_path / "tokens"
+    folder.mkdir()
+    for where in ({}, {"folder": folder}):
+        sides = load(path, 6, tokenizer, method=method, **where)
+        asked = [
+            {tuple(one.input_ids[: one.targets.index(True)]) for example in side for one in example.sequences}
+            for side in sides[:2]
+        ]
+        assert [len(side) for side in sides[:2]] == [18, 6]
+        assert [len(side) for side in asked] == [9, 3]
+        assert not asked[0] & asked[1]
+        if method == "kto":
+            answers = [
+                [
+                    {one.input_ids[one.targets.index(True) :] for one in column}
+                    for column in zip(*(example.sequences for example in side), strict=True)
+                ]
+                for side in sides[:2]
+            ]
+            assert all(own == mismatched for own, mismatched in answers)
+        assert sides[2].validation is not None
+        assert sides[2].validation.target_tokens == sum(sum(example.targets) for example in sides[1])
+
+
 def test_a_source_of_its_own(tmp_path: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:
     """Nothing is held out of training; what is in both is counted and warned of."""
     path = write_jsonl(tmp_path / "rows.jsonl", alpaca_rows(30))

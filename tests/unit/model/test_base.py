@@ -14,9 +14,17 @@ import torch
 from job.errors import DataError, SettingsError
 from job.evaluation.scoring import score_sequence
 from job.model.adapter_files import CONFIG_KEYS, load_adapter, portable_config, save_adapter
-from job.model.base import choose_device, choose_dtype, describe_model, load_base, load_tokenizer
+from job.model.base import (
+    choose_device,
+    choose_dtype,
+    describe_model,
+    load_base,
+    load_tokenizer,
+    recompute_activations,
+)
 from job.model.files import fingerprint
 from job.model.lora import adapter_off, add_adapter, trainable
+from job.model.packed_attention import Segment, build_layout
 from job.model.quantized_cache.cache import save
 from job.model.quantized_cache.layout import entry_at
 from job.model.tokenizer_files import copy_tokenizer, tokenizer_files
@@ -322,6 +330,19 @@ def test_the_fingerprint_covers_weights_configuration_and_tokenizer(base_folder:
     assert len(seen) == 4
 
 
+def test_a_tokenizer_draws_nothing(base_folder: Path, tmp_path: Path) -> None:
+    """Dropout of a tokenizer's merges is switched off: a text has the same tokens in every attempt."""
+    shutil.copytree(base_folder, tmp_path / "base")
+    path = tmp_path / "base" / "tokenizer.json"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    found["model"]["dropout"] = 0.9
+    path.write_text(json.dumps(found), encoding="utf-8")
+    text = "which is the answer of them " * 5
+    expected = load_tokenizer(base_folder)(text).input_ids
+    tokenizer = load_tokenizer(tmp_path / "base")
+    assert [tokenizer(text).input_ids for _ in range(3)] == [expected] * 3
+
+
 def test_a_tokenizer_without_an_end_is_refused(base_folder: Path, tmp_path: Path) -> None:
     """Nothing could end: said before any training."""
     tokenizer = load_tokenizer(base_folder)
@@ -329,3 +350,14 @@ def test_a_tokenizer_without_an_end_is_refused(base_folder: Path, tmp_path: Path
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(SettingsError, match="no end-of-sequence token"):
         load_tokenizer(tmp_path)
+
+
+def test_recomputing_asks_no_gradient_of_the_embeddings(base_folder: Path) -> None:
+    """A model that adds to its embeddings in place, as BLT does, can be trained with recomputed activations."""
+    model = make_model(base_folder)
+    recompute_activations(model, on=True)
+    embeddings = model.get_base_model().get_input_embeddings()
+    embeddings.register_forward_hook(lambda _module, _inputs, output: output.add_(1.0))
+    model.train()
+    model(input_ids=torch.tensor([[5, 6, 7]]), layout=build_layout([Segment(0, 3)], CPU)).logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in trainable(model).values())

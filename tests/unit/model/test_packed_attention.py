@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from job.model.packed_attention import Layout, Segment, Unpackable, _has_kernel, build_layout, packed_attention
+from job.model.packed_attention import (
+    Layout,
+    Segment,
+    Unpackable,
+    _has_kernel,
+    _varlen_kernel,
+    build_layout,
+    packed_attention,
+)
 
 CPU = torch.device("cpu")
 ALONE = [Segment(0, 5), Segment(5, 6), Segment(6, 17)]
@@ -265,3 +273,29 @@ def test_values_may_be_narrower_than_keys() -> None:
     value = torch.randn(1, 4, 17, 5, dtype=torch.float64)
     found = attend(query, key, value, build_layout(ALONE, CPU))
     torch.testing.assert_close(found, textbook(query, key, value, ALONE))
+
+
+def test_the_kernel_is_flashs_whatever_torch_prefers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch 2.15 would take cuDNN's kernel in a CUDA graph, where queries and keys have the same offsets."""
+    from torch.nn.attention import varlen
+
+    allowed: list[tuple[bool, bool]] = []
+
+    def kernel(query: torch.Tensor, *_: Any, enable_gqa: bool = True, **__: Any) -> torch.Tensor:
+        assert enable_gqa
+        allowed.append((torch._C._get_flash_sdp_enabled(), torch._C._get_cudnn_sdp_enabled()))
+        return query
+
+    monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    inputs = [torch.randn(1, 2, 4, 8) for _ in range(3)]
+    _varlen_kernel(*inputs, build_layout([Segment(0, 4)], CPU), None, None)
+    assert allowed == [(True, not hasattr(varlen, "_select_backend"))]
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}], ids=["plain", "soft cap"])
+def test_the_output_lies_as_transformers_own_does(options: dict[str, float]) -> None:
+    """Contiguous: AFMoE, JetMoE and others take a view of it."""
+    found = packed_attention(
+        torch.nn.Module(), *rows(4, 2, 17, torch.float32), None, layout=build_layout(ALONE, CPU), **options
+    )[0]
+    assert found.is_contiguous()

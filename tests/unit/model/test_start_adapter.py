@@ -78,7 +78,7 @@ WRONG: dict[str, tuple[Callable[[Path], None], type[JobError], str]] = {
     "another method": (config(peft_type="IA3"), SettingsError, "only LoRA"),
     "DoRA": (config(use_dora=True), SettingsError, "JOB_LORA__USE_DORA"),
     "rank by layer": (config(rank_pattern={"q_proj": 4}), SettingsError, "JOB_LORA__RANK_PATTERN"),
-    "whole modules": (config(modules_to_save=["lm_head"]), SettingsError, "modules_to_save"),
+    "whole modules": (config(modules_to_save=["lm_head"]), SettingsError, "JOB_LORA__MODULES_TO_SAVE"),
     "changed base": (config(init_lora_weights="pissa"), SettingsError, "changes the base"),
     "pickle": (pickled, DataError, "pickle"),
     "no configuration": (lambda folder: (folder / CONFIG).unlink(), DataError, CONFIG),

@@ -191,3 +191,17 @@ def test_validations_take_time() -> None:
     assert shown["validations"] == 10
     assert shown["validation, all"] > 0
     assert not any("validation" in figure.name for figure in estimates(RUN))
+
+
+def test_a_first_stage_takes_time() -> None:
+    """A first stage is counted with its own start; the base answers once for both."""
+    gpu = BY_NAME["H200"]
+    alone = forecast_gpu(gpu, RUN, REFERENCE).hours or 0
+    both = replace(RUN, first_stage=replace(RUN, download_bytes=0))
+    scoring = memory_model.evaluation_flops(REFERENCE, RUN.questions.tokens, RUN.questions.reads)  # type: ignore[union-attr]
+    first = alone - scoring / (memory_model.UTILISATION * gpu.flops) / 3600
+    assert forecast_gpu(gpu, both, REFERENCE).hours == pytest.approx(alone + first, rel=1e-6)
+    shown = {figure.name: figure.value for figure in estimates(both)}
+    assert shown["optimizer steps, first stage"] == WORK.steps
+    longer = replace(both, first_stage=replace(RUN, workload=replace(WORK, longest=10**6, largest_step=10**6)))
+    assert not forecast_gpu(gpu, longer, REFERENCE).fits

@@ -136,6 +136,21 @@ def test_the_figures_are_those_of_the_run(given: Path) -> None:
     assert figures["longest example"] == record.longest
 
 
+def test_both_stages_are_planned(given: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The rows of each stage are checked and counted, and so is the pass by the reference."""
+    answers = [{"prompt": row["instruction"], "chosen": row["output"], "rejected": "No."} for row in alpaca_rows(24)]
+    pairs = write_jsonl(given / "pairs.jsonl", answers)
+    words = ["--train.method=sft,dpo", f"--data.source={pairs}", "--train.sft_epochs=3"]
+    code, plan, _ = planned(capsys, *words, f"--data.sft_source={given / 'rows.jsonl'}")
+    figures = {figure["name"]: figure["value"] for figure in plan["figures"]}
+    assert code == 0
+    assert states(plan)["first stage"] == "ok"
+    assert (figures["optimizer steps, first stage"], figures["optimizer steps"]) == (15, 6)
+    assert figures["reference, once"] > 0
+    code, plan, _ = planned(capsys, *words, f"--data.sft_source={pairs}")
+    assert (code, states(plan)["first stage"]) == (65, "wrong")
+
+
 def test_what_is_wrong_is_told_with_everything_else(given: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Bad rows, a layer that there is not, bad questions: all are found in one go; the exit code is the gravest's."""
     write_jsonl(given / "rows.jsonl", [*alpaca_rows(3), {"instruction": "x"}])

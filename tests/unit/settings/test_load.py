@@ -33,7 +33,7 @@ from job.settings.load import (
 )
 from job.settings.presets import PRESETS
 from job.settings.schema import NAMES
-from job.settings.training_stages import split_stages, start_of
+from job.settings.training_stages import folder_of, split_stages, start_of
 
 SECRET = "hf_qWertYuiOpAsdFghJkl"
 EPOCHS = "train.epochs"
@@ -437,12 +437,14 @@ BAD_VALUES: list[tuple[str, list[str]]] = [
     ("lora.rank", ["0", "-1", "1.5", "sixteen", "9" * 5000]),
     ("lora.alpha", ["0", "-16"]),
     ("lora.dropout", ["1", "-0.1", "nan", "1e400"]),
+    ("lora.modules_to_save", ["lm_head,lm_head", "lm_head,,", "[1]"]),
+    ("model.add_tokens", ["<a>,<a>", "<a>,,", "[", '{"a": 1}']),
     ("lora.layers", ["3-1", "a", "1,1", "1-", "-1"]),
     ("lora.rank_pattern", ["q_proj", "q_proj=0", "q_proj=x", "q_proj=1,q_proj=2", "(=4", "{"]),
     ("lora.alpha_pattern", ["q_proj=-1"]),
     ("lora.use_rslora", ["maybe"]),
     ("lora.use_dora", ["2"]),
-    ("lora.init", ["pissa_niter_x", "loftq", "eva", "orthogonal"]),  # the last needs an unquantized base
+    ("lora.init", ["pissa_niter_x", "loftQ", "eva_2", "orthogonal"]),  # the last needs an unquantized base
     ("lora.seed", ["-1"]),
     ("lora.kind", ["loha"]),
     ("lora.init_rank", ["0", "24"]),  # the last has no effect without AdaLoRA
@@ -805,6 +807,8 @@ class TestCombinations:
         whole = load_settings(["--gate.on=merged", "--export.formats=merged", "--gate.min_delta=0"], {})
         assert (whole.export.formats, whole.export.merge_onto) == (("merged",), "best")
         assert load_settings(["--export.formats="], {}).export.formats == ()
+        whole_modules = problems(["--export.formats=merged", "--lora.modules_to_save=lm_head"])
+        assert "JOB_LORA__MODULES_TO_SAVE" in whole_modules["JOB_EXPORT__FORMATS (command line)"]
 
     def test_gates_that_contradict_each_other(self) -> None:
         """Allowing a loss of 5 points and forbidding one of 1 cannot both be meant."""
@@ -842,6 +846,11 @@ class TestMethods:
         assert f"{name} (command line)" in problems(["--lora.start=adapter", *given])
         assert f"{name} (command line)" in problems(["--train.method=sft,dpo", "--data.sft_source=a.jsonl", *given])
 
+    @pytest.mark.parametrize("given", ["--lora.use_dora=true", "--lora.kind=adalora"])
+    def test_muon_is_for_matrices(self, given: str) -> None:
+        """What trains vectors is refused before anything is loaded."""
+        assert "JOB_TRAIN__OPTIMIZER (command line)" in problems(["--train.optimizer=muon", given])
+
     def test_rows_that_the_method_cannot_learn_from(self) -> None:
         """A format by name is checked before any file is read."""
         found = problems(["--train.method=dpo", "--data.format=alpaca"])["JOB_DATA__FORMAT (command line)"]
@@ -863,9 +872,17 @@ class TestMethods:
         assert (first.export.formats, second.export.formats) == ((), ("merged",))
         assert (start_of(first, "artifacts/adapter"), start_of(second, "artifacts/adapter")) == (
             None,
-            "out/x-sft/artifacts/adapter",
+            "out/x/sft/artifacts/adapter",
         )
+        assert (folder_of(first), folder_of(second)) == ("out/x/sft", "out/x")
         assert split_stages(first) == (first,)
+
+    def test_the_longest_id_has_a_first_stage(self) -> None:
+        """The first stage's id is still a valid one."""
+        given = ["--train.method=sft,dpo", "--data.sft_source=a.jsonl", f"--run.id={'x' * 128}"]
+        first, whole = split_stages(load_settings(given, {}))
+        assert (len(first.run.id), len(whole.run.id)) == (128, 128)
+        assert folder_of(first) == f"{folder_of(whole)}/sft"
 
     def test_the_demo_of_preferences_needs_no_network(self) -> None:
         """It is the demo with pairs in place of instructions."""

@@ -213,5 +213,5 @@ def test_what_cannot_be_exported_is_refused_before_training(
         with pytest.raises(Unreachable, match="of disk are free"):
             check_export(attempt, world.settings(), base, loaded)
         loaded.model.peft_config["default"].modules_to_save = ["lm_head"]
-        with pytest.raises(SettingsError, match="JOB_EXPORT__FORMATS: the adapter has biases or whole modules"):
+        with pytest.raises(SettingsError, match="JOB_EXPORT__FORMATS: the adapter has biases, whole modules or tokens"):
             check_export(attempt, world.settings(), base, loaded)

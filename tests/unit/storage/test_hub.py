@@ -6,18 +6,19 @@ import errno
 import hashlib
 import json
 import os
+import ssl
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
-from job.errors import AccessDenied, DataError, SettingsError, Unreachable
-from job.storage.hub import hub_errors
+from job.errors import AccessDenied, DataError, JobError, SettingsError, Unreachable
+from job.storage.hub import download_model, hub_errors, import_client
 from tests import warm
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -247,6 +248,19 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[object]]:
 def test_a_model_is_fetched_without_pickles_and_code(models: dict[str, list[object]]) -> None:
     """The folder has weights and configuration; pickled weights and a repository's code stay where they are."""
     assert models["model"] == [COMMIT, ["config.json", "model.safetensors"]]
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "merges.txt"])
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    """A pipe, a device or a link to nothing in a model's folder is named; other names there do not matter."""
+    (tmp_path / "other").symlink_to("/nowhere/at/all")
+    (tmp_path / f"{name}.txt").symlink_to(__file__)
+    assert download_model(str(tmp_path), None) == (tmp_path, None)
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda path: path.symlink_to(path)):
+        make(tmp_path / name)
+        with pytest.raises(DataError, match=f"{name} is no regular file"):
+            download_model(str(tmp_path), None)
+        (tmp_path / name).unlink()
 
 
 def test_a_cached_model_needs_no_hub(models: dict[str, list[object]]) -> None:
@@ -490,6 +504,51 @@ def test_translating_an_error_imports_nothing() -> None:
         [sys.executable, "-c", IMPORTS_CLIENT], capture_output=True, text=True, check=True, timeout=60
     )
     assert done.stdout.strip() == "[]"
+
+
+def bad_certificates(path: str) -> None:
+    """What a client does whose file of certificates is none."""
+    ssl.create_default_context(cafile=path)
+
+
+def no_address() -> None:
+    """What a client does with an address that is none."""
+    raise type("UnsupportedProtocol", (Exception,), {"__module__": "httpx"})("no http://")
+
+
+def no_package() -> None:
+    """What a client does with a proxy for which its package is not installed."""
+    raise ImportError("Using SOCKS proxy, but the 'socksio' package is not installed.")
+
+
+NONSENSE: dict[str, tuple[Callable[[], object], type[JobError], str]] = {
+    "certificates missing": (lambda: bad_certificates("/nowhere.pem"), SettingsError, "SSL_CERT_FILE"),
+    "certificates that are none": (lambda: bad_certificates(__file__), SettingsError, "SSL_CERT_FILE"),
+    "endpoint that is no address": (no_address, SettingsError, "HF_ENDPOINT"),
+    "SOCKS proxy": (no_package, SettingsError, "ALL_PROXY"),
+    "token in no encoding": (lambda: "hf_ä".encode("ascii"), AccessDenied, "HF_TOKEN"),
+    "cache below a file": (lambda: Path(__file__, "token").read_text(encoding="utf-8"), SettingsError, "HF_HOME"),
+    "token file that is a folder": (lambda: Path("/").read_text(encoding="utf-8"), SettingsError, "HF_HOME"),
+}
+
+
+@pytest.mark.parametrize("case", NONSENSE)
+def test_nonsense_of_the_environment_is_told_as_what_it_is(case: str) -> None:
+    """Addresses, certificates and tokens that are none are never a bug, nor an answer of the hub that is awaited."""
+    act, error, words = NONSENSE[case]
+    with pytest.raises(error, match=words), hub_errors("model some/model"):
+        act()
+
+
+def test_variables_that_make_no_sense_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's library reads some of its variables when it is imported, and fails on them: code 2, with the words."""
+
+    def read_variables(_name: str) -> None:
+        int("ten seconds")
+
+    monkeypatch.setattr("job.storage.hub.import_module", read_variables)
+    with pytest.raises(SettingsError, match=r"HF_ variable: makes no sense: .*ten seconds"):
+        import_client()
 
 
 def test_a_cache_that_cannot_be_written_is_a_setting(tmp_path: Path) -> None:

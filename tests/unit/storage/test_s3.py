@@ -541,6 +541,7 @@ threading.Thread(target=late).start()
     assert [(info.key, info.bytes) for info in real.list()] == [("late", 20 * MIB)]
 
 
+CREDENTIALS_ONLY = {name: CREDENTIALS[name] for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
 ROLES = {
     "IRSA": {"AWS_ROLE_ARN": "arn:aws:iam::1:role/r", "AWS_WEB_IDENTITY_TOKEN_FILE": "{token}"},
     "Pod Identity": {
@@ -561,8 +562,48 @@ def test_a_token_file_that_cannot_be_read_is_a_denial(
     for name, value in ROLES[role].items():
         monkeypatch.setenv(name, value.format(token=tmp_path / "token"))
     (tmp_path / "token").mkdir()  # what cannot be opened, whoever asks
-    with pytest.raises(AccessDenied, match=r"token cannot be read.*fsGroup"):
+    with pytest.raises(AccessDenied, match=r"token, which cannot be read.*fsGroup"):
         open_store(URI).read("a")
+
+
+NONSENSE: dict[str, tuple[dict[str, str], type[JobError], str]] = {
+    "a token that is no text": (ROLES["IRSA"], AccessDenied, "make no sense"),
+    "a pod's token that is no text": (ROLES["Pod Identity"], AccessDenied, "make no sense"),
+    "a host that gives no credentials": (
+        {"AWS_CONTAINER_CREDENTIALS_FULL_URI": "http://evil.example/"},
+        AccessDenied,
+        "Unsupported host",
+    ),
+    "a process that prints no JSON": ({"AWS_CONFIG_FILE": "{process}"}, AccessDenied, "make no sense"),
+    "a region that is none": ({"AWS_REGION": "", "AWS_DEFAULT_REGION": ""}, SettingsError, "JOB_STORAGE__REGION"),
+    "a style that is none": ({"AWS_CONFIG_FILE": "{style}", **CREDENTIALS_ONLY}, SettingsError, "addressing style"),
+    "a number that is none": ({"AWS_METADATA_SERVICE_NUM_ATTEMPTS": "x"}, SettingsError, "AWS's own settings"),
+    "a key with a line break": (
+        {"AWS_ACCESS_KEY_ID": "key\n", "AWS_SECRET_ACCESS_KEY": "s"},
+        AccessDenied,
+        "line break",
+    ),
+    "a session with a line break": ({**CREDENTIALS_ONLY, "AWS_SESSION_TOKEN": "a\nb"}, AccessDenied, "line break"),
+}
+
+
+@pytest.mark.parametrize("case", NONSENSE)
+def test_nonsense_of_the_environment_is_told_as_what_it_is(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Credentials are code 77, settings of AWS's own code 2, never a bug or another setting; no secret is printed."""
+    (tmp_path / "token").write_bytes(b"\xff\xfe")
+    (tmp_path / "process").write_text("[default]\ncredential_process = echo hello\n", encoding="utf-8")
+    (tmp_path / "style").write_text("[default]\ns3 =\n  addressing_style = evil\n", encoding="utf-8")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    environ, error, words = NONSENSE[case]
+    url = "http://127.0.0.1:9" if "line break" in case else None
+    for name, value in {"AWS_REGION": "us-east-1", **environ}.items():
+        monkeypatch.setenv(name, value.format(**{one.name: one for one in tmp_path.iterdir()}))
+    with pytest.raises(error, match=words) as caught:
+        open_store(URI, StorageOptions(endpoint_url=url, retries=1, timeout_seconds=2)).read("a")
+    assert "b'" not in str(caught.value)
 
 
 def test_an_unreadable_file_of_ours_is_no_denial(real: ObjectStore, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def make_pairs(count: int) -> list[Example]:
 def make_labelled(count: int) -> list[Example]:
     """Answers with labels, each with a mismatched answer behind it."""
     first = [replace(pair.sequences[0], desirable=index % 3 != 0) for index, pair in enumerate(make_pairs(count))]
-    return with_partners(first, epoch_order(3, count, 0), 512)
+    return list(with_partners(first, [epoch_order(3, count, 0)], 512))
 
 
 def with_references(model: Any, examples: Sequence[Example]) -> list[Example]:
@@ -108,10 +108,10 @@ def split(example: Example) -> tuple[list[int], list[list[int]]]:
     return list(example.input_ids[:at]), [list(one.input_ids[at:]) for one in example.sequences]
 
 
-def trl_step(
+def trl_trainer(
     method: str, base_folder: Path, folder: Path, examples: Sequence[Example], **options: Any
-) -> tuple[float, dict[str, float], dict[str, torch.Tensor]]:
-    """Loss, metrics and gradient of TRL's own trainer, with its own collator, on the same tokens."""
+) -> tuple[Any, list[dict[str, Any]]]:
+    """TRL's own trainer with the same adapter, and the same tokens as its rows; all of them are one batch."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
@@ -121,6 +121,7 @@ def trl_step(
     arguments = config(
         output_dir=str(folder),
         per_device_train_batch_size=len(examples),
+        per_device_eval_batch_size=len(examples),
         max_length=None if method != "orpo" else 512,
         bf16=False,
         use_cpu=True,
@@ -153,6 +154,14 @@ def trl_step(
                 row[f"{side}_input_ids"] = ids = prompt + answer
                 row |= {f"{side}_attention_mask": [1] * len(ids), f"{side}_labels": [-100] * len(prompt) + answer}
             rows.append(row)
+    return trainer, rows
+
+
+def trl_step(
+    method: str, base_folder: Path, folder: Path, examples: Sequence[Example], **options: Any
+) -> tuple[float, dict[str, float], dict[str, torch.Tensor]]:
+    """Loss, metrics and gradient of TRL's own trainer, with its own collator, on the same tokens."""
+    trainer, rows = trl_trainer(method, base_folder, folder, examples, **options)
     inputs = trainer.data_collator(rows)
     trainer.model.eval()
     if method == "orpo":

@@ -31,7 +31,7 @@ from job.training import packing
 from job.training.config import Hooks, Recipe, Trained, step_seed, total_steps
 from job.training.packing import packed_inputs
 from job.training.trainer import train
-from tests.helpers import EOS, LINEAR, PAD, fill_adapter, make_examples, make_model
+from tests.helpers import EOS, LINEAR, PAD, fill_adapter, make_examples, make_model, with_new_tokens
 
 EXAMPLES = make_examples(8)
 RECIPE = Recipe(
@@ -422,6 +422,9 @@ ADAPTERS = {
     "pissa": AdapterOptions(init="pissa"),
     "olora": AdapterOptions(init="olora"),
     "adalora": AdapterOptions(kind="adalora", adalora=ADALORA),
+    "orthogonal": AdapterOptions(init="orthogonal"),
+    "pissa_niter_16": AdapterOptions(init="pissa_niter_16"),
+    "new tokens, a module whole": AdapterOptions(added_tokens=("<ask>", "<tell>"), modules_to_save=("norm",)),
 }
 
 
@@ -442,12 +445,15 @@ def test_every_adapter_resumes_exactly(base_folder: Path, tokenizer: Any, tmp_pa
     Of AdaLoRA in each of its phases: steps 2, 3 and 4 take ranks away, 5 does so for the last time.
     """
     recipe, made = replace(RESUMED, optimizer="adamw_8bit"), []
+    examples = with_new_tokens(LONGER, len(ADAPTERS[name].added_tokens))
+    how: dict[str, Any] = {"rank": 8, "options": ADAPTERS[name]}
+    how["quantization"] = "none" if name == "orthogonal" else "nf4"
     for part, stop_after in (("whole", None), ("stopped", at), ("resumed", None)):
-        model = make_model(base_folder, quantization="nf4", rank=8, options=ADAPTERS[name])
+        model = make_model(base_folder, **how)
         resume = made[-1][2] if part == "resumed" else None
         if resume is not None:
             fill_adapter(model)
-        trained, saved = run(model, tokenizer, LONGER, recipe, tmp_path / part, stop_after=stop_after, resume=resume)
+        trained, saved = run(model, tokenizer, examples, recipe, tmp_path / part, stop_after=stop_after, resume=resume)
         validate_trainer_state(saved[-1], trained.history[-1].step)
         made.append((adapter_hash(model), facts(trained), saved[-1], model.peft_config["default"].rank_pattern))
     whole, stopped, resumed = made

@@ -59,6 +59,7 @@ def run(
     recipe: Recipe = RECIPE,
     *,
     resume: Path | None = None,
+    examples: Sequence[Example] = EXAMPLES,
     held_out: Sequence[Example] = HELD_OUT,
     plan: ExecutionPlan = PLAN,
     **hooks: Any,
@@ -69,7 +70,7 @@ def run(
     made = train(
         model,
         tokenizer,
-        EXAMPLES,
+        examples,
         recipe=recipe,
         plan=plan,
         hooks=Hooks(**hooks),

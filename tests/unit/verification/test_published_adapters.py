@@ -23,6 +23,7 @@ OPTIONS = {
     "dora": AdapterOptions(use_dora=True),
     "pissa": AdapterOptions(init="pissa"),
     "adalora": AdapterOptions(kind="adalora", adalora=ADALORA),
+    "whole": AdapterOptions(modules_to_save=("lm_head",), added_tokens=("<ask>", "<tell>")),
 }
 STATE = "checkpoints/adapter.safetensors"
 FOLDER = "artifacts/adapter/"
@@ -56,7 +57,8 @@ def test_the_published_adapter_is_the_last_checkpoints(base_folder: Path, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("name", "ranks"), [("plain", 8 * 14), ("dora", 8 * 14), ("pissa", 16 * 14), ("adalora", 8 * 14)]
+    ("name", "ranks"),
+    [("plain", 8 * 14), ("dora", 8 * 14), ("pissa", 16 * 14), ("adalora", 8 * 14), ("whole", 8 * 14)],
 )
 def test_the_manifest_says_what_the_file_holds(base_folder: Path, tmp_path: Path, name: str, ranks: int) -> None:
     """Kind, options, modules, ranks and numbers follow from the files; another claim is a difference."""
@@ -66,8 +68,11 @@ def test_the_manifest_says_what_the_file_holds(base_folder: Path, tmp_path: Path
     assert found["kind"] == ("adalora" if name == "adalora" else "lora")
     assert found["ranks"] == ranks if name != "adalora" else found["ranks"] <= 12 * 14
     assert found["parameters"] == sum(tensor.numel() for tensor in load_file(copies[FOLDER + WEIGHTS]).values())
+    assert (found["modules_to_save"], found["trained_tokens"]) == ((["lm_head"], 2) if name == "whole" else ([], 0))
     claimed = {**found, "init": "default"}
     assert not list(_adapter(claimed, copies))
+    earlier = {name: value for name, value in claimed.items() if name not in {"modules_to_save", "trained_tokens"}}
+    assert not list(_adapter(earlier, copies))  # of a version that did not know them
     (difference,) = _adapter({**claimed, "ranks": found["ranks"] + 1}, copies)
     assert "ranks" in str(difference)
     copies[FOLDER + CONFIG].write_text("[]")

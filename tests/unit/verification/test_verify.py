@@ -241,7 +241,7 @@ def test_metrics_that_are_no_metrics(run: Path, check: Checker) -> None:
 
 
 def test_files_that_nobody_vouches_for_are_named(run: Path, check: Checker) -> None:
-    """An extra file among the artefacts, in the run's folder, or in a whole checkpoint's."""
+    """An extra file among the artifacts, in the run's folder, or in a whole checkpoint's."""
     for name in ("artifacts/adapter/adapter_model.bin", "notes.txt", "checkpoints/step-00000004/0002/more", "x\n.txt"):
         path = run / name
         path.write_bytes(b"1234")

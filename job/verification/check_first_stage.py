@@ -1,0 +1,86 @@
+"""The first stage of a run that trained in two: verified as the whole run that it is, and named by the second.
+
+Its own checks come with the name of its folder before them, so that one call of `verify` says all of both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+from job.common.methods import FIRST_STAGE, METHODS
+from job.errors import SettingsError, VerificationError
+from job.results.first_stage import adapter_hash, first_stage_record
+from job.results.reader import parse
+from job.runs.layout import RESULTS
+from job.storage.open import ObjectStore, TooLarge
+from job.verification.differences import CheckResult, Difference, find_differences, show
+
+_PLACE = f"{FIRST_STAGE}/{RESULTS}"
+_CLAIM = f"{RESULTS} training.first_stage"
+
+
+def check_first_stage(
+    results: Mapping[str, Any], store: ObjectStore, verify_it: Callable[[], list[CheckResult]]
+) -> list[CheckResult]:
+    """What the manifest says of the first stage is what that published, and that verifies.
+
+    Args:
+        results: The manifest of the whole.
+        store: Its store.
+        verify_it: Makes all checks of the first stage.
+
+    Returns:
+        Nothing where there is one stage.
+    """
+    claimed = results["training"].get("first_stage")
+    chosen = str(results["settings"].get("train.method", {}).get("value", "sft"))
+    stages = [name for name in chosen.split(",") if name in METHODS]
+    if claimed is None:
+        wrong = [Difference(_CLAIM, "nothing", f"train.method {show(chosen)}")] if len(stages) > 1 else []
+        return [CheckResult("first stage", "", tuple(wrong))] if wrong else []
+    differences = list(_compared(results, claimed, store))
+    if len(stages) < 2:  # noqa: PLR2004 - two stages
+        differences.append(Difference(_CLAIM, "a first stage", f"train.method {show(chosen)}"))
+    extent = f"{show(claimed['method'])}, {claimed['steps']} steps, in {FIRST_STAGE}"
+    return [CheckResult("first stage", extent, tuple(differences)), *_below(verify_it)]
+
+
+def _compared(results: Mapping[str, Any], claimed: Mapping[str, Any], store: ObjectStore) -> Iterator[Difference]:
+    """Its manifest has the hash and the figures, and the adapter that the second stage started from."""
+    try:
+        stored = store.read(_PLACE)
+    except TooLarge as error:
+        yield Difference(_PLACE, "a manifest", str(error))
+        return
+    if stored is None:
+        yield Difference(_PLACE, "a file of the run", "nothing")
+        return
+    try:
+        first = parse(stored.data)
+        found = first_stage_record(first, stored.data)
+    except (KeyError, ValueError) as error:
+        yield Difference(_PLACE, "the job's manifest", str(error))
+        return
+    yield from find_differences(_CLAIM, claimed, asdict(found))
+    place = f"{RESULTS} training.start_sha256"
+    yield from find_differences(place, results["training"].get("start_sha256"), adapter_hash(first))
+    yield from find_differences(f"{_PLACE} run.part_of", first["run"].get("part_of"), results["run"]["id"])
+    model = [of["model"]["sha256"] for of in (first, results)]
+    yield from find_differences(f"{_PLACE} model.sha256", *model)
+
+
+def _below(verify_it: Callable[[], list[CheckResult]]) -> Iterator[CheckResult]:
+    try:
+        checks = verify_it()
+    except (SettingsError, VerificationError) as error:
+        yield CheckResult(f"{FIRST_STAGE}: manifest", "", (Difference(_PLACE, "a published run", str(error)),))
+        return
+    for check in checks:
+        yield replace(
+            check,
+            what=f"{FIRST_STAGE}: {check.what}",
+            differences=tuple(replace(one, where=f"{FIRST_STAGE}/{one.where}") for one in check.differences),
+            notes=tuple(f"{FIRST_STAGE}/{note}" for note in check.notes),
+        )
