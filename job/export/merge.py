@@ -30,7 +30,15 @@ import torch
 
 from job.errors import Problem, SettingsError, TrainingFailed
 from job.model.base import DTYPES, dtype_by_name, is_quantized
-from job.model.files import MAX_CONFIG_BYTES, build_empty, read_config, read_json, readable, weight_files
+from job.model.files import (
+    MAX_CONFIG_BYTES,
+    build_empty,
+    quantization_method,
+    read_config,
+    read_json,
+    readable,
+    weight_files,
+)
 from job.model.fused.frozen_weights import dequantized
 from job.model.tokenizer_files import copy_tokenizer
 
@@ -121,7 +129,7 @@ def candidates(model: Any, source: Path, asked: str) -> Candidates:
     """
     base = model.get_base_model()
     in_four_bits = any(is_quantized(module.weight) for _, module in _weighted(base))
-    published_quantized = getattr(read_config(source), "quantization_config", None) is not None
+    published_quantized = quantization_method(read_json(source / "config.json", MAX_CONFIG_BYTES)) is not None
     if asked == ORIGINAL and published_quantized:
         raise _refused("is original, and the base is published quantized only; take dequantized", "merge_onto")
     if asked == DEQUANTIZED and not in_four_bits:
@@ -162,18 +170,18 @@ def plan_merge(model: Any, source: Path) -> MergePlan:
     own = _main_dtype((shape, dtype) for _, shape, dtype in kept.values())
     target = base.dtype if own in _ROUNDED else own
     held_in = dtype_by_name(base, target)
+
+    def written_in(name: str, dtype: torch.dtype) -> torch.dtype:
+        if not dtype.is_floating_point:  # packed 4-bit weights, or a mask of the base's own
+            return target if name in modules else dtype
+        return held_in(parameters.get(name, name)) if own in _ROUNDED and dtype in _ROUNDED else dtype
+
     tensors = []
     for name, (file, shape, dtype) in kept.items():
-        module = modules.get(name)
-        transposed = False
-        if module is not None:
-            weight = empty.get_submodule(module).weight
-            transposed, shape = _is_conv1d(empty.get_submodule(module)), tuple(weight.shape)  # noqa: PLW2901 - unpacked
-        if not dtype.is_floating_point:  # packed 4-bit weights, or a mask of the base's own
-            dtype = target if module is not None else dtype  # noqa: PLW2901
-        elif own in _ROUNDED and dtype in _ROUNDED:
-            dtype = held_in(parameters.get(name, name))  # noqa: PLW2901
-        tensors.append(_Tensor(name, file, shape, dtype, module, transposed))
+        plain = empty.get_submodule(modules[name]) if name in modules else None
+        whole = shape if plain is None else tuple(plain.weight.shape)  # packed ones have another in the file
+        transposed = plain is not None and _is_conv1d(plain)
+        tensors.append(_Tensor(name, file, whole, written_in(name, dtype), modules.get(name), transposed))
     return MergePlan(source, tuple(tensors), target)
 
 
