@@ -72,7 +72,7 @@ class ExampleWriter:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        with self._stack, disk_errors(f"cannot write {self._path}"):
+        with disk_errors(f"cannot write {self._path}"), self._stack:
             if kind is None:
                 self._flush()
                 self._file.close()

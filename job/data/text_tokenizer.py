@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
+
+from job.errors import DataError, Problem
 
 _CHECKED = ("__call__", "_encode_plus", "_convert_encoding", "convert_ids_to_tokens")
 """Methods that a class may not have changed, if its tokenizer is called directly."""
@@ -98,8 +101,25 @@ def from_portable(text: str) -> TextTokenizer:
 
 def _encode(backend: Any, texts: Sequence[str], *, special: bool, places: bool) -> Sequence[Any]:
     encode = backend.encode_batch if places else backend.encode_batch_fast
-    encodings: Sequence[Any] = encode(list(texts), add_special_tokens=special)
+    with broken_tokenizer():
+        encodings: Sequence[Any] = encode(list(texts), add_special_tokens=special)
     return encodings
+
+
+@contextmanager
+def broken_tokenizer() -> Iterator[None]:
+    """Turns a panic of the `tokenizers` library, which no `except Exception` catches, into an error of the data.
+
+    Raises:
+        DataError: The tokenizer's file makes the library fail on a text.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        what = f"its tokenizer.json makes the tokenizer fail on a text: {str(error)[:200]}"
+        raise DataError([Problem("JOB_MODEL__ID", what)]) from None
 
 
 def _is_plain(tokenizer: Any) -> bool:

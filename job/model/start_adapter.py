@@ -34,7 +34,7 @@ def find_start(place: str, folder: Path, storage: StorageOptions) -> Path:
     """The folder of an adapter's files, downloaded where it is not local.
 
     Args:
-        place: A path, an `s3://` URI of a folder, or a hub id.
+        place: A path, an `s3://` URI of a folder, or a hub id, with `@` and a revision behind it or without.
         folder: Where to put what is downloaded from a store.
         storage: Options of the store.
 
@@ -49,8 +49,9 @@ def find_start(place: str, folder: Path, storage: StorageOptions) -> Path:
     else:
         from huggingface_hub import snapshot_download
 
+        name, _, revision = place.partition("@")
         with hub_errors(f"adapter {place}"):
-            found = Path(snapshot_download(place, allow_patterns=[CONFIG, WEIGHTS]))
+            found = Path(snapshot_download(name, revision=revision or None, allow_patterns=[CONFIG, WEIGHTS]))
     return _with_adapter(found, place)
 
 

@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar
 from uuid import uuid4
 
 from job.common import formatting
+from job.common.resources import usable_cpus
 from job.common.source_list import locate_sources, parse_sources
 from job.data.dataset import check_source, require_revision
 from job.data.examples import lengths_of
@@ -375,6 +376,7 @@ def preview_data(
         tokenizer=tokenizer or CharacterTokenizer(CHARACTERS_PER_TOKEN),
         name=source,
         on_example=keep,
+        processes=usable_cpus(),
         **reading,
     )
     what = f"{record.rows:,} rows in the schema {record.format}"

@@ -170,8 +170,9 @@ class Lora(Group):
     dropout: AffectsResult[Annotated[NotNegative, Field(lt=1)]] = 0.0
     """Dropout on the adapter's input. Anything but 0 needs the slower layers of PEFT."""
     start: AffectsResult[Maybe[Location]] = None
-    """Adapter to go on training, instead of a new one: hub id, `s3://` URI or path of a LoRA adapter in safetensors, of
-    the same rank, alpha and layers. Learning preferences, it is also the reference."""
+    """Adapter to go on training, instead of a new one: hub id (`org/name` or `org/name@revision`), `s3://` URI or path
+    of a LoRA adapter in safetensors, of the same rank, alpha and layers. Learning preferences, it is also the
+    reference."""
     target_modules: AffectsResult[Literal["auto", "all-linear", "attention", "mlp"] | Names] = "auto"
     """Names of the linear layers that get an adapter, such as `q_proj,v_proj`. `auto` or `all-linear`: all linear
     layers but the output head; in models like Llama and Mistral the seven projections of each decoder layer.

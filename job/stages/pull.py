@@ -21,6 +21,7 @@ from job.common.resources import check_disk, required_bytes, usable_cpus
 from job.common.source_list import Source, locate_sources, parse_sources
 from job.common.threads import in_thread
 from job.data.hub_dataset import check_hub_dataset
+from job.data.text_tokenizer import broken_tokenizer
 from job.data.token_cache import Tokens, load_tokens, open_tokens
 from job.data.training_and_validation import ValidationSource, what_to_validate_on
 from job.errors import DataError, JobError, Preempted, Problem, named_by
@@ -170,14 +171,15 @@ def _pull(
         if missing:
             _check_model(folder, settings)
             _check_hub(settings)
-        check_lengths(
-            tasks,
-            tokenizer,
-            limit=settings.eval.limit,
-            max_length=settings.train.max_length,
-            cut=settings.eval.long_questions == "cut",
-            vocabulary=vocabulary,
-        )
+        with broken_tokenizer():
+            check_lengths(
+                tasks,
+                tokenizer,
+                limit=settings.eval.limit,
+                max_length=settings.train.max_length,
+                cut=settings.eval.long_questions == "cut",
+                vocabulary=vocabulary,
+            )
         checked.set_result(None)
 
         def alive(*, progress: bool = True) -> None:

@@ -145,14 +145,25 @@ def translate(error: BaseException, what: str) -> JobError:
             return translate(inner, what)
     if isinstance(error, ClientError):
         return _translate_answer(error, what)
-    if isinstance(error, HTTPClientError) and "Invalid header value" in str(error):  # without its words, which hold it
-        return AccessDenied(f"{what}: a credential has a line break in it, or another character that is sent nowhere")
+    if (unsent := _unsent(error, what)) is not None:
+        return unsent
     message = f"{what}: {_words(error)}"
     if isinstance(error, _DENIED):
         return AccessDenied(message)
     if isinstance(error, _MISCONFIGURED):
         return SettingsError([Problem(what, _words(error))])
     return Unreachable(message)
+
+
+def _unsent(error: BaseException, what: str) -> JobError | None:
+    """The job's error for a request that no client can send; None for all others."""
+    if not isinstance(error, HTTPClientError):
+        return None
+    if "Invalid header value" in str(error):  # without its words, which hold it
+        return AccessDenied(f"{what}: a credential has a line break in it, or another character that is sent nowhere")
+    if "Failed to parse" in str(error):
+        return SettingsError([Problem("HTTP_PROXY or HTTPS_PROXY", "is no address of a proxy")])
+    return None
 
 
 def no_credentials(error: OSError | ValueError, what: str) -> AccessDenied | None:

@@ -24,6 +24,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.chaos.harness import Outcome, preload, run_until_done
 from tests.chaos.small import CONFIGURATIONS, settings
 
+KEPT = "undisturbed.json"
+
 
 @dataclass(frozen=True)
 class Undisturbed:
@@ -42,6 +44,7 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="number of the first run, to go on where others ended")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=CONFIGURATIONS, help="runs of one configuration")
+    parser.add_argument("--folder", type=Path, help="keeps what undisturbed runs published, for further calls")
     parser.add_argument("--validate", action="store_const", dest="only", const="early-stopping", help="early stopping")
     chosen = parser.parse_args()
     preload()  # first of all: it keeps torch from starting threads
@@ -50,10 +53,11 @@ def main() -> int:
     outcomes: list[tuple[str, Outcome]] = []
     with tempfile.TemporaryDirectory(prefix="qlora-job-chaos-") as temporary:
         folder = Path(temporary)
+        kept = folder if chosen.folder is None else chosen.folder.absolute()
         for number in range(chosen.first, chosen.first + chosen.runs):
             name, run = names[number % len(names)], f"run-{number:03d}"
             if name not in known:
-                known[name] = _undisturbed(name, folder)
+                known[name] = _undisturbed(name, kept)
                 print(f"{name}, undisturbed: {known[name].span:.1f} s, {known[name].told}", flush=True)
             whole, output = known[name], folder / "out" / run
             outcome = run_until_done(
@@ -78,11 +82,14 @@ def _undisturbed(name: str, folder: Path) -> Undisturbed:
         AssertionError: The two differ, or the run does not stop early where that is what is tried.
     """
     own = folder / name.replace(",", "-")
-    own.mkdir()
+    own.mkdir(parents=True, exist_ok=True)
+    environment = settings(own, rows=20, questions=8) if name == "early-stopping" else settings(own)
+    environment |= CONFIGURATIONS[name](own)
+    if (own / KEPT).exists():
+        return Undisturbed(environment, **json.loads((own / KEPT).read_bytes()))
     found: list[tuple[float, Outcome]] = []
     for turn in ("one", "two"):
-        environment = settings(own, rows=20, questions=8) if name == "early-stopping" else settings(own)
-        environment |= {**CONFIGURATIONS[name](own), "JOB_RUN__OUTPUT": str(own / turn)}
+        environment["JOB_RUN__OUTPUT"] = str(own / turn)
         began = time.monotonic()
         outcome = run_until_done(environment, "whole", own, _Never(), 0)
         found.append((time.monotonic() - began, outcome))
@@ -95,6 +102,7 @@ def _undisturbed(name: str, folder: Path) -> Undisturbed:
         assert validated["stopped_early"]
         assert validated["kept_step"] > 0
         told += f" of {validated['planned_steps']}, the adapter of step {validated['kept_step']} kept"
+    (own / KEPT).write_text(json.dumps({"facts": two.facts, "span": span, "told": told}), encoding="utf-8")
     return Undisturbed(environment, two.facts, span, told)
 
 

@@ -309,9 +309,6 @@ _TOKENIZER: Mapping[str, Change] = {
     "replaces nothing": lambda found: found.update(
         normalizer={"type": "Replace", "pattern": {"String": ""}, "content": "x" * 10**5}
     ),
-    "grows each letter": lambda found: found.update(
-        normalizer={"type": "Replace", "pattern": {"Regex": "."}, "content": "x" * 10**6}
-    ),
     "special tokens beyond the model": lambda found: found["post_processor"].update(
         special_tokens={"<s>": {"id": "<s>", "ids": [10**6], "tokens": ["<s>"]}}
     ),

@@ -75,7 +75,7 @@ def test_two_processes_and_kills_change_no_bit(
     changes["JOB_DATA__SOURCE"] = str(Path(environment["JOB_DATA__SOURCE"]).with_name(f"{method}.jsonl"))
     changes |= {"JOB_DATA__VALIDATION": "3", "JOB_TRAIN__KEEP": "best"}
     assert go(forked, environment, "whole", 2, **changes) == [0, 0]
-    faults = "kill@upload=3,kill@step=5"
+    faults = "kill@validation=2,kill@step=3"
     codes = [go(forked, environment, "killed", 2, **changes, JOB_FAULT=faults) for _ in range(3)]
     assert codes[-1] == [0, 0]
     assert codes[0][0] == codes[1][0] == -9

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
+from job.common import resources
 from job.common.resources import MARGIN_BYTES, check_disk, check_shared_memory, checkpoint_bytes, required_bytes
 from job.errors import Unreachable
 
@@ -93,3 +94,29 @@ def test_no_shared_memory_at_all_is_small(tmp_path: Path) -> None:
     """A machine without the folder has none of it."""
     assert not check_shared_memory(2, tmp_path / "nowhere")
     assert check_shared_memory(1, tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("files", "own", "cpus"),
+    [
+        ({}, "0::/\n", 8),
+        ({"cpu.max": "max 100000"}, "0::/\n", 8),
+        ({"cpu.max": "250000 100000"}, "0::/\n", 2),
+        ({"cpu.max": "50000 100000"}, "0::/\n", 1),
+        ({"pod/cpu.max": "600000 100000", "pod/job/cpu.max": "max 100000"}, "0::/pod/job\n", 6),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, "4:cpu,cpuacct:/\n", 8),
+        ({"cpu/a/cpu.cfs_quota_us": "300000", "cpu/a/cpu.cfs_period_us": "100000"}, "4:cpu,cpuacct:/a\n", 3),
+        ({"cpu.max": "nonsense"}, "nonsense", 8),
+    ],
+)
+def test_the_processors_are_those_that_may_be_used(
+    files: dict[str, str], own: str, cpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Affinity counts, and so do the quotas of all cgroups above the process, of both versions."""
+    monkeypatch.setattr(resources.os, "sched_getaffinity", lambda _: set(range(8)))
+    for name, text in files.items():
+        path = tmp_path / "groups" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    (tmp_path / "own").write_text(own)
+    assert resources.usable_cpus(tmp_path / "groups", tmp_path / "own") == cpus

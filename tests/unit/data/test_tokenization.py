@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from job.data.fields import Rendered
 from job.data.formats import RowError
 from job.data.text_tokenizer import text_tokenizer
 from job.data.tokenization import Encoded, LossOn, encode
+from job.errors import DataError
 from job.records import Example
 from tests.helpers import encoded
 from tests.toy_tokenizer import toy_tokenizer
@@ -181,3 +185,12 @@ def test_an_example_says_with_which_special_token_it_ends() -> None:
         ((item,),) = encode([row], text_tokenizer(toy_tokenizer()), loss_on="completion", **options)
         assert isinstance(item, Encoded)
         assert item.end == (None if end is None else toy_tokenizer().convert_tokens_to_ids(end))
+
+
+def test_a_tokenizer_that_breaks_down_is_an_error_of_the_data() -> None:
+    """Some files make the tokenizers' library panic, which is no ordinary exception: told as a model's fault."""
+    whole = json.loads(toy_tokenizer().backend_tokenizer.to_str())
+    broken = {**whole, "normalizer": {"type": "Replace", "pattern": {"String": ""}, "content": "xx"}}
+    tokenizer = type(toy_tokenizer())(tokenizer_object=Tokenizer.from_str(json.dumps(broken)), eos_token="</s>")
+    with pytest.raises(DataError, match=r"JOB_MODEL__ID.*fail on a text"):
+        text_tokenizer(tokenizer).encode(["a cat sat"], special=True, places=True)

@@ -109,8 +109,12 @@ def test_conversations_give_the_same(tmp_path: Path) -> None:
     assert one[1].rows == 20
 
 
-def test_pairs_give_the_same(tmp_path: Path) -> None:
-    """Pairs and labelled answers arrive whole."""
+def test_pairs_and_weights_give_the_same(tmp_path: Path) -> None:
+    """Pairs, labelled answers and the weights of rows arrive whole."""
+    weighted = lines(tmp_path / "w.jsonl", *({"text": f"row {n}", "weight": n / 7} for n in range(20)))
+    one, several = both(weighted, row_weights=True)
+    assert one == several
+    assert [example.weight for example in one[0]] == [n / 7 for n in range(20)]
     pairs = lines(
         tmp_path / "p.jsonl", *({"prompt": f"q{n}", "chosen": f"a{n}", "rejected": f"b{n}"} for n in range(20))
     )

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning:lm_eval.*",
 )
 
-FOLDERS = ("arc", "gsm8k", "wikitext", "truthfulqa")
+FOLDERS = ("arc", "glue", "gsm8k", "truthfulqa", "wikitext", "winogrande")
 """Of lm-eval's tasks."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,14 @@ from safetensors.torch import load_file, save_file
 
 from job.errors import DataError, JobError, SettingsError
 from job.model.adapter_files import save_adapter
+from job.model.adapter_options import AdapterOptions
 from job.model.lora import trainable
 from job.model.published_names import PublishedNames
 from job.model.start_adapter import CONFIG, WEIGHTS, check_start, find_start, hash_start, load_start
-from job.storage.open import StorageOptions
+from job.storage.open import StorageOptions, open_store
 from tests.helpers import fill_adapter, make_model
+from tests.s3_server import BUCKET, credentials, moto_server
+from tests.unit.storage.test_hub import COMMIT, OTHER, Hub, ask, serving
 
 NAMES = PublishedNames("")
 
@@ -98,6 +101,23 @@ def test_what_does_not_fit_is_refused_without_the_base(case: str, saved: Path, t
         check_start(find_start(str(folder), Path("unused"), StorageOptions()), rank=16, alpha=16)
 
 
+def test_modules_and_tokens_have_to_be_the_same(base_folder: Path, tmp_path: Path) -> None:
+    """An adapter with a whole module and rows of new tokens goes on as it is; other tokens or modules are refused."""
+    options = AdapterOptions(modules_to_save=("lm_head",), added_tokens=("<ask>", "<tell>"))
+    trained = fill_adapter(make_model(base_folder, options=options))
+    save_adapter(trained, tmp_path, base="base", revision=None, names=NAMES)
+    check_start(tmp_path, rank=16, alpha=16, options={"modules_to_save": ["lm_head"]})
+    model = make_model(base_folder, options=options)
+    load_start(model, tmp_path, NAMES)
+    expected = trainable(trained)
+    assert all(torch.equal(parameter, expected[name]) for name, parameter in trainable(model).items())
+    with pytest.raises(SettingsError, match=r"JOB_LORA__MODULES_TO_SAVE: is empty, and the adapter .* has lm_head"):
+        check_start(tmp_path, rank=16, alpha=16)
+    config(trainable_token_indices={"model.embed_tokens": [398, 399]})(tmp_path)
+    with pytest.raises(SettingsError, match="does not fit JOB_MODEL__ADD_TOKENS"):
+        load_start(model, tmp_path, NAMES)
+
+
 @pytest.mark.parametrize("change", [lambda t: t.popitem(), lambda t: t.update({"x": torch.zeros(1)})])
 def test_other_layers_are_refused(change: Any, saved: Path, base_folder: Path, tmp_path: Path) -> None:
     """A tensor too few or too many means another base or other target modules."""
@@ -121,3 +141,79 @@ def test_the_hash_is_over_both_files(saved: Path, tmp_path: Path) -> None:
         change(folder)
         found.add(hash_start(folder))
     assert len(found) == 3
+
+
+CLIENT = """
+import json, sys
+from pathlib import Path
+from job.errors import JobError
+from job.model.start_adapter import find_start, hash_start
+from job.storage.open import StorageOptions
+
+for place in json.loads(sys.argv[1]):
+    try:
+        print(json.dumps(hash_start(find_start(place, Path("unused"), StorageOptions()))))
+    except JobError as error:
+        print(json.dumps([type(error).__name__, str(error)]))
+"""
+"""In a process of its own: the hub's library reads its address when it is imported."""
+
+
+def test_an_adapter_of_the_hub_is_of_the_revision_that_is_named(saved: Path, tmp_path: Path) -> None:
+    """Behind `@` is a commit or a branch; without one it is the newest; a revision that is not there is named."""
+    older = Path(shutil.copytree(saved, tmp_path / "older"))
+    config(lora_alpha=32)(older)
+    commits = {COMMIT: saved, OTHER: older}
+    (saved / "README.md").write_text("card")
+
+    class Adapters(Hub):
+        """`some/adapter` with two commits."""
+
+        def do_GET(self) -> None:  # noqa: N802 - of http.server
+            """Answers for metadata, listings and files."""
+            path = self.path.split("?")[0]
+            commit = OTHER if OTHER in path else COMMIT
+            file = commits[commit] / path.rpartition("/")[2]
+            if path.endswith("/nothing"):
+                self._answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+            elif "/tree/" in path:
+                sizes = {found.name: found.stat().st_size for found in commits[commit].iterdir()}
+                listed = [{"type": "file", "path": name, "size": size, "oid": name} for name, size in sizes.items()]
+                self._answer(200, json.dumps(listed).encode())
+            elif path.startswith("/some/adapter/resolve/") and file.is_file():
+                etag = f'"{commit[:9]}{file.name}"'
+                self._answer(200, file.read_bytes(), {"ETag": etag, "X-Repo-Commit": commit})
+            elif path.startswith("/api/models/some/adapter"):
+                siblings = [{"rfilename": found.name} for found in commits[commit].iterdir()]
+                self._answer(200, json.dumps({"id": "some/adapter", "sha": commit, "siblings": siblings}).encode())
+            else:
+                super().do_GET()
+
+    places = ["some/adapter", f"some/adapter@{OTHER}", "some/adapter@main", "some/adapter@nothing", "some/missing"]
+    with serving(Adapters) as endpoint:
+        found = ask(endpoint, tmp_path / "home", *places, client=CLIENT)
+    assert found[:3] == [hash_start(saved), hash_start(older), hash_start(saved)]
+    assert found[3][0] == "DataError"
+    assert "some/adapter@nothing" in str(found[3][1])
+    assert found[4][0] == "AccessDenied"
+    assert not list((tmp_path / "home").rglob("README.md"))  # only what training needs
+
+
+@pytest.mark.usefixtures("_credentials")
+def test_an_adapter_in_a_store(saved: Path, tmp_path: Path) -> None:
+    """It is downloaded whole; a folder of nothing is refused with its address."""
+    with moto_server() as endpoint:
+        options = StorageOptions(endpoint_url=endpoint)
+        store = open_store(f"s3://{BUCKET}/runs/first/artifacts/adapter", options)
+        for name in (CONFIG, WEIGHTS):
+            store.upload(saved / name, name)
+        found = find_start(f"s3://{BUCKET}/runs/first/artifacts/adapter", tmp_path / "there", options)
+        assert hash_start(found) == hash_start(saved)
+        with pytest.raises(JobError, match=f"s3://{BUCKET}/runs/nothing"):
+            find_start(f"s3://{BUCKET}/runs/nothing", tmp_path / "nothing", options)
+
+
+@pytest.fixture
+def _credentials() -> Iterator[None]:
+    with credentials():
+        yield

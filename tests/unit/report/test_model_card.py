@@ -132,6 +132,18 @@ def test_the_code_in_it_is_code(made: dict[str, Any]) -> None:
     assert "PeftModel.from_pretrained(base," in block
 
 
+def test_new_tokens_need_room_in_the_base(made: dict[str, Any]) -> None:
+    """The code makes it before the adapter is loaded; a run without new tokens says nothing of it."""
+    text = model_card.render_model_card(
+        {**made, "model": {**made["model"], "added_tokens": ["<ask>", "<|a|>"]}}
+    ).decode()
+    block = text.partition("```python\n")[2].partition("```")[0]
+    compile(block, "card", "exec")
+    assert block.index("base.resize_token_embeddings(") < block.index("PeftModel.from_pretrained(base,")
+    assert "| new tokens | `<ask>`, " in text
+    assert "resize_token_embeddings" not in model_card.render_model_card(made).decode()
+
+
 def test_identical_runs_share_it(made: dict[str, Any]) -> None:
     """Neither the run's name nor any time, speed, price or place of reused scores is in it."""
     slower = results(

@@ -1158,8 +1158,3 @@ class TestValidation:
         """A revision without a hub id is refused."""
         found = problems([], {"JOB_DATA__VALIDATION_REVISION": "c0ffee", "JOB_DATA__VALIDATION": "0.1"})
         assert list(found) == ["JOB_DATA__VALIDATION_REVISION (environment)"]
-
-    def test_preferences_are_not_validated(self) -> None:
-        """Until there is a validation loss for them, asking for one is an error."""
-        found = problems([], {"JOB_DATA__VALIDATION": "0.1", "JOB_TRAIN__METHOD": "dpo"})
-        assert list(found) == ["JOB_DATA__VALIDATION (environment)"]

@@ -583,6 +583,7 @@ NONSENSE: dict[str, tuple[dict[str, str], type[JobError], str]] = {
         AccessDenied,
         "line break",
     ),
+    "a proxy that is no address": ({**CREDENTIALS_ONLY, "HTTP_PROXY": "::::"}, SettingsError, "PROXY"),
     "a session with a line break": ({**CREDENTIALS_ONLY, "AWS_SESSION_TOKEN": "a\nb"}, AccessDenied, "line break"),
 }
 
@@ -598,7 +599,7 @@ def test_nonsense_of_the_environment_is_told_as_what_it_is(
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name, raising=False)
     environ, error, words = NONSENSE[case]
-    url = "http://127.0.0.1:9" if "line break" in case else None
+    url = "http://127.0.0.1:9" if "line break" in case else "http://s3.example" if "proxy" in case else None
     for name, value in {"AWS_REGION": "us-east-1", **environ}.items():
         monkeypatch.setenv(name, value.format(**{one.name: one for one in tmp_path.iterdir()}))
     with pytest.raises(error, match=words) as caught:
