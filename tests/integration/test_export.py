@@ -19,7 +19,7 @@ from job.runs.layout import facts_of
 from job.verification.verify import require_verified, verify
 from tests import warm
 from tests.chaos.small import settings
-from tests.helpers import alpaca_rows, arc_rows, make_base, read_jsonl, write_jsonl
+from tests.helpers import arc_rows, make_base, read_jsonl, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -106,14 +106,13 @@ def test_a_merge_that_loses_the_gain_ends_with_3(tmp_path: Path) -> None:
     """The adapter passes the gate; merged into large bf16 weights it is rounded away, which the gate sees."""
     changes = _cancelling(tmp_path)
     environment = {**{n: v for n, v in os.environ.items() if not n.startswith("JOB_")}, **changes}
-    done = warm.run([], {**environment, "JOB_RUN__ID": "adapter"})
-    assert done.returncode == 0, done.stderr[-3000:]
     done = warm.run([], {**environment, "JOB_RUN__ID": "merged", "JOB_GATE__ON": "merged"})
     assert done.returncode == 3, done.stderr[-3000:]
     results = manifest(Path(changes["JOB_RUN__OUTPUT"]) / "merged")
     (export,) = results["exports"]
     task = results["evaluation"]["tasks"]["arc_easy"]
     assert task["verdict"] == "improved"
+    assert task["ci95"][0] > 0.01  # the adapter by itself would pass
     assert export["candidates"]["original"]["arc_easy"]["versus_adapter"]["acc"]["verdict"] == "regressed"
     assert results["gate"]["on"] == "merged"
     assert re.match(r"merged, arc_easy: acc may have gained only", results["gate"]["reasons"][0])
@@ -140,12 +139,14 @@ def _cancelling(folder: Path) -> Mapping[str, str]:
             elif "embed_tokens" in name:
                 weight.copy_(torch.cat([weight[:, :64], weight[:, :64]], dim=1))
     model.save_pretrained(folder / "base")
-    rows = [row | {"output": "it is the one"} for row in alpaca_rows(32)]
+    rows = [
+        {"prompt": f"Question: {row['question']}\nAnswer:", "completion": " of them all is"} for row in arc_rows(32)
+    ]
     asked = [
         {
             **row,
             "choices": {"text": ["it is the one", "of them all is"], "label": ["A", "B"]},
-            "answerKey": "A",
+            "answerKey": "B",
         }
         for row in arc_rows(40)
     ]
@@ -162,8 +163,8 @@ def _cancelling(folder: Path) -> Mapping[str, str]:
         "JOB_LORA__RANK": "64",
         "JOB_LORA__ALPHA": "64",
         "JOB_TRAIN__GLOBAL_BATCH_SIZE": "8",
-        "JOB_TRAIN__EPOCHS": "2",
-        "JOB_TRAIN__LEARNING_RATE": "2e-3",
+        "JOB_TRAIN__EPOCHS": "4",
+        "JOB_TRAIN__LEARNING_RATE": "5e-3",
         "JOB_TRAIN__MAX_LENGTH": "512",
         "JOB_TRAIN__LOSS_ON": "completion",
         "JOB_EXPORT__FORMATS": "merged",
