@@ -57,7 +57,7 @@ def test_eva_begins_as_pefts_own(base_folder: Path) -> None:
     assert set(config.target_modules) == set(LINEAR)
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "none"])
+@pytest.mark.parametrize("quantization", ["nf4", pytest.param("none", marks=pytest.mark.long)])
 def test_eva_is_the_same_every_time(base_folder: Path, quantization: str) -> None:
     """Bit for bit, whatever the adapter held before; and it changes nothing yet."""
     how: dict[str, Any] = {"quantization": quantization, "rank": 4, "options": FEW}

@@ -59,7 +59,7 @@ def sequence(options: AdapterOptions) -> torch.Tensor:
     return torch.arange(380, VOCABULARY + len(options.added_tokens))[None]
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "none"])
+@pytest.mark.parametrize("quantization", ["nf4", pytest.param("none", marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", [*CASES, "tokens, tied"])
 def test_peft_loads_what_was_trained(
     base_folder: Path, tied_folder: Path, tmp_path: Path, name: str, quantization: str
@@ -125,7 +125,7 @@ def test_parameters_are_counted_without_weights(base_folder: Path, tied_folder: 
     assert "JOB_" in (options.not_fused or "")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.long), torch.bfloat16])
 @pytest.mark.parametrize("name", [*CASES, "tokens, tied"])
 def test_packed_sequences_train_them(base_folder: Path, tied_folder: Path, name: str, dtype: torch.dtype) -> None:
     """Loss and gradient of a packed sequence, head and embedding included, are those of the examples alone."""
