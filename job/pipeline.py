@@ -1,4 +1,4 @@
-"""The job from start to end: pull, load, evaluate the base, train, evaluate the adapter, publish.
+"""The job from start to end: pull, load, evaluate the base, train, evaluate the adapter, export, publish.
 
 `run` calls the stages of `job/stages` in this order; `job/stages/handoff.py` defines what one stage passes to the next.
 A stage that an earlier attempt finished is not repeated: `Attempt.stage` reads its record from the store.
@@ -22,7 +22,7 @@ from job.model.base import choose_device
 from job.model.quantized_cache.cache import publishing
 from job.platforms.detect import Delivery
 from job.preemption.stop_flag import Stop
-from job.records import Evaluated, ModelRecord, Packing, Pulled, Trained
+from job.records import Evaluated, Exported, ModelRecord, Packing, Pulled, Trained
 from job.results import manifest
 from job.results.baseline import check_prompts
 from job.results.completed import read_complete, require_gate, withdraw_incomplete
@@ -113,8 +113,16 @@ def _run_stage(
             base = _evaluate_base(attempt, settings, sources, loaded)
             trained = _train(attempt, settings, sources, loaded)
             adapter = _evaluate_adapter(attempt, settings, sources, loaded, trained)
+            exported = _export(attempt, settings, sources, loaded, trained)
             results = _publish(
-                attempt, settings, sources, model=loaded.record, base=base, trained=trained, adapter=adapter
+                attempt,
+                settings,
+                sources,
+                model=loaded.record,
+                base=base,
+                trained=trained,
+                adapter=adapter,
+                exported=exported,
             )
         track.results(results)
     if processes.leads:
@@ -216,6 +224,10 @@ def _load(attempt: Attempt, settings: Settings, sources: Sources) -> Loaded:
     attempt.identify(sources.record)
     begin = partial(put_first_values, attempt, settings, sources)
     loaded = load(settings, sources, attempt.processes, attempt.recorded(PACKING, Packing), begin)
+    if settings.export.formats and sources.original is not None:
+        from job.stages.export import check_export
+
+        check_export(attempt, settings, sources.original, loaded)
     if attempt.processes.leads:
         keep_settings(attempt.store, attempt.settings)
         attempt.settled = True
@@ -259,6 +271,15 @@ def _evaluate_adapter(
     )
 
 
+@memory_errors("exporting", "lower JOB_EVAL__BATCH_TOKENS, or take a machine that holds the unquantized model")
+def _export(attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded, trained: Trained) -> Exported:
+    from job.stages.export import export
+
+    if not settings.export.formats:
+        return Exported([], [])
+    return attempt.stage(Stage.EXPORT, Exported, lambda: export(attempt, settings, sources, loaded, trained))
+
+
 def _publish(
     attempt: Attempt,
     settings: Settings,
@@ -268,10 +289,11 @@ def _publish(
     base: Evaluated,
     trained: Trained,
     adapter: Evaluated,
+    exported: Exported,
 ) -> dict[str, Any]:
     with attempt.timed(Stage.PUBLISH):
         gpus = [gpu for seen in attempt.processes.gather("gpus", host.hardware()["gpus"]) for gpu in seen]
-        found = partial(publish, model=model, base=base, trained=trained, adapter=adapter, gpus=gpus)
+        found = partial(publish, model=model, base=base, trained=trained, adapter=adapter, exported=exported, gpus=gpus)
         return attempt.processes.share("results", lambda: found(attempt, settings, sources))
 
 

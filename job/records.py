@@ -416,6 +416,38 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
+class ExportRecord:
+    """One exported format: which of its candidates is published, why that one, and the scores of all.
+
+    `dtype` is that of most of the published weights, `scored_in` that in which they were scored: the same, but on a GPU
+    that does not compute in it.
+    """
+
+    format: str
+    candidate: str
+    reason: str
+    dtype: str
+    scored_in: str
+    scores: dict[str, dict[str, TaskScores]]
+    """By candidate, the scores by task. Candidates of `merged`: the weights that the adapter was merged onto."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """Record of the export stage: its artifacts are the files of all formats, and the answers of all candidates."""
+
+    exports: list[ExportRecord]
+    artifacts: list[Artifact]
+
+
+@dataclass(frozen=True)
+class Uploaded:
+    """Record of the exported files that are in the store already, for a later attempt to upload only the others."""
+
+    artifacts: list[Artifact]
+
+
+@dataclass(frozen=True)
 class FirstValues:
     """Record of an adapter's first values, which are computed once in a run."""
 

@@ -20,12 +20,14 @@ from job.checkpoints.trainer_state import VALIDATIONS as STATE_VALIDATIONS
 from job.common import host
 from job.common.hashing import hash_facts, hash_file, sealed
 from job.evaluation import samples
-from job.evaluation.comparison import compare_tasks, judge
+from job.evaluation.comparison import choose_candidate, compare_tasks, judge
 from job.records import (
     Artifact,
     AttemptRecord,
     DatasetRecord,
     Evaluated,
+    Exported,
+    ExportRecord,
     ModelRecord,
     Pulled,
     StepMetrics,
@@ -72,11 +74,16 @@ def publish_run(
     attempts: int = 1,
     settings: Sequence[str] = (),
     validated: bool = False,
+    exported: Mapping[str, Sequence[bool]] | None = None,
     baseline: Callable[[LocalStore, Evaluated], tuple[dict[str, Any], list[Artifact]]] | None = None,
 ) -> Path:
-    """Writes a run into `folder`, named like it; all attempts but the last were killed. Returns the folder."""
+    """Writes a run into `folder`, named like it; all attempts but the last were killed. Returns the folder.
+
+    `exported` has the candidates of a merged model, and whether each is right, question by question of every task.
+    """
     store = LocalStore(folder)
     settings = [*settings, *(VALIDATED if validated else ())]
+    settings += ["--export.formats=merged"] if exported else []
     chosen = load_settings([*SETTINGS, *settings, f"--run.id={folder.name}"], environ={})
     work = folder.with_name(f"{folder.name}.work")
     work.mkdir(parents=True)
@@ -97,11 +104,17 @@ def publish_run(
         store.write(attempt_key(record.number), _logged(replace(record, outcome="running"), run))
     base, adapter = (_evaluated(store, answers, side, work) for side in ("base", "adapter"))
     trained = _trained(store, work, attempts, run, validated=validated)
-    for name, found in (("pull", pulled), ("evaluate-base", base), ("train", trained), ("evaluate-adapter", adapter)):
+    exports = _exported(store, answers, exported or {}, work)
+    for name, found in (
+        *(("pull", pulled), ("evaluate-base", base), ("train", trained), ("evaluate-adapter", adapter)),
+        *([("export", exports)] if exported else []),
+    ):
         store.write(f"stages/{name}.json", stage_records.render(json.dumps(asdict(found)), run, attempts))
     store.write("scores/0123/kept.jsonl", b"{}\n")
     tasks = compare_tasks(base.scores, adapter.scores)
     against, copies = baseline(store, adapter) if baseline else (None, [])
+    on_merged = chosen.gate.on == "merged" and exported
+    judged = exports.exports[0].scores[exports.exports[0].candidate] if on_merged else adapter.scores
     results = manifest.build(
         run_id=folder.name,
         settings=redacted(chosen),
@@ -111,8 +124,11 @@ def publish_run(
         dataset=dataset,
         training=trained.training,
         tasks=tasks,
-        gate=judge(tasks, **chosen.gate.model_dump(exclude={"baseline"}), baseline=against),
-        artifacts=[*base.artifacts, *trained.artifacts, *adapter.artifacts, *copies],
+        exports=manifest.exports_record(exports, base.scores, adapter.scores),
+        gate=judge(
+            compare_tasks(base.scores, judged), **chosen.gate.model_dump(exclude={"baseline"}), baseline=against
+        ),
+        artifacts=[*base.artifacts, *trained.artifacts, *adapter.artifacts, *exports.artifacts, *copies],
         evidence=collect(store, work / "evidence", attempts),
         image_digest=None,
         on_demand_usd_per_hour=chosen.cost.on_demand_usd_per_hour,
@@ -221,12 +237,32 @@ def _record(task: str, number: int, *, right: bool) -> dict[str, Any]:
 def _evaluated(store: LocalStore, answers: Pairs, side: str, work: Path) -> Evaluated:
     scores, artifacts = {}, []
     for task, told in answers.items():
-        rows = [_record(task, n, right=pair[side == "adapter"]) for n, pair in enumerate(told)]
+        rows = [_record(task, n, right=pair[side != "base"]) for n, pair in enumerate(told)]
         data = "".join(json.dumps(row) + "\n" for row in rows).encode()
         artifacts.append(publish_file(store, answers_key(task, side), data))
         records = samples.parse(data)
         scores[task] = samples.task_scores(records, task=task, source=f"{task}.jsonl", version="1.0")
     return Evaluated(scores, artifacts)
+
+
+def _exported(store: LocalStore, answers: Pairs, candidates: Mapping[str, Sequence[bool]], work: Path) -> Exported:
+    """A merged model of one weight, and the answers of its candidates."""
+    if not candidates:
+        return Exported([], [])
+    found = {
+        name: _evaluated(store, {task: [(False, right) for right in told] for task in answers}, f"merged-{name}", work)
+        for name, told in candidates.items()
+    }
+    scores = {name: one.scores for name, one in found.items()}
+    one = next(iter(scores)), "JOB_EXPORT__MERGE_ONTO is said"
+    chosen, reason = choose_candidate(scores) if len(scores) > 1 else one
+    save_file({"model.q_proj.weight": np.ones((3, 4), dtype=np.float16)}, work / "merged", {"format": "pt"})
+    files = [
+        publish_file(store, "artifacts/export/merged/config.json", b'{"dtype": "float16"}'),
+        publish_file(store, "artifacts/export/merged/model.safetensors", (work / "merged").read_bytes()),
+    ]
+    artifacts = [artifact for one in found.values() for artifact in one.artifacts]
+    return Exported([ExportRecord("merged", chosen, reason, "fp16", "fp16", scores)], [*artifacts, *files])
 
 
 def _trained(store: LocalStore, work: Path, attempts: int, run: str, *, validated: bool) -> Trained:

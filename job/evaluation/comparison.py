@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from statistics import fmean
 from typing import Any
 
 from job.errors import DataError, Problem
 from job.evaluation import statistics
 from job.records import TaskScores
+
+DEQUANTIZED = "dequantized"
+"""The candidate of `merged` that is taken where accuracies are equal."""
 
 
 def compare_tasks(base: Mapping[str, TaskScores], adapter: Mapping[str, TaskScores]) -> dict[str, Any]:
@@ -58,6 +62,50 @@ def _comparison(comparison: statistics.Comparison, holm_p: float) -> dict[str, A
     return {**kept, "holm_p": holm_p, "verdict": statistics.verdict(holm_p, comparison.ci95)}
 
 
+def compare_export(
+    base: Mapping[str, TaskScores], adapter: Mapping[str, TaskScores], exported: Mapping[str, TaskScores]
+) -> dict[str, Any]:
+    """A candidate of an exported format, by task: its scores, paired with those of the base and of the adapter.
+
+    Raises:
+        DataError: The questions or prompts of a task differ.
+    """
+    versus = {"versus_base": compare_tasks(base, exported), "versus_adapter": compare_tasks(adapter, exported)}
+    not_of_acc = {"source", "task_hash", "version", "n", "base", "adapter", "acc_norm"}
+    return {
+        task: {
+            "n": scores.n,
+            "task_hash": scores.task_hash,
+            "scores": _scores(scores),
+            **{
+                name: {
+                    "acc": {key: value for key, value in found[task].items() if key not in not_of_acc},
+                    "acc_norm": found[task]["acc_norm"],
+                }
+                for name, found in versus.items()
+            },
+        }
+        for task, scores in exported.items()
+    }
+
+
+def choose_candidate(scores: Mapping[str, Mapping[str, TaskScores]]) -> tuple[str, str]:
+    """Which candidate of an exported format is published, and why: the one with the highest `acc`, the mean over tasks.
+
+    Args:
+        scores: By candidate, the scores by task; two or more candidates. Of several that are best `dequantized` is
+            taken, else the first.
+    """
+    means = {name: fmean(found.acc for found in by_task.values()) for name, by_task in scores.items()}
+    best = [name for name, mean in means.items() if mean == max(means.values())]
+    figures = ", ".join(f"{name} {100 * mean:.2f} %" for name, mean in means.items())
+    if len(best) == 1:
+        return best[0], f"the higher accuracy: {figures}"
+    if DEQUANTIZED in best:
+        return DEQUANTIZED, f"the same accuracy ({figures}), and the adapter was trained on the dequantized weights"
+    return best[0], f"the same accuracy ({figures})"
+
+
 def of_metric(task: Mapping[str, Any], metric: str) -> Mapping[str, Any] | None:
     """The comparison by `acc` or `acc_norm` in a task of the manifest; None if the task has no `acc_norm`."""
     found: Mapping[str, Any] | None = task if metric == "acc" else task[metric]
@@ -70,19 +118,24 @@ def judge(
     metric: str,
     min_delta: float | None,
     max_regression: float | None,
+    on: str = "adapter",
     baseline: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The manifest's `gate`.
 
     Args:
-        tasks: `evaluation.tasks` of the manifest.
+        tasks: `evaluation.tasks` of the manifest, or the same comparison of what `on` names.
         metric: As for `gate_failures`.
         min_delta: As for `gate_failures`.
         max_regression: As for `gate_failures`.
+        on: What is judged: `adapter`, or an exported format.
         baseline: The earlier run to compare with, the comparison as its `tasks`; None to compare with the base model.
     """
     reasons = gate_failures(baseline["tasks"] if baseline else tasks, metric, min_delta, max_regression)
+    if reasons and on != "adapter":
+        reasons = [f"{on}, {reason}" for reason in reasons]
     return {
+        "on": on,
         "metric": metric,
         "min_delta": min_delta,
         "max_regression": max_regression,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
@@ -162,7 +162,7 @@ def load_base(
         what = f"{folder} lacks {len(missing)} weights of {type(model).__name__}: {', '.join(missing[:5])}"
         raise DataError([Problem("JOB_MODEL__ID", what)])
     layers = {name: module for name, module in model.named_modules() if _is_bitsandbytes(module)}
-    if plain := [name for name, layer in layers.items() if not _is_quantized(layer.weight)]:
+    if plain := [name for name, layer in layers.items() if not is_quantized(layer.weight)]:
         what = f"{folder} has a config.json that says its weights are quantized, and those of {plain[0]} are not"
         raise DataError([Problem("JOB_MODEL__ID", what)])
     model.config.use_cache = False
@@ -227,11 +227,16 @@ def _set_dtype(model: Any, dtype: torch.dtype) -> None:
     Otherwise a base saved in bf16 would compute in bf16 whatever was asked for, on GPUs that have no bf16 too. What the
     model's class keeps in fp32 is cast to that.
     """
-    kept = model._get_dtype_plan(dtype)  # noqa: SLF001 - the one place that knows: patterns of names -> dtype
+    held_in = dtype_by_name(model, dtype)
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not _is_quantized(parameter):
-            own = next((own for pattern, own in kept.items() if re.search(pattern, name)), dtype)
-            parameter.data = parameter.data.to(own)
+        if parameter.is_floating_point() and not is_quantized(parameter):
+            parameter.data = parameter.data.to(held_in(name))
+
+
+def dtype_by_name(model: Any, dtype: torch.dtype) -> Callable[[str], torch.dtype]:
+    """The dtype of a parameter, by its name, in a model that is loaded in `dtype`: fp32 for what its class keeps so."""
+    kept = model._get_dtype_plan(dtype)  # noqa: SLF001 - the one place that knows: patterns of names -> dtype
+    return lambda name: next((own for pattern, own in kept.items() if re.search(pattern, name)), dtype)
 
 
 def _is_bitsandbytes(module: Any) -> bool:
@@ -239,7 +244,7 @@ def _is_bitsandbytes(module: Any) -> bool:
     return type(module).__module__.startswith("bitsandbytes.") and getattr(module, "weight", None) is not None
 
 
-def _is_quantized(parameter: Any) -> bool:
+def is_quantized(parameter: Any) -> bool:
     """Whether bitsandbytes holds it; its storage may be of a floating-point dtype."""
     return getattr(parameter, "quant_state", None) is not None or type(parameter).__name__ == "Int8Params"
 

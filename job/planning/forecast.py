@@ -68,6 +68,7 @@ class RunShape:
         keep_base: Whether the dequantized base is kept in memory; None where the job chooses.
         keep_activations: Whether activations are kept instead of recomputed; None where the job chooses.
         validation: The validations; None where there are none, or their rows are unknown.
+        exported: How many candidates of exported formats are made and scored.
         reference: The log-probabilities of the reference, as dpo and kto need them; None likewise.
         first_stage: What is trained before, as in JOB_TRAIN__METHOD=sft,dpo; its download is in this one's.
     """
@@ -89,6 +90,17 @@ class RunShape:
     validation: ForwardWork | None = None
     reference: ForwardWork | None = None
     first_stage: RunShape | None = None
+    exported: int = 0
+
+    @property
+    def evaluations(self) -> int:
+        """How often all questions are scored: by the base, by the adapter, and by each exported candidate."""
+        return EVALUATIONS + self.exported
+
+    @property
+    def export_bytes(self) -> int:
+        """Disk for the exported candidates, in 16 bits; 0 for an unknown model."""
+        return self.exported * HALF_PRECISION * self.setup.architecture.parameters if self.setup else 0
 
     @property
     def micro_batch(self) -> int:
@@ -160,8 +172,9 @@ def estimates(run: RunShape) -> Iterator[Estimate]:
         passes = memory_model.evaluation_flops(setup, run.reference.tokens, run.reference.target_tokens)
         yield Estimate("reference, once", passes, "FLOP", both, "log-probabilities of all rows, before training")
     if run.questions is not None:
-        scoring = EVALUATIONS * memory_model.evaluation_flops(setup, run.questions.tokens, run.questions.reads)
-        yield Estimate("evaluation, twice", scoring, "FLOP", _weaker(basis, run.questions_basis))
+        scoring = run.evaluations * memory_model.evaluation_flops(setup, run.questions.tokens, run.questions.reads)
+        times = {2: "twice"}.get(run.evaluations, f"{run.evaluations} times")
+        yield Estimate(f"evaluation, {times}", scoring, "FLOP", _weaker(basis, run.questions_basis))
     held = memory_model.training_memory(setup, run.micro_batch)
     bits = "NF4, " if setup.quantization == "nf4" else ""
     yield Estimate("memory: base", held.weights, "bytes", basis, f"{bits}embedding and output layer as they are")
@@ -182,7 +195,10 @@ def estimates(run: RunShape) -> Iterator[Estimate]:
     yield Estimate("peak in evaluation", _scoring(run, setup), "bytes", _weaker(basis, run.questions_basis), scored)
     checkpoint = checkpoint_bytes(setup.adapter, setup.optimizer)
     yield Estimate("checkpoint", checkpoint, "bytes", basis)
-    disk = required_bytes([run.download_bytes], checkpoint)
+    if run.exported:
+        note = f"{run.exported} candidates in 16 bits, of which one is published"
+        yield Estimate("exported models", run.export_bytes, "bytes", basis, note)
+    disk = required_bytes([run.download_bytes, run.export_bytes], checkpoint)
     yield Estimate("disk", disk, "bytes", basis, f"{size(run.download_bytes, ' ')} of it to fetch first")
 
 
@@ -218,6 +234,8 @@ def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:
         run = replace(run, first_stage=replace(run.first_stage, budget=run.budget))
     stages = [run] if run.first_stage is None else [run.first_stage, run]
     need = max(scoring, *(memory_model.training_memory(setup, one.micro_batch).total for one in stages))
+    if run.exported:  # it is scored unquantized, in place of the quantized base
+        need = max(need, _scoring(run, replace(setup, quantization="none")))
     fits, note = need <= usable, ""
     if not fits:
         note = f"{size(need, ' ')} are needed, and {size(usable, ' ')} are safe to fill"
@@ -299,7 +317,10 @@ def _hours(gpu: Gpu, run: RunShape, setup: Setup, execution: ExecutionPlan | Non
     start = START_SECONDS + run.download_bytes / DOWNLOAD_RATE
     # The base's answers of a first stage serve the second.
     evaluations = EVALUATIONS if run.first_stage is None else EVALUATIONS - 1
-    return (before + start + training + evaluations * evaluation) / 3600
+    # Written by the processor, read again to be scored, and uploaded once; a merge is bound by the disk, not by FLOP.
+    exporting = (2 * run.export_bytes + (run.export_bytes // max(1, run.exported))) / DOWNLOAD_RATE
+    scored = evaluations + run.exported
+    return (before + start + training + exporting + scored * evaluation) / 3600
 
 
 def _weaker(*bases: Basis) -> Basis:

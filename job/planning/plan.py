@@ -247,6 +247,7 @@ def _run(settings: Settings, seen: _Preflight, checks: list[PreflightResult]) ->
         workload=workload,
         workload_basis=data_basis,
         validation=_validation(settings, seen.data, workload),
+        exported=_exported(settings),
         reference=_reference(settings, seen.data),
         questions=questions,
         questions_basis=questions_basis,
@@ -367,6 +368,12 @@ def _forward(examples: Sequence[Example], count: int) -> ForwardWork:
     )
 
 
+def _exported(settings: Settings) -> int:
+    """How many candidates are made, as far as that is known before the base's weights are."""
+    both = settings.export.merge_onto == "best" and settings.model.quantization != "none"
+    return len(settings.export.formats) * (2 if both else 1)
+
+
 def _questions(settings: Settings, seen: _Preflight) -> tuple[known.TaskTokens | None, Basis]:
     """Counted from the questions; else from known tasks; else None."""
     if seen.questions is not None:
@@ -392,7 +399,7 @@ def _disk(settings: Settings, run: RunShape) -> PreflightResult:
     """Whether this machine's disk has enough space; the machine with the GPU needs as much."""
     folder = Path(settings.storage.cache or tempfile.gettempdir())
     checkpoint = checkpoint_bytes(run.setup.adapter, run.setup.optimizer) if run.setup else 0
-    need = required_bytes([run.download_bytes], checkpoint)
+    need = required_bytes([run.download_bytes, run.export_bytes], checkpoint)
 
     def work() -> Found[None]:
         check_disk(folder, need)

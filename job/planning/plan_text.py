@@ -137,7 +137,7 @@ def _gpus(plan: Plan) -> str:
     )
     rows = [head, *(_gpu(gpu, plan.largest_step) for gpu in plan.gpus)]
     lines = aligned(rows, right=(1, 3, 4, 6, 7, 8))
-    lines.append("budgets in tokens, computed; hours, which include two evaluations, and prices, assumed")
+    lines.append("budgets in tokens, computed; hours, which include all evaluations, and prices, assumed")
     lines += [f"{gpu.name}: {gpu.note}" for gpu in plan.gpus if gpu.note]
     priced = [gpu for gpu in plan.gpus if gpu.fits and gpu.usd is not None]
     if priced:

@@ -60,6 +60,7 @@ def render_model_card(results: Mapping[str, Any]) -> bytes:
         explanations=[wording.explanation(name, task, len(tasks)) for name, task in tasks.items()],
         accuracies={name: wording.accuracies(task) for name, task in tasks.items()},
         scope=wording.SCOPE,
+        exports=wording.exports(results),
         validation=wording.validation(results["training"], dataset),
         weights=next((a["sha256"] for a in results["artifacts"] if a["path"] == WEIGHTS), None),
     )

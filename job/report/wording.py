@@ -105,6 +105,37 @@ def accuracies(task: Mapping[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
+def exports(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """For each exported format: a sentence about what is published, and a row for each candidate and task.
+
+    A row has the accuracies of base, adapter and candidate, and the comparisons with the two. None without exports.
+    """
+    tasks = results["evaluation"]["tasks"]
+    return [
+        {
+            "format": export["format"],
+            "sentence": f"Published is {export['format']} onto {export['candidate']} weights, in {export['dtype']}: "
+            f"{export['reason']}.",
+            "rows": [
+                {
+                    "task": task,
+                    "n": one["n"],
+                    "candidate": f"{export['format']} onto {candidate}",
+                    "published": candidate == export["candidate"],
+                    "base": tasks[task]["base"]["acc"],
+                    "adapter": tasks[task]["adapter"]["acc"],
+                    "acc": one["scores"]["acc"],
+                    "versus_base": one["versus_base"]["acc"],
+                    "versus_adapter": one["versus_adapter"]["acc"],
+                }
+                for candidate, found in export["candidates"].items()
+                for task, one in found.items()
+            ],
+        }
+        for export in results.get("exports", ())
+    ]
+
+
 def learned(training: Mapping[str, Any]) -> str:
     """How preferences were learned, from the manifest's `training`; nothing for plain fine-tuning."""
     method = training.get("method", "sft")

@@ -25,9 +25,9 @@ class Baseline:
     sha256: str
     tasks: Mapping[str, TaskSamples]
 
-    def compared(self, adapter: Mapping[str, TaskScores]) -> dict[str, Any]:
-        """The manifest's record of the baseline, and of how this run's adapter compares with it."""
-        tasks = comparison.compare_tasks({task: self.tasks[task].scores for task in adapter}, adapter)
+    def compared(self, judged: Mapping[str, TaskScores]) -> dict[str, Any]:
+        """The manifest's record of the baseline, and of how what the gate judges, by task, compares with it."""
+        tasks = comparison.compare_tasks({task: self.tasks[task].scores for task in judged}, judged)
         return {"run": self.run, "results": self.results, "sha256": self.sha256, "tasks": tasks}
 
 

@@ -10,14 +10,15 @@ from job import log
 from job.common.hashing import hash_file
 from job.errors import DataError, Problem
 from job.platforms.detect import Delivery
-from job.runs.layout import RESULTS
+from job.runs.layout import EXPORT, RESULTS
 from job.storage.open import ObjectStore, check_key
 
 
 def deliver(store: ObjectStore, results: Mapping[str, Any], folders: Delivery) -> None:
-    """Copies a complete run: adapter, results and report to `folders.model`, all other artifacts to `folders.data`.
+    """Copies a complete run: adapter, exports, results and report to `folders.model`, all else to `folders.data`.
 
-    The adapter goes to the top of `model`, where tools that load or serve a model look for it.
+    The adapter goes to the top of `model`, where tools that load or serve a model look for it, and an exported format
+    into a folder of its name there.
 
     Raises:
         DataError: An artifact is missing, or not what the manifest says.
@@ -48,6 +49,8 @@ def _place(path: str, folders: Delivery) -> Path:
         parts = check_key(path).split("/")
     except ValueError:
         parts = []
+    if path.startswith(EXPORT) and len(parts) > len(Path(EXPORT).parts) + 1:
+        return folders.model.joinpath(*parts[len(Path(EXPORT).parts) :])
     match parts:
         case ["artifacts", "adapter", *rest] if rest:
             return folders.model.joinpath(*rest)

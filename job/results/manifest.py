@@ -12,7 +12,16 @@ from typing import Any
 
 from job.common import hashing
 from job.common.host import git_commit, hardware, software
-from job.records import Artifact, AttemptRecord, DatasetRecord, ModelRecord, TrainingRecord
+from job.evaluation.comparison import compare_export
+from job.records import (
+    Artifact,
+    AttemptRecord,
+    DatasetRecord,
+    Exported,
+    ModelRecord,
+    TaskScores,
+    TrainingRecord,
+)
 from job.results.cost import compute_cost
 from job.runs.layout import REPORT, RESULTS
 
@@ -33,15 +42,16 @@ def build(
     gate: Mapping[str, Any],
     artifacts: Sequence[Artifact],
     evidence: Sequence[Artifact],
+    exports: Sequence[Mapping[str, Any]] = (),
     image_digest: str | None,
     on_demand_usd_per_hour: float | None,
     gpus: Sequence[Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """The sealed manifest.
 
-    `tasks` is from `compare_tasks`, `gate` from `judge`. `gpus` are those of all processes, each of which sees only its
-    own; None for those of this process. `part_of` is the id of the run that this one is the first stage of. The schema
-    explains every field.
+    `tasks` is from `compare_tasks`, `gate` from `judge`, `exports` from `exports_record`. `gpus` are those of all
+    processes, each of which sees only its own; None for those of this process. `part_of` is the id of the run that this
+    one is the first stage of. The schema explains every field.
     """
     return sealed(
         {
@@ -62,6 +72,7 @@ def build(
                 "harness": {"name": "lm-eval", "version": metadata.version("lm-eval")},
                 "tasks": tasks,
             },
+            "exports": list(exports),
             "gate": gate,
             "artifacts": [asdict(artifact) for artifact in sorted(artifacts, key=lambda a: a.path)],
             "evidence": [
@@ -78,6 +89,23 @@ def build(
             "cost": compute_cost(attempts, training.seconds, on_demand_usd_per_hour),
         }
     )
+
+
+def exports_record(
+    exported: Exported, base: Mapping[str, TaskScores], adapter: Mapping[str, TaskScores]
+) -> list[dict[str, Any]]:
+    """The manifest's `exports`: every format, the scores of all its candidates, and which one is published.
+
+    Raises:
+        DataError: A candidate was asked other questions than the base or the adapter.
+    """
+    return [
+        {
+            **{name: getattr(export, name) for name in ("format", "candidate", "reason", "dtype", "scored_in")},
+            "candidates": {name: compare_export(base, adapter, scores) for name, scores in export.scores.items()},
+        }
+        for export in exported.exports
+    ]
 
 
 def validate(results: Mapping[str, Any]) -> None:
@@ -124,6 +152,7 @@ def summary(results: Mapping[str, Any], where: str) -> list[str]:
         lines.append(f"{name}, {task['n']:,} questions: accuracy {before:.2f} % -> {after:.2f} % ({interval})")
         counts = f"{task['improved']} questions better and {task['regressed']} worse"
         lines.append(f"verdict: {task['verdict']}, {counts}, McNemar p = {task['mcnemar_p']:.2g}")
+    lines += [_export_line(export) for export in results.get("exports", ())]
     lines.append(_cost_line(cost, len(results["run"]["attempts"])))
     if any(artifact["path"] == REPORT for artifact in results["artifacts"]):
         lines.append(f"report: {where.removesuffix(RESULTS)}{REPORT}")
@@ -132,6 +161,17 @@ def summary(results: Mapping[str, Any], where: str) -> list[str]:
     gate = [] if passed is None else ["gate met" if passed else "gate not met"]
     lines.append(f"{', '.join([*verdicts, *gate])}; results: {where}")
     return lines
+
+
+def _export_line(export: Mapping[str, Any]) -> str:
+    """The accuracies of an exported format's candidates, and which one is published."""
+    found = [
+        f"{task} onto {candidate} weights {100 * one['scores']['acc']:.2f} % "
+        f"({100 * one['versus_adapter']['acc']['delta']:+.2f} against the adapter)"
+        for candidate, tasks in export["candidates"].items()
+        for task, one in tasks.items()
+    ]
+    return f"{export['format']}: {'; '.join(found)}; published: {export['candidate']} ({export['reason']})"
 
 
 def _cost_line(cost: Mapping[str, Any], attempts: int) -> str:

@@ -169,7 +169,7 @@ class Attempt:
 
         A record counts while everything is there that the stage published, byte for byte: a copy of the run may be
         without some of it.
-        If a stage is done again, so is the one that builds on it.
+        If a stage is done again, so are those that build on it.
 
         All processes work; what process 0 finds out is what the stage found out, for all of them. The others may return
         None.
@@ -194,7 +194,7 @@ class Attempt:
         self.run = fingerprint(self.settings, pulled)
 
     def recorded(self, name: str, kind: type[T]) -> T | None:
-        """The record of a stage that an earlier attempt finished, `layout.BASE`, `PACKING` or `REFERENCE`.
+        """The record of a stage that an earlier attempt finished, or one beside them, such as `layout.BASE`.
 
         None where there is none, or none that counts: damaged, or of another run.
         """
@@ -234,8 +234,8 @@ class Attempt:
                 return adapter.dump_json(found).decode()
             what = "stage is done again, not all that it published is there"
             log.get_logger().warning(what, stage=name, gone=gone)
-        if name in BUILT_ON:
-            delete_in_turn(self.store, stage_key(BUILT_ON[name]))
+        for later in BUILT_ON.get(name, ()):
+            delete_in_turn(self.store, stage_key(later))
         return None
 
     def _changed(self, artifacts: Iterable[Artifact]) -> list[str]:

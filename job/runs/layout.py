@@ -10,6 +10,7 @@
     checkpoints/step-00000040/0003/<file>        a checkpoint's files, by the attempt that wrote them
     checkpoints/step-00000040/COMMITTED.json     its commit marker, written after them
     artifacts/...                                the results: adapter, metrics, answers, report
+    artifacts/export/<format>/<file>             the model in a format that was asked for
     scores/...                                   answers of an evaluation that is going on
     faults/<fault>                               injected faults that have fired
     sft/...                                      the first stage of JOB_TRAIN__METHOD=sft,dpo: a whole run of its own
@@ -35,11 +36,12 @@ class Stage(StrEnum):
     EVALUATE_BASE = "evaluate-base"
     TRAIN = "train"
     EVALUATE_ADAPTER = "evaluate-adapter"
+    EXPORT = "export"
     PUBLISH = "publish"
 
 
-BUILT_ON: Mapping[str, Stage] = {Stage.TRAIN: Stage.EVALUATE_ADAPTER}
-"""Stage -> the stage that works with what it published, and is done again when it is."""
+BUILT_ON: Mapping[str, tuple[Stage, ...]] = {Stage.TRAIN: (Stage.EVALUATE_ADAPTER, Stage.EXPORT)}
+"""Stage -> the stages that work with what it published, and are done again when it is."""
 
 RESULTS = "results.json"
 SETTINGS = "settings.json"
@@ -50,9 +52,11 @@ FAULTS = "faults/"
 BASE = "base"
 PACKING = "packing"
 REFERENCE = "reference"
+UPLOADED = "export-files"
 FIRST_VALUES = "first-values"
 """Records beside those of the stages: which quantized base a run began with, whether its sequences are packed, the
-log-probabilities by the reference model, with which preferences are compared, and the adapter's first values."""
+log-probabilities by the reference model, with which preferences are compared, the exported files in the store, and the
+adapter's first values."""
 FIRST_TENSORS = "stages/first-values.safetensors"
 
 ARTIFACTS = "artifacts/"
@@ -64,6 +68,7 @@ VALIDATIONS = f"{ARTIFACTS}validation.jsonl"
 LOG_PROBS = f"{ARTIFACTS}reference.jsonl"
 TENSORBOARD = f"{ARTIFACTS}tensorboard/"
 REPORT = f"{ARTIFACTS}report.html"
+EXPORT = f"{ARTIFACTS}export/"
 MADE_OF_TIMES = (TENSORBOARD, REPORT)
 
 ATTEMPTS = "attempts/"
@@ -95,8 +100,18 @@ def fault_key(fault: str) -> str:
 
 
 def answers_key(task: str, side: str) -> str:
-    """Where the answers to a task lie, one question a line; a side is `base`, `adapter` or `baseline`."""
+    """Where the answers to a task lie, one question a line; sides: `base`, `adapter`, `baseline`, `export_side`."""
     return f"{ARTIFACTS}evaluation/{task}.{side}.jsonl"
+
+
+def export_side(export: str, candidate: str) -> str:
+    """The side of a candidate of an exported format, such as `merged-original`."""
+    return f"{export}-{candidate}"
+
+
+def export_folder(export: str) -> str:
+    """Where the files of an exported format lie; a prefix of keys."""
+    return f"{EXPORT}{export}/"
 
 
 def step_name(step: int) -> str:

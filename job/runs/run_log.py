@@ -88,7 +88,7 @@ def how_far(stages: Iterable[str], last_step: int, questions: int) -> tuple[int,
     if order[last] == Stage.TRAIN:
         # Before the first step the reference of preferences is computed, row by row, which is progress as well.
         return last, last_step or questions - _BEFORE_STEPS
-    return last, questions if order[last] in {Stage.EVALUATE_BASE, Stage.EVALUATE_ADAPTER} else 0
+    return last, questions if order[last] in {Stage.EVALUATE_BASE, Stage.EVALUATE_ADAPTER, Stage.EXPORT} else 0
 
 
 def idle_attempts(attempts: Sequence[LoggedAttempt]) -> int:

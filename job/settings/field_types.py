@@ -312,6 +312,8 @@ Digest = Annotated[Text, AfterValidator(_digest)]
 Day = Annotated[Text, AfterValidator(_day)]
 StorageClass = Annotated[Text, AfterValidator(_readable_class)]
 Names = Annotated[tuple[Text, ...], BeforeValidator(_items), Field(min_length=1), AfterValidator(_unique)]
+ExportFormats = Annotated[tuple[Literal["merged"], ...], BeforeValidator(_items), AfterValidator(_unique)]
+"""The keys of `job.export.formats.FORMATS`; a test compares the two."""
 FieldNames = Annotated[Mapping[Text, Text], BeforeValidator(_pairs)]
 JsonObject = Annotated[Mapping[Text, Any], BeforeValidator(_json_object)]
 Layers = Annotated[tuple[Whole, ...], BeforeValidator(_layers), Field(min_length=1), AfterValidator(_ascending)]

@@ -85,6 +85,7 @@ def load_settings(
         *_tasks(settings),
         *_validation(settings),
         *_gate(settings),
+        *_export(settings),
         *_sources(settings),
         *_schedule(settings),
         *_adapter(settings),
@@ -383,6 +384,25 @@ def _gate(settings: Settings) -> Iterator[Fault]:
         yield "gate.baseline", "has no threshold; give JOB_GATE__MIN_DELTA or JOB_GATE__MAX_REGRESSION as well"
     if gain is not None and loss is not None and gain < -loss:
         yield "gate.min_delta", "allows a larger loss than JOB_GATE__MAX_REGRESSION; raise it, or remove one of the two"
+
+
+def _export(settings: Settings) -> Iterator[Fault]:
+    export, gate = settings.export, settings.gate
+    if gate.on != "adapter" and gate.on not in export.formats:
+        yield "gate.on", f"is {gate.on}, which is not exported; add it to JOB_EXPORT__FORMATS, or take adapter"
+    if gate.on != "adapter" and gate.min_delta is None and gate.max_regression is None:
+        yield "gate.on", "has no threshold; give JOB_GATE__MIN_DELTA or JOB_GATE__MAX_REGRESSION as well"
+    for name, value in (
+        ("lora.modules_to_save", settings.lora.modules_to_save),
+        ("model.add_tokens", settings.model.add_tokens),
+    ):
+        if "merged" in export.formats and value:
+            what = (
+                f"merged holds no modules or tokens that are trained as a whole; remove it, or {environment_name(name)}"
+            )
+            yield "export.formats", what
+    if not export.formats and settings.sources["export.merge_onto"] != "default":
+        yield "export.merge_onto", "has no effect without JOB_EXPORT__FORMATS=merged; give that too, or remove it"
 
 
 def _schedule(settings: Settings) -> Iterator[Fault]:

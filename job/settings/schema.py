@@ -35,6 +35,7 @@ from job.settings.field_types import (
     Day,
     Digest,
     Endpoint,
+    ExportFormats,
     FieldNames,
     Flag,
     FlagOrAuto,
@@ -385,9 +386,22 @@ class Eval(Group):
     """Maximum number of tokens scored in one forward pass."""
 
 
+class Export(Group):
+    """Export: the model in other formats than the adapter, each scored on the questions of the run."""
+
+    formats: AffectsResult[ExportFormats] = ()
+    """Formats to publish beside the adapter, separated by commas; empty for none. `merged`: the whole model with the
+    adapter added to its weights, in safetensors, in 16 bits where the base or the computation is."""
+    merge_onto: AffectsResult[Literal["best", "dequantized", "original"]] = "best"
+    """Weights that the adapter is added to: the base's `original` ones, or the `dequantized` ones, on which it was
+    trained; `best`: both are made and scored, and the one with the higher accuracy is published."""
+
+
 class Gate(Group):
     """Quality gate: results are published, then the job ends with exit code 3 if one of these is not met."""
 
+    on: ExecutionOnly[Literal["adapter", "merged"]] = "adapter"
+    """What the gate judges: the adapter, or the exported format that ships instead (see JOB_EXPORT__FORMATS)."""
     metric: ExecutionOnly[Literal["acc", "acc_norm"]] = "acc"
     """Accuracy that the gate judges: by log-likelihood, or by log-likelihood divided by the length of the choice."""
     min_delta: ExecutionOnly[Maybe[Annotated[Real, Field(ge=-1, le=1)]]] = None
@@ -469,6 +483,7 @@ class Settings(Options):
     train: Train = Field(default_factory=Train)
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     eval: Eval = Field(default_factory=Eval)
+    export: Export = Field(default_factory=Export)
     gate: Gate = Field(default_factory=Gate)
     storage: Annotated[Storage, UsedByReaders()] = Field(default_factory=Storage)
     log: Annotated[Log, UsedByReaders()] = Field(default_factory=Log)

@@ -20,7 +20,9 @@ _LEFT = {
     *("train.undesirable_weight", "train.sft_epochs", "train.sft_learning_rate"),
     *("data.sft_source", "data.sft_revision"),
 }
-"""Settings of preferences and of two stages, which the first stage is without, as of the gate: it judges the whole."""
+"""Settings of preferences and of two stages, which the first stage is without."""
+_OF_THE_WHOLE = ("gate.", "export.")
+"""Groups that the first stage is without as well: they are about what the last one publishes."""
 
 _VALIDATION = {
     *("data.validation", "data.validation_revision", "data.validation_split"),
@@ -43,7 +45,8 @@ def split_stages(settings: Settings) -> tuple[Settings, ...]:
         "data.format": "auto",
     }
     left = _LEFT if isinstance(settings.data.validation, int | float | None) else _LEFT | _VALIDATION
-    defaults = {name: value for name, value, _ in describe(Settings()) if name in left or name.startswith("gate.")}
+    plain = {name: value for name, value, _ in describe(Settings())}
+    defaults = {name: value for name, value in plain.items() if name in left or name.startswith(_OF_THE_WHOLE)}
     values = {name: value for name, value, _ in describe(settings)} | defaults | own
     first = Settings(**nested(values))
     sources = dict(settings.sources) | dict.fromkeys(defaults, "default")

@@ -1,1 +1,1 @@
-"""The stages of a run, in the order in which they run: pull, load, evaluate, train, publish."""
+"""The stages of a run, in the order in which they run: pull, load, evaluate, train, export, publish."""

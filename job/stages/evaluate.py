@@ -18,7 +18,7 @@ from job.evaluation.scorer import Scores, score_questions
 from job.model.adapter_files import load_adapter
 from job.model.lora import adapter_off
 from job.model.packed_attention import is_packed
-from job.records import Evaluated, ModelRecord, Question, Trained
+from job.records import Artifact, Evaluated, ModelRecord, Question, Trained
 from job.runs.attempt import Attempt
 from job.runs.layout import SCORES, answers_key
 from job.settings.load import Settings
@@ -37,7 +37,7 @@ def evaluate_base(
     unnamed = replace(loaded.record, id="", revision=None, trainable_parameters=0, adapted=[])
     cache = ScoreCache(shared, SCORES, settings.run.id, score_conditions(forward_facts(loaded, unnamed)))
     with adapter_off(loaded.model):
-        found = _evaluate(attempt, settings, sources, loaded, cache=cache, side="base")
+        found = score_model(attempt, settings, sources, loaded.model, cache=cache, side="base")
     if found is None or (origin := cache.reused_from) is None:
         return found
     log.get_logger().info("base evaluation is reused", origin=origin)
@@ -48,14 +48,20 @@ def evaluate_adapter(
     attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded, trained: Trained
 ) -> Evaluated | None:
     """Scores all questions with the adapter read back from the store, so that the published file is evaluated."""
+    weights = load_published_adapter(attempt, loaded, trained)
+    adapted = {**forward_facts(loaded, loaded.record), "adapter": [artifact.sha256 for artifact in weights]}
+    cache = ScoreCache(attempt.store, SCORES, settings.run.id, score_conditions(adapted))
+    return score_model(attempt, settings, sources, loaded.model, cache=cache, side="adapter")
+
+
+def load_published_adapter(attempt: Attempt, loaded: Loaded, trained: Trained) -> list[Artifact]:
+    """Puts the adapter that was published into the model; returns its files."""
     weights = [artifact for artifact in trained.artifacts if "/adapter/adapter_" in artifact.path]
     paths = attempt.processes.share_on_machine(
         "adapter", lambda: [str(attempt.fetch(artifact)) for artifact in weights]
     )
     load_adapter(loaded.model, Path(paths[0]).parent, loaded.names)
-    adapted = {**forward_facts(loaded, loaded.record), "adapter": [artifact.sha256 for artifact in weights]}
-    cache = ScoreCache(attempt.store, SCORES, settings.run.id, score_conditions(adapted))
-    return _evaluate(attempt, settings, sources, loaded, cache=cache, side="adapter")
+    return weights
 
 
 def forward_facts(loaded: Loaded, record: ModelRecord) -> dict[str, Any]:
@@ -63,13 +69,13 @@ def forward_facts(loaded: Loaded, record: ModelRecord) -> dict[str, Any]:
     return {**asdict(record), "forward": loaded.plan.forward, "packed": is_packed(loaded.model)}
 
 
-def _evaluate(
-    attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded, *, cache: ScoreCache, side: str
+def score_model(
+    attempt: Attempt, settings: Settings, sources: Sources, model: Any, *, cache: ScoreCache, side: str
 ) -> Evaluated | None:
     """Process 0 distributes the questions and publishes the samples; the other processes score their share."""
     parallel = ParallelScoring(attempt.processes, attempt.alive)
     if not attempt.processes.leads or sources.tasks is None:
-        parallel.help(loaded.model)
+        parallel.help(model)
         return None
 
     def score(questions: list[Question]) -> Scores:
@@ -82,7 +88,7 @@ def _evaluate(
                 show_progress(scored)
 
             return score_questions(
-                loaded.model,
+                model,
                 questions,
                 settings.eval.batch_tokens,
                 cache=cache,

@@ -11,7 +11,7 @@ from job.checkpoints import manager
 from job.common.hashing import sealed
 from job.errors import JobError
 from job.evaluation.comparison import compare_tasks, judge
-from job.records import Artifact, Evaluated, ModelRecord, Trained
+from job.records import Artifact, Evaluated, Exported, ModelRecord, TaskScores, Trained
 from job.report import model_card, report
 from job.results import inventory, manifest
 from job.results.baseline import Baseline
@@ -33,6 +33,7 @@ def publish(
     base: Evaluated,
     trained: Trained,
     adapter: Evaluated,
+    exported: Exported,
     gpus: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Publishes card and report, and last the manifest, whose presence marks the run as complete; returns it.
@@ -45,6 +46,7 @@ def publish(
         base: The base's evaluation.
         trained: The training record and the adapter's files.
         adapter: The adapter's evaluation.
+        exported: The other formats, with their evaluations.
         gpus: Those of all processes.
     """
     if (done := read_complete(attempt.store)) is not None:  # an earlier attempt published it and was then killed
@@ -59,7 +61,8 @@ def publish(
     # read only now: the previous attempt may have been writing its record when this one started
     earlier = close_run_log(attempt.store, attempt.number, attempt.started, attempt.run)
     tasks = compare_tasks(base.scores, adapter.scores)
-    against, copies = _publish_baseline(attempt, sources.baseline, adapter)
+    judged = _judged(settings, adapter, exported)
+    against, copies = _publish_baseline(attempt, sources.baseline, judged)
     results = manifest.build(
         run_id=settings.run.id,
         part_of=settings.part_of,
@@ -70,8 +73,11 @@ def publish(
         dataset=sources.record.dataset,
         training=trained.training,
         tasks=tasks,
-        gate=judge(tasks, **settings.gate.model_dump(exclude={"baseline"}), baseline=against),
-        artifacts=[*base.artifacts, *trained.artifacts, *adapter.artifacts, *copies],
+        gate=judge(
+            compare_tasks(base.scores, judged), **settings.gate.model_dump(exclude={"baseline"}), baseline=against
+        ),
+        artifacts=[*base.artifacts, *trained.artifacts, *adapter.artifacts, *exported.artifacts, *copies],
+        exports=manifest.exports_record(exported, base.scores, adapter.scores),
         evidence=inventory.collect(attempt.store, attempt.work / "evidence", attempt.number),
         image_digest=settings.run.image_digest,
         on_demand_usd_per_hour=settings.cost.on_demand_usd_per_hour,
@@ -83,20 +89,28 @@ def publish(
     return results
 
 
+def _judged(settings: Settings, adapter: Evaluated, exported: Exported) -> Mapping[str, TaskScores]:
+    """The scores that the gate judges: the adapter's, or those of the exported format that is published."""
+    for export in exported.exports:
+        if export.format == settings.gate.on:
+            return export.scores[export.candidate]
+    return adapter.scores
+
+
 def _publish_baseline(
-    attempt: Attempt, baseline: Baseline | None, adapter: Evaluated
+    attempt: Attempt, baseline: Baseline | None, judged: Mapping[str, TaskScores]
 ) -> tuple[dict[str, Any] | None, list[Artifact]]:
-    """Compares the adapter with the gate's baseline, and publishes a copy of the baseline's samples as evidence."""
+    """Compares what the gate judges with its baseline, and publishes a copy of the baseline's samples as evidence."""
     if baseline is None:
         return None, []
     copies = []
-    for task in adapter.scores:
+    for task in judged:
         key = answers_key(task, "baseline")
         path = attempt.work / key
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(baseline.tasks[task].data)
         copies.append(attempt.publish(path, key))
-    return baseline.compared(adapter.scores), copies
+    return baseline.compared(judged), copies
 
 
 def publish_report_and_card(attempt: Attempt, results: Mapping[str, Any]) -> dict[str, Any]:

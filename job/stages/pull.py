@@ -24,7 +24,7 @@ from job.data.hub_dataset import check_hub_dataset
 from job.data.text_tokenizer import broken_tokenizer
 from job.data.token_cache import Tokens, load_tokens, open_tokens
 from job.data.training_and_validation import ValidationSource, what_to_validate_on
-from job.errors import JobError, Preempted, named_by
+from job.errors import DataError, JobError, Preempted, Problem, named_by
 from job.evaluation.tasks import Tasks, check_lengths, load_tasks
 from job.model.adapter_options import MANY_STEPS, make_options
 from job.model.base import choose_device, choose_dtype, inspect, load_tokenizer
@@ -379,7 +379,7 @@ def _find_model(
     ):
         noted = entry_at(base.key, *locations, base.index_sha256)
         if (folder := find(noted, attempt.alive_in_thread)) is not None:
-            return _Model(folder, earlier.model_revision, earlier.model_sha256, noted, quantized=True)
+            return _Model(folder, earlier.model_revision, earlier.model_sha256, noted, quantized=True, original=None)
     source = settings.model.id
     if is_remote(source):
         if (small := _fetch_small_files(source, attempt.work / "model-small", storage)) is not None:
@@ -396,6 +396,23 @@ def _find_model(
     # Not in a later attempt: this entry may not be the one that the run began with.
     here = None if entry is None or earlier else find(replace(entry, store=None), attempt.alive_in_thread)
     return _Model(here or folder, revision, sha256, entry, quantized=here is not None, original=folder)
+
+
+def fetch_original(attempt: Attempt, settings: Settings, storage: StorageOptions, record: Pulled) -> Path:
+    """The folder of the base's own files, fetched again by an attempt that began with the quantized base.
+
+    Raises:
+        DataError: They are gone, or no longer those that the run began with.
+        Unreachable, AccessDenied: The hub or the store cannot be used.
+    """
+    source = settings.model.id
+    if is_remote(source):
+        folder, _ = download_model(_fetch(attempt, source, "model", storage), None)
+    else:
+        folder, _ = download_model(source, record.model_revision)
+    if fingerprint(folder) != record.model_sha256:
+        raise DataError([Problem("JOB_MODEL__ID", f"{source} is not what this run began with: its files have changed")])
+    return folder
 
 
 def _fetch_small_files(place: str, folder: Path, storage: StorageOptions) -> Path | None:

@@ -18,7 +18,7 @@ from job.records import AttemptRecord, StepMetrics, TaskScores, ValidationMetric
 from job.results.adapter_facts import CONFIG, WEIGHTS, adapter_facts
 from job.results.cost import compute_cost
 from job.results.training_totals import training_totals
-from job.runs.layout import ARTIFACTS, METRICS, RESULTS, VALIDATIONS, answers_key
+from job.runs.layout import ARTIFACTS, METRICS, RESULTS, VALIDATIONS, answers_key, export_side
 from job.training.config import total_steps
 from job.training.early_stopping import due_steps, progress, validation_record
 from job.verification.differences import MAX_SHOWN, CheckResult, Difference, find_differences, show
@@ -37,11 +37,11 @@ def check_evaluation(results: Mapping[str, Any], copies: Copies) -> CheckResult:
     by_task: dict[str, SamplesByTask] = {}
     differences: list[Difference] = []
     for side in ("base", "adapter"):
-        by_task[side], wrong = _read_samples(tasks, side, copies)
+        by_task[side], wrong = read_samples(tasks, side, copies)
         differences += wrong
-    differences += _unpaired(by_task["base"], by_task["adapter"], "base")
+    differences += unpaired(by_task["base"], by_task["adapter"], "base")
     if not differences:
-        found = compare_tasks(*(_scores(by_task[side], tasks, side) for side in ("base", "adapter")))
+        found = compare_tasks(*(scores_of(by_task[side], tasks, side) for side in ("base", "adapter")))
         differences += find_differences(f"{RESULTS} evaluation.tasks", tasks, found)
     questions = sum(len(records) for records in by_task["adapter"].values())
     extent = f"{count(len(tasks), 'task')}, {count(questions, 'question')} answered twice"
@@ -51,28 +51,51 @@ def check_evaluation(results: Mapping[str, Any], copies: Copies) -> CheckResult:
 def check_gate(results: Mapping[str, Any], copies: Copies) -> CheckResult:
     """The gate's verdict from the figures; with a baseline, from the copies of its samples in this run."""
     gate, tasks = results["gate"], results["evaluation"]["tasks"]
-    against = gate["baseline"]
+    against, on = gate["baseline"], gate.get("on", "adapter")
     thresholds = {name: gate[name] for name in ("metric", "min_delta", "max_regression")}
-    asked = {**thresholds, "baseline": against and against["results"]}
+    asked = {**thresholds, "baseline": against and against["results"], "on": on}
     settings = {name: results["settings"].get(f"gate.{name}", {}).get("value") for name in asked}
+    settings["on"] = settings["on"] or "adapter"  # which versions without this setting judged
     differences = list(find_differences(f"{RESULTS} gate", asked, settings))
+    side = _judged_side(results, on)
+    if side is None:
+        differences.append(Difference(f"{RESULTS} gate.on", show(on), "no export of this format"))
+        return CheckResult("gate", "none", tuple(differences))
+    if side != "adapter" and against is None and not differences:
+        sides = (read_samples(tasks, one, copies) for one in ("base", side))
+        (before, before_wrong), (after, after_wrong) = sides
+        differences += [*before_wrong, *after_wrong, *unpaired(before, after, "base")]
+        if not differences:
+            claimed = {task: {**found, side: found["adapter"]} for task, found in tasks.items()}
+            tasks = compare_tasks(scores_of(before, tasks, "base"), scores_of(after, claimed, side))
     if against is not None:
-        earlier, wrong = _read_samples(tasks, "baseline", copies)
-        ours, ours_wrong = _read_samples(tasks, "adapter", copies)
-        wrong += ours_wrong or _unpaired(earlier, ours, "baseline")
+        earlier, wrong = read_samples(tasks, "baseline", copies)
+        ours, ours_wrong = read_samples(tasks, side, copies)
+        wrong += ours_wrong or unpaired(earlier, ours, "baseline")
         wrong += find_differences(f"{RESULTS} gate.baseline.tasks", sorted(against["tasks"]), sorted(tasks))
         differences += wrong
         if not wrong:
-            pair = _scores(earlier, against["tasks"], "base"), _scores(ours, tasks, "adapter")
+            pair = scores_of(earlier, against["tasks"], "base"), scores_of(ours, against["tasks"], "adapter")
             against = {**against, "tasks": compare_tasks(*pair)}
     if not differences:
-        differences += find_differences(f"{RESULTS} gate", gate, judge(tasks, **thresholds, baseline=against))
+        differences += find_differences(
+            f"{RESULTS} gate", {"on": on, **gate}, judge(tasks, **thresholds, on=on, baseline=against)
+        )
     outcome = {None: "none set", True: "met", False: "not met"}[gate["passed"]]
     versus = "" if against is None else f", against run {show(against['run'])}"
-    return CheckResult("gate", outcome + versus, tuple(differences))
+    judged = "" if side == "adapter" else f", {on}"
+    return CheckResult("gate", outcome + judged + versus, tuple(differences))
 
 
-def _read_samples(tasks: Mapping[str, Any], side: str, copies: Copies) -> tuple[SamplesByTask, list[Difference]]:
+def _judged_side(results: Mapping[str, Any], on: str) -> str | None:
+    """Whose answers the gate judged; None where it names a format that was not exported."""
+    if on == "adapter":
+        return on
+    published = {export["format"]: export["candidate"] for export in results.get("exports", ())}
+    return export_side(on, published[on]) if on in published else None
+
+
+def read_samples(tasks: Mapping[str, Any], side: str, copies: Copies) -> tuple[SamplesByTask, list[Difference]]:
     """By task, one side's samples, and what is wrong with each side by itself."""
     by_task, wrong = {}, []
     for task, claimed in tasks.items():
@@ -96,7 +119,7 @@ def _read_samples(tasks: Mapping[str, Any], side: str, copies: Copies) -> tuple[
     return by_task, wrong
 
 
-def _unpaired(before: SamplesByTask, after: SamplesByTask, side: str) -> Iterator[Difference]:
+def unpaired(before: SamplesByTask, after: SamplesByTask, side: str) -> Iterator[Difference]:
     """The first question of each task in which the two sides differ."""
     for task in before.keys() & after.keys():
         for number, (one, two) in enumerate(zip(before[task], after[task], strict=False), start=1):
@@ -106,7 +129,7 @@ def _unpaired(before: SamplesByTask, after: SamplesByTask, side: str) -> Iterato
                 break
 
 
-def _scores(by_task: SamplesByTask, tasks: Mapping[str, Any], side: str) -> dict[str, TaskScores]:
+def scores_of(by_task: SamplesByTask, tasks: Mapping[str, Any], side: str) -> dict[str, TaskScores]:
     """The scores that follow from the samples; `source`, `version` and `reused_from` are the manifest's."""
     return {
         task: task_scores(

@@ -14,7 +14,8 @@ from job.common.formatting import count
 from job.common.validation import first_error
 from job.errors import JobError
 from job.evaluation.comparison import compare_tasks
-from job.records import Artifact, AttemptRecord, Evaluated, Pulled, Trained
+from job.records import Artifact, AttemptRecord, Evaluated, Exported, Pulled, Trained
+from job.results.manifest import exports_record
 from job.runs import lease, stage_records
 from job.runs.layout import LEASE, RESULTS, SETTINGS, Stage, attempt_key, attempt_number, stage_key
 from job.runs.run_log import parse_logged, parse_record
@@ -24,6 +25,7 @@ from job.verification.differences import MAX_SHOWN, CheckResult, Difference, fin
 from job.verification.fetch_files import MISSING
 
 PULL, BASE, TRAIN, ADAPTER = map(stage_key, (Stage.PULL, Stage.EVALUATE_BASE, Stage.TRAIN, Stage.EVALUATE_ADAPTER))
+EXPORT = stage_key(Stage.EXPORT)
 MAX_RECORD_BYTES = 1 << 20
 T = TypeVar("T")
 
@@ -79,7 +81,26 @@ def check_stages(results: Mapping[str, Any], copies: Copies, run: str | None) ->
             differences.append(Difference(ADAPTER, "scores that compare with the base's", str(error)))
         else:
             differences += find_differences(f"{RESULTS} evaluation.tasks", results["evaluation"]["tasks"], tasks)
-    return CheckResult("stages", "pull, evaluate base, train, evaluate adapter", tuple(differences))
+    stages = "pull, evaluate base, train, evaluate adapter"
+    if results.get("exports") or EXPORT in copies:
+        stages += ", export"
+        exported = _read(EXPORT, Exported, copies, differences, run)
+        if exported is not None and base is not None and adapter is not None:
+            differences += _exports_differ(results, exported, base, adapter)
+    return CheckResult("stages", stages, tuple(differences))
+
+
+def _exports_differ(
+    results: Mapping[str, Any], exported: Exported, base: Evaluated, adapter: Evaluated
+) -> Iterator[Difference]:
+    """The manifest's exports by the record of the stage."""
+    yield from _listed(results, exported.artifacts)
+    try:
+        found = exports_record(exported, base.scores, adapter.scores)
+    except (JobError, ValueError) as error:
+        yield Difference(EXPORT, "scores that compare with the base's", str(error))
+    else:
+        yield from find_differences(f"{RESULTS} exports", results.get("exports", []), found)
 
 
 def _completed(claimed: Mapping[str, Any], record: Any) -> dict[str, Any]:

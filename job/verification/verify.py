@@ -25,6 +25,7 @@ from job.runs.layout import ARTIFACTS, FIRST_STAGE, RESULTS
 from job.storage.location import join
 from job.storage.open import ObjectStore, StorageOptions, is_key, open_store
 from job.verification import check_checkpoints
+from job.verification.check_exports import check_exports
 from job.verification.check_figures import check_cost, check_evaluation, check_gate, check_training, check_validation
 from job.verification.check_first_stage import check_first_stage
 from job.verification.check_history import check_attempts, check_settings, check_stages, fingerprint_of
@@ -90,7 +91,7 @@ def verify(
         check_gate(results, copies),
         check_training(results, copies),
         check_validation(results, copies),
-        *filter(None, [check_preferences(results, copies)]),
+        *filter(None, [check_preferences(results, copies), check_exports(results, copies)]),
         check_cost(results),
         check_settings(results, copies),
         check_stages(results, copies, run),

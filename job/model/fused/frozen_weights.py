@@ -55,14 +55,19 @@ class _Frozen:
         self._kept = None
 
     def _made(self) -> torch.Tensor:
-        from bitsandbytes.functional import dequantize_4bit
-
-        weight: torch.Tensor = self._layer.weight
-        if getattr(weight, "quant_state", None) is None:
+        if getattr(self._layer.weight, "quant_state", None) is None:
+            weight: torch.Tensor = self._layer.weight
             return weight  # itself, no copy: what is frozen may be shared
-        # `.data`: a view without the parameter's subclass, whose every operation would go through Python.
-        values: torch.Tensor = dequantize_4bit(weight.data, self._layer.weight.quant_state)
-        return values.to(self._dtype)
+        return dequantized(self._layer, self._dtype)
+
+
+def dequantized(layer: Any, dtype: torch.dtype) -> torch.Tensor:
+    """The (outputs, inputs) weight of a 4-bit layer in `dtype`, as its products are computed with."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    # `.data`: a view without the parameter's subclass, whose every operation would go through Python.
+    values: torch.Tensor = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    return values.to(dtype)
 
 
 def forget_dequantized(model: Any) -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from job.planning.forecast import EVALUATIONS, ForwardWork, RunShape, estimates, forecast_gpu
+from job.planning.forecast import DOWNLOAD_RATE, EVALUATIONS, ForwardWork, RunShape, estimates, forecast_gpu
 from job.planning.gpu_prices import GPUS, Gpu
 from job.planning.known_models_and_data import ARCHITECTURES, TASK_TOKENS
 from job.planning.workload import Workload
@@ -84,6 +84,24 @@ def test_hours_add_up_and_dollars_follow() -> None:
     assert (priced.usd_per_hour, priced.machine) == (2.0, "your price")
     assert priced.usd == pytest.approx(2.0 * (priced.hours or 0))
     assert forecast_gpu(gpu, replace(RUN, workload=None), REFERENCE).usd is None
+
+
+def test_an_export_takes_disk_memory_and_time() -> None:
+    """Each candidate is written in 16 bits and scored like the adapter, unquantized; the chosen one is uploaded."""
+    plain, run = RUN, replace(RUN, exported=2)
+    gpu = BY_NAME["H200"]
+    weights = 2 * REFERENCE.architecture.parameters
+    figures = {figure.name: figure.value for figure in estimates(run)}
+    assert figures["exported models"] == 2 * weights
+    assert figures["disk"] == {figure.name: figure.value for figure in estimates(plain)}["disk"] + 2 * weights
+    assert "evaluation, 4 times" in figures
+    scoring = memory_model.evaluation_flops(REFERENCE, RUN.questions.tokens, RUN.questions.reads)  # type: ignore[union-attr]
+    seconds = 2 * scoring / (memory_model.UTILISATION * gpu.flops) + 5 * weights / DOWNLOAD_RATE
+    longer, shorter = forecast_gpu(gpu, run, REFERENCE).hours, forecast_gpu(gpu, plain, REFERENCE).hours
+    assert (longer or 0) - (shorter or 0) == pytest.approx(seconds / 3600, rel=1e-6)
+    small = Gpu("x", 12 << 30, 1e15, 3e12, (9, 0), 1.0, "m")
+    assert forecast_gpu(small, replace(plain, budget=512), REFERENCE).fits
+    assert not forecast_gpu(small, replace(run, budget=512), REFERENCE).fits
 
 
 @pytest.mark.parametrize(("gigabytes", "keeps"), [(80, "base, activations"), (40, "activations"), (24, ""), (16, "")])

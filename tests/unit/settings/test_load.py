@@ -490,6 +490,9 @@ BAD_VALUES: list[tuple[str, list[str]]] = [
     ("checkpoint.keep", ["0"]),
     ("eval.tasks", ["", "a,a", "[]", '["a", 1]', "[[[["]),
     ("eval.data", ["x", "a=1,a=2", "{", "[]", '{"arc_easy": 1}', '{"arc_easy": "ftp://x"}', "arc_esay=x.jsonl"]),
+    ("export.formats", ["merge", "merged,merged", "gguf"]),
+    ("export.merge_onto", ["", "nf4"]),
+    ("gate.on", ["", "base", "gguf"]),
     ("gate.metric", ["f1"]),
     ("gate.min_delta", ["1.1", "-1.1", "nan", "1%", "1 %"]),
     ("gate.max_regression", ["-0.1", "1.1"]),
@@ -794,6 +797,19 @@ class TestCombinations:
         assert "threshold" in problems(["--gate.baseline=runs/a"])["JOB_GATE__BASELINE (command line)"]
         assert load_settings(["--gate.baseline=s3://bucket/a/results.json", "--gate.max_regression=0"], {})
 
+    def test_a_gate_on_what_is_not_exported(self) -> None:
+        """The gate cannot judge a model that is not made, nor can what it is made of be chosen."""
+        found = problems(["--gate.on=merged", "--gate.min_delta=0"])
+        assert "add it to JOB_EXPORT__FORMATS" in found["JOB_GATE__ON (command line)"]
+        assert "threshold" in problems(["--gate.on=merged", "--export.formats=merged"])["JOB_GATE__ON (command line)"]
+        found = problems(["--export.merge_onto=original"])
+        assert "has no effect without" in found["JOB_EXPORT__MERGE_ONTO (command line)"]
+        whole = load_settings(["--gate.on=merged", "--export.formats=merged", "--gate.min_delta=0"], {})
+        assert (whole.export.formats, whole.export.merge_onto) == (("merged",), "best")
+        assert load_settings(["--export.formats="], {}).export.formats == ()
+        whole_modules = problems(["--export.formats=merged", "--lora.modules_to_save=lm_head"])
+        assert "JOB_LORA__MODULES_TO_SAVE" in whole_modules["JOB_EXPORT__FORMATS (command line)"]
+
     def test_gates_that_contradict_each_other(self) -> None:
         """Allowing a loss of 5 points and forbidding one of 1 cannot both be meant."""
         found = problems(["--gate.min-delta=-0.05", "--gate.max-regression=0.01"])
@@ -845,12 +861,15 @@ class TestMethods:
         """The first stage is a run of its own: its id, data and schedule, no gate, nothing of preferences."""
         assert "must be given" in problems(["--train.method=sft,dpo"])["JOB_DATA__SFT_SOURCE (default)"]
         given = ["--train.method=sft,dpo", "--data.sft_source=a.jsonl", "--train.sft_epochs=3", "--train.beta=0.3"]
-        whole = load_settings([*given, "--run.id=x", "--run.output=out", "--gate.min_delta=0.1"], {})
+        whole = load_settings(
+            [*given, "--run.id=x", "--run.output=out", "--gate.min_delta=0.1", "--export.formats=merged"], {}
+        )
         first, second = split_stages(whole)
         assert second is whole
         assert (first.run.id, first.train.method, first.train.epochs) == ("x-sft", "sft", 3)
         assert first.data.source == "a.jsonl"
         assert (first.gate.min_delta, first.train.beta, first.data.revision) == (None, 0.1, None)
+        assert (first.export.formats, second.export.formats) == ((), ("merged",))
         assert (start_of(first, "artifacts/adapter"), start_of(second, "artifacts/adapter")) == (
             None,
             "out/x/sft/artifacts/adapter",

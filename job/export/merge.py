@@ -1,0 +1,432 @@
+"""The format `merged`: the base's checkpoint with the adapter added to its weights.
+
+    W' = W + scale B A        for plain LoRA; for other kinds what PEFT's own layers make of W
+
+computed in fp32, one tensor at a time, and rounded once to the dtype of the base's file. W is one of two:
+
+    original       the weights in the base's files
+    dequantized    what the quantized base in memory stands for, bit for bit: the weights that the adapter was trained
+                   on. Weights without an adapter are dequantized, too, if they were quantized in training.
+
+The result has the names, the shapes and the other tensors of the base's own checkpoint, so that what loads the base
+loads it. In memory are at any time one file of the result and one tensor in fp32.
+
+An adapter that begins with a part of the base (`decomposed_init`: PiSSA, OLoRA) is plain LoRA of twice the rank, on a
+base that stays as it is, and merges as such.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from job.errors import Problem, SettingsError, TrainingFailed
+from job.model.base import DTYPES, dtype_by_name, is_quantized
+from job.model.files import (
+    MAX_CONFIG_BYTES,
+    build_empty,
+    quantization_method,
+    read_config,
+    read_json,
+    readable,
+    weight_files,
+)
+from job.model.fused.frozen_weights import dequantized
+from job.model.tokenizer_files import copy_tokenizer
+
+ORIGINAL, DEQUANTIZED, BEST = "original", "dequantized", "best"
+SHARD = "5GB"
+"""Size of a file of weights: what is held in memory, and what an upload that is interrupted has to begin again."""
+BESIDE = (
+    *("generation_config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
+    "chat_template.json",
+)
+"""Files of the base that are copied as they are, beside those of the tokenizer."""
+_ADAPTER = "default"
+_TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+"""safetensors' names of dtypes."""
+_ROUNDED = {torch.float32, torch.float64}
+"""Dtypes of a base's files that are not kept: its weights are rounded to the dtype that the run computes in."""
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor of the result: its name and file in the base's checkpoint, and the dtype that it is written in.
+
+    `module` is the full name of the loaded model's module whose weight it is, if that is adapted or quantized.
+    `transposed` is whether it lies in the file as (inputs, outputs), as GPT-2's do.
+    """
+
+    name: str
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    module: str | None
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """What is written: the tensors in the order of the base's files, and the dtype of most of them."""
+
+    source: Path
+    tensors: tuple[_Tensor, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in self.tensors)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The ways to make a format, the bytes that each takes, and why there is only one of them, where that is so."""
+
+    names: tuple[str, ...]
+    bytes_each: int
+    only: str = ""
+
+
+def short_name(dtype: torch.dtype) -> str:
+    """A dtype as the settings write it, such as `bf16`."""
+    long = str(dtype).removeprefix("torch.")
+    return next((short for short, name in DTYPES.items() if name == long), long)
+
+
+def candidates(model: Any, source: Path, asked: str) -> Candidates:
+    """The weights to merge onto; refuses what cannot be merged, or was asked for in vain.
+
+    Args:
+        model: The PEFT model.
+        source: Folder of the base's own files.
+        asked: JOB_EXPORT__MERGE_ONTO.
+
+    Raises:
+        SettingsError: With all problems.
+        DataError: The base's files cannot be read.
+    """
+    base = model.get_base_model()
+    in_four_bits = any(is_quantized(module.weight) for _, module in _weighted(base))
+    published_quantized = quantization_method(read_json(source / "config.json", MAX_CONFIG_BYTES)) is not None
+    if asked == ORIGINAL and published_quantized:
+        raise _refused("is original, and the base is published quantized only; take dequantized", "merge_onto")
+    if asked == DEQUANTIZED and not in_four_bits:
+        raise _refused("is dequantized, and no weight of the base is quantized; take original", "merge_onto")
+    size = plan_merge(model, source).bytes
+    if asked != BEST:
+        return Candidates((asked,), size, f"JOB_EXPORT__MERGE_ONTO is {asked}")
+    if not in_four_bits:
+        return Candidates((ORIGINAL,), size, "no weight of the base is quantized")
+    if published_quantized:
+        return Candidates((DEQUANTIZED,), size, "the base is published quantized only")
+    return Candidates((ORIGINAL, DEQUANTIZED), size)
+
+
+def plan_merge(model: Any, source: Path) -> MergePlan:
+    """Finds the tensor in the base's files of every weight that is adapted or quantized.
+
+    Raises:
+        SettingsError: There is none, or more than one, or it is made of several; or the adapter cannot be merged.
+        DataError: The base's files cannot be read.
+    """
+    base = model.get_base_model()
+    empty = build_empty(source, read_config(source))
+    changed = dict(_weighted(base))
+    problems = list(_unmergeable(model, empty, changed))
+    found = {name: (file, shape, dtype) for file in weight_files(source) for name, shape, dtype in _header(file)}
+    parameters = _parameters(found, empty)
+    by_parameter = Counter(parameters.values())
+    if lost := [name for name in changed if by_parameter[f"{name}.weight"] != 1]:
+        what = f"the weight of {lost[0]} is not one tensor in the base's files, so it cannot be merged into them"
+        problems.append(f"{what}; take no merged, or leave the layer out in JOB_LORA__TARGET_MODULES")
+    if problems:
+        raise _refused("; ".join(problems))
+    modules = {
+        name: p.removesuffix(".weight") for name, p in parameters.items() if p.removesuffix(".weight") in changed
+    }
+    kept = {name: rest for name, rest in found.items() if not _is_quantization_constant(name, modules)}
+    own = _main_dtype((shape, dtype) for _, shape, dtype in kept.values())
+    target = base.dtype if own in _ROUNDED else own
+    held_in = dtype_by_name(base, target)
+
+    def written_in(name: str, dtype: torch.dtype) -> torch.dtype:
+        if not dtype.is_floating_point:  # packed 4-bit weights, or a mask of the base's own
+            return target if name in modules else dtype
+        return held_in(parameters.get(name, name)) if own in _ROUNDED and dtype in _ROUNDED else dtype
+
+    tensors = []
+    for name, (file, shape, dtype) in kept.items():
+        plain = empty.get_submodule(modules[name]) if name in modules else None
+        whole = shape if plain is None else tuple(plain.weight.shape)  # packed ones have another in the file
+        transposed = plain is not None and _is_conv1d(plain)
+        tensors.append(_Tensor(name, file, whole, written_in(name, dtype), modules.get(name), transposed))
+    return MergePlan(source, tuple(tensors), target)
+
+
+def write_merged(
+    model: Any, plan: MergePlan, onto: str, folder: Path, *, tokenizer: Any, alive: Callable[[], None] = lambda: None
+) -> None:
+    """Writes the merged model as `AutoModelForCausalLM.from_pretrained` loads it.
+
+    Args:
+        model: The PEFT model with the adapter's weights.
+        plan: From `plan_merge`.
+        onto: `original` or `dequantized`.
+        folder: Is made.
+        tokenizer: As it was loaded from the base's folder.
+        alive: Called before each tensor; may raise what ends the job.
+
+    Raises:
+        TrainingFailed: A merged weight is not finite in its dtype.
+    """
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    by_name = {tensor.name: tensor for tensor in plan.tensors}
+    empty = {t.name: torch.empty(t.shape, dtype=t.dtype, device="meta") for t in plan.tensors}
+    split = split_torch_state_dict_into_shards(empty, max_shard_size=SHARD)
+    modules = dict(_weighted(model.get_base_model()))
+    for file, names in split.filename_to_tensors.items():
+        shard = {}
+        for name in names:
+            alive()
+            with torch.no_grad():
+                shard[name] = _written(by_name[name], modules, onto, model)
+        save_file(shard, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    config = _config(read_json(plan.source / "config.json", MAX_CONFIG_BYTES), plan.dtype)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    copy_tokenizer(plan.source, folder, tokenizer)
+    for name in BESIDE:
+        if (plan.source / name).is_file():
+            shutil.copyfile(plan.source / name, folder / name)
+
+
+def _written(tensor: _Tensor, modules: Mapping[str, Any], onto: str, model: Any) -> torch.Tensor:
+    """A tensor of the result, contiguous on the CPU."""
+    from peft.tuners.lora import LoraLayer
+
+    module = None if tensor.module is None else modules[tensor.module]
+    takes_original = module is None or onto == ORIGINAL or not is_quantized(module.weight)
+    if takes_original and not isinstance(module, LoraLayer):
+        return _read(tensor).to(tensor.dtype).contiguous()
+    if takes_original:
+        weight = _read(tensor).to(model.device, torch.float32)
+        weight = weight.T if tensor.transposed else weight
+    else:
+        layer = module.get_base_layer() if isinstance(module, LoraLayer) else module
+        # In the dtype that it was computed with in training, not the one that it was quantized from.
+        weight = dequantized(layer, model.get_base_model().dtype).float()
+    if isinstance(module, LoraLayer):
+        weight = merge_weight(module, weight)
+    rounded = (weight.T if tensor.transposed else weight).to(tensor.dtype).cpu().contiguous()
+    if not torch.isfinite(rounded).all():
+        raise TrainingFailed(
+            f"the merged weights of {tensor.module} are not finite in {short_name(tensor.dtype)}: the adapter "
+            "diverged, or its numbers are too large for the base's dtype; lower JOB_TRAIN__LEARNING_RATE"
+        )
+    return rounded
+
+
+def _read(tensor: _Tensor) -> torch.Tensor:
+    """A tensor of the base's file.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    from safetensors import safe_open
+
+    with readable(tensor.file.parent), safe_open(tensor.file, framework="pt") as opened:
+        found: torch.Tensor = opened.get_tensor(tensor.name)
+        return found
+
+
+def merge_weight(layer: Any, weight: torch.Tensor) -> torch.Tensor:
+    """The weight with the adapter added to it, as PEFT computes it.
+
+    Args:
+        layer: A layer of PEFT with an adapter in fp32.
+        weight: (outputs, inputs) fp32, on the layer's device; it is not changed.
+
+    Returns:
+        (outputs, inputs) fp32.
+    """
+    from peft import LoraConfig
+    from peft.tuners.adalora import SVDLinear
+    from peft.tuners.adalora.layer import AdaLoraLayer
+    from peft.tuners.lora import Linear
+
+    if isinstance(layer, AdaLoraLayer):
+        # PEFT's layer of a 4-bit base has no method of its own for it, nor this attribute.
+        layer.fan_in_fan_out = getattr(layer, "fan_in_fan_out", False)
+        return _upright(SVDLinear.get_delta_weight(layer, _ADAPTER).detach(), layer).add_(weight)
+    if not layer.use_dora.get(_ADAPTER, False):
+        # In place: the update is a tensor of its own, and a sum has the same bits in either order.
+        return _upright(layer.get_delta_weight(_ADAPTER).detach(), layer).add_(weight)
+    # DoRA takes the norm of the weight that it is merged into, from its own base layer: so it gets one in fp32.
+    plain = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    plain.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
+    how: dict[str, Any] = {"r": layer.r[_ADAPTER], "lora_alpha": layer.lora_alpha[_ADAPTER]}
+    made = Linear(plain, _ADAPTER, config=LoraConfig(**how, use_dora=True, init_lora_weights=False), **how)
+    made.scaling[_ADAPTER] = layer.scaling[_ADAPTER]
+    for part in ("lora_A", "lora_B", "lora_magnitude_vector"):
+        getattr(made, part)[_ADAPTER].weight = getattr(layer, part)[_ADAPTER].weight
+    made.merge(safe_merge=True)
+    merged: torch.Tensor = plain.weight.detach()
+    return merged
+
+
+def _upright(delta: torch.Tensor, layer: Any) -> torch.Tensor:
+    """(outputs, inputs), from a layer whose weights may lie the other way."""
+    return delta.T if layer.fan_in_fan_out else delta
+
+
+def release(model: Any) -> None:
+    """Frees the memory of a model that is used no more: others still hold references to it, and there is one GPU."""
+    from job.model.fused.frozen_weights import forget_dequantized
+
+    forget_dequantized(model)
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _weighted(base: Any) -> Iterator[tuple[str, Any]]:
+    """(full name, module) of the layers that are adapted, or whose weight is quantized."""
+    from peft.tuners.lora import LoraLayer
+
+    inner = set()
+    for name, module in base.named_modules():
+        if isinstance(module, LoraLayer):
+            inner.add(module.get_base_layer())
+            yield name, module
+        elif module not in inner and is_quantized(getattr(module, "weight", None)):
+            yield name, module
+
+
+def _unmergeable(model: Any, empty: Any, changed: Mapping[str, Any]) -> Iterator[str]:
+    """What PEFT would merge wrong, or not at all, in words."""
+    from peft.tuners.lora import LoraLayer
+
+    config = model.peft_config[_ADAPTER]
+    own = (getattr(config, "lora_bias", False), config.modules_to_save, config.trainable_token_indices)
+    if config.bias != "none" or any(own):
+        yield "the adapter has biases, whole modules or tokens of its own, which are not merged"
+    shared = Counter(id(parameter) for _, parameter in empty.named_parameters(remove_duplicate=False))
+    for name, module in changed.items():
+        weight = module.weight
+        if is_quantized(weight) and getattr(weight, "quant_state", None) is None:
+            yield f"{name} is held in 8 bits; only 4-bit bases and unquantized ones can be merged"
+            return
+        if isinstance(module, LoraLayer):
+            kind = type(module).__name__
+            if kind not in {"Linear", "Linear4bit", "SVDLinear", "SVDLinear4bit"}:
+                yield f"{name} has an adapter of PEFT's kind {kind}, which is not merged"
+                return
+            if shared[id(empty.get_submodule(name).weight)] > 1:
+                yield f"the weight of {name} is also another module's, which has no adapter"
+                return
+
+
+def _parameters(names: Iterable[str], empty: Any) -> dict[str, str]:
+    """Name in the base's files -> name of the parameter that transformers loads it into as it is.
+
+    Without those that transformers makes a parameter of together with others.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+
+    transforms = get_model_conversion_mapping(empty)
+    converters = [found for found in transforms if isinstance(found, WeightConverter)]
+    renamings = [found for found in transforms if not isinstance(found, WeightConverter)]
+    state = empty.state_dict()
+    parameters = {}
+    for name in sorted(names):
+        renamed, converted = rename_source_key(name, renamings, converters, empty.base_model_prefix, state)
+        if converted is None:
+            parameters[name] = renamed
+    return parameters
+
+
+def _header(file: Path) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+    """Name, shape and dtype of every tensor in a file of weights.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    from safetensors import safe_open
+
+    with readable(file.parent), safe_open(file, framework="pt") as opened:
+        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
+        return [(name, tuple(part.get_shape()), _TYPES[part.get_dtype()]) for name, part in slices.items()]
+
+
+def _is_quantization_constant(name: str, modules: Mapping[str, str]) -> bool:
+    """Whether a tensor belongs to the 4-bit weight of one of these, which bitsandbytes lays beside it."""
+    weight, dot, _ = name.partition(".weight.")
+    return bool(dot) and f"{weight}.weight" in modules
+
+
+def _main_dtype(tensors: Iterable[tuple[tuple[int, ...], torch.dtype]]) -> torch.dtype:
+    """The floating-point dtype of most numbers; fp32 where there are none."""
+    numbers: Counter[torch.dtype] = Counter()
+    for shape, dtype in tensors:
+        if dtype.is_floating_point:
+            numbers[dtype] += math.prod(shape)
+    return max(numbers, key=lambda dtype: (numbers[dtype], str(dtype)), default=torch.float32)
+
+
+def _is_conv1d(module: Any) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
+
+
+def _config(of_base: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The base's config.json for weights in `dtype`: without quantization, code of a repository, or a path."""
+    dropped = {"quantization_config", "auto_map", "_name_or_path"}
+    named = str(dtype).removeprefix("torch.")
+    config: dict[str, Any] = {}
+    for key, value in of_base.items():
+        if key in dropped:
+            continue
+        if isinstance(value, dict) and key.endswith("_config"):
+            config[key] = _config(value, dtype) if {"dtype", "torch_dtype"} & value.keys() else _without(value, dropped)
+        else:
+            config[key] = named if key == "torch_dtype" else value
+    return {**config, "dtype": named}
+
+
+def _without(part: Mapping[str, Any], dropped: set[str]) -> dict[str, Any]:
+    return {key: value for key, value in part.items() if key not in dropped}
+
+
+def _refused(what: str, name: str = "formats") -> SettingsError:
+    return SettingsError([Problem(f"JOB_EXPORT__{name.upper()}", what)])

@@ -1,0 +1,176 @@
+"""Whole runs that export a merged model: scored as it is published, killed on the way, judged by the gate."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from job.results.reader import open_run
+from job.runs.layout import facts_of
+from job.verification.verify import require_verified, verify
+from tests import warm
+from tests.chaos.small import settings
+from tests.helpers import arc_rows, make_base, read_jsonl, write_jsonl
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A run of four steps on a base in bf16, as bases are published, with everything it exports on the same disk."""
+    folder = tmp_path_factory.mktemp("export")
+    (folder / "base").mkdir()
+    make_base(folder / "base")
+    AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16).save_pretrained(folder / "base")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("JOB_")}
+    return {
+        **clean,
+        **settings(folder, rows=8, questions=12),
+        "JOB_TRAIN__LEARNING_RATE": "2e-2",
+        "JOB_EXPORT__FORMATS": "merged",
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(environment: dict[str, str]) -> Path:
+    """The folder of a run that nobody disturbed."""
+    done = warm.run([], {**environment, "JOB_RUN__ID": "whole"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "merged: arc_easy onto original weights" in done.stdout
+    return Path(environment["JOB_RUN__OUTPUT"]) / "whole"
+
+
+def manifest(run: Path) -> dict[str, Any]:
+    """The manifest of a run, which verifies."""
+    with tempfile.TemporaryDirectory() as work:
+        require_verified(verify(open_run(str(run)), Path(work)))
+    found: dict[str, Any] = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    return found
+
+
+def test_what_ships_is_what_was_scored(environment: dict[str, str], whole: Path) -> None:
+    """Plain transformers loads the published folder, and answers every question as its record says."""
+    (export,) = manifest(whole)["exports"]
+    assert set(export["candidates"]) == {"original", "dequantized"}
+    assert (export["format"], export["dtype"], export["scored_in"]) == ("merged", "bf16", "bf16")
+    folder = whole / "artifacts/export/merged"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    assert model.dtype == torch.bfloat16
+
+    def likelihood(question: str, answer: str) -> float:
+        asked, said = tokenizer(question).input_ids, tokenizer(f"{question} {answer}").input_ids
+        with torch.no_grad():
+            scores = model(torch.tensor([said])).logits[0, len(asked) - 1 : -1].float().log_softmax(-1)
+        return float(scores.gather(1, torch.tensor(said[len(asked) :])[:, None]).sum())
+
+    records = read_jsonl(whole / f"artifacts/evaluation/arc_easy.merged-{export['candidate']}.jsonl")
+    for row, record in zip(read_jsonl(Path(environment["JOB_EVAL__DATA"].split("=")[1])), records, strict=True):
+        scores = [likelihood(f"Question: {row['question']}\nAnswer:", text) for text in row["choices"]["text"]]
+        assert scores == pytest.approx(record["log_likelihoods"], rel=0.02, abs=0.1)
+        best = sorted(scores)
+        if best[-1] - best[-2] > 0.2:  # bf16 rounds otherwise in sequences of other lengths
+            assert scores.index(best[-1]) == record["prediction"]
+    assert {path.name for path in folder.iterdir()} >= {"config.json", "generation_config.json", "tokenizer.json"}
+    report = (whole / "artifacts/report.html").read_text(encoding="utf-8")
+    card = (whole / "artifacts/adapter/README.md").read_text(encoding="utf-8")
+    assert "merged onto dequantized" in report
+    assert "merged onto original" in card
+
+
+@pytest.mark.parametrize("when", [pytest.param("stage", marks=pytest.mark.long), "scoring"])
+def test_killed_in_export(environment: dict[str, str], whole: Path, tmp_path: Path, when: str) -> None:
+    """Killed before the merge, or in the scoring of a candidate: a restart gives the same bytes."""
+    changes = {"JOB_RUN__ID": "hit", "JOB_RUN__OUTPUT": str(tmp_path)}
+    if when == "scoring":
+        with warm.followed([], {**environment, **changes}) as (process, log):
+            for line in log:
+                if '"event": "questions"' in line and '"stage": "export"' in line:
+                    process.kill()
+            assert process.wait(100) == [-9]
+    else:
+        assert warm.run([], {**environment, **changes, "JOB_FAULT": "kill@stage=export"}).returncode == -9
+    assert not (tmp_path / "hit/results.json").exists()
+    done = warm.run([], {**environment, **changes})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert facts_of(manifest(tmp_path / "hit")) == facts_of(manifest(whole))
+
+
+def test_a_merge_that_loses_the_gain_ends_with_3(tmp_path: Path) -> None:
+    """The adapter passes the gate; merged into large bf16 weights it is rounded away, which the gate sees."""
+    changes = _cancelling(tmp_path)
+    environment = {**{n: v for n, v in os.environ.items() if not n.startswith("JOB_")}, **changes}
+    done = warm.run([], {**environment, "JOB_RUN__ID": "merged", "JOB_GATE__ON": "merged"})
+    assert done.returncode == 3, done.stderr[-3000:]
+    results = manifest(Path(changes["JOB_RUN__OUTPUT"]) / "merged")
+    (export,) = results["exports"]
+    task = results["evaluation"]["tasks"]["arc_easy"]
+    assert task["verdict"] == "improved"
+    assert task["ci95"][0] > 0.01  # the adapter by itself would pass
+    assert export["candidates"]["original"]["arc_easy"]["versus_adapter"]["acc"]["verdict"] == "regressed"
+    assert results["gate"]["on"] == "merged"
+    assert re.match(r"merged, arc_easy: acc may have gained only", results["gate"]["reasons"][0])
+
+
+def _cancelling(folder: Path) -> Mapping[str, str]:
+    """Settings of a run on a base whose weights are large and cancel: 256 less 256, on inputs that are alike.
+
+    In bf16 numbers near 256 are two apart, so that an adapter's difference is lost when it is added to them; in a
+    product that is computed by itself it is not.
+    """
+    (folder / "base").mkdir()
+    make_base(folder / "base")
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight")):
+                large = 256 * (2 * torch.randint(0, 2, (weight.shape[0], 64)) - 1)
+                small = 2 * (torch.rand(weight.shape[0], 64) < 0.02)
+                weight.copy_(torch.cat([large + small, -large], dim=1))
+            elif name.endswith(("o_proj.weight", "down_proj.weight")):  # both halves of the hidden state alike
+                weight.copy_(torch.cat([weight[:64], weight[:64]]))
+            elif "embed_tokens" in name:
+                weight.copy_(torch.cat([weight[:, :64], weight[:, :64]], dim=1))
+    model.save_pretrained(folder / "base")
+    rows = [
+        {"prompt": f"Question: {row['question']}\nAnswer:", "completion": " of them all is"} for row in arc_rows(32)
+    ]
+    asked = [
+        {
+            **row,
+            "choices": {"text": ["it is the one", "of them all is"], "label": ["A", "B"]},
+            "answerKey": "B",
+        }
+        for row in arc_rows(40)
+    ]
+    write_jsonl(folder / "rows.jsonl", rows)
+    write_jsonl(folder / "questions.jsonl", asked)
+    return {
+        "JOB_RUN__OUTPUT": str(folder / "out"),
+        "JOB_RUN__SPOT_NOTICES": "off",
+        "JOB_MODEL__ID": str(folder / "base"),
+        "JOB_MODEL__QUANTIZATION": "none",
+        "JOB_DATA__SOURCE": str(folder / "rows.jsonl"),
+        "JOB_EVAL__DATA": f"arc_easy={folder / 'questions.jsonl'}",
+        "JOB_LORA__TARGET_MODULES": "q_proj,k_proj,v_proj,gate_proj,up_proj",
+        "JOB_LORA__RANK": "64",
+        "JOB_LORA__ALPHA": "64",
+        "JOB_TRAIN__GLOBAL_BATCH_SIZE": "8",
+        "JOB_TRAIN__EPOCHS": "4",
+        "JOB_TRAIN__LEARNING_RATE": "5e-3",
+        "JOB_TRAIN__MAX_LENGTH": "512",
+        "JOB_TRAIN__LOSS_ON": "completion",
+        "JOB_EXPORT__FORMATS": "merged",
+        "JOB_GATE__MIN_DELTA": "0.01",
+        "JOB_LOG__FORMAT": "json",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "TMPDIR": str(folder),
+    }

@@ -1,0 +1,156 @@
+"""`verify` on runs that exported a merged model: its figures, the choice, the gate on it, and its files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from job.platforms.detect import Delivery
+from job.report.model_card import render_model_card
+from job.report.report import read_report_data, render_report
+from job.results import manifest
+from job.results.delivery import deliver
+from job.storage.local import LocalStore
+from job.verification.verify import verify
+from tests.published_run import forge, pairs, publish_run, rewrite
+
+BETTER = {"original": [True] * 20, "dequantized": [True] * 19 + [False]}
+ALIKE = {"original": [False] * 10 + [True] * 10, "dequantized": [True] * 10 + [False] * 10}
+FOLDER = "artifacts/export/merged"
+
+
+def published(tmp_path: Path, candidates: dict[str, list[bool]], *settings: str) -> Path:
+    """A run whose adapter is right in 15 of 20 questions, of which the base knew 5."""
+    return publish_run(tmp_path / "run", {"arc": pairs(20, improved=10)}, exported=candidates, settings=settings)
+
+
+def wrong(folder: Path) -> list[str]:
+    """What differs, by the place."""
+    work = folder.parent / "verified"
+    work.mkdir(exist_ok=True)
+    return [difference.where for check in verify(LocalStore(folder), work) for difference in check.differences]
+
+
+def results_of(folder: Path) -> dict[str, Any]:
+    """The manifest, which fits the schema."""
+    found: dict[str, Any] = json.loads((folder / "results.json").read_bytes())
+    manifest.validate(found)
+    return found
+
+
+@pytest.mark.parametrize(("candidates", "chosen"), [(BETTER, "original"), (ALIKE, "dequantized")])
+def test_a_run_with_an_export_verifies(tmp_path: Path, candidates: dict[str, list[bool]], chosen: str) -> None:
+    """Both candidates are in the manifest, paired with base and adapter; the better one ships, at a tie dequantized."""
+    folder = published(tmp_path, candidates)
+    assert wrong(folder) == []
+    (export,) = results_of(folder)["exports"]
+    assert export["candidate"] == chosen
+    found = export["candidates"]["original"]["arc"]
+    right = sum(candidates["original"]) / 20
+    assert found["versus_base"]["acc"]["delta"] == pytest.approx(right - 0.25)
+    assert found["versus_adapter"]["acc"]["delta"] == pytest.approx(right - 0.75)
+    assert ("trained on the dequantized" in export["reason"]) is (chosen == "dequantized")
+
+
+def test_one_candidate_is_no_choice(tmp_path: Path) -> None:
+    """Where only one was asked for, its reason stands as it is."""
+    assert wrong(published(tmp_path, {"original": [True] * 20})) == []
+
+
+def test_the_gate_judges_what_ships(tmp_path: Path) -> None:
+    """The adapter gained, the merge lost it: with the gate on the merge, the run is not passed, and that verifies."""
+    lost = {"original": [True] * 3 + [False] * 17}
+    folder = published(tmp_path, lost, "--gate.on=merged", "--gate.min_delta=0.01")
+    assert wrong(folder) == []
+    gate = results_of(folder)["gate"]
+    assert (gate["on"], gate["passed"]) == ("merged", False)
+    assert gate["reasons"][0].startswith("merged, arc: acc may have gained only")
+    forge(folder, lambda results: results["gate"].update(passed=True, reasons=[]))
+    assert "results.json gate.passed" in wrong(folder)
+
+
+def test_a_gate_on_what_was_not_exported(tmp_path: Path) -> None:
+    """A manifest cannot claim to have judged a format that it does not list."""
+    folder = published(tmp_path, BETTER)
+    forge(folder, lambda results: results["gate"].update(on="gguf"))
+    assert "results.json gate.on" in wrong(folder)
+
+
+def _other_choice(results: dict[str, Any]) -> None:
+    results["exports"][0]["candidate"] = "dequantized"
+
+
+def _other_figure(results: dict[str, Any]) -> None:
+    results["exports"][0]["candidates"]["original"]["arc"]["scores"]["acc"] = 0.5
+
+
+def _none(results: dict[str, Any]) -> None:
+    results["exports"] = []
+
+
+def _other_dtype(results: dict[str, Any]) -> None:
+    results["exports"][0]["dtype"] = "bf16"
+
+
+@pytest.mark.parametrize("change", [_other_choice, _other_figure, _none, _other_dtype])
+def test_a_changed_claim_is_found(tmp_path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Figures, choice and dtype follow from samples and files: another claim in a sealed manifest is found."""
+    folder = published(tmp_path, BETTER)
+    forge(folder, change)
+    assert any("exports" in where or where.startswith(FOLDER) for where in wrong(folder))
+
+
+def test_a_changed_answer_is_found(tmp_path: Path) -> None:
+    """An answer of a candidate that was replaced, manifest and all, contradicts the figures."""
+    folder = published(tmp_path, BETTER)
+    path = "artifacts/evaluation/arc.merged-dequantized.jsonl"
+    lines = (folder / path).read_bytes().splitlines(keepends=True)
+    rewrite(
+        folder,
+        path,
+        (folder / "artifacts/evaluation/arc.base.jsonl").read_bytes().splitlines(keepends=True)[0]
+        + b"".join(lines[1:]),
+    )
+    assert any("exports[0].candidates.dequantized" in where for where in wrong(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("config.json", b'{"dtype": "float16", "quantization_config": {}}'),
+        ("config.json", b"[]"),
+        ("model.safetensors", b"no tensors"),
+    ],
+)
+def test_a_folder_that_is_no_model_is_found(tmp_path: Path, name: str, data: bytes) -> None:
+    """Weights that cannot be read, or a configuration of quantized ones, though every hash is right."""
+    folder = published(tmp_path, BETTER)
+    rewrite(folder, f"{FOLDER}/{name}", data)
+    assert any(where.startswith(FOLDER) for where in wrong(folder))
+
+
+def test_a_byte_of_the_model_is_found(tmp_path: Path) -> None:
+    """The hash of every exported file is checked."""
+    folder = published(tmp_path, BETTER)
+    path = folder / FOLDER / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    assert f"{FOLDER}/model.safetensors" in wrong(folder)
+
+
+def test_it_is_shown_and_delivered(tmp_path: Path) -> None:
+    """Report, card and summary have a row for each candidate; the platform gets the model in a folder of its name."""
+    folder = published(tmp_path, BETTER)
+    results = results_of(folder)
+    page = render_report(results, read_report_data(results, lambda artifact: folder / artifact.path)).decode()
+    card = render_model_card(results).decode()
+    for text in (page, card):
+        assert text.count("merged onto") >= 3
+        assert "the higher accuracy: original 100.00 %, dequantized 95.00 %" in text
+    (line,) = [line for line in manifest.summary(results, "x/results.json") if line.startswith("merged")]
+    assert "published: original" in line
+    deliver(LocalStore(folder), results, Delivery(tmp_path / "model", tmp_path / "data"))
+    assert (tmp_path / "model/merged/model.safetensors").exists()
