@@ -43,6 +43,12 @@ OPTIONS: dict[str, Mapping[str, str]] = {
     "ademamix_8bit": DEMO | {"JOB_TRAIN__OPTIMIZER": "ademamix_8bit"},
     "dropout": DEMO | {"JOB_LORA__DROPOUT": "0.05"},
     "dpo": PAIRS,
+    "dpo, validation": PAIRS | VALIDATION,
+    "muon, label smoothing": DEMO | {"JOB_TRAIN__OPTIMIZER": "muon", "JOB_TRAIN__LABEL_SMOOTHING": "0.1"},
+    "EVA": DEMO | {"JOB_LORA__INIT": "eva"},
+    "LoftQ": DEMO | {"JOB_LORA__INIT": "loftq"},
+    "new tokens": DEMO | {"JOB_MODEL__ADD_TOKENS": "<ask>,<tell>"},
+    "merged": DEMO | {"JOB_EXPORT__FORMATS": "merged"},
 }
 RETRIED = (0, -9, 75)
 
