@@ -63,7 +63,7 @@ def preferences(folder: Path) -> dict[str, str]:
 
     Four pairs are held out, and the adapter of the best validation is kept.
     """
-    answers = [(row["instruction"], row["output"], f"It is {97 * n % 61}.") for n, row in enumerate(alpaca_rows(24))]
+    answers = [(row["instruction"], row["output"], f"It is not {97 * n % 61}.") for n, row in enumerate(alpaca_rows(24))]
     pairs = [{"prompt": prompt, "chosen": good, "rejected": bad} for prompt, good, bad in answers]
     labelled = [
         {"prompt": prompt, "completion": good if n % 2 else bad, "label": n % 2 == 1}
@@ -115,7 +115,7 @@ CONFIGURATIONS: Mapping[str, Callable[[Path], dict[str, str]]] = {
     "muon": _train(OPTIMIZER="muon", LABEL_SMOOTHING="0.1"),
     "ademamix": _train(OPTIMIZER="ademamix_8bit"),
     "dora": _lora(USE_DORA="true", USE_RSLORA="true", INIT="gaussian", SEED="7"),
-    "pissa": _lora(INIT="pissa", RANK_PATTERN="q_proj=4"),
+    "pissa": _lora(INIT="pissa", DROPOUT="0", RANK_PATTERN="q_proj=4"),
     "adalora": _lora(KIND="adalora", TINIT="3", TFINAL="5", DELTA_T="2"),
 }
 """What a run adds to `settings`, by name. To have `make chaos` draw another option, add a line."""
