@@ -91,6 +91,8 @@ def configure(log_format: str, level: str, secrets: Sequence[str] = (), **contex
     os.environ["TRANSFORMERS_VERBOSITY"] = os.environ["DATASETS_VERBOSITY"] = "error"
     _loggers_are_set_up = False
     _context.set(context)
+    if "structlog" in sys.modules:
+        get_logger()
 
 
 def _processors() -> list[Processor]:

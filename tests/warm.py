@@ -103,11 +103,12 @@ class Processes:
         return self._read()[0]
 
     def kill(self) -> None:
-        """Kills those that are left."""
+        """Kills those that are left, and waits for their end."""
         if self.poll() is None:
             for pid in self.pids:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
+            self._read()
 
     def _read(self) -> list[int]:
         if self._codes is None:

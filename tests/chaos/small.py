@@ -63,7 +63,9 @@ def preferences(folder: Path) -> dict[str, str]:
 
     Four pairs are held out, and the adapter of the best validation is kept.
     """
-    answers = [(row["instruction"], row["output"], f"It is not {97 * n % 61}.") for n, row in enumerate(alpaca_rows(24))]
+    answers = [
+        (row["instruction"], row["output"], f"It is not {97 * n % 61}.") for n, row in enumerate(alpaca_rows(24))
+    ]
     pairs = [{"prompt": prompt, "chosen": good, "rejected": bad} for prompt, good, bad in answers]
     labelled = [
         {"prompt": prompt, "completion": good if n % 2 else bad, "label": n % 2 == 1}

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
 from datetime import date
@@ -42,8 +43,12 @@ def _at_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def workers_running() -> list[psutil.Process]:
     """The worker processes of this one."""
-    children = [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
-    return [child for child in children if "job.data.workers" in " ".join(child.cmdline())]
+    found = []
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):  # also a zombie: it ended between the two questions
+            if "job.data.workers" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
 
 
 def both(*given: Any, **how: Any) -> list[Any]:

@@ -19,7 +19,15 @@ from job.training.trainer import OPTIONS, sft_config, train
 from tests.helpers import fill_adapter, make_examples, make_model
 
 OWN = {
-    *("packed_gradient", "after_optimizer_step", "log_probs", "metrics_of", "save_if_it_fits", "trainer_files"),
+    *(
+        "packed_gradient",
+        "after_optimizer_step",
+        "log_probs",
+        "metrics_of",
+        "save_if_it_fits",
+        "trainer_files",
+        "packed_loss",
+    ),
     *("validation_is_due", "summed_loss", "stopped_early", "is_complete", "use_kept_adapter", "restore_validations"),
 }
 """What the adapter adds: no name of Trainer's."""

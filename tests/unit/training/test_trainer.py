@@ -157,7 +157,9 @@ def ours(
     return trained.history[0].loss, found[0]
 
 
-@pytest.mark.parametrize("prompt", [0.0, 0.5], ids=["all", "completion"])
+@pytest.mark.parametrize(
+    "prompt", [pytest.param(0.0, id="all", marks=pytest.mark.long), pytest.param(0.5, id="completion")]
+)
 def test_a_step_is_what_plain_trl_learns(base_folder: Path, tokenizer: Any, tmp_path: Path, prompt: float) -> None:
     """Loss and gradient agree between padded TRL, one flat batch, and micro-batches of three budgets."""
     examples = make_examples(8, prompt=prompt)
@@ -361,11 +363,15 @@ KNOBS: dict[str, dict[str, Any]] = {
     "another order": {"data_seed": 8},
 }
 """Changes to the recipe; each makes another adapter, and resumes exactly."""
+QUICK = {"adamw_8bit", "muon", "noise", "another order"}
+"""The others differ from these in numbers only: `make test-long`."""
 STOPPED = "adamw_8bit"
 """The run that is really stopped; with the others, one resumes from what the whole run saved on its way."""
 
 
-@pytest.mark.parametrize("knob", KNOBS)
+@pytest.mark.parametrize(
+    "knob", [pytest.param(knob, marks=() if knob in QUICK else pytest.mark.long) for knob in KNOBS]
+)
 def test_a_resumed_run_is_the_same_run(base_folder: Path, tokenizer: Any, tmp_path: Path, knob: str) -> None:
     """Resumed in the middle of an epoch, NF4 training with dropout ends with the same bits and facts."""
     recipe = replace(RESUMED, **KNOBS[knob])
@@ -389,6 +395,7 @@ def test_a_resumed_run_is_the_same_run(base_folder: Path, tokenizer: Any, tmp_pa
     assert len({step.loss for step in resumed.history}) == 6
 
 
+@pytest.mark.long
 def test_every_knob_does_something(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
     """Each change of the recipe ends with another adapter, but for an optimizer that computes the same otherwise."""
     hashes = {}
@@ -428,7 +435,7 @@ ADAPTERS = {
 }
 
 
-LIKE_OTHERS = {"rslora", "gaussian", "olora"}
+LIKE_OTHERS = {"rslora", "gaussian", "olora", "orthogonal", "pissa_niter_16", "patterns"}
 """They train like another one, with another scale or from other first values."""
 
 
@@ -436,7 +443,7 @@ LIKE_OTHERS = {"rslora", "gaussian", "olora"}
     ("name", "at"),
     [
         *(pytest.param(name, 3, marks=pytest.mark.long if name in LIKE_OTHERS else ()) for name in ADAPTERS),
-        *(("adalora", at) for at in (1, 2, 4)),
+        *(pytest.param("adalora", at, marks=pytest.mark.long) for at in (1, 2, 4)),
     ],
 )
 def test_every_adapter_resumes_exactly(base_folder: Path, tokenizer: Any, tmp_path: Path, name: str, at: int) -> None:

@@ -200,7 +200,7 @@ def test_training_stops_and_keeps_the_best(
     assert seen == [kept]
 
 
-@pytest.mark.parametrize("event", ["on_metrics", "on_validation", "on_save"])
+@pytest.mark.parametrize("event", [pytest.param("on_metrics", marks=pytest.mark.long), "on_validation", "on_save"])
 def test_killed_anywhere_it_ends_alike(
     whole: tuple[list[bytes], Trained], event: str, base_folder: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
