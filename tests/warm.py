@@ -110,6 +110,10 @@ class Processes:
                     os.kill(pid, signal.SIGKILL)
             self._read()
 
+    def __del__(self) -> None:
+        """Whoever waits for them no more, as of pods of a machine that is gone, need not close the connection."""
+        self._connection.close()
+
     def _read(self) -> list[int]:
         if self._codes is None:
             self._codes = json.loads(self._lines.readline())

@@ -83,7 +83,7 @@ def _thresholds(options: Mapping[str, str]) -> dict[str, Any]:
     """The gate's settings, validated like the job's own."""
     values = {name: options[option] for option, name in THRESHOLDS.items() if option in options}
     try:
-        return Gate.model_validate(values).model_dump(exclude={"baseline"})
+        return Gate.model_validate(values).model_dump(include=set(THRESHOLDS.values()))
     except ValidationError as error:
         names = {name: option for option, name in THRESHOLDS.items()}
         records = error.errors(include_url=False, include_input=False)

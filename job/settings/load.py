@@ -224,6 +224,7 @@ def add_options(parser: ArgumentParser, *, reading: bool = False) -> None:
 _IN_WORDS = (
     (r"tuple\[str,\.\.\.\]", "NAME,NAME,..."),
     (r"tuple\[int,\.\.\.\]", "N,N-N,..."),
+    (r"tuple\[(.*),\.\.\.\]", r"\1,..."),
     (r"Mapping\[str,int\]", "NAME=N,..."),
     (r"Mapping\[str,str\]", "NAME=TEXT,..."),
     (r"Mapping\[str,Any\]", "JSON"),
