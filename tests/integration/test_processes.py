@@ -221,6 +221,7 @@ def start(environment: Mapping[str, str], log: Path, **changes: str) -> subproce
         return subprocess.Popen(command, cwd=ROOT, env=settings, stdout=subprocess.DEVNULL, stderr=file, text=True)
 
 
+@pytest.mark.long
 def test_two_machines(environment: dict[str, str], one: str, tmp_path: Path) -> None:
     """Two launchers, each with its own number and one address: both end with 0, and the losses are those of one."""
     common = {"JOB_RUN__ID": "machines", "JOB_RUN__NODES": "2", "JOB_RUN__RENDEZVOUS": f"127.0.0.1:{free_port()}"}

@@ -853,6 +853,7 @@ class Launched:
         return self.work(tokens, ends, weight, tuple(map(Segment, ends[:last].tolist(), ends[1 : last + 1].tolist())))
 
 
+@pytest.mark.long
 def test_out_of_memory_takes_time_before_it_takes_bits(
     base_folder: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -881,6 +882,7 @@ def test_out_of_memory_takes_time_before_it_takes_bits(
         assert_same(gradient, results[0][1], 0.0)
 
 
+@pytest.mark.long
 def test_memory_that_is_too_small_for_one_example_ends_the_job(
     base_folder: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
