@@ -26,7 +26,6 @@ from job.model.lora import adapter_off
 from job.records import Artifact, ChoiceScore, Example, Question, Referenced
 from job.runs.attempt import Attempt
 from job.runs.layout import LOG_PROBS, REFERENCE, SCORES
-from job.settings.load import Settings
 from job.stages.evaluate import forward_facts
 from job.stages.handoff import Loaded, Sources
 from job.storage.open import ObjectStore
@@ -37,11 +36,12 @@ CODE = ("job.training.lm_head_loss", "job.training.packing", "job.training.prefe
 
 
 def with_reference(
-    attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded, shared: ObjectStore
+    attempt: Attempt, run_id: str, sources: Sources, loaded: Loaded, shared: ObjectStore
 ) -> tuple[Examples, Sequence[Example], list[Artifact]]:
     """The examples, and those for validation, with the reference's log-probabilities; and the file that has them all.
 
-    Called in all processes, before training changes the adapter. `shared` is the store of all runs.
+    Called in all processes, before training changes the adapter. `shared` is the store of all runs, where the values
+    are cached under the name of the run `run_id`.
 
     Raises:
         TrainingFailed: A log-probability is not finite.
@@ -50,7 +50,7 @@ def with_reference(
     processes = attempt.processes
     record = processes.share("reference that is known", lambda: _known(attempt))
     if not record:
-        scores = _compute(attempt, settings, sources, loaded, shared)
+        scores = _compute(attempt, run_id, sources, loaded, shared)
         record = processes.share("reference", lambda: _publish(attempt, scores))
     artifact = Artifact(**json.loads(record))
     path = processes.share_on_machine("reference on this machine", lambda: str(attempt.fetch(artifact)))
@@ -85,9 +85,7 @@ def _publish(attempt: Attempt, scores: Scores | None) -> str:
     return json.dumps(asdict(artifact))
 
 
-def _compute(
-    attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded, shared: ObjectStore
-) -> Scores | None:
+def _compute(attempt: Attempt, run_id: str, sources: Sources, loaded: Loaded, shared: ObjectStore) -> Scores | None:
     """The log-probabilities, in process 0; the others help."""
     examples, model = [*sources.examples, *sources.validation], loaded.model
     compute = reference_log_probs(model, fused=loaded.plan.fused)
@@ -104,7 +102,7 @@ def _compute(
             return None
         # As questions: each sequence is an answer to nothing. What of it is a target is in the hash of the data.
         rows = [Question((), tuple(one.input_ids for one in example.sequences)) for example in examples]
-        cache = ScoreCache(shared, SCORES, settings.run.id, _conditions(sources, loaded))
+        cache = ScoreCache(shared, SCORES, run_id, _conditions(sources, loaded))
         with log.progress("reference rows", len(rows), every=max(1, len(rows) // 10)) as tell:
 
             def on_progress(done: int) -> None:
