@@ -13,12 +13,11 @@ from typing import Any
 
 from job import log
 from job.data.batch_plan import Steps, micro_batches
-from job.errors import DataError
 from job.model.informed_init import init_eva, init_loftq
 from job.model.lora import trainable
 from job.model.packed_attention import is_packed
 from job.records import Artifact, Example, FirstValues
-from job.runs.attempt import Attempt
+from job.runs.attempt import Attempt, published_once
 from job.runs.layout import FIRST_TENSORS, FIRST_VALUES
 from job.stages.handoff import Sources
 from job.training.packing import alone_inputs, packed_inputs
@@ -28,6 +27,8 @@ INFORMED = ("eva", "loftq")
 EVA_TOKENS, EVA_BATCHES = 1024, 32
 """EVA sees the first sequences of the run, in so many micro-batches of so many tokens. Fixed, since its numbers must
 not depend on how a machine carries out training."""
+
+NAME = "the adapter's first values"
 
 
 def put_first_values(attempt: Attempt, init: str, sources: Sources, model: Any, steps: Steps) -> None:
@@ -49,7 +50,9 @@ def put_first_values(attempt: Attempt, init: str, sources: Sources, model: Any, 
     from safetensors.torch import load_file
 
     processes = attempt.processes
-    record = processes.share("first values that are known", lambda: _known(attempt))
+    record = processes.share(
+        "first values that are known", lambda: published_once(attempt, FIRST_VALUES, FirstValues, NAME)
+    )
     if not record:
         record = processes.share("first values", lambda: _publish(attempt, init, sources, model, steps))
     artifact = Artifact(**json.loads(record))
@@ -59,25 +62,11 @@ def put_first_values(attempt: Attempt, init: str, sources: Sources, model: Any, 
         parameter.data.copy_(tensors[name])
 
 
-def _known(attempt: Attempt) -> str:
-    """The published file as JSON, if an earlier attempt published it; else nothing."""
-    record = attempt.recorded(FIRST_VALUES, FirstValues)
-    if record is None:
-        return ""
-    try:
-        attempt.fetch(record.artifacts[0])
-    except DataError as error:
-        log.get_logger().warning("the adapter's first values are computed again", why=str(error))
-        return ""
-    log.get_logger().info("the adapter's first values are known from an earlier attempt")
-    return json.dumps(asdict(record.artifacts[0]))
-
-
 def _publish(attempt: Attempt, init: str, sources: Sources, model: Any, steps: Steps) -> str:
     """Computes, uploads and records them, in process 0."""
     from safetensors.torch import save_file
 
-    log.get_logger().info("the adapter's first values are computed", init=init)
+    log.get_logger().info(f"{NAME} are computed", init=init)
     if init == "eva":
         _eva(attempt, model, steps)
     else:

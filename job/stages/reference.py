@@ -18,13 +18,12 @@ from typing import Any
 from job import log
 from job.common.hashing import code_hashes
 from job.data.examples import Examples
-from job.errors import DataError
 from job.evaluation.parallel_scoring import ParallelScoring
 from job.evaluation.score_cache import ScoreCache, score_conditions
 from job.evaluation.scorer import Scores, score_questions
 from job.model.lora import adapter_off
 from job.records import Artifact, ChoiceScore, Example, Question, Referenced
-from job.runs.attempt import Attempt
+from job.runs.attempt import Attempt, published_once
 from job.runs.layout import LOG_PROBS, REFERENCE, SCORES
 from job.stages.evaluate import forward_facts
 from job.stages.handoff import Loaded, Sources
@@ -33,6 +32,8 @@ from job.training.preference_gradient import reference_log_probs
 
 CODE = ("job.training.lm_head_loss", "job.training.packing", "job.training.preference_gradient")
 """Modules whose code decides these numbers, beside those that decide scores."""
+
+NAME = "the reference's log-probabilities"
 
 
 def with_reference(
@@ -48,7 +49,7 @@ def with_reference(
         Preempted: The job was asked to stop; what was computed is kept.
     """
     processes = attempt.processes
-    record = processes.share("reference that is known", lambda: _known(attempt))
+    record = processes.share("reference that is known", lambda: published_once(attempt, REFERENCE, Referenced, NAME))
     if not record:
         scores = _compute(attempt, run_id, sources, loaded, shared)
         record = processes.share("reference", lambda: _publish(attempt, scores))
@@ -59,20 +60,6 @@ def with_reference(
     if isinstance(held, Examples):
         held = held.with_references(values[rows:])
     return sources.examples.with_references(values[:rows]), held, [artifact]
-
-
-def _known(attempt: Attempt) -> str:
-    """The published file as JSON, if an earlier attempt published it and it is whole; else nothing."""
-    record = attempt.recorded(REFERENCE, Referenced)
-    if record is None:
-        return ""
-    try:
-        attempt.fetch(record.artifacts[0])
-    except DataError as error:
-        log.get_logger().warning("the reference's log-probabilities are computed again", why=str(error))
-        return ""
-    log.get_logger().info("the reference's log-probabilities are known from an earlier attempt")
-    return json.dumps(asdict(record.artifacts[0]))
 
 
 def _publish(attempt: Attempt, scores: Scores | None) -> str:
