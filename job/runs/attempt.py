@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import platform
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -34,6 +33,7 @@ from job.runs.lease import fenced, take
 from job.runs.run_log import QUESTIONS, IdleLimit, how_far, idle_attempts, read_logged
 from job.runs.run_settings import compare_settings
 from job.runs.stage_records import fingerprint
+from job.runs.work_folder import work_folder
 from job.storage.base import delete_in_turn, read_record, upload_in_turn, write_in_turn
 from job.storage.open import ObjectStore
 from job.storage.verified_download import fetch_artifact
@@ -369,14 +369,12 @@ def open_attempt(
         lease = take(store, platform.node() or "unknown")
     number = processes.share("attempt", lambda: lease.epoch if lease else 0)
     log.bind(attempt=number)
-    if cache is not None:
-        Path(cache).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="qlora-job-", dir=cache, ignore_cleanup_errors=True) as work:
+    with work_folder(cache, store.uri, number, cleans=processes.place.local_rank == 0) as work:
         logged = read_logged(store, number) if processes.leads else []
         earlier = [one.record for one in logged]
         attempt = Attempt(
             fenced(store, lease),
-            Path(work),
+            work,
             number,
             stop,
             report_progress,
