@@ -6,6 +6,7 @@ published. A later attempt reads it instead of doing the work again.
 
 from __future__ import annotations
 
+import json
 import math
 import platform
 import tempfile
@@ -25,7 +26,7 @@ from job.common.hashing import hash_file, sealed
 from job.distributed.processes import ALONE, Processes
 from job.errors import DataError, JobError, NoProgress, Preempted, Replaced
 from job.preemption.stop_flag import Stop
-from job.records import Artifact, AttemptRecord, Pulled, StepMetrics, ValidationMetrics
+from job.records import Artifact, AttemptRecord, FirstValues, Pulled, Referenced, StepMetrics, ValidationMetrics
 from job.runs import stage_records
 from job.runs.fault_injection import Faults
 from job.runs.layout import ARTIFACTS, BUILT_ON, Stage, attempt_key, stage_key
@@ -298,6 +299,27 @@ class Attempt:
     def _note_if_due(self) -> None:
         if time.monotonic() > self._next_note:
             self.note("running")
+
+
+def published_once(attempt: Attempt, name: str, kind: type[FirstValues | Referenced], what: str) -> str:
+    """The file that a run computes once, as JSON of its `Artifact`; nothing if no attempt published it whole.
+
+    Args:
+        attempt: This one.
+        name: Of the record, such as `layout.REFERENCE`.
+        kind: The record's class.
+        what: What the file holds, in the plural, for the log.
+    """
+    record = attempt.recorded(name, kind)
+    if record is None:
+        return ""
+    try:
+        attempt.fetch(record.artifacts[0])
+    except DataError as error:
+        log.get_logger().warning(f"{what} are computed again", why=str(error))
+        return ""
+    log.get_logger().info(f"{what} are known from an earlier attempt")
+    return json.dumps(asdict(record.artifacts[0]))
 
 
 def missing(store: ObjectStore, artifacts: Iterable[Artifact]) -> list[str]:

@@ -58,10 +58,10 @@ def _data_sources(settings: Settings, later: Sequence[Settings]) -> Iterator[tup
     """(place, check) of the rows to train and to validate on."""
     for stage in (settings, *later):
         first = "SFT_" if later and stage is settings else ""  # the first stage has what is given for it alone
-        names = (f"JOB_DATA__{first}SOURCE", f"JOB_DATA__{first}REVISION")
+        setting = f"JOB_DATA__{first}SOURCE"
         for one in parse_sources(stage.data.source):
             revision = one.revision or stage.data.revision
-            yield one.place, partial(check_source, one.place, revision, stage.data.split, *names)
+            yield one.place, partial(check_source, one.place, revision, stage.data.split, setting)
     for data in (settings.data, *(stage.data for stage in later)):
         validation = what_to_validate_on(
             data.validation,
@@ -71,9 +71,8 @@ def _data_sources(settings: Settings, later: Sequence[Settings]) -> Iterator[tup
             validation_split=data.validation_split,
         )
         if isinstance(validation, ValidationSource):
-            names = ("JOB_DATA__VALIDATION", "JOB_DATA__VALIDATION_REVISION")
             where = (validation.name, validation.revision, validation.split)
-            yield validation.name, partial(check_source, *where, *names)
+            yield validation.name, partial(check_source, *where, "JOB_DATA__VALIDATION")
 
 
 def _check_model(source: str) -> None:
