@@ -12,6 +12,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
+from job.data.batch_plan import Steps
 from job.distributed.processes import ALONE
 from job.errors import DataError, Problem
 from job.model.base import load_tokenizer
@@ -78,7 +79,7 @@ def sources_of(settings: Settings, folder: Path) -> Sources:
 def begun(settings: Settings, folder: Path, attempt: Kept) -> dict[str, torch.Tensor]:
     """The adapter's first values, of a model that is loaded anew."""
     sources: Any = sources_of(settings, folder)
-    begin = partial(put_first_values, attempt, settings, sources)  # type: ignore[arg-type]
+    begin = partial(put_first_values, attempt, settings.lora.init, sources)  # type: ignore[arg-type]
     return {name: p.detach().clone() for name, p in trainable(load(settings, sources, begin=begin).model).items()}
 
 
@@ -108,10 +109,10 @@ def counted(calls: list[str], function: Any, *args: Any) -> Any:
     return function(*args)
 
 
-def test_eva_sees_the_first_rows_of_the_plan(base_folder: Path) -> None:
+def test_eva_sees_the_first_rows_of_the_plan() -> None:
     """In the order of the steps, in micro-batches of their own size; one by one where sequences are not packed."""
-    settings = settings_of(base_folder, JOB_TRAIN__MICRO_BATCH_TOKENS="50")
-    packed, alone = (eva_batches(settings, EXAMPLES, packed=packed) for packed in (True, False))
+    steps = Steps(EXAMPLES, seed=0, global_batch_size=4, total=6)
+    packed, alone = (eva_batches(steps, packed=packed) for packed in (True, False))
     assert all(sum(len(example.input_ids) for example in batch) <= EVA_TOKENS for batch in packed)
     assert {len(batch) for batch in alone} == {1}
     assert sum(len(batch) for batch in packed) == len(alone) == 2 * len(EXAMPLES) <= EVA_BATCHES
