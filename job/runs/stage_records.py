@@ -1,8 +1,8 @@
 """The record of a finished stage: its result, sealed, with the run it belongs to.
 
-A run is named by a hash of everything that decides its result (`fingerprint`), not by its id: a folder that was copied
-and goes on under another id is the same run, and a record of a run with other settings, data or weights is foreign
-wherever it lies. Records of earlier versions have no seal, no name of the run or no place; they are read as they are.
+A run is identified by a hash of everything that decides its result (`fingerprint`), not by its id: a copied folder that
+continues under another id is the same run, and a record of a run with other settings, data or weights is ignored,
+wherever it is found. Records of earlier versions have no seal, fingerprint or key; they are read without these checks.
 """
 
 from __future__ import annotations
