@@ -55,6 +55,10 @@ class Encoded:
         ids = struct.unpack(f"<{len(self.targets)}i", self.ids)
         return Example(ids, tuple(map(bool, self.targets)), weight=self.weight)
 
+    def parts(self) -> tuple[bytes, bytes, tuple[int | None, bool | None, float]]:
+        """Tokens, targets, and the rest that a file holds of it: where a second sequence begins, label and weight."""
+        return self.ids, self.targets, (None, None, self.weight)
+
     def canonical(self) -> bytes:
         """Text, tokens, targets and weight, with the lengths in front: other examples never give the same bytes."""
         text = self.text.encode()
