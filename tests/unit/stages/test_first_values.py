@@ -13,6 +13,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
+from job.data.batch_plan import Steps
 from job.distributed.processes import ALONE, Alone, Processes
 from job.errors import DataError, Problem
 from job.model.adapter_options import AdapterOptions
@@ -80,7 +81,7 @@ def sources_of(settings: Settings, folder: Path) -> Sources:
 def begun(settings: Settings, folder: Path, attempt: Kept) -> dict[str, torch.Tensor]:
     """The adapter's first values, of a model that is loaded anew."""
     sources: Any = sources_of(settings, folder)
-    begin = partial(put_first_values, attempt, settings, sources)  # type: ignore[arg-type]
+    begin = partial(put_first_values, attempt, settings.lora.init, sources)  # type: ignore[arg-type]
     return {name: p.detach().clone() for name, p in trainable(load(settings, sources, begin=begin).model).items()}
 
 
@@ -110,12 +111,13 @@ def test_all_processes_begin_alike(base_folder: Path, tmp_path: Path) -> None:
     sources: Any = sources_of(settings, base_folder)
     models = [make_model(base_folder, rank=4, options=AdapterOptions(init="eva")) for _ in range(4)]
     alone = Kept(tmp_path / "alone")
-    put_first_values(alone, settings, sources, models[0])  # type: ignore[arg-type]
+    steps = Steps(EXAMPLES, seed=0, global_batch_size=4, total=6)
+    put_first_values(alone, "eva", sources, models[0], steps)  # type: ignore[arg-type]
     team = Team()
     attempts = [Kept(tmp_path / "team", member) for member in team.members]
 
     def begin(attempt: Any, model: Any, _: Processes) -> None:
-        put_first_values(attempt, settings, sources, model)
+        put_first_values(attempt, "eva", sources, model, steps)
 
     for done in team.start(*(partial(begin, *each) for each in zip(attempts, models[1:], strict=True))):
         done.result(60)
@@ -159,10 +161,10 @@ def counted(calls: list[str], function: Any, *args: Any) -> Any:
     return function(*args)
 
 
-def test_eva_sees_the_first_rows_of_the_plan(base_folder: Path) -> None:
+def test_eva_sees_the_first_rows_of_the_plan() -> None:
     """In the order of the steps, in micro-batches of their own size; one by one where sequences are not packed."""
-    settings = settings_of(base_folder, JOB_TRAIN__MICRO_BATCH_TOKENS="50")
-    packed, alone = (eva_batches(settings, EXAMPLES, packed=packed) for packed in (True, False))
+    steps = Steps(EXAMPLES, seed=0, global_batch_size=4, total=6)
+    packed, alone = (eva_batches(steps, packed=packed) for packed in (True, False))
     assert all(sum(len(example.input_ids) for example in batch) <= EVA_TOKENS for batch in packed)
     assert {len(batch) for batch in alone} == {1}
     assert sum(len(batch) for batch in packed) == len(alone) == 2 * len(EXAMPLES) <= EVA_BATCHES
