@@ -38,6 +38,7 @@ OnBadRow = Literal["error", "skip"]
 _ALIVE_SECONDS = 0.5
 _DIGEST = b"examples 1\0"
 _SKIPPING = "correct the rows, or set JOB_DATA__ON_BAD_ROW=skip to leave out and count those that are invalid"
+_ONE = "all sources have one schema: write one of them in the other's, or set JOB_DATA__FORMAT if it is misread"
 _LONG = "raise JOB_TRAIN__MAX_LENGTH, or say by JOB_DATA__ON_LONG_ROW what becomes of long rows"
 
 REVISION_SETTINGS = {
@@ -176,6 +177,11 @@ def load_examples(
         for part in parts:
             if part is not parts[0]:
                 commit, chosen, rows = read(part)
+                begin, rows = _peek(rows, seen)
+                if (other := _other_schema(begin, schema, METHODS[method].schemas)) is not None:
+                    what = f"has rows of the schema {other}, and {parts[0].name} of {schema}; {_ONE}"
+                    findings.add_problem(part.name, what)
+                    continue
             own = None if single else sha256(_DIGEST)
             before = found.rows
             for turn in range(ceil(part.times)):
@@ -190,8 +196,7 @@ def load_examples(
             raise findings.nothing_left(name)
         if templated:
             _check_ends(note, found.ends, tokenizer, name)
-        found.note_control_tokens(note, name)
-        _note_unused(note, found.unused, name, schema)
+        _note_findings(note, found, name, schema, limit)
     examples = found.writer.examples()
     if schema == "unpaired_preference" and pair:
         examples = paired(examples, [range(len(examples))], seed, max_length, file)
@@ -238,8 +243,30 @@ def _note_date(note: Notes, tokenizer: Any, date: str | None, *, templated: bool
 
 
 def _note_unused(note: Notes, unused: Counter[str], name: str, schema: Schema) -> None:
+    if "weight" in unused:
+        what = "rows have weights that are not used; set JOB_DATA__ROW_WEIGHTS=true, or remove them"
+        note("warning", what, source=name, rows=unused["weight"])
     if unused:
         note("info", "fields that are not used", source=name, schema=schema, rows=dict(sorted(unused.items())))
+
+
+def _note_findings(note: Notes, found: _Found, name: str, schema: Schema, limit: int | None) -> None:
+    """Notes what is more than one would expect, as control tokens and unused fields, or less: rows, kinds of labels."""
+    found.note_control_tokens(note, name)
+    _note_unused(note, found.unused, name, schema)
+    if limit is not None and found.rows < limit:
+        note("warning", "there are fewer rows than JOB_DATA__LIMIT", source=name, rows=found.rows, limit=limit)
+    if len(found.labels) == 1 and None not in found.labels:
+        label = next(iter(found.labels))
+        note("warning", "all answers have the same label, so there is nothing to tell apart", source=name, label=label)
+
+
+def _other_schema(row: Row | None, schema: Schema, among: Collection[str]) -> Schema | None:
+    """The schema that the first row of a further source has where it is not that of the first source."""
+    if row is None or fits(row.fields, schema):
+        return None
+    found = detect_schema(row.fields, among)
+    return found if found not in {None, schema} and found is not None and fits(row.fields, found) else None
 
 
 def _one_part(source: str | Sequence[Source], name: str | None) -> Sequence[Source]:
@@ -255,6 +282,7 @@ class _Found:
         self.digest = sha256(_DIGEST)
         self.ends: Counter[int | None] = Counter()
         self.unused: Counter[str] = Counter()
+        self.labels: Counter[bool | None] = Counter()
         self.long_rows: Counter[str] = Counter()
         self._control: Counter[str] = Counter()
         self._control_rows = 0
@@ -269,6 +297,7 @@ class _Found:
         """Adds an example; `canonical` is what it says of itself."""
         ids, targets, more = item.parts()
         self.writer.add(ids, targets, *more)
+        self.labels[more[1]] += 1
         self.digest.update(canonical)
         self.ends[item.end] += 1
         if item.unused:
@@ -281,7 +310,9 @@ class _Found:
     def add_all(self, found: Bundle) -> None:
         """Adds the examples of many rows, and counts what they count; not for `on_example`."""
         count = len(found.lengths) // 4
-        self.writer.add_all(found.ids, found.targets, found.lengths, found.more or [PLAIN] * count)
+        more = found.more or [PLAIN] * count
+        self.writer.add_all(found.ids, found.targets, found.lengths, more)
+        self.labels.update(one[1] for one in more)
         self.digest.update(found.canonical)
         self.ends.update(dict(found.ends))
         self.unused.update(dict(found.unused))
