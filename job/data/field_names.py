@@ -10,17 +10,15 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from job.data.formats import Row, RowError, Rows
+from job.data.formats import Row, RowError
 
 _MISSING = object()
 
 
-def rename_fields(rows: Rows, names: Mapping[str, str]) -> Rows:
-    """The rows with the fields under the schemas' names; what a row lacks is missing under either name."""
-    return (_renamed(row, names) if isinstance(row, Row) else row for row in rows) if names else rows
-
-
-def _renamed(row: Row, names: Mapping[str, str]) -> Row:
+def rename_fields(row: Row | RowError, names: Mapping[str, str]) -> Row | RowError:
+    """The row with the fields under the schemas' names; what it lacks is missing under either name."""
+    if not names or isinstance(row, RowError):
+        return row
     found = {field: _look_up(row.fields, path) for field, path in names.items()}
     others = {field: value for field, value in row.fields.items() if field not in {*names, *names.values()}}
     return Row(row.where, {**others, **{field: value for field, value in found.items() if value is not _MISSING}})

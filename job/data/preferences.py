@@ -80,6 +80,12 @@ class EncodedAnswers:
         """The special token that the first answer ends with."""
         return self.sides[0].end
 
+    def parts(self) -> tuple[bytes, bytes, tuple[int | None, bool | None, float]]:
+        """As of `Encoded`, with the second answer behind the first."""
+        second_at = len(self.sides[0].targets) if len(self.sides) > 1 else None
+        ids, targets = (b"".join(parts) for parts in zip(*((s.ids, s.targets) for s in self.sides), strict=True))
+        return ids, targets, (second_at, self.desirable, 1.0)
+
     def canonical(self) -> bytes:
         """Texts, tokens, targets and label; other rows never give the same bytes."""
         label = b"" if self.desirable is None else bytes([self.desirable])
