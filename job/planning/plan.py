@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from job.common.export_formats import to_make
 from job.common.formatting import size
 from job.common.methods import METHODS
 from job.common.resources import check_disk, checkpoint_bytes, required_bytes
@@ -371,7 +372,8 @@ def _forward(examples: Sequence[Example], count: int) -> ForwardWork:
 def _exported(settings: Settings) -> int:
     """How many candidates are made, as far as that is known before the base's weights are."""
     both = settings.export.merge_onto == "best" and settings.model.quantization != "none"
-    return len(settings.export.formats) * (2 if both else 1)
+    made = len(to_make(settings.export.formats))
+    return made + 1 if both and made else made
 
 
 def _questions(settings: Settings, seen: _Preflight) -> tuple[known.TaskTokens | None, Basis]:

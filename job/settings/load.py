@@ -397,11 +397,9 @@ def _export(settings: Settings) -> Iterator[Fault]:
         ("lora.modules_to_save", settings.lora.modules_to_save),
         ("model.add_tokens", settings.model.add_tokens),
     ):
-        if "merged" in export.formats and value:
-            what = (
-                f"merged holds no modules or tokens that are trained as a whole; remove it, or {environment_name(name)}"
-            )
-            yield "export.formats", what
+        if export.formats and value:
+            what = "a merged model holds no modules or tokens that are trained as a whole"
+            yield "export.formats", f"{what}; remove it, or {environment_name(name)}"
     if not export.formats and settings.sources["export.merge_onto"] != "default":
         yield "export.merge_onto", "has no effect without JOB_EXPORT__FORMATS=merged; give that too, or remove it"
 

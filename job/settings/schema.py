@@ -42,6 +42,7 @@ from job.settings.field_types import (
     HeldOut,
     HostPort,
     JsonObject,
+    Judged,
     Layers,
     LocalPath,
     Location,
@@ -391,16 +392,19 @@ class Export(Group):
 
     formats: AffectsResult[ExportFormats] = ()
     """Formats to publish beside the adapter, separated by commas; empty for none. `merged`: the whole model with the
-    adapter added to its weights, in safetensors, in 16 bits where the base or the computation is."""
+    adapter added to its weights, in safetensors, in 16 bits where the base or the computation is. All others are made
+    from that one: `fp8`, as vLLM reads it."""
     merge_onto: AffectsResult[Literal["best", "dequantized", "original"]] = "best"
     """Weights that the adapter is added to: the base's `original` ones, or the `dequantized` ones, on which it was
     trained; `best`: both are made and scored, and the one with the higher accuracy is published."""
+    calibration_rows: AffectsResult[Count] = 128
+    """Rows of the training data, the first of the batch plan, with which the formats are quantized that need any."""
 
 
 class Gate(Group):
     """Quality gate: results are published, then the job ends with exit code 3 if one of these is not met."""
 
-    on: ExecutionOnly[Literal["adapter", "merged"]] = "adapter"
+    on: ExecutionOnly[Judged] = "adapter"
     """What the gate judges: the adapter, or the exported format that ships instead (see JOB_EXPORT__FORMATS)."""
     metric: ExecutionOnly[Literal["acc", "acc_norm"]] = "acc"
     """Accuracy that the gate judges: by log-likelihood, or by log-likelihood divided by the length of the choice."""

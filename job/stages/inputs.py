@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
+from job.common.export_formats import EXTRA, not_installed
 from job.common.source_list import parse_sources
 from job.data.dataset import check_source
 from job.data.training_and_validation import ValidationSource, what_to_validate_on
-from job.errors import JobError, combine
+from job.errors import JobError, Problem, SettingsError, combine
 from job.evaluation.tasks import check_tasks, find_questions
 from job.model.files import weight_files
 from job.model.start_adapter import local_start
@@ -44,6 +45,7 @@ def check_inputs(settings: Settings, later: Sequence[Settings] = (), *, begun: b
     checks = [(place, check) for place, check in checks if not is_remote(place)]
     if not begun:
         checks.append(("tasks", partial(check_tasks, settings.eval.tasks, settings.eval.data)))
+    checks.append(("export", partial(_check_extra, (later[-1] if later else settings).export.formats)))
     errors: list[tuple[str, JobError]] = []
     for place, check in checks:
         try:
@@ -74,6 +76,13 @@ def _data_sources(settings: Settings, later: Sequence[Settings]) -> Iterator[tup
             names = ("JOB_DATA__VALIDATION", "JOB_DATA__VALIDATION_REVISION")
             where = (validation.name, validation.revision, validation.split)
             yield validation.name, partial(check_source, *where, *names)
+
+
+def _check_extra(formats: Sequence[str]) -> None:
+    """Refuses formats whose packages are not installed, before hours of training."""
+    if lacking := not_installed(formats):
+        what = f"needs {', '.join(lacking)}, which is not installed: pip install '{EXTRA}'"
+        raise SettingsError([Problem("JOB_EXPORT__FORMATS", what)])
 
 
 def _check_model(source: str) -> None:

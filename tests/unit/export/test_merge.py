@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from threading import Event, Thread
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -22,17 +22,17 @@ from transformers import (
     MistralForCausalLM,
 )
 
+from job.common.export_formats import EXPORT_FORMATS
 from job.common.hashing import hash_files
 from job.errors import SettingsError, TrainingFailed
-from job.export import merge
-from job.export.formats import FORMATS
+from job.export import checkpoint
+from job.export.formats import DERIVED
 from job.export.merge import DEQUANTIZED, ORIGINAL, candidates, plan_merge, release, write_merged
 from job.model.adapter_options import AdaLora, AdapterOptions
 from job.model.base import PLAIN, load_base, load_tokenizer
 from job.model.fused.frozen_weights import dequantized
 from job.model.lora import add_adapter, trainable
 from job.model.packed_attention import use
-from job.settings.field_types import ExportFormats
 from tests.helpers import LINEAR, fill_adapter, make_base, make_model
 
 IDS = torch.tensor([[0, 7, 90, 211, 35, 398, 12]])
@@ -185,7 +185,7 @@ def test_gpt2_holds_its_weights_the_other_way(base: Path, tmp_path: Path) -> Non
 
 def test_the_files_are_those_of_a_plain_model(half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards with an index, a configuration without quantization, the tokenizer byte for byte: twice the same bytes."""
-    monkeypatch.setattr(merge, "SHARD", "100KB")
+    monkeypatch.setattr(checkpoint, "SHARD", "100KB")
     source = tmp_path / "base"
     shutil.copytree(half, source)
     (source / "chat_template.jinja").write_text("{{ messages }}")
@@ -249,14 +249,13 @@ def test_a_model_that_is_given_up_holds_no_memory(half: Path) -> None:
 
 def test_the_table_and_the_setting_name_the_same() -> None:
     """JOB_EXPORT__FORMATS offers exactly the formats that there are."""
-    (names, _) = get_args(get_args(ExportFormats)[0])
-    assert get_args(names) == tuple(FORMATS)
+    assert ("merged", *DERIVED) == tuple(EXPORT_FORMATS)
 
 
 def test_memory_of_a_merge(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a model of many files, the peak is one file in fp32 and one in its own dtype, not the model."""
     shard = 16_000_000
-    monkeypatch.setattr(merge, "SHARD", shard)
+    monkeypatch.setattr(checkpoint, "SHARD", shard)
     shape = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 4, "num_key_value_heads": 4}
     config = MistralConfig(vocab_size=400, num_hidden_layers=8, tie_word_embeddings=True, **shape)
     source = tmp_path / "base"
