@@ -429,6 +429,21 @@ class CalibrationRecord:
 
 
 @dataclass(frozen=True)
+class GgufRecord:
+    """What a GGUF file holds: llama.cpp's names of the architecture and of how words are split, what converted it, by
+    type how many numbers are held in it, bits a number on average with all scales, and texts of the test that llama.cpp
+    tokenizes otherwise than the tokenizer.
+    """
+
+    architecture: str
+    pre_tokenizer: str
+    converter: str
+    types: dict[str, int]
+    bits_per_weight: float
+    tokenized_otherwise: list[str]
+
+
+@dataclass(frozen=True)
 class QuantizationRecord:
     """How the weights of an exported format are quantized, and by what.
 
@@ -447,6 +462,7 @@ class QuantizationRecord:
     layers: int
     kept: list[str]
     calibration: CalibrationRecord | None = None
+    gguf: GgufRecord | None = None
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,12 @@ class ExportFormat:
 EXPORT_FORMATS: Mapping[str, ExportFormat] = {
     MERGED: ExportFormat("the whole model, with the adapter added to its weights"),
     "fp8": ExportFormat("8-bit floats, FP8_DYNAMIC of compressed-tensors", 8.1, ("compressed_tensors",)),
+    "gguf": ExportFormat(
+        "one file for llama.cpp",
+        16.0,
+        ("auto_round", "gguf", "xllamacpp"),
+        ("f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q4_0"),
+    ),
 }
 """All but `merged` are made from the merged model."""
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from job.common.export_formats import split_name
-from job.export import fp8
+from job.export import fp8, gguf
 from job.export.scoring import ExportedModel, HowToScore, load_exported, load_quantized
 from job.records import QuantizationRecord
 
@@ -64,16 +64,21 @@ class Format:
             before training; "empty" is on the device `meta`.
         cannot_score: Why it cannot be scored on such a device, in words; empty if it can.
         load: Loads it to be scored.
+        check_files: (folder of the base's own files, `alive`) -> why it cannot be made of them; as `check`.
     """
 
     make: Callable[[DerivedInputs], QuantizationRecord]
     check: Callable[[Any, str], str]
     cannot_score: Callable[[torch.device], str] = lambda _device: ""
     load: Callable[[Path, HowToScore], ExportedModel] = load_exported
+    check_files: Callable[[Path, Callable[..., None]], str] = lambda _source, _alive: ""
 
 
 DERIVED: Mapping[str, Format] = {
     "fp8": Format(make=fp8.make_fp8, check=fp8.check_fp8, load=load_quantized),
+    "gguf": Format(
+        make=gguf.make_gguf, check=lambda _empty, _kind: "", load=gguf.load_scored, check_files=gguf.check_gguf
+    ),
 }
 """By the name before the colon."""
 

@@ -17,38 +17,58 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import queue
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from job import log
-from job.errors import Problem, SettingsError, TrainingFailed
+from job.common.hashing import code_hashes
+from job.errors import TrainingFailed
 from job.evaluation.scorer import Scores
-from job.records import ChoiceScore, Question
+from job.export.scoring import ExportedModel, HowToScore
+from job.model.base import load_tokenizer
+from job.records import ChoiceScore, GgufRecord, QuantizationRecord, Question
 
-TYPES: Mapping[str, str] = {
-    "f16": "16-bit floats",
-    "bf16": "16-bit brain floats",
-    "q8_0": "8 bits",
-    "q6_k": "6 bits",
-    "q5_k_m": "5 bits, more for sensitive tensors",
-    "q5_k_s": "5 bits",
-    "q4_k_m": "4 bits, more for sensitive tensors",
-    "q4_k_s": "4 bits",
-    "q4_0": "4 bits, the oldest kind",
+if TYPE_CHECKING:
+    from job.export.formats import DerivedInputs
+
+
+@dataclass(frozen=True)
+class GgufType:
+    """A file type of llama.cpp: bits of most weights without their scales, and how many weights share a scale."""
+
+    bits: float
+    block: int | None
+    activations: str
+
+
+_BLOCKS = "8-bit integers, by 32"
+_K_BLOCKS = "8-bit integers, by 256"
+TYPES: Mapping[str, GgufType] = {
+    "f16": GgufType(16, None, "fp16"),
+    "bf16": GgufType(16, None, "bf16"),
+    "q8_0": GgufType(8, 32, _BLOCKS),
+    "q6_k": GgufType(6, 256, _K_BLOCKS),
+    "q5_k_m": GgufType(5, 256, _K_BLOCKS),
+    "q5_k_s": GgufType(5, 256, _K_BLOCKS),
+    "q4_k_m": GgufType(4, 256, _K_BLOCKS),
+    "q4_k_s": GgufType(4, 256, _K_BLOCKS),
+    "q4_0": GgufType(4, 32, _BLOCKS),
 }
-"""llama.cpp's file types that can be made: name -> in words."""
+"""By llama.cpp's name. What it computes in is what it makes of the layers' inputs on a processor."""
+GGUF = "gguf"
 FILE = "model-{type}.gguf"
 """Name of the file of a type."""
-_WHERE = "JOB_EXPORT__FORMATS"
 _STALLED_SECONDS = 900.0
 """How long the process may say nothing: one tensor, loading a file, or one question takes less."""
 _POLL_SECONDS = 1.0
@@ -99,62 +119,87 @@ class Converted:
     differing: tuple[str, ...]
 
 
-def check_gguf(source: Path, tokenizer: Any, file_type: str, alive: Callable[..., None]) -> list[str]:
-    """Refuses before training what llama.cpp does not run; returns texts that it tokenizes otherwise.
+def check_gguf(source: Path, alive: Callable[..., None]) -> str:
+    """Why llama.cpp does not run a model, in words; nothing if it does. Asked before training.
 
     Args:
         source: Folder of the base's own files.
-        tokenizer: As it was loaded from there.
-        file_type: From `TYPES`.
         alive: Called while waiting; may raise what ends the job.
 
     Raises:
-        SettingsError: The converter does not know the family or the tokenizer, or a package is missing.
+        DataError: The tokenizer cannot be loaded.
     """
-    asked = {"do": "check", "source": str(source), "file_type": file_type, "tokenizer": _described(tokenizer)}
+    asked = {"do": "check", "source": str(source.absolute()), "tokenizer": _described(load_tokenizer(source))}
     with _process(asked, alive) as answers:
         answer = next(answers)
     if "checked" not in answer:
-        what = f"{_name(file_type)} cannot be made of this model: {_reason(answer)}; leave it out"
-        raise SettingsError([Problem(_WHERE, what)])
-    differing: list[str] = answer["checked"]["differing"]
-    if differing:
-        log.get_logger().warning(
-            "llama.cpp tokenizes some texts otherwise than the tokenizer does", texts=differing, export=_name(file_type)
-        )
-    return differing
+        return _reason(answer)
+    if differing := answer["checked"]["differing"]:
+        log.get_logger().warning("llama.cpp tokenizes some texts otherwise than the tokenizer", texts=differing)
+    return ""
 
 
-def write_gguf(
-    source: Path, tokenizer: Any, file_type: str, folder: Path, *, name: str, alive: Callable[..., None]
-) -> Converted:
-    """Writes the GGUF file of a merged folder: the same folder and versions give the same bytes.
-
-    Args:
-        source: In Hugging Face's layout, unquantized, in safetensors.
-        tokenizer: The one that belongs to it.
-        file_type: From `TYPES`.
-        folder: Gets the one file.
-        name: What the file calls the model.
-        alive: Called while waiting; may raise what ends the job.
+def make_gguf(inputs: DerivedInputs) -> QuantizationRecord:
+    """Writes the GGUF file of the merged model: the same model and versions give the same bytes.
 
     Raises:
         TrainingFailed: The libraries cannot make it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / FILE.format(type=file_type)
-    asked = {"do": "make", "source": str(source), "file": str(file), "name": name, "file_type": file_type}
-    with _process({**asked, "tokenizer": _described(tokenizer)}, alive) as answers:
+    inputs.folder.mkdir(parents=True)
+    source, file = inputs.merged.absolute(), inputs.folder.absolute() / FILE.format(type=inputs.kind)
+    asked = {"do": "make", "source": str(source), "file": str(file), "file_type": inputs.kind}
+    with _process({**asked, "tokenizer": _described(load_tokenizer(source))}, inputs.alive) as answers:
         answer = next(answer for answer in answers if "tensor" not in answer)
     if "made" not in answer:
-        raise TrainingFailed(f"{_name(file_type)} could not be made: {_reason(answer)}")
+        raise TrainingFailed(f"{GGUF}:{inputs.kind} could not be made: {_reason(answer)}")
     made = answer["made"]
-    return Converted(
-        family=made["family"],
-        pre_tokenizer=made["pre_tokenizer"],
-        types=made["types"],
-        bits_per_weight=made["bits_per_weight"],
-        differing=tuple(made["differing"]),
+    held = TYPES[inputs.kind]
+    return QuantizationRecord(
+        method=GGUF,
+        scheme=inputs.kind.upper(),
+        bits=held.bits,
+        group_size=held.block,
+        activations=held.activations,
+        library="llama.cpp in xllamacpp",
+        version=version("xllamacpp"),
+        layers=made["quantized"],
+        kept=[],
+        gguf=GgufRecord(
+            architecture=made["family"],
+            pre_tokenizer=made["pre_tokenizer"],
+            converter=f"auto-round {version('auto-round')}",
+            types=made["types"],
+            bits_per_weight=made["bits_per_weight"],
+            tokenized_otherwise=made["differing"],
+        ),
+    )
+
+
+def load_scored(folder: Path, how: HowToScore) -> ExportedModel:
+    """Loads the file of a folder in llama.cpp, on the processor, to be scored a question at a time.
+
+    Raises:
+        TrainingFailed: llama.cpp does not load it.
+    """
+    (file,) = folder.glob("*.gguf")
+    kind = file.stem.partition("-")[2]
+    stack = ExitStack()
+    threads = max(1, len(os.sched_getaffinity(0)) // how.processes)
+    model = stack.enter_context(load_gguf(file, max_length=how.max_length, threads=threads, alive=how.alive))
+    facts = {
+        "llama.cpp": version("xllamacpp"),
+        "instructions": model.instructions,
+        "context": how.max_length,
+        "asked_by": code_hashes("job.export.llama_cpp_process"),
+    }
+    return ExportedModel(
+        model,
+        kind,
+        TYPES[kind].activations,
+        scoring=score_in_llama_cpp,
+        facts=facts,
+        close=stack.close,
+        one_by_one=True,
     )
 
 
@@ -237,10 +282,6 @@ def _described(tokenizer: Any) -> dict[str, Any]:
         "special": special,
         "chat_template": template.get("default") if isinstance(template, dict) else template,
     }
-
-
-def _name(file_type: str) -> str:
-    return f"gguf:{file_type}"
 
 
 def _reason(answer: Mapping[str, Any]) -> str:

@@ -43,10 +43,14 @@ PRE_TOKENIZERS = (
     *("deepseek-llm", "deepseek-coder", "deepseek-v3", "command-r", "stablelm2", "dbrx", "chatglm-bpe", "exaone"),
 )
 """llama.cpp's splits of a text into words, tried in this order for a tokenizer that its converter does not know."""
+NAME = "model"
+"""What every file calls its model: the same weights give the same bytes."""
 LEAST = math.log(np.finfo(np.float32).smallest_subnormal)
 """llama.cpp takes the logarithm of a probability in fp32; one that is zero there has this one, the least of all."""
 _FORCED = 1e9
 """Added to the logit of the token to be sampled: more than any logit. It is not in the probabilities that are read."""
+_ALL = 1 << 24
+"""More tokens than any vocabulary has."""
 _SECONDS = 60
 """How long llama.cpp may take for the tokens of a text."""
 _TRIAL = 32
@@ -79,24 +83,31 @@ def main() -> None:
             say({"refused": f"{type(error).__name__}: {error}"[:500]})
 
 
-def _check(*, source: str, file_type: str, tokenizer: Mapping[str, Any], say: Say) -> None:
+def _check(*, source: str, tokenizer: Mapping[str, Any], say: Say) -> None:
     """Whether a folder can be converted: its family is known, and llama.cpp tokenizes as the tokenizer does."""
-    model = _convertible(Path(source), file_type, tokenizer, Path(tempfile.gettempdir()))
+    model = _convertible(Path(source), "f16", tokenizer, Path(tempfile.gettempdir()))
     say({"checked": _vocabulary(model, tokenizer)})
 
 
-def _make(*, source: str, file: str, name: str, file_type: str, tokenizer: Mapping[str, Any], say: Say) -> None:
+def _make(*, source: str, file: str, file_type: str, tokenizer: Mapping[str, Any], say: Say) -> None:
     """Writes the file, and says after each tensor that it goes on."""
     model = _convertible(Path(source), file_type, tokenizer, Path(file))
-    model.model_name = name
     found = _vocabulary(model, tokenizer)
     model.said = lambda tensor: say({"tensor": tensor})
-    model.write()
-    say({"made": {**found, **_contents(Path(file))}})
+    with tempfile.TemporaryDirectory() as place:
+        # the converter guesses a name, a version and more from the folder's name, which must not decide the bytes
+        model.dir_model_card = Path(place, NAME)
+        model.dir_model_card.symlink_to(Path(source).absolute(), target_is_directory=True)
+        model.write()
+    say({"made": {**found, **contents(Path(file)), "quantized": quantized(Path(file))}})
 
 
-def _contents(file: Path) -> dict[str, Any]:
-    """The numbers of each type in a file of GGUF, and its bits for each of them."""
+def contents(file: Path) -> dict[str, Any]:
+    """The numbers of each type in a file of GGUF, and its bits for each of them.
+
+    Raises:
+        ValueError, IndexError: It is none.
+    """
     import gguf
 
     numbers: Counter[str] = Counter()
@@ -105,6 +116,14 @@ def _contents(file: Path) -> dict[str, Any]:
         numbers[tensor.tensor_type.name] += int(tensor.n_elements)
         held += int(tensor.n_bytes)
     return {"types": dict(sorted(numbers.items())), "bits_per_weight": round(8 * held / numbers.total(), 4)}
+
+
+def quantized(file: Path) -> int:
+    """How many tensors of a file of GGUF are held in blocks."""
+    import gguf
+
+    plain = {gguf.GGMLQuantizationType[name] for name in ("F32", "F16", "BF16")}
+    return sum(tensor.tensor_type not in plain for tensor in gguf.GGUFReader(file).tensors)
 
 
 # ---- conversion
@@ -182,7 +201,7 @@ def _convertible(source: Path, file_type: str, tokenizer: Mapping[str, Any], fil
         ftype=_file_type(file_type),
         fname_out=file,
         hparams={key: value for key, value in hparams.items() if key != "quantization_config"},
-        model_name="model",
+        model_name=NAME,
     )
 
 
@@ -410,6 +429,7 @@ class Served:
     def __init__(self, file: Path, *, threads: int, context: int) -> None:
         xllamacpp = _llama_cpp()
         self._key = token_hex(16)
+        self._whole: int | None = None
         options = xllamacpp.CommonParams()
         options.model.path = str(file)
         options.api_keys = [self._key]  # the server listens, if only on this machine
@@ -454,28 +474,53 @@ class Served:
         """
         total, greedy = 0.0, True
         for number, token in enumerate(choice):
-            answer = self._server.handle_completions(
-                {
-                    "prompt": [*context, *choice[:number]],
-                    "n_predict": 1,
-                    "n_probs": 1,
-                    "logit_bias": [[token, _FORCED]],
-                    "samplers": ["top_k"],
-                    "top_k": 1,
-                    "cache_prompt": number > 0 or not anew,
-                }
-            )
-            try:
-                (sampled,) = answer["choices"][0]["logprobs"]["content"]
-                (best,) = sampled["top_logprobs"]
-                read = answer["usage"]["prompt_tokens"]
-            except (KeyError, IndexError, TypeError, ValueError):
-                raise Refused(f"llama.cpp did not score a token: {json.dumps(answer)[:300]}") from None
-            if sampled["id"] != token or read != len(context) + number:
-                raise Refused(f"llama.cpp scored token {sampled['id']} after {read} tokens instead of token {token}")
-            total += max(float(sampled["logprob"]), LEAST)
-            greedy = greedy and best["id"] == token
+            before = [*context, *choice[:number]]
+            found = self._probabilities(before, token, most=1, cached=number > 0 or not anew)
+            if not found:
+                # llama.cpp tells nothing of a token that ends within a character: it is read among all, beside another
+                found = self._probabilities(before, self._told(), most=_ALL, cached=True)
+            total += max(found[token], LEAST)
+            greedy = greedy and next(iter(found)) == token
         return total, greedy
+
+    def _probabilities(self, before: Sequence[int], forced: int, *, most: int, cached: bool) -> dict[int, float]:
+        """Log-probabilities after some tokens: of the most probable ones, in that order, and of the one that is forced.
+
+        Empty if llama.cpp tells none, which is so for a forced token that ends within a character.
+
+        Raises:
+            Refused: llama.cpp answered something else.
+        """
+        answer = self._server.handle_completions(
+            {
+                "prompt": list(before),
+                "n_predict": 1,
+                "n_probs": most,
+                "logit_bias": [[forced, _FORCED]],
+                "samplers": ["top_k"],
+                "top_k": 1,
+                "cache_prompt": cached,
+            }
+        )
+        try:
+            told = answer["choices"][0]["logprobs"]
+            if answer["usage"]["prompt_tokens"] != len(before):
+                raise Refused(f"llama.cpp read {answer['usage']['prompt_tokens']} tokens instead of {len(before)}")
+            if told is None:
+                return {}
+            (sampled,) = told["content"]
+            found = {int(one["id"]): float(one["logprob"]) for one in sampled["top_logprobs"]}
+            if sampled["id"] != forced:
+                raise Refused(f"llama.cpp scored token {sampled['id']} instead of token {forced}")
+        except (KeyError, IndexError, TypeError, ValueError):
+            raise Refused(f"llama.cpp did not score a token: {json.dumps(answer)[:300]}") from None
+        return {**found, forced: float(sampled["logprob"])} if forced not in found else found
+
+    def _told(self) -> int:
+        """A token of which llama.cpp tells the probability: a whole character."""
+        if self._whole is None:
+            self._whole = self.tokenize("a")[-1]
+        return self._whole
 
 
 def _score(*, file: str, threads: int, context: int, say: Say) -> None:

@@ -25,12 +25,16 @@ class HowToScore:
         compute_dtype: That of the run, for a GPU that does not compute in the dtype of the files.
         max_length: Longest sequence in tokens.
         packed: Whether sequences are packed, as in the run's other evaluations.
+        processes: Of this run on this machine, which share its processor.
+        alive: Called while another program computes; may raise what ends the job.
     """
 
     device: torch.device
     compute_dtype: torch.dtype
     max_length: int
     packed: bool
+    processes: int = 1
+    alive: Callable[..., None] = lambda **_: None
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class ExportedModel:
             sequence -> (number, scores). None for a model of transformers.
         facts: What else decides the bits of its scores, JSON-able: which library computes, in which version.
         close: Frees its memory.
+        one_by_one: Whether it scores one question at a time, and scores are to be kept after each.
     """
 
     model: Any
@@ -53,6 +58,7 @@ class ExportedModel:
     scoring: Callable[..., Any] | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
     close: Callable[[], None] = lambda: None
+    one_by_one: bool = False
 
 
 def load_exported(folder: Path, how: HowToScore) -> ExportedModel:

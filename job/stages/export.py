@@ -115,6 +115,10 @@ def check_export(attempt: Attempt, settings: Settings, original: Path, loaded: L
             why = found.cannot_score(loaded.model.device)
             if why and settings.gate.on == name:
                 problems.append(Problem("JOB_GATE__ON", f"{name} cannot be scored here: {why}; let it judge another"))
+        by_check = {derived_format(name)[0].check_files: name for name in names}  # once for all types of a format
+        for of_files, name in by_check.items():
+            if why := of_files(original, attempt.alive):
+                problems.append(Problem("JOB_EXPORT__FORMATS", f"{name} cannot be made: {why}; leave it out"))
     if problems:
         raise SettingsError(problems)
     sizes = [len(merges.names) * merges.bytes_each]
@@ -127,7 +131,14 @@ def export(attempt: Attempt, settings: Settings, sources: Sources, loaded: Loade
     """Makes, scores and publishes all formats. The model in memory is given up: no stage after this one uses it."""
     load_published_adapter(attempt, loaded, trained)
     dtype = loaded.model.get_base_model().dtype
-    how = HowToScore(loaded.model.device, dtype, settings.train.max_length, loaded.packing.packed)
+    how = HowToScore(
+        loaded.model.device,
+        dtype,
+        settings.train.max_length,
+        loaded.packing.packed,
+        attempt.processes.place.local_world_size,
+        attempt.alive,
+    )
     own = _Export(attempt, settings, sources, how)
     merged, only = _make_merged(own, loaded)
     release(loaded.model)
@@ -253,16 +264,19 @@ def _score(
     cache = ScoreCache(attempt.store, SCORES, own.settings.run.id, score_conditions(facts))
     side = export_side(name, candidate)
     log.get_logger().info("evaluating", export=name, candidate=candidate, dtype=exported.scored_in)
-    found = score_model(
-        attempt,
-        own.settings,
-        own.sources,
-        exported.model,
-        cache=cache,
-        side=side,
-        scoring=exported.scoring or score_sequences,
-    )
-    exported.close()
+    try:
+        found = score_model(
+            attempt,
+            own.settings,
+            own.sources,
+            exported.model,
+            cache=cache,
+            side=side,
+            scoring=exported.scoring or score_sequences,
+            one_by_one=exported.one_by_one,
+        )
+    finally:
+        exported.close()
     return _Scored(found, exported.dtype, exported.scored_in)
 
 

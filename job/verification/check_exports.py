@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def _files(export: Mapping[str, Any], results: Mapping[str, Any], copies: Copies
     if "bytes" in export:
         found = sum(one["bytes"] for one in results["artifacts"] if one["path"].startswith(folder))
         yield from find_differences(f"{folder} bytes", export["bytes"], found)
-    yield from _model_files(export, copies)
+    yield from (_gguf_file if export["format"].startswith("gguf:") else _model_files)(export, copies)
 
 
 def _calibration(export: Mapping[str, Any], results: Mapping[str, Any], place: str) -> Iterator[Difference]:
@@ -136,6 +137,24 @@ def _model_files(export: Mapping[str, Any], copies: Copies) -> Iterator[Differen
         yield Difference(f"{folder}config.json", "plain weights", "quantized ones")
     if how is not None:
         yield from find_differences(f"{folder}config.json quantization_config", *_quantized(how, config))
+
+
+def _gguf_file(export: Mapping[str, Any], copies: Copies) -> Iterator[Difference]:
+    """The types of the numbers in a GGUF file, where the package that reads it is installed."""
+    folder = export_folder(export["format"])
+    files = [copy for path, copy in copies.items() if path.startswith(folder)]
+    if len(files) != 1:
+        yield Difference(folder, "one file", str(len(files)))
+    elif find_spec("gguf") is not None:
+        from job.export.llama_cpp_process import contents
+
+        claimed = (export.get("quantization") or {}).get("gguf") or {}
+        try:
+            found = contents(files[0])
+        except (ValueError, KeyError, IndexError, OSError, OverflowError) as error:
+            yield Difference(folder, "a file of GGUF", f"{type(error).__name__}: {str(error)[:MAX_SHOWN]}")
+            return
+        yield from find_differences(f"{folder} quantization.gguf", {name: claimed.get(name) for name in found}, found)
 
 
 def _quantized(held: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

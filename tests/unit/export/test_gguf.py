@@ -18,9 +18,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from job.errors import Preempted, SettingsError, TrainingFailed
+from job.common.export_formats import EXPORT_FORMATS
+from job.errors import Preempted, TrainingFailed
 from job.export import gguf, llama_cpp_process
-from job.export.gguf import TYPES, check_gguf, load_gguf, score_in_llama_cpp, write_gguf
+from job.export.formats import DerivedInputs
+from job.export.gguf import TYPES, check_gguf, load_gguf, make_gguf, score_in_llama_cpp
 from job.model.base import PLAIN, load_base, load_tokenizer
 from job.model.packed_attention import use
 from job.records import ChoiceScore, Question
@@ -30,8 +32,9 @@ from tests.helpers import make_base
 QUESTIONS = [
     Question((0, 30, 41, 52, 263, 300), ((7, 8, 9), (310,), (1,), (44, 45))),
     Question((0, 30, 41, 60), ((200,), (201, 202))),
-    Question((0, 399, 12, 13, 14, 15, 16, 17), ((5, 6), (5, 7), (90, 91, 92, 93))),
+    Question((0, 399, 12, 13, 14, 15, 16, 17), ((5, 6), (5, 7), (90, 91, 92, 93), (188, 189, 190, 210), (151, 152))),
 ]
+"""The last has tokens that are bytes of a character, its first and others."""
 TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>{% endfor %}"
 FORKED = SimpleNamespace(Popen=warm.LlamaCppProcess, PIPE=subprocess.PIPE)
 
@@ -62,8 +65,13 @@ def files(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
     """The toy base as 16-bit floats and as 8 bits."""
     folder = tmp_path_factory.mktemp("gguf")
     for kind in ("f16", "q8_0"):
-        write_gguf(base, load_tokenizer(base), kind, folder, name="toy", alive=waited)
-    return {kind: folder / f"model-{kind}.gguf" for kind in ("f16", "q8_0")}
+        make_gguf(inputs(base, kind, folder / kind))
+    return {kind: folder / kind / f"model-{kind}.gguf" for kind in ("f16", "q8_0")}
+
+
+def inputs(merged: Path, kind: str, folder: Path) -> DerivedInputs:
+    """To make a file of this type."""
+    return DerivedInputs(merged, kind, folder, folder / "work", [], torch.device("cpu"), 0, waited)
 
 
 def scored(file: Path, questions: list[Question], threads: int = 1) -> list[list[ChoiceScore]]:
@@ -132,8 +140,7 @@ def test_a_score_depends_on_its_question_alone(files: dict[str, Path]) -> None:
     """Whatever was asked before, and with any number of threads, a question's scores have the same bits."""
     together = scored(files["q8_0"], [*QUESTIONS, *reversed(QUESTIONS)])
     assert together[:3] == together[:2:-1]
-    alone = [scored(files["q8_0"], [question], threads=2)[0] for question in QUESTIONS]
-    assert together[:3] == alone
+    assert scored(files["q8_0"], QUESTIONS[2:], threads=2) == together[2:3]
 
 
 def test_sequences_are_scored_by_number(files: dict[str, Path]) -> None:
@@ -147,11 +154,13 @@ def test_sequences_are_scored_by_number(files: dict[str, Path]) -> None:
 def test_the_same_folder_gives_the_same_bytes(base: Path, files: dict[str, Path], tmp_path: Path) -> None:
     """A file does not depend on where it was made, so that a restart makes it again."""
     elsewhere = shutil.copytree(base, tmp_path / "other-7b-name")
-    made = write_gguf(elsewhere, load_tokenizer(base), "q8_0", tmp_path / "out", name="toy", alive=waited)
+    made = make_gguf(inputs(elsewhere, "q8_0", tmp_path / "out"))
     assert (tmp_path / "out/model-q8_0.gguf").read_bytes() == files["q8_0"].read_bytes()
-    assert set(made.types) == {"F32", "Q8_0"}
-    assert 8.5 <= made.bits_per_weight < 8.6
-    assert not made.differing
+    assert (made.method, made.scheme, made.bits, made.layers) == ("gguf", "Q8_0", 8, 16)
+    assert made.gguf is not None
+    assert set(made.gguf.types) == {"F32", "Q8_0"}
+    assert 8.5 <= made.gguf.bits_per_weight < 8.6
+    assert not made.gguf.tokenized_otherwise
 
 
 def test_the_vocabulary_arrives(base: Path, files: dict[str, Path]) -> None:
@@ -161,12 +170,12 @@ def test_the_vocabulary_arrives(base: Path, files: dict[str, Path]) -> None:
     assert found["tokenizer.ggml.add_bos_token"] is True
     ids = tokenizer.bos_token_id, tokenizer.eos_token_id
     assert (found["tokenizer.ggml.bos_token_id"], found["tokenizer.ggml.eos_token_id"]) == ids
-    assert found["general.name"] == "toy"
+    assert found["general.name"] == "model"
 
 
 def test_what_is_converted_is_tokenized_alike(base: Path) -> None:
     """Before training: llama.cpp finds a way to split words that gives the tokens of a tokenizer it does not know."""
-    assert check_gguf(base, load_tokenizer(base), "q8_0", waited) == []
+    assert check_gguf(base, waited) == ""
 
 
 def test_a_vocabulary_of_sentencepiece_needs_no_sentencepiece(base: Path, tmp_path: Path) -> None:
@@ -191,8 +200,8 @@ def test_a_vocabulary_of_sentencepiece_needs_no_sentencepiece(base: Path, tmp_pa
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(json.dumps({**config, "bos_token_id": 1, "eos_token_id": 2}), encoding="utf-8")
     tokenizer = load_tokenizer(folder)
-    assert len(tokenizer.encode("the answer")) < 6
-    assert check_gguf(folder, tokenizer, "q8_0", waited) == []
+    assert len(tokenizer.encode("the answer")) < 8
+    assert check_gguf(folder, waited) == ""
 
 
 class OtherWords:
@@ -213,10 +222,13 @@ class OtherWords:
         ({"eos_token_id": 2}, "its eos token would be number 1, and the tokenizer's is 2"),
     ],
 )
-def test_another_tokenizer_is_refused_before_training(base: Path, changed: dict[str, Any], words: str) -> None:
-    """A tokenizer that llama.cpp does not follow, or another end of sequence, is refused in words, by the setting."""
-    with pytest.raises(SettingsError, match=rf"JOB_EXPORT__FORMATS.*{words}"):
-        check_gguf(base, OtherWords(load_tokenizer(base), **changed), "q8_0", waited)
+def test_another_tokenizer_is_refused_before_training(
+    base: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], words: str
+) -> None:
+    """A tokenizer that llama.cpp does not follow, or another end of sequence, is refused in words."""
+    other = OtherWords(load_tokenizer(base), **changed)
+    monkeypatch.setattr(gguf, "load_tokenizer", lambda _: other)
+    assert words in check_gguf(base, waited)
 
 
 def test_an_unknown_family_is_refused_before_training(base: Path, tmp_path: Path) -> None:
@@ -225,8 +237,7 @@ def test_an_unknown_family_is_refused_before_training(base: Path, tmp_path: Path
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config |= {"architectures": ["OPTForCausalLM"], "model_type": "opt"}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    with pytest.raises(SettingsError, match="does not know the family OPTForCausalLM"):
-        check_gguf(folder, load_tokenizer(base), "q8_0", waited)
+    assert check_gguf(folder, waited) == "llama.cpp's converter does not know the family OPTForCausalLM"
 
 
 def test_a_broken_file_is_refused_in_words(tmp_path: Path) -> None:
@@ -245,7 +256,7 @@ def test_weights_that_are_not_finite_are_refused(base: Path, tmp_path: Path) -> 
     tensors["model.layers.0.mlp.up_proj.weight"][3, 5] = float("nan")
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(TrainingFailed, match="gguf:q8_0 could not be made: a weight is not finite"):
-        write_gguf(folder, load_tokenizer(base), "q8_0", tmp_path / "out", name="toy", alive=waited)
+        make_gguf(inputs(folder, "q8_0", tmp_path / "out"))
 
 
 def test_a_process_that_is_killed_is_an_error_in_words(files: dict[str, Path]) -> None:
@@ -261,8 +272,6 @@ def test_a_process_that_is_killed_is_an_error_in_words(files: dict[str, Path]) -
 
 def test_waiting_is_bounded_and_lets_the_job_end(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that answers nothing ends the job after some time, and a stop request ends the wait at once."""
-    monkeypatch.setattr(gguf, "_POLL_SECONDS", 0.05)
-    monkeypatch.setattr(gguf, "_STALLED_SECONDS", 0.2)
     stopped = False
 
     def alive(*, progress: bool = True) -> None:
@@ -270,6 +279,8 @@ def test_waiting_is_bounded_and_lets_the_job_end(files: dict[str, Path], monkeyp
             raise Preempted("stop")
 
     with load_gguf(files["q8_0"], max_length=64, threads=1, alive=alive) as model:
+        monkeypatch.setattr(gguf, "_POLL_SECONDS", 0.05)
+        monkeypatch.setattr(gguf, "_STALLED_SECONDS", 0.2)
         os.kill(warm.LlamaCppProcess.last.pid, signal.SIGSTOP)
         with pytest.raises(TrainingFailed, match="has not answered for"):
             model.score(QUESTIONS[1])
@@ -287,8 +298,9 @@ def test_a_probability_of_zero_is_the_least_there_is(monkeypatch: pytest.MonkeyP
         def handle_completions(self, asked: dict[str, Any]) -> dict[str, Any]:
             """The forced token, of probability zero."""
             ((token, _),) = asked["logit_bias"]
-            content = [{"id": token, "logprob": -3.4028234663852886e38, "top_logprobs": [{"id": 3}]}]
-            return {"choices": [{"logprobs": {"content": content}}], "usage": {"prompt_tokens": len(asked["prompt"])}}
+            content = [{"id": token, "logprob": -3.4028234663852886e38, "top_logprobs": [{"id": 3, "logprob": -0.1}]}]
+            usage = {"prompt_tokens": len(asked["prompt"])}
+            return {"choices": [{"logprobs": {"content": content}}], "usage": usage}
 
     served = object.__new__(llama_cpp_process.Served)
     monkeypatch.setattr(served, "_server", Server(), raising=False)
@@ -343,7 +355,8 @@ def test_a_type_that_does_not_fit_is_replaced_as_llama_cpp_does() -> None:
 
 
 def test_every_type_is_one_of_llama_cpps() -> None:
-    """The names are llama.cpp's own."""
+    """The names are llama.cpp's own, and those of the settings."""
+    assert tuple(TYPES) == EXPORT_FORMATS["gguf"].types
     assert all(llama_cpp_process._file_type(name).name.endswith(name.upper()) for name in TYPES)
 
 
@@ -357,8 +370,8 @@ def test_k_quants_are_mixed_as_llama_cpp_mixes_them(tmp_path: Path) -> None:
     shape: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8, "head_dim": 64}
     config = MistralConfig(vocab_size=400, num_attention_heads=4, num_key_value_heads=2, bos_token_id=0, **shape)
     MistralForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "base")
-    tokenizer = load_tokenizer(tmp_path / "base")
-    made = write_gguf(tmp_path / "base", tokenizer, "q4_k_m", tmp_path / "out", name="toy", alive=waited)
+    made = make_gguf(inputs(tmp_path / "base", "q4_k_m", tmp_path / "out")).gguf
+    assert made is not None
     assert set(made.types) == {"F32", "Q4_K", "Q6_K"}
     assert made.types["Q4_K"] > made.types["Q6_K"]
     import gguf as package
