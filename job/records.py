@@ -430,8 +430,10 @@ class CalibrationRecord:
 
 @dataclass(frozen=True)
 class GgufRecord:
-    """What a GGUF file holds: llama.cpp's names of the architecture and of how words are split, what converted it, by
-    type how many numbers are held in it, bits a number on average with all scales, and texts of the test that llama.cpp
+    """What a GGUF file holds.
+
+    `architecture` and `pre_tokenizer` (how words are split) are llama.cpp's names. `types` counts by type the numbers held
+    in it, and `bits_per_weight` has all scales in it. `tokenized_otherwise` are the texts of the test that llama.cpp
     tokenizes otherwise than the tokenizer.
     """
 
