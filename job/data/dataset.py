@@ -42,7 +42,6 @@ _LONG = "raise JOB_TRAIN__MAX_LENGTH, or say by JOB_DATA__ON_LONG_ROW what becom
 
 REVISION_SETTINGS = {
     "JOB_DATA__SOURCE": "JOB_DATA__REVISION",
-    "JOB_DATA__SFT_SOURCE": "JOB_DATA__SFT_REVISION",
     "JOB_DATA__VALIDATION": "JOB_DATA__VALIDATION_REVISION",
 }
 """The settings that give a source -> those that give the source's revision on the hub."""

@@ -6,6 +6,7 @@ LoftQ's need the unquantized base, which a restart does not download.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict
@@ -13,6 +14,7 @@ from typing import Any
 
 from job import log
 from job.data.batch_plan import Steps, micro_batches
+from job.distributed.processes import Processes
 from job.model.informed_init import init_eva, init_loftq
 from job.model.lora import trainable
 from job.model.packed_attention import is_packed
@@ -45,8 +47,31 @@ def put_first_values(attempt: Attempt, init: str, sources: Sources, model: Any, 
         SettingsError: The adapter cannot begin so.
         Preempted: The job was asked to stop.
     """
-    if init not in INFORMED:
+    if init in INFORMED:
+        _put(attempt, init, sources, model, steps)
+    begin_alike(attempt.processes, model)
+
+
+def begin_alike(processes: Processes, model: Any) -> None:
+    """Gives the adapter process 0's values in all processes, where those of any process differ.
+
+    Every process computes them from the same seed and weights. PiSSA's and OLoRA's decompositions depend on the machine
+    in their last bits, and processes add up gradients of one adapter only if it is the same in all of them.
+    """
+    parameters = [parameter.data for parameter in trainable(model).values()]
+    own = hashlib.sha256(b"".join(one.cpu().numpy().tobytes() for one in parameters)).hexdigest()
+    if len(set(processes.gather("adapter's first values", own))) == 1:
         return
+    log.get_logger().warning("processes begin with different adapters; that of process 0 is taken")
+    for parameter in parameters:
+        value = parameter.cpu().clone()
+        if not processes.leads:
+            value.zero_()
+        processes.add_up(value)
+        parameter.copy_(value)
+
+
+def _put(attempt: Attempt, init: str, sources: Sources, model: Any, steps: Steps) -> None:
     from safetensors.torch import load_file
 
     processes = attempt.processes

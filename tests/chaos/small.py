@@ -92,8 +92,15 @@ def _of_other_method(method: str) -> Callable[[Path], dict[str, str]]:
 
 
 def _two_stages(folder: Path) -> dict[str, str]:
-    rows = str(write_jsonl(folder / "first.jsonl", alpaca_rows(12)))
-    return {**preferences(folder), "JOB_TRAIN__METHOD": "sft,dpo", "JOB_DATA__SFT_SOURCE": rows}
+    rows = [{"question": row["instruction"], "answer": row["output"]} for row in alpaca_rows(16)]
+    return {
+        **preferences(folder),
+        "JOB_TRAIN__METHOD": "sft,dpo",
+        "JOB_DATA__SFT_SOURCE": str(write_jsonl(folder / "first.jsonl", rows)),
+        "JOB_DATA__SFT_FIELDS": "prompt=question,completion=answer",
+        "JOB_DATA__SFT_LIMIT": "12",
+        "JOB_TRAIN__LOSS_ON": "completion",
+    }
 
 
 def _weights(folder: Path) -> dict[str, str]:
