@@ -491,6 +491,8 @@ class ExportRecord:
     """None where nothing is quantized."""
     not_scored: str = ""
     """Why it was not scored, if it was not."""
+    not_made: str = ""
+    """Why it could not be made, if it was tried in vain: a run that has trained is not lost for that."""
 
 
 @dataclass(frozen=True)

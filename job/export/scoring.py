@@ -84,12 +84,14 @@ def load_exported(folder: Path, how: HowToScore) -> ExportedModel:
     return ExportedModel(model, short_name(dtype), short_name(scored_in), close=lambda: release(model))
 
 
-def load_quantized(folder: Path, how: HowToScore) -> ExportedModel:
+def load_quantized(folder: Path, how: HowToScore, *, ignored: str = "\0", **given: Any) -> ExportedModel:
     """Loads a model whose config.json says how its weights are quantized, by transformers' own quantizer of that kind.
 
     Args:
         folder: Of the exported model.
         how: Device, dtype and packing.
+        ignored: Ending of the names of tensors that the model need not have a place for.
+        given: Arguments of `from_pretrained`.
 
     Raises:
         DataError: The folder holds no complete model.
@@ -107,9 +109,11 @@ def load_quantized(folder: Path, how: HowToScore) -> ExportedModel:
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **given,
         )
     # transformers would fill what is missing with random numbers, and leave out what it has no place for
-    wrong = sorted({*loaded["missing_keys"], *loaded["unexpected_keys"], *map(str, loaded["mismatched_keys"])})
+    more = {name for name in loaded["unexpected_keys"] if not name.endswith(ignored)}
+    wrong = sorted({*loaded["missing_keys"], *more, *map(str, loaded["mismatched_keys"])})
     if wrong:
         what = f"{folder.name} holds other weights than {type(model).__name__} has: {', '.join(wrong[:5])}"
         raise DataError([Problem("JOB_EXPORT__FORMATS", what)])

@@ -28,6 +28,7 @@ from job.evaluation.score_cache import ScoreCache, score_conditions
 from job.evaluation.scorer import score_sequences
 from job.export.formats import DerivedInputs, derived_format
 from job.export.merge import Candidates, candidates, plan_merge, release, write_merged
+from job.export.quantizable import CannotMake
 from job.export.scoring import ExportedModel, HowToScore, load_exported
 from job.model.files import build_empty, read_config
 from job.records import (
@@ -48,7 +49,7 @@ from job.stages.handoff import Loaded, Sources
 from job.stages.pull import fetch_original
 from job.storage.open import storage_options
 
-_OF_QUANTIZED = "quantization"
+_OF_QUANTIZED, _NOT_MADE = "quantization", "not made"
 
 
 @dataclass(frozen=True)
@@ -213,13 +214,25 @@ def _derived(own: _Export, name: str, candidate: str, merged: _Files) -> Iterato
             device=own.how.device,
             seed=settings.run.seed,
             alive=attempt.alive,
+            steps=settings.export.quantization_steps,
         )
         work.mkdir(parents=True)
-        record = replace(found.make(inputs), calibration=calibration)
+        try:
+            record = replace(found.make(inputs), calibration=calibration)
+        except CannotMake as error:
+            return {_NOT_MADE: str(error)}
         shutil.rmtree(inputs.work, ignore_errors=True)
         return {**_told(_Files.of(inputs.folder)), _OF_QUANTIZED: asdict(record)}
 
     told = attempt.processes.share_on_machine(name, make)
+    failures = attempt.processes.gather(f"failures of {name}", told.get(_NOT_MADE, ""))
+    if why := next(filter(None, failures), ""):
+        log.get_logger().warning("an exported format cannot be made; the run goes on without it", export=name, why=why)
+        if attempt.processes.leads:
+            reason = "made from the merged model that was chosen"
+            record = ExportRecord(name, candidate, reason, "", "", {candidate: {}}, published=False, not_made=why)
+            yield DerivedExport(origin, record, [])
+        return
     files = _heard(told)
     _agree(attempt, name, [files.hashes])
     scored = _score(own, name, candidate, files, load=found.load, cannot=found.cannot_score(own.how.device))

@@ -31,9 +31,8 @@ def check_exports(results: Mapping[str, Any], copies: Copies) -> CheckResult | N
     formats = [export["format"] for export in exports]
     differences = list(find_differences(f"{RESULTS} exports", formats, to_make(asked)))
     shipped = [export["format"] for export in exports if export.get("published", True)]
-    differences += find_differences(
-        f"{RESULTS} exports published", shipped, [name for name in formats if name in asked]
-    )
+    to_ship = [one["format"] for one in exports if one["format"] in asked and not one.get("not_made")]
+    differences += find_differences(f"{RESULTS} exports published", shipped, to_ship)
     listed = {artifact["path"] for artifact in results["artifacts"]}
     folders = tuple(map(export_folder, shipped))
     differences += [
@@ -61,7 +60,7 @@ def _check_one(
     scores: dict[str, dict[str, TaskScores]] = {}
     for candidate, claimed in export["candidates"].items():
         side = export_side(export["format"], candidate)
-        if export.get("not_scored") and not claimed:
+        if (export.get("not_scored") or export.get("not_made")) and not claimed:
             continue
         if claimed.keys() != tasks.keys():
             yield Difference(f"{place}.candidates.{candidate}", show(sorted(tasks)), show([*claimed]))

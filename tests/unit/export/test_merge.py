@@ -29,11 +29,11 @@ from job.export import checkpoint
 from job.export.formats import DERIVED
 from job.export.merge import DEQUANTIZED, ORIGINAL, candidates, plan_merge, release, write_merged
 from job.model.adapter_options import AdaLora, AdapterOptions
-from job.model.base import PLAIN, load_base, load_tokenizer
+from job.model.base import PLAIN, load_tokenizer
 from job.model.fused.frozen_weights import dequantized
 from job.model.lora import add_adapter, trainable
 from job.model.packed_attention import use
-from tests.helpers import LINEAR, fill_adapter, make_base, make_model
+from tests.helpers import LINEAR, fill_adapter, load_plain, make_base, make_model
 
 IDS = torch.tensor([[0, 7, 90, 211, 35, 398, 12]])
 OPTIONS: Mapping[str, AdapterOptions] = {
@@ -114,14 +114,7 @@ def test_merged_onto_what_it_was_trained_on(half: Path, tmp_path: Path, kind: st
 
 def test_layers_without_an_adapter_are_dequantized_too(half: Path, tmp_path: Path) -> None:
     """Where attention alone is adapted, the rest of the quantized base is what training computed with, bit for bit."""
-    model = load_base(
-        half,
-        quantization="nf4",
-        double_quantization=True,
-        dtype=torch.bfloat16,
-        device=torch.device("cpu"),
-        max_length=512,
-    )
+    model = load_plain(half, quantization="nf4", dtype=torch.bfloat16)
     how: dict[str, Any] = {"rank": 4, "alpha": 8, "dropout": 0.0, "seed": 0}
     model = fill_adapter(add_adapter(model, target_modules="attention", **how))
     found = load_file(merged(model, half, DEQUANTIZED, tmp_path / "merged") / "model.safetensors")
@@ -131,14 +124,8 @@ def test_layers_without_an_adapter_are_dequantized_too(half: Path, tmp_path: Pat
 
 def test_a_base_that_is_published_quantized(half: Path, tmp_path: Path) -> None:
     """There are no original weights then: it is merged onto the dequantized ones, into a plain 16-bit checkpoint."""
-    how: dict[str, Any] = {
-        "quantization": "nf4",
-        "double_quantization": True,
-        "dtype": torch.bfloat16,
-        "device": torch.device("cpu"),
-        "max_length": 512,
-    }
-    quantized = load_base(half, **how)
+    how: dict[str, Any] = {"quantization": "nf4", "dtype": torch.bfloat16}
+    quantized = load_plain(half, **how)
     quantized.save_pretrained(tmp_path / "base")
     for path in half.glob("tokenizer*"):
         shutil.copyfile(path, tmp_path / "base" / path.name)
@@ -149,7 +136,7 @@ def test_a_base_that_is_published_quantized(half: Path, tmp_path: Path) -> None:
         candidates(model, tmp_path / "base", ORIGINAL)
     folder = merged(model, tmp_path / "base", DEQUANTIZED, tmp_path / "merged")
     adapter: dict[str, Any] = {"rank": 16, "alpha": 16, "dropout": 0.0, "target_modules": LINEAR, "seed": 1}
-    other = fill_adapter(add_adapter(load_base(half, **how), **adapter))
+    other = fill_adapter(add_adapter(load_plain(half, **how), **adapter))
     expected = load_file(merged(other, half, DEQUANTIZED, tmp_path / "other") / "model.safetensors")
     tensors = load_file(folder / "model.safetensors")
     assert tensors.keys() == expected.keys()
@@ -167,14 +154,7 @@ def test_gpt2_holds_its_weights_the_other_way(base: Path, tmp_path: Path) -> Non
     for path in base.glob("tokenizer*"):
         shutil.copyfile(path, source / path.name)
     for quantization in ("none", "nf4"):
-        model = load_base(
-            source,
-            quantization=quantization,
-            double_quantization=True,
-            dtype=torch.float32,
-            device=torch.device("cpu"),
-            max_length=512,
-        )
+        model = load_plain(source, quantization=quantization)
         how: dict[str, Any] = {"rank": 4, "alpha": 8, "dropout": 0.0, "seed": 0}
         model = fill_adapter(add_adapter(model, target_modules=["c_attn", "c_fc"], **how)).eval()
         with_adapter, onto = logits(model), ORIGINAL if quantization == "none" else DEQUANTIZED
