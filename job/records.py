@@ -432,9 +432,9 @@ class CalibrationRecord:
 class GgufRecord:
     """What a GGUF file holds.
 
-    `architecture` and `pre_tokenizer` (how words are split) are llama.cpp's names. `types` counts by type the numbers held
-    in it, and `bits_per_weight` has all scales in it. `tokenized_otherwise` are the texts of the test that llama.cpp
-    tokenizes otherwise than the tokenizer.
+    `architecture` and `pre_tokenizer` (how words are split) are llama.cpp's names. `types` counts by type the numbers
+    held in it, and `bits_per_weight` has all scales in it. `tokenized_otherwise` are the texts of the test that
+    llama.cpp tokenizes otherwise than the tokenizer.
     """
 
     architecture: str

@@ -34,7 +34,6 @@ from typing import IO, TYPE_CHECKING, Any
 from job import log
 from job.common.hashing import code_hashes
 from job.errors import TrainingFailed
-from job.evaluation.scorer import Scores
 from job.export.scoring import ExportedModel, HowToScore
 from job.model.base import load_tokenizer
 from job.records import ChoiceScore, GgufRecord, QuantizationRecord, Question
@@ -259,7 +258,7 @@ def load_gguf(file: Path, *, max_length: int, threads: int, alive: Callable[...,
 
 def score_in_llama_cpp(
     model: LlamaCpp, questions: Sequence[Question], sequences: Mapping[int, range]
-) -> Iterator[tuple[int, Scores]]:
+) -> Iterator[tuple[int, list[list[ChoiceScore]]]]:
     """`scorer.ScoreSequences` by llama.cpp: one question after the other, of each sequence."""
     for number, sequence in sequences.items():
         yield number, [model.score(question) for question in questions[sequence.start : sequence.stop]]

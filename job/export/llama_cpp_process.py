@@ -24,7 +24,6 @@ import os
 import re
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
@@ -37,6 +36,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
+
+from job.common.gguf_file import gguf_contents, quantized_tensors
 
 PRE_TOKENIZERS = (
     *("gpt-2", "llama-bpe", "qwen2", "gpt-4o", "tekken", "smollm", "starcoder", "falcon", "falcon3", "olmo", "bloom"),
@@ -99,31 +100,7 @@ def _make(*, source: str, file: str, file_type: str, tokenizer: Mapping[str, Any
         model.dir_model_card = Path(place, NAME)
         model.dir_model_card.symlink_to(Path(source).absolute(), target_is_directory=True)
         model.write()
-    say({"made": {**found, **contents(Path(file)), "quantized": quantized(Path(file))}})
-
-
-def contents(file: Path) -> dict[str, Any]:
-    """The numbers of each type in a file of GGUF, and its bits for each of them.
-
-    Raises:
-        ValueError, IndexError: It is none.
-    """
-    import gguf
-
-    numbers: Counter[str] = Counter()
-    held = 0
-    for tensor in gguf.GGUFReader(file).tensors:
-        numbers[tensor.tensor_type.name] += int(tensor.n_elements)
-        held += int(tensor.n_bytes)
-    return {"types": dict(sorted(numbers.items())), "bits_per_weight": round(8 * held / numbers.total(), 4)}
-
-
-def quantized(file: Path) -> int:
-    """How many tensors of a file of GGUF are held in blocks."""
-    import gguf
-
-    plain = {gguf.GGMLQuantizationType[name] for name in ("F32", "F16", "BF16")}
-    return sum(tensor.tensor_type not in plain for tensor in gguf.GGUFReader(file).tensors)
+    say({"made": {**found, **gguf_contents(Path(file)), "quantized": quantized_tensors(Path(file))}})
 
 
 # ---- conversion

@@ -10,6 +10,7 @@ from typing import Any
 
 from job.common.export_formats import MERGED, to_make
 from job.common.formatting import count
+from job.common.gguf_file import gguf_contents
 from job.data.calibration import calibration_rows, hash_rows
 from job.evaluation.comparison import choose_candidate, compare_export
 from job.records import TaskScores
@@ -145,11 +146,9 @@ def _gguf_file(export: Mapping[str, Any], copies: Copies) -> Iterator[Difference
     if len(files) != 1:
         yield Difference(folder, "one file", str(len(files)))
     elif find_spec("gguf") is not None:
-        from job.export.llama_cpp_process import contents
-
         claimed = (export.get("quantization") or {}).get("gguf") or {}
         try:
-            found = contents(files[0])
+            found = gguf_contents(files[0])
         except (ValueError, KeyError, IndexError, OSError, OverflowError) as error:
             yield Difference(folder, "a file of GGUF", f"{type(error).__name__}: {str(error)[:MAX_SHOWN]}")
             return
