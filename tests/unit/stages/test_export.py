@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,6 +31,7 @@ from job.stages.export import check_export, export
 from job.stages.handoff import Loaded, Sources
 from job.storage.local import LocalStore
 from job.storage.open import ObjectStore
+from tests import warm
 from tests.example_run import DATASET, TRAINING
 from tests.helpers import arc_rows, fill_adapter, make_base, make_model, write_jsonl
 from tests.wrapped_store import WrappedStore
@@ -215,3 +218,61 @@ def test_what_cannot_be_exported_is_refused_before_training(
         loaded.model.peft_config["default"].modules_to_save = ["lm_head"]
         with pytest.raises(SettingsError, match="JOB_EXPORT__FORMATS: the adapter has biases, whole modules or tokens"):
             check_export(attempt, world.settings(), base, loaded)
+
+
+GGUF = ("--export.formats=gguf:q8_0", "--export.merge_onto=original")
+
+
+@pytest.fixture
+def _forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """llama.cpp's process is forked, and scores are kept after every question."""
+    forked = SimpleNamespace(Popen=warm.LlamaCppProcess, PIPE=subprocess.PIPE)
+    monkeypatch.setattr("job.export.gguf.subprocess", forked)
+    monkeypatch.setattr("job.evaluation.score_cache.SAVE_SECONDS", 0.0)
+
+
+@pytest.mark.usefixtures("_forked")
+def test_gguf_is_scored_on_the_same_questions_and_resumes_by_its_scores(world: World, tmp_path: Path) -> None:
+    """Ended in the middle of scoring and before the upload: the kept scores are taken up, all bytes are the same."""
+    undisturbed = run(world, tmp_path / "undisturbed", *GGUF)
+    merged, record = undisturbed.exports
+    assert (merged.format, merged.published, record.format, record.candidate) == (
+        "merged",
+        False,
+        "gguf:q8_0",
+        "original",
+    )
+    scores, others = record.scores["original"]["arc_easy"], merged.scores["original"]["arc_easy"]
+    assert scores.n == others.n == 12
+    assert abs(scores.acc - others.acc) <= 3 / 12
+    assert record.quantization is not None
+    assert record.quantization.scheme == "Q8_0"
+    paths = [artifact.path for artifact in undisturbed.artifacts if "/export/" in artifact.path]
+    assert [path.rpartition("/")[2] for path in paths] == ["model-q8_0.gguf"]
+
+    folder, kept = tmp_path / "run", list[str]()
+
+    def end_in_scoring(verb: str, key: str) -> None:
+        if verb == "write" and key.startswith("scores/"):
+            kept.append(key)
+            if len(kept) == 8:  # the merge's questions are one sequence or two
+                raise Preempted("in the middle")
+
+    def end_before_upload(verb: str, key: str) -> None:
+        if verb == "write" and key.startswith("scores/"):
+            kept.append(key)
+        if verb == "upload" and key.endswith(".gguf"):
+            raise Preempted("before the upload")
+
+    def attempted(through: ObjectStore) -> Exported | None:
+        with attempt_at(folder, through) as attempt:
+            trained = world.trained(attempt.store)
+            return export(attempt, world.settings(*GGUF), world.sources(), world.loaded(), trained)
+
+    for end in (end_in_scoring, end_before_upload):
+        with pytest.raises(Preempted):
+            attempted(WrappedStore(LocalStore(folder), before=end))
+    assert attempted(LocalStore(folder)) == undisturbed
+    assert len(set(kept)) == len(kept) - 1  # the one that was ended in the middle is scored again, and no other
+    for artifact in undisturbed.artifacts:
+        assert hash_file(folder / artifact.path) == artifact.sha256
