@@ -106,20 +106,30 @@ def _make(*, source: str, file: str, file_type: str, tokenizer: Mapping[str, Any
 # ---- conversion
 
 
-def _conversion() -> Any:
-    """llama.cpp's converter, a package of its own in auto-round's folder; that of auto-round need not be imported."""
+def import_converter() -> Any:
+    """llama.cpp's converter, a package of its own in auto-round's folder; that of auto-round is not imported.
+
+    Raises:
+        Refused: It is not installed.
+    """
     found = find_spec("auto_round")
     if found is None or not found.submodule_search_locations:
         raise Refused("the package auto-round is not installed; install qlora-job[export]")
-    sys.path.insert(0, str(Path(found.submodule_search_locations[0], "export", "export_to_gguf")))
+    place = str(Path(found.submodule_search_locations[0], "export", "export_to_gguf"))
+    if place not in sys.path:
+        sys.path.insert(0, place)
+    return import_module("conversion")
+
+
+def _run_no_code() -> None:
+    """Takes away from the families' converters to run code that comes with a model, which some ask transformers for."""
     from transformers import AutoConfig, AutoTokenizer
 
-    for loads in (AutoTokenizer, AutoConfig):  # some families' converters would run code that comes with a model
+    for loads in (AutoTokenizer, AutoConfig):
         plain = loads.from_pretrained
         loads.from_pretrained = lambda *args, _plain=plain, **options: _plain(
             *args, **{**options, "trust_remote_code": False, "local_files_only": True}
         )
-    return import_module("conversion")
 
 
 def _convertible(source: Path, file_type: str, tokenizer: Mapping[str, Any], file: Path) -> Any:
@@ -130,7 +140,8 @@ def _convertible(source: Path, file_type: str, tokenizer: Mapping[str, Any], fil
     """
     import gguf
 
-    conversion = _conversion()
+    conversion = import_converter()
+    _run_no_code()
     hparams = conversion.ModelBase.load_hparams(source, is_mistral_format=False)
     family = conversion.get_model_architecture(hparams, conversion.ModelType.TEXT)
     try:
@@ -144,7 +155,7 @@ def _convertible(source: Path, file_type: str, tokenizer: Mapping[str, Any], fil
 
         model_arch = known.model_arch
         pre: str | None = None
-        said: Callable[[str], None] = lambda _: None
+        said = staticmethod(lambda _tensor: None)
 
         def get_vocab_base_pre(self, tokenizer: Any) -> str:
             return self.pre or str(super().get_vocab_base_pre(tokenizer))

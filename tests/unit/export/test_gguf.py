@@ -360,7 +360,6 @@ def test_every_type_is_one_of_llama_cpps() -> None:
     assert all(llama_cpp_process._file_type(name).name.endswith(name.upper()) for name in TYPES)
 
 
-@pytest.mark.long
 def test_k_quants_are_mixed_as_llama_cpp_mixes_them(tmp_path: Path) -> None:
     """Four bits with more for sensitive tensors: the output layer has six, and so has every second value projection."""
     from transformers import MistralConfig, MistralForCausalLM

@@ -231,6 +231,7 @@ def _forked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("job.evaluation.score_cache.SAVE_SECONDS", 0.0)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("_forked")
 def test_gguf_is_scored_on_the_same_questions_and_resumes_by_its_scores(world: World, tmp_path: Path) -> None:
     """Ended in the middle of scoring and before the upload: the kept scores are taken up, all bytes are the same."""
