@@ -34,6 +34,7 @@ from typing import IO, TYPE_CHECKING, Any
 from job import log
 from job.common.hashing import code_hashes
 from job.errors import TrainingFailed
+from job.export.quantizable import CannotMake
 from job.export.scoring import ExportedModel, HowToScore
 from job.model.base import load_tokenizer
 from job.records import ChoiceScore, GgufRecord, QuantizationRecord, Question
@@ -142,7 +143,7 @@ def make_gguf(inputs: DerivedInputs) -> QuantizationRecord:
     """Writes the GGUF file of the merged model: the same model and versions give the same bytes.
 
     Raises:
-        TrainingFailed: The libraries cannot make it.
+        CannotMake: The libraries cannot, or llama.cpp does not load what they made.
     """
     inputs.folder.mkdir(parents=True)
     source, file = inputs.merged.absolute(), inputs.folder.absolute() / FILE.format(type=inputs.kind)
@@ -150,7 +151,7 @@ def make_gguf(inputs: DerivedInputs) -> QuantizationRecord:
     with _process({**asked, "tokenizer": _described(load_tokenizer(source))}, inputs.alive) as answers:
         answer = next(answer for answer in answers if "tensor" not in answer)
     if "made" not in answer:
-        raise TrainingFailed(f"{GGUF}:{inputs.kind} could not be made: {_reason(answer)}")
+        raise CannotMake(_reason(answer))
     made = answer["made"]
     held = TYPES[inputs.kind]
     return QuantizationRecord(

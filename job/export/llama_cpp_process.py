@@ -100,6 +100,8 @@ def _make(*, source: str, file: str, file_type: str, tokenizer: Mapping[str, Any
         model.dir_model_card = Path(place, NAME)
         model.dir_model_card.symlink_to(Path(source).absolute(), target_is_directory=True)
         model.write()
+    say({"tensor": ""})
+    Served(Path(file), threads=1, context=256)  # else it would be found after hours, when it is scored
     say({"made": {**found, **gguf_contents(Path(file)), "quantized": quantized_tensors(Path(file))}})
 
 

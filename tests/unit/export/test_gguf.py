@@ -23,6 +23,7 @@ from job.errors import Preempted, TrainingFailed
 from job.export import gguf, llama_cpp_process
 from job.export.formats import DerivedInputs
 from job.export.gguf import TYPES, check_gguf, load_gguf, make_gguf, score_in_llama_cpp
+from job.export.quantizable import CannotMake
 from job.model.base import PLAIN, load_base, load_tokenizer
 from job.model.packed_attention import use
 from job.records import ChoiceScore, Question
@@ -255,7 +256,7 @@ def test_weights_that_are_not_finite_are_refused(base: Path, tmp_path: Path) -> 
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.0.mlp.up_proj.weight"][3, 5] = float("nan")
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(TrainingFailed, match="gguf:q8_0 could not be made: a weight is not finite"):
+    with pytest.raises(CannotMake, match="a weight is not finite"):
         make_gguf(inputs(folder, "q8_0", tmp_path / "out"))
 
 
