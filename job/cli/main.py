@@ -246,6 +246,12 @@ def _compare(words: list[str]) -> int:
     return compare_command(words)
 
 
+def _push(words: list[str]) -> int:
+    from job.cli.push import push_command
+
+    return push_command(words)
+
+
 _FUNCTIONS = {
     "run": _run,
     "train": _run,
@@ -254,6 +260,7 @@ _FUNCTIONS = {
     "verify": _verify,
     "compare": _compare,
     "report": _draw_report,
+    "push": _push,
     "selftest": _selftest,
 }
 

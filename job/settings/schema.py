@@ -29,6 +29,7 @@ from job.common.methods import MethodName, Methods, last_of
 from job.common.optimizers import OptimizerName
 from job.common.schedulers import SchedulerName
 from job.settings.field_types import (
+    BranchName,
     Count,
     CountOrAuto,
     DataSources,
@@ -41,6 +42,7 @@ from job.settings.field_types import (
     FlagOrAuto,
     HeldOut,
     HostPort,
+    HubRepository,
     JsonObject,
     Layers,
     LocalPath,
@@ -395,6 +397,13 @@ class Export(Group):
     merge_onto: AffectsResult[Literal["best", "dequantized", "original"]] = "best"
     """Weights that the adapter is added to: the base's `original` ones, or the `dequantized` ones, on which it was
     trained; `best`: both are made and scored, and the one with the higher accuracy is published."""
+    hub: ExecutionOnly[Maybe[HubRepository]] = None
+    """Repository of the Hugging Face hub, `namespace/name`: adapter, card and exported formats are pushed to it in one
+    commit when the run is complete and its gate is met. It is made if it is not there. Needs HF_TOKEN."""
+    hub_revision: ExecutionOnly[Maybe[BranchName]] = None
+    """Branch of JOB_EXPORT__HUB to push to; empty: main."""
+    hub_private: ExecutionOnly[Flag] = True
+    """A repository that is made is private, and one that is public is refused; false allows both."""
 
 
 class Gate(Group):
