@@ -57,9 +57,14 @@ def push_command(words: Sequence[str]) -> int:
 
 
 def _preview(target: Target, changes: Sequence[tuple[str, str, int]], found: str) -> list[str]:
-    rows = [f"  {change:<8} {size(bytes_) if bytes_ else '':>10}  {path}" for change, path, bytes_ in changes]
+    rows = [f"  {change:<8} {size(bytes_, ' ') if bytes_ else '':>10}  {path}" for change, path, bytes_ in changes]
     total = sum(bytes_ for change, _, bytes_ in changes if change in {"new", "changed"})
-    return [f"{target.kind}: {target.place}", f"  {found}", *rows, f"  to upload: {size(total)}; nothing was written"]
+    return [
+        f"{target.kind}: {target.place}",
+        f"  {found}",
+        *rows,
+        f"  to upload: {size(total, ' ')}; nothing was written",
+    ]
 
 
 def _targets(given: Arguments, results: Mapping[str, Any]) -> tuple[Target, ...]:

@@ -269,7 +269,7 @@ def _push_errors(repo: str) -> Iterator[None]:
         with hub_errors(repo), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about metadata that a card might have: lines of text in a log of JSON
             yield
-    except JobError as error:
+    except Exception as error:
         causes = list(_causes(error))
         kinds = {type(cause).__name__ for cause in causes}
         if "LocalTokenNotFoundError" in kinds:
