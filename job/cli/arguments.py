@@ -109,12 +109,16 @@ COMMANDS = {
         settings="reading",
     ),
     "push": Command(
-        "verify a finished run, and push adapter, card and exported formats to the hub in one commit",
+        "verify a finished run, and push adapter, card and exported formats to the hub or a registry",
         (
             Argument("RESULTS", _RUN_HELP),
             Argument("--hub", "repository, namespace/name (default: the run's own JOB_EXPORT__HUB)", metavar="REPO"),
             Argument("--hub-revision", "branch of it (default: main)", metavar="BRANCH"),
             Argument("--public", "make a new repository public, and accept one that is public"),
+            Argument(
+                "--oci", "image, registry/repository:tag (default: the run's own JOB_EXPORT__OCI)", metavar="IMAGE"
+            ),
+            Argument("--plain-http", "speak to its registry without TLS"),
             Argument("--despite-gate", "push a run whose quality gate is not met"),
             Argument("--dry-run", "print what would be pushed, and write nothing"),
         ),

@@ -22,9 +22,9 @@ from job.settings.field_types import explain
 from job.settings.schema import Settings
 from job.verification.verify import require_verified, verify
 
-_OPTIONS = {"--hub": "hub", "--hub-revision": "hub_revision"}
-_FLAGS = {"--public": ("hub_private", False)}
-_OWN = ("hub", "hub_revision", "hub_private")
+_OPTIONS = {"--hub": "hub", "--hub-revision": "hub_revision", "--oci": "oci"}
+_FLAGS = {"--public": ("hub_private", False), "--plain-http": ("oci_plain_http", True)}
+_OWN = ("hub", "hub_revision", "hub_private", "oci", "oci_plain_http")
 """Settings that are the run's own, unless the command line names a place."""
 
 
@@ -86,5 +86,5 @@ def _targets(given: Arguments, results: Mapping[str, Any]) -> tuple[Target, ...]
         problems = [Problem(options.get(str(r["loc"][-1]), "--hub"), explain(r)) for r in records]
         raise SettingsError(problems) from None
     if not chosen:
-        raise SettingsError([Problem("--hub", "is needed: the run's own settings name no place to push to")])
+        raise SettingsError([Problem("--hub or --oci", "is needed: the run's own settings name no place to push to")])
     return chosen

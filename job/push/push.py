@@ -28,6 +28,7 @@ from job.common.hashing import sealed, unsealed
 from job.errors import JobError, combine
 from job.push.files import PushContent, PushFile, files_to_push
 from job.push.hub import HubTarget
+from job.push.oci import OciTarget
 from job.records import Pushed
 from job.runs.layout import pushed_key
 from job.settings.load import Settings
@@ -35,7 +36,7 @@ from job.storage.base import read_record
 from job.storage.open import ObjectStore
 from job.storage.verified_download import fetch_artifact
 
-TARGETS = ("hub",)
+TARGETS = ("hub", "oci")
 """The names of all targets, as records and the settings have them."""
 
 
@@ -76,6 +77,8 @@ def targets(settings: Settings) -> tuple[Target, ...]:
     found: list[Target] = []
     if export.hub is not None:
         found.append(HubTarget(export.hub, export.hub_revision, export.hub_private))
+    if export.oci is not None:
+        found.append(OciTarget(export.oci, export.oci_plain_http))
     return tuple(found)
 
 

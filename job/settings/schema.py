@@ -43,6 +43,7 @@ from job.settings.field_types import (
     HeldOut,
     HostPort,
     HubRepository,
+    ImageReference,
     JsonObject,
     Layers,
     LocalPath,
@@ -404,6 +405,11 @@ class Export(Group):
     """Branch of JOB_EXPORT__HUB to push to; empty: main."""
     hub_private: ExecutionOnly[Flag] = True
     """A repository that is made is private, and one that is public is refused; false allows both."""
+    oci: ExecutionOnly[Maybe[ImageReference]] = None
+    """Image in a registry, `registry/repository:tag`: adapter, card and exported formats are pushed to it when the run
+    is complete and its gate is met; Kubernetes mounts it as a volume. Credentials: Docker's config.json."""
+    oci_plain_http: ExecutionOnly[Flag] = False
+    """Speak to the registry of JOB_EXPORT__OCI without TLS; on this machine (localhost) that is so anyway."""
 
 
 class Gate(Group):

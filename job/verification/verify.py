@@ -76,7 +76,7 @@ def verify(
     copies |= more
     run = fingerprint_of(copies)
     attempts, sealed = check_attempts(results, copies, store, listed, run)
-    pushes = check_pushes(results, store, listed)
+    pushes = check_pushes(results, store, listed, copies)
     known = {
         RESULTS,
         *sealed,

@@ -295,7 +295,7 @@ def test_the_command_pushes_where_the_run_was_told_to(
         capsys.readouterr().out
     )
     untold = publish_run(tmp_path / "untold", {"quiz": pairs(12)})
-    with pytest.raises(SettingsError, match="--hub: is needed"):
+    with pytest.raises(SettingsError, match="--hub or --oci: is needed"):
         push_command([str(untold)])
     with pytest.raises(SettingsError, match="--hub: must be namespace/name"):
         push_command([str(untold), "--hub=no-namespace"])
