@@ -138,7 +138,7 @@ def get_logger() -> BoundLogger:
     """The job's logger."""
     import structlog
 
-    global _loggers_are_set_up  # noqa: PLW0603
+    global _loggers_are_set_up  # noqa: PLW0603 - structlog's configuration is global, too
     if not _loggers_are_set_up:
         structlog.configure(
             processors=[*_processors(), structlog.stdlib.ProcessorFormatter.wrap_for_formatter],

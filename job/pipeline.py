@@ -261,7 +261,7 @@ def _load(attempt: Attempt, settings: Settings, sources: Sources) -> Loaded:
 
     garbage_collection.enable()  # it was off for faster imports, and nearly all are done
     attempt.identify(sources.record)
-    begin = partial(put_first_values, attempt, settings, sources)
+    begin = partial(put_first_values, attempt, settings.lora.init, sources)
     loaded = load(settings, sources, attempt.processes, attempt.recorded(PACKING, Packing), begin)
     if settings.export.formats and sources.original is not None:
         from job.stages.export import check_export

@@ -416,6 +416,40 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
+class CalibrationRecord:
+    """The rows of the training data that a quantization was made with: the first ones of the batch plan.
+
+    `rows_sha256` is over their numbers, `examples_sha256` over their tokens, both in the order of the plan.
+    """
+
+    rows: int
+    tokens: int
+    rows_sha256: str
+    examples_sha256: str
+
+
+@dataclass(frozen=True)
+class QuantizationRecord:
+    """How the weights of an exported format are quantized, and by what.
+
+    `method` is the reader's name of it, such as `compressed-tensors`; `bits` are those of a weight without its scales,
+    and `group_size` the weights that share a scale: None for a whole row. `layers` counts the quantized layers; `kept`
+    names the linear layers that are not.
+    """
+
+    method: str
+    scheme: str
+    bits: float
+    group_size: int | None
+    activations: str
+    library: str
+    version: str
+    layers: int
+    kept: list[str]
+    calibration: CalibrationRecord | None = None
+
+
+@dataclass(frozen=True)
 class ExportRecord:
     """One exported format: which of its candidates is published, why that one, and the scores of all.
 
@@ -429,7 +463,16 @@ class ExportRecord:
     dtype: str
     scored_in: str
     scores: dict[str, dict[str, TaskScores]]
-    """By candidate, the scores by task. Candidates of `merged`: the weights that the adapter was merged onto."""
+    """By candidate, the scores by task. Candidates of `merged`: the weights that the adapter was merged onto. Any other
+    format has one, which has the name of the merged candidate that it was made from."""
+    published: bool = True
+    """Whether its files are published; not for a `merged` that only another format was made from."""
+    bytes: int | None = None
+    """Of all its files; None in records of older versions."""
+    quantization: QuantizationRecord | None = None
+    """None where nothing is quantized."""
+    not_scored: str = ""
+    """Why it was not scored, if it was not."""
 
 
 @dataclass(frozen=True)
@@ -437,6 +480,18 @@ class Exported:
     """Record of the export stage: its artifacts are the files of all formats, and the answers of all candidates."""
 
     exports: list[ExportRecord]
+    artifacts: list[Artifact]
+
+
+@dataclass(frozen=True)
+class DerivedExport:
+    """Record of a format that was made from the merged model, for a later attempt that need not make it again.
+
+    `merged` is the hash of the merged model's files that it was made from.
+    """
+
+    merged: str
+    export: ExportRecord
     artifacts: list[Artifact]
 
 

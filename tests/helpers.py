@@ -19,6 +19,17 @@ VOCABULARY = 400
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ARC_EASY = Path(__file__).parents[2] / "shared/data/arc_easy_test.jsonl"  # real questions, where there are any
 
+READING: dict[str, Any] = {
+    "revision": None,
+    "split": "train",
+    "limit": None,
+    "schema": None,
+    "on_bad_row": "error",
+    "loss_on": "all",
+    "max_length": 512,
+}
+"""Arguments of `load_examples` and `load_rows` that most tests leave alone; the tokenizer is missing."""
+
 
 def make_base(folder: Path) -> None:
     """Writes a random Mistral (2 layers, grouped heads) and a byte-level tokenizer that knows a few words.
@@ -61,6 +72,16 @@ def make_base(folder: Path) -> None:
     MistralForCausalLM(config).save_pretrained(folder)
 
 
+def load_plain(folder: Path, **changes: Any) -> Any:
+    """A base in fp32, without an adapter, loaded by the job's own means; `changes` are arguments of `load_base`."""
+    import torch
+
+    from job.model.base import load_base
+
+    how: dict[str, Any] = {"quantization": "none", "double_quantization": True, "dtype": torch.float32}
+    return load_base(folder, **how | {"device": torch.device("cpu"), "max_length": 512} | changes)
+
+
 def make_model(
     folder: Path,
     *,
@@ -74,20 +95,10 @@ def make_model(
 
     New tokens have the ids from `VOCABULARY` on.
     """
-    import torch
-
-    from job.model.base import load_base
     from job.model.lora import add_adapter
     from job.model.whole_modules import grow_embeddings
 
-    base = load_base(
-        folder,
-        quantization=quantization,
-        double_quantization=True,
-        dtype=dtype or torch.float32,
-        device=torch.device("cpu"),
-        max_length=512,
-    )
+    base = load_plain(folder, quantization=quantization, **({} if dtype is None else {"dtype": dtype}))
     new = range(VOCABULARY, VOCABULARY + len(options.added_tokens))
     grow_embeddings(base, new.stop)
     how: dict[str, Any] = {"rank": rank, "alpha": 16, "dropout": dropout, "target_modules": LINEAR, "seed": 1}

@@ -29,6 +29,7 @@ NEVER_CALLED = {"torch.load", "torch.save", "eval", "exec", "yaml.load", "yaml.u
 HEAVY = {"torch", "transformers", "trl", "peft", "bitsandbytes", "lm_eval", "datasets", "accelerate", "numpy", "scipy"}
 HEAVY |= {"pyarrow", "pandas", "boto3", "botocore", "huggingface_hub", "tensorboardX", "matplotlib", "jsonschema"}
 HEAVY |= {"wandb", "mlflow"}
+MOST_FILES_WITH_SETTINGS = 12
 LINES = {"structlog", "rich"}
 """What is imported to write a line of the log."""
 
@@ -183,3 +184,27 @@ def test_quick_answers_import_nothing_heavy(words: list[str], tmp_path: Path) ->
     assert done.returncode == (2 if words[0] == "--no.such" else 0), done.stderr
     assert done.stderr.splitlines()[-1] == "[]"
     assert not list(tmp_path.iterdir())
+
+
+def test_the_settings_enter_few_files_of_a_run() -> None:
+    """At most 12 files that a run calls have a function with `Settings` in its signature; all others take values."""
+    entered = {
+        name
+        for name, tree in SOURCES.items()
+        if name.split(".")[0] not in {"cli", "planning"}  # commands and `plan`, which a run does not call
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef)
+        and any(isinstance(part, ast.Name) and part.id == "Settings" for part in annotations(node))
+    }
+    assert len(entered) <= MOST_FILES_WITH_SETTINGS, sorted(entered)
+    assert {"pipeline", "stages.train"} <= entered
+
+
+def annotations(function: ast.FunctionDef) -> Iterator[ast.AST]:
+    """All parts of the annotations of a function's signature."""
+    arguments = function.args
+    for argument in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs):
+        if argument.annotation is not None:
+            yield from ast.walk(argument.annotation)
+    if function.returns is not None:
+        yield from ast.walk(function.returns)

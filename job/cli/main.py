@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(words)
     except Exception as error:  # noqa: BLE001 - this is the one handler
-        return _report(error, platform)
+        return _report(_of_the_job(error), platform)
 
 
 def _dispatch(words: list[str]) -> int:
@@ -263,6 +263,19 @@ _FUNCTIONS = {
     "push": _push,
     "selftest": _selftest,
 }
+
+
+def _of_the_job(error: Exception) -> Exception:
+    """A file that may not be read, or a disk that fails, where nobody closer to it has put that into words."""
+    from job.storage.base import disk_errors, is_of_the_machine
+
+    if is_of_the_machine(error):
+        try:
+            with disk_errors("a file cannot be read or written"):
+                raise error
+        except JobError as translated:
+            return translated
+    return error
 
 
 def _report(error: Exception, platform: Platform) -> int:

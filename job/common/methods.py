@@ -22,6 +22,18 @@ SFT: MethodName = "sft"
 FIRST_STAGE = "sft"
 """The folder, below a run's own, of the run that is its first stage, as in `sft,dpo`."""
 
+FIRST_STAGE_SETTINGS: Mapping[str, str] = {
+    **{
+        f"data.{name}": f"data.sft_{name}"
+        for name in ("source", "revision", "split", "limit", "format", "fields", "on_long_row")
+    },
+    **{f"data.{name}": f"data.sft_{name}" for name in ("validation", "validation_revision", "validation_split")},
+    **{f"train.{name}": f"train.sft_{name}" for name in ("epochs", "learning_rate")},
+}
+"""Setting, by its dotted name -> the one that gives its value to the first stage of two."""
+INHERITED = ("data.split", "data.on_long_row", "data.validation", "data.validation_split")
+"""Those of them that the first stage has in common with the second where it is given none of its own."""
+
 
 @dataclass(frozen=True)
 class Method:

@@ -40,6 +40,12 @@ _DIGEST = b"examples 1\0"
 _SKIPPING = "correct the rows, or set JOB_DATA__ON_BAD_ROW=skip to leave out and count those that are invalid"
 _LONG = "raise JOB_TRAIN__MAX_LENGTH, or say by JOB_DATA__ON_LONG_ROW what becomes of long rows"
 
+REVISION_SETTINGS = {
+    "JOB_DATA__SOURCE": "JOB_DATA__REVISION",
+    "JOB_DATA__VALIDATION": "JOB_DATA__VALIDATION_REVISION",
+}
+"""The settings that give a source -> those that give the source's revision on the hub."""
+
 
 def load_examples(
     source: str | Sequence[Source],
@@ -327,21 +333,17 @@ def _records(
     return [DataSourceRecord(part.name, commit, rows, digest.hexdigest())]
 
 
-def check_source(
-    source: str,
-    revision: str | None,
-    split: str,
-    setting: str = "JOB_DATA__SOURCE",
-    revision_setting: str = "JOB_DATA__REVISION",
-) -> None:
+def check_source(source: str, revision: str | None, split: str, setting: str = "JOB_DATA__SOURCE") -> None:
     """Refuses a source that cannot be read, as far as can be checked without reading it or using the network.
+
+    `setting` is the one that gives the source, a key of `REVISION_SETTINGS`.
 
     Raises:
         DataError: A path that is not there, or holds nothing that is read; it names the setting that gives it.
         SettingsError: A hub id without a revision.
     """
     if is_hub_id(source):
-        require_revision(revision, revision_setting, source)
+        require_revision(revision, REVISION_SETTINGS[setting], source)
         return
     with named_by(setting):
         find_files(source, split)

@@ -82,7 +82,7 @@ class ExampleWriter:
         ids: bytes,
         targets: bytes,
         second_at: int | None = None,
-        desirable: bool | None = None,  # noqa: FBT001
+        desirable: bool | None = None,  # noqa: FBT001 - a value of the row, not a switch
         weight: float = 1.0,
     ) -> None:
         """Adds an example: its tokens as int32, little-endian, and a byte 0 or 1 for each of them."""
@@ -214,7 +214,7 @@ class Examples(Sequence[Example]):
             return NotImplemented
         return len(self) == len(other) and all(one == another for one, another in zip(self, other, strict=True))
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None  # type: ignore[assignment] # how Python marks a class with `__eq__` as not hashable
 
 
 class _Batch:

@@ -10,9 +10,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from job.data.files import find_file
 from job.data.formats import Row, RowError, read_rows
@@ -115,6 +118,8 @@ def check_tasks(names: Sequence[str], data: Iterable[str]) -> None:
     Raises:
         SettingsError: With all that is wrong.
     """
+    if _are_known(frozenset((*names, *data))):
+        return
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     _check_names(_index((*names, *data)).task_index, names, data)
 
@@ -219,6 +224,27 @@ def _unknown_token(task: Any, doc: Any, tokenizer: Any, vocabulary: int) -> str 
         return None
     word = tokenizer.convert_ids_to_tokens(beyond)
     return f"has the token {word!r} (number {beyond}), and the model has embeddings of {vocabulary} tokens"
+
+
+@cache
+def _are_known(names: frozenset[str]) -> bool:
+    """Whether lm-eval has a multiple-choice task of each name in a file of that name; False where that is not certain.
+
+    The files are read without importing lm-eval, which takes over two seconds of CPU time, before a run's first answer.
+    """
+    spec = find_spec("lm_eval")
+    folders = spec.submodule_search_locations if spec else None
+    known = set()
+    for file in Path(folders[0], "tasks").rglob("*.yaml") if folders else ():
+        if file.stem in names:
+            try:
+                found = yaml.safe_load(file.read_bytes())
+            except (OSError, ValueError, yaml.YAMLError):
+                continue  # not certain, for instance because of lm-eval's own tags, such as !function
+            own = isinstance(found, dict) and found.get("task") == file.stem and not {"class", "group"} & found.keys()
+            if own and found.get("output_type") == MULTIPLE_CHOICE:
+                known.add(file.stem)
+    return known == names
 
 
 @cache

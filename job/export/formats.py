@@ -1,76 +1,88 @@
-"""The formats that a run can export: one table.
+"""The formats that are made from the merged model: one table.
 
 How to add a format:
 
-1. Write `job/export/<name>.py` with a function that takes `ExportInputs` and writes one folder for each candidate (a
-   way to make the format, such as the weights that the adapter is merged onto), and a function that names the
-   candidates, which is called before training and refuses what cannot be exported, by a SettingsError.
-2. Add it to `FORMATS`, and its name to `ExportFormats` in `job/settings/field_types.py` (a test compares the two), and
-   to `JOB_GATE__ON` in `job/settings/schema.py`.
-3. If transformers does not load such a folder by itself, say in `job/stages/export.py` how it is scored. What cannot be
-   scored here must not be published as if it had been.
+1. Write `job/export/<name>.py` with a function that makes it from the merged model's folder (`make`), and one that
+   refuses before training what it cannot make (`check`).
+2. Add it to `DERIVED`, and to `EXPORT_FORMATS` in `job/common/export_formats.py` (a test compares the two). A format
+   with types, such as `gguf:q4_k_m`, has one entry in each; its functions get the type.
+3. If transformers does not load such a folder by itself, write a `load` for it. What cannot be scored on a machine
+   says so by `cannot_score`: it is published as not scored, and the gate cannot judge it.
 
-All else follows from the table: scoring, choice among the candidates, publication, manifest, report and `verify`.
+All else follows from the table: calibration rows, scoring, publication, manifest, report and `verify`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from job.export import merge
+import torch
+
+from job.common.export_formats import split_name
+from job.export import fp8
+from job.export.scoring import ExportedModel, HowToScore, load_exported, load_quantized
+from job.records import QuantizationRecord
 
 
 @dataclass(frozen=True)
-class ExportInputs:
-    """What formats are made from.
+class DerivedInputs:
+    """What a format is made from.
 
     Attributes:
-        model: The PEFT model, with the published adapter loaded into it; it may be quantized.
-        source: Folder of the base's own files.
-        tokenizer: As it was loaded from there.
-        candidates: Which to make, from `Format.candidates`.
-        folder: Where each candidate gets a folder of its name.
-        alive: Called before each tensor; may raise what ends the job.
+        merged: Folder of the merged model, as it is or would be published, with tokenizer.
+        kind: The type of the format that was asked for, such as `q4_k_m`; empty if it has none.
+        folder: To be made, for the files of the format and nothing else.
+        work: To be made, for temporary files; it is removed by the caller.
+        calibration: Token ids of the calibration rows, as they were trained on.
+        device: Where it may compute.
+        seed: JOB_RUN__SEED.
+        alive: Called often, at most seconds apart; may raise what ends the job. `progress=False` only says that one
+            waits.
     """
 
-    model: Any
-    source: Path
-    tokenizer: Any
-    candidates: tuple[str, ...]
+    merged: Path
+    kind: str
     folder: Path
-    alive: Callable[[], None]
+    work: Path
+    calibration: Sequence[Sequence[int]]
+    device: torch.device
+    seed: int
+    alive: Callable[..., None]
 
 
 @dataclass(frozen=True)
 class Format:
-    """A format.
+    """A format that is made from the merged model.
 
     Attributes:
-        title: In words, for the report.
-        candidates: (model, source, JOB_EXPORT__MERGE_ONTO) -> the candidates to make.
-        make: Writes the candidates; returns their folders.
+        make: Writes the files; twice from the same inputs on the same machine, the same bytes. Returns what the
+            manifest says of them.
+        check: (empty model of the base's architecture, type) -> why it cannot be made, in words, or nothing. Called
+            before training; "empty" is on the device `meta`.
+        cannot_score: Why it cannot be scored on such a device, in words; empty if it can.
+        load: Loads it to be scored.
     """
 
-    title: str
-    candidates: Callable[[Any, Path, str], merge.Candidates]
-    make: Callable[[ExportInputs], dict[str, Path]]
+    make: Callable[[DerivedInputs], QuantizationRecord]
+    check: Callable[[Any, str], str]
+    cannot_score: Callable[[torch.device], str] = lambda _device: ""
+    load: Callable[[Path, HowToScore], ExportedModel] = load_exported
 
 
-def _make_merged(inputs: ExportInputs) -> dict[str, Path]:
-    plan = merge.plan_merge(inputs.model, inputs.source)
-    folders = {name: inputs.folder / name for name in inputs.candidates}
-    for name, folder in folders.items():
-        merge.write_merged(inputs.model, plan, name, folder, tokenizer=inputs.tokenizer, alive=inputs.alive)
-    return folders
-
-
-FORMATS: Mapping[str, Format] = {
-    "merged": Format(
-        title="merged model",
-        candidates=merge.candidates,
-        make=_make_merged,
-    ),
+DERIVED: Mapping[str, Format] = {
+    "fp8": Format(make=fp8.make_fp8, check=fp8.check_fp8, load=load_quantized),
 }
+"""By the name before the colon."""
+
+
+def derived_format(name: str) -> tuple[Format, str]:
+    """The format of a name, and its type.
+
+    Raises:
+        ValueError, KeyError: There is none.
+    """
+    family, kind = split_name(name)
+    return DERIVED[family], kind

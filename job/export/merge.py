@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 from job.errors import Problem, SettingsError, TrainingFailed
+from job.export.checkpoint import parameter_names, read_header, read_tensor, write_weights
 from job.model.base import DTYPES, dtype_by_name, is_quantized
 from job.model.files import (
     MAX_CONFIG_BYTES,
@@ -36,36 +37,18 @@ from job.model.files import (
     quantization_method,
     read_config,
     read_json,
-    readable,
     weight_files,
 )
 from job.model.fused.frozen_weights import dequantized
 from job.model.tokenizer_files import copy_tokenizer
 
 ORIGINAL, DEQUANTIZED, BEST = "original", "dequantized", "best"
-SHARD = "5GB"
-"""Size of a file of weights: what is held in memory, and what an upload that is interrupted has to begin again."""
 BESIDE = (
     *("generation_config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
     "chat_template.json",
 )
 """Files of the base that are copied as they are, beside those of the tokenizer."""
 _ADAPTER = "default"
-_TYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-"""safetensors' names of dtypes."""
 _ROUNDED = {torch.float32, torch.float64}
 """Dtypes of a base's files that are not kept: its weights are rounded to the dtype that the run computes in."""
 
@@ -155,8 +138,8 @@ def plan_merge(model: Any, source: Path) -> MergePlan:
     empty = build_empty(source, read_config(source))
     changed = dict(_weighted(base))
     problems = list(_unmergeable(model, empty, changed))
-    found = {name: (file, shape, dtype) for file in weight_files(source) for name, shape, dtype in _header(file)}
-    parameters = _parameters(found, empty)
+    found = {name: (file, shape, dtype) for file in weight_files(source) for name, shape, dtype in read_header(file)}
+    parameters = parameter_names(found, empty)
     by_parameter = Counter(parameters.values())
     if lost := [name for name in changed if by_parameter[f"{name}.weight"] != 1]:
         what = f"the weight of {lost[0]} is not one tensor in the base's files, so it cannot be merged into them"
@@ -201,25 +184,15 @@ def write_merged(
     Raises:
         TrainingFailed: A merged weight is not finite in its dtype.
     """
-    from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors.torch import save_file
+    by_name = {tensor.name: tensor for tensor in plan.tensors}
+    modules = dict(_weighted(model.get_base_model()))
+
+    def written(name: str) -> torch.Tensor:
+        with torch.no_grad():
+            return _written(by_name[name], modules, onto, model)
 
     folder.mkdir(parents=True)
-    by_name = {tensor.name: tensor for tensor in plan.tensors}
-    empty = {t.name: torch.empty(t.shape, dtype=t.dtype, device="meta") for t in plan.tensors}
-    split = split_torch_state_dict_into_shards(empty, max_shard_size=SHARD)
-    modules = dict(_weighted(model.get_base_model()))
-    for file, names in split.filename_to_tensors.items():
-        shard = {}
-        for name in names:
-            alive()
-            with torch.no_grad():
-                shard[name] = _written(by_name[name], modules, onto, model)
-        save_file(shard, folder / file, metadata={"format": "pt"})
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    write_weights(folder, {t.name: (t.shape, t.dtype) for t in plan.tensors}, written, alive=alive)
     config = _config(read_json(plan.source / "config.json", MAX_CONFIG_BYTES), plan.dtype)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     copy_tokenizer(plan.source, folder, tokenizer)
@@ -235,9 +208,9 @@ def _written(tensor: _Tensor, modules: Mapping[str, Any], onto: str, model: Any)
     module = None if tensor.module is None else modules[tensor.module]
     takes_original = module is None or onto == ORIGINAL or not is_quantized(module.weight)
     if takes_original and not isinstance(module, LoraLayer):
-        return _read(tensor).to(tensor.dtype).contiguous()
+        return read_tensor(tensor.file, tensor.name).to(tensor.dtype).contiguous()
     if takes_original:
-        weight = _read(tensor).to(model.device, torch.float32)
+        weight = read_tensor(tensor.file, tensor.name).to(model.device, torch.float32)
         weight = weight.T if tensor.transposed else weight
     else:
         layer = module.get_base_layer() if isinstance(module, LoraLayer) else module
@@ -252,19 +225,6 @@ def _written(tensor: _Tensor, modules: Mapping[str, Any], onto: str, model: Any)
             "diverged, or its numbers are too large for the base's dtype; lower JOB_TRAIN__LEARNING_RATE"
         )
     return rounded
-
-
-def _read(tensor: _Tensor) -> torch.Tensor:
-    """A tensor of the base's file.
-
-    Raises:
-        DataError: It cannot be read.
-    """
-    from safetensors import safe_open
-
-    with readable(tensor.file.parent), safe_open(tensor.file, framework="pt") as opened:
-        found: torch.Tensor = opened.get_tensor(tensor.name)
-        return found
 
 
 def merge_weight(layer: Any, weight: torch.Tensor) -> torch.Tensor:
@@ -353,39 +313,6 @@ def _unmergeable(model: Any, empty: Any, changed: Mapping[str, Any]) -> Iterator
             if shared[id(empty.get_submodule(name).weight)] > 1:
                 yield f"the weight of {name} is also another module's, which has no adapter"
                 return
-
-
-def _parameters(names: Iterable[str], empty: Any) -> dict[str, str]:
-    """Name in the base's files -> name of the parameter that transformers loads it into as it is.
-
-    Without those that transformers makes a parameter of together with others.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, rename_source_key
-
-    transforms = get_model_conversion_mapping(empty)
-    converters = [found for found in transforms if isinstance(found, WeightConverter)]
-    renamings = [found for found in transforms if not isinstance(found, WeightConverter)]
-    state = empty.state_dict()
-    parameters = {}
-    for name in sorted(names):
-        renamed, converted = rename_source_key(name, renamings, converters, empty.base_model_prefix, state)
-        if converted is None:
-            parameters[name] = renamed
-    return parameters
-
-
-def _header(file: Path) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
-    """Name, shape and dtype of every tensor in a file of weights.
-
-    Raises:
-        DataError: It cannot be read.
-    """
-    from safetensors import safe_open
-
-    with readable(file.parent), safe_open(file, framework="pt") as opened:
-        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
-        return [(name, tuple(part.get_shape()), _TYPES[part.get_dtype()]) for name, part in slices.items()]
 
 
 def _is_quantization_constant(name: str, modules: Mapping[str, str]) -> bool:

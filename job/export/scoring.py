@@ -2,52 +2,118 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from job.export.merge import short_name
+from job.errors import DataError, Problem
+from job.export.merge import release, short_name
 from job.model.base import PLAIN, load_base
-from job.model.files import MAX_CONFIG_BYTES, read_json
-from job.model.packed_attention import NAME, use
+from job.model.files import MAX_CONFIG_BYTES, read_json, readable
+from job.model.packed_attention import NAME, register, use
+
+
+@dataclass(frozen=True)
+class HowToScore:
+    """How the run scores its models.
+
+    Attributes:
+        device: Where the model is placed.
+        compute_dtype: That of the run, for a GPU that does not compute in the dtype of the files.
+        max_length: Longest sequence in tokens.
+        packed: Whether sequences are packed, as in the run's other evaluations.
+    """
+
+    device: torch.device
+    compute_dtype: torch.dtype
+    max_length: int
+    packed: bool
 
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """A loaded exported model, the dtype of its files, and that in which it computes; as the settings write them."""
+    """A loaded exported model.
+
+    Attributes:
+        model: What `scoring` scores.
+        dtype: That of most of its weights that are not quantized, as the settings write it.
+        scored_in: That in which it computes.
+        scoring: As `evaluation.scorer.ScoreSequences`: model, questions, and by number the questions of each packed
+            sequence -> (number, scores). None for a model of transformers.
+        facts: What else decides the bits of its scores, JSON-able: which library computes, in which version.
+        close: Frees its memory.
+    """
 
     model: Any
     dtype: str
     scored_in: str
+    scoring: Callable[..., Any] | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    close: Callable[[], None] = lambda: None
 
 
-def load_exported(
-    folder: Path, *, device: torch.device, compute_dtype: torch.dtype, max_length: int, packed: bool
-) -> ExportedModel:
+def load_exported(folder: Path, how: HowToScore) -> ExportedModel:
     """Loads the model in the dtype of its files, in which `from_pretrained` loads it, too.
 
     Args:
         folder: Of the exported model.
-        device: Where it is placed.
-        compute_dtype: That of the run, for a GPU that does not compute in the dtype of the files.
-        max_length: Longest sequence in tokens.
-        packed: Whether sequences are packed, as in the run's other evaluations.
+        how: Device, dtype and packing.
 
     Raises:
         DataError: The folder holds no complete model.
     """
-    dtype: torch.dtype = getattr(torch, read_json(folder / "config.json", MAX_CONFIG_BYTES)["dtype"])
-    computes = device.type != "cuda" or dtype != torch.bfloat16 or torch.cuda.is_bf16_supported(False)  # noqa: FBT003
-    scored_in = dtype if computes else compute_dtype
+    dtype, scored_in = _dtypes(folder, how)
     model = load_base(
         folder,
         quantization="none",
         double_quantization=False,
         dtype=scored_in,
-        device=device,
-        max_length=max_length,
+        device=how.device,
+        max_length=how.max_length,
     )
-    use(model, NAME if packed else PLAIN)
-    return ExportedModel(model, short_name(dtype), short_name(scored_in))
+    use(model, NAME if how.packed else PLAIN)
+    return ExportedModel(model, short_name(dtype), short_name(scored_in), close=lambda: release(model))
+
+
+def load_quantized(folder: Path, how: HowToScore) -> ExportedModel:
+    """Loads a model whose config.json says how its weights are quantized, by transformers' own quantizer of that kind.
+
+    Args:
+        folder: Of the exported model.
+        how: Device, dtype and packing.
+
+    Raises:
+        DataError: The folder holds no complete model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    register()
+    dtype, scored_in = _dtypes(folder, how)
+    with readable(folder):
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=scored_in,
+            attn_implementation=PLAIN,
+            device_map={"": how.device},
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    # transformers would fill what is missing with random numbers, and leave out what it has no place for
+    wrong = sorted({*loaded["missing_keys"], *loaded["unexpected_keys"], *map(str, loaded["mismatched_keys"])})
+    if wrong:
+        what = f"{folder.name} holds other weights than {type(model).__name__} has: {', '.join(wrong[:5])}"
+        raise DataError([Problem("JOB_EXPORT__FORMATS", what)])
+    model.config.use_cache = False
+    use(model, NAME if how.packed else PLAIN)
+    return ExportedModel(model, short_name(dtype), short_name(scored_in), close=lambda: release(model))
+
+
+def _dtypes(folder: Path, how: HowToScore) -> tuple[torch.dtype, torch.dtype]:
+    """The dtype of the files' weights that are not quantized, and that in which the model is to compute."""
+    dtype: torch.dtype = getattr(torch, read_json(folder / "config.json", MAX_CONFIG_BYTES)["dtype"])
+    computes = how.device.type != "cuda" or dtype != torch.bfloat16 or torch.cuda.is_bf16_supported(False)  # noqa: FBT003
+    return dtype, dtype if computes else how.compute_dtype

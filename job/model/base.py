@@ -15,7 +15,16 @@ from job.errors import DataError, Problem, SettingsError
 from job.model.adapter_options import PLAIN as PLAIN_LORA
 from job.model.adapter_options import AdapterOptions
 from job.model.decomposed_init import frozen_parameters
-from job.model.files import build_empty, check_weights, read_config, readable, silence
+from job.model.files import (
+    MAX_CONFIG_BYTES,
+    build_empty,
+    check_numbers,
+    check_weights,
+    read_config,
+    read_json,
+    readable,
+    silence,
+)
 from job.model.lora import trainable
 from job.model.target_modules import check_adapter, resolve_targets
 from job.model.tokenizer_files import add_tokens
@@ -76,11 +85,13 @@ def load_tokenizer(folder: Path, added_tokens: Sequence[str] | None = None) -> A
     """The tokenizer in the model's folder, with new tokens. It never runs code of the model's repository.
 
     Raises:
-        DataError: It cannot be loaded.
+        DataError: It cannot be loaded, or the config.json beside it is broken.
         SettingsError: It has no end-of-sequence token, or a new token is none.
     """
     from transformers import AutoTokenizer
 
+    if (folder / "config.json").is_file():  # it says which class the tokenizer is of, and transformers reads all of it
+        check_numbers(folder, read_json(folder / "config.json", MAX_CONFIG_BYTES))
     with readable(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if tokenizer.eos_token_id is None:

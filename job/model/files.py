@@ -17,6 +17,7 @@ from typing import Any
 
 from job.common.hashing import hash_files
 from job.errors import DataError, JobError, Problem, SettingsError
+from job.storage.base import is_of_the_machine
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SOURCE_CONFIG = "source_config.json"
@@ -26,6 +27,8 @@ MAX_INDEX_BYTES = 256 << 20
 MAX_LAYERS = 10_000
 MAX_WIDE = 100_000_000
 """Upper limit of any dimension in config.json: a larger one is invalid, and building the model would not end."""
+MAX_LABELS = 1_000_000
+"""Upper limit of `num_labels`, which a language model does not use: transformers names each of them."""
 _LOADABLE = {"bitsandbytes"}
 """Quantization methods whose weights can be used for training. For others the user needs the unquantized model."""
 _STEERING = {
@@ -52,7 +55,7 @@ def readable(folder: Path, what: str = "holds no model that can be loaded") -> I
     """Turns exceptions of libraries about a missing or broken model into a DataError.
 
     Transformers raises nearly every built-in exception for some broken file. Errors of the machine, such as too little
-    memory, are not caught.
+    memory, a file that may not be read or a disk that fails, are not caught.
 
     Raises:
         DataError: Anything else was raised within.
@@ -64,6 +67,8 @@ def readable(folder: Path, what: str = "holds no model that can be loaded") -> I
     except (JobError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except Exception as error:
+        if is_of_the_machine(error):
+            raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         first = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
         raise DataError([Problem("JOB_MODEL__ID", f"{folder} {what}: {first[:300]}")]) from error
@@ -84,6 +89,8 @@ def read_json(path: Path, most: int, setting: str = "JOB_MODEL__ID") -> dict[str
             raise wrong(f"it has {size} bytes, more than {most}")
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
+        if is_of_the_machine(error):
+            raise
         raise wrong(str(error)) from error
     if not isinstance(found, dict):
         raise wrong("it holds no object")
@@ -147,7 +154,7 @@ def read_config(folder: Path, name: str = "config.json") -> Any:
 
     found = read_json(folder / name, MAX_CONFIG_BYTES)
     _check_kind(folder, found)
-    _check_numbers(folder, found)
+    check_numbers(folder, found)
     with readable(folder, "has a config.json that describes no model"), tempfile.TemporaryDirectory() as cleaned:
         (Path(cleaned) / "config.json").write_text(json.dumps(_cleaned(found)), encoding="utf-8")
         return AutoConfig.from_pretrained(cleaned, trust_remote_code=False)
@@ -183,13 +190,19 @@ def quantization_method(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _check_numbers(folder: Path, config: Mapping[str, Any]) -> None:
-    """Refuses shapes that no model has: building 10^12 layers would take for ever, and 0 heads end in a division."""
+def check_numbers(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuses shapes that no model has: building 10^12 layers would take for ever, and 0 heads end in a division.
+
+    Raises:
+        DataError: A number of the folder's config.json is none that a model has.
+    """
     problems = []
     for key, value in _numbers(config):
         name = key.rsplit(".", 1)[-1]
         if "layer" in name and name.startswith(("num_", "n_")):
             plausible = 0 <= value <= MAX_LAYERS
+        elif name == "num_labels":
+            plausible = 0 <= value <= MAX_LABELS
         elif name in _NEVER_ZERO:
             plausible = 0 < value <= MAX_WIDE
         else:

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from job.common.export_formats import to_make
 from job.common.formatting import size
 from job.common.methods import METHODS
 from job.common.resources import check_disk, checkpoint_bytes, required_bytes
@@ -47,7 +48,7 @@ from job.push.push import targets
 from job.records import Example
 from job.results.baseline import read_baseline
 from job.settings.load import Settings
-from job.settings.training_stages import split_stages
+from job.settings.training_stages import naming_its_settings, split_stages
 from job.storage.hub import is_reachable
 from job.storage.location import join
 from job.storage.open import StorageOptions, is_remote, open_store, storage_options
@@ -112,7 +113,7 @@ def make_plan(settings: Settings, show: int = 0) -> Plan:
         gpus=() if run.setup is None else tuple(forecast_gpu(gpu, run, run.setup) for gpu in gpus),
         largest_step=run.workload.largest_step if run.workload else None,
         assumptions=_assumptions(settings),
-        shown=tuple(seen.data.shown) if seen.data else (),
+        shown=tuple(row for data in (seen.first_data, seen.data) if data for row in data.shown),
     )
 
 
@@ -154,7 +155,7 @@ def _look(settings: Settings, folder: Path, show: int) -> _Preflight:
     if not s.train.is_one_stage:
         rows_too["folder"] = folder / "first"
         earlier, _ = split_stages(s)
-        check, first_data = run_check("first stage", lambda: _preview_rows(earlier, show=0, **rows_too))
+        check, first_data = run_check("first stage", lambda: _preview_rows(earlier, show=show, **rows_too))
         first.append(check)
     asked, questions = run_check(
         "questions",
@@ -174,31 +175,32 @@ def _look(settings: Settings, folder: Path, show: int) -> _Preflight:
 
 def _preview_rows(s: Settings, **how: Any) -> Found[DataFacts]:
     """The rows of a stage of training; `how` goes to `preview_data`."""
-    return preview_data(
-        s.data.source,
-        max_length=s.train.max_length,
-        revision=s.data.revision,
-        validation=what_to_validate_on(
-            s.data.validation,
-            source=s.data.source,
-            source_revision=s.data.revision,
-            validation_revision=s.data.validation_revision,
-            validation_split=s.data.validation_split,
-        ),
-        split=s.data.split,
-        limit=s.data.limit,
-        schema=None if s.data.format == "auto" else s.data.format,
-        on_bad_row=s.data.on_bad_row,
-        loss_on=s.train.loss_on,
-        method=s.train.last_method,
-        seed=s.run.seed if s.data.seed is None else s.data.seed,
-        date=s.data.date,
-        template_arguments=s.data.chat_template_arguments,
-        field_names=s.data.fields,
-        on_long_row=s.data.on_long_row,
-        row_weights=s.data.row_weights,
-        **how,
-    )
+    with naming_its_settings(s):
+        return preview_data(
+            s.data.source,
+            max_length=s.train.max_length,
+            revision=s.data.revision,
+            validation=what_to_validate_on(
+                s.data.validation,
+                source=s.data.source,
+                source_revision=s.data.revision,
+                validation_revision=s.data.validation_revision,
+                validation_split=s.data.validation_split,
+            ),
+            split=s.data.split,
+            limit=s.data.limit,
+            schema=None if s.data.format == "auto" else s.data.format,
+            on_bad_row=s.data.on_bad_row,
+            loss_on=s.train.rows_loss_on,
+            method=s.train.last_method,
+            seed=s.run.seed if s.data.seed is None else s.data.seed,
+            date=s.data.date,
+            template_arguments=s.data.chat_template_arguments,
+            field_names=s.data.fields,
+            on_long_row=s.data.on_long_row,
+            row_weights=s.data.row_weights,
+            **how,
+        )
 
 
 def _check_other_inputs(settings: Settings, storage: StorageOptions) -> Iterator[PreflightResult]:
@@ -374,7 +376,8 @@ def _forward(examples: Sequence[Example], count: int) -> ForwardWork:
 def _exported(settings: Settings) -> int:
     """How many candidates are made, as far as that is known before the base's weights are."""
     both = settings.export.merge_onto == "best" and settings.model.quantization != "none"
-    return len(settings.export.formats) * (2 if both else 1)
+    made = len(to_make(settings.export.formats))
+    return made + 1 if both and made else made
 
 
 def _questions(settings: Settings, seen: _Preflight) -> tuple[known.TaskTokens | None, Basis]:

@@ -358,8 +358,7 @@ def preview_data(
             shown.append(show_row(item, tokenizer))
 
     if isinstance(validation, ValidationSource):
-        names = ("JOB_DATA__VALIDATION", "JOB_DATA__VALIDATION_REVISION")
-        where = (validation.name, validation.revision, storage, *names)
+        where = (validation.name, validation.revision, storage, "JOB_DATA__VALIDATION")
         more, _ = _of_the_data(*where, split=validation.split, online=online)
         if more > MAX_BYTES:
             raise NotChecked(f"{validation.name} has {formatting.size(more, ' ')}, too much to fetch for a plan")
@@ -396,7 +395,6 @@ def _of_the_data(
     revision: str | None,
     storage: StorageOptions,
     setting: str = "JOB_DATA__SOURCE",
-    revision_setting: str = "JOB_DATA__REVISION",
     *,
     split: str,
     online: Online,
@@ -404,7 +402,7 @@ def _of_the_data(
     """(bytes to download, 0 for a local file; the licence on the hub's card, if there is one)."""
     if is_remote(source):
         return size(source, storage), None
-    check_source(source, revision, split, setting, revision_setting)
+    check_source(source, revision, split, setting)
     if not is_hub_id(source):
         return 0, None
     if not online():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from job.common.formatting import count, enumeration, figure, p_value, percent, points
+from job.common.formatting import count, enumeration, figure, p_value, percent, points, size
 from job.common.methods import METHODS
 from job.evaluation.comparison import of_metric
 from job.evaluation.statistics import wilson_interval
@@ -114,14 +114,13 @@ def exports(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [
         {
             "format": export["format"],
-            "sentence": f"Published is {export['format']} onto {export['candidate']} weights, in {export['dtype']}: "
-            f"{export['reason']}.",
+            "sentence": _about_export(export),
             "rows": [
                 {
                     "task": task,
                     "n": one["n"],
                     "candidate": f"{export['format']} onto {candidate}",
-                    "published": candidate == export["candidate"],
+                    "published": candidate == export["candidate"] and export.get("published", True),
                     "base": tasks[task]["base"]["acc"],
                     "adapter": tasks[task]["adapter"]["acc"],
                     "acc": one["scores"]["acc"],
@@ -134,6 +133,28 @@ def exports(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         }
         for export in results.get("exports", ())
     ]
+
+
+def _about_export(export: Mapping[str, Any]) -> str:
+    """What of a format is published, how it is quantized, and whether it was scored."""
+    held = export.get("quantization")
+    if held is None:
+        begin = "Published is" if export.get("published", True) else "Not published, but what the others are made from:"
+        what = f"{export['format']} onto {export['candidate']} weights, in {export['dtype']}"
+        return f"{begin} {what}: {export['reason']}."
+    kept = held["kept"]
+    text = (
+        f"Published is {export['format']}, made from the merge onto {export['candidate']} weights: {held['scheme']} "
+        f"({held['method']}), {held['bits']:g} bits a weight, {size(export['bytes'], ' ')}, by {held['library']} "
+        f"{held['version']}; {count(held['layers'], 'layer')} quantized"
+    )
+    if kept:
+        text += f", not quantized: {', '.join(kept[:MAX_NAMES])}{' and others' if len(kept) > MAX_NAMES else ''}"
+    if rows := held["calibration"]:
+        text += f"; calibrated on {count(rows['rows'], 'row')} of the training data"
+    if export.get("not_scored"):
+        text += f". It was NOT scored: {export['not_scored']}"
+    return f"{text}."
 
 
 def learned(training: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from job.records import (
     AttemptRecord,
     DatasetRecord,
     Exported,
+    ExportRecord,
     ModelRecord,
     TaskScores,
     TrainingRecord,
@@ -96,16 +97,30 @@ def exports_record(
 ) -> list[dict[str, Any]]:
     """The manifest's `exports`: every format, the scores of all its candidates, and which one is published.
 
+    What was added by later versions is there where it is not as it was before.
+
     Raises:
         DataError: A candidate was asked other questions than the base or the adapter.
     """
     return [
         {
             **{name: getattr(export, name) for name in ("format", "candidate", "reason", "dtype", "scored_in")},
-            "candidates": {name: compare_export(base, adapter, scores) for name, scores in export.scores.items()},
+            "candidates": {
+                name: compare_export(base, adapter, scores) if scores else {} for name, scores in export.scores.items()
+            },
+            **_added(export),
         }
         for export in exported.exports
     ]
+
+
+def _added(export: ExportRecord) -> dict[str, Any]:
+    facts = asdict(export)
+    return {
+        field.name: facts[field.name]
+        for field in fields(export)
+        if field.default is not MISSING and facts[field.name] != field.default
+    }
 
 
 def validate(results: Mapping[str, Any]) -> None:
@@ -165,13 +180,16 @@ def summary(results: Mapping[str, Any], where: str) -> list[str]:
 
 def _export_line(export: Mapping[str, Any]) -> str:
     """The accuracies of an exported format's candidates, and which one is published."""
+    if export.get("not_scored"):
+        return f"{export['format']}: published, not scored: {export['not_scored']}"
     found = [
         f"{task} onto {candidate} weights {100 * one['scores']['acc']:.2f} % "
         f"({100 * one['versus_adapter']['acc']['delta']:+.2f} against the adapter)"
         for candidate, tasks in export["candidates"].items()
         for task, one in tasks.items()
     ]
-    return f"{export['format']}: {'; '.join(found)}; published: {export['candidate']} ({export['reason']})"
+    chosen = "published" if export.get("published", True) else "not published, but what other formats are made from"
+    return f"{export['format']}: {'; '.join(found)}; {chosen}: {export['candidate']} ({export['reason']})"
 
 
 def _cost_line(cost: Mapping[str, Any], attempts: int) -> str:

@@ -6,9 +6,9 @@ published. A later attempt reads it instead of doing the work again.
 
 from __future__ import annotations
 
+import json
 import math
 import platform
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +25,7 @@ from job.common.hashing import hash_file, sealed
 from job.distributed.processes import ALONE, Processes
 from job.errors import DataError, JobError, NoProgress, Preempted, Replaced
 from job.preemption.stop_flag import Stop
-from job.records import Artifact, AttemptRecord, Pulled, StepMetrics, ValidationMetrics
+from job.records import Artifact, AttemptRecord, FirstValues, Pulled, Referenced, StepMetrics, ValidationMetrics
 from job.runs import stage_records
 from job.runs.fault_injection import Faults
 from job.runs.layout import ARTIFACTS, BUILT_ON, Stage, attempt_key, stage_key
@@ -33,6 +33,7 @@ from job.runs.lease import fenced, take
 from job.runs.run_log import QUESTIONS, IdleLimit, how_far, idle_attempts, read_logged
 from job.runs.run_settings import compare_settings
 from job.runs.stage_records import fingerprint
+from job.runs.work_folder import work_folder
 from job.storage.base import delete_in_turn, read_record, upload_in_turn, write_in_turn
 from job.storage.open import ObjectStore
 from job.storage.verified_download import fetch_artifact
@@ -300,6 +301,27 @@ class Attempt:
             self.note("running")
 
 
+def published_once(attempt: Attempt, name: str, kind: type[FirstValues | Referenced], what: str) -> str:
+    """The file that a run computes once, as JSON of its `Artifact`; nothing if no attempt published it whole.
+
+    Args:
+        attempt: This one.
+        name: Of the record, such as `layout.REFERENCE`.
+        kind: The record's class.
+        what: What the file holds, in the plural, for the log.
+    """
+    record = attempt.recorded(name, kind)
+    if record is None:
+        return ""
+    try:
+        attempt.fetch(record.artifacts[0])
+    except DataError as error:
+        log.get_logger().warning(f"{what} are computed again", why=str(error))
+        return ""
+    log.get_logger().info(f"{what} are known from an earlier attempt")
+    return json.dumps(asdict(record.artifacts[0]))
+
+
 def missing(store: ObjectStore, artifacts: Iterable[Artifact]) -> list[str]:
     """Those of the artifacts, by path, that the store does not have, or not in their size."""
     sizes = {artifact.path: artifact.bytes for artifact in artifacts}
@@ -347,14 +369,12 @@ def open_attempt(
         lease = take(store, platform.node() or "unknown")
     number = processes.share("attempt", lambda: lease.epoch if lease else 0)
     log.bind(attempt=number)
-    if cache is not None:
-        Path(cache).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="qlora-job-", dir=cache, ignore_cleanup_errors=True) as work:
+    with work_folder(cache, store.uri, number, cleans=processes.place.local_rank == 0) as work:
         logged = read_logged(store, number) if processes.leads else []
         earlier = [one.record for one in logged]
         attempt = Attempt(
             fenced(store, lease),
-            Path(work),
+            work,
             number,
             stop,
             report_progress,

@@ -56,10 +56,11 @@ BASE = "base"
 PACKING = "packing"
 REFERENCE = "reference"
 UPLOADED = "export-files"
+DERIVED_EXPORT = "export-"
 FIRST_VALUES = "first-values"
 """Records beside those of the stages: which quantized base a run began with, whether its sequences are packed, the
-log-probabilities by the reference model, with which preferences are compared, the exported files in the store, and the
-adapter's first values."""
+log-probabilities by the reference model, with which preferences are compared, the exported files in the store, each
+exported format that was made from the merged model (the beginning of its name), and the adapter's first values."""
 FIRST_TENSORS = "stages/first-values.safetensors"
 
 ARTIFACTS = "artifacts/"
@@ -113,13 +114,23 @@ def answers_key(task: str, side: str) -> str:
 
 
 def export_side(export: str, candidate: str) -> str:
-    """The side of a candidate of an exported format, such as `merged-original`."""
-    return f"{export}-{candidate}"
+    """The side of a candidate of an exported format, such as `merged-original` or `gguf-q4_k_m-original`."""
+    return f"{_plain(export)}-{candidate}"
 
 
 def export_folder(export: str) -> str:
     """Where the files of an exported format lie; a prefix of keys."""
-    return f"{EXPORT}{export}/"
+    return f"{EXPORT}{_plain(export)}/"
+
+
+def derived_export(export: str) -> str:
+    """The name of the record of a format that was made from the merged model."""
+    return f"{DERIVED_EXPORT}{_plain(export)}"
+
+
+def _plain(export: str) -> str:
+    """The name of a format as part of a path: without the colon before its type."""
+    return export.replace(":", "-")
 
 
 def step_name(step: int) -> str:

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from job.common.export_formats import split_name
 from job.common.source_list import is_single, parse_sources
 from job.storage.location import schemes
 
@@ -272,6 +273,18 @@ def _held_out(value: object) -> object:
     )
 
 
+def _export_format(text: str) -> str:
+    split_name(text)
+    return text
+
+
+def _judged(text: str) -> str:
+    try:
+        return text if text == "adapter" else _export_format(text)
+    except ValueError as error:
+        raise ValueError(f"must be adapter, or an exported format, which {error}") from None
+
+
 def _public_name(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", text, re.ASCII):
         raise ValueError("must be a name such as org/model: letters, digits, '.', '_', '-', and one slash at most")
@@ -340,8 +353,11 @@ Digest = Annotated[Text, AfterValidator(_digest)]
 Day = Annotated[Text, AfterValidator(_day)]
 StorageClass = Annotated[Text, AfterValidator(_readable_class)]
 Names = Annotated[tuple[Text, ...], BeforeValidator(_items), Field(min_length=1), AfterValidator(_unique)]
-ExportFormats = Annotated[tuple[Literal["merged"], ...], BeforeValidator(_items), AfterValidator(_unique)]
-"""The keys of `job.export.formats.FORMATS`; a test compares the two."""
+ExportName = Annotated[Text, AfterValidator(_export_format)]
+"""A name of `common.export_formats`, with its type if it has any."""
+ExportFormats = Annotated[tuple[ExportName, ...], BeforeValidator(_items), AfterValidator(_unique)]
+Judged = Annotated[Text, AfterValidator(_judged)]
+"""`adapter`, or the name of an exported format."""
 FieldNames = Annotated[Mapping[Text, Text], BeforeValidator(_pairs)]
 JsonObject = Annotated[Mapping[Text, Any], BeforeValidator(_json_object)]
 Layers = Annotated[tuple[Whole, ...], BeforeValidator(_layers), Field(min_length=1), AfterValidator(_ascending)]

@@ -16,7 +16,7 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from job.common.methods import METHODS, MethodName, methods_for
+from job.common.methods import FIRST_STAGE_SETTINGS, METHODS, MethodName, methods_for
 from job.common.schedulers import SCHEDULERS
 from job.common.source_list import is_single, parse_sources
 from job.distributed.ranks import Place, find_faults, find_machines, find_place
@@ -358,8 +358,11 @@ def _tasks(settings: Settings) -> Iterator[Fault]:
 
 
 def _sources(settings: Settings) -> Iterator[Fault]:
-    if settings.data.limit is not None and not is_single(parse_sources(settings.data.source)):
-        yield "data.limit", "is for one source; give each source its number of rows: JOB_DATA__SOURCE=name=1000rows,..."
+    data = settings.data
+    for source, limit, first in ((data.source, data.limit, ""), (data.sft_source, data.sft_limit, "sft_")):
+        if limit is not None and source is not None and not is_single(parse_sources(source)):
+            example = f"{environment_name(f'data.{first}source')}=name=1000rows,..."
+            yield f"data.{first}limit", f"is for one source; give each source its number of rows: {example}"
 
 
 def _validation(settings: Settings) -> Iterator[Fault]:
@@ -368,8 +371,12 @@ def _validation(settings: Settings) -> Iterator[Fault]:
         asked = {"train.stop_after": train.stop_after is not None, "train.keep": train.keep == "best"}
         for name in (name for name, given in asked.items() if given):
             yield name, "is not for JOB_LORA__KIND=adalora, whose ranks are settled at the end; remove it"
-    if data.validation_revision is not None and not isinstance(data.validation, str):
-        yield "data.validation_revision", "is of a hub id, and JOB_DATA__VALIDATION names none; remove it"
+    for name, revision, validation in (
+        ("data.validation", data.validation_revision, data.validation),
+        ("data.sft_validation", data.sft_validation_revision, data.sft_validation),
+    ):
+        if revision is not None and not isinstance(validation, str):
+            yield f"{name}_revision", f"is of a hub id, and {environment_name(name)} names none; remove it"
     if data.validation is None:
         given = {"train.validate_every_steps": train.validate_every_steps, "train.stop_after": train.stop_after}
         named = [name for name, value in given.items() if value is not None]
@@ -402,11 +409,9 @@ def _export(settings: Settings) -> Iterator[Fault]:
         ("lora.modules_to_save", settings.lora.modules_to_save),
         ("model.add_tokens", settings.model.add_tokens),
     ):
-        if "merged" in export.formats and value:
-            what = (
-                f"merged holds no modules or tokens that are trained as a whole; remove it, or {environment_name(name)}"
-            )
-            yield "export.formats", what
+        if export.formats and value:
+            what = "a merged model holds no modules or tokens that are trained as a whole"
+            yield "export.formats", f"{what}; remove it, or {environment_name(name)}"
     if not export.formats and settings.sources["export.merge_onto"] != "default":
         yield "export.merge_onto", "has no effect without JOB_EXPORT__FORMATS=merged; give that too, or remove it"
 
@@ -475,8 +480,11 @@ _ONLY_FOR: dict[str, tuple[MethodName, ...]] = {
     "train.undesirable_weight": ("kto",),
     "train.neftune_noise_alpha": ("sft",),
     "data.row_weights": ("sft",),
+    "train.loss_on": ("sft",),
 }
 """Settings of some methods only."""
+_FOR_ANY_STAGE = ("train.loss_on",)
+"""Those that have an effect where the method of any stage is among theirs; the others count for the last stage."""
 
 
 def _method(settings: Settings) -> Iterator[Fault]:
@@ -488,13 +496,14 @@ def _method(settings: Settings) -> Iterator[Fault]:
         yield "data.format", what
     for name, methods in _ONLY_FOR.items():
         given = not settings.sources[name].startswith(("default", "preset"))
-        if given and train.last_method not in methods:
+        learned = train.method.split(",") if name in _FOR_ANY_STAGE else [train.last_method]
+        if given and not set(learned) & set(methods):
             what = f"has no effect with JOB_TRAIN__METHOD={train.method}, only with {' and '.join(methods)}; remove it"
             yield name, what
     if settings.lora.start is not None or not train.is_one_stage:
         yield from _start(settings)
     if train.is_one_stage:
-        for name in ("train.sft_epochs", "train.sft_learning_rate", "data.sft_source", "data.sft_revision"):
+        for name in FIRST_STAGE_SETTINGS.values():
             if not settings.sources[name].startswith(("default", "preset")):
                 yield name, f"has no effect with JOB_TRAIN__METHOD={train.method}, only with two, as sft,dpo; remove it"
     elif settings.data.sft_source is None:

@@ -25,7 +25,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
-from job.common.methods import MethodName, Methods, last_of
+from job.common.methods import SFT, MethodName, Methods, last_of
 from job.common.optimizers import OptimizerName
 from job.common.schedulers import SchedulerName
 from job.settings.field_types import (
@@ -45,6 +45,7 @@ from job.settings.field_types import (
     HubRepository,
     ImageReference,
     JsonObject,
+    Judged,
     Layers,
     LocalPath,
     Location,
@@ -228,11 +229,29 @@ class Data(Group):
     """The rows' own names of fields: `prompt=question,completion=answers.0.text` or JSON. Dots separate nested keys."""
     revision: AffectsResult[Annotated[Maybe[Text], RevisionOf("data.source")]] = None
     """Commit hash, for a hub id; empty: the newest commit. The manifest records the commit that was used."""
-    sft_source: AffectsResult[Maybe[Location]] = None
-    """Training data of the first stage of JOB_TRAIN__METHOD=sft,dpo: hub id, `s3://` URI or path. JOB_DATA__SOURCE has
-    that of the second."""
+    sft_source: AffectsResult[Maybe[DataSources]] = None
+    """Training data of the first stage of JOB_TRAIN__METHOD=sft,dpo, written as JOB_DATA__SOURCE, which has that of the
+    second. The settings JOB_DATA__SFT_... are about this data, and those without SFT about the second stage's; what
+    has no SFT setting, such as JOB_DATA__ON_BAD_ROW, holds for both."""
     sft_revision: AffectsResult[Annotated[Maybe[Text], RevisionOf("data.sft_source")]] = None
     """Commit hash, where JOB_DATA__SFT_SOURCE is a hub id."""
+    sft_split: AffectsResult[Maybe[Text]] = None
+    """Split of JOB_DATA__SFT_SOURCE; empty: JOB_DATA__SPLIT."""
+    sft_limit: AffectsResult[Maybe[Count]] = None
+    """Number of examples of JOB_DATA__SFT_SOURCE, the first valid rows; empty: all."""
+    sft_format: AffectsResult[Literal["auto", "alpaca", "prompt_completion", "messages", "text"]] = "auto"
+    """Schema of the rows of JOB_DATA__SFT_SOURCE."""
+    sft_fields: AffectsResult[FieldNames] = Field(default_factory=dict)
+    """The own names of the fields of JOB_DATA__SFT_SOURCE's rows, as in JOB_DATA__FIELDS."""
+    sft_on_long_row: AffectsResult[Maybe[Literal["error", "skip", "truncate", "split"]]] = None
+    """What to do with rows of JOB_DATA__SFT_SOURCE that are too long; empty: JOB_DATA__ON_LONG_ROW."""
+    sft_validation: AffectsResult[Maybe[HeldOut]] = None
+    """Rows for the validation loss of the first stage, as in JOB_DATA__VALIDATION; empty: that share or number, or none
+    where that is a source, which holds rows of preferences."""
+    sft_validation_revision: AffectsResult[Annotated[Maybe[Text], RevisionOf("data.sft_validation")]] = None
+    """Commit hash of JOB_DATA__SFT_VALIDATION, for a hub id."""
+    sft_validation_split: AffectsResult[Maybe[Text]] = None
+    """Split of JOB_DATA__SFT_VALIDATION; empty: JOB_DATA__VALIDATION_SPLIT."""
     split: AffectsResult[Text] = "train"
     """Split of a hub data set."""
     limit: AffectsResult[Maybe[Count]] = None
@@ -336,7 +355,8 @@ class Train(Group):
     """Which adapter is evaluated and published: that of the last step, or of the step with the lowest validation loss.
     """
     loss_on: AffectsResult[Literal["all", "completion", "assistant", "last"]] = "all"
-    """Tokens that the loss counts: all, or those of the completion (the answer) only. Of messages, `completion` and
+    """For sft, and for the first stage of `sft,dpo`: tokens that the loss counts, all or those of the completion (the
+    answer) only. Of messages, `completion` and
     `assistant` are all turns of the assistant, `last` is the last one. `assistant` takes them from the template's
     `{% generation %}` marks, or from TRL's training template for it, where there is one; with `assistant` and `last` a
     turn that does not end with a special token is an invalid row."""
@@ -358,6 +378,11 @@ class Train(Group):
     def is_one_stage(self) -> bool:
         """Whether there is one method only."""
         return self.method == self.last_method
+
+    @property
+    def rows_loss_on(self) -> Literal["all", "completion", "assistant", "last"]:
+        """`loss_on` for the rows of the last stage: preferences are about completions whatever it says."""
+        return self.loss_on if self.last_method == SFT else "all"
 
 
 class Checkpoint(Group):
@@ -394,10 +419,13 @@ class Export(Group):
 
     formats: AffectsResult[ExportFormats] = ()
     """Formats to publish beside the adapter, separated by commas; empty for none. `merged`: the whole model with the
-    adapter added to its weights, in safetensors, in 16 bits where the base or the computation is."""
+    adapter added to its weights, in safetensors, in 16 bits where the base or the computation is. All others are made
+    from that one: `fp8`, as vLLM reads it."""
     merge_onto: AffectsResult[Literal["best", "dequantized", "original"]] = "best"
     """Weights that the adapter is added to: the base's `original` ones, or the `dequantized` ones, on which it was
     trained; `best`: both are made and scored, and the one with the higher accuracy is published."""
+    calibration_rows: AffectsResult[Count] = 128
+    """Rows of the training data, the first of the batch plan, with which the formats are quantized that need any."""
     hub: ExecutionOnly[Maybe[HubRepository]] = None
     """Repository of the Hugging Face hub, `namespace/name`: adapter, card and exported formats are pushed to it in one
     commit when the run is complete and its gate is met. It is made if it is not there. Needs HF_TOKEN."""
@@ -415,7 +443,7 @@ class Export(Group):
 class Gate(Group):
     """Quality gate: results are published, then the job ends with exit code 3 if one of these is not met."""
 
-    on: ExecutionOnly[Literal["adapter", "merged"]] = "adapter"
+    on: ExecutionOnly[Judged] = "adapter"
     """What the gate judges: the adapter, or the exported format that ships instead (see JOB_EXPORT__FORMATS)."""
     metric: ExecutionOnly[Literal["acc", "acc_norm"]] = "acc"
     """Accuracy that the gate judges: by log-likelihood, or by log-likelihood divided by the length of the choice."""

@@ -7,7 +7,12 @@ why, is in .github/decisions/0019-training-stages-are-runs.md.
 
 from __future__ import annotations
 
-from job.common.methods import FIRST_STAGE, SFT
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from job.common.methods import FIRST_STAGE, FIRST_STAGE_SETTINGS, INHERITED, SFT
+from job.errors import DataError, Problem, SettingsError, environment_name
 from job.settings.load import Settings, describe
 from job.settings.sources import nested
 from job.storage.location import join
@@ -17,8 +22,8 @@ SUFFIX = "-sft"
 _LONGEST_ID = 128
 _LEFT = {
     *("train.beta", "train.preference_loss", "train.label_smoothing", "train.desirable_weight"),
-    *("train.undesirable_weight", "train.sft_epochs", "train.sft_learning_rate"),
-    *("data.sft_source", "data.sft_revision"),
+    "train.undesirable_weight",
+    *FIRST_STAGE_SETTINGS.values(),
 }
 """Settings of preferences and of two stages, which the first stage is without."""
 _OF_THE_WHOLE = ("gate.", "export.")
@@ -29,30 +34,49 @@ _VALIDATION = {
     *("train.validate_every_steps", "train.stop_after", "train.keep"),
 }
 """Settings that the first stage is without, too, where the rows for validation have a source: it holds pairs."""
+_OWN = {environment_name(name): environment_name(own) for name, own in FIRST_STAGE_SETTINGS.items()}
 
 
 def split_stages(settings: Settings) -> tuple[Settings, ...]:
     """The settings of each stage, in their order; those of the whole are those of its last stage."""
     if settings.train.is_one_stage:
         return (settings,)
+    given = {name: value for name, value, _ in describe(settings)}
     own = {
         "run.id": f"{settings.run.id[: _LONGEST_ID - len(SUFFIX)]}{SUFFIX}",
         "train.method": SFT,
-        "train.epochs": settings.train.sft_epochs,
-        "train.learning_rate": settings.train.sft_learning_rate,
-        "data.source": settings.data.sft_source,
-        "data.revision": settings.data.sft_revision,
-        "data.format": "auto",
+        **{
+            name: given[of_first]
+            for name, of_first in FIRST_STAGE_SETTINGS.items()
+            if name not in INHERITED or given[of_first] is not None
+        },
     }
-    left = _LEFT if isinstance(settings.data.validation, int | float | None) else _LEFT | _VALIDATION
+    pairs = "data.validation" not in own and isinstance(settings.data.validation, str)
+    left = _LEFT | _VALIDATION if pairs else _LEFT
     plain = {name: value for name, value, _ in describe(Settings())}
     defaults = {name: value for name, value in plain.items() if name in left or name.startswith(_OF_THE_WHOLE)}
-    values = {name: value for name, value, _ in describe(settings)} | defaults | own
+    values = given | own | defaults
     first = Settings(**nested(values))
-    sources = dict(settings.sources) | dict.fromkeys(defaults, "default")
-    first.keep_sources(sources | dict.fromkeys(own, f"first stage of {settings.run.id}"))
+    sources = dict(settings.sources) | dict.fromkeys(own, f"first stage of {settings.run.id}")
+    first.keep_sources(sources | dict.fromkeys(defaults, "default"))
     first.keep_whole(settings.run.id)
     return first, settings
+
+
+@contextmanager
+def naming_its_settings(settings: Settings) -> Iterator[None]:
+    """Within it, errors about a first stage's data name the settings that it comes from: `JOB_DATA__SFT_SOURCE`."""
+    try:
+        yield
+    except (DataError, SettingsError) as error:
+        if settings.part_of is None:
+            raise
+        problems = [Problem(_renamed(one.where), _renamed(one.what)) for one in error.problems]
+        raise type(error)(problems, error.total, _renamed(error.advice)) from None
+
+
+def _renamed(text: str) -> str:
+    return re.sub(r"\bJOB_\w+", lambda found: _OWN.get(found[0], found[0]), text)
 
 
 def folder_of(settings: Settings) -> str:

@@ -14,7 +14,7 @@ from job.evaluation.harness import evaluate
 from job.evaluation.parallel_scoring import ParallelScoring
 from job.evaluation.samples import write_samples
 from job.evaluation.score_cache import ScoreCache, score_conditions
-from job.evaluation.scorer import Scores, score_questions
+from job.evaluation.scorer import Scores, ScoreSequences, score_questions, score_sequences
 from job.model.adapter_files import load_adapter
 from job.model.lora import adapter_off
 from job.model.packed_attention import is_packed
@@ -70,10 +70,20 @@ def forward_facts(loaded: Loaded, record: ModelRecord) -> dict[str, Any]:
 
 
 def score_model(
-    attempt: Attempt, settings: Settings, sources: Sources, model: Any, *, cache: ScoreCache, side: str
+    attempt: Attempt,
+    settings: Settings,
+    sources: Sources,
+    model: Any,
+    *,
+    cache: ScoreCache,
+    side: str,
+    scoring: ScoreSequences = score_sequences,
 ) -> Evaluated | None:
-    """Process 0 distributes the questions and publishes the samples; the other processes score their share."""
-    parallel = ParallelScoring(attempt.processes, attempt.alive)
+    """Process 0 distributes the questions and publishes the samples; the other processes score their share.
+
+    `scoring` is how one process scores sequences, for a model that is not one of transformers.
+    """
+    parallel = ParallelScoring(attempt.processes, attempt.alive, scoring)
     if not attempt.processes.leads or sources.tasks is None:
         parallel.help(model)
         return None

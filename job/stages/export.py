@@ -1,41 +1,95 @@
-"""Export: makes the formats that were asked for, scores every candidate on the run's questions, publishes the best.
+"""Export: makes the formats that were asked for, scores every one on the run's questions, publishes the best.
 
-What is scored are the very files that are published, loaded as a model of their own. A restart makes them again, takes
-up the scores that are kept, and uploads only what is not in the store.
+First the merge, of which there may be two candidates: both are scored, and one is chosen. All other formats are made
+from that one, whether or not it is published itself. What is scored are the very files that are published, loaded as a
+model of their own.
+
+A restart merges again, takes up the scores that are kept, and uploads only what is not in the store. Another format
+that is complete in the store is not made again.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from job import log
-from job.common.hashing import hash_files
+from job.common.export_formats import MERGED, derived, find_format
+from job.common.hashing import hash_files, seal
 from job.common.resources import check_disk, required_bytes
-from job.errors import Unreachable
+from job.data.calibration import calibration_examples
+from job.errors import Problem, SettingsError, Unreachable
 from job.evaluation.comparison import choose_candidate
 from job.evaluation.score_cache import ScoreCache, score_conditions
-from job.export.formats import FORMATS, ExportInputs
-from job.export.merge import Candidates, release
-from job.export.scoring import load_exported
-from job.records import Artifact, Evaluated, Exported, ExportRecord, Trained, Uploaded
+from job.evaluation.scorer import score_sequences
+from job.export.formats import DerivedInputs, derived_format
+from job.export.merge import Candidates, candidates, plan_merge, release, write_merged
+from job.export.scoring import ExportedModel, HowToScore, load_exported
+from job.model.files import build_empty, read_config
+from job.records import (
+    Artifact,
+    DerivedExport,
+    Evaluated,
+    Exported,
+    ExportRecord,
+    QuantizationRecord,
+    Trained,
+    Uploaded,
+)
 from job.runs.attempt import Attempt, missing
-from job.runs.layout import SCORES, UPLOADED, export_folder, export_side
+from job.runs.layout import SCORES, UPLOADED, derived_export, export_folder, export_side
 from job.settings.load import Settings
 from job.stages.evaluate import load_published_adapter, score_model
 from job.stages.handoff import Loaded, Sources
 from job.stages.pull import fetch_original
 from job.storage.open import storage_options
 
-Made = Mapping[str, Mapping[str, Mapping[str, Any]]]
-"""By format and candidate: its `folder`, and `files`, by name their SHA-256; JSON-able."""
+_OF_QUANTIZED = "quantization"
 
 
-def check_export(attempt: Attempt, settings: Settings, original: Path, loaded: Loaded) -> dict[str, Candidates]:
-    """Refuses before training what cannot be exported after it; returns what will be made, by format.
+@dataclass(frozen=True)
+class _Files:
+    """Files on this machine's disk: their folder, and by name their SHA-256."""
+
+    folder: Path
+    hashes: Mapping[str, str]
+
+    @classmethod
+    def of(cls, folder: Path) -> _Files:
+        files = sorted(folder.iterdir())
+        return cls(folder, {path.name: sha256 for path, sha256 in zip(files, hash_files(files), strict=True)})
+
+    @property
+    def bytes(self) -> int:
+        return sum((self.folder / name).stat().st_size for name in self.hashes)
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """A candidate's scores (None in all processes but 0), and in which dtypes they were computed; or why not."""
+
+    found: Evaluated | None
+    dtype: str
+    scored_in: str
+    not_scored: str = ""
+
+
+@dataclass(frozen=True)
+class _Export:
+    """What every step of the stage works with."""
+
+    attempt: Attempt
+    settings: Settings
+    sources: Sources
+    how: HowToScore
+
+
+def check_export(attempt: Attempt, settings: Settings, original: Path, loaded: Loaded) -> Candidates:
+    """Refuses before training what cannot be exported after it; returns the merges that will be made.
 
     Args:
         attempt: On its disk the candidates are written.
@@ -44,103 +98,232 @@ def check_export(attempt: Attempt, settings: Settings, original: Path, loaded: L
         loaded: The model, with any adapter.
 
     Raises:
-        SettingsError: The base or the adapter cannot be exported as asked for.
+        SettingsError: The base or the adapter cannot be exported as asked for, or the gate judges a format that this
+            machine cannot score.
         DataError: The base's files cannot be read.
         Unreachable: The disk is too small.
     """
-    asked = settings.export
-    found: dict[str, Candidates] = {
-        name: FORMATS[name].candidates(loaded.model, original, asked.merge_onto) for name in asked.formats
-    }
-    check_disk(attempt.work, required_bytes(len(one.names) * one.bytes_each for one in found.values()))
-    return found
+    names = derived(settings.export.formats)
+    merges = candidates(loaded.model, original, settings.export.merge_onto)
+    problems = []
+    if names:
+        empty = build_empty(original, read_config(original))
+        for name in names:
+            found, kind = derived_format(name)
+            if why := found.check(empty, kind):
+                problems.append(Problem("JOB_EXPORT__FORMATS", f"{name} cannot be made: {why}"))
+            why = found.cannot_score(loaded.model.device)
+            if why and settings.gate.on == name:
+                problems.append(Problem("JOB_GATE__ON", f"{name} cannot be scored here: {why}; let it judge another"))
+    if problems:
+        raise SettingsError(problems)
+    sizes = [len(merges.names) * merges.bytes_each]
+    sizes += [int(merges.bytes_each * find_format(name).bits / 16) for name in names]
+    check_disk(attempt.work, required_bytes(sizes))
+    return merges
 
 
 def export(attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded, trained: Trained) -> Exported | None:
     """Makes, scores and publishes all formats. The model in memory is given up: no stage after this one uses it."""
     load_published_adapter(attempt, loaded, trained)
-    made = attempt.processes.share_on_machine("exported", lambda: _make(attempt, settings, sources, loaded))
-    hashes = [[one["files"] for one in candidates.values()] for _, candidates in sorted(made.items())]
-    if any(other != hashes for other in attempt.processes.gather("exported files", hashes)):
-        raise Unreachable("the machines of this run exported different bytes; give all of them the same kind of GPU")
-    device, compute_dtype = loaded.model.device, loaded.model.get_base_model().dtype
+    dtype = loaded.model.get_base_model().dtype
+    how = HowToScore(loaded.model.device, dtype, settings.train.max_length, loaded.packing.packed)
+    own = _Export(attempt, settings, sources, how)
+    merged, only = _make_merged(own, loaded)
     release(loaded.model)
+    scored = {name: _score(own, MERGED, name, files) for name, files in merged.items()}
+    record = _choose(own, merged, scored, only)
+    chosen = attempt.processes.share("merged model", lambda: "" if record is None else record.candidate)
     exports, artifacts = [], list[Artifact]()
-    for name in settings.export.formats:
-        evaluated, dtypes = {}, ("", "")
-        for candidate, files in made[name].items():
-            exported = load_exported(
-                Path(files["folder"]),
-                device=device,
-                compute_dtype=compute_dtype,
-                max_length=settings.train.max_length,
-                packed=loaded.packing.packed,
-            )
-            dtypes = exported.dtype, exported.scored_in
-            facts = {"exported": files["files"], "dtype": exported.scored_in, "packed": loaded.packing.packed}
-            cache = ScoreCache(attempt.store, SCORES, settings.run.id, score_conditions(facts))
-            side = export_side(name, candidate)
-            log.get_logger().info("evaluating", export=name, candidate=candidate, dtype=exported.scored_in)
-            found = score_model(attempt, settings, sources, exported.model, cache=cache, side=side)
-            release(exported.model)
-            if found is not None:
-                evaluated[candidate] = found
-        if attempt.processes.leads:
-            record = _choose(name, made[name], evaluated, dtypes)
-            log.get_logger().info("exported", export=name, candidate=record.candidate, reason=record.reason)
-            exports.append(record)
-            artifacts += [artifact for found in evaluated.values() for artifact in found.artifacts]
-            artifacts += _publish(attempt, made[name][record.candidate], export_folder(name))
+    if record is not None:
+        exports.append(record)
+        artifacts += [artifact for one in scored.values() if one.found for artifact in one.found.artifacts]
+        artifacts += _publish(attempt, merged[chosen], MERGED) if record.published else []
+    for name, files in merged.items():
+        if name != chosen and attempt.processes.place.local_rank == 0:
+            shutil.rmtree(files.folder, ignore_errors=True)  # the formats to come need the disk
+    for name in derived(settings.export.formats):
+        for found in _derived(own, name, chosen, merged[chosen]):
+            exports.append(found.export)
+            artifacts += found.artifacts
     return Exported(exports, artifacts) if attempt.processes.leads else None
 
 
-def _make(attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded) -> dict[str, Any]:
-    """Writes all candidates on this machine's disk; returns where they are, as `Made`."""
-    original = sources.original
-    if original is None:
-        original = fetch_original(attempt, settings, storage_options(settings.storage), sources.record)
-    made: dict[str, Any] = {}
-    for name, candidates in check_export(attempt, settings, original, loaded).items():
-        inputs = ExportInputs(
-            model=loaded.model,
-            source=original,
-            tokenizer=sources.tokenizer,
-            candidates=candidates.names,
-            folder=attempt.work / "candidates" / name,
+def _make_merged(own: _Export, loaded: Loaded) -> tuple[dict[str, _Files], str]:
+    """The candidates of the merge, on this machine's disk; and why there is only one, where that is so."""
+    attempt = own.attempt
+
+    def make() -> dict[str, Any]:
+        original = own.sources.original
+        if original is None:
+            storage = storage_options(own.settings.storage)
+            original = fetch_original(attempt, own.settings, storage, own.sources.record)
+        merges = check_export(attempt, own.settings, original, loaded)
+        plan = plan_merge(loaded.model, original)
+        made = {}
+        for name in merges.names:
+            folder = attempt.work / "candidates" / MERGED / name
+            write_merged(loaded.model, plan, name, folder, tokenizer=own.sources.tokenizer, alive=attempt.alive)
+            made[name] = _told(_Files.of(folder))
+        return {"only": merges.only, "made": made}
+
+    told = attempt.processes.share_on_machine("exported", make)
+    found = {name: _heard(one) for name, one in told["made"].items()}
+    _agree(attempt, MERGED, [files.hashes for files in found.values()])
+    return found, told["only"]
+
+
+def _derived(own: _Export, name: str, candidate: str, merged: _Files) -> Iterator[DerivedExport]:
+    """A format that is made from the merged model: made, scored, published. Nothing in all processes but 0."""
+    attempt, settings = own.attempt, own.settings
+    origin = seal({"files": dict(merged.hashes)})
+    known = attempt.recorded(derived_export(name), DerivedExport) if attempt.processes.leads else None
+    whole = known is not None and known.merged == origin and not missing(attempt.store, known.artifacts)
+    if attempt.processes.share("format of before", lambda: whole):
+        log.get_logger().info("format was exported by an earlier attempt", export=name)
+        yield from filter(None, [known])
+        return
+    found, kind = derived_format(name)
+    work = attempt.work / "candidates" / derived_export(name)
+
+    def make() -> dict[str, Any]:
+        rows, calibration = list[tuple[int, ...]](), None
+        if find_format(name).calibrated:
+            rows, calibration = calibration_examples(
+                own.sources.examples, settings.run.seed, settings.export.calibration_rows
+            )
+        log.get_logger().info("quantizing", export=name, calibration_rows=len(rows))
+        inputs = DerivedInputs(
+            merged=merged.folder,
+            kind=kind,
+            folder=work / "files",
+            work=work / "work",
+            calibration=rows,
+            device=own.how.device,
+            seed=settings.run.seed,
             alive=attempt.alive,
         )
-        made[name] = {}
-        for candidate, folder in FORMATS[name].make(inputs).items():
-            files = sorted(folder.iterdir())
-            hashes = {path.name: sha256 for path, sha256 in zip(files, hash_files(files), strict=True)}
-            made[name][candidate] = {"folder": str(folder.absolute()), "files": hashes, "only": candidates.only}
-    return made
+        work.mkdir(parents=True)
+        record = replace(found.make(inputs), calibration=calibration)
+        shutil.rmtree(inputs.work, ignore_errors=True)
+        return {**_told(_Files.of(inputs.folder)), _OF_QUANTIZED: asdict(record)}
+
+    told = attempt.processes.share_on_machine(name, make)
+    files = _heard(told)
+    _agree(attempt, name, [files.hashes])
+    scored = _score(own, name, candidate, files, load=found.load, cannot=found.cannot_score(own.how.device))
+    if not attempt.processes.leads:
+        return
+    record = ExportRecord(
+        format=name,
+        candidate=candidate,
+        reason="made from the merged model that was chosen",
+        dtype=scored.dtype,
+        scored_in=scored.scored_in,
+        scores={candidate: scored.found.scores if scored.found else {}},
+        bytes=files.bytes,
+        quantization=_quantization(told[_OF_QUANTIZED]),
+        not_scored=scored.not_scored,
+    )
+    log.get_logger().info("exported", export=name, candidate=candidate, bytes=files.bytes)
+    artifacts = [*(scored.found.artifacts if scored.found else []), *_publish(attempt, files, name)]
+    done = DerivedExport(origin, record, artifacts)
+    attempt.keep(derived_export(name), json.dumps(asdict(done)))
+    shutil.rmtree(work, ignore_errors=True)
+    yield done
+
+
+def _score(
+    own: _Export,
+    name: str,
+    candidate: str,
+    files: _Files,
+    *,
+    load: Callable[[Path, HowToScore], ExportedModel] = load_exported,
+    cannot: str = "",
+) -> _Scored:
+    """Loads the files as a model of their own, and scores it on all questions; not if it cannot be scored here."""
+    if cannot:
+        log.get_logger().warning("an exported format is not scored", export=name, why=cannot)
+        return _Scored(None, "", "", cannot)
+    exported = load(files.folder, own.how)
+    # `exported` hashes all files: the same key is the same model.
+    facts = {"exported": dict(files.hashes), "dtype": exported.scored_in, "packed": own.how.packed, **exported.facts}
+    attempt = own.attempt
+    cache = ScoreCache(attempt.store, SCORES, own.settings.run.id, score_conditions(facts))
+    side = export_side(name, candidate)
+    log.get_logger().info("evaluating", export=name, candidate=candidate, dtype=exported.scored_in)
+    found = score_model(
+        attempt,
+        own.settings,
+        own.sources,
+        exported.model,
+        cache=cache,
+        side=side,
+        scoring=exported.scoring or score_sequences,
+    )
+    exported.close()
+    return _Scored(found, exported.dtype, exported.scored_in)
 
 
 def _choose(
-    name: str, made: Mapping[str, Mapping[str, Any]], evaluated: Mapping[str, Evaluated], dtypes: tuple[str, str]
-) -> ExportRecord:
-    """Which candidate is published, and why."""
-    scores = {candidate: found.scores for candidate, found in evaluated.items()}
-    if len(scores) == 1:
-        chosen = next(iter(scores))
-        reason = made[chosen]["only"]
-    else:
-        chosen, reason = choose_candidate(scores)
-    return ExportRecord(name, chosen, reason, *dtypes, scores)
+    own: _Export, merged: Mapping[str, _Files], scored: Mapping[str, _Scored], only: str
+) -> ExportRecord | None:
+    """Which candidate of the merge is published, and why; None in all processes but 0."""
+    if not own.attempt.processes.leads:
+        return None
+    scores = {name: one.found.scores for name, one in scored.items() if one.found}
+    chosen, reason = (next(iter(scores)), only) if len(scores) == 1 else choose_candidate(scores)
+    log.get_logger().info("exported", export=MERGED, candidate=chosen, reason=reason)
+    return ExportRecord(
+        MERGED,
+        chosen,
+        reason,
+        scored[chosen].dtype,
+        scored[chosen].scored_in,
+        scores,
+        published=MERGED in own.settings.export.formats,
+        bytes=merged[chosen].bytes,
+    )
 
 
-def _publish(attempt: Attempt, chosen: Mapping[str, Any], prefix: str) -> list[Artifact]:
-    """Uploads the files of a candidate, without those that an earlier attempt uploaded."""
+def _agree(attempt: Attempt, name: str, hashes: list[Mapping[str, str]]) -> None:
+    """Refuses files of other bytes on other machines: scores are shared among them.
+
+    Raises:
+        Unreachable: They differ.
+    """
+    mine = [dict(one) for one in hashes]
+    if any(other != mine for other in attempt.processes.gather(f"files of {name}", mine)):
+        raise Unreachable(f"the machines of this run made different bytes of {name}; give all the same kind of GPU")
+
+
+def _told(files: _Files) -> dict[str, Any]:
+    """As JSON, for the other processes of the machine."""
+    return {"folder": str(files.folder.absolute()), "hashes": dict(files.hashes)}
+
+
+def _heard(told: Mapping[str, Any]) -> _Files:
+    return _Files(Path(told["folder"]), told["hashes"])
+
+
+def _quantization(told: Mapping[str, Any]) -> QuantizationRecord:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(QuantizationRecord).validate_python(told)
+
+
+def _publish(attempt: Attempt, chosen: _Files, name: str) -> list[Artifact]:
+    """Uploads the files of a format, without those that an earlier attempt uploaded."""
     known = attempt.recorded(UPLOADED, Uploaded) or Uploaded([])
     gone = set(missing(attempt.store, known.artifacts))
     there = {artifact.path: artifact for artifact in known.artifacts if artifact.path not in gone}
     found = []
-    for name, sha256 in chosen["files"].items():
+    for file, sha256 in chosen.hashes.items():
         attempt.alive()
-        key = prefix + name
+        key = export_folder(name) + file
         if key not in there or there[key].sha256 != sha256:
-            there[key] = attempt.publish(Path(chosen["folder"]) / name, key)
+            there[key] = attempt.publish(chosen.folder / file, key)
             attempt.keep(UPLOADED, json.dumps(asdict(Uploaded(list(there.values())))))
         found.append(there[key])
     return found

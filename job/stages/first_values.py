@@ -6,23 +6,22 @@ LoftQ's need the unquantized base, which a restart does not download.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 from job import log
 from job.data.batch_plan import Steps, micro_batches
-from job.errors import DataError
+from job.distributed.processes import Processes
 from job.model.informed_init import init_eva, init_loftq
 from job.model.lora import trainable
 from job.model.packed_attention import is_packed
 from job.records import Artifact, Example, FirstValues
-from job.runs.attempt import Attempt
+from job.runs.attempt import Attempt, published_once
 from job.runs.layout import FIRST_TENSORS, FIRST_VALUES
-from job.settings.load import Settings
 from job.stages.handoff import Sources
-from job.training.config import total_steps
 from job.training.packing import alone_inputs, packed_inputs
 
 INFORMED = ("eva", "loftq")
@@ -31,22 +30,56 @@ EVA_TOKENS, EVA_BATCHES = 1024, 32
 """EVA sees the first sequences of the run, in so many micro-batches of so many tokens. Fixed, since its numbers must
 not depend on how a machine carries out training."""
 
+NAME = "the adapter's first values"
 
-def put_first_values(attempt: Attempt, settings: Settings, sources: Sources, model: Any) -> None:
+
+def put_first_values(attempt: Attempt, init: str, sources: Sources, model: Any, steps: Steps) -> None:
     """Fills a fresh adapter where `JOB_LORA__INIT` asks for it; called in all processes, before layers are fused.
+
+    Args:
+        attempt: Where the values are published.
+        init: `JOB_LORA__INIT`.
+        sources: Of them the folders of the base.
+        model: The base with the adapter.
+        steps: The run's batch plan.
 
     Raises:
         SettingsError: The adapter cannot begin so.
         Preempted: The job was asked to stop.
     """
-    if settings.lora.init not in INFORMED:
+    if init in INFORMED:
+        _put(attempt, init, sources, model, steps)
+    begin_alike(attempt.processes, model)
+
+
+def begin_alike(processes: Processes, model: Any) -> None:
+    """Gives the adapter process 0's values in all processes, where those of any process differ.
+
+    Every process computes them from the same seed and weights. PiSSA's and OLoRA's decompositions depend on the machine
+    in their last bits, and processes add up gradients of one adapter only if it is the same in all of them.
+    """
+    parameters = [parameter.data for parameter in trainable(model).values()]
+    own = hashlib.sha256(b"".join(one.cpu().numpy().tobytes() for one in parameters)).hexdigest()
+    if len(set(processes.gather("adapter's first values", own))) == 1:
         return
+    log.get_logger().warning("processes begin with different adapters; that of process 0 is taken")
+    for parameter in parameters:
+        value = parameter.cpu().clone()
+        if not processes.leads:
+            value.zero_()
+        processes.add_up(value)
+        parameter.copy_(value)
+
+
+def _put(attempt: Attempt, init: str, sources: Sources, model: Any, steps: Steps) -> None:
     from safetensors.torch import load_file
 
     processes = attempt.processes
-    record = processes.share("first values that are known", lambda: _known(attempt))
+    record = processes.share(
+        "first values that are known", lambda: published_once(attempt, FIRST_VALUES, FirstValues, NAME)
+    )
     if not record:
-        record = processes.share("first values", lambda: _publish(attempt, settings, sources, model))
+        record = processes.share("first values", lambda: _publish(attempt, init, sources, model, steps))
     artifact = Artifact(**json.loads(record))
     path = processes.share_on_machine("first values on this machine", lambda: str(attempt.fetch(artifact)))
     tensors = load_file(path)
@@ -54,28 +87,13 @@ def put_first_values(attempt: Attempt, settings: Settings, sources: Sources, mod
         parameter.data.copy_(tensors[name])
 
 
-def _known(attempt: Attempt) -> str:
-    """The published file as JSON, if an earlier attempt published it; else nothing."""
-    record = attempt.recorded(FIRST_VALUES, FirstValues)
-    if record is None:
-        return ""
-    try:
-        attempt.fetch(record.artifacts[0])
-    except DataError as error:
-        log.get_logger().warning("the adapter's first values are computed again", why=str(error))
-        return ""
-    log.get_logger().info("the adapter's first values are known from an earlier attempt")
-    return json.dumps(asdict(record.artifacts[0]))
-
-
-def _publish(attempt: Attempt, settings: Settings, sources: Sources, model: Any) -> str:
+def _publish(attempt: Attempt, init: str, sources: Sources, model: Any, steps: Steps) -> str:
     """Computes, uploads and records them, in process 0."""
     from safetensors.torch import save_file
 
-    init = settings.lora.init
-    log.get_logger().info("the adapter's first values are computed", init=init)
+    log.get_logger().info(f"{NAME} are computed", init=init)
     if init == "eva":
-        _eva(attempt, settings, sources, model)
+        _eva(attempt, model, steps)
     else:
         init_loftq(model, sources.original or sources.folder, attempt.alive)
     path = attempt.work / FIRST_TENSORS
@@ -86,9 +104,9 @@ def _publish(attempt: Attempt, settings: Settings, sources: Sources, model: Any)
     return json.dumps(asdict(artifact))
 
 
-def _eva(attempt: Attempt, settings: Settings, sources: Sources, model: Any) -> None:
+def _eva(attempt: Attempt, model: Any, steps: Steps) -> None:
     base = model.get_base_model()
-    batches = eva_batches(settings, sources.examples, packed=is_packed(base))
+    batches = eva_batches(steps, packed=is_packed(base))
     as_inputs: Callable[[list[Example]], dict[str, Any]] = (
         (lambda batch: packed_inputs(batch, model.device))
         if is_packed(base)
@@ -103,14 +121,11 @@ def _eva(attempt: Attempt, settings: Settings, sources: Sources, model: Any) -> 
     init_eva(model, [(one["input_ids"], one["labels"]) for one in inputs], forward)
 
 
-def eva_batches(settings: Settings, examples: Sequence[Example], *, packed: bool) -> list[list[Example]]:
+def eva_batches(steps: Steps, *, packed: bool) -> list[list[Example]]:
     """The first sequences of the run by its batch plan, in micro-batches; of one sequence each where none is packed."""
-    data, train = settings.data, settings.train
-    steps = total_steps(len(examples), train.global_batch_size, train.epochs, train.max_steps)
-    seed = settings.run.seed if data.seed is None else data.seed
-    plan, found = Steps(examples, seed, train.global_batch_size, steps), list[list[Example]]()
-    for step in range(steps):
-        sequences = [sequence for example in plan.of(step) for sequence in example.sequences]
+    found = list[list[Example]]()
+    for step in range(steps.total):
+        sequences = [sequence for example in steps.of(step) for sequence in example.sequences]
         lengths = [len(sequence.input_ids) for sequence in sequences]
         groups = micro_batches(lengths, EVA_TOKENS) if packed else [[number] for number in range(len(sequences))]
         found += [[sequences[number] for number in group] for group in groups]

@@ -8,15 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
+from job.common.export_formats import EXTRA, not_installed
 from job.common.source_list import parse_sources
 from job.data.dataset import check_source
 from job.data.training_and_validation import ValidationSource, what_to_validate_on
-from job.errors import JobError, combine
+from job.errors import JobError, Problem, SettingsError, combine
 from job.evaluation.tasks import check_tasks, find_questions
 from job.model.files import weight_files
 from job.model.start_adapter import local_start
 from job.results.baseline import check_run
 from job.settings.load import Settings
+from job.settings.training_stages import naming_its_settings
 from job.storage.hub import local_model
 from job.storage.location import is_remote
 
@@ -44,6 +46,7 @@ def check_inputs(settings: Settings, later: Sequence[Settings] = (), *, begun: b
     checks = [(place, check) for place, check in checks if not is_remote(place)]
     if not begun:
         checks.append(("tasks", partial(check_tasks, settings.eval.tasks, settings.eval.data)))
+    checks.append(("export", partial(_check_extra, (later[-1] if later else settings).export.formats)))
     errors: list[tuple[str, JobError]] = []
     for place, check in checks:
         try:
@@ -57,12 +60,9 @@ def check_inputs(settings: Settings, later: Sequence[Settings] = (), *, begun: b
 def _data_sources(settings: Settings, later: Sequence[Settings]) -> Iterator[tuple[str, Callable[[], object]]]:
     """(place, check) of the rows to train and to validate on."""
     for stage in (settings, *later):
-        first = "SFT_" if later and stage is settings else ""  # the first stage has what is given for it alone
-        names = (f"JOB_DATA__{first}SOURCE", f"JOB_DATA__{first}REVISION")
-        for one in parse_sources(stage.data.source):
-            revision = one.revision or stage.data.revision
-            yield one.place, partial(check_source, one.place, revision, stage.data.split, *names)
-    for data in (settings.data, *(stage.data for stage in later)):
+        data, check = stage.data, naming_its_settings(stage)(check_source)
+        for one in parse_sources(data.source):
+            yield one.place, partial(check, one.place, one.revision or data.revision, data.split)
         validation = what_to_validate_on(
             data.validation,
             source=data.source,
@@ -71,9 +71,15 @@ def _data_sources(settings: Settings, later: Sequence[Settings]) -> Iterator[tup
             validation_split=data.validation_split,
         )
         if isinstance(validation, ValidationSource):
-            names = ("JOB_DATA__VALIDATION", "JOB_DATA__VALIDATION_REVISION")
             where = (validation.name, validation.revision, validation.split)
-            yield validation.name, partial(check_source, *where, *names)
+            yield validation.name, partial(check, *where, "JOB_DATA__VALIDATION")
+
+
+def _check_extra(formats: Sequence[str]) -> None:
+    """Refuses formats whose packages are not installed, before hours of training."""
+    if lacking := not_installed(formats):
+        what = f"needs {', '.join(lacking)}, which is not installed: pip install '{EXTRA}'"
+        raise SettingsError([Problem("JOB_EXPORT__FORMATS", what)])
 
 
 def _check_model(source: str) -> None:

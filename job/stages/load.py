@@ -8,6 +8,7 @@ from typing import Any
 
 from job import log
 from job.common.malloc import keep_freed_memory
+from job.data.batch_plan import Steps
 from job.data.examples import lengths_of
 from job.distributed.processes import ALONE, Processes
 from job.errors import Problem, SettingsError
@@ -34,12 +35,13 @@ def load(
     sources: Sources,
     processes: Processes = ALONE,
     decided: Packing | None = None,
-    begin: Callable[[Any], None] | None = None,
+    begin: Callable[[Any, Steps], None] | None = None,
 ) -> Loaded:
     """Loads the quantized base and adds a new adapter; every process loads a copy of its own.
 
     `decided` is what an earlier attempt of the run decided about packing. It is kept, because it affects the
-    result's bits. `begin` may give the new adapter other first values, before its layers are fused.
+    result's bits. `begin`, called with the model and the batch plan, may give the new adapter other first values,
+    before its layers are fused.
 
     Raises:
         SettingsError: The settings do not fit the model or this machine.
@@ -100,7 +102,8 @@ def load(
     )
     packing = _packing(model, settings, sources, processes, decided)
     if begin is not None:
-        begin(model)
+        seed = settings.run.seed if settings.data.seed is None else settings.data.seed
+        begin(model, Steps(sources.examples, seed, train.global_batch_size, steps))
     own = token_budget(device, settings.train.micro_batch_tokens, settings.train.gpu_memory_gb)
     budget = min(processes.gather("token budget", own))  # it affects the result's bits, so all processes use the same
     plan = prepare(

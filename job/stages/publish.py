@@ -62,6 +62,7 @@ def publish(
     earlier = close_run_log(attempt.store, attempt.number, attempt.started, attempt.run)
     tasks = compare_tasks(base.scores, adapter.scores)
     judged = _judged(settings, adapter, exported)
+    compared = compare_tasks(base.scores, judged) if judged else {}
     against, copies = _publish_baseline(attempt, sources.baseline, judged)
     results = manifest.build(
         run_id=settings.run.id,
@@ -73,9 +74,7 @@ def publish(
         dataset=sources.record.dataset,
         training=trained.training,
         tasks=tasks,
-        gate=judge(
-            compare_tasks(base.scores, judged), **settings.gate.model_dump(exclude={"baseline"}), baseline=against
-        ),
+        gate=judge(compared, **settings.gate.model_dump(exclude={"baseline"}), baseline=against),
         artifacts=[*base.artifacts, *trained.artifacts, *adapter.artifacts, *exported.artifacts, *copies],
         exports=manifest.exports_record(exported, base.scores, adapter.scores),
         evidence=inventory.collect(attempt.store, attempt.work / "evidence", attempt.number),

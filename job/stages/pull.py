@@ -38,7 +38,7 @@ from job.results.baseline import check_questions, read_baseline
 from job.runs.attempt import Attempt
 from job.runs.layout import ADAPTER, BASE, FIRST_VALUES, Stage
 from job.settings.load import Settings
-from job.settings.training_stages import start_of
+from job.settings.training_stages import naming_its_settings, start_of
 from job.stages.handoff import Sources
 from job.stages.inputs import check_inputs
 from job.stages.preload import import_libraries
@@ -50,11 +50,12 @@ CODE = ("job.model.base", "job.model.files", "job.model.quantized_cache.cache", 
 """Modules whose code decides the bits of a quantized base."""
 _SETTING_OF = {
     "data": "JOB_DATA__SOURCE",
-    "later": "JOB_DATA__SOURCE",
     "validation": "JOB_DATA__VALIDATION",
     "questions": "JOB_EVAL__DATA",
 }
 """Folder for what is fetched -> the setting that names it."""
+_LATER = "later/"
+"""Stands before the folder of what a later stage reads."""
 _POLL_SECONDS = 0.5
 _CLEANUP_SECONDS = 3.0
 
@@ -163,8 +164,7 @@ def _pull(
         if baseline is not None:
             check_questions(baseline, tasks.questions(settings.eval.limit), gate.metric)
         start = _find_start(attempt, settings, storage)
-        source = locate_sources(settings.data.source, lambda place, kind: _fetch(attempt, place, kind, storage))
-        validation = _fetch_validation(attempt, settings, storage)
+        fetched = _fetch_rows(attempt, settings, storage)
         folder, missing = _early_files(attempt, early, coming)
         tokenizer = load_tokenizer(folder, settings.model.add_tokens)
         vocabulary = rows_with(_vocabulary(folder), tokenizer, settings.model.add_tokens)
@@ -188,13 +188,9 @@ def _pull(
                 coming.result()  # an error of the weights ends the reading of rows
 
         how: dict[str, Any] = {"date": date, "vocabulary": vocabulary, "alive": alive}
-        tokens = _read_rows(attempt, settings, source, validation, tokenizer, **how)
+        tokens = _read_rows(attempt, settings, *fetched, tokenizer, **how)
         for stage in later:
-            later_source = locate_sources(
-                stage.data.source, lambda place, kind: _fetch(attempt, place, f"later/{kind}", storage)
-            )
-            own = _fetch_validation(attempt, stage, storage, "later/validation")
-            _read_rows(attempt, stage, later_source, own, tokenizer, **how)
+            _read_rows(attempt, stage, *_fetch_rows(attempt, stage, storage, _LATER), tokenizer, **how)
         model: _Model = _wait(attempt, coming)
     except JobError as error:
         checked.cancel()
@@ -244,7 +240,7 @@ def _find_start(attempt: Attempt, settings: Settings, storage: StorageOptions) -
 
 def _fetch(attempt: Attempt, place: str, kind: str, storage: StorageOptions) -> str:
     attempt.alive()
-    with named_by(_SETTING_OF[kind.partition("/")[0]], ": "):
+    with named_by(_SETTING_OF[kind.removeprefix(_LATER).partition("/")[0]], ": "):
         return fetch(place, attempt.work / kind, storage)
 
 
@@ -296,21 +292,27 @@ def _what_to_validate_on(settings: Settings) -> float | ValidationSource | None:
 
 def _check_hub(settings: Settings) -> None:
     """Asks the hub whether the data sets that it has are there, before weights are downloaded."""
-    for source in parse_sources(settings.data.source):
-        check_hub_dataset(source.place, source.revision or settings.data.revision)
+    with naming_its_settings(settings):
+        for source in parse_sources(settings.data.source):
+            check_hub_dataset(source.place, source.revision or settings.data.revision)
     validation = _what_to_validate_on(settings)
     if isinstance(validation, ValidationSource) and not is_remote(validation.name):
         check_hub_dataset(validation.name, validation.revision)
 
 
-def _fetch_validation(
-    attempt: Attempt, settings: Settings, storage: StorageOptions, kind: str = "validation"
-) -> float | ValidationSource | None:
-    """What to validate on; a source of its own is fetched."""
-    found = _what_to_validate_on(settings)
-    if not isinstance(found, ValidationSource):
-        return found
-    return replace(found, place=_fetch(attempt, found.place, kind, storage))
+def _fetch_rows(
+    attempt: Attempt, settings: Settings, storage: StorageOptions, below: str = ""
+) -> tuple[str | Sequence[Source], float | ValidationSource | None]:
+    """What to train on, and what to validate on, copied from stores to folders that begin with `below`."""
+    with naming_its_settings(settings):
+        source = locate_sources(
+            settings.data.source, lambda place, kind: _fetch(attempt, place, f"{below}{kind}", storage)
+        )
+        validation = _what_to_validate_on(settings)
+        if isinstance(validation, ValidationSource):
+            place = _fetch(attempt, validation.place, f"{below}validation", storage)
+            validation = replace(validation, place=place)
+        return source, validation
 
 
 def _read_rows(
@@ -323,29 +325,30 @@ def _read_rows(
 ) -> Tokens:
     """The tokens for training and for validation; `how` goes to `load_examples`."""
     data, cache = settings.data, settings.storage.cache
-    return load_tokens(
-        source,
-        validation,
-        root=attempt.work if cache is None else Path(cache),
-        keep=cache is not None,
-        processes=usable_cpus(),
-        name=data.source,
-        revision=data.revision,
-        split=data.split,
-        limit=data.limit,
-        schema=None if data.format == "auto" else data.format,
-        on_bad_row=data.on_bad_row,
-        loss_on=settings.train.loss_on,
-        max_length=settings.train.max_length,
-        tokenizer=tokenizer,
-        method=settings.train.last_method,
-        template_arguments=data.chat_template_arguments,
-        field_names=data.fields,
-        on_long_row=data.on_long_row,
-        row_weights=data.row_weights,
-        seed=settings.run.seed if data.seed is None else data.seed,
-        **how,
-    )
+    with naming_its_settings(settings):
+        return load_tokens(
+            source,
+            validation,
+            root=attempt.work if cache is None else Path(cache),
+            keep=cache is not None,
+            processes=usable_cpus(),
+            name=data.source,
+            revision=data.revision,
+            split=data.split,
+            limit=data.limit,
+            schema=None if data.format == "auto" else data.format,
+            on_bad_row=data.on_bad_row,
+            loss_on=settings.train.rows_loss_on,
+            max_length=settings.train.max_length,
+            tokenizer=tokenizer,
+            method=settings.train.last_method,
+            template_arguments=data.chat_template_arguments,
+            field_names=data.fields,
+            on_long_row=data.on_long_row,
+            row_weights=data.row_weights,
+            seed=settings.run.seed if data.seed is None else data.seed,
+            **how,
+        )
 
 
 def _vocabulary(folder: Path) -> int | None:

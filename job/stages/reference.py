@@ -18,15 +18,13 @@ from typing import Any
 from job import log
 from job.common.hashing import code_hashes
 from job.data.examples import Examples
-from job.errors import DataError
 from job.evaluation.parallel_scoring import ParallelScoring
 from job.evaluation.score_cache import ScoreCache, score_conditions
 from job.evaluation.scorer import Scores, score_questions
 from job.model.lora import adapter_off
 from job.records import Artifact, ChoiceScore, Example, Question, Referenced
-from job.runs.attempt import Attempt
+from job.runs.attempt import Attempt, published_once
 from job.runs.layout import LOG_PROBS, REFERENCE, SCORES
-from job.settings.load import Settings
 from job.stages.evaluate import forward_facts
 from job.stages.handoff import Loaded, Sources
 from job.storage.open import ObjectStore
@@ -35,22 +33,25 @@ from job.training.preference_gradient import reference_log_probs
 CODE = ("job.training.lm_head_loss", "job.training.packing", "job.training.preference_gradient")
 """Modules whose code decides these numbers, beside those that decide scores."""
 
+NAME = "the reference's log-probabilities"
+
 
 def with_reference(
-    attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded, shared: ObjectStore
+    attempt: Attempt, run_id: str, sources: Sources, loaded: Loaded, shared: ObjectStore
 ) -> tuple[Examples, Sequence[Example], list[Artifact]]:
     """The examples, and those for validation, with the reference's log-probabilities; and the file that has them all.
 
-    Called in all processes, before training changes the adapter. `shared` is the store of all runs.
+    Called in all processes, before training changes the adapter. `shared` is the store of all runs, where the values
+    are cached under the name of the run `run_id`.
 
     Raises:
         TrainingFailed: A log-probability is not finite.
         Preempted: The job was asked to stop; what was computed is kept.
     """
     processes = attempt.processes
-    record = processes.share("reference that is known", lambda: _known(attempt))
+    record = processes.share("reference that is known", lambda: published_once(attempt, REFERENCE, Referenced, NAME))
     if not record:
-        scores = _compute(attempt, settings, sources, loaded, shared)
+        scores = _compute(attempt, run_id, sources, loaded, shared)
         record = processes.share("reference", lambda: _publish(attempt, scores))
     artifact = Artifact(**json.loads(record))
     path = processes.share_on_machine("reference on this machine", lambda: str(attempt.fetch(artifact)))
@@ -59,20 +60,6 @@ def with_reference(
     if isinstance(held, Examples):
         held = held.with_references(values[rows:])
     return sources.examples.with_references(values[:rows]), held, [artifact]
-
-
-def _known(attempt: Attempt) -> str:
-    """The published file as JSON, if an earlier attempt published it and it is whole; else nothing."""
-    record = attempt.recorded(REFERENCE, Referenced)
-    if record is None:
-        return ""
-    try:
-        attempt.fetch(record.artifacts[0])
-    except DataError as error:
-        log.get_logger().warning("the reference's log-probabilities are computed again", why=str(error))
-        return ""
-    log.get_logger().info("the reference's log-probabilities are known from an earlier attempt")
-    return json.dumps(asdict(record.artifacts[0]))
 
 
 def _publish(attempt: Attempt, scores: Scores | None) -> str:
@@ -85,9 +72,7 @@ def _publish(attempt: Attempt, scores: Scores | None) -> str:
     return json.dumps(asdict(artifact))
 
 
-def _compute(
-    attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded, shared: ObjectStore
-) -> Scores | None:
+def _compute(attempt: Attempt, run_id: str, sources: Sources, loaded: Loaded, shared: ObjectStore) -> Scores | None:
     """The log-probabilities, in process 0; the others help."""
     examples, model = [*sources.examples, *sources.validation], loaded.model
     compute = reference_log_probs(model, fused=loaded.plan.fused)
@@ -104,7 +89,7 @@ def _compute(
             return None
         # As questions: each sequence is an answer to nothing. What of it is a target is in the hash of the data.
         rows = [Question((), tuple(one.input_ids for one in example.sequences)) for example in examples]
-        cache = ScoreCache(shared, SCORES, settings.run.id, _conditions(sources, loaded))
+        cache = ScoreCache(shared, SCORES, run_id, _conditions(sources, loaded))
         with log.progress("reference rows", len(rows), every=max(1, len(rows) // 10)) as tell:
 
             def on_progress(done: int) -> None:

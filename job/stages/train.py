@@ -62,7 +62,7 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
     examples, validation, reference = sources.examples, sources.validation, list[Artifact]()
     if METHODS[settings.train.last_method].reference:
         shared = open_store(settings.run.output, storage_options(settings.storage))
-        examples, validation, reference = with_reference(attempt, settings, sources, loaded, shared)
+        examples, validation, reference = with_reference(attempt, settings.run.id, sources, loaded, shared)
     restored = _restore(attempt)
     if restored.folder is not None:
         log.get_logger().info("resuming", step=restored.step, of=recipe.total_steps)

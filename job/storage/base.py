@@ -62,6 +62,9 @@ HIDDEN = ".store"
 _MAX_KEY, _MAX_PART = 1024, 255
 PROBE = ".probe-"
 # Errors of a file system for a call that it does not support.
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_FAILING = {errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOTCONN}
 _UNKNOWN = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 _TRIES = 5
 # An ETag that no object has: conditional writes that name it must be refused.
@@ -385,6 +388,14 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def is_of_the_machine(error: BaseException) -> bool:
+    """Whether it says that a file may not be used, that a disk is full or fails, or that too many files are open.
+
+    Such an error is about neither the content of a file nor this program, whoever happens to meet it.
+    """
+    return isinstance(error, OSError) and error.errno in _REFUSED | _FULL | _FAILING
+
+
 @contextmanager
 def disk_errors(what: str) -> Iterator[None]:
     """Turns errors of a local disk into errors of the job, except `FileNotFoundError`, which passes."""
@@ -396,8 +407,9 @@ def disk_errors(what: str) -> Iterator[None]:
         message = f"{error.filename} is in the way: a name cannot be both an object and a folder of objects"
         raise SettingsError([Problem(what, message)]) from error
     except OSError as error:
-        if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
+        if error.errno in _REFUSED:
             raise AccessDenied(f"{what}: {error.strerror} ({error.filename})") from error
-        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-            raise Unreachable(f"{what}: the disk is full ({error.strerror}); free space or give it more") from error
+        if error.errno in _FULL:
+            said = ", ".join(filter(None, (error.strerror, error.filename)))
+            raise Unreachable(f"{what}: the disk is full ({said}); free space or give it more") from error
         raise Unreachable(f"{what}: the disk fails: {error}") from error

@@ -27,7 +27,7 @@ from job.errors import AccessDenied, DataError, JobError, Problem, SettingsError
 
 # By name: which of the HTTP libraries it is depends on the version of the hub's client.
 _TRANSPORTS = {"httpx", "httpx2", "httpcore", "requests", "urllib3", "aiohttp"}
-_REFUSED = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
+_REFUSED = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.UNAVAILABLE_FOR_LEGAL_REASONS}
 _TRANSIENT = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _HUB_ERRORS, _DATASETS_ERRORS = "huggingface_hub.errors", "datasets.exceptions"
@@ -35,6 +35,8 @@ _DISK = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS),
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP),
 }
+_SENSELESS = (AssertionError, AttributeError, LookupError, RecursionError, TypeError, UnicodeDecodeError)
+"""What the hub's client raises while it reads an answer that is none of the hub's, beside a JSONDecodeError."""
 _NO_ADDRESS = {"InvalidProxyURL", "InvalidSchema", "InvalidURL", "MissingSchema", "UnsupportedProtocol"}
 _CERTIFICATES = {"ssl", "httpx._config", "httpx2._config"}
 """Modules that read files of certificates."""
@@ -99,6 +101,9 @@ def download_model(
         missing: list[int] = []
         with suppress(DryRunError):  # the hub does not answer: nothing will be downloaded, so only the cache counts
             files = snapshot_download(source, dry_run=True, **wanted)
+            if not files:
+                what = "has no file that is loaded, such as config.json and model.safetensors"
+                raise DataError([Problem(f"model {source}", f"{what}; GGUF and pickled weights are not")])
             missing = [file.file_size or 0 for file in files if file.will_download]
             check_disk(Path(constants.HF_HUB_CACHE), required_bytes(missing))
         before_weights(Path(snapshot_download(source, **small)), bool(missing))
@@ -228,7 +233,7 @@ def hub_errors(name: str) -> Iterator[None]:
     except Exception as error:
         # The cause says more than its wrapper: a failed download is raised as a failed generation.
         causes = list(reversed(list(_causes(error))))
-        known = (_answer(cause, name) or _silence(cause, name) for cause in causes)
+        known = (_answer(cause, name) or _silence(cause, name) or _no_answer_of_a_hub(cause, name) for cause in causes)
         own = next(filter(None, (_environment(cause, name) for cause in causes)), None)
         translated = own or _disk(error, name) or next(filter(None, known), None) or _content(error, name)
         if translated is None:
@@ -275,6 +280,9 @@ def _answer(error: BaseException, name: str) -> JobError | None:
     if not _is_a(error, _HUB_ERRORS, "HfHubHTTPError") or _is_a(error, _HUB_ERRORS, "RemoteEntryNotFoundError"):
         return None  # a missing file does not mean that the data set is missing
     status = error.response.status_code  # type: ignore[attr-defined]
+    if status == HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
+        what = f"the proxy on the way to the hub refuses (HTTP {int(status)}); give its credentials in HTTPS_PROXY"
+        return AccessDenied(f"{name}: {what}")
     if status in _REFUSED or _is_a(error, _HUB_ERRORS, "RepositoryNotFoundError", "DisabledRepoError"):
         return denied
     if status in _TRANSIENT or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
@@ -294,6 +302,17 @@ def _silence(error: BaseException, name: str) -> JobError | None:
     return None
 
 
+def _no_answer_of_a_hub(error: BaseException, name: str) -> JobError | None:
+    """Something answered in place of the hub, such as a login page; or the hub with less than its client reads."""
+    modules = {str(frame.f_globals.get("__name__")) for frame, _ in walk_tb(error.__traceback__)}
+    reads = any(module.startswith("huggingface_hub.") for module in modules)
+    if reads and (isinstance(error, _SENSELESS) or type(error).__name__ == "JSONDecodeError"):
+        said = (str(error).splitlines() or [""])[0][:100]
+        what = f"the hub's answer cannot be read ({type(error).__name__}: {said})"
+        return Unreachable(f"{name}: {what}; look whether a proxy or a login page answers in its place")
+    return None
+
+
 def _disk(error: Exception, name: str) -> JobError | None:
     """The cache's disk is full, or its folder cannot be written; `datasets` reports a full disk only in the message."""
     known = next((cause for cause in _causes(error) if isinstance(cause, OSError) and cause.errno in _DISK), error)
@@ -309,6 +328,9 @@ def _disk(error: Exception, name: str) -> JobError | None:
 
 def _content(error: Exception, name: str) -> JobError | None:
     """The hub's data cannot be used: no such split, several configurations, a loading script."""
+    if _is_a(error, _HUB_ERRORS, "RemoteEntryNotFoundError"):
+        where = getattr(getattr(error, "response", None), "url", "")
+        return DataError([Problem(name, f"the hub lists a file that it does not have: {where}")])
     unusable = isinstance(error, FileNotFoundError | ValueError | RuntimeError)
     if unusable or _is_a(error, _DATASETS_ERRORS, "DatasetsError"):
         first_line = (str(error).splitlines() or [""])[0]

@@ -7,38 +7,8 @@ from traceback import walk_tb
 from typing import Any
 
 from boto3.exceptions import Boto3Error
-from botocore.exceptions import (
-    BaseEndpointResolverError,
-    BotoCoreError,
-    ClientError,
-    ConfigNotFound,
-    ConfigParseError,
-    CredentialRetrievalError,
-    EndpointProviderError,
-    FlexibleChecksumError,
-    HTTPClientError,
-    IncompleteReadError,
-    InvalidChecksumConfigError,
-    InvalidConfigError,
-    InvalidDefaultsMode,
-    InvalidIMDSEndpointError,
-    InvalidIMDSEndpointModeError,
-    InvalidMaxRetryAttemptsError,
-    InvalidProxiesConfigError,
-    InvalidRegionError,
-    InvalidRetryConfigurationError,
-    InvalidRetryModeError,
-    InvalidS3AddressingStyleError,
-    InvalidSTSRegionalEndpointsConfigError,
-    NoCredentialsError,
-    ParamValidationError,
-    PartialCredentialsError,
-    ProfileNotFound,
-    ReadTimeoutError,
-    ResponseStreamingError,
-    SSOError,
-    TokenRetrievalError,
-)
+from botocore import exceptions as sdk
+from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
 from botocore.parsers import ResponseParserError
 from s3transfer.exceptions import S3DownloadFailedError, S3ValidationError
 
@@ -59,38 +29,38 @@ FAILURES = (
 # The body of an answer broke off, stalled, or arrived damaged: worth asking again.
 TRUNCATED = (
     ConnectionError,
-    FlexibleChecksumError,
-    IncompleteReadError,
-    ReadTimeoutError,
-    ResponseStreamingError,
+    sdk.FlexibleChecksumError,
+    sdk.IncompleteReadError,
+    sdk.ReadTimeoutError,
+    sdk.ResponseStreamingError,
     TimeoutError,
 )
 _DENIED = (
-    CredentialRetrievalError,
-    NoCredentialsError,
-    PartialCredentialsError,
-    SSOError,
-    TokenRetrievalError,
+    sdk.CredentialRetrievalError,
+    sdk.NoCredentialsError,
+    sdk.PartialCredentialsError,
+    sdk.SSOError,
+    sdk.TokenRetrievalError,
 )
 _MISCONFIGURED = (
-    BaseEndpointResolverError,
-    ConfigNotFound,
-    ConfigParseError,
-    EndpointProviderError,
-    InvalidChecksumConfigError,
-    InvalidConfigError,
-    InvalidDefaultsMode,
-    InvalidIMDSEndpointError,
-    InvalidIMDSEndpointModeError,
-    InvalidMaxRetryAttemptsError,
-    InvalidProxiesConfigError,
-    InvalidRegionError,
-    InvalidRetryConfigurationError,
-    InvalidRetryModeError,
-    InvalidS3AddressingStyleError,
-    InvalidSTSRegionalEndpointsConfigError,
-    ParamValidationError,
-    ProfileNotFound,
+    sdk.BaseEndpointResolverError,
+    sdk.ConfigNotFound,
+    sdk.ConfigParseError,
+    sdk.EndpointProviderError,
+    sdk.InvalidChecksumConfigError,
+    sdk.InvalidConfigError,
+    sdk.InvalidDefaultsMode,
+    sdk.InvalidIMDSEndpointError,
+    sdk.InvalidIMDSEndpointModeError,
+    sdk.InvalidMaxRetryAttemptsError,
+    sdk.InvalidProxiesConfigError,
+    sdk.InvalidRegionError,
+    sdk.InvalidRetryConfigurationError,
+    sdk.InvalidRetryModeError,
+    sdk.InvalidS3AddressingStyleError,
+    sdk.InvalidSTSRegionalEndpointsConfigError,
+    sdk.ParamValidationError,
+    sdk.ProfileNotFound,
 )
 # Denials that come with status 400.
 _DENIED_CODES = {

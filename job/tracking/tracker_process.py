@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -118,13 +120,19 @@ def serve(name: str, messages: Iterator[Message], reply: Callable[[Message], Non
 def main() -> None:
     """Serves the tracker that is named on the command line."""
     answers, lines = _own_stdout(), SimpleQueue[str | None]()
+    # WandB makes folders when it is imported and removes them at the interpreter's exit, which is skipped below.
+    tempfile.tempdir = temporary = tempfile.mkdtemp(prefix="qlora-job-tracker-")
 
     def read() -> None:
         for line in sys.stdin:
             lines.put(line)
         lines.put(None)
         time.sleep(_ORPHAN_SECONDS)
-        os._exit(1)
+        end(1)
+
+    def end(code: int) -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        os._exit(code)  # trackers register work for the interpreter's exit, which may never end
 
     def reply(message: Message) -> None:
         with suppress(OSError):  # the job no longer reads the answers
@@ -133,7 +141,7 @@ def main() -> None:
 
     Thread(target=read, daemon=True).start()
     serve(sys.argv[1], (json.loads(line) for line in iter(lines.get, None)), reply)
-    os._exit(0)  # trackers register work for the interpreter's exit, which may never end
+    end(0)
 
 
 def _own_stdout() -> TextIO:

@@ -7,11 +7,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from job.common.export_formats import MERGED, to_make
 from job.common.formatting import count
+from job.data.calibration import calibration_rows, hash_rows
 from job.evaluation.comparison import choose_candidate, compare_export
 from job.records import TaskScores
 from job.runs.layout import EXPORT, RESULTS, export_folder, export_side
-from job.verification.check_figures import Copies, read_samples, scores_of, unpaired
+from job.verification.check_figures import Copies, SamplesByTask, read_samples, scores_of, unpaired
 from job.verification.differences import MAX_SHOWN, CheckResult, Difference, find_differences, show
 
 
@@ -26,46 +28,87 @@ def check_exports(results: Mapping[str, Any], copies: Copies) -> CheckResult | N
         return None
     tasks = results["evaluation"]["tasks"]
     formats = [export["format"] for export in exports]
-    differences = list(find_differences(f"{RESULTS} exports", formats, asked))
+    differences = list(find_differences(f"{RESULTS} exports", formats, to_make(asked)))
+    shipped = [export["format"] for export in exports if export.get("published", True)]
+    differences += find_differences(
+        f"{RESULTS} exports published", shipped, [name for name in formats if name in asked]
+    )
     listed = {artifact["path"] for artifact in results["artifacts"]}
-    folders = tuple(map(export_folder, formats))
+    folders = tuple(map(export_folder, shipped))
     differences += [
         Difference(path, "a file of an exported format", "one of none")
         for path in sorted(listed)
         if path.startswith(EXPORT) and not path.startswith(folders)
     ]
     (base, base_wrong), (adapter, adapter_wrong) = (read_samples(tasks, one, copies) for one in ("base", "adapter"))
-    for number, export in enumerate(exports):
-        place = f"{RESULTS} exports[{number}]"
-        if base_wrong or adapter_wrong:  # reported by the check of the evaluation
-            break
-        scores: dict[str, dict[str, TaskScores]] = {}
-        for candidate, claimed in export["candidates"].items():
-            side = export_side(export["format"], candidate)
-            if claimed.keys() != tasks.keys():
-                differences.append(Difference(f"{place}.candidates.{candidate}", show(sorted(tasks)), show([*claimed])))
-                continue
-            found, wrong = read_samples(tasks, side, copies)
-            differences += wrong or unpaired(found, adapter, side)
-            if not wrong:
-                named = {task: {**tasks[task], side: one["scores"]} for task, one in claimed.items()}
-                scores[candidate] = scores_of(found, named, side)
-                pair = scores_of(base, tasks, "base"), scores_of(adapter, tasks, "adapter")
-                again = compare_export(*pair, scores[candidate])
-                differences += find_differences(f"{place}.candidates.{candidate}", claimed, again)
-        if len(export["candidates"]) > 1 and scores.keys() == export["candidates"].keys():
-            chosen, reason = choose_candidate(scores)
-            claim = {name: export[name] for name in ("candidate", "reason")}
-            differences += find_differences(place, claim, {"candidate": chosen, "reason": reason})
-        if export["candidate"] not in export["candidates"]:
-            differences.append(Difference(f"{place}.candidate", export["candidate"], "no such candidate"))
-        differences += _model_files(export, copies)
+    if not base_wrong and not adapter_wrong:  # else reported by the check of the evaluation
+        for number, export in enumerate(exports):
+            differences += _check_one(export, f"{RESULTS} exports[{number}]", results, copies, (base, adapter))
     extent = ", ".join(f"{export['format']} of {count(len(export['candidates']), 'candidate')}" for export in exports)
     return CheckResult("exports", extent or "none", tuple(differences))
 
 
+def _check_one(
+    export: Mapping[str, Any],
+    place: str,
+    results: Mapping[str, Any],
+    copies: Copies,
+    others: tuple[SamplesByTask, SamplesByTask],
+) -> Iterator[Difference]:
+    """One format: the figures of its candidates, the choice among them, and its files; `others`: base, adapter."""
+    tasks, (base, adapter) = results["evaluation"]["tasks"], others
+    scores: dict[str, dict[str, TaskScores]] = {}
+    for candidate, claimed in export["candidates"].items():
+        side = export_side(export["format"], candidate)
+        if export.get("not_scored") and not claimed:
+            continue
+        if claimed.keys() != tasks.keys():
+            yield Difference(f"{place}.candidates.{candidate}", show(sorted(tasks)), show([*claimed]))
+            continue
+        found, wrong = read_samples(tasks, side, copies)
+        yield from wrong or unpaired(found, adapter, side)
+        if not wrong:
+            named = {task: {**tasks[task], side: one["scores"]} for task, one in claimed.items()}
+            scores[candidate] = scores_of(found, named, side)
+            pair = scores_of(base, tasks, "base"), scores_of(adapter, tasks, "adapter")
+            again = compare_export(*pair, scores[candidate])
+            yield from find_differences(f"{place}.candidates.{candidate}", claimed, again)
+    if len(export["candidates"]) > 1 and scores.keys() == export["candidates"].keys():
+        chosen, reason = choose_candidate(scores)
+        claim = {name: export[name] for name in ("candidate", "reason")}
+        yield from find_differences(place, claim, {"candidate": chosen, "reason": reason})
+    if export["candidate"] not in export["candidates"]:
+        yield Difference(f"{place}.candidate", export["candidate"], "no such candidate")
+    if export["format"] != MERGED:
+        merged = next((one["candidate"] for one in results["exports"] if one["format"] == MERGED), None)
+        yield from find_differences(f"{place}.candidate", export["candidate"], merged)
+    if export.get("published", True):
+        yield from _files(export, results, copies)
+    yield from _calibration(export, results, place)
+
+
+def _files(export: Mapping[str, Any], results: Mapping[str, Any], copies: Copies) -> Iterator[Difference]:
+    """The bytes of all files, and that they are a model."""
+    folder = export_folder(export["format"])
+    if "bytes" in export:
+        found = sum(one["bytes"] for one in results["artifacts"] if one["path"].startswith(folder))
+        yield from find_differences(f"{folder} bytes", export["bytes"], found)
+    yield from _model_files(export, copies)
+
+
+def _calibration(export: Mapping[str, Any], results: Mapping[str, Any], place: str) -> Iterator[Difference]:
+    """The calibration rows by the batch plan; their tokens are in the data, which is not here."""
+    claimed = (export.get("quantization") or {}).get("calibration")
+    if claimed is None:
+        return
+    seed, asked = (results["settings"][name]["value"] for name in ("run.seed", "export.calibration_rows"))
+    rows = calibration_rows(seed, results["dataset"]["rows"], asked)
+    again = {"rows": len(rows), "rows_sha256": hash_rows(rows)}
+    yield from find_differences(f"{place}.quantization.calibration", {name: claimed[name] for name in again}, again)
+
+
 def _model_files(export: Mapping[str, Any], copies: Copies) -> Iterator[Difference]:
-    """A merged model's files: a configuration of plain weights in the claimed dtype, all files of the index."""
+    """A model's files: a configuration in the claimed dtype and quantization, all files of the index."""
     from safetensors import SafetensorError
 
     folder = export_folder(export["format"])
@@ -86,9 +129,27 @@ def _model_files(export: Mapping[str, Any], copies: Copies) -> Iterator[Differen
     if not missing and held != where.keys():
         yield Difference(folder, "the tensors that its index names", "others")
     dtype = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(named)
-    yield from find_differences(f"{folder}config.json dtype", export["dtype"], dtype)
-    if "quantization_config" in config:
+    if not export.get("not_scored"):  # which loads it and tells its dtype
+        yield from find_differences(f"{folder}config.json dtype", export["dtype"], dtype)
+    how = export.get("quantization")
+    if how is None and "quantization_config" in config:
         yield Difference(f"{folder}config.json", "plain weights", "quantized ones")
+    if how is not None:
+        yield from find_differences(f"{folder}config.json quantization_config", *_quantized(how, config))
+
+
+def _quantized(held: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """How the weights are quantized: by the manifest, and by the model's own configuration."""
+    own = config.get("quantization_config")
+    own = own if isinstance(own, dict) else {}
+    claimed = {name: held[name] for name in ("method", "bits", "group_size")}
+    found = {"method": own.get("quant_method"), "bits": own.get("bits"), "group_size": own.get("group_size")}
+    if found["method"] == "compressed-tensors":
+        groups = list((own.get("config_groups") or {}).values())
+        weights = groups[0]["weights"] if len(groups) == 1 else {}
+        found |= {"bits": weights.get("num_bits"), "group_size": weights.get("group_size")}
+        claimed["kept"], found["kept"] = sorted(held["kept"]), sorted(own.get("ignore") or [])
+    return claimed, found
 
 
 def _tensor_names(path: Path) -> list[str]:

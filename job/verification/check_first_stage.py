@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-from job.common.methods import FIRST_STAGE, METHODS
+from job.common.methods import FIRST_STAGE, FIRST_STAGE_SETTINGS, INHERITED, METHODS
 from job.errors import SettingsError, VerificationError
 from job.results.first_stage import adapter_hash, first_stage_record
 from job.results.reader import parse
@@ -67,6 +67,12 @@ def _compared(results: Mapping[str, Any], claimed: Mapping[str, Any], store: Obj
     place = f"{RESULTS} training.start_sha256"
     yield from find_differences(place, results["training"].get("start_sha256"), adapter_hash(first))
     yield from find_differences(f"{_PLACE} run.part_of", first["run"].get("part_of"), results["run"]["id"])
+    for name, given in FIRST_STAGE_SETTINGS.items():
+        # A run of a version before this setting has none; where it is empty, the first stage has the second's.
+        wanted = results["settings"].get(given, {}).get("value")
+        if given in results["settings"] and (wanted is not None or name not in INHERITED):
+            found_value = first["settings"].get(name, {}).get("value")
+            yield from find_differences(f"{_PLACE} settings {name}", found_value, wanted)
     model = [of["model"]["sha256"] for of in (first, results)]
     yield from find_differences(f"{_PLACE} model.sha256", *model)
 

@@ -19,7 +19,8 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from job.runs.layout import ARTIFACTS, MADE_OF_TIMES, METRICS, RESULTS, facts_of
 from tests import warm
 from tests.chaos import hot_forks, small
 from tests.s3_server import BUCKET, CREDENTIALS, credentials, moto_server
+from tests.spread import spread
 
 RUN, OTHER = "run", "other"
 FINISHED = "finished"
@@ -151,10 +153,20 @@ def _expect(code: int, environment: Mapping[str, str]) -> None:
         raise AssertionError(f"{done.returncode} and not {code}:\n{done.stderr[-3000:]}")
 
 
-def explore(world: World, numbers: Sequence[int], *, seed: int, endpoint: str | None = None) -> Iterator[Outcome]:
-    """Carries out the cases with these numbers, in their order; `endpoint` is an S3 server's."""
-    for number in numbers:
-        yield _case(world, number, random.Random(f"{seed} {number}"), endpoint)
+def _in_worker(number: int, *, world: World, seed: int, s3: bool) -> Outcome:
+    """A case in one of several processes, each with a folder, and a server, of its own."""
+    own = replace(world, folder=world.folder / f"worker-{os.getpid()}")
+    own.folder.mkdir(exist_ok=True)
+    return _case(own, number, random.Random(f"{seed} {number}"), _own_server() if s3 else None)
+
+
+@cache
+def _own_server() -> str:
+    """The address of this process's server, which ends with it."""
+    return _SERVERS.enter_context(moto_server())
+
+
+_SERVERS = ExitStack()
 
 
 def _case(world: World, number: int, draw: random.Random, endpoint: str | None) -> Outcome:
@@ -374,30 +386,47 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--case", type=int, help="repeat this one, and print its log")
     parser.add_argument("--s3", action="store_true", help="the run lies in a bucket of moto's server")
-    parser.add_argument("--minutes", type=float, default=1e9, help="stop after so many, whatever is left")
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin no case after so many")
+    parser.add_argument("--jobs", type=int, default=1, help="try in so many processes")
     parser.add_argument("--world", type=Path, help="folder for the runs that are damaged, to use them again")
+    parser.add_argument("--journal", type=Path, help="file for each outcome at once; what it has is not tried again")
     chosen = parser.parse_args()
     numbers = [chosen.case] if chosen.case is not None else range(chosen.first, chosen.first + chosen.count)
+    outcomes = _noted(chosen.journal)
+    known = {outcome.number for outcome in outcomes}
     with tempfile.TemporaryDirectory(prefix="qlora-job-damage-") as name, ExitStack() as stack:
-        endpoint = None
         if chosen.s3:
             stack.enter_context(credentials())
-            endpoint = stack.enter_context(moto_server())
         began = time.monotonic()
         folder = chosen.world or Path(name)
         folder.mkdir(exist_ok=True)
         world = build(folder)
         print(f"runs are made after {time.monotonic() - began:.1f} s", flush=True)
-        outcomes = []
         began = time.monotonic()
-        for outcome in explore(world, numbers, seed=chosen.seed, endpoint=endpoint):
+        for outcome in spread(
+            partial(_in_worker, world=world, seed=chosen.seed, s3=chosen.s3),
+            [number for number in numbers if number not in known],
+            jobs=chosen.jobs,
+            minutes=chosen.minutes,
+            method="fork",  # of what is heated
+        ):
             outcomes.append(outcome)
+            if chosen.journal is not None:
+                with chosen.journal.open("a", encoding="utf-8") as file:
+                    noted = outcome if outcome.broken else replace(outcome, log="")
+                    file.write(json.dumps(asdict(noted)) + "\n")
             if outcome.broken or chosen.case is not None:
                 print(_describe(outcome, chosen.seed), flush=True)
                 print("\n".join(f"    {line[:2000]}" for line in outcome.log.splitlines()[-3:]), flush=True)
-            if time.monotonic() - began > 60 * chosen.minutes:
-                break
         return report(outcomes, time.monotonic() - began)
+
+
+def _noted(journal: Path | None) -> list[Outcome]:
+    """The outcomes that a journal has."""
+    if journal is None or not journal.exists():
+        return []
+    lines = [json.loads(line) for line in journal.read_text(encoding="utf-8").splitlines()]
+    return [Outcome(**{**line, "results": tuple(line["results"])}) for line in lines]
 
 
 def _describe(outcome: Outcome, seed: int) -> str:

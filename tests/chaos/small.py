@@ -92,8 +92,21 @@ def _of_other_method(method: str) -> Callable[[Path], dict[str, str]]:
 
 
 def _two_stages(folder: Path) -> dict[str, str]:
-    rows = str(write_jsonl(folder / "first.jsonl", alpaca_rows(12)))
-    return {**preferences(folder), "JOB_TRAIN__METHOD": "sft,dpo", "JOB_DATA__SFT_SOURCE": rows}
+    rows = [{"question": row["instruction"], "answer": row["output"]} for row in alpaca_rows(16)]
+    return {
+        **preferences(folder),
+        "JOB_TRAIN__METHOD": "sft,dpo",
+        "JOB_DATA__SFT_SOURCE": str(write_jsonl(folder / "first.jsonl", rows)),
+        "JOB_DATA__SFT_FIELDS": "prompt=question,completion=answer",
+        "JOB_DATA__SFT_LIMIT": "12",
+        "JOB_TRAIN__LOSS_ON": "completion",
+    }
+
+
+def _weights(folder: Path) -> dict[str, str]:
+    weights = (2, 1, 0, 0.5, "0.3")
+    rows = [{**row, "weight": weights[n % len(weights)]} for n, row in enumerate(alpaca_rows(40))]
+    return {"JOB_DATA__SOURCE": str(write_jsonl(folder / "weighted.jsonl", rows)), "JOB_DATA__ROW_WEIGHTS": "true"}
 
 
 def _train(**given: str) -> Callable[[Path], dict[str, str]]:
@@ -111,6 +124,7 @@ CONFIGURATIONS: Mapping[str, Callable[[Path], dict[str, str]]] = {
     "kto": _of_other_method("kto"),
     "orpo": _of_other_method("orpo"),
     "sft,dpo": _two_stages,
+    "weights": _weights,
     "stable-decay": _train(SCHEDULER="warmup_stable_decay", WARMUP_RATIO="0.2", MIN_LR_RATIO="0.1", MAX_GRAD_NORM="0"),
     "noise": _train(NEFTUNE_NOISE_ALPHA="5", SCHEDULER="cosine", MIN_LR_RATIO="0.1", EPOCHS="1.5"),
     "lion": _train(OPTIMIZER="lion_8bit"),

@@ -88,6 +88,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {**_MAMBA, "layer_types": ["linear_attention", "full_attention"] * 2},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16, "moe_topk": 2, "num_experts": 4},
+    "inkling2_text": {"unpadded_vocab_size": VOCABULARY},
     "inkling2_loop_text": {"unpadded_vocab_size": VOCABULARY, "n_layers_per_attn_res_block": 1}
     | {"loop_layer_index_start": 1, "loop_layer_index_end": 3},
     "kimi_linear": {"linear_head_dim": 16, "linear_num_heads": 4, "qk_head_dim": 24},

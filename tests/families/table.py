@@ -3,7 +3,7 @@
 Run by `make families`; ends with 1 where one is wrong or fails. Each verdict is written to a journal at once, which is
 named after the code that made it: a run that was ended (`--minutes 8`) goes on where it stopped, a run of other code
 begins anew, and the table is written when all families are in one journal. Names of families as arguments: only those
-are checked, and nothing is kept.
+are checked, and nothing is kept. `--jobs 8` checks in so many processes.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ import json
 import os
 import sys
 import tempfile
-import time
 import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from tests.spread import spread
 
 if TYPE_CHECKING:
     from tests.families.check import Verdict
@@ -35,42 +37,59 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no family after so long")
+    parser.add_argument("--jobs", type=int, default=1, help="check in so many processes")
     given = parser.parse_args()
-    os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-    warnings.filterwarnings("ignore")
-    import torch
+    _quiet()
     import transformers
 
-    from job.model.base import load_tokenizer
-    from tests.families.check import Verdict, check
+    from tests.families.check import Verdict
     from tests.families.models import families
-    from tests.helpers import make_base
 
-    torch.set_num_threads(1)
-    transformers.utils.logging.set_verbosity_error()
-    with tempfile.TemporaryDirectory() as base:
-        make_base(Path(base))
-        tokenizer = load_tokenizer(Path(base))
     journal = Path(tempfile.gettempdir()) / f"families-{_code(transformers.__version__)}.jsonl"
     verdicts: dict[str, Verdict] = {}
     if journal.exists() and not given.names:
         lines = journal.read_text(encoding="utf-8").splitlines()
         verdicts = {verdict.family: verdict for verdict in (Verdict(**json.loads(line)) for line in lines)}
-    end = time.monotonic() + 60 * given.minutes
-    for family in given.names or [family for family in families() if family not in verdicts]:
-        if time.monotonic() > end:
-            break
-        verdicts[family] = check(family, tokenizer)
-        print(" | ".join(_cells(verdicts[family])), flush=True)
+    names = given.names or [family for family in families() if family not in verdicts]
+    for verdict in spread(_verdict, names, jobs=given.jobs, minutes=given.minutes, method="spawn", prepare=_quiet):
+        verdicts[verdict.family] = verdict
+        print(" | ".join(_cells(verdict)), flush=True)
         if not given.names:
             with journal.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(verdicts[family])) + "\n")
+                file.write(json.dumps(asdict(verdict)) + "\n")
     counts = Counter(verdict.outcome for verdict in verdicts.values())
     summary = ", ".join(f"{count} {outcome}" for outcome, count in counts.most_common())
     print(f"{len(verdicts)} families: {summary}")
     if not given.names and verdicts.keys() == set(families()):
         TABLE.write_text(_table(verdicts, f"transformers {transformers.__version__}: {summary}"), encoding="utf-8")
     return int(any(verdict.outcome in BAD for verdict in verdicts.values()))
+
+
+def _quiet() -> None:
+    """Sets this process up: offline, one thread, no warnings."""
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    warnings.filterwarnings("ignore")
+    import torch
+    import transformers
+
+    torch.set_num_threads(1)
+    transformers.utils.logging.set_verbosity_error()
+
+
+def _verdict(family: str) -> Verdict:
+    from tests.families.check import check
+
+    return check(family, _tokenizer())
+
+
+@cache
+def _tokenizer() -> Any:
+    from job.model.base import load_tokenizer
+    from tests.helpers import make_base
+
+    with tempfile.TemporaryDirectory() as base:
+        make_base(Path(base))
+        return load_tokenizer(Path(base))
 
 
 def _code(version: str) -> str:

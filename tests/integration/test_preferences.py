@@ -181,9 +181,13 @@ def test_a_start_that_changed_is_refused(forked: Forks, environment: dict[str, s
 
 def two_stages(environment: dict[str, str], output: str) -> dict[str, str]:
     """SFT on the good answers, then DPO on the pairs."""
-    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs(12)]
+    rows = [{"question": row["prompt"], "completion": row["chosen"]} for row in pairs(16)]
     path = Path(environment["JOB_DATA__SOURCE"]).with_name("first.jsonl")
     return {
+        "JOB_DATA__SFT_FIELDS": "prompt=question",
+        "JOB_DATA__SFT_LIMIT": "12",
+        "JOB_DATA__SFT_ON_LONG_ROW": "truncate",
+        "JOB_TRAIN__LOSS_ON": "completion",
         "JOB_RUN__OUTPUT": f"{environment['JOB_RUN__OUTPUT']}-{output}",
         "JOB_TRAIN__METHOD": "sft,dpo",
         "JOB_TRAIN__SFT_EPOCHS": "2",

@@ -17,6 +17,7 @@ from job.data.dataset import check_source, load_examples
 from job.data.formats import SUFFIXES, Row
 from job.errors import DataError, Preempted, SettingsError
 from job.records import DatasetRecord, Example
+from tests.helpers import READING
 from tests.toy_tokenizer import CHATML, toy_tokenizer
 from tests.unit.data.test_formats import write_rows
 
@@ -34,16 +35,7 @@ def load(
     source: Path | str | tuple[Source, ...], tokenizer: Any = None, **changes: Any
 ) -> tuple[list[Example], DatasetRecord]:
     """`load_examples` with the arguments that a test leaves alone."""
-    options: dict[str, Any] = {
-        "revision": None,
-        "split": "train",
-        "limit": None,
-        "schema": None,
-        "on_bad_row": "error",
-        "loss_on": "all",
-        "max_length": 2000,
-        "tokenizer": tokenizer or toy_tokenizer(),
-    }
+    options = READING | {"max_length": 2000, "tokenizer": tokenizer or toy_tokenizer()}
     return load_examples(source if isinstance(source, tuple) else str(source), **options | changes)
 
 

@@ -11,6 +11,7 @@ import pytest
 from job.data.dataset import load_examples
 from job.errors import DataError
 from job.records import DatasetRecord, Example
+from tests.helpers import READING
 from tests.toy_tokenizer import CHATML, toy_tokenizer
 
 ASK = {"role": "user", "content": "cat?"}
@@ -25,17 +26,7 @@ def load(
     """The examples of some rows, for dpo where nothing else is said."""
     path = path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    options: dict[str, Any] = {
-        "revision": None,
-        "split": "train",
-        "limit": None,
-        "schema": None,
-        "on_bad_row": "error",
-        "loss_on": "all",
-        "max_length": 200,
-        "method": "dpo",
-        "tokenizer": tokenizer or toy_tokenizer(),
-    }
+    options = READING | {"max_length": 200, "method": "dpo", "tokenizer": tokenizer or toy_tokenizer()}
     return load_examples(str(path), **options | changes)
 
 

@@ -18,7 +18,7 @@ from job.data import token_cache
 from job.data.token_cache import INDEX, Tokens, load_tokens, open_tokens
 from job.data.training_and_validation import ValidationSource, load_rows
 from job.errors import DataError
-from tests.helpers import alpaca_rows
+from tests.helpers import READING, alpaca_rows
 from tests.toy_tokenizer import CHATML, toy_tokenizer
 from tests.unit.data.test_dataset import lines
 
@@ -27,17 +27,7 @@ ROOT = Path(__file__).parents[3]
 
 def options(**changes: Any) -> dict[str, Any]:
     """The arguments of `load_rows` that a test leaves alone."""
-    given = {
-        "revision": None,
-        "split": "train",
-        "limit": None,
-        "schema": None,
-        "on_bad_row": "error",
-        "loss_on": "all",
-        "max_length": 2000,
-        "tokenizer": toy_tokenizer(),
-    }
-    return given | changes
+    return READING | {"max_length": 2000, "tokenizer": toy_tokenizer()} | changes
 
 
 def tokens(path: Path, validation: float | ValidationSource | None = None, **changes: Any) -> Tokens:

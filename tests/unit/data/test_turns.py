@@ -13,6 +13,7 @@ import pytest
 from job.data.dataset import load_examples
 from job.errors import DataError, SettingsError
 from job.records import DatasetRecord, Example
+from tests.helpers import READING
 from tests.toy_tokenizer import CHATML, toy_tokenizer
 from tests.unit.data.test_dataset import lines
 
@@ -66,8 +67,7 @@ def tokenizer_with(template: str) -> Any:
 
 def load(path: Path, template: str, loss_on: str, **changes: Any) -> tuple[list[Example], DatasetRecord]:
     """The examples of a file of conversations."""
-    options: dict[str, Any] = {"revision": None, "split": "train", "limit": None, "schema": None, "max_length": 4000}
-    options |= {"on_bad_row": "error", "loss_on": loss_on, "tokenizer": tokenizer_with(template)}
+    options = READING | {"max_length": 4000, "loss_on": loss_on, "tokenizer": tokenizer_with(template)}
     return load_examples(str(path), **options | changes)
 
 

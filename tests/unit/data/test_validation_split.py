@@ -16,7 +16,7 @@ from job.data.training_and_validation import ValidationSource, load_rows, what_t
 from job.data.validation_split import MOST_COMPARED, RowHashes, count_overlap, group_rows, hold_out, row_hash
 from job.errors import DataError
 from job.records import DatasetRecord, Example
-from tests.helpers import alpaca_rows, write_jsonl
+from tests.helpers import READING, alpaca_rows, write_jsonl
 
 ROOT = Path(__file__).parents[3]
 WORDS = [f"{head}{tail}" for head in ("ba", "ke", "li", "mo", "nu", "pra", "sti", "vo") for tail in "bdfgklmnprst"]
@@ -152,17 +152,7 @@ def test_overlap_is_counted() -> None:
 
 def load(path: Path, validation: Any, tokenizer: Any, **how: Any) -> tuple[list[Example], list[Example], DatasetRecord]:
     """Reads the rows of a file as a run does."""
-    given: dict[str, Any] = {
-        "revision": None,
-        "split": "train",
-        "limit": None,
-        "schema": None,
-        "on_bad_row": "error",
-        "loss_on": "all",
-        "max_length": 512,
-        "tokenizer": tokenizer,
-    }
-    return load_rows(str(path), validation, **given | how)
+    return load_rows(str(path), validation, **READING | {"tokenizer": tokenizer} | how)
 
 
 def source_at(path: Path) -> ValidationSource:

@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from job.errors import DataError, SettingsError, Unreachable
+from job.evaluation import tasks
 from job.evaluation.harness import evaluate
 from job.evaluation.samples import Sample, write_samples
 from job.evaluation.scoring import plan_sequences, score_sequence
 from job.evaluation.statistics import standard_error
-from job.evaluation.tasks import check_lengths, count_questions, load_tasks
+from job.evaluation.tasks import check_lengths, check_tasks, count_questions, load_tasks
 from job.records import ChoiceScore, Question, TaskScores
 from tests.helpers import ARC_EASY, arc_rows, make_model, read_jsonl, write_jsonl
 
@@ -329,6 +330,25 @@ def test_tasks_that_cannot_be_asked_are_refused(names: list[str], problems: list
     with pytest.raises(SettingsError) as caught:
         load_tasks(names, {}, {})
     assert [(problem.where, problem.what) for problem in caught.value.problems] == problems
+
+
+def test_simple_tasks_are_known_without_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task whose file says all of it is found without the import of lm-eval, which looks up all others."""
+    asked: list[Any] = []
+
+    def look_up(names: tuple[str, ...]) -> Any:
+        asked.append(names)
+        raise SettingsError([])
+
+    monkeypatch.setattr(tasks, "_index", look_up)
+    check_tasks(["arc_easy"], {"arc_easy": "questions.jsonl"})
+    assert not asked
+    # asks otherwise, a group, with functions, with another file, unknown
+    others = ["gsm8k", "ai2_arc", "hellaswag", "arc_challenge", "arc_easi"]
+    for name in others:
+        with pytest.raises(SettingsError):
+            check_tasks(["arc_easy", name], {})
+    assert [names[1] for names in asked] == others
 
 
 def test_a_file_for_a_group_of_tasks_is_refused(tmp_path: Path) -> None:

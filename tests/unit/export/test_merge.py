@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from threading import Event, Thread
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -22,18 +22,18 @@ from transformers import (
     MistralForCausalLM,
 )
 
+from job.common.export_formats import EXPORT_FORMATS
 from job.common.hashing import hash_files
 from job.errors import SettingsError, TrainingFailed
-from job.export import merge
-from job.export.formats import FORMATS
+from job.export import checkpoint
+from job.export.formats import DERIVED
 from job.export.merge import DEQUANTIZED, ORIGINAL, candidates, plan_merge, release, write_merged
 from job.model.adapter_options import AdaLora, AdapterOptions
-from job.model.base import PLAIN, load_base, load_tokenizer
+from job.model.base import PLAIN, load_tokenizer
 from job.model.fused.frozen_weights import dequantized
 from job.model.lora import add_adapter, trainable
 from job.model.packed_attention import use
-from job.settings.field_types import ExportFormats
-from tests.helpers import LINEAR, fill_adapter, make_base, make_model
+from tests.helpers import LINEAR, fill_adapter, load_plain, make_base, make_model
 
 IDS = torch.tensor([[0, 7, 90, 211, 35, 398, 12]])
 OPTIONS: Mapping[str, AdapterOptions] = {
@@ -114,14 +114,7 @@ def test_merged_onto_what_it_was_trained_on(half: Path, tmp_path: Path, kind: st
 
 def test_layers_without_an_adapter_are_dequantized_too(half: Path, tmp_path: Path) -> None:
     """Where attention alone is adapted, the rest of the quantized base is what training computed with, bit for bit."""
-    model = load_base(
-        half,
-        quantization="nf4",
-        double_quantization=True,
-        dtype=torch.bfloat16,
-        device=torch.device("cpu"),
-        max_length=512,
-    )
+    model = load_plain(half, quantization="nf4", dtype=torch.bfloat16)
     how: dict[str, Any] = {"rank": 4, "alpha": 8, "dropout": 0.0, "seed": 0}
     model = fill_adapter(add_adapter(model, target_modules="attention", **how))
     found = load_file(merged(model, half, DEQUANTIZED, tmp_path / "merged") / "model.safetensors")
@@ -131,14 +124,8 @@ def test_layers_without_an_adapter_are_dequantized_too(half: Path, tmp_path: Pat
 
 def test_a_base_that_is_published_quantized(half: Path, tmp_path: Path) -> None:
     """There are no original weights then: it is merged onto the dequantized ones, into a plain 16-bit checkpoint."""
-    how: dict[str, Any] = {
-        "quantization": "nf4",
-        "double_quantization": True,
-        "dtype": torch.bfloat16,
-        "device": torch.device("cpu"),
-        "max_length": 512,
-    }
-    quantized = load_base(half, **how)
+    how: dict[str, Any] = {"quantization": "nf4", "dtype": torch.bfloat16}
+    quantized = load_plain(half, **how)
     quantized.save_pretrained(tmp_path / "base")
     for path in half.glob("tokenizer*"):
         shutil.copyfile(path, tmp_path / "base" / path.name)
@@ -149,7 +136,7 @@ def test_a_base_that_is_published_quantized(half: Path, tmp_path: Path) -> None:
         candidates(model, tmp_path / "base", ORIGINAL)
     folder = merged(model, tmp_path / "base", DEQUANTIZED, tmp_path / "merged")
     adapter: dict[str, Any] = {"rank": 16, "alpha": 16, "dropout": 0.0, "target_modules": LINEAR, "seed": 1}
-    other = fill_adapter(add_adapter(load_base(half, **how), **adapter))
+    other = fill_adapter(add_adapter(load_plain(half, **how), **adapter))
     expected = load_file(merged(other, half, DEQUANTIZED, tmp_path / "other") / "model.safetensors")
     tensors = load_file(folder / "model.safetensors")
     assert tensors.keys() == expected.keys()
@@ -167,14 +154,7 @@ def test_gpt2_holds_its_weights_the_other_way(base: Path, tmp_path: Path) -> Non
     for path in base.glob("tokenizer*"):
         shutil.copyfile(path, source / path.name)
     for quantization in ("none", "nf4"):
-        model = load_base(
-            source,
-            quantization=quantization,
-            double_quantization=True,
-            dtype=torch.float32,
-            device=torch.device("cpu"),
-            max_length=512,
-        )
+        model = load_plain(source, quantization=quantization)
         how: dict[str, Any] = {"rank": 4, "alpha": 8, "dropout": 0.0, "seed": 0}
         model = fill_adapter(add_adapter(model, target_modules=["c_attn", "c_fc"], **how)).eval()
         with_adapter, onto = logits(model), ORIGINAL if quantization == "none" else DEQUANTIZED
@@ -185,7 +165,7 @@ def test_gpt2_holds_its_weights_the_other_way(base: Path, tmp_path: Path) -> Non
 
 def test_the_files_are_those_of_a_plain_model(half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards with an index, a configuration without quantization, the tokenizer byte for byte: twice the same bytes."""
-    monkeypatch.setattr(merge, "SHARD", "100KB")
+    monkeypatch.setattr(checkpoint, "SHARD", "100KB")
     source = tmp_path / "base"
     shutil.copytree(half, source)
     (source / "chat_template.jinja").write_text("{{ messages }}")
@@ -249,14 +229,13 @@ def test_a_model_that_is_given_up_holds_no_memory(half: Path) -> None:
 
 def test_the_table_and_the_setting_name_the_same() -> None:
     """JOB_EXPORT__FORMATS offers exactly the formats that there are."""
-    (names, _) = get_args(get_args(ExportFormats)[0])
-    assert get_args(names) == tuple(FORMATS)
+    assert ("merged", *DERIVED) == tuple(EXPORT_FORMATS)
 
 
 def test_memory_of_a_merge(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a model of many files, the peak is one file in fp32 and one in its own dtype, not the model."""
     shard = 16_000_000
-    monkeypatch.setattr(merge, "SHARD", shard)
+    monkeypatch.setattr(checkpoint, "SHARD", shard)
     shape = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 4, "num_key_value_heads": 4}
     config = MistralConfig(vocab_size=400, num_hidden_layers=8, tie_word_embeddings=True, **shape)
     source = tmp_path / "base"

@@ -18,7 +18,6 @@ from job.model.base import (
     choose_device,
     choose_dtype,
     describe_model,
-    load_base,
     load_tokenizer,
     recompute_activations,
 )
@@ -29,7 +28,7 @@ from job.model.quantized_cache.cache import save
 from job.model.quantized_cache.layout import entry_at
 from job.model.tokenizer_files import copy_tokenizer, tokenizer_files
 from job.records import Question
-from tests.helpers import LINEAR, fill_adapter, make_model
+from tests.helpers import LINEAR, fill_adapter, load_plain, make_model
 
 CPU = torch.device("cpu")
 QUESTIONS = [Question((0, 5, 6, 7), ((8, 9), (10,))), Question((0, 11), ((12,), (13, 14, 15)))]
@@ -37,17 +36,7 @@ QUESTIONS = [Question((0, 5, 6, 7), ((8, 9), (10,))), Question((0, 11), ((12,), 
 
 def base(folder: Path, **changes: Any) -> Any:
     """The tiny base, loaded as the job does."""
-    return load_base(
-        folder,
-        **{
-            "quantization": "nf4",
-            "double_quantization": True,
-            "dtype": torch.float32,
-            "device": CPU,
-            "max_length": 512,
-            **changes,
-        },
-    )
+    return load_plain(folder, **{"quantization": "nf4", **changes})
 
 
 def test_mistral_7b_gets_the_parameters_of_the_reference() -> None:

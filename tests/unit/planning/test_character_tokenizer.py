@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from job.data.dataset import load_examples
 from job.errors import DataError
 from job.planning.character_tokenizer import CharacterTokenizer
-from tests.helpers import alpaca_rows, write_jsonl
+from tests.helpers import READING, alpaca_rows, write_jsonl
 
 
 @given(st.text(max_size=300), st.floats(0.5, 10))
@@ -29,15 +29,14 @@ def test_tokens_are_so_many_characters(text: str, width: float) -> None:
 @pytest.mark.parametrize("loss_on", ["all", "completion"])
 def test_rows_are_checked_without_a_tokenizer(tmp_path: Path, loss_on: str) -> None:
     """The data set is read by the job's own reader: bad rows are found, good ones give lengths and targets."""
-    how = {"revision": None, "split": "train", "limit": None, "schema": None, "loss_on": loss_on, "max_length": 10**6}
+    how = READING | {"loss_on": loss_on, "max_length": 10**6, "tokenizer": CharacterTokenizer(4.0)}
     write_jsonl(tmp_path / "rows.jsonl", alpaca_rows(30))
-    tokenizer = CharacterTokenizer(4.0)
-    rows, record = load_examples(str(tmp_path / "rows.jsonl"), on_bad_row="error", tokenizer=tokenizer, **how)  # type: ignore[arg-type]
+    rows, record = load_examples(str(tmp_path / "rows.jsonl"), **how)
     assert (len(rows), record.format) == (30, "alpaca")
     assert record.target_tokens < record.tokens
     write_jsonl(tmp_path / "bad.jsonl", [*alpaca_rows(3), {"instruction": "x", "output": 3}])
     with pytest.raises(DataError, match=r"bad.jsonl:4 output: must be text"):
-        load_examples(str(tmp_path / "bad.jsonl"), on_bad_row="error", tokenizer=tokenizer, **how)  # type: ignore[arg-type]
+        load_examples(str(tmp_path / "bad.jsonl"), **how)
 
 
 def test_conversations_are_rendered(tmp_path: Path) -> None:

@@ -151,6 +151,22 @@ def test_both_stages_are_planned(given: Path, capsys: pytest.CaptureFixture[str]
     assert (code, states(plan)["first stage"]) == (65, "wrong")
 
 
+def test_a_stage_has_data_settings_of_its_own(given: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Names of fields, a limit, what becomes of long rows and target tokens: each counts for its own data."""
+    own = [{"question": row["instruction"], "answer": row["output"]} for row in alpaca_rows(24)]
+    pairs = [{"prompt": row["question"], "good": row["answer"], "rejected": "No."} for row in own]
+    paths = [write_jsonl(given / name, rows) for name, rows in (("sft.jsonl", own), ("pairs.jsonl", pairs))]
+    words = ["--train.method=sft,dpo", f"--data.sft_source={paths[0]}", f"--data.source={paths[1]}"]
+    words += ["--data.sft_fields=prompt=question,completion=answer", "--data.sft_limit=12", "--data.fields=chosen=good"]
+    words += ["--data.sft_on_long_row=truncate", "--train.loss_on=completion", "--data.sft_validation=2", "--show=1"]
+    code, plan, _ = planned(capsys, *words)
+    checks = {check["name"]: check["what"] for check in plan["checks"]}
+    assert code == 0
+    assert checks["first stage"].startswith("10 rows in the schema prompt_completion, 2 for validation")
+    assert checks["data"].startswith("24 rows in the schema preference")
+    assert [Path(row["where"]).name for row in plan["rows"]] == ["sft.jsonl:1 prompt", "pairs.jsonl:1 chosen"]
+
+
 def test_what_is_wrong_is_told_with_everything_else(given: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Bad rows, a layer that there is not, bad questions: all are found in one go; the exit code is the gravest's."""
     write_jsonl(given / "rows.jsonl", [*alpaca_rows(3), {"instruction": "x"}])

@@ -13,18 +13,8 @@ import pytest
 from job.errors import DataError, JobError, SettingsError
 from job.planning import preflight
 from job.planning.preflight import NotChecked, find_tokenizer, preview_data, preview_model, preview_questions
-from tests.helpers import alpaca_rows, arc_rows, write_jsonl
+from tests.helpers import READING, alpaca_rows, arc_rows, write_jsonl
 
-READING: dict[str, Any] = {
-    "revision": None,
-    "split": "train",
-    "limit": None,
-    "schema": None,
-    "on_bad_row": "error",
-    "loss_on": "all",
-    "online": lambda: False,
-    "storage": {},
-}
 HERE: dict[str, Any] = {"online": lambda: False, "storage": {}}
 
 
@@ -72,7 +62,7 @@ def test_a_model_of_another_kind_is_a_note(base_folder: Path, tmp_path: Path) ->
 def test_data_is_read_as_the_job_will(tmp_path: Path, tokenizer: Any) -> None:
     """The same examples and the same faults; without a tokenizer the schema is checked and the tokens are a guess."""
     write_jsonl(tmp_path / "rows.jsonl", alpaca_rows(20))
-    how = READING | {"max_length": 40, "folder": tmp_path}
+    how = READING | HERE | {"max_length": 40, "folder": tmp_path}
     source = str(tmp_path / "rows.jsonl")
     with pytest.raises(DataError, match="40 are allowed"):
         preview_data(source, tokenizer=tokenizer, **how)
@@ -92,15 +82,14 @@ def test_data_is_read_as_the_job_will(tmp_path: Path, tokenizer: Any) -> None:
 def test_data_that_is_too_large_is_not_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A plan is quick; what it did not look at, it says."""
     monkeypatch.setattr(preflight, "peek_dataset", lambda *_: (10**12, "mit"))
+    how = READING | HERE | {"tokenizer": None, "max_length": 9, "folder": tmp_path}
     online = {"revision": "main", "online": lambda: True}
     with pytest.raises(NotChecked, match=r"931\.3 GiB, too much"):
-        preview_data("some/data", tokenizer=None, max_length=9, folder=tmp_path, **(READING | online))
+        preview_data("some/data", **(how | online))
     with pytest.raises(NotChecked, match="some/data: the hub cannot be reached"):
-        preview_data(
-            "some/data", tokenizer=None, max_length=9, folder=tmp_path, **(READING | online | {"online": lambda: False})
-        )
+        preview_data("some/data", **(how | online | {"online": lambda: False}))
     with pytest.raises(SettingsError, match="needs a revision"):
-        preview_data("some/data", tokenizer=None, max_length=9, folder=tmp_path, **READING)
+        preview_data("some/data", **how)
 
 
 def test_a_hub_model_may_be_in_the_cache(base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -877,6 +877,38 @@ class TestMethods:
         assert (folder_of(first), folder_of(second)) == ("out/x/sft", "out/x")
         assert split_stages(first) == (first,)
 
+    def test_the_first_stage_has_data_settings_of_its_own(self) -> None:
+        """Fields, limit, schema, split and more are those of its own data; what is empty it may have in common."""
+        base = {"JOB_TRAIN__METHOD": "sft,dpo", "JOB_DATA__SFT_SOURCE": "a.jsonl=2x,b.jsonl"}
+        shared = {"JOB_DATA__SPLIT": "train_prefs", "JOB_DATA__ON_LONG_ROW": "skip", "JOB_DATA__VALIDATION": "0.1"}
+        ours = {"JOB_DATA__LIMIT": "5", "JOB_DATA__FIELDS": "chosen=good", "JOB_DATA__SOURCE": "pairs.jsonl"}
+        first, second = split_stages(load_settings([], {**base, **shared, **ours, "JOB_TRAIN__LOSS_ON": "assistant"}))
+        data = first.data
+        assert (data.source, data.limit, data.fields, data.format) == ("a.jsonl=2x,b.jsonl", None, {}, "auto")
+        assert (data.split, data.on_long_row, data.validation) == ("train_prefs", "skip", 0.1)
+        assert (first.train.rows_loss_on, second.train.rows_loss_on) == ("assistant", "all")
+        own = {"SOURCE": "a.jsonl", "SPLIT": "train_sft", "ON_LONG_ROW": "truncate", "VALIDATION": "held.jsonl"}
+        own |= {"LIMIT": "7", "FIELDS": "prompt=question", "FORMAT": "prompt_completion", "VALIDATION_SPLIT": "test"}
+        given = {f"JOB_DATA__SFT_{name}": value for name, value in own.items()}
+        first, second = split_stages(load_settings([], {**base, **shared, **ours, **given}))
+        assert {name: str(getattr(first.data, name.lower())) for name in own} == {
+            **own,
+            "FIELDS": str({"prompt": "question"}),
+        }
+        assert (second.data.limit, second.data.split, second.data.validation) == (5, "train_prefs", 0.1)
+        assert first.data.sft_fields == {}
+
+    def test_what_is_wrong_with_the_first_stage_is_told_by_its_own_settings(self) -> None:
+        """A limit of several sources, a revision of none; and without two stages none of these has an effect."""
+        given = ["--train.method=sft,dpo", "--data.sft_source=a.jsonl,b.jsonl", "--data.sft_limit=5"]
+        given += ["--data.sft_validation=0.1", f"--data.sft_validation_revision={'0' * 40}"]
+        found = problems(given)
+        assert "JOB_DATA__SFT_SOURCE=name=1000rows" in found["JOB_DATA__SFT_LIMIT (command line)"]
+        assert "JOB_DATA__SFT_VALIDATION names none" in found["JOB_DATA__SFT_VALIDATION_REVISION (command line)"]
+        alone = problems(["--train.method=dpo", "--data.sft_fields=prompt=q", "--train.loss_on=completion"])
+        assert "only with two" in alone["JOB_DATA__SFT_FIELDS (command line)"]
+        assert "only with sft" in alone["JOB_TRAIN__LOSS_ON (command line)"]
+
     def test_the_longest_id_has_a_first_stage(self) -> None:
         """The first stage's id is still a valid one."""
         given = ["--train.method=sft,dpo", "--data.sft_source=a.jsonl", f"--run.id={'x' * 128}"]

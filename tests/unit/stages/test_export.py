@@ -207,8 +207,8 @@ def test_what_cannot_be_exported_is_refused_before_training(
     loaded, base = world.loaded(), world.folder / "base"
     with attempt_at(tmp_path / "run") as attempt:
         found = check_export(attempt, world.settings(), base, loaded)
-        assert found["merged"].names == ("original", "dequantized")
-        assert found["merged"].bytes_each == pytest.approx((base / "model.safetensors").stat().st_size, rel=0.02)
+        assert found.names == ("original", "dequantized")
+        assert found.bytes_each == pytest.approx((base / "model.safetensors").stat().st_size, rel=0.02)
         monkeypatch.setattr("job.common.resources.MARGIN_BYTES", 1 << 60)
         with pytest.raises(Unreachable, match="of disk are free"):
             check_export(attempt, world.settings(), base, loaded)

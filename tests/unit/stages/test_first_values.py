@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,20 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
-from job.distributed.processes import ALONE
+from job.data.batch_plan import Steps
+from job.distributed.processes import ALONE, Alone, Processes
 from job.errors import DataError, Problem
+from job.model.adapter_options import AdapterOptions
 from job.model.base import load_tokenizer
 from job.model.lora import trainable
 from job.records import Artifact, DatasetRecord, FirstValues, Pulled
 from job.settings.load import Settings, load_settings
 from job.stages import first_values
-from job.stages.first_values import EVA_BATCHES, EVA_TOKENS, eva_batches, put_first_values
+from job.stages.first_values import EVA_BATCHES, EVA_TOKENS, begin_alike, eva_batches, put_first_values
 from job.stages.handoff import Sources
 from job.stages.load import load
-from tests.helpers import make_examples
+from tests.helpers import make_examples, make_model
+from tests.unit.distributed.test_process_group import Team
 
 EXAMPLES = make_examples(12, shortest=30)
 
@@ -30,10 +34,9 @@ EXAMPLES = make_examples(12, shortest=30)
 class Kept:
     """Of an attempt what is used here: its store is a folder, its records are in memory."""
 
-    processes = ALONE
-
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, processes: Processes = ALONE) -> None:
         self.store, self.work, self.records = folder / "store", folder / "work", dict[str, str]()
+        self.processes = processes
 
     def alive(self) -> None:
         """Goes on."""
@@ -78,7 +81,7 @@ def sources_of(settings: Settings, folder: Path) -> Sources:
 def begun(settings: Settings, folder: Path, attempt: Kept) -> dict[str, torch.Tensor]:
     """The adapter's first values, of a model that is loaded anew."""
     sources: Any = sources_of(settings, folder)
-    begin = partial(put_first_values, attempt, settings, sources)  # type: ignore[arg-type]
+    begin = partial(put_first_values, attempt, settings.lora.init, sources)  # type: ignore[arg-type]
     return {name: p.detach().clone() for name, p in trainable(load(settings, sources, begin=begin).model).items()}
 
 
@@ -102,16 +105,66 @@ def test_they_are_computed_once(base_folder: Path, tmp_path: Path, monkeypatch: 
         assert torch.equal(value, once_more[name]), name
 
 
+def test_all_processes_begin_alike(base_folder: Path, tmp_path: Path) -> None:
+    """Three processes on two machines begin with the values, to the bit, that one process publishes and begins with."""
+    settings = settings_of(base_folder, JOB_LORA__INIT="eva")
+    sources: Any = sources_of(settings, base_folder)
+    models = [make_model(base_folder, rank=4, options=AdapterOptions(init="eva")) for _ in range(4)]
+    alone = Kept(tmp_path / "alone")
+    steps = Steps(EXAMPLES, seed=0, global_batch_size=4, total=6)
+    put_first_values(alone, "eva", sources, models[0], steps)  # type: ignore[arg-type]
+    team = Team()
+    attempts = [Kept(tmp_path / "team", member) for member in team.members]
+
+    def begin(attempt: Any, model: Any, _: Processes) -> None:
+        put_first_values(attempt, "eva", sources, model, steps)
+
+    for done in team.start(*(partial(begin, *each) for each in zip(attempts, models[1:], strict=True))):
+        done.result(60)
+    assert [attempt.records for attempt in attempts] == [alone.records, {}, {}]  # the same file, by its hash
+    for model in models[1:]:
+        for name, value in trainable(models[0]).items():
+            assert torch.equal(value, trainable(model)[name]), name
+
+
+class Two(Alone):
+    """Two processes in one; `other` has the values of the first, and of this second one it has none yet."""
+
+    leads = False
+
+    def __init__(self, other: Sequence[torch.Tensor]) -> None:
+        self.other = iter(other)
+
+    def gather(self, what: str, value: Any) -> list[Any]:
+        """The first process has another hash."""
+        return ["other", value]
+
+    def add_up(self, tensor: Any) -> None:
+        """Adds what the first process has."""
+        tensor += next(self.other)
+
+
+def test_another_machines_decomposition_is_not_kept(base_folder: Path) -> None:
+    """A process whose adapter differs in a bit from that of process 0 gets that one."""
+    theirs, mine = (make_model(base_folder) for _ in range(2))
+    wanted = {name: parameter.detach().clone() for name, parameter in trainable(theirs).items()}
+    name, parameter = next(iter(trainable(mine).items()))
+    parameter.data.view(torch.int32).view(-1)[0] ^= 1
+    assert not torch.equal(parameter, wanted[name])
+    begin_alike(Two(list(wanted.values())), mine)
+    assert all(torch.equal(value, wanted[name]) for name, value in trainable(mine).items())
+
+
 def counted(calls: list[str], function: Any, *args: Any) -> Any:
     """Calls the function, and notes it."""
     calls.append(function.__name__)
     return function(*args)
 
 
-def test_eva_sees_the_first_rows_of_the_plan(base_folder: Path) -> None:
+def test_eva_sees_the_first_rows_of_the_plan() -> None:
     """In the order of the steps, in micro-batches of their own size; one by one where sequences are not packed."""
-    settings = settings_of(base_folder, JOB_TRAIN__MICRO_BATCH_TOKENS="50")
-    packed, alone = (eva_batches(settings, EXAMPLES, packed=packed) for packed in (True, False))
+    steps = Steps(EXAMPLES, seed=0, global_batch_size=4, total=6)
+    packed, alone = (eva_batches(steps, packed=packed) for packed in (True, False))
     assert all(sum(len(example.input_ids) for example in batch) <= EVA_TOKENS for batch in packed)
     assert {len(batch) for batch in alone} == {1}
     assert sum(len(batch) for batch in packed) == len(alone) == 2 * len(EXAMPLES) <= EVA_BATCHES

@@ -369,6 +369,48 @@ def test_a_plan_looks_without_fetching_the_weights(tmp_path: Path) -> None:
     assert [offline[4][0], offline[6]] == ["Unreachable", False]
 
 
+STRANGE: dict[str, tuple[str, int, bytes, int, str]] = {
+    "page": ("", 200, b"<html>Sign in</html>", 69, "JSONDecodeError"),
+    "nothing": ("", 200, b"", 69, "JSONDecodeError"),
+    "no-encoding": ("", 200, b"\xff\xfe{", 69, "UnicodeDecodeError"),
+    "null": ("", 200, b"null", 69, "TypeError"),
+    "list": ("", 200, b"[]", 69, "TypeError"),
+    "object": ("", 200, b"{}", 69, "KeyError"),
+    "no-commit": ("", 200, b'{"id": "x", "sha": null}', 69, "AssertionError"),
+    "deep": ("", 200, b"[" * 100_000, 69, "RecursionError"),
+    "no-size": ("/tree/", 200, b'[{"type": "file", "path": "config.json"}]', 69, "KeyError"),
+    "no-files": ("/tree/", 200, b"[]", 65, "no file that is loaded"),
+    "proxy": ("", 407, b"<html>", 77, "HTTPS_PROXY"),
+    "lawyers": ("", 451, b"{}", 77, "not open"),
+    "only-listed": ("/resolve/", 404, b"{}", 65, "lists a file"),
+}
+"""Answers that are none of the hub's: on which path, status and body; the exit code, and a part of the words."""
+
+
+class Strange(Hub):
+    """A hub behind something that answers in its place."""
+
+    def do_GET(self) -> None:
+        """Answers strangely where the model's name says so."""
+        name = next((name for name in STRANGE if f"some/{name}" in self.path), "")
+        if name and STRANGE[name][0] in self.path:
+            status = STRANGE[name][1]
+            self._answer(status, STRANGE[name][2], {"X-Error-Code": "EntryNotFound"} if status == 404 else {})
+        else:
+            super().do_GET()
+
+
+def test_an_answer_that_is_none_of_the_hubs_is_no_bug(tmp_path: Path) -> None:
+    """A login page, another shape of JSON, or a file that is only listed has its code and words that name the model."""
+    with serving(Strange) as endpoint:
+        found = ask(endpoint, tmp_path, *((f"some/{name}", "main") for name in STRANGE), client=MODEL_CLIENT)
+    codes = {"Unreachable": 69, "DataError": 65, "AccessDenied": 77}
+    for (name, (_, _, _, code, words)), (kind, message) in zip(STRANGE.items(), found, strict=True):
+        assert codes.get(str(kind)) == code, (name, kind, message)
+        assert words in str(message), (name, message)
+        assert f"model some/{name}" in str(message)
+
+
 RUN_CODES = {"gated": 77, "private": 77, "missing": 77, "busy": 69, "away": 69}
 COLD = "gated"
 

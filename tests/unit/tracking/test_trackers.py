@@ -265,11 +265,15 @@ def two_attempts(project: Mapping[str, str | None], environ: Mapping[str, str]) 
 
 
 def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real package without a network: both attempts' folders are of one run, with steps, settings and results."""
+    """The real package without a network: both attempts' folders are of one run, with steps, settings and results.
+
+    Nothing is left in the system's folder for temporary files.
+    """
     monkeypatch.setattr(trackers, "STOP_SECONDS", 60.0)
     monkeypatch.setattr(trackers, "FINISH_SECONDS", 60.0)
+    (temporary := tmp_path / "temporary").mkdir()
     environ = {**os.environ, "HOME": str(tmp_path), "WANDB_DIR": str(tmp_path), "WANDB_MODE": "offline"}
-    lines = two_attempts({"wandb": "qlora-job"}, environ | {"WANDB_API_KEY": KEY})
+    lines = two_attempts({"wandb": "qlora-job"}, environ | {"WANDB_API_KEY": KEY, "TMPDIR": str(temporary)})
     assert [line["event"] for line in lines] == ["the run is tracked"] * 2, lines
     first, second = (_read_wandb(path) for path in sorted(tmp_path.glob("wandb/offline-run-*/*.wandb")))
     for found in (first, second):
@@ -283,6 +287,7 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
     assert texts
     assert not any(KEY.encode() in text for text in texts)
+    assert not list(temporary.iterdir())
 
 
 def _read_wandb(path: Path) -> dict[str, Any]:
@@ -324,8 +329,9 @@ def test_mlflow_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     """The real package with SQLite: the second attempt finds the first one's run by its tag and goes on with it."""
     monkeypatch.setattr(trackers, "STOP_SECONDS", 120.0)
     monkeypatch.setattr(trackers, "FINISH_SECONDS", 120.0)
+    (temporary := tmp_path / "temporary").mkdir()
     environ = {**os.environ, "HOME": str(tmp_path), "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
-    lines = two_attempts({"mlflow": "qlora-job"}, environ)
+    lines = two_attempts({"mlflow": "qlora-job"}, environ | {"TMPDIR": str(temporary)})
     assert [line["event"] for line in lines] == ["the run is tracked"] * 2, lines
     assert len({line["where"] for line in lines}) == 1
     with closing(sqlite3.connect(tmp_path / "mlflow.db")) as found:  # the package takes seconds to say the same
@@ -340,3 +346,4 @@ def test_mlflow_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert SUMMARY.items() <= figures.items()
     assert losses == {step: 2.0 / step for step in (1, 2, 3, 4, 5)}
     assert not (ROOT / "mlruns").exists()
+    assert not list(temporary.iterdir())

@@ -13,7 +13,19 @@ from job.data.dataset import load_examples
 from job.errors import DataError
 from job.training.trainer import Hooks, train
 from tests.helpers import alpaca_rows, fill_adapter, make_examples, make_model, write_jsonl
-from tests.unit.training.test_trainer import PLAN, RECIPE, THROUGHOUT, assert_same, fused_model, gradients, run
+from tests.unit.training.test_trainer import (
+    LONGER,
+    PLAN,
+    RECIPE,
+    RESUMED,
+    THROUGHOUT,
+    adapter_hash,
+    assert_same,
+    facts,
+    fused_model,
+    gradients,
+    run,
+)
 
 ROWS = make_examples(4)
 WEIGHTED = [replace(row, weight=weight) for row, weight in zip(ROWS, (2.0, 1.0, 0.0, 0.5), strict=True)]
@@ -47,6 +59,22 @@ def test_weight_2_is_the_row_twice(base_folder: Path, tokenizer: Any, tmp_path: 
     (loss, gradient), (expected, wanted) = steps
     assert loss == pytest.approx(expected, rel=1e-5)
     assert_same(wanted, gradient)
+
+
+def test_a_stopped_run_with_weights_resumes_exactly(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """NF4 with dropout, stopped in the middle of an epoch: the bits of a whole run."""
+    rows = [replace(row, weight=(2.0, 1.0, 0.0, 0.5, 1 / 3)[number % 5]) for number, row in enumerate(LONGER)]
+
+    def model() -> Any:
+        return make_model(base_folder, quantization="nf4", dropout=0.1, rank=8)
+
+    whole, killed, resumed = (model() for _ in range(3))
+    uninterrupted, _ = run(whole, tokenizer, rows, RESUMED, tmp_path / "whole")
+    stopped, (*_, state) = run(killed, tokenizer, rows, RESUMED, tmp_path / "stopped", stop_after=4)
+    assert not stopped.complete
+    gone_on, _ = run(fill_adapter(resumed), tokenizer, rows, RESUMED, tmp_path / "resumed", resume=state)
+    assert adapter_hash(resumed) == adapter_hash(whole)
+    assert facts(gone_on) == facts(uninterrupted)
 
 
 def test_validation_rows_weigh_alike(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:

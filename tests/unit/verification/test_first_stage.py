@@ -29,7 +29,7 @@ FILES = [
 
 def make(store: LocalStore) -> dict[str, Any]:
     """Writes the first stage; returns the manifest of the whole."""
-    first = results(FOUND, run_id="x-sft", part_of="x")
+    first = results(FOUND, ["--data.source=a.jsonl"], run_id="x-sft", part_of="x")
     first = {**first, "artifacts": FILES}
     store.write("sft/results.json", sealed(first))
     whole = results(FOUND, ["--train.method=sft,dpo", "--data.sft_source=a.jsonl"], run_id="x")
@@ -65,6 +65,8 @@ def test_the_first_stage_is_checked_with_the_whole(tmp_path: Path) -> None:
         (lambda made: made["run"].update(id="y"), "part_of"),
         (lambda made: made["training"].pop("first_stage"), "training.first_stage"),
         (lambda made: made["settings"]["train.method"].update(value="dpo"), "training.first_stage"),
+        (lambda made: made["settings"]["data.sft_source"].update(value="b.jsonl"), "settings data.source"),
+        (lambda made: made["settings"]["data.sft_on_long_row"].update(value="skip"), "settings data.on_long_row"),
     ],
 )
 def test_another_claim_is_a_difference(tmp_path: Path, change: Callable[[dict[str, Any]], object], where: str) -> None:

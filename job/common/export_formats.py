@@ -1,0 +1,89 @@
+"""The names of the formats that a run can export: one table that settings, plan, stage, report and `verify` read.
+
+How they are made, loaded and scored is in `job/export/formats.py`, which says how to add one.
+
+No torch: the names are among the settings, which must answer before torch is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+MERGED = "merged"
+EXTRA = "qlora-job[export]"
+"""What has to be installed for all formats but `merged`."""
+
+
+@dataclass(frozen=True)
+class ExportFormat:
+    """What is known of a format without making it.
+
+    Attributes:
+        title: In words, for the report.
+        bits: Bits of a quantized weight with its share of the scales, to estimate disk and time.
+        modules: Python modules that it needs beyond those of the job; all are installed by `EXTRA`.
+        types: The types that may follow its name and a colon, as in `gguf:q4_k_m`; one has to, if there are any.
+        calibrated: Whether it is made with rows of the training data.
+    """
+
+    title: str
+    bits: float = 16.0
+    modules: tuple[str, ...] = ()
+    types: tuple[str, ...] = ()
+    calibrated: bool = False
+
+
+EXPORT_FORMATS: Mapping[str, ExportFormat] = {
+    MERGED: ExportFormat("the whole model, with the adapter added to its weights"),
+    "fp8": ExportFormat("8-bit floats, FP8_DYNAMIC of compressed-tensors", 8.1, ("compressed_tensors",)),
+}
+"""All but `merged` are made from the merged model."""
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """The format and its type: `gguf:q4_k_m` -> (`gguf`, `q4_k_m`), `merged` -> (`merged`, ``).
+
+    Raises:
+        ValueError: There is no such format, or no such type of it.
+    """
+    family, colon, kind = name.partition(":")
+    found = EXPORT_FORMATS.get(family)
+    if found is None or (bool(colon) and not found.types):
+        raise ValueError(f"must be of {', '.join(all_names())}")
+    if found.types and kind not in found.types:
+        raise ValueError(f"must have a type of {family} after its colon: one of {', '.join(found.types)}")
+    return family, kind
+
+
+def find_format(name: str) -> ExportFormat:
+    """The entry of a format, with or without a type.
+
+    Raises:
+        ValueError: As `split_name`.
+    """
+    return EXPORT_FORMATS[split_name(name)[0]]
+
+
+def all_names() -> list[str]:
+    """Every value of a format, with a placeholder where a type has to follow."""
+    return [f"{name}:TYPE" if found.types else name for name, found in EXPORT_FORMATS.items()]
+
+
+def derived(names: Iterable[str]) -> list[str]:
+    """Those of the names that are made from the merged model, in their order."""
+    return [name for name in names if name != MERGED]
+
+
+def to_make(names: Iterable[str]) -> list[str]:
+    """The formats that are made and scored for those that were asked for: `merged` first, which the others need."""
+    asked = list(names)
+    return [MERGED, *derived(asked)] if asked else []
+
+
+def not_installed(names: Iterable[str]) -> list[str]:
+    """The modules that these formats need and that are not installed."""
+    needed = {module for name in names for module in find_format(name).modules}
+    specs = {module: find_spec(module) for module in sorted(needed)}
+    return [module for module, spec in specs.items() if spec is None or spec.origin is None]

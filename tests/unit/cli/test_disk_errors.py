@@ -1,0 +1,45 @@
+"""What a disk refuses, wherever in the job it does: never a bug."""
+
+from __future__ import annotations
+
+import errno
+import os
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+
+from job.cli import main as cli
+from job.errors import DataError
+from job.model.files import read_json, readable
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        *((number, 77) for number in (errno.EACCES, errno.EPERM, errno.EROFS)),
+        *((number, 69) for number in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EMFILE)),
+        (errno.ENOENT, 1),
+    ],
+)
+def test_a_disk_that_refuses_is_no_bug(
+    number: int, code: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """An error of the disk that nobody has translated has the table's code and names the file; no file is a bug."""
+
+    def fail(_words: list[str]) -> int:
+        with readable(Path("/model")) if code != 1 else nullcontext():
+            raise OSError(number, os.strerror(number), "/model/weights")
+
+    monkeypatch.setitem(cli._FUNCTIONS, "config", fail)
+    assert cli.main(["config"]) == code
+    said = capfd.readouterr().err
+    assert "/model/weights" in said
+    assert ("a bug" in said) == (code == 1)
+
+
+def test_a_file_that_is_no_json_stays_wrong_data(tmp_path: Path) -> None:
+    """Only the disk's own errors pass: a broken file is wrong data."""
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(DataError):
+        read_json(tmp_path / "config.json", 100)
