@@ -124,6 +124,19 @@ COMMANDS = {
         ),
         settings="reading",
     ),
+    "serve-check": Command(
+        "ask a server of a finished run's model its own questions; exit code 4 if it answers otherwise",
+        (
+            Argument("RESULTS", _RUN_HELP),
+            Argument("--served", "adapter, or an exported format (default: what the gate judged)", metavar="FORMAT"),
+            Argument("--url", "a server that runs, http://host:port (default: one is started here)", metavar="URL"),
+            Argument("--server", "vllm, llama.cpp or transformers (default: as it is recognized)", metavar="KIND"),
+            Argument("--model", "its name of the model (default: the last that it lists)", metavar="NAME"),
+            Argument("--questions", "how many to ask (default: 50)", metavar="N"),
+            _format("table", "json"),
+        ),
+        settings="reading",
+    ),
     "selftest": Command(
         "kill and resume a run on this machine, and compare it bit by bit with an uninterrupted one", (), "none"
     ),
