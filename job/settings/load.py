@@ -346,6 +346,11 @@ def _export(settings: Settings) -> Iterator[Fault]:
         yield "gate.on", f"is {gate.on}, which is not exported; add it to JOB_EXPORT__FORMATS, or take adapter"
     if gate.on != "adapter" and gate.min_delta is None and gate.max_regression is None:
         yield "gate.on", "has no threshold; give JOB_GATE__MIN_DELTA or JOB_GATE__MAX_REGRESSION as well"
+    if export.hub_revision is not None and export.hub is None:
+        yield (
+            "export.hub_revision",
+            "is a branch of JOB_EXPORT__HUB, which names no repository; give it, or remove this",
+        )
     for name, value in (
         ("lora.modules_to_save", settings.lora.modules_to_save),
         ("model.add_tokens", settings.model.add_tokens),
