@@ -1,7 +1,7 @@
-"""The rows' own names of fields (JOB_DATA__FIELDS), brought to the names that the schemas have.
+"""Renames the fields of rows (JOB_DATA__FIELDS) to the names that the schemas have.
 
 `prompt=question,completion=answers.0.text`: what the row has under `question` is its `prompt`. Dots separate the
-keys of nested objects and the places in lists, from 0; a field whose own name has the dots in it comes first.
+keys of nested objects and the places in lists, from 0; a field whose own name contains the dots takes precedence.
 """
 
 from __future__ import annotations

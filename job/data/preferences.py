@@ -6,8 +6,9 @@
 | unpaired_preference | prompt, completion, label | one, and whether it is a good one |
 
 All fields but the label are texts, or all are lists of messages, which the chat template renders; the whole data set is
-of one kind. Without a `prompt`, it is how `chosen` and `rejected` both begin: their common beginning in texts, their
-common first messages in conversations. A `prompt` as text beside conversations is the first of their messages.
+of one kind. Without a `prompt`, the common beginning of `chosen` and `rejected` is the prompt: of texts their common
+beginning, of conversations their common first messages. If the answers are conversations and `prompt` is text, it
+becomes their first message.
 
 The target tokens of an answer are all tokens after the prompt, as in TRL's trainers.
 """

@@ -1,6 +1,6 @@
-"""From rows to tokens: each row is checked, rendered and tokenized, whatever rows stand beside it.
+"""From rows to tokens: each row is checked, rendered and tokenized independently of the other rows.
 
-So rows can be taken in any chunks, by any number of processes (`job.data.workers`), and give the same.
+So the result is the same in chunks of any size and with any number of processes (`job.data.workers`).
 """
 
 from __future__ import annotations

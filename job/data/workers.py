@@ -5,7 +5,7 @@ are new Python processes that import neither torch nor transformers: no fork, so
 they start in a fraction of a second. Nothing is pickled: a message is JSON, and bytes behind it.
 
 A small data set is encoded in this process alone, and so are rows that have no JSON form (dates, as Parquet has them),
-and all rows where the tokenizer cannot be taken along.
+and all rows if the tokenizer cannot be sent to another process.
 """
 
 from __future__ import annotations
