@@ -523,6 +523,20 @@ class Uploaded:
 
 
 @dataclass(frozen=True)
+class Pushed:
+    """Record of a push of a complete run, written after it.
+
+    `target` is one of `job.push.push.TARGETS`, `place` where it went in that target's own spelling, and `id` what names
+    this version there for good: a commit, a digest. `files_sha256` is over the hashes and paths of the pushed files.
+    """
+
+    target: str
+    place: str
+    id: str
+    files_sha256: str
+
+
+@dataclass(frozen=True)
 class FirstValues:
     """Record of an adapter's first values, which are computed once in a run."""
 

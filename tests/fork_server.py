@@ -35,7 +35,7 @@ PRELOADED = (
 )
 QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR", "TRANSFORMERS_VERBOSITY": "error"}
 """What the job tells its libraries before it imports them, which here is before there is a job."""
-HUB = ("HF_ENDPOINT", "HF_HUB_OFFLINE")
+HUB = ("HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_XET")
 """Variables that the hub's libraries read when they are imported, and HF_HOME."""
 
 

@@ -29,6 +29,7 @@ from job.common.methods import SFT, MethodName, Methods, last_of
 from job.common.optimizers import OptimizerName
 from job.common.schedulers import SchedulerName
 from job.settings.field_types import (
+    BranchName,
     Count,
     CountOrAuto,
     DataSources,
@@ -41,6 +42,8 @@ from job.settings.field_types import (
     FlagOrAuto,
     HeldOut,
     HostPort,
+    HubRepository,
+    ImageReference,
     JsonObject,
     Judged,
     Layers,
@@ -427,6 +430,18 @@ class Export(Group):
     """Rows of the training data, the first of the batch plan, with which the 4-bit formats are quantized."""
     quantization_steps: AffectsResult[Whole] = 200
     """Steps in which the rounding of each decoder layer is optimized for the 4-bit formats; 0 rounds to the nearest."""
+    hub: ExecutionOnly[Maybe[HubRepository]] = None
+    """Repository of the Hugging Face hub, `namespace/name`: adapter, card and exported formats are pushed to it in one
+    commit when the run is complete and its gate is met. It is made if it is not there. Needs HF_TOKEN."""
+    hub_revision: ExecutionOnly[Maybe[BranchName]] = None
+    """Branch of JOB_EXPORT__HUB to push to; empty: main."""
+    hub_private: ExecutionOnly[Flag] = True
+    """A repository that is made is private, and one that is public is refused; false allows both."""
+    oci: ExecutionOnly[Maybe[ImageReference]] = None
+    """Image in a registry, `registry/repository:tag`: adapter, card and exported formats are pushed to it when the run
+    is complete and its gate is met; Kubernetes mounts it as a volume. Credentials: Docker's config.json."""
+    oci_plain_http: ExecutionOnly[Flag] = False
+    """Speak to the registry of JOB_EXPORT__OCI without TLS; on this machine (localhost) that is so anyway."""
 
 
 class Gate(Group):

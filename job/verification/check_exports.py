@@ -14,7 +14,7 @@ from job.common.gguf_file import gguf_contents
 from job.data.calibration import calibration_rows, hash_rows
 from job.evaluation.comparison import choose_candidate, compare_export
 from job.records import TaskScores
-from job.runs.layout import EXPORT, RESULTS, export_folder, export_side
+from job.runs.layout import EXPORT, EXPORT_CARD, RESULTS, export_folder, export_side
 from job.verification.check_figures import Copies, SamplesByTask, read_samples, scores_of, unpaired
 from job.verification.differences import MAX_SHOWN, CheckResult, Difference, find_differences, show
 
@@ -91,8 +91,9 @@ def _check_one(
 def _files(export: Mapping[str, Any], results: Mapping[str, Any], copies: Copies) -> Iterator[Difference]:
     """The bytes of all files, and that they are a model."""
     folder = export_folder(export["format"])
-    if "bytes" in export:
-        found = sum(one["bytes"] for one in results["artifacts"] if one["path"].startswith(folder))
+    if "bytes" in export:  # without the card, which is made of the manifest
+        paths = {one["path"]: one["bytes"] for one in results["artifacts"] if one["path"].startswith(folder)}
+        found = sum(paths.values()) - paths.get(folder + EXPORT_CARD, 0)
         yield from find_differences(f"{folder} bytes", export["bytes"], found)
     yield from (_gguf_file if export["format"].startswith("gguf:") else _model_files)(export, copies)
 
@@ -142,7 +143,7 @@ def _model_files(export: Mapping[str, Any], copies: Copies) -> Iterator[Differen
 def _gguf_file(export: Mapping[str, Any], copies: Copies) -> Iterator[Difference]:
     """The types of the numbers in a GGUF file, where the package that reads it is installed."""
     folder = export_folder(export["format"])
-    files = [copy for path, copy in copies.items() if path.startswith(folder)]
+    files = [copy for path, copy in copies.items() if path.startswith(folder) and path != folder + EXPORT_CARD]
     if len(files) != 1:
         yield Difference(folder, "one file", str(len(files)))
     elif find_spec("gguf") is not None:
