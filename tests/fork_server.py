@@ -48,8 +48,11 @@ def preload() -> None:
 
     torch.set_num_threads(1)  # a pool of threads does not survive a fork
     from job.evaluation import tasks
+    from job.export.llama_cpp_process import Refused, import_converter
     from job.report import templating
 
+    with suppress(Refused):  # where the extra `export` is not installed
+        import_converter()
     index = cache(tasks._index)  # a walk over 14,000 files
     tasks._index = lambda names: index(tuple(names))
     tasks._index(["arc_easy", "arc_easy"])  # as a run with its own questions asks for it

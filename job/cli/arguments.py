@@ -219,7 +219,7 @@ def command_help(name: str) -> str:
         else:
             own.add_argument(argument.name, help=text, action="store_true")
     if command.settings != "none":
-        from job.settings.load import add_options
+        from job.settings.help_options import add_options
 
         add_options(parser, reading=command.settings == "reading")
     return parser.format_help()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import signal
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -176,6 +178,27 @@ def _cancelling(folder: Path) -> Mapping[str, str]:
         "OMP_NUM_THREADS": "1",
         "TMPDIR": str(folder),
     }
+
+
+@pytest.mark.long
+def test_gguf_killed_at_any_time_in_export(environment: dict[str, str], tmp_path: Path) -> None:
+    """Killed while llama.cpp's process converts and while it scores: the same bytes, and a manifest that verifies."""
+    asked = {**environment, "JOB_EXPORT__FORMATS": "merged,gguf:q8_0", "JOB_RUN__OUTPUT": str(tmp_path)}
+    done = warm.run([], {**asked, "JOB_RUN__ID": "whole"}, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for number, (event, seconds) in enumerate([("quantizing", 0.5), ("quantizing", 8), ("evaluating", 2)]):
+        with warm.followed([], {**asked, "JOB_RUN__ID": "hit"}) as (process, log):
+            for line in log:
+                if f'"event": "{event}"' in line and "gguf:q8_0" in line:
+                    time.sleep(seconds * (0.5 + random.random()))
+                    process.kill()
+            assert process.wait(200) == [-9], f"kill {number} came too late"
+    done = warm.run([], {**asked, "JOB_RUN__ID": "hit"}, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert facts_of(manifest(tmp_path / "hit")) == facts_of(manifest(tmp_path / "whole"))
+    export = manifest(tmp_path / "hit")["exports"][1]
+    assert export["quantization"]["gguf"]["types"].keys() == {"F32", "Q8_0"}
+    assert export["quantization"]["library"] == "llama.cpp in xllamacpp"
 
 
 def test_a_complete_run_is_pushed_once_though_it_is_killed(environment: dict[str, str], whole: Path) -> None:
