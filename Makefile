@@ -5,10 +5,13 @@ STAMP := .venv/installed
 DOCKER ?= docker
 IMAGE ?= qlora-job
 
-.PHONY: run test test-long check format lock chaos standstill servers damage hostile families bench image image-test clean bench-gpu
+.PHONY: run run-dpo test test-long check format lock chaos standstill servers damage hostile families bench image image-test registry-test clean bench-gpu
 
 run: $(STAMP)  ## the demo: results in runs/<run id>/
 	JOB_PRESET=demo $(BIN)/python -m job
+
+run-dpo: $(STAMP)  ## the demo of learning preferences, by DPO: results in runs/<run id>/
+	JOB_PRESET=demo-dpo $(BIN)/python -m job
 
 test: $(STAMP)  ## the tests, three at a time: they wait for other processes a third of the time
 	$(BIN)/python -m pytest -n 3 -q -m "not long"
@@ -41,6 +44,10 @@ image:  ## the image: make image [IMAGE=name:tag] [BASE_IMAGE=...] [TORCH_INDEX=
 
 image-test: $(STAMP)  ## runs the image with Docker Engine, in all the ways that are promised
 	DOCKER=$(DOCKER) IMAGE=$(IMAGE) BASE_IMAGE=$(BASE_IMAGE) $(BIN)/python -m pytest -q tests/image
+
+# REGISTRY is the program of a registry, such as Debian's docker-registry: apt-get install docker-registry
+registry-test: $(STAMP)  ## pushes to a real registry, and pulls with Docker Engine
+	DOCKER=$(DOCKER) REGISTRY=$${REGISTRY:-docker-registry} $(BIN)/python -m pytest -q tests/registry
 
 # torch comes first and by version alone: which build it is (CPU, CUDA) is the machine's choice. Everything else is
 # pinned by hash. --no-deps: the locks are complete, nothing may come in beside them.

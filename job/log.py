@@ -3,8 +3,8 @@
 Everything goes through the standard library's root logger, so that lines of libraries carry run, attempt and stage,
 too. Logs go to stderr; stdout is for results.
 
-structlog is imported when the first line is written: with rich and asyncio it takes longer to import than it takes the
-quick commands, most of which write no line, to answer.
+structlog is imported when the first line is written. Importing it, with rich and asyncio, takes longer than the quick
+commands need to answer, and most of them write no line.
 """
 
 from __future__ import annotations

@@ -17,11 +17,12 @@ from job import log
 from job.common import garbage_collection, host
 from job.common.out_of_memory import memory_errors
 from job.distributed.processes import ALONE, Processes
-from job.errors import DataError, Problem
+from job.errors import DataError, JobError, Problem
 from job.model.base import choose_device
 from job.model.quantized_cache.cache import publishing
 from job.platforms.detect import Delivery
 from job.preemption.stop_flag import Stop
+from job.push.push import Target, check_targets, push_run, targets
 from job.records import Evaluated, Exported, ModelRecord, Packing, Pulled, Trained
 from job.results import manifest
 from job.results.baseline import check_prompts
@@ -72,7 +73,8 @@ def run(
         Replaced: Another attempt owns the run.
     """
     stages = split_stages(settings)
-    if len(stages) > 1 and (done := _finished(processes, settings, delivery)) is not None:
+    alive = partial(_alive, stop, report_progress)
+    if len(stages) > 1 and (done := _finished(processes, settings, delivery, alive)) is not None:
         return done  # the first stage is not looked at: its folder may be gone
     for number, stage in enumerate(stages, start=1):
         log.bind(run=stage.run.id)
@@ -102,7 +104,8 @@ def _run_stage(
     later: Sequence[Settings] = (),
 ) -> dict[str, Any]:
     """One run from start to end; `later` are those that follow, as in `JOB_TRAIN__METHOD=sft,dpo`."""
-    if (done := _finished(processes, settings, delivery)) is not None:
+    alive = partial(_alive, stop, report_progress)
+    if (done := _finished(processes, settings, delivery, alive)) is not None:
         return done
     processes.share("inputs", lambda: _check_inputs(settings, later))
     with _attempt(settings, stop, report_progress, faults, processes, idle=idle) as (attempt, track):
@@ -126,45 +129,81 @@ def _run_stage(
             )
         track.results(results)
     if processes.leads:
-        _tell(attempt.store, results, delivery)
+        _hand_over(attempt.store, results, delivery, () if later else targets(settings), alive)
     return require_gate(results)
 
 
-def _finished(processes: Processes, settings: Settings, delivery: Delivery | None) -> dict[str, Any] | None:
+def _alive(stop: Stop, report_progress: Callable[[], None]) -> None:
+    """Called between files that are pushed: what has been pushed is taken up by the next attempt."""
+    report_progress()
+    stop.check()
+
+
+def _finished(
+    processes: Processes, settings: Settings, delivery: Delivery | None, alive: Callable[[], None]
+) -> dict[str, Any] | None:
     """`finished`, asked by process 0 for all, which have the same settings."""
     agree_on_settings(processes, decisive_settings(settings))
-    found: dict[str, Any] | None = processes.share("results of before", lambda: finished(settings, delivery))
+    found: dict[str, Any] | None = processes.share("results of before", lambda: finished(settings, delivery, alive))
     return found
 
 
 def _check_inputs(settings: Settings, later: Sequence[Settings]) -> None:
     """Refuses wrong paths and names before the run takes its lease, so that nothing is left behind."""
-    check_inputs(settings, later, begun=_store(settings).read(stage_key(Stage.PULL)) is not None)
+    begun = _store(settings).read(stage_key(Stage.PULL)) is not None
+    check_inputs(settings, later, begun=begun)
+    chosen = () if later else targets(settings)
+    try:
+        check_targets(chosen)
+    except JobError as error:
+        if not begun:
+            raise
+        # A target that is away for a while is no reason to let a machine that trains wait.
+        log.get_logger().warning(
+            "the run could not be pushed now; it goes on, and is pushed at its end", why=str(error)
+        )
 
 
-def finished(settings: Settings, delivery: Delivery | None) -> dict[str, Any] | None:
+def finished(
+    settings: Settings, delivery: Delivery | None, alive: Callable[[], None] = lambda: None
+) -> dict[str, Any] | None:
     """The manifest of this run if an earlier attempt completed it, else None.
 
-    The results of a complete run are delivered again, since the earlier attempt may have been killed while it did so.
+    The results of a complete run are delivered and pushed again, since the earlier attempt may have been killed while
+    it did so.
 
     Raises:
         SettingsError: The run is complete, but was made with other settings.
         GateError: The run is complete, and the quality gate is not met.
+        JobError: It cannot be pushed.
     """
     store = _store(settings)
     if (done := read_complete(store)) is None:
         return None
     compare_settings(store, decisive_settings(settings), default_settings())
     log.get_logger().info("this run is complete already", results=f"{store.uri}/{RESULTS}")
-    _tell(store, done, delivery)
+    _hand_over(store, done, delivery, targets(settings), alive)
     return require_gate(done)
 
 
-def _tell(store: ObjectStore, results: dict[str, Any], delivery: Delivery | None) -> None:
-    """Delivers the results of a complete run to the platform, and prints its summary, which is the last a user sees."""
+def _hand_over(
+    store: ObjectStore,
+    results: dict[str, Any],
+    delivery: Delivery | None,
+    chosen: Sequence[Target],
+    alive: Callable[[], None],
+) -> None:
+    """Delivers a complete run to the platform and its targets, and prints its summary, the last that a user sees.
+
+    A run whose gate is not met goes to no target: from there, models are served.
+    """
     try:
         if delivery:
             deliver(store, results, delivery)
+        if chosen and results["gate"]["passed"] is False:
+            log.get_logger().warning("is not pushed: the gate is not met", places=[target.place for target in chosen])
+        else:
+            push_run(store, results, chosen, alive=alive)
     finally:
         # the results are published, whether or not this can be printed
         log.print_result("\n".join(manifest.summary(results, f"{store.uri}/{RESULTS}")) + "\n")

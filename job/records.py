@@ -429,6 +429,23 @@ class CalibrationRecord:
 
 
 @dataclass(frozen=True)
+class GgufRecord:
+    """What a GGUF file holds.
+
+    `architecture` and `pre_tokenizer` (how words are split) are llama.cpp's names. `types` counts by type the numbers
+    held in it, and `bits_per_weight` has all scales in it. `tokenized_otherwise` are the texts of the test that
+    llama.cpp tokenizes otherwise than the tokenizer.
+    """
+
+    architecture: str
+    pre_tokenizer: str
+    converter: str
+    types: dict[str, int]
+    bits_per_weight: float
+    tokenized_otherwise: list[str]
+
+
+@dataclass(frozen=True)
 class QuantizationRecord:
     """How the weights of an exported format are quantized, and by what.
 
@@ -447,6 +464,7 @@ class QuantizationRecord:
     layers: int
     kept: list[str]
     calibration: CalibrationRecord | None = None
+    gguf: GgufRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -473,6 +491,8 @@ class ExportRecord:
     """None where nothing is quantized."""
     not_scored: str = ""
     """Why it was not scored, if it was not."""
+    not_made: str = ""
+    """Why it could not be made, if it was tried in vain: a run that has trained is not lost for that."""
 
 
 @dataclass(frozen=True)
@@ -500,6 +520,20 @@ class Uploaded:
     """Record of the exported files that are in the store already, for a later attempt to upload only the others."""
 
     artifacts: list[Artifact]
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """Record of a push of a complete run, written after it.
+
+    `target` is one of `job.push.push.TARGETS`, `place` where it went in that target's own spelling, and `id` what names
+    this version there for good: a commit, a digest. `files_sha256` is over the hashes and paths of the pushed files.
+    """
+
+    target: str
+    place: str
+    id: str
+    files_sha256: str
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ PRELOADED = (
 )
 QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR", "TRANSFORMERS_VERBOSITY": "error"}
 """What the job tells its libraries before it imports them, which here is before there is a job."""
-HUB = ("HF_ENDPOINT", "HF_HUB_OFFLINE")
+HUB = ("HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_XET")
 """Variables that the hub's libraries read when they are imported, and HF_HOME."""
 
 
@@ -48,8 +48,11 @@ def preload() -> None:
 
     torch.set_num_threads(1)  # a pool of threads does not survive a fork
     from job.evaluation import tasks
+    from job.export.llama_cpp_process import Refused, import_converter
     from job.report import templating
 
+    with suppress(Refused):  # where the extra `export` is not installed
+        import_converter()
     index = cache(tasks._index)  # a walk over 14,000 files
     tasks._index = lambda names: index(tuple(names))
     tasks._index(["arc_easy", "arc_easy"])  # as a run with its own questions asks for it

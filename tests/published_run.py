@@ -109,7 +109,8 @@ def publish_run(
         *(("pull", pulled), ("evaluate-base", base), ("train", trained), ("evaluate-adapter", adapter)),
         *([("export", exports)] if exported else []),
     ):
-        store.write(f"stages/{name}.json", stage_records.render(json.dumps(asdict(found)), run, attempts))
+        key = f"stages/{name}.json"
+        store.write(key, stage_records.render(key, json.dumps(asdict(found)), run, attempts))
     store.write("scores/0123/kept.jsonl", b"{}\n")
     tasks = compare_tasks(base.scores, adapter.scores)
     against, copies = baseline(store, adapter) if baseline else (None, [])

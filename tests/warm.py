@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TextIO
+from typing import IO, ClassVar, TextIO
 
 ROOT = Path(__file__).parents[1]
 ADDRESS = "QLORA_JOB_TESTS_FORK_SERVER"
@@ -176,11 +176,13 @@ def run(
 class TemplateProcess:
     """What `job.data.chat_template` starts, forked: the part of `subprocess.Popen` that it uses."""
 
+    source = "from job.data.template_process import main; main()"
+
     def __init__(self, _command: Sequence[str], *, stderr: IO[bytes], **_: object) -> None:
         question, ask = os.pipe()
         answer, say = os.pipe()
         place = {"input": question, "output": say, "errors": stderr.fileno()}
-        member = Member([], {}, source="from job.data.template_process import main; main()", **place)  # type: ignore[arg-type]
+        member = Member([], {}, source=self.source, **place)  # type: ignore[arg-type]
         self._processes = Processes([member])
         os.close(question)
         os.close(say)
@@ -203,6 +205,22 @@ class TemplateProcess:
         self.wait()
         self.stdout.close()
         self.stdin.close()
+
+
+class LlamaCppProcess(TemplateProcess):
+    """What `job.export.gguf` starts, forked."""
+
+    source = "from job.export.llama_cpp_process import main; main()"
+    last: ClassVar[LlamaCppProcess]
+
+    def __init__(self, _command: Sequence[str], *, stderr: IO[bytes], **_: object) -> None:
+        super().__init__(_command, stderr=stderr)
+        LlamaCppProcess.last = self
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._processes.pid
 
 
 @contextmanager

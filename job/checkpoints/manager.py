@@ -4,8 +4,8 @@
     checkpoints/step-00000040/COMMITTED.json   last: sizes and SHA-256 of the files, step, epoch, software
 
 No attempt writes a file where another one does, so a late request of an attempt that was replaced can damage nothing.
-Restoring walks back from the newest marker to the first checkpoint that is whole. Only a confirmed absence is absence:
-an error of the store passes through, because it must never mean "start from zero".
+Restoring goes back from the newest marker to the first checkpoint that is intact. Training starts from step 0 only if
+the store confirms that there is no checkpoint; an error of the store is raised.
 
 A marker also names its run, by a hash of the settings, data and weights: a checkpoint of another run is not used.
 

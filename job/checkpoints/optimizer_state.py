@@ -1,7 +1,7 @@
 """Splits an optimizer's state into named tensors and plain values, joins them again, and checks that they fit.
 
-A name is a tensor's place in `state_dict()["state"]`: `3/state1` is the tensor `state1` of parameter 3. Which tensors
-an optimizer has is said by the table `job/common/optimizers.py`.
+A name is a tensor's place in `state_dict()["state"]`: `3/state1` is the tensor `state1` of parameter 3. The table in
+`job/common/optimizers.py` lists the tensors of each optimizer.
 """
 
 from __future__ import annotations

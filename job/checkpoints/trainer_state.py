@@ -1,7 +1,7 @@
 """What a checkpoint holds: adapter, optimizer, scheduler and progress on local disk, without a single pickle.
 
-Tensors lie in safetensors and everything else in JSON, so that restoring one runs no code from the file. Floats survive
-both exactly, which is what makes a resumed run the same run.
+Tensors are kept in safetensors and everything else in JSON, so restoring a checkpoint runs no code from its files. Both
+formats keep floats exactly, so a resumed run computes the same numbers.
 """
 
 from __future__ import annotations

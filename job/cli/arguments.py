@@ -108,6 +108,35 @@ COMMANDS = {
         ),
         settings="reading",
     ),
+    "push": Command(
+        "verify a finished run, and push adapter, card and exported formats to the hub or a registry",
+        (
+            Argument("RESULTS", _RUN_HELP),
+            Argument("--hub", "repository, namespace/name (default: the run's own JOB_EXPORT__HUB)", metavar="REPO"),
+            Argument("--hub-revision", "branch of it (default: main)", metavar="BRANCH"),
+            Argument("--public", "make a new repository public, and accept one that is public"),
+            Argument(
+                "--oci", "image, registry/repository:tag (default: the run's own JOB_EXPORT__OCI)", metavar="IMAGE"
+            ),
+            Argument("--plain-http", "speak to its registry without TLS"),
+            Argument("--despite-gate", "push a run whose quality gate is not met"),
+            Argument("--dry-run", "print what would be pushed, and write nothing"),
+        ),
+        settings="reading",
+    ),
+    "serve-check": Command(
+        "ask a server of a finished run's model its own questions; exit code 4 if it answers otherwise",
+        (
+            Argument("RESULTS", _RUN_HELP),
+            Argument("--served", "adapter, or an exported format (default: what the gate judged)", metavar="FORMAT"),
+            Argument("--url", "a server that runs, http://host:port (default: one is started here)", metavar="URL"),
+            Argument("--server", "vllm, llama.cpp or transformers (default: as it is recognized)", metavar="KIND"),
+            Argument("--model", "its name of the model (default: the last that it lists)", metavar="NAME"),
+            Argument("--questions", "how many to ask (default: 50)", metavar="N"),
+            _format("table", "json"),
+        ),
+        settings="reading",
+    ),
     "selftest": Command(
         "kill and resume a run on this machine, and compare it bit by bit with an uninterrupted one", (), "none"
     ),
@@ -190,7 +219,7 @@ def command_help(name: str) -> str:
         else:
             own.add_argument(argument.name, help=text, action="store_true")
     if command.settings != "none":
-        from job.settings.load import add_options
+        from job.settings.help_options import add_options
 
         add_options(parser, reading=command.settings == "reading")
     return parser.format_help()

@@ -32,7 +32,7 @@ from job.settings.load import (
 def _usage() -> str:
     """The text of `qlora-job --help`: the commands, and what they have in common."""
     listed = "\n".join(
-        f"  {f'[{name}]' if name == 'run' else name:<10}{command.summary}"
+        f"  {f'[{name}]' if name == 'run' else name:<12}{command.summary}"
         for name, command in COMMANDS.items()
         if name != "train"
     )
@@ -246,6 +246,18 @@ def _compare(words: list[str]) -> int:
     return compare_command(words)
 
 
+def _push(words: list[str]) -> int:
+    from job.cli.push import push_command
+
+    return push_command(words)
+
+
+def _serve_check(words: list[str]) -> int:
+    from job.cli.serve_check import serve_check_command
+
+    return serve_check_command(words)
+
+
 _FUNCTIONS = {
     "run": _run,
     "train": _run,
@@ -254,6 +266,8 @@ _FUNCTIONS = {
     "verify": _verify,
     "compare": _compare,
     "report": _draw_report,
+    "push": _push,
+    "serve-check": _serve_check,
     "selftest": _selftest,
 }
 

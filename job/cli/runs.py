@@ -35,7 +35,7 @@ def verify_command(words: Sequence[str]) -> int:
         VerificationError: Something differs.
     """
     given = parse_arguments(words, COMMANDS["verify"].arguments)
-    storage, cache = _reading(given)
+    storage, cache = reading(given)
     if cache is not None:
         with disk_errors(f"cannot make the folder {cache}"):
             Path(cache).mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ def compare_command(words: Sequence[str]) -> int:
     """
     given = parse_arguments(words, COMMANDS["compare"].arguments)
     thresholds = _thresholds(given.options)
-    storage, _ = _reading(given)
+    storage, _ = reading(given)
     runs, errors = [], []
     for where in given.runs:
         try:
@@ -90,7 +90,7 @@ def _thresholds(options: Mapping[str, str]) -> dict[str, Any]:
         raise SettingsError([Problem(names[str(r["loc"][0])], explain(r)) for r in records]) from None
 
 
-def _reading(given: Arguments) -> tuple[StorageOptions, str | None]:
+def reading(given: Arguments) -> tuple[StorageOptions, str | None]:
     """Configures the log; returns how to reach stores, and the folder for downloads."""
     settings: Settings = load_reading(given.settings)
     log.configure(settings.log.format, settings.log.level, secrets())
@@ -118,7 +118,7 @@ def report_command(words: Sequence[str]) -> int:
     output = given.options.get("--output", OUTPUT)
     if Path(output).is_dir():
         raise SettingsError([Problem(f"--output {output}", f"is a folder; name a file, such as {output}/{OUTPUT}")])
-    storage, _ = _reading(given)
+    storage, _ = reading(given)
     run = read_published(open_run(given.runs[0], storage))
     with tempfile.TemporaryDirectory(prefix="qlora-job-") as folder:
         try:

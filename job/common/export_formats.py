@@ -35,9 +35,20 @@ class ExportFormat:
     calibrated: bool = False
 
 
+_FOUR_BIT = ("auto_round", "compressed_tensors")
+
 EXPORT_FORMATS: Mapping[str, ExportFormat] = {
     MERGED: ExportFormat("the whole model, with the adapter added to its weights"),
     "fp8": ExportFormat("8-bit floats, FP8_DYNAMIC of compressed-tensors", 8.1, ("compressed_tensors",)),
+    "w4a16": ExportFormat("4-bit integers, W4A16 of compressed-tensors", 4.2, _FOUR_BIT, calibrated=True),
+    "gptq": ExportFormat("4-bit integers in the layout of GPTQ", 4.3, _FOUR_BIT, calibrated=True),
+    "awq": ExportFormat("4-bit integers in the layout of AWQ", 4.3, _FOUR_BIT, calibrated=True),
+    "gguf": ExportFormat(
+        "one file for llama.cpp",
+        16.0,
+        ("auto_round", "gguf", "xllamacpp"),
+        ("f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q4_0"),
+    ),
 }
 """All but `merged` are made from the merged model."""
 

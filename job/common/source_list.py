@@ -5,7 +5,7 @@
     a.jsonl=2x,b.jsonl=0.5x,c.jsonl=1000rows    each row twice, every second row, the first 1,000 rows
     org/name@3f5c2a1=2x                         a revision of its own, for a hub id
 
-A path that exists is one source, whatever characters it has in it.
+A path that exists is one source, even with commas and equals signs in its name.
 """
 
 from __future__ import annotations

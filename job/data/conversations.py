@@ -8,9 +8,9 @@
 | messages[].train, ... | the same, under the names that other tools have for it (`LEARNED`) |
 | tools | the tools that may be called: a list of objects, or that list as JSON text |
 
-A field that the template ignores is not in the rendered text. If the template ignores tools, tool calls or the last
-answer's reasoning, that is an error, and so is a field that selects target tokens in an unknown way; other ignored
-fields are counted and reported. Rows of ShareGPT's form: `job.data.sharegpt`.
+A field that the template ignores is missing from the rendered text. For tools, tool calls and the last answer's
+reasoning that is an error; other ignored fields are counted and reported. A field that selects target tokens in a way
+that is not supported is an error, too. Rows of ShareGPT's form: `job.data.sharegpt`.
 
 The assistant's turns are found in one of two ways. Where JOB_TRAIN__LOSS_ON is `assistant`, and the template has
 `{% generation %}` marks or TRL has a training template with marks for it, the marks are used. Otherwise two renderings

@@ -21,11 +21,11 @@ from job.data.chat_template import uses_date
 from job.data.examples import Examples, ExampleWriter
 from job.data.field_names import rename_fields, schemas_with
 from job.data.files import find_files, fixed_part
-from job.data.formats import UNREADABLE, Row, RowError, Rows, read_rows
+from job.data.formats import UNREADABLE, Line, LineDecoder, Lines, Row, RowError, read_lines
 from job.data.hub_dataset import is_hub_id, open_dataset
 from job.data.notes import Notes
 from job.data.preferences import SIDES, EncodedAnswers, is_conversation, with_partners
-from job.data.row_encoder import Outcome, Reading
+from job.data.row_encoder import PLAIN, Bundle, Outcome, Reading
 from job.data.schemas import FIELDS, REQUIRED, Schema, detect_schema, fits, nearest_field
 from job.data.tokenization import Encoded, LossOn, OnLongRow
 from job.data.workers import open_encoding
@@ -38,6 +38,7 @@ OnBadRow = Literal["error", "skip"]
 _ALIVE_SECONDS = 0.5
 _DIGEST = b"examples 1\0"
 _SKIPPING = "correct the rows, or set JOB_DATA__ON_BAD_ROW=skip to leave out and count those that are invalid"
+_ONE = "all sources have one schema: write one of them in the other's, or set JOB_DATA__FORMAT if it is misread"
 _LONG = "raise JOB_TRAIN__MAX_LENGTH, or say by JOB_DATA__ON_LONG_ROW what becomes of long rows"
 
 REVISION_SETTINGS = {
@@ -130,15 +131,20 @@ def load_examples(
     parts = _one_part(source, name)
     name = name or ", ".join(part.name for part in parts)
 
-    def read(part: Source) -> tuple[str | None, bool, Rows]:
+    def read(part: Source) -> tuple[str | None, bool, Lines]:
         commit, chosen, rows = _open(part.place, part.revision or revision, split, part.name, note=note, alive=alive)
-        return commit, chosen, rename_fields(_watched(rows, alive), field_names or {})
+        return commit, chosen, _watched(rows, alive)
+
+    decode = LineDecoder()
+
+    def seen(row: Row | RowError | Line) -> Row | RowError:
+        return rename_fields(decode(row), field_names or {})
 
     findings = _Findings(on_bad_row, skip_long=on_long_row == "skip")
     commit, chosen, rows = read(parts[0])
     among = schemas_with(field_names or {}, METHODS[method].schemas, FIELDS)
-    schema, rows = _settle_schema(rows, schema, findings, name, method=method, among=among)
-    first, rows = _peek(rows)
+    schema, rows = _settle_schema(rows, seen, schema, findings, name, method=method, among=among)
+    first, rows = _peek(rows, seen)
     conversations = schema in SIDES and first is not None and is_conversation(first.fields, schema)
     templated = schema == "messages" or conversations
     _check_tokenizer(tokenizer, name, templated=templated)
@@ -171,19 +177,26 @@ def load_examples(
         for part in parts:
             if part is not parts[0]:
                 commit, chosen, rows = read(part)
+                begin, rows = _peek(rows, seen)
+                if (other := _other_schema(begin, schema, METHODS[method].schemas)) is not None:
+                    what = f"has rows of the schema {other}, and {parts[0].name} of {schema}; {_ONE}"
+                    findings.add_problem(part.name, what)
+                    continue
             own = None if single else sha256(_DIGEST)
             before = found.rows
             for turn in range(ceil(part.times)):
-                outcomes = encode(read(part)[2] if turn else rows, part.rows or limit)
-                _take_share(outcomes, part.times - turn, found, own, None if turn else findings)
+                share = min(part.times - turn, Fraction(1))
+                most, lines = part.rows or limit, read(part)[2] if turn else rows
+                together = share == 1 and most is None and on_example is None
+                outcomes = encode(lines, most, together=together)
+                _take_share(outcomes, share, found, own, None if turn else findings)
             records += _records(part, commit, found.rows - before, own, findings)
         findings.raise_problems()
         if not found.rows:
             raise findings.nothing_left(name)
         if templated:
             _check_ends(note, found.ends, tokenizer, name)
-        found.note_control_tokens(note, name)
-        _note_unused(note, found.unused, name, schema)
+        _note_findings(note, found, name, schema, limit)
     examples = found.writer.examples()
     if schema == "unpaired_preference" and pair:
         examples = paired(examples, [range(len(examples))], seed, max_length, file)
@@ -230,8 +243,30 @@ def _note_date(note: Notes, tokenizer: Any, date: str | None, *, templated: bool
 
 
 def _note_unused(note: Notes, unused: Counter[str], name: str, schema: Schema) -> None:
+    if "weight" in unused:
+        what = "rows have weights that are not used; set JOB_DATA__ROW_WEIGHTS=true, or remove them"
+        note("warning", what, source=name, rows=unused["weight"])
     if unused:
         note("info", "fields that are not used", source=name, schema=schema, rows=dict(sorted(unused.items())))
+
+
+def _note_findings(note: Notes, found: _Found, name: str, schema: Schema, limit: int | None) -> None:
+    """Notes what is more than one would expect, as control tokens and unused fields, or less: rows, kinds of labels."""
+    found.note_control_tokens(note, name)
+    _note_unused(note, found.unused, name, schema)
+    if limit is not None and found.rows < limit:
+        note("warning", "there are fewer rows than JOB_DATA__LIMIT", source=name, rows=found.rows, limit=limit)
+    if len(found.labels) == 1 and None not in found.labels:
+        label = next(iter(found.labels))
+        note("warning", "all answers have the same label, so there is nothing to tell apart", source=name, label=label)
+
+
+def _other_schema(row: Row | None, schema: Schema, among: Collection[str]) -> Schema | None:
+    """The schema that the first row of a further source has where it is not that of the first source."""
+    if row is None or fits(row.fields, schema):
+        return None
+    found = detect_schema(row.fields, among)
+    return found if found not in {None, schema} and found is not None and fits(row.fields, found) else None
 
 
 def _one_part(source: str | Sequence[Source], name: str | None) -> Sequence[Source]:
@@ -247,6 +282,7 @@ class _Found:
         self.digest = sha256(_DIGEST)
         self.ends: Counter[int | None] = Counter()
         self.unused: Counter[str] = Counter()
+        self.labels: Counter[bool | None] = Counter()
         self.long_rows: Counter[str] = Counter()
         self._control: Counter[str] = Counter()
         self._control_rows = 0
@@ -259,12 +295,9 @@ class _Found:
 
     def add(self, item: Encoded | EncodedAnswers, canonical: bytes) -> None:
         """Adds an example; `canonical` is what it says of itself."""
-        if isinstance(item, Encoded):
-            self.writer.add(item.ids, item.targets, weight=item.weight)
-        else:
-            second_at = len(item.sides[0].targets) if len(item.sides) > 1 else None
-            ids, targets = (b"".join(parts) for parts in zip(*((s.ids, s.targets) for s in item.sides), strict=True))
-            self.writer.add(ids, targets, second_at, item.desirable)
+        ids, targets, more = item.parts()
+        self.writer.add(ids, targets, *more)
+        self.labels[more[1]] += 1
         self.digest.update(canonical)
         self.ends[item.end] += 1
         if item.unused:
@@ -273,6 +306,20 @@ class _Found:
             self.long_rows.update(dict(item.long))
         if self._on_example is not None:
             self._on_example(item)
+
+    def add_all(self, found: Bundle) -> None:
+        """Adds the examples of many rows, and counts what they count; not for `on_example`."""
+        count = len(found.lengths) // 4
+        more = found.more or [PLAIN] * count
+        self.writer.add_all(found.ids, found.targets, found.lengths, more)
+        self.labels.update(one[1] for one in more)
+        self.digest.update(found.canonical)
+        self.ends.update(dict(found.ends))
+        self.unused.update(dict(found.unused))
+        self.long_rows.update(dict(found.long))
+        self._control.update(dict(found.control))
+        self._control_rows += found.control_rows
+        self._first_control = self._first_control or found.first_control
 
     def count_control_tokens(self, outcome: Outcome) -> None:
         """Counts the special tokens that stand as text in a row: the tokenizer makes the tokens of them."""
@@ -295,19 +342,27 @@ class _Found:
 
 
 def _take_share(
-    outcomes: Iterator[Outcome], share: Fraction, found: _Found, own: Any | None, findings: _Findings | None
+    outcomes: Iterator[Outcome | Bundle], share: Fraction, found: _Found, own: Any | None, findings: _Findings | None
 ) -> None:
-    """Adds a share of the examples to those found, evenly spaced, so that their number is exact; all from 1 on.
+    """Adds a share of the examples to those found, evenly spaced, so that their number is exact.
 
     Args:
         outcomes: What the rows of a source give.
-        share: How many of the examples.
+        share: How many of the examples, up to 1; bundles are for 1 alone.
         found: Where they are added.
         own: The digest of the source; None for none.
         findings: Where faults are added; None where they have been added before.
     """
-    good, share = 0, min(share, Fraction(1))
+    good = 0
     for outcome in outcomes:
+        if isinstance(outcome, Bundle):
+            if findings is not None:
+                for faults in outcome.faults:
+                    findings.add(list(faults))
+            found.add_all(outcome)
+            if own is not None:
+                own.update(outcome.canonical)
+            continue
         found.count_control_tokens(outcome)
         if outcome.faults and findings is not None:
             findings.add(list(outcome.faults))
@@ -404,7 +459,7 @@ class _Findings:
         return DataError([Problem(name, f"has no good row (skipped: {skipped})" if skipped else "has no rows")])
 
 
-def _watched(rows: Rows, alive: Callable[[], None]) -> Rows:
+def _watched(rows: Lines, alive: Callable[[], None]) -> Lines:
     """The rows; `alive` is called about twice a second, between two of them."""
     due = time.monotonic() + _ALIVE_SECONDS
     for row in rows:
@@ -438,7 +493,7 @@ def _check_ends(note: Notes, ends: Counter[int | None], tokenizer: Any, name: st
 
 def _open(
     source: str, revision: str | None, split: str, name: str, *, note: Notes, alive: Callable[..., None]
-) -> tuple[str | None, bool, Rows]:
+) -> tuple[str | None, bool, Lines]:
     """The commit (None for files), whether the split chose the files, and the rows of a source."""
     if is_hub_id(source):
         commit, rows = open_dataset(source, require_revision(revision), split, name, alive)
@@ -449,12 +504,12 @@ def _open(
     if shown and not shown.endswith("/"):
         shown += "/"
     names = [name if file == Path(source) else f"{shown}{file.relative_to(base).as_posix()}" for file in files]
-    parts: Iterator[Rows] = map(read_rows, files, names)
+    parts: Iterator[Lines] = map(read_lines, files, names)
     alone = len(files) == 1
     return None, chosen, chain.from_iterable(parts if alone else map(_with_warning, parts, names, repeat(note)))
 
 
-def _with_warning(rows: Rows, name: str, note: Notes) -> Rows:
+def _with_warning(rows: Lines, name: str, note: Notes) -> Lines:
     """The rows of one of several files; that it has none is told, since the copy of a file may have failed."""
     empty = True
     for row in rows:
@@ -465,22 +520,27 @@ def _with_warning(rows: Rows, name: str, note: Notes) -> Rows:
 
 
 def _settle_schema(
-    rows: Rows,
+    rows: Lines,
+    seen: Callable[[Row | RowError | Line], Row | RowError],
     schema: Schema | None,
     findings: _Findings,
     name: str,
     *,
     method: MethodName,
     among: Collection[str],
-) -> tuple[Schema, Rows]:
-    """The schema, by name or by the first row that is an object; and the rows, that one included."""
+) -> tuple[Schema, Lines]:
+    """The schema, by name or by the first row that is an object; and the rows, that one included.
+
+    `seen` gives the row of what is read, with the schemas' names of fields.
+    """
     if schema is not None:
         return schema, rows
-    for row in rows:
+    for line in rows:
+        row = seen(line)
         if isinstance(row, RowError):
             findings.add([row])
         elif (found := detect_schema(row.fields, among)) and (fits(row.fields, found) or not _others(row, method)):
-            return found, chain([row], rows)
+            return found, chain([line], rows)
         else:
             raise DataError([Problem(row.where, _why_no_schema(row, among, method))])
     findings.raise_problems()
@@ -508,14 +568,14 @@ def _why_no_schema(row: Row, among: Collection[str], method: MethodName) -> str:
     return f"fits no schema. It has the fields {fields}; known are {known}{meant}; JOB_DATA__FIELDS renames fields"
 
 
-def _peek(rows: Rows) -> tuple[Row | None, Rows]:
-    """The first row that is an object, if there is one; and all rows."""
-    seen: list[Row | RowError] = []
-    for row in rows:
-        seen.append(row)
-        if isinstance(row, Row):
-            return row, chain(seen, rows)
-    return None, iter(seen)
+def _peek(rows: Lines, seen: Callable[[Row | RowError | Line], Row | RowError]) -> tuple[Row | None, Lines]:
+    """The first row that is an object, if there is one; and all rows. `seen` as for `_settle_schema`."""
+    before: list[Row | RowError | Line] = []
+    for line in rows:
+        before.append(line)
+        if isinstance(row := seen(line), Row):
+            return row, chain(before, rows)
+    return None, iter(before)
 
 
 def _check_tokenizer(tokenizer: Any, name: str, *, templated: bool) -> None:

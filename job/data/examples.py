@@ -64,6 +64,7 @@ class ExampleWriter:
             self._file = pa.ipc.new_file(self._sink, _schema())
         self._ids: list[bytes] = []
         self._targets: list[bytes] = []
+        self._counts: list[Integers] = []
         self._rest: list[tuple[int | None, bool | None, float]] = []
         self._waiting = 0
         self.lengths, self.target_counts = array("i"), array("i")
@@ -86,11 +87,50 @@ class ExampleWriter:
         weight: float = 1.0,
     ) -> None:
         """Adds an example: its tokens as int32, little-endian, and a byte 0 or 1 for each of them."""
-        self._ids.append(ids)
-        self._targets.append(targets)
-        self._rest.append((second_at, desirable, weight))
+        import numpy as np
+
         self.lengths.append(len(targets))
         self.target_counts.append(targets.count(1))
+        self._take(ids, targets, np.array([len(targets)]), [(second_at, desirable, weight)])
+
+    def add_all(
+        self, ids: bytes, targets: bytes, lengths: bytes, rest: Sequence[tuple[int | None, bool | None, float]]
+    ) -> None:
+        """Adds examples that lie one behind the other, as `add` would one by one: the file has the same bytes.
+
+        Args:
+            ids: Tokens of all of them.
+            targets: Targets of all of them.
+            lengths: Tokens of each, int32, little-endian.
+            rest: Second sequence, label and weight of each.
+        """
+        import numpy as np
+
+        counts = np.frombuffer(lengths, "<i4").astype(np.int64)
+        ends = np.cumsum(counts)
+        sums = np.concatenate([[0], np.cumsum(np.frombuffer(targets, np.uint8), dtype=np.int64)])
+        self.lengths.extend(counts.tolist())
+        self.target_counts.extend((sums[ends] - sums[ends - counts]).tolist())
+        at = 0
+        while at < len(counts):
+            begin = int(ends[at] - counts[at])
+            # Up to the example that fills the batch, which is written with it.
+            stop = min(len(counts), int(ends.searchsorted(begin + _BATCH_TOKENS - self._waiting)) + 1)
+            end = int(ends[stop - 1])
+            self._take(ids[4 * begin : 4 * end], targets[begin:end], counts[at:stop], rest[at:stop])
+            at = stop
+
+    def _take(
+        self,
+        ids: bytes,
+        targets: bytes,
+        counts: Integers,
+        rest: Sequence[tuple[int | None, bool | None, float]],
+    ) -> None:
+        self._ids.append(ids)
+        self._targets.append(targets)
+        self._counts.append(counts)
+        self._rest.extend(rest)
         self._waiting += len(targets)
         if self._waiting >= _BATCH_TOKENS:
             with disk_errors(f"cannot write {self._path}"):
@@ -102,7 +142,7 @@ class ExampleWriter:
 
         if not self._rest:
             return
-        ends = np.cumsum([0, *map(len, self._targets)], dtype=np.int32)
+        ends = np.concatenate([[0], np.cumsum(np.concatenate(self._counts))]).astype(np.int32)
         columns = []
         for kind, parts in ((pa.int32(), self._ids), (pa.uint8(), self._targets)):
             values = pa.Array.from_buffers(kind, int(ends[-1]), [None, pa.py_buffer(b"".join(parts))])
@@ -110,7 +150,7 @@ class ExampleWriter:
         second, desirable, weight = zip(*self._rest, strict=True)
         columns += [pa.array(second, pa.int32()), pa.array(desirable, pa.bool_()), pa.array(weight, pa.float64())]
         self._file.write_batch(pa.record_batch(columns, schema=_schema()))
-        self._ids, self._targets, self._rest, self._waiting = [], [], [], 0
+        self._ids, self._targets, self._counts, self._rest, self._waiting = [], [], [], [], 0
 
     def examples(self) -> Examples:
         """What was written, after the context has ended."""

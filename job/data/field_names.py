@@ -1,7 +1,7 @@
-"""The rows' own names of fields (JOB_DATA__FIELDS), brought to the names that the schemas have.
+"""Renames the fields of rows (JOB_DATA__FIELDS) to the names that the schemas have.
 
 `prompt=question,completion=answers.0.text`: what the row has under `question` is its `prompt`. Dots separate the
-keys of nested objects and the places in lists, from 0; a field whose own name has the dots in it comes first.
+keys of nested objects and the places in lists, from 0; a field whose own name contains the dots takes precedence.
 """
 
 from __future__ import annotations
@@ -10,17 +10,15 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from job.data.formats import Row, RowError, Rows
+from job.data.formats import Row, RowError
 
 _MISSING = object()
 
 
-def rename_fields(rows: Rows, names: Mapping[str, str]) -> Rows:
-    """The rows with the fields under the schemas' names; what a row lacks is missing under either name."""
-    return (_renamed(row, names) if isinstance(row, Row) else row for row in rows) if names else rows
-
-
-def _renamed(row: Row, names: Mapping[str, str]) -> Row:
+def rename_fields(row: Row | RowError, names: Mapping[str, str]) -> Row | RowError:
+    """The row with the fields under the schemas' names; what it lacks is missing under either name."""
+    if not names or isinstance(row, RowError):
+        return row
     found = {field: _look_up(row.fields, path) for field, path in names.items()}
     others = {field: value for field, value in row.fields.items() if field not in {*names, *names.values()}}
     return Row(row.where, {**others, **{field: value for field, value in found.items() if value is not _MISSING}})

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from job.common.formatting import count
 from job.data.formats import MAX_ROW_BYTES, SUFFIXES, reader_of
 from job.errors import DataError, Problem
 
@@ -120,12 +122,19 @@ def _numbered(folder: Path) -> list[Path]:
     numbers = [int(part[2]) for part in found]
     if numbers not in (list(range(len(files))), list(range(1, len(files) + 1))):
         return []
-    name, _, suffix = found[0].groups()
-    like = re.compile(rf"{re.escape(name)}\d+{re.escape(suffix)}(\..*)?", re.DOTALL)
-    if more := [file for file in inside if file not in files and like.fullmatch(file.name)]:
-        what = f"is beside {len(files)} shards of its name and cannot be read as one of them; complete or remove it"
-        raise DataError([Problem(str(file), what) for file in more])
+    _check_all_read(files, inside)
     return files
+
+
+def _check_all_read(files: Sequence[Path], inside: Sequence[Path]) -> None:
+    """Refuses a folder in which a data file, or a shard of the name of those found, is there but cannot be read."""
+    name, _, suffix = match.groups() if (match := _NUMBERED.fullmatch(files[0].name)) else ("", "", "")
+    like = re.compile(rf"{re.escape(name)}\d+{re.escape(suffix)}(\..*)?", re.DOTALL)
+    if more := [file for file in inside if match and file not in files and like.fullmatch(file.name)]:
+        what = f"is beside {count(len(files), 'shard')} of its name and cannot be read as one; complete or remove it"
+        raise DataError([Problem(str(file), what) for file in more])
+    if odd := [file for file in inside if reader_of(file) and not file.is_file() and not file.is_dir()]:
+        raise DataError([Problem(str(file), "is a pipe or a link to nothing; complete or remove it") for file in odd])
 
 
 def _saved_split(folder: Path, source: str, split: str) -> Path:
@@ -199,6 +208,7 @@ def _only_file(folder: Path, source: str) -> Path:
     inside = sorted(folder.iterdir())
     files = [file for file in inside if reader_of(file) and file.is_file() and file.name[0] != "."]
     if len(files) == 1:
+        _check_all_read(files, [file for file in inside if file.name[0] != "."])
         return files[0]
     if files:
         names = ", ".join(file.name for file in files[:_SHOWN_FILES]) + ", ..." * (len(files) > _SHOWN_FILES)

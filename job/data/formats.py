@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, NamedTuple, Self
 
 UNREADABLE = "unreadable"
 
@@ -72,7 +72,15 @@ class RowError:
     what: str
 
 
+class Line(NamedTuple):
+    """A line of JSONL that is not decoded yet: processes that encode rows decode them, too."""
+
+    where: str
+    data: bytes
+
+
 Rows = Iterator[Row | RowError]
+Lines = Iterator[Row | RowError | Line]
 
 
 def read_rows(path: Path, name: str) -> Rows:
@@ -84,6 +92,12 @@ def read_rows(path: Path, name: str) -> Rows:
         path: A file that `files.find_file` found.
         name: What to call the file in messages.
     """
+    decode = LineDecoder()
+    return (decode(row) for row in read_lines(path, name))
+
+
+def read_lines(path: Path, name: str) -> Lines:
+    """`read_rows` with the lines of JSONL as they are, to be decoded by a `LineDecoder`."""
     reader = reader_of(path)
     if reader is None:
         raise ValueError(f"not a data file: {path}")
@@ -105,7 +119,7 @@ class _TooLargeError(Exception):
     """A file decompresses to more than the limit."""
 
 
-def reader_of(path: Path) -> Callable[[Path, str], Rows] | None:
+def reader_of(path: Path) -> Callable[[Path, str], Lines] | None:
     """What reads a file, by its name; None if nothing does."""
     return next((reader for suffix, reader in _READERS.items() if path.name.lower().endswith(suffix)), None)
 
@@ -194,8 +208,7 @@ def _open(path: Path) -> BinaryIO | gzip.GzipFile | io.BufferedReader:
     return gzip.open(path) if name.endswith(".gz") else path.open("rb")
 
 
-def _read_jsonl(path: Path, name: str) -> Rows:
-    decoder = _Decoder()
+def _read_jsonl(path: Path, name: str) -> Lines:
     with _Decompressed(path) as lines:
         number = 0
         while line := lines.readline(MAX_ROW_BYTES + 1):
@@ -209,17 +222,26 @@ def _read_jsonl(path: Path, name: str) -> Rows:
             # Only here: a byte order mark is legal at the start of a file and nowhere else.
             content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             if content.strip():
-                yield _parse_line(content, where, decoder)
+                yield Line(where, content)
 
 
-def _parse_line(line: bytes, where: str, decoder: _Decoder) -> Row | RowError:
-    text = line.decode("utf-8", "surrogateescape")
-    try:
-        return _as_row(decoder.decode(text), where, decoder)
-    except (ValueError, RecursionError) as error:
-        if not is_valid_text(text):
-            return RowError("broken_utf8", where, "is neither UTF-8 nor JSON; save the file as UTF-8")
-        return RowError("invalid_json", where, f"is not valid JSON: {_reason(error)}")
+class LineDecoder:
+    """Makes rows of lines; what is a row already stays as it is."""
+
+    def __init__(self) -> None:
+        self._decoder = _Decoder()
+
+    def __call__(self, row: Row | RowError | Line) -> Row | RowError:
+        """The row, or why the line is none."""
+        if not isinstance(row, Line):
+            return row
+        text = row.data.decode("utf-8", "surrogateescape")
+        try:
+            return _as_row(self._decoder.decode(text), row.where, self._decoder)
+        except (ValueError, RecursionError) as error:
+            if not is_valid_text(text):
+                return RowError("broken_utf8", row.where, "is neither UTF-8 nor JSON; save the file as UTF-8")
+            return RowError("invalid_json", row.where, f"is not valid JSON: {_reason(error)}")
 
 
 def _read_json(path: Path, name: str) -> Rows:
@@ -491,7 +513,7 @@ def _reason(error: Exception) -> str:
     return "nested too deep" if isinstance(error, RecursionError) else str(error)
 
 
-_READERS: dict[str, Callable[[Path, str], Rows]] = {
+_READERS: dict[str, Callable[[Path, str], Lines]] = {
     ".jsonl": _read_jsonl,
     ".jsonl.gz": _read_jsonl,
     ".jsonl.zst": _read_jsonl,

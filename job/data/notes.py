@@ -1,4 +1,4 @@
-"""What there is to say about rows: logged when they are read, and again when their tokens are read later."""
+"""Messages about rows: logged when the rows are read, and again when their cached tokens are read instead."""
 
 from __future__ import annotations
 

@@ -6,8 +6,9 @@
 | unpaired_preference | prompt, completion, label | one, and whether it is a good one |
 
 All fields but the label are texts, or all are lists of messages, which the chat template renders; the whole data set is
-of one kind. Without a `prompt`, it is how `chosen` and `rejected` both begin: their common beginning in texts, their
-common first messages in conversations. A `prompt` as text beside conversations is the first of their messages.
+of one kind. Without a `prompt`, the common beginning of `chosen` and `rejected` is the prompt: of texts their common
+beginning, of conversations their common first messages. If the answers are conversations and `prompt` is text, it
+becomes their first message.
 
 The target tokens of an answer are all tokens after the prompt, as in TRL's trainers.
 """
@@ -78,6 +79,12 @@ class EncodedAnswers:
     def end(self) -> int | None:
         """The special token that the first answer ends with."""
         return self.sides[0].end
+
+    def parts(self) -> tuple[bytes, bytes, tuple[int | None, bool | None, float]]:
+        """As of `Encoded`, with the second answer behind the first."""
+        second_at = len(self.sides[0].targets) if len(self.sides) > 1 else None
+        ids, targets = (b"".join(parts) for parts in zip(*((s.ids, s.targets) for s in self.sides), strict=True))
+        return ids, targets, (second_at, self.desirable, 1.0)
 
     def canonical(self) -> bytes:
         """Texts, tokens, targets and label; other rows never give the same bytes."""

@@ -1,18 +1,20 @@
-"""From rows to tokens: each row is checked, rendered and tokenized, whatever rows stand beside it.
+"""From rows to tokens: each row is checked, rendered and tokenized independently of the other rows.
 
-So rows can be taken in any chunks, by any number of processes (`job.data.workers`), and give the same.
+So the result is the same in chunks of any size and with any number of processes (`job.data.workers`).
 """
 
 from __future__ import annotations
 
+import struct
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from job.data.chat_template import Template
-from job.data.field_names import in_own_names
+from job.data.field_names import in_own_names, rename_fields
 from job.data.fields import Rendered, weight_of
-from job.data.formats import Row, RowError
+from job.data.formats import Line, LineDecoder, Row, RowError
 from job.data.preferences import SIDES, Answers, EncodedAnswers, encode_answers, is_conversation
 from job.data.schemas import Schema, check_row, own_texts, render, texts_of, with_near_names
 from job.data.sharegpt import as_messages, in_conversations, is_sharegpt
@@ -49,6 +51,64 @@ class Outcome:
     control: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Bundle:
+    """All that rows give, put together: what one process hands to another, which then has no work for each row.
+
+    Attributes:
+        canonical: What the examples say of themselves, one behind the other.
+        ids, targets: Their tokens and targets, one behind the other.
+        lengths: Tokens of each example, int32, little-endian.
+        more: For each example second_at, desirable and weight; None where they are those of plain examples.
+        ends, unused, long, control: Counts, in the order in which they were first met.
+        control_rows: Rows with control tokens in their text.
+        first_control: Where the first of them stands.
+        faults: Of each row that has any.
+    """
+
+    canonical: bytes
+    ids: bytes
+    targets: bytes
+    lengths: bytes
+    more: list[tuple[int | None, bool | None, float]] | None
+    ends: Sequence[tuple[int | None, int]]
+    unused: Sequence[tuple[str, int]]
+    long: Sequence[tuple[str, int]]
+    control: Sequence[tuple[str, int]]
+    control_rows: int
+    first_control: str
+    faults: tuple[tuple[RowError, ...], ...]
+
+
+PLAIN = (None, None, 1.0)
+"""`Bundle.more` of a plain example."""
+
+
+def bundle(outcomes: Sequence[Outcome]) -> Bundle:
+    """The outcomes of some rows, put together."""
+    examples = [example for outcome in outcomes for example in outcome.examples]
+    parts = [example.parts() for example in examples]
+    more = [part[2] for part in parts]
+    controls = [outcome for outcome in outcomes if outcome.control]
+    long: Counter[str] = Counter()
+    for example in examples:
+        long.update(dict(example.long))
+    return Bundle(
+        canonical=b"".join(example.canonical() for example in examples),
+        ids=b"".join(part[0] for part in parts),
+        targets=b"".join(part[1] for part in parts),
+        lengths=struct.pack(f"<{len(parts)}i", *(len(part[1]) for part in parts)),
+        more=None if all(one == PLAIN for one in more) else more,
+        ends=tuple(Counter(example.end for example in examples).items()),
+        unused=tuple(Counter(name for example in examples for name in example.unused).items()),
+        long=tuple(long.items()),
+        control=tuple(Counter(word for outcome in controls for word in outcome.control).items()),
+        control_rows=len(controls),
+        first_control=controls[0].where if controls else "",
+        faults=tuple(outcome.faults for outcome in outcomes if outcome.faults),
+    )
+
+
 class RowEncoder:
     """Encodes rows.
 
@@ -61,14 +121,16 @@ class RowEncoder:
     def __init__(self, reading: Reading, tokenizer: TextTokenizer, template: Template | None) -> None:
         self._reading, self._tokenizer, self._template = reading, tokenizer, template
         self._pattern = pattern_of(tokenizer.control)
+        self._decode = LineDecoder()
 
-    def __call__(self, rows: Sequence[Row | RowError]) -> list[Outcome]:
+    def __call__(self, given_rows: Sequence[Row | RowError | Line]) -> list[Outcome]:
         """What each row gives.
 
         Raises:
             DataError: The chat template is broken, or exceeds its time or memory limit.
         """
         how, controls = self._reading, dict[int, tuple[str, ...]]()
+        rows = [rename_fields(self._decode(row), how.field_names) for row in given_rows]
         rendered: list[Any] = []
         for index, row in enumerate(rows):
             found, given = self._weighed(row)

@@ -1,8 +1,8 @@
 """The part of a tokenizer that reading rows needs: many texts at once, in this process or in another one.
 
-transformers' own call makes lists of every encoding that nobody reads, and needs transformers, which takes seconds to
-import. Its fast tokenizers are a thin layer over a tokenizer of the `tokenizers` library, which is called directly
-here; a class that puts more in between is called as it is, in this process alone.
+transformers' own call builds lists of all encodings, which are not needed here, and importing transformers takes
+seconds. Its fast tokenizers are a thin layer over a tokenizer of the `tokenizers` library, which is called directly
+here. A tokenizer class that does more than that is called itself, in this process only.
 """
 
 from __future__ import annotations

@@ -55,6 +55,10 @@ class Encoded:
         ids = struct.unpack(f"<{len(self.targets)}i", self.ids)
         return Example(ids, tuple(map(bool, self.targets)), weight=self.weight)
 
+    def parts(self) -> tuple[bytes, bytes, tuple[int | None, bool | None, float]]:
+        """Tokens, targets, and the rest that a file holds of it: where a second sequence begins, label and weight."""
+        return self.ids, self.targets, (None, None, self.weight)
+
     def canonical(self) -> bytes:
         """Text, tokens, targets and weight, with the lengths in front: other examples never give the same bytes."""
         text = self.text.encode()
@@ -98,7 +102,7 @@ def encode(
         ids, targets = _ids_and_targets(row, encoding, bos, eos, loss_on)
         pieces, long = _pieces(ids, targets, max_length, on_long_row)
         fault = (
-            _check(row, *pieces[0], max_length)
+            _check(row, *pieces[0], max_length, cut=bool(long))
             or _check_ids(row, ids, vocabulary, tokenizer)
             or _check_turns(row, encoding, tokenizer.special)
         )
@@ -207,12 +211,13 @@ def _inside(row: Rendered, offsets: Sequence[tuple[int, int]], *, everything: bo
     return bytearray(targets.tobytes())
 
 
-def _check(row: Rendered, ids: list[int], targets: bytes, max_length: int) -> RowError | None:
+def _check(row: Rendered, ids: list[int], targets: bytes, max_length: int, *, cut: bool) -> RowError | None:
     if len(ids) > max_length:
         what = f"makes the row {len(ids)} tokens long, {max_length} are allowed (JOB_TRAIN__MAX_LENGTH)"
         return RowError("too_long", row.where, what)
     if 1 not in targets:
-        return RowError("empty_target", row.where, "gives no token to learn")
+        why = f": the {max_length} tokens that it is cut to (JOB_TRAIN__MAX_LENGTH) hold no token of the completion"
+        return RowError("empty_target", row.where, "gives no token to learn" + why * cut)
     return None
 
 

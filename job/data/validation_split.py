@@ -1,4 +1,4 @@
-"""Which rows are held out for validation: near-duplicate rows fall on one side, and a row always falls alike.
+"""Which rows are held out for validation: near-duplicates are never split, and equal data gives an equal choice.
 
 1. Every row gets the SHA-256 of its words, and a MinHash signature (datasketch) of its shingles: runs of three words.
    Letter case, punctuation and white space do not count, nor does the system prompt, which many rows share. Of rows of
@@ -10,8 +10,8 @@
 3. A group's place in [0, 1) is a hash of the smallest SHA-256 in it. With a share, the groups below it are held out;
    with a number of rows, the groups in the order of their places, as long as they fit.
 
-So the order of the rows does not matter, nor the run's seed, and with a share a row without near-duplicates falls alike
-whatever other rows there are. A group that is larger than all that is to be held out stays in training.
+So neither the order of the rows nor the run's seed matters. With a share, whether a row without near-duplicates is held
+out does not depend on the other rows. A group that is larger than all that is to be held out stays in training.
 """
 
 from __future__ import annotations

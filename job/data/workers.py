@@ -5,7 +5,7 @@ are new Python processes that import neither torch nor transformers: no fork, so
 they start in a fraction of a second. Nothing is pickled: a message is JSON, and bytes behind it.
 
 A small data set is encoded in this process alone, and so are rows that have no JSON form (dates, as Parquet has them),
-and all rows where the tokenizer cannot be taken along.
+and all rows if the tokenizer cannot be sent to another process.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from queue import SimpleQueue
 from tempfile import TemporaryFile
@@ -30,9 +30,9 @@ from typing import IO, Any, BinaryIO, Self
 from job import log
 from job.common.resources import available_bytes
 from job.data.chat_template import Program, make_program, run_program, run_template
-from job.data.formats import Row, RowError, Rows
+from job.data.formats import Line, LineDecoder, Lines, Row, RowError
 from job.data.preferences import EncodedAnswers
-from job.data.row_encoder import Outcome, Reading, RowEncoder
+from job.data.row_encoder import Bundle, Outcome, Reading, RowEncoder, bundle
 from job.data.text_tokenizer import TextTokenizer, from_portable, text_tokenizer
 from job.data.tokenization import Encoded
 from job.errors import DataError, JobError, Killed, Problem
@@ -111,15 +111,20 @@ class Encoding:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def __call__(self, rows: Rows, limit: int | None) -> Iterator[Outcome]:
+    def __call__(self, rows: Lines, limit: int | None, *, together: bool = False) -> Iterator[Outcome | Bundle]:
         """What each row gives, in order, up to the row that makes the last of `limit` examples.
+
+        Args:
+            rows: The rows.
+            limit: The number of examples; None for all.
+            together: Whether rows that other processes encode may come in bundles; not with a limit.
 
         Raises:
             DataError: The chat template is broken, or exceeds its time or memory limit.
             Killed: A worker was killed.
             JobError: A worker failed.
         """
-        pending: deque[tuple[int, Future[list[Outcome]]]] = deque()
+        pending: deque[tuple[int, Future[list[Outcome] | Bundle]]] = deque()
         found, at_end = 0, False
         while True:
             while not at_end and len(pending) < self._depth:
@@ -131,10 +136,14 @@ class Encoding:
                 chunk = _take(rows, most)
                 at_end = not chunk
                 if chunk:
-                    pending.append((len(chunk), self._submit(chunk)))
+                    pending.append((len(chunk), self._submit(chunk, together=together)))
             if not pending:
                 return
-            for outcome in self._result(pending.popleft()[1]):
+            result = self._result(pending.popleft()[1])
+            if isinstance(result, Bundle):
+                yield result
+                continue
+            for outcome in result:
                 left = None if limit is None else limit - found
                 kept = outcome.examples[:left]
                 found += len(kept)
@@ -147,17 +156,17 @@ class Encoding:
         """Chunks in work at a time: one waits for each worker, so that it never waits for this process."""
         return 1 if self._workers is None else 2 * self._processes
 
-    def _submit(self, chunk: list[Row | RowError]) -> Future[list[Outcome]]:
+    def _submit(self, chunk: list[Row | RowError | Line], *, together: bool) -> Future[list[Outcome] | Bundle]:
         if self._workers is None and self._processes > 1 and self._alone >= ROWS_ALONE:
             self._start(chunk)
-        if self._workers is not None and (message := _pack_rows(chunk)) is not None:
-            return self._workers.submit(message)
+        if self._workers is not None and (message := _pack_rows(chunk, together=together)) is not None:
+            return self._workers.submit(*message)
         self._alone += len(chunk)
-        done: Future[list[Outcome]] = Future()
+        done: Future[list[Outcome] | Bundle] = Future()
         done.set_result(self._encoder(chunk))
         return done
 
-    def _start(self, chunk: Sequence[Row | RowError]) -> None:
+    def _start(self, chunk: Sequence[Row | RowError | Line]) -> None:
         self._processes = min(self._processes, available_bytes() // _WORKER_BYTES)
         if self._processes < _FEWEST:
             self._processes = 1
@@ -175,7 +184,7 @@ class Encoding:
         log.get_logger().info("rows are tokenized in several processes", processes=self._processes)
         self._workers = self._stack.enter_context(_start_workers(self._setup, portable, self._processes))
 
-    def _result(self, future: Future[list[Outcome]]) -> list[Outcome]:
+    def _result(self, future: Future[list[Outcome] | Bundle]) -> list[Outcome] | Bundle:
         while not wait([future], _LOOK_SECONDS).done:
             self._alive(progress=False)  # a worker that hangs makes no progress
         return future.result()
@@ -185,13 +194,13 @@ def _with(outcome: Outcome, kept: tuple[Encoded | EncodedAnswers, ...]) -> Outco
     return Outcome(outcome.where, kept, outcome.faults, outcome.control)
 
 
-def _take(rows: Rows, most: int) -> list[Row | RowError]:
+def _take(rows: Lines, most: int) -> list[Row | RowError | Line]:
     """The next rows: up to so many, and fewer where they are long."""
-    chunk: list[Row | RowError] = []
+    chunk: list[Row | RowError | Line] = []
     characters = 0
     for row in islice(rows, most):
         chunk.append(row)
-        characters += _length(row.fields) if isinstance(row, Row) else 0
+        characters += len(row.data) if isinstance(row, Line) else _length(row.fields) if isinstance(row, Row) else 0
         if characters > _CHUNK_CHARACTERS:
             break
     return chunk
@@ -205,7 +214,7 @@ def _length(value: Any) -> int:
     return sum(map(_length, items))
 
 
-def _texts(chunk: Sequence[Row | RowError]) -> list[str]:
+def _texts(chunk: Sequence[Row | RowError | Line]) -> list[str]:
     """Some texts of rows, on which tokenizers are compared."""
     found: list[str] = []
 
@@ -215,7 +224,7 @@ def _texts(chunk: Sequence[Row | RowError]) -> list[str]:
         for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
             collect(item)
 
-    for row in chunk[:_CHECKED_ROWS]:
+    for row in map(LineDecoder(), chunk[:_CHECKED_ROWS]):
         collect(row.fields if isinstance(row, Row) else None)
     return found or [""]
 
@@ -229,14 +238,15 @@ class _Workers:
             self._idle.put(worker)
         self._threads = ThreadPoolExecutor(len(workers), thread_name_prefix="encoding")
 
-    def submit(self, message: bytes) -> Future[list[Outcome]]:
+    def submit(self, head: bytes, blob: bytes) -> Future[list[Outcome] | Bundle]:
         """Has a chunk encoded by the next worker that is idle."""
-        return self._threads.submit(self._run, message)
+        return self._threads.submit(self._run, head, blob)
 
-    def _run(self, message: bytes) -> list[Outcome]:
+    def _run(self, head: bytes, blob: bytes) -> list[Outcome] | Bundle:
         worker = self._idle.get()
         try:
-            return _unpack_outcomes(*worker.ask(message))
+            answer, found = worker.ask(head, blob)
+            return _unpack_outcomes(answer, found) if "rows" in answer else _unpack_bundle(answer, found)
         finally:
             self._idle.put(worker)
 
@@ -252,15 +262,15 @@ class _Worker:
         self._process, self._errors = process, errors
         self._setup: bytes | None = setup
 
-    def ask(self, message: bytes) -> tuple[dict[str, Any], bytes]:
+    def ask(self, head: bytes, blob: bytes) -> tuple[dict[str, Any], bytes]:
         """Sends a message and waits for the answer to it."""
         to, source = self._process.stdin, self._process.stdout
         if to is None or source is None:
             raise RuntimeError("the process has no pipes")
         try:
-            for one in (self._setup, message):
-                if one is not None:
-                    _send(to, one)
+            if self._setup is not None:
+                _send(to, self._setup)
+            _send(to, head, blob)
             self._setup = None
             answer, blob = _receive(source)
         except (OSError, ValueError, EOFError):
@@ -332,11 +342,12 @@ def main() -> None:
         encoder = RowEncoder(reading, from_portable(given["tokenizer"]), template)
         while True:
             try:
-                chunk, _ = _receive(sys.stdin.buffer)
+                chunk, blob = _receive(sys.stdin.buffer)
             except EOFError:
                 return
             try:
-                answer, blob = _pack_outcomes(encoder(_unpack_rows(chunk["rows"])))
+                outcomes = encoder(_unpack_rows(chunk, blob))
+                answer, blob = _pack_bundle(bundle(outcomes)) if chunk["together"] else _pack_outcomes(outcomes)
             except DataError as error:
                 answer, blob = {"problems": [[one.where, one.what] for one in error.problems]}, b""
             except JobError as error:
@@ -374,12 +385,19 @@ def _exactly(source: BinaryIO | IO[bytes], count: int) -> bytes:
     return data
 
 
-def _pack_rows(chunk: Sequence[Row | RowError]) -> bytes | None:
-    """The rows as a message; None where a value is of no type that JSON has, such as a date."""
+def _pack_rows(chunk: Sequence[Row | RowError | Line], *, together: bool) -> tuple[bytes, bytes] | None:
+    """The rows as a message, lines as they are; None where a value is of no type that JSON has, such as a date."""
     if not all(_is_plain(row.fields) for row in chunk if isinstance(row, Row)):
         return None
-    rows = [[row.where, row.fields] if isinstance(row, Row) else [row.where, row.kind, row.what] for row in chunk]
-    return _as_json({"rows": rows})
+    lines: list[bytes] = []
+    rows: list[list[Any]] = []
+    for row in chunk:
+        if isinstance(row, Line):
+            rows.append([row.where, len(row.data)])
+            lines.append(row.data)
+        else:
+            rows.append([row.where, row.fields] if isinstance(row, Row) else [row.where, row.kind, row.what])
+    return _as_json({"rows": rows, "together": together}), b"".join(lines)
 
 
 def _is_plain(value: Any) -> bool:
@@ -392,10 +410,36 @@ def _is_plain(value: Any) -> bool:
 _PLAIN = {str, int, float, bool, type(None)}
 
 
-def _unpack_rows(rows: list[list[Any]]) -> list[Row | RowError]:
-    return [
-        Row(where, rest[0]) if isinstance(rest[0], dict) else RowError(rest[0], where, rest[1]) for where, *rest in rows
-    ]
+def _unpack_rows(chunk: dict[str, Any], blob: bytes) -> list[Row | RowError | Line]:
+    found: list[Row | RowError | Line] = []
+    at = 0
+    for where, first, *rest in chunk["rows"]:
+        if isinstance(first, int):
+            found.append(Line(where, blob[at : at + first]))
+            at += first
+        else:
+            found.append(Row(where, first) if isinstance(first, dict) else RowError(first, where, rest[0]))
+    return found
+
+
+_BLOBS = ("canonical", "ids", "targets", "lengths")
+"""Fields of a bundle that are bytes."""
+
+
+def _pack_bundle(found: Bundle) -> tuple[dict[str, Any], bytes]:
+    blobs = [getattr(found, name) for name in _BLOBS]
+    rest = {name: value for name, value in vars(found).items() if name not in _BLOBS}
+    faults = [[[fault.kind, fault.where, fault.what] for fault in row] for row in found.faults]
+    return {**rest, "faults": faults, "sizes": list(map(len, blobs))}, b"".join(blobs)
+
+
+def _unpack_bundle(answer: dict[str, Any], blob: bytes) -> Bundle:
+    *sizes, _ = accumulate(answer.pop("sizes"), initial=0)
+    blobs: dict[str, Any] = {
+        name: blob[start:stop] for name, start, stop in zip(_BLOBS, sizes, [*sizes[1:], len(blob)], strict=True)
+    }
+    faults = tuple(tuple(RowError(*fault) for fault in row) for row in answer.pop("faults"))
+    return Bundle(**answer, **blobs, faults=faults)
 
 
 def _pack_outcomes(outcomes: Sequence[Outcome]) -> tuple[dict[str, Any], bytes]:

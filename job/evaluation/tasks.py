@@ -344,12 +344,25 @@ def _misfits(task: Any, rows: Sequence[Row], source: str) -> Iterator[Problem]:
             golds = [
                 choices.index(g) if isinstance(g, str) else int(g) for g in (gold if isinstance(gold, list) else [gold])
             ]
-            fits = text != "" and all(choices) and golds and all(0 <= g < len(choices) for g in golds)
+            fits = (
+                text != "" and len(choices) > 1 and all(choices) and golds and all(0 <= g < len(choices) for g in golds)
+            )
         except Exception as error:  # noqa: BLE001 - a task's templates and functions may raise anything
             yield _misfit(where, task.task_name, error)
         else:
             if not fits:
-                yield Problem(where, f"has no question, an empty choice, or no right one for {task.task_name}")
+                what = "has no question, fewer than two choices, an empty one, or no right one"
+                yield Problem(where, f"{what} for {task.task_name}")
+            elif not _labelled(given.get("choices")):
+                yield Problem(where, "has choices.label that does not name each of choices.text once")
+
+
+def _labelled(choices: Any) -> bool:
+    """Whether choices of ARC's kind, texts beside their labels, have one label each: the answer names one."""
+    texts, labels = (choices.get(name) if isinstance(choices, dict) else None for name in ("text", "label"))
+    if not isinstance(texts, list) or not isinstance(labels, list):
+        return True  # another task's kind
+    return len(texts) == len(labels) == len(set(labels))
 
 
 def question_id(doc: Mapping[str, Any], number: int) -> str:

@@ -16,13 +16,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from job.common.export_formats import split_name
-from job.export import fp8
+from job.export import fp8, gguf
+from job.export.autoround import (
+    AWQ,
+    COMPRESSED,
+    GPTQ,
+    cannot_score_awq,
+    check_four_bit,
+    load_gptq,
+    make_four_bit,
+)
 from job.export.scoring import ExportedModel, HowToScore, load_exported, load_quantized
 from job.records import QuantizationRecord
 
@@ -41,6 +51,7 @@ class DerivedInputs:
         seed: JOB_RUN__SEED.
         alive: Called often, at most seconds apart; may raise what ends the job. `progress=False` only says that one
             waits.
+        steps: JOB_EXPORT__QUANTIZATION_STEPS.
     """
 
     merged: Path
@@ -51,6 +62,7 @@ class DerivedInputs:
     device: torch.device
     seed: int
     alive: Callable[..., None]
+    steps: int = 200
 
 
 @dataclass(frozen=True)
@@ -59,21 +71,31 @@ class Format:
 
     Attributes:
         make: Writes the files; twice from the same inputs on the same machine, the same bytes. Returns what the
-            manifest says of them.
+            manifest says of them. Raises CannotMake if it turns out to be impossible.
         check: (empty model of the base's architecture, type) -> why it cannot be made, in words, or nothing. Called
             before training; "empty" is on the device `meta`.
         cannot_score: Why it cannot be scored on such a device, in words; empty if it can.
         load: Loads it to be scored.
+        check_files: (folder of the base's own files, `alive`) -> why it cannot be made of them; as `check`.
     """
 
     make: Callable[[DerivedInputs], QuantizationRecord]
     check: Callable[[Any, str], str]
     cannot_score: Callable[[torch.device], str] = lambda _device: ""
     load: Callable[[Path, HowToScore], ExportedModel] = load_exported
+    check_files: Callable[[Path, Callable[..., None]], str] = lambda _source, _alive: ""
 
 
 DERIVED: Mapping[str, Format] = {
     "fp8": Format(make=fp8.make_fp8, check=fp8.check_fp8, load=load_quantized),
+    "w4a16": Format(make=partial(make_four_bit, COMPRESSED), check=check_four_bit, load=load_quantized),
+    "gptq": Format(make=partial(make_four_bit, GPTQ), check=check_four_bit, load=load_gptq),
+    "awq": Format(
+        make=partial(make_four_bit, AWQ), check=check_four_bit, load=load_quantized, cannot_score=cannot_score_awq
+    ),
+    "gguf": Format(
+        make=gguf.make_gguf, check=lambda _empty, _kind: "", load=gguf.load_scored, check_files=gguf.check_gguf
+    ),
 }
 """By the name before the colon."""
 

@@ -11,6 +11,10 @@ from typing import Any
 from job.model.target_modules import linear_layers
 
 
+class CannotMake(Exception):
+    """A format cannot be made of this model, as was found when it was tried; why, in words."""
+
+
 def quantizable(empty: Any) -> list[str]:
     """Full names of the linear layers that are quantized."""
     from torch import nn

@@ -25,12 +25,16 @@ class HowToScore:
         compute_dtype: That of the run, for a GPU that does not compute in the dtype of the files.
         max_length: Longest sequence in tokens.
         packed: Whether sequences are packed, as in the run's other evaluations.
+        processes: Of this run on this machine, which share its processor.
+        alive: Called while another program computes; may raise what ends the job.
     """
 
     device: torch.device
     compute_dtype: torch.dtype
     max_length: int
     packed: bool
+    processes: int = 1
+    alive: Callable[..., None] = lambda **_: None
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class ExportedModel:
             sequence -> (number, scores). None for a model of transformers.
         facts: What else decides the bits of its scores, JSON-able: which library computes, in which version.
         close: Frees its memory.
+        one_by_one: Whether it scores one question at a time, and scores are to be kept after each.
     """
 
     model: Any
@@ -53,6 +58,7 @@ class ExportedModel:
     scoring: Callable[..., Any] | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
     close: Callable[[], None] = lambda: None
+    one_by_one: bool = False
 
 
 def load_exported(folder: Path, how: HowToScore) -> ExportedModel:
@@ -78,12 +84,14 @@ def load_exported(folder: Path, how: HowToScore) -> ExportedModel:
     return ExportedModel(model, short_name(dtype), short_name(scored_in), close=lambda: release(model))
 
 
-def load_quantized(folder: Path, how: HowToScore) -> ExportedModel:
+def load_quantized(folder: Path, how: HowToScore, *, ignored: str = "\0", **given: Any) -> ExportedModel:
     """Loads a model whose config.json says how its weights are quantized, by transformers' own quantizer of that kind.
 
     Args:
         folder: Of the exported model.
         how: Device, dtype and packing.
+        ignored: Ending of the names of tensors that the model need not have a place for.
+        given: Arguments of `from_pretrained`.
 
     Raises:
         DataError: The folder holds no complete model.
@@ -101,9 +109,11 @@ def load_quantized(folder: Path, how: HowToScore) -> ExportedModel:
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **given,
         )
     # transformers would fill what is missing with random numbers, and leave out what it has no place for
-    wrong = sorted({*loaded["missing_keys"], *loaded["unexpected_keys"], *map(str, loaded["mismatched_keys"])})
+    more = {name for name in loaded["unexpected_keys"] if not name.endswith(ignored)}
+    wrong = sorted({*loaded["missing_keys"], *more, *map(str, loaded["mismatched_keys"])})
     if wrong:
         what = f"{folder.name} holds other weights than {type(model).__name__} has: {', '.join(wrong[:5])}"
         raise DataError([Problem("JOB_EXPORT__FORMATS", what)])

@@ -1,4 +1,4 @@
-"""The adapter's files, in PEFT's layout: written for PEFT of any release, and read bit by bit."""
+"""The adapter's files, in PEFT's layout: any release of PEFT reads them, and the job reads them back bit for bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an adapter may be beyond rank, alpha and dropout, and whether a model can have it. No torch.
+"""The adapter's options beyond rank, alpha and dropout, and whether a model supports them. No torch.
 
 Every option is PEFT's, by PEFT's name. The job's fused layers compute those that are only numbers (`use_rslora`,
 `rank_pattern`, `alpha_pattern`, `layers`, `init`); the others are left to PEFT's own layers, see `not_fused`.

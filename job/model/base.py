@@ -19,6 +19,7 @@ from job.model.files import (
     MAX_CONFIG_BYTES,
     build_empty,
     check_numbers,
+    check_sizes,
     check_weights,
     read_config,
     read_json,
@@ -92,6 +93,7 @@ def load_tokenizer(folder: Path, added_tokens: Sequence[str] | None = None) -> A
 
     if (folder / "config.json").is_file():  # it says which class the tokenizer is of, and transformers reads all of it
         check_numbers(folder, read_json(folder / "config.json", MAX_CONFIG_BYTES))
+    check_sizes(folder)
     with readable(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if tokenizer.eos_token_id is None:

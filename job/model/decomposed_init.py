@@ -10,8 +10,8 @@ have. So the adapter takes the part away: it has twice the rank, half of it trai
 which is plain LoRA, computed and published as such. PEFT converts a finished PiSSA or OLoRA adapter into the same form
 (`path_initial_model_for_weight_conversion`); a test holds that training is PEFT's own.
 
-On a quantized base W is what the quantized weights stand for. What QPiSSA gains by quantizing the rest instead of W is
-not gained.
+On a quantized base, W is the dequantized weight. QPiSSA quantizes the rest W - s B0 A0 instead of W, with a smaller
+quantization error; this advantage is given up here.
 
 Source: Meng et al. 2024, PiSSA (arXiv:2404.02948), section 3; Buyukakyuz 2024, OLoRA (arXiv:2406.01775), section 3.
 """

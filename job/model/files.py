@@ -24,6 +24,8 @@ SOURCE_CONFIG = "source_config.json"
 """The base's own config.json, beside the one that the quantized base was saved with, which may be of another class."""
 MAX_CONFIG_BYTES = 16 << 20
 MAX_INDEX_BYTES = 256 << 20
+MAX_TOKENIZER_BYTES = {"tokenizer.json": 256 << 20, "chat_template.jinja": 16 << 20, "tokenizer_config.json": 16 << 20}
+"""Upper limits of files that transformers reads as a whole, and templates more than once."""
 MAX_LAYERS = 10_000
 MAX_WIDE = 100_000_000
 """Upper limit of any dimension in config.json: a larger one is invalid, and building the model would not end."""
@@ -72,6 +74,18 @@ def readable(folder: Path, what: str = "holds no model that can be loaded") -> I
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         first = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
         raise DataError([Problem("JOB_MODEL__ID", f"{folder} {what}: {first[:300]}")]) from error
+
+
+def check_sizes(folder: Path) -> None:
+    """Refuses files of a tokenizer that are larger than any tokenizer's.
+
+    Raises:
+        DataError: They are.
+    """
+    found = {name: (folder / name).stat().st_size for name in MAX_TOKENIZER_BYTES if (folder / name).is_file()}
+    if large := [name for name, size in found.items() if size > MAX_TOKENIZER_BYTES[name]]:
+        what = ", ".join(f"{name} of {found[name]:,} bytes" for name in large)
+        raise DataError([Problem("JOB_MODEL__ID", f"{folder} has a {what}, which is more than any tokenizer has")])
 
 
 def read_json(path: Path, most: int, setting: str = "JOB_MODEL__ID") -> dict[str, Any]:

@@ -1,13 +1,14 @@
-"""EVA and LoftQ: first values of an adapter from the data, or from what quantization took away.
+"""EVA and LoftQ: first values of an adapter from the data, or from the quantization error.
 
 EVA begins with the directions in which the inputs of each layer vary most, on the first rows of the run: A holds the
-first principal components, B is zero. PEFT computes it, with the same rank for every layer (its `rho` of 1). PEFT's own
-default, which moves ranks between layers, would change what is published and counted only after the weights are loaded.
+first principal components, B is zero. PEFT computes it, with the same rank for every layer (its `rho` of 1). PEFT's
+default moves ranks between layers; then the adapter's shapes would be known only after the weights are loaded.
 
-LoftQ begins with what quantization took away: B A is the best approximation of W - Q of the adapter's rank, Q being
-what the 4-bit weights stand for. The base stays as it is quantized, since it is evaluated by itself and is what its
-readers have; so it is one step of the paper's iteration, as PEFT's `replace_lora_weights_loftq` does it. That one needs
-a GPU, and leaves out the adapter's scale, so it is right for alpha = rank only; here B is divided by the scale.
+LoftQ begins with the quantization error: B A is the best approximation of W - Q that the adapter's rank allows, where
+Q is the dequantized 4-bit weight. The quantized base is not changed, since it is evaluated without the adapter as well,
+and is what readers of the adapter load. So this is one step of the paper's iteration, as in PEFT's
+`replace_lora_weights_loftq`. PEFT's function needs a GPU and ignores the adapter's scale, so it is right only for
+alpha = rank; here B is divided by the scale.
 
 Source: Paischer et al. 2024, EVA (arXiv:2410.07170), section 3; Li et al. 2023, LoftQ (arXiv:2310.08659), section 3.
 """

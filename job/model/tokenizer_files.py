@@ -1,4 +1,4 @@
-"""The tokenizer's files of a base, which are published with the adapter as they are but for new tokens."""
+"""The base's tokenizer files, which are published with the adapter, unchanged except for new tokens."""
 
 from __future__ import annotations
 

@@ -44,6 +44,7 @@ from job.planning.preflight import (
 )
 from job.planning.shown_rows import ShownRow
 from job.planning.workload import Workload, count, scale
+from job.push.push import targets
 from job.records import Example
 from job.results.baseline import read_baseline
 from job.settings.load import Settings
@@ -217,6 +218,8 @@ def _check_other_inputs(settings: Settings, storage: StorageOptions) -> Iterator
     def check_baseline() -> Found[None]:
         return "ok", f"the gate compares with run {read_baseline(baseline or '', storage).run}", None
 
+    for target in targets(settings):
+        yield run_check(target.kind, lambda target=target: ("ok", target.check(), None))[0]  # type: ignore[misc]
     if start is not None:
         yield run_check("start", check_start_adapter)[0]
     if baseline is not None:

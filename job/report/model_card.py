@@ -1,4 +1,4 @@
-"""The adapter's model card (README.md): the hub's YAML metadata, and the text of `templates/card.md`.
+"""The model cards (README.md) of the adapter and of exported formats: the hub's YAML metadata, and a template's text.
 
 Identical runs give identical cards: no times, no speed, no run id.
 """
@@ -6,22 +6,29 @@ Identical runs give identical cards: no times, no speed, no run id.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from job.common.export_formats import MERGED
 from job.common.formatting import count
 from job.common.methods import METHODS
 from job.data.licences import LICENCES
 from job.data.schemas import PROMPTS
 from job.report import wording
 from job.report.templating import render
-from job.runs.layout import WEIGHTS
+from job.runs.layout import WEIGHTS, export_folder
 
 _SEES = "ForConditionalGeneration"
 """Ending of the class names of multimodal models in transformers (also of encoder-decoders, which are not trained)."""
 _CACHED = re.compile(r"/models--([\w.-]+)/snapshots/([0-9a-f]{40})/*$", re.ASCII)
 METRICS = {"acc": ("accuracy", "accuracy"), "acc_norm": ("acc_norm", "accuracy by length-normalized likelihood")}
 """Metric -> (type, name) in the hub's metadata."""
+_READERS = {
+    "compressed-tensors": "the package `compressed-tensors`",
+    "gptq": "a reader of GPTQ: the package `gptqmodel` with `optimum`, or `auto-round`",
+    "awq": "a reader of AWQ, such as the package `gptqmodel`",
+}
+"""What transformers needs to load a quantized model, by the method."""
 
 
 def render_model_card(results: Mapping[str, Any]) -> bytes:
@@ -52,7 +59,7 @@ def render_model_card(results: Mapping[str, Any]) -> bytes:
         warmup=count(settings["train.warmup_steps"], "step")
         if settings.get("train.warmup_ratio") is None
         else f"{100 * settings['train.warmup_ratio']:g} % of the steps",
-        auto="AutoModelForImageTextToText" if model["architecture"].endswith(_SEES) else "AutoModelForCausalLM",
+        auto=_auto(model),
         source=_sources(dataset, short=False),
         dtype={"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[model["dtype"]],
         prompt=PROMPTS[dataset["format"]],
@@ -66,6 +73,99 @@ def render_model_card(results: Mapping[str, Any]) -> bytes:
     )
     text = f"---\n{_metadata(results, settings, title, licence, name if known else None)}\n---\n\n{body}"
     return text.encode("utf-8", errors="replace")
+
+
+def render_export_card(results: Mapping[str, Any], export: Mapping[str, Any]) -> bytes:
+    """The card of an exported format, for its folder, as UTF-8 Markdown.
+
+    Args:
+        results: The manifest.
+        export: One of its `exports`, which is published.
+    """
+    settings = {name: setting["value"] for name, setting in results["settings"].items()}
+    model, dataset, name = results["model"], results["dataset"], export["format"]
+    base, revision = public_base(model["id"], model["revision"], settings.get("model.name"))
+    known = revision is not None or settings.get("model.name") is not None
+    shown = next(one for one in wording.exports(results) if one["format"] == name)
+    merged = next(one for one in results["exports"] if one["format"] == MERGED)
+    held = export.get("quantization")
+    folder = export_folder(name)
+    files = [artifact["path"].removeprefix(folder) for artifact in results["artifacts"]]
+    title = f"{_short(base)}, fine-tuned on {_sources(dataset, short=True)}, {name}"
+    licence = LICENCES.get(dataset["source"]) if dataset["revision"] else None
+    body = render(
+        "export_card.md",
+        escape=False,
+        title=title,
+        sentence=shown["sentence"],
+        rows=[row for row in shown["rows"] if row["published"]],
+        export=export,
+        merged_reason=merged["reason"],
+        model=model,
+        dataset=dataset,
+        tasks=results["evaluation"]["tasks"],
+        software=results["software"],
+        name=base,
+        revision=revision,
+        folder=folder.rstrip("/").rpartition("/")[2],
+        gguf=next((file for file in files if file.endswith(".gguf")), None),
+        vllm=not name.startswith("gguf"),
+        needs=_READERS.get(held["method"]) if held else None,
+        auto=_auto(model),
+        prompt=PROMPTS[dataset["format"]],
+        source=_sources(dataset, short=False),
+        weights=next((a["sha256"] for a in results["artifacts"] if a["path"] == WEIGHTS), None),
+        calibration=held and held["calibration"],
+        scope=wording.SCOPE,
+        licence=licence,
+    )
+    scored = {row["task"]: row["acc"] for row in shown["rows"] if row["published"]}
+    tags = [*(["quantized", held["method"]] if held else ["merged"])]
+    metadata = _export_metadata(results, scored, title=title, licence=licence, base=base if known else None, tags=tags)
+    return f"---\n{metadata}\n---\n\n{body}".encode(errors="replace")
+
+
+def _export_metadata(
+    results: Mapping[str, Any],
+    scored: Mapping[str, float],
+    *,
+    title: str,
+    licence: str | None,
+    base: str | None,
+    tags: Sequence[str],
+) -> str:
+    """YAML for the hub; `scored` has the accuracy by task."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    dataset = results["dataset"]
+    data = ModelCardData(
+        base_model=base,
+        datasets=[part["source"] for part in dataset.get("sources") or [dataset] if part["revision"]] or None,
+        license=licence,
+        library_name="gguf" if "gguf" in tags else "transformers",
+        pipeline_tag="text-generation",
+        tags=list(tags),
+        model_name=re.sub(r"[^\w.-]+", "-", title).strip("-"),
+        eval_results=[
+            EvalResult(
+                task_type="multiple-choice",
+                task_name="Multiple choice",
+                dataset_type=results["evaluation"]["tasks"][task]["source"],
+                dataset_name=task,
+                dataset_args={"num_few_shot": 0},
+                metric_type=METRICS["acc"][0],
+                metric_name=METRICS["acc"][1],
+                metric_value=round(accuracy, 4),
+            )
+            for task, accuracy in scored.items()
+        ],
+    )
+    return str(data.to_yaml())
+
+
+def _auto(model: Mapping[str, Any]) -> str:
+    """The class of transformers that loads a model."""
+    return "AutoModelForImageTextToText" if model["architecture"].endswith(_SEES) else "AutoModelForCausalLM"
 
 
 def _sources(dataset: Mapping[str, Any], *, short: bool) -> str:

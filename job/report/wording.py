@@ -137,6 +137,10 @@ def exports(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _about_export(export: Mapping[str, Any]) -> str:
     """What of a format is published, how it is quantized, and whether it was scored."""
+    if export.get("not_made"):
+        return (
+            f"{export['format']} was asked for and is NOT published, since it could not be made: {export['not_made']}."
+        )
     held = export.get("quantization")
     if held is None:
         begin = "Published is" if export.get("published", True) else "Not published, but what the others are made from:"

@@ -1,9 +1,11 @@
-"""Whether a run is complete: its manifest exists and is undamaged, and all files that it lists exist."""
+"""Whether a run is complete: its manifest is undamaged, and all files that it lists are what was published."""
 
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from job import log
@@ -11,9 +13,10 @@ from job.common.hashing import unsealed
 from job.errors import GateError
 from job.records import Artifact
 from job.runs.attempt import missing
-from job.runs.layout import RESULTS
+from job.runs.layout import EXPORT, RESULTS
 from job.storage.base import delete_in_turn, read_record
 from job.storage.open import ObjectStore
+from job.storage.verified_download import altered
 
 _MAX_WORDS = 200
 
@@ -25,18 +28,23 @@ def read_complete(store: ObjectStore) -> dict[str, Any] | None:
 
 
 def withdraw_incomplete(store: ObjectStore) -> None:
-    """Removes a manifest that is damaged, or lists missing files: the platform copied the folder while the run ended.
+    """Removes a manifest that is damaged, or lists files that are missing or damaged.
+
+    A platform may have copied the folder while the run ended.
 
     Raises:
         Replaced: Another attempt owns the run.
     """
     if gone := _read(store)[1]:
-        log.get_logger().warning("the manifest lists files that are missing: the run continues", gone=gone)
+        log.get_logger().warning("the manifest lists files that are missing or damaged: the run continues", gone=gone)
         delete_in_turn(store, RESULTS)
 
 
 def _read(store: ObjectStore) -> tuple[dict[str, Any] | None, list[str]]:
-    """The manifest, if there is one, and what is damaged in it, or listed in it but missing."""
+    """The manifest, if there is one, and what is damaged in it, or listed in it but missing or damaged.
+
+    Of exported models, which are many gigabytes, only the sizes are compared.
+    """
     found = read_record(store, RESULTS)
     if found is None:
         return None, []
@@ -46,7 +54,11 @@ def _read(store: ObjectStore) -> tuple[dict[str, Any] | None, list[str]]:
         artifacts = [Artifact(**entry) for entry in results["artifacts"]]
     except (ValueError, KeyError, TypeError) as error:
         return None, [f"{RESULTS}: {str(error)[:_MAX_WORDS]}"]
-    return results, missing(store, artifacts)
+    if gone := missing(store, artifacts):
+        return results, gone
+    with tempfile.TemporaryDirectory(prefix="qlora-job-") as folder:
+        small = [artifact for artifact in artifacts if not artifact.path.startswith(EXPORT)]
+        return results, altered(store, small, Path(folder))
 
 
 def require_gate(results: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from job import log
 from job.common.hashing import hash_file
 from job.errors import DataError, Problem
 from job.platforms.detect import Delivery
-from job.runs.layout import EXPORT, RESULTS
+from job.runs.layout import ARTIFACTS, REPORT, RESULTS
 from job.storage.open import ObjectStore, check_key
 
 
@@ -39,8 +39,11 @@ def deliver(store: ObjectStore, results: Mapping[str, Any], folders: Delivery) -
     log.get_logger().info("results are delivered", model=str(folders.model), data=str(folders.data))
 
 
-def _place(path: str, folders: Delivery) -> Path:
-    """The local path of an artifact.
+def model_path(path: str) -> str | None:
+    """Where an artifact goes in a folder or repository of a model; None for one that is no part of the model.
+
+    The adapter lies at the top, where tools that load or serve a model look for it, and each exported format in a
+    folder of its name.
 
     Raises:
         DataError: Its path is not one of an artifact.
@@ -49,13 +52,22 @@ def _place(path: str, folders: Delivery) -> Path:
         parts = check_key(path).split("/")
     except ValueError:
         parts = []
-    if path.startswith(EXPORT) and len(parts) > len(Path(EXPORT).parts) + 1:
-        return folders.model.joinpath(*parts[len(Path(EXPORT).parts) :])
     match parts:
-        case ["artifacts", "adapter", *rest] if rest:
-            return folders.model.joinpath(*rest)
-        case ["artifacts", "report.html"]:
-            return folders.model / "report.html"
-        case ["artifacts", *rest] if rest:
-            return folders.data.joinpath(*rest)
+        case ["artifacts", "export", _, _, *_]:
+            return "/".join(parts[2:])
+        case ["artifacts", "adapter", _, *_]:
+            return "/".join(parts[2:])
+        case ["artifacts", _, *_]:
+            return None
     raise DataError([Problem(RESULTS, f"lists an artifact whose path is not one: {path[:80]!r}")])
+
+
+def _place(path: str, folders: Delivery) -> Path:
+    """The local path of an artifact.
+
+    Raises:
+        DataError: Its path is not one of an artifact.
+    """
+    if (inside := model_path(path)) is not None:
+        return folders.model / inside
+    return (folders.model if path == REPORT else folders.data) / path.removeprefix(ARTIFACTS)

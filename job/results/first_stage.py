@@ -1,4 +1,4 @@
-"""The first stage of a run that trains in two (`JOB_TRAIN__METHOD=sft,dpo`), as the manifest of the whole names it.
+"""The first stage of a run that trains in two (`JOB_TRAIN__METHOD=sft,dpo`): its entry in the run's manifest.
 
 It is a whole run in a folder of the run's folder (`layout.FIRST_STAGE`), and complete before the second stage begins.
 """

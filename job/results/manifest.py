@@ -180,6 +180,8 @@ def summary(results: Mapping[str, Any], where: str) -> list[str]:
 
 def _export_line(export: Mapping[str, Any]) -> str:
     """The accuracies of an exported format's candidates, and which one is published."""
+    if export.get("not_made"):
+        return f"{export['format']}: not published, since it could not be made: {export['not_made']}"
     if export.get("not_scored"):
         return f"{export['format']}: published, not scored: {export['not_scored']}"
     found = [

@@ -36,7 +36,7 @@ from job.runs.stage_records import fingerprint
 from job.runs.work_folder import work_folder
 from job.storage.base import delete_in_turn, read_record, upload_in_turn, write_in_turn
 from job.storage.open import ObjectStore
-from job.storage.verified_download import fetch_artifact
+from job.storage.verified_download import altered, fetch_artifact
 
 T = TypeVar("T")
 
@@ -208,14 +208,15 @@ class Attempt:
         """Writes a record (a JSON object) that `recorded` and `stage` read in later attempts."""
         key = stage_key(name)
         tag = self.store.tag(key)
-        write_in_turn(self.store, key, stage_records.render(record, self.run or "", self.number), tag)
+        write_in_turn(self.store, key, stage_records.render(key, record, self.run or "", self.number), tag)
 
     def _read_record(self, name: str, adapter: TypeAdapter[T]) -> T | None:
-        stored = read_record(self.store, stage_key(name))
+        key = stage_key(name)
+        stored = read_record(self.store, key)
         if stored is None:
             return None
         try:
-            found, run = stage_records.parse(stored.data, adapter)
+            found, run = stage_records.parse(key, stored.data, adapter)
         except ValueError as error:
             log.get_logger().warning("record is damaged and ignored", stage=name, why=str(error))
             return None
@@ -230,7 +231,7 @@ class Attempt:
         found = self._read_record(name, adapter)
         if found is not None:
             artifacts = getattr(found, "artifacts", ())
-            gone = missing(self.store, artifacts) or self._changed(artifacts)
+            gone = missing(self.store, artifacts) or altered(self.store, artifacts, self.work, self.alive)
             if not gone:
                 return adapter.dump_json(found).decode()
             what = "stage is done again, not all that it published is there"
@@ -238,17 +239,6 @@ class Attempt:
         for later in BUILT_ON.get(name, ()):
             delete_in_turn(self.store, stage_key(later))
         return None
-
-    def _changed(self, artifacts: Iterable[Artifact]) -> list[str]:
-        """Those of the artifacts, by path, whose bytes are not what was published."""
-        changed = []
-        for artifact in artifacts:
-            self.alive()
-            try:
-                self.fetch(artifact).unlink()
-            except DataError:
-                changed.append(artifact.path)
-        return changed
 
     def publish(self, path: Path, key: str, facts_sha256: str | None = None) -> Artifact:
         """Uploads a file; returns its entry for the manifest.

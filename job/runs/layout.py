@@ -13,6 +13,7 @@
     artifacts/export/<format>/<file>             the model in a format that was asked for
     scores/...                                   answers of an evaluation that is going on
     faults/<fault>                               injected faults that have fired
+    pushed/<target>-<hash of its place>.json     where the complete run was pushed, written after the manifest
     sft/...                                      the first stage of JOB_TRAIN__METHOD=sft,dpo: a whole run of its own
 
 How to add a stage: name it in `Stage` at its place in the order (and in `BUILT_ON` if another one works with what it
@@ -21,6 +22,7 @@ publishes), then call it in `job/pipeline.py`. Faults, logs, times and costs kno
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from enum import StrEnum
@@ -49,6 +51,7 @@ LEASE = "lease.json"
 SCORES = "scores"
 FIRST_STAGE = f"{methods.FIRST_STAGE}/"
 FAULTS = "faults/"
+PUSHED = "pushed/"
 BASE = "base"
 PACKING = "packing"
 REFERENCE = "reference"
@@ -64,6 +67,7 @@ ARTIFACTS = "artifacts/"
 ADAPTER = f"{ARTIFACTS}adapter/"
 WEIGHTS = f"{ADAPTER}adapter_model.safetensors"
 CARD = f"{ADAPTER}README.md"
+EXPORT_CARD = "README.md"
 METRICS = f"{ARTIFACTS}metrics.jsonl"
 VALIDATIONS = f"{ARTIFACTS}validation.jsonl"
 LOG_PROBS = f"{ARTIFACTS}reference.jsonl"
@@ -93,6 +97,11 @@ def attempt_number(key: str) -> int | None:
     """The inverse of `attempt_key`; None for every other key."""
     match = _ATTEMPT.fullmatch(key)
     return int(match[1]) if match else None
+
+
+def pushed_key(target: str, place: str) -> str:
+    """Where it is recorded that the run was pushed to a place."""
+    return f"{PUSHED}{target}-{hashlib.sha256(place.encode()).hexdigest()[:16]}.json"
 
 
 def fault_key(fault: str) -> str:

@@ -1,18 +1,18 @@
 """One writer: the run's lease, which each attempt takes over from the one before.
 
-`lease.json` names the attempt that owns the run. Every attempt that starts takes it over, with the next epoch: whoever
-started it saw the one before end, or wants it replaced. So the newest attempt wins, and a lease never runs out by the
-clock: machines that are frozen and thawed have wrong ones.
+`lease.json` names the attempt that owns the run. Every attempt that starts takes it over, with the next epoch: it was
+started because the attempt before has ended, or to replace it. So the newest attempt wins. A lease has no expiry time,
+because the clock of a machine that was suspended is wrong.
 
-What is promised where the store has conditional writes: of attempts that start together exactly one goes on, and an
-attempt that was replaced notices before its next change of the store. What no object store can promise: that a request
-which was already under way when the lease changed hands does not arrive after it. That is one object a thread, the same
-bytes that the new holder would write, or harmless (see `checkpoints`: no attempt writes where another one does).
+If the store has conditional writes, exactly one of several attempts that start together continues, and a replaced
+attempt notices that before its next change of the store. No object store can prevent that a request which was sent
+before the lease changed hands arrives after it. That concerns one object for each thread. It gets the same bytes that
+the new holder would write, or no other attempt uses it (see `checkpoints`: no attempt writes where another one does).
 
 The fence (`fenced`) is a store that asks the lease before every change, so that no stage has to remember to ask.
 
-Where the store has no conditional writes, two attempts that start within the same moment may both go on until the one
-that wrote first reads the other's name, before its next change of the store. The log says so.
+If the store has no conditional writes, two attempts that start at the same moment may both continue until the one that
+wrote first finds the other's name in the lease, before its next change of the store. The log says so.
 """
 
 from __future__ import annotations

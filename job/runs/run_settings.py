@@ -118,7 +118,7 @@ def _compare_with_pull(store: ObjectStore, settings: Mapping[str, Any]) -> None:
     if stored is None:
         return
     try:
-        pulled, run = stage_records.parse(stored.data, TypeAdapter(Pulled))
+        pulled, run = stage_records.parse(stage_key(Stage.PULL), stored.data, TypeAdapter(Pulled))
     except ValueError:
         return  # it is done again, and so is every stage whose record names another run
     if run is not None and run != stage_records.fingerprint(settings, pulled):

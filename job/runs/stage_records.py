@@ -1,8 +1,8 @@
 """The record of a finished stage: its result, sealed, with the run it belongs to.
 
-A run is named by a hash of everything that decides its result (`fingerprint`), not by its id: a folder that was copied
-and goes on under another id is the same run, and a record of a run with other settings, data or weights is foreign
-wherever it lies. Records of earlier versions have neither seal nor name; they are read as they are.
+A run is identified by a hash of everything that decides its result (`fingerprint`), not by its id: a copied folder that
+continues under another id is the same run, and a record of a run with other settings, data or weights is ignored,
+wherever it is found. Records of earlier versions have no seal, fingerprint or key; they are read without these checks.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ RUN = "run"
 """The field of a record that holds the fingerprint."""
 _ATTEMPT = "attempt"
 """The field that makes a record unlike all others, so that a late removal can tell it from the one it was meant for."""
+_KEY = "key"
+"""The field with the record's own place: the evaluations of base and adapter have records of one form."""
 _MAX_WORDS = 200
 
 
@@ -53,22 +55,25 @@ def identity(pulled: Pulled) -> dict[str, Any]:
     return facts(pulled)
 
 
-def render(record: str, run: str, attempt: int = 0) -> bytes:
+def render(key: str, record: str, run: str, attempt: int = 0) -> bytes:
     """A stage's result (a JSON object) as the file that `parse` reads.
 
     Args:
+        key: Where it is written, below the run's folder.
         record: The result.
         run: The run's fingerprint.
         attempt: Number of the attempt that writes it.
     """
-    return sealed({**json.loads(record), _ATTEMPT: attempt, RUN: run})
+    return sealed({**json.loads(record), _KEY: key, _ATTEMPT: attempt, RUN: run})
 
 
-def parse(data: bytes, kind: TypeAdapter[T]) -> tuple[T, str | None]:
+def parse(key: str, data: bytes, kind: TypeAdapter[T]) -> tuple[T, str | None]:
     """What a stage found out, and the fingerprint of the run it was found in; None for a record without one.
 
+    `key` is where the data was read.
+
     Raises:
-        ValueError: It is no such record, it was cut, or it was altered.
+        ValueError: It is no such record, it was cut or altered, or it is the one of another place.
     """
     try:
         facts = from_json(data)
@@ -77,9 +82,15 @@ def parse(data: bytes, kind: TypeAdapter[T]) -> tuple[T, str | None]:
             facts = unsealed(data)
             run = str(facts.pop(RUN))
             facts.pop(_ATTEMPT, None)
+            _compare_places(key, facts.pop(_KEY, key))
             return kind.validate_json(json.dumps(facts)), run
         return kind.validate_json(data), None
     except KeyError:
         raise ValueError("was altered: it names no run") from None
     except ValueError as error:
         raise ValueError(first_error(error, _MAX_WORDS)) from None
+
+
+def _compare_places(key: str, written: str) -> None:
+    if written != key:
+        raise ValueError(f"is what was written to {written}")

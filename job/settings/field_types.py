@@ -291,6 +291,31 @@ def _public_name(text: str) -> str:
     return text
 
 
+def _hub_repository(text: str) -> str:
+    part = r"[A-Za-z0-9](?:[\w.-]{0,94}[\w])?"
+    if not re.fullmatch(rf"{part}/{part}", text, re.ASCII) or "--" in text or ".." in text or text.endswith(".git"):
+        raise ValueError(
+            "must be namespace/name: letters, digits, '-', '_' and '.', without '--', '..', or .git at the end"
+        )
+    return text
+
+
+def _image_reference(text: str) -> str:
+    registry = r"(localhost|[a-zA-Z0-9-]+(\.[a-zA-Z0-9-]+)+|[a-zA-Z0-9.-]+(?=:)|\[[0-9a-fA-F:]+\])(:[0-9]{1,5})?"
+    part = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
+    if not re.fullmatch(rf"{registry}/{part}(/{part})*:[A-Za-z0-9_][\w.-]{{0,127}}", text, re.ASCII):
+        raise ValueError(
+            "must be registry/repository:tag, such as ghcr.io/lab/model:first: all in lower case but the tag"
+        )
+    return text
+
+
+def _branch_name(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][\w./-]{0,199}", text, re.ASCII) or ".." in text or text.endswith(("/", ".lock")):
+        raise ValueError("must be the name of a branch: letters, digits, '.', '_', '-' and '/', such as runs/first")
+    return text
+
+
 def _readable_class(text: str) -> str:
     if text in _ARCHIVES:
         raise ValueError("objects in an archive cannot be read back at once, so no checkpoint could be resumed")
@@ -319,6 +344,9 @@ LocalPath = Annotated[Text, AfterValidator(_local)]
 HeldOut = Annotated[int | float | Text, BeforeValidator(_held_out)]
 """What to validate on: a share of the rows, a number of rows, or a source of its own."""
 PublicName = Annotated[Text, AfterValidator(_public_name)]
+HubRepository = Annotated[Text, AfterValidator(_hub_repository)]
+ImageReference = Annotated[Text, AfterValidator(_image_reference)]
+BranchName = Annotated[Text, AfterValidator(_branch_name)]
 Endpoint = Annotated[Text, AfterValidator(_endpoint)]
 HostPort = Annotated[Text, AfterValidator(_host_port)]
 Digest = Annotated[Text, AfterValidator(_digest)]

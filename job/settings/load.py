@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import os
 import re
-from argparse import ArgumentParser
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -26,13 +25,12 @@ from job.platforms.sagemaker import copied_folder
 from job.settings.field_types import explain, new_run_id
 from job.settings.markers import RevisionOf, find_markers
 from job.settings.presets import PRESETS
-from job.settings.schema import NAMES, READING, Lora, Options, Settings
+from job.settings.schema import NAMES, READING, Lora, Settings
 from job.settings.sources import Request, nested, same, setting_at
 from job.storage.location import is_remote
 
 __all__ = [
     "Settings",
-    "add_options",
     "current_place",
     "current_platform",
     "describe",
@@ -208,58 +206,6 @@ def preset_values(preset: str) -> dict[str, Any]:
     return {name: value for name, value, _ in describe(Settings(**nested(given)))}
 
 
-def add_options(parser: ArgumentParser, *, reading: bool = False) -> None:
-    """Adds every setting as an option with its documentation, for `--help`; with `reading` those for readers only."""
-    from pydantic import create_model
-    from pydantic_settings import BaseSettings, CliSettingsSource
-
-    settings: type[BaseSettings] = Settings
-    if reading:
-        groups = {name.partition(".")[0] for name in READING}
-        fields: dict[str, Any] = {n: (f.annotation, f) for n, f in Settings.model_fields.items() if n in groups}
-        settings = create_model("Settings", __base__=Options, **fields)
-    CliSettingsSource(settings, root_parser=parser, add_argument_method=_add_in_words)
-
-
-_IN_WORDS = (
-    (r"tuple\[str,\.\.\.\]", "NAME,NAME,..."),
-    (r"tuple\[int,\.\.\.\]", "N,N-N,..."),
-    (r"tuple\[(.*),\.\.\.\]", r"\1,..."),
-    (r"Mapping\[str,int\]", "NAME=N,..."),
-    (r"Mapping\[str,str\]", "NAME=TEXT,..."),
-    (r"Mapping\[str,Any\]", "JSON"),
-    (r"\{int,float\}", "NUMBER"),
-    (r"\bbool\b", "true,false"),
-    (r"\bint\b", "N"),
-    (r"\bfloat\b", "NUMBER"),
-    (r"\bstr\b", "TEXT"),
-    (r"^true,false$", "{true,false}"),
-    (r"^\{N,NUMBER,TEXT\}$", "NUMBER|TEXT"),
-    (r"^\{(\{.*\}),(.*)\}$", r"\1|\2"),
-)
-"""How `--help` writes the types that pydantic-settings names as Python does."""
-_DEFAULTS = (
-    (r" \(default factory: new_run_id\)", ""),  # the field's documentation says it
-    (r"\(default(?: factory)?: (?:None|dict)\)", "(default: empty)"),
-    (r"\(default: (True|False)\)", lambda found: f"(default: {found[1].lower()})"),
-    (r"\(default: \('(\w+)',\)\)", r"(default: \1)"),
-)
-
-
-def _add_in_words(parser: ArgumentParser, *names: str, **how: Any) -> Any:
-    """`add_argument`, with types and defaults in words that need no Python."""
-    group, _, key = names[0].removeprefix("--").partition(".")
-    fields = Settings.model_fields[group].annotation.model_fields if key else Settings.model_fields  # type: ignore[union-attr]
-    choices = get_args(fields[key or group].annotation)
-    if any(isinstance(choice, str) and "," in choice for choice in choices):
-        how["metavar"] = f"{{{'|'.join(choices)}}}"
-    for pattern, word in _IN_WORDS:
-        how["metavar"] = re.sub(pattern, word, how["metavar"])
-    for pattern, text in _DEFAULTS:
-        how["help"] = re.sub(pattern, text, how["help"])
-    return parser.add_argument(*names, **how)
-
-
 def json_schema() -> dict[str, Any]:
     """JSON Schema of a settings file: all settings, nested in their groups."""
     return Settings.model_json_schema()
@@ -400,6 +346,11 @@ def _export(settings: Settings) -> Iterator[Fault]:
         yield "gate.on", f"is {gate.on}, which is not exported; add it to JOB_EXPORT__FORMATS, or take adapter"
     if gate.on != "adapter" and gate.min_delta is None and gate.max_regression is None:
         yield "gate.on", "has no threshold; give JOB_GATE__MIN_DELTA or JOB_GATE__MAX_REGRESSION as well"
+    if export.hub_revision is not None and export.hub is None:
+        yield (
+            "export.hub_revision",
+            "is a branch of JOB_EXPORT__HUB, which names no repository; give it, or remove this",
+        )
     for name, value in (
         ("lora.modules_to_save", settings.lora.modules_to_save),
         ("model.add_tokens", settings.model.add_tokens),

@@ -29,6 +29,7 @@ from job.common.methods import SFT, MethodName, Methods, last_of
 from job.common.optimizers import OptimizerName
 from job.common.schedulers import SchedulerName
 from job.settings.field_types import (
+    BranchName,
     Count,
     CountOrAuto,
     DataSources,
@@ -41,6 +42,8 @@ from job.settings.field_types import (
     FlagOrAuto,
     HeldOut,
     HostPort,
+    HubRepository,
+    ImageReference,
     JsonObject,
     Judged,
     Layers,
@@ -417,12 +420,27 @@ class Export(Group):
     formats: AffectsResult[ExportFormats] = ()
     """Formats to publish beside the adapter, separated by commas; empty for none. `merged`: the whole model with the
     adapter added to its weights, in safetensors, in 16 bits where the base or the computation is. All others are made
-    from that one: `fp8`, as vLLM reads it."""
+    from that one, with linear layers quantized: `fp8` and `w4a16` are what vLLM reads (compressed-tensors), `gptq` and
+    `awq` are 4-bit integers in the layouts of these names."""
     merge_onto: AffectsResult[Literal["best", "dequantized", "original"]] = "best"
     """Weights that the adapter is added to: the base's `original` ones, or the `dequantized` ones, on which it was
     trained; `best`: both are made and scored, and the one with the higher accuracy is published."""
-    calibration_rows: AffectsResult[Count] = 128
-    """Rows of the training data, the first of the batch plan, with which the formats are quantized that need any."""
+    calibration_rows: AffectsResult[Count] = 512
+    """Rows of the training data, the first of the batch plan, with which the 4-bit formats are quantized."""
+    quantization_steps: AffectsResult[Whole] = 200
+    """Steps in which the rounding of each decoder layer is optimized for the 4-bit formats; 0 rounds to the nearest."""
+    hub: ExecutionOnly[Maybe[HubRepository]] = None
+    """Repository of the Hugging Face hub, `namespace/name`: adapter, card and exported formats are pushed to it in one
+    commit when the run is complete and its gate is met. It is made if it is not there. Needs HF_TOKEN."""
+    hub_revision: ExecutionOnly[Maybe[BranchName]] = None
+    """Branch of JOB_EXPORT__HUB to push to; empty: main."""
+    hub_private: ExecutionOnly[Flag] = True
+    """A repository that is made is private, and one that is public is refused; false allows both."""
+    oci: ExecutionOnly[Maybe[ImageReference]] = None
+    """Image in a registry, `registry/repository:tag`: adapter, card and exported formats are pushed to it when the run
+    is complete and its gate is met; Kubernetes mounts it as a volume. Credentials: Docker's config.json."""
+    oci_plain_http: ExecutionOnly[Flag] = False
+    """Speak to the registry of JOB_EXPORT__OCI without TLS; on this machine (localhost) that is so anyway."""
 
 
 class Gate(Group):

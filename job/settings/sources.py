@@ -50,6 +50,38 @@ _NEAR_GROUP = 0.75  # similarity (difflib's ratio) from which a name is taken fo
 _SAGEMAKER_PREFIXES = ("sagemaker_", "_tuning_")
 
 
+_ELSEWHERE: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("train_on_inputs", "assistant_only_loss", "completion_only_loss"), ("train.loss_on",)),
+    **dict.fromkeys(("roles_to_train", "train_on_prompt"), ("train.loss_on",)),
+    **dict.fromkeys(
+        ("per_device_train_batch_size", "gradient_accumulation_steps", "train_batch_size"), ("train.global_batch_size",)
+    ),
+    "micro_batch_size": ("train.global_batch_size", "train.micro_batch_tokens"),
+    **dict.fromkeys(("sequence_len", "max_seq_length", "model_max_length", "cutoff_len"), ("train.max_length",)),
+    **dict.fromkeys(("num_train_epochs", "num_epochs"), ("train.epochs",)),
+    **dict.fromkeys(("lr_scheduler_type", "lr_scheduler"), ("train.scheduler",)),
+    "early_stopping_patience": ("train.stop_after",),
+    "load_best_model_at_end": ("train.keep",),
+    "optim": ("train.optimizer",),
+    "eval_steps": ("train.validate_every_steps",),
+    "save_steps": ("checkpoint.every_steps",),
+    "save_total_limit": ("checkpoint.keep",),
+    **dict.fromkeys(("val_set_size", "eval_dataset", "test_datasets"), ("data.validation",)),
+    **dict.fromkeys(("datasets", "dataset_name", "train_dataset"), ("data.source",)),
+    **dict.fromkeys(("base_model", "model_name_or_path"), ("model.id",)),
+    **dict.fromkeys(("load_in_4bit", "load_in_8bit"), ("model.quantization",)),
+    **dict.fromkeys(("lora_r", "r"), ("lora.rank",)),
+    **dict.fromkeys(("loss_type", "rl"), ("train.method", "train.preference_loss")),
+    **dict.fromkeys(("rl_beta", "dpo_beta"), ("train.beta",)),
+    **dict.fromkeys(("init_lora_weights", "peft_init_lora_weights"), ("lora.init",)),
+    "lora_target_linear": ("lora.target_modules",),
+    "layers_to_transform": ("lora.layers",),
+    "excess_length_strategy": ("data.on_long_row",),
+    "output_dir": ("run.output",),
+}
+"""Names that TRL, PEFT and axolotl have -> the settings that do the same here, where difflib would find others."""
+
+
 @dataclass(frozen=True)
 class Request:
     """One reading of the settings: where to look, and what each source gave, the strongest first."""
@@ -372,6 +404,8 @@ def _unknown(where: str, key: str, names: Collection[str], spell: Callable[[str]
     if members:
         what = f"is a group of settings, not one of them; give a setting of it, such as {members[0]}"
         return Problem(where + shown, what)
+    if own := _ELSEWHERE.get(_canonical(key).rpartition(".")[2]):
+        return Problem(where + shown, f"is no setting; here that is {' or '.join(map(spell, own))}")
     groups = {name.partition(".")[0] for name in names if "." in name}
     if group := get_close_matches(_canonical(key[:_SHOWN_NAME]), groups, n=1, cutoff=_NEAR_GROUP):
         return Problem(where + shown, f"is no setting; the nearest is the group of settings {spell(group[0])}")

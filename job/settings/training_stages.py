@@ -1,7 +1,7 @@
 """Several methods in one run: `JOB_TRAIN__METHOD=sft,dpo` stands for two runs, one after the other.
 
-The first one fine-tunes, in the folder `sft` of the run's folder. Its adapter is where the second starts, and what the
-second compares preferences with. Each is a whole run with its own checkpoints and results, so each resumes by itself;
+The first one fine-tunes, in the folder `sft` of the run's folder. The second starts from its adapter, which is also the
+reference model of the preferences. Each is a whole run with its own checkpoints and results, so each resumes by itself;
 why, is in .github/decisions/0019-training-stages-are-runs.md.
 """
 

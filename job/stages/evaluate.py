@@ -78,10 +78,12 @@ def score_model(
     cache: ScoreCache,
     side: str,
     scoring: ScoreSequences = score_sequences,
+    one_by_one: bool = False,
 ) -> Evaluated | None:
     """Process 0 distributes the questions and publishes the samples; the other processes score their share.
 
-    `scoring` is how one process scores sequences, for a model that is not one of transformers.
+    `scoring` is how one process scores sequences, for a model that is not one of transformers; with `one_by_one` each
+    sequence is one question.
     """
     parallel = ParallelScoring(attempt.processes, attempt.alive, scoring)
     if not attempt.processes.leads or sources.tasks is None:
@@ -100,7 +102,7 @@ def score_model(
             return score_questions(
                 model,
                 questions,
-                settings.eval.batch_tokens,
+                1 if one_by_one else settings.eval.batch_tokens,
                 cache=cache,
                 score=parallel.score,
                 on_progress=on_progress,

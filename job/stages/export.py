@@ -28,6 +28,7 @@ from job.evaluation.score_cache import ScoreCache, score_conditions
 from job.evaluation.scorer import score_sequences
 from job.export.formats import DerivedInputs, derived_format
 from job.export.merge import Candidates, candidates, plan_merge, release, write_merged
+from job.export.quantizable import CannotMake
 from job.export.scoring import ExportedModel, HowToScore, load_exported
 from job.model.files import build_empty, read_config
 from job.records import (
@@ -48,7 +49,7 @@ from job.stages.handoff import Loaded, Sources
 from job.stages.pull import fetch_original
 from job.storage.open import storage_options
 
-_OF_QUANTIZED = "quantization"
+_OF_QUANTIZED, _NOT_MADE = "quantization", "not made"
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,10 @@ def check_export(attempt: Attempt, settings: Settings, original: Path, loaded: L
             why = found.cannot_score(loaded.model.device)
             if why and settings.gate.on == name:
                 problems.append(Problem("JOB_GATE__ON", f"{name} cannot be scored here: {why}; let it judge another"))
+        by_check = {derived_format(name)[0].check_files: name for name in names}  # once for all types of a format
+        for of_files, name in by_check.items():
+            if why := of_files(original, attempt.alive):
+                problems.append(Problem("JOB_EXPORT__FORMATS", f"{name} cannot be made: {why}; leave it out"))
     if problems:
         raise SettingsError(problems)
     sizes = [len(merges.names) * merges.bytes_each]
@@ -127,7 +132,14 @@ def export(attempt: Attempt, settings: Settings, sources: Sources, loaded: Loade
     """Makes, scores and publishes all formats. The model in memory is given up: no stage after this one uses it."""
     load_published_adapter(attempt, loaded, trained)
     dtype = loaded.model.get_base_model().dtype
-    how = HowToScore(loaded.model.device, dtype, settings.train.max_length, loaded.packing.packed)
+    how = HowToScore(
+        loaded.model.device,
+        dtype,
+        settings.train.max_length,
+        loaded.packing.packed,
+        attempt.processes.place.local_world_size,
+        attempt.alive,
+    )
     own = _Export(attempt, settings, sources, how)
     merged, only = _make_merged(own, loaded)
     release(loaded.model)
@@ -202,13 +214,25 @@ def _derived(own: _Export, name: str, candidate: str, merged: _Files) -> Iterato
             device=own.how.device,
             seed=settings.run.seed,
             alive=attempt.alive,
+            steps=settings.export.quantization_steps,
         )
         work.mkdir(parents=True)
-        record = replace(found.make(inputs), calibration=calibration)
+        try:
+            record = replace(found.make(inputs), calibration=calibration)
+        except CannotMake as error:
+            return {_NOT_MADE: str(error)}
         shutil.rmtree(inputs.work, ignore_errors=True)
         return {**_told(_Files.of(inputs.folder)), _OF_QUANTIZED: asdict(record)}
 
     told = attempt.processes.share_on_machine(name, make)
+    failures = attempt.processes.gather(f"failures of {name}", told.get(_NOT_MADE, ""))
+    if why := next(filter(None, failures), ""):
+        log.get_logger().warning("an exported format cannot be made; the run goes on without it", export=name, why=why)
+        if attempt.processes.leads:
+            reason = "made from the merged model that was chosen"
+            record = ExportRecord(name, candidate, reason, "", "", {candidate: {}}, published=False, not_made=why)
+            yield DerivedExport(origin, record, [])
+        return
     files = _heard(told)
     _agree(attempt, name, [files.hashes])
     scored = _score(own, name, candidate, files, load=found.load, cannot=found.cannot_score(own.how.device))
@@ -253,16 +277,19 @@ def _score(
     cache = ScoreCache(attempt.store, SCORES, own.settings.run.id, score_conditions(facts))
     side = export_side(name, candidate)
     log.get_logger().info("evaluating", export=name, candidate=candidate, dtype=exported.scored_in)
-    found = score_model(
-        attempt,
-        own.settings,
-        own.sources,
-        exported.model,
-        cache=cache,
-        side=side,
-        scoring=exported.scoring or score_sequences,
-    )
-    exported.close()
+    try:
+        found = score_model(
+            attempt,
+            own.settings,
+            own.sources,
+            exported.model,
+            cache=cache,
+            side=side,
+            scoring=exported.scoring or score_sequences,
+            one_by_one=exported.one_by_one,
+        )
+    finally:
+        exported.close()
     return _Scored(found, exported.dtype, exported.scored_in)
 
 

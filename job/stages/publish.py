@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from job import log
@@ -17,7 +18,7 @@ from job.results import inventory, manifest
 from job.results.baseline import Baseline
 from job.results.completed import read_complete
 from job.runs.attempt import Attempt, now
-from job.runs.layout import CARD, REPORT, RESULTS, answers_key
+from job.runs.layout import CARD, EXPORT_CARD, REPORT, RESULTS, answers_key, export_folder
 from job.runs.run_log import close_run_log
 from job.settings.load import Settings, redacted
 from job.stages.handoff import Sources
@@ -113,7 +114,7 @@ def _publish_baseline(
 
 
 def publish_report_and_card(attempt: Attempt, results: Mapping[str, Any]) -> dict[str, Any]:
-    """Publishes both; returns the manifest with them among its artifacts.
+    """Publishes the report, and the cards of the adapter and of all exports; returns the manifest that lists them.
 
     If one cannot be rendered, the error is logged and the manifest is published without it: hours of training must not
     be lost to a template. Errors of the store are raised as usual.
@@ -122,6 +123,11 @@ def publish_report_and_card(attempt: Attempt, results: Mapping[str, Any]) -> dic
         JobError: The store does not accept a file.
     """
     complete = _with(results, _published(attempt, CARD, lambda: model_card.render_model_card(results)))
+    for export in results["exports"]:
+        if export.get("published", True):
+            key = export_folder(export["format"]) + EXPORT_CARD
+            render = partial(model_card.render_export_card, results, export)
+            complete = _with(complete, _published(attempt, key, render))
     return _with(
         complete,
         _published(

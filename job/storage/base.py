@@ -65,6 +65,7 @@ PROBE = ".probe-"
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _FAILING = {errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOTCONN}
+_NO_NAME = {errno.ENAMETOOLONG, errno.ELOOP}
 _UNKNOWN = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 _TRIES = 5
 # An ETag that no object has: conditional writes that name it must be refused.
@@ -389,11 +390,11 @@ def sync(path: Path) -> None:
 
 
 def is_of_the_machine(error: BaseException) -> bool:
-    """Whether it says that a file may not be used, that a disk is full or fails, or that too many files are open.
+    """Whether a file may not be used or can have no such name, a disk is full or fails, or too many files are open.
 
     Such an error is about neither the content of a file nor this program, whoever happens to meet it.
     """
-    return isinstance(error, OSError) and error.errno in _REFUSED | _FULL | _FAILING
+    return isinstance(error, OSError) and error.errno in _REFUSED | _FULL | _FAILING | _NO_NAME
 
 
 @contextmanager
@@ -407,6 +408,8 @@ def disk_errors(what: str) -> Iterator[None]:
         message = f"{error.filename} is in the way: a name cannot be both an object and a folder of objects"
         raise SettingsError([Problem(what, message)]) from error
     except OSError as error:
+        if error.errno in _NO_NAME:
+            raise SettingsError([Problem(what, f"{error.strerror} ({error.filename}); give another path")]) from error
         if error.errno in _REFUSED:
             raise AccessDenied(f"{what}: {error.strerror} ({error.filename})") from error
         if error.errno in _FULL:

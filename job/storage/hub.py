@@ -4,7 +4,7 @@ Credentials are the hub's own (HF_TOKEN, a login); its client reads them, and re
 
 Nothing here imports a library while an error is handled. A download runs in a thread beside the main thread, which
 imports `datasets` meanwhile: an import of one of its submodules in the thread would make Python give one of the two a
-half-initialised module, and the answer of the hub would end as an ImportError. Errors of libraries are therefore
+half-initialised module, and an error of the hub would appear as an ImportError. Errors of libraries are therefore
 recognized by name.
 """
 

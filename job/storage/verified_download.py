@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from job.common.hashing import hash_file
 from job.errors import DataError, Problem
 from job.records import Artifact
 from job.storage.open import ObjectStore, TooLarge
+
+
+def altered(
+    store: ObjectStore, artifacts: Iterable[Artifact], folder: Path, alive: Callable[[], None] = lambda: None
+) -> list[str]:
+    """Those of the artifacts, by path, whose bytes are not what was published; they are downloaded below `folder`.
+
+    `alive` is called before each.
+    """
+    found = []
+    for artifact in artifacts:
+        alive()
+        try:
+            fetch_artifact(store, artifact, folder).unlink()
+        except DataError:
+            found.append(artifact.path)
+    return found
 
 
 def fetch_artifact(store: ObjectStore, artifact: Artifact, folder: Path) -> Path:

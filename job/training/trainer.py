@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
 from job.checkpoints.trainer_state import (
     TrainerFiles,
@@ -34,8 +34,7 @@ from job.checkpoints.trainer_state import (
     write_trainer_state,
     write_validations,
 )
-from job.common.optimizers import OPTIMIZERS, trainer_name
-from job.common.schedulers import SCHEDULERS, Schedule
+from job.common.optimizers import OPTIMIZERS
 from job.data.batch_plan import Steps, targets_of
 from job.distributed.processes import ALONE, Processes
 from job.errors import TrainingFailed
@@ -54,6 +53,7 @@ from job.training.neftune import add_noise
 from job.training.packing import alone_inputs, packed_inputs, padded_sequence
 from job.training.preference_gradient import PreferenceGradient, head_of, token_log_probs
 from job.training.step import OptimizerStep, StepAbandoned
+from job.training.trl_config import trl_config
 from job.training.validation import Validation
 
 
@@ -493,77 +493,3 @@ class ValidateOnSchedule(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, _args: Any, _state: Any, control: Any, **_: Any) -> None:
         """Asks Trainer for a validation between the step's metrics and its checkpoint."""
         control.should_evaluate = control.should_evaluate or self.due()
-
-
-OPTIONS = {
-    "output_dir": "where Trainer may write; it has to be given",
-    "max_steps": "the length of the schedule and of the loop",
-    **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"), "1: a step of the loop is a step"),
-    **dict.fromkeys(("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"), "the schedule"),
-    **dict.fromkeys(("optim", "weight_decay", "max_grad_norm"), "the optimizer and clipping"),
-    **dict.fromkeys(("bf16", "fp16"), "autocast, and loss scaling"),
-    "loss_type": "what compute_loss computes",
-    "router_aux_loss_coef": "what compute_loss adds for a mixture of experts: nothing",
-    "use_cpu": "where",
-    "seed": "what Trainer seeds when it is made",
-    **dict.fromkeys(("logging_steps", "logging_nan_inf_filter"), "log() is called after every step, with its own loss"),
-    **dict.fromkeys(("save_strategy", "save_steps"), "when _save_checkpoint() is called"),
-    "ignore_data_skip": "the plan seeks by itself",
-    **dict.fromkeys(("remove_unused_columns", "max_length", "dataset_kwargs"), "TRL leaves the data set alone"),
-    **dict.fromkeys(("report_to", "disable_tqdm"), "nothing is told but by the job"),
-    **dict.fromkeys(("activation_checkpointing", "gradient_checkpointing"), "off: switched on the model, by the plan"),
-}
-"""The options of SFTConfig that have an effect in this trainer, and which effect. TRL would accept any other option (of
-packing, a data loader, an evaluation) without any effect, so `sft_config` refuses it."""
-
-
-def sft_config(**options: Any) -> SFTConfig:
-    """TRL's configuration.
-
-    Raises:
-        ValueError: An option would have no effect here, see `OPTIONS`.
-    """
-    if unknown := sorted(options.keys() - OPTIONS.keys()):
-        raise ValueError(f"options of SFTConfig that would do nothing in this trainer: {', '.join(unknown)}")
-    return SFTConfig(**options)
-
-
-def trl_config(recipe: Recipe, plan: ExecutionPlan, folder: Path, model: Any) -> SFTConfig:
-    """The configuration of Trainer for this recipe and model; Trainer may write into `folder`."""
-    dtype, scheduler = model.get_base_model().dtype, SCHEDULERS[recipe.scheduler]
-    schedule = Schedule(recipe.total_steps, recipe.warmup_steps, recipe.min_lr_ratio, recipe.decay_steps)
-    return sft_config(
-        output_dir=str(folder),
-        max_steps=recipe.total_steps,
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=1,
-        learning_rate=recipe.learning_rate,
-        lr_scheduler_type=scheduler.transformers_name(schedule),
-        lr_scheduler_kwargs=scheduler.options(schedule),
-        warmup_steps=recipe.warmup_steps,
-        weight_decay=recipe.weight_decay,
-        # With infinity Trainer still computes the norm, for the metrics, and multiplies the gradient by exactly 1.
-        max_grad_norm=recipe.max_grad_norm or math.inf,
-        optim=trainer_name(recipe.optimizer),
-        # The argument's name differs between the supported versions of TRL.
-        **dict.fromkeys(
-            {"activation_checkpointing", "gradient_checkpointing"} & SFTConfig.__dataclass_fields__.keys(), False
-        ),
-        # Fused layers cast the adapter's fp32 weights themselves; PEFT's need autocast for it.
-        bf16=dtype is torch.bfloat16 and not plan.fused,
-        fp16=dtype is torch.float16,
-        loss_type="nll",
-        use_cpu=model.device.type != "cuda",
-        seed=recipe.seed,
-        logging_steps=1,
-        logging_nan_inf_filter=False,  # it would hide a loss that is not finite
-        save_strategy="steps",
-        save_steps=recipe.save_every_steps,
-        ignore_data_skip=True,
-        remove_unused_columns=False,
-        router_aux_loss_coef=0.0,  # only the loss of the tokens, whatever a mixture-of-experts' config.json has
-        max_length=None,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        report_to="none",
-        disable_tqdm=True,
-    )

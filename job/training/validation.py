@@ -3,13 +3,13 @@
 Of preferences it is the method's loss over all validation rows, with its metrics: what TRL's trainers evaluate with all
 rows in one batch. (In several batches, ORPO's loss and KTO's depend on how the rows fall into them.)
 
-The rows go through the model in blocks of as many as a training step has, packed as a training step's rows are, and
-each block is shared out among the processes as a step is. The sum is in float64, in a fixed order: the loss is the same
+The rows go through the model in blocks. A block has as many rows as a training step, is packed like one, and is divided
+among the processes like one. The sum is in float64, in a fixed order: the loss is the same
 in every attempt, and depends on the token budget and on the number of processes by rounding alone.
 
 Between two blocks the processes agree on whether to stop, and with one process the stop flag is read between two
-micro-batches, so a validation that has to stop ends within the time of a third of a training step. It is made again by
-the next attempt.
+micro-batches, so a validation that has to stop ends within the time of a third of a training step. The next attempt
+repeats it.
 """
 
 from __future__ import annotations

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from job.common.export_formats import MERGED, to_make
 from job.common.formatting import count
+from job.common.gguf_file import gguf_contents
 from job.data.calibration import calibration_rows, hash_rows
 from job.evaluation.comparison import choose_candidate, compare_export
 from job.records import TaskScores
-from job.runs.layout import EXPORT, RESULTS, export_folder, export_side
+from job.runs.layout import EXPORT, EXPORT_CARD, RESULTS, export_folder, export_side
 from job.verification.check_figures import Copies, SamplesByTask, read_samples, scores_of, unpaired
 from job.verification.differences import MAX_SHOWN, CheckResult, Difference, find_differences, show
 
@@ -30,9 +32,8 @@ def check_exports(results: Mapping[str, Any], copies: Copies) -> CheckResult | N
     formats = [export["format"] for export in exports]
     differences = list(find_differences(f"{RESULTS} exports", formats, to_make(asked)))
     shipped = [export["format"] for export in exports if export.get("published", True)]
-    differences += find_differences(
-        f"{RESULTS} exports published", shipped, [name for name in formats if name in asked]
-    )
+    to_ship = [one["format"] for one in exports if one["format"] in asked and not one.get("not_made")]
+    differences += find_differences(f"{RESULTS} exports published", shipped, to_ship)
     listed = {artifact["path"] for artifact in results["artifacts"]}
     folders = tuple(map(export_folder, shipped))
     differences += [
@@ -60,7 +61,7 @@ def _check_one(
     scores: dict[str, dict[str, TaskScores]] = {}
     for candidate, claimed in export["candidates"].items():
         side = export_side(export["format"], candidate)
-        if export.get("not_scored") and not claimed:
+        if (export.get("not_scored") or export.get("not_made")) and not claimed:
             continue
         if claimed.keys() != tasks.keys():
             yield Difference(f"{place}.candidates.{candidate}", show(sorted(tasks)), show([*claimed]))
@@ -90,10 +91,11 @@ def _check_one(
 def _files(export: Mapping[str, Any], results: Mapping[str, Any], copies: Copies) -> Iterator[Difference]:
     """The bytes of all files, and that they are a model."""
     folder = export_folder(export["format"])
-    if "bytes" in export:
-        found = sum(one["bytes"] for one in results["artifacts"] if one["path"].startswith(folder))
+    if "bytes" in export:  # without the card, which is made of the manifest
+        paths = {one["path"]: one["bytes"] for one in results["artifacts"] if one["path"].startswith(folder)}
+        found = sum(paths.values()) - paths.get(folder + EXPORT_CARD, 0)
         yield from find_differences(f"{folder} bytes", export["bytes"], found)
-    yield from _model_files(export, copies)
+    yield from (_gguf_file if export["format"].startswith("gguf:") else _model_files)(export, copies)
 
 
 def _calibration(export: Mapping[str, Any], results: Mapping[str, Any], place: str) -> Iterator[Difference]:
@@ -136,6 +138,22 @@ def _model_files(export: Mapping[str, Any], copies: Copies) -> Iterator[Differen
         yield Difference(f"{folder}config.json", "plain weights", "quantized ones")
     if how is not None:
         yield from find_differences(f"{folder}config.json quantization_config", *_quantized(how, config))
+
+
+def _gguf_file(export: Mapping[str, Any], copies: Copies) -> Iterator[Difference]:
+    """The types of the numbers in a GGUF file, where the package that reads it is installed."""
+    folder = export_folder(export["format"])
+    files = [copy for path, copy in copies.items() if path.startswith(folder) and path != folder + EXPORT_CARD]
+    if len(files) != 1:
+        yield Difference(folder, "one file", str(len(files)))
+    elif find_spec("gguf") is not None:
+        claimed = (export.get("quantization") or {}).get("gguf") or {}
+        try:
+            found = gguf_contents(files[0])
+        except (ValueError, KeyError, IndexError, OSError, OverflowError) as error:
+            yield Difference(folder, "a file of GGUF", f"{type(error).__name__}: {str(error)[:MAX_SHOWN]}")
+            return
+        yield from find_differences(f"{folder} quantization.gguf", {name: claimed.get(name) for name in found}, found)
 
 
 def _quantized(held: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -61,14 +61,16 @@ def check_gate(results: Mapping[str, Any], copies: Copies) -> CheckResult:
     if side is None:
         differences.append(Difference(f"{RESULTS} gate.on", show(on), "no export of this format"))
         return CheckResult("gate", "none", tuple(differences))
-    if side != "adapter" and against is None and not differences:
+    if _unscored(results, on):
+        tasks, against = {}, against and {**against, "tasks": {}}
+    elif side != "adapter" and against is None and not differences:
         sides = (read_samples(tasks, one, copies) for one in ("base", side))
         (before, before_wrong), (after, after_wrong) = sides
         differences += [*before_wrong, *after_wrong, *unpaired(before, after, "base")]
         if not differences:
             claimed = {task: {**found, side: found["adapter"]} for task, found in tasks.items()}
             tasks = compare_tasks(scores_of(before, tasks, "base"), scores_of(after, claimed, side))
-    if against is not None:
+    if against is not None and tasks:
         earlier, wrong = read_samples(tasks, "baseline", copies)
         ours, ours_wrong = read_samples(tasks, side, copies)
         wrong += ours_wrong or unpaired(earlier, ours, "baseline")
@@ -85,6 +87,14 @@ def check_gate(results: Mapping[str, Any], copies: Copies) -> CheckResult:
     versus = "" if against is None else f", against run {show(against['run'])}"
     judged = "" if side == "adapter" else f", {on}"
     return CheckResult("gate", outcome + judged + versus, tuple(differences))
+
+
+def _unscored(results: Mapping[str, Any], on: str) -> bool:
+    """Whether the gate is on a format that was not made or not scored, which does not meet it."""
+    return any(
+        export["format"] == on and not export["candidates"].get(export["candidate"])
+        for export in results.get("exports", ())
+    )
 
 
 def _judged_side(results: Mapping[str, Any], on: str) -> str | None:

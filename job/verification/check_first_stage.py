@@ -1,6 +1,6 @@
-"""The first stage of a run that trained in two: verified as the whole run that it is, and named by the second.
+"""The first stage of a run that trained in two: verified like any other run, and compared with the second.
 
-Its own checks come with the name of its folder before them, so that one call of `verify` says all of both.
+The names of its checks begin with the name of its folder, so that one call of `verify` reports on both.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a run that learned preferences claims of its method, and of the reference that it compared with."""
+"""Checks what the manifest of a run that learned preferences says about its method and its reference model."""
 
 from __future__ import annotations
 

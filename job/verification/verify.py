@@ -21,7 +21,7 @@ from job.errors import Problem, VerificationError
 from job.records import Artifact
 from job.results.inventory import is_evidence, is_leftover
 from job.results.reader import parse, read_bytes
-from job.runs.layout import ARTIFACTS, FIRST_STAGE, RESULTS
+from job.runs.layout import ARTIFACTS, FIRST_STAGE, PUSHED, RESULTS
 from job.storage.location import join
 from job.storage.open import ObjectStore, StorageOptions, is_key, open_store
 from job.verification import check_checkpoints
@@ -30,6 +30,7 @@ from job.verification.check_figures import check_cost, check_evaluation, check_g
 from job.verification.check_first_stage import check_first_stage
 from job.verification.check_history import check_attempts, check_settings, check_stages, fingerprint_of
 from job.verification.check_preferences import check_preferences
+from job.verification.check_pushes import check_pushes
 from job.verification.differences import CheckResult, Difference, show
 from job.verification.fetch_files import fetch_files
 
@@ -75,7 +76,13 @@ def verify(
     copies |= more
     run = fingerprint_of(copies)
     attempts, sealed = check_attempts(results, copies, store, listed, run)
-    known = {RESULTS, *sealed, *(claim.path for claim in (*own, *kept, *states))}
+    pushes = check_pushes(results, store, listed, copies)
+    known = {
+        RESULTS,
+        *sealed,
+        *(key for key in listed if key.startswith(PUSHED)),
+        *(claim.path for claim in (*own, *kept, *states)),
+    }
     misplaced = [
         *(_out_of_place(claim) for claim in own if not claim.path.startswith(ARTIFACTS)),
         *(_out_of_place(claim) for claim in kept if not is_evidence(claim.path, last)),
@@ -91,7 +98,7 @@ def verify(
         check_gate(results, copies),
         check_training(results, copies),
         check_validation(results, copies),
-        *filter(None, [check_preferences(results, copies), check_exports(results, copies)]),
+        *filter(None, [check_preferences(results, copies), check_exports(results, copies), pushes]),
         check_cost(results),
         check_settings(results, copies),
         check_stages(results, copies, run),

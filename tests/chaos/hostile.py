@@ -418,8 +418,22 @@ IGNORED = {
     "config: heads to prune",
     "tokenizer: code",
     "tokenizer: class of a stranger",
+    "tokenizer: cuts each text",
+    "tokenizer: pads to 1e9",
+    "tokenizer: draws its tokens",
+    "tokenizer: number 1e9",
+    "tokenizer: at most 1 token",
+    "tokenizer: at most 1e400 tokens",
+    "tokenizer: templates by a number",
+    "files: generation_config.json is a folder",
+    "files: generation_config.json ends at os",
+    "files: a pickle beside the weights",
+    "files: 20,000",
+    "files: a folder of templates",
 }
 """What the job leaves out of what it loads, so that it may also go on."""
+OTHER_TOKENS = {"tokenizer: a slow pattern", "tokenizer: an end that is no token"}
+"""What makes another tokenizer, if an odd one: the job may go on, with another adapter."""
 PLAIN = "the base as it was"
 
 
@@ -452,7 +466,7 @@ def explore(
     folder: Path, environment: Mapping[str, str], names: Sequence[str], seconds: float = SECONDS
 ) -> Iterator[Outcome]:
     """Runs the job on each of the named cases."""
-    known = {PLAIN: len, **cases(folder)}
+    known = {PLAIN: str, **cases(folder)}
     warm.run(["--version"], environment)  # the server's imports are not on the first case's time
     if IGNORED & set(names):
         names = [PLAIN, *names]
@@ -465,7 +479,7 @@ def explore(
         outcome = _run(name, folder, {**environment, "JOB_MODEL__ID": str(model)}, seconds)
         if name == PLAIN:
             right = _adapter(folder)
-        elif outcome.code == 0 and outcome.broken is None and _adapter(folder) != right:
+        elif outcome.code == 0 and name in IGNORED and outcome.broken is None and _adapter(folder) != right:
             yield replace(outcome, broken="published another adapter")
         else:
             yield outcome
@@ -490,7 +504,7 @@ def _run(name: str, folder: Path, environment: Mapping[str, str], seconds: float
     broken = None
     if code is None:
         broken = f"did not end within {seconds} s"
-    elif code not in CODES | ({0} if name in IGNORED else set()):
+    elif code not in CODES | ({0} if name in {PLAIN} | IGNORED | OTHER_TOKENS else set()):
         broken = f"ended with {code}"
     elif "Traceback" in text or "a bug:" in text:
         broken = "ended with a traceback"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from tests.helpers import alpaca_rows, arc_rows, make_base, write_jsonl
+from tests.helpers import alpaca_rows, arc_rows, fill_adapter, make_base, make_model, write_jsonl
 
 
 def settings(folder: Path, *, rows: int = 40, questions: int = 40) -> dict[str, str]:
@@ -109,6 +110,73 @@ def _weights(folder: Path) -> dict[str, str]:
     return {"JOB_DATA__SOURCE": str(write_jsonl(folder / "weighted.jsonl", rows)), "JOB_DATA__ROW_WEIGHTS": "true"}
 
 
+CHAT = (
+    "{% if tools %}{{ tools | tojson }}</s>{% endif %}{% for m in messages %}{{ m.role }}: "
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content or '' }}"
+    "{% for call in m.tool_calls or [] %}{{ call | tojson }}{% endfor %}</s>"
+    "{% endgeneration %}{% else %}{{ m.content }}</s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+"""A chat template with tools, and with marks around what the assistant says."""
+
+
+def _chat(folder: Path) -> dict[str, str]:
+    """Two sources, the second used half: OpenAI's lines with weights and tools, and ShareGPT's; long ones are cut."""
+    base = Path(shutil.copytree(folder / "base", folder / "chat-base", dirs_exist_ok=True))
+    (base / "chat_template.jinja").write_text(CHAT, encoding="utf-8")
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+    openai, sharegpt = [], []
+    for n, row in enumerate(alpaca_rows(28)):
+        ask, answer = {"role": "user", "content": row["instruction"]}, {"role": "assistant", "content": row["output"]}
+        call = {"type": "function", "function": {"name": "add", "arguments": {"first": n}}}
+        calls = [{"role": "assistant", "content": None, "tool_calls": [call]}, {"role": "tool", "content": f"{2 * n}"}]
+        several = [ask, answer | {"weight": n % 2}, ask, *calls, answer]
+        openai.append({"messages": several, "tools": [tool]})
+        says = (("human", row["instruction"]), ("gpt", row["output"] * (1 + 9 * (n % 7 == 0))))
+        sharegpt.append({"conversations": [{"from": who, "value": what} for who, what in says]})
+    paths = [str(write_jsonl(folder / f"{name}.jsonl", rows)) for name, rows in (("o", openai), ("s", sharegpt))]
+    return {
+        "JOB_MODEL__ID": str(base),
+        "JOB_DATA__SOURCE": f"{paths[0]},{paths[1]}=0.5x",
+        "JOB_DATA__ON_LONG_ROW": "truncate",
+        "JOB_TRAIN__LOSS_ON": "assistant",
+        "JOB_TRAIN__MAX_LENGTH": "512",
+    }
+
+
+def _split_texts(folder: Path) -> dict[str, str]:
+    texts = [f"{row['instruction']} {row['output']} " for row in alpaca_rows(24)]
+    rows = [{"content": text * (1 + n % 5)} for n, text in enumerate(texts)]
+    return {
+        "JOB_DATA__SOURCE": str(write_jsonl(folder / "texts.jsonl", rows)),
+        "JOB_DATA__FIELDS": "text=content",
+        "JOB_DATA__ON_LONG_ROW": "split",
+        "JOB_TRAIN__MAX_LENGTH": "96",
+    }
+
+
+def _from_an_adapter(folder: Path) -> dict[str, str]:
+    """IPO, from an adapter that is there already."""
+    from job.model.adapter_files import save_adapter
+    from job.model.published_names import PublishedNames
+
+    start = folder / "start"
+    if not start.exists():
+        model = fill_adapter(make_model(folder / "base"), 0.01)
+        save_adapter(model, start, base="base", revision=None, names=PublishedNames(""))
+    return {**preferences(folder), "JOB_LORA__START": str(start), "JOB_TRAIN__PREFERENCE_LOSS": "ipo"}
+
+
+def _new_tokens(folder: Path) -> dict[str, str]:
+    rows = [{**row, "output": f"<sum>{row['output']}"} for row in alpaca_rows(40)]
+    return {
+        "JOB_DATA__SOURCE": str(write_jsonl(folder / "tokens.jsonl", rows)),
+        "JOB_MODEL__ADD_TOKENS": "<sum>",
+        "JOB_LORA__MODULES_TO_SAVE": "lm_head",
+        "JOB_LORA__LAYERS": "1",
+    }
+
+
 def _train(**given: str) -> Callable[[Path], dict[str, str]]:
     return lambda _folder: {f"JOB_TRAIN__{name}": value for name, value in given.items()}
 
@@ -132,6 +200,12 @@ CONFIGURATIONS: Mapping[str, Callable[[Path], dict[str, str]]] = {
     "ademamix": _train(OPTIMIZER="ademamix_8bit"),
     "dora": _lora(USE_DORA="true", USE_RSLORA="true", INIT="gaussian", SEED="7"),
     "pissa": _lora(INIT="pissa", DROPOUT="0", RANK_PATTERN="q_proj=4"),
+    "eva": _lora(INIT="eva"),
+    "loftq": _lora(INIT="loftq"),
+    "new-tokens": _new_tokens,
+    "chat": _chat,
+    "split-texts": _split_texts,
+    "ipo-start": _from_an_adapter,
     "adalora": _lora(KIND="adalora", TINIT="3", TFINAL="5", DELTA_T="2"),
 }
 """What a run adds to `settings`, by name. To have `make chaos` draw another option, add a line."""

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
+import signal
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from job.verification.verify import require_verified, verify
 from tests import warm
 from tests.chaos.small import settings
 from tests.helpers import arc_rows, make_base, read_jsonl, write_jsonl
+from tests.hub_server import TOKEN, Hub, hub_server
 
 
 @pytest.fixture(scope="module")
@@ -174,3 +178,59 @@ def _cancelling(folder: Path) -> Mapping[str, str]:
         "OMP_NUM_THREADS": "1",
         "TMPDIR": str(folder),
     }
+
+
+@pytest.mark.long
+def test_gguf_killed_at_any_time_in_export(environment: dict[str, str], tmp_path: Path) -> None:
+    """Killed while llama.cpp's process converts and while it scores: the same bytes, and a manifest that verifies."""
+    asked = {**environment, "JOB_EXPORT__FORMATS": "merged,gguf:q8_0", "JOB_RUN__OUTPUT": str(tmp_path)}
+    done = warm.run([], {**asked, "JOB_RUN__ID": "whole"}, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for number, (event, seconds) in enumerate([("quantizing", 0.5), ("quantizing", 8), ("evaluating", 2)]):
+        with warm.followed([], {**asked, "JOB_RUN__ID": "hit"}) as (process, log):
+            for line in log:
+                if f'"event": "{event}"' in line and "gguf:q8_0" in line:
+                    time.sleep(seconds * (0.5 + random.random()))
+                    process.kill()
+            assert process.wait(200) == [-9], f"kill {number} came too late"
+    done = warm.run([], {**asked, "JOB_RUN__ID": "hit"}, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert facts_of(manifest(tmp_path / "hit")) == facts_of(manifest(tmp_path / "whole"))
+    export = manifest(tmp_path / "hit")["exports"][1]
+    assert export["quantization"]["gguf"]["types"].keys() == {"F32", "Q8_0"}
+    assert export["quantization"]["library"] == "llama.cpp in xllamacpp"
+
+
+def test_a_complete_run_is_pushed_once_though_it_is_killed(environment: dict[str, str], whole: Path) -> None:
+    """Killed by the hub itself as the files go up and as the commit is made: one commit, and the run still verifies."""
+    hub = Hub(part=1 << 20)
+    pushed = {**environment, "JOB_RUN__ID": "whole", "JOB_EXPORT__HUB": "me/model", "HF_TOKEN": TOKEN}
+    pushed |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    with hub_server(hub) as pushed["HF_ENDPOINT"]:
+        for at in ("/lfs/", "/commits/main", "/commit/main"):
+            hub.refuse = lambda _method, _path: None
+            with warm.followed([], pushed) as (process, log):
+                hub.refuse = lambda _method, path, at=at, pid=process.pid: _kill(pid) if at in path else None  # type: ignore[misc]
+                list(log)
+                assert process.wait(100) == [-9]
+        hub.refuse = lambda _method, _path: None
+        done = warm.run([], pushed)
+        assert (done.returncode, "pushed" in done.stderr) == (0, True), done.stderr[-3000:]
+        assert TOKEN not in done.stderr + done.stdout
+        asked = len(hub.requests)
+        assert warm.run([], pushed).returncode == 0
+        assert len(hub.requests) == asked
+        refused = {**pushed, "JOB_RUN__ID": "refused", "HF_TOKEN": "hf_a_token_of_yesterday"}
+        done = warm.run([], refused)
+        assert (done.returncode, "yesterday" in done.stderr) == (77, False), done.stderr[-3000:]
+        assert not (whole.parent / "refused").exists()
+    assert hub.titles("me/model") == ["initial commit", "qlora-job: run whole"]
+    files = hub.files("me/model")
+    for path in ("adapter_model.safetensors", "README.md", "merged/model.safetensors", "merged/config.json"):
+        inside = f"artifacts/export/{path}" if path.startswith("merged") else f"artifacts/adapter/{path}"
+        assert files[path] == (whole / inside).read_bytes()
+    manifest(whole)
+
+
+def _kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)

@@ -401,7 +401,7 @@ def test_a_manifest_that_says_more_than_is_there(inputs: Inputs, whole: Ended) -
     ended = run(inputs, "copied")
     assert ended.code == 0, ended.lines[-1]
     said = [line["event"] for line in ended.lines]
-    assert "the manifest lists files that are missing: the run continues" in said
+    assert "the manifest lists files that are missing or damaged: the run continues" in said
     assert "steps" not in said
     assert [line["stage"] for line in ended.lines if line["event"] == "stage is done"] == [*STAGES, "publish"]
     assert artifacts(ended.results) == artifacts(whole.results)

@@ -19,6 +19,7 @@ from job.model.files import read_json, readable
     [
         *((number, 77) for number in (errno.EACCES, errno.EPERM, errno.EROFS)),
         *((number, 69) for number in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EMFILE)),
+        *((number, 2) for number in (errno.ENAMETOOLONG, errno.ELOOP)),
         (errno.ENOENT, 1),
     ],
 )
@@ -36,6 +37,12 @@ def test_a_disk_that_refuses_is_no_bug(
     said = capfd.readouterr().err
     assert "/model/weights" in said
     assert ("a bug" in said) == (code == 1)
+
+
+def test_a_path_that_is_too_long_is_no_bug(capfd: pytest.CaptureFixture[str]) -> None:
+    """Of a model, where the first look at the path fails."""
+    assert cli.main(["plan", "--preset", "demo", "--run.id", "x", "--model.id", "/tmp/" + "m" * 300]) == 2
+    assert "File name too long" in "".join(capfd.readouterr())
 
 
 def test_a_file_that_is_no_json_stays_wrong_data(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 import structlog
 
 from job.common.source_list import Source, locate_sources, parse_sources
+from job.data.notes import Notes
 from job.errors import DataError, SettingsError
 from tests.helpers import encoded
 from tests.toy_tokenizer import toy_tokenizer
@@ -87,6 +88,34 @@ def test_a_single_source_is_as_it_was(tmp_path: Path) -> None:
     for example, text in zip(examples, ("cat", "mat"), strict=True):
         digest.update(encoded(text, example.input_ids, example.targets).canonical())
     assert record.sha256 == digest.hexdigest()
+
+
+def test_a_source_of_another_schema_is_one_problem(tmp_path: Path) -> None:
+    """It is named with both schemas, instead of two missing fields for each of its rows."""
+    one = lines(tmp_path / "one.jsonl", *texts("a"))
+    two = lines(tmp_path / "two.jsonl", *({"prompt": f"q{n}", "completion": "a"} for n in range(9)))
+    with pytest.raises(DataError) as error:
+        read(f"{one},{two}", on_bad_row="skip")
+    (problem,) = error.value.problems
+    assert (problem.where, error.value.total) == (str(two), 1)
+    assert f"has rows of the schema prompt_completion, and {one} of text" in problem.what
+
+
+def test_what_one_would_not_expect_is_told(tmp_path: Path) -> None:
+    """Fewer rows than the limit, weights that are not used, labels of one kind, and a cut that leaves no target."""
+    few = lines(tmp_path / "few.jsonl", *({"text": f"row {n}", "weight": 0.5} for n in range(3)))
+    labels = lines(tmp_path / "k.jsonl", *({"prompt": f"q{n}", "completion": " a", "label": True} for n in range(3)))
+    notes = Notes()
+    load(few, limit=5, notes=notes)
+    load(labels, method="kto", notes=notes)
+    assert [what for level, what, _ in notes.kept if level == "warning"] == [
+        "rows have weights that are not used; set JOB_DATA__ROW_WEIGHTS=true, or remove them",
+        "there are fewer rows than JOB_DATA__LIMIT",
+        "all answers have the same label, so there is nothing to tell apart",
+    ]
+    long = lines(tmp_path / "long.jsonl", {"prompt": "p " * 90, "completion": "a"})
+    with pytest.raises(DataError, match=r"the 32 tokens that it is cut to \(JOB_TRAIN__MAX_LENGTH\) hold no token"):
+        load(long, loss_on="completion", max_length=32, on_long_row="truncate")
 
 
 def test_bad_rows_of_all_sources_are_in_one_report(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -19,7 +20,8 @@ import psutil
 import pytest
 
 from job.common.source_list import Source
-from job.data import workers
+from job.data import examples, workers
+from job.data.notes import Notes
 from job.data.preferences import EncodedAnswers
 from job.data.text_tokenizer import text_tokenizer
 from job.data.tokenization import Encoded
@@ -36,6 +38,7 @@ def _at_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Workers start with the first rows, chunks are small, and none is left at the end."""
     monkeypatch.setattr(workers, "ROWS_ALONE", 0)
     monkeypatch.setattr(workers, "_CHUNK_ROWS", 7)
+    monkeypatch.setattr(examples, "_BATCH_TOKENS", 100)  # batches end within chunks, and go on over their borders
     monkeypatch.setattr(workers, "available_bytes", lambda: 64 << 30)
     yield
     assert not workers_running()
@@ -52,16 +55,30 @@ def workers_running() -> list[psutil.Process]:
 
 
 def both(*given: Any, **how: Any) -> list[Any]:
-    """What `load` gives in one process and in two: examples and record, or the error."""
+    """What `load` gives in one process and in two: examples and record, or the error.
+
+    Without `on_example`, two processes give the same file with the same notes: then rows come in bundles.
+    """
 
     def outcome(processes: int) -> Any:
         seen: list[Encoded | EncodedAnswers] = []
         try:
-            examples, record = load(*given, processes=processes, on_example=seen.append, **how)
+            found, record = load(*given, processes=processes, on_example=seen.append, **how)
         except JobError as error:
             return type(error), str(error)
-        return list(examples), record, seen
+        return list(found), record, seen
 
+    def written(processes: int) -> Any:
+        notes = Notes()
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "examples.arrow")
+            try:
+                found, record = load(*given, processes=processes, file=path, notes=notes, **how)
+            except JobError as error:
+                return type(error), str(error)
+            return path.read_bytes(), record, notes.kept, found.target_counts
+
+    assert written(1) == written(2)
     return [outcome(processes) for processes in (1, 2)]
 
 
@@ -89,6 +106,10 @@ def test_good_and_bad_rows_give_the_same(tmp_path: Path) -> None:
     one, several = both(path)
     assert one == several
     assert one[0] is DataError
+    long = lines(tmp_path / "long.jsonl", *({"text": f"row {n} " * (1 + 90 * (n % 5 == 0))} for n in range(40)))
+    one, several = both(long, on_long_row="split", max_length=100)
+    assert one == several
+    assert one[1].long_rows["split"] == 8
 
 
 def test_the_selection_is_the_same(tmp_path: Path) -> None:

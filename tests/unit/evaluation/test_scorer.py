@@ -170,8 +170,9 @@ def closure(*roots: str) -> set[str]:
     return found
 
 
-CARRY_VALUES = {"job.records", "job.errors", "job.log", "job.common.hashing"}
-"""Frozen dataclasses without behaviour, messages, and hashes of files: none of them takes part in a computation."""
+CARRY_VALUES = {"job.records", "job.errors", "job.log", "job.common.hashing", "job.storage.base"}
+"""Frozen dataclasses without behaviour, messages, hashes of files, and errors of the disk: none of them takes part in a
+computation."""
 
 
 def test_the_key_of_scores_covers_all_code_that_decides_them() -> None:

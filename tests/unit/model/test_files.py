@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from job.errors import DataError, JobError, SettingsError
-from job.model.base import load_base
+from job.model.base import load_base, load_tokenizer
 from job.model.files import MAX_CONFIG_BYTES, fingerprint, read_config, silence, weight_files
 
 CPU = torch.device("cpu")
@@ -152,6 +152,18 @@ def test_a_configuration_too_large_to_be_one_is_not_read(folder: Path) -> None:
         file.truncate(MAX_CONFIG_BYTES + 1)
     with pytest.raises(DataError, match="more than"):
         load(folder)
+
+
+def test_a_template_too_large_to_be_one_is_not_read(folder: Path) -> None:
+    """A tokenizer's files have limits of their own, and `num_labels` may not ask for ten million names."""
+    with (folder / "chat_template.jinja").open("wb") as file:
+        file.truncate(300 << 20)  # without taking the space
+    with pytest.raises(DataError, match=r"chat_template.jinja of 314,572,800 bytes"):
+        load_tokenizer(folder)
+    (folder / "chat_template.jinja").unlink()
+    change(folder, num_labels=10**7)
+    with pytest.raises(DataError, match="num_labels is 10000000"):
+        load_tokenizer(folder)
 
 
 def test_an_adapter_is_not_taken_for_a_base(folder: Path) -> None:

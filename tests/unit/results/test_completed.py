@@ -37,6 +37,16 @@ def test_a_manifest_that_lists_more_than_is_there_is_withdrawn(store: LocalStore
     assert store.read(RESULTS) is None
 
 
+def test_a_file_with_other_bytes_is_published_again(store: LocalStore) -> None:
+    """A restart after the end repairs what was damaged since, also where the file's size is as it was."""
+    stored = store.read(METRICS)
+    assert stored is not None
+    store.write(METRICS, bytes([stored.data[0] ^ 1]) + stored.data[1:])
+    assert read_complete(store) is None
+    withdraw_incomplete(store)
+    assert store.read(RESULTS) is None
+
+
 @pytest.mark.parametrize(
     "damage",
     [

@@ -363,7 +363,7 @@ def test_a_damaged_record_of_a_stage_is_made_again(store: LocalStore, tmp_path: 
     kind = TypeAdapter(Evaluated)
     for number, damaged in enumerate(damages(stored.data)):
         with pytest.raises(ValueError, match=r"."):
-            stage_records.parse(damaged, kind)
+            stage_records.parse("stages/evaluate-base.json", damaged, kind)
         if number % 20 == 0:
             store.write("stages/evaluate-base.json", damaged)
             again = begun(store, tmp_path)
@@ -374,6 +374,22 @@ def test_a_damaged_record_of_a_stage_is_made_again(store: LocalStore, tmp_path: 
     last = store.read("stages/evaluate-base.json")
     assert last is not None
     assert last.data == stored.data
+
+
+def test_a_record_of_another_stage_does_not_count(store: LocalStore, tmp_path: Path) -> None:
+    """A copy of the adapter's evaluation in place of the base's would give the base the adapter's scores."""
+    first = begun(store, tmp_path)
+    first.identify(PULLED)
+    work = Work(first, tmp_path / "file")
+    found = first.stage(Stage.EVALUATE_BASE, Evaluated, work)
+    first.keep("evaluate-adapter", json.dumps(asdict(replace(found, scores={}))))
+    other = store.read("stages/evaluate-adapter.json")
+    assert other is not None
+    store.write("stages/evaluate-base.json", other.data)
+    again = begun(store, tmp_path)
+    again.identify(PULLED)
+    assert again.stage(Stage.EVALUATE_BASE, Evaluated, work) == found
+    assert work.done == 2
 
 
 @pytest.mark.parametrize("other", [{"settings": {"run.seed": 7}}, {"data": "3" * 64}])

@@ -89,7 +89,10 @@ def test_without_its_settings_the_stages_decide(tmp_path: Path, damage: Callable
     store = LocalStore(tmp_path)
     keep_settings(store, SETTINGS)
     record = TypeAdapter(Pulled).dump_json(PULLED).decode()
-    store.write("stages/pull.json", stage_records.render(record, stage_records.fingerprint(SETTINGS, PULLED)))
+    store.write(
+        "stages/pull.json",
+        stage_records.render("stages/pull.json", record, stage_records.fingerprint(SETTINGS, PULLED)),
+    )
     damage(store)
     for ask in (compare_settings, keep_settings):
         if ask is compare_settings:
@@ -115,7 +118,10 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
     keep_settings(store, SETTINGS)
     record = TypeAdapter(Pulled).dump_json(PULLED).decode()
-    store.write("stages/pull.json", stage_records.render(record, stage_records.fingerprint(SETTINGS, PULLED)))
+    store.write(
+        "stages/pull.json",
+        stage_records.render("stages/pull.json", record, stage_records.fingerprint(SETTINGS, PULLED)),
+    )
     defaults = {"train.epochs": 1, "eval.long_questions": "error", "data.mixture": ()}
     later = {**defaults, "train.epochs": 2}
     assert compare_settings(store, later, defaults) == SETTINGS

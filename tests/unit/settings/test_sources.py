@@ -10,6 +10,8 @@ import pytest
 
 from job.errors import SettingsError
 from job.settings.load import Settings, load_reading, load_settings
+from job.settings.schema import NAMES
+from job.settings.sources import _ELSEWHERE
 
 DEFAULTS = Settings()
 
@@ -162,3 +164,16 @@ def test_a_mapping_is_one_value(tmp_path: Path) -> None:
     """Task files of a stronger source replace those of a weaker one; they are not merged."""
     environ = config(tmp_path, "eval: {tasks: [a, b], data: {a: x.jsonl}}")
     assert dict(load_settings(["--eval.data=b=y.jsonl"], environ).eval.data) == {"b": "y.jsonl"}
+
+
+class TestOtherNames:
+    """Names that other trainers have."""
+
+    def test_they_name_the_setting_that_does_it_here(self) -> None:
+        """Where the most similar name would be another thing; all that are listed name settings."""
+        given = {"JOB_TRAIN__PER_DEVICE_TRAIN_BATCH_SIZE": "4", "JOB_DATA__VAL_SET_SIZE": "0.1"}
+        found = problems([], given)
+        assert "JOB_TRAIN__GLOBAL_BATCH_SIZE" in found["environment JOB_TRAIN__PER_DEVICE_TRAIN_BATCH_SIZE"]
+        assert "JOB_DATA__VALIDATION" in found["environment JOB_DATA__VAL_SET_SIZE"]
+        assert {name for names in _ELSEWHERE.values() for name in names} <= set(NAMES)
+        assert not _ELSEWHERE.keys() & {name.rpartition(".")[2] for name in NAMES}

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from job.common.hashing import hash_file
+from job.data.batch_plan import epoch_order
+from job.data.calibration import hash_rows
 from job.errors import DataError, Preempted, SettingsError, Unreachable
 from job.evaluation.tasks import load_tasks
+from job.export import fp8
+from job.export.formats import DERIVED, DerivedInputs
+from job.export.quantizable import CannotMake
 from job.model.adapter_files import save_adapter
 from job.model.base import describe_model, load_tokenizer
 from job.model.packed_attention import NAME, use
 from job.model.published_names import PublishedNames
 from job.model.quantized_cache.layout import CachedBase
 from job.preemption.stop_flag import Stop
-from job.records import Exported, Packing, Pulled, Trained
+from job.records import Example, Exported, Packing, Pulled, QuantizationRecord, Trained
 from job.runs.attempt import Attempt, open_attempt
 from job.runs.fault_injection import arm
 from job.settings.load import Settings, load_settings
@@ -29,6 +36,7 @@ from job.stages.export import check_export, export
 from job.stages.handoff import Loaded, Sources
 from job.storage.local import LocalStore
 from job.storage.open import ObjectStore
+from tests import warm
 from tests.example_run import DATASET, TRAINING
 from tests.helpers import arc_rows, fill_adapter, make_base, make_model, write_jsonl
 from tests.wrapped_store import WrappedStore
@@ -215,3 +223,174 @@ def test_what_cannot_be_exported_is_refused_before_training(
         loaded.model.peft_config["default"].modules_to_save = ["lm_head"]
         with pytest.raises(SettingsError, match="JOB_EXPORT__FORMATS: the adapter has biases, whole modules or tokens"):
             check_export(attempt, world.settings(), base, loaded)
+
+
+def artifacts_below(found: Exported, folder: str) -> list[str]:
+    """Paths of the artifacts in a folder of exports."""
+    return [artifact.path for artifact in found.artifacts if artifact.path.startswith(f"artifacts/export/{folder}")]
+
+
+@pytest.fixture(scope="module")
+def in_8_bits(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Exported]:
+    """The folder and the record of a run that exports `fp8` and no merged model."""
+    folder = tmp_path_factory.mktemp("fp8") / "run"
+    return folder, run(world, folder, "--export.formats=fp8")
+
+
+def test_a_format_is_made_from_the_better_merge(whole: tuple[Path, Exported], in_8_bits: tuple[Path, Exported]) -> None:
+    """The merge is decided as if it were published, and is not; the other format is made from it, scored, published."""
+    merged, made = in_8_bits[1].exports
+    assert merged == replace(whole[1].exports[0], published=False)
+    assert (made.format, made.candidate, list(made.scores)) == ("fp8", merged.candidate, [merged.candidate])
+    assert made.scores[merged.candidate]["arc_easy"].n == 12
+    assert made.quantization is not None
+    assert (made.quantization.scheme, made.quantization.layers) == ("FP8_DYNAMIC", 14)
+    assert not artifacts_below(in_8_bits[1], "merged/")
+    published = {artifact.path: artifact for artifact in in_8_bits[1].artifacts}
+    files = artifacts_below(in_8_bits[1], "fp8/")
+    assert "artifacts/export/fp8/model.safetensors" in files
+    assert made.bytes == sum(published[path].bytes for path in files)
+    assert f"artifacts/evaluation/arc_easy.fp8-{merged.candidate}.jsonl" in published
+
+
+def test_a_format_that_is_complete_is_not_made_again(
+    world: World, in_8_bits: tuple[Path, Exported], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A restart reads what an earlier attempt recorded of it; without one of its files it is made again."""
+    folder = tmp_path / "run"
+    shutil.copytree(in_8_bits[0], folder)
+    made = DERIVED["fp8"].make
+    asked = list[DerivedInputs]()
+    monkeypatch.setitem(
+        DERIVED,  # type: ignore[misc]
+        "fp8",
+        replace(DERIVED["fp8"], make=lambda inputs: (asked.append(inputs), made(inputs))[1]),
+    )
+    assert run(world, folder, "--export.formats=fp8") == in_8_bits[1]
+    assert not asked
+    (folder / "artifacts/export/fp8/config.json").unlink()
+    assert run(world, folder, "--export.formats=fp8") == in_8_bits[1]
+    assert len(asked) == 1
+
+
+def test_calibration_rows_are_those_of_the_batch_plan(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A calibrated format gets the first rows that training saw, as trained on, and the record names them."""
+    examples = [Example((5, 6, row), (False, True, True)) for row in range(20)]
+    seen: list[DerivedInputs] = []
+
+    def make(inputs: DerivedInputs) -> QuantizationRecord:
+        seen.append(inputs)
+        return fp8.make_fp8(inputs)
+
+    monkeypatch.setitem(DERIVED, "w4a16", replace(DERIVED["fp8"], make=make))  # type: ignore[misc]
+    sources = replace(world.sources(), examples=examples)
+    words = ("--export.formats=w4a16", "--export.calibration_rows=5", "--export.merge_onto=original", "--run.seed=3")
+    with attempt_at(tmp_path / "run") as attempt:
+        trained = world.trained(attempt.store)
+        found = export(attempt, world.settings(*words), sources, world.loaded(), trained)
+    assert found is not None
+    order = epoch_order(3, 20, 0)[:5]
+    assert seen[0].calibration == [(5, 6, row) for row in order]
+    assert found.exports[1].quantization is not None
+    calibration = found.exports[1].quantization.calibration
+    assert calibration is not None
+    assert (calibration.rows, calibration.tokens, calibration.rows_sha256) == (5, 15, hash_rows(order))
+
+
+def test_what_cannot_be_made_does_not_lose_the_run(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A library that gives up after training is told in the record; all else is published."""
+
+    def make(_inputs: DerivedInputs) -> QuantizationRecord:
+        raise CannotMake("the library does not know this family")
+
+    monkeypatch.setitem(DERIVED, "fp8", replace(DERIVED["fp8"], make=make))  # type: ignore[misc]
+    found = run(world, tmp_path / "run", "--export.formats=merged,fp8", "--export.merge_onto=original")
+    merged, failed = found.exports
+    assert merged.published
+    assert artifacts_below(found, "merged/")
+    assert (failed.published, failed.not_made) == (False, "the library does not know this family")
+    assert failed.scores == {"original": {}}
+    assert not artifacts_below(found, "fp8/")
+
+
+def test_what_cannot_be_scored_is_published_as_such(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no scores and says why; a gate on it is refused before training."""
+    cannot = replace(DERIVED["fp8"], cannot_score=lambda _device: "no reader is installed")
+    monkeypatch.setitem(DERIVED, "fp8", cannot)  # type: ignore[misc]
+    found = run(world, tmp_path / "run", "--export.formats=fp8", "--export.merge_onto=original")
+    assert found.exports[1].not_scored == "no reader is installed"
+    assert found.exports[1].scores == {"original": {}}
+    assert found.exports[1].published
+    assert artifacts_below(found, "fp8/")
+    with attempt_at(tmp_path / "other") as attempt:
+        gated = world.settings("--export.formats=fp8", "--gate.on=fp8", "--gate.min_delta=0")
+        with pytest.raises(SettingsError, match="JOB_GATE__ON: fp8 cannot be scored here: no reader is installed"):
+            check_export(attempt, gated, world.folder / "base", world.loaded())
+        monkeypatch.setitem(DERIVED, "fp8", replace(cannot, check=lambda _empty, _kind: "unknown family"))  # type: ignore[misc]
+        with pytest.raises(SettingsError, match="JOB_EXPORT__FORMATS: fp8 cannot be made: unknown family"):
+            check_export(attempt, world.settings("--export.formats=fp8"), world.folder / "base", world.loaded())
+
+
+GGUF = ("--export.formats=gguf:q8_0", "--export.merge_onto=original")
+
+
+@pytest.fixture
+def _forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """llama.cpp's process is forked, and scores are kept after every question."""
+    forked = SimpleNamespace(Popen=warm.LlamaCppProcess, PIPE=subprocess.PIPE)
+    monkeypatch.setattr("job.export.gguf.subprocess", forked)
+    monkeypatch.setattr("job.evaluation.score_cache.SAVE_SECONDS", 0.0)
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("_forked")
+def test_gguf_is_scored_on_the_same_questions_and_resumes_by_its_scores(world: World, tmp_path: Path) -> None:
+    """Ended in the middle of scoring and before the upload: the kept scores are taken up, all bytes are the same."""
+    undisturbed = run(world, tmp_path / "undisturbed", *GGUF)
+    merged, record = undisturbed.exports
+    assert (merged.format, merged.published, record.format, record.candidate) == (
+        "merged",
+        False,
+        "gguf:q8_0",
+        "original",
+    )
+    scores, others = record.scores["original"]["arc_easy"], merged.scores["original"]["arc_easy"]
+    assert scores.n == others.n == 12
+    assert abs(scores.acc - others.acc) <= 3 / 12
+    assert record.quantization is not None
+    assert record.quantization.scheme == "Q8_0"
+    paths = [artifact.path for artifact in undisturbed.artifacts if "/export/" in artifact.path]
+    assert [path.rpartition("/")[2] for path in paths] == ["model-q8_0.gguf"]
+
+    folder, kept = tmp_path / "run", list[str]()
+
+    def end_in_scoring(verb: str, key: str) -> None:
+        if verb == "write" and key.startswith("scores/"):
+            kept.append(key)
+            if len(kept) == 8:  # the merge's questions are one sequence or two
+                raise Preempted("in the middle")
+
+    def end_before_upload(verb: str, key: str) -> None:
+        if verb == "write" and key.startswith("scores/"):
+            kept.append(key)
+        if verb == "upload" and key.endswith(".gguf"):
+            raise Preempted("before the upload")
+
+    def attempted(through: ObjectStore) -> Exported | None:
+        with attempt_at(folder, through) as attempt:
+            trained = world.trained(attempt.store)
+            return export(attempt, world.settings(*GGUF), world.sources(), world.loaded(), trained)
+
+    for end in (end_in_scoring, end_before_upload):
+        with pytest.raises(Preempted):
+            attempted(WrappedStore(LocalStore(folder), before=end))
+    assert attempted(LocalStore(folder)) == undisturbed
+    assert len(set(kept)) == len(kept) - 1  # the one that was ended in the middle is scored again, and no other
+    for artifact in undisturbed.artifacts:
+        assert hash_file(folder / artifact.path) == artifact.sha256

@@ -15,7 +15,8 @@ from job.records import PEFT, ExecutionPlan
 from job.training import trainer as trainer_module
 from job.training.config import Hooks, Recipe
 from job.training.lm_head_loss import can_sum
-from job.training.trainer import OPTIONS, sft_config, train
+from job.training.trainer import train
+from job.training.trl_config import OPTIONS, sft_config
 from tests.helpers import fill_adapter, make_examples, make_model
 
 OWN = {

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from job.platforms.detect import Delivery
-from job.report.model_card import render_model_card
+from job.report.model_card import render_export_card, render_model_card
 from job.report.report import read_report_data, render_report
 from job.results import manifest
 from job.results.delivery import deliver
@@ -150,7 +150,68 @@ def test_it_is_shown_and_delivered(tmp_path: Path) -> None:
     for text in (page, card):
         assert text.count("merged onto") >= 3
         assert "the higher accuracy: original 100.00 %, dequantized 95.00 %" in text
+    own = render_export_card(results, results["exports"][0]).decode()
+    for text in ("AutoModelForCausalLM.from_pretrained", "vllm serve", "+75.00", "+25.00", results["model"]["sha256"]):
+        assert text in own
     (line,) = [line for line in manifest.summary(results, "x/results.json") if line.startswith("merged")]
     assert "published: original" in line
     deliver(LocalStore(folder), results, Delivery(tmp_path / "model", tmp_path / "data"))
     assert (tmp_path / "model/merged/model.safetensors").exists()
+
+
+QUANTIZATION = {
+    "method": "compressed-tensors",
+    "scheme": "W4A16",
+    "bits": 4,
+    "group_size": 128,
+    "activations": "16 bit",
+    "library": "auto-round",
+    "version": "0.16.1",
+    "layers": 14,
+    "kept": ["lm_head"],
+    "calibration": {"rows": 16, "tokens": 99, "rows_sha256": "0" * 64, "examples_sha256": "1" * 64},
+}
+
+
+def test_a_quantized_format_is_shown(tmp_path: Path) -> None:
+    """Report, card and summary tell scheme, bytes, what is not quantized, calibration, and what was not scored."""
+    folder = published(tmp_path, BETTER)
+    results = results_of(folder)
+    (merged,) = results["exports"]
+    made = {"format": "w4a16", "bytes": 1234567, "quantization": QUANTIZATION, "reason": "as was chosen"}
+    scored = {**merged, **made, "candidates": {"original": merged["candidates"]["original"]}}
+    unscored = {**scored, "format": "awq", "candidates": {"original": {}}, "not_scored": "no reader", "dtype": ""}
+    failed = {"published": False, "not_made": "unknown family", "format": "gptq", "candidates": {"original": {}}}
+    failed = {**{name: merged[name] for name in ("candidate", "reason", "dtype", "scored_in")}, **failed}
+    results["exports"] = [{**merged, "published": False}, scored, unscored, failed]
+    manifest.validate(results)
+    page = render_report(results, read_report_data(results, lambda artifact: folder / artifact.path)).decode()
+    for text in (page, render_model_card(results).decode()):
+        for word in ("W4A16", "1.2 M", "not quantized: lm_head", "16 rows", "NOT scored: no reader", "unknown family"):
+            assert word in text
+    own = render_export_card(results, unscored).decode()
+    assert "Nothing was measured" in own
+    assert "Its files" not in own
+    lines = manifest.summary(results, "x/results.json")
+    assert any("awq: published, not scored" in line for line in lines)
+    assert any("gptq: not published" in line for line in lines)
+
+
+def _quantized(results: dict[str, Any]) -> None:
+    results["exports"][0]["quantization"] = QUANTIZATION
+
+
+def _not_published(results: dict[str, Any]) -> None:
+    results["exports"][0]["published"] = False
+
+
+def _other_bytes(results: dict[str, Any]) -> None:
+    results["exports"][0]["bytes"] = 5
+
+
+@pytest.mark.parametrize("change", [_quantized, _not_published, _other_bytes])
+def test_a_claim_about_the_files_is_checked(tmp_path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Quantization, bytes and whether it is published at all follow from the files, the settings and the plan."""
+    folder = published(tmp_path, BETTER)
+    forge(folder, change)
+    assert any("exports" in where or where.startswith(FOLDER) for where in wrong(folder))

@@ -1,0 +1,90 @@
+"""The command `push`: a finished run to its targets, by the function that the job itself calls."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from job import log
+from job.cli.arguments import COMMANDS, Arguments, parse_arguments
+from job.cli.runs import reading
+from job.common.formatting import size
+from job.common.tables import visible
+from job.errors import JobError, Problem, SettingsError
+from job.push.push import TARGETS, Target, content_of, push_run, targets
+from job.results.completed import require_gate
+from job.results.reader import open_run, read_published
+from job.settings.field_types import explain
+from job.settings.schema import Settings
+from job.verification.verify import require_verified, verify
+
+_OPTIONS = {"--hub": "hub", "--hub-revision": "hub_revision", "--oci": "oci"}
+_FLAGS = {"--public": ("hub_private", False), "--plain-http": ("oci_plain_http", True)}
+_OWN = ("hub", "hub_revision", "hub_private", "oci", "oci_plain_http")
+"""Settings that are the run's own, unless the command line names a place."""
+
+
+def push_command(words: Sequence[str]) -> int:
+    """`push RESULTS`: verifies the run, then pushes it, or prints what would be pushed.
+
+    Raises:
+        SettingsError: It is not clear which run, or where to.
+        VerificationError: The run is not what its manifest says.
+        GateError: Its quality gate is not met.
+        JobError: As the target says.
+    """
+    given = parse_arguments(words, COMMANDS["push"].arguments)
+    storage, _ = reading(given)
+    store = open_run(given.runs[0], storage)
+    with tempfile.TemporaryDirectory(prefix="qlora-job-", ignore_cleanup_errors=True) as work:
+        require_verified(verify(store, Path(work), storage))
+    results = read_published(store).results
+    chosen = _targets(given, results)
+    if "--despite-gate" not in given.flags:
+        require_gate(results)
+    if "--dry-run" in given.flags:
+        with tempfile.TemporaryDirectory(prefix="qlora-job-", ignore_cleanup_errors=True) as work:
+            content = content_of(store, results, Path(work))
+            lines = [line for target in chosen for line in _preview(target, target.changes(content), target.check())]
+    else:
+        pushed = push_run(store, results, chosen, again=True)
+        lines = [f"{one.target}: {one.place} holds the run as {one.id}" for one in pushed]
+    return 0 if log.print_result("".join(f"{visible(line)}\n" for line in lines)) else JobError.exit_code
+
+
+def _preview(target: Target, changes: Sequence[tuple[str, str, int]], found: str) -> list[str]:
+    rows = [f"  {change:<8} {size(bytes_, ' ') if bytes_ else '':>10}  {path}" for change, path, bytes_ in changes]
+    total = sum(bytes_ for change, _, bytes_ in changes if change in {"new", "changed"})
+    return [
+        f"{target.kind}: {target.place}",
+        f"  {found}",
+        *rows,
+        f"  to upload: {size(total, ' ')}; nothing was written",
+    ]
+
+
+def _targets(given: Arguments, results: Mapping[str, Any]) -> tuple[Target, ...]:
+    """Those of the command line, else those of the run's own settings.
+
+    Raises:
+        SettingsError: There are none, or a name is none.
+    """
+    values: dict[str, Any] = {n: given.options[option] for option, n in _OPTIONS.items() if option in given.options}
+    if not values.keys() & set(TARGETS):
+        own = {name.removeprefix("export."): setting["value"] for name, setting in results["settings"].items()}
+        values = {name: own[name] for name in _OWN if name in own} | values
+    values |= {name: value for flag, (name, value) in _FLAGS.items() if flag in given.flags}
+    try:
+        chosen = targets(Settings.model_validate({"export": values}))
+    except ValidationError as error:
+        options = {name: option for option, name in _OPTIONS.items()}
+        records = error.errors(include_url=False, include_input=False)
+        problems = [Problem(options.get(str(r["loc"][-1]), "--hub"), explain(r)) for r in records]
+        raise SettingsError(problems) from None
+    if not chosen:
+        raise SettingsError([Problem("--hub or --oci", "is needed: the run's own settings name no place to push to")])
+    return chosen

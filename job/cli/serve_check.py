@@ -1,0 +1,125 @@
+"""The command `serve-check`: the run's own questions to a server of its model."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from job import log
+from job.cli.arguments import COMMANDS, Arguments, parse_arguments
+from job.cli.runs import reading
+from job.common.tables import visible
+from job.errors import DataError, JobError, Problem, SettingsError
+from job.evaluation import samples
+from job.evaluation.samples import Sample
+from job.records import Artifact
+from job.report.model_card import public_base
+from job.results.reader import MAX_SAMPLES_BYTES, PublishedRun, open_run, read_published
+from job.runs.layout import ADAPTER, answers_key, export_folder, export_side
+from job.serving.check import ServeCheck, Served, as_json, as_lines, require_alike, serve_check
+from job.serving.client import Client
+from job.serving.servers import SERVERS, Model, model_name, pick, recognized, started
+from job.settings.load import environment
+from job.storage.verified_download import fetch_artifact
+
+QUESTIONS = 50
+
+
+def serve_check_command(words: Sequence[str]) -> int:
+    """`serve-check RESULTS`: prints how a server answers the run's questions, and how fast.
+
+    Raises:
+        SettingsError: It is not clear which run, format or server, or there is none.
+        VerificationError: The server answers otherwise than the records say.
+        DataError: A file of the run is not what was published.
+        AccessDenied, Unreachable: As the server answers.
+    """
+    given = parse_arguments(words, COMMANDS["serve-check"].arguments)
+    storage, cache = reading(given)
+    run = read_published(open_run(given.runs[0], storage))
+    count, server = _count(given), given.options.get("--server")
+    if server is not None and server not in SERVERS:
+        raise SettingsError([Problem("--server", f"must be {' or '.join(SERVERS)}")])
+    shipped, side = _served(given, run.results)
+    with ExitStack() as stack:
+        folder = tempfile.TemporaryDirectory(prefix="qlora-job-", dir=cache, ignore_cleanup_errors=True)
+        work = Path(stack.enter_context(folder))
+        asked = _records(run, side, work)
+        if url := given.options.get("--url"):
+            client = Client(url.rstrip("/").removesuffix("/v1"), environment().get("OPENAI_API_KEY"))
+            name = model_name(client, given.options.get("--model"))
+            server = server or recognized(client)
+        else:
+            model = _fetched(run, shipped, work)
+            server = server or pick(model)
+            client, name = stack.enter_context(started(server, model))
+        found = serve_check(Served(client, server, name, shipped), asked, count)
+    code = _print(given, found)
+    require_alike(found)
+    return code
+
+
+def _print(given: Arguments, found: ServeCheck) -> int:
+    text = json.dumps(as_json(found), indent=2) if given.options["--format"] == "json" else None
+    lines = [text] if text is not None else [visible(line) for line in as_lines(found)]
+    return 0 if log.print_result("\n".join(lines) + "\n") else JobError.exit_code
+
+
+def _count(given: Arguments) -> int:
+    try:
+        count = int(given.options.get("--questions", str(QUESTIONS)))
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise SettingsError([Problem("--questions", "must be a whole number of at least 1")])
+    return count
+
+
+def _served(given: Arguments, results: Mapping[str, Any]) -> tuple[str, str]:
+    """What is served, and the side of its records."""
+    exports = {export["format"]: export["candidate"] for export in results.get("exports", ())}
+    judged = (results["settings"].get("gate.on") or {}).get("value", "adapter")
+    shipped = given.options.get("--served", judged)
+    if shipped == "adapter":
+        return shipped, shipped
+    if shipped not in exports:
+        known = ", ".join(["adapter", *exports])
+        raise SettingsError([Problem("--served", f"is not in this run, which has {known}")])
+    return shipped, export_side(shipped, exports[shipped])
+
+
+def _records(run: PublishedRun, side: str, work: Path) -> list[tuple[str, Sample]]:
+    """(task, record) of every question, verified."""
+    listed = {artifact["path"]: Artifact(**artifact) for artifact in run.results["artifacts"]}
+    found = []
+    for task in run.results["evaluation"]["tasks"]:
+        artifact = listed.get(answers_key(task, side))
+        if artifact is None or artifact.bytes > MAX_SAMPLES_BYTES:
+            raise DataError(
+                [Problem(answers_key(task, side), "is not among the artifacts, so nothing can be compared")]
+            )
+        try:
+            parsed = samples.parse(fetch_artifact(run.store, artifact, work).read_bytes())
+        except ValueError as error:
+            raise DataError([Problem(artifact.path, str(error))]) from error
+        found += [(task, sample) for sample in parsed]
+    return found
+
+
+def _fetched(run: PublishedRun, shipped: str, work: Path) -> Model:
+    """The verified files of what is served, in a folder here."""
+    prefix = ADAPTER if shipped == "adapter" else export_folder(shipped)
+    files = [Artifact(**one) for one in run.results["artifacts"] if one["path"].startswith(prefix)]
+    for artifact in files:
+        fetch_artifact(run.store, artifact, work)
+    settings = {name: setting["value"] for name, setting in run.results["settings"].items()}
+    model = run.results["model"]
+    base = public_base(model["id"], model["revision"], settings.get("model.name"))[0]
+    if Path(model["id"]).is_dir():
+        base = model["id"]
+    adapter = shipped == "adapter"
+    return Model(shipped, work / prefix, base if adapter else None, settings["lora.rank"] if adapter else None)

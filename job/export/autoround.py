@@ -1,0 +1,235 @@
+"""The formats `w4a16`, `gptq` and `awq`: weights of linear layers in 4 bits, by auto-round.
+
+All three are the same quantization (integers, symmetric, a scale for each group of weights, whose rounding auto-round
+optimizes by the layers' outputs on calibration rows), in three layouts: that of compressed-tensors, of GPTQ, of AWQ.
+
+The calibration rows are joined in the order of the batch plan, and cut into sequences of one length. Tensors that are
+not quantized are those of the merged model, bit for bit; in `gptq` and `awq`, whose kernels want it, in fp16.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+
+from job.errors import Killed
+from job.export.autoround_process import Task
+from job.export.checkpoint import read_header, read_tensor, write_weights
+from job.export.quantizable import CannotMake, quantizable, why_not
+from job.export.scoring import ExportedModel, HowToScore, load_quantized
+from job.model.files import MAX_CONFIG_BYTES, build_empty, read_config, read_json, weight_files
+from job.records import QuantizationRecord
+
+if TYPE_CHECKING:
+    from job.export.formats import DerivedInputs
+
+LONGEST = 2048
+"""Tokens of a calibration sequence, at most: as auto-round has it."""
+GROUPS = (128, 64, 32)
+"""Sizes of a group that vLLM's kernels have, the first that divides the inputs of all layers is taken."""
+_POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How quantized weights are written.
+
+    Attributes:
+        name: auto-round's.
+        method: As readers name it.
+        packed: Ending of the tensor that holds a layer's weights.
+        half: Whether all other tensors are in fp16.
+    """
+
+    name: str
+    method: str
+    packed: str
+    half: bool = False
+
+
+COMPRESSED = Layout("llm_compressor", "compressed-tensors", "weight_packed")
+GPTQ = Layout("auto_gptq", "gptq", "qweight", half=True)
+AWQ = Layout("auto_awq", "awq", "qweight", half=True)
+
+
+def cannot_score_awq(_device: torch.device) -> str:
+    """As `Format.cannot_score`: auto-round's own reader of AWQ fails on a CPU."""
+    if find_spec("gptqmodel") is None:
+        return "transformers reads AWQ by gptqmodel, which is not installed"
+    return ""
+
+
+def check_four_bit(empty: Any, _kind: str) -> str:
+    """As `Format.check`."""
+    return why_not(empty) or ("" if group_size(empty) else "its layers' inputs are no multiple of 32")
+
+
+def group_size(empty: Any) -> int | None:
+    """The largest of `GROUPS` that divides the inputs of all layers; None if there is none."""
+    inputs = [empty.get_submodule(name).in_features for name in quantizable(empty)]
+    return next((size for size in GROUPS if all(width % size == 0 for width in inputs)), None)
+
+
+def calibration_sequences(rows: Sequence[Sequence[int]], longest: int = LONGEST) -> list[list[int]]:
+    """The rows joined in their order, and cut into sequences of one length; what is left at the end is left out."""
+    joined = [token for row in rows for token in row]
+    length = min(longest, len(joined))
+    return [joined[start : start + length] for start in range(0, len(joined) - length + 1, length)]
+
+
+def make_four_bit(
+    layout: Layout, inputs: DerivedInputs, run: Callable[[Task, Path, Callable[..., None]], None] | None = None
+) -> QuantizationRecord:
+    """As `Format.make`.
+
+    Args:
+        layout: How the weights are written.
+        inputs: What it is made from.
+        run: (task, folder for its files, alive) quantizes; by default in a process of its own.
+
+    Raises:
+        CannotMake: auto-round cannot quantize this model.
+        Killed: Its process was killed.
+        DataError: The merged model cannot be read.
+    """
+    empty = build_empty(inputs.merged, read_config(inputs.merged))
+    size = group_size(empty)
+    if size is None:
+        raise CannotMake("its layers' inputs are no multiple of 32")
+    inputs.work.mkdir(parents=True)
+    task = Task(
+        merged=str(inputs.merged.absolute()),
+        output=str((inputs.work / "made").absolute()),
+        layout=layout.name,
+        group_size=size,
+        sequences=calibration_sequences(inputs.calibration),
+        steps=inputs.steps,
+        seed=inputs.seed,
+        device=str(inputs.device),
+        threads=torch.get_num_threads(),
+    )
+    (run or run_process)(task, inputs.work, inputs.alive)
+    (made,) = (path.parent for path in (inputs.work / "made").rglob("config.json"))
+    layers, kept = _write(layout, inputs, made, empty)
+    return QuantizationRecord(
+        method=layout.method,
+        scheme="W4A16",
+        bits=4,
+        group_size=size,
+        activations="16 bit",
+        library="auto-round",
+        version=version("auto-round"),
+        layers=layers,
+        kept=kept,
+    )
+
+
+def run_process(task: Task, work: Path, alive: Callable[..., None]) -> None:
+    """Runs auto-round in a process of its own, which ends when this function does.
+
+    Raises:
+        CannotMake: It ended with an error.
+        Killed: It was killed.
+    """
+    given, log = work / "task.json", work / "log"
+    given.write_text(json.dumps(asdict(task)), encoding="utf-8")
+    command = [sys.executable, "-m", "job.export.autoround_process", str(given)]
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output, stderr=output, cwd=_root())  # noqa: S603 - this interpreter, with a module of ours
+    try:
+        spent = 0.0
+        while process.poll() is None:
+            before, spent = spent, _cpu_seconds(process.pid)
+            alive(progress=spent > before)
+            try:
+                process.wait(_POLL_SECONDS)
+            except subprocess.TimeoutExpired:
+                continue
+    finally:
+        process.kill()
+        process.wait()
+        if process.stdin:
+            process.stdin.close()
+    if process.returncode < 0:
+        raise Killed(f"the process that quantizes was killed by signal {-process.returncode}; give it more memory")
+    if process.returncode:
+        raise CannotMake(_last_words(log.read_text(encoding="utf-8", errors="replace")))
+
+
+def _root() -> Path:
+    """The folder that holds the package `job`, which need not be installed."""
+    return Path(__file__).parents[2]
+
+
+def _cpu_seconds(pid: int) -> float:
+    try:
+        times = psutil.Process(pid).cpu_times()
+    except psutil.Error:
+        return 0.0
+    return float(times.user + times.system)
+
+
+def _last_words(text: str) -> str:
+    """The last line of the log that says something."""
+    lines = [line.strip() for line in text.replace("\r", "\n").splitlines() if line.strip()]
+    return f"auto-round ended with an error: {lines[-1][:300] if lines else 'it says nothing'}"
+
+
+def _write(layout: Layout, inputs: DerivedInputs, made: Path, empty: Any) -> tuple[int, list[str]]:
+    """Writes the format's files from what auto-round made and from the merged model's.
+
+    Returns:
+        How many layers are quantized, and the linear layers that are not.
+
+    Raises:
+        CannotMake: A tensor does not fit into fp16.
+    """
+    source = inputs.merged
+    merged = {name: (file, shape, dtype) for file in weight_files(source) for name, shape, dtype in read_header(file)}
+    own = {name: (file, shape, dtype) for file in weight_files(made) for name, shape, dtype in read_header(file)}
+    layers = {name.removesuffix(f".{layout.packed}") for name in own if name.endswith(f".{layout.packed}")}
+    plain = {name: found for name, found in merged.items() if name.removesuffix(".weight") not in layers}
+    config = read_json(source / "config.json", MAX_CONFIG_BYTES)
+    main: torch.dtype = torch.float16 if layout.half else getattr(torch, config["dtype"])
+    tensors = {}
+    for name, (file, shape, dtype) in {**own, **plain}.items():
+        same = not dtype.is_floating_point or (name in plain and not layout.half)
+        tensors[name] = (file, shape, dtype if same else main)
+
+    def written(name: str) -> torch.Tensor:
+        file, _, dtype = tensors[name]
+        found = read_tensor(file, name)
+        cast = found.to(dtype).contiguous()
+        if found.isfinite().all() and not cast.isfinite().all():
+            raise CannotMake(f"{name} has numbers that fp16 cannot hold")
+        return cast
+
+    inputs.folder.mkdir(parents=True)
+    write_weights(inputs.folder, {name: (s, d) for name, (_, s, d) in tensors.items()}, written, alive=inputs.alive)
+    config["quantization_config"] = read_json(made / "config.json", MAX_CONFIG_BYTES)["quantization_config"]
+    config["dtype"] = str(main).removeprefix("torch.")
+    (inputs.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for path in sorted(source.iterdir()):
+        if path.name != "config.json" and not path.name.startswith("model."):
+            shutil.copyfile(path, inputs.folder / path.name)
+    linear = [name for name, module in empty.named_modules() if isinstance(module, torch.nn.Linear)]
+    return len(layers), [name for name in linear if name not in layers]
+
+
+def load_gptq(folder: Path, how: HowToScore) -> ExportedModel:
+    """Loads by auto-round's quantizer in transformers: that of GPTQ itself needs packages with their own kernels."""
+    from transformers import AutoRoundConfig
+
+    # `g_idx` is the order of the inputs, which the layout asks for and which is the plain one here
+    return load_quantized(folder, how, quantization_config=AutoRoundConfig(), ignored=".g_idx")

@@ -1,0 +1,367 @@
+"""GGUF: one file for llama.cpp, made from a merged folder and scored in llama.cpp itself.
+
+How to add a type: an entry in `TYPES`, with llama.cpp's name of it, which is also its name in `JOB_EXPORT__FORMATS`.
+
+The work is done by `job.export.llama_cpp_process`, a process that this module starts, asks and bounds: it may crash or
+hang without the job. Why these ways:
+
+- auto-round would make such a file too, from a model in memory, with blocks that differ from llama.cpp's in the last
+  digits. The converter and the choice of types that it brings along are used here; the blocks are llama.cpp's own.
+- Blocks are made as `llama-quantize` makes them without an importance matrix: nothing is calibrated, so no row of the
+  training data decides what the file holds.
+- llama.cpp's server tells probabilities of sampled tokens only, so each token of a choice is one request, which forces
+  that token. That costs the same forward passes as generating the choice.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO, TYPE_CHECKING, Any
+
+from job import log
+from job.common.hashing import code_hashes
+from job.errors import TrainingFailed
+from job.export.quantizable import CannotMake
+from job.export.scoring import ExportedModel, HowToScore
+from job.model.base import load_tokenizer
+from job.records import ChoiceScore, GgufRecord, QuantizationRecord, Question
+
+if TYPE_CHECKING:
+    from job.export.formats import DerivedInputs
+
+
+@dataclass(frozen=True)
+class GgufType:
+    """A file type of llama.cpp: bits of most weights without their scales, and how many weights share a scale."""
+
+    bits: float
+    block: int | None
+    activations: str
+
+
+_BLOCKS = "8-bit integers, by 32"
+_K_BLOCKS = "8-bit integers, by 256"
+TYPES: Mapping[str, GgufType] = {
+    "f16": GgufType(16, None, "fp16"),
+    "bf16": GgufType(16, None, "bf16"),
+    "q8_0": GgufType(8, 32, _BLOCKS),
+    "q6_k": GgufType(6, 256, _K_BLOCKS),
+    "q5_k_m": GgufType(5, 256, _K_BLOCKS),
+    "q5_k_s": GgufType(5, 256, _K_BLOCKS),
+    "q4_k_m": GgufType(4, 256, _K_BLOCKS),
+    "q4_k_s": GgufType(4, 256, _K_BLOCKS),
+    "q4_0": GgufType(4, 32, _BLOCKS),
+}
+"""By llama.cpp's name. What it computes in is what it makes of the layers' inputs on a processor."""
+GGUF = "gguf"
+FILE = "model-{type}.gguf"
+"""Name of the file of a type."""
+_STALLED_SECONDS = 900.0
+"""How long the process may say nothing: one tensor, loading a file, or one question takes less."""
+_POLL_SECONDS = 1.0
+_MARGIN = 8
+"""Tokens of llama.cpp's context beyond the longest question: it wants room for the one that it samples."""
+_PROBES = (
+    *("Hello, world!", " leading space", "  two spaces", "trailing space ", "a\nb\n\nc", "\ttab", "\n", "   "),
+    *(
+        "Question: What is 3 + 14,159?\nAnswer:",
+        "I'll we'VE don't it's",
+        "x=3.14; y = 'a' if b else \"c\"",
+        "1234567890",
+    ),
+    *(
+        "CamelCase snake_case ALLCAPS",
+        "na\u00efve caf\u00e9 \u00fcber",
+        "\u4f60\u597d\uff0c\u4e16\u754c",
+        "\u041f\u0440\u0438\u0432\u0435\u0442",
+        "\u0645\u0631\u062d\u0628\u0627",
+    ),
+    *(
+        "\U0001f600 \U0001f469\u200d\U0001f680",
+        "!!! ??? ...",
+        "a  b   c    d",
+        "https://example.org/a?b=c&d=1",
+        "e\u0301",
+    ),
+)
+"""Texts on which tokenizers differ: how they cut words, numbers, white space, and bytes that no token has."""
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What is known of a GGUF file.
+
+    Attributes:
+        family: llama.cpp's name of the architecture.
+        pre_tokenizer: llama.cpp's name of how words are split.
+        types: By type the numbers held in it.
+        bits_per_weight: On average, scales included.
+        differing: Texts that llama.cpp tokenizes otherwise than the tokenizer does.
+    """
+
+    family: str
+    pre_tokenizer: str
+    types: Mapping[str, int]
+    bits_per_weight: float
+    differing: tuple[str, ...]
+
+
+def check_gguf(source: Path, alive: Callable[..., None]) -> str:
+    """Why llama.cpp does not run a model, in words; nothing if it does. Asked before training.
+
+    Args:
+        source: Folder of the base's own files.
+        alive: Called while waiting; may raise what ends the job.
+
+    Raises:
+        DataError: The tokenizer cannot be loaded.
+    """
+    asked = {"do": "check", "source": str(source.absolute()), "tokenizer": _described(load_tokenizer(source))}
+    with _process(asked, alive) as answers:
+        answer = next(answers)
+    if "checked" not in answer:
+        return _reason(answer)
+    if differing := answer["checked"]["differing"]:
+        log.get_logger().warning("llama.cpp tokenizes some texts otherwise than the tokenizer", texts=differing)
+    return ""
+
+
+def make_gguf(inputs: DerivedInputs) -> QuantizationRecord:
+    """Writes the GGUF file of the merged model: the same model and versions give the same bytes.
+
+    Raises:
+        CannotMake: The libraries cannot, or llama.cpp does not load what they made.
+    """
+    inputs.folder.mkdir(parents=True)
+    source, file = inputs.merged.absolute(), inputs.folder.absolute() / FILE.format(type=inputs.kind)
+    asked = {"do": "make", "source": str(source), "file": str(file), "file_type": inputs.kind}
+    with _process({**asked, "tokenizer": _described(load_tokenizer(source))}, inputs.alive) as answers:
+        answer = next(answer for answer in answers if "tensor" not in answer)
+    if "made" not in answer:
+        raise CannotMake(_reason(answer))
+    made = answer["made"]
+    held = TYPES[inputs.kind]
+    return QuantizationRecord(
+        method=GGUF,
+        scheme=inputs.kind.upper(),
+        bits=held.bits,
+        group_size=held.block,
+        activations=held.activations,
+        library="llama.cpp in xllamacpp",
+        version=version("xllamacpp"),
+        layers=made["quantized"],
+        kept=[],
+        gguf=GgufRecord(
+            architecture=made["family"],
+            pre_tokenizer=made["pre_tokenizer"],
+            converter=f"auto-round {version('auto-round')}",
+            types=made["types"],
+            bits_per_weight=made["bits_per_weight"],
+            tokenized_otherwise=made["differing"],
+        ),
+    )
+
+
+def load_scored(folder: Path, how: HowToScore) -> ExportedModel:
+    """Loads the file of a folder in llama.cpp, on the processor, to be scored a question at a time.
+
+    Raises:
+        TrainingFailed: llama.cpp does not load it.
+    """
+    (file,) = folder.glob("*.gguf")
+    kind = file.stem.partition("-")[2]
+    stack = ExitStack()
+    threads = max(1, len(os.sched_getaffinity(0)) // how.processes)
+    model = stack.enter_context(load_gguf(file, max_length=how.max_length, threads=threads, alive=how.alive))
+    facts = {
+        "llama.cpp": version("xllamacpp"),
+        "instructions": model.instructions,
+        "context": how.max_length,
+        "asked_by": code_hashes("job.export.llama_cpp_process"),
+    }
+    return ExportedModel(
+        model,
+        kind,
+        TYPES[kind].activations,
+        scoring=score_in_llama_cpp,
+        facts=facts,
+        close=stack.close,
+        one_by_one=True,
+    )
+
+
+class LlamaCpp:
+    """A GGUF file loaded in llama.cpp, to be scored; takes the place of a model in `scorer.ScoreSequences`.
+
+    Attributes:
+        instructions: The processor's instructions that llama.cpp uses, in its words.
+    """
+
+    def __init__(self, ask: Callable[[Mapping[str, Any]], Mapping[str, Any]], instructions: str) -> None:
+        self._ask, self.instructions = ask, instructions
+
+    def score(self, question: Question) -> list[ChoiceScore]:
+        """Scores the choices of a question.
+
+        Raises:
+            TrainingFailed: llama.cpp answered something else, ended, or answered nothing for `_STALLED_SECONDS`.
+        """
+        answer = self._ask({"context": question.context, "choices": question.choices})
+        if "scores" not in answer:
+            raise TrainingFailed(f"llama.cpp could not score a question: {_reason(answer)}")
+        scores = [ChoiceScore(float(total), bool(greedy)) for total, greedy in answer["scores"]]
+        if len(scores) != len(question.choices) or not all(math.isfinite(score.log_likelihood) for score in scores):
+            raise TrainingFailed(
+                "llama.cpp's scores are not finite: the model diverged; lower JOB_TRAIN__LEARNING_RATE"
+            )
+        return scores
+
+
+@contextmanager
+def load_gguf(file: Path, *, max_length: int, threads: int, alive: Callable[..., None]) -> Iterator[LlamaCpp]:
+    """Loads a file in llama.cpp while the context is open.
+
+    Args:
+        file: Of GGUF.
+        max_length: Most tokens of a question with its longest choice.
+        threads: Of the processor. Scores have the same bits with any number of them.
+        alive: Called while waiting; may raise what ends the job.
+
+    Raises:
+        TrainingFailed: llama.cpp does not load it.
+    """
+    with _process(
+        {"do": "score", "file": str(file), "threads": threads, "context": max_length + _MARGIN}, alive
+    ) as answers:
+        answer = next(answers)
+        if "loaded" not in answer:
+            raise TrainingFailed(f"llama.cpp could not load {file.name}: {_reason(answer)}")
+
+        def ask(question: Mapping[str, Any]) -> Mapping[str, Any]:
+            answers.send_line(question)
+            return next(answers)
+
+        yield LlamaCpp(ask, answer["loaded"])
+
+
+def score_in_llama_cpp(
+    model: LlamaCpp, questions: Sequence[Question], sequences: Mapping[int, range]
+) -> Iterator[tuple[int, list[list[ChoiceScore]]]]:
+    """`scorer.ScoreSequences` by llama.cpp: one question after the other, of each sequence."""
+    for number, sequence in sequences.items():
+        yield number, [model.score(question) for question in questions[sequence.start : sequence.stop]]
+
+
+def _described(tokenizer: Any) -> dict[str, Any]:
+    """What the process compares llama.cpp's vocabulary with, as the job's tokenizer has it."""
+    special = {
+        name: getattr(tokenizer, f"{name}_token_id")
+        for name in ("bos", "eos")
+        if getattr(tokenizer, f"{name}_token_id") is not None
+    }
+    control = [
+        token.content for _, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special and token.content
+    ][:64]
+    texts = [*_PROBES, *control, *(f"a {token} b" for token in control), *(f"{token}{token}c" for token in control)]
+    template = tokenizer.chat_template
+    return {
+        "texts": [(text, list(tokenizer.encode(text))) for text in texts],
+        "special": special,
+        "chat_template": template.get("default") if isinstance(template, dict) else template,
+    }
+
+
+def _reason(answer: Mapping[str, Any]) -> str:
+    return str(answer.get("refused", answer))
+
+
+class _Answers:
+    """The process's answers, one JSON object a line; waiting for one is bounded, and lets the job end."""
+
+    def __init__(self, process: subprocess.Popen[bytes], errors: IO[bytes], alive: Callable[..., None]) -> None:
+        self._process, self._errors, self._alive = process, errors, alive
+        self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        # a thread reads, since a pipe cannot be waited for with a limit in every way that lines are buffered
+        threading.Thread(target=self._read, name="llama-cpp-answers", daemon=True).start()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None  # noqa: S101 - it was opened as a pipe
+        for line in self._process.stdout:
+            self._lines.put(line)
+        self._lines.put(b"")
+
+    def __iter__(self) -> _Answers:
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        waited = 0.0
+        while True:
+            try:
+                line = self._lines.get(timeout=_POLL_SECONDS)
+                break
+            except queue.Empty:
+                waited += _POLL_SECONDS
+                self._alive(progress=False)
+                if waited >= _STALLED_SECONDS:
+                    return {"refused": f"llama.cpp's process has not answered for {_STALLED_SECONDS:.0f} s"}
+        self._alive()
+        if not line:
+            return {"refused": self._end()}
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def send_line(self, what: Mapping[str, Any]) -> None:
+        """Asks; a process that has ended is noticed by the answer."""
+        assert self._process.stdin is not None  # noqa: S101 - it was opened as a pipe
+        with suppress(OSError):
+            self._process.stdin.write(json.dumps(what).encode() + b"\n")
+            self._process.stdin.flush()
+
+    def _end(self) -> str:
+        code = self._process.wait()
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        self._errors.seek(0)
+        last = self._errors.read()[-4000:].decode(errors="replace").strip().splitlines()
+        return f"llama.cpp's process {how}: {last[-1][:300] if last else 'it said nothing'}"
+
+
+@contextmanager
+def _process(first: Mapping[str, Any], alive: Callable[..., None]) -> Iterator[_Answers]:
+    """Starts the process with its first line; it is killed when the context is left."""
+    with TemporaryFile() as errors:
+        process = subprocess.Popen(  # noqa: S603 - this interpreter, with a program of ours
+            [sys.executable, "-c", _START, json.dumps(sys.path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            start_new_session=True,  # Ctrl-C is for the job, which ends this process when it ends
+        )
+        try:
+            answers = _Answers(process, errors, alive)
+            answers.send_line(first)
+            yield answers
+        finally:
+            process.kill()
+            with suppress(OSError):  # its pipe is broken already
+                process.communicate()
+
+
+_START = (
+    "import json, os, sys; sys.path[:] = json.loads(sys.argv.pop()); "
+    "os.environ.update(HF_HUB_OFFLINE='1', TRANSFORMERS_OFFLINE='1', TOKENIZERS_PARALLELISM='false'); "
+    "from job.export.llama_cpp_process import main; main()"
+)
+"""With the modules of this process, and without a network."""

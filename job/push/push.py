@@ -1,0 +1,167 @@
+"""Pushes a complete run to its targets: the one function that the job and `qlora-job push` share.
+
+What is pushed are the adapter, its card and the exported formats, each file compared with the manifest on its way. A
+run is pushed after its manifest is written, so that a target never holds what the store does not; the push is recorded
+in the store, below `pushed/`. A restart pushes what is not recorded, and a target finds by itself what an earlier
+attempt did before it was killed.
+
+How to add a target:
+
+1. Write `job/push/<name>.py` with a frozen dataclass that has the attributes and methods of `Target`. `push` must find
+   what a killed push left, and must not make the content visible before all of it is there.
+2. Give it settings in `Export` of `job/settings/schema.py`, make it in `targets`, and name it in `TARGETS`.
+
+Settings check, plan, job and command follow from that.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+from job import log
+from job.common.hashing import sealed, unsealed
+from job.errors import JobError, combine
+from job.push.files import PushContent, PushFile, files_to_push
+from job.push.hub import HubTarget
+from job.push.oci import OciTarget
+from job.records import Pushed
+from job.runs.layout import pushed_key
+from job.settings.load import Settings
+from job.storage.base import read_record
+from job.storage.open import ObjectStore
+from job.storage.verified_download import fetch_artifact
+
+TARGETS = ("hub", "oci")
+"""The names of all targets, as records and the settings have them."""
+
+
+class Target(Protocol):
+    """A place to push to.
+
+    Attributes:
+        kind: One of `TARGETS`.
+        setting: The setting that names it.
+        place: Where it is, in its own spelling.
+    """
+
+    @property
+    def kind(self) -> str: ...  # noqa: D102 - see above
+
+    @property
+    def setting(self) -> str: ...  # noqa: D102 - see above
+
+    @property
+    def place(self) -> str: ...  # noqa: D102 - see above
+
+    def check(self) -> str:
+        """Asks whether a push would be allowed, and writes nothing; returns what was found, in words.
+
+        Raises AccessDenied, SettingsError, Unreachable.
+        """
+
+    def changes(self, content: PushContent) -> Sequence[tuple[str, str, int]]:
+        """What a push would change: (`new`, `changed`, `same` or `delete`, path in the target, bytes)."""
+
+    def push(self, content: PushContent) -> str:
+        """Pushes, unless it is there; returns what names this version for good: a commit, a digest."""
+
+
+def targets(settings: Settings) -> tuple[Target, ...]:
+    """Those that the settings name."""
+    export = settings.export
+    found: list[Target] = []
+    if export.hub is not None:
+        found.append(HubTarget(export.hub, export.hub_revision, export.hub_private))
+    if export.oci is not None:
+        found.append(OciTarget(export.oci, export.oci_plain_http))
+    return tuple(found)
+
+
+def check_targets(chosen: Sequence[Target]) -> dict[str, str]:
+    """Asks every target whether a push would be allowed; returns what was found, by setting.
+
+    Raises:
+        AccessDenied, SettingsError, Unreachable: With what is wrong with all of them.
+    """
+    found, errors = {}, list[tuple[str, JobError]]()
+    for target in chosen:
+        try:
+            found[target.setting] = target.check()
+        except JobError as error:
+            errors.append((target.setting, error))
+    if errors:
+        raise combine(errors)
+    return found
+
+
+def push_run(
+    store: ObjectStore,
+    results: Mapping[str, Any],
+    chosen: Sequence[Target],
+    *,
+    alive: Callable[[], None] = lambda: None,
+    again: bool = False,
+) -> list[Pushed]:
+    """Pushes a complete run to each target, one after the other, and records it in the store.
+
+    Args:
+        store: The run's own.
+        results: Its manifest.
+        chosen: Where to.
+        alive: Called between files; may raise what ends the job.
+        again: Also asks targets to which the store says that it has been pushed.
+
+    Raises:
+        JobError: As the target says, of all that failed; the others have been pushed to.
+        DataError: A file in the store is not what the manifest says.
+    """
+    done, errors = [], list[tuple[str, JobError]]()
+    for target in chosen:
+        with tempfile.TemporaryDirectory(prefix="qlora-job-push-", ignore_cleanup_errors=True) as work:
+            content = content_of(store, results, Path(work), alive)
+            known = recorded(store, target.kind, target.place)
+            if known is not None and known.files_sha256 == content.sha256 and not again:
+                log.get_logger().info("is pushed already", target=target.kind, place=target.place, id=known.id)
+                done.append(known)
+                continue
+            log.get_logger().info(
+                "pushing", target=target.kind, place=target.place, files=len(content.files), bytes=content.bytes
+            )
+            try:
+                pushed = Pushed(target.kind, target.place, target.push(content), content.sha256)
+            except JobError as error:
+                errors.append((target.setting, error))
+                continue
+        if pushed != known:
+            store.write(pushed_key(target.kind, target.place), sealed(asdict(pushed)))
+        log.get_logger().info("pushed", target=target.kind, place=target.place, id=pushed.id)
+        done.append(pushed)
+    if errors:
+        raise combine(errors)
+    return done
+
+
+def content_of(
+    store: ObjectStore, results: Mapping[str, Any], work: Path, alive: Callable[[], None] = lambda: None
+) -> PushContent:
+    """What is pushed of a run; copies of its files are made below `work`."""
+
+    def fetch(file: PushFile, folder: Path) -> Path:
+        alive()
+        return fetch_artifact(store, file.artifact, folder)
+
+    return PushContent(results["run"]["id"], files_to_push(results), fetch, alive, work)
+
+
+def recorded(store: ObjectStore, kind: str, place: str) -> Pushed | None:
+    """The record of an earlier push to this place; None if there is none that can be read."""
+    stored = read_record(store, pushed_key(kind, place))
+    try:
+        return None if stored is None else Pushed(**unsealed(stored.data))
+    except (ValueError, TypeError, json.JSONDecodeError):
+        return None

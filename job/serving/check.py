@@ -1,0 +1,211 @@
+"""`serve-check`: whether a server answers the run's questions as the run's records say."""
+
+from __future__ import annotations
+
+import hashlib
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from job.errors import Problem, SettingsError, VerificationError
+from job.evaluation.samples import Sample
+from job.serving.client import Client
+from job.serving.servers import SERVERS, WAYS
+
+NEAR = 0.2
+"""Nats between the two best choices of a record below which another rounding may change the prediction."""
+GREEDY_SHARE = 0.9
+"""Of the greedy answers that begin with a choice, so many have to begin with the predicted one: the likeliest choice as
+a whole need not be the one that begins with the likeliest token."""
+_TIMED = 5
+_WRITTEN = 32
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One question.
+
+    Attributes:
+        task: Its task.
+        id: In that task.
+        recorded: The prediction of the record.
+        served: That of the server; None if its answer is no choice.
+        margin: Log-likelihood of the record's best choice less that of the second best, in nats.
+        difference: The largest difference between a choice's two log-likelihoods, in nats; None without any.
+    """
+
+    task: str
+    id: str
+    recorded: int
+    served: int | None
+    margin: float
+    difference: float | None
+
+    @property
+    def alike(self) -> bool:
+        """Whether the server predicts what the record says."""
+        return self.served == self.recorded
+
+
+@dataclass(frozen=True)
+class Served:
+    """A server, its kind of `SERVERS`, its name of the model, and what that is: `adapter`, or an exported format."""
+
+    client: Client
+    server: str
+    model: str
+    format: str
+
+
+@dataclass(frozen=True)
+class ServeCheck:
+    """The result.
+
+    Attributes:
+        server: Of the table.
+        way: How it was asked.
+        format: `adapter`, or the exported format.
+        asked: Questions in order.
+        seconds: For all of them.
+        first_token: Median of seconds to the first token of a streamed answer.
+        tokens_per_second: Median after it, one request at a time; None if none had two tokens.
+    """
+
+    server: str
+    way: str
+    format: str
+    asked: tuple[Asked, ...]
+    seconds: float
+    first_token: float
+    tokens_per_second: float | None
+
+    @property
+    def compared(self) -> list[Asked]:
+        """The questions that the server gave a prediction for."""
+        return [one for one in self.asked if one.served is not None]
+
+    @property
+    def different(self) -> list[Asked]:
+        """Those that it answered otherwise, and not for a near tie."""
+        return [one for one in self.compared if not one.alike and one.margin >= NEAR]
+
+    @property
+    def holds(self) -> bool:
+        """Whether the server serves the model of the run."""
+        if not self.compared:
+            return False
+        if self.way == "greedy":
+            return sum(one.alike for one in self.compared) >= GREEDY_SHARE * len(self.compared)
+        return not self.different
+
+
+def serve_check(served: Served, samples: Sequence[tuple[str, Sample]], count: int) -> ServeCheck:
+    """Asks a server the first `count` questions of a run.
+
+    Args:
+        served: The server.
+        samples: (task, record) of what is served, in their order.
+        count: How many to ask.
+
+    Raises:
+        SettingsError: No record has its prompt, or the server cannot be asked like this.
+        AccessDenied, Unreachable: As the server answers.
+    """
+    client, way = served.client, SERVERS[served.server].way
+    chosen = [(task, sample) for task, sample in samples if _has_its_prompt(sample)][:count]
+    if not chosen:
+        what = "has no task whose records hold the whole prompt; tasks with several contexts cannot be asked"
+        raise SettingsError([Problem("RESULTS", what)])
+    began = time.monotonic()
+    asked = []
+    for task, sample in chosen:
+        question, choices = str(sample.question), list(sample.choices or ())
+        answer = WAYS[way](client, served.model, question, choices)
+        best = sorted(sample.log_likelihoods)
+        pairs = zip(answer.log_likelihoods or (), sample.log_likelihoods, strict=False)
+        difference = max((abs(a - b) for a, b in pairs), default=None)
+        margin = best[-1] - best[-2] if len(best) > 1 else 0.0
+        asked.append(Asked(task, sample.id, sample.prediction, answer.prediction, margin, difference))
+    seconds = time.monotonic() - began
+    speeds = [
+        client.stream(
+            "/v1/completions",
+            {"model": served.model, "prompt": sample.question, "max_tokens": _WRITTEN, "temperature": 0},
+        )
+        for _, sample in chosen[:_TIMED]
+    ]
+    rates = [speed.tokens_per_second for speed in speeds if speed.tokens_per_second is not None]
+    return ServeCheck(
+        server=served.server,
+        way=way,
+        format=served.format,
+        asked=tuple(asked),
+        seconds=seconds,
+        first_token=statistics.median(speed.first_token for speed in speeds),
+        tokens_per_second=statistics.median(rates) if rates else None,
+    )
+
+
+def _has_its_prompt(sample: Sample) -> bool:
+    if sample.question is None or not sample.choices:
+        return False
+    return hashlib.sha256(sample.question.encode()).hexdigest() == sample.prompt_hash
+
+
+def as_json(found: ServeCheck) -> dict[str, Any]:
+    """The result as JSON-able values."""
+    rest = {name: getattr(found, name) for name in ("server", "way", "format", "seconds", "first_token")}
+    return {
+        **rest,
+        "tokens_per_second": found.tokens_per_second,
+        "holds": found.holds,
+        "alike": sum(one.alike for one in found.asked),
+        "compared": len(found.compared),
+        "different": [one.id for one in found.different],
+        "questions": [asdict(one) for one in found.asked],
+    }
+
+
+def as_lines(found: ServeCheck) -> list[str]:
+    """The result as a table for people."""
+    alike = sum(one.alike for one in found.asked)
+    near = sum(not one.alike for one in found.compared) - len(found.different)
+    gaps = [one.difference for one in found.asked if one.difference is not None]
+    how = {"echo": "log-likelihoods", "forced": "log-likelihoods", "greedy": "greedy answers"}[found.way]
+    rate = "" if found.tokens_per_second is None else f", {found.tokens_per_second:.1f} tokens/s after it"
+    lines = [
+        f"server             {found.server}, asked for {how}",
+        f"served             {found.format}",
+        f"questions          {len(found.asked)} in {found.seconds:.1f} s, {len(found.compared)} with a prediction",
+        f"predictions alike  {alike} of {len(found.compared)}; {near} differ in a near tie (below {NEAR} nats)",
+    ]
+    if gaps:
+        lines.append(
+            f"log-likelihoods    differ by {statistics.median(gaps):.4f} nats (median), {max(gaps):.4f} (most)"
+        )
+    lines.append(f"first token        after {found.first_token * 1000:.0f} ms (median){rate}, one request at a time")
+    lines += [f"  {o.task} {o.id}: recorded choice {o.recorded}, served {o.served}" for o in found.different[:20]]
+    lines.append("holds" if found.holds else "differs")
+    return lines
+
+
+def require_alike(found: ServeCheck) -> None:
+    """Raises an error unless the server answers as the records say.
+
+    Raises:
+        VerificationError: It does not.
+    """
+    if found.holds:
+        return
+    if not found.compared:
+        what = "no greedy answer begins with one of the choices, so nothing could be compared"
+        raise VerificationError([Problem(found.server, what)])
+    raise VerificationError(
+        [
+            Problem(f"{one.task} {one.id}", f"recorded choice {one.recorded}, {found.server} predicts {one.served}")
+            for one in found.compared
+            if not one.alike
+        ]
+    )

@@ -1,0 +1,286 @@
+"""The servers that can be asked: one table.
+
+How to add a server: an entry in `SERVERS`, with how it tells log-probabilities and, if `serve-check` is to start it,
+its command line. Of the three ways to ask, `echo` and `forced` compare log-likelihoods with the records, `greedy` only
+what the server writes by itself.
+
+    echo       one request a choice: the server repeats question and choice, with the log-probability of every token
+    forced     one request a token: a bias on its logit forces it, and the server tells its probability before the bias
+    greedy     one request a question: the most probable continuation, which may begin with one of the choices
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from job.errors import JobError, Problem, SettingsError, Unreachable
+from job.serving.client import Client
+from job.settings.load import environment
+
+NAME = "run"
+"""What a server that is started here calls the model."""
+_START_SECONDS = 600
+_FORCED = 1e9
+"""Added to the logit of the token to be sampled: more than any logit."""
+DELIMITER = " "
+"""lm-eval's, between a question and a choice."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is served: the folder with its files, and for an adapter its base and rank."""
+
+    format: str
+    folder: Path
+    base: str | None = None
+    rank: int | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The log-likelihoods of the choices; or of a greedy answer the choice that it begins with, if it does."""
+
+    log_likelihoods: tuple[float, ...] | None
+    prediction: int | None
+
+
+Ask = Callable[[Client, str, str, Sequence[str]], Answer]
+"""(server, name of the model there, question, choices) -> its answer."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """A kind of server.
+
+    Attributes:
+        way: How it tells log-probabilities; see the top of this file.
+        serves: Whether it serves a format.
+        owner: What it calls itself in `/v1/models`.
+        program: What has to be on PATH to start it; None if it runs in this process.
+        command: (model, port) -> what follows the program.
+    """
+
+    way: str
+    serves: Callable[[str], bool]
+    owner: str
+    program: str | None = None
+    command: Callable[[Model, int], list[str]] = lambda _model, _port: []
+
+
+def _vllm(model: Model, port: int) -> list[str]:
+    if model.format != "adapter":
+        return ["serve", str(model.folder), "--served-model-name", NAME, "--host", "127.0.0.1", "--port", str(port)]
+    lora = ["--enable-lora", "--max-lora-rank", str(_rank(model.rank or 1)), "--lora-modules", f"{NAME}={model.folder}"]
+    return ["serve", str(model.base), *lora, "--host", "127.0.0.1", "--port", str(port)]
+
+
+def _rank(rank: int) -> int:
+    """The smallest --max-lora-rank of vLLM that admits a rank."""
+    return next((size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank), rank)
+
+
+def _transformers(model: Model, port: int) -> list[str]:
+    return ["serve", str(model.folder), "--host", "127.0.0.1", "--port", str(port)]
+
+
+def _is_gguf(name: str) -> bool:
+    return name.partition(":")[0] == "gguf"
+
+
+SERVERS: Mapping[str, Server] = {
+    "vllm": Server("echo", lambda name: not _is_gguf(name), "vllm", "vllm", _vllm),
+    "llama.cpp": Server("forced", _is_gguf, "llamacpp"),
+    "transformers": Server(
+        "greedy", lambda name: not _is_gguf(name) and name != "adapter", "", "transformers", _transformers
+    ),
+}
+
+
+def recognized(client: Client) -> str:
+    """Which kind of server listens at an address, by what it says in `/v1/models`; transformers' says nothing."""
+    models = client.get("/v1/models").get("data") or [{}]
+    owner = str(models[0].get("owned_by", ""))
+    return next((name for name, server in SERVERS.items() if server.owner and server.owner == owner), "transformers")
+
+
+def model_name(client: Client, wanted: str | None) -> str:
+    """The name by which a server knows the model: the one that was asked for, else the last that it lists.
+
+    vLLM lists the base first, and adapters after it.
+    """
+    names = [str(model.get("id")) for model in client.get("/v1/models").get("data") or []]
+    if wanted is not None and wanted not in names:
+        raise SettingsError([Problem("--model", f"is none of {', '.join(names) or 'no models'} of {client.url}")])
+    if not names:
+        raise SettingsError([Problem(client.url, "serves no model")])
+    return wanted or names[-1]
+
+
+def pick(model: Model) -> str:
+    """The server that is started for a format: the first of the table that is installed here."""
+    fitting = [name for name, server in SERVERS.items() if server.serves(model.format)]
+    for name in fitting:
+        program = SERVERS[name].program
+        if program is None or _program(program) is not None:
+            return name
+    what = f"no server for {model.format} is installed here: {' or '.join(fitting)}; give --url of one that runs"
+    raise SettingsError([Problem("--url", what)])
+
+
+def _program(name: str) -> str | None:
+    """On PATH, or beside this Python."""
+    return shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
+
+
+@contextmanager
+def started(name: str, model: Model) -> Iterator[tuple[Client, str]]:
+    """A server of this kind, started here and ended after; and the name of the model there.
+
+    Raises:
+        SettingsError: It is not installed, or does not serve this format.
+        Unreachable: It does not start.
+    """
+    server = SERVERS[name]
+    if not server.serves(model.format):
+        raise SettingsError([Problem("--server", f"{name} does not serve {model.format}")])
+    if server.program is None:
+        with _llama(model) as client:
+            yield client, model_name(client, None)
+        return
+    program = _program(server.program)
+    if program is None:
+        raise SettingsError([Problem("--server", f"{server.program} is not installed; give --url of one that runs")])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    client = Client(f"http://127.0.0.1:{port}")
+    with ExitStack() as stack:
+        log = stack.enter_context(tempfile.TemporaryFile())
+        # No request to the hub: the files are here, and a server that asks for new versions starts late.
+        quiet = {"HF_HUB_DISABLE_TELEMETRY": "1", **({} if model.base else {"HF_HUB_OFFLINE": "1"})}
+        command = [program, *server.command(model, port)]
+        process = subprocess.Popen(  # noqa: S603 - a server of the table, with a folder that was made here
+            command, stdout=log, stderr=log, env={**environment(), **quiet}
+        )
+        stack.callback(_end, process)
+        until = time.monotonic() + _START_SECONDS
+        while not _answers(client):
+            if process.poll() is not None or time.monotonic() > until:
+                log.seek(0)
+                tail = log.read()[-1000:].decode(errors="replace")
+                raise Unreachable(f"{name} did not start: {tail}")
+            time.sleep(0.2)
+        yield client, str(model.folder) if name == "transformers" else NAME
+
+
+def _answers(client: Client) -> bool:
+    try:
+        client.get("/v1/models")
+    except JobError:
+        return False
+    return True
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+@contextmanager
+def _llama(model: Model) -> Iterator[Client]:
+    """llama.cpp's server in this process."""
+    try:
+        import xllamacpp
+    except ImportError as error:
+        what = "llama.cpp is not installed: pip install 'qlora-job[export]', or give --url of one that runs"
+        raise SettingsError([Problem("--server", what)]) from error
+    files = sorted(model.folder.glob("*.gguf"))
+    options = xllamacpp.CommonParams()
+    options.model.path = str(files[0]) if files else str(model.folder)
+    options.n_parallel, options.verbosity = 1, 1
+    options.warmup = options.fit_params = False
+    try:
+        server = xllamacpp.Server(options)
+    except RuntimeError as error:
+        raise Unreachable(f"llama.cpp does not load {model.format}: {error}") from error
+    yield Client(str(server.listening_address).rstrip("/"))
+    del server
+
+
+def _echo(client: Client, model: str, question: str, choices: Sequence[str]) -> Answer:
+    scores = []
+    for choice in choices:
+        prompt = f"{question}{DELIMITER}{choice}"
+        body = {"model": model, "prompt": prompt, "max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": True}
+        told = client.post("/v1/completions", body)["choices"][0].get("logprobs")
+        if not told or not told.get("text_offset"):
+            raise SettingsError([Problem(client.url, "tells no log-probabilities; ask it with --server transformers")])
+        ends = [*told["text_offset"][1:], len(prompt) + 1]
+        # A token counts if it ends within the choice: the first one may begin with the space before it. What is
+        # generated begins behind the prompt.
+        rows = zip(told["text_offset"], ends, told["token_logprobs"], strict=True)
+        scores.append(
+            math.fsum(score for begin, end, score in rows if begin < len(prompt) and end > len(question) and score)
+        )
+    return Answer(tuple(scores), scores.index(max(scores)))
+
+
+def _forced(client: Client, model: str, question: str, choices: Sequence[str]) -> Answer:
+    context = _tokens(client, question)
+    scores = []
+    for choice in choices:
+        whole = _tokens(client, f"{question}{DELIMITER}{choice}")
+        scores.append(
+            math.fsum(_forced_token(client, model, whole[:at], whole[at]) for at in range(len(context), len(whole)))
+        )
+    return Answer(tuple(scores), scores.index(max(scores)))
+
+
+def _tokens(client: Client, text: str) -> list[int]:
+    body = {"content": text, "add_special": True, "parse_special": True}
+    return [int(token) for token in client.post("/tokenize", body)["tokens"]]
+
+
+def _forced_token(client: Client, model: str, before: Sequence[int], token: int) -> float:
+    """The log-probability of a token, before the bias that forces it."""
+    body = {
+        "model": model,
+        "prompt": list(before),
+        "n_predict": 1,
+        "n_probs": 1,
+        "logit_bias": [[token, _FORCED]],
+        "samplers": ["top_k"],
+        "top_k": 1,
+        "cache_prompt": True,
+    }
+    answer = client.post("/completion", body)
+    told = answer.get("completion_probabilities") or []
+    if len(told) != 1 or told[0].get("id") != token:
+        what = f"tells no log-probability of token {token}; is it llama.cpp's server?"
+        raise SettingsError([Problem(client.url, what)])
+    return float(told[0]["logprob"])
+
+
+def _greedy(client: Client, model: str, question: str, choices: Sequence[str]) -> Answer:
+    longest = max(map(len, choices))
+    body = {"model": model, "prompt": question, "max_tokens": min(longest + 2, 64), "temperature": 0}
+    said = str(client.post("/v1/completions", body)["choices"][0]["text"]).strip()
+    found = [(len(choice), index) for index, choice in enumerate(choices) if said.startswith(choice.strip())]
+    return Answer(None, max(found)[1] if found else None)
+
+
+WAYS: Mapping[str, Ask] = {"echo": _echo, "forced": _forced, "greedy": _greedy}

@@ -1,0 +1,65 @@
+"""Checks the records of pushes: each is sealed, and of the very files that the manifest lists.
+
+The digest of an image is computed again from the files. Whether the hub or the registry still holds them is not asked:
+`verify` reads only the run's folder. `qlora-job push` asks, and pushes again what is gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from job.common.formatting import count
+from job.common.hashing import unsealed
+from job.errors import DataError
+from job.push.files import files_sha256, files_to_push
+from job.push.oci import OciTarget, image_digest
+from job.records import Pushed
+from job.runs.layout import PUSHED, pushed_key
+from job.storage.base import read_record
+from job.storage.open import ObjectStore
+from job.verification.differences import CheckResult, Difference, find_differences, show
+
+
+def check_pushes(
+    results: Mapping[str, Any], store: ObjectStore, listed: Mapping[str, int], copies: Mapping[str, Path]
+) -> CheckResult | None:
+    """Checks every record below `pushed/`; None if there is none.
+
+    Args:
+        results: The manifest.
+        store: The run's own.
+        listed: Bytes of every file in it.
+        copies: By path, the files that are what the manifest says.
+    """
+    keys = sorted(key for key in listed if key.startswith(PUSHED))
+    if not keys:
+        return None
+    differences, notes = list[Difference](), []
+    try:
+        files = files_to_push(results)
+        expected = files_sha256(files)
+    except DataError as error:
+        return CheckResult("pushes", count(len(keys), "record"), (Difference(PUSHED, "of files", str(error)),))
+    for key in keys:
+        stored = read_record(store, key)
+        try:
+            record = Pushed(**unsealed(b"" if stored is None else stored.data))
+        except (ValueError, TypeError) as error:
+            differences.append(Difference(key, "the record of a push", str(error)[:200]))
+            continue
+        if key != pushed_key(record.target, record.place):
+            differences.append(Difference(key, "the record of this place", show(record.place)))
+        elif record.files_sha256 != expected:
+            differences.append(Difference(f"{key} files_sha256", show(record.files_sha256), show(expected)))
+        elif record.target == OciTarget.kind and all(file.artifact.path in copies for file in files):
+            where = {file.path: copies[file.artifact.path] for file in files}
+            digest = image_digest(files, where, results["run"]["id"], expected)
+            differences += find_differences(f"{key} id", record.id, digest)
+            notes.append(f"oci: the files make {digest}; not asked whether {record.place} still holds it")
+        else:
+            notes.append(
+                f"{record.target}: pushed to {record.place} as {record.id}; not asked whether it is still there"
+            )
+    return CheckResult("pushes", count(len(keys), "record"), tuple(differences), tuple(notes))

@@ -1,0 +1,8 @@
+"""These tests need a registry's program, and Docker Engine: `make registry-test`. Other runs leave them out."""
+
+from __future__ import annotations
+
+import os
+
+if "REGISTRY" not in os.environ:
+    collect_ignore_glob = ["test_*"]

@@ -1,0 +1,385 @@
+"""GGUF: llama.cpp's own files and scores, compared with transformers on the same weights and the same tokenizer."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from job.common.export_formats import EXPORT_FORMATS
+from job.errors import Preempted, TrainingFailed
+from job.export import gguf, llama_cpp_process
+from job.export.formats import DerivedInputs
+from job.export.gguf import TYPES, check_gguf, load_gguf, make_gguf, score_in_llama_cpp
+from job.export.quantizable import CannotMake
+from job.model.base import PLAIN, load_base, load_tokenizer
+from job.model.packed_attention import use
+from job.records import ChoiceScore, Question
+from tests import warm
+from tests.helpers import make_base
+
+QUESTIONS = [
+    Question((0, 30, 41, 52, 263, 300), ((7, 8, 9), (310,), (1,), (44, 45))),
+    Question((0, 30, 41, 60), ((200,), (201, 202))),
+    Question((0, 399, 12, 13, 14, 15, 16, 17), ((5, 6), (5, 7), (90, 91, 92, 93), (188, 189, 190, 210), (151, 152))),
+]
+"""The last has tokens that are bytes of a character, its first and others."""
+TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>{% endfor %}"
+FORKED = SimpleNamespace(Popen=warm.LlamaCppProcess, PIPE=subprocess.PIPE)
+
+
+def waited(**_: bool) -> None:
+    """Nothing ends the job."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forked() -> Iterator[None]:
+    """llama.cpp's process is forked from one that has imported what it needs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf, "subprocess", FORKED)
+        yield
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The toy base, in fp32, with a chat template."""
+    folder = tmp_path_factory.mktemp("base") / "merged"
+    make_base(folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def files(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The toy base as 16-bit floats and as 8 bits."""
+    folder = tmp_path_factory.mktemp("gguf")
+    for kind in ("f16", "q8_0"):
+        make_gguf(inputs(base, kind, folder / kind))
+    return {kind: folder / kind / f"model-{kind}.gguf" for kind in ("f16", "q8_0")}
+
+
+def inputs(merged: Path, kind: str, folder: Path) -> DerivedInputs:
+    """To make a file of this type."""
+    return DerivedInputs(merged, kind, folder, folder / "work", [], torch.device("cpu"), 0, waited)
+
+
+def scored(file: Path, questions: list[Question], threads: int = 1) -> list[list[ChoiceScore]]:
+    """By llama.cpp, loaded for these questions."""
+    with load_gguf(file, max_length=64, threads=threads, alive=waited) as model:
+        return [model.score(question) for question in questions]
+
+
+def reference(model: Any, questions: list[Question]) -> list[list[ChoiceScore]]:
+    """By the job's own scorer, a choice at a time, with transformers' plain attention in fp32."""
+    from job.evaluation.scoring import score_sequence
+
+    use(model, PLAIN)
+    return score_sequence(model.eval(), questions)
+
+
+def loaded(folder: Path) -> Any:
+    """In fp32."""
+    options: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu"), "max_length": 64}
+    return load_base(folder, quantization="none", double_quantization=False, **options)
+
+
+def values(file: Path) -> dict[str, Any]:
+    """The keys and values of a file."""
+    import gguf as package
+
+    return {name: field.contents() for name, field in package.GGUFReader(file).fields.items()}
+
+
+def furthest(found: list[list[ChoiceScore]], expected: list[list[ChoiceScore]]) -> float:
+    """The greatest difference of a log-likelihood, a token of the choice."""
+    return max(
+        abs(one.log_likelihood - other.log_likelihood) / len(choice)
+        for question, ones, others in zip(QUESTIONS, found, expected, strict=True)
+        for choice, one, other in zip(question.choices, ones, others, strict=True)
+    )
+
+
+def test_llama_cpp_scores_as_transformers_does(base: Path, files: dict[str, Path]) -> None:
+    """Log-likelihoods and greedy choices are transformers' own on 16 bits, and differ on 8 as the weights do."""
+    expected = reference(loaded(base), QUESTIONS)
+    found = {kind: scored(file, QUESTIONS) for kind, file in files.items()}
+    assert furthest(found["f16"], expected) < 4e-3  # weights and cached keys in 16 bits
+    assert 4e-3 < furthest(found["q8_0"], expected) < 0.1
+    greedy = [[choice.greedy for choice in choices] for choices in expected]
+    assert [[choice.greedy for choice in choices] for choices in found["f16"]] == greedy
+    dequantized = AutoModelForCausalLM.from_pretrained(
+        files["q8_0"].parent, gguf_file=files["q8_0"].name, dtype=torch.float32
+    )
+    assert furthest(found["q8_0"], reference(dequantized, QUESTIONS)) < 0.05  # activations in 8 bits
+
+
+def test_a_greedy_choice_is_found(base: Path, files: dict[str, Path]) -> None:
+    """What the model would write itself is greedy, and the same with another last token is not."""
+    model, context = loaded(base), list(QUESTIONS[0].context)
+    use(model, PLAIN)
+    ids = model.generate(torch.tensor([context]), max_new_tokens=3, do_sample=False, eos_token_id=-1)[0].tolist()
+    best = tuple(ids[len(context) :])
+    other = (*best[:-1], best[-1] + 1)
+    (found,) = scored(files["f16"], [Question(tuple(context), (best, other))])
+    assert [choice.greedy for choice in found] == [True, False]
+    assert found[0].log_likelihood > found[1].log_likelihood
+
+
+def test_a_score_depends_on_its_question_alone(files: dict[str, Path]) -> None:
+    """Whatever was asked before, and with any number of threads, a question's scores have the same bits."""
+    together = scored(files["q8_0"], [*QUESTIONS, *reversed(QUESTIONS)])
+    assert together[:3] == together[:2:-1]
+    assert scored(files["q8_0"], QUESTIONS[2:], threads=2) == together[2:3]
+
+
+def test_sequences_are_scored_by_number(files: dict[str, Path]) -> None:
+    """As the job's scorer asks for it: numbers of sequences, in any order, each with its questions' scores."""
+    with load_gguf(files["f16"], max_length=64, threads=1, alive=waited) as model:
+        found = dict(score_in_llama_cpp(model, QUESTIONS, {4: range(2, 3), 1: range(2)}))
+    expected = scored(files["f16"], QUESTIONS)
+    assert found == {4: expected[2:], 1: expected[:2]}
+
+
+def test_the_same_folder_gives_the_same_bytes(base: Path, files: dict[str, Path], tmp_path: Path) -> None:
+    """A file does not depend on where it was made, so that a restart makes it again."""
+    elsewhere = shutil.copytree(base, tmp_path / "other-7b-name")
+    made = make_gguf(inputs(elsewhere, "q8_0", tmp_path / "out"))
+    assert (tmp_path / "out/model-q8_0.gguf").read_bytes() == files["q8_0"].read_bytes()
+    assert (made.method, made.scheme, made.bits, made.layers) == ("gguf", "Q8_0", 8, 16)
+    assert made.gguf is not None
+    assert set(made.gguf.types) == {"F32", "Q8_0"}
+    assert 8.5 <= made.gguf.bits_per_weight < 8.6
+    assert not made.gguf.tokenized_otherwise
+
+
+def test_the_vocabulary_arrives(base: Path, files: dict[str, Path]) -> None:
+    """Chat template, special tokens, and that a text begins with the token that the tokenizer puts there."""
+    found, tokenizer = values(files["q8_0"]), load_tokenizer(base)
+    assert found["tokenizer.chat_template"] == TEMPLATE == tokenizer.chat_template
+    assert found["tokenizer.ggml.add_bos_token"] is True
+    ids = tokenizer.bos_token_id, tokenizer.eos_token_id
+    assert (found["tokenizer.ggml.bos_token_id"], found["tokenizer.ggml.eos_token_id"]) == ids
+    assert found["general.name"] == "model"
+
+
+def test_what_is_converted_is_tokenized_alike(base: Path) -> None:
+    """Before training: llama.cpp finds a way to split words that gives the tokens of a tokenizer it does not know."""
+    assert check_gguf(base, waited) == ""
+
+
+def test_a_vocabulary_of_sentencepiece_needs_no_sentencepiece(base: Path, tmp_path: Path) -> None:
+    """A tokenizer such as Mistral's, with bytes for unknown characters: llama.cpp joins in the order of its merges."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
+
+    backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    strip = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(strip)
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=390, special_tokens=special, show_progress=False)
+    text = "question which is the answer answer it is the one of them the then other"
+    backend.train_from_iterator([f"▁{word}" for word in text.split()] * 5, trainer)
+    made = json.loads(backend.to_str())
+    made["added_tokens"] = made["added_tokens"][:3]  # bytes are tokens of the vocabulary, and no text makes them whole
+    backend = Tokenizer.from_str(json.dumps(made))
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    folder = shutil.copytree(base, tmp_path / "spm")
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, "bos_token_id": 1, "eos_token_id": 2}), encoding="utf-8")
+    tokenizer = load_tokenizer(folder)
+    assert len(tokenizer.encode("the answer")) < 8
+    assert check_gguf(folder, waited) == ""
+
+
+class OtherWords:
+    """A tokenizer that says of itself something else than what lies in the folder."""
+
+    def __init__(self, tokenizer: Any, **changed: Any) -> None:
+        self._tokenizer, self._changed = tokenizer, changed
+
+    def __getattr__(self, name: str) -> Any:
+        """What was changed, else the tokenizer's own."""
+        return self._changed[name] if name in self._changed else getattr(self._tokenizer, name)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"encode": lambda text: [0, *reversed(text.encode())]}, "does not tokenize as its tokenizer does"),
+        ({"eos_token_id": 2}, "its eos token would be number 1, and the tokenizer's is 2"),
+    ],
+)
+def test_another_tokenizer_is_refused_before_training(
+    base: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], words: str
+) -> None:
+    """A tokenizer that llama.cpp does not follow, or another end of sequence, is refused in words."""
+    other = OtherWords(load_tokenizer(base), **changed)
+    monkeypatch.setattr(gguf, "load_tokenizer", lambda _: other)
+    assert words in check_gguf(base, waited)
+
+
+def test_an_unknown_family_is_refused_before_training(base: Path, tmp_path: Path) -> None:
+    """A family that the converter does not know is named."""
+    folder = shutil.copytree(base, tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config |= {"architectures": ["OPTForCausalLM"], "model_type": "opt"}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert check_gguf(folder, waited) == "llama.cpp's converter does not know the family OPTForCausalLM"
+
+
+def test_a_broken_file_is_refused_in_words(tmp_path: Path) -> None:
+    """llama.cpp's refusal to load a file ends the job with words."""
+    (tmp_path / "model.gguf").write_bytes(b"GGUF and nothing else")
+    with pytest.raises(TrainingFailed, match=r"could not load model\.gguf: llama\.cpp does not load it"):
+        scored(tmp_path / "model.gguf", QUESTIONS)
+
+
+def test_weights_that_are_not_finite_are_refused(base: Path, tmp_path: Path) -> None:
+    """No file is made of a model that diverged."""
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(base, tmp_path / "base")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CannotMake, match="a weight is not finite"):
+        make_gguf(inputs(folder, "q8_0", tmp_path / "out"))
+
+
+def test_a_process_that_is_killed_is_an_error_in_words(files: dict[str, Path]) -> None:
+    """llama.cpp may end its process: the job says how, and goes the way of its own errors."""
+    with load_gguf(files["q8_0"], max_length=64, threads=1, alive=waited) as model:
+        model.score(QUESTIONS[1])
+        os.kill(warm.LlamaCppProcess.last.pid, signal.SIGKILL)
+        with pytest.raises(
+            TrainingFailed, match=r"could not score a question: llama\.cpp's process was killed by SIGKILL"
+        ):
+            model.score(QUESTIONS[1])
+
+
+def test_waiting_is_bounded_and_lets_the_job_end(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that answers nothing ends the job after some time, and a stop request ends the wait at once."""
+    stopped = False
+
+    def alive(*, progress: bool = True) -> None:
+        if stopped and not progress:
+            raise Preempted("stop")
+
+    with load_gguf(files["q8_0"], max_length=64, threads=1, alive=alive) as model:
+        monkeypatch.setattr(gguf, "_POLL_SECONDS", 0.05)
+        monkeypatch.setattr(gguf, "_STALLED_SECONDS", 0.2)
+        os.kill(warm.LlamaCppProcess.last.pid, signal.SIGSTOP)
+        with pytest.raises(TrainingFailed, match="has not answered for"):
+            model.score(QUESTIONS[1])
+        stopped = True
+        with pytest.raises(Preempted):
+            model.score(QUESTIONS[1])
+
+
+def test_a_probability_of_zero_is_the_least_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """llama.cpp tells the lowest number of fp32 for a probability that is zero in it; a score can still be compared."""
+
+    class Server:
+        """Answers as llama.cpp does."""
+
+        def handle_completions(self, asked: dict[str, Any]) -> dict[str, Any]:
+            """The forced token, of probability zero."""
+            ((token, _),) = asked["logit_bias"]
+            content = [{"id": token, "logprob": -3.4028234663852886e38, "top_logprobs": [{"id": 3, "logprob": -0.1}]}]
+            usage = {"prompt_tokens": len(asked["prompt"])}
+            return {"choices": [{"logprobs": {"content": content}}], "usage": usage}
+
+    served = object.__new__(llama_cpp_process.Served)
+    monkeypatch.setattr(served, "_server", Server(), raising=False)
+    total, greedy = served.score([0, 5], [7, 8], anew=True)
+    assert total == 2 * llama_cpp_process.LEAST
+    assert -104 < llama_cpp_process.LEAST < -103
+    assert greedy is False
+
+
+ERROR = {"Q4_0": 0.12, "Q5_0": 0.06, "Q5_1": 0.06, "Q8_0": 0.01, "Q4_K": 0.1, "Q5_K": 0.05, "Q6_K": 0.03}
+
+
+@pytest.fixture
+def packaged() -> Iterator[Any]:
+    """The package gguf, put back as it was."""
+    import gguf as package
+
+    table = package.quants._type_traits
+    kinds = {kind: vars(kind).get("quantize_blocks") for kind in table.values()}
+    rows = package.quants._apply_over_grouped_rows
+    yield package
+    package.quants._apply_over_grouped_rows = rows
+    for kind, method in kinds.items():
+        if method is not None:
+            kind.quantize_blocks = method
+        elif "quantize_blocks" in vars(kind):
+            del kind.quantize_blocks
+
+
+def test_blocks_are_llama_cpps_own(packaged: Any) -> None:
+    """Every type holds the numbers up to its rounding; those that the package makes too have the same bytes."""
+    types, quants = packaged.GGMLQuantizationType, packaged.quants
+    weights = np.random.default_rng(0).standard_normal((96, 512), dtype=np.float32)
+    own = {name: quants.quantize(weights, types[name]) for name in ("Q4_0", "Q5_0", "Q5_1", "Q8_0")}
+    with pytest.raises(NotImplementedError):
+        quants.quantize(weights, types.Q4_K)
+    llama_cpp_process._blocks_by_ggml()
+    for name, bound in ERROR.items():
+        made = quants.quantize(weights, types[name])
+        assert name not in own or np.array_equal(made, own[name])
+        error = np.abs(quants.dequantize(made, types[name]) - weights).mean()
+        assert bound / 8 < error < bound
+
+
+def test_a_type_that_does_not_fit_is_replaced_as_llama_cpp_does() -> None:
+    """Rows that are no multiple of 256 have no k-quants: the next larger kind of 32 takes their place, or 16 bits."""
+    types = import_module("gguf").GGMLQuantizationType
+    fits = llama_cpp_process._that_fits
+    assert fits(types.Q4_K, 512) == types.Q4_K
+    assert [fits(kind, 576) for kind in (types.Q4_K, types.Q5_K, types.Q6_K)] == [types.Q5_0, types.Q5_1, types.Q8_0]
+    assert fits(types.Q8_0, 100) == fits(types.Q6_K, 100) == types.F16
+
+
+def test_every_type_is_one_of_llama_cpps() -> None:
+    """The names are llama.cpp's own, and those of the settings."""
+    assert tuple(TYPES) == EXPORT_FORMATS["gguf"].types
+    assert all(llama_cpp_process._file_type(name).name.endswith(name.upper()) for name in TYPES)
+
+
+def test_k_quants_are_mixed_as_llama_cpp_mixes_them(tmp_path: Path) -> None:
+    """Four bits with more for sensitive tensors: the output layer has six, and so has every second value projection."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    make_base(tmp_path / "base")
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8, "head_dim": 64}
+    config = MistralConfig(vocab_size=400, num_attention_heads=4, num_key_value_heads=2, bos_token_id=0, **shape)
+    MistralForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    made = make_gguf(inputs(tmp_path / "base", "q4_k_m", tmp_path / "out")).gguf
+    assert made is not None
+    assert set(made.types) == {"F32", "Q4_K", "Q6_K"}
+    assert made.types["Q4_K"] > made.types["Q6_K"]
+    import gguf as package
+
+    found = {t.name: t.tensor_type.name for t in package.GGUFReader(tmp_path / "out/model-q4_k_m.gguf").tensors}
+    assert found["output.weight"] == "Q6_K"
+    assert found["token_embd.weight"] == "Q4_K"
+    sensitive = [found[f"blk.{layer}.attn_v.weight"] for layer in range(8)]
+    assert sensitive == ["Q6_K", "Q4_K", "Q4_K", "Q6_K", "Q4_K", "Q4_K", "Q6_K", "Q6_K"]
+    with load_gguf(tmp_path / "out/model-q4_k_m.gguf", max_length=64, threads=1, alive=waited) as model:
+        assert model.score(QUESTIONS[1])[0].log_likelihood < 0

@@ -1,0 +1,122 @@
+"""The image of a run: what its bytes depend on, and what a registry's refusals become."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import tarfile
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+
+import pytest
+
+from job.errors import AccessDenied, JobError, SettingsError, Unreachable
+from job.push import oci
+from job.push.files import PushFile, files_sha256
+from job.push.oci import OciTarget, image_digest, layers_of, write_layer
+from job.records import Artifact
+from job.settings.load import load_settings
+from tests.unit.storage.test_hub import serving
+
+CONTENT = {"README.md": b"# card\n", "adapter_model.safetensors": b"w" * 600, "merged/config.json": b"{}"}
+
+
+def written(folder: Path) -> tuple[tuple[PushFile, ...], dict[str, Path]]:
+    """The files of a push, and where they lie."""
+    files, copies = [], {}
+    for path, data in CONTENT.items():
+        copies[path] = folder / path
+        copies[path].parent.mkdir(parents=True, exist_ok=True)
+        copies[path].write_bytes(data)
+        files.append(PushFile(Artifact(f"artifacts/{path}", len(data), hashlib.sha256(data).hexdigest()), path))
+    return tuple(files), copies
+
+
+def test_the_digest_depends_on_the_files_alone(tmp_path: Path) -> None:
+    """Another folder, another time, other permissions: the same bytes as ever, which this test names."""
+    found = []
+    for name in ("a", "b"):
+        files, copies = written(tmp_path / name)
+        copies["README.md"].chmod(0o600 if name == "a" else 0o644)
+        found.append(image_digest(files, copies, "first", files_sha256(files)))
+    assert found == ["sha256:0a68ffa64b6502de73f371d7144159bfb0db2077228fc10ff502026267475406"] * 2
+
+
+def test_a_layer_holds_readable_files_in_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large files have layers of their own; every layer names its folders first, owned by root and open to all."""
+    monkeypatch.setattr(oci, "OWN_LAYER", 500)
+    files, copies = written(tmp_path)
+    groups = layers_of(files)
+    assert [[file.path for file in group] for group in groups] == [
+        ["adapter_model.safetensors"],
+        ["README.md", "merged/config.json"],
+    ]
+    target = io.BytesIO()
+    write_layer(groups[1], copies, target)
+    with tarfile.open(fileobj=io.BytesIO(target.getvalue())) as tar:
+        entries = [(entry.name, oct(entry.mode), entry.uid, entry.mtime) for entry in tar]
+        assert entries == [
+            ("models", "0o755", 0, 0),
+            ("models/merged", "0o755", 0, 0),
+            ("models/README.md", "0o644", 0, 0),
+            ("models/merged/config.json", "0o644", 0, 0),
+        ]
+        extracted = tar.extractfile("models/README.md")
+        assert extracted is not None
+        assert extracted.read() == CONTENT["README.md"]
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [(401, AccessDenied), (403, AccessDenied), (404, SettingsError), (429, Unreachable), (503, Unreachable)],
+)
+def test_refusals_have_their_codes(status: int, kind: type[JobError], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a registry answers to the first upload decides the error."""
+    monkeypatch.setattr("time.sleep", lambda _seconds: None)
+
+    class Registry(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self._answer(200)
+
+        def do_POST(self) -> None:
+            self._answer(status)
+
+        def _answer(self, code: int) -> None:
+            self.send_response(code)
+            self.send_header("Content-Length", "0")
+            self.send_header("Retry-After", "0")
+            self.end_headers()
+
+        def log_message(self, *_args: object) -> None:
+            """Keeps quiet."""
+
+    with serving(Registry) as address, pytest.raises(kind):
+        OciTarget(f"{address.removeprefix('http://')}/lab/model:first").check()
+
+
+def test_nobody_listens() -> None:
+    """An address without a registry is unreachable, within seconds."""
+    with pytest.raises(Unreachable):
+        OciTarget("127.0.0.1:9/lab/model:first").check()
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [
+        "lab/model:first",
+        "ghcr.io/lab/model",
+        "ghcr.io/Lab/model:first",
+        "http://ghcr.io/lab/model:1",
+        "ghcr.io/a@sha256:0",
+    ],
+)
+def test_names_that_are_none(reference: str) -> None:
+    """Registry and tag have to be given, and the repository is in lower case."""
+    with pytest.raises(SettingsError, match=r"JOB_EXPORT__OCI.*must be registry/repository:tag"):
+        load_settings([f"--export.oci={reference}"], environ={})
+
+
+@pytest.mark.parametrize("reference", ["localhost:5000/model:first", "ghcr.io/lab/a-b/c_d:v1.0", "10.0.0.1:5000/x:y"])
+def test_names_of_images(reference: str) -> None:
+    """A port, an address, several parts."""
+    assert load_settings([f"--export.oci={reference}"], environ={}).export.oci == reference
