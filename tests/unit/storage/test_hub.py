@@ -415,7 +415,7 @@ _OUT = "../" * 5 + "outside"
 HOSTILE: dict[str, dict[str, str]] = {
     "etag": {"ETag": f'"{_OUT}"'},
     "weak-etag": {"ETag": f'W/"{_OUT}"'},
-    "absolute-etag": {"ETag": '"/tmp/outside-of-the-cache"'},
+    "absolute-etag": {"ETag": '"/nowhere/outside"'},
     "dots": {"ETag": 'W/".."'},
     "linked": {"X-Linked-Etag": _OUT},
     "commit": {"X-Repo-Commit": _OUT},
@@ -463,7 +463,6 @@ def test_an_answer_that_leads_out_of_the_cache_is_refused(tmp_path: Path) -> Non
             assert "answers in the hub's place" in str(message), (subject, name, message)
     assert [path for path in tmp_path.rglob("*") if path.is_file() and not path.is_relative_to(home)] == []
     assert not list(tmp_path.rglob("*outside*"))
-    assert not list(Path("/tmp").glob("outside-of-the-cache*"))
 
 
 RUN_CODES = {"gated": 77, "private": 77, "missing": 77, "busy": 69, "away": 69}
