@@ -13,6 +13,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -234,4 +235,6 @@ def load_gptq(folder: Path, how: HowToScore) -> ExportedModel:
     from transformers import AutoRoundConfig
 
     # `g_idx` is the order of the inputs, which the layout asks for and which is the plain one here
-    return load_quantized(folder, how, quantization_config=AutoRoundConfig(), ignored=".g_idx")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="You passed `quantization_config`")  # which is on purpose
+        return load_quantized(folder, how, quantization_config=AutoRoundConfig(), ignored=".g_idx")
