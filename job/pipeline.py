@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from job import log
 from job.common import garbage_collection, host
+from job.common.lora_readers import why_not_served
 from job.common.out_of_memory import memory_errors
 from job.distributed.processes import ALONE, Processes
 from job.errors import DataError, JobError, Problem
@@ -153,6 +154,8 @@ def _check_inputs(settings: Settings, later: Sequence[Settings]) -> None:
     begun = _store(settings).read(stage_key(Stage.PULL)) is not None
     check_inputs(settings, later, begun=begun)
     chosen = () if later else targets(settings)
+    if chosen and (reasons := why_not_served(plain_values(settings))):
+        log.get_logger().warning("vLLM does not serve this adapter as it is trained", reasons=reasons)
     try:
         check_targets(chosen)
     except JobError as error:

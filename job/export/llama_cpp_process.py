@@ -153,10 +153,18 @@ def _run_no_code() -> None:
     from transformers import AutoConfig, AutoTokenizer
 
     for loads in (AutoTokenizer, AutoConfig):
-        plain = loads.from_pretrained
-        loads.from_pretrained = lambda *args, _plain=plain, **options: _plain(
-            *args, **{**options, "trust_remote_code": False, "local_files_only": True}
-        )
+        loads.from_pretrained = partial(_without_code, loads.from_pretrained)
+
+
+def _without_code(
+    load: Any,
+    *args: Any,
+    trust_remote_code: object = None,  # noqa: ARG001 - what the converter asks for counts for nothing
+    local_files_only: object = None,  # noqa: ARG001
+    **options: Any,
+) -> Any:
+    """Loads a tokenizer or a configuration from local files, without code that comes with the model."""
+    return load(*args, **options, trust_remote_code=False, local_files_only=True)
 
 
 def _convertible(source: Path, file_type: str, tokenizer: Mapping[str, Any], file: Path) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 
 from job.common.export_formats import to_make
 from job.common.formatting import size
+from job.common.lora_readers import why_not_served
 from job.common.methods import METHODS
 from job.common.resources import check_disk, checkpoint_bytes, required_bytes
 from job.common.source_list import parse_sources
@@ -47,6 +48,7 @@ from job.planning.workload import Workload, count, scale
 from job.push.push import targets
 from job.records import Example
 from job.results.baseline import read_baseline
+from job.settings.affects_result import plain_values
 from job.settings.load import Settings
 from job.settings.training_stages import naming_its_settings, split_stages
 from job.storage.hub import is_reachable
@@ -218,7 +220,11 @@ def _check_other_inputs(settings: Settings, storage: StorageOptions) -> Iterator
     def check_baseline() -> Found[None]:
         return "ok", f"the gate compares with run {read_baseline(baseline or '', storage).run}", None
 
-    for target in targets(settings):
+    if (chosen := targets(settings)) and (reasons := why_not_served(plain_values(settings))):
+        yield PreflightResult(
+            "serving", "note", f"vLLM does not serve this adapter as it was trained: {'; '.join(reasons)}"
+        )
+    for target in chosen:
         yield run_check(target.kind, lambda target=target: ("ok", target.check(), None))[0]  # type: ignore[misc]
     if start is not None:
         yield run_check("start", check_start_adapter)[0]

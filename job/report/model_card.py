@@ -11,6 +11,7 @@ from typing import Any
 
 from job.common.export_formats import MERGED
 from job.common.formatting import count
+from job.common.lora_readers import why_not_served
 from job.common.methods import METHODS
 from job.data.licences import LICENCES
 from job.data.schemas import PROMPTS
@@ -68,6 +69,8 @@ def render_model_card(results: Mapping[str, Any]) -> bytes:
         accuracies={name: wording.accuracies(task) for name, task in tasks.items()},
         scope=wording.SCOPE,
         exports=wording.exports(results),
+        not_served=why_not_served(settings),
+        hub=settings.get("export.hub"),
         validation=wording.validation(results["training"], dataset),
         weights=next((a["sha256"] for a in results["artifacts"] if a["path"] == WEIGHTS), None),
     )

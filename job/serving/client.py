@@ -10,7 +10,7 @@ from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
-from job.errors import AccessDenied, Problem, SettingsError, Unreachable
+from job.errors import AccessDenied, JobError, Problem, SettingsError, Unreachable
 
 SECONDS = 300.0
 """Longest wait for an answer: a server may load the model when it is first asked."""
@@ -52,6 +52,14 @@ class Client:
         """
         with self._open(path, body) as answer:
             return self._parsed(answer.read())
+
+    def is_healthy(self) -> bool:
+        """Whether it says at `/health` that it is ready; transformers' server lists no models where no cache is."""
+        try:
+            with self._open("/health", None):
+                return True
+        except JobError:
+            return False
 
     def stream(self, path: str, body: dict[str, Any]) -> Speed:
         """Measures a streamed answer. Raises as `post`."""

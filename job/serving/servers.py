@@ -23,7 +23,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from job.errors import JobError, Problem, SettingsError, Unreachable
+from job.errors import Problem, SettingsError, Unreachable
 from job.serving.client import Client
 from job.settings.load import environment
 
@@ -118,12 +118,12 @@ def model_name(client: Client, wanted: str | None) -> str:
 
     vLLM lists the base first, and adapters after it.
     """
+    if wanted is not None:  # the server says so itself if it has none of this name
+        return wanted
     names = [str(model.get("id")) for model in client.get("/v1/models").get("data") or []]
-    if wanted is not None and wanted not in names:
-        raise SettingsError([Problem("--model", f"is none of {', '.join(names) or 'no models'} of {client.url}")])
     if not names:
         raise SettingsError([Problem(client.url, "serves no model")])
-    return wanted or names[-1]
+    return names[-1]
 
 
 def pick(model: Model) -> str:
@@ -174,21 +174,13 @@ def started(name: str, model: Model) -> Iterator[tuple[Client, str]]:
         )
         stack.callback(_end, process)
         until = time.monotonic() + _START_SECONDS
-        while not _answers(client):
+        while not client.is_healthy():
             if process.poll() is not None or time.monotonic() > until:
                 log.seek(0)
                 tail = log.read()[-1000:].decode(errors="replace")
                 raise Unreachable(f"{name} did not start: {tail}")
             time.sleep(0.2)
         yield client, str(model.folder) if name == "transformers" else NAME
-
-
-def _answers(client: Client) -> bool:
-    try:
-        client.get("/v1/models")
-    except JobError:
-        return False
-    return True
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -161,7 +161,7 @@ def check(served: Served, count: int = 50) -> ServeCheck:
 
 @pytest.mark.parametrize(("kind", "name"), [(OpenAI, "vllm"), (Llama, "llama.cpp")])
 def test_log_likelihoods_are_those_of_the_records(kind: type[OpenAI], name: str) -> None:
-    """Of the right model every log-likelihood is the same: tokens of the question do not count."""
+    """Of the right model every log-likelihood is the same: of the choice all tokens count, of the question none."""
     with listening(kind) as served:
         found = check(served, 5)
     assert (found.server, len(found.asked), found.holds) == (name, 5, True)
