@@ -8,6 +8,7 @@ It reads a `Task` from the file that is its argument. When its input ends, the j
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -52,11 +53,16 @@ def main() -> None:
     """Quantizes, and ends with the exit code of what it raises."""
     task = Task(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
     Thread(target=_end_with_the_job, daemon=True).start()
+    import auto_round  # noqa: F401
+
+    # auto-round collects garbage after every layer: without this each time over the millions of objects of libraries
+    gc.freeze()
     quantize(task)
 
 
 def _end_with_the_job() -> None:
-    while sys.stdin.buffer.read(1):
+    # Not by sys.stdin, whose lock this thread would hold when the interpreter ends, which aborts it.
+    while os.read(0, 1):
         pass
     os._exit(1)
 

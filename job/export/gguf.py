@@ -149,7 +149,7 @@ def make_gguf(inputs: DerivedInputs) -> QuantizationRecord:
     source, file = inputs.merged.absolute(), inputs.folder.absolute() / FILE.format(type=inputs.kind)
     asked = {"do": "make", "source": str(source), "file": str(file), "file_type": inputs.kind}
     with _process({**asked, "tokenizer": _described(load_tokenizer(source))}, inputs.alive) as answers:
-        answer = next(answer for answer in answers if "tensor" not in answer)
+        answer = next(answer for answer in answers if "bytes" not in answer)
     if "made" not in answer:
         raise CannotMake(_reason(answer))
     made = answer["made"]

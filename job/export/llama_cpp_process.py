@@ -24,8 +24,10 @@ import os
 import re
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache, partial
 from http.client import HTTPConnection
 from importlib import import_module
@@ -54,6 +56,7 @@ _ALL = 1 << 24
 """More tokens than any vocabulary has."""
 _SECONDS = 60
 """How long llama.cpp may take for the tokens of a text."""
+_TOLD_SECONDS = 5.0
 _TRIAL = 32
 """Width of the model whose vocabulary alone is tried."""
 
@@ -91,18 +94,38 @@ def _check(*, source: str, tokenizer: Mapping[str, Any], say: Say) -> None:
 
 
 def _make(*, source: str, file: str, file_type: str, tokenizer: Mapping[str, Any], say: Say) -> None:
-    """Writes the file, and says after each tensor that it goes on."""
+    """Writes the file, says now and then that it goes on, and in the end what the file holds."""
     model = _convertible(Path(source), file_type, tokenizer, Path(file))
     found = _vocabulary(model, tokenizer)
-    model.said = lambda tensor: say({"tensor": tensor})
-    with tempfile.TemporaryDirectory() as place:
+    with _told_while_it_grows(Path(file), say), tempfile.TemporaryDirectory() as place:
         # the converter guesses a name, a version and more from the folder's name, which must not decide the bytes
         model.dir_model_card = Path(place, NAME)
         model.dir_model_card.symlink_to(Path(source).absolute(), target_is_directory=True)
         model.write()
-    say({"tensor": ""})
     Served(Path(file), threads=1, context=256)  # else it would be found after hours, when it is scored
     say({"made": {**found, **gguf_contents(Path(file)), "quantized": quantized_tensors(Path(file))}})
+
+
+@contextmanager
+def _told_while_it_grows(file: Path, say: Say) -> Iterator[None]:
+    """Says every few seconds that a file has grown: the converter says nothing, and may write for an hour."""
+    done = threading.Event()
+
+    def watch() -> None:
+        before = -1
+        while not done.wait(_TOLD_SECONDS):
+            size = file.stat().st_size if file.exists() else 0
+            if size != before:
+                say({"bytes": size})
+            before = size
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 # ---- conversion
@@ -128,10 +151,18 @@ def _run_no_code() -> None:
     from transformers import AutoConfig, AutoTokenizer
 
     for loads in (AutoTokenizer, AutoConfig):
-        plain = loads.from_pretrained
-        loads.from_pretrained = lambda *args, _plain=plain, **options: _plain(
-            *args, **{**options, "trust_remote_code": False, "local_files_only": True}
-        )
+        loads.from_pretrained = partial(_without_code, loads.from_pretrained)
+
+
+def _without_code(
+    load: Any,
+    *args: Any,
+    trust_remote_code: object = None,  # noqa: ARG001 - what the converter asks for counts for nothing
+    local_files_only: object = None,  # noqa: ARG001
+    **options: Any,
+) -> Any:
+    """Loads a tokenizer or a configuration from local files, without code that comes with the model."""
+    return load(*args, **options, trust_remote_code=False, local_files_only=True)
 
 
 def _convertible(source: Path, file_type: str, tokenizer: Mapping[str, Any], file: Path) -> Any:
@@ -157,7 +188,6 @@ def _convertible(source: Path, file_type: str, tokenizer: Mapping[str, Any], fil
 
         model_arch = known.model_arch
         pre: str | None = None
-        said = staticmethod(lambda _tensor: None)
 
         def get_vocab_base_pre(self, tokenizer: Any) -> str:
             return self.pre or str(super().get_vocab_base_pre(tokenizer))
@@ -167,7 +197,6 @@ def _convertible(source: Path, file_type: str, tokenizer: Mapping[str, Any], fil
 
         def modify_tensors(self, data_torch: Any, name: str, bid: int | None) -> Iterator[tuple[str, Any]]:
             for new_name, data in super().modify_tensors(data_torch, name, bid):
-                self.said(new_name)
                 self.columns = int(data.shape[-1]) if data.dim() else 1
                 yield new_name, data
 

@@ -154,6 +154,11 @@ def _about_export(export: Mapping[str, Any]) -> str:
     )
     if kept:
         text += f", not quantized: {', '.join(kept[:MAX_NAMES])}{' and others' if len(kept) > MAX_NAMES else ''}"
+    if of_gguf := held.get("gguf"):
+        numbers = ", ".join(f"{number:,} in {name}" for name, number in of_gguf["types"].items())
+        text += f", {of_gguf['bits_per_weight']:.2f} bits with all scales ({numbers})"
+        if otherwise := of_gguf["tokenized_otherwise"]:
+            text += f"; llama.cpp tokenizes {count(len(otherwise), 'text')} of a test otherwise than the tokenizer"
     if rows := held["calibration"]:
         text += f"; calibrated on {count(rows['rows'], 'row')} of the training data"
     if export.get("not_scored"):

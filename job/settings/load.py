@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from job.common.export_formats import EXPORT_FORMATS, find_format
 from job.common.methods import FIRST_STAGE_SETTINGS, METHODS, MethodName, methods_for
 from job.common.schedulers import SCHEDULERS
 from job.common.source_list import is_single, parse_sources
@@ -359,7 +360,12 @@ def _export(settings: Settings) -> Iterator[Fault]:
             what = "a merged model holds no modules or tokens that are trained as a whole"
             yield "export.formats", f"{what}; remove it, or {environment_name(name)}"
     if not export.formats and settings.sources["export.merge_onto"] != "default":
-        yield "export.merge_onto", "has no effect without JOB_EXPORT__FORMATS=merged; give that too, or remove it"
+        yield "export.merge_onto", "has no effect without JOB_EXPORT__FORMATS; give that too, or remove it"
+    calibrated = [name for name, found in EXPORT_FORMATS.items() if found.calibrated]
+    if not any(find_format(name).calibrated for name in export.formats):
+        for name in ("export.calibration_rows", "export.quantization_steps"):
+            if settings.sources[name] != "default":
+                yield name, f"has an effect with JOB_EXPORT__FORMATS={' or '.join(calibrated)} only; remove it"
 
 
 def _schedule(settings: Settings) -> Iterator[Fault]:

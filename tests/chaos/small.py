@@ -132,7 +132,7 @@ def _chat(folder: Path) -> dict[str, str]:
         calls = [{"role": "assistant", "content": None, "tool_calls": [call]}, {"role": "tool", "content": f"{2 * n}"}]
         several = [ask, answer | {"weight": n % 2}, ask, *calls, answer]
         openai.append({"messages": several, "tools": [tool]})
-        says = (("human", row["instruction"]), ("gpt", row["output"] * (1 + 9 * (n % 7 == 0))))
+        says = (("human", row["instruction"]), ("gpt", row["output"] * (1 + 79 * (n % 7 == 0))))
         sharegpt.append({"conversations": [{"from": who, "value": what} for who, what in says]})
     paths = [str(write_jsonl(folder / f"{name}.jsonl", rows)) for name, rows in (("o", openai), ("s", sharegpt))]
     return {

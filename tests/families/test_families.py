@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
+from tests.families import check as checking
 from tests.families.check import check
 
 PACKED = ["llama", "gemma2", "phi3", "gpt2", "opt", "mixtral", "gpt_oss"]
 """Among them: a soft cap, windows in some layers, fused projections, `Conv1D`, positions that are learned, experts."""
-ALIKE = ["mistral", "qwen2", "qwen3", "gemma3_text", "gpt_neox"]
-"""Used more than most of those above, and built like one of them."""
+ALIKE = ["mistral", "qwen2", "qwen3", "gemma3_text", "gemma4_text", "gpt_neox"]
+"""Used more than most of those above, and built like one of them. Gemma 4's last layers share keys and values."""
 
 
 @pytest.mark.parametrize("family", [*PACKED, *(pytest.param(name, marks=pytest.mark.long) for name in ALIKE)])
@@ -34,3 +37,53 @@ def test_what_sees_the_future_is_refused(tokenizer: Any) -> None:
     verdict = check("bert", tokenizer)
     assert verdict.outcome == "refused", verdict
     assert "no causal language model" in verdict.why
+
+
+@pytest.mark.parametrize(
+    ("apart", "explained", "outcome"),
+    [
+        (3e-6, 4e-4, "packed"),
+        (1e-2, 4e-4, "WRONG"),
+        (float("inf"), 4e-4, "WRONG"),
+        (1e-3, 5e-2, "FAILED"),
+        (1e-2, 5e-2, "FAILED"),
+        (3e-1, 5e-2, "WRONG"),
+    ],
+)
+def test_no_family_is_called_right_where_rounding_may_hide_an_error(
+    apart: float, explained: float, outcome: str
+) -> None:
+    """An error that rounding may cover in a badly conditioned tiny model ends as "FAILED", never as right."""
+    found, why = checking._outcome({"the losses": apart}, {"the losses": explained}, packed=True, why="")
+    assert found == outcome, why
+
+
+def test_tiny_gemma4_looks_at_more_than_one_token_a_query() -> None:
+    """Scores of Gemma 4, which it does not scale, stay small enough in the tiny model for rounding to stay small."""
+    from transformers import AutoModelForCausalLM
+
+    from tests.families.models import tiny_config
+
+    for family in ("gemma4_text", "gemma4_unified_text"):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(tiny_config(family), attn_implementation="eager").eval()
+        with torch.no_grad():
+            weights = model(input_ids=torch.arange(10, 40)[None], output_attentions=True).attentions
+        most = [float(layer[0, :, 8:].amax(-1).mean()) for layer in weights]
+        assert max(most) < 0.8, (family, most)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", ["llama", "gemma4_text", "gemma4_unified_text"])
+def test_an_error_of_a_hundredth_is_found(family: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores with the adapter that are off by 0.01 are more than rounding explains, by a measured noise."""
+    ours = checking.ours
+
+    def off(*args: Any) -> checking.Figures:
+        right = ours(*args)
+        return replace(right, adapter=[right.adapter[0] + 0.01, *right.adapter[1:]])
+
+    monkeypatch.setattr(checking, "ours", off)
+    verdict = check(family, tokenizer)
+    assert verdict.outcome == "WRONG", verdict
+    assert "the adapter's scores" in verdict.why

@@ -49,6 +49,8 @@ OPTIONS: dict[str, Mapping[str, str]] = {
     "LoftQ": DEMO | {"JOB_LORA__INIT": "loftq"},
     "new tokens": DEMO | {"JOB_MODEL__ADD_TOKENS": "<ask>,<tell>"},
     "merged": DEMO | {"JOB_EXPORT__FORMATS": "merged"},
+    "fp8": DEMO | {"JOB_EXPORT__FORMATS": "merged,fp8"},
+    "w4a16": DEMO | {"JOB_EXPORT__FORMATS": "w4a16", "JOB_EXPORT__QUANTIZATION_STEPS": "20"},
 }
 RETRIED = (0, -9, 75)
 

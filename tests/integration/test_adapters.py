@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from job.runs.layout import FIRST_TENSORS, METRICS, facts_of
+from job.runs.layout import FIRST_TENSORS, facts_of
 from job.storage.open import open_store
 from job.verification.verify import require_verified, verify
 from tests.forked import Forks
-from tests.helpers import alpaca_rows, arc_rows, read_jsonl, write_jsonl
+from tests.helpers import alpaca_rows, arc_rows, write_jsonl
 from tests.integration.test_processes import go, results, run_folder
 
 OPTIONS: dict[str, dict[str, str]] = {
@@ -57,35 +57,6 @@ def environment(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> 
 def forked(tmp_path_factory: pytest.TempPathFactory) -> Forks:
     """What starts the processes."""
     return Forks(tmp_path_factory.mktemp("logs"))
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("init", ["eva", "loftq", "pissa"])
-def test_two_processes_begin_and_read_as_one(
-    forked: Forks, environment: dict[str, str], tmp_path: Path, init: str
-) -> None:
-    """First values and tokens are the bytes that one process makes; a restart of two, killed at once, reads both."""
-    changes, folders = {"JOB_LORA__INIT": init, "JOB_TRAIN__MAX_STEPS": "1"}, list[Path]()
-    for name, processes, ends in (("one", 1, [[0]]), ("two", 2, [[-9, 75], [0, 0]])):
-        output, cache = tmp_path / name, tmp_path / f"{name}-cache"
-        where = {**changes, "JOB_RUN__OUTPUT": str(output), "JOB_STORAGE__CACHE": str(cache)}
-        fault = {"JOB_FAULT": "kill@step=1"} if processes > 1 else {}
-        for end in ends:
-            given = {**environment, **where, **fault, "JOB_RUN__ID": init}
-            codes, group = forked.run(given, processes, f"{name}-{end[0]}")
-            assert codes == end
-        folders.append(output / init)
-    events = [line["event"] for line in group.lines(0)]
-    assert "the tokens are known from an earlier start" in events
-    assert ("the adapter's first values are known from an earlier attempt" in events) == (init != "pissa")
-    one, two = (sorted((tmp_path / f"{name}-cache" / "tokens").rglob("*.arrow")) for name in ("one", "two"))
-    assert [path.read_bytes() for path in one] == [path.read_bytes() for path in two]
-    assert [path.parent.name for path in one] == [path.parent.name for path in two]
-    if init != "pissa":
-        first, second = (folder / FIRST_TENSORS for folder in folders)
-        assert first.read_bytes() == second.read_bytes()
-    losses = [read_jsonl(folder / METRICS)[0]["loss"] for folder in folders]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 @pytest.mark.long

@@ -26,6 +26,8 @@ from tests.chaos.small import settings
 from tests.helpers import arc_rows, make_base, read_jsonl, write_jsonl
 from tests.hub_server import TOKEN, Hub, hub_server
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
@@ -39,7 +41,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         **clean,
         **settings(folder, rows=8, questions=12),
         "JOB_TRAIN__LEARNING_RATE": "2e-2",
-        "JOB_EXPORT__FORMATS": "merged",
+        "JOB_EXPORT__FORMATS": "merged,fp8",
     }
 
 
@@ -49,6 +51,7 @@ def whole(environment: dict[str, str]) -> Path:
     done = warm.run([], {**environment, "JOB_RUN__ID": "whole"})
     assert done.returncode == 0, done.stderr[-3000:]
     assert "merged: arc_easy onto original weights" in done.stdout
+    assert "fp8: arc_easy onto" in done.stdout
     return Path(environment["JOB_RUN__OUTPUT"]) / "whole"
 
 
@@ -60,14 +63,29 @@ def manifest(run: Path) -> dict[str, Any]:
     return found
 
 
-def test_what_ships_is_what_was_scored(environment: dict[str, str], whole: Path) -> None:
+@pytest.mark.parametrize("format_", ["merged", "fp8"])
+def test_what_ships_is_what_was_scored(environment: dict[str, str], whole: Path, format_: str) -> None:
     """Plain transformers loads the published folder, and answers every question as its record says."""
-    (export,) = manifest(whole)["exports"]
-    assert set(export["candidates"]) == {"original", "dequantized"}
-    assert (export["format"], export["dtype"], export["scored_in"]) == ("merged", "bf16", "bf16")
-    folder = whole / "artifacts/export/merged"
+    merged, fp8 = manifest(whole)["exports"]
+    assert set(merged["candidates"]) == {"original", "dequantized"}
+    assert set(fp8["candidates"]) == {merged["candidate"]}
+    export = merged if format_ == "merged" else fp8
+    assert (export["format"], export["dtype"], export["scored_in"]) == (format_, "bf16", "bf16")
+    folder = whole / f"artifacts/export/{format_}"
+    _answers_as_recorded(whole, export, Path(environment["JOB_EVAL__DATA"].split("=")[1]))
+    files = {path.name for path in folder.iterdir()}
+    assert files >= {"config.json", "generation_config.json", "tokenizer.json", "README.md"}
+    report = (whole / "artifacts/report.html").read_text(encoding="utf-8")
+    card = (whole / "artifacts/adapter/README.md").read_text(encoding="utf-8")
+    assert "merged onto dequantized" in report
+    assert "merged onto original" in card
+
+
+def _answers_as_recorded(run: Path, export: Mapping[str, Any], questions: Path) -> None:
+    """Plain transformers loads a published folder, and gives each choice of a question the recorded likelihood."""
+    folder = run / f"artifacts/export/{export['format']}"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    assert model.dtype == torch.bfloat16
+    assert model.dtype == DTYPES[export["dtype"]]
 
     def likelihood(question: str, answer: str) -> float:
         asked, said = tokenizer(question).input_ids, tokenizer(f"{question} {answer}").input_ids
@@ -75,28 +93,56 @@ def test_what_ships_is_what_was_scored(environment: dict[str, str], whole: Path)
             scores = model(torch.tensor([said])).logits[0, len(asked) - 1 : -1].float().log_softmax(-1)
         return float(scores.gather(1, torch.tensor(said[len(asked) :])[:, None]).sum())
 
-    records = read_jsonl(whole / f"artifacts/evaluation/arc_easy.merged-{export['candidate']}.jsonl")
-    for row, record in zip(read_jsonl(Path(environment["JOB_EVAL__DATA"].split("=")[1])), records, strict=True):
+    records = read_jsonl(run / f"artifacts/evaluation/arc_easy.{export['format']}-{export['candidate']}.jsonl")
+    compared = 0
+    for row, record in zip(read_jsonl(questions), records, strict=True):
         scores = [likelihood(f"Question: {row['question']}\nAnswer:", text) for text in row["choices"]["text"]]
         assert scores == pytest.approx(record["log_likelihoods"], rel=0.02, abs=0.1)
         best = sorted(scores)
         if best[-1] - best[-2] > 0.2:  # bf16 rounds otherwise in sequences of other lengths
+            compared += 1
             assert scores.index(best[-1]) == record["prediction"]
-    assert {path.name for path in folder.iterdir()} >= {"config.json", "generation_config.json", "tokenizer.json"}
-    report = (whole / "artifacts/report.html").read_text(encoding="utf-8")
-    card = (whole / "artifacts/adapter/README.md").read_text(encoding="utf-8")
-    assert "merged onto dequantized" in report
-    assert "merged onto original" in card
+    assert compared
 
 
-@pytest.mark.parametrize("when", [pytest.param("stage", marks=pytest.mark.long), "scoring"])
+@pytest.mark.long
+def test_the_demo_in_every_format(tmp_path: Path) -> None:
+    """All formats that quantize are made and scored, AWQ is published as not scored, and the run verifies."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("JOB_")}
+    changes = {
+        "JOB_PRESET": "demo",
+        "JOB_RUN__ID": "demo",
+        "JOB_RUN__OUTPUT": str(tmp_path),
+        "JOB_RUN__SPOT_NOTICES": "off",
+        "JOB_EXPORT__FORMATS": "merged,fp8,w4a16,gptq,awq",
+        "JOB_EXPORT__CALIBRATION_ROWS": "64",
+        "JOB_EXPORT__QUANTIZATION_STEPS": "20",
+        "JOB_GATE__ON": "w4a16",
+        "JOB_GATE__MIN_DELTA": "0.2",
+    }
+    done = warm.run([], {**clean, **changes})
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = manifest(tmp_path / "demo")
+    assert results["gate"] == {**results["gate"], "on": "w4a16", "passed": True}
+    exports = {export["format"]: export for export in results["exports"]}
+    assert list(exports) == changes["JOB_EXPORT__FORMATS"].split(",")
+    for name in ("merged", "fp8", "w4a16"):
+        _answers_as_recorded(tmp_path / "demo", exports[name], Path("job/demo/questions.jsonl"))
+    assert exports["w4a16"]["quantization"]["calibration"]["rows"] == 64
+    assert exports["w4a16"]["bytes"] < exports["fp8"]["bytes"] < exports["merged"]["bytes"]
+    assert exports["gptq"]["candidates"][exports["merged"]["candidate"]]["arc_easy"]["versus_base"]["acc"]["delta"] > 0
+    assert exports["awq"]["not_scored"]
+
+
+@pytest.mark.parametrize("when", [pytest.param("stage", marks=pytest.mark.long), "scoring", "quantizing"])
 def test_killed_in_export(environment: dict[str, str], whole: Path, tmp_path: Path, when: str) -> None:
-    """Killed before the merge, or in the scoring of a candidate: a restart gives the same bytes."""
+    """Killed before the merge, in the scoring of a candidate, or in quantizing: a restart gives the same bytes."""
     changes = {"JOB_RUN__ID": "hit", "JOB_RUN__OUTPUT": str(tmp_path)}
-    if when == "scoring":
+    if when != "stage":
+        sign = '"event": "questions"' if when == "scoring" else '"event": "quantizing"'
         with warm.followed([], {**environment, **changes}) as (process, log):
             for line in log:
-                if '"event": "questions"' in line and '"stage": "export"' in line:
+                if sign in line and '"stage": "export"' in line:
                     process.kill()
             assert process.wait(100) == [-9]
     else:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from job.export.quantizable import CannotMake
 from job.export.scoring import HowToScore, load_exported
 from job.records import QuantizationRecord, Question
 from tests.helpers import make_base
+from tests.warm import ROOT
 
 HOW = HowToScore(torch.device("cpu"), torch.float32, 512, packed=True)
 
@@ -83,6 +86,7 @@ def decompressed(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.long
 def test_w4a16_holds_the_merged_weights_in_four_bits(merged: Path, packed: Made) -> None:
     """Each weight is within one step of the merged one; all other tensors are the merged ones bit for bit."""
     folder, record, _ = packed
@@ -97,6 +101,7 @@ def test_w4a16_holds_the_merged_weights_in_four_bits(merged: Path, packed: Made)
     assert {after[name].dtype for name in after if name.endswith("_scale")} == {torch.bfloat16}
 
 
+@pytest.mark.long
 def test_w4a16_is_what_compressed_tensors_reads(packed: Made) -> None:
     """Its config class takes the configuration, and it decompresses to what own arithmetic does."""
     from compressed_tensors.compressors import BaseCompressor
@@ -135,6 +140,7 @@ def plain_copy(merged: Path, folder: Path, weights: dict[str, torch.Tensor], dty
     return folder
 
 
+@pytest.mark.long
 def test_w4a16_is_scored_as_what_it_holds(merged: Path, packed: Made, tmp_path: Path) -> None:
     """Loaded by transformers it answers as an unquantized model with the same weights."""
     same = plain_copy(merged, tmp_path / "plain", decompressed(packed[0]), torch.bfloat16)
@@ -205,6 +211,22 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]
 
 
 TASK = Task("", "", "auto_awq", 128, [[1]], 0, 0, "cpu", 1)
+
+
+@pytest.mark.parametrize(("seconds", "code"), [(0.2, 0), (60, 1)])
+def test_its_process_ends_with_its_work_or_with_the_job(tmp_path: Path, seconds: float, code: int) -> None:
+    """Waiting for the job's end does not disturb its own; without the job it does not go on."""
+    (tmp_path / "task").write_text(json.dumps(asdict(TASK)), encoding="utf-8")
+    program = (
+        "import sys, time; from job.export import autoround_process as it; sys.modules['auto_round'] = sys; "
+        f"it.quantize = lambda _: time.sleep({seconds}); it.main()"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "task")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:
+        assert process.stdin is not None
+        if code:
+            process.stdin.close()
+        assert process.wait(60) == code
 
 
 def test_its_process_ends_when_the_job_has_to(stand_in: Callable[[str], None], tmp_path: Path) -> None:

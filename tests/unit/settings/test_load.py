@@ -492,6 +492,8 @@ BAD_VALUES: list[tuple[str, list[str]]] = [
     ("eval.data", ["x", "a=1,a=2", "{", "[]", '{"arc_easy": 1}', '{"arc_easy": "ftp://x"}', "arc_esay=x.jsonl"]),
     ("export.formats", ["merge", "merged,merged", "gguf"]),
     ("export.merge_onto", ["", "nf4"]),
+    ("export.calibration_rows", ["0"]),
+    ("export.quantization_steps", ["-1"]),
     ("gate.on", ["", "base", "gguf"]),
     ("gate.metric", ["f1"]),
     ("gate.min_delta", ["1.1", "-1.1", "nan", "1%", "1 %"]),
@@ -804,6 +806,11 @@ class TestCombinations:
         assert "threshold" in problems(["--gate.on=merged", "--export.formats=merged"])["JOB_GATE__ON (command line)"]
         found = problems(["--export.merge_onto=original"])
         assert "has no effect without" in found["JOB_EXPORT__MERGE_ONTO (command line)"]
+        found = problems(["--export.formats=fp8", "--export.calibration_rows=9", "--export.quantization_steps=0"])
+        assert set(found) == {
+            f"JOB_EXPORT__{name} (command line)" for name in ("CALIBRATION_ROWS", "QUANTIZATION_STEPS")
+        }
+        assert load_settings(["--export.formats=awq", "--export.quantization_steps=0"], {}).export.formats == ("awq",)
         whole = load_settings(["--gate.on=merged", "--export.formats=merged", "--gate.min_delta=0"], {})
         assert (whole.export.formats, whole.export.merge_onto) == (("merged",), "best")
         assert load_settings(["--export.formats="], {}).export.formats == ()

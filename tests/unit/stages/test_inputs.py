@@ -101,3 +101,13 @@ def test_what_lies_in_a_store_is_not_asked_for() -> None:
     check_inputs(settings(*remote, "--lora.start=s3://bucket/adapter"))
     with pytest.raises(SettingsError, match="rows is taken for one, since there is no such path here"):
         check_inputs(settings("--data.source=rows"))
+
+
+def test_an_extra_that_is_not_installed_is_told_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The packages of a format are asked for before a GPU works for hours; the extra that has them is named."""
+    monkeypatch.setattr("job.common.export_formats.find_spec", lambda _name: None)
+    with pytest.raises(
+        SettingsError, match=r"JOB_EXPORT__FORMATS: needs auto_round, .*pip install 'qlora-job\[export\]'"
+    ):
+        check_inputs(settings("--export.formats=merged,awq"))
+    check_inputs(settings("--export.formats=merged"))

@@ -1,0 +1,42 @@
+"""The names of exported formats: with and without a type, and what they need."""
+
+from __future__ import annotations
+
+import pytest
+
+from job.common import export_formats
+from job.common.export_formats import ExportFormat, find_format, not_installed, split_name, to_make
+
+
+@pytest.fixture(autouse=True)
+def typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A format with two types, whose package nobody has."""
+    found = ExportFormat("of two types", types=("a", "b"), modules=("json", "no_such_module_at_all"))
+    monkeypatch.setitem(export_formats.EXPORT_FORMATS, "typed", found)  # type: ignore[arg-type]
+
+
+def test_a_type_follows_a_colon() -> None:
+    """A format with types needs one that it has; one without types takes none."""
+    assert split_name("typed:b") == ("typed", "b")
+    assert split_name("fp8") == ("fp8", "")
+    assert find_format("typed:a").types == ("a", "b")
+    with pytest.raises(ValueError, match="one of a, b"):
+        split_name("typed")
+    with pytest.raises(ValueError, match="one of a, b"):
+        split_name("typed:c")
+    for wrong in ("fp8:a", "fp8:", "fp9", ""):
+        with pytest.raises(ValueError, match=r"must be of merged, fp8, .*typed:TYPE"):
+            split_name(wrong)
+
+
+def test_what_is_made_for_what_is_asked() -> None:
+    """The merge comes first, whether or not it was asked for, and nothing is made for nothing."""
+    assert to_make([]) == []
+    assert to_make(["fp8"]) == ["merged", "fp8"]
+    assert to_make(["awq", "merged", "fp8"]) == ["merged", "awq", "fp8"]
+
+
+def test_missing_packages_are_named() -> None:
+    """Only those that are not there, and of the formats that were asked for."""
+    assert not_installed(["merged", "typed:a"]) == ["no_such_module_at_all"]
+    assert not_installed(["merged"]) == []
