@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
 from typing import Any
 from urllib import request
 
@@ -78,6 +79,10 @@ def moto_server() -> Iterator[str]:
     app, lock = server._server.app, threading.Lock()
 
     def one_at_a_time(environ: Any, start_response: Any) -> list[bytes]:
+        # Before the lock: a client that was stopped in the middle of a body would keep everyone else out.
+        body, chunked = environ["wsgi.input"], environ.get("wsgi.input_terminated")
+        read = body.read() if chunked else body.read(int(environ.get("CONTENT_LENGTH") or 0))
+        environ["wsgi.input"] = BytesIO(read)
         with lock:
             return list(app(environ, start_response))
 

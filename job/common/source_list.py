@@ -18,6 +18,7 @@ from fractions import Fraction
 
 _AMOUNT = re.compile(r"(.+)=(?:(\d{1,4}(?:\.\d{1,6})?)x|(\d{1,9})rows)", re.ASCII)
 _NUMBER = re.compile(r".+=\d+(\.\d+)?", re.ASCII)
+_NO_AMOUNT = re.compile(r".+=\s*[-+]?\d[\d._]*(e[-+]?\d+)?\s*(x|rows?)", re.ASCII | re.IGNORECASE)
 _PINNED = re.compile(r"([A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?)@([\w./-]+)", re.ASCII)
 
 
@@ -62,6 +63,11 @@ def _parse(item: str, *, several: bool) -> Source:
     if amount is None and several and _NUMBER.fullmatch(item):
         raise ValueError(
             "has a number without a unit: write =2x to use each row twice, or =1000rows to take 1,000 rows"
+        )
+    if amount is None and _NO_AMOUNT.fullmatch(item) and not os.path.exists(item):  # noqa: PTH110 - as in parse_sources
+        raise ValueError(
+            f"has an amount that is none, {item.rpartition('=')[2]!a}: a number above 0 with x, such as =0.5x, or "
+            "a whole number with rows, such as =1000rows"
         )
     place = amount[1] if amount else item
     times = Fraction(amount[2]) if amount and amount[2] else Fraction(1)

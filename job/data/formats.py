@@ -266,14 +266,23 @@ def _read_json(path: Path, name: str) -> Rows:
         return
     rows = value.get("data") if isinstance(value, dict) else value
     if not isinstance(rows, list):
-        lists = [key for key, item in value.items() if isinstance(item, list)] if isinstance(value, dict) else []
-        hint = (
-            f"; it has lists under {', '.join(map(ascii, lists[:_SHOWN_FILES]))}: write one to a file" if lists else ""
-        )
-        yield RowError(UNREADABLE, name, f'must be a list of objects, or {{"data": [...]}}{hint}')
+        yield RowError(UNREADABLE, name, f'must be a list of objects, or {{"data": [...]}}{_hint(value)}')
         return
     for index, row in enumerate(rows):
         yield _as_row(row, f"{name}:[{index}]", decoder)
+
+
+def _hint(value: object) -> str:
+    """What to do with JSON that holds no list of rows."""
+    items = value if isinstance(value, dict) else {}
+    lists = [key for key, item in items.items() if isinstance(item, list)]
+    sizes = {len(item) for item in items.values() if isinstance(item, list | dict)}
+    nested = any(isinstance(row, dict) for key in lists for row in items[key][:1])
+    # pandas writes {"column": {"0": value, ...}, ...} by default, and a dict of its columns is {"column": [...], ...}
+    dicts = len(items) > 1 and all(isinstance(item, dict) for item in items.values())
+    if len(sizes) == 1 and not nested and (dicts or len(lists) == len(items)):
+        return "; it holds columns: write one object a row (pandas: to_json with orient='records')"
+    return f"; it has lists under {', '.join(map(ascii, lists[:_SHOWN_FILES]))}: write one to a file" if lists else ""
 
 
 class _Repeated(dict[str, Any]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -100,6 +101,13 @@ def load_tokenizer(folder: Path, added_tokens: Sequence[str] | None = None) -> A
         raise SettingsError(
             [Problem("JOB_MODEL__ID", "its tokenizer has no end-of-sequence token, so nothing could end")]
         )
+    if _is_invented(folder, str(tokenizer.eos_token)):
+        log.get_logger().warning(
+            "the tokenizer's end-of-sequence token is none of its tokens: it was added with a new id, of which the"
+            " model has learned nothing; correct eos_token in tokenizer_config.json",
+            token=tokenizer.eos_token,
+            id=tokenizer.eos_token_id,
+        )
     model: Any = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
     if getattr(model, "dropout", None):  # tokens drawn anew in every attempt would be other data each time
         log.get_logger().warning(
@@ -108,6 +116,18 @@ def load_tokenizer(folder: Path, added_tokens: Sequence[str] | None = None) -> A
         model.dropout = None
     add_tokens(tokenizer, added_tokens or ())
     return tokenizer
+
+
+def _is_invented(folder: Path, token: str) -> bool:
+    """Whether none of the tokenizer's files but the name of the special token has this token; transformers adds it."""
+    if not (folder / "tokenizer.json").is_file():
+        return False
+    files = [folder / name for name in ("tokenizer.json", "added_tokens.json")]
+    text = "".join(file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file())
+    settings = folder / "tokenizer_config.json"
+    added = read_json(settings, MAX_CONFIG_BYTES).get("added_tokens_decoder") if settings.is_file() else None
+    text += json.dumps(added, ensure_ascii=False)
+    return not any(json.dumps(token, ensure_ascii=escaped) in text for escaped in (True, False))
 
 
 def load_base(

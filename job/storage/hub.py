@@ -11,12 +11,14 @@ recognized by name.
 from __future__ import annotations
 
 import errno
+import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from http import HTTPStatus
 from importlib import import_module
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from traceback import walk_tb
 from typing import Any
 
@@ -30,6 +32,8 @@ _TRANSPORTS = {"httpx", "httpx2", "httpcore", "requests", "urllib3", "aiohttp"}
 _REFUSED = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.UNAVAILABLE_FOR_LEGAL_REASONS}
 _TRANSIENT = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_NAME = re.compile(r"(?!\.{1,2}$)[0-9A-Za-z._-]+")
+"""What the hub's answers give as commit and ETag."""
 _HUB_ERRORS, _DATASETS_ERRORS = "huggingface_hub.errors", "datasets.exceptions"
 _DISK = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS),
@@ -57,7 +61,7 @@ def import_client() -> None:
         SettingsError: A variable of the hub's library, which it reads when it is imported, makes no sense.
     """
     try:
-        for name in ("HfApi", "constants", "errors", "snapshot_download"):
+        for name in ("HfApi", "constants", "errors", "set_client_factory", "snapshot_download"):
             getattr(import_module("huggingface_hub"), name)
     except ValueError as error:
         raise SettingsError([Problem("HF_ENDPOINT or another HF_ variable", f"makes no sense: {error}")]) from error
@@ -160,8 +164,9 @@ def is_reachable() -> bool:
     from huggingface_hub import constants, get_session
 
     try:
-        with hub_errors("the hub"):
-            get_session().head(constants.ENDPOINT, timeout=PREVIEW_SECONDS)
+        # Not HEAD, whose ETag is judged as that of a file; the page itself is not read.
+        with hub_errors("the hub"), get_session().stream("GET", constants.ENDPOINT, timeout=PREVIEW_SECONDS):
+            pass
     except Unreachable:
         return False
     return not constants.HF_HUB_OFFLINE
@@ -213,6 +218,61 @@ def peek_dataset(source: str, revision: str) -> tuple[int, str | None]:
     return sum(file.size or 0 for file in info.siblings or []), str(licence) if licence else None
 
 
+class _HostileAnswer(Exception):
+    """An answer whose commit, ETag or file name would lead out of the cache."""
+
+
+@cache
+def _judge_answers() -> None:
+    """Has every answer to the hub's client looked at before the client uses it; for the rest of this process.
+
+    The client joins paths of its cache from what the hub answers, and a mirror or a proxy may answer anything.
+    `datasets` uses the same client.
+    """
+    from huggingface_hub import set_client_factory
+
+    set_client_factory(_judging_client)
+
+
+def _judging_client() -> Any:
+    """The hub's own client, with one more hook."""
+    # The library has no public name for its default; its settings and request hook are to stay.
+    client = import_module("huggingface_hub.utils._http").default_client_factory()
+    hooks = client.event_hooks
+    client.event_hooks = {**hooks, "response": [*hooks["response"], _judge]}
+    return client
+
+
+def _judge(response: Any) -> None:
+    """Raises `_HostileAnswer` for an answer of which the hub's client would make a path out of its cache."""
+    headers, path = response.headers, response.request.url.path
+    names = {"X-Repo-Commit": headers.get("X-Repo-Commit")}
+    files: list[object] = []
+    if response.request.method == "HEAD":  # other answers' ETags are not used, and the hub's may have slashes
+        tag = headers.get("X-Linked-Etag") or headers.get("ETag")
+        names["ETag"] = tag and tag.lstrip("W/").strip('"')  # as the client takes it apart
+    elif "/resolve" not in path and "/resolve" in headers.get("Location", ""):
+        raise _HostileAnswer("a listing is redirected to a file")  # its content would not be looked at
+    elif "/resolve" not in path and "json" in headers.get("Content-Type", ""):
+        response.read()
+        try:
+            said = json.loads(response.content)
+        except ValueError:
+            return  # the client says it
+        if isinstance(said, dict):
+            names["sha"] = said.get("sha")
+        entries = [entry for entry in said if isinstance(entry, dict)] if isinstance(said, list) else []
+        files = [entry.get("path") for entry in entries]
+        large = [entry["lfs"] for entry in entries if isinstance(entry.get("lfs"), dict)]
+        names |= {f"oid {number}": value.get("oid") for number, value in enumerate(large)}
+    for name, value in names.items():
+        if value is not None and not _NAME.fullmatch(str(value)):
+            raise _HostileAnswer(f"{name} {str(value)[:80]!r} is none of the hub's")
+    for file in files:
+        if isinstance(file, str) and (file.startswith("/") or ".." in PurePosixPath(file).parts):
+            raise _HostileAnswer(f"the file name {file[:80]!r} leads out of its folder")
+
+
 @contextmanager
 def hub_errors(name: str) -> Iterator[None]:
     """Turns an error of the hub's libraries into the job's. What is not about the hub passes unchanged.
@@ -227,6 +287,7 @@ def hub_errors(name: str) -> Iterator[None]:
         DataError: The hub answered, and has nothing usable under this name.
     """
     try:
+        _judge_answers()
         yield
     except JobError:
         raise
@@ -306,6 +367,8 @@ def _no_answer_of_a_hub(error: BaseException, name: str) -> JobError | None:
     """Something answered in place of the hub, such as a login page; or the hub with less than its client reads."""
     modules = {str(frame.f_globals.get("__name__")) for frame, _ in walk_tb(error.__traceback__)}
     reads = any(module.startswith("huggingface_hub.") for module in modules)
+    if isinstance(error, _HostileAnswer):
+        return Unreachable(f"{name}: {error}; look whether a proxy or a mirror answers in the hub's place")
     if reads and (isinstance(error, _SENSELESS) or type(error).__name__ == "JSONDecodeError"):
         said = (str(error).splitlines() or [""])[0][:100]
         what = f"the hub's answer cannot be read ({type(error).__name__}: {said})"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ssl
 import time
 import weakref
 from functools import cache
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -61,6 +63,9 @@ def connect(options: StorageOptions) -> Any:
             raise
         raise SettingsError([_unusable(error, endpoint_url)]) from None
 
+    if client.meta.endpoint_url.startswith("https:"):
+        _check_certificates(session.get_config_variable("ca_bundle"))
+
     def pace(response_dict: dict[str, Any], **_: Any) -> None:
         body = response_dict["body"]
         if isinstance(body, StreamingBody):
@@ -71,6 +76,18 @@ def connect(options: StorageOptions) -> Any:
 
     client.meta.events.register("before-parse.s3.GetObject", pace)
     return client
+
+
+def _check_certificates(place: str | None) -> None:
+    """Raises SettingsError if the SDK's file or folder of certificates is none: it would look like a bad connection."""
+    if not place:
+        return
+    file, folder = (None, place) if Path(place).is_dir() else (place, None)
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(file, folder)
+    except OSError as error:
+        what = f"or ca_bundle in AWS's own settings, names no certificates that can be read: {place} ({error})"
+        raise SettingsError([Problem("AWS_CA_BUNDLE", what)]) from None
 
 
 def _unusable(error: ValueError, endpoint_url: str | None) -> Problem:

@@ -6,11 +6,14 @@ A store of the table is tested in an empty place: one that `PLACES` makes, or th
 from __future__ import annotations
 
 import os
+import socket
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
 from typing import Any
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 import pytest
@@ -345,6 +348,21 @@ class TestObjectStore:
         found = fetch(f"{place}/data", tmp_path / "copy", options)
         assert {(Path(found) / name).read_bytes() for name in ("a", "b/c")} == {b"12", b"345"}
         assert size(f"{place}/data", options) == (5 if "://" in place else 0)
+
+
+def test_a_client_that_stands_still_in_a_request_keeps_nobody_out(endpoint: str) -> None:
+    """The test server answers others while a body is on its way, as S3 does: a stopped attempt has a successor."""
+    address = urlsplit(endpoint)
+    with socket.create_connection((address.hostname, address.port), timeout=10) as stopped:
+        stopped.sendall(
+            f"PUT /{BUCKET}/half HTTP/1.1\r\nHost: {address.netloc}\r\nContent-Length: 9\r\n\r\nhalf".encode()
+        )
+        time.sleep(0.1)  # its thread waits for the rest
+        place = open_store(
+            f"s3://{BUCKET}/{uuid4().hex}", StorageOptions(endpoint_url=endpoint, retries=1, timeout_seconds=5)
+        )
+        place.write("a", b"1")
+        assert place.read("a") is not None
 
 
 def test_a_store_in_the_table_without_a_place_fails(monkeypatch: pytest.MonkeyPatch) -> None:

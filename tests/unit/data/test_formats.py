@@ -589,3 +589,16 @@ def test_a_line_that_is_too_long_is_one_fault(tmp_path: Path) -> None:
     (fault,) = read(tmp_path / "x.csv")
     assert isinstance(fault, RowError)
     assert "16,777,216" in fault.what
+
+
+@pytest.mark.parametrize(
+    "content", [b'{"a": [1, 2], "b": ["x", "y"]}', b'{"a": {"0": 1, "1": 2}, "b": {"0": "x", "1": "y"}}']
+)
+def test_json_of_columns_is_said_to_be_that(tmp_path: Path, content: bytes) -> None:
+    """What pandas or a dict of lists writes is not told to write one of its columns to a file."""
+    (fault,) = read(tmp_path / "x.json", content)
+    assert isinstance(fault, RowError)
+    assert "it holds columns: write one object a row" in fault.what
+    (other,) = read(tmp_path / "y.json", b'{"train": [{"a": 1}], "test": [{"a": 2}]}')
+    assert isinstance(other, RowError)
+    assert "it has lists under 'train', 'test'" in other.what

@@ -239,3 +239,10 @@ def test_nested_json_is_read_from_every_format(tmp_path: Path) -> None:
         writer.write_table(table)
     assert load(tmp_path / "x.arrow", field_names=names)[0] == json_lines[0]
     assert toy_tokenizer().decode(json_lines[0][0].input_ids) == "<s>cat?mat</s>"
+
+
+@pytest.mark.parametrize("amount", ["-1rows", "1.5rows", "1e3rows", "10row", "-2x", "2X", "20000x"])
+def test_an_amount_that_is_none_is_said_to_be_that(amount: str) -> None:
+    """A number that is no amount is not taken for the end of a path that does not exist."""
+    with pytest.raises(ValueError, match="has an amount that is none"):
+        parse_sources(f"a.jsonl={amount}")

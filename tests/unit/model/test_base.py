@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 import torch
 
 from job.errors import DataError, SettingsError
@@ -224,6 +225,20 @@ def test_a_vocabulary_in_a_file_of_another_name_is_saved(base_folder: Path, tmp_
     (tmp_path / "source" / "vocab.txt").write_text("[UNK]")
     copy_tokenizer(tmp_path / "source", tmp_path / "adapter", tokenizer)
     assert load_tokenizer(tmp_path / "adapter").get_vocab() == tokenizer.get_vocab()
+
+
+def test_an_end_of_sequence_that_is_no_token_is_a_warning(base_folder: Path, tmp_path: Path) -> None:
+    """A token that a tokenizer names and does not have is added to it, with an id that the model has never seen."""
+    folder = shutil.copytree(base_folder, tmp_path / "base")
+    with structlog.testing.capture_logs() as before:
+        load_tokenizer(folder)
+    assert before == []
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": "</nowhere>"}))
+    with structlog.testing.capture_logs() as said:
+        load_tokenizer(folder)
+    assert ["end-of-sequence token is none of its tokens" in line["event"] for line in said] == [True]
+    assert said[0]["token"] == "</nowhere>"
 
 
 def test_a_link_out_of_the_base_is_not_published(tmp_path: Path) -> None:

@@ -411,6 +411,61 @@ def test_an_answer_that_is_none_of_the_hubs_is_no_bug(tmp_path: Path) -> None:
         assert f"model some/{name}" in str(message)
 
 
+_OUT = "../" * 5 + "outside"
+HOSTILE: dict[str, dict[str, str]] = {
+    "etag": {"ETag": f'"{_OUT}"'},
+    "weak-etag": {"ETag": f'W/"{_OUT}"'},
+    "absolute-etag": {"ETag": '"/tmp/outside-of-the-cache"'},
+    "dots": {"ETag": 'W/".."'},
+    "linked": {"X-Linked-Etag": _OUT},
+    "commit": {"X-Repo-Commit": _OUT},
+    "sha": {},
+    "path": {},
+}
+"""Headers in place of the hub's, by repository; the last two are hostile in their JSON."""
+
+
+class Hostile(Hub):
+    """A mirror whose answers lead out of the cache, for models and data sets alike."""
+
+    kind = ""
+
+    def do_GET(self) -> None:
+        """Answers as the hub does for `good`, with the hostile part put in."""
+        self.kind = next((name for name in HOSTILE if f"some/{name}" in self.path), "")
+        self.path = self.path.replace(f"some/{self.kind}", "some/good")
+        if self.path.startswith("/api/models/some/good/revision"):
+            self._answer(200, json.dumps({"id": "some/good", "sha": COMMIT}).encode())
+        else:
+            super().do_GET()
+
+    def _answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+        if self.kind == "sha":
+            body = body.replace(COMMIT.encode(), _OUT.encode())
+        elif self.kind == "path":
+            body = body.replace(b'"config.json"', f'"{_OUT}.json"'.encode())
+            body = body.replace(b'"data/train.jsonl"', f'"{_OUT}.jsonl"'.encode())
+        elif "/resolve/" in self.path:
+            headers = {**(headers or {}), **HOSTILE[self.kind]}
+        super()._answer(status, body, headers)
+
+
+def test_an_answer_that_leads_out_of_the_cache_is_refused(tmp_path: Path) -> None:
+    """A commit, ETag or file name with a path in it ends as unreachable, and nothing is written beside the cache."""
+    home = tmp_path / "a" / "b" / "home"
+    with serving(Hostile) as endpoint:
+        models = ask(endpoint, home, *((f"some/{name}", "main") for name in HOSTILE), client=MODEL_CLIENT)
+        data = ask(endpoint, home, *((f"some/{name}", "main", "train") for name in HOSTILE))
+    for subject, found in (("model", models), ("data set", data)):
+        for name, (kind, message) in zip(HOSTILE, found, strict=True):
+            assert kind == "Unreachable", (subject, name, message)
+            assert f"{subject} some/{name}: " in str(message)
+            assert "answers in the hub's place" in str(message), (subject, name, message)
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and not path.is_relative_to(home)] == []
+    assert not list(tmp_path.rglob("*outside*"))
+    assert not list(Path("/tmp").glob("outside-of-the-cache*"))
+
+
 RUN_CODES = {"gated": 77, "private": 77, "missing": 77, "busy": 69, "away": 69}
 COLD = "gated"
 

@@ -863,3 +863,18 @@ def test_an_upload_whose_answers_are_cut_is_made_again(
     with server(answer) as url:
         opened(url).upload(tmp_path / "source", "a")
     assert completed[-1] == "POST"
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no certificate"])
+def test_a_file_of_certificates_that_is_none_is_a_setting(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: bytes | None
+) -> None:
+    """A variable that names no certificates is an error about that variable, and no server that is away."""
+    bundle = tmp_path / "bundle.pem"
+    if content is not None:
+        bundle.write_bytes(content)
+    monkeypatch.setenv("AWS_CA_BUNDLE", str(bundle))
+    with credentials():
+        connect(StorageOptions(endpoint_url="http://127.0.0.1:9"))
+        with pytest.raises(SettingsError, match=r"AWS_CA_BUNDLE: .* names no certificates"):
+            connect(StorageOptions(endpoint_url="https://127.0.0.1:9"))
