@@ -13,6 +13,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -199,6 +200,8 @@ def _write(layout: Layout, inputs: DerivedInputs, made: Path, empty: Any) -> tup
     merged = {name: (file, shape, dtype) for file in weight_files(source) for name, shape, dtype in read_header(file)}
     own = {name: (file, shape, dtype) for file in weight_files(made) for name, shape, dtype in read_header(file)}
     layers = {name.removesuffix(f".{layout.packed}") for name in own if name.endswith(f".{layout.packed}")}
+    # Only what holds quantized weights: auto-round also writes a head that is tied to the embeddings, as a copy.
+    own = {name: found for name, found in own.items() if name.rpartition(".")[0] in layers}
     plain = {name: found for name, found in merged.items() if name.removesuffix(".weight") not in layers}
     config = read_json(source / "config.json", MAX_CONFIG_BYTES)
     main: torch.dtype = torch.float16 if layout.half else getattr(torch, config["dtype"])
@@ -232,4 +235,6 @@ def load_gptq(folder: Path, how: HowToScore) -> ExportedModel:
     from transformers import AutoRoundConfig
 
     # `g_idx` is the order of the inputs, which the layout asks for and which is the plain one here
-    return load_quantized(folder, how, quantization_config=AutoRoundConfig(), ignored=".g_idx")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="You passed `quantization_config`")  # which is on purpose
+        return load_quantized(folder, how, quantization_config=AutoRoundConfig(), ignored=".g_idx")

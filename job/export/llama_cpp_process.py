@@ -102,7 +102,9 @@ def _make(*, source: str, file: str, file_type: str, tokenizer: Mapping[str, Any
         model.dir_model_card = Path(place, NAME)
         model.dir_model_card.symlink_to(Path(source).absolute(), target_is_directory=True)
         model.write()
-    Served(Path(file), threads=1, context=256)  # else it would be found after hours, when it is scored
+    # What llama.cpp does not load is told here, and not when it is scored. A server that is taken down before it has
+    # answered anything may wait for itself forever, so it is asked something.
+    Served(Path(file), threads=1, context=256).tokenize("a")
     say({"made": {**found, **gguf_contents(Path(file)), "quantized": quantized_tensors(Path(file))}})
 
 

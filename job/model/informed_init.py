@@ -76,7 +76,9 @@ def init_eva(
     config.init_lora_weights, config.eva_config = "eva", EvaConfig(rho=1.0)
     try:
         with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):  # noqa: PTH123 - a device
-            initialize_lora_eva_weights(model, loader, forward_fn=run, show_progress_bar=False)
+            # Only process 0 is here: PEFT would wait for the inputs of the others for ever.
+            how: dict[str, Any] = {"show_progress_bar": False, "gather_distributed_inputs": False}
+            initialize_lora_eva_weights(model, loader, forward_fn=run, **how)
     finally:
         # Ranks and names are as they were; readers of the adapter shall compute no first values.
         config.init_lora_weights, config.eva_config = True, None
