@@ -25,7 +25,7 @@ RUN = "run"
 """The field of a record that holds the fingerprint."""
 _ATTEMPT = "attempt"
 """The field that makes a record unlike all others, so that a late removal can tell it from the one it was meant for."""
-_KEY = "key"
+_KEY = "written_to"
 """The field with the record's own place: the evaluations of base and adapter have records of one form."""
 _MAX_WORDS = 200
 
@@ -63,8 +63,15 @@ def render(key: str, record: str, run: str, attempt: int = 0) -> bytes:
         record: The result.
         run: The run's fingerprint.
         attempt: Number of the attempt that writes it.
+
+    Raises:
+        ValueError: The result has a field with a name of the record's own.
     """
-    return sealed({**json.loads(record), _KEY: key, _ATTEMPT: attempt, RUN: run})
+    facts = json.loads(record)
+    own = {_KEY: key, _ATTEMPT: attempt, RUN: run}
+    if same := own.keys() & facts.keys():
+        raise ValueError(f"a result cannot have a field {min(same)}, which is the record's own")
+    return sealed({**facts, **own})
 
 
 def parse(key: str, data: bytes, kind: TypeAdapter[T]) -> tuple[T, str | None]:

@@ -134,7 +134,9 @@ def test_the_demo_in_every_format(tmp_path: Path) -> None:
     assert exports["awq"]["not_scored"]
 
 
-@pytest.mark.parametrize("when", [pytest.param("stage", marks=pytest.mark.long), "scoring", "quantizing"])
+@pytest.mark.parametrize(
+    "when", ["scoring", *(pytest.param(name, marks=pytest.mark.long) for name in ("stage", "quantizing"))]
+)
 def test_killed_in_export(environment: dict[str, str], whole: Path, tmp_path: Path, when: str) -> None:
     """Killed before the merge, in the scoring of a candidate, or in quantizing: a restart gives the same bytes."""
     changes = {"JOB_RUN__ID": "hit", "JOB_RUN__OUTPUT": str(tmp_path)}

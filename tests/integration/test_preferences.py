@@ -138,7 +138,8 @@ def test_data_and_method_have_to_fit(forked: Forks, environment: dict[str, str],
         assert "dpo.jsonl:1" in problem
 
 
-@pytest.mark.parametrize("method", ["dpo", pytest.param("sft", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["dpo", "sft"])
 def test_training_goes_on_from_an_adapter(forked: Forks, environment: dict[str, str], method: str) -> None:
     """It starts with the adapter's numbers, compares with them, and resumes to the bit; the manifest has its hash."""
     if not (run_folder(environment, "one") / "results.json").is_file():

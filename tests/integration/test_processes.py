@@ -192,6 +192,7 @@ def test_a_process_that_dies_ends_the_others(forked: Forks, environment: dict[st
     assert saved == {f"step-{last_step(group):08d}"}
 
 
+@pytest.mark.long
 def test_a_run_that_is_replaced_ends_in_all_processes(forked: Forks, environment: dict[str, str]) -> None:
     """When another attempt takes the lease, process 0 notices, and all end with 76."""
     group = forked.start({**environment, "JOB_RUN__ID": "replaced", "JOB_CHECKPOINT__EVERY_STEPS": "1"}, 2, "replaced")

@@ -135,6 +135,7 @@ def test_nobody_waits_for_a_download(environment: dict[str, str], tmp_path: Path
     assert ledger["outcome"] == ("preempted" if why == "SIGTERM" else "failed")
 
 
+@pytest.mark.long
 def test_a_base_that_was_swapped_is_not_taken(
     environment: dict[str, str], undisturbed: dict[str, str], tmp_path: Path
 ) -> None:

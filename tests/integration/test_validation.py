@@ -48,6 +48,7 @@ def undisturbed(environment: dict[str, str]) -> dict[str, str]:
     return published(Path(environment["JOB_RUN__OUTPUT"]), "undisturbed")
 
 
+@pytest.mark.long
 def test_killed_around_validations(environment: dict[str, str], undisturbed: dict[str, str], tmp_path: Path) -> None:
     """Killed between a step and its validation, and between that and a checkpoint, a run ends with the same bits."""
     found = results(environment["JOB_RUN__OUTPUT"], "undisturbed")["training"]

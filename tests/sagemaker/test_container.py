@@ -136,6 +136,7 @@ def test_metrics_fit_sagemakers_limits() -> None:
         assert re.compile(metric["Regex"]).groups == 1
 
 
+@pytest.mark.long
 def test_two_interruptions(order: Callable[..., TrainingJob], undisturbed: tuple[Ended, Path], folder: Path) -> None:
     """Stopped once and struck once, with its folder copied late and in no order, a job ends with the same bits."""
     job = order("interrupted", lag=0.3)

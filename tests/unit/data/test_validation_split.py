@@ -268,6 +268,7 @@ def test_another_split_of_the_same_data_set_has_its_revision() -> None:
     assert what_to_validate_on(0.1, validation_revision=None, **how) == 0.1
 
 
+@pytest.mark.long
 def test_datasketch_is_imported_only_where_it_is_used() -> None:
     """A run without validation does not pay for it."""
     code = "import sys, job.data.training_and_validation, job.stages.pull; sys.exit('datasketch' in sys.modules)"

@@ -376,6 +376,13 @@ def test_a_damaged_record_of_a_stage_is_made_again(store: LocalStore, tmp_path: 
     assert last.data == stored.data
 
 
+@pytest.mark.parametrize("name", ["written_to", "attempt", "run"])
+def test_a_result_does_not_hide_what_the_record_says(name: str) -> None:
+    """A field of a result that is named like one of the record's own would be lost when it is read."""
+    with pytest.raises(ValueError, match=name):
+        stage_records.render("stages/base.json", json.dumps({name: "x"}), "run")
+
+
 def test_a_record_of_another_stage_does_not_count(store: LocalStore, tmp_path: Path) -> None:
     """A copy of the adapter's evaluation in place of the base's would give the base the adapter's scores."""
     first = begun(store, tmp_path)

@@ -13,7 +13,8 @@ from job.runs.layout import BUILT_ON, Stage
 
 JOB = Path(job.__file__).parent
 OTHERS = sorted({*JOB.rglob("*.py")} - {Path(layout.__file__)})
-NAMES = {layout.RESULTS, layout.SETTINGS, layout.LEASE, layout.COMMITTED, *Stage} - {"train", "pull", "publish"}
+WORDS = {"train", "pull", "publish", "export"}  # also used for other things
+NAMES = {layout.RESULTS, layout.SETTINGS, layout.LEASE, layout.COMMITTED, *Stage} - WORDS
 FOLDERS = ("artifacts/", "attempts/", "checkpoints/", "faults/", "stages/")
 
 

@@ -81,6 +81,7 @@ def test_training_calls_nobody(tmp_path: Path, environ: dict[str, str], *, allow
     assert allowed or calls(environ) == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("allowed", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_mlflow_in_a_folder_calls_nobody(
     tmp_path: Path, environ: dict[str, str], monkeypatch: pytest.MonkeyPatch, *, allowed: bool

@@ -325,6 +325,7 @@ print(json.dumps(found))
     return found
 
 
+@pytest.mark.long
 def test_mlflow_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The real package with SQLite: the second attempt finds the first one's run by its tag and goes on with it."""
     monkeypatch.setattr(trackers, "STOP_SECONDS", 120.0)
