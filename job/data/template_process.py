@@ -76,6 +76,7 @@ def _open(given: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], dict[str, A
                 add_generation_prompt=asked["add_generation_prompt"],
                 **fixed,
             )
+            text.encode()  # a template may write half of a surrogate pair, which is no text
         except MemoryError:
             return {OUT_OF_BOUNDS: f"takes more than {MEMORY_BYTES >> 20} MiB of memory for one conversation"}
         except Exception as error:  # noqa: BLE001 - a template raises whatever it likes

@@ -58,10 +58,11 @@ def test_the_date_is_the_one_that_is_given() -> None:
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
         "{% if %}",
         "{{ ''.__class__.__mro__ }}{{ messages.append(1) }}",
+        "{{ '\\ud800' }}",
     ],
 )
 def test_a_template_that_fails_refuses_the_conversation(template: str) -> None:
-    """Division by zero, recursion, broken syntax and forbidden access refuse it in words, and no more."""
+    """Division by zero, recursion, broken syntax, forbidden access and what is no text refuse it in words."""
     with open_template(toy_tokenizer(template)) as render, pytest.raises(TemplateRefusalError, match="Error"):
         render([ASK])
 
