@@ -239,6 +239,7 @@ def places(path: Path) -> set[int]:
     return found or {len(data) // 2}
 
 
+@pytest.mark.long
 def test_every_changed_byte_of_a_run_is_found(whole: Ended, tmp_path: Path) -> None:
     """`verify` passes the run; after a one-bit change in any file, or without it, it ends with 4 and names the file."""
     copy = Path(shutil.copytree(whole.run, tmp_path / "copy"))

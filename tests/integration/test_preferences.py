@@ -66,7 +66,8 @@ def forked(tmp_path_factory: pytest.TempPathFactory) -> Forks:
     return Forks(tmp_path_factory.mktemp("logs"))
 
 
-@pytest.mark.parametrize("method", ["dpo", pytest.param("kto", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["dpo", "kto"])
 def test_two_processes_and_kills_change_no_bit(
     forked: Forks, environment: dict[str, str], method: str, tmp_path: Path
 ) -> None:
@@ -115,6 +116,7 @@ def test_the_reference_is_computed_once(forked: Forks, environment: dict[str, st
     assert (run_folder(environment, name) / LOG_PROBS).read_bytes() == kept
 
 
+@pytest.mark.long
 def test_a_damaged_reference_is_computed_again(forked: Forks, environment: dict[str, str]) -> None:
     """What is not whole is not believed, and the run ends with the same numbers."""
     name = "damaged"
@@ -166,6 +168,7 @@ def test_training_goes_on_from_an_adapter(forked: Forks, environment: dict[str, 
         assert first["preference"]["logps/chosen"] != pytest.approx(fresh["preference"]["logps/chosen"], rel=1e-4)
 
 
+@pytest.mark.long
 def test_a_start_that_changed_is_refused(forked: Forks, environment: dict[str, str], tmp_path: Path) -> None:
     """Other numbers under the same path are another run."""
     if not (run_folder(environment, "one") / "results.json").is_file():

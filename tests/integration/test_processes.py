@@ -127,6 +127,7 @@ def test_the_number_of_processes_changes_no_step(
         assert found["training"][key] == pytest.approx(results(environment, one)["training"][key], rel=CLOSE)
 
 
+@pytest.mark.long
 def test_a_run_moves_between_numbers_of_processes(forked: Forks, environment: dict[str, str], one: str) -> None:
     """Killed with 2 processes, killed with 1, and finished with 3, a run has seen the same, with the same losses."""
     changes = {"JOB_FAULT": "kill@step=3,kill@step=5"}
@@ -164,6 +165,7 @@ def last_step(group: Group) -> int:
     return max((line["done"] for line in group.lines(0) if line["event"] == "steps"), default=0)
 
 
+@pytest.mark.long
 def test_a_signal_to_one_stops_all(forked: Forks, environment: dict[str, str], one: str) -> None:
     """SIGTERM to the last of 2 processes: all end with 75 after the same step, which is saved; nothing is repeated."""
     group = forked.start({**environment, "JOB_RUN__ID": "stopped"}, 2, "stopped")

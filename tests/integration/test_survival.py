@@ -77,6 +77,7 @@ def test_killed_in_every_stage(environment: dict[str, str], undisturbed: dict[st
     assert results["cost"]["repeated_steps"] == sum(one["repeated_steps"] for one in attempts)
 
 
+@pytest.mark.long
 def test_corrupt_checkpoint(environment: dict[str, str], undisturbed: dict[str, str], tmp_path: Path) -> None:
     """A bit that flips in the newest checkpoint sends the next attempt back to the one before, and says so."""
     changes = {"JOB_RUN__ID": "flip", "JOB_RUN__OUTPUT": str(tmp_path)}
@@ -176,6 +177,7 @@ def test_two_attempts_at_once(environment: dict[str, str], undisturbed: dict[str
     assert published(tmp_path, "race") == undisturbed
 
 
+@pytest.mark.long
 def test_store_that_fails(environment: dict[str, str], undisturbed: dict[str, str]) -> None:
     """With everything on an S3 server that spoils a fifth of all requests a run completes, with the same numbers."""
     with credentials(), moto_server() as url, flaky(url, share=0.2, stall_seconds=30, seed=1) as proxy:
@@ -208,6 +210,7 @@ def test_store_that_fails(environment: dict[str, str], undisturbed: dict[str, st
         assert spoiled > 10, proxy.done
 
 
+@pytest.mark.long
 def test_full_disk(environment: dict[str, str], undisturbed: dict[str, str], tmp_path: Path) -> None:
     """A disk that fills up while a checkpoint is published is exit 69; what is on it is whole, and the run goes on."""
     small, larger = tmp_path / "small", tmp_path / "larger"

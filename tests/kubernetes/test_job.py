@@ -100,6 +100,7 @@ def test_eviction(way: Callable[[Pod], None], undisturbed: Ended, tmp_path: Path
     assert facts_of(ended.results) == facts_of(undisturbed.results)
 
 
+@pytest.mark.long
 def test_eviction_without_the_time(undisturbed: Ended, tmp_path: Path) -> None:
     """A pod that is killed before it could stop costs nothing either, and its checkpoints are enough."""
     template = job_spec(overlay("demo"))["template"]
@@ -120,6 +121,7 @@ def test_node_loss(undisturbed: Ended, tmp_path: Path) -> None:
     assert facts_of(ended.results) == facts_of(undisturbed.results)
 
 
+@pytest.mark.long
 def test_out_of_memory_counts(undisturbed: Ended, tmp_path: Path) -> None:
     """A process that the kernel killed is started again, but not for ever; the end of its log says where it was."""
     ended = play(tmp_path, at_step(5, Pod.run_out_of_memory))
@@ -129,6 +131,7 @@ def test_out_of_memory_counts(undisturbed: Ended, tmp_path: Path) -> None:
     assert facts_of(ended.results) == facts_of(undisturbed.results)
 
 
+@pytest.mark.long
 def test_an_old_pod_that_wakes_up(undisturbed: Ended, tmp_path: Path) -> None:
     """A frozen machine that comes back finds its run taken over: it changes nothing and ends; the Job completes."""
     old: list[Pod] = []
@@ -148,6 +151,7 @@ def test_an_old_pod_that_wakes_up(undisturbed: Ended, tmp_path: Path) -> None:
     assert facts_of(ended.results) == facts_of(undisturbed.results)
 
 
+@pytest.mark.long
 def test_the_run_is_started_elsewhere(tmp_path: Path) -> None:
     """Whoever starts the run by another Job has it: this Job gives way at once, instead of taking it back for ever."""
     others: list[Ended] = []
@@ -223,6 +227,7 @@ def test_gate_not_met(tmp_path: Path) -> None:
     assert ended.results["gate"]["passed"] is False
 
 
+@pytest.mark.long
 def test_an_unreachable_store(tmp_path: Path) -> None:
     """Tried again as often as the Job allows, each time by a new pod; then it fails, and the last pod says why."""
     with server(Request.hang_up) as url:

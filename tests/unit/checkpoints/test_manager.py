@@ -663,6 +663,7 @@ def test_the_fresh_alone_let_nothing_go(two: LocalStore, tmp_path: Path) -> None
     assert kept(two) == [30, 20]
 
 
+@pytest.mark.long
 @settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     keep=st.integers(1, 3),

@@ -553,6 +553,7 @@ def peak_of_reading(path: Path) -> tuple[int, str]:
     return int(used), what
 
 
+@pytest.mark.long
 def test_decompression_bombs_are_refused(tmp_path: Path) -> None:
     """A small file of gigabytes when decompressed (lines, one line, JSON, Parquet) takes bounded memory."""
     import pyarrow as pa

@@ -232,6 +232,7 @@ def test_the_table_and_the_setting_name_the_same() -> None:
     assert ("merged", *DERIVED) == tuple(EXPORT_FORMATS)
 
 
+@pytest.mark.long
 def test_memory_of_a_merge(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a model of many files, the peak is one file in fp32 and one in its own dtype, not the model."""
     shard = 16_000_000

@@ -72,6 +72,7 @@ def calls(environ: dict[str, str]) -> list[str]:
     return path.read_text("utf-8").splitlines() if path.exists() else []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("allowed", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_training_calls_nobody(tmp_path: Path, environ: dict[str, str], *, allowed: bool) -> None:
     """TRL's trainer starts and trains in silence; with the user's own word for it the same start is heard."""

@@ -264,6 +264,7 @@ def two_attempts(project: Mapping[str, str | None], environ: Mapping[str, str]) 
     return lines
 
 
+@pytest.mark.long
 def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The real package without a network: both attempts' folders are of one run, with steps, settings and results.
 

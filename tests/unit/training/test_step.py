@@ -137,6 +137,7 @@ def test_a_step_for_which_there_is_no_time_is_abandoned(model: Any) -> None:
     assert len(set(asked)) == 3
 
 
+@pytest.mark.long
 def test_it_knows_no_trl() -> None:
     """Neither TRL nor transformers' Trainer is imported with it."""
     names = {"trl", "transformers.trainer"}
