@@ -41,7 +41,7 @@ from job.settings.training_stages import folder_of, split_stages
 from job.stages.handoff import Sources
 from job.stages.inputs import check_inputs
 from job.stages.publish import publish
-from job.stages.pull import pull
+from job.stages.pull import publish_findings, pull
 from job.storage.open import ObjectStore, open_store, storage_options
 from job.tracking import energy
 from job.tracking.trackers import Tracking, tracking
@@ -272,6 +272,7 @@ def _load(attempt: Attempt, settings: Settings, sources: Sources) -> Loaded:
         check_export(attempt, settings, sources.original, loaded)
     if attempt.processes.leads:
         keep_settings(attempt.store, attempt.settings)
+        publish_findings(attempt, sources)
         attempt.settled = True
         # once, before the record of the pull; and again if they are damaged
         for name, record in ((PACKING, loaded.packing), (BASE, loaded.kept_base)):

@@ -83,6 +83,41 @@ class ValidationRows(RowsRecord):
 
 
 @dataclass(frozen=True)
+class CheckRecord:
+    """What the audit found of one kind: in how many rows, the first places, and what becomes of such rows.
+
+    `rows` is None where the kind was not checked, and `not_checked` says why.
+    """
+
+    action: str
+    checked_by: str
+    not_checked: str
+    rows: int | None
+    places: list[str]
+
+
+@dataclass(frozen=True)
+class AuditRecord:
+    """What the training data held, by kind of finding (`common.findings.KINDS`); no text of a row.
+
+    `bytes` and `sha256` are those of the published file with all findings.
+    """
+
+    rows: int
+    """Rows that were audited: those trained on, those held out for validation, and those left out."""
+    left_out: int
+    """Rows that are left out because of a finding."""
+    checks: dict[str, CheckRecord]
+    overlap: dict[str, list[int]]
+    """By task, the places (from 0) of the scored questions that training rows have in them."""
+    findings: int
+    bytes: int
+    sha256: str
+    compared: int
+    """Rows that were compared for near-duplicates: the first ones."""
+
+
+@dataclass(frozen=True)
 class DatasetRecord(RowsRecord):
     """The training data."""
 
@@ -92,6 +127,8 @@ class DatasetRecord(RowsRecord):
     """Where JOB_DATA__SOURCE names several, each of them, in order, with the rows that are held out for validation."""
     long_rows: dict[str, int] = field(default_factory=dict)
     """By JOB_DATA__ON_LONG_ROW: rows truncated and tokens_cut, or rows split and the pieces of them."""
+    audit: AuditRecord | None = None
+    """What the rows held; None in records of older versions."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from math import ceil
 from pathlib import Path
 from typing import Any, Literal
 
+from job.audit.audit import Audit
+from job.audit.rows import AuditSetup
 from job.common.methods import METHODS, MethodName, methods_for
 from job.common.source_list import Source
 from job.data.batch_plan import epoch_order
@@ -75,6 +77,7 @@ def load_examples(
     file: Path | None = None,
     processes: int = 1,
     notes: Notes | None = None,
+    audit: Audit | None = None,
 ) -> tuple[Examples, DatasetRecord]:
     """Reads training examples, in the order of the source.
 
@@ -114,6 +117,7 @@ def load_examples(
         file: The Arrow file that the examples are written to; None to keep them in memory.
         processes: How many processes may encode rows.
         notes: Where what is logged about the rows is kept.
+        audit: Collects what is found in the rows that give examples; None where they are not audited.
 
     Returns:
         The examples, at least one, and the record for the manifest.
@@ -163,7 +167,7 @@ def load_examples(
     records: list[DataSourceRecord] = []
     _note_date(note, tokenizer, date, templated=templated)
     with ExitStack() as stack:
-        found = _Found(stack.enter_context(ExampleWriter(file)), on_example)
+        found = _Found(stack.enter_context(ExampleWriter(file)), on_example, audit)
         encode = stack.enter_context(
             open_encoding(
                 reading,
@@ -172,6 +176,7 @@ def load_examples(
                 template_arguments=template_arguments,
                 processes=processes,
                 alive=alive,
+                audit=found.audit_setup,
             )
         )
         for part in parts:
@@ -186,6 +191,7 @@ def load_examples(
             before = found.rows
             for turn in range(ceil(part.times)):
                 share = min(part.times - turn, Fraction(1))
+                found.begin(again=turn > 0)
                 most, lines = part.rows or limit, read(part)[2] if turn else rows
                 together = share == 1 and most is None and on_example is None
                 outcomes = encode(lines, most, together=together)
@@ -276,8 +282,14 @@ def _one_part(source: str | Sequence[Source], name: str | None) -> Sequence[Sour
 class _Found:
     """The examples that were taken, and what is counted of them."""
 
-    def __init__(self, writer: ExampleWriter, on_example: Callable[[Encoded | EncodedAnswers], None] | None) -> None:
+    def __init__(
+        self,
+        writer: ExampleWriter,
+        on_example: Callable[[Encoded | EncodedAnswers], None] | None,
+        audit: Audit | None,
+    ) -> None:
         self._on_example = on_example
+        self._audit = audit
         self.writer = writer
         self.digest = sha256(_DIGEST)
         self.ends: Counter[int | None] = Counter()
@@ -287,6 +299,11 @@ class _Found:
         self._control: Counter[str] = Counter()
         self._control_rows = 0
         self._first_control = ""
+
+    @property
+    def audit_setup(self) -> AuditSetup | None:
+        """What the audit looks for; None where rows are not audited."""
+        return None if self._audit is None else self._audit.setup
 
     @property
     def rows(self) -> int:
@@ -320,6 +337,21 @@ class _Found:
         self._control.update(dict(found.control))
         self._control_rows += found.control_rows
         self._first_control = self._first_control or found.first_control
+
+        at = 0
+        for where, examples, size in found.audited:
+            self.audited(where, found.audits[at : at + size], examples)
+            at += size
+
+    def begin(self, *, again: bool) -> None:
+        """Says that the rows of the next source come, or those of the last one again."""
+        if self._audit is not None:
+            self._audit.begin(again=again)
+
+    def audited(self, where: str, data: bytes, examples: int) -> None:
+        """Adds what the audit found in a row, of which so many examples were taken."""
+        if self._audit is not None and examples:
+            self._audit.add(where, data, examples)
 
     def count_control_tokens(self, outcome: Outcome) -> None:
         """Counts the special tokens that stand as text in a row: the tokenizer makes the tokens of them."""
@@ -366,6 +398,7 @@ def _take_share(
         found.count_control_tokens(outcome)
         if outcome.faults and findings is not None:
             findings.add(list(outcome.faults))
+        before = found.rows
         for item in outcome.examples:
             good += 1
             if share == 1 or int(good * share) > int((good - 1) * share):
@@ -373,6 +406,7 @@ def _take_share(
                 found.add(item, canonical)
                 if own is not None:
                     own.update(canonical)
+        found.audited(outcome.where, outcome.audited, found.rows - before)
 
 
 def _records(

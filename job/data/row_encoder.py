@@ -11,12 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from job.audit.rows import AuditSetup, RowAudit
 from job.data.chat_template import Template
 from job.data.field_names import in_own_names, rename_fields
 from job.data.fields import Rendered, weight_of
 from job.data.formats import Line, LineDecoder, Row, RowError
 from job.data.preferences import SIDES, Answers, EncodedAnswers, encode_answers, is_conversation
-from job.data.schemas import Schema, check_row, own_texts, render, texts_of, with_near_names
+from job.data.schemas import Schema, audited_texts, check_row, own_texts, render, texts_of, with_near_names
 from job.data.sharegpt import as_messages, in_conversations, is_sharegpt
 from job.data.text_tokenizer import TextTokenizer, pattern_of
 from job.data.tokenization import Encoded, LossOn, OnLongRow, encode
@@ -49,6 +50,8 @@ class Outcome:
     examples: tuple[Encoded | EncodedAnswers, ...] = ()
     faults: tuple[RowError, ...] = ()
     control: tuple[str, ...] = ()
+    audited: bytes = b""
+    """What the audit found in a row that gives examples (`audit.rows.AuditedRow.to_bytes`), where rows are audited."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,9 @@ class Bundle:
         control_rows: Rows with control tokens in their text.
         first_control: Where the first of them stands.
         faults: Of each row that has any.
+        audited: Where rows are audited, of each row with examples its place, how many it gives, and the bytes of it
+            in `audits`.
+        audits: What was found in these rows, one behind the other.
     """
 
     canonical: bytes
@@ -78,6 +84,8 @@ class Bundle:
     control_rows: int
     first_control: str
     faults: tuple[tuple[RowError, ...], ...]
+    audited: Sequence[tuple[str, int, int]] = ()
+    audits: bytes = b""
 
 
 PLAIN = (None, None, 1.0)
@@ -106,6 +114,8 @@ def bundle(outcomes: Sequence[Outcome]) -> Bundle:
         control_rows=len(controls),
         first_control=controls[0].where if controls else "",
         faults=tuple(outcome.faults for outcome in outcomes if outcome.faults),
+        audited=[(one.where, len(one.examples), len(one.audited)) for one in outcomes if one.audited],
+        audits=b"".join(outcome.audited for outcome in outcomes),
     )
 
 
@@ -116,9 +126,13 @@ class RowEncoder:
         reading: How.
         tokenizer: The tokenizer.
         template: Its chat template; for rows of texts None.
+        audit: What to look for in the rows; None for nothing.
     """
 
-    def __init__(self, reading: Reading, tokenizer: TextTokenizer, template: Template | None) -> None:
+    def __init__(
+        self, reading: Reading, tokenizer: TextTokenizer, template: Template | None, audit: AuditSetup | None = None
+    ) -> None:
+        self._audit = None if audit is None else RowAudit(audit)
         self._reading, self._tokenizer, self._template = reading, tokenizer, template
         self._pattern = pattern_of(tokenizer.control)
         self._decode = LineDecoder()
@@ -129,7 +143,7 @@ class RowEncoder:
         Raises:
             DataError: The chat template is broken, or exceeds its time or memory limit.
         """
-        how, controls = self._reading, dict[int, tuple[str, ...]]()
+        how, controls, audited = self._reading, dict[int, tuple[str, ...]](), dict[int, bytes]()
         rows = [rename_fields(self._decode(row), how.field_names) for row in given_rows]
         rendered: list[Any] = []
         for index, row in enumerate(rows):
@@ -137,6 +151,8 @@ class RowEncoder:
             rendered.append(found)
             if given is not None:
                 controls[index] = self._control(texts_of(given, how.schema))
+                if self._audit is not None:
+                    audited[index] = self._audit(audited_texts(given, how.schema))
         options: dict[str, Any] = {
             "templated": how.templated,
             "max_length": how.max_length,
@@ -155,6 +171,7 @@ class RowEncoder:
                 tuple(one for one in item if not isinstance(one, RowError)),
                 tuple(one for one in item if isinstance(one, RowError)),
                 controls.get(index, ()),
+                b"" if not item or isinstance(item[0], RowError) else audited.get(index, b""),
             )
             for index, (row, item) in enumerate(zip(rows, items, strict=True))
         ]

@@ -191,6 +191,11 @@ def own_texts(row: Row, schema: Schema) -> tuple[str, ...]:
     return tuple(text for text in texts_of(row, schema) if text is not system)
 
 
+def audited_texts(row: Row, schema: Schema) -> Sequence[str]:
+    """What the audit reads of a good row: all texts but the system prompt, and of preferences the answers, too."""
+    return texts_of(row, schema) if schema in SIDES else own_texts(row, schema)
+
+
 def render(
     row: Row, schema: Schema, template: Template | None, *, turns: Turns | None
 ) -> Rendered | Answers | RowError:

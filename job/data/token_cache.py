@@ -19,13 +19,16 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from pkgutil import iter_modules
+from types import ModuleType
 from typing import Any
 from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+import job.audit
 import job.data
 from job import log
+from job.audit.rows import AuditSetup
 from job.common import host
 from job.common.hashing import code_hashes, hash_file, hash_files, sealed, unsealed
 from job.common.new_folder import new_folder
@@ -36,24 +39,30 @@ from job.data.files import find_files
 from job.data.hub_dataset import is_hub_id, resolve_dataset
 from job.data.notes import Level, Notes
 from job.data.text_tokenizer import sha256_of, text_tokenizer
-from job.data.training_and_validation import EXAMPLES, VALIDATION, ValidationSource, load_rows
+from job.data.training_and_validation import EXAMPLES, FINDINGS, VALIDATION, ValidationSource, load_rows
 from job.errors import DataError, Problem
 from job.records import DatasetRecord
 from job.storage.base import disk_errors
 
 INDEX = "tokens.json"
-_NOT_DECIDING = ("alive", "processes", "tokenizer")
+_NOT_DECIDING = ("alive", "processes", "tokenizer", "audited")
 """Arguments of `load_rows` that decide no token, or are in the key in another form."""
+
+_OTHER_CODE = ("job.common.findings", "job.common.near_duplicates")
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """The training examples, the validation examples (None without validation), their record, and their folder."""
+    """The training examples, the validation examples (None without validation), their record, and their folder.
+
+    `findings` is the file of the audit's findings; None without an audit.
+    """
 
     examples: Examples
     validation: Examples | None
     record: DatasetRecord
     folder: Path
+    findings: Path | None = None
 
 
 class _Index(BaseModel):
@@ -134,12 +143,13 @@ def _read_index(folder: Path) -> _Index:
 
 def _open(folder: Path, index: _Index) -> Tokens:
     examples = Examples(folder / EXAMPLES)
+    findings = None if index.record.audit is None else folder / FINDINGS
     if index.held_out is not None:
         held = frozenset(index.held_out)
         kept = [row for row in range(len(examples)) if row not in held]
-        return Tokens(examples.take(kept), examples.take(index.held_out), index.record, folder)
+        return Tokens(examples.take(kept), examples.take(index.held_out), index.record, folder, findings)
     own = Examples(folder / VALIDATION) if index.record.validation is not None else None
-    return Tokens(examples, own, index.record, folder)
+    return Tokens(examples, own, index.record, folder, findings)
 
 
 def _find(folder: Path, *, replay: bool = True) -> Tokens | None:
@@ -198,7 +208,7 @@ def _key(
         "template": [getattr(tokenizer, "chat_template", None), getattr(tokenizer, "special_tokens_map", None)],
         "date": date if uses_date(tokenizer) else None,
         "software": host.software(),
-        "code": code_hashes("job.records", *(f"job.data.{module.name}" for module in iter_modules(job.data.__path__))),
+        "code": code_hashes("job.records", *_OTHER_CODE, *_modules(job.data), *_modules(job.audit)),
     }
     if isinstance(validation, ValidationSource):
         own = _content(validation.place, validation.revision, validation.split)
@@ -208,7 +218,13 @@ def _key(
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=_as_json).encode()).hexdigest()
 
 
+def _modules(package: ModuleType) -> list[str]:
+    return [f"{package.__name__}.{module.name}" for module in iter_modules(package.__path__)]
+
+
 def _as_json(value: Any) -> Any:
+    if isinstance(value, AuditSetup):
+        return value.as_json()
     return dict(value) if isinstance(value, Mapping) else repr(value)
 
 

@@ -5,25 +5,31 @@ Without `JOB_DATA__VALIDATION` this is `dataset.load_examples`, and datasketch i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import struct
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from job.audit.audit import Audit, Audited, finish
+from job.audit.rows import AuditSetup
 from job.common.near_duplicates import RowHashes
 from job.common.source_list import Source
 from job.data.dataset import load_examples, paired
-from job.data.examples import Examples
+from job.data.examples import Examples, ExampleWriter
 from job.data.notes import Notes
 from job.data.preferences import EncodedAnswers
 from job.data.tokenization import Encoded
 from job.data.validation_split import count_overlap, hold_out
 from job.errors import DataError, Problem, combine
-from job.records import DatasetRecord, RowsRecord, ValidationRows
+from job.records import AuditRecord, DatasetRecord, RowsRecord, ValidationRows
+from job.storage.base import disk_errors
 
 EXAMPLES, VALIDATION = "examples.arrow", "validation.arrow"
 """Files of the training source's examples, those that are held out included, and of a validation source's."""
+FINDINGS = "findings.jsonl"
+"""File of the audit's findings, where there is one."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,53 @@ class _Rows:
         if self._pass_on is not None:
             self._pass_on(item)
 
+    def leave_out(self, numbers: Sequence[int]) -> None:
+        """Forgets the examples of these numbers, ascending."""
+        for number in reversed(numbers):
+            del self.hashes.digests[number]
+            del self.sha256[number]
+
+
+@dataclass
+class _Judge:
+    """Finishes the audit of the training source when its rows are read, and leaves out those that are to be left out.
+
+    `audited` is the result where it is known from before; then nothing is collected.
+    """
+
+    audit: AuditSetup | None
+    audited: Audited | None
+    folder: Path | None
+    note: Notes
+    alive: Callable[..., None]
+
+    def __post_init__(self) -> None:
+        self.collected = None if self.audit is None or self.audited is not None else Audit(self.audit)
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether rows with findings may be left out."""
+        return self.audit is not None and "skip" in self.audit.on_finding.values()
+
+    def __call__(self, examples: Examples, record: DatasetRecord, rows: _Rows | None) -> tuple[Examples, DatasetRecord]:
+        """The examples that stay, and the record with what was found; the same are left out of `rows`."""
+        found = self.audited
+        if self.collected is not None:
+            found = finish(self.collected, record.source, self.alive)
+        if found is None:
+            return examples, record
+        _note_audit(self.note, found.record, record.source)
+        if self.folder is not None:
+            (self.folder / FINDINGS).write_bytes(found.findings)
+        file = None if self.folder is None else self.folder / EXAMPLES
+        return _without(examples, replace(record, audit=found.record), found.left_out, rows, file)
+
+    def paired(self, examples: Examples, record: DatasetRecord, how: Mapping[str, Any]) -> Examples:
+        """The examples with a second sequence each, where this has waited for the audit; `how` goes to `paired`."""
+        if self.leaves_out and record.format == "unpaired_preference":
+            return paired(examples, [range(len(examples))], **how)
+        return examples
+
 
 def load_rows(
     source: str | Sequence[Source],
@@ -84,6 +137,8 @@ def load_rows(
     on_example: Callable[[Encoded | EncodedAnswers], None] | None = None,
     folder: Path | None = None,
     notes: Notes | None = None,
+    audit: AuditSetup | None = None,
+    audited: Audited | None = None,
     **reading: Any,
 ) -> tuple[Examples, Examples | None, DatasetRecord]:
     """The training examples, the validation examples (None without `validation`), and the record of both.
@@ -95,35 +150,42 @@ def load_rows(
         split: Of the training source.
         alive: As for `load_examples`.
         on_example: As for `load_examples`, with the examples of the training source.
-        folder: Where the examples are written, to EXAMPLES and VALIDATION; None to keep them in memory.
+        folder: Where the examples are written, to EXAMPLES and VALIDATION, and what the audit found, to FINDINGS; None
+            to keep the examples in memory.
         notes: As for `load_examples`.
+        audit: What to look for in the rows of the training source; None for no audit.
+        audited: The result of the same audit, where it is known from before.
         reading: Further arguments of `load_examples`; `name` and `limit` count for the training source alone.
 
     Raises:
-        DataError: As `load_examples`, with the bad rows of both sources; or the rows cannot be split.
+        DataError: As `load_examples`, with the bad rows of both sources; or the rows cannot be split, or have findings
+            that are errors.
         SettingsError, Unreachable, AccessDenied: As `load_examples`.
     """
     note = notes or Notes()
     reading |= {"alive": alive, "notes": note}
     file = None if folder is None else folder / EXAMPLES
+    judge = _Judge(audit, audited, folder, note, alive)
+    pairing: dict[str, Any] = {"seed": reading.get("seed", 0), "max_length": reading["max_length"], "file": file}
+    own_source: dict[str, Any] = {"revision": revision, "split": split, "file": file, "audit": judge.collected}
     if validation is None:
-        examples, record = load_examples(
-            source, revision=revision, split=split, on_example=on_example, file=file, **reading
-        )
-        return examples, None, record
+        # Labelled answers are paired once it is known which of them stay.
+        more = {**reading, "pair": False} if judge.leaves_out else reading
+        examples, record = judge(*load_examples(source, on_example=on_example, **own_source, **more), None)
+        return judge.paired(examples, record, pairing), None, record
     rows, held = _Rows(on_example), _Rows(None)
     errors: list[DataError] = []
 
     def read(place: str | Sequence[Source], keep: _Rows, **how: Any) -> tuple[Examples, DatasetRecord] | None:
         try:
             # Labelled answers that are held out are paired among themselves, so once it is known which they are.
-            pair = isinstance(validation, ValidationSource)
+            pair = isinstance(validation, ValidationSource) and not (judge.leaves_out and keep is rows)
             return load_examples(place, on_example=keep.add, compare=True, pair=pair, **{**reading, **how})
         except DataError as error:
             errors.append(error)
             return None
 
-    found = read(source, rows, revision=revision, split=split, file=file)
+    found = read(source, rows, **own_source)
     own = None
     if isinstance(validation, ValidationSource):
         where = {"name": validation.name, "revision": validation.revision, "split": validation.split, "limit": None}
@@ -132,20 +194,60 @@ def load_rows(
         raise combine([("rows", error) for error in errors])
     if found is None:  # its error is raised above
         raise AssertionError
-    examples, record = found
+    examples, record = judge(*found, rows)
     if isinstance(validation, ValidationSource):
         if own is None:
             raise AssertionError
-        return examples, own[0], replace(record, validation=_own_source((record, rows), (own[1], held), note, alive))
+        described = replace(record, validation=_own_source((record, rows), (own[1], held), note, alive))
+        return judge.paired(examples, record, pairing), own[0], described
     sides = hold_out(rows.hashes, validation, record.source, alive)
     parts = [[i for i, side in enumerate(sides) if side is wanted] for wanted in (False, True)]
     if record.format == "unpaired_preference":
-        examples = paired(examples, parts, reading.get("seed", 0), reading["max_length"], file)
+        examples = paired(examples, parts, **pairing)
     (training, trained), (kept, described) = (_part(examples, record, rows, part) for part in parts)
     facts = {**_facts(described), "skipped": {}}
     held_out = ValidationRows(**facts, held_out=True, duplicates=0, near_duplicates=0)
     note("info", "rows are held out for validation", rows=len(kept), of=len(examples), source=record.source)
     return training, kept, replace(trained, validation=held_out)
+
+
+def _note_audit(note: Notes, record: AuditRecord, name: str) -> None:
+    """Notes by kind how many rows have findings, and what was not checked."""
+    if counts := {kind: check.rows for kind, check in record.checks.items() if check.rows}:
+        what = "rows have findings of the audit; the report and the manifest name the places"
+        note("warning", what, source=name, findings=counts, left_out=record.left_out, of=record.rows)
+    if missing := {kind: check.not_checked for kind, check in record.checks.items() if check.not_checked}:
+        note("warning", "the audit could not check all that it should", source=name, not_checked=missing)
+
+
+def _without(
+    examples: Examples, record: DatasetRecord, left_out: Sequence[int], rows: _Rows | None, file: Path | None
+) -> tuple[Examples, DatasetRecord]:
+    """The examples without some, in the place of the file with all of them, and the record of what is left."""
+    if not left_out:
+        return examples, record
+    gone = frozenset(left_out)
+    beside = None if file is None else file.with_name(f"kept-{file.name}")
+    with ExampleWriter(beside) as writer:
+        for number, example in enumerate(examples):
+            if number not in gone:
+                ids = struct.pack(f"<{len(example.input_ids)}i", *example.input_ids)
+                writer.add(ids, bytes(example.targets), example.second_at, example.desirable, example.weight)
+    if beside is not None and file is not None:
+        with disk_errors(f"cannot write {file}"):
+            beside.replace(file)
+    kept = writer.examples() if file is None else Examples(file)
+    if rows is not None:
+        rows.leave_out(left_out)
+    lengths = kept.lengths
+    return kept, replace(
+        record,
+        rows=len(kept),
+        sha256=sha256(f"left out 1\0{record.sha256}{list(left_out)}".encode()).hexdigest(),
+        tokens=sum(lengths),
+        target_tokens=sum(kept.target_counts),
+        longest=max(lengths),
+    )
 
 
 def _part(examples: Examples, record: DatasetRecord, rows: _Rows, part: list[int]) -> tuple[Examples, DatasetRecord]:

@@ -28,6 +28,7 @@ from tempfile import TemporaryFile
 from typing import IO, Any, BinaryIO, Self
 
 from job import log
+from job.audit.rows import AuditSetup
 from job.common.resources import available_bytes
 from job.data.chat_template import Program, make_program, run_program, run_template
 from job.data.formats import Line, LineDecoder, Lines, Row, RowError
@@ -62,6 +63,8 @@ class Setup:
     tokenizer: TextTokenizer
     program: Program | None
     """The chat template; None for rows of texts."""
+    audit: AuditSetup | None = None
+    """What the audit looks for; None for nothing."""
 
 
 @contextmanager
@@ -73,6 +76,7 @@ def open_encoding(
     template_arguments: Mapping[str, Any] | None,
     processes: int,
     alive: Callable[..., None],
+    audit: AuditSetup | None = None,
 ) -> Iterator[Encoding]:
     """Encodes rows for as long as the context lasts; the arguments are those of `dataset.load_examples`.
 
@@ -83,7 +87,7 @@ def open_encoding(
     program = make_program(tokenizer, date, template_arguments) if reading.templated else None
     opened = run_program(program, tokenizer, alive) if reading.templated else nullcontext()
     with opened as template:
-        encoder, setup = RowEncoder(reading, texts, template), Setup(reading, texts, program)
+        encoder, setup = RowEncoder(reading, texts, template, audit), Setup(reading, texts, program, audit)
         with Encoding(setup, encoder, processes, alive) as encoding:
             yield encoding
 
@@ -191,7 +195,7 @@ class Encoding:
 
 
 def _with(outcome: Outcome, kept: tuple[Encoded | EncodedAnswers, ...]) -> Outcome:
-    return Outcome(outcome.where, kept, outcome.faults, outcome.control)
+    return Outcome(outcome.where, kept, outcome.faults, outcome.control, outcome.audited)
 
 
 def _take(rows: Lines, most: int) -> list[Row | RowError | Line]:
@@ -302,7 +306,9 @@ class _Worker:
 @contextmanager
 def _start_workers(setup: Setup, portable: str, count: int) -> Iterator[_Workers]:
     """The processes, which end with the context, and also when this process is killed: their input ends then."""
-    given = _as_json({"reading": asdict(setup.reading), "tokenizer": portable, "program": setup.program})
+    audit = None if setup.audit is None else setup.audit.as_json()
+    reading = asdict(setup.reading)
+    given = _as_json({"reading": reading, "tokenizer": portable, "program": setup.program, "audit": audit})
     running: list[_Worker] = []
     with ExitStack() as stack:
         for _ in range(count):
@@ -337,9 +343,9 @@ def main() -> None:
         Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE, encoding="ascii")
     given, _ = _receive(sys.stdin.buffer)
     reading = Reading(**given["reading"])
-    program = given["program"]
+    program, audit = given["program"], given["audit"] and AuditSetup.from_json(given["audit"])
     with run_template(program) if program is not None else nullcontext() as template:
-        encoder = RowEncoder(reading, from_portable(given["tokenizer"]), template)
+        encoder = RowEncoder(reading, from_portable(given["tokenizer"]), template, audit)
         while True:
             try:
                 chunk, blob = _receive(sys.stdin.buffer)
@@ -422,7 +428,7 @@ def _unpack_rows(chunk: dict[str, Any], blob: bytes) -> list[Row | RowError | Li
     return found
 
 
-_BLOBS = ("canonical", "ids", "targets", "lengths")
+_BLOBS = ("canonical", "ids", "targets", "lengths", "audits")
 """Fields of a bundle that are bytes."""
 
 
@@ -457,12 +463,17 @@ def _pack_outcomes(outcomes: Sequence[Outcome]) -> tuple[dict[str, Any], bytes]:
             return [pack(one)]
         return [[pack(side) for side in one.sides], one.desirable, one.unused]
 
+    def pack_audited(one: Outcome) -> int:
+        blob.append(one.audited)
+        return len(one.audited)
+
     rows = [
         [
             one.where,
             [pack_example(example) for example in one.examples],
             [[fault.kind, fault.where, fault.what] for fault in one.faults],
             one.control,
+            pack_audited(one),
         ]
         for one in outcomes
     ]
@@ -504,6 +515,7 @@ def _unpack_outcomes(answer: dict[str, Any], blob: bytes) -> list[Outcome]:
             tuple(map(unpack_example, examples)),
             tuple(RowError(*fault) for fault in faults),
             tuple(control),
+            next_bytes(audited),
         )
-        for where, examples, faults, control in answer["rows"]
+        for where, examples, faults, control, audited in answer["rows"]
     ]

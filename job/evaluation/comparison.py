@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from statistics import fmean
 from typing import Any
 
@@ -15,16 +15,59 @@ DEQUANTIZED = "dequantized"
 """The candidate of `merged` that is taken where accuracies are equal."""
 
 
-def compare_tasks(base: Mapping[str, TaskScores], adapter: Mapping[str, TaskScores]) -> dict[str, Any]:
+def compare_tasks(
+    base: Mapping[str, TaskScores],
+    adapter: Mapping[str, TaskScores],
+    *,
+    overlap: Mapping[str, Sequence[int]] | None = None,
+) -> dict[str, Any]:
     """The manifest's `evaluation.tasks`: both models on each task, p values adjusted by Holm over the tasks.
 
     Args:
         base: By task, the scores to compare with. It may hold more tasks than `adapter`.
         adapter: By task, the scores to compare.
+        overlap: By task, the places of the questions that training rows have in them: a task that has any gets the same
+            comparison without them, as `without_overlap`.
 
     Raises:
         DataError: The questions or prompts of a task differ.
     """
+    found = _compare(base, adapter)
+    fewer = {name: frozenset(places) for name, places in (overlap or {}).items() if name in adapter and places}
+    enough = {name for name in fewer if adapter[name].n - len(fewer[name]) > 1}
+    if enough:
+        less = {name: fewer[name] for name in enough}
+        rest = _compare(
+            *({name: _without(one, less.get(name)) for name, one in side.items()} for side in (base, adapter))
+        )
+        kept = {"source", "task_hash", "version"}
+    for name in sorted(fewer):
+        found[name]["without_overlap"] = (
+            {key: value for key, value in rest[name].items() if key not in kept} if name in enough else None
+        )
+    return found
+
+
+def _without(scores: TaskScores, places: frozenset[int] | None) -> TaskScores:
+    """The scores of a task without the questions at some places; at two questions or more."""
+    if not places:
+        return scores
+    correct = [right for place, right in enumerate(scores.correct) if place not in places]
+    by_length = scores.correct_norm
+    norm = None if by_length is None else [right for place, right in enumerate(by_length) if place not in places]
+    return replace(
+        scores,
+        n=len(correct),
+        acc=sum(correct) / len(correct),
+        stderr=statistics.standard_error(correct),
+        acc_norm=None if norm is None else sum(norm) / len(norm),
+        acc_norm_stderr=None if norm is None else statistics.standard_error(norm),
+        correct=tuple(correct),
+        correct_norm=None if norm is None else tuple(norm),
+    )
+
+
+def _compare(base: Mapping[str, TaskScores], adapter: Mapping[str, TaskScores]) -> dict[str, Any]:
     if other := sorted(name for name in adapter if name not in base or base[name].task_hash != adapter[name].task_hash):
         raise DataError([Problem(name, "the base was asked other questions than the adapter") for name in other])
     acc = {name: statistics.compare(base[name].correct, adapter[name].correct) for name in adapter}

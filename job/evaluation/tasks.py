@@ -65,6 +65,22 @@ class Tasks:
             for name, task in self.loaded["tasks"].items()
         }
 
+    def prompts(self, limit: int | None) -> dict[str, list[str]]:
+        """By task, the text of each question as it is asked, in the order of the samples.
+
+        Of tasks with a context for each choice it is all contexts and what follows them.
+        """
+        with compiled_once():
+            return {
+                name: [
+                    " ".join(part for parts in _parts(task, doc) for part in parts)
+                    if task.multiple_input
+                    else str(task.doc_to_text(doc))
+                    for doc in islice(task.eval_docs, limit)
+                ]
+                for name, task in self.loaded["tasks"].items()
+            }
+
     def fingerprints(self) -> dict[str, str]:
         """By task, SHA-256 of all its questions, before any limit."""
         return {

@@ -9,6 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from job.audit.overlap import index_questions
+from job.audit.rows import set_up
 from job.common.export_formats import to_make
 from job.common.formatting import size
 from job.common.lora_readers import why_not_served
@@ -20,6 +22,7 @@ from job.data.batch_plan import steps_per_epoch
 from job.data.examples import lengths_of, target_counts_of
 from job.data.training_and_validation import what_to_validate_on
 from job.errors import JobError, Problem, SettingsError, combine
+from job.evaluation.tasks import Tasks
 from job.model.adapter_options import MANY_STEPS, PLAIN, AdapterOptions, make_options
 from job.model.start_adapter import check_start, local_start
 from job.model.tokenizer_files import rows_with
@@ -40,6 +43,7 @@ from job.planning.preflight import (
     preview_data,
     preview_model,
     preview_questions,
+    report_audit,
     round_trip,
     run_check,
 )
@@ -152,13 +156,7 @@ def _look(settings: Settings, folder: Path, show: int) -> _Preflight:
         ),
         **where,
     }
-    read, data = run_check("data", lambda: _preview_rows(s, show=show, **rows_too))
-    first, first_data = [], None
-    if not s.train.is_one_stage:
-        rows_too["folder"] = folder / "first"
-        earlier, _ = split_stages(s)
-        check, first_data = run_check("first stage", lambda: _preview_rows(earlier, show=show, **rows_too))
-        first.append(check)
+    loaded: list[Tasks] = []
     asked, questions = run_check(
         "questions",
         lambda: preview_questions(
@@ -168,10 +166,25 @@ def _look(settings: Settings, folder: Path, show: int) -> _Preflight:
             limit=s.eval.limit,
             max_length=s.train.max_length,
             cut=s.eval.long_questions == "cut",
+            on_tasks=loaded.append,
             **where,
         ),
     )
-    checks = [stored, modelled, adapted, tokenized, read, *first, asked, *_check_other_inputs(s, storage)]
+    scored = index_questions(loaded[0].prompts(s.eval.limit)) if loaded else None
+    rows_too["audit"] = set_up(scored, s.data.on_finding)
+    read, data = run_check("data", lambda: _preview_rows(s, show=show, **rows_too))
+    first, first_data = [], None
+    if not s.train.is_one_stage:
+        rows_too["folder"] = folder / "first"
+        earlier, _ = split_stages(s)
+        check, first_data = run_check("first stage", lambda: _preview_rows(earlier, show=show, **rows_too))
+        first.append(check)
+    audited = [
+        run_check(name, lambda record=one.audit: report_audit(record))[0]  # type: ignore[misc]
+        for name, one in (("audit", data), ("audit of the first stage", first_data))
+        if one is not None and one.audit is not None
+    ]
+    checks = [stored, modelled, adapted, tokenized, read, *first, *audited, asked, *_check_other_inputs(s, storage)]
     return _Preflight(checks, seconds, model, adapter, tokenizer, data, first_data, questions)
 
 

@@ -28,7 +28,7 @@ from job.data.preferences import EncodedAnswers
 from job.data.tokenization import Encoded
 from job.data.training_and_validation import ValidationSource, load_rows
 from job.errors import DataError, JobError, Problem, SettingsError, Unreachable, named_by
-from job.evaluation.tasks import check_lengths, check_tasks, count_questions, load_tasks
+from job.evaluation.tasks import Tasks, check_lengths, check_tasks, count_questions, load_tasks
 from job.model.adapter_options import PLAIN, AdapterOptions, described
 from job.model.architecture import Architecture, read_config
 from job.model.base import inspect, load_tokenizer
@@ -37,7 +37,7 @@ from job.model.target_modules import linear_weights, resolve_targets
 from job.planning.character_tokenizer import CharacterTokenizer
 from job.planning.known_models_and_data import CHARACTERS_PER_TOKEN, TaskTokens
 from job.planning.shown_rows import ShownRow, show_row
-from job.records import Example
+from job.records import AuditRecord, Example
 from job.storage.base import disk_errors
 from job.storage.hub import cached_model, local_model, peek_dataset, peek_model
 from job.storage.local import LocalStore
@@ -53,6 +53,8 @@ Online = Callable[[], bool]
 """Whether the hub can be reached; called only if something has to be fetched from it."""
 FILE_BYTES = (8 << 20) + 1
 """Size of the file that `plan` uploads to a store: enough for a multipart upload, as checkpoints have."""
+_PLACES = 2
+_ACTIONS = {"record": "", "skip": ", left out", "error": ""}
 NO_LIMIT = 1 << 31
 """Maximum length of an example while tokens are only estimated: none."""
 State = Literal["ok", "note", "not checked", "wrong"]
@@ -312,6 +314,7 @@ class DataFacts:
     download_bytes: int
     licence: str | None
     validation: Sequence[Example] = ()
+    audit: AuditRecord | None = None
     shown: Sequence[ShownRow] = ()
 
 
@@ -383,11 +386,23 @@ def preview_data(
         what += f", {record.validation.rows:,} for validation"
     if record.skipped:
         what += f"; skipped {', '.join(f'{count} {kind}' for kind, count in record.skipped.items())}"
-    facts = DataFacts(examples, tokenizer is None, download, licence, held_out or (), shown)
+    facts = DataFacts(examples, tokenizer is None, download, licence, held_out or (), record.audit, shown)
     if tokenizer is not None:
         return "ok", what, facts
     long = sum(length > max_length for length in lengths_of(examples))
     return "note", f"{what}; tokens are estimated{f', so {long} rows may be too long' if long else ''}", facts
+
+
+def report_audit(record: AuditRecord) -> Found[None]:
+    """What the audit found in the rows, by kind, and what it could not check."""
+    found = [
+        f"{check.rows:,} {kind} ({', '.join(check.places[:_PLACES])}{', ...' * (check.rows > _PLACES)}){_ACTIONS[check.action]}"
+        for kind, check in record.checks.items()
+        if check.rows
+    ]
+    missing = [f"{kind} not checked: {check.not_checked}" for kind, check in record.checks.items() if check.not_checked]
+    what = "; ".join([*(found or ["nothing found"]), *missing])
+    return "note" if found or missing else "ok", f"{record.rows:,} rows: {what}", None
 
 
 def _of_the_data(
@@ -421,6 +436,7 @@ def preview_questions(
     storage: StorageOptions,
     max_length: int = NO_LIMIT,
     cut: bool = False,
+    on_tasks: Callable[[Tasks], None] | None = None,
 ) -> Found[TaskTokens]:
     """Loads the tasks as the job will, if all their questions can be fetched.
 
@@ -434,6 +450,7 @@ def preview_questions(
         storage: How to reach stores.
         max_length: The most tokens of a question with one of its choices.
         cut: Whether the beginning of longer ones is cut off.
+        on_tasks: Called with the tasks, as soon as they are loaded.
     """
     check_tasks(names, data)
     if (missing := [name for name in names if name not in data]) and not online():
@@ -441,6 +458,8 @@ def preview_questions(
     with named_by("JOB_EVAL__DATA", ": "):
         files = {task: Path(fetch(uri, folder / "questions" / task, storage)) for task, uri in data.items()}
     tasks = load_tasks(names, files, data)
+    if on_tasks is not None:
+        on_tasks(tasks)
     if tokenizer is not None:
         check_lengths(tasks, tokenizer, limit=limit, max_length=max_length, cut=cut, vocabulary=None)
     facts = TaskTokens(*count_questions(tasks, tokenizer or CharacterTokenizer(CHARACTERS_PER_TOKEN), limit))

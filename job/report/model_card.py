@@ -72,6 +72,7 @@ def render_model_card(results: Mapping[str, Any]) -> bytes:
         not_served=why_not_served(settings),
         hub=settings.get("export.hub"),
         validation=wording.validation(results["training"], dataset),
+        audit=wording.audit_sentence(dataset),
         weights=next((a["sha256"] for a in results["artifacts"] if a["path"] == WEIGHTS), None),
     )
     text = f"---\n{_metadata(results, settings, title, licence, name if known else None)}\n---\n\n{body}"

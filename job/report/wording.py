@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from job.common.findings import KINDS
 from job.common.formatting import count, enumeration, figure, p_value, percent, points, size
 from job.common.methods import METHODS
 from job.evaluation.comparison import of_metric
@@ -90,7 +91,61 @@ def explanation(name: str, task: Mapping[str, Any], tasks: int) -> list[str]:
             f"That is not the same as no difference: this test finds a true difference of {least} points in four of "
             "five repetitions, and a smaller one less often."
         )
-    return sentences
+    return [*sentences, *_without_overlap(task)]
+
+
+def _without_overlap(task: Mapping[str, Any]) -> list[str]:
+    """A sentence on the result without the questions that training rows have in them, if there are any."""
+    if "without_overlap" not in task:
+        return []
+    rest = task["without_overlap"]
+    if rest is None:
+        return ["Training rows have its questions in them, and fewer than two are left without these."]
+    figures = (
+        f"the base model answers {percent(rest['base']['acc'])} right and the adapter "
+        f"{percent(rest['adapter']['acc'])}: {points(rest['delta'])} percentage points (95 % interval {points(rest['ci95'][0])} to "
+        f"{points(rest['ci95'][1])}), {rest['verdict']}."
+    )
+    return [f"Training rows have {task['n'] - rest['n']:,} of these questions in them. Without these, {figures}"]
+
+
+def audit(dataset: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """For each kind of finding of the audit: what it is, in how many rows, where, and what became of the rows."""
+    found = dataset.get("audit") or {"checks": {}}
+    words = {"record": "kept", "skip": "left out", "error": "none"}
+    return [
+        {
+            "kind": kind,
+            "title": _plural(KINDS.get(kind, kind)),
+            "rows": check["rows"],
+            "places": check["places"],
+            "more": max(0, (check["rows"] or 0) - len(check["places"])),
+            "became": words[check["action"]] if check["rows"] else "",
+            "checked_by": check["checked_by"],
+            "not_checked": check["not_checked"],
+        }
+        for kind, check in found["checks"].items()
+    ]
+
+
+def audit_sentence(dataset: Mapping[str, Any]) -> str:
+    """What the audit found, in a sentence or two for the model card; empty for runs without one."""
+    kinds = audit(dataset)
+    found = [f"{_plural(KINDS.get(one['kind'], one['kind'])).lower()}: {one['rows']:,}" for one in kinds if one["rows"]]
+    missing = [one["kind"].replace("_", "-") for one in kinds if one["not_checked"]]
+    parts = []
+    if kinds:
+        parts.append(f"The audit of the data found {'; '.join(found) or 'nothing'}.")
+    if missing:
+        parts.append(f"It could not check {enumeration(missing)}.")
+    return " ".join(parts)
+
+
+def _plural(title: str) -> str:
+    """The title of a kind of rows as a heading, such as `Rows with an e-mail address`."""
+    return (
+        title.replace("that is an", "that are an").replace("that is", "that are").replace("row", "rows", 1).capitalize()
+    )
 
 
 def accuracies(task: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -73,6 +73,8 @@ VALIDATIONS = f"{ARTIFACTS}validation.jsonl"
 LOG_PROBS = f"{ARTIFACTS}reference.jsonl"
 TENSORBOARD = f"{ARTIFACTS}tensorboard/"
 REPORT = f"{ARTIFACTS}report.html"
+FINDINGS = f"{ARTIFACTS}findings.jsonl"
+"""What the audit found in the training data, by place and kind."""
 EXPORT = f"{ARTIFACTS}export/"
 MADE_OF_TIMES = (TENSORBOARD, REPORT)
 

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from job.common.export_formats import split_name
+from job.common.findings import ALL, KINDS, Action
 from job.common.source_list import is_single, parse_sources
 from job.storage.location import schemes
 
@@ -169,6 +170,23 @@ def _pairs(value: object) -> object:
     if len({name.strip() for name, _, _ in pairs}) < len(pairs):
         raise ValueError("has the same name twice; remove one")
     return {name.strip(): item.strip() for name, _, item in pairs}
+
+
+def _on_finding(value: object) -> object:
+    """One action for all kinds, or pairs of kind and action."""
+    if isinstance(value, str) and "=" not in value and not value.lstrip().startswith("{"):
+        return {ALL: value.strip().lower()}
+    return _pairs(value)
+
+
+def _known_kinds(actions: Mapping[str, str]) -> Mapping[str, str]:
+    if not actions:
+        raise ValueError("must not be empty: record is the default")
+    if unknown := sorted(set(actions) - {ALL, *KINDS}):
+        raise ValueError(
+            f"names no kind of finding in {len(unknown)} of its items; kinds are {', '.join((ALL, *KINDS))}"
+        )
+    return actions
 
 
 def _json_object(value: object) -> object:
@@ -362,6 +380,8 @@ FieldNames = Annotated[Mapping[Text, Text], BeforeValidator(_pairs)]
 JsonObject = Annotated[Mapping[Text, Any], BeforeValidator(_json_object)]
 Layers = Annotated[tuple[Whole, ...], BeforeValidator(_layers), Field(min_length=1), AfterValidator(_ascending)]
 Pattern = Annotated[Mapping[Text, Count], BeforeValidator(_pairs), AfterValidator(_expressions)]
+OnFinding = Annotated[Mapping[Text, Action], BeforeValidator(_on_finding), AfterValidator(_known_kinds)]
+"""Kind of finding, or `all` for those that are not named -> what becomes of rows that have one."""
 Locations = Annotated[Mapping[Text, Location], BeforeValidator(_pairs)]
 
 

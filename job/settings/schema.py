@@ -25,6 +25,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
+from job.common.findings import ALL, Action
 from job.common.methods import SFT, MethodName, Methods, last_of
 from job.common.optimizers import OptimizerName
 from job.common.schedulers import SchedulerName
@@ -53,6 +54,7 @@ from job.settings.field_types import (
     Maybe,
     Names,
     NotNegative,
+    OnFinding,
     Passes,
     Pattern,
     Positive,
@@ -217,6 +219,10 @@ class Lora(Group):
     """Weight of AdaLoRA's penalty on matrices that are not orthogonal; the loss in the metrics is without it."""
 
 
+def _record_all() -> Mapping[str, Action]:
+    return {ALL: "record"}
+
+
 class Data(Group):
     """The training data."""
 
@@ -265,6 +271,11 @@ class Data(Group):
     on_long_row: AffectsResult[Literal["error", "skip", "truncate", "split"]] = "error"
     """What to do with rows of more than JOB_TRAIN__MAX_LENGTH tokens: treat them as invalid (JOB_DATA__ON_BAD_ROW),
     leave them out, cut off their end, or split them into several examples (plain text only). All are counted."""
+    on_finding: AffectsResult[OnFinding] = Field(default_factory=_record_all)
+    """What to do with rows in which the audit finds something: `record` the places in manifest and report, `skip` the
+    rows as well (of duplicates all but the first), or `error`, which ends the job before training. For all kinds, or by
+    kind: `secret=error,duplicate=skip`. Kinds: overlap (with a scored question), duplicate, near_duplicate, secret,
+    email, phone, iban, card. JOB_DATA__LIMIT counts the rows before any is left out."""
     validation: AffectsResult[Annotated[Maybe[HeldOut], SageMakerChannel("validation")]] = None
     """Rows for the validation loss: a share of the rows (0.05) or a number of them (200), held out of training, or a
     source of its own (hub id, `s3://` URI or path) with rows of the same schema; empty for none. Near-duplicates of a

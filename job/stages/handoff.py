@@ -21,6 +21,7 @@ class Sources:
 
     `examples` are trained on, `validation` is validated on, and empty if nothing is.
     `start` holds the adapter that training starts from; None for a new one.
+    `findings` is the file of what the audit found in the rows.
     `original` holds the base's own files, where they are here; a restart may have the quantized base only.
 
     Only the process that pulled, the first on its machine, has `tasks`, `baseline` (results of an earlier run that the
@@ -38,6 +39,7 @@ class Sources:
     baseline: Baseline | None
     cache_entry: CacheEntry | None
     original: Path | None = None
+    findings: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from job.results import inventory, manifest
 from job.results.baseline import Baseline
 from job.results.completed import read_complete
 from job.runs.attempt import Attempt, now
-from job.runs.layout import CARD, EXPORT_CARD, REPORT, RESULTS, answers_key, export_folder
+from job.runs.layout import CARD, EXPORT_CARD, FINDINGS, REPORT, RESULTS, answers_key, export_folder
 from job.runs.run_log import close_run_log
 from job.settings.load import Settings, redacted
 from job.stages.handoff import Sources
@@ -61,7 +61,9 @@ def publish(
     )
     # read only now: the previous attempt may have been writing its record when this one started
     earlier = close_run_log(attempt.store, attempt.number, attempt.started, attempt.run)
-    tasks = compare_tasks(base.scores, adapter.scores)
+    audit = sources.record.dataset.audit
+    tasks = compare_tasks(base.scores, adapter.scores, overlap=audit.overlap if audit else {})
+    findings = [] if audit is None else [Artifact(FINDINGS, audit.bytes, audit.sha256)]
     judged = _judged(settings, adapter, exported)
     compared = compare_tasks(base.scores, judged) if judged else {}
     against, copies = _publish_baseline(attempt, sources.baseline, judged)
@@ -76,7 +78,7 @@ def publish(
         training=trained.training,
         tasks=tasks,
         gate=judge(compared, **settings.gate.model_dump(exclude={"baseline"}), baseline=against),
-        artifacts=[*base.artifacts, *trained.artifacts, *adapter.artifacts, *exported.artifacts, *copies],
+        artifacts=[*findings, *base.artifacts, *trained.artifacts, *adapter.artifacts, *exported.artifacts, *copies],
         exports=manifest.exports_record(exported, base.scores, adapter.scores),
         evidence=inventory.collect(attempt.store, attempt.work / "evidence", attempt.number),
         image_digest=settings.run.image_digest,

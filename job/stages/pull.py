@@ -15,6 +15,9 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from job import log
+from job.audit.audit import Audited
+from job.audit.overlap import index_questions
+from job.audit.rows import set_up
 from job.common import host
 from job.common.hashing import code_hashes
 from job.common.resources import check_disk, required_bytes, usable_cpus
@@ -33,10 +36,10 @@ from job.model.quantized_cache.cache import find
 from job.model.quantized_cache.layout import CachedBase, CacheEntry, entry_at, entry_for
 from job.model.start_adapter import check_start, find_start, hash_start
 from job.model.tokenizer_files import rows_with, tokenizer_files
-from job.records import FirstValues, Pulled
+from job.records import Artifact, FirstValues, Pulled
 from job.results.baseline import check_questions, read_baseline
-from job.runs.attempt import Attempt
-from job.runs.layout import ADAPTER, BASE, FIRST_VALUES, Stage
+from job.runs.attempt import Attempt, missing
+from job.runs.layout import ADAPTER, BASE, FINDINGS, FIRST_VALUES, Stage
 from job.settings.load import Settings
 from job.settings.training_stages import naming_its_settings, start_of
 from job.stages.handoff import Sources
@@ -188,7 +191,9 @@ def _pull(
                 coming.result()  # an error of the weights ends the reading of rows
 
         how: dict[str, Any] = {"date": date, "vocabulary": vocabulary, "alive": alive}
-        tokens = _read_rows(attempt, settings, *fetched, tokenizer, **how)
+        questions = index_questions(tasks.prompts(settings.eval.limit))
+        how["audit"] = set_up(questions, settings.data.on_finding)
+        tokens = _read_rows(attempt, settings, *fetched, tokenizer, audited=_known_audit(attempt), **how)
         for stage in later:
             _read_rows(attempt, stage, *_fetch_rows(attempt, stage, storage, _LATER), tokenizer, **how)
         model: _Model = _wait(attempt, coming)
@@ -214,8 +219,36 @@ def _pull(
         baseline,
         model.cache_entry,
         model.original,
+        tokens.findings,
     )
     return sources, tokens.folder
+
+
+def _known_audit(attempt: Attempt) -> Audited | None:
+    """The result of the audit that an earlier attempt published; None if there is none, or rows were left out.
+
+    Which examples these are is found out again, with the same result.
+    """
+    earlier = attempt.recorded(Stage.PULL, Pulled)
+    record = None if earlier is None else earlier.dataset.audit
+    if record is None or record.left_out:
+        return None
+    try:
+        findings = attempt.fetch(Artifact(FINDINGS, record.bytes, record.sha256)).read_bytes()
+    except DataError as error:
+        log.get_logger().warning("the audit of the rows is made again", why=str(error))
+        return None
+    log.get_logger().info("the audit of the rows is known from an earlier attempt")
+    return Audited(record, findings, ())
+
+
+def publish_findings(attempt: Attempt, sources: Sources) -> None:
+    """Publishes what the audit found, before the record of the pull that lists it; once, and again if it is gone."""
+    record = sources.record.dataset.audit
+    if record is None or sources.findings is None:
+        return
+    if missing(attempt.store, [Artifact(FINDINGS, record.bytes, record.sha256)]):
+        attempt.publish(sources.findings, FINDINGS)
 
 
 def _places(settings: Settings, later: Sequence[Settings]) -> set[str]:

@@ -41,7 +41,8 @@ def check_evaluation(results: Mapping[str, Any], copies: Copies) -> CheckResult:
         differences += wrong
     differences += unpaired(by_task["base"], by_task["adapter"], "base")
     if not differences:
-        found = compare_tasks(*(scores_of(by_task[side], tasks, side) for side in ("base", "adapter")))
+        overlap = (results["dataset"].get("audit") or {}).get("overlap")
+        found = compare_tasks(*(scores_of(by_task[side], tasks, side) for side in ("base", "adapter")), overlap=overlap)
         differences += find_differences(f"{RESULTS} evaluation.tasks", tasks, found)
     questions = sum(len(records) for records in by_task["adapter"].values())
     extent = f"{count(len(tasks), 'task')}, {count(questions, 'question')} answered twice"

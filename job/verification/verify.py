@@ -25,6 +25,7 @@ from job.runs.layout import ARTIFACTS, FIRST_STAGE, PUSHED, RESULTS
 from job.storage.location import join
 from job.storage.open import ObjectStore, StorageOptions, is_key, open_store
 from job.verification import check_checkpoints
+from job.verification.check_audit import check_audit
 from job.verification.check_exports import check_exports
 from job.verification.check_figures import check_cost, check_evaluation, check_gate, check_training, check_validation
 from job.verification.check_first_stage import check_first_stage
@@ -98,6 +99,7 @@ def verify(
         check_gate(results, copies),
         check_training(results, copies),
         check_validation(results, copies),
+        *check_audit(results, copies),
         *filter(None, [check_preferences(results, copies), check_exports(results, copies), pushes]),
         check_cost(results),
         check_settings(results, copies),

@@ -1,0 +1,283 @@
+"""The audit of a data set: rows are added as they are read, and `finish` says what was found and where.
+
+A finding names the row's place and the kind, and for an overlap the question, for a duplicate the row that it repeats;
+it never has a text of the row. Memory: about 30 bytes a row, and 0.5 KiB each of the first MOST_COMPARED rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from job.audit.overlap import MOST_ROWS, SHARE, Found
+from job.audit.rows import AuditSetup, from_bytes
+from job.common.findings import DUPLICATE, KINDS, NEAR_DUPLICATE, OVERLAP, action_of
+from job.common.near_duplicates import RowHashes, group_rows
+from job.errors import MAX_SHOWN, DataError, Problem
+from job.records import AuditRecord, CheckRecord
+
+MOST_COMPARED = 500_000
+"""Rows that are compared for near-duplicates: the first ones. All are compared for duplicates word for word."""
+PLACES = 5
+"""How many places of each kind the record has; all are in the file of findings."""
+_NUMBERED = re.compile(r"(.*\D)(0|[1-9]\d{0,17})(\D*)", re.DOTALL | re.ASCII)
+_NOT_INSTALLED = "the package {} is not installed"
+_NO_QUESTIONS = "the scored questions are not known here"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One finding: a row's place and number (from 0), the kind, and what it is about; a line of the published file.
+
+    `task` and `question` (its place in the task, from 0) say which question an overlap is with, and `exact` whether
+    word for word; `repeats` is the place of the row that a duplicate repeats.
+    """
+
+    kind: str
+    where: str
+    row: int
+    task: str | None = None
+    question: int | None = None
+    exact: bool | None = None
+    repeats: str | None = None
+
+    def line(self) -> str:
+        """As JSON, without what does not apply."""
+        return json.dumps({name: value for name, value in vars(self).items() if value is not None}) + "\n"
+
+
+@dataclass
+class _Places:
+    """Places of rows, `file:17` and the like, in 12 bytes each."""
+
+    ends: dict[tuple[str, str | None], int] = field(default_factory=dict)
+    name: array[int] = field(default_factory=lambda: array("I"))
+    number: array[int] = field(default_factory=lambda: array("Q"))
+    _known: list[tuple[str, str | None]] = field(default_factory=list)
+
+    def add(self, where: str) -> None:
+        found = _NUMBERED.fullmatch(where)
+        ends: tuple[str, str | None] = (where, None) if found is None else (found[1], found[3])
+        self.name.append(self.ends.setdefault(ends, len(self.ends)))
+        self.number.append(0 if found is None else int(found[2]))
+        if len(self.ends) > len(self._known):
+            self._known.append(ends)
+
+    def __getitem__(self, row: int) -> str:
+        head, tail = self._known[self.name[row]]
+        return head if tail is None else f"{head}{self.number[row]}{tail}"
+
+
+class Audit:
+    """Collects what is found while rows are read; rows have numbers in the order in which they are added."""
+
+    def __init__(self, setup: AuditSetup) -> None:
+        self.setup = setup
+        self._places = _Places()
+        self._identities = array("Q")
+        self._hashes = RowHashes()
+        self._kinds: list[tuple[int, str]] = []
+        self._found: dict[int, Found] = {}
+        self._in_rows: Counter[int] = Counter()
+        self._start = 0
+        self._at: int | None = None
+        self.of_examples = array("I")
+        """For each example the number of its row."""
+
+    def begin(self, *, again: bool) -> None:
+        """Says that the rows of the next source come, or those of the last one again, or some of them, in order."""
+        self._start = self._start if again else len(self._identities)
+        self._at = self._start if again else None
+
+    def add(self, where: str, data: bytes, examples: int = 1) -> None:
+        """Adds a row by what `RowAudit` found in it, and how many examples it gives."""
+        if self._at is not None:
+            while self._places[self._at] != where:
+                self._at += 1
+            self.of_examples.extend([self._at] * examples)
+            return
+        row = from_bytes(data)
+        number = len(self._identities)
+        self.of_examples.extend([number] * examples)
+        self._places.add(where)
+        self._identities.append(row.identity)
+        if number < MOST_COMPARED:
+            self._hashes.add(row.hashed)
+        self._kinds += [(number, kind) for kind in row.kinds]
+        self._in_rows.update(row.found.runs)
+        # Runs that too many rows have by now are dropped here, so that a template in each row takes no memory.
+        runs = tuple(run for run in row.found.runs if self._in_rows[run] <= MOST_ROWS)
+        if runs or row.found.exact:
+            self._found[number] = Found(row.found.exact, runs)
+
+    def findings(self, alive: Callable[[], None] = lambda: None) -> list[Finding]:
+        """All findings, by row, and of a row in the order of `KINDS`."""
+        kinds = list(KINDS)
+        found = [
+            *self._overlaps(),
+            *self._duplicates(alive),
+            *(Finding(kind, self._places[row], row) for row, kind in self._kinds),
+        ]
+        return sorted(found, key=lambda one: (one.row, kinds.index(one.kind), one.task or "", one.question or 0))
+
+    def _overlaps(self) -> Iterator[Finding]:
+        questions = self.setup.questions
+        if questions is None:
+            return
+        of_run = defaultdict(list)
+        for number, runs in enumerate(questions.runs):
+            for run in runs:
+                of_run[run].append(number)
+        for row, found in self._found.items():
+            counts = Counter(number for run in found.runs if self._in_rows[run] <= MOST_ROWS for number in of_run[run])
+            near = {number for number, count in counts.items() if count >= SHARE * len(questions.runs[number])}
+            for number in sorted(near | set(found.exact)):
+                task, place = questions.name(number)
+                yield Finding(OVERLAP, self._places[row], row, task, place, number in found.exact)
+
+    def _duplicates(self, alive: Callable[[], None]) -> Iterator[Finding]:
+        import numpy as np
+
+        identities = np.frombuffer(self._identities, np.uint64) if self._identities else np.zeros(0, np.uint64)
+        _, first, inverse = np.unique(identities, return_index=True, return_inverse=True)
+        firsts = first[inverse]
+        repeated = np.flatnonzero(firsts != np.arange(len(identities)))
+        same = {int(row): int(firsts[row]) for row in repeated}
+        for row, original in same.items():
+            yield Finding(DUPLICATE, self._places[row], row, repeats=self._places[original])
+        begins: dict[bytes, int] = {}
+        for row, group in enumerate(group_rows(self._hashes, alive)):
+            original = begins.setdefault(group, row)
+            if original != row and row not in same:
+                yield Finding(NEAR_DUPLICATE, self._places[row], row, repeats=self._places[original])
+
+
+@dataclass(frozen=True)
+class Audited:
+    """The result: the record, the findings as the file that is published, and the examples that are left out."""
+
+    record: AuditRecord
+    findings: bytes
+    left_out: tuple[int, ...]
+
+
+def finish(audit: Audit, name: str, alive: Callable[[], None] = lambda: None) -> Audited:
+    """What was found, and what becomes of it.
+
+    Args:
+        audit: With all rows.
+        name: Of the data, for messages.
+        alive: Called now and then; what it raises ends the work.
+
+    Raises:
+        DataError: There are findings of kinds whose rows are an error, or no row is left.
+    """
+    setup = audit.setup
+    found = audit.findings(alive)
+    actions = {kind: action_of(setup.on_finding, kind) for kind in KINDS}
+    if wrong := [one for one in found if actions[one.kind] == "error"]:
+        problems = [Problem(one.where, _what(one)) for one in wrong[:MAX_SHOWN]]
+        advice = "correct the rows, or set JOB_DATA__ON_FINDING to skip or record for these kinds"
+        raise DataError(problems, len(wrong), advice)
+    dropped = {one.row for one in found if actions[one.kind] == "skip"}
+    rows = len(audit.of_examples and set(audit.of_examples))
+    if dropped and len(dropped) == rows:
+        what = "has no row without a finding that JOB_DATA__ON_FINDING leaves out"
+        raise DataError([Problem(name, what)])
+    lines = b"".join(one.line().encode() for one in found)
+    record = AuditRecord(
+        rows=rows,
+        left_out=len(dropped),
+        checks=_checks(setup, found),
+        overlap=overlapping(found),
+        findings=len(found),
+        sha256=hashlib.sha256(lines).hexdigest(),
+        bytes=len(lines),
+        compared=min(rows, MOST_COMPARED),
+    )
+    left_out = tuple(number for number, row in enumerate(audit.of_examples) if row in dropped)
+    return Audited(record, lines, left_out)
+
+
+def overlapping(found: Sequence[Finding]) -> dict[str, list[int]]:
+    """By task, the places of the questions that training rows have in them, ascending; none: left out."""
+    by_task: dict[str, set[int]] = {}
+    for one in found:
+        if one.task is not None and one.question is not None:
+            by_task.setdefault(one.task, set()).add(one.question)
+    return {task: sorted(places) for task, places in sorted(by_task.items())}
+
+
+def counts(found: Sequence[Finding]) -> dict[str, tuple[int, list[str]]]:
+    """By kind, the number of rows with such a finding, and the first places."""
+    places: dict[str, dict[int, str]] = {}
+    for one in found:
+        places.setdefault(one.kind, {}).setdefault(one.row, one.where)
+    return {kind: (len(rows), list(rows.values())[:PLACES]) for kind, rows in places.items()}
+
+
+def _checks(setup: AuditSetup, found: Sequence[Finding]) -> dict[str, CheckRecord]:
+    by_kind, checks = counts(found), {}
+    for kind in KINDS:
+        missing, by = "", "this project"
+        if kind == OVERLAP and setup.questions is None:
+            missing = _NO_QUESTIONS
+        elif kind in setup.checkers:
+            by = setup.checkers[kind] or ""
+            missing = "" if by else _NOT_INSTALLED.format(_needs(kind))
+        elif kind == NEAR_DUPLICATE:
+            by = "datasketch"
+        rows, places = by_kind.get(kind, (0, []))
+        checks[kind] = CheckRecord(
+            action=action_of(setup.on_finding, kind),
+            checked_by="" if missing else by,
+            not_checked=missing,
+            rows=None if missing else rows,
+            places=places,
+        )
+    return checks
+
+
+def _needs(kind: str) -> str | None:
+    from job.audit.kinds import DETECTORS
+
+    return DETECTORS[kind].needs
+
+
+def _what(one: Finding) -> str:
+    """A finding in words, for an error: never what stands in the row."""
+    about = {
+        OVERLAP: f" (question {one.question} of {one.task})",
+        DUPLICATE: f" ({one.repeats})",
+        NEAR_DUPLICATE: f" ({one.repeats})",
+    }.get(one.kind, "")
+    return f"is a {KINDS[one.kind]}{about} (JOB_DATA__ON_FINDING)"
+
+
+def parse_findings(data: bytes) -> list[Finding]:
+    """The findings in a published file.
+
+    Raises:
+        ValueError: With the first line that is none.
+    """
+    found = []
+    for number, line in enumerate(data.splitlines(), start=1):
+        try:
+            found.append(Finding(**json.loads(line)))
+            if found[-1].kind not in KINDS:
+                raise ValueError("no kind of finding")  # noqa: TRY301 - told with the line, as all else
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"line {number}: {str(error)[:200]}") from None
+    return found
+
+
+def read_findings(path: Path | Any) -> list[Finding]:
+    """`parse_findings` of a file."""
+    return parse_findings(Path(path).read_bytes())

@@ -1,0 +1,137 @@
+"""How secrets and personal data are found in the text of one row. Says only whether a row has any, never what it is.
+
+To add a kind: name it in `job/common/findings.py` and enter a `Detector` in `DETECTORS` here. Its `make` returns a
+function from text to whether the text has a finding, and may import a library that `needs` names: where the library is
+not installed, the kind is reported as not checked. Test it with a planted text in tests/unit/audit/.
+
+Names of people are not looked for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module, metadata
+from importlib.util import find_spec
+from pkgutil import iter_modules
+
+Test = Callable[[str], bool]
+
+
+@dataclass(frozen=True)
+class Detector:
+    """One kind of finding: `make` builds the test, with the distribution `needs` and its `module`, if it needs one."""
+
+    make: Callable[[], Test]
+    needs: str | None = None
+    module: str | None = None
+
+    @property
+    def version(self) -> str | None:
+        """What checks, with its version, such as `python-stdnum 2.2`; None where it is not installed."""
+        if self.needs is None:
+            return "this project"
+        if self.module is None or find_spec(self.module) is None:
+            return None
+        return f"{self.needs} {metadata.version(self.needs)}"
+
+
+_NO_SECRETS = {"Public IP (ipv4)"}
+"""Detectors of detect-secrets that find no secrets."""
+
+
+def _secrets() -> Test:
+    """The patterns of detect-secrets for keys and tokens of known services, private keys and passwords in URLs.
+
+    Without its entropy and keyword detectors, which are for source code: in prose they find mostly what is no secret.
+    """
+    plugins = import_module("detect_secrets.plugins")
+    base = import_module("detect_secrets.plugins.base").RegexBasedDetector
+    found = []
+    for module in iter_modules(plugins.__path__):
+        for kind in vars(import_module(f"detect_secrets.plugins.{module.name}")).values():
+            concrete = isinstance(kind, type) and issubclass(kind, base) and not getattr(kind, "__abstractmethods__", 0)
+            if concrete and kind.secret_type not in _NO_SECRETS:
+                found += [pattern.search for pattern in kind.denylist]
+
+    def test(text: str) -> bool:
+        return any(search(text) for search in found)
+
+    return test
+
+
+_EMAIL = re.compile(r"[\w.+-]{1,64}@((?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,8}[A-Za-z]{2,24})(?![\w-])")
+_RESERVED = re.compile(r"(?:.*\.)?(?:example\.(?:com|net|org)|example|test|invalid|localhost)", re.IGNORECASE)
+"""Domains that belong to nobody (RFC 2606)."""
+
+
+def _emails() -> Test:
+    return lambda text: "@" in text and any(not _RESERVED.fullmatch(found[1]) for found in _EMAIL.finditer(text))
+
+
+_DIGITS = re.compile(r"\d[\d\s()./-]{6,}\d")
+"""What any phone number has in it, to ask the library about few texts."""
+
+
+def _phones() -> Test:
+    """Valid numbers in international form, and of North America in national form, where the text has punctuation."""
+    phones = import_module("phonenumbers")
+    strict = phones.Leniency.STRICT_GROUPING
+
+    def test(text: str) -> bool:
+        if _DIGITS.search(text) is None:
+            return False
+        return any(
+            "+" in found.raw_string or not found.raw_string.isdigit()
+            for found in phones.PhoneNumberMatcher(text, "US", leniency=strict)
+        )
+
+    return test
+
+
+_IBAN = re.compile(r"(?<![A-Za-z0-9])[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?![A-Za-z0-9])")
+
+
+def _ibans() -> Test:
+    valid = import_module("stdnum.iban").is_valid
+
+    def test(text: str) -> bool:
+        return any(valid(part) for found in _IBAN.finditer(text) for part in _shorter(found[0]))
+
+    return test
+
+
+def _shorter(text: str) -> list[str]:
+    """The text, and the text without its last words in capitals, which may follow a number."""
+    words = text.split(" ")
+    return [" ".join(words[:count]) for count in range(len(words), 0, -1)]
+
+
+_CARD = re.compile(r"(?<![\w.,-])(?:\d{4}([ -]?)\d{4}\1\d{4}\1\d{4}|3\d{3}([ -]?)\d{6}\2\d{5})(?![\w-]|[.,]\d)")
+"""16 digits in fours, or 15 as American Express writes them."""
+_ISSUERS = re.compile(r"4|5[1-5]|2[2-7]|3[47]|6(?:011|5|4[4-9]|2)")
+_FEWEST_DIGITS = 3
+
+
+def _cards() -> Test:
+    valid = import_module("stdnum.luhn").is_valid
+
+    def test(text: str) -> bool:
+        for found in _CARD.finditer(text):
+            digits = re.sub(r"\D", "", found[0])
+            if _ISSUERS.match(digits) and len(set(digits)) >= _FEWEST_DIGITS and valid(digits):
+                return True
+        return False
+
+    return test
+
+
+DETECTORS: Mapping[str, Detector] = {
+    "secret": Detector(_secrets, "detect-secrets", "detect_secrets"),
+    "email": Detector(_emails),
+    "phone": Detector(_phones, "phonenumberslite", "phonenumbers"),
+    "iban": Detector(_ibans, "python-stdnum", "stdnum"),
+    "card": Detector(_cards, "python-stdnum", "stdnum"),
+}
+"""Kinds that are found in one row alone -> how. The order is that of the table in the report."""

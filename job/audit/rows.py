@@ -1,0 +1,102 @@
+"""The part of the audit that needs one row alone: made where the row is tokenized, in several processes.
+
+Its result has no text of the row in it.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from typing import Any
+
+from job.audit.kinds import DETECTORS
+from job.audit.overlap import Found, Questions
+from job.common.findings import Action
+from job.common.near_duplicates import row_hash, words_of
+
+_HEAD = struct.Struct("<IQ")
+
+
+@dataclass(frozen=True)
+class AuditSetup:
+    """What to look for, JSON-able.
+
+    Attributes:
+        questions: Those that are scored; None where they are not known, and then overlap is not checked.
+        on_finding: `JOB_DATA__ON_FINDING`.
+        checkers: By kind of `DETECTORS` what checks it, with its version; None where that is not installed.
+    """
+
+    questions: Questions | None
+    on_finding: Mapping[str, Action]
+    checkers: Mapping[str, str | None]
+
+    def as_json(self) -> dict[str, Any]:
+        """As values of JSON, also for the key of what is kept of the rows."""
+        return {**asdict(self), "on_finding": dict(self.on_finding), "checkers": dict(self.checkers)}
+
+    @classmethod
+    def from_json(cls, given: Mapping[str, Any]) -> AuditSetup:
+        """The inverse of `as_json`."""
+        fields: dict[str, Any] = {
+            name: tuple(tuple(item) if isinstance(item, list) else item for item in value)
+            for name, value in (given["questions"] or {}).items()
+        }
+        questions = Questions(**fields) if fields else None
+        return cls(questions, given["on_finding"], given["checkers"])
+
+
+def set_up(questions: Questions | None, on_finding: Mapping[str, Action]) -> AuditSetup:
+    """What to look for on this machine, as far as the libraries for it are installed."""
+    return AuditSetup(questions, on_finding, {kind: detector.version for kind, detector in DETECTORS.items()})
+
+
+@dataclass(frozen=True)
+class AuditedRow:
+    """What was found in one row.
+
+    Attributes:
+        identity: Of its texts; equal for rows that are the same but for case and white space.
+        hashed: Its `near_duplicates.row_hash`.
+        kinds: Of `DETECTORS`.
+        found: Of the questions.
+    """
+
+    identity: int
+    hashed: bytes
+    kinds: tuple[str, ...]
+    found: Found
+
+    def to_bytes(self) -> bytes:
+        """As one process hands it to another."""
+        rest = [self.kinds, self.found.exact, self.found.runs] if self.kinds or self.found != Found() else []
+        text = json.dumps(rest).encode() if rest else b""
+        return _HEAD.pack(len(text), self.identity) + text + self.hashed
+
+
+def from_bytes(data: bytes) -> AuditedRow:
+    """The inverse of `AuditedRow.to_bytes`."""
+    length, identity = _HEAD.unpack_from(data)
+    start = _HEAD.size
+    kinds, exact, runs = json.loads(data[start : start + length]) if length else ((), (), ())
+    return AuditedRow(identity, data[start + length :], tuple(kinds), Found(tuple(exact), tuple(runs)))
+
+
+class RowAudit:
+    """Looks for all that one row alone can show."""
+
+    def __init__(self, setup: AuditSetup) -> None:
+        self._questions = setup.questions
+        self._tests = [(kind, DETECTORS[kind].make()) for kind, checker in setup.checkers.items() if checker]
+
+    def __call__(self, texts: Sequence[str]) -> bytes:
+        """What a row has, from its texts, as `AuditedRow.to_bytes`."""
+        whole = "\n".join(texts)
+        found = Found() if self._questions is None else self._questions.look_for(texts, words_of(whole))
+        same = "\0".join(" ".join(text.casefold().split()) for text in texts)
+        identity = int.from_bytes(sha256(same.encode(errors="surrogatepass")).digest()[:8], "little")
+        kinds = tuple(kind for kind, test in self._tests if test(whole))
+        return AuditedRow(identity, row_hash(texts), kinds, found).to_bytes()

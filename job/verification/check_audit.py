@@ -1,0 +1,53 @@
+"""Checks what the manifest says of the audit, from the published findings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from job.audit.audit import counts, overlapping, parse_findings
+from job.common.findings import action_of
+from job.common.formatting import count
+from job.runs.layout import FINDINGS, RESULTS
+from job.verification.differences import CheckResult, Difference, find_differences
+
+
+def check_audit(results: Mapping[str, Any], copies: Mapping[str, Path]) -> Iterator[CheckResult]:
+    """Counts, places and overlap from the findings, actions from the settings; none for runs of older versions."""
+    audit = results["dataset"].get("audit")
+    if audit is None:
+        return
+    extent = count(audit["findings"], "finding")
+    if FINDINGS not in copies:
+        yield CheckResult("audit", extent, (Difference(FINDINGS, "the findings", "nothing that can be read"),))
+        return
+    try:
+        found = parse_findings(copies[FINDINGS].read_bytes())
+    except ValueError as error:
+        yield CheckResult("audit", extent, (Difference(FINDINGS, "a finding a line", str(error)),))
+        return
+    on_finding = results["settings"].get("data.on_finding", {}).get("value") or {}
+    actions = {kind: action_of(on_finding, kind) for kind in audit["checks"]}
+    by_kind = counts(found)
+    computed = {
+        "findings": len(found),
+        "left_out": len({one.row for one in found if actions.get(one.kind) == "skip"}),
+        "overlap": overlapping(found),
+        "checks": {
+            kind: {
+                "action": actions[kind],
+                "rows": None if check["not_checked"] else by_kind.get(kind, (0, []))[0],
+                "places": by_kind.get(kind, (0, []))[1],
+            }
+            for kind, check in audit["checks"].items()
+        },
+    }
+    checks = {
+        kind: {name: check[name] for name in ("action", "rows", "places")} for kind, check in audit["checks"].items()
+    }
+    claimed = {**{name: audit[name] for name in ("findings", "left_out", "overlap")}, "checks": checks}
+    differences = list(find_differences(f"{RESULTS} dataset.audit", claimed, computed))
+    if unknown := sorted({one.kind for one in found} - set(checks)):
+        differences.append(Difference(FINDINGS, "findings of the manifest's kinds", ", ".join(unknown)))
+    yield CheckResult("audit", extent, tuple(differences))
