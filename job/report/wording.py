@@ -101,10 +101,11 @@ def _without_overlap(task: Mapping[str, Any]) -> list[str]:
     rest = task["without_overlap"]
     if rest is None:
         return ["Training rows have its questions in them, and fewer than two are left without these."]
+    low, high = map(points, rest["ci95"])
     figures = (
         f"the base model answers {percent(rest['base']['acc'])} right and the adapter "
-        f"{percent(rest['adapter']['acc'])}: {points(rest['delta'])} percentage points (95 % interval {points(rest['ci95'][0])} to "
-        f"{points(rest['ci95'][1])}), {rest['verdict']}."
+        f"{percent(rest['adapter']['acc'])}: {points(rest['delta'])} percentage points (95 % interval "
+        f"{low} to {high}), {rest['verdict']}."
     )
     return [f"Training rows have {task['n'] - rest['n']:,} of these questions in them. Without these, {figures}"]
 
