@@ -396,7 +396,8 @@ def preview_data(
 def report_audit(record: AuditRecord) -> Found[None]:
     """What the audit found in the rows, by kind, and what it could not check."""
     found = [
-        f"{check.rows:,} {kind} ({', '.join(check.places[:_PLACES])}{', ...' * (check.rows > _PLACES)}){_ACTIONS[check.action]}"
+        f"{check.rows:,} {kind} ({', '.join(check.places[:_PLACES])}{', ...' * (check.rows > _PLACES)})"
+        f"{_ACTIONS[check.action]}"
         for kind, check in record.checks.items()
         if check.rows
     ]

@@ -30,7 +30,7 @@ DATA = Path(__file__).parents[4] / "shared" / "data"
 DEMO = Path(__file__).parents[3] / "job" / "demo"
 NOUNS = [f"{head}{tail}" for head in ("ot", "bad", "fal", "her", "wea", "mar") for tail in ("ter", "ger", "con")]
 QUESTIONS = [
-    f"Which of these animals would a {NOUNS[n % 18]} number {n} most likely meet near {NOUNS[(n * 7 + 3) % 18]} at dawn?"
+    f"Which of these animals would a {NOUNS[n % 18]} number {n} perhaps meet near {NOUNS[(n * 7 + 3) % 18]} at dawn?"
     for n in range(40)
 ]
 PLANTED = {
