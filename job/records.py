@@ -115,6 +115,8 @@ class AuditRecord:
     sha256: str
     compared: int
     """Rows that were compared for near-duplicates: the first ones."""
+    too_short: int = 0
+    """Scored questions of too few words to be looked for in rows."""
 
 
 @dataclass(frozen=True)

@@ -201,6 +201,7 @@ def finish(audit: Audit, name: str, alive: Callable[[], None] = lambda: None) ->
         sha256=hashlib.sha256(lines).hexdigest(),
         bytes=len(lines),
         compared=min(rows, MOST_COMPARED),
+        too_short=0 if setup.questions is None else setup.questions.too_short,
     )
     left_out = tuple(number for number, row in enumerate(audit.of_examples) if row in dropped)
     return Audited(record, lines, left_out)

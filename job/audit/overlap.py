@@ -9,9 +9,11 @@ Rules, from published contamination checks of language models:
   in more than 10 documents for this reason (Brown et al. 2020, appendix C).
 - A question that a row has word for word, from its first word to its last, counts always, however many rows have it.
 - A question of fewer than NGRAM words counts if it is a whole text or a whole line of a row, a label such as
-  `Question:` aside, and has at least FEWEST_WORDS words: shorter ones are everyday phrases.
+  `Question:` aside, and has at least FEWEST_WORDS words. Shorter ones are
+  not looked for, since lines of one or two words are often equal by chance; the record counts them.
 
-What is compared is the prompt of a question without the words that all prompts of its task begin or end with. Letter
+What is compared is the prompt of a question without the words that all prompts of its task begin or end with. Where
+fewer than NGRAM words are left, it is the prompt but for labels at its ends, and counts word for word only. Letter
 case, punctuation and white space do not count.
 """
 
@@ -37,12 +39,14 @@ if TYPE_CHECKING:
 NGRAM = 8
 SHARE = 0.7
 MOST_ROWS = 10
-FEWEST_WORDS = 4
+FEWEST_WORDS = 3
 _BASE = 0x9E3779B97F4A7C15 | 1
 """Of the polynomial hash of a run of words, modulo 2 ** 64: odd, so that it has an inverse."""
 _LONGEST_SHORT = 400
 """Characters of a line that may be a short question; a longer one is not split into words."""
 _LABEL = re.compile(r"^\s*(?:[A-Za-z]{1,12}\s*(?:\d{1,4})?\s*[:.)]|\d{1,4}\s*[:.)]|[-*#]+)\s*")
+
+_END_LABEL = re.compile(r"\s*\b[A-Za-z]{1,12}\s*:\s*$")
 
 
 class Powers:
@@ -116,8 +120,8 @@ class Questions:
         lengths: Words of each question.
         wholes: Hash of each question as a whole.
         firsts: Hash of its first run of NGRAM words; 0 where it is shorter.
-        runs: For each question the places in `hashes` of its runs, each once.
-        hashes: The runs of all questions, ascending.
+        runs: For each question the places in `hashes` of its runs, each once; none where it counts word for word only.
+        hashes: The runs of all questions, and their first ones, ascending.
     """
 
     tasks: tuple[tuple[str, int], ...]
@@ -184,6 +188,11 @@ class Questions:
                 found[length, hashed].append(number)
         return dict(found)
 
+    @property
+    def too_short(self) -> int:
+        """How many questions are too short to be looked for."""
+        return sum(length < FEWEST_WORDS for length in self.lengths)
+
     def name(self, number: int) -> tuple[str, int]:
         """The task of a question, and its place in the task, from 0."""
         for task, count in self.tasks:
@@ -199,15 +208,20 @@ def index_questions(prompts: Mapping[str, Sequence[str]]) -> Questions:
     Args:
         prompts: By task, the prompt of each question that is scored, in order.
     """
-    words = [one for texts in prompts.values() for one in _without_template([words_of(text) for text in texts])]
-    of_runs = [Runs(one).of_length(NGRAM) for one in words]
-    hashes = sorted({int(run) for runs in of_runs for run in runs})
+    words, of_runs = [], []
+    for texts in prompts.values():
+        for text, own in zip(texts, _without_template([words_of(text) for text in texts]), strict=True):
+            distinct = len(own) >= NGRAM
+            words.append(own if distinct else words_of(_END_LABEL.sub("", _LABEL.sub("", text))))
+            of_runs.append(Runs(own).of_length(NGRAM) if distinct else Runs(()).of_length(NGRAM))
+    firsts = [int(Runs(one[:NGRAM]).of_length(NGRAM)[0]) if len(one) >= NGRAM else 0 for one in words]
+    hashes = sorted({int(run) for runs in of_runs for run in runs} | {first for first in firsts if first})
     place = {run: at for at, run in enumerate(hashes)}
     return Questions(
         tuple((task, len(texts)) for task, texts in prompts.items()),
         tuple(map(len, words)),
         tuple(map(whole, words)),
-        tuple(int(runs[0]) if len(runs) else 0 for runs in of_runs),
+        tuple(firsts),
         tuple(tuple(sorted({place[int(run)] for run in runs})) for runs in of_runs),
         tuple(hashes),
     )

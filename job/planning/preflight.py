@@ -402,6 +402,8 @@ def report_audit(record: AuditRecord) -> Found[None]:
         if check.rows
     ]
     missing = [f"{kind} not checked: {check.not_checked}" for kind, check in record.checks.items() if check.not_checked]
+    if record.too_short:
+        missing.append(f"{record.too_short:,} questions of one or two words were not looked for")
     what = "; ".join([*(found or ["nothing found"]), *missing])
     return "note" if found or missing else "ok", f"{record.rows:,} rows: {what}", None
 

@@ -181,10 +181,18 @@ def test_what_many_rows_share_is_no_overlap() -> None:
 
 
 def test_short_questions_count_as_whole_lines() -> None:
-    """A label before it is no matter; the words within another sentence, or three words, are no overlap."""
-    questions = index_questions({"quiz": ["What do plants breathe in?", "Who are you?", QUESTIONS[0]]})
+    """A label before it is no matter; the words within another sentence, or a single word, are no overlap."""
+    questions = index_questions({"quiz": ["What do plants breathe in?", "Who?", QUESTIONS[0]]})
     assert overlap(questions, ["Question: what do plants breathe in\nAnswer: air"]) == {(0, 0)}
-    assert overlap(questions, ["I asked him what do plants breathe in the dark", "Who are you?"]) == set()
+    assert overlap(questions, ["I asked him what do plants breathe in the dark", "Who?"]) == set()
+    assert questions.too_short == 1
+
+
+def test_what_all_questions_begin_with_is_a_part_of_them_in_a_row() -> None:
+    """Questions that differ in a word only count where a row has one word for word, and not where it has its like."""
+    begin = "In a far away land by the sea, which of these colours has the flag of"
+    questions = index_questions({"quiz": [f"Question: {begin} {noun}?\nAnswer:" for noun in NOUNS[:5]]})
+    assert overlap(questions, [f"Tell me: {begin} {NOUNS[2]}? Blue.", f"{begin} {NOUNS[9]}?"]) == {(0, 2)}
 
 
 def test_the_better_part_of_a_question_is_an_overlap() -> None:

@@ -125,3 +125,17 @@ def test_the_gate_looks_back_to_a_baseline() -> None:
     record = comparison.judge(gain, metric="acc", min_delta=None, max_regression=0.01, baseline={"tasks": loss})
     assert record["passed"] is False
     assert record["baseline"] == {"tasks": loss}
+
+
+def test_questions_that_rows_have_are_left_out_of_a_second_comparison() -> None:
+    """It is the comparison of the other questions alone; with fewer than two of them there is none."""
+    base, adapter = [True, False, False, False, True, False], [True, True, True, False, True, False]
+    scored = {"quiz": scores("quiz", base)}, {"quiz": scores("quiz", adapter)}
+    whole = comparison.compare_tasks(*scored)["quiz"]
+    found = comparison.compare_tasks(*scored, overlap={"quiz": [1, 2], "other": [0]})["quiz"]
+    rest = found.pop("without_overlap")
+    assert found == whole
+    assert (rest["n"], rest["base"]["acc"], rest["adapter"]["acc"]) == (4, 0.5, 0.5)
+    assert (rest["improved"], rest["regressed"], rest["delta"]) == (0, 0, 0.0)
+    assert comparison.compare_tasks(*scored, overlap={"quiz": [0, 1, 2, 3, 4]})["quiz"]["without_overlap"] is None
+    assert "without_overlap" not in comparison.compare_tasks(*scored, overlap={"quiz": []})["quiz"]

@@ -460,6 +460,7 @@ BAD_VALUES: list[tuple[str, list[str]]] = [
     ("data.format", ["csv"]),
     ("data.validation", ["0", "1", "1.0", "0.0", "-0.1", "1.5", "-3", "9" * 12, "1e400", "https://host/x", "a\x00b"]),
     ("data.validation_split", [""]),
+    ("data.on_finding", ["", "drop", "secrets=skip", "secret=drop", "secret", "secret=skip,secret=error"]),
     ("train.validate_every_steps", ["0", "x"]),
     ("train.stop_after", ["0", "-1"]),
     ("train.keep", ["", "first"]),
