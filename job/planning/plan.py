@@ -20,6 +20,7 @@ from job.data.batch_plan import steps_per_epoch
 from job.data.examples import lengths_of, target_counts_of
 from job.data.training_and_validation import what_to_validate_on
 from job.errors import JobError, Problem, SettingsError, combine
+from job.evaluation.policy import read_policy
 from job.model.adapter_options import MANY_STEPS, PLAIN, AdapterOptions, make_options
 from job.model.start_adapter import check_start, local_start
 from job.model.tokenizer_files import rows_with
@@ -220,6 +221,10 @@ def _check_other_inputs(settings: Settings, storage: StorageOptions) -> Iterator
     def check_baseline() -> Found[None]:
         return "ok", f"the gate compares with run {read_baseline(baseline or '', storage).run}", None
 
+    def check_policy() -> Found[None]:
+        policy = read_policy(settings.gate.policy or "", settings.eval.tasks)
+        return "ok", f"the gate judges {len(policy.tasks)} of the tasks by {settings.gate.policy}", None
+
     if (chosen := targets(settings.export)) and (reasons := why_not_served(plain_values(settings))):
         yield PreflightResult(
             "serving", "note", f"vLLM does not serve this adapter as it was trained: {'; '.join(reasons)}"
@@ -230,6 +235,8 @@ def _check_other_inputs(settings: Settings, storage: StorageOptions) -> Iterator
         yield run_check("start", check_start_adapter)[0]
     if baseline is not None:
         yield run_check("baseline", check_baseline)[0]
+    if settings.gate.policy is not None:
+        yield run_check("gate", check_policy)[0]
 
 
 def _try_storage(output: str, run: str, storage: StorageOptions) -> Found[float]:

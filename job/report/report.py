@@ -122,6 +122,7 @@ def render_report(results: Mapping[str, Any], evidence: ReportData) -> bytes:
         explanations={name: wording.explanation(name, task, len(tasks)) for name, task in tasks.items()},
         scope=wording.SCOPE,
         exports=wording.exports(results),
+        policy_rules=wording.policy_rules(results["gate"]),
         accuracies=accuracies,
         charts={name: _intervals(rows) for name, rows in accuracies.items()},
         changed={name: changed_answers(*sides) for name, sides in evidence.answers.items()},

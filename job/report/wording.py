@@ -7,6 +7,7 @@ from typing import Any
 
 from job.common.formatting import count, enumeration, figure, p_value, percent, points, size
 from job.common.methods import METHODS
+from job.evaluation import policy
 from job.evaluation.comparison import of_metric
 from job.evaluation.statistics import wilson_interval
 
@@ -103,6 +104,19 @@ def accuracies(task: Mapping[str, Any]) -> list[dict[str, Any]]:
             intervals = {f"{side}_ci": wilson_interval(round(x * task["n"]), task["n"]) for side, x in sides.items()}
             found.append({"metric": metric, **sides, **intervals, "comparison": comparison})
     return found
+
+
+def policy_rules(gate: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Each rule of the gate's policy in words; none without a policy."""
+    return [
+        {
+            "task": rule["task"] or "critical and supporting tasks together",
+            "role": rule["role"],
+            "text": policy.sentence(rule),
+            "outcome": rule["outcome"],
+        }
+        for rule in gate.get("policy", {}).get("rules", ())
+    ]
 
 
 def exports(results: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -455,6 +455,9 @@ class Gate(Group):
     """Smallest accepted gain of accuracy over the base model, as a fraction: 0.01 is one percentage point."""
     max_regression: ExecutionOnly[Maybe[Annotated[Real, Field(ge=0, le=1)]]] = None
     """Largest accepted loss of accuracy against the base model, as a fraction."""
+    policy: ExecutionOnly[Maybe[LocalPath]] = None
+    """A YAML file with rules for several tasks and one verdict, instead of a threshold: critical, supporting and
+    guarded tasks, each with its metric, least gain and largest loss."""
     baseline: ExecutionOnly[Maybe[Location]] = None
     """An earlier run, path or `s3://` URI: the gate compares with its adapter instead of with the base model."""
 

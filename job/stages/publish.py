@@ -75,7 +75,12 @@ def publish(
         dataset=sources.record.dataset,
         training=trained.training,
         tasks=tasks,
-        gate=judge(compared, **settings.gate.model_dump(exclude={"baseline"}), baseline=against),
+        gate=judge(
+            compared,
+            **settings.gate.model_dump(exclude={"baseline", "policy"}),
+            baseline=against,
+            policy=sources.policy,
+        ),
         artifacts=[*base.artifacts, *trained.artifacts, *adapter.artifacts, *exported.artifacts, *copies],
         exports=manifest.exports_record(exported, base.scores, adapter.scores),
         evidence=inventory.collect(attempt.store, attempt.work / "evidence", attempt.number),

@@ -25,6 +25,7 @@ from job.data.text_tokenizer import broken_tokenizer
 from job.data.token_cache import Tokens, load_tokens, open_tokens
 from job.data.training_and_validation import ValidationSource, what_to_validate_on
 from job.errors import DataError, JobError, Preempted, Problem, named_by
+from job.evaluation.policy import read_policy
 from job.evaluation.tasks import Tasks, check_lengths, load_tasks
 from job.model.adapter_options import MANY_STEPS, make_options
 from job.model.base import choose_device, choose_dtype, inspect, load_tokenizer
@@ -136,6 +137,7 @@ def _read_shared(shared: _Shared, added_tokens: Sequence[str] | None) -> Sources
         None if shared.start is None else Path(shared.start),
         tasks=None,
         baseline=None,
+        policy=None,
         cache_entry=None,
     )
 
@@ -146,6 +148,7 @@ def _pull(
     """What is pulled, and the folder of its tokens."""
     gate = settings.gate
     baseline = None if gate.baseline is None else read_baseline(gate.baseline, storage)
+    policy = None if gate.policy is None else read_policy(gate.policy, settings.eval.tasks)
     check_disk(attempt.work, required_bytes(size(place, storage) for place in _places(settings, later)))
     import_client()  # here: two threads that import the same at once may get half of a module
     early: Future[tuple[Path, bool]] = Future()
@@ -212,6 +215,7 @@ def _pull(
         start,
         tasks,
         baseline,
+        policy,
         model.cache_entry,
         model.original,
     )
