@@ -11,9 +11,9 @@ import torch
 from tests.families import check as checking
 from tests.families.check import check
 
-PACKED = ["llama", "gemma2", "phi3", "gpt2", "opt", "mixtral", "gpt_oss"]
+PACKED = ["gemma2", "phi3", "gpt2", "gpt_oss"]
 """Among them: a soft cap, windows in some layers, fused projections, `Conv1D`, positions that are learned, experts."""
-ALIKE = ["mistral", "qwen2", "qwen3", "gemma3_text", "gemma4_text", "gpt_neox"]
+ALIKE = ["llama", "opt", "mixtral", "mistral", "qwen2", "qwen3", "gemma3_text", "gemma4_text", "gpt_neox"]
 """Used more than most of those above, and built like one of them. Gemma 4's last layers share keys and values."""
 
 
