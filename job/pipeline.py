@@ -49,6 +49,15 @@ from job.tracking.trackers import Tracking, tracking
 if TYPE_CHECKING:
     from job.stages.handoff import Loaded
 
+_SETTING_OF = {
+    "dataset": "JOB_DATA__SOURCE",
+    "model_sha256": "JOB_MODEL__ID",
+    "model_revision": "JOB_MODEL__REVISION",
+    "questions": "JOB_EVAL__TASKS",
+    "start_sha256": "JOB_LORA__START",
+}
+"""Field of `Pulled` -> the setting that names what it is about."""
+
 
 def run(
     settings: Settings,
@@ -279,7 +288,8 @@ def _load(attempt: Attempt, settings: Settings, sources: Sources) -> Loaded:
                 attempt.keep(name, json.dumps(asdict(record)))
     known, found = map(identity, (attempt.stage(Stage.PULL, Pulled, lambda: sources.record), sources.record))
     if changed := [name for name, value in known.items() if found.get(name) != value]:
-        raise DataError([Problem(name, "has changed since the first attempt of this run") for name in changed])
+        what = "what it names has changed since the first attempt of this run; put it back, or start a new run"
+        raise DataError([Problem(_SETTING_OF[name], what) for name in changed])
     return loaded
 
 

@@ -217,8 +217,8 @@ def test_what_cannot_be_exported_is_refused_before_training(
         monkeypatch.setattr("job.common.resources.MARGIN_BYTES", 1 << 60)
         with pytest.raises(Unreachable, match="of disk are free"):
             check_export(attempt, world.settings(), base, loaded)
-        loaded.model.peft_config["default"].modules_to_save = ["lm_head"]
-        with pytest.raises(SettingsError, match="JOB_EXPORT__FORMATS: the adapter has biases, whole modules or tokens"):
+        loaded.model.peft_config["default"].bias = "all"
+        with pytest.raises(SettingsError, match="JOB_EXPORT__FORMATS: the adapter has biases of its own"):
             check_export(attempt, world.settings(), base, loaded)
 
 
