@@ -435,7 +435,7 @@ ADAPTERS = {
 }
 
 
-LIKE_OTHERS = {"rslora", "gaussian", "olora", "orthogonal", "pissa_niter_16", "patterns", "pissa"}
+LIKE_OTHERS = {"rslora", "gaussian", "olora", "orthogonal", "pissa_niter_16", "patterns"}
 """They train like another one, with another scale or from other first values."""
 
 
