@@ -155,7 +155,7 @@ def _tools(fields: dict[str, Any]) -> list[dict[str, Any]] | None:
 
 
 def _from_a_table(tools: list[dict[str, Any]] | None) -> bool:
-    """Whether the row was written from a table, in which all tools have the parameters of each, null where they are not.
+    """Whether the row was written from a table, in which each tool has the parameters of all others, as null.
 
     No parameter is described by null otherwise.
     """
