@@ -8,9 +8,9 @@
 | messages[].train, ... | the same, under the names that other tools have for it (`LEARNED`) |
 | tools | the tools that may be called: a list of objects, or that list as JSON text |
 
-A field that the template ignores is missing from the rendered text. For tools, tool calls and the last answer's
-reasoning that is an error; other ignored fields are counted and reported. A field that selects target tokens in a way
-that is not supported is an error, too. Rows of ShareGPT's form: `job.data.sharegpt`.
+A message that the template ignores is an error. A field that it ignores is missing from the rendered text: for tools,
+tool calls and the last answer's reasoning that is an error, too; other ignored fields are counted and reported. A field
+that selects target tokens in a way that is not supported is an error. Rows of ShareGPT's form: `job.data.sharegpt`.
 
 The assistant's turns are found in one of two ways. Where JOB_TRAIN__LOSS_ON is `assistant`, and the template has
 `{% generation %}` marks or TRL has a training template with marks for it, the marks are used. Otherwise two renderings
@@ -42,6 +42,8 @@ LEARNED = ("weight", "train", "training", "trainable", "train_on_turn", "loss", 
 """Fields that say whether a message is in the loss, in OpenAI's and other tools' formats: 0 or 1, or a flag."""
 _OTHER_MASKS = ("mask", "masked", "loss_mask", "ignore", "ignore_loss", "train_detail")
 """Fields that say the same in ways that differ from tool to tool."""
+_BY_CHANCE = 16
+"""Characters from which a text that stands in a conversation is not expected a second time there."""
 _LEARNED_IF_FALSE = ("masked", "ignore", "ignore_loss")
 """Of these, those of which false can only mean that the message is in the loss."""
 _ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -186,6 +188,9 @@ def render_messages(row: Row, template: Template, *, turns: Turns | None) -> Ren
         if tools is not None and _rendered(template, messages, None) == text:
             what = "is not written by the tokenizer's chat template; use a model whose template writes tools"
             return RowError("field_without_use", f"{row.where} tools", what)
+        if (index := _unwritten(messages, tools, text, template)) is not None:
+            what = f"is not written by the tokenizer's chat template, which ignores this {messages[index]['role']!a}"
+            return RowError("field_without_use", f"{place}[{index}]", what)
         found = _find_turns(messages, tools, text, template, turns)
     except TemplateRefusalError as error:
         return RowError("bad_conversation", place, f"is refused by the tokenizer's chat template: {error}")
@@ -236,6 +241,24 @@ def _find_turns(
     learned = tuple(found[index] for index in wanted if index not in ignored)
     whole = ((0, len(text)),) if turns is None else learned
     return text, whole, tuple(found[index] for index in ignored if index in found)
+
+
+def _unwritten(
+    messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, text: str, template: Template
+) -> int | None:
+    """The first message that the template ignores as a whole; None if there is none.
+
+    Without it the text is the same. That is asked of messages whose content is not found in the text; and of short
+    ones, which may be found there by chance, unless they are of the roles that every template writes.
+    """
+    for index, message in enumerate(messages):
+        content = message["content"].strip() if isinstance(message["content"], str) else ""
+        by_chance = len(content) < _BY_CHANCE and message["role"] not in {"user", "assistant"}
+        if not content or (content in text and not by_chance):
+            continue
+        if _rendered(template, [*messages[:index], *messages[index + 1 :]], tools) == text:
+            return index
+    return None
 
 
 def _is_missed(unused: str, messages: list[dict[str, Any]]) -> bool:

@@ -320,3 +320,19 @@ def test_tables_add_no_arguments_to_calls(tmp_path: Path, suffix: str) -> None:
     assert [e.input_ids for e in load(changed, template, "all")[0]] == [
         e.input_ids for e in load(given, template, "all")[0]
     ]
+
+
+@pytest.mark.parametrize("role", ["system", "tool"])
+@pytest.mark.parametrize("content", ["42", "Answer like a pirate, and never in prose."])
+def test_a_message_that_the_template_ignores_is_refused(tmp_path: Path, role: str, content: str) -> None:
+    """A template that writes only users and the assistant, leaves out no instruction in silence."""
+    messages = [
+        {"role": "user", "content": "42?"},
+        {"role": role, "content": content},
+        {"role": "assistant", "content": "Yes"},
+    ]
+    path = lines(tmp_path / "x.jsonl", {"messages": messages})
+    template = "{% for m in messages if m.role in ['user', 'assistant'] %}{{ m.content }}<|im_end|>{% endfor %}"
+    with pytest.raises(DataError, match=rf"messages\[1\]: is not written .* ignores this '{role}'"):
+        load(path, template, "all")
+    assert len(load(path, UNMARKED, "all")[0]) == 1
