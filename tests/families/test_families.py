@@ -74,7 +74,7 @@ def test_tiny_gemma4_looks_at_more_than_one_token_a_query() -> None:
 
 @pytest.mark.parametrize("family", [name for name in VARIANTS if name.startswith("gemma4")])
 def test_variants_of_gemma4_have_what_their_names_say(family: str) -> None:
-    """Experts in each layer, and no projection of values in the layers without a window: as the published checkpoints."""
+    """Experts in each layer, and no projection of values in the layers without a window, as in checkpoints."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     kind = AutoModelForImageTextToText if family.startswith("gemma4 ") else AutoModelForCausalLM
