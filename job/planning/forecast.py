@@ -207,6 +207,12 @@ def estimates(run: RunShape) -> Iterator[Estimate]:
     yield Estimate("peak in evaluation", _scoring(run, setup), "bytes", _weaker(basis, run.questions_basis), scored)
     checkpoint = checkpoint_bytes(setup.adapter, setup.optimizer)
     yield Estimate("checkpoint", checkpoint, "bytes", basis)
+    yield from _of_exports(run, setup, basis)
+    disk = required_bytes([run.download_bytes, run.export_bytes], checkpoint)
+    yield Estimate("disk", disk, "bytes", basis, f"{size(run.download_bytes, ' ')} of it to fetch first")
+
+
+def _of_exports(run: RunShape, setup: Setup, basis: Basis) -> Iterator[Estimate]:
     if run.exported:
         note = f"{run.exported} candidates in 16 bits, of which one is published"
         yield Estimate("exported models", run.export_bytes, "bytes", basis, note)
@@ -220,8 +226,6 @@ def estimates(run: RunShape) -> Iterator[Estimate]:
         if name.startswith(GGUF) and run.questions is not None:
             note = f"llama.cpp on {CORES} processor cores; the GPU waits"
             yield Estimate(f"scoring, {name}", _in_llama_cpp(run, setup), "s", "assumed", note)
-    disk = required_bytes([run.download_bytes, run.export_bytes], checkpoint)
-    yield Estimate("disk", disk, "bytes", basis, f"{size(run.download_bytes, ' ')} of it to fetch first")
 
 
 def _of_the_data(run: RunShape) -> Iterator[Estimate]:

@@ -32,7 +32,7 @@ from job.export.formats import DerivedInputs, derived_format
 from job.export.gguf import TYPES
 from job.export.merge import Candidates, candidates, plan_merge, release, write_merged
 from job.export.quantizable import CannotMake
-from job.export.scoring import ExportedModel, HowToScore, load_exported
+from job.export.scoring import ExportedModel, HowToScore, gpu_bytes, load_exported
 from job.model.files import build_empty, read_config
 from job.records import (
     Artifact,
@@ -140,8 +140,6 @@ def _check_memory(model: Any, merged_bytes: int, names: Sequence[str]) -> None:
     Raises:
         Unreachable: It is too small. A retry may get a machine with more.
     """
-    import torch
-
     on_gpu = model.device.type == "cuda"
     # what is held while one format is made or scored, and what for
     needs = [(min(SHARD, merged_bytes), MERGED) if on_gpu else (merged_bytes, MERGED)]
@@ -151,7 +149,7 @@ def _check_memory(model: Any, merged_bytes: int, names: Sequence[str]) -> None:
             needs.append((merged_bytes, name))
         elif family == GGUF:
             needs.append((int(merged_bytes * TYPES[kind].bits / 16), name))
-    if on_gpu and (total := torch.cuda.mem_get_info(model.device)[1]) < merged_bytes:
+    if on_gpu and (total := gpu_bytes(model.device)) < merged_bytes:
         raise Unreachable(
             f"the merged model takes {size(merged_bytes, ' ')} of the GPU's memory to be scored, which has "
             f"{size(total, ' ')}; take a larger GPU, or leave JOB_EXPORT__FORMATS empty and merge on another machine"
