@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from job.common.export_formats import to_make
+from job.common.export_formats import derived, to_make
 from job.common.formatting import size
 from job.common.lora_readers import why_not_served
 from job.common.methods import METHODS
@@ -59,6 +59,8 @@ from job.training.config import total_steps
 from job.training.early_stopping import due_steps
 from job.training.memory_model import Setup
 
+CALIBRATION_BATCH, CALIBRATION_LENGTH = 8, 2048
+"""Sequences of a step of auto-round, and their length in tokens at most; `job.export` has them, which needs torch."""
 SMALL_GPU_TOKENS = 4096
 """Token budget for which memory is forecast if none is set: what the job uses on GPUs of 11 to 40 GiB."""
 
@@ -259,6 +261,8 @@ def _run(settings: Settings, seen: _Preflight, checks: list[PreflightResult]) ->
         workload_basis=data_basis,
         validation=_validation(settings, seen.data, workload),
         exported=_exported(settings),
+        derived=tuple(derived(settings.export.formats)),
+        quantizing_tokens=_quantizing_tokens(settings, workload),
         reference=_reference(settings, seen.data),
         questions=questions,
         questions_basis=questions_basis,
@@ -386,6 +390,16 @@ def _exported(settings: Settings) -> int:
     return made + 1 if both and made else made
 
 
+def _quantizing_tokens(settings: Settings, workload: Workload | None) -> int:
+    """Tokens of all steps of auto-round; at most, where the rows are unknown."""
+    at_once = CALIBRATION_BATCH * CALIBRATION_LENGTH
+    if workload is not None:
+        rows = min(settings.export.calibration_rows, workload.rows)
+        epochs = workload.steps * settings.train.global_batch_size / workload.rows
+        at_once = min(at_once, int(rows * workload.tokens / max(1, workload.rows * epochs)))
+    return settings.export.quantization_steps * at_once
+
+
 def _questions(settings: Settings, seen: _Preflight) -> tuple[known.TaskTokens | None, Basis]:
     """Counted from the questions; else from known tasks; else None."""
     if seen.questions is not None:
@@ -425,9 +439,15 @@ def _assumptions(settings: Settings) -> tuple[str, ...]:
     price, context = settings.cost.usd_per_hour, size(memory_model.CONTEXT_BYTES, " ")
     fused, peft = (f"{used:.0%}" for used in (memory_model.FUSED_UTILISATION, memory_model.UTILISATION))
     half = f"speed: {fused} of the data sheet's operations a second in bf16, {peft} before Ampere or with dropout"
+    exporting = (
+        f"export: on one processor core {forecast.MERGED_PER_SECOND / 1e6:.0f} million weights a second for merged and "
+        f"fp8, {forecast.GGUF_PER_SECOND / 1e6:.0f} for GGUF, which llama.cpp scores on {forecast.CORES} cores of "
+        f"{forecast.LLAMA_CPP_FLOPS / 1e9:.0f} GFLOP/s"
+    )
     first = f"JOB_TRAIN__METHOD={settings.train.method}: hours and dollars of both stages, other figures of the last"
     return (
         *(() if settings.train.is_one_stage else (first,)),
+        *((exporting,) if settings.export.formats else ()),
         "one GPU; several GPUs share the examples of a step, and each needs the same memory",
         f"{half}, as measured on H100 and H200; slower GPUs tend to do better",
         f"start: {forecast.START_SECONDS:.0f} s, and {forecast.DOWNLOAD_RATE / 1e6:.0f} MB/s for downloads",

@@ -352,13 +352,6 @@ def _export(settings: Settings) -> Iterator[Fault]:
             "export.hub_revision",
             "is a branch of JOB_EXPORT__HUB, which names no repository; give it, or remove this",
         )
-    for name, value in (
-        ("lora.modules_to_save", settings.lora.modules_to_save),
-        ("model.add_tokens", settings.model.add_tokens),
-    ):
-        if export.formats and value:
-            what = "a merged model holds no modules or tokens that are trained as a whole"
-            yield "export.formats", f"{what}; remove it, or {environment_name(name)}"
     if not export.formats and settings.sources["export.merge_onto"] != "default":
         yield "export.merge_onto", "has no effect without JOB_EXPORT__FORMATS; give that too, or remove it"
     calibrated = [name for name, found in EXPORT_FORMATS.items() if found.calibrated]
