@@ -9,7 +9,7 @@ from job.common.formatting import count, enumeration, figure, p_value, percent, 
 from job.common.methods import METHODS
 from job.evaluation.comparison import of_metric
 from job.evaluation.statistics import wilson_interval
-from job.results.after_run import NEAR, ServeCheck
+from job.records import NEAR, ServeCheck
 
 _SAYS = {
     "improved": "Better than its base at {}.",

@@ -12,7 +12,7 @@ from typing import Any
 
 from job.errors import Problem, SettingsError, VerificationError
 from job.evaluation.samples import Sample
-from job.results.after_run import NEAR, Asked, ServeCheck, margin
+from job.records import NEAR, Asked, ServeCheck, margin
 from job.serving.client import Client
 from job.serving.servers import SERVERS, WAYS
 

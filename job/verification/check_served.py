@@ -11,7 +11,8 @@ from typing import Any
 
 from job.common.formatting import count
 from job.evaluation import samples
-from job.results.after_run import ServeCheck, margin, parse_serve_check
+from job.records import ServeCheck, margin
+from job.results.after_run import parse_serve_check
 from job.runs.layout import SERVED, answers_key, export_side, served_key
 from job.storage.base import read_record
 from job.storage.open import ObjectStore

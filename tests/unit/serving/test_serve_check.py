@@ -17,7 +17,7 @@ import pytest
 
 from job.errors import AccessDenied, SettingsError, Unreachable, VerificationError
 from job.evaluation.samples import Sample
-from job.results.after_run import NEAR, ServeCheck
+from job.records import NEAR, ServeCheck
 from job.serving.check import Served, as_json, as_lines, require_alike, serve_check
 from job.serving.client import Client
 from job.serving.servers import SERVERS, Model, pick, recognized, started

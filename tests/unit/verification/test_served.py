@@ -13,8 +13,8 @@ from job.cli.serve_check import serve_check_command
 from job.common.hashing import sealed
 from job.evaluation import samples
 from job.evaluation.samples import Sample
-from job.records import Pushed
-from job.results.after_run import Asked, ServeCheck, margin, read_after_run, write_serve_check
+from job.records import Asked, Pushed, ServeCheck, margin
+from job.results.after_run import read_after_run, write_serve_check
 from job.runs.layout import pushed_key
 from job.storage.local import LocalStore
 from job.verification.verify import verify
