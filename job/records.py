@@ -308,6 +308,21 @@ class ChoiceScore:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """What a model generated after a prompt.
+
+    Attributes:
+        text: Without the stop text and what may stand behind it, and without special tokens.
+        tokens: How many were generated, those of the stop text included, a token that ends the text not.
+        ended_by: `eos`, `stop` or `length`.
+    """
+
+    text: str
+    tokens: int
+    ended_by: str
+
+
+@dataclass(frozen=True)
 class TaskScores:
     """One model on one task: accuracies as fractions, and for each question, in order, whether its answer is right."""
 
