@@ -381,9 +381,10 @@ def _upload(registry: Any, container: Any, blob: Blob, path: Path) -> None:
         try:
             registry.upload_blob(str(path), container, blob.descriptor, do_chunked=True, chunk_size=_CHUNK)
         except requests.HTTPError as error:
-            if error.response.status_code not in _NO_CHUNKS:
+            answer: Any = error.response
+            if answer.status_code not in _NO_CHUNKS:
                 raise
-            log.get_logger().info("the registry takes no chunks: uploading whole", status=error.response.status_code)
+            log.get_logger().info("the registry takes no chunks: uploading whole", status=answer.status_code)
             _upload_whole(registry, container, blob, path)
     else:
         registry.upload_blob(str(path), container, blob.descriptor, do_chunked=False)
