@@ -140,7 +140,7 @@ def _run_stage(
             )
         track.results(results)
     if processes.leads:
-        _hand_over(attempt.store, results, delivery, () if later else targets(settings), alive)
+        _hand_over(attempt.store, results, delivery, () if later else targets(settings.export), alive)
     return require_gate(results)
 
 
@@ -163,7 +163,7 @@ def _check_inputs(settings: Settings, later: Sequence[Settings]) -> None:
     """Refuses wrong paths and names before the run takes its lease, so that nothing is left behind."""
     begun = _store(settings).read(stage_key(Stage.PULL)) is not None
     check_inputs(settings, later, begun=begun)
-    chosen = () if later else targets(settings)
+    chosen = () if later else targets(settings.export)
     if chosen and (reasons := why_not_served(plain_values(settings))):
         log.get_logger().warning("vLLM does not serve this adapter as it is trained", reasons=reasons)
     try:
@@ -195,7 +195,7 @@ def finished(
         return None
     compare_settings(store, decisive_settings(settings), default_settings())
     log.get_logger().info("this run is complete already", results=f"{store.uri}/{RESULTS}")
-    _hand_over(store, done, delivery, targets(settings), alive)
+    _hand_over(store, done, delivery, targets(settings.export), alive)
     return require_gate(done)
 
 
