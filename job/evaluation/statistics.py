@@ -146,7 +146,7 @@ def _tango_upper(improved: float, regressed: float, n: int, level: float) -> flo
 def _variance(improved: float, regressed: float, theta: float) -> float:
     """Variance of one question's difference if the true one is `theta`; `improved` and `regressed` are fractions."""
     linear = (2 - (improved - regressed)) * theta - improved - regressed
-    root = max(0.0, linear**2 + 8 * regressed * theta * (1 - theta)) ** 0.5  # below 0 only by rounding
+    root = float(max(0.0, linear**2 + 8 * regressed * theta * (1 - theta)) ** 0.5)  # below 0 only by rounding
     regressed_at_theta = (root - linear) / 4
     return 2 * regressed_at_theta + theta * (1 - theta)
 

@@ -14,6 +14,8 @@ from safetensors.numpy import save_file
 
 from job.common.hashing import sealed, unsealed
 from job.errors import AccessDenied, SettingsError, VerificationError
+from job.evaluation.policy import sentence
+from job.report.report import read_report_data, render_report
 from job.results import manifest
 from job.results.reader import open_run
 from job.runs.layout import attempt_key
@@ -494,7 +496,9 @@ def test_a_policy_is_judged_again(gain: str, passed: bool, tmp_path: Path) -> No
     assert results["gate"]["passed"] is passed
     rule = results["gate"]["policy"]["rules"][0]
     assert (rule["outcome"], rule["found"]) == ("met" if passed else "missed", 0.3)
-    assert b"Quality gate by policy" in (folder / "report.html").read_bytes()
+    page = render_report(results, read_report_data(results, lambda one: folder / one.path))
+    assert b"Quality gate by policy" in page
+    assert sentence(rule).encode() in page
     (tmp_path / "work").mkdir()
     assert all(not check.differences for check in verify(LocalStore(folder), tmp_path / "work"))
     for change in (
