@@ -111,7 +111,7 @@ def _loader() -> Any:
     """YAML's safe loader, which also refuses a key given twice and an alias: an alias can unfold without end."""
     import yaml
 
-    class Loader(yaml.SafeLoader):  # type: ignore[misc] - PyYAML has no types
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
         def compose_node(self, parent: Any, index: Any) -> Any:
             if self.check_event(yaml.AliasEvent):
                 mark = self.peek_event().start_mark
