@@ -136,7 +136,7 @@ def test_the_demo_in_every_format(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "when", ["scoring", *(pytest.param(name, marks=pytest.mark.long) for name in ("stage", "quantizing"))]
+    "when", [pytest.param(name, marks=pytest.mark.long) for name in ("scoring", "stage", "quantizing")]
 )
 def test_killed_in_export(environment: dict[str, str], whole: Path, tmp_path: Path, when: str) -> None:
     """Killed before the merge, in the scoring of a candidate, or in quantizing: a restart gives the same bytes."""
