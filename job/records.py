@@ -410,6 +410,54 @@ class AttemptRecord:
 
 
 @dataclass(frozen=True)
+class PromptRow:
+    """A prompt that base and adapter answer.
+
+    Attributes:
+        where: The row or line of the file, or the number of the validation row.
+        text: As the model reads it, without the token that begins a sequence.
+        reference: What the row itself answers; None if it has no answer.
+        ids: The tokens.
+    """
+
+    where: str
+    text: str
+    reference: str | None
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PromptsRecord:
+    """The prompts of `JOB_EVAL__PROMPTS`: where they are from, how many, and SHA-256 over their texts."""
+
+    source: str
+    count: int
+    max_new_tokens: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class PromptAnswer:
+    """A line of `artifacts/prompts/<side>.jsonl`: a prompt and what the base or the adapter answers, greedily.
+
+    Attributes:
+        where: As in `PromptRow`.
+        prompt: The text of the prompt.
+        reference: As in `PromptRow`.
+        answer: Without special tokens.
+        tokens: How many were generated, the one that ends the text not included.
+        ended_by: `eos`, or `length` where JOB_EVAL__PROMPTS_MAX_NEW_TOKENS ended it.
+    """
+
+    where: str
+    prompt: str
+    reference: str | None
+    answer: str
+    tokens: int
+    ended_by: str
+
+
+@dataclass(frozen=True)
 class Pulled:
     """Record of the pull stage: every later attempt has to find the same, in all fields without a default."""
 
@@ -420,6 +468,8 @@ class Pulled:
     """SHA-256 of each task's questions."""
     start_sha256: str | None = field(default=None, metadata={NAMES_THE_RUN: True})
     """Of the adapter that training starts from; None for a new one."""
+    prompts: PromptsRecord | None = field(default=None, metadata={NAMES_THE_RUN: True})
+    """None where JOB_EVAL__PROMPTS is empty."""
 
 
 @dataclass(frozen=True)

@@ -218,7 +218,7 @@ def render(
         return render_messages(row, template, turns=turns)
     fields = row.fields
     if schema == "alpaca":
-        prompt, completion = _alpaca_prompt(fields), fields["output"]
+        prompt, completion = alpaca_prompt(fields), fields["output"]
     elif schema == "prompt_completion":
         prompt, completion = fields["prompt"], fields["completion"]
     else:
@@ -229,7 +229,7 @@ def render(
     return Rendered(f"{row.where} {longest}", text, ((len(prompt), len(text)),), unused=left_out(row, used))
 
 
-def _alpaca_prompt(fields: dict[str, Any]) -> str:
+def alpaca_prompt(fields: dict[str, Any]) -> str:
     """Everything before the output, as tatsu-lab wrote it; with a system prompt and earlier turns where there are."""
     context, system = fields.get("input") or "", fields.get("system") or ""
     begin = system or (_PREAMBLE_WITH_INPUT if context else _PREAMBLE) + _REQUEST

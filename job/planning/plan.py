@@ -18,8 +18,9 @@ from job.common.source_list import parse_sources
 from job.data import licences
 from job.data.batch_plan import steps_per_epoch
 from job.data.examples import lengths_of, target_counts_of
+from job.data.prompts import find_prompts, read_prompts
 from job.data.training_and_validation import what_to_validate_on
-from job.errors import JobError, Problem, SettingsError, combine
+from job.errors import JobError, Problem, SettingsError, combine, named_by
 from job.model.adapter_options import MANY_STEPS, PLAIN, AdapterOptions, make_options
 from job.model.start_adapter import check_start, local_start
 from job.model.tokenizer_files import rows_with
@@ -53,7 +54,7 @@ from job.settings.load import Settings
 from job.settings.training_stages import naming_its_settings, split_stages
 from job.storage.hub import is_reachable
 from job.storage.location import join
-from job.storage.open import StorageOptions, is_remote, open_store, storage_options
+from job.storage.open import StorageOptions, fetch, is_remote, open_store, storage_options
 from job.training import memory_model
 from job.training.config import total_steps
 from job.training.early_stopping import due_steps
@@ -174,6 +175,8 @@ def _look(settings: Settings, folder: Path, show: int) -> _Preflight:
         ),
     )
     checks = [stored, modelled, adapted, tokenized, read, *first, asked, *_check_other_inputs(s, storage)]
+    if s.eval.prompts is not None:
+        checks.append(run_check("prompts", lambda: _preview_prompts(s, data, tokenizer, folder, storage))[0])
     return _Preflight(checks, seconds, model, adapter, tokenizer, data, first_data, questions)
 
 
@@ -205,6 +208,24 @@ def _preview_rows(s: Settings, **how: Any) -> Found[DataFacts]:
             row_weights=s.data.row_weights,
             **how,
         )
+
+
+def _preview_prompts(
+    s: Settings, data: DataFacts | None, tokenizer: Any, folder: Path, storage: StorageOptions
+) -> Found[None]:
+    """Reads the prompts of a file as the job will. Of a number of validation rows the job says if there are fewer."""
+    asked, most = s.eval.prompts, s.train.max_length - s.eval.prompts_max_new_tokens
+    if isinstance(asked, int):
+        held = "rows" if data is None else f"{len(data.validation):,} rows"
+        return "ok", f"{asked:,} of the {held} for validation", None
+    with named_by("JOB_EVAL__PROMPTS", ": "):
+        path = find_prompts(fetch(asked or "", folder / "prompts", storage))
+    if tokenizer is None or data is None:
+        raise NotChecked(f"{asked}: what a prompt is depends on the model and the data, which could not be read")
+    how: dict[str, Any] = {"date": s.data.date, "template_arguments": s.data.chat_template_arguments}
+    found = read_prompts(path, asked or "", tokenizer=tokenizer, schema=data.schema, most_tokens=most, **how)
+    longest = max(len(prompt.ids) for prompt in found)
+    return "ok", f"{len(found):,} in {asked}, the longest of {longest:,} tokens", None
 
 
 def _check_other_inputs(settings: Settings, storage: StorageOptions) -> Iterator[PreflightResult]:

@@ -73,6 +73,7 @@ EXPORT_CARD = "README.md"
 METRICS = f"{ARTIFACTS}metrics.jsonl"
 VALIDATIONS = f"{ARTIFACTS}validation.jsonl"
 LOG_PROBS = f"{ARTIFACTS}reference.jsonl"
+PROMPTS = f"{ARTIFACTS}prompts/"
 TENSORBOARD = f"{ARTIFACTS}tensorboard/"
 REPORT = f"{ARTIFACTS}report.html"
 EXPORT = f"{ARTIFACTS}export/"
@@ -119,6 +120,11 @@ def fault_key(fault: str) -> str:
 def answers_key(task: str, side: str) -> str:
     """Where the answers to a task lie, one question a line; sides: `base`, `adapter`, `baseline`, `export_side`."""
     return f"{ARTIFACTS}evaluation/{task}.{side}.jsonl"
+
+
+def prompts_key(side: str) -> str:
+    """Where the answers to JOB_EVAL__PROMPTS lie, one prompt a line; sides: `base`, `adapter`."""
+    return f"{PROMPTS}{side}.jsonl"
 
 
 def export_side(export: str, candidate: str) -> str:

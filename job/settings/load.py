@@ -82,6 +82,7 @@ def load_settings(
         *_places(settings, request.platform),
         *_revisions(settings, request),
         *_tasks(settings),
+        *_prompts(settings),
         *_validation(settings),
         *_gate(settings),
         *_export(settings),
@@ -302,6 +303,19 @@ def _tasks(settings: Settings) -> Iterator[Fault]:
         )
         what = f"has a file for a task that is not in JOB_EVAL__TASKS{named}; add the task there, or drop the file"
         yield "eval.data", what
+
+
+def _prompts(settings: Settings) -> Iterator[Fault]:
+    asked, most = settings.eval.prompts, settings.eval.prompts_max_new_tokens
+    if asked is None:
+        if not settings.sources["eval.prompts_max_new_tokens"].startswith(("default", "preset")):
+            yield "eval.prompts_max_new_tokens", "has no effect without JOB_EVAL__PROMPTS; give both, or remove it"
+        return
+    if isinstance(asked, int) and settings.data.validation is None:
+        yield "eval.prompts", "is a number of validation rows; give JOB_DATA__VALIDATION too, or a file of prompts"
+    if most >= settings.train.max_length:
+        what = f"must be less than JOB_TRAIN__MAX_LENGTH, {settings.train.max_length}, which prompt and answer share"
+        yield "eval.prompts_max_new_tokens", what
 
 
 def _sources(settings: Settings) -> Iterator[Fault]:

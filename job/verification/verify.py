@@ -30,6 +30,7 @@ from job.verification.check_figures import check_cost, check_evaluation, check_g
 from job.verification.check_first_stage import check_first_stage
 from job.verification.check_history import check_attempts, check_settings, check_stages, fingerprint_of
 from job.verification.check_preferences import check_preferences
+from job.verification.check_prompts import check_prompts
 from job.verification.check_pushes import check_pushes
 from job.verification.check_served import check_served
 from job.verification.differences import CheckResult, Difference, show
@@ -99,7 +100,16 @@ def verify(
         check_gate(results, copies),
         check_training(results, copies),
         check_validation(results, copies),
-        *filter(None, [check_preferences(results, copies), check_exports(results, copies), pushes, served]),
+        *filter(
+            None,
+            [
+                check_prompts(results, copies),
+                check_preferences(results, copies),
+                check_exports(results, copies),
+                pushes,
+                served,
+            ],
+        ),
         check_cost(results),
         check_settings(results, copies),
         check_stages(results, copies, run),

@@ -489,6 +489,8 @@ BAD_VALUES: list[tuple[str, list[str]]] = [
     ("checkpoint.every_steps", ["0"]),
     ("checkpoint.keep", ["0"]),
     ("eval.tasks", ["", "a,a", "[]", '["a", 1]', "[[[["]),
+    ("eval.prompts", ["0", "-1", "1001", "0.5", "https://host/x", "a\x00b"]),
+    ("eval.prompts_max_new_tokens", ["0", "-1", "x"]),
     ("eval.data", ["x", "a=1,a=2", "{", "[]", '{"arc_easy": 1}', '{"arc_easy": "ftp://x"}', "arc_esay=x.jsonl"]),
     ("export.formats", ["merge", "merged,merged", "gguf"]),
     ("export.merge_onto", ["", "nf4"]),
