@@ -214,7 +214,7 @@ def estimates(run: RunShape) -> Iterator[Estimate]:
 
 def _of_exports(run: RunShape, setup: Setup, basis: Basis) -> Iterator[Estimate]:
     if run.exported:
-        note = f"{run.exported} candidates in 16 bits, of which one is published"
+        note = f"{run.exported} models, all counted in 16 bits; of several merges one is published"
         yield Estimate("exported models", run.export_bytes, "bytes", basis, note)
         candidates = run.exported - len(run.derived)
         yield Estimate("merging", candidates * _merging(setup), "s", "assumed", "on one processor core")

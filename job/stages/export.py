@@ -10,7 +10,9 @@ that is complete in the store is not made again.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -263,6 +265,8 @@ def _derived(own: _Export, name: str, candidate: str, merged: _Files) -> Iterato
         try:
             record = replace(found.make(inputs), calibration=calibration)
         except CannotMake as error:
+            if os.strerror(errno.ENOSPC) in str(error):  # of a process of its own: another machine can make it
+                raise Unreachable(f"{name} cannot be made, since the disk is full: {error}") from error
             return {_NOT_MADE: str(error)}
         shutil.rmtree(inputs.work, ignore_errors=True)
         return {**_told(_Files.of(inputs.folder)), _OF_QUANTIZED: asdict(record)}

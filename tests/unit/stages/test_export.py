@@ -301,6 +301,10 @@ def test_calibration_rows_are_those_of_the_batch_plan(
     assert (calibration.rows, calibration.tokens, calibration.rows_sha256) == (5, 15, hash_rows(order))
 
 
+def _raise(error: Exception) -> QuantizationRecord:
+    raise error
+
+
 def test_what_cannot_be_made_does_not_lose_the_run(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -311,6 +315,10 @@ def test_what_cannot_be_made_does_not_lose_the_run(
 
     monkeypatch.setitem(DERIVED, "fp8", replace(DERIVED["fp8"], make=make))  # type: ignore[misc]
     found = run(world, tmp_path / "run", "--export.formats=merged,fp8", "--export.merge_onto=original")
+    full = replace(DERIVED["fp8"], make=lambda _inputs: _raise(CannotMake("it ended: No space left on device")))
+    monkeypatch.setitem(DERIVED, "fp8", full)  # type: ignore[misc]
+    with pytest.raises(Unreachable, match="fp8 cannot be made, since the disk is full"):
+        run(world, tmp_path / "full", "--export.formats=fp8", "--export.merge_onto=original")
     merged, failed = found.exports
     assert merged.published
     assert artifacts_below(found, "merged/")
