@@ -19,12 +19,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from job.common.near_duplicates import row_hash
 from job.data.chat_template import Template, TemplateRefusalError
 from job.data.fields import Rendered, check_target, check_text, is_empty, left_out
 from job.data.formats import Row, RowError, type_name
 from job.data.text_tokenizer import TextTokenizer
 from job.data.tokenization import Encoded, encode
-from job.data.validation_split import row_hash
 from job.records import Example
 
 PreferenceSchema = Literal["preference", "unpaired_preference"]
@@ -67,7 +67,7 @@ class EncodedAnswers:
 
     @property
     def compared_by(self) -> bytes:
-        """The row's `validation_split.row_hash`, which its first answer has."""
+        """The row's `near_duplicates.row_hash`, which its first answer has."""
         return self.sides[0].compared_by
 
     @property

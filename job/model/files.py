@@ -295,7 +295,9 @@ def build_empty(folder: Path, config: Any) -> Any:
     from transformers.initialization import no_init_weights
 
     with readable(folder, "has a config.json of which no model can be built"), torch.device("meta"), no_init_weights():
-        return AutoModelForCausalLM.from_config(config, attn_implementation="eager", trust_remote_code=False)
+        empty = AutoModelForCausalLM.from_config(config, attn_implementation="eager", trust_remote_code=False)
+        empty.tie_weights()  # which is part of the initialization that was left out
+    return empty
 
 
 def check_weights(folder: Path, config: Any, empty: Any) -> None:

@@ -222,7 +222,7 @@ def _check_other_inputs(settings: Settings, storage: StorageOptions) -> Iterator
     def check_baseline() -> Found[None]:
         return "ok", f"the gate compares with run {read_baseline(baseline or '', storage).run}", None
 
-    if (chosen := targets(settings)) and (reasons := why_not_served(plain_values(settings))):
+    if (chosen := targets(settings.export)) and (reasons := why_not_served(plain_values(settings))):
         yield PreflightResult(
             "serving", "note", f"vLLM does not serve this adapter as it was trained: {'; '.join(reasons)}"
         )

@@ -31,7 +31,7 @@ from job.push.hub import HubTarget
 from job.push.oci import OciTarget
 from job.records import Pushed
 from job.runs.layout import pushed_key
-from job.settings.load import Settings
+from job.settings.schema import Export
 from job.storage.base import read_record
 from job.storage.open import ObjectStore
 from job.storage.verified_download import fetch_artifact
@@ -71,9 +71,8 @@ class Target(Protocol):
         """Pushes, unless it is there; returns what names this version for good: a commit, a digest."""
 
 
-def targets(settings: Settings) -> tuple[Target, ...]:
+def targets(export: Export) -> tuple[Target, ...]:
     """Those that the settings name."""
-    export = settings.export
     found: list[Target] = []
     if export.hub is not None:
         found.append(HubTarget(export.hub, export.hub_revision, export.hub_private))

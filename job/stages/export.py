@@ -175,7 +175,15 @@ def _make_merged(own: _Export, loaded: Loaded) -> tuple[dict[str, _Files], str]:
         made = {}
         for name in merges.names:
             folder = attempt.work / "candidates" / MERGED / name
-            write_merged(loaded.model, plan, name, folder, tokenizer=own.sources.tokenizer, alive=attempt.alive)
+            write_merged(
+                loaded.model,
+                plan,
+                name,
+                folder,
+                tokenizer=own.sources.tokenizer,
+                added_tokens=own.settings.model.add_tokens,
+                alive=attempt.alive,
+            )
             made[name] = _told(_Files.of(folder))
         return {"only": merges.only, "made": made}
 

@@ -506,8 +506,9 @@ def test_other_inputs_under_the_same_id_are_refused(
         path.write_bytes(before)
     assert ended.code == 65
     (error,) = errors(ended)
-    where = "dataset" if changed == "rows" else "model_sha256"
-    assert error["problems"] == [f"{where}: has changed since the first attempt of this run"]
+    where = "JOB_DATA__SOURCE" if changed == "rows" else "JOB_MODEL__ID"
+    what = "what it names has changed since the first attempt of this run; put it back, or start a new run"
+    assert error["problems"] == [f"{where}: {what}"]
     assert not (ended.run / "results.json").exists()
 
 

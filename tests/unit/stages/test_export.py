@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,7 +34,6 @@ from job.stages.export import check_export, export
 from job.stages.handoff import Loaded, Sources
 from job.storage.local import LocalStore
 from job.storage.open import ObjectStore
-from tests import warm
 from tests.example_run import DATASET, TRAINING
 from tests.helpers import arc_rows, fill_adapter, make_base, make_model, write_jsonl
 from tests.wrapped_store import WrappedStore
@@ -220,8 +217,8 @@ def test_what_cannot_be_exported_is_refused_before_training(
         monkeypatch.setattr("job.common.resources.MARGIN_BYTES", 1 << 60)
         with pytest.raises(Unreachable, match="of disk are free"):
             check_export(attempt, world.settings(), base, loaded)
-        loaded.model.peft_config["default"].modules_to_save = ["lm_head"]
-        with pytest.raises(SettingsError, match="JOB_EXPORT__FORMATS: the adapter has biases, whole modules or tokens"):
+        loaded.model.peft_config["default"].bias = "all"
+        with pytest.raises(SettingsError, match="JOB_EXPORT__FORMATS: the adapter has biases of its own"):
             check_export(attempt, world.settings(), base, loaded)
 
 
@@ -341,15 +338,13 @@ GGUF = ("--export.formats=gguf:q8_0", "--export.merge_onto=original")
 
 
 @pytest.fixture
-def _forked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """llama.cpp's process is forked, and scores are kept after every question."""
-    forked = SimpleNamespace(Popen=warm.LlamaCppProcess, PIPE=subprocess.PIPE)
-    monkeypatch.setattr("job.export.gguf.subprocess", forked)
+def _scores_are_kept_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores are kept after every question."""
     monkeypatch.setattr("job.evaluation.score_cache.SAVE_SECONDS", 0.0)
 
 
 @pytest.mark.long
-@pytest.mark.usefixtures("_forked")
+@pytest.mark.usefixtures("_scores_are_kept_at_once")
 def test_gguf_is_scored_on_the_same_questions_and_resumes_by_its_scores(world: World, tmp_path: Path) -> None:
     """Ended in the middle of scoring and before the upload: the kept scores are taken up, all bytes are the same."""
     undisturbed = run(world, tmp_path / "undisturbed", *GGUF)
