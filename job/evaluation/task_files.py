@@ -33,7 +33,9 @@ from job.data.formats import Row, RowError, read_rows, reader_of
 from job.errors import DataError, Problem, SettingsError
 
 ENDINGS = (".yaml", ".yml")
-MAX_BYTES = 1 << 20
+MAX_BYTES = 1 << 16
+MAX_BRACKETS = 2_000
+"""PyYAML takes the square of the depth of nested brackets, minutes for a file of this size."""
 MOST = 100
 """Examples in a prompt, or answers to one question."""
 FORMATS = ("json", "csv", "parquet", "arrow")
@@ -130,6 +132,8 @@ def _read(path: Path) -> bytes:
         raise SettingsError([Problem("JOB_EVAL__TASKS", what)]) from error
     if len(text) > MAX_BYTES:
         raise SettingsError([Problem(str(path), f"has more than {MAX_BYTES:,} bytes")])
+    if text.count(b"[") + text.count(b"{") > MAX_BRACKETS:
+        raise SettingsError([Problem(str(path), f"has more than {MAX_BRACKETS:,} brackets; data belongs beside it")])
     return text
 
 
