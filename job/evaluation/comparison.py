@@ -43,6 +43,7 @@ def compare_tasks(base: Mapping[str, TaskScores], adapter: Mapping[str, TaskScor
             "task_hash": scores.task_hash,
             "version": scores.version,
             "n": scores.n,
+            **({"num_fewshot": scores.num_fewshot} if scores.num_fewshot else {}),
             "base": _scores(base[name]),
             "adapter": _scores(scores),
             **_comparison(acc[name], holm[name]),
@@ -73,7 +74,7 @@ def compare_export(
         DataError: The questions or prompts of a task differ.
     """
     versus = {"versus_base": compare_tasks(base, exported), "versus_adapter": compare_tasks(adapter, exported)}
-    not_of_acc = {"source", "task_hash", "version", "n", "base", "adapter", "acc_norm"}
+    not_of_acc = {"source", "task_hash", "version", "n", "num_fewshot", "base", "adapter", "acc_norm"}
     return {
         task: {
             "n": scores.n,

@@ -10,6 +10,7 @@ figures can be computed again from the published samples.
 | 95 % interval of a difference | Tango's score interval (1998) |
 | smallest difference the test can detect | exact power of McNemar's test, Duffy (1984) |
 | p value of a difference above a margin | one-sided McNemar at 0, else Tango's score test (1998) |
+| difference of averages and perplexities | paired t test of a ratio of sums, Cochran (1977) |
 | several tasks at once | Holm's step-down adjustment (1979) |
 | interval of one accuracy | Wilson's score interval (1927) |
 """
@@ -210,6 +211,34 @@ def minimum_detectable_effect(n: int, discordant: int, *, alpha: float = 0.05, p
         return float(power - np.sum(binom.pmf(pairs, n, discordance) * detected))
 
     return 1.0 if shortfall(1.0) > 0 else float(brentq(shortfall, 1 / n, 1.0, xtol=1e-12))
+
+
+def paired_ratio(
+    differences: Sequence[float], weights: Sequence[float], *, level: float = 0.95
+) -> tuple[float, tuple[float, float], float]:
+    """The ratio R of the sums of paired differences d and of weights w: estimate, interval, two-sided p value of R = 0.
+
+    Its variance is n / (n - 1) * sum((d - R w)^2) / sum(w)^2: W. G. Cochran (1977), Sampling Techniques, third edition,
+    section 6.4, for a sample of an infinite population. With equal weights this is the paired t test. Interval and p
+    value are by Student's t with n - 1 degrees of freedom.
+
+    Args:
+        differences: One for each question: after less before.
+        weights: Of the same questions; above 0.
+        level: Confidence level, a fraction.
+    """
+    from math import fsum
+
+    from scipy.stats import t
+
+    n, total = len(differences), fsum(weights)
+    ratio = fsum(differences) / total
+    spread = fsum((d - ratio * w) ** 2 for d, w in zip(differences, weights, strict=True))
+    error = (n / (n - 1) * spread) ** 0.5 / total
+    if error == 0:  # all alike: without a difference nothing is shown, and with one only that it is the same everywhere
+        return ratio, (ratio, ratio), 1.0 if ratio == 0 else 0.0
+    half = float(t.ppf((1 + level) / 2, n - 1)) * error
+    return ratio, (ratio - half, ratio + half), float(2 * t.sf(abs(ratio) / error, n - 1))
 
 
 def holm(p: Sequence[float]) -> list[float]:

@@ -168,6 +168,8 @@ def _look(settings: Settings, folder: Path, show: int) -> _Preflight:
         lambda: preview_questions(
             s.eval.tasks,
             s.eval.data,
+            s.eval.num_fewshot,
+            needed_by=s.need_choices,
             tokenizer=tokenizer,
             limit=s.eval.limit,
             max_length=s.train.max_length,

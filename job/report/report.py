@@ -142,11 +142,12 @@ def render_report(results: Mapping[str, Any], evidence: ReportData, after: After
             key: results[key] for key in ("run", "model", "dataset", "training", "gate", "hardware", "software", "cost")
         },
         harness=results["evaluation"]["harness"],
+        measured=results["evaluation"].get("measured", {}),
         learned=wording.learned(results["training"]),
         tasks=tasks,
         headline=wording.headline(tasks),
         explanations={name: wording.explanation(name, task, len(tasks)) for name, task in tasks.items()},
-        scope=wording.SCOPE,
+        scope=wording.scope(results["evaluation"]["tasks"]),
         exports=wording.exports(results),
         policy_rules=wording.policy_rules(results["gate"]),
         pushed=after.pushed,

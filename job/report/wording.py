@@ -19,10 +19,24 @@ _SAYS = {
 }
 MAX_NAMES = 3
 
-SCOPE = (
-    "This is about these questions, asked without examples in the prompt. It says nothing about other tasks, or about "
-    "how the adapter writes."
-)
+
+def scope(tasks: Mapping[str, Any]) -> str:
+    """What the figures are about, and what they are not about."""
+    how = "" if any(task.get("num_fewshot") for task in tasks.values()) else ", asked without examples in the prompt"
+    return f"This is about these questions{how}. It says nothing about other tasks, or about how the adapter writes."
+
+
+def shots(evaluation: Mapping[str, Any]) -> str:
+    """With how many examples in the prompt the questions were asked."""
+    found = {
+        name: task.get("num_fewshot", 0)
+        for name, task in (*evaluation["tasks"].items(), *evaluation.get("measured", {}).items())
+    }
+    if not any(found.values()):
+        return "without examples in the prompt"
+    return "with " + enumeration(
+        [f"{count(number, 'example')} in the prompt of {name}" for name, number in found.items()]
+    )
 
 
 def headline(tasks: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -12,10 +12,12 @@ from pydantic import TypeAdapter, ValidationError
 from job.common.formatting import count
 from job.common.validation import first_error
 from job.data.batch_plan import steps_per_epoch
+from job.errors import JobError
 from job.evaluation.comparison import compare_tasks, judge
+from job.evaluation.measured import compare_measured, measured_from
 from job.evaluation.policy import Policy
-from job.evaluation.samples import HASHES, Sample, contradiction, parse, task_scores
-from job.records import AttemptRecord, StepMetrics, TaskScores, ValidationMetrics
+from job.evaluation.samples import HASHES, Sample, contradiction, parse, parse_measured, task_scores
+from job.records import AttemptRecord, MeasuredScores, StepMetrics, TaskScores, ValidationMetrics
 from job.results.adapter_facts import CONFIG, WEIGHTS, adapter_facts
 from job.results.cost import compute_cost
 from job.results.training_totals import training_totals
@@ -45,8 +47,34 @@ def check_evaluation(results: Mapping[str, Any], copies: Copies) -> CheckResult:
         found = compare_tasks(*(scores_of(by_task[side], tasks, side) for side in ("base", "adapter")))
         differences += find_differences(f"{RESULTS} evaluation.tasks", tasks, found)
     questions = sum(len(records) for records in by_task["adapter"].values())
-    extent = f"{count(len(tasks), 'task')}, {count(questions, 'question')} answered twice"
+    measured = results["evaluation"].get("measured", {})
+    differences += _measured(measured, copies)
+    questions += sum(found["n"] for found in measured.values())
+    extent = f"{count(len(tasks) + len(measured), 'task')}, {count(questions, 'question')} answered twice"
     return CheckResult("evaluation", extent, tuple(differences))
+
+
+def _measured(tasks: Mapping[str, Any], copies: Copies) -> Iterator[Difference]:
+    """What is wrong with the tasks without choices, from their samples."""
+    sides: dict[str, dict[str, MeasuredScores]] = {"base": {}, "adapter": {}}
+    wrong = False
+    for side, scores in sides.items():
+        for task, claimed in tasks.items():
+            path = answers_key(task, side)
+            try:
+                scores[task] = measured_from(parse_measured(copies[path].read_bytes()), task, claimed, side)
+            except (KeyError, ValueError) as error:
+                wrong = True
+                what = "nothing that can be read" if isinstance(error, KeyError) else str(error)
+                yield Difference(path, "one record a question", what)
+    if wrong:
+        return
+    try:
+        found = compare_measured(sides["base"], sides["adapter"])
+    except (JobError, ArithmeticError) as error:
+        yield Difference(f"{RESULTS} evaluation.measured", "the same questions asked of both", str(error))
+    else:
+        yield from find_differences(f"{RESULTS} evaluation.measured", tasks, found)
 
 
 def check_gate(results: Mapping[str, Any], copies: Copies) -> CheckResult:
@@ -165,6 +193,7 @@ def scores_of(by_task: SamplesByTask, tasks: Mapping[str, Any], side: str) -> di
             source=tasks[task]["source"],
             version=tasks[task]["version"],
             reused_from=tasks[task][side]["reused_from"],
+            num_fewshot=tasks[task].get("num_fewshot", 0),
         )
         for task, records in by_task.items()
     }
