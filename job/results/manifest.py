@@ -183,6 +183,15 @@ def summary(results: Mapping[str, Any], where: str) -> list[str]:
         lines.append(f"{name}, {task['n']:,} questions: accuracy {before:.2f} % -> {after:.2f} % ({interval})")
         counts = f"{task['improved']} questions better and {task['regressed']} worse"
         lines.append(f"verdict: {task['verdict']}, {counts}, McNemar p = {task['mcnemar_p']:.2g}")
+    original = results["evaluation"].get("full_precision") or {"tasks": {}}
+    if original.get("not_scored"):
+        lines.append(f"the unquantized base was not scored: {original['not_scored']}")
+    for name, one in original["tasks"].items():
+        cost, left = (100 * one[f"{side}_versus_original"]["acc"]["delta"] for side in ("base", "adapter"))
+        lines.append(
+            f"{name}, unquantized base: {100 * one['scores']['acc']:.2f} %; quantization {cost:+.2f}, "
+            f"adapter against it {left:+.2f}"
+        )
     lines += [_export_line(export) for export in results.get("exports", ())]
     lines.append(_cost_line(cost, len(results["run"]["attempts"])))
     if any(artifact["path"] == REPORT for artifact in results["artifacts"]):
