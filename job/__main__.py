@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import NoReturn
 
@@ -17,6 +18,7 @@ def run() -> NoReturn:
     """
     garbage_collection.disable()
     _open_what_is_closed()
+    _undo_inherited_signals()
     from job.cli.main import main
 
     code = main()
@@ -43,6 +45,17 @@ def _open_what_is_closed() -> None:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # noqa: FBT003 - the lowest number that is free
             stream = open(number, "r" if number == 0 else "w", encoding="utf-8", closefd=False)  # noqa: SIM115 - stays open: it is a standard stream
             setattr(sys, name, stream)
+
+
+def _undo_inherited_signals() -> None:
+    """Undoes what the parent process set for itself: blocked signals, and CHLD ignored.
+
+    Else the request to stop would not arrive, and the exit codes of this process's own children would be lost: Python
+    takes them for 0.
+    """
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 if __name__ == "__main__":

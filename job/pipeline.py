@@ -49,6 +49,16 @@ from job.tracking.trackers import Tracking, tracking
 if TYPE_CHECKING:
     from job.stages.handoff import Loaded
 
+_SETTING_OF = {
+    "dataset": "JOB_DATA__SOURCE",
+    "model_sha256": "JOB_MODEL__ID",
+    "model_revision": "JOB_MODEL__REVISION",
+    "questions": "JOB_EVAL__TASKS",
+    "start_sha256": "JOB_LORA__START",
+    "prompts": "JOB_EVAL__PROMPTS",
+}
+"""Field of `Pulled` -> the setting that names what it is about."""
+
 
 def run(
     settings: Settings,
@@ -130,7 +140,7 @@ def _run_stage(
             )
         track.results(results)
     if processes.leads:
-        _hand_over(attempt.store, results, delivery, () if later else targets(settings), alive)
+        _hand_over(attempt.store, results, delivery, () if later else targets(settings.export), alive)
     return require_gate(results)
 
 
@@ -153,7 +163,7 @@ def _check_inputs(settings: Settings, later: Sequence[Settings]) -> None:
     """Refuses wrong paths and names before the run takes its lease, so that nothing is left behind."""
     begun = _store(settings).read(stage_key(Stage.PULL)) is not None
     check_inputs(settings, later, begun=begun)
-    chosen = () if later else targets(settings)
+    chosen = () if later else targets(settings.export)
     if chosen and (reasons := why_not_served(plain_values(settings))):
         log.get_logger().warning("vLLM does not serve this adapter as it is trained", reasons=reasons)
     try:
@@ -185,7 +195,7 @@ def finished(
         return None
     compare_settings(store, decisive_settings(settings), default_settings())
     log.get_logger().info("this run is complete already", results=f"{store.uri}/{RESULTS}")
-    _hand_over(store, done, delivery, targets(settings), alive)
+    _hand_over(store, done, delivery, targets(settings.export), alive)
     return require_gate(done)
 
 
@@ -279,7 +289,8 @@ def _load(attempt: Attempt, settings: Settings, sources: Sources) -> Loaded:
                 attempt.keep(name, json.dumps(asdict(record)))
     known, found = map(identity, (attempt.stage(Stage.PULL, Pulled, lambda: sources.record), sources.record))
     if changed := [name for name, value in known.items() if found.get(name) != value]:
-        raise DataError([Problem(name, "has changed since the first attempt of this run") for name in changed])
+        what = "what it names has changed since the first attempt of this run; put it back, or start a new run"
+        raise DataError([Problem(_SETTING_OF[name], what) for name in changed])
     return loaded
 
 

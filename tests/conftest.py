@@ -87,13 +87,14 @@ def _fresh_log_context() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _templates_are_rendered_by_forks() -> Iterator[None]:
+def _helper_processes_are_forked() -> Iterator[None]:
     """A process that renders chat templates starts in a second; forked, it has the same bounds and starts at once."""
-    from job.data import chat_template
+    from job.common import helper_process
     from tests import warm
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chat_template, "subprocess", SimpleNamespace(Popen=warm.TemplateProcess, PIPE=subprocess.PIPE))
+        forking = SimpleNamespace(Popen=warm.start_helper_process, PIPE=subprocess.PIPE)
+        patch.setattr(helper_process, "subprocess", forking)
         yield
 
 

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, ClassVar, TextIO
+from typing import IO, Any, ClassVar, TextIO
 
 ROOT = Path(__file__).parents[1]
 ADDRESS = "QLORA_JOB_TESTS_FORK_SERVER"
@@ -173,20 +173,35 @@ def run(
     return subprocess.CompletedProcess(["qlora-job", *words], code, *texts)
 
 
-class TemplateProcess:
-    """What `job.data.chat_template` starts, forked: the part of `subprocess.Popen` that it uses."""
+FORKED = ("job.data.template_process", "job.export.llama_cpp_process")
+"""Modules whose helper processes take long to start; the server has imported what they need."""
 
-    source = "from job.data.template_process import main; main()"
 
-    def __init__(self, _command: Sequence[str], *, stderr: IO[bytes], **_: object) -> None:
+def start_helper_process(command: Sequence[str], **how: Any) -> HelperProcess | subprocess.Popen[bytes]:
+    """In place of the `subprocess.Popen` of `job.common.helper_process`: forks where that is faster."""
+    return HelperProcess(command, **how) if command[3] in FORKED else subprocess.Popen(command, **how)
+
+
+class HelperProcess:
+    """What `job.common.helper_process` starts, forked: the part of `subprocess.Popen` that is used."""
+
+    last: ClassVar[HelperProcess]
+
+    def __init__(self, command: Sequence[str], *, stderr: IO[bytes], **_: object) -> None:
+        HelperProcess.last = self
         question, ask = os.pipe()
         answer, say = os.pipe()
-        place = {"input": question, "output": say, "errors": stderr.fileno()}
-        member = Member([], {}, source=self.source, **place)  # type: ignore[arg-type]
+        _, _, source, *words = command
+        member = Member(words, {}, source=source, input=question, output=say, errors=stderr.fileno())
         self._processes = Processes([member])
         os.close(question)
         os.close(say)
         self.stdin, self.stdout = os.fdopen(ask, "wb"), os.fdopen(answer, "rb")
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._processes.pid
 
     def kill(self) -> None:
         """Kills it."""
@@ -205,22 +220,6 @@ class TemplateProcess:
         self.wait()
         self.stdout.close()
         self.stdin.close()
-
-
-class LlamaCppProcess(TemplateProcess):
-    """What `job.export.gguf` starts, forked."""
-
-    source = "from job.export.llama_cpp_process import main; main()"
-    last: ClassVar[LlamaCppProcess]
-
-    def __init__(self, _command: Sequence[str], *, stderr: IO[bytes], **_: object) -> None:
-        super().__init__(_command, stderr=stderr)
-        LlamaCppProcess.last = self
-
-    @property
-    def pid(self) -> int:
-        """Its process id."""
-        return self._processes.pid
 
 
 @contextmanager

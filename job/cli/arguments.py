@@ -130,9 +130,15 @@ COMMANDS = {
             Argument("RESULTS", _RUN_HELP),
             Argument("--served", "adapter, or an exported format (default: what the gate judged)", metavar="FORMAT"),
             Argument("--url", "a server that runs, http://host:port (default: one is started here)", metavar="URL"),
-            Argument("--server", "vllm, llama.cpp or transformers (default: as it is recognized)", metavar="KIND"),
+            Argument(
+                "--server",
+                "vllm, llama.cpp or transformers (default: as it is recognized, or the first that is installed). "
+                "The last two come with pip install 'qlora-job[export]', vllm from an environment of its own on PATH",
+                metavar="KIND",
+            ),
             Argument("--model", "its name of the model (default: the last that it lists)", metavar="NAME"),
             Argument("--questions", "how many to ask (default: 50)", metavar="N"),
+            Argument("--record", "also keep what was found in the run's folder, for report and verify"),
             _format("table", "json"),
         ),
         settings="reading",

@@ -19,7 +19,7 @@ from job.push.push import TARGETS, Target, content_of, push_run, targets
 from job.results.completed import require_gate
 from job.results.reader import open_run, read_published
 from job.settings.field_types import explain
-from job.settings.schema import Settings
+from job.settings.schema import Export
 from job.verification.verify import require_verified, verify
 
 _OPTIONS = {"--hub": "hub", "--hub-revision": "hub_revision", "--oci": "oci"}
@@ -79,7 +79,7 @@ def _targets(given: Arguments, results: Mapping[str, Any]) -> tuple[Target, ...]
         values = {name: own[name] for name in _OWN if name in own} | values
     values |= {name: value for flag, (name, value) in _FLAGS.items() if flag in given.flags}
     try:
-        chosen = targets(Settings.model_validate({"export": values}))
+        chosen = targets(Export.model_validate(values))
     except ValidationError as error:
         options = {name: option for option, name in _OPTIONS.items()}
         records = error.errors(include_url=False, include_input=False)

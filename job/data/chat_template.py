@@ -7,23 +7,17 @@ import os
 import re
 import select
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryFile
-from typing import IO, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
+from job.common.helper_process import HelperProcess, start_helper
 from job.data.template_process import OUT_OF_BOUNDS, SECONDS
 from job.errors import DataError, JobError, Problem, SettingsError
 
-_START = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv.pop()); from job.data.template_process import main; main()"
-)
-"""With the modules of this process: where it found them, `python -m` need not find the same."""
 _LOOK_SECONDS = 0.5
 _READ_BYTES = 1 << 20
 _WHERE = "JOB_MODEL__ID"
@@ -160,22 +154,10 @@ def run_template(program: Program, alive: Callable[[], None] = lambda: None) -> 
     Raises:
         JobError: The process does not start.
     """
-    with TemporaryFile() as errors:
-        process = subprocess.Popen(  # noqa: S603 - this interpreter, with a program of ours
-            [sys.executable, "-c", _START, json.dumps(sys.path)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            start_new_session=True,  # Ctrl-C is for the job, which ends this process when it ends
-        )
-        try:
-            rendering = _Rendering(process, errors, alive, program["marks"])
-            rendering.ask(program)
-            yield rendering
-        finally:
-            process.kill()
-            with suppress(OSError):  # its pipe is broken already
-                process.communicate()
+    with start_helper("job.data.template_process") as helper:
+        rendering = _Rendering(helper, alive, program["marks"])
+        rendering.ask(program)
+        yield rendering
 
 
 def _find_marked(own: Mapping[str, str]) -> tuple[Literal["own", "trl"] | None, Mapping[str, str]]:
@@ -220,14 +202,8 @@ class _StandIn:
 class _Rendering:
     """Renders conversations in the process, one after the other."""
 
-    def __init__(
-        self,
-        process: subprocess.Popen[bytes],
-        errors: IO[bytes],
-        alive: Callable[[], None],
-        marks: Literal["own", "trl"] | None,
-    ) -> None:
-        self._process, self._errors, self._alive = process, errors, alive
+    def __init__(self, helper: HelperProcess, alive: Callable[[], None], marks: Literal["own", "trl"] | None) -> None:
+        self._helper, self._alive = helper, alive
         self.marks = marks
 
     def __call__(
@@ -265,12 +241,10 @@ class _Rendering:
         """Sends a line of JSON and returns the answer to it."""
         # Dates and bytes, as Parquet has them, have no JSON form; transformers gives templates the same placeholder.
         line = json.dumps(what, default=lambda value: f"<{type(value).__name__}>").encode() + b"\n"
-        to, source = self._process.stdin, self._process.stdout
-        if to is None or source is None:
-            raise RuntimeError("the process has no pipes")
+        source = self._helper.stdout
         try:
-            to.write(line)
-            to.flush()
+            self._helper.stdin.write(line)
+            self._helper.stdin.flush()
         except BrokenPipeError:
             raise self._ended() from None
         parts: list[bytes] = []
@@ -286,13 +260,12 @@ class _Rendering:
 
     def _ended(self) -> JobError:
         """The error for a process that has ended, by its exit status."""
-        code = self._process.wait()
-        self._errors.seek(0)
-        last = (self._errors.read().decode(errors="replace").strip().splitlines() or [""])[-1]
+        code = self._helper.process.wait()
+        last = self._helper.last_error_line()
         if code == -signal.SIGXCPU:
             what = f"does not come to an end: one conversation took more than {SECONDS} s"
         elif code < 0 or "MemoryError" in last:
             what = f"ends the process that renders it ({code}): it takes too much memory, or nests without end"
         else:
-            return JobError(f"the process that renders chat templates failed: {last[:500]}")
+            return JobError(f"the process that renders chat templates failed: {last}")
         return DataError([Problem(_WHERE, f"its chat template {what}; use another model")])

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, Literal
 
+from job.common.near_duplicates import row_hash
 from job.data.fields import Rendered
 from job.data.formats import RowError
 from job.data.text_tokenizer import TextTokenizer
-from job.data.validation_split import row_hash
 from job.records import Example
 
 LossOn = Literal["all", "completion", "assistant", "last"]
@@ -35,7 +35,7 @@ class Encoded:
         unused: The fields of the row that were left out.
         long: Counts of what was done because the row is too long.
         where: Where the row stands.
-        compared_by: The row's `validation_split.row_hash`, where rows are compared.
+        compared_by: The row's `near_duplicates.row_hash`, where rows are compared.
         weight: As in `Rendered`.
     """
 
@@ -185,6 +185,9 @@ def _ids_and_targets(
     if twice:
         ids, targets = ids[1:], targets[1:]
     if eos is not None:
+        # The text ends with the token that the tokenizer puts behind as well.
+        if ids[-2:] == [eos, eos] and encoding.special_tokens_mask[-1]:
+            ids, targets = ids[:-1], targets[:-1]
         # As a token, not by writing its text behind the row's: a tokenizer may strip what stands before it.
         if ids[-1:] != [eos]:
             ids = [*ids, eos]

@@ -11,13 +11,14 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from job.common.near_duplicates import RowHashes
 from job.common.source_list import Source
 from job.data.dataset import load_examples, paired
 from job.data.examples import Examples
 from job.data.notes import Notes
 from job.data.preferences import EncodedAnswers
 from job.data.tokenization import Encoded
-from job.data.validation_split import RowHashes, count_overlap, hold_out
+from job.data.validation_split import count_overlap, hold_out
 from job.errors import DataError, Problem, combine
 from job.records import DatasetRecord, RowsRecord, ValidationRows
 

@@ -14,7 +14,6 @@ import json
 import os
 import signal
 import struct
-import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,10 +23,10 @@ from dataclasses import asdict, dataclass
 from itertools import accumulate, islice
 from pathlib import Path
 from queue import SimpleQueue
-from tempfile import TemporaryFile
 from typing import IO, Any, BinaryIO, Self
 
 from job import log
+from job.common.helper_process import HelperProcess, start_helper
 from job.common.resources import available_bytes
 from job.data.chat_template import Program, make_program, run_program, run_template
 from job.data.formats import Line, LineDecoder, Lines, Row, RowError
@@ -44,8 +43,6 @@ _CHUNK_CHARACTERS = 2 << 20
 _LOOK_SECONDS = 0.5
 _CHECKED_ROWS = 200
 """Rows on which a worker's tokenizer is compared with the one that it was made from."""
-_START = "import json, sys; sys.path[:] = json.loads(sys.argv.pop()); from job.data.workers import main; main()"
-"""With the modules of this process: where it found them, `python -m` need not find the same."""
 _WORKER_BYTES = 512 << 20
 """Memory that must be available for each worker; with a large tokenizer and a chat template it takes about half."""
 _FEWEST = 2
@@ -258,21 +255,18 @@ class _Workers:
 class _Worker:
     """One process. What it needs is sent with the first message, since it does not read before it has started."""
 
-    def __init__(self, process: subprocess.Popen[bytes], errors: IO[bytes], setup: bytes) -> None:
-        self._process, self._errors = process, errors
+    def __init__(self, helper: HelperProcess, setup: bytes) -> None:
+        self._helper = helper
         self._setup: bytes | None = setup
 
     def ask(self, head: bytes, blob: bytes) -> tuple[dict[str, Any], bytes]:
         """Sends a message and waits for the answer to it."""
-        to, source = self._process.stdin, self._process.stdout
-        if to is None or source is None:
-            raise RuntimeError("the process has no pipes")
         try:
             if self._setup is not None:
-                _send(to, self._setup)
-            _send(to, head, blob)
+                _send(self._helper.stdin, self._setup)
+            _send(self._helper.stdin, head, blob)
             self._setup = None
-            answer, blob = _receive(source)
+            answer, blob = _receive(self._helper.stdout)
         except (OSError, ValueError, EOFError):
             raise self._ended() from None
         if (problems := answer.get("problems")) is not None:
@@ -283,50 +277,31 @@ class _Worker:
 
     def kill(self) -> None:
         """Ends the process."""
-        self._process.kill()
+        self._helper.process.kill()
 
     def _ended(self) -> JobError:
         """The error for a process that has ended, by its exit status."""
-        code = self._process.wait()
+        code = self._helper.process.wait()
         if code < 0:
             name = signal.Signals(-code).name
             return Killed(
                 f"a process that tokenizes rows was killed by {name}"
                 + (", as the kernel does when memory runs out; give the job more memory" * (code == -signal.SIGKILL))
             )
-        self._errors.seek(0)
-        last = (self._errors.read().decode(errors="replace").strip().splitlines() or [""])[-1]
-        return JobError(f"a process that tokenizes rows failed: {last[:500]}")
+        return JobError(f"a process that tokenizes rows failed: {self._helper.last_error_line()}")
 
 
 @contextmanager
 def _start_workers(setup: Setup, portable: str, count: int) -> Iterator[_Workers]:
     """The processes, which end with the context, and also when this process is killed: their input ends then."""
     given = _as_json({"reading": asdict(setup.reading), "tokenizer": portable, "program": setup.program})
-    running: list[_Worker] = []
     with ExitStack() as stack:
-        for _ in range(count):
-            errors = stack.enter_context(TemporaryFile())
-            process = subprocess.Popen(  # noqa: S603 - this interpreter, with a program of ours
-                [sys.executable, "-c", _START, json.dumps(sys.path)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                start_new_session=True,  # Ctrl-C is for the job, which ends this process when it ends
-            )
-            stack.callback(_end, process)
-            running.append(_Worker(process, errors, given))
+        running = [_Worker(stack.enter_context(start_helper("job.data.workers")), given) for _ in range(count)]
         workers = _Workers(running)
         stack.callback(workers.close)
         for worker in running:
             stack.callback(worker.kill)  # before all else: a thread that waits for an answer gets the end of it
         yield workers
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.kill()
-    with suppress(OSError):  # its pipe is broken already
-        process.communicate()
 
 
 def main() -> None:

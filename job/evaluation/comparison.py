@@ -9,6 +9,8 @@ from typing import Any
 
 from job.errors import DataError, Problem
 from job.evaluation import statistics
+from job.evaluation.policy import Policy, judge_policy, passes
+from job.evaluation.policy import reasons as policy_reasons
 from job.records import TaskScores
 
 DEQUANTIZED = "dequantized"
@@ -150,6 +152,7 @@ def judge(
     max_regression: float | None,
     on: str = "adapter",
     baseline: Mapping[str, Any] | None = None,
+    policy: Policy | None = None,
 ) -> dict[str, Any]:
     """The manifest's `gate`.
 
@@ -160,8 +163,14 @@ def judge(
         max_regression: As for `gate_failures`.
         on: What is judged: `adapter`, or an exported format.
         baseline: The earlier run to compare with, the comparison as its `tasks`; None to compare with the base model.
+        policy: Rules by task, instead of the thresholds.
     """
-    reasons = gate_failures(baseline["tasks"] if baseline else tasks, metric, min_delta, max_regression)
+    compared = baseline["tasks"] if baseline else tasks
+    judged = None if policy is None else judge_policy(policy, compared)
+    if policy is None or judged is None:
+        reasons = gate_failures(compared, metric, min_delta, max_regression)
+    else:
+        reasons = [] if passes(policy, judged) else policy_reasons(judged)
     if reasons and on != "adapter":
         reasons = [f"{on}, {reason}" for reason in reasons]
     return {
@@ -169,6 +178,7 @@ def judge(
         "metric": metric,
         "min_delta": min_delta,
         "max_regression": max_regression,
+        **({} if judged is None else {"policy": judged}),
         "baseline": baseline,
         "passed": None if reasons is None else not reasons,
         "reasons": reasons or [],

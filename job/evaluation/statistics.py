@@ -9,6 +9,7 @@ figures can be computed again from the published samples.
 | p value of a difference | McNemar's exact test (1947) |
 | 95 % interval of a difference | Tango's score interval (1998) |
 | smallest difference the test can detect | exact power of McNemar's test, Duffy (1984) |
+| p value of a difference above a margin | one-sided McNemar at 0, else Tango's score test (1998) |
 | several tasks at once | Holm's step-down adjustment (1979) |
 | interval of one accuracy | Wilson's score interval (1927) |
 """
@@ -135,14 +136,42 @@ def _tango_upper(improved: float, regressed: float, n: int, level: float) -> flo
 
     def excess(theta: float) -> float:
         """The squared score statistic at `theta` minus its critical value; both times the variance, which may be 0."""
-        linear = (2 - delta) * theta - improved - regressed
-        root = max(0.0, linear**2 + 8 * regressed * theta * (1 - theta)) ** 0.5  # below 0 only by rounding
-        regressed_at_theta = (root - linear) / 4
-        return float((delta - theta) ** 2 - z_squared * (2 * regressed_at_theta + theta * (1 - theta)) / n)
+        return float((delta - theta) ** 2 - z_squared * _variance(improved, regressed, theta) / n)
 
     # At the estimate itself the variance may be 0 (no discordant pairs), which is a root but not the bound.
     inside = delta + 1e-9
     return 1.0 if inside >= 1 else float(brentq(excess, inside, 1.0, xtol=1e-14))
+
+
+def _variance(improved: float, regressed: float, theta: float) -> float:
+    """Variance of one question's difference if the true one is `theta`; `improved` and `regressed` are fractions."""
+    linear = (2 - (improved - regressed)) * theta - improved - regressed
+    root = float(max(0.0, linear**2 + 8 * regressed * theta * (1 - theta)) ** 0.5)  # below 0 only by rounding
+    regressed_at_theta = (root - linear) / 4
+    return 2 * regressed_at_theta + theta * (1 - theta)
+
+
+def one_sided_p(improved: int, regressed: int, n: int, margin: float) -> float:
+    """P value of "the true difference is at most `margin`": small where it is shown to be larger.
+
+    At a margin of 0 the exact test of McNemar (1947), one-sided; elsewhere Tango's score test (1998), which his
+    interval inverts: the p value is below 2.5 % where the margin is below the lower bound of the 95 % interval.
+
+    Args:
+        improved: Questions wrong before and right after.
+        regressed: Questions right before and wrong after.
+        n: All questions, concordant ones included.
+        margin: A fraction of the questions.
+    """
+    from scipy.stats import binom, norm
+
+    if margin == 0:
+        return float(binom.sf(improved - 1, improved + regressed, 0.5))
+    excess = (improved - regressed) / n - margin
+    variance = _variance(improved / n, regressed / n, margin) / n
+    if variance <= 0:  # such differences cannot occur if the true one is the margin
+        return 1.0 if excess <= 0 else 0.0
+    return float(norm.sf(excess / variance**0.5))
 
 
 def minimum_detectable_effect(n: int, discordant: int, *, alpha: float = 0.05, power: float = 0.8) -> float:

@@ -12,9 +12,9 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 
+from job.common.helper_process import start_helper
 from job.errors import Killed
 from job.export.autoround_process import Task
 from job.export.checkpoint import read_header, read_tensor, write_weights
@@ -143,34 +144,20 @@ def run_process(task: Task, work: Path, alive: Callable[..., None]) -> None:
         CannotMake: It ended with an error.
         Killed: It was killed.
     """
-    given, log = work / "task.json", work / "log"
+    given = work / "task.json"
     given.write_text(json.dumps(asdict(task)), encoding="utf-8")
-    command = [sys.executable, "-m", "job.export.autoround_process", str(given)]
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output, stderr=output, cwd=_root())  # noqa: S603 - this interpreter, with a module of ours
-    try:
-        spent = 0.0
-        while process.poll() is None:
-            before, spent = spent, _cpu_seconds(process.pid)
+    with start_helper("job.export.autoround_process", str(given)) as helper:
+        spent, code = 0.0, None
+        while code is None:
+            before, spent = spent, _cpu_seconds(helper.process.pid)
             alive(progress=spent > before)
-            try:
-                process.wait(_POLL_SECONDS)
-            except subprocess.TimeoutExpired:
-                continue
-    finally:
-        process.kill()
-        process.wait()
-        if process.stdin:
-            process.stdin.close()
-    if process.returncode < 0:
-        raise Killed(f"the process that quantizes was killed by signal {-process.returncode}; give it more memory")
-    if process.returncode:
-        raise CannotMake(_last_words(log.read_text(encoding="utf-8", errors="replace")))
-
-
-def _root() -> Path:
-    """The folder that holds the package `job`, which need not be installed."""
-    return Path(__file__).parents[2]
+            with suppress(subprocess.TimeoutExpired):
+                code = helper.process.wait(_POLL_SECONDS)
+        last = helper.last_error_line()
+    if code < 0:
+        raise Killed(f"the process that quantizes was killed by signal {-code}; give it more memory")
+    if code:
+        raise CannotMake(f"auto-round ended with an error: {last or 'it says nothing'}")
 
 
 def _cpu_seconds(pid: int) -> float:
@@ -179,12 +166,6 @@ def _cpu_seconds(pid: int) -> float:
     except psutil.Error:
         return 0.0
     return float(times.user + times.system)
-
-
-def _last_words(text: str) -> str:
-    """The last line of the log that says something."""
-    lines = [line.strip() for line in text.replace("\r", "\n").splitlines() if line.strip()]
-    return f"auto-round ended with an error: {lines[-1][:300] if lines else 'it says nothing'}"
 
 
 def _write(layout: Layout, inputs: DerivedInputs, made: Path, empty: Any) -> tuple[int, list[str]]:

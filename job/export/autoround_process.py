@@ -51,6 +51,7 @@ BATCH = 8
 
 def main() -> None:
     """Quantizes, and ends with the exit code of what it raises."""
+    os.dup2(2, 1)  # nobody reads what libraries print, and a pipe that is full would stop them
     task = Task(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
     Thread(target=_end_with_the_job, daemon=True).start()
     import auto_round  # noqa: F401
@@ -97,7 +98,3 @@ def quantize(task: Task) -> None:
         trust_remote_code=False,
     )
     made.quantize_and_save(task.output, format=task.layout)
-
-
-if __name__ == "__main__":
-    main()

@@ -20,19 +20,18 @@ import math
 import os
 import queue
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryFile
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from job import log
+from job.common.export_formats import GGUF
 from job.common.hashing import code_hashes
+from job.common.helper_process import HelperProcess, start_helper
 from job.errors import TrainingFailed
 from job.export.quantizable import CannotMake
 from job.export.scoring import ExportedModel, HowToScore
@@ -66,12 +65,12 @@ TYPES: Mapping[str, GgufType] = {
     "q4_0": GgufType(4, 32, _BLOCKS),
 }
 """By llama.cpp's name. What it computes in is what it makes of the layers' inputs on a processor."""
-GGUF = "gguf"
 FILE = "model-{type}.gguf"
 """Name of the file of a type."""
 _STALLED_SECONDS = 900.0
 """How long the process may say nothing: one tensor, loading a file, or one question takes less."""
 _POLL_SECONDS = 1.0
+_WITHOUT_NETWORK = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 _MARGIN = 8
 """Tokens of llama.cpp's context beyond the longest question: it wants room for the one that it samples."""
 _PROBES = (
@@ -291,15 +290,14 @@ def _reason(answer: Mapping[str, Any]) -> str:
 class _Answers:
     """The process's answers, one JSON object a line; waiting for one is bounded, and lets the job end."""
 
-    def __init__(self, process: subprocess.Popen[bytes], errors: IO[bytes], alive: Callable[..., None]) -> None:
-        self._process, self._errors, self._alive = process, errors, alive
+    def __init__(self, helper: HelperProcess, alive: Callable[..., None]) -> None:
+        self._helper, self._alive = helper, alive
         self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         # a thread reads, since a pipe cannot be waited for with a limit in every way that lines are buffered
         threading.Thread(target=self._read, name="llama-cpp-answers", daemon=True).start()
 
     def _read(self) -> None:
-        assert self._process.stdout is not None  # noqa: S101 - it was opened as a pipe
-        for line in self._process.stdout:
+        for line in self._helper.stdout:
             self._lines.put(line)
         self._lines.put(b"")
 
@@ -325,43 +323,20 @@ class _Answers:
 
     def send_line(self, what: Mapping[str, Any]) -> None:
         """Asks; a process that has ended is noticed by the answer."""
-        assert self._process.stdin is not None  # noqa: S101 - it was opened as a pipe
         with suppress(OSError):
-            self._process.stdin.write(json.dumps(what).encode() + b"\n")
-            self._process.stdin.flush()
+            self._helper.stdin.write(json.dumps(what).encode() + b"\n")
+            self._helper.stdin.flush()
 
     def _end(self) -> str:
-        code = self._process.wait()
+        code = self._helper.process.wait()
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-        self._errors.seek(0)
-        last = self._errors.read()[-4000:].decode(errors="replace").strip().splitlines()
-        return f"llama.cpp's process {how}: {last[-1][:300] if last else 'it said nothing'}"
+        return f"llama.cpp's process {how}: {self._helper.last_error_line() or 'it said nothing'}"
 
 
 @contextmanager
 def _process(first: Mapping[str, Any], alive: Callable[..., None]) -> Iterator[_Answers]:
     """Starts the process with its first line; it is killed when the context is left."""
-    with TemporaryFile() as errors:
-        process = subprocess.Popen(  # noqa: S603 - this interpreter, with a program of ours
-            [sys.executable, "-c", _START, json.dumps(sys.path)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            start_new_session=True,  # Ctrl-C is for the job, which ends this process when it ends
-        )
-        try:
-            answers = _Answers(process, errors, alive)
-            answers.send_line(first)
-            yield answers
-        finally:
-            process.kill()
-            with suppress(OSError):  # its pipe is broken already
-                process.communicate()
-
-
-_START = (
-    "import json, os, sys; sys.path[:] = json.loads(sys.argv.pop()); "
-    "os.environ.update(HF_HUB_OFFLINE='1', TRANSFORMERS_OFFLINE='1', TOKENIZERS_PARALLELISM='false'); "
-    "from job.export.llama_cpp_process import main; main()"
-)
-"""With the modules of this process, and without a network."""
+    with start_helper("job.export.llama_cpp_process", environ=_WITHOUT_NETWORK) as helper:
+        answers = _Answers(helper, alive)
+        answers.send_line(first)
+        yield answers

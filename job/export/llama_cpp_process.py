@@ -559,7 +559,3 @@ def _score(*, file: str, threads: int, context: int, say: Say) -> None:
 def _system() -> str:
     """What llama.cpp says of the processor's instructions that it uses: they decide the last bits of a score."""
     return re.sub(r"\s+", " ", str(_llama_cpp().get_system_info())).strip(" |")
-
-
-if __name__ == "__main__":
-    main()

@@ -11,6 +11,8 @@ computed in fp32, one tensor at a time, and rounded once to the dtype of the bas
 The result has the names, the shapes and the other tensors of the base's own checkpoint, so that what loads the base
 loads it. In memory are at any time one file of the result and one tensor in fp32.
 
+A module that was trained whole takes the place of the base's, and so do the rows of new tokens: `whole_parameters`.
+
 An adapter that begins with a part of the base (`decomposed_init`: PiSSA, OLoRA) is plain LoRA of twice the rank, on a
 base that stays as it is, and merges as such.
 """
@@ -21,7 +23,7 @@ import json
 import math
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,13 @@ import torch
 
 from job.errors import Problem, SettingsError, TrainingFailed
 from job.export.checkpoint import parameter_names, read_header, read_tensor, write_weights
+from job.export.whole_parameters import (
+    WholeParameter,
+    grown_vocabulary,
+    trained_whole,
+    why_not_grown,
+    with_vocabulary,
+)
 from job.model.base import DTYPES, dtype_by_name, is_quantized
 from job.model.files import (
     MAX_CONFIG_BYTES,
@@ -58,7 +67,8 @@ class _Tensor:
     """A tensor of the result: its name and file in the base's checkpoint, and the dtype that it is written in.
 
     `module` is the full name of the loaded model's module whose weight it is, if that is adapted or quantized.
-    `transposed` is whether it lies in the file as (inputs, outputs), as GPT-2's do.
+    `transposed` is whether it lies in the file as (inputs, outputs), as GPT-2's do. `whole` is the name of a parameter
+    that was trained whole, or in some of its rows, and takes this one's place.
     """
 
     name: str
@@ -67,15 +77,20 @@ class _Tensor:
     dtype: torch.dtype
     module: str | None
     transposed: bool
+    whole: str | None = None
 
 
 @dataclass(frozen=True)
 class MergePlan:
-    """What is written: the tensors in the order of the base's files, and the dtype of most of them."""
+    """What is written: the tensors in the order of the base's files, and the dtype of most of them.
+
+    `vocabulary` are the rows of the embedding, if new tokens made it larger than the base's.
+    """
 
     source: Path
     tensors: tuple[_Tensor, ...]
     dtype: torch.dtype
+    vocabulary: int | None = None
 
     @property
     def bytes(self) -> int:
@@ -128,15 +143,15 @@ def candidates(model: Any, source: Path, asked: str) -> Candidates:
 
 
 def plan_merge(model: Any, source: Path) -> MergePlan:
-    """Finds the tensor in the base's files of every weight that is adapted or quantized.
+    """Finds the tensor in the base's files of every weight that is adapted, trained whole or quantized.
 
     Raises:
         SettingsError: There is none, or more than one, or it is made of several; or the adapter cannot be merged.
         DataError: The base's files cannot be read.
     """
-    base = model.get_base_model()
-    empty = build_empty(source, read_config(source))
-    changed = dict(_weighted(base))
+    base, said = model.get_base_model(), read_config(source)
+    empty = build_empty(source, said)
+    changed, whole = dict(_weighted(base)), trained_whole(base)
     problems = list(_unmergeable(model, empty, changed))
     found = {name: (file, shape, dtype) for file in weight_files(source) for name, shape, dtype in read_header(file)}
     parameters = parameter_names(found, empty)
@@ -144,6 +159,10 @@ def plan_merge(model: Any, source: Path) -> MergePlan:
     if lost := [name for name in changed if by_parameter[f"{name}.weight"] != 1]:
         what = f"the weight of {lost[0]} is not one tensor in the base's files, so it cannot be merged into them"
         problems.append(f"{what}; take no merged, or leave the layer out in JOB_LORA__TARGET_MODULES")
+    replaced = _replaced(whole, empty)
+    if lost := sorted(whole.keys() - {replaced[name] for name in parameters.values() if name in replaced}):
+        what = f"{lost[0]} was trained whole, and is not one tensor in the base's files, so it cannot be merged into"
+        problems.append(f"{what} them; take no merged, or leave it out in JOB_LORA__MODULES_TO_SAVE")
     if problems:
         raise _refused("; ".join(problems))
     modules = {
@@ -162,14 +181,39 @@ def plan_merge(model: Any, source: Path) -> MergePlan:
     tensors = []
     for name, (file, shape, dtype) in kept.items():
         plain = empty.get_submodule(modules[name]) if name in modules else None
-        whole = shape if plain is None else tuple(plain.weight.shape)  # packed ones have another in the file
+        # packed weights have another shape in the file, and new tokens make more rows
+        own_name = replaced.get(parameters.get(name, ""))
+        made = whole[own_name].shape if own_name else shape if plain is None else tuple(plain.weight.shape)
         transposed = plain is not None and _is_conv1d(plain)
-        tensors.append(_Tensor(name, file, whole, written_in(name, dtype), modules.get(name), transposed))
-    return MergePlan(source, tuple(tensors), target)
+        tensors.append(_Tensor(name, file, made, written_in(name, dtype), modules.get(name), transposed, own_name))
+    rows = grown_vocabulary(base, said)
+    if rows is not None:
+        shapes = {parameters[tensor.name]: tensor.shape for tensor in tensors if tensor.name in parameters}
+        if why := why_not_grown(source, said, rows, shapes):
+            raise _refused(f"with new tokens (JOB_MODEL__ADD_TOKENS) {why}; take no merged")
+    return MergePlan(source, tuple(tensors), target, rows)
+
+
+def _replaced(whole: Mapping[str, WholeParameter], empty: Any) -> dict[str, str]:
+    """Name of a parameter -> name of the one trained whole that takes its place, in the files of tied ones as well."""
+    by_weight: dict[int, str] = {}
+    every = [(name, id(parameter)) for name, parameter in empty.named_parameters(remove_duplicate=False)]
+    for name, weight in every:
+        if name in whole:
+            by_weight.setdefault(weight, name)
+    tied = {name: by_weight[weight] for name, weight in every if weight in by_weight}
+    return {**tied, **{name: name for name in whole}}  # in the files they may differ, and then they are not tied
 
 
 def write_merged(
-    model: Any, plan: MergePlan, onto: str, folder: Path, *, tokenizer: Any, alive: Callable[[], None] = lambda: None
+    model: Any,
+    plan: MergePlan,
+    onto: str,
+    folder: Path,
+    *,
+    tokenizer: Any,
+    added_tokens: Sequence[str] | None = None,
+    alive: Callable[[], None] = lambda: None,
 ) -> None:
     """Writes the merged model as `AutoModelForCausalLM.from_pretrained` loads it.
 
@@ -178,7 +222,8 @@ def write_merged(
         plan: From `plan_merge`.
         onto: `original` or `dequantized`.
         folder: Is made.
-        tokenizer: As it was loaded from the base's folder.
+        tokenizer: As it was loaded from the base's folder, with the new tokens.
+        added_tokens: The new tokens.
         alive: Called before each tensor; may raise what ends the job.
 
     Raises:
@@ -186,27 +231,36 @@ def write_merged(
     """
     by_name = {tensor.name: tensor for tensor in plan.tensors}
     modules = dict(_weighted(model.get_base_model()))
+    whole = trained_whole(model.get_base_model())
 
     def written(name: str) -> torch.Tensor:
         with torch.no_grad():
-            return _written(by_name[name], modules, onto, model)
+            return _written(by_name[name], modules, whole, onto, model)
 
     folder.mkdir(parents=True)
     write_weights(folder, {t.name: (t.shape, t.dtype) for t in plan.tensors}, written, alive=alive)
-    config = _config(read_json(plan.source / "config.json", MAX_CONFIG_BYTES), plan.dtype)
+    said = read_json(plan.source / "config.json", MAX_CONFIG_BYTES)
+    if plan.vocabulary is not None:
+        said = with_vocabulary(said, read_config(plan.source), plan.vocabulary)
+    config = _config(said, plan.dtype)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    copy_tokenizer(plan.source, folder, tokenizer)
+    copy_tokenizer(plan.source, folder, tokenizer, added_tokens)
     for name in BESIDE:
         if (plan.source / name).is_file():
             shutil.copyfile(plan.source / name, folder / name)
 
 
-def _written(tensor: _Tensor, modules: Mapping[str, Any], onto: str, model: Any) -> torch.Tensor:
+def _written(
+    tensor: _Tensor, modules: Mapping[str, Any], whole: Mapping[str, WholeParameter], onto: str, model: Any
+) -> torch.Tensor:
     """A tensor of the result, contiguous on the CPU."""
     from peft.tuners.lora import LoraLayer
 
     module = None if tensor.module is None else modules[tensor.module]
     takes_original = module is None or onto == ORIGINAL or not is_quantized(module.weight)
+    if tensor.whole is not None:
+        made = whole[tensor.whole].of(read_tensor(tensor.file, tensor.name))
+        return _finite(made.to(tensor.dtype).contiguous(), tensor.whole)
     if takes_original and not isinstance(module, LoraLayer):
         return read_tensor(tensor.file, tensor.name).to(tensor.dtype).contiguous()
     if takes_original:
@@ -219,9 +273,13 @@ def _written(tensor: _Tensor, modules: Mapping[str, Any], onto: str, model: Any)
     if isinstance(module, LoraLayer):
         weight = merge_weight(module, weight)
     rounded = (weight.T if tensor.transposed else weight).to(tensor.dtype).cpu().contiguous()
+    return _finite(rounded, str(tensor.module))
+
+
+def _finite(rounded: torch.Tensor, name: str) -> torch.Tensor:
     if not torch.isfinite(rounded).all():
         raise TrainingFailed(
-            f"the merged weights of {tensor.module} are not finite in {short_name(tensor.dtype)}: the adapter "
+            f"the merged weights of {name} are not finite in {short_name(rounded.dtype)}: the adapter "
             "diverged, or its numbers are too large for the base's dtype; lower JOB_TRAIN__LEARNING_RATE"
         )
     return rounded
@@ -296,9 +354,8 @@ def _unmergeable(model: Any, empty: Any, changed: Mapping[str, Any]) -> Iterator
     from peft.tuners.lora import LoraLayer
 
     config = model.peft_config[_ADAPTER]
-    own = (getattr(config, "lora_bias", False), config.modules_to_save, config.trainable_token_indices)
-    if config.bias != "none" or any(own):
-        yield "the adapter has biases, whole modules or tokens of its own, which are not merged"
+    if config.bias != "none" or getattr(config, "lora_bias", False):
+        yield "the adapter has biases of its own, which are not merged"
     shared = Counter(id(parameter) for _, parameter in empty.named_parameters(remove_duplicate=False))
     for name, module in changed.items():
         weight = module.weight
@@ -311,7 +368,10 @@ def _unmergeable(model: Any, empty: Any, changed: Mapping[str, Any]) -> Iterator
                 yield f"{name} has an adapter of PEFT's kind {kind}, which is not merged"
                 return
             if shared[id(empty.get_submodule(name).weight)] > 1:
-                yield f"the weight of {name} is also another module's, which has no adapter"
+                yield (
+                    f"the weight of {name} is also another module's, which has no adapter; take no merged, or leave "
+                    "the layer out in JOB_LORA__TARGET_MODULES"
+                )
                 return
 
 

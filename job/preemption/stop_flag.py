@@ -15,8 +15,13 @@ from typing import Literal
 
 from job.errors import Preempted
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-"""A platform's or a person's; HUP comes from a dropped terminal session, USR1 from Slurm before a time limit."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+"""A platform's or a person's. HUP comes from a dropped terminal session; USR1 from Slurm, USR2 from LSF and Grid Engine
+before a time limit; XCPU from them and from the kernel at a limit of CPU time."""
+
+SAME_REQUEST_SECONDS = 1.0
+"""Signals so soon after the first ask for the same thing. A process gets one twice where it is sent to all processes of
+a group or a service, and by the parent as well: from timeout, systemd, scancel, or a terminal that is closed."""
 
 Plan = Literal["finish_step", "save_now", "too_late"]
 
@@ -128,22 +133,24 @@ def signals_to_handle() -> list[signal.Signals]:
 
 @contextmanager
 def stop_on_signals(grace_seconds: float | None = None) -> Iterator[Stop]:
-    """Within it each of `SIGNALS` sets the flag; a second signal ends the process at once.
+    """Within it each of `SIGNALS` sets the flag; a second request, by a later signal, ends the process at once.
 
     Ending at once corrupts nothing, because what is published appears completely or not at all. Without a handler
-    nothing would happen in a container: its first process ignores signals that it has no handler for.
+    nothing would happen in a container: its first process ignores signals that it has no handler for. XCPU is never a
+    second request, because the kernel repeats it every second of CPU time.
 
     Args:
         grace_seconds: Time between the signal and the kill; None if unknown.
     """
     stop = Stop()
-    received: list[int] = []
+    times: list[float] = []
 
     def handle(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
-        if len(received) > 1:  # spot notices do not count here: the first SIGTERM after one still gets its grace period
+        times.append(time.monotonic())
+        if len(times) == 1:  # spot notices do not count here: the first SIGTERM after one still gets its grace period
+            stop.request(signal.Signals(number).name, grace_seconds)
+        elif number != signal.SIGXCPU and times[-1] - times[0] > SAME_REQUEST_SECONDS:
             os._exit(Preempted.exit_code)
-        stop.request(signal.Signals(number).name, grace_seconds)
 
     before = {number: signal.signal(number, handle) for number in signals_to_handle()}
     try:

@@ -21,6 +21,7 @@ from job.records import (
     Exported,
     ExportRecord,
     ModelRecord,
+    PromptsRecord,
     TaskScores,
     TrainingRecord,
 )
@@ -49,12 +50,14 @@ def build(
     image_digest: str | None,
     on_demand_usd_per_hour: float | None,
     gpus: Sequence[Mapping[str, Any]] | None = None,
+    prompts: PromptsRecord | None = None,
 ) -> dict[str, Any]:
     """The sealed manifest.
 
     `tasks` is from `compare_tasks`, `gate` from `judge`, `exports` from `exports_record`, `full_precision` from
     `full_precision_record`. `gpus` are those of all processes, each of which sees only its own; None for those of this
-    process. `part_of` is the id of the run that this one is the first stage of. The schema explains every field.
+    process. `part_of` is the id of the run that this one is the first stage of. `prompts` are
+    those of JOB_EVAL__PROMPTS. The schema explains every field.
     """
     return sealed(
         {
@@ -75,6 +78,7 @@ def build(
                 "harness": {"name": "lm-eval", "version": metadata.version("lm-eval")},
                 "tasks": tasks,
                 **({} if full_precision is None else {"full_precision": full_precision}),
+                **({} if prompts is None else {"prompts": asdict(prompts)}),
             },
             "exports": list(exports),
             "gate": gate,

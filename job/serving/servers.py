@@ -1,8 +1,8 @@
 """The servers that can be asked: one table.
 
-How to add a server: an entry in `SERVERS`, with how it tells log-probabilities and, if `serve-check` is to start it,
-its command line. Of the three ways to ask, `echo` and `forced` compare log-likelihoods with the records, `greedy` only
-what the server writes by itself.
+How to add a server: an entry in `SERVERS`, with how it tells log-probabilities, what has to be installed and, if
+`serve-check` is to start it, its command line. Of the three ways to ask, `echo` and `forced` compare log-likelihoods
+with the records, `greedy` only what the server writes by itself.
 
     echo       one request a choice: the server repeats question and choice, with the log-probability of every token
     forced     one request a token: a bias on its logit forces it, and the server tells its probability before the bias
@@ -11,6 +11,7 @@ what the server writes by itself.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import shutil
 import socket
@@ -66,22 +67,33 @@ class Server:
         way: How it tells log-probabilities; see the top of this file.
         serves: Whether it serves a format.
         owner: What it calls itself in `/v1/models`.
-        program: What has to be on PATH to start it; None if it runs in this process.
-        command: (model, port) -> what follows the program.
+        install: What to install, and how, if it is missing.
+        needs: Packages of this Python without which it does not start.
+        program: What has to be on PATH; None if it is one of those packages.
+        command: (model, port) -> its command line; None if it runs in this process.
     """
 
     way: str
     serves: Callable[[str], bool]
     owner: str
+    install: str
+    needs: tuple[str, ...] = ()
     program: str | None = None
-    command: Callable[[Model, int], list[str]] = lambda _model, _port: []
+    command: Callable[[Model, int], list[str]] | None = None
+
+    @property
+    def missing(self) -> list[str]:
+        """What of it is not installed here."""
+        programs = [self.program] if self.program is not None and _program(self.program) is None else []
+        return programs + [name for name in self.needs if importlib.util.find_spec(name) is None]
 
 
 def _vllm(model: Model, port: int) -> list[str]:
+    program, address = str(_program("vllm")), ["--host", "127.0.0.1", "--port", str(port)]
     if model.format != "adapter":
-        return ["serve", str(model.folder), "--served-model-name", NAME, "--host", "127.0.0.1", "--port", str(port)]
+        return [program, "serve", str(model.folder), "--served-model-name", NAME, *address]
     lora = ["--enable-lora", "--max-lora-rank", str(_rank(model.rank or 1)), "--lora-modules", f"{NAME}={model.folder}"]
-    return ["serve", str(model.base), *lora, "--host", "127.0.0.1", "--port", str(port)]
+    return [program, "serve", str(model.base), *lora, *address]
 
 
 def _rank(rank: int) -> int:
@@ -90,18 +102,33 @@ def _rank(rank: int) -> int:
 
 
 def _transformers(model: Model, port: int) -> list[str]:
-    return ["serve", str(model.folder), "--host", "127.0.0.1", "--port", str(port)]
+    """By this Python's own transformers: the version that scored the model, whose dependencies `needs` asks for."""
+    module = [sys.executable, "-m", "transformers.cli.transformers"]
+    return [*module, "serve", str(model.folder), "--host", "127.0.0.1", "--port", str(port)]
 
 
 def _is_gguf(name: str) -> bool:
     return name.partition(":")[0] == "gguf"
 
 
+_EXTRA = "pip install 'qlora-job[export]'"
 SERVERS: Mapping[str, Server] = {
-    "vllm": Server("echo", lambda name: not _is_gguf(name), "vllm", "vllm", _vllm),
-    "llama.cpp": Server("forced", _is_gguf, "llamacpp"),
+    "vllm": Server(
+        "echo",
+        lambda name: not _is_gguf(name),
+        "vllm",
+        "vLLM in an environment of its own, with its program on PATH (its versions are not those of the job)",
+        program="vllm",
+        command=_vllm,
+    ),
+    "llama.cpp": Server("forced", _is_gguf, "llamacpp", f"xllamacpp: {_EXTRA}", needs=("xllamacpp",)),
     "transformers": Server(
-        "greedy", lambda name: not _is_gguf(name) and name != "adapter", "", "transformers", _transformers
+        "greedy",
+        lambda name: not _is_gguf(name) and name != "adapter",
+        "",
+        f"fastapi, openai and uvicorn: {_EXTRA}",
+        needs=("fastapi", "openai", "uvicorn"),
+        command=_transformers,
     ),
 }
 
@@ -127,13 +154,17 @@ def model_name(client: Client, wanted: str | None) -> str:
 
 
 def pick(model: Model) -> str:
-    """The server that is started for a format: the first of the table that is installed here."""
+    """The server that is started for a format: the first of the table that is installed here.
+
+    Raises:
+        SettingsError: None is; with what to install for each.
+    """
     fitting = [name for name, server in SERVERS.items() if server.serves(model.format)]
     for name in fitting:
-        program = SERVERS[name].program
-        if program is None or _program(program) is not None:
+        if not SERVERS[name].missing:
             return name
-    what = f"no server for {model.format} is installed here: {' or '.join(fitting)}; give --url of one that runs"
+    ways = "; or ".join(f"for {name}, install {SERVERS[name].install}" for name in fitting)
+    what = f"no server for {model.format} is installed here; give --url of one that runs, or {ways}"
     raise SettingsError([Problem("--url", what)])
 
 
@@ -153,13 +184,13 @@ def started(name: str, model: Model) -> Iterator[tuple[Client, str]]:
     server = SERVERS[name]
     if not server.serves(model.format):
         raise SettingsError([Problem("--server", f"{name} does not serve {model.format}")])
-    if server.program is None:
+    if missing := server.missing:
+        what = f"{name} cannot be started without {', '.join(missing)}; give --url of one that runs, or install"
+        raise SettingsError([Problem("--server", f"{what} {server.install}")])
+    if server.command is None:
         with _llama(model) as client:
             yield client, model_name(client, None)
         return
-    program = _program(server.program)
-    if program is None:
-        raise SettingsError([Problem("--server", f"{server.program} is not installed; give --url of one that runs")])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -168,9 +199,8 @@ def started(name: str, model: Model) -> Iterator[tuple[Client, str]]:
         log = stack.enter_context(tempfile.TemporaryFile())
         # No request to the hub: the files are here, and a server that asks for new versions starts late.
         quiet = {"HF_HUB_DISABLE_TELEMETRY": "1", **({} if model.base else {"HF_HUB_OFFLINE": "1"})}
-        command = [program, *server.command(model, port)]
         process = subprocess.Popen(  # noqa: S603 - a server of the table, with a folder that was made here
-            command, stdout=log, stderr=log, env={**environment(), **quiet}
+            server.command(model, port), stdout=log, stderr=log, env={**environment(), **quiet}
         )
         stack.callback(_end, process)
         until = time.monotonic() + _START_SECONDS
@@ -195,11 +225,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 @contextmanager
 def _llama(model: Model) -> Iterator[Client]:
     """llama.cpp's server in this process."""
-    try:
-        import xllamacpp
-    except ImportError as error:
-        what = "llama.cpp is not installed: pip install 'qlora-job[export]', or give --url of one that runs"
-        raise SettingsError([Problem("--server", what)]) from error
+    import xllamacpp
+
     files = sorted(model.folder.glob("*.gguf"))
     options = xllamacpp.CommonParams()
     options.model.path = str(files[0]) if files else str(model.folder)

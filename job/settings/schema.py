@@ -56,6 +56,7 @@ from job.settings.field_types import (
     Passes,
     Pattern,
     Positive,
+    Prompts,
     PublicName,
     Real,
     RunId,
@@ -415,6 +416,12 @@ class Eval(Group):
     CPU), so that the results show what quantization cost. `auto`: if memory allows it beside the quantized base."""
     batch_tokens: ExecutionOnly[Count] = 8192
     """Maximum number of tokens scored in one forward pass."""
+    prompts: AffectsResult[Maybe[Prompts]] = None
+    """Prompts that base and adapter answer, for the report: a file (path or `s3://` URI) with rows of the schemas of
+    JOB_DATA__FORMAT or, as .txt, a prompt on each line; or a number N, for the first N rows that
+    JOB_DATA__VALIDATION holds out. Empty: none."""
+    prompts_max_new_tokens: AffectsResult[Count] = 128
+    """Tokens at which an answer to JOB_EVAL__PROMPTS is cut off."""
 
 
 class Export(Group):
@@ -458,6 +465,9 @@ class Gate(Group):
     """Smallest accepted gain of accuracy over the base model, as a fraction: 0.01 is one percentage point."""
     max_regression: ExecutionOnly[Maybe[Annotated[Real, Field(ge=0, le=1)]]] = None
     """Largest accepted loss of accuracy against the base model, as a fraction."""
+    policy: ExecutionOnly[Maybe[LocalPath]] = None
+    """A YAML file with rules for several tasks and one verdict, instead of a threshold: critical, supporting and
+    guarded tasks, each with its metric, least gain and largest loss."""
     baseline: ExecutionOnly[Maybe[Location]] = None
     """An earlier run, path or `s3://` URI: the gate compares with its adapter instead of with the base model."""
 

@@ -75,7 +75,12 @@ def publish(
         dataset=sources.record.dataset,
         training=trained.training,
         tasks=tasks,
-        gate=judge(compared, **settings.gate.model_dump(exclude={"baseline"}), baseline=against),
+        gate=judge(
+            compared,
+            **settings.gate.model_dump(exclude={"baseline", "policy"}),
+            baseline=against,
+            policy=sources.policy,
+        ),
         artifacts=[*base.artifacts, *trained.artifacts, *adapter.artifacts, *exported.artifacts, *copies],
         exports=manifest.exports_record(exported, base, adapter.scores),
         full_precision=manifest.full_precision_record(base, adapter.scores),
@@ -83,6 +88,7 @@ def publish(
         image_digest=settings.run.image_digest,
         on_demand_usd_per_hour=settings.cost.on_demand_usd_per_hour,
         gpus=gpus,
+        prompts=sources.record.prompts,
     )
     results = manifest.sealed(publish_report_and_card(attempt, results))
     manifest.validate(results)
@@ -123,7 +129,14 @@ def publish_report_and_card(attempt: Attempt, results: Mapping[str, Any]) -> dic
     Raises:
         JobError: The store does not accept a file.
     """
-    complete = _with(results, _published(attempt, CARD, lambda: model_card.render_model_card(results)))
+    complete = _with(
+        results,
+        _published(
+            attempt,
+            CARD,
+            lambda: model_card.render_model_card(results, report.read_prompts(results, attempt.fetch)),
+        ),
+    )
     for export in results["exports"]:
         if export.get("published", True):
             key = export_folder(export["format"]) + EXPORT_CARD

@@ -7,12 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from job.common.formatting import count
 from job.common.validation import first_error
 from job.data.batch_plan import steps_per_epoch
 from job.evaluation.comparison import compare_full_precision, compare_tasks, judge
+from job.evaluation.policy import Policy
 from job.evaluation.samples import HASHES, Sample, contradiction, parse, task_scores
 from job.records import AttemptRecord, StepMetrics, TaskScores, ValidationMetrics
 from job.results.adapter_facts import CONFIG, WEIGHTS, adapter_facts
@@ -99,14 +100,30 @@ def check_gate(results: Mapping[str, Any], copies: Copies) -> CheckResult:
         if not wrong:
             pair = scores_of(earlier, against["tasks"], "base"), scores_of(ours, against["tasks"], "adapter")
             against = {**against, "tasks": compare_tasks(*pair)}
+    policy, wrong = _policy(results)
+    differences += wrong
     if not differences:
         differences += find_differences(
-            f"{RESULTS} gate", {"on": on, **gate}, judge(tasks, **thresholds, on=on, baseline=against)
+            f"{RESULTS} gate", {"on": on, **gate}, judge(tasks, **thresholds, on=on, baseline=against, policy=policy)
         )
     outcome = {None: "none set", True: "met", False: "not met"}[gate["passed"]]
     versus = "" if against is None else f", against run {show(against['run'])}"
     judged = "" if side == "adapter" else f", {on}"
     return CheckResult("gate", outcome + judged + versus, tuple(differences))
+
+
+def _policy(results: Mapping[str, Any]) -> tuple[Policy | None, list[Difference]]:
+    """The policy in the manifest, and what is wrong with it."""
+    given = (results["settings"].get("gate.policy") or {}).get("value")
+    recorded = results["gate"].get("policy")
+    if (given is None) != (recorded is None):
+        return None, [Difference(f"{RESULTS} gate.policy", show(given), "the rules are in the gate if a file is named")]
+    if recorded is None:
+        return None, []
+    try:
+        return Policy.model_validate(recorded["asked"]), []
+    except ValidationError as error:
+        return None, [Difference(f"{RESULTS} gate.policy.asked", "not a policy", f"{error.errors()[0]['msg']}")]
 
 
 def _unscored(results: Mapping[str, Any], on: str) -> bool:

@@ -118,30 +118,40 @@ CHAT = (
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 """A chat template with tools, and with marks around what the assistant says."""
+UNMARKED = CHAT.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+"""The same without marks: the assistant's turns are found by comparing renderings."""
 
 
-def _chat(folder: Path) -> dict[str, str]:
+def _chat(template: str, loss_on: str) -> Callable[[Path], dict[str, str]]:
     """Two sources, the second used half: OpenAI's lines with weights and tools, and ShareGPT's; long ones are cut."""
-    base = Path(shutil.copytree(folder / "base", folder / "chat-base", dirs_exist_ok=True))
-    (base / "chat_template.jinja").write_text(CHAT, encoding="utf-8")
-    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
-    openai, sharegpt = [], []
-    for n, row in enumerate(alpaca_rows(28)):
-        ask, answer = {"role": "user", "content": row["instruction"]}, {"role": "assistant", "content": row["output"]}
-        call = {"type": "function", "function": {"name": "add", "arguments": {"first": n}}}
-        calls = [{"role": "assistant", "content": None, "tool_calls": [call]}, {"role": "tool", "content": f"{2 * n}"}]
-        several = [ask, answer | {"weight": n % 2}, ask, *calls, answer]
-        openai.append({"messages": several, "tools": [tool]})
-        says = (("human", row["instruction"]), ("gpt", row["output"] * (1 + 79 * (n % 7 == 0))))
-        sharegpt.append({"conversations": [{"from": who, "value": what} for who, what in says]})
-    paths = [str(write_jsonl(folder / f"{name}.jsonl", rows)) for name, rows in (("o", openai), ("s", sharegpt))]
-    return {
-        "JOB_MODEL__ID": str(base),
-        "JOB_DATA__SOURCE": f"{paths[0]},{paths[1]}=0.5x",
-        "JOB_DATA__ON_LONG_ROW": "truncate",
-        "JOB_TRAIN__LOSS_ON": "assistant",
-        "JOB_TRAIN__MAX_LENGTH": "512",
-    }
+
+    def make(folder: Path) -> dict[str, str]:
+        place = folder / f"{'marked' if template == CHAT else 'unmarked'}-base"
+        base = Path(shutil.copytree(folder / "base", place, dirs_exist_ok=True))
+        (base / "chat_template.jinja").write_text(template, encoding="utf-8")
+        tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+        openai, sharegpt = [], []
+        for n, row in enumerate(alpaca_rows(28)):
+            ask, answer = (
+                {"role": "user", "content": row["instruction"]},
+                {"role": "assistant", "content": row["output"]},
+            )
+            call = {"type": "function", "function": {"name": "add", "arguments": {"first": n}}}
+            says = {"role": "assistant", "content": None, "tool_calls": [call]}
+            several = [ask, answer | {"weight": n % 2}, ask, says, {"role": "tool", "content": f"{2 * n}"}, answer]
+            openai.append({"messages": several, "tools": [tool]})
+            turns = (("human", row["instruction"]), ("gpt", row["output"] * (1 + 79 * (n % 7 == 0))))
+            sharegpt.append({"conversations": [{"from": who, "value": what} for who, what in turns]})
+        paths = [str(write_jsonl(folder / f"{name}.jsonl", rows)) for name, rows in (("o", openai), ("s", sharegpt))]
+        return {
+            "JOB_MODEL__ID": str(base),
+            "JOB_DATA__SOURCE": f"{paths[0]},{paths[1]}=0.5x",
+            "JOB_DATA__ON_LONG_ROW": "truncate",
+            "JOB_TRAIN__LOSS_ON": loss_on,
+            "JOB_TRAIN__MAX_LENGTH": "512",
+        }
+
+    return make
 
 
 def _split_texts(folder: Path) -> dict[str, str]:
@@ -203,7 +213,11 @@ CONFIGURATIONS: Mapping[str, Callable[[Path], dict[str, str]]] = {
     "eva": _lora(INIT="eva"),
     "loftq": _lora(INIT="loftq"),
     "new-tokens": _new_tokens,
-    "chat": _chat,
+    "chat": _chat(CHAT, "assistant"),
+    "chat-last": _chat(CHAT, "last"),
+    "chat-unmarked": _chat(UNMARKED, "assistant"),
+    "chat-unmarked-last": _chat(UNMARKED, "last"),
+    "chat-completion": _chat(UNMARKED, "completion"),
     "split-texts": _split_texts,
     "ipo-start": _from_an_adapter,
     "adalora": _lora(KIND="adalora", TINIT="3", TFINAL="5", DELTA_T="2"),

@@ -121,17 +121,31 @@ SPECIAL: dict[str, dict[str, Any]] = {
 }
 """What a family wants beside small numbers; None leaves an argument out."""
 
+_EXPERTS = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
+_KEYS_AS_VALUES = {"attention_k_eq_v": True, "num_global_key_value_heads": 1}
+"""Layers without a window have no projection of values: the keys, before their norm, are the values."""
+_PLAIN = {**_GEMMA4, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma4 (experts, keys as values)": ("gemma4", {"text_config": {**_PLAIN, **_EXPERTS, **_KEYS_AS_VALUES}}),
+    "gemma4_text (experts)": ("gemma4_text", {**_PLAIN, **_EXPERTS}),
+    "gemma4_text (experts, keys as values)": ("gemma4_text", {**_PLAIN, **_EXPERTS, **_KEYS_AS_VALUES}),
+    "gemma4_text (keys as values)": ("gemma4_text", {**_PLAIN, **_KEYS_AS_VALUES}),
+    "gemma4_unified_text (keys as values)": ("gemma4_unified_text", {**_GEMMA4, **_KEYS_AS_VALUES}),
+}
+"""Name -> type of model and what it wants: parts of a family that only some of its checkpoints have."""
 
-def tiny_config(model_type: str) -> Any:
-    """The family's configuration, small."""
+
+def tiny_config(family: str) -> Any:
+    """The configuration of a family or a variant, small."""
     from transformers import CONFIG_MAPPING
 
+    model_type, special = VARIANTS.get(family, (family, SPECIAL.get(family, {})))
     kind = CONFIG_MAPPING[model_type]
-    given = _shrunk(kind, model_type)
+    given = _shrunk(kind, model_type, special)
     return kind(**given)
 
 
-def _shrunk(kind: Any, model_type: str) -> dict[str, Any]:
+def _shrunk(kind: Any, model_type: str, special: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a configuration class that make it small, its sub-configurations within."""
     defaults = _defaults(kind, model_type)
     given: dict[str, Any] = {}
@@ -146,13 +160,13 @@ def _shrunk(kind: Any, model_type: str) -> dict[str, Any]:
     for name in getattr(kind, "sub_configs", None) or {}:
         part = getattr(defaults, name, None)
         if part is not None:
-            given[name] = _shrunk(type(part), part.model_type)
+            given[name] = _shrunk(type(part), part.model_type, SPECIAL.get(part.model_type, {}))
     for name in ("layer_types", "mlp_layer_types", "layers_block_type"):
         if kinds := list(dict.fromkeys(_value(defaults, name) or [])):
             given[name] = [kinds[layer % len(kinds)] for layer in range(LAYERS)]
     if "qk_rope_head_dim" in given:
         given |= {"head_dim": None, "num_key_value_heads": 4}  # these work it out, and share no heads
-    for name, value in SPECIAL.get(model_type, {}).items():
+    for name, value in special.items():
         part = name in (getattr(kind, "sub_configs", None) or {})
         given[name] = given[name] | value if part and isinstance(given.get(name), dict) else value
     renamed = getattr(kind, "attribute_map", {})
@@ -175,15 +189,15 @@ def _value(config: Any, name: str) -> Any:
         return None
 
 
-def make_model(model_type: str, folder: Path, **changes: Any) -> None:
-    """Writes a random model of the family: with all its parts, as its checkpoints are published.
+def make_model(family: str, folder: Path, **changes: Any) -> None:
+    """Writes a random model of the family or variant: with all its parts, as its checkpoints are published.
 
     Where its class cannot be built, the configuration is there.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    config = tiny_config(model_type)
+    config = tiny_config(family)
     for name, value in changes.items():
         setattr(config, name, value)
     config.save_pretrained(folder)
@@ -199,7 +213,7 @@ def make_model(model_type: str, folder: Path, **changes: Any) -> None:
 
 
 def families() -> list[str]:
-    """All types of models of which the installed transformers has a causal language model."""
+    """All types of models of which the installed transformers has a causal language model, and the variants."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    return [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *VARIANTS]

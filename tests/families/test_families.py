@@ -10,10 +10,11 @@ import torch
 
 from tests.families import check as checking
 from tests.families.check import check
+from tests.families.models import LAYERS, VARIANTS, tiny_config
 
-PACKED = ["llama", "gemma2", "phi3", "gpt2", "opt", "mixtral", "gpt_oss"]
+PACKED = ["gemma2", "phi3", "gpt2", "gpt_oss"]
 """Among them: a soft cap, windows in some layers, fused projections, `Conv1D`, positions that are learned, experts."""
-ALIKE = ["mistral", "qwen2", "qwen3", "gemma3_text", "gemma4_text", "gpt_neox"]
+ALIKE = ["llama", "opt", "mixtral", "mistral", "qwen2", "qwen3", "gemma3_text", "gemma4_text", "gpt_neox"]
 """Used more than most of those above, and built like one of them. Gemma 4's last layers share keys and values."""
 
 
@@ -62,8 +63,6 @@ def test_tiny_gemma4_looks_at_more_than_one_token_a_query() -> None:
     """Scores of Gemma 4, which it does not scale, stay small enough in the tiny model for rounding to stay small."""
     from transformers import AutoModelForCausalLM
 
-    from tests.families.models import tiny_config
-
     for family in ("gemma4_text", "gemma4_unified_text"):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(tiny_config(family), attn_implementation="eager").eval()
@@ -71,6 +70,19 @@ def test_tiny_gemma4_looks_at_more_than_one_token_a_query() -> None:
             weights = model(input_ids=torch.arange(10, 40)[None], output_attentions=True).attentions
         most = [float(layer[0, :, 8:].amax(-1).mean()) for layer in weights]
         assert max(most) < 0.8, (family, most)
+
+
+@pytest.mark.parametrize("family", [name for name in VARIANTS if name.startswith("gemma4")])
+def test_variants_of_gemma4_have_what_their_names_say(family: str) -> None:
+    """Experts in each layer, and no projection of values in the layers without a window, as in checkpoints."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    kind = AutoModelForImageTextToText if family.startswith("gemma4 ") else AutoModelForCausalLM
+    with torch.device("meta"):
+        names = [name for name, _ in kind.from_config(tiny_config(family)).named_modules()]
+    of_text = [name for name in names if "vision" not in name and "audio" not in name]
+    assert sum(name.endswith(".experts") for name in of_text) == (LAYERS if "experts" in family else 0)
+    assert sum(name.endswith(".self_attn.v_proj") for name in of_text) == (2 if "keys as values" in family else LAYERS)
 
 
 @pytest.mark.long

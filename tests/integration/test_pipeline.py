@@ -334,6 +334,7 @@ def test_the_adapter_loads_plainly_and_answers_alike(inputs: Inputs, whole: Ende
         assert scores.index(max(scores)) == record["prediction"]
 
 
+@pytest.mark.long
 def test_the_same_command_twice_gives_the_same_artifacts(inputs: Inputs, whole: Ended) -> None:
     """Another run elsewhere, with nothing to reuse: every artifact has the same hash, times and ids apart."""
     again = run(inputs, "again", "elsewhere")
@@ -506,8 +507,9 @@ def test_other_inputs_under_the_same_id_are_refused(
         path.write_bytes(before)
     assert ended.code == 65
     (error,) = errors(ended)
-    where = "dataset" if changed == "rows" else "model_sha256"
-    assert error["problems"] == [f"{where}: has changed since the first attempt of this run"]
+    where = "JOB_DATA__SOURCE" if changed == "rows" else "JOB_MODEL__ID"
+    what = "what it names has changed since the first attempt of this run; put it back, or start a new run"
+    assert error["problems"] == [f"{where}: {what}"]
     assert not (ended.run / "results.json").exists()
 
 

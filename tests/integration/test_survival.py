@@ -78,6 +78,42 @@ def test_killed_in_every_stage(environment: dict[str, str], undisturbed: dict[st
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("streams", [">&-", ">/dev/full", "2>&-", ">/dev/full 2>&1", "<&- >&- 2>&-"])
+def test_a_run_needs_no_output(
+    environment: dict[str, str], undisturbed: dict[str, str], tmp_path: Path, streams: str
+) -> None:
+    """Started with its output closed, or on a full disk, a run publishes the same results and ends with exit code 0."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("JOB_")}
+    given = {**clean, **environment, "JOB_RUN__ID": "mute", "JOB_RUN__OUTPUT": str(tmp_path)}
+    script = f"exec {sys.executable} -m job {streams}"
+    done = subprocess.run(["sh", "-c", script], cwd=ROOT, env=given, capture_output=True, check=False, timeout=240)
+    assert (done.returncode, done.stdout) == (0, b"")
+    assert b"Traceback" not in done.stderr
+    assert published(tmp_path, "mute") == undisturbed
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGXCPU, signal.SIGHUP, signal.SIGALRM, signal.SIGTSTP])
+def test_signals_of_batch_systems_and_terminals(
+    environment: dict[str, str], undisturbed: dict[str, str], tmp_path: Path, number: signal.Signals
+) -> None:
+    """Asked to stop it saves a checkpoint, killed it resumes, suspended it goes on: with the same bits."""
+    changes = {"JOB_RUN__ID": "signalled", "JOB_RUN__OUTPUT": str(tmp_path)}
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("JOB_")}
+    with warm.followed([], {**clean, **environment, **changes}) as (process, log):
+        next(line for line in log if '"done": 4,' in line)
+        for one in (number, number, signal.SIGCONT):
+            os.kill(process.pid, one)
+            time.sleep(0.3)
+        log.read()
+        (code,) = process.wait(120)
+    assert code == {signal.SIGALRM: -signal.SIGALRM, signal.SIGTSTP: 0}.get(number, 75)
+    if code:
+        assert attempt(environment, **changes).returncode == 0
+    assert published(tmp_path, "signalled") == undisturbed
+
+
+@pytest.mark.long
 def test_corrupt_checkpoint(environment: dict[str, str], undisturbed: dict[str, str], tmp_path: Path) -> None:
     """A bit that flips in the newest checkpoint sends the next attempt back to the one before, and says so."""
     changes = {"JOB_RUN__ID": "flip", "JOB_RUN__OUTPUT": str(tmp_path)}

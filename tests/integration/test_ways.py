@@ -10,7 +10,7 @@ import pytest
 from tests.chaos.small import CONFIGURATIONS, settings
 from tests.integration.test_survival import attempt, published
 
-WAYS = ("weights", "chat", "split-texts", "ipo-start", "muon", "noise", "stable-decay")
+WAYS = ("weights", "chat", "chat-unmarked", "split-texts", "ipo-start", "muon", "noise", "stable-decay")
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def test_a_killed_run_ends_as_an_undisturbed_one(folder: Path, name: str) -> Non
     output = Path(environment["JOB_RUN__OUTPUT"])
     assert published(output, f"{name}-killed") == published(output, name)
     data = json.loads((output / name / "results.json").read_text(encoding="utf-8"))["dataset"]
-    if name == "chat":
+    if name.startswith("chat"):
         assert [source["rows"] for source in data["sources"]] == [28, 14]
         assert data["long_rows"]["truncated"] > 0
     if name == "split-texts":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -13,40 +14,31 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from job.common.export_formats import MERGED
 from job.push.oci import FOLDER
 from job.settings.load import load_settings
 from job.settings.schema import NAMES
-from tests.kubernetes.crds import FLAG, NUMBER, QUANTITY, TEXT, closed, listed, resource
 from tests.kubernetes.manifests import build, one
 
 SERVING = Path(__file__).parents[2] / "infra/serving"
 VERSIONS = [f"1.{minor}" for minor in range(33, 38)]
 FOLDERS = ("adapter", "merged", "from-store")
 
-_QUANTITIES = {"type": "object", "additionalProperties": QUANTITY}
-_MODEL = closed(
-    ("modelFormat",),
-    modelFormat=closed(("name",), name=TEXT, version=TEXT),
-    runtime=TEXT,
-    protocolVersion=TEXT,
-    storageUri={"type": "string", "pattern": r"^(oci|oci\+native|oci\+fetch|s3|hf|pvc|gs)://.+"},
-    args=listed(TEXT),
-    env=listed({"type": "object"}),
-    resources=closed(requests=_QUANTITIES, limits=_QUANTITIES),
-)
-_PREDICTOR = closed(
-    ("model",),
-    minReplicas=NUMBER,
-    maxReplicas=NUMBER,
-    model=_MODEL,
-    serviceAccountName=TEXT,
-    timeout=NUMBER,
-    paused=FLAG,
-)
-INFERENCE_SERVICE = resource(
-    "serving.kserve.io/v1beta1", "InferenceService", closed(("predictor",), predictor=_PREDICTOR)
-)
-"""The fields that we set, as KServe's v1beta1 defines them; a new field is looked up there and added here."""
+INFERENCE_SERVICE = Path(__file__).with_name("kserve_inference_service.json")
+"""KServe's own schema of v1beta1, or rather the part of it that its comment names."""
+KSERVE_URIS = re.compile(r"(gs|s3|pvc|file|https?|hdfs|webhdfs|oci|oci\+native|oci\+fetch|hf)://.+")
+"""The places that KServe v0.20 reads models from (SupportedStorageURIPrefixList)."""
+KSERVE_MODES = {"Standard", "Knative"}
+
+
+def strict(schema: Any) -> Any:
+    """A CustomResourceDefinition's schema as the API server checks it for strict clients: unknown fields are errors."""
+    if isinstance(schema, list):
+        return [strict(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed = {name: strict(value) for name, value in schema.items()}
+    return {**closed, "additionalProperties": False} if "properties" in schema and "type" in schema else closed
 
 
 def container(folder: str) -> dict[str, Any]:
@@ -57,9 +49,9 @@ def container(folder: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_every_api_server_takes_it(folder: str) -> None:
-    """Every document fits the strict schema of its kind, in each version that has image volumes."""
+    """Every document fits the strict schema of its kind, in the first version with image volumes and in the last."""
     for document in build(str(SERVING / folder)):
-        for version in VERSIONS:
+        for version in (VERSIONS[0], VERSIONS[-1]):
             assert kubernetes_validate.validate(document, version, strict=True) == version
 
 
@@ -72,12 +64,40 @@ def test_a_wrong_field_is_found() -> None:
 
 
 def test_kserve_takes_it() -> None:
-    """The InferenceService has KServe's fields alone, and names the folder in which the job puts the model."""
+    """The InferenceService fits the schema of KServe's own CRD; it names the folder in which the job puts the model."""
+    schema = strict(json.loads(INFERENCE_SERVICE.read_text(encoding="utf-8")))
     document = yaml.safe_load((SERVING / "kserve.yaml").read_text(encoding="utf-8"))
-    jsonschema.validate(document, INFERENCE_SERVICE)
-    document["spec"]["predictor"]["model"]["storageURI"] = "s3://x"
+    jsonschema.validate(document, schema)
+    predictor = document["spec"]["predictor"]
+    assert KSERVE_URIS.fullmatch(predictor["model"]["storageUri"])
+    assert document["metadata"]["annotations"]["serving.kserve.io/deploymentMode"] in KSERVE_MODES
+    # KServe mounts the image's folder `models` there
+    assert (FOLDER, f"--model_dir=/mnt/models/{MERGED}") == ("models", predictor["model"]["args"][1])
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("spec", "predictor", "model", "storageURI"), "s3://x"),
+        (("spec", "predictor", "model", "modelFormat"), {"version": "1"}),
+        (("spec", "predictor", "model", "args"), "--model_name=run"),
+        (("spec", "predictor", "model", "resources", "limits", "memory"), "32 GB"),
+        (("spec", "predictor", "model", "resources", "limit"), {}),
+        (("spec", "predictor", "minReplicas"), "1"),
+        (("spec", "predicator"), {}),
+    ],
+)
+def test_kserve_would_refuse(path: tuple[str, ...], value: object) -> None:
+    """The check above can fail: misspelt names, missing names, wrong kinds of values."""
+    schema = strict(json.loads(INFERENCE_SERVICE.read_text(encoding="utf-8")))
+    document = yaml.safe_load((SERVING / "kserve.yaml").read_text(encoding="utf-8"))
+    *parents, last = path
+    place = document
+    for name in parents:
+        place = place[name]
+    place[last] = value
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate(document, INFERENCE_SERVICE)
+        jsonschema.validate(document, schema)
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -130,3 +150,105 @@ def test_the_endpoint_s_template() -> None:
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def parameters(template: dict[str, Any]) -> dict[str, Any]:
+    """A value for each parameter of the template, which has to allow it."""
+    given = {
+        "Name": "my-model",
+        "ModelUri": "s3://my-bucket/qlora/my-first-run/artifacts/export/merged/",
+        "Image": "763104351884.dkr.ecr.us-east-1.amazonaws.com/djl-inference:0.34.0-lmi16.0.0-cu128",
+        "RoleArn": "arn:aws:iam::123456789012:role/serving",
+    }
+    found = {name: given.get(name, parameter.get("Default")) for name, parameter in template["Parameters"].items()}
+    for name, parameter in template["Parameters"].items():
+        assert re.fullmatch(parameter.get("AllowedPattern", ".*"), str(found[name])), name
+    return found
+
+
+def request(template: dict[str, Any], resource: str) -> dict[str, Any]:
+    """The request that CloudFormation makes for a resource: its properties, with the values of what they refer to."""
+    values = {**parameters(template), "Model.ModelName": "my-model-1", "Configuration.EndpointConfigName": "my-model-1"}
+
+    def resolved(value: Any) -> Any:
+        if isinstance(value, list):
+            return [resolved(one) for one in value]
+        if not isinstance(value, dict):
+            return value
+        match value:
+            case {"Ref": name}:
+                return values[name]
+            case {"Fn::GetAtt": where}:
+                return values[where if isinstance(where, str) else ".".join(where)]
+            case {"Fn::Sub": text}:
+                return re.sub(r"\$\{(\w+)\}", lambda found: str(values[found[1]]), text)
+        return {name: resolved(one) for name, one in value.items()}
+
+    found: dict[str, Any] = resolved(template["Resources"][resource]["Properties"])
+    return found
+
+
+def template_of_the_endpoint() -> dict[str, Any]:
+    """The template as CloudFormation reads it, its short tags as functions."""
+    from cfnlint.decode import cfn_yaml
+
+    loaded = cfn_yaml.load(str(SERVING / "sagemaker.yaml"))
+    found: dict[str, Any] = json.loads(json.dumps(loaded))
+    return found
+
+
+NAMED = {
+    "Model": ("CreateModel", {"ModelName": "my-model-1"}),
+    "Configuration": ("CreateEndpointConfig", {"EndpointConfigName": "my-model-1"}),
+    "Endpoint": ("CreateEndpoint", {}),
+}
+"""Resource of the template -> the call that makes it, and what CloudFormation adds: the names it makes up."""
+
+
+def refusals(resource: str, change: dict[str, Any] | None = None) -> str:
+    """What the service model of SageMaker, as botocore ships it, has to say of a resource."""
+    import botocore.session
+    from botocore.validate import ParamValidator
+
+    operation, named = NAMED[resource]
+    model = botocore.session.get_session().get_service_model("sagemaker").operation_model(operation)
+    body = {**named, **request(template_of_the_endpoint(), resource), **(change or {})}
+    report: str = ParamValidator().validate(body, model.input_shape).generate_report()
+    return report + enum_refusals(body, model.input_shape)
+
+
+def enum_refusals(value: Any, shape: Any) -> str:
+    """Values that are none of an enumeration, or do not fit a pattern; the validator does not look at these."""
+    if shape.type_name == "structure":
+        return "".join(enum_refusals(one, shape.members[name]) for name, one in value.items() if name in shape.members)
+    if shape.type_name == "list":
+        return "".join(enum_refusals(one, shape.member) for one in value)
+    if shape.type_name == "map":
+        return "".join(enum_refusals(one, shape.value) for one in value.values())
+    if getattr(shape, "enum", None) and value not in shape.enum:
+        return f"{value} is none of {shape.name}"
+    pattern = shape.metadata.get("pattern")
+    if pattern and not re.fullmatch(pattern, str(value)):
+        return f"{value} does not fit {shape.name}"
+    return ""
+
+
+@pytest.mark.parametrize("resource", NAMED)
+def test_sagemaker_takes_the_endpoint(resource: str) -> None:
+    """Each resource of the template is a request that fits the service's own model: names, types, limits, values."""
+    assert refusals(resource) == ""
+
+
+@pytest.mark.parametrize(
+    ("resource", "change", "said"),
+    [
+        ("Model", {"PrimaryContainer": {"Imag": "x"}}, "Unknown parameter"),
+        ("Model", {"PrimaryContainer": {"ModelDataSource": {"S3DataSource": {}}}}, "Missing required parameter"),
+        ("Configuration", {"ProductionVariants": [{"VariantName": "a", "InstanceType": "ml.none"}]}, "none of"),
+        ("Configuration", {"ProductionVariants": [{"VariantName": 1}]}, "Invalid type"),
+        ("Endpoint", {"EndpointName": "my_model"}, "does not fit"),
+    ],
+)
+def test_sagemaker_would_refuse(resource: str, change: dict[str, Any], said: str) -> None:
+    """The check above can fail."""
+    assert said in refusals(resource, change)

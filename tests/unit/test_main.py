@@ -94,6 +94,21 @@ cli.main = main"""
     assert (tmp_path / "file").read_bytes() == b""
 
 
+def test_what_a_parent_did_to_its_own_signals_is_undone() -> None:
+    """A request to stop arrives, and a child's exit code is known, whatever the parent blocked or ignored."""
+    script = """
+import os, signal, subprocess
+stopped = []
+def main():
+    os.kill(os.getpid(), signal.SIGTERM)
+    return 10 * len(stopped) + subprocess.run([sys.executable, "-Sc", "raise SystemExit(3)"]).returncode
+signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+cli.main = main"""
+    assert ended(script).returncode == 13
+
+
 def test_characters_without_bytes_are_printed_as_escapes() -> None:
     """Where stdout is not UTF-8, or a name has none, a result is printed all the same."""
     script = "sys.stdout.reconfigure(encoding='ascii')\nfrom job import log"

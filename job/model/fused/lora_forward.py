@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from job.model.architecture import has_fused_decoder
 from job.model.fused.kernels import Kernels
@@ -248,14 +249,25 @@ def _attention(
     hidden_states: torch.Tensor,
     position_embeddings: tuple[torch.Tensor, torch.Tensor],
     *,
-    layout: Layout,
+    layout: Layout | None = None,
+    attention_mask: torch.Tensor | None = None,
+    past_key_values: Any = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """(1, tokens, hidden) -> the same; `position_embeddings` are cosine and sine, each (1, tokens, head size)."""
+    """(rows, tokens, hidden) -> the same; `position_embeddings` are cosine and sine, each (rows, tokens, head size).
+
+    With a layout it is one row, a packed sequence. Without one, texts are generated: the mask, (rows, 1, tokens, keys),
+    is the one that transformers makes for torch's kernel, and the cache holds what came before.
+    """
     shape = (*hidden_states.shape[:-1], -1, module.head_dim)
     query, key, value = (y.view(shape) for y in _together(module, hidden_states, "q_proj", "k_proj", "v_proj"))
     query, key = kernels.rotate(query, key, *position_embeddings)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    if layout is None:
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, module.layer_idx)
+        own, _weights = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=module.scaling)
+        return module.o_proj(own.reshape(*shape[:-2], -1)), None
     # Where transformers' own code of these families takes it from: Qwen2 knows it by layer, Mistral for all of them.
     # Llama has no window, and ignores one that a config.json names.
     whole = module.config.sliding_window if module.config.model_type == "mistral" else None

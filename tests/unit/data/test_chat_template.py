@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from job.data import chat_template
+from job.common import helper_process
 from job.data.chat_template import TemplateRefusalError, open_template, uses_date
 from job.errors import DataError, Preempted
 from tests.toy_tokenizer import CHATML, toy_tokenizer
@@ -22,7 +22,7 @@ WITH_TOOLS = "{{ bos_token }}{% if tools %}{{ tools | tojson }}{% endif %}" + CH
 @pytest.fixture
 def cold(monkeypatch: pytest.MonkeyPatch) -> None:
     """The process is started as the job starts it, and not forked as elsewhere in the tests."""
-    monkeypatch.setattr(chat_template, "subprocess", subprocess)
+    monkeypatch.setattr(helper_process, "subprocess", subprocess)
 
 
 @pytest.mark.parametrize("template", [CHATML, WITH_TOOLS, "{% for m in messages %}{{ m }}{% endfor %}"])

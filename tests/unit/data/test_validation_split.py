@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
+from job.common.near_duplicates import MOST_COMPARED, RowHashes, group_rows, row_hash
 from job.data.training_and_validation import ValidationSource, load_rows, what_to_validate_on
-from job.data.validation_split import MOST_COMPARED, RowHashes, count_overlap, group_rows, hold_out, row_hash
+from job.data.validation_split import count_overlap, hold_out
 from job.errors import DataError
 from job.records import DatasetRecord, Example
 from tests.helpers import READING, alpaca_rows, write_jsonl

@@ -6,11 +6,9 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -37,19 +35,10 @@ QUESTIONS = [
 ]
 """The last has tokens that are bytes of a character, its first and others."""
 TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>{% endfor %}"
-FORKED = SimpleNamespace(Popen=warm.LlamaCppProcess, PIPE=subprocess.PIPE)
 
 
 def waited(**_: bool) -> None:
     """Nothing ends the job."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def forked() -> Iterator[None]:
-    """llama.cpp's process is forked from one that has imported what it needs."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gguf, "subprocess", FORKED)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -264,7 +253,7 @@ def test_a_process_that_is_killed_is_an_error_in_words(files: dict[str, Path]) -
     """llama.cpp may end its process: the job says how, and goes the way of its own errors."""
     with load_gguf(files["q8_0"], max_length=64, threads=1, alive=waited) as model:
         model.score(QUESTIONS[1])
-        os.kill(warm.LlamaCppProcess.last.pid, signal.SIGKILL)
+        os.kill(warm.HelperProcess.last.pid, signal.SIGKILL)
         with pytest.raises(
             TrainingFailed, match=r"could not score a question: llama\.cpp's process was killed by SIGKILL"
         ):
@@ -282,7 +271,7 @@ def test_waiting_is_bounded_and_lets_the_job_end(files: dict[str, Path], monkeyp
     with load_gguf(files["q8_0"], max_length=64, threads=1, alive=alive) as model:
         monkeypatch.setattr(gguf, "_POLL_SECONDS", 0.05)
         monkeypatch.setattr(gguf, "_STALLED_SECONDS", 0.2)
-        os.kill(warm.LlamaCppProcess.last.pid, signal.SIGSTOP)
+        os.kill(warm.HelperProcess.last.pid, signal.SIGSTOP)
         with pytest.raises(TrainingFailed, match="has not answered for"):
             model.score(QUESTIONS[1])
         stopped = True

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -20,6 +22,8 @@ from transformers import (
     GPT2LMHeadModel,
     MistralConfig,
     MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
 )
 
 from job.common.export_formats import EXPORT_FORMATS
@@ -33,7 +37,7 @@ from job.model.base import PLAIN, load_tokenizer
 from job.model.fused.frozen_weights import dequantized
 from job.model.lora import add_adapter, trainable
 from job.model.packed_attention import use
-from tests.helpers import LINEAR, fill_adapter, load_plain, make_base, make_model
+from tests.helpers import LINEAR, VOCABULARY, fill_adapter, load_plain, make_base, make_model
 
 IDS = torch.tensor([[0, 7, 90, 211, 35, 398, 12]])
 OPTIONS: Mapping[str, AdapterOptions] = {
@@ -64,17 +68,18 @@ def half(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def merged(model: Any, source: Path, onto: str, folder: Path) -> Path:
+def merged(model: Any, source: Path, onto: str, folder: Path, tokens: Sequence[str] = ()) -> Path:
     """The merged model's folder."""
-    write_merged(model, plan_merge(model, source), onto, folder, tokenizer=load_tokenizer(source))
+    how: dict[str, Any] = {"tokenizer": load_tokenizer(source, tokens), "added_tokens": tokens}
+    write_merged(model, plan_merge(model, source), onto, folder, **how)
     return folder
 
 
-def logits(model: Any) -> torch.Tensor:
+def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
     """Of a few tokens, (tokens, vocabulary) fp32, with transformers' plain attention."""
     use(model.get_base_model() if hasattr(model, "get_base_model") else model, PLAIN)
     with torch.inference_mode():
-        return model(input_ids=IDS, use_cache=False).logits[0].float()
+        return model(input_ids=ids, use_cache=False).logits[0].float()
 
 
 @pytest.mark.parametrize("kind", OPTIONS)
@@ -91,6 +96,91 @@ def test_the_weights_are_those_of_pefts_own_merge(base: Path, tmp_path: Path, ki
     assert all(torch.equal(tensor, expected[name]) for name, tensor in plain.state_dict().items())
     torch.testing.assert_close(logits(plain), with_adapter, rtol=1e-4, atol=2e-4)
     assert (logits(plain) - logits(AutoModelForCausalLM.from_pretrained(base))).abs().max() > 0.01
+
+
+TOKENS = ("<ask>", "<tell>")
+WHOLE: Mapping[str, AdapterOptions] = {
+    "whole": AdapterOptions(modules_to_save=("embed_tokens", "lm_head")),
+    "a norm": AdapterOptions(modules_to_save=("norm",)),
+    "tokens": AdapterOptions(added_tokens=TOKENS),
+    "tokens, head whole": AdapterOptions(added_tokens=TOKENS, modules_to_save=("lm_head",)),
+}
+
+
+@pytest.mark.parametrize("kind", [*WHOLE, "tokens, tied", "tokens, tied in two copies"])
+def test_what_was_trained_whole_takes_the_place_of_the_bases(base: Path, tmp_path: Path, kind: str) -> None:
+    """Whole modules and rows of new tokens: PEFT's bits in fp32, with tokenizer and configuration that fit them."""
+    options, source = WHOLE[kind.split(", tied", maxsplit=1)[0]], base
+    if "tied" in kind:
+        source = _tied(base, tmp_path / "base", copies=kind.endswith("copies"))
+    model = fill_adapter(make_model(source, options=options)).eval()
+    ids = torch.tensor([[0, 7, 90, 211, *range(VOCABULARY, VOCABULARY + len(options.added_tokens)), 398, 12]])
+    with_adapter = logits(model, ids)
+    folder = merged(model, source, ORIGINAL, tmp_path / "merged", options.added_tokens)
+    expected = model.merge_and_unload().state_dict()
+    plain, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert plain.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in plain.state_dict().items())
+    torch.testing.assert_close(logits(plain, ids), with_adapter, rtol=1e-4, atol=2e-4)
+    assert plain.config.vocab_size == VOCABULARY + len(options.added_tokens)
+    known = load_tokenizer(source, options.added_tokens)  # of fewer tokens than the embedding has rows
+    assert all(tokenizer.tokenize(f"a{token}b") == known.tokenize(f"a{token}b") for token in ("", *TOKENS))
+    heads = {id(plain.get_input_embeddings().weight), id(plain.get_output_embeddings().weight)}
+    assert len(heads) == (1 if "tied" in kind else 2)
+
+
+def _tied(base: Path, folder: Path, *, copies: bool) -> Path:
+    """The base with one matrix for embedding and output layer, which lies in its file once or twice."""
+    shutil.copytree(base, folder)
+    config, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    del tensors["lm_head.weight"]
+    if copies:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["whole", "tokens, head whole"])
+def test_what_was_trained_whole_beside_a_quantized_base(half: Path, tmp_path: Path, kind: str) -> None:
+    """In the dtype of the base's file, rounded once; both candidates have the same of it."""
+    options = WHOLE[kind]
+    model = fill_adapter(make_model(half, quantization="nf4", options=options, dtype=torch.bfloat16)).eval()
+    tensors = [
+        load_file(merged(model, half, onto, tmp_path / onto, options.added_tokens) / "model.safetensors")
+        for onto in (ORIGINAL, DEQUANTIZED)
+    ]
+    trained = model.get_base_model().lm_head.modules_to_save["default"].weight.detach()
+    for found in tensors:
+        assert torch.equal(found["lm_head.weight"], trained.bfloat16())
+        assert torch.equal(found["model.embed_tokens.weight"], tensors[0]["model.embed_tokens.weight"])
+    rows = tensors[0]["model.embed_tokens.weight"]
+    assert rows.shape[0] == VOCABULARY + len(options.added_tokens)
+    same = torch.equal(rows[:VOCABULARY], load_file(half / "model.safetensors")["model.embed_tokens.weight"])
+    assert same == bool(options.added_tokens)
+
+
+def test_biases_of_the_base_are_kept(base: Path, tmp_path: Path) -> None:
+    """Layers with a bias, as Qwen's: the adapter changes the weight alone, DoRA's too; PEFT's bits."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = Qwen2Config(vocab_size=VOCABULARY, num_hidden_layers=1, **shape)
+    filled = Qwen2ForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in filled.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    filled.save_pretrained(tmp_path / "base")
+    for path in base.glob("tokenizer*"):
+        shutil.copyfile(path, tmp_path / "base" / path.name)
+    for kind in ("plain", "dora"):
+        model = fill_adapter(make_model(tmp_path / "base", options=OPTIONS[kind])).eval()
+        with_adapter = logits(model)
+        folder = merged(model, tmp_path / "base", ORIGINAL, tmp_path / kind)
+        expected = model.merge_and_unload().state_dict()
+        plain = AutoModelForCausalLM.from_pretrained(folder)
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in plain.state_dict().items())
+        torch.testing.assert_close(logits(plain), with_adapter, rtol=1e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("kind", ["plain", "dora", "adalora"])
@@ -165,7 +255,7 @@ def test_gpt2_holds_its_weights_the_other_way(base: Path, tmp_path: Path) -> Non
 
 def test_the_files_are_those_of_a_plain_model(half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards with an index, a configuration without quantization, the tokenizer byte for byte: twice the same bytes."""
-    monkeypatch.setattr(checkpoint, "SHARD", "100KB")
+    monkeypatch.setattr(checkpoint, "SHARD", 100_000)
     source = tmp_path / "base"
     shutil.copytree(half, source)
     (source / "chat_template.jinja").write_text("{{ messages }}")
@@ -201,6 +291,12 @@ def test_what_cannot_be_merged_is_refused_before_training(half: Path, tmp_path: 
     assert candidates(model, half, "best").only == "no weight of the base is quantized"
     with pytest.raises(SettingsError, match="JOB_EXPORT__MERGE_ONTO: is dequantized, and no weight of the base is"):
         candidates(model, half, DEQUANTIZED)
+    tied = _tied(half, tmp_path / "tied", copies=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT and transformers, of what they would do with it
+        adapted_head = get_peft_model(load_plain(tied), LoraConfig(target_modules=["lm_head"]))
+    with pytest.raises(SettingsError, match=r"the weight of lm_head is also another module's, .* JOB_LORA__TARGET"):
+        candidates(adapted_head, tied, "best")
     lacking = tmp_path / "lacking"
     shutil.copytree(half, lacking)
     tensors = load_file(half / "model.safetensors")

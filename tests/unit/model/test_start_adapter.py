@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -159,20 +159,16 @@ for place in json.loads(sys.argv[1]):
 """In a process of its own: the hub's library reads its address when it is imported."""
 
 
-def test_an_adapter_of_the_hub_is_of_the_revision_that_is_named(saved: Path, tmp_path: Path) -> None:
-    """Behind `@` is a commit or a branch; without one it is the newest; a revision that is not there is named."""
-    older = Path(shutil.copytree(saved, tmp_path / "older"))
-    config(lora_alpha=32)(older)
-    commits = {COMMIT: saved, OTHER: older}
-    (saved / "README.md").write_text("card")
+def hub_of(commits: Mapping[str, Path]) -> type[Hub]:
+    """A hub with `some/adapter`: for each commit its files, the newest commit first; `@nothing` is not there."""
 
     class Adapters(Hub):
-        """`some/adapter` with two commits."""
+        """What the hub's library asks for a snapshot."""
 
         def do_GET(self) -> None:  # noqa: N802 - of http.server
             """Answers for metadata, listings and files."""
             path = self.path.split("?")[0]
-            commit = OTHER if OTHER in path else COMMIT
+            commit = next((name for name in commits if name in path), next(iter(commits)))
             file = commits[commit] / path.rpartition("/")[2]
             if path.endswith("/nothing"):
                 self._answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
@@ -189,8 +185,17 @@ def test_an_adapter_of_the_hub_is_of_the_revision_that_is_named(saved: Path, tmp
             else:
                 super().do_GET()
 
+    return Adapters
+
+
+def test_an_adapter_of_the_hub_is_of_the_revision_that_is_named(saved: Path, tmp_path: Path) -> None:
+    """Behind `@` is a commit or a branch; without one it is the newest; a revision that is not there is named."""
+    older = Path(shutil.copytree(saved, tmp_path / "older"))
+    config(lora_alpha=32)(older)
+    (saved / "README.md").write_text("card")
+
     places = ["some/adapter", f"some/adapter@{OTHER}", "some/adapter@main", "some/adapter@nothing", "some/missing"]
-    with serving(Adapters) as endpoint:
+    with serving(hub_of({COMMIT: saved, OTHER: older})) as endpoint:
         found = ask(endpoint, tmp_path / "home", *places, client=CLIENT)
     assert found[:3] == [hash_start(saved), hash_start(older), hash_start(saved)]
     assert found[3][0] == "DataError"

@@ -15,7 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from job.errors import Preempted
+from job.preemption import stop_flag
 from job.preemption.stop_flag import (
+    SAME_REQUEST_SECONDS,
     SIGNALS,
     SPARE_SECONDS,
     SPARE_SHARE,
@@ -72,7 +74,7 @@ class TestStop:
 
 
 class TestSignals:
-    """SIGTERM, SIGINT, SIGHUP and SIGUSR1."""
+    """Of platforms, batch systems and persons."""
 
     @pytest.mark.parametrize("number", SIGNALS)
     def test_the_first_raises_the_flag_with_the_grace_period(self, number: signal.Signals) -> None:
@@ -93,6 +95,26 @@ class TestSignals:
                 assert not stop()
         finally:
             signal.signal(signal.SIGHUP, before)
+
+    def test_signals_that_come_together_are_one_request(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Timeout, systemd and a closed terminal send a signal to a whole group, and the parent sends it once more."""
+        monkeypatch.setattr(os, "_exit", lambda code: pytest.fail(f"ended with {code}"))
+        with stop_on_signals(17) as stop:
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGTERM):
+                signal.raise_signal(number)
+            assert stop.reason == "SIGTERM"
+
+    def test_a_limit_of_cpu_time_asks_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The kernel repeats SIGXCPU while the checkpoint is being saved; only another signal is impatient."""
+        monkeypatch.setattr(stop_flag, "SAME_REQUEST_SECONDS", -1.0)
+        ended: list[int] = []
+        monkeypatch.setattr(os, "_exit", ended.append)
+        with stop_on_signals(17):
+            signal.raise_signal(signal.SIGXCPU)
+            signal.raise_signal(signal.SIGXCPU)
+            assert ended == []
+            signal.raise_signal(signal.SIGTERM)
+            assert ended == [75]
 
     def test_the_first_signal_after_a_notice_has_its_grace(self) -> None:
         """A notice is no signal: SIGTERM after it shortens the time and does not end the process."""
@@ -125,6 +147,7 @@ class TestSignals:
             target = _child(process.pid) if as_first_process else process.pid
             os.kill(target, signal.SIGTERM)
             assert process.stdout.readline() == "SIGTERM\n"
+            time.sleep(SAME_REQUEST_SECONDS + 0.1)
             began = time.monotonic()
             os.kill(target, second)
             assert process.wait(10) == 75

@@ -145,7 +145,7 @@ def test_validation_is_told_apart_from_the_test() -> None:
     assert wording.validation({"steps": 40, "validation": None}, {"validation": None}) == []
 
 
-@pytest.mark.parametrize("pair", wording._SAYS_OF_BOTH)  # noqa: SLF001 - every case of the table
+@pytest.mark.parametrize("pair", wording._SAYS_OF_BOTH)
 def test_a_recovered_loss_is_never_called_an_improvement(pair: tuple[str, str]) -> None:
     """Only a model that is better than its quantized and its unquantized base has the verdict improved."""
     original = {"arc_easy": {"adapter_versus_original": {"acc": {"verdict": pair[1]}}}}

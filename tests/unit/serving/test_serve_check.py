@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import re
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
@@ -15,9 +17,10 @@ import pytest
 
 from job.errors import AccessDenied, SettingsError, Unreachable, VerificationError
 from job.evaluation.samples import Sample
-from job.serving.check import NEAR, ServeCheck, Served, as_json, as_lines, require_alike, serve_check
+from job.records import NEAR, ServeCheck
+from job.serving.check import Served, as_json, as_lines, require_alike, serve_check
 from job.serving.client import Client
-from job.serving.servers import SERVERS, Model, pick, recognized
+from job.serving.servers import SERVERS, Model, pick, recognized, started
 from tests.unit.storage.test_hub import serving
 
 CHOICES = ("Sorrowby", "Gulholm", "Dunmarsh")
@@ -224,8 +227,39 @@ def test_what_goes_wrong_has_its_code() -> None:
 def test_command_lines_of_servers() -> None:
     """VLLM gets the adapter as a LoRA module with the smallest rank limit it knows; the merged model by its folder."""
     vllm = SERVERS["vllm"]
+    assert vllm.command is not None
     words = vllm.command(Model("adapter", Path("/runs/a"), "org/base", 24), 8000)
-    assert words[:6] == ["serve", "org/base", "--enable-lora", "--max-lora-rank", "32", "--lora-modules"]
+    assert words[1:7] == ["serve", "org/base", "--enable-lora", "--max-lora-rank", "32", "--lora-modules"]
     assert "run=/runs/a" in words
-    assert vllm.command(Model("merged", Path("/runs/m")), 8000)[1] == "/runs/m"
+    assert vllm.command(Model("merged", Path("/runs/m")), 8000)[2] == "/runs/m"
     assert [name for name, server in SERVERS.items() if server.serves("gguf:q8_0")] == ["llama.cpp"]
+
+
+def test_what_is_missing_is_named_before_anything_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the packages of `transformers serve`: exit code 2 with what to install, no traceback of a server."""
+    found = importlib.util.find_spec
+    absent = {"fastapi", "openai", "uvicorn", "xllamacpp"}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in absent else found(name))
+    monkeypatch.setattr("shutil.which", lambda *_args, **_given: None)
+    merged, gguf = Model("merged", Path("/runs/m")), Model("gguf:q8_0", Path("/runs/g"))
+    with pytest.raises(SettingsError, match=r"no server for merged .*fastapi, openai and uvicorn: pip install"):
+        pick(merged)
+    with pytest.raises(SettingsError, match=r"without fastapi, openai, uvicorn; .*pip install 'qlora-job\[export\]'"):
+        started("transformers", merged).__enter__()
+    with pytest.raises(SettingsError, match=r"no server for gguf:q8_0 .*xllamacpp: pip install"):
+        pick(gguf)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: True)
+    assert (pick(merged), pick(gguf)) == ("transformers", "llama.cpp")
+
+
+def test_the_extra_has_what_transformers_serve_imports() -> None:
+    """Every package that `transformers` asks for before it serves is one that the table asks for, or our dependency."""
+    import inspect
+
+    from transformers.utils import import_utils
+
+    asked = set(re.findall(r"is_(\w+)_available\(\)", inspect.getsource(import_utils.is_serve_available))) - {"serve"}
+    assert asked == {*SERVERS["transformers"].needs, "pydantic"}
+    project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extra = {re.match(r"[\w-]+", name)[0] for name in project["optional-dependencies"]["export"]}  # type: ignore[index]
+    assert {need for server in SERVERS.values() for need in server.needs} <= extra

@@ -20,7 +20,7 @@ from job.records import PEFT, Example, ExecutionPlan
 from job.training.config import Hooks, Preference, Recipe
 from job.training.flat_parameters import FlatParameters
 from job.training.objectives import OBJECTIVES
-from job.training.preference_gradient import PreferenceGradient, head_of, log_prob_sums, token_log_probs
+from job.training.preference_gradient import PreferenceGradient, head_of, reference_log_probs, token_log_probs
 from job.training.step import OptimizerStep
 from tests.helpers import BOS, fill_adapter, make_examples, make_model
 
@@ -53,16 +53,9 @@ def make_labelled(count: int) -> list[Example]:
 
 def with_references(model: Any, examples: Sequence[Example]) -> list[Example]:
     """The examples with their log-probabilities by the base."""
-    with adapter_off(model), torch.no_grad():
-        return [
-            replace(
-                example,
-                reference=tuple(
-                    log_prob_sums(lambda s: token_log_probs(model, head_of(model), s), example.sequences).tolist()
-                ),
-            )
-            for example in examples
-        ]
+    with adapter_off(model):
+        references = reference_log_probs(model, fused=False)(examples)
+    return [replace(example, reference=tuple(sums)) for example, sums in zip(examples, references, strict=True)]
 
 
 def our_step(

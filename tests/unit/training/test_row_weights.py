@@ -12,7 +12,7 @@ from job.data.batch_plan import by_weight, weighted_targets
 from job.data.dataset import load_examples
 from job.errors import DataError
 from job.training.trainer import Hooks, train
-from tests.helpers import alpaca_rows, fill_adapter, make_examples, make_model, write_jsonl
+from tests.helpers import READING, alpaca_rows, fill_adapter, make_examples, make_model, write_jsonl
 from tests.unit.training.test_trainer import (
     LONGER,
     PLAN,
@@ -97,16 +97,7 @@ def test_validation_rows_weigh_alike(base_folder: Path, tokenizer: Any, tmp_path
 
 def test_rows_say_what_they_weigh(tokenizer: Any, tmp_path: Path) -> None:
     """Numbers from 0 on, as text too, 1 where there is none; the data's hash has them; anything else is a bad row."""
-    given: dict[str, Any] = {
-        "revision": None,
-        "split": "train",
-        "limit": None,
-        "schema": None,
-        "on_bad_row": "error",
-        "loss_on": "all",
-        "max_length": 512,
-        "tokenizer": tokenizer,
-    }
+    given = READING | {"tokenizer": tokenizer}
     weights = [{"weight": 2}, {"weight": "0.5"}, {}, {"weight": 0}]
     rows = [row | weight for row, weight in zip(alpaca_rows(4), weights, strict=True)]
     path = str(write_jsonl(tmp_path / "rows.jsonl", rows))

@@ -1,0 +1,211 @@
+"""Generation: batched, with a cache, it says what transformers' own generation says of each prompt alone."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from collections.abc import Sequence
+from functools import cache
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import MistralConfig
+
+from job.errors import TrainingFailed
+from job.evaluation.generation import CACHE_BATCHES, Sampling, _drawn, generate, plan_batches
+from job.model.base import PLAIN, load_base
+from job.model.fused.frozen_weights import fuse_layers
+from job.model.fused.kernels import TORCH
+from job.model.packed_attention import NAME, is_packed, use
+from job.records import Answer
+from tests.helpers import fill_adapter, make_model
+
+NEW = 8
+
+
+def make_prompts(number: int) -> list[tuple[int, ...]]:
+    """Random prompts of 2 to 40 tokens."""
+    chance = random.Random(number)
+    return [(0, *(chance.randrange(3, 400) for _ in range(chance.randint(1, 39)))) for _ in range(number)]
+
+
+PROMPTS = make_prompts(6)
+
+
+@cache
+def model(folder: Path, quantization: str = "none") -> Any:
+    """The tiny model with an adapter that says something."""
+    return fill_adapter(make_model(folder, quantization=quantization)).eval()
+
+
+def by_the_book(own: Any, tokenizer: Any, prompt: Sequence[int], most: int = NEW) -> str:
+    """The answer to one prompt by transformers' own generation, with the model's own attention."""
+    base = own.get_base_model()
+    before = base.config._attn_implementation
+    use(base, PLAIN)
+    try:
+        ids = torch.tensor([prompt])
+        said = own.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=most, do_sample=False, use_cache=True
+        )
+    finally:
+        use(base, before)
+    return str(tokenizer.decode(said[0, len(prompt) :], skip_special_tokens=True))
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("side", ["base", "adapter"])
+def test_answers_are_those_of_each_prompt_alone(
+    base_folder: Path, tokenizer: Any, quantization: str, side: str
+) -> None:
+    """Padded, in batches and with a cache: each answer is that of transformers' own generation of the prompt alone."""
+    own = model(base_folder, quantization)
+    off = own.disable_adapter() if side == "base" else torch.no_grad()
+    with off:
+        expected = [by_the_book(own, tokenizer, prompt) for prompt in PROMPTS]
+        found = generate(own, tokenizer, PROMPTS, max_new_tokens=NEW, batch_tokens=100)
+    assert [answer.text for answer in found] == expected
+    assert len(set(expected)) > len(expected) // 2, "the model says the same of everything"
+    assert is_packed(own.get_base_model()), "afterwards it computes packed sequences again"
+
+
+def test_the_fused_decoder_generates_too(base_folder: Path, tokenizer: Any) -> None:
+    """With the job's own layers in place of PEFT's: the same answers, of the adapter and of the base."""
+    own = fill_adapter(make_model(base_folder, quantization="nf4")).eval()
+    expected = [by_the_book(own, tokenizer, prompt) for prompt in PROMPTS]
+    assert fuse_layers(own, keep_dequantized=False, kernels=TORCH) == "all"
+    assert [answer.text for answer in generate(own, tokenizer, PROMPTS, max_new_tokens=NEW)] == expected
+    plain = model(base_folder, "nf4")
+    with own.disable_adapter(), plain.disable_adapter():
+        expected = [by_the_book(plain, tokenizer, prompt) for prompt in PROMPTS]
+        assert [answer.text for answer in generate(own, tokenizer, PROMPTS, max_new_tokens=NEW)] == expected
+
+
+@pytest.mark.parametrize("sampling", [None, Sampling(temperature=0.7, top_k=20, seed=3)])
+def test_a_model_that_cannot_be_packed_answers_one_prompt_at_a_time(
+    base_folder: Path, tokenizer: Any, sampling: Sampling | None
+) -> None:
+    """The same answers as in batches, also of what is drawn at random."""
+    own = fill_adapter(make_model(base_folder)).eval()
+    how: dict[str, Any] = {"max_new_tokens": NEW, "sampling": sampling}
+    texts = [answer.text for answer in generate(own, tokenizer, PROMPTS[:3], **how)]
+    how["stop"] = [next(text[1] for text in texts if text[1:])]
+    together = generate(own, tokenizer, PROMPTS, **how)
+    own.get_base_model().generation_config.repetition_penalty = 5.0  # of the model's file: not applied in either way
+    use(own.get_base_model(), PLAIN)
+    assert generate(own, tokenizer, PROMPTS, **how) == together
+    assert len({answer.ended_by for answer in together}) > 1
+    use(own.get_base_model(), NAME)
+    assert generate(own, tokenizer, PROMPTS, **how) == together
+
+
+def test_a_recurrent_model_generates(tmp_path: Path, tokenizer: Any) -> None:
+    """Mamba, whose cache is of its own kind, gives the answers of its own generation."""
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=400, hidden_size=32, num_hidden_layers=2, state_size=4, eos_token_id=1)
+    MambaForCausalLM(config).save_pretrained(tmp_path)
+    how: dict[str, Any] = {"quantization": "none", "double_quantization": False, "dtype": torch.float32}
+    own = load_base(tmp_path, **how, device=torch.device("cpu"), max_length=64, targets=["in_proj"])
+    use(own, PLAIN)
+    found = generate(own, tokenizer, PROMPTS[:3], max_new_tokens=5)
+    for prompt, answer in zip(PROMPTS, found, strict=False):
+        said = own.generate(input_ids=torch.tensor([prompt]), max_new_tokens=5, do_sample=False, use_cache=True)
+        assert answer.text == tokenizer.decode(said[0, len(prompt) :], skip_special_tokens=True)
+
+
+class Scripted:
+    """A model that says given tokens whatever it is asked, so that the end of an answer can be tested by the token."""
+
+    def __init__(self, tokenizer: Any, text: str, ends: Any = 1) -> None:
+        self.said = tokenizer.encode(text, add_special_tokens=False)
+        self.device = torch.device("cpu")
+        self.config = MistralConfig(num_hidden_layers=1, eos_token_id=ends, attn_implementation=NAME)
+        self.steps = count()
+
+    def eval(self) -> None:
+        """It has no modes."""
+
+    def set_attn_implementation(self, _: str) -> None:
+        """Nor attention."""
+
+    def __call__(self, **_: Any) -> Any:
+        """Logits of the next token."""
+        logits = torch.zeros(1, 1, 400)
+        logits[0, 0, [*self.said, 5][next(self.steps)]] = 9.0
+        return SimpleNamespace(logits=logits)
+
+
+@pytest.mark.parametrize(
+    ("said", "stop", "expected"),
+    [
+        ("it is one</s>them", (), Answer("it is one", 0, "eos")),
+        ("it is 7\n\nthem", ("\n\n",), Answer("it is 7", 0, "stop")),
+        ("it is 7\n\nthem", ("",), Answer("it is 7\n\nthem", 0, "length")),
+        ("it is 7 Question: of", ("Question:", "is"), Answer("it ", 0, "stop")),
+        ("it is 7<pad>Question", ("<pad>",), Answer("it is 7", 0, "stop")),
+        ("Stop", ("Stop",), Answer("", 0, "stop")),
+        ("é über ünd", ("ü",), Answer("é ", 0, "stop")),
+    ],
+)
+def test_an_answer_ends_as_lm_eval_has_it(tokenizer: Any, said: str, stop: tuple[str, ...], expected: Answer) -> None:
+    """At the first end-of-sequence token, stop text (also if that is a special token) or at the most tokens."""
+    scripted = Scripted(tokenizer, said)
+    most = len(scripted.said)
+    (answer,) = generate(scripted, tokenizer, [(5, 6)], max_new_tokens=most, stop=stop)
+    assert (answer.text, answer.ended_by) == (expected.text, expected.ended_by)
+    assert 0 < answer.tokens <= most
+
+
+def test_a_second_end_of_config_json_ends_an_answer(tokenizer: Any) -> None:
+    """Chat models end a turn by another token than a text; config.json names both."""
+    scripted = Scripted(tokenizer, "it<pad>is", ends=[1, 2])
+    (answer,) = generate(scripted, tokenizer, [(5,)], max_new_tokens=9)
+    assert (answer.text, answer.ended_by) == ("it", "eos")
+
+
+def test_numbers_that_are_not_finite_are_no_answer(base_folder: Path, tokenizer: Any) -> None:
+    """A model that diverged is an error: the largest of NaN would be some token."""
+    own = make_model(base_folder)
+    with torch.no_grad():
+        next(p for p in own.parameters() if p.requires_grad).fill_(math.nan)
+    with pytest.raises(TrainingFailed, match="not finite"):
+        generate(own, tokenizer, PROMPTS[:2], max_new_tokens=4)
+
+
+@given(st.lists(st.integers(1, 500), max_size=60), st.integers(1, 300), st.integers(1, 2000))
+def test_batches_hold_every_prompt_once_within_the_budget(lengths: list[int], new: int, budget: int) -> None:
+    """Each prompt is in one batch; no batch of several has more tokens than allowed, longest prompts come first."""
+    batches = plan_batches(lengths, new, budget)
+    assert sorted(number for batch in batches for number in batch) == list(range(len(lengths)))
+    for batch in batches:
+        longest = max(lengths[number] for number in batch)
+        if len(batch) > 1:
+            assert len(batch) * longest <= budget
+            assert len(batch) * (longest + new) <= CACHE_BATCHES * budget
+    order = [lengths[number] for batch in batches for number in batch]
+    assert order == sorted(order, reverse=True)
+
+
+def test_what_is_drawn_follows_the_softmax() -> None:
+    """Tokens are drawn as often as the softmax has it, cut by top_k and top_p as transformers has it."""
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    logits = torch.tensor([[0.5, 2.0, -1.0, 1.5, 0.0]])
+    drawn = (torch.arange(20_000, dtype=torch.float64)[:, None] + 0.5) / 20_000
+    cuts: list[dict[str, Any]] = [{}, {"top_k": 3}, {"top_p": 0.8}, {"top_k": 4, "top_p": 0.9}]
+    for sampling in (Sampling(temperature=0.8, **cut) for cut in cuts):
+        scores = TemperatureLogitsWarper(sampling.temperature)(None, logits)
+        scores = TopKLogitsWarper(sampling.top_k)(None, scores) if sampling.top_k else scores
+        scores = TopPLogitsWarper(sampling.top_p)(None, scores) if sampling.top_p < 1 else scores
+        found = Counter(_drawn(logits.expand(len(drawn), -1), sampling, drawn).tolist())
+        shares = [found[token] / len(drawn) for token in range(5)]
+        assert shares == pytest.approx(scores.softmax(-1)[0].tolist(), abs=2e-4)
