@@ -505,6 +505,18 @@ class Pulled:
 
 
 @dataclass(frozen=True)
+class FullPrecision:
+    """The base with its original weights, before it is quantized: its scores by task, or why it was not scored.
+
+    `dtype` is what it computes in, the same as the quantized base.
+    """
+
+    dtype: str
+    scores: dict[str, TaskScores]
+    not_scored: str = ""
+
+
+@dataclass(frozen=True)
 class Evaluated:
     """Record of an evaluation stage."""
 
@@ -512,6 +524,8 @@ class Evaluated:
     artifacts: list[Artifact]
     measured: dict[str, MeasuredScores] = field(default_factory=dict)
     """Tasks that have no choices."""
+    full_precision: FullPrecision | None = None
+    """In the record of the base, if that is quantized and JOB_EVAL__FULL_PRECISION asks for it; else None."""
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ def publish_run(
         dataset=dataset,
         training=trained.training,
         tasks=tasks,
-        exports=manifest.exports_record(exports, base.scores, adapter.scores),
+        exports=manifest.exports_record(exports, base, adapter.scores),
         gate=judge(
             compare_tasks(base.scores, judged),
             **chosen.gate.model_dump(exclude={"baseline", "policy"}),

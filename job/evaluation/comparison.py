@@ -66,14 +66,44 @@ def _comparison(comparison: statistics.Comparison, holm_p: float) -> dict[str, A
 
 
 def compare_export(
-    base: Mapping[str, TaskScores], adapter: Mapping[str, TaskScores], exported: Mapping[str, TaskScores]
+    base: Mapping[str, TaskScores],
+    adapter: Mapping[str, TaskScores],
+    exported: Mapping[str, TaskScores],
+    original: Mapping[str, TaskScores] | None = None,
 ) -> dict[str, Any]:
     """A candidate of an exported format, by task: its scores, paired with those of the base and of the adapter.
+
+    Also with those of the base with its `original` weights, where it was scored.
 
     Raises:
         DataError: The questions or prompts of a task differ.
     """
     versus = {"versus_base": compare_tasks(base, exported), "versus_adapter": compare_tasks(adapter, exported)}
+    if original:
+        versus["versus_original"] = compare_tasks(original, exported)
+    return _by_task(exported, versus)
+
+
+def compare_full_precision(
+    original: Mapping[str, TaskScores], base: Mapping[str, TaskScores], adapter: Mapping[str, TaskScores]
+) -> dict[str, Any]:
+    """The base with its original weights, by task: its scores, and how the other two compare with it.
+
+    `base_versus_original` is what quantization cost, `adapter_versus_original` what is left of it after training. What
+    training gave, the adapter against the quantized base, is `compare_tasks(base, adapter)`.
+
+    Raises:
+        DataError: The questions or prompts of a task differ.
+    """
+    versus = {
+        "base_versus_original": compare_tasks(original, base),
+        "adapter_versus_original": compare_tasks(original, adapter),
+    }
+    return _by_task({task: original[task] for task in adapter}, versus)
+
+
+def _by_task(scored: Mapping[str, TaskScores], versus: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """One model's scores by task, with comparisons from `compare_tasks` by name."""
     not_of_acc = {"source", "task_hash", "version", "n", "num_fewshot", "base", "adapter", "acc_norm"}
     return {
         task: {
@@ -88,7 +118,7 @@ def compare_export(
                 for name, found in versus.items()
             },
         }
-        for task, scores in exported.items()
+        for task, scores in scored.items()
     }
 
 

@@ -69,8 +69,12 @@ def render_model_card(results: Mapping[str, Any], prompts: Sequence[ShownPrompt]
         source=_sources(dataset, short=False),
         dtype={"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[model["dtype"]],
         prompt=PROMPTS[dataset["format"]],
-        headline=[sentence for _, sentence in wording.headline(tasks)],
-        explanations=[wording.explanation(name, task, len(tasks)) for name, task in tasks.items()],
+        headline=[sentence for _, sentence in wording.headline(tasks, results["evaluation"].get("full_precision"))],
+        explanations=[
+            wording.explanation(name, task, len(tasks))
+            + wording.quantization_cost(name, task, results["evaluation"].get("full_precision"))
+            for name, task in tasks.items()
+        ],
         accuracies={name: wording.accuracies(task) for name, task in tasks.items()},
         scope=wording.scope(results["evaluation"]["tasks"]),
         exports=wording.exports(results),

@@ -145,8 +145,12 @@ def render_report(results: Mapping[str, Any], evidence: ReportData, after: After
         measured=results["evaluation"].get("measured", {}),
         learned=wording.learned(results["training"]),
         tasks=tasks,
-        headline=wording.headline(tasks),
-        explanations={name: wording.explanation(name, task, len(tasks)) for name, task in tasks.items()},
+        headline=wording.headline(tasks, results["evaluation"].get("full_precision")),
+        explanations={
+            name: wording.explanation(name, task, len(tasks))
+            + wording.quantization_cost(name, task, results["evaluation"].get("full_precision"))
+            for name, task in tasks.items()
+        },
         scope=wording.scope(results["evaluation"]["tasks"]),
         exports=wording.exports(results),
         policy_rules=wording.policy_rules(results["gate"]),

@@ -39,9 +39,37 @@ def shots(evaluation: Mapping[str, Any]) -> str:
     )
 
 
-def headline(tasks: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(verdict, sentence) for each verdict among the tasks; improved first."""
+_SAYS_OF_BOTH = {
+    ("improved", "improved"): "Better than its base at {}, and than that base unquantized.",
+    ("improved", "inconclusive"): "Better than its quantized base at {}; no difference to the unquantized base shown.",
+    ("improved", "regressed"): "Better than its quantized base at {}, but worse than the unquantized base.",
+    ("regressed", "improved"): "Worse than its quantized base at {}, but better than the unquantized base.",
+    ("regressed", "inconclusive"): "Worse than its quantized base at {}; no difference to the unquantized base shown.",
+    ("regressed", "regressed"): "Worse than its base at {}, and than that base unquantized.",
+    ("inconclusive", "improved"): "No difference to its quantized base shown at {}; better than the unquantized base.",
+    ("inconclusive", "inconclusive"): "No difference shown at {}, to the quantized base or to the unquantized one.",
+    ("inconclusive", "regressed"): "No difference to its quantized base shown at {}; worse than the unquantized base.",
+}
+"""By the verdicts against the quantized base and against the original one."""
+
+
+def headline(tasks: Mapping[str, Any], full_precision: Mapping[str, Any] | None = None) -> list[tuple[str, str]]:
+    """(verdict, sentence) for each verdict among the tasks; improved first.
+
+    With the manifest's `evaluation.full_precision`, the verdict counts as improved only against both bases, since a
+    gain on the quantized base may be what quantization had cost.
+    """
     found = []
+    if full_precision is not None and full_precision["tasks"]:
+        of_both = {
+            name: (task["verdict"], full_precision["tasks"][name]["adapter_versus_original"]["acc"]["verdict"])
+            for name, task in tasks.items()
+        }
+        for pair, sentence in _SAYS_OF_BOTH.items():
+            if names := [name for name, both in of_both.items() if both == pair]:
+                shown = f"{len(names)} of {len(tasks)} tasks" if len(names) > MAX_NAMES else enumeration(names)
+                found.append((pair[0] if pair[0] == pair[1] else "inconclusive", sentence.format(shown)))
+        return found
     for verdict, sentence in _SAYS.items():
         names = [name for name, task in tasks.items() if task["verdict"] == verdict]
         if names:
@@ -82,6 +110,28 @@ def validation(training: Mapping[str, Any], dataset: Mapping[str, Any]) -> list[
     if overlap := rows["duplicates"] + rows["near_duplicates"]:
         sentences.append(f"{overlap:,} of the validation rows are near or exact copies of rows that were trained on.")
     return sentences
+
+
+def quantization_cost(name: str, task: Mapping[str, Any], full_precision: Mapping[str, Any] | None) -> list[str]:
+    """Sentences on what quantization cost, what training gave and what is left; or why that is not known."""
+    if full_precision is None:
+        return []
+    if full_precision.get("not_scored"):
+        return [f"What quantization had cost is not known: {full_precision['not_scored']}."]
+    one = full_precision["tasks"][name]
+    cost, left = one["base_versus_original"]["acc"], one["adapter_versus_original"]["acc"]
+
+    def said(found: Mapping[str, Any]) -> str:
+        low, high = found["ci95"]
+        return f"95 % interval {points(low)} to {points(high)}, p = {p_value(found['holm_p'])}"
+
+    first = f"Unquantized, the base answers {percent(one['scores']['acc'])} right."
+    second = (
+        f"Quantization changed that by {points(cost['delta'])} points ({said(cost)}), training by "
+        f"{points(task['delta'])}: against the unquantized base the adapter stands at {points(left['delta'])} points "
+        f"({said(left)})."
+    )
+    return [first, second]
 
 
 def explanation(name: str, task: Mapping[str, Any], tasks: int) -> list[str]:

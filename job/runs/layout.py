@@ -57,12 +57,16 @@ SERVED = "served/"
 BASE = "base"
 PACKING = "packing"
 REFERENCE = "reference"
+FULL_PRECISION = "full-precision"
 UPLOADED = "export-files"
 DERIVED_EXPORT = "export-"
 FIRST_VALUES = "first-values"
 """Records beside those of the stages: which quantized base a run began with, whether its sequences are packed, the
-log-probabilities by the reference model, with which preferences are compared, the exported files in the store, each
-exported format that was made from the merged model (the beginning of its name), and the adapter's first values."""
+log-probabilities by the reference model, with which preferences are compared, the scores of the base before it is
+quantized, the exported files in the store, each exported format that was made from the merged model (the beginning of
+its name), and the adapter's first values."""
+ORIGINAL_SIDE = "original"
+"""Side of the answers (`answers_key`) of the base before it is quantized."""
 FIRST_TENSORS = "stages/first-values.safetensors"
 
 ARTIFACTS = "artifacts/"
@@ -118,7 +122,10 @@ def fault_key(fault: str) -> str:
 
 
 def answers_key(task: str, side: str) -> str:
-    """Where the answers to a task lie, one question a line; sides: `base`, `adapter`, `baseline`, `export_side`."""
+    """Where the answers to a task lie, one question a line.
+
+    Sides: `base`, `adapter`, `baseline`, `ORIGINAL_SIDE`, `export_side`.
+    """
     return f"{ARTIFACTS}evaluation/{task}.{side}.jsonl"
 
 

@@ -415,6 +415,9 @@ class Eval(Group):
     long_questions: AffectsResult[Literal["error", "cut"]] = "error"
     """What to do with a question of more than JOB_TRAIN__MAX_LENGTH tokens: end the job with an error, or cut off its
     beginning, as lm-eval does."""
+    full_precision: AffectsResult[Literal["auto", "off"]] = "auto"
+    """Whether a base that is quantized for training is first scored with its original weights, in 16 bits (fp32 on a
+    CPU), so that the results show what quantization cost. `auto`: if memory allows it beside the quantized base."""
     batch_tokens: ExecutionOnly[Count] = 8192
     """Maximum number of tokens scored in one forward pass."""
     prompts: AffectsResult[Maybe[Prompts]] = None

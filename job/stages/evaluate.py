@@ -1,4 +1,4 @@
-"""The two evaluations: of the base, with the adapter switched off, and of the adapter as it was published.
+"""The two evaluations of every run: of the base, with the adapter switched off, and of the adapter as it was published.
 
 Like all stages they return their result in process 0, and None in the others, which help to score.
 """

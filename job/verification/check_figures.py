@@ -13,7 +13,7 @@ from job.common.formatting import count
 from job.common.validation import first_error
 from job.data.batch_plan import steps_per_epoch
 from job.errors import JobError
-from job.evaluation.comparison import compare_tasks, judge
+from job.evaluation.comparison import compare_full_precision, compare_tasks, judge
 from job.evaluation.measured import compare_measured, measured_from
 from job.evaluation.policy import Policy
 from job.evaluation.samples import HASHES, Sample, contradiction, parse, parse_measured, task_scores
@@ -21,7 +21,7 @@ from job.records import AttemptRecord, MeasuredScores, StepMetrics, TaskScores, 
 from job.results.adapter_facts import CONFIG, WEIGHTS, adapter_facts
 from job.results.cost import compute_cost
 from job.results.training_totals import training_totals
-from job.runs.layout import ARTIFACTS, METRICS, RESULTS, VALIDATIONS, answers_key, export_side
+from job.runs.layout import ARTIFACTS, METRICS, ORIGINAL_SIDE, RESULTS, VALIDATIONS, answers_key, export_side
 from job.training.config import total_steps
 from job.training.early_stopping import due_steps, progress, validation_record
 from job.verification.differences import MAX_SHOWN, CheckResult, Difference, find_differences, show
@@ -46,6 +46,7 @@ def check_evaluation(results: Mapping[str, Any], copies: Copies) -> CheckResult:
     if not differences:
         found = compare_tasks(*(scores_of(by_task[side], tasks, side) for side in ("base", "adapter")))
         differences += find_differences(f"{RESULTS} evaluation.tasks", tasks, found)
+        differences += _full_precision(results, copies, by_task)
     questions = sum(len(records) for records in by_task["adapter"].values())
     measured = results["evaluation"].get("measured", {})
     differences += _measured(measured, copies)
@@ -75,6 +76,25 @@ def _measured(tasks: Mapping[str, Any], copies: Copies) -> Iterator[Difference]:
         yield Difference(f"{RESULTS} evaluation.measured", "the same questions asked of both", str(error))
     else:
         yield from find_differences(f"{RESULTS} evaluation.measured", tasks, found)
+
+
+def _full_precision(
+    results: Mapping[str, Any], copies: Copies, by_task: Mapping[str, SamplesByTask]
+) -> Iterator[Difference]:
+    """The figures of the base with its original weights, from its samples; nothing where it was not scored."""
+    claimed, tasks = results["evaluation"].get("full_precision"), results["evaluation"]["tasks"]
+    if claimed is None or (claimed.get("not_scored") and not claimed["tasks"]):
+        return
+    place = f"{RESULTS} evaluation.full_precision"
+    original, wrong = read_samples(tasks, ORIGINAL_SIDE, copies)
+    wrong += unpaired(original, by_task["adapter"], ORIGINAL_SIDE)
+    wrong += find_differences(f"{place}.tasks", sorted(claimed["tasks"]), sorted(tasks))
+    yield from wrong
+    if not wrong:
+        named = {task: {**tasks[task], ORIGINAL_SIDE: one["scores"]} for task, one in claimed["tasks"].items()}
+        pair = (scores_of(by_task[side], tasks, side) for side in ("base", "adapter"))
+        found = compare_full_precision(scores_of(original, named, ORIGINAL_SIDE), *pair)
+        yield from find_differences(f"{place}.tasks", claimed["tasks"], found)
 
 
 def check_gate(results: Mapping[str, Any], copies: Copies) -> CheckResult:

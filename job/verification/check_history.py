@@ -16,7 +16,7 @@ from job.errors import JobError
 from job.evaluation.comparison import compare_tasks
 from job.evaluation.measured import compare_measured
 from job.records import Artifact, AttemptRecord, Evaluated, Exported, Pulled, Trained
-from job.results.manifest import exports_record
+from job.results.manifest import exports_record, full_precision_record
 from job.runs import lease, stage_records
 from job.runs.layout import LEASE, RESULTS, SETTINGS, Stage, attempt_key, attempt_number, stage_key
 from job.runs.run_log import parse_logged, parse_record
@@ -80,10 +80,14 @@ def check_stages(results: Mapping[str, Any], copies: Copies, run: str | None) ->
         differences += _listed(results, [*base.artifacts, *adapter.artifacts])
         try:
             tasks = compare_tasks(base.scores, adapter.scores)
+            original = full_precision_record(base, adapter.scores)
         except (JobError, ValueError) as error:
             differences.append(Difference(ADAPTER, "scores that compare with the base's", str(error)))
         else:
-            differences += find_differences(f"{RESULTS} evaluation.tasks", results["evaluation"]["tasks"], tasks)
+            told = results["evaluation"]
+            differences += find_differences(f"{RESULTS} evaluation.tasks", told["tasks"], tasks)
+            place = f"{RESULTS} evaluation.full_precision"
+            differences += find_differences(place, told.get("full_precision"), original)
         differences += _measured_differ(results, base, adapter)
     stages = "pull, evaluate base, train, evaluate adapter"
     if results.get("exports") or EXPORT in copies:
@@ -110,7 +114,7 @@ def _exports_differ(
     """The manifest's exports by the record of the stage."""
     yield from _listed(results, exported.artifacts)
     try:
-        found = exports_record(exported, base.scores, adapter.scores)
+        found = exports_record(exported, base, adapter.scores)
     except (JobError, ValueError) as error:
         yield Difference(EXPORT, "scores that compare with the base's", str(error))
     else:
