@@ -55,6 +55,7 @@ _SETTING_OF = {
     "model_revision": "JOB_MODEL__REVISION",
     "questions": "JOB_EVAL__TASKS",
     "start_sha256": "JOB_LORA__START",
+    "prompts": "JOB_EVAL__PROMPTS",
 }
 """Field of `Pulled` -> the setting that names what it is about."""
 

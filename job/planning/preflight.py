@@ -314,6 +314,7 @@ class DataFacts:
     licence: str | None
     validation: Sequence[Example] = ()
     shown: Sequence[ShownRow] = ()
+    schema: str = ""
 
 
 def preview_data(
@@ -384,7 +385,7 @@ def preview_data(
         what += f", {record.validation.rows:,} for validation"
     if record.skipped:
         what += f"; skipped {', '.join(f'{count} {kind}' for kind, count in record.skipped.items())}"
-    facts = DataFacts(examples, tokenizer is None, download, licence, held_out or (), shown)
+    facts = DataFacts(examples, tokenizer is None, download, licence, held_out or (), shown, record.format)
     if tokenizer is not None:
         return "ok", what, facts
     long = sum(length > max_length for length in lengths_of(examples))

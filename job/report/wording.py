@@ -9,6 +9,7 @@ from job.common.formatting import count, enumeration, figure, p_value, percent, 
 from job.common.methods import METHODS
 from job.evaluation.comparison import of_metric
 from job.evaluation.statistics import wilson_interval
+from job.records import NEAR, ServeCheck
 
 _SAYS = {
     "improved": "Better than its base at {}.",
@@ -177,6 +178,24 @@ def _about_export(export: Mapping[str, Any]) -> str:
         text += f"; calibrated on {count(rows['rows'], 'row')} of the training data"
     if export.get("not_scored"):
         text += f". It was NOT scored: {export['not_scored']}"
+    return f"{text}."
+
+
+def about_served(check: ServeCheck) -> str:
+    """What a serve check found, in a sentence."""
+    how = {"greedy": "its greedy answers"}.get(check.way, "its log-likelihoods")
+    text = (
+        f"Of {count(len(check.asked), 'question')}, {check.server} answers {check.alike} as the records say, by {how}"
+    )
+    if near := len(check.compared) - check.alike - len(check.different):
+        text += f"; {near} differ in a near tie (below {NEAR} nats)"
+    if check.different:
+        text += f"; {len(check.different)} differ"
+    if silent := len(check.asked) - len(check.compared):
+        text += f"; {count(silent, 'answer')} begin with no choice"
+    gaps = [one.difference for one in check.asked if one.difference is not None]
+    if gaps:
+        text += f"; log-likelihoods differ by at most {max(gaps):.3f} nats"
     return f"{text}."
 
 

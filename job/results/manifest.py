@@ -20,6 +20,7 @@ from job.records import (
     Exported,
     ExportRecord,
     ModelRecord,
+    PromptsRecord,
     TaskScores,
     TrainingRecord,
 )
@@ -48,12 +49,14 @@ def build(
     image_digest: str | None,
     on_demand_usd_per_hour: float | None,
     gpus: Sequence[Mapping[str, Any]] | None = None,
+    prompts: PromptsRecord | None = None,
 ) -> dict[str, Any]:
     """The sealed manifest.
 
     `tasks` is from `compare_tasks`, `measured` from `compare_measured`, `gate` from `judge`, `exports` from
     `exports_record`. `gpus` are those of all processes, each of which sees only its own; None for those of this
-    process. `part_of` is the id of the run that this one is the first stage of. The schema explains every field.
+    process. `part_of` is the id of the run that this one is the first stage of, `prompts` are those of
+    JOB_EVAL__PROMPTS. The schema explains every field.
     """
     return sealed(
         {
@@ -74,6 +77,7 @@ def build(
                 "harness": {"name": "lm-eval", "version": metadata.version("lm-eval")},
                 "tasks": tasks,
                 **({"measured": measured} if measured else {}),
+                **({} if prompts is None else {"prompts": asdict(prompts)}),
             },
             "exports": list(exports),
             "gate": gate,

@@ -14,6 +14,7 @@
     scores/...                                   answers of an evaluation that is going on
     faults/<fault>                               injected faults that have fired
     pushed/<target>-<hash of its place>.json     where the complete run was pushed, written after the manifest
+    served/<format>-<server>.json                what serve-check --record found, written after the manifest
     sft/...                                      the first stage of JOB_TRAIN__METHOD=sft,dpo: a whole run of its own
 
 How to add a stage: name it in `Stage` at its place in the order (and in `BUILT_ON` if another one works with what it
@@ -52,6 +53,7 @@ SCORES = "scores"
 FIRST_STAGE = f"{methods.FIRST_STAGE}/"
 FAULTS = "faults/"
 PUSHED = "pushed/"
+SERVED = "served/"
 BASE = "base"
 PACKING = "packing"
 REFERENCE = "reference"
@@ -71,6 +73,7 @@ EXPORT_CARD = "README.md"
 METRICS = f"{ARTIFACTS}metrics.jsonl"
 VALIDATIONS = f"{ARTIFACTS}validation.jsonl"
 LOG_PROBS = f"{ARTIFACTS}reference.jsonl"
+PROMPTS = f"{ARTIFACTS}prompts/"
 TENSORBOARD = f"{ARTIFACTS}tensorboard/"
 REPORT = f"{ARTIFACTS}report.html"
 EXPORT = f"{ARTIFACTS}export/"
@@ -104,6 +107,11 @@ def pushed_key(target: str, place: str) -> str:
     return f"{PUSHED}{target}-{hashlib.sha256(place.encode()).hexdigest()[:16]}.json"
 
 
+def served_key(format_: str, server: str) -> str:
+    """Where it is recorded how a kind of server answered with a format."""
+    return f"{SERVED}{format_.replace(':', '-')}-{server}.json"
+
+
 def fault_key(fault: str) -> str:
     """Where it is noted that a fault has fired."""
     return f"{FAULTS}{fault}"
@@ -112,6 +120,11 @@ def fault_key(fault: str) -> str:
 def answers_key(task: str, side: str) -> str:
     """Where the answers to a task lie, one question a line; sides: `base`, `adapter`, `baseline`, `export_side`."""
     return f"{ARTIFACTS}evaluation/{task}.{side}.jsonl"
+
+
+def prompts_key(side: str) -> str:
+    """Where the answers to JOB_EVAL__PROMPTS lie, one prompt a line; sides: `base`, `adapter`."""
+    return f"{PROMPTS}{side}.jsonl"
 
 
 def export_side(export: str, candidate: str) -> str:

@@ -82,6 +82,7 @@ def load_settings(
         *_places(settings, request.platform),
         *_revisions(settings, request),
         *_tasks(settings),
+        *_prompts(settings),
         *_validation(settings),
         *_gate(settings),
         *_export(settings),
@@ -304,6 +305,19 @@ def _tasks(settings: Settings) -> Iterator[Fault]:
         yield "eval.data", what
 
 
+def _prompts(settings: Settings) -> Iterator[Fault]:
+    asked, most = settings.eval.prompts, settings.eval.prompts_max_new_tokens
+    if asked is None:
+        if not settings.sources["eval.prompts_max_new_tokens"].startswith(("default", "preset")):
+            yield "eval.prompts_max_new_tokens", "has no effect without JOB_EVAL__PROMPTS; give both, or remove it"
+        return
+    if isinstance(asked, int) and settings.data.validation is None:
+        yield "eval.prompts", "is a number of validation rows; give JOB_DATA__VALIDATION too, or a file of prompts"
+    if most >= settings.train.max_length:
+        what = f"must be less than JOB_TRAIN__MAX_LENGTH, {settings.train.max_length}, which prompt and answer share"
+        yield "eval.prompts_max_new_tokens", what
+
+
 def _sources(settings: Settings) -> Iterator[Fault]:
     data = settings.data
     for source, limit, first in ((data.source, data.limit, ""), (data.sft_source, data.sft_limit, "sft_")):
@@ -352,13 +366,6 @@ def _export(settings: Settings) -> Iterator[Fault]:
             "export.hub_revision",
             "is a branch of JOB_EXPORT__HUB, which names no repository; give it, or remove this",
         )
-    for name, value in (
-        ("lora.modules_to_save", settings.lora.modules_to_save),
-        ("model.add_tokens", settings.model.add_tokens),
-    ):
-        if export.formats and value:
-            what = "a merged model holds no modules or tokens that are trained as a whole"
-            yield "export.formats", f"{what}; remove it, or {environment_name(name)}"
     if not export.formats and settings.sources["export.merge_onto"] != "default":
         yield "export.merge_onto", "has no effect without JOB_EXPORT__FORMATS; give that too, or remove it"
     calibrated = [name for name, found in EXPORT_FORMATS.items() if found.calibrated]

@@ -56,6 +56,7 @@ from job.settings.field_types import (
     Passes,
     Pattern,
     Positive,
+    Prompts,
     PublicName,
     Real,
     RunId,
@@ -416,6 +417,12 @@ class Eval(Group):
     beginning, as lm-eval does."""
     batch_tokens: ExecutionOnly[Count] = 8192
     """Maximum number of tokens scored in one forward pass."""
+    prompts: AffectsResult[Maybe[Prompts]] = None
+    """Prompts that base and adapter answer, for the report: a file (path or `s3://` URI) with rows of the schemas of
+    JOB_DATA__FORMAT or, as .txt, a prompt on each line; or a number N, for the first N rows that
+    JOB_DATA__VALIDATION holds out. Empty: none."""
+    prompts_max_new_tokens: AffectsResult[Count] = 128
+    """Tokens at which an answer to JOB_EVAL__PROMPTS is cut off."""
 
 
 class Export(Group):

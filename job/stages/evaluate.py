@@ -26,22 +26,28 @@ from job.runs.attempt import Attempt
 from job.runs.layout import SCORES, answers_key
 from job.settings.load import Settings
 from job.stages.handoff import Loaded, Sources
+from job.stages.prompts import answer_prompts
 from job.storage.open import ObjectStore
 
 
 def evaluate_base(
     attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded, shared: ObjectStore
 ) -> Evaluated | None:
-    """Scores all questions with the adapter switched off.
+    """Scores all questions, and answers the prompts that are asked, with the adapter switched off.
 
     `shared` is the store that contains all runs: base scores are cached there for other runs with the same base.
     """
     # The cache key leaves out the base's name and the adapter's properties: they do not change the base's scores.
     unnamed = replace(loaded.record, id="", revision=None, trainable_parameters=0, adapted=[])
-    cache = ScoreCache(shared, SCORES, settings.run.id, score_conditions(forward_facts(loaded, unnamed)))
+    facts = forward_facts(loaded, unnamed)
+    cache = ScoreCache(shared, SCORES, settings.run.id, score_conditions(facts))
     with adapter_off(loaded.model):
         found = score_model(attempt, settings, sources, loaded.model, cache=cache, side="base")
-    if found is None or (origin := cache.reused_from) is None:
+        answers = answer_prompts(attempt, settings, sources, loaded.model, side="base", conditions=facts)
+    if found is None:
+        return None
+    found = replace(found, artifacts=[*found.artifacts, *answers])
+    if (origin := cache.reused_from) is None:
         return found
     log.get_logger().info("base evaluation is reused", origin=origin)
     return replace(
@@ -54,11 +60,13 @@ def evaluate_base(
 def evaluate_adapter(
     attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded, trained: Trained
 ) -> Evaluated | None:
-    """Scores all questions with the adapter read back from the store, so that the published file is evaluated."""
+    """Scores all questions, and answers the prompts, with the adapter read back from the store: the published file."""
     weights = load_published_adapter(attempt, loaded, trained)
     adapted = {**forward_facts(loaded, loaded.record), "adapter": [artifact.sha256 for artifact in weights]}
     cache = ScoreCache(attempt.store, SCORES, settings.run.id, score_conditions(adapted))
-    return score_model(attempt, settings, sources, loaded.model, cache=cache, side="adapter")
+    found = score_model(attempt, settings, sources, loaded.model, cache=cache, side="adapter")
+    answers = answer_prompts(attempt, settings, sources, loaded.model, side="adapter", conditions=adapted)
+    return found and replace(found, artifacts=[*found.artifacts, *answers])
 
 
 def load_published_adapter(attempt: Attempt, loaded: Loaded, trained: Trained) -> list[Artifact]:

@@ -11,7 +11,7 @@ from job.data.examples import Examples
 from job.evaluation.tasks import Tasks
 from job.model.published_names import PublishedNames
 from job.model.quantized_cache.layout import CachedBase, CacheEntry
-from job.records import Example, ExecutionPlan, ModelRecord, Packing, Pulled
+from job.records import Example, ExecutionPlan, ModelRecord, Packing, PromptRow, Pulled
 from job.results.baseline import Baseline
 
 
@@ -21,10 +21,11 @@ class Sources:
 
     `examples` are trained on, `validation` is validated on, and empty if nothing is.
     `start` holds the adapter that training starts from; None for a new one.
+    `prompts` are those of JOB_EVAL__PROMPTS; empty if nothing is asked.
     `original` holds the base's own files, where they are here; a restart may have the quantized base only.
 
-    Only the process that pulled, the first on its machine, has `tasks`, `baseline` (results of an earlier run that the
-    gate compares with) and `cache_entry` (where the quantized base is cached); in the others they are None.
+    Only the process that pulled, the first on its machine, has `tasks`, `prompts`, `baseline` (results of an earlier
+    run that the gate compares with) and `cache_entry` (where the quantized base is cached); the others have none.
     """
 
     record: Pulled
@@ -38,6 +39,7 @@ class Sources:
     baseline: Baseline | None
     cache_entry: CacheEntry | None
     original: Path | None = None
+    prompts: Sequence[PromptRow] = ()
 
 
 @dataclass(frozen=True)

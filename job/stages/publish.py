@@ -85,6 +85,7 @@ def publish(
         image_digest=settings.run.image_digest,
         on_demand_usd_per_hour=settings.cost.on_demand_usd_per_hour,
         gpus=gpus,
+        prompts=sources.record.prompts,
     )
     results = manifest.sealed(publish_report_and_card(attempt, results))
     manifest.validate(results)
@@ -125,7 +126,14 @@ def publish_report_and_card(attempt: Attempt, results: Mapping[str, Any]) -> dic
     Raises:
         JobError: The store does not accept a file.
     """
-    complete = _with(results, _published(attempt, CARD, lambda: model_card.render_model_card(results)))
+    complete = _with(
+        results,
+        _published(
+            attempt,
+            CARD,
+            lambda: model_card.render_model_card(results, report.read_prompts(results, attempt.fetch)),
+        ),
+    )
     for export in results["exports"]:
         if export.get("published", True):
             key = export_folder(export["format"]) + EXPORT_CARD

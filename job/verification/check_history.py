@@ -67,6 +67,8 @@ def check_stages(results: Mapping[str, Any], copies: Copies, run: str | None) ->
             f"{RESULTS} dataset", _completed(results["dataset"], pulled.dataset), asdict(pulled.dataset)
         )
         differences += find_differences(f"{RESULTS} model", {name: results["model"][name] for name in found}, found)
+        prompts = None if pulled.prompts is None else asdict(pulled.prompts)
+        differences += find_differences(f"{RESULTS} evaluation.prompts", results["evaluation"].get("prompts"), prompts)
     if trained is not None and pulled is not None:
         place = f"{RESULTS} training.start_sha256"
         differences += find_differences(place, trained.training.start_sha256, pulled.start_sha256)

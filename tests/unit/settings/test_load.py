@@ -489,6 +489,8 @@ BAD_VALUES: list[tuple[str, list[str]]] = [
     ("checkpoint.every_steps", ["0"]),
     ("checkpoint.keep", ["0"]),
     ("eval.tasks", ["", "a,a", "[]", '["a", 1]', "[[[["]),
+    ("eval.prompts", ["0", "-1", "1001", "0.5", "https://host/x", "a\x00b"]),
+    ("eval.prompts_max_new_tokens", ["0", "-1", "x"]),
     ("eval.data", ["x", "a=1,a=2", "{", "[]", '{"arc_easy": 1}', '{"arc_easy": "ftp://x"}', "arc_esay=x.jsonl"]),
     ("export.formats", ["merge", "merged,merged", "gguf"]),
     ("export.merge_onto", ["", "nf4"]),
@@ -814,8 +816,6 @@ class TestCombinations:
         whole = load_settings(["--gate.on=merged", "--export.formats=merged", "--gate.min_delta=0"], {})
         assert (whole.export.formats, whole.export.merge_onto) == (("merged",), "best")
         assert load_settings(["--export.formats="], {}).export.formats == ()
-        whole_modules = problems(["--export.formats=merged", "--lora.modules_to_save=lm_head"])
-        assert "JOB_LORA__MODULES_TO_SAVE" in whole_modules["JOB_EXPORT__FORMATS (command line)"]
 
     def test_gates_that_contradict_each_other(self) -> None:
         """Allowing a loss of 5 points and forbidding one of 1 cannot both be meant."""

@@ -208,12 +208,16 @@ def test_one_candidate_where_one_is_asked_for(world: World, tmp_path: Path) -> N
 def test_what_cannot_be_exported_is_refused_before_training(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An impossible merge and a disk that is too small are known when the model is loaded."""
+    """An impossible merge, and a disk or a memory that is too small, are known when the model is loaded."""
     loaded, base = world.loaded(), world.folder / "base"
     with attempt_at(tmp_path / "run") as attempt:
         found = check_export(attempt, world.settings(), base, loaded)
         assert found.names == ("original", "dequantized")
         assert found.bytes_each == pytest.approx((base / "model.safetensors").stat().st_size, rel=0.02)
+        with monkeypatch.context() as little:
+            little.setattr("job.stages.export.available_bytes", lambda: -(1 << 40))
+            with pytest.raises(Unreachable, match=r"JOB_EXPORT__FORMATS: merged takes .* of this machine's memory"):
+                check_export(attempt, world.settings(), base, loaded)
         monkeypatch.setattr("job.common.resources.MARGIN_BYTES", 1 << 60)
         with pytest.raises(Unreachable, match="of disk are free"):
             check_export(attempt, world.settings(), base, loaded)
