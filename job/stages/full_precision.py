@@ -164,7 +164,9 @@ def _score(
         return score_sequences(original(), questions, sequences)
 
     try:
-        found = score_model(attempt, settings, sources, None, cache=kept, side=ORIGINAL_SIDE, scoring=scoring)
+        found = score_model(
+            attempt, settings, sources, None, cache=kept, side=ORIGINAL_SIDE, scoring=scoring, measured=False
+        )
     finally:
         if original.cache_info().currsize:
             release(original())
