@@ -338,6 +338,38 @@ class TaskScores:
     correct: tuple[bool, ...]
     correct_norm: tuple[bool, ...] | None
     reused_from: str | None = None
+    num_fewshot: int = 0
+    """Examples in every prompt."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric of lm-eval: the name of its aggregation, and whether a higher figure is better."""
+
+    aggregation: str
+    higher_is_better: bool
+
+
+@dataclass(frozen=True)
+class MeasuredScores:
+    """One model on one task without choices.
+
+    Attributes:
+        kind: lm-eval's output_type.
+        metrics: By lm-eval's name of metric and filter, such as `exact_match,strict-match`.
+        values: By the same names, the value and weight of each question, in order.
+    """
+
+    task: str
+    kind: str
+    source: str
+    task_hash: str
+    version: str
+    n: int
+    num_fewshot: int
+    metrics: dict[str, Metric]
+    values: dict[str, tuple[tuple[float, float], ...]]
+    reused_from: str | None = None
 
 
 @dataclass(frozen=True)
@@ -478,6 +510,8 @@ class Evaluated:
 
     scores: dict[str, TaskScores]
     artifacts: list[Artifact]
+    measured: dict[str, MeasuredScores] = field(default_factory=dict)
+    """Tasks that have no choices."""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from job.data.examples import lengths_of, target_counts_of
 from job.data.prompts import find_prompts, read_prompts
 from job.data.training_and_validation import what_to_validate_on
 from job.errors import JobError, Problem, SettingsError, combine, named_by
+from job.evaluation.policy import read_policy
 from job.model.adapter_options import MANY_STEPS, PLAIN, AdapterOptions, make_options
 from job.model.start_adapter import check_start, local_start
 from job.model.tokenizer_files import rows_with
@@ -167,6 +168,8 @@ def _look(settings: Settings, folder: Path, show: int) -> _Preflight:
         lambda: preview_questions(
             s.eval.tasks,
             s.eval.data,
+            s.eval.num_fewshot,
+            needed_by=s.need_choices,
             tokenizer=tokenizer,
             limit=s.eval.limit,
             max_length=s.train.max_length,
@@ -243,6 +246,10 @@ def _check_other_inputs(settings: Settings, storage: StorageOptions) -> Iterator
     def check_baseline() -> Found[None]:
         return "ok", f"the gate compares with run {read_baseline(baseline or '', storage).run}", None
 
+    def check_policy() -> Found[None]:
+        policy = read_policy(settings.gate.policy or "", settings.eval.tasks)
+        return "ok", f"the gate judges {len(policy.tasks)} of the tasks by {settings.gate.policy}", None
+
     if (chosen := targets(settings.export)) and (reasons := why_not_served(plain_values(settings))):
         yield PreflightResult(
             "serving", "note", f"vLLM does not serve this adapter as it was trained: {'; '.join(reasons)}"
@@ -253,6 +260,8 @@ def _check_other_inputs(settings: Settings, storage: StorageOptions) -> Iterator
         yield run_check("start", check_start_adapter)[0]
     if baseline is not None:
         yield run_check("baseline", check_baseline)[0]
+    if settings.gate.policy is not None:
+        yield run_check("gate", check_policy)[0]
 
 
 def _try_storage(output: str, run: str, storage: StorageOptions) -> Found[float]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from job.common.formatting import count, enumeration, figure, p_value, percent, points, size
 from job.common.methods import METHODS
+from job.evaluation import policy
 from job.evaluation.comparison import of_metric
 from job.evaluation.statistics import wilson_interval
 from job.records import NEAR, ServeCheck
@@ -18,10 +19,24 @@ _SAYS = {
 }
 MAX_NAMES = 3
 
-SCOPE = (
-    "This is about these questions, asked without examples in the prompt. It says nothing about other tasks, or about "
-    "how the adapter writes."
-)
+
+def scope(tasks: Mapping[str, Any]) -> str:
+    """What the figures are about, and what they are not about."""
+    how = "" if any(task.get("num_fewshot") for task in tasks.values()) else ", asked without examples in the prompt"
+    return f"This is about these questions{how}. It says nothing about other tasks, or about how the adapter writes."
+
+
+def shots(evaluation: Mapping[str, Any]) -> str:
+    """With how many examples in the prompt the questions were asked."""
+    found = {
+        name: task.get("num_fewshot", 0)
+        for name, task in (*evaluation["tasks"].items(), *evaluation.get("measured", {}).items())
+    }
+    if not any(found.values()):
+        return "without examples in the prompt"
+    return "with " + enumeration(
+        [f"{count(number, 'example')} in the prompt of {name}" for name, number in found.items()]
+    )
 
 
 def headline(tasks: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -104,6 +119,19 @@ def accuracies(task: Mapping[str, Any]) -> list[dict[str, Any]]:
             intervals = {f"{side}_ci": wilson_interval(round(x * task["n"]), task["n"]) for side, x in sides.items()}
             found.append({"metric": metric, **sides, **intervals, "comparison": comparison})
     return found
+
+
+def policy_rules(gate: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Each rule of the gate's policy in words; none without a policy."""
+    return [
+        {
+            "task": rule["task"] or "critical and supporting tasks together",
+            "role": rule["role"],
+            "text": policy.sentence(rule),
+            "outcome": rule["outcome"],
+        }
+        for rule in gate.get("policy", {}).get("rules", ())
+    ]
 
 
 def exports(results: Mapping[str, Any]) -> list[dict[str, Any]]:

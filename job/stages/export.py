@@ -334,6 +334,7 @@ def _score(
             side=side,
             scoring=exported.scoring or score_sequences,
             one_by_one=exported.one_by_one,
+            measured=False,
         )
     finally:
         exported.close()

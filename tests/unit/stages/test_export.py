@@ -81,6 +81,7 @@ class World:
             original=own,
             tasks=tasks,
             baseline=None,
+            policy=None,
             cache_entry=None,
         )
 
