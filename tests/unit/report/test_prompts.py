@@ -39,7 +39,7 @@ def test_base_and_adapter_stand_side_by_side(found: report.ReportData) -> None: 
     assert "What the models write" not in Page(report.render_report(results(found), found)).text
 
 
-def test_the_card_has_the_first_of_them(found: report.ReportData) -> None: # noqa: F811
+def test_the_card_has_the_first_of_them(found: report.ReportData) -> None:  # noqa: F811
     """As blocks of code with a longer fence than any in the text; other cards have no such section."""
     shown = shown_prompts([line(n, "```\n# no title") for n in range(5)], [line(n, f"Right {n}") for n in range(5)])
     made = results(found)
