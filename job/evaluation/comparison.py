@@ -9,6 +9,8 @@ from typing import Any
 
 from job.errors import DataError, Problem
 from job.evaluation import statistics
+from job.evaluation.policy import Policy, judge_policy, passes
+from job.evaluation.policy import reasons as policy_reasons
 from job.records import TaskScores
 
 DEQUANTIZED = "dequantized"
@@ -41,6 +43,7 @@ def compare_tasks(base: Mapping[str, TaskScores], adapter: Mapping[str, TaskScor
             "task_hash": scores.task_hash,
             "version": scores.version,
             "n": scores.n,
+            **({"num_fewshot": scores.num_fewshot} if scores.num_fewshot else {}),
             "base": _scores(base[name]),
             "adapter": _scores(scores),
             **_comparison(acc[name], holm[name]),
@@ -71,7 +74,7 @@ def compare_export(
         DataError: The questions or prompts of a task differ.
     """
     versus = {"versus_base": compare_tasks(base, exported), "versus_adapter": compare_tasks(adapter, exported)}
-    not_of_acc = {"source", "task_hash", "version", "n", "base", "adapter", "acc_norm"}
+    not_of_acc = {"source", "task_hash", "version", "n", "num_fewshot", "base", "adapter", "acc_norm"}
     return {
         task: {
             "n": scores.n,
@@ -120,6 +123,7 @@ def judge(
     max_regression: float | None,
     on: str = "adapter",
     baseline: Mapping[str, Any] | None = None,
+    policy: Policy | None = None,
 ) -> dict[str, Any]:
     """The manifest's `gate`.
 
@@ -130,8 +134,14 @@ def judge(
         max_regression: As for `gate_failures`.
         on: What is judged: `adapter`, or an exported format.
         baseline: The earlier run to compare with, the comparison as its `tasks`; None to compare with the base model.
+        policy: Rules by task, instead of the thresholds.
     """
-    reasons = gate_failures(baseline["tasks"] if baseline else tasks, metric, min_delta, max_regression)
+    compared = baseline["tasks"] if baseline else tasks
+    judged = None if policy is None else judge_policy(policy, compared)
+    if policy is None or judged is None:
+        reasons = gate_failures(compared, metric, min_delta, max_regression)
+    else:
+        reasons = [] if passes(policy, judged) else policy_reasons(judged)
     if reasons and on != "adapter":
         reasons = [f"{on}, {reason}" for reason in reasons]
     return {
@@ -139,6 +149,7 @@ def judge(
         "metric": metric,
         "min_delta": min_delta,
         "max_regression": max_regression,
+        **({} if judged is None else {"policy": judged}),
         "baseline": baseline,
         "passed": None if reasons is None else not reasons,
         "reasons": reasons or [],

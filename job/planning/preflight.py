@@ -28,7 +28,8 @@ from job.data.preferences import EncodedAnswers
 from job.data.tokenization import Encoded
 from job.data.training_and_validation import ValidationSource, load_rows
 from job.errors import DataError, JobError, Problem, SettingsError, Unreachable, named_by
-from job.evaluation.tasks import check_lengths, check_tasks, count_questions, load_tasks
+from job.evaluation.task_files import is_task_file
+from job.evaluation.tasks import check_choices, check_lengths, check_tasks, count_questions, load_tasks
 from job.model.adapter_options import PLAIN, AdapterOptions, described
 from job.model.architecture import Architecture, read_config
 from job.model.base import inspect, load_tokenizer
@@ -414,7 +415,9 @@ def _of_the_data(
 def preview_questions(
     names: Sequence[str],
     data: Mapping[str, str],
+    num_fewshot: int | None = None,
     *,
+    needed_by: Sequence[str] = (),
     tokenizer: Any | None,
     limit: int | None,
     online: Online,
@@ -428,6 +431,8 @@ def preview_questions(
     Args:
         names: Tasks.
         data: The user's own files of questions, by task.
+        needed_by: Settings that need a multiple-choice task.
+        num_fewshot: Examples in every prompt; None for as many as each task says.
         tokenizer: The model's; None if it could not be read.
         limit: Number of questions of each task; None for all.
         online: Whether the hub can be reached.
@@ -437,11 +442,12 @@ def preview_questions(
         cut: Whether the beginning of longer ones is cut off.
     """
     check_tasks(names, data)
-    if (missing := [name for name in names if name not in data]) and not online():
+    if (missing := [name for name in names if name not in data and not is_task_file(name)]) and not online():
         raise NotChecked(f"{', '.join(missing)}: {HUB_UNREACHABLE}")
     with named_by("JOB_EVAL__DATA", ": "):
         files = {task: Path(fetch(uri, folder / "questions" / task, storage)) for task, uri in data.items()}
-    tasks = load_tasks(names, files, data)
+    tasks = load_tasks(names, files, data, num_fewshot)
+    check_choices(tasks, needed_by)
     if tokenizer is not None:
         check_lengths(tasks, tokenizer, limit=limit, max_length=max_length, cut=cut, vocabulary=None)
     facts = TaskTokens(*count_questions(tasks, tokenizer or CharacterTokenizer(CHARACTERS_PER_TOKEN), limit))

@@ -54,6 +54,8 @@ def render_model_card(results: Mapping[str, Any], prompts: Sequence[ShownPrompt]
         learned=wording.learned(results["training"]),
         tasks=tasks,
         harness=results["evaluation"]["harness"],
+        measured=results["evaluation"].get("measured", {}),
+        shots=wording.shots(results["evaluation"]),
         software=results["software"],
         licence=licence,
         name=name,
@@ -70,7 +72,7 @@ def render_model_card(results: Mapping[str, Any], prompts: Sequence[ShownPrompt]
         headline=[sentence for _, sentence in wording.headline(tasks)],
         explanations=[wording.explanation(name, task, len(tasks)) for name, task in tasks.items()],
         accuracies={name: wording.accuracies(task) for name, task in tasks.items()},
-        scope=wording.SCOPE,
+        scope=wording.scope(results["evaluation"]["tasks"]),
         exports=wording.exports(results),
         not_served=why_not_served(settings),
         hub=settings.get("export.hub"),
@@ -124,7 +126,7 @@ def render_export_card(results: Mapping[str, Any], export: Mapping[str, Any]) ->
         source=_sources(dataset, short=False),
         weights=next((a["sha256"] for a in results["artifacts"] if a["path"] == WEIGHTS), None),
         calibration=held and held["calibration"],
-        scope=wording.SCOPE,
+        scope=wording.scope(results["evaluation"]["tasks"]),
         licence=licence,
     )
     scored = {row["task"]: row["acc"] for row in shown["rows"] if row["published"]}

@@ -1,6 +1,7 @@
 """The HTML report of a run, made only from the manifest, the metrics and the samples.
 
-The command `report` therefore writes the same bytes again from the published files.
+The command `report` therefore writes the same bytes again from the published files; and where the run was pushed or
+served since, a section about that in addition.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from job.report.changed_answers import changed_answers
 from job.report.prompts import ShownPrompt, shown_prompts
 from job.report.templating import render
 from job.report.timeline import bars, by_stage, restarts
+from job.results.after_run import AfterRun
 from job.results.cost import OUTSIDE
 from job.runs.layout import FIRST_STAGE, METRICS, REPORT, VALIDATIONS, Stage, answers_key, prompts_key
 from job.settings.load import preset_values
@@ -39,6 +41,8 @@ PREFERENCE_CHARTS = (
     ("rewards/accuracies", "Reward accuracy", "share of the pairs in which chosen has the higher reward"),
 )
 """Metrics of preferences that are drawn: name, title, unit."""
+
+_NOTHING = AfterRun()
 
 Records = list[dict[str, Any]]
 
@@ -121,8 +125,14 @@ def read_prompts(results: Mapping[str, Any], fetch: Callable[[Artifact], Path]) 
     return tuple(shown_prompts(*sides))
 
 
-def render_report(results: Mapping[str, Any], evidence: ReportData) -> bytes:
-    """The page as UTF-8 HTML. A manifest that lists the report itself gives the same page as one before that."""
+def render_report(results: Mapping[str, Any], evidence: ReportData, after: AfterRun = _NOTHING) -> bytes:
+    """The page as UTF-8 HTML. A manifest that lists the report itself gives the same page as one before that.
+
+    Args:
+        results: The manifest.
+        evidence: Metrics and samples.
+        after: Where the run was pushed, and how it was served, since.
+    """
     tasks, attempts = results["evaluation"]["tasks"], results["run"]["attempts"]
     accuracies = {name: wording.accuracies(task) for name, task in tasks.items()}
     text = render(
@@ -132,12 +142,16 @@ def render_report(results: Mapping[str, Any], evidence: ReportData) -> bytes:
             key: results[key] for key in ("run", "model", "dataset", "training", "gate", "hardware", "software", "cost")
         },
         harness=results["evaluation"]["harness"],
+        measured=results["evaluation"].get("measured", {}),
         learned=wording.learned(results["training"]),
         tasks=tasks,
         headline=wording.headline(tasks),
         explanations={name: wording.explanation(name, task, len(tasks)) for name, task in tasks.items()},
-        scope=wording.SCOPE,
+        scope=wording.scope(results["evaluation"]["tasks"]),
         exports=wording.exports(results),
+        policy_rules=wording.policy_rules(results["gate"]),
+        pushed=after.pushed,
+        served=[(check, wording.about_served(check)) for check in after.served],
         accuracies=accuracies,
         charts={name: _intervals(rows) for name, rows in accuracies.items()},
         changed={name: changed_answers(*sides) for name, sides in evidence.answers.items()},

@@ -7,8 +7,10 @@ from typing import Any
 
 from job.common.formatting import count, enumeration, figure, p_value, percent, points, size
 from job.common.methods import METHODS
+from job.evaluation import policy
 from job.evaluation.comparison import of_metric
 from job.evaluation.statistics import wilson_interval
+from job.records import NEAR, ServeCheck
 
 _SAYS = {
     "improved": "Better than its base at {}.",
@@ -17,10 +19,24 @@ _SAYS = {
 }
 MAX_NAMES = 3
 
-SCOPE = (
-    "This is about these questions, asked without examples in the prompt. It says nothing about other tasks, or about "
-    "how the adapter writes."
-)
+
+def scope(tasks: Mapping[str, Any]) -> str:
+    """What the figures are about, and what they are not about."""
+    how = "" if any(task.get("num_fewshot") for task in tasks.values()) else ", asked without examples in the prompt"
+    return f"This is about these questions{how}. It says nothing about other tasks, or about how the adapter writes."
+
+
+def shots(evaluation: Mapping[str, Any]) -> str:
+    """With how many examples in the prompt the questions were asked."""
+    found = {
+        name: task.get("num_fewshot", 0)
+        for name, task in (*evaluation["tasks"].items(), *evaluation.get("measured", {}).items())
+    }
+    if not any(found.values()):
+        return "without examples in the prompt"
+    return "with " + enumeration(
+        [f"{count(number, 'example')} in the prompt of {name}" for name, number in found.items()]
+    )
 
 
 def headline(tasks: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -105,6 +121,19 @@ def accuracies(task: Mapping[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
+def policy_rules(gate: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Each rule of the gate's policy in words; none without a policy."""
+    return [
+        {
+            "task": rule["task"] or "critical and supporting tasks together",
+            "role": rule["role"],
+            "text": policy.sentence(rule),
+            "outcome": rule["outcome"],
+        }
+        for rule in gate.get("policy", {}).get("rules", ())
+    ]
+
+
 def exports(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """For each exported format: a sentence about what is published, and a row for each candidate and task.
 
@@ -163,6 +192,24 @@ def _about_export(export: Mapping[str, Any]) -> str:
         text += f"; calibrated on {count(rows['rows'], 'row')} of the training data"
     if export.get("not_scored"):
         text += f". It was NOT scored: {export['not_scored']}"
+    return f"{text}."
+
+
+def about_served(check: ServeCheck) -> str:
+    """What a serve check found, in a sentence."""
+    how = {"greedy": "its greedy answers"}.get(check.way, "its log-likelihoods")
+    text = (
+        f"Of {count(len(check.asked), 'question')}, {check.server} answers {check.alike} as the records say, by {how}"
+    )
+    if near := len(check.compared) - check.alike - len(check.different):
+        text += f"; {near} differ in a near tie (below {NEAR} nats)"
+    if check.different:
+        text += f"; {len(check.different)} differ"
+    if silent := len(check.asked) - len(check.compared):
+        text += f"; {count(silent, 'answer')} begin with no choice"
+    gaps = [one.difference for one in check.asked if one.difference is not None]
+    if gaps:
+        text += f"; log-likelihoods differ by at most {max(gaps):.3f} nats"
     return f"{text}."
 
 

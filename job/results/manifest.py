@@ -41,6 +41,7 @@ def build(
     dataset: DatasetRecord,
     training: TrainingRecord,
     tasks: Mapping[str, Any],
+    measured: Mapping[str, Any] | None = None,
     gate: Mapping[str, Any],
     artifacts: Sequence[Artifact],
     evidence: Sequence[Artifact],
@@ -52,9 +53,10 @@ def build(
 ) -> dict[str, Any]:
     """The sealed manifest.
 
-    `tasks` is from `compare_tasks`, `gate` from `judge`, `exports` from `exports_record`. `gpus` are those of all
-    processes, each of which sees only its own; None for those of this process. `part_of` is the id of the run that this
-    one is the first stage of, `prompts` are those of JOB_EVAL__PROMPTS. The schema explains every field.
+    `tasks` is from `compare_tasks`, `measured` from `compare_measured`, `gate` from `judge`, `exports` from
+    `exports_record`. `gpus` are those of all processes, each of which sees only its own; None for those of this
+    process. `part_of` is the id of the run that this one is the first stage of, `prompts` are those of
+    JOB_EVAL__PROMPTS. The schema explains every field.
     """
     return sealed(
         {
@@ -74,6 +76,7 @@ def build(
             "evaluation": {
                 "harness": {"name": "lm-eval", "version": metadata.version("lm-eval")},
                 "tasks": tasks,
+                **({"measured": measured} if measured else {}),
                 **({} if prompts is None else {"prompts": asdict(prompts)}),
             },
             "exports": list(exports),
@@ -170,6 +173,8 @@ def summary(results: Mapping[str, Any], where: str) -> list[str]:
         lines.append(f"{name}, {task['n']:,} questions: accuracy {before:.2f} % -> {after:.2f} % ({interval})")
         counts = f"{task['improved']} questions better and {task['regressed']} worse"
         lines.append(f"verdict: {task['verdict']}, {counts}, McNemar p = {task['mcnemar_p']:.2g}")
+    for name, found in results["evaluation"].get("measured", {}).items():
+        lines += [f"{name}, {found['n']:,} questions: {measured_line(*one)}" for one in found["metrics"].items()]
     lines += [_export_line(export) for export in results.get("exports", ())]
     lines.append(_cost_line(cost, len(results["run"]["attempts"])))
     if any(artifact["path"] == REPORT for artifact in results["artifacts"]):
@@ -179,6 +184,19 @@ def summary(results: Mapping[str, Any], where: str) -> list[str]:
     gate = [] if passed is None else ["gate met" if passed else "gate not met"]
     lines.append(f"{', '.join([*verdicts, *gate])}; results: {where}")
     return lines
+
+
+def measured_line(name: str, found: Mapping[str, Any]) -> str:
+    """A metric of a task without choices: both figures, which way is better, the difference, and the verdict."""
+    better = "higher" if found["higher_is_better"] else "lower"
+    low, high = found["ci95"]
+    interval = f"{found['delta']:+.4g}, 95 % interval {low:+.4g} to {high:+.4g}"
+    if found["aggregation"] in {"perplexity", "weighted_perplexity"}:
+        interval = f"ln of the ratio {interval}"
+    return (
+        f"{name} {found['base']:.4g} -> {found['adapter']:.4g} ({better} is better; {interval}), {found['verdict']}, "
+        f"{found['improved']} better and {found['regressed']} worse, p = {found['p']:.2g}"
+    )
 
 
 def _export_line(export: Mapping[str, Any]) -> str:

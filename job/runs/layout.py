@@ -14,6 +14,7 @@
     scores/...                                   answers of an evaluation that is going on
     faults/<fault>                               injected faults that have fired
     pushed/<target>-<hash of its place>.json     where the complete run was pushed, written after the manifest
+    served/<format>-<server>.json                what serve-check --record found, written after the manifest
     sft/...                                      the first stage of JOB_TRAIN__METHOD=sft,dpo: a whole run of its own
 
 How to add a stage: name it in `Stage` at its place in the order (and in `BUILT_ON` if another one works with what it
@@ -52,6 +53,7 @@ SCORES = "scores"
 FIRST_STAGE = f"{methods.FIRST_STAGE}/"
 FAULTS = "faults/"
 PUSHED = "pushed/"
+SERVED = "served/"
 BASE = "base"
 PACKING = "packing"
 REFERENCE = "reference"
@@ -103,6 +105,11 @@ def attempt_number(key: str) -> int | None:
 def pushed_key(target: str, place: str) -> str:
     """Where it is recorded that the run was pushed to a place."""
     return f"{PUSHED}{target}-{hashlib.sha256(place.encode()).hexdigest()[:16]}.json"
+
+
+def served_key(format_: str, server: str) -> str:
+    """Where it is recorded how a kind of server answered with a format."""
+    return f"{SERVED}{format_.replace(':', '-')}-{server}.json"
 
 
 def fault_key(fault: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from job.data.examples import Examples
+from job.evaluation.policy import Policy
 from job.evaluation.tasks import Tasks
 from job.model.published_names import PublishedNames
 from job.model.quantized_cache.layout import CachedBase, CacheEntry
@@ -25,7 +26,8 @@ class Sources:
     `original` holds the base's own files, where they are here; a restart may have the quantized base only.
 
     Only the process that pulled, the first on its machine, has `tasks`, `prompts`, `baseline` (results of an earlier
-    run that the gate compares with) and `cache_entry` (where the quantized base is cached); the others have none.
+    run that the gate compares with), `policy` (the rules that the gate judges by) and `cache_entry` (where the
+    quantized base is cached); the others have none.
     """
 
     record: Pulled
@@ -37,6 +39,7 @@ class Sources:
     start: Path | None
     tasks: Tasks | None
     baseline: Baseline | None
+    policy: Policy | None
     cache_entry: CacheEntry | None
     original: Path | None = None
     prompts: Sequence[PromptRow] = ()

@@ -14,6 +14,7 @@ from job.data.dataset import check_source
 from job.data.prompts import find_prompts
 from job.data.training_and_validation import ValidationSource, what_to_validate_on
 from job.errors import JobError, Problem, SettingsError, combine, named_by
+from job.evaluation.policy import read_policy
 from job.evaluation.tasks import check_tasks, find_questions
 from job.model.files import weight_files
 from job.model.start_adapter import local_start
@@ -46,6 +47,8 @@ def check_inputs(settings: Settings, later: Sequence[Settings] = (), *, begun: b
         checks.append((settings.lora.start, partial(local_start, settings.lora.start)))
     if settings.gate.baseline is not None:
         checks.append((settings.gate.baseline, partial(check_run, settings.gate.baseline)))
+    if settings.gate.policy is not None:
+        checks.append((settings.gate.policy, partial(read_policy, settings.gate.policy, settings.eval.tasks)))
     checks = [(place, check) for place, check in checks if not is_remote(place)]
     if not begun:
         checks.append(("tasks", partial(check_tasks, settings.eval.tasks, settings.eval.data)))

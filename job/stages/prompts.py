@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 
 from job import log
 from job.common.hashing import code_hashes, sealed, unsealed
-from job.evaluation.generation import generate_batch, plan_batches
+from job.evaluation.generation import HowToGenerate, answer_batches, plan_batches
 from job.evaluation.prompt_answers import write_answers
 from job.evaluation.score_cache import score_conditions
 from job.records import Answer, Artifact, PromptRow
@@ -67,8 +67,10 @@ def answer_prompts(
     left = [number for number in range(len(batches)) if number not in done]
 
     def answer(number: int) -> list[Answer]:
-        rows = [(index, prompts[index].ids) for index in batches[number]]
-        return generate_batch(model, sources.tokenizer, rows, max_new_tokens=most)
+        one = {number: batches[number]}
+        ids = [prompt.ids for prompt in prompts]
+        ((_, found),) = answer_batches(model, sources.tokenizer, ids, one, HowToGenerate(most))
+        return found
 
     own = ((number, answer(number)) for number in _share_of(attempt, left))
     if not processes.leads:

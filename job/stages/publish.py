@@ -12,6 +12,7 @@ from job.checkpoints import manager
 from job.common.hashing import sealed
 from job.errors import JobError
 from job.evaluation.comparison import compare_tasks, judge
+from job.evaluation.measured import compare_measured
 from job.records import Artifact, Evaluated, Exported, ModelRecord, TaskScores, Trained
 from job.report import model_card, report
 from job.results import inventory, manifest
@@ -62,6 +63,7 @@ def publish(
     # read only now: the previous attempt may have been writing its record when this one started
     earlier = close_run_log(attempt.store, attempt.number, attempt.started, attempt.run)
     tasks = compare_tasks(base.scores, adapter.scores)
+    measured = compare_measured(base.measured, adapter.measured)
     judged = _judged(settings, adapter, exported)
     compared = compare_tasks(base.scores, judged) if judged else {}
     against, copies = _publish_baseline(attempt, sources.baseline, judged)
@@ -75,7 +77,13 @@ def publish(
         dataset=sources.record.dataset,
         training=trained.training,
         tasks=tasks,
-        gate=judge(compared, **settings.gate.model_dump(exclude={"baseline"}), baseline=against),
+        measured=measured,
+        gate=judge(
+            compared,
+            **settings.gate.model_dump(exclude={"baseline", "policy"}),
+            baseline=against,
+            policy=sources.policy,
+        ),
         artifacts=[*base.artifacts, *trained.artifacts, *adapter.artifacts, *exported.artifacts, *copies],
         exports=manifest.exports_record(exported, base.scores, adapter.scores),
         evidence=inventory.collect(attempt.store, attempt.work / "evidence", attempt.number),

@@ -27,7 +27,8 @@ from job.data.text_tokenizer import broken_tokenizer
 from job.data.token_cache import Tokens, load_tokens, open_tokens
 from job.data.training_and_validation import ValidationSource, what_to_validate_on
 from job.errors import DataError, JobError, Preempted, Problem, named_by
-from job.evaluation.tasks import Tasks, check_lengths, load_tasks
+from job.evaluation.policy import read_policy
+from job.evaluation.tasks import MULTIPLE_CHOICE, Tasks, check_choices, check_lengths, load_tasks
 from job.model.adapter_options import MANY_STEPS, make_options
 from job.model.base import choose_device, choose_dtype, inspect, load_tokenizer
 from job.model.files import fingerprint
@@ -139,6 +140,7 @@ def _read_shared(shared: _Shared, added_tokens: Sequence[str] | None) -> Sources
         None if shared.start is None else Path(shared.start),
         tasks=None,
         baseline=None,
+        policy=None,
         cache_entry=None,
     )
 
@@ -149,6 +151,7 @@ def _pull(
     """What is pulled, and the folder of its tokens."""
     gate = settings.gate
     baseline = None if gate.baseline is None else read_baseline(gate.baseline, storage)
+    policy = None if gate.policy is None else read_policy(gate.policy, settings.eval.tasks)
     check_disk(attempt.work, required_bytes(size(place, storage) for place in _places(settings, later)))
     import_client()  # here: two threads that import the same at once may get half of a module
     early: Future[tuple[Path, bool]] = Future()
@@ -165,7 +168,7 @@ def _pull(
         import_libraries()
         tasks = _load_tasks(attempt, settings, storage)
         if baseline is not None:
-            check_questions(baseline, tasks.questions(settings.eval.limit), gate.metric)
+            check_questions(baseline, tasks.only(MULTIPLE_CHOICE).questions(settings.eval.limit), gate.metric)
         start = _find_start(attempt, settings, storage)
         fetched = _fetch_rows(attempt, settings, storage)
         folder, missing = _early_files(attempt, early, coming)
@@ -218,6 +221,7 @@ def _pull(
         start,
         tasks,
         baseline,
+        policy,
         model.cache_entry,
         model.original,
         prompts,
@@ -255,7 +259,9 @@ def _fetch(attempt: Attempt, place: str, kind: str, storage: StorageOptions) -> 
 def _load_tasks(attempt: Attempt, settings: Settings, storage: StorageOptions) -> Tasks:
     given = settings.eval.data
     files = {task: Path(_fetch(attempt, place, f"questions/{task}", storage)) for task, place in given.items()}
-    return load_tasks(settings.eval.tasks, files, given)
+    tasks = load_tasks(settings.eval.tasks, files, given, settings.eval.num_fewshot)
+    check_choices(tasks, settings.need_choices)
+    return tasks
 
 
 def _wait(attempt: Attempt, *futures: Future[Any]) -> Any:

@@ -7,14 +7,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from job.common.formatting import count
 from job.common.validation import first_error
 from job.data.batch_plan import steps_per_epoch
+from job.errors import JobError
 from job.evaluation.comparison import compare_tasks, judge
-from job.evaluation.samples import HASHES, Sample, contradiction, parse, task_scores
-from job.records import AttemptRecord, StepMetrics, TaskScores, ValidationMetrics
+from job.evaluation.measured import compare_measured, measured_from
+from job.evaluation.policy import Policy
+from job.evaluation.samples import HASHES, Sample, contradiction, parse, parse_measured, task_scores
+from job.records import AttemptRecord, MeasuredScores, StepMetrics, TaskScores, ValidationMetrics
 from job.results.adapter_facts import CONFIG, WEIGHTS, adapter_facts
 from job.results.cost import compute_cost
 from job.results.training_totals import training_totals
@@ -44,8 +47,34 @@ def check_evaluation(results: Mapping[str, Any], copies: Copies) -> CheckResult:
         found = compare_tasks(*(scores_of(by_task[side], tasks, side) for side in ("base", "adapter")))
         differences += find_differences(f"{RESULTS} evaluation.tasks", tasks, found)
     questions = sum(len(records) for records in by_task["adapter"].values())
-    extent = f"{count(len(tasks), 'task')}, {count(questions, 'question')} answered twice"
+    measured = results["evaluation"].get("measured", {})
+    differences += _measured(measured, copies)
+    questions += sum(found["n"] for found in measured.values())
+    extent = f"{count(len(tasks) + len(measured), 'task')}, {count(questions, 'question')} answered twice"
     return CheckResult("evaluation", extent, tuple(differences))
+
+
+def _measured(tasks: Mapping[str, Any], copies: Copies) -> Iterator[Difference]:
+    """What is wrong with the tasks without choices, from their samples."""
+    sides: dict[str, dict[str, MeasuredScores]] = {"base": {}, "adapter": {}}
+    wrong = False
+    for side, scores in sides.items():
+        for task, claimed in tasks.items():
+            path = answers_key(task, side)
+            try:
+                scores[task] = measured_from(parse_measured(copies[path].read_bytes()), task, claimed, side)
+            except (KeyError, ValueError) as error:
+                wrong = True
+                what = "nothing that can be read" if isinstance(error, KeyError) else str(error)
+                yield Difference(path, "one record a question", what)
+    if wrong:
+        return
+    try:
+        found = compare_measured(sides["base"], sides["adapter"])
+    except (JobError, ArithmeticError) as error:
+        yield Difference(f"{RESULTS} evaluation.measured", "the same questions asked of both", str(error))
+    else:
+        yield from find_differences(f"{RESULTS} evaluation.measured", tasks, found)
 
 
 def check_gate(results: Mapping[str, Any], copies: Copies) -> CheckResult:
@@ -79,14 +108,30 @@ def check_gate(results: Mapping[str, Any], copies: Copies) -> CheckResult:
         if not wrong:
             pair = scores_of(earlier, against["tasks"], "base"), scores_of(ours, against["tasks"], "adapter")
             against = {**against, "tasks": compare_tasks(*pair)}
+    policy, wrong = _policy(results)
+    differences += wrong
     if not differences:
         differences += find_differences(
-            f"{RESULTS} gate", {"on": on, **gate}, judge(tasks, **thresholds, on=on, baseline=against)
+            f"{RESULTS} gate", {"on": on, **gate}, judge(tasks, **thresholds, on=on, baseline=against, policy=policy)
         )
     outcome = {None: "none set", True: "met", False: "not met"}[gate["passed"]]
     versus = "" if against is None else f", against run {show(against['run'])}"
     judged = "" if side == "adapter" else f", {on}"
     return CheckResult("gate", outcome + judged + versus, tuple(differences))
+
+
+def _policy(results: Mapping[str, Any]) -> tuple[Policy | None, list[Difference]]:
+    """The policy in the manifest, and what is wrong with it."""
+    given = (results["settings"].get("gate.policy") or {}).get("value")
+    recorded = results["gate"].get("policy")
+    if (given is None) != (recorded is None):
+        return None, [Difference(f"{RESULTS} gate.policy", show(given), "the rules are in the gate if a file is named")]
+    if recorded is None:
+        return None, []
+    try:
+        return Policy.model_validate(recorded["asked"]), []
+    except ValidationError as error:
+        return None, [Difference(f"{RESULTS} gate.policy.asked", "not a policy", f"{error.errors()[0]['msg']}")]
 
 
 def _unscored(results: Mapping[str, Any], on: str) -> bool:
@@ -148,6 +193,7 @@ def scores_of(by_task: SamplesByTask, tasks: Mapping[str, Any], side: str) -> di
             source=tasks[task]["source"],
             version=tasks[task]["version"],
             reused_from=tasks[task][side]["reused_from"],
+            num_fewshot=tasks[task].get("num_fewshot", 0),
         )
         for task, records in by_task.items()
     }

@@ -14,6 +14,7 @@ from job.common.formatting import count
 from job.common.validation import first_error
 from job.errors import JobError
 from job.evaluation.comparison import compare_tasks
+from job.evaluation.measured import compare_measured
 from job.records import Artifact, AttemptRecord, Evaluated, Exported, Pulled, Trained
 from job.results.manifest import exports_record
 from job.runs import lease, stage_records
@@ -83,6 +84,7 @@ def check_stages(results: Mapping[str, Any], copies: Copies, run: str | None) ->
             differences.append(Difference(ADAPTER, "scores that compare with the base's", str(error)))
         else:
             differences += find_differences(f"{RESULTS} evaluation.tasks", results["evaluation"]["tasks"], tasks)
+        differences += _measured_differ(results, base, adapter)
     stages = "pull, evaluate base, train, evaluate adapter"
     if results.get("exports") or EXPORT in copies:
         stages += ", export"
@@ -90,6 +92,16 @@ def check_stages(results: Mapping[str, Any], copies: Copies, run: str | None) ->
         if exported is not None and base is not None and adapter is not None:
             differences += _exports_differ(results, exported, base, adapter)
     return CheckResult("stages", stages, tuple(differences))
+
+
+def _measured_differ(results: Mapping[str, Any], base: Evaluated, adapter: Evaluated) -> Iterator[Difference]:
+    """Whether the figures of tasks without choices follow from the stages' records."""
+    try:
+        found = compare_measured(base.measured, adapter.measured)
+    except (JobError, ValueError, ArithmeticError, KeyError) as error:
+        yield Difference(ADAPTER, "figures that compare with the base's", str(error))
+    else:
+        yield from find_differences(f"{RESULTS} evaluation.measured", results["evaluation"].get("measured", {}), found)
 
 
 def _exports_differ(

@@ -816,8 +816,6 @@ class TestCombinations:
         whole = load_settings(["--gate.on=merged", "--export.formats=merged", "--gate.min_delta=0"], {})
         assert (whole.export.formats, whole.export.merge_onto) == (("merged",), "best")
         assert load_settings(["--export.formats="], {}).export.formats == ()
-        whole_modules = problems(["--export.formats=merged", "--lora.modules_to_save=lm_head"])
-        assert "JOB_LORA__MODULES_TO_SAVE" in whole_modules["JOB_EXPORT__FORMATS (command line)"]
 
     def test_gates_that_contradict_each_other(self) -> None:
         """Allowing a loss of 5 points and forbidding one of 1 cannot both be meant."""

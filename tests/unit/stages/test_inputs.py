@@ -28,7 +28,7 @@ def no_tasks(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def test_every_wrong_path_is_told_with_its_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Model, data, validation, adapter, questions, prompts, baseline and tasks in one error with the first code."""
+    """Model, data, adapter, questions, prompts, baseline, tasks and more in one error, with the first kind's code."""
 
     def refuse(*_: Any) -> None:
         raise SettingsError([Problem("JOB_EVAL__TASKS", "unknown")])
