@@ -853,6 +853,24 @@ class TestMethods:
         assert f"{name} (command line)" in problems(["--lora.start=adapter", *given])
         assert f"{name} (command line)" in problems(["--train.method=sft,dpo", "--data.sft_source=a.jsonl", *given])
 
+    @pytest.mark.parametrize(
+        ("given", "name"),
+        [
+            (["--eval.prompts=3"], "JOB_EVAL__PROMPTS"),
+            (["--eval.prompts_max_new_tokens=3"], "JOB_EVAL__PROMPTS_MAX_NEW_TOKENS"),
+            (["--eval.prompts=p.txt", "--train.max_length=128"], "JOB_EVAL__PROMPTS_MAX_NEW_TOKENS"),
+        ],
+    )
+    def test_prompts_that_cannot_be_asked(self, given: list[str], name: str) -> None:
+        """Rows of no validation, a length of no answers, and answers as long as the longest example are refused."""
+        assert any(where.startswith(name) for where in problems(given))
+
+    def test_only_the_last_stage_is_asked(self) -> None:
+        """What people look at is what the run publishes."""
+        given = ["--train.method=sft,dpo", "--data.sft_source=a.jsonl", "--eval.prompts=p.txt"]
+        first, last = split_stages(load_settings(given, {}))
+        assert (first.eval.prompts, last.eval.prompts) == (None, "p.txt")
+
     @pytest.mark.parametrize("given", ["--lora.use_dora=true", "--lora.kind=adalora"])
     def test_muon_is_for_matrices(self, given: str) -> None:
         """What trains vectors is refused before anything is loaded."""
