@@ -55,6 +55,7 @@ _SETTING_OF = {
     "model_revision": "JOB_MODEL__REVISION",
     "questions": "JOB_EVAL__TASKS",
     "start_sha256": "JOB_LORA__START",
+    "prompts": "JOB_EVAL__PROMPTS",
 }
 """Field of `Pulled` -> the setting that names what it is about."""
 
@@ -296,11 +297,11 @@ def _load(attempt: Attempt, settings: Settings, sources: Sources) -> Loaded:
 
 @memory_errors("evaluating the base model", "lower JOB_EVAL__BATCH_TOKENS")
 def _evaluate_base(attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded) -> Evaluated:
-    from job.stages.evaluate import evaluate_base
+    from job.stages.full_precision import evaluate_bases
 
     shared = open_store(settings.run.output, storage_options(settings.storage))
     base = attempt.stage(
-        Stage.EVALUATE_BASE, Evaluated, lambda: evaluate_base(attempt, settings, sources, loaded, shared)
+        Stage.EVALUATE_BASE, Evaluated, lambda: evaluate_bases(attempt, settings, sources, loaded, shared)
     )
     if sources.baseline is not None:
         check_prompts(sources.baseline, base.scores)

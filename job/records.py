@@ -377,6 +377,38 @@ class TaskScores:
     correct: tuple[bool, ...]
     correct_norm: tuple[bool, ...] | None
     reused_from: str | None = None
+    num_fewshot: int = 0
+    """Examples in every prompt."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric of lm-eval: the name of its aggregation, and whether a higher figure is better."""
+
+    aggregation: str
+    higher_is_better: bool
+
+
+@dataclass(frozen=True)
+class MeasuredScores:
+    """One model on one task without choices.
+
+    Attributes:
+        kind: lm-eval's output_type.
+        metrics: By lm-eval's name of metric and filter, such as `exact_match,strict-match`.
+        values: By the same names, the value and weight of each question, in order.
+    """
+
+    task: str
+    kind: str
+    source: str
+    task_hash: str
+    version: str
+    n: int
+    num_fewshot: int
+    metrics: dict[str, Metric]
+    values: dict[str, tuple[tuple[float, float], ...]]
+    reused_from: str | None = None
 
 
 @dataclass(frozen=True)
@@ -449,6 +481,54 @@ class AttemptRecord:
 
 
 @dataclass(frozen=True)
+class PromptRow:
+    """A prompt that base and adapter answer.
+
+    Attributes:
+        where: The row or line of the file, or the number of the validation row.
+        text: As the model reads it, without the token that begins a sequence.
+        reference: What the row itself answers; None if it has no answer.
+        ids: The tokens.
+    """
+
+    where: str
+    text: str
+    reference: str | None
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PromptsRecord:
+    """The prompts of `JOB_EVAL__PROMPTS`: where they are from, how many, and SHA-256 over their texts."""
+
+    source: str
+    count: int
+    max_new_tokens: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class PromptAnswer:
+    """A line of `artifacts/prompts/<side>.jsonl`: a prompt and what the base or the adapter answers, greedily.
+
+    Attributes:
+        where: As in `PromptRow`.
+        prompt: The text of the prompt.
+        reference: As in `PromptRow`.
+        answer: Without special tokens.
+        tokens: How many were generated, the one that ends the text not included.
+        ended_by: `eos`, or `length` where JOB_EVAL__PROMPTS_MAX_NEW_TOKENS ended it.
+    """
+
+    where: str
+    prompt: str
+    reference: str | None
+    answer: str
+    tokens: int
+    ended_by: str
+
+
+@dataclass(frozen=True)
 class Pulled:
     """Record of the pull stage: every later attempt has to find the same, in all fields without a default."""
 
@@ -459,6 +539,20 @@ class Pulled:
     """SHA-256 of each task's questions."""
     start_sha256: str | None = field(default=None, metadata={NAMES_THE_RUN: True})
     """Of the adapter that training starts from; None for a new one."""
+    prompts: PromptsRecord | None = field(default=None, metadata={NAMES_THE_RUN: True})
+    """None where JOB_EVAL__PROMPTS is empty."""
+
+
+@dataclass(frozen=True)
+class FullPrecision:
+    """The base with its original weights, before it is quantized: its scores by task, or why it was not scored.
+
+    `dtype` is what it computes in, the same as the quantized base.
+    """
+
+    dtype: str
+    scores: dict[str, TaskScores]
+    not_scored: str = ""
 
 
 @dataclass(frozen=True)
@@ -467,6 +561,10 @@ class Evaluated:
 
     scores: dict[str, TaskScores]
     artifacts: list[Artifact]
+    measured: dict[str, MeasuredScores] = field(default_factory=dict)
+    """Tasks that have no choices."""
+    full_precision: FullPrecision | None = None
+    """In the record of the base, if that is quantized and JOB_EVAL__FULL_PRECISION asks for it; else None."""
 
 
 @dataclass(frozen=True)
@@ -588,6 +686,94 @@ class Pushed:
     place: str
     id: str
     files_sha256: str
+
+
+NEAR = 0.2
+"""Nats between the two best choices of a record below which another rounding may change the prediction."""
+GREEDY_SHARE = 0.9
+"""Of the greedy answers that begin with a choice, so many have to begin with the predicted one: the likeliest choice as
+a whole need not be the one that begins with the likeliest token."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One question that a server was asked.
+
+    Attributes:
+        task: Its task.
+        id: In that task.
+        recorded: The prediction of the record.
+        served: That of the server; None if its answer is no choice.
+        margin: Log-likelihood of the record's best choice less that of the second best, in nats.
+        difference: The largest difference between a choice's two log-likelihoods, in nats; None without any.
+    """
+
+    task: str
+    id: str
+    recorded: int
+    served: int | None
+    margin: float
+    difference: float | None
+
+    @property
+    def alike(self) -> bool:
+        """Whether the server predicts what the record says."""
+        return self.served == self.recorded
+
+
+@dataclass(frozen=True)
+class ServeCheck:
+    """How a server answered the run's questions.
+
+    Attributes:
+        server: Of the table in `job/serving/servers.py`.
+        way: How it was asked, see there.
+        format: `adapter`, or the exported format.
+        asked: Questions in order.
+        seconds: For all of them.
+        first_token: Median of seconds to the first token of a streamed answer.
+        tokens_per_second: Median after it, one request at a time; None if none had two tokens.
+        when: UTC, as the manifest writes times.
+    """
+
+    server: str
+    way: str
+    format: str
+    asked: tuple[Asked, ...]
+    seconds: float
+    first_token: float
+    tokens_per_second: float | None
+    when: str
+
+    @property
+    def compared(self) -> list[Asked]:
+        """The questions that the server gave a prediction for."""
+        return [one for one in self.asked if one.served is not None]
+
+    @property
+    def alike(self) -> int:
+        """How many of them it answered as the record says."""
+        return sum(one.alike for one in self.asked)
+
+    @property
+    def different(self) -> list[Asked]:
+        """Those that it answered otherwise, and not for a near tie."""
+        return [one for one in self.compared if not one.alike and one.margin >= NEAR]
+
+    @property
+    def holds(self) -> bool:
+        """Whether the server serves the model of the run."""
+        if not self.compared:
+            return False
+        if self.way == "greedy":
+            return self.alike >= GREEDY_SHARE * len(self.compared)
+        return not self.different
+
+
+def margin(log_likelihoods: list[float]) -> float:
+    """Nats between the two best choices; 0 for a single one."""
+    best = sorted(log_likelihoods)
+    return best[-1] - best[-2] if len(best) > 1 else 0.0
 
 
 @dataclass(frozen=True)

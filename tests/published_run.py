@@ -21,6 +21,7 @@ from job.common import host
 from job.common.hashing import hash_facts, hash_file, sealed
 from job.evaluation import samples
 from job.evaluation.comparison import choose_candidate, compare_tasks, judge
+from job.evaluation.policy import read_policy
 from job.records import (
     Artifact,
     AttemptRecord,
@@ -125,9 +126,12 @@ def publish_run(
         dataset=dataset,
         training=trained.training,
         tasks=tasks,
-        exports=manifest.exports_record(exports, base.scores, adapter.scores),
+        exports=manifest.exports_record(exports, base, adapter.scores),
         gate=judge(
-            compare_tasks(base.scores, judged), **chosen.gate.model_dump(exclude={"baseline"}), baseline=against
+            compare_tasks(base.scores, judged),
+            **chosen.gate.model_dump(exclude={"baseline", "policy"}),
+            baseline=against,
+            policy=None if chosen.gate.policy is None else read_policy(chosen.gate.policy, list(answers)),
         ),
         artifacts=[*base.artifacts, *trained.artifacts, *adapter.artifacts, *exports.artifacts, *copies],
         evidence=collect(store, work / "evidence", attempts),

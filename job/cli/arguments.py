@@ -138,6 +138,7 @@ COMMANDS = {
             ),
             Argument("--model", "its name of the model (default: the last that it lists)", metavar="NAME"),
             Argument("--questions", "how many to ask (default: 50)", metavar="N"),
+            Argument("--record", "also keep what was found in the run's folder, for report and verify"),
             _format("table", "json"),
         ),
         settings="reading",

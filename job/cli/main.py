@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -276,6 +277,11 @@ def _of_the_job(error: Exception) -> Exception:
     """A file that may not be read, or a disk that fails, where nobody closer to it has put that into words."""
     from job.storage.base import disk_errors, is_of_the_machine
 
+    # Libraries in Rust, such as safetensors, raise classes of their own, whose text ends with the error's number.
+    if not isinstance(error, JobError) and (found := re.search(r"\(os error (\d+)\)$", str(error))):
+        number = int(found[1])
+        if is_of_the_machine(by_number := OSError(number, os.strerror(number))):
+            error = by_number
     if is_of_the_machine(error):
         try:
             with disk_errors("a file cannot be read or written"):

@@ -14,6 +14,7 @@ from job import log
 from job.cli.arguments import COMMANDS, Arguments, parse_arguments
 from job.errors import DataError, GateError, JobError, Problem, SettingsError, combine
 from job.report.report import read_report_data, render_report
+from job.results.after_run import read_after_run
 from job.results.compare import as_markdown, as_text, compare, gate_reasons
 from job.results.reader import open_run, read_published
 from job.settings.field_types import explain
@@ -107,7 +108,7 @@ def _print(lines: Iterable[str]) -> int:
 
 
 def report_command(words: Sequence[str]) -> int:
-    """`report RESULTS`: writes the HTML report again.
+    """`report RESULTS`: writes the HTML report again, with what was recorded of the run since it was published.
 
     Raises:
         SettingsError: It is not clear which run, or there is none.
@@ -125,7 +126,7 @@ def report_command(words: Sequence[str]) -> int:
             evidence = read_report_data(run.results, lambda artifact: fetch_artifact(run.store, artifact, Path(folder)))
         except (KeyError, TypeError, ValueError) as error:  # the hashes are right, so it was written like this
             raise DataError([Problem(run.store.uri, f"its records are no records of this job: {error}")]) from error
-    page = render_report(run.results, evidence)
+    page = render_report(run.results, evidence, read_after_run(run.store))
     with disk_errors(f"--output {output}"):
         try:
             Path(output).write_bytes(page)

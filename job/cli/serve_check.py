@@ -16,11 +16,12 @@ from job.common.tables import visible
 from job.errors import DataError, JobError, Problem, SettingsError
 from job.evaluation import samples
 from job.evaluation.samples import Sample
-from job.records import Artifact
+from job.records import Artifact, ServeCheck
 from job.report.model_card import public_base
+from job.results.after_run import write_serve_check
 from job.results.reader import MAX_SAMPLES_BYTES, PublishedRun, open_run, read_published
 from job.runs.layout import ADAPTER, answers_key, export_folder, export_side
-from job.serving.check import ServeCheck, Served, as_json, as_lines, require_alike, serve_check
+from job.serving.check import Served, as_json, as_lines, require_alike, serve_check
 from job.serving.client import Client
 from job.serving.servers import SERVERS, Model, model_name, pick, recognized, started
 from job.settings.load import environment
@@ -58,6 +59,8 @@ def serve_check_command(words: Sequence[str]) -> int:
             server = server or pick(model)
             client, name = stack.enter_context(started(server, model))
         found = serve_check(Served(client, server, name, shipped), asked, count)
+    if "--record" in given.flags:
+        write_serve_check(run.store, found)
     code = _print(given, found)
     require_alike(found)
     return code

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 MERGED = "merged"
+GGUF = "gguf"
 EXTRA = "qlora-job[export]"
 """What has to be installed for all formats but `merged`."""
 

@@ -8,9 +8,9 @@
 | messages[].train, ... | the same, under the names that other tools have for it (`LEARNED`) |
 | tools | the tools that may be called: a list of objects, or that list as JSON text |
 
-A field that the template ignores is missing from the rendered text. For tools, tool calls and the last answer's
-reasoning that is an error; other ignored fields are counted and reported. A field that selects target tokens in a way
-that is not supported is an error, too. Rows of ShareGPT's form: `job.data.sharegpt`.
+A message that the template ignores is an error. A field that it ignores is missing from the rendered text: for tools,
+tool calls and the last answer's reasoning that is an error, too; other ignored fields are counted and reported. A field
+that selects target tokens in a way that is not supported is an error. Rows of ShareGPT's form: `job.data.sharegpt`.
 
 The assistant's turns are found in one of two ways. Where JOB_TRAIN__LOSS_ON is `assistant`, and the template has
 `{% generation %}` marks or TRL has a training template with marks for it, the marks are used. Otherwise two renderings
@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 from job.data.chat_template import Template, TemplateRefusalError
 from job.data.fields import Rendered, check_target, check_text, is_empty, is_zero, left_out
-from job.data.formats import Row, RowError, type_name
+from job.data.formats import Row, RowError, type_name, without_nulls
 
 Turns = Literal["completion", "assistant", "last"]
 """Which turns of a conversation are targets: all of the assistant's turns (`completion`, `assistant`), or the last one.
@@ -42,6 +42,13 @@ LEARNED = ("weight", "train", "training", "trainable", "train_on_turn", "loss", 
 """Fields that say whether a message is in the loss, in OpenAI's and other tools' formats: 0 or 1, or a flag."""
 _OTHER_MASKS = ("mask", "masked", "loss_mask", "ignore", "ignore_loss", "train_detail")
 """Fields that say the same in ways that differ from tool to tool."""
+_BY_CHANCE = 16
+"""Characters from which a text that stands in a conversation is not expected a second time there."""
+_LEARNED_IF_FALSE = ("masked", "ignore", "ignore_loss")
+"""Of these, those of which false can only mean that the message is in the loss."""
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+_OTHER_NAMES = {"human": "user", **dict.fromkeys(("gpt", "chatgpt", "bot", "chatbot", "ai"), "assistant")}
+"""Speakers in other formats: most chat templates write any role as it is, and the model knows none of these."""
 _OF_A_MESSAGE = ("role", "content", *LEARNED)
 
 
@@ -79,11 +86,22 @@ def check_messages(row: Row) -> list[RowError]:
         required = ("role",) if silent else ("role", "content")  # an assistant that calls a tool need not say anything
         read = {**message, "content": _text_of(message["content"])} if message.get("content") is not None else message
         faults += [fault for field in required for fault in check_text(read, field, where)]
+        faults += check_role(message, where)
         faults += _check_weight(message, where)
     faults += _check_tools(row)
     if faults:
         return faults
     return _check_answers(messages, place)
+
+
+def check_role(message: dict[str, Any], where: str) -> list[RowError]:
+    """Refuses a role that is one of `_ROLES` under another name; a role of which nothing is known is the template's."""
+    role = message.get("role")
+    plain = role.strip().lower() if isinstance(role, str) else None
+    meant = plain if plain in _ROLES else _OTHER_NAMES.get(plain or "")
+    if meant is None or meant == role:
+        return []
+    return [RowError("wrong_type", f"{where} role", f"is {role!a}, which no model knows; rename it to {meant!r}")]
 
 
 def _check_answers(messages: list[dict[str, Any]], place: str) -> list[RowError]:
@@ -112,7 +130,7 @@ def _check_weight(message: dict[str, Any], where: str) -> list[RowError]:
             what = "must be 0 (context only) or 1; other weights are not supported"
             faults.append(RowError("wrong_type", f"{where} {field}", what))
     for field in _OTHER_MASKS:
-        if not is_empty(message.get(field)) and message[field] is not False:
+        if not is_empty(message.get(field)) and (message[field] is not False or field not in _LEARNED_IF_FALSE):
             what = "says in a way that is not known here what is learned; give the message the field weight: 0 or 1"
             faults.append(RowError("field_without_use", f"{where} {field}", what))
     return faults
@@ -138,6 +156,17 @@ def _tools(fields: dict[str, Any]) -> list[dict[str, Any]] | None:
     return tools
 
 
+def _from_a_table(tools: list[dict[str, Any]] | None) -> bool:
+    """Whether the row was written from a table, in which each tool has the parameters of all others, as null.
+
+    No parameter is described by null otherwise.
+    """
+    functions = (tool.get("function", tool) for tool in tools or ())
+    parameters = (one.get("parameters") for one in functions if isinstance(one, dict))
+    described = (one.get("properties") for one in parameters if isinstance(one, dict))
+    return any(None in one.values() for one in described if isinstance(one, dict))
+
+
 def render_messages(row: Row, template: Template, *, turns: Turns | None) -> Rendered | RowError:
     """The text of a valid conversation, with these turns as its completions; None for all of the text.
 
@@ -145,8 +174,10 @@ def render_messages(row: Row, template: Template, *, turns: Turns | None) -> Ren
         DataError: The chat template is broken, or exceeds its time or memory limit.
     """
     place = f"{row.where} messages"
-    tools = _tools(row.fields)
-    given = [_with_content(message) for message in row.fields["messages"]]
+    tools, plain = _tools(row.fields), row.fields["messages"]
+    if _from_a_table(tools):
+        tools, plain = without_nulls(tools), without_nulls(plain)
+    given = [_with_content(message) for message in plain]
     try:
         messages, text = _whole(given, tools, template)
         unused = [*left_out(row, _USED), *_unused_in_messages(messages, tools, text, template)]
@@ -157,6 +188,9 @@ def render_messages(row: Row, template: Template, *, turns: Turns | None) -> Ren
         if tools is not None and _rendered(template, messages, None) == text:
             what = "is not written by the tokenizer's chat template; use a model whose template writes tools"
             return RowError("field_without_use", f"{row.where} tools", what)
+        if (index := _unwritten(messages, tools, text, template)) is not None:
+            what = f"is not written by the tokenizer's chat template, which ignores this {messages[index]['role']!a}"
+            return RowError("field_without_use", f"{place}[{index}]", what)
         found = _find_turns(messages, tools, text, template, turns)
     except TemplateRefusalError as error:
         return RowError("bad_conversation", place, f"is refused by the tokenizer's chat template: {error}")
@@ -207,6 +241,24 @@ def _find_turns(
     learned = tuple(found[index] for index in wanted if index not in ignored)
     whole = ((0, len(text)),) if turns is None else learned
     return text, whole, tuple(found[index] for index in ignored if index in found)
+
+
+def _unwritten(
+    messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, text: str, template: Template
+) -> int | None:
+    """The first message that the template ignores as a whole; None if there is none.
+
+    Without it the text is the same. That is asked of messages whose content is not found in the text; and of short
+    ones, which may be found there by chance, unless they are of the roles that every template writes.
+    """
+    for index, message in enumerate(messages):
+        content = message["content"].strip() if isinstance(message["content"], str) else ""
+        by_chance = len(content) < _BY_CHANCE and message["role"] not in {"user", "assistant"}
+        if not content or (content in text and not by_chance):
+            continue
+        if _rendered(template, [*messages[:index], *messages[index + 1 :]], tools) == text:
+            return index
+    return None
 
 
 def _is_missed(unused: str, messages: list[dict[str, Any]]) -> bool:

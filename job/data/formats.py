@@ -490,8 +490,19 @@ def _parquet_row(batch: Any, index: int, where: str) -> Row | RowError:
         except (ArithmeticError, LookupError, ValueError) as error:  # a time zone or a date that Python does not know
             return RowError("unreadable_value", f"{where} {column}", f"has no form outside of Arrow: {error}")
         # pandas writes missing values as NaN in a column that has no other values.
-        fields[column] = None if isinstance(value, float) and math.isnan(value) else value
+        fields[column] = None if isinstance(value, float) and math.isnan(value) else without_nulls(value)
     return Row(where, fields)
+
+
+def without_nulls(value: Any) -> Any:
+    """The value without the keys of its objects, at any depth, that are null.
+
+    All objects of a column of a table have the same keys, so that a key which only some of them had is null in the
+    others: the arguments of each tool would stand, as null, in the calls of all the others. TRL removes them as well.
+    """
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _as_row(value: Any, where: str, decoder: _Decoder) -> Row | RowError:

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from job.common.near_duplicates import row_hash
 from job.data.chat_template import Template, TemplateRefusalError
+from job.data.conversations import check_role
 from job.data.fields import Rendered, check_target, check_text, is_empty, left_out
 from job.data.formats import Row, RowError, type_name
 from job.data.text_tokenizer import TextTokenizer
@@ -159,6 +160,7 @@ def _check_messages(messages: list[Any], place: str) -> list[RowError]:
             faults.append(RowError("wrong_type", where, f"must be an object, is {type_name(message)}"))
             continue
         faults += [fault for field in ("role", "content") for fault in check_text(message, field, where)]
+        faults += check_role(message, where)
     return faults
 
 
@@ -180,6 +182,9 @@ def _check_answer(fields: dict[str, Any], field: str, where: str) -> list[RowErr
 def _check_pair(fields: dict[str, Any], where: str, *, conversation: bool) -> list[RowError]:
     """What is wrong with a pair whose two answers are good by themselves."""
     prompt, sides = _split(fields, conversation=conversation)
+    if conversation and prompt and all(side[: len(prompt)] == prompt for side in sides):
+        what = "is the beginning of both answers as well, and would stand there twice; leave it out, or cut the answers"
+        return [RowError("repeated_prompt", f"{where} prompt", what)]
     if sides[0] == sides[1]:
         return [RowError("same_answers", f"{where} rejected", "is the same as chosen: nothing is preferred")]
     for field, side in zip(("chosen", "rejected"), sides, strict=True):

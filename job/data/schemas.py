@@ -72,6 +72,8 @@ _MEANING: dict[str, str] = {
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _OF_IMAGES),
 }
 """Fields that change what a row means, with the advice for schemas that do not have them. In `text` none is refused."""
+_RATINGS = ("label", "kto_tag")
+"""Fields that rate the answer of a row, in TRL's and LLaMA-Factory's formats."""
 
 _PREAMBLE = "Below is an instruction that describes a task. "
 _PREAMBLE_WITH_INPUT = (
@@ -221,7 +223,7 @@ def render(
         return render_messages(row, template, turns=turns)
     fields = row.fields
     if schema == "alpaca":
-        prompt, completion = _alpaca_prompt(fields), fields["output"]
+        prompt, completion = alpaca_prompt(fields), fields["output"]
     elif schema == "prompt_completion":
         prompt, completion = fields["prompt"], fields["completion"]
     else:
@@ -232,7 +234,7 @@ def render(
     return Rendered(f"{row.where} {longest}", text, ((len(prompt), len(text)),), unused=left_out(row, used))
 
 
-def _alpaca_prompt(fields: dict[str, Any]) -> str:
+def alpaca_prompt(fields: dict[str, Any]) -> str:
     """Everything before the output, as tatsu-lab wrote it; with a system prompt and earlier turns where there are."""
     context, system = fields.get("input") or "", fields.get("system") or ""
     begin = system or (_PREAMBLE_WITH_INPUT if context else _PREAMBLE) + _REQUEST
@@ -257,11 +259,10 @@ def _check_meaning(row: Row, schema: Schema) -> list[RowError]:
     if is_zero(row.fields.get("weight")):
         what = "is 0, and rows are not weighed; set JOB_DATA__ROW_WEIGHTS=true, or leave the row out"
         faults.append(RowError("field_without_use", f"{row.where} weight", what))
-    if schema == "prompt_completion" and _is_no(row.fields.get("label")):
-        what = (
-            "is false: the completion is a bad one, and would be trained on; leave it out, or set JOB_TRAIN__METHOD=kto"
-        )
-        faults.append(RowError("field_without_use", f"{row.where} label", what))
+    if schema not in {*SIDES, "text"}:
+        what = "is false: the answer is a bad one, and would be trained on; leave it out, or set JOB_TRAIN__METHOD=kto"
+        bad = [name for name in _RATINGS if _is_no(row.fields.get(name))]
+        faults += [RowError("field_without_use", f"{row.where} {name}", what) for name in bad]
     return faults
 
 

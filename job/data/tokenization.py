@@ -185,6 +185,9 @@ def _ids_and_targets(
     if twice:
         ids, targets = ids[1:], targets[1:]
     if eos is not None:
+        # The text ends with the token that the tokenizer puts behind as well.
+        if ids[-2:] == [eos, eos] and encoding.special_tokens_mask[-1]:
+            ids, targets = ids[:-1], targets[:-1]
         # As a token, not by writing its text behind the row's: a tokenizer may strip what stands before it.
         if ids[-1:] != [eos]:
             ids = [*ids, eos]

@@ -9,6 +9,8 @@ from typing import Any
 
 from job.errors import DataError, Problem
 from job.evaluation import statistics
+from job.evaluation.policy import Policy, judge_policy, passes
+from job.evaluation.policy import reasons as policy_reasons
 from job.records import TaskScores
 
 DEQUANTIZED = "dequantized"
@@ -84,6 +86,7 @@ def _compare(base: Mapping[str, TaskScores], adapter: Mapping[str, TaskScores]) 
             "task_hash": scores.task_hash,
             "version": scores.version,
             "n": scores.n,
+            **({"num_fewshot": scores.num_fewshot} if scores.num_fewshot else {}),
             "base": _scores(base[name]),
             "adapter": _scores(scores),
             **_comparison(acc[name], holm[name]),
@@ -106,15 +109,45 @@ def _comparison(comparison: statistics.Comparison, holm_p: float) -> dict[str, A
 
 
 def compare_export(
-    base: Mapping[str, TaskScores], adapter: Mapping[str, TaskScores], exported: Mapping[str, TaskScores]
+    base: Mapping[str, TaskScores],
+    adapter: Mapping[str, TaskScores],
+    exported: Mapping[str, TaskScores],
+    original: Mapping[str, TaskScores] | None = None,
 ) -> dict[str, Any]:
     """A candidate of an exported format, by task: its scores, paired with those of the base and of the adapter.
+
+    Also with those of the base with its `original` weights, where it was scored.
 
     Raises:
         DataError: The questions or prompts of a task differ.
     """
     versus = {"versus_base": compare_tasks(base, exported), "versus_adapter": compare_tasks(adapter, exported)}
-    not_of_acc = {"source", "task_hash", "version", "n", "base", "adapter", "acc_norm"}
+    if original:
+        versus["versus_original"] = compare_tasks(original, exported)
+    return _by_task(exported, versus)
+
+
+def compare_full_precision(
+    original: Mapping[str, TaskScores], base: Mapping[str, TaskScores], adapter: Mapping[str, TaskScores]
+) -> dict[str, Any]:
+    """The base with its original weights, by task: its scores, and how the other two compare with it.
+
+    `base_versus_original` is what quantization cost, `adapter_versus_original` what is left of it after training. What
+    training gave, the adapter against the quantized base, is `compare_tasks(base, adapter)`.
+
+    Raises:
+        DataError: The questions or prompts of a task differ.
+    """
+    versus = {
+        "base_versus_original": compare_tasks(original, base),
+        "adapter_versus_original": compare_tasks(original, adapter),
+    }
+    return _by_task({task: original[task] for task in adapter}, versus)
+
+
+def _by_task(scored: Mapping[str, TaskScores], versus: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """One model's scores by task, with comparisons from `compare_tasks` by name."""
+    not_of_acc = {"source", "task_hash", "version", "n", "num_fewshot", "base", "adapter", "acc_norm"}
     return {
         task: {
             "n": scores.n,
@@ -128,7 +161,7 @@ def compare_export(
                 for name, found in versus.items()
             },
         }
-        for task, scores in exported.items()
+        for task, scores in scored.items()
     }
 
 
@@ -163,6 +196,7 @@ def judge(
     max_regression: float | None,
     on: str = "adapter",
     baseline: Mapping[str, Any] | None = None,
+    policy: Policy | None = None,
 ) -> dict[str, Any]:
     """The manifest's `gate`.
 
@@ -173,8 +207,14 @@ def judge(
         max_regression: As for `gate_failures`.
         on: What is judged: `adapter`, or an exported format.
         baseline: The earlier run to compare with, the comparison as its `tasks`; None to compare with the base model.
+        policy: Rules by task, instead of the thresholds.
     """
-    reasons = gate_failures(baseline["tasks"] if baseline else tasks, metric, min_delta, max_regression)
+    compared = baseline["tasks"] if baseline else tasks
+    judged = None if policy is None else judge_policy(policy, compared)
+    if policy is None or judged is None:
+        reasons = gate_failures(compared, metric, min_delta, max_regression)
+    else:
+        reasons = [] if passes(policy, judged) else policy_reasons(judged)
     if reasons and on != "adapter":
         reasons = [f"{on}, {reason}" for reason in reasons]
     return {
@@ -182,6 +222,7 @@ def judge(
         "metric": metric,
         "min_delta": min_delta,
         "max_regression": max_regression,
+        **({} if judged is None else {"policy": judged}),
         "baseline": baseline,
         "passed": None if reasons is None else not reasons,
         "reasons": reasons or [],

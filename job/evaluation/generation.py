@@ -20,10 +20,10 @@ In a REPL, with a model and a tokenizer as in `job.evaluation.scorer`:
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from job.errors import TrainingFailed
 from job.records import Answer
@@ -53,6 +53,43 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class HowToGenerate:
+    """How answers are generated.
+
+    Attributes:
+        max_new_tokens: Of each answer.
+        stop: Texts at the first of which an answer ends, before it, as lm-eval has it.
+        sampling: How tokens are drawn; None takes the likeliest.
+    """
+
+    max_new_tokens: int
+    stop: tuple[str, ...] = ()
+    sampling: Sampling | None = None
+
+
+AnswerBatches = Callable[
+    [Any, Any, Sequence[Sequence[int]], Mapping[int, Sequence[int]], HowToGenerate], Iterator[tuple[int, list[Answer]]]
+]
+"""How batches are answered: model, tokenizer, prompts, by number the prompts of each batch, and how -> (number, answers
+of the batch in order), in any order."""
+
+
+class AnswerCache(Protocol):
+    """Where answers are looked up first and kept afterwards: `score_cache.ScoreCache`."""
+
+    def load_answers(
+        self, prompts: Sequence[Sequence[int]], batches: Sequence[Sequence[int]], how: HowToGenerate
+    ) -> dict[int, list[Answer]]:
+        """The kept answers by number of the batch."""
+
+    def add_answers(self, number: int, answers: list[Answer]) -> None:
+        """Keeps the answers of a batch."""
+
+    def save(self) -> None:
+        """Writes what was added."""
 
 
 def plan_batches(lengths: Sequence[int], max_new_tokens: int, batch_tokens: int) -> list[list[int]]:
@@ -85,6 +122,8 @@ def generate(
     stop: Sequence[str] = (),
     batch_tokens: int = BATCH_TOKENS,
     sampling: Sampling | None = None,
+    cache: AnswerCache | None = None,
+    answer: AnswerBatches | None = None,
     on_progress: Callable[[int], None] = lambda _: None,
 ) -> list[Answer]:
     """The model's answer to each prompt, in order.
@@ -93,33 +132,55 @@ def generate(
         model: A causal language model from `load_base`, with or without an adapter.
         tokenizer: The model's.
         prompts: Token ids of each; none is empty. With an answer, none may be longer than the model's window.
-        max_new_tokens: Of each answer.
-        stop: Texts at the first of which an answer ends, before it, as lm-eval has it.
+        max_new_tokens: As in `HowToGenerate`.
+        stop: As in `HowToGenerate`.
         batch_tokens: Tokens of one forward pass; it changes no more than the last bits of the logits.
-        sampling: How tokens are drawn; None takes the likeliest.
+        sampling: As in `HowToGenerate`.
+        cache: Where answers are looked up first and kept afterwards, batch by batch.
+        answer: How batches are answered; `answer_batches` where it is None.
         on_progress: Called with the number of prompts that have been answered.
 
     Raises:
         TrainingFailed: The logits are not finite.
     """
-    answers: dict[int, Answer] = {}
-    on_progress(0)
-    for batch in plan_batches([len(prompt) for prompt in prompts], max_new_tokens, batch_tokens):
-        asked = [(number, prompts[number]) for number in batch]
-        found = generate_batch(model, tokenizer, asked, max_new_tokens=max_new_tokens, stop=stop, sampling=sampling)
-        answers.update(zip(batch, found, strict=True))
-        on_progress(len(answers))
-    return [answers[number] for number in range(len(prompts))]
+    how = HowToGenerate(max_new_tokens, tuple(stop), sampling)
+    batches = plan_batches([len(prompt) for prompt in prompts], max_new_tokens, batch_tokens)
+    known = {} if cache is None else cache.load_answers(prompts, batches, how)
+    missing = {number: batch for number, batch in enumerate(batches) if number not in known}
+    on_progress(sum(map(len, known.values())))
+    try:
+        for number, answers in (answer or answer_batches)(model, tokenizer, prompts, missing, how):
+            known[number] = answers
+            if cache is not None:
+                cache.add_answers(number, answers)
+            on_progress(sum(map(len, known.values())))
+    finally:
+        if cache is not None:
+            cache.save()  # also what was answered before an error or a request to stop
+    found = {
+        prompt: one for number, batch in enumerate(batches) for prompt, one in zip(batch, known[number], strict=True)
+    }
+    return [found[number] for number in range(len(prompts))]
 
 
-def generate_batch(
+def answer_batches(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[tuple[int, Sequence[int]]],
-    *,
-    max_new_tokens: int,
-    stop: Sequence[str] = (),
-    sampling: Sampling | None = None,
+    prompts: Sequence[Sequence[int]],
+    batches: Mapping[int, Sequence[int]],
+    how: HowToGenerate,
+) -> Iterator[tuple[int, list[Answer]]]:
+    """Answers batches one after the other, in this process.
+
+    Raises:
+        TrainingFailed: The logits are not finite.
+    """
+    for number, batch in batches.items():
+        yield number, answer_batch(model, tokenizer, [(prompt, prompts[prompt]) for prompt in batch], how)
+
+
+def answer_batch(
+    model: Any, tokenizer: Any, prompts: Sequence[tuple[int, Sequence[int]]], how: HowToGenerate
 ) -> list[Answer]:
     """The answers to prompts that are computed together, in order; one after the other if the model cannot be packed.
 
@@ -127,9 +188,7 @@ def generate_batch(
         model: As for `generate`.
         tokenizer: As for `generate`.
         prompts: Number, which decides what is drawn where tokens are, and token ids of each.
-        max_new_tokens: As for `generate`.
-        stop: As for `generate`.
-        sampling: As for `generate`.
+        how: How they are generated.
 
     Raises:
         TrainingFailed: The logits are not finite.
@@ -139,8 +198,8 @@ def generate_batch(
     from job.model.packed_attention import is_packed
 
     ends = _end_tokens(model, tokenizer)
-    rows = [_Row(tuple(ids), _Draws(sampling, number)) for number, ids in prompts]
-    finish = _Finish(tokenizer, ends, tuple(text for text in stop if text), max_new_tokens)
+    rows = [_Row(tuple(ids), _Draws(how.sampling, number)) for number, ids in prompts]
+    finish = _Finish(tokenizer, ends, tuple(text for text in how.stop if text), how.max_new_tokens)
     model.eval()
     packed = is_packed(model)
     with torch.inference_mode(), _own_attention(model):

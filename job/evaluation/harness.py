@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any
+from typing import Any, cast
 
 from job import log
 from job.errors import DataError, Problem, SettingsError
-from job.evaluation.samples import HASHES, Sample, task_scores
-from job.evaluation.tasks import Tasks, compiled_once, question_id
-from job.records import ChoiceScore, Question, TaskScores
+from job.evaluation.generation import HowToGenerate
+from job.evaluation.measured import how_to_generate, measured_scores, metrics_of
+from job.evaluation.samples import HASHES, MeasuredSample, Sample, task_scores
+from job.evaluation.tasks import MEASURED, MULTIPLE_CHOICE, Tasks, compiled_once, question_id, restart_examples
+from job.records import Answer, ChoiceScore, MeasuredScores, Metric, Question, TaskScores
 
+Generate = Callable[[list[tuple[int, ...]], HowToGenerate], list[Answer]]
+"""Answers prompts, in order."""
 Score = Callable[[list[Question]], list[list[ChoiceScore]]]
 """Scores questions: for each, in order, its choices."""
 
@@ -21,12 +27,12 @@ Score = Callable[[list[Question]], list[list[ChoiceScore]]]
 def evaluate(
     tasks: Tasks, tokenizer: Any, score: Score, *, limit: int | None, cut_to: int | None = None
 ) -> dict[str, tuple[TaskScores, list[Sample]]]:
-    """Runs the tasks zero-shot.
+    """Runs the tasks with multiple-choice questions.
 
     Args:
-        tasks: From `load_tasks`.
+        tasks: From `load_tasks`; others than multiple-choice ones are left out, and are for `measure`.
         tokenizer: The model's.
-        score: Called once, with the questions of all tasks.
+        score: Called once, with the questions of all tasks; not without any.
         limit: The first so many questions of each task; None for all.
         cut_to: lm-eval's `max_length`: a question that has more tokens with a choice loses its beginning; None for any
             length.
@@ -38,31 +44,80 @@ def evaluate(
         SettingsError: A task does not grade choices as right or wrong.
         DataError: The tokenizer makes no tokens of a question or a choice.
     """
-    import lm_eval
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # lm-eval's own are about its code
-        results = lm_eval.evaluate(
-            lm=_scoring_model(tokenizer, score, cut_to),
-            task_dict=_zero_shot(tasks.loaded),
-            limit=limit,
-            bootstrap_iters=0,
-        )
+    chosen = tasks.only(MULTIPLE_CHOICE)
+    if not chosen.loaded["tasks"]:
+        return {}
+    results = _run(chosen, _scoring_model(tokenizer, score, cut_to), limit)
     return {
         name: _task_result(task, tasks.sources[name], results["samples"][name])
-        for name, task in tasks.loaded["tasks"].items()
+        for name, task in chosen.loaded["tasks"].items()
     }
 
 
-def _zero_shot(loaded: Any) -> Any:
-    """The tasks, set to no examples in the prompt."""
-    for task in loaded["tasks"].values():
-        task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=0)
-    return loaded
+@compiled_once()
+def measure(
+    tasks: Tasks,
+    tokenizer: Any,
+    score: Score,
+    generate: Generate,
+    *,
+    limit: int | None,
+    max_length: int,
+    cut_to: int | None = None,
+    seed: int = 0,
+) -> dict[str, tuple[MeasuredScores, list[MeasuredSample]]]:
+    """Runs the tasks that are measured by metrics of their own: generated answers, perplexities, likelihoods.
+
+    Args:
+        tasks: From `load_tasks`; multiple-choice ones are left out, and are for `evaluate`.
+        tokenizer: The model's.
+        score: Called once for each kind of task that is scored, with its texts in windows.
+        generate: Called once for each way to generate, with the prompts that are answered in that way.
+        limit: As for `evaluate`.
+        max_length: Tokens of a window of a text whose perplexity is measured, and lm-eval's `max_length`.
+        cut_to: As for `evaluate`; of a prompt so many tokens are kept that its answer fits behind them.
+        seed: Of sampled answers.
+
+    Returns:
+        By task: its figures and its samples.
+
+    Raises:
+        DataError: The tokenizer makes no tokens of a text.
+    """
+    chosen = tasks.only(*MEASURED)
+    if not chosen.loaded["tasks"]:
+        return {}
+    lm = _scoring_model(tokenizer, score, cut_to, Generating(generate, max_length, seed))
+    results = _run(chosen, lm, limit)
+    return {
+        name: _measured_result(task, tasks.sources[name], results["samples"][name])
+        for name, task in chosen.loaded["tasks"].items()
+    }
 
 
-def _scoring_model(tokenizer: Any, score: Score, cut_to: int | None) -> Any:
+def _run(tasks: Tasks, lm: Any, limit: int | None) -> Any:
+    """lm-eval's results. Each run draws the same examples for its prompts."""
+    import lm_eval
+
+    for task in tasks.loaded["tasks"].values():
+        restart_examples(task)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # lm-eval's own are about its code
+        return lm_eval.evaluate(lm=lm, task_dict=tasks.loaded, limit=limit, bootstrap_iters=0)
+
+
+@dataclass(frozen=True)
+class Generating:
+    """How the model of `_scoring_model` generates, and reads long texts; see `measure`."""
+
+    generate: Generate
+    max_length: int
+    seed: int
+
+
+def _scoring_model(  # noqa: C901 - the methods of its class are counted
+    tokenizer: Any, score: Score, cut_to: int | None, generating: Generating | None = None
+) -> Any:
     """An lm-eval model whose log-likelihoods come from `score`. It tokenizes as lm-eval's own HFLM does."""
     from lm_eval.api.model import TemplateLM
 
@@ -99,12 +154,53 @@ def _scoring_model(tokenizer: Any, score: Score, cut_to: int | None) -> Any:
             return [(s.log_likelihood, s.greedy) for scores in score(questions) for s in scores]
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:  # noqa: ARG002, FBT001, FBT002 - lm-eval's signature
-            raise SettingsError([Problem("JOB_EVAL__TASKS", "only multiple-choice tasks can be evaluated")])
+            windows, owners = [], []
+            for number, request in enumerate(requests):
+                for context, predicted in _windows(self, request.args[0], cast("Generating", generating).max_length):
+                    windows.append(Question(tuple(context), (tuple(predicted),)))
+                    owners.append(number)
+            if empty := [n for n in range(len(requests)) if n not in set(owners)]:
+                raise DataError([Problem(f"text {n}", "the tokenizer makes no tokens of it") for n in empty])
+            totals = [0.0] * len(requests)
+            for number, (found,) in zip(owners, score(windows), strict=True):
+                totals[number] += found.log_likelihood
+            return totals
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:  # noqa: ARG002, FBT001, FBT002 - lm-eval's signature
-            raise SettingsError([Problem("JOB_EVAL__TASKS", "only multiple-choice tasks can be evaluated")])
+            return _generated(tokenizer, requests, cast("Generating", generating), cut_to)
 
     return ScoringModel()
+
+
+def _windows(lm: Any, text: str, max_length: int) -> Iterator[tuple[list[int], list[int]]]:
+    """A text in windows of so many tokens, by lm-eval: what is given, and what is predicted; every token once."""
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    ids = lm.tok_encode(text)
+    return map(make_disjoint_window, get_rolling_token_windows(ids, lm.prefix_token_id, max_length, context_len=1))
+
+
+def _generated(tokenizer: Any, requests: Sequence[Any], generating: Generating, cut_to: int | None) -> list[str]:
+    """The answers to lm-eval's requests, in order; those that ask for the same way to generate, together."""
+    ends = tokenizer.decode([tokenizer.eos_token_id])
+    groups: dict[HowToGenerate, list[int]] = {}
+    for number, request in enumerate(requests):
+        how = how_to_generate(request.task_name, request.args[1], seed=generating.seed)
+        groups.setdefault(replace(how, stop=(*how.stop, ends)), []).append(number)
+    answers: dict[int, str] = {}
+    for how, numbers in groups.items():
+        prompts = [_prompt_ids(tokenizer, requests[number].args[0]) for number in numbers]
+        if cut_to is not None:
+            prompts = [prompt[-max(1, cut_to - how.max_new_tokens) :] for prompt in prompts]
+        found = generating.generate(prompts, how)
+        answers.update({number: answer.text for number, answer in zip(numbers, found, strict=True)})
+    return [answers[number] for number in range(len(requests))]
+
+
+def _prompt_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """As HFLM tokenizes a prompt: a beginning-of-sequence token that is in the text is not added again."""
+    begins = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+    return tuple(tokenizer.encode(text, **({"add_special_tokens": False} if begins else {})))
 
 
 def _cut(questions: Sequence[Question], most: int) -> list[Question]:
@@ -152,7 +248,63 @@ def _task_result(task: Any, source: str, results: list[dict[str, Any]]) -> tuple
         )
         raise SettingsError([Problem("JOB_EVAL__TASKS", what)])
     samples = [_sample(task, result) for result in sorted(results, key=lambda result: result["doc_id"])]
-    return task_scores(samples, task=task.task_name, source=source, version=str(task.VERSION)), samples
+    scores = task_scores(
+        samples,
+        task=task.task_name,
+        source=source,
+        version=str(task.VERSION),
+        num_fewshot=task.config.num_fewshot or 0,
+    )
+    return scores, samples
+
+
+def _measured_result(
+    task: Any, source: str, results: list[dict[str, Any]]
+) -> tuple[MeasuredScores, list[MeasuredSample]]:
+    """Figures and samples of one task; lm-eval gives a question once for each of its filters."""
+    known = metrics_of(task)
+    if left_out := sorted({name for result in results for name in result["metrics"]} - known.keys()):
+        log.get_logger().warning(
+            "metrics are left out: they are no average over questions", task=task.task_name, metrics=left_out
+        )
+    by_doc: dict[int, list[dict[str, Any]]] = {}
+    for result in results:
+        by_doc.setdefault(result["doc_id"], []).append(result)
+    samples = [_measured_sample(by_doc[number], known) for number in sorted(by_doc)]
+    metrics = {name: known[name.partition(",")[0]] for name in samples[0].values}
+    how: dict[str, Any] = {"task": task.task_name, "kind": task.OUTPUT_TYPE, "source": source}
+    how |= {"version": str(task.VERSION), "num_fewshot": task.config.num_fewshot or 0}
+    return measured_scores(samples, metrics, **how), samples
+
+
+def _measured_sample(results: Sequence[dict[str, Any]], metrics: Mapping[str, Metric]) -> MeasuredSample:
+    """One question, from what lm-eval has of it by each of its filters."""
+    first = results[0]
+    values = {
+        f"{name},{result['filter']}": _weighted(result[name])
+        for result in results
+        for name in result["metrics"]
+        if name in metrics
+    }
+    return MeasuredSample(
+        id=question_id(first["doc"] if isinstance(first["doc"], dict) else {}, first["doc_id"]),
+        **{name: first[name] for name in HASHES},
+        prompt=first["arguments"][0][0],
+        target=_plain(first["target"]),
+        responses=_plain(first["resps"][0]),
+        filtered={result["filter"]: _plain(result["filtered_resps"][0]) for result in results},
+        values=values,
+    )
+
+
+def _weighted(value: Any) -> tuple[float, float]:
+    """A question's value of a metric and its weight: perplexities come with the number of words or bytes."""
+    return (float(value[0]), float(value[1])) if isinstance(value, tuple | list) else (float(value), 1.0)
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON has it: a tuple as a list, what JSON does not know as text."""
+    return json.loads(json.dumps(value, default=str))
 
 
 def _sample(task: Any, result: dict[str, Any]) -> Sample:

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -23,6 +23,7 @@ HASHES = ("doc_hash", "prompt_hash", "target_hash")
 FEWEST = 2
 """One question has no standard error."""
 
+T = TypeVar("T", bound=BaseModel)
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 ZeroOrOne = Annotated[float, Field(ge=0, le=1, multiple_of=1)]
 
@@ -60,7 +61,32 @@ class Sample(BaseModel):
     acc_norm: ZeroOrOne | None
 
 
-def write_samples(path: Path, samples: Sequence[Sample]) -> None:
+class MeasuredSample(BaseModel):
+    """One question of a task without choices, as one model answered it. The order of the fields is that of the file.
+
+    Attributes:
+        id: The row's own id, else its number.
+        prompt: What the model was given; for a perplexity task, the text itself.
+        target: The right answer as the task gives it.
+        responses: Generated answers, or log-likelihoods; several where the task asks several times.
+        filtered: By lm-eval's name of a filter, what it made of the responses.
+        values: By metric and filter (`exact_match,strict-match`), value and weight; see `measured`.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
+
+    id: str
+    doc_hash: Sha256
+    prompt_hash: Sha256
+    target_hash: Sha256
+    prompt: str
+    target: Any
+    responses: list[Any]
+    filtered: dict[str, Any]
+    values: dict[str, tuple[float, Annotated[float, Field(gt=0)]]]
+
+
+def write_samples(path: Path, samples: Sequence[Sample] | Sequence[MeasuredSample]) -> None:
     """Writes one JSON line for each sample."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps(sample.model_dump(), allow_nan=False) + "\n" for sample in samples)
@@ -73,10 +99,23 @@ def parse(data: bytes) -> list[Sample]:
     Raises:
         ValueError: With the first line that is not a sample.
     """
+    return _parse(data, Sample)
+
+
+def parse_measured(data: bytes) -> list[MeasuredSample]:
+    """The samples of a task without choices in a file of JSON lines.
+
+    Raises:
+        ValueError: With the first line that is not such a sample.
+    """
+    return _parse(data, MeasuredSample)
+
+
+def _parse(data: bytes, kind: type[T]) -> list[T]:
     samples = []
     for number, line in enumerate(data.removesuffix(b"\n").split(b"\n"), start=1):
         try:
-            samples.append(Sample.model_validate_json(line))
+            samples.append(kind.model_validate_json(line))
         except ValidationError as error:
             raise ValueError(f"line {number}, {first_error(error)}") from None
     if len(samples) < FEWEST:
@@ -107,7 +146,13 @@ def contradiction(sample: Sample) -> str | None:
 
 
 def task_scores(
-    samples: Sequence[Sample], *, task: str, source: str, version: str, reused_from: str | None = None
+    samples: Sequence[Sample],
+    *,
+    task: str,
+    source: str,
+    version: str,
+    reused_from: str | None = None,
+    num_fewshot: int = 0,
 ) -> TaskScores:
     """The figures of one task.
 
@@ -117,6 +162,7 @@ def task_scores(
         source: Where its questions came from.
         version: lm-eval's, of the task.
         reused_from: Folder of the score cache that all scores came from, if they did.
+        num_fewshot: Examples in every prompt.
     """
     correct = [sample.acc == 1 for sample in samples]
     by_length = [sample.acc_norm for sample in samples]
@@ -135,4 +181,5 @@ def task_scores(
         correct=tuple(correct),
         correct_norm=tuple(correct_norm) if correct_norm else None,
         reused_from=reused_from,
+        num_fewshot=num_fewshot,
     )

@@ -4,7 +4,8 @@ The key is a SHA-256 of everything that determines the bits of a score: the ques
 the model's files and precision, the adapter, package versions, the hardware, and the source code that computes it
 (`CODE`). Two evaluations with the same key compute the same bits, so either may reuse the other's scores.
 
-Layout: `scores/<key>/<sha256 of the file>.jsonl`, one line for each packed sequence that was scored.
+Layout: `scores/<key>/<sha256 of the file>.jsonl`, one line for each packed sequence that was scored. Generated answers
+are kept alike, with a key over the prompts and how they are continued, and one line for each batch.
 """
 
 from __future__ import annotations
@@ -13,20 +14,23 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from job.common import host
 from job.common.hashing import code_hashes
+from job.evaluation.generation import HowToGenerate
 from job.log import get_logger
-from job.records import ChoiceScore, Question
+from job.records import Answer, ChoiceScore, Question
 from job.storage.open import ObjectStore, TooLarge
 
 SAVE_SECONDS = 15.0
 _ENDING = ".jsonl"
 
 CODE = (
+    "job.evaluation.generation",
     "job.evaluation.scoring",
     "job.model.adapter_files",
     "job.model.adapter_options",
@@ -85,17 +89,29 @@ def score_key(questions: Sequence[Question], sequences: Sequence[range], conditi
     return total.hexdigest()
 
 
+def answers_key(
+    prompts: Sequence[Sequence[int]],
+    batches: Sequence[Sequence[int]],
+    how: HowToGenerate,
+    conditions: Mapping[str, Any],
+) -> str:
+    """SHA-256 of what determines generated answers, hexadecimal; which prompts share a batch is part of it."""
+    asked = {"answers": [list(prompt) for prompt in prompts], "batches": list(map(list, batches)), "how": asdict(how)}
+    return hashlib.sha256(json.dumps([conditions, asked], sort_keys=True).encode()).hexdigest()
+
+
 class _Entry(BaseModel):
     """The scores of one packed sequence: its number, the run that computed them, and by question those of each choice.
 
-    `row` is the number's name in the file.
+    Or the answers of one batch, with its number. `row` is the number's name in the file.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     row: int
     run: str
-    scores: list[list[ChoiceScore]]
+    scores: list[list[ChoiceScore]] = []
+    answers: list[Answer] = []
 
 
 class ScoreCache:
@@ -142,6 +158,19 @@ class ScoreCache:
                 self._others |= {entry.run} - {self._run}
         return found
 
+    def load_answers(
+        self, prompts: Sequence[Sequence[int]], batches: Sequence[Sequence[int]], how: HowToGenerate
+    ) -> dict[int, list[Answer]]:
+        """The cached answers by number of the batch; what does not match is computed again, as by `load`."""
+        self._folder = f"{self._root}/{answers_key(prompts, batches, how, self._conditions)}"
+        found: dict[int, list[Answer]] = {}
+        names = [info.key for info in self._store.list(f"{self._folder}/") if info.key.endswith(_ENDING)]
+        for entry in (entry for name in names for entry in self._read(name)):
+            if 0 <= entry.row < len(batches) and len(entry.answers) == len(batches[entry.row]):
+                found[entry.row] = entry.answers
+                self._others |= {entry.run} - {self._run}
+        return found
+
     def _read(self, key: str) -> list[_Entry]:
         name = key.rpartition("/")[2].partition(".")[0]
         why = "its content does not match its name"
@@ -156,15 +185,22 @@ class ScoreCache:
 
     def add(self, number: int, scores: list[list[ChoiceScore]]) -> None:
         """Adds the scores of a sequence, and saves if the last save was more than `SAVE_SECONDS` ago."""
+        self._add(_Entry(row=number, run=self._run, scores=scores))
+
+    def add_answers(self, number: int, answers: list[Answer]) -> None:
+        """Adds the answers of a batch, and saves as `add` does."""
+        self._add(_Entry(row=number, run=self._run, answers=answers))
+
+    def _add(self, entry: _Entry) -> None:
         self._added += 1
-        self._unsaved.append(_Entry(row=number, run=self._run, scores=scores))
+        self._unsaved.append(entry)
         if time.monotonic() - self._saved_at > SAVE_SECONDS:
             self.save()
 
     def save(self) -> None:
         """Writes what was added since the last save, as one object."""
         if self._unsaved:
-            data = "".join(entry.model_dump_json() + "\n" for entry in self._unsaved).encode()
+            data = "".join(entry.model_dump_json(exclude_defaults=True) + "\n" for entry in self._unsaved).encode()
             self._store.write(f"{self._folder}/{hashlib.sha256(data).hexdigest()}{_ENDING}", data)
             self._unsaved = []
         self._saved_at = time.monotonic()

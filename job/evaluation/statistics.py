@@ -9,6 +9,8 @@ figures can be computed again from the published samples.
 | p value of a difference | McNemar's exact test (1947) |
 | 95 % interval of a difference | Tango's score interval (1998) |
 | smallest difference the test can detect | exact power of McNemar's test, Duffy (1984) |
+| p value of a difference above a margin | one-sided McNemar at 0, else Tango's score test (1998) |
+| difference of averages and perplexities | paired t test of a ratio of sums, Cochran (1977) |
 | several tasks at once | Holm's step-down adjustment (1979) |
 | interval of one accuracy | Wilson's score interval (1927) |
 """
@@ -135,14 +137,42 @@ def _tango_upper(improved: float, regressed: float, n: int, level: float) -> flo
 
     def excess(theta: float) -> float:
         """The squared score statistic at `theta` minus its critical value; both times the variance, which may be 0."""
-        linear = (2 - delta) * theta - improved - regressed
-        root = max(0.0, linear**2 + 8 * regressed * theta * (1 - theta)) ** 0.5  # below 0 only by rounding
-        regressed_at_theta = (root - linear) / 4
-        return float((delta - theta) ** 2 - z_squared * (2 * regressed_at_theta + theta * (1 - theta)) / n)
+        return float((delta - theta) ** 2 - z_squared * _variance(improved, regressed, theta) / n)
 
     # At the estimate itself the variance may be 0 (no discordant pairs), which is a root but not the bound.
     inside = delta + 1e-9
     return 1.0 if inside >= 1 else float(brentq(excess, inside, 1.0, xtol=1e-14))
+
+
+def _variance(improved: float, regressed: float, theta: float) -> float:
+    """Variance of one question's difference if the true one is `theta`; `improved` and `regressed` are fractions."""
+    linear = (2 - (improved - regressed)) * theta - improved - regressed
+    root = float(max(0.0, linear**2 + 8 * regressed * theta * (1 - theta)) ** 0.5)  # below 0 only by rounding
+    regressed_at_theta = (root - linear) / 4
+    return 2 * regressed_at_theta + theta * (1 - theta)
+
+
+def one_sided_p(improved: int, regressed: int, n: int, margin: float) -> float:
+    """P value of "the true difference is at most `margin`": small where it is shown to be larger.
+
+    At a margin of 0 the exact test of McNemar (1947), one-sided; elsewhere Tango's score test (1998), which his
+    interval inverts: the p value is below 2.5 % where the margin is below the lower bound of the 95 % interval.
+
+    Args:
+        improved: Questions wrong before and right after.
+        regressed: Questions right before and wrong after.
+        n: All questions, concordant ones included.
+        margin: A fraction of the questions.
+    """
+    from scipy.stats import binom, norm
+
+    if margin == 0:
+        return float(binom.sf(improved - 1, improved + regressed, 0.5))
+    excess = (improved - regressed) / n - margin
+    variance = _variance(improved / n, regressed / n, margin) / n
+    if variance <= 0:  # such differences cannot occur if the true one is the margin
+        return 1.0 if excess <= 0 else 0.0
+    return float(norm.sf(excess / variance**0.5))
 
 
 def minimum_detectable_effect(n: int, discordant: int, *, alpha: float = 0.05, power: float = 0.8) -> float:
@@ -181,6 +211,34 @@ def minimum_detectable_effect(n: int, discordant: int, *, alpha: float = 0.05, p
         return float(power - np.sum(binom.pmf(pairs, n, discordance) * detected))
 
     return 1.0 if shortfall(1.0) > 0 else float(brentq(shortfall, 1 / n, 1.0, xtol=1e-12))
+
+
+def paired_ratio(
+    differences: Sequence[float], weights: Sequence[float], *, level: float = 0.95
+) -> tuple[float, tuple[float, float], float]:
+    """The ratio R of the sums of paired differences d and of weights w: estimate, interval, two-sided p value of R = 0.
+
+    Its variance is n / (n - 1) * sum((d - R w)^2) / sum(w)^2: W. G. Cochran (1977), Sampling Techniques, third edition,
+    section 6.4, for a sample of an infinite population. With equal weights this is the paired t test. Interval and p
+    value are by Student's t with n - 1 degrees of freedom.
+
+    Args:
+        differences: One for each question: after less before.
+        weights: Of the same questions; above 0.
+        level: Confidence level, a fraction.
+    """
+    from math import fsum
+
+    from scipy.stats import t
+
+    n, total = len(differences), fsum(weights)
+    ratio = fsum(differences) / total
+    spread = fsum((d - ratio * w) ** 2 for d, w in zip(differences, weights, strict=True))
+    error = (n / (n - 1) * spread) ** 0.5 / total
+    if error == 0:  # all alike: without a difference nothing is shown, and with one only that it is the same everywhere
+        return ratio, (ratio, ratio), 1.0 if ratio == 0 else 0.0
+    half = float(t.ppf((1 + level) / 2, n - 1)) * error
+    return ratio, (ratio - half, ratio + half), float(2 * t.sf(abs(ratio) / error, n - 1))
 
 
 def holm(p: Sequence[float]) -> list[float]:

@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cache
 from importlib.util import find_spec
@@ -16,18 +16,26 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jinja2.sandbox import SandboxedEnvironment
 
 from job.data.files import find_file
 from job.data.formats import Row, RowError, read_rows
 from job.errors import DataError, Problem, SettingsError, named_by
+from job.evaluation.measured import how_to_generate, metrics_of
+from job.evaluation.task_files import TaskFile, is_task_file, read_task_file
 from job.storage.hub import hub_errors
 
 MULTIPLE_CHOICE = "multiple_choice"
+MEASURED = ("generate_until", "loglikelihood_rolling", "loglikelihood")
+"""Kinds of tasks that are measured by metrics of their own, such as exact_match or perplexity: see `measured`."""
+KINDS = (MULTIPLE_CHOICE, *MEASURED)
+FEWSHOT_SEED = 1234
+"""With it the examples in a prompt are drawn; lm-eval's own default."""
 
 
 @contextmanager
 def compiled_once() -> Iterator[None]:
-    """Caches lm-eval's compiled Jinja templates while the context is open.
+    """Caches lm-eval's compiled Jinja templates while the context is open, and renders them in Jinja's sandbox.
 
     lm-eval compiles a template for every use, eight times a question: 8 of 32 ms a question on a CPU.
     """
@@ -36,7 +44,10 @@ def compiled_once() -> Iterator[None]:
     if "from_string" in vars(env):  # the context is open already
         yield
         return
-    env.from_string = cache(env.from_string)
+    # A template of a user's task file could reach all of Python by its values' attributes; in a sandbox it cannot.
+    sandbox = SandboxedEnvironment(loader=env.loader, undefined=env.undefined, keep_trailing_newline=True)
+    sandbox.filters.update(env.filters)
+    env.from_string = cache(sandbox.from_string)
     try:
         yield
     finally:
@@ -49,6 +60,13 @@ class Tasks:
 
     loaded: Any
     sources: Mapping[str, str]
+    files: Mapping[str, str] = field(default_factory=dict)
+    """By task of a user's own file, the SHA-256 of the file."""
+
+    def only(self, *kinds: str) -> Tasks:
+        """The tasks of some kinds, without groups."""
+        tasks = {name: task for name, task in self.loaded["tasks"].items() if task.OUTPUT_TYPE in kinds}
+        return replace(self, loaded={"tasks": tasks, "groups": {}, "group_map": {}})
 
     def questions(self, limit: int | None) -> dict[str, list[tuple[str, str]]]:
         """By task: id and `doc_hash` of each question, equal to those of its sample."""
@@ -72,48 +90,58 @@ class Tasks:
         """
         with compiled_once():
             return {
-                name: [
-                    " ".join(part for parts in _parts(task, doc) for part in parts)
-                    if task.multiple_input
-                    else str(task.doc_to_text(doc))
-                    for doc in islice(task.eval_docs, limit)
-                ]
+                name: [_asked(task, doc) for doc in islice(task.eval_docs, limit)]
                 for name, task in self.loaded["tasks"].items()
             }
 
     def fingerprints(self) -> dict[str, str]:
-        """By task, SHA-256 of all its questions, before any limit."""
+        """By task, SHA-256 of all its questions, before any limit, and of the file that describes the task."""
         return {
             name: hashlib.sha256(
-                "\n".join(json.dumps(doc, sort_keys=True, default=str) for doc in task.eval_docs).encode()
+                "\n".join(
+                    [json.dumps(doc, sort_keys=True, default=str) for doc in task.eval_docs]
+                    + ([self.files[name]] if name in self.files else [])
+                ).encode()
             ).hexdigest()
             for name, task in self.loaded["tasks"].items()
         }
 
 
 @compiled_once()
-def load_tasks(names: Sequence[str], data: Mapping[str, Path], sources: Mapping[str, str]) -> Tasks:
-    """Loads lm-eval's tasks, from a local file in the task's own schema where one is given.
+def load_tasks(
+    names: Sequence[str], data: Mapping[str, Path], sources: Mapping[str, str], num_fewshot: int | None = None
+) -> Tasks:
+    """Loads lm-eval's tasks, from a local file in the task's own schema where one is given, and users' own tasks.
 
     Args:
-        names: lm-eval's tasks or groups of tasks.
+        names: lm-eval's tasks or groups of tasks, and files that describe a task (see `task_files`).
         data: By task, a local file with its questions.
         sources: By task, the name of that file in messages and in the manifest.
+        num_fewshot: Examples in every prompt; None for as many as each task says. Perplexity tasks have none.
 
     Raises:
-        SettingsError: A task is unknown, or does not ask multiple-choice questions with one accuracy.
+        SettingsError: A task is unknown, has no metric that can be compared, or no examples for its prompts.
         DataError: A file does not fit its task.
         Unreachable: A task's questions have to be downloaded from the hub, and it did not answer.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    own = [read_task_file(Path(name)) for name in names if is_task_file(name)]
+    names = [name for name in names if not is_task_file(name)]
     manager = _index((*names, *data))
     _check_names(manager.task_index, names, data)
+    if twice := _twice([*names, *(task.name for task in own)]):
+        raise SettingsError([Problem("JOB_EVAL__TASKS", f"names {name} twice") for name in twice])
     rows = {name: _read_questions(data[name], sources[name]) for name in names if name in data}
     local = {name: _with_rows(manager, name, rows[name], sources[name]) for name in rows}
+    users = [_from_file(manager, task) for task in own]
     with hub_errors(f"questions of {', '.join(name for name in names if name not in local)}"):
-        loaded = manager.load([local.get(name, name) for name in names])
+        loaded = manager.load([*(local.get(name, name) for name in names), *users])
     tasks = loaded["tasks"]
-    if wrong := [problem for name, task in tasks.items() if (problem := _unfit(name, task))]:
+    _set_shots(tasks, num_fewshot)
+    wrong = [
+        problem for name, task in tasks.items() if (problem := _unfit(name, task) or _without_examples(name, task))
+    ]
+    if wrong:
         raise SettingsError(wrong)
     if few := [
         Problem(sources[name], "holds one question; a comparison needs two") for name in rows if not rows[name][1:]
@@ -121,19 +149,85 @@ def load_tasks(names: Sequence[str], data: Mapping[str, Path], sources: Mapping[
         raise DataError(few)
     if misfits := [problem for name in rows for problem in _misfits(tasks[name], rows[name], sources[name])]:
         raise DataError(misfits)
-    return Tasks(loaded, {name: sources.get(name, str(task.config.dataset_path)) for name, task in tasks.items()})
+    places = dict(sources) | {task.name: task.source for task in own}
+    return Tasks(
+        loaded,
+        {name: places.get(name, str(task.config.dataset_path)) for name, task in tasks.items()},
+        {task.name: task.sha256 for task in own},
+    )
+
+
+def check_choices(tasks: Tasks, needed_by: Sequence[str]) -> None:
+    """Refuses settings that are about the accuracy of choices where no task has any.
+
+    Raises:
+        SettingsError: With all of them.
+    """
+    if not tasks.only(MULTIPLE_CHOICE).loaded["tasks"]:
+        what = "is about accuracy, and JOB_EVAL__TASKS has no multiple-choice task; add one, or leave this setting out"
+        if wrong := [Problem(setting, what) for setting in needed_by]:
+            raise SettingsError(wrong)
+
+
+def _twice(names: Sequence[str]) -> list[str]:
+    return sorted({name for name in names if names.count(name) > 1})
+
+
+def _from_file(manager: Any, task: TaskFile) -> Any:
+    """A user's own task. Raises DataError where its templates do not fit its first row."""
+    splits = {split: _dataset(rows, task.source) for split, rows in task.rows.items()}
+    try:
+        return manager.load([{**task.config, "custom_dataset": lambda **_: splits}])["tasks"][task.name]
+    except Exception as error:  # templates may raise anything, and a field may be of another kind than lm-eval expects
+        first = (str(error).splitlines() or [""])[0][:300]
+        raise DataError([Problem(task.path, f"is no task of lm-eval: {type(error).__name__}: {first}")]) from error
+
+
+def _set_shots(tasks: Mapping[str, Any], num_fewshot: int | None) -> None:
+    """Sets how many examples each task's prompts have. A text whose perplexity is measured has no prompt."""
+    for task in tasks.values():
+        own = task.config.num_fewshot or 0
+        shots = own if num_fewshot is None else num_fewshot
+        task.set_config(key="num_fewshot", value=0 if task.OUTPUT_TYPE == "loglikelihood_rolling" else shots)
+
+
+def _without_examples(name: str, task: Any) -> Problem | None:
+    """Why a task's prompts cannot have their examples; None if they can.
+
+    lm-eval would take the questions themselves, and show a question with its answer in its own prompt.
+    """
+    if not (shots := task.config.num_fewshot):
+        return None
+    few = task.fewshot_cfg
+    if few.split is None and few.samples is None and not (task.has_training_docs() or task.has_validation_docs()):
+        what = f"{name} is asked with {shots} examples, and there are none, only the questions"
+        return Problem("JOB_EVAL__NUM_FEWSHOT", f"{what}; 0 asks without examples, which is another task than {name}")
+    if (there := len(list(task.fewshot_docs()))) <= shots:
+        what = f"{name} is asked with {shots} examples, and there are {there}; one more than that is needed"
+        return Problem("JOB_EVAL__NUM_FEWSHOT", what)
+    return None
+
+
+def restart_examples(task: Any) -> None:
+    """Has the task draw the same examples as the last time: they are drawn question by question."""
+    task.set_fewshot_seed(seed=FEWSHOT_SEED)
 
 
 def check_tasks(names: Sequence[str], data: Iterable[str]) -> None:
-    """Refuses unknown tasks and tasks without multiple-choice questions, without fetching anything.
+    """Refuses unknown tasks and tasks that cannot be compared, without fetching anything.
 
     Args:
-        names: Tasks or groups of lm-eval.
+        names: Tasks or groups of lm-eval, or files that describe a task.
         data: Tasks for which the user gives a file of questions.
 
     Raises:
         SettingsError: With all that is wrong.
+        DataError: The data beside a user's own task cannot be read.
     """
+    for name in names:
+        if is_task_file(name):
+            read_task_file(Path(name))
+    names = [name for name in names if not is_task_file(name)]
     if _are_known(frozenset((*names, *data))):
         return
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -144,12 +238,19 @@ def check_tasks(names: Sequence[str], data: Iterable[str]) -> None:
 def count_questions(tasks: Tasks, tokenizer: Any, limit: int | None) -> tuple[int, int, int]:
     """(questions, tokens in packed sequences, positions at which logits are needed), without scoring anything.
 
+    Of a generated answer the most tokens are counted.
+
     Raises:
         DataError: The tokenizer makes no tokens of a question or a choice.
     """
     total = tokens = reads = 0
     for task in tasks.loaded["tasks"].values():
+        restart_examples(task)
         for doc in islice(task.eval_docs, limit):
+            if task.OUTPUT_TYPE != MULTIPLE_CHOICE or task.config.num_fewshot:
+                context, answer = _sizes(task, doc, tokenizer)
+                total, tokens, reads = total + 1, tokens + context + answer, reads + answer
+                continue
             choices = [
                 len(tokenizer.encode(f" {choice}", add_special_tokens=False)) for choice in task.doc_to_choice(doc)
             ]
@@ -195,16 +296,70 @@ def check_lengths(
     known = len(tokenizer) if vocabulary is None else vocabulary
     for name, task in tasks.loaded["tasks"].items():
         extra = len(str(task.config.description or "").encode()) + _SLACK_BYTES
+        restart_examples(task)
         for number, doc in enumerate(islice(task.eval_docs, limit)):
             size = len(json.dumps(doc, default=str, ensure_ascii=False).encode(errors="surrogatepass"))
             what = None
-            if size + extra > max_length or known < len(tokenizer):
+            if task.OUTPUT_TYPE != MULTIPLE_CHOICE or task.config.num_fewshot:
+                what = _too_large(task, doc, size) or _does_not_fit(task, doc, tokenizer, max_length, known, cut=cut)
+            elif size + extra > max_length or known < len(tokenizer):
                 what = _too_large(task, doc, size) or _too_long(task, doc, tokenizer, max_length, cut=cut)
                 what = what or _unknown_token(task, doc, tokenizer, known)
             if what is not None:
                 problems.append(Problem(f"{tasks.sources[name]} question {question_id(doc, number)[:80]}", what))
     if problems:
         raise DataError(problems)
+
+
+def _prompt(task: Any, doc: Any) -> str:
+    """What a question is asked with, its examples in front."""
+    if task.OUTPUT_TYPE == "loglikelihood_rolling":
+        return str(task.doc_to_target(doc))
+    return str(task.fewshot_context(doc, num_fewshot=task.config.num_fewshot or 0))
+
+
+def _sizes(task: Any, doc: Any, tokenizer: Any) -> tuple[int, int]:
+    """Tokens of the prompt, and of all that is predicted after it."""
+    context = len(tokenizer.encode(_prompt(task, doc)))
+    if task.OUTPUT_TYPE == "loglikelihood_rolling":
+        return 0, context
+    if task.OUTPUT_TYPE == "generate_until":
+        return context, how_to_generate(task.task_name, task.config.generation_kwargs or {}).max_new_tokens
+    endings = task.doc_to_choice(doc) if task.OUTPUT_TYPE == MULTIPLE_CHOICE else [task.doc_to_target(doc)]
+    return context, sum(len(tokenizer.encode(f" {ending}", add_special_tokens=False)) for ending in endings)
+
+
+def _does_not_fit(task: Any, doc: Any, tokenizer: Any, max_length: int, vocabulary: int, *, cut: bool) -> str | None:
+    """A message if a prompt with its answer is too long or empty, or has an unknown token, else None.
+
+    A text whose perplexity is measured may have any length: it is read in windows.
+    """
+    ids = tokenizer.encode(prompt := _prompt(task, doc))
+    if not ids or not prompt:
+        return "is empty"
+    if (beyond := max(ids)) >= vocabulary:
+        return f"has the token number {beyond}, and the model has embeddings of {vocabulary} tokens"
+    if task.OUTPUT_TYPE == "loglikelihood_rolling":
+        return None
+    context, answer = _sizes(task, doc, tokenizer) if task.OUTPUT_TYPE != "generate_until" else (len(ids), 0)
+    if task.OUTPUT_TYPE == "generate_until":
+        answer = how_to_generate(task.task_name, task.config.generation_kwargs or {}).max_new_tokens
+    if answer >= max_length:
+        return f"may be answered with {answer} tokens, {max_length} are allowed with the prompt (JOB_TRAIN__MAX_LENGTH)"
+    if context + answer <= max_length or cut:
+        return None
+    remedy = "JOB_EVAL__LONG_QUESTIONS=cut leaves out their beginning, as lm-eval does"
+    what = f"is {context} tokens long and may be answered with {answer}, {max_length} are allowed in all"
+    return f"{what} (JOB_TRAIN__MAX_LENGTH); {remedy}"
+
+
+def _asked(task: Any, doc: Any) -> str:
+    """The text of a question without examples; of a text whose likelihood is measured, the text."""
+    if task.OUTPUT_TYPE == "loglikelihood_rolling":
+        return str(task.doc_to_target(doc))
+    if task.OUTPUT_TYPE == MULTIPLE_CHOICE and task.multiple_input:
+        return " ".join(part for parts in _parts(task, doc) for part in parts)
+    return str(task.doc_to_text(doc))
 
 
 def _parts(task: Any, doc: Any) -> tuple[list[str], list[str]]:
@@ -217,7 +372,7 @@ def _too_large(task: Any, doc: Any, size: int) -> str | None:
     """Why tokenizing a question would take minutes, as a message; None if it would not."""
     if size > MAX_BYTES:
         return f"has {size:,} bytes, {MAX_BYTES:,} are the most"
-    count = len(task.doc_to_choice(doc))
+    count = len(task.doc_to_choice(doc)) if task.OUTPUT_TYPE == MULTIPLE_CHOICE else 0
     return f"has {count:,} choices, {MAX_CHOICES:,} are the most" if count > MAX_CHOICES else None
 
 
@@ -279,15 +434,15 @@ def _index(names: tuple[str, ...]) -> Any:
 
 
 def _check_names(index: Mapping[str, Any], names: Sequence[str], data: Iterable[str]) -> None:
-    """Raises SettingsError for names that are unknown or not multiple-choice, with the nearest known name."""
+    """Raises SettingsError for names that are unknown or of another kind, with the nearest known name."""
     problems = []
     for name in dict.fromkeys([*names, *data]):
         if name not in index:
             near = get_close_matches(name, index, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             problems.append(Problem("JOB_EVAL__TASKS", f"lm-eval has no task {name!r}{hint}"))
-        elif (index[name].cfg or {}).get("output_type", MULTIPLE_CHOICE) != MULTIPLE_CHOICE:
-            problems.append(Problem("JOB_EVAL__TASKS", f"{name} does not ask multiple-choice questions"))
+        elif (kind := (index[name].cfg or {}).get("output_type", MULTIPLE_CHOICE)) not in KINDS:
+            problems.append(Problem("JOB_EVAL__TASKS", f"{name} is of a kind that cannot be evaluated: {kind}"))
         elif name in data and index[name].kind.name != "TASK":
             problems.append(Problem("JOB_EVAL__DATA", f"{name} is not one task; give a file for each of its tasks"))
     if problems:
@@ -296,10 +451,26 @@ def _check_names(index: Mapping[str, Any], names: Sequence[str], data: Iterable[
 
 def _unfit(name: str, task: Any) -> Problem | None:
     """Why the results of a loaded task cannot be paired by question; None if they can."""
+    if task.OUTPUT_TYPE not in KINDS:
+        return Problem("JOB_EVAL__TASKS", f"{name} is of a kind that cannot be evaluated: {task.OUTPUT_TYPE}")
     if task.OUTPUT_TYPE != MULTIPLE_CHOICE:
-        return Problem("JOB_EVAL__TASKS", f"{name} does not ask multiple-choice questions")
+        return _unmeasurable(name, task)
     if "acc" not in {metric["metric"] for metric in task.config.metric_list or []}:
         return Problem("JOB_EVAL__TASKS", f"{name} has no accuracy (acc); choose a task that has")
+    return None
+
+
+def _unmeasurable(name: str, task: Any) -> Problem | None:
+    """Why a task without choices cannot be measured; None if it can."""
+    if not metrics_of(task):
+        named = ", ".join(task.aggregation())
+        what = f"{name} has no metric that can be paired by question ({named}); these are averages and perplexities"
+        return Problem("JOB_EVAL__TASKS", what)
+    if task.OUTPUT_TYPE == "generate_until":
+        try:
+            how_to_generate(name, task.config.generation_kwargs or {})
+        except SettingsError as error:
+            return error.problems[0]
     return None
 
 
@@ -318,15 +489,21 @@ def _read_questions(path: Path, name: str) -> list[Row]:
     return [row for row in rows if isinstance(row, Row)]
 
 
-def _with_rows(manager: Any, name: str, rows: Sequence[Row], source: str) -> Any:
-    """The task of lm-eval, its questions replaced by `rows`."""
+def _dataset(rows: Sequence[Row], source: str) -> Any:
+    """The rows as a data set of `datasets`. Raises DataError where fields are of several types."""
     from datasets import Dataset
-    from lm_eval.tasks._yaml_loader import load_yaml
 
     try:
-        questions = Dataset.from_list([row.fields for row in rows])
+        return Dataset.from_list([row.fields for row in rows])
     except (TypeError, ValueError, OverflowError) as error:
         raise DataError([Problem(source, f"its rows do not have fields of the same types: {error}")]) from error
+
+
+def _with_rows(manager: Any, name: str, rows: Sequence[Row], source: str) -> Any:
+    """The task of lm-eval, its questions replaced by `rows`."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    questions = _dataset(rows, source)
     config = load_yaml(manager.task_index[name].yaml_path, resolve_func=True)
     split = config.get("test_split") or config.get("validation_split")
     unused = dict.fromkeys(("training_split", "fewshot_split", "validation_split"))
@@ -354,6 +531,16 @@ def _misfits(task: Any, rows: Sequence[Row], source: str) -> Iterator[Problem]:
     for where, doc in zip(locations, docs, strict=True):
         # The data set fills fields that a row lacks with null, which a template would render as "None".
         given = {field: value for field, value in doc.items() if value is not None}
+        if task.OUTPUT_TYPE != MULTIPLE_CHOICE:
+            try:
+                fits = task.doc_to_text(given) != "" or task.OUTPUT_TYPE == "loglikelihood_rolling"
+                task.doc_to_target(given)
+            except Exception as error:  # noqa: BLE001 - as below
+                yield _misfit(where, task.task_name, error)
+            else:
+                if not fits:
+                    yield Problem(where, f"has no question for {task.task_name}")
+            continue
         try:
             text, choices, target = task.doc_to_text(given), task.doc_to_choice(given), task.doc_to_target(given)
             gold = text if task.multiple_input else target

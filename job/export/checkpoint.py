@@ -11,8 +11,8 @@ import torch
 
 from job.model.files import readable
 
-SHARD = "5GB"
-"""Size of a file of weights: what is held in memory, and what an upload that is interrupted has to begin again."""
+SHARD = 5_000_000_000
+"""Bytes of a file of weights: what is held in memory, and what an upload that is interrupted has to begin again."""
 _TYPES = {
     "F64": torch.float64,
     "F32": torch.float32,

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from job import log
+from job.common.export_formats import GGUF
 from job.common.hashing import code_hashes
 from job.common.helper_process import HelperProcess, start_helper
 from job.errors import TrainingFailed
@@ -64,7 +65,6 @@ TYPES: Mapping[str, GgufType] = {
     "q4_0": GgufType(4, 32, _BLOCKS),
 }
 """By llama.cpp's name. What it computes in is what it makes of the layers' inputs on a processor."""
-GGUF = "gguf"
 FILE = "model-{type}.gguf"
 """Name of the file of a type."""
 _STALLED_SECONDS = 900.0

@@ -61,6 +61,11 @@ class ExportedModel:
     one_by_one: bool = False
 
 
+def gpu_bytes(device: torch.device) -> int:
+    """Memory of a GPU, whoever holds it."""
+    return torch.cuda.mem_get_info(device)[1]
+
+
 def load_exported(folder: Path, how: HowToScore) -> ExportedModel:
     """Loads the model in the dtype of its files, in which `from_pretrained` loads it, too.
 

@@ -48,6 +48,8 @@ _STEERING = {
 _WEIGHT_DTYPES = {"float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "auto", "half", "float"}
 _RANDOM = ("dropout", "pdrop", "layerdrop", "drop_path")
 _NEVER_ZERO = {"num_attention_heads", "hidden_size", "n_head", "n_embd", "vocab_size"}
+_PLAIN_NUMBERS = {"F64", "F32", "F16", "BF16"}
+"""Types of safetensors whose numbers are the weights themselves."""
 _PACKED_WEIGHTS = 8
 """A weight file of a quantized model has at most so many times fewer numbers than the model."""
 
@@ -300,12 +302,34 @@ def build_empty(folder: Path, config: Any) -> Any:
     return empty
 
 
+def _scaled_weights(folder: Path) -> list[str]:
+    """Weights that are integers, or floating-point numbers of 8 bits and less: they mean something with scales only."""
+    from safetensors import safe_open
+
+    found = []
+    for path in weight_files(folder):
+        with readable(folder), safe_open(path, framework="pt") as file:
+            kinds = {name: str(file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118 - no mapping
+        # GPT-2's files hold masks of bytes, which are no weights
+        found += [
+            f"{name} ({kind})"
+            for name, kind in kinds.items()
+            if kind.startswith(("F4", "F6", "F8")) or (name.endswith(".weight") and kind not in _PLAIN_NUMBERS)
+        ]
+    return found
+
+
 def check_weights(folder: Path, config: Any, empty: Any) -> None:
     """Refuses files with far fewer weights than config.json describes: transformers would draw the rest at random.
 
+    And weights that are quantized in a way that config.json does not say: transformers would leave out their scales.
+
     Raises:
-        DataError: They do.
+        DataError: They are.
     """
+    if not getattr(config, "quantization_config", None) and (scaled := _scaled_weights(folder)):
+        what = f"holds {len(scaled)} quantized weights, such as {scaled[0]}, and its config.json does not say how"
+        raise DataError([Problem("JOB_MODEL__ID", f"{folder} {what}; give the original, unquantized model")])
     packed = _PACKED_WEIGHTS if getattr(config, "quantization_config", None) else 1
     described = sum(parameter.numel() for parameter in empty.parameters())
     if described > 2 * packed * (held := weights_held(folder)):

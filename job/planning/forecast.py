@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import Literal
 
+from job.common.export_formats import GGUF, find_format
 from job.common.formatting import size
 from job.common.resources import checkpoint_bytes, required_bytes
 from job.planning.gpu_prices import Gpu
@@ -26,6 +27,13 @@ Basis = Literal["computed", "measured", "assumed"]
 DOWNLOAD_RATE = 250e6
 START_SECONDS = 60.0
 """Assumed: DOWNLOAD_RATE in bytes a second for what is fetched, START_SECONDS for starting and loading."""
+MERGED_PER_SECOND = 30e6
+GGUF_PER_SECOND = 6e6
+LLAMA_CPP_FLOPS = 23e9
+"""Of one processor core, measured on a model of 86 million weights in bf16 with AVX-512: weights cast to fp8 (merging
+is assumed to be as fast), weights made Q8_0 with the start of the process, operations as llama.cpp scores Q8_0."""
+CORES = 8
+"""Assumed, of the machine with the GPU: llama.cpp scores on all of them, all else is done on one."""
 FLASH_CAPABILITY = (8, 0)
 """Compute capability from which there is a kernel for packed sequences; below, attention runs example by example."""
 MAX_TOKENS = 65_536
@@ -69,6 +77,8 @@ class RunShape:
         keep_activations: Whether activations are kept instead of recomputed; None where the job chooses.
         validation: The validations; None where there are none, or their rows are unknown.
         exported: How many candidates of exported formats are made and scored.
+        derived: Those of the exported formats that are made from the merged model.
+        quantizing_tokens: Tokens that a calibrated format computes, forward and backward, in all its steps.
         reference: The log-probabilities of the reference, as dpo and kto need them; None likewise.
         first_stage: What is trained before, as in JOB_TRAIN__METHOD=sft,dpo; its download is in this one's.
     """
@@ -91,6 +101,8 @@ class RunShape:
     reference: ForwardWork | None = None
     first_stage: RunShape | None = None
     exported: int = 0
+    derived: tuple[str, ...] = ()
+    quantizing_tokens: int = 0
 
     @property
     def evaluations(self) -> int:
@@ -195,11 +207,25 @@ def estimates(run: RunShape) -> Iterator[Estimate]:
     yield Estimate("peak in evaluation", _scoring(run, setup), "bytes", _weaker(basis, run.questions_basis), scored)
     checkpoint = checkpoint_bytes(setup.adapter, setup.optimizer)
     yield Estimate("checkpoint", checkpoint, "bytes", basis)
-    if run.exported:
-        note = f"{run.exported} candidates in 16 bits, of which one is published"
-        yield Estimate("exported models", run.export_bytes, "bytes", basis, note)
+    yield from _of_exports(run, setup, basis)
     disk = required_bytes([run.download_bytes, run.export_bytes], checkpoint)
     yield Estimate("disk", disk, "bytes", basis, f"{size(run.download_bytes, ' ')} of it to fetch first")
+
+
+def _of_exports(run: RunShape, setup: Setup, basis: Basis) -> Iterator[Estimate]:
+    if run.exported:
+        note = f"{run.exported} models, all counted in 16 bits; of several merges one is published"
+        yield Estimate("exported models", run.export_bytes, "bytes", basis, note)
+        candidates = run.exported - len(run.derived)
+        yield Estimate("merging", candidates * _merging(setup), "s", "assumed", "on one processor core")
+    for name in run.derived:
+        if find_format(name).calibrated:
+            yield Estimate(f"quantizing, {name}", _quantizing_flops(run, setup), "FLOP", "assumed", "by auto-round")
+        else:
+            yield Estimate(f"quantizing, {name}", _converting(name, setup), "s", "assumed", "on one processor core")
+        if name.startswith(GGUF) and run.questions is not None:
+            note = f"llama.cpp on {CORES} processor cores; the GPU waits"
+            yield Estimate(f"scoring, {name}", _in_llama_cpp(run, setup), "s", "assumed", note)
 
 
 def _of_the_data(run: RunShape) -> Iterator[Estimate]:
@@ -319,8 +345,40 @@ def _hours(gpu: Gpu, run: RunShape, setup: Setup, execution: ExecutionPlan | Non
     evaluations = EVALUATIONS if run.first_stage is None else EVALUATIONS - 1
     # Written by the processor, read again to be scored, and uploaded once; a merge is bound by the disk, not by FLOP.
     exporting = (2 * run.export_bytes + (run.export_bytes // max(1, run.exported))) / DOWNLOAD_RATE
-    scored = evaluations + run.exported
+    exporting += (run.exported - len(run.derived)) * _merging(setup)
+    for name in run.derived:
+        if find_format(name).calibrated:
+            exporting += memory_model.seconds(_quantizing_flops(run, setup), 0, setup, **speed)
+        else:
+            exporting += _converting(name, setup)
+    in_llama_cpp = sum(name.startswith(GGUF) for name in run.derived)
+    exporting += in_llama_cpp * _in_llama_cpp(run, setup)
+    scored = evaluations + run.exported - in_llama_cpp
     return (before + start + training + exporting + scored * evaluation) / 3600
+
+
+def _merging(setup: Setup) -> float:
+    """Seconds of one candidate of the merge."""
+    return setup.architecture.parameters / MERGED_PER_SECOND
+
+
+def _converting(name: str, setup: Setup) -> float:
+    """Seconds for a format that is computed on one core: fp8, GGUF."""
+    rate = GGUF_PER_SECOND if name.startswith(GGUF) else MERGED_PER_SECOND
+    return setup.architecture.parameters / rate
+
+
+def _quantizing_flops(run: RunShape, setup: Setup) -> int:
+    """Operations of auto-round: each layer forward and backward on the tokens of each step, as in full training."""
+    return 6 * setup.architecture.linear_parameters * run.quantizing_tokens
+
+
+def _in_llama_cpp(run: RunShape, setup: Setup) -> float:
+    """Seconds in which llama.cpp scores all questions."""
+    if run.questions is None:
+        return 0.0
+    flops = memory_model.evaluation_flops(setup, run.questions.tokens, run.questions.reads)
+    return flops / (CORES * LLAMA_CPP_FLOPS)
 
 
 def _weaker(*bases: Basis) -> Basis:

@@ -11,7 +11,7 @@ from typing import Any
 
 from job.audit.overlap import index_questions
 from job.audit.rows import set_up
-from job.common.export_formats import to_make
+from job.common.export_formats import derived, to_make
 from job.common.formatting import size
 from job.common.lora_readers import why_not_served
 from job.common.methods import METHODS
@@ -20,8 +20,10 @@ from job.common.source_list import parse_sources
 from job.data import licences
 from job.data.batch_plan import steps_per_epoch
 from job.data.examples import lengths_of, target_counts_of
+from job.data.prompts import find_prompts, read_prompts
 from job.data.training_and_validation import what_to_validate_on
-from job.errors import JobError, Problem, SettingsError, combine
+from job.errors import JobError, Problem, SettingsError, combine, named_by
+from job.evaluation.policy import read_policy
 from job.evaluation.tasks import Tasks
 from job.model.adapter_options import MANY_STEPS, PLAIN, AdapterOptions, make_options
 from job.model.start_adapter import check_start, local_start
@@ -57,12 +59,14 @@ from job.settings.load import Settings
 from job.settings.training_stages import naming_its_settings, split_stages
 from job.storage.hub import is_reachable
 from job.storage.location import join
-from job.storage.open import StorageOptions, is_remote, open_store, storage_options
+from job.storage.open import StorageOptions, fetch, is_remote, open_store, storage_options
 from job.training import memory_model
 from job.training.config import total_steps
 from job.training.early_stopping import due_steps
 from job.training.memory_model import Setup
 
+CALIBRATION_BATCH, CALIBRATION_LENGTH = 8, 2048
+"""Sequences of a step of auto-round, and their length in tokens at most; `job.export` has them, which needs torch."""
 SMALL_GPU_TOKENS = 4096
 """Token budget for which memory is forecast if none is set: what the job uses on GPUs of 11 to 40 GiB."""
 
@@ -162,6 +166,8 @@ def _look(settings: Settings, folder: Path, show: int) -> _Preflight:
         lambda: preview_questions(
             s.eval.tasks,
             s.eval.data,
+            s.eval.num_fewshot,
+            needed_by=s.need_choices,
             tokenizer=tokenizer,
             limit=s.eval.limit,
             max_length=s.train.max_length,
@@ -185,6 +191,8 @@ def _look(settings: Settings, folder: Path, show: int) -> _Preflight:
         if one is not None and one.audit is not None
     ]
     checks = [stored, modelled, adapted, tokenized, read, *first, *audited, asked, *_check_other_inputs(s, storage)]
+    if s.eval.prompts is not None:
+        checks.append(run_check("prompts", lambda: _preview_prompts(s, data, tokenizer, folder, storage))[0])
     return _Preflight(checks, seconds, model, adapter, tokenizer, data, first_data, questions)
 
 
@@ -218,6 +226,24 @@ def _preview_rows(s: Settings, **how: Any) -> Found[DataFacts]:
         )
 
 
+def _preview_prompts(
+    s: Settings, data: DataFacts | None, tokenizer: Any, folder: Path, storage: StorageOptions
+) -> Found[None]:
+    """Reads the prompts of a file as the job will. Of a number of validation rows the job says if there are fewer."""
+    asked, most = s.eval.prompts, s.train.max_length - s.eval.prompts_max_new_tokens
+    if isinstance(asked, int):
+        held = "rows" if data is None else f"{len(data.validation):,} rows"
+        return "ok", f"{asked:,} of the {held} for validation", None
+    with named_by("JOB_EVAL__PROMPTS", ": "):
+        path = find_prompts(fetch(asked or "", folder / "prompts", storage))
+    if tokenizer is None or data is None:
+        raise NotChecked(f"{asked}: what a prompt is depends on the model and the data, which could not be read")
+    how: dict[str, Any] = {"date": s.data.date, "template_arguments": s.data.chat_template_arguments}
+    found = read_prompts(path, asked or "", tokenizer=tokenizer, schema=data.schema, most_tokens=most, **how)
+    longest = max(len(prompt.ids) for prompt in found)
+    return "ok", f"{len(found):,} in {asked}, the longest of {longest:,} tokens", None
+
+
 def _check_other_inputs(settings: Settings, storage: StorageOptions) -> Iterator[PreflightResult]:
     """Checks of the inputs that only some runs have."""
     start, baseline = settings.lora.start, settings.gate.baseline
@@ -233,6 +259,10 @@ def _check_other_inputs(settings: Settings, storage: StorageOptions) -> Iterator
     def check_baseline() -> Found[None]:
         return "ok", f"the gate compares with run {read_baseline(baseline or '', storage).run}", None
 
+    def check_policy() -> Found[None]:
+        policy = read_policy(settings.gate.policy or "", settings.eval.tasks)
+        return "ok", f"the gate judges {len(policy.tasks)} of the tasks by {settings.gate.policy}", None
+
     if (chosen := targets(settings.export)) and (reasons := why_not_served(plain_values(settings))):
         yield PreflightResult(
             "serving", "note", f"vLLM does not serve this adapter as it was trained: {'; '.join(reasons)}"
@@ -243,6 +273,8 @@ def _check_other_inputs(settings: Settings, storage: StorageOptions) -> Iterator
         yield run_check("start", check_start_adapter)[0]
     if baseline is not None:
         yield run_check("baseline", check_baseline)[0]
+    if settings.gate.policy is not None:
+        yield run_check("gate", check_policy)[0]
 
 
 def _try_storage(output: str, run: str, storage: StorageOptions) -> Found[float]:
@@ -272,6 +304,8 @@ def _run(settings: Settings, seen: _Preflight, checks: list[PreflightResult]) ->
         workload_basis=data_basis,
         validation=_validation(settings, seen.data, workload),
         exported=_exported(settings),
+        derived=tuple(derived(settings.export.formats)),
+        quantizing_tokens=_quantizing_tokens(settings, workload),
         reference=_reference(settings, seen.data),
         questions=questions,
         questions_basis=questions_basis,
@@ -399,6 +433,16 @@ def _exported(settings: Settings) -> int:
     return made + 1 if both and made else made
 
 
+def _quantizing_tokens(settings: Settings, workload: Workload | None) -> int:
+    """Tokens of all steps of auto-round; at most, where the rows are unknown."""
+    at_once = CALIBRATION_BATCH * CALIBRATION_LENGTH
+    if workload is not None:
+        rows = min(settings.export.calibration_rows, workload.rows)
+        epochs = workload.steps * settings.train.global_batch_size / workload.rows
+        at_once = min(at_once, int(rows * workload.tokens / max(1, workload.rows * epochs)))
+    return settings.export.quantization_steps * at_once
+
+
 def _questions(settings: Settings, seen: _Preflight) -> tuple[known.TaskTokens | None, Basis]:
     """Counted from the questions; else from known tasks; else None."""
     if seen.questions is not None:
@@ -438,9 +482,15 @@ def _assumptions(settings: Settings) -> tuple[str, ...]:
     price, context = settings.cost.usd_per_hour, size(memory_model.CONTEXT_BYTES, " ")
     fused, peft = (f"{used:.0%}" for used in (memory_model.FUSED_UTILISATION, memory_model.UTILISATION))
     half = f"speed: {fused} of the data sheet's operations a second in bf16, {peft} before Ampere or with dropout"
+    exporting = (
+        f"export: on one processor core {forecast.MERGED_PER_SECOND / 1e6:.0f} million weights a second for merged and "
+        f"fp8, {forecast.GGUF_PER_SECOND / 1e6:.0f} for GGUF, which llama.cpp scores on {forecast.CORES} cores of "
+        f"{forecast.LLAMA_CPP_FLOPS / 1e9:.0f} GFLOP/s"
+    )
     first = f"JOB_TRAIN__METHOD={settings.train.method}: hours and dollars of both stages, other figures of the last"
     return (
         *(() if settings.train.is_one_stage else (first,)),
+        *((exporting,) if settings.export.formats else ()),
         "one GPU; several GPUs share the examples of a step, and each needs the same memory",
         f"{half}, as measured on H100 and H200; slower GPUs tend to do better",
         f"start: {forecast.START_SECONDS:.0f} s, and {forecast.DOWNLOAD_RATE / 1e6:.0f} MB/s for downloads",

@@ -28,7 +28,8 @@ from job.data.preferences import EncodedAnswers
 from job.data.tokenization import Encoded
 from job.data.training_and_validation import ValidationSource, load_rows
 from job.errors import DataError, JobError, Problem, SettingsError, Unreachable, named_by
-from job.evaluation.tasks import Tasks, check_lengths, check_tasks, count_questions, load_tasks
+from job.evaluation.task_files import is_task_file
+from job.evaluation.tasks import Tasks, check_choices, check_lengths, check_tasks, count_questions, load_tasks
 from job.model.adapter_options import PLAIN, AdapterOptions, described
 from job.model.architecture import Architecture, read_config
 from job.model.base import inspect, load_tokenizer
@@ -314,8 +315,9 @@ class DataFacts:
     download_bytes: int
     licence: str | None
     validation: Sequence[Example] = ()
-    audit: AuditRecord | None = None
     shown: Sequence[ShownRow] = ()
+    schema: str = ""
+    audit: AuditRecord | None = None
 
 
 def preview_data(
@@ -386,7 +388,9 @@ def preview_data(
         what += f", {record.validation.rows:,} for validation"
     if record.skipped:
         what += f"; skipped {', '.join(f'{count} {kind}' for kind, count in record.skipped.items())}"
-    facts = DataFacts(examples, tokenizer is None, download, licence, held_out or (), record.audit, shown)
+    facts = DataFacts(
+        examples, tokenizer is None, download, licence, held_out or (), shown, record.format, record.audit
+    )
     if tokenizer is not None:
         return "ok", what, facts
     long = sum(length > max_length for length in lengths_of(examples))
@@ -431,7 +435,9 @@ def _of_the_data(
 def preview_questions(
     names: Sequence[str],
     data: Mapping[str, str],
+    num_fewshot: int | None = None,
     *,
+    needed_by: Sequence[str] = (),
     tokenizer: Any | None,
     limit: int | None,
     online: Online,
@@ -446,6 +452,8 @@ def preview_questions(
     Args:
         names: Tasks.
         data: The user's own files of questions, by task.
+        needed_by: Settings that need a multiple-choice task.
+        num_fewshot: Examples in every prompt; None for as many as each task says.
         tokenizer: The model's; None if it could not be read.
         limit: Number of questions of each task; None for all.
         online: Whether the hub can be reached.
@@ -456,11 +464,12 @@ def preview_questions(
         on_tasks: Called with the tasks, as soon as they are loaded.
     """
     check_tasks(names, data)
-    if (missing := [name for name in names if name not in data]) and not online():
+    if (missing := [name for name in names if name not in data and not is_task_file(name)]) and not online():
         raise NotChecked(f"{', '.join(missing)}: {HUB_UNREACHABLE}")
     with named_by("JOB_EVAL__DATA", ": "):
         files = {task: Path(fetch(uri, folder / "questions" / task, storage)) for task, uri in data.items()}
-    tasks = load_tasks(names, files, data)
+    tasks = load_tasks(names, files, data, num_fewshot)
+    check_choices(tasks, needed_by)
     if on_tasks is not None:
         on_tasks(tasks)
     if tokenizer is not None:

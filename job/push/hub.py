@@ -252,12 +252,13 @@ def _stale(there: Mapping[str, Any], content: PushContent) -> list[str]:
 
 def _groups(files: tuple[PushFile, ...]) -> Iterator[list[PushFile]]:
     """Files in groups of at most `_UPLOADED_TOGETHER` bytes, or of one file."""
-    group: list[PushFile] = []
+    group, total = list[PushFile](), 0
     for file in files:
-        if group and sum(one.bytes for one in group) + file.bytes > _UPLOADED_TOGETHER:
+        if group and total + file.bytes > _UPLOADED_TOGETHER:
             yield group
-            group = []
+            group, total = [], 0
         group.append(file)
+        total += file.bytes
     if group:
         yield group
 

@@ -22,7 +22,9 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
+from urllib.parse import urlsplit
 
+from job import log
 from job.common.hashing import hash_file
 from job.errors import AccessDenied, JobError, Problem, SettingsError, Unreachable
 from job.push.files import PushContent, PushFile
@@ -45,6 +47,15 @@ _TIMEOUT = (10.0, 300.0)
 _TRIES = 5
 _LOCAL = re.compile(r"(localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?")
 _REFUSED = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
+_OCTETS = {"Content-Type": "application/octet-stream"}
+_NO_CHUNKS = {
+    HTTPStatus.NOT_FOUND,  # it has forgotten the upload between two chunks
+    HTTPStatus.METHOD_NOT_ALLOWED,
+    HTTPStatus.LENGTH_REQUIRED,
+    HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+    HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE,
+    HTTPStatus.NOT_IMPLEMENTED,
+}
 _DOCKER_HUB = {"docker.io": "registry-1.docker.io", "index.docker.io": "registry-1.docker.io"}
 _DOCKER_LOGIN = "https://index.docker.io/v1/"
 
@@ -292,10 +303,11 @@ def _connect(container: Any, *, plain: bool) -> Any:
 
         def do_request(self, url: str, method: str = "GET", **given: Any) -> Any:
             """One request, with a second try once it is known how to log in."""
-            headers = {**(given.pop("headers", None) or {}), **_authorization(self.auth)}
+            own = _host(url) == home  # an upload may be sent to another host, which gets no credentials
+            headers = {**(given.pop("headers", None) or {}), **(_authorization(self.auth) if own else {})}
             how = {**given, "timeout": _TIMEOUT}
             response = self.session.request(method, url, headers=headers, **how)
-            if response.status_code in _REFUSED:
+            if own and response.status_code in _REFUSED:
                 try:
                     headers, changed = self.auth.authenticate_request(response, headers, refresh=True)
                 except (
@@ -305,6 +317,8 @@ def _connect(container: Any, *, plain: bool) -> Any:
                 ):  # oras has no credentials, or the registry names no realm
                     changed = False
                 if changed:
+                    if hasattr(given.get("data"), "seek"):
+                        given["data"].seek(0)  # the refused request has read it
                     response = self.session.request(method, url, headers=headers, **how)
             if response.status_code >= HTTPStatus.BAD_REQUEST and method != "HEAD":
                 response.raise_for_status()
@@ -313,6 +327,7 @@ def _connect(container: Any, *, plain: bool) -> Any:
             return response
 
     address = f"{'http' if plain else 'https'}://{container.registry}/v2/"
+    home = _host(address)
     challenge = requests.get(address, timeout=_TIMEOUT).headers.get("Www-Authenticate", "")
     client = Client(insecure=plain, auth_backend="basic" if challenge.lower().startswith("basic") else "token")
     again = Retry(
@@ -337,6 +352,12 @@ def _connect(container: Any, *, plain: bool) -> Any:
     return client
 
 
+def _host(url: str) -> tuple[str, str, int]:
+    """Scheme, host and port: where one of them differs, it is another place."""
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname or "", parts.port or {"http": 80}.get(parts.scheme, 443)
+
+
 def _authorization(auth: Any) -> dict[str, str]:
     """The header, where there are credentials: oras fails without."""
     return dict(auth.get_auth_header()) if getattr(auth, "_basic_auth", None) or getattr(auth, "token", None) else {}
@@ -350,8 +371,35 @@ def _written(blob: Blob, work: Path) -> Path:
 
 
 def _upload(registry: Any, container: Any, blob: Blob, path: Path) -> None:
-    """Uploads a blob unless it is there; the registry compares its digest."""
-    registry.upload_blob(str(path), container, blob.descriptor, do_chunked=blob.size > _CHUNK, chunk_size=_CHUNK)
+    """Uploads a blob unless it is there; the registry compares its digest.
+
+    A registry that takes no chunks, as many proxies do, gets the blob in one request.
+    """
+    import requests
+
+    if blob.size > _CHUNK:
+        try:
+            registry.upload_blob(str(path), container, blob.descriptor, do_chunked=True, chunk_size=_CHUNK)
+        except requests.HTTPError as error:
+            answer: Any = error.response
+            if answer.status_code not in _NO_CHUNKS:
+                raise
+            log.get_logger().info("the registry takes no chunks: uploading whole", status=answer.status_code)
+            _upload_whole(registry, container, blob, path)
+    else:
+        registry.upload_blob(str(path), container, blob.descriptor, do_chunked=False)
+
+
+def _upload_whole(registry: Any, container: Any, blob: Blob, path: Path) -> None:
+    """One request, streamed from the disk: oras would read the whole blob into memory."""
+    from oras.utils import append_url_params
+
+    begun = registry.do_request(f"{registry.prefix}://{container.upload_blob_url()}", "POST", headers=_OCTETS)
+    location = registry._get_location(begun, container)  # noqa: SLF001 - it knows the ways in which registries tell it
+    if not location:
+        raise ValueError("the registry tells no address for the upload")
+    with path.open("rb") as data:
+        registry.do_request(append_url_params(location, {"digest": blob.digest}), "PUT", data=data, headers=_OCTETS)
 
 
 def _put_manifest(registry: Any, container: Any, blob: Blob, reference: str) -> None:

@@ -16,7 +16,6 @@ Settings check, plan, job and command follow from that.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -24,12 +23,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from job import log
-from job.common.hashing import sealed, unsealed
+from job.common.hashing import sealed
 from job.errors import JobError, combine
 from job.push.files import PushContent, PushFile, files_to_push
 from job.push.hub import HubTarget
 from job.push.oci import OciTarget
 from job.records import Pushed
+from job.results.after_run import parse_push
 from job.runs.layout import pushed_key
 from job.settings.schema import Export
 from job.storage.base import read_record
@@ -161,6 +161,6 @@ def recorded(store: ObjectStore, kind: str, place: str) -> Pushed | None:
     """The record of an earlier push to this place; None if there is none that can be read."""
     stored = read_record(store, pushed_key(kind, place))
     try:
-        return None if stored is None else Pushed(**unsealed(stored.data))
-    except (ValueError, TypeError, json.JSONDecodeError):
+        return None if stored is None else parse_push(stored.data)
+    except (ValueError, TypeError):
         return None

@@ -16,9 +16,12 @@ from job.common.methods import METHODS
 from job.data.licences import LICENCES
 from job.data.schemas import PROMPTS
 from job.report import wording
+from job.report.prompts import ShownPrompt
 from job.report.templating import render
 from job.runs.layout import WEIGHTS, export_folder
 
+MAX_PROMPTS = 3
+"""Prompts with their answers on the card; the run's folder has all."""
 _SEES = "ForConditionalGeneration"
 """Ending of the class names of multimodal models in transformers (also of encoder-decoders, which are not trained)."""
 _CACHED = re.compile(r"/models--([\w.-]+)/snapshots/([0-9a-f]{40})/*$", re.ASCII)
@@ -32,8 +35,8 @@ _READERS = {
 """What transformers needs to load a quantized model, by the method."""
 
 
-def render_model_card(results: Mapping[str, Any]) -> bytes:
-    """The card from a manifest, as UTF-8 Markdown."""
+def render_model_card(results: Mapping[str, Any], prompts: Sequence[ShownPrompt] = ()) -> bytes:
+    """The card from a manifest, as UTF-8 Markdown; of the prompts that were answered it shows the first."""
     settings = {name: setting["value"] for name, setting in results["settings"].items()}
     model, dataset, tasks = results["model"], results["dataset"], results["evaluation"]["tasks"]
     name, revision = public_base(model["id"], model["revision"], settings.get("model.name"))
@@ -51,6 +54,8 @@ def render_model_card(results: Mapping[str, Any]) -> bytes:
         learned=wording.learned(results["training"]),
         tasks=tasks,
         harness=results["evaluation"]["harness"],
+        measured=results["evaluation"].get("measured", {}),
+        shots=wording.shots(results["evaluation"]),
         software=results["software"],
         licence=licence,
         name=name,
@@ -64,15 +69,21 @@ def render_model_card(results: Mapping[str, Any]) -> bytes:
         source=_sources(dataset, short=False),
         dtype={"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[model["dtype"]],
         prompt=PROMPTS[dataset["format"]],
-        headline=[sentence for _, sentence in wording.headline(tasks)],
-        explanations=[wording.explanation(name, task, len(tasks)) for name, task in tasks.items()],
+        headline=[sentence for _, sentence in wording.headline(tasks, results["evaluation"].get("full_precision"))],
+        explanations=[
+            wording.explanation(name, task, len(tasks))
+            + wording.quantization_cost(name, task, results["evaluation"].get("full_precision"))
+            for name, task in tasks.items()
+        ],
         accuracies={name: wording.accuracies(task) for name, task in tasks.items()},
-        scope=wording.SCOPE,
+        scope=wording.scope(results["evaluation"]["tasks"]),
         exports=wording.exports(results),
         not_served=why_not_served(settings),
         hub=settings.get("export.hub"),
         validation=wording.validation(results["training"], dataset),
         audit=wording.audit_sentence(dataset),
+        prompts=prompts[:MAX_PROMPTS],
+        asked=results["evaluation"].get("prompts"),
         weights=next((a["sha256"] for a in results["artifacts"] if a["path"] == WEIGHTS), None),
     )
     text = f"---\n{_metadata(results, settings, title, licence, name if known else None)}\n---\n\n{body}"
@@ -120,7 +131,7 @@ def render_export_card(results: Mapping[str, Any], export: Mapping[str, Any]) ->
         source=_sources(dataset, short=False),
         weights=next((a["sha256"] for a in results["artifacts"] if a["path"] == WEIGHTS), None),
         calibration=held and held["calibration"],
-        scope=wording.SCOPE,
+        scope=wording.scope(results["evaluation"]["tasks"]),
         licence=licence,
     )
     scored = {row["task"]: row["acc"] for row in shown["rows"] if row["published"]}

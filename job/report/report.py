@@ -1,6 +1,7 @@
 """The HTML report of a run, made only from the manifest, the metrics and the samples.
 
-The command `report` therefore writes the same bytes again from the published files.
+The command `report` therefore writes the same bytes again from the published files; and where the run was pushed or
+served since, a section about that in addition.
 """
 
 from __future__ import annotations
@@ -15,17 +16,23 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 from pydantic_core import from_json
 
 from job.common import formatting
+from job.evaluation.prompt_answers import parse_answers
 from job.records import Artifact, StepMetrics, ValidationMetrics
 from job.report import charts, wording
 from job.report.changed_answers import changed_answers
+from job.report.prompts import ShownPrompt, shown_prompts
 from job.report.templating import render
 from job.report.timeline import bars, by_stage, restarts
+from job.results.after_run import AfterRun
 from job.results.cost import OUTSIDE
-from job.runs.layout import FIRST_STAGE, METRICS, REPORT, VALIDATIONS, Stage, answers_key
+from job.runs.layout import FIRST_STAGE, METRICS, REPORT, VALIDATIONS, Stage, answers_key, prompts_key
 from job.settings.load import preset_values
 
 FIRST_QUESTIONS, MAX_QUESTIONS = 5, 40
 """Number of changed answers shown for each task and direction: at first, and after "Show more"."""
+
+FIRST_PROMPTS = 5
+"""Prompts whose answers are shown at first; the others after "Show more"."""
 
 STAGE_NAMES = {stage.value: stage.replace("-", " ") for stage in Stage} | {OUTSIDE: "loading"}
 
@@ -34,6 +41,8 @@ PREFERENCE_CHARTS = (
     ("rewards/accuracies", "Reward accuracy", "share of the pairs in which chosen has the higher reward"),
 )
 """Metrics of preferences that are drawn: name, title, unit."""
+
+_NOTHING = AfterRun()
 
 Records = list[dict[str, Any]]
 
@@ -55,13 +64,15 @@ class _Answer(BaseModel):
 class ReportData:
     """What the report shows beside the manifest: metrics of every step; by task, the samples of base and adapter.
 
-    `validations` is empty where nothing was validated, `first_stage` (metrics of its steps) where there was one stage.
+    `validations` is empty where nothing was validated, `first_stage` (metrics of its steps) where there was one stage,
+    `prompts` where none were asked.
     """
 
     metrics: list[StepMetrics]
     answers: dict[str, tuple[Records, Records]]
     validations: tuple[ValidationMetrics, ...] = ()
     first_stage: tuple[StepMetrics, ...] = ()
+    prompts: tuple[ShownPrompt, ...] = ()
 
 
 def read_report_data(results: Mapping[str, Any], fetch: Callable[[Artifact], Path]) -> ReportData:
@@ -102,11 +113,26 @@ def read_report_data(results: Mapping[str, Any], fetch: Callable[[Artifact], Pat
 
     validations = metrics(VALIDATIONS) if results["training"].get("validation") else []
     before = metrics(f"{FIRST_STAGE}{METRICS}") if first else []
-    return ReportData(metrics(METRICS), sides, tuple(validations), tuple(before))
+    return ReportData(metrics(METRICS), sides, tuple(validations), tuple(before), read_prompts(results, fetch))
 
 
-def render_report(results: Mapping[str, Any], evidence: ReportData) -> bytes:
-    """The page as UTF-8 HTML. A manifest that lists the report itself gives the same page as one before that."""
+def read_prompts(results: Mapping[str, Any], fetch: Callable[[Artifact], Path]) -> tuple[ShownPrompt, ...]:
+    """The prompts of a run with their answers; empty where none were asked. Raises as `read_report_data`."""
+    if not results["evaluation"].get("prompts"):
+        return ()
+    published = {artifact["path"]: Artifact(**artifact) for artifact in results["artifacts"]}
+    sides = (parse_answers(fetch(published[prompts_key(side)]).read_bytes()) for side in ("base", "adapter"))
+    return tuple(shown_prompts(*sides))
+
+
+def render_report(results: Mapping[str, Any], evidence: ReportData, after: AfterRun = _NOTHING) -> bytes:
+    """The page as UTF-8 HTML. A manifest that lists the report itself gives the same page as one before that.
+
+    Args:
+        results: The manifest.
+        evidence: Metrics and samples.
+        after: Where the run was pushed, and how it was served, since.
+    """
     tasks, attempts = results["evaluation"]["tasks"], results["run"]["attempts"]
     accuracies = {name: wording.accuracies(task) for name, task in tasks.items()}
     text = render(
@@ -116,18 +142,29 @@ def render_report(results: Mapping[str, Any], evidence: ReportData) -> bytes:
             key: results[key] for key in ("run", "model", "dataset", "training", "gate", "hardware", "software", "cost")
         },
         harness=results["evaluation"]["harness"],
+        measured=results["evaluation"].get("measured", {}),
         learned=wording.learned(results["training"]),
         tasks=tasks,
-        headline=wording.headline(tasks),
-        explanations={name: wording.explanation(name, task, len(tasks)) for name, task in tasks.items()},
-        scope=wording.SCOPE,
+        headline=wording.headline(tasks, results["evaluation"].get("full_precision")),
+        explanations={
+            name: wording.explanation(name, task, len(tasks))
+            + wording.quantization_cost(name, task, results["evaluation"].get("full_precision"))
+            for name, task in tasks.items()
+        },
+        scope=wording.scope(results["evaluation"]["tasks"]),
         exports=wording.exports(results),
         audit=wording.audit(results["dataset"]),
+        policy_rules=wording.policy_rules(results["gate"]),
+        pushed=after.pushed,
+        served=[(check, wording.about_served(check)) for check in after.served],
         accuracies=accuracies,
         charts={name: _intervals(rows) for name, rows in accuracies.items()},
         changed={name: changed_answers(*sides) for name, sides in evidence.answers.items()},
         first_questions=FIRST_QUESTIONS,
         most_questions=MAX_QUESTIONS,
+        prompts=evidence.prompts,
+        first_prompts=FIRST_PROMPTS,
+        asked=results["evaluation"].get("prompts"),
         lines=_lines(evidence, restarts(attempts), results["training"].get("validation")),
         validation=wording.validation(results["training"], results["dataset"]),
         restarts=restarts(attempts),

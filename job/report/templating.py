@@ -37,13 +37,22 @@ def _environment(*, escape: bool) -> Any:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update({name: getattr(formatting, name) for name in FILTERS}, code=code, breakable=breakable)
+    environment.filters.update(
+        {name: getattr(formatting, name) for name in FILTERS}, code=code, breakable=breakable, fenced=fenced
+    )
     return environment
 
 
 def code(value: object) -> str:
     """Text as inline code in Markdown; backticks and line breaks in it are replaced."""
     return f"`{' '.join(str(value).replace('`', chr(39)).split())}`"
+
+
+def fenced(text: object) -> str:
+    """Text as a block of code in Markdown, whatever is in it: the fence is longer than any run of backticks."""
+    longest = max(map(len, re.findall("`+", str(text))), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}text\n{text}\n{fence}"
 
 
 def breakable(text: object) -> Any:

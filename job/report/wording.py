@@ -8,8 +8,10 @@ from typing import Any
 from job.common.findings import KINDS
 from job.common.formatting import count, enumeration, figure, p_value, percent, points, size
 from job.common.methods import METHODS
+from job.evaluation import policy
 from job.evaluation.comparison import of_metric
 from job.evaluation.statistics import wilson_interval
+from job.records import NEAR, ServeCheck
 
 _SAYS = {
     "improved": "Better than its base at {}.",
@@ -18,15 +20,57 @@ _SAYS = {
 }
 MAX_NAMES = 3
 
-SCOPE = (
-    "This is about these questions, asked without examples in the prompt. It says nothing about other tasks, or about "
-    "how the adapter writes."
-)
+
+def scope(tasks: Mapping[str, Any]) -> str:
+    """What the figures are about, and what they are not about."""
+    how = "" if any(task.get("num_fewshot") for task in tasks.values()) else ", asked without examples in the prompt"
+    return f"This is about these questions{how}. It says nothing about other tasks, or about how the adapter writes."
 
 
-def headline(tasks: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(verdict, sentence) for each verdict among the tasks; improved first."""
+def shots(evaluation: Mapping[str, Any]) -> str:
+    """With how many examples in the prompt the questions were asked."""
+    found = {
+        name: task.get("num_fewshot", 0)
+        for name, task in (*evaluation["tasks"].items(), *evaluation.get("measured", {}).items())
+    }
+    if not any(found.values()):
+        return "without examples in the prompt"
+    return "with " + enumeration(
+        [f"{count(number, 'example')} in the prompt of {name}" for name, number in found.items()]
+    )
+
+
+_SAYS_OF_BOTH = {
+    ("improved", "improved"): "Better than its base at {}, and than that base unquantized.",
+    ("improved", "inconclusive"): "Better than its quantized base at {}; no difference to the unquantized base shown.",
+    ("improved", "regressed"): "Better than its quantized base at {}, but worse than the unquantized base.",
+    ("regressed", "improved"): "Worse than its quantized base at {}, but better than the unquantized base.",
+    ("regressed", "inconclusive"): "Worse than its quantized base at {}; no difference to the unquantized base shown.",
+    ("regressed", "regressed"): "Worse than its base at {}, and than that base unquantized.",
+    ("inconclusive", "improved"): "No difference to its quantized base shown at {}; better than the unquantized base.",
+    ("inconclusive", "inconclusive"): "No difference shown at {}, to the quantized base or to the unquantized one.",
+    ("inconclusive", "regressed"): "No difference to its quantized base shown at {}; worse than the unquantized base.",
+}
+"""By the verdicts against the quantized base and against the original one."""
+
+
+def headline(tasks: Mapping[str, Any], full_precision: Mapping[str, Any] | None = None) -> list[tuple[str, str]]:
+    """(verdict, sentence) for each verdict among the tasks; improved first.
+
+    With the manifest's `evaluation.full_precision`, the verdict counts as improved only against both bases, since a
+    gain on the quantized base may be what quantization had cost.
+    """
     found = []
+    if full_precision is not None and full_precision["tasks"]:
+        of_both = {
+            name: (task["verdict"], full_precision["tasks"][name]["adapter_versus_original"]["acc"]["verdict"])
+            for name, task in tasks.items()
+        }
+        for pair, sentence in _SAYS_OF_BOTH.items():
+            if names := [name for name, both in of_both.items() if both == pair]:
+                shown = f"{len(names)} of {len(tasks)} tasks" if len(names) > MAX_NAMES else enumeration(names)
+                found.append((pair[0] if pair[0] == pair[1] else "inconclusive", sentence.format(shown)))
+        return found
     for verdict, sentence in _SAYS.items():
         names = [name for name, task in tasks.items() if task["verdict"] == verdict]
         if names:
@@ -67,6 +111,28 @@ def validation(training: Mapping[str, Any], dataset: Mapping[str, Any]) -> list[
     if overlap := rows["duplicates"] + rows["near_duplicates"]:
         sentences.append(f"{overlap:,} of the validation rows are near or exact copies of rows that were trained on.")
     return sentences
+
+
+def quantization_cost(name: str, task: Mapping[str, Any], full_precision: Mapping[str, Any] | None) -> list[str]:
+    """Sentences on what quantization cost, what training gave and what is left; or why that is not known."""
+    if full_precision is None:
+        return []
+    if full_precision.get("not_scored"):
+        return [f"What quantization had cost is not known: {full_precision['not_scored']}."]
+    one = full_precision["tasks"][name]
+    cost, left = one["base_versus_original"]["acc"], one["adapter_versus_original"]["acc"]
+
+    def said(found: Mapping[str, Any]) -> str:
+        low, high = found["ci95"]
+        return f"95 % interval {points(low)} to {points(high)}, p = {p_value(found['holm_p'])}"
+
+    first = f"Unquantized, the base answers {percent(one['scores']['acc'])} right."
+    second = (
+        f"Quantization changed that by {points(cost['delta'])} points ({said(cost)}), training by "
+        f"{points(task['delta'])}: against the unquantized base the adapter stands at {points(left['delta'])} points "
+        f"({said(left)})."
+    )
+    return [first, second]
 
 
 def explanation(name: str, task: Mapping[str, Any], tasks: int) -> list[str]:
@@ -161,6 +227,19 @@ def accuracies(task: Mapping[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
+def policy_rules(gate: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Each rule of the gate's policy in words; none without a policy."""
+    return [
+        {
+            "task": rule["task"] or "critical and supporting tasks together",
+            "role": rule["role"],
+            "text": policy.sentence(rule),
+            "outcome": rule["outcome"],
+        }
+        for rule in gate.get("policy", {}).get("rules", ())
+    ]
+
+
 def exports(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """For each exported format: a sentence about what is published, and a row for each candidate and task.
 
@@ -219,6 +298,24 @@ def _about_export(export: Mapping[str, Any]) -> str:
         text += f"; calibrated on {count(rows['rows'], 'row')} of the training data"
     if export.get("not_scored"):
         text += f". It was NOT scored: {export['not_scored']}"
+    return f"{text}."
+
+
+def about_served(check: ServeCheck) -> str:
+    """What a serve check found, in a sentence."""
+    how = {"greedy": "its greedy answers"}.get(check.way, "its log-likelihoods")
+    text = (
+        f"Of {count(len(check.asked), 'question')}, {check.server} answers {check.alike} as the records say, by {how}"
+    )
+    if near := len(check.compared) - check.alike - len(check.different):
+        text += f"; {near} differ in a near tie (below {NEAR} nats)"
+    if check.different:
+        text += f"; {len(check.different)} differ"
+    if silent := len(check.asked) - len(check.compared):
+        text += f"; {count(silent, 'answer')} begin with no choice"
+    gaps = [one.difference for one in check.asked if one.difference is not None]
+    if gaps:
+        text += f"; log-likelihoods differ by at most {max(gaps):.3f} nats"
     return f"{text}."
 
 

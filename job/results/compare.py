@@ -9,7 +9,8 @@ from typing import Any
 from job.common import tables
 from job.errors import DataError, Problem
 from job.evaluation.comparison import compare_tasks, gate_failures, of_metric
-from job.results.reader import PublishedRun, read_samples
+from job.evaluation.measured import compare_measured
+from job.results.reader import PublishedRun, read_measured, read_samples
 from job.runs.layout import WEIGHTS
 
 GROUPS = ("model", "dataset", "software", "hardware")
@@ -20,6 +21,20 @@ _TASK_COLUMNS = (
     "questions",
     "A",
     "B",
+    "difference",
+    "95 % interval",
+    "better",
+    "worse",
+    "p",
+    "Holm p",
+    "verdict",
+)
+_METRIC_COLUMNS = (
+    "task, metric",
+    "questions",
+    "A",
+    "B",
+    "better is",
     "difference",
     "95 % interval",
     "better",
@@ -98,8 +113,10 @@ def _flat(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
 def _tasks(a: PublishedRun, b: PublishedRun) -> dict[str, Any]:
     """The tasks that both were asked, and the names of those that only one was asked."""
     samples = read_samples(a), read_samples(b)
+    measured = read_measured(a), read_measured(b)
     names = [name for name in samples[0] if name in samples[1]]
-    if not names:
+    both = [name for name in measured[0] if name in measured[1]]
+    if not names and not both:
         raise DataError([Problem("evaluation", f"runs {a.id} and {b.id} were asked no task in common")])
     wrong = []
     for name in names:
@@ -129,9 +146,19 @@ def _tasks(a: PublishedRun, b: PublishedRun) -> dict[str, Any]:
             name: {**{sides.get(key, key): value for key, value in task.items()}, "same_predictions": same[name]}
             for name, task in tasks.items()
         },
+        "measured": {
+            name: {**found, "metrics": {metric: _as_sides(one, sides) for metric, one in found["metrics"].items()}}
+            for name, found in compare_measured(*({name: side[name] for name in both} for side in measured)).items()
+        },
         "same_adapter": _adapter(a) is not None and _adapter(a) == _adapter(b),
-        "only": _pair(*(sorted(side.keys() - set(names)) for side in samples)),
+        "only": _pair(
+            *(sorted({*side, *other} - {*names, *both}) for side, other in zip(samples, measured, strict=True))
+        ),
     }
+
+
+def _as_sides(found: Mapping[str, Any], sides: Mapping[str, str]) -> dict[str, Any]:
+    return {sides.get(key, key): value for key, value in found.items()}
 
 
 def _adapter(run: PublishedRun) -> str | None:
@@ -189,6 +216,8 @@ def _sections(compared: Mapping[str, Any]) -> Iterator[tuple[str, Sequence[str],
         [_row(name, compared["a"][name], compared["b"][name]) for name in ("run", "results", "finished")],
     )
     yield "Adapters", _TASK_COLUMNS, list(_task_rows(compared["tasks"]))
+    if compared.get("measured"):
+        yield "Metrics of other tasks", _METRIC_COLUMNS, list(_metric_rows(compared["measured"]))
     differing = [
         _row(f"{group}.{name}" if group != "settings" else name, *pair.values())
         for group, found in compared["differs"].items()
@@ -218,6 +247,24 @@ def _task_rows(tasks: Mapping[str, Any]) -> Iterator[list[str]]:
             ]
 
 
+def _metric_rows(tasks: Mapping[str, Any]) -> Iterator[list[str]]:
+    for name, task in tasks.items():
+        for metric, found in task["metrics"].items():
+            low, high = found["ci95"]
+            ratio = "ln of the ratio " * (found["aggregation"] in {"perplexity", "weighted_perplexity"})
+            yield [
+                f"{name}, {metric}",
+                f"{task['n']:,}",
+                *(f"{found[side]:.4g}" for side in ("a", "b")),
+                "higher" if found["higher_is_better"] else "lower",
+                f"{ratio}{found['delta']:+.4g}",
+                f"{low:+.4g} to {high:+.4g}",
+                *(str(found[key]) for key in ("improved", "regressed")),
+                *(f"{found[key]:.2g}" for key in ("p", "holm_p")),
+                found["verdict"],
+            ]
+
+
 def _row(name: str, a: Any, b: Any) -> list[str]:
     return [name, _value(a), _value(b)]
 
@@ -230,7 +277,7 @@ def _value(value: Any) -> str:
 
 
 def _ending(compared: Mapping[str, Any]) -> Iterator[str]:
-    if all(all(task["same_predictions"].values()) for task in compared["tasks"].values()):
+    if compared["tasks"] and all(all(task["same_predictions"].values()) for task in compared["tasks"].values()):
         what = "adapter" if compared["same_adapter"] else "predictions"
         yield f"no difference: both runs have the same {what}"
     for side, names in compared["only"].items():

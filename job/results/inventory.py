@@ -5,7 +5,7 @@
 | `artifacts/...` | `artifacts` of the manifest |
 | `checkpoints/step-.../<epoch>/...` | `COMMITTED.json` beside that folder |
 | `results.json`, `lease.json`, `attempts/` of the last attempt | itself (a seal): they are written last |
-| `pushed/...`, written after the manifest | itself (a seal) |
+| `pushed/...`, `served/...`, written after the manifest | itself (a seal) |
 | `sft/...`, a first stage | its own manifest, whose hash is in `training` of the manifest |
 | everything else | `evidence` of the manifest |
 
@@ -26,6 +26,7 @@ from job.runs.layout import (
     LEASE,
     PUSHED,
     RESULTS,
+    SERVED,
     attempt_key,
     checkpoint_part,
 )
@@ -35,7 +36,7 @@ from job.storage.open import ObjectStore, is_key
 
 def is_evidence(key: str, last_attempt: int) -> bool:
     """Whether the manifest has to list a file under `evidence`."""
-    if is_leftover(key) or key.startswith((FIRST_STAGE, PUSHED)):
+    if is_leftover(key) or key.startswith((FIRST_STAGE, PUSHED, SERVED)):
         return False
     return not key.startswith(ARTIFACTS) and key not in {RESULTS, LEASE, attempt_key(last_attempt)}
 

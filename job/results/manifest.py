@@ -12,14 +12,16 @@ from typing import Any
 
 from job.common import hashing
 from job.common.host import git_commit, hardware, software
-from job.evaluation.comparison import compare_export
+from job.evaluation.comparison import compare_export, compare_full_precision
 from job.records import (
     Artifact,
     AttemptRecord,
     DatasetRecord,
+    Evaluated,
     Exported,
     ExportRecord,
     ModelRecord,
+    PromptsRecord,
     TaskScores,
     TrainingRecord,
 )
@@ -40,19 +42,23 @@ def build(
     dataset: DatasetRecord,
     training: TrainingRecord,
     tasks: Mapping[str, Any],
+    measured: Mapping[str, Any] | None = None,
     gate: Mapping[str, Any],
     artifacts: Sequence[Artifact],
     evidence: Sequence[Artifact],
     exports: Sequence[Mapping[str, Any]] = (),
+    full_precision: Mapping[str, Any] | None = None,
     image_digest: str | None,
     on_demand_usd_per_hour: float | None,
     gpus: Sequence[Mapping[str, Any]] | None = None,
+    prompts: PromptsRecord | None = None,
 ) -> dict[str, Any]:
     """The sealed manifest.
 
-    `tasks` is from `compare_tasks`, `gate` from `judge`, `exports` from `exports_record`. `gpus` are those of all
-    processes, each of which sees only its own; None for those of this process. `part_of` is the id of the run that this
-    one is the first stage of. The schema explains every field.
+    `tasks` is from `compare_tasks`, `measured` from `compare_measured`, `gate` from `judge`, `exports` from
+    `exports_record`, `full_precision` from `full_precision_record`. `gpus` are those of all processes, each of which
+    sees only its own; None for those of this process. `part_of` is the id of the run that this one is the first stage
+    of, `prompts` are those of JOB_EVAL__PROMPTS. The schema explains every field.
     """
     return sealed(
         {
@@ -72,6 +78,9 @@ def build(
             "evaluation": {
                 "harness": {"name": "lm-eval", "version": metadata.version("lm-eval")},
                 "tasks": tasks,
+                **({"measured": measured} if measured else {}),
+                **({} if full_precision is None else {"full_precision": full_precision}),
+                **({} if prompts is None else {"prompts": asdict(prompts)}),
             },
             "exports": list(exports),
             "gate": gate,
@@ -92,9 +101,20 @@ def build(
     )
 
 
-def exports_record(
-    exported: Exported, base: Mapping[str, TaskScores], adapter: Mapping[str, TaskScores]
-) -> list[dict[str, Any]]:
+def full_precision_record(base: Evaluated, adapter: Mapping[str, TaskScores]) -> dict[str, Any] | None:
+    """The manifest's `evaluation.full_precision`; None where the run has none.
+
+    Raises:
+        DataError: The base was asked other questions before it was quantized.
+    """
+    found = base.full_precision
+    if found is None:
+        return None
+    tasks = compare_full_precision(found.scores, base.scores, adapter) if found.scores else {}
+    return {"dtype": found.dtype, **({"not_scored": found.not_scored} if found.not_scored else {}), "tasks": tasks}
+
+
+def exports_record(exported: Exported, base: Evaluated, adapter: Mapping[str, TaskScores]) -> list[dict[str, Any]]:
     """The manifest's `exports`: every format, the scores of all its candidates, and which one is published.
 
     What was added by later versions is there where it is not as it was before.
@@ -102,11 +122,13 @@ def exports_record(
     Raises:
         DataError: A candidate was asked other questions than the base or the adapter.
     """
+    original = base.full_precision.scores if base.full_precision else None
     return [
         {
             **{name: getattr(export, name) for name in ("format", "candidate", "reason", "dtype", "scored_in")},
             "candidates": {
-                name: compare_export(base, adapter, scores) if scores else {} for name, scores in export.scores.items()
+                name: compare_export(base.scores, adapter, scores, original) if scores else {}
+                for name, scores in export.scores.items()
             },
             **_added(export),
         }
@@ -167,6 +189,17 @@ def summary(results: Mapping[str, Any], where: str) -> list[str]:
         lines.append(f"{name}, {task['n']:,} questions: accuracy {before:.2f} % -> {after:.2f} % ({interval})")
         counts = f"{task['improved']} questions better and {task['regressed']} worse"
         lines.append(f"verdict: {task['verdict']}, {counts}, McNemar p = {task['mcnemar_p']:.2g}")
+    for name, found in results["evaluation"].get("measured", {}).items():
+        lines += [f"{name}, {found['n']:,} questions: {measured_line(*one)}" for one in found["metrics"].items()]
+    original = results["evaluation"].get("full_precision") or {"tasks": {}}
+    if original.get("not_scored"):
+        lines.append(f"the unquantized base was not scored: {original['not_scored']}")
+    for name, one in original["tasks"].items():
+        cost, left = (100 * one[f"{side}_versus_original"]["acc"]["delta"] for side in ("base", "adapter"))
+        lines.append(
+            f"{name}, unquantized base: {100 * one['scores']['acc']:.2f} %; quantization {cost:+.2f}, "
+            f"adapter against it {left:+.2f}"
+        )
     lines += [_export_line(export) for export in results.get("exports", ())]
     lines.append(_cost_line(cost, len(results["run"]["attempts"])))
     if any(artifact["path"] == REPORT for artifact in results["artifacts"]):
@@ -176,6 +209,19 @@ def summary(results: Mapping[str, Any], where: str) -> list[str]:
     gate = [] if passed is None else ["gate met" if passed else "gate not met"]
     lines.append(f"{', '.join([*verdicts, *gate])}; results: {where}")
     return lines
+
+
+def measured_line(name: str, found: Mapping[str, Any]) -> str:
+    """A metric of a task without choices: both figures, which way is better, the difference, and the verdict."""
+    better = "higher" if found["higher_is_better"] else "lower"
+    low, high = found["ci95"]
+    interval = f"{found['delta']:+.4g}, 95 % interval {low:+.4g} to {high:+.4g}"
+    if found["aggregation"] in {"perplexity", "weighted_perplexity"}:
+        interval = f"ln of the ratio {interval}"
+    return (
+        f"{name} {found['base']:.4g} -> {found['adapter']:.4g} ({better} is better; {interval}), {found['verdict']}, "
+        f"{found['improved']} better and {found['regressed']} worse, p = {found['p']:.2g}"
+    )
 
 
 def _export_line(export: Mapping[str, Any]) -> str:

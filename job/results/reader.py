@@ -14,8 +14,9 @@ from pydantic_core import from_json
 from job.common.hashing import unsealed
 from job.errors import Problem, SettingsError, VerificationError
 from job.evaluation import samples
+from job.evaluation.measured import measured_from
 from job.evaluation.samples import Sample
-from job.records import TaskScores
+from job.records import MeasuredScores, TaskScores
 from job.results import manifest
 from job.runs.layout import RESULTS, answers_key
 from job.storage.open import ObjectStore, StorageOptions, TooLarge, open_store
@@ -150,8 +151,34 @@ def read_samples(run: PublishedRun) -> dict[str, TaskSamples]:
         except (ValueError, TooLarge) as error:
             wrong.append(Problem(f"{run.store.uri}/{path}", str(error)))
         else:
-            scores = samples.task_scores(parsed, task=task, source=claimed["source"], version=claimed["version"])
+            scores = samples.task_scores(
+                parsed,
+                task=task,
+                source=claimed["source"],
+                version=claimed["version"],
+                num_fewshot=claimed.get("num_fewshot", 0),
+            )
             found[task] = TaskSamples(data, parsed, scores)
+    if wrong:
+        raise VerificationError(wrong)
+    return found
+
+
+def read_measured(run: PublishedRun) -> dict[str, MeasuredScores]:
+    """By task without choices, the adapter's figures, from samples checked against the hashes of the manifest.
+
+    Raises:
+        VerificationError: With everything that is missing, changed or malformed.
+    """
+    listed = {artifact["path"]: artifact for artifact in run.results["artifacts"]}
+    found, wrong = {}, []
+    for task, claimed in run.results["evaluation"].get("measured", {}).items():
+        path = answers_key(task, "adapter")
+        try:
+            parsed = samples.parse_measured(_read_whole(run.store, path, listed.get(path)))
+            found[task] = measured_from(parsed, task, claimed, "adapter")
+        except (ValueError, TooLarge) as error:
+            wrong.append(Problem(f"{run.store.uri}/{path}", str(error)))
     if wrong:
         raise VerificationError(wrong)
     return found

@@ -14,6 +14,7 @@
     scores/...                                   answers of an evaluation that is going on
     faults/<fault>                               injected faults that have fired
     pushed/<target>-<hash of its place>.json     where the complete run was pushed, written after the manifest
+    served/<format>-<server>.json                what serve-check --record found, written after the manifest
     sft/...                                      the first stage of JOB_TRAIN__METHOD=sft,dpo: a whole run of its own
 
 How to add a stage: name it in `Stage` at its place in the order (and in `BUILT_ON` if another one works with what it
@@ -52,15 +53,20 @@ SCORES = "scores"
 FIRST_STAGE = f"{methods.FIRST_STAGE}/"
 FAULTS = "faults/"
 PUSHED = "pushed/"
+SERVED = "served/"
 BASE = "base"
 PACKING = "packing"
 REFERENCE = "reference"
+FULL_PRECISION = "full-precision"
 UPLOADED = "export-files"
 DERIVED_EXPORT = "export-"
 FIRST_VALUES = "first-values"
 """Records beside those of the stages: which quantized base a run began with, whether its sequences are packed, the
-log-probabilities by the reference model, with which preferences are compared, the exported files in the store, each
-exported format that was made from the merged model (the beginning of its name), and the adapter's first values."""
+log-probabilities by the reference model, with which preferences are compared, the scores of the base before it is
+quantized, the exported files in the store, each exported format that was made from the merged model (the beginning of
+its name), and the adapter's first values."""
+ORIGINAL_SIDE = "original"
+"""Side of the answers (`answers_key`) of the base before it is quantized."""
 FIRST_TENSORS = "stages/first-values.safetensors"
 
 ARTIFACTS = "artifacts/"
@@ -71,6 +77,7 @@ EXPORT_CARD = "README.md"
 METRICS = f"{ARTIFACTS}metrics.jsonl"
 VALIDATIONS = f"{ARTIFACTS}validation.jsonl"
 LOG_PROBS = f"{ARTIFACTS}reference.jsonl"
+PROMPTS = f"{ARTIFACTS}prompts/"
 TENSORBOARD = f"{ARTIFACTS}tensorboard/"
 REPORT = f"{ARTIFACTS}report.html"
 FINDINGS = f"{ARTIFACTS}findings.jsonl"
@@ -106,14 +113,27 @@ def pushed_key(target: str, place: str) -> str:
     return f"{PUSHED}{target}-{hashlib.sha256(place.encode()).hexdigest()[:16]}.json"
 
 
+def served_key(format_: str, server: str) -> str:
+    """Where it is recorded how a kind of server answered with a format."""
+    return f"{SERVED}{format_.replace(':', '-')}-{server}.json"
+
+
 def fault_key(fault: str) -> str:
     """Where it is noted that a fault has fired."""
     return f"{FAULTS}{fault}"
 
 
 def answers_key(task: str, side: str) -> str:
-    """Where the answers to a task lie, one question a line; sides: `base`, `adapter`, `baseline`, `export_side`."""
+    """Where the answers to a task lie, one question a line.
+
+    Sides: `base`, `adapter`, `baseline`, `ORIGINAL_SIDE`, `export_side`.
+    """
     return f"{ARTIFACTS}evaluation/{task}.{side}.jsonl"
+
+
+def prompts_key(side: str) -> str:
+    """Where the answers to JOB_EVAL__PROMPTS lie, one prompt a line; sides: `base`, `adapter`."""
+    return f"{PROMPTS}{side}.jsonl"
 
 
 def export_side(export: str, candidate: str) -> str:

@@ -7,46 +7,17 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from job.errors import Problem, SettingsError, VerificationError
 from job.evaluation.samples import Sample
+from job.records import NEAR, Asked, ServeCheck, margin
 from job.serving.client import Client
 from job.serving.servers import SERVERS, WAYS
 
-NEAR = 0.2
-"""Nats between the two best choices of a record below which another rounding may change the prediction."""
-GREEDY_SHARE = 0.9
-"""Of the greedy answers that begin with a choice, so many have to begin with the predicted one: the likeliest choice as
-a whole need not be the one that begins with the likeliest token."""
 _TIMED = 5
 _WRITTEN = 32
-
-
-@dataclass(frozen=True)
-class Asked:
-    """One question.
-
-    Attributes:
-        task: Its task.
-        id: In that task.
-        recorded: The prediction of the record.
-        served: That of the server; None if its answer is no choice.
-        margin: Log-likelihood of the record's best choice less that of the second best, in nats.
-        difference: The largest difference between a choice's two log-likelihoods, in nats; None without any.
-    """
-
-    task: str
-    id: str
-    recorded: int
-    served: int | None
-    margin: float
-    difference: float | None
-
-    @property
-    def alike(self) -> bool:
-        """Whether the server predicts what the record says."""
-        return self.served == self.recorded
 
 
 @dataclass(frozen=True)
@@ -57,48 +28,6 @@ class Served:
     server: str
     model: str
     format: str
-
-
-@dataclass(frozen=True)
-class ServeCheck:
-    """The result.
-
-    Attributes:
-        server: Of the table.
-        way: How it was asked.
-        format: `adapter`, or the exported format.
-        asked: Questions in order.
-        seconds: For all of them.
-        first_token: Median of seconds to the first token of a streamed answer.
-        tokens_per_second: Median after it, one request at a time; None if none had two tokens.
-    """
-
-    server: str
-    way: str
-    format: str
-    asked: tuple[Asked, ...]
-    seconds: float
-    first_token: float
-    tokens_per_second: float | None
-
-    @property
-    def compared(self) -> list[Asked]:
-        """The questions that the server gave a prediction for."""
-        return [one for one in self.asked if one.served is not None]
-
-    @property
-    def different(self) -> list[Asked]:
-        """Those that it answered otherwise, and not for a near tie."""
-        return [one for one in self.compared if not one.alike and one.margin >= NEAR]
-
-    @property
-    def holds(self) -> bool:
-        """Whether the server serves the model of the run."""
-        if not self.compared:
-            return False
-        if self.way == "greedy":
-            return sum(one.alike for one in self.compared) >= GREEDY_SHARE * len(self.compared)
-        return not self.different
 
 
 def serve_check(served: Served, samples: Sequence[tuple[str, Sample]], count: int) -> ServeCheck:
@@ -123,11 +52,10 @@ def serve_check(served: Served, samples: Sequence[tuple[str, Sample]], count: in
     for task, sample in chosen:
         question, choices = str(sample.question), list(sample.choices or ())
         answer = WAYS[way](client, served.model, question, choices)
-        best = sorted(sample.log_likelihoods)
         pairs = zip(answer.log_likelihoods or (), sample.log_likelihoods, strict=False)
         difference = max((abs(a - b) for a, b in pairs), default=None)
-        margin = best[-1] - best[-2] if len(best) > 1 else 0.0
-        asked.append(Asked(task, sample.id, sample.prediction, answer.prediction, margin, difference))
+        near = margin(sample.log_likelihoods)
+        asked.append(Asked(task, sample.id, sample.prediction, answer.prediction, near, difference))
     seconds = time.monotonic() - began
     speeds = [
         client.stream(
@@ -145,6 +73,7 @@ def serve_check(served: Served, samples: Sequence[tuple[str, Sample]], count: in
         seconds=seconds,
         first_token=statistics.median(speed.first_token for speed in speeds),
         tokens_per_second=statistics.median(rates) if rates else None,
+        when=datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z"),
     )
 
 
@@ -156,12 +85,12 @@ def _has_its_prompt(sample: Sample) -> bool:
 
 def as_json(found: ServeCheck) -> dict[str, Any]:
     """The result as JSON-able values."""
-    rest = {name: getattr(found, name) for name in ("server", "way", "format", "seconds", "first_token")}
+    rest = {name: getattr(found, name) for name in ("server", "way", "format", "when", "seconds", "first_token")}
     return {
         **rest,
         "tokens_per_second": found.tokens_per_second,
         "holds": found.holds,
-        "alike": sum(one.alike for one in found.asked),
+        "alike": found.alike,
         "compared": len(found.compared),
         "different": [one.id for one in found.different],
         "questions": [asdict(one) for one in found.asked],
@@ -170,8 +99,7 @@ def as_json(found: ServeCheck) -> dict[str, Any]:
 
 def as_lines(found: ServeCheck) -> list[str]:
     """The result as a table for people."""
-    alike = sum(one.alike for one in found.asked)
-    near = sum(not one.alike for one in found.compared) - len(found.different)
+    near = len(found.compared) - found.alike - len(found.different)
     gaps = [one.difference for one in found.asked if one.difference is not None]
     how = {"echo": "log-likelihoods", "forced": "log-likelihoods", "greedy": "greedy answers"}[found.way]
     rate = "" if found.tokens_per_second is None else f", {found.tokens_per_second:.1f} tokens/s after it"
@@ -179,7 +107,7 @@ def as_lines(found: ServeCheck) -> list[str]:
         f"server             {found.server}, asked for {how}",
         f"served             {found.format}",
         f"questions          {len(found.asked)} in {found.seconds:.1f} s, {len(found.compared)} with a prediction",
-        f"predictions alike  {alike} of {len(found.compared)}; {near} differ in a near tie (below {NEAR} nats)",
+        f"predictions alike  {found.alike} of {len(found.compared)}; {near} differ in a near tie (below {NEAR} nats)",
     ]
     if gaps:
         lines.append(

@@ -27,6 +27,7 @@ _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?|\[[0-9A-Fa-f:.]{2,45}\]")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 _FEWEST_ROWS = 2
+_MOST_PROMPTS = 1000
 _COUNT = re.compile(r"[1-9][0-9]{0,8}", re.ASCII)
 _PORT = re.compile(r"[1-9][0-9]{0,4}", re.ASCII)
 _MANY_PASSES = 1e6
@@ -291,6 +292,18 @@ def _held_out(value: object) -> object:
     )
 
 
+def _prompts(value: object) -> object:
+    """A number of prompts, or a place."""
+    if isinstance(value, str):
+        text = value.strip()
+        if not _NUMBER.fullmatch(text):
+            return _location(_printable(text))
+        value = int(text) if text.lstrip("+-").isdecimal() else float(text)
+    if type(value) is int and 0 < value <= _MOST_PROMPTS:
+        return value
+    raise ValueError(f"must be a whole number of validation rows from 1 to {_MOST_PROMPTS:,}, or a file of prompts")
+
+
 def _export_format(text: str) -> str:
     split_name(text)
     return text
@@ -361,6 +374,8 @@ DataSources = Annotated[Text, AfterValidator(_sources)]
 LocalPath = Annotated[Text, AfterValidator(_local)]
 HeldOut = Annotated[int | float | Text, BeforeValidator(_held_out)]
 """What to validate on: a share of the rows, a number of rows, or a source of its own."""
+Prompts = Annotated[int | Text, BeforeValidator(_prompts)]
+"""A file of prompts, or a number of validation rows."""
 PublicName = Annotated[Text, AfterValidator(_public_name)]
 HubRepository = Annotated[Text, AfterValidator(_hub_repository)]
 ImageReference = Annotated[Text, AfterValidator(_image_reference)]

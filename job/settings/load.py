@@ -82,6 +82,7 @@ def load_settings(
         *_places(settings, request.platform),
         *_revisions(settings, request),
         *_tasks(settings),
+        *_prompts(settings),
         *_validation(settings),
         *_gate(settings),
         *_export(settings),
@@ -304,6 +305,19 @@ def _tasks(settings: Settings) -> Iterator[Fault]:
         yield "eval.data", what
 
 
+def _prompts(settings: Settings) -> Iterator[Fault]:
+    asked, most = settings.eval.prompts, settings.eval.prompts_max_new_tokens
+    if asked is None:
+        if not settings.sources["eval.prompts_max_new_tokens"].startswith(("default", "preset")):
+            yield "eval.prompts_max_new_tokens", "has no effect without JOB_EVAL__PROMPTS; give both, or remove it"
+        return
+    if isinstance(asked, int) and settings.data.validation is None:
+        yield "eval.prompts", "is a number of validation rows; give JOB_DATA__VALIDATION too, or a file of prompts"
+    if most >= settings.train.max_length:
+        what = f"must be less than JOB_TRAIN__MAX_LENGTH, {settings.train.max_length}, which prompt and answer share"
+        yield "eval.prompts_max_new_tokens", what
+
+
 def _sources(settings: Settings) -> Iterator[Fault]:
     data = settings.data
     for source, limit, first in ((data.source, data.limit, ""), (data.sft_source, data.sft_limit, "sft_")):
@@ -333,6 +347,13 @@ def _validation(settings: Settings) -> Iterator[Fault]:
 
 def _gate(settings: Settings) -> Iterator[Fault]:
     gain, loss = settings.gate.min_delta, settings.gate.max_regression
+    if settings.gate.policy is not None:
+        given = {"gate.min_delta": gain, "gate.max_regression": loss}
+        for name in [name for name, value in given.items() if value is not None]:
+            yield name, "is a rule for all tasks, and JOB_GATE__POLICY has rules by task; remove one of the two"
+        if settings.sources["gate.metric"] != "default":
+            yield "gate.metric", "is named by task in JOB_GATE__POLICY; remove it here"
+        return
     if settings.sources["gate.metric"] != "default" and gain is None and loss is None:
         yield "gate.metric", "has no threshold; give JOB_GATE__MIN_DELTA or JOB_GATE__MAX_REGRESSION as well"
     if settings.gate.baseline is not None and gain is None and loss is None:
@@ -345,20 +366,16 @@ def _export(settings: Settings) -> Iterator[Fault]:
     export, gate = settings.export, settings.gate
     if gate.on != "adapter" and gate.on not in export.formats:
         yield "gate.on", f"is {gate.on}, which is not exported; add it to JOB_EXPORT__FORMATS, or take adapter"
-    if gate.on != "adapter" and gate.min_delta is None and gate.max_regression is None:
-        yield "gate.on", "has no threshold; give JOB_GATE__MIN_DELTA or JOB_GATE__MAX_REGRESSION as well"
+    if gate.on != "adapter" and gate.min_delta is None and gate.max_regression is None and gate.policy is None:
+        yield (
+            "gate.on",
+            "has no threshold; give JOB_GATE__MIN_DELTA, JOB_GATE__MAX_REGRESSION or JOB_GATE__POLICY as well",
+        )
     if export.hub_revision is not None and export.hub is None:
         yield (
             "export.hub_revision",
             "is a branch of JOB_EXPORT__HUB, which names no repository; give it, or remove this",
         )
-    for name, value in (
-        ("lora.modules_to_save", settings.lora.modules_to_save),
-        ("model.add_tokens", settings.model.add_tokens),
-    ):
-        if export.formats and value:
-            what = "a merged model holds no modules or tokens that are trained as a whole"
-            yield "export.formats", f"{what}; remove it, or {environment_name(name)}"
     if not export.formats and settings.sources["export.merge_onto"] != "default":
         yield "export.merge_onto", "has no effect without JOB_EXPORT__FORMATS; give that too, or remove it"
     calibrated = [name for name, found in EXPORT_FORMATS.items() if found.calibrated]

@@ -58,6 +58,7 @@ from job.settings.field_types import (
     Passes,
     Pattern,
     Positive,
+    Prompts,
     PublicName,
     Real,
     RunId,
@@ -412,17 +413,30 @@ class Eval(Group):
     """Evaluation, before and after training."""
 
     tasks: AffectsResult[Names] = ("arc_easy",)
-    """Names of multiple-choice tasks of lm-eval, separated by commas, such as `arc_easy,piqa`."""
+    """Names of lm-eval's tasks and groups, separated by commas, such as `arc_easy,gsm8k`; or a file `my_task.yaml` that
+    describes one in lm-eval's format, with its data beside it. Multiple choice, generated answers and perplexity."""
     limit: AffectsResult[Maybe[Annotated[Count, Field(ge=2)]]] = None
     """Number of questions of each task, at least 2; empty: all."""
     data: AffectsResult[Annotated[Locations, SageMakerChannel("evaluation")]] = Field(default_factory=dict)
     """Files with the questions of a task, instead of the hub: `task=path,task2=s3://...` or JSON. A row has the fields
     that the task's own data set has."""
+    num_fewshot: AffectsResult[Maybe[Annotated[Whole, Field(le=100)]]] = None
+    """Examples in the prompt of every question; empty: as many as each task says. They are drawn from the task's own
+    examples with lm-eval's default seed."""
     long_questions: AffectsResult[Literal["error", "cut"]] = "error"
     """What to do with a question of more than JOB_TRAIN__MAX_LENGTH tokens: end the job with an error, or cut off its
     beginning, as lm-eval does."""
+    full_precision: AffectsResult[Literal["auto", "off"]] = "auto"
+    """Whether a base that is quantized for training is first scored with its original weights, in 16 bits (fp32 on a
+    CPU), so that the results show what quantization cost. `auto`: if memory allows it beside the quantized base."""
     batch_tokens: ExecutionOnly[Count] = 8192
     """Maximum number of tokens scored in one forward pass."""
+    prompts: AffectsResult[Maybe[Prompts]] = None
+    """Prompts that base and adapter answer, for the report: a file (path or `s3://` URI) with rows of the schemas of
+    JOB_DATA__FORMAT or, as .txt, a prompt on each line; or a number N, for the first N rows that
+    JOB_DATA__VALIDATION holds out. Empty: none."""
+    prompts_max_new_tokens: AffectsResult[Count] = 128
+    """Tokens at which an answer to JOB_EVAL__PROMPTS is cut off."""
 
 
 class Export(Group):
@@ -461,11 +475,15 @@ class Gate(Group):
     on: ExecutionOnly[Judged] = "adapter"
     """What the gate judges: the adapter, or the exported format that ships instead (see JOB_EXPORT__FORMATS)."""
     metric: ExecutionOnly[Literal["acc", "acc_norm"]] = "acc"
-    """Accuracy that the gate judges: by log-likelihood, or by log-likelihood divided by the length of the choice."""
+    """Accuracy that the gate judges: by log-likelihood, or by log-likelihood divided by the length of the choice. Tasks
+    without choices are not judged."""
     min_delta: ExecutionOnly[Maybe[Annotated[Real, Field(ge=-1, le=1)]]] = None
     """Smallest accepted gain of accuracy over the base model, as a fraction: 0.01 is one percentage point."""
     max_regression: ExecutionOnly[Maybe[Annotated[Real, Field(ge=0, le=1)]]] = None
     """Largest accepted loss of accuracy against the base model, as a fraction."""
+    policy: ExecutionOnly[Maybe[LocalPath]] = None
+    """A YAML file with rules for several tasks and one verdict, instead of a threshold: critical, supporting and
+    guarded tasks, each with its metric, least gain and largest loss."""
     baseline: ExecutionOnly[Maybe[Location]] = None
     """An earlier run, path or `s3://` URI: the gate compares with its adapter instead of with the base model."""
 
@@ -594,6 +612,12 @@ class Settings(Options):
     def part_of(self) -> str | None:
         """The id of the run that these are the first stage of; None for a whole run."""
         return self._part_of
+
+    @property
+    def need_choices(self) -> list[str]:
+        """The settings, as the environment has them, that are about the accuracy of multiple-choice questions."""
+        gate = self.gate.min_delta is not None or self.gate.max_regression is not None
+        return ["JOB_EXPORT__FORMATS"] * bool(self.export.formats) + ["JOB_GATE"] * gate
 
     @property
     def sources(self) -> Mapping[str, str]:

@@ -26,8 +26,8 @@ _LEFT = {
     *FIRST_STAGE_SETTINGS.values(),
 }
 """Settings of preferences and of two stages, which the first stage is without."""
-_OF_THE_WHOLE = ("gate.", "export.")
-"""Groups that the first stage is without as well: they are about what the last one publishes."""
+_OF_THE_WHOLE = ("gate.", "export.", "eval.prompts")
+"""Settings that begin so are left out in the first stage as well: they are about what the last one publishes."""
 
 _VALIDATION = {
     *("data.validation", "data.validation_revision", "data.validation_split"),

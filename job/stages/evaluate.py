@@ -1,57 +1,72 @@
-"""The two evaluations: of the base, with the adapter switched off, and of the adapter as it was published.
+"""The two evaluations of every run: of the base, with the adapter switched off, and of the adapter as it was published.
 
 Like all stages they return their result in process 0, and None in the others, which help to score.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from job import log
-from job.evaluation.harness import evaluate
+from job.evaluation.generation import HowToGenerate, generate
+from job.evaluation.harness import evaluate, measure
+from job.evaluation.measured import aggregate
 from job.evaluation.parallel_scoring import ParallelScoring
-from job.evaluation.samples import write_samples
+from job.evaluation.samples import MeasuredSample, Sample, write_samples
 from job.evaluation.score_cache import ScoreCache, score_conditions
 from job.evaluation.scorer import Scores, ScoreSequences, score_questions, score_sequences
 from job.model.adapter_files import load_adapter
 from job.model.lora import adapter_off
 from job.model.packed_attention import is_packed
-from job.records import Artifact, Evaluated, ModelRecord, Question, Trained
+from job.records import Answer, Artifact, Evaluated, MeasuredScores, ModelRecord, Question, Trained
 from job.runs.attempt import Attempt
 from job.runs.layout import SCORES, answers_key
 from job.settings.load import Settings
 from job.stages.handoff import Loaded, Sources
+from job.stages.prompts import answer_prompts
 from job.storage.open import ObjectStore
 
 
 def evaluate_base(
     attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded, shared: ObjectStore
 ) -> Evaluated | None:
-    """Scores all questions with the adapter switched off.
+    """Scores all questions, and answers the prompts that are asked, with the adapter switched off.
 
     `shared` is the store that contains all runs: base scores are cached there for other runs with the same base.
     """
     # The cache key leaves out the base's name and the adapter's properties: they do not change the base's scores.
     unnamed = replace(loaded.record, id="", revision=None, trainable_parameters=0, adapted=[])
-    cache = ScoreCache(shared, SCORES, settings.run.id, score_conditions(forward_facts(loaded, unnamed)))
+    facts = forward_facts(loaded, unnamed)
+    cache = ScoreCache(shared, SCORES, settings.run.id, score_conditions(facts))
     with adapter_off(loaded.model):
         found = score_model(attempt, settings, sources, loaded.model, cache=cache, side="base")
-    if found is None or (origin := cache.reused_from) is None:
+        answers = answer_prompts(attempt, settings, sources, loaded.model, side="base", conditions=facts)
+    if found is None:
+        return None
+    found = replace(found, artifacts=[*found.artifacts, *answers])
+    if (origin := cache.reused_from) is None:
         return found
     log.get_logger().info("base evaluation is reused", origin=origin)
-    return replace(found, scores={task: replace(s, reused_from=origin) for task, s in found.scores.items()})
+    return replace(
+        found,
+        scores={task: replace(s, reused_from=origin) for task, s in found.scores.items()},
+        measured={task: replace(s, reused_from=origin) for task, s in found.measured.items()},
+    )
 
 
 def evaluate_adapter(
     attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded, trained: Trained
 ) -> Evaluated | None:
-    """Scores all questions with the adapter read back from the store, so that the published file is evaluated."""
+    """Scores all questions, and answers the prompts, with the adapter read back from the store: the published file."""
     weights = load_published_adapter(attempt, loaded, trained)
     adapted = {**forward_facts(loaded, loaded.record), "adapter": [artifact.sha256 for artifact in weights]}
     cache = ScoreCache(attempt.store, SCORES, settings.run.id, score_conditions(adapted))
-    return score_model(attempt, settings, sources, loaded.model, cache=cache, side="adapter")
+    found = score_model(attempt, settings, sources, loaded.model, cache=cache, side="adapter")
+    answers = answer_prompts(attempt, settings, sources, loaded.model, side="adapter", conditions=adapted)
+    return found and replace(found, artifacts=[*found.artifacts, *answers])
 
 
 def load_published_adapter(attempt: Attempt, loaded: Loaded, trained: Trained) -> list[Artifact]:
@@ -79,15 +94,16 @@ def score_model(
     side: str,
     scoring: ScoreSequences = score_sequences,
     one_by_one: bool = False,
+    measured: bool = True,
 ) -> Evaluated | None:
     """Process 0 distributes the questions and publishes the samples; the other processes score their share.
 
     `scoring` is how one process scores sequences, for a model that is not one of transformers; with `one_by_one` each
-    sequence is one question.
+    sequence is one question. Without `measured`, tasks without choices are left out.
     """
     parallel = ParallelScoring(attempt.processes, attempt.alive, scoring)
     if not attempt.processes.leads or sources.tasks is None:
-        parallel.help(model)
+        parallel.help(model, sources.tokenizer)
         return None
 
     def score(questions: list[Question]) -> Scores:
@@ -108,14 +124,51 @@ def score_model(
                 on_progress=on_progress,
             )
 
+    def answer(prompts: list[tuple[int, ...]], how: HowToGenerate) -> list[Answer]:
+        before = attempt.questions
+
+        with log.progress("answers", len(prompts), every=max(1, len(prompts) // 10)) as show_progress:
+
+            def on_progress(answered: int) -> None:
+                attempt.questions = before + answered
+                show_progress(answered)
+
+            return generate(
+                model,
+                sources.tokenizer,
+                prompts,
+                max_new_tokens=how.max_new_tokens,
+                stop=how.stop,
+                sampling=how.sampling,
+                batch_tokens=settings.eval.batch_tokens,
+                cache=cache,
+                answer=parallel.answer,
+                on_progress=on_progress,
+            )
+
     cut_to = settings.train.max_length if settings.eval.long_questions == "cut" else None
-    found = evaluate(sources.tasks, sources.tokenizer, score, limit=settings.eval.limit, cut_to=cut_to)
+    asked: dict[str, Any] = {"limit": settings.eval.limit, "cut_to": cut_to}
+    found = evaluate(sources.tasks, sources.tokenizer, score, **asked)
+    others: Mapping[str, tuple[MeasuredScores, list[MeasuredSample]]] = {}
+    if measured:
+        asked |= {"max_length": settings.train.max_length, "seed": settings.run.seed}
+        others = measure(sources.tasks, sources.tokenizer, score, answer, **asked)
     parallel.finish()
-    artifacts, figures = [], {}
-    for task, (scores, samples) in found.items():
+
+    def published(task: str, samples: Sequence[Sample] | Sequence[MeasuredSample]) -> Artifact:
         key = answers_key(task, side)
         write_samples(attempt.work / key, samples)
-        artifacts.append(attempt.publish(attempt.work / key, key))
-        figures[task] = scores
+        return attempt.publish(attempt.work / key, key)
+
+    artifacts = [published(task, samples) for task, (_, samples) in found.items()]
+    artifacts += [published(task, samples) for task, (_, samples) in others.items()]
+    for task, (scores, _) in found.items():
         log.get_logger().info("evaluated", task=task, n=scores.n, acc=scores.acc, acc_norm=scores.acc_norm)
-    return Evaluated(figures, artifacts)
+    for task, (figures, _) in others.items():
+        shown = {name: aggregate(figures.values[name], metric.aggregation) for name, metric in figures.metrics.items()}
+        log.get_logger().info("evaluated", task=task, n=figures.n, **shown)
+    return Evaluated(
+        {task: scores for task, (scores, _) in found.items()},
+        artifacts,
+        {task: figures for task, (figures, _) in others.items()},
+    )

@@ -10,26 +10,31 @@ that is complete in the store is not made again.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from job import log
-from job.common.export_formats import MERGED, derived, find_format
+from job.common.export_formats import GGUF, MERGED, derived, find_format, split_name
+from job.common.formatting import size
 from job.common.hashing import hash_files, seal
-from job.common.resources import check_disk, required_bytes
+from job.common.resources import available_bytes, check_disk, required_bytes
 from job.data.calibration import calibration_examples
 from job.errors import Problem, SettingsError, Unreachable
 from job.evaluation.comparison import choose_candidate
 from job.evaluation.score_cache import ScoreCache, score_conditions
 from job.evaluation.scorer import score_sequences
+from job.export.checkpoint import SHARD
 from job.export.formats import DerivedInputs, derived_format
+from job.export.gguf import TYPES
 from job.export.merge import Candidates, candidates, plan_merge, release, write_merged
 from job.export.quantizable import CannotMake
-from job.export.scoring import ExportedModel, HowToScore, load_exported
+from job.export.scoring import ExportedModel, HowToScore, gpu_bytes, load_exported
 from job.model.files import build_empty, read_config
 from job.records import (
     Artifact,
@@ -102,7 +107,7 @@ def check_export(attempt: Attempt, settings: Settings, original: Path, loaded: L
         SettingsError: The base or the adapter cannot be exported as asked for, or the gate judges a format that this
             machine cannot score.
         DataError: The base's files cannot be read.
-        Unreachable: The disk is too small.
+        Unreachable: The disk or the memory is too small.
     """
     names = derived(settings.export.formats)
     merges = candidates(loaded.model, original, settings.export.merge_onto)
@@ -125,7 +130,39 @@ def check_export(attempt: Attempt, settings: Settings, original: Path, loaded: L
     sizes = [len(merges.names) * merges.bytes_each]
     sizes += [int(merges.bytes_each * find_format(name).bits / 16) for name in names]
     check_disk(attempt.work, required_bytes(sizes))
+    _check_memory(loaded.model, merges.bytes_each, names)
     return merges
+
+
+def _check_memory(model: Any, merged_bytes: int, names: Sequence[str]) -> None:
+    """Refuses what this machine's memory cannot hold once training is done and the model is given up.
+
+    Only what is certain: the weights themselves, without what is computed with them.
+
+    Raises:
+        Unreachable: It is too small. A retry may get a machine with more.
+    """
+    on_gpu = model.device.type == "cuda"
+    # what is held while one format is made or scored, and what for
+    needs = [(min(SHARD, merged_bytes), MERGED) if on_gpu else (merged_bytes, MERGED)]
+    for name in names:
+        family, kind = split_name(name)
+        if find_format(name).calibrated:
+            needs.append((merged_bytes, name))
+        elif family == GGUF:
+            needs.append((int(merged_bytes * TYPES[kind].bits / 16), name))
+    if on_gpu and (total := gpu_bytes(model.device)) < merged_bytes:
+        raise Unreachable(
+            f"the merged model takes {size(merged_bytes, ' ')} of the GPU's memory to be scored, which has "
+            f"{size(total, ' ')}; take a larger GPU, or leave JOB_EXPORT__FORMATS empty and merge on another machine"
+        )
+    held = 0 if on_gpu else sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    need, name = max(needs)
+    if (free := available_bytes() + held) < need:
+        raise Unreachable(
+            f"JOB_EXPORT__FORMATS: {name} takes {size(need, ' ')} of this machine's memory, and {size(free, ' ')} are "
+            "free; give the machine or the pod more, or leave it out"
+        )
 
 
 def export(attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded, trained: Trained) -> Exported | None:
@@ -228,6 +265,8 @@ def _derived(own: _Export, name: str, candidate: str, merged: _Files) -> Iterato
         try:
             record = replace(found.make(inputs), calibration=calibration)
         except CannotMake as error:
+            if os.strerror(errno.ENOSPC) in str(error):  # of a process of its own: another machine can make it
+                raise Unreachable(f"{name} cannot be made, since the disk is full: {error}") from error
             return {_NOT_MADE: str(error)}
         shutil.rmtree(inputs.work, ignore_errors=True)
         return {**_told(_Files.of(inputs.folder)), _OF_QUANTIZED: asdict(record)}
@@ -295,6 +334,7 @@ def _score(
             side=side,
             scoring=exported.scoring or score_sequences,
             one_by_one=exported.one_by_one,
+            measured=False,
         )
     finally:
         exported.close()

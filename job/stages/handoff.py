@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from job.data.examples import Examples
+from job.evaluation.policy import Policy
 from job.evaluation.tasks import Tasks
 from job.model.published_names import PublishedNames
 from job.model.quantized_cache.layout import CachedBase, CacheEntry
-from job.records import Example, ExecutionPlan, ModelRecord, Packing, Pulled
+from job.records import Example, ExecutionPlan, ModelRecord, Packing, PromptRow, Pulled
 from job.results.baseline import Baseline
 
 
@@ -22,10 +23,12 @@ class Sources:
     `examples` are trained on, `validation` is validated on, and empty if nothing is.
     `start` holds the adapter that training starts from; None for a new one.
     `findings` is the file of what the audit found in the rows.
+    `prompts` are those of JOB_EVAL__PROMPTS; empty if nothing is asked.
     `original` holds the base's own files, where they are here; a restart may have the quantized base only.
 
-    Only the process that pulled, the first on its machine, has `tasks`, `baseline` (results of an earlier run that the
-    gate compares with) and `cache_entry` (where the quantized base is cached); in the others they are None.
+    Only the process that pulled, the first on its machine, has `tasks`, `prompts`, `baseline` (results of an earlier
+    run that the gate compares with), `policy` (the rules that the gate judges by) and `cache_entry` (where the
+    quantized base is cached); the others have none.
     """
 
     record: Pulled
@@ -37,8 +40,10 @@ class Sources:
     start: Path | None
     tasks: Tasks | None
     baseline: Baseline | None
+    policy: Policy | None
     cache_entry: CacheEntry | None
     original: Path | None = None
+    prompts: Sequence[PromptRow] = ()
     findings: Path | None = None
 
 

@@ -11,8 +11,10 @@ from functools import partial
 from job.common.export_formats import EXTRA, not_installed
 from job.common.source_list import parse_sources
 from job.data.dataset import check_source
+from job.data.prompts import find_prompts
 from job.data.training_and_validation import ValidationSource, what_to_validate_on
-from job.errors import JobError, Problem, SettingsError, combine
+from job.errors import JobError, Problem, SettingsError, combine, named_by
+from job.evaluation.policy import read_policy
 from job.evaluation.tasks import check_tasks, find_questions
 from job.model.files import weight_files
 from job.model.start_adapter import local_start
@@ -37,12 +39,16 @@ def check_inputs(settings: Settings, later: Sequence[Settings] = (), *, begun: b
     """
     checks = list(_data_sources(settings, later))
     checks += [(place, partial(find_questions, place)) for place in settings.eval.data.values()]
+    if isinstance(settings.eval.prompts, str):
+        checks.append((settings.eval.prompts, partial(_check_prompts, settings.eval.prompts)))
     if not begun:
         checks.append((settings.model.id, partial(_check_model, settings.model.id)))
     if settings.lora.start is not None:
         checks.append((settings.lora.start, partial(local_start, settings.lora.start)))
     if settings.gate.baseline is not None:
         checks.append((settings.gate.baseline, partial(check_run, settings.gate.baseline)))
+    if settings.gate.policy is not None:
+        checks.append((settings.gate.policy, partial(read_policy, settings.gate.policy, settings.eval.tasks)))
     checks = [(place, check) for place, check in checks if not is_remote(place)]
     if not begun:
         checks.append(("tasks", partial(check_tasks, settings.eval.tasks, settings.eval.data)))
@@ -73,6 +79,12 @@ def _data_sources(settings: Settings, later: Sequence[Settings]) -> Iterator[tup
         if isinstance(validation, ValidationSource):
             where = (validation.name, validation.revision, validation.split)
             yield validation.name, partial(check, *where, "JOB_DATA__VALIDATION")
+
+
+def _check_prompts(place: str) -> None:
+    """Refuses a file of prompts that is not there."""
+    with named_by("JOB_EVAL__PROMPTS"):
+        find_prompts(place)
 
 
 def _check_extra(formats: Sequence[str]) -> None:

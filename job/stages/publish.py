@@ -12,6 +12,7 @@ from job.checkpoints import manager
 from job.common.hashing import sealed
 from job.errors import JobError
 from job.evaluation.comparison import compare_tasks, judge
+from job.evaluation.measured import compare_measured
 from job.records import Artifact, Evaluated, Exported, ModelRecord, TaskScores, Trained
 from job.report import model_card, report
 from job.results import inventory, manifest
@@ -64,6 +65,7 @@ def publish(
     audit = sources.record.dataset.audit
     tasks = compare_tasks(base.scores, adapter.scores, overlap=audit.overlap if audit else {})
     findings = [] if audit is None else [Artifact(FINDINGS, audit.bytes, audit.sha256)]
+    measured = compare_measured(base.measured, adapter.measured)
     judged = _judged(settings, adapter, exported)
     compared = compare_tasks(base.scores, judged) if judged else {}
     against, copies = _publish_baseline(attempt, sources.baseline, judged)
@@ -77,13 +79,21 @@ def publish(
         dataset=sources.record.dataset,
         training=trained.training,
         tasks=tasks,
-        gate=judge(compared, **settings.gate.model_dump(exclude={"baseline"}), baseline=against),
+        measured=measured,
+        gate=judge(
+            compared,
+            **settings.gate.model_dump(exclude={"baseline", "policy"}),
+            baseline=against,
+            policy=sources.policy,
+        ),
         artifacts=[*findings, *base.artifacts, *trained.artifacts, *adapter.artifacts, *exported.artifacts, *copies],
-        exports=manifest.exports_record(exported, base.scores, adapter.scores),
+        exports=manifest.exports_record(exported, base, adapter.scores),
+        full_precision=manifest.full_precision_record(base, adapter.scores),
         evidence=inventory.collect(attempt.store, attempt.work / "evidence", attempt.number),
         image_digest=settings.run.image_digest,
         on_demand_usd_per_hour=settings.cost.on_demand_usd_per_hour,
         gpus=gpus,
+        prompts=sources.record.prompts,
     )
     results = manifest.sealed(publish_report_and_card(attempt, results))
     manifest.validate(results)
@@ -124,7 +134,14 @@ def publish_report_and_card(attempt: Attempt, results: Mapping[str, Any]) -> dic
     Raises:
         JobError: The store does not accept a file.
     """
-    complete = _with(results, _published(attempt, CARD, lambda: model_card.render_model_card(results)))
+    complete = _with(
+        results,
+        _published(
+            attempt,
+            CARD,
+            lambda: model_card.render_model_card(results, report.read_prompts(results, attempt.fetch)),
+        ),
+    )
     for export in results["exports"]:
         if export.get("published", True):
             key = export_folder(export["format"]) + EXPORT_CARD

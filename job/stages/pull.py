@@ -20,15 +20,18 @@ from job.audit.overlap import index_questions
 from job.audit.rows import set_up
 from job.common import host
 from job.common.hashing import code_hashes
+from job.common.methods import SFT
 from job.common.resources import check_disk, required_bytes, usable_cpus
 from job.common.source_list import Source, locate_sources, parse_sources
 from job.common.threads import in_thread
 from job.data.hub_dataset import check_hub_dataset
+from job.data.prompts import find_prompts, prompts_sha256, read_prompts, validation_prompts
 from job.data.text_tokenizer import broken_tokenizer
 from job.data.token_cache import Tokens, load_tokens, open_tokens
 from job.data.training_and_validation import ValidationSource, what_to_validate_on
 from job.errors import DataError, JobError, Preempted, Problem, named_by
-from job.evaluation.tasks import Tasks, check_lengths, load_tasks
+from job.evaluation.policy import read_policy
+from job.evaluation.tasks import MULTIPLE_CHOICE, Tasks, check_choices, check_lengths, load_tasks
 from job.model.adapter_options import MANY_STEPS, make_options
 from job.model.base import choose_device, choose_dtype, inspect, load_tokenizer
 from job.model.files import fingerprint
@@ -36,7 +39,7 @@ from job.model.quantized_cache.cache import find
 from job.model.quantized_cache.layout import CachedBase, CacheEntry, entry_at, entry_for
 from job.model.start_adapter import check_start, find_start, hash_start
 from job.model.tokenizer_files import rows_with, tokenizer_files
-from job.records import Artifact, FirstValues, Pulled
+from job.records import Artifact, FirstValues, PromptRow, PromptsRecord, Pulled
 from job.results.baseline import check_questions, read_baseline
 from job.runs.attempt import Attempt, missing
 from job.runs.layout import ADAPTER, BASE, FINDINGS, FIRST_VALUES, Stage
@@ -55,6 +58,7 @@ _SETTING_OF = {
     "data": "JOB_DATA__SOURCE",
     "validation": "JOB_DATA__VALIDATION",
     "questions": "JOB_EVAL__DATA",
+    "prompts": "JOB_EVAL__PROMPTS",
 }
 """Folder for what is fetched -> the setting that names it."""
 _LATER = "later/"
@@ -139,6 +143,7 @@ def _read_shared(shared: _Shared, added_tokens: Sequence[str] | None) -> Sources
         None if shared.start is None else Path(shared.start),
         tasks=None,
         baseline=None,
+        policy=None,
         cache_entry=None,
     )
 
@@ -149,6 +154,7 @@ def _pull(
     """What is pulled, and the folder of its tokens."""
     gate = settings.gate
     baseline = None if gate.baseline is None else read_baseline(gate.baseline, storage)
+    policy = None if gate.policy is None else read_policy(gate.policy, settings.eval.tasks)
     check_disk(attempt.work, required_bytes(size(place, storage) for place in _places(settings, later)))
     import_client()  # here: two threads that import the same at once may get half of a module
     early: Future[tuple[Path, bool]] = Future()
@@ -165,7 +171,7 @@ def _pull(
         import_libraries()
         tasks = _load_tasks(attempt, settings, storage)
         if baseline is not None:
-            check_questions(baseline, tasks.questions(settings.eval.limit), gate.metric)
+            check_questions(baseline, tasks.only(MULTIPLE_CHOICE).questions(settings.eval.limit), gate.metric)
         start = _find_start(attempt, settings, storage)
         fetched = _fetch_rows(attempt, settings, storage)
         folder, missing = _early_files(attempt, early, coming)
@@ -191,11 +197,11 @@ def _pull(
                 coming.result()  # an error of the weights ends the reading of rows
 
         how: dict[str, Any] = {"date": date, "vocabulary": vocabulary, "alive": alive}
-        questions = index_questions(tasks.prompts(settings.eval.limit))
-        how["audit"] = set_up(questions, settings.data.on_finding)
-        tokens = _read_rows(attempt, settings, *fetched, tokenizer, audited=_known_audit(attempt), **how)
+        audit = set_up(index_questions(tasks.prompts(settings.eval.limit)), settings.data.on_finding)
+        tokens = _read_rows(attempt, settings, *fetched, tokenizer, audit=audit, audited=_known_audit(attempt), **how)
+        prompts = _read_prompts(attempt, settings, storage, tokens, tokenizer, fetched=fetched, **how)
         for stage in later:
-            _read_rows(attempt, stage, *_fetch_rows(attempt, stage, storage, _LATER), tokenizer, **how)
+            _read_rows(attempt, stage, *_fetch_rows(attempt, stage, storage, _LATER), tokenizer, audit=audit, **how)
         model: _Model = _wait(attempt, coming)
     except JobError as error:
         checked.cancel()
@@ -206,7 +212,9 @@ def _pull(
     dataset = tokens.record
     log.get_logger().info("data is ready", rows=dataset.rows, skipped=dataset.skipped, tokens=dataset.tokens)
     start_sha256 = None if start is None else hash_start(start)
-    record = Pulled(dataset, model.sha256, model.revision, tasks.fingerprints(), start_sha256)
+    record = Pulled(
+        dataset, model.sha256, model.revision, tasks.fingerprints(), start_sha256, _prompts_record(settings, prompts)
+    )
     sources = Sources(
         record,
         model.folder,
@@ -217,8 +225,10 @@ def _pull(
         start,
         tasks,
         baseline,
+        policy,
         model.cache_entry,
         model.original,
+        prompts,
         tokens.findings,
     )
     return sources, tokens.folder
@@ -257,7 +267,8 @@ def _places(settings: Settings, later: Sequence[Settings]) -> set[str]:
     data = {source.place for text in texts for source in parse_sources(text)}
     validation = _what_to_validate_on(settings)
     own = {validation.name} if isinstance(validation, ValidationSource) else set()
-    return {settings.model.id, *data, *own, *settings.eval.data.values()}
+    prompts = {settings.eval.prompts} if isinstance(settings.eval.prompts, str) else set()
+    return {settings.model.id, *data, *own, *prompts, *settings.eval.data.values()}
 
 
 def _find_start(attempt: Attempt, settings: Settings, storage: StorageOptions) -> Path | None:
@@ -280,7 +291,9 @@ def _fetch(attempt: Attempt, place: str, kind: str, storage: StorageOptions) -> 
 def _load_tasks(attempt: Attempt, settings: Settings, storage: StorageOptions) -> Tasks:
     given = settings.eval.data
     files = {task: Path(_fetch(attempt, place, f"questions/{task}", storage)) for task, place in given.items()}
-    return load_tasks(settings.eval.tasks, files, given)
+    tasks = load_tasks(settings.eval.tasks, files, given, settings.eval.num_fewshot)
+    check_choices(tasks, settings.need_choices)
+    return tasks
 
 
 def _wait(attempt: Attempt, *futures: Future[Any]) -> Any:
@@ -382,6 +395,86 @@ def _read_rows(
             seed=settings.run.seed if data.seed is None else data.seed,
             **how,
         )
+
+
+def _read_prompts(
+    attempt: Attempt,
+    settings: Settings,
+    storage: StorageOptions,
+    tokens: Tokens,
+    tokenizer: Any,
+    *,
+    fetched: tuple[str | Sequence[Source], float | ValidationSource | None],
+    **how: Any,
+) -> list[PromptRow]:
+    """The prompts of JOB_EVAL__PROMPTS; none where it is empty. `fetched` and `tokens` are of the training data.
+
+    Raises:
+        DataError: They cannot be read, or there are none.
+    """
+    place = settings.eval.prompts
+    if place is None:
+        return []
+    if isinstance(place, int):
+        return _prompts_of_rows(attempt, settings, fetched, tokens, tokenizer, **how)
+    return read_prompts(
+        find_prompts(_fetch(attempt, place, "prompts", storage)),
+        place,
+        tokenizer=tokenizer,
+        schema=tokens.record.format,
+        most_tokens=_longest_prompt(settings),
+        template_arguments=settings.data.chat_template_arguments,
+        **how,
+    )
+
+
+def _prompts_of_rows(
+    attempt: Attempt,
+    settings: Settings,
+    fetched: tuple[str | Sequence[Source], float | ValidationSource | None],
+    tokens: Tokens,
+    tokenizer: Any,
+    **how: Any,
+) -> list[PromptRow]:
+    """The prompts of the first JOB_EVAL__PROMPTS validation rows; `fetched` and `tokens` are of all rows.
+
+    Raises:
+        DataError: The rows have no prompts.
+    """
+    asked, held = int(settings.eval.prompts or 0), tokens.validation or ()
+    if settings.train.rows_loss_on == "all" and settings.train.last_method == SFT:
+        # Where all tokens are targets, they do not say where the prompt ends: the same rows, read for that.
+        train = settings.train.model_copy(update={"loss_on": "completion"})
+        again = _read_rows(attempt, settings.model_copy(update={"train": train}), *fetched, tokenizer, **how)
+        if [again.record.rows, len(again.validation or ())] != [tokens.record.rows, len(held)]:
+            what = "some rows cannot be split into prompt and completion; give a file of prompts instead of a number"
+            raise DataError([Problem("JOB_EVAL__PROMPTS", what)])
+        held = again.validation or ()
+    most = _longest_prompt(settings)
+    found = list(validation_prompts(held, asked, tokenizer, most))
+    if not found:
+        what = f"no validation row of the schema {tokens.record.format} has a prompt of at most {most:,} tokens"
+        raise DataError([Problem("JOB_EVAL__PROMPTS", f"{what}; give a file of prompts instead of a number")])
+    if len(found) < asked:
+        log.get_logger().warning("there are fewer prompts than JOB_EVAL__PROMPTS", prompts=len(found), asked=asked)
+    return found
+
+
+def _longest_prompt(settings: Settings) -> int:
+    """In tokens, so that an answer has room behind it."""
+    return settings.train.max_length - settings.eval.prompts_max_new_tokens
+
+
+def _prompts_record(settings: Settings, prompts: Sequence[PromptRow]) -> PromptsRecord | None:
+    if not prompts:
+        return None
+    asked = settings.eval.prompts
+    return PromptsRecord(
+        source=asked if isinstance(asked, str) else "validation rows",
+        count=len(prompts),
+        max_new_tokens=settings.eval.prompts_max_new_tokens,
+        sha256=prompts_sha256([(prompt.text, prompt.reference) for prompt in prompts]),
+    )
 
 
 def _vocabulary(folder: Path) -> int | None:

@@ -130,6 +130,10 @@ def summary_of(results: Mapping[str, Any]) -> dict[str, float]:
         for side in ("base", "adapter"):
             summary |= {f"evaluation/{task}/{side}_{metric}": found[side][metric] for metric in ("acc", "acc_norm")}
         summary |= {f"evaluation/{task}/{name}": found[name] for name in ("delta", "mcnemar_p")}
+    for task, found in results["evaluation"].get("measured", {}).items():
+        for metric, one in found["metrics"].items():
+            name = f"evaluation/{task}/{metric.replace(',', '_')}"
+            summary |= {f"{name}_{side}": one[side] for side in ("base", "adapter")}
     return {name: float(value) for name, value in summary.items() if value is not None}
 
 

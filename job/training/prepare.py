@@ -127,6 +127,11 @@ def why_not_fused(model: Any) -> str | None:
     return None
 
 
+def free_gpu_bytes(gigabytes: float | None) -> int:
+    """Bytes of the GPU that this process may still allocate; `gigabytes` is the limit of `limit_memory`."""
+    return _gpu_memory(gigabytes)[1]
+
+
 def limit_memory(gigabytes: float | None) -> None:
     """Limits the GPU memory that torch may allocate in this process, in units of 1e9 bytes; None for no limit."""
     import torch

@@ -14,7 +14,7 @@ from job.common.gguf_file import gguf_contents
 from job.data.calibration import calibration_rows, hash_rows
 from job.evaluation.comparison import choose_candidate, compare_export
 from job.records import TaskScores
-from job.runs.layout import EXPORT, EXPORT_CARD, RESULTS, export_folder, export_side
+from job.runs.layout import EXPORT, EXPORT_CARD, ORIGINAL_SIDE, RESULTS, export_folder, export_side
 from job.verification.check_figures import Copies, SamplesByTask, read_samples, scores_of, unpaired
 from job.verification.differences import MAX_SHOWN, CheckResult, Difference, find_differences, show
 
@@ -72,7 +72,13 @@ def _check_one(
             named = {task: {**tasks[task], side: one["scores"]} for task, one in claimed.items()}
             scores[candidate] = scores_of(found, named, side)
             pair = scores_of(base, tasks, "base"), scores_of(adapter, tasks, "adapter")
-            again = compare_export(*pair, scores[candidate])
+            original = None
+            if any("versus_original" in one for one in claimed.values()):
+                parsed, _ = read_samples(tasks, ORIGINAL_SIDE, copies)  # reported by the check of the evaluation
+                known = (results["evaluation"].get("full_precision") or {}).get("tasks", {})
+                own = {task: {**tasks[task], ORIGINAL_SIDE: one["scores"]} for task, one in known.items()}
+                original = scores_of(parsed, own, ORIGINAL_SIDE) if parsed.keys() == own.keys() else None
+            again = compare_export(*pair, scores[candidate], original)
             yield from find_differences(f"{place}.candidates.{candidate}", claimed, again)
     if len(export["candidates"]) > 1 and scores.keys() == export["candidates"].keys():
         chosen, reason = choose_candidate(scores)

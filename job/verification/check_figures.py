@@ -7,18 +7,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from job.common.formatting import count
 from job.common.validation import first_error
 from job.data.batch_plan import steps_per_epoch
-from job.evaluation.comparison import compare_tasks, judge
-from job.evaluation.samples import HASHES, Sample, contradiction, parse, task_scores
-from job.records import AttemptRecord, StepMetrics, TaskScores, ValidationMetrics
+from job.errors import JobError
+from job.evaluation.comparison import compare_full_precision, compare_tasks, judge
+from job.evaluation.measured import compare_measured, measured_from
+from job.evaluation.policy import Policy
+from job.evaluation.samples import HASHES, Sample, contradiction, parse, parse_measured, task_scores
+from job.records import AttemptRecord, MeasuredScores, StepMetrics, TaskScores, ValidationMetrics
 from job.results.adapter_facts import CONFIG, WEIGHTS, adapter_facts
 from job.results.cost import compute_cost
 from job.results.training_totals import training_totals
-from job.runs.layout import ARTIFACTS, METRICS, RESULTS, VALIDATIONS, answers_key, export_side
+from job.runs.layout import ARTIFACTS, METRICS, ORIGINAL_SIDE, RESULTS, VALIDATIONS, answers_key, export_side
 from job.training.config import total_steps
 from job.training.early_stopping import due_steps, progress, validation_record
 from job.verification.differences import MAX_SHOWN, CheckResult, Difference, find_differences, show
@@ -44,9 +47,55 @@ def check_evaluation(results: Mapping[str, Any], copies: Copies) -> CheckResult:
         overlap = (results["dataset"].get("audit") or {}).get("overlap")
         found = compare_tasks(*(scores_of(by_task[side], tasks, side) for side in ("base", "adapter")), overlap=overlap)
         differences += find_differences(f"{RESULTS} evaluation.tasks", tasks, found)
+        differences += _full_precision(results, copies, by_task)
     questions = sum(len(records) for records in by_task["adapter"].values())
-    extent = f"{count(len(tasks), 'task')}, {count(questions, 'question')} answered twice"
+    measured = results["evaluation"].get("measured", {})
+    differences += _measured(measured, copies)
+    questions += sum(found["n"] for found in measured.values())
+    extent = f"{count(len(tasks) + len(measured), 'task')}, {count(questions, 'question')} answered twice"
     return CheckResult("evaluation", extent, tuple(differences))
+
+
+def _measured(tasks: Mapping[str, Any], copies: Copies) -> Iterator[Difference]:
+    """What is wrong with the tasks without choices, from their samples."""
+    sides: dict[str, dict[str, MeasuredScores]] = {"base": {}, "adapter": {}}
+    wrong = False
+    for side, scores in sides.items():
+        for task, claimed in tasks.items():
+            path = answers_key(task, side)
+            try:
+                scores[task] = measured_from(parse_measured(copies[path].read_bytes()), task, claimed, side)
+            except (KeyError, ValueError) as error:
+                wrong = True
+                what = "nothing that can be read" if isinstance(error, KeyError) else str(error)
+                yield Difference(path, "one record a question", what)
+    if wrong:
+        return
+    try:
+        found = compare_measured(sides["base"], sides["adapter"])
+    except (JobError, ArithmeticError) as error:
+        yield Difference(f"{RESULTS} evaluation.measured", "the same questions asked of both", str(error))
+    else:
+        yield from find_differences(f"{RESULTS} evaluation.measured", tasks, found)
+
+
+def _full_precision(
+    results: Mapping[str, Any], copies: Copies, by_task: Mapping[str, SamplesByTask]
+) -> Iterator[Difference]:
+    """The figures of the base with its original weights, from its samples; nothing where it was not scored."""
+    claimed, tasks = results["evaluation"].get("full_precision"), results["evaluation"]["tasks"]
+    if claimed is None or (claimed.get("not_scored") and not claimed["tasks"]):
+        return
+    place = f"{RESULTS} evaluation.full_precision"
+    original, wrong = read_samples(tasks, ORIGINAL_SIDE, copies)
+    wrong += unpaired(original, by_task["adapter"], ORIGINAL_SIDE)
+    wrong += find_differences(f"{place}.tasks", sorted(claimed["tasks"]), sorted(tasks))
+    yield from wrong
+    if not wrong:
+        named = {task: {**tasks[task], ORIGINAL_SIDE: one["scores"]} for task, one in claimed["tasks"].items()}
+        pair = (scores_of(by_task[side], tasks, side) for side in ("base", "adapter"))
+        found = compare_full_precision(scores_of(original, named, ORIGINAL_SIDE), *pair)
+        yield from find_differences(f"{place}.tasks", claimed["tasks"], found)
 
 
 def check_gate(results: Mapping[str, Any], copies: Copies) -> CheckResult:
@@ -80,14 +129,30 @@ def check_gate(results: Mapping[str, Any], copies: Copies) -> CheckResult:
         if not wrong:
             pair = scores_of(earlier, against["tasks"], "base"), scores_of(ours, against["tasks"], "adapter")
             against = {**against, "tasks": compare_tasks(*pair)}
+    policy, wrong = _policy(results)
+    differences += wrong
     if not differences:
         differences += find_differences(
-            f"{RESULTS} gate", {"on": on, **gate}, judge(tasks, **thresholds, on=on, baseline=against)
+            f"{RESULTS} gate", {"on": on, **gate}, judge(tasks, **thresholds, on=on, baseline=against, policy=policy)
         )
     outcome = {None: "none set", True: "met", False: "not met"}[gate["passed"]]
     versus = "" if against is None else f", against run {show(against['run'])}"
     judged = "" if side == "adapter" else f", {on}"
     return CheckResult("gate", outcome + judged + versus, tuple(differences))
+
+
+def _policy(results: Mapping[str, Any]) -> tuple[Policy | None, list[Difference]]:
+    """The policy in the manifest, and what is wrong with it."""
+    given = (results["settings"].get("gate.policy") or {}).get("value")
+    recorded = results["gate"].get("policy")
+    if (given is None) != (recorded is None):
+        return None, [Difference(f"{RESULTS} gate.policy", show(given), "the rules are in the gate if a file is named")]
+    if recorded is None:
+        return None, []
+    try:
+        return Policy.model_validate(recorded["asked"]), []
+    except ValidationError as error:
+        return None, [Difference(f"{RESULTS} gate.policy.asked", "not a policy", f"{error.errors()[0]['msg']}")]
 
 
 def _unscored(results: Mapping[str, Any], on: str) -> bool:
@@ -149,6 +214,7 @@ def scores_of(by_task: SamplesByTask, tasks: Mapping[str, Any], side: str) -> di
             source=tasks[task]["source"],
             version=tasks[task]["version"],
             reused_from=tasks[task][side]["reused_from"],
+            num_fewshot=tasks[task].get("num_fewshot", 0),
         )
         for task, records in by_task.items()
     }

@@ -14,8 +14,9 @@ from job.common.formatting import count
 from job.common.validation import first_error
 from job.errors import JobError
 from job.evaluation.comparison import compare_tasks
+from job.evaluation.measured import compare_measured
 from job.records import Artifact, AttemptRecord, Evaluated, Exported, Pulled, Trained
-from job.results.manifest import exports_record
+from job.results.manifest import exports_record, full_precision_record
 from job.runs import lease, stage_records
 from job.runs.layout import LEASE, RESULTS, SETTINGS, Stage, attempt_key, attempt_number, stage_key
 from job.runs.run_log import parse_logged, parse_record
@@ -68,6 +69,8 @@ def check_stages(results: Mapping[str, Any], copies: Copies, run: str | None) ->
             asdict(pulled.dataset),
         )
         differences += find_differences(f"{RESULTS} model", {name: results["model"][name] for name in found}, found)
+        prompts = None if pulled.prompts is None else asdict(pulled.prompts)
+        differences += find_differences(f"{RESULTS} evaluation.prompts", results["evaluation"].get("prompts"), prompts)
     if trained is not None and pulled is not None:
         place = f"{RESULTS} training.start_sha256"
         differences += find_differences(place, trained.training.start_sha256, pulled.start_sha256)
@@ -80,10 +83,15 @@ def check_stages(results: Mapping[str, Any], copies: Copies, run: str | None) ->
         try:
             overlap = (results["dataset"].get("audit") or {}).get("overlap")
             tasks = compare_tasks(base.scores, adapter.scores, overlap=overlap)
+            original = full_precision_record(base, adapter.scores)
         except (JobError, ValueError) as error:
             differences.append(Difference(ADAPTER, "scores that compare with the base's", str(error)))
         else:
-            differences += find_differences(f"{RESULTS} evaluation.tasks", results["evaluation"]["tasks"], tasks)
+            told = results["evaluation"]
+            differences += find_differences(f"{RESULTS} evaluation.tasks", told["tasks"], tasks)
+            place = f"{RESULTS} evaluation.full_precision"
+            differences += find_differences(place, told.get("full_precision"), original)
+        differences += _measured_differ(results, base, adapter)
     stages = "pull, evaluate base, train, evaluate adapter"
     if results.get("exports") or EXPORT in copies:
         stages += ", export"
@@ -93,13 +101,23 @@ def check_stages(results: Mapping[str, Any], copies: Copies, run: str | None) ->
     return CheckResult("stages", stages, tuple(differences))
 
 
+def _measured_differ(results: Mapping[str, Any], base: Evaluated, adapter: Evaluated) -> Iterator[Difference]:
+    """Whether the figures of tasks without choices follow from the stages' records."""
+    try:
+        found = compare_measured(base.measured, adapter.measured)
+    except (JobError, ValueError, ArithmeticError, KeyError) as error:
+        yield Difference(ADAPTER, "figures that compare with the base's", str(error))
+    else:
+        yield from find_differences(f"{RESULTS} evaluation.measured", results["evaluation"].get("measured", {}), found)
+
+
 def _exports_differ(
     results: Mapping[str, Any], exported: Exported, base: Evaluated, adapter: Evaluated
 ) -> Iterator[Difference]:
     """The manifest's exports by the record of the stage."""
     yield from _listed(results, exported.artifacts)
     try:
-        found = exports_record(exported, base.scores, adapter.scores)
+        found = exports_record(exported, base, adapter.scores)
     except (JobError, ValueError) as error:
         yield Difference(EXPORT, "scores that compare with the base's", str(error))
     else:

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from job.common.formatting import count
-from job.common.hashing import unsealed
 from job.errors import DataError
 from job.push.files import files_sha256, files_to_push
 from job.push.oci import OciTarget, image_digest
-from job.records import Pushed
+from job.results.after_run import parse_push
 from job.runs.layout import PUSHED, pushed_key
 from job.storage.base import read_record
 from job.storage.open import ObjectStore
@@ -45,7 +44,7 @@ def check_pushes(
     for key in keys:
         stored = read_record(store, key)
         try:
-            record = Pushed(**unsealed(b"" if stored is None else stored.data))
+            record = parse_push(b"" if stored is None else stored.data)
         except (ValueError, TypeError) as error:
             differences.append(Difference(key, "the record of a push", str(error)[:200]))
             continue

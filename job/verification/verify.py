@@ -21,7 +21,7 @@ from job.errors import Problem, VerificationError
 from job.records import Artifact
 from job.results.inventory import is_evidence, is_leftover
 from job.results.reader import parse, read_bytes
-from job.runs.layout import ARTIFACTS, FIRST_STAGE, PUSHED, RESULTS
+from job.runs.layout import ARTIFACTS, FIRST_STAGE, PUSHED, RESULTS, SERVED
 from job.storage.location import join
 from job.storage.open import ObjectStore, StorageOptions, is_key, open_store
 from job.verification import check_checkpoints
@@ -31,7 +31,9 @@ from job.verification.check_figures import check_cost, check_evaluation, check_g
 from job.verification.check_first_stage import check_first_stage
 from job.verification.check_history import check_attempts, check_settings, check_stages, fingerprint_of
 from job.verification.check_preferences import check_preferences
+from job.verification.check_prompts import check_prompts
 from job.verification.check_pushes import check_pushes
+from job.verification.check_served import check_served
 from job.verification.differences import CheckResult, Difference, show
 from job.verification.fetch_files import fetch_files
 
@@ -77,11 +79,11 @@ def verify(
     copies |= more
     run = fingerprint_of(copies)
     attempts, sealed = check_attempts(results, copies, store, listed, run)
-    pushes = check_pushes(results, store, listed, copies)
+    pushes, served = (check(results, store, listed, copies) for check in (check_pushes, check_served))
     known = {
         RESULTS,
         *sealed,
-        *(key for key in listed if key.startswith(PUSHED)),
+        *(key for key in listed if key.startswith((PUSHED, SERVED))),
         *(claim.path for claim in (*own, *kept, *states)),
     }
     misplaced = [
@@ -100,7 +102,16 @@ def verify(
         check_training(results, copies),
         check_validation(results, copies),
         *check_audit(results, copies),
-        *filter(None, [check_preferences(results, copies), check_exports(results, copies), pushes]),
+        *filter(
+            None,
+            [
+                check_prompts(results, copies),
+                check_preferences(results, copies),
+                check_exports(results, copies),
+                pushes,
+                served,
+            ],
+        ),
         check_cost(results),
         check_settings(results, copies),
         check_stages(results, copies, run),

@@ -328,7 +328,7 @@ class TestObjectStore:
                 keys(store, key)
         assert keys(store) == []
 
-    @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(key=KEYS, data=st.binary(max_size=50))
     def test_any_key_works(self, store: ObjectStore, key: str, data: bytes) -> None:
         """Whatever `check_key` lets through can be written, read, listed and deleted in every store."""

@@ -23,6 +23,7 @@ from job.runs.layout import facts_of
 from job.verification.verify import require_verified, verify
 from tests import warm
 from tests.chaos.small import settings
+from tests.forked import Forks
 from tests.helpers import arc_rows, make_base, read_jsonl, write_jsonl
 from tests.hub_server import TOKEN, Hub, hub_server
 
@@ -135,7 +136,7 @@ def test_the_demo_in_every_format(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "when", ["scoring", *(pytest.param(name, marks=pytest.mark.long) for name in ("stage", "quantizing"))]
+    "when", [pytest.param(name, marks=pytest.mark.long) for name in ("scoring", "stage", "quantizing")]
 )
 def test_killed_in_export(environment: dict[str, str], whole: Path, tmp_path: Path, when: str) -> None:
     """Killed before the merge, in the scoring of a candidate, or in quantizing: a restart gives the same bytes."""
@@ -248,6 +249,28 @@ def test_gguf_killed_at_any_time_in_export(environment: dict[str, str], tmp_path
     export = manifest(tmp_path / "hit")["exports"][1]
     assert export["quantization"]["gguf"]["types"].keys() == {"F32", "Q8_0"}
     assert export["quantization"]["library"] == "llama.cpp in xllamacpp"
+
+
+@pytest.mark.long
+def test_two_processes_export_new_tokens(environment: dict[str, str], tmp_path: Path) -> None:
+    """Two processes, new tokens and a head trained whole: every format is scored, and plain transformers agrees."""
+    asked = {
+        **environment,
+        "JOB_RUN__OUTPUT": str(tmp_path),
+        "JOB_MODEL__ADD_TOKENS": "<sum>,<end of sum>",
+        "JOB_LORA__MODULES_TO_SAVE": "lm_head",
+        "JOB_EXPORT__FORMATS": "merged,fp8,w4a16,gguf:q8_0",
+        "JOB_EXPORT__CALIBRATION_ROWS": "8",
+        "JOB_EXPORT__QUANTIZATION_STEPS": "4",
+    }
+    forks = Forks(tmp_path)
+    codes, group = forks.run({**asked, "JOB_RUN__ID": "whole"}, 2, "whole")
+    assert codes == [0, 0], group.logs[0].read_text(encoding="utf-8")[-3000:]
+    whole = manifest(tmp_path / "whole")
+    assert [export["format"] for export in whole["exports"]] == asked["JOB_EXPORT__FORMATS"].split(",")
+    assert not any(export.get("not_made") or export.get("not_scored") for export in whole["exports"])
+    for export in whole["exports"][:3]:
+        _answers_as_recorded(tmp_path / "whole", export, Path(environment["JOB_EVAL__DATA"].split("=")[1]))
 
 
 def test_a_complete_run_is_pushed_once_though_it_is_killed(environment: dict[str, str], whole: Path) -> None:

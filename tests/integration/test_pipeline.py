@@ -334,6 +334,7 @@ def test_the_adapter_loads_plainly_and_answers_alike(inputs: Inputs, whole: Ende
         assert scores.index(max(scores)) == record["prediction"]
 
 
+@pytest.mark.long
 def test_the_same_command_twice_gives_the_same_artifacts(inputs: Inputs, whole: Ended) -> None:
     """Another run elsewhere, with nothing to reuse: every artifact has the same hash, times and ids apart."""
     again = run(inputs, "again", "elsewhere")

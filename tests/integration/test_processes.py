@@ -182,6 +182,7 @@ def test_a_signal_to_one_stops_all(forked: Forks, environment: dict[str, str], o
     assert_same_steps(environment, "stopped", one)
 
 
+@pytest.mark.long
 def test_a_process_that_dies_ends_the_others(forked: Forks, environment: dict[str, str]) -> None:
     """SIGKILL to one: the others end with 75 within seconds, and process 0 saves what was done."""
     group = forked.start({**environment, "JOB_RUN__ID": "dies", "JOB_CHECKPOINT__EVERY_STEPS": "100"}, 2, "dies")

@@ -97,7 +97,7 @@ def test_a_run_needs_no_output(
 def test_signals_of_batch_systems_and_terminals(
     environment: dict[str, str], undisturbed: dict[str, str], tmp_path: Path, number: signal.Signals
 ) -> None:
-    """Asked to stop it saves a checkpoint, killed it resumes from the last, suspended it goes on: with the same bits."""
+    """Asked to stop it saves a checkpoint, killed it resumes, suspended it goes on: with the same bits."""
     changes = {"JOB_RUN__ID": "signalled", "JOB_RUN__OUTPUT": str(tmp_path)}
     clean = {name: value for name, value in os.environ.items() if not name.startswith("JOB_")}
     with warm.followed([], {**clean, **environment, **changes}) as (process, log):

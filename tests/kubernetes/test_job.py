@@ -112,6 +112,7 @@ def test_eviction_without_the_time(undisturbed: Ended, tmp_path: Path) -> None:
     assert facts_of(ended.results) == facts_of(undisturbed.results)
 
 
+@pytest.mark.long
 def test_node_loss(undisturbed: Ended, tmp_path: Path) -> None:
     """The machine is gone without a word: the next pod starts from the last checkpoint, and nothing counts."""
     ended = play(tmp_path, at_step(5, Pod.lose), spec={"backoffLimit": 0, "completionMode": "Indexed"})

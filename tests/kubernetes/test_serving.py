@@ -49,9 +49,9 @@ def container(folder: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_every_api_server_takes_it(folder: str) -> None:
-    """Every document fits the strict schema of its kind, in each version that has image volumes."""
+    """Every document fits the strict schema of its kind, in the first version with image volumes and in the last."""
     for document in build(str(SERVING / folder)):
-        for version in VERSIONS:
+        for version in (VERSIONS[0], VERSIONS[-1]):
             assert kubernetes_validate.validate(document, version, strict=True) == version
 
 

@@ -18,7 +18,7 @@ import launch
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError
 from botocore.stub import Stubber
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from launch_follow import EXIT_CODES, LOG_GROUP, Screen, follow, new_lines, outcome, show
 from launch_request import ENVIRONMENT, HYPERPARAMETERS, Order, build, problems
@@ -163,6 +163,7 @@ class TestRequest:
             assert limits == (of.metadata["max"], of.key.metadata["max"], of.value.metadata["max"])
         assert list(violations(METRICS, shapes.shape_for("MetricDefinitionList"))) == []
 
+    @settings(max_examples=20)
     @given(values=st.dictionaries(st.sampled_from(["run", "image", "root", "instance"]), st.text(max_size=20)))
     def test_any_order_is_checked(self, values: dict[str, str]) -> None:
         """No order makes the checks fail by themselves."""

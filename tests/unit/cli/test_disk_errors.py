@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from job.cli import main as cli
 from job.errors import DataError
@@ -36,6 +37,23 @@ def test_a_disk_that_refuses_is_no_bug(
     assert cli.main(["config"]) == code
     said = capfd.readouterr().err
     assert "/model/weights" in said
+    assert ("a bug" in said) == (code == 1)
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 69), (errno.EACCES, 77), (errno.ENOENT, 1)])
+def test_a_full_disk_under_safetensors_is_no_bug(
+    number: int, code: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Safetensors has an exception of its own for what the disk says while it writes checkpoints and models."""
+
+    def fail(_words: list[str]) -> int:
+        what = f"Error while serializing: I/O error: {os.strerror(number)} (os error {number})"
+        raise SafetensorError(what)
+
+    monkeypatch.setitem(cli._FUNCTIONS, "config", fail)
+    assert cli.main(["config"]) == code
+    said = capfd.readouterr().err
+    assert os.strerror(number) in said
     assert ("a bug" in said) == (code == 1)
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from job.data.dataset import load_examples
+from job.data.formats import Row
+from job.data.preferences import check_preference
 from job.errors import DataError
 from job.records import DatasetRecord, Example
 from tests.helpers import READING
@@ -177,3 +179,11 @@ def test_the_method_that_fits_is_named(tmp_path: Path, row: dict[str, Any], meth
     with pytest.raises(DataError) as error:
         load(tmp_path, row, method=method)
     assert f"JOB_TRAIN__METHOD={fitting}" in str(error.value.problems)
+
+
+def test_a_prompt_that_the_answers_begin_with_is_not_there_twice() -> None:
+    """Messages given as the prompt and again at the beginning of both answers are a fault."""
+    prompt = [{"role": "user", "content": "Hi"}]
+    chosen, rejected = ([*prompt, {"role": "assistant", "content": answer}] for answer in ("Yes", "No"))
+    fields = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    assert [fault.where for fault in check_preference(Row("x:1", fields), "preference")] == ["x:1 prompt"]

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from job.data.fields import Rendered
 from job.data.formats import RowError
@@ -75,6 +76,20 @@ def test_an_end_that_is_there_is_not_doubled() -> None:
     """A text that ends with the end mark gets no second one, and it is learned."""
     example = one(Rendered("x", "cat</s>", ((0, 0),)), "completion")
     assert example == Example(one(rendered("cat", "")).input_ids, (*[False] * (len(example.targets) - 1), True))
+
+
+def test_an_end_that_the_tokenizer_adds_is_not_doubled() -> None:
+    """Nor by a tokenizer that puts the end mark behind each text, where the text ends with one."""
+    tokenizer = toy_tokenizer.__wrapped__()
+    ids = {mark: tokenizer.convert_tokens_to_ids(mark) for mark in ("<s>", "</s>")}
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=[*ids.items()])
+    given = [Rendered("x", text, ((0, len(text)),)) for text in ("cat</s>", "cat", "<s>cat</s>")]
+    found = [
+        item[0].example.input_ids
+        for item in encode(given, text_tokenizer(tokenizer), templated=False, loss_on="completion", max_length=99)
+        if isinstance(item[0], Encoded)
+    ]
+    assert found == [one(rendered("cat", "")).input_ids] * 3
 
 
 def test_a_chat_template_writes_its_own_special_tokens() -> None:

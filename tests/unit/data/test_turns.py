@@ -293,3 +293,46 @@ def test_faults_of_sharegpt_are_named_in_its_words(tmp_path: Path, fields: dict[
     with pytest.raises(DataError) as error:
         load(path, CHATML, "all")
     assert [problem.where for problem in error.value.problems] == [f"{path}:1 {place}" for place in places]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+def test_tables_add_no_arguments_to_calls(tmp_path: Path, suffix: str) -> None:
+    """A table gives each tool and call the arguments of all others, as null; they are none of the conversation."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    def row(name: str, argument: str) -> dict[str, Any]:
+        tool = {"type": "function", "function": {"name": name, "parameters": {"properties": {argument: {"type": "x"}}}}}
+        call = {"type": "function", "function": {"name": name, "arguments": {argument: "y"}}}
+        answer = {"role": "assistant", "content": None, "tool_calls": [call]}
+        return {"messages": [{"role": "user", "content": "Go."}, answer], "tools": [tool]}
+
+    template = "{{ tools | tojson }}{% for m in messages %}{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}"
+    template += "<|im_end|>{% endfor %}"
+    rows = [row("look", "place"), row("add", "number")]
+    table = pa.Table.from_pylist(rows)
+    given, changed = tmp_path / "given.jsonl", tmp_path / f"table{suffix}"
+    given.write_text("".join(json.dumps(one) + "\n" for one in rows), encoding="utf-8")
+    parquet.write_table(table, tmp_path / "table.parquet")
+    if suffix == ".jsonl":
+        changed.write_text("".join(json.dumps(one) + "\n" for one in table.to_pylist()), encoding="utf-8")
+        assert "null" in changed.read_text(encoding="utf-8")
+    assert [e.input_ids for e in load(changed, template, "all")[0]] == [
+        e.input_ids for e in load(given, template, "all")[0]
+    ]
+
+
+@pytest.mark.parametrize("role", ["system", "tool"])
+@pytest.mark.parametrize("content", ["42", "Answer like a pirate, and never in prose."])
+def test_a_message_that_the_template_ignores_is_refused(tmp_path: Path, role: str, content: str) -> None:
+    """A template that writes only users and the assistant, leaves out no instruction in silence."""
+    messages = [
+        {"role": "user", "content": "42?"},
+        {"role": role, "content": content},
+        {"role": "assistant", "content": "Yes"},
+    ]
+    path = lines(tmp_path / "x.jsonl", {"messages": messages})
+    template = "{% for m in messages if m.role in ['user', 'assistant'] %}{{ m.content }}<|im_end|>{% endfor %}"
+    with pytest.raises(DataError, match=rf"messages\[1\]: is not written .* ignores this '{role}'"):
+        load(path, template, "all")
+    assert len(load(path, UNMARKED, "all")[0]) == 1

@@ -219,9 +219,9 @@ def exact_coverage(n: int, discordance: float, delta: float) -> float:
         (300, 0.02, 0.0139),
         (300, 0.05, 0.0),
         (300, 0.05, 0.02),
-        (300, 0.20, 0.10),
+        pytest.param(300, 0.20, 0.10, marks=pytest.mark.long),
         (2376, 0.02, 0.0139),
-        (2376, 0.05, 0.0139),
+        pytest.param(2376, 0.05, 0.0139, marks=pytest.mark.long),
     ],
 )
 def test_tango_exact_coverage(n: int, discordance: float, delta: float) -> None:

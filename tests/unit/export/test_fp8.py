@@ -123,7 +123,7 @@ def test_several_files_have_a_whole_index(
     merged: Path, made: tuple[Path, QuantizationRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A large model is written in several files, with the same tensors, and `alive` is called before each tensor."""
-    monkeypatch.setattr(checkpoint, "SHARD", "100KB")
+    monkeypatch.setattr(checkpoint, "SHARD", 100_000)
     make(merged, tmp_path / "parts")
     index = json.loads((tmp_path / "parts/model.safetensors.index.json").read_text())["weight_map"]
     whole = load_file(made[0] / "model.safetensors")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from threading import Event, Thread
@@ -254,7 +255,7 @@ def test_gpt2_holds_its_weights_the_other_way(base: Path, tmp_path: Path) -> Non
 
 def test_the_files_are_those_of_a_plain_model(half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards with an index, a configuration without quantization, the tokenizer byte for byte: twice the same bytes."""
-    monkeypatch.setattr(checkpoint, "SHARD", "100KB")
+    monkeypatch.setattr(checkpoint, "SHARD", 100_000)
     source = tmp_path / "base"
     shutil.copytree(half, source)
     (source / "chat_template.jinja").write_text("{{ messages }}")
@@ -291,7 +292,9 @@ def test_what_cannot_be_merged_is_refused_before_training(half: Path, tmp_path: 
     with pytest.raises(SettingsError, match="JOB_EXPORT__MERGE_ONTO: is dequantized, and no weight of the base is"):
         candidates(model, half, DEQUANTIZED)
     tied = _tied(half, tmp_path / "tied", copies=True)
-    adapted_head = get_peft_model(load_plain(tied), LoraConfig(target_modules=["lm_head"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT and transformers, of what they would do with it
+        adapted_head = get_peft_model(load_plain(tied), LoraConfig(target_modules=["lm_head"]))
     with pytest.raises(SettingsError, match=r"the weight of lm_head is also another module's, .* JOB_LORA__TARGET"):
         candidates(adapted_head, tied, "best")
     lacking = tmp_path / "lacking"

@@ -35,6 +35,8 @@ OPTIONS: dict[str, AdapterOptions] = {
 }
 FUSED = sorted(name for name, options in OPTIONS.items() if options.not_fused is None)
 IDS = torch.arange(3, 43)[None]
+EVERY_BASE = pytest.mark.parametrize("quantization", ["nf4", pytest.param("none", marks=pytest.mark.long)])
+"""A plain base is the easier one: the adapter's layers compute on it as they do on NF4."""
 
 
 def make(
@@ -91,7 +93,7 @@ def plain_base(folder: Path, quantization: str) -> Any:
 
 # PEFT warns of every AdaLoRA adapter, whose rank pattern is of another kind than LoRA's.
 @pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match")
-@pytest.mark.parametrize("quantization", ["nf4", "none"])
+@EVERY_BASE
 @pytest.mark.parametrize("name", OPTIONS)
 def test_peft_loads_what_was_trained(base_folder: Path, tmp_path: Path, name: str, quantization: str) -> None:
     """`PeftModel.from_pretrained` on a fresh base gives the logits of the trained model, and so does `load_adapter`."""
@@ -143,7 +145,7 @@ def test_the_base_stays_the_base(base_folder: Path, name: str) -> None:
         assert torch.equal(logits(model), logits(make(base_folder, PLAIN)))
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "none"])
+@EVERY_BASE
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_new_adapter_changes_nothing_yet(base_folder: Path, name: str, quantization: str) -> None:
     """Every first value computes the base, up to rounding: PiSSA's and OLoRA's parts cancel out."""

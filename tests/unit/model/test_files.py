@@ -104,6 +104,19 @@ def test_a_missing_tensor_is_not_made_up(folder: Path) -> None:
         load(folder)
 
 
+@pytest.mark.parametrize("kind", ["float8_e4m3fn", "int8"])
+def test_weights_without_their_scales_are_no_weights(folder: Path, kind: str) -> None:
+    """Files of FP8 or int8 whose config.json does not say so would be loaded as if their scales were 1."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors |= {name: tensors[name].to(getattr(torch, kind)), f"{name}_scale": torch.ones(1)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(DataError, match=r"holds 1 quantized weights, such as model\.layers\.1\.mlp\.up_proj"):
+        load(folder)
+
+
 @pytest.mark.parametrize(
     ("values", "error", "words"),
     [

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from job.planning import forecast
 from job.planning.forecast import DOWNLOAD_RATE, EVALUATIONS, ForwardWork, RunShape, estimates, forecast_gpu
 from job.planning.gpu_prices import GPUS, Gpu
 from job.planning.known_models_and_data import ARCHITECTURES, TASK_TOKENS
@@ -97,11 +98,38 @@ def test_an_export_takes_disk_memory_and_time() -> None:
     assert "evaluation, 4 times" in figures
     scoring = memory_model.evaluation_flops(REFERENCE, RUN.questions.tokens, RUN.questions.reads)  # type: ignore[union-attr]
     seconds = 2 * scoring / (memory_model.UTILISATION * gpu.flops) + 5 * weights / DOWNLOAD_RATE
+    seconds += weights / forecast.MERGED_PER_SECOND
+    assert figures["merging"] == weights / forecast.MERGED_PER_SECOND
     longer, shorter = forecast_gpu(gpu, run, REFERENCE).hours, forecast_gpu(gpu, plain, REFERENCE).hours
     assert (longer or 0) - (shorter or 0) == pytest.approx(seconds / 3600, rel=1e-6)
     small = Gpu("x", 12 << 30, 1e15, 3e12, (9, 0), 1.0, "m")
     assert forecast_gpu(small, replace(plain, budget=512), REFERENCE).fits
     assert not forecast_gpu(small, replace(run, budget=512), REFERENCE).fits
+
+
+def test_formats_that_are_made_of_the_merged_model_take_time() -> None:
+    """auto-round computes on the GPU, fp8 and GGUF are made on one core, and llama.cpp scores on the processor."""
+    gpu, run = BY_NAME["H200"], replace(RUN, exported=1)
+    before = forecast_gpu(gpu, run, REFERENCE).hours or 0
+    weights = REFERENCE.architecture.parameters
+    scoring = memory_model.evaluation_flops(REFERENCE, RUN.questions.tokens, RUN.questions.reads)  # type: ignore[union-attr]
+    rounding = 6 * REFERENCE.architecture.linear_parameters * 1000
+    cases = {
+        "fp8": (weights / forecast.MERGED_PER_SECOND, scoring / (memory_model.UTILISATION * gpu.flops)),
+        "awq": (rounding / (memory_model.UTILISATION * gpu.flops), scoring / (memory_model.UTILISATION * gpu.flops)),
+        "gguf:q8_0": (
+            weights / forecast.GGUF_PER_SECOND,
+            scoring / (forecast.CORES * forecast.LLAMA_CPP_FLOPS),
+        ),
+    }
+    for name, seconds in cases.items():
+        more = replace(run, exported=2, derived=(name,), quantizing_tokens=1000)
+        longer = 3600 * ((forecast_gpu(gpu, more, REFERENCE).hours or 0) - before)
+        assert longer == pytest.approx(sum(seconds) + 2 * 2 * weights / DOWNLOAD_RATE, rel=1e-6)
+        figures = {figure.name: figure for figure in estimates(more)}
+        assert figures[f"quantizing, {name}"].value == (rounding if name == "awq" else seconds[0])
+        assert figures[f"quantizing, {name}"].basis == "assumed"
+        assert (f"scoring, {name}" in figures) == (name == "gguf:q8_0")
 
 
 @pytest.mark.parametrize(("gigabytes", "keeps"), [(80, "base, activations"), (40, "activations"), (24, ""), (16, "")])

@@ -143,3 +143,13 @@ def test_validation_is_told_apart_from_the_test() -> None:
     assert "3 of the validation rows are" in " ".join(wording.validation(training, {"validation": own}))
     assert wording.validation({"steps": 40}, {}) == []
     assert wording.validation({"steps": 40, "validation": None}, {"validation": None}) == []
+
+
+@pytest.mark.parametrize("pair", wording._SAYS_OF_BOTH)
+def test_a_recovered_loss_is_never_called_an_improvement(pair: tuple[str, str]) -> None:
+    """Only a model that is better than its quantized and its unquantized base has the verdict improved."""
+    original = {"arc_easy": {"adapter_versus_original": {"acc": {"verdict": pair[1]}}}}
+    ((verdict, sentence),) = wording.headline({"arc_easy": {"verdict": pair[0]}}, {"tasks": original})
+    assert (verdict == "improved") == (pair == ("improved", "improved"))
+    assert "arc_easy" in sentence
+    assert "unquantized" in sentence

@@ -433,7 +433,7 @@ def test_race_on_a_local_store(store: LocalStore, number: int) -> None:
     race(store)
 
 
-@pytest.mark.parametrize("number", range(20))
+@pytest.mark.parametrize("number", [*range(6), *(pytest.param(n, marks=pytest.mark.long) for n in range(6, 20))])
 def test_race_on_s3(s3: Callable[[], ObjectStore], number: int) -> None:
     """The same over HTTP."""
     race(s3())

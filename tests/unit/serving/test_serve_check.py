@@ -17,7 +17,8 @@ import pytest
 
 from job.errors import AccessDenied, SettingsError, Unreachable, VerificationError
 from job.evaluation.samples import Sample
-from job.serving.check import NEAR, ServeCheck, Served, as_json, as_lines, require_alike, serve_check
+from job.records import NEAR, ServeCheck
+from job.serving.check import Served, as_json, as_lines, require_alike, serve_check
 from job.serving.client import Client
 from job.serving.servers import SERVERS, Model, pick, recognized, started
 from tests.unit.storage.test_hub import serving

@@ -490,6 +490,8 @@ BAD_VALUES: list[tuple[str, list[str]]] = [
     ("checkpoint.every_steps", ["0"]),
     ("checkpoint.keep", ["0"]),
     ("eval.tasks", ["", "a,a", "[]", '["a", 1]', "[[[["]),
+    ("eval.prompts", ["0", "-1", "1001", "0.5", "https://host/x", "a\x00b"]),
+    ("eval.prompts_max_new_tokens", ["0", "-1", "x"]),
     ("eval.data", ["x", "a=1,a=2", "{", "[]", '{"arc_easy": 1}', '{"arc_easy": "ftp://x"}', "arc_esay=x.jsonl"]),
     ("export.formats", ["merge", "merged,merged", "gguf"]),
     ("export.merge_onto", ["", "nf4"]),
@@ -815,8 +817,6 @@ class TestCombinations:
         whole = load_settings(["--gate.on=merged", "--export.formats=merged", "--gate.min_delta=0"], {})
         assert (whole.export.formats, whole.export.merge_onto) == (("merged",), "best")
         assert load_settings(["--export.formats="], {}).export.formats == ()
-        whole_modules = problems(["--export.formats=merged", "--lora.modules_to_save=lm_head"])
-        assert "JOB_LORA__MODULES_TO_SAVE" in whole_modules["JOB_EXPORT__FORMATS (command line)"]
 
     def test_gates_that_contradict_each_other(self) -> None:
         """Allowing a loss of 5 points and forbidding one of 1 cannot both be meant."""
@@ -853,6 +853,24 @@ class TestMethods:
         """A beginning made of the base, and AdaLoRA, are refused before anything is trained, in two stages as well."""
         assert f"{name} (command line)" in problems(["--lora.start=adapter", *given])
         assert f"{name} (command line)" in problems(["--train.method=sft,dpo", "--data.sft_source=a.jsonl", *given])
+
+    @pytest.mark.parametrize(
+        ("given", "name"),
+        [
+            (["--eval.prompts=3"], "JOB_EVAL__PROMPTS"),
+            (["--eval.prompts_max_new_tokens=3"], "JOB_EVAL__PROMPTS_MAX_NEW_TOKENS"),
+            (["--eval.prompts=p.txt", "--train.max_length=128"], "JOB_EVAL__PROMPTS_MAX_NEW_TOKENS"),
+        ],
+    )
+    def test_prompts_that_cannot_be_asked(self, given: list[str], name: str) -> None:
+        """Rows of no validation, a length of no answers, and answers as long as the longest example are refused."""
+        assert any(where.startswith(name) for where in problems(given))
+
+    def test_only_the_last_stage_is_asked(self) -> None:
+        """What people look at is what the run publishes."""
+        given = ["--train.method=sft,dpo", "--data.sft_source=a.jsonl", "--eval.prompts=p.txt"]
+        first, last = split_stages(load_settings(given, {}))
+        assert (first.eval.prompts, last.eval.prompts) == (None, "p.txt")
 
     @pytest.mark.parametrize("given", ["--lora.use_dora=true", "--lora.kind=adalora"])
     def test_muon_is_for_matrices(self, given: str) -> None:

@@ -81,6 +81,7 @@ class World:
             original=own,
             tasks=tasks,
             baseline=None,
+            policy=None,
             cache_entry=None,
         )
 
@@ -208,12 +209,16 @@ def test_one_candidate_where_one_is_asked_for(world: World, tmp_path: Path) -> N
 def test_what_cannot_be_exported_is_refused_before_training(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An impossible merge and a disk that is too small are known when the model is loaded."""
+    """An impossible merge, and a disk or a memory that is too small, are known when the model is loaded."""
     loaded, base = world.loaded(), world.folder / "base"
     with attempt_at(tmp_path / "run") as attempt:
         found = check_export(attempt, world.settings(), base, loaded)
         assert found.names == ("original", "dequantized")
         assert found.bytes_each == pytest.approx((base / "model.safetensors").stat().st_size, rel=0.02)
+        with monkeypatch.context() as little:
+            little.setattr("job.stages.export.available_bytes", lambda: -(1 << 40))
+            with pytest.raises(Unreachable, match=r"JOB_EXPORT__FORMATS: merged takes .* of this machine's memory"):
+                check_export(attempt, world.settings(), base, loaded)
         monkeypatch.setattr("job.common.resources.MARGIN_BYTES", 1 << 60)
         with pytest.raises(Unreachable, match="of disk are free"):
             check_export(attempt, world.settings(), base, loaded)
@@ -296,6 +301,10 @@ def test_calibration_rows_are_those_of_the_batch_plan(
     assert (calibration.rows, calibration.tokens, calibration.rows_sha256) == (5, 15, hash_rows(order))
 
 
+def _raise(error: Exception) -> QuantizationRecord:
+    raise error
+
+
 def test_what_cannot_be_made_does_not_lose_the_run(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -306,6 +315,10 @@ def test_what_cannot_be_made_does_not_lose_the_run(
 
     monkeypatch.setitem(DERIVED, "fp8", replace(DERIVED["fp8"], make=make))  # type: ignore[misc]
     found = run(world, tmp_path / "run", "--export.formats=merged,fp8", "--export.merge_onto=original")
+    full = replace(DERIVED["fp8"], make=lambda _inputs: _raise(CannotMake("it ended: No space left on device")))
+    monkeypatch.setitem(DERIVED, "fp8", full)  # type: ignore[misc]
+    with pytest.raises(Unreachable, match="fp8 cannot be made, since the disk is full"):
+        run(world, tmp_path / "full", "--export.formats=fp8", "--export.merge_onto=original")
     merged, failed = found.exports
     assert merged.published
     assert artifacts_below(found, "merged/")

@@ -28,7 +28,7 @@ def no_tasks(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def test_every_wrong_path_is_told_with_its_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Model, data, validation, adapter, questions, baseline and tasks in one error, with the code of the first kind."""
+    """Model, data, adapter, questions, prompts, baseline, tasks and more in one error, with the first kind's code."""
 
     def refuse(*_: Any) -> None:
         raise SettingsError([Problem("JOB_EVAL__TASKS", "unknown")])
@@ -39,6 +39,7 @@ def test_every_wrong_path_is_told_with_its_setting(tmp_path: Path, monkeypatch: 
         "JOB_DATA__SOURCE": f"{tmp_path}/rows.jsonl",
         "JOB_DATA__VALIDATION": f"{tmp_path}/held.jsonl",
         "JOB_EVAL__DATA": f"{tmp_path}/questions.jsonl",
+        "JOB_EVAL__PROMPTS": f"{tmp_path}/prompts.txt",
         "JOB_LORA__START": f"{tmp_path}/adapter",
         "JOB_GATE__BASELINE": f"{tmp_path}/earlier",
     }
@@ -47,6 +48,7 @@ def test_every_wrong_path_is_told_with_its_setting(tmp_path: Path, monkeypatch: 
         f"--data.source={tmp_path}/rows.jsonl",
         f"--data.validation={tmp_path}/held.jsonl",
         f"--eval.data=arc_easy={tmp_path}/questions.jsonl",
+        f"--eval.prompts={tmp_path}/prompts.txt",
         f"--lora.start={tmp_path}/adapter",
         f"--gate.baseline={tmp_path}/earlier",
         "--gate.min_delta=0",

@@ -466,26 +466,18 @@ def test_an_answer_that_leads_out_of_the_cache_is_refused(tmp_path: Path) -> Non
 
 
 RUN_CODES = {"gated": 77, "private": 77, "missing": 77, "busy": 69, "away": 69}
-COLD = "gated"
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
-    """Exit code and log of whole runs, by the way in which the hub refuses the model.
-
-    The hub answers at once. In one of them, which is started cold, this is while the run imports its libraries.
-    """
+    """Exit code and log of whole runs, by the way in which the hub refuses the model."""
     folder = tmp_path_factory.mktemp("runs")
 
     def run(name: str, model: str, **changes: str) -> tuple[int, str]:
         env = {key: value for key, value in os.environ.items() if key not in {"HF_TOKEN", "HF_HUB_CACHE"}}
         env |= {"HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / name), "JOB_PRESET": "demo", "JOB_MODEL__ID": model}
         env |= {"JOB_RUN__OUTPUT": str(folder / "out"), "JOB_RUN__ID": name, **changes}
-        if name == COLD:
-            command = [sys.executable, "-m", "job"]
-            done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=300)
-        else:
-            done = warm.run([], env)
+        done = warm.run([], env)
         return done.returncode, done.stderr
 
     with serving() as endpoint:
@@ -496,9 +488,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]
 
 
 @pytest.mark.parametrize(("case", "code"), [*RUN_CODES.items(), ("offline", 69), ("nobody", 69)])
-def test_a_refusal_while_libraries_are_imported_has_its_exit_code(
-    runs: dict[str, tuple[int, str]], case: str, code: int
-) -> None:
+def test_a_refusal_has_its_exit_code(runs: dict[str, tuple[int, str]], case: str, code: int) -> None:
     """A run whose model the hub refuses ends with the code of the table and names the model, never with a traceback."""
     found, log = runs[case]
     assert found == code, log[-2000:]

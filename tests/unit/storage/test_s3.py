@@ -683,7 +683,9 @@ class OtherServer:
 def test_absence_in_other_words(tmp_path: Path, code: str) -> None:
     """Where a server has other words for a missing object its listing says whether it is missing."""
     (tmp_path / "empty").write_bytes(b"")
-    for beyond in ((416, "InvalidRange"), (400, "InvalidArgument"), (416, "RequestedRangeNotSatisfiable")):
+    # what is said of a range beyond an empty object does not depend on the words for a missing one
+    beyonds = ((416, "InvalidRange"), (400, "InvalidArgument"), (416, "RequestedRangeNotSatisfiable"))
+    for beyond in beyonds if code == "NotFound" else beyonds[:1]:
         with server(OtherServer((404, code), beyond)) as url:
             store = opened(url)
             assert store.read("a") is None

@@ -14,9 +14,13 @@ from safetensors.numpy import save_file
 
 from job.common.hashing import sealed, unsealed
 from job.errors import AccessDenied, SettingsError, VerificationError
+from job.evaluation.policy import sentence
+from job.report.report import read_report_data, render_report
+from job.results import manifest
 from job.results.reader import open_run
 from job.runs.layout import attempt_key
 from job.runs.run_log import parse_record
+from job.storage.local import LocalStore
 from job.verification.differences import CheckResult
 from job.verification.verify import as_json, as_lines, require_verified, verify
 from tests.published_run import forge, pairs, publish_run, rewrite
@@ -479,3 +483,34 @@ def test_the_outcome_for_people_and_programs(run: Path, published: Path, tmp_pat
 def test_the_ledger_reads_back(run: Path) -> None:
     """What the made-up runs hold is what the job reads."""
     assert parse_record((run / attempt_key(1)).read_bytes()).outcome == "running"
+
+
+@pytest.mark.parametrize(("gain", "passed"), [("0.0", True), ("0.9", False)])
+def test_a_policy_is_judged_again(gain: str, passed: bool, tmp_path: Path) -> None:  # noqa: FBT001 - parametrized
+    """The rules are in the manifest, so their outcomes follow from the answers; a changed one is found."""
+    policy = tmp_path / "policy.yaml"
+    policy.write_text(f"tasks: {{arc: {{role: critical, min_gain: {gain}}}}}")
+    folder = publish_run(tmp_path / "run", {"arc": pairs(40, improved=12)}, settings=[f"--gate.policy={policy}"])
+    results = json.loads((folder / "results.json").read_bytes())
+    manifest.validate(results)
+    assert results["gate"]["passed"] is passed
+    rule = results["gate"]["policy"]["rules"][0]
+    assert (rule["outcome"], rule["found"]) == ("met" if passed else "missed", 0.3)
+    page = render_report(results, read_report_data(results, lambda one: folder / one.path))
+    assert b"Quality gate by policy" in page
+    assert sentence(rule).encode() in page
+    (tmp_path / "work").mkdir()
+    assert all(not check.differences for check in verify(LocalStore(folder), tmp_path / "work"))
+    for change in (
+        lambda found: found["gate"]["policy"]["rules"][0].update(outcome="inconclusive"),
+        lambda found: found["gate"]["policy"]["asked"]["tasks"]["arc"].update(min_gain=-1.0),
+        lambda found: found["gate"]["policy"]["asked"].update(alpha="high"),
+        lambda found: found["gate"].pop("policy"),
+    ):
+        shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+        shutil.copytree(folder, tmp_path / "copy")
+        forge(tmp_path / "copy", change)
+        shutil.rmtree(tmp_path / "work")
+        (tmp_path / "work").mkdir()
+        found = verify(LocalStore(tmp_path / "copy"), tmp_path / "work")
+        assert any(check.differences for check in found if check.what == "gate")

@@ -1,0 +1,249 @@
+r"""Tasks that users describe themselves: a YAML file in lm-eval's format, with its data beside it.
+
+    task: my_arithmetic
+    output_type: generate_until
+    dataset_path: json
+    dataset_kwargs:
+      data_files: {test: questions.jsonl, train: examples.jsonl}
+    test_split: test
+    fewshot_split: train
+    num_fewshot: 3
+    doc_to_text: "Question: {{question}}\nAnswer:"
+    doc_to_target: " {{answer}}"
+    generation_kwargs: {until: ["\n"], max_gen_toks: 16}
+    metric_list:
+      - {metric: exact_match, aggregation: mean, higher_is_better: true}
+
+The file may have come from anywhere, so nothing in it can run code: only plain YAML is read, only the fields of
+`FIELDS` are taken, data is read by this job's own readers from the file's folder, metrics, filters and aggregations are
+lm-eval's own, by name, and templates are rendered in Jinja's sandbox (`tasks.compiled_once`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import yaml
+
+from job.data.formats import Row, RowError, read_rows, reader_of
+from job.errors import DataError, Problem, SettingsError
+
+ENDINGS = (".yaml", ".yml")
+MAX_BYTES = 1 << 16
+MAX_BRACKETS = 2_000
+"""PyYAML takes the square of the depth of nested brackets, minutes for a file of this size."""
+MOST = 100
+"""Examples in a prompt, or answers to one question."""
+FORMATS = ("json", "csv", "parquet", "arrow")
+SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
+TEXTS = (
+    "task",
+    "task_alias",
+    "output_type",
+    "doc_to_text",
+    "doc_to_target",
+    "doc_to_choice",
+    "description",
+    "gen_prefix",
+    "target_delimiter",
+    "fewshot_delimiter",
+)
+FIELDS = frozenset(
+    {
+        *SPLITS,
+        *TEXTS,
+        "dataset_path",
+        "dataset_name",
+        "dataset_kwargs",
+        "tag",
+        "num_fewshot",
+        "fewshot_config",
+        "repeats",
+    }
+    | {"generation_kwargs", "filter_list", "metric_list", "metadata", "should_decontaminate"}
+    | {"doc_to_decontamination_query"}
+)
+"""The fields of lm-eval's tasks that name no code and lead nowhere else."""
+
+
+@dataclass(frozen=True)
+class TaskFile:
+    """A user's own task.
+
+    Attributes:
+        name: Its own.
+        path: Of the file, as the settings name it.
+        config: What lm-eval takes, without the data.
+        rows: By split.
+        source: Where the questions are.
+        sha256: Of the file.
+    """
+
+    name: str
+    path: str
+    config: Mapping[str, Any]
+    rows: Mapping[str, list[Row]]
+    source: str
+    sha256: str
+
+
+def is_task_file(name: str) -> bool:
+    """Whether a name in JOB_EVAL__TASKS is that of a file, and of no task of lm-eval."""
+    return name.endswith(ENDINGS)
+
+
+def read_task_file(path: Path) -> TaskFile:
+    """Reads a file that describes a task, and its data.
+
+    Raises:
+        SettingsError: It is not there, or not of the format above, with all that is wrong.
+        DataError: Its data cannot be read.
+    """
+    text = _read(path)
+    config = _parse(path, text)
+    if wrong := list(_wrong(config)):
+        raise SettingsError([Problem(str(path), what) for what in wrong])
+    places = _places(path, config)
+    asked = str(config.get("test_split") or config.get("validation_split"))
+    rows, faults = {}, []
+    for split, files in places.items():
+        found = [row for file in files for row in read_rows(file, str(file))]
+        faults += [Problem(row.where, row.what) for row in found if isinstance(row, RowError)]
+        rows[split] = [row for row in found if isinstance(row, Row)]
+    few = [split for split, found in rows.items() if len(found) < (2 if split == asked else 1)]
+    faults += [Problem(str(places[split][0]), "holds too few rows; a comparison needs two questions") for split in few]
+    if faults:
+        raise DataError(faults)
+    kept = {name: value for name, value in config.items() if not name.startswith("dataset_")}
+    source = ", ".join(map(str, places[asked]))
+    return TaskFile(config["task"], str(path), kept, rows, source, hashlib.sha256(text).hexdigest())
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        what = f"{path} cannot be read: {error.strerror}; a task of lm-eval has no ending"
+        raise SettingsError([Problem("JOB_EVAL__TASKS", what)]) from error
+    if len(text) > MAX_BYTES:
+        raise SettingsError([Problem(str(path), f"has more than {MAX_BYTES:,} bytes")])
+    if text.count(b"[") + text.count(b"{") > MAX_BRACKETS:
+        raise SettingsError([Problem(str(path), f"has more than {MAX_BRACKETS:,} brackets; data belongs beside it")])
+    return text
+
+
+def _parse(path: Path, text: bytes) -> dict[str, Any]:
+    """The fields of the file. Raises SettingsError where it is no plain YAML."""
+    try:
+        # Aliases share a value, and by sharing shares a small file can describe a huge one.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise SettingsError([Problem(str(path), "uses aliases (*name); write the values out")])
+        config = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        where = getattr(error, "problem_mark", None)
+        line = f"{path}:{where.line + 1}" if where else str(path)
+        said = getattr(error, "problem", None) or (str(error).splitlines() or [type(error).__name__])[0]
+        if "could not determine a constructor" in said:
+            said = f"{said}: code of a task file is never run; use the metrics and filters that lm-eval has"
+        raise SettingsError([Problem(line, said[:300])]) from error
+    if not isinstance(config, dict):
+        raise SettingsError([Problem(str(path), "describes no task: it is no mapping of fields to values")])
+    return config
+
+
+def _wrong(config: Mapping[Any, Any]) -> Iterator[str]:
+    """What is wrong with the fields, a sentence each."""
+    yield from _wrong_fields(config)
+    yield from _wrong_numbers(config)
+    yield from _wrong_names(config)
+
+
+def _wrong_fields(config: Mapping[Any, Any]) -> Iterator[str]:
+    for name in config:
+        if name not in FIELDS:
+            yield f"{name}: is not taken from a user's file" + (
+                "; give one task a file" if name in {"group", "include"} else ""
+            )
+    for name in ("task", "output_type", "dataset_path"):
+        if not isinstance(config.get(name), str):
+            yield f"{name}: is missing"
+    for name in TEXTS:
+        value = config.get(name)
+        if value is not None and not isinstance(value, str | int | list):
+            yield f"{name}: is neither text nor a list"
+    name = config.get("task")
+    if isinstance(name, str) and not name.replace("_", "a").replace("-", "a").isalnum():
+        yield "task: has other characters than letters, digits, - and _"
+    if isinstance(config.get("dataset_path"), str) and config["dataset_path"] not in FORMATS:
+        yield f"dataset_path: is {config['dataset_path']!r}; it is one of {', '.join(FORMATS)}, the data lies beside it"
+
+
+def _wrong_numbers(config: Mapping[Any, Any]) -> Iterator[str]:
+    for name, least in (("num_fewshot", 0), ("repeats", 1)):
+        if not isinstance(value := config.get(name, least), int) or not least <= value <= MOST:
+            yield f"{name}: is no number from {least} to {MOST}"
+    if not (config.get("test_split") or config.get("validation_split")):
+        yield "test_split: is missing; it names the questions"
+    kwargs = config.get("dataset_kwargs")
+    if not (isinstance(kwargs, dict) and set(kwargs) == {"data_files"}):
+        yield "dataset_kwargs: needs data_files and nothing else"
+
+
+def _wrong_names(config: Mapping[Any, Any]) -> Iterator[str]:
+    """Metrics, aggregations, filters and samplers that lm-eval does not have itself: it would load them as code."""
+    import lm_eval.api.metrics
+    import lm_eval.filters  # noqa: F401 - both fill the registry
+    from lm_eval.api import registry
+
+    for metric in _mappings(config.get("metric_list")):
+        if metric.get("metric") not in registry.METRIC_REGISTRY or metric.get("hf_evaluate"):
+            yield f"metric_list: {str(metric.get('metric'))[:80]!r} is no metric of lm-eval"
+        if metric.get("aggregation", "mean") not in registry.AGGREGATION_REGISTRY:
+            yield f"metric_list: {str(metric.get('aggregation'))[:80]!r} is no aggregation of lm-eval"
+    for one in _mappings(config.get("filter_list")):
+        for step in _mappings(one.get("filter")):
+            if step.get("function") not in registry.FILTER_REGISTRY:
+                yield f"filter_list: {str(step.get('function'))[:80]!r} is no filter of lm-eval"
+    few = config.get("fewshot_config")
+    if few is not None and not (isinstance(few, dict) and set(few) <= {"sampler", "samples", "split"}):
+        yield "fewshot_config: takes sampler, samples and split"
+    elif few and few.get("sampler", "default") not in {"default", "first_n"}:
+        yield "fewshot_config: sampler is default or first_n"
+
+
+def _mappings(value: Any) -> list[dict[str, Any]]:
+    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
+
+
+def _places(path: Path, config: Mapping[str, Any]) -> dict[str, list[Path]]:
+    """By split its files, all below the folder of the task. Raises SettingsError with all that are not."""
+    given = config["dataset_kwargs"]["data_files"]
+    asked = {str(config[name]) for name in SPLITS if config.get(name)}
+    if isinstance(few := config.get("fewshot_config"), dict) and few.get("split"):
+        asked.add(str(few["split"]))
+    if not isinstance(given, dict):
+        given = dict.fromkeys(asked, given)  # as `datasets` has it for one split
+    wrong, places = [], {}
+    for split in sorted(asked):
+        names = given.get(split)
+        places[split] = [path.parent / str(name) for name in (names if isinstance(names, list) else [names])]
+        if names is None:
+            wrong.append(f"dataset_kwargs.data_files: has no file for the split {split}")
+            continue
+        for file in places[split]:
+            relative = PurePosixPath(*file.parts[len(path.parent.parts) :])
+            inside = file.resolve().is_relative_to(path.parent.resolve()) and ".." not in relative.parts
+            if "://" in str(file) or not inside:
+                wrong.append(f"dataset_kwargs.data_files: {file.name[:80]!r} does not lie in the folder of the task")
+            elif not file.is_file():
+                wrong.append(f"dataset_kwargs.data_files: {file} is not there")
+            elif reader_of(file) is None:
+                wrong.append(f"dataset_kwargs.data_files: {file} is of no format that is read ({', '.join(FORMATS)})")
+    if wrong:
+        raise SettingsError([Problem(str(path), what) for what in wrong])
+    return places

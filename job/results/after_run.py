@@ -1,0 +1,67 @@
+"""What is recorded of a complete run after it: where it was pushed, and what `serve-check --record` found.
+
+These records are sealed, and written after the manifest, which therefore does not list them. The command `report` shows
+them, `verify` compares them with the manifest and the run's records.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import TypeVar
+
+from job.common.hashing import sealed, unsealed
+from job.records import Asked, Pushed, ServeCheck
+from job.runs.layout import PUSHED, SERVED, served_key
+from job.storage.base import read_record
+from job.storage.open import ObjectStore
+
+_Record = TypeVar("_Record")
+
+
+def write_serve_check(store: ObjectStore, found: ServeCheck) -> None:
+    """Records it in the run, in the place of an earlier one of this format by this kind of server."""
+    store.write(served_key(found.format, found.server), sealed(asdict(found)))
+
+
+def parse_push(data: bytes) -> Pushed:
+    """The record of a push. Raises ValueError or TypeError if it is none."""
+    return Pushed(**unsealed(data))
+
+
+def parse_serve_check(data: bytes) -> ServeCheck:
+    """The record of a serve check. Raises ValueError or TypeError if it is none."""
+    facts = unsealed(data)
+    asked = tuple(Asked(**one) for one in facts.pop("asked", ()))
+    found = ServeCheck(asked=asked, **facts)
+    measured = (found.seconds, found.first_token, found.tokens_per_second or 0.0, *(one.margin for one in asked))
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in measured):
+        raise ValueError("a figure is no number")
+    return found
+
+
+@dataclass(frozen=True)
+class AfterRun:
+    """Where a run was pushed, and how servers of its model answered; sorted by their places."""
+
+    pushed: tuple[Pushed, ...] = ()
+    served: tuple[ServeCheck, ...] = ()
+
+
+def read_after_run(store: ObjectStore) -> AfterRun:
+    """The records that can be read; `verify` names the others."""
+    return AfterRun(
+        tuple(_readable(store, PUSHED, parse_push)),
+        tuple(_readable(store, SERVED, parse_serve_check)),
+    )
+
+
+def _readable(store: ObjectStore, prefix: str, parse: Callable[[bytes], _Record]) -> Iterator[_Record]:
+    for key in sorted(info.key for info in store.list(prefix)):
+        stored = read_record(store, key)
+        try:
+            if stored is not None:
+                yield parse(stored.data)
+        except (ValueError, TypeError):
+            continue

@@ -1,0 +1,176 @@
+"""The third evaluation: the base with its original weights, before it is quantized, on the same questions.
+
+Without it a gain of training cannot be told from a loss by quantization that training makes up for. It is part of the
+stage that evaluates the base, and comes first in it; it is a model of its own, loaded beside the quantized base and
+freed again. Its scores are cached like the base's, so that other runs with the same base need not load it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from job import log
+from job.common.formatting import size
+from job.common.out_of_memory import out_of_memory
+from job.common.resources import available_bytes
+from job.evaluation.score_cache import ScoreCache, score_conditions
+from job.evaluation.scorer import Scores, score_sequences
+from job.export.merge import release, short_name
+from job.model.base import PLAIN, load_base
+from job.model.files import MAX_CONFIG_BYTES, quantization_method, read_json
+from job.model.packed_attention import NAME, use
+from job.model.whole_modules import grow_embeddings
+from job.records import Evaluated, FullPrecision, Question
+from job.runs.attempt import Attempt, missing
+from job.runs.layout import FULL_PRECISION, ORIGINAL_SIDE, SCORES
+from job.settings.load import Settings
+from job.stages.evaluate import evaluate_base, score_model
+from job.stages.handoff import Loaded, Sources
+from job.stages.pull import fetch_original
+from job.storage.open import ObjectStore, storage_options
+from job.training.memory_model import evaluation_bytes, weight_bytes
+from job.training.prepare import free_gpu_bytes, setup_of
+
+SHARE = 0.9
+"""Of the free memory that may be filled: the formula's error, and what the allocator cannot use."""
+
+
+def evaluate_bases(
+    attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded, shared: ObjectStore
+) -> Evaluated | None:
+    """Scores the base with its original weights, if that is asked for and possible, and then as it is trained on.
+
+    `shared` is the store that contains all runs: base scores are cached there for other runs with the same base.
+
+    Raises:
+        DataError, Unreachable, AccessDenied: The original weights have to be fetched again, and that fails.
+    """
+    original = _evaluate_original(attempt, settings, sources, loaded, shared)
+    found = evaluate_base(attempt, settings, sources, loaded, shared)
+    if found is None or original is None:
+        return found
+    return replace(found, artifacts=[*found.artifacts, *original.artifacts], full_precision=original.full_precision)
+
+
+def _evaluate_original(
+    attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded, shared: ObjectStore
+) -> Evaluated | None:
+    """The evaluation of the original base, as `full_precision` and `artifacts` of a record without scores of its own.
+
+    None where there is nothing to score: the base is not quantized, or the setting is off; and in all processes but 0.
+    """
+    if settings.eval.full_precision == "off" or loaded.record.quantization == "none":
+        return None
+    known = attempt.recorded(FULL_PRECISION, Evaluated) if attempt.processes.leads else None
+    if known is not None and missing(attempt.store, known.artifacts):
+        known = None
+    if attempt.processes.share("original base of before", lambda: known is not None):
+        log.get_logger().info("the original base was evaluated by an earlier attempt")
+        return known
+    dtype = loaded.model.get_base_model().dtype
+    folder = attempt.processes.share_on_machine("original base", lambda: str(_folder(attempt, settings, sources)))
+    if why := _why_not(attempt, settings, loaded, Path(folder)):
+        log.get_logger().warning("the original base is not scored, so what quantization cost is not known", why=why)
+        found = FullPrecision(short_name(dtype), {}, why)
+        return Evaluated({}, [], full_precision=found) if attempt.processes.leads else None
+    try:
+        scored = _score(attempt, settings, sources, loaded, folder=Path(folder), shared=shared)
+    except RuntimeError as error:
+        if not out_of_memory(error) or attempt.processes.place.world_size > 1:  # the others are scoring, and would wait
+            raise
+        log.get_logger().warning("the original base is not scored: memory ran out", why=str(error).partition("\n")[0])
+        return Evaluated(
+            {}, [], full_precision=FullPrecision(short_name(dtype), {}, "memory ran out while it was scored")
+        )
+    if scored is None:
+        return None
+    done = Evaluated({}, scored.artifacts, full_precision=FullPrecision(short_name(dtype), scored.scores))
+    attempt.keep(FULL_PRECISION, json.dumps(asdict(done)))
+    return done
+
+
+def _folder(attempt: Attempt, settings: Settings, sources: Sources) -> Path:
+    """The base's own files. An attempt that began with the quantized base fetches them again."""
+    if sources.original is not None:
+        return sources.original
+    return fetch_original(attempt, settings, storage_options(settings.storage), sources.record)
+
+
+def _why_not(attempt: Attempt, settings: Settings, loaded: Loaded, folder: Path) -> str:
+    """Why the original base cannot be scored, in words; empty if it can. One answer for all processes."""
+    if quantization_method(read_json(folder / "config.json", MAX_CONFIG_BYTES)) is not None:
+        return "the base is published quantized only"
+    need, free = _need(settings, loaded), _free(attempt, settings, loaded)
+    short = (
+        f"it takes {size(need, ' ')} beside the quantized base, and {size(free, ' ')} are free" if need > free else ""
+    )
+    return next(filter(None, attempt.processes.gather("memory for the original base", short)), "")
+
+
+def _need(settings: Settings, loaded: Loaded) -> int:
+    """Bytes of the original weights, and of scoring with them. Logits are assumed to be read at every second token."""
+    width: int = loaded.model.get_base_model().dtype.itemsize
+    weights = loaded.record.parameters * width
+    setup = setup_of(loaded.model, "none", settings.train.optimizer)
+    if setup is None:
+        return weights
+    tokens = settings.eval.batch_tokens
+    return weights + evaluation_bytes(setup, tokens, tokens // 2) - weight_bytes(setup)
+
+
+def _free(attempt: Attempt, settings: Settings, loaded: Loaded) -> int:
+    """Bytes of memory that this process may fill."""
+    if loaded.model.device.type == "cuda":
+        return int(SHARE * free_gpu_bytes(settings.train.gpu_memory_gb))
+    return int(SHARE * available_bytes()) // attempt.processes.place.local_world_size
+
+
+def _score(
+    attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded, *, folder: Path, shared: ObjectStore
+) -> Evaluated | None:
+    """Scores with the original weights, which are loaded only if a score is missing in the cache."""
+    dtype, device = loaded.model.get_base_model().dtype, loaded.model.device
+    facts = {
+        "full_precision": loaded.record.sha256,
+        "added_tokens": loaded.record.added_tokens,
+        "dtype": short_name(dtype),
+        "device": device.type,
+        "packed": loaded.packing.packed,
+    }
+    kept = ScoreCache(shared, SCORES, settings.run.id, score_conditions(facts))
+
+    @cache
+    def original() -> Any:
+        log.get_logger().info("loading the original base", dtype=short_name(dtype))
+        model = load_base(
+            folder,
+            quantization="none",
+            double_quantization=False,
+            dtype=dtype,
+            device=device,
+            max_length=settings.train.max_length,
+        )
+        if settings.model.add_tokens:
+            grow_embeddings(model, len(sources.tokenizer))
+        use(model, NAME if loaded.packing.packed else PLAIN)
+        return model
+
+    def scoring(_model: Any, questions: list[Question], sequences: Mapping[int, range]) -> Iterator[tuple[int, Scores]]:
+        return score_sequences(original(), questions, sequences)
+
+    try:
+        found = score_model(
+            attempt, settings, sources, None, cache=kept, side=ORIGINAL_SIDE, scoring=scoring, measured=False
+        )
+    finally:
+        if original.cache_info().currsize:
+            release(original())
+    if found is None or (origin := kept.reused_from) is None:
+        return found
+    log.get_logger().info("evaluation of the original base is reused", origin=origin)
+    return replace(found, scores={task: replace(s, reused_from=origin) for task, s in found.scores.items()})

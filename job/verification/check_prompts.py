@@ -1,0 +1,65 @@
+"""Checks the answers to the prompts of JOB_EVAL__PROMPTS; what the models answer needs their weights to be repeated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from job.common.formatting import count
+from job.data.prompts import prompts_sha256
+from job.evaluation.prompt_answers import parse_answers
+from job.records import PromptAnswer
+from job.runs.layout import PROMPTS, RESULTS, prompts_key
+from job.verification.differences import CheckResult, Difference, find_differences, show
+
+Copies = Mapping[str, Path]
+_ENDS = ("eos", "length")
+
+
+def check_prompts(results: Mapping[str, Any], copies: Copies) -> CheckResult | None:
+    """Both files have a line for each prompt, of the same prompts, and the manifest tells their number and hash.
+
+    Returns:
+        None where no prompts are claimed, set or there.
+    """
+    settings = {name: setting["value"] for name, setting in results["settings"].items()}
+    claimed, asked = results["evaluation"].get("prompts"), settings.get("eval.prompts")
+    if claimed is None and asked is None and not any(path.startswith(PROMPTS) for path in copies):
+        return None
+    place = f"{RESULTS} evaluation.prompts"
+    if claimed is None or asked is None:
+        return CheckResult("prompts", "", (Difference(place, show(claimed), f"JOB_EVAL__PROMPTS {show(asked)}"),))
+    differences: list[Difference] = []
+    sides = [_read(prompts_key(side), copies, claimed["max_new_tokens"], differences) for side in ("base", "adapter")]
+    if not differences:
+        base, adapter = ([(line.prompt, line.reference) for line in side] for side in sides)
+        found = {
+            "source": asked if isinstance(asked, str) else "validation rows",
+            "count": len(base),
+            "max_new_tokens": settings.get("eval.prompts_max_new_tokens"),
+            "sha256": prompts_sha256(base),
+        }
+        differences += find_differences(place, claimed, found)
+        if base != adapter or [line.where for line in sides[0]] != [line.where for line in sides[1]]:
+            differences.append(Difference(prompts_key("adapter"), "the prompts that the base answered", "others"))
+    return CheckResult("prompts", f"{count(claimed['count'], 'prompt')} answered twice", tuple(differences))
+
+
+def _read(path: str, copies: Copies, most: int, differences: list[Difference]) -> list[PromptAnswer]:
+    try:
+        lines = parse_answers(copies[path].read_bytes())
+    except KeyError:
+        differences.append(Difference(path, "the answers to the prompts", "nothing that can be read"))
+        return []
+    except ValueError as error:
+        differences.append(Difference(path, "one answer a line", str(error).splitlines()[0]))
+        return []
+    for number, line in enumerate(lines, start=1):
+        if line.ended_by not in _ENDS or (line.tokens == most) != (line.ended_by == "length") or line.tokens > most:
+            what = f"{line.tokens} tokens, ended by {show(line.ended_by)}"
+            differences.append(
+                Difference(f"{path} line {number}", f"at most {most} tokens, all of them if cut off", what)
+            )
+            break
+    return lines

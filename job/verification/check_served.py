@@ -1,0 +1,76 @@
+"""Checks the records of `serve-check --record`: each is sealed, and quotes the answers of the run as they are.
+
+What the server said cannot be asked again here: `verify` reads only the run's folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from job.common.formatting import count
+from job.evaluation import samples
+from job.records import ServeCheck, margin
+from job.results.after_run import parse_serve_check
+from job.runs.layout import SERVED, answers_key, export_side, served_key
+from job.storage.base import read_record
+from job.storage.open import ObjectStore
+from job.verification.differences import CheckResult, Difference, find_differences, show
+
+
+def check_served(
+    results: Mapping[str, Any], store: ObjectStore, listed: Mapping[str, int], copies: Mapping[str, Path]
+) -> CheckResult | None:
+    """Checks every record below `served/`; None if there is none.
+
+    Args:
+        results: The manifest.
+        store: The run's own.
+        listed: Bytes of every file in it.
+        copies: By path, the files that are what the manifest says.
+    """
+    keys = sorted(key for key in listed if key.startswith(SERVED))
+    if not keys:
+        return None
+    differences, notes = list[Difference](), []
+    for key in keys:
+        stored = read_record(store, key)
+        try:
+            found = parse_serve_check(b"" if stored is None else stored.data)
+        except (ValueError, TypeError) as error:
+            differences.append(Difference(key, "the record of a serve check", str(error)[:200]))
+            continue
+        if key != served_key(found.format, found.server):
+            differences.append(Difference(key, "the record of this format and server", show(found.format)))
+            continue
+        differences += _differences(key, found, results, copies)
+        says = "holds" if found.holds else "differs"
+        notes.append(f"{found.format} by {found.server}: {says}, {found.alike} of {len(found.compared)} alike")
+    return CheckResult("served", count(len(keys), "record"), tuple(differences), tuple(notes))
+
+
+def _differences(
+    key: str, found: ServeCheck, results: Mapping[str, Any], copies: Mapping[str, Path]
+) -> Iterator[Difference]:
+    """What a record says of the run's own answers, and they do not."""
+    candidates = {export["format"]: export["candidate"] for export in results.get("exports", ())}
+    if found.format != "adapter" and found.format not in candidates:
+        yield Difference(f"{key} format", show(found.format), "none of this run")
+        return
+    side = "adapter" if found.format == "adapter" else export_side(found.format, candidates[found.format])
+    known: dict[str, dict[str, samples.Sample]] = {}
+    for one in found.asked:
+        path = answers_key(one.task, side)
+        if one.task not in known:
+            try:
+                read = samples.parse(copies[path].read_bytes()) if path in copies else []
+            except ValueError:  # the check of the evaluation says so
+                read = []
+            known[one.task] = {sample.id: sample for sample in read}
+        sample = known[one.task].get(one.id)
+        if sample is None:
+            yield Difference(f"{key} {one.task} {show(one.id)}", "a question of the run", f"not in {path}")
+            continue
+        yield from find_differences(f"{key} {one.task} {one.id} recorded", one.recorded, sample.prediction)
+        yield from find_differences(f"{key} {one.task} {one.id} margin", one.margin, margin(sample.log_likelihoods))

@@ -1,0 +1,106 @@
+"""A whole run with generated answers and a perplexity: killed while it answers, verified, and compared."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import warm
+from tests.helpers import alpaca_rows, write_jsonl
+from tests.unit.evaluation.test_measured import write_prose
+from tests.unit.evaluation.test_task_files import write_task
+
+pytestmark = pytest.mark.long
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> dict[str, str]:
+    """A tiny model, rows, and two tasks of the user's own, answered in batches of two or three."""
+    folder = tmp_path_factory.mktemp("generated")
+    prose = folder / "prose"
+    prose.mkdir()
+    tasks = [write_task(folder), write_prose(prose)]
+    given = {
+        "RUN__OUTPUT": str(folder / "runs"),
+        "MODEL__ID": str(base_folder),
+        "DATA__SOURCE": str(write_jsonl(folder / "rows.jsonl", alpaca_rows(16))),
+        "EVAL__TASKS": ",".join(map(str, tasks)),
+        "EVAL__BATCH_TOKENS": "150",
+        "TRAIN__MAX_LENGTH": "512",
+        "TRAIN__MAX_STEPS": "2",
+        "TRAIN__GLOBAL_BATCH_SIZE": "4",
+        "LORA__RANK": "4",
+        "RUN__DEVICE": "cpu",
+    }
+    return {**os.environ, **{f"JOB_{name}": value for name, value in given.items()}}
+
+
+def stopped_while_it_answers(environment: dict[str, str], run: str, number: signal.Signals) -> int:
+    """Starts the job and sends it a signal when its log says that an answer was given; its exit code."""
+    with (
+        tempfile.NamedTemporaryFile("r", encoding="utf-8") as output,
+        warm.followed([], {**environment, "JOB_RUN__ID": run}, output=Path(output.name)) as (process, log),
+    ):
+        sent = False
+        for line in log:
+            seen = json.loads(line)
+            if not sent and seen.get("event") == "answers" and seen["done"]:
+                os.kill(process.pid, number)
+                sent = True
+        return int(process.wait(100)[0])
+
+
+def files_of(run: Path) -> dict[str, bytes]:
+    """The adapter and all answers."""
+    return {
+        str(path.relative_to(run)): path.read_bytes()
+        for path in (*run.glob("artifacts/evaluation/*"), run / "artifacts/adapter/adapter_model.safetensors")
+    }
+
+
+def test_generated_answers_survive_a_kill(environment: dict[str, str]) -> None:
+    """Killed and stopped while answers are generated: the same bytes as undisturbed; verify and compare agree."""
+    done = warm.run([], {**environment, "JOB_RUN__ID": "whole"})
+    assert done.returncode == 0, done.stderr
+    runs = Path(environment["JOB_RUN__OUTPUT"])
+    assert stopped_while_it_answers(environment, "hit", signal.SIGKILL) == -signal.SIGKILL
+    assert stopped_while_it_answers(environment, "hit", signal.SIGTERM) == 75
+    kept = [*(runs / "hit").rglob("scores/*/*.jsonl"), *runs.glob("scores/*/*.jsonl")]
+    assert any('"answers"' in path.read_text(encoding="utf-8") for path in kept)
+    assert warm.run([], {**environment, "JOB_RUN__ID": "hit"}).returncode == 0
+    assert files_of(runs / "hit") == files_of(runs / "whole")
+
+    found: dict[str, Any] = json.loads((runs / "whole/results.json").read_bytes())["evaluation"]["measured"]
+    assert {name: task["num_fewshot"] for name, task in found.items()} == {"sums": 2, "prose": 0}
+    assert set(found["prose"]["metrics"]) == {
+        f"{name},none" for name in ("word_perplexity", "byte_perplexity", "bits_per_byte")
+    }
+    assert "exact_match,none -> " not in done.stdout
+    assert "sums, 12 questions: exact_match,none" in done.stdout
+    assert "word_perplexity" in (runs / "whole/artifacts/report.html").read_text(encoding="utf-8")
+    assert "word_perplexity" in (runs / "whole/artifacts/adapter/README.md").read_text(encoding="utf-8")
+
+    verified = warm.run(["verify", str(runs / "hit")], environment)
+    assert verified.returncode == 0, verified.stdout + verified.stderr
+    compared = warm.run(["compare", str(runs / "whole"), str(runs / "hit")], environment)
+    assert compared.returncode == 0, compared.stderr
+    assert "Metrics of other tasks" in compared.stdout
+
+    answers = runs / "whole/artifacts/evaluation/sums.adapter.jsonl"
+    answers.write_text(
+        answers.read_text(encoding="utf-8").replace('"exact_match,none": [0.0', '"exact_match,none": [1.0', 1)
+    )
+    assert warm.run(["verify", str(runs / "whole")], environment).returncode != 0
+
+
+def test_a_gate_without_choices_is_refused(environment: dict[str, str]) -> None:
+    """With exit code 2, before anything is computed."""
+    done = warm.run([], {**environment, "JOB_RUN__ID": "gated", "JOB_GATE__MIN_DELTA": "0.01"})
+    assert done.returncode == 2
+    assert "JOB_GATE: is about accuracy" in done.stderr

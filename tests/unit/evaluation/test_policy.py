@@ -1,0 +1,156 @@
+"""A gate's policy: each rule fires, Holm's adjustment is statsmodels', and null runs pass at the nominal rate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.stats import binom
+
+from job.errors import SettingsError
+from job.evaluation.policy import Policy, judge_policy, passes, read_policy, reasons, sentence
+from job.evaluation.statistics import holm, one_sided_p, tango_interval
+
+
+def task(n: int, improved: int, regressed: int) -> dict[str, Any]:
+    """What a rule reads of a task in the manifest."""
+    return {"n": n, "improved": improved, "regressed": regressed, "acc_norm": None}
+
+
+GAINED, LOST, UNCLEAR, SAME = task(1000, 80, 20), task(1000, 20, 80), task(1000, 30, 22), task(1000, 5, 5)
+
+
+def judged(rules: dict[str, Any], **tasks: dict[str, Any]) -> dict[str, Any]:
+    """A policy's verdict; `rules` by task, `combined` and other keys beside them."""
+    top = {key: rules.pop(key) for key in ("combined", "alpha", "on_inconclusive") if key in rules}
+    policy = Policy.model_validate({**top, "tasks": rules})
+    found = judge_policy(policy, tasks)
+    return {**found, "passed": passes(policy, found), "reasons": reasons(found)}
+
+
+@pytest.mark.parametrize(
+    ("asked", "found", "outcome"),
+    [
+        ({"role": "critical", "min_gain": 0.0}, GAINED, "passed"),
+        ({"role": "critical", "min_gain": 0.0}, LOST, "failed"),
+        ({"role": "critical", "min_gain": 0.0}, UNCLEAR, "inconclusive"),
+        ({"role": "critical", "min_gain": 0.02}, GAINED, "passed"),
+        ({"role": "critical", "min_gain": 0.05}, GAINED, "inconclusive"),
+        ({"role": "critical", "min_gain": 0.1}, GAINED, "failed"),
+        ({"role": "guarded", "max_loss": 0.02}, SAME, "passed"),
+        ({"role": "guarded", "max_loss": 0.0}, SAME, "inconclusive"),
+        ({"role": "guarded", "max_loss": 0.02}, LOST, "failed"),
+        ({"role": "critical", "max_detectable_effect": 0.03}, GAINED, "passed"),
+        ({"role": "critical", "max_detectable_effect": 0.01}, GAINED, "inconclusive"),
+        ({"role": "critical", "metric": "acc_norm", "min_gain": 0.0}, GAINED, "failed"),
+    ],
+)
+def test_each_kind_of_rule_has_three_ends(asked: dict[str, Any], found: dict[str, Any], outcome: str) -> None:
+    """A rule is met, missed, or its questions cannot tell; only the first passes, and the others say why."""
+    verdict = judged({"arc": asked}, arc=found)
+    assert verdict["outcome"] == outcome
+    assert verdict["passed"] is (outcome == "passed")
+    assert [reason.partition(":")[0] for reason in verdict["reasons"]] == ([] if verdict["passed"] else ["arc"])
+    assert all(sentence(rule) for rule in verdict["rules"])
+
+
+def test_supporting_tasks_decide_together_only() -> None:
+    """A lost supporting task fails nothing alone; in `combined` it weighs as its questions, guarded ones do not."""
+    rules = {"arc": {"role": "critical", "min_gain": 0.0}, "wino": {"role": "supporting", "min_gain": 0.0}}
+    assert judged(dict(rules), arc=GAINED, wino=LOST)["passed"]
+    together = judged({**rules, "combined": {"min_gain": 0.0}}, arc=GAINED, wino=LOST)
+    assert (together["outcome"], together["rules"][-1]["found"]) == ("inconclusive", 0)
+    guarded = {**rules, "wino": {"role": "guarded", "max_loss": 0.2}, "combined": {"min_gain": 0.0}}
+    assert judged(guarded, arc=GAINED, wino=LOST)["rules"][-1]["n"] == 1000
+
+
+def test_inconclusive_may_pass_but_what_was_not_scored_may_not() -> None:
+    """With `on_inconclusive: pass` a gate fails only on what is shown; a task without scores shows nothing."""
+    rules = {"arc": {"role": "critical", "min_gain": 0.0}, "on_inconclusive": "pass"}
+    assert judged(dict(rules), arc=UNCLEAR)["passed"]
+    assert not judged(dict(rules), arc=LOST)["passed"]
+    assert not judged(dict(rules))["passed"]
+
+
+@pytest.mark.parametrize(
+    ("p", "adjusted"),
+    [
+        ([0.1274], [0.1274]),
+        ([0.054, 0.0082, 0.0033, 0.1627, 0.054], [0.162, 0.0328, 0.0165, 0.1627, 0.162]),
+        ([0.1213, 0.1459, 0.1087, 0.187, 0.1632, 0.0005, 0.1213], [*[0.6522] * 5, 0.0035, 0.6522]),
+    ],
+)
+def test_holm_is_that_of_statsmodels(p: list[float], adjusted: list[float]) -> None:
+    """As `multipletests(p, method="holm")` of statsmodels 0.15.0 prints them, and equal ones stay equal."""
+    assert holm(p) == pytest.approx(adjusted, abs=1e-9)
+
+
+@pytest.mark.parametrize(("improved", "regressed", "n"), [(30, 12, 400), (3, 9, 100), (0, 0, 50), (10, 0, 100)])
+def test_the_one_sided_test_inverts_the_interval(improved: int, regressed: int, n: int) -> None:
+    """At the lower bound of Tango's 95 % interval its p value is 2.5 %; at 0 it is the exact binomial tail."""
+    low, _ = tango_interval(improved, regressed, n)
+    assert one_sided_p(improved, regressed, n, low) == pytest.approx(0.025, rel=1e-6)
+    assert one_sided_p(improved, regressed, n, 0) == binom.sf(improved - 1, improved + regressed, 0.5)
+    ordered = [one_sided_p(improved, regressed, n, margin) for margin in (-0.1, -0.05, -0.01, 0.01, 0.05, 0.1)]
+    assert ordered == sorted(ordered)
+
+
+def test_null_runs_pass_at_the_nominal_rate() -> None:
+    """Of 1,000 runs without any difference in 5 tasks, no more than 5 % show a gain anywhere, and as many in all."""
+    generator = np.random.default_rng(20)
+    rules = {f"t{k}": {"role": "critical", "min_gain": 0.0} for k in range(5)}
+    policy = Policy.model_validate({"combined": {"min_gain": 0.0}, "tasks": rules})
+    alone = Policy.model_validate(
+        {"combined": {"min_gain": 0.0}, "tasks": {k: {"role": "supporting", "max_loss": 1.0} for k in rules}}
+    )
+    anywhere = together = passed = 0
+    for _ in range(1000):
+        improved = generator.binomial(500, 0.04, 5)
+        regressed = [generator.binomial(500 - up, 0.04 / 0.96) for up in improved]
+        tasks = {name: task(500, int(up), int(down)) for name, up, down in zip(rules, improved, regressed, strict=True)}
+        found = judge_policy(policy, tasks)
+        anywhere += any(rule["outcome"] == "met" for rule in found["rules"])
+        passed += found["outcome"] == "passed"
+        rule = judge_policy(alone, tasks)["rules"][-1]
+        together += rule["p_met"] < alone.alpha
+    upper = binom.ppf(0.999, 1000, 0.05)
+    assert passed <= anywhere <= upper
+    assert binom.ppf(0.001, 1000, 0.03) <= together <= upper
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("tasks: {arc: {role: critical, min_gain: 0.0}, arc: {role: guarded, max_loss: 0}}", "'arc' is given twice"),
+        ("tasks: {arc: {role: vital, min_gain: 0.0, gain: 1}}", "tasks.arc.role: must be 'critical'"),
+        ("tasks: {arc: {role: vital, min_gain: 0.0, gain: 1}}", "tasks.arc.gain: is not known"),
+        ("tasks: {arc: {role: critical}}", "tasks.arc: has no rule"),
+        ("tasks: {other: {role: critical, min_gain: 0.0}}", "tasks.other: is not scored by this run"),
+        ("tasks: {arc: {role: critical, min_gain: .nan}}", "tasks.arc.min_gain"),
+        ("tasks: {arc: {role: supporting, min_gain: 0.0}}", "no rule decides"),
+        ("tasks: {arc: {role: guarded, max_loss: 0.0}}\ncombined: {min_gain: 0.0}", "no task is critical"),
+        ("tasks: {}", "tasks: "),
+        ("alpha: 0.7", "tasks: is missing"),
+        ("[1, 2]", "must be a mapping"),
+        ("tasks: !!python/object/apply:os.system [exit]", "is not valid YAML (line 1)"),
+        ("a: &a [1]\ntasks: *a", "an alias is not allowed here"),
+        ("tasks: {arc", "is not valid YAML"),
+        ("? [1, 2]\n: 3", "is not valid YAML (line 1): found unhashable key"),
+    ],
+)
+def test_a_policy_that_is_none_is_refused(text: str, said: str, tmp_path: Path) -> None:
+    """Everything that is wrong, in one error, with the file and the place in it."""
+    file = tmp_path / "policy.yaml"
+    file.write_text(text)
+    with pytest.raises(SettingsError) as caught:
+        read_policy(str(file), ["arc"])
+    assert said in str(caught.value)
+    assert all(problem.where == f"JOB_GATE__POLICY ({file})" for problem in caught.value.problems)
+
+
+def test_a_missing_policy_is_named(tmp_path: Path) -> None:
+    """Its setting, its path, and why it cannot be read."""
+    with pytest.raises(SettingsError, match=r"JOB_GATE__POLICY .*cannot be read: No such file"):
+        read_policy(str(tmp_path / "none.yaml"), ["arc"])

@@ -1,0 +1,161 @@
+"""Users' own tasks: described by a file that may have come from anywhere, with its data beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from job.errors import DataError, SettingsError
+from job.evaluation.task_files import read_task_file
+from job.evaluation.tasks import check_tasks, load_tasks
+from tests.helpers import write_jsonl
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:lm_eval.*")
+
+TASK: dict[str, Any] = {
+    "task": "sums",
+    "output_type": "generate_until",
+    "dataset_path": "json",
+    "dataset_kwargs": {"data_files": {"test": "test.jsonl", "train": "train.jsonl"}},
+    "test_split": "test",
+    "fewshot_split": "train",
+    "num_fewshot": 2,
+    "doc_to_text": "Question: {{question}}\nAnswer:",
+    "doc_to_target": " {{answer}}",
+    "generation_kwargs": {"until": ["\n", "Question:"], "max_gen_toks": 8},
+    "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+}
+
+
+def write_task(folder: Path, *, questions: int = 12, **changes: Any) -> Path:
+    """The file of an arithmetic task, with its questions and examples beside it; a change to None removes a field."""
+    rows = [{"question": f"what is {n} and {n + 2}?", "answer": str(2 * n + 2)} for n in range(questions + 5)]
+    write_jsonl(folder / "test.jsonl", rows[5:])
+    write_jsonl(folder / "train.jsonl", rows[:5])
+    config = {name: value for name, value in (TASK | changes).items() if value is not None}
+    path = folder / "sums.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return path
+
+
+def prompts(tasks: Any) -> list[str]:
+    """What the questions of the only task are asked with."""
+    (task,) = tasks.loaded["tasks"].values()
+    task.set_fewshot_seed(1)
+    return [task.fewshot_context(doc, num_fewshot=task.config.num_fewshot) for doc in task.eval_docs]
+
+
+def test_a_task_is_asked_with_its_own_examples(tmp_path: Path) -> None:
+    """As many as the file says, or the setting; drawn from its own split; the questions are those beside the file."""
+    path = str(write_task(tmp_path))
+    assert {prompt.count("Answer: ") for prompt in prompts(load_tasks([path], {}, {}))} == {2}
+    assert {prompt.count("Answer: ") for prompt in prompts(load_tasks([path], {}, {}, 0))} == {0}
+    asked = prompts(load_tasks([path], {}, {}, 3))
+    assert {prompt.count("Answer: ") for prompt in asked} == {3}
+    assert len(asked) == 12
+    assert all(f"what is {n + 5} and {n + 7}?\nAnswer:" in prompt for n, prompt in enumerate(asked))
+
+
+def test_a_changed_file_is_another_task(tmp_path: Path) -> None:
+    """Questions and file both count in the fingerprint, by which a resumed run knows that nothing has changed."""
+    first = load_tasks([str(write_task(tmp_path))], {}, {}).fingerprints()
+    assert load_tasks([str(write_task(tmp_path))], {}, {}).fingerprints() == first
+    assert load_tasks([str(write_task(tmp_path, doc_to_text="{{question}}"))], {}, {}).fingerprints() != first
+    assert load_tasks([str(write_task(tmp_path, questions=13))], {}, {}).fingerprints() != first
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"class": "os.system"}, "class: is not taken"),
+        ({"include": "../other.yaml"}, "include: is not taken"),
+        ({"process_docs": "utils.docs"}, "process_docs: is not taken"),
+        ({"custom_dataset": "utils.load"}, "custom_dataset: is not taken"),
+        ({"unsafe_code": True}, "unsafe_code: is not taken"),
+        ({"group": "all"}, "group: is not taken"),
+        ({"dataset_path": "./loader.py"}, "dataset_path: is './loader.py'"),
+        ({"dataset_path": "someone/data"}, "dataset_path: is 'someone/data'"),
+        (
+            {"dataset_kwargs": {"data_files": {"test": "../x.jsonl", "train": "train.jsonl"}}},
+            "does not lie in the folder",
+        ),
+        (
+            {"dataset_kwargs": {"data_files": {"test": "/etc/passwd", "train": "train.jsonl"}}},
+            "does not lie in the folder",
+        ),
+        ({"dataset_kwargs": {"data_files": "no.jsonl"}}, "no.jsonl is not there"),
+        ({"dataset_kwargs": {"data_files": {}, "trust_remote_code": True}}, "needs data_files and nothing else"),
+        ({"metric_list": [{"metric": "someone/metric"}]}, "'someone/metric' is no metric"),
+        ({"metric_list": [{"metric": "exact_match", "aggregation": "utils.mean"}]}, "'utils.mean' is no aggregation"),
+        ({"filter_list": [{"name": "x", "filter": [{"function": "utils.f"}]}]}, "'utils.f' is no filter"),
+        ({"fewshot_config": {"process_docs": "x"}}, "fewshot_config: takes"),
+        ({"num_fewshot": 1e9}, "num_fewshot: is no number"),
+        ({"task": "../../x"}, "other characters"),
+        ({"output_type": None}, "output_type: is missing"),
+        ({"test_split": None}, "test_split: is missing"),
+        ({"generation_kwargs": {"num_beams": 4}}, "num_beams"),
+        ({"metric_list": [{"metric": "bleu"}]}, "no metric that can be paired"),
+        ({"num_fewshot": 5}, "there are 5; one more"),
+    ],
+)
+def test_what_a_file_may_not_say_is_refused(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
+    """Code, other folders, unknown names and impossible numbers end the job with 2, in words that name the field."""
+    path = str(write_task(tmp_path, **changes))
+    with pytest.raises(SettingsError) as refused:
+        load_tasks([path], {}, {})
+    assert says in str(refused.value)
+    assert refused.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("task: !function utils.py", "code of a task file is never run"),
+        ("task: !!python/object/apply:os.system ['echo']", "code of a task file is never run"),
+        ("a: &a [1]\nb: [*a, *a]", "uses aliases"),
+        ("- task", "describes no task"),
+        ("task: [", "sums.yaml:"),
+        ("[" * 30_000, "brackets"),
+        ("- " * 20_000, "sums.yaml"),
+        ("task: x" + " " * (1 << 20), "more than"),
+    ],
+)
+def test_yaml_that_is_more_than_data_is_refused(tmp_path: Path, text: str, says: str) -> None:
+    """Tags that build objects, aliases that grow, broken and huge files: words, exit code 2, and nothing is run."""
+    path = tmp_path / "sums.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(SettingsError) as refused:
+        check_tasks([str(path)], {})
+    assert says in str(refused.value)
+
+
+def test_a_template_reaches_nothing_but_its_row(tmp_path: Path) -> None:
+    """A template that climbs from its values into Python is stopped by the sandbox."""
+    path = str(write_task(tmp_path, doc_to_text="{{ question.__class__.__mro__[1].__subclasses__() }}", num_fewshot=0))
+    with pytest.raises(DataError, match="unsafe"):
+        load_tasks([path], {}, {})
+
+
+def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    """The data lies in the folder of the file, links followed."""
+    folder = tmp_path / "task"
+    folder.mkdir()
+    path = write_task(folder)
+    outside = write_jsonl(tmp_path / "outside.jsonl", [{"question": "a", "answer": "b"}] * 3)
+    (folder / "test.jsonl").unlink()
+    (folder / "test.jsonl").symlink_to(outside)
+    with pytest.raises(SettingsError, match="does not lie in the folder"):
+        read_task_file(path)
+
+
+def test_rows_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    """By file and line, with exit code 65; so is a file of one question."""
+    path = write_task(tmp_path)
+    (tmp_path / "test.jsonl").write_text('{"question": 1\n', encoding="utf-8")
+    with pytest.raises(DataError, match=r"test\.jsonl"):
+        read_task_file(path)
+    with pytest.raises(DataError, match="two questions"):
+        read_task_file(write_task(tmp_path, questions=1))
