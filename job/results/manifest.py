@@ -189,15 +189,18 @@ def summary(results: Mapping[str, Any], where: str) -> list[str]:
         lines.append(f"{name}, {task['n']:,} questions: accuracy {before:.2f} % -> {after:.2f} % ({interval})")
         counts = f"{task['improved']} questions better and {task['regressed']} worse"
         lines.append(f"verdict: {task['verdict']}, {counts}, McNemar p = {task['mcnemar_p']:.2g}")
+        if rest := task.get("without_overlap"):
+            figures = f"{100 * rest['delta']:+.2f} points on the other {rest['n']:,}, {rest['verdict']}"
+            lines.append(f"training rows have {task['n'] - rest['n']:,} of these questions in them: {figures}")
     for name, found in results["evaluation"].get("measured", {}).items():
         lines += [f"{name}, {found['n']:,} questions: {measured_line(*one)}" for one in found["metrics"].items()]
     original = results["evaluation"].get("full_precision") or {"tasks": {}}
     if original.get("not_scored"):
         lines.append(f"the unquantized base was not scored: {original['not_scored']}")
     for name, one in original["tasks"].items():
-        cost, left = (100 * one[f"{side}_versus_original"]["acc"]["delta"] for side in ("base", "adapter"))
+        taken, left = (100 * one[f"{side}_versus_original"]["acc"]["delta"] for side in ("base", "adapter"))
         lines.append(
-            f"{name}, unquantized base: {100 * one['scores']['acc']:.2f} %; quantization {cost:+.2f}, "
+            f"{name}, unquantized base: {100 * one['scores']['acc']:.2f} %; quantization {taken:+.2f}, "
             f"adapter against it {left:+.2f}"
         )
     lines += [_export_line(export) for export in results.get("exports", ())]
