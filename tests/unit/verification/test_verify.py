@@ -554,7 +554,7 @@ def test_forged_figures_of_the_original_base_are_found(
 
 
 def test_answers_of_the_original_base_cannot_be_exchanged_or_left_out(with_original: Path, tmp_path: Path) -> None:
-    """Other answers, hashes recomputed, contradict the figures; a manifest without the figures contradicts the stage."""
+    """Other answers contradict the figures, hashes recomputed or not; figures left out contradict the stage."""
     run = Path(shutil.copytree(with_original, tmp_path / "exchanged"))
     rewrite(run, ORIGINAL, (run / TASK).read_bytes())
     assert "evaluation" in _checked(run, tmp_path / "work-1")
