@@ -29,6 +29,7 @@ from job.records import (
     Evaluated,
     Exported,
     ExportRecord,
+    FullPrecision,
     ModelRecord,
     Pulled,
     StepMetrics,
@@ -40,7 +41,7 @@ from job.records import (
 from job.results import manifest
 from job.results.inventory import collect
 from job.runs import stage_records
-from job.runs.layout import VALIDATIONS, answers_key, attempt_key
+from job.runs.layout import ORIGINAL_SIDE, VALIDATIONS, answers_key, attempt_key
 from job.runs.lease import LeaseRecord
 from job.settings.affects_result import affects_result
 from job.settings.load import describe, load_settings, redacted
@@ -76,11 +77,13 @@ def publish_run(
     settings: Sequence[str] = (),
     validated: bool = False,
     exported: Mapping[str, Sequence[bool]] | None = None,
+    original: Mapping[str, Sequence[bool]] | None = None,
     baseline: Callable[[LocalStore, Evaluated], tuple[dict[str, Any], list[Artifact]]] | None = None,
 ) -> Path:
     """Writes a run into `folder`, named like it; all attempts but the last were killed. Returns the folder.
 
     `exported` has the candidates of a merged model, and whether each is right, question by question of every task.
+    `original` has, by task, whether the base with its original weights is right; without it that base is not scored.
     """
     store = LocalStore(folder)
     settings = [*settings, *(VALIDATED if validated else ())]
@@ -104,6 +107,14 @@ def publish_run(
     for record in ledger[:-1]:
         store.write(attempt_key(record.number), _logged(replace(record, outcome="running"), run))
     base, adapter = (_evaluated(store, answers, side, work) for side in ("base", "adapter"))
+    if original:
+        answered = {task: [(right, right) for right in told] for task, told in original.items()}
+        unquantized = _evaluated(store, answered, ORIGINAL_SIDE, work)
+        base = replace(
+            base,
+            artifacts=[*base.artifacts, *unquantized.artifacts],
+            full_precision=FullPrecision("fp32", unquantized.scores),
+        )
     trained = _trained(store, work, attempts, run, validated=validated)
     exports = _exported(store, answers, exported or {}, work)
     for name, found in (
@@ -127,6 +138,7 @@ def publish_run(
         training=trained.training,
         tasks=tasks,
         exports=manifest.exports_record(exports, base, adapter.scores),
+        full_precision=manifest.full_precision_record(base, adapter.scores),
         gate=judge(
             compare_tasks(base.scores, judged),
             **chosen.gate.model_dump(exclude={"baseline", "policy"}),

@@ -514,3 +514,50 @@ def test_a_policy_is_judged_again(gain: str, passed: bool, tmp_path: Path) -> No
         (tmp_path / "work").mkdir()
         found = verify(LocalStore(tmp_path / "copy"), tmp_path / "work")
         assert any(check.differences for check in found if check.what == "gate")
+
+
+ORIGINAL = "artifacts/evaluation/quiz.original.jsonl"
+
+
+@pytest.fixture(scope="module")
+def with_original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose base was scored with its original weights too: quantization had cost more than training gave."""
+    answers = {"quiz": pairs(60, improved=14, regressed=2)}
+    folder = tmp_path_factory.mktemp("with-original") / "a-run"
+    return publish_run(folder, answers, original={"quiz": [True] * 55 + [False] * 5})
+
+
+def _checked(run: Path, work: Path) -> dict[str, CheckResult]:
+    work.mkdir()
+    return {found.what: found for found in verify(open_run(str(run)), work) if found.differences}
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("scores/acc", 0.5),
+        ("base_versus_original/acc/delta", -0.01),
+        ("base_versus_original/acc/verdict", "inconclusive"),
+        ("adapter_versus_original/acc/ci95", [0.01, 0.02]),
+        ("adapter_versus_original/acc/verdict", "improved"),
+    ],
+)
+def test_forged_figures_of_the_original_base_are_found(
+    with_original: Path, tmp_path: Path, place: str, value: object
+) -> None:
+    """What quantization cost and what is left are computed again from the answers, whatever the manifest says."""
+    assert _checked(with_original, tmp_path / "before") == {}
+    run = Path(shutil.copytree(with_original, tmp_path / "a-run"))
+    forge(run, change(f"evaluation/full_precision/tasks/quiz/{place}", value))
+    found = _checked(run, tmp_path / "after")
+    assert "evaluation.full_precision" in told({"evaluation": found["evaluation"]})
+
+
+def test_answers_of_the_original_base_cannot_be_exchanged_or_left_out(with_original: Path, tmp_path: Path) -> None:
+    """Other answers contradict the figures, hashes recomputed or not; figures left out contradict the stage."""
+    run = Path(shutil.copytree(with_original, tmp_path / "exchanged"))
+    rewrite(run, ORIGINAL, (run / TASK).read_bytes())
+    assert "evaluation" in _checked(run, tmp_path / "work-1")
+    run = Path(shutil.copytree(with_original, tmp_path / "left-out"))
+    forge(run, lambda results: results["evaluation"].pop("full_precision"))
+    assert "evaluation.full_precision" in told(_checked(run, tmp_path / "work-2"))
