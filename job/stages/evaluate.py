@@ -43,7 +43,7 @@ def evaluate_base(
     cache = ScoreCache(shared, SCORES, settings.run.id, score_conditions(facts))
     with adapter_off(loaded.model):
         found = score_model(attempt, settings, sources, loaded.model, cache=cache, side="base")
-        answers = answer_prompts(attempt, settings, sources, loaded.model, side="base", conditions=facts)
+        answers = answer_prompts(attempt, settings.eval, sources, loaded.model, side="base", conditions=facts)
     if found is None:
         return None
     found = replace(found, artifacts=[*found.artifacts, *answers])
@@ -65,7 +65,7 @@ def evaluate_adapter(
     adapted = {**forward_facts(loaded, loaded.record), "adapter": [artifact.sha256 for artifact in weights]}
     cache = ScoreCache(attempt.store, SCORES, settings.run.id, score_conditions(adapted))
     found = score_model(attempt, settings, sources, loaded.model, cache=cache, side="adapter")
-    answers = answer_prompts(attempt, settings, sources, loaded.model, side="adapter", conditions=adapted)
+    answers = answer_prompts(attempt, settings.eval, sources, loaded.model, side="adapter", conditions=adapted)
     return found and replace(found, artifacts=[*found.artifacts, *answers])
 
 

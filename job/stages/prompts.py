@@ -23,7 +23,7 @@ from job.evaluation.score_cache import score_conditions
 from job.records import Answer, Artifact, PromptRow
 from job.runs.attempt import Attempt
 from job.runs.layout import SCORES, prompts_key
-from job.settings.load import Settings
+from job.settings.schema import Eval
 from job.stages.handoff import Sources
 
 CODE = ("job.evaluation.generation",)
@@ -34,13 +34,13 @@ _ANSWERS = TypeAdapter(list[Answer])
 
 
 def answer_prompts(
-    attempt: Attempt, settings: Settings, sources: Sources, model: Any, *, side: str, conditions: Mapping[str, Any]
+    attempt: Attempt, options: Eval, sources: Sources, model: Any, *, side: str, conditions: Mapping[str, Any]
 ) -> list[Artifact]:
     """Publishes the answers of the model as it is now; all processes call it, and process 0 returns the file.
 
     Args:
         attempt: Where it is published.
-        settings: How many tokens an answer may have, and those of a forward pass.
+        options: How many tokens an answer may have, and those of a forward pass.
         sources: The prompts, in process 0.
         model: The base, or the base with the adapter.
         side: `base` or `adapter`.
@@ -50,14 +50,14 @@ def answer_prompts(
         TrainingFailed: The logits are not finite.
         Preempted: The job was asked to stop; the answers to finished batches are kept.
     """
-    if settings.eval.prompts is None:
+    if options.prompts is None:
         return []
-    processes, most = attempt.processes, settings.eval.prompts_max_new_tokens
+    processes, most = attempt.processes, options.prompts_max_new_tokens
     prompts = _ROWS.validate_json(processes.share("prompts", lambda: _ROWS.dump_json(list(sources.prompts)).decode()))
-    batches = plan_batches([len(prompt.ids) for prompt in prompts], most, settings.eval.batch_tokens)
+    batches = plan_batches([len(prompt.ids) for prompt in prompts], most, options.batch_tokens)
     facts = score_conditions({**conditions, "generation": code_hashes(*CODE)})
-    asked = json.dumps([facts, [prompt.ids for prompt in prompts], batches, most], sort_keys=True)
-    folder = f"{SCORES}/prompts-{hashlib.sha256(asked.encode()).hexdigest()}"
+    identity = json.dumps([facts, [prompt.ids for prompt in prompts], batches, most], sort_keys=True)
+    folder = f"{SCORES}/prompts-{hashlib.sha256(identity.encode()).hexdigest()}"
     known: dict[int, list[Answer]] = {}
     if processes.leads:
         known = {
