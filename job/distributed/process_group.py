@@ -2,7 +2,7 @@
 
 The launcher hosts the store. Nothing is pickled. No process waits for a failed one: a process that fails, or its
 launcher, writes the reason into the store, and every process that waits reads it there and ends with the same exit
-code.
+code. One that is killed where there is no launcher is noticed by those in its PID namespace.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from job.distributed.peers import Peers, identity
 from job.distributed.ranks import Place
 from job.errors import JobError, Preempted, error_of_process
 from job.preemption.stop_flag import Stop
@@ -57,6 +58,7 @@ class ProcessGroup:
     ) -> None:
         self.place, self.leads, self.stopping = place, place.rank == 0, False
         self._store, self._stop, self._report_progress, self._grace = store, stop, report_progress, grace_seconds
+        self._peers = Peers({})
         self._calls = 0
         self._checked = time.monotonic()
         self._sent = [0] * place.world_size
@@ -68,8 +70,22 @@ class ProcessGroup:
             self._checked = time.monotonic()
             with self._reaching():
                 ended = self._store.check([END])
-            if ended:
-                raise self._ended()
+                if ended:
+                    raise self._ended()
+                self._check_peers()
+
+    def announce(self) -> None:
+        """Says before arriving which process this is, for `watch_peers` of the others."""
+        self._set(f"identity#{self.place.rank}", identity())
+
+    def watch_peers(self) -> None:
+        """From now on `check` also ends this process when another one in its PID namespace is dead.
+
+        Called once all have arrived.
+        """
+        with self._reaching():
+            keys = {rank: f"identity#{rank}" for rank in range(self.place.world_size) if rank != self.place.rank}
+            self._peers = Peers({rank: self._get(key) for rank, key in keys.items() if self._store.check([key])})
 
     def share(self, what: str, value: Callable[[], T]) -> T:
         """See `Processes`."""
@@ -136,12 +152,20 @@ class ProcessGroup:
         the others because the store may end with it, or with its launcher.
         """
         gone = [f"gone#{rank}" for rank in range(self.place.world_size)]
+        self._peers.close()
         with contextlib.suppress(RuntimeError):
             self._store.set(gone[self.place.rank], "")
             if self.leads:
                 self._wait_at_most(REASON_SECONDS, lambda: self._store.check(gone))
             else:
                 self._wait_at_most(self._grace, lambda: self._store.check(gone[:1]) or self._end_of(0))
+
+    def _check_peers(self) -> None:
+        for rank in self._peers.dead():
+            if self._store.check([f"gone#{rank}"]):  # it had nothing left to do, or its error is in the store
+                self._peers.forget(rank)
+            else:
+                raise self._lost(RuntimeError(f"process {rank} was killed, or it crashed"))
 
     def _share(self, key: str, value: Callable[[], T], *, leads: bool) -> T:
         if leads:

@@ -91,6 +91,7 @@ def join(
     joined = ProcessGroup(place, store, stop, report_progress, grace_seconds)
     try:
         _await_all(joined, store, deadline, stop, report_progress)
+        joined.watch_peers()
         _connect(place, store, 2 * patience)
         yield joined
         _disconnect()
@@ -128,6 +129,7 @@ def _await_all(
     if total != str(place.world_size):
         what = f"adds up to {place.world_size} here and to {total} on another machine; set the same number on all"
         raise SettingsError([Problem("JOB_RUN__PROCESSES", what)])
+    joined.announce()
     if store.add(f"here#{place.rank}", 1) > 1:
         what = f"another process has rank {place.rank} too; give each machine its own, or wait for the old one to end"
         raise SettingsError([Problem("JOB_RUN__NODE_RANK", what)])
