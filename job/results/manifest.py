@@ -195,9 +195,9 @@ def summary(results: Mapping[str, Any], where: str) -> list[str]:
     if original.get("not_scored"):
         lines.append(f"the unquantized base was not scored: {original['not_scored']}")
     for name, one in original["tasks"].items():
-        cost, left = (100 * one[f"{side}_versus_original"]["acc"]["delta"] for side in ("base", "adapter"))
+        lost, left = (100 * one[f"{side}_versus_original"]["acc"]["delta"] for side in ("base", "adapter"))
         lines.append(
-            f"{name}, unquantized base: {100 * one['scores']['acc']:.2f} %; quantization {cost:+.2f}, "
+            f"{name}, unquantized base: {100 * one['scores']['acc']:.2f} %; quantization {lost:+.2f}, "
             f"adapter against it {left:+.2f}"
         )
     lines += [_export_line(export) for export in results.get("exports", ())]
