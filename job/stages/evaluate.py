@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from job import log
-from job.evaluation.generation import HowToGenerate, generate
+from job.evaluation.generation import HowToGenerate
 from job.evaluation.harness import evaluate, measure
 from job.evaluation.measured import aggregate
 from job.evaluation.parallel_scoring import ParallelScoring
@@ -26,7 +26,7 @@ from job.runs.attempt import Attempt
 from job.runs.layout import SCORES, answers_key
 from job.settings.load import Settings
 from job.stages.handoff import Loaded, Sources
-from job.stages.prompts import answer_prompts
+from job.stages.prompts import answer_prompts, generate_answers
 from job.storage.open import ObjectStore
 
 
@@ -125,26 +125,17 @@ def score_model(
             )
 
     def answer(prompts: list[tuple[int, ...]], how: HowToGenerate) -> list[Answer]:
-        before = attempt.questions
-
-        with log.progress("answers", len(prompts), every=max(1, len(prompts) // 10)) as show_progress:
-
-            def on_progress(answered: int) -> None:
-                attempt.questions = before + answered
-                show_progress(answered)
-
-            return generate(
-                model,
-                sources.tokenizer,
-                prompts,
-                max_new_tokens=how.max_new_tokens,
-                stop=how.stop,
-                sampling=how.sampling,
-                batch_tokens=settings.eval.batch_tokens,
-                cache=cache,
-                answer=parallel.answer,
-                on_progress=on_progress,
-            )
+        return generate_answers(
+            attempt,
+            settings,
+            model,
+            sources.tokenizer,
+            prompts,
+            how=how,
+            cache=cache,
+            parallel=parallel,
+            shown="answers",
+        )
 
     cut_to = settings.train.max_length if settings.eval.long_questions == "cut" else None
     asked: dict[str, Any] = {"limit": settings.eval.limit, "cut_to": cut_to}
