@@ -23,6 +23,7 @@ from job.data.formats import Row, RowError, read_rows
 from job.errors import DataError, Problem, SettingsError, named_by
 from job.evaluation.measured import how_to_generate, metrics_of
 from job.evaluation.task_files import TaskFile, is_task_file, read_task_file
+from job.log import get_logger
 from job.storage.hub import hub_errors
 
 MULTIPLE_CHOICE = "multiple_choice"
@@ -158,7 +159,7 @@ def load_tasks(
 
 
 def check_choices(tasks: Tasks, needed_by: Sequence[str]) -> None:
-    """Refuses settings that are about the accuracy of choices where no task has any.
+    """Refuses settings that are about the accuracy of choices where no task has any; logs the tasks they leave out.
 
     Raises:
         SettingsError: With all of them.
@@ -167,6 +168,10 @@ def check_choices(tasks: Tasks, needed_by: Sequence[str]) -> None:
         what = "is about accuracy, and JOB_EVAL__TASKS has no multiple-choice task; add one, or leave this setting out"
         if wrong := [Problem(setting, what) for setting in needed_by]:
             raise SettingsError(wrong)
+    others = list(tasks.only(*MEASURED).loaded["tasks"])
+    for setting in needed_by if others else ():
+        note = "does not judge or score tasks without choices"
+        get_logger().info("tasks are left out", setting=setting, tasks=others, why=note)
 
 
 def _twice(names: Sequence[str]) -> list[str]:

@@ -246,10 +246,12 @@ def exports(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     A row has the accuracies of base, adapter and candidate, and the comparisons with the two. None without exports.
     """
     tasks = results["evaluation"]["tasks"]
+    others = results["evaluation"].get("measured")
+    unscored = f" Tasks without choices were not scored for it: {', '.join(others)}." if others else ""
     return [
         {
             "format": export["format"],
-            "sentence": _about_export(export),
+            "sentence": _about_export(export) + unscored,
             "rows": [
                 {
                     "task": task,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from job import log
-from job.evaluation.generation import HowToGenerate, generate
+from job.evaluation.generation import HowToGenerate
 from job.evaluation.harness import evaluate, measure
 from job.evaluation.measured import aggregate
 from job.evaluation.parallel_scoring import ParallelScoring
@@ -26,7 +26,7 @@ from job.runs.attempt import Attempt
 from job.runs.layout import SCORES, answers_key
 from job.settings.load import Settings
 from job.stages.handoff import Loaded, Sources
-from job.stages.prompts import answer_prompts
+from job.stages.prompts import answer_prompts, generate_answers
 from job.storage.open import ObjectStore
 
 
@@ -43,7 +43,8 @@ def evaluate_base(
     cache = ScoreCache(shared, SCORES, settings.run.id, score_conditions(facts))
     with adapter_off(loaded.model):
         found = score_model(attempt, settings, sources, loaded.model, cache=cache, side="base")
-        answers = answer_prompts(attempt, settings.eval, sources, loaded.model, side="base", conditions=facts)
+        own = ScoreCache(attempt.store, SCORES, settings.run.id, score_conditions(facts))
+        answers = answer_prompts(attempt, settings.eval, sources, loaded.model, side="base", cache=own)
     if found is None:
         return None
     found = replace(found, artifacts=[*found.artifacts, *answers])
@@ -65,7 +66,8 @@ def evaluate_adapter(
     adapted = {**forward_facts(loaded, loaded.record), "adapter": [artifact.sha256 for artifact in weights]}
     cache = ScoreCache(attempt.store, SCORES, settings.run.id, score_conditions(adapted))
     found = score_model(attempt, settings, sources, loaded.model, cache=cache, side="adapter")
-    answers = answer_prompts(attempt, settings.eval, sources, loaded.model, side="adapter", conditions=adapted)
+    own = ScoreCache(attempt.store, SCORES, settings.run.id, score_conditions(adapted))
+    answers = answer_prompts(attempt, settings.eval, sources, loaded.model, side="adapter", cache=own)
     return found and replace(found, artifacts=[*found.artifacts, *answers])
 
 
@@ -125,26 +127,17 @@ def score_model(
             )
 
     def answer(prompts: list[tuple[int, ...]], how: HowToGenerate) -> list[Answer]:
-        before = attempt.questions
-
-        with log.progress("answers", len(prompts), every=max(1, len(prompts) // 10)) as show_progress:
-
-            def on_progress(answered: int) -> None:
-                attempt.questions = before + answered
-                show_progress(answered)
-
-            return generate(
-                model,
-                sources.tokenizer,
-                prompts,
-                max_new_tokens=how.max_new_tokens,
-                stop=how.stop,
-                sampling=how.sampling,
-                batch_tokens=settings.eval.batch_tokens,
-                cache=cache,
-                answer=parallel.answer,
-                on_progress=on_progress,
-            )
+        return generate_answers(
+            attempt,
+            model,
+            sources.tokenizer,
+            prompts,
+            how=how,
+            batch_tokens=settings.eval.batch_tokens,
+            cache=cache,
+            parallel=parallel,
+            shown="answers",
+        )
 
     cut_to = settings.train.max_length if settings.eval.long_questions == "cut" else None
     asked: dict[str, Any] = {"limit": settings.eval.limit, "cut_to": cut_to}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -47,26 +49,49 @@ def test_answers_are_published_and_shown(environment: dict[str, str]) -> None:
 
 
 @pytest.mark.long
-def test_killed_between_answers(environment: dict[str, str], tmp_path: Path) -> None:
-    """Killed while either side answers, the run ends with the same files, and no batch that was kept is repeated."""
+def test_stopped_between_answers(environment: dict[str, str], tmp_path: Path) -> None:
+    """Killed and stopped while either side answers, the run ends with the same files; what was kept is not repeated."""
+    # Answers so long that the signal arrives before the last of them.
+    environment = {**environment, "JOB_EVAL__PROMPTS_MAX_NEW_TOKENS": "40"}
     assert attempt(environment, JOB_RUN__ID="whole").returncode == 0
     output = Path(environment["JOB_RUN__OUTPUT"])
-    batches = len(list((output / "whole/scores").glob("prompts-*/*.json"))) // 2
-    assert batches > 2
+    hit = {**environment, "JOB_RUN__ID": "hit", "JOB_RUN__OUTPUT": str(tmp_path)}
+    for side in (1, 2):
+        assert stopped_while_it_answers(hit, signal.SIGKILL, side) == -signal.SIGKILL
+        assert stopped_while_it_answers(hit, signal.SIGTERM, side) == 75
+        assert len(answered(tmp_path / "hit")) == side, "batches of this side are kept"
+    assert attempt(hit).returncode == 0
+    assert published(tmp_path, "hit") == published(output, "whole")
+    kept, whole = answered(tmp_path / "hit"), answered(output / "whole")
+    assert {name: sorted(rows) for name, rows in kept.items()} == {name: sorted(rows) for name, rows in whole.items()}
+    assert all(len(rows) > 2 for rows in whole.values())
+
+
+def answered(run: Path) -> dict[str, list[int]]:
+    """Of each set of prompts, by its folder, the batches whose answers were kept, in each file that was written."""
+    found: dict[str, list[int]] = {}
+    for path in (run / "scores").glob("*/*.jsonl"):
+        rows = [one["row"] for one in read_jsonl(path) if "answers" in one]
+        if rows:
+            found.setdefault(path.parent.name, []).extend(rows)
+    return found
+
+
+def stopped_while_it_answers(environment: dict[str, str], number: signal.Signals, side: int) -> int:
+    """Starts the job and sends it a signal when the base (1) or the adapter (2) has answered some; its exit code."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("JOB_")}
-    killed = {**clean, **environment, "JOB_RUN__ID": "killed", "JOB_RUN__OUTPUT": str(tmp_path)}
-    log = tmp_path / "log"
-    log.touch()
-    kept: dict[Path, int] = {}
-    for enough in (2, batches + 2):
-        process = warm.start([], killed, log, log)
-        while process.poll() is None and len(kept) < enough:
-            kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed/scores").glob("prompts-*/*.json")}
-        process.kill()
-        assert len(kept) >= enough
-    assert attempt(killed).returncode == 0
-    assert all(path.stat().st_mtime_ns == written for path, written in kept.items())
-    assert published(tmp_path, "killed") == published(output, "whole")
+    with (
+        tempfile.NamedTemporaryFile("r", encoding="utf-8") as output,
+        warm.followed([], {**clean, **environment}, output=Path(output.name)) as (process, log),
+    ):
+        sent = False
+        base = Path(environment["JOB_RUN__OUTPUT"]) / environment["JOB_RUN__ID"] / prompts_key("base")
+        for line in log:
+            seen = json.loads(line)
+            if not sent and seen.get("event") == "prompts" and seen["done"] and (side == 1 or base.exists()):
+                os.kill(process.pid, number)
+                sent = True
+        return int(process.wait(100)[0])
 
 
 @pytest.mark.long

@@ -19,13 +19,15 @@ from hypothesis import strategies as st
 from transformers import MistralConfig
 
 from job.errors import TrainingFailed
-from job.evaluation.generation import CACHE_BATCHES, Sampling, _drawn, generate, plan_batches
+from job.evaluation.generation import CACHE_BATCHES, HowToGenerate, Sampling, _drawn, generate, plan_batches
+from job.evaluation.parallel_scoring import ParallelScoring
 from job.model.base import PLAIN, load_base
 from job.model.fused.frozen_weights import fuse_layers
 from job.model.fused.kernels import TORCH
 from job.model.packed_attention import NAME, is_packed, use
 from job.records import Answer
 from tests.helpers import fill_adapter, make_model
+from tests.unit.evaluation.test_scorer import Helper, Peers
 
 NEW = 8
 
@@ -60,7 +62,7 @@ def by_the_book(own: Any, tokenizer: Any, prompt: Sequence[int], most: int = NEW
     return str(tokenizer.decode(said[0, len(prompt) :], skip_special_tokens=True))
 
 
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("quantization", ["none", pytest.param("nf4", marks=pytest.mark.long)])
 @pytest.mark.parametrize("side", ["base", "adapter"])
 def test_answers_are_those_of_each_prompt_alone(
     base_folder: Path, tokenizer: Any, quantization: str, side: str
@@ -104,6 +106,23 @@ def test_a_model_that_cannot_be_packed_answers_one_prompt_at_a_time(
     assert len({answer.ended_by for answer in together}) > 1
     use(own.get_base_model(), NAME)
     assert generate(own, tokenizer, PROMPTS, **how) == together
+
+
+def test_processes_share_the_batches(base_folder: Path, tokenizer: Any) -> None:
+    """Each of two answers its own half, and process 0 returns what one process alone would, also of what is drawn."""
+    own = model(base_folder)
+    how: dict[str, Any] = {"max_new_tokens": 4, "batch_tokens": 45, "sampling": Sampling(seed=3)}
+    alone = generate(own, tokenizer, PROMPTS, **how)
+    batches = plan_batches([len(prompt) for prompt in PROMPTS], 4, 45)
+    first = Peers([])
+    asked = HowToGenerate(4, sampling=how["sampling"])
+    work = ParallelScoring(first, lambda **_: None).answer(own, tokenizer, PROMPTS, dict(enumerate(batches)), asked)
+    assert next(work) == (0, [alone[prompt] for prompt in batches[0]])
+    second = Helper(first.shared)
+    ParallelScoring(second, lambda **_: None).help(own, tokenizer)
+    assert [number for number, _ in second.sent] == [*range(1, len(batches), 2)]
+    both = Peers(second.sent)
+    assert generate(own, tokenizer, PROMPTS, **how, answer=ParallelScoring(both, lambda **_: None).answer) == alone
 
 
 def test_a_recurrent_model_generates(tmp_path: Path, tokenizer: Any) -> None:
