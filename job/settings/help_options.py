@@ -40,6 +40,7 @@ _IN_WORDS = (
 )
 """How `--help` writes the types that pydantic-settings names as Python does."""
 _DEFAULTS = (
+    (r"\(default factory:\s+_record_all\)", "(default: record)"),
     (r" \(default factory: new_run_id\)", ""),  # the field's documentation says it
     (r"\(default(?: factory)?: (?:None|dict)\)", "(default: empty)"),
     (r"\(default: (True|False)\)", lambda found: f"(default: {found[1].lower()})"),

@@ -190,6 +190,8 @@ def test_every_artifact_is_what_the_manifest_says(whole: Ended) -> None:
         "artifacts/adapter/tokenizer_config.json",
         "artifacts/evaluation/arc_easy.adapter.jsonl",
         "artifacts/evaluation/arc_easy.base.jsonl",
+        "artifacts/evaluation/arc_easy.original.jsonl",
+        "artifacts/findings.jsonl",
         "artifacts/metrics.jsonl",
         "artifacts/report.html",
     }
@@ -279,10 +281,10 @@ def test_every_line_of_the_log_says_where_it_belongs(whole: Ended) -> None:
     assert {line["level"] for line in whole.lines} == {"info"}
 
 
-def test_the_terminal_is_told_in_six_lines(whole: Ended) -> None:
+def test_the_terminal_is_told_in_seven_lines(whole: Ended) -> None:
     """Results go to stdout: what happened, where the report is, and last the verdict and where all files are."""
     lines = whole.stdout.splitlines()
-    assert len(lines) == 6
+    assert len(lines) == 7
     assert lines[-2] == f"report: {whole.run}/artifacts/report.html"
     verdict = whole.results["evaluation"]["tasks"]["arc_easy"]["verdict"]
     assert lines[-1] == f"arc_easy {verdict}; results: {whole.run}/results.json"
