@@ -29,6 +29,7 @@ _IN_WORDS = (
     (r"Mapping\[str,int\]", "NAME=N,..."),
     (r"Mapping\[str,str\]", "NAME=TEXT,..."),
     (r"Mapping\[str,Any\]", "JSON"),
+    (r"Mapping\[str,(\{[a-z,]*\})\]", r"\1|KIND=\1,..."),
     (r"\{int,float\}", "NUMBER"),
     (r"\bbool\b", "true,false"),
     (r"\bint\b", "N"),
