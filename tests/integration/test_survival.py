@@ -87,7 +87,8 @@ def test_a_run_needs_no_output(
     given = {**clean, **environment, "JOB_RUN__ID": "mute", "JOB_RUN__OUTPUT": str(tmp_path)}
     script = f"exec {sys.executable} -m job {streams}"
     done = subprocess.run(["sh", "-c", script], cwd=ROOT, env=given, capture_output=True, check=False, timeout=240)
-    assert (done.returncode, done.stdout) == (0, b"")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (done.stdout == b"") == (streams != "2>&-")
     assert b"Traceback" not in done.stderr
     assert published(tmp_path, "mute") == undisturbed
 
