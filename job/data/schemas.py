@@ -207,10 +207,9 @@ def audited_texts(row: Row, schema: Schema) -> Sequence[str]:
 
 
 def repeats_prompt(row: Row, schema: Schema) -> str | None:
-    """The field of a good row that begins with the prompt it comes after; of pairs, `check_row` refuses these."""
-    if schema not in {"prompt_completion", "unpaired_preference"}:
-        return None
-    return "completion" if begins_with(row.fields["completion"], row.fields["prompt"]) else None
+    """The field of a good row that begins with the prompt it comes after; pairs where both do are refused before."""
+    fields = ("completion",) if schema == "prompt_completion" else SIDES.get(schema, ())
+    return next((name for name in fields if begins_with(row.fields[name], row.fields.get("prompt"))), None)
 
 
 def render(

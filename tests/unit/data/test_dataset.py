@@ -394,6 +394,9 @@ def test_completions_that_repeat_the_prompt_are_counted(tmp_path: Path) -> None:
         (found,) = remarked(lines(tmp_path / "x.jsonl", *rows))
         assert (found["log_level"], found["rows"]) == (level, rows.count(twice))
         assert found["first"].endswith(f"x.jsonl:{rows.index(twice) + 1} completion")
+    pair = {"prompt": twice["prompt"], "chosen": twice["completion"], "rejected": once["completion"]}
+    (found,) = remarked(lines(tmp_path / "x.jsonl", pair), method="dpo")
+    assert found["first"].endswith("x.jsonl:1 chosen")
 
 
 def test_fields_that_are_not_used_are_listed_once(tmp_path: Path) -> None:
