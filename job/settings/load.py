@@ -155,7 +155,8 @@ def current_place(environ: Mapping[str, str] | None = None) -> Place | None:
 def foreign_variables(environ: Mapping[str, str] | None = None) -> list[str]:
     """Variables that begin with JOB_ but belong to a known other program, such as Jenkins' JOB_NAME; sorted."""
     environ = os.environ if environ is None else environ
-    return sorted(variable for variable in environ if is_foreign(variable))
+    platform = detect(environ)
+    return sorted(variable for variable in environ if is_foreign(variable) and not platform.reads(variable))
 
 
 def environment() -> dict[str, str]:
