@@ -12,6 +12,7 @@ from typing import Any
 from job import log
 from job.cli.arguments import COMMANDS, Arguments, parse_arguments
 from job.cli.runs import reading
+from job.common.lora_readers import published_rank
 from job.common.tables import visible
 from job.errors import DataError, JobError, Problem, SettingsError
 from job.evaluation import samples
@@ -125,4 +126,4 @@ def _fetched(run: PublishedRun, shipped: str, work: Path) -> Model:
     if Path(model["id"]).is_dir():
         base = model["id"]
     adapter = shipped == "adapter"
-    return Model(shipped, work / prefix, base if adapter else None, settings["lora.rank"] if adapter else None)
+    return Model(shipped, work / prefix, base if adapter else None, published_rank(settings) if adapter else None)

@@ -11,7 +11,7 @@ from typing import Any
 
 from job.common.export_formats import MERGED
 from job.common.formatting import count
-from job.common.lora_readers import why_not_served
+from job.common.lora_readers import has_patterns, why_not_served
 from job.common.methods import METHODS
 from job.data.licences import LICENCES
 from job.data.schemas import PROMPTS
@@ -79,6 +79,7 @@ def render_model_card(results: Mapping[str, Any], prompts: Sequence[ShownPrompt]
         scope=wording.scope(results["evaluation"]["tasks"]),
         exports=wording.exports(results),
         not_served=why_not_served(settings),
+        patterns=has_patterns(settings),
         hub=settings.get("export.hub"),
         validation=wording.validation(results["training"], dataset),
         audit=wording.audit_sentence(dataset),
