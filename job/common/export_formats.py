@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 MERGED = "merged"
+ADAPTER = "adapter"
 GGUF = "gguf"
 EXTRA = "qlora-job[export]"
-"""What has to be installed for all formats but `merged`."""
+"""What has to be installed for the formats that are made from the merged model."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ _FOUR_BIT = ("auto_round", "compressed_tensors")
 
 EXPORT_FORMATS: Mapping[str, ExportFormat] = {
     MERGED: ExportFormat("the whole model, with the adapter added to its weights"),
+    ADAPTER: ExportFormat("the adapter with its numbers in 16 bits", types=("bf16", "fp16")),
     "fp8": ExportFormat("8-bit floats, FP8_DYNAMIC of compressed-tensors", 8.1, ("compressed_tensors",)),
     "w4a16": ExportFormat("4-bit integers, W4A16 of compressed-tensors", 4.2, _FOUR_BIT, calibrated=True),
     "gptq": ExportFormat("4-bit integers in the layout of GPTQ", 4.3, _FOUR_BIT, calibrated=True),
@@ -51,7 +53,7 @@ EXPORT_FORMATS: Mapping[str, ExportFormat] = {
         ("f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q4_0"),
     ),
 }
-"""All but `merged` are made from the merged model."""
+"""All but these two are made from the merged model."""
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -83,15 +85,34 @@ def all_names() -> list[str]:
     return [f"{name}:TYPE" if found.types else name for name, found in EXPORT_FORMATS.items()]
 
 
+def is_adapter(name: str) -> bool:
+    """Whether a format is a copy of the adapter, and no whole model."""
+    return name.partition(":")[0] == ADAPTER
+
+
+def adapter_copies(names: Iterable[str]) -> list[str]:
+    """Those of the names that are copies of the adapter, in their order."""
+    return [name for name in names if is_adapter(name)]
+
+
 def derived(names: Iterable[str]) -> list[str]:
     """Those of the names that are made from the merged model, in their order."""
-    return [name for name in names if name != MERGED]
+    return [name for name in names if name != MERGED and not is_adapter(name)]
+
+
+def needs_merge(names: Iterable[str]) -> bool:
+    """Whether the adapter is merged for these: for whole models."""
+    return not all(map(is_adapter, names))
 
 
 def to_make(names: Iterable[str]) -> list[str]:
-    """The formats that are made and scored for those that were asked for: `merged` first, which the others need."""
+    """The formats that are made and scored for those that were asked for, in the order in which that is done.
+
+    First the copies of the adapter, for which the run's own base is still in memory; then `merged`, whether or not it
+    was asked for, since the others are made from it.
+    """
     asked = list(names)
-    return [MERGED, *derived(asked)] if asked else []
+    return [*adapter_copies(asked), *([MERGED, *derived(asked)] if needs_merge(asked) else [])]
 
 
 def not_installed(names: Iterable[str]) -> list[str]:

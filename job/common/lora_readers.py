@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-MAX_RANK = 512
+ADMITTED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Values of `--max-lora-rank`."""
+MAX_RANK = ADMITTED_RANKS[-1]
 _DOUBLED = ("pissa", "olora")
 """Initializations whose adapter is published as plain LoRA of twice the rank."""
 
@@ -24,6 +26,12 @@ def published_rank(settings: Mapping[str, Any]) -> int:
     ranks = [settings.get("lora.rank") or 0, *(settings.get("lora.rank_pattern") or {}).values()]
     times = 2 if str(settings.get("lora.init")).startswith(_DOUBLED) else 1
     return times * max(map(int, ranks))
+
+
+def admitted_rank(settings: Mapping[str, Any]) -> int:
+    """The smallest `--max-lora-rank` that admits the published adapter; its own rank where none does."""
+    rank = published_rank(settings)
+    return next((size for size in ADMITTED_RANKS if size >= rank), rank)
 
 
 def why_not_served(settings: Mapping[str, Any]) -> list[str]:

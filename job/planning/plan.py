@@ -428,9 +428,9 @@ def _forward(examples: Sequence[Example], count: int) -> ForwardWork:
 
 def _exported(settings: Settings) -> int:
     """How many candidates are made, as far as that is known before the base's weights are."""
-    both = settings.export.merge_onto == "best" and settings.model.quantization != "none"
-    made = len(to_make(settings.export.formats))
-    return made + 1 if both and made else made
+    formats = settings.export.formats
+    both = settings.export.merge_onto == "best" and settings.model.quantization != "none" and needs_merge(formats)
+    return len(to_make(formats)) + both
 
 
 def _quantizing_tokens(settings: Settings, workload: Workload | None) -> int:

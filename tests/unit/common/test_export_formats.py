@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from job.common import export_formats
-from job.common.export_formats import ExportFormat, find_format, not_installed, split_name, to_make
+from job.common.export_formats import ExportFormat, find_format, needs_merge, not_installed, split_name, to_make
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ def test_a_type_follows_a_colon() -> None:
     with pytest.raises(ValueError, match="one of a, b"):
         split_name("typed:c")
     for wrong in ("fp8:a", "fp8:", "fp9", ""):
-        with pytest.raises(ValueError, match=r"must be of merged, fp8, .*typed:TYPE"):
+        with pytest.raises(ValueError, match=r"must be of merged, adapter:TYPE, fp8, .*typed:TYPE"):
             split_name(wrong)
 
 
@@ -34,6 +34,15 @@ def test_what_is_made_for_what_is_asked() -> None:
     assert to_make([]) == []
     assert to_make(["fp8"]) == ["merged", "fp8"]
     assert to_make(["awq", "merged", "fp8"]) == ["merged", "awq", "fp8"]
+
+
+def test_a_copy_of_the_adapter_needs_no_merge() -> None:
+    """It is made first, with the run's base in memory; a merge is made only where a whole model was asked for."""
+    assert to_make(["adapter:fp16", "adapter:bf16"]) == ["adapter:fp16", "adapter:bf16"]
+    assert to_make(["fp8", "adapter:bf16"]) == ["adapter:bf16", "merged", "fp8"]
+    assert [needs_merge(names) for names in ([], ["adapter:bf16"], ["adapter:bf16", "merged"])] == [False, False, True]
+    with pytest.raises(ValueError, match="one of bf16, fp16"):
+        split_name("adapter")
 
 
 def test_missing_packages_are_named() -> None:
