@@ -15,13 +15,22 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from job import log
-from job.common.export_formats import GGUF, MERGED, adapter_copies, derived, find_format, needs_merge, split_name
+from job.common.export_formats import (
+    GGUF,
+    MERGED,
+    adapter_copies,
+    derived,
+    find_format,
+    needs_merge,
+    split_name,
+    weights_bytes,
+)
 from job.common.formatting import size
 from job.common.hashing import hash_files, seal
 from job.common.resources import available_bytes, check_disk, required_bytes
@@ -33,12 +42,12 @@ from job.evaluation.scorer import score_sequences
 from job.export.adapter_copy import write_adapter_copy
 from job.export.checkpoint import SHARD
 from job.export.formats import DerivedInputs, derived_format
-from job.export.gguf import TYPES
 from job.export.merge import Candidates, candidates, plan_merge, release, short_name, write_merged
-from job.export.quantizable import CannotMake
+from job.export.quantizable import CannotMake, quantizable
 from job.export.scoring import ExportedModel, HowToScore, gpu_bytes, load_exported
 from job.model.adapter_files import load_adapter
 from job.model.files import build_empty, read_config
+from job.push.hub import MAX_FILE
 from job.records import (
     Artifact,
     DerivedExport,
@@ -124,9 +133,10 @@ def check_export(attempt: Attempt, settings: Settings, original: Path, loaded: L
     """
     names = derived(settings.export.formats)
     merges = candidates(loaded.model, original, settings.export.merge_onto)
-    problems = []
+    problems, sizes = [], dict[str, int]()
     if names:
         empty = build_empty(original, read_config(original))
+        sizes = {name: _bytes(name, empty, merges.bytes_each) for name in names}
         for name in names:
             found, kind = derived_format(name)
             if why := found.check(empty, kind):
@@ -140,17 +150,28 @@ def check_export(attempt: Attempt, settings: Settings, original: Path, loaded: L
                 problems.append(Problem("JOB_EXPORT__FORMATS", f"{name} cannot be made: {why}; leave it out"))
     if problems:
         raise SettingsError(problems)
-    sizes = [len(merges.names) * merges.bytes_each]
-    sizes += [int(merges.bytes_each * find_format(name).bits / 16) for name in names]
-    check_disk(attempt.work, required_bytes(sizes))
-    _check_memory(loaded.model, merges.bytes_each, names)
+    for name in names if settings.export.hub else ():
+        if name.startswith(GGUF) and sizes[name] > MAX_FILE:
+            log.get_logger().warning(
+                "the hub may refuse so large a file", export=name, bytes=sizes[name], most=MAX_FILE
+            )
+    check_disk(attempt.work, required_bytes([len(merges.names) * merges.bytes_each, *sizes.values()]))
+    _check_memory(loaded.model, merges.bytes_each, sizes)
     return merges
 
 
-def _check_memory(model: Any, merged_bytes: int, names: Sequence[str]) -> None:
+def _bytes(name: str, empty: Any, merged_bytes: int) -> int:
+    """Estimated bytes of a format that is made from the merged model, from an empty model of its architecture."""
+    every = sum(parameter.numel() for parameter in empty.parameters())
+    linear = sum(empty.get_submodule(layer).weight.numel() for layer in quantizable(empty))
+    return weights_bytes(name, linear, every - linear, plain=round(merged_bytes / every))
+
+
+def _check_memory(model: Any, merged_bytes: int, sizes: Mapping[str, int]) -> None:
     """Refuses what this machine's memory cannot hold once training is done and the model is given up.
 
-    Only what is certain: the weights themselves, without what is computed with them.
+    Only what is certain: the weights themselves, without what is computed with them. `sizes` has the bytes of the
+    formats that are made from the merged model.
 
     Raises:
         Unreachable: It is too small. A retry may get a machine with more.
@@ -158,12 +179,11 @@ def _check_memory(model: Any, merged_bytes: int, names: Sequence[str]) -> None:
     on_gpu = model.device.type == "cuda"
     # what is held while one format is made or scored, and what for
     needs = [(min(SHARD, merged_bytes), MERGED) if on_gpu else (merged_bytes, MERGED)]
-    for name in names:
-        family, kind = split_name(name)
+    for name, size_ in sizes.items():
         if find_format(name).calibrated:
             needs.append((merged_bytes, name))
-        elif family == GGUF:
-            needs.append((int(merged_bytes * TYPES[kind].bits / 16), name))
+        elif split_name(name)[0] == GGUF:  # on the processor
+            needs.append((size_, name))
     if on_gpu and (total := gpu_bytes(model.device)) < merged_bytes:
         raise Unreachable(
             f"the merged model takes {size(merged_bytes, ' ')} of the GPU's memory to be scored, which has "

@@ -28,7 +28,7 @@ from job.model.packed_attention import NAME, use
 from job.model.published_names import PublishedNames
 from job.model.quantized_cache.layout import CachedBase
 from job.preemption.stop_flag import Stop
-from job.records import Example, Exported, Packing, Pulled, QuantizationRecord, Trained
+from job.records import PEFT, Example, ExecutionPlan, Exported, Packing, Pulled, QuantizationRecord, Trained
 from job.runs.attempt import Attempt, open_attempt
 from job.runs.fault_injection import arm
 from job.settings.load import Settings, load_settings
@@ -60,9 +60,8 @@ class World:
         model = make_model(self.folder / "base", quantization="nf4")
         use(model.get_base_model(), NAME)
         record = describe_model(model, name="base", revision=None, sha256="0" * 64)
-        return Loaded(
-            model, record, 512, TRAINING.execution, CachedBase(), Packing(packed=True, reason=""), PublishedNames("")
-        )  # type: ignore[arg-type]
+        plan = ExecutionPlan(kept_base=False, kept_activations=True, recorded=False, reason="a test", forward=PEFT)
+        return Loaded(model, record, 512, plan, CachedBase(), Packing(packed=True, reason=""), PublishedNames(""))
 
     def sources(self, *, original: bool = True) -> Sources:
         """What was pulled, with the base's own files or without."""
@@ -416,7 +415,7 @@ def copied(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
 def test_a_copy_of_the_adapter_is_scored_on_the_run_s_base(
     world: World, copied: tuple[Path, Exported], tmp_path: Path
 ) -> None:
-    """Each copy is PEFT's folder in its dtype, which answers as that folder does in the run's model; nothing is merged."""
+    """Each copy is PEFT's folder in its dtype, which PEFT reads as the job does; nothing is merged."""
     folder, found = copied
     assert [(one.format, one.candidate, one.dtype) for one in found.exports] == [
         ("adapter:bf16", "base", "bf16"),
@@ -432,7 +431,7 @@ def test_a_copy_of_the_adapter_is_scored_on_the_run_s_base(
         config = (world.folder / "adapter/adapter_config.json").read_bytes()
         assert (place / "adapter_config.json").read_bytes() == config
         assert record.bytes == sum(path.stat().st_size for path in place.iterdir())
-        peft = PeftModel.from_pretrained(world.loaded().model.get_base_model(), place)
+        peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(world.folder / "base"), place)
         assert {p.dtype for n, p in peft.named_parameters() if "lora_" in n} == {torch.float32}
         other = world.loaded()
         load_adapter(other.model, place, other.names)
