@@ -301,21 +301,25 @@ def _cancelling(folder: Path) -> Mapping[str, str]:
     }
 
 
-EVERY = ("adapter:fp16", "merged", "fp8", "w4a16", "gptq", "awq", "gguf:q4_k_m", "gguf:q8_0")
 QUICK = {"JOB_EXPORT__CALIBRATION_ROWS": "8", "JOB_EXPORT__QUANTIZATION_STEPS": "4"}
 
 
 @pytest.mark.long
-def test_killed_at_any_time_in_every_format(environment: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "formats", [("adapter:fp16", "fp8", "w4a16", "gptq"), ("merged", "awq", "gguf:q4_k_m", "gguf:q8_0")], ids=" ".join
+)
+def test_killed_at_any_time_in_every_format(
+    environment: dict[str, str], tmp_path: Path, formats: tuple[str, ...]
+) -> None:
     """Killed at random while each format is made or scored, also in processes of its own: the same bytes after all."""
-    asked = {**environment, **QUICK, "JOB_EXPORT__FORMATS": ",".join(EVERY), "JOB_RUN__OUTPUT": str(tmp_path)}
+    asked = {**environment, **QUICK, "JOB_EXPORT__FORMATS": ",".join(formats), "JOB_RUN__OUTPUT": str(tmp_path)}
     done = warm.run([], {**asked, "JOB_RUN__ID": "whole"}, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     whole = manifest(tmp_path / "whole")
     assert not any(export.get("not_made") for export in whole["exports"])
     assert [export["format"] for export in whole["exports"] if export.get("not_scored")] in ([], ["awq"])
     lines = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
-    for name in EVERY:
+    for name in formats:
         seconds = _seconds(lines, name) * random.random()
         with warm.followed([], {**asked, "JOB_RUN__ID": "hit"}) as (process, log):
             timer = threading.Timer(seconds, _kill, [process.pid])
