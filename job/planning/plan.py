@@ -11,7 +11,7 @@ from typing import Any
 
 from job.audit.overlap import index_questions
 from job.audit.rows import set_up
-from job.common.export_formats import derived, to_make
+from job.common.export_formats import GGUF, adapter_copies, derived, needs_merge
 from job.common.formatting import size
 from job.common.lora_readers import why_not_served
 from job.common.methods import METHODS
@@ -51,6 +51,7 @@ from job.planning.preflight import (
 )
 from job.planning.shown_rows import ShownRow
 from job.planning.workload import Workload, count, scale
+from job.push.hub import MAX_FILE
 from job.push.push import targets
 from job.records import Example
 from job.results.baseline import read_baseline
@@ -115,7 +116,7 @@ def make_plan(settings: Settings, show: int = 0) -> Plan:
     checks = [*seen.checks]
     run = _run(settings, seen, checks)
     gpus = [_with_memory_limit(gpu, settings.train.gpu_memory_gb) for gpu in GPUS]
-    checks += [_licence(settings, seen.data), _disk(settings, run), SHARED_MEMORY]
+    checks += [_licence(settings, seen.data), _disk(settings, run), SHARED_MEMORY, *_large_files(settings, run)]
     return Plan(
         title=f"{settings.model.id} on {settings.data.source}, to {settings.run.output.rstrip('/')}/{settings.run.id}",
         checks=tuple(checks),
@@ -303,8 +304,9 @@ def _run(settings: Settings, seen: _Preflight, checks: list[PreflightResult]) ->
         workload=workload,
         workload_basis=data_basis,
         validation=_validation(settings, seen.data, workload),
-        exported=_exported(settings),
+        merges=_merges(settings),
         derived=tuple(derived(settings.export.formats)),
+        adapter_copies=len(adapter_copies(settings.export.formats)),
         quantizing_tokens=_quantizing_tokens(settings, workload),
         reference=_reference(settings, seen.data),
         questions=questions,
@@ -426,11 +428,10 @@ def _forward(examples: Sequence[Example], count: int) -> ForwardWork:
     )
 
 
-def _exported(settings: Settings) -> int:
-    """How many candidates are made, as far as that is known before the base's weights are."""
+def _merges(settings: Settings) -> int:
+    """How many candidates of a merge are made, as far as that is known before the base's weights are."""
     both = settings.export.merge_onto == "best" and settings.model.quantization != "none"
-    made = len(to_make(settings.export.formats))
-    return made + 1 if both and made else made
+    return (1 + both) * needs_merge(settings.export.formats)
 
 
 def _quantizing_tokens(settings: Settings, workload: Workload | None) -> int:
@@ -475,6 +476,16 @@ def _disk(settings: Settings, run: RunShape) -> PreflightResult:
         return "ok", f"about {size(need, ' ')} are needed; {folder} has them on this machine", None
 
     return run_check("disk", work, unreachable="note")[0]
+
+
+def _large_files(settings: Settings, run: RunShape) -> Iterator[PreflightResult]:
+    """What is too large for one file of the hub: a GGUF file. All other formats are split into shards."""
+    for name in run.derived if settings.export.hub else ():
+        if name.startswith(GGUF) and (found := run.format_bytes(name)) > MAX_FILE:
+            what = f"{name} is one file of about {size(found, ' ')}, and the hub takes {size(MAX_FILE, ' ')}"
+            yield PreflightResult(
+                "hub", "note", f"{what}; leave it out, take a smaller type, or push to JOB_EXPORT__OCI"
+            )
 
 
 def _assumptions(settings: Settings) -> tuple[str, ...]:

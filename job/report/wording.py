@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from job.common.export_formats import is_adapter
 from job.common.findings import KINDS
 from job.common.formatting import count, enumeration, figure, p_value, percent, points, size
 from job.common.methods import METHODS
@@ -251,12 +252,15 @@ def exports(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [
         {
             "format": export["format"],
+            "what": "a copy of the adapter" if is_adapter(export["format"]) else "the whole model",
             "sentence": _about_export(export) + unscored,
             "rows": [
                 {
                     "task": task,
                     "n": one["n"],
-                    "candidate": f"{export['format']} onto {candidate}",
+                    "candidate": export["format"]
+                    if is_adapter(export["format"])
+                    else f"{export['format']} onto {candidate}",
                     "published": candidate == export["candidate"] and export.get("published", True),
                     "base": tasks[task]["base"]["acc"],
                     "adapter": tasks[task]["adapter"]["acc"],
@@ -277,6 +281,11 @@ def _about_export(export: Mapping[str, Any]) -> str:
     if export.get("not_made"):
         return (
             f"{export['format']} was asked for and is NOT published, since it could not be made: {export['not_made']}."
+        )
+    if is_adapter(export["format"]):
+        return (
+            f"Published is {export['format']}: the files of the adapter with its numbers in {export['dtype']}, "
+            f"{size(export['bytes'], ' ')}, scored on the run's own base in {export['scored_in']}."
         )
     held = export.get("quantization")
     if held is None:

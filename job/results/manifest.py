@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from job.common import hashing
+from job.common.export_formats import is_adapter
 from job.common.host import git_commit, hardware, software
 from job.evaluation.comparison import compare_export, compare_full_precision
 from job.records import (
@@ -233,6 +234,13 @@ def _export_line(export: Mapping[str, Any]) -> str:
         return f"{export['format']}: not published, since it could not be made: {export['not_made']}"
     if export.get("not_scored"):
         return f"{export['format']}: published, not scored: {export['not_scored']}"
+    if is_adapter(export["format"]):
+        found = [
+            f"{task} {100 * one['scores']['acc']:.2f} % "
+            f"({100 * one['versus_adapter']['acc']['delta']:+.2f} against the adapter)"
+            for task, one in export["candidates"][export["candidate"]].items()
+        ]
+        return f"{export['format']}: {'; '.join(found)}; published"
     found = [
         f"{task} onto {candidate} weights {100 * one['scores']['acc']:.2f} % "
         f"({100 * one['versus_adapter']['acc']['delta']:+.2f} against the adapter)"

@@ -443,11 +443,12 @@ class Export(Group):
     """Export: the model in other formats than the adapter, each scored on the questions of the run."""
 
     formats: AffectsResult[ExportFormats] = ()
-    """Formats to publish beside the adapter, separated by commas; empty for none. `merged`: the whole model with the
-    adapter added to its weights, in safetensors, in 16 bits where the base or the computation is. All others are made
-    from that one, with linear layers quantized: `fp8` and `w4a16` are what vLLM reads (compressed-tensors), `gptq` and
-    `awq` are 4-bit integers in the layouts of these names. `gguf:TYPE`, such as `gguf:q4_k_m`, is one file for
-    llama.cpp, which also scores it, on the processor."""
+    """Formats to publish beside the adapter, separated by commas; empty for none. `adapter:bf16` or `adapter:fp16`: the
+    adapter again, with its numbers in 16 bits. `merged`: the whole model with the adapter added to its weights, in
+    safetensors, in 16 bits where the base or the computation is. All others are made from that one, with linear layers
+    quantized: `fp8` and `w4a16` are what vLLM reads (compressed-tensors), `gptq` and `awq` are 4-bit integers in the
+    layouts of these names. `gguf:TYPE`, such as `gguf:q4_k_m`, is one file for llama.cpp, which also scores it, on the
+    processor."""
     merge_onto: AffectsResult[Literal["best", "dequantized", "original"]] = "best"
     """Weights that the adapter is added to: the base's `original` ones, or the `dequantized` ones, on which it was
     trained; `best`: both are made and scored, and the one with the higher accuracy is published."""
