@@ -209,8 +209,8 @@ def estimates(run: RunShape) -> Iterator[Estimate]:
     scored = f"packed sequences of {run.scoring_budget:,} tokens"
     yield Estimate("peak in evaluation", _scoring(run, setup), "bytes", _weaker(basis, run.questions_basis), scored)
     if run.full_precision:
-        both = _beside_original(setup) + _original_bytes(run, setup)
-        yield Estimate("peak, unquantized base", both, "bytes", basis, "left out where it does not fit")
+        peak = _beside_original(setup) + _original_bytes(run, setup)
+        yield Estimate("peak, unquantized base", peak, "bytes", basis, "left out where it does not fit")
     checkpoint = checkpoint_bytes(setup.adapter, setup.optimizer)
     yield Estimate("checkpoint", checkpoint, "bytes", basis)
     yield from _of_exports(run, setup, basis)
@@ -274,9 +274,8 @@ def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:
     elif gpu.capability < FLASH_CAPABILITY and setup.value_bytes == HALF_PRECISION:
         note = "has no kernel for attention over many sequences at once; how much slower it is has not been measured"
     if fits and run.full_precision and not _scores_original(gpu, run, setup):
-        free = gpu.memory_bytes - memory_model.CONTEXT_BYTES - _beside_original(setup)
-        takes = size(_original_bytes(run, setup), " ")
-        left_out = f"the unquantized base is not scored: it takes {takes}, and {size(max(0, free), ' ')} are free"
+        takes, free = size(_original_bytes(run, setup), " "), size(max(0, _free_for_original(gpu, setup)), " ")
+        left_out = f"the unquantized base is not scored: it takes {takes}, and {free} are safe to fill"
         note = "; ".join(filter(None, (note, left_out)))
     price = gpu.usd_per_hour if run.usd_per_hour is None else run.usd_per_hour
     hours = _hours(gpu, run, setup, execution) if fits else None
@@ -322,8 +321,12 @@ def _beside_original(setup: Setup) -> int:
 
 def _scores_original(gpu: Gpu, run: RunShape, setup: Setup) -> bool:
     """Whether the base with its original weights is asked for, and fits beside the quantized one."""
-    free = gpu.memory_bytes - memory_model.CONTEXT_BYTES - _beside_original(setup)
-    return run.full_precision and _original_bytes(run, setup) <= memory_model.ORIGINAL_SHARE * free
+    return run.full_precision and _original_bytes(run, setup) <= _free_for_original(gpu, setup)
+
+
+def _free_for_original(gpu: Gpu, setup: Setup) -> float:
+    """Bytes that it may fill."""
+    return memory_model.ORIGINAL_SHARE * (gpu.memory_bytes - memory_model.CONTEXT_BYTES - _beside_original(setup))
 
 
 def _execution(gpu: Gpu, run: RunShape, setup: Setup) -> ExecutionPlan | None:
