@@ -145,6 +145,12 @@ def compare_full_precision(
     return _by_task({task: original[task] for task in adapter}, versus)
 
 
+def original_tasks(results: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The base with its original weights by task, from a manifest; empty where it was not scored."""
+    tasks: Mapping[str, Any] = (results["evaluation"].get("full_precision") or {"tasks": {}})["tasks"]
+    return tasks
+
+
 def _by_task(scored: Mapping[str, TaskScores], versus: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """One model's scores by task, with comparisons from `compare_tasks` by name."""
     not_of_acc = {"source", "task_hash", "version", "n", "num_fewshot", "base", "adapter", "acc_norm"}

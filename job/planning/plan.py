@@ -320,6 +320,7 @@ def _run(settings: Settings, seen: _Preflight, checks: list[PreflightResult]) ->
         and _adapter_options(settings).not_fused is None,
         budget_by_gpu=settings.train.micro_batch_tokens is None,
         keep_base=None if settings.model.keep_dequantized == "auto" else settings.model.keep_dequantized,
+        full_precision=settings.eval.full_precision == "auto" and settings.model.quantization != "none",
         keep_activations=None if (again := settings.train.gradient_checkpointing) == "auto" else not again,
     )
     if settings.train.is_one_stage:
@@ -333,6 +334,9 @@ def _run(settings: Settings, seen: _Preflight, checks: list[PreflightResult]) ->
         validation=_validation(first, seen.first_data, workload),
         reference=None,
         download_bytes=0,
+        exported=0,
+        derived=(),
+        quantizing_tokens=0,
     )
     more = seen.first_data.download_bytes if seen.first_data else 0
     return replace(run, first_stage=earlier, download_bytes=run.download_bytes + more)
