@@ -23,6 +23,7 @@ from job.data.formats import Row, RowError, read_rows
 from job.errors import DataError, Problem, SettingsError, named_by
 from job.evaluation.groups import CHOICE_METRICS, GroupSpec, read_groups
 from job.evaluation.measured import how_to_generate, metrics_of
+from job.evaluation.policy import CHOICES, Policy, check_policy, named
 from job.evaluation.task_files import GroupFile, TaskFile, is_task_file, read_task_file
 from job.log import get_logger
 from job.records import Metric
@@ -236,6 +237,33 @@ def check_choices(tasks: Tasks, needed_by: Sequence[str]) -> None:
     for setting in needed_by if others else ():
         note = "does not judge or score tasks without choices"
         get_logger().info("tasks are left out", setting=setting, tasks=others, why=note)
+
+
+def check_gate(tasks: Tasks, metric: str, policy: Policy | None, path: str | None, only: str) -> None:
+    """Refuses a gate on what the run does not compare.
+
+    Args:
+        tasks: From `load_tasks`.
+        metric: Of the thresholds, where there is no policy.
+        policy: The rules of `path`; None for thresholds, or no gate at all.
+        path: The file of the policy.
+        only: Why only tasks of choices are compared, if that is so.
+
+    Raises:
+        SettingsError: With everything that is wrong.
+    """
+    known = tasks.metrics() | {name: dict.fromkeys(group.metrics) for name, group in tasks.groups.items()}
+    if policy is not None:
+        groups = {name: group.tasks for name, group in tasks.groups.items()}
+        check_policy(policy, path or "", {name: list(found) for name, found in known.items()}, groups=groups, only=only)
+    elif metric not in CHOICES:
+        measured = tasks.only(*MEASURED).metrics()
+        if only:
+            raise SettingsError([Problem("JOB_GATE__METRIC", f"is {metric}, which is not compared there: {only}")])
+        if not any(named(metric, found) for found in measured.values()):
+            has = ", ".join(sorted({name for found in measured.values() for name in found})) or "none"
+            what = f"is {metric}, which no task of this run has; tasks without choices have {has}"
+            raise SettingsError([Problem("JOB_GATE__METRIC", what)])
 
 
 def _twice(names: Sequence[str]) -> list[str]:

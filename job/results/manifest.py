@@ -13,6 +13,7 @@ from typing import Any
 from job.common import hashing
 from job.common.host import git_commit, hardware, software
 from job.evaluation.comparison import compare_export, compare_full_precision
+from job.evaluation.policy import lines as policy_lines
 from job.records import (
     Artifact,
     AttemptRecord,
@@ -132,6 +133,7 @@ def exports_record(exported: Exported, base: Evaluated, adapter: Mapping[str, Ta
                 name: compare_export(base.scores, adapter, scores, original) if scores else {}
                 for name, scores in export.scores.items()
             },
+            **({"tasks_not_scored": sorted(base.measured)} if base.measured and not export.not_made else {}),
             **_added(export),
         }
         for export in exported.exports
@@ -219,6 +221,9 @@ def summary(results: Mapping[str, Any], where: str) -> list[str]:
     verdicts += [f"{name} {t['verdict']}" for name, t in results["evaluation"]["tasks"].items() if name not in members]
     passed = results["gate"]["passed"]
     gate = [] if passed is None else ["gate met" if passed else "gate not met"]
+    judged = results["gate"].get("policy")
+    lines += [f"policy: {line}" for line in (policy_lines(judged) if judged else ())]
+    gate += [f"policy {judged['outcome']}"] if judged else []
     lines.append(f"{', '.join([*verdicts, *gate])}; results: {where}")
     return lines
 

@@ -70,6 +70,8 @@ def publish(
     groups = compare_groups(sources.tasks.groups if sources.tasks else {}, base, adapter)
     judged = _judged(settings, adapter, exported)
     compared = compare_tasks(base.scores, judged) if judged else {}
+    if settings.gate.on == "adapter":
+        compared |= {**measured, **groups}
     against, copies = _publish_baseline(attempt, sources.baseline, judged)
     results = manifest.build(
         run_id=settings.run.id,

@@ -151,6 +151,9 @@ def check_gate(results: Mapping[str, Any], copies: Copies) -> CheckResult:
         if not wrong:
             pair = scores_of(earlier, against["tasks"], "base"), scores_of(ours, against["tasks"], "adapter")
             against = {**against, "tasks": compare_tasks(*pair)}
+    if side == "adapter":
+        evaluation = results["evaluation"]
+        tasks = {**tasks, **evaluation.get("measured", {}), **evaluation.get("groups", {})}
     policy, wrong = _policy(results)
     differences += wrong
     if not differences:
@@ -160,6 +163,7 @@ def check_gate(results: Mapping[str, Any], copies: Copies) -> CheckResult:
     outcome = {None: "none set", True: "met", False: "not met"}[gate["passed"]]
     versus = "" if against is None else f", against run {show(against['run'])}"
     judged = "" if side == "adapter" else f", {on}"
+    judged += f", policy {gate['policy']['outcome']}" if "policy" in gate else ""
     return CheckResult("gate", outcome + judged + versus, tuple(differences))
 
 

@@ -244,7 +244,7 @@ def test_questions_of_a_task_of_a_group_may_be_given(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_groups_of_lm_eval_are_known_with_their_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The group mmlu and its four parts have figures of their own, weighted by size; its tasks are those of its parts."""
+    """The group mmlu and its four parts have figures of their own, weighted by size, of the tasks of the parts."""
     from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask
 

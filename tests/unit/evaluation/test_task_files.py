@@ -75,7 +75,7 @@ def test_a_changed_file_is_another_task(tmp_path: Path) -> None:
         ({"process_docs": "utils.docs"}, "process_docs: is not taken"),
         ({"custom_dataset": "utils.load"}, "custom_dataset: is not taken"),
         ({"unsafe_code": True}, "unsafe_code: is not taken"),
-        ({"group": "all"}, "group: is not taken"),
+        ({"group": "all"}, "output_type: is not taken from a user's group"),
         ({"dataset_path": "./loader.py"}, "dataset_path: is './loader.py'"),
         ({"dataset_path": "someone/data"}, "dataset_path: is 'someone/data'"),
         (
@@ -93,7 +93,7 @@ def test_a_changed_file_is_another_task(tmp_path: Path) -> None:
         ({"filter_list": [{"name": "x", "filter": [{"function": "utils.f"}]}]}, "'utils.f' is no filter"),
         ({"fewshot_config": {"process_docs": "x"}}, "fewshot_config: takes"),
         ({"num_fewshot": 1e9}, "num_fewshot: is no number"),
-        ({"task": "../../x"}, "other characters"),
+        ({"task": "../../x"}, "is a name of letters"),
         ({"output_type": None}, "output_type: is missing"),
         ({"test_split": None}, "test_split: is missing"),
         ({"generation_kwargs": {"num_beams": 4}}, "num_beams"),
