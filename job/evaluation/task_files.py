@@ -30,7 +30,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -40,6 +41,7 @@ from job.data.formats import Row, RowError, read_rows, reader_of
 from job.errors import DataError, Problem, SettingsError
 
 ENDINGS = (".yaml", ".yml")
+OWN = Path(__file__).with_name("own_tasks")
 MAX_BYTES = 1 << 16
 MAX_BRACKETS = 2_000
 """PyYAML takes the square of the depth of nested brackets, minutes for a file of this size."""
@@ -121,20 +123,33 @@ class GroupFile:
 
 
 def is_task_file(name: str) -> bool:
-    """Whether a name in JOB_EVAL__TASKS is that of a file, and of no task of lm-eval."""
-    return name.endswith(ENDINGS)
+    """Whether a name in JOB_EVAL__TASKS is that of a file, or of a task of this job, and of no task of lm-eval."""
+    return name.endswith(ENDINGS) or name in own_tasks()
 
 
-def read_task_file(path: Path) -> TaskFile | GroupFile:
+@cache
+def own_tasks() -> Mapping[str, Path]:
+    """The tasks that come with this job, by name; to add one, put its file and its data into `OWN`."""
+    return {path.stem: path for path in sorted(OWN.glob("*.yaml"))}
+
+
+def read_task_file(name: str) -> TaskFile | GroupFile:
     """Reads a file that describes a task or a group of tasks, and their data.
+
+    Args:
+        name: Its path, or the name of a task in `own_tasks`.
 
     Raises:
         SettingsError: It is not there, or not of the format above, with all that is wrong.
         DataError: Its data cannot be read.
     """
+    path = own_tasks().get(name) or Path(name)
     text = _read(path)
     config = _parse(path, text)
-    return _read_group(path, text, config) if "group" in config else _read_task(path, text, config)
+    if "group" in config:
+        return _read_group(path, text, config)
+    task = _read_task(path, text, config)
+    return replace(task, source=f"qlora-job, {name}") if name in own_tasks() else task  # wherever it is installed
 
 
 def _read_group(path: Path, text: bytes, config: Mapping[Any, Any]) -> GroupFile:
@@ -142,7 +157,7 @@ def _read_group(path: Path, text: bytes, config: Mapping[Any, Any]) -> GroupFile
         raise SettingsError([Problem(str(path), what) for what in wrong])
     members: list[str | TaskFile] = []
     for name in config["task"]:
-        if not is_task_file(name):
+        if not name.endswith(ENDINGS):
             members.append(name)
             continue
         file = path.parent / name
@@ -166,7 +181,7 @@ def _wrong_group(path: Path, config: Mapping[Any, Any]) -> Iterator[str]:
         return
     for name in tasks:
         file = path.parent / name
-        if is_task_file(name) and not (".." not in PurePosixPath(name).parts and _inside(file, path.parent)):
+        if name.endswith(ENDINGS) and not (".." not in PurePosixPath(name).parts and _inside(file, path.parent)):
             yield f"task: {name[:80]!r} does not lie in the folder of the group"
     aggregated = config.get("aggregate_metric_list", [])
     if not (isinstance(aggregated, list) and len(_mappings(aggregated)) == len(aggregated)):

@@ -24,7 +24,7 @@ from job.errors import DataError, Problem, SettingsError, named_by
 from job.evaluation.groups import CHOICE_METRICS, GroupSpec, read_groups
 from job.evaluation.measured import how_to_generate, metrics_of
 from job.evaluation.policy import CHOICES, Policy, check_policy, named
-from job.evaluation.task_files import GroupFile, TaskFile, is_task_file, read_task_file
+from job.evaluation.task_files import GroupFile, TaskFile, is_task_file, own_tasks, read_task_file
 from job.log import get_logger
 from job.records import Metric
 from job.storage.hub import hub_errors
@@ -136,7 +136,10 @@ def load_tasks(
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     names, own = _read_files(names)
-    _check_data((*names, *_members(own)), data)
+    _check_data((*names, *_members(own), *_ours(own)), data)
+    texts = {name: _read_questions(data[name], sources[name]) for name in data if name in own_tasks()}
+    data = {name: path for name, path in data.items() if name not in texts}
+    own = [_with_texts(task, texts, sources) for task in own]
     manager = _index((*names, *_members(own), *data))
     _check_names(manager.task_index, (*names, *_members(own)), data)
     if twice := _twice([*names, *(one.name for one in own), *(task.name for task in _member_files(own))]):
@@ -145,7 +148,7 @@ def load_tasks(
     local = {name: _with_rows(manager, name, rows[name], sources[name]) for name in rows}
     with hub_errors(f"questions of {', '.join(name for name in (*names, *_members(own)) if name not in local)}"):
         loaded = _load(manager, [*(local.get(name, name) for name in names), *(_built(manager, o, local) for o in own)])
-    tasks = loaded["tasks"]
+    tasks, rows = loaded["tasks"], rows | texts
     _set_shots(tasks, num_fewshot)
     wrong = [
         problem for name, task in tasks.items() if (problem := _unfit(name, task) or _without_examples(name, task))
@@ -170,10 +173,24 @@ def load_tasks(
     return Tasks(loaded, where, files, read_groups(loaded["groups"], metrics))
 
 
+def _with_texts(
+    task: TaskFile | GroupFile, texts: Mapping[str, list[Row]], sources: Mapping[str, str]
+) -> TaskFile | GroupFile:
+    """A task of this job with the user's own rows, if there are any."""
+    if isinstance(task, GroupFile) or task.name not in texts:
+        return task
+    return replace(task, rows=dict.fromkeys(task.rows, texts[task.name]), source=sources[task.name])
+
+
 def _read_files(names: Sequence[str]) -> tuple[list[str], list[TaskFile | GroupFile]]:
     """The names of lm-eval's tasks and groups, and what the users' files describe."""
-    files = [read_task_file(Path(name)) for name in names if is_task_file(name)]
+    files = [read_task_file(name) for name in names if is_task_file(name)]
     return [name for name in names if not is_task_file(name)], files
+
+
+def _ours(own: Sequence[TaskFile | GroupFile]) -> list[str]:
+    """The names of tasks that come with this job."""
+    return [task.name for task in own if task.name in own_tasks()]
 
 
 def _members(own: Sequence[TaskFile | GroupFile]) -> list[str]:
@@ -323,7 +340,8 @@ def check_tasks(names: Sequence[str], data: Iterable[str]) -> None:
     """
     names, own = _read_files(names)
     names += _members(own)
-    _check_data(names, data)
+    _check_data((*names, *_ours(own)), data)
+    data = [name for name in data if name not in own_tasks()]
     if _are_known(frozenset((*names, *data))):
         return
     logging.getLogger("lm_eval").setLevel(logging.ERROR)

@@ -414,7 +414,8 @@ class Eval(Group):
 
     tasks: AffectsResult[Names] = ("arc_easy",)
     """Names of lm-eval's tasks and groups, separated by commas, such as `arc_easy,gsm8k`; or a file `my_task.yaml` that
-    describes one in lm-eval's format, with its data beside it. Multiple choice, generated answers and perplexity."""
+    describes one, or a group, in lm-eval's format, with its data beside it. Multiple choice, generated answers and
+    perplexity. `forgetting` measures the likelihood of ordinary texts, which training on other rows may lower."""
     limit: AffectsResult[Maybe[Annotated[Count, Field(ge=2)]]] = None
     """Number of questions of each task, at least 2; empty: all."""
     data: AffectsResult[Annotated[Locations, SageMakerChannel("evaluation")]] = Field(default_factory=dict)

@@ -39,7 +39,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> 
 
 def run(environment: dict[str, str], name: str, policy: dict[str, Any]) -> tuple[Any, dict[str, Any], Path]:
     """A run with this policy: how it ended, its manifest and its folder."""
-    Path(environment["JOB_GATE__POLICY"]).write_text(yaml.safe_dump(policy), encoding="utf-8")
+    Path(environment["JOB_GATE__POLICY"]).write_text(yaml.safe_dump(policy, sort_keys=False), encoding="utf-8")
     done = warm.run([], {**environment, "JOB_RUN__ID": name})
     folder = Path(environment["JOB_RUN__OUTPUT"]) / name
     assert (folder / "results.json").exists(), done.stderr
