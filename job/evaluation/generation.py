@@ -7,7 +7,8 @@ Which prompts share a batch is a function of all prompts (`plan_batches`), and a
 restarted evaluation computes the same bits. Another batch would change no more than the last bits of the logits.
 
 Greedy decoding takes the likeliest token; sampling draws from the softmax (`Sampling`), each prompt by a random
-generator of its own. What else a model's generation_config.json asks for, such as a repetition penalty, is not applied.
+generator of its own. What else a model's generation_config.json asks for, such as a repetition penalty, is not applied
+(`model_defaults`).
 
 In a REPL, with a model and a tokenizer as in `job.evaluation.scorer`:
 
@@ -64,11 +65,13 @@ class HowToGenerate:
         max_new_tokens: Of each answer.
         stop: Texts at the first of which an answer ends, before it, as lm-eval has it.
         sampling: How tokens are drawn; None takes the likeliest.
+        ends: Tokens that end an answer, beside the tokenizer's end of sequence and those that config.json names.
     """
 
     max_new_tokens: int
     stop: tuple[str, ...] = ()
     sampling: Sampling | None = None
+    ends: tuple[int, ...] = ()
 
 
 AnswerBatches = Callable[
@@ -117,6 +120,7 @@ def generate(
     stop: Sequence[str] = (),
     batch_tokens: int = BATCH_TOKENS,
     sampling: Sampling | None = None,
+    ends: Sequence[int] = (),
     cache: AnswerCache | None = None,
     answer: AnswerBatches | None = None,
     on_progress: Callable[[int], None] = lambda _: None,
@@ -131,6 +135,7 @@ def generate(
         stop: As in `HowToGenerate`.
         batch_tokens: Tokens of one forward pass; it changes no more than the last bits of the logits.
         sampling: As in `HowToGenerate`.
+        ends: As in `HowToGenerate`.
         cache: Where answers are looked up first and kept afterwards, batch by batch.
         answer: How batches are answered; `answer_batches` where it is None.
         on_progress: Called with the number of prompts that have been answered.
@@ -138,7 +143,7 @@ def generate(
     Raises:
         TrainingFailed: The logits are not finite.
     """
-    how = HowToGenerate(max_new_tokens, tuple(stop), sampling)
+    how = HowToGenerate(max_new_tokens, tuple(stop), sampling, tuple(ends))
     batches = plan_batches([len(prompt) for prompt in prompts], max_new_tokens, batch_tokens)
     known = {} if cache is None else cache.load_answers(prompts, batches, how)
     missing = {number: batch for number, batch in enumerate(batches) if number not in known}
@@ -191,7 +196,7 @@ def answer_batch(
 
     from job.model.packed_attention import is_packed
 
-    ends = _end_tokens(model, tokenizer)
+    ends = _end_tokens(model, tokenizer) | set(how.ends)
     rows = [_Row(tuple(ids), _Draws(how.sampling, number)) for number, ids in prompts]
     finish = _Finish(tokenizer, ends, tuple(text for text in how.stop if text), how.max_new_tokens)
     model.eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections import Counter
@@ -21,6 +22,7 @@ from transformers import MistralConfig
 from job.distributed.processes import ALONE
 from job.errors import TrainingFailed
 from job.evaluation.generation import CACHE_BATCHES, HowToGenerate, Sampling, _drawn, generate, plan_batches
+from job.evaluation.model_defaults import with_model_defaults
 from job.evaluation.parallel_scoring import ParallelScoring
 from job.evaluation.score_cache import ScoreCache
 from job.model.base import PLAIN, load_base
@@ -237,6 +239,27 @@ def test_a_second_end_of_config_json_ends_an_answer(tokenizer: Any) -> None:
     """Chat models end a turn by another token than a text; config.json names both."""
     scripted = Scripted(tokenizer, "it<pad>is", ends=[1, 2])
     (answer,) = generate(scripted, tokenizer, [(5,)], max_new_tokens=9)
+    assert (answer.text, answer.ended_by) == ("it", "eos")
+
+
+def test_the_models_own_ends_count_and_its_penalties_are_named(
+    tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A turn may end by a token that only generation_config.json names; what it asks for beyond that is logged once."""
+    how = HowToGenerate(9)
+    assert with_model_defaults(how, tmp_path) == how
+    config = {"eos_token_id": [2, 7], "repetition_penalty": 1.1, "suppress_tokens": [], "min_length": 0, "top_k": 50}
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "generation_config.json").write_text(json.dumps(config))
+    found = with_model_defaults(how, folder)
+    assert found == with_model_defaults(how, folder) == HowToGenerate(9, ends=(2, 7))
+    logged = "".join(capsys.readouterr())
+    assert logged.count("is not applied") == 1
+    assert "repetition_penalty" in logged
+    assert "top_k" not in logged
+    scripted = Scripted(tokenizer, "it<pad>is", ends=[1])
+    (answer,) = generate(scripted, tokenizer, [(5,)], max_new_tokens=9, ends=found.ends)
     assert (answer.text, answer.ended_by) == ("it", "eos")
 
 
