@@ -56,6 +56,7 @@ def render_model_card(results: Mapping[str, Any], prompts: Sequence[ShownPrompt]
         tasks=tasks,
         harness=results["evaluation"]["harness"],
         measured=results["evaluation"].get("measured", {}),
+        groups=results["evaluation"].get("groups", {}),
         shots=wording.shots(results["evaluation"]),
         software=results["software"],
         licence=licence,

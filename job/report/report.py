@@ -144,6 +144,7 @@ def render_report(results: Mapping[str, Any], evidence: ReportData, after: After
         },
         harness=results["evaluation"]["harness"],
         measured=results["evaluation"].get("measured", {}),
+        groups=results["evaluation"].get("groups", {}),
         learned=wording.learned(results["training"]),
         tasks=tasks,
         headline=wording.headline(results),

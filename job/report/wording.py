@@ -10,7 +10,8 @@ from job.common.findings import KINDS
 from job.common.formatting import count, enumeration, figure, p_value, percent, points, size
 from job.common.methods import METHODS
 from job.evaluation import policy
-from job.evaluation.comparison import of_metric, original_tasks
+from job.evaluation.comparison import original_tasks
+from job.evaluation.policy import of_metric
 from job.evaluation.statistics import wilson_interval
 from job.records import NEAR, ServeCheck
 
@@ -326,6 +327,11 @@ def policy_rules(gate: Mapping[str, Any]) -> list[dict[str, str]]:
     ]
 
 
+def _tasks_not_scored(export: Mapping[str, Any]) -> str:
+    others = export.get("tasks_not_scored")
+    return f" Tasks without choices were not scored for it: {', '.join(others)}." if others else ""
+
+
 def exports(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """For each exported format: a sentence about what is published, and a row for each candidate and task.
 
@@ -333,13 +339,11 @@ def exports(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     base was scored also those of it, else None for them. None without exports.
     """
     tasks, original = results["evaluation"]["tasks"], original_tasks(results)
-    others = results["evaluation"].get("measured")
-    unscored = f" Tasks without choices were not scored for it: {', '.join(others)}." if others else ""
     return [
         {
             "format": export["format"],
             "what": "a copy of the adapter" if is_adapter(export["format"]) else "the whole model",
-            "sentence": _about_export(export) + unscored,
+            "sentence": _about_export(export) + _tasks_not_scored(export),
             "rows": [
                 {
                     "task": task,

@@ -298,7 +298,8 @@ def _other_repository(name: str, subject: str, request: Request) -> str | None:
 def _tasks(settings: Settings) -> Iterator[Fault]:
     # A preset's file for a task that is not asked is ignored; a user's own file must be used.
     own = not settings.sources["eval.data"].startswith("preset")
-    if own and not set(settings.eval.data) <= set(settings.eval.tasks):
+    files = any(name.endswith((".yaml", ".yml")) for name in settings.eval.tasks)  # which may name tasks of a group
+    if own and not files and not set(settings.eval.data) <= set(settings.eval.tasks):
         named = " (a channel's files are named after their tasks)" * settings.sources["eval.data"].startswith(
             "sagemaker channel"
         )
