@@ -16,7 +16,8 @@ from job.errors import DataError, GateError, JobError, Problem, SettingsError, c
 from job.report.report import read_report_data, render_report
 from job.results.after_run import read_after_run
 from job.results.compare import as_markdown, as_text, compare, gate_reasons
-from job.results.reader import open_run, read_published
+from job.results.promotion import open_run_or_pointer
+from job.results.reader import read_published
 from job.settings.field_types import explain
 from job.settings.load import load_reading, secrets
 from job.settings.schema import Gate, Settings
@@ -40,7 +41,7 @@ def verify_command(words: Sequence[str]) -> int:
     if cache is not None:
         with disk_errors(f"cannot make the folder {cache}"):
             Path(cache).mkdir(parents=True, exist_ok=True)
-    store = open_run(given.runs[0], storage)
+    store = open_run_or_pointer(given.runs[0], storage)
     with tempfile.TemporaryDirectory(prefix="qlora-job-", dir=cache, ignore_cleanup_errors=True) as work:
         checks = verify(store, Path(work), storage)
     code = _print([json.dumps(as_json(store.uri, checks), indent=2)] if _is(given, "json") else as_lines(checks))
@@ -60,7 +61,7 @@ def compare_command(words: Sequence[str]) -> int:
     runs, errors = [], []
     for where in given.runs:
         try:
-            runs.append(read_published(open_run(where, storage)))
+            runs.append(read_published(open_run_or_pointer(where, storage)))
         except JobError as error:
             errors.append((where, error))
     if errors:
@@ -120,7 +121,7 @@ def report_command(words: Sequence[str]) -> int:
     if Path(output).is_dir():
         raise SettingsError([Problem(f"--output {output}", f"is a folder; name a file, such as {output}/{OUTPUT}")])
     storage, _ = reading(given)
-    run = read_published(open_run(given.runs[0], storage))
+    run = read_published(open_run_or_pointer(given.runs[0], storage))
     with tempfile.TemporaryDirectory(prefix="qlora-job-") as folder:
         try:
             evidence = read_report_data(run.results, lambda artifact: fetch_artifact(run.store, artifact, Path(folder)))
