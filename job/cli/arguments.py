@@ -105,9 +105,21 @@ COMMANDS = {
             Argument("B", "another finished run"),
             _format("table", "json", "markdown"),
             Argument("--gate", "exit code 3 if B is worse than A by more than the thresholds allow"),
-            Argument("--metric", "accuracy that the thresholds apply to: acc or acc_norm", metavar="METRIC"),
+            Argument(
+                "--metric",
+                "accuracy that the thresholds apply to: acc or acc_norm; with --history the task and its metric, such "
+                "as arc_easy/acc (default: that of the first task)",
+                metavar="METRIC",
+            ),
             Argument("--min-delta", "smallest accepted gain of B over A, as a fraction", metavar="X"),
             Argument("--max-regression", "largest accepted loss of B against A, as a fraction", metavar="X"),
+            Argument(
+                "--history",
+                "instead of A and B, runs or folders of runs: a metric over them in the order of time, with the "
+                "control limits of the earlier ones; exit code 3 if the newest is outside of these",
+                runs=(1, None),
+            ),
+            Argument("--output", "with --history: also draw the chart into this HTML file", metavar="FILE"),
         ),
         settings="reading",
     ),

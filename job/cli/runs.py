@@ -13,9 +13,12 @@ from pydantic import ValidationError
 from job import log
 from job.cli.arguments import COMMANDS, Arguments, parse_arguments
 from job.errors import DataError, GateError, JobError, Problem, SettingsError, combine
-from job.report.report import read_report_data, render_report
+from job.report.report import read_report_data, render_history, render_report
 from job.results.after_run import read_after_run
 from job.results.compare import as_markdown, as_text, compare, gate_reasons
+from job.results.history import as_json as history_json
+from job.results.history import as_lines as history_lines
+from job.results.history import find_runs, history
 from job.results.promotion import open_run_or_pointer
 from job.results.reader import read_published
 from job.settings.field_types import explain
@@ -27,6 +30,7 @@ from job.storage.verified_download import fetch_artifact
 from job.verification.verify import as_json, as_lines, require_verified, verify
 
 OUTPUT = "report.html"
+HISTORY = "--history"
 THRESHOLDS = {"--metric": "metric", "--min-delta": "min_delta", "--max-regression": "max_regression"}
 
 
@@ -50,12 +54,16 @@ def verify_command(words: Sequence[str]) -> int:
 
 
 def compare_command(words: Sequence[str]) -> int:
-    """`compare A B`: prints both side by side.
+    """`compare A B`: prints both side by side. `compare --history RUN...`: prints a metric over all of them.
 
     Raises:
-        GateError: B does not pass.
+        GateError: B does not pass, or the newest run of the history is out of the control limits.
     """
     given = parse_arguments(words, COMMANDS["compare"].arguments)
+    if HISTORY in given.flags:
+        return _history(given)
+    if "--output" in given.options:
+        raise SettingsError([Problem("--output", f"is for {HISTORY} alone")])
     thresholds = _thresholds(given.options)
     storage, _ = reading(given)
     runs, errors = [], []
@@ -79,6 +87,36 @@ def compare_command(words: Sequence[str]) -> int:
     if reasons:
         raise GateError("; ".join(reasons))
     return code
+
+
+def _history(given: Arguments) -> int:
+    alone = [
+        name for name in ("--gate", "--min-delta", "--max-regression") if name in given.flags | given.options.keys()
+    ]
+    if alone:
+        raise SettingsError([Problem(name, f"is for two runs, not for {HISTORY}") for name in alone])
+    output = given.options.get("--output")
+    storage, _ = reading(given)
+    found = history(find_runs(given.runs, storage), given.options.get("--metric"))
+    if output is not None:
+        _write_page(output, render_history(found))
+    if _is(given, "json"):
+        code = _print([json.dumps(history_json(found), indent=2)])
+    else:
+        code = _print(history_lines(found, markdown=_is(given, "markdown")))
+    if found.out:
+        raise GateError(found.verdict)
+    return code
+
+
+def _write_page(output: str, page: bytes) -> None:
+    with disk_errors(f"--output {output}"):
+        try:
+            Path(output).write_bytes(page)
+        except FileNotFoundError as error:
+            raise SettingsError(
+                [Problem(f"--output {output}", "its folder does not exist; create it first")]
+            ) from error
 
 
 def _thresholds(options: Mapping[str, str]) -> dict[str, Any]:
@@ -128,11 +166,5 @@ def report_command(words: Sequence[str]) -> int:
         except (KeyError, TypeError, ValueError) as error:  # the hashes are right, so it was written like this
             raise DataError([Problem(run.store.uri, f"its records are no records of this job: {error}")]) from error
     page = render_report(run.results, evidence, read_after_run(run.store))
-    with disk_errors(f"--output {output}"):
-        try:
-            Path(output).write_bytes(page)
-        except FileNotFoundError as error:
-            raise SettingsError(
-                [Problem(f"--output {output}", "its folder does not exist; create it first")]
-            ) from error
+    _write_page(output, page)
     return _print([f"report: {output}"])
