@@ -70,6 +70,7 @@ def _format(*choices: str) -> Argument:
     return Argument("--format", "how to print it (default: the first)", choices=choices)
 
 
+_KEY = Argument("--key", "public key of the signer (PEM): a run without its signature does not verify", metavar="FILE")
 _SHOW = Argument("--show", "print so many rows as they are trained on, what is learned marked", metavar="N")
 _CONFIG = Argument("--config", "YAML or TOML file of settings; also as JOB_CONFIG in the environment", metavar="FILE")
 _RUN = Command("run the job; the default command", (_CONFIG,))
@@ -95,7 +96,7 @@ COMMANDS = {
     ),
     "verify": Command(
         "check every file and figure of a published run; exit code 4 if one is wrong",
-        (Argument("RESULTS", _POINTER_HELP), _format("table", "json")),
+        (Argument("RESULTS", _POINTER_HELP), _KEY, _format("table", "json")),
         settings="reading",
     ),
     "compare": Command(
@@ -146,6 +147,7 @@ COMMANDS = {
             Argument(
                 "--to", "the pointer: a file that is written, such as s3://bucket/models/current", metavar="PLACE"
             ),
+            _KEY,
             Argument("--without-gate", "promote a run that has no quality gate; one whose gate is not met is refused"),
             Argument("--rollback", "move the pointer back to the run before; no RESULTS are given", runs=(0, 0)),
         ),

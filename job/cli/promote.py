@@ -8,7 +8,7 @@ from pathlib import Path
 
 from job import log
 from job.cli.arguments import COMMANDS, parse_arguments
-from job.cli.runs import reading
+from job.cli.runs import reading, signer
 from job.common.tables import visible
 from job.errors import JobError, Problem, SettingsError, VerificationError
 from job.results.promotion import check_place, pointer_place, promote, require_gate_held, roll_back
@@ -30,6 +30,7 @@ def promote_command(words: Sequence[str]) -> int:
     storage, cache = reading(given)
     if "--to" not in given.options:
         raise SettingsError([Problem("--to", "is needed: the pointer, such as s3://bucket/models/current")])
+    key = signer(given)
     place = pointer_place(given.options["--to"], storage)
     check_place(place)
     if "--rollback" in given.flags:
@@ -40,7 +41,7 @@ def promote_command(words: Sequence[str]) -> int:
     run = read_published(store)
     require_gate_held(run.results, without_gate="--without-gate" in given.flags)
     with tempfile.TemporaryDirectory(prefix="qlora-job-", dir=cache, ignore_cleanup_errors=True) as work:
-        require_verified(verify(store, Path(work), storage))
+        require_verified(verify(store, Path(work), storage, key=key))
     if read_published(store).sha256 != run.sha256:
         raise VerificationError([Problem(store.uri, "was replaced while it was verified; repeat the command")])
     if is_remote(place.store.uri) and not is_remote(store.uri):

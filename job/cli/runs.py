@@ -21,6 +21,7 @@ from job.results.history import as_lines as history_lines
 from job.results.history import find_runs, history
 from job.results.promotion import open_run_or_pointer
 from job.results.reader import read_published
+from job.results.signing import load_public_key
 from job.settings.field_types import explain
 from job.settings.load import load_reading, secrets
 from job.settings.schema import Gate, Settings
@@ -45,12 +46,18 @@ def verify_command(words: Sequence[str]) -> int:
     if cache is not None:
         with disk_errors(f"cannot make the folder {cache}"):
             Path(cache).mkdir(parents=True, exist_ok=True)
+    key = signer(given)
     store = open_run_or_pointer(given.runs[0], storage)
     with tempfile.TemporaryDirectory(prefix="qlora-job-", dir=cache, ignore_cleanup_errors=True) as work:
-        checks = verify(store, Path(work), storage)
+        checks = verify(store, Path(work), storage, key=key)
     code = _print([json.dumps(as_json(store.uri, checks), indent=2)] if _is(given, "json") else as_lines(checks))
     require_verified(checks)
     return code
+
+
+def signer(given: Arguments) -> str | None:
+    """The public key in PEM that `--key` names; None without it. Raises SettingsError if the file holds none."""
+    return load_public_key(given.options["--key"]) if "--key" in given.options else None
 
 
 def compare_command(words: Sequence[str]) -> int:
