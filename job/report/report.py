@@ -26,6 +26,7 @@ from job.report.templating import render
 from job.report.timeline import bars, by_stage, restarts
 from job.results.after_run import AfterRun
 from job.results.cost import OUTSIDE
+from job.results.history import History
 from job.runs.layout import FIRST_STAGE, METRICS, REPORT, VALIDATIONS, Stage, answers_key, prompts_key
 from job.settings.load import preset_values
 
@@ -184,6 +185,13 @@ def render_report(results: Mapping[str, Any], evidence: ReportData, after: After
     )
     # JSON can hold unpaired surrogates, which UTF-8 cannot
     return text.encode("utf-8", errors="replace")
+
+
+def render_history(found: History) -> bytes:
+    """The control chart of `compare --history` as a page, UTF-8 HTML."""
+    limits = found.limits and (found.limits.low, found.limits.centre, found.limits.high)
+    chart = charts.control_chart([(point.finished[:10], point.value) for point in found.points], limits, "{:g}".format)
+    return render("history.html", escape=True, history=found, chart=chart).encode("utf-8", errors="replace")
 
 
 def own_settings(settings: Mapping[str, Any]) -> list[dict[str, str]]:

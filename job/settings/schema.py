@@ -63,6 +63,7 @@ from job.settings.field_types import (
     Real,
     RunId,
     Seconds,
+    Secret,
     Share,
     StorageClass,
     Text,
@@ -499,6 +500,16 @@ class Gate(Group):
         return "JOB_GATE__BASELINE compares multiple-choice tasks only" if self.baseline is not None else ""
 
 
+class Sign(Group):
+    """Signature of what is published, which `verify --key` checks."""
+
+    key: ExecutionOnly[Maybe[LocalPath]] = None
+    """File with the private key (ECDSA on P-256, P-384 or P-521, in PEM) that signs manifest, adapter and exported
+    formats, in the format of OpenSSF Model Signing; empty: nothing is signed."""
+    password: ExecutionOnly[Maybe[Secret]] = None
+    """Password of JOB_SIGN__KEY where it is encrypted; as a file of this name in the folder JOB_SECRETS_DIR, best."""
+
+
 class Storage(Group):
     """Object storage. Credentials are no settings: they come from AWS's own variables, or from the machine's role."""
 
@@ -572,6 +583,7 @@ class Settings(Options):
     eval: Eval = Field(default_factory=Eval)
     export: Export = Field(default_factory=Export)
     gate: Gate = Field(default_factory=Gate)
+    sign: Sign = Field(default_factory=Sign)
     storage: Annotated[Storage, UsedByReaders()] = Field(default_factory=Storage)
     log: Annotated[Log, UsedByReaders()] = Field(default_factory=Log)
     cost: Cost = Field(default_factory=Cost)
