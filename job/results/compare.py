@@ -16,33 +16,9 @@ from job.runs.layout import WEIGHTS
 GROUPS = ("model", "dataset", "software", "hardware")
 _NAMES = {"run.id", "run.output"}
 """Settings with the name or location of a run, which always differ."""
-_TASK_COLUMNS = (
-    "task",
-    "questions",
-    "A",
-    "B",
-    "difference",
-    "95 % interval",
-    "better",
-    "worse",
-    "p",
-    "Holm p",
-    "verdict",
-)
-_METRIC_COLUMNS = (
-    "task, metric",
-    "questions",
-    "A",
-    "B",
-    "better is",
-    "difference",
-    "95 % interval",
-    "better",
-    "worse",
-    "p",
-    "Holm p",
-    "verdict",
-)
+_COMPARED = ("difference", "95 % interval", "better", "worse", "p", "Holm p", "verdict")
+_TASK_COLUMNS = ("task", "questions", "A", "B", *_COMPARED)
+_METRIC_COLUMNS = ("task, metric", "questions", "A", "B", "better is", *_COMPARED)
 _PREDICTIONS = {"acc": "prediction", "acc_norm": "prediction_norm"}
 """Accuracy -> the field of a sample with the answer that it counts."""
 _WIDEST = 80

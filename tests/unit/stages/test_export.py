@@ -16,17 +16,16 @@ from job.common.hashing import hash_file
 from job.data.batch_plan import epoch_order
 from job.data.calibration import hash_rows
 from job.errors import DataError, Preempted, SettingsError, Unreachable
-from job.evaluation.tasks import load_tasks
 from job.export import fp8
 from job.export.formats import DERIVED, DerivedInputs
 from job.export.quantizable import CannotMake
 from job.model.adapter_files import save_adapter
-from job.model.base import describe_model, load_tokenizer
+from job.model.base import describe_model
 from job.model.packed_attention import NAME, use
 from job.model.published_names import PublishedNames
 from job.model.quantized_cache.layout import CachedBase
 from job.preemption.stop_flag import Stop
-from job.records import Example, Exported, Packing, Pulled, QuantizationRecord, Trained
+from job.records import Example, Exported, Packing, QuantizationRecord, Trained
 from job.runs.attempt import Attempt, open_attempt
 from job.runs.fault_injection import arm
 from job.settings.load import Settings, load_settings
@@ -34,8 +33,9 @@ from job.stages.export import check_export, export
 from job.stages.handoff import Loaded, Sources
 from job.storage.local import LocalStore
 from job.storage.open import ObjectStore
-from tests.example_run import DATASET, TRAINING
+from tests.example_run import TRAINING
 from tests.helpers import arc_rows, fill_adapter, make_base, make_model, write_jsonl
+from tests.unit.stages.example_sources import example_sources
 from tests.wrapped_store import WrappedStore
 
 FOLDER = "artifacts/export/merged/"
@@ -64,26 +64,8 @@ class World:
 
     def sources(self, *, original: bool = True) -> Sources:
         """What was pulled, with the base's own files or without."""
-        from job.model.files import fingerprint
-
-        base, questions = self.folder / "base", self.folder / "questions.jsonl"
-        tasks = load_tasks(["arc_easy"], {"arc_easy": questions}, {"arc_easy": str(questions)})
-        pulled = Pulled(DATASET, fingerprint(base), None, tasks.fingerprints())
-        own = base if original else None
-        return Sources(
-            pulled,
-            base,
-            quantized=False,
-            tokenizer=load_tokenizer(base),
-            examples=[],
-            validation=[],
-            start=None,
-            original=own,
-            tasks=tasks,
-            baseline=None,
-            policy=None,
-            cache_entry=None,
-        )
+        sources = example_sources(self.folder)
+        return sources if original else replace(sources, original=None)
 
     def trained(self, store: ObjectStore) -> Trained:
         """Publishes an adapter into the store."""
