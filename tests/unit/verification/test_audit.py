@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from job.audit.audit import Finding, counts, overlapping
+from job.audit.statistics import quantiles
 from job.records import AuditRecord, CheckRecord
 from job.runs.layout import FINDINGS
 from job.verification.check_audit import check_audit
@@ -28,6 +29,7 @@ def manifest() -> dict[str, Any]:
         for kind in ("overlap", "secret", "duplicate")
     }
     record = AuditRecord(20, 1, checks, overlapping(FOUND), len(FOUND), len(DATA), "0" * 64, 20)
+    record = replace(record, languages={"en": 18, "de": 2}, lengths={"tokens": quantiles(range(20))})
     return {"dataset": {"audit": asdict(record)}, "settings": {"data.on_finding": {"value": {"secret": "skip"}}}}
 
 
@@ -67,3 +69,18 @@ def test_missing_findings_are_noticed(tmp_path: Path) -> None:
     """Without the file, and without one of its lines, the audit does not hold."""
     assert wrong(tmp_path, None)
     assert wrong(tmp_path, DATA[: DATA.rindex(b"{")])
+
+
+@pytest.mark.parametrize(("figures", "name", "value"), [("languages", "en", 17), ("lengths/tokens", "p95", 3)])
+def test_figures_that_contradict_each_other(tmp_path: Path, figures: str, name: str, value: int) -> None:
+    """Languages of another number of rows, and quantiles that do not ascend, are found."""
+    path = tmp_path / "findings.jsonl"
+    path.write_bytes(DATA)
+    changed = manifest()
+    inner = changed["dataset"]["audit"]
+    for part in figures.split("/"):
+        inner = inner[part]
+    inner[name] = value
+    (found,) = check_audit(changed, {FINDINGS: path})
+    (difference,) = found.differences
+    assert figures.rsplit("/", maxsplit=1)[-1] in difference.where
