@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +187,7 @@ def _look(settings: Settings, folder: Path, show: int) -> _Preflight:
         check, first_data = run_check("first stage", lambda: _preview_rows(earlier, show=show, **rows_too))
         first.append(check)
     audited = [
-        run_check(name, lambda record=one.audit: report_audit(record))[0]  # type: ignore[misc]
+        run_check(name, partial(report_audit, one.audit, one.long_rows))[0]
         for name, one in (("audit", data), ("audit of the first stage", first_data))
         if one is not None and one.audit is not None
     ]

@@ -161,6 +161,7 @@ def render_report(results: Mapping[str, Any], evidence: ReportData, after: After
         scope=wording.scope(results["evaluation"]["tasks"]),
         exports=wording.exports(results),
         audit=wording.audit(results["dataset"]),
+        audit_statistics=wording.audit_statistics(results["dataset"]),
         policy_rules=wording.policy_rules(results["gate"]),
         pushed=after.pushed,
         served=[(check, wording.about_served(check)) for check in after.served],

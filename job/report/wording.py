@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from job.common.export_formats import is_adapter
-from job.common.findings import KINDS
+from job.common.findings import KINDS, statistics
 from job.common.formatting import count, enumeration, figure, p_value, percent, points, size
 from job.common.methods import METHODS
 from job.evaluation import policy
@@ -239,6 +239,11 @@ def audit(dataset: Mapping[str, Any]) -> list[dict[str, Any]]:
         }
         for kind, check in found["checks"].items()
     ]
+
+
+def audit_statistics(dataset: Mapping[str, Any]) -> list[str]:
+    """What kind of text the rows are, in sentences; none for runs without an audit."""
+    return statistics(dataset.get("audit") or {}, dataset.get("long_rows", {}))
 
 
 def audit_sentence(dataset: Mapping[str, Any]) -> str:
