@@ -81,17 +81,30 @@ def main() -> int:
         task = args.task.partition("=")[0]
         lines = [row(name, made, task) for name, made in found.items()]
         print("", *tables.markdown(HEAD, lines), "", sep="\n", flush=True)
+        keep(args.json, where, found, lines, {})  # what is there, should the peer fail or take too long
         peer = {} if args.no_plain else plain(args, base, next(iter(found.values()), None), folder / "trl")
         lines += [
             [name, *(peer["rows"][name].get(column, "-") for column in HEAD[1:])] for name in peer.get("rows", ())
         ]
     print("", *tables.markdown(HEAD, lines), "", *peer.get("notes", ()), sep="\n", flush=True)
-    if args.json is not None:
-        runs = {name: {**asdict(made), "folder": None} for name, made in found.items()}
-        content = {**where, "gpu": gpu(), "settings": dict(RUNS), "table": [HEAD, *lines], "runs": runs, "plain": peer}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    keep(args.json, where, found, lines, peer)
     return 0 if all(made.results for made in found.values()) else 1
+
+
+def keep(
+    file: Path | None,
+    where: Mapping[str, Any],
+    found: Mapping[str, Finished],
+    lines: Sequence[Sequence[str]],
+    peer: Mapping[str, Any],
+) -> None:
+    """Writes the figures with their conditions, if a file was named."""
+    if file is None:
+        return
+    runs = {name: {**asdict(made), "folder": None} for name, made in found.items()}
+    content = {**where, "gpu": gpu(), "settings": dict(RUNS), "table": [HEAD, *lines], "runs": runs, "plain": peer}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def make_base(folder: Path, gguf: Path | None) -> Path:
@@ -333,7 +346,6 @@ def train(model: Any, tokenizer: Any, examples: Sequence[Any], batches: list[lis
             save_strategy="no",
             max_length=None,
             dataset_kwargs={"skip_prepare_dataset": True},
-            remove_unused_columns=False,
             report_to="none",
             disable_tqdm=True,
         ),
@@ -350,6 +362,13 @@ def gold_of(task: str, file: Path) -> list[int]:
 
     loaded = load_tasks([task], {task: file}, {task: file.name}).loaded["tasks"][task]
     return [int(loaded.doc_to_target(row)) for row in loaded.eval_docs]
+
+
+def training_log(run_folder: Path) -> list[dict[str, Any]]:
+    """The published metrics of the optimizer steps."""
+    from job.runs.layout import METRICS
+
+    return [json.loads(line) for line in (run_folder / METRICS).read_text(encoding="utf-8").splitlines()]
 
 
 def job_predictions(run_folder: Path, task: str, side: str) -> list[int]:

@@ -36,7 +36,7 @@ from job.model.fused import kernels
 from job.model.fused.frozen_weights import fuse_layers
 from job.model.precise_forward import Precision, logits_of, sums_in_fp32
 from job.records import Question
-from job.settings.schema import Eval, Lora, Train
+from job.settings.schema import Eval, Lora
 from tests.bench import shapes
 from tests.bench.common import arguments, conditions
 from tests.bench.cpu_evaluation import Answers, by_hflm, margin
@@ -59,6 +59,8 @@ WAYS: Mapping[str, Precision] = {
     "and what is added to it (fp16)": Precision(FP16),
     "and the adapter (fp16)": Precision(FP16, adapter=FP32),
 }
+AT_SHAPE = [*list(WAYS)[1:2], *list(WAYS)[4:]]
+"""Which of them are timed at a larger shape."""
 SINGLY: Mapping[str, Precision] = {
     "logits": Precision(FP32, logits=BF16),
     "rotary angles": Precision(FP32, angles=BF16),
@@ -79,7 +81,7 @@ def main() -> int:
     parser.add_argument("--task", required=True, metavar="NAME=FILE", help="questions of a task")
     parser.add_argument("--questions", type=int, help="the first so many")
     parser.add_argument("--batch-size", default="128", help="of HFLM")
-    parser.add_argument("--no-hflm", action="store_true", help="leave HFLM out")
+    parser.add_argument("--hflm-questions", type=int, help="the first so many for HFLM, which is slow; 0 leaves it out")
     parser.add_argument("--shape", choices=("mistral-7b", "tiny"), help="time the ways at this shape, too")
     args = parser.parse_args()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -92,6 +94,7 @@ def main() -> int:
     tokenizer = load_tokenizer(args.base)
     tasks = load_tasks([task], {task: Path(file)}, {task: Path(file).name})
     questions = ask(tasks, tokenizer, args.questions)
+    torch.set_float32_matmul_precision("highest")  # no TF32
     if ON_GPU:
         make_deterministic()
     model = adapted(args.base, args.adapter)
@@ -99,17 +102,17 @@ def main() -> int:
     weights = dequantized_weights(model)
     del model
     clean()
-    if not args.no_hflm:
+    if args.hflm_questions != 0:
         torch.use_deterministic_algorithms(mode=False)
         found |= by_plain(args, tasks, tokenizer, weights)
     sides = ("adapter", "base")
-    compared = {side: compare({name: way[side] for name, way in found.items()}) for side in sides}
+    compared = {side: compare({name: way[side] for name, way in found.items() if side in way}) for side in sides}
     for side in sides:
         print(f"\n{side}, {len(questions)} questions\n", *tables.markdown(HEAD, rows(compared[side], found)), sep="\n")
     print(*pairs({name: way["adapter"] for name, way in found.items()}), sep="\n", flush=True)
     speeds = at_shape(args.shape) if args.shape else {}
     if args.json is not None:
-        kept = {name: {side: way[side] for side in sides} for name, way in found.items()}
+        kept = {name: {side: way[side] for side in sides if side in way} for name, way in found.items()}
         content = {
             **where,
             "questions": len(questions),
@@ -151,7 +154,7 @@ def adapted(base: Path, adapter: Path) -> Any:
         double_quantization=True,
         dtype=BF16,
         device=DEVICE,
-        max_length=Train().max_length,
+        max_length=512,
     )
     lora = Lora()
     model = add_adapter(model, rank=lora.rank, alpha=lora.alpha, dropout=0.0, target_modules=shapes.MODULES, seed=0)
@@ -212,9 +215,10 @@ def by_the_job(model: Any, questions: list[Question]) -> dict[str, dict[str, Any
         score(model, questions[:60], how)
         times = 2 if ON_GPU and name in {JOB, *WAYS} else 1
         runs = [timed(partial(score, model, questions, how)) for _ in range(times)]
-        with model.disable_adapter():
-            base = score(model, questions, how) if name in {"fp32", JOB, *WAYS} else runs[0][0]
-        found[name] = {"adapter": runs[0][0], "base": base, "seconds": min(seconds for _, seconds in runs)}
+        found[name] = {"adapter": runs[0][0], "seconds": min(seconds for _, seconds in runs)}
+        if name in {"fp32", JOB, *WAYS}:
+            with model.disable_adapter():
+                found[name]["base"] = score(model, questions, how)
         print(f"{name}: {found[name]['seconds']:.2f} s", flush=True)
     return found
 
@@ -224,13 +228,13 @@ def by_plain(args: Any, tasks: Any, tokenizer: Any, weights: dict[str, torch.Ten
     from peft import PeftModel
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    found = {}
+    found, limit = {}, args.hflm_questions or args.questions
     for name, dtype in {HFLM: BF16, HFLM_FP32: FP32}.items():
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.base), dtype=dtype)
         model.load_state_dict({n: t.to(dtype) for n, t in weights.items()}, strict=False)
         model.tie_weights()
         model = PeftModel.from_pretrained(model.to(DEVICE), args.adapter).eval()
-        asked = partial(by_hflm, tasks, model, tokenizer, args.questions, args.batch_size, device=str(DEVICE))
+        asked = partial(by_hflm, tasks, model, tokenizer, limit, args.batch_size, device=str(DEVICE))
         answers, seconds = asked()
         with model.disable_adapter():
             base, _ = asked()
@@ -256,10 +260,10 @@ HEAD = (
 
 def compare(found: Mapping[str, Answers]) -> dict[str, dict[str, float]]:
     """Each way beside fp32: nats of a choice's log-likelihood, and of the margin between the two best by fp32."""
-    exact = found["fp32"]
-    best = [sorted(range(len(a)), key=lambda choice, a=a: -a[choice])[:2] for a in exact]  # type: ignore[misc]
     compared = {}
     for name, answers in found.items():
+        exact = found["fp32"][: len(answers)]
+        best = [sorted(range(len(a)), key=lambda choice, a=a: -a[choice])[:2] for a in exact]  # type: ignore[misc]
         errors = torch.tensor(
             [abs(a - b) for x, y in zip(answers, exact, strict=True) for a, b in zip(x, y, strict=True)]
         )
@@ -303,10 +307,10 @@ def pairs(found: Mapping[str, Answers]) -> list[str]:
     """Of the questions that the job and HFLM answer differently: which of them answers as fp32 does."""
     if HFLM not in found:
         return []
-    chosen = {name: [a.index(max(a)) for a in found[name]] for name in ("fp32", JOB, HFLM)}
-    apart = [(e, j, h) for e, j, h in zip(*chosen.values(), strict=True) if j != h]
+    chosen = [[a.index(max(a)) for a in found[name][: len(found[HFLM])]] for name in ("fp32", JOB, HFLM)]
+    apart = [(e, j, h) for e, j, h in zip(*chosen, strict=True) if j != h]
     ours, theirs = sum(e == j for e, j, _ in apart), sum(e == h for e, _, h in apart)
-    said = f"The job's training pass and HFLM, both in bf16, differ in {len(apart)} predictions: "
+    said = f"The job's training pass and HFLM, both in bf16, differ in {len(apart)} of {len(found[HFLM])} predictions: "
     return ["", f"{said}the job's is that of fp32 in {ours}, HFLM's in {theirs}."]
 
 
@@ -318,7 +322,7 @@ def at_shape(shape: str) -> dict[str, float]:
     base = shapes.random_base(sizes, DEVICE, "flat")
     model = add_adapter(base, rank=16, alpha=16, dropout=0.0, target_modules=shapes.MODULES, seed=0).eval()
     asked = shapes.questions(sizes["vocab_size"], 600 if ON_GPU else 20)
-    ways: dict[str, Precision | None] = {JOB: None, **WAYS}
+    ways: dict[str, Precision | None] = {JOB: None} | {name: how for name, how in WAYS.items() if name in AT_SHAPE}
     if ON_GPU:
         torch.use_deterministic_algorithms(mode=True)
     best: dict[str, float] = {}
