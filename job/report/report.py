@@ -190,7 +190,7 @@ def render_report(results: Mapping[str, Any], evidence: ReportData, after: After
 
 def render_history(found: History) -> bytes:
     """The control chart of `compare --history` as a page, UTF-8 HTML."""
-    limits = found.limits and (found.limits.low, found.limits.centre, found.limits.high)
+    limits = None if found.limits is None else (found.limits.low, found.limits.centre, found.limits.high)
     chart = charts.control_chart([(point.finished[:10], point.value) for point in found.points], limits, "{:g}".format)
     return render("history.html", escape=True, history=found, chart=chart).encode("utf-8", errors="replace")
 
