@@ -6,7 +6,7 @@ A field that is added needs a default, so that records of earlier versions can s
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 NAMES_THE_RUN = "names the run"
 """Metadata of a field that was added later, and by which runs differ where it is not its default."""
@@ -369,6 +369,21 @@ class Answer:
     ended_by: str
 
 
+class Close(NamedTuple):
+    """A question whose two likeliest choices are close to each other; a tuple, which is short in a stage's record.
+
+    Attributes:
+        question: Its place, from 0.
+        margin: By which the likeliest choice leads, in nats, to four decimals.
+        turns: The same over the next choice with which the answer would turn from right to wrong, or from wrong to
+            right; None where no choice does that.
+    """
+
+    question: int
+    margin: float
+    turns: float | None
+
+
 @dataclass(frozen=True)
 class TaskScores:
     """One model on one task: accuracies as fractions, and for each question, in order, whether its answer is right."""
@@ -387,6 +402,10 @@ class TaskScores:
     reused_from: str | None = None
     num_fewshot: int = 0
     """Examples in every prompt."""
+    close: tuple[Close, ...] | None = None
+    """Questions with a small margin by `acc`; None in records of versions that did not look for them."""
+    close_norm: tuple[Close, ...] | None = None
+    """The same by `acc_norm`; None also where the task has no such metric."""
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from statistics import fmean
 from typing import Any
 
 from job.errors import DataError, Problem
 from job.evaluation import statistics
+from job.evaluation.near_ties import BOUNDS, at_worst, near_ties
 from job.evaluation.policy import CHOICES, Policy, judge_policy, of_metric, passes
 from job.evaluation.policy import reasons as policy_reasons
 from job.records import TaskScores
@@ -66,6 +67,8 @@ def _without(scores: TaskScores, places: frozenset[int] | None) -> TaskScores:
         acc_norm_stderr=None if norm is None else statistics.standard_error(norm),
         correct=tuple(correct),
         correct_norm=None if norm is None else tuple(norm),
+        close=None,
+        close_norm=None,
     )
 
 
@@ -106,6 +109,59 @@ def _comparison(comparison: statistics.Comparison, holm_p: float) -> dict[str, A
     for key in ("n", "base", "adapter"):
         del kept[key]
     return {**kept, "holm_p": holm_p, "verdict": statistics.verdict(holm_p, comparison.ci95)}
+
+
+def compare_near_ties(
+    base: Mapping[str, TaskScores], adapter: Mapping[str, TaskScores], dtype: str
+) -> dict[str, Any] | None:
+    """The manifest's `evaluation.near_ties`: how many there are, and the comparison if all were decided one way.
+
+    None where the scores are of a version that did not look for them, or no bound is known for the type.
+
+    Args:
+        base: By task, the base's scores.
+        adapter: The adapter's, of the same questions.
+        dtype: What the models compute in, a key of `near_ties.BOUNDS`.
+
+    Raises:
+        DataError: The questions or prompts of a task differ.
+    """
+    sides = base, adapter
+    if dtype not in BOUNDS or not adapter or any(side[name].close is None for side in sides for name in adapter):
+        return None
+    told = _compare(base, adapter)
+    ends = [
+        _compare(
+            *(
+                {name: at_worst(side[name], dtype, right=right) for name in adapter}
+                for side, right in zip(sides, (not gained, gained), strict=True)
+            )
+        )
+        for gained in (False, True)
+    ]
+
+    def of_metric(name: str, close: str, pick: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> dict[str, Any]:
+        low, high = ({key: pick(end[name])[key] for key in _OF_AN_END} for end in ends)
+        verdict = pick(told[name])["verdict"]
+        counts = (near_ties(getattr(side[name], close), dtype) for side in sides)
+        return {
+            **dict(zip(("base", "adapter"), counts, strict=True)),
+            "lowest": low,
+            "highest": high,
+            "holds": low["verdict"] == verdict == high["verdict"],
+        }
+
+    tasks = {
+        name: {
+            "acc": of_metric(name, "close", lambda task: task),
+            "acc_norm": of_metric(name, "close_norm", lambda task: task["acc_norm"]) if found["acc_norm"] else None,
+        }
+        for name, found in told.items()
+    }
+    return {"dtype": dtype, "bound": BOUNDS[dtype], "tasks": tasks}
+
+
+_OF_AN_END = ("delta", "ci95", "holm_p", "verdict")
 
 
 def compare_export(

@@ -14,6 +14,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from job.common.validation import first_error
+from job.evaluation.near_ties import close_questions
 from job.evaluation.statistics import standard_error
 from job.records import TaskScores
 
@@ -182,4 +183,6 @@ def task_scores(
         correct_norm=tuple(correct_norm) if correct_norm else None,
         reused_from=reused_from,
         num_fewshot=num_fewshot,
+        close=close_questions(samples, by_length=False),
+        close_norm=close_questions(samples, by_length=True) if correct_norm else None,
     )

@@ -76,6 +76,7 @@ def render_model_card(results: Mapping[str, Any], prompts: Sequence[ShownPrompt]
             [
                 *wording.explanation(name, results),
                 *wording.quantization_cost(name, results),
+                *wording.near_ties(name, results),
                 *wording.without_overlap(name, results),
             ]
             for name in tasks

@@ -152,7 +152,12 @@ def render_report(results: Mapping[str, Any], evidence: ReportData, after: After
         explanations={
             name: [
                 part
-                for explain in (wording.explanation, wording.quantization_cost, wording.without_overlap)
+                for explain in (
+                    wording.explanation,
+                    wording.quantization_cost,
+                    wording.near_ties,
+                    wording.without_overlap,
+                )
                 if (part := explain(name, results))
             ]
             for name in tasks

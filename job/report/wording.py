@@ -222,6 +222,22 @@ def without_overlap(name: str, results: Mapping[str, Any]) -> list[str]:
     return [f"Training rows have {task['n'] - rest['n']:,} of these questions in them. Without these, {figures}"]
 
 
+def near_ties(name: str, results: Mapping[str, Any]) -> list[str]:
+    """A sentence on the questions that rounding may decide, by accuracy; none in manifests of older versions."""
+    found = results["evaluation"].get("near_ties")
+    if found is None:
+        return []
+    task = found["tasks"][name]["acc"]
+    what = f"two likeliest choices at most {found['bound']:g} nats apart, which rounding in {found['dtype']} may decide"
+    if not task["base"] + task["adapter"]:
+        return [f"No question is a near tie ({what})."]
+    low, high = (points(task[end]["delta"]) for end in ("lowest", "highest"))
+    verdict = "holds" if task["holds"] else "would not hold"
+    counts = f"{task['base']:,} of the base's answers and {task['adapter']:,} of the adapter's"
+    worst = f"the difference would lie between {low} and {high} points, and the verdict {verdict}"
+    return [f"Near ties ({what}) are {counts}: if all fell the worst way, {worst}."]
+
+
 def audit(dataset: Mapping[str, Any]) -> list[dict[str, Any]]:
     """For each kind of finding of the audit: what it is, in how many rows, where, and what became of the rows."""
     found = dataset.get("audit") or {"checks": {}}

@@ -51,6 +51,7 @@ def build(
     evidence: Sequence[Artifact],
     exports: Sequence[Mapping[str, Any]] = (),
     full_precision: Mapping[str, Any] | None = None,
+    near_ties: Mapping[str, Any] | None = None,
     image_digest: str | None,
     on_demand_usd_per_hour: float | None,
     gpus: Sequence[Mapping[str, Any]] | None = None,
@@ -59,9 +60,10 @@ def build(
     """The sealed manifest.
 
     `tasks` is from `compare_tasks`, `measured` from `compare_measured`, `groups` from `compare_groups`, `gate` from
-    `judge`, `exports` from `exports_record`, `full_precision` from `full_precision_record`. `gpus` are those of all
-    processes, each of which sees only its own; None for those of this process. `part_of` is the id of the run that this
-    one is the first stage of, `prompts` are those of JOB_EVAL__PROMPTS. The schema explains every field.
+    `judge`, `exports` from `exports_record`, `full_precision` from `full_precision_record`, `near_ties` from
+    `compare_near_ties`. `gpus` are those of all processes, each of which sees only its own; None for those of this
+    one. `part_of` is the id of the run that this one is the first stage of, `prompts` are those of JOB_EVAL__PROMPTS.
+    The schema explains every field.
     """
     return sealed(
         {
@@ -84,6 +86,7 @@ def build(
                 **({"measured": measured} if measured else {}),
                 **({"groups": groups} if groups else {}),
                 **({} if full_precision is None else {"full_precision": full_precision}),
+                **({} if near_ties is None else {"near_ties": near_ties}),
                 **({} if prompts is None else {"prompts": asdict(prompts)}),
             },
             "exports": list(exports),

@@ -11,7 +11,7 @@ from job import log
 from job.checkpoints import manager
 from job.common.hashing import sealed
 from job.errors import JobError
-from job.evaluation.comparison import compare_tasks, judge
+from job.evaluation.comparison import compare_near_ties, compare_tasks, judge
 from job.evaluation.groups import compare_groups
 from job.evaluation.measured import compare_measured
 from job.records import Artifact, Evaluated, Exported, ModelRecord, TaskScores, Trained
@@ -98,6 +98,7 @@ def publish(
         artifacts=[*findings, *base.artifacts, *trained.artifacts, *adapter.artifacts, *exported.artifacts, *copies],
         exports=manifest.exports_record(exported, base, adapter.scores),
         full_precision=manifest.full_precision_record(base, adapter.scores),
+        near_ties=compare_near_ties(base.scores, adapter.scores, model.dtype),
         evidence=inventory.collect(attempt.store, attempt.work / "evidence", attempt.number),
         image_digest=settings.run.image_digest,
         on_demand_usd_per_hour=settings.cost.on_demand_usd_per_hour,

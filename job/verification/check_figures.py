@@ -13,7 +13,7 @@ from job.common.formatting import count
 from job.common.validation import first_error
 from job.data.batch_plan import steps_per_epoch
 from job.errors import JobError
-from job.evaluation.comparison import compare_full_precision, compare_tasks, judge
+from job.evaluation.comparison import compare_full_precision, compare_near_ties, compare_tasks, judge
 from job.evaluation.groups import compare_groups, groups_from
 from job.evaluation.measured import compare_measured, measured_from
 from job.evaluation.policy import Policy
@@ -51,6 +51,9 @@ def check_evaluation(results: Mapping[str, Any], copies: Copies) -> CheckResult:
         found = compare_tasks(scored["base"], scored["adapter"], overlap=overlap)
         differences += find_differences(f"{RESULTS} evaluation.tasks", tasks, found)
         differences += _full_precision(results, copies, by_task)
+        if (near := results["evaluation"].get("near_ties")) is not None:  # older versions did not look for them
+            found_near = compare_near_ties(scored["base"], scored["adapter"], results["model"]["dtype"])
+            differences += find_differences(f"{RESULTS} evaluation.near_ties", near, found_near)
     questions = sum(len(records) for records in by_task["adapter"].values())
     measured = results["evaluation"].get("measured", {})
     of_measured, wrong = _measured(measured, copies)

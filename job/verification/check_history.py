@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 from job.common.formatting import count
 from job.common.validation import first_error
 from job.errors import JobError
-from job.evaluation.comparison import compare_tasks
+from job.evaluation.comparison import compare_near_ties, compare_tasks
 from job.evaluation.measured import compare_measured
 from job.records import Artifact, AttemptRecord, Evaluated, Exported, Pulled, Trained
 from job.results.manifest import exports_record, full_precision_record
@@ -84,6 +84,7 @@ def check_stages(results: Mapping[str, Any], copies: Copies, run: str | None) ->
             overlap = (results["dataset"].get("audit") or {}).get("overlap")
             tasks = compare_tasks(base.scores, adapter.scores, overlap=overlap)
             original = full_precision_record(base, adapter.scores)
+            near = compare_near_ties(base.scores, adapter.scores, results["model"]["dtype"])
         except (JobError, ValueError) as error:
             differences.append(Difference(ADAPTER, "scores that compare with the base's", str(error)))
         else:
@@ -91,6 +92,7 @@ def check_stages(results: Mapping[str, Any], copies: Copies, run: str | None) ->
             differences += find_differences(f"{RESULTS} evaluation.tasks", told["tasks"], tasks)
             place = f"{RESULTS} evaluation.full_precision"
             differences += find_differences(place, told.get("full_precision"), original)
+            differences += find_differences(f"{RESULTS} evaluation.near_ties", told.get("near_ties"), near)
         differences += _measured_differ(results, base, adapter)
     stages = "pull, evaluate base, train, evaluate adapter"
     if results.get("exports") or EXPORT in copies:

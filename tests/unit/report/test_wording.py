@@ -63,6 +63,30 @@ def test_several_tasks_are_told_apart() -> None:
     assert wording.headline(found)[0][1] == "Better than its base at 5 of 6 tasks."
 
 
+@pytest.mark.parametrize(
+    ("counts", "holds", "expected"),
+    [
+        ((0, 0), True, "No question is a near tie (two likeliest choices at most 0.44 nats apart, which rounding in "),
+        ((1200, 3), True, "are 1,200 of the base's answers and 3 of the adapter's: if all fell the worst way, the "),
+        ((3, 3), True, "the difference would lie between \N{MINUS SIGN}1.50 and +4.25 points, and the verdict holds."),
+        (
+            (3, 3),
+            False,
+            "the difference would lie between \N{MINUS SIGN}1.50 and +4.25 points, and the verdict would not hold.",
+        ),
+    ],
+    ids=str,
+)
+def test_near_ties_are_told_in_a_sentence(counts: tuple[int, int], expected: str, *, holds: bool) -> None:
+    """How many questions rounding may decide, how far that could move the difference, and whether the verdict holds."""
+    ends = {"lowest": {"delta": -0.015}, "highest": {"delta": 0.0425}}
+    acc = {**dict(zip(("base", "adapter"), counts, strict=True)), **ends, "holds": holds}
+    found = {"evaluation": {"near_ties": {"dtype": "bf16", "bound": 0.44, "tasks": {"quiz": {"acc": acc}}}}}
+    (sentence,) = wording.near_ties("quiz", found)
+    assert expected in sentence
+    assert wording.near_ties("quiz", {"evaluation": {}}) == []
+
+
 def test_a_verdict_is_explained_by_its_numbers() -> None:
     """Both accuracies, the difference with its interval, the counts, and the p value that was tested."""
     made = run(arc_easy=(60, 10))

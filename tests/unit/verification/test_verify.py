@@ -553,6 +553,30 @@ def test_forged_figures_of_the_original_base_are_found(
     assert "evaluation.full_precision" in told({"evaluation": found["evaluation"]})
 
 
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("bound", 0.5),
+        ("tasks/quiz/acc/base", 399),
+        ("tasks/quiz/acc/lowest/delta", -0.5),
+        ("tasks/quiz/acc/holds", False),
+    ],
+)
+def test_forged_near_ties_are_found(published: Path, tmp_path: Path, place: str, value: object) -> None:
+    """Near ties and the worst case are computed again from the answers, and compared with the stages' records."""
+    run = Path(shutil.copytree(published, tmp_path / "a-run"))
+    forge(run, change(f"evaluation/near_ties/{place}", value))
+    found = _checked(run, tmp_path / "after")
+    assert "evaluation.near_ties" in told({"evaluation": found["evaluation"]})
+
+
+def test_near_ties_cannot_be_left_out(published: Path, tmp_path: Path) -> None:
+    """A manifest without them contradicts the stages, unless these are of a version that did not look for them."""
+    run = Path(shutil.copytree(published, tmp_path / "a-run"))
+    forge(run, lambda results: results["evaluation"].pop("near_ties"))
+    assert "evaluation.near_ties" in told(_checked(run, tmp_path / "work"))
+
+
 def test_answers_of_the_original_base_cannot_be_exchanged_or_left_out(with_original: Path, tmp_path: Path) -> None:
     """Other answers contradict the figures, hashes recomputed or not; figures left out contradict the stage."""
     run = Path(shutil.copytree(with_original, tmp_path / "exchanged"))

@@ -1,0 +1,86 @@
+"""Near ties: questions whose answer hangs on a margin so small that rounding alone may decide it.
+
+A model that computes in bf16 gives log-likelihoods with errors of some tenths of a nat. Where its two likeliest choices
+are closer than that, another implementation, or fp32, may prefer the other one. How much of a difference between two
+models could be such accidents is shown by the worst case: all near ties decided against it, or all for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from job.records import Close, TaskScores
+
+if TYPE_CHECKING:
+    from job.evaluation.samples import Sample
+
+BOUNDS = {"bf16": 0.44, "fp16": 0.05, "fp32": 0.001}
+"""By the type a model computes in, the margin of log-likelihoods, in nats, up to which a question is a near tie.
+
+For bf16 and fp16 it is the 99th percentile of the error of that margin against fp32 (0.437 and 0.441, 0.052 and 0.054,
+with and without the adapter), measured by tests/bench/scoring_precision.py on one H200 on 2026-11-29: SmolLM2-135M in
+NF4, 1,200 questions of ARC-Easy. A model with longer choices or of another family has another error. For fp32 it is ten
+times what two implementations differ by there (0.0001), since a CPU and a GPU differ by more than two programs on one.
+"""
+
+
+def close_questions(samples: Sequence[Sample], *, by_length: bool) -> tuple[Close, ...]:
+    """The questions whose margin is at most the largest bound.
+
+    Args:
+        samples: In the order of the questions.
+        by_length: For `acc_norm`, whose likeliest choice is that with the largest log-likelihood per character. Its
+            margin is given as if both choices had the mean of their inverse lengths, so that it is in nats and one
+            bound fits both metrics: the error of a log-likelihood per character is the error over the length.
+    """
+    found = (_close(number, sample, by_length=by_length) for number, sample in enumerate(samples))
+    return tuple(close for close in found if close is not None and close.margin <= max(BOUNDS.values()))
+
+
+def _close(number: int, sample: Sample, *, by_length: bool) -> Close | None:
+    """The margins of one question; None for one with a single choice, or with fields that `contradiction` reports."""
+    if len(sample.choice_lengths) != len(sample.log_likelihoods):
+        return None
+    weights = [1 / length for length in sample.choice_lengths] if by_length else [1.0] * len(sample.log_likelihoods)
+    values = [value * weight for value, weight in zip(sample.log_likelihoods, weights, strict=True)]
+    best, right = values.index(max(values)), sample.acc_norm if by_length else sample.acc
+    margins = {
+        choice: round((values[best] - values[choice]) / ((weights[best] + weights[choice]) / 2), 4)
+        for choice in range(len(values))
+        if choice != best
+    }
+    turning = [margin for choice, margin in margins.items() if _may_be(sample, choice, right=not right)]
+    return Close(number, min(margins.values()), min(turning, default=None)) if margins else None
+
+
+def _may_be(sample: Sample, choice: int, *, right: bool) -> bool:
+    """Whether a choice is right, or wrong; true of both where the sample does not say which choice is right."""
+    golds = sample.gold if isinstance(sample.gold, list) else [sample.gold]
+    if not all(isinstance(gold, int) for gold in golds):
+        return True
+    return (choice in golds) == right
+
+
+def near_ties(close: Sequence[Close], dtype: str) -> int:
+    """How many of them are near ties for a model that computes in this type."""
+    return sum(one.margin <= BOUNDS[dtype] for one in close)
+
+
+def at_worst(scores: TaskScores, dtype: str, *, right: bool) -> TaskScores:
+    """The scores if every near tie that can be decided this way were: answered right, or answered wrong.
+
+    Only what is right by question is changed, not the accuracies over all.
+    """
+    by_length = scores.correct_norm
+    return replace(
+        scores,
+        correct=_decided(scores.correct, scores.close or (), BOUNDS[dtype], right=right),
+        correct_norm=by_length and _decided(by_length, scores.close_norm or (), BOUNDS[dtype], right=right),
+    )
+
+
+def _decided(correct: Sequence[bool], close: Sequence[Close], bound: float, *, right: bool) -> tuple[bool, ...]:
+    turned = {one.question for one in close if one.turns is not None and one.turns <= bound}
+    return tuple(right if number in turned else answer for number, answer in enumerate(correct))
