@@ -2,7 +2,7 @@
 
 `python tests/bench/scoring_precision.py --base FOLDER --adapter FOLDER --task arc_easy=FILE`: base and adapter are
 scored with weights that are the same for all ways (NF4, dequantized to bf16), by the job's own pass, by lm-eval's HFLM,
-and by `job.model.precise_forward` with several choices of dtypes (`WAYS`). The reference computes everything in fp32,
+and by `tests.bench.precise_forward` with several choices of dtypes (`WAYS`). The reference computes everything in fp32,
 TF32 off; that HFLM in fp32 agrees with it shows that both are right. A table says how many predictions are those of
 fp32, how far the log-likelihoods are off, and how many questions are answered in a second. `SINGLY` rounds one kind of
 number only, the rest in fp32: it says where the errors come from. `--shape` also times each way on random weights of
@@ -34,12 +34,12 @@ from job.common import tables
 from job.evaluation.scoring import plan_sequences, score_sequence
 from job.model.fused import kernels
 from job.model.fused.frozen_weights import fuse_layers
-from job.model.precise_forward import Precision, logits_of, sums_in_fp32
 from job.records import Question
 from job.settings.schema import Eval, Lora
 from tests.bench import shapes
 from tests.bench.common import arguments, conditions
 from tests.bench.cpu_evaluation import Answers, by_hflm, margin
+from tests.bench.precise_forward import Precision, kept_weights, logits_of, sums_in_fp32
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -170,10 +170,8 @@ def fast_kernels() -> Any:
 
 def dequantized_weights(model: Any) -> dict[str, torch.Tensor]:
     """The base's tensors by their names in transformers, those of NF4 layers dequantized as the job does it."""
-    from job.model.precise_forward import _kept_weights
-
     base = model.get_base_model()
-    found = {layer: weight() for layer, weight in _kept_weights(model).items()}
+    found = {layer: weight() for layer, weight in kept_weights(model).items()}
     names = {f"{name}.weight": found[module] for name, module in base.named_modules() if module in found}
     others = {n: p for n, p in base.state_dict().items() if "_proj." not in n}
     return {name: tensor.detach().cpu() for name, tensor in {**names, **others}.items()}

@@ -29,8 +29,6 @@ from torch.nn import functional
 
 from job.model.fused.frozen_weights import dequantized
 from job.model.fused.kernels import TORCH, Kernels
-from job.model.fused.lora_forward import fits as adapter_fits
-from job.model.fused.lora_forward import knows
 from job.model.packed_attention import Layout, packed_attention
 
 
@@ -55,32 +53,8 @@ class Precision:
     angles: torch.dtype = torch.float32
 
 
-def fits(model: Any) -> bool:
-    """Whether this module computes the whole model: a decoder of a known family, and nothing unusual in it."""
-    from peft.tuners.lora import LoraLayer
-
-    base = _base(model)
-    if not knows(base) or type(base.lm_head) is not torch.nn.Linear:
-        return False
-    decoder = base.model
-    plain = type(decoder.embed_tokens) is torch.nn.Embedding
-    linear = [part for layer in decoder.layers for part in _linear(layer)]
-    kept = all(_is_plain(m.get_base_layer() if isinstance(m, LoraLayer) else m) for m in linear)
-    return plain and kept and all(adapter_fits(m) for m in linear if isinstance(m, LoraLayer))
-
-
 def _base(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _linear(layer: Any) -> list[Any]:
-    attention = [getattr(layer.self_attn, f"{name}_proj") for name in "qkvo"]
-    return attention + [getattr(layer.mlp, f"{name}_proj") for name in ("gate", "up", "down")]
-
-
-def _is_plain(layer: Any) -> bool:
-    """Whether it is a linear layer with weights of a floating-point dtype, or NF4 by bitsandbytes."""
-    return type(layer) is torch.nn.Linear or getattr(layer.weight, "quant_state", None) is not None
 
 
 @contextmanager
@@ -108,7 +82,7 @@ def logits_of(
     """The logits of one packed sequence at some of its positions.
 
     Args:
-        model: A model that `fits`, with or without an adapter, which may be switched off.
+        model: A decoder of `FUSED_FAMILIES`, with or without an adapter, which may be switched off.
         ids: (1, tokens) int64.
         positions: (1, tokens) int64, for the rotary embedding.
         layout: Which tokens see which.
@@ -120,7 +94,7 @@ def logits_of(
         (reads, vocabulary) in `how.logits`.
     """
     base = _base(model)
-    decoder, weights = base.model, _kept_weights(model)
+    decoder, weights = base.model, kept_weights(model)
     x = decoder.embed_tokens(ids)[0].to(how.residual)  # (tokens, hidden)
     # transformers gives the angles in the dtype of the tensor that it is handed
     cosine, sine = decoder.rotary_emb(x.new_empty(1, dtype=how.angles), positions)
@@ -175,7 +149,7 @@ def _turn(x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], kernels: K
     return kernels.turn(x.float(), *(a.float() for a in angles)).to(x.dtype)
 
 
-def _kept_weights(model: Any) -> dict[Any, Any]:
+def kept_weights(model: Any) -> dict[Any, Any]:
     """PEFT's layer -> what gives its frozen weight, where the fused layers keep that or know how to make it."""
     found = {}
     for module in model.modules():
