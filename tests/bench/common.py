@@ -174,14 +174,14 @@ def load_ours(folder: Path, quantization: str, dtype: str) -> Any:
     return add_adapter(base, rank=lora.rank, alpha=lora.alpha, dropout=0.0, target_modules=MODULES, seed=0)
 
 
-def load_plain(folder: Path, quantization: str, dtype: str) -> Any:
+def load_plain(folder: Path, quantization: str, dtype: str, device: str = "cpu") -> Any:
     """The base as a plain script loads it: transformers and bitsandbytes, attention by torch."""
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     from job.model.base import choose_dtype
 
-    computed = choose_dtype(dtype, torch.device("cpu"))
+    computed = choose_dtype(dtype, torch.device(device))
     quantized = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -193,7 +193,7 @@ def load_plain(folder: Path, quantization: str, dtype: str) -> Any:
         dtype=computed,
         quantization_config=quantized if quantization == "nf4" else None,
         attn_implementation="sdpa",
-        device_map={"": "cpu"},
+        device_map={"": device},
     )
     for module in model.modules():
         # bitsandbytes would compute in bf16 on some CPUs, and in another precision than ours

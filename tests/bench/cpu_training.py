@@ -38,7 +38,7 @@ Curve = list[tuple[float, float]]
 """Loss and seconds by step."""
 
 
-def read_examples(folder: Path) -> tuple[Any, list[Any]]:
+def read_examples(folder: Path) -> tuple[Any, Sequence[Any]]:
     """Tokenizer and examples, by the job's own means, at its defaults."""
     from job.data.dataset import load_examples
     from job.model.base import load_tokenizer
