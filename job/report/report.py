@@ -144,6 +144,8 @@ def render_report(results: Mapping[str, Any], evidence: ReportData, after: After
         },
         harness=results["evaluation"]["harness"],
         measured=results["evaluation"].get("measured", {}),
+        compute=results.get("compute"),
+        signing=results.get("signing"),
         learned=wording.learned(results["training"]),
         tasks=tasks,
         headline=wording.headline(tasks, results["evaluation"].get("full_precision")),
@@ -183,7 +185,8 @@ def render_report(results: Mapping[str, Any], evidence: ReportData, after: After
 
 def render_history(found: History) -> bytes:
     """The control chart of `compare --history` as a page, UTF-8 HTML."""
-    limits = found.limits and (found.limits.low, found.limits.centre, found.limits.high)
+    known = found.limits
+    limits = None if known is None else (known.low, known.centre, known.high)
     chart = charts.control_chart([(point.finished[:10], point.value) for point in found.points], limits, "{:g}".format)
     return render("history.html", escape=True, history=found, chart=chart).encode("utf-8", errors="replace")
 

@@ -25,6 +25,7 @@ from job.records import (
     TaskScores,
     TrainingRecord,
 )
+from job.results.compute import compute_spent
 from job.results.cost import compute_cost
 from job.runs.layout import REPORT, RESULTS
 
@@ -60,45 +61,44 @@ def build(
     sees only its own; None for those of this process. `part_of` is the id of the run that this one is the first stage
     of, `prompts` are those of JOB_EVAL__PROMPTS. The schema explains every field.
     """
-    return sealed(
-        {
-            "schema_version": "1.0",
-            "run": {
-                "id": run_id,
-                **({} if part_of is None else {"part_of": part_of}),
-                "status": "complete",
-                "attempts": [asdict(attempt) for attempt in attempts],
-                "started": attempts[0].started,
-                "finished": finished,
-            },
-            "settings": settings,
-            "model": asdict(model),
-            "dataset": asdict(dataset),
-            "training": asdict(training),
-            "evaluation": {
-                "harness": {"name": "lm-eval", "version": metadata.version("lm-eval")},
-                "tasks": tasks,
-                **({"measured": measured} if measured else {}),
-                **({} if full_precision is None else {"full_precision": full_precision}),
-                **({} if prompts is None else {"prompts": asdict(prompts)}),
-            },
-            "exports": list(exports),
-            "gate": gate,
-            "artifacts": [asdict(artifact) for artifact in sorted(artifacts, key=lambda a: a.path)],
-            "evidence": [
-                {"path": file.path, "bytes": file.bytes, "sha256": file.sha256}
-                for file in sorted(evidence, key=lambda file: file.path)
-            ],
-            "hardware": hardware() if gpus is None else {**hardware(), "gpus": gpus},
-            "software": {
-                "python": platform.python_version(),
-                "packages": software(),
-                "git": git_commit(),
-                "image_digest": image_digest,
-            },
-            "cost": compute_cost(attempts, training.seconds, on_demand_usd_per_hour),
-        }
-    )
+    built = {
+        "schema_version": "1.0",
+        "run": {
+            "id": run_id,
+            **({} if part_of is None else {"part_of": part_of}),
+            "status": "complete",
+            "attempts": [asdict(attempt) for attempt in attempts],
+            "started": attempts[0].started,
+            "finished": finished,
+        },
+        "settings": settings,
+        "model": asdict(model),
+        "dataset": asdict(dataset),
+        "training": asdict(training),
+        "evaluation": {
+            "harness": {"name": "lm-eval", "version": metadata.version("lm-eval")},
+            "tasks": tasks,
+            **({"measured": measured} if measured else {}),
+            **({} if full_precision is None else {"full_precision": full_precision}),
+            **({} if prompts is None else {"prompts": asdict(prompts)}),
+        },
+        "exports": list(exports),
+        "gate": gate,
+        "artifacts": [asdict(artifact) for artifact in sorted(artifacts, key=lambda a: a.path)],
+        "evidence": [
+            {"path": file.path, "bytes": file.bytes, "sha256": file.sha256}
+            for file in sorted(evidence, key=lambda file: file.path)
+        ],
+        "hardware": hardware() if gpus is None else {**hardware(), "gpus": gpus},
+        "software": {
+            "python": platform.python_version(),
+            "packages": software(),
+            "git": git_commit(),
+            "image_digest": image_digest,
+        },
+        "cost": compute_cost(attempts, training.seconds, on_demand_usd_per_hour),
+    }
+    return sealed({**built, "compute": compute_spent(built)})
 
 
 def full_precision_record(base: Evaluated, adapter: Mapping[str, TaskScores]) -> dict[str, Any] | None:
