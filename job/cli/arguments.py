@@ -108,12 +108,13 @@ COMMANDS = {
             Argument("--gate", "exit code 3 if B is worse than A by more than the thresholds allow"),
             Argument(
                 "--metric",
-                "accuracy that the thresholds apply to: acc or acc_norm; with --history the task and its metric, such "
-                "as arc_easy/acc (default: that of the first task)",
+                "what the thresholds apply to: acc, acc_norm, exact_match, ...; with --history the task and its "
+                "metric, such as arc_easy/acc (default: that of the first task)",
                 metavar="METRIC",
             ),
             Argument("--min-delta", "smallest accepted gain of B over A, as a fraction", metavar="X"),
             Argument("--max-regression", "largest accepted loss of B against A, as a fraction", metavar="X"),
+            Argument("--policy", "judge B against A by the rules of a JOB_GATE__POLICY file", metavar="FILE"),
             Argument(
                 "--history",
                 "instead of A and B, runs or folders of runs: a metric over them in the order of time, with the "

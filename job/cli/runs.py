@@ -15,7 +15,7 @@ from job.cli.arguments import COMMANDS, Arguments, parse_arguments
 from job.errors import DataError, GateError, JobError, Problem, SettingsError, combine
 from job.report.report import read_report_data, render_history, render_report
 from job.results.after_run import read_after_run
-from job.results.compare import as_markdown, as_text, compare, gate_reasons
+from job.results.compare import as_markdown, as_text, compare, gate_reasons, judge_by_policy
 from job.results.history import as_json as history_json
 from job.results.history import as_lines as history_lines
 from job.results.history import find_runs, history
@@ -84,7 +84,12 @@ def compare_command(words: Sequence[str]) -> int:
     compared = compare(*runs)
     reasons: list[str] = []
     compared["gate"] = None
-    if given.flags or given.options.keys() & THRESHOLDS.keys():  # a threshold asks for a gate
+    if (path := given.options.get("--policy")) is not None:
+        if given.options.keys() & THRESHOLDS.keys():
+            raise SettingsError([Problem("--policy", "has rules by task; remove --metric and thresholds, or this")])
+        compared["gate"] = judge_by_policy(compared, path)
+        reasons = compared["gate"]["reasons"]
+    elif given.flags or given.options.keys() & THRESHOLDS.keys():  # a threshold asks for a gate
         reasons = gate_reasons(compared, **thresholds)
         compared["gate"] = {**thresholds, "passed": not reasons, "reasons": reasons}
     if _is(given, "json"):

@@ -12,6 +12,8 @@ from typing import Any
 from job import log
 from job.cli.arguments import COMMANDS, Arguments, parse_arguments
 from job.cli.runs import reading
+from job.common.export_formats import is_adapter
+from job.common.lora_readers import published_rank
 from job.common.tables import visible
 from job.errors import DataError, JobError, Problem, SettingsError
 from job.evaluation import samples
@@ -125,5 +127,6 @@ def _fetched(run: PublishedRun, shipped: str, work: Path) -> Model:
     base = public_base(model["id"], model["revision"], settings.get("model.name"))[0]
     if Path(model["id"]).is_dir():
         base = model["id"]
-    adapter = shipped == "adapter"
-    return Model(shipped, work / prefix, base if adapter else None, settings["lora.rank"] if adapter else None)
+    if shipped == "adapter" or is_adapter(shipped):
+        return Model("adapter", work / prefix, base, published_rank(settings))
+    return Model(shipped, work / prefix)

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 from pydantic_core import from_json
 
 from job.common import formatting
+from job.evaluation.comparison import original_tasks
 from job.evaluation.prompt_answers import parse_answers
 from job.records import Artifact, StepMetrics, ValidationMetrics
 from job.report import charts, wording
@@ -135,7 +136,7 @@ def render_report(results: Mapping[str, Any], evidence: ReportData, after: After
         after: Where the run was pushed, and how it was served, since.
     """
     tasks, attempts = results["evaluation"]["tasks"], results["run"]["attempts"]
-    accuracies = {name: wording.accuracies(task) for name, task in tasks.items()}
+    accuracies = {name: wording.accuracies(name, results) for name in tasks}
     text = render(
         "report.html",
         escape=True,
@@ -146,17 +147,23 @@ def render_report(results: Mapping[str, Any], evidence: ReportData, after: After
         measured=results["evaluation"].get("measured", {}),
         compute=results.get("compute"),
         signing=results.get("signing"),
+        groups=results["evaluation"].get("groups", {}),
         learned=wording.learned(results["training"]),
         tasks=tasks,
-        headline=wording.headline(tasks, results["evaluation"].get("full_precision")),
+        headline=wording.headline(results),
         explanations={
-            name: wording.explanation(name, task, len(tasks))
-            + wording.quantization_cost(name, task, results["evaluation"].get("full_precision"))
-            for name, task in tasks.items()
+            name: [
+                part
+                for explain in (wording.explanation, wording.quantization_cost, wording.without_overlap)
+                if (part := explain(name, results))
+            ]
+            for name in tasks
         },
+        original=original_tasks(results),
         scope=wording.scope(results["evaluation"]["tasks"]),
         exports=wording.exports(results),
         audit=wording.audit(results["dataset"]),
+        audit_statistics=wording.audit_statistics(results["dataset"]),
         policy_rules=wording.policy_rules(results["gate"]),
         pushed=after.pushed,
         served=[(check, wording.about_served(check)) for check in after.served],
@@ -230,19 +237,19 @@ def _intervals(rows: list[dict[str, Any]]) -> dict[str, charts.IntervalChart]:
     """Two charts of a task: the accuracies by metric and side, and the differences by metric."""
     sides = [
         (
-            f"{side}, {row['metric']}",
+            f"{name}, {row['metric']}",
             side,
-            f"{formatting.percent(row[side])} ({_range(row[f'{side}_ci'], formatting.percent)})",
-            row[f"{side}_ci"][0],
-            row[side],
-            row[f"{side}_ci"][1],
+            f"{formatting.percent(accuracy)} ({_range(interval, formatting.percent)})",
+            interval[0],
+            accuracy,
+            interval[1],
         )
         for row in rows
-        for side in ("base", "adapter")
+        for side, name, accuracy, interval in row["sides"]
     ]
     differences = [
         (
-            f"difference, {row['metric']}",
+            f"{name}, {row['metric']}",
             found["verdict"],
             f"{formatting.points(found['delta'])} points ({_range(found['ci95'], formatting.points)})",
             found["ci95"][0],
@@ -250,7 +257,7 @@ def _intervals(rows: list[dict[str, Any]]) -> dict[str, charts.IntervalChart]:
             found["ci95"][1],
         )
         for row in rows
-        for found in [row["comparison"]]
+        for name, found in row["differences"]
     ]
     return {
         "accuracy": charts.interval_chart(sides, lambda value: f"{100 * value:.4g} %", zero=False),

@@ -54,7 +54,7 @@ def check_inputs(settings: Settings, later: Sequence[Settings] = (), *, begun: b
     if settings.gate.baseline is not None:
         checks.append((settings.gate.baseline, partial(check_run, settings.gate.baseline)))
     if settings.gate.policy is not None:
-        checks.append((settings.gate.policy, partial(read_policy, settings.gate.policy, settings.eval.tasks)))
+        checks.append((settings.gate.policy, partial(read_policy, settings.gate.policy)))
     checks = [(place, check) for place, check in checks if not is_remote(place)]
     if not begun:
         checks.append(("tasks", partial(check_tasks, settings.eval.tasks, settings.eval.data)))

@@ -13,6 +13,7 @@ from job.common.hashing import sealed
 from job.data.licences import LICENCES
 from job.errors import JobError
 from job.evaluation.comparison import compare_tasks, judge
+from job.evaluation.groups import compare_groups
 from job.evaluation.measured import compare_measured
 from job.records import Artifact, Evaluated, Exported, ModelRecord, TaskScores, Trained
 from job.report import model_card, report
@@ -71,8 +72,11 @@ def publish(
     tasks = compare_tasks(base.scores, adapter.scores, overlap=audit.overlap if audit else {})
     findings = [] if audit is None else [Artifact(FINDINGS, audit.bytes, audit.sha256)]
     measured = compare_measured(base.measured, adapter.measured)
+    groups = compare_groups(sources.tasks.groups if sources.tasks else {}, base, adapter)
     judged = _judged(settings, adapter, exported)
     compared = compare_tasks(base.scores, judged) if judged else {}
+    if settings.gate.on == "adapter":
+        compared |= {**measured, **groups}
     against, copies = _publish_baseline(attempt, sources.baseline, judged)
     results = manifest.build(
         run_id=settings.run.id,
@@ -85,6 +89,7 @@ def publish(
         training=trained.training,
         tasks=tasks,
         measured=measured,
+        groups=groups,
         gate=judge(
             compared,
             **settings.gate.model_dump(exclude={"baseline", "policy"}),
