@@ -71,7 +71,7 @@ def compare_command(words: Sequence[str]) -> int:
         return _history(given)
     if "--output" in given.options:
         raise SettingsError([Problem("--output", f"is for {HISTORY} alone")])
-    thresholds = _thresholds(given.options)
+    _thresholds(given.options)  # wrong ones are refused before anything is read
     storage, _ = reading(given)
     runs, errors = [], []
     for where in given.runs:
@@ -82,28 +82,34 @@ def compare_command(words: Sequence[str]) -> int:
     if errors:
         raise combine(errors)
     compared = compare(*runs)
-    reasons: list[str] = []
-    compared["gate"] = None
-    if (path := given.options.get("--policy")) is not None:
-        if given.options.keys() & THRESHOLDS.keys():
-            raise SettingsError([Problem("--policy", "has rules by task; remove --metric and thresholds, or this")])
-        compared["gate"] = judge_by_policy(compared, path)
-        reasons = compared["gate"]["reasons"]
-    elif given.flags or given.options.keys() & THRESHOLDS.keys():  # a threshold asks for a gate
-        reasons = gate_reasons(compared, **thresholds)
-        compared["gate"] = {**thresholds, "passed": not reasons, "reasons": reasons}
+    compared["gate"] = gate = _gate(given, compared)
     if _is(given, "json"):
         code = _print([json.dumps(compared, indent=2)])
     else:
         code = _print(as_markdown(compared) if _is(given, "markdown") else as_text(compared))
-    if reasons:
-        raise GateError("; ".join(reasons))
+    if gate is not None and gate["reasons"]:
+        raise GateError("; ".join(gate["reasons"]))
     return code
+
+
+def _gate(given: Arguments, compared: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a policy or the thresholds say of B against A; None if neither is asked for."""
+    if (path := given.options.get("--policy")) is not None:
+        if given.options.keys() & THRESHOLDS.keys():
+            raise SettingsError([Problem("--policy", "has rules by task; remove --metric and thresholds, or this")])
+        return judge_by_policy(compared, path)
+    if given.flags or given.options.keys() & THRESHOLDS.keys():  # a threshold asks for a gate
+        thresholds = _thresholds(given.options)
+        reasons = gate_reasons(compared, **thresholds)
+        return {**thresholds, "passed": not reasons, "reasons": reasons}
+    return None
 
 
 def _history(given: Arguments) -> int:
     alone = [
-        name for name in ("--gate", "--min-delta", "--max-regression") if name in given.flags | given.options.keys()
+        name
+        for name in ("--gate", "--min-delta", "--max-regression", "--policy")
+        if name in given.flags | given.options.keys()
     ]
     if alone:
         raise SettingsError([Problem(name, f"is for two runs, not for {HISTORY}") for name in alone])

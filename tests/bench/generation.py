@@ -1,8 +1,8 @@
 """Generated answers: the job's batches with a cache against lm-eval's own HFLM, at the best of its batch sizes.
 
-Both answer the same arithmetic questions in words, a task like GSM8K written for this script, with the same model in the
-same precision: the demo's base, which ends its answers, or a random one of 25 million parameters, which does not. On a
-GPU where there is one. In fp32 all answers are to be equal.
+Both answer the same arithmetic questions in words, a task like GSM8K written for this script, with the same model in
+the same precision: the demo's base, which ends its answers, or a random one of 25 million parameters, which does not.
+On a GPU where there is one. In fp32 all answers are to be equal.
 """
 
 from __future__ import annotations
