@@ -192,12 +192,7 @@ def render_report(results: Mapping[str, Any], evidence: ReportData, after: After
 
 def render_history(found: History) -> bytes:
     """The control chart of `compare --history` as a page, UTF-8 HTML."""
-<<<<<<< HEAD
-    known = found.limits
-    limits = None if known is None else (known.low, known.centre, known.high)
-=======
     limits = None if found.limits is None else (found.limits.low, found.limits.centre, found.limits.high)
->>>>>>> main
     chart = charts.control_chart([(point.finished[:10], point.value) for point in found.points], limits, "{:g}".format)
     return render("history.html", escape=True, history=found, chart=chart).encode("utf-8", errors="replace")
 
