@@ -22,19 +22,20 @@ class PublicBase:
 
 
 _SMOLLM2 = "arXiv:2502.02737"
-_LLAMA2 = "arXiv:2307.09288, table 1"
-_PYTHIA = "arXiv:2304.01373, section 2.3"
-_QWEN25 = "arXiv:2412.15115, section 3.1"
+_CARD = "its card on the hub"
+_LLAMA2 = "arXiv:2307.09288"
+_PYTHIA = "arXiv:2304.01373"
+_QWEN25 = "arXiv:2412.15115"
 
 PUBLIC_BASES: Mapping[str, PublicBase] = {
     "EleutherAI/pythia-160m": PublicBase(299_892_736_000, "apache-2.0", _PYTHIA),
     "EleutherAI/pythia-410m": PublicBase(299_892_736_000, "apache-2.0", _PYTHIA),
     "EleutherAI/pythia-1.4b": PublicBase(299_892_736_000, "apache-2.0", _PYTHIA),
     "EleutherAI/pythia-6.9b": PublicBase(299_892_736_000, "apache-2.0", _PYTHIA),
-    "HuggingFaceTB/SmolLM2-135M": PublicBase(2e12, "apache-2.0", _SMOLLM2),
-    "HuggingFaceTB/SmolLM2-135M-Instruct": PublicBase(2e12, "apache-2.0", _SMOLLM2),
-    "HuggingFaceTB/SmolLM2-360M": PublicBase(4e12, "apache-2.0", _SMOLLM2),
-    "HuggingFaceTB/SmolLM2-360M-Instruct": PublicBase(4e12, "apache-2.0", _SMOLLM2),
+    "HuggingFaceTB/SmolLM2-135M": PublicBase(2e12, "apache-2.0", _CARD),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": PublicBase(2e12, "apache-2.0", _CARD),
+    "HuggingFaceTB/SmolLM2-360M": PublicBase(4e12, "apache-2.0", _CARD),
+    "HuggingFaceTB/SmolLM2-360M-Instruct": PublicBase(4e12, "apache-2.0", _CARD),
     "HuggingFaceTB/SmolLM2-1.7B": PublicBase(11e12, "apache-2.0", _SMOLLM2),
     "HuggingFaceTB/SmolLM2-1.7B-Instruct": PublicBase(11e12, "apache-2.0", _SMOLLM2),
     "Qwen/Qwen2.5-0.5B": PublicBase(18e12, "apache-2.0", _QWEN25),
