@@ -85,9 +85,10 @@ damage: $(STAMP)  ## 500 damages of run folders: the same result, or a refusal w
 hostile: $(STAMP)  ## hostile model folders and chat templates: refused in words, within time and memory
 	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/hostile.py
 
-# FULL=1 asks all of ARC-Easy; UNSLOTH=python is an interpreter that has Unsloth.
+# FULL=1 asks all of ARC-Easy; UNSLOTH=python is an interpreter that has Unsloth; FAMILY is llama, mistral or qwen2.
+# tests/bench/checkouts.py compares whole jobs of several checkouts.
 bench: $(STAMP)  ## what a CPU can measure, beside plain scripts of the same work
-	$(BIN)/python tests/bench/cpu.py --json $${JSON:-tests/bench/results/cpu.json} $${FULL:+--full} $${UNSLOTH:+--unsloth $$UNSLOTH}
+	$(BIN)/python tests/bench/cpu.py --json $${JSON:-tests/bench/results/cpu.json} $${FULL:+--full} $${UNSLOTH:+--unsloth $$UNSLOTH} $${FAMILY:+--family $$FAMILY}
 
 bench-gpu: $(STAMP)  ## ours beside plain TRL on this machine's GPU; tests/bench/unsloth_peer.py is the other peer
 	$(BIN)/python tests/bench/gpu.py --out tests/bench/results

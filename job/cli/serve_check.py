@@ -19,9 +19,9 @@ from job.errors import DataError, JobError, Problem, SettingsError
 from job.evaluation import samples
 from job.evaluation.samples import Sample
 from job.records import Artifact, ServeCheck
-from job.report.model_card import public_base
 from job.results.after_run import write_serve_check
 from job.results.promotion import open_run_or_pointer
+from job.results.public_bases import public_base
 from job.results.reader import MAX_SAMPLES_BYTES, PublishedRun, read_published
 from job.runs.layout import ADAPTER, answers_key, export_folder, export_side
 from job.serving.check import Served, as_json, as_lines, require_alike, serve_check

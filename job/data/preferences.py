@@ -212,6 +212,18 @@ def begins_with(answer: Any, prompt: Any) -> bool:
     return long and answer.lstrip().startswith(told)
 
 
+def contradicting_score(fields: Mapping[str, Any]) -> str | None:
+    """The field with the score of a pair's chosen answer, where it is lower than that of the rejected one.
+
+    Data sets that were made of rated answers keep the scores; their names are those of UltraFeedback's and of others.
+    """
+    for names in ("score_{}", "{}_score", "{}_rating", "{}-rating"):
+        good, bad = (fields.get(names.format(side)) for side in ("chosen", "rejected"))
+        if isinstance(good, int | float) and isinstance(bad, int | float) and good < bad:
+            return names.format("chosen")
+    return None
+
+
 def _split(fields: Mapping[str, Any], *, conversation: bool) -> tuple[Any, list[Any]]:
     """The prompt and the two answers of a pair, as texts or as messages, without the prompt in them."""
     prompt, sides = fields.get("prompt"), [fields["chosen"], fields["rejected"]]

@@ -45,6 +45,7 @@ class Kind:
 KINDS = {
     "control": Kind("texts of rows contain control tokens, which the tokenizer encodes as such", "tokens"),
     "missing": Kind("texts are words for a missing value, and are trained on as they are", "words", 0.001),
+    "scores": Kind("chosen answers have lower scores than the rejected ones in their rows", "fields"),
     "repeated": Kind("completions begin with the prompt, which then stands there twice", "fields", 0.5),
 }
 """Words of tables and repeated prompts may be meant in a few rows: None may be an answer."""

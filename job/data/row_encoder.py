@@ -16,7 +16,14 @@ from job.data.chat_template import Template
 from job.data.field_names import in_own_names, rename_fields
 from job.data.fields import Rendered, weight_of
 from job.data.formats import Line, LineDecoder, Row, RowError
-from job.data.preferences import SIDES, Answers, EncodedAnswers, encode_answers, is_conversation
+from job.data.preferences import (
+    SIDES,
+    Answers,
+    EncodedAnswers,
+    contradicting_score,
+    encode_answers,
+    is_conversation,
+)
 from job.data.remarks import MISSING, Remark, Tally, tally
 from job.data.schemas import (
     Schema,
@@ -228,6 +235,8 @@ class RowEncoder:
             found["missing"] = Remark(row.where + "".join(names[:1]), tuple(word.strip() for word in missing))
         if (name := repeats_prompt(row, self._reading.schema)) is not None:
             found["repeated"] = Remark(f"{row.where} {name}", (name,))
+        if self._reading.schema == "preference" and (name := contradicting_score(row.fields)) is not None:
+            found["scores"] = Remark(f"{row.where} {name}", (name,))
         return found
 
     def _control(self, texts: Sequence[str]) -> tuple[str, ...]:

@@ -37,6 +37,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from job.common.config_files import strict_yaml
 from job.errors import Problem, SettingsError
 from job.evaluation import statistics
 
@@ -100,7 +101,7 @@ def read_policy(path: str) -> Policy:
             data = file.read(_MAX_BYTES + 1)
         if len(data) > _MAX_BYTES:
             raise SettingsError([Problem(place, f"is larger than {_MAX_BYTES >> 20} MiB, so it is no policy")])
-        tree = _loader()(data).get_single_data()
+        tree = strict_yaml(data)
     except OSError as error:
         raise SettingsError([Problem(place, f"cannot be read: {error.strerror}")]) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -161,29 +162,6 @@ def check_policy(
         ]
     if problems:
         raise SettingsError([Problem(f"{SETTING} ({path})", what) for what in problems])
-
-
-def _loader() -> Any:
-    """YAML's safe loader, which also refuses a key given twice and an alias: an alias can unfold without end."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
-        def compose_node(self, parent: Any, index: Any) -> Any:
-            if self.check_event(yaml.AliasEvent):
-                mark = self.peek_event().start_mark
-                raise yaml.composer.ComposerError(None, None, "an alias is not allowed here", mark)
-            return super().compose_node(parent, index)
-
-        def construct_mapping(self, node: Any, deep: bool = False) -> Any:  # noqa: FBT001, FBT002 - PyYAML's signature
-            seen = set()
-            for key, _ in node.value:
-                if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                    problem = f"{str(key.value)[:80]!r} is given twice"
-                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-                seen.add(str(key.value))
-            return super().construct_mapping(node, deep)
-
-    return Loader
 
 
 def _words(error: Any) -> str:

@@ -37,6 +37,7 @@ from typing import Any
 
 import yaml
 
+from job.common.config_files import strict_yaml
 from job.data.formats import Row, RowError, read_rows, reader_of
 from job.errors import DataError, Problem, SettingsError
 
@@ -236,7 +237,7 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
         # Aliases share a value, and by sharing shares a small file can describe a huge one.
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
             raise SettingsError([Problem(str(path), "uses aliases (*name); write the values out")])
-        config = yaml.safe_load(text)
+        config = strict_yaml(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         where = getattr(error, "problem_mark", None)
         line = f"{path}:{where.line + 1}" if where else str(path)

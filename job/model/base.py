@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 PLAIN = "eager"
 """transformers' attention without a fused kernel (softmax(QK')V), which all its models have: the reference for packed
 attention, and used in place of it where it is not correct."""
+_PROBES = ("It's one of two words,  said 2023 men.\n", "\tx = 650841823", "un caf\u00e9 \u4e2d\u6587")
+"""Texts on which tokenizers are compared: words, several spaces, digits, other scripts."""
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
@@ -97,6 +99,7 @@ def load_tokenizer(folder: Path, added_tokens: Sequence[str] | None = None) -> A
     check_sizes(folder)
     with readable(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        _check_against_file(folder, tokenizer)
     if tokenizer.eos_token_id is None:
         raise SettingsError(
             [Problem("JOB_MODEL__ID", "its tokenizer has no end-of-sequence token, so nothing could end")]
@@ -116,6 +119,46 @@ def load_tokenizer(folder: Path, added_tokens: Sequence[str] | None = None) -> A
         model.dropout = None
     add_tokens(tokenizer, added_tokens or ())
     return tokenizer
+
+
+def _check_against_file(folder: Path, tokenizer: Any) -> None:
+    """Compares the tokens of a few texts with those that the model's tokenizer.json gives.
+
+    Transformers 5 builds the tokenizers of some classes anew from the file's vocabulary, by the rules of the class. If
+    the file has other rules, words are split otherwise than the model learned them, or spaces vanish
+    (huggingface/transformers#45488 and #45920). tokenizer_config.json or the architecture names the class.
+
+    Raises:
+        DataError: Text that the file's tokenizer keeps is lost.
+    """
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    file, used = folder / "tokenizer.json", getattr(tokenizer, "backend_tokenizer", None)
+    if used is None or type(tokenizer) is PreTrainedTokenizerFast or not file.is_file():  # that class takes it as it is
+        return
+    own = Tokenizer.from_file(str(file))
+    own.no_truncation()
+    own.no_padding()
+    kind = type(tokenizer).__name__
+    for text in _PROBES:
+        found, expected = (one.encode(text, add_special_tokens=False).ids for one in (used, own))
+        if found == expected:
+            continue
+        if own.decode(expected).strip() == text.strip() != used.decode(found).strip():
+            what = (
+                f"is not followed by this version of transformers: its class {kind} makes {used.decode(found)!r} of"
+                f" {text!r}, and the model would learn that; give a base whose tokenizer fits its class"
+            )
+            raise DataError([Problem(str(file), what)])
+        log.get_logger().warning(
+            "the tokenizer splits text otherwise than the model's tokenizer.json: its class has rules of its own",
+            tokenizer_class=kind,
+            text=text,
+            tokens=found,
+            tokens_of_file=expected,
+        )
+        return
 
 
 def _is_invented(folder: Path, token: str) -> bool:

@@ -54,8 +54,10 @@ from job.planning.workload import Workload, count, scale
 from job.push.push import targets
 from job.records import Example
 from job.results.baseline import read_baseline
+from job.results.signing import key_id, load_private_key, public_key
 from job.settings.affects_result import plain_values
 from job.settings.load import Settings
+from job.settings.schema import Sign
 from job.settings.training_stages import naming_its_settings, split_stages
 from job.storage.hub import MAX_FILE, is_reachable
 from job.storage.location import join
@@ -264,6 +266,8 @@ def _check_other_inputs(settings: Settings, storage: StorageOptions, tasks: Task
         yield PreflightResult(
             "serving", "note", f"vLLM does not serve this adapter as it was trained: {'; '.join(reasons)}"
         )
+    if settings.sign.key is not None:
+        yield run_check("signature", lambda: _check_key(settings.sign))[0]
     for target in chosen:
         yield run_check(target.kind, lambda target=target: ("ok", target.check(), None))[0]  # type: ignore[misc]
     if start is not None:
@@ -272,6 +276,13 @@ def _check_other_inputs(settings: Settings, storage: StorageOptions, tasks: Task
         yield run_check("baseline", check_baseline)[0]
     if settings.gate.policy is not None or settings.gate.metric not in CHOICES:
         yield run_check("gate", lambda: _check_gate(settings, tasks))[0]
+
+
+def _check_key(sign: Sign) -> Found[None]:
+    """Whether the key signs, and by which hash signatures will name it."""
+    password = None if sign.password is None else sign.password.get_secret_value()
+    pem = public_key(load_private_key(sign.key or "", password))
+    return "ok", f"{sign.key} signs what is published; its public key has the SHA-256 {key_id(pem)[:12]}", None
 
 
 def _check_gate(settings: Settings, tasks: Tasks | None) -> Found[None]:

@@ -19,13 +19,13 @@ from job.evaluation.comparison import original_tasks
 from job.report import wording
 from job.report.prompts import ShownPrompt
 from job.report.templating import render
+from job.results.public_bases import last_part, public_base
 from job.runs.layout import WEIGHTS, export_folder
 
 MAX_PROMPTS = 3
 """Prompts with their answers on the card; the run's folder has all."""
 _SEES = "ForConditionalGeneration"
 """Ending of the class names of multimodal models in transformers (also of encoder-decoders, which are not trained)."""
-_CACHED = re.compile(r"/models--([\w.-]+)/snapshots/([0-9a-f]{40})/*$", re.ASCII)
 METRICS = {"acc": ("accuracy", "accuracy"), "acc_norm": ("acc_norm", "accuracy by length-normalized likelihood")}
 """Metric -> (type, name) in the hub's metadata."""
 _READERS = {
@@ -42,7 +42,7 @@ def render_model_card(results: Mapping[str, Any], prompts: Sequence[ShownPrompt]
     model, dataset, tasks = results["model"], results["dataset"], results["evaluation"]["tasks"]
     name, revision = public_base(model["id"], model["revision"], settings.get("model.name"))
     known = revision is not None or settings.get("model.name") is not None
-    title = f"{_short(name)}, fine-tuned on {_sources(dataset, short=True)}"
+    title = f"{last_part(name)}, fine-tuned on {_sources(dataset, short=True)}"
     licence = LICENCES.get(dataset["source"]) if dataset["revision"] else None
     body = render(
         "card.md",
@@ -115,7 +115,7 @@ def render_export_card(results: Mapping[str, Any], export: Mapping[str, Any]) ->
     held = export.get("quantization")
     folder = export_folder(name)
     files = [artifact["path"].removeprefix(folder) for artifact in results["artifacts"]]
-    title = f"{_short(base)}, fine-tuned on {_sources(dataset, short=True)}, {name}"
+    title = f"{last_part(base)}, fine-tuned on {_sources(dataset, short=True)}, {name}"
     licence = LICENCES.get(dataset["source"]) if dataset["revision"] else None
     body = render(
         "export_card.md",
@@ -204,29 +204,8 @@ def _sources(dataset: Mapping[str, Any], *, short: bool) -> str:
     parts = dataset.get("sources") or [dataset]
     whole = [not short and (part["revision"] or "://" in part["source"]) for part in parts]
     return ", ".join(
-        part["source"] if full else _short(part["source"]) for part, full in zip(parts, whole, strict=True)
+        part["source"] if full else last_part(part["source"]) for part, full in zip(parts, whole, strict=True)
     )
-
-
-def public_base(place: str, revision: str | None, name: str | None) -> tuple[str, str | None]:
-    """The name and the commit by which readers of the adapter can get its base: never a path of this machine.
-
-    Args:
-        place: JOB_MODEL__ID.
-        revision: The commit that was used; None if `place` is no hub id.
-        name: JOB_MODEL__NAME; it has a commit only if it names the same repository as `place`.
-
-    Returns:
-        The name that was given, else the hub id (also where `place` is its folder in the hub's cache), else the last
-        part of the path or URI, under which PEFT finds a folder in the current directory.
-    """
-    if name is not None:
-        return name, revision if name == place else None
-    if revision is not None:
-        return place, revision
-    if cached := _CACHED.search(place):
-        return cached[1].replace("--", "/", 1), cached[2]
-    return _short(place).strip(".") or "base", None
 
 
 def _adapter_options(settings: Mapping[str, Any]) -> list[str]:
@@ -276,8 +255,3 @@ def _evaluations(results: Mapping[str, Any], own_files: Mapping[str, str]) -> li
         for name, task in results["evaluation"]["tasks"].items()
         for row in wording.accuracies(name, results)
     ]
-
-
-def _short(place: str) -> str:
-    """The last part of a hub id, URI or path."""
-    return place.rstrip("/").rpartition("/")[2] or place

@@ -145,6 +145,8 @@ def render_report(results: Mapping[str, Any], evidence: ReportData, after: After
         },
         harness=results["evaluation"]["harness"],
         measured=results["evaluation"].get("measured", {}),
+        compute=results.get("compute"),
+        signing=results.get("signing"),
         groups=results["evaluation"].get("groups", {}),
         learned=wording.learned(results["training"]),
         tasks=tasks,

@@ -27,6 +27,7 @@ from job.records import (
     TaskScores,
     TrainingRecord,
 )
+from job.results.compute import compute_spent
 from job.results.cost import compute_cost
 from job.runs.layout import REPORT, RESULTS
 
@@ -65,7 +66,7 @@ def build(
     one. `part_of` is the id of the run that this one is the first stage of, `prompts` are those of JOB_EVAL__PROMPTS.
     The schema explains every field.
     """
-    return sealed(
+    return _with_compute(
         {
             "schema_version": "1.0",
             "run": {
@@ -106,6 +107,10 @@ def build(
             "cost": compute_cost(attempts, training.seconds, on_demand_usd_per_hour),
         }
     )
+
+
+def _with_compute(built: Mapping[str, Any]) -> dict[str, Any]:
+    return sealed({**built, "compute": compute_spent(built)})
 
 
 def full_precision_record(base: Evaluated, adapter: Mapping[str, TaskScores]) -> dict[str, Any] | None:

@@ -243,6 +243,12 @@ def _sources(text: str) -> str:
     return ",".join(item.strip() for item in text.split(","))
 
 
+def _one_line(secret: SecretStr) -> SecretStr:
+    if not secret.get_secret_value().isprintable():
+        raise ValueError("must be one line of text")
+    return secret
+
+
 def _local(text: str) -> str:
     if "://" in text:
         raise ValueError("must be a local path, not a URI")
@@ -371,7 +377,7 @@ RunId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 Location = Annotated[Text, AfterValidator(_location)]
 DataSources = Annotated[Text, AfterValidator(_sources)]
 """One source, or several with how much of each is used; `common.source_list` has the spelling."""
-Secret = SecretStr
+Secret = Annotated[SecretStr, AfterValidator(_one_line)]
 """Never shown: written as asterisks, also into the manifest."""
 LocalPath = Annotated[Text, AfterValidator(_local)]
 HeldOut = Annotated[int | float | Text, BeforeValidator(_held_out)]

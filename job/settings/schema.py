@@ -151,6 +151,9 @@ class Model(Group):
     """Public name of the base model, such as its hub id, to be written into the adapter's files if JOB_MODEL__ID is a
     path or `s3://` URI. Default: the hub id, else the last part of JOB_MODEL__ID. Nothing is downloaded by this name.
     """
+    pretraining_tokens: ExecutionOnly[Maybe[Annotated[Real, Field(gt=0, le=1e16)]]] = None
+    """Tokens that the base was pre-trained on, such as 2e12: the report gives the compute of training as a share of
+    that of pre-training. Empty: what is known of the public base of this name."""
     quantization: AffectsResult[Literal["nf4", "none"]] = "nf4"
     """How the frozen weights are stored: as 4-bit NormalFloat, or unquantized."""
     double_quantization: AffectsResult[Flag] = True

@@ -29,7 +29,7 @@ from pydantic_settings import (
 )
 from pydantic_settings import SettingsError as BadFolder
 
-from job.common.config_files import read_mapping
+from job.common.config_files import ALIAS, GIVEN_TWICE, NotAllowedError, read_mapping, strict_yaml
 from job.distributed.ranks import find_machines
 from job.errors import Problem, environment_name
 from job.platforms.detect import Platform
@@ -365,10 +365,13 @@ def _parse_yaml(text: str) -> object:
     import yaml
 
     try:
-        tree = yaml.safe_load(text)
+        tree = strict_yaml(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        raise ValueError(f"line {mark.line + 1} column {mark.column + 1}" if mark else "") from None
+        place = f"line {mark.line + 1} column {mark.column + 1}" if mark else ""
+        if (what := getattr(error, "problem", None)) in {GIVEN_TWICE, ALIAS}:
+            raise NotAllowedError(f"{place}: {what}") from None
+        raise ValueError(place) from None
     return {} if tree is None else tree
 
 

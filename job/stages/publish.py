@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, Any
 from job import log
 from job.checkpoints import manager
 from job.common.hashing import sealed
+from job.data.licences import LICENCES
 from job.errors import JobError
 from job.evaluation.comparison import compare_near_ties, compare_tasks, judge
 from job.evaluation.groups import compare_groups
 from job.evaluation.measured import compare_measured
 from job.records import Artifact, Evaluated, Exported, ModelRecord, TaskScores, Trained
 from job.report import model_card, report
-from job.results import inventory, manifest, signing
+from job.results import bom, inventory, manifest, signing
 from job.results.baseline import Baseline
 from job.results.completed import read_complete
 from job.runs.attempt import Attempt, now
-from job.runs.layout import CARD, EXPORT_CARD, FINDINGS, REPORT, RESULTS, SIGNATURE, answers_key, export_folder
+from job.runs.layout import BOM, CARD, EXPORT_CARD, FINDINGS, REPORT, RESULTS, SIGNATURE, answers_key, export_folder
 from job.runs.run_log import close_run_log
 from job.settings.load import Settings, redacted
 from job.stages.handoff import Sources
@@ -197,6 +198,7 @@ def publish_report_and_card(
             card = export_folder(export["format"]) + EXPORT_CARD
             render = partial(model_card.render_export_card, results, export)
             complete = _with(complete, _published(attempt, card, render))
+    complete = _with(complete, _published(attempt, BOM, partial(bom.build, complete, LICENCES)))
     complete = _sign_folders(attempt, complete, key)
     return _with(
         complete,

@@ -35,9 +35,9 @@ from job.records import (
     ValidationMetrics,
     ValidationRecord,
 )
-from job.report.model_card import public_base
 from job.results.adapter_facts import CONFIG, WEIGHTS, adapter_facts
 from job.results.first_stage import read_first_stage
+from job.results.public_bases import public_base
 from job.results.training_totals import training_totals
 from job.runs.attempt import Attempt
 from job.runs.layout import ARTIFACTS, METRICS, VALIDATIONS

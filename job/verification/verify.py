@@ -28,6 +28,7 @@ from job.storage.location import join
 from job.storage.open import ObjectStore, StorageOptions, is_key, open_store
 from job.verification import check_checkpoints
 from job.verification.check_audit import check_audit
+from job.verification.check_bom import check_bom, check_compute
 from job.verification.check_exports import check_exports
 from job.verification.check_figures import check_cost, check_evaluation, check_gate, check_training, check_validation
 from job.verification.check_first_stage import check_first_stage
@@ -118,6 +119,8 @@ def verify(
                 check_prompts(results, copies),
                 check_preferences(results, copies),
                 check_exports(results, copies),
+                check_bom(results, copies),
+                check_compute(results),
                 check_signature(results, data, store, copies, key),
                 pushes,
                 served,

@@ -19,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -29,22 +30,23 @@ LENGTHS = json.loads(Path(__file__).with_name("lengths.json").read_text(encoding
 SMALL = {"vocab_size": 1000, "hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 2}
 """What `--small` changes of `SHAPE`, to see whether the script runs."""
 PARTS = ("training", "evaluation")
-_SPECIAL = ("<s>", "</s>", "<pad>", "<unk>", "Question:", "Answer:")
+_AROUND = len("Question: \nAnswer:")
+"""Characters that the task puts around a question."""
 
 
-def write_inputs(folder: Path, shape: Mapping[str, int], rows: int, questions: int) -> None:
-    """Writes rows and questions of random words, each of which is a token of `make_tokenizer`'s."""
+def write_inputs(folder: Path, rows: int, questions: int) -> None:
+    """Writes rows and questions of random letters, each of which is a token of `make_tokenizer`'s."""
     chance = random.Random(0)
 
-    def words(count: int) -> str:
-        return " ".join(f"w{chance.randrange(len(_SPECIAL), shape['vocab_size'])}" for _ in range(count))
+    def letters(count: int) -> str:
+        return "".join(chance.choices(ascii_lowercase, k=max(1, count)))
 
-    texts = [{"text": words(length - 1)} for length in LENGTHS["alpaca"][:rows]]
+    texts = [{"text": letters(length - 1)} for length in LENGTHS["alpaca"][:rows]]
     asked = [
         {
             "id": str(number),
-            "question": words(max(1, context - 3)),
-            "choices": {"text": [words(choice) for choice in choices], "label": list("ABCDE"[: len(choices)])},
+            "question": letters(context - _AROUND),
+            "choices": {"text": [letters(choice - 1) for choice in choices], "label": list("ABCDE"[: len(choices)])},
             "answerKey": "A",
         }
         for number, (context, choices) in enumerate(LENGTHS["arc_easy"][:questions])
@@ -54,17 +56,18 @@ def write_inputs(folder: Path, shape: Mapping[str, int], rows: int, questions: i
         (folder / f"{name}.jsonl").write_text(content, encoding="utf-8")
 
 
-def make_tokenizer(folder: Path, vocabulary: int) -> None:
-    """One that takes each word for a token."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+def make_tokenizer(folder: Path) -> None:
+    """One that takes each byte for a token, however a family's own tokenizer splits words."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    words = [*_SPECIAL, *(f"w{number}" for number in range(len(_SPECIAL), vocabulary))]
-    backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokens = ["<s>", "</s>", "<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    backend = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
     ).save_pretrained(folder)
 
 
@@ -133,9 +136,9 @@ def main() -> int:
     best: dict[tuple[str, Path], dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_inputs(folder, shape, 32 * steps, questions)
+        write_inputs(folder, 32 * steps, questions)
         for family in args.families:
-            make_tokenizer(folder / family, shape["vocab_size"])
+            make_tokenizer(folder / family)
             make_model(folder / family, family, shape)
         for turn in range(args.rounds):
             for family in args.families:

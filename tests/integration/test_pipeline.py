@@ -188,6 +188,7 @@ def test_every_artifact_is_what_the_manifest_says(whole: Ended) -> None:
         "artifacts/adapter/adapter_model.safetensors",
         "artifacts/adapter/tokenizer.json",
         "artifacts/adapter/tokenizer_config.json",
+        "artifacts/bom.cdx.json",
         "artifacts/evaluation/arc_easy.adapter.jsonl",
         "artifacts/evaluation/arc_easy.base.jsonl",
         "artifacts/evaluation/arc_easy.original.jsonl",

@@ -394,9 +394,17 @@ def test_completions_that_repeat_the_prompt_are_counted(tmp_path: Path) -> None:
         (found,) = remarked(lines(tmp_path / "x.jsonl", *rows))
         assert (found["log_level"], found["rows"]) == (level, rows.count(twice))
         assert found["first"].endswith(f"x.jsonl:{rows.index(twice) + 1} completion")
-    pair = {"prompt": twice["prompt"], "chosen": twice["completion"], "rejected": once["completion"]}
+    pair: dict[str, Any] = {"prompt": twice["prompt"], "chosen": twice["completion"], "rejected": once["completion"]}
     (found,) = remarked(lines(tmp_path / "x.jsonl", pair), method="dpo")
     assert found["first"].endswith("x.jsonl:1 chosen")
+
+
+def test_scores_that_contradict_the_preference_are_counted(tmp_path: Path) -> None:
+    """Where the chosen answer has the lower score, the columns may be mixed up; equal scores say nothing."""
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": n, "score_rejected": 4.0} for n in (3, 4)]
+    warning = remarked(lines(tmp_path / "x.jsonl", *rows), method="dpo")[0]
+    assert (warning["log_level"], warning["rows"]) == ("warning", 1)
+    assert warning["first"].endswith("x.jsonl:1 score_chosen")
 
 
 def test_fields_that_are_not_used_are_listed_once(tmp_path: Path) -> None:

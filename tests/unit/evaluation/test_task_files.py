@@ -116,6 +116,7 @@ def test_what_a_file_may_not_say_is_refused(tmp_path: Path, changes: dict[str, A
         ("task: !function utils.py", "code of a task file is never run"),
         ("task: !!python/object/apply:os.system ['echo']", "code of a task file is never run"),
         ("a: &a [1]\nb: [*a, *a]", "uses aliases"),
+        ("task: x\ndoc_to_text: a\ndoc_to_text: b", "sums.yaml:3: a key is given twice"),
         ("- task", "describes no task"),
         ("task: [", "sums.yaml:"),
         ("[" * 30_000, "brackets"),

@@ -365,3 +365,32 @@ def test_recomputing_asks_no_gradient_of_the_embeddings(base_folder: Path) -> No
     model.train()
     model(input_ids=torch.tensor([[5, 6, 7]]), layout=build_layout([Segment(0, 3)], CPU)).logits.sum().backward()
     assert all(parameter.grad is not None for parameter in trainable(model).values())
+
+
+def written_tokenizer(folder: Path, splits: Any, decoder: Any) -> Path:
+    """A BPE tokenizer of few words, in a folder whose architecture has a tokenizer class of its own: Qwen2's."""
+    from tokenizers import Tokenizer, models, trainers
+    from transformers import PreTrainedTokenizerFast, Qwen2Config
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer, backend.decoder = splits, decoder
+    words = ["It's one of two words, said 2023 men.\n\tx = 650841823 un café 中文"] * 3
+    backend.train_from_iterator(words, trainers.BpeTrainer(special_tokens=["</s>"], show_progress=False))
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>").save_pretrained(folder)
+    Qwen2Config().save_pretrained(folder)
+    return folder
+
+
+def test_rules_of_a_class_that_are_not_those_of_the_file_are_said(tmp_path: Path) -> None:
+    """A tokenizer.json that transformers does not follow is refused if text is lost, else a warning."""
+    import structlog
+    from tokenizers import decoders, pre_tokenizers
+
+    with pytest.raises(DataError, match=r"tokenizer\.json: is not followed .* its class Qwen2Tokenizer makes"):
+        load_tokenizer(written_tokenizer(tmp_path / "a", pre_tokenizers.Metaspace(), decoders.Metaspace()))
+    whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # Qwen2's splits words and digits
+    with structlog.testing.capture_logs() as logs:
+        load_tokenizer(written_tokenizer(tmp_path / "b", whole, decoders.ByteLevel()))
+    (warning,) = (line for line in logs if "tokenizer_class" in line)
+    assert warning["tokenizer_class"] == "Qwen2Tokenizer"
+    assert len(warning["tokens"]) > len(warning["tokens_of_file"])

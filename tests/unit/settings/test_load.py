@@ -431,7 +431,10 @@ BAD_VALUES: list[tuple[str, list[str]]] = [
     ("eval.long_questions", ["true", "truncate"]),
     ("model.id", ["", "https://host/model", "s3://a/b"]),
     ("model.name", ["/models/base", "./base", "a/b/c", "s3://bucket/base", "org/", "a b"]),
+    ("model.pretraining_tokens", ["0", "-1", "nan", "2T", "1e17"]),
     ("model.quantization", ["int8", "NF4", ""]),
+    ("sign.key", ["s3://bucket/key.pem", "a\x00b"]),
+    ("sign.password", ["two\nlines"]),
     ("model.double_quantization", ["maybe", "2", ""]),
     ("model.dtype", ["float16"]),
     ("lora.rank", ["0", "-1", "1.5", "sixteen", "9" * 5000]),
@@ -665,6 +668,28 @@ class TestWrongValues:
         path = tmp_path / name
         path.write_bytes(content)
         assert f"({place}); correct it" in problems([f"--config={path}"])["JOB_CONFIG (command line)"]
+
+    @pytest.mark.parametrize(
+        ("content", "what"),
+        [
+            (
+                "train:\n  epochs: 3\ndata:\n  limit: 9\ntrain:\n  max_steps: 3\n",
+                "line 5 column 1: a key is given twice",
+            ),
+            ("eval:\n  tasks: [arc_easy]\n  tasks: [boolq]\n", "line 3 column 3: a key is given twice"),
+            ("lora:\n  layers: &a [1]\n  target_modules: *a\n", "line 3 column 19: an alias of a list"),
+        ],
+    )
+    def test_what_a_parser_would_drop_or_unfold_is_refused(self, tmp_path: Path, content: str, what: str) -> None:
+        """Of a key given twice YAML takes the last; a few nested aliases unfold to more than any memory holds."""
+        (tmp_path / "job.yaml").write_text(content, encoding="utf-8")
+        assert what in problems([f"--config={tmp_path / 'job.yaml'}"])["JOB_CONFIG (command line)"]
+
+    def test_an_alias_of_a_value_is_that_value(self, tmp_path: Path) -> None:
+        """It unfolds to nothing larger."""
+        (tmp_path / "job.yaml").write_text("lora:\n  rank: &r 32\n  alpha: *r\n", encoding="utf-8")
+        lora = load_settings([f"--config={tmp_path / 'job.yaml'}"], {}).lora
+        assert (lora.rank, lora.alpha) == (32, 32)
 
     def test_a_broken_json_file_names_the_place(self, sagemaker: Callable) -> None:
         """SageMaker's hyperparameters as well."""

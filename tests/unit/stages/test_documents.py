@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 
-from job.common.hashing import hash_file
+from job.common.hashing import hash_file, sealed
 from job.errors import Unreachable
 from job.preemption.stop_flag import Stop
+from job.results import signing
 from job.results.manifest import validate
 from job.runs.attempt import Attempt
-from job.runs.layout import CARD, REPORT
+from job.runs.layout import ADAPTER, BOM, CARD, REPORT
 from job.stages import publish as stages_publish
 from job.stages.publish import publish_report_and_card
 from job.storage.local import LocalStore
@@ -35,14 +38,14 @@ def test_card_and_report_are_published(finished: tuple[Attempt, dict[str, Any]],
     validate(complete)
     listed = {artifact["path"]: artifact for artifact in complete["artifacts"]}
     assert list(listed) == sorted(listed)
-    assert listed.keys() - {artifact["path"] for artifact in made["artifacts"]} == {CARD, REPORT}
+    assert listed.keys() - {artifact["path"] for artifact in made["artifacts"]} == {BOM, CARD, REPORT}
     for key in (CARD, REPORT):
         path = tmp_path / "run" / key
         assert (listed[key]["sha256"], listed[key]["bytes"]) == (hash_file(path), path.stat().st_size)
     assert listed[CARD]["sha256"].encode() in (tmp_path / "run" / REPORT).read_bytes()
 
 
-@pytest.mark.parametrize(("broken", "left"), [("render_model_card", {REPORT}), ("render_report", {CARD})])
+@pytest.mark.parametrize(("broken", "left"), [("render_model_card", {BOM, REPORT}), ("render_report", {BOM, CARD})])
 def test_a_document_that_cannot_be_made_is_left_out(
     finished: tuple[Attempt, dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch,
@@ -75,3 +78,25 @@ def test_a_store_that_fails_is_not_hidden(
         monkeypatch.setattr(attempt.store, verb, fail)
     with pytest.raises(Unreachable):
         publish_report_and_card(attempt, made)
+
+
+def test_a_restart_signs_what_it_publishes(finished: tuple[Attempt, dict[str, Any]], tmp_path: Path) -> None:
+    """An attempt killed right before the manifest leaves a signature; that of the next is valid, or it is gone."""
+    attempt, made = finished
+    key, store = ec.generate_private_key(ec.SECP256R1()), attempt.store
+    pem = signing.public_key(key)
+    for when in ("2026-01-05T10:00:00Z", "2026-01-05T11:00:00Z"):
+        at = {**made, "run": {**made["run"], "finished": when}}
+        complete = sealed(publish_report_and_card(attempt, at, key))
+        stages_publish._sign_run(attempt, at, complete, key)
+        signature = store.read("model.sig")
+        assert signature is not None
+        assert signing.signed_files(signature.data, pem) == signing.files_of_run(at, complete)
+        validate(json.loads(complete))
+    folder = store.read("artifacts/adapter/model.sig")
+    assert folder is not None
+    assert signing.signed_files(folder.data, pem) == signing.files_of(json.loads(complete), ADAPTER)
+    unsigned = publish_report_and_card(attempt, made)
+    stages_publish._sign_run(attempt, unsigned, sealed(unsigned), None)
+    assert "signing" not in unsigned
+    assert not list((tmp_path / "run").rglob("model.sig"))

@@ -1,0 +1,75 @@
+"""What is known of public base models by their names, and by which name a base is known.
+
+To add one: an entry in `PUBLIC_BASES`, with the source of the figures.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+_CACHED = re.compile(r"/models--([\w.-]+)/snapshots/([0-9a-f]{40})/*$", re.ASCII)
+
+
+@dataclass(frozen=True)
+class PublicBase:
+    """Tokens that a base was pre-trained on, its licence by the hub's name of it, and where the tokens are from."""
+
+    tokens: float | None
+    licence: str
+    source: str
+
+
+_SMOLLM2 = "arXiv:2502.02737"
+_CARD = "its card on the hub"
+_LLAMA2 = "arXiv:2307.09288"
+_PYTHIA = "arXiv:2304.01373"
+_QWEN25 = "arXiv:2412.15115"
+
+PUBLIC_BASES: Mapping[str, PublicBase] = {
+    "EleutherAI/pythia-160m": PublicBase(299_892_736_000, "apache-2.0", _PYTHIA),
+    "EleutherAI/pythia-410m": PublicBase(299_892_736_000, "apache-2.0", _PYTHIA),
+    "EleutherAI/pythia-1.4b": PublicBase(299_892_736_000, "apache-2.0", _PYTHIA),
+    "EleutherAI/pythia-6.9b": PublicBase(299_892_736_000, "apache-2.0", _PYTHIA),
+    "HuggingFaceTB/SmolLM2-135M": PublicBase(2e12, "apache-2.0", _CARD),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": PublicBase(2e12, "apache-2.0", _CARD),
+    "HuggingFaceTB/SmolLM2-360M": PublicBase(4e12, "apache-2.0", _CARD),
+    "HuggingFaceTB/SmolLM2-360M-Instruct": PublicBase(4e12, "apache-2.0", _CARD),
+    "HuggingFaceTB/SmolLM2-1.7B": PublicBase(11e12, "apache-2.0", _SMOLLM2),
+    "HuggingFaceTB/SmolLM2-1.7B-Instruct": PublicBase(11e12, "apache-2.0", _SMOLLM2),
+    "Qwen/Qwen2.5-0.5B": PublicBase(18e12, "apache-2.0", _QWEN25),
+    "Qwen/Qwen2.5-1.5B": PublicBase(18e12, "apache-2.0", _QWEN25),
+    "Qwen/Qwen2.5-7B": PublicBase(18e12, "apache-2.0", _QWEN25),
+    "meta-llama/Llama-2-7b-hf": PublicBase(2e12, "llama2", _LLAMA2),
+    "meta-llama/Llama-2-13b-hf": PublicBase(2e12, "llama2", _LLAMA2),
+    "meta-llama/Llama-2-70b-hf": PublicBase(2e12, "llama2", _LLAMA2),
+    "mistralai/Mistral-7B-v0.1": PublicBase(None, "apache-2.0", ""),
+}
+"""Name on the hub -> what is known. `tokens` is None where it was never published."""
+
+
+def public_base(place: str, revision: str | None, name: str | None) -> tuple[str, str | None]:
+    """The name and the commit by which readers of the adapter can get its base: never a path of this machine.
+
+    Args:
+        place: JOB_MODEL__ID.
+        revision: The commit that was used; None if `place` is no hub id.
+        name: JOB_MODEL__NAME; it has a commit only if it names the same repository as `place`.
+
+    Returns:
+        The name that was given, else the hub id (also where `place` is its folder in the hub's cache), else the last
+        part of the path or URI, under which PEFT finds a folder in the current directory.
+    """
+    if name is not None:
+        return name, revision if name == place else None
+    if revision is not None:
+        return place, revision
+    if cached := _CACHED.search(place):
+        return cached[1].replace("--", "/", 1), cached[2]
+    return last_part(place).strip(".") or "base", None
+
+
+def last_part(place: str) -> str:
+    """The last part of a hub id, URI or path."""
+    return place.rstrip("/").rpartition("/")[2] or place

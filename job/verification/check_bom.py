@@ -1,0 +1,43 @@
+"""Checks what follows from the manifest and is published beside it: the ML-BOM, and the operations that were spent."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from job.data.licences import LICENCES
+from job.results import bom
+from job.results.compute import compute_spent
+from job.runs.layout import BOM, RESULTS
+from job.verification.differences import CheckResult, Difference, find_differences
+
+
+def check_bom(results: Mapping[str, Any], copies: Mapping[str, Path]) -> CheckResult | None:
+    """The ML-BOM says what the manifest says. None where there is none, as in older versions."""
+    listed = {artifact["path"] for artifact in results["artifacts"]}
+    if BOM not in listed:
+        return None
+    try:
+        claimed = json.loads(copies[BOM].read_bytes())
+        form = bom.form_of(claimed)
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return CheckResult("ML-BOM", "", (Difference(BOM, "a CycloneDX ML-BOM", "nothing that can be read"),))
+    if form != bom.FORM:
+        return CheckResult("ML-BOM", "not compared", (), ("was written by another version of the job",))
+    found = json.loads(bom.build(results, LICENCES))
+    return CheckResult("ML-BOM", "follows from the manifest", tuple(find_differences(BOM, claimed, found)))
+
+
+def check_compute(results: Mapping[str, Any]) -> CheckResult | None:
+    """The operations of training and their share of pre-training; None in older versions.
+
+    The tokens of pre-training are taken as they are where they are from a table, which newer versions may correct.
+    """
+    claimed = results.get("compute")
+    if claimed is None:
+        return None
+    found = compute_spent(results, claimed)
+    differences = tuple(find_differences(f"{RESULTS} compute", claimed, found))
+    return CheckResult("compute", f"{claimed['training_pflop']:.4g} PFLOP", differences)
