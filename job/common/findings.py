@@ -23,9 +23,9 @@ _LANGUAGES = 5
 """How many languages a sentence names."""
 
 KINDS: Mapping[str, str] = {
-    OVERLAP: "training row with a question that is scored",
-    DUPLICATE: "row that is an earlier one word for word",
-    NEAR_DUPLICATE: "row that is nearly an earlier one",
+    OVERLAP: "training row with a scored question",
+    DUPLICATE: "row with the same text as an earlier one",
+    NEAR_DUPLICATE: "row with nearly the same text as an earlier one",
     "secret": "row with a key, token or password",
     "email": "row with an e-mail address",
     "phone": "row with a phone number",
