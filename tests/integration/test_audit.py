@@ -129,7 +129,7 @@ def test_a_licence_is_that_of_the_first_attempt(environment: dict[str, str], tmp
     """A card that changes between two attempts changes no record; manifest and report have the first one's licence."""
     rows = write_jsonl(tmp_path / "rows.jsonl", planted_rows()[0])
     card = tmp_path / "README.md"
-    card.write_text("---\nlicense: cc0-1.0\n---\n", encoding="utf-8")
+    card.write_text("---\nlicense: unlicense\n---\n", encoding="utf-8")
     changes = {"JOB_RUN__ID": "card", "JOB_RUN__OUTPUT": str(tmp_path / "out"), "JOB_DATA__SOURCE": str(rows)}
     assert attempt(environment, **changes, JOB_FAULT="kill@step=1").returncode == -9
     card.write_text("---\nlicense: mit\n---\n", encoding="utf-8")
@@ -137,6 +137,6 @@ def test_a_licence_is_that_of_the_first_attempt(environment: dict[str, str], tmp
     assert done.returncode == 0, done.stderr[-3000:]
     assert published(tmp_path / "out", "card")
     manifest = json.loads((tmp_path / "out/card/results.json").read_bytes())
-    assert manifest["dataset"]["licences"] == {str(rows): "cc0-1.0"}
+    assert manifest["dataset"]["licences"] == {str(rows): "unlicense"}
     assert manifest["model"]["licence"] is None
-    assert "cc0-1.0" in (tmp_path / "out/card" / REPORT).read_text(encoding="utf-8")
+    assert "unlicense" in (tmp_path / "out/card" / REPORT).read_text(encoding="utf-8")
