@@ -133,7 +133,7 @@ def test_every_figure_of_the_unquantized_base_is_the_manifests(three_arms: tuple
     for candidate in made["exports"][0]["candidates"].values():
         found = candidate["quiz"]
         rest = " ".join(interval(found[f"versus_{side}"]["acc"], " ") for side in ("base", "adapter", "original"))
-        assert f"{formatting.percent(found['scores']['acc'])} {rest}" in text
+        assert f"{100 * found['scores']['acc']:.2f} % {rest}" in text
 
 
 def test_every_section_is_there(page: Page) -> None:
