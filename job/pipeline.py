@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from job import log
 from job.common import garbage_collection, host
+from job.common.export_formats import needs_merge
 from job.common.lora_readers import why_not_served
 from job.common.out_of_memory import memory_errors
 from job.distributed.processes import ALONE, Processes
@@ -276,7 +277,7 @@ def _load(attempt: Attempt, settings: Settings, sources: Sources) -> Loaded:
     attempt.identify(sources.record)
     begin = partial(put_first_values, attempt, settings.lora.init, sources)
     loaded = load(settings, sources, attempt.processes, attempt.recorded(PACKING, Packing), begin)
-    if settings.export.formats and sources.original is not None:
+    if needs_merge(settings.export.formats) and sources.original is not None:
         from job.stages.export import check_export
 
         check_export(attempt, settings, sources.original, loaded)

@@ -12,6 +12,8 @@ from typing import Any
 from job import log
 from job.cli.arguments import COMMANDS, Arguments, parse_arguments
 from job.cli.runs import reading
+from job.common.export_formats import is_adapter
+from job.common.lora_readers import published_rank
 from job.common.tables import visible
 from job.errors import DataError, JobError, Problem, SettingsError
 from job.evaluation import samples
@@ -19,7 +21,8 @@ from job.evaluation.samples import Sample
 from job.records import Artifact, ServeCheck
 from job.report.model_card import public_base
 from job.results.after_run import write_serve_check
-from job.results.reader import MAX_SAMPLES_BYTES, PublishedRun, open_run, read_published
+from job.results.promotion import open_run_or_pointer
+from job.results.reader import MAX_SAMPLES_BYTES, PublishedRun, read_published
 from job.runs.layout import ADAPTER, answers_key, export_folder, export_side
 from job.serving.check import Served, as_json, as_lines, require_alike, serve_check
 from job.serving.client import Client
@@ -41,7 +44,7 @@ def serve_check_command(words: Sequence[str]) -> int:
     """
     given = parse_arguments(words, COMMANDS["serve-check"].arguments)
     storage, cache = reading(given)
-    run = read_published(open_run(given.runs[0], storage))
+    run = read_published(open_run_or_pointer(given.runs[0], storage))
     count, server = _count(given), given.options.get("--server")
     if server is not None and server not in SERVERS:
         raise SettingsError([Problem("--server", f"must be {' or '.join(SERVERS)}")])
@@ -124,5 +127,6 @@ def _fetched(run: PublishedRun, shipped: str, work: Path) -> Model:
     base = public_base(model["id"], model["revision"], settings.get("model.name"))[0]
     if Path(model["id"]).is_dir():
         base = model["id"]
-    adapter = shipped == "adapter"
-    return Model(shipped, work / prefix, base if adapter else None, settings["lora.rank"] if adapter else None)
+    if shipped == "adapter" or is_adapter(shipped):
+        return Model("adapter", work / prefix, base, published_rank(settings))
+    return Model(shipped, work / prefix)

@@ -8,13 +8,14 @@ No torch: the names are among the settings, which must answer before torch is im
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 
 MERGED = "merged"
+ADAPTER = "adapter"
 GGUF = "gguf"
 EXTRA = "qlora-job[export]"
-"""What has to be installed for all formats but `merged`."""
+"""What has to be installed for the formats that are made from the merged model."""
 
 
 @dataclass(frozen=True)
@@ -23,16 +24,17 @@ class ExportFormat:
 
     Attributes:
         title: In words, for the report.
-        bits: Bits of a quantized weight with its share of the scales, to estimate disk and time.
+        bits: Bits of a quantized weight with its share of the scales, to estimate bytes; 0 if its types say so.
         modules: Python modules that it needs beyond those of the job; all are installed by `EXTRA`.
-        types: The types that may follow its name and a colon, as in `gguf:q4_k_m`; one has to, if there are any.
+        types: Those that may follow its name and a colon, as in `gguf:q4_k_m`; one has to, if there are any. With the
+            bits of a weight, as above.
         calibrated: Whether it is made with rows of the training data.
     """
 
     title: str
     bits: float = 16.0
     modules: tuple[str, ...] = ()
-    types: tuple[str, ...] = ()
+    types: Mapping[str, float] = field(default_factory=dict)
     calibrated: bool = False
 
 
@@ -40,18 +42,33 @@ _FOUR_BIT = ("auto_round", "compressed_tensors")
 
 EXPORT_FORMATS: Mapping[str, ExportFormat] = {
     MERGED: ExportFormat("the whole model, with the adapter added to its weights"),
+    ADAPTER: ExportFormat("the adapter with its numbers in 16 bits", types={"bf16": 16, "fp16": 16}),
     "fp8": ExportFormat("8-bit floats, FP8_DYNAMIC of compressed-tensors", 8.1, ("compressed_tensors",)),
     "w4a16": ExportFormat("4-bit integers, W4A16 of compressed-tensors", 4.2, _FOUR_BIT, calibrated=True),
     "gptq": ExportFormat("4-bit integers in the layout of GPTQ", 4.3, _FOUR_BIT, calibrated=True),
     "awq": ExportFormat("4-bit integers in the layout of AWQ", 4.3, _FOUR_BIT, calibrated=True),
     "gguf": ExportFormat(
         "one file for llama.cpp",
-        16.0,
+        0,
         ("auto_round", "gguf", "xllamacpp"),
-        ("f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q4_0"),
+        {
+            "f16": 16,
+            "bf16": 16,
+            "q8_0": 8.5,
+            "q6_k": 6.6,
+            "q5_k_m": 5.8,
+            "q5_k_s": 5.6,
+            "q4_k_m": 5.0,
+            "q4_k_s": 4.7,
+            "q4_0": 4.7,
+        },
     ),
 }
-"""All but `merged` are made from the merged model."""
+"""All but these two are made from the merged model."""
+
+
+_GGUF_HEAD = 6.6
+"""Bits that llama.cpp holds a head in at least: Q6_K."""
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -78,20 +95,57 @@ def find_format(name: str) -> ExportFormat:
     return EXPORT_FORMATS[split_name(name)[0]]
 
 
+def weights_bytes(name: str, linear: int, others: int, *, plain: int = 2) -> int:
+    """Estimated bytes of the weights of a whole model in a format.
+
+    Args:
+        name: The format, with its type.
+        linear: Weights of the linear layers that are quantized.
+        others: All other weights: embedding, head, norms.
+        plain: Bytes of one that is not quantized.
+    """
+    family, kind = split_name(name)
+    found = EXPORT_FORMATS[family]
+    if family == MERGED:
+        return plain * (linear + others)
+    if family == GGUF:  # holds the embedding and the head in blocks too, one of them in finer ones
+        return int((found.types[kind] * linear + max(found.types[kind], _GGUF_HEAD) * others) / 8)
+    return int(found.bits * linear / 8) + plain * others
+
+
 def all_names() -> list[str]:
     """Every value of a format, with a placeholder where a type has to follow."""
     return [f"{name}:TYPE" if found.types else name for name, found in EXPORT_FORMATS.items()]
 
 
+def is_adapter(name: str) -> bool:
+    """Whether a format is a copy of the adapter, and no whole model."""
+    return name.partition(":")[0] == ADAPTER
+
+
+def adapter_copies(names: Iterable[str]) -> list[str]:
+    """Those of the names that are copies of the adapter, in their order."""
+    return [name for name in names if is_adapter(name)]
+
+
 def derived(names: Iterable[str]) -> list[str]:
     """Those of the names that are made from the merged model, in their order."""
-    return [name for name in names if name != MERGED]
+    return [name for name in names if name != MERGED and not is_adapter(name)]
+
+
+def needs_merge(names: Iterable[str]) -> bool:
+    """Whether the adapter is merged for these: for whole models."""
+    return not all(map(is_adapter, names))
 
 
 def to_make(names: Iterable[str]) -> list[str]:
-    """The formats that are made and scored for those that were asked for: `merged` first, which the others need."""
+    """The formats that are made and scored for those that were asked for, in the order in which that is done.
+
+    First the copies of the adapter, for which the run's own base is still in memory; then `merged`, whether or not it
+    was asked for, since the others are made from it.
+    """
     asked = list(names)
-    return [MERGED, *derived(asked)] if asked else []
+    return [*adapter_copies(asked), *([MERGED, *derived(asked)] if needs_merge(asked) else [])]
 
 
 def not_installed(names: Iterable[str]) -> list[str]:

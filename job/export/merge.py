@@ -369,8 +369,8 @@ def _unmergeable(model: Any, empty: Any, changed: Mapping[str, Any]) -> Iterator
                 return
             if shared[id(empty.get_submodule(name).weight)] > 1:
                 yield (
-                    f"the weight of {name} is also another module's, which has no adapter; take no merged, or leave "
-                    "the layer out in JOB_LORA__TARGET_MODULES"
+                    f"the weight of {name} is also another module's, which has no adapter and would change with it; "
+                    "take no merged, or leave the layer out in JOB_LORA__TARGET_MODULES"
                 )
                 return
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import Literal
 
-from job.common.export_formats import GGUF, find_format
+from job.common.export_formats import GGUF, MERGED, find_format, weights_bytes
 from job.common.formatting import size
 from job.common.resources import checkpoint_bytes, required_bytes
 from job.planning.gpu_prices import Gpu
@@ -76,8 +76,9 @@ class RunShape:
         keep_base: Whether the dequantized base is kept in memory; None where the job chooses.
         keep_activations: Whether activations are kept instead of recomputed; None where the job chooses.
         validation: The validations; None where there are none, or their rows are unknown.
-        exported: How many candidates of exported formats are made and scored.
-        derived: Those of the exported formats that are made from the merged model.
+        merges: How many candidates of the merged model are made and scored.
+        derived: The exported formats that are made from the merged model.
+        adapter_copies: How many copies of the adapter are exported, which are scored and take little else.
         quantizing_tokens: Tokens that a calibrated format computes, forward and backward, in all its steps.
         reference: The log-probabilities of the reference, as dpo and kto need them; None likewise.
         first_stage: What is trained before, as in JOB_TRAIN__METHOD=sft,dpo; its download is in this one's.
@@ -101,20 +102,28 @@ class RunShape:
     validation: ForwardWork | None = None
     reference: ForwardWork | None = None
     first_stage: RunShape | None = None
-    exported: int = 0
+    merges: int = 0
     derived: tuple[str, ...] = ()
+    adapter_copies: int = 0
     quantizing_tokens: int = 0
     full_precision: bool = False
 
     @property
     def evaluations(self) -> int:
         """How often all questions are scored: by base, adapter, the unquantized base, and each exported candidate."""
-        return EVALUATIONS + self.exported + self.full_precision
+        return EVALUATIONS + self.merges + len(self.derived) + self.adapter_copies + self.full_precision
+
+    def format_bytes(self, name: str) -> int:
+        """The files of an exported format, as weights; 0 for an unknown model."""
+        if self.setup is None:
+            return 0
+        a = self.setup.architecture
+        return weights_bytes(name, a.linear_parameters, a.parameters - a.linear_parameters)
 
     @property
     def export_bytes(self) -> int:
-        """Disk for the exported candidates, in 16 bits; 0 for an unknown model."""
-        return self.exported * HALF_PRECISION * self.setup.architecture.parameters if self.setup else 0
+        """Disk for all candidates of the merged model and all formats that are made from it."""
+        return self.merges * self.format_bytes(MERGED) + sum(map(self.format_bytes, self.derived))
 
     @property
     def micro_batch(self) -> int:
@@ -219,11 +228,12 @@ def estimates(run: RunShape) -> Iterator[Estimate]:
 
 
 def _of_exports(run: RunShape, setup: Setup, basis: Basis) -> Iterator[Estimate]:
-    if run.exported:
-        note = f"{run.exported} models, all counted in 16 bits; of several merges one is published"
+    if run.merges:
+        sizes = [f"merged {size(run.format_bytes(MERGED), ' ')}{', twice' if run.merges > 1 else ''}"]
+        sizes += [f"{name} {size(run.format_bytes(name), ' ')}" for name in run.derived]
+        note = f"{', '.join(sizes)}{'; one merge is published' if run.merges > 1 else ''}"
         yield Estimate("exported models", run.export_bytes, "bytes", basis, note)
-        candidates = run.exported - len(run.derived)
-        yield Estimate("merging", candidates * _merging(setup), "s", "assumed", "on one processor core")
+        yield Estimate("merging", run.merges * _merging(setup), "s", "assumed", "on one processor core")
     for name in run.derived:
         if find_format(name).calibrated:
             yield Estimate(f"quantizing, {name}", _quantizing_flops(run, setup), "FLOP", "assumed", "by auto-round")
@@ -266,7 +276,7 @@ def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:
         run = replace(run, first_stage=replace(run.first_stage, budget=run.budget))
     stages = [run] if run.first_stage is None else [run.first_stage, run]
     need = max(scoring, *(memory_model.training_memory(setup, one.micro_batch).total for one in stages))
-    if run.exported:  # it is scored unquantized, in place of the quantized base
+    if run.merges:  # it is scored unquantized, in place of the quantized base
         need = max(need, _scoring(run, replace(setup, quantization="none")))
     fits, note = need <= usable, ""
     if not fits:
@@ -374,9 +384,9 @@ def _hours(gpu: Gpu, run: RunShape, setup: Setup, execution: ExecutionPlan | Non
     if run.first_stage is None and _scores_original(gpu, run, setup):
         evaluations += 1
         start += HALF_PRECISION * setup.architecture.parameters / DOWNLOAD_RATE  # its files are read from the disk
-    # Written by the processor, read again to be scored, and uploaded once; a merge is bound by the disk, not by FLOP.
-    exporting = (2 * run.export_bytes + (run.export_bytes // max(1, run.exported))) / DOWNLOAD_RATE
-    exporting += (run.exported - len(run.derived)) * _merging(setup)
+    # Written by the processor, read again to be scored, and uploaded if it is published.
+    published = run.export_bytes - max(0, run.merges - 1) * run.format_bytes(MERGED)
+    exporting = (2 * run.export_bytes + published) / DOWNLOAD_RATE + run.merges * _merging(setup)
     for name in run.derived:
         if find_format(name).calibrated:
             exporting += memory_model.seconds(_quantizing_flops(run, setup), 0, setup, **speed)
@@ -384,7 +394,7 @@ def _hours(gpu: Gpu, run: RunShape, setup: Setup, execution: ExecutionPlan | Non
             exporting += _converting(name, setup)
     in_llama_cpp = sum(name.startswith(GGUF) for name in run.derived)
     exporting += in_llama_cpp * _in_llama_cpp(run, setup)
-    scored = evaluations + run.exported - in_llama_cpp
+    scored = run.evaluations - EVALUATIONS + evaluations - in_llama_cpp
     return (before + start + training + exporting + scored * evaluation) / 3600
 
 

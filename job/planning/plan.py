@@ -5,13 +5,13 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from job.audit.overlap import index_questions
 from job.audit.rows import set_up
-from job.common.export_formats import derived, to_make
+from job.common.export_formats import GGUF, adapter_copies, derived, needs_merge
 from job.common.formatting import size
 from job.common.lora_readers import why_not_served
 from job.common.methods import METHODS
@@ -23,8 +23,8 @@ from job.data.examples import lengths_of, target_counts_of
 from job.data.prompts import find_prompts, read_prompts
 from job.data.training_and_validation import what_to_validate_on
 from job.errors import JobError, Problem, SettingsError, combine, named_by
-from job.evaluation.policy import read_policy
-from job.evaluation.tasks import Tasks
+from job.evaluation.policy import CHOICES, read_policy
+from job.evaluation.tasks import Tasks, check_gate
 from job.model.adapter_options import MANY_STEPS, PLAIN, AdapterOptions, make_options
 from job.model.start_adapter import check_start, local_start
 from job.model.tokenizer_files import rows_with
@@ -57,7 +57,7 @@ from job.results.baseline import read_baseline
 from job.settings.affects_result import plain_values
 from job.settings.load import Settings
 from job.settings.training_stages import naming_its_settings, split_stages
-from job.storage.hub import is_reachable
+from job.storage.hub import MAX_FILE, is_reachable
 from job.storage.location import join
 from job.storage.open import StorageOptions, fetch, is_remote, open_store, storage_options
 from job.training import memory_model
@@ -115,7 +115,7 @@ def make_plan(settings: Settings, show: int = 0) -> Plan:
     checks = [*seen.checks]
     run = _run(settings, seen, checks)
     gpus = [_with_memory_limit(gpu, settings.train.gpu_memory_gb) for gpu in GPUS]
-    checks += [_licence(settings, seen.data), _disk(settings, run), SHARED_MEMORY]
+    checks += [_licence(settings, seen.data), _disk(settings, run), SHARED_MEMORY, *_large_files(settings, run)]
     return Plan(
         title=f"{settings.model.id} on {settings.data.source}, to {settings.run.output.rstrip('/')}/{settings.run.id}",
         checks=tuple(checks),
@@ -186,11 +186,12 @@ def _look(settings: Settings, folder: Path, show: int) -> _Preflight:
         check, first_data = run_check("first stage", lambda: _preview_rows(earlier, show=show, **rows_too))
         first.append(check)
     audited = [
-        run_check(name, lambda record=one.audit: report_audit(record))[0]  # type: ignore[misc]
+        run_check(name, partial(report_audit, one.audit, one.long_rows))[0]
         for name, one in (("audit", data), ("audit of the first stage", first_data))
         if one is not None and one.audit is not None
     ]
-    checks = [stored, modelled, adapted, tokenized, read, *first, *audited, asked, *_check_other_inputs(s, storage)]
+    others = _check_other_inputs(s, storage, loaded[0] if loaded else None)
+    checks = [stored, modelled, adapted, tokenized, read, *first, *audited, asked, *others]
     if s.eval.prompts is not None:
         checks.append(run_check("prompts", lambda: _preview_prompts(s, data, tokenizer, folder, storage))[0])
     return _Preflight(checks, seconds, model, adapter, tokenizer, data, first_data, questions)
@@ -244,7 +245,7 @@ def _preview_prompts(
     return "ok", f"{len(found):,} in {asked}, the longest of {longest:,} tokens", None
 
 
-def _check_other_inputs(settings: Settings, storage: StorageOptions) -> Iterator[PreflightResult]:
+def _check_other_inputs(settings: Settings, storage: StorageOptions, tasks: Tasks | None) -> Iterator[PreflightResult]:
     """Checks of the inputs that only some runs have."""
     start, baseline = settings.lora.start, settings.gate.baseline
 
@@ -259,10 +260,6 @@ def _check_other_inputs(settings: Settings, storage: StorageOptions) -> Iterator
     def check_baseline() -> Found[None]:
         return "ok", f"the gate compares with run {read_baseline(baseline or '', storage).run}", None
 
-    def check_policy() -> Found[None]:
-        policy = read_policy(settings.gate.policy or "", settings.eval.tasks)
-        return "ok", f"the gate judges {len(policy.tasks)} of the tasks by {settings.gate.policy}", None
-
     if (chosen := targets(settings.export)) and (reasons := why_not_served(plain_values(settings))):
         yield PreflightResult(
             "serving", "note", f"vLLM does not serve this adapter as it was trained: {'; '.join(reasons)}"
@@ -273,8 +270,20 @@ def _check_other_inputs(settings: Settings, storage: StorageOptions) -> Iterator
         yield run_check("start", check_start_adapter)[0]
     if baseline is not None:
         yield run_check("baseline", check_baseline)[0]
-    if settings.gate.policy is not None:
-        yield run_check("gate", check_policy)[0]
+    if settings.gate.policy is not None or settings.gate.metric not in CHOICES:
+        yield run_check("gate", lambda: _check_gate(settings, tasks))[0]
+
+
+def _check_gate(settings: Settings, tasks: Tasks | None) -> Found[None]:
+    """Whether the gate names what the run compares."""
+    gate = settings.gate
+    policy = None if gate.policy is None else read_policy(gate.policy)
+    if tasks is None:
+        raise NotChecked("what the gate may judge depends on the tasks, which could not be read")
+    check_gate(tasks, gate.metric, policy, gate.policy, gate.only_choices)
+    if policy is None:
+        return "ok", f"the gate judges {gate.metric}", None
+    return "ok", f"the gate judges {len(policy.tasks)} tasks or groups by {gate.policy}", None
 
 
 def _try_storage(output: str, run: str, storage: StorageOptions) -> Found[float]:
@@ -303,8 +312,9 @@ def _run(settings: Settings, seen: _Preflight, checks: list[PreflightResult]) ->
         workload=workload,
         workload_basis=data_basis,
         validation=_validation(settings, seen.data, workload),
-        exported=_exported(settings),
+        merges=_merges(settings),
         derived=tuple(derived(settings.export.formats)),
+        adapter_copies=len(adapter_copies(settings.export.formats)),
         quantizing_tokens=_quantizing_tokens(settings, workload),
         reference=_reference(settings, seen.data),
         questions=questions,
@@ -332,7 +342,8 @@ def _run(settings: Settings, seen: _Preflight, checks: list[PreflightResult]) ->
         validation=_validation(first, seen.first_data, workload),
         reference=None,
         download_bytes=0,
-        exported=0,
+        merges=0,
+        adapter_copies=0,
         derived=(),
         quantizing_tokens=0,
     )
@@ -430,11 +441,10 @@ def _forward(examples: Sequence[Example], count: int) -> ForwardWork:
     )
 
 
-def _exported(settings: Settings) -> int:
-    """How many candidates are made, as far as that is known before the base's weights are."""
+def _merges(settings: Settings) -> int:
+    """How many candidates of a merge are made, as far as that is known before the base's weights are."""
     both = settings.export.merge_onto == "best" and settings.model.quantization != "none"
-    made = len(to_make(settings.export.formats))
-    return made + 1 if both and made else made
+    return (1 + both) * needs_merge(settings.export.formats)
 
 
 def _quantizing_tokens(settings: Settings, workload: Workload | None) -> int:
@@ -479,6 +489,16 @@ def _disk(settings: Settings, run: RunShape) -> PreflightResult:
         return "ok", f"about {size(need, ' ')} are needed; {folder} has them on this machine", None
 
     return run_check("disk", work, unreachable="note")[0]
+
+
+def _large_files(settings: Settings, run: RunShape) -> Iterator[PreflightResult]:
+    """What is too large for one file of the hub: a GGUF file. All other formats are split into shards."""
+    for name in run.derived if settings.export.hub else ():
+        if name.startswith(GGUF) and (found := run.format_bytes(name)) > MAX_FILE:
+            what = f"{name} is one file of about {size(found, ' ')}, and the hub takes {size(MAX_FILE, ' ')}"
+            yield PreflightResult(
+                "hub", "note", f"{what}; leave it out, take a smaller type, or push to JOB_EXPORT__OCI"
+            )
 
 
 def _assumptions(settings: Settings) -> tuple[str, ...]:

@@ -9,9 +9,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from job.common.export_formats import MERGED
+from job.common.export_formats import MERGED, is_adapter
 from job.common.formatting import count
-from job.common.lora_readers import why_not_served
+from job.common.lora_readers import admitted_rank, has_patterns, why_not_served
 from job.common.methods import METHODS
 from job.data.licences import LICENCES
 from job.data.schemas import PROMPTS
@@ -56,6 +56,7 @@ def render_model_card(results: Mapping[str, Any], prompts: Sequence[ShownPrompt]
         tasks=tasks,
         harness=results["evaluation"]["harness"],
         measured=results["evaluation"].get("measured", {}),
+        groups=results["evaluation"].get("groups", {}),
         shots=wording.shots(results["evaluation"]),
         software=results["software"],
         licence=licence,
@@ -84,7 +85,9 @@ def render_model_card(results: Mapping[str, Any], prompts: Sequence[ShownPrompt]
         original=original_tasks(results),
         exports=wording.exports(results),
         not_served=why_not_served(settings),
+        patterns=has_patterns(settings),
         hub=settings.get("export.hub"),
+        pushed_to=[place for place in (settings.get("export.hub"), settings.get("export.oci")) if place],
         validation=wording.validation(results["training"], dataset),
         audit=wording.audit_sentence(dataset),
         prompts=prompts[:MAX_PROMPTS],
@@ -107,7 +110,7 @@ def render_export_card(results: Mapping[str, Any], export: Mapping[str, Any]) ->
     base, revision = public_base(model["id"], model["revision"], settings.get("model.name"))
     known = revision is not None or settings.get("model.name") is not None
     shown = next(one for one in wording.exports(results) if one["format"] == name)
-    merged = next(one for one in results["exports"] if one["format"] == MERGED)
+    merged = next((one for one in results["exports"] if one["format"] == MERGED), {"reason": ""})
     held = export.get("quantization")
     folder = export_folder(name)
     files = [artifact["path"].removeprefix(folder) for artifact in results["artifacts"]]
@@ -131,6 +134,12 @@ def render_export_card(results: Mapping[str, Any], export: Mapping[str, Any]) ->
         folder=folder.rstrip("/").rpartition("/")[2],
         gguf=next((file for file in files if file.endswith(".gguf")), None),
         vllm=not name.startswith("gguf"),
+        copy=is_adapter(name),
+        hub=settings.get("export.hub"),
+        branch=settings.get("export.hub_revision"),
+        known=known,
+        not_served=why_not_served(settings),
+        rank=admitted_rank(settings),
         needs=_READERS.get(held["method"]) if held else None,
         auto=_auto(model),
         prompt=PROMPTS[dataset["format"]],
@@ -141,7 +150,7 @@ def render_export_card(results: Mapping[str, Any], export: Mapping[str, Any]) ->
         licence=licence,
     )
     scored = {row["task"]: row["acc"] for row in shown["rows"] if row["published"]}
-    tags = [*(["quantized", held["method"]] if held else ["merged"])]
+    tags = ["quantized", held["method"]] if held else ["lora"] if is_adapter(name) else ["merged"]
     metadata = _export_metadata(results, scored, title=title, licence=licence, base=base if known else None, tags=tags)
     return f"---\n{metadata}\n---\n\n{body}".encode(errors="replace")
 
@@ -163,7 +172,7 @@ def _export_metadata(
         base_model=base,
         datasets=[part["source"] for part in dataset.get("sources") or [dataset] if part["revision"]] or None,
         license=licence,
-        library_name="gguf" if "gguf" in tags else "transformers",
+        library_name="gguf" if "gguf" in tags else "peft" if "lora" in tags else "transformers",
         pipeline_tag="text-generation",
         tags=list(tags),
         model_name=re.sub(r"[^\w.-]+", "-", title).strip("-"),

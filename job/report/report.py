@@ -26,6 +26,7 @@ from job.report.templating import render
 from job.report.timeline import bars, by_stage, restarts
 from job.results.after_run import AfterRun
 from job.results.cost import OUTSIDE
+from job.results.history import History
 from job.runs.layout import FIRST_STAGE, METRICS, REPORT, VALIDATIONS, Stage, answers_key, prompts_key
 from job.settings.load import preset_values
 
@@ -144,6 +145,7 @@ def render_report(results: Mapping[str, Any], evidence: ReportData, after: After
         },
         harness=results["evaluation"]["harness"],
         measured=results["evaluation"].get("measured", {}),
+        groups=results["evaluation"].get("groups", {}),
         learned=wording.learned(results["training"]),
         tasks=tasks,
         headline=wording.headline(results),
@@ -159,6 +161,7 @@ def render_report(results: Mapping[str, Any], evidence: ReportData, after: After
         scope=wording.scope(results["evaluation"]["tasks"]),
         exports=wording.exports(results),
         audit=wording.audit(results["dataset"]),
+        audit_statistics=wording.audit_statistics(results["dataset"]),
         policy_rules=wording.policy_rules(results["gate"]),
         pushed=after.pushed,
         served=[(check, wording.about_served(check)) for check in after.served],
@@ -183,6 +186,13 @@ def render_report(results: Mapping[str, Any], evidence: ReportData, after: After
     )
     # JSON can hold unpaired surrogates, which UTF-8 cannot
     return text.encode("utf-8", errors="replace")
+
+
+def render_history(found: History) -> bytes:
+    """The control chart of `compare --history` as a page, UTF-8 HTML."""
+    limits = None if found.limits is None else (found.limits.low, found.limits.centre, found.limits.high)
+    chart = charts.control_chart([(point.finished[:10], point.value) for point in found.points], limits, "{:g}".format)
+    return render("history.html", escape=True, history=found, chart=chart).encode("utf-8", errors="replace")
 
 
 def own_settings(settings: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from job.common.findings import KINDS
+from job.common.export_formats import is_adapter
+from job.common.findings import KINDS, statistics
 from job.common.formatting import count, enumeration, figure, p_value, percent, points, size
 from job.common.methods import METHODS
 from job.evaluation import policy
-from job.evaluation.comparison import of_metric, original_tasks
+from job.evaluation.comparison import original_tasks
+from job.evaluation.policy import of_metric
 from job.evaluation.statistics import wilson_interval
 from job.records import NEAR, ServeCheck
 
@@ -239,6 +241,11 @@ def audit(dataset: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+def audit_statistics(dataset: Mapping[str, Any]) -> list[str]:
+    """What kind of text the rows are, in sentences; none for runs without an audit."""
+    return statistics(dataset.get("audit") or {}, dataset.get("long_rows", {}))
+
+
 def audit_sentence(dataset: Mapping[str, Any]) -> str:
     """What the audit found, in a sentence or two for the model card; empty for runs without one."""
     kinds = audit(dataset)
@@ -325,6 +332,11 @@ def policy_rules(gate: Mapping[str, Any]) -> list[dict[str, str]]:
     ]
 
 
+def _tasks_not_scored(export: Mapping[str, Any]) -> str:
+    others = export.get("tasks_not_scored")
+    return f" Tasks without choices were not scored for it: {', '.join(others)}." if others else ""
+
+
 def exports(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """For each exported format: a sentence about what is published, and a row for each candidate and task.
 
@@ -332,17 +344,18 @@ def exports(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     base was scored also those of it, else None for them. None without exports.
     """
     tasks, original = results["evaluation"]["tasks"], original_tasks(results)
-    others = results["evaluation"].get("measured")
-    unscored = f" Tasks without choices were not scored for it: {', '.join(others)}." if others else ""
     return [
         {
             "format": export["format"],
-            "sentence": _about_export(export) + unscored,
+            "what": "a copy of the adapter" if is_adapter(export["format"]) else "the whole model",
+            "sentence": _about_export(export) + _tasks_not_scored(export),
             "rows": [
                 {
                     "task": task,
                     "n": one["n"],
-                    "candidate": f"{export['format']} onto {candidate}",
+                    "candidate": export["format"]
+                    if is_adapter(export["format"])
+                    else f"{export['format']} onto {candidate}",
                     "published": candidate == export["candidate"] and export.get("published", True),
                     "base": tasks[task]["base"]["acc"],
                     "adapter": tasks[task]["adapter"]["acc"],
@@ -365,6 +378,11 @@ def _about_export(export: Mapping[str, Any]) -> str:
     if export.get("not_made"):
         return (
             f"{export['format']} was asked for and is NOT published, since it could not be made: {export['not_made']}."
+        )
+    if is_adapter(export["format"]):
+        return (
+            f"Published is {export['format']}: the files of the adapter with its numbers in {export['dtype']}, "
+            f"{size(export['bytes'], ' ')}, scored on the run's own base in {export['scored_in']}."
         )
     held = export.get("quantization")
     if held is None:

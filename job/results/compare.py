@@ -8,41 +8,27 @@ from typing import Any
 
 from job.common import tables
 from job.errors import DataError, Problem
-from job.evaluation.comparison import compare_tasks, gate_failures, of_metric, original_tasks
+from job.evaluation.comparison import compare_tasks, gate_failures, judged_by, original_tasks
 from job.evaluation.measured import compare_measured
+from job.evaluation.policy import (
+    CHOICES,
+    check_policy,
+    judge_policy,
+    lines,
+    of_metric,
+    passes,
+    read_policy,
+    reasons,
+)
 from job.results.reader import PublishedRun, read_measured, read_samples
 from job.runs.layout import WEIGHTS
 
 GROUPS = ("model", "dataset", "software", "hardware")
 _NAMES = {"run.id", "run.output"}
 """Settings with the name or location of a run, which always differ."""
-_TASK_COLUMNS = (
-    "task",
-    "questions",
-    "A",
-    "B",
-    "difference",
-    "95 % interval",
-    "better",
-    "worse",
-    "p",
-    "Holm p",
-    "verdict",
-)
-_METRIC_COLUMNS = (
-    "task, metric",
-    "questions",
-    "A",
-    "B",
-    "better is",
-    "difference",
-    "95 % interval",
-    "better",
-    "worse",
-    "p",
-    "Holm p",
-    "verdict",
-)
+_COMPARED = ("difference", "95 % interval", "better", "worse", "p", "Holm p", "verdict")
+_TASK_COLUMNS = ("task", "questions", "A", "B", *_COMPARED)
+_METRIC_COLUMNS = ("task, metric", "questions", "A", "B", "better is", *_COMPARED)
 _PREDICTIONS = {"acc": "prediction", "acc_norm": "prediction_norm"}
 """Accuracy -> the field of a sample with the answer that it counts."""
 _BASE_ROWS = (
@@ -206,11 +192,11 @@ def gate_reasons(
 
     Args:
         compared: From `compare`.
-        metric: `acc` or `acc_norm`.
+        metric: As for `gate_failures`.
         min_delta: As for `gate_failures`.
         max_regression: As for `gate_failures`.
     """
-    tasks = compared["tasks"]
+    tasks = judged_by({**compared["tasks"], **compared["measured"]}, metric)
     reasons = [f"{name} was not asked of B" for name in compared["only"]["a"]]
     failures = gate_failures(tasks, metric, min_delta, max_regression)
     if failures is not None:
@@ -222,6 +208,25 @@ def gate_reasons(
         elif figures["verdict"] == "regressed":
             reasons.append(f"{name}: {metric} regressed by {-figures['delta']:.4f}, p = {figures['holm_p']:.2g}")
     return reasons
+
+
+def judge_by_policy(compared: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """The outcome of a policy's rules, with B in the place of the adapter and A in that of the base.
+
+    Args:
+        compared: From `compare`.
+        path: The policy's file.
+
+    Raises:
+        SettingsError: It is no policy, or names a task or metric that not both runs have.
+    """
+    tasks, measured = compared["tasks"], compared["measured"]
+    known = {name: [f"{metric},none" for metric in CHOICES if of_metric(task, metric)] for name, task in tasks.items()}
+    policy = read_policy(path)
+    check_policy(policy, path, known | {name: list(found["metrics"]) for name, found in measured.items()}, groups={})
+    judged = judge_policy(policy, {**tasks, **measured})
+    passed = passes(policy, judged)
+    return {"policy": judged, "passed": passed, "reasons": [] if passed else reasons(judged)}
 
 
 def as_text(compared: Mapping[str, Any]) -> list[str]:
@@ -336,4 +341,5 @@ def _ending(compared: Mapping[str, Any]) -> Iterator[str]:
             yield f"only {side.upper()} was asked {json.dumps(names)}"
     outcome = compared.get("gate")
     if outcome is not None:
+        yield from (f"policy: {line}" for line in (lines(outcome["policy"]) if "policy" in outcome else ()))
         yield "gate: met" if outcome["passed"] else f"gate: not met: {'; '.join(outcome['reasons'])}"

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from job.common import hashing
+from job.common.export_formats import is_adapter
 from job.common.host import git_commit, hardware, software
 from job.evaluation.comparison import compare_export, compare_full_precision, original_tasks
+from job.evaluation.policy import lines as policy_lines
 from job.records import (
     Artifact,
     AttemptRecord,
@@ -43,6 +45,7 @@ def build(
     training: TrainingRecord,
     tasks: Mapping[str, Any],
     measured: Mapping[str, Any] | None = None,
+    groups: Mapping[str, Any] | None = None,
     gate: Mapping[str, Any],
     artifacts: Sequence[Artifact],
     evidence: Sequence[Artifact],
@@ -55,10 +58,10 @@ def build(
 ) -> dict[str, Any]:
     """The sealed manifest.
 
-    `tasks` is from `compare_tasks`, `measured` from `compare_measured`, `gate` from `judge`, `exports` from
-    `exports_record`, `full_precision` from `full_precision_record`. `gpus` are those of all processes, each of which
-    sees only its own; None for those of this process. `part_of` is the id of the run that this one is the first stage
-    of, `prompts` are those of JOB_EVAL__PROMPTS. The schema explains every field.
+    `tasks` is from `compare_tasks`, `measured` from `compare_measured`, `groups` from `compare_groups`, `gate` from
+    `judge`, `exports` from `exports_record`, `full_precision` from `full_precision_record`. `gpus` are those of all
+    processes, each of which sees only its own; None for those of this process. `part_of` is the id of the run that this
+    one is the first stage of, `prompts` are those of JOB_EVAL__PROMPTS. The schema explains every field.
     """
     return sealed(
         {
@@ -79,6 +82,7 @@ def build(
                 "harness": {"name": "lm-eval", "version": metadata.version("lm-eval")},
                 "tasks": tasks,
                 **({"measured": measured} if measured else {}),
+                **({"groups": groups} if groups else {}),
                 **({} if full_precision is None else {"full_precision": full_precision}),
                 **({} if prompts is None else {"prompts": asdict(prompts)}),
             },
@@ -130,6 +134,7 @@ def exports_record(exported: Exported, base: Evaluated, adapter: Mapping[str, Ta
                 name: compare_export(base.scores, adapter, scores, original) if scores else {}
                 for name, scores in export.scores.items()
             },
+            **({"tasks_not_scored": sorted(base.measured)} if base.measured and not export.not_made else {}),
             **_added(export),
         }
         for export in exported.exports
@@ -181,6 +186,9 @@ def summary(results: Mapping[str, Any], where: str) -> list[str]:
         named = {name: rewards[f"rewards/{name}"] for name in ("margins", "accuracies") if f"rewards/{name}" in rewards}
         figures = ", ".join(f"{name} {value:.3f}" for name, value in named.items())
         lines.append(f"{training['method']}, beta {training['beta']:g}; rewards in the last epoch: {figures}")
+    grouped = results["evaluation"].get("groups", {})
+    for name, group in grouped.items():
+        lines += [f"{name}, {group_line(*one)}" for one in group["metrics"].items()]
     for name, task in results["evaluation"]["tasks"].items():
         before, after, delta, low, high = (
             100 * x for x in (task["base"]["acc"], task["adapter"]["acc"], task["delta"], *task["ci95"])
@@ -205,9 +213,18 @@ def summary(results: Mapping[str, Any], where: str) -> list[str]:
     lines.append(_cost_line(cost, len(results["run"]["attempts"])))
     if any(artifact["path"] == REPORT for artifact in results["artifacts"]):
         lines.append(f"report: {where.removesuffix(RESULTS)}{REPORT}")
-    verdicts = [f"{name} {verdict_in_words(name, results)}" for name in results["evaluation"]["tasks"]]
+    # A group speaks for its tasks, which may be many
+    members = {task for group in grouped.values() for task in group["tasks"]}
+    of_groups = [(name, *one) for name, group in grouped.items() for one in group["metrics"].items()]
+    verdicts = [f"{name} {metric} {one['verdict']}" for name, metric, one in of_groups]
+    verdicts += [
+        f"{name} {verdict_in_words(name, results)}" for name in results["evaluation"]["tasks"] if name not in members
+    ]
     passed = results["gate"]["passed"]
     gate = [] if passed is None else ["gate met" if passed else "gate not met"]
+    judged = results["gate"].get("policy")
+    lines += [f"policy: {line}" for line in (policy_lines(judged) if judged else ())]
+    gate += [f"policy {judged['outcome']}"] if judged else []
     lines.append(f"{', '.join([*verdicts, *gate])}; results: {where}")
     return lines
 
@@ -240,6 +257,18 @@ def _difference(found: Mapping[str, Any]) -> str:
     return f"{delta} ({low} to {high}, {found['verdict']})"
 
 
+def group_line(name: str, found: Mapping[str, Any]) -> str:
+    """A figure of a group of tasks: its size and weights, both figures, the difference, and the verdict."""
+    weights = "questions" if found["weight_by_size"] else "tasks"
+    low, high = found["ci95"]
+    return (
+        f"{found['tasks']} tasks, {found['n']:,} questions, all {weights} weighing the same: {name} "
+        f"{found['base']:.4g} -> {found['adapter']:.4g} ({found['delta']:+.4g}, 95 % interval {low:+.4g} to "
+        f"{high:+.4g}), {found['verdict']}, {found['improved']} better and {found['regressed']} worse, "
+        f"p = {found['p']:.2g}"
+    )
+
+
 def measured_line(name: str, found: Mapping[str, Any]) -> str:
     """A metric of a task without choices: both figures, which way is better, the difference, and the verdict."""
     better = "higher" if found["higher_is_better"] else "lower"
@@ -259,6 +288,13 @@ def _export_line(export: Mapping[str, Any]) -> str:
         return f"{export['format']}: not published, since it could not be made: {export['not_made']}"
     if export.get("not_scored"):
         return f"{export['format']}: published, not scored: {export['not_scored']}"
+    if is_adapter(export["format"]):
+        found = [
+            f"{task} {100 * one['scores']['acc']:.2f} % "
+            f"({100 * one['versus_adapter']['acc']['delta']:+.2f} against the adapter)"
+            for task, one in export["candidates"][export["candidate"]].items()
+        ]
+        return f"{export['format']}: {'; '.join(found)}; published"
     found = [
         f"{task} onto {candidate} weights {100 * one['scores']['acc']:.2f} % "
         f"({100 * one['versus_adapter']['acc']['delta']:+.2f} against the adapter)"

@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from job.common.export_formats import EXPORT_FORMATS, find_format
+from job.common.export_formats import EXPORT_FORMATS, find_format, needs_merge
 from job.common.methods import FIRST_STAGE_SETTINGS, METHODS, MethodName, methods_for
 from job.common.schedulers import SCHEDULERS
 from job.common.source_list import is_single, parse_sources
@@ -155,7 +155,8 @@ def current_place(environ: Mapping[str, str] | None = None) -> Place | None:
 def foreign_variables(environ: Mapping[str, str] | None = None) -> list[str]:
     """Variables that begin with JOB_ but belong to a known other program, such as Jenkins' JOB_NAME; sorted."""
     environ = os.environ if environ is None else environ
-    return sorted(variable for variable in environ if is_foreign(variable))
+    platform = detect(environ)
+    return sorted(variable for variable in environ if is_foreign(variable) and not platform.reads(variable))
 
 
 def environment() -> dict[str, str]:
@@ -297,7 +298,8 @@ def _other_repository(name: str, subject: str, request: Request) -> str | None:
 def _tasks(settings: Settings) -> Iterator[Fault]:
     # A preset's file for a task that is not asked is ignored; a user's own file must be used.
     own = not settings.sources["eval.data"].startswith("preset")
-    if own and not set(settings.eval.data) <= set(settings.eval.tasks):
+    files = any(name.endswith((".yaml", ".yml")) for name in settings.eval.tasks)  # which may name tasks of a group
+    if own and not files and not set(settings.eval.data) <= set(settings.eval.tasks):
         named = " (a channel's files are named after their tasks)" * settings.sources["eval.data"].startswith(
             "sagemaker channel"
         )
@@ -376,8 +378,8 @@ def _export(settings: Settings) -> Iterator[Fault]:
             "export.hub_revision",
             "is a branch of JOB_EXPORT__HUB, which names no repository; give it, or remove this",
         )
-    if not export.formats and settings.sources["export.merge_onto"] != "default":
-        yield "export.merge_onto", "has no effect without JOB_EXPORT__FORMATS; give that too, or remove it"
+    if not needs_merge(export.formats) and settings.sources["export.merge_onto"] != "default":
+        yield "export.merge_onto", "has no effect without a merged model in JOB_EXPORT__FORMATS; add one, or remove it"
     calibrated = [name for name, found in EXPORT_FORMATS.items() if found.calibrated]
     if not any(find_format(name).calibrated for name in export.formats):
         for name in ("export.calibration_rows", "export.quantization_steps"):

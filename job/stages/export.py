@@ -1,11 +1,12 @@
 """Export: makes the formats that were asked for, scores every one on the run's questions, publishes the best.
 
-First the merge, of which there may be two candidates: both are scored, and one is chosen. All other formats are made
-from that one, whether or not it is published itself. What is scored are the very files that are published, loaded as a
-model of their own.
+First copies of the adapter in other dtypes: they are scored on the run's base, which is still in memory. Then the
+merge, of which there may be two candidates: both are scored, and one is chosen. All other formats are made from that
+one, whether or not it is published itself. What is scored are the very files that are published, loaded as a model of
+their own.
 
-A restart merges again, takes up the scores that are kept, and uploads only what is not in the store. Another format
-that is complete in the store is not made again.
+A restart copies and merges again, takes up the scores that are kept, and uploads only what is not in the store. A
+format made from the merged model that is complete in the store is not made again.
 """
 
 from __future__ import annotations
@@ -14,13 +15,22 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from job import log
-from job.common.export_formats import GGUF, MERGED, derived, find_format, split_name
+from job.common.export_formats import (
+    GGUF,
+    MERGED,
+    adapter_copies,
+    derived,
+    find_format,
+    needs_merge,
+    split_name,
+    weights_bytes,
+)
 from job.common.formatting import size
 from job.common.hashing import hash_files, seal
 from job.common.resources import available_bytes, check_disk, required_bytes
@@ -29,12 +39,13 @@ from job.errors import Problem, SettingsError, Unreachable
 from job.evaluation.comparison import choose_candidate
 from job.evaluation.score_cache import ScoreCache, score_conditions
 from job.evaluation.scorer import score_sequences
+from job.export.adapter_copy import write_adapter_copy
 from job.export.checkpoint import SHARD
 from job.export.formats import DerivedInputs, derived_format
-from job.export.gguf import TYPES
-from job.export.merge import Candidates, candidates, plan_merge, release, write_merged
-from job.export.quantizable import CannotMake
+from job.export.merge import Candidates, candidates, plan_merge, release, short_name, write_merged
+from job.export.quantizable import CannotMake, quantizable
 from job.export.scoring import ExportedModel, HowToScore, gpu_bytes, load_exported
+from job.model.adapter_files import load_adapter
 from job.model.files import build_empty, read_config
 from job.records import (
     Artifact,
@@ -47,14 +58,17 @@ from job.records import (
     Uploaded,
 )
 from job.runs.attempt import Attempt, missing
-from job.runs.layout import SCORES, UPLOADED, derived_export, export_folder, export_side
+from job.runs.layout import ADAPTER, SCORES, UPLOADED, derived_export, export_folder, export_side
 from job.settings.load import Settings
-from job.stages.evaluate import load_published_adapter, score_model
+from job.stages.evaluate import forward_facts, load_published_adapter, score_model
 from job.stages.handoff import Loaded, Sources
 from job.stages.pull import fetch_original
+from job.storage.hub import MAX_FILE
 from job.storage.open import storage_options
 
 _OF_QUANTIZED, _NOT_MADE = "quantization", "not made"
+_ON_BASE = "base"
+"""The one candidate of a copy of the adapter: it is scored on the base of the run, quantized as it was in training."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +99,14 @@ class _Scored:
 
 
 @dataclass(frozen=True)
+class _Made:
+    """A format: its record, and the artifacts of its files and answers."""
+
+    record: ExportRecord
+    artifacts: list[Artifact]
+
+
+@dataclass(frozen=True)
 class _Export:
     """What every step of the stage works with."""
 
@@ -111,9 +133,10 @@ def check_export(attempt: Attempt, settings: Settings, original: Path, loaded: L
     """
     names = derived(settings.export.formats)
     merges = candidates(loaded.model, original, settings.export.merge_onto)
-    problems = []
+    problems, sizes = [], dict[str, int]()
     if names:
         empty = build_empty(original, read_config(original))
+        sizes = {name: _bytes(name, empty, merges.bytes_each) for name in names}
         for name in names:
             found, kind = derived_format(name)
             if why := found.check(empty, kind):
@@ -127,17 +150,28 @@ def check_export(attempt: Attempt, settings: Settings, original: Path, loaded: L
                 problems.append(Problem("JOB_EXPORT__FORMATS", f"{name} cannot be made: {why}; leave it out"))
     if problems:
         raise SettingsError(problems)
-    sizes = [len(merges.names) * merges.bytes_each]
-    sizes += [int(merges.bytes_each * find_format(name).bits / 16) for name in names]
-    check_disk(attempt.work, required_bytes(sizes))
-    _check_memory(loaded.model, merges.bytes_each, names)
+    for name in names if settings.export.hub else ():
+        if name.startswith(GGUF) and sizes[name] > MAX_FILE:
+            log.get_logger().warning(
+                "the hub may refuse so large a file", export=name, bytes=sizes[name], most=MAX_FILE
+            )
+    check_disk(attempt.work, required_bytes([len(merges.names) * merges.bytes_each, *sizes.values()]))
+    _check_memory(loaded.model, merges.bytes_each, sizes)
     return merges
 
 
-def _check_memory(model: Any, merged_bytes: int, names: Sequence[str]) -> None:
+def _bytes(name: str, empty: Any, merged_bytes: int) -> int:
+    """Estimated bytes of a format that is made from the merged model, from an empty model of its architecture."""
+    every = sum(parameter.numel() for parameter in empty.parameters())
+    linear = sum(empty.get_submodule(layer).weight.numel() for layer in quantizable(empty))
+    return weights_bytes(name, linear, every - linear, plain=round(merged_bytes / every))
+
+
+def _check_memory(model: Any, merged_bytes: int, sizes: Mapping[str, int]) -> None:
     """Refuses what this machine's memory cannot hold once training is done and the model is given up.
 
-    Only what is certain: the weights themselves, without what is computed with them.
+    Only what is certain: the weights themselves, without what is computed with them. `sizes` has the bytes of the
+    formats that are made from the merged model.
 
     Raises:
         Unreachable: It is too small. A retry may get a machine with more.
@@ -145,12 +179,11 @@ def _check_memory(model: Any, merged_bytes: int, names: Sequence[str]) -> None:
     on_gpu = model.device.type == "cuda"
     # what is held while one format is made or scored, and what for
     needs = [(min(SHARD, merged_bytes), MERGED) if on_gpu else (merged_bytes, MERGED)]
-    for name in names:
-        family, kind = split_name(name)
+    for name, size_ in sizes.items():
         if find_format(name).calibrated:
             needs.append((merged_bytes, name))
-        elif family == GGUF:
-            needs.append((int(merged_bytes * TYPES[kind].bits / 16), name))
+        elif split_name(name)[0] == GGUF:  # on the processor
+            needs.append((size_, name))
     if on_gpu and (total := gpu_bytes(model.device)) < merged_bytes:
         raise Unreachable(
             f"the merged model takes {size(merged_bytes, ' ')} of the GPU's memory to be scored, which has "
@@ -167,7 +200,6 @@ def _check_memory(model: Any, merged_bytes: int, names: Sequence[str]) -> None:
 
 def export(attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded, trained: Trained) -> Exported | None:
     """Makes, scores and publishes all formats. The model in memory is given up: no stage after this one uses it."""
-    load_published_adapter(attempt, loaded, trained)
     dtype = loaded.model.get_base_model().dtype
     how = HowToScore(
         loaded.model.device,
@@ -178,24 +210,77 @@ def export(attempt: Attempt, settings: Settings, sources: Sources, loaded: Loade
         attempt.alive,
     )
     own = _Export(attempt, settings, sources, how)
-    merged, only = _make_merged(own, loaded)
+    found = [_adapter_copy(own, name, loaded, trained) for name in adapter_copies(settings.export.formats)]
+    if needs_merge(settings.export.formats):
+        load_published_adapter(attempt, loaded, trained)
+        merged, only = _make_merged(own, loaded)
     release(loaded.model)
+    if needs_merge(settings.export.formats):
+        found += _whole_models(own, merged, only)
+    if not attempt.processes.leads:
+        return None
+    made = [one for one in found if one is not None]
+    return Exported([one.record for one in made], [artifact for one in made for artifact in one.artifacts])
+
+
+def _whole_models(own: _Export, merged: Mapping[str, _Files], only: str) -> Iterator[_Made | None]:
+    """All formats that are no adapter: the merged model, and those that are made from it."""
+    attempt, settings = own.attempt, own.settings
     scored = {name: _score(own, MERGED, name, files) for name, files in merged.items()}
     record = _choose(own, merged, scored, only)
     chosen = attempt.processes.share("merged model", lambda: "" if record is None else record.candidate)
-    exports, artifacts = [], list[Artifact]()
     if record is not None:
-        exports.append(record)
-        artifacts += [artifact for one in scored.values() if one.found for artifact in one.found.artifacts]
+        artifacts = [artifact for one in scored.values() if one.found for artifact in one.found.artifacts]
         artifacts += _publish(attempt, merged[chosen], MERGED) if record.published else []
+        yield _Made(record, artifacts)
     for name, files in merged.items():
         if name != chosen and attempt.processes.place.local_rank == 0:
             shutil.rmtree(files.folder, ignore_errors=True)  # the formats to come need the disk
     for name in derived(settings.export.formats):
-        for found in _derived(own, name, chosen, merged[chosen]):
-            exports.append(found.export)
-            artifacts += found.artifacts
-    return Exported(exports, artifacts) if attempt.processes.leads else None
+        yield _derived(own, name, chosen, merged[chosen])
+
+
+def _adapter_copy(own: _Export, name: str, loaded: Loaded, trained: Trained) -> _Made | None:
+    """A copy of the adapter in another dtype: made, scored on the run's base, published. None in processes but 0."""
+    attempt, (_, kind) = own.attempt, split_name(name)
+    folder = attempt.work / "candidates" / derived_export(name)
+
+    def make() -> dict[str, Any]:
+        published = [attempt.fetch(artifact) for artifact in trained.artifacts if artifact.path.startswith(ADAPTER)]
+        try:
+            write_adapter_copy(published, folder, kind)
+        except CannotMake as error:
+            return {_NOT_MADE: str(error)}
+        return _told(_Files.of(folder))
+
+    told = attempt.processes.share_on_machine(name, make)
+    record = ExportRecord(name, _ON_BASE, "a copy of the adapter", kind, short_name(own.how.compute_dtype), {})
+    if why := told.get(_NOT_MADE):  # the same on all machines: they have the same adapter
+        return _not_made(own, replace(record, dtype="", scored_in=""), why)
+    files = _heard(told)
+    _agree(attempt, name, [files.hashes])
+    load_adapter(loaded.model, files.folder, loaded.names)
+    # `adapter` hashes all files: the same key is the same adapter.
+    facts = {**forward_facts(loaded, loaded.record), "adapter": dict(files.hashes)}
+    log.get_logger().info("evaluating", export=name, candidate=_ON_BASE, dtype=record.scored_in)
+    cache = ScoreCache(attempt.store, SCORES, own.settings.run.id, score_conditions(facts))
+    side = export_side(name, _ON_BASE)
+    scored = score_model(attempt, own.settings, own.sources, loaded.model, cache=cache, side=side, measured=False)
+    if scored is None:
+        return None
+    record = replace(record, scores={_ON_BASE: scored.scores}, bytes=files.bytes)
+    log.get_logger().info("exported", export=name, candidate=_ON_BASE, bytes=files.bytes)
+    return _Made(record, [*scored.artifacts, *_publish(attempt, files, name)])
+
+
+def _not_made(own: _Export, record: ExportRecord, why: str) -> _Made | None:
+    """A format that cannot be made, as was found after training: the run is not lost for that."""
+    log.get_logger().warning(
+        "an exported format cannot be made; the run goes on without it", export=record.format, why=why
+    )
+    if not own.attempt.processes.leads:
+        return None
+    return _Made(replace(record, scores={record.candidate: {}}, published=False, not_made=why), [])
 
 
 def _make_merged(own: _Export, loaded: Loaded) -> tuple[dict[str, _Files], str]:
@@ -230,16 +315,15 @@ def _make_merged(own: _Export, loaded: Loaded) -> tuple[dict[str, _Files], str]:
     return found, told["only"]
 
 
-def _derived(own: _Export, name: str, candidate: str, merged: _Files) -> Iterator[DerivedExport]:
-    """A format that is made from the merged model: made, scored, published. Nothing in all processes but 0."""
+def _derived(own: _Export, name: str, candidate: str, merged: _Files) -> _Made | None:
+    """A format that is made from the merged model: made, scored, published. None in all processes but 0."""
     attempt, settings = own.attempt, own.settings
     origin = seal({"files": dict(merged.hashes)})
     known = attempt.recorded(derived_export(name), DerivedExport) if attempt.processes.leads else None
     whole = known is not None and known.merged == origin and not missing(attempt.store, known.artifacts)
     if attempt.processes.share("format of before", lambda: whole):
         log.get_logger().info("format was exported by an earlier attempt", export=name)
-        yield from filter(None, [known])
-        return
+        return None if known is None else _Made(known.export, known.artifacts)
     found, kind = derived_format(name)
     work = attempt.work / "candidates" / derived_export(name)
 
@@ -273,22 +357,16 @@ def _derived(own: _Export, name: str, candidate: str, merged: _Files) -> Iterato
 
     told = attempt.processes.share_on_machine(name, make)
     failures = attempt.processes.gather(f"failures of {name}", told.get(_NOT_MADE, ""))
+    record = ExportRecord(name, candidate, "made from the merged model that was chosen", "", "", {})
     if why := next(filter(None, failures), ""):
-        log.get_logger().warning("an exported format cannot be made; the run goes on without it", export=name, why=why)
-        if attempt.processes.leads:
-            reason = "made from the merged model that was chosen"
-            record = ExportRecord(name, candidate, reason, "", "", {candidate: {}}, published=False, not_made=why)
-            yield DerivedExport(origin, record, [])
-        return
+        return _not_made(own, record, why)
     files = _heard(told)
     _agree(attempt, name, [files.hashes])
     scored = _score(own, name, candidate, files, load=found.load, cannot=found.cannot_score(own.how.device))
     if not attempt.processes.leads:
-        return
-    record = ExportRecord(
-        format=name,
-        candidate=candidate,
-        reason="made from the merged model that was chosen",
+        return None
+    record = replace(
+        record,
         dtype=scored.dtype,
         scored_in=scored.scored_in,
         scores={candidate: scored.found.scores if scored.found else {}},
@@ -298,10 +376,9 @@ def _derived(own: _Export, name: str, candidate: str, merged: _Files) -> Iterato
     )
     log.get_logger().info("exported", export=name, candidate=candidate, bytes=files.bytes)
     artifacts = [*(scored.found.artifacts if scored.found else []), *_publish(attempt, files, name)]
-    done = DerivedExport(origin, record, artifacts)
-    attempt.keep(derived_export(name), json.dumps(asdict(done)))
+    attempt.keep(derived_export(name), json.dumps(asdict(DerivedExport(origin, record, artifacts))))
     shutil.rmtree(work, ignore_errors=True)
-    yield done
+    return _Made(record, artifacts)
 
 
 def _score(

@@ -50,6 +50,8 @@ MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.model",
 SMALL_FILES = tuple(kind for kind in MODEL_FILES if kind != "*.safetensors")
 """All of that but the weights."""
 MAX_SMALL_BYTES = 256 << 20
+MAX_FILE = 50_000_000_000
+"""Bytes of the largest file that the hub takes, by its client's documentation (`HfApi.upload_file`, 2.4)."""
 PREVIEW_SECONDS = 10.0
 """A plan is not to wait for long."""
 

@@ -1,4 +1,4 @@
-"""Checks the exported formats of a manifest: scores, choice, and that the files are a whole model."""
+"""Checks the exported formats of a manifest: scores, choice, and that the files are a whole model, or an adapter's."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from job.common.export_formats import MERGED, to_make
+from job.common.export_formats import ADAPTER, GGUF, MERGED, is_adapter, to_make
 from job.common.formatting import count
 from job.common.gguf_file import gguf_contents
 from job.data.calibration import calibration_rows, hash_rows
 from job.evaluation.comparison import choose_candidate, compare_export
 from job.records import TaskScores
+from job.results.adapter_facts import WEIGHTS
+from job.runs.layout import ADAPTER as PUBLISHED_ADAPTER
 from job.runs.layout import EXPORT, EXPORT_CARD, ORIGINAL_SIDE, RESULTS, export_folder, export_side
 from job.verification.check_figures import Copies, SamplesByTask, read_samples, scores_of, unpaired
 from job.verification.differences import MAX_SHOWN, CheckResult, Difference, find_differences, show
@@ -41,6 +43,10 @@ def check_exports(results: Mapping[str, Any], copies: Copies) -> CheckResult | N
         for path in sorted(listed)
         if path.startswith(EXPORT) and not path.startswith(folders)
     ]
+    left_out = sorted(results["evaluation"].get("measured", {}))
+    for number, export in enumerate(exports):
+        if (told := export.get("tasks_not_scored")) is not None:  # older versions do not say
+            differences += find_differences(f"{RESULTS} exports[{number}].tasks_not_scored", told, left_out)
     (base, base_wrong), (adapter, adapter_wrong) = (read_samples(tasks, one, copies) for one in ("base", "adapter"))
     if not base_wrong and not adapter_wrong:  # else reported by the check of the evaluation
         for number, export in enumerate(exports):
@@ -86,7 +92,7 @@ def _check_one(
         yield from find_differences(place, claim, {"candidate": chosen, "reason": reason})
     if export["candidate"] not in export["candidates"]:
         yield Difference(f"{place}.candidate", export["candidate"], "no such candidate")
-    if export["format"] != MERGED:
+    if export["format"] != MERGED and not is_adapter(export["format"]):
         merged = next((one["candidate"] for one in results["exports"] if one["format"] == MERGED), None)
         yield from find_differences(f"{place}.candidate", export["candidate"], merged)
     if export.get("published", True):
@@ -101,7 +107,8 @@ def _files(export: Mapping[str, Any], results: Mapping[str, Any], copies: Copies
         paths = {one["path"]: one["bytes"] for one in results["artifacts"] if one["path"].startswith(folder)}
         found = sum(paths.values()) - paths.get(folder + EXPORT_CARD, 0)
         yield from find_differences(f"{folder} bytes", export["bytes"], found)
-    yield from (_gguf_file if export["format"].startswith("gguf:") else _model_files)(export, copies)
+    family = export["format"].partition(":")[0]
+    yield from {ADAPTER: _adapter_files, GGUF: _gguf_file}.get(family, _model_files)(export, copies)
 
 
 def _calibration(export: Mapping[str, Any], results: Mapping[str, Any], place: str) -> Iterator[Difference]:
@@ -144,6 +151,36 @@ def _model_files(export: Mapping[str, Any], copies: Copies) -> Iterator[Differen
         yield Difference(f"{folder}config.json", "plain weights", "quantized ones")
     if how is not None:
         yield from find_differences(f"{folder}config.json quantization_config", *_quantized(how, config))
+
+
+def _adapter_files(export: Mapping[str, Any], copies: Copies) -> Iterator[Difference]:
+    """The files of the adapter, with its own numbers rounded."""
+    folder, kind = export_folder(export["format"]), export["format"].partition(":")[2]
+    given, made = (
+        {path.removeprefix(place): copy for path, copy in copies.items() if path.startswith(place)}
+        for place in (PUBLISHED_ADAPTER, folder)
+    )
+    found, wanted = (sorted(files.keys() - {EXPORT_CARD}) for files in (made, given))
+    yield from find_differences(f"{folder} files", found, wanted)
+    yield from find_differences(f"{RESULTS} exports {export['format']} dtype", export["dtype"], kind)
+    for name in sorted({*found} & {*wanted}):
+        if name == WEIGHTS:
+            yield from _rounded(folder + name, made[name], given[name], kind)
+        elif made[name].read_bytes() != given[name].read_bytes():
+            yield Difference(folder + name, "the bytes of the adapter's own", "others")
+
+
+def _rounded(place: str, copy: Path, original: Path, kind: str) -> Iterator[Difference]:
+    """The first tensor of a copy that is not the original's in another dtype."""
+    from safetensors import SafetensorError
+
+    from job.common.half_precision import first_not_rounded  # brings torch, which other runs are verified without
+
+    try:
+        if (name := first_not_rounded(copy, original, kind)) is not None:
+            yield Difference(f"{place} {name}", f"the adapter's own in {kind}", "other numbers")
+    except (SafetensorError, ValueError, KeyError) as error:
+        yield Difference(place, "tensors", f"{type(error).__name__}: {str(error)[:MAX_SHOWN]}")
 
 
 def _gguf_file(export: Mapping[str, Any], copies: Copies) -> Iterator[Difference]:

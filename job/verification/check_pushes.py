@@ -16,9 +16,9 @@ from job.push.files import files_sha256, files_to_push
 from job.push.oci import OciTarget, image_digest
 from job.results.after_run import parse_push
 from job.runs.layout import PUSHED, pushed_key
-from job.storage.base import read_record
 from job.storage.open import ObjectStore
 from job.verification.differences import CheckResult, Difference, find_differences, show
+from job.verification.sealed_records import read_sealed
 
 
 def check_pushes(
@@ -41,13 +41,7 @@ def check_pushes(
         expected = files_sha256(files)
     except DataError as error:
         return CheckResult("pushes", count(len(keys), "record"), (Difference(PUSHED, "of files", str(error)),))
-    for key in keys:
-        stored = read_record(store, key)
-        try:
-            record = parse_push(b"" if stored is None else stored.data)
-        except (ValueError, TypeError) as error:
-            differences.append(Difference(key, "the record of a push", str(error)[:200]))
-            continue
+    for key, record in read_sealed(store, keys, parse_push, "the record of a push", differences):
         if key != pushed_key(record.target, record.place):
             differences.append(Difference(key, "the record of this place", show(record.place)))
         elif record.files_sha256 != expected:

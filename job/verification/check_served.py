@@ -14,9 +14,9 @@ from job.evaluation import samples
 from job.records import ServeCheck, margin
 from job.results.after_run import parse_serve_check
 from job.runs.layout import SERVED, answers_key, export_side, served_key
-from job.storage.base import read_record
 from job.storage.open import ObjectStore
 from job.verification.differences import CheckResult, Difference, find_differences, show
+from job.verification.sealed_records import read_sealed
 
 
 def check_served(
@@ -34,13 +34,7 @@ def check_served(
     if not keys:
         return None
     differences, notes = list[Difference](), []
-    for key in keys:
-        stored = read_record(store, key)
-        try:
-            found = parse_serve_check(b"" if stored is None else stored.data)
-        except (ValueError, TypeError) as error:
-            differences.append(Difference(key, "the record of a serve check", str(error)[:200]))
-            continue
+    for key, found in read_sealed(store, keys, parse_serve_check, "the record of a serve check", differences):
         if key != served_key(found.format, found.server):
             differences.append(Difference(key, "the record of this format and server", show(found.format)))
             continue

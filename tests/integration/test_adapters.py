@@ -53,12 +53,6 @@ def environment(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> 
     }
 
 
-@pytest.fixture(scope="module")
-def forked(tmp_path_factory: pytest.TempPathFactory) -> Forks:
-    """What starts the processes."""
-    return Forks(tmp_path_factory.mktemp("logs"))
-
-
 @pytest.mark.long
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_killed_run_ends_as_an_undisturbed_one(

@@ -6,26 +6,32 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import tempfile
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft import PeftModel
+from safetensors.torch import load_file, save
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from job.results.reader import open_run
-from job.runs.layout import facts_of
+from job.runs.layout import WEIGHTS, answers_key, export_side, facts_of
 from job.verification.verify import require_verified, verify
 from tests import warm
 from tests.chaos.small import settings
 from tests.forked import Forks
 from tests.helpers import arc_rows, make_base, read_jsonl, write_jsonl
 from tests.hub_server import TOKEN, Hub, hub_server
+from tests.published_run import forge, rewrite
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -42,7 +48,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         **clean,
         **settings(folder, rows=8, questions=12),
         "JOB_TRAIN__LEARNING_RATE": "2e-2",
-        "JOB_EXPORT__FORMATS": "merged,fp8",
+        "JOB_EXPORT__FORMATS": "adapter:bf16,merged,fp8",
     }
 
 
@@ -53,6 +59,9 @@ def whole(environment: dict[str, str]) -> Path:
     assert done.returncode == 0, done.stderr[-3000:]
     assert "merged: arc_easy onto original weights" in done.stdout
     assert "fp8: arc_easy onto" in done.stdout
+    assert re.search(
+        r"^adapter:bf16: arc_easy [\d.]+ % \([+-][\d.]+ against the adapter\); published$", done.stdout, re.MULTILINE
+    )
     return Path(environment["JOB_RUN__OUTPUT"]) / "whole"
 
 
@@ -67,7 +76,7 @@ def manifest(run: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("format_", ["merged", "fp8"])
 def test_what_ships_is_what_was_scored(environment: dict[str, str], whole: Path, format_: str) -> None:
     """Plain transformers loads the published folder, and answers every question as its record says."""
-    merged, fp8 = manifest(whole)["exports"]
+    _, merged, fp8 = manifest(whole)["exports"]
     assert set(merged["candidates"]) == {"original", "dequantized"}
     assert set(fp8["candidates"]) == {merged["candidate"]}
     export = merged if format_ == "merged" else fp8
@@ -82,11 +91,68 @@ def test_what_ships_is_what_was_scored(environment: dict[str, str], whole: Path,
     assert "merged onto original" in card
 
 
+def test_a_copy_of_the_adapter_is_what_was_scored(environment: dict[str, str], whole: Path) -> None:
+    """Plain PEFT loads the adapter in bf16 on a quantized base, and answers every question as its record says."""
+    copy, *_ = manifest(whole)["exports"]
+    assert (copy["format"], copy["candidate"], copy["dtype"]) == ("adapter:bf16", "base", "bf16")
+    folder = whole / "artifacts/export/adapter-bf16"
+    assert folder.joinpath("adapter_model.safetensors").stat().st_size < 0.6 * (whole / WEIGHTS).stat().st_size
+    quantized = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    base = AutoModelForCausalLM.from_pretrained(
+        environment["JOB_MODEL__ID"], quantization_config=quantized, dtype=torch.bfloat16
+    )
+    model = PeftModel.from_pretrained(base, folder).eval()
+    _same_answers(model, folder, whole, copy, Path(environment["JOB_EVAL__DATA"].split("=")[1]))
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "vllm serve path/to/base --enable-lora --max-lora-rank 16 --lora-modules run=path/to/adapter-bf16" in card
+    assert "library_name: peft" in card
+    for page in ("artifacts/report.html", "artifacts/adapter/README.md"):
+        assert "the files of the adapter with its numbers in bf16" in (whole / page).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("what", ["number", "config", "file", "dtype", "candidate"])
+def test_a_copy_that_is_not_the_adapter_is_found(whole: Path, tmp_path: Path, what: str) -> None:
+    """`verify` compares every number with the adapter's own, though hashes and manifest agree."""
+    run, folder = tmp_path / "run", "artifacts/export/adapter-bf16"
+    shutil.copytree(whole, run)
+    weights = f"{folder}/adapter_model.safetensors"
+    if what in {"number", "dtype"}:
+        tensors = load_file(run / weights)
+        name = max(tensors)
+        tensors[name] = tensors[name].float() if what == "dtype" else tensors[name] * 2
+        rewrite(run, weights, save(tensors, {"format": "pt"}))
+    elif what == "config":
+        config = json.loads((run / folder / "adapter_config.json").read_bytes())
+        rewrite(run, f"{folder}/adapter_config.json", json.dumps({**config, "lora_alpha": 1}).encode())
+    elif what == "file":
+        forge(run, lambda results: _without(results, f"{folder}/tokenizer.json"))
+    else:
+        forge(run, lambda results: results["exports"][0].update(candidate="original"))
+    work = tmp_path / "work"
+    work.mkdir()
+    found = [difference.where for check in verify(open_run(str(run)), work) for difference in check.differences]
+    assert any("exports[0]" in where or where.startswith(folder) for where in found), found
+
+
+def _without(results: dict[str, Any], path: str) -> None:
+    results["artifacts"] = [artifact for artifact in results["artifacts"] if artifact["path"] != path]
+
+
 def _answers_as_recorded(run: Path, export: Mapping[str, Any], questions: Path) -> None:
     """Plain transformers loads a published folder, and gives each choice of a question the recorded likelihood."""
     folder = run / f"artifacts/export/{export['format']}"
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
     assert model.dtype == DTYPES[export["dtype"]]
+    _same_answers(model, folder, run, export, questions)
+
+
+def _same_answers(model: Any, folder: Path, run: Path, export: Mapping[str, Any], questions: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
 
     def likelihood(question: str, answer: str) -> float:
         asked, said = tokenizer(question).input_ids, tokenizer(f"{question} {answer}").input_ids
@@ -94,7 +160,7 @@ def _answers_as_recorded(run: Path, export: Mapping[str, Any], questions: Path) 
             scores = model(torch.tensor([said])).logits[0, len(asked) - 1 : -1].float().log_softmax(-1)
         return float(scores.gather(1, torch.tensor(said[len(asked) :])[:, None]).sum())
 
-    records = read_jsonl(run / f"artifacts/evaluation/arc_easy.{export['format']}-{export['candidate']}.jsonl")
+    records = read_jsonl(run / answers_key("arc_easy", export_side(export["format"], export["candidate"])))
     compared = 0
     for row, record in zip(read_jsonl(questions), records, strict=True):
         scores = [likelihood(f"Question: {row['question']}\nAnswer:", text) for text in row["choices"]["text"]]
@@ -136,13 +202,18 @@ def test_the_demo_in_every_format(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "when", [pytest.param(name, marks=pytest.mark.long) for name in ("scoring", "stage", "quantizing")]
+    "when", [pytest.param(name, marks=pytest.mark.long) for name in ("copying", "scoring", "stage", "quantizing")]
 )
 def test_killed_in_export(environment: dict[str, str], whole: Path, tmp_path: Path, when: str) -> None:
-    """Killed before the merge, in the scoring of a candidate, or in quantizing: a restart gives the same bytes."""
+    """Killed before the merge, in the scoring of a copy or of a merge, or in quantizing: the same bytes after all."""
     changes = {"JOB_RUN__ID": "hit", "JOB_RUN__OUTPUT": str(tmp_path)}
     if when != "stage":
-        sign = '"event": "questions"' if when == "scoring" else '"event": "quantizing"'
+        signs = {
+            "copying": '"event": "questions"',
+            "scoring": '"export": "merged"',
+            "quantizing": '"event": "quantizing"',
+        }
+        sign = signs[when]
         with warm.followed([], {**environment, **changes}) as (process, log):
             for line in log:
                 if sign in line and '"stage": "export"' in line:
@@ -230,47 +301,91 @@ def _cancelling(folder: Path) -> Mapping[str, str]:
     }
 
 
+QUICK = {"JOB_EXPORT__CALIBRATION_ROWS": "8", "JOB_EXPORT__QUANTIZATION_STEPS": "4"}
+
+
 @pytest.mark.long
-def test_gguf_killed_at_any_time_in_export(environment: dict[str, str], tmp_path: Path) -> None:
-    """Killed while llama.cpp's process converts and while it scores: the same bytes, and a manifest that verifies."""
-    asked = {**environment, "JOB_EXPORT__FORMATS": "merged,gguf:q8_0", "JOB_RUN__OUTPUT": str(tmp_path)}
-    done = warm.run([], {**asked, "JOB_RUN__ID": "whole"}, timeout=400)
+@pytest.mark.parametrize(
+    "formats", [("adapter:fp16", "fp8", "w4a16", "gptq"), ("merged", "awq", "gguf:q4_k_m", "gguf:q8_0")], ids=" ".join
+)
+def test_killed_at_any_time_in_every_format(
+    environment: dict[str, str], tmp_path: Path, formats: tuple[str, ...]
+) -> None:
+    """Killed at random while each format is made or scored, also in processes of its own: the same bytes after all."""
+    asked = {**environment, **QUICK, "JOB_EXPORT__FORMATS": ",".join(formats), "JOB_RUN__OUTPUT": str(tmp_path)}
+    done = warm.run([], {**asked, "JOB_RUN__ID": "whole"}, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    for number, (event, seconds) in enumerate([("quantizing", 0.5), ("quantizing", 8), ("evaluating", 2)]):
+    whole = manifest(tmp_path / "whole")
+    assert not any(export.get("not_made") for export in whole["exports"])
+    assert [export["format"] for export in whole["exports"] if export.get("not_scored")] in ([], ["awq"])
+    lines = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
+    for name in formats:
+        seconds = _seconds(lines, name) * random.random()
         with warm.followed([], {**asked, "JOB_RUN__ID": "hit"}) as (process, log):
+            timer = threading.Timer(seconds, _kill, [process.pid])
             for line in log:
-                if f'"event": "{event}"' in line and "gguf:q8_0" in line:
-                    time.sleep(seconds * (0.5 + random.random()))
-                    process.kill()
-            assert process.wait(200) == [-9], f"kill {number} came too late"
-    done = warm.run([], {**asked, "JOB_RUN__ID": "hit"}, timeout=400)
+                event = _event(json.loads(line), name) if line.startswith("{") else ""
+                if event == "exported":  # this machine was faster than before
+                    _kill(process.pid)
+                elif event and timer.ident is None:
+                    timer.start()
+            timer.cancel()
+            assert process.wait(200) == [-9], f"{name}, {seconds:.2f} s"
+        assert not (tmp_path / "hit/results.json").exists()
+    done = warm.run([], {**asked, "JOB_RUN__ID": "hit"}, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert facts_of(manifest(tmp_path / "hit")) == facts_of(manifest(tmp_path / "whole"))
-    export = manifest(tmp_path / "hit")["exports"][1]
-    assert export["quantization"]["gguf"]["types"].keys() == {"F32", "Q8_0"}
-    assert export["quantization"]["library"] == "llama.cpp in xllamacpp"
+    assert facts_of(manifest(tmp_path / "hit")) == facts_of(whole)
 
 
 @pytest.mark.long
-def test_two_processes_export_new_tokens(environment: dict[str, str], tmp_path: Path) -> None:
-    """Two processes, new tokens and a head trained whole: every format is scored, and plain transformers agrees."""
+def test_two_processes_export_new_tokens_and_are_killed(environment: dict[str, str], tmp_path: Path) -> None:
+    """Two processes, new tokens, a head trained whole, killed in each format: all is scored, and the same bytes."""
+    formats = ("adapter:fp16", "merged", "fp8", "w4a16", "gguf:q8_0")
     asked = {
         **environment,
+        **QUICK,
         "JOB_RUN__OUTPUT": str(tmp_path),
         "JOB_MODEL__ADD_TOKENS": "<sum>,<end of sum>",
         "JOB_LORA__MODULES_TO_SAVE": "lm_head",
-        "JOB_EXPORT__FORMATS": "merged,fp8,w4a16,gguf:q8_0",
-        "JOB_EXPORT__CALIBRATION_ROWS": "8",
-        "JOB_EXPORT__QUANTIZATION_STEPS": "4",
+        "JOB_EXPORT__FORMATS": ",".join(formats),
     }
     forks = Forks(tmp_path)
     codes, group = forks.run({**asked, "JOB_RUN__ID": "whole"}, 2, "whole")
     assert codes == [0, 0], group.logs[0].read_text(encoding="utf-8")[-3000:]
     whole = manifest(tmp_path / "whole")
-    assert [export["format"] for export in whole["exports"]] == asked["JOB_EXPORT__FORMATS"].split(",")
+    assert [export["format"] for export in whole["exports"]] == [*formats]
     assert not any(export.get("not_made") or export.get("not_scored") for export in whole["exports"])
-    for export in whole["exports"][:3]:
+    for export in whole["exports"][1:4]:
         _answers_as_recorded(tmp_path / "whole", export, Path(environment["JOB_EVAL__DATA"].split("=")[1]))
+    for number, name in enumerate(formats):
+        seconds = _seconds(group.lines(0), name) * random.random()
+        hit = forks.start({**asked, "JOB_RUN__ID": "hit"}, 2, f"hit-{number}")
+        begun, ends = 0.0, time.monotonic() + 200
+        while not begun or time.monotonic() < begun + seconds:
+            assert time.monotonic() < ends, hit.logs[0].read_text(encoding="utf-8")[-3000:]
+            events = {_event(line, name) for line in hit.lines(0)} - {""}
+            begun = begun or (time.monotonic() if events else 0.0)
+            if "exported" in events:  # this machine was faster than before
+                break
+            time.sleep(0.02)
+        _kill(hit.pids[number % 2])  # the other notices, and ends to be started again
+        assert hit.wait()[number % 2] == -9, f"{name}, {seconds:.2f} s"
+        assert not (tmp_path / "hit/results.json").exists()
+    codes, last = forks.run({**asked, "JOB_RUN__ID": "hit"}, 2, "last")
+    assert codes == [0, 0], last.logs[0].read_text(encoding="utf-8")[-3000:]
+    assert facts_of(manifest(tmp_path / "hit")) == facts_of(whole)
+
+
+def _event(line: Mapping[str, Any], name: str) -> str:
+    """What a line of the log says of the making of a format: that it begins, goes on, or is done."""
+    event = str(line.get("event"))
+    return event if line.get("export") == name and event in {"quantizing", "evaluating", "exported"} else ""
+
+
+def _seconds(lines: Sequence[Mapping[str, Any]], name: str) -> float:
+    """How long it took to make and score a format, in a run that nobody disturbed."""
+    times = [datetime.fromisoformat(line["timestamp"]).timestamp() for line in lines if _event(line, name)]
+    return max(times) - min(times)
 
 
 def test_a_complete_run_is_pushed_once_though_it_is_killed(environment: dict[str, str], whole: Path) -> None:
@@ -298,9 +413,10 @@ def test_a_complete_run_is_pushed_once_though_it_is_killed(environment: dict[str
         assert not (whole.parent / "refused").exists()
     assert hub.titles("me/model") == ["initial commit", "qlora-job: run whole"]
     files = hub.files("me/model")
-    for path in ("adapter_model.safetensors", "README.md", "merged/model.safetensors", "merged/config.json"):
-        inside = f"artifacts/export/{path}" if path.startswith("merged") else f"artifacts/adapter/{path}"
-        assert files[path] == (whole / inside).read_bytes()
+    for path in ("adapter_model.safetensors", "README.md"):
+        assert files[path] == (whole / "artifacts/adapter" / path).read_bytes()
+    for path in ("merged/model.safetensors", "merged/config.json", "adapter-bf16/adapter_model.safetensors"):
+        assert files[path] == (whole / "artifacts/export" / path).read_bytes()
     manifest(whole)
 
 

@@ -60,12 +60,6 @@ def environment(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> 
     }
 
 
-@pytest.fixture(scope="module")
-def forked(tmp_path_factory: pytest.TempPathFactory) -> Forks:
-    """What starts the processes."""
-    return Forks(tmp_path_factory.mktemp("logs"))
-
-
 @pytest.mark.long
 @pytest.mark.parametrize("method", ["dpo", "kto"])
 def test_two_processes_and_kills_change_no_bit(

@@ -57,12 +57,6 @@ EXACT = {
 """What has to be exact between runs of the same number of processes."""
 
 
-@pytest.fixture(scope="module")
-def forked(tmp_path_factory: pytest.TempPathFactory) -> Forks:
-    """What starts the processes."""
-    return Forks(tmp_path_factory.mktemp("logs"))
-
-
 def run_folder(environment: Mapping[str, str], name: str) -> Path:
     """Where a run's files lie."""
     return Path(environment["JOB_RUN__OUTPUT"]) / name

@@ -23,12 +23,6 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {**settings(folder, rows=20, questions=8), **validation(folder)}
 
 
-@pytest.fixture(scope="module")
-def forked(tmp_path_factory: pytest.TempPathFactory) -> Forks:
-    """What starts the processes."""
-    return Forks(tmp_path_factory.mktemp("logs"))
-
-
 def results(output: str | Path, run: str) -> dict[str, Any]:
     """A run's manifest."""
     found: dict[str, Any] = json.loads((Path(output) / run / "results.json").read_bytes())

@@ -42,6 +42,8 @@ class Pod:
     exit_code: int | None = None
     """The container's; None while it runs, and for ever if the kubelet did not live to report it."""
     message: str = ""
+    reachable: bool = True
+    """Whether its machine's kubelet answers."""
     _kill_at: float | None = None
 
     @property
@@ -71,9 +73,12 @@ class Pod:
         self.delete()
 
     def lose(self) -> None:
-        """The node is gone, and the cluster has noticed."""
+        """The machine is gone without a word. The pod's phase stays Running, for no kubelet is there to report its end.
+
+        The node controller marks the pod for deletion after five minutes, which no kubelet confirms either.
+        """
         self._signal(signal.SIGKILL)
-        self.write_off()
+        self.reachable = False
 
     def freeze(self, locks: Iterable[Path]) -> bool:
         """The node stops answering: the process is frozen, not dead. Not while it holds one of the store's locks.
@@ -91,8 +96,9 @@ class Pod:
         """The frozen process goes on."""
         self._signal(signal.SIGCONT)
 
-    def write_off(self) -> None:
-        """The cluster gives the pod up: it deletes what it knows of it, whatever the process does."""
+    def delete_node(self) -> None:
+        """The Node object is deleted, or tainted as out of service: the pod garbage collector ends the pod's record."""
+        self.reachable = False
         self.conditions.add("DisruptionTarget")
         self.phase = "Failed"
 
@@ -110,7 +116,7 @@ class Pod:
 
     def tick(self) -> None:
         """The kubelet looks: kills what had its time, reports what has ended."""
-        if self.phase != "Running":
+        if self.phase != "Running" or not self.reachable:
             return
         if self._kill_at is not None and time.monotonic() >= self._kill_at:
             self._signal(signal.SIGKILL)

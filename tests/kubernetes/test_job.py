@@ -114,8 +114,18 @@ def test_eviction_without_the_time(undisturbed: Ended, tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_node_loss(undisturbed: Ended, tmp_path: Path) -> None:
-    """The machine is gone without a word: the next pod starts from the last checkpoint, and nothing counts."""
-    ended = play(tmp_path, at_step(5, Pod.lose), spec={"backoffLimit": 0, "completionMode": "Indexed"})
+    """The machine is gone without a word: once its Node is deleted, the next pod starts from the last checkpoint."""
+    looks, lost = 0, at_step(5, Pod.lose)
+
+    def happens(pod: Pod) -> None:
+        nonlocal looks
+        lost(pod)
+        looks += not pod.reachable
+        if looks == 100:  # for two seconds no other pod was started
+            pod.delete_node()
+
+    ended = play(tmp_path, happens, spec={"backoffLimit": 0, "completionMode": "Indexed"})
+    assert looks == 100
     assert (ended.condition, ended.failed) == ("Complete", 0)
     assert [(pod.exit_code, pod.message) for pod in ended.pods] == [(None, ""), (0, "")]
     assert outcomes(ended) == ["killed", "complete"]
@@ -140,7 +150,7 @@ def test_an_old_pod_that_wakes_up(undisturbed: Ended, tmp_path: Path) -> None:
     def happens(pod: Pod) -> None:
         if not old and pod.said(event="steps", done=3) and pod.freeze(tmp_path.rglob(".store/lock")):
             old.append(pod)
-            pod.write_off()
+            pod.delete_node()
         if old and pod is not old[0] and pod.said(event="steps"):
             old[0].wake()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -42,6 +43,15 @@ FOLDERS = ["base", *(f"overlays/{name}" for name in OVERLAYS), "overlays/kueue/q
 
 ACTIONS = {"no": "FailJob", "yes": "Count", "counts against the limit": "Count", "yes, free": "Ignore"}
 SET_ACTIONS = {"FailJob": "FailJobSet", "Count": "RestartJobSet", "Ignore": "RestartJobSetAndIgnoreMaxRestarts"}
+
+
+UNITS = {"": 1, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+
+
+def quantity(text: str) -> int:
+    """Kubernetes' notation of whole amounts, in units or bytes."""
+    number, unit = re.fullmatch(r"(\d+)(\w*)", text).groups()  # type: ignore[union-attr]
+    return int(number) * UNITS[unit]
 
 
 @pytest.mark.parametrize("versions", [ENDS, pytest.param(VERSIONS[1:-1], marks=pytest.mark.long)], ids=" ".join)
@@ -287,10 +297,9 @@ def test_spot_pods_go_to_spot_machines(name: str, selector: dict[str, str], tain
     assert pod["nodeSelector"] == selector
     assert taint is None or taint in {toleration["key"] for toleration in pod["tolerations"]}
     annotations = job_spec(overlay(name))["template"]["metadata"]["annotations"]
-    assert annotations.items() & {
-        ("karpenter.sh/do-not-disrupt", "true"),
-        ("cluster-autoscaler.kubernetes.io/safe-to-evict", "false"),
-    }
+    assert (annotations.get("cluster-autoscaler.kubernetes.io/safe-to-evict") == "false") == (name != "eks-spot")
+    # With it, Karpenter skips the pod when it drains a machine before a spot interruption.
+    assert "karpenter.sh/do-not-disrupt" not in annotations
 
 
 def test_roles_of_aws() -> None:
@@ -334,9 +343,11 @@ def test_the_hub_s_client_takes_the_token(token: str | None, tmp_path: Path) -> 
 
 
 def test_kueue_lets_the_job_go() -> None:
-    """Created suspended, in a queue that covers all that it requests."""
+    """In a queue that covers all that it requests; applied again, it does not suspend a Job that runs."""
     job = one(overlay("kueue"), "Job")
-    assert job["spec"]["suspend"] is True
+    assert "suspend" not in job["spec"]
+    limit = job["metadata"]["labels"]["kueue.x-k8s.io/max-exec-time-seconds"]
+    assert int(limit) == job["spec"]["activeDeadlineSeconds"]
     queues = build("overlays/kueue/queue")
     local = one(queues, "LocalQueue", job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"])
     (group,) = one(queues, "ClusterQueue", local["spec"]["clusterQueue"])["spec"]["resourceGroups"]
@@ -345,6 +356,66 @@ def test_kueue_lets_the_job_go() -> None:
     for flavor in group["flavors"]:
         assert one(queues, "ResourceFlavor", flavor["name"])
         assert [resource["name"] for resource in flavor["resources"]] == group["coveredResources"]
+        quota = {resource["name"]: quantity(resource["nominalQuota"]) for resource in flavor["resources"]}
+        for name in ("kueue", "multi-node"):
+            wanted = container(overlay(name))["resources"]
+            pods = job_spec(overlay(name))["completions"]
+            for resource, amount in {**wanted["limits"], **wanted["requests"]}.items():
+                assert pods * quantity(amount) <= quota[resource], (name, resource)
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_a_lost_machine_does_not_hold_kueue_up(name: str) -> None:
+    """Kueue may delete a pod of a lost machine by force; the lease keeps what still runs there from writing."""
+    annotations = job_spec(overlay(name))["template"]["metadata"]["annotations"]
+    assert annotations["kueue.x-k8s.io/safe-to-forcefully-delete"] == "true"
+
+
+def components() -> Iterator[tuple[str, str]]:
+    """Every component with the overlays that it is tried on; the demo's image is built on the machine."""
+    for path in sorted((KUBERNETES / "components").iterdir()):
+        if path.name == "exclusive-topology":
+            yield path.name, "multi-node"
+        else:
+            yield from ((path.name, name) for name in ("demo", "eks-spot") if (path.name, name) != ("image", "demo"))
+
+
+@pytest.mark.parametrize(("name", "base"), list(components()))
+def test_components_build(name: str, base: str, tmp_path: Path) -> None:
+    """Each component builds on an overlay that can take it, and changes something; the API server takes the result."""
+    shutil.copytree(KUBERNETES, tmp_path / "kubernetes")
+    own = tmp_path / "own"
+    own.mkdir()
+    folder = f"../kubernetes/overlays/{base}"
+    (own / "kustomization.yaml").write_text(
+        f"resources: [{folder}]\ncomponents: [../kubernetes/components/{name}]\n", encoding="utf-8"
+    )
+    documents = build(str(own))
+    assert documents != overlay(base) or name == "image"
+    for document in documents:
+        if schema := CRDS.get((document["apiVersion"], document["kind"])):
+            jsonschema.validate(document, schema)
+            continue
+        for version in ENDS:
+            kubernetes_validate.validate(document, version, strict=True)
+    assert {mount["name"] for mount in container(documents)["volumeMounts"]} == {
+        volume["name"] for volume in pod_spec(documents)["volumes"]
+    }
+    assert all(len(volume) == 2 for volume in pod_spec(documents)["volumes"])  # its name and one kind of volume
+
+
+def test_a_second_multi_node_run_stands_beside_the_first(tmp_path: Path) -> None:
+    """With a suffix, set, ConfigMap and ServiceAccount get names of their own, and the pods refer to those."""
+    shutil.copytree(KUBERNETES, tmp_path / "kubernetes")
+    own = tmp_path / "own"
+    own.mkdir()
+    text = "resources: [../kubernetes/overlays/multi-node]\nnameSuffix: -second\n"
+    (own / "kustomization.yaml").write_text(text, encoding="utf-8")
+    documents = build(str(own))
+    assert one(documents, "JobSet")["metadata"]["name"] == "qlora-job-second"
+    assert one(documents, "ServiceAccount")["metadata"]["name"] == pod_spec(documents)["serviceAccountName"]
+    (source,) = container(documents)["envFrom"]
+    assert one(documents, "ConfigMap")["metadata"]["name"] == source["configMapRef"]["name"]
 
 
 def test_air_gapped_needs_nothing_from_outside() -> None:
@@ -366,10 +437,12 @@ def test_a_folder_of_the_user_s_own(tmp_path: Path) -> None:
     (own / "kustomization.yaml").write_text(example)
     documents = build(str(own))
     job = one(documents, "Job")
-    assert job["metadata"]["name"] == "second"
+    assert job["metadata"]["name"] == "qlora-job-second"
+    assert one(documents, "ServiceAccount")["metadata"]["name"] == "qlora-job-second"
+    assert pod_spec(documents)["serviceAccountName"] == "qlora-job-second"
     found = environment(documents, labels(documents, job["metadata"]["name"], "none"))
     settings = load_settings([], {key: value for key, value in found.items() if "JOB_" in key} | SERVICE)
-    assert (settings.run.id, settings.train.epochs) == ("second", 3)
+    assert (settings.run.id, settings.train.epochs) == ("qlora-job-second", 3)
     assert settings.run.output == "s3://my-bucket/runs"
 
 

@@ -346,7 +346,7 @@ def test_a_type_that_does_not_fit_is_replaced_as_llama_cpp_does() -> None:
 
 def test_every_type_is_one_of_llama_cpps() -> None:
     """The names are llama.cpp's own, and those of the settings."""
-    assert tuple(TYPES) == EXPORT_FORMATS["gguf"].types
+    assert tuple(TYPES) == tuple(EXPORT_FORMATS["gguf"].types)
     assert all(llama_cpp_process._file_type(name).name.endswith(name.upper()) for name in TYPES)
 
 

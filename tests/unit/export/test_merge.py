@@ -325,7 +325,7 @@ def test_a_model_that_is_given_up_holds_no_memory(half: Path) -> None:
 
 def test_the_table_and_the_setting_name_the_same() -> None:
     """JOB_EXPORT__FORMATS offers exactly the formats that there are."""
-    assert ("merged", *DERIVED) == tuple(EXPORT_FORMATS)
+    assert ("merged", "adapter", *DERIVED) == tuple(EXPORT_FORMATS)
 
 
 @pytest.mark.long

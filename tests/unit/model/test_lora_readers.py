@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from job.common.lora_readers import MAX_RANK, why_not_served
+from job.common.lora_readers import MAX_RANK, published_rank, why_not_served
 from job.model.adapter_files import save_adapter
 from job.model.adapter_options import AdapterOptions
 from job.report.model_card import public_base
@@ -28,9 +28,8 @@ def refused(config: Mapping[str, Any], names: list[str]) -> list[str]:
     """What vLLM's reader says to a folder with this configuration and these tensors; its rules in other words."""
     found = [f"missing {key}" for key in ("r", "lora_alpha", "target_modules") if key not in config]
     found += [key for key in ("modules_to_save", "use_dora") if config.get(key)]
-    found += ["patterns"] if config.get("rank_pattern") or config.get("alpha_pattern") else []  # ignored: a wrong scale
     found += ["bias"] if config.get("bias", "none") != "none" else []
-    found += ["rank"] if config["r"] > MAX_RANK else []
+    found += ["rank"] if max([config["r"], *config.get("rank_pattern", {}).values()]) > MAX_RANK else []
     found += ["kind"] if config["peft_type"] != "LORA" else []
     return [*found, *(["tensor"] if not all(map(TENSOR.fullmatch, names)) else [])]
 
@@ -49,7 +48,7 @@ WORDS = {
     "rslora": ["--lora.use_rslora=true"],
     "dora": ["--lora.use_dora=true"],
     "layers": ["--lora.layers=1"],
-    "patterns": ["--lora.rank_pattern=q_proj=4"],
+    "patterns": ["--lora.rank_pattern=q_proj=4", "--lora.alpha_pattern=v_proj=64"],
     "gaussian": ["--lora.init=gaussian"],
 }
 
@@ -68,6 +67,7 @@ def test_what_is_said_of_the_settings_is_what_the_reader_says(name: str, base_fo
     [
         (["--lora.rank=1024"], "rank of 1024"),
         (["--lora.rank=512", "--lora.init=pissa"], "rank of 1024"),
+        (["--lora.rank_pattern=q_proj=600"], "rank of 600"),
         (["--lora.modules_to_save=lm_head"], "JOB_LORA__MODULES_TO_SAVE"),
         (["--model.add_tokens=<a>"], "JOB_MODEL__ADD_TOKENS"),
         (["--lora.kind=adalora", "--lora.tinit=1", "--lora.tfinal=1"], "adalora"),
@@ -77,6 +77,22 @@ def test_reasons_name_their_setting(words: list[str], part: str) -> None:
     """What is not served is said with the setting that chose it."""
     (reason,) = why_not_served(plain_values(load_settings(words, environ={})))
     assert part in reason
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (OPTIONS["patterns"], ["--lora.rank_pattern=q_proj=4,1\\.mlp\\.up_proj=32"]),
+        (OPTIONS["olora"], ["--lora.init=olora", "--lora.rank_pattern=q_proj=4"]),
+    ],
+)
+def test_the_rank_to_admit_is_the_largest_in_the_file(
+    options: AdapterOptions, words: list[str], base_folder: Path, tmp_path: Path
+) -> None:
+    """What is asked of `--max-lora-rank` is the largest rank that the published adapter has, doubled where it is."""
+    config, _ = saved(options, base_folder, tmp_path)
+    settings = plain_values(load_settings(["--lora.rank=8", *words], environ={}))
+    assert published_rank(settings) == max([config["r"], *config.get("rank_pattern", {}).values()])
 
 
 def test_old_manifests_have_fewer_settings() -> None:

@@ -113,7 +113,7 @@ def test_the_unquantized_base_takes_time_where_it_fits() -> None:
 
 def test_an_export_takes_disk_memory_and_time() -> None:
     """Each candidate is written in 16 bits and scored like the adapter, unquantized; the chosen one is uploaded."""
-    plain, run = RUN, replace(RUN, exported=2)
+    plain, run = RUN, replace(RUN, merges=2)
     gpu = BY_NAME["H200"]
     weights = 2 * REFERENCE.architecture.parameters
     figures = {figure.name: figure.value for figure in estimates(run)}
@@ -133,7 +133,7 @@ def test_an_export_takes_disk_memory_and_time() -> None:
 
 def test_formats_that_are_made_of_the_merged_model_take_time() -> None:
     """auto-round computes on the GPU, fp8 and GGUF are made on one core, and llama.cpp scores on the processor."""
-    gpu, run = BY_NAME["H200"], replace(RUN, exported=1)
+    gpu, run = BY_NAME["H200"], replace(RUN, merges=1)
     before = forecast_gpu(gpu, run, REFERENCE).hours or 0
     weights = REFERENCE.architecture.parameters
     scoring = memory_model.evaluation_flops(REFERENCE, RUN.questions.tokens, RUN.questions.reads)  # type: ignore[union-attr]
@@ -147,9 +147,10 @@ def test_formats_that_are_made_of_the_merged_model_take_time() -> None:
         ),
     }
     for name, seconds in cases.items():
-        more = replace(run, exported=2, derived=(name,), quantizing_tokens=1000)
+        more = replace(run, derived=(name,), quantizing_tokens=1000)
         longer = 3600 * ((forecast_gpu(gpu, more, REFERENCE).hours or 0) - before)
-        assert longer == pytest.approx(sum(seconds) + 2 * 2 * weights / DOWNLOAD_RATE, rel=1e-6)
+        # written, read to be scored, uploaded
+        assert longer == pytest.approx(sum(seconds) + 3 * more.format_bytes(name) / DOWNLOAD_RATE, rel=1e-6)
         figures = {figure.name: figure for figure in estimates(more)}
         assert figures[f"quantizing, {name}"].value == (rounding if name == "awq" else seconds[0])
         assert figures[f"quantizing, {name}"].basis == "assumed"

@@ -248,6 +248,22 @@ def test_everything_may_lie_on_s3(given: Path, base_folder: Path, capsys: pytest
     assert (missing, states(other)["model"], states(other)["data"]) == (2, "wrong", "note")
 
 
+def test_exports_are_planned(given: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes of every format by its own bits, and a note on a file that is larger than the hub takes."""
+    for name, value in {"FORMATS": "adapter:fp16,merged,fp8,gguf:q8_0,gguf:q4_0", "HUB": "me/model"}.items():
+        monkeypatch.setenv(f"JOB_EXPORT__{name}", value)
+    monkeypatch.setattr("job.planning.plan.targets", lambda _: ())
+    plan = make_plan(load_settings([]))
+    assert not [check for check in plan.checks if check.name == "hub"]
+    figures = {figure.name: figure for figure in plan.figures}
+    weights = 2 * figures["base parameters"].value  # in 16 bits
+    assert 3.0 * weights < figures["exported models"].value < 3.6 * weights
+    assert "evaluation, 8 times" in figures
+    monkeypatch.setattr("job.planning.plan.MAX_FILE", int(0.45 * weights))
+    (check,) = [check for check in make_plan(load_settings([])).checks if check.name == "hub"]
+    assert (check.state, check.what.partition(" is one file")[0]) == ("note", "gguf:q8_0")
+
+
 def test_the_users_price_is_taken(given: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Whatever the table says: who gives a price knows it, and the plan says that it was given."""
     _, plan, _ = planned(capsys, "--cost.usd_per_hour=0.25")

@@ -191,17 +191,23 @@ def test_a_token_is_got_where_the_registry_says(tmp_path: Path, monkeypatch: pyt
     assert any(path == "/token" for _, path, _ in state.seen)
 
 
+@contextmanager
+def two_hosts(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[State, State, str, str]]:
+    """A registry that wants credentials, and another host: the state of both, and the address of each."""
+    monkeypatch.setenv("OCI_USERNAME", "me")
+    monkeypatch.setenv("OCI_PASSWORD", PASSWORD)
+    state, other = State(), State()
+    with registry(state) as address, registry(other) as listens:
+        state.bearer = f"http://{address}"
+        yield state, other, address, listens.replace("127.0.0.1", "localhost")
+
+
 @pytest.mark.parametrize("at", ["GET /v2/", "POST", "PATCH", "manifests"])
 def test_a_redirect_to_another_host_gets_no_credentials(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
     """Wherever a registry redirects to another host, neither password nor token goes there."""
-    monkeypatch.setenv("OCI_USERNAME", "me")
-    monkeypatch.setenv("OCI_PASSWORD", PASSWORD)
-    state, other = State(), State()
-    with registry(state) as address, registry(other) as listens:
-        foreign = listens.replace("127.0.0.1", "localhost")
-        state.bearer = f"http://{address}"
+    with two_hosts(monkeypatch) as (state, other, address, foreign):
 
         def redirects(handler: Any, method: str, path: str) -> bool:
             if at not in f"{method} {path}" or handler.headers.get("Authorization") is None:
@@ -224,12 +230,7 @@ def test_an_upload_location_on_another_host_gets_no_credentials(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An upload may be sent to another host, such as a bucket: it gets the bytes, and neither password nor token."""
-    monkeypatch.setenv("OCI_USERNAME", "me")
-    monkeypatch.setenv("OCI_PASSWORD", PASSWORD)
-    state, other = State(), State()
-    with registry(state) as address, registry(other) as listens:
-        foreign = listens.replace("127.0.0.1", "localhost")
-        state.bearer = f"http://{address}"
+    with two_hosts(monkeypatch) as (state, other, address, foreign):
 
         def elsewhere(handler: Any, method: str, _path: str) -> bool:
             if method != "POST" or handler.headers.get("Authorization") != f"Bearer {TOKEN}":

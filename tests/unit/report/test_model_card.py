@@ -166,4 +166,18 @@ def test_what_is_not_plain_lora_is_said(made: dict[str, Any]) -> None:
     text = read({**made, "settings": settings}).text
     assert "| adapter options | use_dora True, rank_pattern {'q_proj': 4} |\n| LoRA on | " in text
     assert "after 10 % of the steps of warmup |" in text
-    assert "adapter options" not in read(made).text
+    assert "vLLM 0.33 applies that; older releases may ignore it" in text
+    assert "vLLM does not serve this adapter as it was trained: it is DoRA" in text
+    plain = read(made).text
+    assert "adapter options" not in plain
+    assert "vLLM 0.33" not in plain
+
+
+def test_where_it_is_pushed_is_said(made: dict[str, Any]) -> None:
+    """A card on the hub names its repository; without a target nothing is said of one."""
+    settings = {**made["settings"]}
+    for name, value in {"export.hub": "me/model", "export.oci": "registry/models:v1"}.items():
+        settings[name] = {"value": value, "source": "environment"}
+    text = read({**made, "settings": settings}).text
+    assert "| pushed to, when it is complete and its gate is met | `me/model`, `registry/models:v1` |" in text
+    assert "pushed to" not in read(made).text

@@ -10,23 +10,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from job.common.hashing import hash_file
 from job.data.batch_plan import epoch_order
 from job.data.calibration import hash_rows
 from job.errors import DataError, Preempted, SettingsError, Unreachable
-from job.evaluation.tasks import load_tasks
 from job.export import fp8
 from job.export.formats import DERIVED, DerivedInputs
 from job.export.quantizable import CannotMake
-from job.model.adapter_files import save_adapter
-from job.model.base import describe_model, load_tokenizer
+from job.model.adapter_files import load_adapter, save_adapter
+from job.model.base import describe_model
 from job.model.packed_attention import NAME, use
 from job.model.published_names import PublishedNames
 from job.model.quantized_cache.layout import CachedBase
 from job.preemption.stop_flag import Stop
-from job.records import Example, Exported, Packing, Pulled, QuantizationRecord, Trained
+from job.records import PEFT, Example, ExecutionPlan, Exported, Packing, QuantizationRecord, Trained
 from job.runs.attempt import Attempt, open_attempt
 from job.runs.fault_injection import arm
 from job.settings.load import Settings, load_settings
@@ -34,8 +35,9 @@ from job.stages.export import check_export, export
 from job.stages.handoff import Loaded, Sources
 from job.storage.local import LocalStore
 from job.storage.open import ObjectStore
-from tests.example_run import DATASET, TRAINING
+from tests.example_run import TRAINING
 from tests.helpers import arc_rows, fill_adapter, make_base, make_model, write_jsonl
+from tests.unit.stages.example_sources import example_sources
 from tests.wrapped_store import WrappedStore
 
 FOLDER = "artifacts/export/merged/"
@@ -58,32 +60,13 @@ class World:
         model = make_model(self.folder / "base", quantization="nf4")
         use(model.get_base_model(), NAME)
         record = describe_model(model, name="base", revision=None, sha256="0" * 64)
-        return Loaded(
-            model, record, 512, TRAINING.execution, CachedBase(), Packing(packed=True, reason=""), PublishedNames("")
-        )  # type: ignore[arg-type]
+        plan = ExecutionPlan(kept_base=False, kept_activations=True, recorded=False, reason="a test", forward=PEFT)
+        return Loaded(model, record, 512, plan, CachedBase(), Packing(packed=True, reason=""), PublishedNames(""))
 
     def sources(self, *, original: bool = True) -> Sources:
         """What was pulled, with the base's own files or without."""
-        from job.model.files import fingerprint
-
-        base, questions = self.folder / "base", self.folder / "questions.jsonl"
-        tasks = load_tasks(["arc_easy"], {"arc_easy": questions}, {"arc_easy": str(questions)})
-        pulled = Pulled(DATASET, fingerprint(base), None, tasks.fingerprints())
-        own = base if original else None
-        return Sources(
-            pulled,
-            base,
-            quantized=False,
-            tokenizer=load_tokenizer(base),
-            examples=[],
-            validation=[],
-            start=None,
-            original=own,
-            tasks=tasks,
-            baseline=None,
-            policy=None,
-            cache_entry=None,
-        )
+        sources = example_sources(self.folder)
+        return sources if original else replace(sources, original=None)
 
     def trained(self, store: ObjectStore) -> Trained:
         """Publishes an adapter into the store."""
@@ -402,3 +385,89 @@ def test_gguf_is_scored_on_the_same_questions_and_resumes_by_its_scores(world: W
     assert len(set(kept)) == len(kept) - 1  # the one that was ended in the middle is scored again, and no other
     for artifact in undisturbed.artifacts:
         assert hash_file(folder / artifact.path) == artifact.sha256
+
+
+@pytest.fixture(scope="module")
+def copied(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Exported]:
+    """The folder of a run that exported both copies of the adapter, and its record."""
+    folder = tmp_path_factory.mktemp("copied") / "run"
+    return folder, run(world, folder, "--export.formats=adapter:bf16,adapter:fp16", original=False)
+
+
+def test_a_copy_of_the_adapter_is_scored_on_the_run_s_base(
+    world: World, copied: tuple[Path, Exported], tmp_path: Path
+) -> None:
+    """Each copy is PEFT's folder in its dtype, which PEFT reads as the job does; nothing is merged."""
+    folder, found = copied
+    assert [(one.format, one.candidate, one.dtype) for one in found.exports] == [
+        ("adapter:bf16", "base", "bf16"),
+        ("adapter:fp16", "base", "fp16"),
+    ]
+    assert not any("merged" in artifact.path for artifact in found.artifacts)
+    whole = load_file(world.folder / "adapter/adapter_model.safetensors")
+    for record, dtype in zip(found.exports, (torch.bfloat16, torch.float16), strict=True):
+        place = folder / f"artifacts/export/adapter-{record.dtype}"
+        copy = load_file(place / "adapter_model.safetensors")
+        assert copy.keys() == whole.keys()
+        assert all(torch.equal(copy[name], tensor.to(dtype)) for name, tensor in whole.items())
+        config = (world.folder / "adapter/adapter_config.json").read_bytes()
+        assert (place / "adapter_config.json").read_bytes() == config
+        assert record.bytes == sum(path.stat().st_size for path in place.iterdir())
+        peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(world.folder / "base"), place)
+        assert {p.dtype for n, p in peft.named_parameters() if "lora_" in n} == {torch.float32}
+        other = world.loaded()
+        load_adapter(other.model, place, other.names)
+        mine = {name: p for name, p in peft.named_parameters() if "lora_" in name}
+        for name, parameter in other.model.named_parameters():
+            if "lora_" in name:
+                assert torch.equal(parameter, mine[name])
+
+
+def test_what_is_merged_after_a_copy_is_the_adapter_itself(
+    world: World, whole: tuple[Path, Exported], tmp_path: Path
+) -> None:
+    """The rounded numbers that were scored are not those that are merged: the same merged bytes as without a copy."""
+    found = run(world, tmp_path / "run", "--export.formats=adapter:fp16,merged")
+    assert found.exports[1:] == whole[1].exports
+    assert found.artifacts[-len(whole[1].artifacts) :] == whole[1].artifacts
+
+
+def test_a_copy_that_overflows_is_not_made(world: World, tmp_path: Path) -> None:
+    """fp16 ends at 65,504: the run goes on, and says which number is too large; bf16 holds it."""
+    shutil.copytree(world.folder, tmp_path / "world")
+    other = World(tmp_path / "world")
+    file = other.folder / "adapter/adapter_model.safetensors"
+    tensors = load_file(file)
+    first = min(tensors)
+    tensors[first][0, 0] = 1e5
+    save_file(tensors, file, metadata={"format": "pt"})
+    found = run(other, tmp_path / "run", "--export.formats=adapter:bf16,adapter:fp16")
+    made, lost = found.exports
+    assert (made.published, lost.published, lost.candidate) == (True, False, "base")
+    assert lost.not_made == f"{first} has numbers above 65504, the largest of fp16"
+
+
+def test_a_restart_scores_no_copy_again(world: World, copied: tuple[Path, Exported], tmp_path: Path) -> None:
+    """Ended as the second copy is uploaded: the next attempt takes up the scores, and uploads what is missing."""
+    folder, seen, ended = tmp_path / "run", list[str](), list[str]()
+
+    def before(verb: str, key: str) -> None:
+        if verb == "upload" and key.startswith("artifacts/export/"):
+            seen.append(key)
+            if key.startswith("artifacts/export/adapter-fp16/") and not ended:
+                ended.append(key)
+                raise Preempted("in the middle")
+
+    def attempted() -> Exported | None:
+        with attempt_at(folder, WrappedStore(LocalStore(folder), before=before)) as attempt:
+            trained = world.trained(attempt.store)
+            words = ("--export.formats=adapter:bf16,adapter:fp16",)
+            return export(attempt, world.settings(*words), world.sources(), world.loaded(), trained)
+
+    with pytest.raises(Preempted):
+        attempted()
+    seen.clear()
+    scores = {path: path.stat().st_mtime_ns for path in (folder / "scores").rglob("*.jsonl")}
+    assert attempted() == copied[1]
+    assert all(key.startswith("artifacts/export/adapter-fp16/") for key in seen)
+    assert {path: path.stat().st_mtime_ns for path in (folder / "scores").rglob("*.jsonl")} == scores

@@ -14,14 +14,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from job.errors import Preempted
-from job.evaluation.tasks import load_tasks
-from job.model.base import describe_model, load_tokenizer
-from job.model.files import fingerprint
+from job.model.base import describe_model
 from job.model.packed_attention import NAME, use
 from job.model.published_names import PublishedNames
 from job.model.quantized_cache.layout import CachedBase
 from job.preemption.stop_flag import Stop
-from job.records import Evaluated, Packing, Pulled
+from job.records import Evaluated, Packing
 from job.runs.attempt import Attempt, open_attempt
 from job.runs.fault_injection import arm
 from job.settings.load import Settings, load_settings
@@ -30,8 +28,8 @@ from job.stages.full_precision import evaluate_bases
 from job.stages.handoff import Loaded, Sources
 from job.storage.local import LocalStore
 from job.storage.open import ObjectStore
-from tests.example_run import DATASET
 from tests.helpers import arc_rows, make_base, make_model, write_jsonl
+from tests.unit.stages.example_sources import example_sources
 from tests.wrapped_store import WrappedStore
 
 ANSWERS = "artifacts/evaluation/arc_easy.original.jsonl"
@@ -61,22 +59,7 @@ class World:
 
     def sources(self) -> Sources:
         """What was pulled."""
-        base, questions = self.folder / "base", self.folder / "questions.jsonl"
-        tasks = load_tasks(["arc_easy"], {"arc_easy": questions}, {"arc_easy": str(questions)})
-        return Sources(
-            Pulled(DATASET, fingerprint(base), None, tasks.fingerprints()),
-            base,
-            quantized=False,
-            tokenizer=load_tokenizer(base),
-            examples=[],
-            validation=[],
-            start=None,
-            original=base,
-            tasks=tasks,
-            baseline=None,
-            policy=None,
-            cache_entry=None,
-        )
+        return example_sources(self.folder)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -11,13 +12,14 @@ import pytest
 import torch
 from trl import SFTConfig, SFTTrainer
 
-from job.records import PEFT, ExecutionPlan
 from job.training import trainer as trainer_module
-from job.training.config import Hooks, Recipe
+from job.training.config import Hooks
 from job.training.lm_head_loss import can_sum
 from job.training.trainer import train
 from job.training.trl_config import OPTIONS, sft_config
 from tests.helpers import fill_adapter, make_examples, make_model
+from tests.unit.training import recipes
+from tests.unit.training.recipes import PLAN
 
 OWN = {
     *(
@@ -33,19 +35,9 @@ OWN = {
 }
 """What the adapter adds: no name of Trainer's."""
 METHODS = [name for name, value in vars(trainer_module._PlannedTrainer).items() if isinstance(value, FunctionType)]
-PLAN = ExecutionPlan(kept_base=False, kept_activations=True, recorded=False, reason="a test", forward=PEFT)
-RECIPE = Recipe(
-    seed=3,
-    total_steps=1,
-    learning_rate=1e-3,
-    scheduler="linear",
-    warmup_steps=0,
-    weight_decay=0.0,
-    max_grad_norm=1.0,
-    global_batch_size=8,
+RECIPE = replace(
+    recipes.RECIPE,
     micro_batch_tokens=100,
-    optimizer="adamw_torch",
-    save_every_steps=10,
 )
 
 

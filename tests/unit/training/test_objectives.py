@@ -16,15 +16,15 @@ from job.data.preferences import join, with_partners
 from job.distributed.processes import ALONE
 from job.model.base import load_tokenizer
 from job.model.lora import adapter_off, trainable
-from job.records import PEFT, Example, ExecutionPlan
-from job.training.config import Hooks, Preference, Recipe
+from job.records import Example
+from job.training.config import Hooks, Preference
 from job.training.flat_parameters import FlatParameters
 from job.training.objectives import OBJECTIVES
 from job.training.preference_gradient import PreferenceGradient, head_of, reference_log_probs, token_log_probs
 from job.training.step import OptimizerStep
 from tests.helpers import BOS, fill_adapter, make_examples, make_model
+from tests.unit.training.recipes import PLAN, RECIPE
 
-PLAN = ExecutionPlan(kept_base=False, kept_activations=True, recorded=False, reason="a test", forward=PEFT)
 SIZE = 6
 EXACT = {"rel": 1e-5, "abs": 1e-5}
 """Differences of log-probabilities near 100, whose own rounding in fp32 is 1e-5."""
@@ -62,18 +62,10 @@ def our_step(
     model: Any, examples: Sequence[Example], options: Preference, *, budget: int = 10_000
 ) -> tuple[float, dict[str, float], dict[str, torch.Tensor]]:
     """Loss, metrics and gradient of the first step over all examples."""
-    recipe = Recipe(
-        seed=3,
-        total_steps=1,
-        learning_rate=1e-3,
-        scheduler="linear",
-        warmup_steps=0,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
+    recipe = replace(
+        RECIPE,
         global_batch_size=len(examples),
         micro_batch_tokens=budget,
-        optimizer="adamw_torch",
-        save_every_steps=10,
         preference=options,
     )
 

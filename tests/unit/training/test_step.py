@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +16,19 @@ from torch.nn import functional
 from job.data.batch_plan import Steps
 from job.distributed.processes import ALONE
 from job.model.lora import trainable
-from job.records import PEFT, ExecutionPlan
-from job.training.config import Hooks, Recipe
+from job.training.config import Hooks
 from job.training.flat_parameters import FlatParameters
 from job.training.packing import IGNORED
 from job.training.step import OptimizerStep, StepAbandoned
 from tests.helpers import fill_adapter, make_examples, make_model
+from tests.unit.training import recipes
+from tests.unit.training.recipes import PLAN
 
 ROOT = Path(__file__).parents[3]
 EXAMPLES = make_examples(16, prompt=0.5)
-PLAN = ExecutionPlan(kept_base=False, kept_activations=True, recorded=False, reason="a test", forward=PEFT)
-RECIPE = Recipe(
-    seed=3,
+RECIPE = replace(
+    recipes.RECIPE,
     total_steps=2,
-    learning_rate=1e-3,
-    scheduler="linear",
-    warmup_steps=0,
-    weight_decay=0.0,
-    max_grad_norm=1.0,
-    global_batch_size=8,
-    micro_batch_tokens=10_000,
-    optimizer="adamw_torch",
-    save_every_steps=10,
 )
 
 
@@ -63,7 +55,7 @@ def make_step(
         model,
         Steps(EXAMPLES, RECIPE.seed, RECIPE.global_batch_size, RECIPE.total_steps),
         parameters,
-        recipe=Recipe(**{**vars(RECIPE), "micro_batch_tokens": budget}),
+        recipe=replace(RECIPE, micro_batch_tokens=budget),
         plan=PLAN,
         hooks=Hooks(lambda _: None, lambda *_: None, stop, fits),
         processes=ALONE,

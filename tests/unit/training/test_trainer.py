@@ -26,28 +26,22 @@ from job.model.fused.frozen_weights import fuse_layers
 from job.model.fused.kernels import TORCH
 from job.model.lora import add_adapter, trainable
 from job.model.packed_attention import Segment
-from job.records import PEFT, Example, ExecutionPlan, Question, StepMetrics
+from job.records import Example, ExecutionPlan, Question, StepMetrics
 from job.training import packing
 from job.training.config import Hooks, Recipe, Trained, step_seed, total_steps
 from job.training.packing import packed_inputs
 from job.training.trainer import train
 from tests.helpers import EOS, LINEAR, PAD, fill_adapter, make_examples, make_model, with_new_tokens
+from tests.unit.training import recipes
+from tests.unit.training.recipes import PLAN
 
 EXAMPLES = make_examples(8)
-RECIPE = Recipe(
-    seed=3,
-    total_steps=1,
-    learning_rate=1e-3,
-    scheduler="linear",
-    warmup_steps=0,
+RECIPE = replace(
+    recipes.RECIPE,
     weight_decay=0.01,
     max_grad_norm=1e9,  # so that the gradient that reaches the optimizer is the step's own
-    global_batch_size=8,
-    micro_batch_tokens=10_000,
-    optimizer="adamw_torch",
     save_every_steps=1000,
 )
-PLAN = ExecutionPlan(kept_base=False, kept_activations=True, recorded=False, reason="a test", forward=PEFT)
 LAYERS = replace(PLAN, forward="fused layers, torch")
 """The fused layers on sequences without padding."""
 THROUGHOUT = replace(PLAN, forward="fused all, torch")

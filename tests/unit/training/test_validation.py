@@ -26,17 +26,15 @@ from job.training.step import StepAbandoned
 from job.training.trainer import train
 from job.training.validation import Validation
 from tests.helpers import LINEAR, fill_adapter, make_examples, make_model
+from tests.unit.training import recipes
+from tests.unit.training.recipes import PLAN
 
 EXAMPLES, HELD_OUT = make_examples(24), make_examples(10, prompt=0.4)
-PLAN = ExecutionPlan(kept_base=False, kept_activations=True, recorded=False, reason="a test", forward=PEFT)
-RECIPE = Recipe(
-    seed=3,
+RECIPE = replace(
+    recipes.RECIPE,
     total_steps=20,
     learning_rate=3e-2,
     scheduler="constant",
-    warmup_steps=0,
-    weight_decay=0.0,
-    max_grad_norm=1.0,
     global_batch_size=4,
     micro_batch_tokens=150,
     optimizer="adamw_8bit",

@@ -151,6 +151,10 @@ def test_it_is_shown_and_delivered(tmp_path: Path) -> None:
         assert text.count("merged onto") >= 3
         assert "the higher accuracy: original 100.00 %, dequantized 95.00 %" in text
     own = render_export_card(results, results["exports"][0]).decode()
+    assert "hf download" not in own
+    results["settings"] |= {"export.hub": {"value": "me/model"}, "export.hub_revision": {"value": "next"}}
+    pushed = render_export_card(results, results["exports"][0]).decode()
+    assert 'hf download me/model --revision next --include "merged/*" --local-dir path/to' in pushed
     for text in ("AutoModelForCausalLM.from_pretrained", "vllm serve", "+75.00", "+25.00", results["model"]["sha256"]):
         assert text in own
     (line,) = [line for line in manifest.summary(results, "x/results.json") if line.startswith("merged")]

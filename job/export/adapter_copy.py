@@ -1,0 +1,46 @@
+"""The format `adapter:TYPE`: the published adapter with its numbers in 16 bits, in PEFT's layout, half as large.
+
+Whoever loads the adapter reads this folder the same way. PEFT makes fp32 of it, vLLM the dtype that it serves in, and
+llama.cpp's converter the type that it is asked for. So what is lost is lost in this rounding, and it is scored as PEFT
+computes it: with the rounded numbers in fp32, on the base of the run.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from job.export.quantizable import CannotMake
+from job.model.base import DTYPES
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def write_adapter_copy(files: Sequence[Path], folder: Path, kind: str) -> None:
+    """Writes the copy: the same numbers give the same bytes.
+
+    Args:
+        files: Of the published adapter, one of them `adapter_model.safetensors`; all others are copied as they are.
+        folder: Is made.
+        kind: Dtype of the copy, `bf16` or `fp16`; numbers that are no floats keep theirs.
+
+    Raises:
+        CannotMake: A number is too large for it.
+    """
+    from safetensors.torch import load_file, save_file
+
+    dtype = getattr(torch, DTYPES[kind])
+    folder.mkdir(parents=True)
+    for path in files:
+        if path.name != WEIGHTS:
+            shutil.copyfile(path, folder / path.name)
+            continue
+        rounded = {}
+        for name, tensor in load_file(path).items():
+            rounded[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+            if not torch.isfinite(rounded[name]).all():
+                raise CannotMake(f"{name} has numbers above {torch.finfo(dtype).max:g}, the largest of {kind}")
+        save_file(rounded, folder / WEIGHTS, metadata={"format": "pt"})

@@ -1,0 +1,13 @@
+"""What tests of whole runs share."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.forked import Forks
+
+
+@pytest.fixture(scope="module")
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Forks:
+    """What starts the processes."""
+    return Forks(tmp_path_factory.mktemp("logs"))

@@ -1,0 +1,32 @@
+"""What a run of the tests pulled: a base in `base/` and the questions of `questions.jsonl`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from job.evaluation.tasks import load_tasks
+from job.model.base import load_tokenizer
+from job.model.files import fingerprint
+from job.records import Pulled
+from job.stages.handoff import Sources
+from tests.example_run import DATASET
+
+
+def example_sources(folder: Path) -> Sources:
+    """No data but the questions: what a test needs beyond that it puts in with `dataclasses.replace`."""
+    base, questions = folder / "base", folder / "questions.jsonl"
+    tasks = load_tasks(["arc_easy"], {"arc_easy": questions}, {"arc_easy": str(questions)})
+    return Sources(
+        Pulled(DATASET, fingerprint(base), None, tasks.fingerprints()),
+        base,
+        quantized=False,
+        tokenizer=load_tokenizer(base),
+        examples=[],
+        validation=[],
+        start=None,
+        original=base,
+        tasks=tasks,
+        baseline=None,
+        policy=None,
+        cache_entry=None,
+    )
