@@ -394,8 +394,8 @@ def _hours(gpu: Gpu, run: RunShape, setup: Setup, execution: ExecutionPlan | Non
             exporting += _converting(name, setup)
     in_llama_cpp = sum(name.startswith(GGUF) for name in run.derived)
     exporting += in_llama_cpp * _in_llama_cpp(run, setup)
-    scored = run.evaluations - EVALUATIONS + evaluations - in_llama_cpp
-    return (before + start + training + exporting + scored * evaluation) / 3600
+    of_exports = run.evaluations - EVALUATIONS - run.full_precision - in_llama_cpp
+    return (before + start + training + exporting + (evaluations + of_exports) * evaluation) / 3600
 
 
 def _merging(setup: Setup) -> float:
