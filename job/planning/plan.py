@@ -51,14 +51,13 @@ from job.planning.preflight import (
 )
 from job.planning.shown_rows import ShownRow
 from job.planning.workload import Workload, count, scale
-from job.push.hub import MAX_FILE
 from job.push.push import targets
 from job.records import Example
 from job.results.baseline import read_baseline
 from job.settings.affects_result import plain_values
 from job.settings.load import Settings
 from job.settings.training_stages import naming_its_settings, split_stages
-from job.storage.hub import is_reachable
+from job.storage.hub import MAX_FILE, is_reachable
 from job.storage.location import join
 from job.storage.open import StorageOptions, fetch, is_remote, open_store, storage_options
 from job.training import memory_model

@@ -30,8 +30,6 @@ _MOVED = {HTTPStatus.CONFLICT, HTTPStatus.PRECONDITION_FAILED}
 _TRANSIENT = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS}
 _READERS = {"read", "no_access"}
 """Roles in an organization that may not make a repository there."""
-MAX_FILE = 50_000_000_000
-"""Bytes of the largest file that the hub takes, by its client's documentation (`HfApi.upload_file`, 2.4)."""
 _TRIES = 4
 _UPLOADED_TOGETHER = 1 << 30
 """Bytes of files whose copies are on disk at once, if no file is larger."""

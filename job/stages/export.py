@@ -47,7 +47,6 @@ from job.export.quantizable import CannotMake, quantizable
 from job.export.scoring import ExportedModel, HowToScore, gpu_bytes, load_exported
 from job.model.adapter_files import load_adapter
 from job.model.files import build_empty, read_config
-from job.push.hub import MAX_FILE
 from job.records import (
     Artifact,
     DerivedExport,
@@ -64,6 +63,7 @@ from job.settings.load import Settings
 from job.stages.evaluate import forward_facts, load_published_adapter, score_model
 from job.stages.handoff import Loaded, Sources
 from job.stages.pull import fetch_original
+from job.storage.hub import MAX_FILE
 from job.storage.open import storage_options
 
 _OF_QUANTIZED, _NOT_MADE = "quantization", "not made"
