@@ -117,6 +117,14 @@ class AuditRecord:
     """Rows that were compared for near-duplicates: the first ones."""
     too_short: int = 0
     """Scored questions of too few words to be looked for in rows."""
+    languages: dict[str, int] = field(default_factory=dict)
+    """Language of the rows -> how many, the commonest first; empty where they were not looked for."""
+    languages_by: str = ""
+    """What looked for them, with its version."""
+    languages_not_checked: str = ""
+    """Why nothing did."""
+    lengths: dict[str, dict[str, int]] = field(default_factory=dict)
+    """`tokens` and `target_tokens` of the examples of these rows -> quantiles (`audit.statistics.QUANTILES`)."""
 
 
 @dataclass(frozen=True)

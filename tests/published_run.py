@@ -143,7 +143,7 @@ def publish_run(
             compare_tasks(base.scores, judged),
             **chosen.gate.model_dump(exclude={"baseline", "policy"}),
             baseline=against,
-            policy=None if chosen.gate.policy is None else read_policy(chosen.gate.policy, list(answers)),
+            policy=None if chosen.gate.policy is None else read_policy(chosen.gate.policy),
         ),
         artifacts=[*base.artifacts, *trained.artifacts, *adapter.artifacts, *exports.artifacts, *copies],
         evidence=collect(store, work / "evidence", attempts),

@@ -11,13 +11,15 @@ import json
 import re
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from job.audit.overlap import MOST_ROWS, SHARE, Found
 from job.audit.rows import AuditSetup, from_bytes
+from job.audit.statistics import PACKAGE as LANGUAGES
+from job.audit.statistics import quantiles
 from job.common.findings import DUPLICATE, KINDS, NEAR_DUPLICATE, OVERLAP, action_of
 from job.common.near_duplicates import RowHashes, group_rows
 from job.errors import MAX_SHOWN, DataError, Problem
@@ -86,6 +88,8 @@ class Audit:
         self._kinds: list[tuple[int, str]] = []
         self._found: dict[int, Found] = {}
         self._in_rows: Counter[int] = Counter()
+        self.languages: Counter[str] = Counter()
+        """How many rows are in a language; none where that is not looked for."""
         self._start = 0
         self._at: int | None = None
         self.of_examples = array("I")
@@ -111,6 +115,8 @@ class Audit:
         if number < MOST_COMPARED:
             self._hashes.add(row.hashed)
         self._kinds += [(number, kind) for kind in row.kinds]
+        if row.language:
+            self.languages[row.language] += 1
         self._in_rows.update(row.found.runs)
         # Runs that too many rows have by now are dropped here, so that a template in each row takes no memory.
         runs = tuple(run for run in row.found.runs if self._in_rows[run] <= MOST_ROWS)
@@ -168,13 +174,19 @@ class Audited:
     left_out: tuple[int, ...]
 
 
-def finish(audit: Audit, name: str, alive: Callable[[], None] = lambda: None) -> Audited:
+def finish(
+    audit: Audit,
+    name: str,
+    alive: Callable[[], None] = lambda: None,
+    lengths: Mapping[str, Sequence[int]] | None = None,
+) -> Audited:
     """What was found, and what becomes of it.
 
     Args:
         audit: With all rows.
         name: Of the data, for messages.
         alive: Called now and then; what it raises ends the work.
+        lengths: Of the examples, by what is counted.
 
     Raises:
         DataError: There are findings of kinds whose rows are an error, or no row is left.
@@ -202,6 +214,10 @@ def finish(audit: Audit, name: str, alive: Callable[[], None] = lambda: None) ->
         bytes=len(lines),
         compared=min(rows, MOST_COMPARED),
         too_short=0 if setup.questions is None else setup.questions.too_short,
+        languages=dict(sorted(audit.languages.items(), key=lambda one: (-one[1], one[0]))),
+        languages_by=setup.language or "",
+        languages_not_checked="" if setup.language else _NOT_INSTALLED.format(LANGUAGES),
+        lengths={what: quantiles(values) for what, values in (lengths or {}).items()},
     )
     left_out = tuple(number for number, row in enumerate(audit.of_examples) if row in dropped)
     return Audited(record, lines, left_out)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from pkgutil import iter_modules
+from typing import Any
 
 Test = Callable[[str], bool]
 
@@ -61,29 +62,70 @@ def _secrets() -> Test:
     return test
 
 
-_EMAIL = re.compile(r"[\w.+-]{1,64}@((?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,8}[A-Za-z]{2,24})(?![\w-])")
-_RESERVED = re.compile(r"(?:.*\.)?(?:example\.(?:com|net|org)|example|test|invalid|localhost)", re.IGNORECASE)
-"""Domains that belong to nobody (RFC 2606)."""
+_EMAIL = re.compile(
+    r"([\w.+-]{1,64})@((?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,8}[A-Za-z]{2,24})(?![\w-])"
+)
+_NOBODYS_DOMAIN = re.compile(
+    r"(?:.*\.)?(?:example|test|invalid|localhost)"
+    r"|(?:.*\.)?(?:example|(?:your|my|some)-?(?:company|domain|site|website|provider))\.(?:[a-z]{2,3}\.)?[a-z]{2,24}",
+    re.IGNORECASE,
+)
+"""Domains that are examples: what RFC 2606 and 6761 reserve, `example` below any suffix, `yourcompany.com`."""
+_NOBODYS_NAME = re.compile(
+    r"(?:example|user(?:[._-]?name)?|e?mail|someone|somebody|nobody|first[._-]?name[._-]last[._-]?name|foo|bar)\d{0,3}"
+    r"|(?:your|my|some)(?:[._-]?(?:e?mail|gmail|name|user(?:[._-]?name)?|address|account|id))+\d{0,3}"
+    r"|(?:j|john|jane)[._-]?doe\d{0,3}",
+    re.IGNORECASE,
+)
+"""What stands before the @ where nobody is meant: `username`, `your_email`, `user123`, John and Jane Doe."""
+_ONE_CHARACTER = re.compile(r".@[A-Za-z0-9]\.[A-Za-z]{2,24}")
 
 
 def _emails() -> Test:
-    return lambda text: "@" in text and any(not _RESERVED.fullmatch(found[1]) for found in _EMAIL.finditer(text))
+    """Addresses that somebody may own.
+
+    Not those whose domain is an example, whose name says that nobody is meant, or whose name and domain are one
+    character each (`a@b.co`). Whether the person behind another address is an invented one cannot be seen.
+    """
+
+    def owned(found: re.Match[str]) -> bool:
+        nobody = _NOBODYS_DOMAIN.fullmatch(found[2]) or _NOBODYS_NAME.fullmatch(found[1])
+        return not (nobody or _ONE_CHARACTER.fullmatch(found[0]))
+
+    return lambda text: "@" in text and any(map(owned, _EMAIL.finditer(text)))
 
 
 _DIGITS = re.compile(r"\d[\d\s()./-]{6,}\d")
 """What any phone number has in it, to ask the library about few texts."""
+_NOBODYS_NUMBER = re.compile(
+    # United States and Canada: lines of exchange 555 belong to no subscriber (NANPA).
+    r"1\d{3}555\d{4}"
+    # United Kingdom: Ofcom's numbers for drama.
+    r"|44(?:11[3-8]4960|1[2-6]14960|1914980|2079460|2896496|2920180|1632960|7700900|8081570|9098790|3069990)\d{3}"
+    # Australia: ACMA's numbers for fiction.
+    r"|61(?:[2378](?:5550|7010)\d{4}|491570(?:006|156|157|158|159|110|313|737))"
+)
+"""Country code and number of what is reserved for examples and fiction."""
+_COUNTING = "1234567890" * 2
 
 
 def _phones() -> Test:
-    """Valid numbers in international form, and of North America in national form, where the text has punctuation."""
+    """Valid numbers in international form, and of North America in national form, where the text has punctuation.
+
+    Not those that are reserved for fiction, nor ten digits that count upwards: (234) 567-8901.
+    """
     phones = import_module("phonenumbers")
     strict = phones.Leniency.STRICT_GROUPING
+
+    def owned(found: Any) -> bool:
+        digits = phones.national_significant_number(found.number)
+        return not (_NOBODYS_NUMBER.fullmatch(f"{found.number.country_code}{digits}") or digits in _COUNTING)
 
     def test(text: str) -> bool:
         if _DIGITS.search(text) is None:
             return False
         return any(
-            "+" in found.raw_string or not found.raw_string.isdigit()
+            ("+" in found.raw_string or not found.raw_string.isdigit()) and owned(found)
             for found in phones.PhoneNumberMatcher(text, "US", leniency=strict)
         )
 

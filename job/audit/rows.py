@@ -14,10 +14,11 @@ from typing import Any
 
 from job.audit.kinds import DETECTORS
 from job.audit.overlap import Found, Questions
+from job.audit.statistics import language_checker, language_finder
 from job.common.findings import Action
 from job.common.near_duplicates import row_hash, words_of
 
-_HEAD = struct.Struct("<IQ")
+_HEAD = struct.Struct("<IQ8s")
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,13 @@ class AuditSetup:
         questions: Those that are scored; None where they are not known, and then overlap is not checked.
         on_finding: `JOB_DATA__ON_FINDING`.
         checkers: By kind of `DETECTORS` what checks it, with its version; None where that is not installed.
+        language: What finds out languages, with its version; None where it is not installed.
     """
 
     questions: Questions | None
     on_finding: Mapping[str, Action]
     checkers: Mapping[str, str | None]
+    language: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         """As values of JSON, also for the key of what is kept of the rows."""
@@ -46,12 +49,13 @@ class AuditSetup:
             for name, value in (given["questions"] or {}).items()
         }
         questions = Questions(**fields) if fields else None
-        return cls(questions, given["on_finding"], given["checkers"])
+        return cls(questions, given["on_finding"], given["checkers"], given["language"])
 
 
 def set_up(questions: Questions | None, on_finding: Mapping[str, Action]) -> AuditSetup:
     """What to look for on this machine, as far as the libraries for it are installed."""
-    return AuditSetup(questions, on_finding, {kind: detector.version for kind, detector in DETECTORS.items()})
+    checkers = {kind: detector.version for kind, detector in DETECTORS.items()}
+    return AuditSetup(questions, on_finding, checkers, language_checker())
 
 
 @dataclass(frozen=True)
@@ -63,26 +67,29 @@ class AuditedRow:
         hashed: Its `near_duplicates.row_hash`.
         kinds: Of `DETECTORS`.
         found: Of the questions.
+        language: As `statistics.language_finder` has it; empty where nothing finds it out.
     """
 
     identity: int
     hashed: bytes
     kinds: tuple[str, ...]
     found: Found
+    language: str = ""
 
     def to_bytes(self) -> bytes:
         """As one process hands it to another."""
         rest = [self.kinds, self.found.exact, self.found.runs] if self.kinds or self.found != Found() else []
         text = json.dumps(rest).encode() if rest else b""
-        return _HEAD.pack(len(text), self.identity) + text + self.hashed
+        return _HEAD.pack(len(text), self.identity, self.language.encode()) + text + self.hashed
 
 
 def from_bytes(data: bytes) -> AuditedRow:
     """The inverse of `AuditedRow.to_bytes`."""
-    length, identity = _HEAD.unpack_from(data)
+    length, identity, language = _HEAD.unpack_from(data)
     start = _HEAD.size
     kinds, exact, runs = json.loads(data[start : start + length]) if length else ((), (), ())
-    return AuditedRow(identity, data[start + length :], tuple(kinds), Found(tuple(exact), tuple(runs)))
+    found = Found(tuple(exact), tuple(runs))
+    return AuditedRow(identity, data[start + length :], tuple(kinds), found, language.rstrip(b"\0").decode())
 
 
 class RowAudit:
@@ -91,6 +98,7 @@ class RowAudit:
     def __init__(self, setup: AuditSetup) -> None:
         self._questions = setup.questions
         self._tests = [(kind, DETECTORS[kind].make()) for kind, checker in setup.checkers.items() if checker]
+        self._language = language_finder() if setup.language else lambda _: ""
 
     def __call__(self, texts: Sequence[str]) -> bytes:
         """What a row has, from its texts, as `AuditedRow.to_bytes`."""
@@ -99,4 +107,4 @@ class RowAudit:
         same = "\0".join(" ".join(text.casefold().split()) for text in texts)
         identity = int.from_bytes(sha256(same.encode(errors="surrogatepass")).digest()[:8], "little")
         kinds = tuple(kind for kind, test in self._tests if test(whole))
-        return AuditedRow(identity, row_hash(texts), kinds, found).to_bytes()
+        return AuditedRow(identity, row_hash(texts), kinds, found, self._language(whole)[:8]).to_bytes()

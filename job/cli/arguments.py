@@ -15,6 +15,7 @@ from typing import Literal
 from job.errors import Problem, SettingsError
 
 _RUN_HELP = "a finished run: its folder or its results.json, path or s3:// URI"
+_POINTER_HELP = f"{_RUN_HELP}; or a pointer that promote wrote"
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Argument:
     help: str
     metavar: str | None = None
     choices: tuple[str, ...] = ()
+    runs: tuple[int, int | None] | None = None
+    """Of a flag: how many runs are given with it, at least and at most, where that is not one a positional argument."""
 
     @property
     def positional(self) -> bool:
@@ -67,6 +70,7 @@ def _format(*choices: str) -> Argument:
     return Argument("--format", "how to print it (default: the first)", choices=choices)
 
 
+_KEY = Argument("--key", "public key of the signer (PEM): a run without its signature does not verify", metavar="FILE")
 _SHOW = Argument("--show", "print so many rows as they are trained on, what is learned marked", metavar="N")
 _CONFIG = Argument("--config", "YAML or TOML file of settings; also as JOB_CONFIG in the environment", metavar="FILE")
 _RUN = Command("run the job; the default command", (_CONFIG,))
@@ -85,33 +89,46 @@ COMMANDS = {
     "report": Command(
         "write the HTML report of a finished run once more",
         (
-            Argument("RESULTS", _RUN_HELP),
+            Argument("RESULTS", _POINTER_HELP),
             Argument("--output", "file to write the page to (default: report.html)", metavar="FILE"),
         ),
         settings="reading",
     ),
     "verify": Command(
         "check every file and figure of a published run; exit code 4 if one is wrong",
-        (Argument("RESULTS", _RUN_HELP), _format("table", "json")),
+        (Argument("RESULTS", _POINTER_HELP), _KEY, _format("table", "json")),
         settings="reading",
     ),
     "compare": Command(
         "compare two runs: what differs, and their adapters question by question",
         (
-            Argument("A", _RUN_HELP),
+            Argument("A", _POINTER_HELP),
             Argument("B", "another finished run"),
             _format("table", "json", "markdown"),
             Argument("--gate", "exit code 3 if B is worse than A by more than the thresholds allow"),
-            Argument("--metric", "accuracy that the thresholds apply to: acc or acc_norm", metavar="METRIC"),
+            Argument(
+                "--metric",
+                "what the thresholds apply to: acc, acc_norm, exact_match, ...; with --history the task and its "
+                "metric, such as arc_easy/acc (default: that of the first task)",
+                metavar="METRIC",
+            ),
             Argument("--min-delta", "smallest accepted gain of B over A, as a fraction", metavar="X"),
             Argument("--max-regression", "largest accepted loss of B against A, as a fraction", metavar="X"),
+            Argument("--policy", "judge B against A by the rules of a JOB_GATE__POLICY file", metavar="FILE"),
+            Argument(
+                "--history",
+                "instead of A and B, runs or folders of runs: a metric over them in the order of time, with the "
+                "control limits of the earlier ones; exit code 3 if the newest is outside of these",
+                runs=(1, None),
+            ),
+            Argument("--output", "with --history: also draw the chart into this HTML file", metavar="FILE"),
         ),
         settings="reading",
     ),
     "push": Command(
         "verify a finished run, and push adapter, card and exported formats to the hub or a registry",
         (
-            Argument("RESULTS", _RUN_HELP),
+            Argument("RESULTS", _POINTER_HELP),
             Argument("--hub", "repository, namespace/name (default: the run's own JOB_EXPORT__HUB)", metavar="REPO"),
             Argument("--hub-revision", "branch of it (default: main)", metavar="BRANCH"),
             Argument("--public", "make a new repository public, and accept one that is public"),
@@ -124,10 +141,23 @@ COMMANDS = {
         ),
         settings="reading",
     ),
+    "promote": Command(
+        "verify a finished run and point to it, if its gate is met; exit code 76 if somebody else moved the pointer",
+        (
+            Argument("RESULTS", _RUN_HELP),
+            Argument(
+                "--to", "the pointer: a file that is written, such as s3://bucket/models/current", metavar="PLACE"
+            ),
+            _KEY,
+            Argument("--without-gate", "promote a run that has no quality gate; one whose gate is not met is refused"),
+            Argument("--rollback", "move the pointer back to the run before; no RESULTS are given", runs=(0, 0)),
+        ),
+        settings="reading",
+    ),
     "serve-check": Command(
         "ask a server of a finished run's model its own questions; exit code 4 if it answers otherwise",
         (
-            Argument("RESULTS", _RUN_HELP),
+            Argument("RESULTS", _POINTER_HELP),
             Argument("--served", "adapter, or an exported format (default: what the gate judged)", metavar="FORMAT"),
             Argument("--url", "a server that runs, http://host:port (default: one is started here)", metavar="URL"),
             Argument(
@@ -198,9 +228,13 @@ def parse_arguments(words: Sequence[str], arguments: Sequence[Argument]) -> Argu
 def _missing(given: Arguments, arguments: Sequence[Argument]) -> Iterator[Problem]:
     """What is wrong with the number of runs and with choices; sets the choices that are not given."""
     runs = [argument.name for argument in arguments if argument.positional]
-    if len(given.runs) != len(runs):
-        count = "one run" if len(runs) == 1 else f"{len(runs)} runs"
-        yield Problem(" ".join(runs), f"needs {count}, path or s3:// URI; {len(given.runs)} given")
+    with_flag = next((argument for argument in arguments if argument.runs and argument.name in given.flags), None)
+    least, most = (with_flag and with_flag.runs) or (len(runs), len(runs))
+    if len(given.runs) < least or (most is not None and len(given.runs) > most):
+        count = {0: "no run", 1: "one run"}.get(least, f"{least} runs")
+        count += " or more" if most is None else ""
+        name = with_flag.name if with_flag else " ".join(runs)
+        yield Problem(name, f"needs {count}, path or s3:// URI; {len(given.runs)} given")
     for argument in arguments:
         if argument.choices and given.options.setdefault(argument.name, argument.choices[0]) not in argument.choices:
             yield Problem(argument.name, f"must be {' or '.join(argument.choices)}")

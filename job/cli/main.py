@@ -253,6 +253,12 @@ def _push(words: list[str]) -> int:
     return push_command(words)
 
 
+def _promote(words: list[str]) -> int:
+    from job.cli.promote import promote_command
+
+    return promote_command(words)
+
+
 def _serve_check(words: list[str]) -> int:
     from job.cli.serve_check import serve_check_command
 
@@ -268,6 +274,7 @@ _FUNCTIONS = {
     "compare": _compare,
     "report": _draw_report,
     "push": _push,
+    "promote": _promote,
     "serve-check": _serve_check,
     "selftest": _selftest,
 }

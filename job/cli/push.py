@@ -17,7 +17,8 @@ from job.common.tables import visible
 from job.errors import JobError, Problem, SettingsError
 from job.push.push import TARGETS, Target, content_of, push_run, targets
 from job.results.completed import require_gate
-from job.results.reader import open_run, read_published
+from job.results.promotion import open_run_or_pointer
+from job.results.reader import read_published
 from job.settings.field_types import explain
 from job.settings.schema import Export
 from job.verification.verify import require_verified, verify
@@ -39,7 +40,7 @@ def push_command(words: Sequence[str]) -> int:
     """
     given = parse_arguments(words, COMMANDS["push"].arguments)
     storage, _ = reading(given)
-    store = open_run(given.runs[0], storage)
+    store = open_run_or_pointer(given.runs[0], storage)
     with tempfile.TemporaryDirectory(prefix="qlora-job-", ignore_cleanup_errors=True) as work:
         require_verified(verify(store, Path(work), storage))
     results = read_published(store).results

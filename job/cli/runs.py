@@ -13,10 +13,15 @@ from pydantic import ValidationError
 from job import log
 from job.cli.arguments import COMMANDS, Arguments, parse_arguments
 from job.errors import DataError, GateError, JobError, Problem, SettingsError, combine
-from job.report.report import read_report_data, render_report
+from job.report.report import read_report_data, render_history, render_report
 from job.results.after_run import read_after_run
-from job.results.compare import as_markdown, as_text, compare, gate_reasons
-from job.results.reader import open_run, read_published
+from job.results.compare import as_markdown, as_text, compare, gate_reasons, judge_by_policy
+from job.results.history import as_json as history_json
+from job.results.history import as_lines as history_lines
+from job.results.history import find_runs, history
+from job.results.promotion import open_run_or_pointer
+from job.results.reader import read_published
+from job.results.signing import load_public_key
 from job.settings.field_types import explain
 from job.settings.load import load_reading, secrets
 from job.settings.schema import Gate, Settings
@@ -26,6 +31,7 @@ from job.storage.verified_download import fetch_artifact
 from job.verification.verify import as_json, as_lines, require_verified, verify
 
 OUTPUT = "report.html"
+HISTORY = "--history"
 THRESHOLDS = {"--metric": "metric", "--min-delta": "min_delta", "--max-regression": "max_regression"}
 
 
@@ -40,44 +46,95 @@ def verify_command(words: Sequence[str]) -> int:
     if cache is not None:
         with disk_errors(f"cannot make the folder {cache}"):
             Path(cache).mkdir(parents=True, exist_ok=True)
-    store = open_run(given.runs[0], storage)
+    key = signer(given)
+    store = open_run_or_pointer(given.runs[0], storage)
     with tempfile.TemporaryDirectory(prefix="qlora-job-", dir=cache, ignore_cleanup_errors=True) as work:
-        checks = verify(store, Path(work), storage)
+        checks = verify(store, Path(work), storage, key=key)
     code = _print([json.dumps(as_json(store.uri, checks), indent=2)] if _is(given, "json") else as_lines(checks))
     require_verified(checks)
     return code
 
 
+def signer(given: Arguments) -> str | None:
+    """The public key in PEM that `--key` names; None without it. Raises SettingsError if the file holds none."""
+    return load_public_key(given.options["--key"]) if "--key" in given.options else None
+
+
 def compare_command(words: Sequence[str]) -> int:
-    """`compare A B`: prints both side by side.
+    """`compare A B`: prints both side by side. `compare --history RUN...`: prints a metric over all of them.
 
     Raises:
-        GateError: B does not pass.
+        GateError: B does not pass, or the newest run of the history is out of the control limits.
     """
     given = parse_arguments(words, COMMANDS["compare"].arguments)
-    thresholds = _thresholds(given.options)
+    if HISTORY in given.flags:
+        return _history(given)
+    if "--output" in given.options:
+        raise SettingsError([Problem("--output", f"is for {HISTORY} alone")])
+    _thresholds(given.options)  # wrong ones are refused before anything is read
     storage, _ = reading(given)
     runs, errors = [], []
     for where in given.runs:
         try:
-            runs.append(read_published(open_run(where, storage)))
+            runs.append(read_published(open_run_or_pointer(where, storage)))
         except JobError as error:
             errors.append((where, error))
     if errors:
         raise combine(errors)
     compared = compare(*runs)
-    reasons: list[str] = []
-    compared["gate"] = None
-    if given.flags or given.options.keys() & THRESHOLDS.keys():  # a threshold asks for a gate
-        reasons = gate_reasons(compared, **thresholds)
-        compared["gate"] = {**thresholds, "passed": not reasons, "reasons": reasons}
+    compared["gate"] = gate = _gate(given, compared)
     if _is(given, "json"):
         code = _print([json.dumps(compared, indent=2)])
     else:
         code = _print(as_markdown(compared) if _is(given, "markdown") else as_text(compared))
-    if reasons:
-        raise GateError("; ".join(reasons))
+    if gate is not None and gate["reasons"]:
+        raise GateError("; ".join(gate["reasons"]))
     return code
+
+
+def _gate(given: Arguments, compared: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a policy or the thresholds say of B against A; None if neither is asked for."""
+    if (path := given.options.get("--policy")) is not None:
+        if given.options.keys() & THRESHOLDS.keys():
+            raise SettingsError([Problem("--policy", "has rules by task; remove --metric and thresholds, or this")])
+        return judge_by_policy(compared, path)
+    if given.flags or given.options.keys() & THRESHOLDS.keys():  # a threshold asks for a gate
+        thresholds = _thresholds(given.options)
+        reasons = gate_reasons(compared, **thresholds)
+        return {**thresholds, "passed": not reasons, "reasons": reasons}
+    return None
+
+
+def _history(given: Arguments) -> int:
+    alone = [
+        name
+        for name in ("--gate", "--min-delta", "--max-regression", "--policy")
+        if name in given.flags | given.options.keys()
+    ]
+    if alone:
+        raise SettingsError([Problem(name, f"is for two runs, not for {HISTORY}") for name in alone])
+    output = given.options.get("--output")
+    storage, _ = reading(given)
+    found = history(find_runs(given.runs, storage), given.options.get("--metric"))
+    if output is not None:
+        _write_page(output, render_history(found))
+    if _is(given, "json"):
+        code = _print([json.dumps(history_json(found), indent=2)])
+    else:
+        code = _print(history_lines(found, markdown=_is(given, "markdown")))
+    if found.out:
+        raise GateError(found.verdict)
+    return code
+
+
+def _write_page(output: str, page: bytes) -> None:
+    with disk_errors(f"--output {output}"):
+        try:
+            Path(output).write_bytes(page)
+        except FileNotFoundError as error:
+            raise SettingsError(
+                [Problem(f"--output {output}", "its folder does not exist; create it first")]
+            ) from error
 
 
 def _thresholds(options: Mapping[str, str]) -> dict[str, Any]:
@@ -120,18 +177,12 @@ def report_command(words: Sequence[str]) -> int:
     if Path(output).is_dir():
         raise SettingsError([Problem(f"--output {output}", f"is a folder; name a file, such as {output}/{OUTPUT}")])
     storage, _ = reading(given)
-    run = read_published(open_run(given.runs[0], storage))
+    run = read_published(open_run_or_pointer(given.runs[0], storage))
     with tempfile.TemporaryDirectory(prefix="qlora-job-") as folder:
         try:
             evidence = read_report_data(run.results, lambda artifact: fetch_artifact(run.store, artifact, Path(folder)))
         except (KeyError, TypeError, ValueError) as error:  # the hashes are right, so it was written like this
             raise DataError([Problem(run.store.uri, f"its records are no records of this job: {error}")]) from error
     page = render_report(run.results, evidence, read_after_run(run.store))
-    with disk_errors(f"--output {output}"):
-        try:
-            Path(output).write_bytes(page)
-        except FileNotFoundError as error:
-            raise SettingsError(
-                [Problem(f"--output {output}", "its folder does not exist; create it first")]
-            ) from error
+    _write_page(output, page)
     return _print([f"report: {output}"])

@@ -21,7 +21,8 @@ from job.evaluation.samples import Sample
 from job.records import Artifact, ServeCheck
 from job.report.model_card import public_base
 from job.results.after_run import write_serve_check
-from job.results.reader import MAX_SAMPLES_BYTES, PublishedRun, open_run, read_published
+from job.results.promotion import open_run_or_pointer
+from job.results.reader import MAX_SAMPLES_BYTES, PublishedRun, read_published
 from job.runs.layout import ADAPTER, answers_key, export_folder, export_side
 from job.serving.check import Served, as_json, as_lines, require_alike, serve_check
 from job.serving.client import Client
@@ -43,7 +44,7 @@ def serve_check_command(words: Sequence[str]) -> int:
     """
     given = parse_arguments(words, COMMANDS["serve-check"].arguments)
     storage, cache = reading(given)
-    run = read_published(open_run(given.runs[0], storage))
+    run = read_published(open_run_or_pointer(given.runs[0], storage))
     count, server = _count(given), given.options.get("--server")
     if server is not None and server not in SERVERS:
         raise SettingsError([Problem("--server", f"must be {' or '.join(SERVERS)}")])

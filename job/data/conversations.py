@@ -75,7 +75,8 @@ def check_messages(row: Row) -> list[RowError]:
     if messages is None:
         return [RowError("missing_field", place, "is null" if "messages" in row.fields else "is missing")]
     if not isinstance(messages, list):
-        return [RowError("wrong_type", place, f"must be a list of messages, is {type_name(messages)}")]
+        table = "; a table cannot hold lists: write the rows as JSON lines" if isinstance(messages, str) else ""
+        return [RowError("wrong_type", place, f"must be a list of messages, is {type_name(messages)}{table}")]
     faults: list[RowError] = []
     for index, message in enumerate(messages):
         where = f"{place}[{index}]"

@@ -27,6 +27,7 @@ from job.data.formats import UNREADABLE, Line, LineDecoder, Lines, Row, RowError
 from job.data.hub_dataset import is_hub_id, open_dataset
 from job.data.notes import Notes
 from job.data.preferences import SIDES, EncodedAnswers, is_conversation, with_partners
+from job.data.remarks import RemarkCounts
 from job.data.row_encoder import PLAIN, Bundle, Outcome, Reading
 from job.data.schemas import FIELDS, REQUIRED, Schema, detect_schema, fits, nearest_field
 from job.data.tokenization import Encoded, LossOn, OnLongRow
@@ -258,7 +259,7 @@ def _note_unused(note: Notes, unused: Counter[str], name: str, schema: Schema) -
 
 def _note_findings(note: Notes, found: _Found, name: str, schema: Schema, limit: int | None) -> None:
     """Notes what is more than one would expect, as control tokens and unused fields, or less: rows, kinds of labels."""
-    found.note_control_tokens(note, name)
+    found.remarks.note(note, name, found.rows)
     _note_unused(note, found.unused, name, schema)
     if limit is not None and found.rows < limit:
         note("warning", "there are fewer rows than JOB_DATA__LIMIT", source=name, rows=found.rows, limit=limit)
@@ -296,9 +297,7 @@ class _Found:
         self.unused: Counter[str] = Counter()
         self.labels: Counter[bool | None] = Counter()
         self.long_rows: Counter[str] = Counter()
-        self._control: Counter[str] = Counter()
-        self._control_rows = 0
-        self._first_control = ""
+        self.remarks = RemarkCounts()
 
     @property
     def audit_setup(self) -> AuditSetup | None:
@@ -334,10 +333,7 @@ class _Found:
         self.ends.update(dict(found.ends))
         self.unused.update(dict(found.unused))
         self.long_rows.update(dict(found.long))
-        self._control.update(dict(found.control))
-        self._control_rows += found.control_rows
-        self._first_control = self._first_control or found.first_control
-
+        self.remarks.add_all(found.remarks)
         at = 0
         for where, examples, size in found.audited:
             self.audited(where, found.audits[at : at + size], examples)
@@ -352,25 +348,6 @@ class _Found:
         """Adds what the audit found in a row, of which so many examples were taken."""
         if self._audit is not None and examples:
             self._audit.add(where, data, examples)
-
-    def count_control_tokens(self, outcome: Outcome) -> None:
-        """Counts the special tokens that stand as text in a row: the tokenizer makes the tokens of them."""
-        if outcome.control:
-            self._control.update(outcome.control)
-            self._control_rows += 1
-            self._first_control = self._first_control or outcome.where
-
-    def note_control_tokens(self, note: Notes, name: str) -> None:
-        """Notes the counts, if there are any."""
-        if self._control_rows:
-            note(
-                "warning",
-                "texts of rows contain control tokens, which the tokenizer encodes as such",
-                source=name,
-                tokens=dict(self._control.most_common(MAX_SHOWN)),
-                rows=self._control_rows,
-                first=self._first_control,
-            )
 
 
 def _take_share(
@@ -395,7 +372,7 @@ def _take_share(
             if own is not None:
                 own.update(outcome.canonical)
             continue
-        found.count_control_tokens(outcome)
+        found.remarks.add(outcome.remarks)
         if outcome.faults and findings is not None:
             findings.add(list(outcome.faults))
         before = found.rows

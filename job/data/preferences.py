@@ -33,6 +33,7 @@ SIDES: Mapping[str, tuple[str, ...]] = {"preference": ("chosen", "rejected"), "u
 """Schema -> the fields that hold its answers."""
 
 _WORDS = 3
+_LETTERS = 16
 _LABELS = {"true": True, "false": False, "1": True, "0": False}
 """How tables without types write a label."""
 
@@ -182,7 +183,7 @@ def _check_answer(fields: dict[str, Any], field: str, where: str) -> list[RowErr
 def _check_pair(fields: dict[str, Any], where: str, *, conversation: bool) -> list[RowError]:
     """What is wrong with a pair whose two answers are good by themselves."""
     prompt, sides = _split(fields, conversation=conversation)
-    if conversation and prompt and all(side[: len(prompt)] == prompt for side in sides):
+    if all(begins_with(side, prompt) for side in sides):
         what = "is the beginning of both answers as well, and would stand there twice; leave it out, or cut the answers"
         return [RowError("repeated_prompt", f"{where} prompt", what)]
     if sides[0] == sides[1]:
@@ -195,6 +196,20 @@ def _check_pair(fields: dict[str, Any], where: str, *, conversation: bool) -> li
         what = "begins with another message than rejected does, so there is no prompt; give one"
         return [RowError("missing_field", f"{where} chosen", what)]
     return []
+
+
+def begins_with(answer: Any, prompt: Any) -> bool:
+    """Whether an answer begins with its prompt, as messages or as text.
+
+    A short text may be an answer's beginning by chance: "Hello", or "I think".
+    """
+    if isinstance(prompt, list):
+        return bool(prompt) and isinstance(answer, list) and answer[: len(prompt)] == prompt
+    if not isinstance(prompt, str) or not isinstance(answer, str):
+        return False
+    told = prompt.strip()
+    long = len(told) >= _LETTERS or len(told.split()) >= _WORDS
+    return long and answer.lstrip().startswith(told)
 
 
 def _split(fields: Mapping[str, Any], *, conversation: bool) -> tuple[Any, list[Any]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from job.audit.rows import AuditSetup, RowAudit
@@ -17,7 +17,17 @@ from job.data.field_names import in_own_names, rename_fields
 from job.data.fields import Rendered, weight_of
 from job.data.formats import Line, LineDecoder, Row, RowError
 from job.data.preferences import SIDES, Answers, EncodedAnswers, encode_answers, is_conversation
-from job.data.schemas import Schema, audited_texts, check_row, own_texts, render, texts_of, with_near_names
+from job.data.remarks import MISSING, Remark, Tally, tally
+from job.data.schemas import (
+    Schema,
+    audited_texts,
+    check_row,
+    own_texts,
+    render,
+    repeats_prompt,
+    texts_of,
+    with_near_names,
+)
 from job.data.sharegpt import as_messages, in_conversations, is_sharegpt
 from job.data.text_tokenizer import TextTokenizer, pattern_of
 from job.data.tokenization import Encoded, LossOn, OnLongRow, encode
@@ -44,12 +54,12 @@ class Reading:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one row gives: examples, or faults; and the control tokens that stand as text in it."""
+    """What one row gives: examples, or faults; and what is noticed in it, by kind."""
 
     where: str
     examples: tuple[Encoded | EncodedAnswers, ...] = ()
     faults: tuple[RowError, ...] = ()
-    control: tuple[str, ...] = ()
+    remarks: Mapping[str, Remark] = field(default_factory=dict)
     audited: bytes = b""
     """What the audit found in a row that gives examples (`audit.rows.AuditedRow.to_bytes`), where rows are audited."""
 
@@ -63,9 +73,8 @@ class Bundle:
         ids, targets: Their tokens and targets, one behind the other.
         lengths: Tokens of each example, int32, little-endian.
         more: For each example second_at, desirable and weight; None where they are those of plain examples.
-        ends, unused, long, control: Counts, in the order in which they were first met.
-        control_rows: Rows with control tokens in their text.
-        first_control: Where the first of them stands.
+        ends, unused, long: Counts, in the order in which they were first met.
+        remarks: What was noticed, by kind.
         faults: Of each row that has any.
         audited: Where rows are audited, of each row with examples its place, how many it gives, and the bytes of it
             in `audits`.
@@ -80,9 +89,7 @@ class Bundle:
     ends: Sequence[tuple[int | None, int]]
     unused: Sequence[tuple[str, int]]
     long: Sequence[tuple[str, int]]
-    control: Sequence[tuple[str, int]]
-    control_rows: int
-    first_control: str
+    remarks: Mapping[str, Tally]
     faults: tuple[tuple[RowError, ...], ...]
     audited: Sequence[tuple[str, int, int]] = ()
     audits: bytes = b""
@@ -97,7 +104,6 @@ def bundle(outcomes: Sequence[Outcome]) -> Bundle:
     examples = [example for outcome in outcomes for example in outcome.examples]
     parts = [example.parts() for example in examples]
     more = [part[2] for part in parts]
-    controls = [outcome for outcome in outcomes if outcome.control]
     long: Counter[str] = Counter()
     for example in examples:
         long.update(dict(example.long))
@@ -110,9 +116,7 @@ def bundle(outcomes: Sequence[Outcome]) -> Bundle:
         ends=tuple(Counter(example.end for example in examples).items()),
         unused=tuple(Counter(name for example in examples for name in example.unused).items()),
         long=tuple(long.items()),
-        control=tuple(Counter(word for outcome in controls for word in outcome.control).items()),
-        control_rows=len(controls),
-        first_control=controls[0].where if controls else "",
+        remarks=tally(outcome.remarks for outcome in outcomes),
         faults=tuple(outcome.faults for outcome in outcomes if outcome.faults),
         audited=[(one.where, len(one.examples), len(one.audited)) for one in outcomes if one.audited],
         audits=b"".join(outcome.audited for outcome in outcomes),
@@ -143,14 +147,14 @@ class RowEncoder:
         Raises:
             DataError: The chat template is broken, or exceeds its time or memory limit.
         """
-        how, controls, audited = self._reading, dict[int, tuple[str, ...]](), dict[int, bytes]()
+        how, remarks, audited = self._reading, dict[int, dict[str, Remark]](), dict[int, bytes]()
         rows = [rename_fields(self._decode(row), how.field_names) for row in given_rows]
         rendered: list[Any] = []
         for index, row in enumerate(rows):
             found, given = self._weighed(row)
             rendered.append(found)
             if given is not None:
-                controls[index] = self._control(texts_of(given, how.schema))
+                remarks[index] = self._remarks(given)
                 if self._audit is not None:
                     audited[index] = self._audit(audited_texts(given, how.schema))
         options: dict[str, Any] = {
@@ -170,7 +174,7 @@ class RowEncoder:
                 row.where,
                 tuple(one for one in item if not isinstance(one, RowError)),
                 tuple(one for one in item if isinstance(one, RowError)),
-                controls.get(index, ()),
+                remarks.get(index, {}),
                 b"" if not item or isinstance(item[0], RowError) else audited.get(index, b""),
             )
             for index, (row, item) in enumerate(zip(rows, items, strict=True))
@@ -212,6 +216,19 @@ class RowEncoder:
         if self._reading.compare:
             text = replace(text, own_texts=own_texts(row, schema))
         return text, row
+
+    def _remarks(self, row: Row) -> dict[str, Remark]:
+        """What is noticed in a row that was rendered."""
+        found: dict[str, Remark] = {}
+        texts = texts_of(row, self._reading.schema)
+        if control := self._control(texts):
+            found["control"] = Remark(row.where, control)
+        if missing := tuple(text for text in texts if text.strip() in MISSING):
+            names = [f" {name}" for name, value in row.fields.items() if value == missing[0]]
+            found["missing"] = Remark(row.where + "".join(names[:1]), tuple(word.strip() for word in missing))
+        if (name := repeats_prompt(row, self._reading.schema)) is not None:
+            found["repeated"] = Remark(f"{row.where} {name}", (name,))
+        return found
 
     def _control(self, texts: Sequence[str]) -> tuple[str, ...]:
         """The control tokens in the texts of a row, which the tokenizer encodes as such.

@@ -27,7 +27,15 @@ from job.data.chat_template import Template
 from job.data.conversations import Turns, check_messages, render_messages, texts_of_messages
 from job.data.fields import Rendered, broken_places, check_target, check_text, is_empty, is_zero, left_out
 from job.data.formats import Row, RowError
-from job.data.preferences import SIDES, Answers, check_preference, own_texts_of, render_preference, texts_of_preference
+from job.data.preferences import (
+    SIDES,
+    Answers,
+    begins_with,
+    check_preference,
+    own_texts_of,
+    render_preference,
+    texts_of_preference,
+)
 from job.data.sharegpt import is_sharegpt
 
 Schema = Literal["alpaca", "prompt_completion", "messages", "text", "preference", "unpaired_preference"]
@@ -196,6 +204,12 @@ def own_texts(row: Row, schema: Schema) -> tuple[str, ...]:
 def audited_texts(row: Row, schema: Schema) -> Sequence[str]:
     """What the audit reads of a good row: all texts but the system prompt, and of preferences the answers, too."""
     return texts_of(row, schema) if schema in SIDES else own_texts(row, schema)
+
+
+def repeats_prompt(row: Row, schema: Schema) -> str | None:
+    """The field of a good row that begins with the prompt it comes after; pairs where both do are refused before."""
+    fields = ("completion",) if schema == "prompt_completion" else SIDES.get(schema, ())
+    return next((name for name in fields if begins_with(row.fields[name], row.fields.get("prompt"))), None)
 
 
 def render(

@@ -111,7 +111,8 @@ class _Judge:
         """The examples that stay, and the record with what was found; the same are left out of `rows`."""
         found = self.audited
         if self.collected is not None:
-            found = finish(self.collected, record.source, self.alive)
+            counted = {"tokens": examples.lengths, "target_tokens": examples.target_counts}
+            found = finish(self.collected, record.source, self.alive, counted)
         if found is None:
             return examples, record
         _note_audit(self.note, found.record, record.source)

@@ -32,6 +32,7 @@ from job.common.resources import available_bytes
 from job.data.chat_template import Program, make_program, run_program, run_template
 from job.data.formats import Line, LineDecoder, Lines, Row, RowError
 from job.data.preferences import EncodedAnswers
+from job.data.remarks import Remark
 from job.data.row_encoder import Bundle, Outcome, Reading, RowEncoder, bundle
 from job.data.text_tokenizer import TextTokenizer, from_portable, text_tokenizer
 from job.data.tokenization import Encoded
@@ -192,7 +193,7 @@ class Encoding:
 
 
 def _with(outcome: Outcome, kept: tuple[Encoded | EncodedAnswers, ...]) -> Outcome:
-    return Outcome(outcome.where, kept, outcome.faults, outcome.control, outcome.audited)
+    return Outcome(outcome.where, kept, outcome.faults, outcome.remarks, outcome.audited)
 
 
 def _take(rows: Lines, most: int) -> list[Row | RowError | Line]:
@@ -447,7 +448,7 @@ def _pack_outcomes(outcomes: Sequence[Outcome]) -> tuple[dict[str, Any], bytes]:
             one.where,
             [pack_example(example) for example in one.examples],
             [[fault.kind, fault.where, fault.what] for fault in one.faults],
-            one.control,
+            one.remarks,
             pack_audited(one),
         ]
         for one in outcomes
@@ -489,8 +490,8 @@ def _unpack_outcomes(answer: dict[str, Any], blob: bytes) -> list[Outcome]:
             where,
             tuple(map(unpack_example, examples)),
             tuple(RowError(*fault) for fault in faults),
-            tuple(control),
+            {kind: Remark(place, tuple(words)) for kind, (place, words) in remarks.items()},
             next_bytes(audited),
         )
-        for where, examples, faults, control, audited in answer["rows"]
+        for where, examples, faults, remarks, audited in answer["rows"]
     ]

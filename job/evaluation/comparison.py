@@ -9,7 +9,7 @@ from typing import Any
 
 from job.errors import DataError, Problem
 from job.evaluation import statistics
-from job.evaluation.policy import Policy, judge_policy, passes
+from job.evaluation.policy import CHOICES, Policy, judge_policy, of_metric, passes
 from job.evaluation.policy import reasons as policy_reasons
 from job.records import TaskScores
 
@@ -145,6 +145,12 @@ def compare_full_precision(
     return _by_task({task: original[task] for task in adapter}, versus)
 
 
+def original_tasks(results: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The base with its original weights by task, from a manifest; empty where it was not scored."""
+    tasks: Mapping[str, Any] = (results["evaluation"].get("full_precision") or {"tasks": {}})["tasks"]
+    return tasks
+
+
 def _by_task(scored: Mapping[str, TaskScores], versus: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """One model's scores by task, with comparisons from `compare_tasks` by name."""
     not_of_acc = {"source", "task_hash", "version", "n", "num_fewshot", "base", "adapter", "acc_norm"}
@@ -182,12 +188,6 @@ def choose_candidate(scores: Mapping[str, Mapping[str, TaskScores]]) -> tuple[st
     return best[0], f"the same accuracy ({figures})"
 
 
-def of_metric(task: Mapping[str, Any], metric: str) -> Mapping[str, Any] | None:
-    """The comparison by `acc` or `acc_norm` in a task of the manifest; None if the task has no `acc_norm`."""
-    found: Mapping[str, Any] | None = task if metric == "acc" else task[metric]
-    return found
-
-
 def judge(
     tasks: Mapping[str, Any],
     *,
@@ -201,7 +201,8 @@ def judge(
     """The manifest's `gate`.
 
     Args:
-        tasks: `evaluation.tasks` of the manifest, or the same comparison of what `on` names.
+        tasks: `evaluation.tasks` of the manifest, or the same comparison of what `on` names; with `measured` and
+            `groups` of the manifest where the adapter is judged against the base.
         metric: As for `gate_failures`.
         min_delta: As for `gate_failures`.
         max_regression: As for `gate_failures`.
@@ -229,6 +230,13 @@ def judge(
     }
 
 
+def judged_by(tasks: Mapping[str, Any], metric: str) -> dict[str, Any]:
+    """The tasks that a metric of the gate is about: those with choices, or the others that have it; never groups."""
+    if metric in CHOICES:
+        return {name: task for name, task in tasks.items() if "metrics" not in task}
+    return {name: task for name, task in tasks.items() if "kind" in task and of_metric(task, metric) is not None}
+
+
 def gate_failures(
     tasks: Mapping[str, Any], metric: str, min_delta: float | None, max_regression: float | None
 ) -> list[str] | None:
@@ -238,20 +246,21 @@ def gate_failures(
     above that bound.
 
     Args:
-        tasks: `evaluation.tasks` of a manifest.
-        metric: `acc` or `acc_norm`.
-        min_delta: The least gain, as a fraction of the questions.
-        max_regression: The largest loss, as a fraction of the questions.
+        tasks: `evaluation.tasks` of a manifest; also `measured` and `groups`, of which groups are never judged.
+        metric: `acc` or `acc_norm`, for the tasks of choices; or that of other tasks, for those that have it.
+        min_delta: The least gain, as a fraction of the questions, or in the metric's own unit.
+        max_regression: The largest loss, in the same unit.
     """
     if min_delta is None and max_regression is None:
         return None
+    tasks = judged_by(tasks, metric)
     reasons = [] if tasks else ["nothing was scored, so nothing shows that the gate is met"]
     for name, task in tasks.items():
         found = of_metric(task, metric)
         if found is None:
             reasons.append(f"{name} has no {metric}")
             continue
-        low = found["ci95"][0]
+        low = found["ci95"][0] if found.get("higher_is_better", True) else -found["ci95"][1]
         if min_delta is not None and low < min_delta:
             reasons.append(f"{name}: {metric} may have gained only {low:+.4f}, the gate asks for {min_delta:+.4f}")
         if max_regression is not None and low < -max_regression:

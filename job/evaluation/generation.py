@@ -7,7 +7,8 @@ Which prompts share a batch is a function of all prompts (`plan_batches`), and a
 restarted evaluation computes the same bits. Another batch would change no more than the last bits of the logits.
 
 Greedy decoding takes the likeliest token; sampling draws from the softmax (`Sampling`), each prompt by a random
-generator of its own. What else a model's generation_config.json asks for, such as a repetition penalty, is not applied.
+generator of its own. What else a model's generation_config.json asks for, such as a repetition penalty, is not applied
+(`model_defaults`).
 
 In a REPL, with a model and a tokenizer as in `job.evaluation.scorer`:
 
@@ -26,6 +27,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from job.errors import TrainingFailed
+from job.evaluation.resumable import Keeps, complete
 from job.records import Answer
 
 if TYPE_CHECKING:
@@ -63,11 +65,13 @@ class HowToGenerate:
         max_new_tokens: Of each answer.
         stop: Texts at the first of which an answer ends, before it, as lm-eval has it.
         sampling: How tokens are drawn; None takes the likeliest.
+        ends: Tokens that end an answer, beside the tokenizer's end of sequence and those that config.json names.
     """
 
     max_new_tokens: int
     stop: tuple[str, ...] = ()
     sampling: Sampling | None = None
+    ends: tuple[int, ...] = ()
 
 
 AnswerBatches = Callable[
@@ -77,19 +81,13 @@ AnswerBatches = Callable[
 of the batch in order), in any order."""
 
 
-class AnswerCache(Protocol):
+class AnswerCache(Keeps, Protocol):
     """Where answers are looked up first and kept afterwards: `score_cache.ScoreCache`."""
 
     def load_answers(
         self, prompts: Sequence[Sequence[int]], batches: Sequence[Sequence[int]], how: HowToGenerate
     ) -> dict[int, list[Answer]]:
         """The kept answers by number of the batch."""
-
-    def add_answers(self, number: int, answers: list[Answer]) -> None:
-        """Keeps the answers of a batch."""
-
-    def save(self) -> None:
-        """Writes what was added."""
 
 
 def plan_batches(lengths: Sequence[int], max_new_tokens: int, batch_tokens: int) -> list[list[int]]:
@@ -122,6 +120,7 @@ def generate(
     stop: Sequence[str] = (),
     batch_tokens: int = BATCH_TOKENS,
     sampling: Sampling | None = None,
+    ends: Sequence[int] = (),
     cache: AnswerCache | None = None,
     answer: AnswerBatches | None = None,
     on_progress: Callable[[int], None] = lambda _: None,
@@ -136,6 +135,7 @@ def generate(
         stop: As in `HowToGenerate`.
         batch_tokens: Tokens of one forward pass; it changes no more than the last bits of the logits.
         sampling: As in `HowToGenerate`.
+        ends: As in `HowToGenerate`.
         cache: Where answers are looked up first and kept afterwards, batch by batch.
         answer: How batches are answered; `answer_batches` where it is None.
         on_progress: Called with the number of prompts that have been answered.
@@ -143,20 +143,11 @@ def generate(
     Raises:
         TrainingFailed: The logits are not finite.
     """
-    how = HowToGenerate(max_new_tokens, tuple(stop), sampling)
+    how = HowToGenerate(max_new_tokens, tuple(stop), sampling, tuple(ends))
     batches = plan_batches([len(prompt) for prompt in prompts], max_new_tokens, batch_tokens)
     known = {} if cache is None else cache.load_answers(prompts, batches, how)
     missing = {number: batch for number, batch in enumerate(batches) if number not in known}
-    on_progress(sum(map(len, known.values())))
-    try:
-        for number, answers in (answer or answer_batches)(model, tokenizer, prompts, missing, how):
-            known[number] = answers
-            if cache is not None:
-                cache.add_answers(number, answers)
-            on_progress(sum(map(len, known.values())))
-    finally:
-        if cache is not None:
-            cache.save()  # also what was answered before an error or a request to stop
+    complete(known, (answer or answer_batches)(model, tokenizer, prompts, missing, how), cache, on_progress)
     found = {
         prompt: one for number, batch in enumerate(batches) for prompt, one in zip(batch, known[number], strict=True)
     }
@@ -169,18 +160,24 @@ def answer_batches(
     prompts: Sequence[Sequence[int]],
     batches: Mapping[int, Sequence[int]],
     how: HowToGenerate,
+    *,
+    alive: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[int, list[Answer]]]:
-    """Answers batches one after the other, in this process.
+    """Answers batches one after the other, in this process; arguments as for `answer_batch`.
 
     Raises:
         TrainingFailed: The logits are not finite.
     """
     for number, batch in batches.items():
-        yield number, answer_batch(model, tokenizer, [(prompt, prompts[prompt]) for prompt in batch], how)
+        yield number, answer_batch(model, tokenizer, [(prompt, prompts[prompt]) for prompt in batch], how, alive)
 
 
 def answer_batch(
-    model: Any, tokenizer: Any, prompts: Sequence[tuple[int, Sequence[int]]], how: HowToGenerate
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[tuple[int, Sequence[int]]],
+    how: HowToGenerate,
+    alive: Callable[[], None] = lambda: None,
 ) -> list[Answer]:
     """The answers to prompts that are computed together, in order; one after the other if the model cannot be packed.
 
@@ -189,6 +186,8 @@ def answer_batch(
         tokenizer: As for `generate`.
         prompts: Number, which decides what is drawn where tokens are, and token ids of each.
         how: How they are generated.
+        alive: Called before the forward pass of every token. What it raises, for instance because the job has to stop,
+            ends the batch without an answer: a restart computes all of it again, with the same bits.
 
     Raises:
         TrainingFailed: The logits are not finite.
@@ -197,18 +196,18 @@ def answer_batch(
 
     from job.model.packed_attention import is_packed
 
-    ends = _end_tokens(model, tokenizer)
+    ends = _end_tokens(model, tokenizer) | set(how.ends)
     rows = [_Row(tuple(ids), _Draws(how.sampling, number)) for number, ids in prompts]
     finish = _Finish(tokenizer, ends, tuple(text for text in how.stop if text), how.max_new_tokens)
     model.eval()
     packed = is_packed(model)
     with torch.inference_mode(), _own_attention(model):
         if packed:
-            _answer_together(model, rows, finish)
+            _answer_together(model, rows, finish, alive)
         else:
             # A recurrent layer reads padding like any token, and a model of that kind may have a cache of its own.
             for row in rows:
-                _answer_alone(model, row, finish)
+                _answer_alone(model, row, finish, alive)
     return [finish.answer(row) for row in rows]
 
 
@@ -302,7 +301,7 @@ def _own_attention(model: Any) -> Iterator[None]:
         use(base, before)
 
 
-def _answer_together(model: Any, rows: Sequence[_Row], finish: _Finish) -> None:
+def _answer_together(model: Any, rows: Sequence[_Row], finish: _Finish, alive: Callable[[], None]) -> None:
     """Answers all prompts of a batch, a token of each in every forward pass."""
     import torch
     from transformers import DynamicCache
@@ -317,6 +316,7 @@ def _answer_together(model: Any, rows: Sequence[_Row], finish: _Finish) -> None:
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     going = list(rows)
     while True:
+        alive()
         # Always with positions for each row: the fused decoder's rotary kernel does not repeat one for all.
         logits = model(
             input_ids=ids,
@@ -339,7 +339,7 @@ def _answer_together(model: Any, rows: Sequence[_Row], finish: _Finish) -> None:
         mask = torch.cat([mask, mask.new_ones(len(going), 1)], dim=1)
 
 
-def _answer_alone(model: Any, row: _Row, finish: _Finish) -> None:
+def _answer_alone(model: Any, row: _Row, finish: _Finish, alive: Callable[[], None]) -> None:
     """Answers one prompt with transformers' own generation, which knows the cache of every kind of model."""
     import torch
     from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
@@ -352,6 +352,7 @@ def _answer_alone(model: Any, row: _Row, finish: _Finish) -> None:
         def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # noqa: ARG002 - as transformers calls it
             (token,) = _choose(scores, [row])
             self.ended = finish.add(row, token)
+            alive()
             return torch.full_like(scores, float("-inf")).index_fill(1, torch.tensor([token], device=scores.device), 0)
 
     chosen = Chosen()

@@ -177,9 +177,7 @@ def _record(
     base: MeasuredScores, adapter: MeasuredScores, name: str, compared: Mapping[str, Any], holm_p: float
 ) -> dict[str, Any]:
     metric = adapter.metrics[name]
-    verdict = statistics.verdict(holm_p, compared["ci95"])
-    if not metric.higher_is_better:
-        verdict = {"improved": "regressed", "regressed": "improved"}.get(verdict, verdict)  # type: ignore[assignment]
+    verdict = statistics.verdict(holm_p, compared["ci95"], higher_is_better=metric.higher_is_better)
     return {
         "aggregation": metric.aggregation,
         "higher_is_better": metric.higher_is_better,

@@ -9,20 +9,28 @@ A policy in YAML:
       arc_easy: {role: critical, metric: acc, min_gain: 0.0, max_detectable_effect: 0.05}
       hellaswag: {role: supporting, min_gain: 0.0}
       winogrande: {role: guarded, max_loss: 0.02}
+      gsm8k: {role: guarded, metric: "exact_match,strict-match", max_loss: 0.03}
+      forgetting: {role: guarded, metric: bits_per_byte, max_loss: 0.05}
+      mmlu: {role: guarded, max_loss: 0.01}  # a group
+
+Metrics are named as in the manifest, without lm-eval's filter where a task has one only. Gains and losses are in the
+metric's own unit, and of perplexities in the logarithm of the ratio: 0.05 is about 5 %. A gain is an improvement, also
+where a lower figure is better.
 
 Roles: every rule of a `critical` or `guarded` task has to be met. Rules of a `supporting` task are reported and decide
 nothing alone. `critical` and `supporting` tasks enter `combined`; `guarded` ones, which are there to lose nothing, do
 not.
 
-Each rule is met, missed, or inconclusive where the questions cannot tell. The p values of all rules are adjusted
-together by Holm's method.
+Each rule is met, missed, or inconclusive where the questions cannot tell. Where every answer is right or wrong, that is
+tested by their counts (`statistics.one_sided_p`); else by Student's t, from the interval in the manifest. The p values
+of all rules are adjusted together by Holm's method.
 
 To add a kind of rule: a field of `Rules`, and its entry in `KINDS`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -34,10 +42,14 @@ from job.evaluation import statistics
 
 SETTING = "JOB_GATE__POLICY"
 _MAX_BYTES = 1 << 20
+_SHOWN = 10
+"""Names in a message."""
 
 Outcome = Literal["met", "missed", "inconclusive"]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Gain = Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]
+CHOICES = ("acc", "acc_norm")
+"""Metrics of multiple-choice tasks, as the manifest names them."""
 
 
 class _Strict(BaseModel):
@@ -45,12 +57,12 @@ class _Strict(BaseModel):
 
 
 class Rules(_Strict):
-    """Thresholds, as fractions of the questions: 0.01 is one percentage point. None asks for nothing."""
+    """Thresholds; of accuracies, 0.01 is one percentage point. None asks for nothing."""
 
     min_gain: Gain | None = None
-    """The true gain of accuracy is shown to be larger than this."""
+    """The true gain is shown to be larger than this."""
     max_loss: Fraction | None = None
-    """The true loss of accuracy is shown to be smaller than this."""
+    """The true loss is shown to be smaller than this."""
     max_detectable_effect: Fraction | None = None
     """The smallest difference that the questions can detect is not larger than this."""
 
@@ -59,7 +71,7 @@ class TaskRules(Rules):
     """What is asked of one task."""
 
     role: Literal["critical", "supporting", "guarded"]
-    metric: Literal["acc", "acc_norm"] = "acc"
+    metric: Annotated[str, Field(min_length=1)] = "acc"
 
 
 class Policy(_Strict):
@@ -71,12 +83,11 @@ class Policy(_Strict):
     tasks: Annotated[dict[str, TaskRules], Field(min_length=1)]
 
 
-def read_policy(path: str, tasks: Sequence[str]) -> Policy:
-    """Reads and checks a policy.
+def read_policy(path: str) -> Policy:
+    """Reads a policy; `check_policy` checks it against the tasks of a run.
 
     Args:
         path: A local YAML file.
-        tasks: Those that the run scores; the policy may name no other.
 
     Raises:
         SettingsError: With everything that is wrong with it.
@@ -102,9 +113,54 @@ def read_policy(path: str, tasks: Sequence[str]) -> Policy:
         raise SettingsError(
             [Problem(place, f"{'.'.join(map(str, e['loc'])) or 'the file'}: {_words(e)}") for e in error.errors()]
         ) from None
-    if problems := [Problem(place, what) for what in _faults(policy, tasks)]:
+    if problems := [Problem(place, what) for what in _faults(policy)]:
         raise SettingsError(problems)
     return policy
+
+
+def check_policy(
+    policy: Policy,
+    path: str,
+    tasks: Mapping[str, Sequence[str]],
+    *,
+    groups: Mapping[str, Sequence[str]],
+    only: str = "",
+) -> None:
+    """Refuses a policy that names what a run does not compare.
+
+    Args:
+        policy: From `read_policy`.
+        path: Its file.
+        tasks: By task or group that the run scores, its metrics by lm-eval's name of metric and filter.
+        groups: By group, its tasks.
+        only: The setting because of which nothing but tasks of choices is compared, if there is one.
+
+    Raises:
+        SettingsError: With everything that is wrong with it.
+    """
+    problems = []
+    for name, asked in policy.tasks.items():
+        if name not in tasks:
+            near = ", ".join(sorted(tasks)[:_SHOWN])
+            problems.append(f"tasks.{name}: is not scored by this run; it scores {near}")
+            continue
+        found = named(asked.metric, tasks[name])
+        if len(found) != 1:
+            what = "has no metric" if not found else "has several metrics"
+            problems.append(f"tasks.{name}: {what} {asked.metric}; it has {', '.join(tasks[name])}")
+        elif only and (name in groups or not set(tasks[name]) <= {f"{metric},none" for metric in CHOICES}):
+            problems.append(
+                f"tasks.{name}: is compared only where the gate judges the adapter against the base; {only}"
+            )
+    if policy.combined is not None:
+        pooled = {name for name, asked in policy.tasks.items() if asked.role != "guarded"}
+        problems += [
+            f"combined: would count the questions of {', '.join(both)} twice, which are in {name}"
+            for name in sorted(pooled & groups.keys())
+            if (both := sorted(pooled & set(groups[name])))
+        ]
+    if problems:
+        raise SettingsError([Problem(f"{SETTING} ({path})", what) for what in problems])
 
 
 def _loader() -> Any:
@@ -141,10 +197,8 @@ def _words(error: Any) -> str:
     return str(error["msg"]).replace("Input should be", "must be")
 
 
-def _faults(policy: Policy, tasks: Sequence[str]) -> Iterator[str]:
+def _faults(policy: Policy) -> Iterator[str]:
     for name, asked in policy.tasks.items():
-        if name not in tasks:
-            yield f"tasks.{name}: is not scored by this run; add it to JOB_EVAL__TASKS, or remove it"
         if not any(True for _ in _asked(asked)):
             yield f"tasks.{name}: has no rule; give {', '.join(KINDS)}"
     if policy.combined is None:
@@ -162,32 +216,76 @@ def _faults(policy: Policy, tasks: Sequence[str]) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Counts:
-    """What a rule looks at: paired answers to the same questions."""
+    """What a rule looks at where every answer is right or wrong: paired answers to the same questions."""
 
     n: int
     improved: int
     regressed: int
 
     @property
-    def delta(self) -> float:
-        """The observed difference of accuracy, a fraction."""
+    def gain(self) -> float:
+        """The observed difference, a fraction; positive where it is better."""
         return (self.improved - self.regressed) / self.n
 
+    def above(self, margin: float) -> tuple[float, float]:
+        """One-sided p values against "the true gain is at most `margin`", and against "at least `margin`"."""
+        return (
+            statistics.one_sided_p(self.improved, self.regressed, self.n, margin),
+            statistics.one_sided_p(self.regressed, self.improved, self.n, -margin),
+        )
 
-def _above(counts: Counts, margin: float) -> tuple[float, float]:
-    """One-sided p values against "the true difference is at most `margin`", and against "at least `margin`"."""
-    return (
-        statistics.one_sided_p(counts.improved, counts.regressed, counts.n, margin),
-        statistics.one_sided_p(counts.regressed, counts.improved, counts.n, -margin),
-    )
+    def detectable(self, alpha: float) -> float:
+        """The smallest difference that the test detects with a probability of 80 %."""
+        return statistics.minimum_detectable_effect(self.n, self.improved + self.regressed, alpha=alpha)
+
+    @property
+    def spread(self) -> Spread:
+        """The same as a mean of -1, 0 and 1."""
+        variance = ((self.improved + self.regressed) / self.n - self.gain**2) / (self.n - 1)
+        return Spread(self.n, self.gain, max(0.0, variance) ** 0.5, self.n - 1)
 
 
-KINDS: Mapping[str, Callable[[Counts, float], tuple[float, float]] | None] = {
-    "min_gain": _above,
-    "max_loss": lambda counts, threshold: _above(counts, -threshold),
-    "max_detectable_effect": None,  # known without a test: it depends on the number of questions
+@dataclass(frozen=True)
+class Spread:
+    """What a rule looks at elsewhere: an estimate of the gain with its standard error, for a t test.
+
+    Attributes:
+        n: Questions.
+        gain: The estimate; positive where it is better.
+        error: Its standard error.
+        freedom: Degrees of freedom.
+        exact: Whether an error of 0 shows that all is equal: of likelihoods it does, of a few grades it does not.
+    """
+
+    n: int
+    gain: float
+    error: float
+    freedom: int
+    exact: bool = False
+
+    def above(self, margin: float) -> tuple[float, float]:
+        """As `Counts.above`."""
+        from scipy.stats import t
+
+        excess = self.gain - margin
+        if self.error == 0:
+            return (float(excess <= 0), float(excess >= 0)) if self.exact else (1.0, 1.0)
+        return float(t.sf(excess / self.error, self.freedom)), float(t.cdf(excess / self.error, self.freedom))
+
+    def detectable(self, alpha: float, power: float = 0.8) -> float:
+        """As `Counts.detectable`, by the usual approximation: the sum of two quantiles, times the standard error."""
+        from scipy.stats import t
+
+        return self.error * float(t.ppf(1 - alpha / 2, self.freedom) + t.ppf(power, self.freedom))
+
+
+KINDS: Mapping[str, float | None] = {
+    "min_gain": 1.0,
+    "max_loss": -1.0,
+    "max_detectable_effect": None,
 }
-"""By kind of rule, the p values of the tests that show that it is met, and that it is missed."""
+"""By kind of rule, what its threshold is multiplied by to be the margin that the gain has to be above; None for a rule
+without a test, which is known from the number of questions."""
 
 
 def _asked(rules: Rules) -> Iterator[tuple[str, float]]:
@@ -201,12 +299,13 @@ def judge_policy(policy: Policy, tasks: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         policy: The rules.
-        tasks: By task, the comparison as `comparison.compare_tasks` gives it.
+        tasks: By task or group, the comparison as `comparison.compare_tasks`, `measured.compare_measured` or
+            `groups.compare_groups` gives it.
 
     Returns:
         `asked` is the policy itself; `rules` has one entry for each rule; `outcome` is passed, failed or inconclusive.
     """
-    found = {name: _counts(tasks.get(name), asked.metric) for name, asked in policy.tasks.items()}
+    found = {name: _evidence(tasks.get(name), asked.metric) for name, asked in policy.tasks.items()}
     rules = [
         _judged(name, asked.role, rule, found[name], policy.alpha)
         for name, asked in policy.tasks.items()
@@ -240,6 +339,12 @@ def reasons(judged: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def lines(judged: Mapping[str, Any]) -> list[str]:
+    """Every rule with its role and outcome in words, and the verdict last."""
+    rules = [f"{rule['task'] or 'all tasks together'} ({rule['role']}), {sentence(rule)}" for rule in judged["rules"]]
+    return [*rules, judged["outcome"]]
+
+
 def sentence(rule: Mapping[str, Any]) -> str:
     """A rule of the manifest and its outcome in words."""
     if rule["n"] is None:
@@ -263,25 +368,58 @@ def sentence(rule: Mapping[str, Any]) -> str:
     return f"{what} (difference {rule['found']:+.4f}, p = {p:.2g} after Holm)"
 
 
-def _counts(task: Mapping[str, Any] | None, metric: str) -> Counts | None:
-    found = task if task is None or metric == "acc" else task[metric]
-    return None if found is None or task is None else Counts(task["n"], found["improved"], found["regressed"])
+def named(metric: str, known: Iterable[str]) -> list[str]:
+    """The metrics that a name stands for: lm-eval's name of metric and filter, or of the metric alone."""
+    known = list(known)
+    return [metric] if metric in known else [name for name in known if name.partition(",")[0] == metric]
 
 
-def _pooled(counts: Sequence[Counts | None]) -> Counts | None:
-    """All questions as one sample; None if a task has no counts.
+def of_metric(task: Mapping[str, Any], metric: str) -> Mapping[str, Any] | None:
+    """The comparison by a metric in a task or group of the manifest; None if it has none of that name."""
+    if "metrics" in task:
+        names = named(metric, task["metrics"])
+        return task["metrics"][names[0]] if len(names) == 1 else None
+    name = metric.removesuffix(",none")
+    found: Mapping[str, Any] | None = task if name == "acc" else task["acc_norm"] if name == "acc_norm" else None
+    return found
+
+
+def _evidence(task: Mapping[str, Any] | None, metric: str) -> Counts | Spread | None:
+    found = None if task is None else of_metric(task, metric)
+    if found is None or task is None:
+        return None
+    n = found.get("n", task.get("n"))
+    if found.get("test", "mcnemar") == "mcnemar":
+        return Counts(n, found["improved"], found["regressed"])
+    from scipy.stats import t
+
+    (low, high), freedom = found["ci95"], n - found.get("tasks", 1)
+    error = (high - low) / 2 / float(t.ppf(0.975, freedom))
+    gain = found["delta"] if found["higher_is_better"] else -found["delta"]
+    return Spread(n, gain, error, freedom, exact=found.get("aggregation", "mean") != "mean")
+
+
+def _pooled(evidence: Sequence[Counts | Spread | None]) -> Counts | Spread | None:
+    """All questions as one sample; None if a task has no evidence.
 
     Without any difference the improved ones of all discordant pairs are binomial with 1/2 in the pooled table too, so
     the exact test holds for it.
     """
-    known = [one for one in counts if one is not None]
-    if len(known) < len(counts):
+    known = [one for one in evidence if one is not None]
+    if len(known) < len(evidence):
         return None
-    return Counts(*(sum(getattr(one, name) for one in known) for name in ("n", "improved", "regressed")))
+    counts = [one for one in known if isinstance(one, Counts)]
+    if len(counts) == len(known):
+        return Counts(*(sum(getattr(one, name) for one in counts) for name in ("n", "improved", "regressed")))
+    spreads = [one.spread if isinstance(one, Counts) else one for one in known]
+    n = sum(one.n for one in spreads)
+    error = sum((one.n * one.error / n) ** 2 for one in spreads) ** 0.5
+    gain = sum(one.n * one.gain / n for one in spreads)
+    return Spread(n, gain, error, sum(one.freedom for one in spreads), all(one.exact for one in spreads))
 
 
 def _judged(
-    task: str | None, role: str, asked: tuple[str, float], counts: Counts | None, alpha: float
+    task: str | None, role: str, asked: tuple[str, float], evidence: Counts | Spread | None, alpha: float
 ) -> dict[str, Any]:
     """One rule, (kind, threshold), before Holm's adjustment."""
     kind, threshold = asked
@@ -290,19 +428,19 @@ def _judged(
         "role": role,
         "kind": kind,
         "threshold": threshold,
-        "n": counts and counts.n,
-        "found": counts and counts.delta,
+        "n": evidence and evidence.n,
+        "found": evidence and evidence.gain,
         "p_met": None,
         "p_missed": None,
         "holm_p_met": None,
         "holm_p_missed": None,
         "outcome": "inconclusive",
     }
-    if counts is None:  # what was not measured is not met, whatever on_inconclusive says
+    if evidence is None:  # what was not measured is not met, whatever on_inconclusive says
         return {**rule, "outcome": "missed"}
-    test = KINDS[kind]
-    if test is None:
-        effect = statistics.minimum_detectable_effect(counts.n, counts.improved + counts.regressed, alpha=alpha)
+    sign = KINDS[kind]
+    if sign is None:
+        effect = evidence.detectable(alpha)
         return {**rule, "found": effect, "outcome": "met" if effect <= threshold else "inconclusive"}
-    met, missed = test(counts, threshold)
+    met, missed = evidence.above(sign * threshold)
     return {**rule, "p_met": met, "p_missed": missed}

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -31,6 +31,7 @@ _ENDING = ".jsonl"
 
 CODE = (
     "job.evaluation.generation",
+    "job.evaluation.resumable",
     "job.evaluation.scoring",
     "job.model.adapter_files",
     "job.model.adapter_options",
@@ -146,30 +147,29 @@ class ScoreCache:
         questions without one: both are computed again.
         """
         self._folder = f"{self._root}/{score_key(questions, sequences, self._conditions)}"
-        found: dict[int, list[list[ChoiceScore]]] = {}
-        # platforms that copy a folder away add files of their own to it: only names with our ending are ours
-        names = [info.key for info in self._store.list(f"{self._folder}/") if info.key.endswith(_ENDING)]
-        for entry in (entry for name in names for entry in self._read(name)):
-            if not 0 <= entry.row < len(sequences):
-                continue
+
+        def fits(entry: _Entry) -> bool:
             asked = questions[sequences[entry.row].start : sequences[entry.row].stop]
-            if [len(question.choices) for question in asked] == [len(choices) for choices in entry.scores]:
-                found[entry.row] = entry.scores
-                self._others |= {entry.run} - {self._run}
-        return found
+            return [len(question.choices) for question in asked] == [len(choices) for choices in entry.scores]
+
+        return {entry.row: entry.scores for entry in self._fitting(len(sequences), fits)}
 
     def load_answers(
         self, prompts: Sequence[Sequence[int]], batches: Sequence[Sequence[int]], how: HowToGenerate
     ) -> dict[int, list[Answer]]:
         """The cached answers by number of the batch; what does not match is computed again, as by `load`."""
         self._folder = f"{self._root}/{answers_key(prompts, batches, how, self._conditions)}"
-        found: dict[int, list[Answer]] = {}
+        fitting = self._fitting(len(batches), lambda entry: len(entry.answers) == len(batches[entry.row]))
+        return {entry.row: entry.answers for entry in fitting}
+
+    def _fitting(self, parts: int, fits: Callable[[_Entry], bool]) -> Iterator[_Entry]:
+        """The entries in the folder that fit what is asked, which has so many parts."""
+        # platforms that copy a folder away add files of their own to it: only names with our ending are ours
         names = [info.key for info in self._store.list(f"{self._folder}/") if info.key.endswith(_ENDING)]
         for entry in (entry for name in names for entry in self._read(name)):
-            if 0 <= entry.row < len(batches) and len(entry.answers) == len(batches[entry.row]):
-                found[entry.row] = entry.answers
+            if 0 <= entry.row < parts and fits(entry):
                 self._others |= {entry.run} - {self._run}
-        return found
+                yield entry
 
     def _read(self, key: str) -> list[_Entry]:
         name = key.rpartition("/")[2].partition(".")[0]
@@ -183,17 +183,11 @@ class ScoreCache:
         get_logger().warning("cached scores are invalid and computed again", key=key, why=why)
         return []
 
-    def add(self, number: int, scores: list[list[ChoiceScore]]) -> None:
-        """Adds the scores of a sequence, and saves if the last save was more than `SAVE_SECONDS` ago."""
-        self._add(_Entry(row=number, run=self._run, scores=scores))
-
-    def add_answers(self, number: int, answers: list[Answer]) -> None:
-        """Adds the answers of a batch, and saves as `add` does."""
-        self._add(_Entry(row=number, run=self._run, answers=answers))
-
-    def _add(self, entry: _Entry) -> None:
+    def add(self, number: int, found: list[list[ChoiceScore]] | list[Answer]) -> None:
+        """Adds the scores of a sequence, or the answers of a batch; saves if the last save was `SAVE_SECONDS` ago."""
+        kind = "answers" if isinstance(found[0], Answer) else "scores"
         self._added += 1
-        self._unsaved.append(entry)
+        self._unsaved.append(_Entry.model_validate({"row": number, "run": self._run, kind: found}))
         if time.monotonic() - self._saved_at > SAVE_SECONDS:
             self.save()
 

@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from job.errors import TrainingFailed
+from job.evaluation.resumable import complete
 from job.evaluation.score_cache import ScoreCache
 from job.evaluation.scoring import plan_sequences, score_sequence
 from job.records import ChoiceScore, Question
@@ -69,16 +70,7 @@ def score_questions(
     sequences = plan_sequences(questions, batch_tokens)
     known = {} if cache is None else cache.load(questions, sequences)
     missing = {number: sequence for number, sequence in enumerate(sequences) if number not in known}
-    on_progress(sum(map(len, known.values())))
-    try:
-        for number, scores in (score or score_sequences)(model, questions, missing):
-            known[number] = scores
-            if cache is not None:
-                cache.add(number, scores)
-            on_progress(sum(map(len, known.values())))
-    finally:
-        if cache is not None:
-            cache.save()  # also what was scored before an error or a request to stop
+    complete(known, (score or score_sequences)(model, questions, missing), cache, on_progress)
     return [scores for number in range(len(sequences)) for scores in known[number]]
 
 

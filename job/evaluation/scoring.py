@@ -12,8 +12,9 @@ sequence, without padding between them, uses the hardware better; no question at
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from job.records import ChoiceScore, Question
@@ -21,7 +22,7 @@ from job.records import ChoiceScore, Question
 if TYPE_CHECKING:
     import torch
 
-    from job.model.packed_attention import Segment
+    from job.model.packed_attention import Layout, Segment
 
 
 def tokens_of(question: Question) -> int:
@@ -50,12 +51,20 @@ def plan_sequences(questions: Sequence[Question], budget: int) -> list[range]:
     return sequences
 
 
-def score_sequence(model: Any, questions: Sequence[Question]) -> list[list[ChoiceScore]]:
+Forward = Callable[["torch.Tensor", "torch.Tensor", "Layout", "torch.Tensor"], "torch.Tensor"]
+"""(1, tokens) token ids, (1, tokens) positions, the layout, (reads,) positions in the sequence -> (reads, vocabulary)
+logits."""
+
+
+def score_sequence(
+    model: Any, questions: Sequence[Question], forward: Forward | None = None
+) -> list[list[ChoiceScore]]:
     """Scores questions in one forward pass, or in one for each choice if the model cannot run packed sequences.
 
     Args:
         model: A causal language model from `load_base`, in evaluation mode.
         questions: All of them go into one packed sequence.
+        forward: What computes the logits; None for the model's own code.
 
     Returns:
         For each question and choice, the log-likelihood (natural logarithm) and whether it is the greedy continuation.
@@ -69,15 +78,12 @@ def score_sequence(model: Any, questions: Sequence[Question]) -> list[list[Choic
     packed = _pack(questions)
     device = model.device
     with torch.inference_mode():
-        # `logits_to_keep`: the output layer is computed at the positions that predict a choice's token only. Logits of
-        # all tokens would be the largest tensor of the pass by far (tokens x vocabulary).
-        logits = model(
-            input_ids=torch.tensor([packed.ids], device=device),
-            position_ids=torch.tensor([packed.positions], device=device),
-            layout=build_layout(packed.segments, device),
-            logits_to_keep=torch.tensor(packed.reads, device=device),
-            use_cache=False,
-        ).logits[0]  # (reads, vocabulary), in the model's dtype
+        logits = (forward or partial(_own_forward, model))(
+            torch.tensor([packed.ids], device=device),
+            torch.tensor([packed.positions], device=device),
+            build_layout(packed.segments, device),
+            torch.tensor(packed.reads, device=device),
+        )  # (reads, vocabulary)
         read = torch.tensor(packed.predicted_by, device=device)  # (choice tokens,): which logits predict each of them
         token = torch.tensor(packed.targets, device=device)  # (choice tokens,)
         # fp32 before the softmax: bf16 has 8 bits of precision, so a log-probability near -10 would be rounded to
@@ -87,6 +93,20 @@ def score_sequence(model: Any, questions: Sequence[Question]) -> list[list[Choic
         greedy = logits.argmax(-1)[read] == token
         scores, greedy = scores.cpu(), greedy.cpu()  # the only synchronization with the GPU in this function
     return list(_by_question(questions, scores, greedy))
+
+
+def _own_forward(
+    model: Any, ids: torch.Tensor, positions: torch.Tensor, layout: Layout, reads: torch.Tensor
+) -> torch.Tensor:
+    """A `Forward` by the model's own code, the logits in the model's dtype.
+
+    `logits_to_keep`: the output layer is computed at the positions that predict a choice's token only. Logits of all
+    tokens would be the largest tensor of the pass by far (tokens x vocabulary).
+    """
+    found: torch.Tensor = model(
+        input_ids=ids, position_ids=positions, layout=layout, logits_to_keep=reads, use_cache=False
+    ).logits[0]
+    return found
 
 
 def _score_alone(model: Any, context: Sequence[int], choice: Sequence[int]) -> ChoiceScore:

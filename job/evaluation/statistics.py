@@ -11,6 +11,7 @@ figures can be computed again from the published samples.
 | smallest difference the test can detect | exact power of McNemar's test, Duffy (1984) |
 | p value of a difference above a margin | one-sided McNemar at 0, else Tango's score test (1998) |
 | difference of averages and perplexities | paired t test of a ratio of sums, Cochran (1977) |
+| difference of averages over several tasks | t test of a stratified mean, Cochran (1977) |
 | several tasks at once | Holm's step-down adjustment (1979) |
 | interval of one accuracy | Wilson's score interval (1927) |
 """
@@ -74,12 +75,12 @@ def compare(base: Sequence[bool], adapter: Sequence[bool], *, alpha: float = 0.0
     )
 
 
-def verdict(p: float, ci95: tuple[float, float], *, alpha: float = 0.05) -> Verdict:
+def verdict(p: float, ci95: tuple[float, float], *, alpha: float = 0.05, higher_is_better: bool = True) -> Verdict:
     """The verdict: significant at `alpha`, with an interval that excludes 0; otherwise "inconclusive".
 
     With several tasks, pass the p value adjusted by `holm`: the verdicts then hold for all tasks at once.
     """
-    low, high = ci95
+    low, high = ci95 if higher_is_better else (-ci95[1], -ci95[0])
     if p < alpha and low > 0:
         return "improved"
     if p < alpha and high < 0:
@@ -229,16 +230,46 @@ def paired_ratio(
     """
     from math import fsum
 
-    from scipy.stats import t
-
     n, total = len(differences), fsum(weights)
     ratio = fsum(differences) / total
     spread = fsum((d - ratio * w) ** 2 for d, w in zip(differences, weights, strict=True))
-    error = (n / (n - 1) * spread) ** 0.5 / total
+    return _by_t(ratio, (n / (n - 1) * spread) ** 0.5 / total, n - 1, level)
+
+
+def stratified(
+    differences: Sequence[Sequence[float]], shares: Sequence[float], *, level: float = 0.95
+) -> tuple[float, tuple[float, float], float]:
+    """A mean over strata of the means of paired differences: estimate, interval, two-sided p value of a mean of 0.
+
+    Its variance is the sum of share^2 * s^2 / n over the strata: W. G. Cochran (1977), Sampling Techniques, third
+    edition, section 5.3. Interval and p value are by Student's t with as many degrees of freedom as there are
+    differences, less one for each stratum.
+
+    Args:
+        differences: Of each stratum, after less before; two at least in each.
+        shares: Of each stratum in the mean; they add up to 1.
+        level: Confidence level, a fraction.
+    """
+    from math import fsum
+
+    means = [fsum(stratum) / len(stratum) for stratum in differences]
+    squares = [
+        fsum((d - mean) ** 2 for d in stratum) / (len(stratum) - 1) / len(stratum)
+        for stratum, mean in zip(differences, means, strict=True)
+    ]
+    mean = fsum(share * mean for share, mean in zip(shares, means, strict=True))
+    error = fsum(share**2 * square for share, square in zip(shares, squares, strict=True)) ** 0.5
+    return _by_t(mean, error, sum(len(stratum) - 1 for stratum in differences), level)
+
+
+def _by_t(estimate: float, error: float, freedom: int, level: float) -> tuple[float, tuple[float, float], float]:
+    """Estimate, interval and two-sided p value by Student's t."""
+    from scipy.stats import t
+
     if error == 0:  # all alike: without a difference nothing is shown, and with one only that it is the same everywhere
-        return ratio, (ratio, ratio), 1.0 if ratio == 0 else 0.0
-    half = float(t.ppf((1 + level) / 2, n - 1)) * error
-    return ratio, (ratio - half, ratio + half), float(2 * t.sf(abs(ratio) / error, n - 1))
+        return estimate, (estimate, estimate), 1.0 if estimate == 0 else 0.0
+    half = float(t.ppf((1 + level) / 2, freedom)) * error
+    return estimate, (estimate - half, estimate + half), float(2 * t.sf(abs(estimate) / error, freedom))
 
 
 def holm(p: Sequence[float]) -> list[float]:

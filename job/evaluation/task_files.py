@@ -14,6 +14,13 @@ r"""Tasks that users describe themselves: a YAML file in lm-eval's format, with 
     metric_list:
       - {metric: exact_match, aggregation: mean, higher_is_better: true}
 
+A file may also describe a group, of tasks in files beside it or of lm-eval's, and how its figure is computed:
+
+    group: my_group
+    task: [my_arithmetic.yaml, arc_easy]
+    aggregate_metric_list:
+      - {metric: acc, weight_by_size: false}
+
 The file may have come from anywhere, so nothing in it can run code: only plain YAML is read, only the fields of
 `FIELDS` are taken, data is read by this job's own readers from the file's folder, metrics, filters and aggregations are
 lm-eval's own, by name, and templates are rendered in Jinja's sandbox (`tasks.compiled_once`).
@@ -23,7 +30,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -33,6 +41,7 @@ from job.data.formats import Row, RowError, read_rows, reader_of
 from job.errors import DataError, Problem, SettingsError
 
 ENDINGS = (".yaml", ".yml")
+OWN = Path(__file__).with_name("own_tasks")
 MAX_BYTES = 1 << 16
 MAX_BRACKETS = 2_000
 """PyYAML takes the square of the depth of nested brackets, minutes for a file of this size."""
@@ -68,6 +77,9 @@ FIELDS = frozenset(
     | {"doc_to_decontamination_query"}
 )
 """The fields of lm-eval's tasks that name no code and lead nowhere else."""
+GROUP_FIELDS = frozenset({"group", "group_alias", "task", "aggregate_metric_list", "metadata"})
+AGGREGATED = frozenset({"metric", "filter_list", "aggregation", "weight_by_size"})
+"""The fields of an entry of `aggregate_metric_list`."""
 
 
 @dataclass(frozen=True)
@@ -91,20 +103,101 @@ class TaskFile:
     sha256: str
 
 
+@dataclass(frozen=True)
+class GroupFile:
+    """A user's own group of tasks.
+
+    Attributes:
+        name: Its own.
+        path: Of the file, as the settings name it.
+        config: What lm-eval takes, without the tasks.
+        members: lm-eval's names of tasks and groups, and the tasks of files beside it.
+        sha256: Of the file.
+    """
+
+    name: str
+    path: str
+    config: Mapping[str, Any]
+    members: tuple[str | TaskFile, ...]
+    sha256: str
+
+
 def is_task_file(name: str) -> bool:
-    """Whether a name in JOB_EVAL__TASKS is that of a file, and of no task of lm-eval."""
-    return name.endswith(ENDINGS)
+    """Whether a name in JOB_EVAL__TASKS is that of a file, or of a task of this job, and of no task of lm-eval."""
+    return name.endswith(ENDINGS) or name in own_tasks()
 
 
-def read_task_file(path: Path) -> TaskFile:
-    """Reads a file that describes a task, and its data.
+@cache
+def own_tasks() -> Mapping[str, Path]:
+    """The tasks that come with this job, by name; to add one, put its file and its data into `OWN`."""
+    return {path.stem: path for path in sorted(OWN.glob("*.yaml"))}
+
+
+def read_task_file(name: str) -> TaskFile | GroupFile:
+    """Reads a file that describes a task or a group of tasks, and their data.
+
+    Args:
+        name: Its path, or the name of a task in `own_tasks`.
 
     Raises:
         SettingsError: It is not there, or not of the format above, with all that is wrong.
         DataError: Its data cannot be read.
     """
+    path = own_tasks().get(name) or Path(name)
     text = _read(path)
     config = _parse(path, text)
+    if "group" in config:
+        return _read_group(path, text, config)
+    task = _read_task(path, text, config)
+    return replace(task, source=f"qlora-job, {name}") if name in own_tasks() else task  # wherever it is installed
+
+
+def _read_group(path: Path, text: bytes, config: Mapping[Any, Any]) -> GroupFile:
+    if wrong := list(_wrong_group(path, config)):
+        raise SettingsError([Problem(str(path), what) for what in wrong])
+    members: list[str | TaskFile] = []
+    for name in config["task"]:
+        if not name.endswith(ENDINGS):
+            members.append(name)
+            continue
+        file = path.parent / name
+        described = _read(file)
+        if "group" in (member := _parse(file, described)):
+            raise SettingsError([Problem(str(path), f"task: {name} is a group too; name its tasks")])
+        members.append(_read_task(file, described, member))
+    kept = {name: value for name, value in config.items() if name != "task"}
+    return GroupFile(config["group"], str(path), kept, tuple(members), hashlib.sha256(text).hexdigest())
+
+
+def _wrong_group(path: Path, config: Mapping[Any, Any]) -> Iterator[str]:
+    """What is wrong with the fields of a group, a sentence each."""
+    for name in config:
+        if name not in GROUP_FIELDS:
+            yield f"{name}: is not taken from a user's group; it has {', '.join(sorted(GROUP_FIELDS))}"
+    yield from _wrong_name("group", config)
+    tasks = config.get("task")
+    if not (isinstance(tasks, list) and tasks and all(isinstance(name, str) for name in tasks)):
+        yield "task: is no list of names of tasks"
+        return
+    for name in tasks:
+        file = path.parent / name
+        if name.endswith(ENDINGS) and not (".." not in PurePosixPath(name).parts and _inside(file, path.parent)):
+            yield f"task: {name[:80]!r} does not lie in the folder of the group"
+    aggregated = config.get("aggregate_metric_list", [])
+    if not (isinstance(aggregated, list) and len(_mappings(aggregated)) == len(aggregated)):
+        yield "aggregate_metric_list: is no list of metrics"
+    for metric in _mappings(aggregated):
+        if not (set(metric) <= AGGREGATED and isinstance(metric.get("metric"), str)):
+            yield f"aggregate_metric_list: takes {', '.join(sorted(AGGREGATED))}"
+        elif metric.get("aggregation", "mean") != "mean" or not isinstance(metric.get("weight_by_size", True), bool):
+            yield f"aggregate_metric_list: {metric['metric'][:80]}: aggregation is mean, weight_by_size true or false"
+
+
+def _inside(file: Path, folder: Path) -> bool:
+    return file.resolve().is_relative_to(folder.resolve())
+
+
+def _read_task(path: Path, text: bytes, config: Mapping[Any, Any]) -> TaskFile:
     if wrong := list(_wrong(config)):
         raise SettingsError([Problem(str(path), what) for what in wrong])
     places = _places(path, config)
@@ -166,9 +259,7 @@ def _wrong(config: Mapping[Any, Any]) -> Iterator[str]:
 def _wrong_fields(config: Mapping[Any, Any]) -> Iterator[str]:
     for name in config:
         if name not in FIELDS:
-            yield f"{name}: is not taken from a user's file" + (
-                "; give one task a file" if name in {"group", "include"} else ""
-            )
+            yield f"{name}: is not taken from a user's file" + "; give one task a file" * (name == "include")
     for name in ("task", "output_type", "dataset_path"):
         if not isinstance(config.get(name), str):
             yield f"{name}: is missing"
@@ -176,11 +267,16 @@ def _wrong_fields(config: Mapping[Any, Any]) -> Iterator[str]:
         value = config.get(name)
         if value is not None and not isinstance(value, str | int | list):
             yield f"{name}: is neither text nor a list"
-    name = config.get("task")
-    if isinstance(name, str) and not name.replace("_", "a").replace("-", "a").isalnum():
-        yield "task: has other characters than letters, digits, - and _"
+    if isinstance(config.get("task"), str):
+        yield from _wrong_name("task", config)
     if isinstance(config.get("dataset_path"), str) and config["dataset_path"] not in FORMATS:
         yield f"dataset_path: is {config['dataset_path']!r}; it is one of {', '.join(FORMATS)}, the data lies beside it"
+
+
+def _wrong_name(field: str, config: Mapping[Any, Any]) -> Iterator[str]:
+    name = config.get(field)
+    if not (isinstance(name, str) and name.replace("_", "a").replace("-", "a").isalnum()):
+        yield f"{field}: is a name of letters, digits, - and _"
 
 
 def _wrong_numbers(config: Mapping[Any, Any]) -> Iterator[str]:
@@ -237,7 +333,7 @@ def _places(path: Path, config: Mapping[str, Any]) -> dict[str, list[Path]]:
             continue
         for file in places[split]:
             relative = PurePosixPath(*file.parts[len(path.parent.parts) :])
-            inside = file.resolve().is_relative_to(path.parent.resolve()) and ".." not in relative.parts
+            inside = _inside(file, path.parent) and ".." not in relative.parts
             if "://" in str(file) or not inside:
                 wrong.append(f"dataset_kwargs.data_files: {file.name[:80]!r} does not lie in the folder of the task")
             elif not file.is_file():

@@ -21,9 +21,12 @@ from jinja2.sandbox import SandboxedEnvironment
 from job.data.files import find_file
 from job.data.formats import Row, RowError, read_rows
 from job.errors import DataError, Problem, SettingsError, named_by
+from job.evaluation.groups import CHOICE_METRICS, GroupSpec, read_groups
 from job.evaluation.measured import how_to_generate, metrics_of
-from job.evaluation.task_files import TaskFile, is_task_file, read_task_file
+from job.evaluation.policy import CHOICES, Policy, check_policy, named
+from job.evaluation.task_files import GroupFile, TaskFile, is_task_file, own_tasks, read_task_file
 from job.log import get_logger
+from job.records import Metric
 from job.storage.hub import hub_errors
 
 MULTIPLE_CHOICE = "multiple_choice"
@@ -62,7 +65,13 @@ class Tasks:
     loaded: Any
     sources: Mapping[str, str]
     files: Mapping[str, str] = field(default_factory=dict)
-    """By task of a user's own file, the SHA-256 of the file."""
+    """By task of a user's own file, or of a user's own group, the SHA-256 of the file, or of both."""
+    groups: Mapping[str, GroupSpec] = field(default_factory=dict)
+    """The groups that have figures of their own."""
+
+    def metrics(self) -> dict[str, dict[str, Metric]]:
+        """By task, what is compared, by lm-eval's name of metric and filter, such as `acc,none`."""
+        return {name: _named_metrics(task) for name, task in self.loaded["tasks"].items()}
 
     def only(self, *kinds: str) -> Tasks:
         """The tasks of some kinds, without groups."""
@@ -126,18 +135,20 @@ def load_tasks(
         Unreachable: A task's questions have to be downloaded from the hub, and it did not answer.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    own = [read_task_file(Path(name)) for name in names if is_task_file(name)]
-    names = [name for name in names if not is_task_file(name)]
-    manager = _index((*names, *data))
-    _check_names(manager.task_index, names, data)
-    if twice := _twice([*names, *(task.name for task in own)]):
+    names, own = _read_files(names)
+    _check_data((*names, *_members(own), *_ours(own)), data)
+    texts = {name: _read_questions(data[name], sources[name]) for name in data if name in own_tasks()}
+    data = {name: path for name, path in data.items() if name not in texts}
+    own = [_with_texts(task, texts, sources) for task in own]
+    manager = _index((*names, *_members(own), *data))
+    _check_names(manager.task_index, (*names, *_members(own)), data)
+    if twice := _twice([*names, *(one.name for one in own), *(task.name for task in _member_files(own))]):
         raise SettingsError([Problem("JOB_EVAL__TASKS", f"names {name} twice") for name in twice])
-    rows = {name: _read_questions(data[name], sources[name]) for name in names if name in data}
+    rows = {name: _read_questions(data[name], sources[name]) for name in (*names, *_members(own)) if name in data}
     local = {name: _with_rows(manager, name, rows[name], sources[name]) for name in rows}
-    users = [_from_file(manager, task) for task in own]
-    with hub_errors(f"questions of {', '.join(name for name in names if name not in local)}"):
-        loaded = manager.load([*(local.get(name, name) for name in names), *users])
-    tasks = loaded["tasks"]
+    with hub_errors(f"questions of {', '.join(name for name in (*names, *_members(own)) if name not in local)}"):
+        loaded = _load(manager, [*(local.get(name, name) for name in names), *(_built(manager, o, local) for o in own)])
+    tasks, rows = loaded["tasks"], rows | texts
     _set_shots(tasks, num_fewshot)
     wrong = [
         problem for name, task in tasks.items() if (problem := _unfit(name, task) or _without_examples(name, task))
@@ -150,12 +161,83 @@ def load_tasks(
         raise DataError(few)
     if misfits := [problem for name in rows for problem in _misfits(tasks[name], rows[name], sources[name])]:
         raise DataError(misfits)
-    places = dict(sources) | {task.name: task.source for task in own}
-    return Tasks(
-        loaded,
-        {name: places.get(name, str(task.config.dataset_path)) for name, task in tasks.items()},
-        {task.name: task.sha256 for task in own},
-    )
+    users = [*(one for one in own if isinstance(one, TaskFile)), *_member_files(own)]
+    places = dict(sources) | {task.name: task.source for task in users}
+    files = {task.name: task.sha256 for task in users}
+    for group in own:
+        if isinstance(group, GroupFile):
+            members = loaded["groups"][group.name].get_all_tasks()
+            files |= {task.task_name: files.get(task.task_name, "") + group.sha256 for task in members}
+    metrics = {name: _named_metrics(task) for name, task in tasks.items()}
+    where = {name: places.get(name, str(task.config.dataset_path)) for name, task in tasks.items()}
+    return Tasks(loaded, where, files, read_groups(loaded["groups"], metrics))
+
+
+def _with_texts(
+    task: TaskFile | GroupFile, texts: Mapping[str, list[Row]], sources: Mapping[str, str]
+) -> TaskFile | GroupFile:
+    """A task of this job with the user's own rows, if there are any."""
+    if isinstance(task, GroupFile) or task.name not in texts:
+        return task
+    return replace(task, rows=dict.fromkeys(task.rows, texts[task.name]), source=sources[task.name])
+
+
+def _read_files(names: Sequence[str]) -> tuple[list[str], list[TaskFile | GroupFile]]:
+    """The names of lm-eval's tasks and groups, and what the users' files describe."""
+    files = [read_task_file(name) for name in names if is_task_file(name)]
+    return [name for name in names if not is_task_file(name)], files
+
+
+def _ours(own: Sequence[TaskFile | GroupFile]) -> list[str]:
+    """The names of tasks that come with this job."""
+    return [task.name for task in own if task.name in own_tasks()]
+
+
+def _members(own: Sequence[TaskFile | GroupFile]) -> list[str]:
+    """lm-eval's tasks and groups that users' groups name."""
+    return [name for group in own if isinstance(group, GroupFile) for name in group.members if isinstance(name, str)]
+
+
+def _member_files(own: Sequence[TaskFile | GroupFile]) -> list[TaskFile]:
+    """The tasks of files that users' groups name."""
+    groups = [group for group in own if isinstance(group, GroupFile)]
+    return [task for group in groups for task in group.members if isinstance(task, TaskFile)]
+
+
+def _built(manager: Any, own: TaskFile | GroupFile, local: Mapping[str, Any]) -> Any:
+    """lm-eval's task or group of a user's file. Raises DataError where a template does not fit its first row."""
+    from lm_eval.api.group import Group
+
+    if isinstance(own, TaskFile):
+        return _from_file(manager, own)
+    group = Group.from_config(dict(own.config))
+    for member in own.members:
+        if isinstance(member, TaskFile):
+            group.add(_from_file(manager, member))
+            continue
+        loaded = _load(manager, [local.get(member, member)])
+        for task in [loaded["groups"][member]] if member in loaded["groups"] else loaded["tasks"].values():
+            group.add(task)  # of a tag, all its tasks
+    return group
+
+
+def _load(manager: Any, what: list[Any]) -> Any:
+    """lm-eval's tasks and groups. Raises SettingsError where a task is named twice, for instance by two groups."""
+    try:
+        return manager.load(what)
+    except ValueError as error:
+        if str(error).startswith("Duplicate task"):
+            raise SettingsError([Problem("JOB_EVAL__TASKS", f"asks a task twice: {error}")]) from error
+        raise
+
+
+def _named_metrics(task: Any) -> dict[str, Metric]:
+    """What is compared of a task, by lm-eval's name of metric and filter."""
+    if task.OUTPUT_TYPE != MULTIPLE_CHOICE:
+        filters = [one.name for one in task._filters]  # noqa: SLF001 - lm-eval has no public name for them
+        return {f"{name},{one}": metric for one in filters for name, metric in metrics_of(task).items()}
+    named = {metric["metric"] for metric in task.config.metric_list or []}
+    return {name: Metric("mean", True) for name in CHOICE_METRICS if name.partition(",")[0] in named}  # noqa: FBT003
 
 
 def check_choices(tasks: Tasks, needed_by: Sequence[str]) -> None:
@@ -172,6 +254,33 @@ def check_choices(tasks: Tasks, needed_by: Sequence[str]) -> None:
     for setting in needed_by if others else ():
         note = "does not judge or score tasks without choices"
         get_logger().info("tasks are left out", setting=setting, tasks=others, why=note)
+
+
+def check_gate(tasks: Tasks, metric: str, policy: Policy | None, path: str | None, only: str) -> None:
+    """Refuses a gate on what the run does not compare.
+
+    Args:
+        tasks: From `load_tasks`.
+        metric: Of the thresholds, where there is no policy.
+        policy: The rules of `path`; None for thresholds, or no gate at all.
+        path: The file of the policy.
+        only: Why only tasks of choices are compared, if that is so.
+
+    Raises:
+        SettingsError: With everything that is wrong.
+    """
+    known = tasks.metrics() | {name: dict.fromkeys(group.metrics) for name, group in tasks.groups.items()}
+    if policy is not None:
+        groups = {name: group.tasks for name, group in tasks.groups.items()}
+        check_policy(policy, path or "", {name: list(found) for name, found in known.items()}, groups=groups, only=only)
+    elif metric not in CHOICES:
+        measured = tasks.only(*MEASURED).metrics()
+        if only:
+            raise SettingsError([Problem("JOB_GATE__METRIC", f"is {metric}, which is not compared there: {only}")])
+        if not any(named(metric, found) for found in measured.values()):
+            has = ", ".join(sorted({name for found in measured.values() for name in found})) or "none"
+            what = f"is {metric}, which no task of this run has; tasks without choices have {has}"
+            raise SettingsError([Problem("JOB_GATE__METRIC", what)])
 
 
 def _twice(names: Sequence[str]) -> list[str]:
@@ -229,10 +338,10 @@ def check_tasks(names: Sequence[str], data: Iterable[str]) -> None:
         SettingsError: With all that is wrong.
         DataError: The data beside a user's own task cannot be read.
     """
-    for name in names:
-        if is_task_file(name):
-            read_task_file(Path(name))
-    names = [name for name in names if not is_task_file(name)]
+    names, own = _read_files(names)
+    names += _members(own)
+    _check_data((*names, *_ours(own)), data)
+    data = [name for name in data if name not in own_tasks()]
     if _are_known(frozenset((*names, *data))):
         return
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -436,6 +545,13 @@ def _index(names: tuple[str, ...]) -> Any:
     manager = tasks.TaskManager(include_path=folders, include_defaults=False)
     found = (manager.task_index.get(name) for name in names)
     return manager if all(entry and entry.kind.name == "TASK" for entry in found) else tasks.TaskManager()
+
+
+def _check_data(names: Sequence[str], data: Iterable[str]) -> None:
+    """Raises SettingsError for questions of tasks that are not asked; the settings do not know the tasks of a file."""
+    if other := [name for name in data if name not in names]:
+        what = f"gives questions of {', '.join(other)}, and JOB_EVAL__TASKS does not name that task"
+        raise SettingsError([Problem("JOB_EVAL__DATA", what)])
 
 
 def _check_names(index: Mapping[str, Any], names: Sequence[str], data: Iterable[str]) -> None:

@@ -65,7 +65,7 @@ class RunShape:
         setup_basis: `computed` from the model's own configuration, or `assumed` from a table.
         workload: Optimizer steps and tokens.
         workload_basis: `computed` from the examples, or `assumed`: scaled from a sample or from characters.
-        questions: Questions of all tasks; each is scored twice, for the base and for the adapter.
+        questions: Questions of all tasks; each is scored `evaluations` times.
         questions_basis: As above.
         budget: Tokens of a micro-batch as set, else what the job takes on a small GPU.
         scoring_budget: Tokens scored in one forward pass.
@@ -82,6 +82,7 @@ class RunShape:
         quantizing_tokens: Tokens that a calibrated format computes, forward and backward, in all its steps.
         reference: The log-probabilities of the reference, as dpo and kto need them; None likewise.
         first_stage: What is trained before, as in JOB_TRAIN__METHOD=sft,dpo; its download is in this one's.
+        full_precision: Whether the base with its original weights is scored too, where it fits.
     """
 
     setup: Setup | None
@@ -105,11 +106,12 @@ class RunShape:
     derived: tuple[str, ...] = ()
     adapter_copies: int = 0
     quantizing_tokens: int = 0
+    full_precision: bool = False
 
     @property
     def evaluations(self) -> int:
-        """How often all questions are scored: by the base, by the adapter, and by each exported candidate."""
-        return EVALUATIONS + self.merges + len(self.derived) + self.adapter_copies
+        """How often all questions are scored: by base, adapter, the unquantized base, and each exported candidate."""
+        return EVALUATIONS + self.merges + len(self.derived) + self.adapter_copies + self.full_precision
 
     def format_bytes(self, name: str) -> int:
         """The files of an exported format, as weights; 0 for an unknown model."""
@@ -195,7 +197,8 @@ def estimates(run: RunShape) -> Iterator[Estimate]:
     if run.questions is not None:
         scoring = run.evaluations * memory_model.evaluation_flops(setup, run.questions.tokens, run.questions.reads)
         times = {2: "twice"}.get(run.evaluations, f"{run.evaluations} times")
-        yield Estimate(f"evaluation, {times}", scoring, "FLOP", _weaker(basis, run.questions_basis))
+        note = "one of them by the unquantized base, where it fits" if run.full_precision else ""
+        yield Estimate(f"evaluation, {times}", scoring, "FLOP", _weaker(basis, run.questions_basis), note)
     held = memory_model.training_memory(setup, run.micro_batch)
     bits = "NF4, " if setup.quantization == "nf4" else ""
     yield Estimate("memory: base", held.weights, "bytes", basis, f"{bits}embedding and output layer as they are")
@@ -214,6 +217,9 @@ def estimates(run: RunShape) -> Iterator[Estimate]:
     )
     scored = f"packed sequences of {run.scoring_budget:,} tokens"
     yield Estimate("peak in evaluation", _scoring(run, setup), "bytes", _weaker(basis, run.questions_basis), scored)
+    if run.full_precision:
+        peak = _beside_original(setup) + _original_bytes(run, setup)
+        yield Estimate("peak, unquantized base", peak, "bytes", basis, "left out where it does not fit")
     checkpoint = checkpoint_bytes(setup.adapter, setup.optimizer)
     yield Estimate("checkpoint", checkpoint, "bytes", basis)
     yield from _of_exports(run, setup, basis)
@@ -277,6 +283,10 @@ def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:
         note = f"{size(need, ' ')} are needed, and {size(usable, ' ')} are safe to fill"
     elif gpu.capability < FLASH_CAPABILITY and setup.value_bytes == HALF_PRECISION:
         note = "has no kernel for attention over many sequences at once; how much slower it is has not been measured"
+    if fits and run.full_precision and not _scores_original(gpu, run, setup):
+        takes, free = size(_original_bytes(run, setup), " "), size(max(0, _free_for_original(gpu, setup)), " ")
+        left_out = f"the unquantized base is not scored: it takes {takes}, and {free} are safe to fill"
+        note = "; ".join(filter(None, (note, left_out)))
     price = gpu.usd_per_hour if run.usd_per_hour is None else run.usd_per_hour
     hours = _hours(gpu, run, setup, execution) if fits else None
     kept = {"base": execution.kept_base, "activations": execution.kept_activations} if execution else {}
@@ -308,16 +318,34 @@ def _scoring(run: RunShape, setup: Setup) -> int:
     return memory_model.evaluation_bytes(setup, run.scoring_budget, run.reads)
 
 
+def _original_bytes(run: RunShape, setup: Setup) -> int:
+    """Bytes of the base with its original weights and of scoring with it, as `stages.full_precision` counts them."""
+    original, tokens = replace(setup, quantization="none"), run.scoring_budget
+    return memory_model.evaluation_bytes(original, tokens, tokens // 2)
+
+
+def _beside_original(setup: Setup) -> int:
+    """Bytes that are held while it is scored: the quantized base and the adapter."""
+    return memory_model.weight_bytes(setup) + memory_model.FP32 * setup.adapter
+
+
+def _scores_original(gpu: Gpu, run: RunShape, setup: Setup) -> bool:
+    """Whether the base with its original weights is asked for, and fits beside the quantized one."""
+    return run.full_precision and _original_bytes(run, setup) <= _free_for_original(gpu, setup)
+
+
+def _free_for_original(gpu: Gpu, setup: Setup) -> float:
+    """Bytes that it may fill."""
+    return memory_model.ORIGINAL_SHARE * (gpu.memory_bytes - memory_model.CONTEXT_BYTES - _beside_original(setup))
+
+
 def _execution(gpu: Gpu, run: RunShape, setup: Setup) -> ExecutionPlan | None:
     """How the job would train on this GPU; None if PEFT's own layers would do the forward pass."""
     if not run.fused or gpu.capability < FLASH_CAPABILITY or setup.value_bytes != HALF_PRECISION:
         return None
     return choose_plan(
         setup,
-        free_bytes=gpu.memory_bytes
-        - memory_model.CONTEXT_BYTES
-        - memory_model.weight_bytes(setup)
-        - memory_model.FP32 * setup.adapter,
+        free_bytes=gpu.memory_bytes - memory_model.CONTEXT_BYTES - _beside_original(setup),
         sequence_tokens=run.micro_batch,
         keep_base=run.keep_base,
         keep_activations=run.keep_activations,
@@ -351,8 +379,11 @@ def _hours(gpu: Gpu, run: RunShape, setup: Setup, execution: ExecutionPlan | Non
     scoring = memory_model.evaluation_flops(setup, asked.tokens, asked.reads)
     evaluation = memory_model.seconds(scoring, ceil(asked.tokens / run.scoring_budget), setup, used=used, **speed)
     start = START_SECONDS + run.download_bytes / DOWNLOAD_RATE
-    # The base's answers of a first stage serve the second.
+    # The base's answers of a first stage serve the second, those of the unquantized base too.
     evaluations = EVALUATIONS if run.first_stage is None else EVALUATIONS - 1
+    if run.first_stage is None and _scores_original(gpu, run, setup):
+        evaluations += 1
+        start += HALF_PRECISION * setup.architecture.parameters / DOWNLOAD_RATE  # its files are read from the disk
     # Written by the processor, read again to be scored, and uploaded if it is published.
     published = run.export_bytes - max(0, run.merges - 1) * run.format_bytes(MERGED)
     exporting = (2 * run.export_bytes + published) / DOWNLOAD_RATE + run.merges * _merging(setup)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ from job.data.examples import lengths_of, target_counts_of
 from job.data.prompts import find_prompts, read_prompts
 from job.data.training_and_validation import what_to_validate_on
 from job.errors import JobError, Problem, SettingsError, combine, named_by
-from job.evaluation.policy import read_policy
-from job.evaluation.tasks import Tasks
+from job.evaluation.policy import CHOICES, read_policy
+from job.evaluation.tasks import Tasks, check_gate
 from job.model.adapter_options import MANY_STEPS, PLAIN, AdapterOptions, make_options
 from job.model.start_adapter import check_start, local_start
 from job.model.tokenizer_files import rows_with
@@ -186,11 +186,12 @@ def _look(settings: Settings, folder: Path, show: int) -> _Preflight:
         check, first_data = run_check("first stage", lambda: _preview_rows(earlier, show=show, **rows_too))
         first.append(check)
     audited = [
-        run_check(name, lambda record=one.audit: report_audit(record))[0]  # type: ignore[misc]
+        run_check(name, partial(report_audit, one.audit, one.long_rows))[0]
         for name, one in (("audit", data), ("audit of the first stage", first_data))
         if one is not None and one.audit is not None
     ]
-    checks = [stored, modelled, adapted, tokenized, read, *first, *audited, asked, *_check_other_inputs(s, storage)]
+    others = _check_other_inputs(s, storage, loaded[0] if loaded else None)
+    checks = [stored, modelled, adapted, tokenized, read, *first, *audited, asked, *others]
     if s.eval.prompts is not None:
         checks.append(run_check("prompts", lambda: _preview_prompts(s, data, tokenizer, folder, storage))[0])
     return _Preflight(checks, seconds, model, adapter, tokenizer, data, first_data, questions)
@@ -244,7 +245,7 @@ def _preview_prompts(
     return "ok", f"{len(found):,} in {asked}, the longest of {longest:,} tokens", None
 
 
-def _check_other_inputs(settings: Settings, storage: StorageOptions) -> Iterator[PreflightResult]:
+def _check_other_inputs(settings: Settings, storage: StorageOptions, tasks: Tasks | None) -> Iterator[PreflightResult]:
     """Checks of the inputs that only some runs have."""
     start, baseline = settings.lora.start, settings.gate.baseline
 
@@ -259,10 +260,6 @@ def _check_other_inputs(settings: Settings, storage: StorageOptions) -> Iterator
     def check_baseline() -> Found[None]:
         return "ok", f"the gate compares with run {read_baseline(baseline or '', storage).run}", None
 
-    def check_policy() -> Found[None]:
-        policy = read_policy(settings.gate.policy or "", settings.eval.tasks)
-        return "ok", f"the gate judges {len(policy.tasks)} of the tasks by {settings.gate.policy}", None
-
     if (chosen := targets(settings.export)) and (reasons := why_not_served(plain_values(settings))):
         yield PreflightResult(
             "serving", "note", f"vLLM does not serve this adapter as it was trained: {'; '.join(reasons)}"
@@ -273,8 +270,20 @@ def _check_other_inputs(settings: Settings, storage: StorageOptions) -> Iterator
         yield run_check("start", check_start_adapter)[0]
     if baseline is not None:
         yield run_check("baseline", check_baseline)[0]
-    if settings.gate.policy is not None:
-        yield run_check("gate", check_policy)[0]
+    if settings.gate.policy is not None or settings.gate.metric not in CHOICES:
+        yield run_check("gate", lambda: _check_gate(settings, tasks))[0]
+
+
+def _check_gate(settings: Settings, tasks: Tasks | None) -> Found[None]:
+    """Whether the gate names what the run compares."""
+    gate = settings.gate
+    policy = None if gate.policy is None else read_policy(gate.policy)
+    if tasks is None:
+        raise NotChecked("what the gate may judge depends on the tasks, which could not be read")
+    check_gate(tasks, gate.metric, policy, gate.policy, gate.only_choices)
+    if policy is None:
+        return "ok", f"the gate judges {gate.metric}", None
+    return "ok", f"the gate judges {len(policy.tasks)} tasks or groups by {gate.policy}", None
 
 
 def _try_storage(output: str, run: str, storage: StorageOptions) -> Found[float]:
@@ -319,6 +328,7 @@ def _run(settings: Settings, seen: _Preflight, checks: list[PreflightResult]) ->
         and _adapter_options(settings).not_fused is None,
         budget_by_gpu=settings.train.micro_batch_tokens is None,
         keep_base=None if settings.model.keep_dequantized == "auto" else settings.model.keep_dequantized,
+        full_precision=settings.eval.full_precision == "auto" and settings.model.quantization != "none",
         keep_activations=None if (again := settings.train.gradient_checkpointing) == "auto" else not again,
     )
     if settings.train.is_one_stage:
@@ -332,6 +342,10 @@ def _run(settings: Settings, seen: _Preflight, checks: list[PreflightResult]) ->
         validation=_validation(first, seen.first_data, workload),
         reference=None,
         download_bytes=0,
+        merges=0,
+        adapter_copies=0,
+        derived=(),
+        quantizing_tokens=0,
     )
     more = seen.first_data.download_bytes if seen.first_data else 0
     return replace(run, first_stage=earlier, download_bytes=run.download_bytes + more)

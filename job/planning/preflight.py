@@ -13,12 +13,13 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 from uuid import uuid4
 
 from job.common import formatting
+from job.common.findings import statistics
 from job.common.resources import usable_cpus
 from job.common.source_list import locate_sources, parse_sources
 from job.data.dataset import check_source, require_revision
@@ -318,6 +319,7 @@ class DataFacts:
     shown: Sequence[ShownRow] = ()
     schema: str = ""
     audit: AuditRecord | None = None
+    long_rows: Mapping[str, int] = field(default_factory=dict)
 
 
 def preview_data(
@@ -389,7 +391,16 @@ def preview_data(
     if record.skipped:
         what += f"; skipped {', '.join(f'{count} {kind}' for kind, count in record.skipped.items())}"
     facts = DataFacts(
-        examples, tokenizer is None, download, licence, held_out or (), shown, record.format, record.audit
+        examples,
+        tokenizer is None,
+        download,
+        licence,
+        held_out or (),
+        shown,
+        record.format,
+        # Estimated lengths are no statistics.
+        record.audit if tokenizer or not record.audit else replace(record.audit, lengths={}),
+        record.long_rows,
     )
     if tokenizer is not None:
         return "ok", what, facts
@@ -397,8 +408,8 @@ def preview_data(
     return "note", f"{what}; tokens are estimated{f', so {long} rows may be too long' if long else ''}", facts
 
 
-def report_audit(record: AuditRecord) -> Found[None]:
-    """What the audit found in the rows, by kind, and what it could not check."""
+def report_audit(record: AuditRecord, long_rows: Mapping[str, int]) -> Found[None]:
+    """What the audit found in the rows, by kind, what it could not check, and what kind of text they are."""
     found = [
         f"{check.rows:,} {kind} ({', '.join(check.places[:_PLACES])}{', ...' * (check.rows > _PLACES)})"
         f"{_ACTIONS[check.action]}"
@@ -409,7 +420,8 @@ def report_audit(record: AuditRecord) -> Found[None]:
     if record.too_short:
         missing.append(f"{record.too_short:,} questions of one or two words were not looked for")
     what = "; ".join([*(found or ["nothing found"]), *missing])
-    return "note" if found or missing else "ok", f"{record.rows:,} rows: {what}", None
+    text = " ".join([f"{record.rows:,} rows: {what}.", *statistics(asdict(record), long_rows)])
+    return "note" if found or missing else "ok", text, None
 
 
 def _of_the_data(

@@ -8,19 +8,42 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-# Kubernetes puts these into every pod: the index of an Indexed Job, and the addresses of all Services whose names begin
-# with "job" (JOB_TRACKER_SERVICE_HOST, JOB_TRACKER_PORT_443_TCP_ADDR). They are no settings of this job.
-_SET_BY_KUBERNETES = re.compile(
-    r"JOB_COMPLETION_INDEX|JOB_(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)",
-)
+# Kubernetes puts the addresses of all Services whose names begin with "job" into every pod (JOB_TRACKER_SERVICE_HOST,
+# JOB_TRACKER_PORT_443_TCP_ADDR), and the pod's number into those of an Indexed Job, which is read here.
+_COMPLETION_INDEX = "JOB_COMPLETION_INDEX"
+_SERVICE = re.compile(r"JOB_(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)")
 
-# Jenkins, Prow and Grid Engine put these into every process they start, on any platform. No setting has such a name.
-_FOREIGN = re.compile(r"JOB_(NAME|BASE_NAME|ID|URL|DISPLAY_URL|SCRIPT|SPEC|TYPE)")
+# To add a name: only one that is not a setting's name with another number of underscores, which would be a typo.
+_FOREIGN = {
+    "Jenkins": ("JOB_NAME", "JOB_BASE_NAME", "JOB_URL", "JOB_DISPLAY_URL"),
+    "Prow": ("JOB_NAME", "JOB_SPEC", "JOB_TYPE"),
+    "Grid Engine": ("JOB_ID", "JOB_NAME", "JOB_SCRIPT"),
+    "Kubernetes' Indexed Job": (_COMPLETION_INDEX,),
+    "manifests of Kubernetes' JobSet": ("JOB_INDEX", "JOB_GLOBAL_INDEX"),
+    "IBM Code Engine": ("JOB_INDEX", "JOB_ARRAY_SIZE", "JOB_MODE", "JOB_RETRY_LIMIT", "JOB_INDEX_RETRY_COUNT"),
+    "Oracle's Data Science Jobs": (
+        "JOB_OCID",
+        "JOB_COMPARTMENT_OCID",
+        "JOB_ARTIFACT_FILE_NAME",
+        "JOB_RUN_OCID",
+        "JOB_RUN_COMPARTMENT_OCID",
+    ),
+    "templates for AWS Batch": (
+        "JOB_DEFINITION",
+        "JOB_DEFINITION_ARN",
+        "JOB_DEFINITION_NAME",
+        "JOB_QUEUE",
+        "JOB_QUEUE_ARN",
+        "JOB_QUEUE_NAME",
+    ),
+}
+"""Who sets variables that begin with `JOB_` and are no settings -> which, in whatever place this job runs. AWS Batch,
+Slurm, Nomad, Cloud Run, Google's Batch, Azure ML and Vertex AI prefix theirs with their own names."""
 
 
 def is_foreign(variable: str) -> bool:
     """Whether a variable that begins with `JOB_` is known to be set by a CI server or a batch system, not by a user."""
-    return _FOREIGN.fullmatch(variable) is not None
+    return any(variable in names for names in _FOREIGN.values())
 
 
 @dataclass(frozen=True)
@@ -63,9 +86,11 @@ class Platform:
 
     def sets(self, variable: str) -> bool:
         """Whether the platform (or what starts the job there) sets this `JOB_` variable, not the user."""
-        if is_foreign(variable):
-            return True
-        return self.name == "kubernetes" and _SET_BY_KUBERNETES.fullmatch(variable) is not None
+        return is_foreign(variable) or (self.name == "kubernetes" and _SERVICE.fullmatch(variable) is not None)
+
+    def reads(self, variable: str) -> bool:
+        """Whether a variable that is foreign elsewhere says something here."""
+        return self.name == "kubernetes" and variable == _COMPLETION_INDEX
 
 
 def detect(environ: Mapping[str, str]) -> Platform:
@@ -88,7 +113,7 @@ def detect(environ: Mapping[str, str]) -> Platform:
             grace_seconds=120,
         )
     if environ.get("KUBERNETES_SERVICE_HOST"):
-        index = environ.get("JOB_COMPLETION_INDEX", "")
+        index = environ.get(_COMPLETION_INDEX, "")
         return Platform(
             name="kubernetes",
             termination_log=Path(environ.get("KUBERNETES_TERMINATION_LOG") or "/dev/termination-log"),

@@ -44,6 +44,22 @@ class LineChart:
 
 
 @dataclass(frozen=True)
+class ControlChart:
+    """A value by run, at equal distances: SVG `path` and `dots`, the newest apart, and the lines of mean and limits.
+
+    The lines are positions from the top edge; None where there are no limits.
+    """
+
+    path: str
+    dots: str
+    newest: str
+    centre: float | None
+    limits: tuple[float, float] | None
+    x_ticks: tuple[Tick, ...]
+    y_ticks: tuple[Tick, ...]
+
+
+@dataclass(frozen=True)
 class Interval:
     """A confidence interval `low` to `high` with its estimate `at`."""
 
@@ -121,6 +137,34 @@ def line_chart(
         grouped=group,
         second=path(second),
         dot=path([(step, value) for step, value in second if step == dot]),
+    )
+
+
+def control_chart(
+    points: Sequence[tuple[str, float]], limits: tuple[float, float, float] | None, write: Callable[[float], str]
+) -> ControlChart:
+    """A control chart of (label, value) by run.
+
+    Args:
+        points: In the order of time, at least one.
+        limits: Lower limit, mean, upper limit.
+        write: Formats a value on the axis.
+    """
+    values = [value for _, value in points]
+    y_ticks = nice_ticks(min([*values, *(limits or ())]), max([*values, *(limits or ())]))
+    lowest, highest = y_ticks[0], y_ticks[-1]
+    last = max(len(points) - 1, 1)
+    places = [(_share(number, 0, last), _down(value, lowest, highest)) for number, value in enumerate(values)]
+    labelled = sorted({round(last * part / 4) for part in range(5)} & set(range(len(points))))
+    lines = None if limits is None else tuple(_down(value, lowest, highest) for value in limits)
+    return ControlChart(
+        path="M" + "L".join(f"{x:g} {y:g}" for x, y in places),
+        dots="".join(f"M{x:g} {y:g}h0" for x, y in places[:-1]),
+        newest=f"M{places[-1][0]:g} {places[-1][1]:g}h0",
+        centre=None if lines is None else lines[1],
+        limits=None if lines is None else (lines[0], lines[2]),
+        x_ticks=tuple(Tick(places[number][0], points[number][0]) for number in labelled),
+        y_ticks=tuple(Tick(_down(tick, lowest, highest), write(tick)) for tick in y_ticks),
     )
 
 

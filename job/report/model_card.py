@@ -15,6 +15,7 @@ from job.common.lora_readers import admitted_rank, has_patterns, why_not_served
 from job.common.methods import METHODS
 from job.data.licences import LICENCES
 from job.data.schemas import PROMPTS
+from job.evaluation.comparison import original_tasks
 from job.report import wording
 from job.report.prompts import ShownPrompt
 from job.report.templating import render
@@ -55,6 +56,7 @@ def render_model_card(results: Mapping[str, Any], prompts: Sequence[ShownPrompt]
         tasks=tasks,
         harness=results["evaluation"]["harness"],
         measured=results["evaluation"].get("measured", {}),
+        groups=results["evaluation"].get("groups", {}),
         shots=wording.shots(results["evaluation"]),
         software=results["software"],
         licence=licence,
@@ -69,14 +71,18 @@ def render_model_card(results: Mapping[str, Any], prompts: Sequence[ShownPrompt]
         source=_sources(dataset, short=False),
         dtype={"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[model["dtype"]],
         prompt=PROMPTS[dataset["format"]],
-        headline=[sentence for _, sentence in wording.headline(tasks, results["evaluation"].get("full_precision"))],
+        headline=[sentence for _, sentence in wording.headline(results)],
         explanations=[
-            wording.explanation(name, task, len(tasks))
-            + wording.quantization_cost(name, task, results["evaluation"].get("full_precision"))
-            for name, task in tasks.items()
+            [
+                *wording.explanation(name, results),
+                *wording.quantization_cost(name, results),
+                *wording.without_overlap(name, results),
+            ]
+            for name in tasks
         ],
-        accuracies={name: wording.accuracies(task) for name, task in tasks.items()},
+        accuracies={name: wording.accuracies(name, results) for name in tasks},
         scope=wording.scope(results["evaluation"]["tasks"]),
+        original=original_tasks(results),
         exports=wording.exports(results),
         not_served=why_not_served(settings),
         patterns=has_patterns(settings),
@@ -116,6 +122,7 @@ def render_export_card(results: Mapping[str, Any], export: Mapping[str, Any]) ->
         title=title,
         sentence=shown["sentence"],
         rows=[row for row in shown["rows"] if row["published"]],
+        original=any(row["versus_original"] for row in shown["rows"]),
         export=export,
         merged_reason=merged["reason"],
         model=model,
@@ -246,12 +253,12 @@ def _metadata(
         pipeline_tag="text-generation",
         tags=["lora", *(["qlora"] if quantized else []), *method.tags, "transformers", "trl"],
         model_name=re.sub(r"[^\w.-]+", "-", title).strip("-"),
-        eval_results=_evaluations(results["evaluation"]["tasks"], settings.get("eval.data") or {}),
+        eval_results=_evaluations(results, settings.get("eval.data") or {}),
     )
     return str(data.to_yaml())
 
 
-def _evaluations(tasks: Mapping[str, Any], own_files: Mapping[str, str]) -> list[Any]:
+def _evaluations(results: Mapping[str, Any], own_files: Mapping[str, str]) -> list[Any]:
     from huggingface_hub import EvalResult
 
     return [
@@ -265,8 +272,8 @@ def _evaluations(tasks: Mapping[str, Any], own_files: Mapping[str, str]) -> list
             metric_name=METRICS[row["metric"]][1],
             metric_value=round(row["adapter"], 4),
         )
-        for name, task in tasks.items()
-        for row in wording.accuracies(task)
+        for name, task in results["evaluation"]["tasks"].items()
+        for row in wording.accuracies(name, results)
     ]
 
 

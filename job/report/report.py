@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 from pydantic_core import from_json
 
 from job.common import formatting
+from job.evaluation.comparison import original_tasks
 from job.evaluation.prompt_answers import parse_answers
 from job.records import Artifact, StepMetrics, ValidationMetrics
 from job.report import charts, wording
@@ -25,6 +26,7 @@ from job.report.templating import render
 from job.report.timeline import bars, by_stage, restarts
 from job.results.after_run import AfterRun
 from job.results.cost import OUTSIDE
+from job.results.history import History
 from job.runs.layout import FIRST_STAGE, METRICS, REPORT, VALIDATIONS, Stage, answers_key, prompts_key
 from job.settings.load import preset_values
 
@@ -134,7 +136,7 @@ def render_report(results: Mapping[str, Any], evidence: ReportData, after: After
         after: Where the run was pushed, and how it was served, since.
     """
     tasks, attempts = results["evaluation"]["tasks"], results["run"]["attempts"]
-    accuracies = {name: wording.accuracies(task) for name, task in tasks.items()}
+    accuracies = {name: wording.accuracies(name, results) for name in tasks}
     text = render(
         "report.html",
         escape=True,
@@ -143,17 +145,23 @@ def render_report(results: Mapping[str, Any], evidence: ReportData, after: After
         },
         harness=results["evaluation"]["harness"],
         measured=results["evaluation"].get("measured", {}),
+        groups=results["evaluation"].get("groups", {}),
         learned=wording.learned(results["training"]),
         tasks=tasks,
-        headline=wording.headline(tasks, results["evaluation"].get("full_precision")),
+        headline=wording.headline(results),
         explanations={
-            name: wording.explanation(name, task, len(tasks))
-            + wording.quantization_cost(name, task, results["evaluation"].get("full_precision"))
-            for name, task in tasks.items()
+            name: [
+                part
+                for explain in (wording.explanation, wording.quantization_cost, wording.without_overlap)
+                if (part := explain(name, results))
+            ]
+            for name in tasks
         },
+        original=original_tasks(results),
         scope=wording.scope(results["evaluation"]["tasks"]),
         exports=wording.exports(results),
         audit=wording.audit(results["dataset"]),
+        audit_statistics=wording.audit_statistics(results["dataset"]),
         policy_rules=wording.policy_rules(results["gate"]),
         pushed=after.pushed,
         served=[(check, wording.about_served(check)) for check in after.served],
@@ -178,6 +186,13 @@ def render_report(results: Mapping[str, Any], evidence: ReportData, after: After
     )
     # JSON can hold unpaired surrogates, which UTF-8 cannot
     return text.encode("utf-8", errors="replace")
+
+
+def render_history(found: History) -> bytes:
+    """The control chart of `compare --history` as a page, UTF-8 HTML."""
+    limits = None if found.limits is None else (found.limits.low, found.limits.centre, found.limits.high)
+    chart = charts.control_chart([(point.finished[:10], point.value) for point in found.points], limits, "{:g}".format)
+    return render("history.html", escape=True, history=found, chart=chart).encode("utf-8", errors="replace")
 
 
 def own_settings(settings: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -219,19 +234,19 @@ def _intervals(rows: list[dict[str, Any]]) -> dict[str, charts.IntervalChart]:
     """Two charts of a task: the accuracies by metric and side, and the differences by metric."""
     sides = [
         (
-            f"{side}, {row['metric']}",
+            f"{name}, {row['metric']}",
             side,
-            f"{formatting.percent(row[side])} ({_range(row[f'{side}_ci'], formatting.percent)})",
-            row[f"{side}_ci"][0],
-            row[side],
-            row[f"{side}_ci"][1],
+            f"{formatting.percent(accuracy)} ({_range(interval, formatting.percent)})",
+            interval[0],
+            accuracy,
+            interval[1],
         )
         for row in rows
-        for side in ("base", "adapter")
+        for side, name, accuracy, interval in row["sides"]
     ]
     differences = [
         (
-            f"difference, {row['metric']}",
+            f"{name}, {row['metric']}",
             found["verdict"],
             f"{formatting.points(found['delta'])} points ({_range(found['ci95'], formatting.points)})",
             found["ci95"][0],
@@ -239,7 +254,7 @@ def _intervals(rows: list[dict[str, Any]]) -> dict[str, charts.IntervalChart]:
             found["ci95"][1],
         )
         for row in rows
-        for found in [row["comparison"]]
+        for name, found in row["differences"]
     ]
     return {
         "accuracy": charts.interval_chart(sides, lambda value: f"{100 * value:.4g} %", zero=False),

@@ -2,24 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from job.common.export_formats import is_adapter
-from job.common.findings import KINDS
+from job.common.findings import KINDS, statistics
 from job.common.formatting import count, enumeration, figure, p_value, percent, points, size
 from job.common.methods import METHODS
 from job.evaluation import policy
-from job.evaluation.comparison import of_metric
+from job.evaluation.comparison import original_tasks
+from job.evaluation.policy import of_metric
 from job.evaluation.statistics import wilson_interval
 from job.records import NEAR, ServeCheck
 
 _SAYS = {
-    "improved": "Better than its base at {}.",
-    "regressed": "Worse than its base at {}.",
-    "inconclusive": "No difference shown at {}.",
+    "improved": "Better than its {base} at {tasks}.",
+    "regressed": "Worse than its {base} at {tasks}.",
+    "inconclusive": "No difference shown at {tasks}.",
 }
+_SAYS_OF_BOTH = {
+    ("improved", "improved"): "Better than its base at {tasks}, quantized or not.",
+    ("improved", "inconclusive"): (
+        "Better than its quantized base at {tasks}, not shown to be better than the unquantized one."
+    ),
+    ("improved", "regressed"): "Better than its quantized base at {tasks}, but worse than the unquantized one.",
+    ("regressed", "improved"): "Worse than its quantized base at {tasks}, but better than the unquantized one.",
+    ("regressed", "inconclusive"): (
+        "Worse than its quantized base at {tasks}, no difference to the unquantized one shown."
+    ),
+    ("regressed", "regressed"): "Worse than its base at {tasks}, quantized or not.",
+    ("inconclusive", "improved"): (
+        "No difference to its quantized base shown at {tasks}, but better than the unquantized one."
+    ),
+    ("inconclusive", "inconclusive"): "No difference to its base shown at {tasks}, quantized or not.",
+    ("inconclusive", "regressed"): (
+        "No difference to its quantized base shown at {tasks}, and worse than the unquantized one."
+    ),
+}
+"""By the verdicts against the quantized base and against the unquantized one."""
+
 MAX_NAMES = 3
+_INTERVAL = "95 % interval "
 
 
 def scope(tasks: Mapping[str, Any]) -> str:
@@ -41,43 +64,36 @@ def shots(evaluation: Mapping[str, Any]) -> str:
     )
 
 
-_SAYS_OF_BOTH = {
-    ("improved", "improved"): "Better than its base at {}, and than that base unquantized.",
-    ("improved", "inconclusive"): "Better than its quantized base at {}; no difference to the unquantized base shown.",
-    ("improved", "regressed"): "Better than its quantized base at {}, but worse than the unquantized base.",
-    ("regressed", "improved"): "Worse than its quantized base at {}, but better than the unquantized base.",
-    ("regressed", "inconclusive"): "Worse than its quantized base at {}; no difference to the unquantized base shown.",
-    ("regressed", "regressed"): "Worse than its base at {}, and than that base unquantized.",
-    ("inconclusive", "improved"): "No difference to its quantized base shown at {}; better than the unquantized base.",
-    ("inconclusive", "inconclusive"): "No difference shown at {}, to the quantized base or to the unquantized one.",
-    ("inconclusive", "regressed"): "No difference to its quantized base shown at {}; worse than the unquantized base.",
-}
-"""By the verdicts against the quantized base and against the original one."""
+def headline(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(verdict, sentence) for each verdict among the tasks of a manifest; improved first.
 
-
-def headline(tasks: Mapping[str, Any], full_precision: Mapping[str, Any] | None = None) -> list[tuple[str, str]]:
-    """(verdict, sentence) for each verdict among the tasks; improved first.
-
-    With the manifest's `evaluation.full_precision`, the verdict counts as improved only against both bases, since a
-    gain on the quantized base may be what quantization had cost.
+    Where the unquantized base was scored, the verdict counts as improved only against both bases, since a gain on the
+    quantized base may be what quantization had cost.
     """
-    found = []
-    if full_precision is not None and full_precision["tasks"]:
-        of_both = {
-            name: (task["verdict"], full_precision["tasks"][name]["adapter_versus_original"]["acc"]["verdict"])
-            for name, task in tasks.items()
-        }
-        for pair, sentence in _SAYS_OF_BOTH.items():
-            if names := [name for name, both in of_both.items() if both == pair]:
-                shown = f"{len(names)} of {len(tasks)} tasks" if len(names) > MAX_NAMES else enumeration(names)
-                found.append((pair[0] if pair[0] == pair[1] else "inconclusive", sentence.format(shown)))
-        return found
-    for verdict, sentence in _SAYS.items():
-        names = [name for name, task in tasks.items() if task["verdict"] == verdict]
-        if names:
-            shown = f"{len(names)} of {len(tasks)} tasks" if len(names) > MAX_NAMES else enumeration(names)
-            found.append((verdict, sentence.format(shown)))
-    return found
+    tasks, original = results["evaluation"]["tasks"], original_tasks(results)
+    found: dict[tuple[str, str], list[str]] = {}
+    for name, task in tasks.items():
+        if name in original:
+            verdict, left = task["verdict"], original[name]["adapter_versus_original"]["acc"]["verdict"]
+            shown = "inconclusive" if verdict == "improved" != left else verdict
+            found.setdefault((shown, _SAYS_OF_BOTH[verdict, left]), []).append(name)
+        else:
+            found.setdefault((task["verdict"], _SAYS[task["verdict"]]), []).append(name)
+    order = [*_SAYS_OF_BOTH.values(), *_SAYS.values()]
+    base = _base(results)
+
+    def named(names: Sequence[str]) -> str:
+        return f"{len(names)} of {len(tasks)} tasks" if len(names) > MAX_NAMES else enumeration(names)
+
+    return [
+        (verdict, sentence.format(base=base, tasks=named(names)))
+        for (verdict, sentence), names in sorted(found.items(), key=lambda item: order.index(item[0][1]))
+    ]
+
+
+def _base(results: Mapping[str, Any], plain: str = "base") -> str:
+    """What the base that was trained on is called: `plain` where it is not quantized."""
+    return plain if results["model"]["quantization"] == "none" else "quantized base"
 
 
 def validation(training: Mapping[str, Any], dataset: Mapping[str, Any]) -> list[str]:
@@ -114,30 +130,56 @@ def validation(training: Mapping[str, Any], dataset: Mapping[str, Any]) -> list[
     return sentences
 
 
-def quantization_cost(name: str, task: Mapping[str, Any], full_precision: Mapping[str, Any] | None) -> list[str]:
+def quantization_cost(name: str, results: Mapping[str, Any]) -> list[str]:
     """Sentences on what quantization cost, what training gave and what is left; or why that is not known."""
+    full_precision = results["evaluation"].get("full_precision")
     if full_precision is None:
         return []
-    if full_precision.get("not_scored"):
-        return [f"What quantization had cost is not known: {full_precision['not_scored']}."]
-    one = full_precision["tasks"][name]
+    if why := full_precision.get("not_scored"):
+        return [f"What quantization cost is not known, since the unquantized base was not scored: {why}."]
+    one, gain = full_precision["tasks"][name], results["evaluation"]["tasks"][name]
     cost, left = one["base_versus_original"]["acc"], one["adapter_versus_original"]["acc"]
-
-    def said(found: Mapping[str, Any]) -> str:
-        low, high = found["ci95"]
-        return f"95 % interval {points(low)} to {points(high)}, p = {p_value(found['holm_p'])}"
-
-    first = f"Unquantized, the base answers {percent(one['scores']['acc'])} right."
-    second = (
-        f"Quantization changed that by {points(cost['delta'])} points ({said(cost)}), training by "
-        f"{points(task['delta'])}: against the unquantized base the adapter stands at {points(left['delta'])} points "
-        f"({said(left)})."
-    )
-    return [first, second]
+    quantization = f"Quantization to {results['model']['quantization'].upper()} {_change(cost, 'cost', _INTERVAL)}"
+    sentences = [
+        f"Unquantized, the base answers {percent(one['scores']['acc'])} right.",
+        f"{quantization}; training {_change(gain, 'lost')}; the adapter is {_stands(left)}.",
+    ]
+    if gain["verdict"] == "improved" and left["verdict"] == "regressed":
+        sentences.append("Training won back a part of what quantization cost, and no more.")
+    if gain["verdict"] == "improved" and left["verdict"] == "inconclusive":
+        sentences.append("That training gained more than quantization cost is not shown.")
+    return sentences
 
 
-def explanation(name: str, task: Mapping[str, Any], tasks: int) -> list[str]:
-    """Sentences that explain a task's verdict; `tasks` is the number of tasks that Holm's correction covers."""
+def _change(found: Mapping[str, Any], lost: str, unit: str = "") -> str:
+    """`cost 4.84 points (3.33 to 6.38)`: a paired difference in words; `lost` is the word for a negative one."""
+    word = lost if found["delta"] < 0 else "gained" if found["delta"] else "changed accuracy by"
+    return f"{word} {_amount(found, unit=unit)}"
+
+
+def _stands(found: Mapping[str, Any]) -> str:
+    """`2.95 points below the unquantized base (1.47 to 4.44)`."""
+    word = "below" if found["delta"] < 0 else "above" if found["delta"] else "from"
+    return _amount(found, after=f" {word} the unquantized base")
+
+
+def _amount(found: Mapping[str, Any], *, unit: str = "", after: str = "") -> str:
+    """A paired difference in points without its sign, and its interval, whose bounds have signs where these differ.
+
+    Of a negative difference the interval is negated too, so that it is about the same amount.
+    """
+    low, high = found["ci95"]
+    if found["delta"] < 0:
+        low, high = -high, -low
+    bounds = " to ".join(points(bound).removeprefix("+" if low >= 0 else "") for bound in (low, high))
+    said = ", no difference shown" if found["verdict"] == "inconclusive" else ""
+    return f"{100 * abs(found['delta']):.2f} points{after} ({unit}{bounds}{said})"
+
+
+def explanation(name: str, results: Mapping[str, Any]) -> list[str]:
+    """Sentences that explain a task's verdict against the base that was trained on."""
+    tasks, task = len(results["evaluation"]["tasks"]), results["evaluation"]["tasks"][name]
+    base = _base(results, "base model")
     low, high = task["ci95"]
     holm = f" and Holm's correction for {tasks} tasks" if tasks > 1 else ""
     changed = (
@@ -147,7 +189,7 @@ def explanation(name: str, task: Mapping[str, Any], tasks: int) -> list[str]:
         f"them as unevenly with p = {p_value(task['holm_p'])} (exact McNemar test{holm})."
     )
     scored = (
-        f"Of {task['n']:,} questions of {name}, the base model answers {percent(task['base']['acc'])} right and the "
+        f"Of {task['n']:,} questions of {name}, the {base} answers {percent(task['base']['acc'])} right and the "
         f"adapter {percent(task['adapter']['acc'])}: {points(task['delta'])} percentage points (95 % interval "
         f"{points(low)} to {points(high)})."
     )
@@ -158,21 +200,24 @@ def explanation(name: str, task: Mapping[str, Any], tasks: int) -> list[str]:
             f"That is not the same as no difference: this test finds a true difference of {least} points in four of "
             "five repetitions, and a smaller one less often."
         )
-    return [*sentences, *_without_overlap(task)]
+    return sentences
 
 
-def _without_overlap(task: Mapping[str, Any]) -> list[str]:
-    """A sentence on the result without the questions that training rows have in them, if there are any."""
+def without_overlap(name: str, results: Mapping[str, Any]) -> list[str]:
+    """Sentences on the result without the questions that training rows have in them, if there are any."""
+    task = results["evaluation"]["tasks"][name]
     if "without_overlap" not in task:
         return []
     rest = task["without_overlap"]
     if rest is None:
         return ["Training rows have its questions in them, and fewer than two are left without these."]
     low, high = map(points, rest["ci95"])
+    base = _base(results, "base model")
+    what = {"improved": "better", "regressed": "worse"}.get(rest["verdict"], "no difference shown")
     figures = (
-        f"the base model answers {percent(rest['base']['acc'])} right and the adapter "
+        f"the {base} answers {percent(rest['base']['acc'])} right and the adapter "
         f"{percent(rest['adapter']['acc'])}: {points(rest['delta'])} percentage points (95 % interval "
-        f"{low} to {high}), {rest['verdict']}."
+        f"{low} to {high}, {what})."
     )
     return [f"Training rows have {task['n'] - rest['n']:,} of these questions in them. Without these, {figures}"]
 
@@ -186,7 +231,7 @@ def audit(dataset: Mapping[str, Any]) -> list[dict[str, Any]]:
             "kind": kind,
             "title": _plural(KINDS.get(kind, kind)),
             "rows": check["rows"],
-            "places": check["places"],
+            "places": _by_file(check["places"]),
             "more": max(0, (check["rows"] or 0) - len(check["places"])),
             "became": words[check["action"]] if check["rows"] else "",
             "checked_by": check["checked_by"],
@@ -196,10 +241,15 @@ def audit(dataset: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+def audit_statistics(dataset: Mapping[str, Any]) -> list[str]:
+    """What kind of text the rows are, in sentences; none for runs without an audit."""
+    return statistics(dataset.get("audit") or {}, dataset.get("long_rows", {}))
+
+
 def audit_sentence(dataset: Mapping[str, Any]) -> str:
     """What the audit found, in a sentence or two for the model card; empty for runs without one."""
     kinds = audit(dataset)
-    found = [f"{_plural(KINDS.get(one['kind'], one['kind'])).lower()}: {one['rows']:,}" for one in kinds if one["rows"]]
+    found = [f"{one['title'][0].lower()}{one['title'][1:]}: {one['rows']:,}" for one in kinds if one["rows"]]
     missing = [one["kind"].replace("_", "-") for one in kinds if one["not_checked"]]
     parts = []
     if kinds:
@@ -211,20 +261,61 @@ def audit_sentence(dataset: Mapping[str, Any]) -> str:
 
 def _plural(title: str) -> str:
     """The title of a kind of rows as a heading, such as `Rows with an e-mail address`."""
-    return (
-        title.replace("that is an", "that are an").replace("that is", "that are").replace("row", "rows", 1).capitalize()
-    )
+    rows = title.replace("row", "rows", 1)
+    return f"{rows[0].upper()}{rows[1:]}"
 
 
-def accuracies(task: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """For each metric of a task: both accuracies with 95 % Wilson intervals, and the paired comparison."""
+def _by_file(places: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Places such as `file:17`, one after the other of the same file as one: the file, and what comes after it."""
+    found: list[tuple[str, list[str]]] = []
+    for place in places:
+        file, colon, number = place.rpartition(":")
+        if not colon:
+            file, number = place, ""
+        if not found or found[-1][0] != file:
+            found.append((file, []))
+        found[-1][1].append(number)
+    return found
+
+
+def accuracies(name: str, results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """For each metric of a task: the accuracies with 95 % Wilson intervals, and the paired comparisons.
+
+    `sides` are (key, name, accuracy, interval): the unquantized base where it was scored, the base, the adapter.
+    `differences` are (name, comparison): what quantization cost, what training gave, and both. `comparison` is that of
+    the adapter with the base it was trained on.
+    """
+    task, original = results["evaluation"]["tasks"][name], original_tasks(results).get(name)
     found = []
     for metric in ("acc", "acc_norm"):
         comparison = of_metric(task, metric)
-        if comparison is not None:
-            sides = {side: task[side][metric] for side in ("base", "adapter")}
-            intervals = {f"{side}_ci": wilson_interval(round(x * task["n"]), task["n"]) for side, x in sides.items()}
-            found.append({"metric": metric, **sides, **intervals, "comparison": comparison})
+        if comparison is None:
+            continue
+        sides = [("base", "base", task["base"][metric]), ("adapter", "adapter", task["adapter"][metric])]
+        differences = [("difference", comparison)]
+        if original is not None:
+            sides = [
+                ("original", "unquantized", original["scores"][metric]),
+                ("base", "quantized", task["base"][metric]),
+                sides[1],
+            ]
+            differences = [
+                ("quantization", original["base_versus_original"][metric]),
+                ("training", comparison),
+                ("both", original["adapter_versus_original"][metric]),
+            ]
+        found.append(
+            {
+                "metric": metric,
+                **{key: accuracy for key, _, accuracy in sides},
+                "sides": [
+                    (key, said, accuracy, wilson_interval(round(accuracy * task["n"]), task["n"]))
+                    for key, said, accuracy in sides
+                ],
+                "differences": differences,
+                "comparison": comparison,
+            }
+        )
     return found
 
 
@@ -241,19 +332,23 @@ def policy_rules(gate: Mapping[str, Any]) -> list[dict[str, str]]:
     ]
 
 
+def _tasks_not_scored(export: Mapping[str, Any]) -> str:
+    others = export.get("tasks_not_scored")
+    return f" Tasks without choices were not scored for it: {', '.join(others)}." if others else ""
+
+
 def exports(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """For each exported format: a sentence about what is published, and a row for each candidate and task.
 
-    A row has the accuracies of base, adapter and candidate, and the comparisons with the two. None without exports.
+    A row has the accuracies of base, adapter and candidate, and the comparisons with the two; where the unquantized
+    base was scored also those of it, else None for them. None without exports.
     """
-    tasks = results["evaluation"]["tasks"]
-    others = results["evaluation"].get("measured")
-    unscored = f" Tasks without choices were not scored for it: {', '.join(others)}." if others else ""
+    tasks, original = results["evaluation"]["tasks"], original_tasks(results)
     return [
         {
             "format": export["format"],
             "what": "a copy of the adapter" if is_adapter(export["format"]) else "the whole model",
-            "sentence": _about_export(export) + unscored,
+            "sentence": _about_export(export) + _tasks_not_scored(export),
             "rows": [
                 {
                     "task": task,
@@ -267,6 +362,8 @@ def exports(results: Mapping[str, Any]) -> list[dict[str, Any]]:
                     "acc": one["scores"]["acc"],
                     "versus_base": one["versus_base"]["acc"],
                     "versus_adapter": one["versus_adapter"]["acc"],
+                    "original": original[task]["scores"]["acc"] if task in original else None,
+                    "versus_original": one["versus_original"]["acc"] if "versus_original" in one else None,
                 }
                 for candidate, found in export["candidates"].items()
                 for task, one in found.items()

@@ -8,8 +8,18 @@ from typing import Any
 
 from job.common import tables
 from job.errors import DataError, Problem
-from job.evaluation.comparison import compare_tasks, gate_failures, of_metric
+from job.evaluation.comparison import compare_tasks, gate_failures, judged_by, original_tasks
 from job.evaluation.measured import compare_measured
+from job.evaluation.policy import (
+    CHOICES,
+    check_policy,
+    judge_policy,
+    lines,
+    of_metric,
+    passes,
+    read_policy,
+    reasons,
+)
 from job.results.reader import PublishedRun, read_measured, read_samples
 from job.runs.layout import WEIGHTS
 
@@ -21,6 +31,14 @@ _TASK_COLUMNS = ("task", "questions", "A", "B", *_COMPARED)
 _METRIC_COLUMNS = ("task, metric", "questions", "A", "B", "better is", *_COMPARED)
 _PREDICTIONS = {"acc": "prediction", "acc_norm": "prediction_norm"}
 """Accuracy -> the field of a sample with the answer that it counts."""
+_BASE_ROWS = (
+    ("unquantized base", "original"),
+    ("quantization", "quantization"),
+    ("base trained on", "base"),
+    ("training", "training"),
+    ("adapter less unquantized base", "both"),
+)
+"""What the table of the bases says of each task, and its name in `bases`."""
 _WIDEST = 80
 
 
@@ -126,11 +144,36 @@ def _tasks(a: PublishedRun, b: PublishedRun) -> dict[str, Any]:
             name: {**found, "metrics": {metric: _as_sides(one, sides) for metric, one in found["metrics"].items()}}
             for name, found in compare_measured(*({name: side[name] for name in both} for side in measured)).items()
         },
+        "bases": {name: _pair(*(_bases(run.results, name) for run in (a, b))) for name in names},
         "same_adapter": _adapter(a) is not None and _adapter(a) == _adapter(b),
         "only": _pair(
             *(sorted({*side, *other} - {*names, *both}) for side, other in zip(samples, measured, strict=True))
         ),
     }
+
+
+def _bases(results: Mapping[str, Any], task: str) -> dict[str, Any]:
+    """A run's adapter against its own bases: accuracies, and what quantization cost, training gave, and both together.
+
+    None for what is not known; a base that is not quantized is the unquantized one.
+    """
+    own = results["evaluation"]["tasks"][task]
+    training = _paired(own)
+    found = {"original": None, "quantization": None, "base": own["base"]["acc"], "training": training, "both": None}
+    if results["model"]["quantization"] == "none":
+        return {**found, "original": own["base"]["acc"], "both": training}
+    if (one := original_tasks(results).get(task)) is None:
+        return found
+    return {
+        **found,
+        "original": one["scores"]["acc"],
+        "quantization": _paired(one["base_versus_original"]["acc"]),
+        "both": _paired(one["adapter_versus_original"]["acc"]),
+    }
+
+
+def _paired(found: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: found[name] for name in ("delta", "ci95", "holm_p", "verdict")}
 
 
 def _as_sides(found: Mapping[str, Any], sides: Mapping[str, str]) -> dict[str, Any]:
@@ -149,11 +192,11 @@ def gate_reasons(
 
     Args:
         compared: From `compare`.
-        metric: `acc` or `acc_norm`.
+        metric: As for `gate_failures`.
         min_delta: As for `gate_failures`.
         max_regression: As for `gate_failures`.
     """
-    tasks = compared["tasks"]
+    tasks = judged_by({**compared["tasks"], **compared["measured"]}, metric)
     reasons = [f"{name} was not asked of B" for name in compared["only"]["a"]]
     failures = gate_failures(tasks, metric, min_delta, max_regression)
     if failures is not None:
@@ -165,6 +208,25 @@ def gate_reasons(
         elif figures["verdict"] == "regressed":
             reasons.append(f"{name}: {metric} regressed by {-figures['delta']:.4f}, p = {figures['holm_p']:.2g}")
     return reasons
+
+
+def judge_by_policy(compared: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """The outcome of a policy's rules, with B in the place of the adapter and A in that of the base.
+
+    Args:
+        compared: From `compare`.
+        path: The policy's file.
+
+    Raises:
+        SettingsError: It is no policy, or names a task or metric that not both runs have.
+    """
+    tasks, measured = compared["tasks"], compared["measured"]
+    known = {name: [f"{metric},none" for metric in CHOICES if of_metric(task, metric)] for name, task in tasks.items()}
+    policy = read_policy(path)
+    check_policy(policy, path, known | {name: list(found["metrics"]) for name, found in measured.items()}, groups={})
+    judged = judge_policy(policy, {**tasks, **measured})
+    passed = passes(policy, judged)
+    return {"policy": judged, "passed": passed, "reasons": [] if passed else reasons(judged)}
 
 
 def as_text(compared: Mapping[str, Any]) -> list[str]:
@@ -192,6 +254,8 @@ def _sections(compared: Mapping[str, Any]) -> Iterator[tuple[str, Sequence[str],
         [_row(name, compared["a"][name], compared["b"][name]) for name in ("run", "results", "finished")],
     )
     yield "Adapters", _TASK_COLUMNS, list(_task_rows(compared["tasks"]))
+    if any(one["original"] is not None for pair in compared.get("bases", {}).values() for one in pair.values()):
+        yield "Each adapter and its own bases, acc", both, list(_base_rows(compared["bases"]))
     if compared.get("measured"):
         yield "Metrics of other tasks", _METRIC_COLUMNS, list(_metric_rows(compared["measured"]))
     differing = [
@@ -221,6 +285,22 @@ def _task_rows(tasks: Mapping[str, Any]) -> Iterator[list[str]]:
                 *(f"{found[key]:.2g}" for key in ("mcnemar_p", "holm_p")),
                 "no difference" if task["same_predictions"][metric] else found["verdict"],
             ]
+
+
+def _base_rows(bases: Mapping[str, Any]) -> Iterator[list[str]]:
+    for task, pair in bases.items():
+        for title, name in _BASE_ROWS:
+            yield [f"{task}, {title}", *(_of_base(one[name]) for one in pair.values())]
+
+
+def _of_base(value: Any) -> str:
+    """An accuracy, or a difference with its interval and verdict."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{100 * value:.2f} %"
+    low, high = value["ci95"]
+    return f"{100 * value['delta']:+.2f} ({100 * low:+.2f} to {100 * high:+.2f}), {value['verdict']}"
 
 
 def _metric_rows(tasks: Mapping[str, Any]) -> Iterator[list[str]]:
@@ -261,4 +341,5 @@ def _ending(compared: Mapping[str, Any]) -> Iterator[str]:
             yield f"only {side.upper()} was asked {json.dumps(names)}"
     outcome = compared.get("gate")
     if outcome is not None:
+        yield from (f"policy: {line}" for line in (lines(outcome["policy"]) if "policy" in outcome else ()))
         yield "gate: met" if outcome["passed"] else f"gate: not met: {'; '.join(outcome['reasons'])}"

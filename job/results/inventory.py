@@ -5,6 +5,7 @@
 | `artifacts/...` | `artifacts` of the manifest |
 | `checkpoints/step-.../<epoch>/...` | `COMMITTED.json` beside that folder |
 | `results.json`, `lease.json`, `attempts/` of the last attempt | itself (a seal): they are written last |
+| `model.sig`, a signature | nothing: it is over the manifest and the artifacts |
 | `pushed/...`, `served/...`, written after the manifest | itself (a seal) |
 | `sft/...`, a first stage | its own manifest, whose hash is in `training` of the manifest |
 | everything else | `evidence` of the manifest |
@@ -27,6 +28,7 @@ from job.runs.layout import (
     PUSHED,
     RESULTS,
     SERVED,
+    SIGNATURE,
     attempt_key,
     checkpoint_part,
 )
@@ -38,7 +40,7 @@ def is_evidence(key: str, last_attempt: int) -> bool:
     """Whether the manifest has to list a file under `evidence`."""
     if is_leftover(key) or key.startswith((FIRST_STAGE, PUSHED, SERVED)):
         return False
-    return not key.startswith(ARTIFACTS) and key not in {RESULTS, LEASE, attempt_key(last_attempt)}
+    return not key.startswith(ARTIFACTS) and key not in {RESULTS, SIGNATURE, LEASE, attempt_key(last_attempt)}
 
 
 def is_leftover(key: str) -> bool:

@@ -13,7 +13,8 @@ from typing import Any
 from job.common import hashing
 from job.common.export_formats import is_adapter
 from job.common.host import git_commit, hardware, software
-from job.evaluation.comparison import compare_export, compare_full_precision
+from job.evaluation.comparison import compare_export, compare_full_precision, original_tasks
+from job.evaluation.policy import lines as policy_lines
 from job.records import (
     Artifact,
     AttemptRecord,
@@ -44,6 +45,7 @@ def build(
     training: TrainingRecord,
     tasks: Mapping[str, Any],
     measured: Mapping[str, Any] | None = None,
+    groups: Mapping[str, Any] | None = None,
     gate: Mapping[str, Any],
     artifacts: Sequence[Artifact],
     evidence: Sequence[Artifact],
@@ -56,10 +58,10 @@ def build(
 ) -> dict[str, Any]:
     """The sealed manifest.
 
-    `tasks` is from `compare_tasks`, `measured` from `compare_measured`, `gate` from `judge`, `exports` from
-    `exports_record`, `full_precision` from `full_precision_record`. `gpus` are those of all processes, each of which
-    sees only its own; None for those of this process. `part_of` is the id of the run that this one is the first stage
-    of, `prompts` are those of JOB_EVAL__PROMPTS. The schema explains every field.
+    `tasks` is from `compare_tasks`, `measured` from `compare_measured`, `groups` from `compare_groups`, `gate` from
+    `judge`, `exports` from `exports_record`, `full_precision` from `full_precision_record`. `gpus` are those of all
+    processes, each of which sees only its own; None for those of this process. `part_of` is the id of the run that this
+    one is the first stage of, `prompts` are those of JOB_EVAL__PROMPTS. The schema explains every field.
     """
     return sealed(
         {
@@ -80,6 +82,7 @@ def build(
                 "harness": {"name": "lm-eval", "version": metadata.version("lm-eval")},
                 "tasks": tasks,
                 **({"measured": measured} if measured else {}),
+                **({"groups": groups} if groups else {}),
                 **({} if full_precision is None else {"full_precision": full_precision}),
                 **({} if prompts is None else {"prompts": asdict(prompts)}),
             },
@@ -131,6 +134,7 @@ def exports_record(exported: Exported, base: Evaluated, adapter: Mapping[str, Ta
                 name: compare_export(base.scores, adapter, scores, original) if scores else {}
                 for name, scores in export.scores.items()
             },
+            **({"tasks_not_scored": sorted(base.measured)} if base.measured and not export.not_made else {}),
             **_added(export),
         }
         for export in exported.exports
@@ -182,6 +186,9 @@ def summary(results: Mapping[str, Any], where: str) -> list[str]:
         named = {name: rewards[f"rewards/{name}"] for name in ("margins", "accuracies") if f"rewards/{name}" in rewards}
         figures = ", ".join(f"{name} {value:.3f}" for name, value in named.items())
         lines.append(f"{training['method']}, beta {training['beta']:g}; rewards in the last epoch: {figures}")
+    grouped = results["evaluation"].get("groups", {})
+    for name, group in grouped.items():
+        lines += [f"{name}, {group_line(*one)}" for one in group["metrics"].items()]
     for name, task in results["evaluation"]["tasks"].items():
         before, after, delta, low, high = (
             100 * x for x in (task["base"]["acc"], task["adapter"]["acc"], task["delta"], *task["ci95"])
@@ -189,30 +196,77 @@ def summary(results: Mapping[str, Any], where: str) -> list[str]:
         interval = f"{delta:+.2f}, 95 % interval {low:+.2f} to {high:+.2f}"
         lines.append(f"{name}, {task['n']:,} questions: accuracy {before:.2f} % -> {after:.2f} % ({interval})")
         counts = f"{task['improved']} questions better and {task['regressed']} worse"
-        lines.append(f"verdict: {task['verdict']}, {counts}, McNemar p = {task['mcnemar_p']:.2g}")
+        against = "" if results["model"]["quantization"] == "none" else " against the quantized base"
+        lines.append(f"verdict{against}: {task['verdict']}, {counts}, McNemar p = {task['mcnemar_p']:.2g}")
         if rest := task.get("without_overlap"):
-            figures = f"{100 * rest['delta']:+.2f} points on the other {rest['n']:,}, {rest['verdict']}"
+            figures = f"{100 * rest['delta']:+.2f} points on the other {rest['n']:,}, {rest['verdict']}{against}"
             lines.append(f"training rows have {task['n'] - rest['n']:,} of these questions in them: {figures}")
     for name, found in results["evaluation"].get("measured", {}).items():
         lines += [f"{name}, {found['n']:,} questions: {measured_line(*one)}" for one in found["metrics"].items()]
-    original = results["evaluation"].get("full_precision") or {"tasks": {}}
-    if original.get("not_scored"):
-        lines.append(f"the unquantized base was not scored: {original['not_scored']}")
-    for name, one in original["tasks"].items():
-        taken, left = (100 * one[f"{side}_versus_original"]["acc"]["delta"] for side in ("base", "adapter"))
-        lines.append(
-            f"{name}, unquantized base: {100 * one['scores']['acc']:.2f} %; quantization {taken:+.2f}, "
-            f"adapter against it {left:+.2f}"
-        )
+    if why := (results["evaluation"].get("full_precision") or {}).get("not_scored"):
+        lines.append(f"the unquantized base was not scored: {why}")
+    for name, one in original_tasks(results).items():
+        taken, left = (_difference(one[f"{side}_versus_original"]["acc"]) for side in ("base", "adapter"))
+        before = f"{name}, unquantized base: {100 * one['scores']['acc']:.2f} %"
+        lines.append(f"{before}; quantization {taken}, adapter against it {left}")
     lines += [_export_line(export) for export in results.get("exports", ())]
     lines.append(_cost_line(cost, len(results["run"]["attempts"])))
     if any(artifact["path"] == REPORT for artifact in results["artifacts"]):
         lines.append(f"report: {where.removesuffix(RESULTS)}{REPORT}")
-    verdicts = [f"{name} {task['verdict']}" for name, task in results["evaluation"]["tasks"].items()]
+    # A group speaks for its tasks, which may be many
+    members = {task for group in grouped.values() for task in group["tasks"]}
+    of_groups = [(name, *one) for name, group in grouped.items() for one in group["metrics"].items()]
+    verdicts = [f"{name} {metric} {one['verdict']}" for name, metric, one in of_groups]
+    verdicts += [
+        f"{name} {verdict_in_words(name, results)}" for name in results["evaluation"]["tasks"] if name not in members
+    ]
     passed = results["gate"]["passed"]
     gate = [] if passed is None else ["gate met" if passed else "gate not met"]
+    judged = results["gate"].get("policy")
+    lines += [f"policy: {line}" for line in (policy_lines(judged) if judged else ())]
+    gate += [f"policy {judged['outcome']}"] if judged else []
     lines.append(f"{', '.join([*verdicts, *gate])}; results: {where}")
     return lines
+
+
+_AGAINST_BOTH = {
+    ("improved", "inconclusive"): "better than the quantized base but not shown to be better than the unquantized one",
+    ("improved", "regressed"): "better than the quantized base but worse than the unquantized one",
+    ("inconclusive", "improved"): "inconclusive against the quantized base but better than the unquantized one",
+    ("inconclusive", "regressed"): "inconclusive against the quantized base and worse than the unquantized one",
+    ("regressed", "improved"): "worse than the quantized base but better than the unquantized one",
+    ("regressed", "inconclusive"): "worse than the quantized base and inconclusive against the unquantized one",
+}
+"""What is said where the verdicts against the quantized and the unquantized base differ."""
+
+
+def verdict_in_words(name: str, results: Mapping[str, Any]) -> str:
+    """The verdict on a task. `improved` alone is better than the base with its original weights, quantized or not."""
+    verdict: str = results["evaluation"]["tasks"][name]["verdict"]
+    original = original_tasks(results).get(name)
+    if original is not None:
+        return _AGAINST_BOTH.get((verdict, original["adapter_versus_original"]["acc"]["verdict"]), verdict)
+    if verdict == "improved" and results["model"]["quantization"] != "none":
+        return "better than the quantized base (the unquantized one was not scored)"
+    return verdict
+
+
+def _difference(found: Mapping[str, Any]) -> str:
+    """A paired difference in points with its interval and verdict."""
+    delta, low, high = (f"{100 * x:+.2f}" for x in (found["delta"], *found["ci95"]))
+    return f"{delta} ({low} to {high}, {found['verdict']})"
+
+
+def group_line(name: str, found: Mapping[str, Any]) -> str:
+    """A figure of a group of tasks: its size and weights, both figures, the difference, and the verdict."""
+    weights = "questions" if found["weight_by_size"] else "tasks"
+    low, high = found["ci95"]
+    return (
+        f"{found['tasks']} tasks, {found['n']:,} questions, all {weights} weighing the same: {name} "
+        f"{found['base']:.4g} -> {found['adapter']:.4g} ({found['delta']:+.4g}, 95 % interval {low:+.4g} to "
+        f"{high:+.4g}), {found['verdict']}, {found['improved']} better and {found['regressed']} worse, "
+        f"p = {found['p']:.2g}"
+    )
 
 
 def measured_line(name: str, found: Mapping[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """The stages of a run, and every path below a run's folder, which no other module spells out.
 
     results.json                                 the manifest, written last
+    model.sig                                    signature of the manifest and the artifacts, written right before it
     settings.json                                the settings that the run began with
     lease.json                                   which attempt owns the run
     attempts/0001.json                           run log: one record for each attempt
@@ -47,6 +48,8 @@ BUILT_ON: Mapping[str, tuple[Stage, ...]] = {Stage.TRAIN: (Stage.EVALUATE_ADAPTE
 """Stage -> the stages that work with what it published, and are done again when it is."""
 
 RESULTS = "results.json"
+SIGNATURE = "model.sig"
+"""Name of a signature, by OpenSSF Model Signing: at the top of a signed run, and in the folders that are handed on."""
 SETTINGS = "settings.json"
 LEASE = "lease.json"
 SCORES = "scores"

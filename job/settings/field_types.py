@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 
 from job.common.export_formats import split_name
 from job.common.findings import ALL, KINDS, Action
@@ -371,6 +371,8 @@ RunId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 Location = Annotated[Text, AfterValidator(_location)]
 DataSources = Annotated[Text, AfterValidator(_sources)]
 """One source, or several with how much of each is used; `common.source_list` has the spelling."""
+Secret = SecretStr
+"""Never shown: written as asterisks, also into the manifest."""
 LocalPath = Annotated[Text, AfterValidator(_local)]
 HeldOut = Annotated[int | float | Text, BeforeValidator(_held_out)]
 """What to validate on: a share of the rows, a number of rows, or a source of its own."""

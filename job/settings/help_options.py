@@ -34,7 +34,7 @@ _IN_WORDS = (
     (r"\bbool\b", "true,false"),
     (r"\bint\b", "N"),
     (r"\bfloat\b", "NUMBER"),
-    (r"\bstr\b", "TEXT"),
+    (r"\bstr\b|\bSecretStr\b", "TEXT"),
     (r"^true,false$", "{true,false}"),
     (r"^\{N,NUMBER,TEXT\}$", "NUMBER|TEXT"),
     (r"^\{(\{.*\}),(.*)\}$", r"\1|\2"),

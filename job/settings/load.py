@@ -155,7 +155,8 @@ def current_place(environ: Mapping[str, str] | None = None) -> Place | None:
 def foreign_variables(environ: Mapping[str, str] | None = None) -> list[str]:
     """Variables that begin with JOB_ but belong to a known other program, such as Jenkins' JOB_NAME; sorted."""
     environ = os.environ if environ is None else environ
-    return sorted(variable for variable in environ if is_foreign(variable))
+    platform = detect(environ)
+    return sorted(variable for variable in environ if is_foreign(variable) and not platform.reads(variable))
 
 
 def environment() -> dict[str, str]:
@@ -297,7 +298,8 @@ def _other_repository(name: str, subject: str, request: Request) -> str | None:
 def _tasks(settings: Settings) -> Iterator[Fault]:
     # A preset's file for a task that is not asked is ignored; a user's own file must be used.
     own = not settings.sources["eval.data"].startswith("preset")
-    if own and not set(settings.eval.data) <= set(settings.eval.tasks):
+    files = any(name.endswith((".yaml", ".yml")) for name in settings.eval.tasks)  # which may name tasks of a group
+    if own and not files and not set(settings.eval.data) <= set(settings.eval.tasks):
         named = " (a channel's files are named after their tasks)" * settings.sources["eval.data"].startswith(
             "sagemaker channel"
         )

@@ -63,6 +63,7 @@ from job.settings.field_types import (
     Real,
     RunId,
     Seconds,
+    Secret,
     Share,
     StorageClass,
     Text,
@@ -414,7 +415,8 @@ class Eval(Group):
 
     tasks: AffectsResult[Names] = ("arc_easy",)
     """Names of lm-eval's tasks and groups, separated by commas, such as `arc_easy,gsm8k`; or a file `my_task.yaml` that
-    describes one in lm-eval's format, with its data beside it. Multiple choice, generated answers and perplexity."""
+    describes one, or a group, in lm-eval's format, with its data beside it. Multiple choice, generated answers and
+    perplexity. `forgetting` measures the likelihood of ordinary texts, which training on other rows may lower."""
     limit: AffectsResult[Maybe[Annotated[Count, Field(ge=2)]]] = None
     """Number of questions of each task, at least 2; empty: all."""
     data: AffectsResult[Annotated[Locations, SageMakerChannel("evaluation")]] = Field(default_factory=dict)
@@ -475,18 +477,37 @@ class Gate(Group):
 
     on: ExecutionOnly[Judged] = "adapter"
     """What the gate judges: the adapter, or the exported format that ships instead (see JOB_EXPORT__FORMATS)."""
-    metric: ExecutionOnly[Literal["acc", "acc_norm"]] = "acc"
-    """Accuracy that the gate judges: by log-likelihood, or by log-likelihood divided by the length of the choice. Tasks
-    without choices are not judged."""
+    metric: ExecutionOnly[Text] = "acc"
+    """What the thresholds are about. `acc` and `acc_norm`: accuracy of choices, by log-likelihood, or by log-likelihood
+    divided by the length of the choice. Else a metric of tasks without choices, such as `exact_match` or
+    `bits_per_byte`; all tasks that have it are judged."""
     min_delta: ExecutionOnly[Maybe[Annotated[Real, Field(ge=-1, le=1)]]] = None
-    """Smallest accepted gain of accuracy over the base model, as a fraction: 0.01 is one percentage point."""
+    """Smallest accepted gain over the base model; of accuracies a fraction: 0.01 is one percentage point. A gain is an
+    improvement, also where a lower figure is better; of perplexities it is one of the logarithm."""
     max_regression: ExecutionOnly[Maybe[Annotated[Real, Field(ge=0, le=1)]]] = None
-    """Largest accepted loss of accuracy against the base model, as a fraction."""
+    """Largest accepted loss against the base model, in the same unit."""
     policy: ExecutionOnly[Maybe[LocalPath]] = None
-    """A YAML file with rules for several tasks and one verdict, instead of a threshold: critical, supporting and
-    guarded tasks, each with its metric, least gain and largest loss."""
+    """A YAML file with rules for several tasks or groups and one verdict, instead of a threshold: critical, supporting
+    and guarded tasks, each with its metric, least gain and largest loss."""
     baseline: ExecutionOnly[Maybe[Location]] = None
     """An earlier run, path or `s3://` URI: the gate compares with its adapter instead of with the base model."""
+
+    @property
+    def only_choices(self) -> str:
+        """Why the gate can judge nothing but multiple-choice tasks; empty if it can judge all."""
+        if self.on != "adapter":
+            return f"JOB_GATE__ON is {self.on}, and exported formats are scored on multiple-choice tasks only"
+        return "JOB_GATE__BASELINE compares multiple-choice tasks only" if self.baseline is not None else ""
+
+
+class Sign(Group):
+    """Signature of what is published, which `verify --key` checks."""
+
+    key: ExecutionOnly[Maybe[LocalPath]] = None
+    """File with the private key (ECDSA on P-256, P-384 or P-521, in PEM) that signs manifest, adapter and exported
+    formats, in the format of OpenSSF Model Signing; empty: nothing is signed."""
+    password: ExecutionOnly[Maybe[Secret]] = None
+    """Password of JOB_SIGN__KEY where it is encrypted; as a file of this name in the folder JOB_SECRETS_DIR, best."""
 
 
 class Storage(Group):
@@ -562,6 +583,7 @@ class Settings(Options):
     eval: Eval = Field(default_factory=Eval)
     export: Export = Field(default_factory=Export)
     gate: Gate = Field(default_factory=Gate)
+    sign: Sign = Field(default_factory=Sign)
     storage: Annotated[Storage, UsedByReaders()] = Field(default_factory=Storage)
     log: Annotated[Log, UsedByReaders()] = Field(default_factory=Log)
     cost: Cost = Field(default_factory=Cost)
@@ -618,6 +640,7 @@ class Settings(Options):
     def need_choices(self) -> list[str]:
         """The settings, as the environment has them, that are about the accuracy of multiple-choice questions."""
         gate = self.gate.min_delta is not None or self.gate.max_regression is not None
+        gate = gate and self.gate.metric in {"acc", "acc_norm"}
         return ["JOB_EXPORT__FORMATS"] * bool(self.export.formats) + ["JOB_GATE"] * gate
 
     @property

@@ -14,6 +14,7 @@ from job import log
 from job.evaluation.generation import HowToGenerate
 from job.evaluation.harness import evaluate, measure
 from job.evaluation.measured import aggregate
+from job.evaluation.model_defaults import with_model_defaults
 from job.evaluation.parallel_scoring import ParallelScoring
 from job.evaluation.samples import MeasuredSample, Sample, write_samples
 from job.evaluation.score_cache import ScoreCache, score_conditions
@@ -132,7 +133,7 @@ def score_model(
             model,
             sources.tokenizer,
             prompts,
-            how=how,
+            how=with_model_defaults(how, sources.folder),
             batch_tokens=settings.eval.batch_tokens,
             cache=cache,
             parallel=parallel,

@@ -33,11 +33,8 @@ from job.stages.evaluate import evaluate_base, score_model
 from job.stages.handoff import Loaded, Sources
 from job.stages.pull import fetch_original
 from job.storage.open import ObjectStore, storage_options
-from job.training.memory_model import evaluation_bytes, weight_bytes
+from job.training.memory_model import ORIGINAL_SHARE, evaluation_bytes, weight_bytes
 from job.training.prepare import free_gpu_bytes, setup_of
-
-SHARE = 0.9
-"""Of the free memory that may be filled: the formula's error, and what the allocator cannot use."""
 
 
 def evaluate_bases(
@@ -126,8 +123,8 @@ def _need(settings: Settings, loaded: Loaded) -> int:
 def _free(attempt: Attempt, settings: Settings, loaded: Loaded) -> int:
     """Bytes of memory that this process may fill."""
     if loaded.model.device.type == "cuda":
-        return int(SHARE * free_gpu_bytes(settings.train.gpu_memory_gb))
-    return int(SHARE * available_bytes()) // attempt.processes.place.local_world_size
+        return int(ORIGINAL_SHARE * free_gpu_bytes(settings.train.gpu_memory_gb))
+    return int(ORIGINAL_SHARE * available_bytes()) // attempt.processes.place.local_world_size
 
 
 def _score(

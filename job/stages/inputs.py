@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 from job.common.export_formats import EXTRA, not_installed
 from job.common.source_list import parse_sources
@@ -19,10 +20,15 @@ from job.evaluation.tasks import check_tasks, find_questions
 from job.model.files import weight_files
 from job.model.start_adapter import local_start
 from job.results.baseline import check_run
+from job.results.signing import load_private_key
 from job.settings.load import Settings
+from job.settings.schema import Sign
 from job.settings.training_stages import naming_its_settings
 from job.storage.hub import local_model
 from job.storage.location import is_remote
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
 
 def check_inputs(settings: Settings, later: Sequence[Settings] = (), *, begun: bool = False) -> None:
@@ -48,11 +54,13 @@ def check_inputs(settings: Settings, later: Sequence[Settings] = (), *, begun: b
     if settings.gate.baseline is not None:
         checks.append((settings.gate.baseline, partial(check_run, settings.gate.baseline)))
     if settings.gate.policy is not None:
-        checks.append((settings.gate.policy, partial(read_policy, settings.gate.policy, settings.eval.tasks)))
+        checks.append((settings.gate.policy, partial(read_policy, settings.gate.policy)))
     checks = [(place, check) for place, check in checks if not is_remote(place)]
     if not begun:
         checks.append(("tasks", partial(check_tasks, settings.eval.tasks, settings.eval.data)))
-    checks.append(("export", partial(_check_extra, (later[-1] if later else settings).export.formats)))
+    last = later[-1] if later else settings
+    checks.append(("export", partial(_check_extra, last.export.formats)))
+    checks.append(("sign", partial(private_key, last.sign)))
     errors: list[tuple[str, JobError]] = []
     for place, check in checks:
         try:
@@ -79,6 +87,12 @@ def _data_sources(settings: Settings, later: Sequence[Settings]) -> Iterator[tup
         if isinstance(validation, ValidationSource):
             where = (validation.name, validation.revision, validation.split)
             yield validation.name, partial(check, *where, "JOB_DATA__VALIDATION")
+
+
+def private_key(sign: Sign) -> EllipticCurvePrivateKey | None:
+    """The key of JOB_SIGN__KEY; None without one. Raises SettingsError if the file holds none that can be used."""
+    password = sign.password.get_secret_value() if sign.password is not None else None
+    return None if sign.key is None else load_private_key(sign.key, password)
 
 
 def _check_prompts(place: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from job import log
 from job.evaluation.generation import HowToGenerate, generate
+from job.evaluation.model_defaults import with_model_defaults
 from job.evaluation.parallel_scoring import ParallelScoring
 from job.evaluation.prompt_answers import write_answers
 from job.evaluation.score_cache import ScoreCache
@@ -40,7 +41,8 @@ def answer_prompts(
     if not attempt.processes.leads:
         parallel.help(model, sources.tokenizer)
         return []
-    asked, how = [prompt.ids for prompt in sources.prompts], HowToGenerate(options.prompts_max_new_tokens)
+    asked = [prompt.ids for prompt in sources.prompts]
+    how = with_model_defaults(HowToGenerate(options.prompts_max_new_tokens), sources.folder)
     answers = generate_answers(
         attempt,
         model,
@@ -102,6 +104,7 @@ def generate_answers(
             max_new_tokens=how.max_new_tokens,
             stop=how.stop,
             sampling=how.sampling,
+            ends=how.ends,
             batch_tokens=batch_tokens,
             cache=cache,
             answer=parallel.answer,

@@ -5,25 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from job import log
 from job.checkpoints import manager
 from job.common.hashing import sealed
 from job.errors import JobError
 from job.evaluation.comparison import compare_tasks, judge
+from job.evaluation.groups import compare_groups
 from job.evaluation.measured import compare_measured
 from job.records import Artifact, Evaluated, Exported, ModelRecord, TaskScores, Trained
 from job.report import model_card, report
-from job.results import inventory, manifest
+from job.results import inventory, manifest, signing
 from job.results.baseline import Baseline
 from job.results.completed import read_complete
 from job.runs.attempt import Attempt, now
-from job.runs.layout import CARD, EXPORT_CARD, FINDINGS, REPORT, RESULTS, answers_key, export_folder
+from job.runs.layout import CARD, EXPORT_CARD, FINDINGS, REPORT, RESULTS, SIGNATURE, answers_key, export_folder
 from job.runs.run_log import close_run_log
 from job.settings.load import Settings, redacted
 from job.stages.handoff import Sources
-from job.storage.base import write_in_turn
+from job.stages.inputs import private_key
+from job.storage.base import delete_in_turn, write_in_turn
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
 
 def publish(
@@ -66,8 +71,11 @@ def publish(
     tasks = compare_tasks(base.scores, adapter.scores, overlap=audit.overlap if audit else {})
     findings = [] if audit is None else [Artifact(FINDINGS, audit.bytes, audit.sha256)]
     measured = compare_measured(base.measured, adapter.measured)
+    groups = compare_groups(sources.tasks.groups if sources.tasks else {}, base, adapter)
     judged = _judged(settings, adapter, exported)
     compared = compare_tasks(base.scores, judged) if judged else {}
+    if settings.gate.on == "adapter":
+        compared |= {**measured, **groups}
     against, copies = _publish_baseline(attempt, sources.baseline, judged)
     results = manifest.build(
         run_id=settings.run.id,
@@ -80,6 +88,7 @@ def publish(
         training=trained.training,
         tasks=tasks,
         measured=measured,
+        groups=groups,
         gate=judge(
             compared,
             **settings.gate.model_dump(exclude={"baseline", "policy"}),
@@ -95,10 +104,46 @@ def publish(
         gpus=gpus,
         prompts=sources.record.prompts,
     )
-    results = manifest.sealed(publish_report_and_card(attempt, results))
+    key = private_key(settings.sign)
+    results = manifest.sealed(publish_report_and_card(attempt, results, key))
     manifest.validate(results)
-    write_in_turn(attempt.store, RESULTS, sealed(results), attempt.store.tag(RESULTS))
+    content = sealed(results)
+    _sign_run(attempt, results, content, key)
+    write_in_turn(attempt.store, RESULTS, content, attempt.store.tag(RESULTS))
     return results
+
+
+def _sign_run(
+    attempt: Attempt, results: Mapping[str, Any], content: bytes, key: EllipticCurvePrivateKey | None
+) -> None:
+    """Publishes the signature of the whole run, before the manifest, whose presence makes it complete.
+
+    An attempt that is killed in between leaves the signature of a manifest that was never written. The next attempt's
+    manifest has other times, so that it writes a signature of its own in its place, or removes it if there is no key.
+    """
+    if key is None:
+        delete_in_turn(attempt.store, SIGNATURE)
+    else:
+        content = signing.sign(key, results["run"]["id"], signing.files_of_run(results, content), whole_run=True)
+        write_in_turn(attempt.store, SIGNATURE, content, attempt.store.tag(SIGNATURE))
+
+
+def _sign_folders(attempt: Attempt, results: Mapping[str, Any], key: EllipticCurvePrivateKey | None) -> dict[str, Any]:
+    """Publishes the signatures of the folders that are handed on by themselves; returns the manifest with them."""
+    signed, folders = dict(results), signing.signed_folders(results)
+    for folder in folders:
+        path = f"{folder}{SIGNATURE}"
+        if key is None:
+            delete_in_turn(attempt.store, path)  # that of an attempt that was killed, and had a key
+        else:
+            files = signing.files_of(results, folder)
+            content = signing.sign(key, folder.rstrip("/").rpartition("/")[2], files)
+            signed = _with(signed, _uploaded(attempt, path, content))
+    if key is None:
+        return signed
+    pem = signing.public_key(key)
+    paths = [SIGNATURE, *(f"{folder}{SIGNATURE}" for folder in folders)]
+    return {**signed, "signing": {"public_key": pem, "key_sha256": signing.key_id(pem), "signatures": paths}}
 
 
 def _judged(settings: Settings, adapter: Evaluated, exported: Exported) -> Mapping[str, TaskScores]:
@@ -125,8 +170,12 @@ def _publish_baseline(
     return baseline.compared(judged), copies
 
 
-def publish_report_and_card(attempt: Attempt, results: Mapping[str, Any]) -> dict[str, Any]:
+def publish_report_and_card(
+    attempt: Attempt, results: Mapping[str, Any], key: EllipticCurvePrivateKey | None = None
+) -> dict[str, Any]:
     """Publishes the report, and the cards of the adapter and of all exports; returns the manifest that lists them.
+
+    With a key, the folders of adapter and exports get their signatures, which are over the cards too.
 
     If one cannot be rendered, the error is logged and the manifest is published without it: hours of training must not
     be lost to a template. Errors of the store are raised as usual.
@@ -144,9 +193,10 @@ def publish_report_and_card(attempt: Attempt, results: Mapping[str, Any]) -> dic
     )
     for export in results["exports"]:
         if export.get("published", True):
-            key = export_folder(export["format"]) + EXPORT_CARD
+            card = export_folder(export["format"]) + EXPORT_CARD
             render = partial(model_card.render_export_card, results, export)
-            complete = _with(complete, _published(attempt, key, render))
+            complete = _with(complete, _published(attempt, card, render))
+    complete = _sign_folders(attempt, complete, key)
     return _with(
         complete,
         _published(
@@ -167,6 +217,10 @@ def _published(attempt: Attempt, key: str, make: Callable[[], bytes]) -> Artifac
             exc_info=error,
         )
         return None
+    return _uploaded(attempt, key, content)
+
+
+def _uploaded(attempt: Attempt, key: str, content: bytes) -> Artifact:
     path = attempt.work / key
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)

@@ -30,8 +30,8 @@ from job.data.text_tokenizer import broken_tokenizer
 from job.data.token_cache import Tokens, load_tokens, open_tokens
 from job.data.training_and_validation import ValidationSource, what_to_validate_on
 from job.errors import DataError, JobError, Preempted, Problem, named_by
-from job.evaluation.policy import read_policy
-from job.evaluation.tasks import MULTIPLE_CHOICE, Tasks, check_choices, check_lengths, load_tasks
+from job.evaluation.policy import Policy, read_policy
+from job.evaluation.tasks import MULTIPLE_CHOICE, Tasks, check_choices, check_gate, check_lengths, load_tasks
 from job.model.adapter_options import MANY_STEPS, make_options
 from job.model.base import choose_device, choose_dtype, inspect, load_tokenizer
 from job.model.files import fingerprint
@@ -154,7 +154,7 @@ def _pull(
     """What is pulled, and the folder of its tokens."""
     gate = settings.gate
     baseline = None if gate.baseline is None else read_baseline(gate.baseline, storage)
-    policy = None if gate.policy is None else read_policy(gate.policy, settings.eval.tasks)
+    policy = None if gate.policy is None else read_policy(gate.policy)
     check_disk(attempt.work, required_bytes(size(place, storage) for place in _places(settings, later)))
     import_client()  # here: two threads that import the same at once may get half of a module
     early: Future[tuple[Path, bool]] = Future()
@@ -169,7 +169,7 @@ def _pull(
     coming = in_thread(lambda: _find_model(attempt, settings, storage, before_weights), "model")
     try:
         import_libraries()
-        tasks = _load_tasks(attempt, settings, storage)
+        tasks = _load_tasks(attempt, settings, storage, policy)
         if baseline is not None:
             check_questions(baseline, tasks.only(MULTIPLE_CHOICE).questions(settings.eval.limit), gate.metric)
         start = _find_start(attempt, settings, storage)
@@ -288,11 +288,12 @@ def _fetch(attempt: Attempt, place: str, kind: str, storage: StorageOptions) -> 
         return fetch(place, attempt.work / kind, storage)
 
 
-def _load_tasks(attempt: Attempt, settings: Settings, storage: StorageOptions) -> Tasks:
-    given = settings.eval.data
+def _load_tasks(attempt: Attempt, settings: Settings, storage: StorageOptions, policy: Policy | None) -> Tasks:
+    given, gate = settings.eval.data, settings.gate
     files = {task: Path(_fetch(attempt, place, f"questions/{task}", storage)) for task, place in given.items()}
     tasks = load_tasks(settings.eval.tasks, files, given, settings.eval.num_fewshot)
     check_choices(tasks, settings.need_choices)
+    check_gate(tasks, gate.metric, policy, gate.policy, gate.only_choices)
     return tasks
 
 

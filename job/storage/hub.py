@@ -27,8 +27,6 @@ from job.common.hashing import hash_files
 from job.common.resources import check_disk, required_bytes
 from job.errors import AccessDenied, DataError, JobError, Problem, SettingsError, Unreachable
 
-MAX_FILE = 50_000_000_000
-"""Bytes of the largest file that the hub takes, by its client's documentation (`HfApi.upload_file`, 2.4)."""
 # By name: which of the HTTP libraries it is depends on the version of the hub's client.
 _TRANSPORTS = {"httpx", "httpx2", "httpcore", "requests", "urllib3", "aiohttp"}
 _REFUSED = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.UNAVAILABLE_FOR_LEGAL_REASONS}
@@ -52,6 +50,8 @@ MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.model",
 SMALL_FILES = tuple(kind for kind in MODEL_FILES if kind != "*.safetensors")
 """All of that but the weights."""
 MAX_SMALL_BYTES = 256 << 20
+MAX_FILE = 50_000_000_000
+"""Bytes of the largest file that the hub takes, by its client's documentation (`HfApi.upload_file`, 2.4)."""
 PREVIEW_SECONDS = 10.0
 """A plan is not to wait for long."""
 

@@ -21,6 +21,9 @@ HEAD_ROWS, HEAD_COLUMNS = 4096, 32768
 
 CONTEXT_BYTES = 600 << 20
 """Of the driver and the libraries' workspaces on the GPU. Assumed."""
+ORIGINAL_SHARE = 0.9
+"""Of the memory that is free beside the quantized base, what scoring the unquantized one may fill: the formula's error,
+and what the allocator cannot use."""
 MARGIN = 0.1
 """Relative error of the prediction, including fragmentation. Assumed, from the three measured points in the tests."""
 UTILISATION = 0.18

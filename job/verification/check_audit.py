@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from job.audit.audit import counts, overlapping, parse_findings
+from job.audit.statistics import QUANTILES
 from job.common.findings import action_of
 from job.common.formatting import count
 from job.runs.layout import FINDINGS, RESULTS
@@ -50,4 +51,15 @@ def check_audit(results: Mapping[str, Any], copies: Mapping[str, Path]) -> Itera
     differences = list(find_differences(f"{RESULTS} dataset.audit", claimed, computed))
     if unknown := sorted({one.kind for one in found} - set(checks)):
         differences.append(Difference(FINDINGS, "findings of the manifest's kinds", ", ".join(unknown)))
+    differences += _statistics(audit)
     yield CheckResult("audit", extent, tuple(differences))
+
+
+def _statistics(audit: Mapping[str, Any]) -> Iterator[Difference]:
+    """Figures about the rows that contradict each other: the rows themselves are not published."""
+    languages = audit.get("languages") or {}
+    if languages and sum(languages.values()) != audit["rows"]:
+        yield Difference(f"{RESULTS} dataset.audit.languages", str(audit["rows"]), str(sum(languages.values())))
+    for name, of in (audit.get("lengths") or {}).items():
+        if list(of.values()) != sorted(of.values()) or list(of) != list(QUANTILES):
+            yield Difference(f"{RESULTS} dataset.audit.lengths.{name}", "ascending quantiles", str(of))

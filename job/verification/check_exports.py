@@ -42,6 +42,10 @@ def check_exports(results: Mapping[str, Any], copies: Copies) -> CheckResult | N
         for path in sorted(listed)
         if path.startswith(EXPORT) and not path.startswith(folders)
     ]
+    left_out = sorted(results["evaluation"].get("measured", {}))
+    for number, export in enumerate(exports):
+        if (told := export.get("tasks_not_scored")) is not None:  # older versions do not say
+            differences += find_differences(f"{RESULTS} exports[{number}].tasks_not_scored", told, left_out)
     (base, base_wrong), (adapter, adapter_wrong) = (read_samples(tasks, one, copies) for one in ("base", "adapter"))
     if not base_wrong and not adapter_wrong:  # else reported by the check of the evaluation
         for number, export in enumerate(exports):

@@ -14,10 +14,11 @@ from job.common.validation import first_error
 from job.data.batch_plan import steps_per_epoch
 from job.errors import JobError
 from job.evaluation.comparison import compare_full_precision, compare_tasks, judge
+from job.evaluation.groups import compare_groups, groups_from
 from job.evaluation.measured import compare_measured, measured_from
 from job.evaluation.policy import Policy
 from job.evaluation.samples import HASHES, Sample, contradiction, parse, parse_measured, task_scores
-from job.records import AttemptRecord, MeasuredScores, StepMetrics, TaskScores, ValidationMetrics
+from job.records import AttemptRecord, Evaluated, MeasuredScores, StepMetrics, TaskScores, ValidationMetrics
 from job.results.adapter_facts import CONFIG, WEIGHTS, adapter_facts
 from job.results.cost import compute_cost
 from job.results.training_totals import training_totals
@@ -43,40 +44,61 @@ def check_evaluation(results: Mapping[str, Any], copies: Copies) -> CheckResult:
         by_task[side], wrong = read_samples(tasks, side, copies)
         differences += wrong
     differences += unpaired(by_task["base"], by_task["adapter"], "base")
+    scored: dict[str, dict[str, TaskScores]] = {"base": {}, "adapter": {}}
     if not differences:
+        scored = {side: scores_of(records, tasks, side) for side, records in by_task.items()}
         overlap = (results["dataset"].get("audit") or {}).get("overlap")
-        found = compare_tasks(*(scores_of(by_task[side], tasks, side) for side in ("base", "adapter")), overlap=overlap)
+        found = compare_tasks(scored["base"], scored["adapter"], overlap=overlap)
         differences += find_differences(f"{RESULTS} evaluation.tasks", tasks, found)
         differences += _full_precision(results, copies, by_task)
     questions = sum(len(records) for records in by_task["adapter"].values())
     measured = results["evaluation"].get("measured", {})
-    differences += _measured(measured, copies)
+    of_measured, wrong = _measured(measured, copies)
+    differences += wrong
+    differences += _groups(results, *(Evaluated(scored[side], [], of_measured[side]) for side in ("base", "adapter")))
     questions += sum(found["n"] for found in measured.values())
     extent = f"{count(len(tasks) + len(measured), 'task')}, {count(questions, 'question')} answered twice"
     return CheckResult("evaluation", extent, tuple(differences))
 
 
-def _measured(tasks: Mapping[str, Any], copies: Copies) -> Iterator[Difference]:
-    """What is wrong with the tasks without choices, from their samples."""
+def _groups(results: Mapping[str, Any], base: Evaluated, adapter: Evaluated) -> Iterator[Difference]:
+    """What is wrong with the figures of groups, from the scores of their tasks, where these could be read."""
+    claimed, place = results["evaluation"].get("groups", {}), f"{RESULTS} evaluation.groups"
+    scored = {*adapter.scores, *adapter.measured}
+    if other := sorted({task for group in claimed.values() for task in group["tasks"]} - scored):
+        yield Difference(place, "groups of the tasks that were scored", show(", ".join(other)))
+        return
+    try:
+        found = compare_groups(groups_from(claimed), base, adapter)
+    except (KeyError, ValueError, ArithmeticError):  # a figure that none of the tasks has
+        yield Difference(place, "metrics of their tasks", "others")
+    else:
+        yield from find_differences(place, claimed, found)
+
+
+def _measured(
+    tasks: Mapping[str, Any], copies: Copies
+) -> tuple[dict[str, dict[str, MeasuredScores]], list[Difference]]:
+    """By side the tasks without choices from their samples, and what is wrong with them."""
     sides: dict[str, dict[str, MeasuredScores]] = {"base": {}, "adapter": {}}
-    wrong = False
+    wrong = []
     for side, scores in sides.items():
         for task, claimed in tasks.items():
             path = answers_key(task, side)
             try:
                 scores[task] = measured_from(parse_measured(copies[path].read_bytes()), task, claimed, side)
             except (KeyError, ValueError) as error:
-                wrong = True
                 what = "nothing that can be read" if isinstance(error, KeyError) else str(error)
-                yield Difference(path, "one record a question", what)
+                wrong.append(Difference(path, "one record a question", what))
     if wrong:
-        return
+        return sides, wrong
     try:
         found = compare_measured(sides["base"], sides["adapter"])
     except (JobError, ArithmeticError) as error:
-        yield Difference(f"{RESULTS} evaluation.measured", "the same questions asked of both", str(error))
+        wrong.append(Difference(f"{RESULTS} evaluation.measured", "the same questions asked of both", str(error)))
     else:
-        yield from find_differences(f"{RESULTS} evaluation.measured", tasks, found)
+        wrong += find_differences(f"{RESULTS} evaluation.measured", tasks, found)
+    return sides, wrong
 
 
 def _full_precision(
@@ -129,6 +151,9 @@ def check_gate(results: Mapping[str, Any], copies: Copies) -> CheckResult:
         if not wrong:
             pair = scores_of(earlier, against["tasks"], "base"), scores_of(ours, against["tasks"], "adapter")
             against = {**against, "tasks": compare_tasks(*pair)}
+    if side == "adapter":
+        evaluation = results["evaluation"]
+        tasks = {**tasks, **evaluation.get("measured", {}), **evaluation.get("groups", {})}
     policy, wrong = _policy(results)
     differences += wrong
     if not differences:
@@ -138,6 +163,7 @@ def check_gate(results: Mapping[str, Any], copies: Copies) -> CheckResult:
     outcome = {None: "none set", True: "met", False: "not met"}[gate["passed"]]
     versus = "" if against is None else f", against run {show(against['run'])}"
     judged = "" if side == "adapter" else f", {on}"
+    judged += f", policy {gate['policy']['outcome']}" if "policy" in gate else ""
     return CheckResult("gate", outcome + judged + versus, tuple(differences))
 
 

@@ -125,8 +125,15 @@ def _exports_differ(
 
 
 def _as_pulled(dataset: Mapping[str, Any], pulled: Pulled) -> dict[str, Any]:
-    """The data set without the audit where a version that had none has pulled it, and a later one has gone on."""
-    return {**dataset, "audit": None} if pulled.dataset.audit is None else dict(dataset)
+    """The data set without what an earlier version that has pulled it did not record, though a later one has gone on.
+
+    That is the audit, or the languages and lengths in it; every later version has recorded lengths.
+    """
+    audit, claimed = pulled.dataset.audit, dataset.get("audit")
+    if audit is None or claimed is None:
+        return {**dataset, "audit": claimed if audit is not None else None}
+    figures = {"languages": {}, "languages_by": "", "languages_not_checked": "", "lengths": {}}
+    return {**dataset, "audit": _completed({**claimed, **({} if audit.lengths else figures)}, audit)}
 
 
 def _completed(claimed: Mapping[str, Any], record: Any) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 Every file is read once, up to the size in the manifest, and compared with its hash or seal; every figure is computed
 again from samples, metrics and attempts. That finds damage and mistakes, down to a single byte. It does not protect
-against someone who can write to the run's folder and computes the hashes and seals again.
+against someone who can write to the run's folder and computes the hashes and seals again; the signature of a signed
+run does, for the manifest, the artifacts and all that the manifest lists. It is not over what is written after the
+manifest: the last attempt's record, the lease, and records of pushes and served checks.
 
 To add a check: a function that returns a `CheckResult`, and a line in `verify`.
 """
@@ -21,7 +23,7 @@ from job.errors import Problem, VerificationError
 from job.records import Artifact
 from job.results.inventory import is_evidence, is_leftover
 from job.results.reader import parse, read_bytes
-from job.runs.layout import ARTIFACTS, FIRST_STAGE, PUSHED, RESULTS, SERVED
+from job.runs.layout import ARTIFACTS, FIRST_STAGE, PUSHED, RESULTS, SERVED, SIGNATURE
 from job.storage.location import join
 from job.storage.open import ObjectStore, StorageOptions, is_key, open_store
 from job.verification import check_checkpoints
@@ -34,6 +36,7 @@ from job.verification.check_preferences import check_preferences
 from job.verification.check_prompts import check_prompts
 from job.verification.check_pushes import check_pushes
 from job.verification.check_served import check_served
+from job.verification.check_signature import check_signature
 from job.verification.differences import CheckResult, Difference, show
 from job.verification.fetch_files import fetch_files
 
@@ -41,7 +44,12 @@ _DEFAULT = StorageOptions()
 
 
 def verify(
-    store: ObjectStore, work: Path, storage: StorageOptions = _DEFAULT, *, nested: bool = False
+    store: ObjectStore,
+    work: Path,
+    storage: StorageOptions = _DEFAULT,
+    *,
+    nested: bool = False,
+    key: str | None = None,
 ) -> list[CheckResult]:
     """Checks a run; of one that trained in two stages, the first too.
 
@@ -49,7 +57,8 @@ def verify(
         store: The run's own.
         work: Folder for copies of the files.
         storage: How to reach the store, for the first of two stages.
-        nested: Whether this is the first of two stages, which has none before it.
+        nested: Whether this is the first of two stages, which has none before it, and is signed with the last one.
+        key: Public key in PEM that has to have signed the run; None if any may have, or none.
 
     Returns:
         The result of every check; only that of the manifest if it cannot be parsed.
@@ -83,6 +92,7 @@ def verify(
     known = {
         RESULTS,
         *sealed,
+        *([SIGNATURE] if results.get("signing") else []),
         *(key for key in listed if key.startswith((PUSHED, SERVED))),
         *(claim.path for claim in (*own, *kept, *states)),
     }
@@ -108,6 +118,7 @@ def verify(
                 check_prompts(results, copies),
                 check_preferences(results, copies),
                 check_exports(results, copies),
+                check_signature(results, data, store, copies, key),
                 pushes,
                 served,
             ],

@@ -7,7 +7,7 @@ import gzip
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -20,6 +20,18 @@ MODULES = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v
 """What the job adapts of a Mistral, for scripts of peers, which have to be told."""
 ALPACA, ARC_EASY = DATA / "alpaca.jsonl.gz", DATA / "arc_easy_test.jsonl"
 VOCABULARY = 32_000
+FAMILIES = ("llama", "mistral", "qwen2")
+"""Whose layers the job's fused and packed paths know."""
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 384,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+}
+"""Of a model of 25 million parameters."""
 os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' progress bars, before they are imported
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "lm-eval", "accelerate")
 
@@ -92,18 +104,15 @@ def finish(rows: Sequence[Row], details: dict[str, Any], where: dict[str, Any], 
         file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def make_base(folder: Path) -> None:
-    """Writes a random Mistral of 25 million parameters, and a tokenizer of 32,000 words learned from Alpaca.
+def make_base(folder: Path, family: str = "mistral") -> None:
+    """Writes a random model of 25 million parameters, and a tokenizer of 32,000 words learned from Alpaca.
 
     The demo's tokenizer knows 1,311 words and cuts real text into three times as many tokens as Mistral's does; this
     one comes close to its lengths, without a network.
     """
-    import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
-    from transformers.utils.logging import disable_progress_bar
+    from transformers import PreTrainedTokenizerFast
 
-    disable_progress_bar()
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -119,23 +128,28 @@ def make_base(folder: Path) -> None:
     PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
     ).save_pretrained(folder)
+    make_model(folder, family, SHAPE)
+
+
+def make_model(folder: Path, family: str, shape: Mapping[str, int]) -> None:
+    """Writes a random model of a family, whose first three tokens are special."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     torch.manual_seed(0)
-    config = MistralConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=384,
-        intermediate_size=1024,
-        num_hidden_layers=8,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        sliding_window=None,
+    config = AutoConfig.for_model(
+        family,
+        **shape,
+        **({"sliding_window": None} if family == "mistral" else {}),
         tie_word_embeddings=True,
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=2,
         initializer_range=0.05,  # larger than usual: its answers differ clearly, as a trained model's do
     )
-    MistralForCausalLM(config).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
 def load_ours(folder: Path, quantization: str, dtype: str) -> Any:
@@ -160,14 +174,14 @@ def load_ours(folder: Path, quantization: str, dtype: str) -> Any:
     return add_adapter(base, rank=lora.rank, alpha=lora.alpha, dropout=0.0, target_modules=MODULES, seed=0)
 
 
-def load_plain(folder: Path, quantization: str, dtype: str) -> Any:
+def load_plain(folder: Path, quantization: str, dtype: str, device: str = "cpu") -> Any:
     """The base as a plain script loads it: transformers and bitsandbytes, attention by torch."""
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     from job.model.base import choose_dtype
 
-    computed = choose_dtype(dtype, torch.device("cpu"))
+    computed = choose_dtype(dtype, torch.device(device))
     quantized = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -179,7 +193,7 @@ def load_plain(folder: Path, quantization: str, dtype: str) -> Any:
         dtype=computed,
         quantization_config=quantized if quantization == "nf4" else None,
         attn_implementation="sdpa",
-        device_map={"": "cpu"},
+        device_map={"": device},
     )
     for module in model.modules():
         # bitsandbytes would compute in bf16 on some CPUs, and in another precision than ours

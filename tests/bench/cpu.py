@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.bench.common import Row, arguments, conditions, finish
+from tests.bench.common import FAMILIES, Row, arguments, conditions, finish
 
 SCRIPTS = ("cpu_training", "cpu_evaluation", "recovery", "commands")
 
@@ -23,6 +23,7 @@ def main() -> int:
     parser = arguments(__doc__)
     parser.add_argument("--only", nargs="+", choices=SCRIPTS, default=SCRIPTS)
     parser.add_argument("--full", action="store_true", help="all questions of ARC-Easy")
+    parser.add_argument("--family", choices=FAMILIES, default="mistral", help="of training and evaluation")
     parser.add_argument("--unsloth", metavar="PYTHON", help="an interpreter with Unsloth: another peer of training")
     args = parser.parse_args()
     where = conditions()
@@ -32,6 +33,7 @@ def main() -> int:
             print(f"== {script}", flush=True)
             file = Path(name) / f"{script}.json"
             command = [sys.executable, str(Path(__file__).with_name(f"{script}.py")), "--json", str(file)]
+            command += ["--family", args.family] if script in {"cpu_training", "cpu_evaluation"} else []
             command += ["--full"] if args.full and script == "cpu_evaluation" else []
             command += ["--unsloth", args.unsloth] if args.unsloth and script == "cpu_training" else []
             if subprocess.run(command, check=False).returncode or not file.exists():

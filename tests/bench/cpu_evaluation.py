@@ -1,7 +1,7 @@
 """Evaluation on this CPU: the job's scorer against lm-eval's own HFLM, at the best of its batch sizes.
 
-Both answer the same real ARC-Easy questions by lm-eval's task, with the same random 25 M parameter Mistral in the same
-precision. Every prediction is compared; one that differs is listed with the margin it was won by on each side.
+Both answer the same real ARC-Easy questions by lm-eval's task, with the same random model of 25 M parameters in
+the same precision. Every prediction is compared; one that differs is listed with the margin it was won by on each side.
 """
 
 from __future__ import annotations
@@ -18,7 +18,18 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.bench.common import ARC_EASY, Row, arguments, at_least, conditions, finish, load_ours, load_plain, make_base
+from tests.bench.common import (
+    ARC_EASY,
+    FAMILIES,
+    Row,
+    arguments,
+    at_least,
+    conditions,
+    finish,
+    load_ours,
+    load_plain,
+    make_base,
+)
 
 TASK, OURS = "arc_easy", "ours"
 Answers = list[list[float]]
@@ -105,6 +116,7 @@ def main() -> int:
     parser.add_argument("--batch-tokens", type=int, help="ours; default: the job's")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of both sides")
     parser.add_argument("--quantization", choices=("nf4", "none"), default="nf4", help="of both sides")
+    parser.add_argument("--family", choices=FAMILIES, default="mistral")
     args = parser.parse_args()
     args.questions = None if args.full else args.questions
     where = conditions()
@@ -114,7 +126,7 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "base"
-        make_base(folder)
+        make_base(folder, args.family)
         tokenizer = load_tokenizer(folder)
         tasks = load_tasks([TASK], {TASK: ARC_EASY}, {TASK: ARC_EASY.name})
         mine = load_ours(folder, args.quantization, args.dtype).eval()

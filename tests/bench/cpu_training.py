@@ -1,6 +1,6 @@
 """Training on this CPU: the job against a plain script with TRL, PEFT and bitsandbytes at the reference settings.
 
-Both train the same adapter on the same random 25 M parameter Mistral in NF4, with the same examples (1,500 rows of
+Both train the same adapter on the same random model of 25 M parameters in NF4, with the same examples (1,500 rows of
 Alpaca) in each optimizer step. The plain script takes 8 x 4 padded examples, activation checkpointing and 8-bit Adam;
 the job what it takes by default. Useful work is target tokens; the first step of each side is not counted. Unsloth, as
 `unsloth_cpu.py` runs it, is a third column where there is an interpreter that has it.
@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.bench.common import (
     ALPACA,
+    FAMILIES,
     MODULES,
     Row,
     arguments,
@@ -37,7 +38,7 @@ Curve = list[tuple[float, float]]
 """Loss and seconds by step."""
 
 
-def read_examples(folder: Path) -> tuple[Any, list[Any]]:
+def read_examples(folder: Path) -> tuple[Any, Sequence[Any]]:
     """Tokenizer and examples, by the job's own means, at its defaults."""
     from job.data.dataset import load_examples
     from job.model.base import load_tokenizer
@@ -239,13 +240,14 @@ def main() -> int:
     parser.add_argument("--micro-batch-tokens", type=int, help="ours; default: the job's")
     parser.add_argument("--unsloth", metavar="PYTHON", help="an interpreter with Unsloth: a third column")
     parser.add_argument("--recompute", choices=("on", "off"), help="ours: activation checkpointing; default: the job's")
+    parser.add_argument("--family", choices=FAMILIES, default="mistral")
     args = parser.parse_args()
     where = conditions()
     from job.data import batch_plan
 
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        make_base(work / "base")
+        make_base(work / "base", args.family)
         tokenizer, examples = read_examples(work / "base")
         plan = [batch_plan.batch(0, len(examples), MICRO_BATCH * ACCUMULATION, step) for step in range(args.steps)]
         targets = [sum(sum(examples[row].targets) for row in rows) for rows in plan]

@@ -286,8 +286,10 @@ def test_the_terminal_is_told_in_seven_lines(whole: Ended) -> None:
     lines = whole.stdout.splitlines()
     assert len(lines) == 7
     assert lines[-2] == f"report: {whole.run}/artifacts/report.html"
-    verdict = whole.results["evaluation"]["tasks"]["arc_easy"]["verdict"]
-    assert lines[-1] == f"arc_easy {verdict}; results: {whole.run}/results.json"
+    evaluation = whole.results["evaluation"]
+    left = evaluation["full_precision"]["tasks"]["arc_easy"]["adapter_versus_original"]["acc"]["verdict"]
+    assert (evaluation["tasks"]["arc_easy"]["verdict"], left) == ("improved", "improved")
+    assert lines[-1] == f"arc_easy improved; results: {whole.run}/results.json"
 
 
 def test_metrics_are_published_as_lines_and_as_events(whole: Ended) -> None:

@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import boto3
@@ -87,7 +88,8 @@ def test_a_run_needs_no_output(
     given = {**clean, **environment, "JOB_RUN__ID": "mute", "JOB_RUN__OUTPUT": str(tmp_path)}
     script = f"exec {sys.executable} -m job {streams}"
     done = subprocess.run(["sh", "-c", script], cwd=ROOT, env=given, capture_output=True, check=False, timeout=240)
-    assert (done.returncode, done.stdout) == (0, b"")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (done.stdout == b"") == (streams != "2>&-")
     assert b"Traceback" not in done.stderr
     assert published(tmp_path, "mute") == undisturbed
 
@@ -103,7 +105,8 @@ def test_signals_of_batch_systems_and_terminals(
     with warm.followed([], {**clean, **environment, **changes}) as (process, log):
         next(line for line in log if '"done": 4,' in line)
         for one in (number, number, signal.SIGCONT):
-            os.kill(process.pid, one)
+            with suppress(ProcessLookupError):  # the first ALRM has ended it
+                os.kill(process.pid, one)
             time.sleep(0.3)
         log.read()
         (code,) = process.wait(120)
@@ -111,6 +114,45 @@ def test_signals_of_batch_systems_and_terminals(
     if code:
         assert attempt(environment, **changes).returncode == 0
     assert published(tmp_path, "signalled") == undisturbed
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("stage", "numbers"),
+    [
+        ("evaluate-adapter", (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGQUIT, signal.SIGTSTP)),
+        ("publish", (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2, signal.SIGXCPU, signal.SIGQUIT, signal.SIGTSTP)),
+    ],
+)
+def test_signals_in_the_last_stages(
+    environment: dict[str, str],
+    undisturbed: dict[str, str],
+    tmp_path: Path,
+    stage: str,
+    numbers: tuple[signal.Signals, ...],
+) -> None:
+    """A signal while the adapter is scored or the run is published: the next start, if one is needed, gives the same.
+
+    QUIT ends the process at once, as KILL does. What is left of publishing when a signal comes may be done first.
+    """
+    changes = {"JOB_RUN__ID": "late", "JOB_RUN__OUTPUT": str(tmp_path / "begun")}
+    assert attempt(environment, **changes, JOB_FAULT=f"kill@stage={stage}").returncode == -9
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("JOB_")}
+    for number in numbers:
+        changes["JOB_RUN__OUTPUT"] = str(shutil.copytree(tmp_path / "begun", tmp_path / number.name))
+        with warm.followed([], {**clean, **environment, **changes}) as (process, log):
+            next(line for line in log if "stage begins" in line and f'"{stage}"' in line)
+            for one in (number, signal.SIGCONT):
+                with suppress(ProcessLookupError):  # QUIT has ended it
+                    os.kill(process.pid, one)
+                time.sleep(0.3 if number == signal.SIGTSTP else 0)
+            log.read()
+            (code,) = process.wait(120)
+        expected = {signal.SIGQUIT: {-signal.SIGQUIT}, signal.SIGTSTP: {0}}.get(number, {75})
+        assert code in (expected | {0} if stage == "publish" else expected), number
+        if code:
+            assert attempt(environment, **changes).returncode == 0
+        assert published(tmp_path / number.name, "late") == undisturbed, number
 
 
 @pytest.mark.long

@@ -205,16 +205,34 @@ def test_the_better_part_of_a_question_is_an_overlap() -> None:
 
 @installed
 def test_what_only_looks_like_a_finding_is_none() -> None:
-    """Reserved domains, numbers with a wrong checksum, years, and code are no findings."""
+    """Addresses and numbers that belong to nobody, wrong checksums, years, and code are no findings."""
     row = RowAudit(set_up(None, {}))
     for text in (
-        "write to someone@example.com or x@localhost",
+        "write to jo.miller@example.com, jo.miller@mail.example.co.uk, jo@some.test or x@localhost",
+        "login('my_gmail_address@gmail.com'), user123@gmail.com, JDoe@email.com, abc@somecompany.com, a@d.co",
+        "call (415) 555-1234, +1 214 555 8444, (234) 567-8901, +44 1632 960123 or +61 2 5550 1234",
         "DE89 3704 0044 0532 0130 01",
         "4539 1488 0343 6468",
         "from 1914-1918 to 1939-1945, 3.1415926535 and 1,000,000,000",
         "password = input()",
     ):
         assert from_bytes(row([text])).kinds == (), text
+
+
+@installed
+def test_what_somebody_may_own_is_a_finding() -> None:
+    """Names and numbers that only begin or end like an example are findings."""
+    row = RowAudit(set_up(None, {}))
+    for text, kind in (
+        ("write to jo@counterexample.de", "email"),
+        ("write to jo@testing.acme-widgets.de", "email"),
+        ("write to username.miller@acme-widgets.de", "email"),
+        ("write to a@acme-widgets.de", "email"),
+        ("call (212) 684-4700", "phone"),
+        ("call (415) 556-1234", "phone"),
+        ("call +44 20 7947 0123", "phone"),
+    ):
+        assert from_bytes(row([text])).kinds == (kind,), text
 
 
 def test_every_kind_has_a_way_to_be_found() -> None:
@@ -238,6 +256,50 @@ def test_the_demo_holds_two_repeated_rows_and_nothing_else() -> None:
         ("duplicate", "instructions.jsonl:28"),
         ("duplicate", "instructions.jsonl:237"),
     ]
+
+
+EMAIL_ROWS = {3653, 4178, 11379, 12447, 12767, 19685, 38867, 41165, 43924, 44386, 44685, 51998}
+PHONE_ROWS = {6911, 21052, 27424, 30939, 33585, 34690, 39526}
+EXAMPLE_ROWS = {1404, 7314, 21009, 21158, 24436, 26676, 29345, 37442, 39353, 42638, 44649}
+"""Rows of Alpaca, from 1, that were read by a person: addresses and numbers that somebody may own, and examples."""
+
+
+@installed
+@pytest.mark.skipif(not DATA.is_dir(), reason="the real data is not here")
+def test_alpaca_has_twelve_rows_with_addresses_and_seven_with_phone_numbers() -> None:
+    """In the rows in question, what was judged to be an address or a number is found, and no example is."""
+    row = RowAudit(set_up(None, {}))
+    found: dict[str, set[int]] = {kind: set() for kind in DETECTORS}
+    with gzip.open(DATA / "alpaca.jsonl.gz", "rt", encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if number in EMAIL_ROWS | PHONE_ROWS | EXAMPLE_ROWS:
+                texts = [text for name in ("input", "instruction", "output") if (text := json.loads(line)[name])]
+                for kind in from_bytes(row(texts)).kinds:
+                    found[kind].add(number)
+    assert found == {"secret": set(), "email": EMAIL_ROWS, "phone": PHONE_ROWS, "iban": set(), "card": set()}
+
+
+@pytest.mark.long
+@installed
+@pytest.mark.skipif(not DATA.is_dir(), reason="the real data is not here")
+def test_alpaca_has_no_more_personal_data_than_was_judged() -> None:
+    """In all 52,002 rows, no kind that one row can show has another finding; the four near-duplicates are true ones."""
+    audit = Audit(set_up(None, {}))
+    row = RowAudit(audit.setup)
+    with gzip.open(DATA / "alpaca.jsonl.gz", "rt", encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            fields = json.loads(line)
+            if fields["output"]:
+                texts = [text for name in ("input", "instruction", "output") if (text := fields[name])]
+                audit.add(f"alpaca:{number}", row(texts))
+    found: dict[str, set[int]] = {kind: set() for kind in KINDS}
+    for one in audit.findings():
+        found[one.kind].add(int(one.where.removeprefix("alpaca:")))
+    assert {kind: rows for kind, rows in found.items() if rows} == {
+        "near_duplicate": {5815, 27355, 33964, 48504},
+        "email": EMAIL_ROWS,
+        "phone": PHONE_ROWS,
+    }
 
 
 @pytest.mark.long

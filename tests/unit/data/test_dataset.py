@@ -364,6 +364,41 @@ def test_control_tokens_in_text_are_counted(tmp_path: Path) -> None:
     assert found == [({"</s>": 2, "<pad>": 1}, 2, f"{plain}:2"), ({"</s>": 1}, 1, f"{chat}:2")]
 
 
+def remarked(path: Path, **how: Any) -> list[dict[str, Any]]:
+    """What loading the rows says of them, but for fields that are not used."""
+    with structlog.testing.capture_logs() as logs:
+        load(path, **how)
+    return [{name: line.get(name) for name in ("log_level", "rows", "first", "words", "fields")} for line in logs]
+
+
+def test_words_for_missing_values_are_counted(tmp_path: Path) -> None:
+    """What a table has for a missing value is trained on as text, and said; few of many may be answers, as None is."""
+    path = tmp_path / "x.csv"
+    rows = [f"do {n},,it {n}" for n in range(1100)]
+    rows[3], rows[7] = "do 3,nan,NaN", "do 7,,None"
+    path.write_text("\n".join(["instruction,input,output", *rows]), encoding="utf-8")
+    first = {"first": f"{path}:row 4 input", "fields": None}
+    assert remarked(path) == [
+        {"log_level": "warning", "rows": 2, "words": {"NaN": 1, "nan": 1, "None": 1}, **first},
+    ]
+    assert load(path)[1].rows == 1100
+    path.write_text("\n".join(["instruction,input,output", *rows[:7], *rows[8:], "x,,y"]), encoding="utf-8")
+    assert remarked(path) == [{"log_level": "info", "rows": 1, "words": {"NaN": 1, "nan": 1}, **first}]
+
+
+def test_completions_that_repeat_the_prompt_are_counted(tmp_path: Path) -> None:
+    """If most completions begin with their prompts the data has them twice; a few may say the question again."""
+    twice = {"prompt": "where is the cat", "completion": "where is the cat on the mat"}
+    once = {"prompt": "where is the cat", "completion": " on the mat"}
+    for rows, level in (([twice, twice, once], "warning"), ([once, once, twice], "info")):
+        (found,) = remarked(lines(tmp_path / "x.jsonl", *rows))
+        assert (found["log_level"], found["rows"]) == (level, rows.count(twice))
+        assert found["first"].endswith(f"x.jsonl:{rows.index(twice) + 1} completion")
+    pair = {"prompt": twice["prompt"], "chosen": twice["completion"], "rejected": once["completion"]}
+    (found,) = remarked(lines(tmp_path / "x.jsonl", pair), method="dpo")
+    assert found["first"].endswith("x.jsonl:1 chosen")
+
+
 def test_fields_that_are_not_used_are_listed_once(tmp_path: Path) -> None:
     """What rows hold and the schema does not use is one line of the log, with the number of rows of each field."""
     path = lines(tmp_path / "x.jsonl", {"text": "a", "id": 1}, {"text": "b", "id": 2, "url": "c"}, {"text": ""})

@@ -187,3 +187,22 @@ def test_a_prompt_that_the_answers_begin_with_is_not_there_twice() -> None:
     chosen, rejected = ([*prompt, {"role": "assistant", "content": answer}] for answer in ("Yes", "No"))
     fields = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     assert [fault.where for fault in check_preference(Row("x:1", fields), "preference")] == ["x:1 prompt"]
+
+
+PROMPT = "Human: where is the cat?\nAssistant:"
+
+
+def test_a_text_that_both_answers_begin_with_is_not_there_twice(tmp_path: Path) -> None:
+    """A prompt at the beginning of both answers as well is a fault, with its place; by chance it is none."""
+    twice = {"prompt": PROMPT, "chosen": f"{PROMPT} here", "rejected": f"{PROMPT} there"}
+    with pytest.raises(DataError) as error:
+        load(tmp_path, twice, max_length=200)
+    (problem,) = error.value.problems
+    assert problem.where.endswith("rows.jsonl:1 prompt")
+    assert "beginning of both answers" in problem.what
+    for row in (
+        {**twice, "rejected": " there"},
+        {"chosen": twice["chosen"], "rejected": twice["rejected"]},
+        {"prompt": "Hello", "chosen": "Hello!", "rejected": "Hello."},
+    ):
+        assert len(load(tmp_path, row, max_length=200)[0]) == 1

@@ -86,6 +86,7 @@ def mixed(count: int) -> list[Any]:
     """Good and bad rows, and text of all kinds: control tokens, half a surrogate pair, a broken byte."""
     rows: list[Any] = [{**row, "extra": [1, {"a": None}], "text": "x"} for row in alpaca_rows(count)]
     rows[3]["output"] = "ends</s> early \N{GRINNING FACE}"
+    rows[4]["input"] = "nan"
     rows[10] = b'{"instruction": "half \\ud83d\xde", "output": "x"}'
     rows[11] = b"{"
     rows[12]["output"] = " "

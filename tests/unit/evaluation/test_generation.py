@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections import Counter
@@ -18,14 +19,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import MistralConfig
 
+from job.distributed.processes import ALONE
 from job.errors import TrainingFailed
 from job.evaluation.generation import CACHE_BATCHES, HowToGenerate, Sampling, _drawn, generate, plan_batches
+from job.evaluation.model_defaults import with_model_defaults
 from job.evaluation.parallel_scoring import ParallelScoring
+from job.evaluation.score_cache import ScoreCache
 from job.model.base import PLAIN, load_base
 from job.model.fused.frozen_weights import fuse_layers
 from job.model.fused.kernels import TORCH
 from job.model.packed_attention import NAME, is_packed, use
 from job.records import Answer
+from job.storage.local import LocalStore
 from tests.helpers import fill_adapter, make_model
 from tests.unit.evaluation.test_scorer import Helper, Peers
 
@@ -125,6 +130,52 @@ def test_processes_share_the_batches(base_folder: Path, tokenizer: Any) -> None:
     assert generate(own, tokenizer, PROMPTS, **how, answer=ParallelScoring(both, lambda **_: None).answer) == alone
 
 
+class Stopped(Exception):
+    """As Preempted, in the place where the stop flag is looked at."""
+
+
+@pytest.mark.parametrize("attention", [NAME, PLAIN])
+def test_a_request_to_stop_ends_a_batch_at_the_next_token(
+    base_folder: Path, tokenizer: Any, tmp_path: Path, attention: str
+) -> None:
+    """It loses the batch that is being answered and no other; the restart computes these again, with the same bytes."""
+    own = fill_adapter(make_model(base_folder)).eval()
+    use(own.get_base_model(), attention)
+    how: dict[str, Any] = {"max_new_tokens": NEW, "batch_tokens": 45}
+    batches = plan_batches([len(prompt) for prompt in PROMPTS], NEW, 45)
+    looks: list[str] = []
+
+    def stopping(at: int) -> ParallelScoring:
+        looks.clear()
+
+        def alive(**_: Any) -> None:
+            looks.append("look")
+            if len(looks) == at:
+                raise Stopped
+
+        return ParallelScoring(ALONE, alive)
+
+    expected = generate(own, tokenizer, PROMPTS, **how, answer=stopping(0).answer)
+    assert len(looks) >= sum(max(expected[prompt].tokens for prompt in batch) for batch in batches)
+    store = LocalStore(tmp_path)
+    with pytest.raises(Stopped):
+        generate(own, tokenizer, PROMPTS, **how, cache=ScoreCache(store, "s", "one", {}), answer=stopping(20).answer)
+    assert len(looks) == 20, "nothing is computed after it"
+    (kept,) = (store.read(info.key) for info in store.list("s/"))
+    assert kept is not None
+    done = len(kept.data.splitlines())
+    assert 0 < done < len(batches)
+    again: list[int] = []
+
+    def answer(*args: Any) -> Any:
+        again.extend(args[3])
+        return ParallelScoring(ALONE, lambda **_: None).answer(*args)
+
+    assert generate(own, tokenizer, PROMPTS, **how, cache=ScoreCache(store, "s", "one", {}), answer=answer) == expected
+    assert again == list(range(done, len(batches)))
+    assert own.get_base_model().config._attn_implementation == attention, "the model is as it was before"
+
+
 def test_a_recurrent_model_generates(tmp_path: Path, tokenizer: Any) -> None:
     """Mamba, whose cache is of its own kind, gives the answers of its own generation."""
     from transformers import MambaConfig, MambaForCausalLM
@@ -188,6 +239,27 @@ def test_a_second_end_of_config_json_ends_an_answer(tokenizer: Any) -> None:
     """Chat models end a turn by another token than a text; config.json names both."""
     scripted = Scripted(tokenizer, "it<pad>is", ends=[1, 2])
     (answer,) = generate(scripted, tokenizer, [(5,)], max_new_tokens=9)
+    assert (answer.text, answer.ended_by) == ("it", "eos")
+
+
+def test_the_models_own_ends_count_and_its_penalties_are_named(
+    tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A turn may end by a token that only generation_config.json names; what it asks for beyond that is logged once."""
+    how = HowToGenerate(9)
+    assert with_model_defaults(how, tmp_path) == how
+    config = {"eos_token_id": [2, 7], "repetition_penalty": 1.1, "suppress_tokens": [], "min_length": 0, "top_k": 50}
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "generation_config.json").write_text(json.dumps(config))
+    found = with_model_defaults(how, folder)
+    assert found == with_model_defaults(how, folder) == HowToGenerate(9, ends=(2, 7))
+    logged = "".join(capsys.readouterr())
+    assert logged.count("is not applied") == 1
+    assert "repetition_penalty" in logged
+    assert "top_k" not in logged
+    scripted = Scripted(tokenizer, "it<pad>is", ends=[1])
+    (answer,) = generate(scripted, tokenizer, [(5,)], max_new_tokens=9, ends=found.ends)
     assert (answer.text, answer.ended_by) == ("it", "eos")
 
 

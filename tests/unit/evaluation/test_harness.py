@@ -92,7 +92,8 @@ def by_lm_eval(
     from transformers import AutoModelForCausalLM
 
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
-    source = {"dataset_path": "json", "dataset_name": None, "training_split": None, "validation_split": None}
+    splits = {"training_split": None, "validation_split": None, "test_split": "test"}
+    source = {"dataset_path": "json", "dataset_name": None, **splits}
     results = simple_evaluate(
         model=HFLM(pretrained=plain, tokenizer=tokenizer, batch_size=8, device="cpu", max_length=max_length),
         tasks=[
@@ -434,6 +435,31 @@ def test_questions_that_put_the_choices_in_front_are_accepted(tokenizer: Any, tm
         ["1 is less than one", "1 is less than two"],
     )
     assert scores.correct == (True, False, True, False)
+
+
+def test_choices_in_front_are_scored_as_lm_eval_scores_them(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """Winogrande's likelihoods of the common ending, predictions, hashes and accuracy are those of lm-eval's HFLM."""
+    options = ("one", "a cat on the mat", "seven hundred", "the other one, too")
+    rows = [
+        {
+            "sentence": f"Item {n} is less than _ and {'fine' * (n % 3)} apples.",
+            "option1": options[n % 4],
+            "option2": options[(n + 1 + n // 4) % 4] + " of two",
+            "answer": str(1 + n % 2),
+        }
+        for n in range(9)
+    ]
+    file = write_jsonl(tmp_path / "q.jsonl", rows)
+    theirs = by_lm_eval(base_folder, tokenizer, winogrande=file)
+    (scores, records) = run(base_folder, tokenizer, budget=64, winogrande=file)["winogrande"]
+    samples = sorted(theirs["samples"]["winogrande"], key=lambda sample: sample["doc_id"])
+    assert (scores.task_hash, scores.n) == (theirs["task_hashes"]["winogrande"], len(rows))
+    assert scores.acc == pytest.approx(theirs["results"]["winogrande"]["acc,none"], abs=1e-12)
+    for record, sample in zip(records, samples, strict=True):
+        likelihoods = [answer[0] for answer in sample["filtered_resps"]]
+        assert record["log_likelihoods"] == pytest.approx(likelihoods, abs=1e-4)
+        assert (record["prediction"], record["acc"]) == (likelihoods.index(max(likelihoods)), sample["acc"])
+        assert record["doc_hash"] == sample["doc_hash"]
 
 
 GOOD = arc_rows(6)

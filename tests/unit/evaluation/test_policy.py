@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import binom
 
 from job.errors import SettingsError
-from job.evaluation.policy import Policy, judge_policy, passes, read_policy, reasons, sentence
+from job.evaluation.policy import Policy, check_policy, judge_policy, lines, passes, read_policy, reasons, sentence
 from job.evaluation.statistics import holm, one_sided_p, tango_interval
 
 
@@ -19,6 +19,12 @@ def task(n: int, improved: int, regressed: int) -> dict[str, Any]:
     return {"n": n, "improved": improved, "regressed": regressed, "acc_norm": None}
 
 
+KNOWN = {
+    "arc": ["acc,none", "acc_norm,none"],
+    "gsm": ["exact_match,strict-match", "exact_match,flexible-extract"],
+    "all": ["acc,none"],
+}
+GROUPS = {"all": ["arc", "wino"]}
 GAINED, LOST, UNCLEAR, SAME = task(1000, 80, 20), task(1000, 20, 80), task(1000, 30, 22), task(1000, 5, 5)
 
 
@@ -54,6 +60,100 @@ def test_each_kind_of_rule_has_three_ends(asked: dict[str, Any], found: dict[str
     assert verdict["passed"] is (outcome == "passed")
     assert [reason.partition(":")[0] for reason in verdict["reasons"]] == ([] if verdict["passed"] else ["arc"])
     assert all(sentence(rule) for rule in verdict["rules"])
+
+
+def measured(delta: float, half: float, *, n: int = 101, rises: bool = True, **more: Any) -> dict[str, Any]:
+    """What a rule reads of a task without choices, or of a group: a metric compared by a t test."""
+    one = {"test": "paired_t", "delta": delta, "ci95": [delta - half, delta + half], "higher_is_better": rises}
+    return {"kind": "generate_until", "n": n, "metrics": {"score,none": {"aggregation": "mean", **one, **more}}}
+
+
+@pytest.mark.parametrize(
+    ("asked", "found", "outcome"),
+    [
+        ({"role": "critical", "min_gain": 0.0}, measured(0.10, 0.05), "passed"),
+        ({"role": "critical", "min_gain": 0.0}, measured(-0.10, 0.05), "failed"),
+        ({"role": "critical", "min_gain": 0.0}, measured(0.02, 0.05), "inconclusive"),
+        ({"role": "guarded", "max_loss": 0.03}, measured(-0.01, 0.01), "passed"),
+        ({"role": "guarded", "max_loss": 0.03}, measured(-0.08, 0.01), "failed"),
+        ({"role": "guarded", "max_loss": 0.03}, measured(-0.03, 0.02), "inconclusive"),
+        ({"role": "critical", "min_gain": 0.0}, measured(-0.10, 0.05, rises=False), "passed"),
+        ({"role": "guarded", "max_loss": 0.03}, measured(0.08, 0.01, rises=False, aggregation="perplexity"), "failed"),
+        ({"role": "critical", "max_detectable_effect": 0.05}, measured(0.0, 0.03), "passed"),
+        ({"role": "critical", "max_detectable_effect": 0.04}, measured(0.0, 0.03), "inconclusive"),
+        ({"role": "guarded", "max_loss": 0.03}, measured(0.0, 0.0), "inconclusive"),
+        ({"role": "guarded", "max_loss": 0.03}, measured(0.0, 0.0, aggregation="bits_per_byte"), "passed"),
+        ({"role": "critical", "min_gain": 0.0}, measured(0.0, 0.0, aggregation="bits_per_byte"), "inconclusive"),
+    ],
+)
+def test_rules_of_other_metrics_have_three_ends(asked: dict[str, Any], found: dict[str, Any], outcome: str) -> None:
+    """By a t test, where a gain is an improvement whichever way the figure rises; 0 of a few grades shows nothing."""
+    verdict = judged({"t": {**asked, "metric": "score"}}, t=found)
+    assert verdict["outcome"] == outcome, verdict
+    assert lines(verdict)[-1] == outcome
+
+
+def test_exact_answers_are_judged_by_their_counts() -> None:
+    """`exact_match` of right and wrong answers by the same exact tests as accuracies; one filter is to be named."""
+    metrics = {
+        f"exact_match,{name}": {"test": "mcnemar", "improved": up, "regressed": down, "higher_is_better": True}
+        for name, up, down in (("strict", 80, 20), ("loose", 20, 80))
+    }
+    task = {"kind": "generate_until", "n": 1000, "metrics": metrics}
+    rule = {"role": "critical", "min_gain": 0.0}
+    for name, outcome in (("exact_match,strict", "passed"), ("exact_match,loose", "failed"), ("exact_match", "failed")):
+        assert judged({"t": {**rule, "metric": name}}, t=task)["outcome"] == outcome
+    assert judged({"t": {**rule, "metric": "exact_match"}}, t=task)["rules"][0]["n"] is None
+    ours, theirs = (
+        judged({"t": {**rule, "metric": m}}, t=found) for m, found in (("exact_match,strict", task), ("acc", GAINED))
+    )
+    assert ours["rules"][0]["p_met"] == theirs["rules"][0]["p_met"]
+
+
+def test_a_group_is_judged_like_a_task() -> None:
+    """Its figure, with the degrees of freedom of its strata; and by its counts where all questions weigh the same."""
+    group = {"metrics": {"acc,none": {"n": 60, "tasks": 3, **measured(0.10, 0.05)["metrics"]["score,none"]}}}
+    task = measured(0.10, 0.05, n=58)
+    rule = {"role": "critical", "min_gain": 0.06}
+    found = judged({"g": rule}, g=group)["rules"][0]
+    same = judged({"t": {**rule, "metric": "score"}}, t=task)["rules"][0]
+    assert (found["p_met"], found["n"]) == (same["p_met"], 60)
+
+
+def test_different_kinds_of_evidence_are_combined() -> None:
+    """Counts and averages of the same metric: weighted by their questions, with the errors of both."""
+    rules = {name: {"role": "critical", "metric": "score", "min_gain": -0.5} for name in ("one", "two")}
+    both = judged({**rules, "combined": {"min_gain": 0.0}}, one=measured(0.1, 0.02), two=measured(0.2, 0.02, n=202))
+    assert both["rules"][-1]["found"] == pytest.approx((0.1 * 101 + 0.2 * 202) / 303)
+    assert both["outcome"] == "passed"
+    counts = {"n": 101, "metrics": {"score,none": {"test": "mcnemar", "improved": 30, "regressed": 5}}}
+    mixed = judged({**rules, "combined": {"min_gain": 0.0}}, one=measured(0.1, 0.02), two=counts)
+    assert mixed["rules"][-1]["found"] == pytest.approx((0.1 + 25 / 101) / 2)
+    assert mixed["rules"][-1]["n"] == 202
+
+
+def test_a_t_test_that_has_no_difference_passes_at_the_nominal_rate() -> None:
+    """Of 1,000 runs without a difference, 5 % show a gain."""
+    from job.evaluation.statistics import paired_ratio
+
+    generator, met = np.random.default_rng(21), 0
+    policy = Policy.model_validate({"tasks": {"t": {"role": "critical", "metric": "score", "min_gain": 0.0}}})
+    for _ in range(1000):
+        delta, (low, high), _ = paired_ratio(generator.normal(0, 1, 30).tolist(), [1.0] * 30)
+        rule = judge_policy(policy, {"t": measured(delta, (high - low) / 2, n=30)})["rules"][0]
+        met += rule["p_met"] < policy.alpha
+    assert binom.ppf(0.001, 1000, 0.05) <= met <= binom.ppf(0.999, 1000, 0.05)
+
+
+def test_what_is_compared_elsewhere_only_is_refused() -> None:
+    """A gate on an exported format, or against an earlier run, has figures of multiple-choice tasks only."""
+    for name, metric in (("gsm", "exact_match,strict-match"), ("all", "acc")):
+        policy = Policy.model_validate({"tasks": {name: {"role": "critical", "metric": metric, "min_gain": 0}}})
+        check_policy(policy, "p.yaml", KNOWN, groups=GROUPS)
+        with pytest.raises(
+            SettingsError, match="is compared only where the gate judges the adapter against the base; why"
+        ):
+            check_policy(policy, "p.yaml", KNOWN, groups=GROUPS, only="why")
 
 
 def test_supporting_tasks_decide_together_only() -> None:
@@ -131,6 +231,12 @@ def test_null_runs_pass_at_the_nominal_rate() -> None:
         ("tasks: {arc: {role: critical, min_gain: .nan}}", "tasks.arc.min_gain"),
         ("tasks: {arc: {role: supporting, min_gain: 0.0}}", "no rule decides"),
         ("tasks: {arc: {role: guarded, max_loss: 0.0}}\ncombined: {min_gain: 0.0}", "no task is critical"),
+        ("tasks: {arc: {role: critical, metric: f1, min_gain: 0}}", "has no metric f1; it has acc,none, acc_norm,none"),
+        ("tasks: {gsm: {role: critical, metric: exact_match, min_gain: 0}}", "has several metrics exact_match"),
+        (
+            "combined: {min_gain: 0}\ntasks: {all: {role: critical, min_gain: 0}, arc: {role: critical, min_gain: 0}}",
+            "questions of arc twice",
+        ),
         ("tasks: {}", "tasks: "),
         ("alpha: 0.7", "tasks: is missing"),
         ("[1, 2]", "must be a mapping"),
@@ -145,7 +251,7 @@ def test_a_policy_that_is_none_is_refused(text: str, said: str, tmp_path: Path) 
     file = tmp_path / "policy.yaml"
     file.write_text(text)
     with pytest.raises(SettingsError) as caught:
-        read_policy(str(file), ["arc"])
+        check_policy(read_policy(str(file)), str(file), KNOWN, groups=GROUPS)
     assert said in str(caught.value)
     assert all(problem.where == f"JOB_GATE__POLICY ({file})" for problem in caught.value.problems)
 
@@ -153,4 +259,4 @@ def test_a_policy_that_is_none_is_refused(text: str, said: str, tmp_path: Path) 
 def test_a_missing_policy_is_named(tmp_path: Path) -> None:
     """Its setting, its path, and why it cannot be read."""
     with pytest.raises(SettingsError, match=r"JOB_GATE__POLICY .*cannot be read: No such file"):
-        read_policy(str(tmp_path / "none.yaml"), ["arc"])
+        read_policy(str(tmp_path / "none.yaml"))

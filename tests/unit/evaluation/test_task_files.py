@@ -75,7 +75,7 @@ def test_a_changed_file_is_another_task(tmp_path: Path) -> None:
         ({"process_docs": "utils.docs"}, "process_docs: is not taken"),
         ({"custom_dataset": "utils.load"}, "custom_dataset: is not taken"),
         ({"unsafe_code": True}, "unsafe_code: is not taken"),
-        ({"group": "all"}, "group: is not taken"),
+        ({"group": "all"}, "output_type: is not taken from a user's group"),
         ({"dataset_path": "./loader.py"}, "dataset_path: is './loader.py'"),
         ({"dataset_path": "someone/data"}, "dataset_path: is 'someone/data'"),
         (
@@ -93,7 +93,7 @@ def test_a_changed_file_is_another_task(tmp_path: Path) -> None:
         ({"filter_list": [{"name": "x", "filter": [{"function": "utils.f"}]}]}, "'utils.f' is no filter"),
         ({"fewshot_config": {"process_docs": "x"}}, "fewshot_config: takes"),
         ({"num_fewshot": 1e9}, "num_fewshot: is no number"),
-        ({"task": "../../x"}, "other characters"),
+        ({"task": "../../x"}, "is a name of letters"),
         ({"output_type": None}, "output_type: is missing"),
         ({"test_split": None}, "test_split: is missing"),
         ({"generation_kwargs": {"num_beams": 4}}, "num_beams"),
@@ -148,7 +148,7 @@ def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
     (folder / "test.jsonl").unlink()
     (folder / "test.jsonl").symlink_to(outside)
     with pytest.raises(SettingsError, match="does not lie in the folder"):
-        read_task_file(path)
+        read_task_file(str(path))
 
 
 def test_rows_that_cannot_be_read_are_named(tmp_path: Path) -> None:
@@ -156,6 +156,28 @@ def test_rows_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     path = write_task(tmp_path)
     (tmp_path / "test.jsonl").write_text('{"question": 1\n', encoding="utf-8")
     with pytest.raises(DataError, match=r"test\.jsonl"):
-        read_task_file(path)
+        read_task_file(str(path))
     with pytest.raises(DataError, match="two questions"):
-        read_task_file(write_task(tmp_path, questions=1))
+        read_task_file(str(write_task(tmp_path, questions=1)))
+
+
+def test_texts_for_forgetting_come_with_the_job(tmp_path: Path) -> None:
+    """`forgetting` names texts of this project, or the user's own; where they lie on the disk is not recorded."""
+    check_tasks(["forgetting"], {})
+    tasks = load_tasks(["forgetting"], {}, {})
+    (task,) = tasks.loaded["tasks"].values()
+    assert len({doc["text"] for doc in task.eval_docs}) == 32
+    assert dict(tasks.sources) == {"forgetting": "qlora-job, forgetting"}
+    assert set(tasks.metrics()["forgetting"]) == {"bits_per_byte,none", "word_perplexity,none"}
+    data = {"forgetting": write_jsonl(tmp_path / "own.jsonl", [{"text": "one"}, {"text": "two"}])}
+    check_tasks(["forgetting"], data)
+    own = load_tasks(["forgetting"], data, {"forgetting": "own.jsonl"})
+    assert [doc["text"] for doc in own.loaded["tasks"]["forgetting"].eval_docs] == ["one", "two"]
+    assert dict(own.sources) == {"forgetting": "own.jsonl"}
+    assert own.fingerprints() != tasks.fingerprints()
+    for rows, says in (([{"words": "one"}, {"words": "two"}], "forgetting"), ([{"text": "one"}], "one question")):
+        write_jsonl(data["forgetting"], rows)
+        with pytest.raises(DataError, match=says):
+            load_tasks(["forgetting"], data, {"forgetting": "own.jsonl"})
+    with pytest.raises(SettingsError, match="does not name that task"):
+        check_tasks(["arc_easy"], data)

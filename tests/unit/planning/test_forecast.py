@@ -87,6 +87,30 @@ def test_hours_add_up_and_dollars_follow() -> None:
     assert forecast_gpu(gpu, replace(RUN, workload=None), REFERENCE).usd is None
 
 
+def test_the_unquantized_base_takes_time_where_it_fits() -> None:
+    """It is scored once more and read from the disk; where it does not fit the plan says so, and the run still fits."""
+    run = replace(RUN, full_precision=True)
+    scoring = memory_model.evaluation_flops(REFERENCE, RUN.questions.tokens, RUN.questions.reads)  # type: ignore[union-attr]
+    weights = 2 * REFERENCE.architecture.parameters
+    for name, fits in (("H200", True), ("L4", True), ("T4", False)):
+        gpu = BY_NAME[name]
+        plan, plain = forecast_gpu(gpu, run, REFERENCE), forecast_gpu(gpu, RUN, REFERENCE)
+        more = scoring / (memory_model.UTILISATION * gpu.flops) + weights / DOWNLOAD_RATE if fits else 0
+        assert plan.fits
+        assert (plan.hours or 0) - (plain.hours or 0) == pytest.approx(more / 3600, abs=1e-9)
+        assert ("the unquantized base is not scored: it takes" in plan.note) == (not fits)
+    figures = {figure.name: figure.value for figure in estimates(run)}
+    assert "evaluation, 3 times" in figures
+    assert figures["peak, unquantized base"] > weights + figures["memory: base"]
+    both = replace(run, first_stage=replace(run, download_bytes=0))
+    gpu = BY_NAME["H200"]
+    once = (forecast_gpu(gpu, both, REFERENCE).hours or 0) - (
+        forecast_gpu(gpu, replace(RUN, first_stage=RUN), REFERENCE).hours or 0
+    )
+    only = (forecast_gpu(gpu, run, REFERENCE).hours or 0) - (forecast_gpu(gpu, RUN, REFERENCE).hours or 0)
+    assert once == pytest.approx(only, rel=1e-6)
+
+
 def test_an_export_takes_disk_memory_and_time() -> None:
     """Each candidate is written in 16 bits and scored like the adapter, unquantized; the chosen one is uploaded."""
     plain, run = RUN, replace(RUN, merges=2)

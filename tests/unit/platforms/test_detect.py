@@ -83,7 +83,6 @@ def test_an_empty_job_name_is_none() -> None:
 @pytest.mark.parametrize(
     "variable",
     [
-        "JOB_COMPLETION_INDEX",
         "JOB_SERVICE_HOST",
         "JOB_SERVICE_PORT",
         "JOB_PORT",
@@ -95,7 +94,7 @@ def test_an_empty_job_name_is_none() -> None:
     ],
 )
 def test_what_kubernetes_sets_by_itself_is_known(variable: str) -> None:
-    """The index of an Indexed Job and links to Services begin with JOB_ but are no settings; only in a pod."""
+    """Links to Services whose names begin with "job" are no settings; only in a pod."""
     assert Platform(name="kubernetes").sets(variable)
     assert not Platform(name="docker").sets(variable)
 
@@ -106,17 +105,31 @@ def test_a_misspelt_setting_is_not_taken_for_the_platforms(variable: str) -> Non
     assert not Platform(name="kubernetes").sets(variable)
 
 
-@pytest.mark.parametrize("variable", ["JOB_NAME", "JOB_URL", "JOB_BASE_NAME", "JOB_ID", "JOB_DISPLAY_URL", "JOB_SPEC"])
+@pytest.mark.parametrize(
+    "variable",
+    [
+        *("JOB_NAME", "JOB_URL", "JOB_BASE_NAME", "JOB_ID", "JOB_DISPLAY_URL", "JOB_SPEC", "JOB_INDEX", "JOB_RUN_OCID"),
+        *("JOB_ARRAY_SIZE", "JOB_DEFINITION_ARN", "JOB_QUEUE"),
+    ],
+)
 @pytest.mark.parametrize("platform", ["docker", "kubernetes", "sagemaker"])
-def test_what_a_ci_server_sets_is_known_everywhere(
+def test_what_a_ci_server_or_batch_system_sets_is_known_everywhere(
     variable: str, platform: Literal["docker", "kubernetes", "sagemaker"]
 ) -> None:
-    """Jenkins, Prow and Grid Engine start jobs on any platform, and pass their own JOB_ variables on."""
+    """They start jobs on any platform, and pass their own JOB_ variables on."""
     assert Platform(name=platform).sets(variable)
     assert load_settings([], {variable: "nightly"})
     assert foreign_variables({variable: "nightly", "JOB_PRESET": "demo"}) == [variable]
 
 
+def test_an_index_of_kubernetes_is_ignored_elsewhere() -> None:
+    """A pod reads the index of its Indexed Job; in a container that only inherited it, it is named as ignored."""
+    assert load_settings([], {"JOB_COMPLETION_INDEX": "3"})
+    assert foreign_variables({"JOB_COMPLETION_INDEX": "3"}) == ["JOB_COMPLETION_INDEX"]
+    assert foreign_variables({"JOB_COMPLETION_INDEX": "3", "KUBERNETES_SERVICE_HOST": "10.0.0.1"}) == []
+
+
 def test_no_setting_has_a_name_of_a_ci_server() -> None:
-    """Whatever a setting is called, it is read and not ignored."""
-    assert not any(is_foreign(environment_name(name)) for name in NAMES)
+    """Whatever a setting is called, it is read and not ignored, and so is one with an underscore too few an error."""
+    names = [environment_name(name) for name in NAMES]
+    assert not any(is_foreign(name) or is_foreign(name.replace("__", "_")) for name in names)

@@ -35,7 +35,8 @@ def test_base_and_adapter_stand_side_by_side(found: report.ReportData) -> None: 
     assert not page.all("script", "img")
     assert "adapter, the same" in page.text
     assert "Show 2 more" in page.text
-    assert "Base 1. …" in page.text
+    assert "Base 1.…" in page.text
+    assert "cut off" in page.text
     assert "What the models write" not in Page(report.render_report(results(found), found)).text
 
 

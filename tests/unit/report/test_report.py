@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import asdict, replace
 from html.parser import HTMLParser
@@ -10,11 +11,13 @@ from typing import Any
 
 import pytest
 
+from job.common import formatting
 from job.records import Artifact
 from job.report import report
 from job.report.model_card import render_model_card
 from job.runs.layout import REPORT
 from tests.example_run import HASH, answers, evidence, publish, results
+from tests.published_run import publish_run
 
 CSS = (Path(report.__file__).parent / "templates/report.css").read_text(encoding="utf-8")
 HOSTILE = "</p><script>alert(1)</script><img src=x onerror=alert(2)> & \"quotes\" 'too'"
@@ -77,12 +80,60 @@ def page(made: dict[str, Any], found: report.ReportData) -> Page:
 def test_the_verdict_comes_first(page: Page, made: dict[str, Any]) -> None:
     """A sentence for each verdict as heading, before any figure; then what it rests on."""
     text = " ".join(page.text.split())
-    heading = "Better than its base at arc_easy. No difference shown at piqa."
+    heading = "Better than its quantized base at arc_easy. No difference shown at piqa."
     assert heading in text
     assert text.index(heading) < text.index("Of 400 questions of arc_easy")
     assert made["evaluation"]["tasks"]["arc_easy"]["verdict"] == "improved"
     assert "Not one question was answered right by only one of the two." in text
     assert [tag for tag, _ in page.tags].count("h1") == 1
+
+
+@pytest.fixture(scope="module")
+def three_arms(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], bytes]:
+    """A run whose unquantized base was scored, with a merged model of two candidates; and its report."""
+    folder = tmp_path_factory.mktemp("three") / "run"
+    right = [(number >= 12, True) if number < 18 else (number >= 40,) * 2 for number in range(200)]
+    merged = [adapter or number % 7 == 0 for number, (_, adapter) in enumerate(right)]
+    publish_run(
+        folder,
+        {"quiz": right},
+        original={"quiz": [number != 3 for number in range(200)]},
+        exported={"original": merged, "dequantized": [adapter for _, adapter in right]},
+    )
+    made = json.loads((folder / "results.json").read_bytes())
+    found = report.read_report_data(made, lambda artifact: folder / artifact.path)
+    return made, report.render_report(made, found)
+
+
+def test_every_figure_of_the_unquantized_base_is_the_manifests(three_arms: tuple[dict[str, Any], bytes]) -> None:
+    """Charts, table and exports have the accuracies, differences, intervals, p values and verdicts as recorded."""
+    made, content = three_arms
+    page, text = Page(content), " ".join(re.sub(r"<[^>]*>", " ", content.decode()).split())
+    one, task = made["evaluation"]["full_precision"]["tasks"]["quiz"], made["evaluation"]["tasks"]["quiz"]
+
+    def interval(found: dict[str, Any], between: str) -> str:
+        low, high = map(formatting.points, found["ci95"])
+        return f"{formatting.points(found['delta'])}{between}{low} to {high}"
+
+    said = [str(picture.get("aria-label")) for picture in page.all("svg") if picture.get("aria-label")]
+    for metric in ("acc", "acc_norm"):
+        for side, name in (("original", "unquantized"), ("base", "quantized"), ("adapter", "adapter")):
+            accuracy = (one["scores"] if side == "original" else task[side])[metric]
+            assert any(label.startswith(f"{name}, {metric}: {formatting.percent(accuracy)} (") for label in said)
+        differences = {
+            "quantization": one["base_versus_original"][metric],
+            "training": task if metric == "acc" else task[metric],
+            "both": one["adapter_versus_original"][metric],
+        }
+        for name, found in differences.items():
+            assert f"{name}, {metric}: {interval(found, ' points (')})" in said
+            counts = f"{found['improved']} {found['regressed']} {formatting.p_value(found['holm_p'])}"
+            assert f"{metric}, {name} {found['verdict']} {counts}" in text
+    assert len(said) >= 12
+    for candidate in made["exports"][0]["candidates"].values():
+        found = candidate["quiz"]
+        rest = " ".join(interval(found[f"versus_{side}"]["acc"], " ") for side in ("base", "adapter", "original"))
+        assert f"{formatting.percent(found['scores']['acc'])} {rest}" in text
 
 
 def test_every_section_is_there(page: Page) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Any
 
 import pytest
@@ -10,24 +12,33 @@ from hypothesis import strategies as st
 
 from job.common import formatting
 from job.report import wording
+from job.results.manifest import verdict_in_words
 from tests.example_run import answers, evidence, results
+from tests.published_run import publish_run
 
 
-def tasks(**counts: tuple[int, int]) -> dict[str, Any]:
-    """`evaluation.tasks` with so many of 400 questions better and worse in each task."""
-    found = evidence(**{name: answers(*changes, 400) for name, changes in counts.items()})
-    evaluated: dict[str, Any] = results(found)["evaluation"]["tasks"]
-    return evaluated
+def run(**counts: tuple[int, int]) -> dict[str, Any]:
+    """A manifest with so many of 400 questions better and worse in each task; its base is quantized."""
+    return results(evidence(**{name: answers(*changes, 400) for name, changes in counts.items()}))
+
+
+def judged(verdict: str, left: str | None = None, *, quantization: str = "nf4") -> dict[str, Any]:
+    """What a headline needs of a manifest: the verdicts against the base and, if given, against the unquantized one."""
+    original = {"arc_easy": {"adapter_versus_original": {"acc": {"verdict": left}}}}
+    evaluation: dict[str, Any] = {"tasks": {"arc_easy": {"verdict": verdict}}}
+    if left is not None:
+        evaluation["full_precision"] = {"tasks": original}
+    return {"model": {"quantization": quantization}, "evaluation": evaluation}
 
 
 @given(st.integers(0, 40), st.integers(0, 40))
 def test_a_difference_is_claimed_only_where_it_is_shown(improved: int, regressed: int) -> None:
     """`Better` and `worse` are the verdicts of the statistics; everything else is no difference shown."""
-    task = {"verdict": _verdict(improved, regressed)}
-    ((verdict, sentence),) = wording.headline({"arc_easy": task})
+    found = _verdict(improved, regressed)
+    ((verdict, sentence),) = wording.headline(judged(found))
     start = {"improved": "Better than", "regressed": "Worse than", "inconclusive": "No difference shown"}
     assert sentence.startswith(start[verdict])
-    assert verdict == task["verdict"]
+    assert verdict == found
 
 
 def _verdict(improved: int, regressed: int) -> str:
@@ -40,36 +51,40 @@ def _verdict(improved: int, regressed: int) -> str:
 
 def test_several_tasks_are_told_apart() -> None:
     """One sentence a verdict, naming up to three tasks and counting more."""
-    found = tasks(one=(60, 0), two=(0, 60), three=(0, 0), four=(60, 1))
+    found = run(one=(60, 0), two=(0, 60), three=(0, 0), four=(60, 1))
     assert wording.headline(found) == [
-        ("improved", "Better than its base at one and four."),
-        ("regressed", "Worse than its base at two."),
+        ("improved", "Better than its quantized base at one and four."),
+        ("regressed", "Worse than its quantized base at two."),
         ("inconclusive", "No difference shown at three."),
     ]
-    many = {f"task{number}": found["one"] for number in range(5)}
-    assert wording.headline({**many, "last": found["three"]})[0][1] == "Better than its base at 5 of 6 tasks."
+    found["model"]["quantization"] = "none"
+    one, three = (found["evaluation"]["tasks"][name] for name in ("one", "three"))
+    found["evaluation"]["tasks"] = {f"task{number}": one for number in range(5)} | {"last": three}
+    assert wording.headline(found)[0][1] == "Better than its base at 5 of 6 tasks."
 
 
 def test_a_verdict_is_explained_by_its_numbers() -> None:
     """Both accuracies, the difference with its interval, the counts, and the p value that was tested."""
-    task = tasks(arc_easy=(60, 10))["arc_easy"]
-    first, second = wording.explanation("arc_easy", task, 1)
+    made = run(arc_easy=(60, 10))
+    task = made["evaluation"]["tasks"]["arc_easy"]
+    first, second = wording.explanation("arc_easy", made)
     assert formatting.percent(task["base"]["acc"]) in first
     assert formatting.percent(task["adapter"]["acc"]) in first
     assert f"+12.50 percentage points (95 % interval {formatting.points(task['ci95'][0])} to" in first
     assert second.startswith("60 questions got better and 10 worse;")
     assert f"p = {formatting.p_value(task['holm_p'])} (exact McNemar test)." in second
-    assert "Holm's correction for 3 tasks" in wording.explanation("arc_easy", task, 3)[1]
+    three = run(arc_easy=(60, 10), piqa=(1, 0), boolq=(1, 0))
+    assert "Holm's correction for 3 tasks" in wording.explanation("arc_easy", three)[1]
 
 
 def test_what_was_not_shown_is_not_called_absent() -> None:
     """Without a verdict the reader is told what the test could have found; without a change, that there was none."""
-    found = tasks(some=(5, 4), none=(0, 0))
-    *_, last = wording.explanation("some", found["some"], 2)
+    made = run(some=(5, 4), none=(0, 0))
+    *_, last = wording.explanation("some", made)
     assert last.startswith("That is not the same as no difference")
-    least = f"{100 * found['some']['minimum_detectable_effect']:.2f}"
+    least = f"{100 * made['evaluation']['tasks']['some']['minimum_detectable_effect']:.2f}"
     assert f"a true difference of {least} points" in last
-    assert "Not one question" in wording.explanation("none", found["none"], 2)[1]
+    assert "Not one question" in wording.explanation("none", made)[1]
 
 
 @pytest.mark.parametrize(
@@ -148,8 +163,77 @@ def test_validation_is_told_apart_from_the_test() -> None:
 @pytest.mark.parametrize("pair", wording._SAYS_OF_BOTH)
 def test_a_recovered_loss_is_never_called_an_improvement(pair: tuple[str, str]) -> None:
     """Only a model that is better than its quantized and its unquantized base has the verdict improved."""
-    original = {"arc_easy": {"adapter_versus_original": {"acc": {"verdict": pair[1]}}}}
-    ((verdict, sentence),) = wording.headline({"arc_easy": {"verdict": pair[0]}}, {"tasks": original})
+    found = judged(*pair)
+    ((verdict, sentence),) = wording.headline(found)
     assert (verdict == "improved") == (pair == ("improved", "improved"))
+    assert verdict == "regressed" if pair[0] == "regressed" else verdict != "regressed"
     assert "arc_easy" in sentence
-    assert "unquantized" in sentence
+    assert "quantized" in sentence
+    assert ("improved" in verdict_in_words("arc_easy", found)) == (pair == ("improved", "improved"))
+
+
+@pytest.mark.parametrize("verdict", ["improved", "regressed", "inconclusive"])
+def test_without_the_unquantized_base_a_gain_is_one_on_the_quantized_base(verdict: str) -> None:
+    """Headline and last line name the base that was compared with; a base that is not quantized is just the base."""
+    quantized, plain = judged(verdict), judged(verdict, quantization="none")
+    assert verdict_in_words("arc_easy", plain) == verdict
+    assert ("quantized" in verdict_in_words("arc_easy", quantized)) == (verdict == "improved")
+    assert "quantized" not in wording.headline(plain)[0][1]
+    assert ("quantized" in wording.headline(quantized)[0][1]) == (verdict != "inconclusive")
+
+
+@pytest.fixture(scope="module")
+def three_arms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Of 200 questions quantization lost 30, and training won 12 of them back."""
+    folder = tmp_path_factory.mktemp("three") / "run"
+    right = [(number >= 12, True) if number < 12 else (number >= 30,) * 2 for number in range(200)]
+    publish_run(folder, {"quiz": right}, original={"quiz": [True] * 200})
+    made: dict[str, Any] = json.loads((folder / "results.json").read_bytes())
+    return made
+
+
+def test_cost_gain_and_rest_are_told_with_their_intervals(three_arms: dict[str, Any]) -> None:
+    """Every figure of the sentences is the manifest's: what quantization cost, training gave, and what is left."""
+    first, second, last = wording.quantization_cost("quiz", three_arms)
+    one, gain = three_arms["evaluation"]["full_precision"]["tasks"]["quiz"], three_arms["evaluation"]["tasks"]["quiz"]
+
+    def figures(found: dict[str, Any]) -> list[str]:
+        return [f"{abs(100 * value):.2f}" for value in sorted((found["delta"], *found["ci95"]), key=abs)]
+
+    told = re.findall(r"\d+\.\d\d", second)
+    cost, left = (figures(one[f"{side}_versus_original"]["acc"]) for side in ("base", "adapter"))
+    expected = [figure for low, mid, high in (cost, figures(gain), left) for figure in (mid, low, high)]
+    assert told == expected
+    assert first == "Unquantized, the base answers 100.00\N{NO-BREAK SPACE}% right."
+    assert re.fullmatch(
+        r"Quantization to NF4 cost 15\.00 points \(95 % interval .* to .*\); training gained 6\.00 points \(.*\); "
+        r"the adapter is 9\.00 points below the unquantized base \(.*\)\.",
+        second,
+    )
+    assert last == "Training won back a part of what quantization cost, and no more."
+
+
+def test_a_change_that_is_not_shown_is_told_with_signs() -> None:
+    """An interval with zero in it has bounds with signs, negated for a loss, and the words that nothing is shown."""
+    pair = {"delta": -0.01, "ci95": [-0.03, 0.02], "verdict": "inconclusive"}
+    gain = {"delta": 0.0, "ci95": [-0.01, 0.01], "verdict": "inconclusive"}
+    one = {"scores": {"acc": 0.5}, "base_versus_original": {"acc": pair}, "adapter_versus_original": {"acc": gain}}
+    made = {
+        "model": {"quantization": "nf4"},
+        "evaluation": {"tasks": {"quiz": gain}, "full_precision": {"tasks": {"quiz": one}}},
+    }
+    _, said = wording.quantization_cost("quiz", made)
+    assert said == (
+        "Quantization to NF4 cost 1.00 points (95 % interval \N{MINUS SIGN}2.00 to +3.00, no difference shown); "
+        "training changed accuracy by 0.00 points (\N{MINUS SIGN}1.00 to +1.00, no difference shown); "
+        "the adapter is 0.00 points from the unquantized base (\N{MINUS SIGN}1.00 to +1.00, no difference shown)."
+    )
+    made["evaluation"]["full_precision"] = {"not_scored": "it takes 2 GiB", "tasks": {}}
+    (why,) = wording.quantization_cost("quiz", made)
+    assert why.endswith("since the unquantized base was not scored: it takes 2 GiB.")
+
+
+def test_places_of_the_same_file_name_it_once() -> None:
+    """Findings in a file are its name and their rows; places without a number stay as they are."""
+    found = wording._by_file(["a.jsonl:3", "a.jsonl:9", "org/rows:7", "whole"])
+    assert found == [("a.jsonl", ["3", "9"]), ("org/rows", ["7"]), ("whole", [""])]

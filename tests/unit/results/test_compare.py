@@ -52,6 +52,30 @@ def test_adapters_are_paired_by_question(runs: tuple[PublishedRun, PublishedRun]
     assert found["only"] == {"a": [], "b": ["more"]}
 
 
+def test_each_adapter_is_shown_with_its_own_bases(tmp_path: Path) -> None:
+    """What quantization cost, training gave and both gave are the manifest's, for both runs; without any, no table."""
+    quiz = [(n >= 20, n >= 8) for n in range(60)]
+    publish_run(tmp_path / "a", {"quiz": quiz}, original={"quiz": [True] * 60})
+    publish_run(tmp_path / "b", {"quiz": quiz})
+    publish_run(tmp_path / "c", {"quiz": quiz})
+    forge(tmp_path / "c", lambda results: results["model"].update(quantization="none"))
+    a, b, c = (read(tmp_path / name) for name in "abc")
+    found = compare(a, b)["bases"]["quiz"]
+    one = a.results["evaluation"]["full_precision"]["tasks"]["quiz"]
+    for name, told in (("quantization", "base_versus_original"), ("both", "adapter_versus_original")):
+        expected = one[told]["acc"]
+        assert found["a"][name] == {key: expected[key] for key in ("delta", "ci95", "holm_p", "verdict")}
+        assert found["b"][name] is None
+    assert (found["a"]["original"], found["a"]["base"], found["b"]["original"]) == (1.0, 40 / 60, None)
+    plain = compare(a, c)["bases"]["quiz"]["b"]
+    assert (plain["original"], plain["quantization"]) == (plain["base"], None)
+    assert plain["both"] == plain["training"]
+    text = "\n".join(as_text(compare(a, b)))
+    assert "Each adapter and its own bases" in text
+    assert "quiz, quantization                   -33.33 (" in text
+    assert "Each adapter and its own bases" not in "\n".join(as_markdown(compare(b, b)))
+
+
 def test_the_other_way_round_is_the_opposite(runs: tuple[PublishedRun, PublishedRun]) -> None:
     """B against A has the difference with the other sign."""
     one, two = compare(*runs)["tasks"]["quiz"], compare(*reversed(runs))["tasks"]["quiz"]

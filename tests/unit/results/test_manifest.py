@@ -130,9 +130,12 @@ def test_the_summary_says_it_in_five_lines() -> None:
     assert "6 steps on 80 examples, loss 1.500" in lines[0]
     assert f"{100 * task['base']['acc']:.2f} % -> {100 * task['adapter']['acc']:.2f} %" in lines[1]
     assert "200 questions" in lines[1]
-    assert lines[2].startswith(f"verdict: improved, {task['improved']} questions better and {task['regressed']} worse")
+    counts = f"{task['improved']} questions better and {task['regressed']} worse"
+    assert lines[2].startswith(f"verdict against the quantized base: improved, {counts}")
     assert lines[3] == "1200 s in 2 attempts, $0.50; 120 s of it wasted"
-    assert lines[4] == "arc_easy improved; results: /x/results.json"
+    assert lines[4] == (
+        "arc_easy better than the quantized base (the unquantized one was not scored); results: /x/results.json"
+    )
 
 
 def test_the_machine_and_the_software_are_told() -> None:

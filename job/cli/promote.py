@@ -1,0 +1,59 @@
+"""The command `promote`: verifies a finished run, and moves a pointer to it or back."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from job import log
+from job.cli.arguments import COMMANDS, parse_arguments
+from job.cli.runs import reading, signer
+from job.common.tables import visible
+from job.errors import JobError, Problem, SettingsError, VerificationError
+from job.results.promotion import check_place, pointer_place, promote, require_gate_held, roll_back
+from job.results.reader import open_run, read_published
+from job.storage.open import is_remote
+from job.verification.verify import require_verified, verify
+
+
+def promote_command(words: Sequence[str]) -> int:
+    """`promote RESULTS --to PLACE`, or `promote --rollback --to PLACE`: prints what the pointer points to now.
+
+    Raises:
+        SettingsError: The place cannot hold a pointer, there is no such run, or nothing to go back to.
+        VerificationError: The run is not what its manifest says.
+        GateError: Its quality gate is not met, or it has none.
+        PointerMoved: Somebody else moved the pointer at the same time.
+    """
+    given = parse_arguments(words, COMMANDS["promote"].arguments)
+    storage, cache = reading(given)
+    if "--to" not in given.options:
+        raise SettingsError([Problem("--to", "is needed: the pointer, such as s3://bucket/models/current")])
+    key = signer(given)
+    place = pointer_place(given.options["--to"], storage)
+    check_place(place)
+    if "--rollback" in given.flags:
+        current, before = roll_back(place, storage)
+        lines = [f"{place.uri} points to {current.text} again", f"moved back from {before.text}"]
+        return _print(lines)
+    store = open_run(given.runs[0], storage)
+    run = read_published(store)
+    require_gate_held(run.results, without_gate="--without-gate" in given.flags)
+    with tempfile.TemporaryDirectory(prefix="qlora-job-", dir=cache, ignore_cleanup_errors=True) as work:
+        require_verified(verify(store, Path(work), storage, key=key))
+    if read_published(store).sha256 != run.sha256:
+        raise VerificationError([Problem(store.uri, "was replaced while it was verified; repeat the command")])
+    if is_remote(place.store.uri) and not is_remote(store.uri):
+        log.get_logger().warning(
+            "the pointer names a folder of this machine, which others may not reach", run=store.uri
+        )
+    current, earlier = promote(place, run)
+    if current == earlier:
+        return _print([f"{place.uri} points to {current.text} already; nothing was written"])
+    lines = [f"{place.uri} points to {current.text}"]
+    return _print([*lines, *([] if earlier is None else [f"before it pointed to {earlier.text}"])])
+
+
+def _print(lines: Sequence[str]) -> int:
+    return 0 if log.print_result("".join(f"{visible(line)}\n" for line in lines)) else JobError.exit_code

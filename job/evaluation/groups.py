@@ -1,0 +1,179 @@
+"""Groups of tasks: lm-eval's, such as mmlu, and users' own (`task_files`), with one figure for all their tasks.
+
+A group's figure is lm-eval's: the mean of its tasks' figures, weighted by their questions or not, as the group's file
+says, over the tasks that have the metric. Tasks of nested groups count directly. What is compared between two models is
+that figure; the questions are the sample, and the tasks are given:
+
+| where | test and interval |
+|---|---|
+| every answer is right or wrong, and every question weighs the same | exact McNemar test, Tango's interval |
+| else | t test of a stratified mean, a stratum for each task (`statistics.stratified`) |
+
+Perplexities, and metrics that are no average over questions, are left out of groups: a mean of them over tasks is no
+function of the questions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from job.errors import Problem, SettingsError
+from job.evaluation import statistics
+from job.log import get_logger
+from job.records import Evaluated, Metric
+
+CHOICE_METRICS = {"acc,none": "correct", "acc_norm,none": "correct_norm"}
+"""lm-eval's names of the metrics of multiple-choice tasks, and where the answers stand in `TaskScores`."""
+
+
+@dataclass(frozen=True)
+class GroupSpec:
+    """What is to be computed for a group.
+
+    Attributes:
+        version: lm-eval's, of the group.
+        tasks: Names of all its tasks, also those of nested groups.
+        metrics: By lm-eval's name of metric and filter: whether the mean is weighted by the number of questions.
+        higher_is_better: By the same names.
+    """
+
+    version: str
+    tasks: tuple[str, ...]
+    metrics: Mapping[str, bool]
+    higher_is_better: Mapping[str, bool]
+
+
+def read_groups(groups: Mapping[str, Any], metrics_of: Mapping[str, Mapping[str, Metric]]) -> dict[str, GroupSpec]:
+    """The groups that have a figure of their own; others only stand for their tasks.
+
+    Args:
+        groups: lm-eval's groups by name.
+        metrics_of: By task, its metrics by lm-eval's name of metric and filter.
+
+    Raises:
+        SettingsError: A group has figures, and none of them is an average over questions.
+    """
+    found, wrong = {}, []
+    for name, group in groups.items():
+        if not group.has_aggregation:
+            continue
+        tasks = tuple(sorted({task.task_name for task in group.get_all_tasks()}))
+        metrics: dict[str, bool] = {}
+        better: dict[str, bool] = {}
+        left_out = []
+        for asked in group.aggregate_metric_list:
+            known = {
+                key: metric.higher_is_better
+                for task in tasks
+                for key, metric in metrics_of[task].items()
+                if metric.aggregation == "mean"
+            }
+            of_metric = [key for key in known if key.partition(",")[0] == asked.metric]
+            if asked.filter_list is not None:
+                of_metric = [key for key in of_metric if key.partition(",")[2] in asked.filter_list]
+            metrics.update(dict.fromkeys(sorted(of_metric), bool(asked.weight_by_size)))
+            better.update({key: known[key] for key in of_metric})
+            left_out += [] if of_metric else [asked.metric]
+        if not metrics:
+            what = f"{name} has no figure that is an average over questions ({', '.join(left_out)}); name its tasks"
+            wrong.append(Problem("JOB_EVAL__TASKS", what))
+        elif left_out:
+            why = "they are no average over the questions of its tasks"
+            get_logger().warning("metrics of a group are left out", group=name, metrics=left_out, why=why)
+        found[name] = GroupSpec(group.version, tasks, metrics, better)
+    if wrong:
+        raise SettingsError(wrong)
+    return found
+
+
+def compare_groups(groups: Mapping[str, GroupSpec], base: Evaluated, adapter: Evaluated) -> dict[str, Any]:
+    """The manifest's `evaluation.groups`; p values by Holm over all figures of all groups.
+
+    Args:
+        groups: What is to be computed.
+        base: The scores to compare with, of the same questions as those of `adapter`.
+        adapter: The scores to compare.
+    """
+    names = [(group, metric) for group, spec in groups.items() for metric in spec.metrics]
+    compared = [_compared(groups[group], metric, base, adapter) for group, metric in names]
+    holm = statistics.holm([found["p"] for found in compared])
+    figures = dict(zip(names, zip(compared, holm, strict=True), strict=True))
+    return {
+        group: {
+            "version": spec.version,
+            "tasks": list(spec.tasks),
+            "metrics": {metric: _judged(*figures[group, metric]) for metric in spec.metrics},
+        }
+        for group, spec in groups.items()
+    }
+
+
+def groups_from(claimed: Mapping[str, Any]) -> dict[str, GroupSpec]:
+    """What the manifest's `evaluation.groups` says that was to be computed."""
+    return {
+        name: GroupSpec(
+            group["version"],
+            tuple(group["tasks"]),
+            {metric: found["weight_by_size"] for metric, found in group["metrics"].items()},
+            {metric: found["higher_is_better"] for metric, found in group["metrics"].items()},
+        )
+        for name, group in claimed.items()
+    }
+
+
+def _values(scored: Evaluated, task: str, metric: str) -> list[float] | None:
+    """A task's value of a metric for each question; None if it has no such metric."""
+    if task in scored.scores:
+        given = getattr(scored.scores[task], CHOICE_METRICS[metric]) if metric in CHOICE_METRICS else None
+        return None if given is None else [float(value) for value in given]
+    found = scored.measured.get(task)
+    if found is None or metric not in found.values or found.metrics[metric].aggregation != "mean":
+        return None
+    return [value for value, _ in found.values[metric]]
+
+
+def _compared(spec: GroupSpec, metric: str, base: Evaluated, adapter: Evaluated) -> dict[str, Any]:
+    pairs = {
+        task: (before, after)
+        for task in spec.tasks
+        if (before := _values(base, task, metric)) is not None and (after := _values(adapter, task, metric)) is not None
+    }
+    by_size, rises = spec.metrics[metric], spec.higher_is_better[metric]
+    sizes = [len(before) for before, _ in pairs.values()]
+    shares = [size / sum(sizes) if by_size else 1 / len(sizes) for size in sizes]
+    means = [
+        sum(share * sum(pair[side]) / len(pair[side]) for share, pair in zip(shares, pairs.values(), strict=True))
+        for side in (0, 1)
+    ]
+    befores = [value for before, _ in pairs.values() for value in before]
+    afters = [value for _, after in pairs.values() for value in after]
+    counts = [
+        sum((a > b) if up else (a < b) for b, a in zip(befores, afters, strict=True)) for up in (rises, not rises)
+    ]
+    if (by_size or len(set(sizes)) == 1) and {*befores, *afters} <= {0, 1}:
+        exact = statistics.compare([value == 1 for value in befores], [value == 1 for value in afters])
+        test, delta, ci95, p = "mcnemar", exact.delta, exact.ci95, exact.mcnemar_p
+    else:
+        differences = [[a - b for b, a in zip(*pair, strict=True)] for pair in pairs.values()]
+        test, (delta, ci95, p) = "stratified_t", statistics.stratified(differences, shares)
+    return {
+        "weight_by_size": by_size,
+        "higher_is_better": rises,
+        "tasks": len(pairs),
+        "n": len(befores),
+        "base": means[0],
+        "adapter": means[1],
+        "test": test,
+        "delta": delta,
+        "ci95": ci95,
+        "p": p,
+        "improved": counts[0],
+        "regressed": counts[1],
+    }
+
+
+def _judged(compared: Mapping[str, Any], holm_p: float) -> dict[str, Any]:
+    verdict = statistics.verdict(holm_p, compared["ci95"], higher_is_better=compared["higher_is_better"])
+    return {**compared, "holm_p": holm_p, "verdict": verdict}

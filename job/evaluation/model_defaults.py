@@ -1,0 +1,56 @@
+"""What a model's generation_config.json says of generated answers: which of it is done, and which is not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from job.evaluation.generation import HowToGenerate
+from job.log import get_logger
+from job.model.files import MAX_CONFIG_BYTES, read_json
+
+NEUTRAL: Mapping[str, Any] = {
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "diversity_penalty": 0.0,
+    "exponential_decay_length_penalty": None,
+    "min_length": 0,
+    "min_new_tokens": None,
+    "bad_words_ids": None,
+    "sequence_bias": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "guidance_scale": 1.0,
+    "num_beams": 1,
+    "watermarking_config": None,
+}
+"""The fields with which transformers would take other tokens than the likeliest, and the values with which it does not.
+Those of sampling (temperature, top_k and so on) are not among them: a task says itself whether it samples."""
+
+
+def with_model_defaults(how: HowToGenerate, folder: Path) -> HowToGenerate:
+    """The way to generate, with the tokens at which the model's generation_config.json has answers end.
+
+    Fields of that file which would change greedy answers are not applied; the log names them, once.
+    """
+    return replace(how, ends=_read(folder))
+
+
+@cache
+def _read(folder: Path) -> tuple[int, ...]:
+    if not (folder / "generation_config.json").is_file():
+        return ()
+    config = read_json(folder / "generation_config.json", MAX_CONFIG_BYTES)
+    asked = {name: config[name] for name, value in NEUTRAL.items() if config.get(name) not in (None, value, [], {})}
+    if asked:
+        why = "answers are the likeliest tokens, or drawn as the task says"
+        get_logger().warning("the model's generation_config.json is not applied", fields=asked, why=why)
+    ends = config.get("eos_token_id")
+    return tuple(sorted({end for end in (ends if isinstance(ends, list) else [ends]) if type(end) is int}))

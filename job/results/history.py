@@ -1,0 +1,231 @@
+"""`compare --history`: a metric over published runs in the order of time, and whether the newest is out of control.
+
+The limits are those of Shewhart's chart for individual values (NIST/SEMATECH e-Handbook of Statistical Methods, section
+6.3.2.2; Wheeler and Chambers, Understanding Statistical Process Control):
+
+    centre = mean of the values of the earlier runs
+    limits = centre -+ 2.66 * mean of |value - value before it| over the earlier runs
+
+2.66 is 3 / d2, with d2 = 1.128 for the range of two values: three standard deviations of a process whose values vary
+independently. The newest run is judged by limits that it is no part of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from statistics import fmean
+from typing import Any, Literal
+
+from job.common import tables
+from job.common.formatting import count
+from job.errors import DataError, JobError, Problem, SettingsError, combine
+from job.results.promotion import open_run_or_pointer
+from job.results.reader import PublishedRun, read_published
+from job.runs.layout import RESULTS
+from job.storage.location import join
+from job.storage.open import ObjectStore, StorageOptions
+
+FACTOR = 2.66
+LEAST_EARLIER = 5
+"""Earlier runs without which no limits are given: their ranges would be four values or fewer."""
+ROUGH = 20
+"""Below so many earlier runs the limits are called rough."""
+_TOLERANCE = 1e-9
+"""Of the values: equal ones may differ from their own mean by rounding."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A run: its id, its place, when it finished, the base and the metric's value by its adapter."""
+
+    run: str
+    results: str
+    finished: str
+    base: str
+    value: float
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What follows from the earlier runs: their mean, and the limits around it."""
+
+    centre: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class History:
+    """A metric over runs.
+
+    Attributes:
+        metric: `task/metric`.
+        questions: Of the task.
+        points: In the order of time; the last is judged.
+        limits: None if there are too few runs for any.
+        outcome: Where the newest lies.
+        left_out: Runs that cannot be compared with the newest, and why.
+    """
+
+    metric: str
+    questions: int
+    points: tuple[Point, ...]
+    limits: Limits | None
+    outcome: Literal["within", "above", "below", "too few runs"]
+    left_out: tuple[str, ...]
+
+    @property
+    def out(self) -> bool:
+        """Whether the newest run is out of the limits, to either side."""
+        return self.outcome in {"above", "below"}
+
+    @property
+    def verdict(self) -> str:
+        """The outcome as a sentence."""
+        newest, earlier = self.points[-1], len(self.points) - 1
+        if self.limits is None:
+            return (
+                f"too few runs for a control limit: {count(earlier, 'earlier run')}, {LEAST_EARLIER} are needed; "
+                "nothing is said of the newest"
+            )
+        text = f"run {newest.run} with {newest.value:.6g} is " + (
+            f"within the limits of {count(earlier, 'earlier run')}, {self.limits.low:.6g} to {self.limits.high:.6g}"
+            if not self.out
+            else f"{self.outcome} the {'upper' if self.outcome == 'above' else 'lower'} limit "
+            f"{self.limits.high if self.outcome == 'above' else self.limits.low:.6g} of {count(earlier, 'earlier run')}"
+        )
+        return f"{text}; limits of fewer than {ROUGH} runs are rough" if earlier < ROUGH else text
+
+
+def find_runs(places: Sequence[str], storage: StorageOptions) -> list[PublishedRun]:
+    """The runs at these places, each of which is a run, a pointer to one, or a folder of runs; each run once.
+
+    Raises:
+        JobError: With what is wrong with all places that cannot be read.
+    """
+    found: dict[str, PublishedRun] = {}
+    errors: list[tuple[str, JobError]] = []
+    for place in places:
+        try:
+            for run in _runs_at(place, storage):
+                found.setdefault(run.sha256, run)
+        except JobError as error:
+            errors.append((place, error))
+    if errors:
+        raise combine(errors)
+    return list(found.values())
+
+
+def _runs_at(place: str, storage: StorageOptions) -> Iterator[PublishedRun]:
+    store: ObjectStore = open_run_or_pointer(place, storage)
+    if store.tag(RESULTS) is not None:
+        yield read_published(store)
+        return
+    inside = [info.key.removesuffix(f"/{RESULTS}") for info in store.list() if _is_of_run(info.key)]
+    if not inside:
+        raise SettingsError([Problem(place, "is neither a run nor a folder with complete runs")])
+    for name in inside:
+        yield read_published(open_run_or_pointer(join(store.uri, name), storage))
+
+
+def _is_of_run(key: str) -> bool:
+    return key.count("/") == 1 and key.endswith(f"/{RESULTS}")
+
+
+def history(runs: Sequence[PublishedRun], metric: str | None) -> History:
+    """A metric over runs, and where the newest lies.
+
+    Args:
+        runs: In any order; at least one.
+        metric: `task/metric`, such as `arc_easy/acc`; None for the accuracy of the newest run's first task.
+
+    Raises:
+        SettingsError: The newest run has no such metric.
+        DataError: There is no run.
+    """
+    if not runs:
+        raise DataError([Problem("--history", "there is no run to show")])
+    ordered = sorted(runs, key=lambda run: (str(run.results["run"]["finished"]), run.id))
+    newest = ordered[-1]
+    known = list(_metrics(newest.results))
+    chosen = metric or (known[0] if known else "")
+    if chosen not in known:
+        what = f"{metric} is no metric of the newest run, {newest.id}; it has {', '.join(known) or 'none'}"
+        raise SettingsError([Problem("--metric", what)])
+    task, _, name = chosen.partition("/")
+    asked = _task(newest.results, task)
+    points, left_out = [], []
+    for run in ordered:
+        found = _task(run.results, task)
+        value = None if found is None else _value(found, name)
+        if found is None or value is None:
+            left_out.append(f"{run.id} has no {chosen}")
+        elif found["task_hash"] != asked["task_hash"]:
+            left_out.append(f"{run.id} was asked other questions of {task}")
+        else:
+            points.append(
+                Point(run.id, run.store.uri, run.results["run"]["finished"], run.results["model"]["id"], value)
+            )
+    limits = control_limits([point.value for point in points[:-1]])
+    return History(chosen, asked["n"], tuple(points), limits, _outcome(points[-1].value, limits), tuple(left_out))
+
+
+def control_limits(earlier: Sequence[float]) -> Limits | None:
+    """The limits by the values of the earlier runs, in the order of time; None if they are too few.
+
+    The formula and its source are at the top of this file.
+    """
+    if len(earlier) < LEAST_EARLIER:
+        return None
+    centre, width = fmean(earlier), FACTOR * fmean(abs(b - a) for a, b in pairwise(earlier))
+    return Limits(centre, centre - width, centre + width)
+
+
+def _outcome(value: float, limits: Limits | None) -> Literal["within", "above", "below", "too few runs"]:
+    if limits is None:
+        return "too few runs"
+    spare = _TOLERANCE * max(abs(value), abs(limits.centre))
+    if value > limits.high + spare:
+        return "above"
+    return "below" if value < limits.low - spare else "within"
+
+
+def _metrics(results: Mapping[str, Any]) -> Iterator[str]:
+    """`task/metric` of every figure of the adapter."""
+    for task, found in results["evaluation"]["tasks"].items():
+        yield f"{task}/acc"
+        if found["adapter"].get("acc_norm") is not None:
+            yield f"{task}/acc_norm"
+    for task, found in results["evaluation"].get("measured", {}).items():
+        yield from (f"{task}/{metric}" for metric in found["metrics"])
+
+
+def _task(results: Mapping[str, Any], task: str) -> Any:
+    evaluation = results["evaluation"]
+    return evaluation["tasks"].get(task) or evaluation.get("measured", {}).get(task)
+
+
+def _value(task: Mapping[str, Any], metric: str) -> float | None:
+    found = task["metrics"].get(metric, {}).get("adapter") if "metrics" in task else task["adapter"].get(metric)
+    return None if found is None else float(found)
+
+
+def as_json(found: History) -> dict[str, Any]:
+    """The history as JSON-able values."""
+    return {**asdict(found), "out": found.out, "verdict": found.verdict}
+
+
+def as_lines(found: History, *, markdown: bool = False) -> list[str]:
+    """The history as a table, in plain text or Markdown, and the verdict below it."""
+    head = ("finished", "run", "base", found.metric, "change")
+    rows = []
+    for before, point in zip((None, *found.points), found.points, strict=False):
+        change = "" if before is None else f"{point.value - before.value:+.6g}"
+        rows.append((point.finished, point.run, point.base, f"{point.value:.6g}", change))
+    table = tables.markdown(head, rows) if markdown else tables.plain(head, rows)
+    limits = found.limits
+    lines = [] if limits is None else [f"mean {limits.centre:.6g}, limits {limits.low:.6g} to {limits.high:.6g}"]
+    left_out = [f"left out: {tables.visible(reason)}" for reason in found.left_out]
+    return [*table, "", *lines, *left_out, tables.visible(found.verdict)]

@@ -1,0 +1,268 @@
+"""The pointer that `promote` moves: a small sealed JSON file that names the run to use, such as `s3://bucket/current`.
+
+It is replaced by a conditional write, so that of two promotions at once one wins, and the other learns of it. What it
+pointed to before stays in it, for `--rollback`:
+
+    run, run_id, manifest_seal, adapter_sha256, promoted    the run that it points to, and when it was promoted
+    previous                                                what it pointed to before, the newest last
+    rolled_back                                             what it was moved back from, the newest last
+    write                                                   names this write, as the contract of stores demands
+    seal                                                    SHA-256 of all else
+
+It does not say who moved it: the store's own log does, and a name in a file could be anybody's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+from uuid import uuid4
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+
+from job.common.hashing import sealed, unsealed
+from job.errors import AccessDenied, GateError, Problem, Replaced, SettingsError, VerificationError
+from job.results.completed import read_complete
+from job.results.reader import PublishedRun, open_run, read_published
+from job.runs.attempt import now
+from job.runs.layout import RESULTS, WEIGHTS
+from job.storage.open import Conflict, Location, ObjectStore, StorageOptions, TooLarge, check_key, is_remote, open_store
+
+KIND = "qlora-job pointer 1"
+MOST = 100
+"""Entries of `previous`, and of `rolled_back`, that are kept: the newest."""
+_T = TypeVar("_T")
+
+
+class PointerMoved(Replaced):
+    """Somebody else moved the pointer between reading and writing it; nothing was written."""
+
+    meaning = "another promotion moved the pointer at the same time"
+
+
+@with_config(ConfigDict(extra="forbid"))
+@dataclass(frozen=True)
+class Promoted:
+    """A run that the pointer points to, or pointed to. `run` is its folder, `promoted` a time in UTC."""
+
+    run: str
+    run_id: str
+    manifest_seal: str
+    adapter_sha256: str
+    promoted: str
+
+    @property
+    def text(self) -> str:
+        """The run in a line of text."""
+        return f"{self.run} (adapter {self.adapter_sha256[:12]}, promoted {self.promoted})"
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """The content of a pointer."""
+
+    current: Promoted
+    previous: tuple[Promoted, ...] = ()
+    rolled_back: tuple[Promoted, ...] = ()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a pointer lies: its store, which is the folder that it is in, and its name there."""
+
+    store: ObjectStore
+    name: str
+
+    @property
+    def uri(self) -> str:
+        """For messages."""
+        return f"{self.store.uri}/{self.name}"
+
+
+def pointer_place(where: str, storage: StorageOptions) -> Place:
+    """The place of a pointer, given as a path or URI. Nothing is sent.
+
+    Raises:
+        SettingsError: It is the root of a bucket, or a folder.
+    """
+    location = Location.parse(where)
+    if where.endswith("/") or not location.key:
+        raise SettingsError([Problem(where, "is a folder; name a file in it, such as s3://bucket/models/current")])
+    try:
+        name = check_key(location.name)
+    except ValueError as error:
+        raise SettingsError([Problem(where, str(error))]) from None
+    if is_remote(where):
+        return Place(open_store(location.parent, storage), name)
+    if Path(where).is_dir():
+        raise SettingsError([Problem(where, "is a folder; name a file, such as one beside it")])
+    return Place(open_store(str(Path(where).absolute().parent), storage), name)
+
+
+def read_pointer(place: Place) -> tuple[Pointer | None, str | None]:
+    """The pointer and its tag; (None, None) if there is nothing.
+
+    Raises:
+        SettingsError: What lies there is no pointer.
+        VerificationError: It was altered.
+    """
+    try:
+        stored = place.store.read(place.name)
+    except TooLarge:
+        raise SettingsError([Problem(place.uri, "is no pointer but a larger file; give another place")]) from None
+    if stored is None:
+        return None, None
+    if KIND.encode() not in stored.data:
+        raise SettingsError([Problem(place.uri, "is a file that `promote` did not write; give another place")])
+    try:
+        return _parsed(unsealed(stored.data)), stored.tag
+    except (ValueError, KeyError) as error:  # pydantic's are ValueErrors
+        why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        raise VerificationError([Problem(place.uri, f"is no pointer as `promote` writes it: {why}")]) from None
+
+
+def _parsed(facts: dict[str, Any]) -> Pointer:
+    if facts.pop("kind") != KIND or not isinstance(facts.pop("write"), str):
+        raise ValueError("its kind is another")
+    previous, rolled_back = (
+        _valid(tuple[Promoted, ...], tuple(facts.pop(name))) for name in ("previous", "rolled_back")
+    )
+    return Pointer(_valid(Promoted, facts), previous, rolled_back)
+
+
+def _valid(kind: type[_T], value: Any) -> _T:
+    return TypeAdapter(kind).validate_python(value)
+
+
+def check_place(place: Place) -> None:
+    """Refuses places where a pointer would do harm, before a run is verified for minutes.
+
+    Raises:
+        SettingsError: It lies in a run's folder, or its store has no conditional writes.
+        AccessDenied, Unreachable: As the store says.
+    """
+    if place.store.tag(RESULTS) is not None:
+        what = "lies in the folder of a run, which would not verify with another file in it; give a place above it"
+        raise SettingsError([Problem(place.uri, what)])
+    if not place.store.conditional_writes():
+        what = (
+            "lies in a store without conditional writes, where of two promotions at once both would seem to succeed; "
+            "use a store that has them, such as S3 or a local folder"
+        )
+        raise SettingsError([Problem(place.uri, what)])
+
+
+def require_gate_held(results: Mapping[str, Any], *, without_gate: bool = False) -> None:
+    """Lets a run pass whose gate is met; with `without_gate` also one that has no gate.
+
+    Raises:
+        GateError: The gate is not met, or the run has none.
+    """
+    passed = results["gate"]["passed"]
+    if passed is False:
+        raise GateError("; ".join(results["gate"]["reasons"]))
+    if passed is None and not without_gate:
+        raise GateError(
+            "the run has no gate, so that nothing says it is good enough: set JOB_GATE__MIN_DELTA, "
+            "JOB_GATE__MAX_REGRESSION or JOB_GATE__POLICY for it, or give --without-gate"
+        )
+
+
+def promote(place: Place, run: PublishedRun) -> tuple[Promoted, Promoted | None]:
+    """Moves the pointer to a run, which the caller has verified; returns what it points to now, and did before.
+
+    A pointer that points to this very manifest already stays as it is.
+
+    Raises:
+        PointerMoved: Somebody else moved it meanwhile.
+        VerificationError: The run's manifest lists no adapter, or the pointer was altered.
+        SettingsError: What lies in its place is no pointer.
+    """
+    known, tag = read_pointer(place)
+    adapter = next((one["sha256"] for one in run.results["artifacts"] if one["path"] == WEIGHTS), None)
+    if adapter is None:
+        raise VerificationError([Problem(f"{run.store.uri}/{RESULTS}", f"lists no {WEIGHTS}")])
+    new = Promoted(run.store.uri, run.id, run.results["seal"], adapter, now())
+    if known is None:
+        _write(place, Pointer(new), tag)
+        return new, None
+    before = known.current
+    if (before.run, before.manifest_seal) == (new.run, new.manifest_seal):
+        return before, before
+    _write(place, Pointer(new, (*known.previous, before), known.rolled_back), tag)
+    return new, before
+
+
+def roll_back(place: Place, storage: StorageOptions) -> tuple[Promoted, Promoted]:
+    """Moves the pointer back to the run before; returns what it points to now, and did before.
+
+    That run is read again: its manifest has to be the one that was promoted, and its files, but those of exports, what
+    the manifest says. Of exports the sizes are compared.
+
+    Raises:
+        PointerMoved: Somebody else moved it meanwhile.
+        SettingsError: There is no pointer, or nothing that it pointed to before.
+        VerificationError: The run before is gone, or is not what was promoted.
+    """
+    known, tag = read_pointer(place)
+    if known is None or not known.previous:
+        what = "there is no pointer" if known is None else "pointed to nothing before; there is nothing to go back to"
+        raise SettingsError([Problem(place.uri, what)])
+    *earlier, back = known.previous
+    store = open_run(back.run, storage)
+    found = read_complete(store)
+    if found is None or found["seal"] != back.manifest_seal:
+        what = "is not the run that was promoted: it is gone, incomplete, or another one is in its place"
+        raise VerificationError([Problem(back.run, what)])
+    _write(place, Pointer(back, tuple(earlier), (*known.rolled_back, known.current)), tag)
+    return back, known.current
+
+
+def _write(place: Place, pointer: Pointer, tag: str | None) -> None:
+    content = {
+        "kind": KIND,
+        **asdict(pointer.current),
+        "previous": [asdict(one) for one in pointer.previous[-MOST:]],
+        "rolled_back": [asdict(one) for one in pointer.rolled_back[-MOST:]],
+        "write": uuid4().hex,
+    }
+    try:
+        place.store.write(place.name, sealed(content), if_absent=tag is None, if_tag=tag)
+    except Conflict:
+        now_there, _ = read_pointer(place)
+        where = "" if now_there is None else f", to {now_there.current.text}"
+        raise PointerMoved(
+            f"{place.uri} was moved by somebody else at the same time{where}; it stays so: look whether that is "
+            "the run you want, and repeat the command if not"
+        ) from None
+
+
+def open_run_or_pointer(where: str, storage: StorageOptions) -> ObjectStore:
+    """The store of a run, given as for `open_run`, or as a pointer to it.
+
+    Raises:
+        SettingsError: The path or URI, or the options, are invalid.
+        VerificationError: The pointer was altered, or the run that it points to is not the one that was promoted.
+    """
+    pointer = _pointer_at(where, storage)
+    if pointer is None:
+        return open_run(where, storage)
+    store = open_run(pointer.current.run, storage)
+    if read_published(store).results["seal"] != pointer.current.manifest_seal:
+        what = f"{store.uri} is not the run that was promoted: its manifest is another"
+        raise VerificationError([Problem(where, what)])
+    return store
+
+
+def _pointer_at(where: str, storage: StorageOptions) -> Pointer | None:
+    """The pointer at a place; None if it is a run's, or there is nothing, which whoever reads the run reports."""
+    if where.endswith((f"/{RESULTS}", "/")) or where == RESULTS or (not is_remote(where) and not Path(where).is_file()):
+        return None
+    if is_remote(where) and (not Location.parse(where).key or open_run(where, storage).tag(RESULTS) is not None):
+        return None
+    try:
+        return read_pointer(pointer_place(where, storage))[0]
+    except AccessDenied:  # perhaps only the run's own folder may be read: what is missing there is said about it
+        return None

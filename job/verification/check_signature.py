@@ -1,0 +1,79 @@
+"""Checks the signatures of a run: who has only the run's files can forge every hash and seal, but no signature."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from job.errors import SettingsError
+from job.results.signing import files_of, files_of_run, key_id, signed_files, signed_folders
+from job.runs.layout import RESULTS, SIGNATURE
+from job.storage.base import read_record
+from job.storage.open import ObjectStore
+from job.verification.differences import CheckResult, Difference, find_differences
+
+
+def check_signature(
+    results: Mapping[str, Any], manifest: bytes, store: ObjectStore, copies: Mapping[str, Path], key: str | None
+) -> CheckResult | None:
+    """Every signature is by the key, and over exactly the files that the manifest lists, and over the manifest itself.
+
+    Args:
+        results: The manifest.
+        manifest: Its bytes.
+        store: The run's own.
+        copies: Local copies of the artifacts.
+        key: The public key in PEM that has to have signed; None to take the one in the manifest, which shows that the
+            files belong together, but not by whom.
+
+    Returns:
+        None where nothing is claimed and no key is given.
+    """
+    claimed = results.get("signing")
+    if claimed is None:
+        if key is None:
+            return None
+        found = Difference(SIGNATURE, "a signature by the key given", "none: the run is not signed")
+        return CheckResult("signature", "none", (found,))
+    asked = key or claimed["public_key"]
+    place = f"{RESULTS} signing"
+    facts = {"public_key": asked, "key_sha256": key_id(asked), "signatures": signature_paths(results)}
+    differences = list(find_differences(place, claimed, facts))
+    try:
+        differences += _differences(results, manifest, store, copies, asked)
+    except SettingsError as error:
+        if key is not None:
+            raise
+        return CheckResult("signature", "not checked", (), tuple(str(problem) for problem in error.problems))
+    notes = () if key else ("by the key in the manifest, which anybody can put there: give the signer's with --key",)
+    return CheckResult("signature", f"by key {key_id(asked)[:12]}", tuple(differences), notes)
+
+
+def signature_paths(results: Mapping[str, Any]) -> list[str]:
+    """The signatures that a signed run has: the one at the top, and one in each folder that is handed on."""
+    return [SIGNATURE, *(f"{folder}{SIGNATURE}" for folder in signed_folders(results))]
+
+
+def _differences(
+    results: Mapping[str, Any], manifest: bytes, store: ObjectStore, copies: Mapping[str, Path], key: str
+) -> Iterator[Difference]:
+    for path in signature_paths(results):
+        folder = path.removesuffix(SIGNATURE)
+        expected = files_of(results, folder) if folder else files_of_run(results, manifest)
+        try:
+            found = signed_files(_bytes(path, store, copies), key)
+        except ValueError as error:
+            yield Difference(path, f"a signature by key {key_id(key)[:12]}", str(error))
+        else:
+            yield from find_differences(f"{path} signed", found, expected)
+
+
+def _bytes(path: str, store: ObjectStore, copies: Mapping[str, Path]) -> bytes:
+    """The file; raises ValueError if there is none."""
+    if path in copies:
+        return copies[path].read_bytes()
+    stored = read_record(store, path) if path == SIGNATURE else None
+    if stored is None:
+        raise ValueError("nothing that can be read")
+    return stored.data

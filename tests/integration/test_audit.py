@@ -1,0 +1,125 @@
+"""A whole run on rows with planted findings: all are found, none is repeated, and the findings are vouched for."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from job.audit.audit import parse_findings
+from job.common.findings import KINDS
+from job.results.reader import open_run
+from job.runs.layout import FINDINGS
+from job.verification.differences import CheckResult
+from job.verification.verify import verify
+from tests import warm
+from tests.chaos.small import settings
+from tests.helpers import arc_rows, write_jsonl
+from tests.integration.test_survival import attempt, published
+from tests.published_run import rewrite
+from tests.unit.audit.test_audit import PLANTED, QUESTIONS, installed, planted_rows
+
+pytestmark = [installed, pytest.mark.long]
+STOPPED = """
+import os, signal, job.audit.audit, job.cli.main
+plain = job.audit.audit.group_rows
+def stopped(rows, alive):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return plain(rows, alive)
+job.audit.audit.group_rows = stopped
+raise SystemExit(job.cli.main.main([]))
+"""
+"""The job, which gets SIGTERM while the audit compares rows."""
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A run of one step that changes nothing, so that the report has no changed answers to show, at debug level."""
+    folder = tmp_path_factory.mktemp("audit")
+    found = settings(folder)
+    asked = [{**row, "question": QUESTIONS[n]} for n, row in enumerate(arc_rows(40))]
+    write_jsonl(folder / "questions.jsonl", asked)
+    write_jsonl(folder / "rows.jsonl", planted_rows()[0])
+    return {
+        **found,
+        "JOB_TRAIN__MAX_STEPS": "1",
+        "JOB_TRAIN__LEARNING_RATE": "0",
+        "JOB_DATA__ON_LONG_ROW": "truncate",
+        "JOB_LOG__LEVEL": "debug",
+        "JOB_EVAL__FULL_PRECISION": "off",
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """A run that nobody disturbed, to its end."""
+    done = attempt(environment, JOB_RUN__ID="undisturbed")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def test_what_is_planted_is_found_and_repeated_nowhere(
+    environment: dict[str, str], undisturbed: subprocess.CompletedProcess[str]
+) -> None:
+    """Copied questions, keys, addresses and duplicates are all found; no output, file or log line has a text of them.
+
+    The answers to the scored questions have these questions, as the task has them, and nothing that a row adds.
+    """
+    run = Path(environment["JOB_RUN__OUTPUT"]) / "undisturbed"
+    found = parse_findings((run / FINDINGS).read_bytes())
+    assert {kind: {one.row for one in found if one.kind == kind} for kind in KINDS} == planted_rows()[1]
+    manifest = json.loads((run / "results.json").read_bytes())
+    assert manifest["dataset"]["audit"]["overlap"] == {"arc_easy": list(range(20))}
+    assert manifest["evaluation"]["tasks"]["arc_easy"]["without_overlap"]["n"] == 20
+    outputs = {"stdout": undisturbed.stdout, "stderr": undisturbed.stderr}
+    outputs |= {str(path): path.read_bytes().decode(errors="replace") for path in run.rglob("*") if path.is_file()}
+    assert len(outputs) > 20
+    for name, text in outputs.items():
+        scored = () if "/artifacts/evaluation/" in name else QUESTIONS
+        for planted in (*PLANTED.values(), *scored, "please answer this now"):
+            assert planted.casefold() not in text.casefold(), name
+
+
+def test_stopped_in_the_audit(
+    environment: dict[str, str], undisturbed: subprocess.CompletedProcess[str], tmp_path: Path
+) -> None:
+    """A run that gets SIGTERM while rows are compared ends with 75, and the next attempt publishes the same bytes."""
+    assert undisturbed.returncode == 0
+    changes = {"JOB_RUN__ID": "stopped", "JOB_RUN__OUTPUT": str(tmp_path)}
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("JOB_")}
+    done = warm.run([], {**clean, **environment, **changes}, source=STOPPED)
+    assert done.returncode == 75, done.stderr[-3000:]
+    assert not (tmp_path / "stopped" / FINDINGS).exists()
+    done = attempt(environment, **changes)
+    assert done.returncode == 0, done.stderr[-3000:]
+    output = Path(environment["JOB_RUN__OUTPUT"])
+    assert (tmp_path / "stopped" / FINDINGS).read_bytes() == (output / "undisturbed" / FINDINGS).read_bytes()
+    assert published(tmp_path, "stopped") == published(output, "undisturbed")
+
+
+def test_changed_findings_are_noticed(
+    environment: dict[str, str], undisturbed: subprocess.CompletedProcess[str], tmp_path: Path
+) -> None:
+    """A changed byte of the findings is named, with its hash, and also where somebody has computed the hashes again."""
+    assert undisturbed.returncode == 0
+    run = Path(shutil.copytree(Path(environment["JOB_RUN__OUTPUT"]) / "undisturbed", tmp_path / "undisturbed"))
+    assert not failed(run)
+    data = (run / FINDINGS).read_bytes()
+    (run / FINDINGS).write_bytes(data.replace(b'"row": 40', b'"row": 41', 1))
+    assert "artifacts" in failed(run)
+    rewrite(run, FINDINGS, data.replace(b'"kind": "secret"', b'"kind": "email"'))
+    assert "audit" in failed(run)
+    rewrite(run, FINDINGS, data[: data.rindex(b"{")])
+    assert "audit" in failed(run)
+
+
+def failed(run: Path) -> Mapping[str, CheckResult]:
+    """The checks that do not hold."""
+    with tempfile.TemporaryDirectory() as work:
+        return {found.what: found for found in verify(open_run(str(run)), Path(work)) if found.differences}
