@@ -4,7 +4,8 @@ How to add a server: an entry in `SERVERS`, with how it tells log-probabilities,
 `serve-check` is to start it, its command line. Of the three ways to ask, `echo` and `forced` compare log-likelihoods
 with the records, `greedy` only what the server writes by itself.
 
-    echo       one request a choice: the server repeats question and choice, with the log-probability of every token
+    echo       one request for the question and one a choice: the server repeats them, with the log-probability of every
+               token
     forced     one request a token: a bias on its logit forces it, and the server tells its probability before the bias
     greedy     one request a question: the most probable continuation, which may begin with one of the choices
 """
@@ -241,21 +242,27 @@ def _llama(model: Model) -> Iterator[Client]:
 
 
 def _echo(client: Client, model: str, question: str, choices: Sequence[str]) -> Answer:
+    # Tokens are counted, as lm-eval counts them. Offsets in the text are no measure of where the choice begins: the
+    # server counts characters of a beginning-of-sequence token, too, and of pieces of a character.
+    begin, _ = _echoed(client, model, question)
     scores = []
     for choice in choices:
-        prompt = f"{question}{DELIMITER}{choice}"
-        body = {"model": model, "prompt": prompt, "max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": True}
-        told = client.post("/v1/completions", body)["choices"][0].get("logprobs")
-        if not told or not told.get("text_offset"):
-            raise SettingsError([Problem(client.url, "tells no log-probabilities; ask it with --server transformers")])
-        ends = [*told["text_offset"][1:], len(prompt) + 1]
-        # A token counts if it ends within the choice: the first one may begin with the space before it. What is
-        # generated begins behind the prompt.
-        rows = zip(told["text_offset"], ends, told["token_logprobs"], strict=True)
-        scores.append(
-            math.fsum(score for begin, end, score in rows if begin < len(prompt) and end > len(question) and score)
-        )
+        end, told = _echoed(client, model, f"{question}{DELIMITER}{choice}")
+        choice_scores = told[begin:end]
+        if not choice_scores or None in choice_scores:
+            raise SettingsError([Problem(client.url, f"tells no log-probabilities of the choice {choice[:40]!r}")])
+        scores.append(math.fsum(score for score in choice_scores if score is not None))
     return Answer(tuple(scores), scores.index(max(scores)))
+
+
+def _echoed(client: Client, model: str, prompt: str) -> tuple[int, list[float | None]]:
+    """How many tokens a prompt has, and the log-probabilities of these and of what is generated after them."""
+    body = {"model": model, "prompt": prompt, "max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": True}
+    answer = client.post("/v1/completions", body)
+    told, count = answer["choices"][0].get("logprobs") or {}, (answer.get("usage") or {}).get("prompt_tokens")
+    if not count or not told.get("token_logprobs"):
+        raise SettingsError([Problem(client.url, "tells no log-probabilities; ask it with --server transformers")])
+    return int(count), told["token_logprobs"]
 
 
 def _forced(client: Client, model: str, question: str, choices: Sequence[str]) -> Answer:

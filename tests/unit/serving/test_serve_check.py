@@ -93,15 +93,21 @@ class OpenAI(BaseHTTPRequestHandler):
             self._answer(self.complete(body))
 
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
-        """As vLLM does with `echo`: log-probabilities of the prompt, and of one token more."""
+        """As vLLM does with `echo`: log-probabilities of the prompt, and of one token more.
+
+        The prompt begins with a token that is not in it, as a server of Llama or Mistral puts it there.
+        """
         prompt = body["prompt"]
         question = next(question for question in QUESTIONS if prompt.startswith(question))
-        parts = [*tokens(question), *tokens(prompt.removeprefix(question)), "."]
+        parts = ["<s>", *tokens(question), *tokens(prompt.removeprefix(question)), "."]
         offsets = [sum(map(len, parts[:at])) for at in range(len(parts))]
-        scores = [None, *(self.score(question, part, at) for part, at in zip(parts[1:], offsets[1:], strict=True))]
-        return {"choices": [{"text": f"{prompt}.", "logprobs": {"token_logprobs": scores, "text_offset": offsets}}]}
+        scores = [None, *(self.score(question, part) for part in parts[1:])]
+        return {
+            "choices": [{"text": f"{prompt}.", "logprobs": {"token_logprobs": scores, "text_offset": offsets}}],
+            "usage": {"prompt_tokens": len(parts) - 1},
+        }
 
-    def score(self, question: str, token: str, _at: int = 0) -> float:
+    def score(self, question: str, token: str) -> float:
         """The log-probability of a token."""
         return token_likelihood(question, token) + self.wrong * (token == f" {CHOICES[2][:2]}")
 
