@@ -139,6 +139,8 @@ class DatasetRecord(RowsRecord):
     """By JOB_DATA__ON_LONG_ROW: rows truncated and tokens_cut, or rows split and the pieces of them."""
     audit: AuditRecord | None = None
     """What the rows held; None in records of older versions."""
+    licences: dict[str, str] = field(default_factory=dict)
+    """Source -> its licence, where its card or this project knows one."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,8 @@ class ModelRecord:
     """Names of the layers that got an adapter, as they were given or found."""
     added_tokens: list[str] = field(default_factory=list)
     """New tokens of the tokenizer, for which the base got rows."""
+    licence: str | None = None
+    """As its card says; None if it does not, and in records of older versions."""
 
 
 PEFT = "peft"
@@ -568,6 +572,8 @@ class Pulled:
     """Of the adapter that training starts from; None for a new one."""
     prompts: PromptsRecord | None = field(default=None, metadata={NAMES_THE_RUN: True})
     """None where JOB_EVAL__PROMPTS is empty."""
+    model_licence: str | None = None
+    """As the model's card says; None if it does not."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,17 @@
-"""Licences of the data sets that are known by name."""
+"""Licences of data sets and models: what the card beside the files says, else what is known here by name."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from job import log
+from job.data.hub_dataset import is_hub_id
+from job.errors import JobError
+from job.storage.hub import CARD, fetch_card
+from job.storage.location import is_remote
 
 LICENCES: Mapping[str, str] = {
     "tatsu-lab/alpaca": "cc-by-nc-4.0",
@@ -11,3 +20,55 @@ LICENCES: Mapping[str, str] = {
     "HuggingFaceH4/no_robots": "cc-by-nc-4.0",
 }
 """Hub id -> licence according to the data set's card. Data sets that are not listed have an unknown licence."""
+_METADATA = re.compile(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", re.DOTALL)
+_NAME = re.compile(r"[\w.+-]{1,96}( [\w.+-]{1,96}){0,7}")
+_MOST_BYTES = 64 << 10
+"""Of a card that are read: its metadata are at the beginning."""
+
+
+def find_licence(source: str, revision: str | None, kind: Literal["model", "dataset"]) -> str | None:
+    """The licence of a source: of its card, else from `LICENCES`; None where neither says one.
+
+    A card that cannot be had just now is no error: what is trained does not depend on it.
+
+    Args:
+        source: Hub id, path or URI; only of the first two a card is looked for.
+        revision: Commit, tag or branch of a hub id.
+        kind: What it is.
+    """
+    card = None
+    if (path := Path(source)).exists():
+        beside = (path if path.is_dir() else path.parent) / CARD
+        card = beside if beside.is_file() else None
+    elif not is_remote(source) and is_hub_id(source):
+        try:
+            card = fetch_card(source, revision, kind)
+        except JobError as error:
+            log.get_logger().warning("the card cannot be read, so the licence is not known", of=source, why=str(error))
+    return (read_licence(card) if card is not None else None) or LICENCES.get(source)
+
+
+def read_licence(card: Path) -> str | None:
+    """The `license` in the metadata of a card, several with commas between them; None if it has none.
+
+    `other` gives way to `license_name`, as the hub has it.
+    """
+    import yaml
+
+    try:
+        with card.open("rb") as file:
+            text = file.read(_MOST_BYTES).decode(errors="replace")
+        found = _METADATA.match(text)
+        if found is None or any(isinstance(one, yaml.AliasEvent) for one in yaml.parse(found[1], yaml.SafeLoader)):
+            return None  # aliases can make a short text a long one
+        given = yaml.safe_load(found[1])
+    except (OSError, yaml.YAMLError, ValueError, RecursionError):
+        return None
+    if not isinstance(given, dict):
+        return None
+    named = given.get("license")
+    if named == "other" and isinstance(given.get("license_name"), str):
+        named = given["license_name"]
+    names = named if isinstance(named, list) else [named]
+    known = [name for name in names[:8] if isinstance(name, str) and _NAME.fullmatch(name)]
+    return ", ".join(known) or None

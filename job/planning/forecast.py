@@ -111,7 +111,12 @@ class RunShape:
     @property
     def evaluations(self) -> int:
         """How often all questions are scored: by base, adapter, the unquantized base, and each exported candidate."""
-        return EVALUATIONS + self.merges + len(self.derived) + self.adapter_copies + self.full_precision
+        return EVALUATIONS + self.exported + self.full_precision
+
+    @property
+    def exported(self) -> int:
+        """How many candidates of exported formats are scored."""
+        return self.merges + len(self.derived) + self.adapter_copies
 
     def format_bytes(self, name: str) -> int:
         """The files of an exported format, as weights; 0 for an unknown model."""
@@ -394,7 +399,7 @@ def _hours(gpu: Gpu, run: RunShape, setup: Setup, execution: ExecutionPlan | Non
             exporting += _converting(name, setup)
     in_llama_cpp = sum(name.startswith(GGUF) for name in run.derived)
     exporting += in_llama_cpp * _in_llama_cpp(run, setup)
-    scored = run.evaluations - EVALUATIONS + evaluations - in_llama_cpp
+    scored = evaluations + run.exported - in_llama_cpp
     return (before + start + training + exporting + scored * evaluation) / 3600
 
 

@@ -17,9 +17,9 @@ from job.common.lora_readers import why_not_served
 from job.common.methods import METHODS
 from job.common.resources import check_disk, checkpoint_bytes, required_bytes
 from job.common.source_list import parse_sources
-from job.data import licences
 from job.data.batch_plan import steps_per_epoch
 from job.data.examples import lengths_of, target_counts_of
+from job.data.licences import LICENCES, find_licence
 from job.data.prompts import find_prompts, read_prompts
 from job.data.training_and_validation import what_to_validate_on
 from job.errors import JobError, Problem, SettingsError, combine, named_by
@@ -117,7 +117,7 @@ def make_plan(settings: Settings, show: int = 0) -> Plan:
     checks = [*seen.checks]
     run = _run(settings, seen, checks)
     gpus = [_with_memory_limit(gpu, settings.train.gpu_memory_gb) for gpu in GPUS]
-    checks += [_licence(settings, seen.data), _disk(settings, run), SHARED_MEMORY, *_large_files(settings, run)]
+    checks += [_licence(settings, seen), _disk(settings, run), SHARED_MEMORY, *_large_files(settings, run)]
     return Plan(
         title=f"{settings.model.id} on {settings.data.source}, to {settings.run.output.rstrip('/')}/{settings.run.id}",
         checks=tuple(checks),
@@ -479,14 +479,25 @@ def _questions(settings: Settings, seen: _Preflight) -> tuple[known.TaskTokens |
     return known.TaskTokens(*(sum(parts) for parts in zip(*map(astuple, limited), strict=True))), "assumed"
 
 
-def _licence(settings: Settings, data: DataFacts | None) -> PreflightResult:
-    """The licence on the hub's card, else in `data.licences`."""
-    card = data.licence if data is not None else None
-    known_here = {licences.LICENCES.get(source.place) for source in parse_sources(settings.data.source)}
-    here = "; ".join(sorted(filter(None, known_here)))
-    licence = card or here or "unknown; check that you may train on it"
+def _licence(settings: Settings, seen: _Preflight) -> PreflightResult:
+    """The licences of data and model by their cards, else by name; the hub is asked for the model's if it answered."""
+    data = settings.data
+    found = [
+        seen.data.licence if seen.data is not None else None,
+        *(
+            find_licence(one.place, one.revision or data.revision, "dataset")
+            if Path(one.place).exists()
+            else LICENCES.get(one.place)
+            for one in parse_sources(data.source)
+        ),
+    ]
+    licence = found[0] or "; ".join(sorted({one for one in found if one})) or "unknown; check that you may train on it"
     limits = ": no commercial use of the data, nor of what is trained on it" if "-nc" in licence else ""
-    return PreflightResult("licence", "note", f"{settings.data.source}: {licence}{limits}")
+    # A model that was looked at is here, or the hub answers.
+    base = find_licence(settings.model.id, settings.model.revision, "model") if seen.model is not None else None
+    return PreflightResult(
+        "licence", "note", f"{data.source}: {licence}{limits}; {settings.model.id}: {base or 'unknown'}"
+    )
 
 
 def _disk(settings: Settings, run: RunShape) -> PreflightResult:

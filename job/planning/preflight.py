@@ -399,7 +399,7 @@ def preview_data(
         shown,
         record.format,
         # Estimated lengths are no statistics.
-        record.audit if tokenizer or not record.audit else replace(record.audit, lengths={}),
+        record.audit if tokenizer is not None or record.audit is None else replace(record.audit, lengths={}),
         record.long_rows,
     )
     if tokenizer is not None:

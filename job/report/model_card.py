@@ -43,7 +43,7 @@ def render_model_card(results: Mapping[str, Any], prompts: Sequence[ShownPrompt]
     name, revision = public_base(model["id"], model["revision"], settings.get("model.name"))
     known = revision is not None or settings.get("model.name") is not None
     title = f"{last_part(name)}, fine-tuned on {_sources(dataset, short=True)}"
-    licence = LICENCES.get(dataset["source"]) if dataset["revision"] else None
+    licence = _licence(dataset)
     body = render(
         "card.md",
         escape=False,
@@ -116,7 +116,7 @@ def render_export_card(results: Mapping[str, Any], export: Mapping[str, Any]) ->
     folder = export_folder(name)
     files = [artifact["path"].removeprefix(folder) for artifact in results["artifacts"]]
     title = f"{last_part(base)}, fine-tuned on {_sources(dataset, short=True)}, {name}"
-    licence = LICENCES.get(dataset["source"]) if dataset["revision"] else None
+    licence = _licence(dataset)
     body = render(
         "export_card.md",
         escape=False,
@@ -214,6 +214,15 @@ def _adapter_options(settings: Mapping[str, Any]) -> list[str]:
     plain = {"kind": "lora", "init": "default"}
     given = {name: settings.get(f"lora.{name}") for name in names}
     return [f"{name} {value}" for name, value in given.items() if value and value != plain.get(name)]
+
+
+def _licence(dataset: Mapping[str, Any]) -> str | None:
+    """The licence of the data, if all of it has the same; where the run records none, if it is known here by name."""
+    if not (found := dataset.get("licences")):
+        return LICENCES.get(dataset["source"]) if dataset["revision"] else None
+    places = [one["source"] for one in dataset.get("sources") or [dataset]]
+    named = {found.get(place) for place in places}
+    return named.pop() if len(named) == 1 else None
 
 
 def _metadata(

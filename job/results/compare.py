@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from job.common import tables
-from job.errors import DataError, Problem
+from job.errors import DataError, Problem, SettingsError
 from job.evaluation.comparison import compare_tasks, gate_failures, judged_by, original_tasks
 from job.evaluation.measured import compare_measured
 from job.evaluation.policy import (
@@ -195,8 +195,13 @@ def gate_reasons(
         metric: As for `gate_failures`.
         min_delta: As for `gate_failures`.
         max_regression: As for `gate_failures`.
+
+    Raises:
+        SettingsError: No task of both runs has the metric.
     """
     tasks = judged_by({**compared["tasks"], **compared["measured"]}, metric)
+    if not tasks and metric not in CHOICES:
+        raise SettingsError([Problem("--metric", f"is {metric}, which no task has that both runs were asked")])
     reasons = [f"{name} was not asked of B" for name in compared["only"]["a"]]
     failures = gate_failures(tasks, metric, min_delta, max_regression)
     if failures is not None:

@@ -194,9 +194,10 @@ def summary(results: Mapping[str, Any], where: str) -> list[str]:
         named = {name: rewards[f"rewards/{name}"] for name in ("margins", "accuracies") if f"rewards/{name}" in rewards}
         figures = ", ".join(f"{name} {value:.3f}" for name, value in named.items())
         lines.append(f"{training['method']}, beta {training['beta']:g}; rewards in the last epoch: {figures}")
+    against = "" if results["model"]["quantization"] == "none" else " against the quantized base"
     grouped = results["evaluation"].get("groups", {})
     for name, group in grouped.items():
-        lines += [f"{name}, {group_line(*one)}" for one in group["metrics"].items()]
+        lines += [f"{name}, {group_line(metric, one, against)}" for metric, one in group["metrics"].items()]
     for name, task in results["evaluation"]["tasks"].items():
         before, after, delta, low, high = (
             100 * x for x in (task["base"]["acc"], task["adapter"]["acc"], task["delta"], *task["ci95"])
@@ -204,13 +205,13 @@ def summary(results: Mapping[str, Any], where: str) -> list[str]:
         interval = f"{delta:+.2f}, 95 % interval {low:+.2f} to {high:+.2f}"
         lines.append(f"{name}, {task['n']:,} questions: accuracy {before:.2f} % -> {after:.2f} % ({interval})")
         counts = f"{task['improved']} questions better and {task['regressed']} worse"
-        against = "" if results["model"]["quantization"] == "none" else " against the quantized base"
         lines.append(f"verdict{against}: {task['verdict']}, {counts}, McNemar p = {task['mcnemar_p']:.2g}")
         if rest := task.get("without_overlap"):
             figures = f"{100 * rest['delta']:+.2f} points on the other {rest['n']:,}, {rest['verdict']}{against}"
             lines.append(f"training rows have {task['n'] - rest['n']:,} of these questions in them: {figures}")
     for name, found in results["evaluation"].get("measured", {}).items():
-        lines += [f"{name}, {found['n']:,} questions: {measured_line(*one)}" for one in found["metrics"].items()]
+        start = f"{name}, {found['n']:,} questions"
+        lines += [f"{start}: {measured_line(metric, one, against)}" for metric, one in found["metrics"].items()]
     if why := (results["evaluation"].get("full_precision") or {}).get("not_scored"):
         lines.append(f"the unquantized base was not scored: {why}")
     for name, one in original_tasks(results).items():
@@ -224,7 +225,7 @@ def summary(results: Mapping[str, Any], where: str) -> list[str]:
     # A group speaks for its tasks, which may be many
     members = {task for group in grouped.values() for task in group["tasks"]}
     of_groups = [(name, *one) for name, group in grouped.items() for one in group["metrics"].items()]
-    verdicts = [f"{name} {metric} {one['verdict']}" for name, metric, one in of_groups]
+    verdicts = [f"{name} {metric} {one['verdict']}{against}" for name, metric, one in of_groups]
     verdicts += [
         f"{name} {verdict_in_words(name, results)}" for name in results["evaluation"]["tasks"] if name not in members
     ]
@@ -265,19 +266,19 @@ def _difference(found: Mapping[str, Any]) -> str:
     return f"{delta} ({low} to {high}, {found['verdict']})"
 
 
-def group_line(name: str, found: Mapping[str, Any]) -> str:
+def group_line(name: str, found: Mapping[str, Any], against: str = "") -> str:
     """A figure of a group of tasks: its size and weights, both figures, the difference, and the verdict."""
     weights = "questions" if found["weight_by_size"] else "tasks"
     low, high = found["ci95"]
     return (
         f"{found['tasks']} tasks, {found['n']:,} questions, all {weights} weighing the same: {name} "
         f"{found['base']:.4g} -> {found['adapter']:.4g} ({found['delta']:+.4g}, 95 % interval {low:+.4g} to "
-        f"{high:+.4g}), {found['verdict']}, {found['improved']} better and {found['regressed']} worse, "
+        f"{high:+.4g}), {found['verdict']}{against}, {found['improved']} better and {found['regressed']} worse, "
         f"p = {found['p']:.2g}"
     )
 
 
-def measured_line(name: str, found: Mapping[str, Any]) -> str:
+def measured_line(name: str, found: Mapping[str, Any], against: str = "") -> str:
     """A metric of a task without choices: both figures, which way is better, the difference, and the verdict."""
     better = "higher" if found["higher_is_better"] else "lower"
     low, high = found["ci95"]
@@ -285,8 +286,8 @@ def measured_line(name: str, found: Mapping[str, Any]) -> str:
     if found["aggregation"] in {"perplexity", "weighted_perplexity"}:
         interval = f"ln of the ratio {interval}"
     return (
-        f"{name} {found['base']:.4g} -> {found['adapter']:.4g} ({better} is better; {interval}), {found['verdict']}, "
-        f"{found['improved']} better and {found['regressed']} worse, p = {found['p']:.2g}"
+        f"{name} {found['base']:.4g} -> {found['adapter']:.4g} ({better} is better; {interval}), "
+        f"{found['verdict']}{against}, {found['improved']} better and {found['regressed']} worse, p = {found['p']:.2g}"
     )
 
 

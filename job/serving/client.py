@@ -69,7 +69,9 @@ class Client:
             for line in answer:
                 if line.startswith(b"data:") and b"[DONE]" not in line:
                     choices = self._parsed(line.removeprefix(b"data:")).get("choices") or [{}]
-                    if choices[0].get("text"):
+                    if (
+                        "text" in choices[0]
+                    ):  # the token that ends an answer comes as an empty text, and may be the first
                         times.append(time.monotonic())
         if not times:
             raise Unreachable(f"{self.url}{path}: the server streamed no token")

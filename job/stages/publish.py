@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +84,7 @@ def publish(
         settings=redacted(settings),
         attempts=[*earlier, attempt.record("complete")],
         finished=now(),
-        model=model,
+        model=replace(model, licence=sources.record.model_licence),
         dataset=sources.record.dataset,
         training=trained.training,
         tasks=tasks,

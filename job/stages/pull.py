@@ -25,6 +25,7 @@ from job.common.resources import check_disk, required_bytes, usable_cpus
 from job.common.source_list import Source, locate_sources, parse_sources
 from job.common.threads import in_thread
 from job.data.hub_dataset import check_hub_dataset
+from job.data.licences import find_licence
 from job.data.prompts import find_prompts, prompts_sha256, read_prompts, validation_prompts
 from job.data.text_tokenizer import broken_tokenizer
 from job.data.token_cache import Tokens, load_tokens, open_tokens
@@ -39,7 +40,7 @@ from job.model.quantized_cache.cache import find
 from job.model.quantized_cache.layout import CachedBase, CacheEntry, entry_at, entry_for
 from job.model.start_adapter import check_start, find_start, hash_start
 from job.model.tokenizer_files import rows_with, tokenizer_files
-from job.records import Artifact, FirstValues, PromptRow, PromptsRecord, Pulled
+from job.records import Artifact, DatasetRecord, FirstValues, PromptRow, PromptsRecord, Pulled
 from job.results.baseline import check_questions, read_baseline
 from job.runs.attempt import Attempt, missing
 from job.runs.layout import ADAPTER, BASE, FINDINGS, FIRST_VALUES, Stage
@@ -209,11 +210,17 @@ def _pull(
             wait([coming], _CLEANUP_SECONDS)  # the thread removes a quantized base that it has copied in part
         raise
     attempt.alive()
-    dataset = tokens.record
+    dataset, model_licence = _with_licences(attempt, settings, tokens.record, model.revision)
     log.get_logger().info("data is ready", rows=dataset.rows, skipped=dataset.skipped, tokens=dataset.tokens)
     start_sha256 = None if start is None else hash_start(start)
     record = Pulled(
-        dataset, model.sha256, model.revision, tasks.fingerprints(), start_sha256, _prompts_record(settings, prompts)
+        dataset,
+        model.sha256,
+        model.revision,
+        tasks.fingerprints(),
+        start_sha256,
+        _prompts_record(settings, prompts),
+        model_licence,
     )
     sources = Sources(
         record,
@@ -232,6 +239,24 @@ def _pull(
         tokens.findings,
     )
     return sources, tokens.folder
+
+
+def _with_licences(
+    attempt: Attempt, settings: Settings, dataset: DatasetRecord, revision: str | None
+) -> tuple[DatasetRecord, str | None]:
+    """The record of the data with the licences of its sources, and the licence of the model at a revision.
+
+    Looked up by the first attempt; later ones take its record, so that they need no card.
+    """
+    earlier = attempt.recorded(Stage.PULL, Pulled)
+    if earlier is not None:
+        return replace(dataset, licences=earlier.dataset.licences), earlier.model_licence
+    found = {
+        one.place: find_licence(one.place, one.revision or settings.data.revision, "dataset")
+        for one in parse_sources(settings.data.source)
+    }
+    model_licence = find_licence(settings.model.id, revision, "model")
+    return replace(dataset, licences={place: name for place, name in found.items() if name}), model_licence
 
 
 def _known_audit(attempt: Attempt) -> Audited | None:

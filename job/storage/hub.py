@@ -20,7 +20,7 @@ from http import HTTPStatus
 from importlib import import_module
 from pathlib import Path, PurePosixPath
 from traceback import walk_tb
-from typing import Any
+from typing import Any, Literal
 
 from job import log
 from job.common.hashing import hash_files
@@ -50,6 +50,8 @@ MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.model",
 SMALL_FILES = tuple(kind for kind in MODEL_FILES if kind != "*.safetensors")
 """All of that but the weights."""
 MAX_SMALL_BYTES = 256 << 20
+CARD = "README.md"
+_MAX_CARD_BYTES = 16 << 20
 MAX_FILE = 50_000_000_000
 """Bytes of the largest file that the hub takes, by its client's documentation (`HfApi.upload_file`, 2.4)."""
 PREVIEW_SECONDS = 10.0
@@ -203,6 +205,27 @@ def cached_model(source: str, revision: str | None) -> Path | None:
         return Path(snapshot_download(source, revision=revision, allow_patterns=small, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
+
+
+def fetch_card(source: str, revision: str | None, kind: Literal["model", "dataset"]) -> Path | None:
+    """The card of a hub repository, from the cache or the hub; None if it has none.
+
+    Raises:
+        Unreachable, AccessDenied, DataError: As `download_model`.
+    """
+    import_client()
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import DryRunError
+
+    with hub_errors(f"{'data set' if kind == 'dataset' else kind} {source}"):
+        # A listing first, so that a card of many gigabytes is not fetched.
+        with suppress(DryRunError):  # the hub does not answer: only the cache counts
+            files = snapshot_download(source, repo_type=kind, revision=revision, allow_patterns=[CARD], dry_run=True)
+            if not files or any((file.file_size or 0) > _MAX_CARD_BYTES for file in files):
+                return None
+        folder = snapshot_download(source, repo_type=kind, revision=revision, allow_patterns=[CARD])
+    card = Path(folder) / CARD
+    return card if card.is_file() else None
 
 
 def peek_dataset(source: str, revision: str) -> tuple[int, str | None]:

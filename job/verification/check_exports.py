@@ -14,9 +14,8 @@ from job.common.gguf_file import gguf_contents
 from job.data.calibration import calibration_rows, hash_rows
 from job.evaluation.comparison import choose_candidate, compare_export
 from job.records import TaskScores
-from job.results.adapter_facts import WEIGHTS
-from job.runs.layout import ADAPTER as PUBLISHED_ADAPTER
 from job.runs.layout import EXPORT, EXPORT_CARD, ORIGINAL_SIDE, RESULTS, export_folder, export_side
+from job.verification.check_adapter_copy import adapter_files
 from job.verification.check_figures import Copies, SamplesByTask, read_samples, scores_of, unpaired
 from job.verification.differences import MAX_SHOWN, CheckResult, Difference, find_differences, show
 
@@ -108,7 +107,7 @@ def _files(export: Mapping[str, Any], results: Mapping[str, Any], copies: Copies
         found = sum(paths.values()) - paths.get(folder + EXPORT_CARD, 0)
         yield from find_differences(f"{folder} bytes", export["bytes"], found)
     family = export["format"].partition(":")[0]
-    yield from {ADAPTER: _adapter_files, GGUF: _gguf_file}.get(family, _model_files)(export, copies)
+    yield from {ADAPTER: adapter_files, GGUF: _gguf_file}.get(family, _model_files)(export, copies)
 
 
 def _calibration(export: Mapping[str, Any], results: Mapping[str, Any], place: str) -> Iterator[Difference]:
@@ -151,36 +150,6 @@ def _model_files(export: Mapping[str, Any], copies: Copies) -> Iterator[Differen
         yield Difference(f"{folder}config.json", "plain weights", "quantized ones")
     if how is not None:
         yield from find_differences(f"{folder}config.json quantization_config", *_quantized(how, config))
-
-
-def _adapter_files(export: Mapping[str, Any], copies: Copies) -> Iterator[Difference]:
-    """The files of the adapter, with its own numbers rounded."""
-    folder, kind = export_folder(export["format"]), export["format"].partition(":")[2]
-    given, made = (
-        {path.removeprefix(place): copy for path, copy in copies.items() if path.startswith(place)}
-        for place in (PUBLISHED_ADAPTER, folder)
-    )
-    found, wanted = (sorted(files.keys() - {EXPORT_CARD}) for files in (made, given))
-    yield from find_differences(f"{folder} files", found, wanted)
-    yield from find_differences(f"{RESULTS} exports {export['format']} dtype", export["dtype"], kind)
-    for name in sorted({*found} & {*wanted}):
-        if name == WEIGHTS:
-            yield from _rounded(folder + name, made[name], given[name], kind)
-        elif made[name].read_bytes() != given[name].read_bytes():
-            yield Difference(folder + name, "the bytes of the adapter's own", "others")
-
-
-def _rounded(place: str, copy: Path, original: Path, kind: str) -> Iterator[Difference]:
-    """The first tensor of a copy that is not the original's in another dtype."""
-    from safetensors import SafetensorError
-
-    from job.common.half_precision import first_not_rounded  # brings torch, which other runs are verified without
-
-    try:
-        if (name := first_not_rounded(copy, original, kind)) is not None:
-            yield Difference(f"{place} {name}", f"the adapter's own in {kind}", "other numbers")
-    except (SafetensorError, ValueError, KeyError) as error:
-        yield Difference(place, "tensors", f"{type(error).__name__}: {str(error)[:MAX_SHOWN]}")
 
 
 def _gguf_file(export: Mapping[str, Any], copies: Copies) -> Iterator[Difference]:

@@ -68,7 +68,9 @@ def check_stages(results: Mapping[str, Any], copies: Copies, run: str | None) ->
             _completed(_as_pulled(results["dataset"], pulled), pulled.dataset),
             asdict(pulled.dataset),
         )
-        differences += find_differences(f"{RESULTS} model", {name: results["model"][name] for name in found}, found)
+        found |= {"licence": pulled.model_licence}
+        claimed = {name: results["model"].get(name) for name in found}
+        differences += find_differences(f"{RESULTS} model", claimed, found)
         prompts = None if pulled.prompts is None else asdict(pulled.prompts)
         differences += find_differences(f"{RESULTS} evaluation.prompts", results["evaluation"].get("prompts"), prompts)
     if trained is not None and pulled is not None:

@@ -15,7 +15,7 @@ import pytest
 from job.audit.audit import parse_findings
 from job.common.findings import KINDS
 from job.results.reader import open_run
-from job.runs.layout import FINDINGS
+from job.runs.layout import FINDINGS, REPORT
 from job.verification.differences import CheckResult
 from job.verification.verify import verify
 from tests import warm
@@ -123,3 +123,20 @@ def failed(run: Path) -> Mapping[str, CheckResult]:
     """The checks that do not hold."""
     with tempfile.TemporaryDirectory() as work:
         return {found.what: found for found in verify(open_run(str(run)), Path(work)) if found.differences}
+
+
+def test_a_licence_is_that_of_the_first_attempt(environment: dict[str, str], tmp_path: Path) -> None:
+    """A card that changes between two attempts changes no record; manifest and report have the first one's licence."""
+    rows = write_jsonl(tmp_path / "rows.jsonl", planted_rows()[0])
+    card = tmp_path / "README.md"
+    card.write_text("---\nlicense: unlicense\n---\n", encoding="utf-8")
+    changes = {"JOB_RUN__ID": "card", "JOB_RUN__OUTPUT": str(tmp_path / "out"), "JOB_DATA__SOURCE": str(rows)}
+    assert attempt(environment, **changes, JOB_FAULT="kill@step=1").returncode == -9
+    card.write_text("---\nlicense: mit\n---\n", encoding="utf-8")
+    done = attempt(environment, **changes)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert published(tmp_path / "out", "card")
+    manifest = json.loads((tmp_path / "out/card/results.json").read_bytes())
+    assert manifest["dataset"]["licences"] == {str(rows): "unlicense"}
+    assert manifest["model"]["licence"] is None
+    assert "unlicense" in (tmp_path / "out/card" / REPORT).read_text(encoding="utf-8")

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from job.errors import TrainingFailed
+from job.results.manifest import verdict_in_words
 from tests import warm
 from tests.helpers import alpaca_rows, arc_rows, read_jsonl, write_jsonl
 
@@ -287,10 +288,9 @@ def test_the_terminal_is_told_in_seven_lines(whole: Ended) -> None:
     lines = whole.stdout.splitlines()
     assert len(lines) == 7
     assert lines[-2] == f"report: {whole.run}/artifacts/report.html"
-    evaluation = whole.results["evaluation"]
-    left = evaluation["full_precision"]["tasks"]["arc_easy"]["adapter_versus_original"]["acc"]["verdict"]
-    assert (evaluation["tasks"]["arc_easy"]["verdict"], left) == ("improved", "improved")
-    assert lines[-1] == f"arc_easy improved; results: {whole.run}/results.json"
+    verdict = verdict_in_words("arc_easy", whole.results)
+    assert lines[-1] == f"arc_easy {verdict}; results: {whole.run}/results.json"
+    assert lines[-3].startswith("arc_easy, unquantized base: ")
 
 
 def test_metrics_are_published_as_lines_and_as_events(whole: Ended) -> None:

@@ -138,12 +138,24 @@ def test_a_run_moves_between_numbers_of_processes(forked: Forks, environment: di
 
 
 def test_the_same_number_of_processes_gives_the_same_bits(forked: Forks, environment: dict[str, str]) -> None:
-    """NF4, dropout, 8-bit Adam: a run of 2 processes that was killed ends with the bits of one that was not."""
-    elsewhere = {**EXACT, "JOB_RUN__OUTPUT": f"{environment['JOB_RUN__OUTPUT']}-exact"}
-    assert go(forked, environment, "whole", 2, **elsewhere) == [0, 0]
-    assert go(forked, environment, "killed", 2, **elsewhere, JOB_FAULT="kill@step=5") == [-9, 75]
-    assert go(forked, environment, "killed", 2, **elsewhere) == [0, 0]
-    assert facts_of(results(elsewhere, "killed")) == facts_of(results(elsewhere, "whole"))
+    """NF4, dropout, 8-bit Adam, 2 processes: killed while the unquantized base is scored and in training, same bits."""
+    output = environment["JOB_RUN__OUTPUT"]
+    undisturbed, cut = ({**EXACT, "JOB_RUN__OUTPUT": f"{output}-{name}"} for name in ("exact", "exact-cut"))
+    assert go(forked, environment, "whole", 2, **undisturbed) == [0, 0]
+    group = forked.start({**environment, **cut, "JOB_RUN__ID": "killed"}, 2, "killed-early")
+    wait_for(lambda: any(line["event"] == "loading the original base" for line in group.lines(0)))
+    os.kill(group.pids[1], signal.SIGKILL)
+    assert group.wait() == [75, -9]
+    answers = "artifacts/evaluation/arc_easy.original.jsonl"
+    assert not (run_folder(cut, "killed") / answers).exists()
+    assert go(forked, environment, "killed", 2, **cut, JOB_FAULT="kill@step=5") == [-9, 75]
+    assert go(forked, environment, "killed", 2, **cut) == [0, 0]
+    first, second = (run_folder(cut, "killed") / answers, run_folder(undisturbed, "whole") / answers)
+    assert first.read_bytes() == second.read_bytes()
+    found, expected = results(cut, "killed"), results(undisturbed, "whole")
+    assert found["evaluation"]["full_precision"] == expected["evaluation"]["full_precision"]
+    assert found["evaluation"]["full_precision"]["tasks"]["arc_easy"]["n"] == 10
+    assert facts_of(found) == facts_of(expected)
 
 
 def wait_for(found: Callable[[], bool], seconds: float = 60) -> None:

@@ -106,10 +106,13 @@ def test_what_cannot_be_compared(runs: Path) -> None:
 
 def test_thresholds_are_the_jobs_kinds(runs: Path) -> None:
     """Exit 2, all at once, under the names that were typed."""
-    done = job("compare", "a", "b", "--min-delta=2", "--max-regression=-1", "--metric=loss")
+    done = job("compare", "a", "b", "--min-delta=2", "--max-regression=-1")
     assert done.returncode == 2
     names = [problem.split(":")[0] for problem in json.loads(done.stderr)["problems"]]
-    assert names == ["--metric", "--min-delta", "--max-regression"]
+    assert names == ["--min-delta", "--max-regression"]
+    done = job("compare", str(runs / "a"), str(runs / "b"), "--metric=loss")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--metric: is loss, which no task has that both runs were asked" in done.stderr
 
 
 def test_both_runs_that_are_not_there_are_told() -> None:

@@ -10,9 +10,18 @@ from typing import Any
 
 import pytest
 
+from job.audit.rows import set_up
+from job.data.examples import lengths_of
 from job.errors import DataError, JobError, SettingsError
 from job.planning import preflight
-from job.planning.preflight import NotChecked, find_tokenizer, preview_data, preview_model, preview_questions
+from job.planning.preflight import (
+    NotChecked,
+    find_tokenizer,
+    preview_data,
+    preview_model,
+    preview_questions,
+    report_audit,
+)
 from tests.helpers import READING, alpaca_rows, arc_rows, write_jsonl
 
 HERE: dict[str, Any] = {"online": lambda: False, "storage": {}}
@@ -57,6 +66,24 @@ def test_a_model_of_another_kind_is_a_note(base_folder: Path, tmp_path: Path) ->
     state, what, model = preview_model(str(folder), None, 512, folder=tmp_path, **HERE)
     assert (state, model.architecture) == ("note", None)
     assert "gpt2 models are not known" in what
+
+
+def test_the_audit_is_told_with_languages_and_lengths(tmp_path: Path, tokenizer: Any) -> None:
+    """Findings by kind and place, then what kind of text the rows are; lengths only where tokens are counted."""
+    source = str(write_jsonl(tmp_path / "rows.jsonl", [*alpaca_rows(20), alpaca_rows(4)[3]]))
+    how = READING | HERE | {"max_length": 500, "folder": tmp_path, "audit": set_up(None, {})}
+    told = []
+    for known in (tokenizer, None):
+        _, _, facts = preview_data(source, tokenizer=known, **how)
+        assert facts.audit is not None
+        state, what, _ = report_audit(facts.audit, facts.long_rows)
+        assert state == "note"
+        assert what.startswith(f"21 rows: 1 duplicate ({source}:21)")
+        assert ("Languages of the rows, by pycld2" in what) != ("Languages were not looked for" in what)
+        told.append(what)
+    longest = max(lengths_of(preview_data(source, tokenizer=tokenizer, **how)[2].examples))
+    assert f"the longest {longest:,}." in told[0]
+    assert "the longest" not in told[1]
 
 
 def test_data_is_read_as_the_job_will(tmp_path: Path, tokenizer: Any) -> None:

@@ -133,7 +133,7 @@ def test_every_figure_of_the_unquantized_base_is_the_manifests(three_arms: tuple
     for candidate in made["exports"][0]["candidates"].values():
         found = candidate["quiz"]
         rest = " ".join(interval(found[f"versus_{side}"]["acc"], " ") for side in ("base", "adapter", "original"))
-        assert f"{formatting.percent(found['scores']['acc'])} {rest}" in text
+        assert f"{100 * found['scores']['acc']:.2f} % {rest}" in text
 
 
 def test_every_section_is_there(page: Page) -> None:
@@ -225,6 +225,27 @@ def test_a_gate_is_told(found: report.ReportData) -> None:
     assert "Quality gate on acc: not passed. piqa: acc may have lost 0.0700" in text
     passed = results(found, gate=judged())
     assert "Quality gate on acc: passed." in report.render_report(passed, found).decode()
+
+
+def test_policy_and_audit_are_told(found: report.ReportData) -> None:
+    """Each rule with its outcome, and what an undecided one means; findings by file and row; headers have scopes."""
+    rule = {"task": "piqa", "role": "critical", "kind": "max_detectable_effect", "threshold": 0.01, "n": 50}
+    made = results(found)
+    made["gate"] |= {
+        "passed": True,
+        "policy": {"outcome": "inconclusive", "rules": [{**rule, "found": 0.2, "outcome": "inconclusive"}]},
+    }
+    check = {"action": "record", "checked_by": "this project", "not_checked": "", "rows": 7}
+    places = ["rows.jsonl:3", "rows.jsonl:9", "more.jsonl:1"]
+    checks = {"iban": {**check, "places": places}, "card": {**check, "rows": 0, "places": []}}
+    made["dataset"]["audit"] = {"rows": 80, "left_out": 0, "too_short": 0, "compared": 80, "checks": checks}
+    page = Page(report.render_report(made, found))
+    text = " ".join(page.text.split())
+    assert "No rule is missed, but the questions cannot decide all of them; the policy lets that pass." in text
+    assert "its 50 questions can detect a difference of 0.2000 or more" in text
+    assert "Rows with a bank account (IBAN)" in text
+    assert "rows.jsonl: 3, 9; more.jsonl: 1 and 4 more" in text
+    assert all(header["scope"] in {"col", "row"} for header in page.all("th"))
 
 
 def test_nothing_is_loaded_and_nothing_runs(page: Page, made: dict[str, Any], found: report.ReportData) -> None:

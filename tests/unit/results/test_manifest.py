@@ -138,6 +138,24 @@ def test_the_summary_says_it_in_five_lines() -> None:
     )
 
 
+@pytest.mark.parametrize(("quantization", "against"), [("nf4", " against the quantized base"), ("none", "")])
+def test_figures_without_an_unquantized_base_name_the_base(quantization: str, against: str) -> None:
+    """Groups and generated answers are compared with the base that was trained on, and the lines say which that is."""
+    results = built()
+    results["model"]["quantization"] = quantization
+    figures = {"base": 0.4, "adapter": 0.6, "delta": 0.2, "ci95": [0.1, 0.3], "p": 0.01, "improved": 9, "regressed": 1}
+    one = {**figures, "verdict": "improved", "tasks": 2, "n": 30, "weight_by_size": True}
+    results["evaluation"]["groups"] = {"many": {"tasks": ["arc_easy"], "metrics": {"acc": one}}}
+    told = {**figures, "verdict": "improved", "higher_is_better": True, "aggregation": "mean"}
+    results["evaluation"]["measured"] = {"sums": {"n": 30, "metrics": {"exact_match": told}}}
+    lines = manifest.summary(results, "/x/results.json")
+    assert lines[-1] == f"many acc improved{against}; results: /x/results.json"
+    assert [line for line in lines if f", improved{against}, 9 better and 1 worse, p = 0.01" in line] == [
+        line for line in lines if line.startswith(("many, ", "sums, "))
+    ]
+    assert len([line for line in lines if line.startswith(("many, ", "sums, "))]) == 2
+
+
 def test_the_machine_and_the_software_are_told() -> None:
     """Versions of all packages that can change a result, and a machine that is really this one."""
     software = host.software()

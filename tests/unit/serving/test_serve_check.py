@@ -84,7 +84,7 @@ class OpenAI(BaseHTTPRequestHandler):
         if self.key and self.headers.get("Authorization") != f"Bearer {self.key}":
             self._answer({}, 401)
         elif body.get("stream"):
-            lines = [f'data: {{"choices": [{{"text": "{word}"}}]}}\n\n' for word in ("one", "two", "three")]
+            lines = [f'data: {{"choices": [{{"text": "{word}"}}]}}\n\n' for word in ("one", "two", "")]
             self._send("".join([*lines, "data: [DONE]\n\n"]).encode(), 200)
         elif self.path == "/tokenize":
             self._answer({"tokens": self._ids(body["content"])})

@@ -501,7 +501,7 @@ BAD_VALUES: list[tuple[str, list[str]]] = [
     ("export.calibration_rows", ["0"]),
     ("export.quantization_steps", ["-1"]),
     ("gate.on", ["", "base", "gguf"]),
-    ("gate.metric", ["f1"]),
+    ("gate.metric", [""]),
     ("gate.min_delta", ["1.1", "-1.1", "nan", "1%", "1 %"]),
     ("gate.max_regression", ["-0.1", "1.1"]),
     (

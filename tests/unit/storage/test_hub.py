@@ -29,6 +29,7 @@ MODEL = {
     "model.safetensors": b"weights",
     "pytorch_model.bin": b"pickled",
     "code.py": b"import os",
+    "README.md": b"---\nlicense: mit\n---\n",
 }
 REFUSALS = {
     "gated": (403, "GatedRepo"),
@@ -347,6 +348,25 @@ for source, revision, _ in json.loads(sys.argv[1]):
     say(lambda: peek_dataset(source, revision))
     say(lambda: cached_model(source, revision) is not None)
 """
+
+
+CARD_CLIENT = """
+import json, sys, structlog
+from job.data.licences import find_licence
+
+structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+
+for source, revision, kind in json.loads(sys.argv[1]):
+    print(json.dumps([kind, source, find_licence(source, revision, kind)]))
+"""
+
+
+def test_the_licence_is_that_of_the_card(tmp_path: Path) -> None:
+    """Of a model with a card the licence in it; of data without a card, and of what is refused, none and no error."""
+    questions = [("some/good", "main", "model"), ("some/good", "main", "dataset"), ("some/gated", "main", "model")]
+    with serving() as endpoint:
+        found = ask(endpoint, tmp_path, *questions, client=CARD_CLIENT)
+    assert [licence for _, _, licence in found] == ["mit", None, None]
 
 
 def test_a_plan_looks_without_fetching_the_weights(tmp_path: Path) -> None:

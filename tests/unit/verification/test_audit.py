@@ -10,9 +10,10 @@ import pytest
 
 from job.audit.audit import Finding, counts, overlapping
 from job.audit.statistics import quantiles
-from job.records import AuditRecord, CheckRecord
+from job.records import AuditRecord, CheckRecord, DatasetRecord, Pulled
 from job.runs.layout import FINDINGS
 from job.verification.check_audit import check_audit
+from job.verification.check_history import _as_pulled
 
 FOUND = [
     Finding("overlap", "rows.jsonl:3", 2, "quiz", 7, exact=True),
@@ -84,3 +85,16 @@ def test_figures_that_contradict_each_other(tmp_path: Path, figures: str, name: 
     (found,) = check_audit(changed, {FINDINGS: path})
     (difference,) = found.differences
     assert figures.rsplit("/", maxsplit=1)[-1] in difference.where
+
+
+def test_records_of_before_have_no_languages() -> None:
+    """A run that an earlier version has pulled holds, whichever version has published it."""
+    audit = AuditRecord(20, 0, {}, {}, 0, 0, "0" * 64, 20)
+    dataset = DatasetRecord("rows.jsonl", None, None, "alpaca", 20, {}, "0" * 64, 90, 80, 20, audit=audit)
+    later = replace(audit, languages={"en": 20}, languages_by="pycld2 0.42", lengths={"tokens": quantiles(range(20))})
+    older = {name: value for name, value in asdict(audit).items() if not name.startswith(("languages", "lengths"))}
+    for published in (older, asdict(audit), asdict(later)):
+        assert _as_pulled({"audit": published}, Pulled(dataset, "0" * 64, None, {}))["audit"] == asdict(audit)
+    pulled = Pulled(replace(dataset, audit=later), "0" * 64, None, {})
+    assert _as_pulled({"audit": {**asdict(later), "languages": {}}}, pulled)["audit"] != asdict(later)
+    assert _as_pulled({"audit": asdict(later)}, Pulled(replace(dataset, audit=None), "", None, {}))["audit"] is None

@@ -138,6 +138,8 @@ def change(place: str, value: Any) -> Callable[[dict[str, Any]], None]:
         ("settings/train.learning_rate/value", 1.0, "settings"),
         ("settings/train.epochs/value", 3, "training"),
         ("dataset/sha256", "0" * 64, "stages"),
+        ("dataset/licences", {"rows.jsonl": "mit"}, "stages"),
+        ("model/licence", "mit", "stages"),
         ("dataset/rows", 9, "stages"),
         ("model/sha256", "0" * 64, "stages"),
         ("model/revision", "main", "stages"),

@@ -1,0 +1,80 @@
+"""Checks a copy of the adapter in another dtype: the adapter's own files, with its numbers rounded and no others.
+
+Without torch, as all of `verify`: the rounding to bf16 and fp16 is computed on the bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from job.results.adapter_facts import WEIGHTS
+from job.runs.layout import ADAPTER, EXPORT_CARD, RESULTS, export_folder
+from job.verification.check_figures import Copies
+from job.verification.differences import MAX_SHOWN, Difference, find_differences
+
+_NAMES = {"bf16": "BF16", "fp16": "F16"}
+"""Type of a copy -> safetensors' name of the dtype."""
+
+
+def adapter_files(export: Mapping[str, Any], copies: Copies) -> Iterator[Difference]:
+    """What differs in the files of a copy from those of the adapter, but for the dtype."""
+    folder, kind = export_folder(export["format"]), export["format"].partition(":")[2]
+    given, made = (
+        {path.removeprefix(place): copy for path, copy in copies.items() if path.startswith(place)}
+        for place in (ADAPTER, folder)
+    )
+    found, wanted = (sorted(files.keys() - {EXPORT_CARD}) for files in (made, given))
+    yield from find_differences(f"{folder} files", found, wanted)
+    yield from find_differences(f"{RESULTS} exports {export['format']} dtype", export["dtype"], kind)
+    for name in sorted({*found} & {*wanted}):
+        if name == WEIGHTS:
+            yield from _rounded(folder + name, made[name], given[name], kind)
+        elif made[name].read_bytes() != given[name].read_bytes():
+            yield Difference(folder + name, "the bytes of the adapter's own", "others")
+
+
+def _rounded(place: str, copy: Path, original: Path, kind: str) -> Iterator[Difference]:
+    """The first tensor of a copy that is not the original's in another dtype."""
+    from safetensors import SafetensorError
+
+    try:
+        found, whole = _tensors(copy), _tensors(original)
+        yield from find_differences(f"{place} tensors", sorted(found), sorted(whole))
+        for name in sorted(found.keys() & whole.keys()):
+            if found[name] != _in_dtype(whole[name], _NAMES[kind]):
+                yield Difference(f"{place} {name}", f"the adapter's own in {kind}", "other numbers")
+                return
+    except (SafetensorError, KeyError, ValueError) as error:
+        yield Difference(place, "tensors", f"{type(error).__name__}: {str(error)[:MAX_SHOWN]}")
+
+
+def _tensors(file: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    """Name -> (dtype, shape, bytes)."""
+    from safetensors import deserialize
+
+    found = deserialize(file.read_bytes())  # type: ignore[no-untyped-call]
+    return {name: (one["dtype"], tuple(one["shape"]), bytes(one["data"])) for name, one in found}
+
+
+def _in_dtype(tensor: tuple[str, tuple[int, ...], bytes], dtype: str) -> tuple[str, tuple[int, ...], bytes]:
+    """Its numbers rounded to the nearest, of two to the even one; as it is if they are no floats."""
+    held, shape, data = tensor
+    if held not in {"F32", "BF16", "F16"} or held == dtype:
+        return tensor
+    numbers = _fp32(held, data)
+    if dtype == "F16":
+        with np.errstate(over="ignore"):  # infinite then, and not equal
+            return dtype, shape, numbers.astype("<f2").tobytes()
+    bits = numbers.view("<u4").astype(np.uint64)  # the upper half of fp32's bits is bf16
+    return dtype, shape, ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("<u2").tobytes()
+
+
+def _fp32(held: str, data: bytes) -> NDArray[np.float32]:
+    if held == "BF16":
+        return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
+    return np.frombuffer(data, "<f4" if held == "F32" else "<f2").astype("<f4")
