@@ -16,6 +16,8 @@ from job.records import TaskScores
 
 DEQUANTIZED = "dequantized"
 """The candidate of `merged` that is taken where accuracies are equal."""
+_AT_WORST = ("delta", "ci95", "holm_p", "verdict")
+"""What the manifest has of a comparison in which all near ties fell one way."""
 
 
 def compare_tasks(
@@ -141,7 +143,7 @@ def compare_near_ties(
     ]
 
     def of_metric(name: str, close: str, pick: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> dict[str, Any]:
-        low, high = ({key: pick(end[name])[key] for key in _OF_AN_END} for end in ends)
+        low, high = ({key: pick(end[name])[key] for key in _AT_WORST} for end in ends)
         verdict = pick(told[name])["verdict"]
         counts = (near_ties(getattr(side[name], close), dtype) for side in sides)
         return {
@@ -159,9 +161,6 @@ def compare_near_ties(
         for name, found in told.items()
     }
     return {"dtype": dtype, "bound": BOUNDS[dtype], "tasks": tasks}
-
-
-_OF_AN_END = ("delta", "ci95", "holm_p", "verdict")
 
 
 def compare_export(
