@@ -40,6 +40,7 @@ from job.runs.layout import (
     SERVED,
     SETTINGS,
     SIGNATURE,
+    STAGES,
 )
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ _NOT_SIGNED = (
     SCORES,
     SERVED,
     SETTINGS,
-    "stages/",
+    STAGES,
     ".store/",
 )
 """What the signature of a run is not over. The manifest, which is signed, has the SHA-256 of what is final in there."""

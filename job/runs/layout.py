@@ -70,7 +70,8 @@ quantized, the exported files in the store, each exported format that was made f
 its name), and the adapter's first values."""
 ORIGINAL_SIDE = "original"
 """Side of the answers (`answers_key`) of the base before it is quantized."""
-FIRST_TENSORS = "stages/first-values.safetensors"
+STAGES = "stages/"
+FIRST_TENSORS = f"{STAGES}first-values.safetensors"
 
 ARTIFACTS = "artifacts/"
 ADAPTER = f"{ARTIFACTS}adapter/"
@@ -99,7 +100,7 @@ _CHECKPOINT = re.compile(rf"{CHECKPOINTS}step-(\d{{8}}|[1-9]\d{{8,17}})/(.+)", r
 
 def stage_key(name: str) -> str:
     """Where the record of a stage lies."""
-    return f"stages/{name}.json"
+    return f"{STAGES}{name}.json"
 
 
 def attempt_key(number: int) -> str:

@@ -84,6 +84,7 @@ def assert_all_ended(folder: Path) -> None:
     assert not (folder / "published").exists()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_death_without_a_launcher_ends_the_others_and_the_helper(tmp_path: Path, killed: int) -> None:
     """SIGKILL to either of two processes while one quantizes: the other ends with 75 within seconds."""

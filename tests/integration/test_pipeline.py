@@ -290,7 +290,7 @@ def test_the_terminal_is_told_in_seven_lines(whole: Ended) -> None:
     assert lines[-2] == f"report: {whole.run}/artifacts/report.html"
     verdict = verdict_in_words("arc_easy", whole.results)
     assert lines[-1] == f"arc_easy {verdict}; results: {whole.run}/results.json"
-    assert lines[-3].startswith("arc_easy, unquantized base: ")
+    assert lines[-4].startswith("arc_easy, unquantized base: ")
 
 
 def test_metrics_are_published_as_lines_and_as_events(whole: Ended) -> None:

@@ -137,6 +137,7 @@ def test_a_run_moves_between_numbers_of_processes(forked: Forks, environment: di
     ]
 
 
+@pytest.mark.long
 def test_the_same_number_of_processes_gives_the_same_bits(forked: Forks, environment: dict[str, str]) -> None:
     """NF4, dropout, 8-bit Adam, 2 processes: killed while the unquantized base is scored and in training, same bits."""
     output = environment["JOB_RUN__OUTPUT"]

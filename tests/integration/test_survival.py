@@ -166,6 +166,7 @@ def test_corrupt_checkpoint(environment: dict[str, str], undisturbed: dict[str, 
     assert published(tmp_path, "flip") == undisturbed
 
 
+@pytest.mark.long
 def test_a_restart_needs_the_model_no_more(
     environment: dict[str, str], undisturbed: dict[str, str], tmp_path: Path
 ) -> None:
@@ -334,6 +335,7 @@ def test_random_kills(environment: dict[str, str], undisturbed: dict[str, str], 
         assert published(tmp_path / str(number), f"random-{number}") == undisturbed
 
 
+@pytest.mark.long
 def test_questions_may_not_change(environment: dict[str, str], tmp_path: Path) -> None:
     """An attempt that finds other questions than the one before ends with 65: they could not be paired."""
     questions = Path(environment["JOB_EVAL__DATA"].removeprefix("arc_easy="))
@@ -352,6 +354,7 @@ def test_questions_may_not_change(environment: dict[str, str], tmp_path: Path) -
     assert not (tmp_path / "moved" / "results.json").exists()
 
 
+@pytest.mark.long
 def test_a_mistake_does_not_bind_the_run(environment: dict[str, str], tmp_path: Path) -> None:
     """A setting that cannot work may be corrected under the same id; one that decided a result may not be changed."""
     changes = {"JOB_RUN__ID": "typo", "JOB_RUN__OUTPUT": str(tmp_path), "JOB_TRAIN__MAX_STEPS": "2"}
