@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from job.results.adapter_facts import WEIGHTS
-from job.runs.layout import ADAPTER, EXPORT_CARD, RESULTS, export_folder
+from job.runs.layout import ADAPTER, EXPORT_CARD, RESULTS, SIGNATURE, export_folder
 from job.verification.check_figures import Copies
 from job.verification.differences import MAX_SHOWN, Difference, find_differences
 
@@ -28,7 +28,7 @@ def adapter_files(export: Mapping[str, Any], copies: Copies) -> Iterator[Differe
         {path.removeprefix(place): copy for path, copy in copies.items() if path.startswith(place)}
         for place in (ADAPTER, folder)
     )
-    found, wanted = (sorted(files.keys() - {EXPORT_CARD}) for files in (made, given))
+    found, wanted = (sorted(files.keys() - {EXPORT_CARD, SIGNATURE}) for files in (made, given))
     yield from find_differences(f"{folder} files", found, wanted)
     yield from find_differences(f"{RESULTS} exports {export['format']} dtype", export["dtype"], kind)
     for name in sorted({*found} & {*wanted}):

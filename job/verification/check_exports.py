@@ -14,10 +14,13 @@ from job.common.gguf_file import gguf_contents
 from job.data.calibration import calibration_rows, hash_rows
 from job.evaluation.comparison import choose_candidate, compare_export
 from job.records import TaskScores
-from job.runs.layout import EXPORT, EXPORT_CARD, ORIGINAL_SIDE, RESULTS, export_folder, export_side
+from job.runs.layout import EXPORT, EXPORT_CARD, ORIGINAL_SIDE, RESULTS, SIGNATURE, export_folder, export_side
 from job.verification.check_adapter_copy import adapter_files
 from job.verification.check_figures import Copies, SamplesByTask, read_samples, scores_of, unpaired
 from job.verification.differences import MAX_SHOWN, CheckResult, Difference, find_differences, show
+
+_ADDED = (EXPORT_CARD, SIGNATURE)
+"""What the last stage adds to the files of a format."""
 
 
 def check_exports(results: Mapping[str, Any], copies: Copies) -> CheckResult | None:
@@ -102,9 +105,9 @@ def _check_one(
 def _files(export: Mapping[str, Any], results: Mapping[str, Any], copies: Copies) -> Iterator[Difference]:
     """The bytes of all files, and that they are a model."""
     folder = export_folder(export["format"])
-    if "bytes" in export:  # without the card, which is made of the manifest
+    if "bytes" in export:  # without the card, which is made of the manifest, and the signature
         paths = {one["path"]: one["bytes"] for one in results["artifacts"] if one["path"].startswith(folder)}
-        found = sum(paths.values()) - paths.get(folder + EXPORT_CARD, 0)
+        found = sum(size for path, size in paths.items() if path.removeprefix(folder) not in _ADDED)
         yield from find_differences(f"{folder} bytes", export["bytes"], found)
     family = export["format"].partition(":")[0]
     yield from {ADAPTER: adapter_files, GGUF: _gguf_file}.get(family, _model_files)(export, copies)
@@ -155,7 +158,8 @@ def _model_files(export: Mapping[str, Any], copies: Copies) -> Iterator[Differen
 def _gguf_file(export: Mapping[str, Any], copies: Copies) -> Iterator[Difference]:
     """The types of the numbers in a GGUF file, where the package that reads it is installed."""
     folder = export_folder(export["format"])
-    files = [copy for path, copy in copies.items() if path.startswith(folder) and path != folder + EXPORT_CARD]
+    named = {path.removeprefix(folder): copy for path, copy in copies.items() if path.startswith(folder)}
+    files = [copy for name, copy in named.items() if name not in _ADDED]
     if len(files) != 1:
         yield Difference(folder, "one file", str(len(files)))
     elif find_spec("gguf") is not None:

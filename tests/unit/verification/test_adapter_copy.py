@@ -31,6 +31,10 @@ def test_it_rounds_as_torch_does(kind: str, held: torch.dtype, tmp_path: Path) -
     paths = [f"artifacts/{folder}/adapter_model.safetensors" for folder in ("adapter", f"export/adapter-{kind}")]
     copies = {path: tmp_path / path.removeprefix("artifacts/") for path in paths}
     assert list(adapter_files({"format": f"adapter:{kind}", "dtype": kind}, copies)) == []
+    for folder in ("adapter", f"export/adapter-{kind}"):  # of a signed run, each folder has a signature of its own
+        (tmp_path / folder / "model.sig").write_text(folder)
+        copies[f"artifacts/{folder}/model.sig"] = tmp_path / folder / "model.sig"
+    assert list(adapter_files({"format": f"adapter:{kind}", "dtype": kind}, copies)) == []
     off = {"a": tensors["a"].to(DTYPES[kind]).flip(0), "b": tensors["b"]}
     save_file(off, tmp_path / f"export/adapter-{kind}/adapter_model.safetensors")
     (found,) = adapter_files({"format": f"adapter:{kind}", "dtype": kind}, copies)
