@@ -10,7 +10,7 @@ from typing import Any
 from job.errors import DataError, Problem
 from job.evaluation import statistics
 from job.evaluation.near_ties import BOUNDS, at_worst, near_ties
-from job.evaluation.policy import CHOICES, Policy, judge_policy, of_metric, passes
+from job.evaluation.policy import CHOICES, Policy, judge_policy, named, of_metric, passes
 from job.evaluation.policy import reasons as policy_reasons
 from job.records import TaskScores
 
@@ -286,10 +286,18 @@ def judge(
 
 
 def judged_by(tasks: Mapping[str, Any], metric: str) -> dict[str, Any]:
-    """The tasks that a metric of the gate is about: those with choices, or the others that have it; never groups."""
+    """The tasks that a metric of the gate is about: those with choices, or the others that have it; never groups.
+
+    A task that has several of the name is among them, though the gate cannot judge it: it is never left out unsaid.
+    """
     if metric in CHOICES:
         return {name: task for name, task in tasks.items() if "metrics" not in task}
-    return {name: task for name, task in tasks.items() if "kind" in task and of_metric(task, metric) is not None}
+    return {name: task for name, task in tasks.items() if "kind" in task and named(metric, task["metrics"])}
+
+
+def without_metric(task: str, metric: str) -> str:
+    """Why a task of `judged_by` has no figure by the metric, in words."""
+    return f"{task} has {'no' if metric in CHOICES else 'several metrics'} {metric}"
 
 
 def gate_failures(
@@ -313,7 +321,7 @@ def gate_failures(
     for name, task in tasks.items():
         found = of_metric(task, metric)
         if found is None:
-            reasons.append(f"{name} has no {metric}")
+            reasons.append(without_metric(name, metric))
             continue
         low = found["ci95"][0] if found.get("higher_is_better", True) else -found["ci95"][1]
         if min_delta is not None and low < min_delta:

@@ -277,9 +277,14 @@ def check_gate(tasks: Tasks, metric: str, policy: Policy | None, path: str | Non
         measured = tasks.only(*MEASURED).metrics()
         if only:
             raise SettingsError([Problem("JOB_GATE__METRIC", f"is {metric}, which is not compared there: {only}")])
-        if not any(named(metric, found) for found in measured.values()):
+        having = {name: named(metric, found) for name, found in measured.items()}
+        if not any(having.values()):
             has = ", ".join(sorted({name for found in measured.values() for name in found})) or "none"
             what = f"is {metric}, which no task of this run has; tasks without choices have {has}"
+            raise SettingsError([Problem("JOB_GATE__METRIC", what)])
+        if several := [name for name, found in having.items() if len(found) > 1]:
+            which = f"is {metric}, of which {several[0]} has several: {', '.join(having[several[0]])}"
+            what = f"{which}; name one of them, or name one for each task in JOB_GATE__POLICY"
             raise SettingsError([Problem("JOB_GATE__METRIC", what)])
 
 

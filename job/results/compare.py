@@ -8,7 +8,7 @@ from typing import Any
 
 from job.common import tables
 from job.errors import DataError, Problem, SettingsError
-from job.evaluation.comparison import compare_tasks, gate_failures, judged_by, original_tasks
+from job.evaluation.comparison import compare_tasks, gate_failures, judged_by, original_tasks, without_metric
 from job.evaluation.measured import compare_measured
 from job.evaluation.policy import (
     CHOICES,
@@ -209,7 +209,7 @@ def gate_reasons(
     for name, task in tasks.items():
         figures = of_metric(task, metric)
         if figures is None:
-            reasons.append(f"{name} has no {metric}")
+            reasons.append(without_metric(name, metric))
         elif figures["verdict"] == "regressed":
             reasons.append(f"{name}: {metric} regressed by {-figures['delta']:.4f}, p = {figures['holm_p']:.2g}")
     return reasons

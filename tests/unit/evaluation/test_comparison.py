@@ -101,6 +101,17 @@ def test_the_gate_looks_at_the_metric_it_was_told() -> None:
     assert comparison.gate_failures(tasks, "acc_norm", None, 0.5) == ["t has no acc_norm"]
 
 
+def test_a_task_with_several_metrics_of_the_name_is_not_left_out() -> None:
+    """`exact_match` of a task with two filters could be either: the gate does not pass without it."""
+    gained = {"higher_is_better": True, "ci95": (0.1, 0.2)}
+    one = {"kind": "generate_until", "metrics": {"exact_match,none": gained}}
+    two = {"kind": "generate_until", "metrics": {"exact_match,strict": gained, "exact_match,loose": gained}}
+    assert comparison.gate_failures({"one": one}, "exact_match", 0.0, None) == []
+    reasons = comparison.gate_failures({"one": one, "two": two}, "exact_match", 0.0, None)
+    assert reasons == ["two has several metrics exact_match"]
+    assert comparison.gate_failures({"one": one, "two": two}, "exact_match,strict", 0.0, None) == []
+
+
 def test_one_task_below_the_gate_is_enough() -> None:
     """All tasks have to pass; those that do not are named."""
     tasks = {"good": compared(80, 0)["t"], "bad": compared(0, 80)["t"]}
