@@ -32,6 +32,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -155,10 +156,11 @@ def check_policy(
             )
     if policy.combined is not None:
         pooled = {name for name, asked in policy.tasks.items() if asked.role != "guarded"}
+        asked_of = {name: set(groups.get(name, [name])) for name in sorted(pooled)}
         problems += [
-            f"combined: would count the questions of {', '.join(both)} twice, which are in {name}"
-            for name in sorted(pooled & groups.keys())
-            if (both := sorted(pooled & set(groups[name])))
+            f"combined: would count the questions of {', '.join(both[:_SHOWN])} twice, for {one} and for {other}"
+            for one, other in combinations(asked_of, 2)
+            if (both := sorted(asked_of[one] & asked_of[other]))
         ]
     if problems:
         raise SettingsError([Problem(f"{SETTING} ({path})", what) for what in problems])

@@ -23,8 +23,9 @@ KNOWN = {
     "arc": ["acc,none", "acc_norm,none"],
     "gsm": ["exact_match,strict-match", "exact_match,flexible-extract"],
     "all": ["acc,none"],
+    "part": ["acc,none"],
 }
-GROUPS = {"all": ["arc", "wino"]}
+GROUPS = {"all": ["arc", "wino"], "part": ["wino"]}
 GAINED, LOST, UNCLEAR, SAME = task(1000, 80, 20), task(1000, 20, 80), task(1000, 30, 22), task(1000, 5, 5)
 
 
@@ -236,6 +237,10 @@ def test_null_runs_pass_at_the_nominal_rate() -> None:
         (
             "combined: {min_gain: 0}\ntasks: {all: {role: critical, min_gain: 0}, arc: {role: critical, min_gain: 0}}",
             "questions of arc twice",
+        ),
+        (
+            "combined: {min_gain: 0}\ntasks: {all: {role: critical, min_gain: 0}, part: {role: critical, min_gain: 0}}",
+            "questions of wino twice, for all and for part",
         ),
         ("tasks: {}", "tasks: "),
         ("alpha: 0.7", "tasks: is missing"),
