@@ -12,6 +12,10 @@ GIVEN_TWICE = "a key is given twice"
 ALIAS = "an alias of a list or mapping is not allowed"
 
 
+_MISFITS = (KeyError, IndexError, AttributeError, TypeError)
+"""What PyYAML raises for values such as `!!bool maybe`, `!!int ""` and `!!timestamp now`."""
+
+
 class NotAllowedError(ValueError):
     """What a file holds could be read, and is not allowed; the message quotes nothing of the file."""
 
@@ -76,4 +80,7 @@ def strict_yaml(content: bytes | str) -> Any:
                 seen.add(str(key.value))
             return super().construct_mapping(node, deep)
 
-    return Loader(content).get_single_data()
+    try:
+        return Loader(content).get_single_data()
+    except _MISFITS:
+        raise ValueError("a value does not fit its tag") from None

@@ -24,6 +24,8 @@ _METADATA = re.compile(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", re.DO
 _NAME = re.compile(r"[\w.+-]{1,96}( [\w.+-]{1,96}){0,7}")
 _MOST_BYTES = 64 << 10
 """Of a card that are read: its metadata are at the beginning."""
+_MOST_BRACKETS = 1_000
+"""In the metadata: the time that PyYAML takes grows with the square of their depth."""
 
 
 def find_licence(source: str, revision: str | None, kind: Literal["model", "dataset"]) -> str | None:
@@ -59,10 +61,14 @@ def read_licence(card: Path) -> str | None:
         with card.open("rb") as file:
             text = file.read(_MOST_BYTES).decode(errors="replace")
         found = _METADATA.match(text)
-        if found is None or any(isinstance(one, yaml.AliasEvent) for one in yaml.parse(found[1], yaml.SafeLoader)):
+        if found is None or found[1].count("[") + found[1].count("{") > _MOST_BRACKETS:
+            return None
+        if any(isinstance(one, yaml.AliasEvent) for one in yaml.parse(found[1], yaml.SafeLoader)):
             return None  # aliases can make a short text a long one
         given = yaml.safe_load(found[1])
     except (OSError, yaml.YAMLError, ValueError, RecursionError):
+        return None
+    except (KeyError, IndexError, AttributeError, TypeError):  # by PyYAML, of a value that does not fit its tag
         return None
     if not isinstance(given, dict):
         return None

@@ -119,6 +119,8 @@ def test_what_a_file_may_not_say_is_refused(tmp_path: Path, changes: dict[str, A
         ("task: x\ndoc_to_text: a\ndoc_to_text: b", "sums.yaml:3: a key is given twice"),
         ("- task", "describes no task"),
         ("task: [", "sums.yaml:"),
+        ("task: !!bool maybe", "a value does not fit its tag"),
+        ("task: !!int ''", "a value does not fit its tag"),
         ("[" * 30_000, "brackets"),
         ("- " * 20_000, "sums.yaml"),
         ("task: x" + " " * (1 << 20), "more than"),

@@ -685,6 +685,12 @@ class TestWrongValues:
         (tmp_path / "job.yaml").write_text(content, encoding="utf-8")
         assert what in problems([f"--config={tmp_path / 'job.yaml'}"])["JOB_CONFIG (command line)"]
 
+    @pytest.mark.parametrize("value", ["!!bool maybe", "!!int ''", "!!timestamp now"])
+    def test_a_value_that_does_not_fit_its_tag(self, tmp_path: Path, value: str) -> None:
+        """PyYAML has no error of its own for it."""
+        (tmp_path / "job.yaml").write_text(f"lora:\n  rank: {value}\n", encoding="utf-8")
+        assert "is not valid YAML" in problems([f"--config={tmp_path / 'job.yaml'}"])["JOB_CONFIG (command line)"]
+
     def test_an_alias_of_a_value_is_that_value(self, tmp_path: Path) -> None:
         """It unfolds to nothing larger."""
         (tmp_path / "job.yaml").write_text("lora:\n  rank: &r 32\n  alpha: *r\n", encoding="utf-8")
