@@ -118,7 +118,7 @@ def read_pointer(place: Place) -> tuple[Pointer | None, str | None]:
         raise SettingsError([Problem(place.uri, "is a file that `promote` did not write; give another place")])
     try:
         return _parsed(unsealed(stored.data)), stored.tag
-    except (ValueError, KeyError) as error:  # pydantic's are ValueErrors
+    except (ValueError, KeyError, TypeError) as error:  # pydantic's are ValueErrors
         why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
         raise VerificationError([Problem(place.uri, f"is no pointer as `promote` writes it: {why}")]) from None
 

@@ -14,9 +14,10 @@ import pytest
 
 from job.cli.promote import promote_command
 from job.cli.runs import compare_command, report_command, verify_command
+from job.common.hashing import sealed
 from job.errors import GateError, JobError, Replaced, SettingsError, VerificationError
 from job.results import promotion
-from job.results.promotion import MOST, PointerMoved, Promoted, pointer_place, promote, read_pointer
+from job.results.promotion import KIND, MOST, PointerMoved, Promoted, pointer_place, promote, read_pointer
 from job.results.reader import open_run, read_published
 from job.storage.local import LocalStore
 from job.storage.location import StorageOptions
@@ -219,6 +220,16 @@ def test_an_altered_pointer(made: Path, tmp_path: Path, change: Callable[[bytes]
     for command in (lambda: verify_command([str(to)]), lambda: promote_command([str(made / "b"), "--to", str(to)])):
         with pytest.raises(VerificationError, match="no pointer as `promote` writes it"):
             command()
+
+
+@pytest.mark.parametrize("changes", [{"previous": 3}, {"rolled_back": None}, {"previous": [{}]}, {"kind": [KIND]}])
+def test_a_pointer_of_another_form(made: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Anybody can write a seal: what is sealed may still be no pointer."""
+    to = tmp_path / "current"
+    promote_command([str(made / "a"), "--to", str(to)])
+    to.write_bytes(sealed({**json.loads(to.read_bytes()), **changes}))
+    with pytest.raises(VerificationError, match="no pointer as `promote` writes it"):
+        verify_command([str(to)])
 
 
 def test_commands_take_a_pointer(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
