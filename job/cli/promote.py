@@ -30,6 +30,10 @@ def promote_command(words: Sequence[str]) -> int:
     storage, cache = reading(given)
     if "--to" not in given.options:
         raise SettingsError([Problem("--to", "is needed: the pointer, such as s3://bucket/models/current")])
+    alone = [name for name in ("--key", "--without-gate") if name in given.options or name in given.flags]
+    if "--rollback" in given.flags and alone:
+        what = "is for a run that is promoted, and --rollback would not look at it; remove it"
+        raise SettingsError([Problem(name, what) for name in alone])
     key = signer(given)
     place = pointer_place(given.options["--to"], storage)
     check_place(place)

@@ -253,7 +253,13 @@ def test_history_is_bounded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("words", "match"),
-    [(["a"], "--to: is needed"), (["a", "--rollback", "--to=x"], "--rollback: needs no run"), (["--to=x"], "one run")],
+    [
+        (["a"], "--to: is needed"),
+        (["a", "--rollback", "--to=x"], "--rollback: needs no run"),
+        (["--to=x"], "one run"),
+        (["--rollback", "--to=x", "--key=pub.pem"], "--key: is for a run that is promoted"),
+        (["--rollback", "--to=x", "--without-gate"], "--without-gate: is for a run that is promoted"),
+    ],
 )
 def test_words_that_make_no_sense(words: list[str], match: str) -> None:
     """Told before anything is read."""
