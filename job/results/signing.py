@@ -77,10 +77,11 @@ def load_private_key(path: str, password: str | None) -> EllipticCurvePrivateKey
     Raises:
         SettingsError: There is none, it is of another kind, or the password is missing or wrong.
     """
-    from cryptography.hazmat.primitives.asymmetric import ec
-
     data = _read("JOB_SIGN__KEY", path)
     serialization = _cryptography("JOB_SIGN__KEY")
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.asymmetric import ec
+
     try:
         key = serialization.load_pem_private_key(data, None if password is None else password.encode())
     except TypeError:  # which of the two it is, the library says by a text alone
@@ -88,6 +89,9 @@ def load_private_key(path: str, password: str | None) -> EllipticCurvePrivateKey
         raise SettingsError([Problem("JOB_SIGN__PASSWORD", what)]) from None
     except ValueError:
         what = f"{path} is no private key in PEM" + (", or JOB_SIGN__PASSWORD is not its password" if password else "")
+        raise SettingsError([Problem("JOB_SIGN__KEY", what)]) from None
+    except UnsupportedAlgorithm:  # another curve, or a cipher that this OpenSSL does not have
+        what = f"{path} is a key of a kind that cannot be read here; {_HOW_TO_MAKE}"
         raise SettingsError([Problem("JOB_SIGN__KEY", what)]) from None
     if not isinstance(key, ec.EllipticCurvePrivateKey) or key.curve.name not in _HASHES:
         raise SettingsError([Problem("JOB_SIGN__KEY", f"{path} is another kind of key; {_HOW_TO_MAKE}")])
@@ -282,6 +286,8 @@ def _resources(payload: bytes) -> Iterator[tuple[str, str]]:
         listed = [(one["name"], one["algorithm"], one["digest"]) for one in statement["predicate"]["resources"]]
     except (KeyError, TypeError, ValueError, RecursionError):
         raise ValueError("a signed statement that is none of files") from None
-    if kinds != (_STATEMENT, _PREDICATE) or any(algorithm != "sha256" for _, algorithm, _ in listed):
+    if kinds != (_STATEMENT, _PREDICATE) or not all(
+        isinstance(name, str) and algorithm == "sha256" for name, algorithm, _ in listed
+    ):
         raise ValueError("a signed statement of another kind")
     yield from ((name, digest) for name, _, digest in listed)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
@@ -189,6 +190,18 @@ def test_keys_that_are_refused(tmp_path: Path) -> None:
     for path in (ed_pub, plain, str(tmp_path / "text")):
         with pytest.raises(SettingsError, match="no public key"):
             signing.load_public_key(path)
+
+
+def test_a_private_key_that_the_library_cannot_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as one on another curve: said like any other key that does not sign."""
+
+    def refuse(*_: object) -> None:
+        raise UnsupportedAlgorithm("Curve 1.3.132.0.8 is not supported")
+
+    private, _ = write_key(tmp_path, "key", ec.generate_private_key(ec.SECP256R1()))
+    monkeypatch.setattr(serialization, "load_pem_private_key", refuse)
+    with pytest.raises(SettingsError, match="JOB_SIGN__KEY: .* cannot be read here; make one with"):
+        signing.load_private_key(private, None)
 
 
 def test_the_plan_reads_the_key(keys: dict[str, tuple[str, str]], tmp_path: Path) -> None:
