@@ -184,6 +184,8 @@ def _wrong_group(path: Path, config: Mapping[Any, Any]) -> Iterator[str]:
         file = path.parent / name
         if name.endswith(ENDINGS) and not (".." not in PurePosixPath(name).parts and _inside(file, path.parent)):
             yield f"task: {name[:80]!r} does not lie in the folder of the group"
+    if not isinstance(config.get("metadata", {}), dict):
+        yield "metadata: is no mapping"
     aggregated = config.get("aggregate_metric_list", [])
     if not (isinstance(aggregated, list) and len(_mappings(aggregated)) == len(aggregated)):
         yield "aggregate_metric_list: is no list of metrics"
@@ -192,10 +194,21 @@ def _wrong_group(path: Path, config: Mapping[Any, Any]) -> Iterator[str]:
             yield f"aggregate_metric_list: takes {', '.join(sorted(AGGREGATED))}"
         elif metric.get("aggregation", "mean") != "mean" or not isinstance(metric.get("weight_by_size", True), bool):
             yield f"aggregate_metric_list: {metric['metric'][:80]}: aggregation is mean, weight_by_size true or false"
+        elif not _is_filters(metric.get("filter_list")):
+            yield f"aggregate_metric_list: {metric['metric'][:80]}: filter_list is no name or list of names"
+
+
+def _is_filters(value: Any) -> bool:
+    """What lm-eval takes as names of filters: one, several, or nothing for all."""
+    names = value if isinstance(value, list) else [value or ""]
+    return all(isinstance(name, str) for name in names)
 
 
 def _inside(file: Path, folder: Path) -> bool:
-    return file.resolve().is_relative_to(folder.resolve())
+    try:
+        return file.resolve().is_relative_to(folder.resolve())
+    except (ValueError, OSError, RuntimeError):  # no such name is possible, or links that lead in a circle
+        return False
 
 
 def _read_task(path: Path, text: bytes, config: Mapping[Any, Any]) -> TaskFile:

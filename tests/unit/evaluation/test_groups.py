@@ -186,6 +186,7 @@ def test_a_lower_figure_may_be_the_better_one() -> None:
     ("changes", "says"),
     [
         ({"task": ["few.yaml", "../other.yaml"]}, "does not lie in the folder of the group"),
+        ({"task": ["\0.yaml"]}, "does not lie in the folder of the group"),
         ({"task": ["own.yaml"]}, "own.yaml is a group too"),
         ({"task": "few.yaml"}, "task: is no list of names"),
         ({"task": []}, "task: is no list of names"),
@@ -195,7 +196,9 @@ def test_a_lower_figure_may_be_the_better_one() -> None:
         ({"include": "other.yaml"}, "include: is not taken from a user's group"),
         ({"aggregate_metric_list": [{"metric": "acc", "aggregation": "utils.mean"}]}, "aggregation is mean"),
         ({"aggregate_metric_list": [{"metric": "acc", "weight_by_size": "no"}]}, "weight_by_size true or false"),
+        ({"aggregate_metric_list": [{"metric": "acc", "filter_list": 5}]}, "filter_list is no name or list of names"),
         ({"aggregate_metric_list": {"metric": "acc"}}, "is no list of metrics"),
+        ({"metadata": 3}, "metadata: is no mapping"),
         ({"aggregate_metric_list": [{"metric": "f1"}]}, "own has no figure that is an average over questions"),
     ],
 )
