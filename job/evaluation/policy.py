@@ -253,9 +253,14 @@ class Spread:
         return float(t.sf(excess / self.error, self.freedom)), float(t.cdf(excess / self.error, self.freedom))
 
     def detectable(self, alpha: float, power: float = 0.8) -> float:
-        """As `Counts.detectable`, by the usual approximation: the sum of two quantiles, times the standard error."""
+        """As `Counts.detectable`, by the usual approximation: the sum of two quantiles, times the standard error.
+
+        1, the largest threshold that a rule can have, where the error shows nothing.
+        """
         from scipy.stats import t
 
+        if self.error == 0 and not self.exact:  # a few grades that are all alike: nothing is known of their spread
+            return 1.0
         return self.error * float(t.ppf(1 - alpha / 2, self.freedom) + t.ppf(power, self.freedom))
 
 

@@ -82,6 +82,7 @@ def measured(delta: float, half: float, *, n: int = 101, rises: bool = True, **m
         ({"role": "guarded", "max_loss": 0.03}, measured(0.08, 0.01, rises=False, aggregation="perplexity"), "failed"),
         ({"role": "critical", "max_detectable_effect": 0.05}, measured(0.0, 0.03), "passed"),
         ({"role": "critical", "max_detectable_effect": 0.04}, measured(0.0, 0.03), "inconclusive"),
+        ({"role": "critical", "max_detectable_effect": 0.04}, measured(0.0, 0.0), "inconclusive"),
         ({"role": "guarded", "max_loss": 0.03}, measured(0.0, 0.0), "inconclusive"),
         ({"role": "guarded", "max_loss": 0.03}, measured(0.0, 0.0, aggregation="bits_per_byte"), "passed"),
         ({"role": "critical", "min_gain": 0.0}, measured(0.0, 0.0, aggregation="bits_per_byte"), "inconclusive"),
