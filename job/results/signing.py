@@ -160,7 +160,7 @@ def public_key(key: EllipticCurvePrivateKey) -> str:
 
 def key_id(pem: str) -> str:
     """SHA-256 of a public key in PEM, by which a signature names its key."""
-    return hashlib.sha256(pem.encode()).hexdigest()
+    return hashlib.sha256(pem.encode(errors="backslashreplace")).hexdigest()  # in a manifest it may be any text
 
 
 def signed_folders(results: Mapping[str, Any]) -> list[str]:

@@ -204,6 +204,14 @@ def test_a_private_key_that_the_library_cannot_read(tmp_path: Path, monkeypatch:
         signing.load_private_key(private, None)
 
 
+def test_a_key_in_the_manifest_that_is_none(run: Path) -> None:
+    """Whatever text stands there is told as a difference, also half of a surrogate pair."""
+    for text in ("no key", "\ud800"):
+        forge(run, lambda results, text=text: results["signing"].update(public_key=text))
+        with pytest.raises(VerificationError, match="signing"):
+            verify_command([str(run)])
+
+
 def test_the_plan_reads_the_key(keys: dict[str, tuple[str, str]], tmp_path: Path) -> None:
     """A key that does not sign is found before a GPU is paid for, and one that does is named by its hash."""
     private, public = keys["signer"]
