@@ -1,4 +1,4 @@
-"""What kind of text the rows are: the language of each, and how long the examples are."""
+"""Statistics of the rows: their languages, and quantiles of the examples' lengths."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from job.common.findings import UNKNOWN_LANGUAGE
 
 PACKAGE, MODULE = "pycld2", "pycld2"
 _NOT_TEXT = re.compile(r"[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\ufdcf\ufdf0-\ufffd\U00010000-\U0010fffd]")
-"""What CLD2 refuses: control characters, surrogates and characters that Unicode reserves for no text."""
+"""Characters that CLD2 refuses: control characters, surrogates and Unicode's noncharacters."""
 QUANTILES: Mapping[str, float] = {
     "min": 0,
     "p5": 0.05,
@@ -26,15 +26,15 @@ QUANTILES: Mapping[str, float] = {
 
 
 def language_checker() -> str | None:
-    """What finds out languages, with its version; None where it is not installed."""
+    """Name and version of the language detector; None if it is not installed."""
     return None if find_spec(MODULE) is None else f"{PACKAGE} {metadata.version(PACKAGE)}"
 
 
 def language_finder() -> Callable[[str], str]:
-    """From a text to the code of its language as CLD2 has it, mostly ISO 639-1, such as `en` or `zh-Hant`.
+    """A function from a text to CLD2's code of its language, mostly ISO 639-1, such as `en` or `zh-Hant`.
 
-    CLD2 has its tables in the package, needs no network, and gives the same answer always. It says whether it is sure;
-    a text of a few words, a list of names, code or numbers is UNKNOWN_LANGUAGE.
+    CLD2 needs no network and is deterministic. If it reports that it is not sure, as of a few words, lists of names,
+    code or numbers, the language is UNKNOWN_LANGUAGE.
     """
     cld2 = import_module(MODULE)
 
@@ -49,7 +49,7 @@ def language_finder() -> Callable[[str], str]:
 
 
 def quantiles(values: Sequence[int]) -> dict[str, int]:
-    """The QUANTILES of the values, each one of them (nearest rank); none of no values."""
+    """The QUANTILES of the values by nearest rank, so that each is one of the values; empty if there are none."""
     ordered = sorted(values)
     if not ordered:
         return {}

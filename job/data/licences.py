@@ -1,4 +1,4 @@
-"""Licences of data sets and models: what the card beside the files says, else what is known here by name."""
+"""Licences of data sets and models: from their card, else from a table of known data sets."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ LICENCES: Mapping[str, str] = {
 _METADATA = re.compile(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", re.DOTALL)
 _NAME = re.compile(r"[\w.+-]{1,96}( [\w.+-]{1,96}){0,7}")
 _MOST_BYTES = 64 << 10
-"""Of a card that are read: its metadata are at the beginning."""
+"""Bytes of a card that are read: its metadata are at the beginning."""
 _MOST_BRACKETS = 1_000
 """In the metadata: the time that PyYAML takes grows with the square of their depth."""
 
 
 def find_licence(source: str, revision: str | None, kind: Literal["model", "dataset"]) -> str | None:
-    """The licence of a source: of its card, else from `LICENCES`; None where neither says one.
+    """The licence of a source, from its card, else from `LICENCES`; None if neither has one.
 
-    A card that cannot be had just now is no error: what is trained does not depend on it.
+    A card that cannot be downloaded is no error: training does not depend on it.
 
     Args:
-        source: Hub id, path or URI; only of the first two a card is looked for.
+        source: Hub id, path or URI; a URI has no card.
         revision: Commit, tag or branch of a hub id.
-        kind: What it is.
+        kind: Whether a hub id names a model or a data set.
     """
     card = None
     if (path := Path(source)).exists():
@@ -51,9 +51,9 @@ def find_licence(source: str, revision: str | None, kind: Literal["model", "data
 
 
 def read_licence(card: Path) -> str | None:
-    """The `license` in the metadata of a card, several with commas between them; None if it has none.
+    """The `license` in the metadata of a card, several separated by commas; None if it has none.
 
-    `other` gives way to `license_name`, as the hub has it.
+    For `other`, the `license_name` is used, as on the hub.
     """
     import yaml
 
@@ -64,7 +64,7 @@ def read_licence(card: Path) -> str | None:
         if found is None or found[1].count("[") + found[1].count("{") > _MOST_BRACKETS:
             return None
         if any(isinstance(one, yaml.AliasEvent) for one in yaml.parse(found[1], yaml.SafeLoader)):
-            return None  # aliases can make a short text a long one
+            return None  # YAML aliases can expand a short text into a huge one
         given = yaml.safe_load(found[1])
     except (OSError, yaml.YAMLError, ValueError, RecursionError):
         return None

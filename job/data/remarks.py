@@ -1,6 +1,6 @@
-"""What is noticed in rows that are good all the same: counted over all rows, and noted once.
+"""Remarks on valid rows, such as words for missing values: counted over all rows, and logged once for each kind.
 
-To add a kind: enter it in `KINDS`, and find it in `row_encoder`.
+To add a kind: enter it in `KINDS`, and detect it in `row_encoder`.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ MISSING = frozenset(
         *("null", "NULL", "Null", "None", "1.#IND", "-1.#IND", "1.#QNAN", "-1.#QNAN"),
     )
 )
-"""Words that tables are read as missing values by (pandas' `na_values`), and that `str` makes of missing values."""
+"""Words that pandas reads as missing values (`na_values`), and those that `str` makes of missing values."""
 
 
 class Remark(NamedTuple):
-    """Something noticed in a row: where, and the words that it is about."""
+    """A remark on a row: its place, and the words or fields in question."""
 
     where: str
     words: tuple[str, ...]
 
 
 Tally = tuple[int, str, Sequence[tuple[str, int]]]
-"""Of some rows with one kind of remark: how many there are, the first place, and how often each word was met."""
+"""For one kind of remark: the number of rows, the place of the first, and the count of each word."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What is said of a kind of remark; below the share of rows it is information, from it on a warning."""
+    """How a kind of remark is logged: as a warning if at least this share of the rows has it, else as information."""
 
     what: str
     words: str
@@ -48,11 +48,11 @@ KINDS = {
     "scores": Kind("chosen answers have lower scores than the rejected ones in their rows", "fields"),
     "repeated": Kind("completions begin with the prompt, which then stands there twice", "fields", 0.5),
 }
-"""Words of tables and repeated prompts may be meant in a few rows: None may be an answer."""
+"""The shares are above 0 where a few such rows may be intended: None may be an answer."""
 
 
 def tally(remarks: Iterable[Mapping[str, Remark]]) -> dict[str, Tally]:
-    """The remarks on some rows, by kind."""
+    """Counts the remarks on some rows, by kind."""
     counts = RemarkCounts()
     for found in remarks:
         counts.add(found)
@@ -60,7 +60,7 @@ def tally(remarks: Iterable[Mapping[str, Remark]]) -> dict[str, Tally]:
 
 
 class RemarkCounts:
-    """Counts remarks by kind, in the order in which they were first met."""
+    """Counts remarks by kind, in the order of their first occurrence."""
 
     def __init__(self) -> None:
         self._rows: Counter[str] = Counter()
@@ -82,11 +82,11 @@ class RemarkCounts:
             self._words[kind].update(dict(words))
 
     def tallies(self) -> dict[str, Tally]:
-        """What was counted, for `add_all`."""
+        """The counts, for `add_all`."""
         return {kind: (rows, self._first[kind], list(self._words[kind].items())) for kind, rows in self._rows.items()}
 
     def note(self, note: Notes, name: str, rows: int) -> None:
-        """Notes each kind that was met; `rows` are all rows that give examples."""
+        """Logs each kind that occurred; `rows` is the number of all rows that give examples."""
         for key, kind in KINDS.items():
             if count := self._rows[key]:
                 words = dict(self._words[key].most_common(MAX_SHOWN))

@@ -1,16 +1,16 @@
-"""Groups of tasks: lm-eval's, such as mmlu, and users' own (`task_files`), with one figure for all their tasks.
+"""Groups of tasks: lm-eval's, such as mmlu, and users' own (`task_files`), with one aggregate for all their tasks.
 
-A group's figure is lm-eval's: the mean of its tasks' figures, weighted by their questions or not, as the group's file
-says, over the tasks that have the metric. Tasks of nested groups count directly. What is compared between two models is
-that figure; the questions are the sample, and the tasks are given:
+The aggregate of a metric is lm-eval's: its mean over the tasks that have the metric, weighted by their numbers of
+questions if the group's file says so. Tasks of nested groups count directly. Two models are compared by the aggregate.
+For the test, the questions are a random sample and the tasks are fixed:
 
 | where | test and interval |
 |---|---|
 | every answer is right or wrong, and every question weighs the same | exact McNemar test, Tango's interval |
 | else | t test of a stratified mean, a stratum for each task (`statistics.stratified`) |
 
-Perplexities, and metrics that are no average over questions, are left out of groups: a mean of them over tasks is no
-function of the questions.
+Perplexities, and metrics that are not a mean over questions, are left out of groups: these tests need a value for each
+question.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from job.log import get_logger
 from job.records import Evaluated, Metric
 
 CHOICE_METRICS = {"acc,none": "correct", "acc_norm,none": "correct_norm"}
-"""lm-eval's names of the metrics of multiple-choice tasks, and where the answers stand in `TaskScores`."""
+"""lm-eval's name of a multiple-choice metric -> the field of `TaskScores` with the answers."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class GroupSpec:
     """What is to be computed for a group.
 
     Attributes:
-        version: lm-eval's, of the group.
+        version: The group's version in lm-eval.
         tasks: Names of all its tasks, also those of nested groups.
-        metrics: By lm-eval's name of metric and filter: whether the mean is weighted by the number of questions.
-        higher_is_better: By the same names.
+        metrics: lm-eval's name of metric and filter -> whether the mean is weighted by the number of questions.
+        higher_is_better: The same names -> whether higher is better.
     """
 
     version: str
@@ -46,14 +46,14 @@ class GroupSpec:
 
 
 def read_groups(groups: Mapping[str, Any], metrics_of: Mapping[str, Mapping[str, Metric]]) -> dict[str, GroupSpec]:
-    """The groups that have a figure of their own; others only stand for their tasks.
+    """The groups that have an aggregate; other groups only list tasks.
 
     Args:
         groups: lm-eval's groups by name.
-        metrics_of: By task, its metrics by lm-eval's name of metric and filter.
+        metrics_of: Task -> its metrics, by lm-eval's name of metric and filter.
 
     Raises:
-        SettingsError: A group has figures, and none of them is an average over questions.
+        SettingsError: A group has aggregates, and none of them is of a mean over questions.
     """
     found, wrong = {}, []
     for name, group in groups.items():
@@ -89,10 +89,10 @@ def read_groups(groups: Mapping[str, Any], metrics_of: Mapping[str, Mapping[str,
 
 
 def compare_groups(groups: Mapping[str, GroupSpec], base: Evaluated, adapter: Evaluated) -> dict[str, Any]:
-    """The manifest's `evaluation.groups`; p values by Holm over all figures of all groups.
+    """The manifest's `evaluation.groups`; p values are adjusted by Holm's method over all aggregates of all groups.
 
     Args:
-        groups: What is to be computed.
+        groups: The aggregates to compute.
         base: The scores to compare with, of the same questions as those of `adapter`.
         adapter: The scores to compare.
     """
@@ -111,7 +111,7 @@ def compare_groups(groups: Mapping[str, GroupSpec], base: Evaluated, adapter: Ev
 
 
 def groups_from(claimed: Mapping[str, Any]) -> dict[str, GroupSpec]:
-    """What the manifest's `evaluation.groups` says that was to be computed."""
+    """The groups that the manifest's `evaluation.groups` is about, to compute them again."""
     return {
         name: GroupSpec(
             group["version"],

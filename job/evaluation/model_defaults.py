@@ -1,4 +1,4 @@
-"""What a model's generation_config.json says of generated answers: which of it is done, and which is not."""
+"""A model's generation_config.json: its end-of-sequence tokens are used, other fields are not applied but logged."""
 
 from __future__ import annotations
 
@@ -31,14 +31,16 @@ NEUTRAL: Mapping[str, Any] = {
     "num_beams": 1,
     "watermarking_config": None,
 }
-"""The fields with which transformers would take other tokens than the likeliest, and the values with which it does not.
-Those of sampling (temperature, top_k and so on) are not among them: a task says itself whether it samples."""
+"""Field that changes greedy decoding in transformers -> its value without effect.
+
+Fields of sampling (temperature, top_k and so on) are not among them: the task sets whether answers are sampled.
+"""
 
 
 def with_model_defaults(how: HowToGenerate, folder: Path) -> HowToGenerate:
-    """The way to generate, with the tokens at which the model's generation_config.json has answers end.
+    """Adds the end-of-sequence tokens of the model's generation_config.json to the way to generate.
 
-    Fields of that file which would change greedy answers are not applied; the log names them, once.
+    Fields of that file that would change greedy answers are not applied; the log names them once.
     """
     return replace(how, ends=_read(folder))
 

@@ -1,8 +1,8 @@
-"""Near ties: questions whose answer hangs on a margin so small that rounding alone may decide it.
+"""Near ties: questions whose two likeliest choices are so close that rounding may decide which one is the answer.
 
-A model that computes in bf16 gives log-likelihoods with errors of some tenths of a nat. Where its two likeliest choices
-are closer than that, another implementation, or fp32, may prefer the other one. How much of a difference between two
-models could be such accidents is shown by the worst case: all near ties decided against it, or all for it.
+Log-likelihoods computed in bf16 have errors of some tenths of a nat. If the two likeliest choices are closer than that,
+another implementation, or fp32, may prefer the other one. The bounds of a difference between two models are computed
+with all near ties decided against it, and with all decided for it.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from job.evaluation.samples import Sample
 
 BOUNDS = {"bf16": 0.44, "fp16": 0.05, "fp32": 0.001}
-"""By the type a model computes in, the margin of log-likelihoods, in nats, up to which a question is a near tie.
+"""Dtype of the computation -> the largest margin of log-likelihoods, in nats, of a near tie.
 
-For bf16 and fp16 it is the 99th percentile of the error of that margin against fp32 (0.437 and 0.441, 0.052 and 0.054,
-with and without the adapter), measured by tests/bench/scoring_precision.py on one H200 on 2026-11-29: SmolLM2-135M in
-NF4, 1,200 questions of ARC-Easy. A model with longer choices or of another family has another error. For fp32 it is ten
-times what two implementations differ by there (0.0001), since a CPU and a GPU differ by more than two programs on one.
+For bf16 and fp16 it is the 99th percentile of the error of the margin against fp32 (bf16: 0.437 with the adapter, 0.441
+without; fp16: 0.052, 0.054), measured by tests/bench/scoring_precision.py on one H200 on 2026-11-29: SmolLM2-135M in
+NF4, 1,200 questions of ARC-Easy. Other models, and longer choices, have other errors. For fp32 it is ten times the
+difference of two implementations there (0.0001), since a CPU and a GPU differ by more than two programs on one GPU.
 """
 
 
@@ -31,16 +31,16 @@ def close_questions(samples: Sequence[Sample], *, by_length: bool) -> tuple[Clos
 
     Args:
         samples: In the order of the questions.
-        by_length: For `acc_norm`, whose likeliest choice is that with the largest log-likelihood per character. Its
-            margin is given as if both choices had the mean of their inverse lengths, so that it is in nats and one
-            bound fits both metrics: the error of a log-likelihood per character is the error over the length.
+        by_length: For `acc_norm`, which predicts the choice with the largest log-likelihood per character. The
+            difference of these is divided by the mean of the two inverse lengths. The margin is then in nats, and the
+            same bounds apply: the error of a log-likelihood per character is the error divided by the length.
     """
     found = (_close(number, sample, by_length=by_length) for number, sample in enumerate(samples))
     return tuple(close for close in found if close is not None and close.margin <= max(BOUNDS.values()))
 
 
 def _close(number: int, sample: Sample, *, by_length: bool) -> Close | None:
-    """The margins of one question; None for one with a single choice, or with fields that `contradiction` reports."""
+    """The margins of one question; None if it has a single choice, or fields that `contradiction` reports."""
     if len(sample.choice_lengths) != len(sample.log_likelihoods):
         return None
     weights = [1 / length for length in sample.choice_lengths] if by_length else [1.0] * len(sample.log_likelihoods)
@@ -56,7 +56,7 @@ def _close(number: int, sample: Sample, *, by_length: bool) -> Close | None:
 
 
 def _may_be(sample: Sample, choice: int, *, right: bool) -> bool:
-    """Whether a choice is right, or wrong; true of both where the sample does not say which choice is right."""
+    """Whether a choice is right (or wrong, with `right=False`); always true if the sample does not say which is."""
     golds = sample.gold if isinstance(sample.gold, list) else [sample.gold]
     if not all(isinstance(gold, int) for gold in golds):
         return True
@@ -64,14 +64,14 @@ def _may_be(sample: Sample, choice: int, *, right: bool) -> bool:
 
 
 def near_ties(close: Sequence[Close], dtype: str) -> int:
-    """How many of them are near ties for a model that computes in this type."""
+    """How many of them are near ties for a model that computes in this dtype."""
     return sum(one.margin <= BOUNDS[dtype] for one in close)
 
 
 def at_worst(scores: TaskScores, dtype: str, *, right: bool) -> TaskScores:
-    """The scores if every near tie that can be decided this way were: answered right, or answered wrong.
+    """The scores if every near tie that could be answered right (or wrong, with `right=False`) were.
 
-    Only what is right by question is changed, not the accuracies over all.
+    Only the values for each question are changed, not the accuracies.
     """
     by_length = scores.correct_norm
     return replace(

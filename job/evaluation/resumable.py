@@ -1,4 +1,4 @@
-"""Work in numbered parts, each of which is kept as soon as it is computed: sequences to score, batches to answer."""
+"""Work in numbered parts (sequences to score, batches to answer), each of which is cached as soon as it is computed."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ T = TypeVar("T")
 
 
 class Keeps(Protocol):
-    """Where computed parts are kept: `score_cache.ScoreCache`."""
+    """A cache of computed parts: `score_cache.ScoreCache`."""
 
     def add(self, number: int, found: list[Any]) -> None:
-        """Keeps a part."""
+        """Adds a part to the cache."""
 
     def save(self) -> None:
-        """Writes what was added."""
+        """Writes the added parts."""
 
 
 def complete(
@@ -24,13 +24,13 @@ def complete(
     cache: Keeps | None,
     on_progress: Callable[[int], None],
 ) -> dict[int, list[T]]:
-    """Adds to `known` the parts that are still missing; returns it.
+    """Adds the missing parts to `known`, and returns it.
 
     Args:
-        known: By number of the part, what was found of each question.
-        computed: The other parts, in any order.
-        cache: Where they are kept, if anywhere.
-        on_progress: Called with the number of questions that are done.
+        known: Number of a part -> the result for each of its questions.
+        computed: The missing parts with their numbers, in any order.
+        cache: Receives the computed parts; may be None.
+        on_progress: Called with the number of finished questions.
     """
     on_progress(sum(map(len, known.values())))
     try:
@@ -41,5 +41,5 @@ def complete(
             on_progress(sum(map(len, known.values())))
     finally:
         if cache is not None:
-            cache.save()  # also what was computed before an error or a request to stop
+            cache.save()  # also after an error or a request to stop
     return known

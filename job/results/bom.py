@@ -1,8 +1,9 @@
-"""`bom.cdx.json`: what the model was made of, as a CycloneDX 1.6 ML-BOM (https://cyclonedx.org/docs/1.6/json/).
+"""`bom.cdx.json`: base, data and software of the model, as a CycloneDX 1.6 ML-BOM.
 
-All of it is from the manifest. It has neither times nor the run's id, and its serial number follows from the content,
-so that runs with the same results publish the same file. `verify` makes it again: a change of what `build` writes needs
-another `FORM`, so that files of older versions are not compared with it.
+Format: https://cyclonedx.org/docs/1.6/json/. All of it comes from the manifest, and the licences from tables of known
+bases and data sets. It has neither times nor the run's id, and its serial number is computed from the content, so that
+runs with the same results publish the same file. `verify` builds it again. If you change what `build` writes, change
+`FORM`, so that `verify` does not compare files of older versions.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _SPDX = {
     "cc-by-nc-4.0": "CC-BY-NC-4.0",
     "cc-by-sa-3.0": "CC-BY-SA-3.0",
 }
-"""The hub's name of a licence -> its SPDX id; others have no such id."""
+"""The hub's name of a licence -> its SPDX id, of the licences that are known here."""
 _BASE, _MODEL = "base", "model"
 
 
@@ -29,8 +30,8 @@ def build(results: Mapping[str, Any], licences: Mapping[str, str]) -> bytes:
     """The BOM of a run.
 
     Args:
-        results: The manifest; reports and signatures in it make no difference.
-        licences: Of data sets, by hub id.
+        results: The manifest; its entries for reports and signatures are ignored.
+        licences: Hub id of a data set -> its licence.
     """
     datasets = list(_datasets(results, licences))
     software = list(_software(results))
@@ -62,7 +63,7 @@ def form_of(bom: Mapping[str, Any]) -> str | None:
 
 
 def _model(results: Mapping[str, Any], datasets: list[str]) -> dict[str, Any]:
-    """What was trained: the adapter, with its files and those of exported formats."""
+    """The component of the adapter, with its files and those of exported formats."""
     files = [
         artifact
         for artifact in results["artifacts"]
@@ -140,7 +141,7 @@ def _base_name(results: Mapping[str, Any]) -> tuple[str, str | None]:
 
 
 def _metrics(results: Mapping[str, Any], side: str) -> Iterator[dict[str, Any]]:
-    """The figures of the adapter or of the quantized base; of the adapter the gain too, with its interval."""
+    """The metrics of the adapter or of the quantized base; for the adapter also the gain, with its interval."""
     for name, task in results["evaluation"]["tasks"].items():
         for metric in ("acc", "acc_norm"):
             if task[side].get(metric) is not None:
@@ -156,7 +157,7 @@ def _metrics(results: Mapping[str, Any], side: str) -> Iterator[dict[str, Any]]:
 
 
 def _datasets(results: Mapping[str, Any], licences: Mapping[str, str]) -> Iterator[dict[str, Any]]:
-    """Every source of training rows, and that of rows for validation where it is another."""
+    """Every source of training rows, and that of validation rows if it is a different one."""
     dataset = results["dataset"]
     parts = dataset.get("sources") or [dataset]
     validation = dataset.get("validation")
@@ -196,5 +197,5 @@ def _licence(name: str) -> dict[str, Any]:
 
 
 def _properties(facts: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Facts that CycloneDX has no field for; those that are not known are left out."""
+    """Facts for which CycloneDX has no field, without those that are unknown."""
     return [{"name": f"qlora-job:{name}", "value": str(value)} for name, value in facts.items() if value is not None]

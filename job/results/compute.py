@@ -1,14 +1,14 @@
-"""Floating point operations that training took, and their share of what pre-training the base took.
+"""Floating point operations of training, and their ratio to those of pre-training the base.
 
     training     = tokens * (4 * base's parameters + 6 * adapter's parameters)
-    reference    = tokens of the rows * 2 * base's parameters, for methods that compare with a reference model
-    pre-training = 6 * base's parameters * tokens that it was pre-trained on
+    reference    = tokens of the rows * 2 * base's parameters, added for methods with a reference model
+    pre-training = 6 * base's parameters * pre-training tokens
 
 Kaplan et al. 2020 (arXiv:2001.08361, section 2.1): a forward pass takes 2 operations for each parameter and token, a
 backward pass twice as many, one half for the gradients of activations and one for those of weights. A frozen weight has
-no gradient, which leaves 4 of 6. As there, the attention's own products are left out, and embeddings are counted with
-the parameters, so that these are estimates; of a mixture of experts, all experts count, which is too many. Repeated
-steps, activations that are computed again, and evaluations are not counted.
+no gradient, which leaves 4 of 6. These are estimates: the products of the attention scores are left out, embeddings
+count as parameters, and all experts of a mixture of experts are counted, which is too many. Repeated steps, recomputed
+activations and evaluations are not counted.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ PETA = 1e15
 def compute_spent(results: Mapping[str, Any], recorded: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The manifest's `compute`, from its records of model, data, training and settings. Operations are in 10^15.
 
-    A token that a step reads counts as often as it is read: of a last epoch that is not whole, the mean of the rows.
+    A token counts once for each epoch. For a partial last epoch, the mean length of all rows is assumed.
 
     Args:
         results: The manifest.
-        recorded: An earlier result, whose tokens of pre-training are taken unless a setting gives them; None to look
-            them up.
+        recorded: An earlier result. Its number of pre-training tokens is used, unless a setting gives one; None to look
+            it up.
     """
     model, dataset, training = (results[name] for name in ("model", "dataset", "training"))
     base, adapter = model["parameters"], model["trainable_parameters"]
@@ -51,7 +51,7 @@ def compute_spent(results: Mapping[str, Any], recorded: Mapping[str, Any] | None
 def _pretraining_tokens(
     results: Mapping[str, Any], recorded: Mapping[str, Any] | None
 ) -> tuple[float | None, str | None]:
-    """Tokens that the base was pre-trained on, and where the number is from; None if it is not known."""
+    """Number of pre-training tokens of the base, and the source of the number; None if it is unknown."""
     settings = {name: setting["value"] for name, setting in results["settings"].items()}
     given = settings.get("model.pretraining_tokens")
     if given is not None:

@@ -1,13 +1,13 @@
-"""`compare --history`: a metric over published runs in the order of time, and whether the newest is out of control.
+"""`compare --history`: a metric over published runs in order of time, and whether the newest is outside the limits.
 
 The limits are those of Shewhart's chart for individual values (NIST/SEMATECH e-Handbook of Statistical Methods, section
 6.3.2.2; Wheeler and Chambers, Understanding Statistical Process Control):
 
     centre = mean of the values of the earlier runs
-    limits = centre -+ 2.66 * mean of |value - value before it| over the earlier runs
+    limits = centre +- 2.66 * mean of |value - previous value| over the earlier runs
 
 2.66 is 3 / d2, with d2 = 1.128 for the range of two values: three standard deviations of a process whose values vary
-independently. The newest run is judged by limits that it is no part of.
+independently. The limits do not include the newest run, which is judged by them.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from job.storage.open import ObjectStore, StorageOptions
 
 FACTOR = 2.66
 LEAST_EARLIER = 5
-"""Earlier runs without which no limits are given: their ranges would be four values or fewer."""
+"""Minimum number of earlier runs for limits; with fewer, the mean would be of fewer than four moving ranges."""
 ROUGH = 20
-"""Below so many earlier runs the limits are called rough."""
+"""With fewer earlier runs, the message calls the limits rough."""
 _TOLERANCE = 1e-9
-"""Of the values: equal ones may differ from their own mean by rounding."""
+"""Relative to the values: equal values may differ from their own mean by rounding."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """A run: its id, its place, when it finished, the base and the metric's value by its adapter."""
+    """A run: its id, its location, when it finished, its base, and the metric's value for its adapter."""
 
     run: str
     results: str
@@ -49,7 +49,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Limits:
-    """What follows from the earlier runs: their mean, and the limits around it."""
+    """The mean of the earlier runs and the control limits."""
 
     centre: float
     low: float
@@ -62,10 +62,10 @@ class History:
 
     Attributes:
         metric: `task/metric`.
-        questions: Of the task.
-        points: In the order of time; the last is judged.
-        limits: None if there are too few runs for any.
-        outcome: Where the newest lies.
+        questions: Number of questions of the task.
+        points: In order of time; the last is judged.
+        limits: None if there are too few earlier runs.
+        outcome: Where the newest run is, relative to the limits.
         left_out: Runs that cannot be compared with the newest, and why.
     """
 
@@ -78,7 +78,7 @@ class History:
 
     @property
     def out(self) -> bool:
-        """Whether the newest run is out of the limits, to either side."""
+        """Whether the newest run is outside of the limits."""
         return self.outcome in {"above", "below"}
 
     @property
@@ -100,10 +100,10 @@ class History:
 
 
 def find_runs(places: Sequence[str], storage: StorageOptions) -> list[PublishedRun]:
-    """The runs at these places, each of which is a run, a pointer to one, or a folder of runs; each run once.
+    """The runs at these places, without duplicates. A place is a run, a pointer to one, or a folder of runs.
 
     Raises:
-        JobError: With what is wrong with all places that cannot be read.
+        JobError: One or more places cannot be read; the error lists them all.
     """
     found: dict[str, PublishedRun] = {}
     errors: list[tuple[str, JobError]] = []
@@ -135,7 +135,7 @@ def _is_of_run(key: str) -> bool:
 
 
 def history(runs: Sequence[PublishedRun], metric: str | None) -> History:
-    """A metric over runs, and where the newest lies.
+    """A metric over runs, with the newest judged by the earlier ones.
 
     Args:
         runs: In any order; at least one.
@@ -173,9 +173,9 @@ def history(runs: Sequence[PublishedRun], metric: str | None) -> History:
 
 
 def control_limits(earlier: Sequence[float]) -> Limits | None:
-    """The limits by the values of the earlier runs, in the order of time; None if they are too few.
+    """The limits from the values of the earlier runs, in order of time; None if there are too few.
 
-    The formula and its source are at the top of this file.
+    Formula and source: the module docstring.
     """
     if len(earlier) < LEAST_EARLIER:
         return None
@@ -193,7 +193,7 @@ def _outcome(value: float, limits: Limits | None) -> Literal["within", "above", 
 
 
 def _metrics(results: Mapping[str, Any]) -> Iterator[str]:
-    """`task/metric` of every figure of the adapter."""
+    """`task/metric` of every metric of the adapter."""
     for task, found in results["evaluation"]["tasks"].items():
         yield f"{task}/acc"
         if found["adapter"].get("acc_norm") is not None:
@@ -213,7 +213,7 @@ def _value(task: Mapping[str, Any], metric: str) -> float | None:
 
 
 def as_json(found: History) -> dict[str, Any]:
-    """The history as JSON-able values."""
+    """The history as a dictionary for JSON."""
     return {**asdict(found), "out": found.out, "verdict": found.verdict}
 
 

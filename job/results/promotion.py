@@ -1,15 +1,15 @@
-"""The pointer that `promote` moves: a small sealed JSON file that names the run to use, such as `s3://bucket/current`.
+"""The pointer that `promote` writes: a small sealed JSON file that names the run to use, such as `s3://bucket/current`.
 
-It is replaced by a conditional write, so that of two promotions at once one wins, and the other learns of it. What it
-pointed to before stays in it, for `--rollback`:
+It is replaced by a conditional write: of two promotions at once, one succeeds and the other gets an error. Runs that it
+pointed to before are kept in it, for `--rollback`:
 
     run, run_id, manifest_seal, adapter_sha256, promoted    the run that it points to, and when it was promoted
-    previous                                                what it pointed to before, the newest last
-    rolled_back                                             what it was moved back from, the newest last
-    write                                                   names this write, as the contract of stores demands
-    seal                                                    SHA-256 of all else
+    previous                                                the runs that it pointed to before, the newest last
+    rolled_back                                             the runs that were rolled back, the newest last
+    write                                                   unique id of this write, as `ObjectStore` requires
+    seal                                                    SHA-256 of all other fields
 
-It does not say who moved it: the store's own log does, and a name in a file could be anybody's.
+It does not say who wrote it: a name in a file can be false; the store's access log has the writer.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from job.storage.open import Conflict, Location, ObjectStore, StorageOptions, To
 
 KIND = "qlora-job pointer 1"
 MOST = 100
-"""Entries of `previous`, and of `rolled_back`, that are kept: the newest."""
+"""Maximum number of entries in `previous` and in `rolled_back`; the oldest are dropped."""
 _T = TypeVar("_T")
 
 
 class PointerMoved(Replaced):
-    """Somebody else moved the pointer between reading and writing it; nothing was written."""
+    """Another process replaced the pointer between our read and our write; nothing was written."""
 
     meaning = "another promotion moved the pointer at the same time"
 
@@ -70,7 +70,7 @@ class Pointer:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a pointer lies: its store, which is the folder that it is in, and its name there."""
+    """Where a pointer is: the store of its folder, and its file name."""
 
     store: ObjectStore
     name: str
@@ -82,10 +82,10 @@ class Place:
 
 
 def pointer_place(where: str, storage: StorageOptions) -> Place:
-    """The place of a pointer, given as a path or URI. Nothing is sent.
+    """The place of a pointer, from a path or URI, without a request to the store.
 
     Raises:
-        SettingsError: It is the root of a bucket, or a folder.
+        SettingsError: The path is the root of a bucket, or a folder.
     """
     location = Location.parse(where)
     if where.endswith("/") or not location.key:
@@ -102,10 +102,10 @@ def pointer_place(where: str, storage: StorageOptions) -> Place:
 
 
 def read_pointer(place: Place) -> tuple[Pointer | None, str | None]:
-    """The pointer and its tag; (None, None) if there is nothing.
+    """The pointer and its tag; (None, None) if there is no file.
 
     Raises:
-        SettingsError: What lies there is no pointer.
+        SettingsError: The file is no pointer.
         VerificationError: It was altered.
     """
     try:
@@ -137,11 +137,11 @@ def _valid(kind: type[_T], value: Any) -> _T:
 
 
 def check_place(place: Place) -> None:
-    """Refuses places where a pointer would do harm, before a run is verified for minutes.
+    """Checks that a pointer may be written to a place; called before the run is verified, which takes minutes.
 
     Raises:
-        SettingsError: It lies in a run's folder, or its store has no conditional writes.
-        AccessDenied, Unreachable: As the store says.
+        SettingsError: It is in a run's folder, or its store has no conditional writes.
+        AccessDenied, Unreachable: The store refused the request, or did not answer.
     """
     if place.store.tag(RESULTS) is not None:
         what = "lies in the folder of a run, which would not verify with another file in it; give a place above it"
@@ -155,10 +155,10 @@ def check_place(place: Place) -> None:
 
 
 def require_gate_held(results: Mapping[str, Any], *, without_gate: bool = False) -> None:
-    """Lets a run pass whose gate is met; with `without_gate` also one that has no gate.
+    """Raises unless the run's gate is met; with `without_gate` a run without a gate is accepted, too.
 
     Raises:
-        GateError: The gate is not met, or the run has none.
+        GateError: The gate is not met, or the run has no gate.
     """
     passed = results["gate"]["passed"]
     if passed is False:
@@ -171,14 +171,14 @@ def require_gate_held(results: Mapping[str, Any], *, without_gate: bool = False)
 
 
 def promote(place: Place, run: PublishedRun) -> tuple[Promoted, Promoted | None]:
-    """Moves the pointer to a run, which the caller has verified; returns what it points to now, and did before.
+    """Points to a run, which the caller has verified; returns the new and the previous target.
 
-    A pointer that points to this very manifest already stays as it is.
+    Writes nothing if the pointer already points to this run and manifest.
 
     Raises:
-        PointerMoved: Somebody else moved it meanwhile.
+        PointerMoved: Another process replaced it meanwhile.
         VerificationError: The run's manifest lists no adapter, or the pointer was altered.
-        SettingsError: What lies in its place is no pointer.
+        SettingsError: The file in its place is no pointer.
     """
     known, tag = read_pointer(place)
     adapter = next((one["sha256"] for one in run.results["artifacts"] if one["path"] == WEIGHTS), None)
@@ -196,15 +196,15 @@ def promote(place: Place, run: PublishedRun) -> tuple[Promoted, Promoted | None]
 
 
 def roll_back(place: Place, storage: StorageOptions) -> tuple[Promoted, Promoted]:
-    """Moves the pointer back to the run before; returns what it points to now, and did before.
+    """Points to the previous run again; returns the new and the previous target.
 
-    That run is read again: its manifest has to be the one that was promoted, and its files, but those of exports, what
-    the manifest says. Of exports the sizes are compared.
+    That run is read again: its manifest has to be the one that was promoted, and its files have to match the manifest.
+    Of exported files only the sizes are compared.
 
     Raises:
-        PointerMoved: Somebody else moved it meanwhile.
-        SettingsError: There is no pointer, or nothing that it pointed to before.
-        VerificationError: The run before is gone, or is not what was promoted.
+        PointerMoved: Another process replaced it meanwhile.
+        SettingsError: There is no pointer, or no previous run in it.
+        VerificationError: The previous run is missing, or is not the one that was promoted.
     """
     known, tag = read_pointer(place)
     if known is None or not known.previous:
@@ -240,7 +240,7 @@ def _write(place: Place, pointer: Pointer, tag: str | None) -> None:
 
 
 def open_run_or_pointer(where: str, storage: StorageOptions) -> ObjectStore:
-    """The store of a run, given as for `open_run`, or as a pointer to it.
+    """The store of a run, from a path or URI as in `open_run`, or from a pointer to the run.
 
     Raises:
         SettingsError: The path or URI, or the options, are invalid.
@@ -257,12 +257,12 @@ def open_run_or_pointer(where: str, storage: StorageOptions) -> ObjectStore:
 
 
 def _pointer_at(where: str, storage: StorageOptions) -> Pointer | None:
-    """The pointer at a place; None if it is a run's, or there is nothing, which whoever reads the run reports."""
+    """The pointer at a place; None if a run is there, or nothing: then reading the run reports what is missing."""
     if where.endswith((f"/{RESULTS}", "/")) or where == RESULTS or (not is_remote(where) and not Path(where).is_file()):
         return None
     if is_remote(where) and (not Location.parse(where).key or open_run(where, storage).tag(RESULTS) is not None):
         return None
     try:
         return read_pointer(pointer_place(where, storage))[0]
-    except AccessDenied:  # perhaps only the run's own folder may be read: what is missing there is said about it
+    except AccessDenied:  # access may be limited to the run's own folder: reading that reports what is missing
         return None

@@ -1,19 +1,19 @@
-"""Signatures of published files in the format of OpenSSF Model Signing, which its tool `model_signing` verifies too.
+"""Signatures of published files in the format of OpenSSF Model Signing; its tool `model_signing` can verify them.
 
 A signature is a file `model.sig`: a Sigstore bundle (v0.3) with a DSSE envelope, whose payload is an in-toto statement
-of the SHA-256 of each file in a folder. There is one at the top of the run, over the manifest and all artifacts, and
-one in each folder that is handed on by itself, the adapter's and those of exports. Specifications:
+of the SHA-256 of each file in a folder. The run has one at the top, over the manifest and all artifacts, and one in
+each folder that is used alone: the adapter's and those of exports. Specifications:
 https://github.com/ossf/model-signing-spec, https://github.com/secure-systems-lab/dsse,
 https://docs.sigstore.dev/about/bundle/
 
     model_signing verify key RUN --signature RUN/model.sig --public_key PUB.pem
 
-The format is written here, from the hashes that the manifest has anyway: the library model-signing hashes local copies,
-which of exports may be hundreds of gigabytes, and imports Sigstore's client for its online service. Tests verify what
-is published with that library.
+This module writes the format from the hashes in the manifest. The library model-signing would hash local copies, which
+may be hundreds of gigabytes, and imports the client of Sigstore's online service. Tests verify published signatures
+with that library.
 
-Keys are ECDSA keys on P-256, P-384 or P-521, which are all that the format knows. Signatures are deterministic
-(RFC 6979), so that the same files signed again with the same key give the same bytes.
+The format allows only ECDSA keys on P-256, P-384 and P-521. Signatures are deterministic (RFC 6979): the same files and
+the same key give the same bytes.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _BUNDLE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 _STATEMENT = "https://in-toto.io/Statement/v1"
 _PREDICATE = "https://model_signing/signature/v1.0"
 _HASHES = {"secp256r1": "SHA256", "secp384r1": "SHA384", "secp521r1": "SHA512"}
-"""Curve -> the hash that is signed with a key on it, as the specification of Sigstore's bundles has them."""
+"""Curve of the key -> hash algorithm of the signature, by the specification of Sigstore's bundles."""
 _NOT_SIGNED = (
     ATTEMPTS,
     CHECKPOINTS,
@@ -68,14 +68,14 @@ _NOT_SIGNED = (
     STAGES,
     ".store/",
 )
-"""What the signature of a run is not over. The manifest, which is signed, has the SHA-256 of what is final in there."""
+"""Not covered by the signature of a run. The signed manifest has the SHA-256 of those among them that are final."""
 
 
 def load_private_key(path: str, password: str | None) -> EllipticCurvePrivateKey:
     """The private key in a PEM file.
 
     Raises:
-        SettingsError: There is none, it is of another kind, or the password is missing or wrong.
+        SettingsError: There is no key, its kind is not supported, or the password is missing or wrong.
     """
     data = _read("JOB_SIGN__KEY", path)
     serialization = _cryptography("JOB_SIGN__KEY")
@@ -84,7 +84,7 @@ def load_private_key(path: str, password: str | None) -> EllipticCurvePrivateKey
 
     try:
         key = serialization.load_pem_private_key(data, None if password is None else password.encode())
-    except TypeError:  # which of the two it is, the library says by a text alone
+    except TypeError:  # a superfluous or a missing password: the library tells them apart only in its message
         what = f"{path} is not encrypted; leave it out" if password else "is needed: the key is encrypted"
         raise SettingsError([Problem("JOB_SIGN__PASSWORD", what)]) from None
     except ValueError:
@@ -102,10 +102,10 @@ _HOW_TO_MAKE = "make one with: openssl ecparam -name prime256v1 -genkey -noout -
 
 
 def load_public_key(path: str, where: str = "--key") -> str:
-    """The public key in a PEM file, in the one spelling that keys are compared in.
+    """The public key in a PEM file, as normalized PEM, in which keys are compared.
 
     Raises:
-        SettingsError: There is none, or it is of another kind.
+        SettingsError: There is no key, or its kind is not supported.
     """
     data = _read(where, path)
     try:
@@ -133,7 +133,7 @@ def _cryptography(where: str) -> Any:
 
 
 def _parsed_key(data: bytes, where: str) -> EllipticCurvePublicKey:
-    """A public key in PEM. Raises ValueError if it is none of a curve that is used here."""
+    """A public key in PEM. Raises ValueError if its kind or curve is not supported."""
     serialization = _cryptography(where)
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -164,7 +164,7 @@ def key_id(pem: str) -> str:
 
 
 def signed_folders(results: Mapping[str, Any]) -> list[str]:
-    """The folders that have a signature of their own: those of the adapter and of every exported format."""
+    """The folders with their own signature: those of the adapter and of every exported format."""
     paths = [artifact["path"] for artifact in results["artifacts"]]
     folders = {"/".join(path.split("/")[:3]) + "/" for path in paths if path.startswith(EXPORT)}
     return [*([ADAPTER] if any(path.startswith(ADAPTER) for path in paths) else []), *sorted(folders)]
@@ -183,16 +183,16 @@ def files_of(results: Mapping[str, Any], folder: str) -> dict[str, str]:
 
 
 def files_of_run(results: Mapping[str, Any], manifest: bytes) -> dict[str, str]:
-    """What the signature at the top of a run is over: all artifacts and the manifest, whose bytes are given."""
+    """The files that the signature at the top of a run covers: all artifacts, and the manifest, given as bytes."""
     return {**files_of(results, ""), RESULTS: hashlib.sha256(manifest).hexdigest()}
 
 
 def sign(key: EllipticCurvePrivateKey, name: str, files: Mapping[str, str], *, whole_run: bool = False) -> bytes:
-    """A signature of files, as bytes of a file.
+    """A signature of files, as the content of `model.sig`.
 
     Args:
         key: The private key.
-        name: Of the folder.
+        name: Name of the folder.
         files: Path below the folder -> SHA-256.
         whole_run: Whether the folder is a run's, in which some files are not signed.
     """

@@ -1,4 +1,4 @@
-"""Checks what follows from the manifest and is published beside it: the ML-BOM, and the operations that were spent."""
+"""Checks what is computed from the manifest: the ML-BOM, and the floating point operations of training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from job.verification.differences import CheckResult, Difference, find_differenc
 
 
 def check_bom(results: Mapping[str, Any], copies: Mapping[str, Path]) -> CheckResult | None:
-    """The ML-BOM says what the manifest says. None where there is none, as in older versions."""
+    """Compares the ML-BOM with the manifest. None if there is no ML-BOM, as in runs of older versions."""
     listed = {artifact["path"] for artifact in results["artifacts"]}
     if BOM not in listed:
         return None
@@ -31,9 +31,9 @@ def check_bom(results: Mapping[str, Any], copies: Mapping[str, Path]) -> CheckRe
 
 
 def check_compute(results: Mapping[str, Any]) -> CheckResult | None:
-    """The operations of training and their share of pre-training; None in older versions.
+    """Recomputes the operations of training and their ratio to pre-training; None for runs of older versions.
 
-    The tokens of pre-training are taken as they are where they are from a table, which newer versions may correct.
+    A number of pre-training tokens from the table of known bases is not checked: newer versions may correct the table.
     """
     claimed = results.get("compute")
     if claimed is None:

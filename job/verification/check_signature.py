@@ -1,4 +1,4 @@
-"""Checks the signatures of a run: who has only the run's files can forge every hash and seal, but no signature."""
+"""Checks the signatures of a run. Without the private key, hashes and seals can be forged, but not signatures."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from job.verification.differences import CheckResult, Difference, find_differenc
 def check_signature(
     results: Mapping[str, Any], manifest: bytes, store: ObjectStore, copies: Mapping[str, Path], key: str | None
 ) -> CheckResult | None:
-    """Every signature is by the key, and over exactly the files that the manifest lists, and over the manifest itself.
+    """Checks that each signature is by the key and covers exactly the listed files, and the run's also the manifest.
 
     Args:
         results: The manifest.
-        manifest: Its bytes.
-        store: The run's own.
+        manifest: The bytes of `results.json`.
+        store: The run's store.
         copies: Local copies of the artifacts.
-        key: The public key in PEM that has to have signed; None to take the one in the manifest, which shows that the
-            files belong together, but not by whom.
+        key: The signer's public key in PEM; None to use the one in the manifest, which shows that the files belong
+            together, but not who signed them.
 
     Returns:
-        None where nothing is claimed and no key is given.
+        None if the run is not signed and no key is given.
     """
     claimed = results.get("signing")
     if claimed is None:
@@ -51,7 +51,7 @@ def check_signature(
 
 
 def signature_paths(results: Mapping[str, Any]) -> list[str]:
-    """The signatures that a signed run has: the one at the top, and one in each folder that is handed on."""
+    """The signatures of a signed run: the one at the top, and one in each folder that is used alone."""
     return [SIGNATURE, *(f"{folder}{SIGNATURE}" for folder in signed_folders(results))]
 
 
@@ -70,7 +70,7 @@ def _differences(
 
 
 def _bytes(path: str, store: ObjectStore, copies: Mapping[str, Path]) -> bytes:
-    """The file; raises ValueError if there is none."""
+    """The content of a file. Raises ValueError if there is none."""
     if path in copies:
         return copies[path].read_bytes()
     stored = read_record(store, path) if path == SIGNATURE else None

@@ -1,4 +1,4 @@
-"""Reads the sealed records that lie below a prefix of a run's folder."""
+"""Reads sealed records from a run's folder: JSON files that contain their own SHA-256."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _Record = TypeVar("_Record")
 def read_sealed(
     store: ObjectStore, keys: Iterable[str], parse: Callable[[bytes], _Record], what: str, differences: list[Difference]
 ) -> Iterator[tuple[str, _Record]]:
-    """Key and record of each; one that cannot be read is added to the differences instead.
+    """Yields key and record of each; for one that cannot be read, a difference is added instead.
 
     Args:
-        store: The run's own.
-        keys: Of the records.
-        parse: Raises ValueError or TypeError for bytes that are no such record.
-        what: What a record is, for the message.
+        store: The run's store.
+        keys: The keys of the records.
+        parse: From bytes to a record; raises ValueError or TypeError if they are no such record.
+        what: The name of such a record, for the message.
         differences: Receives the records that cannot be read.
     """
     for key in keys:
