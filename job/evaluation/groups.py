@@ -154,10 +154,11 @@ def _compared(spec: GroupSpec, metric: str, base: Evaluated, adapter: Evaluated)
     ]
     if (by_size or len(set(sizes)) == 1) and {*befores, *afters} <= {0, 1}:
         exact = statistics.compare([value == 1 for value in befores], [value == 1 for value in afters])
-        test, delta, ci95, p = "mcnemar", exact.delta, exact.ci95, exact.mcnemar_p
+        test, delta, ci95, p, freedom = "mcnemar", exact.delta, exact.ci95, exact.mcnemar_p, None
     else:
         differences = [[a - b for b, a in zip(*pair, strict=True)] for pair in pairs.values()]
-        test, (delta, ci95, p) = "stratified_t", statistics.stratified(differences, shares)
+        mean = statistics.stratified(differences, shares)
+        test, delta, ci95, p, freedom = "stratified_t", mean.delta, mean.ci95, mean.p, mean.freedom
     return {
         "weight_by_size": by_size,
         "higher_is_better": rises,
@@ -169,6 +170,7 @@ def _compared(spec: GroupSpec, metric: str, base: Evaluated, adapter: Evaluated)
         "delta": delta,
         "ci95": ci95,
         "p": p,
+        "freedom": freedom,
         "improved": counts[0],
         "regressed": counts[1],
     }

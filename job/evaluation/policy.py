@@ -233,14 +233,14 @@ class Spread:
         n: Questions.
         gain: The estimate; positive where it is better.
         error: Its standard error.
-        freedom: Degrees of freedom.
+        freedom: Degrees of freedom, by Satterthwaite where several tasks are pooled.
         exact: Whether an error of 0 shows that all is equal: of likelihoods it does, of a few grades it does not.
     """
 
     n: int
     gain: float
     error: float
-    freedom: int
+    freedom: float
     exact: bool = False
 
     def above(self, margin: float) -> tuple[float, float]:
@@ -378,7 +378,7 @@ def _evidence(task: Mapping[str, Any] | None, metric: str) -> Counts | Spread | 
         return Counts(n, found["improved"], found["regressed"])
     from scipy.stats import t
 
-    (low, high), freedom = found["ci95"], n - found.get("tasks", 1)
+    (low, high), freedom = found["ci95"], found.get("freedom", n - 1)
     error = (high - low) / 2 / float(t.ppf(0.975, freedom))
     gain = found["delta"] if found["higher_is_better"] else -found["delta"]
     return Spread(n, gain, error, freedom, exact=found.get("aggregation", "mean") != "mean")
@@ -398,9 +398,12 @@ def _pooled(evidence: Sequence[Counts | Spread | None]) -> Counts | Spread | Non
         return Counts(*(sum(getattr(one, name) for one in counts) for name in ("n", "improved", "regressed")))
     spreads = [one.spread if isinstance(one, Counts) else one for one in known]
     n = sum(one.n for one in spreads)
-    error = sum((one.n * one.error / n) ** 2 for one in spreads) ** 0.5
+    parts = [(one.n * one.error / n) ** 2 for one in spreads]
+    freedom: float = sum(one.freedom for one in spreads)
+    if any(parts):
+        freedom = sum(parts) ** 2 / sum(part**2 / one.freedom for part, one in zip(parts, spreads, strict=True))
     gain = sum(one.n * one.gain / n for one in spreads)
-    return Spread(n, gain, error, sum(one.freedom for one in spreads), all(one.exact for one in spreads))
+    return Spread(n, gain, sum(parts) ** 0.5, freedom, all(one.exact for one in spreads))
 
 
 def _judged(

@@ -186,7 +186,10 @@ def _wrong_group(path: Path, config: Mapping[Any, Any]) -> Iterator[str]:
             yield f"task: {name[:80]!r} does not lie in the folder of the group"
     if not isinstance(config.get("metadata", {}), dict):
         yield "metadata: is no mapping"
-    aggregated = config.get("aggregate_metric_list", [])
+    yield from _wrong_aggregates(config.get("aggregate_metric_list", []))
+
+
+def _wrong_aggregates(aggregated: Any) -> Iterator[str]:
     if not (isinstance(aggregated, list) and len(_mappings(aggregated)) == len(aggregated)):
         yield "aggregate_metric_list: is no list of metrics"
     for metric in _mappings(aggregated):

@@ -1,9 +1,9 @@
 """`bom.cdx.json`: base, data and software of the model, as a CycloneDX 1.6 ML-BOM.
 
-Format: https://cyclonedx.org/docs/1.6/json/. All of it comes from the manifest, and the licences from tables of known
-bases and data sets. It has neither times nor the run's id, and its serial number is computed from the content, so that
-runs with the same results publish the same file. `verify` builds it again. If you change what `build` writes, change
-`FORM`, so that `verify` does not compare files of older versions.
+Format: https://cyclonedx.org/docs/1.6/json/. All of it comes from the manifest. It has neither times
+nor the run's id, and its serial number is computed from the content, so that runs with the same results publish the
+same file. `verify` builds it again. If you change what `build` writes, change `FORM`, so that `verify` does not compare
+files of older versions.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from job.results.public_bases import PUBLIC_BASES, last_part, public_base
+from job.results.public_bases import last_part, public_base
 from job.runs.layout import ADAPTER, EXPORT, SIGNATURE, WEIGHTS
 
 FORM = "1"
@@ -26,14 +26,13 @@ _SPDX = {
 _BASE, _MODEL = "base", "model"
 
 
-def build(results: Mapping[str, Any], licences: Mapping[str, str]) -> bytes:
+def build(results: Mapping[str, Any]) -> bytes:
     """The BOM of a run.
 
     Args:
         results: The manifest; its entries for reports and signatures are ignored.
-        licences: Hub id of a data set -> its licence.
     """
-    datasets = list(_datasets(results, licences))
+    datasets = list(_datasets(results))
     software = list(_software(results))
     parts = [_base(results), *datasets, *software]
     bom = {
@@ -113,13 +112,13 @@ def _model(results: Mapping[str, Any], datasets: list[str]) -> dict[str, Any]:
 def _base(results: Mapping[str, Any]) -> dict[str, Any]:
     model = results["model"]
     name, revision = _base_name(results)
-    known = PUBLIC_BASES.get(name)
+    licence = model.get("licence")
     return {
         "type": "machine-learning-model",
         "bom-ref": _BASE,
         "name": name,
         **({"version": revision} if revision else {}),
-        **({"licenses": [_licence(known.licence)]} if known else {}),
+        **({"licenses": [_licence(licence)]} if licence else {}),
         "modelCard": {
             "modelParameters": {"modelArchitecture": model["architecture"]},
             "quantitativeAnalysis": {"performanceMetrics": list(_metrics(results, "base"))},
@@ -156,9 +155,10 @@ def _metrics(results: Mapping[str, Any], side: str) -> Iterator[dict[str, Any]]:
             yield {"type": metric, "value": repr(found[side]), "slice": name}
 
 
-def _datasets(results: Mapping[str, Any], licences: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+def _datasets(results: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Every source of training rows, and that of validation rows if it is a different one."""
     dataset = results["dataset"]
+    licences = dataset.get("licences") or {}
     parts = dataset.get("sources") or [dataset]
     validation = dataset.get("validation")
     if validation and not validation["held_out"]:
@@ -171,7 +171,7 @@ def _datasets(results: Mapping[str, Any], licences: Mapping[str, str]) -> Iterat
             "bom-ref": f"data-{number}",
             "name": source if public else last_part(source),
             **({"version": part["revision"]} if part["revision"] else {}),
-            **({"licenses": [_licence(licences[source])]} if part["revision"] and source in licences else {}),
+            **({"licenses": [_licence(licences[source])]} if source in licences else {}),
             "data": [{"type": "dataset"}],
             "properties": _properties(
                 {"SHA-256 of the tokenized rows": part["sha256"], "rows": part["rows"], "tokens": part.get("tokens")}

@@ -13,7 +13,7 @@ from job.common.hashing import unsealed
 from job.errors import GateError
 from job.records import Artifact
 from job.runs.attempt import missing
-from job.runs.layout import EXPORT, RESULTS
+from job.runs.layout import EXPORT, RESULTS, SIGNATURE
 from job.storage.base import delete_in_turn, read_record
 from job.storage.open import ObjectStore
 from job.storage.verified_download import altered
@@ -54,6 +54,8 @@ def _read(store: ObjectStore) -> tuple[dict[str, Any] | None, list[str]]:
         artifacts = [Artifact(**entry) for entry in results["artifacts"]]
     except (ValueError, KeyError, TypeError) as error:
         return None, [f"{RESULTS}: {str(error)[:_MAX_WORDS]}"]
+    if results.get("signing") and store.tag(SIGNATURE) is None:
+        return results, [SIGNATURE]
     if gone := missing(store, artifacts):
         return results, gone
     with tempfile.TemporaryDirectory(prefix="qlora-job-") as folder:

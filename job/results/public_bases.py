@@ -14,10 +14,9 @@ _CACHED = re.compile(r"/models--([\w.-]+)/snapshots/([0-9a-f]{40})/*$", re.ASCII
 
 @dataclass(frozen=True)
 class PublicBase:
-    """Tokens that a base was pre-trained on, its licence by the hub's name of it, and where the tokens are from."""
+    """Tokens that a base was pre-trained on, and where the figure is from."""
 
     tokens: float | None
-    licence: str
     source: str
 
 
@@ -28,23 +27,23 @@ _PYTHIA = "arXiv:2304.01373"
 _QWEN25 = "arXiv:2412.15115"
 
 PUBLIC_BASES: Mapping[str, PublicBase] = {
-    "EleutherAI/pythia-160m": PublicBase(299_892_736_000, "apache-2.0", _PYTHIA),
-    "EleutherAI/pythia-410m": PublicBase(299_892_736_000, "apache-2.0", _PYTHIA),
-    "EleutherAI/pythia-1.4b": PublicBase(299_892_736_000, "apache-2.0", _PYTHIA),
-    "EleutherAI/pythia-6.9b": PublicBase(299_892_736_000, "apache-2.0", _PYTHIA),
-    "HuggingFaceTB/SmolLM2-135M": PublicBase(2e12, "apache-2.0", _CARD),
-    "HuggingFaceTB/SmolLM2-135M-Instruct": PublicBase(2e12, "apache-2.0", _CARD),
-    "HuggingFaceTB/SmolLM2-360M": PublicBase(4e12, "apache-2.0", _CARD),
-    "HuggingFaceTB/SmolLM2-360M-Instruct": PublicBase(4e12, "apache-2.0", _CARD),
-    "HuggingFaceTB/SmolLM2-1.7B": PublicBase(11e12, "apache-2.0", _SMOLLM2),
-    "HuggingFaceTB/SmolLM2-1.7B-Instruct": PublicBase(11e12, "apache-2.0", _SMOLLM2),
-    "Qwen/Qwen2.5-0.5B": PublicBase(18e12, "apache-2.0", _QWEN25),
-    "Qwen/Qwen2.5-1.5B": PublicBase(18e12, "apache-2.0", _QWEN25),
-    "Qwen/Qwen2.5-7B": PublicBase(18e12, "apache-2.0", _QWEN25),
-    "meta-llama/Llama-2-7b-hf": PublicBase(2e12, "llama2", _LLAMA2),
-    "meta-llama/Llama-2-13b-hf": PublicBase(2e12, "llama2", _LLAMA2),
-    "meta-llama/Llama-2-70b-hf": PublicBase(2e12, "llama2", _LLAMA2),
-    "mistralai/Mistral-7B-v0.1": PublicBase(None, "apache-2.0", ""),
+    "EleutherAI/pythia-160m": PublicBase(299_892_736_000, _PYTHIA),
+    "EleutherAI/pythia-410m": PublicBase(299_892_736_000, _PYTHIA),
+    "EleutherAI/pythia-1.4b": PublicBase(299_892_736_000, _PYTHIA),
+    "EleutherAI/pythia-6.9b": PublicBase(299_892_736_000, _PYTHIA),
+    "HuggingFaceTB/SmolLM2-135M": PublicBase(2e12, _CARD),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": PublicBase(2e12, _CARD),
+    "HuggingFaceTB/SmolLM2-360M": PublicBase(4e12, _CARD),
+    "HuggingFaceTB/SmolLM2-360M-Instruct": PublicBase(4e12, _CARD),
+    "HuggingFaceTB/SmolLM2-1.7B": PublicBase(11e12, _SMOLLM2),
+    "HuggingFaceTB/SmolLM2-1.7B-Instruct": PublicBase(11e12, _SMOLLM2),
+    "Qwen/Qwen2.5-0.5B": PublicBase(18e12, _QWEN25),
+    "Qwen/Qwen2.5-1.5B": PublicBase(18e12, _QWEN25),
+    "Qwen/Qwen2.5-7B": PublicBase(18e12, _QWEN25),
+    "meta-llama/Llama-2-7b-hf": PublicBase(2e12, _LLAMA2),
+    "meta-llama/Llama-2-13b-hf": PublicBase(2e12, _LLAMA2),
+    "meta-llama/Llama-2-70b-hf": PublicBase(2e12, _LLAMA2),
+    "mistralai/Mistral-7B-v0.1": PublicBase(None, ""),
 }
 """Name on the hub -> what is known. `tokens` is None where it was never published."""
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from job import log
 from job.checkpoints import manager
 from job.common.hashing import sealed
-from job.data.licences import LICENCES
 from job.errors import JobError
 from job.evaluation.comparison import compare_near_ties, compare_tasks, judge
 from job.evaluation.groups import compare_groups
@@ -198,7 +197,7 @@ def publish_report_and_card(
             card = export_folder(export["format"]) + EXPORT_CARD
             render = partial(model_card.render_export_card, results, export)
             complete = _with(complete, _published(attempt, card, render))
-    complete = _with(complete, _published(attempt, BOM, partial(bom.build, complete, LICENCES)))
+    complete = _with(complete, _published(attempt, BOM, partial(bom.build, complete)))
     complete = _sign_folders(attempt, complete, key)
     return _with(
         complete,

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from job.data.licences import LICENCES
 from job.results import bom
 from job.results.compute import compute_spent
 from job.runs.layout import BOM, RESULTS
@@ -26,7 +25,7 @@ def check_bom(results: Mapping[str, Any], copies: Mapping[str, Path]) -> CheckRe
         return CheckResult("ML-BOM", "", (Difference(BOM, "a CycloneDX ML-BOM", "nothing that can be read"),))
     if form != bom.FORM:
         return CheckResult("ML-BOM", "not compared", (), ("was written by another version of the job",))
-    found = json.loads(bom.build(results, LICENCES))
+    found = json.loads(bom.build(results))
     return CheckResult("ML-BOM", "follows from the manifest", tuple(find_differences(BOM, claimed, found)))
 
 

@@ -227,6 +227,7 @@ def test_killed_in_export(environment: dict[str, str], whole: Path, tmp_path: Pa
     assert facts_of(manifest(tmp_path / "hit")) == facts_of(manifest(whole))
 
 
+@pytest.mark.long
 def test_a_merge_that_loses_the_gain_ends_with_3(tmp_path: Path) -> None:
     """The adapter passes the gate; merged into large bf16 weights it is rounded away, which the gate sees."""
     changes = _cancelling(tmp_path)

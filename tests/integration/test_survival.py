@@ -237,6 +237,7 @@ def test_a_base_that_was_swapped_is_not_taken(
     assert published(tmp_path, "swap") == undisturbed
 
 
+@pytest.mark.long
 def test_two_attempts_at_once(environment: dict[str, str], undisturbed: dict[str, str], tmp_path: Path) -> None:
     """Of two attempts started together one finishes the run; the other ends as replaced, or finds it done."""
     codes: list[int] = []

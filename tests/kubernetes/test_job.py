@@ -68,6 +68,7 @@ def outcomes(ended: Ended) -> list[str]:
     return [attempt["outcome"] for attempt in ended.results["run"]["attempts"]]
 
 
+@pytest.mark.long
 def test_success(undisturbed: Ended) -> None:
     """One pod, the results where the settings say, under the Job's name, with the image that made them."""
     assert (undisturbed.condition, undisturbed.failed, len(undisturbed.pods)) == ("Complete", 0, 1)
@@ -76,6 +77,7 @@ def test_success(undisturbed: Ended) -> None:
     assert undisturbed.results["settings"]["run.id"] == {"value": "qlora-job", "source": "platform"}
 
 
+@pytest.mark.long
 def test_the_same_job_again(undisturbed: Ended) -> None:
     """A Job that was cleaned up and applied again finds its results, and does nothing."""
     folder = undisturbed.output.parents[2]
@@ -86,7 +88,8 @@ def test_the_same_job_again(undisturbed: Ended) -> None:
     assert (again.output / "results.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("way", [Pod.evict, pytest.param(Pod.delete, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("way", [Pod.evict, Pod.delete])
 def test_eviction(way: Callable[[Pod], None], undisturbed: Ended, tmp_path: Path) -> None:
     """SIGTERM, 75, the next pod goes on where this one stopped; nothing counts, though nothing may."""
     ended = play(tmp_path, at_step(3, way), spec={"backoffLimit": 0})

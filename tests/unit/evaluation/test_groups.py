@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from scipy.stats import ttest_1samp
+from scipy.stats import ttest_1samp, ttest_ind
 
 from job.errors import SettingsError
 from job.evaluation import statistics
@@ -145,13 +145,44 @@ def test_one_stratum_is_the_paired_t_test() -> None:
     """With one task the stratified test is scipy's paired t test, and two halves of it are nearly that."""
     chance = random.Random(4)
     values = [chance.gauss(0.1, 1) for _ in range(200)]
-    mean, (low, high), p = statistics.stratified([values], [1.0])
+    ours = statistics.stratified([values], [1.0])
     theirs = ttest_1samp(values, 0)
     interval = theirs.confidence_interval(0.95)
-    assert (mean, low, high, p) == pytest.approx((sum(values) / 200, interval.low, interval.high, theirs.pvalue))
+    expected = (sum(values) / 200, interval.low, interval.high, theirs.pvalue, 199)
+    assert (ours.delta, *ours.ci95, ours.p, ours.freedom) == pytest.approx(expected)
     halves = statistics.stratified([values[:100], values[100:]], [0.5, 0.5])
-    assert halves[0] == pytest.approx(mean)
-    assert halves[1] == pytest.approx((low, high), abs=0.01)
+    assert halves.delta == pytest.approx(ours.delta)
+    assert halves.ci95 == pytest.approx(ours.ci95, abs=0.01)
+
+
+def test_two_strata_are_welch_s_test() -> None:
+    """A small task with most of the variance decides the degrees of freedom, as scipy has it."""
+    chance = random.Random(6)
+    few, many = [chance.gauss(0.5, 1) for _ in range(3)], [chance.gauss(0.5, 1) for _ in range(2000)]
+    ours = statistics.stratified([few, many], [0.5, 0.5])
+    theirs = ttest_ind(few, [-value for value in many], equal_var=False)
+    low, high = theirs.confidence_interval(0.95)
+    assert (ours.p, ours.freedom) == pytest.approx((theirs.pvalue, theirs.df))
+    assert ours.ci95 == pytest.approx((low / 2, high / 2))
+    assert ours.freedom < 3
+
+
+def test_a_few_answers_that_all_changed_settle_nothing() -> None:
+    """Five questions in two tasks, all wrong before and right after: not significant, as by McNemar's test (0.0625)."""
+    ours = statistics.stratified([[1.0, 1.0], [1.0, 1.0, 1.0]], [0.5, 0.5])
+    assert ours.delta == 1
+    assert ours.p > 0.05 or ours.ci95[0] <= 0
+    alike = statistics.stratified([[0.25, 0.25], [0.25, 0.25, 0.25]], [0.5, 0.5])
+    assert (alike.delta, alike.p) == (0.25, 1.0)
+
+
+def test_unweighted_tasks_of_few_answers_keep_the_error_rate() -> None:
+    """Without a difference, about 5 % of 1,000 groups of a small and a large task of right and wrong answers differ."""
+    chance, found = random.Random(7), 0
+    for _ in range(1000):
+        strata = [[float(chance.choice((-1, 0, 0, 1))) for _ in range(n)] for n in (4, 60)]
+        found += statistics.stratified(strata, [0.5, 0.5]).p < 0.05
+    assert found <= 65
 
 
 def test_a_stratified_interval_covers_the_truth() -> None:
@@ -159,7 +190,7 @@ def test_a_stratified_interval_covers_the_truth() -> None:
     chance, inside = random.Random(5), 0
     for _ in range(400):
         strata = [[chance.gauss(mean, 1 + mean) for _ in range(n)] for mean, n in ((0.2, 20), (0.8, 60), (-0.4, 200))]
-        _, (low, high), _ = statistics.stratified(strata, [1 / 3] * 3)
+        low, high = statistics.stratified(strata, [1 / 3] * 3).ci95
         inside += low <= 0.2 <= high
     assert 0.925 <= inside / 400 <= 0.975
 

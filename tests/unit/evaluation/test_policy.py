@@ -114,7 +114,9 @@ def test_exact_answers_are_judged_by_their_counts() -> None:
 
 def test_a_group_is_judged_like_a_task() -> None:
     """Its figure, with the degrees of freedom of its strata; and by its counts where all questions weigh the same."""
-    group = {"metrics": {"acc,none": {"n": 60, "tasks": 3, **measured(0.10, 0.05)["metrics"]["score,none"]}}}
+    group = {
+        "metrics": {"acc,none": {"n": 60, "tasks": 3, "freedom": 57, **measured(0.10, 0.05)["metrics"]["score,none"]}}
+    }
     task = measured(0.10, 0.05, n=58)
     rule = {"role": "critical", "min_gain": 0.06}
     found = judged({"g": rule}, g=group)["rules"][0]

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from job.data.licences import LICENCES
 from job.errors import VerificationError
 from job.results import bom
 from job.runs.layout import BOM
@@ -23,7 +22,10 @@ from tests.published_run import forge, pairs, publish_file, publish_run
 def finished(tmp_path: Path) -> dict[str, Any]:
     """The manifest of a made-up run of Mistral on Alpaca."""
     found = evidence()
-    return publish(tmp_path / "run", found, results(found))
+    manifest = results(found)
+    manifest["model"]["licence"] = "apache-2.0"
+    manifest["dataset"]["licences"] = {manifest["dataset"]["source"]: "cc-by-nc-4.0"}
+    return publish(tmp_path / "run", found, manifest)
 
 
 def components(content: bytes) -> dict[str, dict[str, Any]]:
@@ -37,14 +39,14 @@ def test_the_official_schema(finished: dict[str, Any]) -> None:
     schema = pytest.importorskip("cyclonedx.schema")
     validation = pytest.importorskip("cyclonedx.validation.json")
     validator = validation.JsonStrictValidator(schema.SchemaVersion.V1_6)
-    written = json.loads(bom.build(finished, LICENCES))
+    written = json.loads(bom.build(finished))
     assert validator.validate_str(json.dumps(written)) is None
     assert validator.validate_str(json.dumps({**written, "more": 1})) is not None
 
 
 def test_what_it_names(finished: dict[str, Any]) -> None:
     """Base and data with their commits and licences, the adapter's hash and its figures, and every package."""
-    content = bom.build(finished, LICENCES)
+    content = bom.build(finished)
     found, written = components(content), json.loads(content)
     assert (found["base"]["name"], found["base"]["version"]) == (
         "mistralai/Mistral-7B-v0.1",
@@ -67,19 +69,19 @@ def test_what_it_names(finished: dict[str, Any]) -> None:
 
 def test_the_same_results_give_the_same_bytes(finished: dict[str, Any]) -> None:
     """Neither times nor the run's id are in it, nor the path of a base on this machine."""
-    content = bom.build(finished, LICENCES)
+    content = bom.build(finished)
     other = json.loads(json.dumps(finished))
     other["run"].update(id="another", finished="2027-01-01T00:00:00Z")
-    assert bom.build(other, LICENCES) == content
+    assert bom.build(other) == content
     other["model"].update(id="/home/somebody/base", revision=None)
-    assert b"somebody" not in bom.build(other, LICENCES)
-    assert json.loads(bom.build(other, LICENCES))["serialNumber"] != json.loads(content)["serialNumber"]
+    assert b"somebody" not in bom.build(other)
+    assert json.loads(bom.build(other))["serialNumber"] != json.loads(content)["serialNumber"]
 
 
 def test_verify_makes_it_again(tmp_path: Path) -> None:
     """A figure that is forged in it is named, though its hash and the seal were computed again."""
     run = publish_run(tmp_path / "run", {"quiz": pairs(20, improved=5)})
-    content = bom.build(json.loads((run / "results.json").read_bytes()), LICENCES)
+    content = bom.build(json.loads((run / "results.json").read_bytes()))
 
     def put(data: bytes) -> None:
         artifact = publish_file(LocalStore(run), BOM, data)
@@ -104,7 +106,7 @@ def test_a_bom_of_another_form(tmp_path: Path) -> None:
     run = publish_run(tmp_path / "run", {"quiz": pairs(20)})
     made = json.loads((run / "results.json").read_bytes())
     other = tmp_path / "bom"
-    other.write_bytes(bom.build(made, LICENCES).replace(b'"value": "1"', b'"value": "0"'))
+    other.write_bytes(bom.build(made).replace(b'"value": "1"', b'"value": "0"'))
     found = check_bom({**made, "artifacts": [{"path": BOM}]}, {BOM: other})
     assert found is not None
     assert (found.differences, found.notes) == ((), ("was written by another version of the job",))
