@@ -208,7 +208,7 @@ def test_a_key_in_the_manifest_that_is_none(run: Path) -> None:
     """Whatever text stands there is told as a difference, also half of a surrogate pair."""
     for text in ("no key", "\ud800"):
         forge(run, lambda results, text=text: results["signing"].update(public_key=text))
-        with pytest.raises(VerificationError, match="results.json"):
+        with pytest.raises(VerificationError, match=r"results\.json"):
             verify_command([str(run)])
 
 
