@@ -138,6 +138,9 @@ def _fork(member: Mapping[str, Any], descriptors: Sequence[int], connection: soc
         connection.close()
         for number, descriptor in enumerate(descriptors):
             os.dup2(descriptor, number)
+        if (torch := sys.modules.get("torch")) is not None:
+            # After a fork torch makes its pool of threads anew at the next call, which only one thread may make.
+            torch.set_num_threads(1)
         _call(**member)
         code = 0
     except SystemExit as end:

@@ -46,6 +46,7 @@ def run(environment: dict[str, str], name: str, policy: dict[str, Any]) -> tuple
     return done, json.loads((folder / "results.json").read_bytes()), folder
 
 
+@pytest.mark.long
 def test_a_policy_that_fails_ends_the_run_with_3(environment: dict[str, str]) -> None:
     """The results are published and verify; each rule's outcome stands on stdout, in manifest, report and `verify`."""
     rules = {

@@ -122,7 +122,9 @@ def test_a_damaged_reference_is_computed_again(forked: Forks, environment: dict[
     assert path.read_bytes() == whole
 
 
-@pytest.mark.parametrize(("method", "code"), [("sft", 65), ("kto", 65), ("orpo", 0)])
+@pytest.mark.parametrize(
+    ("method", "code"), [("sft", 65), ("kto", 65), pytest.param("orpo", 0, marks=pytest.mark.long)]
+)
 def test_data_and_method_have_to_fit(forked: Forks, environment: dict[str, str], method: str, code: int) -> None:
     """Pairs are for dpo and orpo; another method is told which fields are there and which method fits."""
     name = f"fits-{method}"

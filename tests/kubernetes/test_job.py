@@ -13,6 +13,7 @@ from tests.kubernetes.cluster import Ended, Job, Pod
 from tests.kubernetes.manifests import Document, job_spec, overlay
 from tests.kubernetes.processes import Start, cold, warm
 from tests.s3_server import CREDENTIALS, SECRET, Request, server
+from tests.warm import run
 
 DIGEST = f"sha256:{'0123456789abcdef' * 4}"
 SMALL = {
@@ -199,6 +200,7 @@ def test_wrong_settings(tmp_path: Path) -> None:
     assert "JOB_TRIAN__EPOCHS: is no setting; the nearest is JOB_TRAIN__EPOCHS" in message
 
 
+@pytest.mark.long
 def test_denied_access(tmp_path: Path) -> None:
     """A store that refuses the credentials of the Secret ends the Job at once; neither of them is in the message."""
     seen: list[str] = []
@@ -234,6 +236,7 @@ def test_wrong_data(tmp_path: Path) -> None:
     assert not (ended.output / "results.json").exists()
 
 
+@pytest.mark.long
 def test_gate_not_met(tmp_path: Path) -> None:
     """The Job fails at once, for its quality; the results are there."""
     ended = play(tmp_path, JOB_GATE__MIN_DELTA="0.9")
@@ -260,6 +263,7 @@ def test_an_unreachable_store(tmp_path: Path) -> None:
 
 def test_the_deadline_of_the_job(tmp_path: Path) -> None:
     """A Job that takes too long is stopped like an evicted one: its state is kept for whoever starts it again."""
-    ended = play(tmp_path, spec={"activeDeadlineSeconds": 3}, JOB_TRAIN__MAX_STEPS="1000", JOB_TRAIN__EPOCHS="100")
+    run(["--version"], {})  # imports the libraries before the time runs
+    ended = play(tmp_path, spec={"activeDeadlineSeconds": 4}, JOB_TRAIN__MAX_STEPS="1000", JOB_TRAIN__EPOCHS="100")
     assert (ended.condition, ended.reason) == ("Failed", "DeadlineExceeded")
     assert [pod.exit_code for pod in ended.pods] == [75]

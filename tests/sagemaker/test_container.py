@@ -68,6 +68,7 @@ def results(left: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.long
 def test_results_are_delivered(undisturbed: tuple[Ended, Path]) -> None:
     """The model folder holds adapter, manifest and report at its top, the data folder everything else; each hashed."""
     ended, left = undisturbed
@@ -87,6 +88,7 @@ def test_results_are_delivered(undisturbed: tuple[Ended, Path]) -> None:
     assert ended.failure is None
 
 
+@pytest.mark.long
 def test_channels_and_platform_are_the_sources(undisturbed: tuple[Ended, Path], folder: Path) -> None:
     """What was trained on came by the channels, and the manifest says so; the rest is as the platform has it."""
     settings = results(undisturbed[1])["settings"]
@@ -103,6 +105,7 @@ def test_channels_and_platform_are_the_sources(undisturbed: tuple[Ended, Path], 
     assert {name: (settings[name]["value"], settings[name]["source"]) for name in expected} == expected
 
 
+@pytest.mark.long
 def test_metrics_match_the_log(undisturbed: tuple[Ended, Path]) -> None:
     """Every shipped regex finds its metric in the log, line by line, with the values that the run published."""
     ended, left = undisturbed
@@ -170,6 +173,7 @@ def lose_the_adapter(run: Path, copy: Path) -> None:
     (copy / "artifacts/adapter/adapter_model.safetensors").unlink(missing_ok=True)
 
 
+@pytest.mark.long
 def test_a_complete_run_is_delivered_again(
     order: Callable[..., TrainingJob], undisturbed: tuple[Ended, Path], folder: Path
 ) -> None:
