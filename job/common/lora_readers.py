@@ -28,9 +28,8 @@ def published_rank(settings: Mapping[str, Any]) -> int:
     return times * max(map(int, ranks))
 
 
-def admitted_rank(settings: Mapping[str, Any]) -> int:
-    """The smallest `--max-lora-rank` that admits the published adapter; its own rank where none does."""
-    rank = published_rank(settings)
+def admitted_rank(rank: int) -> int:
+    """The smallest `--max-lora-rank` that admits an adapter of a rank; the rank itself where none does."""
     return next((size for size in ADMITTED_RANKS if size >= rank), rank)
 
 

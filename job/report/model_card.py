@@ -11,7 +11,7 @@ from typing import Any
 
 from job.common.export_formats import MERGED, is_adapter
 from job.common.formatting import count
-from job.common.lora_readers import admitted_rank, has_patterns, why_not_served
+from job.common.lora_readers import admitted_rank, has_patterns, published_rank, why_not_served
 from job.common.methods import METHODS
 from job.data.licences import LICENCES
 from job.data.schemas import PROMPTS
@@ -140,7 +140,7 @@ def render_export_card(results: Mapping[str, Any], export: Mapping[str, Any]) ->
         branch=settings.get("export.hub_revision"),
         known=known,
         not_served=why_not_served(settings),
-        rank=admitted_rank(settings),
+        rank=admitted_rank(published_rank(settings)),
         needs=_READERS.get(held["method"]) if held else None,
         auto=_auto(model),
         prompt=PROMPTS[dataset["format"]],

@@ -25,6 +25,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from job.common.lora_readers import admitted_rank
 from job.errors import Problem, SettingsError, Unreachable
 from job.serving.client import Client
 from job.settings.load import environment
@@ -93,13 +94,14 @@ def _vllm(model: Model, port: int) -> list[str]:
     program, address = str(_program("vllm")), ["--host", "127.0.0.1", "--port", str(port)]
     if model.format != "adapter":
         return [program, "serve", str(model.folder), "--served-model-name", NAME, *address]
-    lora = ["--enable-lora", "--max-lora-rank", str(_rank(model.rank or 1)), "--lora-modules", f"{NAME}={model.folder}"]
+    lora = [
+        "--enable-lora",
+        "--max-lora-rank",
+        str(admitted_rank(model.rank or 1)),
+        "--lora-modules",
+        f"{NAME}={model.folder}",
+    ]
     return [program, "serve", str(model.base), *lora, *address]
-
-
-def _rank(rank: int) -> int:
-    """The smallest --max-lora-rank of vLLM that admits a rank."""
-    return next((size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank), rank)
 
 
 def _transformers(model: Model, port: int) -> list[str]:
