@@ -81,9 +81,11 @@ def test_the_default_preset_without_a_network(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert time.monotonic() - began < 60
     plan = json.loads(done.stdout)
-    assert states(plan) == {
+    found = states(plan)
+    assert found.pop("disk") in {"ok", "note"}  # the model takes 15 GB, which a small machine has not
+    assert found == {
         **dict.fromkeys(("model", "adapter", "tokenizer", "data", "questions"), "not checked"),
-        **dict.fromkeys(("storage", "disk", "shared memory"), "ok"),
+        **dict.fromkeys(("storage", "shared memory"), "ok"),
         "licence": "note",
     }
     assert "cc-by-nc-4.0: no commercial use" in next(
