@@ -87,7 +87,7 @@ def assert_all_ended(folder: Path) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_death_without_a_launcher_ends_the_others_and_the_helper(tmp_path: Path, killed: int) -> None:
-    """SIGKILL to either of two processes while one quantizes: the other ends with 1, as under the launcher, within seconds."""
+    """SIGKILL to either of two processes while one quantizes: the other ends with 1 within seconds."""
     (tmp_path / "sleeper.py").write_text(SLEEPER, encoding="utf-8")
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     logs = [tmp_path / f"log{rank}" for rank in range(2)]
