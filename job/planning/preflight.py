@@ -29,8 +29,10 @@ from job.data.preferences import EncodedAnswers
 from job.data.tokenization import Encoded
 from job.data.training_and_validation import ValidationSource, load_rows
 from job.errors import DataError, JobError, Problem, SettingsError, Unreachable, named_by
+from job.evaluation.question_lengths import check_lengths, count_questions
 from job.evaluation.task_files import is_task_file
-from job.evaluation.tasks import Tasks, check_choices, check_lengths, check_tasks, count_questions, load_tasks
+from job.evaluation.task_names import check_tasks
+from job.evaluation.tasks import Tasks, check_choices, load_tasks
 from job.model.adapter_options import PLAIN, AdapterOptions, described
 from job.model.architecture import Architecture, read_config
 from job.model.base import inspect, load_tokenizer

@@ -16,7 +16,8 @@ from job.data.prompts import find_prompts
 from job.data.training_and_validation import ValidationSource, what_to_validate_on
 from job.errors import JobError, Problem, SettingsError, combine, named_by
 from job.evaluation.policy import read_policy
-from job.evaluation.tasks import check_tasks, find_questions
+from job.evaluation.question_files import find_questions
+from job.evaluation.task_names import check_tasks
 from job.model.files import weight_files
 from job.model.start_adapter import local_start
 from job.results.baseline import check_run
