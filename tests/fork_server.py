@@ -48,7 +48,8 @@ def preload() -> None:
 
     torch.set_num_threads(1)  # a pool of threads does not survive a fork
     from job.evaluation import task_names, tasks
-    from job.export.llama_cpp_process import Refused, import_converter
+    from job.export.gguf_conversion import import_converter
+    from job.export.llama_cpp_server import Refused
     from job.report import templating
 
     with suppress(Refused):  # where the extra `export` is not installed
