@@ -1,7 +1,7 @@
 """The checks of `plan`, made before a GPU is paid for: storage, model, tokenizer, data and questions.
 
 To add one: write a function that returns `Found` (or raises NotChecked, or the JobError that the job would end with),
-and call it by `run_check` in `plan._look`.
+and call it by `run_check` in `input_checks.check_run_inputs`.
 """
 
 from __future__ import annotations
