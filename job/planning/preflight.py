@@ -22,10 +22,10 @@ from job.common import formatting
 from job.common.findings import statistics
 from job.common.resources import usable_cpus
 from job.common.source_list import locate_sources, parse_sources
-from job.data.dataset import check_source, require_revision
 from job.data.examples import lengths_of
 from job.data.hub_dataset import is_hub_id
 from job.data.preferences import EncodedAnswers
+from job.data.sources import check_source, require_revision
 from job.data.tokenization import Encoded
 from job.data.training_and_validation import ValidationSource, load_rows
 from job.errors import DataError, JobError, Problem, SettingsError, Unreachable, named_by

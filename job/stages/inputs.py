@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from job.common.export_formats import EXTRA, not_installed
 from job.common.source_list import parse_sources
-from job.data.dataset import check_source
 from job.data.prompts import find_prompts
+from job.data.sources import check_source
 from job.data.training_and_validation import ValidationSource, what_to_validate_on
 from job.errors import JobError, Problem, SettingsError, combine, named_by
 from job.evaluation.policy import read_policy
