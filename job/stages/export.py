@@ -62,7 +62,7 @@ from job.runs.layout import ADAPTER, SCORES, UPLOADED, derived_export, export_fo
 from job.settings.load import Settings
 from job.stages.evaluate import forward_facts, load_published_adapter, score_model
 from job.stages.handoff import Loaded, Sources
-from job.stages.pull_model import fetch_original
+from job.stages.pull import fetch_original
 from job.storage.hub import MAX_FILE
 from job.storage.open import storage_options
 

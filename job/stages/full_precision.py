@@ -31,7 +31,7 @@ from job.runs.layout import FULL_PRECISION, ORIGINAL_SIDE, SCORES
 from job.settings.load import Settings
 from job.stages.evaluate import evaluate_base, score_model
 from job.stages.handoff import Loaded, Sources
-from job.stages.pull_model import fetch_original
+from job.stages.pull import fetch_original
 from job.storage.open import ObjectStore, storage_options
 from job.training.memory_model import ORIGINAL_SHARE, evaluation_bytes, weight_bytes
 from job.training.prepare import free_gpu_bytes, setup_of

@@ -5,7 +5,8 @@ On each machine the first process does this; the others read its results from th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,46 +18,68 @@ from job import log
 from job.audit.audit import Audited
 from job.audit.overlap import index_questions
 from job.audit.rows import set_up
-from job.common.resources import check_disk, required_bytes
-from job.common.source_list import parse_sources
+from job.common import host
+from job.common.hashing import code_hashes
+from job.common.methods import SFT
+from job.common.resources import check_disk, required_bytes, usable_cpus
+from job.common.source_list import Source, locate_sources, parse_sources
 from job.common.threads import in_thread
+from job.data.hub_dataset import check_hub_dataset
 from job.data.licences import find_licence
+from job.data.prompts import find_prompts, prompts_sha256, read_prompts, validation_prompts
 from job.data.text_tokenizer import broken_tokenizer
-from job.data.token_cache import open_tokens
-from job.data.training_and_validation import ValidationSource
-from job.errors import DataError, JobError, Preempted
+from job.data.token_cache import Tokens, load_tokens, open_tokens
+from job.data.training_and_validation import ValidationSource, what_to_validate_on
+from job.errors import DataError, JobError, Preempted, Problem, named_by
 from job.evaluation.policy import Policy, read_policy
 from job.evaluation.question_lengths import check_lengths
 from job.evaluation.task_names import MULTIPLE_CHOICE
 from job.evaluation.tasks import Tasks, check_choices, check_gate, load_tasks
-from job.model.base import load_tokenizer
+from job.model.adapter_options import MANY_STEPS, make_options
+from job.model.base import choose_device, choose_dtype, inspect, load_tokenizer
+from job.model.files import fingerprint
+from job.model.quantized_cache.cache import find
+from job.model.quantized_cache.layout import CachedBase, CacheEntry, entry_at, entry_for
 from job.model.start_adapter import check_start, find_start, hash_start
-from job.model.tokenizer_files import rows_with
-from job.records import Artifact, DatasetRecord, Pulled
+from job.model.tokenizer_files import rows_with, tokenizer_files
+from job.records import Artifact, DatasetRecord, FirstValues, PromptRow, PromptsRecord, Pulled
 from job.results.baseline import check_questions, read_baseline
 from job.runs.attempt import Attempt, missing
-from job.runs.layout import ADAPTER, FINDINGS, Stage
+from job.runs.layout import ADAPTER, BASE, FINDINGS, FIRST_VALUES, Stage
 from job.settings.load import Settings
-from job.settings.training_stages import start_of
+from job.settings.training_stages import naming_its_settings, start_of
 from job.stages.handoff import Sources
 from job.stages.inputs import check_inputs
 from job.stages.preload import import_libraries
-from job.stages.pull_data import (
-    LATER,
-    check_hub,
-    fetch_input,
-    fetch_rows,
-    prompts_record,
-    read_asked_prompts,
-    read_rows,
-    validation_of,
-)
-from job.stages.pull_model import FoundModel, check_model, embedding_rows, find_model
-from job.storage.hub import import_client
-from job.storage.open import StorageOptions, size
+from job.storage.hub import MAX_SMALL_BYTES, download_model, import_client
+from job.storage.location import is_remote
+from job.storage.open import ObjectStore, StorageOptions, fetch, open_store, size
 
+CODE = ("job.model.base", "job.model.files", "job.model.quantized_cache.cache", "job.model.quantized_cache.layout")
+"""Modules whose code decides the bits of a quantized base."""
+_SETTING_OF = {
+    "data": "JOB_DATA__SOURCE",
+    "validation": "JOB_DATA__VALIDATION",
+    "questions": "JOB_EVAL__DATA",
+    "prompts": "JOB_EVAL__PROMPTS",
+}
+"""Folder for what is fetched -> the setting that names it."""
+_LATER = "later/"
+"""Stands before the folder of what a later stage reads."""
 _POLL_SECONDS = 0.5
 _CLEANUP_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class _Model:
+    """The model's files, and what they are."""
+
+    folder: Path
+    revision: str | None
+    sha256: str
+    cache_entry: CacheEntry | None
+    quantized: bool
+    original: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -146,20 +169,20 @@ def _pull(
             checked.result()
 
     # Downloading and hashing release the GIL, so that importing and reading rows run at the same time.
-    coming = in_thread(lambda: find_model(attempt, settings, storage, before_weights), "model")
+    coming = in_thread(lambda: _find_model(attempt, settings, storage, before_weights), "model")
     try:
         import_libraries()
         tasks = _load_tasks(attempt, settings, storage, policy)
         if baseline is not None:
             check_questions(baseline, tasks.only(MULTIPLE_CHOICE).questions(settings.eval.limit), gate.metric)
         start = _find_start(attempt, settings, storage)
-        fetched = fetch_rows(attempt, settings, storage)
+        fetched = _fetch_rows(attempt, settings, storage)
         folder, missing = _early_files(attempt, early, coming)
         tokenizer = load_tokenizer(folder, settings.model.add_tokens)
-        vocabulary = rows_with(embedding_rows(folder), tokenizer, settings.model.add_tokens)
+        vocabulary = rows_with(_vocabulary(folder), tokenizer, settings.model.add_tokens)
         if missing:
-            check_model(folder, settings)
-            check_hub(settings)
+            _check_model(folder, settings)
+            _check_hub(settings)
         with broken_tokenizer():
             check_lengths(
                 tasks,
@@ -178,11 +201,11 @@ def _pull(
 
         how: dict[str, Any] = {"date": date, "vocabulary": vocabulary, "alive": alive}
         audit = set_up(index_questions(tasks.prompts(settings.eval.limit)), settings.data.on_finding)
-        tokens = read_rows(attempt, settings, *fetched, tokenizer, audit=audit, audited=_known_audit(attempt), **how)
-        prompts = read_asked_prompts(attempt, settings, storage, tokens, tokenizer, fetched=fetched, **how)
+        tokens = _read_rows(attempt, settings, *fetched, tokenizer, audit=audit, audited=_known_audit(attempt), **how)
+        prompts = _read_prompts(attempt, settings, storage, tokens, tokenizer, fetched=fetched, **how)
         for stage in later:
-            read_rows(attempt, stage, *fetch_rows(attempt, stage, storage, LATER), tokenizer, audit=audit, **how)
-        model: FoundModel = _wait(attempt, coming)
+            _read_rows(attempt, stage, *_fetch_rows(attempt, stage, storage, _LATER), tokenizer, audit=audit, **how)
+        model: _Model = _wait(attempt, coming)
     except JobError as error:
         checked.cancel()
         if isinstance(error, Preempted):
@@ -198,7 +221,7 @@ def _pull(
         model.revision,
         tasks.fingerprints(),
         start_sha256,
-        prompts_record(settings, prompts),
+        _prompts_record(settings, prompts),
         model_licence,
     )
     sources = Sources(
@@ -269,7 +292,7 @@ def _places(settings: Settings, later: Sequence[Settings]) -> set[str]:
     """Where the inputs are."""
     texts = (settings.data.source, *(stage.data.source for stage in later))
     data = {source.place for text in texts for source in parse_sources(text)}
-    validation = validation_of(settings)
+    validation = _what_to_validate_on(settings)
     own = {validation.name} if isinstance(validation, ValidationSource) else set()
     prompts = {settings.eval.prompts} if isinstance(settings.eval.prompts, str) else set()
     return {settings.model.id, *data, *own, *prompts, *settings.eval.data.values()}
@@ -286,9 +309,15 @@ def _find_start(attempt: Attempt, settings: Settings, storage: StorageOptions) -
     return folder
 
 
+def _fetch(attempt: Attempt, place: str, kind: str, storage: StorageOptions) -> str:
+    attempt.alive()
+    with named_by(_SETTING_OF[kind.removeprefix(_LATER).partition("/")[0]], ": "):
+        return fetch(place, attempt.work / kind, storage)
+
+
 def _load_tasks(attempt: Attempt, settings: Settings, storage: StorageOptions, policy: Policy | None) -> Tasks:
     given, gate = settings.eval.data, settings.gate
-    files = {task: Path(fetch_input(attempt, place, f"questions/{task}", storage)) for task, place in given.items()}
+    files = {task: Path(_fetch(attempt, place, f"questions/{task}", storage)) for task, place in given.items()}
     tasks = load_tasks(settings.eval.tasks, files, given, settings.eval.num_fewshot)
     check_choices(tasks, settings.need_choices)
     check_gate(tasks, gate.metric, policy, gate.policy, gate.only_choices)
@@ -302,7 +331,284 @@ def _wait(attempt: Attempt, *futures: Future[Any]) -> Any:
     return next(future for future in futures if future in done).result()
 
 
-def _early_files(attempt: Attempt, early: Future[tuple[Path, bool]], coming: Future[FoundModel]) -> tuple[Path, bool]:
+def _early_files(attempt: Attempt, early: Future[tuple[Path, bool]], coming: Future[_Model]) -> tuple[Path, bool]:
     """The folder with configuration and tokenizer, and whether the weights are still to be downloaded."""
     _wait(attempt, early, coming)
     return early.result() if early.done() else (coming.result().folder, False)
+
+
+def _check_model(folder: Path, settings: Settings) -> None:
+    """Refuses what is wrong without the weights: an unusable configuration, lengths, and an impossible adapter.
+
+    Raises:
+        DataError, SettingsError: The same errors that loading the model would raise.
+    """
+    lora = settings.lora
+    inspect(
+        folder,
+        max_length=settings.train.max_length,
+        targets=lora.target_modules,
+        rank=lora.rank,
+        options=make_options(dict(lora), settings.train.max_steps or MANY_STEPS, settings.model.add_tokens),
+    )
+
+
+def _what_to_validate_on(settings: Settings) -> float | ValidationSource | None:
+    data = settings.data
+    return what_to_validate_on(
+        data.validation,
+        source=data.source,
+        source_revision=data.revision,
+        validation_revision=data.validation_revision,
+        validation_split=data.validation_split,
+    )
+
+
+def _check_hub(settings: Settings) -> None:
+    """Asks the hub whether the data sets that it has are there, before weights are downloaded."""
+    with naming_its_settings(settings):
+        for source in parse_sources(settings.data.source):
+            check_hub_dataset(source.place, source.revision or settings.data.revision)
+    validation = _what_to_validate_on(settings)
+    if isinstance(validation, ValidationSource) and not is_remote(validation.name):
+        check_hub_dataset(validation.name, validation.revision)
+
+
+def _fetch_rows(
+    attempt: Attempt, settings: Settings, storage: StorageOptions, below: str = ""
+) -> tuple[str | Sequence[Source], float | ValidationSource | None]:
+    """What to train on, and what to validate on, copied from stores to folders that begin with `below`."""
+    with naming_its_settings(settings):
+        source = locate_sources(
+            settings.data.source, lambda place, kind: _fetch(attempt, place, f"{below}{kind}", storage)
+        )
+        validation = _what_to_validate_on(settings)
+        if isinstance(validation, ValidationSource):
+            place = _fetch(attempt, validation.place, f"{below}validation", storage)
+            validation = replace(validation, place=place)
+        return source, validation
+
+
+def _read_rows(
+    attempt: Attempt,
+    settings: Settings,
+    source: str | Sequence[Source],
+    validation: float | ValidationSource | None,
+    tokenizer: Any,
+    **how: Any,
+) -> Tokens:
+    """The tokens for training and for validation; `how` goes to `load_examples`."""
+    data, cache = settings.data, settings.storage.cache
+    with naming_its_settings(settings):
+        return load_tokens(
+            source,
+            validation,
+            root=attempt.work if cache is None else Path(cache),
+            keep=cache is not None,
+            processes=usable_cpus(),
+            name=data.source,
+            revision=data.revision,
+            split=data.split,
+            limit=data.limit,
+            schema=None if data.format == "auto" else data.format,
+            on_bad_row=data.on_bad_row,
+            loss_on=settings.train.rows_loss_on,
+            max_length=settings.train.max_length,
+            tokenizer=tokenizer,
+            method=settings.train.last_method,
+            template_arguments=data.chat_template_arguments,
+            field_names=data.fields,
+            on_long_row=data.on_long_row,
+            row_weights=data.row_weights,
+            seed=settings.run.seed if data.seed is None else data.seed,
+            **how,
+        )
+
+
+def _read_prompts(
+    attempt: Attempt,
+    settings: Settings,
+    storage: StorageOptions,
+    tokens: Tokens,
+    tokenizer: Any,
+    *,
+    fetched: tuple[str | Sequence[Source], float | ValidationSource | None],
+    **how: Any,
+) -> list[PromptRow]:
+    """The prompts of JOB_EVAL__PROMPTS; none where it is empty. `fetched` and `tokens` are of the training data.
+
+    Raises:
+        DataError: They cannot be read, or there are none.
+    """
+    place = settings.eval.prompts
+    if place is None:
+        return []
+    if isinstance(place, int):
+        return _prompts_of_rows(attempt, settings, fetched, tokens, tokenizer, **how)
+    return read_prompts(
+        find_prompts(_fetch(attempt, place, "prompts", storage)),
+        place,
+        tokenizer=tokenizer,
+        schema=tokens.record.format,
+        most_tokens=_longest_prompt(settings),
+        template_arguments=settings.data.chat_template_arguments,
+        **how,
+    )
+
+
+def _prompts_of_rows(
+    attempt: Attempt,
+    settings: Settings,
+    fetched: tuple[str | Sequence[Source], float | ValidationSource | None],
+    tokens: Tokens,
+    tokenizer: Any,
+    **how: Any,
+) -> list[PromptRow]:
+    """The prompts of the first JOB_EVAL__PROMPTS validation rows; `fetched` and `tokens` are of all rows.
+
+    Raises:
+        DataError: The rows have no prompts.
+    """
+    asked, held = int(settings.eval.prompts or 0), tokens.validation or ()
+    if settings.train.rows_loss_on == "all" and settings.train.last_method == SFT:
+        # Where all tokens are targets, they do not say where the prompt ends: the same rows, read for that.
+        train = settings.train.model_copy(update={"loss_on": "completion"})
+        again = _read_rows(attempt, settings.model_copy(update={"train": train}), *fetched, tokenizer, **how)
+        if [again.record.rows, len(again.validation or ())] != [tokens.record.rows, len(held)]:
+            what = "some rows cannot be split into prompt and completion; give a file of prompts instead of a number"
+            raise DataError([Problem("JOB_EVAL__PROMPTS", what)])
+        held = again.validation or ()
+    most = _longest_prompt(settings)
+    found = list(validation_prompts(held, asked, tokenizer, most))
+    if not found:
+        what = f"no validation row of the schema {tokens.record.format} has a prompt of at most {most:,} tokens"
+        raise DataError([Problem("JOB_EVAL__PROMPTS", f"{what}; give a file of prompts instead of a number")])
+    if len(found) < asked:
+        log.get_logger().warning("there are fewer prompts than JOB_EVAL__PROMPTS", prompts=len(found), asked=asked)
+    return found
+
+
+def _longest_prompt(settings: Settings) -> int:
+    """In tokens, so that an answer has room behind it."""
+    return settings.train.max_length - settings.eval.prompts_max_new_tokens
+
+
+def _prompts_record(settings: Settings, prompts: Sequence[PromptRow]) -> PromptsRecord | None:
+    if not prompts:
+        return None
+    asked = settings.eval.prompts
+    return PromptsRecord(
+        source=asked if isinstance(asked, str) else "validation rows",
+        count=len(prompts),
+        max_new_tokens=settings.eval.prompts_max_new_tokens,
+        sha256=prompts_sha256([(prompt.text, prompt.reference) for prompt in prompts]),
+    )
+
+
+def _vocabulary(folder: Path) -> int | None:
+    """Rows of the model's embedding according to its configuration; None if it does not say."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        text = config.get("text_config") or config
+        return int(text["vocab_size"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _find_model(
+    attempt: Attempt, settings: Settings, storage: StorageOptions, before_weights: Callable[[Path, bool], None]
+) -> _Model:
+    """The model's files: the quantized base in the cache, or what the settings name.
+
+    A later attempt uses the quantized base that the first one recorded, and does not contact the model's source.
+    Before weights are downloaded, `before_weights` is called with the folder of the small files (configuration and
+    tokenizer), and returns when they are checked.
+    """
+    earlier, base = attempt.recorded(Stage.PULL, Pulled), attempt.recorded(BASE, CachedBase)
+    if (
+        earlier is not None
+        and base is not None
+        and base.key is not None
+        and (
+            settings.lora.init != "loftq" or attempt.recorded(FIRST_VALUES, FirstValues) is not None
+        )  # else the unquantized base is needed
+        and (locations := _cache_locations(attempt, settings, storage))
+    ):
+        noted = entry_at(base.key, *locations, base.index_sha256)
+        if (folder := find(noted, attempt.alive_in_thread)) is not None:
+            return _Model(folder, earlier.model_revision, earlier.model_sha256, noted, quantized=True, original=None)
+    source = settings.model.id
+    if is_remote(source):
+        if (small := _fetch_small_files(source, attempt.work / "model-small", storage)) is not None:
+            before_weights(small, True)  # noqa: FBT003 - as hub.download_model calls it
+        with named_by("JOB_MODEL__ID", ": "):
+            source = fetch(source, attempt.work / "model", storage)
+        folder, revision = download_model(source, None)
+    else:
+        folder, revision = download_model(source, settings.model.revision, before_weights)
+    tokenizer_files(folder)  # fails now rather than when the adapter is published
+    sha256 = fingerprint(folder)
+    locations = _cache_locations(attempt, settings, storage)
+    entry = None if locations is None else entry_for(_facts(settings, sha256), *locations)
+    # Not in a later attempt: this entry may not be the one that the run began with.
+    here = None if entry is None or earlier else find(replace(entry, store=None), attempt.alive_in_thread)
+    return _Model(here or folder, revision, sha256, entry, quantized=here is not None, original=folder)
+
+
+def fetch_original(attempt: Attempt, settings: Settings, storage: StorageOptions, record: Pulled) -> Path:
+    """The folder of the base's own files, fetched again by an attempt that began with the quantized base.
+
+    Raises:
+        DataError: They are gone, or no longer those that the run began with.
+        Unreachable, AccessDenied: The hub or the store cannot be used.
+    """
+    source = settings.model.id
+    if is_remote(source):
+        attempt.alive()
+        with named_by("JOB_MODEL__ID", ": "):
+            place = fetch(source, attempt.work / "model", storage)
+        folder, _ = download_model(place, None)
+    else:
+        folder, _ = download_model(source, record.model_revision)
+    if fingerprint(folder) != record.model_sha256:
+        raise DataError([Problem("JOB_MODEL__ID", f"{source} is not what this run began with: its files have changed")])
+    return folder
+
+
+def _fetch_small_files(place: str, folder: Path, storage: StorageOptions) -> Path | None:
+    """The folder with configuration and tokenizer of a model in a store; None if nothing is there."""
+    store = open_store(place, storage)
+    found = list(store.list())
+    for info in found:
+        if "/" not in info.key and not info.key.endswith(".safetensors") and info.bytes <= MAX_SMALL_BYTES:
+            store.download(info.key, folder / info.key, max_bytes=info.bytes)
+    return folder if found else None
+
+
+def _cache_locations(
+    attempt: Attempt, settings: Settings, storage: StorageOptions
+) -> tuple[Path, ObjectStore | None] | None:
+    """The folder and the store of the quantized cache; None if nothing is cached."""
+    model, cache = settings.model, settings.storage.cache
+    if model.quantization == "none" or model.keep_quantized == "off":
+        return None
+    if model.keep_quantized == "cache" and cache is None:
+        return None
+    store = open_store(settings.run.output, storage) if model.keep_quantized == "store" else None
+    return attempt.work if cache is None else Path(cache), store
+
+
+def _facts(settings: Settings, sha256: str) -> dict[str, Any]:
+    """Everything that affects the bits of a quantized base: the key of its cache entry."""
+    model, device, machine = settings.model, choose_device(settings.run.device), host.hardware()
+    return {
+        "model": sha256,
+        "quantization": model.quantization,
+        "double_quantization": model.double_quantization,
+        "dtype": str(choose_dtype(model.dtype, device)),
+        "device": device.type,
+        "cpu": machine["cpu"],
+        "gpus": machine["gpus"],
+        "software": host.software(),
+        "code": code_hashes(*CODE),
+    }
