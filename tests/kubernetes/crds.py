@@ -105,10 +105,21 @@ _CLUSTER_QUEUE = closed(
         maxItems=16,
     ),
 )
+# Nodes are counted by topology only if a label says which; the API server refuses a Topology without one.
+_FLAVOR_SPEC = {
+    **closed(nodeLabels=STRINGS, topologyName=TEXT),
+    "if": {"required": ["topologyName"]},
+    "then": {"required": ["nodeLabels"]},
+}
+_TOPOLOGY = closed(
+    ("levels",),
+    levels=listed(closed(("nodeLabel",), nodeLabel=TEXT), minItems=1, maxItems=16) | {"uniqueItems": True},
+)
 
 CRDS: dict[tuple[str, str], Schema] = {
     (JOBSET, "JobSet"): resource(JOBSET, "JobSet", _JOBSET),
-    (KUEUE, "ResourceFlavor"): resource(KUEUE, "ResourceFlavor", closed(nodeLabels=STRINGS)),
+    (KUEUE, "ResourceFlavor"): resource(KUEUE, "ResourceFlavor", _FLAVOR_SPEC),
+    (KUEUE, "Topology"): resource(KUEUE, "Topology", _TOPOLOGY),
     (KUEUE, "ClusterQueue"): resource(KUEUE, "ClusterQueue", _CLUSTER_QUEUE),
     (KUEUE, "LocalQueue"): resource(KUEUE, "LocalQueue", closed(("clusterQueue",), clusterQueue=TEXT)),
 }
