@@ -50,7 +50,7 @@ Try it without a GPU or a network: qlora-job run --preset demo
 
 exit codes: 0 done; 1 a bug; 2 settings; 3 gate not met; 4 results do not verify; 65 data;
             69 storage or hub unreachable (retry); 70 training diverged; 71 no progress in several attempts;
-            75 preempted (retry); 76 replaced by another attempt; 77 access denied
+            74 stalled (retry); 75 preempted (retry); 76 replaced by another attempt; 77 access denied
 """
 
 
@@ -121,21 +121,18 @@ def _run(words: list[str]) -> int:
             "this run is not copied to S3: an interruption loses it; set JOB_RUN__OUTPUT=s3://... or CheckpointConfig",
             output=settings.run.output,
         )
-    from job.runs.run_log import IdleLimit
-
     run, stall = settings.run, settings.train.stall_seconds
-    idle = IdleLimit(run.max_idle_attempts)
     with (
         stop_on_signals(run.grace_seconds) as stop,
         watch_notices(stop, run.spot_notices if first else "off"),
-        watch(stall, lambda message: _report_to_platform(platform, message), idle.exit_code) as report_progress,
+        watch(stall, lambda message: _report_to_platform(platform, message)) as report_progress,
         join(
             place, run.id, stop=stop, report_progress=report_progress, patience=stall, grace_seconds=run.grace_seconds
         ) as processes,
     ):
         from job.pipeline import run as run_job
 
-        run_job(settings, stop, report_progress, faults, delivery=platform.delivery, processes=processes, idle=idle)
+        run_job(settings, stop, report_progress, faults, delivery=platform.delivery, processes=processes)
     return 0
 
 

@@ -131,7 +131,7 @@ class Attempt:
         self.faults.at("validation", metrics.step)
 
     def reached(self) -> tuple[int, int]:
-        """How far this attempt has got; see `how_far`. The watchdog asks when all else hangs."""
+        """How far this attempt has got; see `how_far`."""
         return how_far(self._stages_so_far(), self.last_step, self.questions)
 
     @contextmanager

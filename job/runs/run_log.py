@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, replace
 
 from job.common.hashing import sealed, unsealed
 from job.common.validation import adapter_of, first_error
-from job.errors import NoProgress, Preempted
 from job.log import get_logger
 from job.records import AttemptRecord
 from job.runs.layout import CHECKPOINTS, Stage, attempt_key, checkpoint_part
@@ -46,7 +45,7 @@ class LoggedAttempt:
 
 @dataclass
 class IdleLimit:
-    """Whether an attempt that is stopped, or stalls, is one of too many in a row that made no progress.
+    """Whether an attempt that is stopped is one of too many in a row that made no progress.
 
     Whoever begins the attempt says how many there were before it (`before`), and how to ask whether this one got
     further (`progressed`); until then it counts as one that did, since there is no record of it either.
@@ -66,10 +65,6 @@ class IdleLimit:
         """What `NoProgress` says."""
         what = f"{self.before + 1} attempts in a row were stopped before the run got any further"
         return f"{what} (JOB_RUN__MAX_IDLE_ATTEMPTS={self.limit}); give them more time, or machines that last longer"
-
-    def exit_code(self) -> int:
-        """Of an attempt that stalls."""
-        return NoProgress.exit_code if self.reached else Preempted.exit_code
 
 
 _BEFORE_STEPS = 1 << 40
