@@ -69,6 +69,7 @@ def run(
     *,
     delivery: Delivery | None = None,
     processes: Processes = ALONE,
+    idle: IdleLimit | None = None,
 ) -> dict[str, Any]:
     """Runs the job, or the rest of it if earlier attempts did a part; returns the published manifest.
 
@@ -97,6 +98,7 @@ def run(
             faults,
             delivery=delivery if last else None,
             processes=processes,
+            idle=idle,
             later=stages[number:],
         )
     return results
@@ -110,6 +112,7 @@ def _run_stage(
     *,
     delivery: Delivery | None,
     processes: Processes,
+    idle: IdleLimit | None,
     later: Sequence[Settings] = (),
 ) -> dict[str, Any]:
     """One run from start to end; `later` are those that follow, as in `JOB_TRAIN__METHOD=sft,dpo`."""
@@ -117,7 +120,7 @@ def _run_stage(
     if (done := _finished(processes, settings, delivery, alive)) is not None:
         return done
     processes.share("inputs", lambda: _check_inputs(settings, later))
-    with _attempt(settings, stop, report_progress, faults, processes) as (attempt, track):
+    with _attempt(settings, stop, report_progress, faults, processes, idle=idle) as (attempt, track):
         with attempt.timed(Stage.PULL):
             sources = pull(attempt, settings, storage_options(settings.storage), later)
         loaded = _load(attempt, settings, sources)
@@ -227,6 +230,8 @@ def _attempt(
     report_progress: Callable[[], None],
     faults: tuple[Fault, ...],
     processes: Processes,
+    *,
+    idle: IdleLimit | None,
 ) -> Iterator[tuple[Attempt, Tracking]]:
     """Opens the run's next attempt, with injected faults, trackers, and an energy meter for all processes' GPUs."""
     store = _store(settings)
@@ -241,7 +246,7 @@ def _attempt(
         report_progress=report_progress,
         faults=armed,
         processes=processes,
-        idle=IdleLimit(settings.run.max_idle_attempts),
+        idle=idle or IdleLimit(settings.run.max_idle_attempts),
     )
     asked = trackers(settings) if processes.leads else {}  # process 0 reports for all
     with tracking(asked, settings.run.id, plain_values(settings), environment()) as track, opening as attempt:
