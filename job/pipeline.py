@@ -57,6 +57,7 @@ _SETTING_OF = {
     "questions": "JOB_EVAL__TASKS",
     "start_sha256": "JOB_LORA__START",
     "prompts": "JOB_EVAL__PROMPTS",
+    "groups": "JOB_EVAL__TASKS",
 }
 """Field of `Pulled` -> the setting that names what it is about."""
 

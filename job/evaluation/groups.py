@@ -16,33 +16,15 @@ question.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from job.errors import Problem, SettingsError
 from job.evaluation import statistics
 from job.log import get_logger
-from job.records import Evaluated, Metric
+from job.records import Evaluated, GroupSpec, Metric
 
 CHOICE_METRICS = {"acc,none": "correct", "acc_norm,none": "correct_norm"}
 """lm-eval's name of a multiple-choice metric -> the field of `TaskScores` with the answers."""
-
-
-@dataclass(frozen=True)
-class GroupSpec:
-    """What is to be computed for a group.
-
-    Attributes:
-        version: The group's version in lm-eval.
-        tasks: Names of all its tasks, also those of nested groups.
-        metrics: lm-eval's name of metric and filter -> whether the mean is weighted by the number of questions.
-        higher_is_better: The same names -> whether higher is better.
-    """
-
-    version: str
-    tasks: tuple[str, ...]
-    metrics: Mapping[str, bool]
-    higher_is_better: Mapping[str, bool]
 
 
 def read_groups(groups: Mapping[str, Any], metrics_of: Mapping[str, Mapping[str, Metric]]) -> dict[str, GroupSpec]:

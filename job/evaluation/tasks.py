@@ -21,12 +21,12 @@ from jinja2.sandbox import SandboxedEnvironment
 from job.data.files import find_file
 from job.data.formats import Row, RowError, read_rows
 from job.errors import DataError, Problem, SettingsError, named_by
-from job.evaluation.groups import CHOICE_METRICS, GroupSpec, read_groups
+from job.evaluation.groups import CHOICE_METRICS, read_groups
 from job.evaluation.measured import how_to_generate, metrics_of
 from job.evaluation.policy import CHOICES, Policy, check_policy, named
 from job.evaluation.task_files import GroupFile, TaskFile, is_task_file, own_tasks, read_task_file
 from job.log import get_logger
-from job.records import Metric
+from job.records import GroupSpec, Metric
 from job.storage.hub import hub_errors
 
 MULTIPLE_CHOICE = "multiple_choice"

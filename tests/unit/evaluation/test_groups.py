@@ -16,7 +16,7 @@ from job.evaluation import statistics
 from job.evaluation.groups import compare_groups, groups_from
 from job.evaluation.harness import evaluate, measure
 from job.evaluation.tasks import Tasks, check_tasks, load_tasks
-from job.records import Answer, ChoiceScore, Evaluated, MeasuredScores, Metric, Question, TaskScores
+from job.records import Answer, ChoiceScore, Evaluated, GroupSpec, MeasuredScores, Metric, Question, TaskScores
 from tests.helpers import write_jsonl
 from tests.unit.evaluation.test_task_files import write_task
 
@@ -197,7 +197,6 @@ def test_a_stratified_interval_covers_the_truth() -> None:
 
 def test_a_lower_figure_may_be_the_better_one() -> None:
     """The verdict goes by the metric's direction."""
-    from job.evaluation.groups import GroupSpec
 
     def side(values: list[float]) -> Evaluated:
         pairs = tuple((value, 1.0) for value in values)
