@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Tokenizer
 
-from job.records import AttemptRecord
+from job.records import AttemptRecord, DatasetRecord, GroupSpec, Pulled
+from job.runs.stage_records import fingerprint, identity
 from job.stages import pull
-from job.stages.pull import _date, _fetch_small_files, _vocabulary
+from job.stages.pull import _date, _fetch_small_files, _groups, _vocabulary
 from job.storage.open import StorageOptions, open_store
 from tests import warm
 from tests.helpers import arc_rows, write_jsonl
@@ -118,6 +119,19 @@ def test_a_run_keeps_the_day_of_its_first_attempt() -> None:
         earlier=[replace(record, number=2, started="2026-11-30T00:00:00.000Z"), record],
     )
     assert _date(first) == _date(later) == "2026-11-28"
+
+
+def test_a_run_of_an_earlier_version_goes_on_without_groups_in_its_record() -> None:
+    """What names a run stays the same: only a run that began with its groups in the record has them later."""
+    spec = GroupSpec("1", ("one",), {"acc,none": True}, {"acc,none": True})
+    tasks: Any = SimpleNamespace(groups={"own": spec})
+    rows = DatasetRecord("x.jsonl", None, None, "alpaca", 8, {}, "00", 9, 8, 7)
+    before, now = (Pulled(rows, "11", None, {"one": "22"}, groups=groups) for groups in (None, tasks.groups))
+    for earlier, expected in ((None, {"own": spec}), (now, {"own": spec}), (before, None)):
+        attempt: Any = SimpleNamespace(recorded=lambda *_, earlier=earlier: earlier)
+        assert _groups(attempt, tasks) == expected
+    assert fingerprint({}, before) != fingerprint({}, now)
+    assert "groups" not in identity(before)
 
 
 @pytest.mark.parametrize(
