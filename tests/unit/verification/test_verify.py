@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from job.common.hashing import sealed, unsealed
 from job.errors import AccessDenied, SettingsError, VerificationError
+from job.evaluation import near_ties
 from job.evaluation.groups import compare_groups
 from job.evaluation.policy import sentence
 from job.records import Evaluated, GroupSpec
@@ -563,7 +564,7 @@ def test_forged_figures_of_the_original_base_are_found(
 @pytest.mark.parametrize(
     ("place", "value"),
     [
-        ("bound", 0.5),
+        ("bound", 5.0),
         ("tasks/quiz/acc/base", 399),
         ("tasks/quiz/acc/lowest/delta", -0.5),
         ("tasks/quiz/acc/holds", False),
@@ -575,6 +576,24 @@ def test_forged_near_ties_are_found(published: Path, tmp_path: Path, place: str,
     forge(run, change(f"evaluation/near_ties/{place}", value))
     found = _checked(run, tmp_path / "after")
     assert "evaluation.near_ties" in told({"evaluation": found["evaluation"]})
+
+
+@pytest.mark.parametrize("bound", [0.0001, 2.5])
+def test_a_run_by_another_bound_of_near_ties_verifies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bound: float
+) -> None:
+    """A run made before the bound was changed, up or down, is checked by the bound that it names, which is told."""
+    with monkeypatch.context() as then:
+        then.setitem(near_ties.BOUNDS, "fp32", bound)
+        run = publish_run(tmp_path / "run", {"quiz": pairs(20, improved=9)})
+    (tmp_path / "work").mkdir()
+    found = {check.what: check for check in verify(open_run(str(run)), tmp_path / "work")}
+    assert not [check for check in found.values() if check.differences]
+    assert found["evaluation"].notes == (
+        f'near ties are counted up to {bound} nats, as the run says; this version\'s bound for "fp32" is 0.001 nats',
+    )
+    counted = json.loads((run / "results.json").read_bytes())["evaluation"]["near_ties"]["tasks"]["quiz"]["acc"]
+    assert (counted["base"] > 0) == (bound > 1)
 
 
 def test_near_ties_cannot_be_left_out(published: Path, tmp_path: Path) -> None:
