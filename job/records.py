@@ -618,6 +618,11 @@ class Evaluated:
     """Tasks that have no choices."""
     full_precision: FullPrecision | None = None
     """In the record of the base, if that is quantized and JOB_EVAL__FULL_PRECISION asks for it; else None."""
+    generation: dict[str, str] = field(default_factory=dict)
+    """By what was answered, a task or JOB_EVAL__PROMPTS, a hash of how answers are generated and what ends them.
+
+    Versions may do that otherwise. None in records of older versions.
+    """
 
 
 @dataclass(frozen=True)

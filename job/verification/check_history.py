@@ -98,6 +98,7 @@ def check_stages(results: Mapping[str, Any], copies: Copies, run: str | None) ->
             differences += find_differences(place, told.get("full_precision"), original)
             differences += find_differences(f"{RESULTS} evaluation.near_ties", told.get("near_ties"), near)
         differences += _measured_differ(results, base, adapter)
+        differences += find_differences(f"{ADAPTER} generation", adapter.generation, base.generation)
         if pulled is not None:
             differences += _groups_differ(results, pulled, base, adapter)
     stages = "pull, evaluate base, train, evaluate adapter"

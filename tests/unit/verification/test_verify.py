@@ -642,3 +642,10 @@ def test_a_task_cannot_be_left_out(tmp_path: Path) -> None:
     record["questions"]["three"] = record["questions"]["one"]
     rewrite(run, "stages/pull.json", sealed(record))
     assert "results.json evaluation" in told(_checked(run, tmp_path / "left"))
+
+
+def test_answers_by_two_rules_are_told(run: Path, check: Checker) -> None:
+    """Answers of base and adapter that different versions ended by different tokens cannot be compared."""
+    path = run / "stages/evaluate-adapter.json"
+    rewrite(run, "stages/evaluate-adapter.json", sealed({**unsealed(path.read_bytes()), "generation": {"sums": "00"}}))
+    assert "stages/evaluate-adapter.json generation" in told(check())
