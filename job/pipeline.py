@@ -57,6 +57,7 @@ _SETTING_OF = {
     "questions": "JOB_EVAL__TASKS",
     "start_sha256": "JOB_LORA__START",
     "prompts": "JOB_EVAL__PROMPTS",
+    "groups": "JOB_EVAL__TASKS",
 }
 """Field of `Pulled` -> the setting that names what it is about."""
 
@@ -69,6 +70,7 @@ def run(
     *,
     delivery: Delivery | None = None,
     processes: Processes = ALONE,
+    idle: IdleLimit | None = None,
 ) -> dict[str, Any]:
     """Runs the job, or the rest of it if earlier attempts did a part; returns the published manifest.
 
@@ -97,6 +99,7 @@ def run(
             faults,
             delivery=delivery if last else None,
             processes=processes,
+            idle=idle,
             later=stages[number:],
         )
     return results
@@ -110,6 +113,7 @@ def _run_stage(
     *,
     delivery: Delivery | None,
     processes: Processes,
+    idle: IdleLimit | None,
     later: Sequence[Settings] = (),
 ) -> dict[str, Any]:
     """One run from start to end; `later` are those that follow, as in `JOB_TRAIN__METHOD=sft,dpo`."""
@@ -117,14 +121,14 @@ def _run_stage(
     if (done := _finished(processes, settings, delivery, alive)) is not None:
         return done
     processes.share("inputs", lambda: _check_inputs(settings, later))
-    with _attempt(settings, stop, report_progress, faults, processes) as (attempt, track):
+    with _attempt(settings, stop, report_progress, faults, processes, idle=idle) as (attempt, track):
         with attempt.timed(Stage.PULL):
             sources = pull(attempt, settings, storage_options(settings.storage), later)
         loaded = _load(attempt, settings, sources)
         with publishing(sources.cache_entry if processes.leads else None, stop, report_progress):
             base = _evaluate_base(attempt, settings, sources, loaded)
             trained = _train(attempt, settings, sources, loaded)
-            adapter = _evaluate_adapter(attempt, settings, sources, loaded, trained)
+            adapter = _evaluate_adapter(attempt, settings, sources, loaded, base=base, trained=trained)
             exported = _export(attempt, settings, sources, loaded, trained)
             results = _publish(
                 attempt,
@@ -227,6 +231,8 @@ def _attempt(
     report_progress: Callable[[], None],
     faults: tuple[Fault, ...],
     processes: Processes,
+    *,
+    idle: IdleLimit | None,
 ) -> Iterator[tuple[Attempt, Tracking]]:
     """Opens the run's next attempt, with injected faults, trackers, and an energy meter for all processes' GPUs."""
     store = _store(settings)
@@ -241,7 +247,7 @@ def _attempt(
         report_progress=report_progress,
         faults=armed,
         processes=processes,
-        idle=IdleLimit(settings.run.max_idle_attempts),
+        idle=idle or IdleLimit(settings.run.max_idle_attempts),
     )
     asked = trackers(settings) if processes.leads else {}  # process 0 reports for all
     with tracking(asked, settings.run.id, plain_values(settings), environment()) as track, opening as attempt:
@@ -294,11 +300,18 @@ def _load(attempt: Attempt, settings: Settings, sources: Sources) -> Loaded:
 
 @memory_errors("evaluating the base model", "lower JOB_EVAL__BATCH_TOKENS")
 def _evaluate_base(attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded) -> Evaluated:
+    from job.stages.evaluate import generation_rules, other_generation
     from job.stages.full_precision import evaluate_bases
 
     shared = open_store(settings.run.output, storage_options(settings.storage))
+
+    def objection(base: Evaluated) -> str:
+        adapter = attempt.recorded(Stage.EVALUATE_ADAPTER, Evaluated)
+        wanted = generation_rules(settings, sources, loaded.model) if adapter is None else adapter.generation
+        return other_generation(base, wanted)
+
     base = attempt.stage(
-        Stage.EVALUATE_BASE, Evaluated, lambda: evaluate_bases(attempt, settings, sources, loaded, shared)
+        Stage.EVALUATE_BASE, Evaluated, lambda: evaluate_bases(attempt, settings, sources, loaded, shared), objection
     )
     if sources.baseline is not None:
         check_prompts(sources.baseline, base.scores)
@@ -313,12 +326,15 @@ def _train(attempt: Attempt, settings: Settings, sources: Sources, loaded: Loade
 
 
 def _evaluate_adapter(
-    attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded, trained: Trained
+    attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded, *, base: Evaluated, trained: Trained
 ) -> Evaluated:
-    from job.stages.evaluate import evaluate_adapter
+    from job.stages.evaluate import evaluate_adapter, other_generation
 
     return attempt.stage(
-        Stage.EVALUATE_ADAPTER, Evaluated, lambda: evaluate_adapter(attempt, settings, sources, loaded, trained)
+        Stage.EVALUATE_ADAPTER,
+        Evaluated,
+        lambda: evaluate_adapter(attempt, settings, sources, loaded, trained),
+        lambda adapter: other_generation(adapter, base.generation),
     )
 
 

@@ -122,11 +122,19 @@ def _run(words: list[str]) -> int:
             "this run is not copied to S3: an interruption loses it; set JOB_RUN__OUTPUT=s3://... or CheckpointConfig",
             output=settings.run.output,
         )
+    from job.runs.run_log import IdleLimit
+
     run, stall = settings.run, settings.train.stall_seconds
+    idle = IdleLimit(run.max_idle_attempts)
+
+    def on_stall(message: str) -> None:
+        _report_to_platform(platform, Stalled(message), message)
+        idle.record_stall(message)  # last: the store may be what hangs
+
     with (
         stop_on_signals(run.grace_seconds) as stop,
         watch_notices(stop, run.spot_notices if first else "off"),
-        watch(stall, lambda message: _report_to_platform(platform, Stalled(message), message)) as report_progress,
+        watch(stall, on_stall) as report_progress,
         join(
             place,
             run.id,
@@ -139,7 +147,7 @@ def _run(words: list[str]) -> int:
     ):
         from job.pipeline import run as run_job
 
-        run_job(settings, stop, report_progress, faults, delivery=platform.delivery, processes=processes)
+        run_job(settings, stop, report_progress, faults, delivery=platform.delivery, processes=processes, idle=idle)
     return 0
 
 
@@ -264,6 +272,12 @@ def _promote(words: list[str]) -> int:
     return promote_command(words)
 
 
+def _status(words: list[str]) -> int:
+    from job.cli.status import status_command
+
+    return status_command(words)
+
+
 def _serve_check(words: list[str]) -> int:
     from job.cli.serve_check import serve_check_command
 
@@ -281,6 +295,7 @@ _FUNCTIONS = {
     "push": _push,
     "promote": _promote,
     "serve-check": _serve_check,
+    "status": _status,
     "selftest": _selftest,
 }
 
