@@ -471,6 +471,26 @@ class StepMetrics:
 
 
 @dataclass(frozen=True)
+class TrainingProgress:
+    """How far training is: the optimizer step that was done last. For people who watch; no part of the manifest.
+
+    Attributes:
+        step: The step, from 1.
+        total_steps: How many there are; early stopping may end training before the last one.
+        loss: Of the step; None where it is not finite.
+        tokens_per_second: Target tokens per second of the step.
+        remaining_seconds: Estimate for the steps that are left, without the stages after training; None until there
+            are two steps to measure.
+    """
+
+    step: int
+    total_steps: int
+    loss: float | None = None
+    tokens_per_second: float | None = None
+    remaining_seconds: float | None = None
+
+
+@dataclass(frozen=True)
 class ValidationMetrics:
     """One validation: facts that identical runs share, and in `measured` what was measured. Step 0 is before training.
 
