@@ -129,7 +129,7 @@ def parse_logged(data: bytes) -> LoggedAttempt:
     """
     facts = unsealed(data)
     record = adapter_of(AttemptRecord).validate_python(facts)
-    noted = adapter_of(Noted | None).validate_python(facts.get(NOTED))
+    noted = adapter_of(Noted).validate_python(facts[NOTED]) if facts.get(NOTED) else None
     return LoggedAttempt(record, int(facts.get(QUESTIONS, 0)), facts.get(RUN), noted)
 
 
