@@ -19,6 +19,10 @@ refuse() { # message, code: logs it, writes it to where Kubernetes and SageMaker
   done
   exit "${2-2}"
 }
+ours=' run train compare config plan promote push report selftest serve-check status verify '
+# SageMaker's SDK runs `chmod` in the image: a first word that is a program, and no command of the job, is run.
+if [[ -n ${1-} && $1 != -* && $ours != *" $1 "* ]] && program=$(type -P -- "$1"); then exec "$program" "${@:2}"; fi
+
 older() { [ -n "$1" ] && [ "$1" != "$2" ] && printf '%s\n' "$1" "$2" | sort -VC; } # version, other version
 
 for name in "${secrets[@]}"; do
@@ -36,7 +40,7 @@ for name in "${secrets[@]}"; do
 done
 [ -z "$wrong" ] || refuse "${wrong% }"
 [ -z "$open" ] || say warning "Readable for every user of this machine: ${open%, }. Mode 0400 keeps a secret private"
-[[ ${1-run} == @(run|train|-*) && " $* " != *' '@(-h|--help)' '* ]] || exec python -m job "$@" # no GPU needed
+[[ ${1-run} == @(run|train|-*) && " $* " != *' '@(-h|--help|--version)' '* ]] || exec python -m job "$@" # no GPU needed
 
 read -r built oldest <"$here/cuda" # the CUDA that torch is built with, the least compute capability it serves
 banner=$(timeout 60 nvidia-smi 2>/dev/null) && ended=0 || ended=$?

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from job import __version__, log
 from job.cli.arguments import COMMANDS, command_help
 from job.common import garbage_collection
+from job.common.resources import usable_cpus
 from job.distributed.ranks import VARIABLES, Place, find_machines, visible_gpu
 from job.errors import JobError, Problem, SettingsError, Stalled
 from job.platforms.detect import Platform
@@ -96,6 +98,7 @@ def _run(words: list[str]) -> int:
     settings = load_settings(words)
     place = current_place()
     _configure_log(settings, place)
+    _check_temporary_folder()
     if place is None:  # else the launcher, or every process of torchrun, would log it again
         _note_foreign_variables()
     _tell_libraries(find_machines(current_platform()).interface)
@@ -159,6 +162,7 @@ def _launch(settings: Settings, words: list[str]) -> int | None:
     with noted_signals() as received:
         with current_platform().machine_checks():
             processes = count_processes(run.processes)
+        _share_cpus(processes)
         if processes * run.nodes == 1:
             check_signals(received)
             return None
@@ -172,6 +176,13 @@ def _launch(settings: Settings, words: list[str]) -> int | None:
         command, grace = worker_command(words), run.grace_seconds
         garbage_collection.enable()  # this process only waits from here on
         return launch(command, machine, received, run=run.id, environ=environment(), grace_seconds=grace)
+
+
+def _share_cpus(processes: int) -> None:
+    """Limits OpenMP's threads to the CPUs that these processes may use: it does not know of a container's quota."""
+    cpus = usable_cpus()
+    if processes > 1 or cpus < len(os.sched_getaffinity(0)):
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cpus // processes)))
 
 
 def _note_foreign_variables() -> None:
@@ -189,9 +200,20 @@ def _configure_log(settings: Settings, place: Place | None) -> None:
     log.configure(settings.log.format, level, secrets(), run=settings.run.id, **context)
 
 
+def _check_temporary_folder() -> None:
+    """Raises SettingsError if no folder takes temporary files, which libraries and the job write."""
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        fix = "mount one at /tmp (docker run --tmpfs /tmp:exec, or an emptyDir), or name another"
+        raise SettingsError([Problem("TMPDIR (environment)", f"no folder for temporary files; {fix}")]) from None
+
+
 def _tell_libraries(interface: str | None) -> None:
     """Sets the variables that libraries read when they are imported, unless the user has set them."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # OpenMP's threads would spin while they wait: beside other processes a CPU then needs four times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # cuBLAS reads it when CUDA starts; without it the same run gives other bits.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # Warnings of torch's C++ code, such as about an address that does not answer, would be plain text among JSON lines.

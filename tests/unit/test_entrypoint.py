@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from job.cli.arguments import COMMANDS
 from job.errors import UnfitMachine
 from job.settings.load import secrets
 
@@ -97,7 +98,7 @@ def gpus(folder: Path, cuda: str, *lines: str, banner: str = BANNER) -> None:
 
 def test_it_is_short() -> None:
     """What runs before the job can be read in a minute."""
-    assert len((ROOT / "entrypoint.sh").read_text().splitlines()) < 72
+    assert len((ROOT / "entrypoint.sh").read_text().splitlines()) < 76
 
 
 class TestSecrets:
@@ -215,7 +216,22 @@ class TestWithoutGpu:
         assert start("--help").started == "--help"
         done = start("run", "--help")
         assert (done.started, done.log) == ("run --help", "")  # no GPU is asked for, nothing is logged
+        done = start("--version")
+        assert (done.started, done.log) == ("--version", "")
         assert start(JOB_TRAIN__EPOCHS="x").started == ""
+
+    def test_a_program_is_run(self, start: Start, tmp_path: Path) -> None:
+        """SageMaker's SDK changes the mode of files by the image; a word that is no program is the job's to refuse."""
+        tool(tmp_path / "bin/made-up", '#!/bin/sh\necho "pid 0"; echo "ran $*"\n')
+        assert start("made-up", "-R", "777").started == "ran -R 777"
+        assert start("no-such-program").started == "no-such-program"
+
+    def test_a_program_of_a_command_s_name_is_not_run(self, start: Start, tmp_path: Path) -> None:
+        """`compare` is the job's command, whatever else lies on PATH."""
+        ours = re.findall(r"^ours='(.*)'$", (ROOT / "entrypoint.sh").read_text(), re.MULTILINE)[0].split()
+        assert set(ours) >= {*COMMANDS, "train"}
+        tool(tmp_path / "bin/compare", "#!/bin/sh\nexit 9\n")
+        assert start("compare", "a", "b").started == "compare a b"
 
     def test_other_commands_need_none(self, start: Start, tmp_path: Path) -> None:
         """`config` and its like start at once; nobody looks for a GPU."""
