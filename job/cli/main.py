@@ -16,7 +16,7 @@ from job.cli.arguments import COMMANDS, command_help
 from job.common import garbage_collection
 from job.common.resources import usable_cpus
 from job.distributed.ranks import VARIABLES, Place, find_machines, visible_gpu
-from job.errors import JobError, Problem, SettingsError
+from job.errors import JobError, Problem, SettingsError, Stalled
 from job.platforms.detect import Platform
 from job.platforms.sagemaker import lasts
 from job.settings.load import (
@@ -52,7 +52,8 @@ Try it without a GPU or a network: qlora-job run --preset demo
 
 exit codes: 0 done; 1 a bug; 2 settings; 3 gate not met; 4 results do not verify; 65 data;
             69 storage or hub unreachable (retry); 70 training diverged; 71 no progress in several attempts;
-            74 stalled (retry); 75 preempted (retry); 76 replaced by another attempt; 77 access denied
+            72 machine without a usable GPU (Kubernetes); 74 stalled (retry); 75 preempted (retry);
+            76 replaced by another attempt; 77 access denied
 """
 
 
@@ -130,7 +131,7 @@ def _run(words: list[str]) -> int:
     idle = IdleLimit(run.max_idle_attempts)
 
     def on_stall(message: str) -> None:
-        _report_to_platform(platform, message)
+        _report_to_platform(platform, Stalled(message), message)
         idle.record_stall(message)  # last: the store may be what hangs
 
     with (
@@ -138,7 +139,13 @@ def _run(words: list[str]) -> int:
         watch_notices(stop, run.spot_notices if first else "off"),
         watch(stall, on_stall) as report_progress,
         join(
-            place, run.id, stop=stop, report_progress=report_progress, patience=stall, grace_seconds=run.grace_seconds
+            place,
+            run.id,
+            stop=stop,
+            report_progress=report_progress,
+            patience=stall,
+            grace_seconds=run.grace_seconds,
+            machine_checks=platform.machine_checks,
         ) as processes,
     ):
         from job.pipeline import run as run_job
@@ -153,7 +160,8 @@ def _launch(settings: Settings, words: list[str]) -> int | None:
 
     run = settings.run
     with noted_signals() as received:
-        processes = count_processes(run.processes)
+        with current_platform().machine_checks():
+            processes = count_processes(run.processes)
         _share_cpus(processes)
         if processes * run.nodes == 1:
             check_signals(received)
@@ -346,13 +354,18 @@ def _report(error: Exception, platform: Platform) -> int:
         logger.error(type(error).__name__, exit_code=code, meaning=error.meaning, **_details(error))
     else:
         logger.error("a bug: please report it with this traceback", exit_code=code, exc_info=error)
-    message = f"{type(error).__name__} (exit code {code}): {text}"
-    _report_to_platform(platform, message)
+    _report_to_platform(platform, error, text)
     return code
 
 
-def _report_to_platform(platform: Platform, message: str) -> None:
-    """Writes the reason why the job ended to the files in which the platform looks for it."""
+def _report_to_platform(platform: Platform, error: Exception, text: str) -> None:
+    """Writes the reason why the job ended to the files in which the platform looks for it.
+
+    Where a retry may help, the machine may be at fault, so it is named.
+    """
+    kind = type(error) if isinstance(error, JobError) else JobError
+    where = f"node {platform.node}: " if platform.node and kind.retry != "no" else ""
+    message = f"{type(error).__name__} (exit code {kind.exit_code}): {where}{text}"
     _write_failure_file(platform.failure_file, message[:FAILURE_CHARACTERS])
     _write_failure_file(platform.termination_log, message.encode()[:TERMINATION_BYTES].decode(errors="ignore"))
 

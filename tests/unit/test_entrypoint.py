@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from job.cli.arguments import COMMANDS
+from job.errors import UnfitMachine
 from job.settings.load import secrets
 
 ROOT = Path(__file__).parents[2]
@@ -97,7 +98,7 @@ def gpus(folder: Path, cuda: str, *lines: str, banner: str = BANNER) -> None:
 
 def test_it_is_short() -> None:
     """What runs before the job can be read in a minute."""
-    assert len((ROOT / "entrypoint.sh").read_text().splitlines()) < 70
+    assert len((ROOT / "entrypoint.sh").read_text().splitlines()) < 76
 
 
 class TestSecrets:
@@ -306,10 +307,31 @@ class TestWithGpu:
         done = start(JOB_PRESET="demo")
         assert (done.code, done.environment["CUDA_VISIBLE_DEVICES"]) == (0, "")
 
+    @pytest.mark.parametrize(
+        ("driver", "capability", "said"),
+        [
+            (None, "9.0", "nvidia-smi does not answer: a GPU or its driver is broken"),
+            ("broken", "9.0", "No GPU is visible: give it one"),
+            ("12.8", "9.0", "The driver serves CUDA 12.8, this image needs 13.0"),
+            ("13.0", "6.0", "A GPU has compute capability 6.0"),
+        ],
+    )
+    def test_another_node_of_kubernetes_may_serve(
+        self, start: Start, tmp_path: Path, driver: str | None, capability: str, said: str
+    ) -> None:
+        """There the code is one that counts, and the message names the node."""
+        gpus(tmp_path, driver or "13.0", f"{capability}, A GPU, 16384 MiB, 580.65.06")
+        if driver in {None, "broken"}:
+            tool(tmp_path / "bin/timeout", f"#!/bin/sh\nexit {124 if driver is None else 9}\n")
+        done = start(KUBERNETES_SERVICE_HOST="10.0.0.1", KUBERNETES_NODE_NAME="gpu-7")
+        assert (done.code, done.started) == (UnfitMachine.exit_code, None)
+        assert done.events[-1].startswith(f"node gpu-7: {said}")
+        assert (tmp_path / "termination-log").read_text() == done.events[-1]
+
     def test_torch_without_cuda_is_refused(self, start: Start, tmp_path: Path) -> None:
         """An image that was built with another torch says so."""
         gpus(tmp_path, "13.0", self.H100)
-        done = start(image="none 0.0")
+        done = start(image="none 0.0", KUBERNETES_SERVICE_HOST="10.0.0.1")  # no other node helps
         assert done.code == 2
         assert "built without CUDA" in done.events[-1]
 
