@@ -57,6 +57,7 @@ _SETTING_OF = {
     "questions": "JOB_EVAL__TASKS",
     "start_sha256": "JOB_LORA__START",
     "prompts": "JOB_EVAL__PROMPTS",
+    "safety_sha256": "JOB_DATA__SAFETY_MODEL",
 }
 """Field of `Pulled` -> the setting that names what it is about."""
 

@@ -45,10 +45,10 @@ def evaluate_base(
     with adapter_off(loaded.model):
         found = score_model(attempt, settings, sources, loaded.model, cache=cache, side="base")
         own = ScoreCache(attempt.store, SCORES, settings.run.id, score_conditions(facts))
-        answers = answer_prompts(attempt, settings.eval, sources, loaded.model, side="base", cache=own)
+        answers, unsafe = answer_prompts(attempt, settings.eval, sources, loaded.model, side="base", cache=own)
     if found is None:
         return None
-    found = replace(found, artifacts=[*found.artifacts, *answers])
+    found = replace(found, artifacts=[*found.artifacts, *answers], unsafe_answers=unsafe)
     if (origin := cache.reused_from) is None:
         return found
     log.get_logger().info("base evaluation is reused", origin=origin)
@@ -68,8 +68,8 @@ def evaluate_adapter(
     cache = ScoreCache(attempt.store, SCORES, settings.run.id, score_conditions(adapted))
     found = score_model(attempt, settings, sources, loaded.model, cache=cache, side="adapter")
     own = ScoreCache(attempt.store, SCORES, settings.run.id, score_conditions(adapted))
-    answers = answer_prompts(attempt, settings.eval, sources, loaded.model, side="adapter", cache=own)
-    return found and replace(found, artifacts=[*found.artifacts, *answers])
+    answers, unsafe = answer_prompts(attempt, settings.eval, sources, loaded.model, side="adapter", cache=own)
+    return found and replace(found, artifacts=[*found.artifacts, *answers], unsafe_answers=unsafe)
 
 
 def load_published_adapter(attempt: Attempt, loaded: Loaded, trained: Trained) -> list[Artifact]:
