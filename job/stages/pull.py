@@ -333,6 +333,10 @@ def _find_safety_model(attempt: Attempt, settings: Settings, storage: StorageOpt
     found: SafetyModel = _wait(
         attempt, in_thread(lambda: find_safety_model(settings.data, source, place), "safety model")
     )
+    earlier = attempt.recorded(Stage.PULL, Pulled)
+    if earlier is not None and earlier.safety_sha256 != found.record.sha256:  # before it scores anything
+        what = "what it names has changed since the first attempt of this run; put it back, or start a new run"
+        raise DataError([Problem("JOB_DATA__SAFETY_MODEL", what)])
     return found
 
 
