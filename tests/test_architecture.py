@@ -163,7 +163,9 @@ def test_models_are_loaded_with_remote_code_refused() -> None:
             assert ast.unparse(given["use_safetensors"]) == "True"
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--version"], ["config"], ["config", "--schema"], ["--no.such", "1"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["--version"], ["config"], ["config", "--schema"], ["--no.such", "1"], ["status", "x"]]
+)
 def test_quick_answers_import_nothing_heavy(words: list[str], tmp_path: Path) -> None:
     """Help, settings and what is wrong with them come at once, before torch and its friends are loaded.
 
