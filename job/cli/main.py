@@ -50,7 +50,7 @@ Try it without a GPU or a network: qlora-job run --preset demo
 
 exit codes: 0 done; 1 a bug; 2 settings; 3 gate not met; 4 results do not verify; 65 data;
             69 storage or hub unreachable (retry); 70 training diverged; 71 no progress in several attempts;
-            75 preempted (retry); 76 replaced by another attempt; 77 access denied
+            74 stalled (retry); 75 preempted (retry); 76 replaced by another attempt; 77 access denied
 """
 
 
@@ -133,7 +133,7 @@ def _run(words: list[str]) -> int:
     with (
         stop_on_signals(run.grace_seconds) as stop,
         watch_notices(stop, run.spot_notices if first else "off"),
-        watch(stall, on_stall, idle.exit_code) as report_progress,
+        watch(stall, on_stall) as report_progress,
         join(
             place, run.id, stop=stop, report_progress=report_progress, patience=stall, grace_seconds=run.grace_seconds
         ) as processes,

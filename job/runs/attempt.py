@@ -22,8 +22,9 @@ from pydantic import TypeAdapter
 
 from job import log
 from job.common.hashing import hash_file, sealed
+from job.common.validation import adapter_of
 from job.distributed.processes import ALONE, Processes
-from job.errors import DataError, JobError, NoProgress, Preempted, Replaced
+from job.errors import DataError, JobError, NoProgress, Preempted, Replaced, Stalled
 from job.preemption.stop_flag import Stop
 from job.records import (
     Artifact,
@@ -159,7 +160,7 @@ class Attempt:
         )
 
     def reached(self) -> tuple[int, int]:
-        """How far this attempt has got; see `how_far`. The watchdog asks when all else hangs."""
+        """How far this attempt has got; see `how_far`."""
         return how_far(self._stages_so_far(), self.last_step, self.questions)
 
     @contextmanager
@@ -207,7 +208,7 @@ class Attempt:
         All processes work; what process 0 finds out is what the stage found out, for all of them. The others may return
         None.
         """
-        name, adapter = stage.value, TypeAdapter(kind)
+        name, adapter = stage.value, adapter_of(kind)
         kept = self.processes.share(f"record of {name}", lambda: self._kept(name, adapter))
         if kept is not None:
             if name not in self.stage_seconds:
@@ -231,7 +232,7 @@ class Attempt:
 
         None where there is none, or none that counts: damaged, or of another run.
         """
-        found = self._read_record(name, TypeAdapter(kind))
+        found = self._read_record(name, adapter_of(kind))
         if isinstance(found, Pulled):
             self.identify(found)
         return found
@@ -419,7 +420,7 @@ def open_attempt(
         if idle is not None and processes.leads:  # its exit code takes precedence over those of the others
             furthest = max((one.reached for one in logged), default=(0, 0))
             idle.before, idle.progressed = idle_attempts(logged), lambda: attempt.reached() > furthest
-            idle.record_stall = lambda message: _note_failure(attempt, Preempted(message), idle)
+            idle.record_stall = lambda message: _note_failure(attempt, Stalled(message), idle)
         attempt.note("running")
         try:
             yield attempt

@@ -9,11 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 
-from pydantic import TypeAdapter
-
 from job.common.hashing import sealed, unsealed
-from job.common.validation import first_error
-from job.errors import NoProgress, Preempted
+from job.common.validation import adapter_of, first_error
 from job.log import get_logger
 from job.records import AttemptRecord, TrainingProgress
 from job.runs.layout import CHECKPOINTS, Stage, attempt_key, checkpoint_part
@@ -73,7 +70,7 @@ class LoggedAttempt:
 
 @dataclass
 class IdleLimit:
-    """Whether an attempt that is stopped, or stalls, is one of too many in a row that made no progress.
+    """Whether an attempt that is stopped is one of too many in a row that made no progress.
 
     Whoever begins the attempt says how many there were before it (`before`), and how to ask whether this one got
     further (`progressed`); until then it counts as one that did, since there is no record of it either.
@@ -95,10 +92,6 @@ class IdleLimit:
         """What `NoProgress` says."""
         what = f"{self.before + 1} attempts in a row were stopped before the run got any further"
         return f"{what} (JOB_RUN__MAX_IDLE_ATTEMPTS={self.limit}); give them more time, or machines that last longer"
-
-    def exit_code(self) -> int:
-        """Of an attempt that stalls."""
-        return NoProgress.exit_code if self.reached else Preempted.exit_code
 
 
 _BEFORE_STEPS = 1 << 40
@@ -135,8 +128,8 @@ def parse_logged(data: bytes) -> LoggedAttempt:
         ValueError: It is none, or it was altered.
     """
     facts = unsealed(data)
-    record = TypeAdapter(AttemptRecord).validate_python(facts)
-    noted = TypeAdapter(Noted | None).validate_python(facts.get(NOTED))
+    record = adapter_of(AttemptRecord).validate_python(facts)
+    noted = adapter_of(Noted | None).validate_python(facts.get(NOTED))
     return LoggedAttempt(record, int(facts.get(QUESTIONS, 0)), facts.get(RUN), noted)
 
 

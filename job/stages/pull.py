@@ -32,7 +32,9 @@ from job.data.token_cache import Tokens, load_tokens, open_tokens
 from job.data.training_and_validation import ValidationSource, what_to_validate_on
 from job.errors import DataError, JobError, Preempted, Problem, named_by
 from job.evaluation.policy import Policy, read_policy
-from job.evaluation.tasks import MULTIPLE_CHOICE, Tasks, check_choices, check_gate, check_lengths, load_tasks
+from job.evaluation.question_lengths import check_lengths
+from job.evaluation.task_names import MULTIPLE_CHOICE
+from job.evaluation.tasks import Tasks, check_choices, check_gate, load_tasks
 from job.model.adapter_options import MANY_STEPS, make_options
 from job.model.base import choose_device, choose_dtype, inspect, load_tokenizer
 from job.model.files import fingerprint
@@ -562,7 +564,10 @@ def fetch_original(attempt: Attempt, settings: Settings, storage: StorageOptions
     """
     source = settings.model.id
     if is_remote(source):
-        folder, _ = download_model(_fetch(attempt, source, "model", storage), None)
+        attempt.alive()
+        with named_by("JOB_MODEL__ID", ": "):
+            place = fetch(source, attempt.work / "model", storage)
+        folder, _ = download_model(place, None)
     else:
         folder, _ = download_model(source, record.model_revision)
     if fingerprint(folder) != record.model_sha256:

@@ -15,7 +15,8 @@ from job.errors import SettingsError
 from job.evaluation import statistics
 from job.evaluation.groups import compare_groups, groups_from
 from job.evaluation.harness import evaluate, measure
-from job.evaluation.tasks import Tasks, check_tasks, load_tasks
+from job.evaluation.task_names import check_tasks
+from job.evaluation.tasks import Tasks, load_tasks
 from job.records import Answer, ChoiceScore, Evaluated, MeasuredScores, Metric, Question, TaskScores
 from tests.helpers import write_jsonl
 from tests.unit.evaluation.test_task_files import write_task

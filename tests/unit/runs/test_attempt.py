@@ -540,7 +540,7 @@ def test_a_huge_epoch_costs_one_listing(store: LocalStore) -> None:
 
 def stopped_attempts(store: LocalStore, cache: Path, limit: int, works: list[Callable[[Attempt], object]]) -> list[str]:
     """Attempts, one after the other, each of which does its work and is then stopped; what each ended with."""
-    ends, codes = [], []
+    ends = []
     for work in works:
         idle = IdleLimit(limit)
         try:
@@ -554,12 +554,9 @@ def stopped_attempts(store: LocalStore, cache: Path, limit: int, works: list[Cal
                 idle=idle,
             ) as attempt:
                 work(attempt)
-                stalled = idle.exit_code()
                 raise Preempted("stopped by SIGTERM")
         except JobError as error:
             ends.append(type(error).__name__)
-            codes.append((stalled, error.exit_code))
-    assert all(stalled == code for stalled, code in codes)  # the watchdog would have ended them with the same
     return ends
 
 
