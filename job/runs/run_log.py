@@ -129,8 +129,13 @@ def parse_logged(data: bytes) -> LoggedAttempt:
     """
     facts = unsealed(data)
     record = adapter_of(AttemptRecord).validate_python(facts)
-    noted = adapter_of(Noted | None).validate_python(facts.get(NOTED))
-    return LoggedAttempt(record, int(facts.get(QUESTIONS, 0)), facts.get(RUN), noted)
+    noted = facts.get(NOTED)
+    return LoggedAttempt(
+        record,
+        int(facts.get(QUESTIONS, 0)),
+        facts.get(RUN),
+        None if noted is None else adapter_of(Noted).validate_python(noted),
+    )
 
 
 def parse_record(data: bytes) -> AttemptRecord:
