@@ -114,7 +114,8 @@ def _history(given: Arguments) -> int:
         raise SettingsError([Problem(name, f"is for two runs, not for {HISTORY}") for name in alone])
     output = given.options.get("--output")
     storage, _ = reading(given)
-    found = history(find_runs(given.runs, storage), given.options.get("--metric"))
+    runs, unreadable = find_runs(given.runs, storage)
+    found = history(runs, given.options.get("--metric"), unreadable)
     if output is not None:
         _write_page(output, render_history(found))
     if _is(given, "json"):

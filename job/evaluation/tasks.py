@@ -17,7 +17,7 @@ from jinja2.sandbox import SandboxedEnvironment
 
 from job.data.formats import Row
 from job.errors import DataError, Problem, SettingsError
-from job.evaluation.groups import CHOICE_METRICS, GroupSpec, read_groups
+from job.evaluation.groups import CHOICE_METRICS, read_groups
 from job.evaluation.measured import how_to_generate, metrics_of
 from job.evaluation.policy import CHOICES, Policy, check_policy, named
 from job.evaluation.question_files import as_dataset, find_misfits, read_questions, task_with_rows
@@ -35,7 +35,7 @@ from job.evaluation.task_names import (
     read_files,
 )
 from job.log import get_logger
-from job.records import Metric
+from job.records import GroupSpec, Metric
 from job.storage.hub import hub_errors
 
 FEWSHOT_SEED = 1234

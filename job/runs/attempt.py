@@ -198,18 +198,20 @@ class Attempt:
         name, began = stage
         return self.stage_seconds | {name: self.stage_seconds.get(name, 0.0) + time.monotonic() - began}
 
-    def stage(self, stage: Stage, kind: type[T], work: Callable[[], T | None]) -> T:
+    def stage(
+        self, stage: Stage, kind: type[T], work: Callable[[], T | None], objection: Callable[[T], str] = lambda _: ""
+    ) -> T:
         """What the stage found out: read from its record if an earlier attempt finished it, else worked out now.
 
         A record counts while everything is there that the stage published, byte for byte: a copy of the run may be
-        without some of it.
+        without some of it. And only if there is no `objection` to it, in words, which process 0 asks for.
         If a stage is done again, so are those that build on it.
 
         All processes work; what process 0 finds out is what the stage found out, for all of them. The others may return
         None.
         """
         name, adapter = stage.value, adapter_of(kind)
-        kept = self.processes.share(f"record of {name}", lambda: self._kept(name, adapter))
+        kept = self.processes.share(f"record of {name}", lambda: self._kept(name, adapter, objection))
         if kept is not None:
             if name not in self.stage_seconds:
                 log.get_logger().info("stage was finished by an earlier attempt", stage=name)
@@ -259,10 +261,12 @@ class Attempt:
             return None
         return found
 
-    def _kept(self, name: str, adapter: TypeAdapter[Any]) -> str | None:
+    def _kept(self, name: str, adapter: TypeAdapter[Any], objection: Callable[[Any], str]) -> str | None:
         """The record of a stage, if there is one that counts."""
         found = self._read_record(name, adapter)
-        if found is not None:
+        if found is not None and (why := objection(found)):
+            log.get_logger().warning("stage is done again", stage=name, why=why)
+        elif found is not None:
             artifacts = getattr(found, "artifacts", ())
             gone = missing(self.store, artifacts) or altered(self.store, artifacts, self.work, self.alive)
             if not gone:

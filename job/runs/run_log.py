@@ -129,13 +129,8 @@ def parse_logged(data: bytes) -> LoggedAttempt:
     """
     facts = unsealed(data)
     record = adapter_of(AttemptRecord).validate_python(facts)
-    noted = facts.get(NOTED)
-    return LoggedAttempt(
-        record,
-        int(facts.get(QUESTIONS, 0)),
-        facts.get(RUN),
-        None if noted is None else adapter_of(Noted).validate_python(noted),
-    )
+    noted = adapter_of(Noted).validate_python(facts[NOTED]) if facts.get(NOTED) else None
+    return LoggedAttempt(record, int(facts.get(QUESTIONS, 0)), facts.get(RUN), noted)
 
 
 def parse_record(data: bytes) -> AttemptRecord:

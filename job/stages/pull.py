@@ -42,7 +42,7 @@ from job.model.quantized_cache.cache import find
 from job.model.quantized_cache.layout import CachedBase, CacheEntry, entry_at, entry_for
 from job.model.start_adapter import check_start, find_start, hash_start
 from job.model.tokenizer_files import rows_with, tokenizer_files
-from job.records import Artifact, DatasetRecord, FirstValues, PromptRow, PromptsRecord, Pulled
+from job.records import Artifact, DatasetRecord, FirstValues, GroupSpec, PromptRow, PromptsRecord, Pulled
 from job.results.baseline import check_questions, read_baseline
 from job.runs.attempt import Attempt, missing
 from job.runs.layout import ADAPTER, BASE, FINDINGS, FIRST_VALUES, Stage
@@ -223,6 +223,7 @@ def _pull(
         start_sha256,
         _prompts_record(settings, prompts),
         model_licence,
+        _groups(attempt, tasks),
     )
     sources = Sources(
         record,
@@ -259,6 +260,12 @@ def _with_licences(
     }
     model_licence = find_licence(settings.model.id, revision, "model")
     return replace(dataset, licences={place: name for place, name in found.items() if name}), model_licence
+
+
+def _groups(attempt: Attempt, tasks: Tasks) -> dict[str, GroupSpec] | None:
+    """The groups that have an aggregate; None if an earlier version, which did not record them, began the run."""
+    earlier = attempt.recorded(Stage.PULL, Pulled)
+    return None if earlier is not None and earlier.groups is None else dict(tasks.groups) or None
 
 
 def _known_audit(attempt: Attempt) -> Audited | None:

@@ -16,9 +16,10 @@ from tokenizers import AddedToken, Tokenizer
 
 from job.errors import DataError
 from job.model.files import fingerprint
-from job.records import AttemptRecord, Pulled
+from job.records import AttemptRecord, DatasetRecord, GroupSpec, Pulled
+from job.runs import stage_records
 from job.stages import pull
-from job.stages.pull import _date, _fetch_small_files, _vocabulary, fetch_original
+from job.stages.pull import _date, _fetch_small_files, _groups, _vocabulary, fetch_original
 from job.storage.open import StorageOptions, open_store
 from tests import warm
 from tests.example_run import DATASET
@@ -121,6 +122,19 @@ def test_a_run_keeps_the_day_of_its_first_attempt() -> None:
         earlier=[replace(record, number=2, started="2026-11-30T00:00:00.000Z"), record],
     )
     assert _date(first) == _date(later) == "2026-11-28"
+
+
+def test_a_run_of_an_earlier_version_goes_on_without_groups_in_its_record() -> None:
+    """What names a run stays the same: only a run that began with its groups in the record has them later."""
+    spec = GroupSpec("1", ("one",), {"acc,none": True}, {"acc,none": True})
+    tasks: Any = SimpleNamespace(groups={"own": spec})
+    rows = DatasetRecord("x.jsonl", None, None, "alpaca", 8, {}, "00", 9, 8, 7)
+    before, now = (Pulled(rows, "11", None, {"one": "22"}, groups=groups) for groups in (None, tasks.groups))
+    for earlier, expected in ((None, {"own": spec}), (now, {"own": spec}), (before, None)):
+        attempt: Any = SimpleNamespace(recorded=lambda *_, earlier=earlier: earlier)
+        assert _groups(attempt, tasks) == expected
+    assert stage_records.fingerprint({}, before) != stage_records.fingerprint({}, now)
+    assert "groups" not in stage_records.identity(before)
 
 
 @pytest.mark.parametrize(
