@@ -57,7 +57,7 @@ class AttemptEnd:
 
     Attributes:
         attempt: Its number.
-        outcome: `preempted`, `failed`, `crashed` (a bug), `complete`, or `killed`: it wrote no end.
+        outcome: `preempted`, `stalled`, `failed`, `crashed` (a bug), `complete`, or `killed`: it wrote no end.
         exit_code: Of its process; null if it was killed, completed the run, or is of a version that did not record it.
         meaning: What the exit code means.
         why: The error's text, without secrets; null where there is none.

@@ -16,7 +16,7 @@ import pytest
 from job import log
 from job.checkpoints import manager
 from job.common.hashing import sealed
-from job.errors import DataError, JobError, Preempted, Problem, SettingsError
+from job.errors import DataError, JobError, NoProgress, Preempted, Problem, SettingsError
 from job.preemption.stop_flag import Stop
 from job.records import TrainingProgress
 from job.results import status as of_status
@@ -180,15 +180,18 @@ def test_an_idle_run_has_failed(tmp_path: Path) -> None:
 
 
 def test_a_stall_is_recorded_before_the_watchdog_ends_the_process(tmp_path: Path) -> None:
-    """The record says why, and has the code that the watchdog ends the process with."""
-    run, idle = tmp_path / "run", IdleLimit(3)
+    """The record says why, with the code that the watchdog ends the process with, and the next attempt counts it."""
+    run, idle = tmp_path / "run", IdleLimit(2)
     with attempt_at(run, killed=True, idle=idle):
         idle.record_stall("no progress for 1800 s")
     found = seen(run)
     assert found.last_end is not None
-    assert (found.last_end.exit_code, found.last_end.why) == (74, "no progress for 1800 s")
-    assert headline(found).startswith("failed with code 74 (no progress for too long")
-    assert headline(found).endswith("; a next attempt resumes the run")
+    assert (found.last_end.exit_code, found.last_end.outcome) == (74, "stalled")
+    assert found.last_end.why == "no progress for 1800 s"
+    words = "failed with code 74 (no progress for too long; the state is durable)"
+    assert headline(found) == f"{words}; a next attempt resumes the run"
+    with pytest.raises(NoProgress), attempt_at(run, idle=IdleLimit(2)):
+        raise Preempted("stopped by SIGTERM")
 
 
 def test_an_attempt_that_has_written_nothing_yet(tmp_path: Path) -> None:
