@@ -559,6 +559,13 @@ class Log(Group):
     """Metrics to Weights & Biases and MLflow; `auto`: to each whose variables are set, such as MLFLOW_TRACKING_URI."""
 
 
+class Metrics(Group):
+    """Figures for monitoring, while the run goes on; OpenTelemetry's own variables (OTEL_...) ask for OTLP."""
+
+    port: ExecutionOnly[Maybe[Annotated[Count, Field(le=65535)]]] = None
+    """Port of a Prometheus endpoint with step, loss, speed, time left and stage; empty: none."""
+
+
 class Cost(Group):
     """Price of the machines; without one the manifest has seconds only."""
 
@@ -603,6 +610,7 @@ class Settings(Options):
     sign: Sign = Field(default_factory=Sign)
     storage: Annotated[Storage, UsedByReaders()] = Field(default_factory=Storage)
     log: Annotated[Log, UsedByReaders()] = Field(default_factory=Log)
+    metrics: Metrics = Field(default_factory=Metrics)
     cost: Cost = Field(default_factory=Cost)
 
     _sources: dict[str, str] = PrivateAttr(default_factory=dict)
