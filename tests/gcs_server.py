@@ -1,4 +1,4 @@
-"""An imitation of Google Cloud Storage: the requests of its XML API that obstore sends, with generations and conditions.
+"""An imitation of Google Cloud Storage: the requests of its XML API that obstore sends, with conditions.
 
 The emulators that packages offer speak the JSON API, or know no conditions. Answers follow Google's description of the
 XML API; tests of faults put an answer of their own before it.
@@ -78,13 +78,11 @@ class Bucket:
         """Whether a condition does not hold; then that is the answer."""
         found, wanted = self.objects.get(key), request.headers.get("x-goog-if-generation-match")
         tag = request.headers.get("If-Match")
-        if wanted is not None and int(wanted) != (found.generation if found else 0):
+        other = wanted is not None and int(wanted) != (found.generation if found else 0)
+        other |= tag is not None and (found is None or tag != found.headers["ETag"])
+        if other:
             request.refuse(412, "PreconditionFailed")
-        elif tag is not None and (found is None or tag != found.headers["ETag"]):
-            request.refuse(412, "PreconditionFailed")
-        else:
-            return False
-        return True
+        return other
 
     def _store(self, key: str, data: bytes, given: dict[str, str]) -> dict[str, str]:
         kept = {name: value for name, value in given.items() if name.lower().startswith("x-goog-meta-")}

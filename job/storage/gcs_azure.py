@@ -35,7 +35,7 @@ from urllib.request import Request, urlopen
 from uuid import uuid4
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
+from obstore.exceptions import AlreadyExistsError, PreconditionError
 from obstore.store import AzureStore as AzureClient
 from obstore.store import GCSStore as GcsClient
 
@@ -56,7 +56,7 @@ from job.storage.base import (
     probe,
 )
 from job.storage.location import Location, StorageOptions
-from job.storage.obstore_errors import ABSENT, Missing, code, is_transient, translate
+from job.storage.obstore_errors import ABSENT, FAILURES, Missing, code, is_transient, translate, was_repeated
 
 # Name of the metadata entry with an object's SHA-256.
 _SHA256 = "sha256"
@@ -110,7 +110,7 @@ class _CloudStore:
         raise NotImplementedError
 
     def _update(self, tag: str) -> dict[str, str]:
-        """obstore's condition that an object still has this version."""
+        """The condition, as obstore has it, that an object still has this version."""
         raise NotImplementedError
 
     def _delete_version(self, key: str, tag: str) -> None:
@@ -122,7 +122,7 @@ class _CloudStore:
         raise NotImplementedError
 
     def _make(self, **options: Any) -> Any:
-        """obstore's client of this cloud."""
+        """A client for this cloud, with these options of obstore."""
         raise NotImplementedError
 
     def _connect(self, *, patience: float = 1.0, headers: dict[str, str] | None = None) -> Any:
@@ -155,10 +155,12 @@ class _CloudStore:
                     },
                 },
             )
-        except BaseError as error:
+        except FAILURES as error:
             problem = translate(error, f"{self.uri}: cannot set up a client")
             # Nothing was sent.
-            raise SettingsError([Problem(self.uri, str(problem))]) if type(problem) is Unreachable else problem from error
+            raise (
+                SettingsError([Problem(self.uri, str(problem))]) if type(problem) is Unreachable else problem
+            ) from error
 
     def read(self, key: str, *, max_bytes: int = MAX_READ_BYTES) -> Stored | None:
         """See `ObjectStore.read`."""
@@ -185,7 +187,7 @@ class _CloudStore:
         """Pauses instead of raising, before the last attempt, if what failed may succeed the next time."""
         try:
             yield
-        except (BaseError, _OtherContent) as error:
+        except (*FAILURES, _OtherContent) as error:
             last = attempt >= self._body_attempts
             if not isinstance(error, _OtherContent) and (last or not is_transient(error)):
                 raise
@@ -203,9 +205,7 @@ class _CloudStore:
         """See `ObjectStore.write`."""
         return self._write(key, data, {}, if_absent=if_absent, if_tag=if_tag)
 
-    def _write(
-        self, key: str, data: bytes, attributes: dict[str, str], *, if_absent: bool, if_tag: str | None
-    ) -> str:
+    def _write(self, key: str, data: bytes, attributes: dict[str, str], *, if_absent: bool, if_tag: str | None) -> str:
         check_key(key)
         digest = hashlib.sha256(data).hexdigest()
 
@@ -215,28 +215,36 @@ class _CloudStore:
                 return stored.tag if stored is not None and stored.data == data else None
             return None
 
-        return self._put(self._client, key, data, {**attributes, _SHA256: digest}, self._mode(if_absent, if_tag), own)
+        return self._put(key, data, {**attributes, _SHA256: digest}, self._mode(if_absent, if_tag), own=own)
 
     def _mode(self, if_absent: bool, if_tag: str | None) -> Any:  # noqa: FBT001 - as the verbs have them
-        """obstore's condition of a write."""
+        """The condition of a write, as obstore has it."""
         return "create" if if_absent else "overwrite" if if_tag is None else self._update(if_tag)
 
     def _put(
-        self, client: Any, key: str, body: Any, attributes: dict[str, str], mode: Any, own: Callable[[], str | None]
+        self,
+        key: str,
+        body: Any,
+        attributes: dict[str, str],
+        mode: Any,
+        *,
+        own: Callable[[], str | None],
+        client: Any = None,
     ) -> str:
         """One request that writes an object; returns its tag.
 
-        A conditional write whose answer gets lost is not repeated by obstore, and if it is repeated, it is refused
-        because of what it wrote itself. `own` tells such a success by the content: the tag, if the content is that of
-        this write.
+        obstore repeats a conditional write after some failures and not after others, such as an answer that got lost.
+        A repeated one may be refused because of what its own first try wrote. `own` tells that by the content: it
+        returns the object's tag if the content is that of this write.
         """
         self._check_encryption()
+        repeated = False
         with self._asking("write", key):
             for pause in (*_PAUSES, None):
                 try:
                     put = _ask(
                         obstore.put,
-                        client,
+                        client or self._client,
                         self._root + key,
                         body,
                         attributes=attributes,
@@ -246,12 +254,13 @@ class _CloudStore:
                 except (AlreadyExistsError, PreconditionError, Missing) as error:
                     if mode == "overwrite" or (isinstance(error, Missing) and self._get(key) is not None):
                         raise
-                    if (tag := own()) is not None:
+                    if (repeated or was_repeated(error)) and (tag := own()) is not None:
                         return tag
                     raise Conflict(f"{self.uri}/{key} was written by somebody else") from None
-                except BaseError as error:
+                except FAILURES as error:
                     if mode == "overwrite" or pause is None or not is_transient(error):
                         raise
+                    repeated = True
                     time.sleep(pause)
                 else:
                     # An answer without a version: the present content shows whether the write took place.
@@ -295,7 +304,9 @@ class _CloudStore:
             return self._tag(found.meta) if found is not None and same else None
 
         if mode != "overwrite" and size <= _MAX_CONDITIONAL_BYTES:
-            self._put(self._connect(patience=size / _PART_BYTES), key, path.read_bytes(), attributes, mode, own)
+            self._put(
+                key, path.read_bytes(), attributes, mode, own=own, client=self._connect(patience=size / _PART_BYTES)
+            )
             return
         self._check_encryption()
         with self._asking("write", key):
@@ -452,7 +463,7 @@ class _CloudStore:
             return None
 
     def _describe(self, key: str) -> tuple[Any, str] | None:
-        """obstore's description of an object and its tag, None if it is absent. The answer to HEAD says not why."""
+        """What obstore says of an object, and its tag, None if it is absent. The answer to HEAD says not why."""
         for pause in (*_PAUSES[:2], None):
             try:
                 meta = _ask(obstore.head, self._client, self._root + key)
@@ -471,7 +482,7 @@ class _CloudStore:
     def _asking(self, verb: str, key: str) -> Iterator[None]:
         try:
             yield
-        except BaseError as error:
+        except FAILURES as error:
             raise translate(error, f"{self.uri}/{key}: cannot {verb}") from error
 
 
@@ -484,7 +495,8 @@ class GcsStore(_CloudStore):
         return GcsClient(self._bucket, **options)
 
     def _tag(self, meta: Any) -> str | None:
-        return meta.get("version")
+        version: str | None = meta.get("version")
+        return version
 
     def _update(self, tag: str) -> dict[str, str]:
         return {"version": _generation(tag)}
@@ -512,7 +524,8 @@ class AzureStore(_CloudStore):
         return AzureClient(self._bucket, **options)
 
     def _tag(self, meta: Any) -> str | None:
-        return meta.get("e_tag")
+        tag: str | None = meta.get("e_tag")
+        return tag
 
     def _update(self, tag: str) -> dict[str, str]:
         return {"e_tag": tag}
@@ -534,7 +547,7 @@ class AzureStore(_CloudStore):
         seconds = timedelta(seconds=max(60.0, 2 * self._options.timeout_seconds))
         try:
             return str(_ask(obstore.sign, self._client, "DELETE", self._root + key, seconds))
-        except BaseError:
+        except FAILURES:
             return None
 
     def _delete_if_match(self, address: str, tag: str, key: str) -> bool:
@@ -568,6 +581,7 @@ def _ask(function: Callable[..., Any], *given: Any, **options: Any) -> Any:
 
     Raises:
         Missing: In place of obstore's FileNotFoundError.
+        SettingsError: The cloud's own variables make no sense.
     """
     try:
         if threading.current_thread() is not threading.main_thread():
@@ -575,6 +589,12 @@ def _ask(function: Callable[..., Any], *given: Any, **options: Any) -> Any:
         return _in_thread(lambda: function(*given, **options))
     except FileNotFoundError as error:
         raise Missing(str(error)) from None
+    except BaseException as error:
+        # That of a Rust library for what it could not make sense of, which has no importable class.
+        if type(error).__name__ != "PanicException":
+            raise
+        what = "make no sense to obstore; correct GOOGLE_BASE_URL or AZURE_STORAGE_ENDPOINT, and the credentials"
+        raise SettingsError([Problem("the cloud's own variables", what)]) from None
 
 
 def _in_thread(function: Callable[[], Any]) -> Any:

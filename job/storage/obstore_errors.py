@@ -41,16 +41,33 @@ _TRANSIENT = {
 _NO_CREDENTIALS = re.compile(
     r"token request|token file|credential|Access Key|SAS|private key|service account|authority|PEM", re.IGNORECASE
 )
+# What makes no sense to obstore itself.
+_WRONG = {
+    "Account must be specified": Problem(
+        "AZURE_STORAGE_ACCOUNT_NAME", "is not set; az:// needs the name of the storage account"
+    ),
+    "builder error": Problem(
+        "GOOGLE_BASE_URL or AZURE_STORAGE_ENDPOINT", "is not an http:// or https:// address; correct or remove it"
+    ),
+}
 _METADATA = re.compile(r"//(169\.254\.169\.254|metadata\.google\.internal)[:/]")
 _REQUEST = re.compile(r"Error performing [A-Z]+ ")
+_REPEATED = re.compile(r"after [1-9]\d* retries")
+# obstore has classes for these, but not for all requests.
+_DENIED = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
+_UNKNOWN_REQUEST = {HTTPStatus.NOT_IMPLEMENTED, HTTPStatus.METHOD_NOT_ALLOWED}
 _STATUS = re.compile(r"status code: (\d{3})")
 _CODE = re.compile(r"<Code>(\w+)</Code>")
 _PASSWORD, _QUERY = re.compile(r"(?<=://)[^\s/@]*@"), re.compile(r"(?<=[^\s])\?\S*")
 _MAX_WORDS = 300
 
 
-class Missing(BaseError):
+class Missing(Exception):
     """The answer was a 404, from whoever gave it: obstore raises FileNotFoundError, which here is for local files."""
+
+
+FAILURES = (BaseError, Missing)
+"""Everything that asking one of the stores can raise, apart from what the local disk says."""
 
 
 def code(error: BaseException) -> str:
@@ -64,33 +81,41 @@ def is_transient(error: BaseException) -> bool:
     return type(translate(error, "")) is Unreachable
 
 
+def was_repeated(error: BaseException) -> bool:
+    """Whether obstore sent the request more than once."""
+    return _REPEATED.search(_first(error)) is not None
+
+
 def translate(error: BaseException, what: str) -> JobError:
-    """Return the job's error for one of obstore's, `what` being what was tried."""
-    found = _STATUS.search(str(error))
-    status, words = int(found[1]) if found else 0, f"{what}: {_words(error)}"
-    if "Account must be specified" in _first(error):
-        return SettingsError([Problem("AZURE_STORAGE_ACCOUNT_NAME", "is not set; az:// needs the storage account's name")])
-    if "builder error" in _first(error):
-        problem = Problem("GOOGLE_BASE_URL or AZURE_STORAGE_ENDPOINT", "is not an http:// or https:// address")
+    """Return the job's error for one of `FAILURES`, `what` being what was tried."""
+    if (problem := next((problem for words, problem in _WRONG.items() if words in _first(error)), None)) is not None:
         return SettingsError([problem])
-    if isinstance(error, InvalidPathError):
-        named = f"an object there has a name that no file can have; rename it: {_words(error)}"
-        return SettingsError([Problem(what, named)])
-    if status >= HTTPStatus.INTERNAL_SERVER_ERROR and status != HTTPStatus.NOT_IMPLEMENTED:
-        return Unreachable(words)
-    if status == HTTPStatus.TOO_MANY_REQUESTS or code(error) in _TRANSIENT_CODES:
-        return Unreachable(words)
+    found = _STATUS.search(str(error))
+    return _translate(error, what, int(found[1]) if found else 0)
+
+
+def _translate(error: BaseException, what: str, status: int) -> JobError:
+    words = f"{what}: {_words(error)}"
     if _is_about_credentials(error, status):
         return AccessDenied(f"{words}; set the cloud's own variables, or give the machine or pod an identity")
-    if code(error) in _NO_BUCKET:
-        return SettingsError([Problem(what, "there is no such bucket or container; create it, or correct the URI")])
-    if isinstance(error, (PermissionDeniedError, UnauthenticatedError)):
-        return AccessDenied(words)
-    if status in {HTTPStatus.NOT_IMPLEMENTED, HTTPStatus.METHOD_NOT_ALLOWED}:
+    if status in _UNKNOWN_REQUEST:
         return NotSupported([Problem(what, f"the store does not know this request: {_words(error)}")])
-    if not status or status in _TRANSIENT:
+    if status >= HTTPStatus.INTERNAL_SERVER_ERROR or code(error) in _TRANSIENT_CODES:
         return Unreachable(words)
-    return SettingsError([Problem(what, f"the store refuses the request: {_words(error)}")])
+    if isinstance(error, (PermissionDeniedError, UnauthenticatedError)) or status in _DENIED:
+        return AccessDenied(words)
+    if (wrong := _wrong(error, status)) is not None:
+        return SettingsError([Problem(what, f"{wrong}: {_words(error)}")])
+    return Unreachable(words)
+
+
+def _wrong(error: BaseException, status: int) -> str | None:
+    """What the user has to change; None if asking again may help."""
+    if code(error) in _NO_BUCKET:
+        return "there is no such bucket or container; create it, or correct the URI"
+    if isinstance(error, InvalidPathError):
+        return "an object there has a name that no file can have; rename it"
+    return "the store refuses the request" if status and status not in _TRANSIENT else None
 
 
 def _is_about_credentials(error: BaseException, status: int) -> bool:
@@ -100,7 +125,9 @@ def _is_about_credentials(error: BaseException, status: int) -> bool:
     if not _NO_CREDENTIALS.search(said[: request.start()] if request else said):
         return False
     # A token service that does not answer may do so later, but a machine without an identity has no metadata service.
-    return request is None or status > 0 or _METADATA.search(said) is not None
+    answered = HTTPStatus.BAD_REQUEST <= status < HTTPStatus.INTERNAL_SERVER_ERROR
+    answered = answered and status != HTTPStatus.TOO_MANY_REQUESTS
+    return request is None or answered or (not status and _METADATA.search(said) is not None)
 
 
 def _first(error: BaseException) -> str:
