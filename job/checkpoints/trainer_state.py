@@ -12,9 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import TypeAdapter
-
 from job.checkpoints import optimizer_state
+from job.common.validation import adapter_of
 from job.records import StepMetrics, ValidationMetrics
 
 ADAPTER, OPTIMIZER, PROGRESS, METRICS = "adapter.safetensors", "optimizer.safetensors", "progress.json", "metrics.jsonl"
@@ -258,7 +257,7 @@ def _parse_as(kind: type[T], path: Path) -> T:
     if path.suffix == ".jsonl":
         data = b"[" + b",".join(data.splitlines()) + b"]"
     try:
-        return TypeAdapter(kind).validate_json(data)
+        return adapter_of(kind).validate_json(data)
     except ValueError as error:
         raise ValueError(f"{path.name} cannot be read: {str(error)[:200]}") from None
 

@@ -20,7 +20,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
+
+# Solving for a bound takes up to 50 ms, and a run compares the same counts in its manifest, report and verification.
+_of_same_counts = lru_cache(maxsize=1024)
 
 Verdict = Literal["improved", "regressed", "inconclusive"]
 
@@ -88,6 +92,7 @@ def verdict(p: float, ci95: tuple[float, float], *, alpha: float = 0.05, higher_
     return "inconclusive"
 
 
+@_of_same_counts
 def mcnemar(improved: int, regressed: int) -> float:
     """Exact two-sided p value of McNemar's test; 1 if there are no discordant pairs.
 
@@ -101,6 +106,7 @@ def mcnemar(improved: int, regressed: int) -> float:
     return float(binomtest(improved, improved + regressed, 0.5).pvalue)
 
 
+@_of_same_counts
 def tango_interval(improved: int, regressed: int, n: int, *, level: float = 0.95) -> tuple[float, float]:
     """Tango's score interval of the difference between two paired proportions, (improved - regressed) / n.
 
@@ -176,6 +182,7 @@ def one_sided_p(improved: int, regressed: int, n: int, margin: float) -> float:
     return float(norm.sf(excess / variance**0.5))
 
 
+@_of_same_counts
 def minimum_detectable_effect(n: int, discordant: int, *, alpha: float = 0.05, power: float = 0.8) -> float:
     """The smallest true difference that the exact McNemar test calls significant with probability `power`.
 

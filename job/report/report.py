@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 from pydantic_core import from_json
 
 from job.common import formatting
+from job.common.validation import adapter_of
 from job.evaluation.comparison import original_tasks
 from job.evaluation.prompt_answers import parse_answers
 from job.records import Artifact, StepMetrics, ValidationMetrics
@@ -92,9 +93,9 @@ def read_report_data(results: Mapping[str, Any], fetch: Callable[[Artifact], Pat
     files = [*results["artifacts"], *([first["metrics"]] if first else [])]
     published = {artifact["path"]: Artifact(**artifact) for artifact in files}
     kinds: dict[str, TypeAdapter[Any]] = {
-        METRICS: TypeAdapter(StepMetrics),
-        VALIDATIONS: TypeAdapter(ValidationMetrics),
-        f"{FIRST_STAGE}{METRICS}": TypeAdapter(StepMetrics),
+        METRICS: adapter_of(StepMetrics),
+        VALIDATIONS: adapter_of(ValidationMetrics),
+        f"{FIRST_STAGE}{METRICS}": adapter_of(StepMetrics),
     }
 
     def lines(path: str) -> list[bytes]:

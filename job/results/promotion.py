@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+from pydantic import ConfigDict, ValidationError, with_config
 
 from job.common.hashing import sealed, unsealed
+from job.common.validation import adapter_of
 from job.errors import AccessDenied, GateError, Problem, Replaced, SettingsError, VerificationError
 from job.results.completed import read_complete
 from job.results.reader import PublishedRun, open_run, read_published
@@ -133,7 +134,7 @@ def _parsed(facts: dict[str, Any]) -> Pointer:
 
 
 def _valid(kind: type[_T], value: Any) -> _T:
-    return TypeAdapter(kind).validate_python(value)
+    return adapter_of(kind).validate_python(value)
 
 
 def check_place(place: Place) -> None:

@@ -22,6 +22,7 @@ from pydantic import TypeAdapter
 
 from job import log
 from job.common.hashing import hash_file, sealed
+from job.common.validation import adapter_of
 from job.distributed.processes import ALONE, Processes
 from job.errors import DataError, JobError, NoProgress, Preempted, Replaced
 from job.preemption.stop_flag import Stop
@@ -175,7 +176,7 @@ class Attempt:
         All processes work; what process 0 finds out is what the stage found out, for all of them. The others may return
         None.
         """
-        name, adapter = stage.value, TypeAdapter(kind)
+        name, adapter = stage.value, adapter_of(kind)
         kept = self.processes.share(f"record of {name}", lambda: self._kept(name, adapter))
         if kept is not None:
             if name not in self.stage_seconds:
@@ -199,7 +200,7 @@ class Attempt:
 
         None where there is none, or none that counts: damaged, or of another run.
         """
-        found = self._read_record(name, TypeAdapter(kind))
+        found = self._read_record(name, adapter_of(kind))
         if isinstance(found, Pulled):
             self.identify(found)
         return found

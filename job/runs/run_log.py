@@ -9,10 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 
-from pydantic import TypeAdapter
-
 from job.common.hashing import sealed, unsealed
-from job.common.validation import first_error
+from job.common.validation import adapter_of, first_error
 from job.errors import NoProgress, Preempted
 from job.log import get_logger
 from job.records import AttemptRecord
@@ -108,7 +106,7 @@ def parse_logged(data: bytes) -> LoggedAttempt:
         ValueError: It is none, or it was altered.
     """
     facts = unsealed(data)
-    record = TypeAdapter(AttemptRecord).validate_python(facts)
+    record = adapter_of(AttemptRecord).validate_python(facts)
     return LoggedAttempt(record, int(facts.get(QUESTIONS, 0)), facts.get(RUN))
 
 

@@ -7,12 +7,11 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import TypeAdapter
 from pydantic_core import from_json
 
 from job import log
 from job.common.hashing import sealed, unsealed
-from job.common.validation import first_error
+from job.common.validation import adapter_of, first_error
 from job.distributed.processes import Processes
 from job.errors import Problem, SettingsError, environment_name
 from job.records import Pulled
@@ -118,7 +117,7 @@ def _compare_with_pull(store: ObjectStore, settings: Mapping[str, Any]) -> None:
     if stored is None:
         return
     try:
-        pulled, run = stage_records.parse(stage_key(Stage.PULL), stored.data, TypeAdapter(Pulled))
+        pulled, run = stage_records.parse(stage_key(Stage.PULL), stored.data, adapter_of(Pulled))
     except ValueError:
         return  # it is done again, and so is every stage whose record names another run
     if run is not None and run != stage_records.fingerprint(settings, pulled):

@@ -8,8 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
-
 from job import log
 from job.checkpoints import manager
 from job.checkpoints.async_uploader import AsyncUploader
@@ -20,6 +18,7 @@ from job.common.methods import METHODS
 from job.common.optimizers import substitute
 from job.common.resources import check_disk, checkpoint_bytes, required_bytes
 from job.common.schedulers import make_schedule
+from job.common.validation import adapter_of
 from job.data.batch_plan import steps_per_epoch
 from job.errors import Preempted, Unreachable
 from job.model.adapter_files import save_adapter
@@ -161,9 +160,9 @@ def _restore(attempt: Attempt) -> manager.Restored:
         found = manager.restore(
             attempt.store, folder, host.software(), validate_trainer_state, world_size=size, run=attempt.run
         )
-        return TypeAdapter(manager.Restored).dump_json(found).decode()
+        return adapter_of(manager.Restored).dump_json(found).decode()
 
-    found = TypeAdapter(manager.Restored).validate_json(processes.share_on_machine("checkpoint", restore))
+    found = adapter_of(manager.Restored).validate_json(processes.share_on_machine("checkpoint", restore))
     if len(set(steps := processes.gather("restored step", found.step))) > 1:
         raise Unreachable(f"the machines found different checkpoints whole: of the steps {steps}; start the run again")
     return found

@@ -7,10 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from job.common.formatting import count
-from job.common.validation import first_error
+from job.common.validation import adapter_of, first_error
 from job.data.batch_plan import steps_per_epoch
 from job.errors import JobError
 from job.evaluation.comparison import compare_full_precision, compare_near_ties, compare_tasks, judge
@@ -346,7 +346,7 @@ def _read_lines(data: bytes, kind: type[T]) -> list[T]:
     Raises:
         ValueError: With the first line that is none.
     """
-    adapter, found = TypeAdapter(kind), []
+    adapter, found = adapter_of(kind), []
     for number, line in enumerate(data.removesuffix(b"\n").split(b"\n"), start=1):
         try:
             found.append(adapter.validate_json(line))
@@ -384,7 +384,7 @@ def _planned_steps(settings: Mapping[str, Any], rows: int) -> tuple[int, int]:
 
 def check_cost(results: Mapping[str, Any]) -> CheckResult:
     """Seconds, dollars, waste, energy and savings, from the attempts and the prices."""
-    attempts = TypeAdapter(list[AttemptRecord]).validate_python(results["run"]["attempts"])
+    attempts = adapter_of(list[AttemptRecord]).validate_python(results["run"]["attempts"])
     on_demand = results["settings"].get("cost.on_demand_usd_per_hour", {}).get("value")
     found = compute_cost(attempts, results["training"]["seconds"], on_demand)
     differences = find_differences(f"{RESULTS} cost", results["cost"], found)

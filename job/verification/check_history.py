@@ -8,10 +8,8 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import TypeAdapter
-
 from job.common.formatting import count
-from job.common.validation import first_error
+from job.common.validation import adapter_of, first_error
 from job.errors import JobError
 from job.evaluation.comparison import compare_near_ties, compare_tasks
 from job.evaluation.measured import compare_measured
@@ -49,7 +47,7 @@ def fingerprint_of(copies: Copies) -> str | None:
     try:
         settings = parse_settings(copies[SETTINGS].read_bytes())
         return stage_records.fingerprint(
-            settings, stage_records.parse(PULL, copies[PULL].read_bytes(), TypeAdapter(Pulled))[0]
+            settings, stage_records.parse(PULL, copies[PULL].read_bytes(), adapter_of(Pulled))[0]
         )
     except (KeyError, ValueError):
         return None  # other checks report it
@@ -274,7 +272,7 @@ def _parsed(key: str, parse: Callable[[bytes], T], data: bytes | None, differenc
 def _read(path: str, kind: type[T], copies: Copies, differences: list[Difference], run: str | None) -> T | None:
     """A stage's result; None if its record is missing or malformed. `run` is the run's fingerprint, if it is known."""
     data = copies[path].read_bytes() if path in copies else None
-    parsed = _parsed(path, lambda data: stage_records.parse(path, data, TypeAdapter(kind)), data, differences)
+    parsed = _parsed(path, lambda data: stage_records.parse(path, data, adapter_of(kind)), data, differences)
     if parsed is None:
         return None
     differences += other_run(path, parsed[1], run)

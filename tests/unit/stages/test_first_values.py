@@ -85,7 +85,7 @@ def begun(settings: Settings, folder: Path, attempt: Kept) -> dict[str, torch.Te
     return {name: p.detach().clone() for name, p in trainable(load(settings, sources, begin=begin).model).items()}
 
 
-@pytest.mark.parametrize("init", ["eva", "loftq"])
+@pytest.mark.parametrize("init", [pytest.param("eva", marks=pytest.mark.long), "loftq"])
 def test_they_are_computed_once(base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, init: str) -> None:
     """A restart before the first checkpoint reads them, to the bit; damaged ones are computed again, the same."""
     settings, attempt = settings_of(base_folder, JOB_LORA__INIT=init), Kept(tmp_path)
@@ -105,6 +105,7 @@ def test_they_are_computed_once(base_folder: Path, tmp_path: Path, monkeypatch: 
         assert torch.equal(value, once_more[name]), name
 
 
+@pytest.mark.long
 def test_all_processes_begin_alike(base_folder: Path, tmp_path: Path) -> None:
     """Three processes on two machines begin with the values, to the bit, that one process publishes and begins with."""
     settings = settings_of(base_folder, JOB_LORA__INIT="eva")
