@@ -236,7 +236,10 @@ def _places(settings: Settings, platform: Platform) -> Iterator[Fault]:
     output, cache = settings.run.output, settings.storage.cache
     own = copied_folder(platform.inputs) or platform.output
     if own and settings.run.nodes > 1 and Path(output).is_relative_to(own):
-        yield "run.output", "is a folder of this machine alone; with several machines give s3://bucket/prefix"
+        yield (
+            "run.output",
+            "is a folder of this machine alone; with several machines give s3://bucket/prefix (or gs, az)",
+        )
     if not is_remote(output) and (why := _why_not_writable(Path(output) / settings.run.id)):
         yield "run.output", why
     if cache and (why := _why_not_writable(Path(cache))):
@@ -270,7 +273,7 @@ def _revisions(settings: Settings, request: Request) -> Iterator[Fault]:
         if not values[name]:
             continue
         if is_remote(place) or place.startswith(("/", ".")):
-            what = f"is a commit of a hub repository, but {environment_name(marker.subject)} is a path or s3:// URI"
+            what = f"is a commit of a hub repository, but {environment_name(marker.subject)} is a path or URI"
             yield name, f"{what}; remove it"
         elif why := _other_repository(name, marker.subject, request):
             yield name, why
