@@ -56,7 +56,7 @@ from job.storage.base import (
     probe,
 )
 from job.storage.location import Location, StorageOptions
-from job.storage.obstore_errors import ABSENT, FAILURES, Missing, code, is_transient, translate, was_repeated
+from job.storage.obstore_errors import ABSENT, FAILURES, Missing, code, is_transient, repetitions, translate
 
 # Name of the metadata entry with an object's SHA-256.
 _SHA256 = "sha256"
@@ -72,7 +72,7 @@ _CONNECTIONS = 8
 _MAX_CONNECT_SECONDS = 20.0
 # Version of Azure's protocol, of the one request that obstore does not send.
 _API = "2023-11-03"
-# Pauses (seconds) before what obstore does not repeat is tried again: a conditional write, an answer that was cut.
+# Pauses (seconds) before what obstore does not repeat is tried again.
 _PAUSES = (0.1, 0.3, 1.0, 3.0)
 _MAX_BODY_ATTEMPTS = 5
 _PAGE, _MAX_REPEATED_PAGES = 1000, 3
@@ -176,7 +176,7 @@ class _CloudStore:
         if found is None:
             return None
         byte_limit(f"{self.uri}/{key}", max_bytes)(found.meta["size"])
-        data, tag = bytes(_ask(found.bytes)), self._tag(found.meta)
+        data, tag = bytes(_ask_once(found.bytes)), self._tag(found.meta)
         digest = found.attributes.get(_SHA256)
         if tag is None or len(data) != found.meta["size"] or digest not in {None, hashlib.sha256(data).hexdigest()}:
             raise _OtherContent
@@ -233,16 +233,15 @@ class _CloudStore:
     ) -> str:
         """One request that writes an object; returns its tag.
 
-        obstore repeats a conditional write after some failures and not after others, such as an answer that got lost.
-        A repeated one may be refused because of what its own first try wrote. `own` tells that by the content: it
-        returns the object's tag if the content is that of this write.
+        A conditional write that is repeated, since its answer got lost, may be refused because of what its own first
+        try wrote. `own` tells that by the content: it returns the object's tag if the content is that of this write.
         """
         self._check_encryption()
-        repeated = False
+        tries = 0
         with self._asking("write", key):
-            for pause in (*_PAUSES, None):
+            while True:
                 try:
-                    put = _ask(
+                    put = _ask_once(
                         obstore.put,
                         client or self._client,
                         self._root + key,
@@ -254,20 +253,42 @@ class _CloudStore:
                 except (AlreadyExistsError, PreconditionError, Missing) as error:
                     if mode == "overwrite" or (isinstance(error, Missing) and self._get(key) is not None):
                         raise
-                    if (repeated or was_repeated(error)) and (tag := own()) is not None:
+                    if tries + repetitions(error) > 0 and (tag := own()) is not None:
                         return tag
                     raise Conflict(f"{self.uri}/{key} was written by somebody else") from None
                 except FAILURES as error:
-                    if mode == "overwrite" or pause is None or not is_transient(error):
-                        raise
-                    repeated = True
-                    time.sleep(pause)
+                    tries = self._count(tries, error)
                 else:
                     # An answer without a version: the present content shows whether the write took place.
                     if (tag := self._tag(put) or own()) is not None:
                         return tag
                     break
         raise Unreachable(f"{self.uri}/{key}: cannot write: the answer is not that of the store")
+
+    def _ask(self, function: Callable[..., Any], *given: Any, **options: Any) -> Any:
+        """Sends a request that may be repeated; it is, also where obstore gives up, such as when an answer was cut.
+
+        Raises:
+            Missing: In place of obstore's FileNotFoundError.
+            PreconditionError: A condition does not hold.
+            SettingsError: The cloud's own variables make no sense.
+        """
+        tries = 0
+        while True:
+            try:
+                return _ask_once(function, *given, **options)
+            except (AlreadyExistsError, PreconditionError, Missing):
+                raise
+            except FAILURES as error:
+                tries = self._count(tries, error)
+
+    def _count(self, tries: int, error: BaseException) -> int:
+        """The number of tries of a request, those of obstore included, after a pause; raises `error` after the last."""
+        tries += 1 + repetitions(error)
+        if tries >= self._options.retries or not is_transient(error):
+            raise error
+        time.sleep(min(_PAUSES[0] * 2**tries, _PAUSES[-1]))
+        return tries
 
     def _check_encryption(self) -> None:
         """A key that were ignored would leave objects encrypted in another way than was asked for."""
@@ -315,19 +336,17 @@ class _CloudStore:
                 known = None if mode == "create" else mode
                 if (None if found is None else self._update(found[1])) != known:
                     raise Conflict(f"{self.uri}/{key} was written by somebody else")
-            for attempt in range(1, self._body_attempts + 1):
-                with self._again(attempt):  # such as the parts of an upload that another one of this key discarded
-                    _ask(
-                        obstore.put,
-                        self._client,
-                        self._root + key,
-                        path,
-                        attributes=attributes,
-                        use_multipart=True,
-                        chunk_size=max(_PART_BYTES, -(-size // _MAX_PARTS)),
-                        max_concurrency=_CONNECTIONS // 2,
-                    )
-                    return
+            # Repeated as a whole, such as when another upload of this key discarded the parts.
+            self._ask(
+                obstore.put,
+                self._client,
+                self._root + key,
+                path,
+                attributes=attributes,
+                use_multipart=True,
+                chunk_size=max(_PART_BYTES, -(-size // _MAX_PARTS)),
+                max_concurrency=_CONNECTIONS // 2,
+            )
 
     def download(self, key: str, path: Path, *, max_bytes: int | None = None) -> None:
         """See `ObjectStore.download`."""
@@ -389,7 +408,7 @@ class _CloudStore:
                     found = None
                 if found is None:
                     break
-                data = bytes(_ask(found.bytes))
+                data = bytes(_ask_once(found.bytes))
                 if len(data) == end - start and self._tag(found.meta) == self._tag(meta):
                     return data, found.attributes.get(_SHA256)
                 raise _OtherContent
@@ -417,8 +436,8 @@ class _CloudStore:
             with self._again(attempt):
                 sizes: dict[str, int] = {}
                 repeated = 0
-                pages = _ask(obstore.list, self._client, folder or None, chunk_size=_PAGE)
-                while page := _ask(next, pages, ()):
+                pages = self._ask(obstore.list, self._client, folder or None, chunk_size=_PAGE)
+                while page := _ask_once(next, pages, ()):
                     repeated += all(info["path"] in sizes for info in page)
                     if repeated == _MAX_REPEATED_PAGES:
                         raise Unreachable(f"{self.uri}: cannot list: the server answers with the same page for ever")
@@ -441,7 +460,7 @@ class _CloudStore:
 
     def _delete(self, client: Any, key: str) -> None:
         try:
-            _ask(obstore.delete, client, self._root + key)
+            self._ask(obstore.delete, client, self._root + key)
         except Missing:
             if self._get(key) is not None:  # then the answer was not the store's
                 raise
@@ -453,7 +472,7 @@ class _CloudStore:
     def _get(self, key: str, **options: Any) -> Any:
         """Requests an object; None only if the store itself says that there is none, not for a proxy's 404."""
         try:
-            return _ask(obstore.get, self._client, self._root + key, options=options)
+            return self._ask(obstore.get, self._client, self._root + key, options=options)
         except Missing as error:
             if code(error) in ABSENT:
                 return None
@@ -466,7 +485,7 @@ class _CloudStore:
         """What obstore says of an object, and its tag, None if it is absent. The answer to HEAD says not why."""
         for pause in (*_PAUSES[:2], None):
             try:
-                meta = _ask(obstore.head, self._client, self._root + key)
+                meta = self._ask(obstore.head, self._client, self._root + key)
             except Missing:
                 found = self._get(key)
                 if found is None:
@@ -546,7 +565,7 @@ class AzureStore(_CloudStore):
     def _signed(self, key: str) -> str | None:
         seconds = timedelta(seconds=max(60.0, 2 * self._options.timeout_seconds))
         try:
-            return str(_ask(obstore.sign, self._client, "DELETE", self._root + key, seconds))
+            return str(self._ask(obstore.sign, self._client, "DELETE", self._root + key, seconds))
         except FAILURES:
             return None
 
@@ -574,7 +593,7 @@ class AzureStore(_CloudStore):
         raise Unreachable(f"{self.uri}/{key}: cannot delete: the store does not answer")
 
 
-def _ask(function: Callable[..., Any], *given: Any, **options: Any) -> Any:
+def _ask_once(function: Callable[..., Any], *given: Any, **options: Any) -> Any:
     """Calls obstore, which keeps the interpreter from running signal handlers while it waits: not in the main thread.
 
     A signal to stop would be noticed minutes late by a main thread that waits for a store that does not answer.

@@ -52,7 +52,7 @@ _WRONG = {
 }
 _METADATA = re.compile(r"//(169\.254\.169\.254|metadata\.google\.internal)[:/]")
 _REQUEST = re.compile(r"Error performing [A-Z]+ ")
-_REPEATED = re.compile(r"after [1-9]\d* retries")
+_REPEATED = re.compile(r"after (\d+) retries")
 # obstore has classes for these, but not for all requests.
 _DENIED = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
 _UNKNOWN_REQUEST = {HTTPStatus.NOT_IMPLEMENTED, HTTPStatus.METHOD_NOT_ALLOWED}
@@ -81,9 +81,10 @@ def is_transient(error: BaseException) -> bool:
     return type(translate(error, "")) is Unreachable
 
 
-def was_repeated(error: BaseException) -> bool:
-    """Whether obstore sent the request more than once."""
-    return _REPEATED.search(_first(error)) is not None
+def repetitions(error: BaseException) -> int:
+    """How many times obstore sent the request again."""
+    found = _REPEATED.search(_first(error))
+    return int(found[1]) if found else 0
 
 
 def translate(error: BaseException, what: str) -> JobError:
