@@ -337,6 +337,7 @@ def test_clouds_that_fail(
                 assert len(codes) < 9
         assert (codes.count(-9), codes.count(75)) == (2, 1)
         run = open_run(f"{place}/out/hit")
+        (tmp_path / "work").mkdir()
         require_verified(verify(run, tmp_path / "work"))
         found = facts_of(json.loads(read_bytes(run)))
         changed = {path for path in found if found[path] != undisturbed[path]}
