@@ -4,10 +4,11 @@
 ARG BASE_IMAGE=nvidia/cuda:13.0.2-base-ubuntu24.04@sha256:2ab6381d970b211fb93853796dc6707eb8a72575a375c422b17cf4d8b2641701
 
 FROM ${BASE_IMAGE} AS base
+# NCCL loads libibverbs where the machine has InfiniBand or RoCE; without it gradients go over TCP, unsaid.
 # Versions of Debian's packages are not pinned: the archive keeps only the newest, with the security fixes.
 # hadolint ignore=DL3008
 RUN apt-get update \
- && apt-get install -y --no-install-recommends ca-certificates libgomp1 python3 \
+ && apt-get install -y --no-install-recommends ca-certificates ibverbs-providers libgomp1 libibverbs1 python3 \
  && rm -rf /var/lib/apt/lists/* /var/cache/* /var/log/*
 # One folder for each layer below: torch and CUDA change seldom, the other packages sometimes, the job often. The paths hold
 # `site-packages`, by which libraries recognize an installed package.

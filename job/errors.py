@@ -9,20 +9,21 @@
     ├── Unreachable            69   storage or hub cannot be reached after retries
     ├── TrainingFailed         70   training diverged, or memory is too small for it
     ├── NoProgress             71   attempts in a row made no progress
-    ├── Preempted              75   preempted, or stalled; the state is durable
+    ├── Stalled                74   no progress for too long; the state is durable
+    ├── Preempted              75   preempted; the state is durable
     ├── Replaced               76   another attempt owns this run
     └── AccessDenied           77   access denied
 
 The table exists once, here. README, Kubernetes' podFailurePolicy and the SageMaker launcher are tested against
 `exit_codes()`. Codes 65 to 77 are those of BSD's sysexits.h where it has a matching one.
 
-To add one: a subclass of `JobError` with its code, meaning and `retry`, and an entry in `_KINDS`. The tests then name
-every place that has to know it.
+To add one: a subclass of `JobError` with its code, meaning and `retry`, and an entry in `_KINDS`, the most serious kind
+first. The tests then name every place that has to know it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -147,11 +148,19 @@ class NoProgress(JobError):
     retry = "counts against the limit"
 
 
+class Stalled(JobError):
+    """The watchdog ended a job that made no progress. A restart resumes it, but may stall again, so it counts."""
+
+    exit_code = 74
+    meaning = "no progress for too long; the state is durable"
+    retry = "counts against the limit"
+
+
 class Preempted(JobError):
-    """The machine is being taken away, or the job made no progress. What was saved is durable: a restart resumes."""
+    """The machine is being taken away. What was saved is durable: a restart resumes."""
 
     exit_code = 75
-    meaning = "preempted, or stalled; the state is durable"
+    meaning = "preempted; the state is durable"
     retry = "yes, free"
 
 
@@ -172,35 +181,43 @@ class AccessDenied(JobError):
 
 
 _KINDS: tuple[type[JobError], ...] = (
-    JobError,
     SettingsError,
-    GateError,
-    VerificationError,
     DataError,
-    Unreachable,
+    VerificationError,
     TrainingFailed,
-    NoProgress,
-    Preempted,
+    GateError,
     Replaced,
     AccessDenied,
+    JobError,
+    NoProgress,
+    Stalled,
+    Unreachable,
+    Preempted,
 )
+"""All kinds, the most serious first: what a retry cannot fix, then what counts, then the rest.
+
+Where several inputs, processes or machines fail in different ways, the kind that comes first is that of all together.
+"""
 
 
-_ORDER: tuple[type[JobError], ...] = (SettingsError, DataError, VerificationError, AccessDenied, Unreachable)
-"""Of errors in several inputs, the kind that comes first here is that of all of them together."""
+def gravest(exit_codes: Iterable[int]) -> int:
+    """The most serious of at least one exit code of the table."""
+    order = [kind.exit_code for kind in _KINDS]
+    return min(exit_codes, key=order.index)
 
 
 def combine(errors: Sequence[tuple[str, JobError]]) -> JobError:
-    """One error with the problems of several: of the kind that comes first in `_ORDER`, which has its exit code.
+    """One error with the problems of several: of the most serious kind, which has its exit code.
 
     Args:
         errors: At least one, with the name of what is wrong, which stands before an error that lists no problems.
     """
     if len(errors) == 1:
         return errors[0][1]
-    kind = next((kind for kind in _ORDER if any(isinstance(error, kind) for _, error in errors)), None)
-    if kind is None or not issubclass(kind, _ManyProblems):
-        first = next(error for _, error in errors if kind is None or isinstance(error, kind))
+    code = gravest(error.exit_code for _, error in errors)
+    kind = next(kind for kind in _KINDS if kind.exit_code == code)
+    if not issubclass(kind, _ManyProblems):
+        first = next(error for _, error in errors if error.exit_code == code)
         return type(first)("; ".join(f"{name}: {error}" for name, error in errors))
     listed = [
         error if isinstance(error, _ManyProblems) else kind([Problem(name, str(error))]) for name, error in errors
@@ -225,7 +242,8 @@ def named_by(setting: str, between: str = " ") -> Iterator[None]:
 
 def exit_codes() -> dict[int, tuple[str, Retry]]:
     """The table of exit codes: code -> (meaning, whether to retry), in ascending order, without 0."""
-    return {kind.exit_code: (kind.meaning, kind.retry) for kind in _KINDS}
+    kinds = sorted(_KINDS, key=lambda kind: kind.exit_code)
+    return {kind.exit_code: (kind.meaning, kind.retry) for kind in kinds}
 
 
 def error_of_process(exit_code: int, where: str, why: str) -> JobError:

@@ -50,10 +50,10 @@ class _Lines(logging.Formatter):
 
     def __init__(self, secrets: Sequence[str], *, as_json: bool, colors: bool) -> None:
         super().__init__()
-        self._secrets, self._as_json, self._colors = secrets, as_json, colors
+        self.secrets, self._as_json, self._colors = secrets, as_json, colors
 
     def format(self, record: logging.LogRecord) -> str:
-        return scrub(self._structlogs.format(record), self._secrets)
+        return scrub(self._structlogs.format(record), self.secrets)
 
     @cached_property
     def _structlogs(self) -> ProcessorFormatter:
@@ -131,6 +131,14 @@ def scrub(text: str, secrets: Sequence[str]) -> str:
     """The text with every secret in it replaced by asterisks."""
     for secret in secrets:
         text = text.replace(secret, "***").replace(json.dumps(secret)[1:-1], "***")
+    return text
+
+
+def without_secrets(text: str) -> str:
+    """The text as a line of the log would show it: with asterisks for the secrets that `configure` was given."""
+    for handler in logging.root.handlers:
+        if isinstance(handler.formatter, _Lines):
+            text = scrub(text, handler.formatter.secrets)
     return text
 
 

@@ -57,6 +57,7 @@ _SETTING_OF = {
     "questions": "JOB_EVAL__TASKS",
     "start_sha256": "JOB_LORA__START",
     "prompts": "JOB_EVAL__PROMPTS",
+    "groups": "JOB_EVAL__TASKS",
 }
 """Field of `Pulled` -> the setting that names what it is about."""
 
@@ -127,7 +128,7 @@ def _run_stage(
         with publishing(sources.cache_entry if processes.leads else None, stop, report_progress):
             base = _evaluate_base(attempt, settings, sources, loaded)
             trained = _train(attempt, settings, sources, loaded)
-            adapter = _evaluate_adapter(attempt, settings, sources, loaded, trained)
+            adapter = _evaluate_adapter(attempt, settings, sources, loaded, base=base, trained=trained)
             exported = _export(attempt, settings, sources, loaded, trained)
             results = _publish(
                 attempt,
@@ -298,11 +299,18 @@ def _load(attempt: Attempt, settings: Settings, sources: Sources) -> Loaded:
 
 @memory_errors("evaluating the base model", "lower JOB_EVAL__BATCH_TOKENS")
 def _evaluate_base(attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded) -> Evaluated:
+    from job.stages.evaluate import generation_rules, other_generation
     from job.stages.full_precision import evaluate_bases
 
     shared = open_store(settings.run.output, storage_options(settings.storage))
+
+    def objection(base: Evaluated) -> str:
+        adapter = attempt.recorded(Stage.EVALUATE_ADAPTER, Evaluated)
+        wanted = generation_rules(settings, sources, loaded.model) if adapter is None else adapter.generation
+        return other_generation(base, wanted)
+
     base = attempt.stage(
-        Stage.EVALUATE_BASE, Evaluated, lambda: evaluate_bases(attempt, settings, sources, loaded, shared)
+        Stage.EVALUATE_BASE, Evaluated, lambda: evaluate_bases(attempt, settings, sources, loaded, shared), objection
     )
     if sources.baseline is not None:
         check_prompts(sources.baseline, base.scores)
@@ -317,12 +325,15 @@ def _train(attempt: Attempt, settings: Settings, sources: Sources, loaded: Loade
 
 
 def _evaluate_adapter(
-    attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded, trained: Trained
+    attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded, *, base: Evaluated, trained: Trained
 ) -> Evaluated:
-    from job.stages.evaluate import evaluate_adapter
+    from job.stages.evaluate import evaluate_adapter, other_generation
 
     return attempt.stage(
-        Stage.EVALUATE_ADAPTER, Evaluated, lambda: evaluate_adapter(attempt, settings, sources, loaded, trained)
+        Stage.EVALUATE_ADAPTER,
+        Evaluated,
+        lambda: evaluate_adapter(attempt, settings, sources, loaded, trained),
+        lambda adapter: other_generation(adapter, base.generation),
     )
 
 

@@ -5,6 +5,7 @@ A field that is added needs a default, so that records of earlier versions can s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -470,6 +471,26 @@ class StepMetrics:
 
 
 @dataclass(frozen=True)
+class TrainingProgress:
+    """How far training is: the optimizer step that was done last. For people who watch; no part of the manifest.
+
+    Attributes:
+        step: The step, from 1.
+        total_steps: How many there are; early stopping may end training before the last one.
+        loss: Of the step; None where it is not finite.
+        tokens_per_second: Target tokens per second of the step.
+        remaining_seconds: Estimate for the steps that are left, without the stages after training; None until there
+            are two steps to measure.
+    """
+
+    step: int
+    total_steps: int
+    loss: float | None = None
+    tokens_per_second: float | None = None
+    remaining_seconds: float | None = None
+
+
+@dataclass(frozen=True)
 class ValidationMetrics:
     """One validation: facts that identical runs share, and in `measured` what was measured. Step 0 is before training.
 
@@ -560,6 +581,23 @@ class PromptAnswer:
 
 
 @dataclass(frozen=True)
+class GroupSpec:
+    """What is to be computed for a group of tasks.
+
+    Attributes:
+        version: The group's version in lm-eval.
+        tasks: Names of all its tasks, also those of nested groups.
+        metrics: lm-eval's name of metric and filter -> whether the mean is weighted by the number of questions.
+        higher_is_better: The same names -> whether higher is better.
+    """
+
+    version: str
+    tasks: tuple[str, ...]
+    metrics: Mapping[str, bool]
+    higher_is_better: Mapping[str, bool]
+
+
+@dataclass(frozen=True)
 class Pulled:
     """Record of the pull stage: every later attempt has to find the same, in all fields without a default."""
 
@@ -574,6 +612,8 @@ class Pulled:
     """None where JOB_EVAL__PROMPTS is empty."""
     model_licence: str | None = None
     """As the model's card says; None if it does not."""
+    groups: dict[str, GroupSpec] | None = field(default=None, metadata={NAMES_THE_RUN: True})
+    """The groups of tasks that have an aggregate; None if there are none, and in records of older versions."""
 
 
 @dataclass(frozen=True)
@@ -598,6 +638,11 @@ class Evaluated:
     """Tasks that have no choices."""
     full_precision: FullPrecision | None = None
     """In the record of the base, if that is quantized and JOB_EVAL__FULL_PRECISION asks for it; else None."""
+    generation: dict[str, str] = field(default_factory=dict)
+    """By what was answered, a task or JOB_EVAL__PROMPTS, a hash of how answers are generated and what ends them.
+
+    Versions may do that otherwise. None in records of older versions.
+    """
 
 
 @dataclass(frozen=True)

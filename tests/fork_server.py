@@ -47,15 +47,16 @@ def preload() -> None:
     import torch
 
     torch.set_num_threads(1)  # a pool of threads does not survive a fork
-    from job.evaluation import tasks
-    from job.export.llama_cpp_process import Refused, import_converter
+    from job.evaluation import task_names, tasks
+    from job.export.gguf_conversion import import_converter
+    from job.export.llama_cpp_server import Refused
     from job.report import templating
 
     with suppress(Refused):  # where the extra `export` is not installed
         import_converter()
-    index = cache(tasks._index)  # a walk over 14,000 files
-    tasks._index = lambda names: index(tuple(names))
-    tasks._index(["arc_easy", "arc_easy"])  # as a run with its own questions asks for it
+    index = cache(task_names.open_index)  # a walk over 14,000 files
+    task_names.open_index = tasks.open_index = lambda names: index(tuple(names))
+    task_names.open_index(["arc_easy", "arc_easy"])  # as a run with its own questions asks for it
     for template in (Path(templating.__file__).parent / "templates").iterdir():
         templating._environment(escape=template.suffix != ".md").get_template(template.name)
     gc.collect()

@@ -21,6 +21,7 @@ from job.common import host
 from job.common.hashing import hash_facts, hash_file, sealed
 from job.evaluation import samples
 from job.evaluation.comparison import choose_candidate, compare_near_ties, compare_tasks, judge
+from job.evaluation.groups import compare_groups
 from job.evaluation.policy import read_policy
 from job.records import (
     Artifact,
@@ -30,6 +31,7 @@ from job.records import (
     Exported,
     ExportRecord,
     FullPrecision,
+    GroupSpec,
     ModelRecord,
     Pulled,
     StepMetrics,
@@ -79,6 +81,7 @@ def publish_run(
     exported: Mapping[str, Sequence[bool]] | None = None,
     original: Mapping[str, Sequence[bool]] | None = None,
     baseline: Callable[[LocalStore, Evaluated], tuple[dict[str, Any], list[Artifact]]] | None = None,
+    groups: Mapping[str, GroupSpec] | None = None,
 ) -> Path:
     """Writes a run into `folder`, named like it; all attempts but the last were killed. Returns the folder.
 
@@ -102,7 +105,9 @@ def publish_run(
         facts |= {"rows": 2, "target_tokens": 15, "sha256": _hash("held out")}
         held = ValidationRows(**facts, held_out=True, duplicates=0, near_duplicates=0)
         dataset = replace(dataset, validation=held)
-    pulled = Pulled(dataset, model.sha256, None, {task: _hash(task) for task in answers})
+    pulled = Pulled(
+        dataset, model.sha256, None, {task: _hash(task) for task in answers}, groups=groups and dict(groups)
+    )
     run = stage_records.fingerprint(decisive, pulled)
     for record in ledger[:-1]:
         store.write(attempt_key(record.number), _logged(replace(record, outcome="running"), run))
@@ -137,6 +142,7 @@ def publish_run(
         dataset=dataset,
         training=trained.training,
         tasks=tasks,
+        groups=compare_groups(groups or {}, base, adapter),
         exports=manifest.exports_record(exports, base, adapter.scores),
         full_precision=manifest.full_precision_record(base, adapter.scores),
         near_ties=compare_near_ties(base.scores, adapter.scores, model.dtype),

@@ -55,7 +55,9 @@ def test_what_scripts_and_tests_import_is_there() -> None:
                 inside = {name.removeprefix(f"{package}.") for name in SOURCES if name.startswith(package)}
                 inside |= {name.split(".")[0] for name in inside}
                 missing = (
-                    {alias.name for alias in node.names} - inside - defined(SOURCES.get(package, ast.Module([], [])))
+                    {alias.name for alias in node.names}
+                    - inside
+                    - defined(SOURCES.get(package or "__init__", ast.Module([], [])))
                 )
                 assert not missing, f"{path.relative_to(ROOT)}:{node.lineno}"
 
@@ -162,7 +164,9 @@ def test_models_are_loaded_with_remote_code_refused() -> None:
             assert ast.unparse(given["use_safetensors"]) == "True"
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--version"], ["config"], ["config", "--schema"], ["--no.such", "1"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["--version"], ["config"], ["config", "--schema"], ["--no.such", "1"], ["status", "x"]]
+)
 def test_quick_answers_import_nothing_heavy(words: list[str], tmp_path: Path) -> None:
     """Help, settings and what is wrong with them come at once, before torch and its friends are loaded.
 

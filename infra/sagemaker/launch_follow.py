@@ -23,7 +23,8 @@ EXIT_CODES = {
     69: ("storage or hub cannot be reached after retries", "yes"),
     70: ("training diverged, or memory is too small for it", "no"),
     71: ("several attempts in a row made no progress", "counts against the limit"),
-    75: ("preempted, or stalled; the state is durable", "yes, free"),
+    74: ("no progress for too long; the state is durable", "counts against the limit"),
+    75: ("preempted; the state is durable", "yes, free"),
     76: ("another attempt owns this run", "no"),
     77: ("access denied", "no"),
 }

@@ -82,6 +82,19 @@ COMMANDS = {
         "check settings and inputs, forecast memory, time and cost; needs no GPU",
         (_format("table", "json"), _SHOW, _CONFIG),
     ),
+    "status": Command(
+        "show how a run is, from its store: stage, step, time left, and why it ended; needs no GPU",
+        (
+            Argument("RUN", "a run, finished or not: its folder, path or s3:// URI"),
+            Argument(
+                "--stalled-after",
+                "a running attempt without a sign of life for so long is stalled (default: 600)",
+                metavar="SECONDS",
+            ),
+            _format("table", "json"),
+        ),
+        settings="reading",
+    ),
     "config": Command(
         "show every setting, its value, and where it came from",
         (Argument("--schema", "print the JSON Schema of all settings instead"), _CONFIG),

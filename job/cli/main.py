@@ -50,7 +50,7 @@ Try it without a GPU or a network: qlora-job run --preset demo
 
 exit codes: 0 done; 1 a bug; 2 settings; 3 gate not met; 4 results do not verify; 65 data;
             69 storage or hub unreachable (retry); 70 training diverged; 71 no progress in several attempts;
-            75 preempted (retry); 76 replaced by another attempt; 77 access denied
+            74 stalled (retry); 75 preempted (retry); 76 replaced by another attempt; 77 access denied
 """
 
 
@@ -125,10 +125,15 @@ def _run(words: list[str]) -> int:
 
     run, stall = settings.run, settings.train.stall_seconds
     idle = IdleLimit(run.max_idle_attempts)
+
+    def on_stall(message: str) -> None:
+        _report_to_platform(platform, message)
+        idle.record_stall(message)  # last: the store may be what hangs
+
     with (
         stop_on_signals(run.grace_seconds) as stop,
         watch_notices(stop, run.spot_notices if first else "off"),
-        watch(stall, lambda message: _report_to_platform(platform, message), idle.exit_code) as report_progress,
+        watch(stall, on_stall) as report_progress,
         join(
             place, run.id, stop=stop, report_progress=report_progress, patience=stall, grace_seconds=run.grace_seconds
         ) as processes,
@@ -259,6 +264,12 @@ def _promote(words: list[str]) -> int:
     return promote_command(words)
 
 
+def _status(words: list[str]) -> int:
+    from job.cli.status import status_command
+
+    return status_command(words)
+
+
 def _serve_check(words: list[str]) -> int:
     from job.cli.serve_check import serve_check_command
 
@@ -276,6 +287,7 @@ _FUNCTIONS = {
     "push": _push,
     "promote": _promote,
     "serve-check": _serve_check,
+    "status": _status,
     "selftest": _selftest,
 }
 

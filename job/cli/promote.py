@@ -8,7 +8,8 @@ from pathlib import Path
 
 from job import log
 from job.cli.arguments import COMMANDS, parse_arguments
-from job.cli.runs import reading, signer
+from job.cli.reading import reading
+from job.cli.runs import signer
 from job.common.tables import visible
 from job.errors import JobError, Problem, SettingsError, VerificationError
 from job.results.promotion import check_place, pointer_place, promote, require_gate_held, roll_back

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from job import log
 from job.cli.arguments import COMMANDS, Arguments, parse_arguments
-from job.cli.runs import reading
+from job.cli.reading import reading
 from job.common.formatting import size
 from job.common.tables import visible
 from job.errors import JobError, Problem, SettingsError

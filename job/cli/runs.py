@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from job import log
 from job.cli.arguments import COMMANDS, Arguments, parse_arguments
+from job.cli.reading import reading
 from job.errors import DataError, GateError, JobError, Problem, SettingsError, combine
 from job.report.report import read_report_data, render_history, render_report
 from job.results.after_run import read_after_run
@@ -23,10 +24,8 @@ from job.results.promotion import open_run_or_pointer
 from job.results.reader import read_published
 from job.results.signing import load_public_key
 from job.settings.field_types import explain
-from job.settings.load import load_reading, secrets
-from job.settings.schema import Gate, Settings
+from job.settings.schema import Gate
 from job.storage.base import disk_errors
-from job.storage.open import StorageOptions, storage_options
 from job.storage.verified_download import fetch_artifact
 from job.verification.verify import as_json, as_lines, require_verified, verify
 
@@ -115,7 +114,8 @@ def _history(given: Arguments) -> int:
         raise SettingsError([Problem(name, f"is for two runs, not for {HISTORY}") for name in alone])
     output = given.options.get("--output")
     storage, _ = reading(given)
-    found = history(find_runs(given.runs, storage), given.options.get("--metric"))
+    runs, unreadable = find_runs(given.runs, storage)
+    found = history(runs, given.options.get("--metric"), unreadable)
     if output is not None:
         _write_page(output, render_history(found))
     if _is(given, "json"):
@@ -146,13 +146,6 @@ def _thresholds(options: Mapping[str, str]) -> dict[str, Any]:
         names = {name: option for option, name in THRESHOLDS.items()}
         records = error.errors(include_url=False, include_input=False)
         raise SettingsError([Problem(names[str(r["loc"][0])], explain(r)) for r in records]) from None
-
-
-def reading(given: Arguments) -> tuple[StorageOptions, str | None]:
-    """Configures the log; returns how to reach stores, and the folder for downloads."""
-    settings: Settings = load_reading(given.settings)
-    log.configure(settings.log.format, settings.log.level, secrets())
-    return storage_options(settings.storage), settings.storage.cache
 
 
 def _is(given: Arguments, name: str) -> bool:

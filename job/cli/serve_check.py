@@ -11,7 +11,7 @@ from typing import Any
 
 from job import log
 from job.cli.arguments import COMMANDS, Arguments, parse_arguments
-from job.cli.runs import reading
+from job.cli.reading import reading
 from job.common.export_formats import is_adapter
 from job.common.lora_readers import published_rank
 from job.common.tables import visible

@@ -3,52 +3,40 @@
 from __future__ import annotations
 
 import struct
-import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from fractions import Fraction
 from hashlib import sha256
-from itertools import chain, repeat
 from math import ceil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from job.audit.audit import Audit
 from job.audit.rows import AuditSetup
-from job.common.methods import METHODS, MethodName, methods_for
+from job.common.methods import METHODS, MethodName
 from job.common.source_list import Source
+from job.data.bad_rows import BadRows, OnBadRow
 from job.data.batch_plan import epoch_order
 from job.data.chat_template import uses_date
 from job.data.examples import Examples, ExampleWriter
 from job.data.field_names import rename_fields, schemas_with
-from job.data.files import find_files, fixed_part
-from job.data.formats import UNREADABLE, Line, LineDecoder, Lines, Row, RowError, read_lines
-from job.data.hub_dataset import is_hub_id, open_dataset
+from job.data.formats import Line, LineDecoder, Lines, Row, RowError
 from job.data.notes import Notes
 from job.data.preferences import SIDES, EncodedAnswers, is_conversation, with_partners
 from job.data.remarks import RemarkCounts
 from job.data.row_encoder import PLAIN, Bundle, Outcome, Reading
-from job.data.schemas import FIELDS, REQUIRED, Schema, detect_schema, fits, nearest_field
+from job.data.schema_of_rows import other_schema, peek, settle_schema
+from job.data.schemas import FIELDS, Schema
+from job.data.sources import open_source, watched
 from job.data.tokenization import Encoded, LossOn, OnLongRow
 from job.data.workers import open_encoding
-from job.errors import MAX_SHOWN, DataError, Problem, SettingsError, named_by
+from job.errors import DataError, Problem, SettingsError
 from job.records import DatasetRecord, DataSourceRecord
 from job.storage.base import disk_errors
 
-OnBadRow = Literal["error", "skip"]
-
-_ALIVE_SECONDS = 0.5
 _DIGEST = b"examples 1\0"
-_SKIPPING = "correct the rows, or set JOB_DATA__ON_BAD_ROW=skip to leave out and count those that are invalid"
 _ONE = "all sources have one schema: write one of them in the other's, or set JOB_DATA__FORMAT if it is misread"
-_LONG = "raise JOB_TRAIN__MAX_LENGTH, or say by JOB_DATA__ON_LONG_ROW what becomes of long rows"
-
-REVISION_SETTINGS = {
-    "JOB_DATA__SOURCE": "JOB_DATA__REVISION",
-    "JOB_DATA__VALIDATION": "JOB_DATA__VALIDATION_REVISION",
-}
-"""The settings that give a source -> those that give the source's revision on the hub."""
 
 
 def load_examples(
@@ -137,19 +125,21 @@ def load_examples(
     name = name or ", ".join(part.name for part in parts)
 
     def read(part: Source) -> tuple[str | None, bool, Lines]:
-        commit, chosen, rows = _open(part.place, part.revision or revision, split, part.name, note=note, alive=alive)
-        return commit, chosen, _watched(rows, alive)
+        commit, chosen, rows = open_source(
+            part.place, part.revision or revision, split, part.name, note=note, alive=alive
+        )
+        return commit, chosen, watched(rows, alive)
 
     decode = LineDecoder()
 
     def seen(row: Row | RowError | Line) -> Row | RowError:
         return rename_fields(decode(row), field_names or {})
 
-    findings = _Findings(on_bad_row, skip_long=on_long_row == "skip")
+    findings = BadRows(on_bad_row, skip_long=on_long_row == "skip")
     commit, chosen, rows = read(parts[0])
     among = schemas_with(field_names or {}, METHODS[method].schemas, FIELDS)
-    schema, rows = _settle_schema(rows, seen, schema, findings, name, method=method, among=among)
-    first, rows = _peek(rows, seen)
+    schema, rows = settle_schema(rows, seen, schema, findings, name, method=method, among=among)
+    first, rows = peek(rows, seen)
     conversations = schema in SIDES and first is not None and is_conversation(first.fields, schema)
     templated = schema == "messages" or conversations
     _check_tokenizer(tokenizer, name, templated=templated)
@@ -183,8 +173,8 @@ def load_examples(
         for part in parts:
             if part is not parts[0]:
                 commit, chosen, rows = read(part)
-                begin, rows = _peek(rows, seen)
-                if (other := _other_schema(begin, schema, METHODS[method].schemas)) is not None:
+                begin, rows = peek(rows, seen)
+                if (other := other_schema(begin, schema, METHODS[method].schemas)) is not None:
                     what = f"has rows of the schema {other}, and {parts[0].name} of {schema}; {_ONE}"
                     findings.add_problem(part.name, what)
                     continue
@@ -268,14 +258,6 @@ def _note_findings(note: Notes, found: _Found, name: str, schema: Schema, limit:
         note("warning", "all answers have the same label, so there is nothing to tell apart", source=name, label=label)
 
 
-def _other_schema(row: Row | None, schema: Schema, among: Collection[str]) -> Schema | None:
-    """The schema that the first row of a further source has where it is not that of the first source."""
-    if row is None or fits(row.fields, schema):
-        return None
-    found = detect_schema(row.fields, among)
-    return found if found not in {None, schema} and found is not None and fits(row.fields, found) else None
-
-
 def _one_part(source: str | Sequence[Source], name: str | None) -> Sequence[Source]:
     return [Source(source, name or source)] if isinstance(source, str) else source
 
@@ -351,7 +333,7 @@ class _Found:
 
 
 def _take_share(
-    outcomes: Iterator[Outcome | Bundle], share: Fraction, found: _Found, own: Any | None, findings: _Findings | None
+    outcomes: Iterator[Outcome | Bundle], share: Fraction, found: _Found, own: Any | None, findings: BadRows | None
 ) -> None:
     """Adds a share of the examples to those found, evenly spaced, so that their number is exact.
 
@@ -387,7 +369,7 @@ def _take_share(
 
 
 def _records(
-    part: Source, commit: str | None, rows: int, digest: Any | None, findings: _Findings
+    part: Source, commit: str | None, rows: int, digest: Any | None, findings: BadRows
 ) -> list[DataSourceRecord]:
     """The record of one of several sources, none without a digest; that it gives too little is a finding."""
     if digest is None:
@@ -397,87 +379,6 @@ def _records(
     elif not rows and not findings.found:
         findings.add_problem(part.name, "gives no row")
     return [DataSourceRecord(part.name, commit, rows, digest.hexdigest())]
-
-
-def check_source(source: str, revision: str | None, split: str, setting: str = "JOB_DATA__SOURCE") -> None:
-    """Refuses a source that cannot be read, as far as can be checked without reading it or using the network.
-
-    `setting` is the one that gives the source, a key of `REVISION_SETTINGS`.
-
-    Raises:
-        DataError: A path that is not there, or holds nothing that is read; it names the setting that gives it.
-        SettingsError: A hub id without a revision.
-    """
-    if is_hub_id(source):
-        require_revision(revision, REVISION_SETTINGS[setting], source)
-        return
-    with named_by(setting):
-        find_files(source, split)
-
-
-def require_revision(revision: str | None, setting: str = "JOB_DATA__REVISION", source: str | None = None) -> str:
-    """The revision of a hub data set, which has to be given by a setting."""
-    if revision is None:
-        what = "a data set of the hub needs a revision, best a commit, so that the run can be repeated"
-        if source is not None:
-            what = f"{what}; {source} is taken for one, since there is no such path here"
-        raise SettingsError([Problem(setting, what)])
-    return revision
-
-
-class _Findings:
-    """Collects what is wrong: problems that are raised together, or, if bad rows are skipped, their number by kind."""
-
-    def __init__(self, on_bad_row: OnBadRow, *, skip_long: bool = False) -> None:
-        self.skipped: Counter[str] = Counter()
-        self._skip_long = skip_long
-        self._skip = on_bad_row == "skip"
-        self._problems: list[Problem] = []
-        self._total = 0
-        self._kinds: set[str] = set()
-
-    def add(self, faults: list[RowError]) -> None:
-        """Adds the faults of one row, at least one."""
-        skip = self._skip or (self._skip_long and faults[0].kind == "too_long")
-        if skip and faults[0].kind != UNREADABLE:
-            self.skipped[faults[0].kind] += 1
-            return
-        self._total += len(faults)
-        self._kinds |= {fault.kind for fault in faults}
-        remaining = MAX_SHOWN - len(self._problems)
-        self._problems += [Problem(fault.where, fault.what) for fault in faults[:remaining]]
-
-    def add_problem(self, where: str, what: str) -> None:
-        """Adds what is wrong with a source as a whole, which cannot be skipped."""
-        self._total += 1
-        self._problems.append(Problem(where, what))
-
-    @property
-    def found(self) -> bool:
-        """Whether there is a problem."""
-        return bool(self._problems)
-
-    def raise_problems(self) -> None:
-        """Raises the problems, if there are any, all in one error."""
-        if self._problems:
-            skippable = self._kinds - {UNREADABLE}
-            advice = _LONG if skippable == {"too_long"} else _SKIPPING if skippable else ""
-            raise DataError(self._problems, self._total, advice)
-
-    def nothing_left(self, name: str) -> DataError:
-        """The error that no row was selected, and why."""
-        skipped = ", ".join(f"{count} {kind}" for kind, count in sorted(self.skipped.items()))
-        return DataError([Problem(name, f"has no good row (skipped: {skipped})" if skipped else "has no rows")])
-
-
-def _watched(rows: Lines, alive: Callable[[], None]) -> Lines:
-    """The rows; `alive` is called about twice a second, between two of them."""
-    due = time.monotonic() + _ALIVE_SECONDS
-    for row in rows:
-        if time.monotonic() > due:
-            alive()
-            due = time.monotonic() + _ALIVE_SECONDS
-        yield row
 
 
 def _check_ends(note: Notes, ends: Counter[int | None], tokenizer: Any, name: str) -> None:
@@ -500,93 +401,6 @@ def _check_ends(note: Notes, ends: Counter[int | None], tokenizer: Any, name: st
         ends_with=word,
         end_of_sequence=tokenizer.eos_token,
     )
-
-
-def _open(
-    source: str, revision: str | None, split: str, name: str, *, note: Notes, alive: Callable[..., None]
-) -> tuple[str | None, bool, Lines]:
-    """The commit (None for files), whether the split chose the files, and the rows of a source."""
-    if is_hub_id(source):
-        commit, rows = open_dataset(source, require_revision(revision), split, name, alive)
-        return commit, True, rows
-    files, chosen = find_files(source, split)
-    # A file found in a directory is named by its path in it.
-    base, shown = (source, name) if Path(source).exists() else (fixed_part(source) or ".", fixed_part(name))
-    if shown and not shown.endswith("/"):
-        shown += "/"
-    names = [name if file == Path(source) else f"{shown}{file.relative_to(base).as_posix()}" for file in files]
-    parts: Iterator[Lines] = map(read_lines, files, names)
-    alone = len(files) == 1
-    return None, chosen, chain.from_iterable(parts if alone else map(_with_warning, parts, names, repeat(note)))
-
-
-def _with_warning(rows: Lines, name: str, note: Notes) -> Lines:
-    """The rows of one of several files; that it has none is told, since the copy of a file may have failed."""
-    empty = True
-    for row in rows:
-        empty = False
-        yield row
-    if empty:
-        note("warning", "one of the files has no rows", file=name)
-
-
-def _settle_schema(
-    rows: Lines,
-    seen: Callable[[Row | RowError | Line], Row | RowError],
-    schema: Schema | None,
-    findings: _Findings,
-    name: str,
-    *,
-    method: MethodName,
-    among: Collection[str],
-) -> tuple[Schema, Lines]:
-    """The schema, by name or by the first row that is an object; and the rows, that one included.
-
-    `seen` gives the row of what is read, with the schemas' names of fields.
-    """
-    if schema is not None:
-        return schema, rows
-    for line in rows:
-        row = seen(line)
-        if isinstance(row, RowError):
-            findings.add([row])
-        elif (found := detect_schema(row.fields, among)) and (fits(row.fields, found) or not _others(row, method)):
-            return found, chain([line], rows)
-        else:
-            raise DataError([Problem(row.where, _why_no_schema(row, among, method))])
-    findings.raise_problems()
-    raise findings.nothing_left(name)
-
-
-def _others(row: Row, method: MethodName) -> str | None:
-    """The methods that learn from rows of this kind, in words, where the row is a whole one of another method's."""
-    other = detect_schema(row.fields, REQUIRED.keys() - set(METHODS[method].schemas))
-    return " or ".join(methods_for(other)) if other and fits(row.fields, other) else None
-
-
-def _why_no_schema(row: Row, among: Collection[str], method: MethodName) -> str:
-    """What a row has that fits no schema of the method, and what it may be meant for."""
-    fields = ", ".join(map(ascii, row.fields)) or "none"
-    if others := _others(row, method):
-        return (
-            f"has the fields {fields}, from which JOB_TRAIN__METHOD={method} does not learn; "
-            f"set JOB_TRAIN__METHOD={others}"
-        )
-    known = "; ".join(f"{schema}: {', '.join(REQUIRED[schema])}" for schema in REQUIRED if schema in among)
-    wanted = dict.fromkeys(field for schema in REQUIRED if schema in among for field in REQUIRED[schema])
-    near = [(field, found) for field in wanted if (found := nearest_field(field, row.fields)) is not None]
-    meant = "".join(f"; {found!a} may be meant as {field}" for field, found in near)
-    return f"fits no schema. It has the fields {fields}; known are {known}{meant}; JOB_DATA__FIELDS renames fields"
-
-
-def _peek(rows: Lines, seen: Callable[[Row | RowError | Line], Row | RowError]) -> tuple[Row | None, Lines]:
-    """The first row that is an object, if there is one; and all rows. `seen` as for `_settle_schema`."""
-    before: list[Row | RowError | Line] = []
-    for line in rows:
-        before.append(line)
-        if isinstance(row := seen(line), Row):
-            return row, chain(before, rows)
-    return None, iter(before)
 
 
 def _check_tokenizer(tokenizer: Any, name: str, *, templated: bool) -> None:

@@ -12,27 +12,27 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from job import log
-from job.distributed.process_group import REASON_SECONDS, publish_end
+from job.distributed.ends import SETTLE_SECONDS, End, agree_on_end, publish_end
 from job.distributed.ranks import Place
-from job.distributed.rendezvous import connect_store, host_store, keyspace
-from job.errors import Killed, Preempted, Problem, SettingsError, exit_codes
+from job.distributed.rendezvous import host_store, keyspace, reach_store
+from job.errors import Killed, Preempted, Problem, SettingsError, error_of_process, exit_codes, gravest
 from job.preemption.stop_flag import signals_to_handle
 
+T = TypeVar("T")
+
 _POLL_SECONDS = 0.05
-_PUBLISH_SECONDS = 5.0
+_ANSWER_SECONDS = 5.0
 _DRIVERS = Path("/dev/nvidiactl"), Path("/dev/dxg")
 """One of these devices exists where CUDA does: on Linux, and on Windows' subsystem for Linux."""
-_SEVERITY = ("no", "counts against the limit", "yes", "yes, free")
-"""Values of the column "retry?" of the exit codes, most serious first: what no retry can fix outweighs the others."""
 
 
 @dataclass(frozen=True)
@@ -113,9 +113,10 @@ def launch(
         grace_seconds: See above.
 
     Returns:
-        0 if process 0 runs here and succeeded, otherwise the most serious exit code.
+        0 if process 0 succeeded, otherwise the most serious exit code of this machine's processes.
 
     Raises:
+        JobError: Another machine ended with a more serious exit code, which is that of this error.
         Killed: A process was killed, or ended with a code that is not in the table of exit codes.
         Preempted: A signal arrived before the processes were started.
         Unreachable: This is machine 0, and its port is taken.
@@ -132,15 +133,19 @@ def launch(
     )
     check_signals(received)
     context = _start(command, place, run, environ)
+    ends = _Ends(machine, place, hosted, run)
     try:
-        codes, late = _watch(context, received, grace_seconds, _EndPublisher(place, hosted, run))
+        codes, late, deadline = _watch(context, received, grace_seconds, ends)
     finally:
         context.close(signal.SIGKILL, timeout=5)
-    if hosted and machine.nodes > 1 and any(codes.values()):
-        time.sleep(REASON_SECONDS)  # the store ends with this process, and others may still read the reason
-    return _combined(
-        {place.rank + local: code for local, code in codes.items()}, {place.rank + local for local in late}
-    )
+    codes = {place.rank + local: code for local, code in codes.items()}
+    late = {place.rank + local for local in late}
+    code = _combined(codes, late)
+    if machine.nodes > 1:
+        code = ends.of_all(code, max(0.0, deadline - time.monotonic()))
+    if code == Killed.exit_code and (killed := _unknown(codes, late)):
+        raise Killed("; ".join(f"process {rank} {_how_it_ended(code)}" for rank, code in killed.items()))
+    return code
 
 
 def _split(rendezvous: str | None) -> tuple[str, int]:
@@ -176,60 +181,92 @@ def _start(command: Sequence[str], place: Place, run: str, environ: Mapping[str,
         ).result()
 
 
-class _EndPublisher:
-    """Publishes in the common store that a process of this machine has failed, for the processes of all machines."""
+class _Ends:
+    """Tells the other machines how the processes of this one end, and asks how theirs ended, in the common store."""
 
-    def __init__(self, place: Place, hosted: Any, run: str) -> None:
-        self._place, self._hosted, self._run = place, hosted, run
+    def __init__(self, machine: Machine, place: Place, hosted: Any, run: str) -> None:
+        self._machine, self._place, self._run = machine, place, run
+        self._store = None if hosted is None else keyspace(hosted, run)
+        self._unreachable = False
 
-    def __call__(self, local: int, code: int) -> None:
-        known = code in exit_codes()
+    def publish(self, local: int, code: int, why: str) -> None:
+        """Publishes that a process of this machine has failed."""
+        self._ask(lambda store: publish_end(store, self._place.rank + local, code, why), None)
+
+    def of_all(self, own: int, seconds: float) -> int:
+        """The exit code of all machines, after at most so many seconds; `own` where the others cannot be asked.
+
+        Raises:
+            JobError: Another machine ended with a more serious exit code, which is that of this error.
+        """
+        end = self._ask(
+            lambda store: agree_on_end(
+                store,
+                own,
+                machine=self._machine.node_rank,
+                machines=self._machine.nodes,
+                processes=self._place.world_size,
+                seconds=min(SETTLE_SECONDS, seconds),
+            ),
+            End(own),
+        )
+        if end.code not in {0, own}:
+            raise error_of_process(end.code, end.where, end.why)
+        return end.code
+
+    def _ask(self, what: Callable[[Any], T], otherwise: T) -> T:
+        """What the store answers; `otherwise` if it cannot be reached, which is tried once."""
+        if self._unreachable:
+            return otherwise
         try:
-            store = keyspace(self._hosted or connect_store(self._place, _PUBLISH_SECONDS), self._run)
-            # A process that was killed leaves the durable state intact, so the others end as preempted: worth a retry.
-            publish_end(store, self._place.rank + local, code if known else Preempted.exit_code, _how_it_ended(code))
-        except RuntimeError as error:
-            log.get_logger().debug("the other machines cannot be informed", why=str(error))
+            if self._store is None:
+                self._store = keyspace(reach_store(self._place, _ANSWER_SECONDS), self._run)
+            return what(self._store)
+        except (OSError, RuntimeError) as error:
+            self._unreachable = True
+            log.get_logger().debug("the other machines cannot be reached", why=str(error))
+            return otherwise
 
 
 def _watch(
-    context: Any, received: list[int], grace_seconds: float, publish: _EndPublisher
-) -> tuple[dict[int, int], set[int]]:
-    """Waits until all processes have ended.
+    context: Any, received: list[int], grace_seconds: float, ends: _Ends
+) -> tuple[dict[int, int], set[int], float]:
+    """Waits until all processes have ended, and publishes each failure as soon as it is seen.
 
     Returns:
-        Exit codes by local rank, negative for a signal, and the local ranks whose signal came from here.
+        Exit codes by local rank, negative for a signal; the local ranks whose signal came from here; and when this
+        machine has to end, on the clock of `time.monotonic`.
     """
-    forwarded, deadline, published = 0, float("inf"), False
+    forwarded, deadline, published = 0, float("inf"), set[int]()
     while True:
         codes = {local: handler.proc.poll() for local, handler in context.subprocess_handlers.items()}
         ended = {local: code for local, code in codes.items() if code is not None}
         running = codes.keys() - ended.keys()
-        failed = next((local for local, code in ended.items() if code), None)
-        if failed is not None and not published:
-            publish(failed, ended[failed])
-            published = True
         # A process that has not installed its handlers yet is killed by the signal that was forwarded to it.
         late = {local for local, code in ended.items() if -code in received}
+        for local in sorted(local for local, code in ended.items() if code and local not in published):
+            published.add(local)
+            ends.publish(local, _combined({local: ended[local]}, late), _how_it_ended(ended[local]))
+        if ended or received:
+            deadline = min(deadline, time.monotonic() + grace_seconds)
         if not running:
-            return ended, late
+            return ended, late, deadline
         for number in received[forwarded:]:
             forwarded += 1
             for local in running:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(context.pids()[local], number)
-        if ended or received:
-            deadline = min(deadline, time.monotonic() + grace_seconds)
         if time.monotonic() > deadline:
             context.close(signal.SIGKILL, timeout=5)
-            return {**ended, **dict.fromkeys(running, -signal.SIGKILL)}, late | running
+            return {**ended, **dict.fromkeys(running, -signal.SIGKILL)}, late | running, deadline
         time.sleep(_POLL_SECONDS)
 
 
 def _how_it_ended(code: int) -> str:
     """How a process ended, in words."""
     if code >= 0:
-        return f"ended with exit code {code}"
+        meaning = exit_codes()[code][0] if code in exit_codes() else "not a code of the job"
+        return f"ended with exit code {code} ({meaning})"
     try:
         name = signal.Signals(-code).name
     except ValueError:
@@ -238,8 +275,14 @@ def _how_it_ended(code: int) -> str:
     return f"was killed by {name}{why}"
 
 
+def _unknown(codes: Mapping[int, int], late: set[int]) -> dict[int, int]:
+    """The processes, by rank, that were killed, or that ended with a code that is not in the table."""
+    table = exit_codes()
+    return {rank: code for rank, code in codes.items() if code and code not in table and rank not in late}
+
+
 def _combined(codes: Mapping[int, int], late: set[int]) -> int:
-    """One exit code for all processes.
+    """One exit code for the processes of this machine; a process that was killed counts as `Killed`.
 
     Args:
         codes: Exit codes by rank, negative for a signal.
@@ -248,12 +291,8 @@ def _combined(codes: Mapping[int, int], late: set[int]) -> int:
     if codes.get(0) == 0 or not any(codes.values()):
         return 0
     table = exit_codes()
-    unknown = {rank: code for rank, code in codes.items() if code and code not in table and rank not in late}
-    known = {code for code in codes.values() if code in table}
-    by_severity = sorted(known, key=lambda code: _SEVERITY.index(table[code][1]))
-    if unknown and not (by_severity and table[by_severity[0]][1] == "no"):
-        raise Killed("; ".join(f"process {rank} {_how_it_ended(code)}" for rank, code in unknown.items()))
-    return by_severity[0] if by_severity else Preempted.exit_code
+    found = [code for code in codes.values() if code in table] + [Killed.exit_code for _ in _unknown(codes, late)]
+    return gravest(found) if found else Preempted.exit_code
 
 
 def worker_command(words: Sequence[str]) -> list[str]:

@@ -14,15 +14,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from job.distributed.ends import END, end_of, publish_end
 from job.distributed.peers import Peers, identity
 from job.distributed.ranks import Place
-from job.errors import JobError, Preempted, error_of_process
+from job.errors import JobError, Killed, Preempted, error_of_process
 from job.preemption.stop_flag import Stop
 
 T = TypeVar("T")
 
-END = "end"
-"""Key of the first failure: the rank, its exit code, and the reason."""
 CHECK_SECONDS = 1.0
 """At most this often `check` asks the store for a failure."""
 REASON_SECONDS = 5.0
@@ -34,11 +33,6 @@ _PART_BYTES = 4 << 20
 _PAUSE_SECONDS = 0.0005
 _MAX_PAUSE_SUM, _MAX_PAUSE_VALUE = 0.005, 0.03
 """Longest pause between two polls: for an all-reduce, which a step waits for, and for a value in the store."""
-
-
-def publish_end(store: Any, process: int, exit_code: int, why: str) -> None:
-    """Writes into the store that a process has failed, unless another failure is there already."""
-    store.compare_set(END, "", json.dumps({"process": process, "code": exit_code, "why": why[:2000]}))
 
 
 class ProcessGroup:
@@ -59,6 +53,8 @@ class ProcessGroup:
         self.place, self.leads, self.stopping = place, place.rank == 0, False
         self._store, self._stop, self._report_progress, self._grace = store, stop, report_progress, grace_seconds
         self._peers = Peers({})
+        self._failed = False
+        """Whether this process ends because another one has failed, and not because it was asked to stop before."""
         self._calls = 0
         self._checked = time.monotonic()
         self._sent = [0] * place.world_size
@@ -158,7 +154,7 @@ class ProcessGroup:
             if self.leads:
                 self._wait_at_most(REASON_SECONDS, lambda: self._store.check(gone))
             else:
-                self._wait_at_most(self._grace, lambda: self._store.check(gone[:1]) or self._end_of(0))
+                self._wait_at_most(self._grace, lambda: self._store.check(gone[:1]) or self._store.check([end_of(0)]))
 
     def _check_peers(self) -> None:
         for rank in self._peers.dead():
@@ -240,15 +236,19 @@ class ProcessGroup:
         with contextlib.suppress(RuntimeError):
             if self._wait_at_most(REASON_SECONDS, lambda: self._store.check([END])):
                 return self._ended()
-        self._stop.request("the loss of another process", self._grace)
+        # One that is gone in a run that was stopped has been stopped as well. Any other one may be gone because its
+        # memory was too small, which no retry helps, so it must not be taken for a preemption, whose retry is free.
+        kind = Preempted if self._stop() and not self._failed else Killed
+        self._end_by("the loss of another process")
         first = (str(why).splitlines() or [""])[0]
-        return Preempted(f"another process of this run is gone; start the run again to resume it: {first[:200]}")
+        return kind(f"another process of this run is gone; start the run again to resume it: {first[:200]}")
 
     def _ended(self) -> JobError:
         """The error to raise when another process has failed."""
         end = json.loads(self._store.get(END))
-        self._stop.request(f"the end of process {end['process']}", self._grace)
+        self._end_by(f"the end of process {end['process']}")
         return error_of_process(end["code"], f"process {end['process']}", end["why"])
 
-    def _end_of(self, rank: int) -> bool:
-        return bool(self._store.check([END])) and json.loads(self._store.get(END))["process"] == rank
+    def _end_by(self, reason: str) -> None:
+        self._failed = self._failed or not self._stop()
+        self._stop.request(reason, self._grace)

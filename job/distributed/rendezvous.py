@@ -51,6 +51,17 @@ def connect_store(place: Place, seconds: float = _ANSWER_SECONDS) -> Any:
     return TCPStore(place.host, place.port, is_master=False, wait_for_workers=False, timeout=timeout)
 
 
+def reach_store(place: Place, seconds: float = _ANSWER_SECONDS) -> Any:
+    """Like `connect_store`, but fails at once where nobody listens.
+
+    Raises:
+        OSError, RuntimeError: It cannot be reached.
+    """
+    # torch's client cannot be interrupted by a signal while it waits for the port, so it is used once the port is open.
+    socket.create_connection((place.host, place.port), timeout=_CONNECT_SECONDS).close()
+    return connect_store(place, seconds)
+
+
 def keyspace(store: Any, run: str, restart: int = 0) -> Any:
     """The store with a prefix of its own for one start of one run, so that no other start's keys are seen."""
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]
@@ -81,7 +92,8 @@ def join(
     Raises:
         Unreachable: The store cannot be reached, or not all processes arrived within `patience`.
         SettingsError: Two processes have the same rank, or they disagree on the world size.
-        Preempted: This process has to stop, or another process is gone.
+        Preempted: This process has to stop.
+        Killed: Another process is gone, and nobody told it to stop.
     """
     if place is None or place.world_size == 1:
         yield ALONE
@@ -106,11 +118,9 @@ def _reach(place: Place, deadline: float, stop: Stop, report_progress: Callable[
     """The store, once it can be reached; process 0 hosts it where no launcher does."""
     if place.rank == 0 and not place.hosted:
         return host_store(place.port)
-    # torch's client cannot be interrupted by a signal while it waits for the port, so it is used once the port is open.
     while True:
         try:
-            socket.create_connection((place.host, place.port), timeout=_CONNECT_SECONDS).close()
-            return connect_store(place)
+            return reach_store(place)
         except (OSError, RuntimeError) as error:
             if time.monotonic() > deadline:
                 where = f"{place.host}:{place.port}"

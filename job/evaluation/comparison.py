@@ -114,7 +114,7 @@ def _comparison(comparison: statistics.Comparison, holm_p: float) -> dict[str, A
 
 
 def compare_near_ties(
-    base: Mapping[str, TaskScores], adapter: Mapping[str, TaskScores], dtype: str
+    base: Mapping[str, TaskScores], adapter: Mapping[str, TaskScores], dtype: str, bound: float | None = None
 ) -> dict[str, Any] | None:
     """The manifest's `evaluation.near_ties`: how many there are, and the comparison if all were decided one way.
 
@@ -123,19 +123,21 @@ def compare_near_ties(
     Args:
         base: By task, the base's scores.
         adapter: The adapter's, of the same questions.
-        dtype: What the models compute in, a key of `near_ties.BOUNDS`.
+        dtype: What the models compute in.
+        bound: The largest margin of a near tie, in nats, as a run has it that is verified; None for that of `dtype` in
+            `near_ties.BOUNDS`, which may change from version to version.
 
     Raises:
         DataError: The questions or prompts of a task differ.
     """
-    sides = base, adapter
-    if dtype not in BOUNDS or not adapter or any(side[name].close is None for side in sides for name in adapter):
+    sides, bound = (base, adapter), BOUNDS.get(dtype) if bound is None else bound
+    if bound is None or not adapter or any(side[name].close is None for side in sides for name in adapter):
         return None
     told = _compare(base, adapter)
     ends = [
         _compare(
             *(
-                {name: at_worst(side[name], dtype, right=right) for name in adapter}
+                {name: at_worst(side[name], bound, right=right) for name in adapter}
                 for side, right in zip(sides, (not gained, gained), strict=True)
             )
         )
@@ -145,7 +147,7 @@ def compare_near_ties(
     def of_metric(name: str, close: str, pick: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> dict[str, Any]:
         low, high = ({key: pick(end[name])[key] for key in _AT_WORST} for end in ends)
         verdict = pick(told[name])["verdict"]
-        counts = (near_ties(getattr(side[name], close), dtype) for side in sides)
+        counts = (near_ties(getattr(side[name], close), bound) for side in sides)
         return {
             **dict(zip(("base", "adapter"), counts, strict=True)),
             "lowest": low,
@@ -160,7 +162,7 @@ def compare_near_ties(
         }
         for name, found in told.items()
     }
-    return {"dtype": dtype, "bound": BOUNDS[dtype], "tasks": tasks}
+    return {"dtype": dtype, "bound": bound, "tasks": tasks}
 
 
 def compare_export(

@@ -196,7 +196,7 @@ def answer_batch(
 
     from job.model.packed_attention import is_packed
 
-    ends = _end_tokens(model, tokenizer) | set(how.ends)
+    ends = end_tokens(model, tokenizer) | set(how.ends)
     rows = [_Row(tuple(ids), _Draws(how.sampling, number)) for number, ids in prompts]
     finish = _Finish(tokenizer, ends, tuple(text for text in how.stop if text), how.max_new_tokens)
     model.eval()
@@ -275,7 +275,7 @@ class _Finish:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=not special))
 
 
-def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
     """The tokens that end an answer: the tokenizer's, and those that config.json names."""
     named = model.config.get_text_config(decoder=True).eos_token_id
     return frozenset({tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None})

@@ -15,34 +15,16 @@ question.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from job.errors import Problem, SettingsError
 from job.evaluation import statistics
 from job.log import get_logger
-from job.records import Evaluated, Metric
+from job.records import Evaluated, GroupSpec, Metric
 
 CHOICE_METRICS = {"acc,none": "correct", "acc_norm,none": "correct_norm"}
 """lm-eval's name of a multiple-choice metric -> the field of `TaskScores` with the answers."""
-
-
-@dataclass(frozen=True)
-class GroupSpec:
-    """What is to be computed for a group.
-
-    Attributes:
-        version: The group's version in lm-eval.
-        tasks: Names of all its tasks, also those of nested groups.
-        metrics: lm-eval's name of metric and filter -> whether the mean is weighted by the number of questions.
-        higher_is_better: The same names -> whether higher is better.
-    """
-
-    version: str
-    tasks: tuple[str, ...]
-    metrics: Mapping[str, bool]
-    higher_is_better: Mapping[str, bool]
 
 
 def read_groups(groups: Mapping[str, Any], metrics_of: Mapping[str, Mapping[str, Metric]]) -> dict[str, GroupSpec]:
@@ -53,9 +35,11 @@ def read_groups(groups: Mapping[str, Any], metrics_of: Mapping[str, Mapping[str,
         metrics_of: Task -> its metrics, by lm-eval's name of metric and filter.
 
     Raises:
-        SettingsError: A group has aggregates, and none of them is of a mean over questions.
+        SettingsError: A group has aggregates, and none of them is of a mean over questions; or its tasks do not agree
+            on whether a higher figure is better.
     """
-    found, wrong = {}, []
+    found: dict[str, GroupSpec] = {}
+    wrong: list[Problem] = []
     for name, group in groups.items():
         if not group.has_aggregation:
             continue
@@ -73,6 +57,7 @@ def read_groups(groups: Mapping[str, Any], metrics_of: Mapping[str, Mapping[str,
             of_metric = [key for key in known if key.partition(",")[0] == asked.metric]
             if asked.filter_list is not None:
                 of_metric = [key for key in of_metric if key.partition(",")[2] in asked.filter_list]
+            wrong += _at_odds(name, of_metric, tasks, metrics_of)
             metrics.update(dict.fromkeys(sorted(of_metric), bool(asked.weight_by_size)))
             better.update({key: known[key] for key in of_metric})
             left_out += [] if of_metric else [asked.metric]
@@ -86,6 +71,22 @@ def read_groups(groups: Mapping[str, Any], metrics_of: Mapping[str, Mapping[str,
     if wrong:
         raise SettingsError(wrong)
     return found
+
+
+def _at_odds(
+    group: str, keys: Sequence[str], tasks: Sequence[str], metrics_of: Mapping[str, Mapping[str, Metric]]
+) -> Iterator[Problem]:
+    """The metrics of which a higher figure is better for some tasks, and a lower one for others."""
+    for key in keys:
+        rises = {
+            task: metrics_of[task][key].higher_is_better
+            for task in tasks
+            if key in metrics_of[task] and metrics_of[task][key].aggregation == "mean"
+        }
+        if len(set(rises.values())) > 1:
+            up, down = (next(task for task, better in rises.items() if better == way) for way in (True, False))
+            what = f"{group} has {key}, of which a higher figure is better for {up} and a lower one for {down}: "
+            yield Problem("JOB_EVAL__TASKS", f"{what}their mean says nothing; set higher_is_better alike in the tasks")
 
 
 def compare_groups(groups: Mapping[str, GroupSpec], base: Evaluated, adapter: Evaluated) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from job.errors import DataError, Problem, SettingsError
 from job.evaluation.generation import HowToGenerate
 from job.evaluation.measured import how_to_generate, measured_scores, metrics_of
 from job.evaluation.samples import HASHES, MeasuredSample, Sample, task_scores
-from job.evaluation.tasks import MEASURED, MULTIPLE_CHOICE, Tasks, compiled_once, question_id, restart_examples
+from job.evaluation.task_names import MEASURED, MULTIPLE_CHOICE
+from job.evaluation.tasks import Tasks, compiled_once, question_id, restart_examples
 from job.records import Answer, ChoiceScore, MeasuredScores, Metric, Question, TaskScores
 
 Generate = Callable[[list[tuple[int, ...]], HowToGenerate], list[Answer]]

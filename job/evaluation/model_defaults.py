@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from job.evaluation.generation import HowToGenerate
+from job.evaluation.generation import HowToGenerate, end_tokens
 from job.log import get_logger
 from job.model.files import MAX_CONFIG_BYTES, read_json
 
@@ -37,12 +37,14 @@ Fields of sampling (temperature, top_k and so on) are not among them: the task s
 """
 
 
-def with_model_defaults(how: HowToGenerate, folder: Path) -> HowToGenerate:
-    """Adds the end-of-sequence tokens of the model's generation_config.json to the way to generate.
+def with_model_defaults(how: HowToGenerate, folder: Path, model: Any, tokenizer: Any) -> HowToGenerate:
+    """Adds all tokens that end an answer: the tokenizer's, and those of config.json and generation_config.json.
 
-    Fields of that file that would change greedy answers are not applied; the log names them once.
+    All of them, so that the way to generate is equal for a base in the quantized cache, whose generation_config.json
+    may name what only config.json named before. Fields of that file that would change greedy answers are not applied;
+    the log names them once.
     """
-    return replace(how, ends=_read(folder))
+    return replace(how, ends=tuple(sorted({*end_tokens(model, tokenizer), *_read(folder)})))
 
 
 @cache

@@ -26,7 +26,7 @@ difference of two implementations there (0.0001), since a CPU and a GPU differ b
 """
 
 
-def close_questions(samples: Sequence[Sample], *, by_length: bool) -> tuple[Close, ...]:
+def close_questions(samples: Sequence[Sample], *, by_length: bool, bound: float = 0.0) -> tuple[Close, ...]:
     """The questions whose margin is at most the largest bound.
 
     Args:
@@ -34,9 +34,11 @@ def close_questions(samples: Sequence[Sample], *, by_length: bool) -> tuple[Clos
         by_length: For `acc_norm`, which predicts the choice with the largest log-likelihood per character. The
             difference of these is divided by the mean of the two inverse lengths. The margin is then in nats, and the
             same bounds apply: the error of a log-likelihood per character is the error divided by the length.
+        bound: That of a run of another version, in nats, where it may be larger than those of `BOUNDS`.
     """
+    most = max(bound, *BOUNDS.values())
     found = (_close(number, sample, by_length=by_length) for number, sample in enumerate(samples))
-    return tuple(close for close in found if close is not None and close.margin <= max(BOUNDS.values()))
+    return tuple(close for close in found if close is not None and close.margin <= most)
 
 
 def _close(number: int, sample: Sample, *, by_length: bool) -> Close | None:
@@ -63,21 +65,22 @@ def _may_be(sample: Sample, choice: int, *, right: bool) -> bool:
     return (choice in golds) == right
 
 
-def near_ties(close: Sequence[Close], dtype: str) -> int:
-    """How many of them are near ties for a model that computes in this dtype."""
-    return sum(one.margin <= BOUNDS[dtype] for one in close)
+def near_ties(close: Sequence[Close], bound: float) -> int:
+    """How many of them are near ties: those whose margin is at most `bound`, in nats."""
+    return sum(one.margin <= bound for one in close)
 
 
-def at_worst(scores: TaskScores, dtype: str, *, right: bool) -> TaskScores:
+def at_worst(scores: TaskScores, bound: float, *, right: bool) -> TaskScores:
     """The scores if every near tie that could be answered right (or wrong, with `right=False`) were.
 
+    A near tie has a margin of at most `bound`, in nats.
     Only the values for each question are changed, not the accuracies.
     """
     by_length = scores.correct_norm
     return replace(
         scores,
-        correct=_decided(scores.correct, scores.close or (), BOUNDS[dtype], right=right),
-        correct_norm=by_length and _decided(by_length, scores.close_norm or (), BOUNDS[dtype], right=right),
+        correct=_decided(scores.correct, scores.close or (), bound, right=right),
+        correct_norm=by_length and _decided(by_length, scores.close_norm or (), bound, right=right),
     )
 
 

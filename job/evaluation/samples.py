@@ -154,6 +154,7 @@ def task_scores(
     version: str,
     reused_from: str | None = None,
     num_fewshot: int = 0,
+    bound: float = 0.0,
 ) -> TaskScores:
     """The figures of one task.
 
@@ -164,6 +165,7 @@ def task_scores(
         version: lm-eval's, of the task.
         reused_from: Folder of the score cache that all scores came from, if they did.
         num_fewshot: Examples in every prompt.
+        bound: As for `close_questions`.
     """
     correct = [sample.acc == 1 for sample in samples]
     by_length = [sample.acc_norm for sample in samples]
@@ -183,6 +185,6 @@ def task_scores(
         correct_norm=tuple(correct_norm) if correct_norm else None,
         reused_from=reused_from,
         num_fewshot=num_fewshot,
-        close=close_questions(samples, by_length=False),
-        close_norm=close_questions(samples, by_length=True) if correct_norm else None,
+        close=close_questions(samples, by_length=False, bound=bound),
+        close_norm=close_questions(samples, by_length=True, bound=bound) if correct_norm else None,
     )

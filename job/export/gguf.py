@@ -189,7 +189,7 @@ def load_scored(folder: Path, how: HowToScore) -> ExportedModel:
         "llama.cpp": version("xllamacpp"),
         "instructions": model.instructions,
         "context": how.max_length,
-        "asked_by": code_hashes("job.export.llama_cpp_process"),
+        "asked_by": code_hashes("job.export.llama_cpp_process", "job.export.llama_cpp_server"),
     }
     return ExportedModel(
         model,

@@ -1,7 +1,7 @@
 """The checks of `plan`, made before a GPU is paid for: storage, model, tokenizer, data and questions.
 
 To add one: write a function that returns `Found` (or raises NotChecked, or the JobError that the job would end with),
-and call it by `run_check` in `plan._look`.
+and call it by `run_check` in `input_checks.check_run_inputs`.
 """
 
 from __future__ import annotations
@@ -22,15 +22,17 @@ from job.common import formatting
 from job.common.findings import statistics
 from job.common.resources import usable_cpus
 from job.common.source_list import locate_sources, parse_sources
-from job.data.dataset import check_source, require_revision
 from job.data.examples import lengths_of
 from job.data.hub_dataset import is_hub_id
 from job.data.preferences import EncodedAnswers
+from job.data.sources import check_source, require_revision
 from job.data.tokenization import Encoded
 from job.data.training_and_validation import ValidationSource, load_rows
 from job.errors import DataError, JobError, Problem, SettingsError, Unreachable, named_by
+from job.evaluation.question_lengths import check_lengths, count_questions
 from job.evaluation.task_files import is_task_file
-from job.evaluation.tasks import Tasks, check_choices, check_lengths, check_tasks, count_questions, load_tasks
+from job.evaluation.task_names import check_tasks
+from job.evaluation.tasks import Tasks, check_choices, load_tasks
 from job.model.adapter_options import PLAIN, AdapterOptions, described
 from job.model.architecture import Architecture, read_config
 from job.model.base import inspect, load_tokenizer

@@ -1,4 +1,4 @@
-"""Ends a job that makes no progress: stacks of all threads on stderr, the platform's failure message, exit code 75."""
+"""Ends a job that makes no progress: stacks of all threads on stderr, the platform's failure message, exit code 74."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Event, Thread
 
-from job.errors import Preempted
+from job.errors import Stalled
 
 TICKS = 10
 CALLBACK_SECONDS = 10.0
@@ -17,9 +17,7 @@ _STDERR = 2  # the descriptor: `sys.stderr` may be replaced by something without
 
 
 @contextmanager
-def watch(
-    stall_seconds: float, on_stall: Callable[[str], None], exit_code: Callable[[], int] = lambda: Preempted.exit_code
-) -> Iterator[Callable[[], None]]:
+def watch(stall_seconds: float, on_stall: Callable[[str], None]) -> Iterator[Callable[[], None]]:
     """Yields `report_progress`, a function for stages to call; without a call for `stall_seconds` the process ends.
 
     Time is counted in ticks of a thread, not read from a clock: after a pause of the whole process (a paused container,
@@ -32,10 +30,9 @@ def watch(
     Args:
         stall_seconds: Longest time between two calls of `report_progress`.
         on_stall: Called with the message for the platform; it gets `CALLBACK_SECONDS`, and may fail.
-        exit_code: Asked for the code to end with, in the same way; 75 where it does not answer.
     """
     alive, done = Event(), Event()
-    thread = Thread(target=_guard, args=(stall_seconds, alive, done, on_stall, exit_code), name="watchdog", daemon=True)
+    thread = Thread(target=_guard, args=(stall_seconds, alive, done, on_stall), name="watchdog", daemon=True)
     thread.start()
     try:
         yield alive.set
@@ -45,9 +42,7 @@ def watch(
         faulthandler.cancel_dump_traceback_later()
 
 
-def _guard(
-    stall_seconds: float, alive: Event, done: Event, on_stall: Callable[[str], None], exit_code: Callable[[], int]
-) -> None:
+def _guard(stall_seconds: float, alive: Event, done: Event, on_stall: Callable[[str], None]) -> None:
     silent = 0
     while silent < TICKS:
         faulthandler.dump_traceback_later(2 * stall_seconds, exit=True, file=_STDERR)
@@ -56,27 +51,17 @@ def _guard(
         silent = 0 if alive.is_set() else silent + 1
         if not silent:
             alive.clear()
-    _end(
-        f"no progress for {stall_seconds:g} s (JOB_TRAIN__STALL_SECONDS); the stacks of all threads are in the log",
-        on_stall,
-        exit_code,
-    )
+    what = f"no progress for {stall_seconds:g} s (JOB_TRAIN__STALL_SECONDS); the stacks of all threads are in the log"
+    _end(f"{Stalled.__name__} (exit code {Stalled.exit_code}): {what}", on_stall)
 
 
-def _end(message: str, on_stall: Callable[[str], None], exit_code: Callable[[], int]) -> None:
-    """Ends the process, whatever the callbacks do: they may block on the same log or file that stalled the job."""
-    code = Preempted.exit_code
-
-    def ask() -> None:
-        nonlocal code
-        code = exit_code()
-        on_stall(message)
-
+def _end(message: str, on_stall: Callable[[str], None]) -> None:
+    """Ends the process, whatever the callback does: it may block on the same log or file that stalled the job."""
     faulthandler.cancel_dump_traceback_later()
     with contextlib.suppress(OSError):
         os.write(_STDERR, f"\n{message}\n".encode())
     faulthandler.dump_traceback(file=_STDERR, all_threads=True)
-    callback = Thread(target=ask, daemon=True)
+    callback = Thread(target=on_stall, args=(message,), daemon=True)
     callback.start()
     callback.join(CALLBACK_SECONDS)
-    os._exit(code)
+    os._exit(Stalled.exit_code)

@@ -14,16 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from statistics import fmean
 from typing import Any, Literal
 
 from job.common import tables
 from job.common.formatting import count
-from job.errors import DataError, JobError, Problem, SettingsError, combine
+from job.errors import DataError, JobError, Problem, SettingsError, VerificationError, combine
 from job.results.promotion import open_run_or_pointer
 from job.results.reader import PublishedRun, read_published
-from job.runs.layout import RESULTS
+from job.runs.layout import LEASE, RESULTS
 from job.storage.location import join
 from job.storage.open import ObjectStore, StorageOptions
 
@@ -32,6 +32,8 @@ LEAST_EARLIER = 5
 """Minimum number of earlier runs for limits; with fewer, the mean would be of fewer than four moving ranges."""
 ROUGH = 20
 """With fewer earlier runs, the message calls the limits rough."""
+MOST_LISTED = 100_000
+"""Objects of a folder of runs that are looked at: on S3 a hundred requests."""
 _TOLERANCE = 1e-9
 """Relative to the values: equal values may differ from their own mean by rounding."""
 
@@ -99,54 +101,80 @@ class History:
         return f"{text}; limits of fewer than {ROUGH} runs are rough" if earlier < ROUGH else text
 
 
-def find_runs(places: Sequence[str], storage: StorageOptions) -> list[PublishedRun]:
-    """The runs at these places, without duplicates. A place is a run, a pointer to one, or a folder of runs.
+def find_runs(places: Sequence[str], storage: StorageOptions) -> tuple[list[PublishedRun], tuple[str, ...]]:
+    """The runs at these places, without duplicates, and those that cannot be read, with the reason.
+
+    A place is a run, a pointer to one, or a folder of runs. A run without results, or with a manifest that is not what
+    the job wrote, says nothing about the others.
 
     Raises:
         JobError: One or more places cannot be read; the error lists them all.
     """
     found: dict[str, PublishedRun] = {}
+    unreadable: dict[str, str] = {}
     errors: list[tuple[str, JobError]] = []
     for place in places:
         try:
-            for run in _runs_at(place, storage):
-                found.setdefault(run.sha256, run)
+            for store in _stores_at(place, storage):
+                try:
+                    run = read_published(store)
+                except VerificationError as error:
+                    unreadable[store.uri] = f"{store.uri} cannot be read: {_first_line(error)}"
+                else:
+                    found.setdefault(run.sha256, run)
         except JobError as error:
             errors.append((place, error))
     if errors:
         raise combine(errors)
-    return list(found.values())
+    return list(found.values()), tuple(unreadable.values())
 
 
-def _runs_at(place: str, storage: StorageOptions) -> Iterator[PublishedRun]:
+def _first_line(error: JobError) -> str:
+    return str(error).partition("\n")[0][:300]
+
+
+def _stores_at(place: str, storage: StorageOptions) -> Iterator[ObjectStore]:
+    """The stores of the runs at a place.
+
+    Raises:
+        SettingsError: It holds none, or too many objects to look for runs among them.
+    """
     store: ObjectStore = open_run_or_pointer(place, storage)
     if store.tag(RESULTS) is not None:
-        yield read_published(store)
+        yield store
         return
-    inside = [info.key.removesuffix(f"/{RESULTS}") for info in store.list() if _is_of_run(info.key)]
+    listed = [info.key for info in islice(store.list(), MOST_LISTED + 1)]
+    if len(listed) > MOST_LISTED:  # the newest run may be among those that were not seen
+        what = f"holds more than {MOST_LISTED:,} objects; name the runs themselves, such as {store.uri}/RUN"
+        raise SettingsError([Problem(place, what)])
+    inside = [key.removesuffix(f"/{RESULTS}") for key in listed if _is_of_run(key)]
     if not inside:
+        if LEASE in listed:
+            yield store  # a run without results
+            return
         raise SettingsError([Problem(place, "is neither a run nor a folder with complete runs")])
     for name in inside:
-        yield read_published(open_run_or_pointer(join(store.uri, name), storage))
+        yield open_run_or_pointer(join(store.uri, name), storage)
 
 
 def _is_of_run(key: str) -> bool:
     return key.count("/") == 1 and key.endswith(f"/{RESULTS}")
 
 
-def history(runs: Sequence[PublishedRun], metric: str | None) -> History:
+def history(runs: Sequence[PublishedRun], metric: str | None, unreadable: Sequence[str] = ()) -> History:
     """A metric over runs, with the newest judged by the earlier ones.
 
     Args:
         runs: In any order; at least one.
         metric: `task/metric`, such as `arc_easy/acc`; None for the accuracy of the newest run's first task.
+        unreadable: From `find_runs`: what is left out besides.
 
     Raises:
         SettingsError: The newest run has no such metric.
         DataError: There is no run.
     """
     if not runs:
-        raise DataError([Problem("--history", "there is no run to show")])
+        raise DataError([Problem("--history", f"there is no run to show; {why}") for why in unreadable or ("none",)])
     ordered = sorted(runs, key=lambda run: (str(run.results["run"]["finished"]), run.id))
     newest = ordered[-1]
     known = list(_metrics(newest.results))
@@ -156,7 +184,7 @@ def history(runs: Sequence[PublishedRun], metric: str | None) -> History:
         raise SettingsError([Problem("--metric", what)])
     task, _, name = chosen.partition("/")
     asked = _task(newest.results, task)
-    points, left_out = [], []
+    points, left_out = [], [*unreadable]
     for run in ordered:
         found = _task(run.results, task)
         value = None if found is None else _value(found, name)

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from pydantic_core import from_json
@@ -18,7 +17,7 @@ from job.evaluation.measured import measured_from
 from job.evaluation.samples import Sample
 from job.records import MeasuredScores, TaskScores
 from job.results import manifest
-from job.runs.layout import RESULTS, answers_key
+from job.runs.layout import RESULTS, answers_key, run_folder
 from job.storage.open import ObjectStore, StorageOptions, TooLarge, open_store
 
 MAX_SAMPLES_BYTES = 512 << 20
@@ -50,10 +49,7 @@ def open_run(where: str, storage: StorageOptions | None = None) -> ObjectStore:
     Raises:
         SettingsError: The path or URI, or the options, are invalid.
     """
-    folder = where.rstrip("/")
-    if folder.rpartition("/")[2] == RESULTS and not Path(folder).is_dir():
-        folder = folder.rpartition("/")[0] or "."
-    return open_store(folder, storage or StorageOptions())
+    return open_store(run_folder(where), storage or StorageOptions())
 
 
 def read_bytes(store: ObjectStore) -> bytes:

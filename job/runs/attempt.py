@@ -24,14 +24,23 @@ from job import log
 from job.common.hashing import hash_file, sealed
 from job.common.validation import adapter_of
 from job.distributed.processes import ALONE, Processes
-from job.errors import DataError, JobError, NoProgress, Preempted, Replaced
+from job.errors import DataError, JobError, NoProgress, Preempted, Replaced, Stalled
 from job.preemption.stop_flag import Stop
-from job.records import Artifact, AttemptRecord, FirstValues, Pulled, Referenced, StepMetrics, ValidationMetrics
+from job.records import (
+    Artifact,
+    AttemptRecord,
+    FirstValues,
+    Pulled,
+    Referenced,
+    StepMetrics,
+    TrainingProgress,
+    ValidationMetrics,
+)
 from job.runs import stage_records
 from job.runs.fault_injection import Faults
 from job.runs.layout import ARTIFACTS, BUILT_ON, Stage, attempt_key, stage_key
 from job.runs.lease import fenced, take
-from job.runs.run_log import QUESTIONS, IdleLimit, how_far, idle_attempts, read_logged
+from job.runs.run_log import LONGEST_WHY, NOTED, QUESTIONS, IdleLimit, Noted, how_far, idle_attempts, read_logged
 from job.runs.run_settings import compare_settings
 from job.runs.stage_records import fingerprint
 from job.runs.work_folder import work_folder
@@ -83,6 +92,8 @@ class Attempt:
     repeated_steps: int = 0
     repeated_seconds: float = 0.0
     last_step: int = 0
+    training: TrainingProgress | None = None
+    """The last step as the run log shows it; whoever counts steps sets it before `step_done`."""
     questions: int = 0
     """Questions of the evaluation that goes on which are scored, by this attempt or before it."""
     run: str | None = None
@@ -90,6 +101,8 @@ class Attempt:
     settled: bool = False
     """Whether the run's settings are kept: before that, an attempt with a mistake in them is one at this run, too."""
     _stage: tuple[str, float] | None = None
+    _failed_in: str | None = None
+    """The stage that an exception ended, which ends the attempt too."""
     _noted: str | None = None
     """Tag of this attempt's record as it wrote it last."""
     _noting: Lock = field(default_factory=Lock)
@@ -131,7 +144,7 @@ class Attempt:
         self.faults.at("validation", metrics.step)
 
     def reached(self) -> tuple[int, int]:
-        """How far this attempt has got; see `how_far`. The watchdog asks when all else hangs."""
+        """How far this attempt has got; see `how_far`."""
         return how_far(self._stages_so_far(), self.last_step, self.questions)
 
     @contextmanager
@@ -152,6 +165,9 @@ class Attempt:
             self.questions = 0
             try:
                 yield
+            except BaseException:
+                self._failed_in = name
+                raise
             finally:
                 seconds, self._stage = self._stages_so_far(), None
                 self.stage_seconds = seconds
@@ -166,18 +182,20 @@ class Attempt:
         name, began = stage
         return self.stage_seconds | {name: self.stage_seconds.get(name, 0.0) + time.monotonic() - began}
 
-    def stage(self, stage: Stage, kind: type[T], work: Callable[[], T | None]) -> T:
+    def stage(
+        self, stage: Stage, kind: type[T], work: Callable[[], T | None], objection: Callable[[T], str] = lambda _: ""
+    ) -> T:
         """What the stage found out: read from its record if an earlier attempt finished it, else worked out now.
 
         A record counts while everything is there that the stage published, byte for byte: a copy of the run may be
-        without some of it.
+        without some of it. And only if there is no `objection` to it, in words, which process 0 asks for.
         If a stage is done again, so are those that build on it.
 
         All processes work; what process 0 finds out is what the stage found out, for all of them. The others may return
         None.
         """
         name, adapter = stage.value, adapter_of(kind)
-        kept = self.processes.share(f"record of {name}", lambda: self._kept(name, adapter))
+        kept = self.processes.share(f"record of {name}", lambda: self._kept(name, adapter, objection))
         if kept is not None:
             if name not in self.stage_seconds:
                 log.get_logger().info("stage was finished by an earlier attempt", stage=name)
@@ -227,10 +245,12 @@ class Attempt:
             return None
         return found
 
-    def _kept(self, name: str, adapter: TypeAdapter[Any]) -> str | None:
+    def _kept(self, name: str, adapter: TypeAdapter[Any], objection: Callable[[Any], str]) -> str | None:
         """The record of a stage, if there is one that counts."""
         found = self._read_record(name, adapter)
-        if found is not None:
+        if found is not None and (why := objection(found)):
+            log.get_logger().warning("stage is done again", stage=name, why=why)
+        elif found is not None:
             artifacts = getattr(found, "artifacts", ())
             gone = missing(self.store, artifacts) or altered(self.store, artifacts, self.work, self.alive)
             if not gone:
@@ -273,19 +293,29 @@ class Attempt:
             energy_joules=self.joules(),
         )
 
-    def note(self, outcome: str) -> None:
-        """Writes the record into the run log; process 0 does it for all."""
+    def note(self, outcome: str, error: BaseException | None = None) -> None:
+        """Writes the record into the run log, with the error that ended the attempt; process 0 does it for all."""
         if not self.processes.leads:
             self._next_note = math.inf
             return
         began = time.monotonic()
         with self._noting:  # the uploading thread notes checkpoints
             run = self.run if self.settled else None
-            record = sealed({**asdict(self.record(outcome)), QUESTIONS: self.questions, stage_records.RUN: run})
+            more = {QUESTIONS: self.questions, NOTED: asdict(self._now(error)), stage_records.RUN: run}
+            record = sealed({**asdict(self.record(outcome)), **more})
             self._noted = write_in_turn(self.store, attempt_key(self.number), record, self._noted)
         ended = time.monotonic()
         shortest, longest = NOTE_SECONDS
         self._next_note = ended + min(longest, max(shortest, (ended - began) / NOTE_SHARE))
+
+    def _now(self, error: BaseException | None) -> Noted:
+        stage = self._failed_in if self._stage is None else self._stage[0]
+        code = why = None
+        if error is not None:
+            code = error.exit_code if isinstance(error, JobError) else JobError.exit_code
+            words = str(error) if isinstance(error, JobError) else f"{type(error).__name__}: {error}"
+            why = " ".join(log.without_secrets(words).split())[:LONGEST_WHY]
+        return Noted(now(), stage, self.training, code, why)
 
     def _note_if_due(self) -> None:
         if time.monotonic() > self._next_note:
@@ -378,23 +408,31 @@ def open_attempt(
         if idle is not None and processes.leads:  # its exit code takes precedence over those of the others
             furthest = max((one.reached for one in logged), default=(0, 0))
             idle.before, idle.progressed = idle_attempts(logged), lambda: attempt.reached() > furthest
+            idle.record_stall = lambda message: _note_failure(attempt, Stalled(message), idle)
         attempt.note("running")
         try:
             yield attempt
         except Replaced:
             raise  # the run log belongs to the attempt that took over
         except BaseException as error:
-            _note_failure(attempt, error)
-            if isinstance(error, Preempted) and idle is not None and idle.reached:
-                raise NoProgress(f"{error}; {idle.message}") from error
+            if (ended := _note_failure(attempt, error, idle)) is not error:
+                raise ended from error
             raise
         attempt.note("complete")
 
 
-def _note_failure(attempt: Attempt, error: BaseException) -> None:
-    """Writes how the attempt ended; a failure to write must not hide the error that ended it."""
+def _note_failure(attempt: Attempt, error: BaseException, idle: IdleLimit | None) -> BaseException:
+    """Writes how the attempt ended; a failure to write must not hide the error that ended it.
+
+    Returns:
+        The error to end with: `NoProgress` if the attempt was stopped, as were too many before it.
+    """
     outcome = next((word for kind, word in OUTCOMES.items() if isinstance(error, kind)), "crashed")
+    ended = error
+    if isinstance(error, Preempted) and idle is not None and idle.reached:
+        ended = NoProgress(f"{error}; {idle.message}")
     try:
-        attempt.note(outcome)
+        attempt.note(outcome, ended)
     except JobError as failure:
         log.get_logger().warning("the end of the attempt cannot be recorded", why=str(failure))
+    return ended

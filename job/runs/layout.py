@@ -28,6 +28,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 from job.common import methods
@@ -96,6 +97,14 @@ CHECKPOINTS = "checkpoints/"
 COMMITTED = "COMMITTED.json"
 _ATTEMPT = re.compile(rf"{ATTEMPTS}(\d{{4,9}})\.json", re.ASCII)
 _CHECKPOINT = re.compile(rf"{CHECKPOINTS}step-(\d{{8}}|[1-9]\d{{8,17}})/(.+)", re.ASCII | re.DOTALL)
+
+
+def run_folder(where: str) -> str:
+    """The folder of a run, given it or the `results.json` in it, as a path or a URI."""
+    folder = where.rstrip("/")
+    if folder.rpartition("/")[2] == RESULTS and not Path(folder).is_dir():
+        folder = folder.rpartition("/")[0] or "."
+    return folder
 
 
 def stage_key(name: str) -> str:

@@ -11,9 +11,8 @@ from dataclasses import asdict, dataclass, replace
 
 from job.common.hashing import sealed, unsealed
 from job.common.validation import adapter_of, first_error
-from job.errors import NoProgress, Preempted
 from job.log import get_logger
-from job.records import AttemptRecord
+from job.records import AttemptRecord, TrainingProgress
 from job.runs.layout import CHECKPOINTS, Stage, attempt_key, checkpoint_part
 from job.runs.lease import attempt_numbers
 from job.runs.stage_records import RUN
@@ -22,8 +21,32 @@ from job.storage.open import ObjectStore
 
 QUESTIONS = "questions"
 """A field of the file that is not in the manifest."""
+NOTED = "noted"
+"""A field of the file that is not in the manifest either: see `Noted`."""
 _GAPS = 20
 """So many attempts before the one that publishes are looked for; older ones have ended long ago."""
+
+
+@dataclass(frozen=True)
+class Noted:
+    """How an attempt was when it wrote its record, for `qlora-job status`.
+
+    Attributes:
+        at: When it was written, RFC 3339 in UTC, by the clock of the attempt's machine.
+        stage: The stage that goes on, or that an error ended; None between two, such as while the model is loaded.
+        training: The last optimizer step of this attempt; None before its first one.
+        exit_code: With which it ended; None while it runs, or if it completed the run.
+        why: The error it ended with, in at most `LONGEST_WHY` characters and without secrets.
+    """
+
+    at: str
+    stage: str | None = None
+    training: TrainingProgress | None = None
+    exit_code: int | None = None
+    why: str | None = None
+
+
+LONGEST_WHY = 500
 
 
 @dataclass(frozen=True)
@@ -31,12 +54,13 @@ class LoggedAttempt:
     """An attempt's record, and how many questions of its last evaluation were scored, by it or before it.
 
     `run` is the fingerprint of the run that it was an attempt at; None where it had not pulled anything, and in records
-    of earlier versions.
+    of earlier versions. `noted` is None in records of earlier versions, and where another attempt closed the record.
     """
 
     record: AttemptRecord
     questions: int = 0
     run: str | None = None
+    noted: Noted | None = None
 
     @property
     def reached(self) -> tuple[int, int]:
@@ -46,15 +70,17 @@ class LoggedAttempt:
 
 @dataclass
 class IdleLimit:
-    """Whether an attempt that is stopped, or stalls, is one of too many in a row that made no progress.
+    """Whether an attempt that is stopped is one of too many in a row that made no progress.
 
     Whoever begins the attempt says how many there were before it (`before`), and how to ask whether this one got
     further (`progressed`); until then it counts as one that did, since there is no record of it either.
+    `record_stall` writes the end of an attempt that stalls into the run log, with the message.
     """
 
     limit: int
     before: int = 0
     progressed: Callable[[], bool] = lambda: True
+    record_stall: Callable[[str], object] = lambda _message: None
 
     @property
     def reached(self) -> bool:
@@ -66,10 +92,6 @@ class IdleLimit:
         """What `NoProgress` says."""
         what = f"{self.before + 1} attempts in a row were stopped before the run got any further"
         return f"{what} (JOB_RUN__MAX_IDLE_ATTEMPTS={self.limit}); give them more time, or machines that last longer"
-
-    def exit_code(self) -> int:
-        """Of an attempt that stalls."""
-        return NoProgress.exit_code if self.reached else Preempted.exit_code
 
 
 _BEFORE_STEPS = 1 << 40
@@ -107,7 +129,8 @@ def parse_logged(data: bytes) -> LoggedAttempt:
     """
     facts = unsealed(data)
     record = adapter_of(AttemptRecord).validate_python(facts)
-    return LoggedAttempt(record, int(facts.get(QUESTIONS, 0)), facts.get(RUN))
+    noted = adapter_of(Noted).validate_python(facts[NOTED]) if facts.get(NOTED) else None
+    return LoggedAttempt(record, int(facts.get(QUESTIONS, 0)), facts.get(RUN), noted)
 
 
 def parse_record(data: bytes) -> AttemptRecord:

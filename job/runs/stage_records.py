@@ -49,8 +49,12 @@ def identity(pulled: Pulled) -> dict[str, Any]:
             if (field.default is MISSING and field.default_factory is MISSING)
             or (field.metadata.get(NAMES_THE_RUN) and getattr(record, field.name) != field.default)
         ]
-        values = {name: getattr(record, name) for name in own}
-        return {name: facts(value) if is_dataclass(value) else value for name, value in values.items()}
+        return {name: plain(getattr(record, name)) for name in own}
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: plain(one) for name, one in value.items()}
+        return facts(value) if is_dataclass(value) else value
 
     return facts(pulled)
 

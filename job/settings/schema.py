@@ -384,7 +384,7 @@ class Train(Group):
     log_every_steps: ExecutionOnly[Count] = 1
     """Optimizer steps between two lines of metrics in the log."""
     stall_seconds: ExecutionOnly[Seconds] = 1800
-    """Seconds without progress after which the job ends as stalled, with exit code 75."""
+    """Seconds without progress after which the job ends as stalled, with exit code 74."""
 
     @property
     def last_method(self) -> MethodName:

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 
 from job.common.export_formats import EXTRA, not_installed
 from job.common.source_list import parse_sources
-from job.data.dataset import check_source
 from job.data.prompts import find_prompts
+from job.data.sources import check_source
 from job.data.training_and_validation import ValidationSource, what_to_validate_on
 from job.errors import JobError, Problem, SettingsError, combine, named_by
 from job.evaluation.policy import read_policy
-from job.evaluation.tasks import check_tasks, find_questions
+from job.evaluation.question_files import find_questions
+from job.evaluation.task_names import check_tasks
 from job.model.files import weight_files
 from job.model.start_adapter import local_start
 from job.results.baseline import check_run

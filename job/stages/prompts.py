@@ -42,7 +42,8 @@ def answer_prompts(
         parallel.help(model, sources.tokenizer)
         return []
     asked = [prompt.ids for prompt in sources.prompts]
-    how = with_model_defaults(HowToGenerate(options.prompts_max_new_tokens), sources.folder)
+    asks = HowToGenerate(options.prompts_max_new_tokens)
+    how = with_model_defaults(asks, sources.folder, model, sources.tokenizer)
     answers = generate_answers(
         attempt,
         model,

@@ -32,7 +32,9 @@ from job.data.token_cache import Tokens, load_tokens, open_tokens
 from job.data.training_and_validation import ValidationSource, what_to_validate_on
 from job.errors import DataError, JobError, Preempted, Problem, named_by
 from job.evaluation.policy import Policy, read_policy
-from job.evaluation.tasks import MULTIPLE_CHOICE, Tasks, check_choices, check_gate, check_lengths, load_tasks
+from job.evaluation.question_lengths import check_lengths
+from job.evaluation.task_names import MULTIPLE_CHOICE
+from job.evaluation.tasks import Tasks, check_choices, check_gate, load_tasks
 from job.model.adapter_options import MANY_STEPS, make_options
 from job.model.base import choose_device, choose_dtype, inspect, load_tokenizer
 from job.model.files import fingerprint
@@ -40,7 +42,7 @@ from job.model.quantized_cache.cache import find
 from job.model.quantized_cache.layout import CachedBase, CacheEntry, entry_at, entry_for
 from job.model.start_adapter import check_start, find_start, hash_start
 from job.model.tokenizer_files import rows_with, tokenizer_files
-from job.records import Artifact, DatasetRecord, FirstValues, PromptRow, PromptsRecord, Pulled
+from job.records import Artifact, DatasetRecord, FirstValues, GroupSpec, PromptRow, PromptsRecord, Pulled
 from job.results.baseline import check_questions, read_baseline
 from job.runs.attempt import Attempt, missing
 from job.runs.layout import ADAPTER, BASE, FINDINGS, FIRST_VALUES, Stage
@@ -221,6 +223,7 @@ def _pull(
         start_sha256,
         _prompts_record(settings, prompts),
         model_licence,
+        _groups(attempt, tasks),
     )
     sources = Sources(
         record,
@@ -257,6 +260,12 @@ def _with_licences(
     }
     model_licence = find_licence(settings.model.id, revision, "model")
     return replace(dataset, licences={place: name for place, name in found.items() if name}), model_licence
+
+
+def _groups(attempt: Attempt, tasks: Tasks) -> dict[str, GroupSpec] | None:
+    """The groups that have an aggregate; None if an earlier version, which did not record them, began the run."""
+    earlier = attempt.recorded(Stage.PULL, Pulled)
+    return None if earlier is not None and earlier.groups is None else dict(tasks.groups) or None
 
 
 def _known_audit(attempt: Attempt) -> Audited | None:
@@ -562,7 +571,10 @@ def fetch_original(attempt: Attempt, settings: Settings, storage: StorageOptions
     """
     source = settings.model.id
     if is_remote(source):
-        folder, _ = download_model(_fetch(attempt, source, "model", storage), None)
+        attempt.alive()
+        with named_by("JOB_MODEL__ID", ": "):
+            place = fetch(source, attempt.work / "model", storage)
+        folder, _ = download_model(place, None)
     else:
         folder, _ = download_model(source, record.model_revision)
     if fingerprint(folder) != record.model_sha256:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -16,6 +17,7 @@ from job.common import host
 from job.common.hashing import hash_facts
 from job.common.methods import METHODS
 from job.common.optimizers import substitute
+from job.common.pace import StepPace
 from job.common.resources import check_disk, checkpoint_bytes, required_bytes
 from job.common.schedulers import make_schedule
 from job.common.validation import adapter_of
@@ -30,6 +32,7 @@ from job.records import (
     Artifact,
     StepMetrics,
     Trained,
+    TrainingProgress,
     TrainingRecord,
     ValidationMetrics,
     ValidationRecord,
@@ -95,7 +98,7 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
             recipe=recipe,
             plan=loaded.plan,
             hooks=Hooks(
-                on_metrics=_step_logger(attempt, show_progress, watch),
+                on_metrics=_step_logger(attempt, show_progress, watch, recipe.total_steps),
                 on_save=publisher.submit,
                 stop=attempt.stop,
                 fits=_fits(attempt, watch, publisher),
@@ -214,8 +217,11 @@ def _validation_interval(settings: Settings, rows: int) -> int:
     return settings.train.validate_every_steps or steps_per_epoch(rows, settings.train.global_batch_size)
 
 
-def _step_logger(attempt: Attempt, show_progress: log.Progress, watch: Stopwatch) -> Callable[[StepMetrics], None]:
+def _step_logger(
+    attempt: Attempt, show_progress: log.Progress, watch: Stopwatch, total_steps: int
+) -> Callable[[StepMetrics], None]:
     """The hook that counts, times and logs a step."""
+    pace = StepPace(total_steps)
 
     def on_metrics(metrics: StepMetrics) -> None:
         seconds = float(metrics.measured["seconds"] or 0)
@@ -227,6 +233,13 @@ def _step_logger(attempt: Attempt, show_progress: log.Progress, watch: Stopwatch
             tokens_per_second=round(metrics.measured["tokens_per_second"] or 0, 1),
             memory_bytes=metrics.measured["memory_bytes"],
             **{name: round(value, 4) for name, value in metrics.preference.items()},
+        )
+        attempt.training = TrainingProgress(
+            metrics.step,
+            total_steps,
+            metrics.loss if math.isfinite(metrics.loss) else None,  # records are JSON, which has no NaN
+            metrics.measured["tokens_per_second"],
+            pace.remaining_seconds(metrics.step),
         )
         attempt.step_done(metrics.step, seconds)
         attempt.on_metrics(metrics)

@@ -16,6 +16,7 @@ from job.errors import JobError
 from job.evaluation.comparison import compare_full_precision, compare_near_ties, compare_tasks, judge
 from job.evaluation.groups import compare_groups, groups_from
 from job.evaluation.measured import compare_measured, measured_from
+from job.evaluation.near_ties import BOUNDS
 from job.evaluation.policy import Policy
 from job.evaluation.samples import HASHES, Sample, contradiction, parse, parse_measured, task_scores
 from job.records import AttemptRecord, Evaluated, MeasuredScores, StepMetrics, TaskScores, ValidationMetrics
@@ -46,13 +47,14 @@ def check_evaluation(results: Mapping[str, Any], copies: Copies) -> CheckResult:
     differences += unpaired(by_task["base"], by_task["adapter"], "base")
     scored: dict[str, dict[str, TaskScores]] = {"base": {}, "adapter": {}}
     if not differences:
-        scored = {side: scores_of(records, tasks, side) for side, records in by_task.items()}
+        bound = (results["evaluation"].get("near_ties") or {}).get("bound", 0.0)
+        scored = {side: scores_of(records, tasks, side, bound) for side, records in by_task.items()}
         overlap = (results["dataset"].get("audit") or {}).get("overlap")
         found = compare_tasks(scored["base"], scored["adapter"], overlap=overlap)
         differences += find_differences(f"{RESULTS} evaluation.tasks", tasks, found)
         differences += _full_precision(results, copies, by_task)
         if (near := results["evaluation"].get("near_ties")) is not None:  # older versions did not look for them
-            found_near = compare_near_ties(scored["base"], scored["adapter"], results["model"]["dtype"])
+            found_near = compare_near_ties(scored["base"], scored["adapter"], results["model"]["dtype"], bound)
             differences += find_differences(f"{RESULTS} evaluation.near_ties", near, found_near)
     questions = sum(len(records) for records in by_task["adapter"].values())
     measured = results["evaluation"].get("measured", {})
@@ -61,7 +63,16 @@ def check_evaluation(results: Mapping[str, Any], copies: Copies) -> CheckResult:
     differences += _groups(results, *(Evaluated(scored[side], [], of_measured[side]) for side in ("base", "adapter")))
     questions += sum(found["n"] for found in measured.values())
     extent = f"{count(len(tasks) + len(measured), 'task')}, {count(questions, 'question')} answered twice"
-    return CheckResult("evaluation", extent, tuple(differences))
+    return CheckResult("evaluation", extent, tuple(differences), tuple(_other_bound(results)))
+
+
+def _other_bound(results: Mapping[str, Any]) -> Iterator[str]:
+    """A note where near ties are counted by a bound that this version does not have."""
+    near = results["evaluation"].get("near_ties")
+    if near is not None and near["bound"] != BOUNDS.get(near["dtype"]):
+        now = f"{BOUNDS[near['dtype']]} nats" if near["dtype"] in BOUNDS else "none"
+        what = f"near ties are counted up to {near['bound']} nats, as the run says; this version's bound for"
+        yield f"{what} {show(near['dtype'])} is {now}"
 
 
 def _groups(results: Mapping[str, Any], base: Evaluated, adapter: Evaluated) -> Iterator[Difference]:
@@ -234,8 +245,11 @@ def unpaired(before: SamplesByTask, after: SamplesByTask, side: str) -> Iterator
                 break
 
 
-def scores_of(by_task: SamplesByTask, tasks: Mapping[str, Any], side: str) -> dict[str, TaskScores]:
-    """The scores that follow from the samples; `source`, `version` and `reused_from` are the manifest's."""
+def scores_of(by_task: SamplesByTask, tasks: Mapping[str, Any], side: str, bound: float = 0.0) -> dict[str, TaskScores]:
+    """The scores that follow from the samples; `source`, `version` and `reused_from` are the manifest's.
+
+    `bound` is the largest margin of a near tie in the manifest, in nats.
+    """
     return {
         task: task_scores(
             records,
@@ -244,6 +258,7 @@ def scores_of(by_task: SamplesByTask, tasks: Mapping[str, Any], side: str) -> di
             version=tasks[task]["version"],
             reused_from=tasks[task][side]["reused_from"],
             num_fewshot=tasks[task].get("num_fewshot", 0),
+            bound=bound,
         )
         for task, records in by_task.items()
     }

@@ -12,6 +12,7 @@ from job.common.formatting import count
 from job.common.validation import adapter_of, first_error
 from job.errors import JobError
 from job.evaluation.comparison import compare_near_ties, compare_tasks
+from job.evaluation.groups import compare_groups
 from job.evaluation.measured import compare_measured
 from job.records import Artifact, AttemptRecord, Evaluated, Exported, Pulled, Trained
 from job.results.manifest import exports_record, full_precision_record
@@ -84,7 +85,8 @@ def check_stages(results: Mapping[str, Any], copies: Copies, run: str | None) ->
             overlap = (results["dataset"].get("audit") or {}).get("overlap")
             tasks = compare_tasks(base.scores, adapter.scores, overlap=overlap)
             original = full_precision_record(base, adapter.scores)
-            near = compare_near_ties(base.scores, adapter.scores, results["model"]["dtype"])
+            bound = (results["evaluation"].get("near_ties") or {}).get("bound")
+            near = compare_near_ties(base.scores, adapter.scores, results["model"]["dtype"], bound)
         except (JobError, ValueError) as error:
             differences.append(Difference(ADAPTER, "scores that compare with the base's", str(error)))
         else:
@@ -94,6 +96,9 @@ def check_stages(results: Mapping[str, Any], copies: Copies, run: str | None) ->
             differences += find_differences(place, told.get("full_precision"), original)
             differences += find_differences(f"{RESULTS} evaluation.near_ties", told.get("near_ties"), near)
         differences += _measured_differ(results, base, adapter)
+        differences += find_differences(f"{ADAPTER} generation", adapter.generation, base.generation)
+        if pulled is not None:
+            differences += _groups_differ(results, pulled, base, adapter)
     stages = "pull, evaluate base, train, evaluate adapter"
     if results.get("exports") or EXPORT in copies:
         stages += ", export"
@@ -111,6 +116,27 @@ def _measured_differ(results: Mapping[str, Any], base: Evaluated, adapter: Evalu
         yield Difference(ADAPTER, "figures that compare with the base's", str(error))
     else:
         yield from find_differences(f"{RESULTS} evaluation.measured", results["evaluation"].get("measured", {}), found)
+
+
+def _groups_differ(
+    results: Mapping[str, Any], pulled: Pulled, base: Evaluated, adapter: Evaluated
+) -> Iterator[Difference]:
+    """Whether all tasks that were pulled were scored, and the groups are those that were pulled, with all their tasks.
+
+    Records of older versions, and of runs without groups, name no groups; their figures are checked by the samples.
+    """
+    evaluation = results["evaluation"]
+    scored = sorted([*evaluation["tasks"], *evaluation.get("measured", {})])
+    yield from find_differences(f"{RESULTS} evaluation", scored, sorted(pulled.questions))
+    if pulled.groups is None:
+        return
+    place = f"{RESULTS} evaluation.groups"
+    try:
+        found = compare_groups(pulled.groups, base, adapter)
+    except (KeyError, ValueError, ArithmeticError):
+        yield Difference(place, "groups of the tasks that were scored", "others, in the record of the pull")
+    else:
+        yield from find_differences(place, evaluation.get("groups", {}), found)
 
 
 def _exports_differ(

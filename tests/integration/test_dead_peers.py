@@ -87,7 +87,7 @@ def assert_all_ended(folder: Path) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_death_without_a_launcher_ends_the_others_and_the_helper(tmp_path: Path, killed: int) -> None:
-    """SIGKILL to either of two processes while one quantizes: the other ends with 75 within seconds."""
+    """SIGKILL to either of two processes while one quantizes: the other ends with 1 within seconds."""
     (tmp_path / "sleeper.py").write_text(SLEEPER, encoding="utf-8")
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     logs = [tmp_path / f"log{rank}" for rank in range(2)]
@@ -108,7 +108,7 @@ def test_a_death_without_a_launcher_ends_the_others_and_the_helper(tmp_path: Pat
     began = time.monotonic()
     os.kill(processes.pids[killed], signal.SIGKILL)
     codes = processes.wait(60)
-    assert codes == [-9 if rank == killed else 75 for rank in range(2)], logs[1 - killed].read_text(encoding="utf-8")
+    assert codes == [-9 if rank == killed else 1 for rank in range(2)], logs[1 - killed].read_text(encoding="utf-8")
     assert time.monotonic() - began < 10
     assert "start the run again" in logs[1 - killed].read_text(encoding="utf-8")
     assert_all_ended(tmp_path)

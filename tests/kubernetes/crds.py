@@ -1,7 +1,7 @@
 """Schemas of the custom resources that the templates use: the fields that we set, as their APIs define them.
 
-JobSet v1alpha2 (v0.10 and newer) and Kueue v1beta2, read from the projects' Go types. Whatever is not here is refused:
-a new field in a template is looked up there and added here.
+JobSet v1alpha2 (v0.10 and newer), Kueue v1beta2 and Kubeflow Trainer v1alpha1 (2.2 and newer), read from the projects'
+Go types. Whatever is not here is refused: a new field in a template is looked up there and added here.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ NUMBER: Schema = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
 FLAG: Schema = {"type": "boolean"}
 QUANTITY: Schema = {"type": "string", "pattern": r"^\d+(\.\d+)?(m|k|[KMGTP]i?)?$"}
 
+TRAINER = "trainer.kubeflow.org/v1alpha1"
 JOBSET = "jobset.x-k8s.io/v1alpha2"
 KUEUE = "kueue.x-k8s.io/v1beta2"
 
@@ -105,10 +106,43 @@ _CLUSTER_QUEUE = closed(
         maxItems=16,
     ),
 )
+# Nodes are counted by topology only if a label says which; the API server refuses a Topology without one.
+_FLAVOR_SPEC = {
+    **closed(nodeLabels=STRINGS, topologyName=TEXT),
+    "if": {"required": ["topologyName"]},
+    "then": {"required": ["nodeLabels"]},
+}
+_TOPOLOGY = closed(
+    ("levels",),
+    levels=listed(closed(("nodeLabel",), nodeLabel=TEXT), minItems=1, maxItems=16) | {"uniqueItems": True},
+)
+_RUNTIME = closed(
+    ("template",),
+    mlPolicy=closed(numNodes=NUMBER),
+    template=closed(("spec",), metadata=closed(labels=STRINGS, annotations=STRINGS), spec=_JOBSET),
+)
+_VARIABLE = closed(("name", "value"), name=TEXT, value={"type": "string"})
+_TRAIN_JOB = closed(
+    ("runtimeRef",),
+    runtimeRef=closed(("name",), apiGroup={"const": "trainer.kubeflow.org"}, kind=TEXT, name=TEXT),
+    trainer=closed(
+        numNodes=NUMBER,
+        # Merged into those of the runtime's container.
+        resourcesPerNode=closed(
+            requests={"type": "object", "additionalProperties": QUANTITY},
+            limits={"type": "object", "additionalProperties": QUANTITY},
+        ),
+        env=listed(_VARIABLE, maxItems=128),
+    ),
+    suspend=FLAG,
+)
 
 CRDS: dict[tuple[str, str], Schema] = {
     (JOBSET, "JobSet"): resource(JOBSET, "JobSet", _JOBSET),
-    (KUEUE, "ResourceFlavor"): resource(KUEUE, "ResourceFlavor", closed(nodeLabels=STRINGS)),
+    (TRAINER, "ClusterTrainingRuntime"): resource(TRAINER, "ClusterTrainingRuntime", _RUNTIME),
+    (TRAINER, "TrainJob"): resource(TRAINER, "TrainJob", _TRAIN_JOB),
+    (KUEUE, "ResourceFlavor"): resource(KUEUE, "ResourceFlavor", _FLAVOR_SPEC),
+    (KUEUE, "Topology"): resource(KUEUE, "Topology", _TOPOLOGY),
     (KUEUE, "ClusterQueue"): resource(KUEUE, "ClusterQueue", _CLUSTER_QUEUE),
     (KUEUE, "LocalQueue"): resource(KUEUE, "LocalQueue", closed(("clusterQueue",), clusterQueue=TEXT)),
 }

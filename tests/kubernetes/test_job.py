@@ -124,9 +124,10 @@ def test_node_loss(undisturbed: Ended, tmp_path: Path) -> None:
     def happens(pod: Pod) -> None:
         nonlocal looks
         lost(pod)
-        looks += not pod.reachable
-        if looks == 100:  # for two seconds no other pod was started
-            pod.delete_node()
+        if not pod.reachable:
+            looks += 1
+            if looks == 100:  # for two seconds no other pod was started
+                pod.delete_node()
 
     ended = play(tmp_path, happens, spec={"backoffLimit": 0, "completionMode": "Indexed"})
     assert looks == 100

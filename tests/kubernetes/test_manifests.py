@@ -7,8 +7,11 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import botocore.session
 import jsonschema
@@ -16,7 +19,7 @@ import kubernetes_validate
 import pytest
 
 from job.errors import environment_name, exit_codes
-from job.settings.load import load_settings
+from job.settings.load import load_settings, trackers
 from job.settings.schema import NAMES
 from tests.kubernetes.crds import CRDS
 from tests.kubernetes.manifests import (
@@ -24,6 +27,7 @@ from tests.kubernetes.manifests import (
     KUBERNETES,
     OVERLAYS,
     SERVICE,
+    Document,
     build,
     container,
     environment,
@@ -39,7 +43,7 @@ from tests.kubernetes.policy import judge, judge_set
 # podFailurePolicy is stable since 1.31.
 VERSIONS = [f"1.{minor}" for minor in range(31, 38)]
 ENDS = [VERSIONS[0], VERSIONS[-1]]
-FOLDERS = ["base", *(f"overlays/{name}" for name in OVERLAYS), "overlays/kueue/queue"]
+FOLDERS = ["base", *(f"overlays/{name}" for name in OVERLAYS), "overlays/kueue/queue", "overlays/kueue/topology"]
 
 ACTIONS = {"no": "FailJob", "yes": "Count", "counts against the limit": "Count", "yes, free": "Ignore"}
 SET_ACTIONS = {"FailJob": "FailJobSet", "Count": "RestartJobSet", "Ignore": "RestartJobSetAndIgnoreMaxRestarts"}
@@ -209,10 +213,9 @@ def test_the_template_names_what_is_there(name: str) -> None:
         assert rule.get("onExitCodes", {}).get("containerName", job["name"]) == job["name"]
 
 
-@pytest.mark.parametrize("name", OVERLAYS)
-def test_the_pod_is_restricted(name: str) -> None:
+def check_restricted(documents: Sequence[Document]) -> None:
     """The Pod Security Standard "restricted", and more: read-only root, no token, no links to services."""
-    pod, job = pod_spec(overlay(name)), container(overlay(name))
+    pod, job = pod_spec(documents), container(documents)
     security = pod["securityContext"]
     assert security["runAsNonRoot"] is True
     assert security["runAsUser"] > 0
@@ -225,9 +228,15 @@ def test_the_pod_is_restricted(name: str) -> None:
     for volume in pod["volumes"]:
         assert volume.keys() - {"name"} <= allowed
     assert pod["automountServiceAccountToken"] is False
-    assert one(overlay(name), "ServiceAccount")["automountServiceAccountToken"] is False
+    assert one(documents, "ServiceAccount")["automountServiceAccountToken"] is False
     assert pod["enableServiceLinks"] is False
     assert not {"livenessProbe", "readinessProbe", "startupProbe"} & job.keys()  # the job has a watchdog of its own
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_the_pod_is_restricted(name: str) -> None:
+    """A namespace that enforces the Pod Security Standard "restricted" takes the pods."""
+    check_restricted(overlay(name))
 
 
 def test_the_user_is_the_image_s() -> None:
@@ -371,37 +380,155 @@ def test_a_lost_machine_does_not_hold_kueue_up(name: str) -> None:
     assert annotations["kueue.x-k8s.io/safe-to-forcefully-delete"] == "true"
 
 
-def components() -> Iterator[tuple[str, str]]:
-    """Every component with the overlays that it is tried on; the demo's image is built on the machine."""
-    for path in sorted((KUBERNETES / "components").iterdir()):
-        if path.name == "exclusive-topology":
-            yield path.name, "multi-node"
+COMPONENTS = sorted(path.name for path in (KUBERNETES / "components").iterdir())
+ONLY = {
+    "cache-claim": ["eks-spot"],  # one disk, for one pod
+    "image": ["eks-spot"],
+    "exclusive-topology": ["multi-node"],
+    "kueue-topology": ["multi-node"],
+}
+"""Components that are not for every overlay -> those that they are tried on."""
+DRA_SINCE = "1.34"
+
+
+@cache
+def with_component(name: str, base: str, more: str = "") -> tuple[Document, ...]:
+    """An overlay of the user's own on a shipped one, with a component and more lines; multi-node's pods are set/'s."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        shutil.copytree(KUBERNETES, folder / "kubernetes")
+        own = folder / "own"
+        own.mkdir()
+        added = ""
+        if base == "multi-node":
+            path = folder / "kubernetes/overlays/multi-node/set/kustomization.yaml"
+            text, listed = path.read_text(encoding="utf-8"), "components/eight-gpus\n"
+            assert text.count(listed) == 1
+            path.write_text(text.replace(listed, f"{listed}  - ../../../components/{name}\n"), encoding="utf-8")
         else:
-            yield from ((path.name, name) for name in ("demo", "eks-spot") if (path.name, name) != ("image", "demo"))
+            added = f"components: [../kubernetes/components/{name}]\n"
+        text = f"resources: [../kubernetes/overlays/{base}]\n{added}{more}"
+        (own / "kustomization.yaml").write_text(text, encoding="utf-8")
+        return build(str(own))
 
 
-@pytest.mark.parametrize(("name", "base"), list(components()))
-def test_components_build(name: str, base: str, tmp_path: Path) -> None:
+def tried() -> Iterator[Any]:
+    """Each component with the overlays that it is tried on; all but one of them in the long tests."""
+    for name in COMPONENTS:
+        first, *others = ONLY.get(name, ["eks-spot", "multi-node"])
+        yield pytest.param(name, first)
+        yield from (pytest.param(name, other, marks=pytest.mark.long) for other in others)
+
+
+@pytest.mark.parametrize(("name", "base"), list(tried()))
+def test_components_build(name: str, base: str) -> None:
     """Each component builds on an overlay that can take it, and changes something; the API server takes the result."""
-    shutil.copytree(KUBERNETES, tmp_path / "kubernetes")
-    own = tmp_path / "own"
-    own.mkdir()
-    folder = f"../kubernetes/overlays/{base}"
-    (own / "kustomization.yaml").write_text(
-        f"resources: [{folder}]\ncomponents: [../kubernetes/components/{name}]\n", encoding="utf-8"
-    )
-    documents = build(str(own))
-    assert documents != overlay(base) or name == "image"
+    documents = with_component(name, base)
+    shipped = {"image": {"eks-spot"}, "eight-gpus": {"multi-node"}}
+    assert (documents == overlay(base)) == (base in shipped.get(name, ()))
     for document in documents:
         if schema := CRDS.get((document["apiVersion"], document["kind"])):
             jsonschema.validate(document, schema)
             continue
         for version in ENDS:
-            kubernetes_validate.validate(document, version, strict=True)
+            since = DRA_SINCE if document["kind"] == "ResourceClaimTemplate" else version
+            kubernetes_validate.validate(document, max(version, since), strict=True)
+    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "job"}, "spec": job_spec(documents)}
+    kubernetes_validate.validate(job, VERSIONS[-1], strict=True)  # a JobSet's is not in its own schema
+    check_restricted(documents)
     assert {mount["name"] for mount in container(documents)["volumeMounts"]} == {
         volume["name"] for volume in pod_spec(documents)["volumes"]
     }
     assert all(len(volume) == 2 for volume in pod_spec(documents)["volumes"])  # its name and one kind of volume
+
+
+@pytest.mark.parametrize("base", ["eks-spot", "multi-node"])
+def test_gpus_by_dra(base: str) -> None:
+    """Each pod has a claim of its own instead of the device plugin's GPUs, also under another name of the run."""
+    documents = with_component("dra", base, "nameSuffix: -second\n")
+    template = one(documents, "ResourceClaimTemplate")
+    assert template["metadata"]["name"] == "qlora-job-gpu-second"
+    (claim,) = pod_spec(documents)["resourceClaims"]
+    assert claim["resourceClaimTemplateName"] == template["metadata"]["name"]
+    resources = container(documents)["resources"]
+    assert resources["claims"] == [{"name": claim["name"]}]
+    assert "nvidia.com/gpu" not in resources["limits"]
+    (request,) = template["spec"]["spec"]["devices"]["requests"]
+    assert (request["exactly"]["allocationMode"], request["exactly"]["count"]) == ("ExactCount", 1)
+
+
+def test_eight_gpus() -> None:
+    """A Job on one machine of eight GPUs has what each pod of multi-node has: GPUs, CPUs, memory and /dev/shm."""
+    documents = with_component("eight-gpus", "eks-spot")
+    assert container(documents)["resources"] == container(overlay("multi-node"))["resources"]
+    assert container(documents)["resources"]["limits"]["nvidia.com/gpu"] == "8"
+    assert pod_spec(documents)["volumes"] == pod_spec(overlay("multi-node"))["volumes"]
+
+
+@pytest.mark.parametrize(
+    ("name", "resource"), [("efa", "vpc.amazonaws.com/efa"), ("infiniband", "rdma/rdma_shared_device_a")]
+)
+def test_fast_networks(name: str, resource: str) -> None:
+    """The pods ask for the adapters beside their GPUs, and the log says which network NCCL took."""
+    documents = with_component(name, "multi-node")
+    resources = container(documents)["resources"]
+    assert resources["limits"][resource] == resources["requests"][resource]
+    assert resources["limits"]["nvidia.com/gpu"] == "8"
+    found = environment(documents, labels(documents, "a", "b"))
+    assert (found["NCCL_DEBUG"], found["NCCL_DEBUG_SUBSYS"]) == ("INFO", "INIT,NET")
+
+
+@pytest.mark.parametrize(("name", "key"), [("wandb", "WANDB_API_KEY"), ("mlflow", "MLFLOW_TRACKING_TOKEN")])
+def test_keys_of_trackers(name: str, key: str) -> None:
+    """A tracker is on, and the entrypoint reads its key from a file of a Secret that only the job's user can read."""
+    documents = with_component(name, "eks-spot")
+    found = environment(documents, labels(documents, "a", "b"))
+    assert key not in found
+    assert trackers(load_settings([], {}), found) == {name: None}  # with the project that the component names
+    mount = next(mount for mount in container(documents)["volumeMounts"] if mount["name"] == name)
+    assert found[f"{key}_FILE"] == f"{mount['mountPath']}/{key}"
+    volume = next(volume for volume in pod_spec(documents)["volumes"] if volume["name"] == name)
+    assert volume["secret"]["defaultMode"] == 0o440
+    entrypoint = (KUBERNETES.parents[1] / "entrypoint.sh").read_text(encoding="utf-8")
+    assert key in re.findall(r"^secrets=\(([^)]*)\)", entrypoint, re.MULTILINE)[0].split()
+
+
+@pytest.mark.parametrize("base", ["eks-spot", "multi-node"])
+def test_labels_for_who_pays(base: str) -> None:
+    """Owner, team and cost centre stand on the Job and on its pods, where costs are allocated."""
+    documents = with_component("owner", base)
+    (job,) = (document for document in documents if document["kind"] in {"Job", "JobSet"})
+    wanted = {"owner": "jane.doe", "team": "language", "cost-center": "4711"}
+    for metadata in (job["metadata"], job_spec(documents)["template"]["metadata"]):
+        assert wanted.items() <= metadata["labels"].items()
+    assert "selector" not in job_spec(documents)
+
+
+@pytest.mark.parametrize("base", ["eks-spot", "multi-node"])
+def test_gitops(base: str) -> None:
+    """Argo CD and Flux may make the Job anew when its settings change, and no Job deletes itself, to be made again."""
+    documents = with_component("gitops", base)
+    (job,) = (document for document in documents if document["kind"] in {"Job", "JobSet"})
+    assert job["metadata"]["annotations"] == {
+        "argocd.argoproj.io/sync-options": "Force=true" if base == "eks-spot" else "Force=true,Replace=true",
+        "kustomize.toolkit.fluxcd.io/force": "enabled",
+    }
+    assert "ttlSecondsAfterFinished" not in job["spec"]
+
+
+def test_kueue_places_a_set_by_topology() -> None:
+    """The level that the pods name is one of the queue's, the queue is the set's, and its flavor has the Topology."""
+    documents, queues = with_component("kueue-topology", "multi-node"), build("overlays/kueue/topology")
+    queue = one(documents, "JobSet")["metadata"]["labels"]["kueue.x-k8s.io/queue-name"]
+    (group,) = one(queues, "ClusterQueue", one(queues, "LocalQueue", queue)["spec"]["clusterQueue"])["spec"][
+        "resourceGroups"
+    ]
+    for flavor in group["flavors"]:
+        spec = one(queues, "ResourceFlavor", flavor["name"])["spec"]
+        levels = [level["nodeLabel"] for level in one(queues, "Topology", spec["topologyName"])["spec"]["levels"]]
+        annotations = job_spec(documents)["template"]["metadata"]["annotations"]
+        assert annotations["kueue.x-k8s.io/podset-preferred-topology"] in levels
+        assert levels[-1] == "kubernetes.io/hostname"
 
 
 def test_a_second_multi_node_run_stands_beside_the_first(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import permutations
+
 import pytest
 
 from job.errors import (
@@ -12,6 +14,8 @@ from job.errors import (
     SettingsError,
     Unreachable,
     combine,
+    exit_codes,
+    gravest,
     named_by,
 )
 
@@ -44,6 +48,16 @@ def test_errors_without_problems_are_one_line(kind: type[JobError]) -> None:
     """Two services that fail are named in one message."""
     found = combine([("model", Unreachable("silence")), ("data", kind("no"))])
     assert (type(found), str(found)) == (kind, "model: silence; data: no")
+
+
+def test_the_most_serious_code_wins_in_any_order() -> None:
+    """Codes that no retry helps outweigh those that count, these 69, and that 75; the order of the ends is nothing."""
+    weight = {"no": 3, "counts against the limit": 2, "yes": 1, "yes, free": 0}
+    table = exit_codes()
+    for one, other in permutations(table, 2):
+        assert gravest([one, other]) == gravest([other, one])
+        assert weight[table[gravest([one, other])][1]] == max(weight[table[code][1]] for code in (one, other))
+    assert gravest(table) == 2
 
 
 def test_a_place_is_named_by_its_setting() -> None:

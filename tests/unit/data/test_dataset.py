@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from job.common.source_list import Source
-from job.data import dataset
-from job.data.dataset import check_source, load_examples
+from job.data import sources
+from job.data.dataset import load_examples
 from job.data.formats import SUFFIXES, Row
-from job.errors import DataError, Preempted, SettingsError
+from job.errors import DataError, SettingsError
 from job.records import DatasetRecord, Example
 from tests.helpers import READING
 from tests.toy_tokenizer import CHATML, toy_tokenizer
@@ -166,37 +166,6 @@ def test_arbitrary_bytes_are_an_error_of_the_data(tmp_path: Path, content: bytes
     assert problem if problem is not None else len(examples) == record.rows > 0
 
 
-def test_all_faults_are_counted_and_twenty_named(tmp_path: Path) -> None:
-    """Every fault of every row counts, two in one row as two, and the first twenty are named by line and field."""
-    path = lines(tmp_path / "x.jsonl", {"instruction": "a", "output": "b"}, *[{"instruction": 1, "output": ""}] * 30)
-    with pytest.raises(DataError) as caught:
-        load(path)
-    assert caught.value.total == 60
-    assert [problem.where for problem in caught.value.problems[:3]] == [
-        f"{path}:2 instruction",
-        f"{path}:2 output",
-        f"{path}:3 instruction",
-    ]
-    assert str(caught.value).splitlines()[-2] == "... and 40 more"
-
-
-def test_a_row_that_is_too_long_names_its_longest_field(tmp_path: Path) -> None:
-    """A row with more tokens than allowed says how many, and which field is to blame."""
-    path = lines(tmp_path / "x.jsonl", {"prompt": "0" * 9, "completion": "b"})
-    assert load(path, max_length=12)[1].longest == 12
-    with pytest.raises(DataError, match=r"x.jsonl:1 prompt: makes the row 12 tokens long, 11 are allowed"):
-        load(path, max_length=11)
-
-
-def test_the_rest_of_a_broken_file_cannot_be_skipped(tmp_path: Path) -> None:
-    """A file that cannot be read to its end is an error even where bad rows are skipped."""
-    path = tmp_path / "x.csv"
-    path.write_bytes(b'text\na\n"b')
-    with pytest.raises(DataError, match="not valid CSV"):
-        load(path, on_bad_row="skip")
-    assert len(load(path, limit=1)[0]) == 1
-
-
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"[]"])
 def test_no_rows_are_an_error(tmp_path: Path, content: bytes) -> None:
     """A file without a row is an error, in every format that can be empty."""
@@ -205,48 +174,6 @@ def test_no_rows_are_an_error(tmp_path: Path, content: bytes) -> None:
     for schema in (None, "text"):
         with pytest.raises(DataError, match="has no rows"):
             load(path, schema=schema)
-
-
-def test_rows_that_fit_no_schema_say_what_they_have(tmp_path: Path) -> None:
-    """Where no schema fits, the error names the row's fields and the schemas there are."""
-    path = lines(tmp_path / "x.jsonl", {"question": "a", "\ud800": 1})
-    with pytest.raises(DataError, match=r"x.jsonl:1: fits no schema.*'question', '\\ud800'; known are alpaca: instr"):
-        load(path, on_bad_row="skip")
-
-
-def test_a_misspelled_field_is_named(tmp_path: Path) -> None:
-    """The row's own name that is nearest to a missing field is told, in rows that fit half a schema or none."""
-    path = lines(tmp_path / "x.jsonl", {"promt": "a", "completion": "b"}, {"Prompt": "a", "completion": "b"})
-    with pytest.raises(DataError) as caught:
-        load(path)
-    assert [str(problem) for problem in caught.value.problems] == [
-        f"{path}:{n} prompt: is missing; if {name!r} is meant, rename it, or name it by JOB_DATA__FIELDS"
-        for n, name in ((1, "promt"), (2, "Prompt"))
-    ]
-    assert "JOB_DATA__ON_BAD_ROW=skip" in str(caught.value).splitlines()[-1]
-    path = lines(tmp_path / "y.jsonl", {"promt": "a", "completon": "b"})
-    with pytest.raises(DataError, match="'promt' may be meant as prompt; 'completon' may be meant as completion"):
-        load(path)
-
-
-def test_pairs_are_one_problem(tmp_path: Path) -> None:
-    """Rows of preferences under `sft` are told once, with the method for them; each row is, under a named schema."""
-    path = lines(tmp_path / "x.jsonl", *[{"prompt": "a", "chosen": "b", "rejected": "c"}] * 3)
-    with pytest.raises(DataError, match=r"x.jsonl:1: has the fields .* set JOB_TRAIN__METHOD=dpo or orpo$") as caught:
-        load(path)
-    assert caught.value.total == 1
-    with pytest.raises(DataError) as caught:
-        load(path, schema="prompt_completion")
-    assert caught.value.total == 3
-    assert all("set JOB_TRAIN__METHOD=dpo" in problem.what for problem in caught.value.problems)
-
-
-def test_a_named_schema_wins(tmp_path: Path) -> None:
-    """A schema given by name is used where detection would take another."""
-    path = lines(tmp_path / "x.jsonl", {"instruction": "a", "output": "b", "text": "cat"})
-    assert load(path)[1].format == "alpaca"
-    examples, record = load(path, schema="text")
-    assert (record.format, text_of(examples[0])) == ("text", "cat")
 
 
 def test_conversations_need_a_chat_template(tmp_path: Path) -> None:
@@ -303,7 +230,7 @@ def test_hub_rows_are_checked_like_any_others(monkeypatch: pytest.MonkeyPatch) -
         assert (source, revision, split) == ("tatsu-lab/alpaca", "main", "test")
         return "c0ffee", iter([Row(f"{name}:row 1", {"text": ""}), Row(f"{name}:row 2", {"text": "cat"})])
 
-    monkeypatch.setattr(dataset, "open_dataset", fake)
+    monkeypatch.setattr(sources, "open_dataset", fake)
     with pytest.raises(DataError, match="tatsu-lab/alpaca:row 1 text: is empty"):
         load("tatsu-lab/alpaca", revision="main", split="test")
     examples, record = load("tatsu-lab/alpaca", revision="main", split="test", on_bad_row="skip")
@@ -423,22 +350,6 @@ def test_a_template_sees_the_day_it_is_given(tmp_path: Path) -> None:
     assert hashes[0] == hashes[1] != hashes[2]
 
 
-def test_reading_can_be_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While rows are read the caller is called again and again, bad rows or good ones; what it raises ends it."""
-    monkeypatch.setattr(dataset, "_ALIVE_SECONDS", 0.0)
-    path = lines(tmp_path / "x.jsonl", *[{"text": "a"}, {"text": ""}] * 1000)
-    calls: list[None] = []
-
-    def alive() -> None:
-        calls.append(None)
-        if len(calls) == 1500:
-            raise Preempted("asked to end")
-
-    with pytest.raises(Preempted):
-        load(path, on_bad_row="skip", alive=alive)
-    assert len(calls) == 1500
-
-
 def test_shards_of_the_split_are_one_source(tmp_path: Path) -> None:
     """A folder in the hub's layout is read by split, each row named by its shard, and the record has the split."""
     for number, text in enumerate(("cat", "mat")):
@@ -449,17 +360,3 @@ def test_shards_of_the_split_are_one_source(tmp_path: Path) -> None:
     write_rows(tmp_path / "train-00001-of-00002.parquet", [{"text": ""}])
     with pytest.raises(DataError, match=r"s3://bucket/data/train-00001-of-00002.parquet:row 1 text"):
         load(tmp_path, name="s3://bucket/data")
-
-
-@pytest.mark.parametrize(
-    ("source", "error", "words"),
-    [
-        ("/missing.jsonl", DataError, "JOB_DATA__SOURCE: /missing.jsonl does"),
-        ("some/data", SettingsError, "JOB_DATA__REVISION"),
-    ],
-)
-def test_a_source_is_checked_without_reading_it(source: str, error: type[Exception], words: str) -> None:
-    """A path that is not there and a hub id without a revision are known before anything is fetched."""
-    with pytest.raises(error, match=words):
-        check_source(source, None, "train")
-    check_source("some/data", "main", "train")

@@ -12,8 +12,10 @@ import pytest
 import structlog
 
 from job.common.source_list import Source, locate_sources, parse_sources
+from job.data import sources
 from job.data.notes import Notes
-from job.errors import DataError, SettingsError
+from job.data.sources import check_source
+from job.errors import DataError, Preempted, SettingsError
 from tests.helpers import encoded
 from tests.toy_tokenizer import toy_tokenizer
 from tests.unit.data.test_dataset import lines, load, text_of
@@ -246,3 +248,33 @@ def test_an_amount_that_is_none_is_said_to_be_that(amount: str) -> None:
     """A number that is no amount is not taken for the end of a path that does not exist."""
     with pytest.raises(ValueError, match="has an amount that is none"):
         parse_sources(f"a.jsonl={amount}")
+
+
+def test_reading_can_be_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While rows are read the caller is called again and again, bad rows or good ones; what it raises ends it."""
+    monkeypatch.setattr(sources, "_ALIVE_SECONDS", 0.0)
+    path = lines(tmp_path / "x.jsonl", *[{"text": "a"}, {"text": ""}] * 1000)
+    calls: list[None] = []
+
+    def alive() -> None:
+        calls.append(None)
+        if len(calls) == 1500:
+            raise Preempted("asked to end")
+
+    with pytest.raises(Preempted):
+        load(path, on_bad_row="skip", alive=alive)
+    assert len(calls) == 1500
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "words"),
+    [
+        ("/missing.jsonl", DataError, "JOB_DATA__SOURCE: /missing.jsonl does"),
+        ("some/data", SettingsError, "JOB_DATA__REVISION"),
+    ],
+)
+def test_a_source_is_checked_without_reading_it(source: str, error: type[Exception], words: str) -> None:
+    """A path that is not there and a hub id without a revision are known before anything is fetched."""
+    with pytest.raises(error, match=words):
+        check_source(source, None, "train")
+    check_source("some/data", "main", "train")

@@ -8,6 +8,8 @@ import signal
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from job.distributed import launcher
+from job.distributed.ends import END
 from job.distributed.launcher import Machine, check_signals, count_processes, launch, noted_signals
-from job.distributed.process_group import END
 from job.distributed.rendezvous import host_store, keyspace
-from job.errors import Killed, Preempted, SettingsError, Unreachable, exit_codes
+from job.errors import JobError, Killed, Preempted, SettingsError, Unreachable, exit_codes
+from tests.forked import free_port
 
 RANK = "import os, sys, time, signal; rank = int(os.environ['RANK']); "
 
@@ -64,18 +67,10 @@ def test_ranks_go_on_over_the_machines(tmp_path: Path) -> None:
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"2": "4::1", "3": "4::1"}
 
 
-@pytest.mark.parametrize("code", [2, 3, 65, 69, 75, 76, 77, 1])
+@pytest.mark.parametrize("code", sorted(exit_codes()))
 def test_an_exit_code_survives(code: int) -> None:
     """Where torchrun makes 1 of all of them: the codes decide whether a platform tries again."""
     assert run(f"sys.exit({code} if rank else 75)") == code
-
-
-def verdict(codes: dict[int, int], late: set[int] = frozenset()) -> int:  # type: ignore[assignment]
-    """The exit code for all; -1 where it is an error of its own."""
-    try:
-        return launcher._combined(codes, late)
-    except Killed:
-        return -1
 
 
 @pytest.mark.parametrize(
@@ -89,24 +84,24 @@ def verdict(codes: dict[int, int], late: set[int] = frozenset()) -> int:  # type
         ({0: 75, 1: 69}, set(), 69),
         ({0: 75, 1: 1}, set(), 1),
         ({0: 65, 1: 1}, set(), 65),
-        ({0: 75, 1: -9}, set(), -1),
+        ({0: 75, 1: -9}, set(), 1),
         ({0: 2, 1: -9}, set(), 2),
         ({0: 75, 1: -9}, {1}, 75),
         ({0: -9, 1: -9}, {0, 1}, 75),
-        ({0: 1, 1: -6}, set(), -1),
-        ({0: 120, 1: 0}, set(), -1),
+        ({0: 69, 1: -6}, set(), 1),
+        ({0: 120, 1: 0}, set(), 1),
     ],
 )
 def test_the_gravest_end_counts(codes: dict[int, int], late: set[int], expected: int) -> None:
     """What no retry can mend outweighs what counts, and that what is free; process 0 alone decides on success."""
-    assert verdict(codes, late) == expected
+    assert launcher._combined(codes, late) == expected
 
 
 @given(st.dictionaries(st.integers(0, 7), st.sampled_from([0, -9, -15, 99, *exit_codes()]), min_size=1), st.data())
 def test_an_end_is_a_success_only_if_it_was_one(codes: dict[int, int], data: Any) -> None:
     """0 means that process 0 was successful, or, where it is on another machine, that all here were."""
     late = data.draw(st.sets(st.sampled_from(sorted(codes))))
-    assert (verdict(codes, late) == 0) == (codes.get(0) == 0 or not any(codes.values()))
+    assert (launcher._combined(codes, late) == 0) == (codes.get(0) == 0 or not any(codes.values()))
 
 
 def test_a_killed_process_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +112,7 @@ def test_a_killed_process_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
         run("os.kill(os.getpid(), 9) if rank else (time.sleep(0.5), sys.exit(75))")
     assert caught.value.exit_code == 1
     end = json.loads(keyspace(stores[0], "r").get(END))
-    assert (end["process"], end["code"]) == (1, 75)
+    assert (end["process"], end["code"]) == (1, 1)
 
 
 LISTENS = "signal.signal(15, lambda *_: sys.exit(75)); signal.signal(2, lambda *_: sys.exit(75)); time.sleep(30)"
@@ -149,6 +144,52 @@ def test_after_the_grace_all_are_killed() -> None:
     deaf = "signal.signal(15, signal.SIG_IGN); "
     assert run(deaf + "time.sleep(60)", signals=((1.0, signal.SIGTERM),), grace=1) == 75
     assert run(deaf + "rank and sys.exit(65); time.sleep(60)", grace=1) == 65
+
+
+def on_two_machines(codes: tuple[str, str], grace: float = 5) -> list[int]:
+    """The exit codes of the launchers of two machines with one process each, which runs the code for its rank."""
+    address = f"localhost:{free_port()}"
+
+    def machine(rank: int) -> int:
+        command = [sys.executable, "-S", "-c", RANK + codes[rank]]
+        place = Machine(1, nodes=2, node_rank=rank, rendezvous=address)
+        try:
+            return launch(command, place, [], run="r", environ=dict(os.environ), grace_seconds=grace)
+        except JobError as error:
+            return error.exit_code
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(machine, (0, 1)))
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize(
+    ("one", "other", "both"),
+    [
+        ("sys.exit(1)", "sys.exit(75)", 1),
+        ("sys.exit(75)", "sys.exit(2)", 2),
+        ("os.kill(os.getpid(), 9)", "sys.exit(75)", 1),
+        ("sys.exit(74)", "sys.exit(69)", 74),
+    ],
+)
+def test_machines_end_with_the_most_serious_code(one: str, other: str, both: int, first: int) -> None:
+    """Whichever machine fails first, and in whichever way: both launchers end with the same exit code."""
+    codes = [f"time.sleep({0.3 * (rank != first)}); {code}" for rank, code in enumerate((one, other))]
+    assert on_two_machines((codes[0], codes[1])) == [both, both]
+
+
+def test_a_complete_run_is_complete_on_all_machines() -> None:
+    """Process 0 was successful: what the other machine still went through changes nothing."""
+    assert on_two_machines(("pass", "os.kill(os.getpid(), 9)")) == [0, 0]
+
+
+def test_a_machine_that_says_nothing_is_not_waited_for_long() -> None:
+    """The other machine is gone, or the store with it: the launcher ends with its own code, within its grace period."""
+    began = time.monotonic()
+    lonely = Machine(1, nodes=2, node_rank=0, rendezvous=f"localhost:{free_port()}")
+    assert run("sys.exit(75)", lonely, grace=1) == 75
+    assert run("sys.exit(75)", replace(lonely, node_rank=1), grace=1) == 75
+    assert time.monotonic() - began < 5
 
 
 def test_a_signal_before_the_start_starts_nothing(tmp_path: Path) -> None:

@@ -247,18 +247,19 @@ def test_the_models_own_ends_count_and_its_penalties_are_named(
 ) -> None:
     """A turn may end by a token that only generation_config.json names; what it asks for beyond that is logged once."""
     how = HowToGenerate(9)
-    assert with_model_defaults(how, tmp_path) == how
+    scripted = Scripted(tokenizer, "it<pad>is", ends=[tokenizer.eos_token_id, 5])
+    assert with_model_defaults(how, tmp_path, scripted, tokenizer).ends == tuple(sorted({5, tokenizer.eos_token_id}))
+    scripted = Scripted(tokenizer, "it<pad>is", ends=[1])
     config = {"eos_token_id": [2, 7], "repetition_penalty": 1.1, "suppress_tokens": [], "min_length": 0, "top_k": 50}
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "generation_config.json").write_text(json.dumps(config))
-    found = with_model_defaults(how, folder)
-    assert found == with_model_defaults(how, folder) == HowToGenerate(9, ends=(2, 7))
+    found, again = (with_model_defaults(how, folder, scripted, tokenizer) for _ in range(2))
+    assert found == again == HowToGenerate(9, ends=tuple(sorted({1, 2, 7, tokenizer.eos_token_id})))
     logged = "".join(capsys.readouterr())
     assert logged.count("is not applied") == 1
     assert "repetition_penalty" in logged
     assert "top_k" not in logged
-    scripted = Scripted(tokenizer, "it<pad>is", ends=[1])
     (answer,) = generate(scripted, tokenizer, [(5,)], max_new_tokens=9, ends=found.ends)
     assert (answer.text, answer.ended_by) == ("it", "eos")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,10 +14,11 @@ from scipy.stats import ttest_1samp, ttest_ind
 
 from job.errors import SettingsError
 from job.evaluation import statistics
-from job.evaluation.groups import compare_groups, groups_from
+from job.evaluation.groups import compare_groups, groups_from, read_groups
 from job.evaluation.harness import evaluate, measure
-from job.evaluation.tasks import Tasks, check_tasks, load_tasks
-from job.records import Answer, ChoiceScore, Evaluated, MeasuredScores, Metric, Question, TaskScores
+from job.evaluation.task_names import check_tasks
+from job.evaluation.tasks import Tasks, load_tasks
+from job.records import Answer, ChoiceScore, Evaluated, GroupSpec, MeasuredScores, Metric, Question, TaskScores
 from tests.helpers import write_jsonl
 from tests.unit.evaluation.test_task_files import write_task
 
@@ -197,7 +199,6 @@ def test_a_stratified_interval_covers_the_truth() -> None:
 
 def test_a_lower_figure_may_be_the_better_one() -> None:
     """The verdict goes by the metric's direction."""
-    from job.evaluation.groups import GroupSpec
 
     def side(values: list[float]) -> Evaluated:
         pairs = tuple((value, 1.0) for value in values)
@@ -238,6 +239,23 @@ def test_what_is_not_supported_is_refused_in_words(tmp_path: Path, changes: dict
     path = write_group(tmp_path, **changes)
     with pytest.raises(SettingsError, match=says):
         load_tasks([str(path)], {}, {})
+
+
+def test_tasks_that_disagree_on_what_is_better_are_refused() -> None:
+    """A mean of one metric that is better higher in one task and lower in another has no direction to be judged by."""
+    asked = [SimpleNamespace(metric=name, filter_list=None, weight_by_size=True) for name in ("loss", "acc")]
+    members = [SimpleNamespace(task_name=name) for name in ("one", "two")]
+    group = SimpleNamespace(
+        has_aggregation=True, version="1", aggregate_metric_list=asked, get_all_tasks=lambda: members
+    )
+    metrics = {
+        name: {"loss,none": Metric("mean", higher_is_better=better), "acc,none": Metric("mean", higher_is_better=True)}
+        for name, better in (("one", True), ("two", False))
+    }
+    with pytest.raises(SettingsError, match=r"own has loss,none, of which .* better for one and a lower one for two"):
+        read_groups({"own": group}, metrics)
+    metrics["two"]["loss,none"] = Metric("perplexity", higher_is_better=False)
+    assert read_groups({"own": group}, metrics)["own"].higher_is_better == {"loss,none": True, "acc,none": True}
 
 
 def test_a_metric_that_no_task_has_is_left_out(tmp_path: Path) -> None:

@@ -1,9 +1,7 @@
-"""Evaluation: lm-eval's own numbers, question by question, and files of questions checked before anything is loaded."""
+"""Evaluation: lm-eval's own numbers, question by question."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from string import ascii_letters
@@ -13,54 +11,29 @@ import pytest
 import torch
 
 from job.errors import DataError, SettingsError, Unreachable
-from job.evaluation import tasks
 from job.evaluation.harness import evaluate
+from job.evaluation.question_lengths import count_questions
 from job.evaluation.samples import Sample, write_samples
 from job.evaluation.scoring import plan_sequences, score_sequence
 from job.evaluation.statistics import standard_error
-from job.evaluation.tasks import check_lengths, check_tasks, count_questions, load_tasks
+from job.evaluation.tasks import load_tasks
 from job.records import ChoiceScore, Question, TaskScores
 from tests.helpers import ARC_EASY, arc_rows, make_model, read_jsonl, write_jsonl
+from tests.unit.evaluation.example_tasks import local_tasks, whole_index
 
 Results = dict[str, tuple[TaskScores, list[dict[str, Any]]]]
 
-pytestmark = pytest.mark.filterwarnings(
+pytestmark = [
+    pytest.mark.usefixtures("one_index"),
     # lm-eval 0.4.13 calls parts of itself by names that it has deprecated
-    "ignore::DeprecationWarning:lm_eval.*",
-)
-
-FOLDERS = ("arc", "glue", "gsm8k", "truthfulqa", "wikitext", "winogrande")
-"""Of lm-eval's tasks."""
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:lm_eval.*"),
+]
 
 
 @cache
 def model(folder: Path) -> Any:
     """The tiny base with a fresh adapter, as the job evaluates it."""
     return make_model(folder).eval()
-
-
-@cache
-def whole_index() -> Any:
-    """lm-eval's index of the tasks that are named here, read once: that of all of them takes ten seconds."""
-    from lm_eval import tasks
-    from lm_eval.tasks.manager import TaskManager
-
-    folder = Path(tasks.__file__).parent
-    return TaskManager(include_path=[str(folder / name) for name in FOLDERS], include_defaults=False)
-
-
-@pytest.fixture(autouse=True)
-def _one_index(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever asks for the whole index gets that of the tasks that are named here."""
-    from lm_eval import tasks
-
-    index = tasks.TaskManager
-    monkeypatch.setattr(tasks, "TaskManager", lambda **options: index(**options) if options else whole_index())
-
-
-def local_tasks(**files: Path) -> Any:
-    """lm-eval's tasks by name, each with its questions from a file."""
-    return load_tasks(list(files), files, {name: f"file://{name}" for name in files})
 
 
 def run(
@@ -164,51 +137,11 @@ def test_long_questions_are_cut_as_lm_eval_cuts_them(base_folder: Path, tokenize
     assert ours != run(base_folder, tokenizer, arc_easy=file)
 
 
-def test_questions_too_large_for_the_model_are_found_early(tokenizer: Any, tmp_path: Path) -> None:
-    """A question that is too long with a choice, with too many choices or bytes, or an unknown token, is named."""
-    small = arc_rows(4)
-    sizes = [
-        max(
-            len(tokenizer.encode(f"Question: {row['question']}\nAnswer: {choice}")) for choice in row["choices"]["text"]
-        )
-        for row in small
-    ]
-    most, vocabulary = max(sizes), len(tokenizer)
-
-    def problems(
-        rows: list[dict[str, Any]], max_length: int, *, cut: bool = False, known: int = vocabulary
-    ) -> list[str]:
-        tasks = local_tasks(arc_easy=write_jsonl(tmp_path / "x.jsonl", rows))
-        try:
-            check_lengths(tasks, tokenizer, limit=None, max_length=max_length, cut=cut, vocabulary=known)
-        except DataError as error:
-            return [f"{problem.where}: {problem.what}" for problem in error.problems]
-        return []
-
-    assert problems(small, most) == []
-    found = problems(small, most - 1)
-    assert len(found) == sizes.count(most)
-    assert f"is {most} tokens long" in found[0]
-    assert "made-up-" in found[0]
-    assert "JOB_EVAL__LONG_QUESTIONS=cut" in found[0]
-    assert problems(small, most - 1, cut=True) == []
-    many = small[0] | {"choices": {"text": ["x"] * 5000, "label": [str(n) for n in range(5000)]}, "answerKey": "3"}
-    huge = small[1] | {"question": "x " * 1_000_000}
-    assert [line.split(": ")[1].split(" ", 1)[0] for line in problems([many, huge, small[2]], most)] == ["has", "has"]
-    assert "the model has embeddings" in problems(small, 10_000, known=vocabulary - 200)[0]
-
-
 @pytest.mark.skipif(not ARC_EASY.exists(), reason=f"the real ARC-Easy is not at {ARC_EASY}")
 def test_scores_are_lm_evals_own_on_the_real_arc_easy(base_folder: Path, tokenizer: Any) -> None:
     """The first 24 questions of the real test set."""
     ours = run(base_folder, tokenizer, limit=24, arc_easy=ARC_EASY)
     assert_equal(ours, by_lm_eval(base_folder, tokenizer, limit=24, arc_easy=ARC_EASY))
-
-
-@pytest.mark.skipif(not ARC_EASY.exists(), reason=f"the real ARC-Easy is not at {ARC_EASY}")
-def test_all_of_the_real_arc_easy_is_accepted() -> None:
-    """2,376 questions, each of which fits the task."""
-    assert len(local_tasks(arc_easy=ARC_EASY).loaded["tasks"]["arc_easy"].eval_docs) == 2376
 
 
 @pytest.mark.parametrize("budget", [1, 300])
@@ -315,24 +248,6 @@ def test_the_source_is_what_the_user_wrote(base_folder: Path, tokenizer: Any, tm
     assert run(base_folder, tokenizer, arc_easy=file)["arc_easy"][0].source == "file://arc_easy"
 
 
-@pytest.mark.parametrize(
-    ("names", "problems"),
-    [
-        (["arc_easi"], [("JOB_EVAL__TASKS", "lm-eval has no task 'arc_easi'; did you mean 'arc_easy'?")]),
-        (["arc_easy", "§"], [("JOB_EVAL__TASKS", "lm-eval has no task '§'")]),
-        (
-            ["no.yaml"],
-            [("JOB_EVAL__TASKS", "no.yaml cannot be read: No such file or directory; a task of lm-eval has no ending")],
-        ),
-    ],
-)
-def test_tasks_that_cannot_be_asked_are_refused(names: list[str], problems: list[tuple[str, str]]) -> None:
-    """An unknown task, with the nearest known one, and a file that is not there: all named, before any download."""
-    with pytest.raises(SettingsError) as caught:
-        load_tasks(names, {}, {})
-    assert [(problem.where, problem.what) for problem in caught.value.problems] == problems
-
-
 def test_a_task_with_examples_is_never_asked_without_them(tmp_path: Path) -> None:
     """GSM8K is asked with five examples, which a file of questions lacks: refused, unless the setting says 0."""
     rows = [{"question": f"How many are {n} and 2?", "answer": f"#### {n + 2}"} for n in range(4)]
@@ -343,34 +258,6 @@ def test_a_task_with_examples_is_never_asked_without_them(tmp_path: Path) -> Non
         load_tasks(["gsm8k"], files, {"gsm8k": "q.jsonl"})
     (task,) = load_tasks(["gsm8k"], files, {"gsm8k": "q.jsonl"}, 0).loaded["tasks"].values()
     assert (task.OUTPUT_TYPE, task.config.num_fewshot) == ("generate_until", 0)
-
-
-def test_simple_tasks_are_known_without_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A task whose file says all of it is found without the import of lm-eval, which looks up all others."""
-    asked: list[Any] = []
-
-    def look_up(names: tuple[str, ...]) -> Any:
-        asked.append(names)
-        raise SettingsError([])
-
-    monkeypatch.setattr(tasks, "_index", look_up)
-    check_tasks(["arc_easy"], {"arc_easy": "questions.jsonl"})
-    assert not asked
-    # asks otherwise, a group, with functions, with another file, unknown
-    others = ["gsm8k", "ai2_arc", "hellaswag", "arc_challenge", "arc_easi"]
-    for name in others:
-        with pytest.raises(SettingsError):
-            check_tasks(["arc_easy", name], {})
-    assert [names[1] for names in asked] == others
-
-
-def test_a_file_for_a_group_of_tasks_is_refused(tmp_path: Path) -> None:
-    """A file serves one task: which of a group's tasks it would be for is not guessed."""
-    file = write_jsonl(tmp_path / "q.jsonl", arc_rows(4))
-    with pytest.raises(
-        SettingsError, match=r"JOB_EVAL__DATA: ai2_arc is not one task; give a file for each of its tasks"
-    ):
-        local_tasks(ai2_arc=file)
 
 
 def test_a_task_without_accuracy_is_refused(tmp_path: Path) -> None:
@@ -460,80 +347,3 @@ def test_choices_in_front_are_scored_as_lm_eval_scores_them(base_folder: Path, t
         assert record["log_likelihoods"] == pytest.approx(likelihoods, abs=1e-4)
         assert (record["prediction"], record["acc"]) == (likelihoods.index(max(likelihoods)), sample["acc"])
         assert record["doc_hash"] == sample["doc_hash"]
-
-
-GOOD = arc_rows(6)
-
-
-def spoiled(number: int, **changes: Any) -> list[dict[str, Any]]:
-    """Good rows, of which one has other fields; None takes a field away."""
-    rows = [dict(row) for row in GOOD]
-    rows[number - 1] = {key: value for key, value in {**rows[number - 1], **changes}.items() if value is not None}
-    return rows
-
-
-@pytest.mark.parametrize("line", [1, 4])
-@pytest.mark.parametrize(
-    ("changes", "why"),
-    [
-        ({"answerKey": "Z"}, "does not fit the task arc_easy: ValueError"),
-        ({"answerKey": None}, "does not fit the task arc_easy: UndefinedError"),
-        ({"question": None}, "does not fit the task arc_easy: UndefinedError"),
-        ({"choices": None}, "does not fit the task arc_easy: UndefinedError"),
-        ({"choices": {"text": ["a", ""], "label": ["A", "B"]}, "answerKey": "A"}, "an empty one|IndexError"),
-        ({"choices": {"text": ["a"], "label": ["A"]}, "answerKey": "A"}, "fewer than two choices"),
-        ({"choices": {"text": ["a", "b"], "label": ["A", "A"]}, "answerKey": "A"}, "name each of choices.text once"),
-        ({"choices": {"text": ["a", "b"], "label": ["A", "B", "C"]}, "answerKey": "A"}, "name each of choices.text"),
-        ({"choices": {"text": ["a"], "label": ["A", "B"]}, "answerKey": "B"}, "no right one|IndexError"),
-    ],
-)
-def test_a_bad_question_is_named(tmp_path: Path, line: int, changes: dict[str, Any], why: str) -> None:
-    """A row that makes no question of the task is an error of the data with file and line, the first row's too."""
-    file = write_jsonl(tmp_path / "q.jsonl", spoiled(line, **changes))
-    with pytest.raises(DataError, match=why) as caught:
-        local_tasks(arc_easy=file)
-    assert [problem.where for problem in caught.value.problems] == [f"file://arc_easy:{line}"]
-
-
-def test_all_bad_questions_are_named_at_once(tmp_path: Path) -> None:
-    """Every bad line of the file is in one error."""
-    rows = [{**row, "answerKey": "Z"} if number in {2, 5} else row for number, row in enumerate(GOOD, 1)]
-    with pytest.raises(DataError) as caught:
-        local_tasks(arc_easy=write_jsonl(tmp_path / "q.jsonl", rows))
-    assert [problem.where for problem in caught.value.problems] == ["file://arc_easy:2", "file://arc_easy:5"]
-
-
-@pytest.mark.parametrize(
-    ("content", "where", "why"),
-    [
-        (b'{"id": "a", "question": \n', "file://arc_easy:1", "JSON"),
-        (json.dumps(GOOD[0]).encode() + b"\n\xff\xfe\n", "file://arc_easy:2", "UTF-8"),
-        (b"", "file://arc_easy", "no questions"),
-    ],
-)
-def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, content: bytes, where: str, why: str) -> None:
-    """Broken JSON, broken UTF-8 and an empty file are errors of the data, with the line where there is one."""
-    file = tmp_path / "q.jsonl"
-    file.write_bytes(content)
-    with pytest.raises(DataError, match=why) as caught:
-        local_tasks(arc_easy=file)
-    assert caught.value.problems[0].where.startswith(where)
-
-
-def test_rows_of_different_types_are_an_error_of_the_data(tmp_path: Path) -> None:
-    """A field that is text in one row and an object in another is no crash."""
-    with pytest.raises(DataError, match="fields of the same types") as caught:
-        local_tasks(arc_easy=write_jsonl(tmp_path / "q.jsonl", spoiled(3, question={"a": 1})))
-    assert caught.value.problems[0].where == "file://arc_easy"
-
-
-def problems_of(names: Sequence[str]) -> str:
-    """What is wrong with these tasks."""
-    with pytest.raises(SettingsError) as caught:
-        load_tasks(names, {}, {})
-    return str(caught.value)
-
-
-def test_good_tasks_are_not_named_beside_bad_ones() -> None:
-    """Only what is wrong is in the message."""
-    assert "arc_easy" not in problems_of(["arc_easy", "§"])

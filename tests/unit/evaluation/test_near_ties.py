@@ -69,7 +69,7 @@ def test_by_length_the_bound_is_the_same_nats() -> None:
 def test_a_near_tie_is_one_for_the_type_that_scored_it() -> None:
     """A margin of 0.3 nats is within bf16's error and outside fp16's and fp32's."""
     close = close_questions([sample([-2.0, -2.0 - margin], gold=0) for margin in (0.3, 0.04, 0.0)], by_length=False)
-    assert {dtype: near_ties(close, dtype) for dtype in BOUNDS} == {"bf16": 3, "fp16": 2, "fp32": 1}
+    assert {dtype: near_ties(close, bound) for dtype, bound in BOUNDS.items()} == {"bf16": 3, "fp16": 2, "fp32": 1}
 
 
 def scored(correct: list[bool], *close: Close) -> TaskScores:

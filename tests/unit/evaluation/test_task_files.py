@@ -10,7 +10,8 @@ import yaml
 
 from job.errors import DataError, SettingsError
 from job.evaluation.task_files import read_task_file
-from job.evaluation.tasks import check_tasks, load_tasks
+from job.evaluation.task_names import check_tasks
+from job.evaluation.tasks import load_tasks
 from tests.helpers import write_jsonl
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:lm_eval.*")

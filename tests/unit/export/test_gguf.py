@@ -6,21 +6,17 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from job.common.export_formats import EXPORT_FORMATS
 from job.errors import Preempted, TrainingFailed
-from job.export import gguf, llama_cpp_process
+from job.export import gguf
 from job.export.formats import DerivedInputs
-from job.export.gguf import TYPES, check_gguf, load_gguf, make_gguf, score_in_llama_cpp
+from job.export.gguf import check_gguf, load_gguf, make_gguf, score_in_llama_cpp
 from job.export.quantizable import CannotMake
 from job.model.base import PLAIN, load_base, load_tokenizer
 from job.model.packed_attention import use
@@ -277,77 +273,6 @@ def test_waiting_is_bounded_and_lets_the_job_end(files: dict[str, Path], monkeyp
         stopped = True
         with pytest.raises(Preempted):
             model.score(QUESTIONS[1])
-
-
-def test_a_probability_of_zero_is_the_least_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """llama.cpp tells the lowest number of fp32 for a probability that is zero in it; a score can still be compared."""
-
-    class Server:
-        """Answers as llama.cpp does."""
-
-        def handle_completions(self, asked: dict[str, Any]) -> dict[str, Any]:
-            """The forced token, of probability zero."""
-            ((token, _),) = asked["logit_bias"]
-            content = [{"id": token, "logprob": -3.4028234663852886e38, "top_logprobs": [{"id": 3, "logprob": -0.1}]}]
-            usage = {"prompt_tokens": len(asked["prompt"])}
-            return {"choices": [{"logprobs": {"content": content}}], "usage": usage}
-
-    served = object.__new__(llama_cpp_process.Served)
-    monkeypatch.setattr(served, "_server", Server(), raising=False)
-    total, greedy = served.score([0, 5], [7, 8], anew=True)
-    assert total == 2 * llama_cpp_process.LEAST
-    assert -104 < llama_cpp_process.LEAST < -103
-    assert greedy is False
-
-
-ERROR = {"Q4_0": 0.12, "Q5_0": 0.06, "Q5_1": 0.06, "Q8_0": 0.01, "Q4_K": 0.1, "Q5_K": 0.05, "Q6_K": 0.03}
-
-
-@pytest.fixture
-def packaged() -> Iterator[Any]:
-    """The package gguf, put back as it was."""
-    import gguf as package
-
-    table = package.quants._type_traits
-    kinds = {kind: vars(kind).get("quantize_blocks") for kind in table.values()}
-    rows = package.quants._apply_over_grouped_rows
-    yield package
-    package.quants._apply_over_grouped_rows = rows
-    for kind, method in kinds.items():
-        if method is not None:
-            kind.quantize_blocks = method
-        elif "quantize_blocks" in vars(kind):
-            del kind.quantize_blocks
-
-
-def test_blocks_are_llama_cpps_own(packaged: Any) -> None:
-    """Every type holds the numbers up to its rounding; those that the package makes too have the same bytes."""
-    types, quants = packaged.GGMLQuantizationType, packaged.quants
-    weights = np.random.default_rng(0).standard_normal((96, 512), dtype=np.float32)
-    own = {name: quants.quantize(weights, types[name]) for name in ("Q4_0", "Q5_0", "Q5_1", "Q8_0")}
-    with pytest.raises(NotImplementedError):
-        quants.quantize(weights, types.Q4_K)
-    llama_cpp_process._blocks_by_ggml()
-    for name, bound in ERROR.items():
-        made = quants.quantize(weights, types[name])
-        assert name not in own or np.array_equal(made, own[name])
-        error = np.abs(quants.dequantize(made, types[name]) - weights).mean()
-        assert bound / 8 < error < bound
-
-
-def test_a_type_that_does_not_fit_is_replaced_as_llama_cpp_does() -> None:
-    """Rows that are no multiple of 256 have no k-quants: the next larger kind of 32 takes their place, or 16 bits."""
-    types = import_module("gguf").GGMLQuantizationType
-    fits = llama_cpp_process._that_fits
-    assert fits(types.Q4_K, 512) == types.Q4_K
-    assert [fits(kind, 576) for kind in (types.Q4_K, types.Q5_K, types.Q6_K)] == [types.Q5_0, types.Q5_1, types.Q8_0]
-    assert fits(types.Q8_0, 100) == fits(types.Q6_K, 100) == types.F16
-
-
-def test_every_type_is_one_of_llama_cpps() -> None:
-    """The names are llama.cpp's own, and those of the settings."""
-    assert tuple(TYPES) == tuple(EXPORT_FORMATS["gguf"].types)
-    assert all(llama_cpp_process._file_type(name).name.endswith(name.upper()) for name in TYPES)
 
 
 def test_k_quants_are_mixed_as_llama_cpp_mixes_them(tmp_path: Path) -> None:

@@ -254,7 +254,7 @@ def test_exports_are_planned(given: Path, monkeypatch: pytest.MonkeyPatch) -> No
     """Bytes of every format by its own bits, and a note on a file that is larger than the hub takes."""
     for name, value in {"FORMATS": "adapter:fp16,merged,fp8,gguf:q8_0,gguf:q4_0", "HUB": "me/model"}.items():
         monkeypatch.setenv(f"JOB_EXPORT__{name}", value)
-    monkeypatch.setattr("job.planning.plan.targets", lambda _: ())
+    monkeypatch.setattr("job.planning.input_checks.targets", lambda _: ())
     plan = make_plan(load_settings([]))
     assert not [check for check in plan.checks if check.name == "hub"]
     figures = {figure.name: figure for figure in plan.figures}

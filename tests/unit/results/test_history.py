@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from job.cli.runs import compare_command
-from job.errors import GateError, SettingsError
+from job.errors import DataError, GateError, SettingsError
 from job.results.history import control_limits, find_runs, history
+from job.storage.local import LocalStore
 from job.storage.location import StorageOptions
+from job.storage.open import ObjectInfo
 from tests.published_run import forge, pairs, publish_run
 
 CORRECT = (30, 32, 29, 31, 33, 30)
@@ -79,7 +83,7 @@ def test_too_few_runs(series: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_other_questions_are_left_out(series: Path, tmp_path: Path) -> None:
     """A run with other questions has no place among values that are compared, and is named."""
     other = run_of(tmp_path, 1, 10, questions=40)
-    found = history(find_runs([str(series), str(other)], StorageOptions()), None)
+    found = history(find_runs([str(series), str(other)], StorageOptions())[0], None)
     assert len(found.points) == len(CORRECT)
     assert found.left_out == ("run-1 was asked other questions of quiz",)
 
@@ -88,7 +92,7 @@ def test_equal_values_have_limits_without_width(tmp_path: Path) -> None:
     """Runs that are the same, bit for bit, are within their own limits; another value is not."""
     assert control_limits([0.1] * 6) is not None
     runs = [run_of(tmp_path, number, 7) for number in range(1, 8)]
-    assert history(find_runs(list(map(str, runs)), StorageOptions()), None).outcome == "within"
+    assert history(find_runs(list(map(str, runs)), StorageOptions())[0], None).outcome == "within"
 
 
 @pytest.mark.parametrize(
@@ -109,3 +113,40 @@ def test_output_is_for_a_history(series: Path) -> None:
     """Two runs are compared as text alone."""
     with pytest.raises(SettingsError, match="--output: is for --history alone"):
         compare_command([str(series / "run-9"), str(series / "run-10"), "--output=x"])
+
+
+def test_runs_that_cannot_be_read_are_left_out(
+    series: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A damaged manifest among others and a run that was killed are named, and the others are judged."""
+    folder = Path(shutil.copytree(series, tmp_path / "series"))
+    damaged, killed = folder / "run-11" / "results.json", tmp_path / "killed"
+    damaged.write_bytes(damaged.read_bytes().replace(b"2026-02-11", b"2026-03-11"))
+    killed.mkdir()
+    shutil.copy(series / "run-9" / "lease.json", killed)
+    assert compare_command(["--history", str(folder), str(killed), "--format=json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [point["run"] for point in found["points"]] == [f"run-{number}" for number in (9, 10, 12, 13, 14)]
+    assert [text.partition(" cannot be read: ")[0] for text in found["left_out"]] == [
+        LocalStore(folder / "run-11").uri,
+        LocalStore(killed).uri,
+    ]
+    with pytest.raises(DataError, match=r"there is no run to show; .*killed cannot be read: results\.json: is missing"):
+        compare_command(["--history", str(killed)])
+
+
+def test_a_folder_of_too_many_objects_is_refused(series: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more is listed than the limit, and the newest run is not guessed from a part of them."""
+    listed: list[str] = []
+    plain = LocalStore.list
+
+    def counted(self: LocalStore, prefix: str = "") -> Iterator[ObjectInfo]:
+        for info in plain(self, prefix):
+            listed.append(info.key)
+            yield info
+
+    monkeypatch.setattr("job.results.history.MOST_LISTED", 5)
+    monkeypatch.setattr(LocalStore, "list", counted)
+    with pytest.raises(SettingsError, match="holds more than 5 objects; name the runs themselves"):
+        find_runs([str(series)], StorageOptions())
+    assert len(listed) == 6

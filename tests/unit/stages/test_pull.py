@@ -14,11 +14,15 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Tokenizer
 
-from job.records import AttemptRecord
+from job.errors import DataError
+from job.model.files import fingerprint
+from job.records import AttemptRecord, DatasetRecord, GroupSpec, Pulled
+from job.runs import stage_records
 from job.stages import pull
-from job.stages.pull import _date, _fetch_small_files, _vocabulary
+from job.stages.pull import _date, _fetch_small_files, _groups, _vocabulary, fetch_original
 from job.storage.open import StorageOptions, open_store
 from tests import warm
+from tests.example_run import DATASET
 from tests.helpers import arc_rows, write_jsonl
 from tests.s3_server import BUCKET, CREDENTIALS, credentials, moto_server
 from tests.unit.storage.test_hub import COMMIT, Hub, serving
@@ -120,6 +124,19 @@ def test_a_run_keeps_the_day_of_its_first_attempt() -> None:
     assert _date(first) == _date(later) == "2026-11-28"
 
 
+def test_a_run_of_an_earlier_version_goes_on_without_groups_in_its_record() -> None:
+    """What names a run stays the same: only a run that began with its groups in the record has them later."""
+    spec = GroupSpec("1", ("one",), {"acc,none": True}, {"acc,none": True})
+    tasks: Any = SimpleNamespace(groups={"own": spec})
+    rows = DatasetRecord("x.jsonl", None, None, "alpaca", 8, {}, "00", 9, 8, 7)
+    before, now = (Pulled(rows, "11", None, {"one": "22"}, groups=groups) for groups in (None, tasks.groups))
+    for earlier, expected in ((None, {"own": spec}), (now, {"own": spec}), (before, None)):
+        attempt: Any = SimpleNamespace(recorded=lambda *_, earlier=earlier: earlier)
+        assert _groups(attempt, tasks) == expected
+    assert stage_records.fingerprint({}, before) != stage_records.fingerprint({}, now)
+    assert "groups" not in stage_records.identity(before)
+
+
 @pytest.mark.parametrize(
     ("config", "rows"),
     [
@@ -176,3 +193,16 @@ def test_a_model_in_a_bucket_is_refused_before_its_weights_are_fetched(bucket: S
     done = warm.run([], environ)
     assert done.returncode == 2, done.stderr[-2000:]
     assert "q_prj" in done.stderr
+
+
+def test_a_later_attempt_fetches_the_original_model_from_its_bucket(bucket: StorageOptions, tmp_path: Path) -> None:
+    """It lies where the settings say, and has to be what the run began with."""
+    attempt: Any = SimpleNamespace(alive=lambda: None, work=tmp_path / "work")
+    settings: Any = SimpleNamespace(model=SimpleNamespace(id=f"s3://{BUCKET}/base"))
+    shutil.copytree(DEMO, tmp_path / "base")
+    (tmp_path / "base/model.safetensors").write_bytes(b"no weights")
+    record = Pulled(DATASET, fingerprint(tmp_path / "base"), None, {})
+    folder = fetch_original(attempt, settings, bucket, record)
+    assert fingerprint(folder) == record.model_sha256
+    with pytest.raises(DataError, match=r"JOB_MODEL__ID: .* is not what this run began with"):
+        fetch_original(attempt, settings, bucket, replace(record, model_sha256="0" * 64))

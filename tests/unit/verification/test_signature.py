@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from job.cli.runs import verify_command
 from job.common.hashing import sealed
 from job.errors import SettingsError, VerificationError
-from job.planning.plan import _check_other_inputs
+from job.planning.input_checks import check_other_inputs
 from job.results import signing
 from job.settings.load import load_settings
 from job.storage.local import LocalStore
@@ -215,11 +215,11 @@ def test_a_key_in_the_manifest_that_is_none(run: Path) -> None:
 def test_the_plan_reads_the_key(keys: dict[str, tuple[str, str]], tmp_path: Path) -> None:
     """A key that does not sign is found before a GPU is paid for, and one that does is named by its hash."""
     private, public = keys["signer"]
-    found = _check_other_inputs(load_settings([f"--sign.key={private}"], {}), StorageOptions(), None)
+    found = check_other_inputs(load_settings([f"--sign.key={private}"], {}), StorageOptions(), None)
     (check,) = [one for one in found if one.name == "signature"]
     assert check.state == "ok"
     assert signing.key_id(Path(public).read_text())[:12] in check.what
-    found = _check_other_inputs(load_settings([f"--sign.key={tmp_path}/none.pem"], {}), StorageOptions(), None)
+    found = check_other_inputs(load_settings([f"--sign.key={tmp_path}/none.pem"], {}), StorageOptions(), None)
     (check,) = [one for one in found if one.name == "signature"]
     assert (check.state, "JOB_SIGN__KEY" in str(check.error)) == ("wrong", True)
 

@@ -5,21 +5,27 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import TypeAdapter
 from safetensors.numpy import save_file
 
 from job.common.hashing import sealed, unsealed
 from job.errors import AccessDenied, SettingsError, VerificationError
+from job.evaluation import near_ties
+from job.evaluation.groups import compare_groups
 from job.evaluation.policy import sentence
+from job.records import Evaluated, GroupSpec
 from job.report.report import read_report_data, render_report
 from job.results import manifest
 from job.results.reader import open_run
 from job.runs.layout import attempt_key
 from job.runs.run_log import parse_record
+from job.runs.stage_records import parse
 from job.storage.local import LocalStore
 from job.verification.differences import CheckResult
 from job.verification.verify import as_json, as_lines, require_verified, verify
@@ -583,7 +589,7 @@ def test_forged_figures_of_the_original_base_are_found(
 @pytest.mark.parametrize(
     ("place", "value"),
     [
-        ("bound", 0.5),
+        ("bound", 5.0),
         ("tasks/quiz/acc/base", 399),
         ("tasks/quiz/acc/lowest/delta", -0.5),
         ("tasks/quiz/acc/holds", False),
@@ -595,6 +601,24 @@ def test_forged_near_ties_are_found(published: Path, tmp_path: Path, place: str,
     forge(run, change(f"evaluation/near_ties/{place}", value))
     found = _checked(run, tmp_path / "after")
     assert "evaluation.near_ties" in told({"evaluation": found["evaluation"]})
+
+
+@pytest.mark.parametrize("bound", [0.0001, 2.5])
+def test_a_run_by_another_bound_of_near_ties_verifies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bound: float
+) -> None:
+    """A run made before the bound was changed, up or down, is checked by the bound that it names, which is told."""
+    with monkeypatch.context() as then:
+        then.setitem(near_ties.BOUNDS, "fp32", bound)
+        run = publish_run(tmp_path / "run", {"quiz": pairs(20, improved=9)})
+    (tmp_path / "work").mkdir()
+    found = {check.what: check for check in verify(open_run(str(run)), tmp_path / "work")}
+    assert not [check for check in found.values() if check.differences]
+    assert found["evaluation"].notes == (
+        f'near ties are counted up to {bound} nats, as the run says; this version\'s bound for "fp32" is 0.001 nats',
+    )
+    counted = json.loads((run / "results.json").read_bytes())["evaluation"]["near_ties"]["tasks"]["quiz"]["acc"]
+    assert (counted["base"] > 0) == (bound > 1)
 
 
 def test_near_ties_cannot_be_left_out(published: Path, tmp_path: Path) -> None:
@@ -612,3 +636,41 @@ def test_answers_of_the_original_base_cannot_be_exchanged_or_left_out(with_origi
     run = Path(shutil.copytree(with_original, tmp_path / "left-out"))
     forge(run, lambda results: results["evaluation"].pop("full_precision"))
     assert "evaluation.full_precision" in told(_checked(run, tmp_path / "work-2"))
+
+
+def test_a_task_cannot_be_cut_from_a_group(tmp_path: Path) -> None:
+    """A group without the task that got worse, with all figures and seals computed again, is not what was pulled."""
+    spec = GroupSpec("1", ("one", "two"), {"acc,none": True}, {"acc,none": True})
+    answers = {"one": pairs(20, improved=9), "two": pairs(20, regressed=9)}
+    run = publish_run(tmp_path / "run", answers, groups={"own": spec})
+    assert not _checked(run, tmp_path / "whole")
+    kind = TypeAdapter(Evaluated)
+
+    def cut(results: dict[str, Any]) -> None:
+        stages = (run / f"stages/evaluate-{side}.json" for side in ("base", "adapter"))
+        sides = (parse(f"stages/{path.name}", path.read_bytes(), kind)[0] for path in stages)
+        results["evaluation"]["groups"] = compare_groups({"own": replace(spec, tasks=("one",))}, *sides)
+
+    forge(run, cut)
+    found = _checked(run, tmp_path / "cut")
+    assert "evaluation.groups.own" in told(found)
+    assert list(found) == ["stages"]
+    forge(run, lambda results: results["evaluation"].update(groups={}))
+    assert "evaluation.groups" in told(_checked(run, tmp_path / "none"))
+
+
+def test_a_task_cannot_be_left_out(tmp_path: Path) -> None:
+    """The tasks that were scored are those that were pulled, also where the records of the evaluations are forged."""
+    run = publish_run(tmp_path / "run", {"one": pairs(20, improved=9), "two": pairs(20, regressed=9)})
+    path = run / "stages/pull.json"
+    record = unsealed(path.read_bytes())
+    record["questions"]["three"] = record["questions"]["one"]
+    rewrite(run, "stages/pull.json", sealed(record))
+    assert "results.json evaluation" in told(_checked(run, tmp_path / "left"))
+
+
+def test_answers_by_two_rules_are_told(run: Path, check: Checker) -> None:
+    """Answers of base and adapter that different versions ended by different tokens cannot be compared."""
+    path = run / "stages/evaluate-adapter.json"
+    rewrite(run, "stages/evaluate-adapter.json", sealed({**unsealed(path.read_bytes()), "generation": {"sums": "00"}}))
+    assert "stages/evaluate-adapter.json generation" in told(check())

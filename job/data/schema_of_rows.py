@@ -1,0 +1,79 @@
+"""Which schema rows have: by name or by the first row, with what a row that fits none may be meant for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from itertools import chain
+
+from job.common.methods import METHODS, MethodName, methods_for
+from job.data.bad_rows import BadRows
+from job.data.formats import Line, Lines, Row, RowError
+from job.data.schemas import REQUIRED, Schema, detect_schema, fits, nearest_field
+from job.errors import DataError, Problem
+
+
+def other_schema(row: Row | None, schema: Schema, among: Collection[str]) -> Schema | None:
+    """The schema that the first row of a further source has where it is not that of the first source."""
+    if row is None or fits(row.fields, schema):
+        return None
+    found = detect_schema(row.fields, among)
+    return found if found not in {None, schema} and found is not None and fits(row.fields, found) else None
+
+
+def settle_schema(
+    rows: Lines,
+    seen: Callable[[Row | RowError | Line], Row | RowError],
+    schema: Schema | None,
+    findings: BadRows,
+    name: str,
+    *,
+    method: MethodName,
+    among: Collection[str],
+) -> tuple[Schema, Lines]:
+    """The schema, by name or by the first row that is an object; and the rows, that one included.
+
+    `seen` gives the row of what is read, with the schemas' names of fields.
+    """
+    if schema is not None:
+        return schema, rows
+    for line in rows:
+        row = seen(line)
+        if isinstance(row, RowError):
+            findings.add([row])
+        elif (found := detect_schema(row.fields, among)) and (fits(row.fields, found) or not _others(row, method)):
+            return found, chain([line], rows)
+        else:
+            raise DataError([Problem(row.where, _why_no_schema(row, among, method))])
+    findings.raise_problems()
+    raise findings.nothing_left(name)
+
+
+def _others(row: Row, method: MethodName) -> str | None:
+    """The methods that learn from rows of this kind, in words, where the row is a whole one of another method's."""
+    other = detect_schema(row.fields, REQUIRED.keys() - set(METHODS[method].schemas))
+    return " or ".join(methods_for(other)) if other and fits(row.fields, other) else None
+
+
+def _why_no_schema(row: Row, among: Collection[str], method: MethodName) -> str:
+    """What a row has that fits no schema of the method, and what it may be meant for."""
+    fields = ", ".join(map(ascii, row.fields)) or "none"
+    if others := _others(row, method):
+        return (
+            f"has the fields {fields}, from which JOB_TRAIN__METHOD={method} does not learn; "
+            f"set JOB_TRAIN__METHOD={others}"
+        )
+    known = "; ".join(f"{schema}: {', '.join(REQUIRED[schema])}" for schema in REQUIRED if schema in among)
+    wanted = dict.fromkeys(field for schema in REQUIRED if schema in among for field in REQUIRED[schema])
+    near = [(field, found) for field in wanted if (found := nearest_field(field, row.fields)) is not None]
+    meant = "".join(f"; {found!a} may be meant as {field}" for field, found in near)
+    return f"fits no schema. It has the fields {fields}; known are {known}{meant}; JOB_DATA__FIELDS renames fields"
+
+
+def peek(rows: Lines, seen: Callable[[Row | RowError | Line], Row | RowError]) -> tuple[Row | None, Lines]:
+    """The first row that is an object, if there is one; and all rows. `seen` as for `settle_schema`."""
+    before: list[Row | RowError | Line] = []
+    for line in rows:
+        before.append(line)
+        if isinstance(row := seen(line), Row):
+            return row, chain(before, rows)
+    return None, iter(before)

@@ -1,0 +1,85 @@
+"""Where rows come from: a source is checked without being read, and opened as the lines of its files or of the hub."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from itertools import chain, repeat
+from pathlib import Path
+
+from job.data.files import find_files, fixed_part
+from job.data.formats import Lines, read_lines
+from job.data.hub_dataset import is_hub_id, open_dataset
+from job.data.notes import Notes
+from job.errors import Problem, SettingsError, named_by
+
+_ALIVE_SECONDS = 0.5
+REVISION_SETTINGS = {
+    "JOB_DATA__SOURCE": "JOB_DATA__REVISION",
+    "JOB_DATA__VALIDATION": "JOB_DATA__VALIDATION_REVISION",
+}
+"""The settings that give a source -> those that give the source's revision on the hub."""
+
+
+def check_source(source: str, revision: str | None, split: str, setting: str = "JOB_DATA__SOURCE") -> None:
+    """Refuses a source that cannot be read, as far as can be checked without reading it or using the network.
+
+    `setting` is the one that gives the source, a key of `REVISION_SETTINGS`.
+
+    Raises:
+        DataError: A path that is not there, or holds nothing that is read; it names the setting that gives it.
+        SettingsError: A hub id without a revision.
+    """
+    if is_hub_id(source):
+        require_revision(revision, REVISION_SETTINGS[setting], source)
+        return
+    with named_by(setting):
+        find_files(source, split)
+
+
+def require_revision(revision: str | None, setting: str = "JOB_DATA__REVISION", source: str | None = None) -> str:
+    """The revision of a hub data set, which has to be given by a setting."""
+    if revision is None:
+        what = "a data set of the hub needs a revision, best a commit, so that the run can be repeated"
+        if source is not None:
+            what = f"{what}; {source} is taken for one, since there is no such path here"
+        raise SettingsError([Problem(setting, what)])
+    return revision
+
+
+def watched(rows: Lines, alive: Callable[[], None]) -> Lines:
+    """The rows; `alive` is called about twice a second, between two of them."""
+    due = time.monotonic() + _ALIVE_SECONDS
+    for row in rows:
+        if time.monotonic() > due:
+            alive()
+            due = time.monotonic() + _ALIVE_SECONDS
+        yield row
+
+
+def open_source(
+    source: str, revision: str | None, split: str, name: str, *, note: Notes, alive: Callable[..., None]
+) -> tuple[str | None, bool, Lines]:
+    """The commit (None for files), whether the split chose the files, and the rows of a source."""
+    if is_hub_id(source):
+        commit, rows = open_dataset(source, require_revision(revision), split, name, alive)
+        return commit, True, rows
+    files, chosen = find_files(source, split)
+    # A file found in a directory is named by its path in it.
+    base, shown = (source, name) if Path(source).exists() else (fixed_part(source) or ".", fixed_part(name))
+    if shown and not shown.endswith("/"):
+        shown += "/"
+    names = [name if file == Path(source) else f"{shown}{file.relative_to(base).as_posix()}" for file in files]
+    parts: Iterator[Lines] = map(read_lines, files, names)
+    alone = len(files) == 1
+    return None, chosen, chain.from_iterable(parts if alone else map(_with_warning, parts, names, repeat(note)))
+
+
+def _with_warning(rows: Lines, name: str, note: Notes) -> Lines:
+    """The rows of one of several files; that it has none is told, since the copy of a file may have failed."""
+    empty = True
+    for row in rows:
+        empty = False
+        yield row
+    if empty:
+        note("warning", "one of the files has no rows", file=name)

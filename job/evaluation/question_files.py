@@ -1,0 +1,106 @@
+"""Files of questions (JOB_EVAL__DATA): read, put in the place of a task's own data set, and checked row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from job.data.files import find_file
+from job.data.formats import Row, RowError, read_rows
+from job.errors import DataError, Problem, named_by
+from job.evaluation.task_names import MULTIPLE_CHOICE
+
+
+def find_questions(place: str) -> Path:
+    """The file of a task's questions. Raises DataError, naming JOB_EVAL__DATA, where there is none that is read."""
+    with named_by("JOB_EVAL__DATA"):
+        return find_file(place)
+
+
+def read_questions(path: Path, name: str) -> list[Row]:
+    """All rows of a file of questions. Raises DataError with every row that cannot be read."""
+    rows = list(read_rows(find_questions(str(path)), name))
+    faults = [Problem(row.where, row.what) for row in rows if isinstance(row, RowError)]
+    if faults or not rows:
+        raise DataError(faults or [Problem(name, "holds no questions")])
+    return [row for row in rows if isinstance(row, Row)]
+
+
+def as_dataset(rows: Sequence[Row], source: str) -> Any:
+    """The rows as a data set of `datasets`. Raises DataError where fields are of several types."""
+    from datasets import Dataset
+
+    try:
+        return Dataset.from_list([row.fields for row in rows])
+    except (TypeError, ValueError, OverflowError) as error:
+        raise DataError([Problem(source, f"its rows do not have fields of the same types: {error}")]) from error
+
+
+def task_with_rows(manager: Any, name: str, rows: Sequence[Row], source: str) -> Any:
+    """The task of lm-eval, its questions replaced by `rows`."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    questions = as_dataset(rows, source)
+    config = load_yaml(manager.task_index[name].yaml_path, resolve_func=True)
+    split = config.get("test_split") or config.get("validation_split")
+    unused = dict.fromkeys(("training_split", "fewshot_split", "validation_split"))
+    config |= {**unused, "test_split": split, "custom_dataset": lambda **_: {split: questions}}
+    try:
+        return manager.load([config])["tasks"][name]
+    except Exception as error:  # a task renders its templates on the first row, and these may raise anything
+        raise DataError([_misfit(rows[0].where, name, error)]) from error
+
+
+def _misfit(where: str, name: str, error: Exception) -> Problem:
+    what = f"does not fit the task {name}: {type(error).__name__}: {error}"
+    return Problem(where, f"{what}; a row needs the fields and values of the task's own data set")
+
+
+def find_misfits(task: Any, rows: Sequence[Row], source: str) -> Iterator[Problem]:
+    """Rows of which the task cannot make a question with one right choice or more."""
+    docs = list(task.eval_docs)
+    # a task may filter rows, and then a question's number is all that is known of its place
+    locations = (
+        [row.where for row in rows]
+        if len(docs) == len(rows)
+        else [f"{source}:question {n + 1}" for n in range(len(docs))]
+    )
+    for where, doc in zip(locations, docs, strict=True):
+        # The data set fills fields that a row lacks with null, which a template would render as "None".
+        given = {field: value for field, value in doc.items() if value is not None}
+        if task.OUTPUT_TYPE != MULTIPLE_CHOICE:
+            try:
+                fits = task.doc_to_text(given) != "" or task.OUTPUT_TYPE == "loglikelihood_rolling"
+                task.doc_to_target(given)
+            except Exception as error:  # noqa: BLE001 - as below
+                yield _misfit(where, task.task_name, error)
+            else:
+                if not fits:
+                    yield Problem(where, f"has no question for {task.task_name}")
+            continue
+        try:
+            text, choices, target = task.doc_to_text(given), task.doc_to_choice(given), task.doc_to_target(given)
+            gold = text if task.multiple_input else target
+            golds = [
+                choices.index(g) if isinstance(g, str) else int(g) for g in (gold if isinstance(gold, list) else [gold])
+            ]
+            fits = (
+                text != "" and len(choices) > 1 and all(choices) and golds and all(0 <= g < len(choices) for g in golds)
+            )
+        except Exception as error:  # noqa: BLE001 - a task's templates and functions may raise anything
+            yield _misfit(where, task.task_name, error)
+        else:
+            if not fits:
+                what = "has no question, fewer than two choices, an empty one, or no right one"
+                yield Problem(where, f"{what} for {task.task_name}")
+            elif not _labelled(given.get("choices")):
+                yield Problem(where, "has choices.label that does not name each of choices.text once")
+
+
+def _labelled(choices: Any) -> bool:
+    """Whether choices of ARC's kind, texts beside their labels, have one label each: the answer names one."""
+    texts, labels = (choices.get(name) if isinstance(choices, dict) else None for name in ("text", "label"))
+    if not isinstance(texts, list) or not isinstance(labels, list):
+        return True  # another task's kind
+    return len(texts) == len(labels) == len(set(labels))

@@ -1,0 +1,159 @@
+"""The size of questions in tokens: counted for a plan, and checked against what the model can read."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from typing import Any
+
+from job.errors import DataError, Problem
+from job.evaluation.measured import how_to_generate
+from job.evaluation.task_names import MULTIPLE_CHOICE
+from job.evaluation.tasks import Tasks, compiled_once, question_id, restart_examples, text_parts
+
+MAX_CHOICES = 1_000
+"""Of one question."""
+MAX_BYTES = 1 << 20
+"""Of one question with its choices, as a row."""
+_SLACK_BYTES = 512
+"""What a task's template may add to a row, and a tokenizer to its bytes."""
+
+
+@compiled_once()
+def count_questions(tasks: Tasks, tokenizer: Any, limit: int | None) -> tuple[int, int, int]:
+    """(questions, tokens in packed sequences, positions at which logits are needed), without scoring anything.
+
+    Of a generated answer the most tokens are counted.
+
+    Raises:
+        DataError: The tokenizer makes no tokens of a question or a choice.
+    """
+    total = tokens = reads = 0
+    for task in tasks.loaded["tasks"].values():
+        restart_examples(task)
+        for doc in islice(task.eval_docs, limit):
+            if task.OUTPUT_TYPE != MULTIPLE_CHOICE or task.config.num_fewshot:
+                context, answer = _sizes(task, doc, tokenizer)
+                total, tokens, reads = total + 1, tokens + context + answer, reads + answer
+                continue
+            choices = [
+                len(tokenizer.encode(f" {choice}", add_special_tokens=False)) for choice in task.doc_to_choice(doc)
+            ]
+            context = len(tokenizer.encode(str(task.doc_to_text(doc))))
+            if not context or 0 in choices:
+                raise DataError(
+                    [Problem(f"question {question_id(doc, total)}", "the tokenizer makes no tokens of a part of it")]
+                )
+            total += 1
+            tokens += context + sum(choices) - len(choices)
+            reads += sum(choices)
+    return total, tokens, reads
+
+
+@compiled_once()
+def check_lengths(
+    tasks: Tasks, tokenizer: Any, *, limit: int | None, max_length: int, cut: bool, vocabulary: int | None
+) -> None:
+    """Refuses questions that the model cannot score: too long with a choice, too many choices, unknown tokens.
+
+    A token has at least one byte, so most questions are known to fit without being rendered.
+
+    Args:
+        tasks: From `load_tasks`.
+        tokenizer: The model's.
+        limit: The first so many questions of each task; None for all.
+        max_length: The most tokens of a question with one of its choices, which is also that of a training example.
+        cut: Whether a longer question loses its beginning, as lm-eval has it, instead of being refused.
+        vocabulary: Rows of the model's embedding; None if that is not known.
+
+    Raises:
+        DataError: With the first 20 of them, and their number.
+    """
+    problems: list[Problem] = []
+    known = len(tokenizer) if vocabulary is None else vocabulary
+    for name, task in tasks.loaded["tasks"].items():
+        extra = len(str(task.config.description or "").encode()) + _SLACK_BYTES
+        restart_examples(task)
+        for number, doc in enumerate(islice(task.eval_docs, limit)):
+            size = len(json.dumps(doc, default=str, ensure_ascii=False).encode(errors="surrogatepass"))
+            what = None
+            if task.OUTPUT_TYPE != MULTIPLE_CHOICE or task.config.num_fewshot:
+                what = _too_large(task, doc, size) or _does_not_fit(task, doc, tokenizer, max_length, known, cut=cut)
+            elif size + extra > max_length or known < len(tokenizer):
+                what = _too_large(task, doc, size) or _too_long(task, doc, tokenizer, max_length, cut=cut)
+                what = what or _unknown_token(task, doc, tokenizer, known)
+            if what is not None:
+                problems.append(Problem(f"{tasks.sources[name]} question {question_id(doc, number)[:80]}", what))
+    if problems:
+        raise DataError(problems)
+
+
+def _prompt(task: Any, doc: Any) -> str:
+    """What a question is asked with, its examples in front."""
+    if task.OUTPUT_TYPE == "loglikelihood_rolling":
+        return str(task.doc_to_target(doc))
+    return str(task.fewshot_context(doc, num_fewshot=task.config.num_fewshot or 0))
+
+
+def _sizes(task: Any, doc: Any, tokenizer: Any) -> tuple[int, int]:
+    """Tokens of the prompt, and of all that is predicted after it."""
+    context = len(tokenizer.encode(_prompt(task, doc)))
+    if task.OUTPUT_TYPE == "loglikelihood_rolling":
+        return 0, context
+    if task.OUTPUT_TYPE == "generate_until":
+        return context, how_to_generate(task.task_name, task.config.generation_kwargs or {}).max_new_tokens
+    endings = task.doc_to_choice(doc) if task.OUTPUT_TYPE == MULTIPLE_CHOICE else [task.doc_to_target(doc)]
+    return context, sum(len(tokenizer.encode(f" {ending}", add_special_tokens=False)) for ending in endings)
+
+
+def _does_not_fit(task: Any, doc: Any, tokenizer: Any, max_length: int, vocabulary: int, *, cut: bool) -> str | None:
+    """A message if a prompt with its answer is too long or empty, or has an unknown token, else None.
+
+    A text whose perplexity is measured may have any length: it is read in windows.
+    """
+    ids = tokenizer.encode(prompt := _prompt(task, doc))
+    if not ids or not prompt:
+        return "is empty"
+    if (beyond := max(ids)) >= vocabulary:
+        return f"has the token number {beyond}, and the model has embeddings of {vocabulary} tokens"
+    if task.OUTPUT_TYPE == "loglikelihood_rolling":
+        return None
+    context, answer = _sizes(task, doc, tokenizer) if task.OUTPUT_TYPE != "generate_until" else (len(ids), 0)
+    if task.OUTPUT_TYPE == "generate_until":
+        answer = how_to_generate(task.task_name, task.config.generation_kwargs or {}).max_new_tokens
+    if answer >= max_length:
+        return f"may be answered with {answer} tokens, {max_length} are allowed with the prompt (JOB_TRAIN__MAX_LENGTH)"
+    if context + answer <= max_length or cut:
+        return None
+    remedy = "JOB_EVAL__LONG_QUESTIONS=cut leaves out their beginning, as lm-eval does"
+    what = f"is {context} tokens long and may be answered with {answer}, {max_length} are allowed in all"
+    return f"{what} (JOB_TRAIN__MAX_LENGTH); {remedy}"
+
+
+def _too_large(task: Any, doc: Any, size: int) -> str | None:
+    """Why tokenizing a question would take minutes, as a message; None if it would not."""
+    if size > MAX_BYTES:
+        return f"has {size:,} bytes, {MAX_BYTES:,} are the most"
+    count = len(task.doc_to_choice(doc)) if task.OUTPUT_TYPE == MULTIPLE_CHOICE else 0
+    return f"has {count:,} choices, {MAX_CHOICES:,} are the most" if count > MAX_CHOICES else None
+
+
+def _too_long(task: Any, doc: Any, tokenizer: Any, max_length: int, *, cut: bool) -> str | None:
+    """A message if a question has more tokens than are allowed, else None."""
+    contexts, endings = text_parts(task, doc)
+    ending = max(endings, key=len)
+    texts = [ending] if cut else [f"{context} {ending}" for context in contexts]
+    longest = max(len(tokenizer.encode(text)) for text in texts)
+    if longest <= max_length:
+        return None
+    remedy = "" if cut else "; JOB_EVAL__LONG_QUESTIONS=cut leaves out their beginning, as lm-eval does"
+    return f"is {longest} tokens long with its longest choice, {max_length} are allowed (JOB_TRAIN__MAX_LENGTH){remedy}"
+
+
+def _unknown_token(task: Any, doc: Any, tokenizer: Any, vocabulary: int) -> str | None:
+    """A message if a question has a token without an embedding in the model, else None."""
+    found = {token for texts in text_parts(task, doc) for text in texts for token in tokenizer.encode(text)}
+    if (beyond := max(found, default=0)) < vocabulary:
+        return None
+    word = tokenizer.convert_ids_to_tokens(beyond)
+    return f"has the token {word!r} (number {beyond}), and the model has embeddings of {vocabulary} tokens"

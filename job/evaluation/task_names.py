@@ -1,0 +1,126 @@
+"""What the names in JOB_EVAL__TASKS stand for: lm-eval's tasks and groups, and tasks in files of users' own.
+
+No task is loaded here, so that wrong names are found before a run begins.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from job.errors import Problem, SettingsError
+from job.evaluation.task_files import GroupFile, TaskFile, is_task_file, own_tasks, read_task_file
+
+MULTIPLE_CHOICE = "multiple_choice"
+MEASURED = ("generate_until", "loglikelihood_rolling", "loglikelihood")
+"""Kinds of tasks that are measured by metrics of their own, such as exact_match or perplexity: see `measured`."""
+KINDS = (MULTIPLE_CHOICE, *MEASURED)
+
+
+def read_files(names: Sequence[str]) -> tuple[list[str], list[TaskFile | GroupFile]]:
+    """The names of lm-eval's tasks and groups, and what the users' files describe."""
+    files = [read_task_file(name) for name in names if is_task_file(name)]
+    return [name for name in names if not is_task_file(name)], files
+
+
+def names_of_ours(own: Sequence[TaskFile | GroupFile]) -> list[str]:
+    """The names of tasks that come with this job."""
+    return [task.name for task in own if task.name in own_tasks()]
+
+
+def members_of(own: Sequence[TaskFile | GroupFile]) -> list[str]:
+    """lm-eval's tasks and groups that users' groups name."""
+    return [name for group in own if isinstance(group, GroupFile) for name in group.members if isinstance(name, str)]
+
+
+def member_files(own: Sequence[TaskFile | GroupFile]) -> list[TaskFile]:
+    """The tasks of files that users' groups name."""
+    groups = [group for group in own if isinstance(group, GroupFile)]
+    return [task for group in groups for task in group.members if isinstance(task, TaskFile)]
+
+
+def check_tasks(names: Sequence[str], data: Iterable[str]) -> None:
+    """Refuses unknown tasks and tasks that cannot be compared, without fetching anything.
+
+    Args:
+        names: Tasks or groups of lm-eval, or files that describe a task.
+        data: Tasks for which the user gives a file of questions.
+
+    Raises:
+        SettingsError: With all that is wrong.
+        DataError: The data beside a user's own task cannot be read.
+    """
+    names, own = read_files(names)
+    names += members_of(own)
+    check_data((*names, *names_of_ours(own)), data)
+    data = [name for name in data if name not in own_tasks()]
+    if _are_known(frozenset((*names, *data))):
+        return
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    check_names(open_index((*names, *data)).task_index, names, data)
+
+
+@cache
+def _are_known(names: frozenset[str]) -> bool:
+    """Whether lm-eval has a multiple-choice task of each name in a file of that name; False where that is not certain.
+
+    The files are read without importing lm-eval, which takes over two seconds of CPU time, before a run's first answer.
+    """
+    spec = find_spec("lm_eval")
+    folders = spec.submodule_search_locations if spec else None
+    known = set()
+    for file in Path(folders[0], "tasks").rglob("*.yaml") if folders else ():
+        if file.stem in names:
+            try:
+                found = yaml.safe_load(file.read_bytes())
+            except (OSError, ValueError, yaml.YAMLError):
+                continue  # not certain, for instance because of lm-eval's own tags, such as !function
+            own = isinstance(found, dict) and found.get("task") == file.stem and not {"class", "group"} & found.keys()
+            if own and found.get("output_type") == MULTIPLE_CHOICE:
+                known.add(file.stem)
+    return known == names
+
+
+@cache
+def open_index(names: tuple[str, ...]) -> Any:
+    """lm-eval's index of tasks, made from the folders with files of these names only, if that finds all of them.
+
+    A full index reads 14,000 files in six seconds, at every restart; names are checked first, and loaded later.
+    """
+    from lm_eval import tasks
+
+    root = Path(tasks.__file__).parent
+    folders = sorted({file.parent for file in root.rglob("*.yaml") if file.stem in names})
+    manager = tasks.TaskManager(include_path=folders, include_defaults=False)
+    found = (manager.task_index.get(name) for name in names)
+    return manager if all(entry and entry.kind.name == "TASK" for entry in found) else tasks.TaskManager()
+
+
+def check_data(names: Sequence[str], data: Iterable[str]) -> None:
+    """Raises SettingsError for questions of tasks that are not asked; the settings do not know the tasks of a file."""
+    if other := [name for name in data if name not in names]:
+        what = f"gives questions of {', '.join(other)}, and JOB_EVAL__TASKS does not name that task"
+        raise SettingsError([Problem("JOB_EVAL__DATA", what)])
+
+
+def check_names(index: Mapping[str, Any], names: Sequence[str], data: Iterable[str]) -> None:
+    """Raises SettingsError for names that are unknown or of another kind, with the nearest known name."""
+    problems = []
+    for name in dict.fromkeys([*names, *data]):
+        if name not in index:
+            near = get_close_matches(name, index, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            problems.append(Problem("JOB_EVAL__TASKS", f"lm-eval has no task {name!r}{hint}"))
+        elif (kind := (index[name].cfg or {}).get("output_type", MULTIPLE_CHOICE)) not in KINDS:
+            problems.append(Problem("JOB_EVAL__TASKS", f"{name} is of a kind that cannot be evaluated: {kind}"))
+        elif name in data and index[name].kind.name != "TASK":
+            problems.append(Problem("JOB_EVAL__DATA", f"{name} is not one task; give a file for each of its tasks"))
+    if problems:
+        raise SettingsError(problems)

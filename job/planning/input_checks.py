@@ -1,0 +1,240 @@
+"""The checks that `plan` makes of a run's inputs, each with its settings; one that fails does not stop the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from job.audit.overlap import index_questions
+from job.audit.rows import set_up
+from job.common.lora_readers import why_not_served
+from job.data.prompts import find_prompts, read_prompts
+from job.data.training_and_validation import what_to_validate_on
+from job.errors import named_by
+from job.evaluation.policy import CHOICES, read_policy
+from job.evaluation.tasks import Tasks, check_gate
+from job.model.adapter_options import MANY_STEPS, AdapterOptions, make_options
+from job.model.start_adapter import check_start, local_start
+from job.model.tokenizer_files import rows_with
+from job.planning import known_models_and_data as known
+from job.planning.preflight import (
+    AdapterFacts,
+    DataFacts,
+    Found,
+    ModelFacts,
+    NotChecked,
+    PreflightResult,
+    find_tokenizer,
+    local_round_trip,
+    preview_adapter,
+    preview_data,
+    preview_model,
+    preview_questions,
+    report_audit,
+    round_trip,
+    run_check,
+)
+from job.push.push import targets
+from job.results.baseline import read_baseline
+from job.results.signing import key_id, load_private_key, public_key
+from job.settings.affects_result import plain_values
+from job.settings.load import Settings
+from job.settings.schema import Sign
+from job.settings.training_stages import naming_its_settings, split_stages
+from job.storage.hub import is_reachable
+from job.storage.location import join
+from job.storage.open import StorageOptions, fetch, is_remote, open_store, storage_options
+
+QUICK = {"timeout_seconds": 10.0, "retries": 2}
+"""Upper limits on the storage settings, so that an address that does not answer fails within seconds."""
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """The results of the checks, and what each of them read: None if it failed or was not made."""
+
+    checks: list[PreflightResult]
+    store_seconds: float | None
+    model: ModelFacts | None
+    adapter: AdapterFacts | None
+    tokenizer: Any | None
+    data: DataFacts | None
+    first_data: DataFacts | None
+    questions: known.TaskTokens | None
+
+
+def check_run_inputs(settings: Settings, folder: Path, show: int) -> Preflight:
+    """Makes all checks; one that fails does not stop the others."""
+    s, storage = settings, storage_options(settings.storage)
+    storage = replace(storage, **{name: min(getattr(storage, name), most) for name, most in QUICK.items()})
+    where: dict[str, Any] = {"online": cache(is_reachable), "folder": folder, "storage": storage}
+    stored, seconds = run_check("storage", lambda: _try_storage(s.run.output, s.run.id, storage), unreachable="wrong")
+    modelled, model = run_check(
+        "model", lambda: preview_model(s.model.id, s.model.revision, s.train.max_length, **where)
+    )
+    adapted, adapter = run_check(
+        "adapter",
+        lambda: preview_adapter(
+            model,
+            s.lora.target_modules,
+            quantization=s.model.quantization,
+            max_length=s.train.max_length,
+            rank=s.lora.rank,
+            options=adapter_options(s),
+        ),
+    )
+    tokenized, tokenizer = run_check("tokenizer", lambda: find_tokenizer(model, s.model.add_tokens))
+    rows_too: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "vocabulary": rows_with(
+            model.architecture.vocabulary if model and model.architecture else None, tokenizer, s.model.add_tokens
+        ),
+        **where,
+    }
+    loaded: list[Tasks] = []
+    asked, questions = run_check(
+        "questions",
+        lambda: preview_questions(
+            s.eval.tasks,
+            s.eval.data,
+            s.eval.num_fewshot,
+            needed_by=s.need_choices,
+            tokenizer=tokenizer,
+            limit=s.eval.limit,
+            max_length=s.train.max_length,
+            cut=s.eval.long_questions == "cut",
+            on_tasks=loaded.append,
+            **where,
+        ),
+    )
+    scored = index_questions(loaded[0].prompts(s.eval.limit)) if loaded else None
+    rows_too["audit"] = set_up(scored, s.data.on_finding)
+    read, data = run_check("data", lambda: _preview_rows(s, show=show, **rows_too))
+    first, first_data = [], None
+    if not s.train.is_one_stage:
+        rows_too["folder"] = folder / "first"
+        earlier, _ = split_stages(s)
+        check, first_data = run_check("first stage", lambda: _preview_rows(earlier, show=show, **rows_too))
+        first.append(check)
+    audited = [
+        run_check(name, partial(report_audit, one.audit, one.long_rows))[0]
+        for name, one in (("audit", data), ("audit of the first stage", first_data))
+        if one is not None and one.audit is not None
+    ]
+    others = check_other_inputs(s, storage, loaded[0] if loaded else None)
+    checks = [stored, modelled, adapted, tokenized, read, *first, *audited, asked, *others]
+    if s.eval.prompts is not None:
+        checks.append(run_check("prompts", lambda: _preview_prompts(s, data, tokenizer, folder, storage))[0])
+    return Preflight(checks, seconds, model, adapter, tokenizer, data, first_data, questions)
+
+
+def _preview_rows(s: Settings, **how: Any) -> Found[DataFacts]:
+    """The rows of a stage of training; `how` goes to `preview_data`."""
+    with naming_its_settings(s):
+        return preview_data(
+            s.data.source,
+            max_length=s.train.max_length,
+            revision=s.data.revision,
+            validation=what_to_validate_on(
+                s.data.validation,
+                source=s.data.source,
+                source_revision=s.data.revision,
+                validation_revision=s.data.validation_revision,
+                validation_split=s.data.validation_split,
+            ),
+            split=s.data.split,
+            limit=s.data.limit,
+            schema=None if s.data.format == "auto" else s.data.format,
+            on_bad_row=s.data.on_bad_row,
+            loss_on=s.train.rows_loss_on,
+            method=s.train.last_method,
+            seed=s.run.seed if s.data.seed is None else s.data.seed,
+            date=s.data.date,
+            template_arguments=s.data.chat_template_arguments,
+            field_names=s.data.fields,
+            on_long_row=s.data.on_long_row,
+            row_weights=s.data.row_weights,
+            **how,
+        )
+
+
+def _preview_prompts(
+    s: Settings, data: DataFacts | None, tokenizer: Any, folder: Path, storage: StorageOptions
+) -> Found[None]:
+    """Reads the prompts of a file as the job will. Of a number of validation rows the job says if there are fewer."""
+    asked, most = s.eval.prompts, s.train.max_length - s.eval.prompts_max_new_tokens
+    if isinstance(asked, int):
+        held = "rows" if data is None else f"{len(data.validation):,} rows"
+        return "ok", f"{asked:,} of the {held} for validation", None
+    with named_by("JOB_EVAL__PROMPTS", ": "):
+        path = find_prompts(fetch(asked or "", folder / "prompts", storage))
+    if tokenizer is None or data is None:
+        raise NotChecked(f"{asked}: what a prompt is depends on the model and the data, which could not be read")
+    how: dict[str, Any] = {"date": s.data.date, "template_arguments": s.data.chat_template_arguments}
+    found = read_prompts(path, asked or "", tokenizer=tokenizer, schema=data.schema, most_tokens=most, **how)
+    longest = max(len(prompt.ids) for prompt in found)
+    return "ok", f"{len(found):,} in {asked}, the longest of {longest:,} tokens", None
+
+
+def check_other_inputs(settings: Settings, storage: StorageOptions, tasks: Tasks | None) -> Iterator[PreflightResult]:
+    """Checks of the inputs that only some runs have."""
+    start, baseline = settings.lora.start, settings.gate.baseline
+
+    def check_start_adapter() -> Found[None]:
+        folder = None if is_remote(start or "") else local_start(start or "")
+        if folder is None:
+            raise NotChecked(f"{start}: an adapter is not fetched for a plan")
+        lora = settings.lora
+        check_start(folder, rank=lora.rank, alpha=lora.alpha, options=lora.model_dump(mode="json"))
+        return "ok", f"training goes on from {start}", None
+
+    def check_baseline() -> Found[None]:
+        return "ok", f"the gate compares with run {read_baseline(baseline or '', storage).run}", None
+
+    if (chosen := targets(settings.export)) and (reasons := why_not_served(plain_values(settings))):
+        yield PreflightResult(
+            "serving", "note", f"vLLM does not serve this adapter as it was trained: {'; '.join(reasons)}"
+        )
+    if settings.sign.key is not None:
+        yield run_check("signature", lambda: _check_key(settings.sign))[0]
+    for target in chosen:
+        yield run_check(target.kind, lambda target=target: ("ok", target.check(), None))[0]  # type: ignore[misc]
+    if start is not None:
+        yield run_check("start", check_start_adapter)[0]
+    if baseline is not None:
+        yield run_check("baseline", check_baseline)[0]
+    if settings.gate.policy is not None or settings.gate.metric not in CHOICES:
+        yield run_check("gate", lambda: _check_gate(settings, tasks))[0]
+
+
+def _check_key(sign: Sign) -> Found[None]:
+    """Whether the key signs, and by which hash signatures will name it."""
+    password = None if sign.password is None else sign.password.get_secret_value()
+    pem = public_key(load_private_key(sign.key or "", password))
+    return "ok", f"{sign.key} signs what is published; its public key has the SHA-256 {key_id(pem)[:12]}", None
+
+
+def _check_gate(settings: Settings, tasks: Tasks | None) -> Found[None]:
+    """Whether the gate names what the run compares."""
+    gate = settings.gate
+    policy = None if gate.policy is None else read_policy(gate.policy)
+    if tasks is None:
+        raise NotChecked("what the gate may judge depends on the tasks, which could not be read")
+    check_gate(tasks, gate.metric, policy, gate.policy, gate.only_choices)
+    if policy is None:
+        return "ok", f"the gate judges {gate.metric}", None
+    return "ok", f"the gate judges {len(policy.tasks)} tasks or groups by {gate.policy}", None
+
+
+def _try_storage(output: str, run: str, storage: StorageOptions) -> Found[float]:
+    """A round trip in the run's own store; for a local output in a folder beside the run, which is removed again."""
+    place = join(output, run)
+    return round_trip(open_store(place, storage), place) if is_remote(place) else local_round_trip(Path(output), place)
+
+
+def adapter_options(settings: Settings) -> AdapterOptions:
+    """As a run has them, but for the number of steps: before the rows are counted nothing is known of it."""
+    return make_options(dict(settings.lora), settings.train.max_steps or MANY_STEPS, settings.model.add_tokens)

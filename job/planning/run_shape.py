@@ -1,0 +1,196 @@
+"""What `plan` knows of a run, as the forecast takes it: from the checks, else from known sizes of models and data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import astuple, replace
+
+from job.common.export_formats import adapter_copies, derived, needs_merge
+from job.common.methods import METHODS
+from job.data.batch_plan import steps_per_epoch
+from job.data.examples import lengths_of, target_counts_of
+from job.errors import Problem, SettingsError
+from job.model.adapter_options import PLAIN
+from job.planning import forecast
+from job.planning import known_models_and_data as known
+from job.planning.forecast import Basis, ForwardWork, RunShape
+from job.planning.input_checks import Preflight, adapter_options
+from job.planning.preflight import DataFacts, PreflightResult
+from job.planning.workload import Workload, count, scale
+from job.records import Example
+from job.settings.load import Settings
+from job.settings.training_stages import split_stages
+from job.training import memory_model
+from job.training.config import total_steps
+from job.training.early_stopping import due_steps
+from job.training.memory_model import Setup
+
+CALIBRATION_BATCH, CALIBRATION_LENGTH = 8, 2048
+"""Sequences of a step of auto-round, and their length in tokens at most; `job.export` has them, which needs torch."""
+SMALL_GPU_TOKENS = 4096
+"""Token budget for which memory is forecast if none is set: what the job uses on GPUs of 11 to 40 GiB."""
+
+
+def shape_of_run(settings: Settings, seen: Preflight, checks: list[PreflightResult]) -> RunShape:
+    """What is known about the run: from the checks, or from the tables of known sizes if they read nothing."""
+    setup, model_basis = _setup(settings, seen, checks)
+    workload, data_basis = _workload(settings, seen.data)
+    questions, questions_basis = _questions(settings, seen)
+    download = seen.model.download_bytes if seen.model else None
+    if download is None:
+        download = 2 * setup.architecture.parameters if setup else 0  # weights are published in half precision
+    run = RunShape(
+        setup=setup,
+        setup_basis=model_basis,
+        workload=workload,
+        workload_basis=data_basis,
+        validation=_validation(settings, seen.data, workload),
+        merges=_merges(settings),
+        derived=tuple(derived(settings.export.formats)),
+        adapter_copies=len(adapter_copies(settings.export.formats)),
+        quantizing_tokens=_quantizing_tokens(settings, workload),
+        reference=_reference(settings, seen.data),
+        questions=questions,
+        questions_basis=questions_basis,
+        budget=settings.train.micro_batch_tokens or SMALL_GPU_TOKENS,
+        scoring_budget=settings.eval.batch_tokens,
+        download_bytes=download + (seen.data.download_bytes if seen.data else 0),
+        usd_per_hour=settings.cost.usd_per_hour,
+        fused=settings.model.dtype in {"auto", "bf16"}
+        and settings.lora.dropout == 0
+        and adapter_options(settings).not_fused is None,
+        budget_by_gpu=settings.train.micro_batch_tokens is None,
+        keep_base=None if settings.model.keep_dequantized == "auto" else settings.model.keep_dequantized,
+        full_precision=settings.eval.full_precision == "auto" and settings.model.quantization != "none",
+        keep_activations=None if (again := settings.train.gradient_checkpointing) == "auto" else not again,
+    )
+    if settings.train.is_one_stage:
+        return run
+    first, _ = split_stages(settings)
+    workload, data_basis = _workload(first, seen.first_data)
+    earlier = replace(
+        run,
+        workload=workload,
+        workload_basis=data_basis,
+        validation=_validation(first, seen.first_data, workload),
+        reference=None,
+        download_bytes=0,
+        merges=0,
+        adapter_copies=0,
+        derived=(),
+        quantizing_tokens=0,
+    )
+    more = seen.first_data.download_bytes if seen.first_data else 0
+    return replace(run, first_stage=earlier, download_bytes=run.download_bytes + more)
+
+
+def _setup(settings: Settings, seen: Preflight, checks: list[PreflightResult]) -> tuple[Setup | None, Basis]:
+    """Model, adapter and optimizer; None if the model is unknown, or lacks a layer that LoRA should adapt."""
+    basis: Basis = "computed" if seen.model is not None else "assumed"
+    architecture = seen.model.architecture if seen.model else known.ARCHITECTURES.get(settings.model.id)
+    if architecture is None:
+        return None, basis
+    named, options = settings.lora.target_modules, adapter_options(settings)
+    targets = architecture.groups[named] if isinstance(named, str) else named
+    rank = settings.lora.rank if options.adalora is None else options.adalora.init_r
+    missing = [name for name in targets if name not in architecture.linear]
+    if missing:
+        if seen.model is None:  # else the check named "adapter" has inspected the layers themselves
+            what = f"the model has no linear {', '.join(missing)}; it has {', '.join(sorted(architecture.linear))}"
+            error = SettingsError([Problem("JOB_LORA__TARGET_MODULES", what)])
+            checks.append(PreflightResult("adapter", "wrong", str(error), error))
+        return None, basis
+    return Setup(
+        architecture=architecture,
+        rank=2 * rank if options.decomposed else rank,
+        targets=targets,
+        quantization=settings.model.quantization,
+        double_quantization=settings.model.double_quantization,
+        value_bytes=memory_model.FP32 if settings.model.dtype == "fp32" else forecast.HALF_PRECISION,
+        optimizer=settings.train.optimizer,
+        recompute=settings.train.gradient_checkpointing is not False,
+        counted=seen.adapter.parameters if seen.adapter and options != PLAIN else None,
+        dora=options.use_dora,
+        bytes_beside=options.bytes_beside,
+        merged_rows=2 * architecture.vocabulary if options.added_tokens else 0,
+    ), basis
+
+
+def _workload(settings: Settings, data: DataFacts | None) -> tuple[Workload | None, Basis]:
+    """Counted from the rows; else scaled from a known sample of the data set; else None."""
+    train = settings.train
+
+    def steps(rows: int) -> int:
+        return total_steps(rows, train.global_batch_size, train.epochs, train.max_steps)
+
+    if data is not None:
+        lengths, targets = lengths_of(data.examples), target_counts_of(data.examples)
+        seed = settings.run.seed if settings.data.seed is None else settings.data.seed
+        batches = {"seed": seed, "global_batch_size": train.global_batch_size}
+        counted = count(lengths, targets, steps=steps(len(lengths)), **batches)
+        return counted, "assumed" if data.estimated else "computed"
+    samples = known.DATASET_TOKENS.get(settings.data.source)
+    if samples is None:
+        return None, "assumed"
+    rows = min(settings.data.limit or samples[-1].rows, samples[-1].rows)
+    sample = min(samples, key=lambda sample: abs(sample.rows - rows))
+    return scale(
+        rows,
+        sample.tokens / sample.rows,
+        sample.squares / sample.rows,
+        min(sample.longest, train.max_length),
+        global_batch_size=train.global_batch_size,
+        steps=steps(rows),
+    ), "assumed"
+
+
+def _validation(settings: Settings, data: DataFacts | None, workload: Workload | None) -> ForwardWork | None:
+    """The validations of a run that does not stop early; None where there are none, or their rows are not known."""
+    if data is None or workload is None or not data.validation:
+        return None
+    every = settings.train.validate_every_steps or steps_per_epoch(workload.rows, settings.train.global_batch_size)
+    return _forward(data.validation, len(due_steps(every, workload.steps)))
+
+
+def _reference(settings: Settings, data: DataFacts | None) -> ForwardWork | None:
+    """The log-probabilities of the reference; None where the method has none, or the rows are not known."""
+    if data is None or not METHODS[settings.train.last_method].reference:
+        return None
+    return _forward(data.examples, 1)
+
+
+def _forward(examples: Sequence[Example], count: int) -> ForwardWork:
+    return ForwardWork(
+        count=count,
+        rows=len(examples),
+        tokens=sum(lengths_of(examples)),
+        target_tokens=sum(target_counts_of(examples)),
+        longest=max(lengths_of(examples)),
+    )
+
+
+def _merges(settings: Settings) -> int:
+    """How many candidates of a merge are made, as far as that is known before the base's weights are."""
+    both = settings.export.merge_onto == "best" and settings.model.quantization != "none"
+    return (1 + both) * needs_merge(settings.export.formats)
+
+
+def _quantizing_tokens(settings: Settings, workload: Workload | None) -> int:
+    """Tokens of all steps of auto-round; at most, where the rows are unknown."""
+    at_once = CALIBRATION_BATCH * CALIBRATION_LENGTH
+    if workload is not None:
+        rows = min(settings.export.calibration_rows, workload.rows)
+        epochs = workload.steps * settings.train.global_batch_size / workload.rows
+        at_once = min(at_once, int(rows * workload.tokens / max(1, workload.rows * epochs)))
+    return settings.export.quantization_steps * at_once
+
+
+def _questions(settings: Settings, seen: Preflight) -> tuple[known.TaskTokens | None, Basis]:
+    """Counted from the questions; else from known tasks; else None."""
+    if seen.questions is not None:
+        return seen.questions, "computed" if seen.tokenizer is not None else "assumed"
+    tables = [known.TASK_TOKENS.get(task) for task in settings.eval.tasks]
+    limited = [table.first(settings.eval.limit) for table in tables if table is not None]
+    if len(limited) < len(tables):
+        return None, "assumed"
+    return known.TaskTokens(*(sum(parts) for parts in zip(*map(astuple, limited), strict=True))), "assumed"

@@ -1,0 +1,452 @@
+"""How a run is, from the records in its store alone: `qlora-job status` and nothing else asks here.
+
+An attempt writes its record (`attempts/NNNN.json`) at most every 5 seconds while it makes progress, with its stage and
+the figures of the last optimizer step (`runs.run_log.Noted`). So a run on S3 is seen as a local one is. Records of
+earlier versions lack these figures; the step is then that of the last checkpoint, and `step_from` says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from itertools import islice
+from typing import Any, Literal, TypeVar
+
+from job.checkpoints import manager
+from job.common.formatting import count, duration, moment
+from job.common.hashing import unsealed
+from job.common.tables import aligned
+from job.common.validation import first_error
+from job.errors import Problem, SettingsError, exit_codes
+from job.records import Artifact, TrainingProgress
+from job.runs import lease
+from job.runs.attempt import missing
+from job.runs.layout import (
+    ARTIFACTS,
+    FIRST_STAGE,
+    LEASE,
+    RESULTS,
+    STAGES,
+    Stage,
+    attempt_key,
+    attempt_number,
+    marker_key,
+    run_folder,
+    stage_key,
+)
+from job.runs.run_log import LoggedAttempt, Noted, parse_logged
+from job.storage.base import read_record
+from job.storage.open import ObjectStore, StorageOptions, open_store
+
+T = TypeVar("T")
+
+State = Literal["running", "preempted", "stalled", "finished", "failed", "not-started", "damaged"]
+
+STALLED_SECONDS = 600.0
+"""A running attempt that wrote no record for so long is `stalled`. Loading a model is the longest silence there is."""
+_READ_BACK = 20
+"""Records of so many attempts are read, newest first, for the last end and the last step."""
+_LOOKED_AT = 10_000
+"""Objects that are looked at for runs below a folder that is none."""
+
+
+@dataclass(frozen=True)
+class AttemptEnd:
+    """How an attempt ended. `qlora-job status --format json` has these fields.
+
+    Attributes:
+        attempt: Its number.
+        outcome: `preempted`, `failed`, `crashed` (a bug), `complete`, or `killed`: it wrote no end.
+        exit_code: Of its process; null if it was killed, completed the run, or is of a version that did not record it.
+        meaning: What the exit code means.
+        why: The error's text, without secrets; null where there is none.
+        finished: When, RFC 3339 in UTC; null if it was killed.
+    """
+
+    attempt: int
+    outcome: str
+    exit_code: int | None
+    meaning: str | None
+    why: str | None
+    finished: str | None
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """How a run is. `qlora-job status --format json` has these fields; null is what is not known, or does not apply.
+
+    Attributes:
+        run: Path or URI of the run's folder.
+        state: `running`; `preempted`: the platform is to start the next attempt; `stalled`: no sign of life, so the
+            attempt was killed without notice, or hangs; `finished`; `failed`: the last attempt ended with an error;
+            `not-started`; `damaged`: results.json, or a file that it lists, is not whole.
+        first_stage: Whether all this is about the first stage of two, as in `JOB_TRAIN__METHOD=sft,dpo`.
+        attempt: Number of the newest attempt.
+        stage: The stage that goes on, or in which the newest attempt ended.
+        stages_done: The stages with a record, in their order; later attempts do not repeat them.
+        step: The last optimizer step.
+        step_from: What `step` and the figures of the step are from: `attempt`, the newest one; `checkpoint`, from
+            which the next attempt resumes, or this one did; `training`, which is done.
+        total_steps: Number of steps; early stopping may end training before the last one.
+        loss: Of the last step; once training is done, its mean.
+        tokens_per_second: Target tokens per second of the last step; once training is done, over all steps.
+        remaining_seconds: Estimate for the steps that are left, as of the last sign of life; not for later stages.
+        questions: Questions that are scored in the evaluation that goes on.
+        last_sign_of_life: When the newest attempt wrote its record last, RFC 3339 in UTC.
+        silent_seconds: Seconds since then, by this machine's clock.
+        last_end: How the newest attempt that ended did so.
+        checkpoints: Steps of the checkpoints with a valid commit marker, newest first. Their files are not read.
+        gate: Of a finished run, whether its quality gate is met; null without a gate.
+        problems: Records that are damaged; the exit code is then 4.
+    """
+
+    run: str
+    state: State
+    first_stage: bool = False
+    attempt: int | None = None
+    stage: str | None = None
+    stages_done: tuple[str, ...] = ()
+    step: int | None = None
+    step_from: Literal["attempt", "checkpoint", "training"] | None = None
+    total_steps: int | None = None
+    loss: float | None = None
+    tokens_per_second: float | None = None
+    remaining_seconds: float | None = None
+    questions: int | None = None
+    last_sign_of_life: str | None = None
+    silent_seconds: float | None = None
+    last_end: AttemptEnd | None = None
+    checkpoints: tuple[int, ...] = ()
+    gate: bool | None = None
+    problems: tuple[Problem, ...] = field(default_factory=tuple)
+
+
+def read_status(
+    where: str, storage: StorageOptions, *, now: datetime | None = None, stalled_after: float = STALLED_SECONDS
+) -> RunStatus:
+    """The status of the run in a folder, given as a path or URI, which nothing is written to.
+
+    Args:
+        where: The folder of a run, or the `results.json` in it.
+        storage: How to reach the store.
+        now: The time; None for this machine's.
+        stalled_after: After so many seconds without a sign of life a running attempt is `stalled`.
+
+    Raises:
+        SettingsError: The folder holds runs, and is none itself; or it is no path or URI.
+        AccessDenied, Unreachable: As the store says.
+    """
+    now = now or datetime.now(UTC)
+    store = open_store(run_folder(where), storage)
+    found = _read(store, now, stalled_after)
+    if found.state != "not-started":
+        return found
+    first = _read(open_store(f"{store.uri}/{FIRST_STAGE}".rstrip("/"), storage), now, stalled_after)
+    if first.state == "finished":  # and the second has not begun
+        lasted = first.silent_seconds or 0.0
+        return replace(first, run=store.uri, first_stage=True, state="stalled" if lasted > stalled_after else "running")
+    if first.state != "not-started":
+        return replace(first, run=store.uri, first_stage=True)
+    _refuse_folder_of_runs(store)
+    return found
+
+
+def _read(store: ObjectStore, now: datetime, stalled_after: float) -> RunStatus:
+    problems: list[Problem] = []
+    holder = _parsed(store, LEASE, lease.parse, problems)
+    numbers = lease.attempt_numbers(store)
+    newest = max([*numbers, holder.epoch if holder else 0])
+    results = _results(store, problems)
+    if not newest and results is None and not problems:
+        return RunStatus(store.uri, "not-started")
+    logged = _logged(store, [number for number in reversed(numbers) if number <= newest][:_READ_BACK], problems)
+    current = logged.get(newest)
+    noted = None if current is None else _noted(current)
+    sign = noted.at if noted else holder.started if holder and holder.epoch == newest else None
+    silent = None if sign is None else max(0.0, (now - _time(sign)).total_seconds())
+    checkpoints = _checkpoints(store, problems)
+    done = _stages_done(store)
+    state, last_end = _state(newest, current, silent, results, stalled_after), _last_end(logged, newest)
+    if state == "finished" and problems:
+        state = "damaged"
+    status = RunStatus(
+        run=store.uri,
+        state=state,
+        attempt=newest or None,
+        stage=None if noted is None or state == "finished" else noted.stage,
+        stages_done=done,
+        questions=current.questions or None if current and noted and state == "running" else None,
+        last_sign_of_life=sign,
+        silent_seconds=silent,
+        last_end=last_end,
+        checkpoints=checkpoints,
+        gate=_gate(results),
+        problems=tuple(problems),
+    )
+    return _with_step(status, store, logged, results)
+
+
+def _state(
+    newest: int,
+    current: LoggedAttempt | None,
+    silent: float | None,
+    results: Mapping[str, Any] | None,
+    stalled_after: float,
+) -> State:
+    """The state, by the newest attempt's record; None where it has written none yet, or a damaged one."""
+    if results is not None:
+        return "finished"
+    outcome = "running" if current is None else current.record.outcome
+    if outcome == "complete" or not newest:
+        return "damaged"
+    if outcome in {"running", "killed"}:
+        return "running" if outcome == "running" and silent is not None and silent <= stalled_after else "stalled"
+    return "preempted" if outcome == "preempted" and _exit_code(current) in {None, 75} else "failed"
+
+
+def _with_step(
+    status: RunStatus, store: ObjectStore, logged: Mapping[int, LoggedAttempt], results: Mapping[str, Any] | None
+) -> RunStatus:
+    """Adds the last step, from the best source there is."""
+    current = logged.get(status.attempt or 0)
+    known = next((n.training for one in logged.values() if (n := _noted(one)) and n.training), None)
+    total = None if known is None else known.total_steps
+    if (trained := _trained(store, results)) is not None:
+        return replace(status, step_from="training", **trained)
+    training = None if current is None else _training(current)
+    if training is not None:
+        return replace(status, step_from="attempt", **asdict(training))
+    if status.checkpoints:
+        return replace(status, step_from="checkpoint", step=status.checkpoints[0], total_steps=total)
+    return replace(status, total_steps=total)
+
+
+def _training(logged: LoggedAttempt) -> TrainingProgress | None:
+    """The last step of an attempt."""
+    return None if logged.noted is None else logged.noted.training
+
+
+def _trained(store: ObjectStore, results: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Steps, loss and speed of training that is done; None if it is not."""
+    facts: Any = results
+    if facts is None:
+        stored = read_record(store, stage_key(Stage.TRAIN))
+        try:
+            facts = {} if stored is None else unsealed(stored.data)
+        except ValueError:
+            facts = {}  # the next attempt ignores it, too
+    training = facts.get("training")
+    if not isinstance(training, dict):
+        return None
+    steps = training.get("steps")
+    return {
+        "step": steps,
+        "total_steps": steps,
+        "loss": training.get("loss"),
+        "tokens_per_second": training.get("tokens_per_second"),
+    }
+
+
+def _parsed(store: ObjectStore, key: str, parse: Any, problems: list[Problem]) -> Any:
+    """What a file says; None if it is missing or damaged, which is added to `problems`."""
+    if (stored := read_record(store, key)) is None:
+        return None
+    try:
+        return parse(stored.data)
+    except ValueError as error:
+        problems.append(Problem(f"{store.uri}/{key}", first_error(error)))
+        return None
+
+
+def _logged(store: ObjectStore, numbers: list[int], problems: list[Problem]) -> dict[int, LoggedAttempt]:
+    """By number, newest first, the records of attempts, as far back as there is something to learn from them."""
+    found: dict[int, LoggedAttempt] = {}
+    for number in numbers:
+        logged = _parsed(store, attempt_key(number), _parse_logged, problems)
+        if logged is not None:
+            found[number] = logged
+        if len(found) > 1 and any(_training(one) for one in found.values()):
+            break
+    return found
+
+
+def _parse_logged(data: bytes) -> LoggedAttempt:
+    """An attempt's record, whose times can be read.
+
+    Raises:
+        ValueError: It is none, or it was altered.
+    """
+    logged = parse_logged(data)
+    _time(_noted(logged).at)
+    return logged
+
+
+def _noted(logged: LoggedAttempt) -> Noted:
+    """When an attempt wrote its record, and at which stage; worked out for records of earlier versions."""
+    if logged.noted is not None:
+        return logged.noted
+    record = logged.record
+    at = _time(record.started) + timedelta(seconds=record.seconds)
+    return Noted(record.finished or _rendered(at), next(reversed(record.stage_seconds), None))
+
+
+def _time(text: str) -> datetime:
+    return datetime.fromisoformat(text).astimezone(UTC)
+
+
+def _rendered(time: datetime) -> str:
+    return time.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _exit_code(logged: LoggedAttempt | None) -> int | None:
+    return None if logged is None or logged.noted is None else logged.noted.exit_code
+
+
+def _last_end(logged: Mapping[int, LoggedAttempt], newest: int) -> AttemptEnd | None:
+    """The end of the newest attempt that ended; every attempt but the newest has."""
+    for number, one in logged.items():
+        outcome = one.record.outcome
+        if outcome == "running" and number == newest:
+            continue
+        code = _exit_code(one)
+        meaning = exit_codes().get(code, (None, None))[0] if code is not None else None
+        why = None if one.noted is None else one.noted.why
+        outcome = "killed" if outcome == "running" else outcome
+        return AttemptEnd(number, outcome, code, meaning, why, one.record.finished)
+    return None
+
+
+def _results(store: ObjectStore, problems: list[Problem]) -> dict[str, Any] | None:
+    """The manifest; None if there is none, or it is damaged. Of the files that it lists only the sizes are compared."""
+    results: dict[str, Any] | None = _parsed(store, RESULTS, unsealed, problems)
+    if results is None:
+        return None
+    try:
+        artifacts = [Artifact(**entry) for entry in results["artifacts"]]
+        _gate(results)
+    except (KeyError, TypeError) as error:
+        problems.append(Problem(f"{store.uri}/{RESULTS}", f"is no manifest of this job: {error}"))
+        return None
+    if gone := missing(store, artifacts):
+        what = f"{count(len(gone), 'published file')} missing, or not of the size in {RESULTS}, such as {gone[0]}"
+        problems.append(Problem(f"{store.uri}/{ARTIFACTS}", what))
+    return results
+
+
+def _gate(results: Mapping[str, Any] | None) -> bool | None:
+    passed = None if results is None else results["gate"]["passed"]
+    return passed if isinstance(passed, bool) else None
+
+
+def _checkpoints(store: ObjectStore, problems: list[Problem]) -> tuple[int, ...]:
+    steps = manager.steps(store)
+    return tuple(step for step in steps if _parsed(store, marker_key(step), manager.parse_marker, problems) is not None)
+
+
+def _stages_done(store: ObjectStore) -> tuple[str, ...]:
+    there = {info.key for info in store.list(STAGES)}
+    return tuple(stage.value for stage in Stage if stage_key(stage) in there)
+
+
+def _refuse_folder_of_runs(store: ObjectStore) -> None:
+    """Raises SettingsError if the folder holds runs: its path was given instead of that of one of them."""
+    for info in islice(store.list(), _LOOKED_AT):
+        folder, _, rest = info.key.partition("/")
+        if rest in {RESULTS, LEASE} or attempt_number(rest) is not None:
+            what = f"holds runs, and is none itself; give one of them, such as {store.uri}/{folder}"
+            raise SettingsError([Problem(store.uri, what)])
+
+
+def as_json(status: RunStatus) -> dict[str, Any]:
+    """The status as JSON, with the fields of `RunStatus`."""
+    return asdict(status) | {"problems": [str(problem) for problem in status.problems]}
+
+
+def as_lines(status: RunStatus) -> list[str]:
+    """The status for people: the state, and below it what else is known."""
+    rows = [(f"  {name}", text.replace("\N{NO-BREAK SPACE}", " ")) for name, text in _rows(status)]
+    return [headline(status), *aligned(rows)]
+
+
+def headline(status: RunStatus) -> str:
+    """The state in words, which say what happens next."""
+    end, silent = status.last_end, status.silent_seconds
+    match status.state:
+        case "running":
+            words = "running"
+        case "preempted":
+            words = "preempted, waiting for a next attempt"
+        case "stalled":
+            words = (
+                "stalled (no sign of life)" if silent is None else f"stalled (no sign of life for {duration(silent)})"
+            )
+            words += ": the attempt was killed without notice, or hangs"
+        case "finished":
+            words = "finished" + {None: "", True: ", gate met", False: ", gate not met"}[status.gate]
+        case "failed" if end is not None and end.exit_code is not None:
+            words = f"failed with code {end.exit_code} ({end.meaning})"
+        case "failed":
+            words = "failed (the version of the job that ran it did not record the exit code)"
+        case "not-started":
+            words = "not started, or no run: there is no record of an attempt"
+        case "damaged":
+            words = "damaged: the results are not whole; start the run again, and it makes them whole"
+    part = "first stage (sft) of two: " if status.first_stage else ""
+    return f"{part}{words}".replace("\N{NO-BREAK SPACE}", " ")
+
+
+def _rows(status: RunStatus) -> Iterator[tuple[str, str]]:
+    """(name, text) of everything that is known."""
+    goes_on, end = status.state in {"running", "stalled"}, status.last_end
+    in_training = status.state == "running" and status.stage == Stage.TRAIN
+    texts = {
+        "run": status.run,
+        "attempt": _if(status.attempt, str),
+        "stage" if goes_on else "ended in stage": status.stage or (_NO_STAGE if goes_on else None),
+        "step": _if(status.step, lambda _: _step(status)),
+        "loss": _if(status.loss, "{:.4f}".format),
+        "speed": _if(status.tokens_per_second, "{:,.0f} target tokens/s".format),
+        "time left": _if(status.remaining_seconds if in_training else None, _left),
+        "questions": _if(None if in_training else status.questions, "{:,} scored".format),
+        "last sign of life": _if(status.silent_seconds, lambda ago: _sign(status.last_sign_of_life, ago)),
+        "stages done": ", ".join(status.stages_done),
+        "checkpoints": _if(status.attempt, lambda _: _saved(status.checkpoints)),
+        f"attempt {end.attempt if end else 0} ended": _if(end, _end),
+    }
+    yield from ((name, text) for name, text in texts.items() if text)
+    yield from (("damaged", str(problem)) for problem in status.problems)
+
+
+_NO_STAGE = "between two stages, such as loading the model"
+
+
+def _if(value: T | None, render: Callable[[T], str]) -> str | None:
+    return None if value is None else render(value)
+
+
+def _left(seconds: float) -> str:
+    return f"{duration(seconds)} of training; the stages after it are not counted"
+
+
+def _sign(at: str | None, ago: float) -> str:
+    return f"{moment(at or '')} UTC ({duration(ago)} ago)"
+
+
+def _saved(steps: Sequence[int]) -> str:
+    return f"step {', '.join(map(str, steps))}" if steps else "none"
+
+
+def _step(status: RunStatus) -> str:
+    total = "" if status.total_steps is None else f" of {status.total_steps}"
+    since = {"checkpoint": " (at the last checkpoint)", "training": " (training is done)"}
+    if status.step_from == "attempt" and status.state in {"preempted", "failed"}:
+        return f"{status.step}{total} (when the attempt ended)"
+    return f"{status.step}{total}{since.get(status.step_from or '', '')}"
+
+
+def _end(end: AttemptEnd) -> str:
+    if end.outcome == "killed":
+        return "killed without notice, or replaced by a later attempt: it recorded no end"
+    code = "" if end.exit_code is None else f" with code {end.exit_code} ({end.meaning})"
+    return f"{end.outcome}{code}" + ("" if end.why is None else f": {end.why}")

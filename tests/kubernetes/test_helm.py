@@ -1,0 +1,169 @@
+"""The Helm chart: rendered by Helm itself, it is what Kustomize builds, field by field."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+
+from job import __version__
+from tests.kubernetes.crds import CRDS
+from tests.kubernetes.manifests import (
+    KUBERNETES,
+    OVERLAYS,
+    Document,
+    build,
+    container,
+    environment,
+    labels,
+    one,
+    overlay,
+    pod_spec,
+)
+from tests.kubernetes.test_manifests import ENDS, check_restricted
+
+CHART = KUBERNETES.parent / "helm/qlora-job"
+IMAGE = {"repository": "registry.example.com/qlora-job", "digest": f"sha256:{'0' * 64}"}
+OUTPUT = {"JOB_RUN__OUTPUT": "s3://my-bucket/runs"}
+
+
+def example(name: str) -> dict[str, Any]:
+    """The chart's values for an overlay."""
+    values: dict[str, Any] = yaml.safe_load((CHART / f"examples/{name}.yaml").read_text(encoding="utf-8"))
+    return values
+
+
+def render(values: Mapping[str, Any], name: str = "qlora-job") -> tuple[Document, ...]:
+    """What `helm template` prints, by Helm's own Go code (helm-python-sdk)."""
+    helm = pytest.importorskip("helm_python")
+    with helm.Chart.load(CHART) as chart:
+        chart.validate_schema(dict(values))
+        (text,) = (t for path, t in chart.render(dict(values), name=name, namespace="qlora").items() if "run" in path)
+    return tuple(yaml.safe_load_all(text))
+
+
+def comparable(documents: tuple[Document, ...]) -> dict[tuple[str, str], Any]:
+    """Documents without what may differ: the ConfigMap's hash in its name, and the order of what has names."""
+    config = one(documents, "ConfigMap")["metadata"]["name"]
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(entry) for key, entry in value.items()}
+        if isinstance(value, list):
+            entries = [plain(entry) for entry in value]
+            named = entries and all(isinstance(entry, dict) and "name" in entry for entry in entries)
+            return sorted(entries, key=lambda entry: entry["name"]) if named else entries
+        return "config" if value == config else value
+
+    found = {(document["kind"], document["metadata"]["name"]): plain(document) for document in documents}
+    found["ConfigMap", "config"] = found.pop(("ConfigMap", config))
+    for (kind, _), document in found.items():
+        if kind == "PersistentVolumeClaim":  # the chart's have labels, and outlive the release
+            document["metadata"] = {"name": document["metadata"]["name"]}
+    return found
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_it_is_what_kustomize_builds(name: str) -> None:
+    """With the values of an overlay, Helm's documents are the overlay's, and so is the container's environment."""
+    rendered = render(example(name))
+    assert comparable(rendered) == comparable(overlay(name))
+    pod = labels(rendered, "a-job", "a-set")
+    assert environment(rendered, pod) == environment(overlay(name), pod)
+
+
+def test_the_defaults_are_the_base() -> None:
+    """Without any value but the image and where results go, the Job is the base's."""
+    ours, base = comparable(render({"image": {"repository": "r", "tag": "t"}, "settings": OUTPUT})), build("base")
+    ours["Job", "qlora-job"]["spec"]["template"]["spec"]["containers"][0]["image"] = container(base)["image"]
+    assert ours == comparable(base)
+
+
+@pytest.mark.parametrize("name", ["base", "multi-node"])
+def test_its_files_are_kustomize_s(name: str) -> None:
+    """The chart contains what Kustomize builds now; after a change to infra/kubernetes its files are written again."""
+    folder = name if name == "base" else f"overlays/{name}"
+    found = tuple(yaml.safe_load_all((CHART / f"files/{name}.yaml").read_text(encoding="utf-8")))
+    command = f"kubectl kustomize infra/kubernetes/{folder} >infra/helm/qlora-job/files/{name}.yaml"
+    assert found == build(folder), f"run: {command}"
+
+
+def test_other_values() -> None:
+    """What the examples leave out reaches its place, and the API server takes the result under another name."""
+    values = {
+        "image": IMAGE,
+        "settings": {**OUTPUT, "JOB_DATA__LIMIT": 1500000, "JOB_TRAIN__LEARNING_RATE": 2e-4, "JOB_LOG__LEVEL": "info"},
+        "sharedMemory": "16Gi",
+        "priorityClassName": "low",
+        "imagePullSecrets": [{"name": "registry"}],
+        "labels": {"team": "language"},
+        "jobAnnotations": {"argocd.argoproj.io/sync-options": "Force=true"},
+        "claims": [{"name": "cache", "storage": "60Gi", "storageClassName": "fast"}],
+        "volumes": [{"name": "cache", "persistentVolumeClaim": {"claimName": "cache"}}],
+    }
+    documents = render(values, "my-run")
+    for document in documents:
+        for version in ENDS:
+            kubernetes_validate.validate(document, version, strict=True)
+    check_restricted(documents)
+    data, pod = one(documents, "ConfigMap")["data"], pod_spec(documents)
+    assert (data["JOB_DATA__LIMIT"], data["JOB_TRAIN__LEARNING_RATE"]) == ("1500000", "0.0002")
+    assert {d["metadata"]["name"] for d in documents if d["kind"] in {"Job", "ServiceAccount"}} == {"my-run"}
+    assert one(documents, "Job")["metadata"]["annotations"] == values["jobAnnotations"]
+    assert all(d["metadata"]["labels"]["team"] == "language" for d in documents)
+    assert (pod["priorityClassName"], pod["imagePullSecrets"]) == ("low", [{"name": "registry"}])
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    assert volumes["shm"]["emptyDir"] == {"medium": "Memory", "sizeLimit": "16Gi"}
+    assert volumes["cache"] == {"name": "cache", "persistentVolumeClaim": {"claimName": "cache"}}
+    assert one(documents, "PersistentVolumeClaim")["spec"]["storageClassName"] == "fast"
+
+
+def test_three_machines() -> None:
+    """The number of machines is that of the pods and of the job's nodes; the set is one that JobSet takes."""
+    documents = render({"image": IMAGE, "settings": OUTPUT, "nodes": 3}, "my-run")
+    jobset = one(documents, "JobSet")
+    jsonschema.validate(jobset, CRDS[jobset["apiVersion"], "JobSet"])
+    spec = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
+    assert (spec["completions"], spec["parallelism"]) == (3, 3)
+    found = environment(documents, labels(documents, "none", "my-run"))
+    assert (found["JOB_RUN__NODES"], found["JOB_RUN__RENDEZVOUS"]) == ("3", "my-run-node-0-0.my-run:29400")
+
+
+def test_other_settings_are_another_configmap() -> None:
+    """With other settings an upgrade is refused by the API server, since the pods would name another ConfigMap."""
+    first, second = (
+        container(render({"image": IMAGE, "settings": {**OUTPUT, "JOB_RUN__SEED": seed}}))["envFrom"] for seed in (1, 2)
+    )
+    assert first != second
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"settings": OUTPUT}, "image.repository: say where the image is"),
+        ({"image": {"repository": "r"}, "settings": OUTPUT}, "image.digest, or image.tag: say which image"),
+        ({"image": IMAGE}, "settings.JOB_RUN__OUTPUT: say where results go"),
+        ({"image": IMAGE, "settings": OUTPUT, "node": 2}, "node"),
+        ({"image": IMAGE, "settings": {"job_run__output": "x"}}, "job_run__output"),
+    ],
+)
+def test_what_is_missing_or_misspelt_is_said(values: dict[str, Any], said: str) -> None:
+    """Helm refuses values without the image or the place for results, and names that the chart does not know."""
+    helm = pytest.importorskip("helm_python")
+    with pytest.raises(helm.HelmError, match=said):
+        render(values)
+
+
+def test_values_fit_their_schema() -> None:
+    """Defaults and examples fit values.schema.json, and the chart has the job's version."""
+    schema = json.loads((CHART / "values.schema.json").read_text(encoding="utf-8"))
+    for values in (yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8")), *map(example, OVERLAYS)):
+        jsonschema.validate(values, schema)
+        assert values.keys() <= schema["properties"].keys()
+    about = yaml.safe_load((CHART / "Chart.yaml").read_text(encoding="utf-8"))
+    assert (about["version"], about["appVersion"]) == (__version__, __version__)

@@ -1,0 +1,104 @@
+"""`status` as it is typed: words, exit codes, what is printed, and the same for a folder and for S3."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import boto3
+import pytest
+
+from job.cli.main import main
+from job.runs.layout import attempt_key
+from tests.published_run import pairs, publish_run
+from tests.s3_server import BUCKET, CREDENTIALS, credentials, moto_server
+from tests.unit.results.test_status import attempt_at, save, train
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command printed, and its exit code."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Job = Callable[..., Done]
+
+
+@pytest.fixture
+def job(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Job:
+    """Runs a command in this process: it imports nothing that would be worth a process of its own."""
+    monkeypatch.setenv("JOB_LOG__FORMAT", "json")
+
+    def run(*words: object, **environment: str) -> Done:
+        capsys.readouterr()  # what the test has logged itself
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            code = main([str(word) for word in words])
+        return Done(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Path]:
+    """A run in training, whose attempt goes on."""
+    with attempt_at(tmp_path / "run") as attempt:
+        train(attempt)
+        save(tmp_path / "run", 5)
+        yield tmp_path / "run"
+
+
+def test_status_in_words_and_as_json(job: Job, run: Path) -> None:
+    """Exit 0 with the state on the first line, or with an object whose fields are documented."""
+    done = job("status", run)
+    assert (done.returncode, done.stderr, done.stdout.splitlines()[0]) == (0, "", "running")
+    found = json.loads(job("status", run, "--format=json").stdout)
+    assert (found["state"], found["step"], found["checkpoints"], found["problems"]) == ("running", 7, [5], [])
+    assert job("status", run, "--stalled-after=0.000001").stdout.startswith("stalled (no sign of life for")
+
+
+def test_status_of_a_run_on_s3(job: Job, run: Path, tmp_path: Path) -> None:
+    """What a store says of a running, a finished and a missing run, it says on S3 as in a folder."""
+    publish_run(tmp_path / "done", {"quiz": pairs(60, improved=30)})
+    with credentials(), moto_server() as url:
+        client = boto3.client("s3", endpoint_url=url)
+        for path in (path for path in tmp_path.rglob("*") if path.is_file() and ".store" not in path.parts):
+            client.upload_file(str(path), BUCKET, f"out/{path.relative_to(tmp_path).as_posix()}")
+        reach = {**CREDENTIALS, "JOB_STORAGE__ENDPOINT_URL": url}
+        for folder, state in ((run, "running"), (tmp_path / "done", "finished"), (tmp_path / "none", "not-started")):
+            place = f"s3://{BUCKET}/out/{folder.name}"
+            here, there = (json.loads(job("status", at, "--format=json", **reach).stdout) for at in (folder, place))
+            assert here["state"] == state
+            assert there["run"] == place
+            for facts in (here, there):
+                del facts["run"], facts["silent_seconds"]
+            assert here == there
+        assert job("status", f"s3://{BUCKET}/out", **reach).returncode == 2
+
+
+def test_status_of_a_damaged_run(job: Job, run: Path, tmp_path: Path) -> None:
+    """Exit 4: what is whole is printed, and what is damaged is in the log, without a traceback."""
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    (copy / attempt_key(1)).write_bytes(b"{")
+    done = job("status", copy)
+    assert done.returncode == 4
+    assert "step               5 (at the last checkpoint)" in done.stdout
+    line = json.loads(done.stderr)
+    assert (line["event"], line["problems"][0][: len(str(copy))]) == ("VerificationError", str(copy))
+
+
+@pytest.mark.parametrize(
+    "words", [(), ("a", "b"), ("a", "--stalled-after=soon"), ("a", "--stalled-after=0"), ("a", "--stalled-after=nan")]
+)
+def test_words_that_make_no_sense(job: Job, words: tuple[str, ...]) -> None:
+    """Exit 2, with what is wrong."""
+    done = job("status", *words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert json.loads(done.stderr)["event"] == "SettingsError"

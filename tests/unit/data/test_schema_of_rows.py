@@ -1,0 +1,52 @@
+"""Rows that fit no schema say what they have; a named schema wins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from job.errors import DataError
+from tests.unit.data.test_dataset import lines, load, text_of
+
+
+def test_rows_that_fit_no_schema_say_what_they_have(tmp_path: Path) -> None:
+    """Where no schema fits, the error names the row's fields and the schemas there are."""
+    path = lines(tmp_path / "x.jsonl", {"question": "a", "\ud800": 1})
+    with pytest.raises(DataError, match=r"x.jsonl:1: fits no schema.*'question', '\\ud800'; known are alpaca: instr"):
+        load(path, on_bad_row="skip")
+
+
+def test_a_misspelled_field_is_named(tmp_path: Path) -> None:
+    """The row's own name that is nearest to a missing field is told, in rows that fit half a schema or none."""
+    path = lines(tmp_path / "x.jsonl", {"promt": "a", "completion": "b"}, {"Prompt": "a", "completion": "b"})
+    with pytest.raises(DataError) as caught:
+        load(path)
+    assert [str(problem) for problem in caught.value.problems] == [
+        f"{path}:{n} prompt: is missing; if {name!r} is meant, rename it, or name it by JOB_DATA__FIELDS"
+        for n, name in ((1, "promt"), (2, "Prompt"))
+    ]
+    assert "JOB_DATA__ON_BAD_ROW=skip" in str(caught.value).splitlines()[-1]
+    path = lines(tmp_path / "y.jsonl", {"promt": "a", "completon": "b"})
+    with pytest.raises(DataError, match="'promt' may be meant as prompt; 'completon' may be meant as completion"):
+        load(path)
+
+
+def test_pairs_are_one_problem(tmp_path: Path) -> None:
+    """Rows of preferences under `sft` are told once, with the method for them; each row is, under a named schema."""
+    path = lines(tmp_path / "x.jsonl", *[{"prompt": "a", "chosen": "b", "rejected": "c"}] * 3)
+    with pytest.raises(DataError, match=r"x.jsonl:1: has the fields .* set JOB_TRAIN__METHOD=dpo or orpo$") as caught:
+        load(path)
+    assert caught.value.total == 1
+    with pytest.raises(DataError) as caught:
+        load(path, schema="prompt_completion")
+    assert caught.value.total == 3
+    assert all("set JOB_TRAIN__METHOD=dpo" in problem.what for problem in caught.value.problems)
+
+
+def test_a_named_schema_wins(tmp_path: Path) -> None:
+    """A schema given by name is used where detection would take another."""
+    path = lines(tmp_path / "x.jsonl", {"instruction": "a", "output": "b", "text": "cat"})
+    assert load(path)[1].format == "alpaca"
+    examples, record = load(path, schema="text")
+    assert (record.format, text_of(examples[0])) == ("text", "cat")

@@ -1,0 +1,297 @@
+"""The status of a run: every state is told from the records in its store, and in words that say what happens next."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, fields, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from job import log
+from job.checkpoints import manager
+from job.common.hashing import sealed
+from job.errors import DataError, JobError, Preempted, Problem, SettingsError
+from job.preemption.stop_flag import Stop
+from job.records import TrainingProgress
+from job.results import status as of_status
+from job.results.status import AttemptEnd, RunStatus, as_json, as_lines, headline, read_status
+from job.runs.attempt import Attempt, open_attempt
+from job.runs.fault_injection import arm
+from job.runs.layout import LEASE, Stage, attempt_key, marker_key
+from job.runs.lease import take
+from job.runs.run_log import IdleLimit
+from job.storage.local import LocalStore
+from job.storage.open import StorageOptions
+from tests.example_run import ATTEMPTS
+from tests.published_run import forge, pairs, publish_run
+
+OPTIONS = StorageOptions()
+STEP = TrainingProgress(7, 96, 1.25, 1234.5, 61.0)
+
+
+class Killed(BaseException):
+    """The process was killed: nothing of what follows is recorded."""
+
+
+@contextmanager
+def attempt_at(folder: Path, *, killed: bool = False, idle: IdleLimit | None = None) -> Iterator[Attempt]:
+    """An attempt at the run in a folder; one that is killed writes nothing at its end."""
+    store = LocalStore(folder)
+    opening = open_attempt(
+        store,
+        {"train.epochs": 2},
+        cache=str(folder.with_name("cache")),
+        stop=Stop(),
+        report_progress=lambda: None,
+        faults=arm((), store),
+        idle=idle,
+    )
+    with suppress(Killed), opening as attempt:
+        yield attempt
+        if killed:
+            attempt.note = lambda *_: None  # type: ignore[method-assign]
+            raise Killed
+
+
+def train(attempt: Attempt, training: TrainingProgress = STEP) -> None:
+    """Trains up to a step and records it."""
+    attempt.training = training
+    attempt.step_done(training.step, 0.1)
+    attempt.note("running")
+
+
+def save(folder: Path, step: int) -> None:
+    """Commits a checkpoint."""
+    files = folder.with_name(f"files-{step}")
+    files.mkdir()
+    (files / "adapter.safetensors").write_bytes(b"weights")
+    manager.publish(LocalStore(folder), files, step=step, epoch=1, world_size=1, software={})
+
+
+def seen(folder: Path, seconds: float = 1.0) -> RunStatus:
+    """The status, so many seconds from now."""
+    return read_status(str(folder), OPTIONS, now=datetime.now(UTC) + timedelta(seconds=seconds))
+
+
+def test_a_running_attempt_is_seen_with_its_figures(tmp_path: Path) -> None:
+    """Stage, step of how many, loss, speed, time left and the last sign of life, while the attempt goes on."""
+    run = tmp_path / "run"
+    with attempt_at(run) as attempt, attempt.timed(Stage.TRAIN):
+        train(attempt)
+        found = seen(run, 5)
+        assert (found.state, found.attempt, found.stage, found.step_from) == ("running", 1, "train", "attempt")
+        assert (found.step, found.total_steps, found.loss, found.tokens_per_second) == (7, 96, 1.25, 1234.5)
+        assert found.remaining_seconds == 61.0
+        assert 4 < (found.silent_seconds or 0) < 60
+        text = "\n".join(as_lines(found))
+    for words in ("running", "train", "7 of 96", "1.2500", "1,234 target tokens/s", "1 min 1 s of training", " ago)"):
+        assert words in text
+
+
+def test_an_attempt_without_a_sign_of_life_is_stalled(tmp_path: Path) -> None:
+    """After the limit, and not before, a run that says it goes on is called stalled, with for how long."""
+    run = tmp_path / "run"
+    with attempt_at(run, killed=True) as attempt, attempt.timed(Stage.TRAIN):
+        train(attempt)
+    assert seen(run, of_status.STALLED_SECONDS - 60).state == "running"
+    found = seen(run, 2 * of_status.STALLED_SECONDS)
+    assert found.state == "stalled"
+    assert re.match(
+        r"stalled \(no sign of life for 20 min \d+ s\): the attempt was killed without not", headline(found)
+    )
+    assert read_status(str(run), OPTIONS, stalled_after=1e-9).state == "stalled"
+    assert found.last_end is None  # the newest attempt may still go on
+    with attempt_at(run):
+        found = seen(run)
+    assert (found.state, found.attempt, found.last_end) == (
+        "running",
+        2,
+        AttemptEnd(1, "killed", None, None, None, None),
+    )
+
+
+def test_a_preempted_run_waits(tmp_path: Path) -> None:
+    """It says why the attempt ended, at which stage and step, and what is saved."""
+    run = tmp_path / "run"
+    with suppress(Preempted), attempt_at(run) as attempt, attempt.timed(Stage.TRAIN):
+        train(attempt)
+        save(run, 5)
+        raise Preempted("stopped by SIGTERM; step 5 of 96 is saved")
+    found = seen(run, 10_000)
+    assert (found.state, headline(found)) == ("preempted", "preempted, waiting for a next attempt")
+    assert (found.stage, found.checkpoints) == ("train", (5,))
+    text = "\n".join(as_lines(found))
+    assert "7 of 96 (when the attempt ended)" in text
+    assert "preempted with code 75 (preempted, or stalled; the state is durable): stopped by SIGTERM; step 5" in text
+
+
+def test_what_is_saved_is_told_apart_from_what_is_lost(tmp_path: Path) -> None:
+    """A new attempt that has done no step yet stands at the last checkpoint, not at the step that was lost."""
+    run = tmp_path / "run"
+    with attempt_at(run, killed=True) as attempt:
+        train(attempt)
+        save(run, 5)
+    with attempt_at(run):
+        found = seen(run)
+    assert (found.step, found.total_steps, found.step_from, found.loss) == (5, 96, "checkpoint", None)
+    assert "5 of 96 (at the last checkpoint)" in "\n".join(as_lines(found))
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "why"),
+    [
+        (DataError([Problem("rows.jsonl, line 3", "no output")]), 65, "rows.jsonl, line 3: no output"),
+        (JobError("the key hunter2 is wrong"), 1, "the key *** is wrong"),
+        (ZeroDivisionError("by hunter2"), 1, "ZeroDivisionError: by ***"),
+        (JobError("\x1b[2J" + "long " * 1000), 1, None),
+    ],
+)
+def test_a_failed_run_says_with_which_code(tmp_path: Path, error: Exception, code: int, why: str | None) -> None:
+    """The exit code, its meaning and the error's text, in which no secret stands, are in the attempt's record."""
+    run = tmp_path / "run"
+    log.configure("json", "error", ["hunter2"])
+    with pytest.raises(type(error)), attempt_at(run), suppress(Preempted):
+        raise error
+    found = seen(run)
+    assert found.state == "failed"
+    assert headline(found).startswith(f"failed with code {code} (")
+    assert found.last_end is not None
+    assert found.last_end.exit_code == code
+    assert b"hunter2" not in (run / attempt_key(1)).read_bytes()
+    assert len(found.last_end.why or "") <= 500
+    if why is not None:
+        assert found.last_end.why == why
+
+
+def test_an_idle_run_has_failed(tmp_path: Path) -> None:
+    """An attempt that ends with 71 instead of 75 is not called preempted: the platform counts it."""
+    run = tmp_path / "run"
+    with pytest.raises(JobError), attempt_at(run, idle=IdleLimit(1)):
+        raise Preempted("stopped by SIGTERM")
+    assert headline(seen(run)) == "failed with code 71 (several attempts in a row made no progress)"
+
+
+@pytest.mark.parametrize(("limit", "code"), [(3, 75), (1, 71)])
+def test_a_stall_is_recorded_before_the_watchdog_ends_the_process(tmp_path: Path, limit: int, code: int) -> None:
+    """The record says why, and has the code that the watchdog ends the process with."""
+    run, idle = tmp_path / "run", IdleLimit(limit)
+    with attempt_at(run, killed=True, idle=idle):
+        idle.record_stall("no progress for 1800 s")
+        assert idle.exit_code() == code
+    end = seen(run).last_end
+    assert end is not None
+    assert (end.exit_code, end.outcome, (end.why or "")[:22]) == (code, "preempted", "no progress for 1800 s")
+
+
+def test_an_attempt_that_has_written_nothing_yet(tmp_path: Path) -> None:
+    """Between taking the lease and the first record the run is running; for ever, it is stalled."""
+    run = tmp_path / "run"
+    take(LocalStore(run), "host")
+    found = seen(run)
+    assert (found.state, found.attempt, found.stage) == ("running", 1, None)
+    assert "between two stages" in "\n".join(as_lines(found))
+    assert seen(run, 2 * of_status.STALLED_SECONDS).state == "stalled"
+
+
+def test_a_finished_run(tmp_path: Path) -> None:
+    """With whether its gate is met; the path of its manifest names it too."""
+    run = publish_run(tmp_path / "run", {"quiz": pairs(60, improved=30)})
+    found = seen(run)
+    assert (found.state, found.step_from, found.problems) == ("finished", "training", ())
+    assert found.step == found.total_steps
+    assert found.stages_done == ("pull", "evaluate-base", "train", "evaluate-adapter")
+    assert replace(seen(run / "results.json"), silent_seconds=None) == replace(found, silent_seconds=None)
+    for passed, words in ((True, "finished, gate met"), (False, "finished, gate not met"), (None, "finished")):
+        forge(run, lambda results, passed=passed: results["gate"].update(passed=passed))
+        assert headline(seen(run)) == words
+
+
+def test_a_published_file_that_is_gone(tmp_path: Path) -> None:
+    """A run is not called finished that the job itself would go on with."""
+    run = publish_run(tmp_path / "run", {"quiz": pairs(60, improved=30)})
+    (run / "artifacts/adapter/adapter_model.safetensors").unlink()
+    found = seen(run)
+    assert found.state == "damaged"
+    assert "1 published file missing" in str(found.problems[0])
+
+
+def test_no_run(tmp_path: Path) -> None:
+    """A folder without records is a run that has not started; one with runs in it is refused, and names one."""
+    found = seen(tmp_path / "nowhere")
+    assert (found.state, headline(found)[:11]) == ("not-started", "not started")
+    assert not (tmp_path / "nowhere").exists()
+    with attempt_at(tmp_path / "run"):
+        pass
+    with pytest.raises(SettingsError, match=re.escape(f"such as {tmp_path}/run")):
+        seen(tmp_path)
+
+
+def test_the_first_of_two_stages(tmp_path: Path) -> None:
+    """Of `sft,dpo` the first stage is shown until the second one begins, and said to be that."""
+    run = tmp_path / "run"
+    with attempt_at(run / "sft") as attempt, attempt.timed(Stage.TRAIN):
+        train(attempt)
+        found = seen(run)
+    assert (found.run, found.state, found.first_stage, found.step) == (str(run), "running", True, 7)
+    assert headline(found) == "first stage (sft) of two: running"
+    shutil.rmtree(run / "sft")
+    publish_run(run / "sft", {"quiz": pairs(60)})
+    assert headline(seen(run)).startswith("first stage (sft) of two: stalled")  # it was published months ago
+    with attempt_at(run):
+        assert not seen(run).first_stage
+
+
+def test_a_run_of_an_earlier_version(tmp_path: Path) -> None:
+    """Its records have no figures: what they tell is shown, and the step is that of the last checkpoint."""
+    store = LocalStore(tmp_path / "run")
+    save(tmp_path / "run", 20)
+    for record, words in (
+        (replace(ATTEMPTS[0], outcome="failed"), "failed (the version of the job that ran it did not record the"),
+        (ATTEMPTS[0], "preempted, waiting for a next attempt"),
+        (replace(ATTEMPTS[0], outcome="running", finished=None), "stalled (no sign of life for "),
+        (replace(ATTEMPTS[0], outcome="killed", finished=None), "stalled (no sign of life for "),
+    ):
+        store.write(attempt_key(1), sealed(asdict(record)))
+        found = seen(tmp_path / "run")
+        assert headline(found).startswith(words)
+        assert (found.step, found.step_from, found.stage) == (20, "checkpoint", "train")
+        assert found.last_sign_of_life == "2026-01-05T09:05:00.000Z"
+
+
+def cut(data: bytes) -> bytes:
+    """Half of a file."""
+    return data[: len(data) // 2]
+
+
+@pytest.mark.parametrize("key", [LEASE, attempt_key(1), marker_key(5), "results.json"])
+@pytest.mark.parametrize(
+    "damage", [cut, lambda _: b"", lambda _: b"[1]", lambda _: sealed({"a": 1}), lambda _: b"\xff\x00{"]
+)
+def test_damaged_records_are_named(tmp_path: Path, key: str, damage: Callable[[bytes], bytes]) -> None:
+    """Whatever lies in place of a record, the status is told from the others, and the damaged one is named."""
+    with attempt_at(tmp_path / "run") as attempt:
+        train(attempt)
+        save(tmp_path / "run", 5)
+        run = Path(shutil.copytree(tmp_path / "run", tmp_path / "copy"))
+    path = run / key
+    path.write_bytes(damage(path.read_bytes() if path.exists() else sealed({"run": 1})))
+    found = seen(run)
+    assert [problem.where for problem in found.problems] == [f"{run}/{key}"]
+    assert (found.state, found.step) == ("running", 5 if key == attempt_key(1) else 7)
+    assert any(line.lstrip().startswith("damaged") for line in as_lines(found))
+
+
+def test_the_fields_of_the_json_are_documented() -> None:
+    """Each field that `--format json` prints stands in the documentation of its class, and no other does."""
+    for kind in (RunStatus, AttemptEnd):
+        documented = re.findall(r"^        (\w+): ", kind.__doc__ or "", re.MULTILINE)
+        assert documented == [one.name for one in fields(kind)]
+    printed: dict[str, Any] = as_json(RunStatus("/run", "failed", last_end=AttemptEnd(1, "failed", 2, "m", "w", None)))
+    assert list(printed) == [one.name for one in fields(RunStatus)]
+    assert list(printed["last_end"]) == [one.name for one in fields(AttemptEnd)]
