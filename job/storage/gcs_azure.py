@@ -40,6 +40,7 @@ from obstore.store import AzureStore as AzureClient
 from obstore.store import GCSStore as GcsClient
 
 from job.common.hashing import hash_file
+from job.common.threads import in_thread
 from job.errors import Problem, SettingsError, Unreachable
 from job.storage.base import (
     MAX_READ_BYTES,
@@ -605,7 +606,11 @@ def _ask_once(function: Callable[..., Any], *given: Any, **options: Any) -> Any:
     try:
         if threading.current_thread() is not threading.main_thread():
             return function(*given, **options)
-        return _in_thread(lambda: function(*given, **options))
+        try:
+            answer = in_thread(lambda: function(*given, **options), "obstore")
+        except RuntimeError:  # at interpreter shutdown no new thread can be started
+            return function(*given, **options)
+        return answer.result()
     except FileNotFoundError as error:
         raise Missing(str(error)) from None
     except BaseException as error:
@@ -614,24 +619,3 @@ def _ask_once(function: Callable[..., Any], *given: Any, **options: Any) -> Any:
             raise
         what = "make no sense to obstore; correct GOOGLE_BASE_URL or AZURE_STORAGE_ENDPOINT, and the credentials"
         raise SettingsError([Problem("the cloud's own variables", what)]) from None
-
-
-def _in_thread(function: Callable[[], Any]) -> Any:
-    results: list[Any] = []
-    errors: list[BaseException] = []
-
-    def call() -> None:
-        try:
-            results.append(function())
-        except BaseException as error:  # noqa: BLE001 - it is raised where the call was made
-            errors.append(error)
-
-    thread = threading.Thread(target=call, name="obstore", daemon=True)
-    try:
-        thread.start()
-    except RuntimeError:  # at interpreter shutdown no new thread can be started
-        return function()
-    thread.join()
-    if errors:
-        raise errors[0]
-    return results[0]
