@@ -98,7 +98,8 @@ def translate(error: BaseException, what: str) -> JobError:
 def _translate(error: BaseException, what: str, status: int) -> JobError:
     words = f"{what}: {_words(error)}"
     if _is_about_credentials(error, status):
-        return AccessDenied(f"{words}; set the cloud's own variables, or give the machine or pod an identity")
+        variables = "GOOGLE_APPLICATION_CREDENTIALS (gs://) or AZURE_STORAGE_ACCOUNT_KEY (az://)"
+        return AccessDenied(f"{words}; set {variables}, or give the machine or pod an identity of the cloud")
     if status in _UNKNOWN_REQUEST:
         return NotSupported([Problem(what, f"the store does not know this request: {_words(error)}")])
     if status >= HTTPStatus.INTERNAL_SERVER_ERROR or code(error) in _TRANSIENT_CODES:
@@ -106,7 +107,7 @@ def _translate(error: BaseException, what: str, status: int) -> JobError:
     if isinstance(error, (PermissionDeniedError, UnauthenticatedError)) or status in _DENIED:
         return AccessDenied(words)
     if (wrong := _wrong(error, status)) is not None:
-        return SettingsError([Problem(what, f"{wrong}: {_words(error)}")])
+        return SettingsError([Problem(what, wrong)])
     return Unreachable(words)
 
 
@@ -115,8 +116,8 @@ def _wrong(error: BaseException, status: int) -> str | None:
     if code(error) in _NO_BUCKET:
         return "there is no such bucket or container; create it, or correct the URI"
     if isinstance(error, InvalidPathError):
-        return "an object there has a name that no file can have; rename it"
-    return "the store refuses the request" if status and status not in _TRANSIENT else None
+        return f"an object there has a name that no file can have; rename it: {_words(error)}"
+    return f"the store refuses the request: {_words(error)}" if status and status not in _TRANSIENT else None
 
 
 def _is_about_credentials(error: BaseException, status: int) -> bool:
