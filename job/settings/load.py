@@ -316,7 +316,7 @@ def _revisions(settings: Settings, request: Request) -> Iterator[Fault]:
         if not values[name]:
             continue
         if is_remote(place) or place.startswith(("/", ".")):
-            what = f"is a commit of a hub repository, but {environment_name(marker.subject)} is a path or s3:// URI"
+            what = f"is a commit of a hub repository, but {environment_name(marker.subject)} is a path or URI"
             yield name, f"{what}; remove it"
         elif why := _other_repository(name, marker.subject, request):
             yield name, why
