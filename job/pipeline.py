@@ -60,6 +60,7 @@ _SETTING_OF = {
     "start_sha256": "JOB_LORA__START",
     "prompts": "JOB_EVAL__PROMPTS",
     "groups": "JOB_EVAL__TASKS",
+    "safety_sha256": "JOB_DATA__SAFETY_MODEL",
 }
 """Field of `Pulled` -> the setting that names what it is about."""
 

@@ -17,6 +17,7 @@ from urllib.parse import unquote
 from pydantic import ValidationError
 
 from job.common.export_formats import EXPORT_FORMATS, find_format, needs_merge
+from job.common.findings import UNSAFE
 from job.common.methods import FIRST_STAGE_SETTINGS, METHODS, MethodName, methods_for
 from job.common.schedulers import SCHEDULERS
 from job.common.source_list import is_single, parse_sources
@@ -87,6 +88,7 @@ def load_settings(
         *_revisions(settings, request),
         *_tasks(settings),
         *_prompts(settings),
+        *_safety(settings),
         *_validation(settings),
         *_gate(settings),
         *_export(settings),
@@ -314,7 +316,7 @@ def _revisions(settings: Settings, request: Request) -> Iterator[Fault]:
         if not values[name]:
             continue
         if is_remote(place) or place.startswith(("/", ".")):
-            what = f"is a commit of a hub repository, but {environment_name(marker.subject)} is a path or s3:// URI"
+            what = f"is a commit of a hub repository, but {environment_name(marker.subject)} is a path or URI"
             yield name, f"{what}; remove it"
         elif why := _other_repository(name, marker.subject, request):
             yield name, why
@@ -362,6 +364,17 @@ def _prompts(settings: Settings) -> Iterator[Fault]:
     if most >= settings.train.max_length:
         what = f"must be less than JOB_TRAIN__MAX_LENGTH, {settings.train.max_length}, which prompt and answer share"
         yield "eval.prompts_max_new_tokens", what
+
+
+def _safety(settings: Settings) -> Iterator[Fault]:
+    data = settings.data
+    if data.safety_model is not None:
+        return
+    for name in ("data.safety_revision", "data.unsafe_labels", "data.unsafe_threshold"):
+        if settings.sources[name] != "default":
+            yield name, "has no effect without JOB_DATA__SAFETY_MODEL; give both, or remove it"
+    if UNSAFE in data.on_finding:
+        yield "data.on_finding", "names the kind unsafe, which JOB_DATA__SAFETY_MODEL finds; give that, too, or drop it"
 
 
 def _sources(settings: Settings) -> Iterator[Fault]:
