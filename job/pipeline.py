@@ -47,6 +47,7 @@ from job.storage.open import ObjectStore, open_store, storage_options
 from job.tracking import energy
 from job.tracking.live_metrics import live_metrics
 from job.tracking.trackers import Tracking, tracking
+from job.tracking.webhook import notifying
 
 if TYPE_CHECKING:
     from job.stages.handoff import Loaded
@@ -253,12 +254,15 @@ def _attempt(
     )
     asked = trackers(settings) if processes.leads else {}  # process 0 reports for all
     watched = exporters(settings) if processes.leads else {}
+    webhook = settings.notify.webhook if processes.leads else None
     with (
+        notifying(None if webhook is None else webhook.get_secret_value(), settings.run.id) as notifier,
         live_metrics(watched, settings.run.id) as live,
         tracking(asked, settings.run.id, plain_values(settings), environment()) as track,
         opening as attempt,
     ):
         live.figures = attempt.figures
+        notifier.started({"attempt": attempt.number, "store": store.uri})
         with current_platform().machine_checks():
             choose_device(settings.run.device)  # fails on a missing GPU before the model is downloaded
         if processes.leads:

@@ -248,6 +248,18 @@ def _sources(text: str) -> str:
     return ",".join(item.strip() for item in text.split(","))
 
 
+def _https_address(secret: SecretStr) -> SecretStr:
+    """Refuses what is no https:// address with a host; the message does not quote it."""
+    try:
+        parts = urlsplit(secret.get_secret_value())
+        valid = parts.scheme == "https" and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        valid = False
+    if not valid or not secret.get_secret_value().isascii() or " " in secret.get_secret_value():
+        raise ValueError("must be an https:// address")
+    return secret
+
+
 def _one_line(secret: SecretStr) -> SecretStr:
     if not secret.get_secret_value().isprintable():
         raise ValueError("must be one line of text")
@@ -383,6 +395,7 @@ Location = Annotated[Text, AfterValidator(_location)]
 DataSources = Annotated[Text, AfterValidator(_sources)]
 """One source, or several with how much of each is used; `common.source_list` has the spelling."""
 Secret = Annotated[SecretStr, AfterValidator(_one_line)]
+SecretAddress = Annotated[Secret, AfterValidator(_https_address)]
 """Never shown: written as asterisks, also into the manifest."""
 LocalPath = Annotated[Text, AfterValidator(_local)]
 HeldOut = Annotated[int | float | Text, BeforeValidator(_held_out)]

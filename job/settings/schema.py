@@ -64,6 +64,7 @@ from job.settings.field_types import (
     RunId,
     Seconds,
     Secret,
+    SecretAddress,
     Share,
     StorageClass,
     Text,
@@ -568,6 +569,14 @@ class Metrics(Group):
     """Port of a Prometheus endpoint with step, loss, speed, time left and stage; empty: none."""
 
 
+class Notify(Group):
+    """Events of the run to other systems."""
+
+    webhook: ExecutionOnly[Maybe[SecretAddress]] = None
+    """https:// address that gets a CloudEvent when an attempt starts, is preempted, fails or completes the run. It is a
+    secret, best given as a file of this name in the folder JOB_SECRETS_DIR."""
+
+
 class Cost(Group):
     """Price of the machines; without one the manifest has seconds only."""
 
@@ -613,6 +622,7 @@ class Settings(Options):
     storage: Annotated[Storage, UsedByReaders()] = Field(default_factory=Storage)
     log: Annotated[Log, UsedByReaders()] = Field(default_factory=Log)
     metrics: Metrics = Field(default_factory=Metrics)
+    notify: Notify = Field(default_factory=Notify)
     cost: Cost = Field(default_factory=Cost)
 
     _sources: dict[str, str] = PrivateAttr(default_factory=dict)
