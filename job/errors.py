@@ -254,6 +254,19 @@ def named_by(setting: str, between: str = " ") -> Iterator[None]:
         raise type(error)([Problem(setting, f"{one.where}{between}{one.what}") for one in error.problems]) from None
 
 
+@contextmanager
+def naming(setting: str, instead_of: str = "JOB_MODEL__ID") -> Iterator[None]:
+    """Within it, problems that would name one setting name another: for a second model beside JOB_MODEL__ID."""
+    try:
+        yield
+    except (DataError, SettingsError) as error:
+        problems = [
+            Problem(one.where.replace(instead_of, setting), one.what.replace(instead_of, setting))
+            for one in error.problems
+        ]
+        raise type(error)(problems, error.total, error.advice) from None
+
+
 def exit_codes() -> dict[int, tuple[str, Retry]]:
     """The table of exit codes: code -> (meaning, whether to retry), in ascending order, without 0."""
     kinds = sorted(_KINDS, key=lambda kind: kind.exit_code)

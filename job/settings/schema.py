@@ -281,7 +281,21 @@ class Data(Group):
     """What to do with rows in which the audit finds something: `record` the places in manifest and report, `skip` the
     rows as well (of duplicates all but the first), or `error`, which ends the job before training. For all kinds, or by
     kind: `secret=error,duplicate=skip`. Kinds: overlap (with a scored question), duplicate, near_duplicate, secret,
-    email, phone, iban, card. JOB_DATA__LIMIT counts the rows before any is left out."""
+    email, phone, iban, card, and unsafe (with JOB_DATA__SAFETY_MODEL). JOB_DATA__LIMIT counts the rows before any is
+    left out."""
+    safety_model: AffectsResult[Maybe[Location]] = None
+    """Classifier (hub id, `s3://` URI or path of a sequence-classification model in safetensors) that scores how likely
+    each training row, and each answer to JOB_EVAL__PROMPTS, is unsafe. Unsafe rows are findings of the kind `unsafe`;
+    of answers they are counted. Empty for none."""
+    safety_revision: AffectsResult[Annotated[Maybe[Text], RevisionOf("data.safety_model")]] = None
+    """Commit hash of JOB_DATA__SAFETY_MODEL, for a hub id; empty: the newest commit. The SHA-256 of its files is
+    recorded."""
+    unsafe_labels: AffectsResult[Maybe[Names]] = None
+    """Labels of JOB_DATA__SAFETY_MODEL that mean unsafe, separated by commas; empty: all of its labels but those
+    such as `safe`, `neutral` or `non-toxic`. A model whose labels have no names, such as LABEL_0, needs this setting.
+    """
+    unsafe_threshold: AffectsResult[Annotated[Share, Field(gt=0)]] = 0.5
+    """Least probability of the unsafe labels at which a text counts as unsafe."""
     validation: AffectsResult[Annotated[Maybe[HeldOut], SageMakerChannel("validation")]] = None
     """Rows for the validation loss: a share of the rows (0.05) or a number of them (200), held out of training, or a
     source of its own (hub id, URI or path) with rows of the same schema; empty for none. Near-duplicates of a
@@ -547,6 +561,13 @@ class Log(Group):
     """Metrics to Weights & Biases and MLflow; `auto`: to each whose variables are set, such as MLFLOW_TRACKING_URI."""
 
 
+class Metrics(Group):
+    """Figures for monitoring, while the run goes on; OpenTelemetry's own variables (OTEL_...) ask for OTLP."""
+
+    port: ExecutionOnly[Maybe[Annotated[Count, Field(le=65535)]]] = None
+    """Port of a Prometheus endpoint with step, loss, speed, time left and stage; empty: none."""
+
+
 class Cost(Group):
     """Price of the machines; without one the manifest has seconds only."""
 
@@ -591,6 +612,7 @@ class Settings(Options):
     sign: Sign = Field(default_factory=Sign)
     storage: Annotated[Storage, UsedByReaders()] = Field(default_factory=Storage)
     log: Annotated[Log, UsedByReaders()] = Field(default_factory=Log)
+    metrics: Metrics = Field(default_factory=Metrics)
     cost: Cost = Field(default_factory=Cost)
 
     _sources: dict[str, str] = PrivateAttr(default_factory=dict)

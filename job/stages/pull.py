@@ -52,6 +52,7 @@ from job.settings.training_stages import naming_its_settings, start_of
 from job.stages.handoff import Sources
 from job.stages.inputs import check_inputs
 from job.stages.preload import import_libraries
+from job.stages.safety import SafetyModel, find_safety_model, screen_rows
 from job.storage.hub import MAX_SMALL_BYTES, download_model, import_client
 from job.storage.location import is_remote
 from job.storage.open import ObjectStore, StorageOptions, fetch, open_store, size
@@ -63,6 +64,7 @@ _SETTING_OF = {
     "validation": "JOB_DATA__VALIDATION",
     "questions": "JOB_EVAL__DATA",
     "prompts": "JOB_EVAL__PROMPTS",
+    "safety": "JOB_DATA__SAFETY_MODEL",
 }
 """Folder for what is fetched -> the setting that names it."""
 _LATER = "later/"
@@ -177,6 +179,7 @@ def _pull(
         if baseline is not None:
             check_questions(baseline, tasks.only(MULTIPLE_CHOICE).questions(settings.eval.limit), gate.metric)
         start = _find_start(attempt, settings, storage)
+        safety = _find_safety_model(attempt, settings, storage)
         fetched = _fetch_rows(attempt, settings, storage)
         folder, missing = _early_files(attempt, early, coming)
         tokenizer = load_tokenizer(folder, settings.model.add_tokens)
@@ -201,11 +204,11 @@ def _pull(
                 coming.result()  # an error of the weights ends the reading of rows
 
         how: dict[str, Any] = {"date": date, "vocabulary": vocabulary, "alive": alive}
-        audit = set_up(index_questions(tasks.prompts(settings.eval.limit)), settings.data.on_finding)
-        tokens = _read_rows(attempt, settings, *fetched, tokenizer, audit=audit, audited=_known_audit(attempt), **how)
+        auditing = {**_auditing(attempt, settings, storage, tasks, safety), **how}
+        tokens = _read_rows(attempt, settings, *fetched, tokenizer, audited=_known_audit(attempt), **auditing)
         prompts = _read_prompts(attempt, settings, storage, tokens, tokenizer, fetched=fetched, **how)
         for stage in later:
-            _read_rows(attempt, stage, *_fetch_rows(attempt, stage, storage, _LATER), tokenizer, audit=audit, **how)
+            _read_rows(attempt, stage, *_fetch_rows(attempt, stage, storage, _LATER), tokenizer, **auditing)
         model: _Model = _wait(attempt, coming)
     except JobError as error:
         checked.cancel()
@@ -225,6 +228,7 @@ def _pull(
         _prompts_record(settings, prompts),
         model_licence,
         _groups(attempt, tasks),
+        None if safety is None else safety.record.sha256,
     )
     sources = Sources(
         record,
@@ -241,6 +245,7 @@ def _pull(
         model.original,
         prompts,
         tokens.findings,
+        safety,
     )
     return sources, tokens.folder
 
@@ -261,6 +266,18 @@ def _with_licences(
     }
     model_licence = find_licence(settings.model.id, revision, "model")
     return replace(dataset, licences={place: name for place, name in found.items() if name}), model_licence
+
+
+def _auditing(
+    attempt: Attempt, settings: Settings, storage: StorageOptions, tasks: Tasks, safety: SafetyModel | None
+) -> dict[str, Any]:
+    """The arguments of `load_rows` that say what the audit looks for, and what scores the rows' texts."""
+    questions = index_questions(tasks.prompts(settings.eval.limit))
+    if safety is None:
+        return {"audit": set_up(questions, settings.data.on_finding)}
+    shared = open_store(settings.run.output, storage)
+    screen = screen_rows(attempt, safety, settings.run, shared)
+    return {"audit": set_up(questions, settings.data.on_finding, safety.record), "screen": screen}
 
 
 def _groups(attempt: Attempt, tasks: Tasks) -> dict[str, GroupSpec] | None:
@@ -340,7 +357,8 @@ def _places(settings: Settings, later: Sequence[Settings]) -> set[str]:
     validation = _what_to_validate_on(settings)
     own = {validation.name} if isinstance(validation, ValidationSource) else set()
     prompts = {settings.eval.prompts} if isinstance(settings.eval.prompts, str) else set()
-    return {settings.model.id, *data, *own, *prompts, *settings.eval.data.values()}
+    safety = {settings.data.safety_model} if settings.data.safety_model is not None else set()
+    return {settings.model.id, *data, *own, *prompts, *safety, *settings.eval.data.values()}
 
 
 def _find_start(attempt: Attempt, settings: Settings, storage: StorageOptions) -> Path | None:
@@ -352,6 +370,22 @@ def _find_start(attempt: Attempt, settings: Settings, storage: StorageOptions) -
     folder = find_start(start, attempt.work / "start", storage)
     check_start(folder, rank=lora.rank, alpha=lora.alpha, options=lora.model_dump(mode="json"))
     return folder
+
+
+def _find_safety_model(attempt: Attempt, settings: Settings, storage: StorageOptions) -> SafetyModel | None:
+    """The classifier of JOB_DATA__SAFETY_MODEL; None without one."""
+    place = settings.data.safety_model
+    if place is None:
+        return None
+    source = _fetch(attempt, place, "safety", storage)
+    found: SafetyModel = _wait(
+        attempt, in_thread(lambda: find_safety_model(settings.data, source, place), "safety model")
+    )
+    earlier = attempt.recorded(Stage.PULL, Pulled)
+    if earlier is not None and earlier.safety_sha256 != found.record.sha256:  # before it scores anything
+        what = "what it names has changed since the first attempt of this run; put it back, or start a new run"
+        raise DataError([Problem("JOB_DATA__SAFETY_MODEL", what)])
+    return found
 
 
 def _fetch(attempt: Attempt, place: str, kind: str, storage: StorageOptions) -> str:

@@ -486,6 +486,7 @@ BAD_VALUES: list[tuple[str, list[str]]] = [
     ("data.format", ["csv"]),
     ("data.validation", ["0", "1", "1.0", "0.0", "-0.1", "1.5", "-3", "9" * 12, "1e400", "https://host/x", "a\x00b"]),
     ("data.validation_split", [""]),
+    ("data.unsafe_threshold", ["0", "1.1", "-0.1", "half"]),
     ("data.on_finding", ["", "drop", "secrets=skip", "secret=drop", "secret", "secret=skip,secret=error"]),
     ("train.validate_every_steps", ["0", "x"]),
     ("train.stop_after", ["0", "-1"]),
@@ -935,6 +936,18 @@ class TestMethods:
     def test_prompts_that_cannot_be_asked(self, given: list[str], name: str) -> None:
         """Rows of no validation, a length of no answers, and answers as long as the longest example are refused."""
         assert any(where.startswith(name) for where in problems(given))
+
+    @pytest.mark.parametrize(
+        "given", ["--data.safety_revision=abc", "--data.unsafe_labels=bad", "--data.unsafe_threshold=0.7"]
+    )
+    def test_a_safety_model_is_needed(self, given: str) -> None:
+        """Its revision, labels and threshold, and the kind that it finds, are refused without one."""
+        (found,) = problems([given]).values()
+        assert "JOB_DATA__SAFETY_MODEL" in found
+        (found,) = problems(["--data.on_finding=unsafe=skip"]).values()
+        assert "JOB_DATA__SAFETY_MODEL" in found
+        both = load_settings(["--data.on_finding=unsafe=skip", "--data.safety_model=org/x", given], {})
+        assert both.data.safety_model == "org/x"
 
     def test_only_the_last_stage_is_asked(self) -> None:
         """What people look at is what the run publishes."""
