@@ -187,15 +187,7 @@ def _pull(
         if missing:
             _check_model(folder, settings)
             _check_hub(settings)
-        with broken_tokenizer():
-            check_lengths(
-                tasks,
-                tokenizer,
-                limit=settings.eval.limit,
-                max_length=settings.train.max_length,
-                cut=settings.eval.long_questions == "cut",
-                vocabulary=vocabulary,
-            )
+        _check_lengths(settings, tasks, tokenizer, vocabulary)
         checked.set_result(None)
 
         def alive(*, progress: bool = True) -> None:
@@ -248,6 +240,18 @@ def _pull(
         safety,
     )
     return sources, tokens.folder
+
+
+def _check_lengths(settings: Settings, tasks: Tasks, tokenizer: Any, vocabulary: int | None) -> None:
+    with broken_tokenizer():
+        check_lengths(
+            tasks,
+            tokenizer,
+            limit=settings.eval.limit,
+            max_length=settings.train.max_length,
+            cut=settings.eval.long_questions == "cut",
+            vocabulary=vocabulary,
+        )
 
 
 def _with_licences(
