@@ -268,7 +268,7 @@ class Attempt:
             log.get_logger().warning("stage is done again", stage=name, why=why)
         elif found is not None:
             artifacts = getattr(found, "artifacts", ())
-            gone = missing(self.store, artifacts) or altered(self.store, artifacts, self.work, self.alive)
+            gone = missing(self.store, artifacts) or self.damaged(artifacts)
             if not gone:
                 return adapter.dump_json(found).decode()
             what = "stage is done again, not all that it published is there"
@@ -286,6 +286,10 @@ class Attempt:
         """
         upload_in_turn(self.store, path, key)
         return Artifact(key, path.stat().st_size, hash_file(path), facts_sha256)
+
+    def damaged(self, artifacts: Iterable[Artifact]) -> list[str]:
+        """Those of the artifacts, by path, that the store does not have byte for byte. All are downloaded for that."""
+        return altered(self.store, artifacts, self.work, self.alive)
 
     def fetch(self, artifact: Artifact) -> Path:
         """Downloads what was published, verified; for its errors see `fetch_artifact`."""

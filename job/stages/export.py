@@ -57,7 +57,7 @@ from job.records import (
     Trained,
     Uploaded,
 )
-from job.runs.attempt import Attempt, missing
+from job.runs.attempt import Attempt
 from job.runs.layout import ADAPTER, SCORES, UPLOADED, derived_export, export_folder, export_side
 from job.settings.load import Settings
 from job.stages.evaluate import forward_facts, load_published_adapter, score_model
@@ -320,7 +320,7 @@ def _derived(own: _Export, name: str, candidate: str, merged: _Files) -> _Made |
     attempt, settings = own.attempt, own.settings
     origin = seal({"files": dict(merged.hashes)})
     known = attempt.recorded(derived_export(name), DerivedExport) if attempt.processes.leads else None
-    whole = known is not None and known.merged == origin and not missing(attempt.store, known.artifacts)
+    whole = known is not None and known.merged == origin and not attempt.damaged(known.artifacts)
     if attempt.processes.share("format of before", lambda: whole):
         log.get_logger().info("format was exported by an earlier attempt", export=name)
         return None if known is None else _Made(known.export, known.artifacts)
@@ -468,7 +468,7 @@ def _quantization(told: Mapping[str, Any]) -> QuantizationRecord:
 def _publish(attempt: Attempt, chosen: _Files, name: str) -> list[Artifact]:
     """Uploads the files of a format, without those that an earlier attempt uploaded."""
     known = attempt.recorded(UPLOADED, Uploaded) or Uploaded([])
-    gone = set(missing(attempt.store, known.artifacts))
+    gone = set(attempt.damaged(known.artifacts))
     there = {artifact.path: artifact for artifact in known.artifacts if artifact.path not in gone}
     found = []
     for file, sha256 in chosen.hashes.items():

@@ -26,7 +26,7 @@ from job.model.files import MAX_CONFIG_BYTES, quantization_method, read_json
 from job.model.packed_attention import NAME, use
 from job.model.whole_modules import grow_embeddings
 from job.records import Evaluated, FullPrecision, Question
-from job.runs.attempt import Attempt, missing
+from job.runs.attempt import Attempt
 from job.runs.layout import FULL_PRECISION, ORIGINAL_SIDE, SCORES
 from job.settings.load import Settings
 from job.stages.evaluate import evaluate_base, score_model
@@ -64,7 +64,7 @@ def _evaluate_original(
     if settings.eval.full_precision == "off" or loaded.record.quantization == "none":
         return None
     known = attempt.recorded(FULL_PRECISION, Evaluated) if attempt.processes.leads else None
-    if known is not None and missing(attempt.store, known.artifacts):
+    if known is not None and attempt.damaged(known.artifacts):
         known = None
     if attempt.processes.share("original base of before", lambda: known is not None):
         log.get_logger().info("the original base was evaluated by an earlier attempt")

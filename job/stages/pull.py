@@ -46,7 +46,7 @@ from job.model.start_adapter import check_start, find_start, hash_start
 from job.model.tokenizer_files import rows_with, tokenizer_files
 from job.records import Artifact, DatasetRecord, FirstValues, GroupSpec, PromptRow, PromptsRecord, Pulled
 from job.results.baseline import check_questions, read_baseline
-from job.runs.attempt import Attempt, missing
+from job.runs.attempt import Attempt
 from job.runs.layout import ADAPTER, BASE, FINDINGS, FIRST_VALUES, Stage
 from job.runs.stage_records import identity
 from job.settings.load import Settings
@@ -366,7 +366,7 @@ def publish_findings(attempt: Attempt, sources: Sources) -> None:
     record = sources.record.dataset.audit
     if record is None or sources.findings is None:
         return
-    if missing(attempt.store, [Artifact(FINDINGS, record.bytes, record.sha256)]):
+    if attempt.damaged([Artifact(FINDINGS, record.bytes, record.sha256)]):
         if hash_file(sources.findings) != record.sha256:
             what = "is gone, and the audit's tools on this machine find something else than the first attempt's"
             raise DataError([Problem(f"{attempt.store.uri}/{FINDINGS}", f"{what}; install those, or start a new run")])

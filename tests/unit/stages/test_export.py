@@ -242,7 +242,7 @@ def test_a_format_is_made_from_the_better_merge(whole: tuple[Path, Exported], in
 def test_a_format_that_is_complete_is_not_made_again(
     world: World, in_8_bits: tuple[Path, Exported], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A restart reads what an earlier attempt recorded of it; without one of its files it is made again."""
+    """A restart reads what an earlier attempt recorded of it; if a file is gone or altered, it is made again."""
     folder = tmp_path / "run"
     shutil.copytree(in_8_bits[0], folder)
     made = DERIVED["fp8"].make
@@ -254,9 +254,14 @@ def test_a_format_that_is_complete_is_not_made_again(
     )
     assert run(world, folder, "--export.formats=fp8") == in_8_bits[1]
     assert not asked
-    (folder / "artifacts/export/fp8/config.json").unlink()
+    config = folder / "artifacts/export/fp8/config.json"
+    published = config.read_bytes()
+    config.unlink()
     assert run(world, folder, "--export.formats=fp8") == in_8_bits[1]
     assert len(asked) == 1
+    config.write_bytes(published.replace(b"{", b"[", 1))
+    assert run(world, folder, "--export.formats=fp8") == in_8_bits[1]
+    assert config.read_bytes() == published
 
 
 def test_calibration_rows_are_those_of_the_batch_plan(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -129,6 +130,19 @@ def test_the_original_base_is_scored_beside_the_quantized_one(whole: tuple[Path,
     assert ANSWERS in {artifact.path for artifact in found.artifacts}
     answers = (runs / "one" / ANSWERS).read_bytes()
     assert answers != (runs / "one" / ANSWERS.replace("original", "base")).read_bytes()
+
+
+def test_an_altered_file_of_answers_is_written_again(
+    world: World, whole: tuple[Path, Evaluated], tmp_path: Path
+) -> None:
+    """Of the same size, with one bit flipped: a restart publishes the first answers, to the byte."""
+    runs = tmp_path / "runs"
+    shutil.copytree(whole[0], runs)
+    answers = runs / "one" / ANSWERS
+    published = answers.read_bytes()
+    answers.write_bytes(published[:9] + bytes([published[9] ^ 1]) + published[10:])
+    assert run(world, runs) == whole[1]
+    assert answers.read_bytes() == published
 
 
 @pytest.mark.long
