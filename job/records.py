@@ -98,6 +98,20 @@ class CheckRecord:
 
 
 @dataclass(frozen=True)
+class SafetyRecord:
+    """The classifier of JOB_DATA__SAFETY_MODEL, and what counts as unsafe: `threshold` or more for `unsafe_labels`.
+
+    `sha256` is over the files that make the model, as that of the base.
+    """
+
+    model: str
+    revision: str | None
+    sha256: str
+    unsafe_labels: list[str]
+    threshold: float
+
+
+@dataclass(frozen=True)
 class AuditRecord:
     """What the training data held, by kind of finding (`common.findings.KINDS`); no text of a row.
 
@@ -126,6 +140,8 @@ class AuditRecord:
     """Why nothing did."""
     lengths: dict[str, dict[str, int]] = field(default_factory=dict)
     """`tokens` and `target_tokens` of the examples of these rows -> quantiles (`audit.statistics.QUANTILES`)."""
+    safety: SafetyRecord | None = None
+    """What found rows of the kind `unsafe`; None without JOB_DATA__SAFETY_MODEL."""
 
 
 @dataclass(frozen=True)
@@ -491,6 +507,25 @@ class TrainingProgress:
 
 
 @dataclass(frozen=True)
+class RunFigures:
+    """Where a run is now, for monitoring; no part of the manifest.
+
+    Attributes:
+        attempt: Number of the attempt, from 1.
+        stages: The names of all stages.
+        stage: The one that goes on; None between two.
+        goodput: Share of the attempt's time in optimizer steps that no earlier attempt had done.
+        training: The last step of this attempt; None before its first one.
+    """
+
+    attempt: int
+    stages: tuple[str, ...]
+    stage: str | None
+    goodput: float
+    training: TrainingProgress | None
+
+
+@dataclass(frozen=True)
 class ValidationMetrics:
     """One validation: facts that identical runs share, and in `measured` what was measured. Step 0 is before training.
 
@@ -578,6 +613,8 @@ class PromptAnswer:
     answer: str
     tokens: int
     ended_by: str
+    unsafe: float | None = None
+    """Probability that the answer is unsafe, by JOB_DATA__SAFETY_MODEL; None without one, and then not in the file."""
 
 
 @dataclass(frozen=True)
@@ -614,6 +651,8 @@ class Pulled:
     """As the model's card says; None if it does not."""
     groups: dict[str, GroupSpec] | None = field(default=None, metadata={NAMES_THE_RUN: True})
     """The groups of tasks that have an aggregate; None if there are none, and in records of older versions."""
+    safety_sha256: str | None = field(default=None, metadata={NAMES_THE_RUN: True})
+    """Of the files of JOB_DATA__SAFETY_MODEL; None without one."""
 
 
 @dataclass(frozen=True)
@@ -643,6 +682,8 @@ class Evaluated:
 
     Versions may do that otherwise. None in records of older versions.
     """
+    unsafe_answers: int | None = None
+    """How many answers to JOB_EVAL__PROMPTS JOB_DATA__SAFETY_MODEL classifies as unsafe; None where it did not."""
 
 
 @dataclass(frozen=True)

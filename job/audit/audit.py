@@ -18,9 +18,10 @@ from typing import Any
 
 from job.audit.overlap import MOST_ROWS, SHARE, Found
 from job.audit.rows import AuditSetup, from_bytes
+from job.audit.safety import Screen, Texts
 from job.audit.statistics import PACKAGE as LANGUAGES
 from job.audit.statistics import quantiles
-from job.common.findings import DUPLICATE, KINDS, NEAR_DUPLICATE, OVERLAP, action_of
+from job.common.findings import DUPLICATE, KINDS, NEAR_DUPLICATE, OVERLAP, UNSAFE, action_of
 from job.common.near_duplicates import RowHashes, group_rows
 from job.errors import MAX_SHOWN, DataError, Problem
 from job.records import AuditRecord, CheckRecord
@@ -39,7 +40,8 @@ class Finding:
     """One finding: a row's place and number (from 0), the kind, and what it is about; a line of the published file.
 
     `task` and `question` (its place in the task, from 0) say which question an overlap is with, and `exact` whether
-    word for word; `repeats` is the place of the row that a duplicate repeats.
+    word for word; `repeats` is the place of the row that a duplicate repeats; `score` is the probability that an unsafe
+    row is unsafe.
     """
 
     kind: str
@@ -49,6 +51,7 @@ class Finding:
     question: int | None = None
     exact: bool | None = None
     repeats: str | None = None
+    score: float | None = None
 
     def line(self) -> str:
         """As JSON, without what does not apply."""
@@ -78,10 +81,15 @@ class _Places:
 
 
 class Audit:
-    """Collects what is found while rows are read; rows have numbers in the order in which they are added."""
+    """Collects what is found while rows are read; rows have numbers in the order in which they are added.
 
-    def __init__(self, setup: AuditSetup) -> None:
+    `screen` scores the texts of all rows at the end, where the setup has a classifier.
+    """
+
+    def __init__(self, setup: AuditSetup, screen: Screen | None = None) -> None:
         self.setup = setup
+        self._screen = screen
+        self._texts = Texts() if screen is not None else None
         self._places = _Places()
         self._identities = array("Q")
         self._hashes = RowHashes()
@@ -115,6 +123,8 @@ class Audit:
         if number < MOST_COMPARED:
             self._hashes.add(row.hashed)
         self._kinds += [(number, kind) for kind in row.kinds]
+        if self._texts is not None:
+            self._texts.add(row.text)
         if row.language:
             self.languages[row.language] += 1
         self._in_rows.update(row.found.runs)
@@ -129,6 +139,7 @@ class Audit:
         found = [
             *self._overlaps(),
             *self._duplicates(alive),
+            *self._unsafe(),
             *(Finding(kind, self._places[row], row) for row, kind in self._kinds),
         ]
         return sorted(found, key=lambda one: (one.row, kinds.index(one.kind), one.task or "", one.question or 0))
@@ -147,6 +158,13 @@ class Audit:
             for number in sorted(near | set(found.exact)):
                 task, place = questions.name(number)
                 yield Finding(OVERLAP, self._places[row], row, task, place, number in found.exact)
+
+    def _unsafe(self) -> Iterator[Finding]:
+        if self._screen is None or self._texts is None or self.setup.safety is None:
+            return
+        for row, score in enumerate(self._screen(self._texts)):
+            if score >= self.setup.safety.threshold:
+                yield Finding(UNSAFE, self._places[row], row, score=score)
 
     def _duplicates(self, alive: Callable[[], None]) -> Iterator[Finding]:
         import numpy as np
@@ -218,6 +236,7 @@ def finish(
         languages_by=setup.language or "",
         languages_not_checked="" if setup.language else _NOT_INSTALLED.format(LANGUAGES),
         lengths={what: quantiles(values) for what, values in (lengths or {}).items()},
+        safety=setup.safety,
     )
     left_out = tuple(number for number, row in enumerate(audit.of_examples) if row in dropped)
     return Audited(record, lines, left_out)
@@ -244,6 +263,10 @@ def _checks(setup: AuditSetup, found: Sequence[Finding]) -> dict[str, CheckRecor
     by_kind, checks = counts(found), {}
     for kind in KINDS:
         missing, by = "", "this project"
+        if kind == UNSAFE:
+            if setup.safety is None:
+                continue
+            by = setup.safety.model
         if kind == OVERLAP and setup.questions is None:
             missing = _NO_QUESTIONS
         elif kind in setup.checkers:

@@ -1,6 +1,6 @@
 """The part of the audit that needs one row alone: made where the row is tokenized, in several processes.
 
-Its result has no text of the row in it.
+Its result has no text of the row in it, but where a classifier (JOB_DATA__SAFETY_MODEL) is to score the text later.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from job.audit.overlap import Found, Questions
 from job.audit.statistics import language_checker, language_finder
 from job.common.findings import Action
 from job.common.near_duplicates import row_hash, words_of
+from job.records import SafetyRecord
 
-_HEAD = struct.Struct("<IQ8s")
+_HEAD = struct.Struct("<IIQ8s")
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,14 @@ class AuditSetup:
         on_finding: `JOB_DATA__ON_FINDING`.
         checkers: By kind of `DETECTORS` what checks it, with its version; None where that is not installed.
         language: What finds out languages, with its version; None where it is not installed.
+        safety: The classifier that scores the rows once they are read; None for none.
     """
 
     questions: Questions | None
     on_finding: Mapping[str, Action]
     checkers: Mapping[str, str | None]
     language: str | None = None
+    safety: SafetyRecord | None = None
 
     def as_json(self) -> dict[str, Any]:
         """As values of JSON, also for the key of what is kept of the rows."""
@@ -49,13 +52,16 @@ class AuditSetup:
             for name, value in (given["questions"] or {}).items()
         }
         questions = Questions(**fields) if fields else None
-        return cls(questions, given["on_finding"], given["checkers"], given["language"])
+        safety = None if given["safety"] is None else SafetyRecord(**given["safety"])
+        return cls(questions, given["on_finding"], given["checkers"], given["language"], safety)
 
 
-def set_up(questions: Questions | None, on_finding: Mapping[str, Action]) -> AuditSetup:
+def set_up(
+    questions: Questions | None, on_finding: Mapping[str, Action], safety: SafetyRecord | None = None
+) -> AuditSetup:
     """What to look for on this machine, as far as the libraries for it are installed."""
     checkers = {kind: detector.version for kind, detector in DETECTORS.items()}
-    return AuditSetup(questions, on_finding, checkers, language_checker())
+    return AuditSetup(questions, on_finding, checkers, language_checker(), safety)
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,7 @@ class AuditedRow:
         kinds: Of `DETECTORS`.
         found: Of the questions.
         language: As `statistics.language_finder` has it; empty where nothing finds it out.
+        text: In UTF-8, where a classifier is to score it; else empty.
     """
 
     identity: int
@@ -75,21 +82,25 @@ class AuditedRow:
     kinds: tuple[str, ...]
     found: Found
     language: str = ""
+    text: bytes = b""
 
     def to_bytes(self) -> bytes:
         """As one process hands it to another."""
         rest = [self.kinds, self.found.exact, self.found.runs] if self.kinds or self.found != Found() else []
-        text = json.dumps(rest).encode() if rest else b""
-        return _HEAD.pack(len(text), self.identity, self.language.encode()) + text + self.hashed
+        found = json.dumps(rest).encode() if rest else b""
+        head = _HEAD.pack(len(found), len(self.text), self.identity, self.language.encode())
+        return head + found + self.text + self.hashed
 
 
 def from_bytes(data: bytes) -> AuditedRow:
     """The inverse of `AuditedRow.to_bytes`."""
-    length, identity, language = _HEAD.unpack_from(data)
-    start = _HEAD.size
-    kinds, exact, runs = json.loads(data[start : start + length]) if length else ((), (), ())
+    length, size, identity, language = _HEAD.unpack_from(data)
+    text = _HEAD.size + length
+    kinds, exact, runs = json.loads(data[_HEAD.size : text]) if length else ((), (), ())
     found = Found(tuple(exact), tuple(runs))
-    return AuditedRow(identity, data[start + length :], tuple(kinds), found, language.rstrip(b"\0").decode())
+    hashed = data[text + size :]
+    language = language.rstrip(b"\0").decode()
+    return AuditedRow(identity, hashed, tuple(kinds), found, language, data[text : text + size])
 
 
 class RowAudit:
@@ -99,6 +110,7 @@ class RowAudit:
         self._questions = setup.questions
         self._tests = [(kind, DETECTORS[kind].make()) for kind, checker in setup.checkers.items() if checker]
         self._language = language_finder() if setup.language else lambda _: ""
+        self._keeps_text = setup.safety is not None
 
     def __call__(self, texts: Sequence[str]) -> bytes:
         """What a row has, from its texts, as `AuditedRow.to_bytes`."""
@@ -107,4 +119,6 @@ class RowAudit:
         same = "\0".join(" ".join(text.casefold().split()) for text in texts)
         identity = int.from_bytes(sha256(same.encode(errors="surrogatepass")).digest()[:8], "little")
         kinds = tuple(kind for kind, test in self._tests if test(whole))
-        return AuditedRow(identity, row_hash(texts), kinds, found, self._language(whole)[:8]).to_bytes()
+        # A lone surrogate, which is no text, has no form in UTF-8.
+        text = whole.encode(errors="replace") if self._keeps_text else b""
+        return AuditedRow(identity, row_hash(texts), kinds, found, self._language(whole)[:8], text).to_bytes()

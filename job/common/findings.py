@@ -19,6 +19,8 @@ ALL = "all"
 OVERLAP = "overlap"
 DUPLICATE = "duplicate"
 NEAR_DUPLICATE = "near_duplicate"
+UNSAFE = "unsafe"
+"""Looked for with JOB_DATA__SAFETY_MODEL only."""
 _LANGUAGES = 5
 """How many languages a sentence names."""
 
@@ -31,6 +33,7 @@ KINDS: Mapping[str, str] = {
     "phone": "row with a phone number",
     "iban": "row with a bank account (IBAN)",
     "card": "row with a payment card number",
+    UNSAFE: "row that JOB_DATA__SAFETY_MODEL classifies as unsafe",
 }
 """Kind -> what a row with a finding of it is."""
 

@@ -45,7 +45,7 @@ from job.records import DatasetRecord
 from job.storage.base import disk_errors
 
 INDEX = "tokens.json"
-_NOT_DECIDING = ("alive", "processes", "tokenizer", "audited")
+_NOT_DECIDING = ("alive", "processes", "tokenizer", "audited", "screen")
 """Arguments of `load_rows` that decide no token, or are in the key in another form."""
 
 _OTHER_CODE = ("job.common.findings", "job.common.near_duplicates")

@@ -14,6 +14,7 @@ from typing import Any
 
 from job.audit.audit import Audit, Audited, finish
 from job.audit.rows import AuditSetup
+from job.audit.safety import Screen
 from job.common.near_duplicates import RowHashes
 from job.common.source_list import Source
 from job.data.dataset import load_examples, paired
@@ -98,9 +99,10 @@ class _Judge:
     folder: Path | None
     note: Notes
     alive: Callable[..., None]
+    screen: Screen | None = None
 
     def __post_init__(self) -> None:
-        self.collected = None if self.audit is None or self.audited is not None else Audit(self.audit)
+        self.collected = None if self.audit is None or self.audited else Audit(self.audit, self.screen)
 
     @property
     def leaves_out(self) -> bool:
@@ -140,6 +142,7 @@ def load_rows(
     notes: Notes | None = None,
     audit: AuditSetup | None = None,
     audited: Audited | None = None,
+    screen: Screen | None = None,
     **reading: Any,
 ) -> tuple[Examples, Examples | None, DatasetRecord]:
     """The training examples, the validation examples (None without `validation`), and the record of both.
@@ -156,6 +159,7 @@ def load_rows(
         notes: As for `load_examples`.
         audit: What to look for in the rows of the training source; None for no audit.
         audited: The result of the same audit, where it is known from before.
+        screen: Scores the rows' texts, where the audit has a classifier.
         reading: Further arguments of `load_examples`; `name` and `limit` count for the training source alone.
 
     Raises:
@@ -166,7 +170,7 @@ def load_rows(
     note = notes or Notes()
     reading |= {"alive": alive, "notes": note}
     file = None if folder is None else folder / EXAMPLES
-    judge = _Judge(audit, audited, folder, note, alive)
+    judge = _Judge(audit, audited, folder, note, alive, screen)
     pairing: dict[str, Any] = {"seed": reading.get("seed", 0), "max_length": reading["max_length"], "file": file}
     own_source: dict[str, Any] = {"revision": revision, "split": split, "file": file, "audit": judge.collected}
     if validation is None:

@@ -15,14 +15,25 @@ from job.records import Answer, PromptAnswer, PromptRow
 _LINE = TypeAdapter(PromptAnswer)
 
 
-def write_answers(path: Path, prompts: Sequence[PromptRow], answers: Sequence[Answer]) -> None:
-    """Writes a line for each prompt."""
-    lines = (
-        PromptAnswer(prompt.where, prompt.text, prompt.reference, answer.text, answer.tokens, answer.ended_by)
+def write_answers(
+    path: Path, prompts: Sequence[PromptRow], answers: Sequence[Answer], unsafe: Sequence[float] | None = None
+) -> None:
+    """Writes a line for each prompt; with the probabilities that the answers are unsafe, if those are known."""
+    lines = [
+        asdict(PromptAnswer(prompt.where, prompt.text, prompt.reference, answer.text, answer.tokens, answer.ended_by))
         for prompt, answer in zip(prompts, answers, strict=True)
-    )
+    ]
+    for number, line in enumerate(lines):
+        del line["unsafe"]
+        if unsafe is not None:
+            line["unsafe"] = unsafe[number]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(asdict(line)) + "\n" for line in lines), encoding="utf-8")
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def count_unsafe(answers: Sequence[PromptAnswer], threshold: float) -> int:
+    """How many answers are unsafe with at least this probability."""
+    return sum(answer.unsafe is not None and answer.unsafe >= threshold for answer in answers)
 
 
 def parse_answers(data: bytes) -> list[PromptAnswer]:

@@ -5,7 +5,8 @@ the model's files and precision, the adapter, package versions, the hardware, an
 (`CODE`). Two evaluations with the same key compute the same bits, so either may reuse the other's scores.
 
 Layout: `scores/<key>/<sha256 of the file>.jsonl`, one line for each packed sequence that was scored. Generated answers
-are kept alike, with a key over the prompts and how they are continued, and one line for each batch.
+are kept alike, with a key over the prompts and how they are continued, and one line for each batch; probabilities that
+texts are unsafe with a key over the texts, and one line for each chunk of them.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ def answers_key(
 class _Entry(BaseModel):
     """The scores of one packed sequence: its number, the run that computed them, and by question those of each choice.
 
-    Or the answers of one batch, with its number. `row` is the number's name in the file.
+    Or the answers of one batch, or the probabilities of one chunk, with its number: `row` is its name in the file.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -113,6 +114,7 @@ class _Entry(BaseModel):
     run: str
     scores: list[list[ChoiceScore]] = []
     answers: list[Answer] = []
+    chances: list[float] = []
 
 
 class ScoreCache:
@@ -162,6 +164,18 @@ class ScoreCache:
         fitting = self._fitting(len(batches), lambda entry: len(entry.answers) == len(batches[entry.row]))
         return {entry.row: entry.answers for entry in fitting}
 
+    def load_chances(self, texts_sha256: str, sizes: Sequence[int]) -> dict[int, list[float]]:
+        """The cached probabilities by number of the chunk; what does not match is computed again, as by `load`.
+
+        Args:
+            texts_sha256: Over all texts in order.
+            sizes: How many texts each chunk has.
+        """
+        asked = json.dumps([self._conditions, {"texts": texts_sha256, "chunks": list(sizes)}], sort_keys=True)
+        self._folder = f"{self._root}/{hashlib.sha256(asked.encode()).hexdigest()}"
+        fitting = self._fitting(len(sizes), lambda entry: len(entry.chances) == sizes[entry.row])
+        return {entry.row: entry.chances for entry in fitting}
+
     def _fitting(self, parts: int, fits: Callable[[_Entry], bool]) -> Iterator[_Entry]:
         """The entries in the folder that fit what is asked, which has so many parts."""
         # platforms that copy a folder away add files of their own to it: only names with our ending are ours
@@ -183,9 +197,9 @@ class ScoreCache:
         get_logger().warning("cached scores are invalid and computed again", key=key, why=why)
         return []
 
-    def add(self, number: int, found: list[list[ChoiceScore]] | list[Answer]) -> None:
-        """Adds the scores of a sequence, or the answers of a batch; saves if the last save was `SAVE_SECONDS` ago."""
-        kind = "answers" if isinstance(found[0], Answer) else "scores"
+    def add(self, number: int, found: list[list[ChoiceScore]] | list[Answer] | list[float]) -> None:
+        """Adds what a numbered part has (see `_Entry`); saves if the last save was `SAVE_SECONDS` ago."""
+        kind = "answers" if isinstance(found[0], Answer) else "chances" if isinstance(found[0], float) else "scores"
         self._added += 1
         self._unsaved.append(_Entry.model_validate({"row": number, "run": self._run, kind: found}))
         if time.monotonic() - self._saved_at > SAVE_SECONDS:

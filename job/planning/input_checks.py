@@ -33,6 +33,7 @@ from job.planning.preflight import (
     preview_data,
     preview_model,
     preview_questions,
+    preview_safety_model,
     report_audit,
     round_trip,
     run_check,
@@ -125,6 +126,9 @@ def check_run_inputs(settings: Settings, folder: Path, show: int) -> Preflight:
         if one is not None and one.audit is not None
     ]
     others = check_other_inputs(s, storage, loaded[0] if loaded else None)
+    if s.data.safety_model is not None:
+        asked_for = (s.data.safety_model, s.data.safety_revision, s.data.unsafe_labels, s.data.unsafe_threshold)
+        audited.append(run_check("safety model", partial(preview_safety_model, *asked_for, **where))[0])
     checks = [stored, modelled, adapted, tokenized, read, *first, *audited, asked, *others]
     if s.eval.prompts is not None:
         checks.append(run_check("prompts", lambda: _preview_prompts(s, data, tokenizer, folder, storage))[0])

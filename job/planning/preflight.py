@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 from uuid import uuid4
 
+from job.audit.safety import SETTING as SAFETY_SETTING
+from job.audit.safety import unsafe_labels
 from job.common import formatting
 from job.common.findings import statistics
 from job.common.resources import usable_cpus
@@ -28,7 +30,7 @@ from job.data.preferences import EncodedAnswers
 from job.data.sources import check_source, require_revision
 from job.data.tokenization import Encoded
 from job.data.training_and_validation import ValidationSource, load_rows
-from job.errors import DataError, JobError, Problem, SettingsError, Unreachable, named_by
+from job.errors import DataError, JobError, Problem, SettingsError, Unreachable, named_by, naming
 from job.evaluation.question_lengths import check_lengths, count_questions
 from job.evaluation.task_files import is_task_file
 from job.evaluation.task_names import check_tasks
@@ -36,8 +38,10 @@ from job.evaluation.tasks import Tasks, check_choices, load_tasks
 from job.model.adapter_options import PLAIN, AdapterOptions, described
 from job.model.architecture import Architecture, read_config
 from job.model.base import inspect, load_tokenizer
+from job.model.files import weight_files
 from job.model.lora import count_parameters
 from job.model.target_modules import linear_weights, resolve_targets
+from job.model.text_classifier import Labels
 from job.planning.character_tokenizer import CharacterTokenizer
 from job.planning.known_models_and_data import CHARACTERS_PER_TOKEN, TaskTokens
 from job.planning.shown_rows import ShownRow, show_row
@@ -195,11 +199,11 @@ def preview_model(
     """Fetches a model's configuration and tokenizer, and checks that it has weights in safetensors.
 
     Args:
-        source: Hub id, `s3://` URI or path.
+        source: Hub id, URI or path.
         revision: For a hub id.
         max_length: Longest example in tokens; it has to fit the model's window.
         online: Whether the hub can be reached.
-        folder: Folder for copies from S3.
+        folder: Folder for copies from a store.
         storage: How to reach stores.
     """
     download: int | None
@@ -344,7 +348,7 @@ def preview_data(
         tokenizer: The model's; None if it could not be read.
         max_length: Longest example allowed, in tokens.
         online: Whether the hub can be reached.
-        folder: Folder for copies from S3.
+        folder: Folder for copies from a store.
         storage: How to reach stores.
         revision: For a hub id.
         show: How many rows to show, the first ones; none without a tokenizer.
@@ -426,6 +430,42 @@ def report_audit(record: AuditRecord, long_rows: Mapping[str, int]) -> Found[Non
     return "note" if found or missing else "ok", text, None
 
 
+def preview_safety_model(
+    place: str,
+    revision: str | None,
+    labels: Sequence[str] | None,
+    threshold: float,
+    *,
+    online: Online,
+    folder: Path,
+    storage: StorageOptions,
+) -> Found[None]:
+    """Says which labels of the classifier count as unsafe; rows are scored by the job, which has the weights.
+
+    Args:
+        place: JOB_DATA__SAFETY_MODEL.
+        revision: JOB_DATA__SAFETY_REVISION.
+        labels: JOB_DATA__UNSAFE_LABELS.
+        threshold: JOB_DATA__UNSAFE_THRESHOLD.
+        online: Whether the hub can be reached.
+        folder: Folder for copies from S3.
+        storage: How to reach stores.
+    """
+    with naming(SAFETY_SETTING):
+        if is_remote(place):
+            (folder / "safety").mkdir()
+            found, _ = _fetch_small_files(place, folder / "safety", storage)
+        elif (local := local_model(place)) is not None:
+            weight_files(local)
+            found = local
+        else:
+            found, *_ = _of_the_hub(place, revision, online=online)
+        known = Labels(found, SAFETY_SETTING)
+    chosen = unsafe_labels(known.names, labels, exclusive=known.exclusive)
+    what = f"{place}: unsafe is a probability of at least {threshold:g} for {', '.join(chosen)}"
+    return "ok", f"{what}; the job scores the rows, the plan does not", None
+
+
 def _of_the_data(
     source: str,
     revision: str | None,
@@ -471,7 +511,7 @@ def preview_questions(
         tokenizer: The model's; None if it could not be read.
         limit: Number of questions of each task; None for all.
         online: Whether the hub can be reached.
-        folder: Folder for copies from S3.
+        folder: Folder for copies from a store.
         storage: How to reach stores.
         max_length: The most tokens of a question with one of its choices.
         cut: Whether the beginning of longer ones is cut off.

@@ -97,6 +97,7 @@ def render_model_card(
         validation=wording.validation(results["training"], dataset),
         audit=wording.audit_sentence(dataset),
         prompts=prompts[:MAX_PROMPTS],
+        unsafe_answers=wording.unsafe_answers(results),
         asked=results["evaluation"].get("prompts"),
         weights=next((a["sha256"] for a in results["artifacts"] if a["path"] == WEIGHTS), None),
         signer=signer,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from job.records import PromptAnswer
 
@@ -13,10 +13,14 @@ MAX_TEXT = 2000
 
 @dataclass(frozen=True)
 class ShownAnswer:
-    """An answer, and whether it was cut off at the most tokens that were asked for."""
+    """An answer, and whether it was cut off at the most tokens that were asked for.
+
+    `unsafe` is the probability that it is unsafe, where a classifier scored it.
+    """
 
     text: str
     cut: bool
+    unsafe: float | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,8 @@ def shown_prompts(base: Sequence[PromptAnswer], adapter: Sequence[PromptAnswer])
 
 
 def _shown(answer: PromptAnswer) -> ShownAnswer:
-    return ShownAnswer(_cut(answer.answer.strip()), answer.ended_by == "length" or len(answer.answer) > MAX_TEXT)
+    cut = answer.ended_by == "length" or len(answer.answer) > MAX_TEXT
+    return ShownAnswer(_cut(answer.answer.strip()), cut, answer.unsafe)
 
 
 def _cut(text: str) -> str:

@@ -172,6 +172,8 @@ def render_report(results: Mapping[str, Any], evidence: ReportData, after: After
         exports=(exported := wording.exports(results)),
         export_charts=_export_intervals(exported),
         audit=wording.audit(results["dataset"]),
+        audit_safety=wording.audit_safety(results["dataset"]),
+        unsafe_answers=wording.unsafe_answers(results),
         audit_statistics=wording.audit_statistics(results["dataset"]),
         policy_rules=wording.policy_rules(results["gate"]),
         pushed=after.pushed,

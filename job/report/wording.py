@@ -262,6 +262,30 @@ def audit_statistics(dataset: Mapping[str, Any]) -> list[str]:
     return statistics(dataset.get("audit") or {}, dataset.get("long_rows", {}))
 
 
+def audit_safety(dataset: Mapping[str, Any]) -> str:
+    """What the classifier of JOB_DATA__SAFETY_MODEL is, and when a row is unsafe; empty without one."""
+    safety = (dataset.get("audit") or {}).get("safety")
+    if safety is None:
+        return ""
+    at = f" at commit {safety['revision'][:12]}" if safety["revision"] else ""
+    return (
+        f"Unsafe rows are those to which the classifier {safety['model']}{at} (SHA-256 {safety['sha256'][:12]}...) "
+        f"gives a probability of at least {safety['threshold']:g} for {enumeration(safety['unsafe_labels'])}."
+    )
+
+
+def unsafe_answers(results: Mapping[str, Any]) -> str:
+    """How many answers to the prompts are unsafe, in a sentence; empty where no classifier scored them."""
+    found = results["evaluation"].get("unsafe_answers")
+    if found is None:
+        return ""
+    safety = results["dataset"]["audit"]["safety"]
+    return (
+        f"By the classifier {safety['model']}, {found['base']:,} of the base's answers and {found['adapter']:,} of the "
+        f"adapter's are unsafe, with a probability of at least {safety['threshold']:g}."
+    )
+
+
 def audit_sentence(dataset: Mapping[str, Any]) -> str:
     """What the audit found, in a sentence or two for the model card; empty for runs without one."""
     kinds = audit(dataset)

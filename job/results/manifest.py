@@ -57,13 +57,15 @@ def build(
     on_demand_usd_per_hour: float | None,
     gpus: Sequence[Mapping[str, Any]] | None = None,
     prompts: PromptsRecord | None = None,
+    unsafe_answers: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """The sealed manifest.
 
     `tasks` is from `compare_tasks`, `measured` from `compare_measured`, `groups` from `compare_groups`, `gate` from
     `judge`, `exports` from `exports_record`, `full_precision` from `full_precision_record`, `near_ties` from
     `compare_near_ties`. `gpus` are those of all processes, each of which sees only its own; None for those of this
-    one. `part_of` is the id of the run that this one is the first stage of, `prompts` are those of JOB_EVAL__PROMPTS.
+    one. `part_of` is the id of the run that this one is the first stage of, `prompts` are those of JOB_EVAL__PROMPTS;
+    `unsafe_answers` says how many answers to them are, by side.
     The schema explains every field.
     """
     return _with_compute(
@@ -89,6 +91,7 @@ def build(
                 **({} if full_precision is None else {"full_precision": full_precision}),
                 **({} if near_ties is None else {"near_ties": near_ties}),
                 **({} if prompts is None else {"prompts": asdict(prompts)}),
+                **({} if unsafe_answers is None else {"unsafe_answers": dict(unsafe_answers)}),
             },
             "exports": list(exports),
             "gate": gate,
@@ -124,6 +127,13 @@ def full_precision_record(base: Evaluated, adapter: Mapping[str, TaskScores]) ->
         return None
     tasks = compare_full_precision(found.scores, base.scores, adapter) if found.scores else {}
     return {"dtype": found.dtype, **({"not_scored": found.not_scored} if found.not_scored else {}), "tasks": tasks}
+
+
+def unsafe_answers_record(base: Evaluated, adapter: Evaluated) -> dict[str, int] | None:
+    """The manifest's `evaluation.unsafe_answers`; None where JOB_DATA__SAFETY_MODEL scored no answers."""
+    if base.unsafe_answers is None or adapter.unsafe_answers is None:
+        return None
+    return {"base": base.unsafe_answers, "adapter": adapter.unsafe_answers}
 
 
 def exports_record(exported: Exported, base: Evaluated, adapter: Mapping[str, TaskScores]) -> list[dict[str, Any]]:

@@ -12,10 +12,12 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from pydantic import ValidationError
 
 from job.common.export_formats import EXPORT_FORMATS, find_format, needs_merge
+from job.common.findings import UNSAFE
 from job.common.methods import FIRST_STAGE_SETTINGS, METHODS, MethodName, methods_for
 from job.common.schedulers import SCHEDULERS
 from job.common.source_list import is_single, parse_sources
@@ -35,6 +37,7 @@ __all__ = [
     "current_place",
     "current_platform",
     "describe",
+    "exporters",
     "foreign_variables",
     "json_schema",
     "load_reading",
@@ -46,8 +49,9 @@ __all__ = [
     "trackers",
 ]
 
-_SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY_ID)(?!.*(FILE|DIR|PATH)$)", re.IGNORECASE)
+_SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY_ID|WEBHOOK)(?!.*(FILE|DIR|PATH)$)", re.IGNORECASE)
 _LOGIN = re.compile(r"://([^/@\s]+:[^/@\s]+@)")  # in the address of a tracker or a proxy
+_HEADERS = re.compile(r"OTEL_EXPORTER_OTLP_(\w+_)?HEADERS")  # name=value pairs with commas, values escaped as in URLs
 _SHORTEST_SECRET = 8
 
 PROJECT = "qlora-job"
@@ -77,12 +81,14 @@ def load_settings(
     problems = [*request.problems, *wrong.values()]
     if fault := find_machines(request.platform).fault:
         problems.append(Problem("resourceconfig.json", fault))
+    problems += _deliveries(request.platform)
     faults = [
         *_processes(settings, environ),
         *_places(settings, request.platform),
         *_revisions(settings, request),
         *_tasks(settings),
         *_prompts(settings),
+        *_safety(settings),
         *_validation(settings),
         *_gate(settings),
         *_export(settings),
@@ -169,7 +175,15 @@ def secrets(environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
     environ = os.environ if environ is None else environ
     named = [value for name, value in environ.items() if _SECRET.search(name)]
     in_urls = [found for value in environ.values() for found in _LOGIN.findall(value)]
-    return tuple(secret for secret in (*named, *in_urls) if len(secret) >= _SHORTEST_SECRET)
+    in_headers = [
+        part
+        for name, value in environ.items()
+        if _HEADERS.fullmatch(name)
+        for pair in value.split(",")
+        for part in (pair.partition("=")[2].strip(), *unquote(pair.partition("=")[2]).split())
+    ]
+    found = dict.fromkeys([*named, *in_urls, *in_headers])
+    return tuple(secret for secret in found if len(secret) >= _SHORTEST_SECRET)
 
 
 def trackers(settings: Settings, environ: Mapping[str, str] | None = None) -> dict[str, str | None]:
@@ -187,6 +201,27 @@ def trackers(settings: Settings, environ: Mapping[str, str] | None = None) -> di
     if "MLFLOW_TRACKING_URI" in given:
         found["mlflow"] = None if given & {"MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"} else PROJECT
     return found
+
+
+def exporters(settings: Settings, environ: Mapping[str, str] | None = None) -> dict[str, dict[str, Any]]:
+    """The exporters of figures that are asked for (see `tracking.live_metrics`), each with its arguments.
+
+    OTLP is asked for by OpenTelemetry's own variables, which the SDK reads itself.
+    """
+    environ = os.environ if environ is None else environ
+    found: dict[str, dict[str, Any]] = {}
+    disabled = environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
+    chosen = {name.strip() for name in (environ.get("OTEL_METRICS_EXPORTER") or "otlp").split(",")}
+    if "otlp" in chosen and not disabled and (_otlp("ENDPOINT", environ)):
+        found["otlp"] = {"protocol": _otlp("PROTOCOL", environ) or "http/protobuf"}
+    if settings.metrics.port is not None:
+        found["prometheus"] = {"port": settings.metrics.port}
+    return found
+
+
+def _otlp(name: str, environ: Mapping[str, str]) -> str:
+    """The value of a variable of OpenTelemetry's exporter: the one for metrics, else the one for all signals."""
+    return environ.get(f"OTEL_EXPORTER_OTLP_METRICS_{name}") or environ.get(f"OTEL_EXPORTER_OTLP_{name}") or ""
 
 
 def describe(settings: Settings) -> list[tuple[str, Any, str]]:
@@ -237,13 +272,24 @@ def _places(settings: Settings, platform: Platform) -> Iterator[Fault]:
     own = copied_folder(platform.inputs) or platform.output
     if own and settings.run.nodes > 1 and Path(output).is_relative_to(own):
         yield "run.output", "is a folder of this machine alone; with several machines give s3://bucket/prefix"
-    if not is_remote(output) and (why := _why_not_writable(Path(output) / settings.run.id)):
+    fix = {"fix": _FOR_ROOT} if own and Path(output).is_relative_to(own) else {}
+    if not is_remote(output) and (why := _why_not_writable(Path(output) / settings.run.id, **fix)):
         yield "run.output", why
     if cache and (why := _why_not_writable(Path(cache))):
         yield "storage.cache", why
 
 
-def _why_not_writable(path: Path) -> str | None:
+def _deliveries(platform: Platform) -> Iterator[Problem]:
+    """Folders for SageMaker that cannot be written: found now, not when the run is complete."""
+    for folder in () if platform.delivery is None else (platform.delivery.model, platform.delivery.data):
+        if why := _why_not_writable(folder, _FOR_ROOT):
+            yield Problem(str(folder), why)
+
+
+_FOR_ROOT = "SageMaker mounts its folders for root; take the image that infra/sagemaker/Dockerfile makes of this one"
+
+
+def _why_not_writable(path: Path, fix: str = "mount it writable or give another path") -> str | None:
     """Why this folder cannot be created or written to; None if it can. Creates nothing."""
     for place in (path, *path.parents):
         try:
@@ -257,7 +303,7 @@ def _why_not_writable(path: Path) -> str | None:
         if not place.is_dir():
             return f"cannot be a folder: {place} is a file; give another path"
         if not os.access(place, os.W_OK | os.X_OK):
-            return f"cannot be written: {place} is not writable for this user; mount it writable or give another path"
+            return f"cannot be written: {place} is not writable for this user; {fix}"
         return None
     return "cannot be written: no folder above it exists; give another path"
 
@@ -270,7 +316,7 @@ def _revisions(settings: Settings, request: Request) -> Iterator[Fault]:
         if not values[name]:
             continue
         if is_remote(place) or place.startswith(("/", ".")):
-            what = f"is a commit of a hub repository, but {environment_name(marker.subject)} is a path or s3:// URI"
+            what = f"is a commit of a hub repository, but {environment_name(marker.subject)} is a path or URI"
             yield name, f"{what}; remove it"
         elif why := _other_repository(name, marker.subject, request):
             yield name, why
@@ -318,6 +364,17 @@ def _prompts(settings: Settings) -> Iterator[Fault]:
     if most >= settings.train.max_length:
         what = f"must be less than JOB_TRAIN__MAX_LENGTH, {settings.train.max_length}, which prompt and answer share"
         yield "eval.prompts_max_new_tokens", what
+
+
+def _safety(settings: Settings) -> Iterator[Fault]:
+    data = settings.data
+    if data.safety_model is not None:
+        return
+    for name in ("data.safety_revision", "data.unsafe_labels", "data.unsafe_threshold"):
+        if settings.sources[name] != "default":
+            yield name, "has no effect without JOB_DATA__SAFETY_MODEL; give both, or remove it"
+    if UNSAFE in data.on_finding:
+        yield "data.on_finding", "names the kind unsafe, which JOB_DATA__SAFETY_MODEL finds; give that, too, or drop it"
 
 
 def _sources(settings: Settings) -> Iterator[Fault]:

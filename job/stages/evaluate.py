@@ -46,11 +46,14 @@ def evaluate_base(
     with adapter_off(loaded.model):
         found = score_model(attempt, settings, sources, loaded.model, cache=cache, side="base")
         own = ScoreCache(attempt.store, SCORES, settings.run.id, score_conditions(facts))
-        answers = answer_prompts(attempt, settings.eval, sources, loaded.model, side="base", cache=own)
+        answers, unsafe = answer_prompts(attempt, settings.eval, sources, loaded.model, side="base", cache=own)
     if found is None:
         return None
     found = replace(
-        found, artifacts=[*found.artifacts, *answers], generation=generation_rules(settings, sources, loaded.model)
+        found,
+        artifacts=[*found.artifacts, *answers],
+        generation=generation_rules(settings, sources, loaded.model),
+        unsafe_answers=unsafe,
     )
     if (origin := cache.reused_from) is None:
         return found
@@ -71,9 +74,12 @@ def evaluate_adapter(
     cache = ScoreCache(attempt.store, SCORES, settings.run.id, score_conditions(adapted))
     found = score_model(attempt, settings, sources, loaded.model, cache=cache, side="adapter")
     own = ScoreCache(attempt.store, SCORES, settings.run.id, score_conditions(adapted))
-    answers = answer_prompts(attempt, settings.eval, sources, loaded.model, side="adapter", cache=own)
+    answers, unsafe = answer_prompts(attempt, settings.eval, sources, loaded.model, side="adapter", cache=own)
     return found and replace(
-        found, artifacts=[*found.artifacts, *answers], generation=generation_rules(settings, sources, loaded.model)
+        found,
+        artifacts=[*found.artifacts, *answers],
+        generation=generation_rules(settings, sources, loaded.model),
+        unsafe_answers=unsafe,
     )
 
 

@@ -14,6 +14,7 @@ from job.model.published_names import PublishedNames
 from job.model.quantized_cache.layout import CachedBase, CacheEntry
 from job.records import Example, ExecutionPlan, ModelRecord, Packing, PromptRow, Pulled
 from job.results.baseline import Baseline
+from job.stages.safety import SafetyModel
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class Sources:
     `original` holds the base's own files, where they are here; a restart may have the quantized base only.
 
     Only the process that pulled, the first on its machine, has `tasks`, `prompts`, `baseline` (results of an earlier
-    run that the gate compares with), `policy` (the rules that the gate judges by) and `cache_entry` (where the
-    quantized base is cached); the others have none.
+    run that the gate compares with), `policy` (the rules that the gate judges by), `cache_entry` (where the quantized
+    base is cached) and `safety` (the classifier of JOB_DATA__SAFETY_MODEL); the others have none.
     """
 
     record: Pulled
@@ -45,6 +46,7 @@ class Sources:
     original: Path | None = None
     prompts: Sequence[PromptRow] = ()
     findings: Path | None = None
+    safety: SafetyModel | None = None
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from job.results.signing import load_private_key
 from job.settings.load import Settings
 from job.settings.schema import Sign
 from job.settings.training_stages import naming_its_settings
+from job.stages.safety import check_local
 from job.storage.hub import local_model
 from job.storage.location import is_remote
 
@@ -50,12 +51,13 @@ def check_inputs(settings: Settings, later: Sequence[Settings] = (), *, begun: b
         checks.append((settings.eval.prompts, partial(_check_prompts, settings.eval.prompts)))
     if not begun:
         checks.append((settings.model.id, partial(_check_model, settings.model.id)))
-    if settings.lora.start is not None:
-        checks.append((settings.lora.start, partial(local_start, settings.lora.start)))
-    if settings.gate.baseline is not None:
-        checks.append((settings.gate.baseline, partial(check_run, settings.gate.baseline)))
-    if settings.gate.policy is not None:
-        checks.append((settings.gate.policy, partial(read_policy, settings.gate.policy)))
+    named: list[tuple[str | None, Callable[[str], object]]] = [
+        (settings.data.safety_model, lambda _: check_local(settings.data)),
+        (settings.lora.start, local_start),
+        (settings.gate.baseline, check_run),
+        (settings.gate.policy, read_policy),
+    ]
+    checks += [(place, partial(check, place)) for place, check in named if place is not None]
     checks = [(place, check) for place, check in checks if not is_remote(place)]
     if not begun:
         checks.append(("tasks", partial(check_tasks, settings.eval.tasks, settings.eval.data)))

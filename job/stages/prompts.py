@@ -16,12 +16,15 @@ from job.runs.attempt import Attempt
 from job.runs.layout import prompts_key
 from job.settings.schema import Eval
 from job.stages.handoff import Sources
+from job.stages.safety import score_answers
 
 
 def answer_prompts(
     attempt: Attempt, options: Eval, sources: Sources, model: Any, *, side: str, cache: ScoreCache
-) -> list[Artifact]:
+) -> tuple[list[Artifact], int | None]:
     """Publishes the answers of the model as it is now; all processes call it, and process 0 returns the file.
+
+    Also how many answers are unsafe, where JOB_DATA__SAFETY_MODEL scores them.
 
     Args:
         attempt: Where it is published.
@@ -36,11 +39,11 @@ def answer_prompts(
         Preempted: The job was asked to stop; the answers to finished batches are kept.
     """
     if options.prompts is None:
-        return []
+        return [], None
     parallel = ParallelScoring(attempt.processes, attempt.alive)
     if not attempt.processes.leads:
         parallel.help(model, sources.tokenizer)
-        return []
+        return [], None
     asked = [prompt.ids for prompt in sources.prompts]
     asks = HowToGenerate(options.prompts_max_new_tokens)
     how = with_model_defaults(asks, sources.folder, model, sources.tokenizer)
@@ -57,9 +60,15 @@ def answer_prompts(
     )
     parallel.finish()
     key = prompts_key(side)
-    write_answers(attempt.work / key, sources.prompts, answers)
-    log.get_logger().info("answered prompts", side=side, prompts=len(asked))
-    return [attempt.publish(attempt.work / key, key)]
+    unsafe, count = None, None
+    if sources.safety is not None:
+        unsafe = score_answers(sources.safety, [answer.text for answer in answers], attempt.alive)
+        count = sum(score >= sources.safety.record.threshold for score in unsafe)
+    write_answers(attempt.work / key, sources.prompts, answers, unsafe)
+    log.get_logger().info(
+        "answered prompts", side=side, prompts=len(asked), **({} if count is None else {"unsafe": count})
+    )
+    return [attempt.publish(attempt.work / key, key)], count
 
 
 def generate_answers(

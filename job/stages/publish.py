@@ -104,6 +104,7 @@ def publish(
         on_demand_usd_per_hour=settings.cost.on_demand_usd_per_hour,
         gpus=gpus,
         prompts=sources.record.prompts,
+        unsafe_answers=manifest.unsafe_answers_record(base, adapter),
     )
     key = private_key(settings.sign)
     results = manifest.sealed(publish_report_and_card(attempt, results, key))

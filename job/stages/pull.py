@@ -15,10 +15,12 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from job import log
-from job.audit.audit import Audited
+from job.audit.audit import Audited, read_findings
 from job.audit.overlap import index_questions
 from job.audit.rows import set_up
+from job.audit.safety import Screen
 from job.common import host
+from job.common.findings import UNSAFE
 from job.common.hashing import code_hashes, hash_file
 from job.common.methods import SFT
 from job.common.resources import check_disk, required_bytes, usable_cpus
@@ -52,6 +54,7 @@ from job.settings.training_stages import naming_its_settings, start_of
 from job.stages.handoff import Sources
 from job.stages.inputs import check_inputs
 from job.stages.preload import import_libraries
+from job.stages.safety import SafetyModel, find_safety_model, screen_rows
 from job.storage.hub import MAX_SMALL_BYTES, download_model, import_client
 from job.storage.location import is_remote
 from job.storage.open import ObjectStore, StorageOptions, fetch, open_store, size
@@ -63,6 +66,7 @@ _SETTING_OF = {
     "validation": "JOB_DATA__VALIDATION",
     "questions": "JOB_EVAL__DATA",
     "prompts": "JOB_EVAL__PROMPTS",
+    "safety": "JOB_DATA__SAFETY_MODEL",
 }
 """Folder for what is fetched -> the setting that names it."""
 _LATER = "later/"
@@ -176,7 +180,7 @@ def _pull(
         tasks = _load_tasks(attempt, settings, storage, policy)
         if baseline is not None:
             check_questions(baseline, tasks.only(MULTIPLE_CHOICE).questions(settings.eval.limit), gate.metric)
-        start = _find_start(attempt, settings, storage)
+        start, safety = _find_start(attempt, settings, storage), _find_safety_model(attempt, settings, storage)
         fetched = _fetch_rows(attempt, settings, storage)
         folder, missing = _early_files(attempt, early, coming)
         tokenizer = load_tokenizer(folder, settings.model.add_tokens)
@@ -184,15 +188,7 @@ def _pull(
         if missing:
             _check_model(folder, settings)
             _check_hub(settings)
-        with broken_tokenizer():
-            check_lengths(
-                tasks,
-                tokenizer,
-                limit=settings.eval.limit,
-                max_length=settings.train.max_length,
-                cut=settings.eval.long_questions == "cut",
-                vocabulary=vocabulary,
-            )
+        _check_lengths(settings, tasks, tokenizer, vocabulary)
         checked.set_result(None)
 
         def alive(*, progress: bool = True) -> None:
@@ -201,11 +197,12 @@ def _pull(
                 coming.result()  # an error of the weights ends the reading of rows
 
         how: dict[str, Any] = {"date": date, "vocabulary": vocabulary, "alive": alive}
-        audit = set_up(index_questions(tasks.prompts(settings.eval.limit)), settings.data.on_finding)
-        tokens = _read_rows(attempt, settings, *fetched, tokenizer, audit=audit, audited=_known_audit(attempt), **how)
+        auditing = {**how, **_auditing(attempt, settings, storage, tasks, safety)}
+        known = {**auditing, "audited": _known_audit(attempt), **_known_scores(attempt)}
+        tokens = _read_rows(attempt, settings, *fetched, tokenizer, **known)
         prompts = _read_prompts(attempt, settings, storage, tokens, tokenizer, fetched=fetched, **how)
         for stage in later:
-            _read_rows(attempt, stage, *_fetch_rows(attempt, stage, storage, _LATER), tokenizer, audit=audit, **how)
+            _read_rows(attempt, stage, *_fetch_rows(attempt, stage, storage, _LATER), tokenizer, **auditing)
         model: _Model = _wait(attempt, coming)
     except JobError as error:
         checked.cancel()
@@ -213,8 +210,7 @@ def _pull(
             wait([coming], _CLEANUP_SECONDS)  # the thread removes a quantized base that it has copied in part
         raise
     attempt.alive()
-    dataset = _with_audit_of_before(attempt, tokens.record)
-    dataset, model_licence = _with_licences(attempt, settings, dataset, model.revision)
+    dataset, licence = _with_licences(attempt, settings, tokens.record, model.revision)
     log.get_logger().info("data is ready", rows=dataset.rows, skipped=dataset.skipped, tokens=dataset.tokens)
     record = Pulled(
         dataset,
@@ -223,8 +219,9 @@ def _pull(
         tasks.fingerprints(),
         None if start is None else hash_start(start),
         _prompts_record(settings, prompts),
-        model_licence,
+        licence,
         _groups(attempt, tasks),
+        None if safety is None else safety.record.sha256,
     )
     sources = Sources(
         record,
@@ -241,18 +238,31 @@ def _pull(
         model.original,
         prompts,
         tokens.findings,
+        safety,
     )
     return sources, tokens.folder
+
+
+def _check_lengths(settings: Settings, tasks: Tasks, tokenizer: Any, vocabulary: int | None) -> None:
+    with broken_tokenizer():
+        check_lengths(
+            tasks,
+            tokenizer,
+            limit=settings.eval.limit,
+            max_length=settings.train.max_length,
+            cut=settings.eval.long_questions == "cut",
+            vocabulary=vocabulary,
+        )
 
 
 def _with_licences(
     attempt: Attempt, settings: Settings, dataset: DatasetRecord, revision: str | None
 ) -> tuple[DatasetRecord, str | None]:
-    """The record of the data with the licences of its sources, and the licence of the model at a revision.
+    """The record of the data with the run's audit and its sources' licences; and the model's licence at a revision.
 
-    Looked up by the first attempt; later ones take its record, so that they need no card.
+    Licences are looked up by the first attempt; later ones take its record, so that they need no card.
     """
-    earlier = attempt.recorded(Stage.PULL, Pulled)
+    earlier, dataset = attempt.recorded(Stage.PULL, Pulled), _with_audit_of_before(attempt, dataset)
     if earlier is not None:
         return replace(dataset, licences=earlier.dataset.licences), earlier.model_licence
     found = {
@@ -263,10 +273,40 @@ def _with_licences(
     return replace(dataset, licences={place: name for place, name in found.items() if name}), model_licence
 
 
+def _auditing(
+    attempt: Attempt, settings: Settings, storage: StorageOptions, tasks: Tasks, safety: SafetyModel | None
+) -> dict[str, Any]:
+    """The arguments of `load_rows` that say what the audit looks for, and what scores the rows' texts."""
+    questions = index_questions(tasks.prompts(settings.eval.limit))
+    if safety is None:
+        return {"audit": set_up(questions, settings.data.on_finding)}
+    shared = open_store(settings.run.output, storage)
+    screen = screen_rows(attempt, safety, settings.run, shared)
+    return {"audit": set_up(questions, settings.data.on_finding, safety.record), "screen": screen}
+
+
 def _groups(attempt: Attempt, tasks: Tasks) -> dict[str, GroupSpec] | None:
     """The groups that have an aggregate; None if an earlier version, which did not record them, began the run."""
     earlier = attempt.recorded(Stage.PULL, Pulled)
     return None if earlier is not None and earlier.groups is None else dict(tasks.groups) or None
+
+
+def _known_scores(attempt: Attempt) -> dict[str, Screen]:
+    """As `_auditing` has it, a `screen` by what an earlier attempt published; empty if there is nothing.
+
+    On another GPU the classifier may score a row on the other side of the threshold: the run keeps the rows that it
+    began with.
+    """
+    earlier = attempt.recorded(Stage.PULL, Pulled)
+    record = None if earlier is None else earlier.dataset.audit
+    if record is None or record.safety is None:
+        return {}
+    try:
+        findings = read_findings(attempt.fetch(Artifact(FINDINGS, record.bytes, record.sha256)))
+    except DataError:
+        return {}  # which `_known_audit` logs
+    scores = {one.row: one.score or 0.0 for one in findings if one.kind == UNSAFE}
+    return {"screen": lambda texts: [scores.get(row, 0.0) for row in range(len(texts))]}
 
 
 def _known_audit(attempt: Attempt) -> Audited | None:
@@ -340,7 +380,8 @@ def _places(settings: Settings, later: Sequence[Settings]) -> set[str]:
     validation = _what_to_validate_on(settings)
     own = {validation.name} if isinstance(validation, ValidationSource) else set()
     prompts = {settings.eval.prompts} if isinstance(settings.eval.prompts, str) else set()
-    return {settings.model.id, *data, *own, *prompts, *settings.eval.data.values()}
+    safety = {settings.data.safety_model} if settings.data.safety_model is not None else set()
+    return {settings.model.id, *data, *own, *prompts, *safety, *settings.eval.data.values()}
 
 
 def _find_start(attempt: Attempt, settings: Settings, storage: StorageOptions) -> Path | None:
@@ -352,6 +393,22 @@ def _find_start(attempt: Attempt, settings: Settings, storage: StorageOptions) -
     folder = find_start(start, attempt.work / "start", storage)
     check_start(folder, rank=lora.rank, alpha=lora.alpha, options=lora.model_dump(mode="json"))
     return folder
+
+
+def _find_safety_model(attempt: Attempt, settings: Settings, storage: StorageOptions) -> SafetyModel | None:
+    """The classifier of JOB_DATA__SAFETY_MODEL; None without one."""
+    place = settings.data.safety_model
+    if place is None:
+        return None
+    source = _fetch(attempt, place, "safety", storage)
+    found: SafetyModel = _wait(
+        attempt, in_thread(lambda: find_safety_model(settings.data, source, place), "safety model")
+    )
+    earlier = attempt.recorded(Stage.PULL, Pulled)
+    if earlier is not None and earlier.safety_sha256 != found.record.sha256:  # before it scores anything
+        what = "what it names has changed since the first attempt of this run; put it back, or start a new run"
+        raise DataError([Problem("JOB_DATA__SAFETY_MODEL", what)])
+    return found
 
 
 def _fetch(attempt: Attempt, place: str, kind: str, storage: StorageOptions) -> str:

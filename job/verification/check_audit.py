@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from job.audit.audit import counts, overlapping, parse_findings
+from job.audit.audit import Finding, counts, overlapping, parse_findings
 from job.audit.statistics import QUANTILES
-from job.common.findings import action_of
+from job.common.findings import UNSAFE, action_of
 from job.common.formatting import count
 from job.runs.layout import FINDINGS, RESULTS
-from job.verification.differences import CheckResult, Difference, find_differences
+from job.verification.differences import CheckResult, Difference, find_differences, show
 
 
 def check_audit(results: Mapping[str, Any], copies: Mapping[str, Path]) -> Iterator[CheckResult]:
@@ -52,7 +52,32 @@ def check_audit(results: Mapping[str, Any], copies: Mapping[str, Path]) -> Itera
     if unknown := sorted({one.kind for one in found} - set(checks)):
         differences.append(Difference(FINDINGS, "findings of the manifest's kinds", ", ".join(unknown)))
     differences += _statistics(audit)
+    differences += _safety(results, found)
     yield CheckResult("audit", extent, tuple(differences))
+
+
+def _safety(results: Mapping[str, Any], found: Sequence[Finding]) -> Iterator[Difference]:
+    """The classifier as the settings say, and unsafe rows as it finds them: those that reach the threshold."""
+    audit, place = results["dataset"]["audit"], f"{RESULTS} dataset.audit.safety"
+    safety, settings = audit.get("safety"), results["settings"]
+    asked = settings.get("data.safety_model", {}).get("value")
+    if (safety is None) != (asked is None):
+        yield Difference(place, f"JOB_DATA__SAFETY_MODEL {show(asked)}", show(safety))
+    elif safety is not None:
+        wanted = {"model": asked, "threshold": settings["data.unsafe_threshold"]["value"]}
+        labels = settings["data.unsafe_labels"]["value"]
+        if labels is not None:
+            wanted["unsafe_labels"] = [name for name in safety["unsafe_labels"] if name in labels]
+        yield from find_differences(place, {name: safety[name] for name in wanted}, wanted)
+    if (UNSAFE in audit["checks"]) != (safety is not None):
+        yield Difference(f"{RESULTS} dataset.audit.checks", "the kind unsafe with a classifier only", show(safety))
+    least = 0.0 if safety is None else safety["threshold"]
+    for one in found:
+        scored = isinstance(one.score, float) and least <= one.score <= 1
+        if scored != (one.kind == UNSAFE):
+            yield Difference(
+                FINDINGS, f"a score of {least:g} to 1 for each unsafe row", f"{show(one.score)} {one.kind}"
+            )
 
 
 def _statistics(audit: Mapping[str, Any]) -> Iterator[Difference]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from job.common.formatting import count
 from job.data.prompts import prompts_sha256
-from job.evaluation.prompt_answers import parse_answers
+from job.evaluation.prompt_answers import count_unsafe, parse_answers
 from job.records import PromptAnswer
 from job.runs.layout import PROMPTS, RESULTS, prompts_key
 from job.verification.differences import CheckResult, Difference, find_differences, show
@@ -41,9 +41,25 @@ def check_prompts(results: Mapping[str, Any], copies: Copies) -> CheckResult | N
             "sha256": prompts_sha256(base),
         }
         differences += find_differences(place, claimed, found)
+        differences += _unsafe(results, dict(zip(("base", "adapter"), sides, strict=True)))
         if base != adapter or [line.where for line in sides[0]] != [line.where for line in sides[1]]:
             differences.append(Difference(prompts_key("adapter"), "the prompts that the base answered", "others"))
     return CheckResult("prompts", f"{count(claimed['count'], 'prompt')} answered twice", tuple(differences))
+
+
+def _unsafe(results: Mapping[str, Any], sides: Mapping[str, Sequence[PromptAnswer]]) -> Iterator[Difference]:
+    """Each answer has a probability exactly if there is a classifier, and the manifest counts those that are unsafe."""
+    safety = (results.get("dataset", {}).get("audit") or {}).get("safety")
+    for side, lines in sides.items():
+        for number, line in enumerate(lines, start=1):
+            if (line.unsafe is None) != (safety is None) or not 0 <= (line.unsafe or 0) <= 1:
+                what = "a probability that the answer is unsafe" if safety else "no score without a classifier"
+                yield Difference(f"{prompts_key(side)} line {number}", what, show(line.unsafe))
+                break
+    counted = safety and {side: count_unsafe(lines, safety["threshold"]) for side, lines in sides.items()}
+    yield from find_differences(
+        f"{RESULTS} evaluation.unsafe_answers", results["evaluation"].get("unsafe_answers"), counted
+    )
 
 
 def _read(path: str, copies: Copies, most: int, differences: list[Difference]) -> list[PromptAnswer]:

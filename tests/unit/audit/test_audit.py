@@ -236,8 +236,8 @@ def test_what_somebody_may_own_is_a_finding() -> None:
 
 
 def test_every_kind_has_a_way_to_be_found() -> None:
-    """The names that settings know are those of the detectors and of the comparisons between rows."""
-    assert set(KINDS) == {"overlap", "duplicate", "near_duplicate", *DETECTORS}
+    """The names that settings know are those of the detectors, the comparisons between rows, and the classifier."""
+    assert set(KINDS) == {"overlap", "duplicate", "near_duplicate", *DETECTORS, "unsafe"}
 
 
 @installed

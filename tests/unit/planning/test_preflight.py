@@ -12,6 +12,8 @@ from job.errors import AccessDenied, JobError, Preempted, SettingsError, Unreach
 from job.planning import preflight
 from job.planning.preflight import NotChecked, local_round_trip, round_trip, run_check
 from job.storage.local import LocalStore
+from job.storage.open import StorageOptions
+from tests.toy_classifier import make_classifier
 from tests.wrapped_store import WrappedStore
 
 
@@ -97,3 +99,16 @@ def test_no_conditional_writes_is_a_note(tmp_path: Path, monkeypatch: pytest.Mon
     state, what, _ = round_trip(store, "it")
     assert state == "note"
     assert "no conditional writes" in what
+
+
+def test_a_safety_model_is_looked_at_without_its_weights(tmp_path: Path) -> None:
+    """The plan names the labels that count as unsafe; a hub that cannot be reached leaves it unchecked."""
+    folder = make_classifier(tmp_path / "classifier")
+    how: dict[str, Any] = {"online": lambda: False, "folder": tmp_path, "storage": StorageOptions()}
+    state, what, _ = preflight.preview_safety_model(str(folder), None, None, 0.5, **how)
+    assert state == "ok"
+    assert f"{folder}: unsafe is a probability of at least 0.5 for unsafe;" in what
+    with pytest.raises(NotChecked):
+        preflight.preview_safety_model("org/kettles", None, None, 0.5, **how)
+    with pytest.raises(SettingsError, match="JOB_DATA__UNSAFE_LABELS"):
+        preflight.preview_safety_model(str(folder), None, ["rude"], 0.5, **how)

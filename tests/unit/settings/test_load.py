@@ -244,6 +244,29 @@ class TestSpelling:
         assert settings.data.limit is None
         assert settings.lora.target_modules == ("q_proj", "v_proj")
 
+    @pytest.mark.parametrize("text", ['{"epochs": 3, "max_steps": 5}', "{'epochs': 3, 'max_steps': 5}"])
+    def test_a_group_as_a_hyperparameter(self, sagemaker: Callable, text: str) -> None:
+        """The SDKs send an object for a group (train={"epochs": 3}): its settings are read, its typos named."""
+        settings = load_settings([], sagemaker({"train": text, "lora.rank": "4"}))
+        assert (settings.train.epochs, settings.train.max_steps, settings.lora.rank) == (3, 5, 4)
+        assert settings.sources["train.epochs"] == "hyperparameters.json"
+        assert "train.epochs" in problems([], sagemaker({"train": '{"epocs": 3}'}))["hyperparameters.json train.epocs"]
+        twice = problems([], sagemaker({"train": text, "train.epochs": "4"}))
+        assert "twice" in twice["JOB_TRAIN__EPOCHS (hyperparameters.json)"]
+
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [("['q_proj', 'v_proj']", ("q_proj", "v_proj")), ("('q_proj',)", ("q_proj",)), ("[unclosed", None)],
+    )
+    def test_python_s_literals(self, sagemaker: Callable, text: str, expected: tuple[str, ...] | None) -> None:
+        """SDK v2 writes lists and None as Python does; what is no literal stays the text that it is."""
+        environ = sagemaker({"lora.target_modules": text, "data.limit": "None"})
+        if expected is None:
+            assert "JOB_LORA__TARGET_MODULES (hyperparameters.json)" in problems([], environ)
+        else:
+            settings = load_settings([], environ)
+            assert (settings.lora.target_modules, settings.data.limit) == (expected, None)
+
     def test_a_sagemaker_job_without_hyperparameters_is_fine(self) -> None:
         """The file is optional; the job's name is the run id all the same."""
         settings = load_settings([], {"TRAINING_JOB_NAME": "alpaca-1", "SAGEMAKER_BASE_DIR": "/nowhere"})
@@ -419,7 +442,7 @@ BAD_VALUES: list[tuple[str, list[str]]] = [
     ("run.id", ["-x", "a/b", "../up"]),
     (
         "run.output",
-        ["", "s3://", "s3://B/x", "s3://bucket//x", "s3://bucket/../x", "gs://bucket/x", "~/x", "a\x00b", "\udc80"],
+        ["", "s3://", "s3://B/x", "s3://bucket//x", "s3://bucket/../x", "oss://bucket/x", "~/x", "a\x00b", "\udc80"],
     ),
     ("run.seed", ["-1", "4294967296", "x", "", "1.5"]),
     ("run.grace_seconds", ["0", "-1", "nan", "inf", "1e300"]),
@@ -463,6 +486,7 @@ BAD_VALUES: list[tuple[str, list[str]]] = [
     ("data.format", ["csv"]),
     ("data.validation", ["0", "1", "1.0", "0.0", "-0.1", "1.5", "-3", "9" * 12, "1e400", "https://host/x", "a\x00b"]),
     ("data.validation_split", [""]),
+    ("data.unsafe_threshold", ["0", "1.1", "-0.1", "half"]),
     ("data.on_finding", ["", "drop", "secrets=skip", "secret=drop", "secret", "secret=skip,secret=error"]),
     ("train.validate_every_steps", ["0", "x"]),
     ("train.stop_after", ["0", "-1"]),
@@ -793,6 +817,22 @@ class TestCombinations:
         monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
         assert "not writable" in problems([f"--run.output={tmp_path}/new"])["JOB_RUN__OUTPUT (command line)"]
 
+    def test_the_plain_image_on_sagemaker(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Its user cannot write to SageMaker's folders: all of them are named at once, and the image that can."""
+        (tmp_path / "ml").mkdir()
+        monkeypatch.setattr(os, "access", lambda path, mode: not Path(path).is_relative_to(tmp_path))
+        environ = {"TRAINING_JOB_NAME": "a", "SAGEMAKER_BASE_DIR": str(tmp_path / "ml")}
+        found = problems([], environ)
+        assert found.keys() == {
+            "JOB_RUN__OUTPUT (platform)",
+            f"{tmp_path}/ml/model",
+            f"{tmp_path}/ml/output/data",
+        }
+        assert all("infra/sagemaker/Dockerfile" in what for what in found.values())
+        assert problems(["--run.output=s3://bucket/runs"], environ).keys() == found.keys() - {
+            "JOB_RUN__OUTPUT (platform)"
+        }
+
     def test_an_output_behind_a_broken_link(self, tmp_path: Path) -> None:
         """A link to a volume that is not mounted is found now, not after the training."""
         (tmp_path / "link").symlink_to(tmp_path / "unmounted")
@@ -896,6 +936,18 @@ class TestMethods:
     def test_prompts_that_cannot_be_asked(self, given: list[str], name: str) -> None:
         """Rows of no validation, a length of no answers, and answers as long as the longest example are refused."""
         assert any(where.startswith(name) for where in problems(given))
+
+    @pytest.mark.parametrize(
+        "given", ["--data.safety_revision=abc", "--data.unsafe_labels=bad", "--data.unsafe_threshold=0.7"]
+    )
+    def test_a_safety_model_is_needed(self, given: str) -> None:
+        """Its revision, labels and threshold, and the kind that it finds, are refused without one."""
+        (found,) = problems([given]).values()
+        assert "JOB_DATA__SAFETY_MODEL" in found
+        (found,) = problems(["--data.on_finding=unsafe=skip"]).values()
+        assert "JOB_DATA__SAFETY_MODEL" in found
+        both = load_settings(["--data.on_finding=unsafe=skip", "--data.safety_model=org/x", given], {})
+        assert both.data.safety_model == "org/x"
 
     def test_only_the_last_stage_is_asked(self) -> None:
         """What people look at is what the run publishes."""

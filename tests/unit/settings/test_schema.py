@@ -57,7 +57,8 @@ def test_which_settings_decide_the_result() -> None:
 def test_markers_name_settings() -> None:
     """A setting that another one refers to is there."""
     subjects = {m.subject for kind in (BelongsTo, RevisionOf) for m in find_markers(Settings, kind).values()}
-    assert subjects == {"model.id", "data.source", "data.sft_source", "data.validation", "data.sft_validation"}
+    data = {"data.source", "data.sft_source", "data.validation", "data.sft_validation", "data.safety_model"}
+    assert subjects == {"model.id", *data}
     assert subjects <= set(NAMES)
 
 

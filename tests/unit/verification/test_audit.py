@@ -10,7 +10,7 @@ import pytest
 
 from job.audit.audit import Finding, counts, overlapping
 from job.audit.statistics import quantiles
-from job.records import AuditRecord, CheckRecord, DatasetRecord, Pulled
+from job.records import AuditRecord, CheckRecord, DatasetRecord, Pulled, SafetyRecord
 from job.runs.layout import FINDINGS
 from job.verification.check_audit import check_audit
 from job.verification.check_history import _as_pulled
@@ -85,6 +85,32 @@ def test_figures_that_contradict_each_other(tmp_path: Path, figures: str, name: 
     (found,) = check_audit(changed, {FINDINGS: path})
     (difference,) = found.differences
     assert figures.rsplit("/", maxsplit=1)[-1] in difference.where
+
+
+def test_unsafe_rows_are_those_of_the_classifier(tmp_path: Path) -> None:
+    """Scores below the threshold, and another classifier, labels or threshold than the settings have, are found."""
+    found = [Finding("unsafe", "rows.jsonl:4", 3, score=0.75)]
+    path = tmp_path / "findings.jsonl"
+    path.write_text("".join(one.line() for one in found))
+    safety = SafetyRecord("models/x", None, "0" * 64, ["bad"], 0.5)
+    checks = {"unsafe": CheckRecord("record", "models/x", "", *counts(found)["unsafe"])}
+    record = AuditRecord(20, 0, checks, {}, 1, path.stat().st_size, "0" * 64, 20, safety=safety)
+    names = ("safety_model", "unsafe_threshold", "unsafe_labels")
+
+    def wrong_with(*values: Any, record: AuditRecord = record) -> bool:
+        settings = {f"data.{name}": {"value": value} for name, value in zip(names, values, strict=True)}
+        results = {"dataset": {"audit": asdict(record)}, "settings": settings}
+        (found,) = check_audit(results, {FINDINGS: path})
+        return bool(found.differences)
+
+    assert not wrong_with("models/x", 0.5, None)
+    assert not wrong_with("models/x", 0.5, ["bad", "worse"])
+    assert wrong_with("models/y", 0.5, None)
+    assert wrong_with("models/x", 0.6, None)
+    assert wrong_with("models/x", 0.5, ["worse"])
+    assert wrong_with(None, 0.5, None)
+    assert wrong_with("models/x", 0.8, None, record=replace(record, safety=replace(safety, threshold=0.8)))
+    assert wrong_with("models/x", 0.5, None, record=replace(record, safety=None))
 
 
 def test_records_of_before_have_no_languages() -> None:

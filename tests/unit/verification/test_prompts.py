@@ -38,6 +38,33 @@ def manifest(prompts: dict[str, Any] | None, settings: dict[str, Any] = SETTINGS
     return {"settings": settings, "evaluation": {"prompts": prompts} if prompts else {}}
 
 
+def test_unsafe_answers_are_counted_again(tmp_path: Path) -> None:
+    """Counts of unsafe answers are those of the files; scores without a classifier, or none with one, are found."""
+    scored = {"base": {"unsafe": 0.75}, "adapter": {"unsafe": 0.25}}
+
+    def wrong(counted: dict[str, int] | None, safety: dict[str, Any] | None, **changes: dict[str, Any]) -> bool:
+        found = manifest(CLAIMED) | {"dataset": {"audit": {"safety": safety}}}
+        if counted is not None:
+            found["evaluation"]["unsafe_answers"] = counted
+        files = copies(tmp_path, **changes)
+        for path in files.values():  # the first lines too
+            first, *rest = path.read_text().splitlines(keepends=True)
+            path.write_text(
+                "".join([json.dumps({**json.loads(first), "unsafe": 0.0 if changes else None}), "\n", *rest])
+            )
+        checked = check_prompts(found, files)
+        assert checked is not None
+        return bool(checked.differences)
+
+    safety, counted = {"threshold": 0.5}, {"base": 1, "adapter": 0}
+    assert not wrong(counted, safety, **scored)
+    assert wrong({"base": 0, "adapter": 0}, safety, **scored)
+    assert wrong(None, safety, **scored)
+    assert wrong(counted, safety)
+    assert wrong(None, None, **scored)
+    assert wrong(counted, safety, **scored | {"adapter": {"unsafe": 1.5}})
+
+
 def test_what_holds(tmp_path: Path) -> None:
     """Two files of the same prompts hold; a run without prompts, as of an earlier version, has no such check."""
     found = check_prompts(manifest(CLAIMED), copies(tmp_path))

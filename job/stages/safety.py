@@ -1,0 +1,141 @@
+"""The safety screen: finds the classifier of JOB_DATA__SAFETY_MODEL, and scores training rows and generated answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from job import log
+from job.audit.safety import SETTING, Screen, Texts, unsafe_labels
+from job.common.hashing import code_hashes
+from job.common.out_of_memory import memory_errors
+from job.errors import naming
+from job.evaluation.resumable import complete
+from job.evaluation.score_cache import ScoreCache, score_conditions
+from job.model.base import choose_device
+from job.model.files import fingerprint
+from job.model.text_classifier import Labels, TextClassifier
+from job.records import SafetyRecord
+from job.runs.attempt import Attempt
+from job.runs.layout import SCORES
+from job.settings.schema import Data, Run
+from job.storage.hub import download_model, local_model
+from job.storage.open import ObjectStore
+
+_CODE = ("job.model.text_classifier", "job.audit.safety")
+"""Modules whose code decides a score, beside those of all scores."""
+
+
+@dataclass(frozen=True)
+class SafetyModel:
+    """The classifier's files, and the record of it."""
+
+    folder: Path
+    record: SafetyRecord
+
+
+def find_safety_model(data: Data, source: str, model: str) -> SafetyModel:
+    """The classifier, downloaded where it is on the hub, and checked as far as its weights are not needed.
+
+    Args:
+        data: Revision, labels and threshold.
+        source: Hub id, or the path of a copy.
+        model: Its name in the settings.
+
+    Raises:
+        DataError, SettingsError: It is not there, or is no classifier whose labels say what is unsafe.
+        Unreachable, AccessDenied: The hub cannot be used.
+    """
+    with naming(SETTING):
+        folder, revision = download_model(source, data.safety_revision)
+        labels = check_labels(folder, data)
+        return SafetyModel(
+            folder, SafetyRecord(model, revision, fingerprint(folder), list(labels), data.unsafe_threshold)
+        )
+
+
+def check_labels(folder: Path, data: Data) -> tuple[str, ...]:
+    """The labels of the classifier in a folder that mean unsafe.
+
+    Raises:
+        DataError, SettingsError: It is no classifier, or its labels do not say it.
+    """
+    labels = Labels(folder, SETTING)
+    return unsafe_labels(labels.names, data.unsafe_labels, exclusive=labels.exclusive)
+
+
+def check_local(data: Data) -> None:
+    """`check_labels` of a classifier that is named by its path; one on the hub is not looked up.
+
+    Raises:
+        DataError, SettingsError: As `check_labels`, or there is no such folder.
+    """
+    with naming(SETTING):
+        folder = None if data.safety_model is None else local_model(data.safety_model)
+    if folder is not None:
+        check_labels(folder, data)
+
+
+def screen_rows(attempt: Attempt, safety: SafetyModel, settings: Run, shared: ObjectStore) -> Screen:
+    """A function that scores the rows' texts. The classifier is in memory only while it does.
+
+    Args:
+        attempt: Its watchdog gets beats; its count of questions is what is scored, as progress.
+        safety: The classifier.
+        settings: The device, and the run's name.
+        shared: The store that contains all runs: a restart, or another run with the same rows, goes on with the scores.
+    """
+    return partial(_screen, attempt, safety, settings, shared)
+
+
+@memory_errors("scoring rows with JOB_DATA__SAFETY_MODEL", "take a smaller classifier")
+def _screen(attempt: Attempt, safety: SafetyModel, settings: Run, shared: ObjectStore, texts: Texts) -> list[float]:
+    sizes = texts.sizes
+    conditions = {**score_conditions({"classifier": _facts(safety)}), "classifier code": code_hashes(*_CODE)}
+    cache = ScoreCache(shared, SCORES, settings.id, conditions)
+    known = cache.load_chances(texts.sha256, sizes)
+    before = attempt.questions
+    with log.progress("rows scored", len(texts), every=max(1, len(texts) // 10)) as show_progress:
+
+        def on_progress(scored: int) -> None:
+            attempt.questions = before + scored
+            show_progress(scored)
+
+        def compute() -> Iterator[tuple[int, list[float]]]:
+            if len(known) == len(sizes):
+                return
+            classifier = _load(safety, settings.device)
+            try:
+                for number, chunk in enumerate(texts.chunks()):
+                    if number not in known:
+                        yield number, classifier.scores(chunk, attempt.alive)
+            finally:
+                classifier.release()
+
+        # Other machines of the run score the same rows; one of them keeps the scores.
+        scored = complete(dict(known), compute(), cache if attempt.processes.leads else None, on_progress)
+    return [score for number in range(len(sizes)) for score in scored[number]]
+
+
+def score_answers(safety: SafetyModel, answers: Sequence[str], alive: Callable[[], None]) -> list[float]:
+    """The probability that each of a few answers is unsafe.
+
+    On the processor: the GPU holds the base then, and what training is going to need.
+
+    Raises:
+        DataError, SettingsError: The classifier cannot be loaded.
+    """
+    with memory_errors("scoring answers with JOB_DATA__SAFETY_MODEL", "take a smaller classifier"):
+        return _load(safety, "cpu").scores(answers, alive)
+
+
+def _load(safety: SafetyModel, device: str) -> TextClassifier:
+    labels = Labels(safety.folder, SETTING)
+    return TextClassifier(safety.folder, labels, safety.record.unsafe_labels, choose_device(device), SETTING)
+
+
+def _facts(safety: SafetyModel) -> dict[str, object]:
+    """What decides a score: of the labels the chosen ones, whatever the threshold is."""
+    return {"sha256": safety.record.sha256, "labels": safety.record.unsafe_labels}

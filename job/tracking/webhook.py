@@ -1,0 +1,126 @@
+"""Events of a run to a webhook (`JOB_NOTIFY__WEBHOOK`): an attempt starts, is preempted, fails or completes the run.
+
+Each is a CloudEvent 1.0 in structured mode, `application/cloudevents+json`, by POST. An attempt that is killed, stalls
+or is replaced sends nothing at its end; nor does one that ends before it owns the run, such as on wrong settings. A
+webhook that fails or hangs costs the run a warning, and at its end at most `END_SECONDS`. The address may hold a token:
+it is in no message, and redirects are not followed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import copy_context
+from datetime import UTC, datetime
+from threading import Thread
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.parse import quote
+from urllib.request import HTTPRedirectHandler, Request, build_opener
+from uuid import uuid4
+
+from job import __version__, log
+from job.errors import JobError, Preempted, Replaced
+
+END_SECONDS = 3.0
+"""How long the end of a run waits for its last event to be taken."""
+_REQUEST_SECONDS = 10.0
+_TYPE = "qlora-job.attempt"
+_LONGEST_WHY = 500
+
+
+class _NoRedirects(HTTPRedirectHandler):
+    """A redirected POST would become a GET of an address that the user did not name."""
+
+    def redirect_request(self, *_: Any) -> None:
+        """Refuses; `HTTPError` is raised."""
+
+
+def event(kind: str, run: str, data: Mapping[str, Any]) -> dict[str, Any]:
+    """A CloudEvent.
+
+    Args:
+        kind: `started`, `preempted`, `failed` or `completed`.
+        run: The run's id.
+        data: What happened.
+    """
+    return {
+        "specversion": "1.0",
+        "id": str(uuid4()),
+        "source": f"/qlora-job/runs/{quote(run, safe='')}",
+        "type": f"{_TYPE}.{kind}",
+        "subject": run,
+        "time": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+        "datacontenttype": "application/json",
+        "data": {"run": run, **data},
+    }
+
+
+class Notifier:
+    """Sends the events of an attempt; nothing before it has started, or without an address."""
+
+    def __init__(self, url: str | None, run: str) -> None:
+        self._url, self._run = url, run
+        self._data: Mapping[str, Any] = {}
+        self._begun: Thread | None = None
+
+    def started(self, data: Mapping[str, Any]) -> None:
+        """The attempt owns the run. Every event says `data`: the attempt's number, and the URI of the run."""
+        self._data = data
+        self._begun = None if self._url is None else _send(self._url, event("started", self._run, data))
+
+    def ended(self, kind: str, data: Mapping[str, Any]) -> None:
+        """The attempt has ended: sends how, once the first event was taken; waits at most `END_SECONDS` for both."""
+        if self._url is None or self._begun is None:
+            return
+        self._begun.join(END_SECONDS / 2)
+        last = _send(self._url, event(kind, self._run, {**self._data, **data}))
+        last.join(END_SECONDS / 2)
+        if last.is_alive():
+            log.get_logger().warning("the webhook did not answer in time; the run does not wait for it")
+
+
+@contextmanager
+def notifying(url: str | None, run: str) -> Iterator[Notifier]:
+    """Context manager: yields what is told when the attempt starts, and sends at the end of the block how it ended.
+
+    Args:
+        url: Where to; None for nowhere.
+        run: The run's id.
+    """
+    notifier = Notifier(url, run)
+    try:
+        yield notifier
+    except Replaced:
+        raise
+    except BaseException as error:
+        code = error.exit_code if isinstance(error, JobError) else JobError.exit_code
+        why = log.without_secrets(f"{type(error).__name__}: {error}")[:_LONGEST_WHY]
+        notifier.ended("preempted" if isinstance(error, Preempted) else "failed", {"exit_code": code, "why": why})
+        raise
+    notifier.ended("completed", {})
+
+
+def _send(url: str, content: Mapping[str, Any]) -> Thread:
+    """Posts an event, in a thread of its own."""
+    # In a thread as it may take its time. Its log lines have the fields of this one's.
+    thread = Thread(target=copy_context().run, args=(_post, url, content), name="webhook", daemon=True)
+    thread.start()
+    return thread
+
+
+def _post(url: str, content: Mapping[str, Any]) -> None:
+    headers = {"Content-Type": "application/cloudevents+json; charset=utf-8", "User-Agent": f"qlora-job/{__version__}"}
+    request = Request(url, json.dumps(content).encode(), headers, method="POST")  # noqa: S310 - settings allow https alone
+    try:
+        build_opener(_NoRedirects).open(request, timeout=_REQUEST_SECONDS).close()
+    except HTTPError as error:
+        why = f"it answered {error.code}"
+    except URLError as error:
+        why = f"it cannot be reached: {type(error.reason).__name__}"
+    except Exception as error:  # noqa: BLE001 - whatever goes wrong must not disturb the run
+        why = type(error).__name__  # the text may quote the address
+    else:
+        return
+    log.get_logger().warning("the webhook did not take an event; the run goes on", event_type=content["type"], why=why)

@@ -1,0 +1,138 @@
+"""A webhook gets a CloudEvent for each start and end of an attempt; it cannot disturb a run, and no log shows it."""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import nullcontext
+from datetime import datetime
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+
+from job import log
+from job.errors import DataError, NoProgress, Preempted, Problem, Replaced, SettingsError
+from job.settings.affects_result import plain_values
+from job.settings.load import load_settings, secrets
+from job.tracking import webhook
+from job.tracking.webhook import notifying
+from tests.s3_server import Request, server
+
+TOKEN = "a-token-in-the-address"
+DATA = {"attempt": 2, "store": "s3://bucket/a run"}
+
+
+class Receiver:
+    """Takes events, and answers as the test says."""
+
+    def __init__(self, status: int = 202, seconds: float = 0.0, **headers: str) -> None:
+        self.status, self.seconds, self.headers = status, seconds, headers
+        self.events: list[dict[str, Any]] = []
+
+    def answer(self, asked: Request) -> None:
+        """Takes a request."""
+        assert (asked.command, asked.path) == ("POST", f"/{TOKEN}")
+        assert asked.headers["Content-Type"] == "application/cloudevents+json; charset=utf-8"
+        self.events.append(json.loads(asked.content))
+        time.sleep(self.seconds)
+        asked.answer(self.status, **self.headers)
+
+
+def notified(url: str, error: BaseException | None = None, *, started: bool = True) -> list[Any]:
+    """An attempt that ends like this; returns the warnings."""
+    expected = nullcontext() if error is None else pytest.raises(type(error))
+    with capture_logs() as lines, expected, notifying(f"{url}/{TOKEN}", "a run") as notifier:
+        if started:
+            notifier.started(DATA)
+        if error is not None:
+            raise error
+    assert TOKEN not in repr(lines)
+    return [line for line in lines if line["log_level"] == "warning"]
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "more"),
+    [
+        (None, "completed", {}),
+        (Preempted("by SIGTERM"), "preempted", {"exit_code": 75, "why": "Preempted: by SIGTERM"}),
+        (NoProgress("at all"), "failed", {"exit_code": 71, "why": "NoProgress: at all"}),
+        (DataError([Problem("row 1", "is hunter22")]), "failed", {"exit_code": 65, "why": "DataError: row 1: is ***"}),
+        (KeyError("a"), "failed", {"exit_code": 1, "why": "KeyError: 'a'"}),
+    ],
+)
+def test_an_attempt_tells_how_it_starts_and_ends(error: Exception | None, kind: str, more: dict[str, Any]) -> None:
+    """Both are CloudEvents with every required attribute, and the end has the exit code and the reason."""
+    log.configure("json", "info", ["hunter22"])
+    receiver = Receiver()
+    with server(receiver.answer) as url:
+        assert notified(url, error) == []
+    first, last = receiver.events
+    assert (first["type"], last["type"]) == ("qlora-job.attempt.started", f"qlora-job.attempt.{kind}")
+    assert first["data"] == {"run": "a run", **DATA}
+    assert last["data"] == {"run": "a run", **DATA, **more}
+    assert first["id"] != last["id"]
+    for one in (first, last):
+        assert one["specversion"] == "1.0"
+        assert (one["source"], one["subject"]) == ("/qlora-job/runs/a%20run", "a run")
+        assert one["datacontenttype"] == "application/json"
+        assert datetime.fromisoformat(one["time"]).tzinfo is not None
+
+
+def test_who_does_not_own_the_run_tells_nothing() -> None:
+    """An attempt that was replaced is silent about its end, and one that never began about all."""
+    receiver = Receiver()
+    with server(receiver.answer) as url:
+        assert notified(url, Replaced("by another")) == []
+        assert notified(url, SettingsError([]), started=False) == []
+    assert [one["type"] for one in receiver.events][1:] == []
+
+
+@pytest.mark.parametrize(
+    ("receiver", "why"),
+    [
+        (Receiver(500), "it answered 500"),
+        (Receiver(302, Location="http://127.0.0.1:1/elsewhere"), "it answered 302"),
+        (None, "it cannot be reached: ConnectionRefusedError"),
+    ],
+)
+def test_a_webhook_that_fails_costs_warnings(receiver: Receiver | None, why: str) -> None:
+    """Each event that is not taken is a line without the address; a redirect is not followed."""
+    if receiver is None:
+        warnings = notified("http://127.0.0.1:1")
+    else:
+        with server(receiver.answer) as url:
+            warnings = notified(url)
+    assert [line["why"] for line in warnings] == [why, why]
+
+
+def test_a_webhook_that_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end of the run waits for a bounded time, and says so."""
+    monkeypatch.setattr(webhook, "END_SECONDS", 0.3)
+    receiver = Receiver(seconds=1.0)
+    with server(receiver.answer) as url:
+        began = time.monotonic()
+        (warning,) = notified(url)
+        assert time.monotonic() - began < 5
+    assert "did not answer in time" in warning["event"]
+
+
+@pytest.mark.parametrize(
+    "address", ["http://x/token", "https://", "https://x:99999", "x", "https://x/a b", "ftp://x/y"]
+)
+def test_an_address_without_tls_is_refused(address: str) -> None:
+    """Exit code 2, and the message does not quote the address."""
+    with pytest.raises(SettingsError) as caught:
+        load_settings([], {"JOB_NOTIFY__WEBHOOK": address})
+    (problem,) = caught.value.problems
+    assert "must be an https:// address" in problem.what
+    assert str(problem) == "JOB_NOTIFY__WEBHOOK (environment): must be an https:// address"
+
+
+def test_the_address_is_a_secret() -> None:
+    """Neither the settings in the manifest nor a line of the log show it."""
+    environ = {"JOB_NOTIFY__WEBHOOK": f"https://hooks.example/{TOKEN}"}
+    settings = load_settings([], environ)
+    assert TOKEN not in repr(plain_values(settings))
+    assert TOKEN not in repr(settings)
+    assert environ["JOB_NOTIFY__WEBHOOK"] in secrets(environ)
