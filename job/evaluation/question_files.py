@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +39,20 @@ def as_dataset(rows: Sequence[Row], source: str) -> Any:
         raise DataError([Problem(source, f"its rows do not have fields of the same types: {error}")]) from error
 
 
+@contextmanager
+def in_their_groups(manager: Any, local: Mapping[str, Any]) -> Iterator[None]:
+    """Has lm-eval build its groups with these tasks, from `task_with_rows`, while the context is open."""
+    index = manager.task_index
+    before = {name: index[name] for name in local}
+    index.update({name: replace(before[name], yaml_path=None, cfg=local[name].config_given) for name in local})
+    try:
+        yield
+    finally:
+        index.update(before)  # it is kept for the next call
+
+
 def task_with_rows(manager: Any, name: str, rows: Sequence[Row], source: str) -> Any:
-    """The task of lm-eval, its questions replaced by `rows`."""
+    """The task of lm-eval, its questions replaced by `rows`; `config_given` is what it was made from."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     questions = as_dataset(rows, source)
@@ -47,9 +61,11 @@ def task_with_rows(manager: Any, name: str, rows: Sequence[Row], source: str) ->
     unused = dict.fromkeys(("training_split", "fewshot_split", "validation_split"))
     config |= {**unused, "test_split": split, "custom_dataset": lambda **_: {split: questions}}
     try:
-        return manager.load([config])["tasks"][name]
+        task = manager.load([config])["tasks"][name]
     except Exception as error:  # a task renders its templates on the first row, and these may raise anything
         raise DataError([_misfit(rows[0].where, name, error)]) from error
+    task.config_given = config
+    return task
 
 
 def _misfit(where: str, name: str, error: Exception) -> Problem:

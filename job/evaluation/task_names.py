@@ -103,9 +103,36 @@ def open_index(names: tuple[str, ...]) -> Any:
     return manager if all(entry and entry.kind.name == "TASK" for entry in found) else tasks.TaskManager()
 
 
+def tasks_of(index: Mapping[str, Any], names: Iterable[str]) -> set[str]:
+    """The tasks that names of lm-eval stand for: tasks, and those of groups and tags, also of nested ones."""
+    left = list(names)
+    found: set[str] = set()
+    seen: set[str] = set()
+    while left:
+        name = left.pop()
+        if name in seen or name not in index:
+            continue
+        seen.add(name)
+        entry = index[name]
+        if entry.kind.name not in {"GROUP", "TAG"}:
+            found.add(name)
+            continue
+        members = entry.tags if entry.kind.name == "TAG" else (entry.cfg or {}).get("task")
+        members = [members] if isinstance(members, str) else members or []
+        left += [str(one.get("group") or one.get("task")) if isinstance(one, dict) else str(one) for one in members]
+    return found
+
+
 def check_data(names: Sequence[str], data: Iterable[str]) -> None:
-    """Raises SettingsError for questions of tasks that are not asked; the settings do not know the tasks of a file."""
-    if other := [name for name in data if name not in names]:
+    """Raises SettingsError for questions of tasks that are not asked; the settings do not know the tasks of a file.
+
+    Tasks of lm-eval's groups are asked where the group is. Its whole index is read only for these.
+    """
+    other = [name for name in data if name not in names]
+    if other:
+        inside = tasks_of(open_index((*names, *other)).task_index, names)
+        other = [name for name in other if name not in inside]
+    if other:
         what = f"gives questions of {', '.join(other)}, and JOB_EVAL__TASKS does not name that task"
         raise SettingsError([Problem("JOB_EVAL__DATA", what)])
 

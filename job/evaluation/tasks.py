@@ -20,7 +20,7 @@ from job.errors import DataError, Problem, SettingsError
 from job.evaluation.groups import CHOICE_METRICS, read_groups
 from job.evaluation.measured import how_to_generate, metrics_of
 from job.evaluation.policy import CHOICES, Policy, check_policy, named
-from job.evaluation.question_files import as_dataset, find_misfits, read_questions, task_with_rows
+from job.evaluation.question_files import as_dataset, find_misfits, in_their_groups, read_questions, task_with_rows
 from job.evaluation.task_files import GroupFile, TaskFile, own_tasks
 from job.evaluation.task_names import (
     KINDS,
@@ -149,9 +149,10 @@ def load_tasks(
     check_names(manager.task_index, (*names, *members_of(own)), data)
     if twice := _twice([*names, *(one.name for one in own), *(task.name for task in member_files(own))]):
         raise SettingsError([Problem("JOB_EVAL__TASKS", f"names {name} twice") for name in twice])
-    rows = {name: read_questions(data[name], sources[name]) for name in (*names, *members_of(own)) if name in data}
+    rows = {name: read_questions(data[name], sources[name]) for name in data}
     local = {name: task_with_rows(manager, name, rows[name], sources[name]) for name in rows}
-    with hub_errors(f"questions of {', '.join(name for name in (*names, *members_of(own)) if name not in local)}"):
+    missing = [name for name in (*names, *members_of(own)) if name not in local]
+    with hub_errors(f"questions of {', '.join(missing)}"), in_their_groups(manager, local):
         loaded = _load(manager, [*(local.get(name, name) for name in names), *(_built(manager, o, local) for o in own)])
     tasks, rows = loaded["tasks"], rows | texts
     _set_shots(tasks, num_fewshot)

@@ -15,8 +15,8 @@ from scipy.stats import ttest_1samp, ttest_ind
 from job.errors import SettingsError
 from job.evaluation import statistics
 from job.evaluation.groups import compare_groups, groups_from, read_groups
-from job.evaluation.harness import evaluate, measure
-from job.evaluation.task_names import check_tasks
+from job.evaluation.harness import _scoring_model, evaluate, measure
+from job.evaluation.task_names import check_tasks, tasks_of
 from job.evaluation.tasks import Tasks, load_tasks
 from job.records import Answer, ChoiceScore, Evaluated, GroupSpec, MeasuredScores, Metric, Question, TaskScores
 from tests.helpers import write_jsonl
@@ -311,3 +311,60 @@ def test_groups_of_lm_eval_are_known_with_their_weights(monkeypatch: pytest.Monk
     assert tasks.groups["mmlu"].metrics == {"acc,none": True}
     with pytest.raises(SettingsError, match="asks a task twice"):
         load_tasks(["mmlu", "mmlu_anatomy"], {}, {}, 0)
+
+
+@pytest.mark.long
+def test_a_group_of_lm_eval_with_local_data_is_aggregated_as_by_lm_eval(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole of mmlu from files of JOB_EVAL__DATA, 0-shot as its tasks say: lm-eval's own results of the group."""
+    import lm_eval
+    from datasets import Dataset
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager()
+    names = sorted(tasks_of(manager.task_index, ["mmlu"]))
+    assert len(names) == 57
+    rows = {
+        name: [
+            {"question": f"{name} {n}?", "choices": ["a", "b", "c", "d"], "answer": n % 4, "subject": name}
+            for n in range(2 + number % 4)
+        ]
+        for number, name in enumerate(names)
+    }
+    data = {name: write_jsonl(tmp_path / f"{name}.jsonl", told) for name, told in rows.items()}
+    tasks = load_tasks(["mmlu"], data, {name: str(path) for name, path in data.items()})
+    assert {name: task.config.num_fewshot for name, task in tasks.loaded["tasks"].items()} == dict.fromkeys(names, 0)
+    assert set(tasks.sources.values()) == set(map(str, data.values()))
+
+    def score(seed: int) -> Any:
+        def of(questions: list[Question]) -> list[list[ChoiceScore]]:
+            return [
+                [ChoiceScore(-random.Random(f"{seed} {asked.context} {one}").random(), False) for one in asked.choices]  # noqa: FBT003
+                for asked in questions
+            ]
+
+        return of
+
+    sides = [
+        Evaluated({n: one for n, (one, _) in evaluate(tasks, tokenizer, score(seed), limit=None).items()}, [])
+        for seed in (1, 2)
+    ]
+    found = compare_groups(tasks.groups, *sides)
+    assert set(found) == {"mmlu", "mmlu_stem", "mmlu_other", "mmlu_social_sciences", "mmlu_humanities"}
+
+    def download(self: Any, *_: Any, **__: Any) -> None:
+        told = Dataset.from_list(rows[self.config.task])
+        self.dataset = {"test": told, "dev": told}
+
+    monkeypatch.setattr(ConfigurableTask, "download", download)
+    loaded = manager.load(["mmlu"])
+    for side, seed in (("base", 1), ("adapter", 2)):
+        lm = _scoring_model(tokenizer, score(seed), None)
+        theirs = lm_eval.evaluate(lm=lm, task_dict=loaded, bootstrap_iters=0)["groups"]
+        assert {name: one["metrics"]["acc,none"][side] for name, one in found.items()} == {
+            name: pytest.approx(theirs[name]["acc,none"], abs=1e-12) for name in found
+        }
+    with pytest.raises(SettingsError, match="JOB_EVAL__TASKS does not name that task"):
+        check_tasks(["mmlu_stem"], ["mmlu_philosophy"])
