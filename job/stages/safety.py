@@ -107,9 +107,12 @@ def _screen(attempt: Attempt, safety: SafetyModel, settings: Run, shared: Object
             if len(known) == len(sizes):
                 return
             classifier = _load(safety, settings.device)
-            for number, chunk in enumerate(texts.chunks()):
-                if number not in known:
-                    yield number, classifier.scores(chunk, attempt.alive)
+            try:
+                for number, chunk in enumerate(texts.chunks()):
+                    if number not in known:
+                        yield number, classifier.scores(chunk, attempt.alive)
+            finally:
+                classifier.release()
 
         # Other machines of the run score the same rows; one of them keeps the scores.
         scored = complete(dict(known), compute(), cache if attempt.processes.leads else None, on_progress)
