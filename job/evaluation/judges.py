@@ -135,25 +135,23 @@ class ServedJudge:
             Unreachable: After all tries it does not answer, or with something else.
         """
         pause = self.pause
-        for left in reversed(range(TRIES)):
-            asked = in_thread(lambda: self._ask(text), "judge")
+        for _ in range(TRIES - 1):
             try:
-                deadline = time.monotonic() + self.seconds
-                while not asked.done():
-                    alive()
-                    if time.monotonic() > deadline:
-                        raise Unreachable(f"{self.url}: the judge did not answer within {self.seconds:g} s")
-                    time.sleep(min(_POLL_SECONDS, self.pause))
-                return _letter(asked.result())
+                return _letter(self._reply(text, alive))
             except Unreachable:
-                if not left:
-                    raise
-                until = time.monotonic() + pause
-                while time.monotonic() < until:
-                    alive()
-                    time.sleep(min(_POLL_SECONDS, pause))
+                _wait(pause, alive)
                 pause *= 2
-        raise AssertionError
+        return _letter(self._reply(text, alive))
+
+    def _reply(self, text: str, alive: Callable[[], None]) -> str:
+        """One reply. `alive` is called meanwhile: a server that sends a byte now and then delays no request to stop."""
+        asked = in_thread(lambda: self._ask(text), "judge")
+        deadline = time.monotonic() + self.seconds
+        while not asked.done():
+            if time.monotonic() > deadline:
+                raise Unreachable(f"{self.url}: the judge did not answer within {self.seconds:g} s")
+            _wait(min(_POLL_SECONDS, self.pause), alive)
+        return asked.result()
 
     def _ask(self, text: str) -> str:
         where = f"{self.url.rstrip('/').removesuffix('/v1')}/v1/chat/completions"
@@ -188,6 +186,13 @@ class ServedJudge:
             return Unreachable(f"{where}: the judge answers with HTTP {code}")
         what = f"{where} refuses the request (HTTP {code}); correct the address or JOB_EVAL__JUDGE_MODEL"
         return SettingsError([Problem(SETTING, what)])
+
+
+def _wait(seconds: float, alive: Callable[[], None]) -> None:
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0:
+        alive()
+        time.sleep(min(_POLL_SECONDS, left))
 
 
 def _letter(reply: str) -> Choice | None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 from pydantic_core import from_json
+from yaml import YAMLError
 
 from job.common.config_files import MAX_FILE_BYTES, strict_yaml
 from job.errors import DataError, Problem
@@ -40,16 +41,16 @@ def read_principles(path: Path) -> tuple[str, ...]:
     try:
         with path.open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
-        if len(data) > MAX_FILE_BYTES:
-            raise wrong(f"is larger than {MAX_FILE_BYTES:,} bytes")
+    except (OSError, ValueError) as error:
+        raise wrong(f"cannot be read: {getattr(error, 'strerror', None) or 'no such name is possible'}") from error
+    if len(data) > MAX_FILE_BYTES:
+        raise wrong(f"is larger than {MAX_FILE_BYTES:,} bytes")
+    try:
         text = data.decode("utf-8-sig")
         found = strict_yaml(text) if path.suffix in {".yaml", ".yml"} else text.splitlines()
-    except OSError as error:
-        raise wrong(f"cannot be read: {error.strerror}") from error
-    except DataError:
-        raise
-    except Exception as error:  # YAML's own errors quote the file
-        raise wrong(f"is not valid ({type(error).__name__}); give a YAML list of texts, or a rule on each line") from None
+    except (ValueError, RecursionError, YAMLError) as error:  # YAML's own errors quote the file
+        what = f"is not valid ({type(error).__name__}); give a YAML list of texts, or a rule on each line"
+        raise wrong(what) from None
     if not isinstance(found, list) or not all(isinstance(rule, str) for rule in found):
         raise wrong("must hold a list of texts at its top")
     rules = tuple(" ".join(rule.split()) for rule in found if rule.strip())
@@ -77,7 +78,8 @@ def question(rules: Sequence[str], prompt: str, first: str, second: str) -> str:
 
 def preference(judgement: Judgement) -> str:
     """`adapter` or `base` if the judge prefers it in both orders, else `tie`."""
-    return {("B", "A"): "adapter", ("A", "B"): "base"}.get((judgement.base_first, judgement.adapter_first), "tie")
+    said = f"{judgement.base_first}{judgement.adapter_first}"
+    return {"BA": "adapter", "AB": "base"}.get(said, "tie")
 
 
 def summarize(judgements: Sequence[Judgement]) -> dict[str, Any]:

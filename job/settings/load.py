@@ -335,25 +335,24 @@ def _safety(settings: Settings) -> Iterator[Fault]:
 
 
 def _judge(settings: Settings) -> Iterator[Fault]:
-    asked = settings.eval
+    asked, names = settings.eval, ("judge", "judge_revision", "judge_model", "judge_key")
+    given = [name for name in names if settings.sources[f"eval.{name}"] != "default"]
     if asked.principles is None:
-        for name in ("judge", "judge_revision", "judge_model", "judge_key"):
-            if settings.sources[f"eval.{name}"] != "default":
-                yield f"eval.{name}", "has no effect without JOB_EVAL__PRINCIPLES; give both, or remove it"
+        for name in given:
+            yield f"eval.{name}", "has no effect without JOB_EVAL__PRINCIPLES; give both, or remove it"
         return
     if asked.judge is None:
         yield "eval.principles", "needs a judge: give JOB_EVAL__JUDGE, a model or the address of a server"
     if asked.prompts is None:
         yield "eval.principles", "is about the answers to JOB_EVAL__PROMPTS; give that, too"
-    served = is_server(asked.judge or "")
-    if served and asked.judge_model is None:
-        yield "eval.judge_model", "must be given where JOB_EVAL__JUDGE is a server: its name of the model"
-    if served and asked.judge_revision is not None:
-        yield "eval.judge_revision", "is a commit of a hub repository, but JOB_EVAL__JUDGE is a server; remove it"
-    if not served:
-        for name in ("judge_model", "judge_key"):
-            if settings.sources[f"eval.{name}"] != "default":
-                yield f"eval.{name}", "is for a server, and JOB_EVAL__JUDGE is none (http://...); remove it"
+    if is_server(asked.judge or ""):
+        if asked.judge_model is None:
+            yield "eval.judge_model", "must be given where JOB_EVAL__JUDGE is a server: its name of the model"
+        if asked.judge_revision is not None:
+            yield "eval.judge_revision", "is a commit of a hub repository, but JOB_EVAL__JUDGE is a server; remove it"
+    else:
+        for name in set(given) & {"judge_model", "judge_key"}:
+            yield f"eval.{name}", "is for a server, and JOB_EVAL__JUDGE is none (http://...); remove it"
 
 
 def _sources(settings: Settings) -> Iterator[Fault]:

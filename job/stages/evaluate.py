@@ -89,7 +89,7 @@ def evaluate_adapter(
         found,
         artifacts=[*found.artifacts, *answers, *judgements],
         generation=generation_rules(settings, sources, loaded.model),
-        judged=sources.judge and sources.judge.record,
+        judged=None if sources.judge is None else sources.judge.record,
         unsafe_answers=unsafe,
     )
 

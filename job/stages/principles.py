@@ -26,7 +26,7 @@ from job.evaluation.resumable import complete
 from job.evaluation.score_cache import ScoreCache, score_conditions
 from job.model.base import choose_device, choose_dtype
 from job.model.files import fingerprint, weight_files
-from job.records import Artifact, JudgeRecord, Judgement, PromptAnswer
+from job.records import Artifact, Judgement, JudgeRecord, PromptAnswer
 from job.runs.attempt import Attempt
 from job.runs.layout import JUDGEMENTS, SCORES, prompts_key
 from job.settings.field_types import is_server
@@ -60,12 +60,12 @@ def find_judge(options: Eval, source: str) -> FoundJudge:
         Unreachable, AccessDenied: The hub cannot be used.
     """
     rules, name = read_principles(Path(options.principles or "")), options.judge or ""
-    listed = {"rules": list(rules), "rules_sha256": rules_sha256(rules)}
+    known = (list(rules), rules_sha256(rules))
     if is_server(name):
-        return FoundJudge(JudgeRecord(name, options.judge_model, None, None, **listed), None)
+        return FoundJudge(JudgeRecord(name, options.judge_model, None, None, *known), None)
     with naming(SETTING):
         folder, revision = download_model(source, options.judge_revision)
-        return FoundJudge(JudgeRecord(name, None, revision, fingerprint(folder), **listed), folder)
+        return FoundJudge(JudgeRecord(name, None, revision, fingerprint(folder), *known), folder)
 
 
 def check_local(options: Eval) -> None:

@@ -181,8 +181,7 @@ def _pull(
         if baseline is not None:
             check_questions(baseline, tasks.only(MULTIPLE_CHOICE).questions(settings.eval.limit), gate.metric)
         start = _find_start(attempt, settings, storage)
-        safety = _find_safety_model(attempt, settings, storage)
-        judge = _find_judge(attempt, settings, storage)
+        safety, judge = _find_safety_model(attempt, settings, storage), _find_judge(attempt, settings, storage)
         fetched = _fetch_rows(attempt, settings, storage)
         folder, missing = _early_files(attempt, early, coming)
         tokenizer = load_tokenizer(folder, settings.model.add_tokens)
