@@ -46,13 +46,18 @@ RUN sed -n '/^setuptools==/,/[^\\]$/p' requirements.lock >setuptools.lock \
 RUN mkdir -p /opt/job/triton \
  && python -c 'import re, torch; arch = [int(n) for n in re.findall(r"sm_(\d+)", getattr(torch._C, "_cuda_getArchFlags", str)() or "")]; \
       print(torch.version.cuda or "none", max(60, min(arch, default=0)) / 10)' >/opt/job/cuda
-# When Triton first uses a GPU it compiles a C file. Compiling it here, linked against an empty stand-in for the driver's
-# library, keeps the compiler out of the image. It cannot be loaded without a driver, hence the ignored error.
-RUN if [ -d /opt/torch/site-packages/triton ]; then \
-      gcc -shared -o libcuda.so.1 -Wl,-soname,libcuda.so.1 -x c /dev/null; \
-      TRITON_LIBCUDA_PATH=/build TRITON_CACHE_DIR=/opt/job/triton \
-        python -c 'from triton.backends.nvidia.driver import CudaUtils; CudaUtils()' 2>/dev/null; \
-      ls /opt/job/triton/*/cuda_utils*.so; \
+# When Triton first uses a GPU it compiles a C file. Compiling it here keeps the compiler out of the image. There is no
+# driver, so it is linked against a stand-in for its library, which needs the functions that the file calls: without them
+# the linker leaves the library out, and on a GPU the file cannot be loaded. The first, failing try tells their names.
+RUN set -e; if [ -d /opt/torch/site-packages/triton ]; then \
+      export TRITON_LIBCUDA_PATH=/build TRITON_CACHE_DIR=/opt/job/triton LD_LIBRARY_PATH=/build; \
+      stand_in() { gcc -shared -o libcuda.so.1 -Wl,-soname,libcuda.so.1 -x c "$1"; }; \
+      compile() { python -c 'from triton.backends.nvidia.driver import CudaUtils; CudaUtils()'; }; \
+      stand_in /dev/null; compile 2>/dev/null || true; \
+      nm -D --undefined-only /opt/job/triton/*/cuda_utils*.so >missing; \
+      sed -nE 's/.* (cu[A-Z][A-Za-z0-9_]*).*/void \1(void) {}/p' missing >driver.c; \
+      rm -r /opt/job/triton; stand_in driver.c; compile; \
+      readelf -d /opt/job/triton/*/cuda_utils*.so >needed; grep 'NEEDED.*libcuda' needed; \
     fi
 RUN python -m compileall -qq -j 0 --invalidation-mode unchecked-hash /opt/torch /opt/venv/lib || true
 COPY job /opt/job/job

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Starts the job: reads secrets from files, checks GPUs and driver, and replaces itself by the job. What it refuses, it
-# refuses before torch is loaded, with exit code 2 (settings). The job itself decides how many processes to start.
+# refuses before torch is loaded, with exit code 2 (settings); on Kubernetes with 72 where another node may serve. The job
+# itself decides how many processes to start.
 set -euo pipefail
 here=$(dirname "$(readlink -f "$0")")
 secrets=(AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN HF_TOKEN
@@ -11,13 +12,17 @@ say() { # level, message: a log line in the job's format, which a line break in 
   local words=${2//[\"\\[:cntrl:]]/\'} now && now=$(date -u +%FT%T.%6NZ)
   printf '{"event": "%s", "level": "%s", "timestamp": "%s"}\n' "$words" "$1" "$now" >&2
 }
-refuse() { # message: logs it, writes it to where Kubernetes and SageMaker read a failure's reason, and exits 2
+refuse() { # message, code: logs it, writes it to where Kubernetes and SageMaker read a failure's reason, and exits
   say error "$1"
   for place in "${KUBERNETES_TERMINATION_LOG:-/dev/termination-log}" "${SAGEMAKER_BASE_DIR:-/opt/ml}/output/failure"; do
     { printf '%s' "$1" >"$place"; } 2>/dev/null || true
   done
-  exit 2
+  exit "${2-2}"
 }
+ours=' run train compare config plan promote push report selftest serve-check status verify '
+# SageMaker's SDK runs `chmod` in the image: a first word that is a program, and no command of the job, is run.
+if [[ -n ${1-} && $1 != -* && $ours != *" $1 "* ]] && program=$(type -P -- "$1"); then exec "$program" "${@:2}"; fi
+
 older() { [ -n "$1" ] && [ "$1" != "$2" ] && printf '%s\n' "$1" "$2" | sort -VC; } # version, other version
 
 for name in "${secrets[@]}"; do
@@ -35,10 +40,12 @@ for name in "${secrets[@]}"; do
 done
 [ -z "$wrong" ] || refuse "${wrong% }"
 [ -z "$open" ] || say warning "Readable for every user of this machine: ${open%, }. Mode 0400 keeps a secret private"
-[[ ${1-run} == @(run|train|-*) && " $* " != *' '@(-h|--help)' '* ]] || exec python -m job "$@" # no GPU needed
+[[ ${1-run} == @(run|train|-*) && " $* " != *' '@(-h|--help|--version)' '* ]] || exec python -m job "$@" # no GPU needed
 
 read -r built oldest <"$here/cuda" # the CUDA that torch is built with, the least compute capability it serves
-if ! banner=$(timeout 30 nvidia-smi 2>/dev/null); then
+banner=$(timeout 60 nvidia-smi 2>/dev/null) && ended=0 || ended=$?
+if [ "$ended" = 124 ]; then problem='nvidia-smi does not answer' remedy='a GPU or its driver is broken: restart the machine'
+elif [ "$ended" != 0 ]; then
   problem='No GPU is visible' remedy="give it one: docker run --gpus all, or nvidia.com/gpu in the limits of a pod"
 else
   driver=$(sed -nE 's/.*CUDA (UMD )?Version: *([0-9.]+).*/\2/p' <<<"$banner") # UMD: since driver 610
@@ -59,7 +66,9 @@ if [ -n "$problem" ]; then # refused, unless the settings say that the job may r
   words=("$@") && case ${1-} in run | train) words=("${@:2}") ;; esac
   device=$(python -m job config "${words[@]}" 2>/dev/null | awk '$1 == "run.device" { print $2, $3 }') || device=
   case $device in '"gpu"'* | '"auto" default')
-    refuse "$problem: $remedy. With JOB_RUN__DEVICE=cpu the job runs without; JOB_PRESET=demo needs none." ;; esac
+    code=2 && if [ -n "${KUBERNETES_SERVICE_HOST-}" ] && [ "$built" != none ]; then # one node may be at fault
+      code=72 problem="${KUBERNETES_NODE_NAME:+node $KUBERNETES_NODE_NAME: }$problem"; fi
+    refuse "$problem: $remedy. With JOB_RUN__DEVICE=cpu the job runs without; JOB_PRESET=demo needs none." $code ;; esac
   say info "$problem: going on without" && export CUDA_VISIBLE_DEVICES=
 fi
 exec python -m job "$@"

@@ -9,6 +9,7 @@
     ├── Unreachable            69   storage or hub cannot be reached after retries
     ├── TrainingFailed         70   training diverged, or memory is too small for it
     ├── NoProgress             71   attempts in a row made no progress
+    ├── UnfitMachine           72   this machine cannot run the job; another one may
     ├── Stalled                74   no progress for too long; the state is durable
     ├── Preempted              75   preempted; the state is durable
     ├── Replaced               76   another attempt owns this run
@@ -148,12 +149,22 @@ class NoProgress(JobError):
     retry = "counts against the limit"
 
 
+class UnfitMachine(JobError):
+    """The machine has no GPU that works, or too old a driver, though the settings ask for a GPU.
+
+    Only where a retry may get another machine, on Kubernetes; elsewhere it is a `SettingsError`. `entrypoint.sh` ends
+    with this code, too.
+    """
+
+    exit_code = 72
+    meaning = "this machine cannot run the job; another one may"
+
+
 class Stalled(JobError):
     """The watchdog ended a job that made no progress. A restart resumes it, but may stall again, so it counts."""
 
     exit_code = 74
     meaning = "no progress for too long; the state is durable"
-    retry = "counts against the limit"
 
 
 class Preempted(JobError):
@@ -173,11 +184,13 @@ class Replaced(JobError):
 
 
 class AccessDenied(JobError):
-    """Storage or the hub refused a request: credentials or permissions are missing."""
+    """Storage or the hub refused a request: credentials or permissions are missing.
+
+    A retry may help: a cloud's role may reach a new machine later than the job does.
+    """
 
     exit_code = 77
     meaning = "access denied"
-    retry = "no"
 
 
 _KINDS: tuple[type[JobError], ...] = (
@@ -188,6 +201,7 @@ _KINDS: tuple[type[JobError], ...] = (
     GateError,
     Replaced,
     AccessDenied,
+    UnfitMachine,
     JobError,
     NoProgress,
     Stalled,

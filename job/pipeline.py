@@ -37,7 +37,7 @@ from job.runs.run_log import IdleLimit
 from job.runs.run_settings import agree_on_settings, compare_settings, keep_settings
 from job.runs.stage_records import identity
 from job.settings.affects_result import decisive_settings, default_settings, plain_values
-from job.settings.load import Settings, environment, trackers
+from job.settings.load import Settings, current_platform, environment, trackers
 from job.settings.training_stages import folder_of, split_stages
 from job.stages.handoff import Sources
 from job.stages.inputs import check_inputs
@@ -252,7 +252,8 @@ def _attempt(
     )
     asked = trackers(settings) if processes.leads else {}  # process 0 reports for all
     with tracking(asked, settings.run.id, plain_values(settings), environment()) as track, opening as attempt:
-        choose_device(settings.run.device)  # fails on a missing GPU before the model is downloaded
+        with current_platform().machine_checks():
+            choose_device(settings.run.device)  # fails on a missing GPU before the model is downloaded
         if processes.leads:
             withdraw_incomplete(attempt.store)
         track.start()

@@ -55,7 +55,9 @@ def test_what_scripts_and_tests_import_is_there() -> None:
                 inside = {name.removeprefix(f"{package}.") for name in SOURCES if name.startswith(package)}
                 inside |= {name.split(".")[0] for name in inside}
                 missing = (
-                    {alias.name for alias in node.names} - inside - defined(SOURCES.get(package, ast.Module([], [])))
+                    {alias.name for alias in node.names}
+                    - inside
+                    - defined(SOURCES.get(package or "__init__", ast.Module([], [])))
                 )
                 assert not missing, f"{path.relative_to(ROOT)}:{node.lineno}"
 

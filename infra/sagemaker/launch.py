@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,12 @@ AS_GIVEN = (
     *("instance", "count", "volume_gb", "spot", "max_run", "max_wait", "retries"),
     *("fast_file", "copied", "isolated", "volume_kms_key"),
 )
+# What AWS says of a request that came too soon, whatever its HTTP status, and of credentials that it does not know.
+THROTTLED = re.compile(r"Throttl|TooManyRequests|RequestLimitExceeded|SlowDown|ServiceUnavailable|InternalFailure")
+REFUSED = re.compile(
+    "Denied|Expired|NotAuthorized|Unauthorized|AuthFailure|UnrecognizedClient|InvalidClientTokenId|OptInRequired"
+    "|InvalidAccessKeyId|InvalidSignature|SignatureDoesNotMatch|IncompleteSignature|MissingAuthenticationToken|InvalidToken"
+)
 HINTS = {
     "ResourceLimitExceeded": "ask for more in Service Quotas, SageMaker: '<instance> for (spot) training job usage'",
     "ResourceInUse": "a job of this name exists; wait a second and start again",
@@ -46,13 +53,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ClientError as error:
         code = error.response["Error"]["Code"]
         hint = next((text for name, text in HINTS.items() if code.startswith(name)), "")
-        return fail([f"{code}: {error.response['Error']['Message']}", hint], DENIED if "Denied" in code else SETTINGS)
+        return fail([f"{code}: {error.response['Error'].get('Message', '')}", hint], meaning(error))
     except (EndpointConnectionError, HTTPClientError) as error:
         return fail([str(error)], UNREACHABLE)
     except NoCredentialsError:
         return fail(["no AWS credentials: log in, or give --profile"], DENIED)
     except BotoCoreError as error:
+        # By name: older versions of botocore do not have all of them.
+        if re.search("Credential|Token|SSO|Login", type(error).__name__):
+            return fail([str(error), "log in again, or give --profile"], DENIED)
         return fail([str(error)], SETTINGS)
+
+
+def meaning(error: ClientError) -> int:
+    """The exit code for what AWS answered: to be tried again, not allowed, or a mistake in the request."""
+    code, status = error.response["Error"]["Code"], error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    if THROTTLED.search(code) or status == HTTPStatus.TOO_MANY_REQUESTS or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        return UNREACHABLE
+    return DENIED if REFUSED.search(code) or status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN} else SETTINGS
 
 
 def launch(given: argparse.Namespace) -> int:

@@ -23,10 +23,11 @@ EXIT_CODES = {
     69: ("storage or hub cannot be reached after retries", "yes"),
     70: ("training diverged, or memory is too small for it", "no"),
     71: ("several attempts in a row made no progress", "counts against the limit"),
+    72: ("this machine cannot run the job; another one may", "counts against the limit"),
     74: ("no progress for too long; the state is durable", "counts against the limit"),
     75: ("preempted; the state is durable", "yes, free"),
     76: ("another attempt owns this run", "no"),
-    77: ("access denied", "no"),
+    77: ("access denied", "counts against the limit"),
 }
 PREEMPTED = 75
 

@@ -149,6 +149,7 @@ COMMANDS = {
                 "--oci", "image, registry/repository:tag (default: the run's own JOB_EXPORT__OCI)", metavar="IMAGE"
             ),
             Argument("--plain-http", "speak to its registry without TLS"),
+            _KEY,
             Argument("--despite-gate", "push a run whose quality gate is not met"),
             Argument("--dry-run", "print what would be pushed, and write nothing"),
         ),
@@ -181,6 +182,7 @@ COMMANDS = {
             ),
             Argument("--model", "its name of the model (default: the last that it lists)", metavar="NAME"),
             Argument("--questions", "how many to ask (default: 50)", metavar="N"),
+            _KEY,
             Argument("--record", "also keep what was found in the run's folder, for report and verify"),
             _format("table", "json"),
         ),

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -13,8 +14,9 @@ from typing import Any
 from job import __version__, log
 from job.cli.arguments import COMMANDS, command_help
 from job.common import garbage_collection
+from job.common.resources import usable_cpus
 from job.distributed.ranks import VARIABLES, Place, find_machines, visible_gpu
-from job.errors import JobError, Problem, SettingsError
+from job.errors import JobError, Problem, SettingsError, Stalled
 from job.platforms.detect import Platform
 from job.platforms.sagemaker import lasts
 from job.settings.load import (
@@ -50,7 +52,8 @@ Try it without a GPU or a network: qlora-job run --preset demo
 
 exit codes: 0 done; 1 a bug; 2 settings; 3 gate not met; 4 results do not verify; 65 data;
             69 storage or hub unreachable (retry); 70 training diverged; 71 no progress in several attempts;
-            74 stalled (retry); 75 preempted (retry); 76 replaced by another attempt; 77 access denied
+            72 machine without a usable GPU (Kubernetes); 74 stalled (retry); 75 preempted (retry);
+            76 replaced by another attempt; 77 access denied
 """
 
 
@@ -95,6 +98,7 @@ def _run(words: list[str]) -> int:
     settings = load_settings(words)
     place = current_place()
     _configure_log(settings, place)
+    _check_temporary_folder()
     if place is None:  # else the launcher, or every process of torchrun, would log it again
         _note_foreign_variables()
     _tell_libraries(find_machines(current_platform()).interface)
@@ -127,7 +131,7 @@ def _run(words: list[str]) -> int:
     idle = IdleLimit(run.max_idle_attempts)
 
     def on_stall(message: str) -> None:
-        _report_to_platform(platform, message)
+        _report_to_platform(platform, Stalled(message), message)
         idle.record_stall(message)  # last: the store may be what hangs
 
     with (
@@ -135,7 +139,13 @@ def _run(words: list[str]) -> int:
         watch_notices(stop, run.spot_notices if first else "off"),
         watch(stall, on_stall) as report_progress,
         join(
-            place, run.id, stop=stop, report_progress=report_progress, patience=stall, grace_seconds=run.grace_seconds
+            place,
+            run.id,
+            stop=stop,
+            report_progress=report_progress,
+            patience=stall,
+            grace_seconds=run.grace_seconds,
+            machine_checks=platform.machine_checks,
         ) as processes,
     ):
         from job.pipeline import run as run_job
@@ -150,7 +160,9 @@ def _launch(settings: Settings, words: list[str]) -> int | None:
 
     run = settings.run
     with noted_signals() as received:
-        processes = count_processes(run.processes)
+        with current_platform().machine_checks():
+            processes = count_processes(run.processes)
+        _share_cpus(processes)
         if processes * run.nodes == 1:
             check_signals(received)
             return None
@@ -164,6 +176,13 @@ def _launch(settings: Settings, words: list[str]) -> int | None:
         command, grace = worker_command(words), run.grace_seconds
         garbage_collection.enable()  # this process only waits from here on
         return launch(command, machine, received, run=run.id, environ=environment(), grace_seconds=grace)
+
+
+def _share_cpus(processes: int) -> None:
+    """Limits OpenMP's threads to the CPUs that these processes may use: it does not know of a container's quota."""
+    cpus = usable_cpus()
+    if processes > 1 or cpus < len(os.sched_getaffinity(0)):
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cpus // processes)))
 
 
 def _note_foreign_variables() -> None:
@@ -181,9 +200,20 @@ def _configure_log(settings: Settings, place: Place | None) -> None:
     log.configure(settings.log.format, level, secrets(), run=settings.run.id, **context)
 
 
+def _check_temporary_folder() -> None:
+    """Raises SettingsError if no folder takes temporary files, which libraries and the job write."""
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        fix = "mount one at /tmp (docker run --tmpfs /tmp:exec, or an emptyDir), or name another"
+        raise SettingsError([Problem("TMPDIR (environment)", f"no folder for temporary files; {fix}")]) from None
+
+
 def _tell_libraries(interface: str | None) -> None:
     """Sets the variables that libraries read when they are imported, unless the user has set them."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # OpenMP's threads would spin while they wait: beside other processes a CPU then needs four times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # cuBLAS reads it when CUDA starts; without it the same run gives other bits.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # Warnings of torch's C++ code, such as about an address that does not answer, would be plain text among JSON lines.
@@ -321,13 +351,18 @@ def _report(error: Exception, platform: Platform) -> int:
         logger.error(type(error).__name__, exit_code=code, meaning=error.meaning, **_details(error))
     else:
         logger.error("a bug: please report it with this traceback", exit_code=code, exc_info=error)
-    message = f"{type(error).__name__} (exit code {code}): {text}"
-    _report_to_platform(platform, message)
+    _report_to_platform(platform, error, text)
     return code
 
 
-def _report_to_platform(platform: Platform, message: str) -> None:
-    """Writes the reason why the job ended to the files in which the platform looks for it."""
+def _report_to_platform(platform: Platform, error: Exception, text: str) -> None:
+    """Writes the reason why the job ended to the files in which the platform looks for it.
+
+    Where a retry may help, the machine may be at fault, so it is named.
+    """
+    kind = type(error) if isinstance(error, JobError) else JobError
+    where = f"node {platform.node}: " if platform.node and kind.retry != "no" else ""
+    message = f"{type(error).__name__} (exit code {kind.exit_code}): {where}{text}"
     _write_failure_file(platform.failure_file, message[:FAILURE_CHARACTERS])
     _write_failure_file(platform.termination_log, message.encode()[:TERMINATION_BYTES].decode(errors="ignore"))
 

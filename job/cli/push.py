@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from job import log
 from job.cli.arguments import COMMANDS, Arguments, parse_arguments
 from job.cli.reading import reading
+from job.cli.runs import signer
 from job.common.formatting import size
 from job.common.tables import visible
 from job.errors import JobError, Problem, SettingsError
@@ -40,9 +41,9 @@ def push_command(words: Sequence[str]) -> int:
     """
     given = parse_arguments(words, COMMANDS["push"].arguments)
     storage, _ = reading(given)
-    store = open_run_or_pointer(given.runs[0], storage)
+    store, key = open_run_or_pointer(given.runs[0], storage), signer(given)
     with tempfile.TemporaryDirectory(prefix="qlora-job-", ignore_cleanup_errors=True) as work:
-        require_verified(verify(store, Path(work), storage))
+        require_verified(verify(store, Path(work), storage, key=key))
     results = read_published(store).results
     chosen = _targets(given, results)
     if "--despite-gate" not in given.flags:

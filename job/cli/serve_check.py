@@ -12,6 +12,7 @@ from typing import Any
 from job import log
 from job.cli.arguments import COMMANDS, Arguments, parse_arguments
 from job.cli.reading import reading
+from job.cli.runs import signer
 from job.common.export_formats import is_adapter
 from job.common.lora_readers import published_rank
 from job.common.tables import visible
@@ -29,6 +30,7 @@ from job.serving.client import Client
 from job.serving.servers import SERVERS, Model, model_name, pick, recognized, started
 from job.settings.load import environment
 from job.storage.verified_download import fetch_artifact
+from job.verification.verify import require_verified, verify
 
 QUESTIONS = 50
 
@@ -38,13 +40,17 @@ def serve_check_command(words: Sequence[str]) -> int:
 
     Raises:
         SettingsError: It is not clear which run, format or server, or there is none.
-        VerificationError: The server answers otherwise than the records say.
+        VerificationError: The server answers otherwise than the records say, or with `--key` the run does not verify.
         DataError: A file of the run is not what was published.
         AccessDenied, Unreachable: As the server answers.
     """
     given = parse_arguments(words, COMMANDS["serve-check"].arguments)
     storage, cache = reading(given)
-    run = read_published(open_run_or_pointer(given.runs[0], storage))
+    store = open_run_or_pointer(given.runs[0], storage)
+    if (key := signer(given)) is not None:
+        with tempfile.TemporaryDirectory(prefix="qlora-job-", dir=cache, ignore_cleanup_errors=True) as checked:
+            require_verified(verify(store, Path(checked), storage, key=key))
+    run = read_published(store)
     count, server = _count(given), given.options.get("--server")
     if server is not None and server not in SERVERS:
         raise SettingsError([Problem("--server", f"must be {' or '.join(SERVERS)}")])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -141,5 +142,7 @@ def find_machines(platform: Platform) -> Machines:
     if len(hosts) == 1:
         return Machines({})
     settings = {"run.nodes": len(hosts), "run.node_rank": rank, "run.rendezvous": f"{hosts[0]}:{PORT}"}
+    # SDK v3's local mode names an interface that is not there, and NCCL would end the job.
     interface = config.get("network_interface_name")
-    return Machines(settings, interface if isinstance(interface, str) and interface else None)
+    there = isinstance(interface, str) and interface in {name for _, name in socket.if_nameindex()}
+    return Machines(settings, interface if there else None)

@@ -9,7 +9,7 @@ import contextlib
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -78,6 +78,7 @@ def join(
     report_progress: Callable[[], None],
     patience: float,
     grace_seconds: float,
+    machine_checks: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Iterator[Processes]:
     """Connects to the other processes; within it they exchange values, and the failure of one ends all.
 
@@ -88,6 +89,7 @@ def join(
         report_progress: Reports progress to the watchdog while this process waits.
         patience: Seconds to wait for all processes: platforms start machines one after the other.
         grace_seconds: How long the processes have to end when one of them has ended.
+        machine_checks: `Platform.machine_checks`: a machine that lacks a GPU has too few processes.
 
     Raises:
         Unreachable: The store cannot be reached, or not all processes arrived within `patience`.
@@ -102,7 +104,8 @@ def join(
     store = keyspace(_reach(place, deadline, stop, report_progress), run, place.restart)
     joined = ProcessGroup(place, store, stop, report_progress, grace_seconds)
     try:
-        _await_all(joined, store, deadline, stop, report_progress)
+        with machine_checks():
+            _await_all(joined, store, deadline, stop, report_progress)
         joined.watch_peers()
         _connect(place, store, 2 * patience)
         yield joined

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from job.errors import SettingsError, UnfitMachine
 
 # Kubernetes puts the addresses of all Services whose names begin with "job" into every pod (JOB_TRACKER_SERVICE_HOST,
 # JOB_TRACKER_PORT_443_TCP_ADDR), and the pod's number into those of an Indexed Job, which is read here.
@@ -70,6 +73,7 @@ class Platform:
         completion_index: Number of this pod in its Indexed Job; None where it has none.
         output: Where runs lie unless the user says otherwise; None for the default.
         grace_seconds: Time between the signal to stop and the kill, where it is known.
+        node: Name of the machine in its cluster, where it is known.
     """
 
     name: Literal["docker", "kubernetes", "sagemaker"]
@@ -83,6 +87,21 @@ class Platform:
     completion_index: int | None = None
     output: Path | None = None
     grace_seconds: float | None = None
+    node: str | None = None
+
+    @contextmanager
+    def machine_checks(self) -> Iterator[None]:
+        """Within it the machine is compared with the settings that ask for GPUs.
+
+        Raises:
+            UnfitMachine: In place of a SettingsError, on Kubernetes: the next pod may get another machine.
+        """
+        try:
+            yield
+        except SettingsError as error:
+            if self.name != "kubernetes":
+                raise
+            raise UnfitMachine(str(error)) from None
 
     def sets(self, variable: str) -> bool:
         """Whether the platform (or what starts the job there) sets this `JOB_` variable, not the user."""
@@ -119,5 +138,6 @@ def detect(environ: Mapping[str, str]) -> Platform:
             termination_log=Path(environ.get("KUBERNETES_TERMINATION_LOG") or "/dev/termination-log"),
             run_id=environ.get("KUBERNETES_JOB_NAME") or None,
             completion_index=int(index) if index.isascii() and index.isdecimal() else None,
+            node=environ.get("KUBERNETES_NODE_NAME") or None,
         )
     return Platform(name="docker")

@@ -52,7 +52,7 @@ def _guard(stall_seconds: float, alive: Event, done: Event, on_stall: Callable[[
         if not silent:
             alive.clear()
     what = f"no progress for {stall_seconds:g} s (JOB_TRAIN__STALL_SECONDS); the stacks of all threads are in the log"
-    _end(f"{Stalled.__name__} (exit code {Stalled.exit_code}): {what}", on_stall)
+    _end(what, on_stall)
 
 
 def _end(message: str, on_stall: Callable[[str], None]) -> None:

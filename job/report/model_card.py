@@ -36,8 +36,13 @@ _READERS = {
 """What transformers needs to load a quantized model, by the method."""
 
 
-def render_model_card(results: Mapping[str, Any], prompts: Sequence[ShownPrompt] = ()) -> bytes:
-    """The card from a manifest, as UTF-8 Markdown; of the prompts that were answered it shows the first."""
+def render_model_card(
+    results: Mapping[str, Any], prompts: Sequence[ShownPrompt] = (), signer: str | None = None
+) -> bytes:
+    """The card from a manifest, as UTF-8 Markdown; of the prompts that were answered it shows the first.
+
+    `signer` is the SHA-256 of the public key, if the folder is signed: the card is written before its signature.
+    """
     settings = {name: setting["value"] for name, setting in results["settings"].items()}
     model, dataset, tasks = results["model"], results["dataset"], results["evaluation"]["tasks"]
     name, revision = public_base(model["id"], model["revision"], settings.get("model.name"))
@@ -96,17 +101,19 @@ def render_model_card(results: Mapping[str, Any], prompts: Sequence[ShownPrompt]
         principles=wording.principles(results),
         asked=results["evaluation"].get("prompts"),
         weights=next((a["sha256"] for a in results["artifacts"] if a["path"] == WEIGHTS), None),
+        signer=signer,
     )
     text = f"---\n{_metadata(results, settings, title, licence, name if known else None)}\n---\n\n{body}"
     return text.encode("utf-8", errors="replace")
 
 
-def render_export_card(results: Mapping[str, Any], export: Mapping[str, Any]) -> bytes:
+def render_export_card(results: Mapping[str, Any], export: Mapping[str, Any], signer: str | None = None) -> bytes:
     """The card of an exported format, for its folder, as UTF-8 Markdown.
 
     Args:
         results: The manifest.
         export: One of its `exports`, which is published.
+        signer: As for `render_model_card`.
     """
     settings = {name: setting["value"] for name, setting in results["settings"].items()}
     model, dataset, name = results["model"], results["dataset"], export["format"]
@@ -148,6 +155,7 @@ def render_export_card(results: Mapping[str, Any], export: Mapping[str, Any]) ->
         prompt=PROMPTS[dataset["format"]],
         source=_sources(dataset, short=False),
         weights=next((a["sha256"] for a in results["artifacts"] if a["path"] == WEIGHTS), None),
+        signer=signer,
         calibration=held and held["calibration"],
         scope=wording.scope(results["evaluation"]["tasks"]),
         licence=licence,

@@ -19,6 +19,7 @@ from job.common import formatting
 from job.common.validation import adapter_of
 from job.evaluation.comparison import original_tasks
 from job.evaluation.prompt_answers import parse_answers
+from job.evaluation.statistics import wilson_interval
 from job.records import Artifact, StepMetrics, ValidationMetrics
 from job.report import charts, wording
 from job.report.changed_answers import changed_answers
@@ -149,6 +150,7 @@ def render_report(results: Mapping[str, Any], evidence: ReportData, after: After
         compute=results.get("compute"),
         signing=results.get("signing"),
         groups=results["evaluation"].get("groups", {}),
+        group_chart=_group_differences(results["evaluation"].get("groups", {})),
         learned=wording.learned(results["training"]),
         tasks=tasks,
         headline=wording.headline(results),
@@ -167,7 +169,8 @@ def render_report(results: Mapping[str, Any], evidence: ReportData, after: After
         },
         original=original_tasks(results),
         scope=wording.scope(results["evaluation"]["tasks"]),
-        exports=wording.exports(results),
+        exports=(exported := wording.exports(results)),
+        export_charts=_export_intervals(exported),
         audit=wording.audit(results["dataset"]),
         audit_safety=wording.audit_safety(results["dataset"]),
         unsafe_answers=wording.unsafe_answers(results),
@@ -244,35 +247,75 @@ def _value(results: Mapping[str, Any], setting: str) -> Any:
 def _intervals(rows: list[dict[str, Any]]) -> dict[str, charts.IntervalChart]:
     """Two charts of a task: the accuracies by metric and side, and the differences by metric."""
     sides = [
-        (
-            f"{name}, {row['metric']}",
-            side,
-            f"{formatting.percent(accuracy)} ({_range(interval, formatting.percent)})",
-            interval[0],
-            accuracy,
-            interval[1],
-        )
+        _accuracy_span(f"{name}, {row['metric']}", side, accuracy, interval)
         for row in rows
         for side, name, accuracy, interval in row["sides"]
     ]
     differences = [
-        (
-            f"{name}, {row['metric']}",
-            found["verdict"],
-            f"{formatting.points(found['delta'])} points ({_range(found['ci95'], formatting.points)})",
-            found["ci95"][0],
-            found["delta"],
-            found["ci95"][1],
-        )
-        for row in rows
-        for name, found in row["differences"]
+        _difference_span(f"{name}, {row['metric']}", found) for row in rows for name, found in row["differences"]
     ]
     return {
-        "accuracy": charts.interval_chart(sides, lambda value: f"{100 * value:.4g} %", zero=False),
-        "difference": charts.interval_chart(
-            differences, lambda value: f"{100 * value:+.4g}".replace("-", "\N{MINUS SIGN}") if value else "0", zero=True
-        ),
+        "accuracy": charts.interval_chart(sides, _percent_tick, zero=False),
+        "difference": charts.interval_chart(differences, _points_tick, zero=True),
     }
+
+
+def _export_intervals(exports: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, charts.IntervalChart]]:
+    """By task, charts of the exported models: their accuracies below the adapter's, and what each has lost to it."""
+    rows = [row for export in exports for row in export["rows"]]
+    found = {}
+    for task in dict.fromkeys(row["task"] for row in rows):
+        of_task = [row for row in rows if row["task"] == task]
+        n, sides = of_task[0]["n"], [("adapter", "adapter", of_task[0]["adapter"])]
+        sides += [(row["candidate"], "export", row["acc"]) for row in of_task]
+        versus = [(row["candidate"], row["versus_adapter"]) for row in of_task]
+        found[task] = {
+            "accuracy": charts.interval_chart(
+                [_accuracy_span(*side, wilson_interval(round(side[2] * n), n)) for side in sides],
+                _percent_tick,
+                zero=False,
+            ),
+            "difference": charts.interval_chart(
+                [_difference_span(f"{name}, against adapter", one) for name, one in versus], _points_tick, zero=True
+            ),
+        }
+    return found
+
+
+def _group_differences(groups: Mapping[str, Any]) -> charts.IntervalChart | None:
+    """The differences of all figures of groups, in the unit of each; None without groups."""
+    spans = []
+    for name, group in groups.items():
+        for metric, found in group["metrics"].items():
+            low, high = found["ci95"]
+            text = f"{found['delta']:+.3g} ({low:+.3g} to {high:+.3g})".replace("-", "\N{MINUS SIGN}")
+            spans.append((f"{name}, {metric}", found["verdict"], text, low, found["delta"], high))
+    if not spans:
+        return None
+    return charts.interval_chart(spans, lambda value: f"{value:+.3g}" if value else "0", zero=True)
+
+
+def _accuracy_span(
+    label: str, kind: str, accuracy: float, interval: tuple[float, float]
+) -> tuple[str, str, str, float, float, float]:
+    """An accuracy with its interval, as `charts.interval_chart` takes it."""
+    text = f"{formatting.percent(accuracy)} ({_range(interval, formatting.percent)})"
+    return label, kind, text, interval[0], accuracy, interval[1]
+
+
+def _difference_span(label: str, found: Mapping[str, Any]) -> tuple[str, str, str, float, float, float]:
+    """A paired difference with its interval, as `charts.interval_chart` takes it."""
+    low, high = found["ci95"]
+    text = f"{formatting.points(found['delta'])} points ({_range(found['ci95'], formatting.points)})"
+    return label, found["verdict"], text, low, found["delta"], high
+
+
+def _percent_tick(value: float) -> str:
+    return f"{100 * value:.4g} %"
+
+
+def _points_tick(value: float) -> str:
+    return f"{100 * value:+.4g}".replace("-", "\N{MINUS SIGN}") if value else "0"
 
 
 def _range(interval: tuple[float, float], write: Callable[[float], str]) -> str:

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from job.common import tables
-from job.errors import DataError, Problem, SettingsError
+from job.errors import DataError, Problem, SettingsError, VerificationError
 from job.evaluation.comparison import compare_tasks, gate_failures, judged_by, original_tasks, without_metric
+from job.evaluation.groups import compare_groups, groups_from
 from job.evaluation.measured import compare_measured
 from job.evaluation.policy import (
     CHOICES,
@@ -20,6 +21,7 @@ from job.evaluation.policy import (
     read_policy,
     reasons,
 )
+from job.records import Evaluated
 from job.results.reader import PublishedRun, read_measured, read_samples
 from job.runs.layout import WEIGHTS
 
@@ -28,6 +30,7 @@ _NAMES = {"run.id", "run.output"}
 """Settings with the name or location of a run, which always differ."""
 _COMPARED = ("difference", "95 % interval", "better", "worse", "p", "Holm p", "verdict")
 _TASK_COLUMNS = ("task", "questions", "A", "B", *_COMPARED)
+_GROUP_COLUMNS = ("group, metric", "tasks", "questions", "A", "B", "better is", *_COMPARED)
 _METRIC_COLUMNS = ("task, metric", "questions", "A", "B", "better is", *_COMPARED)
 _PREDICTIONS = {"acc": "prediction", "acc_norm": "prediction_norm"}
 """Accuracy -> the field of a sample with the answer that it counts."""
@@ -63,6 +66,7 @@ def compare(a: PublishedRun, b: PublishedRun) -> dict[str, Any]:
             "attempts": _pair(*(len(r["run"]["attempts"]) for r in (one, two))),
         },
         **_tasks(a, b),
+        "exports": _exports(one, two),
     }
 
 
@@ -135,6 +139,12 @@ def _tasks(a: PublishedRun, b: PublishedRun) -> dict[str, Any]:
     }
     sides = {"base": "a", "adapter": "b"}
     tasks = compare_tasks(*({name: side[name].scores for name in names} for side in samples))
+    others = [{name: side[name] for name in both} for side in measured]
+    evaluated = (
+        Evaluated({name: side[name].scores for name in names}, [], other)
+        for side, other in zip(samples, others, strict=True)
+    )
+    groups, alone = _groups(a.results, b.results, *evaluated)
     return {
         "tasks": {
             name: {**{sides.get(key, key): value for key, value in task.items()}, "same_predictions": same[name]}
@@ -142,13 +152,57 @@ def _tasks(a: PublishedRun, b: PublishedRun) -> dict[str, Any]:
         },
         "measured": {
             name: {**found, "metrics": {metric: _as_sides(one, sides) for metric, one in found["metrics"].items()}}
-            for name, found in compare_measured(*({name: side[name] for name in both} for side in measured)).items()
+            for name, found in compare_measured(*others).items()
         },
+        "groups": {
+            name: {**found, "metrics": {metric: _as_sides(one, sides) for metric, one in found["metrics"].items()}}
+            for name, found in groups.items()
+        },
+        "groups_not_compared": alone,
         "bases": {name: _pair(*(_bases(run.results, name) for run in (a, b))) for name in names},
         "same_adapter": _adapter(a) is not None and _adapter(a) == _adapter(b),
         "only": _pair(
             *(sorted({*side, *other} - {*names, *both}) for side, other in zip(samples, measured, strict=True))
         ),
+    }
+
+
+def _groups(
+    one: Mapping[str, Any], two: Mapping[str, Any], a: Evaluated, b: Evaluated
+) -> tuple[dict[str, Any], list[str]]:
+    """The groups that are the same in both runs, and the names of those that only one has, or that differ.
+
+    Raises:
+        VerificationError: A group has a metric that none of its tasks has.
+    """
+    specs = [groups_from(results["evaluation"].get("groups", {})) for results in (one, two)]
+    scored = {*b.scores, *b.measured}
+    same = {
+        name: spec for name, spec in specs[0].items() if spec == specs[1].get(name) and scored.issuperset(spec.tasks)
+    }
+    try:
+        found = compare_groups(same, a, b)
+    except (KeyError, ValueError, ArithmeticError):
+        raise VerificationError([Problem("evaluation.groups", "has a metric that none of its tasks has")]) from None
+    return found, sorted({*specs[0], *specs[1]} - same.keys())
+
+
+def _exports(one: Mapping[str, Any], two: Mapping[str, Any]) -> dict[str, Any]:
+    """By format, what each run has of it: None where it has none."""
+    a, b = ({export["format"]: _export(export) for export in results.get("exports", ())} for results in (one, two))
+    return {name: _pair(a.get(name), b.get(name)) for name in dict.fromkeys([*a, *b])}
+
+
+def _export(export: Mapping[str, Any]) -> dict[str, Any]:
+    """The candidate of a format that is published, its size, and its accuracies, also against the run's own adapter."""
+    scored = export["candidates"].get(export["candidate"]) or {}
+    return {
+        "candidate": export["candidate"],
+        "bytes": export.get("bytes"),
+        "tasks": {
+            task: {"acc": found["scores"]["acc"], "versus_adapter": _paired(found["versus_adapter"]["acc"])}
+            for task, found in scored.items()
+        },
     }
 
 
@@ -223,13 +277,15 @@ def judge_by_policy(compared: Mapping[str, Any], path: str) -> dict[str, Any]:
         path: The policy's file.
 
     Raises:
-        SettingsError: It is no policy, or names a task or metric that not both runs have.
+        SettingsError: It is no policy, or names a task, group or metric that not both runs have.
     """
     tasks, measured = compared["tasks"], compared["measured"]
     known = {name: [f"{metric},none" for metric in CHOICES if of_metric(task, metric)] for name, task in tasks.items()}
     policy = read_policy(path)
-    check_policy(policy, path, known | {name: list(found["metrics"]) for name, found in measured.items()}, groups={})
-    judged = judge_policy(policy, {**tasks, **measured})
+    others = {**measured, **compared.get("groups", {})}
+    groups = {name: found["tasks"] for name, found in compared.get("groups", {}).items()}
+    check_policy(policy, path, known | {name: list(found["metrics"]) for name, found in others.items()}, groups=groups)
+    judged = judge_policy(policy, {**tasks, **others})
     passed = passes(policy, judged)
     return {"policy": judged, "passed": passed, "reasons": [] if passed else reasons(judged)}
 
@@ -261,8 +317,12 @@ def _sections(compared: Mapping[str, Any]) -> Iterator[tuple[str, Sequence[str],
     yield "Adapters", _TASK_COLUMNS, list(_task_rows(compared["tasks"]))
     if any(one["original"] is not None for pair in compared.get("bases", {}).values() for one in pair.values()):
         yield "Each adapter and its own bases, acc", both, list(_base_rows(compared["bases"]))
+    if compared.get("groups"):
+        yield "Groups of tasks", _GROUP_COLUMNS, list(_group_rows(compared["groups"]))
     if compared.get("measured"):
         yield "Metrics of other tasks", _METRIC_COLUMNS, list(_metric_rows(compared["measured"]))
+    if compared.get("exports"):
+        yield "Exported formats, each with its own run's adapter, acc", both, list(_export_rows(compared["exports"]))
     differing = [
         _row(f"{group}.{name}" if group != "settings" else name, *pair.values())
         for group, found in compared["differs"].items()
@@ -308,22 +368,42 @@ def _of_base(value: Any) -> str:
     return f"{100 * value['delta']:+.2f} ({100 * low:+.2f} to {100 * high:+.2f}), {value['verdict']}"
 
 
+def _export_rows(exports: Mapping[str, Any]) -> Iterator[list[str]]:
+    for name, pair in exports.items():
+        runs = [one or {"bytes": None, "tasks": {}} for one in pair.values()]
+        if any(one["bytes"] is not None for one in runs):  # older versions did not record them
+            yield _row(f"{name}, bytes", *(one["bytes"] for one in runs))
+        for task in dict.fromkeys(task for one in runs for task in one["tasks"]):
+            found = [one["tasks"].get(task, {}) for one in runs]
+            yield [f"{name}, {task}", *(_of_base(one.get("acc")) for one in found)]
+            yield [f"{name}, {task}, less adapter", *(_of_base(one.get("versus_adapter")) for one in found)]
+
+
+def _group_rows(groups: Mapping[str, Any]) -> Iterator[list[str]]:
+    for name, group in groups.items():
+        for metric, found in group["metrics"].items():
+            yield [f"{name}, {metric}", str(found["tasks"]), f"{found['n']:,}", *_metric_cells(found)]
+
+
 def _metric_rows(tasks: Mapping[str, Any]) -> Iterator[list[str]]:
     for name, task in tasks.items():
         for metric, found in task["metrics"].items():
-            low, high = found["ci95"]
-            ratio = "ln of the ratio " * (found["aggregation"] in {"perplexity", "weighted_perplexity"})
-            yield [
-                f"{name}, {metric}",
-                f"{task['n']:,}",
-                *(f"{found[side]:.4g}" for side in ("a", "b")),
-                "higher" if found["higher_is_better"] else "lower",
-                f"{ratio}{found['delta']:+.4g}",
-                f"{low:+.4g} to {high:+.4g}",
-                *(str(found[key]) for key in ("improved", "regressed")),
-                *(f"{found[key]:.2g}" for key in ("p", "holm_p")),
-                found["verdict"],
-            ]
+            yield [f"{name}, {metric}", f"{task['n']:,}", *_metric_cells(found)]
+
+
+def _metric_cells(found: Mapping[str, Any]) -> list[str]:
+    """Both figures of a metric, and how they compare."""
+    low, high = found["ci95"]
+    ratio = "ln of the ratio " * (found.get("aggregation") in {"perplexity", "weighted_perplexity"})
+    return [
+        *(f"{found[side]:.4g}" for side in ("a", "b")),
+        "higher" if found["higher_is_better"] else "lower",
+        f"{ratio}{found['delta']:+.4g}",
+        f"{low:+.4g} to {high:+.4g}",
+        *(str(found[key]) for key in ("improved", "regressed")),
+        *(f"{found[key]:.2g}" for key in ("p", "holm_p")),
+        found["verdict"],
+    ]
 
 
 def _row(name: str, a: Any, b: Any) -> list[str]:
@@ -344,6 +424,8 @@ def _ending(compared: Mapping[str, Any]) -> Iterator[str]:
     for side, names in compared["only"].items():
         if names:
             yield f"only {side.upper()} was asked {json.dumps(names)}"
+    if alone := compared.get("groups_not_compared"):
+        yield f"groups that are not compared, since the runs do not have the same: {json.dumps(alone)}"
     outcome = compared.get("gate")
     if outcome is not None:
         yield from (f"policy: {line}" for line in (lines(outcome["policy"]) if "policy" in outcome else ()))

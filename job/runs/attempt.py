@@ -50,7 +50,7 @@ from job.storage.verified_download import altered, fetch_artifact
 
 T = TypeVar("T")
 
-OUTCOMES: Mapping[type[BaseException], str] = {Preempted: "preempted", JobError: "failed"}
+OUTCOMES: Mapping[type[BaseException], str] = {Preempted: "preempted", Stalled: "stalled", JobError: "failed"}
 
 
 NOTE_SHARE = 0.01

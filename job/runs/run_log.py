@@ -112,10 +112,10 @@ def how_far(stages: Iterable[str], last_step: int, questions: int) -> tuple[int,
 
 
 def idle_attempts(attempts: Sequence[LoggedAttempt]) -> int:
-    """How many attempts in a row, up to the newest, were stopped or killed and got no further than those before."""
+    """How many attempts in a row, up to the newest, were stopped, stalled or were killed, and made no progress."""
     furthest, idle = (0, 0), 0
     for logged in attempts:
-        stopped = logged.record.outcome in {"preempted", "killed"}
+        stopped = logged.record.outcome in {"preempted", "stalled", "killed"}
         idle = idle + 1 if stopped and logged.reached <= furthest else 0
         furthest = max(furthest, logged.reached)
     return idle

@@ -78,6 +78,7 @@ def load_settings(
     problems = [*request.problems, *wrong.values()]
     if fault := find_machines(request.platform).fault:
         problems.append(Problem("resourceconfig.json", fault))
+    problems += _deliveries(request.platform)
     faults = [
         *_processes(settings, environ),
         *_places(settings, request.platform),
@@ -240,13 +241,24 @@ def _places(settings: Settings, platform: Platform) -> Iterator[Fault]:
     own = copied_folder(platform.inputs) or platform.output
     if own and settings.run.nodes > 1 and Path(output).is_relative_to(own):
         yield "run.output", "is a folder of this machine alone; with several machines give s3://bucket/prefix"
-    if not is_remote(output) and (why := _why_not_writable(Path(output) / settings.run.id)):
+    fix = {"fix": _FOR_ROOT} if own and Path(output).is_relative_to(own) else {}
+    if not is_remote(output) and (why := _why_not_writable(Path(output) / settings.run.id, **fix)):
         yield "run.output", why
     if cache and (why := _why_not_writable(Path(cache))):
         yield "storage.cache", why
 
 
-def _why_not_writable(path: Path) -> str | None:
+def _deliveries(platform: Platform) -> Iterator[Problem]:
+    """Folders for SageMaker that cannot be written: found now, not when the run is complete."""
+    for folder in () if platform.delivery is None else (platform.delivery.model, platform.delivery.data):
+        if why := _why_not_writable(folder, _FOR_ROOT):
+            yield Problem(str(folder), why)
+
+
+_FOR_ROOT = "SageMaker mounts its folders for root; take the image that infra/sagemaker/Dockerfile makes of this one"
+
+
+def _why_not_writable(path: Path, fix: str = "mount it writable or give another path") -> str | None:
     """Why this folder cannot be created or written to; None if it can. Creates nothing."""
     for place in (path, *path.parents):
         try:
@@ -260,7 +272,7 @@ def _why_not_writable(path: Path) -> str | None:
         if not place.is_dir():
             return f"cannot be a folder: {place} is a file; give another path"
         if not os.access(place, os.W_OK | os.X_OK):
-            return f"cannot be written: {place} is not writable for this user; mount it writable or give another path"
+            return f"cannot be written: {place} is not writable for this user; {fix}"
         return None
     return "cannot be written: no folder above it exists; give another path"
 

@@ -10,6 +10,7 @@ How to add a source: a subclass of `Source` with `_read`, and its place in `Sett
 
 from __future__ import annotations
 
+import ast
 import json
 import tomllib
 from abc import ABC, abstractmethod
@@ -251,7 +252,11 @@ def _by_variable(reader: EnvSettingsSource, texts: Mapping[str, str]) -> dict[st
 
 
 class Hyperparameters(Source):
-    """SageMaker's hyperparameters.json, where everything is a string, some of them JSON: '3', '"nf4"', 'null'."""
+    """SageMaker's hyperparameters.json, where everything is a string: JSON ('3', '"nf4"') or Python's literals.
+
+    SDK v3 and the console write JSON, SDK v2 writes what `str` makes of a value (`['q_proj', 'v_proj']`, `None`). A
+    group may be an object: `train` = '{"epochs": 1}'.
+    """
 
     def _read(self) -> Layer:
         path, source = self.request.platform.hyperparameters, "hyperparameters.json"
@@ -260,8 +265,13 @@ class Hyperparameters(Source):
         content = read_mapping(path, json.loads)
         if isinstance(content, str):
             return Layer(problems=[Problem(source, content)])
-        own = {key: _unquoted(value) for key, value in content.items() if not str(key).startswith(_SAGEMAKER_PREFIXES)}
         known = (*self.names, CONFIG)
+        groups = {name.partition(".")[0] for name in known if "." in name}
+        own = {
+            key: _decoded(value, group=_canonical(str(key)) in groups)
+            for key, value in content.items()
+            if not str(key).startswith(_SAGEMAKER_PREFIXES)
+        }
         # Here a name may be written without its dot, as tuners and templates do: train-learning-rate.
         return _from_tree(own, source, known, {name.replace(".", "_"): name for name in known})
 
@@ -350,15 +360,29 @@ class PlatformDefaults(Source):
         return Layer(given, by_user=False)
 
 
-def _unquoted(value: object) -> object:
+def _decoded(value: object, *, group: bool) -> object:
+    """A hyperparameter's value, for a group of settings or for one of them."""
     if not isinstance(value, str):
         return value
     try:
         decoded = json.loads(value)
     except (ValueError, RecursionError):
-        return value
-    # Only the quotes are removed here: lists and numbers are parsed by the fields' types.
+        return _python_literal(value)
+    if group and isinstance(decoded, Mapping):
+        return decoded
+    # Otherwise only the quotes are removed here: lists and numbers are parsed by the fields' types.
     return decoded if decoded is None or isinstance(decoded, str) else value
+
+
+def _python_literal(text: str) -> object:
+    """What `str` made this text of, if that was None, a list, a tuple or a dict; else the text."""
+    if text != "None" and not text.startswith(("[", "(", "{")):
+        return text
+    try:
+        found = ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return text
+    return list(found) if isinstance(found, tuple) else found
 
 
 def _parse_yaml(text: str) -> object:

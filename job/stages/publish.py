@@ -204,18 +204,19 @@ def publish_report_and_card(
     Raises:
         JobError: The store does not accept a file.
     """
+    signer = None if key is None else signing.key_id(signing.public_key(key))
     complete = _with(
         results,
         _published(
             attempt,
             CARD,
-            lambda: model_card.render_model_card(results, report.read_prompts(results, attempt.fetch)),
+            lambda: model_card.render_model_card(results, report.read_prompts(results, attempt.fetch), signer),
         ),
     )
     for export in results["exports"]:
         if export.get("published", True):
             card = export_folder(export["format"]) + EXPORT_CARD
-            render = partial(model_card.render_export_card, results, export)
+            render = partial(model_card.render_export_card, results, export, signer)
             complete = _with(complete, _published(attempt, card, render))
     complete = _with(complete, _published(attempt, BOM, partial(bom.build, complete)))
     complete = _sign_folders(attempt, complete, key)

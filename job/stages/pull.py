@@ -19,7 +19,7 @@ from job.audit.audit import Audited
 from job.audit.overlap import index_questions
 from job.audit.rows import set_up
 from job.common import host
-from job.common.hashing import code_hashes
+from job.common.hashing import code_hashes, hash_file
 from job.common.methods import SFT
 from job.common.resources import check_disk, required_bytes, usable_cpus
 from job.common.source_list import Source, locate_sources, parse_sources
@@ -30,7 +30,7 @@ from job.data.prompts import find_prompts, prompts_sha256, read_prompts, validat
 from job.data.text_tokenizer import broken_tokenizer
 from job.data.token_cache import Tokens, load_tokens, open_tokens
 from job.data.training_and_validation import ValidationSource, what_to_validate_on
-from job.errors import DataError, JobError, Preempted, Problem, named_by
+from job.errors import DataError, JobError, Preempted, Problem, SettingsError, named_by
 from job.evaluation.policy import Policy, read_policy
 from job.evaluation.question_lengths import check_lengths
 from job.evaluation.task_names import MULTIPLE_CHOICE
@@ -46,6 +46,7 @@ from job.records import Artifact, DatasetRecord, FirstValues, GroupSpec, PromptR
 from job.results.baseline import check_questions, read_baseline
 from job.runs.attempt import Attempt, missing
 from job.runs.layout import ADAPTER, BASE, FINDINGS, FIRST_VALUES, Stage
+from job.runs.stage_records import identity
 from job.settings.field_types import is_server
 from job.settings.load import Settings
 from job.settings.training_stages import naming_its_settings, start_of
@@ -218,7 +219,8 @@ def _pull(
             wait([coming], _CLEANUP_SECONDS)  # the thread removes a quantized base that it has copied in part
         raise
     attempt.alive()
-    dataset, model_licence = _with_licences(attempt, settings, tokens.record, model.revision)
+    dataset = _with_audit_of_before(attempt, tokens.record)
+    dataset, model_licence = _with_licences(attempt, settings, dataset, model.revision)
     log.get_logger().info("data is ready", rows=dataset.rows, skipped=dataset.skipped, tokens=dataset.tokens)
     record = Pulled(
         dataset,
@@ -306,12 +308,49 @@ def _known_audit(attempt: Attempt) -> Audited | None:
     return Audited(record, findings, ())
 
 
+def _with_audit_of_before(attempt: Attempt, dataset: DatasetRecord) -> DatasetRecord:
+    """The record of the data with the audit of the first attempt, if the same rows are left out on this machine.
+
+    Where rows are left out, every attempt looks for them again, and it may do that with other tools than the first: a
+    package may be missing here. The run's audit stays what the first attempt found.
+
+    Raises:
+        SettingsError: Other rows are left out, and what looks for them is another.
+    """
+    earlier = attempt.recorded(Stage.PULL, Pulled)
+    before, now = None if earlier is None else earlier.dataset.audit, dataset.audit
+    if earlier is None or before is None or now is None or before == now:
+        return dataset
+    other = [
+        f"rows with a finding of the kind {kind} were looked for by {check.checked_by or 'nothing'} "
+        f"when this run began, and by {now.checks[kind].checked_by or 'nothing'} here"
+        for kind, check in before.checks.items()
+        if kind in now.checks and check.action == "skip" and check.checked_by != now.checks[kind].checked_by
+    ]
+    if identity(replace(earlier, dataset=dataset)) == identity(earlier):
+        if other:
+            log.get_logger().warning("the audit's tools are others, which leave out the same rows", tools=other)
+        return replace(dataset, audit=before)
+    if not other:
+        return dataset  # the data has changed, which is told for all of the record
+    what = f"{'; '.join(other)}: other rows would be trained on"
+    advice = "install what the run began with, or start a new run"
+    raise SettingsError([Problem("JOB_DATA__ON_FINDING", what)], advice=advice)
+
+
 def publish_findings(attempt: Attempt, sources: Sources) -> None:
-    """Publishes what the audit found, before the record of the pull that lists it; once, and again if it is gone."""
+    """Publishes what the audit found, before the record of the pull that lists it; once, and again if it is gone.
+
+    Raises:
+        DataError: It is gone, and the audit on this machine, with other tools, found something else.
+    """
     record = sources.record.dataset.audit
     if record is None or sources.findings is None:
         return
     if missing(attempt.store, [Artifact(FINDINGS, record.bytes, record.sha256)]):
+        if hash_file(sources.findings) != record.sha256:
+            what = "is gone, and the audit's tools on this machine find something else than the first attempt's"
+            raise DataError([Problem(f"{attempt.store.uri}/{FINDINGS}", f"{what}; install those, or start a new run")])
         attempt.publish(sources.findings, FINDINGS)
 
 

@@ -24,6 +24,8 @@ from job.training.config import CPU_MICRO_BATCH_TOKENS
 from job.training.execution_plan import choose_budget, choose_plan
 from job.training.memory_model import Setup, activation_bytes
 
+_LONGEST_REASON = 300
+"""Characters of an error's text in the log."""
 AMPERE = (8, 0)
 """The lowest compute capability with bf16 and the attention kernel for variable-length segments."""
 
@@ -217,7 +219,7 @@ def _fuse(
         keep_activations=keep_activations,
         recorded=lora_forward.knows(model.get_base_model()),
     )
-    kernels, name = _fast_kernels()
+    kernels, name = fast_kernels(model.device)
     try:
         made = fuse_layers(model, keep_dequantized=plan.kept_base, kernels=kernels)
     except torch.OutOfMemoryError:  # another process took the free memory, or the setting needs too much
@@ -270,11 +272,22 @@ def _capability() -> tuple[int, int]:
     return torch.cuda.get_device_capability()
 
 
-def _fast_kernels() -> tuple[Any, str]:
-    """The kernels and their name: Triton's if it is installed (it comes with torch for GPUs), else torch's own."""
+def fast_kernels(device: Any) -> tuple[Any, str]:
+    """The kernels and their name: Triton's if it is installed (it comes with torch for GPUs) and runs, else torch's."""
+    import torch
+
     from job.model.fused import kernels
 
     try:
-        return kernels.triton(), "triton"
+        fast = kernels.triton()
     except ImportError:
         return kernels.TORCH, "torch"
+    try:
+        # Only a launch shows whether Triton can use the driver: it compiles and loads a C library then.
+        probe = torch.ones(8, dtype=torch.bfloat16, device=device)
+        fast.swiglu(probe, probe).sum().item()
+    except Exception as error:  # noqa: BLE001 - whatever Triton, its compiler or the loader raises
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST_REASON]
+        log.get_logger().warning("Triton cannot run here; torch's own operations take its place", why=why)
+        return kernels.TORCH, "torch"
+    return fast, "triton"

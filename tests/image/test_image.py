@@ -182,6 +182,9 @@ def test_what_torch_needs_of_a_gpu_is_known(engine: Engine) -> None:
     assert cuda == version
     assert (cuda, oldest) in {("13.0", "7.5"), ("12.6", "6.0")}
     assert file.startswith("/opt/job/triton/")
+    # It is linked against the driver's library, which is not here: without it the loader would name a missing symbol.
+    load = f"import ctypes; ctypes.CDLL({file!r})"
+    assert "libcuda.so.1: cannot open" in engine.shell(f"python -c {shlex.quote(load)} 2>&1 || true")
 
 
 def test_history_and_size(figures: list[str]) -> None:

@@ -36,6 +36,14 @@ job.audit.audit.group_rows = stopped
 raise SystemExit(job.cli.main.main([]))
 """
 """The job, which gets SIGTERM while the audit compares rows."""
+WITHOUT = """
+import importlib.util, job.audit.kinds, job.audit.statistics, job.cli.main
+missing = {}
+plain = importlib.util.find_spec
+job.audit.kinds.find_spec = job.audit.statistics.find_spec = lambda name: None if name in missing else plain(name)
+raise SystemExit(job.cli.main.main([]))
+"""
+"""The job on a machine where some packages are not installed."""
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +109,25 @@ def test_stopped_in_the_audit(
     output = Path(environment["JOB_RUN__OUTPUT"])
     assert (tmp_path / "stopped" / FINDINGS).read_bytes() == (output / "undisturbed" / FINDINGS).read_bytes()
     assert published(tmp_path, "stopped") == published(output, "undisturbed")
+
+
+def test_a_machine_without_the_audits_packages(environment: dict[str, str], tmp_path: Path) -> None:
+    """A restart without pycld2 keeps the run's audit, and verifies; without detect-secrets it is refused in words."""
+    given = {
+        **environment,
+        "JOB_RUN__ID": "moved",
+        "JOB_RUN__OUTPUT": str(tmp_path),
+        "JOB_DATA__ON_FINDING": "secret=skip",
+    }
+    assert attempt(given, JOB_FAULT="kill@step=1").returncode == -9
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("JOB_")}
+    refused = warm.run([], {**clean, **given}, source=WITHOUT.format(["pycld2", "detect_secrets"]))
+    assert refused.returncode == 2, refused.stderr[-3000:]
+    assert "JOB_DATA__ON_FINDING: rows with a finding of the kind secret were looked for by detect-" in refused.stderr
+    done = warm.run([], {**clean, **given}, source=WITHOUT.format(["pycld2"]))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "moved/results.json").read_bytes())["dataset"]["audit"]["languages"]
+    assert not failed(tmp_path / "moved")
 
 
 def test_changed_findings_are_noticed(

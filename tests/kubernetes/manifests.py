@@ -23,6 +23,10 @@ JOBS = [name for name in OVERLAYS if name != "multi-node"]
 SERVICE = {"KUBERNETES_SERVICE_HOST": "10.96.0.1", "KUBERNETES_SERVICE_PORT": "443"}
 
 
+NODE = "a-node"
+"""The machine of every pod."""
+
+
 @cache
 def build(folder: str) -> tuple[Document, ...]:
     """The documents that `kubectl apply -k` would send, by the kubectl that the development packages bring.
@@ -89,6 +93,9 @@ def environment(documents: Iterable[Document], pod_labels: Mapping[str, str], in
     for variable in job.get("env", []):
         if "valueFrom" in variable:
             path = variable["valueFrom"]["fieldRef"]["fieldPath"]
+            if path == "spec.nodeName":
+                found[variable["name"]] = NODE
+                continue
             match = re.fullmatch(r"metadata\.labels\['(.+)'\]", path)
             assert match, path
             found[variable["name"]] = pod_labels[match[1]]

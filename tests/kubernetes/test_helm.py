@@ -11,7 +11,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from job import __version__
+import job
 from tests.kubernetes.crds import CRDS
 from tests.kubernetes.manifests import (
     KUBERNETES,
@@ -166,4 +166,4 @@ def test_values_fit_their_schema() -> None:
         jsonschema.validate(values, schema)
         assert values.keys() <= schema["properties"].keys()
     about = yaml.safe_load((CHART / "Chart.yaml").read_text(encoding="utf-8"))
-    assert (about["version"], about["appVersion"]) == (__version__, __version__)
+    assert (about["version"], about["appVersion"]) == (job.__version__, job.__version__)

@@ -10,7 +10,7 @@ import pytest
 
 from job.runs.layout import facts_of
 from tests.kubernetes.cluster import Ended, Job, Pod
-from tests.kubernetes.manifests import Document, job_spec, overlay
+from tests.kubernetes.manifests import NODE, Document, job_spec, overlay
 from tests.kubernetes.processes import Start, cold, warm
 from tests.s3_server import CREDENTIALS, SECRET, Request, server
 from tests.warm import run
@@ -203,7 +203,7 @@ def test_wrong_settings(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_denied_access(tmp_path: Path) -> None:
-    """A store that refuses the credentials of the Secret ends the Job at once; neither of them is in the message."""
+    """A store that refuses the credentials counts, as a role may come late; the message names the node, no secret."""
     seen: list[str] = []
 
     def refuse(request: Request) -> None:
@@ -215,12 +215,16 @@ def test_denied_access(tmp_path: Path) -> None:
         ended = play(
             tmp_path,
             start=cold,
+            spec={"backoffLimit": 1},
             secret={"aws-credentials": f"[default]\n{keys}\n"},
             JOB_RUN__OUTPUT="s3://bucket/runs",
             JOB_STORAGE__ENDPOINT_URL=url,
             JOB_STORAGE__REGION="us-east-1",
         )
-    message = failed_at_once(ended, 77)
+    assert (ended.condition, ended.reason) == ("Failed", "BackoffLimitExceeded")
+    assert [pod.exit_code for pod in ended.pods] == [77, 77]
+    message = ended.pods[-1].message
+    assert message.startswith(f"AccessDenied (exit code 77): node {NODE}: ")
     assert "s3://bucket/runs/qlora-job" in message
     assert SECRET not in ended.pods[0].log + message
     assert seen
@@ -260,6 +264,15 @@ def test_an_unreachable_store(tmp_path: Path) -> None:
     assert (ended.condition, ended.reason) == ("Failed", "BackoffLimitExceeded")
     assert [pod.exit_code for pod in ended.pods] == [69] * 7
     assert "Unreachable (exit code 69)" in ended.pods[-1].message
+
+
+@pytest.mark.long
+def test_a_node_without_a_gpu_counts(tmp_path: Path) -> None:
+    """A pod whose node has no GPU that works is tried again, not for ever, and says which node it was."""
+    ended = play(tmp_path, spec={"backoffLimit": 1}, JOB_RUN__DEVICE="gpu")
+    assert (ended.condition, ended.reason) == ("Failed", "BackoffLimitExceeded")
+    assert [pod.exit_code for pod in ended.pods] == [72, 72]
+    assert f"UnfitMachine (exit code 72): node {NODE}: JOB_RUN__DEVICE" in ended.pods[0].message
 
 
 def test_the_deadline_of_the_job(tmp_path: Path) -> None:

@@ -40,12 +40,12 @@ def train(place):
         (folder / f"trains{{place.rank}}").touch()
         while True:
             processes.agree(repeat=False)
-            if processes.stopping:
-                stop.check()
             if (folder / f"wrong{{place.rank}}").exists():
                 raise SettingsError([Problem("JOB_X", "is wrong")])
             if (folder / f"stalled{{place.rank}}").exists():
                 os._exit(74)
+            if processes.stopping:  # last: a stop of the other pod does not hide what was to befall this one
+                stop.check()
             time.sleep(0.01)
 
 class Child:

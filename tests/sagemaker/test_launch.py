@@ -16,7 +16,14 @@ from typing import Any
 import boto3
 import launch
 import pytest
-from botocore.exceptions import ClientError, EndpointConnectionError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    CredentialRetrievalError,
+    EndpointConnectionError,
+    PartialCredentialsError,
+    UnauthorizedSSOTokenError,
+)
 from botocore.stub import Stubber
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -397,6 +404,12 @@ class TestErrors:
         [
             ("ResourceLimitExceeded", 2, "Service Quotas"),
             ("AccessDeniedException", 77, ""),
+            ("ExpiredTokenException", 77, ""),
+            ("UnrecognizedClientException", 77, ""),
+            ("InvalidSignatureException", 77, ""),
+            ("ThrottlingException", 69, ""),
+            ("RequestLimitExceeded", 69, ""),
+            ("InternalFailure", 69, ""),
             ("ValidationException", 2, "--dry-run"),
         ],
     )
@@ -418,6 +431,37 @@ class TestErrors:
         said = capsys.readouterr().err
         assert said.startswith(f"{code}: no")
         assert hint in said
+
+    @pytest.mark.parametrize(("status", "exit_code"), [(400, 2), (403, 77), (429, 69), (500, 69), (503, 69)])
+    def test_unknown_words_of_aws(self, monkeypatch: pytest.MonkeyPatch, status: int, exit_code: int) -> None:
+        """An error that the launcher does not know by name is judged by its HTTP status."""
+        answer = {"Error": {"Code": "Strange"}, "ResponseMetadata": {"HTTPStatusCode": status}}
+
+        def refuse(*_: Any, **__: Any) -> None:
+            raise ClientError(answer, "CreateTrainingJob")
+
+        monkeypatch.setattr("botocore.client.BaseClient._make_api_call", refuse)
+        assert launch.main(ORDER) == exit_code
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            CredentialRetrievalError(provider="process", error_msg="no"),
+            PartialCredentialsError(provider="env", cred_var="AWS_SECRET_ACCESS_KEY"),
+            UnauthorizedSSOTokenError(),
+        ],
+    )
+    def test_credentials_that_cannot_be_had(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: BotoCoreError
+    ) -> None:
+        """A login that has expired or is half given is a matter of access, not of settings."""
+
+        def refuse(*_: Any, **__: Any) -> None:
+            raise error
+
+        monkeypatch.setattr("botocore.client.BaseClient._make_api_call", refuse)
+        assert launch.main(ORDER) == 77
+        assert "log in again, or give --profile" in capsys.readouterr().err
 
     def test_no_region(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
         """Without a region nothing is guessed."""

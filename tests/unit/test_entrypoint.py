@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from job.cli.arguments import COMMANDS
+from job.errors import UnfitMachine
 from job.settings.load import secrets
 
 ROOT = Path(__file__).parents[2]
@@ -96,7 +98,7 @@ def gpus(folder: Path, cuda: str, *lines: str, banner: str = BANNER) -> None:
 
 def test_it_is_short() -> None:
     """What runs before the job can be read in a minute."""
-    assert len((ROOT / "entrypoint.sh").read_text().splitlines()) < 66
+    assert len((ROOT / "entrypoint.sh").read_text().splitlines()) < 76
 
 
 class TestSecrets:
@@ -214,7 +216,22 @@ class TestWithoutGpu:
         assert start("--help").started == "--help"
         done = start("run", "--help")
         assert (done.started, done.log) == ("run --help", "")  # no GPU is asked for, nothing is logged
+        done = start("--version")
+        assert (done.started, done.log) == ("--version", "")
         assert start(JOB_TRAIN__EPOCHS="x").started == ""
+
+    def test_a_program_is_run(self, start: Start, tmp_path: Path) -> None:
+        """SageMaker's SDK changes the mode of files by the image; a word that is no program is the job's to refuse."""
+        tool(tmp_path / "bin/made-up", '#!/bin/sh\necho "pid 0"; echo "ran $*"\n')
+        assert start("made-up", "-R", "777").started == "ran -R 777"
+        assert start("no-such-program").started == "no-such-program"
+
+    def test_a_program_of_a_command_s_name_is_not_run(self, start: Start, tmp_path: Path) -> None:
+        """`compare` is the job's command, whatever else lies on PATH."""
+        ours = re.findall(r"^ours='(.*)'$", (ROOT / "entrypoint.sh").read_text(), re.MULTILINE)[0].split()
+        assert set(ours) >= {*COMMANDS, "train"}
+        tool(tmp_path / "bin/compare", "#!/bin/sh\nexit 9\n")
+        assert start("compare", "a", "b").started == "compare a b"
 
     def test_other_commands_need_none(self, start: Start, tmp_path: Path) -> None:
         """`config` and its like start at once; nobody looks for a GPU."""
@@ -290,10 +307,31 @@ class TestWithGpu:
         done = start(JOB_PRESET="demo")
         assert (done.code, done.environment["CUDA_VISIBLE_DEVICES"]) == (0, "")
 
+    @pytest.mark.parametrize(
+        ("driver", "capability", "said"),
+        [
+            (None, "9.0", "nvidia-smi does not answer: a GPU or its driver is broken"),
+            ("broken", "9.0", "No GPU is visible: give it one"),
+            ("12.8", "9.0", "The driver serves CUDA 12.8, this image needs 13.0"),
+            ("13.0", "6.0", "A GPU has compute capability 6.0"),
+        ],
+    )
+    def test_another_node_of_kubernetes_may_serve(
+        self, start: Start, tmp_path: Path, driver: str | None, capability: str, said: str
+    ) -> None:
+        """There the code is one that counts, and the message names the node."""
+        gpus(tmp_path, driver or "13.0", f"{capability}, A GPU, 16384 MiB, 580.65.06")
+        if driver in {None, "broken"}:
+            tool(tmp_path / "bin/timeout", f"#!/bin/sh\nexit {124 if driver is None else 9}\n")
+        done = start(KUBERNETES_SERVICE_HOST="10.0.0.1", KUBERNETES_NODE_NAME="gpu-7")
+        assert (done.code, done.started) == (UnfitMachine.exit_code, None)
+        assert done.events[-1].startswith(f"node gpu-7: {said}")
+        assert (tmp_path / "termination-log").read_text() == done.events[-1]
+
     def test_torch_without_cuda_is_refused(self, start: Start, tmp_path: Path) -> None:
         """An image that was built with another torch says so."""
         gpus(tmp_path, "13.0", self.H100)
-        done = start(image="none 0.0")
+        done = start(image="none 0.0", KUBERNETES_SERVICE_HOST="10.0.0.1")  # no other node helps
         assert done.code == 2
         assert "built without CUDA" in done.events[-1]
 

@@ -97,10 +97,18 @@ def resources(folder: Path, content: str) -> Platform:
 
 def test_sagemaker_lists_its_hosts(tmp_path: Path) -> None:
     """The order of the hosts in the file is not the same everywhere; their names decide who is first."""
-    config = {"current_host": "algo-1", "hosts": ["algo-2", "algo-1"], "network_interface_name": "eth0"}
+    config = {"current_host": "algo-1", "hosts": ["algo-2", "algo-1"], "network_interface_name": "lo"}
     assert find_machines(resources(tmp_path, json.dumps(config))) == Machines(
-        {"run.nodes": 2, "run.node_rank": 0, "run.rendezvous": "algo-1:29400"}, interface="eth0"
+        {"run.nodes": 2, "run.node_rank": 0, "run.rendezvous": "algo-1:29400"}, interface="lo"
     )
+
+
+@pytest.mark.parametrize("name", ["ethwe", "", None, 7, ["lo"]])
+def test_an_interface_that_is_not_there(tmp_path: Path, name: object) -> None:
+    """SDK v3's local mode names one that does not exist: the libraries choose, and the run goes on."""
+    config = {"current_host": "algo-1", "hosts": ["algo-1", "algo-2"], "network_interface_name": name}
+    found = find_machines(resources(tmp_path, json.dumps(config)))
+    assert (found.interface, found.fault) == (None, None)
 
 
 def test_a_single_host_is_no_cluster(tmp_path: Path) -> None:

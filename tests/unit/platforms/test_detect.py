@@ -7,7 +7,7 @@ from typing import Literal
 
 import pytest
 
-from job.errors import environment_name
+from job.errors import JobError, Problem, SettingsError, UnfitMachine, environment_name
 from job.platforms.detect import Delivery, Platform, detect, is_foreign
 from job.settings.load import foreign_variables, load_settings
 from job.settings.schema import NAMES
@@ -38,6 +38,15 @@ def test_the_termination_log_can_lie_elsewhere() -> None:
     """A template with a terminationMessagePath of its own tells the job where that is."""
     platform = detect({**POD, "KUBERNETES_TERMINATION_LOG": "/tmp/last-words"})
     assert platform.termination_log == Path("/tmp/last-words")
+
+
+def test_a_machine_is_at_fault_where_there_are_others() -> None:
+    """On Kubernetes settings that a machine does not meet end with a code that counts; elsewhere they are wrong."""
+    for platform, kind in ((detect(POD), UnfitMachine), (detect({}), SettingsError)):
+        with pytest.raises(JobError) as caught, platform.machine_checks():
+            raise SettingsError([Problem("JOB_RUN__DEVICE", "is gpu, and torch sees none")])
+        assert (type(caught.value), str(caught.value)) == (kind, "JOB_RUN__DEVICE: is gpu, and torch sees none")
+    assert detect({**POD, "KUBERNETES_NODE_NAME": "gpu-7"}).node == "gpu-7"
 
 
 @pytest.mark.parametrize(("index", "expected"), [("3", 3), ("0", 0), ("", None), ("x", None), ("-1", None)])

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from job.common import formatting
-from job.records import Artifact
+from job.records import Artifact, GroupSpec
 from job.report import report
 from job.report.model_card import render_model_card
 from job.runs.layout import REPORT
 from tests.example_run import HASH, answers, evidence, publish, results
-from tests.published_run import publish_run
+from tests.published_run import pairs, publish_run
 
 CSS = (Path(report.__file__).parent / "templates/report.css").read_text(encoding="utf-8")
 HOSTILE = "</p><script>alert(1)</script><img src=x onerror=alert(2)> & \"quotes\" 'too'"
@@ -134,6 +134,23 @@ def test_every_figure_of_the_unquantized_base_is_the_manifests(three_arms: tuple
         found = candidate["quiz"]
         rest = " ".join(interval(found[f"versus_{side}"]["acc"], " ") for side in ("base", "adapter", "original"))
         assert f"{100 * found['scores']['acc']:.2f} % {rest}" in text
+        against = f", against adapter: {interval(found['versus_adapter']['acc'], ' points (')})"
+        assert any(label.endswith(against) for label in said)
+        assert any(
+            label.startswith("merged onto") and formatting.percent(found["scores"]["acc"]) in label for label in said
+        )
+
+
+def test_groups_are_drawn(tmp_path: Path) -> None:
+    """Each figure of a group has its difference and interval in a chart, coloured by its verdict."""
+    spec = GroupSpec("1", ("quiz", "riddles"), {"acc,none": True}, {"acc,none": True})
+    folder = publish_run(tmp_path / "run", {"quiz": pairs(60, improved=40), "riddles": pairs(20)}, groups={"own": spec})
+    made = json.loads((folder / "results.json").read_bytes())
+    page = Page(report.render_report(made, report.read_report_data(made, lambda artifact: folder / artifact.path)))
+    found = made["evaluation"]["groups"]["own"]["metrics"]["acc,none"]
+    low, high = found["ci95"]
+    said = [str(picture.get("aria-label")) for picture in page.all("svg")]
+    assert f"own, acc,none: {found['delta']:+.3g} ({low:+.3g} to {high:+.3g})" in said
 
 
 def test_every_section_is_there(page: Page) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,8 @@ import pytest
 
 from job.errors import DataError, VerificationError
 from job.evaluation import statistics
-from job.results.compare import as_markdown, as_text, compare, gate_reasons
+from job.records import GroupSpec
+from job.results.compare import as_markdown, as_text, compare, gate_reasons, judge_by_policy
 from job.results.reader import PublishedRun, open_run, read_published
 from tests.published_run import forge, pairs, publish_run, rewrite
 
@@ -74,6 +77,47 @@ def test_each_adapter_is_shown_with_its_own_bases(tmp_path: Path) -> None:
     assert "Each adapter and its own bases" in text
     assert "quiz, quantization                   -33.33 (" in text
     assert "Each adapter and its own bases" not in "\n".join(as_markdown(compare(b, b)))
+
+
+def test_groups_and_exports_are_compared(tmp_path: Path) -> None:
+    """Groups that both runs have, by the adapters' answers; formats with their accuracy and what each lost."""
+    spec = GroupSpec("1", ("quiz", "riddles"), {"acc,none": False}, {"acc,none": True})
+    riddles = pairs(20)
+    merged = [right for _, right in pairs(60, improved=9)]
+    one = publish_run(tmp_path / "a", {"quiz": pairs(60), "riddles": riddles}, groups={"own": spec, "mine": spec})
+    two = publish_run(
+        tmp_path / "b",
+        {"quiz": pairs(60, improved=9)},
+        exported={"dequantized": merged},
+    )
+    three = publish_run(
+        tmp_path / "c",
+        {"quiz": pairs(60, improved=40), "riddles": riddles},
+        groups={"own": spec, "mine": replace(spec, metrics={"acc,none": True})},
+    )
+    found = compare(read(one), read(three))
+    group = found["groups"]["own"]["metrics"]["acc,none"]
+    sides = [[right for _, right in pairs(60, improved=count)] for count in (0, 40)]
+    means = [(sum(side) / 60 + sum(right for _, right in riddles) / 20) / 2 for side in sides]
+    assert (group["a"], group["b"], group["delta"]) == pytest.approx((*means, means[1] - means[0]))
+    assert (group["test"], group["n"], group["tasks"]) == ("stratified_t", 80, 2)
+    assert found["groups_not_compared"] == ["mine"]
+    text = "\n".join(as_text(found))
+    assert "own, acc,none" in text
+    assert 'groups that are not compared, since the runs do not have the same: ["mine"]' in text
+    path = tmp_path / "policy.yaml"
+    path.write_text("tasks: {own: {role: guarded, metric: acc, max_loss: 0.01}}\n", encoding="utf-8")
+    assert judge_by_policy(found, str(path))["passed"]
+
+    found = compare(read(one), read(two))
+    assert (found["groups"], found["groups_not_compared"]) == ({}, ["mine", "own"])
+    export = found["exports"]["merged"]
+    assert export["a"] is None
+    assert export["b"]["tasks"]["quiz"]["acc"] == sum(merged) / 60
+    assert export["b"]["tasks"]["quiz"]["versus_adapter"]["delta"] == 0
+    text = "\n".join(as_text(found))
+    assert re.search(rf"merged, quiz +- +{100 * sum(merged) / 60:.2f} %", text)
+    assert re.search(r"merged, quiz, less adapter +- +\+0\.00 \(", text)
 
 
 def test_the_other_way_round_is_the_opposite(runs: tuple[PublishedRun, PublishedRun]) -> None:

@@ -16,7 +16,7 @@ import pytest
 from job import log
 from job.checkpoints import manager
 from job.common.hashing import sealed
-from job.errors import DataError, JobError, Preempted, Problem, SettingsError
+from job.errors import DataError, JobError, NoProgress, Preempted, Problem, SettingsError
 from job.preemption.stop_flag import Stop
 from job.records import TrainingProgress
 from job.results import status as of_status
@@ -128,7 +128,7 @@ def test_a_preempted_run_waits(tmp_path: Path) -> None:
     assert (found.stage, found.checkpoints) == ("train", (5,))
     text = "\n".join(as_lines(found))
     assert "7 of 96 (when the attempt ended)" in text
-    assert "preempted with code 75 (preempted, or stalled; the state is durable): stopped by SIGTERM; step 5" in text
+    assert "preempted with code 75 (preempted; the state is durable): stopped by SIGTERM; step 5" in text
 
 
 def test_what_is_saved_is_told_apart_from_what_is_lost(tmp_path: Path) -> None:
@@ -177,16 +177,18 @@ def test_an_idle_run_has_failed(tmp_path: Path) -> None:
     assert headline(seen(run)) == "failed with code 71 (several attempts in a row made no progress)"
 
 
-@pytest.mark.parametrize(("limit", "code"), [(3, 75), (1, 71)])
-def test_a_stall_is_recorded_before_the_watchdog_ends_the_process(tmp_path: Path, limit: int, code: int) -> None:
-    """The record says why, and has the code that the watchdog ends the process with."""
-    run, idle = tmp_path / "run", IdleLimit(limit)
+def test_a_stall_is_recorded_before_the_watchdog_ends_the_process(tmp_path: Path) -> None:
+    """The record says why, with the code that the watchdog ends the process with, and the next attempt counts it."""
+    run, idle = tmp_path / "run", IdleLimit(2)
     with attempt_at(run, killed=True, idle=idle):
         idle.record_stall("no progress for 1800 s")
-        assert idle.exit_code() == code
-    end = seen(run).last_end
-    assert end is not None
-    assert (end.exit_code, end.outcome, (end.why or "")[:22]) == (code, "preempted", "no progress for 1800 s")
+    found = seen(run)
+    assert found.last_end is not None
+    assert (found.last_end.exit_code, found.last_end.outcome) == (74, "stalled")
+    assert found.last_end.why == "no progress for 1800 s"
+    assert headline(found) == "failed with code 74 (no progress for too long; the state is durable)"
+    with pytest.raises(NoProgress), attempt_at(run, idle=IdleLimit(2)):
+        raise Preempted("stopped by SIGTERM")
 
 
 def test_an_attempt_that_has_written_nothing_yet(tmp_path: Path) -> None:

@@ -244,6 +244,29 @@ class TestSpelling:
         assert settings.data.limit is None
         assert settings.lora.target_modules == ("q_proj", "v_proj")
 
+    @pytest.mark.parametrize("text", ['{"epochs": 3, "max_steps": 5}', "{'epochs': 3, 'max_steps': 5}"])
+    def test_a_group_as_a_hyperparameter(self, sagemaker: Callable, text: str) -> None:
+        """The SDKs send an object for a group (train={"epochs": 3}): its settings are read, its typos named."""
+        settings = load_settings([], sagemaker({"train": text, "lora.rank": "4"}))
+        assert (settings.train.epochs, settings.train.max_steps, settings.lora.rank) == (3, 5, 4)
+        assert settings.sources["train.epochs"] == "hyperparameters.json"
+        assert "train.epochs" in problems([], sagemaker({"train": '{"epocs": 3}'}))["hyperparameters.json train.epocs"]
+        twice = problems([], sagemaker({"train": text, "train.epochs": "4"}))
+        assert "twice" in twice["JOB_TRAIN__EPOCHS (hyperparameters.json)"]
+
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [("['q_proj', 'v_proj']", ("q_proj", "v_proj")), ("('q_proj',)", ("q_proj",)), ("[unclosed", None)],
+    )
+    def test_python_s_literals(self, sagemaker: Callable, text: str, expected: tuple[str, ...] | None) -> None:
+        """SDK v2 writes lists and None as Python does; what is no literal stays the text that it is."""
+        environ = sagemaker({"lora.target_modules": text, "data.limit": "None"})
+        if expected is None:
+            assert "JOB_LORA__TARGET_MODULES (hyperparameters.json)" in problems([], environ)
+        else:
+            settings = load_settings([], environ)
+            assert (settings.lora.target_modules, settings.data.limit) == (expected, None)
+
     def test_a_sagemaker_job_without_hyperparameters_is_fine(self) -> None:
         """The file is optional; the job's name is the run id all the same."""
         settings = load_settings([], {"TRAINING_JOB_NAME": "alpaca-1", "SAGEMAKER_BASE_DIR": "/nowhere"})
@@ -794,6 +817,22 @@ class TestCombinations:
         """Asked of the system before anything is written (root may write anywhere, so the answer is faked)."""
         monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
         assert "not writable" in problems([f"--run.output={tmp_path}/new"])["JOB_RUN__OUTPUT (command line)"]
+
+    def test_the_plain_image_on_sagemaker(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Its user cannot write to SageMaker's folders: all of them are named at once, and the image that can."""
+        (tmp_path / "ml").mkdir()
+        monkeypatch.setattr(os, "access", lambda path, mode: not Path(path).is_relative_to(tmp_path))
+        environ = {"TRAINING_JOB_NAME": "a", "SAGEMAKER_BASE_DIR": str(tmp_path / "ml")}
+        found = problems([], environ)
+        assert found.keys() == {
+            "JOB_RUN__OUTPUT (platform)",
+            f"{tmp_path}/ml/model",
+            f"{tmp_path}/ml/output/data",
+        }
+        assert all("infra/sagemaker/Dockerfile" in what for what in found.values())
+        assert problems(["--run.output=s3://bucket/runs"], environ).keys() == found.keys() - {
+            "JOB_RUN__OUTPUT (platform)"
+        }
 
     def test_an_output_behind_a_broken_link(self, tmp_path: Path) -> None:
         """A link to a volume that is not mounted is found now, not after the training."""

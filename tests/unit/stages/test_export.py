@@ -238,6 +238,7 @@ def test_a_format_is_made_from_the_better_merge(whole: tuple[Path, Exported], in
     assert f"artifacts/evaluation/arc_easy.fp8-{merged.candidate}.jsonl" in published
 
 
+@pytest.mark.long
 def test_a_format_that_is_complete_is_not_made_again(
     world: World, in_8_bits: tuple[Path, Exported], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -310,6 +311,7 @@ def test_what_cannot_be_made_does_not_lose_the_run(
     assert not artifacts_below(found, "fp8/")
 
 
+@pytest.mark.long
 def test_what_cannot_be_scored_is_published_as_such(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -423,6 +425,7 @@ def test_a_copy_of_the_adapter_is_scored_on_the_run_s_base(
                 assert torch.equal(parameter, mine[name])
 
 
+@pytest.mark.long
 def test_what_is_merged_after_a_copy_is_the_adapter_itself(
     world: World, whole: tuple[Path, Exported], tmp_path: Path
 ) -> None:
@@ -447,6 +450,7 @@ def test_a_copy_that_overflows_is_not_made(world: World, tmp_path: Path) -> None
     assert lost.not_made == f"{first} has numbers above 65504, the largest of fp16"
 
 
+@pytest.mark.long
 def test_a_restart_scores_no_copy_again(world: World, copied: tuple[Path, Exported], tmp_path: Path) -> None:
     """Ended as the second copy is uploaded: the next attempt takes up the scores, and uploads what is missing."""
     folder, seen, ended = tmp_path / "run", list[str](), list[str]()

@@ -131,6 +131,7 @@ def test_the_original_base_is_scored_beside_the_quantized_one(whole: tuple[Path,
     assert answers != (runs / "one" / ANSWERS.replace("original", "base")).read_bytes()
 
 
+@pytest.mark.long
 def test_a_restart_scores_no_question_twice(
     world: World, whole: tuple[Path, Evaluated], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loads: list[str]
 ) -> None:

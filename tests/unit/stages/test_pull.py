@@ -14,12 +14,21 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Tokenizer
 
-from job.errors import DataError
+from job.errors import DataError, SettingsError
 from job.model.files import fingerprint
-from job.records import AttemptRecord, DatasetRecord, GroupSpec, Pulled
+from job.records import AttemptRecord, AuditRecord, CheckRecord, DatasetRecord, GroupSpec, Pulled
 from job.runs import stage_records
 from job.stages import pull
-from job.stages.pull import _date, _fetch_small_files, _groups, _vocabulary, fetch_original
+from job.stages.pull import (
+    _date,
+    _fetch_small_files,
+    _groups,
+    _vocabulary,
+    _with_audit_of_before,
+    fetch_original,
+    publish_findings,
+)
+from job.storage.local import LocalStore
 from job.storage.open import StorageOptions, open_store
 from tests import warm
 from tests.example_run import DATASET
@@ -135,6 +144,46 @@ def test_a_run_of_an_earlier_version_goes_on_without_groups_in_its_record() -> N
         assert _groups(attempt, tasks) == expected
     assert stage_records.fingerprint({}, before) != stage_records.fingerprint({}, now)
     assert "groups" not in stage_records.identity(before)
+
+
+def audited(by: str, languages: dict[str, int], sha256: str) -> DatasetRecord:
+    """The record of rows of which those with a secret are left out, as `by` finds them."""
+    check = CheckRecord("skip", by, "" if by else "the package is not installed", 1 if by else None, [])
+    audit = AuditRecord(9, 1, {"secret": check}, {}, 1, 40, "33", 9, languages=languages)
+    return DatasetRecord("x.jsonl", None, None, "alpaca", 8, {}, sha256, 9, 8, 7, audit=audit)
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (audited("detect-secrets 1.5", {}, "00"), audited("detect-secrets 1.5", {"en": 9}, "00")),
+        (audited("detect-secrets 1.6", {}, "00"), audited("detect-secrets 1.5", {"en": 9}, "00")),
+        (audited("detect-secrets 1.5", {}, "44"), audited("detect-secrets 1.5", {}, "44")),
+        (
+            audited("", {}, "44"),
+            "kind secret were looked for by detect-secrets 1.5 when this run began, and by nothing",
+        ),
+    ],
+)
+def test_a_machine_without_the_audits_tools(found: DatasetRecord, expected: DatasetRecord | str) -> None:
+    """Of the same rows the first attempt's audit stays; other rows for want of a package are refused, named by it."""
+    before = Pulled(audited("detect-secrets 1.5", {"en": 9}, "00"), "11", None, {"one": "22"})
+    attempt: Any = SimpleNamespace(recorded=lambda *_: before)
+    if isinstance(expected, str):
+        with pytest.raises(SettingsError, match=expected):
+            _with_audit_of_before(attempt, found)
+    else:
+        assert _with_audit_of_before(attempt, found) == expected
+
+
+def test_findings_that_are_gone_are_not_replaced_by_others(tmp_path: Path) -> None:
+    """What is published again has the hash in the record, and nothing else gets its place."""
+    (tmp_path / "findings.jsonl").write_text("{}\n")
+    record = Pulled(audited("detect-secrets 1.5", {}, "00"), "11", None, {"one": "22"})
+    attempt: Any = SimpleNamespace(store=LocalStore(tmp_path / "run"), publish=lambda *_: pytest.fail("published"))
+    sources: Any = SimpleNamespace(record=record, findings=tmp_path / "findings.jsonl")
+    with pytest.raises(DataError, match="is gone, and the audit's tools on this machine find something else"):
+        publish_findings(attempt, sources)
 
 
 @pytest.mark.parametrize(

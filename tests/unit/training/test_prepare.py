@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,11 +12,12 @@ import torch
 from structlog.testing import capture_logs
 
 from job.model.adapter_options import AdapterOptions
+from job.model.fused import kernels
 from job.model.packed_attention import NAME
 from job.records import PEFT, ExecutionPlan
 from job.training import prepare as prepare_module
 from job.training.config import CPU_MICRO_BATCH_TOKENS
-from job.training.prepare import prepare, token_budget, why_not_fused
+from job.training.prepare import fast_kernels, prepare, token_budget, why_not_fused
 from tests.helpers import make_model
 
 SETTINGS: dict[str, Any] = {
@@ -134,6 +136,28 @@ def test_a_model_that_can_be_fused_is(base_folder: Path, monkeypatch: pytest.Mon
     assert (made.kept_base, made.kept_activations, made.recorded) == (keep, True, True)
     assert made.padded
     assert [line["log_level"] for line in lines] == ["info"]
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_triton_that_cannot_run_is_replaced(monkeypatch: pytest.MonkeyPatch, *, works: bool) -> None:
+    """One launch decides: a library that cannot be loaded costs a warning and some speed, not the run."""
+
+    def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        if not works:
+            raise ImportError("cuda_utils.so: undefined symbol: cuModuleGetFunction")
+        return gate * up
+
+    fast = replace(kernels.TORCH, name="triton", swiglu=swiglu)
+    monkeypatch.setattr(kernels, "triton", lambda: fast)
+    with capture_logs() as lines:
+        found, name = fast_kernels(torch.device("cpu"))
+    if works:
+        assert (found, name, lines) == (fast, "triton", [])
+        return
+    assert (found, name) == (kernels.TORCH, "torch")
+    (line,) = lines
+    assert line["log_level"] == "warning"
+    assert "undefined symbol: cuModuleGetFunction" in line["why"]
 
 
 def test_a_gpu_that_can_has_no_reason(monkeypatch: pytest.MonkeyPatch) -> None:

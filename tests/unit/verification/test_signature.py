@@ -16,10 +16,13 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
+from job.cli.push import push_command
 from job.cli.runs import verify_command
+from job.cli.serve_check import serve_check_command
 from job.common.hashing import sealed
 from job.errors import SettingsError, VerificationError
 from job.planning.input_checks import check_other_inputs
+from job.report.model_card import render_export_card, render_model_card
 from job.results import signing
 from job.settings.load import load_settings
 from job.storage.local import LocalStore
@@ -93,6 +96,30 @@ def test_a_signed_run_verifies(
     assert "note" not in capsys.readouterr().out
     assert verify_command([str(made)]) == 0
     assert "give the signer's with --key" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [push_command, serve_check_command])
+def test_what_hands_a_run_on_takes_the_key_too(
+    command: Callable[[list[str]], int], made: Path, keys: dict[str, tuple[str, str]]
+) -> None:
+    """Push and serve-check refuse a run that the key did not sign, before they do anything else."""
+    with pytest.raises(VerificationError, match="key"):
+        command([str(made), "--key", keys["other"][1]])
+    with pytest.raises(SettingsError) as refused:  # what comes next is asked for
+        command([str(made), "--key", keys["signer"][1], *(["--served=none"] if command is serve_check_command else [])])
+    assert "key" not in str(refused.value)
+
+
+def test_the_cards_say_that_they_are_signed(made: Path, keys: dict[str, tuple[str, str]]) -> None:
+    """With the key's hash and how to check it; without a key nothing is said of signatures."""
+    results = json.loads((made / "results.json").read_bytes())
+    signer = signing.key_id(Path(keys["signer"][1]).read_text())
+    assert signer == results["signing"]["key_sha256"]
+    for render in (render_model_card, lambda results, **of: render_export_card(results, results["exports"][0], **of)):
+        said = render(results, signer=signer).decode()
+        assert signer in said
+        assert "model_signing verify key path/to/" in said
+        assert "model.sig" not in render(results).decode()
 
 
 def of_another_key(run: Path, keys: dict[str, tuple[str, str]]) -> None:

@@ -1,0 +1,44 @@
+"""What the job leaves for its platform when it fails: the kind of error, its exit code, and the machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from job.cli import main as cli
+from job.errors import AccessDenied, JobError, Preempted, Problem, SettingsError, Stalled
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (AccessDenied("no role"), "AccessDenied (exit code 77): node gpu-7: no role"),
+        (Preempted("SIGTERM"), "Preempted (exit code 75): node gpu-7: SIGTERM"),
+        (ZeroDivisionError("x"), "ZeroDivisionError (exit code 1): node gpu-7: x"),
+        (SettingsError([Problem("JOB_X", "is wrong")]), "SettingsError (exit code 2): JOB_X: is wrong"),
+    ],
+)
+def test_a_failure_that_another_machine_may_not_have_names_the_machine(
+    error: Exception, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The termination message of a pod names its node, unless no machine is at fault; without a node it names none."""
+
+    def fail(_words: list[str]) -> int:
+        raise error
+
+    log = tmp_path / "termination-log"
+    monkeypatch.setitem(cli._FUNCTIONS, "config", fail)
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setenv("KUBERNETES_TERMINATION_LOG", str(log))
+    for node, expected in (("gpu-7", said), ("", said.replace("node gpu-7: ", ""))):
+        monkeypatch.setenv("KUBERNETES_NODE_NAME", node)
+        assert cli.main(["config"]) == (error.exit_code if isinstance(error, JobError) else 1)
+        assert log.read_text() == expected
+
+
+def test_a_stall_names_its_code_and_the_machine(tmp_path: Path) -> None:
+    """The watchdog's message is one of an error of the table, too."""
+    platform = cli.Platform("kubernetes", termination_log=tmp_path / "log", node="gpu-7")
+    cli._report_to_platform(platform, Stalled("x"), "no progress for 9 s")
+    assert (tmp_path / "log").read_text() == "Stalled (exit code 74): node gpu-7: no progress for 9 s"

@@ -1,0 +1,40 @@
+"""What the command line asks of the machine before a run begins."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+import pytest
+
+from job.cli import main as main_module
+from job.cli.main import main
+
+
+def test_no_folder_for_temporary_files(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A read-only container without /tmp is a setting to correct, exit code 2, and not a bug."""
+
+    def none() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr(tempfile, "gettempdir", none)
+    monkeypatch.setenv("JOB_LOG__FORMAT", "json")
+    assert main(["run", "--preset", "demo"]) == 2
+    assert "TMPDIR (environment): no folder for temporary files; mount one at /tmp" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("cpus", "processes", "threads"), [(4, 1, None), (2, 1, "2"), (1, 1, "1"), (4, 2, "2"), (2, 8, "1")]
+)
+def test_threads_are_as_many_as_the_container_s_cpus(
+    monkeypatch: pytest.MonkeyPatch, cpus: int, processes: int, threads: str | None
+) -> None:
+    """On four processors of which a quota leaves `cpus`; what the user has set stays."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    monkeypatch.setattr(main_module, "usable_cpus", lambda: cpus)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    main_module._share_cpus(processes)
+    assert os.environ.get("OMP_NUM_THREADS") == threads
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    main_module._share_cpus(processes)
+    assert os.environ["OMP_NUM_THREADS"] == "7"
